@@ -1,0 +1,307 @@
+"""When and where an analysis runs; a subclass says what it computes and what of it to log."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+
+from lightning_goldy.callbacks.cost import peak_memory_bytes
+from lightning_goldy.callbacks.output import log_findings
+from lightning_goldy.callbacks.progress import AnalysisProgress
+from lightning_goldy.callbacks.run_directory import ResultStore, run_directory
+from lightning_goldy.callbacks.subject import check_probe, find_model, find_objective, find_probe
+from lightning_goldy.core.isolation import undisturbed
+from lightning_goldy.core.naming import suggestion
+from lightning_goldy.core.objective import Objective
+from lightning_goldy.core.sharding import Replicas
+from lightning_goldy.core.space import trainable_parameters
+from lightning_goldy.core.store import Kind, save_vectors
+from lightning_goldy.core.vector import ParameterVector, require_finite
+
+At = Literal["start", "checkpoint", "end"]
+Trigger = Literal["start", "step", "epoch", "checkpoint", "end"]
+ResultT = TypeVar("ResultT")
+
+
+@dataclass(frozen=True)
+class AnalysisContext:
+    """What a computation may use.
+
+    Args:
+        trainer: The trainer.
+        pl_module: Its LightningModule.
+        model: The analysed module, in evaluation mode and isolated from the training.
+        objective: How a batch becomes a loss; None when the callback needs no probe.
+        probe: The fixed batches, on the CPU; empty when the callback needs none.
+        step: Optimizer steps so far.
+        store: The callback's folder.
+        progress: Called with (done, total).
+    """
+
+    trainer: L.Trainer
+    pl_module: L.LightningModule
+    model: nn.Module
+    objective: Objective | None
+    probe: Sequence[Any]
+    step: int
+    store: ResultStore
+    progress: AnalysisProgress
+
+
+@dataclass
+class Findings:
+    """What to say of one result.
+
+    Args:
+        metrics: Scalars by name; None where one does not exist yet.
+        data: JSON-able description with everything that the figures need.
+        vectors: Parameter vectors to save, by name, with their kind.
+        histograms: Bin edges and counts by name.
+        evaluations: Model evaluations spent, in forward passes.
+    """
+
+    metrics: dict[str, float | None]
+    data: dict[str, Any] = field(default_factory=dict)
+    vectors: dict[str, tuple[ParameterVector, Kind]] = field(default_factory=dict)
+    histograms: dict[str, tuple[list[float], list[int]]] = field(default_factory=dict)
+    evaluations: int = 0
+
+
+class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
+    """Base of all callbacks: schedule, isolation, probe, results on disk and in every logger, resume, cost.
+
+    Args:
+        every_n_steps: Run after every so many optimizer steps.
+        every_n_epochs: Run at the end of every so many training epochs.
+        at: Moments of the run: ``start`` (before the first step), ``checkpoint`` (whenever one is written), ``end``.
+        on_error: ``raise``, or ``warn`` to let the training go on when the analysis fails.
+        objective: How a batch becomes a loss; by default the LightningModule's ``objective``, or next-token prediction.
+        model_attribute: Submodule to analyse; ``model`` by default, or the LightningModule itself.
+        probe: Batches to analyse; by default a ``probe_dataloader()``, or the validation set.
+        name: Folder and metric prefix; needed when a trainer has two callbacks of one class.
+
+    Raises:
+        ValueError: An argument is out of range, or nothing is scheduled.
+    """
+
+    needs_probe = True
+    """Whether the analysis runs the model on batches."""
+
+    def __init__(
+        self,
+        *,
+        every_n_steps: int | None = None,
+        every_n_epochs: int | None = None,
+        at: Sequence[At] = ("end",),
+        on_error: Literal["raise", "warn"] = "raise",
+        objective: Objective | None = None,
+        model_attribute: str | None = None,
+        probe: Iterable[Any] | None = None,
+        name: str | None = None,
+    ) -> None:
+        at = (at,) if isinstance(at, str) else tuple(at)  # type: ignore[assignment]
+        for argument, value in (("every_n_steps", every_n_steps), ("every_n_epochs", every_n_epochs)):
+            if value is not None and value < 1:
+                raise ValueError(f"{argument} must be at least 1; got {value}")
+        for moment in at:
+            if moment not in ("start", "checkpoint", "end"):
+                raise ValueError(f"unknown moment at={moment!r}; {suggestion(moment, ('start', 'checkpoint', 'end'))}")
+        if on_error not in ("raise", "warn"):
+            raise ValueError(f"on_error is 'raise' or 'warn'; got {on_error!r}")
+        if every_n_steps is None and every_n_epochs is None and not at:
+            raise ValueError(f"{type(self).__name__} would never run: give every_n_steps, every_n_epochs or at=")
+        self.every_n_steps, self.every_n_epochs, self.at = every_n_steps, every_n_epochs, at
+        self.on_error = on_error
+        self.objective, self.model_attribute, self.probe = objective, model_attribute, probe
+        self.name = name or default_name(type(self))
+        if not self.name.replace("_", "").replace("-", "").isalnum():
+            raise ValueError(f"name becomes a folder: letters, digits, '-' and '_' only; got {self.name!r}")
+        self._last_step = -1
+        self._seen_step = 0
+        self._previous_folder: str | None = None
+        self._resumed = False
+        self._store: ResultStore | None = None
+        self._batches: list[Any] = []
+
+    @abstractmethod
+    def compute(self, context: AnalysisContext) -> ResultT:
+        """The analysis itself; every rank calls."""
+
+    @abstractmethod
+    def describe(self, result: ResultT, context: AnalysisContext) -> Findings:
+        """What to log and to save of a result; every rank calls."""
+
+    def probe_samples(self) -> int | None:
+        """How many probe samples an analysis uses, None for all."""
+        return None
+
+    @property
+    def state_key(self) -> str:
+        """Differs between two callbacks of one class through their names."""
+        return f"{type(self).__qualname__}[{self.name}]"
+
+    @property
+    def folder(self) -> Path:
+        """Where results are written; known once training has started."""
+        if self._store is None:
+            raise RuntimeError(f"{self.name}: the folder is known once training has started")
+        return self._store.folder
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuses what cannot work, before anything is loaded."""
+        if stage != "fit":
+            return
+        names = [callback.name for callback in trainer.callbacks if isinstance(callback, AnalysisCallback)]  # type: ignore[attr-defined]
+        if names.count(self.name) > 1:
+            raise ValueError(f"two callbacks are called {self.name!r}; give each of them its own name=")
+        if type(trainer.strategy).__name__ == "FSDPStrategy":
+            raise ValueError(
+                f"{type(self).__name__} cannot work with FSDPStrategy (FSDP1), whose flat parameters merge weights across "
+                "layers; use ModelParallelStrategy with fully_shard (FSDP2), DDPStrategy or a single device"
+            )
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Opens the folder, takes up an interrupted run, and tries the probe before the first step."""
+        with Replicas.world().together(self.name):
+            self._start(trainer, pl_module)
+        if "start" in self.at:
+            self.run(trainer, pl_module, "start")
+
+    def _start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        folder = run_directory(trainer) / "goldy" / self.name
+        again = self._store is not None and self._store.folder == folder and self._last_step <= trainer.global_step
+        self._store = ResultStore(folder, write=trainer.is_global_zero)
+        if self._resumed and self._previous_folder is not None:
+            self._store.continue_from(Path(self._previous_folder), trainer.global_step)
+        elif not again:
+            self._store.start_fresh()
+        self._seen_step = trainer.global_step
+        model = find_model(pl_module, self.model_attribute)
+        require_finite(dict(trainable_parameters(model)), "weights")
+        if self.needs_probe:
+            with undisturbed(trainer, pl_module):
+                self._batches = find_probe(trainer, pl_module, self.probe)
+                objective = find_objective(pl_module, model, self.objective)
+                check_probe(model, objective, self._batches, self.probe_samples())
+        self.prepare(trainer, model)
+        self._resumed = False
+
+    def prepare(self, trainer: L.Trainer, model: nn.Module) -> None:
+        """Hook for subclasses: checks and preparations right before the first step."""
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Runs when the optimizer has just made a scheduled step; not inside a gradient accumulation."""
+        stepped = trainer.global_step != self._seen_step
+        self._seen_step = trainer.global_step
+        if stepped and self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
+            self.run(trainer, pl_module, "step")
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Runs after scheduled epochs."""
+        if self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+            self.run(trainer, pl_module, "epoch")
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Runs with the weights that are being saved, and saves the state that it leaves."""
+        if self._store is None:
+            return
+        if "checkpoint" in self.at:
+            self.run(trainer, pl_module, "checkpoint")
+        self.save_files(trainer, find_model(pl_module, self.model_attribute))
+        # The callbacks' states were collected before this hook.
+        checkpoint["callbacks"][self.state_key] = self.state_dict()
+
+    def save_files(self, trainer: L.Trainer, model: nn.Module) -> None:
+        """Hook for subclasses: writes what a resume from this checkpoint needs and ``state_dict`` is too small for."""
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Runs at the end of the training."""
+        if "end" in self.at:
+            self.run(trainer, pl_module, "end")
+
+    def run(self, trainer: L.Trainer, pl_module: L.LightningModule, trigger: Trigger) -> None:
+        """Computes, writes and logs, unless this step has been analysed already."""
+        if self._last_step == trainer.global_step:
+            return
+        try:
+            with Replicas.world().together(self.name):
+                self._run(trainer, pl_module, trigger)
+        except Exception as error:
+            if self.on_error == "raise":
+                raise
+            rank_zero_warn(f"{self.name} failed at step {trainer.global_step} and training goes on: {error}")
+
+    def _run(self, trainer: L.Trainer, pl_module: L.LightningModule, trigger: Trigger) -> None:
+        start, step = time.perf_counter(), trainer.global_step
+        assert self._store is not None
+        with (
+            undisturbed(trainer, pl_module),
+            AnalysisProgress(trainer, self.name) as progress,
+            peak_memory_bytes(pl_module.device) as peak,
+        ):
+            model = find_model(pl_module, self.model_attribute)
+            objective = find_objective(pl_module, model, self.objective) if self.needs_probe else None
+            context = AnalysisContext(
+                trainer, pl_module, model, objective, self._batches, step, self._store, progress
+            )
+            findings = self.describe(self.compute(context), context)
+            files = {}
+            for name, (vector, kind) in findings.vectors.items():
+                path = self.folder / f"{name}-step={step:08d}.safetensors"
+                save_vectors(path, vector, kind=kind, model=model, step=step, write=self._store.write)
+                files[name] = path.name
+        row = {
+            "format": 1,
+            "analysis": default_name(type(self)),
+            "name": self.name,
+            "step": step,
+            "epoch": trainer.current_epoch,
+            "trigger": trigger,
+            "metrics": findings.metrics,
+            "result": findings.data,
+            "cost": {
+                "seconds": time.perf_counter() - start,
+                "model_evaluations": findings.evaluations,
+                "peak_memory_bytes": peak(),
+            },
+            "files": files,
+        }
+        self._store.append(row)
+        if trainer.is_global_zero:
+            log_findings(trainer, row, findings.histograms)
+        self._last_step = step
+
+    def state_dict(self) -> dict[str, Any]:
+        """Small and picklable under ``weights_only``: where the results are and how far they go."""
+        folder = None if self._store is None else str(self._store.folder.absolute())
+        return {"last_step": self._last_step, "folder": folder}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Notes what the interrupted run left; it is taken up when training starts."""
+        self._last_step = state_dict["last_step"]
+        self._previous_folder = state_dict["folder"]
+        self._resumed = True
+
+
+def default_name(callback: type) -> str:
+    """Snake case of a class name.
+
+    Example:
+        >>> default_name(AnalysisCallback)
+        'analysis_callback'
+    """
+    name = callback.__name__
+    return "".join(("_" if index and char.isupper() else "") + char.lower() for index, char in enumerate(name))

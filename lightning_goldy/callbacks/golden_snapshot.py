@@ -1,0 +1,138 @@
+"""Keeps the base parameters and tells how far the training has moved from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+from torch import nn
+
+from lightning_goldy.analysis.change import SuccessiveUpdates, WeightChange, weight_change
+from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, Findings
+from lightning_goldy.core.base import BaseParameters, read_base
+from lightning_goldy.core.space import ParameterSpace
+from lightning_goldy.core.store import StoreError, fingerprint, load_vectors, save_vectors
+from lightning_goldy.core.vector import ParameterVector
+
+BASE_FILE = "base.safetensors"
+
+
+class GoldenSnapshot(AnalysisCallback[WeightChange]):
+    """Keeps theta_0, which the other callbacks compare with, and logs the change since then.
+
+    Logs the norm of the change, the change relative to the base, the cosine between successive updates (from one
+    analysis to the next), the relative change by block, and the distribution of the elements' changes.
+
+    Args:
+        source: Where the base comes from: a vector file, a Hugging Face folder or a Lightning checkpoint. By default
+            the parameters as training starts.
+        every_n_steps: Run after every so many optimizer steps.
+        track_updates: Whether to keep the previous values and update on the CPU (twice the parameters) for the cosine.
+        **options: Of :class:`AnalysisCallback`.
+
+    Example:
+        >>> GoldenSnapshot(every_n_steps=10).state_key
+        'GoldenSnapshot[golden_snapshot]'
+    """
+
+    needs_probe = False
+
+    def __init__(
+        self,
+        source: str | Path | None = None,
+        *,
+        every_n_steps: int | None = 50,
+        track_updates: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__(every_n_steps=every_n_steps, **options)
+        self.source = source
+        self.track_updates = track_updates
+        self._base: BaseParameters | None = None
+        self._base_hash: str | None = None
+        self._updates = SuccessiveUpdates() if track_updates else None
+        self._files: dict[str, str] = {}
+
+    @property
+    def base(self) -> BaseParameters:
+        """The base parameters.
+
+        Raises:
+            RuntimeError: Training has not started yet.
+        """
+        if self._base is None:
+            raise RuntimeError("the snapshot is taken when training starts; list GoldenSnapshot before callbacks that need it")
+        return self._base
+
+    def prepare(self, trainer: L.Trainer, model: nn.Module) -> None:
+        """Takes the snapshot, or takes up the one of the run that is resumed."""
+        if self._resumed and self._previous_folder is not None:
+            self._resume(trainer, model, Path(self._previous_folder))
+            return
+        if self._base is not None and self._base_hash is not None and self._last_step >= 0:
+            return
+        space = ParameterSpace.of(model)
+        modules = trainer.lightning_module.named_modules()
+        prefix = next((f"{name}." for name, child in modules if child is model and name), "")
+        vector = read_base(self.source, model, space, prefix=prefix) if self.source else ParameterVector.of(model, space)
+        self._base, self._base_hash = BaseParameters(vector), fingerprint(vector)
+        write = trainer.is_global_zero
+        path = self.folder / BASE_FILE
+        save_vectors(
+            path, vector, kind="values", model=model, step=trainer.global_step, base_hash=self._base_hash, write=write
+        )
+        if self._updates is not None:
+            self._updates.observe(ParameterVector.of(model, space))
+
+    def _resume(self, trainer: L.Trainer, model: nn.Module, previous: Path) -> None:
+        assert self._store is not None
+        for name in (BASE_FILE, *self._files.values()):
+            self._store.carry(previous / name)
+        trainer.strategy.barrier()
+        vector, _ = load_vectors(self.folder / BASE_FILE, model)
+        found = fingerprint(vector)
+        if found != self._base_hash:
+            raise StoreError(f"{self.folder / BASE_FILE} has hash {found}, the checkpoint was made with {self._base_hash}")
+        self._base = BaseParameters(vector)
+        if self._updates is not None:
+            self._updates.load({key: load_vectors(self.folder / name, model)[0] for key, name in self._files.items()})
+
+    def compute(self, context: AnalysisContext) -> WeightChange:
+        """Measures the change since the base."""
+        return weight_change(context.model, self.base)
+
+    def describe(self, result: WeightChange, context: AnalysisContext) -> Findings:
+        """Norms and cosine as metrics; tensors and histogram for the figures."""
+        cosine = None
+        if self._updates is not None:
+            cosine = self._updates.observe(ParameterVector.of(context.model, self.base.space))
+        metrics: dict[str, float | None] = {
+            "delta_norm": result.delta_norm,
+            "relative_change": result.relative_change if math.isfinite(result.relative_change) else None,
+            "update_cosine": cosine,
+            "unchanged_share": result.unchanged / sum(result.numel),
+        }
+        metrics.update({f"relative_change/{block}": value for block, value in result.by_block().items()})
+        histogram = {"edges": list(result.edges), "counts": list(result.counts), "zero": result.unchanged}
+        changed = {"change_log10": (list(result.edges), list(result.counts))} if any(result.counts) else {}
+        return Findings(metrics, {"tensors": result.rows(), "histogram": histogram}, histograms=changed)
+
+    def save_files(self, trainer: L.Trainer, model: nn.Module) -> None:
+        """Writes the previous values and the last update, from which the next cosine follows after a resume."""
+        step = trainer.global_step
+        for key, vector in ({} if self._updates is None else self._updates.vectors()).items():
+            name = f"{key}-step={step:08d}.safetensors"
+            save_vectors(self.folder / name, vector, kind="values", model=model, step=step, write=trainer.is_global_zero)
+            self._files[key] = name
+
+    def state_dict(self) -> dict[str, Any]:
+        """Adds the hash of the base and the names of its files."""
+        return {**super().state_dict(), "base_hash": self._base_hash, "files": dict(self._files)}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Notes what the interrupted run left."""
+        super().load_state_dict(state_dict)
+        self._base_hash, self._files = state_dict["base_hash"], dict(state_dict["files"])

@@ -1,0 +1,45 @@
+"""Scalars, figures and histograms of a result to every logger that the trainer has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as L
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_goldy.report.plots import draw_plots
+from lightning_goldy.report.tensorboard import log_figure, log_histogram, log_scalars
+
+_told: set[str] = set()
+
+
+def log_findings(
+    trainer: L.Trainer, row: Mapping[str, Any], histograms: Mapping[str, tuple[list[float], list[int]]]
+) -> None:
+    """Logs a row's metrics and cost, its figures and its histograms under ``goldy/<name>/``.
+
+    Args:
+        trainer: Its loggers are written to; without one nothing happens.
+        row: A row of ``results.jsonl``.
+        histograms: Bin edges and counts by name.
+    """
+    if not trainer.loggers:
+        return
+    prefix = f"goldy/{row['name']}"
+    # Lightning's own metrics are drawn over this count, which differs from global_step with several optimizers.
+    step = trainer.fit_loop.epoch_loop._batches_that_stepped
+    scalars = {f"{prefix}/{name}": value for name, value in row["metrics"].items()}
+    scalars.update({f"{prefix}/cost/{name}": value for name, value in row["cost"].items()})
+    log_scalars(trainer.loggers, scalars, step)
+    for name, (edges, counts) in histograms.items():
+        log_histogram(trainer.loggers, f"{prefix}/{name}", (edges, counts), step)
+    try:
+        figures = draw_plots(row)
+    except ImportError as error:
+        if str(error) not in _told:
+            _told.add(str(error))
+            rank_zero_warn(f"figures are not logged: {error}")
+        return
+    for name, figure in figures.items():
+        log_figure(trainer.loggers, f"{prefix}/{name}", figure, step)

@@ -1,0 +1,111 @@
+"""What a callback analyses: the model inside a LightningModule, its objective, and the probe batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_goldy.core.objective import CausalLMObjective, Objective, map_batch
+
+
+def find_model(pl_module: nn.Module, attribute: str | None) -> nn.Module:
+    """The module that an analysis works on.
+
+    Args:
+        pl_module: The LightningModule.
+        attribute: Dotted name of a submodule; by default ``model`` when there is one, else the whole LightningModule.
+
+    Raises:
+        ValueError: There is no such submodule; those that exist are named.
+    """
+    if attribute is None:
+        model = getattr(pl_module, "model", None)
+        return model if isinstance(model, nn.Module) else pl_module
+    try:
+        return pl_module.get_submodule(attribute)
+    except AttributeError as error:
+        children = ", ".join(name for name, _ in pl_module.named_children()) or "none"
+        raise ValueError(
+            f"model_attribute={attribute!r}: {type(pl_module).__name__} has no such submodule; its children: {children}"
+        ) from error
+
+
+def find_objective(pl_module: nn.Module, model: nn.Module, given: Objective | None) -> Objective:
+    """The given objective, the LightningModule's own ``objective``, or next-token prediction for causal models.
+
+    Raises:
+        ValueError: None of them applies.
+    """
+    if given is not None:
+        return given
+    own = getattr(pl_module, "objective", None)
+    if isinstance(own, Objective):
+        return own
+    if callable(getattr(model, "prepare_inputs_for_generation", None)):
+        return CausalLMObjective()
+    raise ValueError(
+        f"{type(model).__name__} is no causal language model, so the task is not known: pass objective=ClassifierObjective(), "
+        "FunctionObjective(...) or an object with the methods of Objective"
+    )
+
+
+def find_probe(trainer: L.Trainer, pl_module: Any, given: Iterable[Any] | None) -> list[Any]:
+    """The fixed batches that analyses use, the same on every rank, on the CPU.
+
+    Looked for in this order: the callback's ``probe``, a ``probe_dataloader()`` of the LightningModule or of the data
+    module, and the validation set in its own order.
+
+    Raises:
+        ValueError: There is none, or it is empty.
+    """
+    if given is not None:
+        source, batches = "probe=", given
+    elif callable(getattr(pl_module, "probe_dataloader", None)):
+        source, batches = f"{type(pl_module).__name__}.probe_dataloader()", pl_module.probe_dataloader()
+    elif callable(getattr(trainer.datamodule, "probe_dataloader", None)):  # type: ignore[attr-defined]
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        source, batches = f"{type(datamodule).__name__}.probe_dataloader()", datamodule.probe_dataloader()
+    else:
+        source, batches = "the validation set", _whole_validation_set(trainer)
+    # Batches may have been made in inference mode, whose tensors cannot take part in a backward pass.
+    probe = [map_batch(batch, lambda tensor: tensor.detach().cpu().clone()) for batch in batches]
+    if not probe:
+        raise ValueError(f"the probe is empty: {source} gave no batch")
+    return probe
+
+
+def _whole_validation_set(trainer: L.Trainer) -> Iterable[Any]:
+    loaders = trainer.val_dataloaders
+    loader = loaders[0] if isinstance(loaders, (list, tuple)) and loaders else loaders
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        raise ValueError(
+            "no probe batches: pass probe=[...] (batches or a DataLoader), or give the data module or the LightningModule "
+            "a probe_dataloader(), or the trainer a validation DataLoader over a map-style dataset"
+        )
+    # A distributed sampler would show each rank another part, and every rank must analyse the same samples.
+    return DataLoader(loader.dataset, batch_size=loader.batch_size or 1, collate_fn=loader.collate_fn)
+
+
+@torch.no_grad()
+def check_probe(model: nn.Module, objective: Objective, probe: Iterable[Any], n_samples: int | None) -> None:
+    """One forward pass over the probe, so that a batch that cannot work fails before the first step.
+
+    Raises:
+        ValueError: There are fewer samples than ``n_samples``, or a sample's log-probability is not finite.
+    """
+    device = next(model.parameters()).device
+    seen = 0
+    for index, batch in enumerate(probe):
+        if n_samples is not None and seen >= n_samples:
+            return
+        values = objective.log_probs(model, map_batch(batch, lambda tensor: tensor.to(device)))
+        if not bool(torch.isfinite(values).all()):
+            raise ValueError(f"probe batch {index}: the log-probability is {values.tolist()}, not finite")
+        seen += len(values)
+    if n_samples is not None and seen < n_samples:
+        raise ValueError(f"n_samples={n_samples}, but the probe holds only {seen} samples")

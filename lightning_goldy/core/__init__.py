@@ -1,0 +1,23 @@
+"""What every analysis stands on; imports torch only."""
+
+from lightning_goldy.core.directions import random_direction
+from lightning_goldy.core.objective import CausalLMObjective, ClassifierObjective, FunctionObjective, Objective
+from lightning_goldy.core.space import ParameterSpace, SpaceError
+from lightning_goldy.core.store import StoreError, load_vectors, save_vectors
+from lightning_goldy.core.vector import ParameterVector, applied, substituted
+
+__all__ = [
+    "CausalLMObjective",
+    "ClassifierObjective",
+    "FunctionObjective",
+    "Objective",
+    "ParameterSpace",
+    "ParameterVector",
+    "SpaceError",
+    "StoreError",
+    "applied",
+    "load_vectors",
+    "random_direction",
+    "save_vectors",
+    "substituted",
+]

@@ -1,0 +1,102 @@
+"""Random directions that are the same global vector on any number of processes."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor, nn
+
+from lightning_goldy.core.sharding import like, local, local_box
+from lightning_goldy.core.space import ParameterSpace
+from lightning_goldy.core.vector import ParameterVector
+
+BLOCK = 1 << 16
+"""Elements drawn from one generator. Whole blocks are drawn always: torch's stream depends on the length asked for."""
+
+# Elements generated before they are sliced and copied out; bounds the memory beside the result.
+_BUFFER_BLOCKS = 16
+
+
+def random_direction(
+    space: ParameterSpace, seed: int, *, module: nn.Module | None = None, dtype: torch.dtype | None = None
+) -> ParameterVector:
+    r"""A standard normal direction, a function of (seed, canonical parameter name, element index) alone.
+
+    .. math:: v_{p, i} \sim \mathcal N(0, 1)
+
+    Neither the number of processes nor the layout, the dtype, the device or which other parameters the space holds
+    changes an element. Only this process's shards are ever stored.
+
+    Args:
+        space: The parameters to draw for.
+        seed: Any integer.
+        module: Gives each tensor the layout and the device of the module's parameter; plain CPU tensors without it.
+        dtype: Of the result; the parameters' own by default. Draws are float32 and rounded once.
+
+    Returns:
+        A vector of independent standard normal elements. Divide by ``norm()`` for a point on the unit sphere.
+
+    Example:
+        >>> layer = nn.Linear(2, 3)
+        >>> whole = random_direction(ParameterSpace.of(layer), seed=1)
+        >>> part = random_direction(ParameterSpace.of(layer, include=["bias"]), seed=1)
+        >>> torch.equal(whole["bias"], part["bias"])
+        True
+    """
+    layouts = space.resolve(module) if module is not None else None
+    tensors = {}
+    for name, shape, own in zip(space.names, space.shapes, space.dtypes, strict=True):
+        if layouts is None:
+            tensors[name] = torch.empty(shape, dtype=dtype or own)
+            fill_direction_(tensors[name], name, seed)
+        else:
+            reference = layouts[name].detach()
+            part = torch.empty(local_box(reference)[0], dtype=dtype or own, device=local(reference).device)
+            tensors[name] = like(reference, part)
+            fill_direction_(tensors[name], name, seed)
+    return ParameterVector(space, tensors)
+
+
+def fill_direction_(tensor: Tensor, name: str, seed: int) -> Tensor:
+    """Writes this process's part of the direction of one parameter into ``tensor``.
+
+    Args:
+        tensor: Plain or DTensor; its global shape is the parameter's.
+        name: Canonical parameter name.
+        seed: Any integer.
+
+    Returns:
+        The same tensor.
+    """
+    part = local(tensor)
+    shape, offset = local_box(tensor)
+    if part.numel() == 0:
+        return tensor
+    if tensor.ndim == 0:
+        part.copy_(_normals(name, seed, 0, 1).view(()))
+        return tensor
+    row = math.prod(tensor.shape[1:])  # elements of one global row
+    step = max(1, (_BUFFER_BLOCKS * BLOCK) // max(row, 1))
+    for start in range(0, shape[0], step):
+        rows = min(step, shape[0] - start)
+        first = (offset[0] + start) * row
+        drawn = _normals(name, seed, first, first + rows * row).view(rows, *tensor.shape[1:])  # [rows, ...] global columns
+        for dimension in range(1, tensor.ndim):
+            drawn = drawn.narrow(dimension, offset[dimension], shape[dimension])
+        part[start : start + rows].copy_(drawn)
+    return tensor
+
+
+def _normals(name: str, seed: int, start: int, stop: int) -> Tensor:
+    """Elements [start, stop) of a parameter's endless stream of normals, float32 on the CPU."""
+    first, last = start // BLOCK, (stop - 1) // BLOCK
+    blocks = [torch.randn(BLOCK, generator=_generator(name, seed, block)) for block in range(first, last + 1)]
+    return torch.cat(blocks)[start - first * BLOCK : stop - first * BLOCK]
+
+
+def _generator(name: str, seed: int, block: int) -> torch.Generator:
+    digest = hashlib.blake2b(f"{seed}\0{name}\0{block}".encode(), digest_size=8).digest()
+    # 63 bits: torch reads a larger seed as negative.
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -1,0 +1,107 @@
+"""Leave no trace: whatever an analysis does inside, training goes on as if it had not run."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from lightning_goldy.core.sharding import local, unshard_guard
+
+
+@contextmanager
+def isolated_rng() -> Iterator[None]:
+    """Restores the random states of Python, NumPy, torch and every CUDA device, also after an exception.
+
+    Example:
+        >>> state = torch.get_rng_state()
+        >>> with isolated_rng():
+        ...     noise = torch.rand(3)
+        >>> torch.equal(state, torch.get_rng_state())
+        True
+    """
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    # Asking an uninitialised CUDA for its states would initialise it, which forked workers cannot survive.
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+@contextmanager
+def preserved(module: nn.Module, *, training: bool | None = False) -> Iterator[nn.Module]:
+    """Gives a module to an analysis and takes it back as it was: gradients, modes, buffers, random states.
+
+    Gradients are set aside, not copied; buffers are copied and written back; the parameters' values are the business of
+    :func:`~lightning_goldy.core.vector.applied`. Inside, gradients are enabled (Lightning's validation hooks run
+    without) and, by default, the module is in evaluation mode.
+
+    Args:
+        module: The model.
+        training: Mode inside: False for evaluation, True for training, None to leave each submodule's mode.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
+        >>> model[0].weight.grad = torch.ones(2, 2)
+        >>> with preserved(model):
+        ...     model(torch.ones(1, 2)).sum().backward()
+        >>> model[0].weight.grad.sum().item(), model.training
+        (4.0, True)
+    """
+    unshard_guard(module)
+    modes = [(child, child.training) for child in module.modules()]
+    parameters = list(module.parameters())
+    gradients = [parameter.grad for parameter in parameters]
+    requires = [parameter.requires_grad for parameter in parameters]
+    buffers = [(buffer, local(buffer).clone()) for buffer in module.buffers()]
+    with isolated_rng(), torch.inference_mode(False), torch.enable_grad():
+        try:
+            for parameter in parameters:
+                parameter.grad = None
+            if training is not None:
+                module.train(training)
+            yield module
+        finally:
+            unshard_guard(module)
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    local(buffer).copy_(value)
+            for parameter, gradient, needed in zip(parameters, gradients, requires, strict=True):
+                if parameter.requires_grad is not needed:
+                    parameter.requires_grad_(needed)
+                parameter.grad = gradient
+            for child, mode in modes:
+                child.training = mode
+
+
+@contextmanager
+def undisturbed(trainer: Any, pl_module: nn.Module, *, training: bool | None = False) -> Iterator[nn.Module]:
+    """The whole isolation of an analysis that runs inside a training loop.
+
+    Everything of :func:`preserved`, for the unwrapped LightningModule (so DistributedDataParallel reduces nothing),
+    under the trainer's own autocast, whose cache of low-precision weights is dropped on both sides.
+
+    Args:
+        trainer: The Lightning trainer.
+        pl_module: Its LightningModule.
+        training: Mode inside, as for :func:`preserved`.
+
+    Yields:
+        The LightningModule.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(preserved(pl_module, training=training))
+        torch.clear_autocast_cache()
+        stack.callback(torch.clear_autocast_cache)
+        stack.enter_context(trainer.precision_plugin.forward_context())
+        yield pl_module

@@ -1,0 +1,98 @@
+"""Canonical parameter names, and what part of a model a name belongs to."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from typing import Literal
+
+from torch import nn
+
+Kind = Literal["attention", "mlp", "norm", "embedding", "head", "other"]
+
+# Wrappers rename parameters; a vector recorded with one must match a model without it.
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+_BLOCK = re.compile(r"^(?P<block>.*?\.?(?:^|\.)\d+)\.(?P<rest>.*)$")
+
+# Read from the innermost name outwards, so that the norm inside an attention module counts as a norm.
+_KINDS: tuple[tuple[Kind, re.Pattern[str]], ...] = (
+    ("norm", re.compile(r"norm|(^|_)ln(_|\d|$)")),
+    ("embedding", re.compile(r"embed|^wte$|^wpe$")),
+    ("head", re.compile(r"^lm_head$|^classifier$|^score$|^embed_out$|^cls$")),
+    ("attention", re.compile(r"attn|attention|^[qkvo]_proj$|query|key|value")),
+    ("mlp", re.compile(r"mlp|ffn|feed_forward|^fc\d?$|^c_fc$|intermediate|^output$|expert|moe")),
+)
+
+
+def canonical_name(name: str) -> str:
+    """The name without the prefixes of ``torch.compile`` and activation checkpointing.
+
+    Example:
+        >>> canonical_name("_orig_mod.h.0._checkpoint_wrapped_module.weight")
+        'h.0.weight'
+    """
+    return _WRAPPERS.sub("", name)
+
+
+def block_of(name: str) -> str:
+    """The block that a parameter belongs to, or the part of the model outside all blocks.
+
+    Example:
+        >>> block_of("transformer.h.11.attn.c_attn.weight"), block_of("transformer.wte.weight"), block_of("lm_head.weight")
+        ('transformer.h.11', 'embeddings', 'head')
+        >>> block_of("transformer.ln_f.weight")
+        'final'
+    """
+    match = _BLOCK.match(name)
+    if match:
+        return match["block"]
+    return {"embedding": "embeddings", "head": "head", "norm": "final"}.get(kind_of(name), "other")
+
+
+def kind_of(name: str) -> Kind:
+    """What a parameter does, read from its name.
+
+    Example:
+        >>> [kind_of(f"model.layers.0.{part}.weight") for part in ("self_attn.q_proj", "mlp.up_proj", "input_layernorm")]
+        ['attention', 'mlp', 'norm']
+        >>> kind_of("model.layers.0.self_attn.q_norm.weight"), kind_of("bert.encoder.layer.1.output.dense.weight")
+        ('norm', 'mlp')
+    """
+    # A LoRA adapter is called after the module that it adapts.
+    parts = [part for part in name.lower().split(".") if not part.startswith("lora_") and not part.isdigit()]
+    for part in reversed(parts):
+        for kind, pattern in _KINDS[:3]:
+            if pattern.search(part):
+                return kind
+    joined = [part for part in parts if part != "output" or "attention" not in parts]
+    for kind, pattern in _KINDS[3:]:
+        if any(pattern.search(part) for part in joined):
+            return kind
+    return "other"
+
+
+def model_class(module: nn.Module) -> str:
+    """Class name of a module, seen through ``torch.compile`` and FSDP2, which wrap or rename it.
+
+    Example:
+        >>> model_class(nn.Linear(1, 1))
+        'Linear'
+    """
+    module = getattr(module, "_orig_mod", module)
+    # fully_shard swaps the class for a subclass called FSDP<name>.
+    sharded = next((base for base in type(module).__mro__[1:] if base.__name__ == "FSDPModule"), None)
+    return type(module).__name__.removeprefix("FSDP") if sharded else type(module).__name__
+
+
+def suggestion(value: str, valid: Iterable[str]) -> str:
+    """A sentence that lists the valid choices, the closest first.
+
+    Example:
+        >>> suggestion("taylr", ["gradient", "taylor"])
+        "did you mean 'taylor'? Valid: gradient, taylor"
+    """
+    choices = [str(choice) for choice in valid]
+    close = difflib.get_close_matches(value, choices, n=1)
+    shown = ", ".join(choices[:40]) + (f", ... ({len(choices)} in all)" if len(choices) > 40 else "")
+    return (f"did you mean {close[0]!r}? " if close else "") + f"Valid: {shown}"

@@ -1,0 +1,306 @@
+"""Objectives: how a batch becomes logits at target positions, log-probabilities per sample, and a loss."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IGNORE_INDEX = -100
+"""The label that marks a position without a target (the Hugging Face convention)."""
+
+
+@dataclass(frozen=True)
+class TargetLogits:
+    """The logits where there is something to predict.
+
+    Args:
+        logits: Shape ``[N, V]``, one row per target.
+        targets: Shape ``[N]``, class or token indices.
+        sample: Shape ``[N]``, the row of the batch that each target belongs to.
+        n_samples: The number of rows of the batch.
+
+    Example:
+        >>> target = TargetLogits(torch.zeros(3, 4), torch.tensor([0, 1, 2]), torch.tensor([0, 0, 1]), 2)
+        >>> target.log_probs().tolist() == [-torch.tensor(4.0).log().item()] * 2
+        True
+    """
+
+    logits: Tensor
+    targets: Tensor
+    sample: Tensor
+    n_samples: int
+
+    def token_losses(self) -> Tensor:
+        """Negative log-probability of each target, shape ``[N]``, nats; at least float32."""
+        logits = self.logits if self.logits.dtype in (torch.float32, torch.float64) else self.logits.float()
+        return F.cross_entropy(logits, self.targets, reduction="none")
+
+    def log_probs(self) -> Tensor:
+        """Mean log-probability of each sample's targets, shape ``[n_samples]``, nats.
+
+        Raises:
+            ValueError: A sample has no target, so its mean is undefined.
+        """
+        losses = self.token_losses()
+        counts = torch.bincount(self.sample, minlength=self.n_samples)
+        empty = (counts == 0).nonzero().flatten().tolist()
+        if empty:
+            raise ValueError(f"samples {empty[:5]} of a batch of {self.n_samples} have no target: every label is masked")
+        total = losses.new_zeros(self.n_samples).index_add(0, self.sample, losses)
+        return -total / counts
+
+    def loss(self) -> Tensor:
+        """Mean negative log-probability over all targets, a scalar, nats."""
+        return self.token_losses().mean()
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """What an analysis needs to know of a task; anything with these four methods serves."""
+
+    def logits_and_targets(self, model: nn.Module, batch: Any) -> TargetLogits:
+        """Logits at target positions and their targets."""
+        ...
+
+    def log_probs(self, model: nn.Module, batch: Any) -> Tensor:
+        """Mean log-probability of each sample's targets, shape ``[B]``, nats."""
+        ...
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Mean negative log-probability over the target positions of the batch, a scalar, nats."""
+        ...
+
+    def samples(self, batch: Any) -> Iterator[Any]:
+        """The batch cut into batches of one sample."""
+        ...
+
+
+class CausalLMObjective:
+    r"""Next-token prediction on Hugging Face batches.
+
+    .. math:: \log p(\text{response} \mid \text{query}) = \frac{1}{|T|} \sum_{t \in T} \log p(x_t \mid x_{<t})
+
+    where T are the positions with a label other than -100 and an attention mask other than 0. Without labels every
+    non-padding next token is a target. Only the needed logits are computed where the model can do so
+    (``logits_to_keep``) and fewer than half of the positions are targets.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=11, n_positions=16)).eval()
+        >>> ids = torch.tensor([[1, 2, 3, 4]])
+        >>> loss = CausalLMObjective().loss(model, {"input_ids": ids})
+        >>> torch.allclose(loss, model(input_ids=ids, labels=ids).loss)
+        True
+    """
+
+    def logits_and_targets(self, model: nn.Module, batch: Mapping[str, Any]) -> TargetLogits:
+        """Logits and targets at every target position.
+
+        Args:
+            model: A causal language model whose output has ``logits`` of shape ``[B, T, V]``.
+            batch: ``input_ids`` of shape ``[B, T]`` and optionally ``attention_mask`` and ``labels`` of that shape.
+
+        Raises:
+            ValueError: The batch lacks ``input_ids``, its shapes differ, or every target is masked.
+        """
+        labels = self._labels(batch)
+        n_samples, length = labels.shape
+        valid = labels[:, 1:] != IGNORE_INDEX  # [B, T-1]; position t predicts token t+1
+        if not valid.any():
+            raise ValueError(
+                f"a batch of {n_samples} samples of {length} tokens has no target: every label is masked (-100 or padding)"
+            )
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        if "position_ids" not in inputs and "attention_mask" in inputs and accepts(model, "position_ids"):
+            inputs.update(_left_padding_positions(inputs["attention_mask"]))
+        if accepts(model, "use_cache"):
+            inputs["use_cache"] = False
+        positions = valid.any(dim=0).nonzero().flatten()  # [K]
+        if len(positions) < length // 2 and accepts(model, "logits_to_keep"):
+            logits = model(**inputs, logits_to_keep=positions).logits  # [B, K, V]
+        else:
+            logits = model(**inputs).logits[:, positions]  # [B, T, V] -> [B, K, V]
+        kept = valid[:, positions]  # [B, K]
+        sample = torch.arange(n_samples, device=labels.device)[:, None].expand_as(kept)
+        return TargetLogits(logits[kept], labels[:, 1:][:, positions][kept], sample[kept], n_samples)
+
+    def log_probs(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        """Mean log-probability of each sample's response tokens, shape ``[B]``, nats."""
+        return self.logits_and_targets(model, batch).log_probs()
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        """Mean cross-entropy over the target tokens of the batch, a scalar, nats."""
+        return self.logits_and_targets(model, batch).loss()
+
+    def samples(self, batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """The batch cut into batches of one sample."""
+        return split_batch(batch)
+
+    @staticmethod
+    def _labels(batch: Mapping[str, Any]) -> Tensor:
+        if not isinstance(batch, Mapping) or "input_ids" not in batch:
+            found = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
+            raise ValueError(f"a causal language model's batch is a dict with 'input_ids'; this one is {found}")
+        ids = batch["input_ids"]
+        labels = batch.get("labels")
+        labels = ids if labels is None else labels
+        mask = batch.get("attention_mask")
+        for name, tensor in (("labels", labels), ("attention_mask", mask)):
+            if tensor is not None and tensor.shape != ids.shape:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, input_ids {tuple(ids.shape)}")
+        return labels if mask is None else labels.masked_fill(mask == 0, IGNORE_INDEX)
+
+
+class ClassifierObjective:
+    r"""Classification by any module: ``(x, y)`` batches, or dicts with ``labels``.
+
+    .. math:: \log p(y \mid x) = \log \mathrm{softmax}(f(x))_y
+
+    Example:
+        >>> batch = (torch.ones(2, 3), torch.tensor([0, 1]))
+        >>> ClassifierObjective().log_probs(nn.Linear(3, 2), batch).shape
+        torch.Size([2])
+    """
+
+    def logits_and_targets(self, model: nn.Module, batch: Any) -> TargetLogits:
+        """Logits of shape ``[B, classes]`` and the labels of shape ``[B]``.
+
+        Raises:
+            ValueError: The batch is neither an (x, y) pair nor a dict with ``labels``, or the labels are not class
+                indices of shape ``[B]``.
+        """
+        if isinstance(batch, Mapping) and "labels" in batch:
+            labels = batch["labels"]
+            output = model(**{key: value for key, value in batch.items() if key != "labels"})
+        elif isinstance(batch, (tuple, list)) and len(batch) == 2:
+            inputs, labels = batch
+            output = model(inputs)
+        else:
+            found = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
+            raise ValueError(f"a classifier's batch is a pair (x, y) or a dict with 'labels'; this one is {found}")
+        logits = output if isinstance(output, Tensor) else output.logits
+        if labels.is_floating_point() or labels.shape != logits.shape[:1]:
+            raise ValueError(
+                f"labels must be class indices of shape [{logits.shape[0]}]; got {labels.dtype} of shape {tuple(labels.shape)}"
+            )
+        return TargetLogits(logits, labels, torch.arange(len(labels), device=labels.device), len(labels))
+
+    def log_probs(self, model: nn.Module, batch: Any) -> Tensor:
+        """Log-probability of each sample's label, shape ``[B]``, nats."""
+        return self.logits_and_targets(model, batch).log_probs()
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Mean cross-entropy over the batch, a scalar, nats."""
+        return self.logits_and_targets(model, batch).loss()
+
+    def samples(self, batch: Any) -> Iterator[Any]:
+        """The batch cut into batches of one sample."""
+        return split_batch(batch)
+
+
+class FunctionObjective:
+    """Any scalar loss as an objective.
+
+    Args:
+        function: ``function(model, batch) -> scalar`` loss, taken for a mean negative log-probability in nats.
+        logits: Optional ``logits(model, batch) -> TargetLogits`` for the analyses that compare distributions.
+
+    Example:
+        >>> objective = FunctionObjective(lambda model, batch: (model(batch) ** 2).mean())
+        >>> objective.log_probs(nn.Identity(), torch.tensor([[1.0], [2.0]])).tolist()
+        [-1.0, -4.0]
+    """
+
+    def __init__(
+        self,
+        function: Callable[[nn.Module, Any], Tensor],
+        logits: Callable[[nn.Module, Any], TargetLogits] | None = None,
+    ) -> None:
+        self.function = function
+        self.logits = logits
+
+    def logits_and_targets(self, model: nn.Module, batch: Any) -> TargetLogits:
+        """What the given ``logits`` function returns.
+
+        Raises:
+            TypeError: None was given, so analyses of distributions cannot run on this objective.
+        """
+        if self.logits is None:
+            raise TypeError(
+                "this FunctionObjective has a loss but no logits; pass logits=, or use CausalLMObjective or ClassifierObjective"
+            )
+        return self.logits(model, batch)
+
+    def log_probs(self, model: nn.Module, batch: Any) -> Tensor:
+        """Minus the loss of each sample on its own, shape ``[B]``."""
+        return torch.stack([-self.loss(model, sample) for sample in self.samples(batch)])
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """The function's value on the whole batch, a scalar."""
+        value = self.function(model, batch)
+        if value.ndim:
+            raise ValueError(f"the objective's function must return a scalar; got shape {tuple(value.shape)}")
+        return value
+
+    def samples(self, batch: Any) -> Iterator[Any]:
+        """The batch cut into batches of one sample."""
+        return split_batch(batch)
+
+
+def split_batch(batch: Any) -> Iterator[Any]:
+    """Cuts every tensor of a batch along its first dimension into batches of one.
+
+    Raises:
+        ValueError: The batch holds no tensor, or tensors of different lengths.
+
+    Example:
+        >>> [part["x"].shape for part in split_batch({"x": torch.zeros(2, 3)})]
+        [torch.Size([1, 3]), torch.Size([1, 3])]
+    """
+    lengths = {len(tensor) for tensor in batch_tensors(batch)}
+    if len(lengths) != 1:
+        raise ValueError(f"a batch's tensors must share their first dimension; found lengths {sorted(lengths)}")
+    for index in range(lengths.pop()):
+        yield map_batch(batch, lambda tensor, index=index: tensor[index : index + 1])
+
+
+def map_batch(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Applies a function to every tensor of nested dicts, lists and tuples; other values pass through."""
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if isinstance(batch, Mapping):
+        return {key: map_batch(value, function) for key, value in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        parts = [map_batch(value, function) for value in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    return batch
+
+
+def batch_tensors(batch: Any) -> Iterator[Tensor]:
+    """Every tensor in nested dicts, lists and tuples."""
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, (Mapping, list, tuple)):
+        values: Iterable[Any] = batch.values() if isinstance(batch, Mapping) else batch
+        for value in values:
+            yield from batch_tensors(value)
+
+
+def accepts(model: nn.Module, argument: str) -> bool:
+    """Whether the model's forward names this argument; looks through PEFT and ``torch.compile`` wrappers."""
+    model = getattr(model, "_orig_mod", model)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return argument in inspect.signature(base.forward).parameters
+
+
+def _left_padding_positions(attention_mask: Tensor) -> dict[str, Tensor]:
+    # With padding on the left, positions must count from each sample's first token, or the padding would matter.
+    if attention_mask.ndim != 2 or bool((attention_mask[:, 0] != 0).all()):
+        return {}
+    return {"position_ids": (attention_mask.long().cumsum(dim=1) - 1).clamp_(min=0)}

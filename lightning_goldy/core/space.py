@@ -1,0 +1,210 @@
+"""The one representation of parameter space: which parameters, and vectors of them matched by name."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from lightning_goldy.core.naming import canonical_name, suggestion
+
+
+class SpaceError(ValueError):
+    """Two parameter spaces differ, or a selection is empty; the message names the first difference."""
+
+
+@dataclass(frozen=True)
+class ParameterSpace:
+    """An ordered selection of a module's trainable parameters, tied weights once.
+
+    Args:
+        names: Canonical names, in the module's order.
+        shapes: Global shapes.
+        dtypes: The parameters' dtypes.
+
+    Example:
+        >>> space = ParameterSpace.of(nn.Linear(3, 2))
+        >>> space.names, space.numel
+        (('weight', 'bias'), 8)
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]
+    dtypes: tuple[torch.dtype, ...]
+    _index: dict[str, int] = field(init=False, repr=False, compare=False, hash=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_index", {name: index for index, name in enumerate(self.names)})
+
+    @classmethod
+    def of(
+        cls,
+        module: nn.Module,
+        include: Iterable[str] = ("*",),
+        exclude: Iterable[str] = (),
+        last_layers: float | int | None = None,
+    ) -> ParameterSpace:
+        """Selects trainable parameters by name.
+
+        Args:
+            module: The model; a wrapper of ``torch.compile`` or activation checkpointing does not change names.
+            include: Glob patterns; a parameter is taken when at least one matches its name.
+            exclude: Glob patterns that take parameters out again.
+            last_layers: Keep only parameters of the last blocks: a fraction in (0, 1] of the blocks, rounded up, or
+                their number as an int. Parameters outside the blocks are left out.
+
+        Raises:
+            SpaceError: A pattern or the whole selection matches nothing, or the module is wrapped by FSDP1.
+        """
+        for name, value in (("include", include), ("exclude", exclude)):
+            if isinstance(value, str):
+                raise SpaceError(f"{name} is a list of patterns; got the string {value!r}, write [{value!r}]")
+        include, exclude = tuple(include), tuple(exclude)
+        parameters = dict(trainable_parameters(module))
+        if not parameters:
+            raise SpaceError(f"{type(module).__name__} has no trainable parameter: every requires_grad is False")
+        for pattern in (*include, *exclude):
+            if not fnmatch.filter(parameters, pattern):
+                raise SpaceError(f"pattern {pattern!r} matches no trainable parameter; {suggestion(pattern, parameters)}")
+        kept = set(parameters) if last_layers is None else _in_last_layers(module, parameters, last_layers)
+        chosen = {
+            name: parameter
+            for name, parameter in parameters.items()
+            if name in kept
+            and any(fnmatch.fnmatchcase(name, pattern) for pattern in include)
+            and not any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude)
+        }
+        if not chosen:
+            raise SpaceError(
+                f"include={list(include)}, exclude={list(exclude)}, last_layers={last_layers} select none of the "
+                f"{len(parameters)} trainable parameters of {type(module).__name__}"
+            )
+        return cls(
+            tuple(chosen),
+            tuple(parameter.shape for parameter in chosen.values()),
+            tuple(parameter.dtype for parameter in chosen.values()),
+        )
+
+    @property
+    def numel(self) -> int:
+        """Number of elements in all."""
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._index
+
+    def shape(self, name: str) -> torch.Size:
+        """Global shape of one parameter."""
+        return self.shapes[self.index(name)]
+
+    def index(self, name: str) -> int:
+        """Position of a name.
+
+        Raises:
+            SpaceError: The space lacks it.
+        """
+        if name not in self._index:
+            raise SpaceError(f"no parameter {name!r} in this space; {suggestion(name, self.names)}")
+        return self._index[name]
+
+    def resolve(self, module: nn.Module) -> dict[str, nn.Parameter]:
+        """The module's own parameters of this space, by name.
+
+        Raises:
+            SpaceError: One is missing or has another shape.
+        """
+        available = {canonical_name(name): parameter for name, parameter in module.named_parameters()}
+        for name, shape in zip(self.names, self.shapes, strict=True):
+            if name not in available:
+                raise SpaceError(
+                    f"{type(module).__name__} has no parameter {name!r}; {suggestion(name, available)}"
+                )
+            if available[name].shape != shape:
+                raise SpaceError(f"{name}: shape {tuple(available[name].shape)} in the module, {tuple(shape)} in the space")
+        return {name: available[name] for name in self.names}
+
+    def require_same(self, other: ParameterSpace) -> None:
+        """Checks that two spaces hold the same names and shapes in the same order.
+
+        Raises:
+            SpaceError: They differ; the message names the first difference.
+        """
+        if self is other:
+            return
+        for mine, theirs in zip(self.names, other.names, strict=False):
+            if mine != theirs:
+                raise SpaceError(f"two parameter spaces differ: {mine!r} in one, {theirs!r} in the other")
+        if len(self) != len(other):
+            longer = self if len(self) > len(other) else other
+            raise SpaceError(f"two parameter spaces differ: only one of them has {longer.names[min(len(self), len(other))]!r}")
+        for name, mine_shape, their_shape in zip(self.names, self.shapes, other.shapes, strict=True):
+            if mine_shape != their_shape:
+                raise SpaceError(f"two parameter spaces differ: {name} is {tuple(mine_shape)} and {tuple(their_shape)}")
+
+    def subspace(self, names: Iterable[str]) -> ParameterSpace:
+        """The part with these names, in this space's order."""
+        wanted = {self.index(name) for name in names}
+        keep = [index for index in range(len(self)) if index in wanted]
+        return ParameterSpace(
+            tuple(self.names[i] for i in keep), tuple(self.shapes[i] for i in keep), tuple(self.dtypes[i] for i in keep)
+        )
+
+
+def trainable_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Canonical names and parameters that require gradients, tied weights once.
+
+    Raises:
+        SpaceError: The module is wrapped by FSDP1, whose flat parameters have no meaning one by one.
+    """
+    for name, parameter in module.named_parameters():
+        if "_flat_param" in name or type(parameter).__name__ == "FlatParameter":
+            raise SpaceError(
+                f"{name} is a flat parameter of FullyShardedDataParallel (FSDP1), which merges weights across layers; use FSDP2: "
+                "ModelParallelStrategy with torch.distributed.fsdp.fully_shard in configure_model"
+            )
+        if parameter.requires_grad:
+            yield canonical_name(name), parameter
+
+
+def _in_last_layers(module: nn.Module, parameters: dict[str, nn.Parameter], last_layers: float | int) -> set[str]:
+    prefix, count = block_list(module)
+    if isinstance(last_layers, bool) or not (
+        (isinstance(last_layers, int) and 1 <= last_layers <= count)
+        or (isinstance(last_layers, float) and 0 < last_layers <= 1)
+    ):
+        raise SpaceError(f"last_layers is a fraction in (0, 1] or a number of blocks from 1 to {count}; got {last_layers!r}")
+    # 0.1 * 30 is 3.0000000000000004 in floating point and must stay 3 blocks.
+    keep = last_layers if isinstance(last_layers, int) else math.ceil(last_layers * count - 1e-9)
+    pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
+    indices = {name: int(match[1]) for name in parameters if (match := pattern.match(name))}
+    return {name for name, index in indices.items() if index >= count - keep}
+
+
+def block_list(module: nn.Module) -> tuple[str, int]:
+    """Name and length of the module list that holds the most parameters: a transformer's blocks.
+
+    Raises:
+        SpaceError: The module has no such list.
+    """
+    sizes = {
+        canonical_name(f"{name}.").rstrip("."): (sum(parameter.numel() for parameter in child.parameters()), len(child))
+        for name, child in module.named_modules()
+        if isinstance(child, (nn.ModuleList, nn.Sequential)) and len(child) and name
+    }
+    if not sizes:
+        raise SpaceError(f"{type(module).__name__} has no list of blocks, so last_layers cannot be resolved")
+    name = max(sizes, key=lambda key: (sizes[key][0], -key.count(".")))
+    return name, sizes[name][1]
+
+
