@@ -22,7 +22,7 @@ from lightning_goldy.callbacks.subject import check_probe, find_model, find_obje
 from lightning_goldy.core.isolation import undisturbed
 from lightning_goldy.core.naming import suggestion
 from lightning_goldy.core.objective import Objective
-from lightning_goldy.core.sharding import Replicas
+from lightning_goldy.core.sharding import Replicas, unshard_guard
 from lightning_goldy.core.space import trainable_parameters
 from lightning_goldy.core.store import Kind, save_vectors
 from lightning_goldy.core.vector import ParameterVector, require_finite
@@ -185,6 +185,8 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         elif not again:
             self._store.start_fresh()
         self._seen_step = trainer.global_step
+        # The sanity check's forward may have left FSDP2's root unsharded.
+        unshard_guard(pl_module)
         model = find_model(pl_module, self.model_attribute)
         require_finite(dict(trainable_parameters(model)), "weights")
         if self.needs_probe:

@@ -27,8 +27,9 @@ def log_findings(
     if not trainer.loggers:
         return
     prefix = f"goldy/{row['name']}"
-    # Lightning's own metrics are drawn over this count, which differs from global_step with several optimizers.
-    step = trainer.fit_loop.epoch_loop._batches_that_stepped
+    # Lightning draws its own metrics over batches that stepped, and global_step counts every optimizer's step. So the
+    # loss at x is the one of the weights that an analysis at x has seen.
+    step = trainer.global_step // max(1, len(trainer.optimizers))
     scalars = {f"{prefix}/{name}": value for name, value in row["metrics"].items()}
     scalars.update({f"{prefix}/cost/{name}": value for name, value in row["cost"].items()})
     log_scalars(trainer.loggers, scalars, step)

@@ -1,0 +1,118 @@
+"""What the page says of each analysis: what it measures and how to read it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Description:
+    """The words around an analysis on the report page.
+
+    Args:
+        title: Heading of its section.
+        measures: A sentence that says what is measured.
+        reading: A sentence that says how to read the numbers.
+        metrics: Meaning of each metric; for names with a slash, of the part before the last slash.
+    """
+
+    title: str
+    measures: str
+    reading: str
+    metrics: Mapping[str, str] = field(default_factory=dict)
+
+    def meaning(self, metric: str) -> str:
+        """Meaning of a metric, or nothing where none is known.
+
+        Example:
+            >>> Description("", "", "", {"change": "by block"}).meaning("change/h.0")
+            'by block'
+        """
+        return self.metrics.get(metric) or self.metrics.get(metric.rpartition("/")[0], "")
+
+
+_DESCRIPTIONS: dict[str, Description] = {}
+
+
+def describe(analysis: str, description: Description) -> None:
+    """Adds the description of an analysis; the page shows analyses in the order in which they were described.
+
+    Args:
+        analysis: The ``analysis`` field of its rows.
+        description: The words.
+
+    Raises:
+        ValueError: It is described already.
+
+    Example:
+        >>> describe("golden_parameters", Description("Golden", "", ""))
+        Traceback (most recent call last):
+        ValueError: analysis 'golden_parameters' is described already: 'Golden parameters'
+    """
+    if analysis in _DESCRIPTIONS:
+        raise ValueError(f"analysis {analysis!r} is described already: {_DESCRIPTIONS[analysis].title!r}")
+    _DESCRIPTIONS[analysis] = description
+
+
+def description_of(analysis: str) -> Description:
+    """The description of an analysis; one that was never described gets its own name as the title.
+
+    Example:
+        >>> description_of("some_analysis").title
+        'Some analysis'
+    """
+    return _DESCRIPTIONS.get(analysis) or Description(analysis.replace("_", " ").capitalize(), "", "")
+
+
+def position_of(analysis: str) -> int:
+    """Place of an analysis on the page; those without a description come last.
+
+    Example:
+        >>> position_of("golden_snapshot") < position_of("golden_parameters") < position_of("some_analysis")
+        True
+    """
+    return list(_DESCRIPTIONS).index(analysis) if analysis in _DESCRIPTIONS else len(_DESCRIPTIONS)
+
+
+describe(
+    "golden_snapshot",
+    Description(
+        title="Change since the snapshot",
+        measures="How far the weights have moved from the base model that was kept when the finetune began.",
+        reading=(
+            "A small relative change is a small step; blocks that stand out in the heat map are where the finetune "
+            "happened. A cosine near 1 between successive updates means a steady direction, near 0 wandering, below 0 "
+            "going back and forth."
+        ),
+        metrics={
+            "delta_norm": "||Delta||, the distance from the snapshot",
+            "relative_change": "||Delta|| divided by the norm of the snapshot",
+            "update_cosine": "cosine between this update and the one before",
+        },
+    ),
+)
+describe(
+    "golden_parameters",
+    Description(
+        title="Golden parameters",
+        measures=(
+            "Which parameters matter to every sample: for each one the top k % by gradient score are marked, and a "
+            "parameter is golden when enough of the samples mark it."
+        ),
+        reading=(
+            "Compare the density with the one expected by chance: far above it, the samples share parameters. A delta "
+            "share above the density (a ratio above 1) means that the finetune moved the golden parameters more than "
+            "the others; a Jaccard index near 1 that the set is stable."
+        ),
+        metrics={
+            "count": "golden parameters",
+            "density": "golden parameters divided by all",
+            "chance_density": "density expected if samples marked parameters independently",
+            "density_over_chance": "density divided by the one expected by chance",
+            "jaccard_previous": "overlap with the mask of the analysis before (intersection over union)",
+            "delta_share": "share of ||Delta||^2 that golden parameters carry",
+            "delta_share_over_density": "that share divided by the density; 1 = no more than their number",
+        },
+    ),
+)

@@ -1,0 +1,87 @@
+"""Which figures belong to which analysis, and the error that a result gets which cannot be drawn."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, TypeVar
+
+Row = Mapping[str, Any]
+Figure = TypeVar("Figure")
+
+
+class ReportError(ValueError):
+    """A run directory or a row in it is not what the report can read; the message names the place."""
+
+
+class FigureRegistry(Generic[Figure]):
+    """Functions that turn a row of ``results.jsonl`` into a figure, by analysis and figure name.
+
+    Args:
+        kind: What the figures are made with; it appears in error messages.
+
+    Example:
+        >>> registry = FigureRegistry("text")
+        >>> @registry.register("golden_parameters", "count")
+        ... def count(row):
+        ...     return f"{row['metrics']['count']} golden"
+        >>> registry.draw({"analysis": "golden_parameters", "metrics": {"count": 3}})
+        {'count': '3 golden'}
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._functions: dict[str, dict[str, Callable[[Row], Figure]]] = {}
+
+    def register(self, analysis: str, name: str) -> Callable[[Callable[[Row], Figure]], Callable[[Row], Figure]]:
+        """Decorator that adds a figure to an analysis.
+
+        Args:
+            analysis: The ``analysis`` field of the rows that it draws.
+            name: Name of the figure, unique within the analysis.
+
+        Raises:
+            ValueError: The analysis has a figure of that name.
+        """
+
+        def add(function: Callable[[Row], Figure]) -> Callable[[Row], Figure]:
+            figures = self._functions.setdefault(analysis, {})
+            if name in figures:
+                known = f"{figures[name].__module__}.{figures[name].__qualname__}"
+                raise ValueError(f"analysis {analysis!r} has a {self.kind} figure {name!r} already: {known}")
+            figures[name] = function
+            return function
+
+        return add
+
+    def names(self, analysis: str) -> tuple[str, ...]:
+        """Names of the figures of an analysis, in the order of their registration; none when it is unknown."""
+        return tuple(self._functions.get(analysis, ()))
+
+    def draw(self, row: Row) -> dict[str, Figure]:
+        """Draws every figure of the row's analysis; an analysis without figures gives an empty dict.
+
+        Raises:
+            ReportError: The row lacks what a figure needs.
+        """
+        return {name: function(row) for name, function in self._functions.get(row["analysis"], {}).items()}
+
+
+def require(module: str) -> Any:
+    """Imports a module of the optional ``report`` extra.
+
+    Args:
+        module: Dotted name.
+
+    Raises:
+        ImportError: It is not installed; the message says how to install it.
+
+    Example:
+        >>> require("json").dumps([])
+        '[]'
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise ImportError(f'figures need {package}: pip install "lightning-goldy[report]"') from error

@@ -1,0 +1,99 @@
+"""Attaching a callback changes no bit of the training: weights, buffers, optimizer, random states, losses."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_goldy.callbacks import AnalysisCallback, Findings, GoldenParameters, GoldenSnapshot
+from tests.callbacks.training import Finetune, differences, fit
+
+EVERYWHERE = {"every_n_steps": 3, "every_n_epochs": 1, "at": ("start", "checkpoint", "end")}
+CALLBACKS = {
+    "snapshot": lambda: [GoldenSnapshot(**EVERYWHERE)],
+    "golden": lambda: [GoldenParameters(n_samples=3, **EVERYWHERE)],
+    "golden_global": lambda: [GoldenParameters(n_samples=3, scope="global", last_layers=1, **EVERYWHERE)],
+    "both": lambda: [GoldenSnapshot(**EVERYWHERE), GoldenParameters(n_samples=3, score="taylor", **EVERYWHERE)],
+}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    cache = {}
+
+    def run(key, **options):
+        if key not in cache:
+            cache[key] = fit(tmp_path_factory.mktemp("plain"), **options)[2]
+        return cache[key]
+
+    return run
+
+
+@pytest.mark.parametrize("callbacks", CALLBACKS)
+def test_single_device(plain, tmp_path, callbacks):
+    options = {"enable_checkpointing": True}
+    trainer, _, found = fit(tmp_path, CALLBACKS[callbacks](), **options)
+    assert differences(plain("checkpoints", **options), found) == []
+    for callback in trainer.callbacks:
+        if isinstance(callback, AnalysisCallback):
+            assert len((callback.folder / "results.jsonl").read_text().splitlines()) >= 5
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"accumulate_grad_batches": 3},
+        {"precision": "bf16-mixed"},
+        {"precision": "bf16-true"},
+        {"gradient_clip_val": 0.1, "val_check_interval": 3},
+    ],
+    ids=str,
+)
+def test_accumulation_precision_and_clipping(plain, tmp_path, options):
+    _, _, found = fit(tmp_path, CALLBACKS["both"](), **options)
+    assert differences(plain(str(options), **options), found) == []
+
+
+def test_the_comparison_notices_a_callback_that_disturbs(plain, tmp_path):
+    class Disturbing(AnalysisCallback[float]):
+        needs_probe = False
+
+        def compute(self, context):
+            return 0.0
+
+        def describe(self, result, context):
+            return Findings({"nothing": result})
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            torch.rand(1)
+
+    _, _, found = fit(tmp_path, [Disturbing()])
+    assert {"weights", "losses", "torch", "optimizer"} <= set(differences(plain("checkpoints"), found))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes(tmp_path, strategy):
+    """The training is undisturbed on both ranks, and the masks and rows are those of one process."""
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.callbacks.two_processes", strategy, str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in range(2):
+        found = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert found["differences"] == []
+        assert found["world_size"] == 2
+        assert found["same_mask_as_one_process"] is True
+        assert found["same_change_as_one_process"] is True
+
+
+def test_a_users_own_module_needs_at_most_an_objective_and_an_attribute(tmp_path):
+    callback = GoldenParameters(n_samples=2, model_attribute="model.transformer.h", at=("end",))
+    with pytest.raises(ValueError, match="pass objective="):
+        fit(tmp_path, [callback], module=Finetune, max_epochs=1)

@@ -1,0 +1,120 @@
+"""A run that is stopped and resumed gives the results of one that was not."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_goldy.callbacks import ExactResume, GoldenParameters, GoldenSnapshot
+from lightning_goldy.core import StoreError, load_vectors, save_vectors
+from tests.callbacks.training import Finetune, differences, fit
+
+# Lightning reminds of callbacks left out on purpose, and of the folder that a resume goes on in.
+pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using", "ignore:.*exists and is not empty")
+
+EPOCH = 8  # optimizer steps: 16 samples in batches of 2
+
+
+def callbacks(folder):
+    return [
+        ExactResume(),
+        GoldenSnapshot(every_n_steps=3, every_n_epochs=1),
+        GoldenParameters(n_samples=3, quorum=0.5, every_n_steps=3, every_n_epochs=1),
+        ModelCheckpoint(folder, filename="{step}", every_n_epochs=1, save_top_k=-1, save_on_train_epoch_end=True),
+    ]
+
+
+def results(watchers) -> dict[str, list]:
+    found = {}
+    for callback in watchers:
+        if hasattr(callback, "folder"):
+            rows = [json.loads(line) for line in (callback.folder / "results.jsonl").read_text().splitlines()]
+            for row in rows:
+                row.pop("cost")
+                row["tensors"] = {
+                    key: {name: tensor.tolist() for name, tensor in load_vectors(callback.folder / name)[0].items()}
+                    for key, name in row["files"].items()
+                }
+            found[callback.name] = rows
+    return found
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    watchers = callbacks(folder / "checkpoints")
+    _, _, found = fit(folder, watchers, max_epochs=3, enable_checkpointing=True)
+    return folder, found, results(watchers)
+
+
+@pytest.mark.parametrize("same_folder", [False, True], ids=["new folder", "same folder, trained past the checkpoint"])
+def test_resumed_equals_uninterrupted(uninterrupted, tmp_path, same_folder):
+    _, expected, expected_results = uninterrupted
+    first = callbacks(tmp_path / "checkpoints")
+    # Stopped in the middle of the second epoch, two steps after an analysis that the checkpoint does not know.
+    fit(tmp_path / "first", first, max_epochs=3, max_steps=EPOCH + 5, enable_checkpointing=True)
+    again = callbacks(tmp_path / "checkpoints")
+    checkpoint = tmp_path / "checkpoints" / f"step={EPOCH}.ckpt"
+    folder = tmp_path / ("first" if same_folder else "second")
+    _, _, found = fit(folder, again, max_epochs=3, enable_checkpointing=True, ckpt_path=checkpoint)
+    # The module's list of losses starts anew; the rest must be equal to the last bit.
+    assert found.pop("losses") == expected["losses"][EPOCH:]
+    assert differences({key: value for key, value in expected.items() if key != "losses"}, found) == []
+    assert results(again) == expected_results
+    assert [row["step"] for row in expected_results["golden_snapshot"]] == [3, 6, 8, 9, 12, 15, 16, 18, 21, 24]
+
+
+def test_the_base_stays_the_one_of_the_first_start(uninterrupted, tmp_path):
+    folder, _, _ = uninterrupted
+    snapshot = GoldenSnapshot(every_n_epochs=1)
+    fit(tmp_path, [snapshot], max_epochs=2, ckpt_path=folder / "checkpoints" / f"step={EPOCH}.ckpt")
+    base, header = load_vectors(snapshot.folder / "base.safetensors")
+    torch.manual_seed(0)
+    start = dict(Finetune().model.named_parameters())
+    assert header.step == 0
+    assert all(torch.equal(base[name], start[name]) for name in base)
+
+
+def test_a_missing_or_exchanged_base_is_an_error(uninterrupted, tmp_path):
+    folder, _, _ = uninterrupted
+    base = folder / "run" / "goldy" / "golden_snapshot" / "base.safetensors"
+    checkpoint = folder / "checkpoints" / f"step={EPOCH}.ckpt"
+    content = base.read_bytes()
+    try:
+        vector, header = load_vectors(base)
+        save_vectors(base, vector * 2.0, kind="values", model=header.model_class)
+        with pytest.raises(StoreError, match=r"has hash .*, the checkpoint was made with"):
+            fit(tmp_path / "exchanged", [GoldenSnapshot(every_n_epochs=1)], max_epochs=2, ckpt_path=checkpoint)
+        base.unlink()
+        with pytest.raises(FileNotFoundError, match="which the resumed run needs, is gone"):
+            fit(tmp_path / "missing", [GoldenSnapshot(every_n_epochs=1)], max_epochs=2, ckpt_path=checkpoint)
+    finally:
+        base.write_bytes(content)
+
+
+def test_checkpoint_state_is_small_and_loads_without_pickle(uninterrupted):
+    folder, _, _ = uninterrupted
+    state = torch.load(folder / "checkpoints" / f"step={EPOCH}.ckpt", weights_only=True)["callbacks"]
+    assert set(state) >= {"GoldenSnapshot[golden_snapshot]", "GoldenParameters[golden_parameters]"}
+    assert all(not isinstance(value, torch.Tensor) for value in state["GoldenSnapshot[golden_snapshot]"].values())
+
+
+def test_an_analysis_at_checkpoints_is_part_of_the_checkpoint(tmp_path):
+    watcher = GoldenParameters(n_samples=2, at=("checkpoint",))
+    saver = ModelCheckpoint(tmp_path / "ckpt", filename="{step}", every_n_train_steps=4, save_top_k=-1, save_last=True)
+    fit(tmp_path, [watcher, saver], max_epochs=1, enable_checkpointing=True)
+    rows = [json.loads(line) for line in (watcher.folder / "results.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["trigger"]) for row in rows] == [(4, "checkpoint"), (8, "checkpoint")]
+    state = torch.load(tmp_path / "ckpt" / "step=4.ckpt", weights_only=True)["callbacks"][watcher.state_key]
+    assert (state["last_step"], state["mask_file"]) == (4, "mask-step=00000004.safetensors")
+
+
+def test_a_second_run_into_the_same_folder_loses_nothing(tmp_path):
+    for _ in range(2):
+        watcher = GoldenSnapshot(at=("end",))
+        fit(tmp_path, [watcher], max_epochs=1)
+    assert len((watcher.folder / "results.jsonl").read_text().splitlines()) == 1
+    assert (watcher.folder.parent / "golden_snapshot.1" / "results.jsonl").exists()

@@ -1,0 +1,220 @@
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_goldy.report import ReportError, write_report
+from lightning_goldy.report.charts import CHARTS, line_chart, plain, register_chart
+from lightning_goldy.report.descriptions import Description, describe
+from lightning_goldy.report.formatting import MISSING
+
+Build = Callable[..., dict[str, Any]]
+Write = Callable[..., Path]
+PageOf = Callable[..., Any]
+EVIL = "<script>alert('x')</script><img src=http://evil.example/a>\u2028&amp;"
+
+
+def test_the_page_has_a_section_for_everything(run: Path, page_of: PageOf) -> None:
+    (run / "hparams.yaml").write_text("learning_rate: 0.1\n")
+    page = page_of(run)
+    assert page.text("h1") == ["What did this finetune change?"]
+    assert page.text("h2") == [
+        "Training",
+        "Change since the snapshot",
+        "Golden parameters",
+        "What the analyses cost",
+        "Settings of the run",
+    ]
+    ids = ["training", "analysis-1", "analysis-2", "cost", "settings"]
+    assert page.values("id") == ids
+    assert page.values("src", "href") == [f"#{name}" for name in ids]
+    assert "learning_rate: 0.1\n" in page.text("pre")
+    summary = dict(zip(page.text("dt"), page.text("dd"), strict=True))
+    assert summary["Run"] == "version_0"
+    assert summary["Training steps"] == "30"
+    assert summary["Time of the analyses"] == "10 s"
+
+
+def test_the_page_needs_nothing_from_outside(run: Path, page_of: PageOf) -> None:
+    page = page_of(run)
+    text = page.source
+    assert all(link.startswith("#") for link in page.values("src", "href"))
+    assert not [tag for tag, _ in page.tags if tag in ("link", "iframe", "img", "object", "base")]
+    policy = next(attributes for tag, attributes in page.tags if tag == "meta" and "http-equiv" in attributes)
+    assert policy["content"].startswith("default-src 'none'")
+    # The library is there once, beside the page's own script.
+    assert page.scripts == 2
+    assert text.count("* plotly.js v") == 1
+    assert "@import" not in text.partition("</style>")[0]
+
+
+def test_figures_have_a_frame_for_every_row_and_share_colours(run: Path, page_of: PageOf) -> None:
+    charts = page_of(run).charts
+    labels = [[frame["label"] for frame in chart] for chart in charts]
+    assert labels.count(["step 10", "step 20", "step 30"]) == 1
+    assert labels.count(["step 10", "step 20"]) == 2
+    golden = charts[labels.index(["step 10", "step 20", "step 30"])]
+    limits = {frame["figure"]["layout"]["coloraxis"]["cmax"] for frame in golden}
+    assert limits == {100.0}
+    trace = golden[1]["figure"]["data"][0]
+    assert trace["y"] == ["embeddings", "transformer.h.0", "transformer.h.1"]
+    assert trace["z"] == [[1, None, None, None], [None, 8, 0, 100], [None, 8, 0, None]]
+    assert "by chance 0.25 %" in golden[0]["caption"]
+
+
+def test_a_slider_is_there_only_where_there_is_a_choice(
+    tmp_path: Path, golden_row: Build, write_rows: Write, page_of: PageOf
+) -> None:
+    write_rows(tmp_path, golden_row(10))
+    page = page_of(tmp_path)
+    assert not [tag for tag, _ in page.tags if tag == "input"]
+    assert len(page.charts) == 1
+    write_rows(tmp_path, golden_row(10), golden_row(20))
+    sliders = [attributes for tag, attributes in page_of(tmp_path).tags if tag == "input"]
+    assert [(slider["max"], slider["value"]) for slider in sliders] == [("1", "1")]
+
+
+def test_many_rows_are_thinned_in_the_figures_but_not_in_the_lines(
+    tmp_path: Path, golden_row: Build, write_rows: Write, page_of: PageOf
+) -> None:
+    write_rows(tmp_path, *(golden_row(step) for step in range(100)))
+    page = page_of(tmp_path)
+    assert "The figures show 40 of 100 results, evenly spaced; the lines show all." in page.text("p")
+    assert [frame["label"] for frame in page.charts[0]][::39] == ["step 0", "step 99"]
+    assert max(len(chart[0]["figure"]["data"][0]["x"]) for chart in page.charts[1:]) == 100
+
+
+def test_the_latest_numbers_stand_beside_the_first_with_their_meaning(run: Path, page_of: PageOf) -> None:
+    cells = page_of(run).cells()
+    start = cells.index("density_over_chance")
+    assert cells[start : start + 4] == [
+        "density_over_chance",
+        "8",
+        "8",
+        "density divided by the one expected by chance",
+    ]
+    start = cells.index("count")
+    assert cells[start : start + 3] == ["count", "109", "109"]
+    assert cells[cells.index("jaccard_previous") + 1] == MISSING
+
+
+def test_the_cost_table_adds_up(run: Path, page_of: PageOf) -> None:
+    cells = page_of(run).cells()
+    start = len(cells) - cells[::-1].index("golden_parameters") - 1
+    assert cells[start : start + 8] == ["golden_parameters", "3", "6 s", "2 s", "48", "3 MiB", "60 %", MISSING]
+    total = cells.index("total")
+    assert cells[total + 1] == "10 s"
+
+
+def test_hostile_names_come_out_as_text(tmp_path: Path, golden_row: Build, write_rows: Write, page_of: PageOf) -> None:
+    rows = [golden_row(step, blocks=[EVIL]) for step in (1, 2)]
+    for row in rows:
+        row["metrics"] = {EVIL: row["step"], f"{EVIL}/{EVIL}": row["step"]}
+        row["result"]["score"] = EVIL
+        row["trigger"] = EVIL
+    write_rows(tmp_path, *rows, name="a<b>&'c")
+    unknown = golden_row(3) | {"analysis": EVIL, "name": "unknown"}
+    write_rows(tmp_path, unknown)
+    (tmp_path / "config.yaml").write_text(f"name: </pre>{EVIL}\n")
+    page = page_of(tmp_path)
+    text = page.source
+    assert "<script>alert" not in text
+    assert "</pre><script" not in text
+    assert "<img" not in re.sub(r"<script>.*?</script>", "", text, flags=re.DOTALL)
+    assert page.scripts == 2
+    assert not [tag for tag, _ in page.tags if tag == "img"]
+    assert any(EVIL in data for data in page.text("figcaption"))
+    assert any("evil.example" in data for data in page.text("pre"))
+    names = [name for chart in page.charts for frame in chart for name in frame["figure"]["data"][0].get("y", [])]
+    assert plain(EVIL) in names
+    assert not [name for name in names if isinstance(name, str) and "<" in name]
+
+
+def test_unknown_analyses_get_their_numbers_and_lines(
+    tmp_path: Path, golden_row: Build, write_rows: Write, page_of: PageOf
+) -> None:
+    rows = [golden_row(step) | {"analysis": "basin_volume", "name": "volume"} for step in (1, 2)]
+    for row in rows:
+        row["metrics"] = {"log_volume": -1e6 * row["step"], "share/h.0": 1.0, "share/h.1": 0.5, "once": None}
+        row["result"] = {}
+    rows[1]["metrics"]["once"] = 3.25
+    write_rows(tmp_path, *rows)
+    page = page_of(tmp_path)
+    assert "Basin volume " in page.text("h2")
+    assert "volume" in page.text("span")
+    assert page.text("h4") == ["log_volume", "share"]
+    assert [trace["name"] for trace in page.charts[1][0]["figure"]["data"]] == ["h.0", "h.1"]
+    assert page.cells()[:6] == ["metric", "step 1", "step 2", "log_volume", "-1,000,000", "-2,000,000"]
+    assert "3.25" in page.cells()
+
+
+def test_later_analyses_can_add_figures_and_words(
+    tmp_path: Path, golden_row: Build, write_rows: Write, monkeypatch: pytest.MonkeyPatch, page_of: PageOf
+) -> None:
+    from lightning_goldy.report import descriptions
+
+    monkeypatch.setattr(CHARTS, "_functions", dict(CHARTS._functions))
+    monkeypatch.setattr(descriptions, "_DESCRIPTIONS", dict(descriptions._DESCRIPTIONS))
+    register_chart("tiny", "A line")(lambda row: line_chart({"a": ([1], [row["result"]["value"]])}))
+    describe("tiny", Description("Tiny analysis", "It measures a value.", "Read it.", {"value": "the value"}))
+    row = golden_row(1) | {"analysis": "tiny", "name": "tiny", "metrics": {"value": 2}, "result": {"value": 2.0}}
+    path = write_rows(tmp_path, row)
+    page = page_of(tmp_path)
+    assert page.text("h2")[1] == "Tiny analysis"
+    assert page.text("h4") == ["A line"]
+    assert "It measures a value." in page.text("p")
+    assert "the value" in page.cells()
+    write_rows(tmp_path, row, row | {"step": 2, "result": {}})
+    with pytest.raises(ReportError, match=re.escape(f"{path}, line 2: cannot be drawn: KeyError: 'value'")):
+        write_report(tmp_path)
+
+
+def test_output_may_be_elsewhere_and_nothing_else_is_written(run: Path, tmp_path: Path) -> None:
+    before = set(run.rglob("*"))
+    target = write_report(run, tmp_path / "pages" / "run.html")
+    assert target == tmp_path / "pages" / "run.html"
+    assert target.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    assert set(run.rglob("*")) == before
+    with pytest.raises(ReportError, match="is a directory; give the file"):
+        write_report(run, tmp_path)
+
+
+def test_the_same_run_gives_the_same_page(run: Path) -> None:
+    assert write_report(run).read_bytes() == write_report(run).read_bytes()
+
+
+def test_a_failed_report_leaves_the_old_one(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = write_report(run)
+    before = target.read_bytes()
+
+    def fail(*arguments: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_report(run)
+    assert target.read_bytes() == before
+    assert [path.name for path in run.iterdir() if path.is_file()] == ["report.html"]
+
+
+def test_missing_plotly_says_what_to_install(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    with pytest.raises(ImportError, match=r'figures need plotly: pip install "lightning-goldy\[report\]"'):
+        write_report(run)
+    assert not (run / "report.html").exists()
+
+
+def test_numbers_that_are_not_finite_are_gaps(
+    tmp_path: Path, golden_row: Build, write_rows: Write, page_of: PageOf
+) -> None:
+    rows = [golden_row(step) for step in (1, 2, 3)]
+    rows[1]["metrics"]["density"] = float("nan")
+    write_rows(tmp_path, *rows)
+    lines = [chart[0]["figure"]["data"][0] for chart in page_of(tmp_path).charts]
+    assert [0.02, None, 0.02] in [line.get("y") for line in lines]

@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import io
+import logging
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
+
+from lightning_goldy.report.plots import plot_golden_parameters
+from lightning_goldy.report.tensorboard import _tell_once, log_figure, log_histogram, log_scalars
+
+Build = Callable[..., dict[str, Any]]
+
+
+class BoardLogger:
+    def __init__(self, directory: Path) -> None:
+        self.experiment = SummaryWriter(str(directory))
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        for name, value in metrics.items():
+            self.experiment.add_scalar(name, value, step)
+
+    def read(self) -> Any:
+        self.experiment.close()
+        accumulator = EventAccumulator(self.experiment.log_dir, size_guidance={"scalars": 0, "images": 0})
+        accumulator.Reload()
+        return accumulator
+
+
+class TableLogger:
+    """Takes scalars only, as the CSV logger."""
+
+    def __init__(self) -> None:
+        self.experiment = SimpleNamespace()
+        self.metrics: list[Any] = []
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        self.metrics.append((step, metrics))
+
+
+class ImageLogger(TableLogger):
+    """Takes images, as the Weights & Biases logger; draws at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.images: list[Any] = []
+
+    def log_image(self, key: str, images: list[Figure], step: int | None = None) -> None:
+        buffer = io.BytesIO()
+        images[0].savefig(buffer, format="png")
+        self.images.append((key, len(images), step, len(buffer.getvalue())))
+
+
+class ArtifactLogger(TableLogger):
+    """Keeps figures as files of a run, as MLflow."""
+
+    run_id = "abc"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.figures: list[Any] = []
+        self.experiment = SimpleNamespace(
+            log_figure=lambda run_id, figure, file: self.figures.append((run_id, len(figure.axes), file))
+        )
+
+
+class NamedLogger(TableLogger):
+    """Takes figures by name, as Comet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.figures: list[Any] = []
+        self.experiment = SimpleNamespace(
+            log_figure=lambda figure_name, figure, step: self.figures.append((figure_name, len(figure.axes), step))
+        )
+
+
+@pytest.fixture(autouse=True)
+def _told_nothing() -> None:
+    _tell_once.cache_clear()
+
+
+@pytest.fixture
+def board(tmp_path: Path) -> BoardLogger:
+    return BoardLogger(tmp_path)
+
+
+def test_scalars_reach_every_logger_without_those_that_do_not_exist(board: BoardLogger) -> None:
+    table = TableLogger()
+    log_scalars([board, table], {"goldy/count": 3, "goldy/jaccard": None, "goldy/norm": math.nan}, 7)
+    step, metrics = table.metrics[0]
+    assert step == 7
+    assert list(metrics) == ["goldy/count", "goldy/norm"]
+    assert all(isinstance(value, float) for value in metrics.values())
+    accumulator = board.read()
+    assert [(event.step, event.value) for event in accumulator.Scalars("goldy/count")] == [(7, 3.0)]
+    assert math.isnan(accumulator.Scalars("goldy/norm")[0].value)
+
+
+def test_nothing_is_logged_when_no_metric_exists() -> None:
+    table = TableLogger()
+    log_scalars([table], {"goldy/jaccard": None}, 7)
+    assert table.metrics == []
+
+
+def test_a_figure_becomes_an_image_in_tensorboard(board: BoardLogger, golden_row: Build) -> None:
+    figure = plot_golden_parameters(golden_row())
+    width, height = figure.get_size_inches() * figure.dpi
+    assert log_figure([board], "goldy/golden/density", figure, 7) == []
+    (image,) = board.read().Images("goldy/golden/density")
+    assert (image.step, image.width, image.height) == (7, int(width), int(height))
+    assert image.encoded_image_string.startswith(b"\x89PNG")
+
+
+def test_every_logger_gets_a_figure_in_its_own_way(golden_row: Build) -> None:
+    images, artifacts, named = ImageLogger(), ArtifactLogger(), NamedLogger()
+    figure = plot_golden_parameters(golden_row())
+    assert log_figure([images, artifacts, named], "goldy/density", figure, 7) == []
+    key, count, step, size = images.images[0]
+    assert (key, count, step) == ("goldy/density", 1, 7)
+    assert size > 1000
+    assert artifacts.figures == [("abc", 2, "goldy/density/step=00000007.png")]
+    assert named.figures == [("goldy/density", 2, 7)]
+
+
+def test_figures_are_closed_even_when_a_logger_fails(golden_row: Build) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise OSError("disk full")
+
+    broken = SimpleNamespace(log_image=fail)
+    figure = plot_golden_parameters(golden_row())
+    with pytest.raises(OSError, match="disk full"):
+        log_figure([broken], "goldy/density", figure, 7)
+    assert figure.axes == []
+
+
+def test_pyplot_figures_leave_pyplot(board: BoardLogger) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, _ = plt.subplots()
+    log_figure([board], "goldy/any", figure, 1)
+    assert figure.number not in plt.get_fignums()
+
+
+def test_loggers_without_figures_are_named_and_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    loggers = [TableLogger(), SimpleNamespace()]
+    with caplog.at_level(logging.WARNING):
+        assert log_figure(loggers, "goldy/density", Figure(), 1) == ["TableLogger", "SimpleNamespace"]
+        assert log_figure(loggers, "goldy/density", Figure(), 2) == ["TableLogger", "SimpleNamespace"]
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 2
+    assert told[0].startswith("TableLogger cannot take figures")
+
+
+def test_a_histogram_of_bins_keeps_its_counts(board: BoardLogger) -> None:
+    table = TableLogger()
+    assert log_histogram([board, table], "goldy/change", ([-3.0, -2.0, -1.0], [4, 1]), 7) == ["TableLogger"]
+    (event,) = board.read().Histograms("goldy/change")
+    value = event.histogram_value
+    assert event.step == 7
+    assert (value.min, value.max, value.num) == (-3.0, -1.0, 5)
+    assert value.bucket_limit == [-2.0, -1.0]
+    assert value.bucket == [4.0, 1.0]
+    assert value.sum == pytest.approx(4 * -2.5 - 1.5)
+    assert value.sum_squares == pytest.approx(4 * 2.5**2 + 1.5**2)
+
+
+def test_a_histogram_of_values_is_binned_by_tensorboard(board: BoardLogger) -> None:
+    assert log_histogram([board], "goldy/change", np.array([1.0, 2.0, 2.0]), 7) == []
+    (event,) = board.read().Histograms("goldy/change")
+    assert (event.histogram_value.num, event.histogram_value.sum) == (3, 5)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (([1.0, 2.0], [1, 2]), "2 edges and 2 counts"),
+        (([2.0, 1.0], [1]), "ascending"),
+        (([1.0, math.inf], [1]), "finite"),
+        (([1.0], []), "1 edges and 0 counts"),
+        ([], "'goldy/change' has no values"),
+    ],
+)
+def test_bad_histograms_are_refused(values: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        log_histogram([], "goldy/change", values, 1)
+
+
+def test_lightnings_own_loggers_are_understood(tmp_path: Path, golden_row: Build) -> None:
+    from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+    board, table = TensorBoardLogger(str(tmp_path)), CSVLogger(str(tmp_path), name="table")
+    log_scalars([board, table], {"goldy/count": 3}, 7)
+    assert log_figure([board, table], "goldy/density", plot_golden_parameters(golden_row()), 7) == ["CSVLogger"]
+    assert log_histogram([board, table], "goldy/change", ([0.0, 1.0], [2]), 7) == ["CSVLogger"]
+    board.finalize("success")
+    tags = EventAccumulator(board.log_dir).Reload().Tags()
+    assert "goldy/count" in tags["scalars"]
+    assert tags["images"] == ["goldy/density"]
+    assert tags["histograms"] == ["goldy/change"]
