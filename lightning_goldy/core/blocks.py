@@ -1,0 +1,268 @@
+"""What a description of a model consists of: blocks, projections, and the weights that belong to each head.
+
+Every name is a dotted name within the model that was described, without what wrappers add (DistributedDataParallel,
+``torch.compile``, activation checkpointing).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+
+class UnsupportedArchitectureError(ValueError):
+    """The parts of a model could not be told apart; the message says which, and how to register them."""
+
+
+@dataclass(frozen=True)
+class NamedModule:
+    """A module and its dotted name within the model."""
+
+    name: str
+    module: nn.Module
+
+
+@dataclass(frozen=True)
+class ParameterSlice:
+    """The range ``start : start + length`` of dimension ``dim`` of one parameter.
+
+    Args:
+        name: Canonical dotted name of the parameter within the model.
+        owner: The module that holds the parameter.
+
+    Example:
+        >>> part = ParameterSlice("proj.weight", nn.Linear(6, 2), dim=1, start=2, length=2)
+        >>> part.of(part.parameter).shape, part.index
+        (torch.Size([2, 2]), (slice(None, None, None), slice(2, 4, None)))
+    """
+
+    name: str
+    owner: nn.Module
+    dim: int
+    start: int
+    length: int
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The whole parameter, looked up now: sharding swaps the objects that a module holds."""
+        return getattr(self.owner, self.name.rpartition(".")[2])
+
+    @property
+    def index(self) -> tuple[slice, ...]:
+        """What to index a tensor of the parameter's shape with."""
+        return (*[slice(None)] * self.dim, slice(self.start, self.start + self.length))
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The slice of a tensor that has the parameter's shape (a value, gradient, mask, moment); a view."""
+        return tensor.narrow(self.dim, self.start, self.length)
+
+
+@dataclass(frozen=True)
+class HeadLayout:
+    """Where heads lie along a dimension: head h is ``head_dim`` indices from ``offset + h * stride``.
+
+    For keys and values the heads are key/value groups. A stride of 0 stands for ``head_dim``.
+    """
+
+    n_heads: int
+    head_dim: int
+    offset: int = 0
+    stride: int = 0
+
+    def start(self, head: int) -> int:
+        """Where a head starts; an IndexError where there is no such head."""
+        if not 0 <= head < self.n_heads:
+            raise IndexError(f"head {head}: there are {self.n_heads} heads, 0 to {self.n_heads - 1}")
+        return self.offset + head * (self.stride or self.head_dim)
+
+
+@dataclass(frozen=True)
+class HeadProjection:
+    """A projection, and which of its weights belong to which head.
+
+    Args:
+        name: Dotted name of the module.
+        module: The projection as the block calls it (a LoRA layer where there is one).
+        layout: Where the heads lie.
+        axes: The owner, canonical parameter name and dimension of every tensor that the heads divide: the weight, then
+            the bias of a query, key or value projection (an output bias belongs to no head), then LoRA factors.
+        obstacle: Why heads cannot be cut out of this module's weights; empty when they can.
+    """
+
+    name: str
+    module: nn.Module
+    layout: HeadLayout
+    axes: tuple[tuple[nn.Module, str, int], ...]
+    obstacle: str = ""
+
+    def head_slice(self, head: int) -> tuple[ParameterSlice, ...]:
+        """Everything that one head owns here, the weight first.
+
+        Args:
+            head: The head; for keys and values, the key/value group.
+
+        Returns:
+            One slice per parameter. Zeroing all of them silences the head's part of this projection.
+
+        Raises:
+            IndexError: There is no such head.
+            UnsupportedArchitectureError: The weights are packed, parametrized, or adapted by something other than LoRA.
+        """
+        start = self.layout.start(head)
+        if self.obstacle:
+            raise UnsupportedArchitectureError(f"the heads of {self.name!r} share weights: {self.obstacle}")
+        return tuple(ParameterSlice(name, owner, dim, start, self.layout.head_dim) for owner, name, dim in self.axes)
+
+
+@dataclass(frozen=True)
+class QueryKeyValue:
+    """The projections that make queries, keys and values; the same module three times where they are fused."""
+
+    query: HeadProjection
+    key: HeadProjection
+    value: HeadProjection
+
+
+@dataclass(frozen=True)
+class Block:
+    """One transformer block.
+
+    Args:
+        index: Position, from 0.
+        part: The block itself.
+        attention_part: The module that contains the attention function and the output projection.
+        output: The attention output projection; its input is the concatenation of the heads.
+        mlp_parts: What makes up the MLP, in order of call: one module in most families, ``fc1`` and ``fc2`` in OPT,
+            ``intermediate`` and ``output`` (with the residual and its norm) in BERT.
+        mlp_output_part: The MLP output projection.
+        n_key_value_heads: Number of key/value groups.
+        query_key_value: The projections before attention; None where a probe could not tell them apart.
+    """
+
+    index: int
+    part: NamedModule
+    attention_part: NamedModule
+    output: HeadProjection
+    mlp_parts: tuple[NamedModule, ...]
+    mlp_output_part: NamedModule
+    n_key_value_heads: int
+    query_key_value: QueryKeyValue | None
+
+    @property
+    def name(self) -> str:
+        """Dotted name of the block."""
+        return self.part.name
+
+    @property
+    def module(self) -> nn.Module:
+        """The block."""
+        return self.part.module
+
+    @property
+    def attention(self) -> nn.Module:
+        """The attention module, output projection included."""
+        return self.attention_part.module
+
+    @property
+    def attention_name(self) -> str:
+        """Dotted name of the attention module."""
+        return self.attention_part.name
+
+    @property
+    def attention_output(self) -> nn.Module:
+        """The attention output projection as the block calls it; a forward pre-hook there sees the heads."""
+        return self.output.module
+
+    @property
+    def attention_output_name(self) -> str:
+        """Dotted name of the attention output projection."""
+        return self.output.name
+
+    @property
+    def mlp(self) -> nn.Module | None:
+        """The one module that maps the MLP's input to its output; None where ``mlp_parts`` has several."""
+        return self.mlp_parts[0].module if len(self.mlp_parts) == 1 else None
+
+    @property
+    def mlp_input(self) -> nn.Module:
+        """The module whose input is the MLP's input, in every family."""
+        return self.mlp_parts[0].module
+
+    @property
+    def mlp_output(self) -> nn.Module:
+        """The MLP output projection, whose output is the MLP's (before dropout and norms) in every family."""
+        return self.mlp_output_part.module
+
+    @property
+    def mlp_output_name(self) -> str:
+        """Dotted name of the MLP output projection."""
+        return self.mlp_output_part.name
+
+    @property
+    def query(self) -> HeadProjection:
+        """The query projection."""
+        return self._projections().query
+
+    @property
+    def key(self) -> HeadProjection:
+        """The key projection; its heads are key/value groups."""
+        return self._projections().key
+
+    @property
+    def value(self) -> HeadProjection:
+        """The value projection; its heads are key/value groups."""
+        return self._projections().value
+
+    def _projections(self) -> QueryKeyValue:
+        if self.query_key_value is None:
+            what = f"the query, key and value projections of {self.attention_name!r} are fused or unusually named"
+            raise UnsupportedArchitectureError(f"{what}: describe the family with @register_architecture")
+        return self.query_key_value
+
+    @property
+    def n_heads(self) -> int:
+        """Number of query heads of this block."""
+        return self.output.layout.n_heads
+
+    def key_value_head(self, head: int) -> int:
+        """The key/value group that serves a query head."""
+        self.output.layout.start(head)  # refuses a head that does not exist
+        return head // (self.n_heads // self.n_key_value_heads)
+
+    def query_heads(self, group: int) -> range:
+        """The query heads that a key/value group serves."""
+        if not 0 <= group < self.n_key_value_heads:
+            raise IndexError(f"key/value group {group} of {self.name!r}: there are {self.n_key_value_heads}, from 0")
+        size = self.n_heads // self.n_key_value_heads
+        return range(group * size, (group + 1) * size)
+
+    def output_slice(self, head: int) -> tuple[ParameterSlice, ...]:
+        """What one query head owns of the output projection."""
+        return self.output.head_slice(head)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The transformer blocks of a model.
+
+    Args:
+        family: The configuration's ``model_type`` (the class name for a model without one).
+        source: Whether the family is registered or was probed.
+        blocks: In order of depth.
+        n_heads: Query heads per block, as configured; a block whose heads were removed has its own ``n_heads``.
+        n_key_value_heads: Key/value groups per block, as configured.
+        head_dim: Width of one head at the input of the output projection.
+    """
+
+    family: str
+    source: Literal["registry", "probe"]
+    blocks: tuple[Block, ...]
+    n_heads: int
+    n_key_value_heads: int
+    head_dim: int
+
+    def block_of(self, module: nn.Module) -> Block | None:
+        """The block that contains a module (by identity), None for modules outside all blocks."""
+        return next((block for block in self.blocks if any(part is module for part in block.module.modules())), None)
