@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lightning_goldy.core.naming import canonical_name
+from lightning_goldy.core.naming import canonical_name, suggestion
 from lightning_goldy.core.sharding import like, local, scatter_like
 from lightning_goldy.core.space import ParameterSpace
-from lightning_goldy.core.store import StoreError, load_vectors, read_header
+from lightning_goldy.core.store import HEADER_KEY, StoreError, load_vectors
 from lightning_goldy.core.vector import ParameterVector
 
 
@@ -70,8 +71,8 @@ def read_base(source: str | Path, model: nn.Module, space: ParameterSpace, *, pr
     """Reads base parameters from any of the places where a model may have been saved.
 
     Args:
-        source: A file of :func:`~lightning_goldy.core.store.save_vectors`, a Hugging Face folder or ``.safetensors`` file,
-            or a Lightning checkpoint (``.ckpt``).
+        source: A file of :func:`~lightning_goldy.core.store.save_vectors`, a Hugging Face folder or ``.safetensors``
+            file, or a Lightning checkpoint (``.ckpt``).
         model: The model that they belong to.
         space: The parameters wanted.
         prefix: What a Lightning checkpoint puts before the model's names, such as ``model.``.
@@ -84,35 +85,54 @@ def read_base(source: str | Path, model: nn.Module, space: ParameterSpace, *, pr
     """
     path = Path(source)
     if path.is_file() and path.suffix == ".ckpt":
-        # weights_only: a checkpoint is data, and nothing in it may run.
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
-        tensors = {canonical_name(name.removeprefix(prefix)): value for name, value in state.items() if name.startswith(prefix)}
-    elif path.is_file() and _is_vector_file(path):
-        vector, _ = load_vectors(path)
-        tensors = dict(vector)
+        tensors = _read_checkpoint(path, prefix)
     else:
         files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
         if not files:
             raise StoreError(
-                f"{path}: neither a vector file, a .ckpt, nor a folder with .safetensors files; a hub name must be downloaded first"
+                f"{path}: neither a vector file, a .ckpt, nor a folder with .safetensors files; "
+                "a hub name must be downloaded first"
             )
         tensors = {}
         for each in files:
-            with safe_open(str(each), framework="pt") as file:
-                tensors.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+            tensors.update(_read_safetensors(each))
     values = {}
     for name, parameter in space.resolve(model).items():
         if name not in tensors:
-            raise StoreError(f"{path} has no parameter {name!r}; it has {sorted(tensors)[:5]} ...")
+            raise StoreError(f"{path} has no parameter {name!r}; {suggestion(name, tensors)}")
         if tensors[name].shape != parameter.shape:
-            raise StoreError(f"{path}: {name} has shape {tuple(tensors[name].shape)}, the model {tuple(parameter.shape)}")
-        values[name] = scatter_like(parameter.detach(), tensors[name].to(parameter.dtype))
+            raise StoreError(
+                f"{path}: {name} has shape {tuple(tensors[name].shape)}, the model {tuple(parameter.shape)}"
+            )
+        # A copy: the file may be mapped into memory, and be overwritten later.
+        values[name] = scatter_like(parameter.detach(), tensors[name].to(parameter.dtype, copy=True))
     return ParameterVector(space, values)
 
 
-def _is_vector_file(path: Path) -> bool:
+def _read_checkpoint(path: Path, prefix: str) -> dict[str, Tensor]:
     try:
-        read_header(path)
-    except StoreError:
-        return False
-    return True
+        # weights_only: a checkpoint is data, and nothing in it may run.
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        raise StoreError(f"{path}: not a whole checkpoint of plain data; no code in it is run ({error})") from error
+    state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+    if not isinstance(state, dict):
+        found = sorted(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__
+        raise StoreError(f"{path}: a Lightning checkpoint has a 'state_dict'; this one has {found}")
+    tensors = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    if not tensors:
+        raise StoreError(f"{path}: no parameter starts with {prefix!r}; the names are like {list(state)[:3]}")
+    return {canonical_name(name): value for name, value in tensors.items()}
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            if HEADER_KEY not in (file.metadata() or {}):
+                return {canonical_name(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise StoreError(f"{path}: not a whole safetensors file ({error})") from error
+    vector, header = load_vectors(path)
+    if header.kind != "values":
+        raise StoreError(f"{path}: a base is a file of values; this is a {header.kind}")
+    return dict(vector)

@@ -49,7 +49,7 @@ def random_direction(
     tensors = {}
     for name, shape, own in zip(space.names, space.shapes, space.dtypes, strict=True):
         if layouts is None:
-            tensors[name] = torch.empty(shape, dtype=dtype or own)
+            tensors[name] = torch.empty(shape, dtype=dtype or own, device="cpu")
             fill_direction_(tensors[name], name, seed)
         else:
             reference = layouts[name].detach()
@@ -82,7 +82,7 @@ def fill_direction_(tensor: Tensor, name: str, seed: int) -> Tensor:
     for start in range(0, shape[0], step):
         rows = min(step, shape[0] - start)
         first = (offset[0] + start) * row
-        drawn = _normals(name, seed, first, first + rows * row).view(rows, *tensor.shape[1:])  # [rows, ...] global columns
+        drawn = _normals(name, seed, first, first + rows * row).view(rows, *tensor.shape[1:])  # [rows, ...]
         for dimension in range(1, tensor.ndim):
             drawn = drawn.narrow(dimension, offset[dimension], shape[dimension])
         part[start : start + rows].copy_(drawn)
@@ -92,11 +92,15 @@ def fill_direction_(tensor: Tensor, name: str, seed: int) -> Tensor:
 def _normals(name: str, seed: int, start: int, stop: int) -> Tensor:
     """Elements [start, stop) of a parameter's endless stream of normals, float32 on the CPU."""
     first, last = start // BLOCK, (stop - 1) // BLOCK
-    blocks = [torch.randn(BLOCK, generator=_generator(name, seed, block)) for block in range(first, last + 1)]
+    # dtype and device are spelled out: a trainer's precision changes the defaults.
+    blocks = [
+        torch.randn(BLOCK, generator=_generator(name, seed, block), dtype=torch.float32, device="cpu")
+        for block in range(first, last + 1)
+    ]
     return torch.cat(blocks)[start - first * BLOCK : stop - first * BLOCK]
 
 
 def _generator(name: str, seed: int, block: int) -> torch.Generator:
     digest = hashlib.blake2b(f"{seed}\0{name}\0{block}".encode(), digest_size=8).digest()
     # 63 bits: torch reads a larger seed as negative.
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -12,6 +12,10 @@ from pathlib import Path
 from typing import Any
 
 
+class StoreError(ValueError):
+    """A file is not what it should be; the message names the file and the first difference."""
+
+
 class RowError(ValueError):
     """A file of JSON lines holds something else; the message names the file and the line."""
 
@@ -79,10 +83,12 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # Bytes, and only this separator: str.splitlines also cuts at characters that JSON leaves inside strings.
+    lines = path.read_bytes().removesuffix(b"\n").split(b"\n")
+    for number, line in enumerate(lines if lines != [b""] else [], 1):
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+            row = json.loads(line.decode("utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise RowError(f"{path}, line {number}: not JSON ({error})") from error
         if not isinstance(row, dict):
             raise RowError(f"{path}, line {number}: a row is an object; this is {type(row).__name__}")
@@ -93,8 +99,8 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 def append_row(path: str | Path, row: Mapping[str, Any]) -> None:
     """Adds a row to a file of JSON lines, rewriting the file so that no line is ever torn."""
     path = Path(path)
-    before = path.read_text(encoding="utf-8") if path.exists() else ""
-    atomic_write(path, before + to_json_line(row) + "\n")
+    before = path.read_bytes() if path.exists() else b""
+    atomic_write(path, before + to_json_line(row).encode() + b"\n")
 
 
 def filter_rows(path: str | Path, keep: Callable[[dict[str, Any]], bool]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_goldy.core.sharding import local, unshard_guard
 
@@ -63,7 +63,12 @@ def preserved(module: nn.Module, *, training: bool | None = False) -> Iterator[n
     parameters = list(module.parameters())
     gradients = [parameter.grad for parameter in parameters]
     requires = [parameter.requires_grad for parameter in parameters]
-    buffers = [(buffer, local(buffer).clone()) for buffer in module.buffers()]
+    # By owner, because a forward may put a new tensor in a buffer's place.
+    buffers = [
+        (child, name, buffer, None if buffer is None else local(buffer).clone())
+        for child in module.modules()
+        for name, buffer in child._buffers.items()
+    ]
     with isolated_rng(), torch.inference_mode(False), torch.enable_grad():
         try:
             for parameter in parameters:
@@ -74,14 +79,22 @@ def preserved(module: nn.Module, *, training: bool | None = False) -> Iterator[n
         finally:
             unshard_guard(module)
             with torch.no_grad():
-                for buffer, value in buffers:
-                    local(buffer).copy_(value)
+                for child, name, buffer, value in buffers:
+                    if buffer is not None and value is not None:
+                        _restore(buffer, value)
+                    child._buffers[name] = buffer
             for parameter, gradient, needed in zip(parameters, gradients, requires, strict=True):
                 if parameter.requires_grad is not needed:
                     parameter.requires_grad_(needed)
                 parameter.grad = gradient
             for child, mode in modes:
                 child.training = mode
+
+
+def _restore(buffer: Tensor, value: Tensor) -> None:
+    # A buffer made in inference mode may only be written to in inference mode.
+    with torch.inference_mode(buffer.is_inference()):
+        local(buffer).copy_(value)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ _BLOCK = re.compile(r"^(?P<block>.*?\.?(?:^|\.)\d+)\.(?P<rest>.*)$")
 # Read from the innermost name outwards, so that the norm inside an attention module counts as a norm.
 _KINDS: tuple[tuple[Kind, re.Pattern[str]], ...] = (
     ("norm", re.compile(r"norm|(^|_)ln(_|\d|$)")),
-    ("embedding", re.compile(r"embed|^wte$|^wpe$")),
+    ("embedding", re.compile(r"embed(?!_out$)|^wte$|^wpe$")),
     ("head", re.compile(r"^lm_head$|^classifier$|^score$|^embed_out$|^cls$")),
     ("attention", re.compile(r"attn|attention|^[qkvo]_proj$|query|key|value")),
     ("mlp", re.compile(r"mlp|ffn|feed_forward|^fc\d?$|^c_fc$|intermediate|^output$|expert|moe")),
@@ -39,22 +39,26 @@ def block_of(name: str) -> str:
     """The block that a parameter belongs to, or the part of the model outside all blocks.
 
     Example:
-        >>> block_of("transformer.h.11.attn.c_attn.weight"), block_of("transformer.wte.weight"), block_of("lm_head.weight")
-        ('transformer.h.11', 'embeddings', 'head')
-        >>> block_of("transformer.ln_f.weight")
-        'final'
+        >>> block_of("transformer.h.11.attn.c_attn.weight"), block_of("transformer.wte.weight")
+        ('transformer.h.11', 'embeddings')
+        >>> block_of("lm_head.weight"), block_of("transformer.ln_f.weight")
+        ('head', 'final')
     """
     match = _BLOCK.match(name)
     if match:
         return match["block"]
-    return {"embedding": "embeddings", "head": "head", "norm": "final"}.get(kind_of(name), "other")
+    kind = kind_of(name)
+    if kind == "norm" and "embed" in name:
+        return "embeddings"  # BERT normalises there
+    return {"embedding": "embeddings", "head": "head", "norm": "final"}.get(kind, "other")
 
 
 def kind_of(name: str) -> Kind:
     """What a parameter does, read from its name.
 
     Example:
-        >>> [kind_of(f"model.layers.0.{part}.weight") for part in ("self_attn.q_proj", "mlp.up_proj", "input_layernorm")]
+        >>> parts = ("self_attn.q_proj", "mlp.up_proj", "input_layernorm")
+        >>> [kind_of(f"model.layers.0.{part}.weight") for part in parts]
         ['attention', 'mlp', 'norm']
         >>> kind_of("model.layers.0.self_attn.q_norm.weight"), kind_of("bert.encoder.layer.1.output.dense.weight")
         ('norm', 'mlp')

@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lightning_goldy.core.batches import batch_tensors, map_batch, split_batch
+
+__all__ = [
+    "IGNORE_INDEX",
+    "CausalLMObjective",
+    "ClassifierObjective",
+    "FunctionObjective",
+    "Objective",
+    "TargetLogits",
+    "accepts",
+    "batch_tensors",
+    "map_batch",
+    "split_batch",
+]
 
 IGNORE_INDEX = -100
 """The label that marks a position without a target (the Hugging Face convention)."""
@@ -51,7 +66,9 @@ class TargetLogits:
         counts = torch.bincount(self.sample, minlength=self.n_samples)
         empty = (counts == 0).nonzero().flatten().tolist()
         if empty:
-            raise ValueError(f"samples {empty[:5]} of a batch of {self.n_samples} have no target: every label is masked")
+            raise ValueError(
+                f"samples {empty[:5]} of a batch of {self.n_samples} have no target: every label is masked"
+            )
         total = losses.new_zeros(self.n_samples).index_add(0, self.sample, losses)
         return -total / counts
 
@@ -86,8 +103,9 @@ class CausalLMObjective:
 
     .. math:: \log p(\text{response} \mid \text{query}) = \frac{1}{|T|} \sum_{t \in T} \log p(x_t \mid x_{<t})
 
-    where T are the positions with a label other than -100 and an attention mask other than 0. Without labels every
-    non-padding next token is a target. Only the needed logits are computed where the model can do so
+    where T are the positions with a label other than -100 whose own attention mask and whose predecessor's are not 0
+    (the first token after padding on the left has nothing to be predicted from). Without labels every non-padding next
+    token is a target. Only the needed logits are computed where the model can do so
     (``logits_to_keep``) and fewer than half of the positions are targets.
 
     Example:
@@ -112,12 +130,16 @@ class CausalLMObjective:
         labels = self._labels(batch)
         n_samples, length = labels.shape
         valid = labels[:, 1:] != IGNORE_INDEX  # [B, T-1]; position t predicts token t+1
+        if batch.get("attention_mask") is not None:
+            valid &= batch["attention_mask"][:, :-1] != 0
         if not valid.any():
             raise ValueError(
-                f"a batch of {n_samples} samples of {length} tokens has no target: every label is masked (-100 or padding)"
+                f"a batch of {n_samples} samples of {length} tokens has no target: every label is masked "
+                "(-100 or padding)"
             )
         inputs = {key: value for key, value in batch.items() if key != "labels"}
-        if "position_ids" not in inputs and "attention_mask" in inputs and accepts(model, "position_ids"):
+        padded = inputs.get("attention_mask") is not None
+        if padded and "position_ids" not in inputs and accepts(model, "position_ids"):
             inputs.update(_left_padding_positions(inputs["attention_mask"]))
         if accepts(model, "use_cache"):
             inputs["use_cache"] = False
@@ -169,11 +191,11 @@ class ClassifierObjective:
     """
 
     def logits_and_targets(self, model: nn.Module, batch: Any) -> TargetLogits:
-        """Logits of shape ``[B, classes]`` and the labels of shape ``[B]``.
+        """Logits of shape ``[B, classes]`` and the labels of shape ``[B]``; a label of -100 is no target.
 
         Raises:
-            ValueError: The batch is neither an (x, y) pair nor a dict with ``labels``, or the labels are not class
-                indices of shape ``[B]``.
+            ValueError: The batch is neither an (x, y) pair nor a dict with ``labels``, the labels are not class indices
+                of shape ``[B]``, or all are masked.
         """
         if isinstance(batch, Mapping) and "labels" in batch:
             labels = batch["labels"]
@@ -187,9 +209,13 @@ class ClassifierObjective:
         logits = output if isinstance(output, Tensor) else output.logits
         if labels.is_floating_point() or labels.shape != logits.shape[:1]:
             raise ValueError(
-                f"labels must be class indices of shape [{logits.shape[0]}]; got {labels.dtype} of shape {tuple(labels.shape)}"
+                f"labels must be class indices of shape [{logits.shape[0]}]; "
+                f"got {labels.dtype} of shape {tuple(labels.shape)}"
             )
-        return TargetLogits(logits, labels, torch.arange(len(labels), device=labels.device), len(labels))
+        kept = labels != IGNORE_INDEX  # [B]
+        if not kept.any():
+            raise ValueError(f"a batch of {len(labels)} samples has no target: every label is masked (-100)")
+        return TargetLogits(logits[kept], labels[kept], kept.nonzero().flatten(), len(labels))
 
     def log_probs(self, model: nn.Module, batch: Any) -> Tensor:
         """Log-probability of each sample's label, shape ``[B]``, nats."""
@@ -233,7 +259,8 @@ class FunctionObjective:
         """
         if self.logits is None:
             raise TypeError(
-                "this FunctionObjective has a loss but no logits; pass logits=, or use CausalLMObjective or ClassifierObjective"
+                "this FunctionObjective has a loss but no logits; "
+                "pass logits=, or use CausalLMObjective or ClassifierObjective"
             )
         return self.logits(model, batch)
 
@@ -253,49 +280,10 @@ class FunctionObjective:
         return split_batch(batch)
 
 
-def split_batch(batch: Any) -> Iterator[Any]:
-    """Cuts every tensor of a batch along its first dimension into batches of one.
-
-    Raises:
-        ValueError: The batch holds no tensor, or tensors of different lengths.
-
-    Example:
-        >>> [part["x"].shape for part in split_batch({"x": torch.zeros(2, 3)})]
-        [torch.Size([1, 3]), torch.Size([1, 3])]
-    """
-    lengths = {len(tensor) for tensor in batch_tensors(batch)}
-    if len(lengths) != 1:
-        raise ValueError(f"a batch's tensors must share their first dimension; found lengths {sorted(lengths)}")
-    for index in range(lengths.pop()):
-        yield map_batch(batch, lambda tensor, index=index: tensor[index : index + 1])
-
-
-def map_batch(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Applies a function to every tensor of nested dicts, lists and tuples; other values pass through."""
-    if isinstance(batch, Tensor):
-        return function(batch)
-    if isinstance(batch, Mapping):
-        return {key: map_batch(value, function) for key, value in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        parts = [map_batch(value, function) for value in batch]
-        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
-    return batch
-
-
-def batch_tensors(batch: Any) -> Iterator[Tensor]:
-    """Every tensor in nested dicts, lists and tuples."""
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, (Mapping, list, tuple)):
-        values: Iterable[Any] = batch.values() if isinstance(batch, Mapping) else batch
-        for value in values:
-            yield from batch_tensors(value)
-
-
 def accepts(model: nn.Module, argument: str) -> bool:
     """Whether the model's forward names this argument; looks through PEFT and ``torch.compile`` wrappers."""
-    model = getattr(model, "_orig_mod", model)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: Any = getattr(model, "_orig_mod", model)
+    base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
     return argument in inspect.signature(base.forward).parameters
 
 

@@ -100,7 +100,9 @@ def sum_over_shards(partial: Sequence[Tensor], references: Sequence[Tensor]) -> 
     groups: dict[Any, list[int]] = defaultdict(list)
     for index, reference in enumerate(references):
         if isinstance(reference, DTensor):
-            split = tuple(placement.is_shard() for placement in reference.placements)
+            # Asked the other way round, because the strided shards of tensor parallelism plus FSDP2 say that they are
+            # no shards.
+            split = tuple(not placement.is_replicate() for placement in reference.placements)
             if any(split):
                 groups[(reference.device_mesh, split)].append(index)
     for (mesh, split), indices in groups.items():
@@ -146,6 +148,7 @@ class Replicas:
 
         Sharded processes take part in every forward of every sample, so they cannot share samples out.
         """
+        unshard_guard(module)
         return cls() if any(map(is_sharded, module.parameters())) else cls.world()
 
     @classmethod
@@ -165,6 +168,14 @@ class Replicas:
             dist.all_reduce(tensor)
         return tensor
 
+    def gather_objects(self, value: T) -> list[T]:
+        """The small objects of all replicas, in rank order, on every one of them."""
+        if self.size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
     def together(self, work: str) -> _Together:
         """A context whose end every replica reaches, so that a failure on one does not leave the others waiting."""
         return _Together(self, work)
@@ -181,10 +192,7 @@ class _Together:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._replicas.size == 1:
-            return
-        failures: list[str | None] = [None] * self._replicas.size
-        dist.all_gather_object(failures, None if error is None else f"{type(error).__name__}: {error}")
+        failures = self._replicas.gather_objects(None if error is None else f"{type(error).__name__}: {error}")
         if error is None:
             for rank, failure in enumerate(failures):
                 if failure is not None:

@@ -12,10 +12,17 @@ import torch
 from torch import nn
 
 from lightning_goldy.core.naming import canonical_name, suggestion
+from lightning_goldy.core.sharding import unshard_guard
 
 
 class SpaceError(ValueError):
     """Two parameter spaces differ, or a selection is empty; the message names the first difference."""
+
+
+class UnknownParameterError(SpaceError, KeyError):
+    """A name that a space lacks; a KeyError too, so that ``in`` and ``get`` of mappings work."""
+
+    __str__ = ValueError.__str__
 
 
 @dataclass(frozen=True)
@@ -65,12 +72,16 @@ class ParameterSpace:
             if isinstance(value, str):
                 raise SpaceError(f"{name} is a list of patterns; got the string {value!r}, write [{value!r}]")
         include, exclude = tuple(include), tuple(exclude)
+        # FSDP2 leaves the root's parameters unsharded after a forward, perhaps in another dtype.
+        unshard_guard(module)
         parameters = dict(trainable_parameters(module))
         if not parameters:
             raise SpaceError(f"{type(module).__name__} has no trainable parameter: every requires_grad is False")
         for pattern in (*include, *exclude):
-            if not fnmatch.filter(parameters, pattern):
-                raise SpaceError(f"pattern {pattern!r} matches no trainable parameter; {suggestion(pattern, parameters)}")
+            if not any(fnmatch.fnmatchcase(name, pattern) for name in parameters):
+                raise SpaceError(
+                    f"pattern {pattern!r} matches no trainable parameter; {suggestion(pattern, parameters)}"
+                )
         kept = set(parameters) if last_layers is None else _in_last_layers(module, parameters, last_layers)
         chosen = {
             name: parameter
@@ -112,10 +123,10 @@ class ParameterSpace:
         """Position of a name.
 
         Raises:
-            SpaceError: The space lacks it.
+            UnknownParameterError: The space lacks it.
         """
         if name not in self._index:
-            raise SpaceError(f"no parameter {name!r} in this space; {suggestion(name, self.names)}")
+            raise UnknownParameterError(f"no parameter {name!r} in this space; {suggestion(name, self.names)}")
         return self._index[name]
 
     def resolve(self, module: nn.Module) -> dict[str, nn.Parameter]:
@@ -124,14 +135,14 @@ class ParameterSpace:
         Raises:
             SpaceError: One is missing or has another shape.
         """
+        unshard_guard(module)
         available = {canonical_name(name): parameter for name, parameter in module.named_parameters()}
         for name, shape in zip(self.names, self.shapes, strict=True):
             if name not in available:
-                raise SpaceError(
-                    f"{type(module).__name__} has no parameter {name!r}; {suggestion(name, available)}"
-                )
-            if available[name].shape != shape:
-                raise SpaceError(f"{name}: shape {tuple(available[name].shape)} in the module, {tuple(shape)} in the space")
+                raise SpaceError(f"{type(module).__name__} has no parameter {name!r}; {suggestion(name, available)}")
+            found = tuple(available[name].shape)
+            if found != tuple(shape):
+                raise SpaceError(f"{name}: shape {found} in the module, {tuple(shape)} in the space")
         return {name: available[name] for name in self.names}
 
     def require_same(self, other: ParameterSpace) -> None:
@@ -146,8 +157,9 @@ class ParameterSpace:
             if mine != theirs:
                 raise SpaceError(f"two parameter spaces differ: {mine!r} in one, {theirs!r} in the other")
         if len(self) != len(other):
-            longer = self if len(self) > len(other) else other
-            raise SpaceError(f"two parameter spaces differ: only one of them has {longer.names[min(len(self), len(other))]!r}")
+            longer = max(self, other, key=len)
+            extra = longer.names[min(len(self), len(other))]
+            raise SpaceError(f"two parameter spaces differ: only one of them has {extra!r}")
         for name, mine_shape, their_shape in zip(self.names, self.shapes, other.shapes, strict=True):
             if mine_shape != their_shape:
                 raise SpaceError(f"two parameter spaces differ: {name} is {tuple(mine_shape)} and {tuple(their_shape)}")
@@ -168,10 +180,11 @@ def trainable_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]
         SpaceError: The module is wrapped by FSDP1, whose flat parameters have no meaning one by one.
     """
     for name, parameter in module.named_parameters():
-        if "_flat_param" in name or type(parameter).__name__ == "FlatParameter":
+        # FSDP1 marks what it has flattened; with use_orig_params only that mark tells, name and type look as ever.
+        if "_flat_param" in name or getattr(parameter, "_fsdp_flattened", False):
             raise SpaceError(
-                f"{name} is a flat parameter of FullyShardedDataParallel (FSDP1), which merges weights across layers; use FSDP2: "
-                "ModelParallelStrategy with torch.distributed.fsdp.fully_shard in configure_model"
+                f"{name} is part of a flat parameter of FullyShardedDataParallel (FSDP1), which merges weights across "
+                "layers; use FSDP2: ModelParallelStrategy with torch.distributed.fsdp.fully_shard in configure_model"
             )
         if parameter.requires_grad:
             yield canonical_name(name), parameter
@@ -183,7 +196,9 @@ def _in_last_layers(module: nn.Module, parameters: dict[str, nn.Parameter], last
         (isinstance(last_layers, int) and 1 <= last_layers <= count)
         or (isinstance(last_layers, float) and 0 < last_layers <= 1)
     ):
-        raise SpaceError(f"last_layers is a fraction in (0, 1] or a number of blocks from 1 to {count}; got {last_layers!r}")
+        raise SpaceError(
+            f"last_layers is a fraction in (0, 1] or a number of blocks from 1 to {count}; got {last_layers!r}"
+        )
     # 0.1 * 30 is 3.0000000000000004 in floating point and must stay 3 blocks.
     keep = last_layers if isinstance(last_layers, int) else math.ceil(last_layers * count - 1e-9)
     pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
@@ -198,13 +213,13 @@ def block_list(module: nn.Module) -> tuple[str, int]:
         SpaceError: The module has no such list.
     """
     sizes = {
-        canonical_name(f"{name}.").rstrip("."): (sum(parameter.numel() for parameter in child.parameters()), len(child))
+        path: (sum(parameter.numel() for parameter in child.parameters()), len(child))
         for name, child in module.named_modules()
-        if isinstance(child, (nn.ModuleList, nn.Sequential)) and len(child) and name
+        if isinstance(child, (nn.ModuleList, nn.Sequential))
+        and len(child)
+        and (path := canonical_name(f"{name}.").rstrip("."))
     }
     if not sizes:
         raise SpaceError(f"{type(module).__name__} has no list of blocks, so last_layers cannot be resolved")
     name = max(sizes, key=lambda key: (sizes[key][0], -key.count(".")))
     return name, sizes[name][1]
-
-

@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_goldy.core.files import atomic_path, atomic_write
+from lightning_goldy.core.files import StoreError, atomic_path, atomic_write
 from lightning_goldy.core.naming import model_class, suggestion
+from lightning_goldy.core.packing import pack_mask, require_boolean, unpack_mask
 from lightning_goldy.core.sharding import gather, scatter_like
 from lightning_goldy.core.space import ParameterSpace, SpaceError
 from lightning_goldy.core.vector import ParameterVector
 
 FORMAT_VERSION = 1
-_KEY = "goldy"
+HEADER_KEY = "goldy"
 Kind = Literal["values", "direction", "mask"]
-
+KINDS = get_args(Kind)
 
 __all__ = [
     "StoreError",
@@ -39,10 +38,6 @@ __all__ = [
     "save_vectors",
     "unpack_mask",
 ]
-
-
-class StoreError(ValueError):
-    """A file is not what it should be; the message names the file and the first difference."""
 
 
 @dataclass(frozen=True)
@@ -114,18 +109,26 @@ def save_vectors(
         >>> loaded["weight"].equal(mask["weight"]), header.encodings
         (True, ['bits', 'int32'])
     """
-    if kind not in ("values", "direction", "mask"):
-        raise ValueError(f"unknown kind {kind!r}; {suggestion(str(kind), ('values', 'direction', 'mask'))}")
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind {kind!r}; {suggestion(str(kind), KINDS)}")
     stored: dict[str, Tensor] = {}
+    storages: set[int] = set()
     encodings = []
     for name, tensor in vector.items():
+        if kind == "mask":
+            # Before the gathering, so that no process is left waiting in it.
+            require_boolean(tensor, name)
         full = gather(tensor)
         if not write:
             continue
         if kind == "mask":
             stored[name], encoding = pack_mask(full, name)
         else:
-            stored[name], encoding = full.to("cpu").contiguous(), "dense"
+            dense, encoding = full.to("cpu").contiguous(), "dense"
+            storage = dense.untyped_storage().data_ptr()
+            # safetensors refuses tensors that share memory.
+            stored[name] = dense.clone() if storage in storages else dense
+            storages.add(storage)
         encodings.append(encoding)
     if not write:
         return Path(path)
@@ -140,7 +143,7 @@ def save_vectors(
         encodings=encodings,
     )
     with atomic_path(path) as temporary:
-        save_file(stored, str(temporary), metadata={_KEY: json.dumps(asdict(header))})
+        save_file(stored, str(temporary), metadata={HEADER_KEY: json.dumps(asdict(header))})
     return Path(path)
 
 
@@ -179,50 +182,13 @@ def load_vectors(path: str | Path, module: nn.Module | None = None) -> tuple[Par
             raw = file.get_tensor(name)
             full = raw if encoding == "dense" else unpack_mask(raw, shape, encoding, f"{path}: {name}")
             if full.shape != shape:
-                raise StoreError(f"{path}: {name} is stored with shape {tuple(full.shape)}, its header says {tuple(shape)}")
+                stored_shape = tuple(full.shape)
+                raise StoreError(f"{path}: {name} is stored with shape {stored_shape}, its header says {tuple(shape)}")
             tensors[name] = scatter_like(references[name], full) if references else full
         return ParameterVector(space, tensors)
 
     header = read_header(path)
     return _opened(path, read), header
-
-
-def pack_mask(mask: Tensor, name: str = "mask") -> tuple[Tensor, str]:
-    """Packs a boolean tensor: bits, or sorted indices where fewer than 1 in 32 elements are set.
-
-    Returns:
-        The packed tensor and its encoding: ``bits``, ``int32`` or ``int64``.
-
-    Raises:
-        ValueError: The tensor is not boolean.
-    """
-    if mask.dtype != torch.bool:
-        raise ValueError(f"{name}: a mask is boolean; got {mask.dtype}")
-    flat = mask.detach().cpu().reshape(-1)
-    if int(flat.count_nonzero()) * 32 < flat.numel():
-        index_dtype = torch.int32 if flat.numel() <= 2**31 else torch.int64
-        return flat.nonzero().flatten().to(index_dtype), str(index_dtype).removeprefix("torch.")
-    return torch.from_numpy(np.packbits(flat.numpy())), "bits"
-
-
-def unpack_mask(packed: Tensor, shape: torch.Size, encoding: str, where: str = "mask") -> Tensor:
-    """Undoes :func:`pack_mask`.
-
-    Raises:
-        StoreError: Unknown encoding, a wrong number of bits, or an index out of range.
-    """
-    numel = math.prod(shape)
-    if encoding == "bits":
-        if packed.dtype != torch.uint8 or packed.numel() != (numel + 7) // 8:
-            raise StoreError(f"{where}: {packed.numel()} bytes of {packed.dtype} cannot hold {numel} bits")
-        return torch.from_numpy(np.unpackbits(packed.numpy(), count=numel)).bool().view(shape)
-    if encoding in ("int32", "int64"):
-        if packed.numel() and not (0 <= int(packed.min()) and int(packed.max()) < numel):
-            raise StoreError(f"{where}: an index lies outside the {numel} elements")
-        mask = torch.zeros(numel, dtype=torch.bool)
-        mask[packed.long()] = True
-        return mask.view(shape)
-    raise StoreError(f"{where}: unknown encoding {encoding!r}; {suggestion(encoding, ('bits', 'int32', 'int64'))}")
 
 
 def fingerprint(vector: ParameterVector) -> str:
@@ -240,7 +206,7 @@ def fingerprint(vector: ParameterVector) -> str:
         full = gather(tensor).cpu().contiguous()
         digest.update(f"{name}\0{tuple(full.shape)}\0{full.dtype}\0".encode())
         # NumPy knows no bfloat16; the bytes do not care.
-        digest.update(full.reshape(-1).view(torch.uint8).numpy())
+        digest.update(full.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -255,7 +221,7 @@ def _opened(path: str | Path, read: Callable[[Any, VectorHeader], Any]) -> Any:
 
 
 def _parse_header(path: str | Path, metadata: Mapping[str, str] | None) -> VectorHeader:
-    text = (metadata or {}).get(_KEY)
+    text = (metadata or {}).get(HEADER_KEY)
     if text is None:
         raise StoreError(f"{path}: a safetensors file without the header that save_vectors writes")
     try:
@@ -264,13 +230,26 @@ def _parse_header(path: str | Path, metadata: Mapping[str, str] | None) -> Vecto
         if version != FORMAT_VERSION:
             raise StoreError(f"{path}: format version {version}; this release reads version {FORMAT_VERSION}")
         header = VectorHeader(**fields)
-        lengths = {len(header.names), len(header.shapes), len(header.dtypes), len(header.encodings)}
-        if len(lengths) != 1 or len(set(header.names)) != len(header.names):
-            raise StoreError(f"{path}: the header's lists of names, shapes, dtypes and encodings do not match")
-        header.space()
+        _check_fields(path, header)
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise StoreError(f"{path}: malformed header ({type(error).__name__}: {error})") from error
     return header
+
+
+def _check_fields(path: str | Path, header: VectorHeader) -> None:
+    texts = (header.names, header.dtypes, header.encodings)
+    if not all(isinstance(item, str) for items in texts for item in items):
+        raise TypeError("names, dtypes and encodings are lists of strings")
+    if not all(type(length) is int and length >= 0 for shape in header.shapes for length in shape):
+        raise TypeError("shapes are lists of lengths")
+    if len({*map(len, texts), len(header.shapes)}) != 1 or len(set(header.names)) != len(header.names):
+        raise StoreError(f"{path}: the header's lists of names, shapes, dtypes and encodings do not match")
+    if header.kind not in KINDS:
+        raise StoreError(f"{path}: unknown kind {header.kind!r}; {suggestion(str(header.kind), KINDS)}")
+    for name, encoding in zip(header.names, header.encodings, strict=True):
+        if (encoding == "dense") == (header.kind == "mask"):
+            raise StoreError(f"{path}: {name} is stored as {encoding}, which no {header.kind} is")
+    header.space()
 
 
 def _references(

@@ -50,6 +50,7 @@ class ParameterVector(Mapping[str, Tensor]):
     @classmethod
     def of(cls, module: nn.Module, space: ParameterSpace | None = None, *, clone: bool = True) -> ParameterVector:
         """The module's present values; copies, unless ``clone=False`` asks for views that follow the training."""
+        unshard_guard(module)
         space = space or ParameterSpace.of(module)
         parameters = space.resolve(module)
         return cls(space, {name: p.detach().clone() if clone else p.detach() for name, p in parameters.items()})
@@ -182,14 +183,18 @@ def reduce_tensors(
 
 
 def require_finite(parameters: Mapping[str, Tensor], what: str) -> None:
-    """Checks that every tensor is finite.
+    """Checks that every tensor is finite; a collective when some are sharded, so that every process raises.
 
     Raises:
         ValueError: One is not; it is named.
     """
-    for name, parameter in parameters.items():
+    flags = []
+    for parameter in parameters.values():
         part = local(parameter)
-        if part.numel() and not all(bool(torch.isfinite(extreme)) for extreme in part.aminmax()):
+        finite = not part.numel() or all(bool(torch.isfinite(extreme)) for extreme in part.aminmax())
+        flags.append(torch.tensor(int(not finite), device=part.device))
+    for name, broken in zip(parameters, sum_over_shards(flags, list(parameters.values())), strict=True):
+        if broken:
             raise ValueError(f"the {what} of {name} are not finite")
 
 

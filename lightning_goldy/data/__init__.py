@@ -1,0 +1,55 @@
+"""Lightning data modules, each with a probe set that analyses use."""
+
+from __future__ import annotations
+
+from lightning_goldy.data.atlas import AtlasDataModule
+from lightning_goldy.data.base import ProbeDataModule, Splits
+from lightning_goldy.data.collate import PadCollator
+from lightning_goldy.data.edits import Edit, apply_edits, random_edits
+from lightning_goldy.data.encoding import encode_pairs
+from lightning_goldy.data.facts import Country, load_countries
+from lightning_goldy.data.knowledge import KnowledgeDataModule, KnowledgePiece, read_pieces
+from lightning_goldy.data.loading import ResumableDataLoader, SeededShuffle
+from lightning_goldy.data.packing import PackedBlocks, pack
+from lightning_goldy.data.relations import (
+    RELATIONS,
+    Fact,
+    Question,
+    Relation,
+    country_facts,
+    one_hop_questions,
+    two_hop_questions,
+)
+from lightning_goldy.data.text import TextDataModule
+from lightning_goldy.data.tokenization import byte_tokenizer, load_tokenizer, word_tokenizer
+
+__all__ = [
+    "RELATIONS",
+    "AtlasDataModule",
+    "Country",
+    "Edit",
+    "Fact",
+    "KnowledgeDataModule",
+    "KnowledgePiece",
+    "PackedBlocks",
+    "PadCollator",
+    "ProbeDataModule",
+    "Question",
+    "Relation",
+    "ResumableDataLoader",
+    "SeededShuffle",
+    "Splits",
+    "TextDataModule",
+    "apply_edits",
+    "byte_tokenizer",
+    "country_facts",
+    "encode_pairs",
+    "load_countries",
+    "load_tokenizer",
+    "one_hop_questions",
+    "pack",
+    "random_edits",
+    "read_pieces",
+    "two_hop_questions",
+    "word_tokenizer",
+]

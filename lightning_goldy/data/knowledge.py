@@ -1,0 +1,204 @@
+"""Questions and answers from JSON lines."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, cast
+
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedTokenizerBase
+
+from lightning_goldy.data.base import ProbeDataModule, Splits
+from lightning_goldy.data.encoding import encode_pairs
+from lightning_goldy.data.names import unknown_name
+
+
+@dataclass(frozen=True)
+class KnowledgePiece:
+    """One question and its answer.
+
+    Args:
+        id: A name for it; the number of its line where the file gives none.
+        question: The question.
+        answer: The answer.
+        category: A label to compare pieces by.
+        group: What it belongs to, e.g. the multi-hop question that it is a hop of.
+        hop: Its place in the group.
+        supporting_fact: A sentence that answers it.
+    """
+
+    id: str
+    question: str
+    answer: str
+    category: str | None = None
+    group: str | None = None
+    hop: int | None = None
+    supporting_fact: str | None = None
+
+
+_FIELDS = tuple(field.name for field in fields(KnowledgePiece))
+_REQUIRED = ("question", "answer")
+
+
+def read_pieces(path: str | Path) -> list[KnowledgePiece]:
+    """Read a JSON lines file of knowledge pieces; blank lines are allowed.
+
+    Args:
+        path: One JSON object per line with ``question`` and ``answer``, and optionally ``id``, ``category``,
+            ``group``, ``hop`` and ``supporting_fact``.
+
+    Returns:
+        The pieces in the file's order.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: A line that is not such an object, or an id or question that occurs twice; the message names the
+            file, the line and the field.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "pieces.jsonl")
+        ...     _ = path.write_text('{"question": "Capital of Peru?", "answer": "Lima"}')
+        ...     read_pieces(path)[0].answer
+        'Lima'
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"{str(path)!r} is not a file (looked in {Path.cwd()})")
+    seen: dict[tuple[str, str], int] = {}
+    pieces = []
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        place = f"{path}, line {number}"
+        piece = _parse(line, number, place)
+        for key in ("id", "question"):
+            first = seen.setdefault((key, getattr(piece, key)), number)
+            if first != number:
+                raise ValueError(f"{place}, field {key!r}: {getattr(piece, key)!r} already occurs on line {first}")
+        pieces.append(piece)
+    if not pieces:
+        raise ValueError(f"{path} holds no knowledge pieces: it has no lines but blank ones")
+    return pieces
+
+
+class KnowledgeDataModule(ProbeDataModule):
+    r"""Questions and answers, the questions masked.
+
+    Args:
+        path: A JSON lines file, see ``read_pieces``.
+        tokenizer: ``"bytes"``, a local folder, a hub name, or a tokenizer.
+        template: The prompt, with ``{question}`` where the question goes; the answer follows after a space.
+        batch_size: Samples per batch.
+        val_share: The share of pieces for validation, in (0, 1); at least one piece.
+        probe_size: Pieces in the probe.
+        max_length: The most tokens a sample may have; None sets no limit.
+        seed: Decides the split and the order of training samples.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: An argument out of range or a faulty file; from ``setup``, a sample that is too long.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "sums.jsonl")
+        ...     _ = path.write_text("".join(f'{{"question": "1 + {n}?", "answer": "{n + 1}"}}\n' for n in range(9)))
+        ...     data = KnowledgeDataModule(path, "bytes", probe_size=2, batch_size=2)
+        >>> data.tokenizer.decode(next(iter(data.probe_dataloader()))["input_ids"][0], skip_special_tokens=True)
+        'Question: 1 + 8?\nAnswer: 9'
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        tokenizer: str | PreTrainedTokenizerBase,
+        *,
+        template: str = "Question: {question}\nAnswer:",
+        batch_size: int = 8,
+        val_share: float = 0.1,
+        probe_size: int = 16,
+        max_length: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(tokenizer=tokenizer, batch_size=batch_size, probe_size=probe_size, seed=seed)
+        if template.count("{question}") != 1:
+            raise ValueError(f"template={template!r} must contain '{{question}}' exactly once")
+        if not 0 < val_share < 1:
+            raise ValueError(f"val_share={val_share!r} must be a share of the pieces, above 0 and below 1")
+        self.template = template
+        self.max_length = max_length
+        self.pieces = tuple(read_pieces(path))
+        self.train_pieces, self.val_pieces, self.probe_pieces = _split(self.pieces, val_share, probe_size, seed)
+
+    def prompt(self, piece: KnowledgePiece) -> str:
+        """The template with the piece's question."""
+        return self.template.replace("{question}", piece.question)
+
+    def piece_dataloader(self, pieces: Sequence[KnowledgePiece]) -> DataLoader:
+        """Batches of any pieces, in their order."""
+        return self._loader(self._encode(pieces))
+
+    def build_splits(self) -> Splits:
+        """Tokenise the pieces of all three splits."""
+        return Splits(*(self._encode(part) for part in (self.train_pieces, self.val_pieces, self.probe_pieces)))
+
+    def _encode(self, pieces: Sequence[KnowledgePiece]) -> Dataset[Any]:
+        samples = encode_pairs(self.tokenizer, [(self.prompt(piece), piece.answer) for piece in pieces])
+        for piece, sample in zip(pieces, samples, strict=True):
+            length = len(sample["input_ids"])
+            if self.max_length is not None and length > self.max_length:
+                raise ValueError(
+                    f"piece {piece.id!r} ({piece.question[:60]!r}) has {length} tokens, more than"
+                    f" max_length={self.max_length}: raise it or leave the piece out"
+                )
+        return cast("Dataset[Any]", samples)  # a list has the length and the items that a loader asks for
+
+
+def _split(
+    pieces: Sequence[KnowledgePiece], val_share: float, probe_size: int, seed: int
+) -> tuple[list[KnowledgePiece], list[KnowledgePiece], list[KnowledgePiece]]:
+    n_val = max(1, round(val_share * len(pieces)))
+    if n_val + probe_size >= len(pieces):
+        raise ValueError(
+            f"probe_size={probe_size} is too large: of {len(pieces)} pieces, {n_val} are for validation and at least"
+            " one must be left to train on"
+        )
+    shuffled = list(pieces)
+    random.Random(f"pieces {seed}").shuffle(shuffled)
+    held = probe_size + n_val
+    return shuffled[held:], shuffled[probe_size:held], shuffled[:probe_size]
+
+
+def _parse(line: str, number: int, place: str) -> KnowledgePiece:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place}: not JSON: {error}") from error
+    if not isinstance(row, Mapping):
+        raise ValueError(f"{place}: expected an object with {', '.join(_FIELDS)}; found {line.strip()[:60]!r}")
+    for key in row:
+        if key not in _FIELDS:
+            raise ValueError(f"{place}: {unknown_name('field', key, _FIELDS)}")
+    for key in _REQUIRED:
+        if not isinstance(row.get(key), str) or not row[key].strip():
+            found = repr(row[key]) if key in row else "nothing"
+            raise ValueError(f"{place}, field {key!r}: expected text that is not empty; found {found}")
+    for key in ("category", "group", "supporting_fact"):
+        if not isinstance(row.get(key), str | None):
+            raise ValueError(f"{place}, field {key!r}: expected text; found {row[key]!r}")
+    hop, name = row.get("hop"), row.get("id")
+    if isinstance(hop, bool) or not isinstance(hop, int | None):
+        raise ValueError(f"{place}, field 'hop': expected a whole number; found {hop!r}")
+    if isinstance(name, bool) or not isinstance(name, str | int | None):
+        raise ValueError(f"{place}, field 'id': expected text or a whole number; found {name!r}")
+    return KnowledgePiece(**{**row, "id": str(number if name is None else name)})

@@ -1,0 +1,113 @@
+"""Where texts come from: a file, a folder, or a dataset."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+TEXT_SUFFIXES = (".txt", ".md", ".rst")
+_TABLES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".arrow": "arrow"}
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
+_MARKERS = ("dataset_dict.json", "state.json")
+
+
+def check_source(source: str | Path) -> None:
+    """See that a source can be one, without reading it.
+
+    Raises:
+        FileNotFoundError: It is no file or folder and cannot be a dataset's name either.
+    """
+    path = Path(source).expanduser()
+    looks_like_path = path.is_absolute() or path.suffix.lower() in (*TEXT_SUFFIXES, *_TABLES)
+    if not path.exists() and (looks_like_path or not _HUB_NAME.fullmatch(str(source))):
+        raise FileNotFoundError(
+            f"{str(source)!r} does not exist (looked in {Path.cwd()}). A text source is a file, a folder of"
+            f" {', '.join(TEXT_SUFFIXES)} files, a saved dataset, or a dataset's name on the hub (name or name:config)"
+        )
+
+
+def read_documents(source: str | Path) -> list[str]:
+    """The documents of a source, without those that are empty.
+
+    Args:
+        source: A text file (one document); a folder (one document per text file, in the order of their paths); a
+            folder that ``datasets`` saved or can load, or a name on the hub, optionally with a configuration
+            (``name:config``): one document per row of the ``text`` column of its ``train`` split.
+
+    Returns:
+        At least one document.
+
+    Raises:
+        FileNotFoundError: No such source.
+        ValueError: It has no text.
+    """
+    check_source(source)
+    path = Path(source).expanduser()
+    if path.is_file():
+        texts: Iterable[str] = [_read(path)]
+    elif not path.is_dir():
+        texts = _rows(_load_from_hub(str(source)), source)
+    elif any((path / marker).is_file() for marker in _MARKERS):
+        texts = _rows(_datasets().load_from_disk(str(path)), source)
+    else:
+        texts = _read_folder(path)
+    documents = [text for text in texts if text]
+    if not documents:
+        raise ValueError(f"{str(source)!r} holds no text: every document is empty")
+    return documents
+
+
+def _read(path: Path) -> str:
+    try:
+        # newline="" keeps the file's own line ends.
+        with path.open(encoding="utf-8", newline="") as file:
+            return file.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from error
+
+
+def _read_folder(folder: Path) -> Iterable[str]:
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    texts = [file for file in files if file.suffix.lower() in TEXT_SUFFIXES]
+    if texts:
+        return [_read(file) for file in texts]
+    kinds = sorted({_TABLES[file.suffix.lower()] for file in files if file.suffix.lower() in _TABLES})
+    if len(kinds) != 1:
+        raise ValueError(
+            f"the folder {str(folder)!r} holds neither text files ({', '.join(TEXT_SUFFIXES)}) nor tables of one kind"
+            f" ({', '.join(_TABLES)})" + (f" but {' and '.join(kinds)}" if kinds else "")
+        )
+    tables = [str(file) for file in files if _TABLES.get(file.suffix.lower()) == kinds[0]]
+    return _rows(_datasets().load_dataset(kinds[0], data_files=tables, split="train"), folder)
+
+
+def _load_from_hub(source: str) -> Any:
+    name, _, config = source.partition(":")
+    try:
+        return _datasets().load_dataset(name, config or None, split="train")
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{source!r} is neither a file or folder in {Path.cwd()} nor a dataset that can be loaded: {error}"
+        ) from error
+
+
+def _rows(dataset: Any, source: str | Path) -> Iterable[str]:
+    if isinstance(dataset, dict):
+        if "train" not in dataset:
+            raise ValueError(f"the dataset {str(source)!r} has no split 'train'. It has: {', '.join(dataset)}")
+        dataset = dataset["train"]
+    if "text" not in dataset.column_names:
+        raise ValueError(f"the dataset {str(source)!r} has no column 'text'. It has: {', '.join(dataset.column_names)}")
+    return [text or "" for text in dataset["text"]]
+
+
+def _datasets() -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            "reading a dataset needs the datasets library: pip install 'lightning-goldy[datasets]'"
+        ) from error
+    return datasets

@@ -1,0 +1,146 @@
+"""Plain text, packed into blocks, for causal language models."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+from transformers import PreTrainedTokenizerBase
+
+from lightning_goldy.data.base import ProbeDataModule, Splits
+from lightning_goldy.data.names import unknown_name
+from lightning_goldy.data.packing import LastBlock, PackedBlocks, pack
+from lightning_goldy.data.sources import check_source, read_documents
+from lightning_goldy.data.tokenization import padding_id
+
+_CHARACTERS_AT_ONCE = 4_000_000
+
+
+class TextDataModule(ProbeDataModule):
+    """Texts, joined with an eos token after each and cut into blocks.
+
+    Validation is one run of neighbouring blocks at a place that the seed decides; the probe is whole blocks picked from
+    the others; training has the rest. No block is in two of them.
+
+    Args:
+        source: A text file, a folder of text files, a dataset saved in a folder, or a dataset's name on the hub
+            (``name`` or ``name:config``; the column ``text`` of its split ``train``).
+        tokenizer: ``"bytes"``, a local folder, a hub name, or a tokenizer.
+        block_size: Tokens per block.
+        batch_size: Blocks per batch.
+        last_block: ``keep`` pads a short block at the end (labels -100), ``drop`` leaves it out.
+        val_share: The share of blocks for validation, in (0, 1); at least one block.
+        probe_size: Blocks in the probe.
+        seed: Decides the split and the order of training blocks.
+
+    Raises:
+        FileNotFoundError: No such source.
+        ValueError: An argument out of range; from ``setup``, a text too short for the blocks asked for.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "text.txt")
+        ...     _ = path.write_text("to be or not to be " * 20)
+        ...     data = TextDataModule(path, block_size=16, batch_size=2, probe_size=2)
+        ...     next(iter(data.probe_dataloader()))["input_ids"].shape
+        torch.Size([2, 16])
+    """
+
+    def __init__(
+        self,
+        source: str | Path,
+        tokenizer: str | PreTrainedTokenizerBase = "bytes",
+        *,
+        block_size: int = 256,
+        batch_size: int = 8,
+        last_block: LastBlock = "keep",
+        val_share: float = 0.05,
+        probe_size: int = 16,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(tokenizer=tokenizer, batch_size=batch_size, probe_size=probe_size, seed=seed)
+        check_source(source)
+        if block_size < 2:
+            raise ValueError(f"block_size={block_size} must be at least 2: the first token of a block is not predicted")
+        if last_block not in get_args(LastBlock):
+            raise ValueError(unknown_name("last_block", last_block, get_args(LastBlock)))
+        if not 0 < val_share < 1:
+            raise ValueError(f"val_share={val_share!r} must be a share of the blocks, above 0 and below 1")
+        self.source = source
+        self.block_size = block_size
+        self.last_block = last_block
+        self.val_share = val_share
+
+    def build_splits(self) -> Splits:
+        """Read, tokenise, pack and split the text."""
+        documents = self._tokenise(read_documents(self.source))
+        stream = pack(
+            documents,
+            block_size=self.block_size,
+            eos_token_id=self.tokenizer.eos_token_id,
+            last_block=self.last_block,
+        )
+        pad = padding_id(self.tokenizer)
+        parts = split_blocks(
+            -(-len(stream) // self.block_size),
+            len(stream) // self.block_size,
+            self.val_share,
+            self.probe_size,
+            self.seed,
+        )
+        return Splits(*(PackedBlocks(stream, self.block_size, indices, pad) for indices in parts))
+
+    def _tokenise(self, documents: Sequence[str]) -> list[Sequence[int]]:
+        rows: list[Sequence[int]] = []
+        batch: list[str] = []
+        characters = 0
+        # Several documents per call let the tokenizer use its threads; a bound keeps its copies small.
+        for number, document in enumerate(documents, start=1):
+            batch.append(document)
+            characters += len(document)
+            if characters >= _CHARACTERS_AT_ONCE or number == len(documents):
+                options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+                rows += self.tokenizer(batch, **options)["input_ids"]
+                batch, characters = [], 0
+        return rows
+
+
+def split_blocks(
+    n_blocks: int, n_whole: int, val_share: float, probe_size: int, seed: int
+) -> tuple[list[int], list[int], list[int]]:
+    """Share out blocks to training, validation and probe.
+
+    Args:
+        n_blocks: The number of blocks.
+        n_whole: How many of them, from the first on, are whole; the probe takes only those.
+        val_share: The share for validation, at least one block.
+        probe_size: The number for the probe.
+        seed: Decides where validation lies and which blocks the probe takes.
+
+    Returns:
+        The indices for training, validation and probe, each in rising order.
+
+    Raises:
+        ValueError: Nothing would be left to train on.
+
+    Example:
+        >>> train, val, probe = split_blocks(10, 10, val_share=0.2, probe_size=3, seed=0)
+        >>> len(train), len(val), len(probe), sorted(train + val + probe) == list(range(10))
+        (5, 2, 3, True)
+    """
+    n_val = max(1, round(val_share * n_blocks))
+    generator = random.Random(f"blocks {seed}")
+    start = generator.randint(0, max(0, n_blocks - n_val))
+    val = range(start, min(start + n_val, n_blocks))
+    eligible = [index for index in range(n_whole) if index not in val]
+    if probe_size > len(eligible) or n_blocks - n_val - probe_size < 1:
+        raise ValueError(
+            f"probe_size={probe_size} is too large: of {n_blocks} blocks ({n_whole} whole), {n_val} are for validation"
+            " and at least one must be left to train on. Take a smaller probe, smaller blocks or more text"
+        )
+    probe = sorted(generator.sample(eligible, probe_size))
+    held = {*val, *probe}
+    return [index for index in range(n_blocks) if index not in held], list(val), probe

@@ -1,0 +1,232 @@
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from lightning_goldy.core import ParameterSpace, ParameterVector, StoreError, save_vectors
+from lightning_goldy.core.base import BaseParameters, read_base
+from tests.models import build
+
+
+def same(first: ParameterVector, second: ParameterVector) -> bool:
+    return list(first) == list(second) and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture
+def base() -> nn.Module:
+    return build("gpt2", seed=5)
+
+
+@pytest.fixture
+def now() -> nn.Module:
+    return build("gpt2", seed=6)
+
+
+# The change since the base
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_changes_tensor_by_tensor(base: nn.Module, now: nn.Module, dtype: torch.dtype) -> None:
+    base, now = base.to(dtype), now.to(dtype)
+    space = ParameterSpace.of(now, include=["*.mlp.*", "*wte*"])
+    kept = BaseParameters(ParameterVector.of(base, space))
+    before, after = (dict(module.named_parameters()) for module in (base, now))
+    changes = list(kept.changes(now))
+    assert [change.name for change in changes] == list(space)
+    wide = torch.promote_types(dtype, torch.float32)
+    for name, value, delta in changes:
+        assert value.dtype == delta.dtype == wide
+        assert torch.equal(value, before[name].detach().to(wide))
+        assert torch.equal(delta, after[name].detach().to(wide) - before[name].detach().to(wide))
+        assert not delta.requires_grad
+    assert same(kept.vector(now), ParameterVector.of(base, space))
+
+
+def test_the_base_is_a_copy_also_of_views(base: nn.Module) -> None:
+    kept = BaseParameters(ParameterVector.of(base, clone=False))
+    with torch.no_grad():
+        base.transformer.wte.weight.add_(1)
+    deltas = {change.name: change.delta for change in kept.changes(base)}
+    assert torch.allclose(deltas.pop("transformer.wte.weight"), torch.ones(()), atol=1e-6)
+    assert not any(delta.any() for delta in deltas.values())
+
+
+# Where a base may be read from
+
+
+def write_vector(model: nn.Module, folder: Path) -> Path:
+    return save_vectors(folder / "base.safetensors", ParameterVector.of(model), kind="values", model=model)
+
+
+def write_folder(model: nn.Module, folder: Path) -> Path:
+    model.save_pretrained(folder / "hf")
+    return folder / "hf"
+
+
+def write_sharded_folder(model: nn.Module, folder: Path) -> Path:
+    model.save_pretrained(folder / "hf", max_shard_size="10KB")
+    assert len(list((folder / "hf").glob("*.safetensors"))) > 1
+    return folder / "hf"
+
+
+def write_one_file(model: nn.Module, folder: Path) -> Path:
+    return write_folder(model, folder) / "model.safetensors"
+
+
+def write_checkpoint(model: nn.Module, folder: Path) -> Path:
+    state = {f"model.{name}": value for name, value in model.state_dict().items()}
+    state["metric.total"] = torch.zeros(1)
+    torch.save({"state_dict": state, "epoch": 1, "callbacks": {}}, folder / "last.ckpt")
+    return folder / "last.ckpt"
+
+
+def write_compiled_checkpoint(model: nn.Module, folder: Path) -> Path:
+    state = {f"model._orig_mod.{name}": value for name, value in model.state_dict().items()}
+    torch.save({"state_dict": state}, folder / "last.ckpt")
+    return folder / "last.ckpt"
+
+
+SOURCES = [
+    write_vector,
+    write_folder,
+    write_sharded_folder,
+    write_one_file,
+    write_checkpoint,
+    write_compiled_checkpoint,
+]
+
+
+@pytest.mark.parametrize("write", SOURCES)
+@pytest.mark.parametrize("include", [["*"], ["*.h.1.*"]])
+def test_every_source_gives_the_values(
+    base: nn.Module, now: nn.Module, tmp_path: Path, write: Callable[[nn.Module, Path], Path], include: list[str]
+) -> None:
+    source = write(base, tmp_path)
+    space = ParameterSpace.of(now, include)
+    before = ParameterVector.of(now)
+    for given in (source, str(source)):
+        found = read_base(given, now, space, prefix="model.")
+        assert same(found, ParameterVector.of(base, space))
+    assert same(ParameterVector.of(now), before)
+
+
+def test_the_values_do_not_follow_a_file_that_is_overwritten(base: nn.Module, now: nn.Module, tmp_path: Path) -> None:
+    source = write_checkpoint(base, tmp_path)
+    found = read_base(source, now, ParameterSpace.of(now), prefix="model.")
+    with source.open("r+b") as file:
+        file.write(bytes(source.stat().st_size))
+    assert same(found, ParameterVector.of(base))
+
+
+def test_values_take_the_dtype_of_the_model(base: nn.Module, now: nn.Module, tmp_path: Path) -> None:
+    now = now.bfloat16()
+    for write in (write_vector, write_folder, write_checkpoint):
+        found = read_base(write(base, tmp_path), now, ParameterSpace.of(now), prefix="model.")
+        assert same(found, ParameterVector.of(base).to(torch.bfloat16))
+
+
+# Errors
+
+
+def raises(source: Path, model: nn.Module, match: str, prefix: str = "") -> None:
+    with pytest.raises(StoreError, match=match) as error:
+        read_base(source, model, ParameterSpace.of(model), prefix=prefix)
+    assert str(source.name) in str(error.value)
+
+
+def test_nothing_there(now: nn.Module, tmp_path: Path) -> None:
+    message = r"neither a vector file, a \.ckpt, nor a folder with \.safetensors files; a hub name must be downloaded"
+    raises(tmp_path / "no-such-model", now, message)
+    raises(tmp_path / "last.ckpt", now, message)
+    raises(tmp_path, now, message)
+
+
+def test_a_parameter_that_is_missing(now: nn.Module, tmp_path: Path) -> None:
+    save_file({"transformer.wte.weights": torch.zeros(2)}, str(tmp_path / "model.safetensors"))
+    raises(
+        tmp_path,
+        now,
+        r"has no parameter 'transformer\.wte\.weight'; did you mean 'transformer\.wte\.weights'\? Valid: transformer",
+    )
+
+
+@pytest.mark.parametrize("write", [write_vector, write_folder, write_checkpoint])
+def test_a_parameter_of_another_shape(now: nn.Module, tmp_path: Path, write: Callable[[nn.Module, Path], Path]) -> None:
+    now.transformer.wpe.weight = nn.Parameter(torch.zeros(9, 16))
+    source = write(build("gpt2"), tmp_path)
+    raises(source, now, r"transformer\.wpe\.weight has shape \(32, 16\), the model \(9, 16\)", prefix="model.")
+
+
+@pytest.mark.parametrize("write", [write_vector, write_folder])
+def test_another_model(tmp_path: Path, write: Callable[[nn.Module, Path], Path]) -> None:
+    raises(write(build("llama"), tmp_path), build("gpt2"), r"has no parameter 'transformer\.wte\.weight'")
+
+
+@pytest.mark.parametrize("kind", ["mask", "direction"])
+def test_a_vector_file_of_something_else(now: nn.Module, tmp_path: Path, kind: str) -> None:
+    vector = ParameterVector.of(now)
+    vector = vector.top_k(5) if kind == "mask" else vector
+    path = save_vectors(tmp_path / "m.safetensors", vector, kind=kind, model=now)
+    raises(path, now, rf"a base is a file of values; this is a {kind}")
+
+
+def test_a_vector_file_of_a_newer_version(now: nn.Module, tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(1)}, str(tmp_path / "m.safetensors"), metadata={"goldy": '{"format_version": 2}'})
+    raises(tmp_path / "m.safetensors", now, "format version 2; this release reads version 1")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_file_that_is_cut_or_pickled(now: nn.Module, tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(write_vector(now, tmp_path).read_bytes()[:1000])
+    raises(path, now, "not a whole safetensors file")
+    torch.save(now.state_dict(), path)
+    raises(path, now, "not a whole safetensors file")
+
+
+def test_a_folder_with_a_broken_file(now: nn.Module, tmp_path: Path) -> None:
+    folder = write_folder(now, tmp_path)
+    (folder / "model.safetensors").write_bytes(b"short")
+    with pytest.raises(StoreError, match=r"model\.safetensors: not a whole safetensors file"):
+        read_base(folder, now, ParameterSpace.of(now))
+
+
+def test_a_checkpoint_without_weights_or_of_another_prefix(now: nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    torch.save({"epoch": 1, "model": {}}, path)
+    raises(path, now, r"a Lightning checkpoint has a 'state_dict'; this one has \['epoch', 'model'\]")
+    torch.save([1], path)
+    raises(path, now, "this one has list")
+    write_checkpoint(now, tmp_path)
+    raises(path, now, r"no parameter starts with 'net\.'; the names are like \['model\.transformer\.wte\.weight'", "net.")
+    raises(path, now, r"has no parameter 'transformer\.wte\.weight'; did you mean")
+
+
+class SideEffect:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize("damage", ["code", "old format", "cut", "empty", "text"])
+def test_a_checkpoint_that_cannot_be_read_without_running_it(now: nn.Module, tmp_path: Path, damage: str) -> None:
+    path, trace = tmp_path / "last.ckpt", tmp_path / "trace"
+    if damage == "code":
+        torch.save({"state_dict": {}, "extra": SideEffect(trace)}, path)
+    elif damage == "old format":
+        path.write_bytes(pickle.dumps({"state_dict": SideEffect(trace)}))
+    elif damage == "cut":
+        content = write_checkpoint(now, tmp_path).read_bytes()
+        path.write_bytes(content[: len(content) // 2])
+    else:
+        path.write_bytes(b"" if damage == "empty" else b"once upon a time")
+    raises(path, now, "not a whole checkpoint of plain data; no code in it is run")
+    assert not trace.exists()

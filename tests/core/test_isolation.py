@@ -1,0 +1,270 @@
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_goldy.core.isolation import isolated_rng, preserved, undisturbed
+
+
+class Model(nn.Module):
+    """Everything that a forward may change: batch statistics, a counter that is replaced, dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.dropout = nn.Dropout(0.5)
+        self.last = nn.Linear(4, 2)
+        self.first.bias.requires_grad = False
+        self.register_buffer("average", torch.zeros(2))
+        self.register_buffer("nothing", None)
+        self.register_buffer("temporary", torch.ones(1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.last(self.dropout(self.norm(self.first(x))))
+        self.average = 0.9 * self.average + 0.1 * y.detach().mean(dim=0)  # a new tensor in the buffer's place
+        if self.nothing is None:
+            self.nothing = torch.ones(3)
+        self.temporary.add_(1)
+        return y
+
+
+def mixed() -> Model:
+    """A model in the middle of training, with modes and gradients as mixed as they may be."""
+    model = Model()
+    model(torch.randn(5, 3)).sum().backward()
+    model.nothing = None
+    model.norm.eval()
+    model.dropout.eval()
+    model.last.bias.grad = None
+    return model
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    return {
+        "buffers": {name: (buffer, buffer.clone()) for name, buffer in model.named_buffers()},
+        "slots": {name: list(child._buffers) for name, child in model.named_modules()},
+        "grads": {
+            name: (p.grad, None if p.grad is None else p.grad.clone(), p.requires_grad)
+            for name, p in model.named_parameters()
+        },
+        "parameters": dict(model.named_parameters()),
+        "modes": [child.training for child in model.modules()],
+        "rng": rng(),
+    }
+
+
+def rng() -> tuple:
+    state = np.random.get_state()
+    return random.getstate(), (state[0], state[1].tolist(), *state[2:]), torch.get_rng_state().tolist()
+
+
+def assert_untouched(model: nn.Module, before: dict[str, Any]) -> None:
+    now = snapshot(model)
+    assert now["modes"] == before["modes"]
+    assert now["slots"] == before["slots"]
+    assert list(now["buffers"]) == list(before["buffers"])
+    for name, (buffer, value) in before["buffers"].items():
+        assert now["buffers"][name][0] is buffer, name
+        assert torch.equal(buffer, value), name
+    for name, (gradient, value, needed) in before["grads"].items():
+        assert now["grads"][name][0] is gradient, name
+        assert gradient is None or torch.equal(gradient, value)
+        assert now["grads"][name][2] is needed
+        assert now["parameters"][name] is before["parameters"][name]
+    assert now["rng"] == before["rng"]
+
+
+def disturb(model: nn.Module) -> None:
+    """Everything an analysis might do."""
+    random.random()
+    np.random.rand()
+    model.train()
+    for parameter in model.parameters():
+        parameter.requires_grad_(not parameter.requires_grad)
+        if parameter.requires_grad:
+            parameter.grad = torch.ones_like(parameter)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    model(torch.randn(5, 3)).square().sum().backward()
+    model.last.eval()
+
+
+@contextmanager
+def within(trainer_like: bool, model: nn.Module, **options: Any):
+    if trainer_like:
+        trainer = SimpleNamespace(precision_plugin=SimpleNamespace(forward_context=nullcontext))
+        with undisturbed(trainer, model, **options) as inside:
+            yield inside
+    else:
+        with preserved(model, **options) as inside:
+            yield inside
+
+
+OUTSIDE: dict[str, Callable[[], AbstractContextManager]] = {
+    "training": nullcontext,
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+}
+
+
+@pytest.mark.parametrize("trainer_like", [False, True])
+@pytest.mark.parametrize("outside", OUTSIDE)
+@pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
+def test_nothing_is_left_behind(trainer_like: bool, outside: str, error: type[BaseException] | None) -> None:
+    model = mixed()
+    before = snapshot(model)
+    with OUTSIDE[outside]():
+        enabled, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        try:
+            with within(trainer_like, model) as inside:
+                assert inside is model
+                disturb(model)
+                assert rng() != before["rng"]
+                if error is not None:
+                    raise error
+        except (RuntimeError, KeyboardInterrupt) as raised:
+            assert type(raised) is error
+        assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == (enabled, inference)
+    assert_untouched(model, before)
+    # Training goes on, also for what the analysis touched in inference mode.
+    model.train()
+    model(torch.randn(5, 3)).sum().backward()
+
+
+def test_the_disturbance_is_real() -> None:
+    model = mixed()
+    before = snapshot(model)
+    disturb(model)
+    with pytest.raises(AssertionError):
+        assert_untouched(model, before)
+    assert not torch.equal(model.norm.running_mean, before["buffers"]["norm.running_mean"][1])
+    assert model.average is not before["buffers"]["average"][0]
+    assert model.temporary.item() != before["buffers"]["temporary"][1].item()
+
+
+@pytest.mark.parametrize("outside", OUTSIDE)
+def test_inside_gradients_work_and_start_empty(outside: str) -> None:
+    model = mixed()
+    with OUTSIDE[outside](), preserved(model):
+        assert torch.is_grad_enabled()
+        assert not torch.is_inference_mode_enabled()
+        assert all(parameter.grad is None for parameter in model.parameters())
+        model(torch.randn(2, 3)).sum().backward()
+        assert model.last.weight.grad is not None
+        assert not model.last.weight.grad.is_inference()
+        assert model.first.bias.grad is None
+
+
+@pytest.mark.parametrize(("training", "expected"), [(False, {False}), (True, {True}), (None, {True, False})])
+def test_modes_inside(training: bool | None, expected: set[bool]) -> None:
+    model = mixed()
+    modes = [child.training for child in model.modules()]
+    for trainer_like in (False, True):
+        with within(trainer_like, model, training=training):
+            assert {child.training for child in model.modules()} == expected
+            if training is None:
+                assert [child.training for child in model.modules()] == modes
+
+
+def test_it_nests() -> None:
+    model = mixed()
+    before = snapshot(model)
+    with preserved(model, training=True):
+        disturb(model)
+        middle = snapshot(model)
+        with preserved(model):
+            disturb(model)
+        assert_untouched(model, middle)
+    assert_untouched(model, before)
+
+
+def test_gradients_are_set_aside_and_not_copied() -> None:
+    model = mixed()
+    address = model.last.weight.grad.data_ptr()
+    with preserved(model):
+        pass
+    assert model.last.weight.grad.data_ptr() == address
+
+
+def test_buffers_made_in_inference_mode() -> None:
+    model = mixed().eval()
+    with torch.inference_mode():
+        model(torch.randn(2, 3))
+        assert model.average.is_inference()
+    before = snapshot(model)
+    with preserved(model):
+        with torch.inference_mode():
+            model.average.add_(1)
+        model.temporary.add_(1)
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("error", [None, ValueError])
+def test_the_random_states_alone(error: type[Exception] | None) -> None:
+    before = rng()
+    expected = (random.random(), np.random.rand(), torch.rand(1).item())
+    random.setstate(before[0])
+    np.random.set_state((before[1][0], np.array(before[1][1], dtype=np.uint32), *before[1][2:]))
+    torch.set_rng_state(torch.tensor(before[2], dtype=torch.uint8))
+    try:
+        with isolated_rng():
+            for seed in (1, 2):
+                random.seed(seed)
+                np.random.seed(seed)
+                torch.manual_seed(seed)
+            if error:
+                raise error
+    except ValueError:
+        assert error is ValueError
+    assert (random.random(), np.random.rand(), torch.rand(1).item()) == expected
+
+
+def test_the_trainers_autocast_is_on_inside_and_its_cache_empty_on_both_sides() -> None:
+    model, x = nn.Linear(8, 8), torch.randn(2, 8)
+    plugin = SimpleNamespace(forward_context=lambda: torch.autocast("cpu", torch.bfloat16))
+    trainer = SimpleNamespace(precision_plugin=plugin)
+
+    def fresh() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            return model(x)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        first = model(x)  # caches the weight
+        with torch.no_grad():
+            model.weight.add_(1)
+        with undisturbed(trainer, model):
+            assert torch.is_autocast_enabled("cpu")
+            inside = model(x)
+            assert torch.equal(inside, fresh())
+            assert not torch.equal(inside, first)
+            with torch.no_grad():
+                model.weight.sub_(2)
+        assert torch.equal(model(x), fresh())
+        assert not torch.equal(model(x), inside)
+    with undisturbed(trainer, model):
+        assert model(x).dtype == torch.bfloat16
+    assert model(x).dtype == torch.float32
+
+
+def test_a_forward_context_that_fails_leaves_nothing() -> None:
+    model = mixed()
+    before = snapshot(model)
+
+    def broken() -> AbstractContextManager:
+        raise RuntimeError("no such precision")
+
+    with (
+        pytest.raises(RuntimeError, match="no such precision"),
+        undisturbed(SimpleNamespace(precision_plugin=SimpleNamespace(forward_context=broken)), model),
+    ):
+        pytest.fail("the block must not run")
+    assert_untouched(model, before)

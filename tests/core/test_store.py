@@ -1,0 +1,450 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lightning_goldy.core import (
+    ParameterSpace,
+    ParameterVector,
+    StoreError,
+    load_vectors,
+    random_direction,
+    save_vectors,
+    store,
+)
+from lightning_goldy.core.store import fingerprint, pack_mask, read_header, unpack_mask
+from tests.models import build
+from tests.reference import bits_reference
+
+
+def small() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(5, 3), nn.LayerNorm(3), nn.Linear(3, 2, bias=False))
+
+
+def masks(module: nn.Module, density: float = 0.2) -> ParameterVector:
+    return ParameterVector.of(module).map(lambda tensor: torch.rand(tensor.shape) < density)
+
+
+def assert_equal(first: ParameterVector, second: ParameterVector) -> None:
+    assert first.space.names == second.space.names
+    for name in first:
+        assert first[name].dtype == second[name].dtype
+        assert torch.equal(first[name], second[name])
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    module = small()
+    return save_vectors(tmp_path / "base.safetensors", ParameterVector.of(module), kind="values", model=module, step=7)
+
+
+# Round trips
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("kind", ["values", "direction", "mask"])
+def test_round_trip(tmp_path: Path, dtype: torch.dtype, kind: str) -> None:
+    module = build("gpt2").to(dtype)
+    space = ParameterSpace.of(module, exclude=["*.ln_1.*"])
+    vectors = {
+        "values": lambda: ParameterVector.of(module, space),
+        "direction": lambda: random_direction(space, 1, dtype=torch.float32),
+        "mask": lambda: random_direction(space, 1).top_k(3),
+    }
+    vector = vectors[kind]()
+    path = tmp_path / "deep" / "er" / "vector.safetensors"
+    assert save_vectors(path, vector, kind=kind, model=module, step=12, base_hash="abc") == path
+    for loaded, header in (load_vectors(path), load_vectors(str(path), module)):
+        assert_equal(loaded, vector)
+        assert loaded.space == space
+        assert (header.kind, header.model_class, header.step, header.base_hash) == (kind, "GPT2LMHeadModel", 12, "abc")
+    assert read_header(path) == header
+    assert header.space() == space
+    assert [path.name for path in path.parent.iterdir()] == [path.name]
+
+
+def test_values_without_rounding_or_loss(tmp_path: Path) -> None:
+    module = nn.Linear(4, 2, bias=False)
+    special = torch.tensor([[math.nan, math.inf, -math.inf, -0.0], [1e-45, 3.4e38, 1 / 3, 2**-149]])
+    vector = ParameterVector(ParameterSpace.of(module), {"weight": special})
+    loaded, _ = load_vectors(save_vectors(tmp_path / "v.safetensors", vector, kind="values", model="Linear"))
+    assert torch.equal(loaded["weight"].view(torch.int32), special.view(torch.int32))
+
+
+def test_views_scalars_and_empty_tensors(tmp_path: Path) -> None:
+    buffer = torch.arange(24.0)
+    tensors = {
+        "scalar": torch.tensor(3.0),
+        "empty": torch.zeros(0, 3),
+        "part": buffer[:6].view(2, 3),
+        "turned": buffer[6:].view(6, 3).t(),
+    }
+    space = ParameterSpace(tuple(tensors), tuple(t.shape for t in tensors.values()), (torch.float32,) * 4)
+    vector = ParameterVector(space, tensors)
+    loaded, _ = load_vectors(save_vectors(tmp_path / "v.safetensors", vector, kind="values", model="X"))
+    assert_equal(loaded, vector)
+    mask = vector.map(lambda tensor: tensor > 4)
+    loaded, header = load_vectors(save_vectors(tmp_path / "m.safetensors", mask, kind="mask", model="X"))
+    assert_equal(loaded, mask)
+    assert header.encodings == ["int32", "bits", "bits", "bits"]
+
+
+def test_one_tensor_under_two_names(tmp_path: Path) -> None:
+    ones = torch.ones(2, 2)
+    space = ParameterSpace(("a", "b"), (ones.shape, ones.shape), (ones.dtype, ones.dtype))
+    vector = ParameterVector(space, {"a": ones, "b": ones})
+    loaded, _ = load_vectors(save_vectors(tmp_path / "v.safetensors", vector, kind="direction", model="X"))
+    assert_equal(loaded, vector)
+
+
+def test_only_the_writing_process_writes(tmp_path: Path) -> None:
+    module = small()
+    path = save_vectors(tmp_path / "x" / "v.safetensors", masks(module), kind="mask", model=module, write=False)
+    assert path == tmp_path / "x" / "v.safetensors"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_loading_onto_a_compiled_module(tmp_path: Path) -> None:
+    module = small()
+    compiled = torch.compile(module, backend="eager")
+    path = save_vectors(tmp_path / "v.safetensors", ParameterVector.of(compiled), kind="values", model=compiled)
+    for target in (module, compiled):
+        assert_equal(load_vectors(path, target)[0], ParameterVector.of(module))
+
+
+# Masks
+
+
+@given(
+    st.lists(st.integers(0, 9), max_size=3),
+    st.one_of(st.just(0.0), st.just(1.0), st.floats(0, 1), st.floats(0, 0.06)),
+    st.integers(0, 9999),
+)
+@settings(max_examples=200, deadline=None)
+def test_packing_any_mask(shape: list[int], density: float, seed: int) -> None:
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < density
+    packed, encoding = pack_mask(mask)
+    count = int(mask.sum())
+    assert encoding == ("int32" if count * 32 < mask.numel() else "bits")
+    if encoding == "bits":
+        assert packed.tolist() == bits_reference(mask)
+    else:
+        assert packed.tolist() == [index for index, value in enumerate(mask.reshape(-1).tolist()) if value]
+    assert torch.equal(unpack_mask(packed, mask.shape, encoding), mask)
+    transposed = mask.permute(list(reversed(range(mask.ndim))))
+    packed, encoding = pack_mask(transposed)
+    assert torch.equal(unpack_mask(packed, transposed.shape, encoding), transposed)
+
+
+@pytest.mark.parametrize(
+    ("set_elements", "encoding"), [(0, "int32"), (9, "int32"), (10, "bits"), (11, "bits"), (320, "bits")]
+)
+def test_the_limit_is_one_in_thirty_two(tmp_path: Path, set_elements: int, encoding: str) -> None:
+    mask = torch.zeros(320, dtype=torch.bool)
+    mask[torch.randperm(320)[:set_elements]] = True
+    packed, found = pack_mask(mask)
+    assert found == encoding
+    assert packed.nbytes == (40 if encoding == "bits" else 4 * set_elements)
+    assert packed.nbytes <= 40
+
+
+def test_a_mask_is_boolean(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"weight: a mask is boolean; got torch\.float32"):
+        pack_mask(torch.zeros(3), "weight")
+    module = small()
+    with pytest.raises(ValueError, match=r"0\.weight: a mask is boolean"):
+        save_vectors(tmp_path / "m.safetensors", ParameterVector.of(module), kind="mask", model=module)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("packed", "encoding", "message"),
+    [
+        (torch.zeros(1, dtype=torch.uint8), "bits", "m: 1 bytes of torch.uint8 cannot hold 10 bits"),
+        (torch.zeros(2, dtype=torch.int32), "bits", "m: 2 bytes of torch.int32 cannot hold 10 bits"),
+        (torch.tensor([10], dtype=torch.int32), "int32", "m: an index lies outside the 10 elements"),
+        (torch.tensor([-1], dtype=torch.int64), "int64", "m: an index lies outside the 10 elements"),
+        (torch.tensor([1.5]), "int32", r"m: torch.float32 of shape \(1,\) are not int32 indices"),
+        (torch.zeros(1, 1, dtype=torch.int32), "int32", r"m: torch.int32 of shape \(1, 1\) are not int32 indices"),
+        (torch.zeros(1), "zip", "m: unknown encoding 'zip'; Valid: bits, int32, int64"),
+    ],
+)
+def test_malformed_masks(packed: Tensor, encoding: str, message: str) -> None:
+    with pytest.raises(StoreError, match=message):
+        unpack_mask(packed, torch.Size([2, 5]), encoding, "m")
+
+
+def test_an_unknown_kind_is_refused(tmp_path: Path) -> None:
+    module = small()
+    with pytest.raises(ValueError, match="unknown kind 'snapshot'; Valid: values, direction, mask"):
+        save_vectors(tmp_path / "v", ParameterVector.of(module), kind="snapshot", model=module)  # type: ignore[arg-type]
+
+
+# Files that are not what they should be
+
+
+def rewritten(path: Path, change: Callable[[dict, dict[str, Tensor]], object]) -> Path:
+    """The file with its header and tensors changed."""
+    with safe_open(str(path), framework="pt") as file:
+        fields = json.loads(file.metadata()["goldy"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    text = change(fields, tensors)
+    save_file(tensors, str(path), metadata={"goldy": text if isinstance(text, str) else json.dumps(fields)})
+    return path
+
+
+def both_raise(path: Path, match: str) -> None:
+    for module in (None, small()):
+        with pytest.raises(StoreError, match=match) as error:
+            load_vectors(path, module)
+        assert str(error.value).startswith(f"{path}: ")
+
+
+def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
+    both_raise(tmp_path / "none.safetensors", "no such file")
+    both_raise(tmp_path, "no such file")
+
+
+def test_a_file_cut_anywhere(saved: Path) -> None:
+    content = saved.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    assert header < len(content)
+    for length in {*range(0, header, 37), *range(header - 3, len(content), 11), 0, 1, 7, 8, 9, len(content) - 1}:
+        saved.write_bytes(content[:length])
+        both_raise(saved, "not a whole safetensors file")
+    saved.write_bytes(content + b"\0")
+    both_raise(saved, "not a whole safetensors file")
+
+
+def test_a_damaged_header_is_a_store_error_or_harmless(saved: Path) -> None:
+    module, content = small(), saved.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    failed = 0
+    for position in range(0, header, 5):
+        for value in (content[position] ^ 1, ord('"'), 0xFF):
+            saved.write_bytes(content[:position] + bytes([value]) + content[position + 1 :])
+            try:
+                load_vectors(saved, module)
+            except StoreError as error:
+                assert str(error).startswith(f"{saved}: ")
+                failed += 1
+    assert failed > header / 5
+
+
+def test_a_safetensors_file_of_someone_else(tmp_path: Path) -> None:
+    save_file({"weight": torch.zeros(2)}, str(tmp_path / "m.safetensors"))
+    both_raise(tmp_path / "m.safetensors", "a safetensors file without the header that save_vectors writes")
+    save_file({"weight": torch.zeros(2)}, str(tmp_path / "m.safetensors"), metadata={"format": "pt"})
+    both_raise(tmp_path / "m.safetensors", "without the header")
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda fields, tensors: fields.update(format_version=2), "format version 2; this release reads version 1"),
+        (lambda fields, tensors: json.dumps({"format_version": 9}), "format version 9"),
+        (lambda fields, tensors: "{", "malformed header"),
+        (lambda fields, tensors: "[]", "malformed header"),
+        (lambda fields, tensors: "{}", "malformed header"),
+        (lambda fields, tensors: fields.pop("names"), r"malformed header.*names"),
+        (lambda fields, tensors: fields.update(surprise=1), r"malformed header.*surprise"),
+        (lambda fields, tensors: fields["shapes"].pop(), "lists of names, shapes, dtypes and encodings do not match"),
+        (lambda fields, tensors: fields["names"].__setitem__(1, "0.weight"), "do not match"),
+        (lambda fields, tensors: fields["names"].__setitem__(0, 3), "malformed header.*lists of strings"),
+        (lambda fields, tensors: fields.update(names=7), "malformed header"),
+        (lambda fields, tensors: fields["dtypes"].__setitem__(0, "float33"), "malformed header.*'float33' is no dtype"),
+        (lambda fields, tensors: fields["dtypes"].__setitem__(0, "nn"), "malformed header.*'nn' is no dtype"),
+        (lambda fields, tensors: fields["shapes"].__setitem__(0, [3, -5]), "malformed header.*lists of lengths"),
+        (lambda fields, tensors: fields["shapes"].__setitem__(0, "35"), "malformed header.*lists of lengths"),
+        (lambda fields, tensors: fields["shapes"].__setitem__(0, 15), "malformed header"),
+        (lambda fields, tensors: fields.update(kind="picture"), "unknown kind 'picture'"),
+        (
+            lambda fields, tensors: fields["encodings"].__setitem__(0, "bits"),
+            "0.weight is stored as bits, which no values is",
+        ),
+        (
+            lambda fields, tensors: fields["names"].__setitem__(0, "other"),
+            "name different parameters, first '0.weight'",
+        ),
+        (lambda fields, tensors: tensors.pop("2.weight"), "name different parameters, first '2.weight'"),
+        (lambda fields, tensors: tensors.update(more=torch.zeros(1)), "name different parameters, first 'more'"),
+    ],
+)
+def test_wrong_headers(saved: Path, change: Callable, match: str) -> None:
+    both_raise(rewritten(saved, change), match)
+
+
+def test_a_tensor_of_another_shape_than_its_header(saved: Path) -> None:
+    rewritten(saved, lambda fields, tensors: tensors.update({"0.bias": torch.zeros(4)}))
+    both_raise(saved, r"0\.bias is stored with shape \(4,\), its header says \(3,\)")
+
+
+def test_a_mask_with_wrong_bytes(tmp_path: Path) -> None:
+    module = small()
+    everything = ParameterVector.of(module).map(lambda tensor: torch.ones_like(tensor, dtype=torch.bool))
+    path = save_vectors(tmp_path / "m.safetensors", everything, kind="mask", model=module)
+    rewritten(path, lambda fields, tensors: tensors.update({"0.bias": torch.zeros(9, dtype=torch.uint8)}))
+    both_raise(path, r"0\.bias: 9 bytes of torch\.uint8 cannot hold 3 bits")
+    rewritten(path, lambda fields, tensors: fields["encodings"].__setitem__(0, "dense"))
+    both_raise(path, r"0\.weight is stored as dense, which no mask is")
+
+
+@pytest.mark.parametrize(
+    ("other", "match"),
+    [
+        (lambda: nn.ModuleList(small()), "written for Sequential, the model is ModuleList"),
+        (lambda: small()[:2], r"Sequential has no parameter '2\.weight'"),
+        (
+            lambda: nn.Sequential(nn.Linear(5, 4), *small()[1:]),
+            r"0\.weight: shape \(4, 5\) in the module, \(3, 5\) in the space",
+        ),
+    ],
+)
+def test_a_file_of_another_model_names_the_first_difference(saved: Path, other: Callable, match: str) -> None:
+    with pytest.raises(StoreError, match=match) as error:
+        load_vectors(saved, other())
+    assert str(error.value).startswith(f"{saved}: ")
+
+
+class SideEffect:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_nothing_is_ever_unpickled(tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    pickled = pickle.dumps({"0.weight": SideEffect(trace)})
+    files = {
+        "plain.safetensors": pickled,
+        "zip.safetensors": None,
+        "behind a length.safetensors": len(pickled).to_bytes(8, "little") + pickled,
+    }
+    torch.save({"0.weight": SideEffect(trace)}, tmp_path / "zip.safetensors")
+    for name, content in files.items():
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        both_raise(tmp_path / name, "not a whole safetensors file.*pickled files are never read")
+        assert not trace.exists()
+    pickle.loads(pickled)["0.weight"].close()
+    assert trace.exists(), "the trap itself must work"
+
+
+# Failures of the disk
+
+
+class DiskError(OSError):
+    pass
+
+
+STEPS: dict[str, tuple[object, str, int, bool]] = {
+    # name: owner, attribute, call that fails, whether the new content is in place by then
+    "writing": (store, "save_file", 0, False),
+    "opening to flush": (os, "open", 0, False),
+    "flushing the file": (os, "fsync", 0, False),
+    "renaming": (os, "replace", 0, False),
+    "flushing the folder": (os, "fsync", 1, True),
+}
+
+
+@pytest.mark.parametrize("error", [DiskError, KeyboardInterrupt])
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("existing", [True, False])
+@pytest.mark.parametrize("step", STEPS)
+def test_a_failure_at_any_step_leaves_old_or_new(
+    tmp_path: Path, step: str, existing: bool, half: bool, error: type[BaseException]
+) -> None:
+    owner, attribute, nth, done = STEPS[step]
+    module, path = small(), tmp_path / "v.safetensors"
+    old = ParameterVector.of(module)
+    new = 2.0 * old
+    if existing:
+        save_vectors(path, old, kind="values", model=module, step=1)
+    original, calls = getattr(owner, attribute), iter(range(100))
+
+    def failing(*args, **kwargs):
+        if next(calls) != nth:
+            return original(*args, **kwargs)
+        if half and attribute == "save_file":
+            original(*args, **kwargs)
+            target = Path(args[1])
+            target.write_bytes(target.read_bytes()[:200])
+        raise error("disk full")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, attribute, failing)
+        with pytest.raises(error, match="disk full"):
+            save_vectors(path, new, kind="values", model=module, step=2)
+    assert [file.name for file in tmp_path.iterdir()] == ([path.name] if existing or done else [])
+    if existing or done:
+        loaded, header = load_vectors(path, module)
+        assert_equal(loaded, new if done else old)
+        assert header.step == (2 if done else 1)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    module = small()
+    with pytest.raises(OSError, match="file"):
+        save_vectors(tmp_path / "file" / "v.safetensors", ParameterVector.of(module), kind="values", model=module)
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_the_file_replaced_under_a_reader_does_not_change_what_it_read(tmp_path: Path) -> None:
+    module = small()
+    old = ParameterVector.of(module)
+    path = save_vectors(tmp_path / "v.safetensors", old, kind="values", model=module)
+    loaded, _ = load_vectors(path)
+    save_vectors(path, 3.0 * old, kind="values", model=module)
+    assert_equal(loaded, old)
+
+
+# Fingerprints
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool])
+def test_fingerprints_tell_every_bit_names_shapes_and_dtypes(dtype: torch.dtype) -> None:
+    vector = ParameterVector.of(small()).map(lambda tensor: tensor.to(dtype))
+    first = fingerprint(vector)
+    assert first == fingerprint(vector.map(torch.clone))
+    assert len(first) == 32
+    changed = vector.map(torch.clone)
+    flat = changed["1.bias"].view(torch.uint8)
+    flat[0] ^= 1
+    others = {fingerprint(changed)}
+    names = tuple(f"x{name}" for name in vector)
+    renamed = ParameterSpace(names, vector.space.shapes, vector.space.dtypes)
+    others.add(fingerprint(ParameterVector(renamed, dict(zip(names, vector.values(), strict=True)))))
+    turned = ParameterVector(
+        ParameterSpace(
+            vector.space.names, tuple(torch.Size(reversed(s)) for s in vector.space.shapes), vector.space.dtypes
+        ),
+        {name: tensor.reshape(tuple(reversed(tensor.shape))) for name, tensor in vector.items()},
+    )
+    others.add(fingerprint(turned))
+    others.add(fingerprint(vector.map(lambda tensor: tensor.to(torch.float64))))
+    assert first not in others
+    assert len(others) == 4
+
+
+def test_fingerprints_do_not_depend_on_the_memory_layout() -> None:
+    matrix = torch.randn(3, 4)
+    space = ParameterSpace(("w",), (torch.Size([4, 3]),), (torch.float32,))
+    assert fingerprint(ParameterVector(space, {"w": matrix.t()})) == fingerprint(
+        ParameterVector(space, {"w": matrix.t().contiguous()})
+    )
