@@ -79,7 +79,9 @@ def main() -> None:
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     ids = torch.randint(0, 8192, (arguments.samples, 256))
     batch = {"input_ids": ids}
-    print(f"{size / 4e6:.1f} M parameters, {arguments.samples} samples of 256 tokens, {torch.get_num_threads()} threads")
+    print(
+        f"{size / 4e6:.1f} M parameters, {arguments.samples} samples of 256 tokens, {torch.get_num_threads()} threads"
+    )
 
     for scope in ("tensor", "global"):
         analysis, alone, ratio = paired(
@@ -87,13 +89,17 @@ def main() -> None:
             lambda: forward_backward(model, ids),
             arguments.repetitions,
         )
-        print(f"golden_parameters({scope}) {analysis:.2f} s, forward + backward {alone:.2f} s: ratio {ratio:.3f} (<= 1.2)")
+        print(
+            f"golden_parameters({scope}) {analysis:.2f} s, forward + backward {alone:.2f} s: ratio {ratio:.3f} (<= 1.2)"
+        )
 
     few = {"input_ids": ids[:2]}
     plain = peak_growth(lambda: forward_backward(model, ids[:2]))
     for scope in ("tensor", "global"):
         golden = peak_growth(lambda scope=scope: golden_parameters(model, [few], scope=scope))
-        print(f"extra memory({scope}): {(golden - plain) / size:.2f} x the parameters beside forward + backward (<= 1.3)")
+        print(
+            f"extra memory({scope}): {(golden - plain) / size:.2f} x the parameters beside forward + backward (<= 1.3)"
+        )
 
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -107,7 +113,9 @@ def main() -> None:
         copies += [buffer.clone() for buffer in model.buffers()]
 
     isolation, copy, ratio = paired(enter_and_leave, copy_gradients_and_buffers, 4 * arguments.repetitions)
-    print(f"isolation {1e3 * isolation:.2f} ms, a copy of gradients and buffers {1e3 * copy:.2f} ms: {ratio:.3f} (<= 1)")
+    print(
+        f"isolation {1e3 * isolation:.2f} ms, a copy of gradients and buffers {1e3 * copy:.2f} ms: {ratio:.3f} (<= 1)"
+    )
 
 
 if __name__ == "__main__":

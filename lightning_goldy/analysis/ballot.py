@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_goldy.analysis.scores import SCORES
 from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.selection import select_largest
-from lightning_goldy.core.sharding import Replicas, align, is_sharded, like, local
+from lightning_goldy.core.sharding import Replicas, align, is_sharded, like, local, sum_over_shards
 from lightning_goldy.core.vector import elements_in
 
 Scope = Literal["tensor", "global"]
@@ -57,6 +57,7 @@ class Ballot:
         return stack
 
     def vote(self, objective: Objective, model: nn.Module, sample: Any) -> None:
+        """One forward and backward pass, whose gradients become votes."""
         before = set(self.seen)
         self.seen.clear()
         objective.log_probs(model, sample).mean().backward()
@@ -78,12 +79,13 @@ class Ballot:
             gradient, parameter.grad = parameter.grad, None
             if gradient is not None:
                 self.seen.add(name)
-            scores.append(self._scores(name, gradient, parameter))
+            scores.append(self._scores(gradient, parameter))
+        self._require_finite(names, scores)
         for name, mask in zip(names, select_largest(scores, k), strict=True):
             # Booleans are bytes of 0 and 1; seen as such, the addition is vectorised.
             self.votes[name].add_(mask.view(torch.uint8))
 
-    def _scores(self, name: str, gradient: Tensor | None, parameter: nn.Parameter) -> Tensor:
+    def _scores(self, gradient: Tensor | None, parameter: nn.Parameter) -> Tensor:
         value = local(parameter)
         dtype = torch.promote_types(value.dtype, torch.float32)
         if gradient is None:
@@ -91,9 +93,21 @@ class Ballot:
         else:
             dense = gradient.to_dense() if gradient.layout is torch.sparse_coo else gradient
             part = self.score(local(align(dense, parameter)).to(dtype), value.to(dtype))
-        if part.numel() and not bool(torch.isfinite(part.amax())):
-            raise ValueError(f"the gradient of {name} is not finite; its parameters cannot be ranked")
         return like(parameter.detach(), part)
+
+    def _require_finite(self, names: Sequence[str], scores: Sequence[Tensor]) -> None:
+        flags = []
+        for score in scores:
+            part = local(score)
+            # The largest element is NaN when any is: one pass, and no second tensor.
+            flags.append(~torch.isfinite(part.amax()) if part.numel() else torch.zeros((), dtype=torch.bool))
+        # Summed over shards, so that all processes raise and none is left waiting in the selection.
+        totals = sum_over_shards(
+            [flag.to(local(score).device).int() for flag, score in zip(flags, scores, strict=True)], scores
+        )
+        for name, broken in zip(names, totals, strict=True):
+            if broken:
+                raise ValueError(f"the gradient of {name} is not finite; its elements cannot be ranked")
 
     def totals(self, replicas: Replicas) -> dict[str, Tensor]:
         """Votes summed over the replicas, in the layout of the parameters."""
@@ -103,8 +117,8 @@ class Ballot:
         if missing:
             name = list(self.parameters)[missing[0]]
             raise ValueError(
-                f"the objective does not depend on {name} ({len(missing)} such parameters): no sample gave it a gradient; "
-                "leave it out with exclude="
+                f"the objective does not depend on {name} ({len(missing)} such parameters): no sample gave it a "
+                "gradient; leave it out with exclude="
             )
         totals = {}
         for name, votes in self.votes.items():

@@ -53,7 +53,6 @@ class WeightChange(AnalysisResult):
         base = math.hypot(*self.base_norms)
         return self.delta_norm / base if base else (math.inf if self.delta_norm else 0.0)
 
-
     def rows(self) -> list[dict[str, Any]]:
         """One JSON-able row per tensor, with the block and the kind that it belongs to."""
         columns = zip(self.names, self.numel, self.base_norms, self.delta_norms, strict=True)

@@ -20,6 +20,7 @@ from lightning_goldy.core.sharding import Replicas, gather
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.vector import ParameterVector, require_finite
 
+
 @dataclass(frozen=True)
 class GoldenResult(AnalysisResult):
     """Which parameters are golden, and how many would be by chance.
@@ -208,7 +209,11 @@ def binomial_tail(n: int, needed: int, p: float) -> float:
         return float(p**n)
     terms = (
         math.exp(
-            math.lgamma(n + 1) - math.lgamma(m + 1) - math.lgamma(n - m + 1) + m * math.log(p) + (n - m) * math.log1p(-p)
+            math.lgamma(n + 1)
+            - math.lgamma(m + 1)
+            - math.lgamma(n - m + 1)
+            + m * math.log(p)
+            + (n - m) * math.log1p(-p)
         )
         for m in range(needed, n + 1)
     )

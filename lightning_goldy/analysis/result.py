@@ -37,7 +37,9 @@ class AnalysisResult:
         known = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(fields, dict) or set(fields) != known:
             wrong = sorted(set(fields) ^ known)[0] if isinstance(fields, dict) else type(fields).__name__
-            raise ValueError(f"not a {cls.__name__}: unexpected or missing field {wrong!r}; its fields are {sorted(known)}")
+            raise ValueError(
+                f"not a {cls.__name__}: unexpected or missing field {wrong!r}; its fields are {sorted(known)}"
+            )
         return cls(**{name: _decode(value) for name, value in fields.items()})
 
 
@@ -45,7 +47,8 @@ def _encode(value: Any) -> Any:
     if isinstance(value, ParameterVector):
         space = value.space
         dtypes = [str(dtype).removeprefix("torch.") for dtype in space.dtypes]
-        return {"__vector__": [[*map(_encode, each)] for each in zip(space.names, space.shapes, dtypes, value.values())]}
+        columns = zip(space.names, space.shapes, dtypes, value.values(), strict=True)
+        return {"__vector__": [[*map(_encode, each)] for each in columns]}
     if isinstance(value, Tensor):
         if value.dtype == torch.bool:
             packed, encoding = pack_mask(value)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 import lightning.pytorch as L
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
@@ -165,8 +164,8 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
             raise ValueError(f"two callbacks are called {self.name!r}; give each of them its own name=")
         if type(trainer.strategy).__name__ == "FSDPStrategy":
             raise ValueError(
-                f"{type(self).__name__} cannot work with FSDPStrategy (FSDP1), whose flat parameters merge weights across "
-                "layers; use ModelParallelStrategy with fully_shard (FSDP2), DDPStrategy or a single device"
+                f"{type(self).__name__} cannot work with FSDPStrategy (FSDP1), whose flat parameters merge weights "
+                "across layers; use ModelParallelStrategy with fully_shard (FSDP2), DDPStrategy or a single device"
             )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -214,9 +213,7 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         if self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
             self.run(trainer, pl_module, "epoch")
 
-    def on_save_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Runs with the weights that are being saved, and saves the state that it leaves."""
         if self._store is None:
             return
@@ -256,9 +253,7 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         ):
             model = find_model(pl_module, self.model_attribute)
             objective = find_objective(pl_module, model, self.objective) if self.needs_probe else None
-            context = AnalysisContext(
-                trainer, pl_module, model, objective, self._batches, step, self._store, progress
-            )
+            context = AnalysisContext(trainer, pl_module, model, objective, self._batches, step, self._store, progress)
             findings = self.describe(self.compute(context), context)
             files = {}
             for name, (vector, kind) in findings.vectors.items():

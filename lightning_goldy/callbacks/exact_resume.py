@@ -14,10 +14,10 @@ from lightning_goldy.core.sharding import Replicas
 
 
 class ExactResume(L.Callback):
-    """Saves the random states of all ranks in every checkpoint and restores them on resume, which Lightning does not.
+    """Saves the random states of all ranks in checkpoints and restores them on resume, as Lightning does not.
 
-    Resumed from the end of an epoch, a run then ends with the bits of an uninterrupted one. In the middle of an epoch the
-    data loader must keep its position as well, as those of :mod:`lightning_goldy.data` do.
+    Resumed from the end of an epoch, a run then ends with the bits of an uninterrupted one. In the middle of an epoch
+    the data loader must keep its position as well, as those of :mod:`lightning_goldy.data` do.
 
     Example:
         >>> callback = ExactResume()
@@ -57,7 +57,13 @@ def random_states() -> dict[str, Any]:
     name, keys, position, has_gauss, cached = np.random.get_state()
     return {
         "python": [version, list(internal), gauss],
-        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), float(cached)],
+        "numpy": [
+            name,
+            torch.from_numpy(np.asarray(keys).astype(np.int64)),
+            int(position),
+            int(has_gauss),
+            float(cached),
+        ],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else [],
     }

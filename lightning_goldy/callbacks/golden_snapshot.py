@@ -64,7 +64,9 @@ class GoldenSnapshot(AnalysisCallback[WeightChange]):
             RuntimeError: Training has not started yet.
         """
         if self._base is None:
-            raise RuntimeError("the snapshot is taken when training starts; list GoldenSnapshot before callbacks that need it")
+            raise RuntimeError(
+                "the snapshot is taken when training starts; list GoldenSnapshot before callbacks that need it"
+            )
         return self._base
 
     def prepare(self, trainer: L.Trainer, model: nn.Module) -> None:
@@ -77,7 +79,9 @@ class GoldenSnapshot(AnalysisCallback[WeightChange]):
         space = ParameterSpace.of(model)
         modules = trainer.lightning_module.named_modules()
         prefix = next((f"{name}." for name, child in modules if child is model and name), "")
-        vector = read_base(self.source, model, space, prefix=prefix) if self.source else ParameterVector.of(model, space)
+        vector = (
+            read_base(self.source, model, space, prefix=prefix) if self.source else ParameterVector.of(model, space)
+        )
         self._base, self._base_hash = BaseParameters(vector), fingerprint(vector)
         write = trainer.is_global_zero
         path = self.folder / BASE_FILE
@@ -95,7 +99,9 @@ class GoldenSnapshot(AnalysisCallback[WeightChange]):
         vector, _ = load_vectors(self.folder / BASE_FILE, model)
         found = fingerprint(vector)
         if found != self._base_hash:
-            raise StoreError(f"{self.folder / BASE_FILE} has hash {found}, the checkpoint was made with {self._base_hash}")
+            raise StoreError(
+                f"{self.folder / BASE_FILE} has hash {found}, the checkpoint was made with {self._base_hash}"
+            )
         self._base = BaseParameters(vector)
         if self._updates is not None:
             self._updates.load({key: load_vectors(self.folder / name, model)[0] for key, name in self._files.items()})
@@ -125,7 +131,9 @@ class GoldenSnapshot(AnalysisCallback[WeightChange]):
         step = trainer.global_step
         for key, vector in ({} if self._updates is None else self._updates.vectors()).items():
             name = f"{key}-step={step:08d}.safetensors"
-            save_vectors(self.folder / name, vector, kind="values", model=model, step=step, write=trainer.is_global_zero)
+            save_vectors(
+                self.folder / name, vector, kind="values", model=model, step=step, write=trainer.is_global_zero
+            )
             self._files[key] = name
 
     def state_dict(self) -> dict[str, Any]:

@@ -35,7 +35,9 @@ class RunReport(L.Callback):
         if stage != "fit":
             return
         if not any(isinstance(callback, AnalysisCallback) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-            raise ValueError("RunReport has nothing to report: the trainer has no analysis callback, such as GoldenSnapshot()")
+            raise ValueError(
+                "RunReport has nothing to report: the trainer has no analysis callback, such as GoldenSnapshot()"
+            )
         try:
             import plotly  # noqa: F401
         except ImportError as error:

@@ -49,8 +49,8 @@ def find_objective(pl_module: nn.Module, model: nn.Module, given: Objective | No
     if callable(getattr(model, "prepare_inputs_for_generation", None)):
         return CausalLMObjective()
     raise ValueError(
-        f"{type(model).__name__} is no causal language model, so the task is not known: pass objective=ClassifierObjective(), "
-        "FunctionObjective(...) or an object with the methods of Objective"
+        f"{type(model).__name__} is no causal language model, so the task is not known: pass "
+        "objective=ClassifierObjective(), FunctionObjective(...) or an object with the methods of Objective"
     )
 
 
@@ -84,8 +84,8 @@ def _whole_validation_set(trainer: L.Trainer) -> Iterable[Any]:
     loader = loaders[0] if isinstance(loaders, (list, tuple)) and loaders else loaders
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         raise ValueError(
-            "no probe batches: pass probe=[...] (batches or a DataLoader), or give the data module or the LightningModule "
-            "a probe_dataloader(), or the trainer a validation DataLoader over a map-style dataset"
+            "no probe batches: pass probe=[...] (batches or a DataLoader), or give the data module or the "
+            "LightningModule a probe_dataloader(), or the trainer a validation DataLoader over a map-style dataset"
         )
     # A distributed sampler would show each rank another part, and every rank must analyse the same samples.
     return DataLoader(loader.dataset, batch_size=loader.batch_size or 1, collate_fn=loader.collate_fn)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -10,7 +11,13 @@ from torch import nn
 from lightning_goldy.analysis import GoldenResult, golden_parameters, jaccard, register_score
 from lightning_goldy.analysis.golden import binomial_tail
 from lightning_goldy.analysis.scores import SCORES
-from lightning_goldy.core import CausalLMObjective, ClassifierObjective, FunctionObjective, ParameterSpace, ParameterVector
+from lightning_goldy.core import (
+    CausalLMObjective,
+    ClassifierObjective,
+    FunctionObjective,
+    ParameterSpace,
+    ParameterVector,
+)
 from lightning_goldy.core.objective import split_batch
 from tests.golden_reference import golden_masks
 from tests.models import CAUSAL, FAMILIES, build, class_batch, token_batch
@@ -48,7 +55,9 @@ def test_masks_equal_the_slow_reference_bit_for_bit(family, score, scope, quorum
     result = golden_parameters(model, [batch], objective, top_k_percent=percent, **options)
     expected = golden_masks(model, list(split_batch(batch)), naive_loss, percent=percent, **options)
     assert list(result.mask) == list(expected)
-    assert {name: torch.equal(result.mask[name], mask) for name, mask in expected.items()} == dict.fromkeys(expected, True)
+    assert {name: torch.equal(result.mask[name], mask) for name, mask in expected.items()} == dict.fromkeys(
+        expected, True
+    )
     assert result.count == sum(int(mask.sum()) for mask in expected.values())
     assert result.count > 0 or quorum == 1.0
 
@@ -142,7 +151,7 @@ def test_noise_agrees_no_more_than_chance():
 def test_a_higher_quorum_keeps_a_subset():
     model, batch = build("llama"), token_batch(6)
     masks = [golden_parameters(model, [batch], top_k_percent=10, quorum=q).mask for q in (0.2, 0.5, 1.0)]
-    for loose, strict in zip(masks, masks[1:], strict=False):
+    for loose, strict in itertools.pairwise(masks):
         assert all(not (strict[name] & ~loose[name]).any() for name in strict)
     assert sum(masks[0].count()) > sum(masks[2].count())
 

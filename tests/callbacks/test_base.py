@@ -86,13 +86,13 @@ def test_wrong_arguments_are_refused_at_once(make, message):
         make()
 
 
-class Trained(Exception):
+class TrainedError(Exception):
     """A training step was made."""
 
 
 class Never(Finetune):
     def training_step(self, batch, batch_idx):
-        raise Trained
+        raise TrainedError
 
 
 class EmptyProbe(TokenData):
@@ -123,9 +123,24 @@ class Frozen(Never):
         (lambda: GoldenParameters(), Never, TokenData(), "n_samples=16, but the probe holds only 4"),
         (lambda: GoldenParameters(n_samples=2), Never, EmptyProbe(), "the probe is empty: EmptyProbe.probe_dataloader"),
         (lambda: GoldenParameters(n_samples=2), Never, Masked(), "every label is masked"),
-        (lambda: GoldenParameters(n_samples=2, include=["*conv*"]), Never, TokenData(), r"'\*conv\*' matches no trainable"),
-        (lambda: GoldenParameters(n_samples=2, last_layers=9), Never, TokenData(), "number of blocks from 1 to 2; got 9"),
-        (lambda: GoldenParameters(n_samples=2), Broken, TokenData(), r"weights of transformer\.h\.0\.ln_1\.weight are not"),
+        (
+            lambda: GoldenParameters(n_samples=2, include=["*conv*"]),
+            Never,
+            TokenData(),
+            r"'\*conv\*' matches no trainable",
+        ),
+        (
+            lambda: GoldenParameters(n_samples=2, last_layers=9),
+            Never,
+            TokenData(),
+            "number of blocks from 1 to 2; got 9",
+        ),
+        (
+            lambda: GoldenParameters(n_samples=2),
+            Broken,
+            TokenData(),
+            r"weights of transformer\.h\.0\.ln_1\.weight are not",
+        ),
         (lambda: GoldenSnapshot(), Broken, TokenData(), "are not finite"),
         (lambda: GoldenSnapshot(), Frozen, TokenData(), "has no trainable parameter"),
         (lambda: GoldenSnapshot(source="nowhere"), Never, TokenData(), "neither a vector file"),
@@ -195,7 +210,9 @@ def test_tensorboard_receives_scalars_figures_and_histograms(tmp_path):
     assert any(tag.startswith("goldy/golden_snapshot/") for tag in tags["images"])
     assert tags["histograms"] == ["goldy/golden_snapshot/change_log10"]
     logged = events.Scalars("goldy/golden_parameters/count")
-    assert [(event.step, event.value) for event in logged] == [(r["step"], r["metrics"]["count"]) for r in rows(watchers[1])]
+    assert [(event.step, event.value) for event in logged] == [
+        (r["step"], r["metrics"]["count"]) for r in rows(watchers[1])
+    ]
 
 
 def test_several_loggers_and_none(tmp_path):
@@ -237,8 +254,15 @@ def test_the_metrics_of_a_known_change(tmp_path):
         objective=FunctionObjective(lambda model, x: model(x).sum()),
         probe=[torch.tensor([[1.0, 3.0, 0.0, 0.0]])],
     )
-    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    L.Trainer(accelerator="cpu", max_epochs=2, default_root_dir=tmp_path, callbacks=[snapshot, golden], **options).fit(module)
+    options = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    L.Trainer(accelerator="cpu", max_epochs=2, default_root_dir=tmp_path, callbacks=[snapshot, golden], **options).fit(
+        module
+    )
     first, second = rows(snapshot)
     assert first["metrics"]["delta_norm"] == pytest.approx(0.25 * 5**0.5)
     assert second["metrics"]["relative_change"] == pytest.approx(0.5 * 5**0.5 / 2)
@@ -281,7 +305,12 @@ def test_a_classifier_of_a_users_own_without_a_probe_uses_the_validation_set(tmp
 
     data = torch.utils.data.TensorDataset(torch.randn(12, 6), torch.randint(0, 3, (12,)))
     callback = GoldenParameters(n_samples=5, objective=ClassifierObjective(), quorum=0.5, top_k_percent=20)
-    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    options = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     trainer = L.Trainer(accelerator="cpu", max_epochs=1, default_root_dir=tmp_path, callbacks=[callback], **options)
     trainer.fit(Digits(), torch.utils.data.DataLoader(data, 4), torch.utils.data.DataLoader(data, 4))
     (row,) = rows(callback)
