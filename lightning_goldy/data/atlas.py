@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any, cast, get_args
+from typing import get_args
 
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lightning_goldy.data.base import ProbeDataModule, Splits
 from lightning_goldy.data.edits import Edit, apply_edits, random_edits
-from lightning_goldy.data.encoding import Sample, encode_pairs
+from lightning_goldy.data.encoding import SampleSet, encode_pairs
 from lightning_goldy.data.relations import (
     Fact,
     Phrasing,
@@ -51,7 +51,7 @@ class AtlasDataModule(ProbeDataModule):
         [('What is the capital of France?', 'Rome')]
         >>> batch = next(iter(data.probe_dataloader()))
         >>> data.tokenizer.decode(batch["input_ids"][0], skip_special_tokens=True)
-        'The capital of France is Rome'
+        'Name the capital of France. Rome'
     """
 
     def __init__(
@@ -148,10 +148,9 @@ class AtlasDataModule(ProbeDataModule):
         kept = set(random.Random(f"rehearsal {self.seed}").sample(range(len(unedited)), count))
         return [fact for index, fact in enumerate(unedited) if index in kept]
 
-    def _encode(self, questions: Sequence[Question], *, mask_query: bool = True) -> Dataset[Any]:
+    def _encode(self, questions: Sequence[Question], *, mask_query: bool = True) -> SampleSet:
         pairs = [(question.prompt, question.answer) for question in questions]
-        samples: list[Sample] = encode_pairs(self.tokenizer, pairs, mask_query=mask_query)
-        return cast("Dataset[Any]", samples)  # a list has the length and the items that a loader asks for
+        return encode_pairs(self.tokenizer, pairs, mask_query=mask_query)
 
 
 def _resolve(edits: list[Edit] | int | None, facts: Sequence[Fact], seed: int) -> list[Edit]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
 
 import lightning.pytorch as L
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lightning_goldy.data.collate import PadCollator
+from lightning_goldy.data.encoding import SampleSet
 from lightning_goldy.data.loading import make_loader
 from lightning_goldy.data.tokenization import load_tokenizer, padding_id
 
@@ -18,9 +18,9 @@ from lightning_goldy.data.tokenization import load_tokenizer, padding_id
 class Splits:
     """The samples to train on, to validate on, and the fixed probe that analyses use (disjoint from training)."""
 
-    train: Dataset[Any]
-    val: Dataset[Any]
-    probe: Dataset[Any]
+    train: SampleSet
+    val: SampleSet
+    probe: SampleSet
 
 
 class ProbeDataModule(L.LightningDataModule):
@@ -99,10 +99,10 @@ class ProbeDataModule(L.LightningDataModule):
         """The probe's batches in a fixed order: what analyses use."""
         return self._loader(self.splits.probe)
 
-    def _loader(self, dataset: Dataset[Any], shuffle_seed: int | None = None) -> DataLoader:
+    def _loader(self, samples: SampleSet, shuffle_seed: int | None = None) -> DataLoader:
         collate = PadCollator(padding_id(self.tokenizer))
         return make_loader(
-            dataset,
+            samples,
             batch_size=self.batch_size,
             collate=collate,
             shuffle_seed=shuffle_seed,

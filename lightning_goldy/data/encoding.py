@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +13,14 @@ from lightning_goldy.core.objective import IGNORE_INDEX
 
 Sample = dict[str, Tensor]
 """``input_ids``, ``attention_mask`` and ``labels``, each int64 of shape ``[T]``."""
+
+
+class SampleSet(Protocol):
+    """Samples by number: a list of them, or a dataset."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Sample: ...
 
 
 def encode_pairs(

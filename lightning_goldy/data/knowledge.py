@@ -7,13 +7,12 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, cast
 
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lightning_goldy.data.base import ProbeDataModule, Splits
-from lightning_goldy.data.encoding import encode_pairs
+from lightning_goldy.data.encoding import SampleSet, encode_pairs
 from lightning_goldy.data.names import unknown_name
 
 
@@ -152,7 +151,7 @@ class KnowledgeDataModule(ProbeDataModule):
         """Tokenise the pieces of all three splits."""
         return Splits(*(self._encode(part) for part in (self.train_pieces, self.val_pieces, self.probe_pieces)))
 
-    def _encode(self, pieces: Sequence[KnowledgePiece]) -> Dataset[Any]:
+    def _encode(self, pieces: Sequence[KnowledgePiece]) -> SampleSet:
         samples = encode_pairs(self.tokenizer, [(self.prompt(piece), piece.answer) for piece in pieces])
         for piece, sample in zip(pieces, samples, strict=True):
             length = len(sample["input_ids"])
@@ -161,7 +160,7 @@ class KnowledgeDataModule(ProbeDataModule):
                     f"piece {piece.id!r} ({piece.question[:60]!r}) has {length} tokens, more than"
                     f" max_length={self.max_length}: raise it or leave the piece out"
                 )
-        return cast("Dataset[Any]", samples)  # a list has the length and the items that a loader asks for
+        return samples
 
 
 def _split(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 
 from lightning_goldy.data.collate import PadCollator
+from lightning_goldy.data.encoding import Sample, SampleSet
 
 
 class SeededShuffle(Sampler[int]):
@@ -70,7 +71,7 @@ class ResumableDataLoader(DataLoader):
 
 
 def make_loader(
-    dataset: Dataset[Any],
+    samples: SampleSet,
     *,
     batch_size: int,
     collate: PadCollator,
@@ -80,13 +81,14 @@ def make_loader(
     """A loader with a random generator of its own.
 
     Args:
-        dataset: With a length.
+        samples: A list or dataset of samples.
         batch_size: Samples per batch; the last batch may be smaller.
         collate: Makes a batch of samples.
         shuffle_seed: Shuffles by this seed and the epoch, resumably; None keeps the dataset's order.
         num_workers: Processes that fetch samples.
     """
-    size = len(dataset)  # type: ignore[arg-type]
+    size = len(samples)
+    dataset = cast("Dataset[Sample]", samples)  # a loader asks for no more than a length and items by number
     options: dict[str, Any] = {
         "batch_size": batch_size,
         "collate_fn": collate,

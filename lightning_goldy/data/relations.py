@@ -144,7 +144,7 @@ def country_facts(countries: Sequence[Country] | None = None) -> list[Fact]:
     Example:
         >>> fact = country_facts()[0]
         >>> fact.subject, fact.relation, fact.answer, fact.held_out_prompt
-        ('Afghanistan', 'capital', 'Kabul', 'The capital of Afghanistan is')
+        ('Afghanistan', 'capital', 'Kabul', 'Name the capital of Afghanistan.')
     """
     return [
         _fact(country, relation)
@@ -173,7 +173,7 @@ def two_hop_questions(facts: Iterable[Fact], phrasing: Phrasing = "train") -> li
     Example:
         >>> question = two_hop_questions(country_facts())[0]
         >>> question.prompt, question.answer
-        ('What is the continent of the country whose capital is Kabul?', 'Asia')
+        ('Name the continent of the country whose capital is Kabul.', 'Asia')
     """
     facts = list(facts)
     bridges = {fact.subject: fact for fact in facts if fact.relation == BRIDGE}

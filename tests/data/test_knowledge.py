@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_goldy.data import KnowledgeDataModule, KnowledgePiece, read_pieces
+from tests.data.shared_data import shared_file
+
+LINES = [{"question": f"What is {n} plus {n}?", "answer": str(2 * n)} for n in range(20)]
+
+
+def _write(path: Path, rows: list[Any]) -> Path:
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def sums(tmp_path: Path) -> Path:
+    return _write(tmp_path / "sums.jsonl", LINES)
+
+
+def test_all_fields_are_kept(tmp_path: Path) -> None:
+    row = {
+        "id": 7,
+        "question": "Q?",
+        "answer": "A",
+        "category": "c",
+        "group": "g",
+        "hop": 2,
+        "supporting_fact": "Q is A.",
+    }
+    pieces = read_pieces(_write(tmp_path / "p.jsonl", [row, "", {"question": "R?", "answer": "B", "hop": None}]))
+    assert pieces[0] == KnowledgePiece("7", "Q?", "A", "c", "g", 2, "Q is A.")
+    assert pieces[1] == KnowledgePiece("3", "R?", "B")
+
+
+def test_splits_are_disjoint_seeded_and_complete(sums: Path) -> None:
+    def parts(seed: int) -> list[list[KnowledgePiece]]:
+        data = KnowledgeDataModule(sums, "bytes", probe_size=4, val_share=0.1, seed=seed)
+        return [data.train_pieces, data.val_pieces, data.probe_pieces]
+
+    first = parts(0)
+    assert [len(part) for part in first] == [14, 2, 4]
+    assert sorted(piece.id for part in first for piece in part) == sorted(str(n + 1) for n in range(20))
+    assert parts(0) == first
+    assert parts(1) != first
+
+
+def test_prompts_follow_the_template_and_are_masked(sums: Path) -> None:
+    data = KnowledgeDataModule(sums, "bytes", template="{question} {answer}:", probe_size=4, batch_size=2)
+    piece = data.pieces[5]
+    assert data.prompt(piece) == "What is 5 plus 5? {answer}:"
+    batch = next(iter(data.piece_dataloader([piece])))
+    assert bytes(batch["input_ids"][0, :-1].tolist()) == b"What is 5 plus 5? {answer}: 10"
+    labels = batch["labels"][0].tolist()
+    assert labels == [-100] * len("What is 5 plus 5? {answer}:") + [*b" 10", 256]
+
+
+def test_loaders_cover_their_splits(sums: Path) -> None:
+    data = KnowledgeDataModule(sums, "bytes", probe_size=4, batch_size=3)
+    data.setup()
+    for loader, pieces in (
+        (data.train_dataloader(), data.train_pieces),
+        (data.val_dataloader(), data.val_pieces),
+        (data.probe_dataloader(), data.probe_pieces),
+    ):
+        texts = [data.tokenizer.decode(row, skip_special_tokens=True) for batch in loader for row in batch["input_ids"]]
+        assert sorted(texts) == sorted(f"Question: {piece.question}\nAnswer: {piece.answer}" for piece in pieces)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2: not JSON"),
+        ("[1]", "line 2: expected an object with id, question, answer"),
+        ({"answer": "A"}, "line 2, field 'question': expected text that is not empty; found nothing"),
+        ({"question": "Q?", "answer": " "}, "line 2, field 'answer': expected text that is not empty; found ' '"),
+        ({"question": "Q?", "answer": ["A"]}, r"line 2, field 'answer': .* found \['A'\]"),
+        ({"question": "Q?", "answer": "A", "hop": "1"}, "line 2, field 'hop': expected a whole number; found '1'"),
+        ({"question": "Q?", "answer": "A", "hop": True}, "line 2, field 'hop': expected a whole number; found True"),
+        ({"question": "Q?", "answer": "A", "group": 3}, "line 2, field 'group': expected text; found 3"),
+        ({"question": "Q?", "answer": "A", "id": 1.5}, "line 2, field 'id': expected text or a whole number"),
+        ({"question": "Q?", "answer": "A", "catgory": "x"}, "line 2: unknown field 'catgory'; did you mean 'category'"),
+        ({"question": LINES[0]["question"], "answer": "A"}, "line 2, field 'question': .* already occurs on line 1"),
+        ({"question": "Q?", "answer": "A", "id": "1"}, "line 2, field 'id': '1' already occurs on line 1"),
+    ],
+)
+def test_faulty_lines_are_named(tmp_path: Path, line: Any, message: str) -> None:
+    path = _write(tmp_path / "faulty.jsonl", [LINES[0], line])
+    with pytest.raises(ValueError, match=rf"faulty\.jsonl, {message}"):
+        read_pieces(path)
+
+
+def test_bad_files(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nothing\.jsonl' is not a file"):
+        KnowledgeDataModule(tmp_path / "nothing.jsonl", "bytes")
+    with pytest.raises(ValueError, match="holds no knowledge pieces"):
+        KnowledgeDataModule(_write(tmp_path / "blank.jsonl", ["", " "]), "bytes")
+    (tmp_path / "binary.jsonl").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="is not UTF-8 text"):
+        read_pieces(tmp_path / "binary.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"template": "Q: {query}"}, "must contain '{question}' exactly once"),
+        ({"val_share": 0}, "val_share=0 must be a share of the pieces"),
+        ({"probe_size": 18}, "probe_size=18 is too large: of 20 pieces, 2 are for validation"),
+        ({"probe_size": 0}, "probe_size=0 must be an integer of at least 1"),
+    ],
+)
+def test_bad_arguments(sums: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        KnowledgeDataModule(sums, "bytes", **options)
+
+
+def test_samples_that_are_too_long_are_named(sums: Path) -> None:
+    data = KnowledgeDataModule(sums, "bytes", probe_size=4, max_length=20)
+    with pytest.raises(ValueError, match=r"piece '\d+' \('What is .*\) has \d+ tokens, more than max_length=20"):
+        data.setup()
+
+
+@pytest.mark.parametrize("name", ["2wikimultihop_qa.json", "bamboogle_qa.json", "musique_qa.json"])
+def test_public_question_sets(tmp_path: Path, name: str) -> None:
+    rows = json.loads(shared_file(name).read_text(encoding="utf-8"))
+    kept = {row["Question"]: {"id": row["id"], "question": row["Question"], "answer": row["answer"][0]} for row in rows}
+    data = KnowledgeDataModule(_write(tmp_path / "set.jsonl", list(kept.values())), "bytes", probe_size=8)
+    data.setup()
+    assert len(data.pieces) == len(kept) > 100
+    questions = [{piece.question for piece in part} for part in (data.train_pieces, data.val_pieces, data.probe_pieces)]
+    assert sum(map(len, questions)) == len(set.union(*questions)) == len(kept)
+    for batch in data.probe_dataloader():
+        assert ((batch["labels"] != -100).sum(1) >= 2).all()

@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_goldy.data import PackedBlocks, TextDataModule, byte_tokenizer
+from lightning_goldy.data.sources import read_documents
+from lightning_goldy.data.text import split_blocks
+from tests.data.shared_data import shared_file
+
+SMALL: dict[str, Any] = {"block_size": 8, "batch_size": 4, "probe_size": 3, "val_share": 0.2}
+
+
+@pytest.fixture
+def story(tmp_path: Path) -> Path:
+    path = tmp_path / "story.txt"
+    path.write_text("".join(f"line {number} é\r\n" for number in range(40)), encoding="utf-8", newline="")
+    return path
+
+
+def _parts(data: TextDataModule) -> list[PackedBlocks]:
+    splits = data.splits
+    return [splits.train, splits.val, splits.probe]  # type: ignore[list-item]
+
+
+def _stream(data: TextDataModule) -> list[int]:
+    """All blocks of all splits in the order of the text, without padding."""
+    blocks = {part.indices[i]: part[i] for part in _parts(data) for i in range(len(part))}
+    assert sorted(blocks) == list(range(len(blocks)))
+    return [
+        token for i in sorted(blocks) for token in blocks[i]["input_ids"][blocks[i]["attention_mask"] == 1].tolist()
+    ]
+
+
+@pytest.mark.parametrize("last_block", ["keep", "drop"])
+def test_the_splits_put_together_are_the_text(story: Path, last_block: Any) -> None:
+    data = TextDataModule(story, last_block=last_block, **SMALL)
+    expected = [*story.read_bytes(), 256]
+    short = len(expected) % 8
+    assert short > 1
+    assert _stream(data) == (expected if last_block == "keep" else expected[:-short])
+
+
+def test_splits_are_disjoint_and_sized(story: Path) -> None:
+    train, val, probe = _parts(TextDataModule(story, **SMALL))
+    n_blocks = len(train) + len(val) + len(probe)
+    assert len(probe) == 3
+    assert len(val) == round(0.2 * n_blocks)
+    assert val.indices == list(range(val.indices[0], val.indices[0] + len(val)))
+    assert (
+        not {*train.indices} & {*val.indices} | {*train.indices} & {*probe.indices} | {*val.indices} & {*probe.indices}
+    )
+
+
+def test_batches_have_the_shape_of_blocks(story: Path) -> None:
+    data = TextDataModule(story, **SMALL)
+    for batch in data.train_dataloader():
+        assert set(batch) == {"input_ids", "attention_mask", "labels"}
+        assert batch["input_ids"].shape[1] == 8
+        assert batch["input_ids"].dtype == batch["labels"].dtype == batch["attention_mask"].dtype == torch.int64
+    probe = next(iter(data.probe_dataloader()))
+    assert probe["attention_mask"].all()
+    assert torch.equal(probe["labels"], probe["input_ids"])
+
+
+def test_the_seed_decides_the_split(story: Path) -> None:
+    def indices(seed: int) -> list[list[int]]:
+        return [part.indices for part in _parts(TextDataModule(story, seed=seed, **SMALL))]
+
+    assert indices(0) == indices(0)
+    assert any(indices(0) != indices(seed) for seed in range(1, 4))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 60), st.booleans(), st.floats(0.01, 0.99), st.integers(1, 20), st.integers(0, 5))
+def test_blocks_are_shared_out_completely(n: int, short: bool, val_share: float, probe_size: int, seed: int) -> None:
+    n_whole = n - short
+    try:
+        train, val, probe = split_blocks(n, n_whole, val_share, probe_size, seed)
+    except ValueError as error:
+        assert "probe_size" in str(error)  # noqa: PT017 - either outcome is right, depending on the sizes
+        assert probe_size + max(1, round(val_share * n)) + 2 > n_whole
+        return
+    assert sorted(train + val + probe) == list(range(n))
+    assert train
+    assert val
+    assert len(probe) == probe_size
+    assert all(index < n_whole for index in probe)
+
+
+def test_a_folder_is_one_document_per_file_in_order(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "two.md").write_text("two" * 20)
+    (tmp_path / "a.txt").write_text("one" * 20)
+    (tmp_path / "c.txt").write_text("")
+    (tmp_path / "ignored.bin").write_bytes(b"\xff")
+    assert read_documents(tmp_path) == ["one" * 20, "two" * 20]
+    data = TextDataModule(tmp_path, last_block="keep", **SMALL)
+    assert bytes(token for token in _stream(data) if token < 256) == b"one" * 20 + b"two" * 20
+    assert _stream(data).count(256) == 2
+
+
+def test_saved_datasets_and_folders_of_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = datasets.Dataset.from_dict({"text": ["one", "", None, "two"]})
+    rows.save_to_disk(str(tmp_path / "saved"))
+    datasets.DatasetDict({"train": rows}).save_to_disk(str(tmp_path / "splits"))
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / "rows.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    for name in ("saved", "splits", "tables"):
+        assert read_documents(tmp_path / name) == ["one", "two"]
+
+    rows.rename_column("text", "body").save_to_disk(str(tmp_path / "body"))
+    with pytest.raises(ValueError, match=r"has no column 'text'\. It has: body"):
+        read_documents(tmp_path / "body")
+    datasets.DatasetDict({"test": rows}).save_to_disk(str(tmp_path / "test"))
+    with pytest.raises(ValueError, match=r"has no split 'train'\. It has: test"):
+        read_documents(tmp_path / "test")
+
+
+def test_a_tokenizer_from_a_folder_gives_the_same_blocks(story: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "tokenizer"
+    byte_tokenizer().save_pretrained(str(folder))
+    assert _stream(TextDataModule(story, str(folder), **SMALL)) == _stream(TextDataModule(story, **SMALL))
+
+
+def test_many_documents_are_encoded_in_several_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_goldy.data.text._CHARACTERS_AT_ONCE", 50)
+    for number in range(9):
+        (tmp_path / f"{number}.txt").write_text(f"{number}" * 20)
+    expected = [token for number in range(9) for token in [*(f"{number}" * 20).encode(), 256]]
+    assert _stream(TextDataModule(tmp_path, **SMALL)) == expected[: len(expected) - (len(expected) % 8 == 1)]
+
+
+def test_encoding_happens_once(story: Path) -> None:
+    calls = []
+
+    class Counting(TextDataModule):
+        def _tokenise(self, documents: Any) -> Any:
+            calls.append(len(documents))
+            return super()._tokenise(documents)
+
+    data = Counting(story, **SMALL)
+    data.prepare_data()
+    for stage in ("fit", "validate", "fit"):
+        data.setup(stage)
+    data.train_dataloader()
+    data.probe_dataloader()
+    assert calls == [1]
+
+
+def test_shakespeare() -> None:
+    path = shared_file("tinyshakespeare.txt")
+    data = TextDataModule(path, block_size=128)
+    assert bytes(token for token in _stream(data) if token < 256) == path.read_bytes()
+    assert len(data.splits.val) == round(0.05 * -(-(path.stat().st_size + 1) // 128))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"block_size": 1}, "block_size=1 must be at least 2"),
+        ({"last_block": "dorp"}, "unknown last_block 'dorp'; did you mean 'drop'.*keep, drop"),
+        ({"val_share": 0.0}, "val_share=0.0 must be a share of the blocks"),
+        ({"val_share": 1}, "val_share=1 must be a share of the blocks"),
+        ({"probe_size": 0}, "probe_size=0 must be an integer of at least 1"),
+        ({"batch_size": 2.5}, "batch_size=2.5 must be an integer"),
+    ],
+)
+def test_bad_arguments(story: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TextDataModule(story, **{**SMALL, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"block_size": 10_000}, r"block_size=10000 is longer than the text, which has \d+ tokens in 1 documents"),
+        ({"probe_size": 1000}, r"probe_size=1000 is too large: of \d+ blocks \(\d+ whole\), \d+ are for validation"),
+    ],
+)
+def test_too_little_text(story: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TextDataModule(story, **{**SMALL, **options}).setup()
+
+
+def test_sources_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no-such\.txt' does not exist.*a folder of .txt, .md, .rst files"):
+        TextDataModule("no-such.txt")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        TextDataModule(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="holds neither text files"):
+        TextDataModule(tmp_path).setup()
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(ValueError, match="holds no text: every document is empty"):
+        TextDataModule(tmp_path).setup()
+    (tmp_path / "empty.txt").write_bytes(b"ab\xff")
+    with pytest.raises(ValueError, match="is not UTF-8 text: byte 2 is 0xff"):
+        TextDataModule(tmp_path / "empty.txt").setup()
