@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_goldy.analysis.change import SuccessiveUpdates, WeightChange, weight_change
@@ -93,6 +94,9 @@ class GoldenSnapshot(AnalysisCallback[WeightChange]):
 
     def _resume(self, trainer: L.Trainer, model: nn.Module, previous: Path) -> None:
         assert self._store is not None
+        if not all((previous / name).is_file() for name in self._files.values()):
+            rank_zero_warn(f"{previous} lacks {sorted(self._files.values())}: the first two cosines will be missing")
+            self._files = {}
         for name in (BASE_FILE, *self._files.values()):
             self._store.carry(previous / name)
         trainer.strategy.barrier()
@@ -131,10 +135,15 @@ class GoldenSnapshot(AnalysisCallback[WeightChange]):
         step = trainer.global_step
         for key, vector in ({} if self._updates is None else self._updates.vectors()).items():
             name = f"{key}-step={step:08d}.safetensors"
+            if self._files.get(key) == name:
+                # A second checkpoint of this step; a file's age tells which checkpoints need it.
+                continue
             save_vectors(
                 self.folder / name, vector, kind="values", model=model, step=step, write=trainer.is_global_zero
             )
             self._files[key] = name
+            if self._store is not None:
+                self._store.prune(key, trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """Adds the hash of the base and the names of its files."""

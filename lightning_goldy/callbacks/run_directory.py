@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import uuid
@@ -103,6 +104,25 @@ class ResultStore:
             self.carry(previous / name)
         if kept:
             atomic_write(self.rows, "".join(to_json_line(row) + "\n" for row in kept))
+
+    def prune(self, prefix: str, trainer: L.Trainer) -> None:
+        """Removes files that belonged to checkpoints which Lightning has removed since.
+
+        Such a file is written right before its checkpoint. So it is still needed when a checkpoint is as young as the
+        file and older than the next one.
+
+        Args:
+            prefix: What the files' names start with; they are numbered by step.
+            trainer: Its checkpoint callbacks know the folders. Without one nothing is removed.
+        """
+        folders = {callback.dirpath for callback in trainer.checkpoint_callbacks if getattr(callback, "dirpath", None)}
+        if not (self.write and folders):
+            return
+        saved = [path.stat().st_mtime for folder in folders for path in Path(folder).glob("*.ckpt")]
+        files = sorted(self.folder.glob(f"{prefix}-step=*.safetensors"))
+        for file, following in itertools.pairwise(files):
+            if not any(file.stat().st_mtime <= time < following.stat().st_mtime for time in saved):
+                file.unlink()
 
     def carry(self, source: Path) -> None:
         """Brings a file of an earlier run into this folder."""

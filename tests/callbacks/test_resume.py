@@ -95,6 +95,24 @@ def test_a_missing_or_exchanged_base_is_an_error(uninterrupted, tmp_path):
         base.write_bytes(content)
 
 
+def test_files_of_removed_checkpoints_go_and_those_of_kept_ones_stay(tmp_path):
+    snapshot = GoldenSnapshot(every_n_steps=1)
+    saver = ModelCheckpoint(
+        tmp_path / "ckpt", filename="{step}", monitor="train_loss", every_n_train_steps=1, save_top_k=2, save_last=True
+    )
+    fit(tmp_path, [snapshot, saver], max_epochs=2, enable_checkpointing=True)
+    kept = {path.stem.removeprefix("step=") for path in (tmp_path / "ckpt").glob("step=*.ckpt")}
+    assert len(kept) == 2
+    needed = {f"previous-step={int(step):08d}.safetensors" for step in {*kept, "16"}}
+    left = {path.name for path in snapshot.folder.glob("previous-*")}
+    # The last save prunes before Lightning removes what that save has replaced.
+    assert needed <= left
+    assert len(left) <= 5
+    for path in [*(tmp_path / "ckpt").glob("*.ckpt")]:
+        state = torch.load(path, weights_only=True)["callbacks"]["GoldenSnapshot[golden_snapshot]"]
+        assert all((snapshot.folder / name).is_file() for name in state["files"].values())
+
+
 def test_checkpoint_state_is_small_and_loads_without_pickle(uninterrupted):
     folder, _, _ = uninterrupted
     state = torch.load(folder / "checkpoints" / f"step={EPOCH}.ckpt", weights_only=True)["callbacks"]
