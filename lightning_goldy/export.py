@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
+
+from lightning_goldy.quiet import without_transformers_bars
 
 
 def pretrained_folder(checkpoint: str | os.PathLike[str]) -> Path:
@@ -60,7 +60,7 @@ def write_pretrained(
     if hasattr(model, "peft_config"):
         options["save_embedding_layers"] = False  # its "auto" asks the hub whether the vocabulary has changed
     try:
-        with _without_progress_bars():
+        with without_transformers_bars():
             model.save_pretrained(str(partial), **options)  # type: ignore[operator]
         if tokenizer is not None:
             tokenizer.save_pretrained(str(partial))
@@ -153,14 +153,3 @@ def _replace(source: Path, target: Path) -> None:
     target.rename(old)
     source.rename(target)
     shutil.rmtree(old)
-
-
-@contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()

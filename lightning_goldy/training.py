@@ -12,6 +12,7 @@ import lightning.pytorch as L
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from lightning_goldy.bundle import all_recipes
+from lightning_goldy.quiet import without_known_warnings
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -66,7 +67,7 @@ def run_trainer(arguments: Sequence[str]) -> int:
     """
     _check_configs(arguments)
     # LightningCLI takes sys.argv: distributed strategies start their other processes from it.
-    with _command_line(arguments):
+    with _command_line(arguments), without_known_warnings():
         GoldyCLI()
     return 0
 

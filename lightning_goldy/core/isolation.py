@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_goldy.core.sharding import local, unshard_guard
 
@@ -81,7 +81,8 @@ def preserved(module: nn.Module, *, training: bool | None = False) -> Iterator[n
             with torch.no_grad():
                 for child, name, buffer, value in buffers:
                     if buffer is not None and value is not None:
-                        _restore(buffer, value)
+                        # Detached, also a buffer made in inference mode can be written to.
+                        local(buffer).copy_(value)
                     child._buffers[name] = buffer
             for parameter, gradient, needed in zip(parameters, gradients, requires, strict=True):
                 if parameter.requires_grad is not needed:
@@ -89,12 +90,6 @@ def preserved(module: nn.Module, *, training: bool | None = False) -> Iterator[n
                 parameter.grad = gradient
             for child, mode in modes:
                 child.training = mode
-
-
-def _restore(buffer: Tensor, value: Tensor) -> None:
-    # A buffer made in inference mode may only be written to in inference mode.
-    with torch.inference_mode(buffer.is_inference()):
-        local(buffer).copy_(value)
 
 
 @contextmanager

@@ -199,7 +199,7 @@ def _in_last_layers(module: nn.Module, parameters: dict[str, nn.Parameter], last
         raise SpaceError(
             f"last_layers is a fraction in (0, 1] or a number of blocks from 1 to {count}; got {last_layers!r}"
         )
-    # 0.1 * 30 is 3.0000000000000004 in floating point and must stay 3 blocks.
+    # 0.28 * 25 is 7.000000000000001 in floating point and must stay 7 blocks.
     keep = last_layers if isinstance(last_layers, int) else math.ceil(last_layers * count - 1e-9)
     pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
     indices = {name: int(match[1]) for name in parameters if (match := pattern.match(name))}

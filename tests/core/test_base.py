@@ -204,7 +204,9 @@ def test_a_checkpoint_without_weights_or_of_another_prefix(now: nn.Module, tmp_p
     torch.save([1], path)
     raises(path, now, "this one has list")
     write_checkpoint(now, tmp_path)
-    raises(path, now, r"no parameter starts with 'net\.'; the names are like \['model\.transformer\.wte\.weight'", "net.")
+    raises(
+        path, now, r"no parameter starts with 'net\.'; the names are like \['model\.transformer\.wte\.weight'", "net."
+    )
     raises(path, now, r"has no parameter 'transformer\.wte\.weight'; did you mean")
 
 

@@ -1,21 +1,16 @@
 from __future__ import annotations
 
 import math
-from collections import namedtuple
-from types import SimpleNamespace
 from typing import Any
 
-import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given, settings
 from torch import Tensor, nn
-from transformers import BatchEncoding
 
-from lightning_goldy.core import CausalLMObjective, ClassifierObjective, FunctionObjective, Objective
-from lightning_goldy.core.objective import TargetLogits, accepts, batch_tensors, map_batch, split_batch
-from tests.models import CAUSAL, VOCABULARY, build, class_batch
-from tests.reference import causal_log_probs_reference, class_log_probs_reference
+from lightning_goldy.core import CausalLMObjective
+from lightning_goldy.core.objective import accepts
+from tests.models import CAUSAL, VOCABULARY, build
+from tests.reference import causal_log_probs_reference
 
 LENGTHS = (9, 4, 7, 2)
 QUERIES = (3, 1, 5, 1)
@@ -38,7 +33,10 @@ def ragged(side: str, *, labelled: bool = True) -> dict[str, Tensor]:
 def reference(model: nn.Module, batch: dict[str, Tensor]) -> list[list[float]]:
     with torch.no_grad():
         return causal_log_probs_reference(
-            lambda tokens: model(input_ids=tokens).logits, batch["input_ids"], batch.get("attention_mask"), batch.get("labels")
+            lambda tokens: model(input_ids=tokens).logits,
+            batch["input_ids"],
+            batch.get("attention_mask"),
+            batch.get("labels"),
         )
 
 
@@ -209,7 +207,13 @@ def test_all_masked_is_an_error() -> None:
         {**batch, "labels": torch.full_like(batch["labels"], -100)},
         {**batch, "attention_mask": torch.zeros_like(batch["labels"])},
         # The first token is predicted from nothing.
-        {**batch, "labels": batch["labels"].clone().index_fill(1, torch.arange(1, 10), -100).index_fill(1, torch.tensor([0]), 3)},
+        {
+            **batch,
+            "labels": batch["labels"]
+            .clone()
+            .index_fill(1, torch.arange(1, 10), -100)
+            .index_fill(1, torch.tensor([0]), 3),
+        },
     ):
         with pytest.raises(ValueError, match=message):
             CausalLMObjective().loss(model, empty)
@@ -220,7 +224,10 @@ def test_all_masked_is_an_error() -> None:
     [
         ({"ids": torch.zeros(1, 2)}, r"a dict with 'input_ids'; this one is \['ids'\]"),
         ((torch.zeros(1), torch.zeros(1)), "a dict with 'input_ids'; this one is tuple"),
-        ({"input_ids": torch.zeros(2, 3), "labels": torch.zeros(2, 4)}, r"labels has shape \(2, 4\), input_ids \(2, 3\)"),
+        (
+            {"input_ids": torch.zeros(2, 3), "labels": torch.zeros(2, 4)},
+            r"labels has shape \(2, 4\), input_ids \(2, 3\)",
+        ),
         ({"input_ids": torch.zeros(2, 3), "attention_mask": torch.zeros(3)}, r"attention_mask has shape \(3,\)"),
     ],
 )
@@ -237,7 +244,11 @@ def test_wrapped_models_accept_what_the_inner_one_does() -> None:
     ).eval()
     batch = ragged("left")
     batch["labels"][:, :-3] = -100
-    wrapped = {"lora": lora, "compiled": torch.compile(plain, backend="eager"), "both": torch.compile(lora, backend="eager")}
+    wrapped = {
+        "lora": lora,
+        "compiled": torch.compile(plain, backend="eager"),
+        "both": torch.compile(lora, backend="eager"),
+    }
     with torch.no_grad():
         expected = CausalLMObjective().log_probs(plain, batch)
         for name, model in wrapped.items():
@@ -247,154 +258,3 @@ def test_wrapped_models_accept_what_the_inner_one_does() -> None:
             if name == "lora":  # a fresh adapter changes nothing
                 torch.testing.assert_close(CausalLMObjective().log_probs(model, batch), expected, rtol=0, atol=1e-6)
     assert not accepts(Plain(plain), "logits_to_keep")
-
-
-# Classifiers
-
-
-def test_bert_classification() -> None:
-    model, batch = build("bert").eval(), class_batch()
-    batch["attention_mask"][0, 6:] = 0
-    objective = ClassifierObjective()
-    with torch.no_grad():
-        rows = []
-        for sample in range(6):
-            real = batch["attention_mask"][sample].bool()
-            logits = model(input_ids=batch["input_ids"][sample][real][None]).logits
-            rows += class_log_probs_reference(logits, batch["labels"][sample : sample + 1])
-        assert objective.log_probs(model, batch).tolist() == pytest.approx(rows, abs=1e-5)
-        assert objective.loss(model, batch).item() == pytest.approx(-math.fsum(rows) / 6, abs=1e-5)
-        assert [objective.log_probs(model, each).item() for each in objective.samples(batch)] == pytest.approx(rows, abs=1e-5)
-        found = objective.logits_and_targets(model, batch)
-    assert found.sample.tolist() == list(range(6))
-    assert torch.equal(found.targets, batch["labels"])
-
-
-@pytest.mark.parametrize("output", [lambda logits: logits, lambda logits: SimpleNamespace(logits=logits)])
-def test_pairs_of_any_module(output: Any) -> None:
-    layer = nn.Linear(3, 5)
-    x, y = torch.randn(4, 3), torch.tensor([0, 4, 2, 2])
-
-    class Model(nn.Module):
-        def forward(self, x: Tensor) -> Any:
-            return output(layer(x))
-
-    expected = class_log_probs_reference(layer(x).detach(), y)
-    for batch in ((x, y), [x, y]):
-        assert ClassifierObjective().log_probs(Model(), batch).tolist() == pytest.approx(expected, abs=1e-6)
-
-
-def test_a_masked_class_label_is_no_target() -> None:
-    layer, x = nn.Linear(3, 5), torch.randn(3, 3)
-    y = torch.tensor([1, -100, 4])
-    found = ClassifierObjective().logits_and_targets(layer, (x, y))
-    assert found.sample.tolist() == [0, 2]
-    expected = class_log_probs_reference(layer(x[[0, 2]]).detach(), y[[0, 2]])
-    assert ClassifierObjective().loss(layer, (x, y)).item() == pytest.approx(-sum(expected) / 2, abs=1e-6)
-    with pytest.raises(ValueError, match=r"samples \[1\] of a batch of 3 have no target"):
-        ClassifierObjective().log_probs(layer, (x, y))
-    with pytest.raises(ValueError, match=r"a batch of 3 samples has no target: every label is masked \(-100\)"):
-        ClassifierObjective().loss(layer, (x, torch.full((3,), -100)))
-
-
-@pytest.mark.parametrize(
-    ("batch", "message"),
-    [
-        (torch.zeros(2, 3), "a pair .x, y. or a dict with 'labels'; this one is Tensor"),
-        ((torch.zeros(2, 3),), "this one is tuple"),
-        ({"input": torch.zeros(2, 3)}, r"this one is \['input'\]"),
-        ((torch.zeros(2, 3), torch.zeros(2)), r"class indices of shape \[2\]; got torch.float32 of shape \(2,\)"),
-        ((torch.zeros(2, 3), torch.zeros(2, 1).long()), r"got torch.int64 of shape \(2, 1\)"),
-        ((torch.zeros(2, 3), torch.zeros(3).long()), r"got torch.int64 of shape \(3,\)"),
-    ],
-)
-def test_class_batches_that_are_none(batch: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        ClassifierObjective().loss(nn.Linear(3, 4), batch)
-
-
-# Functions
-
-
-def test_a_function_as_objective() -> None:
-    layer, x = nn.Linear(3, 1), torch.randn(4, 3)
-    objective = FunctionObjective(lambda model, batch: (model(batch["x"]) ** 2).mean())
-    squares = (layer(x) ** 2).flatten().tolist()
-    assert objective.log_probs(layer, {"x": x}).tolist() == pytest.approx([-square for square in squares])
-    assert objective.loss(layer, {"x": x}).item() == pytest.approx(sum(squares) / 4)
-    with pytest.raises(TypeError, match=r"has a loss but no logits; pass logits=, or use CausalLMObjective"):
-        objective.logits_and_targets(layer, {"x": x})
-    with pytest.raises(ValueError, match=r"must return a scalar; got shape \(4, 1\)"):
-        FunctionObjective(lambda model, batch: model(batch)).loss(layer, x)
-
-
-def test_a_function_with_logits() -> None:
-    def logits(model: nn.Module, batch: Tensor) -> TargetLogits:
-        return TargetLogits(model(batch), torch.zeros(len(batch)).long(), torch.arange(len(batch)), len(batch))
-
-    found = FunctionObjective(lambda model, batch: batch.sum(), logits).logits_and_targets(nn.Identity(), torch.zeros(2, 3))
-    assert found.loss().item() == pytest.approx(math.log(3))
-
-
-def test_what_an_objective_is() -> None:
-    objectives = (CausalLMObjective(), ClassifierObjective(), FunctionObjective(lambda model, batch: batch))
-    assert all(isinstance(objective, Objective) for objective in objectives)
-    assert not isinstance(lambda model, batch: 0, Objective)
-
-
-# Target logits
-
-
-@given(st.lists(st.integers(1, 5), min_size=1, max_size=5), st.integers(0, 999))
-@settings(max_examples=40, deadline=None)
-def test_means_over_samples_and_over_tokens(counts: list[int], seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    sample = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-    sample = sample[torch.randperm(len(sample), generator=generator)]
-    logits = 5 * torch.randn(len(sample), 7, generator=generator)
-    targets = torch.randint(7, (len(sample),), generator=generator)
-    tokens = class_log_probs_reference(logits, targets)
-    found = TargetLogits(logits, targets, sample, len(counts))
-    expected = [
-        math.fsum(token for token, row in zip(tokens, sample.tolist(), strict=True) if row == index) / count
-        for index, count in enumerate(counts)
-    ]
-    assert found.token_losses().tolist() == pytest.approx([-token for token in tokens], rel=1e-4, abs=1e-5)
-    assert found.log_probs().tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)
-    assert found.loss().item() == pytest.approx(-math.fsum(tokens) / len(tokens), rel=1e-4, abs=1e-5)
-
-
-# Batches of any nesting
-
-Pair = namedtuple("Pair", ["x", "y"])
-
-
-def test_splitting_keeps_the_structure() -> None:
-    batch = {"a": torch.arange(6).view(2, 3), "rest": [Pair(torch.tensor([1, 2]), "text"), (torch.ones(2, 1), None)]}
-    parts = list(split_batch(batch))
-    assert len(parts) == 2
-    assert parts[1]["a"].tolist() == [[3, 4, 5]]
-    assert isinstance(parts[1]["rest"][0], Pair)
-    assert parts[1]["rest"][0].x.tolist() == [2]
-    assert parts[1]["rest"][0].y == "text"
-    assert parts[1]["rest"][1] == (torch.ones(1, 1), None)
-    assert len(list(batch_tensors(batch))) == 3
-    encoding = BatchEncoding({"input_ids": torch.arange(4).view(2, 2)})
-    assert [part["input_ids"].tolist() for part in split_batch(encoding)] == [[[0, 1]], [[2, 3]]]
-    assert [part.tolist() for part in split_batch(torch.arange(2))] == [[0], [1]]
-
-
-@pytest.mark.parametrize(
-    "batch", [{"text": "no tensor"}, {}, (torch.zeros(2), torch.zeros(3)), torch.tensor(1.0), (torch.zeros(2), torch.tensor(0))]
-)
-def test_batches_that_cannot_be_split(batch: Any) -> None:
-    with pytest.raises(ValueError, match="must share their first dimension; found shapes"):
-        list(split_batch(batch))
-
-
-def test_mapping_leaves_other_values() -> None:
-    found = map_batch({"x": torch.ones(2), "n": 3, "s": ["a", torch.zeros(1)]}, lambda tensor: tensor + 1)
-    assert found["x"].tolist() == [2, 2]
-    assert found["n"] == 3
-    assert found["s"][0] == "a"
-    assert found["s"][1].item() == 1

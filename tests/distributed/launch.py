@@ -82,7 +82,7 @@ def _run(rank: int, world_size: int, folder: str, function: Callable[..., Any], 
         torch.save(function(*args), f"{folder}/result-{rank}")
         dist.barrier()
         dist.destroy_process_group()
-    except BaseException:
+    except BaseException:  # noqa: BLE001  whatever it is, the report goes to the parent
         report = Path(folder) / f"failure-{rank}"
         report.with_suffix(".part").write_text(traceback.format_exc())
         report.with_suffix(".part").rename(report)
