@@ -115,10 +115,10 @@ class ResultStore:
             prefix: What the files' names start with; they are numbered by step.
             trainer: Its checkpoint callbacks know the folders. Without one nothing is removed.
         """
-        folders = {callback.dirpath for callback in trainer.checkpoint_callbacks if getattr(callback, "dirpath", None)}
+        folders = {getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks} - {None}
         if not (self.write and folders):
             return
-        saved = [path.stat().st_mtime for folder in folders for path in Path(folder).glob("*.ckpt")]
+        saved = [path.stat().st_mtime for folder in folders for path in Path(str(folder)).glob("*.ckpt")]
         files = sorted(self.folder.glob(f"{prefix}-step=*.safetensors"))
         for file, following in itertools.pairwise(files):
             if not any(file.stat().st_mtime <= time < following.stat().st_mtime for time in saved):
