@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Literal
 
 import lightning_goldy
-from lightning_goldy.core.files import atomic_write
-from lightning_goldy.core.naming import suggestion
 
 Kind = Literal["recipes", "callbacks"]
 
@@ -74,6 +72,8 @@ def find_recipe(name: str) -> Recipe:
     # An overlay may have the name of a recipe; the folder then tells them apart.
     named = [recipe for recipe in matches if recipe.kind == folder] or matches
     if not named:
+        from lightning_goldy.core.naming import suggestion  # brings torch, which a mere list need not wait for
+
         raise ValueError(f"unknown recipe {name!r}; {suggestion(stem, [recipe.name for recipe in recipes])}")
     return named[0]
 
@@ -101,4 +101,6 @@ def copy_recipe(recipe: Recipe, folder: str | Path | None = None, *, force: bool
     target = Path(recipe.kind if folder is None else folder).expanduser() / recipe.path.name
     if target.exists() and not force:
         raise FileExistsError(f"{target} exists; --force replaces it")
+    from lightning_goldy.core.files import atomic_write  # brings torch
+
     return atomic_write(target, recipe.text)

@@ -4,25 +4,63 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torchmetrics import Metric
 
 from lightning_goldy.core.objective import CausalLMObjective, FunctionObjective, Objective
 
 
-class Perplexity(MeanMetric):
-    """The exponential of the mean loss, over everything it was updated with.
+class TargetMean(Metric):
+    """The mean over targets of batch means, each counting as often as its batch has targets; NaN stays NaN.
+
+    Not torchmetrics' MeanMetric, which either leaves NaN out or (``nan_strategy="disable"``) ignores the weights.
 
     Example:
-        >>> import math, torch
+        >>> metric = TargetMean()
+        >>> metric.update(torch.tensor(1.0), 3)
+        >>> metric.update(torch.tensor(5.0), 1)
+        >>> metric.compute().item()
+        2.0
+    """
+
+    full_state_update = False
+    total: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", default=torch.tensor(0.0), dist_reduce_fx="sum")
+        # Integers: float32 could not count an epoch's tokens.
+        self.add_state("count", default=torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, mean: Tensor, count: int) -> None:
+        """Adds a batch.
+
+        Args:
+            mean: Over the batch, a scalar.
+            count: Its targets.
+        """
+        self.total += mean.float() * count
+        self.count += count
+
+    def compute(self) -> Tensor:
+        """The mean over everything."""
+        return self.total / self.count
+
+
+class Perplexity(TargetMean):
+    """The exponential of the mean loss.
+
+    Example:
         >>> metric = Perplexity()
-        >>> metric.update(torch.tensor(math.log(8.0)), 3)
+        >>> metric.update(torch.tensor(8.0).log(), 3)
         >>> round(metric.compute().item(), 4)
         8.0
     """
 
     def compute(self) -> Tensor:
-        """The exponential of the weighted mean."""
+        """The exponential of the mean over everything."""
         return super().compute().exp()
 
 
@@ -33,7 +71,6 @@ class StageMetrics(nn.Module):
         objective: Decides which of the three there are.
 
     Example:
-        >>> import torch
         >>> from lightning_goldy.core.objective import ClassifierObjective
         >>> objective = ClassifierObjective()
         >>> metrics = StageMetrics(objective)
@@ -48,10 +85,9 @@ class StageMetrics(nn.Module):
         self._has_logits = not (isinstance(objective, FunctionObjective) and objective.logits is None)
         self._predicts_tokens = isinstance(objective, CausalLMObjective)
         self._accuracy_name = "token_accuracy" if self._predicts_tokens else "accuracy"
-        # A NaN loss must show, not be left out of the mean.
-        self.loss = MeanMetric(nan_strategy="disable")
-        self.accuracy = MeanMetric(nan_strategy="disable")
-        self.perplexity = Perplexity(nan_strategy="disable")
+        self.loss = TargetMean()
+        self.accuracy = TargetMean()
+        self.perplexity = Perplexity()
 
     def measure(self, objective: Objective, model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor], int]:
         """One forward pass.
@@ -81,9 +117,9 @@ class StageMetrics(nn.Module):
             scalars["perplexity"] = loss.detach().exp()
         return loss, scalars, target.n_samples
 
-    def named(self) -> dict[str, MeanMetric]:
+    def named(self) -> dict[str, TargetMean]:
         """The metrics that this objective has, by name."""
-        metrics = {"loss": self.loss}
+        metrics: dict[str, TargetMean] = {"loss": self.loss}
         if self._has_logits:
             metrics[self._accuracy_name] = self.accuracy
         if self._predicts_tokens:

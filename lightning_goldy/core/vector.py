@@ -50,7 +50,6 @@ class ParameterVector(Mapping[str, Tensor]):
     @classmethod
     def of(cls, module: nn.Module, space: ParameterSpace | None = None, *, clone: bool = True) -> ParameterVector:
         """The module's present values; copies, unless ``clone=False`` asks for views that follow the training."""
-        unshard_guard(module)
         space = space or ParameterSpace.of(module)
         parameters = space.resolve(module)
         return cls(space, {name: p.detach().clone() if clone else p.detach() for name, p in parameters.items()})
@@ -240,7 +239,6 @@ def substituted(module: nn.Module, vector: ParameterVector) -> Iterator[nn.Modul
 
 @contextmanager
 def _edited(module: nn.Module, vector: ParameterVector, edit: Callable[[Tensor, Tensor], Any]) -> Iterator[None]:
-    unshard_guard(module)
     parameters = vector.space.resolve(module)
     parts = {name: local(parameter) for name, parameter in parameters.items()}
     with torch.no_grad():

@@ -156,6 +156,7 @@ def check_applied(whole: nn.Module, spread: nn.Module, forward: Callable[[nn.Mod
                 with suppress(KeyError), applied(spread, x):
                     raise KeyError("inside")
                 same(ParameterVector.of(spread), ParameterVector.of(whole))
+                logits_agree()  # and ends so, with the moved values gathered
             logits_agree()
             same(ParameterVector.of(spread), before)
             with substituted(spread, spread_other), substituted(whole, other):

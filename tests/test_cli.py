@@ -1,0 +1,205 @@
+"""The ``goldy`` command."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning.pytorch as L
+import pytest
+import torch
+import yaml
+
+import lightning_goldy
+from lightning_goldy import bundle
+from lightning_goldy.bundle import all_recipes, find_recipe
+from lightning_goldy.cli import main
+from lightning_goldy.training import SaveRunConfig
+
+TINY = ["--model.model.n_layer=1", "--model.model.n_embd=8", "--model.model.n_head=1"]
+QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def text(here):
+    (here / "text.txt").write_text("to be or not to be, that is the question. " * 60)
+    recipe = yaml.safe_load(find_recipe("text_from_scratch").text)
+    recipe["trainer"] |= {"max_steps": 2, "val_check_interval": 2, "limit_val_batches": 1}
+    recipe["data"]["init_args"] |= {"block_size": 16, "batch_size": 2, "probe_size": 16, "source": "text.txt"}
+    (here / "run.yaml").write_text(yaml.safe_dump(recipe))
+    return ["--config", "run.yaml", *TINY, *QUIET]
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["--help"])
+    assert exit_.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(f" {name} " in shown for name in ("fit", "validate", "test", "recipes", "report", "demo"))
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out.strip() == f"lightning_goldy {lightning_goldy.__version__}"
+
+
+def test_light_commands_load_neither_torch_nor_lightning():
+    code = "import sys; from lightning_goldy.cli import main; main(['recipes', 'list']); print('torch' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown.splitlines()[-1] == "False"
+
+
+@pytest.mark.parametrize("words", [["recipes"], ["recipes", "list"]])
+def test_recipes_are_listed_with_their_commands(capsys, words):
+    assert main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for recipe in all_recipes():
+        assert any(line.split()[:2] == [recipe.name, "goldy"] for line in lines), recipe.name
+
+
+def test_a_recipe_is_shown_as_it_is(capsys):
+    assert main(["recipes", "show", "atlas_edit"]) == 0
+    assert capsys.readouterr().out == find_recipe("atlas_edit").text
+
+
+def test_an_unknown_recipe_suggests(capsys):
+    assert main(["recipes", "show", "atlas_edits"]) == 2
+    message = capsys.readouterr().err
+    assert "did you mean 'atlas_edit'?" in message
+    assert "golden_snapshot" in message
+
+
+def test_copies_go_where_the_commands_look(here, capsys):
+    assert main(["recipes", "copy", "atlas_edit"]) == 0
+    assert main(["recipes", "copy", "golden_snapshot"]) == 0
+    assert main(["recipes", "copy", "run_report", "elsewhere"]) == 0
+    found = sorted(str(path.relative_to(here)) for path in here.rglob("*.yaml"))
+    assert found == ["callbacks/golden_snapshot.yaml", "elsewhere/run_report.yaml", "recipes/atlas_edit.yaml"]
+    assert (here / "recipes/atlas_edit.yaml").read_text() == find_recipe("atlas_edit").text
+
+
+def test_copying_never_overwrites_unless_told(here, capsys):
+    (here / "recipes").mkdir()
+    target = here / "recipes" / "atlas_edit.yaml"
+    target.write_text("mine")
+    assert main(["recipes", "copy", "atlas_edit"]) == 2
+    assert "--force" in capsys.readouterr().err
+    assert target.read_text() == "mine"
+    assert main(["recipes", "copy", "atlas_edit", "--force"]) == 0
+    assert target.read_text() != "mine"
+
+
+def test_the_wheels_files_come_before_the_repositorys(tmp_path, monkeypatch):
+    package = tmp_path / "site" / "lightning_goldy"
+    (package / "_bundled" / "recipes").mkdir(parents=True)
+    (package / "_bundled" / "recipes" / "one.yaml").write_text("# goldy fit")
+    monkeypatch.setattr(bundle.lightning_goldy, "__file__", str(package / "__init__.py"))
+    assert [recipe.name for recipe in all_recipes()] == ["one"]
+    (package / "_bundled" / "recipes" / "one.yaml").unlink()
+    with pytest.raises(FileNotFoundError, match="carries no recipes"):
+        all_recipes()
+
+
+def test_report(here, capsys):
+    row = {"format": 1, "analysis": "tiny", "name": "tiny", "step": 1, "epoch": 0, "trigger": "end"}
+    row |= {"metrics": {"count": 3}, "result": {}, "cost": {"seconds": 0.1}, "files": {}}
+    (here / "run" / "goldy" / "tiny").mkdir(parents=True)
+    (here / "run" / "goldy" / "tiny" / "results.jsonl").write_text(json.dumps(row) + "\n")
+    assert main(["report", "run", "--output", "page.html"]) == 0
+    assert Path(capsys.readouterr().out.strip()).name == "page.html"
+    assert "tiny" in (here / "page.html").read_text()
+
+
+def test_a_report_of_nothing_is_a_short_message(here, capsys):
+    assert main(["report", "nowhere"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("goldy: ")
+    assert "nowhere" in error
+    assert "Traceback" not in error
+
+
+def test_fit_makes_one_directory_per_run_with_its_configuration(text, here):
+    for _ in range(2):
+        assert main(["fit", *text]) == 0
+    runs = sorted((here / "runs" / "text_from_scratch").iterdir())
+    assert [run.name for run in runs] == ["version_0", "version_1"]
+    for run in runs:
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        assert config["model"]["init_args"]["model"]["n_layer"] == 1
+        assert (run / "checkpoints" / "step=2" / "model.safetensors").is_file()
+
+
+def test_without_a_logger_configurations_lie_side_by_side(text, here):
+    for _ in range(3):
+        assert main(["fit", *text, "--trainer.logger=false", "--trainer.callbacks=null"]) == 0
+    assert {path.name for path in here.glob("config*.yaml")} == {"config.yaml", "config-1.yaml", "config-2.yaml"}
+
+
+def test_validate_takes_a_checkpoint(text, here, capsys):
+    main(["fit", *text])
+    checkpoint = next(here.rglob("*.ckpt"))
+    assert main(["validate", *text, "--ckpt_path", str(checkpoint)]) == 0
+    assert "val/loss" in capsys.readouterr().out
+
+
+class Other(L.LightningModule):
+    """A module of one's own."""
+
+    def __init__(self, width: int = 3):
+        super().__init__()
+        self.layer = torch.nn.Linear(width, 258)
+
+    def training_step(self, batch, batch_idx):
+        return self.layer.weight.square().sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_any_module_can_be_trained(text, here):
+    config = yaml.safe_load((here / "run.yaml").read_text())
+    config["model"] = {"class_path": f"{__name__}.Other", "init_args": {"width": 2}}
+    config["trainer"] |= {"callbacks": [], "limit_val_batches": 0}
+    (here / "other.yaml").write_text(yaml.safe_dump(config))
+    assert main(["fit", "--config", "other.yaml", *QUIET]) == 0
+
+
+def test_overlays_add_to_the_callbacks_of_a_recipe(text, here):
+    for name in ("golden_snapshot", "golden_parameters"):
+        main(["recipes", "copy", name])
+        text += ["--config", f"callbacks/{name}.yaml"]
+    assert main(["fit", *text, "--trainer.log_every_n_steps=1"]) == 0
+    run = here / "runs" / "text_from_scratch" / "version_0"
+    assert {path.parent.name for path in run.rglob("results.jsonl")} == {"golden_snapshot", "golden_parameters"}
+    assert (run / "checkpoints" / "step=2.ckpt").is_file(), "the recipe's own callback is gone"
+
+
+def test_a_recipe_that_is_not_here_says_how_to_get_it(here):
+    with pytest.raises(FileNotFoundError, match="goldy recipes copy atlas_edit"):
+        main(["fit", "--config", "recipes/atlas_edit.yaml"])
+
+
+def test_unknown_options_end_with_a_message(here, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit", "--model.schedule.name=cosin", "--model.model=gpt2"])
+    assert exit_.value.code == 2
+    assert "cosine" in capsys.readouterr().err
+
+
+def test_the_command_line_is_put_back(text, here):
+    before = list(sys.argv)
+    main(["fit", *text])
+    assert sys.argv == before
+
+
+def test_the_configuration_callback_is_lightnings():
+    assert issubclass(SaveRunConfig, L.Callback)
