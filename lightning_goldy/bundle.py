@@ -52,7 +52,9 @@ def all_recipes() -> list[Recipe]:
         found = [Recipe(path.stem, kind, path) for kind in kinds for path in sorted((root / kind).glob("*.yaml"))]
         if found:
             return found
-    raise FileNotFoundError(f"this installation carries no recipes: neither {package / '_bundled'} nor {package.parent}")
+    raise FileNotFoundError(
+        f"this installation carries no recipes: neither {package / '_bundled'} nor {package.parent}"
+    )
 
 
 def find_recipe(name: str) -> Recipe:

@@ -279,6 +279,6 @@ def _check_model(model: Any) -> None:
             raise ValueError(f"the model {type(model).__name__} has no parameters; there is nothing to train")
     elif not isinstance(model, (str, Mapping)) or not model:
         raise ValueError(
-            f"model must be a name, a folder, a dict with model_type, or a torch.nn.Module; got {model!r}. A checkpoint "
-            "made with a module object needs load_from_checkpoint(path, model=module)"
+            f"model must be a name, a folder, a dict with model_type, or a torch.nn.Module; got {model!r}. A "
+            "checkpoint made with a module object needs load_from_checkpoint(path, model=module)"
         )

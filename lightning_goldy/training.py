@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def run_trainer(arguments: Sequence[str]) -> int:
 
 
 def _check_configs(arguments: Sequence[str]) -> None:
-    paths = [value for option, value in zip(arguments, arguments[1:], strict=False) if option in ("-c", "--config")]
+    paths = [value for option, value in pairwise(arguments) if option in ("-c", "--config")]
     paths += [word.partition("=")[2] for word in arguments if word.startswith("--config=")]
     for path in paths:
         name = Path(path).stem

@@ -16,7 +16,6 @@ import lightning_goldy
 from lightning_goldy import bundle
 from lightning_goldy.bundle import all_recipes, find_recipe
 from lightning_goldy.cli import main
-from lightning_goldy.training import SaveRunConfig
 
 TINY = ["--model.model.n_layer=1", "--model.model.n_embd=8", "--model.model.n_head=1"]
 QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
@@ -144,6 +143,7 @@ def test_without_a_logger_configurations_lie_side_by_side(text, here):
     assert {path.name for path in here.glob("config*.yaml")} == {"config.yaml", "config-1.yaml", "config-2.yaml"}
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_validate_takes_a_checkpoint(text, here, capsys):
     main(["fit", *text])
     checkpoint = next(here.rglob("*.ckpt"))
@@ -160,6 +160,9 @@ class Other(L.LightningModule):
 
     def training_step(self, batch, batch_idx):
         return self.layer.weight.square().sum()
+
+    def validation_step(self, batch, batch_idx):
+        return None
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -199,7 +202,3 @@ def test_the_command_line_is_put_back(text, here):
     before = list(sys.argv)
     main(["fit", *text])
     assert sys.argv == before
-
-
-def test_the_configuration_callback_is_lightnings():
-    assert issubclass(SaveRunConfig, L.Callback)

@@ -54,7 +54,9 @@ def test_every_checkpoint_that_stays_has_a_folder_with_its_weights(tmp_path, plu
         for name, value in model.state_dict().items():
             assert torch.equal(value, saved[f"model.{name}"]), name
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "last")
-    assert tokenizer("The capital of France").input_ids == AtlasDataModule().tokenizer("The capital of France").input_ids
+    assert (
+        tokenizer("The capital of France").input_ids == AtlasDataModule().tokenizer("The capital of France").input_ids
+    )
 
 
 def test_lora_leaves_an_adapter(tmp_path):

@@ -51,7 +51,7 @@ def test_a_missing_model_lists_those_there_are():
 
 
 def test_without_batches_or_trainer_it_says_what_to_pass():
-    with pytest.raises(ValueError, match="attached to no trainer.*batches="):
+    with pytest.raises(ValueError, match=r"attached to no trainer.*batches="):
         Mine().golden_parameters()
 
 
@@ -59,8 +59,14 @@ def test_the_default_batches_are_the_probe_of_the_data_module(tmp_path):
     data = AtlasDataModule(batch_size=8, probe_size=6)
     module = GoldyModule({**CONFIG, "vocab_size": 653})
     trainer = L.Trainer(
-        accelerator="cpu", max_steps=1, limit_val_batches=0, logger=False, enable_checkpointing=False, barebones=False,
-        enable_progress_bar=False, default_root_dir=tmp_path,
+        accelerator="cpu",
+        max_steps=1,
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        barebones=False,
+        enable_progress_bar=False,
+        default_root_dir=tmp_path,
     )
     trainer.fit(module, data)
     result = module.golden_parameters(top_k_percent=10.0)

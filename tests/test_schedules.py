@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ def test_cosine_reaches_the_peak_after_the_warmup_and_the_final_fraction_at_the_
     assert values[4] == 1.0
     assert values[12] == pytest.approx(0.2 + 0.8 * 0.5)
     assert values[20] == pytest.approx(0.2)
-    assert all(later <= earlier for earlier, later in zip(values[4:], values[5:], strict=False))
+    assert all(later <= earlier for earlier, later in pairwise(values[4:]))
 
 
 def test_constant_stays_and_needs_no_end():

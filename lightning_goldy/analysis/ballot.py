@@ -96,16 +96,15 @@ class Ballot:
         return like(parameter.detach(), part)
 
     def _require_finite(self, names: Sequence[str], scores: Sequence[Tensor]) -> None:
-        flags = []
-        for score in scores:
-            part = local(score)
-            # The largest element is NaN when any is: one pass, and no second tensor.
-            flags.append(~torch.isfinite(part.amax()) if part.numel() else torch.zeros((), dtype=torch.bool))
+        # The largest element is NaN when any is: one pass, and no second tensor.
+        flags = [
+            ~torch.isfinite(part.amax()) if part.numel() else torch.zeros((), dtype=torch.bool, device=part.device)
+            for part in map(local, scores)
+        ]
         # Summed over shards, so that all processes raise and none is left waiting in the selection.
-        totals = sum_over_shards(
-            [flag.to(local(score).device).int() for flag, score in zip(flags, scores, strict=True)], scores
-        )
-        for name, broken in zip(names, totals, strict=True):
+        if any(map(is_sharded, scores)):
+            flags = sum_over_shards([flag.int() for flag in flags], scores)
+        for name, broken in zip(names, flags, strict=True):
             if broken:
                 raise ValueError(f"the gradient of {name} is not finite; its elements cannot be ranked")
 

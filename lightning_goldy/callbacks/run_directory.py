@@ -60,6 +60,9 @@ class ResultStore:
         try:
             atomic_write(probe, "")
             probe.unlink()
+            # Left by a process that was killed while it wrote; nobody else writes here.
+            for leftover in folder.glob(".*.partial"):
+                leftover.unlink()
         except OSError as error:
             raise PermissionError(f"results cannot be written to {folder}: {error}") from error
 

@@ -20,6 +20,7 @@ _PROBES = 1 << 15
 _LEAST_STRIDE = 64
 _SMALL = 1 << 14
 _TIE_CHUNK = 1 << 20
+_CACHED = 1 << 17
 _DIGIT = 11
 
 
@@ -94,17 +95,17 @@ def _bracketed(flats: Sequence[NDArray[Any]], k: int) -> list[NDArray[np.bool_]]
         count - max(1, math.floor((share - margin) * count)),
     ]
     low, high = np.partition(probes, places)[places]
-    masks = [flat > high for flat in flats]
-    wanted = k - sum(map(np.count_nonzero, masks))
-    if wanted <= 0:
-        return None
     if low == high:
         # Mostly the zeros of embedding rows that the sample does not use.
-        return masks if _add_ties(masks, flats, high, wanted) else None
-    inside = [np.not_equal(flat >= low, mask) for flat, mask in zip(flats, masks, strict=True)]
-    if not wanted <= sum(map(np.count_nonzero, inside)) <= total // 4:
+        masks = [flat > high for flat in flats]
+        wanted = k - sum(map(np.count_nonzero, masks))
+        return masks if wanted > 0 and _add_ties(masks, flats, high, wanted) else None
+    masks = [np.empty(flat.size, dtype=np.bool_) for flat in flats]
+    found = [_split(flat, low, high, mask) for flat, mask in zip(flats, masks, strict=True)]
+    wanted = k - sum(above for above, _ in found)
+    positions = [where for _, where in found]
+    if not 0 < wanted <= sum(where.size for where in positions):
         return None
-    positions = [true_positions(each) for each in inside]
     values = _joined([flat[where] for flat, where in zip(flats, positions, strict=True)])
     threshold = np.partition(values, values.size - wanted)[values.size - wanted]
     chosen = values > threshold
@@ -116,8 +117,23 @@ def _bracketed(flats: Sequence[NDArray[Any]], k: int) -> list[NDArray[np.bool_]]
     return masks
 
 
+def _split(flat: NDArray[Any], low: Any, high: Any, above: NDArray[np.bool_]) -> tuple[int, NDArray[np.int64]]:
+    """Marks what exceeds ``high`` and finds what lies in [low, high]; returns their number and positions."""
+    count, positions = 0, [np.empty(0, dtype=np.int64)]
+    inside = np.empty(min(_CACHED, flat.size), dtype=np.bool_)
+    # In pieces that stay in the cache, because each is looked at several times.
+    for start in range(0, flat.size, _CACHED):
+        piece = flat[start : start + _CACHED]
+        here = np.greater(piece, high, out=above[start : start + _CACHED])
+        between = np.greater_equal(piece, low, out=inside[: piece.size])
+        np.not_equal(between, here, out=between)
+        count += np.count_nonzero(here)
+        positions.append(true_positions(between) + start)
+    return count, _joined(positions)
+
+
 def _joined(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    return np.concatenate(parts) if len(parts) > 1 else parts[0]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _add_ties(masks: Sequence[Any], flats: Sequence[Any], threshold: Any, wanted: int) -> bool:

@@ -81,6 +81,7 @@ def _pretrain(settings: DemoSettings, directory: Path) -> GoldyModule:
     if not knowledge.reached:
         share = knowledge.after.get("one_hop", 0.0)
         raise RuntimeError(
-            f"after {trainer.global_step} steps the model knows {share:.1%} of the one-hop facts, not {settings.target:.0%}"
+            f"after {trainer.global_step} steps the model knows {share:.1%} of the one-hop facts, "
+            f"not {settings.target:.0%}"
         )
     return module

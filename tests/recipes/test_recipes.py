@@ -1,0 +1,101 @@
+"""Every recipe and every overlay runs by the command in its first line."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import shlex
+
+import pytest
+import yaml
+from jsonargparse import ArgumentParser
+
+from lightning_goldy.bundle import all_recipes
+from lightning_goldy.cli import main
+from lightning_goldy.data import AtlasDataModule, byte_tokenizer
+from lightning_goldy.export import write_pretrained
+from lightning_goldy.models import build_model, complete_config
+
+TINY = {"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 2, "n_positions": 512}
+SMALL = {
+    "trainer": {
+        "accelerator": "cpu",
+        "max_epochs": 1,
+        "max_steps": -1,
+        "limit_train_batches": 2,
+        "limit_val_batches": 1,
+        "val_check_interval": 2,
+        "check_val_every_n_epoch": 1,
+        "accumulate_grad_batches": 1,
+        "log_every_n_steps": 1,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+}
+RECIPES = all_recipes()
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder with copies of all files, and small stand-ins for what their commands read."""
+    monkeypatch.chdir(tmp_path)
+    for recipe in RECIPES:
+        (tmp_path / recipe.kind).mkdir(exist_ok=True)
+        (tmp_path / recipe.kind / recipe.path.name).write_text(recipe.text)
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(SMALL))
+    (tmp_path / "text.txt").write_text("to be or not to be, that is the question. " * 400)
+    pairs = [{"question": f"what is {n} + {n}?", "answer": str(2 * n)} for n in range(60)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    for folder, tokenizer in (("gpt2", byte_tokenizer()), ("runs/demo/base", AtlasDataModule().tokenizer)):
+        (tmp_path / folder).parent.mkdir(parents=True, exist_ok=True)
+        write_pretrained(build_model(complete_config(TINY, tokenizer)), tmp_path / folder, tokenizer=tokenizer)
+    return tmp_path
+
+
+def _arguments(recipe):
+    words = shlex.split(recipe.first_line)
+    assert words[:2] == ["goldy", "fit"], f"{recipe.path}: the first line is not the command that launches it"
+    assert f"{recipe.kind}/{recipe.path.name}" in words
+    stand_in = "pairs.jsonl" if "--data.path" in words else "text.txt"
+    return [*(stand_in if word == "FILE" else word for word in words[1:]), "--config", "small.yaml"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: f"{recipe.kind}/{recipe.name}")
+def test_the_first_line_runs(recipe, workplace):
+    arguments = _arguments(recipe)
+    assert main(arguments) == 0
+    run = next((workplace / "runs").glob("*/version_0"))
+    assert list(run.glob("events.out.tfevents.*"))
+    assert list(run.glob("checkpoints/step=2.ckpt"))
+    assert list(run.glob("checkpoints/step=2/*.safetensors"))
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    attached = [callback["class_path"].rpartition(".")[2] for callback in saved["trainer"]["callbacks"]]
+    wanted = [
+        yaml.safe_load(path.read_text()) for path in workplace.glob("*/*.yaml") if str(path.name) in str(arguments)
+    ]
+    for config in wanted:
+        for callback in config["trainer"].get("callbacks+", config["trainer"].get("callbacks", [])):
+            assert callback["class_path"].rpartition(".")[2] in attached
+
+
+@pytest.mark.parametrize(
+    "recipe", [each for each in RECIPES if each.kind == "callbacks"], ids=lambda recipe: recipe.name
+)
+def test_an_overlay_adds_the_callback_of_its_name_and_shows_every_option(recipe):
+    (callback,) = yaml.safe_load(recipe.text)["trainer"]["callbacks+"]
+    module, _, name = callback["class_path"].rpartition(".")
+    assert "_".join(re.findall("[A-Z][a-z]*", name)).lower() == recipe.name
+    kind = getattr(importlib.import_module(module), name)
+    options = set(ArgumentParser().add_class_arguments(kind, fail_untyped=False))
+    needless = set() if getattr(kind, "needs_probe", True) else {"objective", "probe"}
+    assert set(callback.get("init_args", {})) == options - needless
+
+
+def test_recipes_say_where_their_logs_go():
+    for recipe in RECIPES:
+        if recipe.kind == "recipes":
+            trainer = yaml.safe_load(recipe.text)["trainer"]
+            assert trainer["logger"]["init_args"]["name"] == recipe.name
+            kinds = [callback["class_path"].rpartition(".")[2] for callback in trainer["callbacks"]]
+            assert {"LearningRateMonitor", "ModelCheckpoint"} <= set(kinds)
