@@ -147,10 +147,13 @@ class CausalLMObjective:
         if len(positions) < length // 2 and accepts(model, "logits_to_keep"):
             logits = model(**inputs, logits_to_keep=positions).logits  # [B, K, V]
         else:
-            logits = model(**inputs).logits[:, positions]  # [B, T, V] -> [B, K, V]
+            logits = _columns(model(**inputs).logits, positions)  # [B, T, V] -> [B, K, V]
         kept = valid[:, positions]  # [B, K]
+        targets = labels[:, 1:][:, positions]
         sample = torch.arange(n_samples, device=labels.device)[:, None].expand_as(kept)
-        return TargetLogits(logits[kept], labels[:, 1:][:, positions][kept], sample[kept], n_samples)
+        if bool(kept.all()):
+            return TargetLogits(logits.flatten(0, 1), targets.flatten(), sample.flatten(), n_samples)
+        return TargetLogits(logits[kept], targets[kept], sample[kept], n_samples)
 
     def log_probs(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         """Mean log-probability of each sample's response tokens, shape ``[B]``, nats."""
@@ -285,6 +288,12 @@ def accepts(model: nn.Module, argument: str) -> bool:
     inner: Any = getattr(model, "_orig_mod", model)
     base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
     return argument in inspect.signature(base.forward).parameters
+
+
+def _columns(logits: Tensor, positions: Tensor) -> Tensor:
+    # A run of positions is a view; any others cost a copy here and a scatter in the backward pass.
+    first, last = int(positions[0]), int(positions[-1])
+    return logits[:, first : last + 1] if last - first + 1 == len(positions) else logits[:, positions]
 
 
 def _left_padding_positions(attention_mask: Tensor) -> dict[str, Tensor]:

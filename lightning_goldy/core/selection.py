@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,7 @@ _PROBES = 1 << 15
 _LEAST_STRIDE = 64
 _SMALL = 1 << 14
 _TIE_CHUNK = 1 << 20
-_CACHED = 1 << 17
+_CACHED = 1 << 18
 _DIGIT = 11
 
 
@@ -51,10 +53,11 @@ def select_largest(scores: Sequence[Tensor], k: int) -> list[Tensor]:
     if any(is_sharded(tensor) for tensor in scores):
         return _select_sharded([tensor.detach().to(dtype) for tensor in scores], k)
     flats = [tensor.detach().to(dtype).reshape(-1) for tensor in scores]
-    if total > _SMALL and all(map(_in_numpy, flats)):
-        found = _bracketed([flat.numpy() for flat in flats], k)
-        if found is not None:
-            return [torch.from_numpy(mask).view(tensor.shape) for mask, tensor in zip(found, scores, strict=True)]
+    if all(map(_in_numpy, flats)):
+        arrays = [flat.numpy() for flat in flats]
+        found = _bracketed(arrays, k) if total > _SMALL else None
+        found = _partitioned(arrays, k) if found is None else found
+        return [torch.from_numpy(mask).view(tensor.shape) for mask, tensor in zip(found, scores, strict=True)]
     threshold = kth_largest(torch.cat(flats) if len(flats) > 1 else flats[0], k)
     masks = [flat > threshold for flat in flats]
     _add_ties(masks, flats, threshold, k - sum(int(mask.count_nonzero()) for mask in masks))
@@ -82,6 +85,15 @@ def _in_numpy(values: Tensor) -> bool:
     return values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64)
 
 
+def _partitioned(flats: Sequence[NDArray[Any]], k: int) -> list[NDArray[np.bool_]]:
+    """Selects after a partition of everything: short, and dear for many elements."""
+    values = _joined(flats)
+    threshold = np.partition(values, values.size - k)[values.size - k]
+    masks = [flat > threshold for flat in flats]
+    _add_ties(masks, flats, threshold, k - sum(map(np.count_nonzero, masks)))
+    return masks
+
+
 def _bracketed(flats: Sequence[NDArray[Any]], k: int) -> list[NDArray[np.bool_]] | None:
     """Selects among the few elements inside a bracket around the k-th largest; None when the bracket misses it."""
     total = sum(flat.size for flat in flats)
@@ -101,7 +113,7 @@ def _bracketed(flats: Sequence[NDArray[Any]], k: int) -> list[NDArray[np.bool_]]
         wanted = k - sum(map(np.count_nonzero, masks))
         return masks if wanted > 0 and _add_ties(masks, flats, high, wanted) else None
     masks = [np.empty(flat.size, dtype=np.bool_) for flat in flats]
-    found = [_split(flat, low, high, mask) for flat, mask in zip(flats, masks, strict=True)]
+    found = [_split_in_halves(flat, low, high, mask) for flat, mask in zip(flats, masks, strict=True)]
     wanted = k - sum(above for above, _ in found)
     positions = [where for _, where in found]
     if not 0 < wanted <= sum(where.size for where in positions):
@@ -117,6 +129,25 @@ def _bracketed(flats: Sequence[NDArray[Any]], k: int) -> list[NDArray[np.bool_]]
     return masks
 
 
+def _split_in_halves(
+    flat: NDArray[Any], low: Any, high: Any, above: NDArray[np.bool_]
+) -> tuple[int, NDArray[np.int64]]:
+    """:func:`_split` on two threads where torch may use two: NumPy lets go of the interpreter while it works."""
+    middle = flat.size // 2
+    if flat.size < 4 * _CACHED or torch.get_num_threads() < 2:
+        return _split(flat, low, high, above)
+    second = _helper(os.getpid()).submit(_split, flat[middle:], low, high, above[middle:])
+    count, positions = _split(flat[:middle], low, high, above[:middle])
+    more, behind = second.result()
+    return count + more, np.concatenate([positions, behind + middle])
+
+
+@functools.cache
+def _helper(process: int) -> ThreadPoolExecutor:
+    """One thread; made anew in a forked process, where threads do not live on."""
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="goldy-selection")
+
+
 def _split(flat: NDArray[Any], low: Any, high: Any, above: NDArray[np.bool_]) -> tuple[int, NDArray[np.int64]]:
     """Marks what exceeds ``high`` and finds what lies in [low, high]; returns their number and positions."""
     count, positions = 0, [np.empty(0, dtype=np.int64)]
@@ -126,7 +157,8 @@ def _split(flat: NDArray[Any], low: Any, high: Any, above: NDArray[np.bool_]) ->
         piece = flat[start : start + _CACHED]
         here = np.greater(piece, high, out=above[start : start + _CACHED])
         between = np.greater_equal(piece, low, out=inside[: piece.size])
-        np.not_equal(between, here, out=between)
+        # As bytes, whose exclusive or is vectorised and that of booleans is not.
+        np.bitwise_xor(between.view(np.uint8), here.view(np.uint8), out=between.view(np.uint8))
         count += np.count_nonzero(here)
         positions.append(true_positions(between) + start)
     return count, _joined(positions)

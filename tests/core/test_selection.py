@@ -132,11 +132,13 @@ def test_a_bracket_leaves_little_to_select_from(monkeypatch: pytest.MonkeyPatch)
     # Otherwise every case above would also pass by the full selection that a bracket is there to avoid.
     sizes = []
 
-    def recorded(values: Tensor, k: int) -> Tensor:
-        sizes.append(values.numel())
-        return kth_largest(values, k)
+    partitioned = selection._partitioned
 
-    monkeypatch.setattr(selection, "kth_largest", recorded)
+    def recorded(flats: list, k: int) -> list:
+        sizes.append(sum(flat.size for flat in flats))
+        return partitioned(flats, k)
+
+    monkeypatch.setattr(selection, "_partitioned", recorded)
     assert_selects([_normal(200_000).abs()], 10_000)
     assert_selects([SHAPES["mostly zero"](200_000)], 50_000)  # the k-th largest is a zero
     assert sizes == []
