@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from lightning_goldy.core import selection
-from lightning_goldy.core.selection import kth_largest, select_largest, true_positions
+from lightning_goldy.core.selection import select_largest, true_positions
 from tests.reference import largest_reference
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
