@@ -43,4 +43,5 @@ def log_findings(
             rank_zero_warn(f"figures are not logged: {error}")
         return
     for name, figure in figures.items():
-        log_figure(trainer.loggers, f"{prefix}/{name}", figure, step)
+        # A tag of their own: TensorBoard shows a tag in one plugin only, and hides the figure behind a scalar.
+        log_figure(trainer.loggers, f"{prefix}/figure/{name}", figure, step)

@@ -208,6 +208,9 @@ def test_tensorboard_receives_scalars_figures_and_histograms(tmp_path):
     assert expected <= set(tags["scalars"])
     assert any(tag.startswith("goldy/golden_parameters/") for tag in tags["images"])
     assert any(tag.startswith("goldy/golden_snapshot/") for tag in tags["images"])
+    kinds = [set(tags[kind]) for kind in ("scalars", "images", "histograms")]
+    assert sum(map(len, kinds)) == len(set.union(*kinds)), "TensorBoard shows a tag in one of its plugins only"
+    assert len(tags["images"]) == 3
     assert tags["histograms"] == ["goldy/golden_snapshot/change_log10"]
     logged = events.Scalars("goldy/golden_parameters/count")
     assert [(event.step, event.value) for event in logged] == [
