@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, Literal
@@ -97,13 +98,12 @@ class Ballot:
 
     def _require_finite(self, names: Sequence[str], scores: Sequence[Tensor]) -> None:
         # The largest element is NaN when any is: one pass, and no second tensor.
-        flags = [
-            ~torch.isfinite(part.amax()) if part.numel() else torch.zeros((), dtype=torch.bool, device=part.device)
-            for part in map(local, scores)
-        ]
-        # Summed over shards, so that all processes raise and none is left waiting in the selection.
+        largest = [part.amax() if part.numel() else part.new_zeros(()) for part in map(local, scores)]
+        flags: Sequence[Tensor | bool] = [not math.isfinite(value) for value in largest]
         if any(map(is_sharded, scores)):
-            flags = sum_over_shards([flag.int() for flag in flags], scores)
+            # Summed over shards, so that all processes raise and none is left waiting in the selection.
+            partial = [torch.tensor(int(flag), device=value.device) for flag, value in zip(flags, largest, strict=True)]
+            flags = sum_over_shards(partial, scores)
         for name, broken in zip(names, flags, strict=True):
             if broken:
                 raise ValueError(f"the gradient of {name} is not finite; its elements cannot be ranked")

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -22,7 +20,7 @@ _PROBES = 1 << 15
 _LEAST_STRIDE = 64
 _SMALL = 1 << 14
 _TIE_CHUNK = 1 << 20
-_CACHED = 1 << 18
+_CACHED = 1 << 17
 _DIGIT = 11
 
 
@@ -89,6 +87,9 @@ def _partitioned(flats: Sequence[NDArray[Any]], k: int) -> list[NDArray[np.bool_
     """Selects after a partition of everything: short, and dear for many elements."""
     values = _joined(flats)
     threshold = np.partition(values, values.size - k)[values.size - k]
+    masks = [flat >= threshold for flat in flats]
+    if sum(map(np.count_nonzero, masks)) == k:
+        return masks
     masks = [flat > threshold for flat in flats]
     _add_ties(masks, flats, threshold, k - sum(map(np.count_nonzero, masks)))
     return masks
@@ -106,14 +107,15 @@ def _bracketed(flats: Sequence[NDArray[Any]], k: int) -> list[NDArray[np.bool_]]
         count - min(count, math.ceil((share + margin) * count)),
         count - max(1, math.floor((share - margin) * count)),
     ]
-    low, high = np.partition(probes, places)[places]
+    # One at a time: NumPy's vectorised selection takes a single place only.
+    low, high = (np.partition(probes, place)[place] for place in places)
     if low == high:
         # Mostly the zeros of embedding rows that the sample does not use.
         masks = [flat > high for flat in flats]
         wanted = k - sum(map(np.count_nonzero, masks))
         return masks if wanted > 0 and _add_ties(masks, flats, high, wanted) else None
     masks = [np.empty(flat.size, dtype=np.bool_) for flat in flats]
-    found = [_split_in_halves(flat, low, high, mask) for flat, mask in zip(flats, masks, strict=True)]
+    found = [_split(flat, low, high, mask) for flat, mask in zip(flats, masks, strict=True)]
     wanted = k - sum(above for above, _ in found)
     positions = [where for _, where in found]
     if not 0 < wanted <= sum(where.size for where in positions):
@@ -127,25 +129,6 @@ def _bracketed(flats: Sequence[NDArray[Any]], k: int) -> list[NDArray[np.bool_]]
     for mask, where, mine in zip(masks, positions, np.split(chosen, ends), strict=True):
         mask[where[mine]] = True
     return masks
-
-
-def _split_in_halves(
-    flat: NDArray[Any], low: Any, high: Any, above: NDArray[np.bool_]
-) -> tuple[int, NDArray[np.int64]]:
-    """:func:`_split` on two threads where torch may use two: NumPy lets go of the interpreter while it works."""
-    middle = flat.size // 2
-    if flat.size < 4 * _CACHED or torch.get_num_threads() < 2:
-        return _split(flat, low, high, above)
-    second = _helper(os.getpid()).submit(_split, flat[middle:], low, high, above[middle:])
-    count, positions = _split(flat[:middle], low, high, above[:middle])
-    more, behind = second.result()
-    return count + more, np.concatenate([positions, behind + middle])
-
-
-@functools.cache
-def _helper(process: int) -> ThreadPoolExecutor:
-    """One thread; made anew in a forked process, where threads do not live on."""
-    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="goldy-selection")
 
 
 def _split(flat: NDArray[Any], low: Any, high: Any, above: NDArray[np.bool_]) -> tuple[int, NDArray[np.int64]]:
