@@ -8,12 +8,12 @@ Prints ratios of medians over alternating repetitions in one run; absolute times
 from __future__ import annotations
 
 import argparse
-import gc
+import resource
 import statistics
-import threading
+import subprocess
+import sys
 import time
 
-import psutil
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -47,34 +47,35 @@ def paired(first, second, repetitions: int) -> tuple[float, float, float]:
     return statistics.median(times[0][1:]), statistics.median(times[1][1:]), statistics.median(ratios)
 
 
-def peak_growth(function) -> int:
-    """Largest growth of the resident size while a function runs, sampled every millisecond, bytes."""
-    gc.collect()
-    process = psutil.Process()
-    before, peak, done = process.memory_info().rss, 0, threading.Event()
+def peak_growth(work: str) -> int:
+    """Growth of the largest resident size, bytes, in a process of its own: a used heap hides what is allocated."""
+    command = [sys.executable, __file__, "--peak", work]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.001):
-            peak = max(peak, process.memory_info().rss)
 
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        function()
-    finally:
-        done.set()
-        thread.join()
-    return max(0, peak - before)
+def print_peak(work: str) -> None:
+    model, ids = subject(), torch.randint(0, 8192, (2, 256))
+    with torch.no_grad():  # libraries allocate their workspaces on first use
+        model(input_ids=ids[:1])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if work == "forward_backward":
+        forward_backward(model, ids)
+    else:
+        golden_parameters(model, [{"input_ids": ids}], scope=work)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--peak", choices=("forward_backward", "tensor", "global"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(2)
+    if arguments.peak:
+        print_peak(arguments.peak)
+        return
     model = subject()
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     ids = torch.randint(0, 8192, (arguments.samples, 256))
@@ -93,13 +94,10 @@ def main() -> None:
             f"golden_parameters({scope}) {analysis:.2f} s, forward + backward {alone:.2f} s: ratio {ratio:.3f} (<= 1.2)"
         )
 
-    few = {"input_ids": ids[:2]}
-    plain = peak_growth(lambda: forward_backward(model, ids[:2]))
+    plain = peak_growth("forward_backward")
     for scope in ("tensor", "global"):
-        golden = peak_growth(lambda scope=scope: golden_parameters(model, [few], scope=scope))
-        print(
-            f"extra memory({scope}): {(golden - plain) / size:.2f} x the parameters beside forward + backward (<= 1.3)"
-        )
+        extra = (peak_growth(scope) - plain) / size
+        print(f"memory({scope}): {extra:+.2f} x the parameters against forward + backward with its gradients (<= 1.3)")
 
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 
 import lightning.pytorch as L
@@ -23,7 +24,7 @@ class Splits:
     probe: SampleSet
 
 
-class ProbeDataModule(L.LightningDataModule):
+class ProbeDataModule(L.LightningDataModule, ABC):
     """A data module with a probe set.
 
     Subclasses build their splits in ``build_splits``; everything is built once, on first use, and is a function of
@@ -53,9 +54,9 @@ class ProbeDataModule(L.LightningDataModule):
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._splits: Splits | None = None
 
+    @abstractmethod
     def build_splits(self) -> Splits:
         """Make the samples of all three splits."""
-        raise NotImplementedError(f"{type(self).__name__} must define build_splits")
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Make or load the tokenizer."""
