@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_goldy.core.sharding import is_sharded, local, local_box, sum_over_shards
 
 # Elements looked at to bracket the k-th largest. The bracket is checked by counting, so a bad one costs time and never
-# correctness; at four sigmas 2^15 probes bracket a 5 % quantile within 1 % of the elements, 2^13 within 2 %.
+# correctness. At 3.3 sigmas one in a thousand is bad; 2^15 probes bracket a 5 % quantile within 0.8 % of the elements.
 _PROBES = 1 << 15
 _LEAST_STRIDE = 64
 _SMALL = 1 << 14
@@ -102,13 +102,15 @@ def _bracketed(flats: Sequence[NDArray[Any]], k: int) -> list[NDArray[np.bool_]]
     stride = max(_LEAST_STRIDE, total // _PROBES) | 1
     probes = _joined([flat[::stride] for flat in flats])
     count, share = probes.size, k / total
-    margin = 4 * math.sqrt(share * (1 - share) / count) + 1 / count
+    margin = 3.3 * math.sqrt(share * (1 - share) / count) + 1 / count
     places = [
         count - min(count, math.ceil((share + margin) * count)),
         count - max(1, math.floor((share - margin) * count)),
     ]
-    # One at a time: NumPy's vectorised selection takes a single place only.
-    low, high = (np.partition(probes, place)[place] for place in places)
+    # One at a time, because NumPy's vectorised selection takes a single place only; the second among the few above the
+    # first.
+    upper = np.partition(probes, places[0])[places[0] :]
+    low, high = upper[0], np.partition(upper, places[1] - places[0])[places[1] - places[0]]
     if low == high:
         # Mostly the zeros of embedding rows that the sample does not use.
         masks = [flat > high for flat in flats]
