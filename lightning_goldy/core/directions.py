@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
@@ -71,33 +73,75 @@ def fill_direction_(tensor: Tensor, name: str, seed: int) -> Tensor:
         The same tensor.
     """
     part = local(tensor)
-    shape, offset = local_box(tensor)
-    if part.numel() == 0:
-        return tensor
-    if tensor.ndim == 0:
-        part.copy_(_normals(name, seed, 0, 1).view(()))
-        return tensor
-    row = math.prod(tensor.shape[1:])  # elements of one global row
+    if part.is_contiguous():
+        flat = part.view(-1)
+        for start, block in direction_blocks(tensor, name, seed):
+            flat[start : start + len(block)].copy_(block)
+    else:
+        drawn = [block for _, block in direction_blocks(tensor, name, seed)]
+        if drawn:
+            part.copy_(torch.cat(drawn).view(part.shape))
+    return tensor
+
+
+def direction_blocks(reference: Tensor, name: str, seed: int) -> Iterator[tuple[int, Tensor]]:
+    """The direction of one parameter piece by piece, so that the whole of it never has to exist.
+
+    Args:
+        reference: Plain or DTensor of the parameter's global shape; its values do not matter.
+        name: Canonical parameter name.
+        seed: Any integer.
+
+    Yields:
+        The place of a piece in this process's flattened part, and the piece: flat, float32, on the CPU.
+    """
+    shape, offset = local_box(reference)
+    if math.prod(shape) == 0:
+        return
+    if reference.ndim == 0:
+        yield 0, _normals(name, seed, 0, 1)
+        return
+    row = math.prod(reference.shape[1:])  # elements of one global row
+    mine = math.prod(shape[1:])
     step = max(1, (_BUFFER_BLOCKS * BLOCK) // max(row, 1))
     for start in range(0, shape[0], step):
         rows = min(step, shape[0] - start)
         first = (offset[0] + start) * row
-        drawn = _normals(name, seed, first, first + rows * row).view(rows, *tensor.shape[1:])  # [rows, ...]
-        for dimension in range(1, tensor.ndim):
+        drawn = _normals(name, seed, first, first + rows * row).view(rows, *reference.shape[1:])  # [rows, ...]
+        for dimension in range(1, reference.ndim):
             drawn = drawn.narrow(dimension, offset[dimension], shape[dimension])
-        part[start : start + rows].copy_(drawn)
-    return tensor
+        yield start * mine, drawn.reshape(-1)
+
+
+def direction_seed(seed: int, index: int) -> int:
+    """The seed of one of many directions, 63 bits of a hash of both numbers.
+
+    Example:
+        >>> direction_seed(0, 1) == direction_seed(0, 1), direction_seed(0, 1) == direction_seed(1, 0)
+        (True, False)
+    """
+    digest = hashlib.blake2b(f"{seed}\0{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 def _normals(name: str, seed: int, start: int, stop: int) -> Tensor:
     """Elements [start, stop) of a parameter's endless stream of normals, float32 on the CPU."""
     first, last = start // BLOCK, (stop - 1) // BLOCK
-    # dtype and device are spelled out: a trainer's precision changes the defaults.
-    blocks = [
-        torch.randn(BLOCK, generator=_generator(name, seed, block), dtype=torch.float32, device="cpu")
-        for block in range(first, last + 1)
-    ]
-    return torch.cat(blocks)[start - first * BLOCK : stop - first * BLOCK]
+    drawn = torch.empty(last + 1 - first, BLOCK, dtype=torch.float32, device="cpu")  # [blocks, BLOCK]
+
+    def draw(block: int) -> None:
+        # One block is drawn by one thread, so the number of threads changes nothing but the time.
+        drawn[block - first].normal_(generator=_generator(name, seed, block))
+
+    threads = min(torch.get_num_threads(), len(drawn))
+    if threads > 1:
+        # Made anew each time: threads do not survive the fork of a worker process.
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(draw, range(first, last + 1)))
+    else:
+        for block in range(first, last + 1):
+            draw(block)
+    return drawn.view(-1)[start - first * BLOCK : stop - first * BLOCK]
 
 
 def _generator(name: str, seed: int, block: int) -> torch.Generator:

@@ -1,0 +1,211 @@
+"""The mean KL divergence of a moved model from its anchor, with the anchor's predictions kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_goldy.core.batches import batch_tensors, map_batch
+from lightning_goldy.core.naming import suggestion
+from lightning_goldy.core.objective import Objective
+from lightning_goldy.core.space import ParameterSpace
+from lightning_goldy.core.vector import ParameterVector, substituted
+
+Cache = Literal["auto", "device", "cpu", "none"]
+CACHES = ("auto", "device", "cpu", "none")
+CACHE_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
+
+# Elements of [rows, vocabulary] that are worked on at a time.
+_CHUNK = 1 << 22
+
+
+class AnchoredDivergence:
+    r"""Mean KL divergence of a module from itself as it was when this was made.
+
+    .. math:: \frac{1}{|T|} \sum_{t \in T} \sum_v p_A(v \mid x_{<t})
+        \log \frac{p_A(v \mid x_{<t})}{p_\theta(v \mid x_{<t})}
+
+    over all target positions T of the batches and the whole vocabulary. One forward pass per batch and call; with
+    ``cache="none"`` two. Evaluated as :math:`\sum_v p_A (e^{d_v} - 1 - d_v)` with :math:`d = \log p_\theta - \log p_A`,
+    whose terms are not negative, so that rounding stays small beside small divergences.
+
+    Args:
+        model: The module at the anchor, in the mode in which it will be called.
+        batches: What it is compared on; they must stay the same.
+        objective: Where the targets are.
+        cache: Where the anchor's log-probabilities are kept: on the ``device``, on the ``cpu``, ``none`` (the anchor
+            runs again at each call, beside a second copy of the parameters), or ``auto``: the device while they fill at
+            most half of its free memory, else the CPU.
+        cache_dtype: Of the kept log-probabilities; the logits' own, at least float32, by default. With another the
+            divergence is not 0 at the anchor, and what it is there is added to every value.
+
+    Raises:
+        ValueError: There is no batch, or an argument is unknown.
+
+    Example:
+        >>> from lightning_goldy.core.objective import ClassifierObjective
+        >>> model = nn.Linear(2, 3)
+        >>> divergence = AnchoredDivergence(model, [(torch.ones(1, 2), torch.tensor([0]))], ClassifierObjective())
+        >>> divergence(model)
+        0.0
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[Any],
+        objective: Objective,
+        *,
+        cache: Cache = "auto",
+        cache_dtype: torch.dtype | None = None,
+    ) -> None:
+        check_cache(cache, cache_dtype)
+        if not batches:
+            raise ValueError("there is no batch to compare predictions on")
+        self.objective = objective
+        self.batches = list(batches)
+        self.cache: Cache = cache
+        self.positions = 0
+        """Number of target positions."""
+        self._kept: list[Tensor] = []
+        self._anchor: ParameterVector | None = None
+        with torch.no_grad():
+            if cache == "none":
+                self._anchor = ParameterVector.of(model, ParameterSpace.of(model))
+                self.positions = sum(len(self._log_probs(model, batch)) for batch in self.batches)
+            else:
+                self._keep(model, cache_dtype)
+
+    def __call__(self, model: nn.Module) -> float:
+        """The mean divergence, nats; infinite where the model gives 0 to what the anchor holds possible."""
+        total = 0.0
+        with torch.no_grad():
+            for index, batch in enumerate(self.batches):
+                logits = self.objective.logits_and_targets(model, batch).logits
+                total += divergence_sum(self._anchor_log_probs(model, index), logits)
+        return total / self.positions
+
+    def _anchor_log_probs(self, model: nn.Module, index: int) -> Tensor:
+        if self._anchor is None:
+            return self._kept[index]
+        with substituted(model, self._anchor):
+            return self._log_probs(model, self.batches[index])
+
+    def _keep(self, model: nn.Module, dtype: torch.dtype | None) -> None:
+        for index, batch in enumerate(self.batches):
+            exact = self._log_probs(model, batch)
+            if index == 0 and self.cache == "auto":
+                self.cache = "device" if self._fits(exact, dtype) else "cpu"
+            kept = exact if dtype is None else exact.to(dtype)
+            self.positions += len(exact)
+            self._kept.append(kept if self.cache == "device" else kept.cpu())
+
+    def _log_probs(self, model: nn.Module, batch: Any) -> Tensor:
+        logits = self.objective.logits_and_targets(model, batch).logits
+        return torch.log_softmax(_at_least_single(logits), dim=-1)
+
+    def _fits(self, exact: Tensor, dtype: torch.dtype | None) -> bool:
+        if exact.device.type != "cuda":
+            return True
+        each = exact.numel() * (dtype or exact.dtype).itemsize
+        return 2 * each * len(self.batches) <= torch.cuda.mem_get_info(exact.device)[0]
+
+
+def divergence_sum(log_probs: Tensor, logits: Tensor) -> float:
+    r"""Sum over rows of KL(p || softmax(logits)), nats, in pieces that bound the memory.
+
+    Args:
+        log_probs: log p, shape ``[rows, vocabulary]``, any device and dtype.
+        logits: Shape ``[rows, vocabulary]``.
+
+    Example:
+        >>> logits = torch.tensor([[0.0, 1.0]])
+        >>> divergence_sum(torch.log_softmax(logits, -1), logits + 3.0) < 1e-12
+        True
+    """
+    rows = max(1, _CHUNK // logits.shape[-1])
+    total = torch.zeros((), dtype=torch.float64, device=logits.device)
+    for start in range(0, len(logits), rows):
+        found = torch.log_softmax(_at_least_single(logits[start : start + rows]), dim=-1)
+        anchor = log_probs[start : start + rows].to(found.device, found.dtype)
+        probability = anchor.exp()
+        difference = torch.where(torch.isneginf(anchor), 0.0, found - anchor)
+        # Far away the exponential may overflow where the probability vanishes, and there is nothing to cancel.
+        near = probability * (torch.expm1(difference) - difference)
+        far = found.exp() - probability - torch.where(probability == 0, 0.0, probability * difference)
+        total += torch.where(difference.abs() < 1, near, far).sum(dtype=torch.float64)
+        # Where the anchor's probability is exactly 0 all that the other gives it counts.
+        total += torch.where(torch.isneginf(anchor), found.exp(), 0.0).sum(dtype=torch.float64)
+    return float(total)
+
+
+def check_cache(cache: str, cache_dtype: torch.dtype | None) -> None:
+    """Checks what can be checked before there is a model.
+
+    Raises:
+        ValueError: An argument is unknown.
+    """
+    if cache not in CACHES:
+        raise ValueError(f"unknown cache {cache!r}; {suggestion(str(cache), CACHES)}")
+    if cache_dtype not in CACHE_DTYPES:
+        names = ", ".join(str(dtype) for dtype in CACHE_DTYPES[1:])
+        raise ValueError(f"cache_dtype must be one of {names}, or None; got {cache_dtype}")
+
+
+def shortened(batches: Iterable[Any], objective: Objective, val_size: int | None, max_seq_len: int | None) -> list[Any]:
+    """The first samples of the batches, each cut to a length, in batches of the size that they came in.
+
+    Args:
+        batches: Batches that the objective understands.
+        objective: Cuts batches into samples.
+        val_size: Number of samples; all by default.
+        max_seq_len: Tokens of each sample; all by default.
+
+    Raises:
+        ValueError: There are fewer samples, or an argument is below 1 (2 tokens).
+
+    Example:
+        >>> from lightning_goldy.core.objective import CausalLMObjective
+        >>> ids = torch.arange(12).view(3, 4)
+        >>> [part["input_ids"].tolist() for part in shortened([{"input_ids": ids}], CausalLMObjective(), 2, 2)]
+        [[[0, 1], [4, 5]]]
+    """
+    if val_size is not None and val_size < 1:
+        raise ValueError(f"val_size must be at least 1; got {val_size}")
+    if max_seq_len is not None and max_seq_len < 2:
+        raise ValueError(f"max_seq_len must be at least 2, or there is nothing to predict; got {max_seq_len}")
+    kept: list[Any] = []
+    left = math.inf if val_size is None else val_size
+    for batch in batches:
+        if left <= 0:
+            break
+        size = next(batch_tensors(batch)).shape[0]
+        take = int(min(size, left))
+        left -= take
+        kept.append(_cut(batch, take if take < size else None, max_seq_len))
+    if not kept:
+        raise ValueError("there is no sample: the batches are empty")
+    if val_size is not None and left > 0:
+        raise ValueError(f"val_size={val_size}, but the batches hold only {int(val_size - left)} samples")
+    return kept
+
+
+def _cut(batch: Any, samples: int | None, length: int | None) -> Any:
+    if samples is not None:
+        batch = map_batch(batch, lambda tensor: tensor[:samples])
+    if length is None:
+        return batch
+    if not isinstance(batch, Mapping) or "input_ids" not in batch:
+        raise ValueError("max_seq_len cuts token sequences; these batches have no 'input_ids'")
+    whole = batch["input_ids"].shape[1]
+    return map_batch(
+        batch, lambda tensor: tensor[:, :length] if tensor.ndim > 1 and tensor.shape[1] == whole else tensor
+    )
+
+
+def _at_least_single(logits: Tensor) -> Tensor:
+    return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()

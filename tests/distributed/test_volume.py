@@ -1,0 +1,22 @@
+"""A volume does not depend on how many processes measured it."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.distributed.launch import run_processes
+from tests.distributed.volume_checks import all_cases
+
+
+@pytest.mark.parametrize(
+    ("layout", "world_size"),
+    [("replicas", 2), ("shards", 2), pytest.param("replicas", 3, marks=pytest.mark.slow)],
+)
+def test_any_number_of_processes_gives_the_estimates_of_one(layout: str, world_size: int) -> None:
+    expected = all_cases("replicas")
+    for found in run_processes(all_cases, world_size, layout):
+        for mine, alone in zip(found, expected, strict=True):
+            assert mine["same"]
+            assert mine["estimates"] == pytest.approx(alone["estimates"], rel=1e-6)
+            assert mine["radii"] == pytest.approx(alone["radii"], rel=1e-6)
+            assert mine["evaluations"] == alone["evaluations"]

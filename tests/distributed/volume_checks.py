@@ -1,0 +1,64 @@
+"""Run in several processes: volumes on replicas and on shards."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from lightning_goldy.analysis import basin_volume
+from lightning_goldy.core import CausalLMObjective, ParameterSpace
+from tests.models import build, token_batch
+
+
+class Doubling:
+    """Needs whole tensors; mixes rows, so that a shard alone would not do."""
+
+    name, whole_tensors = "doubling", True
+
+    def __init__(self, space: ParameterSpace) -> None:
+        self.space = space
+
+    def apply(self, name: str, direction: Tensor, start: int) -> Tensor:
+        return direction.flip(0)
+
+
+def estimates(layout: str, options: dict) -> dict:
+    """The volume of one small model as replicas or as shards, and whether the weights came back."""
+    torch.manual_seed(0)
+    model = build("llama").eval()
+    if layout == "shards":
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    preconditioner = Doubling(ParameterSpace.of(model)) if options.pop("mixing", False) else None
+    before = [local_clone(parameter) for parameter in model.parameters()]
+    result = basin_volume(model, [token_batch(3, 10)], CausalLMObjective(), preconditioner=preconditioner, **options)
+    after = [local_clone(parameter) for parameter in model.parameters()]
+    return {
+        "estimates": result.estimates.tolist(),
+        "radii": result.radii.tolist(),
+        "evaluations": result.total_evaluations,
+        "same": all(map(torch.equal, before, after)),
+    }
+
+
+def local_clone(parameter: nn.Parameter) -> Tensor:
+    value = parameter.detach()
+    return (value.to_local() if hasattr(value, "to_local") else value).clone()
+
+
+def all_cases(layout: str) -> list[dict]:
+    """Every combination that a single process is compared with."""
+    return [estimates(layout, dict(options)) for options in CASES]
+
+
+CASES: list[dict] = [
+    {"n_directions": 5},
+    {"n_directions": 3, "mixing": True},
+    {"n_directions": 2, "measure": "sphere"},
+    {"n_directions": 2, "cache": "none", "directions": "implicit"},
+]

@@ -1,0 +1,115 @@
+"""Slow, obvious volumes: every vector whole, a doubling and a bisection, integrals by another library."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from mpmath import mp, mpf
+from torch import Tensor, nn
+
+from lightning_goldy.core import ParameterSpace, random_direction
+from lightning_goldy.core.directions import direction_seed
+
+
+def unit_direction(module: nn.Module, seed: int, index: int, space: ParameterSpace | None = None) -> Tensor:
+    """The direction of an estimate as one flat float64 vector of length 1."""
+    space = space or ParameterSpace.of(module)
+    vector = random_direction(space, direction_seed(seed, index), dtype=torch.float32)
+    flat = torch.cat([tensor.reshape(-1).double() for tensor in vector.values()])
+    return flat / flat.norm()
+
+
+def flat_parameters(module: nn.Module, space: ParameterSpace | None = None) -> Tensor:
+    parameters = (space or ParameterSpace.of(module)).resolve(module)
+    return torch.cat([parameter.detach().reshape(-1).double() for parameter in parameters.values()])
+
+
+def put(module: nn.Module, flat: Tensor, space: ParameterSpace | None = None) -> None:
+    start = 0
+    with torch.no_grad():
+        for parameter in (space or ParameterSpace.of(module)).resolve(module).values():
+            parameter.copy_(flat[start : start + parameter.numel()].view(parameter.shape))
+            start += parameter.numel()
+
+
+def radius_reference(cost: Callable[[float], float], cutoff: float, start: float, rtol: float) -> tuple[float, int]:
+    """Doubles until outside, halves the bracket until the cost is within ``rtol``; the radius, and the evaluations."""
+    low, high, radius = 0.0, math.inf, start
+    for count in range(1, 500):
+        value = cost(radius)
+        if abs(value - cutoff) <= rtol * cutoff:
+            return radius, count
+        if value < cutoff:
+            low = radius
+        else:
+            high = radius
+        radius = 2 * radius if math.isinf(high) else (low + high) / 2
+    raise AssertionError("no radius")
+
+
+def log_sphere_area(dimension: int) -> float:
+    return float(mp.log(2) + mpf(dimension) / 2 * mp.log(mp.pi) - mp.loggamma(mpf(dimension) / 2))
+
+
+def log_radial_integral(radius: float, dimension: int, linear: float, quadratic: float) -> float:
+    """log of the integral of r^(D-1) exp(-b r - c r^2 / 2) over [0, R], by adaptive quadrature in 30 digits."""
+    with mp.workdps(30):
+        mode = (-linear + math.sqrt(linear**2 + 4 * quadratic * (dimension - 1))) / (2 * quadratic)
+        width = 1 / math.sqrt(quadratic + (dimension - 1) / max(mode, 1e-300) ** 2) if dimension > 1 else radius / 4
+        inner = [mode + step * width for step in (-12, -6, -3, -1, 0, 1, 3, 6, 12)] + list(np.linspace(0, radius, 25))
+        points = [mpf(0), *(mpf(x) for x in sorted(inner) if 0 < x < radius), mpf(radius)]
+        log_top = max(_log_integrand(float(point), dimension, linear, quadratic) for point in points[1:])
+        total = mp.quad(
+            lambda r: mp.exp((dimension - 1) * mp.log(r) - linear * r - quadratic * r * r / 2 - log_top), points
+        )
+        return float(mp.log(total) + log_top)
+
+
+def _log_integrand(radius: float, dimension: int, linear: float, quadratic: float) -> float:
+    return (dimension - 1) * math.log(radius) - linear * radius - quadratic * radius * radius / 2
+
+
+def gaussian_volume_reference(
+    module: nn.Module,
+    cost: Callable[[nn.Module], float],
+    *,
+    cutoff: float,
+    n_directions: int,
+    seed: int = 0,
+    stretch: Tensor | None = None,
+    rtol: float = 1e-6,
+) -> list[float]:
+    """Estimates of log P under N(0, sigma^2 I), sigma the root mean square; ``stretch`` preconditions."""
+    anchor = flat_parameters(module)
+    dimension = len(anchor)
+    variance = float(anchor @ anchor) / dimension
+    estimates = []
+    for index in range(n_directions):
+        direction = unit_direction(module, seed, index)
+        if stretch is not None:
+            direction = direction * stretch
+
+        def at(radius: float, direction: Tensor = direction) -> float:
+            put(module, anchor + radius * direction)
+            value = float(cost(module))
+            put(module, anchor)
+            return value
+
+        radius, _ = radius_reference(at, cutoff, 1e-3, rtol)
+        linear, quadratic = float(direction @ anchor) / variance, float(direction @ direction) / variance
+        estimates.append(
+            log_radial_integral(radius, dimension, linear, quadratic)
+            + log_sphere_area(dimension)
+            - dimension / 2 * math.log(2 * math.pi * variance)
+            - float(anchor @ anchor) / (2 * variance)
+        )
+    return estimates
+
+
+def divergence_reference(logits: Tensor, moved: Tensor) -> float:
+    """Mean over rows of KL(softmax(logits) || softmax(moved)), by its definition in float64."""
+    log_p, log_q = (torch.log_softmax(each.double(), dim=-1) for each in (logits, moved))
+    return float((log_p.exp() * (log_p - log_q)).sum(dim=-1).mean())
