@@ -1,6 +1,59 @@
 """Pure functions: (model, batches, objective, ...) to frozen results; no Trainer, no logger."""
 
+from lightning_goldy.analysis.basin import basin_volume
+from lightning_goldy.analysis.compact import compact, compaction_of, register_compaction
+from lightning_goldy.analysis.compact_files import Compaction
+from lightning_goldy.analysis.fisher import KroneckerFisher, kronecker_fisher
 from lightning_goldy.analysis.golden import GoldenResult, golden_parameters, jaccard
+from lightning_goldy.analysis.head_freeze import HeadFreeze
+from lightning_goldy.analysis.head_scores import register_head_score
+from lightning_goldy.analysis.head_surgery import prune_heads, regrow_heads
+from lightning_goldy.analysis.heads import HeadScores, head_importance, heads_to_regrow
+from lightning_goldy.analysis.kronecker import KroneckerPreconditioner, kronecker_preconditioner
+from lightning_goldy.analysis.moments import adam_curvature, adam_curvature_from_state
+from lightning_goldy.analysis.preconditioner import (
+    DiagonalPreconditioner,
+    TunedPreconditioner,
+    adam_preconditioner,
+    diagonal_preconditioner,
+    tuned_preconditioner,
+)
 from lightning_goldy.analysis.scores import register_score
+from lightning_goldy.analysis.volume import local_volume
+from lightning_goldy.analysis.volume_result import VolumeResult, aggregate, best_of
+from lightning_goldy.core.gates import HeadGates
 
-__all__ = ["GoldenResult", "golden_parameters", "jaccard", "register_score"]
+__all__ = [
+    "Compaction",
+    "DiagonalPreconditioner",
+    "GoldenResult",
+    "HeadFreeze",
+    "HeadGates",
+    "HeadScores",
+    "KroneckerFisher",
+    "KroneckerPreconditioner",
+    "TunedPreconditioner",
+    "VolumeResult",
+    "adam_curvature",
+    "adam_curvature_from_state",
+    "adam_preconditioner",
+    "aggregate",
+    "basin_volume",
+    "best_of",
+    "compact",
+    "compaction_of",
+    "diagonal_preconditioner",
+    "golden_parameters",
+    "head_importance",
+    "heads_to_regrow",
+    "jaccard",
+    "kronecker_fisher",
+    "kronecker_preconditioner",
+    "local_volume",
+    "prune_heads",
+    "register_compaction",
+    "register_head_score",
+    "register_score",
+    "regrow_heads",
+    "tuned_preconditioner",
+]

@@ -28,12 +28,14 @@ class Crossing(NamedTuple):
         cost: The evaluated cost closest to the cutoff, nats.
         slope: d log cost / d log radius there.
         evaluations: Cost evaluations spent.
+        bend: Second derivative of the same curve, as far as the evaluated points show it.
     """
 
     radius: float
     cost: float
     slope: float
     evaluations: int
+    bend: float = 0.0
 
 
 def find_radius(
@@ -42,6 +44,7 @@ def find_radius(
     start: float,
     *,
     slope: float = 2.0,
+    bend: float = 0.0,
     rtol: float = 1e-2,
     max_evaluations: int = 40,
     max_radius: float = math.inf,
@@ -57,7 +60,8 @@ def find_radius(
         cost: Cost at a radius, nats.
         cutoff: The cost to reach, positive, nats.
         start: First radius, positive.
-        slope: First guess of d log cost / d log radius.
+        slope: First guess of d log cost / d log radius at the cutoff.
+        bend: First guess of its second derivative.
         rtol: Relative tolerance of the cost.
         max_evaluations: Cost evaluations before giving up.
         max_radius: The largest radius that is tried.
@@ -73,13 +77,15 @@ def find_radius(
         >>> round(crossing.radius, 9), crossing.evaluations
         (0.1, 2)
     """
-    search = _Search(cutoff, rtol, slope, math.log(max_radius))
+    search = _Search(cutoff, rtol, slope, bend, math.log(max_radius))
     x = min(math.log(start), search.limit)
     for count in range(1, max_evaluations + 1):
         value = cost(math.exp(x))
         search.add(x, value)
         if search.accepted():
-            return Crossing(math.exp(search.corrected()), search.best_cost, search.slope_at_best(), count)
+            return Crossing(
+                math.exp(search.corrected()), search.best_cost, search.slope_at_best(), count, search.bend_at_best()
+            )
         if x >= search.limit and value < cutoff:
             return Crossing(math.nan, value, math.nan, count)
         x = search.next()
@@ -94,6 +100,7 @@ class _Search:
     cutoff: float
     rtol: float
     slope: float
+    bend: float
     limit: float
     low: float = -math.inf
     high: float = math.inf
@@ -146,6 +153,24 @@ class _Search:
         secant = self._secant()
         return self.slope if secant is None else secant
 
+    def bend_at_best(self) -> float:
+        """From the three points closest to the cutoff; 0 where they do not show a growing curve."""
+        if len(self.points) < 3:
+            return self.bend
+        (a, ya, _), (b, yb, _), (c, yc, _) = sorted(self.points[:3])
+        if not a < b < c or self._secant() is None:
+            return 0.0
+        return 2 * ((yc - yb) / (c - b) - (yb - ya) / (b - a)) / (c - a)
+
+    def _step(self) -> float:
+        """Where the curve meets the cutoff, from its best point."""
+        y, slope = self.points[0][1], self.slope_at_best()
+        if len(self.points) > 1:
+            return -y / slope
+        # The same curve, shifted sideways: the pilot's slope and bend are those at the cutoff.
+        steepness = math.sqrt(max(slope * slope + 2 * self.bend * y, 0.25 * slope * slope))
+        return -2 * y / (slope + steepness)
+
     def corrected(self) -> float:
         x, y, _ = self.points[0]
         if abs(y) > self.rtol:
@@ -159,9 +184,7 @@ class _Search:
         if not self.points:
             guess = low + _LARGEST_STEP if math.isinf(high) else high - _STEP_BACK
         else:
-            x, y, _ = self.points[0]
-            step = -y / self.slope_at_best()
-            guess = x + max(-_LARGEST_STEP, min(_LARGEST_STEP, step))
+            guess = self.points[0][0] + max(-_LARGEST_STEP, min(_LARGEST_STEP, self._step()))
         if math.isfinite(low) and math.isfinite(high):
             # The secant may creep along one side of a kink; halving does not.
             if not low < guess < high or (self.count > _PATIENCE and self.count % 2):

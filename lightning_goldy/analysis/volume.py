@@ -195,14 +195,15 @@ class _Walk:
     def trace(self, seed: int, pilot: tuple[Proposal, Crossing] | None = None) -> tuple[Proposal, Crossing]:
         proposal = self.ray.turn(seed)
         unit = self.measure.unit(proposal)
-        start, slope = self.measure.start / unit, 2.0
+        start, slope, bend = self.measure.start / unit, 2.0, 0.0
         if pilot is not None and math.isfinite(pilot[1].radius):
-            start, slope = pilot[1].radius, pilot[1].slope
+            start, slope, bend = pilot[1].radius, pilot[1].slope, pilot[1].bend
         crossing = find_radius(
             lambda radius: self._at(radius, proposal),
             self.cutoff,
             start,
             slope=slope,
+            bend=bend,
             rtol=self.rtol,
             max_evaluations=self.max_evaluations,
             max_radius=self.max_radius / unit,

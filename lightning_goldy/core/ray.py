@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.core.directions import direction_blocks, fill_direction_
+from lightning_goldy.core.directions import BLOCK, direction_blocks, fill_direction_
 from lightning_goldy.core.sharding import local, local_box, sum_over_shards, unshard_guard
 from lightning_goldy.core.space import ParameterSpace
 
@@ -143,10 +143,11 @@ class Ray:
                 moved = part if part.is_contiguous() else torch.empty_like(part, memory_format=torch.contiguous_format)
                 flat = moved.view(-1)
                 for start, block in self._drawn(name, parameter):
-                    piece = slice(start, start + len(block))
-                    base = anchor[piece].to(dtype)
-                    base = base if anchor_scale == 1 else base * anchor_scale
-                    flat[piece].copy_(torch.add(base, block.to(dtype), alpha=step))
+                    for begin in range(0, len(block), BLOCK):
+                        piece = slice(start + begin, min(start + begin + BLOCK, start + len(block)))
+                        base = anchor[piece].to(dtype)
+                        base = base if anchor_scale == 1 else base * anchor_scale
+                        flat[piece].copy_(torch.add(base, block[begin : begin + BLOCK].to(dtype), alpha=step))
                 if moved is not part:
                     part.copy_(moved)
         # Inside one autocast context a changed weight would be used as it was cast before.
@@ -199,4 +200,6 @@ def _box(whole: Tensor, reference: Tensor) -> Tensor:
 
 
 def _dot(first: Tensor, second: Tensor) -> Tensor:
-    return (first.double() * second.double()).sum()
+    # In pieces, so that the float64 copies stay small.
+    pieces = zip(first.split(BLOCK), second.split(BLOCK), strict=True)
+    return sum((a.double() @ b.double() for a, b in pieces), torch.zeros((), dtype=torch.float64, device=first.device))

@@ -1,0 +1,167 @@
+"""Basin volume against a plain doubling-and-bisection reference: evaluations, seconds, memory.
+
+    python benchmarks/basin.py
+
+A small GPT-2-shaped model is trained on generated text for seconds first. Prints ratios measured in one run; absolute
+times depend on the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from lightning_goldy.analysis import adam_preconditioner, basin_volume
+from lightning_goldy.analysis.divergence import AnchoredDivergence
+from lightning_goldy.core import CausalLMObjective, ParameterSpace
+from lightning_goldy.core.directions import direction_seed
+from lightning_goldy.core.ray import Ray
+
+WORDS = ("the", "a", "small", "large", "red", "blue", "cat", "dog", "tree", "house", "sees", "likes", "finds", "under")
+
+
+def text(length: int, seed: int) -> torch.Tensor:
+    """Bytes of generated sentences: something to learn that needs no file."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randint(len(WORDS), (length,), generator=generator).tolist()
+    order = [WORDS[(a + index % 3) % len(WORDS)] for index, a in enumerate(sorted(chosen[:7]) * (length // 7))]
+    return torch.tensor(list(" ".join(order).encode()))[:length]
+
+
+def trained(layers: int, width: int, steps: int) -> tuple[GPT2LMHeadModel, torch.optim.AdamW]:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_layer=layers,
+        n_head=4,
+        n_embd=width,
+        vocab_size=256,
+        n_positions=128,
+        bos_token_id=0,
+        eos_token_id=0,
+        attn_pdrop=0.0,
+        embd_pdrop=0.0,
+        resid_pdrop=0.0,
+    )
+    model = GPT2LMHeadModel(config)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    for step in range(steps):
+        ids = torch.stack([text(64, 16 * step + row) for row in range(16)])
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    return model.eval(), optimizer
+
+
+def batches(count: int = 4) -> list[dict[str, torch.Tensor]]:
+    return [{"input_ids": torch.stack([text(128, 10_000 + 8 * i + row) for row in range(8)])} for i in range(count)]
+
+
+def reference(model: torch.nn.Module, data: list, n_directions: int, cutoff: float, rtol: float) -> tuple[int, float]:
+    """Doubles the radius from 1 until outside, then bisects; with the same cached anchors and held directions."""
+    began, evaluations = time.perf_counter(), 0
+    with torch.no_grad():
+        divergence = AnchoredDivergence(model, data, CausalLMObjective())
+        with Ray(model, ParameterSpace.of(model), explicit=True) as ray:
+            for index in range(n_directions):
+                ray.turn(direction_seed(0, index))
+                low, high, radius = 0.0, float("inf"), 1.0
+                while True:
+                    ray.move(1.0, radius)
+                    value = divergence(model)
+                    evaluations += 1
+                    if abs(value / cutoff - 1) <= rtol:
+                        break
+                    low, high = (radius, high) if value < cutoff else (low, radius)
+                    radius = 2 * radius if high == float("inf") else (low + high) / 2
+    return evaluations, time.perf_counter() - began
+
+
+def resident(field: str) -> int:
+    """VmRSS, the present resident size, or VmHWM, the largest since the last reset, bytes; Linux only."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line for line in status.splitlines() if line.startswith(field)).split()[1])
+
+
+def print_memory(work: str) -> None:
+    """Growth of the largest resident size, bytes, in a process of its own: a used heap hides what is allocated."""
+    model, _ = trained(12, 768, 0)
+    data = batches(1)
+    with torch.no_grad():  # libraries allocate their workspaces on first use
+        CausalLMObjective().logits_and_targets(model, {key: value[:1] for key, value in data[0].items()})
+    Path("/proc/self/clear_refs").write_text("5")  # forget the largest size so far
+    before = resident("VmRSS")
+    if work == "forward":
+        with torch.no_grad():
+            for batch in data:
+                torch.log_softmax(CausalLMObjective().logits_and_targets(model, batch).logits, -1)
+    else:
+        basin_volume(model, data, n_directions=2, directions=work)
+    print(resident("VmHWM") - before)
+
+
+def memory(work: str) -> int:
+    command = [sys.executable, __file__, "--memory", work]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--directions", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--memory", choices=("forward", "implicit", "explicit"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(2)
+    if arguments.memory:
+        print_memory(arguments.memory)
+        return
+    model, optimizer = trained(4, 128, arguments.steps)
+    data, space = batches(), ParameterSpace.of(model)
+    objective = CausalLMObjective()
+    with torch.no_grad():
+        loss = statistics.mean(float(objective.loss(model, batch)) for batch in data)
+    print(f"{space.numel / 1e6:.2f} M parameters, loss {loss:.3f} nats, {arguments.directions} directions, rtol 1e-2")
+
+    proposals = {"none": None, "adam": adam_preconditioner(optimizer, space, module=model)}
+    for cutoff in (1e-3, 1e-2, 1e-1):
+        for name, bound in (("none", 2.5), ("adam", 3.5)):
+            result = basin_volume(
+                model, data, cutoff=cutoff, n_directions=arguments.directions, preconditioner=proposals[name]
+            )
+            median = statistics.median(result.evaluations.tolist())
+            print(
+                f"cutoff {cutoff:g}, {name}: {median} evaluations a direction (median, <= {bound}), "
+                f"{result.total_evaluations} in all; log-volume {result.log_volume:.0f}, "
+                f"bound {result.lower_bound:.0f}, spread {result.spread:.0f}, tolerance {result.tolerance:.1f} nats"
+            )
+
+    # A radius that we return is good to a tenth of rtol; the reference's is as good as the cost that it accepted.
+    for meaning, rtol in (("evaluated cost", 1e-2), ("returned radius", 1e-3)):
+        ratios = []
+        for _ in range(3):
+            began = time.perf_counter()
+            mine = basin_volume(model, data, n_directions=arguments.directions).total_evaluations
+            seconds = time.perf_counter() - began
+            evaluations, plain = reference(model, data, arguments.directions, 1e-2, rtol)
+            ratios.append(plain / seconds)
+        print(
+            f"doubling and bisection at equal tolerance of the {meaning}: {evaluations} evaluations against {mine}, "
+            f"{statistics.median(ratios):.2f} x as long (>= 5)"
+        )
+
+    size = 4 * sum(parameter.numel() for parameter in trained(12, 768, 0)[0].parameters())
+    anchors = 4 * 256 * 8 * 127
+    forward = memory("forward")
+    for directions in ("implicit", "explicit"):
+        extra = memory(directions) - forward - anchors
+        print(f"memory({directions}): {extra / size:+.2f} x the parameters beside forward and anchors (implicit <= 1)")
+
+
+if __name__ == "__main__":
+    main()
