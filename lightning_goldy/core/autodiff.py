@@ -1,0 +1,223 @@
+"""Derivatives of a model along a line in parameter space, right also where they are nested."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from lightning_goldy.core.naming import canonical_name
+from lightning_goldy.core.space import trainable_parameters
+
+
+@contextmanager
+def nested_derivatives() -> Iterator[None]:
+    """Makes derivatives of any order right inside a ``with`` block.
+
+    Fused attention has no forward-mode derivative, so attention runs in its plain form. The fused normalisations have
+    one that is silently wrong when it is nested, so they are composed of means and square roots, in at least float32 as
+    the fused ones compute.
+
+    Example:
+        >>> with nested_derivatives():
+        ...     normalised = F.layer_norm(torch.tensor([1.0, 3.0]), (2,))
+        >>> [round(value, 4) for value in normalised.tolist()]
+        [-1.0, 1.0]
+    """
+    with sdpa_kernel(SDPBackend.MATH), _Composed():
+        yield
+
+
+def directional_derivatives(
+    function: Callable[[dict[str, Tensor]], Tensor],
+    parameters: Mapping[str, Tensor],
+    direction: Mapping[str, Tensor],
+    order: int,
+) -> tuple[Tensor, ...]:
+    r"""Value and derivatives of a function of parameters along a line.
+
+    .. math:: \frac{d^k}{dt^k} f(\theta + t \Delta) \Big|_{t=0}, \qquad k = 0, \dots, n
+
+    By forward mode nested n times; first order costs about 4 forward passes, second 11, third 35.
+
+    Args:
+        function: Takes parameters by name, returns a tensor.
+        parameters: Where: theta.
+        direction: Along what: Delta, by the same names; parameters that it lacks stay.
+        order: n, at least 0.
+
+    Returns:
+        n + 1 tensors of the function's shape.
+
+    Raises:
+        ValueError: The order is negative, or the direction names what is no parameter.
+
+    Example:
+        >>> cube = lambda p: p["x"] ** 3
+        >>> [float(d) for d in directional_derivatives(cube, {"x": torch.tensor(2.0)}, {"x": torch.tensor(1.0)}, 3)]
+        [8.0, 12.0, 12.0, 6.0]
+    """
+    if order < 0:
+        raise ValueError(f"order must be at least 0; got {order}")
+    unknown = [name for name in direction if name not in parameters]
+    if unknown:
+        raise ValueError(f"the direction names {unknown[0]!r}, which is no parameter of the function")
+    values = {name: value.detach() for name, value in parameters.items()}
+    steps = {name: value.detach() for name, value in direction.items()}
+
+    def along(t: Tensor) -> Tensor:
+        moved = {name: torch.add(values[name], t.to(step.dtype) * step) for name, step in steps.items()}
+        return function({**values, **moved})
+
+    first = next(iter(values.values()))
+    # The wider of the dtypes, or the third power of a small step would vanish.
+    zero = torch.zeros((), dtype=torch.promote_types(first.dtype, torch.float32), device=first.device)
+    with nested_derivatives():
+        return tuple(part.detach() for part in _derivatives(along, order)(zero))
+
+
+def polynomial(coefficients: Sequence[Tensor], t: Tensor | float = 1.0) -> Tensor:
+    r"""The Taylor polynomial of given derivatives, :math:`\sum_k f^{(k)} t^k / k!`, summed from the highest power.
+
+    Example:
+        >>> float(polynomial([torch.tensor(1.0), torch.tensor(1.0), torch.tensor(1.0)]))
+        2.5
+    """
+    total = coefficients[-1]
+    for power in range(len(coefficients) - 1, 0, -1):
+        total = coefficients[power - 1] + total * (t / power)
+    return total
+
+
+def call_with(
+    model: nn.Module, parameters: Mapping[str, Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Any:
+    """Calls a model with other values for some of its parameters, tied ones included.
+
+    Args:
+        model: Any module.
+        parameters: By canonical name.
+        args: Positional arguments of its forward.
+        kwargs: Named ones.
+    """
+    names = {canonical_name(name): name for name, _ in model.named_parameters()}
+    values = {names[name]: value for name, value in parameters.items()}
+    return functional_call(model, values, tuple(args), dict(kwargs), tie_weights=True)
+
+
+class Substituted(nn.Module):
+    """A model that computes with given parameter values, for code that calls a model.
+
+    Args:
+        model: The model; its own values are not read for the names given.
+        parameters: Values by canonical name; may carry derivatives.
+    """
+
+    def __init__(self, model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        # In a tuple and a plain dict, so that neither becomes part of this module.
+        self._model = (model,)
+        self._values = dict(parameters)
+        self.training = model.training
+
+    @property
+    def config(self) -> Any:
+        """The model's configuration."""
+        return self._model[0].config
+
+    def get_base_model(self) -> nn.Module:
+        """The model, whose forward names the arguments."""
+        model = self._model[0]
+        return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the model with the values."""
+        return call_with(self._model[0], self._values, args, kwargs)
+
+
+def trainable_values(model: nn.Module) -> dict[str, Tensor]:
+    """The trainable parameters by canonical name, tied ones once, without their graph."""
+    return {name: parameter.detach() for name, parameter in trainable_parameters(model)}
+
+
+def _derivatives(function: Callable[[Tensor], Tensor], order: int) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    if order == 0:
+        return lambda t: (function(t),)
+    lower = _derivatives(function, order - 1)
+
+    def higher(t: Tensor) -> tuple[Tensor, ...]:
+        values, tangents = jvp(lower, (t,), (torch.ones_like(t),))
+        return (*values, tangents[-1])
+
+    return higher
+
+
+class _Composed(TorchFunctionMode):
+    """Replaces fused normalisations by what they are made of."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        composed = _COMPOSED.get(func)
+        return (composed or func)(*args, **kwargs)
+
+
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Tensor:
+    dims = tuple(range(-len(normalized_shape), 0))
+    wide = input.to(torch.promote_types(input.dtype, torch.float32))
+    centred = wide - wide.mean(dims, keepdim=True)
+    return _scaled(centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps), weight, bias).to(input.dtype)
+
+
+def _rms_norm(
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    dims = tuple(range(-len(normalized_shape), 0))
+    wide = input.to(torch.promote_types(input.dtype, torch.float32))
+    small = torch.finfo(input.dtype).eps if eps is None else eps
+    return _scaled(wide * torch.rsqrt(wide.square().mean(dims, keepdim=True) + small), weight, None).to(input.dtype)
+
+
+def _group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Tensor:
+    wide = input.to(torch.promote_types(input.dtype, torch.float32))
+    groups = wide.reshape(len(input), num_groups, -1)  # [N, C, ...] -> [N, groups, C / groups x ...]
+    centred = groups - groups.mean(-1, keepdim=True)
+    normal = (centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)).reshape(input.shape)
+    each = (1, -1) + (1,) * (input.ndim - 2)  # one weight per channel
+    scale = None if weight is None else weight.view(each)
+    return _scaled(normal, scale, None if bias is None else bias.view(each)).to(input.dtype)
+
+
+def _scaled(normal: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    normal = normal if weight is None else normal * weight
+    return normal if bias is None else normal + bias
+
+
+_COMPOSED: dict[Any, Callable[..., Tensor]] = {
+    F.layer_norm: _layer_norm,
+    torch.layer_norm: _layer_norm,
+    F.rms_norm: _rms_norm,
+    torch.rms_norm: _rms_norm,
+    F.group_norm: _group_norm,
+    torch.group_norm: _group_norm,
+}
