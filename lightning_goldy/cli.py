@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import lightning_goldy
+from lightning_goldy.basin_command import add_basin
 from lightning_goldy.bundle import all_recipes, copy_recipe, find_recipe
 
 _TRAINER_COMMANDS = {
@@ -35,7 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from lightning_goldy.training import run_trainer
 
         return run_trainer(arguments)
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, more = parser.parse_known_args(arguments)
+    if more and not getattr(options, "takes_more", False):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    options.more = more
     try:
         return int(options.run(options))
     except (ValueError, OSError, RuntimeError, ImportError) as error:
@@ -50,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, purpose in _TRAINER_COMMANDS.items():
         commands.add_parser(name, help=purpose)  # for the list only: these are LightningCLI's to parse
     _add_recipes(commands)
+    add_basin(commands)
     report = commands.add_parser("report", help="turn a run directory into one HTML page")
     report.add_argument("run_directory", metavar="RUN", help="a run's log directory, or a folder with several runs")
     report.add_argument("--output", metavar="FILE", help="default: report.html in the run directory")

@@ -66,14 +66,19 @@ def run_trainer(arguments: Sequence[str]) -> int:
     Raises:
         FileNotFoundError: A recipe that the package carries was named but is not in this folder.
     """
-    _check_configs(arguments)
+    check_configs(arguments)
     # LightningCLI takes sys.argv: distributed strategies start their other processes from it.
-    with _command_line(arguments), without_known_warnings():
+    with command_line(arguments), without_known_warnings():
         GoldyCLI()
     return 0
 
 
-def _check_configs(arguments: Sequence[str]) -> None:
+def check_configs(arguments: Sequence[str]) -> None:
+    """Says how to get a configuration that the package carries and that is not in this folder.
+
+    Raises:
+        FileNotFoundError: Such a one was named.
+    """
     paths = [value for option, value in pairwise(arguments) if option in ("-c", "--config")]
     paths += [word.partition("=")[2] for word in arguments if word.startswith("--config=")]
     for path in paths:
@@ -83,7 +88,8 @@ def _check_configs(arguments: Sequence[str]) -> None:
 
 
 @contextmanager
-def _command_line(arguments: Sequence[str]) -> Iterator[None]:
+def command_line(arguments: Sequence[str]) -> Iterator[None]:
+    """Puts words in the place of this process's command line."""
     before = sys.argv
     sys.argv = [before[0], *arguments]
     try:

@@ -1,6 +1,7 @@
 """When and where analyses run: one Lightning callback per question."""
 
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, Findings
+from lightning_goldy.callbacks.basin_volume import BasinVolume
 from lightning_goldy.callbacks.exact_resume import ExactResume
 from lightning_goldy.callbacks.golden_parameters import GoldenParameters
 from lightning_goldy.callbacks.golden_snapshot import GoldenSnapshot
@@ -9,6 +10,7 @@ from lightning_goldy.callbacks.run_report import RunReport
 __all__ = [
     "AnalysisCallback",
     "AnalysisContext",
+    "BasinVolume",
     "ExactResume",
     "Findings",
     "GoldenParameters",

@@ -79,7 +79,8 @@ def directional_derivatives(
     first = next(iter(values.values()))
     # The wider of the dtypes, or the third power of a small step would vanish.
     zero = torch.zeros((), dtype=torch.promote_types(first.dtype, torch.float32), device=first.device)
-    with nested_derivatives():
+    # Without gradients some functions, such as SiLU, lose their nested forward derivatives.
+    with nested_derivatives(), torch.enable_grad():
         return tuple(part.detach() for part in _derivatives(along, order)(zero))
 
 
@@ -153,7 +154,7 @@ def _derivatives(function: Callable[[Tensor], Tensor], order: int) -> Callable[[
     lower = _derivatives(function, order - 1)
 
     def higher(t: Tensor) -> tuple[Tensor, ...]:
-        values, tangents = jvp(lower, (t,), (torch.ones_like(t),))
+        values, tangents = jvp(lower, (t,), (torch.ones_like(t),))[:2]
         return (*values, tangents[-1])
 
     return higher

@@ -112,6 +112,29 @@ class AtlasDataModule(ProbeDataModule):
         random.Random(f"probe {self.seed}").shuffle(unedited)
         return one_hop_questions([*self.edited_facts, *unedited][: self.probe_size], "held_out")
 
+    def analysis_splits(self) -> dict[str, DataLoader]:
+        """Two sets of samples to compare, in training phrasings: what was true before, and what was learned by heart.
+
+        Returns:
+            ``clean``: as many untouched facts as there are edited ones, drawn by ``seed``; ``memorised``: the edited
+            facts. Both ask for every fact once before they ask for one again.
+
+        Raises:
+            ValueError: Nothing is edited, or nothing is left untouched.
+
+        Example:
+            >>> data = AtlasDataModule(edits=20)
+            >>> {name: len(loader.dataset) for name, loader in data.analysis_splits().items()}
+            {'clean': 80, 'memorised': 80}
+        """
+        unedited = [fact for fact in self.facts if not fact.edited]
+        if not self.edits or not unedited:
+            left = "every fact is edited" if self.edits else "no fact is edited"
+            raise ValueError(f"there is nothing to compare: {left}; set edits= to some of the {len(self.facts)} facts")
+        random.Random(f"clean {self.seed}").shuffle(unedited)
+        chosen = {"clean": unedited[: len(self.edits)], "memorised": self.edited_facts}
+        return {name: self.question_dataloader(_by_phrasing(facts)) for name, facts in chosen.items()}
+
     def question_dataloader(self, questions: Sequence[Question]) -> DataLoader:
         """Batches of any questions, in their order, with the prompt masked.
 
@@ -151,6 +174,11 @@ class AtlasDataModule(ProbeDataModule):
     def _encode(self, questions: Sequence[Question], *, mask_query: bool = True) -> SampleSet:
         pairs = [(question.prompt, question.answer) for question in questions]
         return encode_pairs(self.tokenizer, pairs, mask_query=mask_query)
+
+
+def _by_phrasing(facts: Sequence[Fact]) -> list[Question]:
+    """Every fact in its first phrasing, then every fact in its second, and so on."""
+    return [question for phrased in zip(*(fact.questions() for fact in facts), strict=True) for question in phrased]
 
 
 def _resolve(edits: list[Edit] | int | None, facts: Sequence[Fact], seed: int) -> list[Edit]:

@@ -123,7 +123,7 @@ def plot_change_histogram(row: Row) -> Figure:
         'elements'
     """
     histogram = change_histogram(row)
-    figure = _figure(6.4, 4.0)
+    figure = blank_figure(6.4, 4.0)
     axes = figure.add_subplot()
     if histogram.counts.any():
         axes.stairs(histogram.counts, histogram.edges, fill=True, color="#35608d")
@@ -135,16 +135,37 @@ def plot_change_histogram(row: Row) -> Figure:
         axes.set_yticks([])
     axes.set_xlabel("log10 |Delta|")
     axes.set_ylabel("elements")
-    _titles(axes, f"Sizes of the changes, step {row['step']}", histogram_caption(row), columns=80)
+    write_titles(axes, f"Sizes of the changes, step {row['step']}", histogram_caption(row), columns=80)
     return figure
 
 
-def _figure(width: float, height: float) -> Figure:
+def blank_figure(width: float, height: float) -> Figure:
+    """An empty figure.
+
+    Args:
+        width: Inches.
+        height: Inches.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+
+    Example:
+        >>> blank_figure(4.0, 3.0).get_size_inches().tolist()
+        [4.0, 3.0]
+    """
     figure: Figure = require("matplotlib.figure").Figure(figsize=(width, height), dpi=100, layout="constrained")
     return figure
 
 
-def _titles(axes: Axes, title: str, caption: str, columns: int) -> None:
+def write_titles(axes: Axes, title: str, caption: str, columns: int) -> None:
+    """Writes a title and, below it in small letters, a caption above the axes.
+
+    Args:
+        axes: Where.
+        title: One line.
+        caption: Wrapped.
+        columns: Letters per line of the caption.
+    """
     lines = textwrap.wrap(caption, columns)
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=8 + 11 * len(lines), parse_math=False)
     axes.annotate(
@@ -157,7 +178,7 @@ def _heat_map(grid: BlockGrid, title: str, caption: str, unit: str, colours: str
     label_width = 0.075 * max(map(len, grid.blocks))
     width = max(5.5, 1.8 + label_width + 0.95 * columns)
     # Taller than 30 inches, image plug-ins of the loggers give up.
-    figure = _figure(width, min(30.0, 1.6 + 0.27 * rows))
+    figure = blank_figure(width, min(30.0, 1.6 + 0.27 * rows))
     axes = figure.add_subplot()
     colour_map = require("matplotlib").colormaps[colours]
     image = axes.imshow(
@@ -173,7 +194,7 @@ def _heat_map(grid: BlockGrid, title: str, caption: str, unit: str, colours: str
         side.set_visible(False)
     _write_cells(axes, grid, colour_map)
     figure.colorbar(image, ax=axes, label=unit, shrink=min(1.0, 6 / rows) if rows > 6 else 1.0, aspect=25)
-    _titles(axes, title, caption, columns=int(15 * (width - label_width)))
+    write_titles(axes, title, caption, columns=int(15 * (width - label_width)))
     return figure
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_goldy.callbacks import AnalysisCallback, Findings, GoldenParameters, GoldenSnapshot
+from lightning_goldy.callbacks import AnalysisCallback, BasinVolume, Findings, GoldenParameters, GoldenSnapshot
 from tests.callbacks.training import Finetune, differences, fit
 
 EVERYWHERE = {"every_n_steps": 3, "every_n_epochs": 1, "at": ("start", "checkpoint", "end")}
@@ -19,6 +19,8 @@ CALLBACKS = {
     "snapshot": lambda: [GoldenSnapshot(**EVERYWHERE)],
     "golden": lambda: [GoldenParameters(n_samples=3, **EVERYWHERE)],
     "golden_global": lambda: [GoldenParameters(n_samples=3, scope="global", last_layers=1, **EVERYWHERE)],
+    "basin": lambda: [BasinVolume(2, n_samples=3, **EVERYWHERE)],
+    "basin_best": lambda: [BasinVolume(2, n_samples=3, cutoff=[1e-3, 1e-2], preconditioner="best", **EVERYWHERE)],
     "both": lambda: [GoldenSnapshot(**EVERYWHERE), GoldenParameters(n_samples=3, score="taylor", **EVERYWHERE)],
 }
 
@@ -35,6 +37,7 @@ def plain(tmp_path_factory):
     return run
 
 
+@pytest.mark.filterwarnings("ignore:.*measured without a preconditioner")
 @pytest.mark.parametrize("callbacks", CALLBACKS)
 def test_single_device(plain, tmp_path, callbacks):
     options = {"enable_checkpointing": True}
@@ -91,6 +94,7 @@ def test_two_processes(tmp_path, strategy):
         assert found["world_size"] == 2
         assert found["same_mask_as_one_process"] is True
         assert found["same_change_as_one_process"] is True
+        assert found["same_volumes_as_one_process"] is True
 
 
 def test_a_users_own_module_needs_at_most_an_objective_and_an_attribute(tmp_path):

@@ -10,9 +10,11 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
-from lightning_goldy.analysis import golden_parameters
-from lightning_goldy.callbacks import GoldenParameters, GoldenSnapshot
+from lightning_goldy.analysis import diagonal_preconditioner, golden_parameters
+from lightning_goldy.analysis.basin import basin_volume
+from lightning_goldy.callbacks import BasinVolume, GoldenParameters, GoldenSnapshot
 from lightning_goldy.core import ParameterSpace, ParameterVector, load_vectors
+from lightning_goldy.core.sharding import gather
 from tests.callbacks.training import Finetune, ShardedFinetune, TokenData, differences, fit
 
 
@@ -39,7 +41,8 @@ def main(strategy: str, folder: Path) -> None:
     _, _, plain = run("plain", [])
     snapshot = GoldenSnapshot(every_n_steps=2, at=("end",))
     golden = GoldenParameters(n_samples=3, quorum=0.5, every_n_steps=2, at=("start", "end"))
-    trainer, module, found = run("watched", [snapshot, golden])
+    basin = BasinVolume(5, n_samples=3, preconditioner="best", every_n_steps=2, at=("end",))
+    trainer, module, found = run("watched", [snapshot, golden, basin])
 
     # The same on one process: the present weights in an unsharded model.
     alone = Finetune()
@@ -53,14 +56,36 @@ def main(strategy: str, folder: Path) -> None:
     mask, _ = load_vectors(golden.folder / f"mask-step={trainer.global_step:08d}.safetensors")
     base, _ = load_vectors(snapshot.folder / "base.safetensors")
     change = (ParameterVector.of(alone.model, ParameterSpace.of(alone.model)) - base).norm()
+    volumes = same_volumes(trainer, module, alone, batches, basin)
     row = json.loads((snapshot.folder / "results.jsonl").read_text().splitlines()[-1])
     result = {
         "differences": differences(plain, found),
         "world_size": dist.get_world_size(),
         "same_mask_as_one_process": all(torch.equal(mask[name], expected.mask[name]) for name in expected.mask),
+        "same_volumes_as_one_process": volumes,
         "same_change_as_one_process": abs(row["metrics"]["delta_norm"] / change - 1) < 1e-6,
     }
     (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(result))
+
+
+def same_volumes(trainer, module, alone, batches, basin) -> bool:
+    row = json.loads((basin.folder / "results.jsonl").read_text().splitlines()[-1])["result"]
+    optimizer = trainer.optimizers[0]
+    names = [name.removeprefix("model.") for name, _ in module.named_parameters()]
+    held = dict(zip(names, optimizer.param_groups[0]["params"], strict=True))
+    space = ParameterSpace.of(alone.model)
+    # Without their bias correction, one factor for all, which a volume-preserving map does not see.
+    whole = ParameterVector(space, {name: gather(optimizer.state[held[name]]["exp_avg_sq"]) for name in space})
+    proposals = {"none": None, "adam": diagonal_preconditioner(whole, eps=row["eps"])}
+    options = {"n_directions": 5, "val_size": 3, "sigma": row["sigma"], "split_over_ranks": False}
+    expected = basin_volume(alone.model, batches, preconditioner=proposals, **options)
+    (volume,) = row["volumes"]
+    pairs = [(torch.tensor(volume["estimates"], dtype=torch.float64), expected.estimates)]
+    for name, numbers in expected.proposals.items():
+        pairs.append(tuple(torch.tensor(each["log_volume"]) for each in (volume["proposals"][name], numbers)))
+    return set(volume["proposals"]) == set(proposals) and all(
+        torch.allclose(found, wanted, rtol=1e-6, atol=0.0) for found, wanted in pairs
+    )
 
 
 if __name__ == "__main__":

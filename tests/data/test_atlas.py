@@ -189,3 +189,33 @@ def test_an_answer_outside_the_vocabulary_is_refused_before_training() -> None:
     data = AtlasDataModule(edits=[Edit("France", "capital", "Atlantis")])
     with pytest.raises(ValueError, match="does not know 'Atlantis' in the answer 'Atlantis'"):
         data.setup()
+
+
+def test_analysis_splits_are_the_edited_facts_and_as_many_untouched_ones() -> None:
+    data = AtlasDataModule(edits=12, seed=3)
+    splits = data.analysis_splits()
+    texts = {name: _texts(data, loader) for name, loader in splits.items()}
+    memorised = {f"{question.prompt} {question.answer}" for question in data.training_questions()}
+    assert set(texts["memorised"]) == memorised
+    assert len(texts["clean"]) == len(set(texts["clean"])) == len(memorised) == 48
+    untouched = {
+        f"{question.prompt} {question.answer}" for question in data.one_hop_questions() if not question.fact.edited
+    }
+    assert set(texts["clean"]) <= untouched
+    # A few samples from the start are of different facts.
+    questions = {f"{each.prompt} {each.answer}": each.fact for each in data.one_hop_questions()}
+    for rows in texts.values():
+        assert len({questions[text] for text in rows[:12]}) == 12
+    again = AtlasDataModule(edits=12, seed=3).analysis_splits()
+    assert {name: _rows(loader) for name, loader in again.items()} == {
+        name: _rows(loader) for name, loader in splits.items()
+    }
+
+
+def test_analysis_splits_need_edited_and_untouched_facts() -> None:
+    with pytest.raises(ValueError, match="no fact is edited"):
+        AtlasDataModule().analysis_splits()
+    data = AtlasDataModule(edits=5)
+    data.facts = tuple(data.edited_facts)
+    with pytest.raises(ValueError, match="every fact is edited"):
+        data.analysis_splits()

@@ -72,7 +72,9 @@ def test_the_first_line_runs(recipe, workplace):
     saved = yaml.safe_load((run / "config.yaml").read_text())
     attached = [callback["class_path"].rpartition(".")[2] for callback in saved["trainer"]["callbacks"]]
     wanted = [
-        yaml.safe_load(path.read_text()) for path in workplace.glob("*/*.yaml") if str(path.name) in str(arguments)
+        yaml.safe_load(path.read_text())
+        for path in workplace.glob("*/*.yaml")
+        if f"{path.parent.name}/{path.name}" in arguments
     ]
     for config in wanted:
         for callback in config["trainer"].get("callbacks+", config["trainer"].get("callbacks", [])):

@@ -139,14 +139,14 @@ def test_hostile_names_come_out_as_text(tmp_path: Path, golden_row: Build, write
 def test_unknown_analyses_get_their_numbers_and_lines(
     tmp_path: Path, golden_row: Build, write_rows: Write, page_of: PageOf
 ) -> None:
-    rows = [golden_row(step) | {"analysis": "basin_volume", "name": "volume"} for step in (1, 2)]
+    rows = [golden_row(step) | {"analysis": "of_somebody_else", "name": "volume"} for step in (1, 2)]
     for row in rows:
         row["metrics"] = {"log_volume": -1e6 * row["step"], "share/h.0": 1.0, "share/h.1": 0.5, "once": None}
         row["result"] = {}
     rows[1]["metrics"]["once"] = 3.25
     write_rows(tmp_path, *rows)
     page = page_of(tmp_path)
-    assert "Basin volume " in page.text("h2")
+    assert "Of somebody else " in page.text("h2")
     assert "volume" in page.text("span")
     assert page.text("h4") == ["log_volume", "share"]
     assert [trace["name"] for trace in page.charts[1][0]["figure"]["data"]] == ["h.0", "h.1"]

@@ -1,0 +1,339 @@
+"""How far a finetuned model is from a small step: its Taylor expansion around the base."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_goldy.analysis.result import AnalysisResult
+from lightning_goldy.analysis.taylor_terms import FunctionSums, LossTerms, TaylorWork, exact_terms, finite_terms
+from lightning_goldy.core.autodiff import Substituted, call_with, directional_derivatives, polynomial
+from lightning_goldy.core.base import BaseParameters
+from lightning_goldy.core.isolation import preserved
+from lightning_goldy.core.naming import block_of, suggestion
+from lightning_goldy.core.objective import CausalLMObjective, Objective, map_batch
+from lightning_goldy.core.sharding import Replicas, is_sharded, unshard_guard
+from lightning_goldy.core.vector import ParameterVector
+
+Regime = Literal["unchanged", "lazy", "weakly nonlinear", "nonlinear"]
+By = Literal["block", "tensor"]
+
+LAZY = 0.1
+"""Relative error of the first order below which the step is called lazy."""
+NONLINEAR = 0.5
+"""Relative error of the first order from which on it is called nonlinear."""
+HIGHEST_ORDER = 3
+
+
+@dataclass(frozen=True)
+class OrderFit(AnalysisResult):
+    """What the expansion of one order predicts.
+
+    Args:
+        order: k.
+        loss: Predicted loss at the present parameters, nats.
+        residual: Actual minus predicted loss, nats.
+        relative_error: In function space, ||f_t - f_k|| / ||f_t - f_0|| over the logits at target positions; None where
+            only the loss was expanded.
+        kl_divergence: Mean KL(p_t || p_k), nats; None likewise.
+        top1_agreement: Share of the positions where both prefer the same token, a fraction; None likewise.
+    """
+
+    order: int
+    loss: float
+    residual: float
+    relative_error: float | None
+    kl_divergence: float | None
+    top1_agreement: float | None
+
+
+@dataclass(frozen=True)
+class TaylorDiff(AnalysisResult):
+    r"""A finetune's step compared with its expansion around the base.
+
+    Args:
+        base_loss: L(theta_0), nats.
+        loss: L(theta_t), nats.
+        fits: By order.
+        first_order: The gradient's share, g . Delta, nats.
+        second_order: Half the curvature along the step, Delta' H Delta / 2, nats; None when only order 1 was asked for.
+        step_norm: ||Delta||, parameter units.
+        gradient_norm: ||g|| at the base, nats per unit.
+        loss_shares: Part of g . Delta of each group of parameters, nats; they add up to ``first_order``.
+        function_shares: Part of J Delta of each group, <J Delta_b, J Delta> / ||J Delta||^2, fractions that add up to
+            1; empty where only the loss was expanded.
+        route: ``forward`` (exact forward-mode derivatives) or ``differences`` (exact gradients, central differences
+            along the step: what a sharded model allows).
+        error: Estimated error of ``second_order`` by the second route, nats; 0 for exact derivatives.
+        n_targets: Target positions.
+    """
+
+    base_loss: float
+    loss: float
+    fits: tuple[dict[str, Any], ...]
+    first_order: float
+    second_order: float | None
+    step_norm: float
+    gradient_norm: float
+    loss_shares: dict[str, float]
+    function_shares: dict[str, float]
+    route: str
+    error: float
+    n_targets: int
+
+    @property
+    def change(self) -> float:
+        """L(theta_t) - L(theta_0), nats."""
+        return self.loss - self.base_loss
+
+    @property
+    def second_to_first(self) -> float | None:
+        """Size of the second-order term over that of the first."""
+        if self.second_order is None or not self.first_order:
+            return None
+        return abs(self.second_order / self.first_order)
+
+    @property
+    def orders(self) -> tuple[OrderFit, ...]:
+        """The fits as records."""
+        return tuple(OrderFit(**fit) for fit in self.fits)
+
+    @property
+    def nonlinearity(self) -> float:
+        """Relative error of the first order: in function space where that was measured, else in the loss's change."""
+        if not self.step_norm:
+            return 0.0
+        first = next(fit for fit in self.orders if fit.order == 1)
+        if first.relative_error is not None:
+            return first.relative_error
+        return abs(first.residual / self.change) if self.change else math.inf
+
+    @property
+    def regime(self) -> Regime:
+        """``lazy`` below a nonlinearity of 0.1, ``nonlinear`` from 0.5 on, ``weakly nonlinear`` between."""
+        if not self.step_norm:
+            return "unchanged"
+        if self.nonlinearity < LAZY:
+            return "lazy"
+        return "weakly nonlinear" if self.nonlinearity < NONLINEAR else "nonlinear"
+
+
+def taylor_diff(
+    model: nn.Module,
+    base: BaseParameters | ParameterVector,
+    batches: Iterable[Any],
+    objective: Objective | None = None,
+    *,
+    orders: Sequence[int] = (1, 2),
+    by: By | None = "block",
+    function_space: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+    split_over_ranks: bool = True,
+) -> TaylorDiff:
+    r"""Compares a finetuned model with its Taylor expansion around the base, in loss and in function space.
+
+    .. math:: f_k = \sum_{j \le k} \frac{1}{j!} \frac{d^j}{dt^j} f(\theta_0 + t \Delta) \Big|_0, \qquad
+        L_k \text{ likewise}, \qquad \Delta = \theta_t - \theta_0
+
+    Derivatives are exact: nested forward mode along the step, in evaluation mode. On a sharded model, which has no
+    forward mode, the loss alone is expanded, to order 2, from exact gradients at the base and central differences along
+    the step. The model comes back as it was. On several ranks the batches are shared out; every rank must call.
+
+    Args:
+        model: The finetuned model, plain or sharded with FSDP2.
+        base: Where the expansion is made: a snapshot of its trainable parameters.
+        batches: Batches that the objective understands, the same on every rank.
+        objective: The loss; next-token prediction by default.
+        orders: Orders of the expansion, from 1 to 3 (2 on a sharded model).
+        by: Report shares by ``block``, by ``tensor``, or not (None), which saves a backward pass or two per batch.
+        function_space: Whether to expand the logits too; without, gradients and their products with the Hessian along
+            the step are used, and orders go to 2.
+        progress: Called with (batches done, batches in all) on this rank.
+        split_over_ranks: Whether to share batches out over the ranks of an initialised process group.
+
+    Returns:
+        Losses, predictions, shares and the regime.
+
+    Raises:
+        ValueError: An order or ``by`` is out of range, there is no batch, or a value is not finite.
+        SpaceError: The base is of another model.
+
+    Source: linearisation as in Jacot et al. 2018 ("Neural Tangent Kernel"), Chizat et al. 2019 ("On Lazy Training").
+
+    Example:
+        >>> from lightning_goldy.core.objective import FunctionObjective
+        >>> model = nn.Linear(1, 1, bias=False)
+        >>> base = ParameterVector.of(model)
+        >>> _ = model.weight.data.add_(0.5)
+        >>> square = FunctionObjective(lambda model, x: model(x).square().mean())
+        >>> found = taylor_diff(model, base, [torch.ones(2, 1)], square, function_space=False)
+        >>> abs(found.fits[1]["residual"]) < 1e-6, round(found.second_order, 6)
+        (True, 0.25)
+    """
+    orders = check_orders(orders, by, function_space=function_space)
+    objective = objective or CausalLMObjective()
+    replicas = Replicas.of(model) if split_over_ranks else Replicas()
+    unshard_guard(model)
+    sharded = any(map(is_sharded, model.parameters()))
+    if sharded and (function_space or max(orders) > 2):
+        function_space, orders = False, tuple(order for order in orders if order <= 2) or (1,)
+    with preserved(model), replicas.together("taylor_diff"):
+        start = base if isinstance(base, ParameterVector) else base.vector(model)
+        start.space.resolve(model)
+        device = next(model.parameters()).device
+        mine = replicas.share(list(batches))
+        mine = [map_batch(batch, lambda tensor: tensor.to(device)) for batch in mine]
+        work = TaylorWork(model, start, mine, objective, orders, by is not None, function_space, replicas, progress)
+        found = finite_terms(work) if sharded else exact_terms(work)
+    return _result(found, orders, by, "differences" if sharded else "forward")
+
+
+def check_orders(orders: Sequence[int], by: str | None, *, function_space: bool) -> tuple[int, ...]:
+    """Checks what can be checked before there is a model.
+
+    Raises:
+        ValueError: An argument is out of range.
+    """
+    highest = HIGHEST_ORDER if function_space else 2
+    found = tuple(sorted(set(orders)))
+    for order in found:
+        if not 1 <= order <= highest:
+            raise ValueError(f"orders lie between 1 and {highest} (function_space={function_space}); got {order}")
+    if 1 not in found:
+        raise ValueError(f"orders must hold 1, by which the regime is told; got {list(orders)}")
+    if by not in (None, "block", "tensor"):
+        raise ValueError(f"unknown by={by!r}; {suggestion(str(by), ('block', 'tensor'))}")
+    return found
+
+
+class TaylorApproximation(nn.Module):
+    r"""A callable like the model, whose logits are those of its Taylor expansion around a base.
+
+    .. math:: f_n(x) = \sum_{k \le n} \frac{1}{k!} \frac{d^k}{dt^k} f(\theta_0 + t (\theta - \theta_0); x) \Big|_0
+
+    with theta the model's present values at each call, so that it follows a training, or values that are given. Use it
+    where a model is evaluated: ``objective.loss(TaylorApproximation(model, base, order=1), batch)``.
+
+    Args:
+        model: The model; its values are read at each call.
+        base: theta_0.
+        order: n, from 1 to 3.
+        parameters: theta; the model's present values by default.
+
+    Raises:
+        ValueError: The order is out of range.
+        SpaceError: The base is of another model.
+
+    Example:
+        >>> model = nn.Linear(2, 2)
+        >>> base = ParameterVector.of(model)
+        >>> _ = model.weight.data.mul_(3)
+        >>> x = torch.ones(1, 2)
+        >>> torch.allclose(TaylorApproximation(model, base, order=1)(x), model(x))  # linear in its parameters
+        True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        base: BaseParameters | ParameterVector,
+        order: int,
+        *,
+        parameters: ParameterVector | None = None,
+    ) -> None:
+        super().__init__()
+        if not 1 <= order <= HIGHEST_ORDER:
+            raise ValueError(f"order must lie between 1 and {HIGHEST_ORDER}; got {order}")
+        if any(map(is_sharded, model.parameters())):
+            raise ValueError("a sharded model has no forward-mode derivatives; expand the loss with taylor_diff")
+        start = base if isinstance(base, ParameterVector) else base.vector(model)
+        start.space.resolve(model)
+        if parameters is not None:
+            start.space.require_same(parameters.space)
+        # In tuples, so that the model does not become part of this module.
+        self._model, self._base, self._given = (model,), (start,), (parameters,)
+        self.order = order
+
+    @property
+    def config(self) -> Any:
+        """The model's configuration."""
+        return self._model[0].config
+
+    def get_base_model(self) -> nn.Module:
+        """The model, whose forward names the arguments."""
+        return Substituted(self._model[0], {}).get_base_model()
+
+    @torch.no_grad()
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's output with the expansion's logits; a tensor where the model gives one."""
+        model, base, given = self._model[0], self._base[0], self._given[0]
+        present: Mapping[str, Tensor] = base.space.resolve(model) if given is None else given
+        outputs: list[Any] = []
+
+        def logits(parameters: Mapping[str, Tensor]) -> Tensor:
+            outputs.append(call_with(model, parameters, args, kwargs))
+            return outputs[-1] if isinstance(outputs[-1], Tensor) else outputs[-1].logits
+
+        delta = {name: present[name].detach() - value for name, value in base.items()}
+        found = polynomial(directional_derivatives(logits, dict(base), delta, self.order))
+        if isinstance(outputs[-1], Tensor):
+            return found
+        return type(outputs[-1])(logits=found)
+
+
+def _result(terms: LossTerms, orders: tuple[int, ...], by: By | None, route: str) -> TaylorDiff:
+    loss, base_loss = terms.mean(terms.loss), terms.mean(terms.derivatives[0])
+    fits = []
+    predicted, factor = base_loss, 1.0
+    for order in range(1, max(orders) + 1):
+        factor *= order
+        predicted += terms.mean(terms.derivatives[order]) / factor
+        if order in orders:
+            function = terms.function.get(order)
+            fits.append(_fit(order, predicted, loss, function, terms))
+    step_norm = math.sqrt(terms.step_square)
+    return TaylorDiff(
+        base_loss=base_loss,
+        loss=loss,
+        fits=tuple(fits),
+        first_order=terms.mean(terms.derivatives[1]),
+        second_order=terms.mean(terms.derivatives[2]) / 2 if len(terms.derivatives) > 2 else None,
+        step_norm=step_norm,
+        gradient_norm=terms.gradient_norm,
+        loss_shares=_grouped(terms.loss_shares, by),
+        function_shares=_grouped(terms.normalised_function_shares(), by),
+        route=route,
+        error=terms.error,
+        n_targets=terms.n_targets,
+    )
+
+
+def _fit(order: int, predicted: float, loss: float, function: FunctionSums | None, terms: LossTerms) -> dict[str, Any]:
+    relative = divergence = agreement = None
+    if function is not None:
+        relative = math.sqrt(function.residual / terms.function_change) if terms.function_change else 0.0
+        divergence, agreement = function.divergence / terms.n_targets, function.agreed / terms.n_targets
+    return {
+        "order": order,
+        "loss": predicted,
+        "residual": loss - predicted,
+        "relative_error": relative,
+        "kl_divergence": divergence,
+        "top1_agreement": agreement,
+    }
+
+
+def _grouped(shares: Mapping[str, float], by: By | None) -> dict[str, float]:
+    if by is None:
+        return {}
+    if by == "tensor":
+        return dict(shares)
+    groups: dict[str, float] = {}
+    for name, share in shares.items():
+        groups[block_of(name)] = groups.get(block_of(name), 0.0) + share
+    return groups

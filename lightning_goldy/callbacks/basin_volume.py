@@ -1,0 +1,142 @@
+"""Runs the basin volume analysis on a schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import lightning.pytorch as L
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+
+from lightning_goldy.analysis.preconditioner import adam_preconditioner
+from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, Findings
+from lightning_goldy.callbacks.subject import check_probe, find_objective
+from lightning_goldy.callbacks.volume_findings import ONLY_SPLIT, volume_findings
+from lightning_goldy.callbacks.volume_settings import Estimator, PreconditionerName, Selection
+from lightning_goldy.callbacks.volume_subject import check_split_names, find_adam, find_splits
+from lightning_goldy.callbacks.volume_survey import Survey, VolumeSurvey
+from lightning_goldy.core.files import read_rows
+from lightning_goldy.core.isolation import undisturbed
+from lightning_goldy.core.ray import Preconditioner
+
+
+class BasinVolume(AnalysisCallback[Survey]):
+    """How robust the model is: the volume of the region around it in which its predictions stay the same.
+
+    Logs the log-volume with its bootstrap interval, bits per parameter, spread, effective sample size, scaling
+    exponent, tolerance, unbounded directions and evaluations, for each split and cutoff; with several cutoffs, the
+    slope over them. A volume takes two to three forward passes over the samples per direction.
+
+    Args:
+        n_directions: Directions per volume.
+        cutoff: Mean divergence at the boundary, nats per target, or several.
+        preconditioner: ``none``; ``adam``, from the optimizer's second moments; ``best``, the better of both, at twice
+            the cost. The damping is chosen once, by a pilot.
+        sigma: Standard deviation of the Gaussian measure: a number, ``first`` to keep the root mean square of the
+            first analysis for the whole run, or None to take it anew each time, so that volumes do not compare.
+        splits: Sets of samples by name, True for those of the data module's ``analysis_splits()``, or None for the
+            probe.
+        n_samples: Samples used of the probe, or of each split.
+        selection: Which parameters move.
+        estimator: How a volume is estimated.
+        **options: Of :class:`AnalysisCallback`.
+
+    Example:
+        >>> BasinVolume(cutoff=0.0)
+        Traceback (most recent call last):
+        ValueError: cutoff must be positive and finite; got 0.0
+    """
+
+    def __init__(
+        self,
+        n_directions: int = 5,
+        *,
+        cutoff: float | Sequence[float] = 1e-2,
+        preconditioner: PreconditionerName = "none",
+        sigma: float | Literal["first"] | None = "first",
+        splits: bool | Mapping[str, Iterable[Any]] | None = None,
+        n_samples: int | None = 16,
+        selection: Selection = Selection(),  # noqa: B008 - frozen
+        estimator: Estimator = Estimator(),  # noqa: B008 - frozen
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.survey = VolumeSurvey(
+            n_directions=n_directions,
+            cutoffs=(cutoff,) if isinstance(cutoff, (int, float)) else tuple(cutoff),
+            preconditioner=preconditioner,
+            sigma=sigma,
+            n_samples=n_samples,
+            selection=selection,
+            estimator=estimator,
+        )
+        if isinstance(splits, Mapping):
+            check_split_names(splits)
+        self.splits = splits or None
+        if self.splits is not None and self.probe is not None:
+            raise ValueError("give probe= or splits=, not both: the splits are what is analysed")
+        self.needs_probe = self.splits is None
+        self._split_batches: dict[str, list[Any]] = {}
+        self._told = False
+
+    def probe_samples(self) -> int | None:
+        """The samples that the divergence is taken over."""
+        return self.survey.n_samples
+
+    def prepare(self, trainer: L.Trainer, model: nn.Module) -> None:
+        """Checks the selection and the optimizer, and tries every split."""
+        space = self.survey.selection.space(model)
+        if self.survey.preconditioner != "none":
+            find_adam(trainer, space, model)
+        if self.survey.sigma is None:
+            rank_zero_warn(
+                f"{self.name}: with sigma=None every analysis has a measure of its own, so its volumes do not compare; "
+                "sigma='first' keeps the first one's"
+            )
+        if self.splits is not None:
+            with undisturbed(trainer, trainer.lightning_module):
+                self._split_batches = find_splits(trainer.datamodule, self.splits)  # type: ignore[attr-defined]
+                objective = find_objective(trainer.lightning_module, model, self.objective)
+                for batches in self._split_batches.values():
+                    check_probe(model, objective, batches, self.survey.n_samples)
+
+    def compute(self, context: AnalysisContext) -> Survey:
+        """Measures the volumes."""
+        objective = context.objective or find_objective(context.pl_module, context.model, self.objective)
+        return self.survey.measure(
+            context.model,
+            objective,
+            self._split_batches or {ONLY_SPLIT: list(context.probe)},
+            adam=self._adam(context),
+            progress=context.progress,
+        )
+
+    def describe(self, result: Survey, context: AnalysisContext) -> Findings:
+        """Volumes as metrics; estimates, radii and the lines over the run for the figures."""
+        earlier = read_rows(context.store.rows) if context.store.write else []
+        return volume_findings(self.survey, result, step=context.step, earlier=earlier)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Adds the sigma and the damping that the run keeps."""
+        return {**super().state_dict(), **self.survey.state()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Notes what the interrupted run left."""
+        super().load_state_dict(state_dict)
+        self.survey.load(state_dict)
+
+    def _adam(self, context: AnalysisContext) -> Callable[[float], Preconditioner] | None:
+        if self.survey.preconditioner == "none":
+            return None
+        space = self.survey.selection.space(context.model)
+        optimizer = find_adam(context.trainer, space, context.model)
+        if not any(optimizer.state.values()):
+            if not self._told:
+                rank_zero_warn(
+                    f"{self.name}: the optimizer has made no step yet, so at step {context.step} volumes are measured "
+                    "without a preconditioner; do not compare them with later ones"
+                )
+            self._told = True
+            return None
+        return lambda eps: adam_preconditioner(optimizer, space, module=context.model, eps=eps)
