@@ -4,6 +4,7 @@ from lightning_goldy.analysis.basin import basin_volume
 from lightning_goldy.analysis.compact import compact, compaction_of, register_compaction
 from lightning_goldy.analysis.compact_files import Compaction
 from lightning_goldy.analysis.fisher import KroneckerFisher, kronecker_fisher
+from lightning_goldy.analysis.fluctuation import Fluctuation, register_strategy
 from lightning_goldy.analysis.golden import GoldenResult, golden_parameters, jaccard
 from lightning_goldy.analysis.head_freeze import HeadFreeze
 from lightning_goldy.analysis.head_scores import register_head_score
@@ -18,7 +19,9 @@ from lightning_goldy.analysis.preconditioner import (
     diagonal_preconditioner,
     tuned_preconditioner,
 )
+from lightning_goldy.analysis.reverse_golden import ReverseGoldenResult, reverse_golden_parameters
 from lightning_goldy.analysis.scores import register_score
+from lightning_goldy.analysis.taylor import OrderFit, TaylorApproximation, TaylorDiff, taylor_diff
 from lightning_goldy.analysis.volume import local_volume
 from lightning_goldy.analysis.volume_result import VolumeResult, aggregate, best_of
 from lightning_goldy.core.gates import HeadGates
@@ -26,12 +29,17 @@ from lightning_goldy.core.gates import HeadGates
 __all__ = [
     "Compaction",
     "DiagonalPreconditioner",
+    "Fluctuation",
     "GoldenResult",
     "HeadFreeze",
     "HeadGates",
     "HeadScores",
     "KroneckerFisher",
     "KroneckerPreconditioner",
+    "OrderFit",
+    "ReverseGoldenResult",
+    "TaylorApproximation",
+    "TaylorDiff",
     "TunedPreconditioner",
     "VolumeResult",
     "adam_curvature",
@@ -54,6 +62,9 @@ __all__ = [
     "register_compaction",
     "register_head_score",
     "register_score",
+    "register_strategy",
     "regrow_heads",
+    "reverse_golden_parameters",
+    "taylor_diff",
     "tuned_preconditioner",
 ]

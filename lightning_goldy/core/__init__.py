@@ -1,6 +1,8 @@
 """What every analysis stands on; imports torch only."""
 
 from lightning_goldy.core.directions import random_direction
+from lightning_goldy.core.gates import Head, HeadError, HeadGates
+from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.objective import CausalLMObjective, ClassifierObjective, FunctionObjective, Objective
 from lightning_goldy.core.space import ParameterSpace, SpaceError
 from lightning_goldy.core.store import StoreError, load_vectors, save_vectors
@@ -10,7 +12,11 @@ __all__ = [
     "CausalLMObjective",
     "ClassifierObjective",
     "FunctionObjective",
+    "Head",
+    "HeadError",
+    "HeadGates",
     "Objective",
+    "ParameterMask",
     "ParameterSpace",
     "ParameterVector",
     "SpaceError",

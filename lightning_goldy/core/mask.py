@@ -1,0 +1,279 @@
+"""Masks: sets of parameter elements, with the operations of sets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_goldy.core.directions import random_direction
+from lightning_goldy.core.files import StoreError
+from lightning_goldy.core.naming import block_of, suggestion
+from lightning_goldy.core.packing import require_boolean
+from lightning_goldy.core.selection import select_largest
+from lightning_goldy.core.sharding import gather, like, local
+from lightning_goldy.core.space import ParameterSpace
+from lightning_goldy.core.store import load_vectors, save_vectors
+from lightning_goldy.core.vector import ParameterVector
+
+Scope = Literal["tensor", "global"]
+
+
+@dataclass(frozen=True)
+class BlockDensity:
+    """What a mask holds of one block.
+
+    Args:
+        block: Its name, or the part of the model outside all blocks.
+        count: Elements in the mask.
+        numel: Elements in all.
+    """
+
+    block: str
+    count: int
+    numel: int
+
+    @property
+    def density(self) -> float:
+        """Share of the block's elements, a fraction; 0 for an empty block."""
+        return self.count / self.numel if self.numel else 0.0
+
+
+class ParameterMask(ParameterVector):
+    """A set of parameter elements: one boolean tensor per parameter of a space.
+
+    ``&``, ``|``, ``^``, ``~`` and ``-`` are those of sets; two masks of different spaces raise. All of it works on
+    plain and on sharded tensors; counts are global, so every process must call.
+
+    Args:
+        space: The parameters that the tensors belong to.
+        tensors: Name to boolean tensor, in the parameter's own layout (plain or DTensor).
+
+    Raises:
+        SpaceError: A name is missing or unknown, or a shape differs.
+        ValueError: A tensor is not boolean.
+
+    Example:
+        >>> space = ParameterSpace.of(nn.Linear(2, 2, bias=False))
+        >>> top = ParameterMask(space, {"weight": torch.tensor([[True, True], [False, False]])})
+        >>> left = ParameterMask(space, {"weight": torch.tensor([[True, False], [True, False]])})
+        >>> (top & left).total, (top | left).density, (top - left).indices()["weight"].tolist()
+        (1, 0.75, [1])
+        >>> top.chance_corrected_overlap(left)
+        0.0
+    """
+
+    def __init__(self, space: ParameterSpace, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__(space, tensors)
+        for name, tensor in self.items():
+            require_boolean(tensor, name)
+
+    @classmethod
+    def of_vector(cls, vector: ParameterVector) -> ParameterMask:
+        """A boolean vector, such as ``top_k`` and ``load_vectors`` give, as a mask; without copies."""
+        return cls(vector.space, dict(vector))
+
+    @classmethod
+    def random(
+        cls, space: ParameterSpace, counts: Mapping[str, int] | float, *, seed: int = 0, module: nn.Module | None = None
+    ) -> ParameterMask:
+        """Elements drawn uniformly, without replacement, from each tensor.
+
+        Args:
+            space: The parameters.
+            counts: How many of each tensor, or one percentage of every tensor, in (0, 100].
+            seed: The mask is a function of the seed, the names and the counts, whatever the number of processes.
+            module: When given, the mask takes the layout of its parameters.
+
+        Raises:
+            ValueError: A count is not between 0 and the tensor's size, or a percentage out of range.
+
+        Example:
+            >>> space = ParameterSpace.of(nn.Linear(10, 10))
+            >>> ParameterMask.random(space, {"weight": 7, "bias": 0}, seed=1).count()
+            [7, 0]
+        """
+        direction = random_direction(space, seed, module=module)
+        if not isinstance(counts, Mapping):
+            return cls.of_vector(direction.top_k(counts))
+        tensors = {}
+        for name, scores in direction.items():
+            count, numel = counts[name], scores.numel()
+            if not 0 <= count <= numel:
+                raise ValueError(f"{name}: a count lies between 0 and the {numel} elements; got {count}")
+            chosen = select_largest([scores], count)[0] if count else torch.zeros_like(local(scores), dtype=torch.bool)
+            tensors[name] = like(scores, chosen)
+        return cls(space, tensors)
+
+    @classmethod
+    def from_indices(cls, space: ParameterSpace, indices: Mapping[str, Tensor]) -> ParameterMask:
+        """The mask of flat row-major indices; a tensor that is not named holds none.
+
+        Raises:
+            SpaceError: The space lacks a name.
+            ValueError: Indices are no integers, or lie outside their tensor.
+        """
+        for name in indices:
+            space.index(name)
+        tensors = {}
+        for name, shape in zip(space.names, space.shapes, strict=True):
+            mask = torch.zeros(math.prod(shape), dtype=torch.bool)
+            found = torch.as_tensor(indices.get(name, torch.empty(0, dtype=torch.long))).cpu()
+            if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
+                raise ValueError(f"{name}: indices are integers; got {found.dtype}")
+            outside = found[(found < 0) | (found >= mask.numel())]
+            if outside.numel():
+                raise ValueError(f"{name}: index {int(outside.flatten()[0])} lies outside the {mask.numel()} elements")
+            mask[found.long().flatten()] = True
+            tensors[name] = mask.view(shape)
+        return cls(space, tensors)
+
+    @classmethod
+    def from_dense(cls, space: ParameterSpace, tensors: Mapping[str, Tensor]) -> ParameterMask:
+        """The mask of whole or sparse boolean tensors; a tensor that is not named holds none.
+
+        Raises:
+            SpaceError: The space lacks a name, or a shape differs.
+            ValueError: A tensor is not boolean.
+        """
+        for name, tensor in tensors.items():
+            space.index(name)
+            require_boolean(tensor, name)
+        empty = {
+            name: torch.zeros(shape, dtype=torch.bool)
+            for name, shape in zip(space.names, space.shapes, strict=True)
+            if name not in tensors
+        }
+        return cls(space, {**{name: tensor.to_dense() for name, tensor in tensors.items()}, **empty})
+
+    @classmethod
+    def load(cls, path: str | Path, module: nn.Module | None = None) -> ParameterMask:
+        """Reads a mask file.
+
+        Args:
+            path: What :meth:`save` or a callback wrote.
+            module: When given, the file is checked against it, and each tensor takes the layout of its parameter.
+
+        Raises:
+            StoreError: The file is missing, truncated, no mask, or of another model.
+        """
+        vector, header = load_vectors(path, module)
+        if header.kind != "mask":
+            raise StoreError(f"{path}: holds {header.kind}, not a mask")
+        return cls.of_vector(vector)
+
+    def save(self, path: str | Path, *, model: nn.Module | str, step: int | None = None, write: bool = True) -> Path:
+        """Writes a mask file: a bit per element, or the indices where fewer than 1 in 32 are set.
+
+        Args:
+            path: Target file.
+            model: The module that the mask belongs to, or its class name.
+            step: Optimizer steps at which it was taken.
+            write: Whether this process writes; with shards every process must call.
+        """
+        return save_vectors(path, self, kind="mask", model=model, step=step, write=write)
+
+    def __and__(self, other: ParameterVector) -> ParameterMask:
+        return self._with(other, torch.logical_and)
+
+    def __or__(self, other: ParameterVector) -> ParameterMask:
+        return self._with(other, torch.logical_or)
+
+    def __xor__(self, other: ParameterVector) -> ParameterMask:
+        return self._with(other, torch.logical_xor)
+
+    def __sub__(self, other: ParameterVector) -> ParameterMask:
+        return self._with(other, lambda mine, theirs: torch.logical_and(mine, torch.logical_not(theirs)))
+
+    def __invert__(self) -> ParameterMask:
+        return ParameterMask.of_vector(self.map(torch.logical_not))
+
+    def _with(self, other: ParameterVector, function: Callable[[Tensor, Tensor], Tensor]) -> ParameterMask:
+        return ParameterMask.of_vector(self.zip_with(other, function))
+
+    @property
+    def total(self) -> int:
+        """Number of elements in the mask."""
+        return sum(self.count())
+
+    @property
+    def density(self) -> float:
+        """Share of the space's elements, a fraction."""
+        return self.total / self.space.numel
+
+    def block_summary(self) -> tuple[BlockDensity, ...]:
+        """Counts by block, in the space's order."""
+        counts: dict[str, list[int]] = {}
+        for name, shape, count in zip(self.space.names, self.space.shapes, self.count(), strict=True):
+            held = counts.setdefault(block_of(name), [0, 0])
+            held[0] += count
+            held[1] += math.prod(shape)
+        return tuple(BlockDensity(block, count, numel) for block, (count, numel) in counts.items())
+
+    def iou(self, other: ParameterVector) -> float:
+        """Intersection over union, a fraction; 1 when both are empty."""
+        either = (self | other).total
+        return (self & other).total / either if either else 1.0
+
+    def chance_overlap(self, other: ParameterVector, *, scope: Scope = "tensor") -> float:
+        r"""Size of the intersection expected of two random masks of the same sizes, in elements.
+
+        .. math::
+            E = \sum_t \frac{a_t \, b_t}{n_t}
+
+        over tensors t (``scope="tensor"``), or with all of them as one (``global``).
+
+        Raises:
+            SpaceError: The masks belong to different spaces.
+            ValueError: The scope is unknown.
+        """
+        self.space.require_same(other.space)
+        return math.fsum(a * b / n for a, b, n in self._sizes(other, scope) if n)
+
+    def chance_corrected_overlap(self, other: ParameterVector, *, scope: Scope = "tensor") -> float | None:
+        r"""How much more two masks share than chance, against the most that their sizes allow.
+
+        .. math::
+            \frac{|A \cap B| - E}{\sum_t \min(a_t, b_t) - E}
+
+        0 at chance, 1 when one holds the other, negative when they avoid each other; None when sizes leave no choice,
+        as with a full or an empty mask.
+
+        Args:
+            other: A mask of the same space.
+            scope: Whether chance keeps the number of elements of each ``tensor``, or only of all (``global``).
+
+        Raises:
+            SpaceError: The masks belong to different spaces.
+            ValueError: The scope is unknown.
+        """
+        expected = self.chance_overlap(other, scope=scope)
+        room = math.fsum([*(min(a, b) for a, b, _ in self._sizes(other, scope)), -expected])
+        # What a full mask expects is what it gets, but for the rounding of the division.
+        return ((self & other).total - expected) / room if room > 1e-9 * max(1.0, expected) else None
+
+    def _sizes(self, other: ParameterVector, scope: Scope) -> list[tuple[int, int, int]]:
+        if scope not in ("tensor", "global"):
+            raise ValueError(f"unknown scope {scope!r}; {suggestion(str(scope), ('tensor', 'global'))}")
+        sizes = [*zip(self.count(), other.count(), map(math.prod, self.space.shapes), strict=True)]
+        if scope == "tensor":
+            return sizes
+        first, second, numel = (sum(column) for column in zip(*sizes, strict=True))
+        return [(first, second, numel)]
+
+    def indices(self) -> dict[str, Tensor]:
+        """Flat row-major indices of each tensor's elements, ascending int64 on the CPU."""
+        return {name: gather(tensor).cpu().reshape(-1).nonzero().flatten() for name, tensor in self.items()}
+
+    def to_dense(self) -> dict[str, Tensor]:
+        """Whole boolean tensors on the CPU, by name."""
+        return {name: gather(tensor).cpu() for name, tensor in self.items()}
+
+    def to_sparse_coo(self) -> dict[str, Tensor]:
+        """Whole boolean tensors in torch's coalesced COO layout on the CPU, for interchange."""
+        return {name: tensor.to_sparse_coo().coalesce() for name, tensor in self.to_dense().items()}
