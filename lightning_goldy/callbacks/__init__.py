@@ -5,7 +5,9 @@ from lightning_goldy.callbacks.basin_volume import BasinVolume
 from lightning_goldy.callbacks.exact_resume import ExactResume
 from lightning_goldy.callbacks.golden_parameters import GoldenParameters
 from lightning_goldy.callbacks.golden_snapshot import GoldenSnapshot
+from lightning_goldy.callbacks.head_plasticity import HeadPlasticity
 from lightning_goldy.callbacks.run_report import RunReport
+from lightning_goldy.callbacks.taylor_diff import TaylorDiff
 
 __all__ = [
     "AnalysisCallback",
@@ -15,5 +17,7 @@ __all__ = [
     "Findings",
     "GoldenParameters",
     "GoldenSnapshot",
+    "HeadPlasticity",
     "RunReport",
+    "TaylorDiff",
 ]

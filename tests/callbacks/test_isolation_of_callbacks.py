@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_goldy.callbacks import AnalysisCallback, BasinVolume, Findings, GoldenParameters, GoldenSnapshot
+from lightning_goldy.callbacks import (
+    AnalysisCallback,
+    BasinVolume,
+    Findings,
+    GoldenParameters,
+    GoldenSnapshot,
+    TaylorDiff,
+)
 from tests.callbacks.training import Finetune, differences, fit
 
 EVERYWHERE = {"every_n_steps": 3, "every_n_epochs": 1, "at": ("start", "checkpoint", "end")}
@@ -21,6 +28,8 @@ CALLBACKS = {
     "golden_global": lambda: [GoldenParameters(n_samples=3, scope="global", last_layers=1, **EVERYWHERE)],
     "basin": lambda: [BasinVolume(2, n_samples=3, **EVERYWHERE)],
     "basin_best": lambda: [BasinVolume(2, n_samples=3, cutoff=[1e-3, 1e-2], preconditioner="best", **EVERYWHERE)],
+    "taylor": lambda: [GoldenSnapshot(every_n_steps=3), TaylorDiff(n_samples=3, **EVERYWHERE)],
+    "taylor_moving": lambda: [TaylorDiff([1, 2], n_samples=3, reset="each", function_space=False, **EVERYWHERE)],
     "both": lambda: [GoldenSnapshot(**EVERYWHERE), GoldenParameters(n_samples=3, score="taylor", **EVERYWHERE)],
 }
 

@@ -1,0 +1,215 @@
+"""Compares the finetune with its Taylor expansion around the base, on a schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as L
+from torch import nn
+
+from lightning_goldy.analysis.divergence import shortened
+from lightning_goldy.analysis.taylor import LAZY, NONLINEAR, By, check_orders, taylor_diff
+from lightning_goldy.analysis.taylor import TaylorDiff as TaylorResult
+from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, Findings
+from lightning_goldy.callbacks.golden_snapshot import GoldenSnapshot
+from lightning_goldy.callbacks.subject import find_model
+from lightning_goldy.core.base import BaseParameters
+from lightning_goldy.core.files import read_rows
+from lightning_goldy.core.naming import suggestion
+from lightning_goldy.core.sharding import unshard_guard
+from lightning_goldy.core.space import ParameterSpace
+from lightning_goldy.core.store import load_vectors, save_vectors
+from lightning_goldy.core.vector import ParameterVector
+
+Reset = Literal["never", "each", "epoch"]
+_RESETS = ("never", "each", "epoch")
+_LINES = ("change", "first_order", "nonlinearity")
+# Points of a line; a row holds the line so far, so without a limit a file would grow with the square of the run.
+_MOST_POINTS = 200
+
+
+class TaylorDiff(AnalysisCallback[TaylorResult]):
+    """Whether the finetune is still a small step: actual against predicted change of the loss and of the logits.
+
+    Logs losses, the prediction of each order with its residual, the relative error, KL divergence and agreement in
+    function space, the first- and second-order terms and the nonlinearity that the regime is told by. With the base
+    that never moves a ``GoldenSnapshot`` must be among the callbacks.
+
+    Args:
+        orders: Orders of the expansion, from 1 to 3.
+        by: Attribute the change by ``block``, by ``tensor``, or not (None).
+        function_space: Whether to expand the logits too.
+        reset: ``never`` expands around the golden snapshot; ``each`` around where the last analysis was, ``epoch``
+            around where the epoch began.
+        n_samples: Probe samples used.
+        **options: Of :class:`AnalysisCallback`.
+
+    Example:
+        >>> TaylorDiff(orders=[4])
+        Traceback (most recent call last):
+        ValueError: orders lie between 1 and 3 (function_space=True); got 4
+    """
+
+    def __init__(
+        self,
+        orders: Sequence[int] = (1, 2),
+        *,
+        by: By | None = "block",
+        function_space: bool = True,
+        reset: Reset = "never",
+        n_samples: int | None = 16,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.orders = check_orders(orders, by, function_space=function_space)
+        if reset not in _RESETS:
+            raise ValueError(f"unknown reset={reset!r}; {suggestion(str(reset), _RESETS)}")
+        if n_samples is not None and n_samples < 1:
+            raise ValueError(f"n_samples must be at least 1; got {n_samples}")
+        self.by, self.function_space, self.reset, self.n_samples = by, function_space, reset, n_samples
+        self._base: BaseParameters | None = None
+        self._base_step = 0
+        self._base_file: str | None = None
+
+    def probe_samples(self) -> int | None:
+        """The samples that the loss is taken over."""
+        return self.n_samples
+
+    def prepare(self, trainer: L.Trainer, model: nn.Module) -> None:
+        """Finds the base, or takes up the one of the run that is resumed."""
+        if self.reset == "never":
+            if _snapshot(trainer) is None:
+                raise ValueError(
+                    f"{self.name} expands around the golden snapshot: add GoldenSnapshot() to the callbacks, or let "
+                    "the base move with reset='each' or reset='epoch'"
+                )
+            return
+        if self._resumed and self._previous_folder is not None and self._base_file is not None:
+            assert self._store is not None
+            self._store.carry(Path(self._previous_folder) / self._base_file)
+            trainer.strategy.barrier()
+            self._base = BaseParameters(load_vectors(self.folder / self._base_file, model)[0])
+        else:
+            self._move_base(model, trainer.global_step)
+
+    def compute(self, context: AnalysisContext) -> TaylorResult:
+        """Expands around the base."""
+        assert context.objective is not None
+        snapshot = _snapshot(context.trainer)
+        base = snapshot.base if self.reset == "never" and snapshot is not None else self._base
+        assert base is not None
+        return taylor_diff(
+            context.model,
+            base,
+            shortened(context.probe, context.objective, self.n_samples, None),
+            context.objective,
+            orders=self.orders,
+            by=self.by,
+            function_space=self.function_space,
+            progress=context.progress,
+        )
+
+    def describe(self, result: TaylorResult, context: AnalysisContext) -> Findings:
+        """Losses, predictions and the regime as metrics; shares and the lines over the run for the figures."""
+        metrics: dict[str, float | None] = {
+            "base_loss": result.base_loss,
+            "loss": result.loss,
+            "change": result.change,
+            "first_order": result.first_order,
+            "second_order": result.second_order,
+            "second_to_first": result.second_to_first,
+            "step_norm": result.step_norm,
+            "gradient_norm": result.gradient_norm if result.gradient_norm == result.gradient_norm else None,
+            "nonlinearity": result.nonlinearity if result.nonlinearity < float("inf") else None,
+        }
+        for fit in result.orders:
+            for name in ("loss", "residual", "relative_error", "kl_divergence", "top1_agreement"):
+                metrics[f"{name}/order{fit.order}"] = getattr(fit, name)
+        data: dict[str, Any] = {
+            "fits": [dict(fit) for fit in result.fits],
+            "regime": result.regime,
+            "thresholds": {"lazy": LAZY, "nonlinear": NONLINEAR},
+            "loss_shares": result.loss_shares,
+            "function_shares": result.function_shares,
+            "by": self.by,
+            "route": result.route,
+            "error": result.error,
+            "n_targets": result.n_targets,
+            "base_step": self._base_step,
+        }
+        earlier = read_rows(context.store.rows) if context.store.write else []
+        data["trajectory"] = _trajectory([*earlier, {"step": context.step, "metrics": metrics, "result": data}])
+        if self.reset == "each":
+            self._move_base(context.model, context.step)
+        return Findings(metrics, data, evaluations=self._forwards(result) * len(context.probe))
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Analyses when scheduled, and then moves the base with ``reset="epoch"``."""
+        super().on_train_epoch_end(trainer, pl_module)
+        if self.reset == "epoch":
+            unshard_guard(pl_module)
+            self._move_base(find_model(pl_module, self.model_attribute), trainer.global_step)
+
+    def save_files(self, trainer: L.Trainer, model: nn.Module) -> None:
+        """Writes a base that moves, which a resume goes on from."""
+        if self._base is None:
+            return
+        name = f"base-step={self._base_step:08d}.safetensors"
+        if name == self._base_file and (self.folder / name).is_file():
+            return
+        save_vectors(
+            self.folder / name,
+            self._base.vector(model),
+            kind="values",
+            model=model,
+            step=self._base_step,
+            write=trainer.is_global_zero,
+        )
+        self._base_file = name
+        if self._store is not None:
+            self._store.prune("base", trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Adds where the base was taken."""
+        return {**super().state_dict(), "base_step": self._base_step, "base_file": self._base_file}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Notes what the interrupted run left."""
+        super().load_state_dict(state_dict)
+        self._base_step, self._base_file = state_dict["base_step"], state_dict["base_file"]
+
+    def _move_base(self, model: nn.Module, step: int) -> None:
+        self._base, self._base_step = BaseParameters(ParameterVector.of(model, ParameterSpace.of(model))), step
+
+    def _forwards(self, result: TaylorResult) -> int:
+        """Forward passes that one batch costs, about."""
+        highest = max(self.orders)
+        if result.route == "differences":
+            return 1 + 3 * (1 if highest == 1 else 5)
+        if not self.function_space:
+            return 4 if highest == 1 else 13
+        return 1 + {1: 4, 2: 11, 3: 35}[highest] + (6 if self.by is not None else 0)
+
+
+def _snapshot(trainer: L.Trainer) -> GoldenSnapshot | None:
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return next((each for each in callbacks if isinstance(each, GoldenSnapshot)), None)
+
+
+def _trajectory(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Actual and predicted changes over the run."""
+    rows = rows[-_MOST_POINTS:]
+    lines: dict[str, list[Any]] = {"steps": [row["step"] for row in rows]}
+    for name in _LINES:
+        lines[name] = [row["metrics"].get(name) for row in rows]
+    orders = sorted({fit["order"] for row in rows for fit in row["result"]["fits"]})
+    for order in orders:
+        predicted = [
+            None if value is None else value - row["metrics"]["base_loss"]
+            for row in rows
+            for value in (row["metrics"].get(f"loss/order{order}"),)
+        ]
+        lines[f"order{order}"] = predicted
+    return lines

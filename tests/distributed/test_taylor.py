@@ -1,0 +1,35 @@
+"""A Taylor comparison does not depend on how many processes made it."""
+
+from __future__ import annotations
+
+import pytest
+
+from lightning_goldy.analysis import TaylorDiff
+from tests.distributed.launch import run_processes
+from tests.distributed.taylor_checks import compare, compared
+
+
+def test_replicas_share_batches_and_find_the_same() -> None:
+    expected = [compare("replicas", 0.01, space) for space in (True, False)]
+    for texts in run_processes(compared, 2, "replicas"):
+        for text, alone in zip(texts, expected, strict=True):
+            found = TaylorDiff.from_json(text)
+            for name in ("loss", "base_loss", "first_order", "second_order", "gradient_norm", "n_targets"):
+                assert getattr(found, name) == pytest.approx(getattr(alone, name), rel=1e-5)
+            assert found.loss_shares == pytest.approx(alone.loss_shares, rel=1e-4, abs=1e-7)
+            assert found.function_shares == pytest.approx(alone.function_shares, rel=1e-4, abs=1e-6)
+            assert found.regime == alone.regime
+
+
+def test_shards_go_by_differences_and_say_how_far_off_they_are() -> None:
+    exact = compare("replicas", 0.01, False)
+    for texts in run_processes(compared, 2, "shards"):
+        for text in texts:
+            found = TaylorDiff.from_json(text)
+            assert found.route == "differences"
+            assert found.orders[0].relative_error is None
+            for name in ("loss", "base_loss", "first_order", "gradient_norm", "step_norm"):
+                assert getattr(found, name) == pytest.approx(getattr(exact, name), rel=1e-5)
+            assert found.loss_shares == pytest.approx(exact.loss_shares, rel=1e-4, abs=1e-7)
+            assert abs(found.second_order - exact.second_order) <= found.error + 1e-4 * abs(exact.second_order)
+            assert found.error < 0.05 * abs(exact.second_order)
