@@ -11,7 +11,9 @@ from lightning_goldy.callbacks.subject import find_model, find_objective, find_p
 from lightning_goldy.core.objective import Objective
 
 if TYPE_CHECKING:
-    from lightning_goldy.analysis import GoldenResult
+    from lightning_goldy.analysis import GoldenResult, TaylorDiff, VolumeResult
+    from lightning_goldy.core.base import BaseParameters
+    from lightning_goldy.core.vector import ParameterVector
 
 
 class GoldyMixin:
@@ -72,6 +74,43 @@ class GoldyMixin:
         from lightning_goldy.analysis import golden_parameters
 
         return golden_parameters(self.goldy_model, self.goldy_probe(batches), self.goldy_objective, **options)
+
+    def basin_volume(self, batches: Iterable[Any] | None = None, **options: Any) -> VolumeResult:
+        """How robust the predictions on these batches are; see :func:`lightning_goldy.analysis.basin_volume`.
+
+        Args:
+            batches: What the predictions are compared on; by default the probe.
+            **options: Passed on, such as ``n_directions`` or ``cutoff``.
+
+        Returns:
+            The estimates, direction by direction.
+
+        Raises:
+            ValueError: There are no batches, or an option is out of range.
+        """
+        from lightning_goldy.analysis import basin_volume
+
+        return basin_volume(self.goldy_model, self.goldy_probe(batches), self.goldy_objective, **options)
+
+    def taylor_diff(
+        self, base: BaseParameters | ParameterVector, batches: Iterable[Any] | None = None, **options: Any
+    ) -> TaylorDiff:
+        """Whether the step since a base is small; see :func:`lightning_goldy.analysis.taylor_diff`.
+
+        Args:
+            base: Where the expansion is made, such as a ``GoldenSnapshot``'s ``base``.
+            batches: What the loss is taken over; by default the probe.
+            **options: Passed on, such as ``orders``.
+
+        Returns:
+            Losses, predictions, shares and the regime.
+
+        Raises:
+            ValueError: There are no batches, or an option is out of range.
+        """
+        from lightning_goldy.analysis import taylor_diff
+
+        return taylor_diff(self.goldy_model, base, self.goldy_probe(batches), self.goldy_objective, **options)
 
     def goldy_probe(self, batches: Iterable[Any] | None = None) -> Iterable[Any]:
         """The given batches; without any, the probe of this module, the data module, or the validation set.

@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_goldy import ClassifierObjective, GoldyMixin, GoldyModule
 from lightning_goldy.analysis import golden_parameters
+from lightning_goldy.core import ParameterVector
 from lightning_goldy.data import AtlasDataModule
 
 CONFIG = {"model_type": "gpt2", "vocab_size": 16, "n_layer": 1, "n_embd": 8, "n_head": 2, "n_positions": 16}
@@ -88,3 +89,22 @@ def test_another_task_needs_one():
     del module.objective
     with pytest.raises(ValueError, match="objective="):
         module.golden_parameters([_batch()])
+
+
+def test_volumes_and_expansions_are_methods_too(tmp_path):
+    class Mine(GoldyMixin, L.LightningModule):
+        objective = ClassifierObjective()
+
+        def __init__(self):
+            super().__init__()
+            self.model = nn.Linear(4, 3)
+
+    module = Mine()
+    batches = [(torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))]
+    base = ParameterVector.of(module.model)
+    assert module.basin_volume(batches, n_directions=2).n_directions == 2
+    with torch.no_grad():
+        module.model.weight.add_(0.1)
+    found = module.taylor_diff(base, batches, by=None)
+    assert found.regime == "lazy"
+    assert found.step_norm == pytest.approx(0.1 * 12**0.5, rel=1e-5)
