@@ -11,6 +11,8 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "GoldyMixin": "mixin",
     "GoldyModule": "module",
+    "MaskedAdamW": "optim.masked_adamw",
+    "ParameterMask": "core.mask",
     "ParameterSpace": "core.space",
     "ParameterVector": "core.vector",
     "applied": "core.vector",

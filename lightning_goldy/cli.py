@@ -10,6 +10,8 @@ from pathlib import Path
 import lightning_goldy
 from lightning_goldy.basin_command import add_basin
 from lightning_goldy.bundle import all_recipes, copy_recipe, find_recipe
+from lightning_goldy.masks_command import add_masks
+from lightning_goldy.plasticity_command import add_plasticity
 
 _TRAINER_COMMANDS = {
     "fit": "train: goldy fit --config recipes/NAME.yaml --config callbacks/NAME.yaml",
@@ -56,6 +58,8 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser(name, help=purpose)  # for the list only: these are LightningCLI's to parse
     _add_recipes(commands)
     add_basin(commands)
+    add_masks(commands)
+    add_plasticity(commands)
     report = commands.add_parser("report", help="turn a run directory into one HTML page")
     report.add_argument("run_directory", metavar="RUN", help="a run's log directory, or a folder with several runs")
     report.add_argument("--output", metavar="FILE", help="default: report.html in the run directory")

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 import lightning.pytorch as L
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from lightning_goldy.core.naming import suggestion
 from lightning_goldy.core.objective import CausalLMObjective, ClassifierObjective, Objective
 from lightning_goldy.data.tokenization import load_tokenizer
 from lightning_goldy.export import attach_export, write_pretrained
+from lightning_goldy.masked_training import MaskedTraining
 from lightning_goldy.metrics import StageMetrics
 from lightning_goldy.mixin import GoldyMixin
 from lightning_goldy.models import (
@@ -32,12 +33,18 @@ from lightning_goldy.models import (
     load_model,
     position_limit,
 )
-from lightning_goldy.optim.schedules import OptimizerOptions, ScheduleOptions, build_optimizer, schedule_factor
+from lightning_goldy.optim.schedules import (
+    OptimizerName,
+    OptimizerOptions,
+    ScheduleOptions,
+    build_optimizer,
+    schedule_factor,
+)
+from lightning_goldy.options import optimizer_options, options_of
 from lightning_goldy.parallel import full_state_dict, shard_blocks
 
 ObjectiveName = Literal["causal_lm", "classifier"]
 Stage = Literal["train", "val", "test"]
-Options = TypeVar("Options", OptimizerOptions, ScheduleOptions, LoraOptions)
 
 _OBJECTIVES: dict[str, type[CausalLMObjective] | type[ClassifierObjective]] = {
     "causal_lm": CausalLMObjective,
@@ -55,11 +62,12 @@ class GoldyModule(GoldyMixin, L.LightningModule):
         tokenizer: Saved beside the model; an object, a name or a folder. By default the trainer's data module's.
         objective: ``causal_lm``, ``classifier`` or an object. With ``classifier``, a named model gets a classification
             head.
-        optimizer: AdamW's settings.
+        optimizer: AdamW's settings, or the name of one with settings as they are: ``adamw``, ``masked_adamw``.
         schedule: The learning rate's course.
         lora: Trains low-rank adapters in place of the weights.
         gradient_checkpointing: Recomputes activations in the backward pass.
         dtype: The weights' type. For mixed precision keep float32 and set the trainer's ``precision``.
+        mask: For ``masked_adamw``, in place of ``optimizer.mask``.
 
     Raises:
         ValueError: A value cannot be what the argument asks for; the message says what can.
@@ -81,16 +89,18 @@ class GoldyModule(GoldyMixin, L.LightningModule):
         *,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         objective: Objective | ObjectiveName | None = None,
-        optimizer: OptimizerOptions = OptimizerOptions(),  # noqa: B008 - frozen
+        optimizer: OptimizerOptions | OptimizerName = OptimizerOptions(),  # noqa: B008 - frozen
         schedule: ScheduleOptions = ScheduleOptions(),  # noqa: B008 - frozen
         lora: LoraOptions | None = None,
         gradient_checkpointing: bool = False,
         dtype: WeightDtype = "float32",
+        mask: str | Path | None = None,
     ) -> None:
         super().__init__()
-        self.optimizer_options = _options(OptimizerOptions, "optimizer", optimizer)
-        self.schedule_options = _options(ScheduleOptions, "schedule", schedule)
-        self.lora_options = None if lora is None else _options(LoraOptions, "lora", lora)
+        self.optimizer_options = optimizer_options(optimizer, mask)
+        self._masked_training = MaskedTraining(self.optimizer_options)
+        self.schedule_options = options_of(ScheduleOptions, "schedule", schedule)
+        self.lora_options = None if lora is None else options_of(LoraOptions, "lora", lora)
         self.objective: Objective = _objective(objective)
         self.gradient_checkpointing = gradient_checkpointing
         if dtype not in get_args(WeightDtype):
@@ -126,7 +136,9 @@ class GoldyModule(GoldyMixin, L.LightningModule):
             shard_blocks(self.model, self.device_mesh)
 
     def setup(self, stage: str) -> None:
-        """Arranges the pretrained folder beside each checkpoint."""
+        """Arranges the pretrained folder beside each checkpoint, and checks where a mask is to come from."""
+        if stage == "fit":
+            self._masked_training.check(self.trainer)
         if stage == "fit" and self.exports_pretrained:
             attach_export(self.trainer)
 
@@ -135,7 +147,20 @@ class GoldyModule(GoldyMixin, L.LightningModule):
         total_steps = self.trainer.estimated_stepping_batches if self._trainer is not None else math.inf
         factor = schedule_factor(self.schedule_options, total_steps)
         optimizer = build_optimizer(self.model, self.optimizer_options)
+        self._masked_training.read_file(optimizer, self.model)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """Gives a masked optimizer the mask that a callback has just made, or that of the resumed checkpoint."""
+        self._masked_training.start(self.trainer, self.model)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the mask that the training runs with."""
+        self._masked_training.save(self.trainer, checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Notes the mask of a run that is resumed."""
+        self._masked_training.note(checkpoint)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward pass."""
@@ -259,18 +284,6 @@ def _objective(objective: Objective | str | None) -> Objective:
 
 def _objective_name(objective: Objective) -> str | None:
     return next((name for name, kind in _OBJECTIVES.items() if type(objective) is kind), None)
-
-
-def _options(kind: type[Options], argument: str, value: Options | Mapping[str, Any]) -> Options:
-    if isinstance(value, kind):
-        return value
-    if not isinstance(value, Mapping):
-        raise TypeError(f"{argument} must be {kind.__name__} or a dict of its fields; got {type(value).__name__}")
-    known = [field.name for field in dataclasses.fields(kind)]
-    for key in value:
-        if key not in known:
-            raise ValueError(f"unknown option {argument}.{key}; choose from {', '.join(known)}")
-    return kind(**value)
 
 
 def _check_model(model: Any) -> None:

@@ -42,7 +42,9 @@ def test_help_names_every_command(capsys):
         main(["--help"])
     assert exit_.value.code == 0
     shown = capsys.readouterr().out
-    assert all(f" {name} " in shown for name in ("fit", "validate", "test", "basin", "recipes", "report", "demo"))
+    assert all(
+        f" {name} " in shown for name in ("fit", "validate", "test", "basin", "plasticity", "recipes", "report", "demo")
+    )
 
 
 def test_version(capsys):

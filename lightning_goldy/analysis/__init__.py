@@ -1,16 +1,21 @@
 """Pure functions: (model, batches, objective, ...) to frozen results; no Trainer, no logger."""
 
+from lightning_goldy.analysis.attention import AttentionMaps, AttentionStatistics, attention_maps, attention_statistics
 from lightning_goldy.analysis.basin import basin_volume
 from lightning_goldy.analysis.compact import compact, compaction_of, register_compaction
 from lightning_goldy.analysis.compact_files import Compaction
+from lightning_goldy.analysis.distribution import ParameterDistributionResult, parameter_distribution
+from lightning_goldy.analysis.explain import ExplainedChange, SurvivingChange, explain_change
 from lightning_goldy.analysis.fisher import KroneckerFisher, kronecker_fisher
 from lightning_goldy.analysis.fluctuation import Fluctuation, register_strategy
+from lightning_goldy.analysis.generations import GenerationComparison, compare_generations
 from lightning_goldy.analysis.golden import GoldenResult, golden_parameters, jaccard
 from lightning_goldy.analysis.head_freeze import HeadFreeze
 from lightning_goldy.analysis.head_scores import register_head_score
 from lightning_goldy.analysis.head_surgery import prune_heads, regrow_heads
 from lightning_goldy.analysis.heads import HeadScores, head_importance, heads_to_regrow
 from lightning_goldy.analysis.kronecker import KroneckerPreconditioner, kronecker_preconditioner
+from lightning_goldy.analysis.linearize import FrozenAttention, LinearizedMLP, TangentModel, build_variant
 from lightning_goldy.analysis.moments import adam_curvature, adam_curvature_from_state
 from lightning_goldy.analysis.preconditioner import (
     DiagonalPreconditioner,
@@ -27,17 +32,26 @@ from lightning_goldy.analysis.volume_result import VolumeResult, aggregate, best
 from lightning_goldy.core.gates import HeadGates
 
 __all__ = [
+    "AttentionMaps",
+    "AttentionStatistics",
     "Compaction",
     "DiagonalPreconditioner",
+    "ExplainedChange",
     "Fluctuation",
+    "FrozenAttention",
+    "GenerationComparison",
     "GoldenResult",
     "HeadFreeze",
     "HeadGates",
     "HeadScores",
     "KroneckerFisher",
     "KroneckerPreconditioner",
+    "LinearizedMLP",
     "OrderFit",
+    "ParameterDistributionResult",
     "ReverseGoldenResult",
+    "SurvivingChange",
+    "TangentModel",
     "TaylorApproximation",
     "TaylorDiff",
     "TunedPreconditioner",
@@ -46,11 +60,16 @@ __all__ = [
     "adam_curvature_from_state",
     "adam_preconditioner",
     "aggregate",
+    "attention_maps",
+    "attention_statistics",
     "basin_volume",
     "best_of",
+    "build_variant",
     "compact",
     "compaction_of",
+    "compare_generations",
     "diagonal_preconditioner",
+    "explain_change",
     "golden_parameters",
     "head_importance",
     "heads_to_regrow",
@@ -58,6 +77,7 @@ __all__ = [
     "kronecker_fisher",
     "kronecker_preconditioner",
     "local_volume",
+    "parameter_distribution",
     "prune_heads",
     "register_compaction",
     "register_head_score",

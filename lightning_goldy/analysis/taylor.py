@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_goldy.analysis.result import AnalysisResult
-from lightning_goldy.analysis.taylor_terms import FunctionSums, LossTerms, TaylorWork, exact_terms, finite_terms
+from lightning_goldy.analysis.taylor_terms import (
+    FunctionSums,
+    LossTerms,
+    TaylorWork,
+    exact_terms,
+    finite_terms,
+    in_parts,
+)
 from lightning_goldy.core.autodiff import Substituted, call_with, directional_derivatives, polynomial
 from lightning_goldy.core.base import BaseParameters
 from lightning_goldy.core.isolation import preserved
@@ -63,7 +70,7 @@ class TaylorDiff(AnalysisResult):
         first_order: The gradient's share, g . Delta, nats.
         second_order: Half the curvature along the step, Delta' H Delta / 2, nats; None when only order 1 was asked for.
         step_norm: ||Delta||, parameter units.
-        gradient_norm: ||g|| at the base, nats per unit.
+        gradient_norm: ||g|| at the base, nats per unit; NaN without shares.
         loss_shares: Part of g . Delta of each group of parameters, nats; they add up to ``first_order``.
         function_shares: Part of J Delta of each group, <J Delta_b, J Delta> / ||J Delta||^2, fractions that add up to
             1; empty where only the loss was expanded.
@@ -150,9 +157,9 @@ def taylor_diff(
         batches: Batches that the objective understands, the same on every rank.
         objective: The loss; next-token prediction by default.
         orders: Orders of the expansion, from 1 to 3 (2 on a sharded model).
-        by: Report shares by ``block``, by ``tensor``, or not (None), which saves a backward pass or two per batch.
-        function_space: Whether to expand the logits too; without, gradients and their products with the Hessian along
-            the step are used, and orders go to 2.
+        by: Report shares by ``block``, by ``tensor``, or not (None), which saves a backward pass or two per batch and
+            leaves the gradient's norm out.
+        function_space: Whether to expand the logits too, or the loss alone.
         progress: Called with (batches done, batches in all) on this rank.
         split_over_ranks: Whether to share batches out over the ranks of an initialised process group.
 
@@ -175,7 +182,7 @@ def taylor_diff(
         >>> abs(found.fits[1]["residual"]) < 1e-6, round(found.second_order, 6)
         (True, 0.25)
     """
-    orders = check_orders(orders, by, function_space=function_space)
+    orders = check_orders(orders, by)
     objective = objective or CausalLMObjective()
     replicas = Replicas.of(model) if split_over_ranks else Replicas()
     unshard_guard(model)
@@ -186,24 +193,24 @@ def taylor_diff(
         start = base if isinstance(base, ParameterVector) else base.vector(model)
         start.space.resolve(model)
         device = next(model.parameters()).device
-        mine = replicas.share(list(batches))
-        mine = [map_batch(batch, lambda tensor: tensor.to(device)) for batch in mine]
+        mine = [map_batch(batch, lambda tensor: tensor.to(device)) for batch in replicas.share(list(batches))]
+        if not sharded:
+            mine = [part for batch in mine for part in in_parts(batch, 2 ** (max(orders) - 1))]
         work = TaylorWork(model, start, mine, objective, orders, by is not None, function_space, replicas, progress)
         found = finite_terms(work) if sharded else exact_terms(work)
     return _result(found, orders, by, "differences" if sharded else "forward")
 
 
-def check_orders(orders: Sequence[int], by: str | None, *, function_space: bool) -> tuple[int, ...]:
+def check_orders(orders: Sequence[int], by: str | None) -> tuple[int, ...]:
     """Checks what can be checked before there is a model.
 
     Raises:
         ValueError: An argument is out of range.
     """
-    highest = HIGHEST_ORDER if function_space else 2
     found = tuple(sorted(set(orders)))
     for order in found:
-        if not 1 <= order <= highest:
-            raise ValueError(f"orders lie between 1 and {highest} (function_space={function_space}); got {order}")
+        if not 1 <= order <= HIGHEST_ORDER:
+            raise ValueError(f"orders lie between 1 and {HIGHEST_ORDER}; got {order}")
     if 1 not in found:
         raise ValueError(f"orders must hold 1, by which the regime is told; got {list(orders)}")
     if by not in (None, "block", "tensor"):

@@ -6,15 +6,15 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import grad, jvp
 
 from lightning_goldy.analysis.divergence import divergence_sum
 from lightning_goldy.core.autodiff import Substituted, directional_derivatives, nested_derivatives, polynomial
-from lightning_goldy.core.batches import batch_tensors
+from lightning_goldy.core.batches import batch_tensors, map_batch
 from lightning_goldy.core.objective import FunctionObjective, Objective, TargetLogits
 from lightning_goldy.core.sharding import Replicas, unshard_guard
 from lightning_goldy.core.vector import ParameterVector, reduce_tensors, substituted
@@ -120,6 +120,23 @@ class TaylorWork:
             self.progress(done, len(self.batches))
 
 
+def in_parts(batch: Any, count: int) -> list[Any]:
+    """A batch cut into so many parts of whole samples, because every order doubles what a forward pass holds.
+
+    A batch whose tensors do not share their first dimension stays whole.
+
+    Example:
+        >>> [len(part) for part in in_parts(torch.zeros(5, 2), 2)]
+        [3, 2]
+    """
+    lengths = {len(tensor) if tensor.ndim else 0 for tensor in batch_tensors(batch)}
+    rows = lengths.pop() if len(lengths) == 1 else 0
+    if rows < 2 or count < 2:
+        return [batch]
+    size = -(-rows // count)
+    return [map_batch(batch, itemgetter(slice(at, at + size))) for at in range(0, rows, size)]
+
+
 def exact_terms(work: TaylorWork) -> LossTerms:
     """By forward mode, nested as often as the highest order asks, and one gradient for the shares."""
     terms, step = LossTerms(), work.step()
@@ -130,7 +147,8 @@ def exact_terms(work: TaylorWork) -> LossTerms:
         else:
             loss, weight = _present(work, batch)
             terms.loss += weight * loss
-        if work.shares or not work.function_space:
+            terms.add_derivatives(_loss_derivatives(work, step, batch, max(work.orders)), weight)
+        if work.shares:
             _gradient_terms(work, terms, step, batch, weight, gradient)
         terms.n_targets += weight
         work.tell(done)
@@ -233,38 +251,19 @@ def _loss_derivatives(work: TaylorWork, step: ParameterVector, batch: Any, order
 def _gradient_terms(
     work: TaylorWork, terms: LossTerms, step: ParameterVector, batch: Any, weight: int, gradient: dict[str, Tensor]
 ) -> None:
-    """The gradient at the base and, where logits are not expanded, its derivative along the step."""
-
-    def loss(parameters: dict[str, Tensor]) -> Tensor:
-        return work.objective.loss(Substituted(work.model, parameters), batch)
-
-    values: list[float] = []
-    if work.function_space or max(work.orders) == 1:
-        leaves = {name: value.detach().clone().requires_grad_() for name, value in work.base.items()}
-        value = loss(leaves)
-        gradients = dict(zip(leaves, torch.autograd.grad(value, list(leaves.values())), strict=True))
-        values = [float(value.detach())]
-    else:
-        with nested_derivatives():
-            gradients, curvature = jvp(grad(loss), (dict(work.base),), (dict(step),))[:2]
-            with torch.no_grad():
-                values = [float(loss(dict(work.base)))]
-    ordered = [gradients[name].detach() for name in work.base]
-    products = reduce_tensors(ordered, torch.dot, list(step.values()))
-    for name, tensor, product in zip(work.base, ordered, products, strict=True):
+    """Adds the gradient at the base, and its product with the step tensor by tensor."""
+    leaves = {name: value.detach().requires_grad_() for name, value in work.base.items()}
+    loss = work.objective.loss(Substituted(work.model, leaves), batch)
+    gradients = torch.autograd.grad(loss, list(leaves.values()))
+    products = reduce_tensors(gradients, torch.dot, list(step.values()))
+    for name, tensor, product in zip(leaves, gradients, products, strict=True):
         gradient[name] = tensor * weight if name not in gradient else gradient[name].add_(tensor, alpha=weight)
         terms.loss_shares[name] = terms.loss_shares.get(name, 0.0) + weight * product
-    if not work.function_space:
-        values.append(math.fsum(products))
-        if max(work.orders) > 1:
-            bent = [curvature[name].detach() for name in work.base]
-            values.append(math.fsum(reduce_tensors(bent, torch.dot, list(step.values()))))
-        terms.add_derivatives(values, weight)
 
 
 def _function_shares(work: TaylorWork, step: ParameterVector, batch: Any, direction: Tensor) -> dict[str, float]:
     """<J Delta_b, J Delta> of every tensor, from one backward pass: J' v with v = J Delta."""
-    leaves = {name: value.detach().clone().requires_grad_() for name, value in work.base.items()}
+    leaves = {name: value.detach().requires_grad_() for name, value in work.base.items()}
     logits = work.objective.logits_and_targets(Substituted(work.model, leaves), batch).logits
     pulled = torch.autograd.grad(logits, list(leaves.values()), grad_outputs=direction.to(logits.dtype))
     return dict(zip(leaves, reduce_tensors(pulled, torch.dot, list(step.values())), strict=True))
@@ -303,7 +302,7 @@ def _finished(work: TaylorWork, terms: LossTerms, step: ParameterVector, gradien
     if not total.n_targets:
         raise ValueError("there is no batch to expand the loss on")
     total.step_square = step.dot(step)
-    if gradient or work.shares or not work.function_space:
+    if work.shares or gradient:
         vectors = [work.replicas.sum_(gradient.get(name, torch.zeros_like(value))) for name, value in work.base.items()]
         squares = reduce_tensors(vectors, torch.dot, vectors)
         total.gradient_norm = math.sqrt(math.fsum(squares)) / total.n_targets

@@ -1,23 +1,29 @@
 """When and where analyses run: one Lightning callback per question."""
 
+from lightning_goldy.callbacks.attention_tracker import AttentionTracker
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, Findings
 from lightning_goldy.callbacks.basin_volume import BasinVolume
 from lightning_goldy.callbacks.exact_resume import ExactResume
 from lightning_goldy.callbacks.golden_parameters import GoldenParameters
 from lightning_goldy.callbacks.golden_snapshot import GoldenSnapshot
 from lightning_goldy.callbacks.head_plasticity import HeadPlasticity
+from lightning_goldy.callbacks.parameter_distribution import ParameterDistribution
+from lightning_goldy.callbacks.reverse_golden_parameters import ReverseGoldenParameters
 from lightning_goldy.callbacks.run_report import RunReport
 from lightning_goldy.callbacks.taylor_diff import TaylorDiff
 
 __all__ = [
     "AnalysisCallback",
     "AnalysisContext",
+    "AttentionTracker",
     "BasinVolume",
     "ExactResume",
     "Findings",
     "GoldenParameters",
     "GoldenSnapshot",
     "HeadPlasticity",
+    "ParameterDistribution",
+    "ReverseGoldenParameters",
     "RunReport",
     "TaylorDiff",
 ]

@@ -8,8 +8,9 @@ from typing import Any
 import lightning.pytorch as L
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_goldy.report.generations import generations_text
 from lightning_goldy.report.plots import draw_plots
-from lightning_goldy.report.tensorboard import log_figure, log_histogram, log_scalars
+from lightning_goldy.report.tensorboard import log_figure, log_histogram, log_scalars, log_text
 
 _told: set[str] = set()
 
@@ -35,6 +36,8 @@ def log_findings(
     log_scalars(trainer.loggers, scalars, step)
     for name, (edges, counts) in histograms.items():
         log_histogram(trainer.loggers, f"{prefix}/{name}", (edges, counts), step)
+    if row["result"].get("generations"):
+        log_text(trainer.loggers, f"{prefix}/generations", generations_text(row["result"]["generations"]), step)
     try:
         figures = draw_plots(row)
     except ImportError as error:

@@ -49,7 +49,7 @@ class TaylorDiff(AnalysisCallback[TaylorResult]):
     Example:
         >>> TaylorDiff(orders=[4])
         Traceback (most recent call last):
-        ValueError: orders lie between 1 and 3 (function_space=True); got 4
+        ValueError: orders lie between 1 and 3; got 4
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class TaylorDiff(AnalysisCallback[TaylorResult]):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self.orders = check_orders(orders, by, function_space=function_space)
+        self.orders = check_orders(orders, by)
         if reset not in _RESETS:
             raise ValueError(f"unknown reset={reset!r}; {suggestion(str(reset), _RESETS)}")
         if n_samples is not None and n_samples < 1:
@@ -188,9 +188,8 @@ class TaylorDiff(AnalysisCallback[TaylorResult]):
         highest = max(self.orders)
         if result.route == "differences":
             return 1 + 3 * (1 if highest == 1 else 5)
-        if not self.function_space:
-            return 4 if highest == 1 else 13
-        return 1 + {1: 4, 2: 11, 3: 35}[highest] + (6 if self.by is not None else 0)
+        shares = 0 if self.by is None else 6 if self.function_space else 3
+        return 1 + {1: 4, 2: 11, 3: 35}[highest] + shares
 
 
 def _snapshot(trainer: L.Trainer) -> GoldenSnapshot | None:

@@ -70,18 +70,15 @@ def directional_derivatives(
     if unknown:
         raise ValueError(f"the direction names {unknown[0]!r}, which is no parameter of the function")
     values = {name: value.detach() for name, value in parameters.items()}
-    steps = {name: value.detach() for name, value in direction.items()}
+    steps = {name: step.detach().to(values[name].dtype) for name, step in direction.items()}
 
-    def along(t: Tensor) -> Tensor:
-        moved = {name: torch.add(values[name], t.to(step.dtype) * step) for name, step in steps.items()}
+    def moving(moved: dict[str, Tensor]) -> Tensor:
         return function({**values, **moved})
 
-    first = next(iter(values.values()))
-    # The wider of the dtypes, or the third power of a small step would vanish.
-    zero = torch.zeros((), dtype=torch.promote_types(first.dtype, torch.float32), device=first.device)
     # Without gradients some functions, such as SiLU, lose their nested forward derivatives.
     with nested_derivatives(), torch.enable_grad():
-        return tuple(part.detach() for part in _derivatives(along, order)(zero))
+        found = _derivatives(moving, steps, order)({name: values[name] for name in steps})
+        return tuple(part.detach() for part in found)
 
 
 def polynomial(coefficients: Sequence[Tensor], t: Tensor | float = 1.0) -> Tensor:
@@ -148,13 +145,16 @@ def trainable_values(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in trainable_parameters(model)}
 
 
-def _derivatives(function: Callable[[Tensor], Tensor], order: int) -> Callable[[Tensor], tuple[Tensor, ...]]:
+def _derivatives(
+    function: Callable[[dict[str, Tensor]], Tensor], steps: dict[str, Tensor], order: int
+) -> Callable[[dict[str, Tensor]], tuple[Tensor, ...]]:
     if order == 0:
-        return lambda t: (function(t),)
-    lower = _derivatives(function, order - 1)
+        return lambda where: (function(where),)
+    lower = _derivatives(function, steps, order - 1)
 
-    def higher(t: Tensor) -> tuple[Tensor, ...]:
-        values, tangents = jvp(lower, (t,), (torch.ones_like(t),))[:2]
+    def higher(where: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        # Along the same step every time, so that parameters and step are used as they are and never copied.
+        values, tangents = jvp(lower, (where,), (steps,))[:2]
         return (*values, tangents[-1])
 
     return higher

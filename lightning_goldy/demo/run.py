@@ -14,7 +14,16 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from rich.table import Table
 
-from lightning_goldy.callbacks import BasinVolume, GoldenParameters, GoldenSnapshot, RunReport, TaylorDiff
+from lightning_goldy.callbacks import (
+    AttentionTracker,
+    BasinVolume,
+    GoldenParameters,
+    GoldenSnapshot,
+    ParameterDistribution,
+    ReverseGoldenParameters,
+    RunReport,
+    TaylorDiff,
+)
 from lightning_goldy.data import AtlasDataModule, Fact, one_hop_questions
 from lightning_goldy.demo.knowledge import AtlasKnowledge
 from lightning_goldy.demo.pretrained import cached_base, copy_base
@@ -71,7 +80,10 @@ def analysis_callbacks(every_n_steps: int) -> list[L.Callback]:
     return [
         GoldenSnapshot(every_n_steps=every_n_steps),
         GoldenParameters(every_n_steps=every_n_steps, at=("start", "end")),
+        ReverseGoldenParameters(at=("start", "end")),
         TaylorDiff(every_n_steps=every_n_steps, at=("end",)),
+        ParameterDistribution(),
+        AttentionTracker(every_n_steps=every_n_steps, at=("start", "end")),
         BasinVolume(splits=True, every_n_steps=every_n_steps, at=("start", "end")),
         RunReport(),
     ]

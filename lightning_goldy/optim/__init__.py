@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lightning_goldy.optim.masked_adamw import MaskedAdamW
 from lightning_goldy.optim.schedules import (
     OptimizerOptions,
     ScheduleOptions,
@@ -10,4 +11,4 @@ from lightning_goldy.optim.schedules import (
     schedule_factor,
 )
 
-__all__ = ["OptimizerOptions", "ScheduleOptions", "build_optimizer", "decay_groups", "schedule_factor"]
+__all__ = ["MaskedAdamW", "OptimizerOptions", "ScheduleOptions", "build_optimizer", "decay_groups", "schedule_factor"]

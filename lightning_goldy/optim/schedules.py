@@ -1,4 +1,4 @@
-"""AdamW with decay groups, and learning-rate schedules with a warm-up."""
+"""AdamW with decay groups, masked or not, and learning-rate schedules with a warm-up."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
+from lightning_goldy.core.naming import canonical_name
+from lightning_goldy.optim.masked_adamw import MaskedAdamW
+
+OptimizerName = Literal["adamw", "masked_adamw"]
 ScheduleName = Literal["cosine", "linear", "constant"]
 
 
@@ -22,19 +26,35 @@ class OptimizerOptions:
         weight_decay: Decoupled weight decay of matrices and embeddings; biases, norms and vectors have none.
         betas: Decay rates of the running means of the gradient and of its square, each in [0, 1).
         eps: Added to the denominator, > 0.
+        name: ``adamw``, or ``masked_adamw``: one learning rate inside a mask and one outside.
+        mask: For ``masked_adamw``: a mask file, or the callback that makes the mask before the first step, ``golden``
+            or ``reverse_golden``.
+        lr_inside: Of elements inside the mask, >= 0; ``learning_rate`` by default.
+        lr_outside: Of all other elements, >= 0; at 0 they never change.
 
     Raises:
-        ValueError: A value is out of its range.
+        ValueError: A value is out of its range, or ``masked_adamw`` and a mask come one without the other.
 
     Example:
         >>> OptimizerOptions(learning_rate=3e-4).weight_decay
         0.01
+        >>> OptimizerOptions(name="masked_adamw", mask="golden").rates
+        (5e-05, 0.0)
     """
 
     learning_rate: float = 5e-5
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
+    name: OptimizerName = "adamw"
+    mask: str | None = None
+    lr_inside: float | None = None
+    lr_outside: float = 0.0
+
+    @property
+    def rates(self) -> tuple[float, float]:
+        """The peak learning rates inside and outside the mask."""
+        return (self.learning_rate if self.lr_inside is None else self.lr_inside), self.lr_outside
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))  # a list in YAML and in checkpoints
@@ -46,6 +66,20 @@ class OptimizerOptions:
             raise ValueError(f"optimizer.betas must be two numbers in [0, 1); got {self.betas}")
         if not self.eps > 0:
             raise ValueError(f"optimizer.eps must be positive; got {self.eps}")
+        if self.name not in get_args(OptimizerName):
+            raise ValueError(
+                f"unknown optimizer.name {self.name!r}; choose one of {', '.join(get_args(OptimizerName))}"
+            )
+        for field, rate in zip(("lr_inside", "lr_outside"), self.rates, strict=True):
+            if not 0 <= rate < math.inf:
+                raise ValueError(f"optimizer.{field} must be a finite number, not negative; got {rate}")
+        if self.name == "masked_adamw" and not self.mask:
+            raise ValueError("optimizer.name='masked_adamw' needs optimizer.mask: a file, 'golden' or 'reverse_golden'")
+        if self.name == "adamw" and (self.mask is not None or self.lr_inside is not None or self.lr_outside):
+            raise ValueError(
+                f"optimizer.mask={self.mask!r}, lr_inside={self.lr_inside} and lr_outside={self.lr_outside} belong to "
+                "optimizer.name='masked_adamw'; the name is 'adamw'"
+            )
 
 
 @dataclass(frozen=True)
@@ -182,7 +216,10 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]
 
 
 def build_optimizer(module: nn.Module, options: OptimizerOptions) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters of a module, with decay groups.
+    """AdamW, masked where the options say so, over the trainable parameters of a module, with decay groups.
+
+    Returns:
+        The optimizer; a masked one has no mask yet.
 
     Raises:
         ValueError: No parameter is trainable.
@@ -191,6 +228,9 @@ def build_optimizer(module: nn.Module, options: OptimizerOptions) -> torch.optim
         >>> build_optimizer(nn.Linear(2, 2), OptimizerOptions(learning_rate=1e-3)).param_groups[0]["lr"]
         0.001
     """
-    return torch.optim.AdamW(
-        decay_groups(module, options.weight_decay), lr=options.learning_rate, betas=options.betas, eps=options.eps
-    )
+    groups = decay_groups(module, options.weight_decay)
+    if options.name == "adamw":
+        return torch.optim.AdamW(groups, lr=options.learning_rate, betas=options.betas, eps=options.eps)
+    names = {parameter: canonical_name(name) for name, parameter in module.named_parameters()}
+    named = [{**group, "params": [(names[each], each) for each in group["params"]]} for group in groups]
+    return MaskedAdamW(named, None, *options.rates, betas=options.betas, eps=options.eps)

@@ -1,5 +1,20 @@
 """Results as figures, as log entries and as one HTML page; reads results only."""
 
+from lightning_goldy.report.attention_charts import (
+    chart_attention_differences,
+    chart_attention_heads,
+    chart_attention_patterns,
+    chart_attention_scales,
+    chart_attention_spectra,
+)
+from lightning_goldy.report.attention_plots import (
+    plot_attention,
+    plot_attention_difference,
+    plot_attention_grid,
+    plot_attention_heads,
+    plot_attention_prompts,
+    plot_attention_spectra,
+)
 from lightning_goldy.report.basin_charts import (
     chart_volume_cutoffs,
     chart_volume_estimates,
@@ -12,8 +27,12 @@ from lightning_goldy.report.basin_plots import (
 )
 from lightning_goldy.report.charts import register_chart
 from lightning_goldy.report.descriptions import Description, describe
+from lightning_goldy.report.distribution_charts import chart_parameter_distribution
+from lightning_goldy.report.distribution_plots import plot_parameter_distribution
 from lightning_goldy.report.expansion_charts import chart_taylor_prediction, chart_taylor_shares
 from lightning_goldy.report.expansion_plots import plot_taylor_prediction, plot_taylor_shares
+from lightning_goldy.report.explain_charts import chart_explained_change
+from lightning_goldy.report.explain_plots import plot_explained_change
 from lightning_goldy.report.html import write_report
 from lightning_goldy.report.plasticity_charts import (
     chart_attention_maps,
@@ -37,18 +56,30 @@ from lightning_goldy.report.plots import (
     register_plot,
 )
 from lightning_goldy.report.registry import ReportError
+from lightning_goldy.report.reverse_golden_charts import chart_search_history
+from lightning_goldy.report.reverse_golden_plots import plot_search_history
 from lightning_goldy.report.tensorboard import log_figure, log_histogram, log_scalars
+from lightning_goldy.report.variant_figures import chart_variant_losses, plot_variant_losses
 
 __all__ = [
     "Description",
     "ReportError",
+    "chart_attention_differences",
+    "chart_attention_heads",
     "chart_attention_maps",
+    "chart_attention_patterns",
+    "chart_attention_scales",
+    "chart_attention_spectra",
+    "chart_explained_change",
     "chart_gate_timeline",
     "chart_head_scores",
+    "chart_parameter_distribution",
     "chart_plasticity_loss",
     "chart_plasticity_sweep",
+    "chart_search_history",
     "chart_taylor_prediction",
     "chart_taylor_shares",
+    "chart_variant_losses",
     "chart_volume_cutoffs",
     "chart_volume_estimates",
     "chart_volume_trajectory",
@@ -57,15 +88,25 @@ __all__ = [
     "log_figure",
     "log_histogram",
     "log_scalars",
+    "plot_attention",
+    "plot_attention_difference",
+    "plot_attention_grid",
+    "plot_attention_heads",
     "plot_attention_maps",
+    "plot_attention_prompts",
+    "plot_attention_spectra",
     "plot_change_histogram",
+    "plot_explained_change",
     "plot_gate_timeline",
     "plot_golden_parameters",
     "plot_head_scores",
+    "plot_parameter_distribution",
     "plot_plasticity_loss",
     "plot_plasticity_sweep",
+    "plot_search_history",
     "plot_taylor_prediction",
     "plot_taylor_shares",
+    "plot_variant_losses",
     "plot_volume_cutoffs",
     "plot_volume_estimates",
     "plot_volume_trajectory",

@@ -117,6 +117,35 @@ describe(
     ),
 )
 describe(
+    "reverse_golden_parameters",
+    Description(
+        title="Reverse golden parameters",
+        measures=(
+            "Which few parameters the predictions hang on: the mask of a given size whose zeroing moves the model's "
+            "distribution most, searched for on one half of the probe and measured on the other."
+        ),
+        reading=(
+            "Compare the divergence with those of the single-shot masks of the same size: how much more the search "
+            "has found than a score of the unmasked model. It is a lower bound of what zeroing so many can do. "
+            "A Jaccard index near 1 means that the predictions hang on the same elements as before."
+        ),
+        metrics={
+            "kl_divergence": "divergence of the masked model on samples without a part in the search, nats per target",
+            "search_divergence": "the same on the samples that chose; far above, the mask fits those samples alone",
+            "single_shot": "divergence of a mask of the same size by this score of the unmasked model, nats per target",
+            "over_gradient": "the divergence as a multiple of the mask's of the largest gradients",
+            "count": "masked parameters",
+            "density": "masked parameters divided by all",
+            "accepted_pools": "iterations in which the pool's mask beat the greedy one",
+            "token_agreement": "share of positions at which the masked model writes the same token",
+            "kl_per_token": "divergence of the masked model along what the whole one writes, nats per token",
+            "jaccard_previous": "overlap with the mask of the analysis before (intersection over union)",
+            "delta_share": "share of ||Delta||^2 that masked parameters carry",
+            "delta_share_over_density": "that share divided by the density; 1 = no more than their number",
+        },
+    ),
+)
+describe(
     "basin_volume",
     Description(
         title="Basin volume",
@@ -226,6 +255,59 @@ describe(
             "runs": "runs with pruning",
             "best_cost": "smallest mean rise of the loss over the run without pruning, nats",
             "worst_cost": "largest mean rise of the loss, nats",
+        },
+    ),
+)
+describe(
+    "parameter_distribution",
+    Description(
+        title="Shape of the change",
+        measures=(
+            "What the change of each matrix looks like: how many directions it has, whether it lies along the base's "
+            "strongest directions, and how far the distribution of the weights has drifted."
+        ),
+        reading=(
+            "A stable rank near 1 means that the change is one direction, as of a low-rank adapter. An alignment over "
+            "chance near 1 means that the finetune found directions of its own; far above, that it amplified those "
+            "that the base had."
+        ),
+        metrics={
+            "stable_rank": "||Delta||_F^2 / ||Delta||_2^2, mean over the matrices weighted by size; by block",
+            "effective_rank": "exponential of the entropy of the singular values; by block",
+            "alignment_over_chance": "share of ||Delta||^2 along the base's top directions, over chance",
+            "histogram_drift": "Jensen-Shannon divergence of the weights' histograms, nats; by block",
+            "relative_change": "||Delta|| / ||base||; by block",
+        },
+    ),
+)
+describe(
+    "attention_tracker",
+    Description(
+        title="Attention heads",
+        measures=(
+            "What every attention head looks at, averaged over the probe's tokens, and how far its patterns have moved "
+            "from those of the base model."
+        ),
+        reading=(
+            "A head near 1 in one of the shares does one thing: it looks at the token before, at the first token, or "
+            "at what followed the last time. Heads that drift while the others stay are where the finetune changed "
+            "what is looked at; a finetune that changes predictions without drift works through values and MLPs."
+        ),
+        metrics={
+            "entropy": "mean entropy of the attention rows, nats",
+            "normalised_entropy": "that entropy over the logarithm of the number of visible tokens; 1 is uniform",
+            "distance": "mean distance between query and key, tokens",
+            "first_token": "share of the attention on the first token",
+            "diagonal": "share on the query's own token",
+            "previous_token": "share on the token right before",
+            "induction": "share on tokens that followed earlier occurrences of the query's token",
+            "duplicate_token": "share on earlier occurrences of the query's token",
+            "drift": "Jensen-Shannon divergence from the base's attention rows, nats; at most 0.693",
+            "previous_token_max": "the same share of the head that has most of it",
+            "induction_max": "the same share of the head that has most of it",
+            "duplicate_token_max": "the same share of the head that has most of it",
+            "drift_max": "drift of the head that moved most, nats",
+            "largest_singular_value": "of the patterns on a prompt, mean over heads; 1 for a permutation",
         },
     ),
 )

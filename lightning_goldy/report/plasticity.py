@@ -125,8 +125,8 @@ def loss_course(row: Row) -> LossCourse:
     """
     result = _result(row)
     curve = _field(result, "curve", Mapping)
-    columns = [_numbers(curve.get(name)) for name in ("steps", "loss", "multiplier")]
-    if len({len(column) for column in columns}) != 1:
+    steps, loss, multiplier = (_numbers(curve.get(name)) for name in ("steps", "loss", "multiplier"))
+    if not len(steps) == len(loss) == len(multiplier):
         raise ReportError("'result.curve' must hold 'steps', 'loss' and 'multiplier' of one length")
     events, before = [], 0
     for change in _field(result, "timeline", list):
@@ -134,7 +134,7 @@ def loss_course(row: Row) -> LossCourse:
         if number != before:
             events.append((int(change["step"]), f"{abs(number - before)} {'cut' if number > before else 'opened'}"))
         before = number
-    return LossCourse(*columns, tuple(events))
+    return LossCourse(steps, loss, multiplier, tuple(events))
 
 
 def score_grid(row: Row) -> ScoreGrid | None:
@@ -178,8 +178,10 @@ def attention_grid(row: Row) -> AttentionGrid | None:
         return None
     maps = _field(shown, "maps", Mapping)
     moments = [name for name in MOMENTS if name in maps]
+    changes = [each for each in _result(row).get("timeline", ()) if each["step"] > shown.get("step", 0)]
+    later = {(layer, head) for change in changes for layer, head in change["closed"]}
     labels = tuple(
-        f"{layer}.{head}, {'cut' if place < shown['n_cut'] else 'kept'}"
+        f"{layer}.{head}, {'cut' if place < shown['n_cut'] else 'cut later' if (layer, head) in later else 'kept'}"
         for place, (layer, head) in enumerate(_field(shown, "heads", list))
     )
     values = np.array([maps[name] for name in moments], dtype=np.float64)
@@ -210,14 +212,14 @@ def score_caption(row: Row) -> str:
 
     Example:
         >>> score_caption({"result": {"scores": {"strategy": "taylor", "step": 4, "n_samples": 16}}})
-        'taylor scores of 16 samples at step 4: cut heads have a frame, heads that were closed before a cross'
+        'taylor scores of 16 samples at step 4; marked are the heads that were cut then or closed before'
     """
     scores = _result(row).get("scores")
     if scores is None:
         return "no head has been scored yet"
     return (
-        f"{scores['strategy']} scores of {scores['n_samples']} samples at step {scores['step']}: cut heads have a frame, "
-        "heads that were closed before a cross"
+        f"{scores['strategy']} scores of {scores['n_samples']} samples at step {scores['step']}; marked are the heads "
+        "that were cut then or closed before"
     )
 
 

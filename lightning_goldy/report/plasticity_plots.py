@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lightning_goldy.report.formatting import format_cell
 from lightning_goldy.report.plasticity import (
     attention_grid,
     gate_timeline,
@@ -122,7 +121,8 @@ def plot_head_scores(row: Row) -> Figure:
     """
     grid = score_grid(row)
     layers, heads = (1, 1) if grid is None else grid.values.shape
-    figure = blank_figure(max(5.5, 1.8 + 0.55 * heads), min(30.0, 1.8 + 0.32 * max(layers, 3)))
+    width = max(5.5, 1.8 + 0.6 * heads)
+    figure = blank_figure(width, min(30.0, 1.8 + 0.38 * max(layers, 3)))
     axes = figure.add_subplot()
     if grid is None:
         _say(axes, "no head has been scored yet")
@@ -133,8 +133,8 @@ def plot_head_scores(row: Row) -> Figure:
             if not math.isfinite(value):
                 continue
             light = value > (low + high) / 2
-            text = f"{format_cell(value)}{' ×' if (layer, head) in grid.closed else ''}"  # noqa: RUF001
-            axes.text(head, layer, text, ha="center", va="center", fontsize=7, color="black" if light else "white")
+            text = f"{value:.2g}" + ("\nclosed" if (layer, head) in grid.closed else "")
+            axes.text(head, layer, text, ha="center", va="center", fontsize=6, color="black" if light else "white")
             if (layer, head) in grid.cut:
                 box = require("matplotlib.patches").Rectangle((head - 0.47, layer - 0.45), 0.94, 0.9)
                 box.set(fill=False, edgecolor="#d55e00", linewidth=2)
@@ -144,7 +144,7 @@ def plot_head_scores(row: Row) -> Figure:
         axes.set_xlabel("head")
         axes.set_ylabel("layer")
         figure.colorbar(image, ax=axes, label="score")
-    write_titles(axes, f"Importance of heads, step {row['step']}", score_caption(row), 15 * max(5, heads))
+    write_titles(axes, f"Importance of heads, step {row['step']}", score_caption(row), int(14 * (width - 1.6)))
     return figure
 
 

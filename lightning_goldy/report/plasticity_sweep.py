@@ -86,13 +86,13 @@ def sweep_caption(row: Row) -> str:
     Example:
         >>> run = {"strategy": "taylor", "level": 0.5, "cycles": 1, "seed": 0, "cost": 0.1}
         >>> sweep_caption({"result": {"runs": [run]}})
-        '1 run with 1 seed; points are means over seeds, bars their range; 0 is the run without pruning of the same seed'
+        '1 run with 1 seed; points are means over seeds, bars their range; 0 is the same seed without pruning'
     """
     runs = sweep_runs(row)
     seeds = len({run["seed"] for run in runs})
     return (
         f"{len(runs)} run{'s' if len(runs) > 1 else ''} with {seeds} seed{'s' if seeds > 1 else ''}; points are means "
-        "over seeds, bars their range; 0 is the run without pruning of the same seed"
+        "over seeds, bars their range; 0 is the same seed without pruning"
     )
 
 

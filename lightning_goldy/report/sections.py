@@ -11,6 +11,7 @@ from lightning_goldy.report.charts import CHARTS, Series
 from lightning_goldy.report.descriptions import Description, description_of
 from lightning_goldy.report.figures import Frame, figure_html, lines_html
 from lightning_goldy.report.formatting import format_number
+from lightning_goldy.report.generations import generations_html
 from lightning_goldy.report.registry import ReportError, Row
 from lightning_goldy.report.run import AnalysisRows
 
@@ -33,6 +34,7 @@ def analysis_html(analysis: AnalysisRows, anchor: str) -> str:
     parts = [f'<section id="{escape(anchor)}"><h2>{escape(description.title)}{name}</h2>']
     parts += [f"<p>{escape(text)}</p>" for text in (description.measures, description.reading) if text]
     parts.append(_figures(analysis))
+    parts.append(generations_html(analysis.rows[-1]))
     parts.append(_metric_lines(analysis.rows))
     parts.append(_metric_table(analysis.rows, description))
     return "\n".join([*filter(None, parts), "</section>"])

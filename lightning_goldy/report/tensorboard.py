@@ -106,6 +106,33 @@ def log_histogram(
     return refused
 
 
+def log_text(loggers: Iterable[Any], tag: str, text: str, step: int) -> list[str]:
+    """Logs Markdown to the loggers that can take text (TensorBoard).
+
+    Args:
+        loggers: Those of the run.
+        tag: Name under which it appears.
+        text: Markdown; what comes from a model or from data must be escaped already.
+        step: Training step.
+
+    Returns:
+        Class names of the loggers that cannot take text; each is also told once in the log.
+
+    Example:
+        >>> log_text([object()], "goldy/generations", "| prompt |", 10)
+        ['object']
+    """
+    refused = []
+    for logger in loggers:
+        writer: Any = getattr(logger, "experiment", None)
+        if hasattr(writer, "add_text"):
+            writer.add_text(tag, text, global_step=step)
+        else:
+            refused.append(type(logger).__name__)
+            _tell_once(type(logger).__name__, "text")
+    return refused
+
+
 def _take_figure(logger: Any, tag: str, figure: Figure, step: int) -> bool:
     if hasattr(logger, "log_image"):
         logger.log_image(tag, [figure], step=step)

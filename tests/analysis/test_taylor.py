@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -205,8 +206,6 @@ def test_regimes_have_the_thresholds_that_are_stated() -> None:
     found = taylor_diff(model, base, [token_batch(2, 6)], by=None)
 
     def with_error(error: float) -> str:
-        import dataclasses
-
         fits = tuple({**fit, "relative_error": error} for fit in found.fits)
         return dataclasses.replace(found, fits=fits).regime
 
@@ -239,9 +238,8 @@ def test_bad_input_is_refused() -> None:
     base = ParameterVector.of(model)
     batch = token_batch(2, 6)
     for options, message in (
-        ({"orders": (0, 1)}, r"orders lie between 1 and 3 .*got 0"),
-        ({"orders": (1, 4)}, r"orders lie between 1 and 3 .*got 4"),
-        ({"orders": (1, 3), "function_space": False}, r"orders lie between 1 and 2 .*got 3"),
+        ({"orders": (0, 1)}, r"orders lie between 1 and 3; got 0"),
+        ({"orders": (1, 4)}, r"orders lie between 1 and 3; got 4"),
         ({"orders": (2,)}, "orders must hold 1"),
         ({"by": "layer"}, "unknown by='layer'"),
     ):

@@ -13,6 +13,7 @@ import torch
 
 from lightning_goldy.callbacks import (
     AnalysisCallback,
+    AttentionTracker,
     BasinVolume,
     Findings,
     GoldenParameters,
@@ -30,6 +31,7 @@ CALLBACKS = {
     "basin_best": lambda: [BasinVolume(2, n_samples=3, cutoff=[1e-3, 1e-2], preconditioner="best", **EVERYWHERE)],
     "taylor": lambda: [GoldenSnapshot(every_n_steps=3), TaylorDiff(n_samples=3, **EVERYWHERE)],
     "taylor_moving": lambda: [TaylorDiff([1, 2], n_samples=3, reset="each", function_space=False, **EVERYWHERE)],
+    "attention": lambda: [GoldenSnapshot(every_n_steps=3), AttentionTracker(n_samples=3, **EVERYWHERE)],
     "both": lambda: [GoldenSnapshot(**EVERYWHERE), GoldenParameters(n_samples=3, score="taylor", **EVERYWHERE)],
 }
 

@@ -61,7 +61,11 @@ def _arguments(recipe):
     return [*(stand_in if word == "FILE" else word for word in words[1:]), "--config", "small.yaml"]
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: f"{recipe.kind}/{recipe.name}")
+@pytest.mark.parametrize(
+    "recipe",
+    [each for each in RECIPES if each.name != "head_plasticity_sweep"],
+    ids=lambda recipe: f"{recipe.kind}/{recipe.name}",
+)
 def test_the_first_line_runs(recipe, workplace):
     arguments = _arguments(recipe)
     assert main(arguments) == 0
@@ -79,6 +83,18 @@ def test_the_first_line_runs(recipe, workplace):
     for config in wanted:
         for callback in config["trainer"].get("callbacks+", config["trainer"].get("callbacks", [])):
             assert callback["class_path"].rpartition(".")[2] in attached
+
+
+def test_the_sweeps_first_line_runs(workplace):
+    recipe = next(each for each in RECIPES if each.name == "head_plasticity_sweep")
+    words = shlex.split(recipe.first_line)
+    assert words[:4] == ["goldy", "plasticity", "--config", "recipes/head_plasticity_sweep.yaml"]
+    arguments = ["text.txt" if word == "FILE" else word for word in words[1:]]
+    reduced = ["--config", "small.yaml", "--trainer.limit_train_batches=4", "--strategies", "random", "--levels", "0.5"]
+    assert main([*arguments, *reduced]) == 0
+    (row,) = (workplace / "runs/plasticity/version_0/goldy/plasticity_sweep/results.jsonl").read_text().splitlines()
+    (run,) = json.loads(row)["result"]["runs"]
+    assert (run["strategy"], run["heads"], run["open_heads"]) == ("random", 16, 12)
 
 
 @pytest.mark.parametrize(

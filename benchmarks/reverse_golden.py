@@ -1,0 +1,138 @@
+"""Reverse golden parameters against single-shot masks of the same size: divergence, passes, seconds.
+
+    python benchmarks/reverse_golden.py [--text FILE]
+
+A byte-level GPT-2 of 0.84 M parameters is trained first, on the text where there is one and on generated sentences
+otherwise. Masks are chosen on one part of its held-out end and measured on another. Prints ratios measured in one run;
+absolute times depend on the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from lightning_goldy.analysis import reverse_golden_parameters
+from lightning_goldy.analysis.fluctuation import STRATEGIES
+from lightning_goldy.core import CausalLMObjective
+
+LENGTH = 128
+WORDS = ("the", "a", "small", "large", "red", "blue", "cat", "dog", "tree", "house", "sees", "likes", "finds", "under")
+PLACES = (Path("shakespeare.txt"), Path(__file__).parents[2] / "shared" / "data" / "tinyshakespeare.txt")
+
+
+def corpus(path: Path | None) -> tuple[torch.Tensor, str]:
+    """Bytes to learn, and where they come from."""
+    for place in [path] if path else PLACES:
+        if place is not None and place.is_file():
+            return torch.tensor(list(place.read_bytes())), place.name
+        if path:
+            raise SystemExit(f"there is no file {path}")
+    generator = torch.Generator().manual_seed(0)
+    words = [WORDS[index] for index in torch.randint(len(WORDS), (200_000,), generator=generator).tolist()]
+    return torch.tensor(list(" ".join(words).encode())), "generated sentences, for there is no text file"
+
+
+def windows(data: torch.Tensor, count: int, seed: int) -> torch.Tensor:
+    starts = torch.randint(len(data) - LENGTH, (count,), generator=torch.Generator().manual_seed(seed))
+    return torch.stack([data[start : start + LENGTH] for start in starts])
+
+
+def trained(data: torch.Tensor, steps: int) -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_layer=4,
+        n_head=4,
+        n_embd=128,
+        vocab_size=256,
+        n_positions=LENGTH,
+        bos_token_id=0,
+        eos_token_id=0,
+        attn_pdrop=0.0,
+        embd_pdrop=0.0,
+        resid_pdrop=0.0,
+    )
+    model = GPT2LMHeadModel(config)
+    optimizer = torch.optim.AdamW(model.parameters(), 4e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps, pct_start=0.1)
+    for step in range(steps):
+        ids = windows(data, 16, step)
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        schedule.step()
+    return model.eval()
+
+
+def report(model: GPT2LMHeadModel, choosing: torch.Tensor, measuring: torch.Tensor, strategies: list[str]) -> None:
+    for scope, percents in (("tensor", (0.1, 1.0, 5.0)), ("global", (0.1, 1.0))):
+        for percent in percents:
+            for strategy in strategies:
+                began = time.perf_counter()
+                result = reverse_golden_parameters(
+                    model,
+                    [{"input_ids": choosing}],
+                    eval_batches=[{"input_ids": measuring}],
+                    top_k_percent=percent,
+                    scope=scope,
+                    strategy=strategy,
+                    # Scores of single samples make the strongest single-shot masks.
+                    chunk_size=1,
+                )
+                seconds = time.perf_counter() - began
+                if strategy == strategies[0]:
+                    shots = ", ".join(f"{name} {value:.2f}" for name, value in result.single_shots.items())
+                    print(f"{percent:g} % ({scope}), single shots: {shots} nats")
+                bound = " (>= 5)" if scope == "tensor" else ""
+                print(
+                    f"  {strategy}: {result.kl_divergence:.2f} nats ({result.search_divergence:.2f} on the choosing "
+                    f"samples), {result.over_gradient:.1f} x |gradient|{bound}, "
+                    f"{result.kl_divergence / max(result.single_shots.values()):.1f} x the best single shot (>= 1), "
+                    f"{result.passes} passes (<= 12), {result.evaluations} evaluations, {seconds:.1f} s",
+                    flush=True,
+                )
+
+
+def one_pass(model: GPT2LMHeadModel, ids: torch.Tensor) -> float:
+    """Median seconds of a forward and a backward pass."""
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        model(input_ids=ids, labels=ids).loss.backward()
+        model.zero_grad(set_to_none=True)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--strategies", nargs="+", default=["none", "adaptive_sinusoidal"], choices=list(STRATEGIES))
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    data, source = corpus(arguments.text)
+    print(f"text: {source}")
+    end = int(0.9 * len(data))
+    middle = (end + len(data)) // 2
+    model = trained(data[:end], arguments.steps)
+    choosing, measuring = windows(data[end:middle], arguments.samples, 1), windows(data[middle:], arguments.samples, 2)
+    with torch.no_grad():
+        loss = float(CausalLMObjective().loss(model, {"input_ids": measuring}))
+    size = sum(parameter.numel() for parameter in model.parameters())
+    print(
+        f"{size / 1e6:.2f} M parameters, held-out loss {loss:.3f} nats, {arguments.samples} + {arguments.samples} "
+        f"samples of {LENGTH} bytes; one forward and backward pass {one_pass(model, choosing):.2f} s"
+    )
+    report(model, choosing, measuring, arguments.strategies)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,252 @@
+"""What each row of an attention pattern looks at: entropy, distance, and shares of its mass, summed over queries."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+STATISTICS = (
+    "entropy",
+    "normalised_entropy",
+    "distance",
+    "first_token",
+    "diagonal",
+    "previous_token",
+    "induction",
+    "duplicate_token",
+)
+"""Names of the statistics, in the order of :func:`statistic_sums`."""
+
+# Elements of a pattern that are worked on at a time; each takes about ten numbers beside the pattern.
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of a batch, which are no padding, and which occurred before.
+
+    Args:
+        ids: Token ids, shape ``[B, T]``.
+        valid: True where a token is no padding, shape ``[B, T]``.
+
+    Example:
+        >>> tokens = Tokens(torch.tensor([[5, 6, 5, 6]]), torch.ones(1, 4, dtype=torch.bool))
+        >>> tokens.earlier[0].nonzero().tolist(), tokens.followers[0].nonzero().tolist()
+        ([[2, 0], [3, 1]], [[2, 1], [3, 2]])
+    """
+
+    ids: Tensor
+    valid: Tensor
+
+    @classmethod
+    def of(cls, batch: Any) -> Tokens:
+        """Those of a batch with ``input_ids`` and, where there is padding, ``attention_mask``.
+
+        Raises:
+            ValueError: The batch is of another kind, the shapes differ, or a sample is all padding.
+        """
+        ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+        if not isinstance(ids, Tensor) or ids.ndim != 2:
+            found = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
+            raise ValueError(f"attention needs batches that are dicts with 'input_ids' of shape [B, T]; got {found}")
+        mask = batch.get("attention_mask")
+        if mask is None:
+            return cls(ids, torch.ones_like(ids, dtype=torch.bool))
+        if mask.shape != ids.shape:
+            raise ValueError(
+                f"attention_mask must have the shape of input_ids, {tuple(ids.shape)}; got {tuple(mask.shape)}"
+            )
+        empty = (mask != 0).any(dim=1).logical_not().nonzero().flatten().tolist()
+        if empty:
+            raise ValueError(f"samples {empty[:5]} of a batch of {len(ids)} are all padding")
+        return cls(ids, mask != 0)
+
+    @property
+    def first(self) -> Tensor:
+        """Place of each sample's first token, shape ``[B]``."""
+        return self.valid.int().argmax(dim=1)
+
+    @property
+    def earlier(self) -> Tensor:
+        """Whether key s is an earlier occurrence of query t's token, shape ``[B, Tq, Tk]``."""
+        same = self.ids[:, :, None] == self.ids[:, None, :]  # [B, Tq, Tk]
+        return (same & self.valid[:, :, None] & self.valid[:, None, :]).tril(-1)
+
+    @property
+    def followers(self) -> Tensor:
+        """Whether key s, before query t, comes right after an earlier occurrence of its token, ``[B, Tq, Tk]``."""
+        shifted = self.earlier.roll(1, dims=2)  # [B, Tq, Tk]
+        shifted[:, :, 0] = False
+        return (shifted & self.valid[:, None, :]).tril(-1)
+
+    def rows(self, start: int, stop: int) -> Tokens:
+        """The samples from ``start`` up to ``stop``."""
+        return Tokens(self.ids[start:stop], self.valid[start:stop])
+
+
+def statistic_sums(weights: Tensor, mask: Tensor | None, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    r"""Sums of every statistic over the queries of one layer, and how many queries there are.
+
+    With a query t and a key s, a_{ts} their attention weight, n_t the number of keys that t sees, x the tokens and f
+    the first that is no padding, over queries that are no padding:
+
+    .. math::
+        \text{entropy} &= -\sum_s a_{ts} \log a_{ts}, &
+        \text{normalised} &= \text{entropy} / \log n_t \quad (n_t \ge 2) \\
+        \text{distance} &= \sum_s a_{ts} \, |t - s|, &
+        \text{first} &= a_{tf}, \quad \text{diagonal} = a_{tt} \\
+        \text{previous} &= a_{t,t-1}, &
+        \text{induction} &= \sum_{j < t - 1,\; x_j = x_t} a_{t,j+1} \\
+        \text{duplicate} &= \sum_{j < t,\; x_j = x_t} a_{tj}
+
+    The last three are taken only over queries that see such a key.
+
+    Args:
+        weights: Attention weights of one layer, shape ``[B, H, T, T]``.
+        mask: Additive mask that broadcasts to it, None when every key is visible.
+        tokens: The batch.
+
+    Returns:
+        Sums, shape ``[statistics, H]``, and numbers of queries, shape ``[statistics]``; both float64.
+
+    Raises:
+        ValueError: There are other keys than queries, as with a cache or a learned prefix.
+
+    Source: previous-token heads, and induction as prefix matching: Olsson et al. 2022, "In-context Learning and
+    Induction Heads", arXiv 2209.11895, section "Key concepts"; duplicate-token heads: Wang et al. 2022,
+    "Interpretability in the Wild", arXiv 2211.00593, section 3.
+
+    Example:
+        >>> tokens = Tokens(torch.tensor([[5, 6]]), torch.ones(1, 2, dtype=torch.bool))
+        >>> sums, counts = statistic_sums(torch.tensor([[[[1.0, 0.0], [0.5, 0.5]]]]), None, tokens)
+        >>> dict(zip(STATISTICS, sums[:, 0].tolist()))["distance"], counts.tolist()
+        (0.5, [2.0, 2.0, 2.0, 2.0, 2.0, 1.0, 0.0, 0.0])
+    """
+    n_samples, n_heads, length, n_keys = weights.shape
+    if (n_samples, length) != tuple(tokens.ids.shape) or n_keys != length:
+        raise ValueError(
+            f"attention of shape {tuple(weights.shape)} does not belong to {tuple(tokens.ids.shape)} tokens: a batch's "
+            "rows must go through the model together, without a cache or a learned prefix"
+        )
+    visible = _visible(weights, mask)
+    sums = torch.zeros(len(STATISTICS), n_heads, dtype=torch.float64, device=weights.device)
+    counts = torch.zeros(len(STATISTICS), dtype=torch.float64, device=weights.device)
+    for start, stop in chunks(weights):
+        values, rows = _statistics(weights[start:stop], visible[start:stop], tokens.rows(start, stop))
+        sums += torch.where(rows[:, :, None], values, 0.0).sum(dim=(1, 3), dtype=torch.float64)
+        counts += rows.sum(dim=(1, 2), dtype=torch.float64)
+    return sums, counts
+
+
+def jensen_shannon(first: Tensor, second: Tensor) -> Tensor:
+    r"""Jensen-Shannon divergence between distributions along the last dimension.
+
+    .. math:: \tfrac12 \mathrm{KL}(p \,\|\, m) + \tfrac12 \mathrm{KL}(q \,\|\, m), \qquad m = \tfrac12 (p + q)
+
+    Every element adds a term that is not negative, so equal rows give exactly 0, and close ones lose no more digits
+    than their own rounding takes.
+
+    Args:
+        first: p, any shape.
+        second: q, the same.
+
+    Returns:
+        The shape without its last dimension, nats, in [0, log 2]; at least float32.
+
+    Source: Lin 1991, "Divergence measures based on the Shannon entropy", section IV.
+
+    Example:
+        >>> round(jensen_shannon(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])).item(), 6)
+        0.693147
+    """
+    first, second = _precise(first), _precise(second)
+    middle = (first + second) / 2
+    ratio = torch.where(middle > 0, (first - second) / (2 * middle), 0.0)
+    # With p = m (1 + x) and q = m (1 - x); where one of them is 0 the logarithm is infinite and its factor 0.
+    lowest = -torch.finfo(ratio.dtype).max
+    rise = torch.log1p(ratio).clamp_min_(lowest).mul_(1 + ratio)
+    fall = torch.log1p(-ratio).clamp_min_(lowest).mul_(1 - ratio)
+    return rise.add_(fall).clamp_min_(0.0).mul_(middle).sum(dim=-1) / 2
+
+
+def divergence_sums(first: Tensor, second: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """Jensen-Shannon divergences between two patterns, summed over the queries that are no padding.
+
+    Args:
+        first: Attention weights of one layer, shape ``[B, H, T, T]``.
+        second: Others of that shape.
+        tokens: The batch.
+
+    Returns:
+        Sums, shape ``[H]``, nats, and the number of queries, a scalar; both float64.
+    """
+    total = torch.zeros(first.shape[1], dtype=torch.float64, device=first.device)
+    for start, stop in chunks(first):
+        values = jensen_shannon(first[start:stop], second[start:stop])  # [B, H, T]
+        total += torch.where(tokens.valid[start:stop, None], values, 0.0).sum(dim=(0, 2), dtype=torch.float64)
+    return total, tokens.valid.sum(dtype=torch.float64)
+
+
+def chunks(weights: Tensor) -> Iterator[tuple[int, int]]:
+    """Ranges of samples that are small enough to be worked on together."""
+    size = max(1, _CHUNK // max(1, math.prod(weights.shape[1:])))
+    for start in range(0, len(weights), size):
+        yield start, min(start + size, len(weights))
+
+
+def _precise(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _visible(weights: Tensor, mask: Tensor | None) -> Tensor:
+    """Which keys each query sees, shape ``[B, Tq, Tk]``."""
+    n_samples, _, length, n_keys = weights.shape
+    if mask is None:
+        return torch.ones(n_samples, length, n_keys, dtype=torch.bool, device=weights.device)
+    mask = mask[..., :n_keys]
+    # Half of the lowest number: a mask may also carry a bias by distance.
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return seen.any(dim=1).expand(n_samples, length, n_keys)
+
+
+def _statistics(weights: Tensor, visible: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """Each statistic of each query, shape ``[statistics, B, H, T]``, and where it exists, ``[statistics, B, T]``."""
+    weights, valid = _precise(weights), tokens.valid
+    _, n_heads, length, _ = weights.shape
+    # Not torch.special.entr, which is several times slower on CPUs; 0 log 0 is 0 here too.
+    entropy = -(weights * weights.clamp_min(torch.finfo(weights.dtype).tiny).log()).sum(dim=-1)  # [B, H, T]
+    n_visible = visible.sum(dim=-1)  # [B, T]
+    places = torch.arange(length, device=weights.device, dtype=weights.dtype)
+    distance = torch.einsum("bhts,ts->bht", weights, (places[:, None] - places[None, :]).abs())
+    first = tokens.first[:, None, None, None].expand(-1, n_heads, length, 1)
+    previous = torch.zeros_like(entropy)
+    previous[..., 1:] = weights.diagonal(offset=-1, dim1=-2, dim2=-1)
+    has_previous = torch.zeros_like(valid)
+    has_previous[:, 1:] = valid[:, :-1] & visible.diagonal(offset=-1, dim1=-2, dim2=-1)
+    followers, earlier = tokens.followers & visible, tokens.earlier & visible
+    values = (
+        entropy,
+        entropy / n_visible.clamp_min(2).log()[:, None],
+        distance,
+        weights.gather(-1, first).squeeze(-1),
+        weights.diagonal(dim1=-2, dim2=-1),
+        previous,
+        torch.einsum("bhts,bts->bht", weights, followers.to(weights.dtype)),
+        torch.einsum("bhts,bts->bht", weights, earlier.to(weights.dtype)),
+    )
+    rows = (
+        valid,
+        valid & (n_visible > 1),
+        valid,
+        valid,
+        valid,
+        valid & has_previous,
+        valid & followers.any(dim=-1),
+        valid & earlier.any(dim=-1),
+    )
+    return torch.stack(values), torch.stack(rows)

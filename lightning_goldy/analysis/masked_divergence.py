@@ -1,0 +1,249 @@
+"""A model with elements set to zero, and how far that moves what it says: the divergence and its gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_goldy.analysis.divergence import AnchoredDivergence, Cache, divergence_sum
+from lightning_goldy.core.batches import batch_tensors, map_batch
+from lightning_goldy.core.objective import Objective
+from lightning_goldy.core.sharding import Replicas, align, is_sharded, like, local, unshard_guard
+from lightning_goldy.core.space import ParameterSpace
+from lightning_goldy.core.vector import require_finite
+
+# Elements of [rows, vocabulary] that are worked on at a time.
+_CHUNK = 1 << 22
+
+
+class MaskedModel:
+    """Sets masked elements to zero in place, and copies the values back at the end of the ``with`` block.
+
+    Args:
+        model: Its parameters are changed.
+        space: Those that masks are of.
+
+    Example:
+        >>> linear = nn.Linear(2, 1, bias=False)
+        >>> before = linear.weight.detach().clone()
+        >>> with MaskedModel(linear, ParameterSpace.of(linear)) as masked:
+        ...     masked.zero({"weight": torch.tensor([[True, False]])})
+        ...     zeroed = linear.weight.tolist()
+        >>> zeroed == [[0.0, before[0, 1].item()]], torch.equal(linear.weight, before)
+        (True, True)
+    """
+
+    def __init__(self, model: nn.Module, space: ParameterSpace) -> None:
+        self.model, self.space = model, space
+        self.parameters = space.resolve(model)
+        self.values = {name: local(parameter).clone() for name, parameter in self.parameters.items()}
+        """The parameters as they were, this process's part of each."""
+
+    def zero(self, mask: Mapping[str, Tensor] | None) -> None:
+        """Sets to zero what the mask (this process's part of each tensor) marks, and nothing else; None for nothing."""
+        unshard_guard(self.model)
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                part = local(parameter)
+                part.copy_(self.values[name])
+                if mask is not None:
+                    part.masked_fill_(mask[name], 0)
+        # Inside autocast a low-precision copy of the old weight may be cached and would be used in its place.
+        torch.clear_autocast_cache()
+
+    def __enter__(self) -> MaskedModel:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.zero(None)
+
+
+class SharedDivergence:
+    r"""Mean divergence of the model from itself as it was when this was made, its samples shared out over replicas.
+
+    Args:
+        model: The module at the anchor, in evaluation mode.
+        pieces: Batches, each one forward pass; the same on every rank.
+        objective: Where the targets are.
+        replicas: The ranks that share the pieces out.
+        cache: Where the anchor's log-probabilities are kept.
+
+    Example:
+        >>> from lightning_goldy.core.objective import ClassifierObjective
+        >>> piece = (torch.ones(1, 2), torch.tensor([0]))
+        >>> SharedDivergence(nn.Linear(2, 3), [piece], ClassifierObjective(), Replicas()).positions
+        1
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        pieces: Sequence[Any],
+        objective: Objective,
+        replicas: Replicas,
+        *,
+        cache: Cache = "auto",
+    ) -> None:
+        device = next(model.parameters()).device
+        self.pieces = [map_batch(piece, lambda tensor: tensor.to(device)) for piece in replicas.share(pieces)]
+        """This rank's share, on the model's device."""
+        self.replicas = replicas
+        self._device = device
+        # A rank may have no piece, and then only takes part in the sums.
+        self._held = _Held(model, self.pieces, objective, cache=cache) if self.pieces else None
+        self.positions = round(self._sum(self._held.positions if self._held else 0))
+        """Target positions of all ranks."""
+
+    def __call__(self, model: nn.Module) -> float:
+        """The mean divergence, nats.
+
+        Raises:
+            ValueError: It is not finite.
+        """
+        return self._mean(self._held(model) * self._held.positions if self._held else 0.0)
+
+    def gradients(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> tuple[float, dict[str, Tensor]]:
+        """The mean divergence, nats, and its gradient, this process's part of each in float32.
+
+        Raises:
+            ValueError: One of them is not finite.
+        """
+        sums = GradientSum(parameters)
+        total = 0.0
+        for value in self._held.backward(model) if self._held else ():
+            total += value
+            sums.add(model)
+        found = sums.total(self.replicas, "gradients of the divergence")
+        return self._mean(total), {name: gradient.div_(self.positions) for name, gradient in found.items()}
+
+    def _mean(self, total: float) -> float:
+        mean = self._sum(total) / self.positions
+        if not abs(mean) < float("inf"):
+            raise ValueError(f"the divergence of the masked model is {mean} nats: its outputs are not finite")
+        return mean
+
+    def _sum(self, value: float) -> float:
+        # Backends of accelerators without float64 still take part in sums on their own terms.
+        dtype = torch.float32 if self._device.type == "mps" else torch.float64
+        return float(self.replicas.sum_(torch.tensor(value, dtype=dtype, device=self._device)))
+
+
+class GradientSum:
+    """Gradients summed over backward passes and replicas, this process's part of each in at least float32.
+
+    Args:
+        parameters: Whose gradients.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.parameters = parameters
+        self.sums = {name: zeros_like_part(parameter) for name, parameter in parameters.items()}
+
+    def add(self, model: nn.Module) -> None:
+        """Takes the gradients that a backward pass has left, and clears them."""
+        for name, gradient in taken_gradients(model, self.parameters):
+            self.sums[name] += gradient
+
+    def total(self, replicas: Replicas, what: str) -> dict[str, Tensor]:
+        """The sums over the replicas.
+
+        Raises:
+            ValueError: A gradient is not finite; its parameter is named.
+        """
+        for gradient in self.sums.values():
+            replicas.sum_(gradient)
+        laid_out = {name: like(self.parameters[name].detach(), part) for name, part in self.sums.items()}
+        require_finite(laid_out, what)
+        return self.sums
+
+
+def zeros_like_part(parameter: Tensor) -> Tensor:
+    """Zeros of the shape of this process's part, in at least float32."""
+    part = local(parameter)
+    return torch.zeros_like(part, dtype=torch.promote_types(part.dtype, torch.float32))
+
+
+def taken_gradients(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, Tensor]]:
+    """Name and this process's part of each gradient that there is, in at least float32; all gradients are cleared."""
+    unshard_guard(model)
+    for name, parameter in parameters.items():
+        gradient, parameter.grad = parameter.grad, None
+        if gradient is None:
+            continue
+        dense = gradient.to_dense() if gradient.layout is torch.sparse_coo else gradient
+        part = local(align(dense, parameter))
+        yield name, part.to(torch.promote_types(part.dtype, torch.float32))
+    for parameter in model.parameters():
+        parameter.grad = None
+
+
+def only_these_require_gradients(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Spares the backward pass the gradients that nobody asks for; FSDP2 needs uniform groups and is left as it is."""
+    if any(is_sharded(parameter) for parameter in model.parameters()):
+        return
+    chosen = {id(parameter) for parameter in parameters.values()}
+    for parameter in model.parameters():
+        if id(parameter) not in chosen:
+            parameter.requires_grad_(False)
+
+
+def divergence_gradient(log_probs: Tensor, logits: Tensor) -> Tensor:
+    r"""Gradient of the sum over rows of KL(p || softmax(logits)) with respect to the logits, which is q - p.
+
+    Args:
+        log_probs: log p, shape ``[rows, vocabulary]``, any device and dtype.
+        logits: Shape ``[rows, vocabulary]``.
+
+    Returns:
+        Shape and dtype of the logits.
+
+    Example:
+        >>> logits = torch.tensor([[0.0, 0.0]])
+        >>> divergence_gradient(torch.tensor([[1.0, 0.0]]).log(), logits).tolist()
+        [[-0.5, 0.5]]
+    """
+    found = torch.empty_like(logits)
+    rows = max(1, _CHUNK // logits.shape[-1])
+    for start in range(0, len(logits), rows):
+        part = logits[start : start + rows].detach()
+        dtype = torch.promote_types(part.dtype, torch.float32)
+        q = torch.softmax(part, dim=-1, dtype=dtype)
+        found[start : start + rows] = q - log_probs[start : start + rows].to(part.device, dtype).exp()
+    return found
+
+
+def pieces_of(batches: Sequence[Any], size: int | None) -> list[Any]:
+    """Cuts batches into pieces of at most ``size`` samples, which never span two batches.
+
+    Example:
+        >>> [len(piece["x"]) for piece in pieces_of([{"x": torch.zeros(5, 2)}], 2)]
+        [2, 2, 1]
+    """
+    if size is None:
+        return list(batches)
+    pieces = []
+    for batch in batches:
+        length = len(next(batch_tensors(batch)))
+        for start in range(0, length, size):
+            pieces.append(map_batch(batch, lambda tensor, at=slice(start, start + size): tensor[at]))  # type: ignore[misc]
+    return pieces
+
+
+class _Held(AnchoredDivergence):
+    """Adds the backward pass."""
+
+    def backward(self, model: nn.Module) -> Iterator[float]:
+        """Leaves the gradient of each batch's summed divergence in the parameters, and gives that sum, nats."""
+        for index, batch in enumerate(self.batches):
+            # Before the forward pass, because without a cache the anchor's weights take the model's place meanwhile.
+            with torch.no_grad():
+                anchor = self._anchor_log_probs(model, index)
+            logits = self.objective.logits_and_targets(model, batch).logits
+            logits.backward(divergence_gradient(anchor, logits))
+            yield divergence_sum(anchor, logits.detach())

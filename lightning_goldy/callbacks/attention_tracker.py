@@ -1,0 +1,136 @@
+"""Tracks what every attention head looks at, on a schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import lightning.pytorch as L
+from torch import nn
+
+from lightning_goldy.analysis.attention import attention_maps, attention_statistics, check_statistics_arguments
+from lightning_goldy.callbacks.attention_findings import Attention, Shown, attention_findings
+from lightning_goldy.callbacks.attention_prompts import (
+    Prompt,
+    check_prompts,
+    find_prompts,
+    find_tokenizer,
+    token_namer,
+)
+from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, Findings
+from lightning_goldy.callbacks.golden_snapshot import GoldenSnapshot
+from lightning_goldy.core.files import read_rows
+from lightning_goldy.core.isolation import undisturbed
+from lightning_goldy.core.vector import ParameterVector, substituted
+
+
+class AttentionTracker(AnalysisCallback[Attention]):
+    """What every attention head looks at, and how far that has moved from the base.
+
+    Logs entropy, distance, the mass on the first token, on the diagonal and on the previous token, induction and
+    duplicate-token scores; with a ``GoldenSnapshot`` beside it the drift from the base's patterns (Jensen-Shannon); the
+    largest singular values of each head's pattern; and the patterns of chosen heads on chosen prompts.
+
+    Args:
+        prompts: Texts or lists of token ids by name; by default the first sample of the probe.
+        heads: The [layer, head] pairs whose patterns are shown, or ``all``; by default the strongest head of each kind
+            at the first analysis, for the whole run.
+        n_samples: Probe samples used for the statistics.
+        drift: Whether to compare with the base of a ``GoldenSnapshot``, at twice the cost.
+        max_tokens: Longer prompts are cut.
+        singular_values: How many are kept of each head's pattern.
+        **options: Of :class:`AnalysisCallback`.
+
+    Example:
+        >>> AttentionTracker(max_tokens=0)
+        Traceback (most recent call last):
+        ValueError: max_tokens must be at least 1; got 0
+    """
+
+    def __init__(
+        self,
+        prompts: Mapping[str, str | list[int]] | None = None,
+        *,
+        heads: Sequence[Sequence[int]] | Literal["all"] | None = None,
+        n_samples: int | None = 16,
+        drift: bool = True,
+        max_tokens: int = 24,
+        singular_values: int = 4,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        check_statistics_arguments(n_samples)
+        for argument, value in (("max_tokens", max_tokens), ("singular_values", singular_values)):
+            if value < 1:
+                raise ValueError(f"{argument} must be at least 1; got {value}")
+        if prompts is not None:
+            check_prompts(prompts)
+        self.prompts, self.heads = prompts, _pairs(heads)
+        self.n_samples, self.drift = n_samples, drift
+        self.max_tokens, self.singular_values = max_tokens, singular_values
+        self._shown: tuple[Prompt, ...] = ()
+
+    def probe_samples(self) -> int | None:
+        """The samples that the statistics are taken over."""
+        return self.n_samples
+
+    def prepare(self, trainer: L.Trainer, model: nn.Module) -> None:
+        """Tries every prompt once, so that a model, token or head that cannot be shown fails before the first step."""
+        self._shown = find_prompts(trainer, model, self.prompts, self._batches, self.max_tokens)
+        with undisturbed(trainer, trainer.lightning_module):
+            for prompt in self._shown:
+                known = attention_maps(model, prompt.batch).heads
+        for pair in self.heads if isinstance(self.heads, tuple) else ():
+            if pair not in known:
+                last = known[-1]
+                raise ValueError(
+                    f"heads: there is no head {pair[1]} in layer {pair[0]}; layers go from 0 to {last[0]}, the last "
+                    f"one's heads from 0 to {last[1]}"
+                )
+
+    def compute(self, context: AnalysisContext) -> Attention:
+        """Measures the probe and records the prompts, with the present parameters and with the base's."""
+        base = self._base(context)
+        statistics = attention_statistics(
+            context.model,
+            context.probe,
+            context.objective,
+            base=base,
+            n_samples=self.n_samples,
+            progress=context.progress,
+        )
+        name_tokens = token_namer(find_tokenizer(context.trainer))
+        shown = []
+        for prompt in self._shown:
+            before = None
+            if base is not None:
+                with substituted(context.model, base):
+                    before = attention_maps(context.model, prompt.batch, name_tokens=name_tokens)
+            shown.append(Shown(prompt, attention_maps(context.model, prompt.batch, name_tokens=name_tokens), before))
+        passes = statistics.passes + len(shown) * (1 if base is None else 2)
+        return Attention(statistics, tuple(shown), passes)
+
+    def describe(self, result: Attention, context: AnalysisContext) -> Findings:
+        """Means over heads as metrics; every head's statistics, patterns and singular values for the figures."""
+        heads = result.shown[0].maps.heads if self.heads == "all" else self.heads
+        return attention_findings(
+            result,
+            step=context.step,
+            heads=heads,
+            singular_values=self.singular_values,
+            earlier=read_rows(context.store.rows) if context.store.write else [],
+        )
+
+    def _base(self, context: AnalysisContext) -> ParameterVector | None:
+        callbacks = context.trainer.callbacks  # type: ignore[attr-defined]
+        snapshot = next((each for each in callbacks if isinstance(each, GoldenSnapshot)), None)
+        return snapshot.base.vector(context.model) if self.drift and snapshot is not None else None
+
+
+def _pairs(heads: Sequence[Sequence[int]] | str | None) -> tuple[tuple[int, int], ...] | Literal["all"] | None:
+    if heads is None or heads == "all":
+        return heads  # type: ignore[return-value]
+    pairs = [tuple(pair) if isinstance(pair, (list, tuple)) else () for pair in heads]
+    if isinstance(heads, str) or not pairs or any(len(pair) != 2 for pair in pairs):
+        raise ValueError(f"heads is 'all' or a list of [layer, head] pairs; got {heads!r}")
+    return tuple(dict.fromkeys((int(layer), int(head)) for layer, head in pairs))

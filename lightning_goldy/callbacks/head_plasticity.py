@@ -1,0 +1,250 @@
+"""Prunes and regrows attention heads on a schedule while the model trains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+
+from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, Findings
+from lightning_goldy.callbacks.golden_snapshot import BASE_FILE
+from lightning_goldy.callbacks.plasticity_base import AttentionBase
+from lightning_goldy.callbacks.plasticity_findings import plasticity_findings, running_metrics
+from lightning_goldy.callbacks.plasticity_plan import PlasticitySettings, check_regrowth, plan_from
+from lightning_goldy.callbacks.plasticity_run import PlasticityRun, load_gates
+from lightning_goldy.callbacks.plasticity_settings import PruningSchedule, Recovery, Regrowth, Scoring
+from lightning_goldy.callbacks.plasticity_subject import PlasticitySubject, first_samples
+from lightning_goldy.callbacks.subject import find_model, find_objective
+from lightning_goldy.core.blocks import UnsupportedArchitectureError
+from lightning_goldy.core.gates import HeadGates
+from lightning_goldy.core.isolation import undisturbed
+from lightning_goldy.core.objective import Objective
+from lightning_goldy.core.sharding import Replicas
+from lightning_goldy.report.tensorboard import log_scalars
+
+
+class HeadPlasticity(AnalysisCallback[list[dict[str, Any]]]):
+    """Which heads does the finetune need? Closes the least important ones, lets the model recover, regrows the wanted.
+
+    Each cycle: heads are scored and cut along a ramp until ``pruning_level`` of them are closed, the attention of the
+    layers that were cut trains with a higher learning rate, then a share of the closed heads opens again and trains on.
+    A cycle that costs too much loss can be rolled back. Closed heads stay closed when the training ends; their weights
+    receive no update while they are. Scores and losses are of the probe, in evaluation mode.
+
+    Unlike the other callbacks it changes the training. Scoring and measuring leave no trace all the same.
+
+    Args:
+        strategy: How heads are scored: ``combined``, ``entropy``, ``magnitude``, ``taylor``, ``ablation``, ``random``,
+            or a registered score of yours.
+        pruning_level: Share of all heads that is closed after the last cut of a cycle, a fraction in (0, 1).
+        cycles: Number of cycles.
+        min_heads_per_layer: Heads that stay open in every layer.
+        scoring: Samples, weights, seed, single heads or whole groups.
+        schedule: Warm-up, length of a cycle, ramp, time of regrowth.
+        regrowth: How many heads regrow, which, and from what.
+        recovery: Learning rate after a cut, measurements, tolerance.
+        **options: Of :class:`AnalysisCallback`.
+
+    Example:
+        >>> HeadPlasticity(pruning_level=1.0)
+        Traceback (most recent call last):
+        ValueError: pruning_level is the share of all heads to cut, above 0 and below 1; got 1.0
+    """
+
+    def __init__(
+        self,
+        strategy: str = "combined",
+        *,
+        pruning_level: float = 0.2,
+        cycles: int = 1,
+        min_heads_per_layer: int = 1,
+        scoring: Scoring = Scoring(),  # noqa: B008 - frozen
+        schedule: PruningSchedule = PruningSchedule(),  # noqa: B008 - frozen
+        regrowth: Regrowth = Regrowth(),  # noqa: B008 - frozen
+        recovery: Recovery = Recovery(),  # noqa: B008 - frozen
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.settings = PlasticitySettings(
+            strategy, pruning_level, cycles, min_heads_per_layer, scoring, schedule, regrowth, recovery
+        )
+        self._plasticity: PlasticityRun | None = None
+        self._loaded: dict[str, Any] | None = None
+        self._base = AttentionBase(None)
+
+    @property
+    def plasticity(self) -> PlasticityRun:
+        """The run's plan, state and history.
+
+        Raises:
+            RuntimeError: Training has not started yet.
+        """
+        if self._plasticity is None:
+            raise RuntimeError(f"{self.name}: heads are cut once training has started")
+        return self._plasticity
+
+    def probe_samples(self) -> int | None:
+        """The samples that heads are scored and losses measured on."""
+        return self.settings.scoring.n_samples
+
+    def prepare(self, trainer: L.Trainer, model: nn.Module) -> None:
+        """Checks that the plan can be carried out, and takes up the state of a run that is resumed."""
+        self._batches = first_samples(self._batches, self.settings.scoring.n_samples)
+        gates = HeadGates.of(model) or HeadGates(model)
+        check_regrowth(gates, self.settings.regrowth)
+        earlier = self._plasticity
+        saved = self._loaded if self._resumed else None
+        if earlier is not None:
+            earlier.remove()
+            if saved is None and 0 <= self._last_step <= trainer.global_step:
+                # The same trainer goes on with another fit.
+                earlier.save_files(self.folder, write=trainer.is_global_zero)
+                trainer.strategy.barrier()
+                saved = earlier.state_dict()
+            elif saved is None:
+                self._base = AttentionBase(None)
+        if saved is not None:
+            load_gates(gates, saved)
+        if self._resumed:
+            self._carry(trainer)
+        total = trainer.estimated_stepping_batches
+        self._plasticity = PlasticityRun(
+            self.settings,
+            # A resumed run may have another length; fractions stay those of the length that it began with.
+            plan_from(saved["plan"]) if saved is not None else self.settings.plan(gates, total),
+            gates,
+            module=trainer.lightning_module,
+            model=model,
+            optimizers=trainer.optimizers,
+            base=self._base.find(trainer, model, gates, self.folder) if self.settings.needs_base else None,
+        )
+        if saved is not None:
+            self._plasticity.load_state_dict(saved, self.folder)
+        self._check(trainer, model)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begins the first cycle when there is no warm-up."""
+        super().on_train_start(trainer, pl_module)
+        if self.plasticity.due(trainer.global_step) is not None:
+            self.run(trainer, pl_module, "start")
+        self.plasticity.prepare_step(trainer.global_step)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Does what is due after an optimizer step, or measures the recovery."""
+        stepped, step = trainer.global_step != self._seen_step, trainer.global_step
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if not stepped:
+            return
+        if self.plasticity.due(step) is not None:
+            self.run(trainer, pl_module, "step")
+        elif self.plasticity.measures(step):
+            self._measure(trainer, pl_module)
+        self.plasticity.prepare_step(step)
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        """Keeps closed heads out of the gradient's norm, before it is clipped."""
+        if self._plasticity is not None:
+            self._plasticity.zero_gradients()
+
+    def compute(self, context: AnalysisContext) -> list[dict[str, Any]]:
+        """Carries out what is due."""
+        assert context.objective is not None
+        self._subject = self._subject_of(context.model, context.objective)
+        return self.plasticity.carry_out(self._subject, context.step, context.progress)
+
+    def describe(self, result: list[dict[str, Any]], context: AnalysisContext) -> Findings:
+        """Losses and heads as metrics; decisions, scores, time line and maps for the figures."""
+        loss = self._subject.loss()
+        if self.plasticity.measures(context.step) or not result:
+            self.plasticity.observe(context.step, loss)
+        return plasticity_findings(
+            self.plasticity, result, loss=loss, step=context.step, evaluations=self._subject.evaluations
+        )
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Closes the heads of a loaded checkpoint, also when nothing is trained."""
+        self._close_loaded(pl_module)
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Closes the heads of a loaded checkpoint."""
+        self._close_loaded(pl_module)
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Closes the heads of a loaded checkpoint."""
+        self._close_loaded(pl_module)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Lets the optimizers go; closed heads stay closed."""
+        if stage == "fit" and self._plasticity is not None:
+            self._plasticity.remove()
+
+    def save_files(self, trainer: L.Trainer, model: nn.Module) -> None:
+        """Writes the weights that a cycle may be rolled back to."""
+        assert self._store is not None
+        self.plasticity.save_files(self.folder, write=trainer.is_global_zero)
+        for kind in self.plasticity.copied_kinds:
+            self._store.prune(f"cycle-{kind}", trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Adds the plan, where it stands, the gates, and the names of the files."""
+        run = self._loaded if self._plasticity is None else self._plasticity.state_dict()
+        return {**super().state_dict(), "plasticity": run, "base_hash": self._base.hash}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Notes what the interrupted run left."""
+        super().load_state_dict(state_dict)
+        self._loaded, self._base = state_dict["plasticity"], AttentionBase(state_dict["base_hash"])
+
+    def _subject_of(self, model: nn.Module, objective: Objective) -> PlasticitySubject:
+        return PlasticitySubject(model, self.plasticity.gates, self._batches, objective, self.settings.scoring)
+
+    def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        with Replicas.world().together(self.name), undisturbed(trainer, pl_module):
+            model = find_model(pl_module, self.model_attribute)
+            loss = self._subject_of(model, find_objective(pl_module, model, self.objective)).loss()
+        step = trainer.global_step
+        self.plasticity.observe(step, loss)
+        if trainer.is_global_zero:
+            scalars = running_metrics(self.plasticity, loss, step)
+            drawn = step // max(1, len(trainer.optimizers))
+            log_scalars(trainer.loggers, {f"goldy/{self.name}/{key}": value for key, value in scalars.items()}, drawn)
+
+    def _close_loaded(self, pl_module: L.LightningModule) -> None:
+        if self._plasticity is None and self._loaded is not None:
+            model = find_model(pl_module, self.model_attribute)
+            load_gates(HeadGates.of(model) or HeadGates(model), self._loaded)
+
+    def _carry(self, trainer: L.Trainer) -> None:
+        """Brings the files that the resumed checkpoint needs into this run's folder."""
+        assert self._store is not None
+        if self._loaded is not None and self._previous_folder is not None:
+            copied = self._loaded["copied"] or {"files": {}}
+            for name in [*copied["files"].values(), *([BASE_FILE] if self._base.has_file else [])]:
+                self._store.carry(Path(self._previous_folder) / name)
+        trainer.strategy.barrier()
+
+    def _check(self, trainer: L.Trainer, model: nn.Module) -> None:
+        """Tells before the first step what will not happen, and tries what needs the family's help."""
+        last, total = self.plasticity.plan.last_step, trainer.estimated_stepping_batches
+        if last > total:
+            rank_zero_warn(
+                f"{self.name}: the last cycle ends at step {last}, the training at {total}; what comes later does not "
+                "happen"
+            )
+        if not self.settings.needs_patterns and not self.plasticity.shows_maps:
+            return
+        try:
+            with undisturbed(trainer, trainer.lightning_module):
+                objective = find_objective(trainer.lightning_module, model, self.objective)
+                self._subject_of(model, objective).maps([self.plasticity.gates.heads[0]])
+        except UnsupportedArchitectureError as error:
+            if self.settings.needs_patterns:
+                raise
+            self.plasticity.shows_maps = False
+            rank_zero_warn(f"{self.name}: attention maps are left out: {error}")

@@ -1,0 +1,80 @@
+"""Describes the shape of the change since the golden snapshot, on a schedule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as L
+from torch import nn
+
+from lightning_goldy.analysis.distribution import ParameterDistributionResult, parameter_distribution
+from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, Findings
+from lightning_goldy.callbacks.golden_snapshot import GoldenSnapshot
+
+_COLUMNS = ("relative_change", "stable_rank", "effective_rank", "histogram_drift")
+
+
+class ParameterDistribution(AnalysisCallback[ParameterDistributionResult]):
+    """The shape of the change since the golden snapshot: ranks, singular values, alignment, drift of histograms.
+
+    Logs, for the model and by block, the stable and the effective rank of the change, its alignment with the base's top
+    singular directions over chance, its relative size and the drift of the weights' histograms. A ``GoldenSnapshot``
+    must be among the callbacks.
+
+    Args:
+        top: Singular values and directions kept of each matrix.
+        exact_below: Largest smaller side of a matrix whose whole spectrum is computed.
+        seed: Of the randomised decomposition of larger ones.
+        **options: Of :class:`AnalysisCallback`.
+
+    Example:
+        >>> ParameterDistribution(top=0)
+        Traceback (most recent call last):
+        ValueError: top must be at least 1; got 0
+    """
+
+    needs_probe = False
+
+    def __init__(self, top: int = 8, *, exact_below: int = 1024, seed: int = 0, **options: Any) -> None:
+        super().__init__(**options)
+        for name, value in (("top", top), ("exact_below", exact_below)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}")
+        self.top, self.exact_below, self.seed = top, exact_below, seed
+
+    def prepare(self, trainer: L.Trainer, model: nn.Module) -> None:
+        """Checks that there is a snapshot to compare with."""
+        self._snapshot(trainer)
+
+    def compute(self, context: AnalysisContext) -> ParameterDistributionResult:
+        """Describes the change of every tensor."""
+        return parameter_distribution(
+            context.model,
+            self._snapshot(context.trainer).base,
+            top=self.top,
+            exact_below=self.exact_below,
+            seed=self.seed,
+            progress=context.progress,
+        )
+
+    def describe(self, result: ParameterDistributionResult, context: AnalysisContext) -> Findings:
+        """Means over the model and by block as metrics; the tensors' rows for the figures."""
+        rows = [dict(row) for row in result.rows]
+        for row in rows:
+            chance = row.get("alignment_chance")
+            row["alignment_over_chance"] = row["alignment"] / chance if chance else None
+        detailed = ParameterDistributionResult(tuple(rows), result.top)
+        metrics: dict[str, float | None] = {}
+        for column in (*_COLUMNS, "alignment_over_chance"):
+            having = [row for row in rows if row.get(column) is not None]
+            weight = sum(row["numel"] for row in having)
+            metrics[column] = sum(row[column] * row["numel"] for row in having) / weight if weight else None
+            metrics.update({f"{column}/{block}": value for block, value in detailed.by_block(column).items()})
+        return Findings(metrics, {"tensors": rows, "top": self.top})
+
+    def _snapshot(self, trainer: L.Trainer) -> GoldenSnapshot:
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        found = next((each for each in callbacks if isinstance(each, GoldenSnapshot)), None)
+        if found is None:
+            raise ValueError(f"{self.name} compares with the golden snapshot: add GoldenSnapshot() to the callbacks")
+        return found

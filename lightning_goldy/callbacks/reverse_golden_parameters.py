@@ -1,0 +1,184 @@
+"""Runs the search for reverse golden parameters on a schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as L
+from torch import nn
+
+from lightning_goldy.analysis.ballot import Scope
+from lightning_goldy.analysis.change import change_inside
+from lightning_goldy.analysis.divergence import shortened
+from lightning_goldy.analysis.fluctuation import Fluctuation
+from lightning_goldy.analysis.generations import compare_generations
+from lightning_goldy.analysis.golden import jaccard
+from lightning_goldy.analysis.reverse_golden import (
+    ReverseGoldenResult,
+    check_search_arguments,
+    reverse_golden_parameters,
+)
+from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, Findings
+from lightning_goldy.callbacks.generation_settings import Generations, find_tokenizer
+from lightning_goldy.callbacks.golden_snapshot import GoldenSnapshot
+from lightning_goldy.callbacks.search_settings import Search
+from lightning_goldy.callbacks.volume_settings import Selection
+from lightning_goldy.core.batches import batch_tensors
+from lightning_goldy.core.objective import CausalLMObjective, Objective, map_batch
+from lightning_goldy.core.store import load_vectors
+from lightning_goldy.core.vector import ParameterVector
+
+
+class ReverseGoldenParameters(AnalysisCallback[ReverseGoldenResult]):
+    """Which few parameters the predictions hang on: the mask whose zeroing changes them most.
+
+    The first half of the probe samples chooses, the second half measures. Logs the divergence of the masked model
+    beside those of single-shot masks, the overlap with the previous mask and, when a :class:`GoldenSnapshot` runs
+    beside it, the share of the squared change inside the mask. Saves the mask.
+
+    Args:
+        top_k_percent: Budget, percent in (0, 100].
+        scope: The share of each ``tensor``, or of all elements together (``global``).
+        strategy: Sizes the pool of candidates, or ``none`` for plain greedy growth.
+        n_samples: Probe samples used; half of them, rounded up, choose.
+        search: How the search goes.
+        fluctuation: Settings of the strategies.
+        selection: Which parameters may be masked.
+        generations: Prompts to continue with and without the mask; none by default.
+        **options: Of :class:`AnalysisCallback`.
+
+    Example:
+        >>> ReverseGoldenParameters(n_samples=1)
+        Traceback (most recent call last):
+        ValueError: n_samples must be at least 2, one to choose and one to measure; got 1
+    """
+
+    def __init__(
+        self,
+        top_k_percent: float = 1.0,
+        *,
+        scope: Scope = "tensor",
+        strategy: str = "adaptive_sinusoidal",
+        n_samples: int = 16,
+        search: Search = Search(),  # noqa: B008 - frozen
+        fluctuation: Fluctuation = Fluctuation(),  # noqa: B008 - frozen
+        selection: Selection = Selection(),  # noqa: B008 - frozen
+        generations: Generations = Generations(),  # noqa: B008 - frozen
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        check_search_arguments(
+            top_k_percent,
+            scope,
+            strategy,
+            search.score,
+            search.rounds,
+            search.chunk_size,
+            search.max_stagnant_iterations,
+        )
+        if n_samples < 2:
+            raise ValueError(f"n_samples must be at least 2, one to choose and one to measure; got {n_samples}")
+        self.top_k_percent, self.scope, self.strategy, self.n_samples = top_k_percent, scope, strategy, n_samples
+        self.search, self.fluctuation, self.selection = search, fluctuation, selection
+        self.generations = generations
+        self._mask: ParameterVector | None = None
+        self._mask_file: str | None = None
+
+    def probe_samples(self) -> int | None:
+        """The samples that choose and those that measure."""
+        return self.n_samples
+
+    def prepare(self, trainer: L.Trainer, model: nn.Module) -> None:
+        """Checks the selection, and takes up the last mask of a run that is resumed."""
+        self.selection.space(model)
+        if self.generations.prompts:
+            find_tokenizer(trainer, trainer.lightning_module)
+        if self._resumed and self._mask_file is not None:
+            trainer.strategy.barrier()
+            self._mask, _ = load_vectors(self.folder / self._mask_file)
+
+    def compute(self, context: AnalysisContext) -> ReverseGoldenResult:
+        """Searches on one half of the probe and measures on the other."""
+        objective = context.objective or CausalLMObjective()
+        choosing, measuring = halves(context.probe, objective, self.n_samples)
+        fluctuation = vars(self.fluctuation)
+        return reverse_golden_parameters(
+            context.model,
+            choosing,
+            objective,
+            eval_batches=measuring,
+            top_k_percent=self.top_k_percent,
+            scope=self.scope,
+            strategy=self.strategy,
+            space=self.selection.space(context.model),
+            progress=context.progress,
+            **vars(self.search),
+            **fluctuation,
+        )
+
+    def describe(self, result: ReverseGoldenResult, context: AnalysisContext) -> Findings:
+        """The divergence against single-shot masks, and what the mask has to do with the last one and the change."""
+        metrics: dict[str, float | None] = {
+            "kl_divergence": result.kl_divergence,
+            "search_divergence": result.search_divergence,
+            **{f"single_shot/{name}": value for name, value in result.single_shots.items()},
+            "over_gradient": result.over_gradient,
+            "count": result.count,
+            "density": result.density,
+            "accepted_pools": sum(entry["accepted"] for entry in result.history),
+            "jaccard_previous": None if self._mask is None else jaccard(result.mask, self._mask),
+            "delta_share": None,
+            "delta_share_over_density": None,
+        }
+        callbacks = context.trainer.callbacks  # type: ignore[attr-defined]
+        snapshot = next((each for each in callbacks if isinstance(each, GoldenSnapshot)), None)
+        if snapshot is not None:
+            share = change_inside(context.model, snapshot.base, result.mask)
+            metrics["delta_share"] = share
+            if share is not None:
+                metrics["delta_share_over_density"] = share / result.density
+        data = result.summary()
+        if self.generations.prompts:
+            tokenizer = find_tokenizer(context.trainer, context.pl_module)
+            found = compare_generations(context.model, tokenizer, mask=result.mask, **vars(self.generations))
+            data["generations"] = found.rows()
+            metrics |= {"token_agreement": found.mean_agreement, "kl_per_token": found.mean_kl_per_token}
+        self._mask = result.mask
+        self._mask_file = f"mask-step={context.step:08d}.safetensors"
+        return Findings(metrics, data, {"mask": (result.mask, "mask")}, evaluations=result.evaluations)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Adds the name of the last mask's file."""
+        return {**super().state_dict(), "mask_file": self._mask_file}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Notes what the interrupted run left."""
+        super().load_state_dict(state_dict)
+        self._mask_file = state_dict["mask_file"]
+
+
+def halves(batches: Sequence[Any], objective: Objective, n_samples: int) -> tuple[list[Any], list[Any]]:
+    """The first ``n_samples`` samples in two halves, the first the larger; no sample is in both.
+
+    Raises:
+        ValueError: There are fewer samples.
+
+    Example:
+        >>> import torch
+        >>> first, second = halves([{"x": torch.arange(3)}, {"x": torch.arange(3, 6)}], CausalLMObjective(), 5)
+        >>> [part["x"].tolist() for part in first], [part["x"].tolist() for part in second]
+        ([[0, 1, 2]], [[3, 4]])
+    """
+    left = (n_samples + 1) // 2
+    first: list[Any] = []
+    second: list[Any] = []
+    for batch in shortened(batches, objective, n_samples, None):
+        size = len(next(batch_tensors(batch)))
+        take = min(size, left)
+        left -= take
+        if take:
+            first.append(map_batch(batch, lambda tensor, take=take: tensor[:take]))  # type: ignore[misc]
+        if take < size:
+            second.append(map_batch(batch, lambda tensor, take=take: tensor[take:]))  # type: ignore[misc]
+    return first, second

@@ -1,0 +1,113 @@
+"""Compares the losses of variants that are trained side by side, on a schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from torch import nn
+
+from lightning_goldy.analysis.divergence import shortened
+from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, Findings
+from lightning_goldy.core.files import read_rows
+from lightning_goldy.core.objective import FunctionObjective, batch_tensors, map_batch
+from lightning_goldy.core.sharding import Replicas
+from lightning_goldy.variants import VariantsModule
+
+# Points of a line; a row holds the line so far, so without a limit a file would grow with the square of the run.
+_MOST_POINTS = 200
+
+
+@dataclass(frozen=True)
+class VariantLossesResult:
+    """Mean loss over the probe's targets by variant, nats, and the number of targets."""
+
+    losses: Mapping[str, float]
+    n_targets: int
+
+
+class VariantLosses(AnalysisCallback[VariantLossesResult]):
+    """The probe's loss under each variant of :class:`~lightning_goldy.variants.VariantsModule`, as lines over the run.
+
+    Args:
+        n_samples: Probe samples used, None for all.
+        **options: Of :class:`AnalysisCallback`.
+
+    Example:
+        >>> VariantLosses(n_samples=0)
+        Traceback (most recent call last):
+        ValueError: n_samples must be at least 1; got 0
+    """
+
+    def __init__(self, *, n_samples: int | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        if n_samples is not None and n_samples < 1:
+            raise ValueError(f"n_samples must be at least 1; got {n_samples}")
+        self.n_samples = n_samples
+
+    def probe_samples(self) -> int | None:
+        """The samples that the losses are taken over."""
+        return self.n_samples
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuses a module without variants."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and not isinstance(pl_module, VariantsModule):
+            raise ValueError(
+                f"{self.name} compares the variants of a lightning_goldy.variants.VariantsModule; "
+                f"this is a {type(pl_module).__name__}"
+            )
+
+    def compute(self, context: AnalysisContext) -> VariantLossesResult:
+        """Takes every variant's loss on the probe."""
+        module, objective = context.pl_module, context.objective
+        assert isinstance(module, VariantsModule)
+        assert objective is not None
+        replicas = Replicas.world()
+        batches = replicas.share(shortened(context.probe, objective, self.n_samples, None))
+        totals: dict[str, float] = dict.fromkeys(module.variants, 0.0)
+        count = 0
+        for done, batch in enumerate(batches, 1):
+            batch = map_batch(batch, lambda tensor: tensor.to(module.device))
+            weight = 0
+            for name, model in module.variant_models().items():
+                loss, weight = _loss(model, objective, batch)
+                totals[name] += weight * loss
+            count += weight
+            context.progress(done, len(batches))
+        parts = replicas.gather_objects((totals, count))
+        n_targets = sum(part[1] for part in parts)
+        losses = {name: sum(part[0][name] for part in parts) / n_targets for name in totals}
+        return VariantLossesResult(losses, n_targets)
+
+    def describe(self, result: VariantLossesResult, context: AnalysisContext) -> Findings:
+        """The losses as metrics, and the lines over the run."""
+        metrics: dict[str, float | None] = {f"loss/{name}": loss for name, loss in result.losses.items()}
+        earlier = read_rows(context.store.rows) if context.store.write else []
+        lines = trajectory([*earlier, {"step": context.step, "metrics": metrics}], list(result.losses))
+        data = {"trajectory": lines, "n_targets": result.n_targets}
+        return Findings(metrics, data, evaluations=4 * len(result.losses) * len(context.probe))
+
+
+def trajectory(rows: Sequence[Mapping[str, Any]], variants: Sequence[str]) -> dict[str, Any]:
+    """Steps and losses by variant, evenly thinned, the latest kept.
+
+    Args:
+        rows: With ``step`` and ``metrics``, ascending.
+        variants: Names of the lines.
+    """
+    stride = -(-len(rows) // _MOST_POINTS)
+    kept = rows[(len(rows) - 1) % stride :: stride]
+    losses = {name: [row["metrics"].get(f"loss/{name}") for row in kept] for name in variants}
+    return {"steps": [row["step"] for row in kept], "losses": losses}
+
+
+def _loss(model: nn.Module, objective: Any, batch: Any) -> tuple[float, int]:
+    with torch.no_grad():
+        if isinstance(objective, FunctionObjective):
+            return float(objective.loss(model, batch)), len(next(batch_tensors(batch)))
+        target = objective.logits_and_targets(model, batch)
+        return float(target.loss()), len(target.targets)

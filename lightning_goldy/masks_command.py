@@ -1,0 +1,164 @@
+"""``goldy masks``: looks at mask files, compares and combines them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, cast
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from lightning_goldy.core.mask import ParameterMask
+    from lightning_goldy.core.store import VectorHeader
+
+Operation = Literal["and", "or", "minus", "not"]
+
+
+def add_masks(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command to those of ``goldy``.
+
+    Args:
+        commands: The sub-commands.
+
+    Example:
+        >>> parser = argparse.ArgumentParser()
+        >>> add_masks(parser.add_subparsers())
+        >>> parser.parse_args(["masks", "combine", "and", "a", "b", "--output", "c"]).files
+        ['a', 'b']
+    """
+    parser = commands.add_parser("masks", help="show, compare or combine mask files: goldy masks show FILE...")
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    show = actions.add_parser("show", help="density of each block")
+    show.add_argument("files", metavar="FILE", nargs="+")
+    show.set_defaults(run=_show)
+    compare = actions.add_parser("compare", help="how much every two share, and how much of that is chance")
+    compare.add_argument("files", metavar="FILE", nargs="+")
+    compare.add_argument(
+        "--scope",
+        choices=("tensor", "global"),
+        default="tensor",
+        help="what chance keeps: the number of elements of each tensor, or only of all (default: %(default)s)",
+    )
+    compare.set_defaults(run=_compare)
+    combine = actions.add_parser("combine", help="one mask of several")
+    combine.add_argument(
+        "operation",
+        choices=("and", "or", "minus", "not"),
+        help="in all; in any; in the first but no other; not in the only one",
+    )
+    combine.add_argument("files", metavar="FILE", nargs="+")
+    combine.add_argument("--output", metavar="FILE", required=True, help="the mask file to write")
+    combine.add_argument("--force", action="store_true", help="replace an existing file")
+    combine.set_defaults(run=_combine)
+
+
+def combined(masks: Sequence[ParameterMask], operation: Operation) -> ParameterMask:
+    """One mask of several.
+
+    Args:
+        masks: Of one space; one for ``not``, two or more for the others.
+        operation: ``and``, ``or``, ``minus`` (in the first but no other) or ``not``.
+
+    Raises:
+        ValueError: The number of masks does not fit the operation.
+        SpaceError: They belong to different spaces.
+    """
+    if operation == "not":
+        if len(masks) != 1:
+            raise ValueError(f"'not' takes one mask; got {len(masks)}")
+        return ~masks[0]
+    if len(masks) < 2:
+        raise ValueError(f"{operation!r} takes two masks or more; got {len(masks)}")
+    result, *others = masks
+    for other in others:
+        result = result & other if operation == "and" else result | other if operation == "or" else result - other
+    return result
+
+
+def _show(options: argparse.Namespace) -> int:
+    loaded = _loaded(options.files)
+    for path, (mask, header) in loaded.items():
+        step = "" if header.step is None else f", step {header.step}"
+        table = _table(f"{path}: {header.model_class}{step}", ("block", "in the mask", "elements", "density"))
+        rows = [*mask.block_summary()]
+        for row in rows:
+            table.add_row(_plain(row.block), f"{row.count:,}", f"{row.numel:,}", f"{row.density:.4%}")
+        table.add_section()
+        table.add_row("all", f"{mask.total:,}", f"{mask.space.numel:,}", f"{mask.density:.4%}")
+        _print(table)
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    if len(options.files) < 2:
+        raise ValueError(f"two masks or more can be compared; got {len(options.files)}")
+    masks = [mask for mask, _ in _loaded(options.files).values()]
+    if len(masks) < len(options.files):
+        raise ValueError("a file is named twice")
+    columns = ("first", "second", "shared", "by chance", "IoU", "beyond chance")
+    table = _table(f"chance keeps the number of elements of {_kept(options.scope)}", columns)
+    for row, first in enumerate(masks):
+        for column in range(row + 1, len(masks)):
+            second = masks[column]
+            beyond = first.chance_corrected_overlap(second, scope=options.scope)
+            table.add_row(
+                _plain(options.files[row]),
+                _plain(options.files[column]),
+                f"{(first & second).total:,}",
+                f"{first.chance_overlap(second, scope=options.scope):,.1f}",
+                f"{first.iou(second):.4f}",
+                "-" if beyond is None else f"{beyond:+.4f}",
+            )
+    _print(table)
+    return 0
+
+
+def _combine(options: argparse.Namespace) -> int:
+    if Path(options.output).exists() and not options.force:
+        raise FileExistsError(f"{options.output} exists; --force replaces it")
+    loaded = [*_loaded(options.files).items()]
+    path, (_, header) = loaded[0]
+    for other_path, (_, other) in loaded[1:]:
+        if other.model_class != header.model_class:
+            raise ValueError(f"{path} belongs to {header.model_class}, {other_path} to {other.model_class}")
+    result = combined([mask for _, (mask, _) in loaded], cast("Operation", options.operation))
+    steps = {each.step for _, (_, each) in loaded}
+    result.save(options.output, model=header.model_class, step=steps.pop() if len(steps) == 1 else None)
+    print(f"{options.output}: {result.total:,} of {result.space.numel:,} elements ({result.density:.4%})")
+    return 0
+
+
+def _loaded(files: Sequence[str]) -> dict[str, tuple[ParameterMask, VectorHeader]]:
+    # Brings torch, which other commands need not wait for.
+    from lightning_goldy.core.mask import ParameterMask
+    from lightning_goldy.core.store import read_header
+
+    return {path: (ParameterMask.load(path), read_header(path)) for path in files}
+
+
+def _kept(scope: str) -> str:
+    return "each tensor" if scope == "tensor" else "the whole mask"
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    from rich.table import Table
+
+    table = Table(title=_plain(title), title_justify="left")
+    for index, column in enumerate(columns):
+        is_text = index == 0 or column == "second"
+        table.add_column(column, justify="left" if is_text else "right", overflow="fold" if is_text else "ellipsis")
+    return table
+
+
+def _print(table: Table) -> None:
+    from rich.console import Console
+
+    Console().print(table)

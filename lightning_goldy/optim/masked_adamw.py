@@ -1,0 +1,252 @@
+"""AdamW with one learning rate inside a mask and one outside."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_goldy.core.mask import ParameterMask
+from lightning_goldy.core.naming import canonical_name, suggestion
+from lightning_goldy.core.packing import require_boolean
+from lightning_goldy.core.sharding import align, gather, is_sharded, like, local, scatter_like
+from lightning_goldy.core.space import ParameterSpace, SpaceError
+from lightning_goldy.optim.masked_update import Part, Settings, masked_step
+
+_RATES = ("lr_inside", "lr_outside")
+
+
+class MaskedAdamW(torch.optim.AdamW):
+    r"""``torch.optim.AdamW`` whose whole update, weight decay included, has one rate inside a mask and one outside.
+
+    .. math::
+        \theta_j \leftarrow (1 - \gamma_j \lambda) \, \theta_j - \gamma_j \frac{\hat m_j}{\sqrt{\hat v_j} + \epsilon},
+        \qquad \gamma_j = \begin{cases} \gamma_\text{inside} & j \in \text{mask} \\
+        \gamma_\text{outside} & \text{otherwise} \end{cases}
+
+    Every element ends each step with the bits that ``torch.optim.AdamW`` at its rate would give it; at rate 0 it never
+    changes. The moments move everywhere, whatever the rates. A learning-rate scheduler changes ``lr``, the larger of
+    the two rates, and the other follows in proportion. ``state_dict`` is that of ``torch.optim.AdamW`` with both rates
+    in each group; it does not hold the mask.
+
+    Args:
+        named_parameters: ``model.named_parameters()``, or groups whose ``params`` are pairs of name and parameter; a
+            group may have rates of its own.
+        mask: Boolean tensors by parameter name, such as a :class:`~lightning_goldy.ParameterMask`, whole or in the
+            parameter's layout. What it does not name is outside. None: :meth:`set_mask` gives it before the first step.
+        lr_inside: Learning rate inside the mask, >= 0.
+        lr_outside: Learning rate outside, >= 0.
+        betas: Decay rates of the running means of the gradient and of its square, each in [0, 1).
+        eps: Added to the denominator.
+        weight_decay: Decoupled weight decay.
+        **options: ``amsgrad``, ``maximize``, ``foreach``, ``fused`` and ``capturable``, as torch takes them.
+
+    Raises:
+        TypeError: The parameters have no names, or a rate is a tensor.
+        ValueError: A rate is negative, or ``differentiable`` is asked for.
+        SpaceError: The mask names no parameter of this optimizer, or has another shape.
+
+    Example:
+        >>> layer = torch.nn.Linear(2, 1, bias=False)
+        >>> before = layer.weight.detach().clone()
+        >>> mask = {"weight": torch.tensor([[True, False]])}
+        >>> optimizer = MaskedAdamW(layer.named_parameters(), mask, lr_inside=0.1, lr_outside=0.0)
+        >>> layer(torch.ones(1, 2)).sum().backward()
+        >>> _ = optimizer.step()
+        >>> (layer.weight != before).tolist()
+        [[True, False]]
+    """
+
+    def __init__(
+        self,
+        named_parameters: Iterable[Any],
+        mask: Mapping[str, Tensor] | None,
+        lr_inside: float = 1e-3,
+        lr_outside: float = 0.0,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        **options: Any,
+    ) -> None:
+        self._own_rates: dict[str, float] = {"lr_inside": lr_inside, "lr_outside": lr_outside}
+        self._masks: dict[Tensor, Tensor] | None = None
+        if options.pop("differentiable", False):
+            raise ValueError("differentiable=True is not supported: elements are chosen in place")
+        _check_rates(self._own_rates, "")
+        groups = list(named_parameters)
+        super().__init__(
+            groups, lr=max(lr_inside, lr_outside), betas=betas, eps=eps, weight_decay=weight_decay, **options
+        )
+        self.defaults.update(self._own_rates)
+        if mask is not None:
+            self.set_mask(mask)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group of named parameters; it may have ``lr_inside`` and ``lr_outside`` of its own.
+
+        Raises:
+            TypeError: The parameters have no names.
+            ValueError: A rate is negative, or ``lr`` is given, or a parameter is complex.
+        """
+        if "lr" in param_group:
+            raise ValueError(f"give lr_inside and lr_outside in place of lr; got lr={param_group['lr']!r}")
+        rates = {name: param_group.get(name, self._own_rates[name]) for name in _RATES}
+        _check_rates(rates, "the group's ")
+        super().add_param_group({**param_group, **rates, "lr": max(rates.values())})
+        group = self.param_groups[-1]
+        if "param_names" not in group:
+            self.param_groups.pop()
+            raise TypeError("MaskedAdamW matches its mask by name: pass model.named_parameters(), not parameters()")
+        for name, parameter in zip(group["param_names"], group["params"], strict=True):
+            if parameter.is_complex():
+                raise ValueError(f"{name} is complex ({parameter.dtype}); MaskedAdamW takes real parameters")
+
+    def set_mask(self, mask: Mapping[str, Tensor]) -> None:
+        """Puts a mask in place of the present one; the moments stay.
+
+        Args:
+            mask: Boolean tensors by parameter name, whole or in the parameter's layout, on any device.
+
+        Raises:
+            SpaceError: It names no parameter of this optimizer, or has another shape.
+            ValueError: It is not boolean.
+        """
+        known = dict(self._named())
+        masks: dict[Tensor, Tensor] = {}
+        for name, tensor in mask.items():
+            if name not in known:
+                raise SpaceError(f"the mask names {name!r}, which is no parameter here; {suggestion(name, known)}")
+            require_boolean(tensor, name)
+            parameter = known[name]
+            if tensor.shape != parameter.shape:
+                raise SpaceError(f"{name}: mask of shape {tuple(tensor.shape)}, parameter {tuple(parameter.shape)}")
+            both = is_sharded(tensor) and is_sharded(parameter)
+            placed = align(tensor, parameter) if both else scatter_like(parameter, gather(tensor))
+            masks[parameter] = local(placed).to(parameter.device).clone(memory_format=torch.contiguous_format)
+        self._masks = masks
+
+    @property
+    def mask(self) -> ParameterMask | None:
+        """The mask in the parameters' layout, without copies; None before one has been set."""
+        if self._masks is None:
+            return None
+        held = {name: parameter for name, parameter in self._named() if parameter in self._masks}
+        space = ParameterSpace(
+            tuple(held),
+            tuple(parameter.shape for parameter in held.values()),
+            tuple(parameter.dtype for parameter in held.values()),
+        )
+        layout = {name: like(parameter, self._masks[parameter]) for name, parameter in held.items()}
+        return ParameterMask(space, layout)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Makes one step.
+
+        Args:
+            closure: Evaluates the model again and returns the loss.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            RuntimeError: The rates differ and no mask has been set.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            self._step_group(group)
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes up a state of this class or of ``torch.optim.AdamW``, whose groups keep the present two rates."""
+        present = [{name: group[name] for name in _RATES} for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, rates in zip(self.param_groups, present, strict=True):
+            for name, rate in rates.items():
+                group.setdefault(name, rate)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_masks": self._masks, "_own_rates": self._own_rates}
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        settings = Settings(group, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        stepping = [parameter for parameter in group["params"] if parameter.grad is not None]
+        if not stepping:
+            return
+        if group["lr_inside"] == group["lr_outside"]:
+            settings.step([self._whole(group, parameter) for parameter in stepping], group["lr"])
+            return
+        inside, outside = current_rates(group)
+        if self._masks is None and (inside or outside):
+            raise RuntimeError(
+                f"MaskedAdamW has no mask, and its rates differ ({inside} inside, {outside} outside): call set_mask"
+            )
+        masked_step([self._local(group, parameter) for parameter in stepping], settings, inside, outside)
+
+    def _whole(self, group: dict[str, Any], parameter: Tensor) -> Part:
+        """The parameter, its gradient and its moments, which are made here as torch makes them."""
+        gradient = parameter.grad
+        assert gradient is not None
+        if gradient.is_sparse:
+            raise RuntimeError("MaskedAdamW does not support sparse gradients, as torch.optim.AdamW does not")
+        state = self.state[parameter]
+        if not state:
+            precise = torch.get_default_dtype() == torch.float64 and not group["fused"]
+            on_device = group["capturable"] or group["fused"]
+            state["step"] = torch.zeros(
+                (), dtype=torch.float64 if precise else torch.float32, device=parameter.device if on_device else "cpu"
+            )
+            for name in ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])):
+                state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        largest = state["max_exp_avg_sq"] if group["amsgrad"] else None
+        return Part(parameter, gradient, state["exp_avg"], state["exp_avg_sq"], largest, None, state["step"])
+
+    def _local(self, group: dict[str, Any], parameter: Tensor) -> Part:
+        """The same of this process's part of the parameter, with the mask."""
+        whole = self._whole(group, parameter)
+        return Part(
+            local(parameter),
+            local(align(whole.gradient, parameter)),
+            local(whole.first),
+            local(whole.second),
+            None if whole.largest is None else local(whole.largest),
+            (self._masks or {}).get(parameter),
+            whole.step,
+        )
+
+    def _named(self) -> Iterator[tuple[str, Tensor]]:
+        for group in self.param_groups:
+            yield from zip(map(canonical_name, group["param_names"]), group["params"], strict=True)
+
+
+def current_rates(group: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The learning rates of a group inside and outside the mask, as a scheduler has left them.
+
+    Args:
+        group: A parameter group; ``lr`` is the present value of the larger of ``lr_inside`` and ``lr_outside``.
+
+    Example:
+        >>> current_rates({"lr": 0.5, "lr_inside": 1.0, "lr_outside": 0.25})
+        (0.5, 0.125)
+    """
+    peak = max(group["lr_inside"], group["lr_outside"])
+    # The larger one is ``lr`` itself, to the last bit.
+    inside, outside = (
+        group["lr"] if group[name] == peak else group[name] * (group["lr"] / peak if peak else 0.0) for name in _RATES
+    )
+    return inside, outside
+
+
+def _check_rates(rates: Mapping[str, Any], whose: str) -> None:
+    for name, rate in rates.items():
+        if isinstance(rate, Tensor):
+            raise TypeError(f"{whose}{name} is a number, because it is compared with the other rate; got a tensor")
+        if not (rate >= 0 and math.isfinite(rate)):
+            raise ValueError(f"{whose}{name} must be a finite number, not negative; got {rate}")

@@ -1,0 +1,100 @@
+"""What the figures of explained changes show, computed from rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_goldy.report.descriptions import Description, describe
+from lightning_goldy.report.formatting import format_number
+from lightning_goldy.report.registry import ReportError, Row
+
+_LABELS = {
+    "frozen_attention": "attention frozen",
+    "linear_mlp": "MLPs linear",
+    "linear_mlp_current": "MLPs linear in their parameters",
+    "both": "attention frozen, MLPs linear",
+    "tangent": "all linear (tangent)",
+}
+
+
+@dataclass(frozen=True)
+class Survival:
+    """Bars of one quantity.
+
+    Args:
+        name: What survives.
+        labels: The variants.
+        percent: What survives in each, percent of the change; None where it has no share.
+    """
+
+    name: str
+    labels: tuple[str, ...]
+    percent: tuple[float | None, ...]
+
+
+def survival(row: Row) -> tuple[Survival, ...]:
+    """What survives of the change in loss and, where they were compared, in logits.
+
+    Raises:
+        ReportError: The row has no variants.
+
+    Example:
+        >>> row = {"result": {"variants": [{"variant": "both", "loss_share": 0.5, "logit_share": None}]}}
+        >>> survival(row)
+        (Survival(name='change of the loss', labels=('attention frozen, MLPs linear',), percent=(50.0,)),)
+    """
+    variants = row.get("result", {}).get("variants")
+    if not variants:
+        raise ReportError("a row of explain_change needs result.variants")
+    labels = tuple(_LABELS.get(each["variant"], each["variant"]) for each in variants)
+    found = [Survival("change of the loss", labels, tuple(_percent(each.get("loss_share")) for each in variants))]
+    logits = tuple(_percent(each.get("logit_share")) for each in variants)
+    if any(value is not None for value in logits):
+        found.append(Survival("change of the logits", labels, logits))
+    return tuple(found)
+
+
+def survival_caption(row: Row) -> str:
+    """The losses that the shares belong to.
+
+    Example:
+        >>> survival_caption({"result": {"base_loss": 2.0, "loss": 1.5, "n_targets": 40, "step_norm": 0.25}})
+        'loss 2 at the base, 1.5 now (nats, over 40 targets); ||Delta|| = 0.25; 100 % is the whole change'
+    """
+    result = row.get("result", {})
+    numbers = {key: format_number(result.get(key)) for key in ("base_loss", "loss", "n_targets", "step_norm")}
+    return (
+        f"loss {numbers['base_loss']} at the base, {numbers['loss']} now (nats, over {numbers['n_targets']} targets); "
+        f"||Delta|| = {numbers['step_norm']}; 100 % is the whole change"
+    )
+
+
+def _percent(share: Any) -> float | None:
+    return None if share is None else 100.0 * float(share)
+
+
+describe(
+    "explain_change",
+    Description(
+        title="What the change needed",
+        measures=(
+            "How much of the finetune's change in loss and logits survives when the heads look where the base's look, "
+            "when MLPs are replaced by their first-order expansion around the base, and with both."
+        ),
+        reading=(
+            "A share near 100 % means that the change did not need what was taken away; near 0 that it was made of it. "
+            "Shares of different variants do not add up, and may lie outside of 0 to 100 %."
+        ),
+        metrics={
+            "base_loss": "loss at the base, nats",
+            "loss": "loss at the present weights, nats; by variant, that of the variant",
+            "change": "loss now minus loss at the base, nats",
+            "loss_share": "part of the change of the loss that survives, a fraction",
+            "logit_share": "part of the change of the logits along itself that survives, a fraction",
+            "relative_error": "distance of the variant's logits from the present ones over how far those moved",
+            "kl_divergence": "mean KL(present || variant), nats",
+            "top1_agreement": "share of the positions where both prefer the same token",
+        },
+    ),
+)

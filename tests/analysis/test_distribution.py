@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.spatial.distance import jensenshannon
+from torch import Tensor, nn
+
+from lightning_goldy.analysis.distribution import histogram_drift, parameter_distribution
+from lightning_goldy.core import ParameterVector
+from lightning_goldy.core.base import BaseParameters
+from tests.models import build
+
+
+def changed(shape: tuple[int, int], delta: Tensor, base: Tensor | None = None) -> tuple[nn.Module, BaseParameters]:
+    layer = nn.Linear(shape[1], shape[0], bias=False).double()
+    if base is not None:
+        layer.weight.data = base.clone()
+    start = BaseParameters(ParameterVector.of(layer))
+    layer.weight.data += delta
+    return layer, start
+
+
+@pytest.mark.parametrize("shape", [(12, 30), (30, 12), (16, 16)])
+@pytest.mark.parametrize("exact_below", [1024, 4])
+def test_singular_values_and_ranks_equal_a_full_decomposition(shape: tuple[int, int], exact_below: int) -> None:
+    torch.manual_seed(0)
+    spectrum = 2.0 ** -torch.arange(12.0, dtype=torch.float64)
+    left = torch.linalg.qr(torch.randn(shape[0], 12, dtype=torch.float64)).Q
+    right = torch.linalg.qr(torch.randn(shape[1], 12, dtype=torch.float64)).Q
+    delta = left @ torch.diag(spectrum) @ right.t()
+    layer, base = changed(shape, delta)
+    row = parameter_distribution(layer, base, top=4, exact_below=exact_below).rows[0]
+    assert row["singular_values"] == pytest.approx(spectrum[:4].tolist(), rel=1e-6)
+    assert row["stable_rank"] == pytest.approx(float(spectrum.square().sum()), rel=1e-6)
+    assert row["exact"] == (exact_below == 1024)
+    if row["exact"]:
+        shares = spectrum / spectrum.sum()
+        assert row["effective_rank"] == pytest.approx(math.exp(-float((shares * shares.log()).sum())), rel=1e-5)
+    else:
+        assert row["effective_rank"] is None
+
+
+def test_effective_and_stable_rank_of_equal_singular_values_are_their_number() -> None:
+    layer, base = changed((8, 8), 0.1 * torch.eye(8, dtype=torch.float64))
+    row = parameter_distribution(layer, base).rows[0]
+    assert row["stable_rank"] == pytest.approx(8, rel=1e-9)
+    assert row["effective_rank"] == pytest.approx(8, rel=1e-9)
+
+
+@pytest.mark.parametrize("exact_below", [1024, 4])
+def test_alignment_is_one_inside_the_base_s_directions_and_chance_for_a_random_change(exact_below: int) -> None:
+    torch.manual_seed(0)
+    left = torch.linalg.qr(torch.randn(40, 40, dtype=torch.float64)).Q
+    right = torch.linalg.qr(torch.randn(60, 40, dtype=torch.float64)).Q
+    base = left @ torch.diag(torch.linspace(10, 0.1, 40, dtype=torch.float64) ** 2) @ right.t()
+    inside = left[:, :3] @ torch.randn(3, 3, dtype=torch.float64) @ right[:, :3].t()
+    options = {"top": 3, "exact_below": exact_below}
+    row = parameter_distribution(*changed((40, 60), 0.01 * inside, base), **options).rows[0]
+    assert row["alignment"] == pytest.approx(1, abs=1e-3)
+    outside = left[:, 10:] @ torch.randn(30, 30, dtype=torch.float64) @ right[:, 10:].t()
+    row = parameter_distribution(*changed((40, 60), 0.01 * outside, base), **options).rows[0]
+    assert row["alignment"] < 1e-3
+    shares = []
+    for seed in range(60):
+        noise = torch.randn(40, 60, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        shares.append(parameter_distribution(*changed((40, 60), noise, base), **options).rows[0]["alignment"])
+    assert row["alignment_chance"] == pytest.approx(9 / 2400)
+    assert np.mean(shares) == pytest.approx(9 / 2400, abs=4 * np.std(shares) / math.sqrt(60))
+
+
+def test_histogram_drift_is_the_jensen_shannon_divergence() -> None:
+    torch.manual_seed(0)
+    first, second = torch.randn(5000), 1.3 * torch.randn(4000) + 0.2
+    edges = np.linspace(float(min(first.min(), second.min())), float(max(first.max(), second.max())), 257)
+    counts = [np.histogram(each.numpy(), edges)[0] / len(each) for each in (first, second)]
+    # scipy gives the square root of it; a value on the edge of a bin may fall to either side.
+    assert histogram_drift(first, second) == pytest.approx(jensenshannon(*counts) ** 2, rel=1e-2)
+    assert histogram_drift(first, first) == pytest.approx(0, abs=1e-12)
+    assert histogram_drift(first, first + 100) == pytest.approx(math.log(2), rel=1e-9)
+    assert histogram_drift(first, second) == pytest.approx(histogram_drift(second, first), rel=1e-9)
+
+
+def test_a_model_gives_one_row_per_tensor_and_unchanged_ones_have_no_spectrum() -> None:
+    model = build("gpt2")
+    base = BaseParameters(ParameterVector.of(model))
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_fc.weight.add_(0.01 * torch.randn(16, 64))
+    random = torch.get_rng_state()
+    found = parameter_distribution(model, base, exact_below=4)
+    assert torch.equal(random, torch.get_rng_state())
+    assert [row["name"] for row in found.rows] == list(base.space.names)
+    spectra = [row["name"] for row in found.rows if "singular_values" in row]
+    assert spectra == ["transformer.h.1.mlp.c_fc.weight"]
+    assert set(found.by_block("stable_rank")) == {"transformer.h.1"}
+    assert set(found.by_block("histogram_drift")) >= {"embeddings", "final", "transformer.h.0"}
+    assert type(found).from_json(found.to_json()) == found
+
+
+def test_bad_arguments_are_refused() -> None:
+    model = nn.Linear(2, 2)
+    base = BaseParameters(ParameterVector.of(model))
+    for name in ("top", "exact_below"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1; got 0"):
+            parameter_distribution(model, base, **{name: 0})

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lightning_goldy.analysis import parameter_distribution
+from lightning_goldy.callbacks import GoldenSnapshot, ParameterDistribution
+from lightning_goldy.report import draw_plots
+from lightning_goldy.report.charts import CHARTS
+from tests.callbacks.training import fit
+
+
+def test_it_logs_what_the_function_finds_and_rows_can_be_drawn(tmp_path) -> None:
+    snapshot, shape = GoldenSnapshot(), ParameterDistribution(top=3, at=("start", "end"))
+    _, module, _ = fit(tmp_path, [snapshot, shape], max_epochs=1)
+    first, last = (json.loads(line) for line in (shape.folder / "results.jsonl").read_text().splitlines())
+    expected = parameter_distribution(module.model, snapshot.base, top=3)
+    found = {row["name"]: row for row in last["result"]["tensors"]}
+    for row in expected.rows:
+        change = found[row["name"]]["relative_change"]
+        # A bias that starts at zero has no relative change.
+        assert change is None if row["relative_change"] is None else change == pytest.approx(row["relative_change"])
+        if "stable_rank" in row:
+            assert found[row["name"]]["stable_rank"] == pytest.approx(row["stable_rank"], rel=1e-6)
+            assert found[row["name"]]["alignment_over_chance"] == pytest.approx(
+                row["alignment"] / row["alignment_chance"], rel=1e-6
+            )
+    for block, value in expected.by_block("stable_rank").items():
+        assert last["metrics"][f"stable_rank/{block}"] == pytest.approx(value, rel=1e-6)
+    assert last["metrics"]["stable_rank"] > 1
+    assert first["metrics"]["stable_rank"] is None
+    for row in (first, last):
+        assert set(draw_plots(row)) == {"blocks"}
+        assert len(CHARTS.draw(row)) == 1
+
+
+def test_it_needs_a_snapshot(tmp_path) -> None:
+    with pytest.raises(ValueError, match="add GoldenSnapshot"):
+        fit(tmp_path, [ParameterDistribution()])
+    with pytest.raises(ValueError, match="exact_below must be at least 1"):
+        ParameterDistribution(exact_below=0)

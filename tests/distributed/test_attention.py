@@ -1,0 +1,31 @@
+"""Attention statistics do not depend on how many processes measured them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.distributed.attention_checks import statistics
+from tests.distributed.launch import run_processes
+
+
+@pytest.mark.parametrize(
+    ("layout", "world_size"),
+    [("replicas", 2), ("shards", 2), pytest.param("replicas", 5, marks=pytest.mark.slow)],
+)
+def test_any_number_of_processes_gives_the_statistics_of_one(layout: str, world_size: int) -> None:
+    expected = statistics("replicas")
+    results = run_processes(statistics, world_size, layout)
+    for found in results:
+        for which in ("statistics", "without_base"):
+            for name, value in expected[which].items():
+                torch.testing.assert_close(found[which][name], value, rtol=0, atol=1e-6, equal_nan=True, msg=name)
+        assert torch.equal(found["queries"], expected["queries"])
+        assert found["samples"] == expected["samples"] == (6, 5)
+        torch.testing.assert_close(found["map"], expected["map"], rtol=0, atol=1e-6)
+        assert found["same"]
+    # Two samples at a time: two pieces of the first batch, one of each other.
+    # Replicas share them, shards walk together.
+    assert expected["passes"] == 2 * 4
+    shared = sum(found["passes"] for found in results)
+    assert shared == (2 * 4 if layout == "replicas" else 2 * 4 * world_size)
