@@ -94,6 +94,8 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
 
     needs_probe = True
     """Whether the analysis runs the model on batches."""
+    changes_training = False
+    """Whether it intervenes in the training, which a callback that only looks never does."""
 
     def __init__(
         self,

@@ -55,6 +55,8 @@ class HeadPlasticity(AnalysisCallback[list[dict[str, Any]]]):
         ValueError: pruning_level is the share of all heads to cut, above 0 and below 1; got 1.0
     """
 
+    changes_training = True
+
     def __init__(
         self,
         strategy: str = "combined",

@@ -76,7 +76,7 @@ def run_demo(directory: str | Path = "runs/demo", *, fast: bool = False, seed: i
 
 
 def analysis_callbacks(every_n_steps: int) -> list[L.Callback]:
-    """Every callback of the package that analyses, and the report."""
+    """Every callback of the package that watches a training, and the report."""
     return [
         GoldenSnapshot(every_n_steps=every_n_steps),
         GoldenParameters(every_n_steps=every_n_steps, at=("start", "end")),

@@ -12,7 +12,7 @@ from torch.optim.adamw import adamw
 
 # Elements worked on at a time. On a CPU a share of the cache, so that what one operation writes is still there for the
 # next; elsewhere few enough that the copies made on the way are small beside the model.
-_CACHED = 1 << 18
+_CACHED = 1 << 19
 _BATCHED = 1 << 24
 
 
