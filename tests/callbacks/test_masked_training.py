@@ -189,7 +189,7 @@ def test_the_mask_of_an_earlier_look_is_forgotten(tmp_path):
         ("golden", [scoring(name="a"), scoring(name="b")], ValueError, "2 of 2"),
         ("goldn", [scoring()], StoreError, "no such file, nor a callback's name; did you mean 'golden'"),
     ],
-    ids=str,
+    ids=["no callback", "another callback", "too late", "two of them", "misspelt"],
 )
 def test_a_source_that_will_have_no_mask_is_refused_before_training(tmp_path, mask, callbacks, error, message):
     with pytest.raises(error, match=message):
