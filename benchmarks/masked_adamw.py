@@ -85,7 +85,8 @@ def main() -> None:
         limit = " (<= 1.3)" if name in RATES else ""
         milliseconds, ratios = 1e3 * statistics.median(mine), (against(mine, wall), against(of_processor, processor))
         print(f"{name:26} {milliseconds:7.1f} ms per step, ratio {ratios[0]:.2f}, {ratios[1]:.2f}{limit}")
-    held = sum(mask.nbytes for mask in masks.values())
+    optimizer = MaskedAdamW(parameters().items(), masks)
+    held = sum(mask.nbytes for mask in (optimizer._masks or {}).values())
     print(f"memory beside AdamW's own: {held / count:.2f} bytes per parameter for the mask")
 
 

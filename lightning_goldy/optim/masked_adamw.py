@@ -16,6 +16,8 @@ from lightning_goldy.core.sharding import align, gather, is_sharded, like, local
 from lightning_goldy.core.space import ParameterSpace, SpaceError
 from lightning_goldy.optim.masked_update import Part, Settings, masked_step
 
+# Share up to which a mask is held as indices: 8 bytes each, so no more than a byte for each element of the parameter.
+_FEW = 1 / 8
 _RATES = ("lr_inside", "lr_outside")
 
 
@@ -126,12 +128,20 @@ class MaskedAdamW(torch.optim.AdamW):
                 raise SpaceError(f"{name}: mask of shape {tuple(tensor.shape)}, parameter {tuple(parameter.shape)}")
             both = is_sharded(tensor) and is_sharded(parameter)
             placed = align(tensor, parameter) if both else scatter_like(parameter, gather(tensor))
-            masks[parameter] = local(placed).to(parameter.device).clone(memory_format=torch.contiguous_format)
+            masks[parameter] = self._held(parameter, local(placed).to(parameter.device))
         self._masks = masks
+
+    def _held(self, parameter: Tensor, mask: Tensor) -> Tensor:
+        """A copy of this process's mask: the indices of few elements, else a boolean for each."""
+        group = next(group for group in self.param_groups if any(parameter is each for each in group["params"]))
+        few = int(mask.count_nonzero()) <= _FEW * mask.numel()
+        if few and Settings(group).splits_in_two and local(parameter).is_contiguous():
+            return mask.reshape(-1).nonzero().flatten()
+        return mask.clone(memory_format=torch.contiguous_format)
 
     @property
     def mask(self) -> ParameterMask | None:
-        """The mask in the parameters' layout, without copies; None before one has been set."""
+        """A copy of the mask in the parameters' layout; None before one has been set."""
         if self._masks is None:
             return None
         held = {name: parameter for name, parameter in self._named() if parameter in self._masks}
@@ -140,7 +150,14 @@ class MaskedAdamW(torch.optim.AdamW):
             tuple(parameter.shape for parameter in held.values()),
             tuple(parameter.dtype for parameter in held.values()),
         )
-        layout = {name: like(parameter, self._masks[parameter]) for name, parameter in held.items()}
+        layout = {}
+        for name, parameter in held.items():
+            stored = self._masks[parameter]
+            whole = stored.clone()
+            if stored.dtype != torch.bool:
+                whole = torch.zeros(local(parameter).shape, dtype=torch.bool, device=stored.device)
+                whole.view(-1)[stored] = True
+            layout[name] = like(parameter, whole)
         return ParameterMask(space, layout)
 
     @torch.no_grad()

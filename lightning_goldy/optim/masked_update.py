@@ -12,7 +12,7 @@ from torch.optim.adamw import adamw
 
 # Elements worked on at a time. On a CPU a share of the cache, so that what one operation writes is still there for the
 # next; elsewhere few enough that the copies made on the way are small beside the model.
-_CACHED = 1 << 19
+_CACHED = 1 << 20
 _BATCHED = 1 << 24
 
 
@@ -26,7 +26,8 @@ class Part:
         first: Running mean of the gradient.
         second: Running mean of its square.
         largest: The largest ``second`` so far, for AMSGrad.
-        mask: True inside; None where the mask says nothing, which is outside.
+        mask: True inside; or, of a contiguous parameter, the ascending flat indices of what is inside; None where the
+            mask says nothing, which is outside.
         step: Steps already made, a tensor of one element.
     """
 
@@ -40,15 +41,59 @@ class Part:
 
     def split(self, size: int) -> Iterator[Part]:
         """The part in stretches of at most so many elements; the steps are copies."""
-        names = ("parameter", "gradient", "first", "second", "largest", "mask")
+        names = ("parameter", "gradient", "first", "second", "largest", *(() if self.has_indices else ("mask",)))
         tensors = {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
         if self.parameter.numel() <= size or not all(tensor.is_contiguous() for tensor in tensors.values()):
             yield replace(self, step=self.step.clone())
             return
         flats = {name: tensor.view(-1) for name, tensor in tensors.items()}
-        for start in range(0, self.parameter.numel(), size):
+        starts = range(0, self.parameter.numel(), size)
+        indices: list[Tensor] = []
+        if self.has_indices:
+            assert self.mask is not None
+            ends = torch.searchsorted(self.mask, torch.tensor([*starts[1:]], device=self.mask.device)).tolist()
+            indices = [*torch.tensor_split(self.mask, ends)]
+        for number, start in enumerate(starts):
             stretch = {name: flat[start : start + size] for name, flat in flats.items()}
+            if indices:
+                stretch["mask"] = indices[number] - start
             yield replace(self, step=self.step.clone(), **stretch)
+
+    @property
+    def has_indices(self) -> bool:
+        """Whether the mask is held as indices."""
+        return self.mask is not None and self.mask.dtype != torch.bool
+
+    def inside(self) -> Part:
+        """The part with copies of the moments inside a mask of indices."""
+        index = self.mask
+        assert index is not None
+        first, second = (tensor.reshape(-1).index_select(0, index) for tensor in (self.first, self.second))
+        largest = None if self.largest is None else self.largest.reshape(-1).index_select(0, index)
+        return Part(self.parameter, self.gradient, first, second, largest, None, self.step)
+
+
+class Roots:
+    """Square roots of tensors, on a CPU in memory that is used again: new pages cost more than the roots."""
+
+    def __init__(self) -> None:
+        self._held: dict[torch.dtype, Tensor] = {}
+
+    def of(self, tensors: list[Tensor]) -> list[Tensor]:
+        """The roots, which hold until the next call."""
+        if tensors[0].device.type != "cpu":
+            return [*torch._foreach_sqrt(tensors)]
+        used: dict[torch.dtype, int] = {}
+        results = []
+        for tensor in tensors:
+            start = used.get(tensor.dtype, 0)
+            used[tensor.dtype] = end = start + tensor.numel()
+            if tensor.dtype not in self._held or end > self._held[tensor.dtype].numel():
+                # Earlier results keep the memory that this one replaces.
+                self._held[tensor.dtype] = tensor.new_empty(max(end, _CACHED))
+            result = self._held[tensor.dtype][start:end].view(tensor.shape)
+            results.append(torch.sqrt(tensor, out=result))
+        return results
 
 
 @dataclass(frozen=True)
@@ -89,7 +134,21 @@ class Settings:
             **{name: self.group[name] for name in ("weight_decay", "eps")},
         )
 
-    def move(self, values: list[Tensor], parts: Sequence[Part], rate: float) -> None:
+    def advance(self, parts: Sequence[Part]) -> None:
+        """The first half of torch's step: counts it and moves the moments, in torch's order of operations."""
+        beta1, beta2 = self.group["betas"]
+        gradients = [part.gradient for part in parts]
+        if self.group["maximize"]:
+            gradients = [*torch._foreach_neg(gradients)]
+        seconds = [part.second for part in parts]
+        torch._foreach_add_([part.step for part in parts], 1)
+        torch._foreach_lerp_([part.first for part in parts], gradients, 1 - beta1)
+        torch._foreach_mul_(seconds, beta2)
+        torch._foreach_addcmul_(seconds, gradients, gradients, 1 - beta2)
+        if self.group["amsgrad"]:
+            torch._foreach_maximum_([part.largest for part in parts if part.largest is not None], seconds)
+
+    def move(self, values: list[Tensor], parts: Sequence[Part], rate: float, roots: Roots) -> None:
         """The second half of torch's step, after the moments: decays and moves ``values`` in place.
 
         In torch's order of operations, so that every element ends with the bits that torch's step would give it.
@@ -100,7 +159,7 @@ class Settings:
         corrections = [(1 - beta2**step) ** 0.5 for step in steps]
         if self.group["weight_decay"] != 0:
             torch._foreach_mul_(values, 1 - rate * self.group["weight_decay"])
-        denominators = torch._foreach_sqrt([part.second if part.largest is None else part.largest for part in parts])
+        denominators = roots.of([part.second if part.largest is None else part.largest for part in parts])
         torch._foreach_div_(denominators, corrections)
         torch._foreach_add_(denominators, self.group["eps"])
         torch._foreach_addcdiv_(values, [part.first for part in parts], denominators, sizes)
@@ -118,11 +177,15 @@ def masked_step(parts: Sequence[Part], settings: Settings, inside: float, outsid
         inside: Learning rate where the mask is true.
         outside: Learning rate elsewhere.
     """
-    marked = [part for part in parts if part.mask is not None]
+    marked = [part for part in parts if part.mask is not None and not part.has_indices]
+    indexed = [part for part in parts if part.has_indices]
     for batch in _batches([part for part in parts if part.mask is None], settings):
         _uniform_step(batch, settings, outside)
+    roots = Roots()
     for batch in _batches(marked, settings):
-        _mixed_step(batch, settings, inside, outside)
+        _mixed_step(batch, settings, inside, outside, roots)
+    for batch in _batches(indexed, settings):
+        _indexed_step(batch, settings, inside, outside, roots)
     # The stretches of a parameter counted on copies, because all of them start from the same number.
     steps = [part.step for part in parts]
     torch._foreach_add_(steps, 1)
@@ -137,7 +200,7 @@ def _uniform_step(parts: list[Part], settings: Settings, rate: float) -> None:
         torch._foreach_copy_([part.parameter for part in parts], before)
 
 
-def _mixed_step(parts: list[Part], settings: Settings, inside: float, outside: float) -> None:
+def _mixed_step(parts: list[Part], settings: Settings, inside: float, outside: float, roots: Roots) -> None:
     if not (inside or outside):
         _uniform_step(parts, settings, 0.0)
         return
@@ -148,11 +211,25 @@ def _mixed_step(parts: list[Part], settings: Settings, inside: float, outside: f
         settings.step([_copied(part, value) for part, value in zip(parts, values, strict=True)], other)
     settings.step(parts, main)
     if other and settings.splits_in_two:
-        settings.move(values, parts, other)
+        settings.move(values, parts, other, roots)
     for part, value in zip(parts, values, strict=True):
         chosen = (part.parameter, value) if inside else (value, part.parameter)
         assert part.mask is not None
         torch.where(part.mask, *chosen, out=part.parameter)
+
+
+def _indexed_step(parts: list[Part], settings: Settings, inside: float, outside: float, roots: Roots) -> None:
+    """The same where few elements are inside: they are taken out, moved on their own, and put back."""
+    before = [part.parameter.reshape(-1).index_select(0, part.mask) for part in parts if part.mask is not None]
+    settings.advance(parts)
+    if outside:
+        settings.move([part.parameter for part in parts], parts, outside, roots)
+    if inside:
+        settings.move(before, [part.inside() for part in parts], inside, roots)
+    if inside or outside:
+        for part, values in zip(parts, before, strict=True):
+            assert part.mask is not None
+            part.parameter.view(-1).index_copy_(0, part.mask, values)
 
 
 def _copied(part: Part, values: Tensor) -> Part:
