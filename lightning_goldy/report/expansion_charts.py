@@ -103,7 +103,7 @@ def chart_taylor_shares(row: Row) -> Figure:
             hovertemplate="%{y}<br>%{x:.4g}<extra></extra>",
         )
         figure.add_trace(trace, 1, column)
-        figure.update_xaxes(title_text=label, zeroline=True, row=1, col=column)
+        figure.update_xaxes(title_text=label, zeroline=True, automargin=True, row=1, col=column)
     figure.update_yaxes(autorange="reversed", automargin=True)
     figure.update_layout(_layout(shares_caption(row), 160 + 22 * max(len(rows), 3)))
     return figure
