@@ -17,11 +17,12 @@ from torch import nn
 
 from lightning_goldy.analysis.preconditioner import diagonal_preconditioner
 from lightning_goldy.callbacks.cost import peak_memory_bytes
-from lightning_goldy.callbacks.run_directory import ROWS, ResultStore
+from lightning_goldy.callbacks.run_directory import ResultStore
 from lightning_goldy.callbacks.subject import check_probe, find_model, find_objective, find_probe
 from lightning_goldy.callbacks.volume_findings import ONLY_SPLIT, volume_findings
 from lightning_goldy.callbacks.volume_subject import find_splits
 from lightning_goldy.callbacks.volume_survey import VolumeSurvey
+from lightning_goldy.command_output import output_folder, print_report
 from lightning_goldy.core.files import atomic_write, read_rows
 from lightning_goldy.core.isolation import undisturbed
 from lightning_goldy.core.objective import Objective
@@ -73,7 +74,7 @@ def measure_checkpoints(
     """
     check_configs(settings)
     saved = [read_saved(path, with_optimizer=survey.preconditioner != "none") for path in checkpoints]
-    folder = _output_folder(output)
+    folder = output_folder(output, _NAME, "basin")
     with command_line([*settings, *_ALONE]), without_known_warnings(), progress_only():
         cli = _SetupCLI(run=False)
         if cli.datamodule is None:
@@ -86,7 +87,7 @@ def measure_checkpoints(
         cli.trainer.validate(cli.model, cli.datamodule, verbose=False)
     Console().print(walk.table())
     print(f"rows: {walk.store.rows}")
-    _write_report(folder)
+    print_report(folder)
     return folder
 
 
@@ -199,24 +200,3 @@ def _cells(row: dict[str, Any], volume: dict[str, Any]) -> list[str]:
         format_number(volume["bits_per_parameter"]),
         f"{effective}\n({unbounded})",
     ]
-
-
-def _output_folder(output: str | Path | None) -> Path:
-    if output is not None:
-        folder = Path(output).expanduser()
-        if (folder / "goldy" / _NAME / ROWS).exists():
-            raise FileExistsError(f"{folder} holds volumes already; give another --output")
-        return folder
-    number = 0
-    while (folder := Path("runs") / "basin" / f"version_{number}").exists():
-        number += 1
-    return folder
-
-
-def _write_report(folder: Path) -> None:
-    from lightning_goldy.report.html import write_report
-
-    try:
-        print(f"report: {write_report(folder)}")
-    except ImportError as error:
-        print(f"no report: {error}")

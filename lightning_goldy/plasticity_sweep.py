@@ -24,6 +24,7 @@ from lightning_goldy.callbacks import HeadPlasticity
 from lightning_goldy.callbacks.cost import peak_memory_bytes
 from lightning_goldy.callbacks.run_directory import ROWS, ResultStore
 from lightning_goldy.callbacks.subject import find_model, find_objective
+from lightning_goldy.command_output import output_folder, print_report
 from lightning_goldy.core.files import atomic_write, read_rows
 from lightning_goldy.core.gates import HeadGates
 from lightning_goldy.core.isolation import undisturbed
@@ -109,7 +110,7 @@ def run_sweep(
         FileExistsError: The folder holds results already.
     """
     check_configs(settings)
-    folder = _output_folder(output)
+    folder = output_folder(output, _NAME, "plasticity")
     words = [*settings, *(_QUICK if quick else ()), *_ALONE]
     plans: list[tuple[int, str, float, int] | tuple[int, None, float, int]] = []
     for seed in sweep.seeds:
@@ -133,7 +134,7 @@ def run_sweep(
     ResultStore(folder / "goldy" / _NAME, write=True).append(row)
     console.print(sweep_table(runs))
     print(f"rows: {folder / 'goldy' / _NAME / ROWS}")
-    _write_report(folder)
+    print_report(folder)
     return folder
 
 
@@ -279,24 +280,3 @@ def _row(runs: list[dict[str, Any]], seconds: float, peak: int) -> dict[str, Any
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
-
-
-def _output_folder(output: str | Path | None) -> Path:
-    if output is not None:
-        folder = Path(output).expanduser()
-        if (folder / "goldy" / _NAME / ROWS).exists():
-            raise FileExistsError(f"{folder} holds a sweep already; give another --output")
-        return folder
-    number = 0
-    while (folder := Path("runs") / "plasticity" / f"version_{number}").exists():
-        number += 1
-    return folder
-
-
-def _write_report(folder: Path) -> None:
-    from lightning_goldy.report.html import write_report
-
-    try:
-        print(f"report: {write_report(folder)}")
-    except ImportError as error:
-        print(f"no report: {error}")

@@ -207,7 +207,7 @@ def test_bad_options_are_refused(trained, here, capsys):
     assert "n_samples=99, but the probe holds only 8" in refuse(capsys, *words, "--n-samples", "99", "--output", "out")
     (here / "out/goldy/basin_volume").mkdir(parents=True, exist_ok=True)
     (here / "out/goldy/basin_volume/results.jsonl").write_text("{}\n")
-    assert "holds volumes already; give another --output" in refuse(capsys, *words, "--output", "out")
+    assert "holds rows of basin_volume already; give another --output" in refuse(capsys, *words, "--output", "out")
     with pytest.raises(SystemExit) as exit_:
         main(["recipes", "list", "--data.edits=5"])
     assert exit_.value.code == 2

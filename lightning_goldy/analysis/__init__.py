@@ -26,7 +26,8 @@ from lightning_goldy.analysis.preconditioner import (
 )
 from lightning_goldy.analysis.reverse_golden import ReverseGoldenResult, reverse_golden_parameters
 from lightning_goldy.analysis.scores import register_score
-from lightning_goldy.analysis.taylor import OrderFit, TaylorApproximation, TaylorDiff, taylor_diff
+from lightning_goldy.analysis.taylor import OrderFit, TaylorDiff, taylor_diff
+from lightning_goldy.analysis.taylor_approximation import TaylorApproximation
 from lightning_goldy.analysis.volume import local_volume
 from lightning_goldy.analysis.volume_result import VolumeResult, aggregate, best_of
 from lightning_goldy.core.gates import HeadGates

@@ -12,7 +12,7 @@ from lightning_goldy.analysis.attention_entropy import recorded_attention
 from lightning_goldy.core.architecture import Architecture, UnsupportedArchitectureError
 from lightning_goldy.core.batches import map_batch
 from lightning_goldy.core.naming import model_class
-from lightning_goldy.core.objective import Objective, accepts
+from lightning_goldy.core.objective import Objective, accepts, left_padding_positions
 
 LayerSink = Callable[[int, Tensor, "Tensor | None"], None]
 """``sink(layer, weights [B, H, T, T], additive mask [B, 1, T, T])``"""
@@ -85,9 +85,8 @@ def _call(model: nn.Module, batch: Any, objective: Objective | None) -> None:
         return
     inputs: dict[str, Any] = {key: value for key, value in batch.items() if key != "labels"}
     mask = inputs.get("attention_mask")
-    if mask is not None and bool((mask[:, 0] == 0).any()) and accepts(model, "position_ids"):
-        # With padding on the left, positions must count from each sample's first token, or the padding would matter.
-        inputs.setdefault("position_ids", (mask.long().cumsum(dim=1) - 1).clamp_(min=0))
+    if mask is not None and "position_ids" not in inputs and accepts(model, "position_ids"):
+        inputs.update(left_padding_positions(mask))
     if accepts(model, "use_cache"):
         inputs["use_cache"] = False
     model(**inputs)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.attention_entropy import recorded_attention
+from lightning_goldy.analysis.attention_recording import show_patterns
 from lightning_goldy.core.gates import Head, HeadGates
 from lightning_goldy.core.objective import Objective
 
@@ -44,14 +44,10 @@ def attention_maps(
     gates = HeadGates.of(model)
     if gates is None:
         raise ValueError("the model has no gates; make HeadGates(model) first")
-    layers = {id(part): block.index for block in gates.architecture.blocks for part in block.attention.modules()}
     found: dict[int, Tensor] = {}
 
-    def sink(module: nn.Module, weights: Tensor, mask: Tensor | None) -> None:
-        layer = layers.get(id(module))
-        if layer is not None:
-            found[layer] = weights[0, :, :length, :length].detach().float().cpu()
+    def sink(layer: int, weights: Tensor, mask: Tensor | None) -> None:
+        found[layer] = weights[0, :, :length, :length].float().cpu()
 
-    with recorded_attention(model, sink), torch.no_grad():
-        objective.log_probs(model, sample)
+    show_patterns(model, gates.architecture, sample, objective, sink, layers={layer for layer, _ in heads})
     return torch.stack([found[layer][head] for layer, head in heads])

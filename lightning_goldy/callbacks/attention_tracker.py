@@ -18,7 +18,7 @@ from lightning_goldy.callbacks.attention_prompts import (
     token_namer,
 )
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, Findings
-from lightning_goldy.callbacks.golden_snapshot import GoldenSnapshot
+from lightning_goldy.callbacks.golden_snapshot import find_snapshot
 from lightning_goldy.core.files import read_rows
 from lightning_goldy.core.isolation import undisturbed
 from lightning_goldy.core.vector import ParameterVector, substituted
@@ -122,8 +122,7 @@ class AttentionTracker(AnalysisCallback[Attention]):
         )
 
     def _base(self, context: AnalysisContext) -> ParameterVector | None:
-        callbacks = context.trainer.callbacks  # type: ignore[attr-defined]
-        snapshot = next((each for each in callbacks if isinstance(each, GoldenSnapshot)), None)
+        snapshot = find_snapshot(context.trainer)
         return snapshot.base.vector(context.model) if self.drift and snapshot is not None else None
 
 

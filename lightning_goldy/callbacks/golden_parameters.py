@@ -12,7 +12,7 @@ from lightning_goldy.analysis.ballot import Scope
 from lightning_goldy.analysis.change import change_inside
 from lightning_goldy.analysis.golden import GoldenResult, check_arguments, golden_parameters, jaccard
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, Findings
-from lightning_goldy.callbacks.golden_snapshot import GoldenSnapshot
+from lightning_goldy.callbacks.golden_snapshot import find_snapshot
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.store import load_vectors
 from lightning_goldy.core.vector import ParameterVector, elements_in
@@ -100,8 +100,7 @@ class GoldenParameters(AnalysisCallback[GoldenResult]):
             "delta_share": None,
             "delta_share_over_density": None,
         }
-        callbacks = context.trainer.callbacks  # type: ignore[attr-defined]
-        snapshot = next((each for each in callbacks if isinstance(each, GoldenSnapshot)), None)
+        snapshot = find_snapshot(context.trainer)
         if snapshot is not None:
             share = change_inside(context.model, snapshot.base, result.mask)
             metrics["delta_share"] = share

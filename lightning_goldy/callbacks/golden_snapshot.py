@@ -21,6 +21,12 @@ from lightning_goldy.core.vector import ParameterVector
 BASE_FILE = "base.safetensors"
 
 
+def find_snapshot(trainer: L.Trainer) -> GoldenSnapshot | None:
+    """The first snapshot among a trainer's callbacks; None without one."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return next((each for each in callbacks if isinstance(each, GoldenSnapshot)), None)
+
+
 class GoldenSnapshot(AnalysisCallback[WeightChange]):
     """Keeps theta_0, which the other callbacks compare with, and logs the change since then.
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_goldy.analysis.distribution import ParameterDistributionResult, parameter_distribution
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, Findings
-from lightning_goldy.callbacks.golden_snapshot import GoldenSnapshot
+from lightning_goldy.callbacks.golden_snapshot import GoldenSnapshot, find_snapshot
 
 _COLUMNS = ("relative_change", "stable_rank", "effective_rank", "histogram_drift")
 
@@ -73,8 +73,7 @@ class ParameterDistribution(AnalysisCallback[ParameterDistributionResult]):
         return Findings(metrics, {"tensors": rows, "top": self.top})
 
     def _snapshot(self, trainer: L.Trainer) -> GoldenSnapshot:
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        found = next((each for each in callbacks if isinstance(each, GoldenSnapshot)), None)
+        found = find_snapshot(trainer)
         if found is None:
             raise ValueError(f"{self.name} compares with the golden snapshot: add GoldenSnapshot() to the callbacks")
         return found

@@ -21,7 +21,7 @@ from lightning_goldy.analysis.reverse_golden import (
 )
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, Findings
 from lightning_goldy.callbacks.generation_settings import Generations, find_tokenizer
-from lightning_goldy.callbacks.golden_snapshot import GoldenSnapshot
+from lightning_goldy.callbacks.golden_snapshot import find_snapshot
 from lightning_goldy.callbacks.search_settings import Search
 from lightning_goldy.callbacks.volume_settings import Selection
 from lightning_goldy.core.batches import batch_tensors
@@ -131,8 +131,7 @@ class ReverseGoldenParameters(AnalysisCallback[ReverseGoldenResult]):
             "delta_share": None,
             "delta_share_over_density": None,
         }
-        callbacks = context.trainer.callbacks  # type: ignore[attr-defined]
-        snapshot = next((each for each in callbacks if isinstance(each, GoldenSnapshot)), None)
+        snapshot = find_snapshot(context.trainer)
         if snapshot is not None:
             share = change_inside(context.model, snapshot.base, result.mask)
             metrics["delta_share"] = share

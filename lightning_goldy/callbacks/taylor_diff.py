@@ -13,7 +13,7 @@ from lightning_goldy.analysis.divergence import shortened
 from lightning_goldy.analysis.taylor import LAZY, NONLINEAR, By, check_orders, taylor_diff
 from lightning_goldy.analysis.taylor import TaylorDiff as TaylorResult
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, Findings
-from lightning_goldy.callbacks.golden_snapshot import GoldenSnapshot
+from lightning_goldy.callbacks.golden_snapshot import find_snapshot
 from lightning_goldy.callbacks.subject import find_model
 from lightning_goldy.core.base import BaseParameters
 from lightning_goldy.core.files import read_rows
@@ -80,7 +80,7 @@ class TaylorDiff(AnalysisCallback[TaylorResult]):
     def prepare(self, trainer: L.Trainer, model: nn.Module) -> None:
         """Finds the base, or takes up the one of the run that is resumed."""
         if self.reset == "never":
-            if _snapshot(trainer) is None:
+            if find_snapshot(trainer) is None:
                 raise ValueError(
                     f"{self.name} expands around the golden snapshot: add GoldenSnapshot() to the callbacks, or let "
                     "the base move with reset='each' or reset='epoch'"
@@ -97,7 +97,7 @@ class TaylorDiff(AnalysisCallback[TaylorResult]):
     def compute(self, context: AnalysisContext) -> TaylorResult:
         """Expands around the base."""
         assert context.objective is not None
-        snapshot = _snapshot(context.trainer)
+        snapshot = find_snapshot(context.trainer)
         base = snapshot.base if self.reset == "never" and snapshot is not None else self._base
         assert base is not None
         return taylor_diff(
@@ -190,11 +190,6 @@ class TaylorDiff(AnalysisCallback[TaylorResult]):
             return 1 + 3 * (1 if highest == 1 else 5)
         shares = 0 if self.by is None else 6 if self.function_space else 3
         return 1 + {1: 4, 2: 11, 3: 35}[highest] + shares
-
-
-def _snapshot(trainer: L.Trainer) -> GoldenSnapshot | None:
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    return next((each for each in callbacks if isinstance(each, GoldenSnapshot)), None)
 
 
 def _trajectory(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:

@@ -140,7 +140,7 @@ class CausalLMObjective:
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         padded = inputs.get("attention_mask") is not None
         if padded and "position_ids" not in inputs and accepts(model, "position_ids"):
-            inputs.update(_left_padding_positions(inputs["attention_mask"]))
+            inputs.update(left_padding_positions(inputs["attention_mask"]))
         if accepts(model, "use_cache"):
             inputs["use_cache"] = False
         positions = valid.any(dim=0).nonzero().flatten()  # [K]
@@ -296,7 +296,8 @@ def _columns(logits: Tensor, positions: Tensor) -> Tensor:
     return logits[:, first : last + 1] if last - first + 1 == len(positions) else logits[:, positions]
 
 
-def _left_padding_positions(attention_mask: Tensor) -> dict[str, Tensor]:
+def left_padding_positions(attention_mask: Tensor) -> dict[str, Tensor]:
+    """The ``position_ids`` that a batch with padding on the left needs; none without such padding."""
     # With padding on the left, positions must count from each sample's first token, or the padding would matter.
     if attention_mask.ndim != 2 or bool((attention_mask[:, 0] != 0).all()):
         return {}

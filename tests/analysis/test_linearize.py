@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_goldy.analysis.linearize import FrozenAttention, LinearizedMLP, TangentModel, build_variant
-from lightning_goldy.analysis.taylor import TaylorApproximation
+from lightning_goldy.analysis.taylor_approximation import TaylorApproximation
 from lightning_goldy.core import ParameterVector
 from tests.core.architecture_models import REGISTERED
 from tests.core.test_autodiff import without_casts  # noqa: F401  a fixture

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.taylor import TaylorApproximation, TaylorDiff, taylor_diff
+from lightning_goldy.analysis import TaylorApproximation, TaylorDiff, taylor_diff
 from lightning_goldy.core import CausalLMObjective, ClassifierObjective, FunctionObjective, ParameterVector
 from lightning_goldy.core.autodiff import trainable_values
 from lightning_goldy.core.base import BaseParameters

@@ -1,0 +1,39 @@
+"""Where a command writes its results, and the report that it ends with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning_goldy.callbacks.run_directory import ROWS
+
+
+def output_folder(output: str | Path | None, analysis: str, runs: str) -> Path:
+    """The folder that was asked for, or a numbered one of its own.
+
+    Args:
+        output: What was asked for; None for ``runs/<runs>/version_<n>``.
+        analysis: The analysis whose rows will lie below ``goldy/``.
+        runs: Folder of the numbered ones.
+
+    Raises:
+        FileExistsError: The folder holds such rows already.
+    """
+    if output is not None:
+        folder = Path(output).expanduser()
+        if (folder / "goldy" / analysis / ROWS).exists():
+            raise FileExistsError(f"{folder} holds rows of {analysis} already; give another --output")
+        return folder
+    number = 0
+    while (folder := Path("runs") / runs / f"version_{number}").exists():
+        number += 1
+    return folder
+
+
+def print_report(folder: Path) -> None:
+    """Writes the report of a folder and prints where it is, or why there is none."""
+    from lightning_goldy.report.html import write_report
+
+    try:
+        print(f"report: {write_report(folder)}")
+    except ImportError as error:
+        print(f"no report: {error}")
