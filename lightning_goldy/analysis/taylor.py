@@ -171,6 +171,7 @@ def taylor_diff(
     Source: linearisation as in Jacot et al. 2018 ("Neural Tangent Kernel"), Chizat et al. 2019 ("On Lazy Training").
 
     Example:
+        >>> import torch
         >>> from lightning_goldy.core.objective import FunctionObjective
         >>> model = nn.Linear(1, 1, bias=False)
         >>> base = ParameterVector.of(model)

@@ -88,7 +88,10 @@ class VolumeResult(AnalysisResult):
     @property
     def log_volume(self) -> float:
         """Log-mean-exp of the estimates, nats; NaN when a direction is unbounded."""
-        return float(torch.logsumexp(self.estimates, 0)) - math.log(self.n_directions)
+        mean = self.lower_bound
+        # Jensen's inequality must hold after rounding too, so the excess over the mean is what is computed.
+        excess = float(torch.logsumexp(self.estimates - mean, 0)) - math.log(self.n_directions)
+        return mean + max(excess, 0.0)
 
     @property
     def lower_bound(self) -> float:

@@ -141,7 +141,8 @@ def test_any_spectrum_lower_bound_ideal_proposal_and_scaling_law(
     stretch = Stretch(ParameterSpace.of(point), {"first": scale[:half], "second": scale[half:]})
     level = 10.0**cutoff
     cost = quadratic(point, curvature)
-    options = {"measure": "uniform", "n_directions": 4, "seed": seed}
+    # The flattest spectrum at the largest cutoff lies beyond the default maximum of 100 sqrt(D).
+    options = {"measure": "uniform", "n_directions": 4, "seed": seed, "max_radius": 1e6}
     exact = log_ellipsoid(curvature, level)
     ideal = local_volume(point, cost, cutoff=level, preconditioner=stretch, **options)
     assert ideal.estimates.tolist() == pytest.approx([exact] * 4, abs=1e-5)
