@@ -34,6 +34,7 @@ def test_the_demo_uses_every_callback_that_only_watches():
     assert {type(callback) for callback in analysis_callbacks(10)} == expected
 
 
+@pytest.mark.slow
 def test_the_reduced_demo_from_the_command_line(cache, tmp_path, capsys):
     directory = tmp_path / "demo"
     assert main(["demo", "--fast", "--directory", str(directory)]) == 0

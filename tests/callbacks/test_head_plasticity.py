@@ -562,6 +562,7 @@ def test_a_missing_file_of_the_cycle_is_an_error(tmp_path):
         CycleCopy.load(tmp_path, layer, saved)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_decide_alike(tmp_path, strategy):
     """Both ranks cut and regrow the same heads, the first ones those of one process, and a resume goes on likewise."""

@@ -91,6 +91,7 @@ def test_the_comparison_notices_a_callback_that_disturbs(plain, tmp_path):
     assert {"weights", "losses", "torch", "optimizer"} <= set(differences(plain("checkpoints"), found))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes(tmp_path, strategy):
     """The training is undisturbed on both ranks, and the masks and rows are those of one process."""

@@ -34,6 +34,7 @@ def test_masks_on_shards_answer_as_whole_ones():
     assert run_processes(mask_answers, 2) == [expected] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_a_masked_run_of_two_processes(tmp_path, strategy):
     """Scored by a callback, resumed from its checkpoint; what is outside keeps its bits on both ranks."""

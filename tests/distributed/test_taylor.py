@@ -9,6 +9,7 @@ from tests.distributed.launch import run_processes
 from tests.distributed.taylor_checks import compare, compared
 
 
+@pytest.mark.slow
 def test_replicas_share_batches_and_find_the_same() -> None:
     expected = [compare("replicas", 0.01, space) for space in (True, False)]
     for texts in run_processes(compared, 2, "replicas"):

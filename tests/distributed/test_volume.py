@@ -10,7 +10,7 @@ from tests.distributed.volume_checks import all_cases
 
 @pytest.mark.parametrize(
     ("layout", "world_size"),
-    [("replicas", 2), ("shards", 2), pytest.param("replicas", 3, marks=pytest.mark.slow)],
+    [("replicas", 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in [("shards", 2), ("replicas", 3)])],
 )
 def test_any_number_of_processes_gives_the_estimates_of_one(layout: str, world_size: int) -> None:
     expected = all_cases("replicas")
