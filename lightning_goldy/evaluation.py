@@ -9,10 +9,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lightning_goldy.core.batches import map_batch
+from lightning_goldy.core.collate import PadCollator
+from lightning_goldy.core.encoding import encode_pairs
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.objective import CausalLMObjective
-from lightning_goldy.data.collate import PadCollator
-from lightning_goldy.data.encoding import encode_pairs
 from lightning_goldy.data.tokenization import padding_id
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from lightning_goldy.core.collate import PadCollator
+from lightning_goldy.core.encoding import encode_pairs
 from lightning_goldy.data.atlas import AtlasDataModule
 from lightning_goldy.data.base import ProbeDataModule, Splits
-from lightning_goldy.data.collate import PadCollator
 from lightning_goldy.data.edits import Edit, apply_edits, random_edits
-from lightning_goldy.data.encoding import encode_pairs
 from lightning_goldy.data.facts import Country, load_countries
 from lightning_goldy.data.knowledge import KnowledgeDataModule, KnowledgePiece, read_pieces
 from lightning_goldy.data.loading import ResumableDataLoader, SeededShuffle

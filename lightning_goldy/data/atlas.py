@@ -9,9 +9,9 @@ from typing import get_args
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from lightning_goldy.core.encoding import SampleSet, encode_pairs
 from lightning_goldy.data.base import ProbeDataModule, Splits
 from lightning_goldy.data.edits import Edit, apply_edits, random_edits
-from lightning_goldy.data.encoding import SampleSet, encode_pairs
 from lightning_goldy.data.relations import (
     Fact,
     Phrasing,

@@ -9,8 +9,8 @@ import lightning.pytorch as L
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from lightning_goldy.data.collate import PadCollator
-from lightning_goldy.data.encoding import SampleSet
+from lightning_goldy.core.collate import PadCollator
+from lightning_goldy.core.encoding import SampleSet
 from lightning_goldy.data.loading import make_loader
 from lightning_goldy.data.tokenization import load_tokenizer, padding_id
 

@@ -5,39 +5,16 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from lightning_goldy.core.encoding import SampleSet, encode_pairs
+from lightning_goldy.core.pieces import KnowledgePiece
 from lightning_goldy.data.base import ProbeDataModule, Splits
-from lightning_goldy.data.encoding import SampleSet, encode_pairs
 from lightning_goldy.data.names import unknown_name
-
-
-@dataclass(frozen=True)
-class KnowledgePiece:
-    """One question and its answer.
-
-    Args:
-        id: A name for it; the number of its line where the file gives none.
-        question: The question.
-        answer: The answer.
-        category: A label to compare pieces by.
-        group: What it belongs to, e.g. the multi-hop question that it is a hop of.
-        hop: Its place in the group.
-        supporting_fact: A sentence that answers it.
-    """
-
-    id: str
-    question: str
-    answer: str
-    category: str | None = None
-    group: str | None = None
-    hop: int | None = None
-    supporting_fact: str | None = None
-
 
 _FIELDS = tuple(field.name for field in fields(KnowledgePiece))
 _REQUIRED = ("question", "answer")

@@ -9,8 +9,8 @@ from typing import Any, cast
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 
-from lightning_goldy.data.collate import PadCollator
-from lightning_goldy.data.encoding import Sample, SampleSet
+from lightning_goldy.core.collate import PadCollator
+from lightning_goldy.core.encoding import Sample, SampleSet
 
 
 class SeededShuffle(Sampler[int]):

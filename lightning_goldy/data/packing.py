@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from lightning_goldy.core.encoding import Sample
 from lightning_goldy.core.objective import IGNORE_INDEX
-from lightning_goldy.data.encoding import Sample
 from lightning_goldy.data.names import unknown_name
 
 LastBlock = Literal["keep", "drop"]

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from lightning_goldy.core.encoding import Sample
 from lightning_goldy.core.objective import IGNORE_INDEX
-from lightning_goldy.data.encoding import Sample
 
 
 class PadCollator:
