@@ -12,7 +12,7 @@ from torch.optim.adamw import adamw
 
 # Elements worked on at a time. On a CPU a share of the cache, so that what one operation writes is still there for the
 # next; elsewhere few enough that the copies made on the way are small beside the model.
-_CACHED = 1 << 20
+_CACHED = 1 << 19
 _BATCHED = 1 << 24
 
 
@@ -60,17 +60,19 @@ class Part:
             yield replace(self, step=self.step.clone(), **stretch)
 
     @property
+    def squares(self) -> Tensor:
+        """The running mean that the step takes the root of."""
+        return self.second if self.largest is None else self.largest
+
+    @property
     def has_indices(self) -> bool:
         """Whether the mask is held as indices."""
         return self.mask is not None and self.mask.dtype != torch.bool
 
-    def inside(self) -> Part:
-        """The part with copies of the moments inside a mask of indices."""
-        index = self.mask
-        assert index is not None
-        first, second = (tensor.reshape(-1).index_select(0, index) for tensor in (self.first, self.second))
-        largest = None if self.largest is None else self.largest.reshape(-1).index_select(0, index)
-        return Part(self.parameter, self.gradient, first, second, largest, None, self.step)
+    def inside(self, tensor: Tensor) -> Tensor:
+        """A copy of what such a tensor has inside a mask of indices."""
+        assert self.mask is not None
+        return tensor.reshape(-1).index_select(0, self.mask)
 
 
 class Roots:
@@ -148,21 +150,26 @@ class Settings:
         if self.group["amsgrad"]:
             torch._foreach_maximum_([part.largest for part in parts if part.largest is not None], seconds)
 
-    def move(self, values: list[Tensor], parts: Sequence[Part], rate: float, roots: Roots) -> None:
+    def denominators(self, seconds: list[Tensor], parts: Sequence[Part], roots: Roots) -> list[Tensor]:
+        """What torch's step divides the first moments by, from the second ones; these hold until the next call."""
+        found = roots.of(seconds)
+        beta2 = self.group["betas"][1]
+        torch._foreach_div_(found, [(1 - beta2 ** part.step.item()) ** 0.5 for part in parts])
+        torch._foreach_add_(found, self.group["eps"])
+        return found
+
+    def move(
+        self, values: list[Tensor], firsts: list[Tensor], denominators: list[Tensor], parts: Sequence[Part], rate: float
+    ) -> None:
         """The second half of torch's step, after the moments: decays and moves ``values`` in place.
 
         In torch's order of operations, so that every element ends with the bits that torch's step would give it.
         """
-        beta1, beta2 = self.group["betas"]
-        steps = [part.step.item() for part in parts]
-        sizes = [(rate / (1 - beta1**step)) * -1 for step in steps]
-        corrections = [(1 - beta2**step) ** 0.5 for step in steps]
+        beta1 = self.group["betas"][0]
+        sizes = [(rate / (1 - beta1 ** part.step.item())) * -1 for part in parts]
         if self.group["weight_decay"] != 0:
             torch._foreach_mul_(values, 1 - rate * self.group["weight_decay"])
-        denominators = roots.of([part.second if part.largest is None else part.largest for part in parts])
-        torch._foreach_div_(denominators, corrections)
-        torch._foreach_add_(denominators, self.group["eps"])
-        torch._foreach_addcdiv_(values, [part.first for part in parts], denominators, sizes)
+        torch._foreach_addcdiv_(values, firsts, denominators, sizes)
 
 
 def masked_step(parts: Sequence[Part], settings: Settings, inside: float, outside: float) -> None:
@@ -211,7 +218,8 @@ def _mixed_step(parts: list[Part], settings: Settings, inside: float, outside: f
         settings.step([_copied(part, value) for part, value in zip(parts, values, strict=True)], other)
     settings.step(parts, main)
     if other and settings.splits_in_two:
-        settings.move(values, parts, other, roots)
+        denominators = settings.denominators([part.squares for part in parts], parts, roots)
+        settings.move(values, [part.first for part in parts], denominators, parts, other)
     for part, value in zip(parts, values, strict=True):
         chosen = (part.parameter, value) if inside else (value, part.parameter)
         assert part.mask is not None
@@ -220,16 +228,21 @@ def _mixed_step(parts: list[Part], settings: Settings, inside: float, outside: f
 
 def _indexed_step(parts: list[Part], settings: Settings, inside: float, outside: float, roots: Roots) -> None:
     """The same where few elements are inside: they are taken out, moved on their own, and put back."""
-    before = [part.parameter.reshape(-1).index_select(0, part.mask) for part in parts if part.mask is not None]
+    before = [part.inside(part.parameter) for part in parts]
     settings.advance(parts)
     if outside:
-        settings.move([part.parameter for part in parts], parts, outside, roots)
+        denominators = settings.denominators([part.squares for part in parts], parts, roots)
+        everything, firsts = [part.parameter for part in parts], [part.first for part in parts]
+        settings.move(everything, firsts, denominators, parts, outside)
+        few = [part.inside(each) for part, each in zip(parts, denominators, strict=True)]
+    elif inside:
+        few = settings.denominators([part.inside(part.squares) for part in parts], parts, roots)
     if inside:
-        settings.move(before, [part.inside() for part in parts], inside, roots)
+        settings.move(before, [part.inside(part.first) for part in parts], few, parts, inside)
     if inside or outside:
         for part, values in zip(parts, before, strict=True):
             assert part.mask is not None
-            part.parameter.view(-1).index_copy_(0, part.mask, values)
+            part.parameter.view(-1).scatter_(0, part.mask, values)
 
 
 def _copied(part: Part, values: Tensor) -> Part:
