@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import lightning.pytorch as L
 import pytest
 import torch
@@ -9,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from lightning_goldy import GoldyModule, MaskedAdamW, ParameterMask, ParameterSpace
-from lightning_goldy.callbacks import GoldenParameters, GoldenSnapshot
+from lightning_goldy.callbacks import GoldenParameters, GoldenSnapshot, ReverseGoldenParameters
 from lightning_goldy.core import StoreError
 from lightning_goldy.masked_training import MASK_CALLBACKS, MaskedTraining
 from lightning_goldy.optim import OptimizerOptions, build_optimizer
@@ -214,15 +216,25 @@ def test_an_analysis_that_failed_leaves_no_mask_to_train_with(tmp_path):
         train(tmp_path, GOLDEN, [failing])
 
 
+def test_what_the_predictions_hang_on_is_all_that_trains(tmp_path):
+    search = ReverseGoldenParameters(2.0, n_samples=3, at=("start",), strategy="none")
+    trainer, model = train(tmp_path, {**GOLDEN, "mask": "reverse_golden"}, [search])
+    mask = ParameterMask.load(search.folder / "mask-step=00000000.safetensors", model)
+    trained = trainer.optimizers[0].mask
+    assert all(torch.equal(trained[name], mask[name]) for name in mask)
+    assert mask.total == sum(max(1, math.floor(0.02 * tensor.numel() + 0.5)) for tensor in mask.values())
+    changed = moved(model)
+    assert sum(int((changed[name] & ~mask[name]).sum()) for name in mask) == 0
+    assert sum(int((changed[name] & mask[name]).sum()) for name in mask) > 0.5 * mask.total
+
+
 def test_a_callback_is_known_by_the_name_of_its_class(tmp_path):
-    class ReverseGoldenParameters(GoldenParameters):
+    class OwnScoring(GoldenParameters):
         pass
 
-    trainer, _ = train(
-        tmp_path, {**GOLDEN, "mask": "reverse_golden"}, [ReverseGoldenParameters(n_samples=3, at=("start",))]
-    )
+    trainer, _ = train(tmp_path, GOLDEN, [OwnScoring(n_samples=3, at=("start",))])
     assert trainer.optimizers[0].mask.total > 0
-    assert MASK_CALLBACKS["reverse_golden"] == "ReverseGoldenParameters"
+    assert set(MASK_CALLBACKS.values()) == {GoldenParameters.__name__, ReverseGoldenParameters.__name__}
 
 
 @pytest.mark.parametrize(
