@@ -48,7 +48,18 @@ class ExactResume(L.Callback):
         """Restores once more: strategies differ in when they load callbacks, and set-up draws random numbers."""
         if self._state is not None:
             restore_random_states(self._state)
-            self._state = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begins the epoch's batches from the restored states.
+
+        A loader that shuffles draws its order as its iterator is made, which is during set-up where the learning-rate
+        schedule asks for the number of steps. A loader that keeps its position needs no random state.
+        """
+        state, self._state = self._state, None
+        fetcher, loader = trainer.fit_loop._data_fetcher, trainer.fit_loop._combined_loader
+        if state is not None and fetcher is not None and loader is not None and not loader._state_dicts():
+            restore_random_states(state)
+            iter(fetcher)  # makes the iterators anew, as every epoch does
 
 
 def random_states() -> dict[str, Any]:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 
+import lightning.pytorch as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader
 
+from lightning_goldy import GoldyModule
 from lightning_goldy.callbacks import ExactResume, GoldenParameters, GoldenSnapshot
 from lightning_goldy.core import StoreError, load_vectors, save_vectors
-from tests.callbacks.training import Finetune, differences, fit
+from tests.callbacks.training import Finetune, TokenData, Tokens, differences, fit
+from tests.models import build
 
 # Lightning reminds of callbacks left out on purpose, and of the folder that a resume goes on in.
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using", "ignore:.*exists and is not empty")
@@ -136,3 +140,34 @@ def test_a_second_run_into_the_same_folder_loses_nothing(tmp_path):
         fit(tmp_path, [watcher], max_epochs=1)
     assert len((watcher.folder / "results.jsonl").read_text().splitlines()) == 1
     assert (watcher.folder.parent / "golden_snapshot.1" / "results.jsonl").exists()
+
+
+class Shuffled(TokenData):
+    """Rows in an order that the loader draws from torch's own random state."""
+
+    def train_dataloader(self):
+        return DataLoader(Tokens(self.n_train, 1), batch_size=2, shuffle=True)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear"])
+def test_a_loader_that_shuffles_goes_on_in_the_same_order(tmp_path, schedule):
+    def trained(folder, **options):
+        L.seed_everything(7, verbose=False)
+        module = GoldyModule(build("gpt2").train(), schedule={"name": schedule})
+        saver = ModelCheckpoint(folder, filename="{epoch}", every_n_epochs=1, save_top_k=-1)
+        trainer = L.Trainer(
+            accelerator="cpu",
+            devices=1,
+            logger=False,
+            callbacks=[ExactResume(), saver],
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            max_epochs=3,
+        )
+        trainer.fit(module, datamodule=Shuffled(), **options)
+        return {name: value.detach().clone() for name, value in module.model.named_parameters()}
+
+    whole = trained(tmp_path / "whole")
+    # The schedule asks for the number of steps, for which Lightning begins the loader during set-up.
+    resumed = trained(tmp_path / "resumed", ckpt_path=tmp_path / "whole" / "epoch=0.ckpt")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
