@@ -11,6 +11,7 @@ from lightning_goldy.data.facts import Country, load_countries
 from lightning_goldy.data.knowledge import KnowledgeDataModule, KnowledgePiece, read_pieces
 from lightning_goldy.data.loading import ResumableDataLoader, SeededShuffle
 from lightning_goldy.data.packing import PackedBlocks, pack
+from lightning_goldy.data.readers import PieceSet, load_pieces, write_pieces
 from lightning_goldy.data.relations import (
     RELATIONS,
     Fact,
@@ -33,6 +34,7 @@ __all__ = [
     "KnowledgePiece",
     "PackedBlocks",
     "PadCollator",
+    "PieceSet",
     "ProbeDataModule",
     "Question",
     "Relation",
@@ -45,6 +47,7 @@ __all__ = [
     "country_facts",
     "encode_pairs",
     "load_countries",
+    "load_pieces",
     "load_tokenizer",
     "one_hop_questions",
     "pack",
@@ -52,4 +55,5 @@ __all__ = [
     "read_pieces",
     "two_hop_questions",
     "word_tokenizer",
+    "write_pieces",
 ]

@@ -1,23 +1,20 @@
-"""Questions and answers from JSON lines."""
+"""Questions and answers to finetune on."""
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Sequence
 from pathlib import Path
 
+from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lightning_goldy.core.encoding import SampleSet, encode_pairs
 from lightning_goldy.core.pieces import KnowledgePiece
 from lightning_goldy.data.base import ProbeDataModule, Splits
-from lightning_goldy.data.names import unknown_name
-
-_FIELDS = tuple(field.name for field in fields(KnowledgePiece))
-_REQUIRED = ("question", "answer")
+from lightning_goldy.data.readers.loading import collect, load_pieces
+from lightning_goldy.data.readers.rows import open_rows
 
 
 def read_pieces(path: str | Path) -> list[KnowledgePiece]:
@@ -46,32 +43,14 @@ def read_pieces(path: str | Path) -> list[KnowledgePiece]:
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"{str(path)!r} is not a file (looked in {Path.cwd()})")
-    seen: dict[tuple[str, str], int] = {}
-    pieces = []
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        place = f"{path}, line {number}"
-        piece = _parse(line, number, place)
-        for key in ("id", "question"):
-            first = seen.setdefault((key, getattr(piece, key)), number)
-            if first != number:
-                raise ValueError(f"{place}, field {key!r}: {getattr(piece, key)!r} already occurs on line {first}")
-        pieces.append(piece)
-    if not pieces:
-        raise ValueError(f"{path} holds no knowledge pieces: it has no lines but blank ones")
-    return pieces
+    return list(collect(open_rows(path, container="lines"), "jsonl").pieces)
 
 
 class KnowledgeDataModule(ProbeDataModule):
     r"""Questions and answers, the questions masked.
 
     Args:
-        path: A JSON lines file, see ``read_pieces``.
+        path: A file of any known format, ``"atlas"``, or another source that ``load_pieces`` takes.
         tokenizer: ``"bytes"``, a local folder, a hub name, or a tokenizer.
         template: The prompt, with ``{question}`` where the question goes; the answer follows after a space.
         batch_size: Samples per batch.
@@ -81,8 +60,8 @@ class KnowledgeDataModule(ProbeDataModule):
         seed: Decides the split and the order of training samples.
 
     Raises:
-        FileNotFoundError: No such file.
-        ValueError: An argument out of range or a faulty file; from ``setup``, a sample that is too long.
+        FileNotFoundError: No such source.
+        ValueError: An argument out of range or a faulty record; from ``setup``, a sample that is too long.
 
     Example:
         >>> import tempfile
@@ -113,7 +92,12 @@ class KnowledgeDataModule(ProbeDataModule):
             raise ValueError(f"val_share={val_share!r} must be a share of the pieces, above 0 and below 1")
         self.template = template
         self.max_length = max_length
-        self.pieces = tuple(read_pieces(path))
+        found = load_pieces(path)
+        self.pieces = found.pieces
+        self.skipped = found.skipped
+        if found.skipped:
+            left_out = ", ".join(f"{reason}: {count}" for reason, count in found.skipped.items())
+            rank_zero_info(f"{found.source}: {len(self.pieces)} pieces; left out: {left_out}")
         self.train_pieces, self.val_pieces, self.probe_pieces = _split(self.pieces, val_share, probe_size, seed)
 
     def prompt(self, piece: KnowledgePiece) -> str:
@@ -153,28 +137,3 @@ def _split(
     random.Random(f"pieces {seed}").shuffle(shuffled)
     held = probe_size + n_val
     return shuffled[held:], shuffled[probe_size:held], shuffled[:probe_size]
-
-
-def _parse(line: str, number: int, place: str) -> KnowledgePiece:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: not JSON: {error}") from error
-    if not isinstance(row, Mapping):
-        raise ValueError(f"{place}: expected an object with {', '.join(_FIELDS)}; found {line.strip()[:60]!r}")
-    for key in row:
-        if key not in _FIELDS:
-            raise ValueError(f"{place}: {unknown_name('field', key, _FIELDS)}")
-    for key in _REQUIRED:
-        if not isinstance(row.get(key), str) or not row[key].strip():
-            found = repr(row[key]) if key in row else "nothing"
-            raise ValueError(f"{place}, field {key!r}: expected text that is not empty; found {found}")
-    for key in ("category", "group", "supporting_fact"):
-        if not isinstance(row.get(key), str | None):
-            raise ValueError(f"{place}, field {key!r}: expected text; found {row[key]!r}")
-    hop, name = row.get("hop"), row.get("id")
-    if isinstance(hop, bool) or not isinstance(hop, int | None):
-        raise ValueError(f"{place}, field 'hop': expected a whole number; found {hop!r}")
-    if isinstance(name, bool) or not isinstance(name, str | int | None):
-        raise ValueError(f"{place}, field 'id': expected text or a whole number; found {name!r}")
-    return KnowledgePiece(**{**row, "id": str(number if name is None else name)})

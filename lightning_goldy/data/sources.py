@@ -21,7 +21,7 @@ def check_source(source: str | Path) -> None:
     """
     path = Path(source).expanduser()
     looks_like_path = path.is_absolute() or path.suffix.lower() in (*TEXT_SUFFIXES, *_TABLES)
-    if not path.exists() and (looks_like_path or not _HUB_NAME.fullmatch(str(source))):
+    if not path.exists() and (looks_like_path or not is_dataset_name(str(source))):
         raise FileNotFoundError(
             f"{str(source)!r} does not exist (looked in {Path.cwd()}). A text source is a file, a folder of"
             f" {', '.join(TEXT_SUFFIXES)} files, a saved dataset, or a dataset's name on the hub (name or name:config)"
@@ -49,8 +49,8 @@ def read_documents(source: str | Path) -> list[str]:
         texts: Iterable[str] = [_read(path)]
     elif not path.is_dir():
         texts = _rows(_load_from_hub(str(source)), source)
-    elif any((path / marker).is_file() for marker in _MARKERS):
-        texts = _rows(_datasets().load_from_disk(str(path)), source)
+    elif is_saved_dataset(path):
+        texts = _rows(datasets_library().load_from_disk(str(path)), source)
     else:
         texts = _read_folder(path)
     documents = [text for text in texts if text]
@@ -80,13 +80,13 @@ def _read_folder(folder: Path) -> Iterable[str]:
             f" ({', '.join(_TABLES)})" + (f" but {' and '.join(kinds)}" if kinds else "")
         )
     tables = [str(file) for file in files if _TABLES.get(file.suffix.lower()) == kinds[0]]
-    return _rows(_datasets().load_dataset(kinds[0], data_files=tables, split="train"), folder)
+    return _rows(datasets_library().load_dataset(kinds[0], data_files=tables, split="train"), folder)
 
 
 def _load_from_hub(source: str) -> Any:
     name, _, config = source.partition(":")
     try:
-        return _datasets().load_dataset(name, config or None, split="train")
+        return datasets_library().load_dataset(name, config or None, split="train")
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"{source!r} is neither a file or folder in {Path.cwd()} nor a dataset that can be loaded: {error}"
@@ -103,7 +103,22 @@ def _rows(dataset: Any, source: str | Path) -> Iterable[str]:
     return [text or "" for text in dataset["text"]]
 
 
-def _datasets() -> Any:
+def is_dataset_name(source: str) -> bool:
+    """Whether a text can be a dataset's name on the hub, ``NAME`` or ``NAME:CONFIG``."""
+    return _HUB_NAME.fullmatch(source) is not None
+
+
+def is_saved_dataset(folder: Path) -> bool:
+    """Whether a folder is one that ``datasets`` saved."""
+    return any((folder / marker).is_file() for marker in _MARKERS)
+
+
+def datasets_library() -> Any:
+    """The datasets library.
+
+    Raises:
+        ImportError: It is not installed; the message tells how to.
+    """
     try:
         import datasets
     except ImportError as error:

@@ -17,7 +17,9 @@ from tests.callbacks.training import Finetune, TokenData, Tokens, differences, f
 from tests.models import build
 
 # Lightning reminds of callbacks left out on purpose, and of the folder that a resume goes on in.
-pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using", "ignore:.*exists and is not empty")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Be aware that when using", "ignore:.*exists and is not empty", "ignore:The dirpath has changed"
+)
 
 EPOCH = 8  # optimizer steps: 16 samples in batches of 2
 
