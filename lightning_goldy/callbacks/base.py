@@ -172,9 +172,11 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Opens the folder, takes up an interrupted run, and tries the probe before the first step."""
+        resumed = self._resumed
         with Replicas.world().together(self.name):
             self._start(trainer, pl_module)
-        if "start" in self.at:
+        # A run that goes on has started before.
+        if "start" in self.at and not resumed:
             self.run(trainer, pl_module, "start")
 
     def _start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

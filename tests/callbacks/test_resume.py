@@ -144,6 +144,19 @@ def test_a_second_run_into_the_same_folder_loses_nothing(tmp_path):
     assert (watcher.folder.parent / "golden_snapshot.1" / "results.jsonl").exists()
 
 
+def test_a_run_that_goes_on_does_not_start_again(tmp_path):
+    def watcher():
+        return GoldenParameters(n_samples=3, quorum=0.5, every_n_epochs=1, at=("start",))
+
+    saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_epochs=1, save_top_k=-1, save_on_train_epoch_end=True)
+    whole = watcher()
+    fit(tmp_path / "whole", [whole, saver], max_epochs=2, enable_checkpointing=True)
+    resumed = watcher()
+    fit(tmp_path / "resumed", [resumed], max_epochs=2, ckpt_path=tmp_path / f"step={EPOCH}.ckpt")
+    steps = [[row["step"] for row in results([each])["golden_parameters"]] for each in (whole, resumed)]
+    assert steps == [[0, EPOCH, 2 * EPOCH]] * 2
+
+
 class Shuffled(TokenData):
     """Rows in an order that the loader draws from torch's own random state."""
 
