@@ -58,6 +58,8 @@ from lightning_goldy.report.plots import (
 from lightning_goldy.report.registry import ReportError
 from lightning_goldy.report.reverse_golden_charts import chart_search_history
 from lightning_goldy.report.reverse_golden_plots import plot_search_history
+from lightning_goldy.report.ripple_charts import chart_ripple_effects
+from lightning_goldy.report.ripple_plots import plot_ripple_effects
 from lightning_goldy.report.tensorboard import log_figure, log_histogram, log_scalars
 from lightning_goldy.report.variant_figures import chart_variant_losses, plot_variant_losses
 
@@ -76,6 +78,7 @@ __all__ = [
     "chart_parameter_distribution",
     "chart_plasticity_loss",
     "chart_plasticity_sweep",
+    "chart_ripple_effects",
     "chart_search_history",
     "chart_taylor_prediction",
     "chart_taylor_shares",
@@ -103,6 +106,7 @@ __all__ = [
     "plot_parameter_distribution",
     "plot_plasticity_loss",
     "plot_plasticity_sweep",
+    "plot_ripple_effects",
     "plot_search_history",
     "plot_taylor_prediction",
     "plot_taylor_shares",

@@ -1,0 +1,113 @@
+"""How predictions agree with measurements."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_goldy.analysis.result import AnalysisResult
+
+EVERYTHING = "all"
+"""Names the agreement over all classes."""
+
+
+@dataclass(frozen=True)
+class Agreement(AnalysisResult):
+    """How a prediction agrees with what was measured, over pairs of edit and piece.
+
+    Args:
+        predictor: ``first_order`` or ``coupling``.
+        group: A distance class, or ``all``.
+        n: Pairs.
+        pearson: Linear correlation; NaN where undefined.
+        spearman: Rank correlation, ties sharing their mean rank; NaN where undefined.
+        sign_agreement: Share of the pairs where both have the same sign (zero is one of its own), a fraction.
+        slope: Of the least-squares line of measured on predicted; 1 where predictions have the right size.
+        intercept: Of that line, nats.
+        reason: Why a number is NaN; empty where none is.
+    """
+
+    predictor: str
+    group: str
+    n: int
+    pearson: float
+    spearman: float
+    sign_agreement: float
+    slope: float
+    intercept: float
+    reason: str = ""
+
+
+def agreement_of(
+    predicted: Sequence[float] | NDArray[Any],
+    measured: Sequence[float] | NDArray[Any],
+    predictor: str = "first_order",
+    group: str = EVERYTHING,
+) -> Agreement:
+    """Correlations, sign agreement and the least-squares line of measured on predicted values.
+
+    Args:
+        predicted: One value per pair.
+        measured: Likewise.
+        predictor: Its name.
+        group: Its name.
+
+    Returns:
+        The numbers; those that are undefined (fewer than two pairs, a side that is constant, a value that is not
+        finite) are NaN and the reason is told.
+
+    Example:
+        >>> found = agreement_of([1.0, 2.0, 3.0], [2.0, 4.0, 7.0])
+        >>> round(found.pearson, 4), round(found.spearman, 4), found.slope, round(found.intercept, 4)
+        (0.9934, 1.0, 2.5, -0.6667)
+        >>> agreement_of([1.0, 2.0], [3.0, 3.0]).reason
+        'measured values are all the same'
+    """
+    x, y = np.asarray(predicted, dtype=np.float64), np.asarray(measured, dtype=np.float64)
+    n, nothing = len(x), math.nan
+    wrong = int((~(np.isfinite(x) & np.isfinite(y))).sum())
+    empty = Agreement(predictor, group, n, nothing, nothing, nothing, nothing, nothing)
+    if not n or wrong:
+        return dataclasses.replace(empty, reason=f"{wrong} of {n} pairs are not finite" if n else "no pair")
+    signs = float((np.sign(x) == np.sign(y)).mean())
+    known = dataclasses.replace(empty, sign_agreement=signs)
+    if n < 2:
+        return dataclasses.replace(known, reason="a single pair")
+    if x.min() == x.max():
+        return dataclasses.replace(known, reason="predicted values are all the same")
+    slope = _correlation(x, y) * _spread(y) / _spread(x) if y.min() < y.max() else 0.0
+    known = dataclasses.replace(known, slope=float(slope), intercept=float(y.mean() - slope * x.mean()))
+    if y.min() == y.max():
+        return dataclasses.replace(known, reason="measured values are all the same")
+    return dataclasses.replace(known, pearson=_correlation(x, y), spearman=_correlation(_ranks(x), _ranks(y)))
+
+
+def _correlation(x: NDArray[Any], y: NDArray[Any]) -> float:
+    (x, along), (y, across) = _centred(x), _centred(y)
+    return float(min(1.0, max(-1.0, x @ y / (np.linalg.norm(x) * np.linalg.norm(y))))) if along and across else math.nan
+
+
+def _spread(values: NDArray[Any]) -> float:
+    """Root of the sum of squared distances from the mean."""
+    centred, size = _centred(values)
+    return size * float(np.linalg.norm(centred))
+
+
+def _centred(values: NDArray[Any]) -> tuple[NDArray[Any], float]:
+    """Distances from the mean over the largest of them, and that; the squares of tiny changes would vanish."""
+    centred: NDArray[Any] = values - values.mean()
+    size = float(np.abs(centred).max())
+    return centred / size, size
+
+
+def _ranks(values: NDArray[Any]) -> NDArray[Any]:
+    """Ranks from 1, ties sharing their mean."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ranks: NDArray[Any] = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+    return ranks

@@ -1,0 +1,209 @@
+"""What edits did to other pieces of knowledge, and how well that was predicted."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lightning_goldy.analysis.agreement import EVERYTHING, Agreement, agreement_of
+from lightning_goldy.analysis.result import AnalysisResult
+from lightning_goldy.core.naming import suggestion
+
+Predictor = Literal["first_order", "coupling"]
+Distance = Literal["same subject", "two-hop", "same relation", "unrelated"]
+
+EDITED = "edited"
+"""The class of a piece that the edit itself is of; it has no part in the agreement."""
+# Pairs in a row of results.jsonl; more than a scatter plot can show.
+_MOST_POINTS = 2000
+
+
+@dataclass(frozen=True)
+class RippleResult(AnalysisResult):
+    r"""Predicted and measured changes, E edits by N pieces; all tensors float64 unless said.
+
+    The log-probability of a piece is the mean over its target tokens, nats. An edit's row is one edit, or all of them
+    where they were made together.
+
+    Args:
+        pieces: Ids.
+        edits: ``pieces`` (ids) and ``answers`` of each row.
+        classes: Distance class of every pair; ``edited`` where the piece itself is edited.
+        predicted_first_order: g_j . delta, nats, ``[E, N]``.
+        predicted_coupling: cos(g_j, g_edit) ||g_j|| ||delta||, nats, ``[E, N]``: the same if the editor had moved along
+            the gradient of the new answer's log-probability.
+        cosine: cos(g_j, g_edit), ``[E, N]``; NaN where a gradient is zero.
+        before: Log-probability of each piece's answer, ``[N]``.
+        after: The same after each edit, ``[E, N]``.
+        rank_before: Rank of the answer, int64, ``[N]``: of its target tokens, each after the true ones before it, the
+            worst rank in the vocabulary; 1 is best.
+        rank_after: Likewise after each edit, ``[E, N]``.
+        exact_before: Whether every target token is the most probable one after the true ones before it, bool, ``[N]``.
+        exact_after: Likewise after each edit, ``[E, N]``.
+        new_before: Log-probability of the edits' new answers, mean over a row's edits, ``[E]``.
+        new_after: The same after the edit.
+        new_exact: Whether all of a row's new answers are exact after the edit, bool, ``[E]``.
+        delta_norm: ||delta||, parameter units, ``[E]``.
+        gradient_norm: ||g_j||, nats per parameter unit, ``[N]``.
+        settings: ``editor``, ``measure``, and ``route``: ``forward`` (derivatives along delta by forward mode) or
+            ``gradients`` (inner products with gradients, where a model has no forward mode).
+    """
+
+    pieces: tuple[str, ...]
+    edits: tuple[dict[str, Any], ...]
+    classes: tuple[tuple[str, ...], ...]
+    predicted_first_order: Tensor
+    predicted_coupling: Tensor
+    cosine: Tensor
+    before: Tensor
+    after: Tensor
+    rank_before: Tensor
+    rank_after: Tensor
+    exact_before: Tensor
+    exact_after: Tensor
+    new_before: Tensor
+    new_after: Tensor
+    new_exact: Tensor
+    delta_norm: Tensor
+    gradient_norm: Tensor
+    settings: dict[str, str]
+
+    @property
+    def measured(self) -> Tensor:
+        """Change of each piece's log-probability, nats, ``[E, N]``."""
+        return self.after - self.before
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The distance classes that occur: the built-in ones from near to far, then others as they come."""
+        found = dict.fromkeys(name for row in self.classes for name in row if name != EDITED)
+        known = [name for name in get_args(Distance) if name in found]
+        return tuple(dict.fromkeys([*known, *found]))
+
+    def pairs(self, group: str = EVERYTHING, *, edit: int | None = None) -> NDArray[np.bool_]:
+        """Which pairs count: those of a class (or of all), never the edited pieces themselves.
+
+        Args:
+            group: A distance class, or ``all``.
+            edit: Only this row.
+
+        Returns:
+            Shape ``[E, N]``.
+
+        Raises:
+            ValueError: There is no such class or row.
+        """
+        if group != EVERYTHING and group not in self.groups:
+            raise ValueError(f"no pair has the class {group!r}; {suggestion(group, [EVERYTHING, *self.groups])}")
+        names = np.array(self.classes, dtype=object).reshape(len(self.edits), len(self.pieces))
+        chosen: NDArray[np.bool_] = (names != EDITED) if group == EVERYTHING else (names == group)
+        if edit is not None:
+            if not 0 <= edit < len(self.edits):
+                raise ValueError(f"edit must be a row from 0 to {len(self.edits) - 1}; got {edit}")
+            chosen &= (np.arange(len(self.edits)) == edit)[:, None]
+        return chosen
+
+    def predicted(self, predictor: Predictor) -> Tensor:
+        """The predictions of one kind, nats, ``[E, N]``.
+
+        Raises:
+            ValueError: There is no such kind.
+        """
+        if predictor not in get_args(Predictor):
+            raise ValueError(f"unknown predictor {predictor!r}; {suggestion(str(predictor), get_args(Predictor))}")
+        return self.predicted_first_order if predictor == "first_order" else self.predicted_coupling
+
+    def agreement(self, predictor: Predictor = "first_order", *, edit: int | None = None) -> tuple[Agreement, ...]:
+        """How well the changes were predicted: over all pairs first, then by distance class.
+
+        Pairs of all edits are pooled, so differences in size between edits count too; give ``edit`` to look at one.
+
+        Args:
+            predictor: Which prediction.
+            edit: Only this row.
+
+        Raises:
+            ValueError: There is no such prediction or row.
+        """
+        predicted, measured = self.predicted(predictor).numpy(), self.measured.numpy()
+        return tuple(
+            agreement_of(predicted[chosen], measured[chosen], predictor, group)
+            for group in (EVERYTHING, *self.groups)
+            for chosen in (self.pairs(group, edit=edit),)
+        )
+
+    def metrics(self) -> dict[str, float | None]:
+        """Scalars by name, None where undefined: agreement of both predictions, and what the edits did."""
+        found: dict[str, float | None] = {}
+        for predictor in get_args(Predictor):
+            for each in self.agreement(predictor):
+                place = "" if each.group == EVERYTHING else "/" + each.group.replace(" ", "_")
+                for name in ("pearson", "spearman", "sign_agreement", "slope"):
+                    found[f"{predictor}_{name}{place}"] = _finite(getattr(each, name))
+        for group in self.groups:
+            change = self.measured.numpy()[self.pairs(group)]
+            found[f"change/{group.replace(' ', '_')}"] = _finite(float(change.mean()))
+        found["new_answers_exact"] = _finite(float(self.new_exact.double().mean()))
+        found["new_answer_change"] = _finite(float((self.new_after - self.new_before).mean()))
+        return found
+
+    def row(self, step: int = 0) -> dict[str, Any]:
+        """One row for the figures and the report; of more than 2,000 pairs, so many evenly spaced.
+
+        Args:
+            step: Optimizer steps made.
+        """
+        edits, pieces = self.pairs().nonzero()
+        n_pairs = len(edits)
+        places = np.unique(np.linspace(0, n_pairs - 1, min(n_pairs, _MOST_POINTS)).round().astype(int))
+        edits, pieces = edits[places], pieces[places]
+        columns = {
+            "first_order": self.predicted_first_order,
+            "coupling": self.predicted_coupling,
+            "measured": self.measured,
+        }
+        points: dict[str, list[Any]] = {
+            name: [_finite(value) for value in table.numpy()[edits, pieces].tolist()] for name, table in columns.items()
+        }
+        points["edit"] = edits.tolist()
+        points["piece"] = [self.pieces[place] for place in pieces]
+        points["class"] = [self.classes[edit][place] for edit, place in zip(edits, pieces, strict=True)]
+        agreement = [each for predictor in get_args(Predictor) for each in self.agreement(predictor)]
+        return {
+            "analysis": "ripple_effects",
+            "name": "ripple_effects",
+            "step": step,
+            "trigger": "step",
+            "metrics": self.metrics(),
+            "result": {
+                **self.settings,
+                "n_edits": len(self.edits),
+                "n_pieces": len(self.pieces),
+                "n_pairs": n_pairs,
+                "points": points,
+                "agreement": [{name: _json(value) for name, value in vars(each).items()} for each in agreement],
+            },
+        }
+
+    def table(self) -> str:
+        """The agreement as lines of text."""
+        head = f"{'prediction':12} {'class':16} {'n':>6} {'Pearson':>8} {'Spearman':>8} {'sign %':>7} {'slope':>8}"
+        lines = [head]
+        for predictor in get_args(Predictor):
+            for each in self.agreement(predictor):
+                numbers = f"{each.pearson:8.3f} {each.spearman:8.3f} {100 * each.sign_agreement:7.1f} {each.slope:8.3g}"
+                lines.append(f"{predictor:12} {each.group:16} {each.n:6} {numbers}  {each.reason}".rstrip())
+        return "\n".join(lines)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _json(value: Any) -> Any:
+    return _finite(value) if isinstance(value, float) else value
