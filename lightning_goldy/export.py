@@ -15,6 +15,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from lightning_goldy.analysis.gated_state import gated_state, gates_card
+from lightning_goldy.core.architecture import UnsupportedArchitectureError
+from lightning_goldy.core.files import atomic_write
+from lightning_goldy.core.gates import HeadGates
 from lightning_goldy.quiet import without_transformers_bars
 
 
@@ -38,7 +42,9 @@ def write_pretrained(
 ) -> Path:
     """Writes a model, or its PEFT adapter, and a tokenizer so that plain transformers or PEFT loads them.
 
-    The folder is whole or absent: it is written under another name and renamed.
+    The folder is whole or absent: it is written under another name and renamed. Where attention heads are closed, their
+    columns of the output projections are written as zeros, and ``README.md`` tells which; an adapter, which is saved
+    without the weights that it adapts, cannot close a head, and a warning says so.
 
     Args:
         model: A transformers or PEFT model.
@@ -51,19 +57,31 @@ def write_pretrained(
 
     Raises:
         TypeError: The model has no ``save_pretrained``.
+        UnsupportedArchitectureError: Heads are closed, and which weights are theirs is not known.
     """
     if not hasattr(model, "save_pretrained"):
         raise TypeError(f"{type(model).__name__} has no save_pretrained; only transformers and PEFT models have")
     folder = Path(folder)
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
-    options: dict[str, Any] = {"state_dict": _with_ties(model, model.state_dict() if state is None else state)}
-    if hasattr(model, "peft_config"):
+    weights = model.state_dict() if state is None else state
+    gates, is_adapter = HeadGates.of(model), hasattr(model, "peft_config")
+    if is_adapter and gates is not None and gates.closed:
+        rank_zero_warn(
+            f"{folder} holds an adapter, which cannot close the {len(gates.closed)} closed heads: close them again "
+            "with HeadGates(model).disable(heads) once it is loaded; its README.md lists them"
+        )
+    elif not is_adapter:
+        weights = gated_state(model, weights)
+    options: dict[str, Any] = {"state_dict": _with_ties(model, weights)}
+    if is_adapter:
         options["save_embedding_layers"] = False  # its "auto" asks the hub whether the vocabulary has changed
     try:
         with without_transformers_bars():
             model.save_pretrained(str(partial), **options)  # type: ignore[operator]
         if tokenizer is not None:
             tokenizer.save_pretrained(str(partial))
+        if (card := gates_card(model, in_weights=not is_adapter)) is not None:
+            atomic_write(partial / "README.md", card)
         _replace(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -99,7 +117,13 @@ class PretrainedExport(CheckpointIO):
             for name, value in checkpoint["state_dict"].items()
             if name.startswith("model.")
         }
-        write_pretrained(module.model, pretrained_folder(path), state=state, tokenizer=module.export_tokenizer())  # type: ignore[arg-type, operator]
+        folder, tokenizer = pretrained_folder(path), module.export_tokenizer()  # type: ignore[operator]
+        try:
+            write_pretrained(module.model, folder, state=state, tokenizer=tokenizer)  # type: ignore[arg-type]
+        except UnsupportedArchitectureError as error:
+            rank_zero_warn(
+                f"no pretrained folder is written beside {path}, it would open the closed heads: {error}"
+            )
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Loads through the inner plugin."""

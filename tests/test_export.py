@@ -9,14 +9,16 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import AsyncCheckpointIO, TorchCheckpointIO
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_goldy import GoldyModule, export
+from lightning_goldy.core import HeadGates
 from lightning_goldy.data import AtlasDataModule
 from lightning_goldy.export import PretrainedExport, pretrained_folder, write_pretrained
 from lightning_goldy.models import LoraOptions
+from tests.models import build
 
 CONFIG = {"model_type": "gpt2", "n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": 32}
 
@@ -146,3 +148,32 @@ def test_save_pretrained_without_a_trainer(tmp_path):
     module.save_pretrained(tmp_path / "model")
     assert len(AutoTokenizer.from_pretrained(tmp_path / "model")) == 258
     assert GoldyModule(str(tmp_path / "model")).model.config.vocab_size == 258
+
+
+@pytest.mark.parametrize("kind", ["buffer", "parameter"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
+def test_closed_heads_are_closed_in_plain_transformers_too(tmp_path, family, kind):
+    model = build(family).eval()
+    gates = HeadGates(model, kind=kind)
+    gates.disable([(0, 1), (1, 0)])
+    if gates.values is not None:
+        gates.values.data[0, 0] = 0.5
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    ids = torch.arange(8).reshape(2, 4)
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        folder = write_pretrained(model, tmp_path / "saved")
+        plain = AutoModelForCausalLM.from_pretrained(folder).eval()
+        torch.testing.assert_close(plain(input_ids=ids).logits, expected)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    card = (folder / "README.md").read_text()
+    assert f"2 of {len(gates.heads)} attention heads were closed" in card
+    assert f"| 1 | {gates.heads_per_layer[1]} | 0 |" in card
+
+
+def test_an_adapter_says_that_it_closes_no_head(tmp_path):
+    model = get_peft_model(build("llama"), LoraConfig(target_modules=["o_proj"], r=2))
+    HeadGates(model).disable([(0, 1)])
+    with pytest.warns(UserWarning, match="an adapter, which cannot close the 1 closed heads"):
+        folder = write_pretrained(model, tmp_path / "adapter")
+    assert "do not close them" in (folder / "README.md").read_text()
