@@ -2,12 +2,17 @@
 
     python benchmarks/taylor.py
 
-Prints ratios of medians over alternating repetitions in one run; absolute times depend on the machine.
+Seconds: medians of ratios, each to the evaluation forwards just before and after it. Memory: what a call holds at its
+largest, the parameters counted in, over the same of an evaluation forward; every number from a process of its own,
+after a call on a few tokens, so that neither code nor a library's buffers count.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
+import os
 import statistics
 import subprocess
 import sys
@@ -22,20 +27,23 @@ from lightning_goldy.analysis import TaylorApproximation, taylor_diff
 from lightning_goldy.core import ParameterVector
 
 SIZES = {"vocab_size": 4096, "bos_token_id": 0, "eos_token_id": 0}
-WORK = ("forward", "order1", "order2", "diff2", "loss2")
+BOUNDS = {"order1": 5, "order2": 14, "loss2": 14, "diff2": 14}
+MEMORY = 3
+# Samples, tokens. One sample cannot be cut into parts.
+SHAPES = ((8, 256), (32, 64), (2, 1024), (1, 1024))
 
 
 def subject(family: str) -> torch.nn.Module:
     torch.manual_seed(0)
     if family == "gpt2":
-        return GPT2LMHeadModel(GPT2Config(n_layer=8, n_head=8, n_embd=384, n_positions=256, **SIZES)).eval()
+        return GPT2LMHeadModel(GPT2Config(n_layer=8, n_head=8, n_embd=384, n_positions=1024, **SIZES)).eval()
     config = LlamaConfig(
         num_hidden_layers=8,
         num_attention_heads=8,
         num_key_value_heads=4,
         hidden_size=384,
         intermediate_size=1024,
-        max_position_embeddings=256,
+        max_position_embeddings=1024,
         **SIZES,
     )
     return LlamaForCausalLM(config).eval()
@@ -76,47 +84,64 @@ def resident(field: str) -> int:
 
 
 def print_memory(family: str, work: str, ids: torch.Tensor) -> None:
-    found = jobs(family, ids)
+    jobs(family, ids[:1, :8])[work]()
+    job = jobs(family, ids)[work]
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # forget the largest size so far
     before = resident("VmRSS")
-    found[work]()
+    job()
     # With the parameters, which an evaluation forward needs too; the base is the caller's.
     print(resident("VmHWM") - before + 4 * sum(parameter.numel() for parameter in subject(family).parameters()))
 
 
-def memory(family: str, work: str) -> int:
-    command = [sys.executable, __file__, "--memory", work, "--family", family]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+def memory(family: str, work: str, shape: tuple[int, int]) -> int:
+    command = [sys.executable, __file__, "--memory", work, "--family", family, "--shape", *map(str, shape)]
+    # Every tensor in pages of its own, which go back when it is freed; or free memory between tensors would count.
+    pages = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    run = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **pages})
+    return int(run.stdout)
+
+
+def forwards(found: dict[str, Callable[[], object]], repetitions: int) -> dict[str, float]:
+    """The time of each job in forwards."""
+
+    def seconds(name: str) -> float:
+        began = time.perf_counter()
+        found[name]()
+        return time.perf_counter() - began
+
+    ratios: dict[str, list[float]] = {name: [] for name in found if name != "forward"}
+    for repetition in range(repetitions + 1):
+        for name, values in ratios.items():
+            before, took, after = seconds("forward"), seconds(name), seconds("forward")
+            if repetition:
+                values.append(2 * took / (before + after))
+    return {name: statistics.median(values) for name, values in ratios.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--family", choices=("gpt2", "llama"), help=argparse.SUPPRESS)
-    parser.add_argument("--memory", choices=WORK, help=argparse.SUPPRESS)
+    parser.add_argument("--memory", help=argparse.SUPPRESS)
+    parser.add_argument("--shape", type=int, nargs=2, default=SHAPES[0], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(2)
-    ids = torch.randint(0, 4096, (8, 256), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(0, 4096, tuple(arguments.shape), generator=torch.Generator().manual_seed(1))
     if arguments.memory:
         print_memory(arguments.family, arguments.memory, ids)
         return
-    bounds = {"order1": 5, "order2": 14, "loss2": 14, "diff2": 14}
     for family in ("gpt2", "llama"):
-        found = jobs(family, ids)
-        seconds: dict[str, list[float]] = {name: [] for name in found}
-        for _ in range(arguments.repetitions + 1):
-            for name, job in found.items():
-                began = time.perf_counter()
-                job()
-                seconds[name].append(time.perf_counter() - began)
-        median = {name: statistics.median(times[1:]) for name, times in seconds.items()}
-        for name in list(found)[1:]:
-            bound = f" (<= {bounds[name]})" if name in bounds else ""
-            print(f"{family} {name}: {median[name] / median['forward']:.1f} forwards{bound}")
-        forward = memory(family, "forward")
-        for name in WORK[1:]:
-            ratio = memory(family, name) / forward
-            print(f"{family} {name}: {ratio:.2f} x the memory of an evaluation forward (<= 3)")
+        for name, ratio in forwards(jobs(family, ids), arguments.repetitions).items():
+            bound = f" (<= {BOUNDS[name]})" if name in BOUNDS else ""
+            print(f"{family} {name}: {ratio:.1f} forwards{bound}", flush=True)
+    for family in ("gpt2", "llama"):
+        for shape in SHAPES:
+            forward = memory(family, "forward", shape)
+            ratios = {name: memory(family, name, shape) / forward for name in (*BOUNDS, "diff2 by block")}
+            found = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
+            print(f"{family} {shape[0]} x {shape[1]}: {found} x the memory of a forward (<= {MEMORY})", flush=True)
 
 
 if __name__ == "__main__":

@@ -11,14 +11,9 @@ from torch import nn
 
 from lightning_goldy.analysis.result import AnalysisResult
 from lightning_goldy.analysis.taylor_approximation import HIGHEST_ORDER
-from lightning_goldy.analysis.taylor_terms import (
-    FunctionSums,
-    LossTerms,
-    TaylorWork,
-    exact_terms,
-    finite_terms,
-    in_parts,
-)
+from lightning_goldy.analysis.taylor_differences import finite_terms
+from lightning_goldy.analysis.taylor_sums import FunctionSums, LossTerms, TaylorWork
+from lightning_goldy.analysis.taylor_terms import exact_terms
 from lightning_goldy.core.base import BaseParameters
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import block_of, suggestion
@@ -193,8 +188,6 @@ def taylor_diff(
         start.space.resolve(model)
         device = next(model.parameters()).device
         mine = [map_batch(batch, lambda tensor: tensor.to(device)) for batch in replicas.share(list(batches))]
-        if not sharded:
-            mine = [part for batch in mine for part in in_parts(batch, 2 ** (max(orders) - 1))]
         work = TaylorWork(model, start, mine, objective, orders, by is not None, function_space, replicas, progress)
         found = finite_terms(work) if sharded else exact_terms(work)
     return _result(found, orders, by, "differences" if sharded else "forward")

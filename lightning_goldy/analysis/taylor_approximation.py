@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.core.autodiff import Substituted, call_with, directional_derivatives, polynomial
+from lightning_goldy.analysis.taylor_parts import logits_by_parts, parts_of_order
+from lightning_goldy.core.autodiff import (
+    Substituted,
+    call_with,
+    directional_derivatives,
+    polynomial,
+    trainable_values,
+)
 from lightning_goldy.core.base import BaseParameters
 from lightning_goldy.core.sharding import is_sharded
 from lightning_goldy.core.vector import ParameterVector
@@ -78,14 +85,18 @@ class TaylorApproximation(nn.Module):
         """The model's output with the expansion's logits; a tensor where the model gives one."""
         model, base, given = self._model[0], self._base[0], self._given[0]
         present: Mapping[str, Tensor] = base.space.resolve(model) if given is None else given
-        outputs: list[Any] = []
-
-        def logits(parameters: Mapping[str, Tensor]) -> Tensor:
-            outputs.append(call_with(model, parameters, args, kwargs))
-            return outputs[-1] if isinstance(outputs[-1], Tensor) else outputs[-1].logits
-
         delta = {name: present[name].detach() - value for name, value in base.items()}
-        found = polynomial(directional_derivatives(logits, dict(base), delta, self.order))
-        if isinstance(outputs[-1], Tensor):
-            return found
-        return type(outputs[-1])(logits=found)
+        # Without graphs: a parameter outside the base would have one kept for nothing.
+        others = trainable_values(model)
+        kinds: list[Any] = []
+
+        def expand(some: Sequence[Any], named: Mapping[str, Any]) -> Tensor:
+            def logits(parameters: Mapping[str, Tensor]) -> Tensor:
+                output = call_with(model, {**others, **parameters}, some, named)
+                kinds.append(type(output))
+                return output if isinstance(output, Tensor) else output.logits
+
+            return polynomial(directional_derivatives(logits, dict(base), delta, self.order))
+
+        found = logits_by_parts(model, expand, args, kwargs, parts_of_order(self.order))
+        return found if issubclass(kinds[-1], Tensor) else kinds[-1](logits=found)

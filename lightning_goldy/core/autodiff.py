@@ -16,14 +16,18 @@ from torch.overrides import TorchFunctionMode
 from lightning_goldy.core.naming import canonical_name
 from lightning_goldy.core.space import trainable_parameters
 
+# Attention scores held at a time: so many for each element of the queries, and not fewer than the second.
+_SCORES_PER_QUERY = 2
+_SCORES = 1 << 18
+
 
 @contextmanager
 def nested_derivatives() -> Iterator[None]:
     """Makes derivatives of any order right inside a ``with`` block.
 
-    Fused attention has no forward-mode derivative, so attention runs in its plain form. The fused normalisations have
-    one that is silently wrong when it is nested, so they are composed of means and square roots, in at least float32 as
-    the fused ones compute.
+    Fused attention has no forward-mode derivative, so attention runs in its plain form, a piece of the queries at a
+    time, so that its patterns do not fill the memory. The fused normalisations have a derivative that is silently wrong
+    when it is nested, so they are composed of means and square roots, in at least float32 as the fused ones compute.
 
     Example:
         >>> with nested_derivatives():
@@ -161,7 +165,7 @@ def _derivatives(
 
 
 class _Composed(TorchFunctionMode):
-    """Replaces fused normalisations by what they are made of."""
+    """Replaces fused normalisations by what they are made of, and attention by attention in pieces."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -209,12 +213,42 @@ def _group_norm(
     return _scaled(normal, scale, None if bias is None else bias.view(each)).to(input.dtype)
 
 
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **options: Any,
+) -> Tensor:
+    length, keys = query.shape[-2], key.shape[-2]
+    most = max(_SCORES, _SCORES_PER_QUERY * query.numel())
+    rows = max(1, most * length * query.shape[-1] // max(query.numel() * keys, 1))
+    # A graph would keep every piece; then pieces would only cost.
+    recorded = query.requires_grad or key.requires_grad or value.requires_grad
+    if rows >= length or recorded or dropout_p or (is_causal and attn_mask is not None):
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
+    pieces = []
+    for start in range(0, length, rows):
+        piece = query[..., start : start + rows, :]  # [..., rows, D]
+        seen, mask = keys, attn_mask
+        if is_causal:  # later keys are masked for all of the piece
+            seen = min(start + piece.shape[-2], keys)
+            mask = torch.ones(piece.shape[-2], seen, dtype=torch.bool, device=query.device).tril(start)
+        elif mask is not None and mask.shape[-2] > 1:
+            mask = mask[..., start : start + rows, :]  # [..., rows, S]
+        pieces.append(F.scaled_dot_product_attention(piece, key[..., :seen, :], value[..., :seen, :], mask, **options))
+    return torch.cat(pieces, dim=-2)  # [..., L, D]
+
+
 def _scaled(normal: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     normal = normal if weight is None else normal * weight
     return normal if bias is None else normal + bias
 
 
 _COMPOSED: dict[Any, Callable[..., Tensor]] = {
+    F.scaled_dot_product_attention: _attention,
     F.layer_norm: _layer_norm,
     torch.layer_norm: _layer_norm,
     F.rms_norm: _rms_norm,

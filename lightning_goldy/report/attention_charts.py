@@ -74,7 +74,8 @@ def chart_attention_scales(row: Row) -> Figure:
 
     Example:
         >>> result = {"statistics": {"entropy": [[0.5]], "distance": [[3.0]]}}
-        >>> [trace.zmax for trace in chart_attention_scales({"result": result}).data]
+        >>> figure = chart_attention_scales({"result": result})
+        >>> [figure.layout[trace.coloraxis].cmax for trace in figure.data]
         [0.5, 3.0]
     """
     grids = {name: grid for name, grid in heads_by_statistic(row).items() if name not in SHARES}
@@ -83,11 +84,17 @@ def chart_attention_scales(row: Row) -> Figure:
     titles = [TITLES.get(name, name) for name in grids]
     hovers = [f"layer %{{y}}, head %{{x}}<br>%{{z:.4g}}<extra>{plain(title)}</extra>" for title in titles]
     figure = _panels(list(grids.values()), titles, hovers, columns=len(grids))
-    for index, trace in enumerate(figure.data):
-        finite = grids[list(grids)[index]]
-        top = float(np.nanmax(finite)) if np.isfinite(finite).any() else 1.0
+    # By name, because the page gives a colour axis one range over all steps, and a step may lack a statistic.
+    numbered = [name for name in TITLES if name not in SHARES]
+    numbered += [name for name in grids if name not in numbered]
+    for index, (trace, (name, grid)) in enumerate(zip(figure.data, grids.items(), strict=True)):
+        top = float(np.nanmax(grid)) if np.isfinite(grid).any() else 1.0
         bar = {"thickness": 8, "outlinewidth": 0, "x": figure.layout[f"xaxis{index + 1 if index else ''}"].domain[1]}
-        trace.update(coloraxis=None, colorscale="Viridis", zmin=0.0, zmax=top or 1.0, colorbar=bar)
+        number = numbered.index(name)
+        trace.coloraxis = f"coloraxis{number + 1}" if number else "coloraxis"
+        figure.update_layout(
+            {trace.coloraxis: {"colorscale": "Viridis", "cmin": 0, "cmax": top or 1.0, "colorbar": bar}}
+        )
     caption = drift_caption(row) if "drift" in grids else "No base to compare with: add GoldenSnapshot for the drift."
     figure.update_layout(height=130 + 18 * len(next(iter(grids.values()))), meta={"caption": caption})
     figure.update_yaxes(autorange="reversed", dtick=1)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_goldy.core import autodiff
 from lightning_goldy.core.autodiff import (
     Substituted,
     call_with,
@@ -62,8 +63,17 @@ def without_casts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(F, "softmax", wide_softmax)
 
 
+@pytest.fixture(params=["whole", "row by row"])
+def attention_pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Attention at once, and in pieces of one query."""
+    if request.param == "row by row":
+        monkeypatch.setattr(autodiff, "_SCORES_PER_QUERY", 0)
+        monkeypatch.setattr(autodiff, "_SCORES", 1)
+    return request.param
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "qwen3"])
-@pytest.mark.usefixtures("without_casts")
+@pytest.mark.usefixtures("without_casts", "attention_pieces")
 def test_derivatives_of_logits_equal_chebyshev_interpolation(family: str) -> None:
     model, values, direction, inputs = line(family)
     derivatives = directional_derivatives(
@@ -79,6 +89,51 @@ def test_derivatives_of_logits_equal_chebyshev_interpolation(family: str) -> Non
     for order, tolerance in ((0, 1e-12), (1, 1e-9), (2, 1e-9), (3, 1e-7)):
         size = np.abs(expected[order]).max()
         assert np.abs(derivatives[order].numpy() - expected[order]).max() <= tolerance * size
+
+
+ATTENTION = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "causal, fewer keys": {"is_causal": True, "keys": 3},
+    "causal, more keys": {"is_causal": True, "keys": 9},
+    "boolean mask": {"attn_mask": torch.ones(2, 1, 5, 5, dtype=torch.bool).tril()},
+    "additive mask": {"attn_mask": torch.linspace(-2, 2, 25, dtype=torch.float64).view(1, 1, 5, 5)},
+    "mask of keys": {"attn_mask": torch.tensor([True, False, True, True, True]).view(1, 1, 1, 5)},
+    "mask without batch": {"attn_mask": torch.ones(5, 5, dtype=torch.bool).tril()},
+    "scale": {"scale": 0.3, "is_causal": True},
+    "grouped heads": {"enable_gqa": True, "heads": 2, "is_causal": True},
+}
+
+
+@pytest.mark.parametrize("call", list(ATTENTION))
+@pytest.mark.parametrize("rows", [1, 2])
+def test_attention_in_pieces_is_attention(call: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = dict(ATTENTION[call])
+    keys, heads = options.pop("keys", 5), options.pop("heads", 4)
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 4, 5, 3, generator=generator, dtype=torch.float64)
+    key, value = torch.randn(2, 2, heads, keys, 3, generator=generator, dtype=torch.float64).unbind()
+    expected = F.scaled_dot_product_attention(query, key, value, **options)
+    monkeypatch.setattr(autodiff, "_SCORES_PER_QUERY", 0)
+    monkeypatch.setattr(autodiff, "_SCORES", rows * 2 * 4 * keys)
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append(args[0].shape[-2])
+        return attention(*args, **kwargs)
+
+    attention = F.scaled_dot_product_attention
+    with nested_derivatives():
+        nested = attention(query, key, value, **options)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
+    found = autodiff._attention(query, key, value, **options)
+    torch.testing.assert_close(nested, expected, rtol=1e-12, atol=1e-12)
+    assert calls == [rows] * (5 // rows) + [5 % rows] * (5 % rows > 0)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    calls.clear()
+    # A graph would hold all pieces.
+    autodiff._attention(query.requires_grad_(), key, value, **options)
+    assert calls == [5]
 
 
 def norm_line(norm, x: Tensor, dx: Tensor, order: int) -> float:

@@ -29,6 +29,7 @@ from lightning_goldy.report.attention_plots import (
 )
 from lightning_goldy.report.attentions import SHARES, drift_caption, heads_by_statistic, patterns, spectra
 from lightning_goldy.report.charts import CHARTS
+from lightning_goldy.report.figures import Frame, figure_html
 from lightning_goldy.report.registry import ReportError
 from tests.report.attention_rows import attention_row, maps_of, statistics_of
 
@@ -76,13 +77,48 @@ def test_the_charts_have_the_same_numbers() -> None:
     assert "induction over the 7" in shares.layout.meta["caption"]
     assert (shares.layout.coloraxis.cmin, shares.layout.coloraxis.cmax) == (0, 1)
     scales = chart_attention_scales(row)
-    assert [trace.zmax for trace in scales.data] == [
+    assert [scales.layout[trace.coloraxis].cmax for trace in scales.data] == [
         pytest.approx(float(grids[x].max())) for x in ("entropy", "distance", "drift")
     ]
     assert "Jensen-Shannon" in scales.layout.meta["caption"]
     without = chart_attention_scales(saved(attention_row(drift=False)))
     assert len(without.data) == 2
     assert "add GoldenSnapshot" in without.layout.meta["caption"]
+
+
+CHART_OF_EVERY_PANEL = (
+    chart_attention_heads,
+    chart_attention_scales,
+    chart_attention_patterns,
+    chart_attention_differences,
+)
+
+
+@pytest.mark.parametrize("chart", CHART_OF_EVERY_PANEL, ids=lambda chart: chart.__name__)
+def test_no_panel_changes_its_colours_from_step_to_step(chart: Any) -> None:
+    rows = [saved(attention_row(step=step, drift=step > 1)) for step in (1, 2, 3)]
+    for row, factor in zip(rows, (1.0, 5.0, 2.0), strict=True):
+        for name in ("entropy", "distance", "drift"):
+            table = row["result"]["statistics"].get(name, [])
+            row["result"]["statistics"][name] = [[factor * value for value in line] for line in table] or None
+        row["result"]["statistics"] = {name: table for name, table in row["result"]["statistics"].items() if table}
+    page = figure_html("Heads", [Frame(str(row["step"]), chart(row)) for row in rows])
+    frames = json.loads(page.partition('<script type="application/json">')[2].partition("</script>")[0])
+    ranges: dict[str, set[tuple[float, float]]] = {}
+    for frame in frames:
+        figure = frame["figure"]
+        for place, trace in enumerate(figure["data"]):
+            axis = figure["layout"][trace["coloraxis"]]
+            drawn = [value for line in trace["z"] for value in line if value is not None]
+            assert all(axis["cmin"] <= value <= axis["cmax"] for value in drawn)
+            # The title says which statistic it is.
+            ranges.setdefault(figure["layout"]["annotations"][place]["text"], set()).add((axis["cmin"], axis["cmax"]))
+    assert ranges
+    assert all(len(found) == 1 for found in ranges.values())
+    if chart is chart_attention_scales:
+        tops = {name: top for name, found in ranges.items() for _, top in found}
+        expected = {"entropy, nats": 5 * 1.2, "distance, tokens": 5 * 3.6, "drift from the base, nats": 5 * 0.06}
+        assert tops == pytest.approx(expected)
 
 
 def test_patterns_and_their_differences_are_the_maps() -> None:

@@ -1,0 +1,138 @@
+"""Batches in parts: forward mode holds many activations where an evaluation forward holds one, so it takes few samples.
+
+Order n carries 2^n values of every activation, and about as many on the way to the next, so :func:`parts_of_order`
+cuts a batch into 2^n.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import itemgetter
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_goldy.core.batches import batch_tensors, map_batch
+from lightning_goldy.core.objective import IGNORE_INDEX, CausalLMObjective, ClassifierObjective, Objective
+
+# What a language model takes one row per sample of; an argument beside these is about the whole batch.
+_BY_SAMPLE = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids", "labels")
+_ABOUT_POSITIONS = ("logits_to_keep", "cache_position")
+
+
+def parts_of_order(order: int, *, gradients: bool = False) -> int:
+    """Parts of a batch in which derivatives along a line need about the activations of an evaluation forward of it all.
+
+    Args:
+        order: Of the derivatives.
+        gradients: Whether a backward pass follows, whose graph holds more than a forward.
+    """
+    return int(2 ** (order + gradients))
+
+
+def batch_parts(batch: Any, objective: Objective, count: int) -> Iterator[Any]:
+    """The samples of a batch that have targets, in at most so many parts.
+
+    A batch stays whole where parts might not add up to it: under any other objective than next-token prediction and
+    classification, and where its tensors do not share their first dimension.
+
+    Example:
+        >>> import torch
+        >>> batch = {"input_ids": torch.zeros(5, 3, dtype=torch.long)}
+        >>> [len(part["input_ids"]) for part in batch_parts(batch, CausalLMObjective(), 2)]
+        [3, 2]
+    """
+    lengths = {len(tensor) if tensor.ndim else 0 for tensor in batch_tensors(batch)}
+    kept = _with_targets(batch, objective) if len(lengths) == 1 else None  # [B]
+    if kept is None or len(kept) < 2 or lengths != {len(kept)} or not kept.any():
+        yield batch
+        return
+    rows = kept.nonzero().flatten()
+    for start, stop in _bounds(len(rows), count):
+        chosen = slice(start, stop) if len(rows) == len(kept) else rows[start:stop]
+        yield map_batch(batch, itemgetter(chosen))
+
+
+def logits_by_parts(
+    model: nn.Module,
+    logits: Callable[[Sequence[Any], Mapping[str, Any]], Tensor],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    count: int,
+) -> Tensor:
+    """A language model's logits from those of at most so many parts of its arguments; whole for any other call.
+
+    Args:
+        model: Names the arguments.
+        logits: Gives the logits for some of the samples, [B, ...].
+        args: Positional arguments for the whole batch.
+        kwargs: Named ones.
+        count: Of parts.
+    """
+    named = _language_arguments(model, args, kwargs)
+    rows = _length(named)
+    if rows < 2:
+        return logits(args, kwargs)
+    whole: Tensor | None = None
+    for start, stop in _bounds(rows, count):
+        part = logits((), {name: _cut(name, value, rows, slice(start, stop)) for name, value in named.items()})
+        if not part.ndim or len(part) != stop - start:  # not one row per sample
+            return logits(args, kwargs)
+        if whole is None:  # filled in place, because joining would hold everything twice
+            whole = part.new_empty(rows, *part.shape[1:])
+        whole[start:stop] = part
+    assert whole is not None
+    return whole
+
+
+def _bounds(rows: int, count: int) -> Iterator[tuple[int, int]]:
+    size = -(-rows // count)
+    return ((start, min(start + size, rows)) for start in range(0, rows, size))
+
+
+def _with_targets(batch: Any, objective: Objective) -> Tensor | None:
+    """Which samples have a target; None under an objective of whose targets nothing is known."""
+    # A part without a target would be refused. A subclass may see targets elsewhere.
+    if type(objective) is ClassifierObjective:
+        labels = batch.get("labels") if isinstance(batch, Mapping) else batch[-1]
+        return labels != IGNORE_INDEX if isinstance(labels, Tensor) and labels.ndim == 1 else None
+    if type(objective) is not CausalLMObjective or not isinstance(batch, Mapping) or "input_ids" not in batch:
+        return None
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    labels = ids if batch.get("labels") is None else batch["labels"]
+    if labels.ndim != 2 or (mask is not None and mask.shape != labels.shape):
+        return None
+    valid = labels[:, 1:] != IGNORE_INDEX  # [B, T-1]
+    if mask is not None:
+        valid = valid & (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
+    return valid.any(dim=1)
+
+
+def _language_arguments(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments by name, or none where one is not known to a language model."""
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    names = list(inspect.signature(inner.forward).parameters)
+    if len(args) > len(names):
+        return {}
+    named = {**dict(zip(names, args, strict=False)), **kwargs}
+    for name, value in named.items():
+        plain = value is None or isinstance(value, (bool, int, str))
+        if not plain and not (isinstance(value, Tensor) and name in (*_BY_SAMPLE, *_ABOUT_POSITIONS)):
+            return {}
+    return named
+
+
+def _length(named: Mapping[str, Any]) -> int:
+    """The number of samples, or 0 where arguments disagree about it."""
+    first = next((named[name] for name in ("input_ids", "inputs_embeds") if named.get(name) is not None), None)
+    if first is None or first.ndim < 2:
+        return 0
+    tensors = [named[name] for name in _BY_SAMPLE if isinstance(named.get(name), Tensor)]
+    return len(first) if all(tensor.ndim and len(tensor) in (1, len(first)) for tensor in tensors) else 0
+
+
+def _cut(name: str, value: Any, rows: int, part: slice) -> Any:
+    if name in _BY_SAMPLE and isinstance(value, Tensor) and len(value) == rows:
+        return value[part]
+    return value
