@@ -1,0 +1,120 @@
+"""Run in several processes: coupling and activation similarity on replicas and on shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from lightning_goldy.analysis import CouplingResult, activation_similarity, coupling_run, knowledge_coupling
+from lightning_goldy.analysis.coupling_passes import Passes
+from lightning_goldy.core.sharding import local
+from tests.coupling_models import TinyLM, pieces
+from tests.models import build
+
+LENGTHS = [7, 12, 5, 9, 12, 8, 6]
+CASES: list[dict] = [
+    {},
+    {"select": ["*q_proj*", "*norm*", "*embed*"], "center": True},
+    {"projection": 128, "normalize": False},
+    {"on_error": "nan", "chunk_size": 2},
+]
+SHARDED_CASES = [CASES[0], CASES[2], CASES[3], {"select": ["*proj*"], "chunk_size": 3}]
+
+
+def model_of(layout: str) -> nn.Module:
+    if layout in ("functional", "partly"):
+        torch.manual_seed(0)
+        return fully_shard(TinyLM(layout), mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    model = build("llama").double()
+    if layout == "shards":
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    elif layout == "tensor parallel":
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for layer in model.model.layers:
+            plan = {
+                "mlp.gate_proj": ColwiseParallel(),
+                "mlp.up_proj": ColwiseParallel(),
+                "mlp.down_proj": RowwiseParallel(),
+            }
+            parallelize_module(layer, mesh, plan)
+    return model
+
+
+def batch_of(options: dict) -> dict[str, torch.Tensor]:
+    batch = pieces(LENGTHS)
+    if options.get("on_error") == "nan":
+        batch["labels"][[1, 6]] = -100
+    return batch
+
+
+def all_cases(layout: str, cases: list[dict]) -> list[str]:
+    """Every case as JSON; the model must come back as it was."""
+    model, results = model_of(layout), []
+    before = [local(parameter).clone() for parameter in model.parameters()]
+    for options in cases:
+        results.append(knowledge_coupling(model, [batch_of(options)], **options).to_json())
+        assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    for pooling in ("last", "mean"):
+        results.append(activation_similarity(model, [batch_of({})], pooling=pooling).to_json())
+    assert all(map(torch.equal, before, map(local, model.parameters())))
+    return results
+
+
+def alone(cases: list[dict]) -> list[CouplingResult]:
+    return [CouplingResult.from_json(text) for text in all_cases("replicas", cases)]
+
+
+class StopHereError(Exception):
+    """An interruption."""
+
+
+def through_a_folder(folder: str) -> str:
+    """A run that stops on one rank after some blocks, and its continuation."""
+    coupling_run._FOLDER_BLOCK_SIZE = 2
+    model, batch = model_of("replicas"), batch_of({})
+    original = Passes._captured
+
+    def stopping(self: Passes, indices: list[int], *args: object) -> object:
+        if dist.get_rank() == 1 and len(indices) == 1:
+            raise StopHereError("enough")
+        return original(self, indices, *args)
+
+    Passes._captured = stopping
+    with pytest.raises((StopHereError, RuntimeError), match="enough"):
+        knowledge_coupling(model, [batch], workspace=folder)
+    Passes._captured = original
+    assert len(list(Path(folder).glob("rows-*"))) == 3
+    return knowledge_coupling(model, [batch], workspace=folder).to_json()
+
+
+def refusals() -> list[str]:
+    """What is said of models that are split in ways that hide layers or gradients."""
+    found = []
+    for layout, options in (
+        ("tensor parallel", {}),
+        ("shards", {"select": ["*norm*"]}),
+        ("functional", {"select": ["layer.weight"]}),
+        ("partly", {"select": ["layer.weight"]}),
+        ("shards", {"workspace": "/nowhere"}),
+        ("replicas", {"memory_limit": 10}),
+    ):
+        try:
+            knowledge_coupling(model_of(layout), [batch_of({})], **options)
+        except ValueError as error:
+            found.append(str(error))
+    broken = batch_of({"on_error": "nan"})
+    try:
+        knowledge_coupling(model_of("replicas"), [broken])
+    except (ValueError, RuntimeError) as error:
+        found.append(str(error))
+    return found
