@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
-from lightning.pytorch.cli import LightningArgumentParser
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -23,28 +21,16 @@ from lightning_goldy.callbacks.volume_findings import ONLY_SPLIT, volume_finding
 from lightning_goldy.callbacks.volume_subject import find_splits
 from lightning_goldy.callbacks.volume_survey import VolumeSurvey
 from lightning_goldy.command_output import output_folder, print_report
-from lightning_goldy.core.files import atomic_write, read_rows
+from lightning_goldy.configured import run_configured
+from lightning_goldy.core.files import read_rows
 from lightning_goldy.core.isolation import undisturbed
 from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.ray import Preconditioner
-from lightning_goldy.quiet import progress_only, without_known_warnings
 from lightning_goldy.report.formatting import format_number
 from lightning_goldy.saved import SavedModel, positions, read_saved
-from lightning_goldy.training import GoldyCLI, check_configs, command_line
+from lightning_goldy.training import check_configs
 
 _NAME = "basin_volume"
-# One device and nothing that belongs to a training, whatever the configuration says.
-_ALONE = (
-    "--trainer.devices=1",
-    "--trainer.num_nodes=1",
-    "--trainer.strategy=auto",
-    "--trainer.logger=false",
-    "--trainer.limit_val_batches=1",
-    "--trainer.callbacks=null",
-    "--trainer.enable_checkpointing=false",
-    "--trainer.enable_progress_bar=false",
-    "--trainer.enable_model_summary=false",
-)
 
 
 def measure_checkpoints(
@@ -75,30 +61,11 @@ def measure_checkpoints(
     check_configs(settings)
     saved = [read_saved(path, with_optimizer=survey.preconditioner != "none") for path in checkpoints]
     folder = output_folder(output, _NAME, "basin")
-    with command_line([*settings, *_ALONE]), without_known_warnings(), progress_only():
-        cli = _SetupCLI(run=False)
-        if cli.datamodule is None:
-            raise ValueError("the configuration names no data module, so there is nothing to compare predictions on")
-        if not is_overridden("validation_step", cli.model):
-            raise ValueError(f"{type(cli.model).__name__} has no validation_step, without which it cannot be set up")
-        atomic_write(folder / "config.yaml", cli.parser.dump(cli.config, skip_none=False))
-        walk = CheckpointVolumes(saved, survey, splits=splits, folder=folder)
-        cli.trainer.callbacks = [walk]  # type: ignore[attr-defined]
-        cli.trainer.validate(cli.model, cli.datamodule, verbose=False)
+    walk = run_configured(lambda: CheckpointVolumes(saved, survey, splits=splits, folder=folder), settings, folder)
     Console().print(walk.table())
     print(f"rows: {walk.store.rows}")
     print_report(folder)
     return folder
-
-
-class _SetupCLI(GoldyCLI):
-    """Takes the configuration that a run saved, too."""
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        super().add_arguments_to_parser(parser)
-        # Arguments of ``fit``, which a saved configuration holds and nothing here needs.
-        for name in ("ckpt_path", "weights_only"):
-            parser.add_argument(f"--{name}", type=Any, default=None, help="not used")
 
 
 class CheckpointVolumes(L.Callback):

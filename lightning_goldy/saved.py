@@ -62,6 +62,15 @@ class SavedModel:
                 f"{self.path} does not fit the configuration's {type(pl_module).__name__}: {error}"
             ) from error
 
+    def callback_states(self) -> dict[str, Any]:
+        """What the run's callbacks left in the checkpoint (of a folder: in the checkpoint beside it), by state key.
+
+        Raises:
+            StoreError: The checkpoint is not one.
+        """
+        checkpoint = self.path if self.path.is_file() else self.path.with_name(f"{self.path.name}.ckpt")
+        return dict(_read(checkpoint).get("callbacks") or {}) if checkpoint.is_file() else {}
+
     def curvature(self, pl_module: L.LightningModule, model: nn.Module, space: ParameterSpace) -> ParameterVector:
         """The second moments of the optimizer in a checkpoint.
 

@@ -10,17 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_goldy.analysis.continuations import (
+    Prompt,
+    agreement,
+    check_generation_arguments,
+    continuation,
+    continued_batch,
+    encode_prompts,
+    generation_settings,
+)
 from lightning_goldy.analysis.divergence import AnchoredDivergence
 from lightning_goldy.analysis.masked_divergence import MaskedModel
 from lightning_goldy.analysis.result import AnalysisResult
 from lightning_goldy.core.isolation import preserved
-from lightning_goldy.core.objective import IGNORE_INDEX, CausalLMObjective
+from lightning_goldy.core.objective import CausalLMObjective
 from lightning_goldy.core.packing import require_boolean
 from lightning_goldy.core.sharding import is_sharded, local, scatter_like
 from lightning_goldy.core.vector import ParameterVector
 
-Prompt = str | Tensor
-"""Text, or token ids of shape ``[T]``."""
+__all__ = ["GenerationComparison", "Prompt", "agreement", "check_generation_arguments", "compare_generations"]
 
 
 @dataclass(frozen=True)
@@ -109,27 +117,17 @@ def compare_generations(
         >>> compare_generations(model, byte_tokenizer(), ["2+2="], nothing, max_new_tokens=4).agreement
         (1.0,)
     """
-    check_generation_arguments(max_new_tokens, temperature)
-    if not callable(getattr(model, "generate", None)):
-        raise TypeError(f"{type(model).__name__} has no generate(), so it cannot continue prompts")
-    ids = [_encoded(tokenizer, prompt, index) for index, prompt in enumerate(prompts)]
-    if not ids:
-        raise ValueError("there is no prompt to continue")
-    _require_room(model, ids, max_new_tokens)
+    ids = encode_prompts(model, tokenizer, prompts, max_new_tokens, temperature)
     for name, tensor in mask.items():
         require_boolean(tensor, name)
-    device = next(model.parameters()).device
-    ids = [each.to(device) for each in ids]
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": do_sample}
-    settings |= {"temperature": temperature} if do_sample else {}
-    settings["pad_token_id"] = _padding(tokenizer)
+    settings = generation_settings(tokenizer, max_new_tokens, do_sample, temperature)
     with preserved(model), torch.no_grad(), MaskedModel(model, mask.space) as zeroing:
         parts = {name: _part(mask[name], parameter) for name, parameter in zeroing.parameters.items()}
-        plain = [_continued(model, each, seed + index, settings) for index, each in enumerate(ids)]
-        batches = [_batch(prompt, answer) for prompt, answer in zip(ids, plain, strict=True)]
+        plain = [continuation(model, each, seed + index, settings) for index, each in enumerate(ids)]
+        batches = [continued_batch(prompt, answer) for prompt, answer in zip(ids, plain, strict=True)]
         anchors = [AnchoredDivergence(model, [batch], CausalLMObjective()) for batch in batches]
         zeroing.zero(parts)
-        masked = [_continued(model, each, seed + index, settings) for index, each in enumerate(ids)]
+        masked = [continuation(model, each, seed + index, settings) for index, each in enumerate(ids)]
         divergences = [anchor(model) for anchor in anchors]
     for index, value in enumerate(divergences):
         if not math.isfinite(value):
@@ -148,64 +146,6 @@ def compare_generations(
     )
 
 
-def agreement(first: Tensor, second: Tensor) -> float:
-    """Share of positions with the same token, of the longer of two continuations, a fraction.
-
-    Example:
-        >>> agreement(torch.tensor([1, 2, 3, 4]), torch.tensor([1, 5, 3]))
-        0.5
-    """
-    shorter = min(len(first), len(second))
-    same = int((first[:shorter] == second[:shorter]).sum())
-    return same / max(len(first), len(second), 1)
-
-
-def check_generation_arguments(max_new_tokens: int, temperature: float) -> None:
-    """Checks what can be checked before there is a model.
-
-    Raises:
-        ValueError: An argument is out of range.
-    """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature must be positive and finite; got {temperature}; do_sample=False is its limit 0")
-
-
-def _encoded(tokenizer: Any, prompt: Prompt, index: int) -> Tensor:
-    ids = torch.tensor(tokenizer(prompt)["input_ids"]) if isinstance(prompt, str) else prompt.detach().flatten()
-    if not len(ids):
-        raise ValueError(f"prompt {index} is {prompt!r}: it has no token to continue from")
-    return ids.long()
-
-
-def _require_room(model: nn.Module, ids: Sequence[Tensor], max_new_tokens: int) -> None:
-    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    for index, each in enumerate(ids):
-        if longest is not None and len(each) + max_new_tokens > longest:
-            raise ValueError(
-                f"prompt {index} has {len(each)} tokens; with max_new_tokens={max_new_tokens} that exceeds the model's "
-                f"{longest} positions"
-            )
-
-
-def _padding(tokenizer: Any) -> int | None:
-    pad = getattr(tokenizer, "pad_token_id", None)
-    return pad if pad is not None else getattr(tokenizer, "eos_token_id", None)
-
-
 def _part(mask: Tensor, parameter: Tensor) -> Tensor:
     whole = mask if is_sharded(mask) else scatter_like(parameter.detach(), mask)
     return local(whole).to(local(parameter).device)
-
-
-def _continued(model: Any, ids: Tensor, seed: int, settings: dict[str, Any]) -> Tensor:
-    torch.manual_seed(seed)
-    prompt = ids[None]  # [1, T]
-    found = model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)  # [1, T + new]
-    return found[0, len(ids) :]
-
-
-def _batch(prompt: Tensor, answer: Tensor) -> dict[str, Tensor]:
-    labels = torch.cat([torch.full_like(prompt, IGNORE_INDEX), answer])
-    return {"input_ids": torch.cat([prompt, answer])[None], "labels": labels[None]}  # [1, T + new]

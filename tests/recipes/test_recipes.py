@@ -18,6 +18,30 @@ from lightning_goldy.export import write_pretrained
 from lightning_goldy.models import build_model, complete_config
 
 TINY = {"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 2, "n_positions": 512}
+TINY_GEMMA = {
+    "model_type": "gemma3_text",
+    "num_hidden_layers": 2,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "query_pre_attn_scalar": 8,
+    "sliding_window": 16,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+# Shapes that take minutes here; everything else of their recipes stays.
+REDUCED = {
+    "gpt2_from_scratch": {"n_layer": 1, "n_head": 2, "n_embd": 8},
+    "gemma_from_scratch": {
+        "num_hidden_layers": 2,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "head_dim": 4,
+        "query_pre_attn_scalar": 4,
+    },
+    "transformer_from_scratch": {"n_layer": 2, "n_embd": 16},
+}
 SMALL = {
     "trainer": {
         "accelerator": "cpu",
@@ -47,9 +71,14 @@ def workplace(tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text("to be or not to be, that is the question. " * 400)
     pairs = [{"question": f"what is {n} + {n}?", "answer": str(2 * n)} for n in range(60)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    for folder, tokenizer in (("gpt2", byte_tokenizer()), ("runs/demo/base", AtlasDataModule().tokenizer)):
+    # A folder of that name goes before the hub.
+    for folder, config, tokenizer in (
+        ("gpt2", TINY, byte_tokenizer()),
+        ("google/gemma-3-270m", TINY_GEMMA, byte_tokenizer()),
+        ("runs/demo/base", TINY, AtlasDataModule().tokenizer),
+    ):
         (tmp_path / folder).parent.mkdir(parents=True, exist_ok=True)
-        write_pretrained(build_model(complete_config(TINY, tokenizer)), tmp_path / folder, tokenizer=tokenizer)
+        write_pretrained(build_model(complete_config(config, tokenizer)), tmp_path / folder, tokenizer=tokenizer)
     return tmp_path
 
 
@@ -58,7 +87,8 @@ def _arguments(recipe):
     assert words[:2] == ["goldy", "fit"], f"{recipe.path}: the first line is not the command that launches it"
     assert f"{recipe.kind}/{recipe.path.name}" in words
     stand_in = "pairs.jsonl" if "--data.path" in words else "text.txt"
-    return [*(stand_in if word == "FILE" else word for word in words[1:]), "--config", "small.yaml"]
+    reduced = [f"--model.model.{key}={value}" for key, value in REDUCED.get(recipe.name, {}).items()]
+    return [*(stand_in if word == "FILE" else word for word in words[1:]), "--config", "small.yaml", *reduced]
 
 
 @pytest.mark.parametrize(
