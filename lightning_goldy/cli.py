@@ -8,8 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import lightning_goldy
+from lightning_goldy.analyze_command import add_analyze
 from lightning_goldy.basin_command import add_basin
 from lightning_goldy.bundle import all_recipes, copy_recipe, find_recipe
+from lightning_goldy.coupling_command import add_coupling
+from lightning_goldy.data_command import add_data
 from lightning_goldy.masks_command import add_masks
 from lightning_goldy.plasticity_command import add_plasticity
 
@@ -57,7 +60,10 @@ def _parser() -> argparse.ArgumentParser:
     for name, purpose in _TRAINER_COMMANDS.items():
         commands.add_parser(name, help=purpose)  # for the list only: these are LightningCLI's to parse
     _add_recipes(commands)
+    add_analyze(commands)
     add_basin(commands)
+    add_coupling(commands)
+    add_data(commands)
     add_masks(commands)
     add_plasticity(commands)
     report = commands.add_parser("report", help="turn a run directory into one HTML page")

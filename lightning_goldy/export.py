@@ -121,9 +121,7 @@ class PretrainedExport(CheckpointIO):
         try:
             write_pretrained(module.model, folder, state=state, tokenizer=tokenizer)  # type: ignore[arg-type]
         except UnsupportedArchitectureError as error:
-            rank_zero_warn(
-                f"no pretrained folder is written beside {path}, it would open the closed heads: {error}"
-            )
+            rank_zero_warn(f"no pretrained folder is written beside {path}, it would open the closed heads: {error}")
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Loads through the inner plugin."""

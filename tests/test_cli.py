@@ -43,7 +43,8 @@ def test_help_names_every_command(capsys):
     assert exit_.value.code == 0
     shown = capsys.readouterr().out
     assert all(
-        f" {name} " in shown for name in ("fit", "validate", "test", "basin", "plasticity", "recipes", "report", "demo")
+        f" {name} " in shown
+        for name in ("fit", "validate", "test", "analyze", "basin", "plasticity", "recipes", "report", "demo")
     )
 
 

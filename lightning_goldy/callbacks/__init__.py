@@ -7,6 +7,7 @@ from lightning_goldy.callbacks.exact_resume import ExactResume
 from lightning_goldy.callbacks.golden_parameters import GoldenParameters
 from lightning_goldy.callbacks.golden_snapshot import GoldenSnapshot
 from lightning_goldy.callbacks.head_plasticity import HeadPlasticity
+from lightning_goldy.callbacks.knowledge_coupling import KnowledgeCoupling
 from lightning_goldy.callbacks.parameter_distribution import ParameterDistribution
 from lightning_goldy.callbacks.reverse_golden_parameters import ReverseGoldenParameters
 from lightning_goldy.callbacks.run_report import RunReport
@@ -22,6 +23,7 @@ __all__ = [
     "GoldenParameters",
     "GoldenSnapshot",
     "HeadPlasticity",
+    "KnowledgeCoupling",
     "ParameterDistribution",
     "ReverseGoldenParameters",
     "RunReport",

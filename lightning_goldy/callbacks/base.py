@@ -96,6 +96,8 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
     """Whether the analysis runs the model on batches."""
     changes_training = False
     """Whether it intervenes in the training, which a callback that only looks never does."""
+    analysis: str | None = None
+    """What its rows are called, which decides their figures; None for the name of the class in snake case."""
 
     def __init__(
         self,
@@ -266,7 +268,7 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
                 files[name] = path.name
         row = {
             "format": 1,
-            "analysis": default_name(type(self)),
+            "analysis": self.analysis or default_name(type(self)),
             "name": self.name,
             "step": step,
             "epoch": trainer.current_epoch,

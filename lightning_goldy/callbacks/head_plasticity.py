@@ -12,13 +12,15 @@ from torch import nn
 
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, Findings
 from lightning_goldy.callbacks.golden_snapshot import BASE_FILE
-from lightning_goldy.callbacks.plasticity_base import AttentionBase
+from lightning_goldy.callbacks.plasticity_base import attention_space
 from lightning_goldy.callbacks.plasticity_findings import plasticity_findings, running_metrics
 from lightning_goldy.callbacks.plasticity_plan import PlasticitySettings, check_regrowth, plan_from
 from lightning_goldy.callbacks.plasticity_run import PlasticityRun, load_gates
 from lightning_goldy.callbacks.plasticity_settings import PruningSchedule, Recovery, Regrowth, Scoring
 from lightning_goldy.callbacks.plasticity_subject import PlasticitySubject, first_samples
 from lightning_goldy.callbacks.subject import find_model, find_objective
+from lightning_goldy.callbacks.training_base import TrainingBase
+from lightning_goldy.core.base import BaseParameters
 from lightning_goldy.core.blocks import UnsupportedArchitectureError
 from lightning_goldy.core.gates import HeadGates
 from lightning_goldy.core.isolation import undisturbed
@@ -76,7 +78,7 @@ class HeadPlasticity(AnalysisCallback[list[dict[str, Any]]]):
         )
         self._plasticity: PlasticityRun | None = None
         self._loaded: dict[str, Any] | None = None
-        self._base = AttentionBase(None)
+        self._base = TrainingBase(None)
 
     @property
     def plasticity(self) -> PlasticityRun:
@@ -108,7 +110,7 @@ class HeadPlasticity(AnalysisCallback[list[dict[str, Any]]]):
                 trainer.strategy.barrier()
                 saved = earlier.state_dict()
             elif saved is None:
-                self._base = AttentionBase(None)
+                self._base = TrainingBase(None)
         if saved is not None:
             load_gates(gates, saved)
         if self._resumed:
@@ -122,7 +124,7 @@ class HeadPlasticity(AnalysisCallback[list[dict[str, Any]]]):
             module=trainer.lightning_module,
             model=model,
             optimizers=trainer.optimizers,
-            base=self._base.find(trainer, model, gates, self.folder) if self.settings.needs_base else None,
+            base=self._base_of(trainer, model, gates) if self.settings.needs_base else None,
         )
         if saved is not None:
             self._plasticity.load_state_dict(saved, self.folder)
@@ -201,7 +203,10 @@ class HeadPlasticity(AnalysisCallback[list[dict[str, Any]]]):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Notes what the interrupted run left."""
         super().load_state_dict(state_dict)
-        self._loaded, self._base = state_dict["plasticity"], AttentionBase(state_dict["base_hash"])
+        self._loaded, self._base = state_dict["plasticity"], TrainingBase(state_dict["base_hash"])
+
+    def _base_of(self, trainer: L.Trainer, model: nn.Module, gates: HeadGates) -> BaseParameters:
+        return self._base.find(trainer, model, attention_space(model, gates), self.folder)
 
     def _subject_of(self, model: nn.Module, objective: Objective) -> PlasticitySubject:
         return PlasticitySubject(model, self.plasticity.gates, self._batches, objective, self.settings.scoring)

@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as L
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_goldy.report.coupling_drifts import moved_text
 from lightning_goldy.report.generations import generations_text
 from lightning_goldy.report.plots import draw_plots
 from lightning_goldy.report.tensorboard import log_figure, log_histogram, log_scalars, log_text
@@ -38,6 +39,8 @@ def log_findings(
         log_histogram(trainer.loggers, f"{prefix}/{name}", (edges, counts), step)
     if row["result"].get("generations"):
         log_text(trainer.loggers, f"{prefix}/generations", generations_text(row["result"]["generations"]), step)
+    if row["result"].get("moved"):
+        log_text(trainer.loggers, f"{prefix}/moved", moved_text(row["result"]["moved"]), step)
     try:
         figures = draw_plots(row)
     except ImportError as error:

@@ -23,7 +23,7 @@ from lightning_goldy.core.vector import ParameterVector
 
 FORMAT_VERSION = 1
 HEADER_KEY = "goldy"
-Kind = Literal["values", "direction", "mask"]
+Kind = Literal["values", "direction", "mask", "result"]
 KINDS = get_args(Kind)
 
 __all__ = [
@@ -45,7 +45,7 @@ class VectorHeader:
     """What a vector file says of itself.
 
     Args:
-        kind: ``values`` (a snapshot), ``direction`` or ``mask``.
+        kind: ``values`` (a snapshot), ``direction``, ``mask``, or ``result``: tensors of a result by names of their own.
         model_class: Class name of the module that the vector belongs to.
         step: Optimizer steps at which it was taken.
         base_hash: Fingerprint of the base parameters it was computed against, if any.
@@ -82,7 +82,7 @@ def save_vectors(
     base_hash: str | None = None,
     write: bool = True,
 ) -> Path:
-    """Saves one vector: values, a direction or a mask.
+    """Saves one vector: values, a direction, a mask, or the tensors of a result.
 
     Sharded tensors are gathered one at a time, so every process must call; only the one with ``write`` keeps them and
     writes. Masks are packed: bits, or indices where fewer than 1 in 32 elements are set.

@@ -19,6 +19,7 @@ from lightning_goldy.callbacks import (
     BasinVolume,
     GoldenParameters,
     GoldenSnapshot,
+    KnowledgeCoupling,
     ParameterDistribution,
     ReverseGoldenParameters,
     RunReport,
@@ -84,6 +85,7 @@ def analysis_callbacks(every_n_steps: int) -> list[L.Callback]:
         TaylorDiff(every_n_steps=every_n_steps, at=("end",)),
         ParameterDistribution(),
         AttentionTracker(every_n_steps=every_n_steps, at=("start", "end")),
+        KnowledgeCoupling(n_pieces=128, every_n_steps=2 * every_n_steps, at=("end",)),
         BasinVolume(splits=True, every_n_steps=every_n_steps, at=("start", "end")),
         RunReport(),
     ]

@@ -26,6 +26,10 @@ from lightning_goldy.report.basin_plots import (
     plot_volume_trajectory,
 )
 from lightning_goldy.report.charts import register_chart
+from lightning_goldy.report.coupling_charts import chart_coupling_distribution, chart_coupling_map
+from lightning_goldy.report.coupling_drift_charts import chart_drift_lines, chart_drift_map, chart_drift_prediction
+from lightning_goldy.report.coupling_drift_plots import plot_drift_lines, plot_drift_map, plot_drift_prediction
+from lightning_goldy.report.coupling_plots import plot_coupling_distribution, plot_coupling_map
 from lightning_goldy.report.descriptions import Description, describe
 from lightning_goldy.report.distribution_charts import chart_parameter_distribution
 from lightning_goldy.report.distribution_plots import plot_parameter_distribution
@@ -72,6 +76,11 @@ __all__ = [
     "chart_attention_patterns",
     "chart_attention_scales",
     "chart_attention_spectra",
+    "chart_coupling_distribution",
+    "chart_coupling_map",
+    "chart_drift_lines",
+    "chart_drift_map",
+    "chart_drift_prediction",
     "chart_explained_change",
     "chart_gate_timeline",
     "chart_head_scores",
@@ -99,6 +108,11 @@ __all__ = [
     "plot_attention_prompts",
     "plot_attention_spectra",
     "plot_change_histogram",
+    "plot_coupling_distribution",
+    "plot_coupling_map",
+    "plot_drift_lines",
+    "plot_drift_map",
+    "plot_drift_prediction",
     "plot_explained_change",
     "plot_gate_timeline",
     "plot_golden_parameters",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,7 @@ from lightning_goldy.report.attentions import (
     spectra,
     spectra_caption,
 )
-from lightning_goldy.report.plots import blank_figure, register_plot, write_titles
+from lightning_goldy.report.plots import blank_figure, register_plot, write_heading, write_titles
 from lightning_goldy.report.registry import ReportError, Row
 
 if TYPE_CHECKING:
@@ -70,7 +69,7 @@ def plot_attention_heads(row: Row) -> Figure:
         figure.colorbar(image, ax=axes).ax.tick_params(labelsize=7)
     for axes in panels[len(grids) :]:
         axes.set_visible(False)
-    _suptitle(figure, f"Attention heads, step {row['step']}", f"{heads_caption(row)} {_drift_words(row)}".strip())
+    write_heading(figure, f"Attention heads, step {row['step']}", f"{heads_caption(row)} {_drift_words(row)}".strip())
     return figure
 
 
@@ -104,7 +103,7 @@ def plot_attention_prompts(row: Row) -> Figure:
             _pattern(figure, line[1], each.change, each.tokens, "minus the base", signed=True)
         elif columns == 2:
             line[1].set_visible(False)
-    _suptitle(figure, f"What heads attend to, step {row['step']}", patterns_caption(row))
+    write_heading(figure, f"What heads attend to, step {row['step']}", patterns_caption(row))
     return figure
 
 
@@ -136,6 +135,9 @@ def plot_attention_spectra(row: Row) -> Figure:
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, title="singular value", fontsize=8, title_fontsize=8, loc="outside right upper")
     panels[-1].set_xlabel("optimizer step")
+    if len({step for group in groups for step in group.steps}) == 1:
+        # One checkpoint alone: an axis around it would tell nothing.
+        panels[-1].set_xticks(groups[0].steps)
     write_titles(panels[0], f"Spectra of attention, up to step {row['step']}", spectra_caption(row), 80)
     return figure
 
@@ -248,12 +250,6 @@ def _pattern(
         axes.set_yticks(range(len(tokens)), tokens, fontsize=size, parse_math=False)
     axes.tick_params(length=0)
     figure.colorbar(image, ax=axes, shrink=0.8).ax.tick_params(labelsize=7)
-
-
-def _suptitle(figure: Figure, title: str, caption: str) -> None:
-    width = int(14 * figure.get_size_inches()[0])
-    text = "\n".join([title, *textwrap.wrap(caption, width)])
-    figure.suptitle(text, fontsize=9, x=0.01, ha="left", parse_math=False)
 
 
 def _drift_words(row: Row) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lightning_goldy.report.distributions import PANELS, by_block, distribution_caption
-from lightning_goldy.report.plots import blank_figure, register_plot, write_titles
+from lightning_goldy.report.plots import blank_figure, register_plot, write_heading
 from lightning_goldy.report.registry import Row
 
 if TYPE_CHECKING:
@@ -41,5 +41,5 @@ def plot_parameter_distribution(row: Row) -> Figure:
     panels[1].axvline(1.0, color="0.4", linewidth=0.8, linestyle=":")
     panels[0].set_yticks(range(len(blocks)), blocks, fontsize=7, parse_math=False)
     panels[0].invert_yaxis()
-    write_titles(panels[0], f"Shape of the change, step {row['step']}", distribution_caption(row), 110)
+    write_heading(figure, f"Shape of the change, step {row['step']}", distribution_caption(row))
     return figure

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lightning_goldy.report.expansions import prediction, prediction_caption, shares, shares_caption
-from lightning_goldy.report.plots import blank_figure, register_plot, write_titles
+from lightning_goldy.report.plots import blank_figure, register_plot, write_heading, write_titles
 from lightning_goldy.report.registry import Row
 
 if TYPE_CHECKING:
@@ -57,6 +57,9 @@ def plot_taylor_prediction(row: Row) -> Figure:
     below.set_ylim(0.0, top)
     below.set_ylabel("nonlinearity")
     below.set_xlabel("optimizer step")
+    if len(found.steps) == 1:
+        # One checkpoint alone: an axis around it would tell nothing.
+        below.set_xticks(found.steps)
     write_titles(above, f"Taylor expansion, up to step {row['step']}", prediction_caption(row), _CAPTION_COLUMNS)
     return figure
 
@@ -89,7 +92,7 @@ def plot_taylor_shares(row: Row) -> Figure:
     left.set_yticks(places, [each[0] for each in rows], fontsize=7, parse_math=False)
     if rows:
         left.invert_yaxis()
-    write_titles(left, f"Shares of the step, step {row['step']}", shares_caption(row), _CAPTION_COLUMNS)
+    write_heading(figure, f"Shares of the step, step {row['step']}", shares_caption(row))
     return figure
 
 

@@ -88,9 +88,11 @@ def _slider(heading: str, frames: Sequence[Frame]) -> str:
 
 def _share_colours(figures: Sequence[dict[str, Any]]) -> None:
     """One colour scale for all steps, so that moving the slider compares."""
-    axes = [figure["layout"]["coloraxis"] for figure in figures if "coloraxis" in figure["layout"]]
-    for bound, choose in (("cmin", min), ("cmax", max)):
-        values = [axis[bound] for axis in axes if axis.get(bound) is not None]
-        for axis in axes:
-            if values:
-                axis[bound] = choose(values)
+    names = {name for figure in figures for name in figure["layout"] if name.startswith("coloraxis")}
+    for name in names:
+        axes = [figure["layout"][name] for figure in figures if name in figure["layout"]]
+        for bound, choose in (("cmin", min), ("cmax", max)):
+            values = [axis[bound] for axis in axes if axis.get(bound) is not None]
+            for axis in axes:
+                if values:
+                    axis[bound] = choose(values)

@@ -173,6 +173,19 @@ def write_titles(axes: Axes, title: str, caption: str, columns: int) -> None:
     ).set_parse_math(False)
 
 
+def write_heading(figure: Figure, title: str, caption: str) -> None:
+    """Writes a title and a caption above all panels of a figure; those of one panel would push the others aside.
+
+    Args:
+        figure: Where.
+        title: One line.
+        caption: Wrapped.
+    """
+    width = int(14 * figure.get_size_inches()[0])
+    text = "\n".join([title, *textwrap.wrap(caption, width)])
+    figure.suptitle(text, fontsize=9, x=0.01, ha="left", parse_math=False)
+
+
 def _heat_map(grid: BlockGrid, title: str, caption: str, unit: str, colours: str) -> Figure:
     rows, columns = grid.values.shape
     label_width = 0.075 * max(map(len, grid.blocks))

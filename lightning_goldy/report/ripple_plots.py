@@ -52,7 +52,8 @@ def plot_ripple_effects(row: Row) -> Figure:
         for text in legend.get_texts():
             text.set_parse_math(False)
     panels[0].set_ylabel("measured change of log p, nats")
-    write_titles(panels[0], f"Ripple effects, step {row['step']}", ripple_caption(row), _CAPTION_COLUMNS)
+    title = f"Ripple effects, step {row['step']}" if row["step"] else "Ripple effects"
+    write_titles(panels[0], title, ripple_caption(row), _CAPTION_COLUMNS)
     # The caption may reach over both panels; its height is in the title's distance.
     panels[0].texts[-1].set_in_layout(False)
     return figure

@@ -8,6 +8,9 @@ from html import escape
 import numpy as np
 
 from lightning_goldy.report.charts import CHARTS, Series
+from lightning_goldy.report.continuations import continuations_html
+from lightning_goldy.report.coupling_drifts import moved_html
+from lightning_goldy.report.coupling_tables import coupling_tables_html
 from lightning_goldy.report.descriptions import Description, description_of
 from lightning_goldy.report.figures import Frame, figure_html, lines_html
 from lightning_goldy.report.formatting import format_number
@@ -35,6 +38,9 @@ def analysis_html(analysis: AnalysisRows, anchor: str) -> str:
     parts += [f"<p>{escape(text)}</p>" for text in (description.measures, description.reading) if text]
     parts.append(_figures(analysis))
     parts.append(generations_html(analysis.rows[-1]))
+    parts.append(continuations_html(analysis.rows[-1]))
+    parts.append(moved_html(analysis.rows[-1]))
+    parts.append(coupling_tables_html(analysis.rows[-1]))
     parts.append(_metric_lines(analysis.rows))
     parts.append(_metric_table(analysis.rows, description))
     return "\n".join([*filter(None, parts), "</section>"])

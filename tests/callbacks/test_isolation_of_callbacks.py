@@ -18,8 +18,10 @@ from lightning_goldy.callbacks import (
     Findings,
     GoldenParameters,
     GoldenSnapshot,
+    KnowledgeCoupling,
     TaylorDiff,
 )
+from tests.callbacks.knowledge import PIECES, WordData
 from tests.callbacks.training import Finetune, differences, fit
 
 EVERYWHERE = {"every_n_steps": 3, "every_n_epochs": 1, "at": ("start", "checkpoint", "end")}
@@ -32,6 +34,7 @@ CALLBACKS = {
     "taylor": lambda: [GoldenSnapshot(every_n_steps=3), TaylorDiff(n_samples=3, **EVERYWHERE)],
     "taylor_moving": lambda: [TaylorDiff([1, 2], n_samples=3, reset="each", function_space=False, **EVERYWHERE)],
     "attention": lambda: [GoldenSnapshot(every_n_steps=3), AttentionTracker(n_samples=3, **EVERYWHERE)],
+    "knowledge": lambda: [KnowledgeCoupling(PIECES, edits=[PIECES[0].id], **EVERYWHERE)],
     "both": lambda: [GoldenSnapshot(**EVERYWHERE), GoldenParameters(n_samples=3, score="taylor", **EVERYWHERE)],
 }
 
@@ -52,7 +55,7 @@ def plain(tmp_path_factory):
 @pytest.mark.parametrize("callbacks", CALLBACKS)
 def test_single_device(plain, tmp_path, callbacks):
     options = {"enable_checkpointing": True}
-    trainer, _, found = fit(tmp_path, CALLBACKS[callbacks](), **options)
+    trainer, _, found = fit(tmp_path, CALLBACKS[callbacks](), data=WordData(), **options)
     assert differences(plain("checkpoints", **options), found) == []
     for callback in trainer.callbacks:
         if isinstance(callback, AnalysisCallback):
@@ -107,6 +110,7 @@ def test_two_processes(tmp_path, strategy):
         assert found["same_mask_as_one_process"] is True
         assert found["same_change_as_one_process"] is True
         assert found["same_volumes_as_one_process"] is True
+        assert found["same_knowledge_as_one_process"] is True
 
 
 def test_a_users_own_module_needs_at_most_an_objective_and_an_attribute(tmp_path):

@@ -10,11 +10,13 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
-from lightning_goldy.analysis import diagonal_preconditioner, golden_parameters
+from lightning_goldy.analysis import diagonal_preconditioner, finetune_ripple, golden_parameters, knowledge_coupling
 from lightning_goldy.analysis.basin import basin_volume
-from lightning_goldy.callbacks import BasinVolume, GoldenParameters, GoldenSnapshot
+from lightning_goldy.callbacks import BasinVolume, GoldenParameters, GoldenSnapshot, KnowledgeCoupling
 from lightning_goldy.core import ParameterSpace, ParameterVector, load_vectors
 from lightning_goldy.core.sharding import gather
+from lightning_goldy.core.vector import substituted
+from tests.callbacks.knowledge import PIECES, WORDS, WordData
 from tests.callbacks.training import Finetune, ShardedFinetune, TokenData, differences, fit
 
 
@@ -32,6 +34,7 @@ def main(strategy: str, folder: Path) -> None:
             folder / name,
             callbacks,
             module=ShardedFinetune if sharded else Finetune,
+            data=WordData(),
             strategy=kind,
             devices=2,
             max_epochs=2,
@@ -42,7 +45,8 @@ def main(strategy: str, folder: Path) -> None:
     snapshot = GoldenSnapshot(every_n_steps=2, at=("end",))
     golden = GoldenParameters(n_samples=3, quorum=0.5, every_n_steps=2, at=("start", "end"))
     basin = BasinVolume(5, n_samples=3, preconditioner="best", every_n_steps=2, at=("end",))
-    trainer, module, found = run("watched", [snapshot, golden, basin])
+    knowledge = KnowledgeCoupling(PIECES, every_n_steps=2, at=("end",))
+    trainer, module, found = run("watched", [snapshot, golden, basin, knowledge])
 
     # The same on one process: the present weights in an unsharded model.
     alone = Finetune()
@@ -64,8 +68,26 @@ def main(strategy: str, folder: Path) -> None:
         "same_mask_as_one_process": all(torch.equal(mask[name], expected.mask[name]) for name in expected.mask),
         "same_volumes_as_one_process": volumes,
         "same_change_as_one_process": abs(row["metrics"]["delta_norm"] / change - 1) < 1e-6,
+        "same_knowledge_as_one_process": same_knowledge(trainer, alone, base, knowledge),
     }
     (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(result))
+
+
+def same_knowledge(trainer, alone, base, knowledge) -> bool:
+    """Every piece's numbers and the cosines, against the present weights on one process."""
+    found, _ = load_vectors(knowledge.folder / f"coupling-step={trainer.global_step:08d}.safetensors")
+    options = {"tokenizer": WORDS, "split_over_ranks": False}
+    ripple = finetune_ripple(alone.model, base, PIECES, **options)
+    now = knowledge_coupling(alone.model, PIECES, **options).cosines
+    with substituted(alone.model, base):
+        before = knowledge_coupling(alone.model, PIECES, **options).cosines
+    pairs = [
+        (found["predicted"], ripple.predicted),
+        (found["after"] - found["before"], ripple.measured),
+        (found["cosines"], now),
+        (found["base_cosines"], before),
+    ]
+    return all(torch.allclose(mine, wanted, rtol=1e-4, atol=1e-5) for mine, wanted in pairs)
 
 
 def same_volumes(trainer, module, alone, batches, basin) -> bool:
