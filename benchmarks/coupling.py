@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lightning_goldy.analysis.coupling import knowledge_coupling
+from lightning_goldy.analysis import knowledge_coupling
 from lightning_goldy.core import CausalLMObjective
 
 ANSWER = 6

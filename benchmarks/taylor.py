@@ -3,8 +3,8 @@
     python benchmarks/taylor.py
 
 Seconds: medians of ratios, each to the evaluation forwards just before and after it. Memory: what a call holds at its
-largest, the parameters counted in, over the same of an evaluation forward; every number from a process of its own,
-after a call on a few tokens, so that neither code nor a library's buffers count.
+largest, the parameters counted in, over the same of an evaluation forward; after a call on a few tokens, so that
+neither code nor a library's buffers count.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from lightning_goldy.analysis import TaylorApproximation, taylor_diff
 from lightning_goldy.core import ParameterVector
 
 SIZES = {"vocab_size": 4096, "bos_token_id": 0, "eos_token_id": 0}
+FAMILIES = ("gpt2", "llama")
 BOUNDS = {"order1": 5, "order2": 14, "loss2": 14, "diff2": 14}
 MEMORY = 3
 # Samples, tokens. One sample cannot be cut into parts.
@@ -58,6 +59,10 @@ def moved(family: str) -> tuple[torch.nn.Module, ParameterVector]:
     return model, base
 
 
+def tokens(samples: int, length: int) -> torch.Tensor:
+    return torch.randint(0, 4096, (samples, length), generator=torch.Generator().manual_seed(1))
+
+
 def jobs(family: str, ids: torch.Tensor) -> dict[str, Callable[[], object]]:
     model, base = moved(family)
     batch = {"input_ids": ids}
@@ -83,24 +88,32 @@ def resident(field: str) -> int:
     return 1024 * int(next(line for line in status.splitlines() if line.startswith(field)).split()[1])
 
 
-def print_memory(family: str, work: str, ids: torch.Tensor) -> None:
-    jobs(family, ids[:1, :8])[work]()
-    job = jobs(family, ids)[work]
+def held(job: Callable[[], object]) -> int:
+    """What a call holds at its largest, bytes."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # forget the largest size so far
     before = resident("VmRSS")
     job()
+    return resident("VmHWM") - before
+
+
+def print_memory(family: str) -> None:
     # With the parameters, which an evaluation forward needs too; the base is the caller's.
-    print(resident("VmHWM") - before + 4 * sum(parameter.numel() for parameter in subject(family).parameters()))
+    parameters = 4 * sum(parameter.numel() for parameter in subject(family).parameters())
+    for job in jobs(family, tokens(1, 8)).values():
+        job()
+    for shape in SHAPES:
+        found = {name: parameters + held(job) for name, job in jobs(family, tokens(*shape)).items()}
+        forward = found.pop("forward")
+        ratios = ", ".join(f"{name} {size / forward:.2f}" for name, size in found.items())
+        print(f"{family} {shape[0]} x {shape[1]}: {ratios} x a forward's {forward / 2**20:.0f} MiB (<= {MEMORY})")
 
 
-def memory(family: str, work: str, shape: tuple[int, int]) -> int:
-    command = [sys.executable, __file__, "--memory", work, "--family", family, "--shape", *map(str, shape)]
+def memory(family: str) -> None:
     # Every tensor in pages of its own, which go back when it is freed; or free memory between tensors would count.
-    pages = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    run = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **pages})
-    return int(run.stdout)
+    pages = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "PYTHONUNBUFFERED": "1"}
+    subprocess.run([sys.executable, __file__, "--memory", family], check=True, env={**os.environ, **pages})
 
 
 def forwards(found: dict[str, Callable[[], object]], repetitions: int) -> dict[str, float]:
@@ -123,25 +136,18 @@ def forwards(found: dict[str, Callable[[], object]], repetitions: int) -> dict[s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--family", choices=("gpt2", "llama"), help=argparse.SUPPRESS)
-    parser.add_argument("--memory", help=argparse.SUPPRESS)
-    parser.add_argument("--shape", type=int, nargs=2, default=SHAPES[0], help=argparse.SUPPRESS)
+    parser.add_argument("--memory", choices=FAMILIES, help="print the memory of one family alone")
     arguments = parser.parse_args()
     torch.set_num_threads(2)
-    ids = torch.randint(0, 4096, tuple(arguments.shape), generator=torch.Generator().manual_seed(1))
     if arguments.memory:
-        print_memory(arguments.family, arguments.memory, ids)
+        print_memory(arguments.memory)
         return
-    for family in ("gpt2", "llama"):
-        for name, ratio in forwards(jobs(family, ids), arguments.repetitions).items():
+    for family in FAMILIES:
+        for name, ratio in forwards(jobs(family, tokens(*SHAPES[0])), arguments.repetitions).items():
             bound = f" (<= {BOUNDS[name]})" if name in BOUNDS else ""
             print(f"{family} {name}: {ratio:.1f} forwards{bound}", flush=True)
-    for family in ("gpt2", "llama"):
-        for shape in SHAPES:
-            forward = memory(family, "forward", shape)
-            ratios = {name: memory(family, name, shape) / forward for name in (*BOUNDS, "diff2 by block")}
-            found = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
-            print(f"{family} {shape[0]} x {shape[1]}: {found} x the memory of a forward (<= {MEMORY})", flush=True)
+    for family in FAMILIES:
+        memory(family)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import lightning_goldy
 from lightning_goldy.analyze_command import add_analyze
 from lightning_goldy.basin_command import add_basin
 from lightning_goldy.bundle import all_recipes, copy_recipe, find_recipe
-from lightning_goldy.coupling_command import add_coupling
+from lightning_goldy.coupling.command import add_coupling
 from lightning_goldy.data_command import add_data
 from lightning_goldy.masks_command import add_masks
 from lightning_goldy.plasticity_command import add_plasticity

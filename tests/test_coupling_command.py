@@ -20,12 +20,12 @@ from lightning_goldy.analysis.coupling_layers import layer_gradient_norms
 from lightning_goldy.analysis.coupling_statistics import coupling_statistics
 from lightning_goldy.analysis.ripple import ripple_effects
 from lightning_goldy.cli import main
-from lightning_goldy.coupling_analysis import chosen_pieces
-from lightning_goldy.coupling_command import add_coupling
-from lightning_goldy.coupling_edits import drawn_edits, read_edits
-from lightning_goldy.coupling_pairs import codes_of, strong_pairs
-from lightning_goldy.coupling_questions import category_means, linked_groups
-from lightning_goldy.coupling_report import PARTS
+from lightning_goldy.coupling.analysis import chosen_pieces
+from lightning_goldy.coupling.command import add_coupling
+from lightning_goldy.coupling.edits import drawn_edits, read_edits
+from lightning_goldy.coupling.pairs import codes_of, strong_pairs
+from lightning_goldy.coupling.questions import category_means, linked_groups
+from lightning_goldy.coupling.report import PARTS
 from lightning_goldy.data import byte_tokenizer, load_pieces
 from lightning_goldy.models import build_model
 from tests.data.question_sets import RECORDS, write
@@ -392,7 +392,7 @@ def random_matrix(count: int, seed: int = 0) -> np.ndarray:
 @pytest.mark.parametrize("threshold", [0.5, 0.98, 2.0, -1.0])
 @pytest.mark.parametrize("waiting", [1, 100_000])
 def test_strong_pairs_are_the_sorted_pairs(monkeypatch, least, most, threshold, waiting):
-    monkeypatch.setattr("lightning_goldy.coupling_pairs._WAITING", waiting)
+    monkeypatch.setattr("lightning_goldy.coupling.pairs._WAITING", waiting)
     matrix = random_matrix(30)
     found = strong_pairs(coupled(matrix), threshold, least=least, most=most)
     exact = matrix.astype(np.float32).astype(np.float64)

@@ -144,6 +144,10 @@ def taylor_diff(
     forward mode, the loss alone is expanded, to order 2, from exact gradients at the base and central differences along
     the step. The model comes back as it was. On several ranks the batches are shared out; every rank must call.
 
+    Forward mode holds 2^n values of every activation at order n, so a batch is worked through in so many parts of whole
+    samples (twice as many with shares), whose sums are those of the batch. Under a FunctionObjective or an objective of
+    your own a batch stays whole, because its loss need not be a sum over samples: give small batches there.
+
     Args:
         model: The finetuned model, plain or sharded with FSDP2.
         base: Where the expansion is made: a snapshot of its trainable parameters.

@@ -29,7 +29,8 @@ class TaylorApproximation(nn.Module):
     .. math:: f_n(x) = \sum_{k \le n} \frac{1}{k!} \frac{d^k}{dt^k} f(\theta_0 + t (\theta - \theta_0); x) \Big|_0
 
     with theta the model's present values at each call, so that it follows a training, or values that are given. Use it
-    where a model is evaluated: ``objective.loss(TaylorApproximation(model, base, order=1), batch)``.
+    where a model is evaluated: ``objective.loss(TaylorApproximation(model, base, order=1), batch)``. A language model's
+    arguments are worked through in 2^n parts of whole samples, which bounds the memory; any other call goes at once.
 
     Args:
         model: The model; its values are read at each call.

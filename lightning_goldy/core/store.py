@@ -45,7 +45,7 @@ class VectorHeader:
     """What a vector file says of itself.
 
     Args:
-        kind: ``values`` (a snapshot), ``direction``, ``mask``, or ``result``: tensors of a result by names of their own.
+        kind: ``values`` (a snapshot), ``direction``, ``mask``, or ``result``: tensors of a result by their own names.
         model_class: Class name of the module that the vector belongs to.
         step: Optimizer steps at which it was taken.
         base_hash: Fingerprint of the base parameters it was computed against, if any.

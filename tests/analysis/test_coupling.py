@@ -336,3 +336,14 @@ def test_progress_reaches_the_end():
     assert seen[-1] == (5, 5)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert {total for _, total in seen} == {5}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"select": ["*"]}, {"projection": 256}, {"chunk_size": 2, "center": True}])
+def test_a_gpu_gives_the_numbers_of_a_cpu(options):
+    batch = pieces(LENGTHS)
+    expected = knowledge_coupling(build("gpt2").double(), [batch], **options)
+    found = knowledge_coupling(build("gpt2").double().cuda(), [batch], **options)
+    assert found.matrix.device.type == "cpu"
+    torch.testing.assert_close(found.matrix, expected.matrix, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(found.norms, expected.norms, rtol=1e-8, atol=1e-10)

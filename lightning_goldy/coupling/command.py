@@ -116,8 +116,8 @@ def _coupling(options: argparse.Namespace) -> int:
     if options.edits is None and (options.learning_rate is not None or options.steps is not None):
         raise ValueError("--learning-rate and --steps belong to the editor; say with --edits what to edit")
     # Brings torch, which other commands need not wait for.
-    from lightning_goldy.coupling_options import Editing, Method, Pieces
-    from lightning_goldy.coupling_summary import Model, run_coupling
+    from lightning_goldy.coupling.options import Editing, Method, Pieces
+    from lightning_goldy.coupling.summary import Model, run_coupling
 
     words = options.select
     select: Any = words[0] if len(words) == 1 and not set("*.?[") & set(words[0]) else words

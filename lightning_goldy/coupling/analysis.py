@@ -24,8 +24,8 @@ from lightning_goldy.analysis.ripple_result import RippleResult
 from lightning_goldy.analysis.ripple_work import Encoding
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.pieces import KnowledgePiece
-from lightning_goldy.coupling_edits import drawn_edits
-from lightning_goldy.coupling_options import Editing, Method, Pieces
+from lightning_goldy.coupling.edits import drawn_edits
+from lightning_goldy.coupling.options import Editing, Method, Pieces
 from lightning_goldy.data.readers import PieceSet, load_pieces
 
 if TYPE_CHECKING:

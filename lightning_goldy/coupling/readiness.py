@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from lightning_goldy.coupling_analysis import Findings
+from lightning_goldy.coupling.analysis import Findings
 
 Status = Literal["pass", "warn", "fail", "not measured"]
 

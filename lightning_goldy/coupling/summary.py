@@ -21,14 +21,14 @@ import lightning_goldy
 from lightning_goldy.callbacks.cost import peak_memory_bytes
 from lightning_goldy.core.files import atomic_write, to_json_line
 from lightning_goldy.core.naming import model_class
-from lightning_goldy.coupling_analysis import Clock, Findings, measure, read_pieces_of
-from lightning_goldy.coupling_edits import read_edits
-from lightning_goldy.coupling_files import PAIRS, REPORT, SUMMARY, TENSORS, write_pictures, write_rows, write_tensors
-from lightning_goldy.coupling_options import Editing, Method, Pieces
-from lightning_goldy.coupling_pairs import strong_pairs, write_pairs
-from lightning_goldy.coupling_questions import cross_question_analysis
-from lightning_goldy.coupling_readiness import readiness
-from lightning_goldy.coupling_report import (
+from lightning_goldy.coupling.analysis import Clock, Findings, measure, read_pieces_of
+from lightning_goldy.coupling.edits import read_edits
+from lightning_goldy.coupling.files import PAIRS, REPORT, SUMMARY, TENSORS, write_pictures, write_rows, write_tensors
+from lightning_goldy.coupling.options import Editing, Method, Pieces
+from lightning_goldy.coupling.pairs import strong_pairs, write_pairs
+from lightning_goldy.coupling.questions import cross_question_analysis
+from lightning_goldy.coupling.readiness import readiness
+from lightning_goldy.coupling.report import (
     PARTS,
     SCHEMA_VERSION,
     coupling_analysis,

@@ -14,8 +14,8 @@ from torch import Tensor
 from lightning_goldy.analysis.coupling_picture import coupling_picture
 from lightning_goldy.callbacks.run_directory import ResultStore
 from lightning_goldy.core.files import atomic_path
-from lightning_goldy.coupling_analysis import Findings
-from lightning_goldy.coupling_report import SCHEMA_VERSION
+from lightning_goldy.coupling.analysis import Findings
+from lightning_goldy.coupling.report import SCHEMA_VERSION
 from lightning_goldy.report import draw_plots
 
 TENSORS = "coupling.safetensors"

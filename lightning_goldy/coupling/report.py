@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_goldy.analysis.agreement import agreement_of
-from lightning_goldy.coupling_analysis import Findings
-from lightning_goldy.coupling_pairs import StrongPairs, codes_of, pair_kinds, pair_texts
-from lightning_goldy.coupling_readiness import layer_error, saturated_share
+from lightning_goldy.coupling.analysis import Findings
+from lightning_goldy.coupling.pairs import StrongPairs, codes_of, pair_kinds, pair_texts
+from lightning_goldy.coupling.readiness import layer_error, saturated_share
 
 SCHEMA_VERSION = 1
 PARTS = (

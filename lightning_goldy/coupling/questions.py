@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from lightning_goldy.analysis.agreement import EVERYTHING, Agreement, agreement_of
 from lightning_goldy.analysis.coupling import CouplingResult
 from lightning_goldy.analysis.ripple_result import EDITED, Predictor, RippleResult
-from lightning_goldy.coupling_analysis import Findings
-from lightning_goldy.coupling_pairs import codes_of
+from lightning_goldy.coupling.analysis import Findings
+from lightning_goldy.coupling.pairs import codes_of
 
 _CATEGORIES = 12
 _GROUPS = 10
