@@ -194,7 +194,7 @@ def taylor_diff(
         mine = [map_batch(batch, lambda tensor: tensor.to(device)) for batch in replicas.share(list(batches))]
         work = TaylorWork(model, start, mine, objective, orders, by is not None, function_space, replicas, progress)
         found = finite_terms(work) if sharded else exact_terms(work)
-    return _result(found, orders, by, "differences" if sharded else "forward")
+    return _result(found, orders, by, start.space.names, route="differences" if sharded else "forward")
 
 
 def check_orders(orders: Sequence[int], by: str | None) -> tuple[int, ...]:
@@ -214,7 +214,9 @@ def check_orders(orders: Sequence[int], by: str | None) -> tuple[int, ...]:
     return found
 
 
-def _result(terms: LossTerms, orders: tuple[int, ...], by: By | None, route: str) -> TaylorDiff:
+def _result(
+    terms: LossTerms, orders: tuple[int, ...], by: By | None, names: Sequence[str], *, route: str
+) -> TaylorDiff:
     loss, base_loss = terms.mean(terms.loss), terms.mean(terms.derivatives[0])
     fits = []
     predicted, factor = base_loss, 1.0
@@ -233,8 +235,8 @@ def _result(terms: LossTerms, orders: tuple[int, ...], by: By | None, route: str
         second_order=terms.mean(terms.derivatives[2]) / 2 if len(terms.derivatives) > 2 else None,
         step_norm=step_norm,
         gradient_norm=terms.gradient_norm,
-        loss_shares=_grouped(terms.loss_shares, by),
-        function_shares=_grouped(terms.normalised_function_shares(), by),
+        loss_shares=_grouped(terms.loss_shares, by, names),
+        function_shares=_grouped(terms.normalised_function_shares(), by, names),
         route=route,
         error=terms.error,
         n_targets=terms.n_targets,
@@ -256,12 +258,11 @@ def _fit(order: int, predicted: float, loss: float, function: FunctionSums | Non
     }
 
 
-def _grouped(shares: Mapping[str, float], by: By | None) -> dict[str, float]:
-    if by is None:
-        return {}
-    if by == "tensor":
-        return dict(shares)
+def _grouped(shares: Mapping[str, float], by: By | None, names: Sequence[str]) -> dict[str, float]:
+    """Shares by tensor or by block, in the order of the model: a backward pass finds the last one first."""
     groups: dict[str, float] = {}
-    for name, share in shares.items():
-        groups[block_of(name)] = groups.get(block_of(name), 0.0) + share
+    for name in names if by else ():
+        if name in shares:
+            group = name if by == "tensor" else block_of(name)
+            groups[group] = groups.get(group, 0.0) + shares[name]
     return groups

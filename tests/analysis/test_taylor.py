@@ -118,6 +118,10 @@ def test_function_space_and_loss_space_tell_the_same_of_the_loss(family: str) ->
     assert one.loss_shares == pytest.approx(other.loss_shares, rel=1e-6, abs=1e-12)
     assert math.fsum(one.function_shares.values()) == pytest.approx(1, rel=1e-12)
     assert other.function_shares == {}
+    # In the order of the model, not in that of the backward pass.
+    for shares in (one.loss_shares, one.function_shares):
+        assert next(iter(shares)) == "embeddings"
+        assert [*shares][-1] in ("final", "head")
     assert set(one.loss_shares) >= {"embeddings", "final"}
 
 
