@@ -112,7 +112,7 @@ def print_memory(family: str) -> None:
 
 def memory(family: str) -> None:
     # Every tensor in pages of its own, which go back when it is freed; or free memory between tensors would count.
-    pages = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "PYTHONUNBUFFERED": "1"}
+    pages = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576", "PYTHONUNBUFFERED": "1"}
     subprocess.run([sys.executable, __file__, "--memory", family], check=True, env={**os.environ, **pages})
 
 

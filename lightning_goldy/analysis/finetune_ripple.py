@@ -236,8 +236,9 @@ class _Work:
         """||Delta||, the route, and of each batch the scores at the base and now, and the predicted changes."""
         after = [score_pieces(self.model, [batch]) for batch in self.batches]
         size = self.delta.norm()
-        # Along a unit vector, which no precision of the parameters flushes to zero.
-        unit = self.delta * (1 / size) if size else self.delta
+        # Along a unit vector, which no precision of the parameters flushes to zero; in place, for it may be large.
+        for tensor in self.delta.values() if size else ():
+            tensor.div_(size)
         rows = []
         with substituted(self.model, self.start):
             sharded = any(map(is_sharded, self.start.values()))
@@ -245,9 +246,9 @@ class _Work:
             for done, (batch, now) in enumerate(zip(self.batches, after, strict=True), 1):
                 before = score_pieces(self.model, [batch])
                 if sharded:
-                    slope = _sharded_slopes(self.model, unit, batch)
+                    slope = _sharded_slopes(self.model, self.delta, batch)
                 else:
-                    slope = slopes(self.model, self.start, (unit,), [batch], route)[0]
+                    slope = slopes(self.model, self.start, (self.delta,), [batch], route)[0]
                 rows.append((before, now, slope * size))
                 if self.progress is not None:
                     self.progress(done, len(self.batches))
