@@ -241,7 +241,9 @@ def results(callback) -> list[dict]:
 
 
 @RESUMING
-@pytest.mark.parametrize("step", [2, 4, 6, 8, 10, 12, 14, 18])
+@pytest.mark.parametrize(
+    "step", [2, 12, 14, *(pytest.param(step, marks=pytest.mark.slow) for step in (4, 6, 8, 10, 18))]
+)
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_resumed_in_any_phase_equals_uninterrupted(uninterrupted, tmp_path, name, step):
     """Warm-up (2), along the ramp (4, 6), recovery (8), regrown (10), the second ramp (12, 14), regrown again (18)."""

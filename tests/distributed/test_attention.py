@@ -11,7 +11,7 @@ from tests.distributed.launch import run_processes
 
 @pytest.mark.parametrize(
     ("layout", "world_size"),
-    [("replicas", 2), ("shards", 2), pytest.param("replicas", 5, marks=pytest.mark.slow)],
+    [("shards", 2), *(pytest.param("replicas", count, marks=pytest.mark.slow) for count in (2, 5))],
 )
 def test_any_number_of_processes_gives_the_statistics_of_one(layout: str, world_size: int) -> None:
     expected = statistics("replicas")

@@ -20,7 +20,9 @@ def alone(tmp_path_factory):
     return all_cases("one process", str(tmp_path_factory.mktemp("alone")))
 
 
-@pytest.mark.parametrize("cases", [all_cases, resumed_cases], ids=["uninterrupted", "resumed"])
+@pytest.mark.parametrize(
+    "cases", [all_cases, pytest.param(resumed_cases, marks=pytest.mark.slow)], ids=["uninterrupted", "resumed"]
+)
 @pytest.mark.parametrize("layout", ["replicas", "shards"])
 def test_two_processes_train_as_one(tmp_path, alone, layout, cases):
     for found in run_processes(cases, 2, layout, str(tmp_path)):
