@@ -72,6 +72,9 @@ class AnchoredDivergence:
         self.positions = 0
         """Number of target positions."""
         self._kept: list[Tensor] = []
+        # Sums at the anchor: what rounding adds on the other batches, and all there is on the first.
+        self._rounding = 0.0
+        self._first: float | None = None
         self._anchor: ParameterVector | None = None
         with torch.no_grad():
             if cache == "none":
@@ -89,6 +92,23 @@ class AnchoredDivergence:
                 total += divergence_sum(self._anchor_log_probs(model, index), logits)
         return total / self.positions
 
+    def at_anchor(self, model: nn.Module) -> float:
+        """What every value is too large by: the mean divergence of the anchor from what is kept of it, nats.
+
+        The anchor runs once more, on the first batch alone, so that a model whose predictions are random is noticed.
+
+        Args:
+            model: The module at the anchor, as it was when this was made.
+
+        Returns:
+            0 where nothing is rounded and a second run gives the same.
+        """
+        if self._first is None:
+            with torch.no_grad():
+                logits = self.objective.logits_and_targets(model, self.batches[0]).logits
+                self._first = divergence_sum(self._anchor_log_probs(model, 0), logits)
+        return (self._first + self._rounding) / self.positions
+
     def _anchor_log_probs(self, model: nn.Module, index: int) -> Tensor:
         if self._anchor is None:
             return self._kept[index]
@@ -102,6 +122,8 @@ class AnchoredDivergence:
                 self.cache = "device" if self._fits(exact, dtype) else "cpu"
             kept = exact if dtype is None else exact.to(dtype)
             self.positions += len(exact)
+            if index and kept.dtype != exact.dtype:
+                self._rounding += divergence_sum(kept, exact)
             self._kept.append(kept if self.cache == "device" else kept.cpu())
 
     def _log_probs(self, model: nn.Module, batch: Any) -> Tensor:

@@ -63,6 +63,7 @@ def local_volume(
     Args:
         module: Any module, plain or sharded with FSDP2, whose parameters are the anchor.
         cost: ``cost(module)`` in nats, about 0 at the anchor; called without gradients, the module in evaluation mode.
+            One with a method ``at_anchor(module)`` is asked for that value rather than evaluated for it.
         n_directions: Number of directions; the first is the pilot from whose radius the others start.
         cutoff: The cost at the region's boundary, nats.
         sigma: Standard deviation of the Gaussian measure, parameter units; by default the root mean square of the
@@ -128,7 +129,7 @@ def local_volume(
     found = dict(pair for part in replicas.gather_objects(traces) for pair in part)
     return VolumeResult(
         **walk.numbers([found[each] for each in seeds]),
-        extra_evaluations=1,
+        extra_evaluations=0 if hasattr(cost, "at_anchor") else 1,
         measure=measure,
         preconditioner="none" if preconditioner is None else preconditioner.name,
         dimension=space.numel,
@@ -185,7 +186,7 @@ class _Walk:
     def check_anchor(self) -> None:
         if self.max_radius <= 0 or (isinstance(self.measure, SphereMeasure) and self.max_radius > math.pi):
             raise ValueError(f"max_radius must be positive (at most pi on the sphere); got {self.max_radius}")
-        self.anchor_cost = self._evaluate()
+        self.anchor_cost = self._evaluate(getattr(self.cost, "at_anchor", self.cost))
         if not abs(self.anchor_cost) < self.cutoff / 2:
             raise ValueError(
                 f"the cost at the anchor is {self.anchor_cost:g} nats and must be about 0, well below the cutoff "
@@ -212,10 +213,10 @@ class _Walk:
 
     def _at(self, radius: float, proposal: Proposal) -> float:
         self.ray.move(*self.measure.coefficients(radius, proposal))
-        return self._evaluate() + 0.5 * self.l2_reg * self.measure.chord(radius, proposal) ** 2
+        return self._evaluate(self.cost) + 0.5 * self.l2_reg * self.measure.chord(radius, proposal) ** 2
 
-    def _evaluate(self) -> float:
-        value = float(self.cost(self.ray.module))
+    def _evaluate(self, cost: Callable[[nn.Module], float | torch.Tensor]) -> float:
+        value = float(cost(self.ray.module))
         if any(map(is_sharded, self.ray.module.parameters())):
             # All ranks walk together, so they must take the same decisions.
             value = Replicas.world().gather_objects(value)[0]

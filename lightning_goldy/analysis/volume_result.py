@@ -38,7 +38,8 @@ class VolumeResult(AnalysisResult):
         log_integral: The logarithm of the radial integral, shape ``[directions]``, nats.
         sensitivities: d log_integral / d log r, shape ``[directions]``; D for the uniform measure.
         evaluations: Cost evaluations spent, shape ``[directions]``, integers.
-        extra_evaluations: Cost evaluations beside those: at the anchor, and on directions that chose a preconditioner.
+        extra_evaluations: Cost evaluations beside those: at the anchor, where the cost does not tell that value itself,
+            and on directions that chose a preconditioner.
         measure: ``gaussian``, ``uniform`` or ``sphere``.
         preconditioner: Its name; ``none`` without one.
         dimension: D, the number of selected elements.

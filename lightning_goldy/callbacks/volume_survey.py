@@ -212,9 +212,10 @@ class _Work:
             progress=None if pilot else self._advance,
             **options,
         )
-        # The anchor's own predictions are made once, and again with every evaluation when none are kept.
-        passes = 1 + result.total_evaluations * (2 if survey.estimator.cache == "none" else 1)
-        self.forwards += passes * self.count(batches)
+        # The anchor's own predictions are made once, and again with every evaluation when none are kept. One evaluation
+        # more is on the first batch alone: the anchor's second run.
+        each = 2 if survey.estimator.cache == "none" else 1
+        self.forwards += (1 + each * result.total_evaluations) * self.count(batches) + each
         return result
 
     def count(self, batches: Sequence[Any]) -> int:

@@ -15,7 +15,11 @@ from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.vector import ParameterVector
 
 BLOCK = 1 << 16
-"""Elements drawn from one generator. Whole blocks are drawn always: torch's stream depends on the length asked for."""
+"""Elements drawn from one generator."""
+
+# torch fills 16 elements at a time, and draws the last 16 anew when they are not whole. So a block's first elements are
+# the same however much of it is drawn, as long as that is a multiple of this.
+_GROUP = 16
 
 # Elements generated before they are sliced and copied out; bounds the memory beside the result.
 _BUFFER_BLOCKS = 16
@@ -127,13 +131,16 @@ def direction_seed(seed: int, index: int) -> int:
 def _normals(name: str, seed: int, start: int, stop: int) -> Tensor:
     """Elements [start, stop) of a parameter's endless stream of normals, float32 on the CPU."""
     first, last = start // BLOCK, (stop - 1) // BLOCK
-    drawn = torch.empty(last + 1 - first, BLOCK, dtype=torch.float32, device="cpu")  # [blocks, BLOCK]
+    # Most tensors of a model are far smaller than a block, so its end is not drawn where nobody asks for it.
+    needed = _GROUP * math.ceil((stop - first * BLOCK) / _GROUP)
+    drawn = torch.empty(needed, dtype=torch.float32, device="cpu")
 
     def draw(block: int) -> None:
         # One block is drawn by one thread, so the number of threads changes nothing but the time.
-        drawn[block - first].normal_(generator=_generator(name, seed, block))
+        place = (block - first) * BLOCK
+        drawn[place : place + BLOCK].normal_(generator=_generator(name, seed, block))
 
-    threads = min(torch.get_num_threads(), len(drawn))
+    threads = min(torch.get_num_threads(), last + 1 - first)
     if threads > 1:
         # Made anew each time: threads do not survive the fork of a worker process.
         with ThreadPoolExecutor(threads) as pool:
@@ -141,7 +148,7 @@ def _normals(name: str, seed: int, start: int, stop: int) -> Tensor:
     else:
         for block in range(first, last + 1):
             draw(block)
-    return drawn.view(-1)[start - first * BLOCK : stop - first * BLOCK]
+    return drawn[start - first * BLOCK : stop - first * BLOCK]
 
 
 def _generator(name: str, seed: int, block: int) -> torch.Generator:

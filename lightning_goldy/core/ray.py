@@ -120,7 +120,9 @@ class Ray:
             rest = torch.zeros(2, dtype=torch.float64, device=anchor.device)
             held = []
             for start, block in self._blocks(name, parameter, seed, squares):
-                rest += torch.stack([_dot(block, block), _dot(block, anchor[start : start + len(block)])])
+                # Without a preconditioner P g is g.
+                own = squares[-1] if self.preconditioner is None else _dot(block, block)
+                rest += torch.stack([own, _dot(block, anchor[start : start + len(block)])])
                 if self.explicit:
                     held.append((start, block))
             self._held[name] = held

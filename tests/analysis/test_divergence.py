@@ -75,9 +75,33 @@ def test_a_rounded_cache_tells_its_bias_at_the_anchor(dtype: torch.dtype, bias: 
     rounded = AnchoredDivergence(model, [batch], CausalLMObjective(), cache_dtype=dtype)
     at_anchor = rounded(model)
     assert 0 < at_anchor < bias
+    assert rounded.at_anchor(model) == at_anchor
     moved(model, 0.05)
     # The bias and its product with the divergence, no more.
     assert abs(rounded(model) - exact(model)) < 2 * at_anchor + 2 * math.sqrt(at_anchor * exact(model))
+
+
+@pytest.mark.parametrize("cache", ["auto", "none"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_the_value_at_the_anchor_is_that_of_an_evaluation(cache: str, dtype: torch.dtype | None) -> None:
+    torch.manual_seed(0)
+    model = build("llama").eval()
+    batches = [token_batch(3, 9), token_batch(2, 6), token_batch(1, 12)]
+    divergence = AnchoredDivergence(model, batches, CausalLMObjective(), cache=cache, cache_dtype=dtype)
+    assert divergence.at_anchor(model) == pytest.approx(divergence(model), rel=1e-5)
+    assert (divergence.at_anchor(model) == 0) == (dtype is None or cache == "none")
+
+
+def test_random_predictions_are_seen_at_the_anchor() -> None:
+    class Noisy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + 0.1 * torch.randn_like(x)
+
+    batches = [(torch.randn(5, 4), torch.zeros(5, dtype=torch.long)) for _ in range(3)]
+    for cache in ("device", "none"):
+        model = Noisy().requires_grad_(False)
+        model.weight = nn.Parameter(torch.zeros(1))
+        assert AnchoredDivergence(model, batches, ClassifierObjective(), cache=cache).at_anchor(model) > 1e-4
 
 
 class Counting(nn.Module):
@@ -99,6 +123,9 @@ def test_one_forward_per_batch_and_evaluation() -> None:
     for _ in range(4):
         divergence(model)
     assert model.calls == 3 + 4 * 3
+    for _ in range(2):
+        divergence.at_anchor(model)
+    assert model.calls == 3 + 4 * 3 + 1
 
 
 def test_batches_are_cut_to_samples_and_lengths() -> None:

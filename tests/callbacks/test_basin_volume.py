@@ -92,7 +92,8 @@ def test_adam_keeps_the_damping_of_its_first_pilot(tmp_path):
     assert len(set(eps[1:])) == 1
     # The pilot is paid for once.
     forwards = [row["cost"]["model_evaluations"] for row in found]
-    spent = [row["result"]["volumes"][0]["total_evaluations"] + 1 for row in found]
+    # Two samples are one batch: the anchor's predictions, and its second run.
+    spent = [row["result"]["volumes"][0]["total_evaluations"] + 2 for row in found]
     assert forwards[0] == spent[0]
     assert forwards[1] > spent[1] + 2 * 3
     assert forwards[2:] == spent[2:]
