@@ -32,7 +32,9 @@ def run_processes(function: Callable[..., Any], world_size: int, *args: Any, tim
         AssertionError: A rank failed or hung; the first failure in time is shown, for the others only follow from it.
     """
     with tempfile.TemporaryDirectory() as folder:
-        context = mp.get_context("spawn")
+        # Forked from a server that has no threads and no process group, only the imports, which take seconds.
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["tests.distributed.preload"])
         processes = [
             context.Process(target=_run, args=(rank, world_size, folder, function, args), daemon=True)
             for rank in range(world_size)
