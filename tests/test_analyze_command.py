@@ -263,9 +263,9 @@ def test_a_base_may_be_given_for_a_checkpoint_alone(trained, here):
     assert summary_of(out)["base"] == str(base)
 
 
-def test_a_folder_of_weights_finds_the_snapshot_of_its_run(trained, here):
+def test_a_folder_of_weights_finds_the_snapshot_of_its_run(trained, analyzed, here):
     one = analyze(trained, checkpoint=checkpoint_of(trained).with_suffix(""), output="one")
-    two = analyze(trained, output="two")
+    two = analyzed[0]
     assert summary_of(one)["base"] == summary_of(two)["base"]
     assert row_of(one, "taylor_diff")["metrics"] == row_of(two, "taylor_diff")["metrics"]
     assert row_of(one, "taylor_diff")["step"] == 6
@@ -282,13 +282,12 @@ def changed(trained, path, **fields):
     return path
 
 
-def test_without_a_snapshot_the_pretrained_model_is_the_base(trained, here, capsys):
+def test_without_a_snapshot_the_pretrained_model_is_the_base(trained, analyzed, here, capsys):
     out = analyze(trained, checkpoint=changed(trained, here / "alone.ckpt"))
     expected = f"the pretrained model {trained / 'base'} as the configuration builds it"
     assert expected in summary_of(out)["base"]
     assert f"base: {expected}, for no golden snapshot lies beside the checkpoint\n" in capsys.readouterr().out
-    usual = analyze(trained, output="usual")
-    assert row_of(out, "taylor_diff")["metrics"] == row_of(usual, "taylor_diff")["metrics"]
+    assert row_of(out, "taylor_diff")["metrics"] == row_of(analyzed[0], "taylor_diff")["metrics"]
 
 
 def test_a_snapshot_that_is_gone_is_recognised_by_its_hash_or_missed(trained, here, capsys):

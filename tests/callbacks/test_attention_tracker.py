@@ -170,7 +170,9 @@ def test_a_classifier_of_ones_own(tmp_path):
 
 
 @RESUMING
-@pytest.mark.parametrize("same_folder", [False, True], ids=["new folder", "same folder"])
+@pytest.mark.parametrize(
+    "same_folder", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["new folder", "same folder"]
+)
 def test_resumed_equals_uninterrupted(tmp_path, same_folder):
     def callbacks(folder):
         watcher = AttentionTracker(n_samples=3, every_n_steps=3, at=())

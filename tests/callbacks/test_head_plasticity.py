@@ -231,6 +231,10 @@ def uninterrupted(tmp_path_factory):
     return run
 
 
+# One configuration resumed early into the same folder, one late into a new one.
+QUICK = {("noise, groups", 2), ("golden, rolled back", 12)}
+
+
 def resumable(folder, name):
     saver = ModelCheckpoint(folder / "ckpt", filename="{step}", every_n_epochs=1, save_top_k=-1)
     return [ExactResume(), plasticity(**CONFIGURATIONS[name]), saver]
@@ -242,9 +246,13 @@ def results(callback) -> list[dict]:
 
 @RESUMING
 @pytest.mark.parametrize(
-    "step", [2, 12, 14, *(pytest.param(step, marks=pytest.mark.slow) for step in (4, 6, 8, 10, 18))]
+    ("name", "step"),
+    [
+        pytest.param(name, step, marks=() if (name, step) in QUICK else pytest.mark.slow)
+        for name in CONFIGURATIONS
+        for step in (2, 4, 6, 8, 10, 12, 14, 18)
+    ],
 )
-@pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_resumed_in_any_phase_equals_uninterrupted(uninterrupted, tmp_path, name, step):
     """Warm-up (2), along the ramp (4, 6), recovery (8), regrown (10), the second ramp (12, 14), regrown again (18)."""
     expected, expected_rows = uninterrupted(name)

@@ -52,7 +52,9 @@ def test_a_moving_base_is_that_of_the_last_analysis_or_of_the_epoch(tmp_path) ->
         assert found[now]["base_loss"] == pytest.approx(found[before]["loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize("reset", ["never", "each", "epoch"])
+@pytest.mark.parametrize(
+    "reset", ["each", *(pytest.param(each, marks=pytest.mark.slow) for each in ("never", "epoch"))]
+)
 def test_resumed_equals_uninterrupted(tmp_path, reset) -> None:
     def callbacks(folder):
         taylor = TaylorDiff(every_n_steps=3, reset=reset, n_samples=2)
