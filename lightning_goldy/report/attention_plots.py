@@ -100,7 +100,8 @@ def plot_attention_prompts(row: Row) -> Figure:
         title = f"{each.prompt}: layer {each.layer}, head {each.head}"
         _pattern(figure, line[0], each.weights, each.tokens, title)
         if each.change is not None:
-            _pattern(figure, line[1], each.change, each.tokens, "minus the base", signed=True)
+            # Its rows are those of the panel beside it.
+            _pattern(figure, line[1], each.change, each.tokens, "minus the base", signed=True, rows=False)
         elif columns == 2:
             line[1].set_visible(False)
     write_heading(figure, f"What heads attend to, step {row['step']}", patterns_caption(row))
@@ -192,8 +193,8 @@ def plot_attention_difference(
     figure = blank_figure(14.0, 4.8)
     left, middle, right = figure.subplots(1, 3)
     _pattern(figure, left, before, names, f"base: layer {layer}, head {head}")
-    _pattern(figure, middle, now, names, f"layer {layer}, head {head}")
-    _pattern(figure, right, now - before, names, "minus the base", signed=True)
+    _pattern(figure, middle, now, names, f"layer {layer}, head {head}", rows=False)
+    _pattern(figure, right, now - before, names, "minus the base", signed=True, rows=False)
     return figure
 
 
@@ -238,6 +239,7 @@ def _pattern(
     title: str,
     *,
     signed: bool = False,
+    rows: bool = True,
 ) -> None:
     extent = max(float(np.abs(weights).max()), 1e-4) if signed else 1.0
     style: dict[str, Any] = {"cmap": "RdBu_r", "vmin": -extent} if signed else {"cmap": "viridis", "vmin": 0}
@@ -247,7 +249,10 @@ def _pattern(
         size = 7 if len(tokens) <= 24 else 5
         # Names may hold a dollar sign, which matplotlib would read as mathematics.
         axes.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=size, parse_math=False)
-        axes.set_yticks(range(len(tokens)), tokens, fontsize=size, parse_math=False)
+        if rows:
+            axes.set_yticks(range(len(tokens)), tokens, fontsize=size, parse_math=False)
+        else:
+            axes.set_yticks([])
     axes.tick_params(length=0)
     figure.colorbar(image, ax=axes, shrink=0.8).ax.tick_params(labelsize=7)
 

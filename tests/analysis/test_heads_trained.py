@@ -17,6 +17,9 @@ from lightning_goldy.core.objective import CausalLMObjective
 from lightning_goldy.core.vector import ParameterVector
 from tests.data.shared_data import shared_file
 
+# The training takes ten seconds.
+pytestmark = pytest.mark.slow
+
 LENGTH = 64
 LEVEL = 0.25
 

@@ -178,7 +178,9 @@ def test_only_the_selected_parameters_move(tmp_path):
 
 
 @RESUMING
-@pytest.mark.parametrize("same_folder", [False, True], ids=["new folder", "same folder"])
+@pytest.mark.parametrize(
+    "same_folder", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["new folder", "same folder"]
+)
 def test_resumed_equals_uninterrupted(tmp_path, same_folder):
     def callbacks(folder):
         watcher = BasinVolume(2, n_samples=2, preconditioner="best", every_n_steps=3, at=())
