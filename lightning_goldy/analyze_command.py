@@ -48,7 +48,7 @@ def add_analyze(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument(
         "--output", metavar="DIR", help="where everything goes (default: runs/analyze/version_N, the next free one)"
     )
-    parser.set_defaults(run=_analyze, takes_more=True)
+    parser.set_defaults(run=_analyze, configured=parser)
 
 
 def read_prompts(path: str | Path) -> list[str]:

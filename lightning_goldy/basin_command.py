@@ -54,7 +54,7 @@ def add_basin(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser.add_argument(
         "--output", metavar="DIR", help="where rows and report go (default: runs/basin/version_N, the next free one)"
     )
-    parser.set_defaults(run=_basin, takes_more=True)
+    parser.set_defaults(run=_basin, configured=parser)
 
 
 def _basin(options: argparse.Namespace) -> int:

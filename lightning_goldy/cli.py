@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ _TRAINER_COMMANDS = {
     "validate": "evaluate on the validation set: goldy validate --config ... --ckpt_path FILE",
     "test": "evaluate on the test set",
 }
+# What LightningCLI takes beside --config.
+_CONFIGURATION = ("data", "model", "trainer", "optimizer", "lr_scheduler", "seed_everything")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,14 +46,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run_trainer(arguments)
     parser = _parser()
     options, more = parser.parse_known_args(arguments)
-    if more and not getattr(options, "takes_more", False):
-        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    _check_more(parser, getattr(options, "configured", None), more)
     options.more = more
     try:
         return int(options.run(options))
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         print(f"goldy: {error}", file=sys.stderr)
         return 2
+
+
+def _check_more(parser: argparse.ArgumentParser, configured: argparse.ArgumentParser | None, more: list[str]) -> None:
+    """Exits when words are neither the command's nor, for a ``configured`` one, changes of its configuration."""
+    if configured is None:
+        if more:
+            parser.error(f"unrecognized arguments: {' '.join(more)}")
+        return
+    own = [option for action in configured._actions for option in action.option_strings]
+    for word in more:
+        option = word.partition("=")[0]
+        if option.startswith("--") and option[2:].partition(".")[0] not in _CONFIGURATION:
+            close = difflib.get_close_matches(option, own, n=1)
+            meant = f"did you mean {close[0]}? " if close else ""
+            sections = ", ".join(f"--{section}" for section in _CONFIGURATION)
+            configured.error(f"unrecognized option {option}; {meant}Options of the configuration: {sections}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -55,7 +55,7 @@ def add_plasticity(commands: argparse._SubParsersAction[argparse.ArgumentParser]
     parser.add_argument(
         "--output", metavar="DIR", help="where everything goes (default: runs/plasticity/version_N, the next free one)"
     )
-    parser.set_defaults(run=_plasticity, takes_more=True)
+    parser.set_defaults(run=_plasticity, configured=parser)
 
 
 def _plasticity(options: argparse.Namespace) -> int:

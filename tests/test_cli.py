@@ -201,6 +201,29 @@ def test_unknown_options_end_with_a_message(here, capsys):
     assert "cosine" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            ["basin", "x", "--config", "y", "--directions", "10"],
+            "--directions; did you mean --n-directions? Options of",
+        ),
+        (["analyze", "x", "--config", "y", "--promt=Chad"], "unrecognized option --promt; did you mean --prompt?"),
+        (
+            ["plasticity", "--level", "0.5"],
+            "did you mean --levels? Options of the configuration: --data, --model, --tr",
+        ),
+    ],
+)
+def test_a_misspelt_option_is_told_apart_from_one_of_the_configuration(capsys, words, told):
+    with pytest.raises(SystemExit) as exit_:
+        main(words)
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert f"usage: goldy {words[0]}" in error
+
+
 def test_the_command_line_is_put_back(text, here):
     before = list(sys.argv)
     main(["fit", *text])
