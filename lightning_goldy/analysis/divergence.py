@@ -72,9 +72,8 @@ class AnchoredDivergence:
         self.positions = 0
         """Number of target positions."""
         self._kept: list[Tensor] = []
-        # Sums at the anchor: what rounding adds on the other batches, and all there is on the first.
+        # At the anchor, of all batches but the first: what rounding adds to the sum.
         self._rounding = 0.0
-        self._first: float | None = None
         self._anchor: ParameterVector | None = None
         with torch.no_grad():
             if cache == "none":
@@ -95,7 +94,8 @@ class AnchoredDivergence:
     def at_anchor(self, model: nn.Module) -> float:
         """What every value is too large by: the mean divergence of the anchor from what is kept of it, nats.
 
-        The anchor runs once more, on the first batch alone, so that a model whose predictions are random is noticed.
+        It runs on the first batch alone, at every call: a module whose predictions are random, or that is no longer at
+        the anchor, is noticed.
 
         Args:
             model: The module at the anchor, as it was when this was made.
@@ -103,11 +103,10 @@ class AnchoredDivergence:
         Returns:
             0 where nothing is rounded and a second run gives the same.
         """
-        if self._first is None:
-            with torch.no_grad():
-                logits = self.objective.logits_and_targets(model, self.batches[0]).logits
-                self._first = divergence_sum(self._anchor_log_probs(model, 0), logits)
-        return (self._first + self._rounding) / self.positions
+        with torch.no_grad():
+            logits = self.objective.logits_and_targets(model, self.batches[0]).logits
+            first = divergence_sum(self._anchor_log_probs(model, 0), logits)
+        return (first + self._rounding) / self.positions
 
     def _anchor_log_probs(self, model: nn.Module, index: int) -> Tensor:
         if self._anchor is None:

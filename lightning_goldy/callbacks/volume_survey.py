@@ -212,10 +212,11 @@ class _Work:
             progress=None if pilot else self._advance,
             **options,
         )
-        # The anchor's own predictions are made once, and again with every evaluation when none are kept. One evaluation
-        # more is on the first batch alone: the anchor's second run.
+        # The anchor's own predictions are made once, and again with every evaluation when none are kept. Every proposal
+        # has one evaluation more, on the first batch alone: the anchor's second run.
         each = 2 if survey.estimator.cache == "none" else 1
-        self.forwards += (1 + each * result.total_evaluations) * self.count(batches) + each
+        again = max(1, len(result.proposals))
+        self.forwards += (1 + each * result.total_evaluations) * self.count(batches) + each * again
         return result
 
     def count(self, batches: Sequence[Any]) -> int:

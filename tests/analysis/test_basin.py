@@ -7,7 +7,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from lightning_goldy.analysis import basin_volume
+from lightning_goldy.analysis import basin_volume, local_volume
 from lightning_goldy.analysis.divergence import AnchoredDivergence
 from lightning_goldy.core import CausalLMObjective, ClassifierObjective, ParameterSpace
 from lightning_goldy.core.directions import direction_seed
@@ -151,6 +151,17 @@ def test_options_change_what_is_compared() -> None:
     for directions in ("implicit", "explicit"):
         other = basin_volume(model, batches, objective, n_directions=2, directions=directions)
         assert other.estimates.equal(whole.estimates)
+
+
+def test_a_module_that_left_the_anchor_is_refused() -> None:
+    model, batches, objective = subject("mlp")
+    divergence = AnchoredDivergence(model, batches, objective)
+    assert local_volume(model, divergence, n_directions=1).anchor_cost == 0
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    with pytest.raises(ValueError, match="the cost at the anchor is .* and must be about 0"):
+        local_volume(model, divergence, n_directions=1)
 
 
 def test_a_rounded_cache_states_its_bias() -> None:

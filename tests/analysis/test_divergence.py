@@ -125,7 +125,7 @@ def test_one_forward_per_batch_and_evaluation() -> None:
     assert model.calls == 3 + 4 * 3
     for _ in range(2):
         divergence.at_anchor(model)
-    assert model.calls == 3 + 4 * 3 + 1
+    assert model.calls == 3 + 4 * 3 + 2
 
 
 def test_batches_are_cut_to_samples_and_lengths() -> None:

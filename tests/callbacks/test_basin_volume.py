@@ -127,6 +127,21 @@ def test_the_best_carries_both_proposals(tmp_path):
     assert volume["total_evaluations"] == sum(each["evaluations"] for each in volume["proposals"].values())
 
 
+@START
+def test_the_best_of_two_proposals_is_counted_pass_by_pass(tmp_path):
+    evaluated = []
+
+    class Counting(CausalLMObjective):
+        def logits_and_targets(self, model, batch):
+            evaluated.append(1)
+            return super().logits_and_targets(model, batch)
+
+    callback = BasinVolume(2, n_samples=3, preconditioner="best", objective=Counting(), at=("end",))
+    fit(tmp_path, [callback], max_epochs=1)
+    # Before the first step the callback tries each of the two batches once.
+    assert rows(callback)[0]["cost"]["model_evaluations"] == len(evaluated) - 2
+
+
 def test_sigma_stays_the_first_ones_or_the_given_one(tmp_path):
     first = BasinVolume(2, n_samples=2, every_n_epochs=1, at=("start",))
     given = BasinVolume(2, n_samples=2, every_n_epochs=1, at=("start",), sigma=0.3, name="given")
