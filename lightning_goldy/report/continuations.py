@@ -6,7 +6,6 @@ Models write whatever they like: every text is escaped for where it goes.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
 from rich.table import Table
@@ -16,6 +15,7 @@ from lightning_goldy.report.descriptions import Description, describe
 from lightning_goldy.report.formatting import format_number, format_percent
 from lightning_goldy.report.generations import printable
 from lightning_goldy.report.registry import ReportError, Row
+from lightning_goldy.report.tables import texts_html
 
 Continuations = Sequence[Mapping[str, Any]]
 """Entries of ``prompt``, ``present``, and ``base``, ``agreement`` (a fraction), ``kl_per_token`` (nats) or null."""
@@ -64,9 +64,7 @@ def continuations_html(row: Row) -> str:
     continuations = row["result"].get("continuations")
     if not continuations:
         return ""
-    head = "".join(f'<th scope="col">{escape(text)}</th>' for text in _headings(continuations))
-    body = "".join(f"<tr>{''.join(map(_in_html, _cells(entry)))}</tr>" for entry in continuations)
-    return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return texts_html(_headings(continuations), map(_cells, continuations))
 
 
 def _headings(continuations: Continuations) -> tuple[str, ...]:
@@ -82,11 +80,6 @@ def _cells(entry: Mapping[str, Any]) -> tuple[str, ...]:
         return prompt, printable(entry["base"]), present, *compared
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ReportError(f"a continuation lacks or spoils {error}") from error
-
-
-def _in_html(text: str) -> str:
-    # Left-to-right marks and the like must not reorder the neighbouring cells.
-    return f'<td><bdi style="overflow-wrap:anywhere">{escape(text)}</bdi></td>'
 
 
 describe(

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_goldy.report.couplings import STATISTICS
 from lightning_goldy.report.descriptions import Description, describe
 from lightning_goldy.report.formatting import format_number, format_percent
 from lightning_goldy.report.generations import printable
 from lightning_goldy.report.registry import ReportError, Row
 from lightning_goldy.report.ripples import Scatter
+from lightning_goldy.report.tables import texts_html
 
 CLASSES = ("edited", "rehearsed", "untouched")
 """The order of the classes in legends."""
@@ -221,16 +222,8 @@ def moved_html(row: Row) -> str:
     moved = row["result"].get("moved")
     if not moved:
         return ""
-    marks = ["" if place < 3 else ' class="number"' for place in range(len(_HEADINGS))]
-    head = "".join(f'<th scope="col"{mark}>{escape(text)}</th>' for mark, text in zip(marks, _HEADINGS, strict=True))
-    body = "".join(
-        f"<tr>{''.join(_in_html(cell, mark) for cell, mark in zip(_cells(each), marks, strict=True))}</tr>"
-        for each in moved
-    )
-    return (
-        "<h3>Untouched facts that moved most</h3>"
-        f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-    )
+    table = texts_html(_HEADINGS, map(_cells, moved), numbers_from=3)
+    return f"<h3>Untouched facts that moved most</h3>{table}"
 
 
 def _cells(entry: Mapping[str, Any]) -> tuple[str, ...]:
@@ -240,11 +233,6 @@ def _cells(entry: Mapping[str, Any]) -> tuple[str, ...]:
         return (*texts, *(format_number(entry[name]) for name in names))
     except (KeyError, TypeError, AttributeError) as error:
         raise ReportError(f"a fact that moved lacks or spoils {error}") from error
-
-
-def _in_html(text: str, mark: str) -> str:
-    # Left-to-right marks and the like must not reorder the neighbouring cells.
-    return f'<td{mark}><bdi style="overflow-wrap:anywhere">{escape(text)}</bdi></td>'
 
 
 def _numbers(each: Mapping[str, Any]) -> str:
@@ -283,15 +271,7 @@ describe(
             "predicted_change": "mean predicted change of log p, nats; by class",
             "exact": "share of the answers whose every token is the most probable one; by class",
             "exact_before": "the same at the base",
-            "mean": "mean cosine over pairs of two different pieces",
-            "std": "standard deviation of the cosines",
-            "maximum": "largest cosine",
-            "high_share": "share of the pairs from the upper threshold on",
-            "moderate_share": "share of the pairs between the thresholds",
-            "negative_share": "share of the pairs below 0",
-            "effective_rank": "how many directions the gradients point in",
-            "participation_ratio": "(sum of eigenvalues)^2 / sum of their squares",
-            "n_clusters": "clusters of average linkage at the upper threshold",
+            **STATISTICS,
             "n_failed": "pieces that failed, such as those without a gradient left",
             "answer": "mean cosine of pairs with the same answer, of other pairs, and their difference",
             "category": "the same by category",

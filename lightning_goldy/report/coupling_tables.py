@@ -13,6 +13,7 @@ from rich.text import Text
 from lightning_goldy.report.formatting import format_number
 from lightning_goldy.report.generations import printable
 from lightning_goldy.report.registry import ReportError, Row
+from lightning_goldy.report.tables import texts_html
 
 _CHECKS = ("check", "value", "asked for", "", "what it means")
 _PAIRS = ("cosine", "question", "answer", "question", "answer", "same")
@@ -75,10 +76,10 @@ def coupling_tables_html(row: Row) -> str:
     readiness = result.get("readiness")
     if isinstance(readiness, Mapping) and readiness.get("checks"):
         heading = f"<h3>Can this be trusted? {escape(str(readiness.get('verdict', '')))}</h3>"
-        parts.append(heading + _table(_CHECKS, [_check_cells(each) for each in readiness["checks"]], "normal"))
+        parts.append(heading + texts_html(_CHECKS, map(_check_cells, readiness["checks"]), wrap="normal"))
     pairs = result.get("top")
     if isinstance(pairs, Sequence) and not isinstance(pairs, str) and pairs and "first" in pairs[0]:
-        parts.append("<h3>Strongest pairs</h3>" + _table(_PAIRS, [_pair_cells(each) for each in pairs], "anywhere"))
+        parts.append("<h3>Strongest pairs</h3>" + texts_html(_PAIRS, map(_pair_cells, pairs)))
     return "".join(parts)
 
 
@@ -103,13 +104,3 @@ def _pair_cells(pair: Mapping[str, Any]) -> tuple[str, ...]:
         return format_number(pair["cosine"]), *texts, ", ".join(pair["same"])
     except (KeyError, TypeError, AttributeError) as error:
         raise ReportError(f"a pair of the coupling lacks or spoils {error}") from error
-
-
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], wrap: str) -> str:
-    head = "".join(f'<th scope="col">{escape(text)}</th>' for text in headings)
-    # Left-to-right marks and the like must not reorder the neighbouring cells.
-    body = "".join(
-        "<tr>" + "".join(f'<td><bdi style="overflow-wrap:{wrap}">{escape(cell)}</bdi></td>' for cell in cells) + "</tr>"
-        for cells in rows
-    )
-    return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'

@@ -177,6 +177,20 @@ def titled(title: str, row: Row) -> str:
     return f"{title}, step {row['step']:,}" if row.get("step") else title
 
 
+STATISTICS = {
+    "mean": "mean cosine over pairs of two different pieces",
+    "std": "standard deviation of the cosines",
+    "maximum": "largest cosine",
+    "high_share": "share of the pairs from the upper threshold on",
+    "moderate_share": "share of the pairs between the thresholds",
+    "negative_share": "share of the pairs below 0",
+    "effective_rank": "how many directions the gradients point in: exponential of the spectrum's entropy",
+    "participation_ratio": "(sum of eigenvalues)^2 / sum of their squares",
+    "n_clusters": "clusters of average linkage at the upper threshold",
+    "n_failed": "pieces that failed",
+}
+"""What the statistics of a matrix of cosines mean, by the name of their metric."""
+
 _MEANS = "mean cosine of pairs with the same {0}, of other pairs, and their difference"
 
 describe(
@@ -194,16 +208,7 @@ describe(
             "is small, nor what a large edit does."
         ),
         metrics={
-            "mean": "mean cosine over pairs of two different pieces",
-            "std": "standard deviation of the cosines",
-            "maximum": "largest cosine",
-            "high_share": "share of the pairs from the upper threshold on",
-            "moderate_share": "share of the pairs between the thresholds",
-            "negative_share": "share of the pairs below 0",
-            "effective_rank": "how many directions the gradients point in: exponential of the spectrum's entropy",
-            "participation_ratio": "(sum of eigenvalues)^2 / sum of their squares",
-            "n_clusters": "clusters of average linkage at the upper threshold",
-            "n_failed": "pieces that failed",
+            **STATISTICS,
             "answer": _MEANS.format("answer"),
             "category": _MEANS.format("category"),
             "group": _MEANS.format("group (question)"),

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from lightning_goldy.report.formatting import format_number, format_percent
 from lightning_goldy.report.registry import ReportError, Row
+from lightning_goldy.report.tables import texts_html
 
 Generations = Sequence[Mapping[str, Any]]
 """Entries of ``prompt``, ``plain``, ``masked``, ``agreement`` (a fraction) and ``kl_per_token`` (nats)."""
@@ -75,12 +76,7 @@ def generations_html(row: Row) -> str:
     generations = row["result"].get("generations")
     if not generations:
         return ""
-    head = "".join(f'<th scope="col">{escape(text)}</th>' for text in _HEADINGS)
-    body = "".join(f"<tr>{''.join(map(_in_html, _cells(entry)))}</tr>" for entry in generations)
-    return (
-        "<h3>With and without the mask</h3>"
-        f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-    )
+    return "<h3>With and without the mask</h3>" + texts_html(_HEADINGS, map(_cells, generations))
 
 
 def printable(text: str) -> str:
@@ -108,8 +104,3 @@ def _in_markdown(text: str) -> str:
     for char in "|*_`[]~\\!":
         escaped = escaped.replace(char, f"&#{ord(char)};")
     return escaped
-
-
-def _in_html(text: str) -> str:
-    # Left-to-right marks and the like must not reorder the neighbouring cells.
-    return f'<td><bdi style="overflow-wrap:anywhere">{escape(text)}</bdi></td>'
