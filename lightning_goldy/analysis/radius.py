@@ -105,6 +105,8 @@ class _Search:
     low: float = -math.inf
     high: float = math.inf
     count: int = 0
+    inside: float = math.nan
+    """The last cost inside, which has no logarithm where it is 0."""
     points: list[tuple[float, float, float]] = field(default_factory=list)
     """(x, y, cost) of the points whose logarithm exists, closest to the cutoff first."""
 
@@ -114,7 +116,7 @@ class _Search:
         if outside:
             self.high = min(self.high, x)
         else:
-            self.low = max(self.low, x)
+            self.low, self.inside = max(self.low, x), cost
         if self.low >= self.high:
             # Not monotone: what the last point says holds, and its far side is open again.
             self.low, self.high = (-math.inf, x) if outside else (x, math.inf)
@@ -124,13 +126,13 @@ class _Search:
 
     @property
     def best_cost(self) -> float:
-        return self.points[0][2]
+        return self.points[0][2] if self.points else self.inside
 
     def accepted(self) -> bool:
-        if not self.points:
-            return False
         if self.high - self.low <= self.rtol * _JUMP:
             return True
+        if not self.points:
+            return False
         miss = abs(self.points[0][1])
         # A secant's slope is that of the middle; slopes are taken to change by at most their own size per factor e.
         unsure = _BORROWED if self._secant() is None else 0.05 + abs(self.points[1][0] - self.points[0][0]) / 2
@@ -172,7 +174,7 @@ class _Search:
         return -2 * y / (slope + steepness)
 
     def corrected(self) -> float:
-        x, y, _ = self.points[0]
+        x, y, _ = self.points[0] if self.points else (math.nan, math.inf, math.nan)
         if abs(y) > self.rtol:
             # A jump: the bracket, which is narrow, says more than an extrapolation.
             return 0.5 * (self.low + self.high)

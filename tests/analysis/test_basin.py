@@ -160,7 +160,7 @@ def test_a_module_that_left_the_anchor_is_refused() -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.5)
-    with pytest.raises(ValueError, match="the cost at the anchor is .* and must be about 0"):
+    with pytest.raises(ValueError, match=r"the cost at the anchor is .* and must be about 0"):
         local_volume(model, divergence, n_directions=1)
 
 

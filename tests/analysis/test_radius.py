@@ -51,6 +51,15 @@ def test_a_jump_is_found_where_it_is(beyond: float) -> None:
     assert crossing.evaluations < 40
 
 
+@pytest.mark.parametrize("beyond", [math.inf, math.nan])
+@pytest.mark.parametrize("start", [1e-3, 0.7, 40.0])
+def test_a_cliff_between_zero_and_no_number_is_found(beyond: float, start: float) -> None:
+    crossing = find_radius(lambda r: 0.0 if r < 0.05 else beyond, 1e-2, start)
+    assert crossing.radius == pytest.approx(0.05, rel=1e-4)
+    assert crossing.cost == 0.0
+    assert crossing.evaluations < 40
+
+
 def test_a_cost_that_is_exactly_zero_inside_is_walked_out_of() -> None:
     assert find_radius(lambda r: max(0.0, r - 3.0), 1e-2, 1e-4).radius == pytest.approx(3.01, rel=1e-4)
 
