@@ -19,6 +19,7 @@ from lightning_goldy.analysis.coupling import CouplingResult, knowledge_coupling
 from lightning_goldy.analysis.coupling_layers import layer_gradient_norms
 from lightning_goldy.analysis.coupling_statistics import coupling_statistics
 from lightning_goldy.analysis.ripple import ripple_effects
+from lightning_goldy.callbacks.cost import peak_memory_bytes
 from lightning_goldy.cli import main
 from lightning_goldy.coupling.analysis import chosen_pieces
 from lightning_goldy.coupling.command import add_coupling
@@ -26,6 +27,7 @@ from lightning_goldy.coupling.edits import drawn_edits, read_edits
 from lightning_goldy.coupling.pairs import codes_of, strong_pairs
 from lightning_goldy.coupling.questions import category_means, linked_groups
 from lightning_goldy.coupling.report import PARTS
+from lightning_goldy.coupling.summary import Model
 from lightning_goldy.data import byte_tokenizer, load_pieces
 from lightning_goldy.models import build_model
 from tests.data.question_sets import RECORDS, write
@@ -300,6 +302,29 @@ def test_what_cannot_work_is_a_short_message(model_folder, written, tmp_path, mo
     assert message in error
     assert "Traceback" not in error
     assert not Path("out").exists()
+
+
+def test_memory_is_measured_where_the_model_is(model_folder, written, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    measured = []
+
+    def watching(device):
+        measured.append(device)
+        return peak_memory_bytes(device)
+
+    monkeypatch.setattr("lightning_goldy.coupling.summary.peak_memory_bytes", watching)
+    words = ["--data", str(written.parent / "pieces.jsonl"), "--device", "cpu", "--out", str(tmp_path / "out")]
+    assert main(["coupling", "--model", str(model_folder), *words]) == 0
+    assert measured == [torch.device("cpu")]
+    performance = json.loads((tmp_path / "out" / "coupling.json").read_text())["performance"]
+    assert (performance["device"], performance["memory_of"]) == ("cpu", "process")
+    # Without a wish it is a GPU where there is one.
+    assert Model("any").placed == torch.device("cuda")
+    assert Model("any", device="cuda:1").placed == torch.device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert Model("any").placed == torch.device("cpu")
+    with pytest.raises(ValueError, match="--device cuda:1: PyTorch finds no GPU; leave it out, or give cpu"):
+        _ = Model("any", device="cuda:1").placed
 
 
 def test_a_folder_with_something_in_it_is_refused(model_folder, written, capsys):

@@ -63,6 +63,18 @@ class Model:
     dtype: WeightDtype = "float32"
     device: str | None = None
 
+    @property
+    def placed(self) -> torch.device:
+        """Where it goes.
+
+        Raises:
+            ValueError: A GPU is asked for and there is none.
+        """
+        device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"--device {self.device}: PyTorch finds no GPU; leave it out, or give cpu")
+        return device
+
     def load(self) -> tuple[nn.Module, PreTrainedTokenizerBase]:
         """The model on its device, and its tokenizer.
 
@@ -73,8 +85,7 @@ class Model:
         tokenizer = load_tokenizer(self.tokenizer or self.name)
         model = load_model(self.name, dtype=self.dtype)
         check_vocabulary(model, tokenizer)
-        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return model.to(device), tokenizer
+        return model.to(self.placed), tokenizer
 
 
 def run_coupling(
@@ -98,9 +109,12 @@ def run_coupling(
     """
     folder = _folder(out, method.workspace)
     console = Console()
-    with without_known_warnings(), progress_only(), console.status("") as status, peak_memory_bytes(
-        torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    ) as peak:  # fmt: skip
+    with (
+        without_known_warnings(),
+        progress_only(),
+        console.status("") as status,
+        peak_memory_bytes(model.placed) as peak,
+    ):
         clock = Clock(status)
         with clock.phase("pieces"):
             found, chosen = read_pieces_of(pieces)
