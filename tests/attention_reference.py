@@ -104,3 +104,19 @@ def moved(model: nn.Module, size: float, seed: int = 7) -> nn.Module:
         for parameter in other.parameters():
             parameter.add_(size * torch.randn(parameter.shape, generator=generator))
     return other
+
+
+def rows_of_scores(scores: Tensor, hidden: Tensor, bias: Tensor, sink: float | None) -> list[list[list[float]]]:
+    """Softmax of one head's rows over the keys that are not hidden, ``[T, T]``; a sink takes its share and is left out.
+
+    A row without keys is uniform, as the lowest finite number everywhere makes it.
+    """
+    table = []
+    for t, row in enumerate((scores + bias).tolist()):
+        keys = [s for s in range(len(row)) if not hidden[t][s]]
+        if not keys:
+            table.append([1 / len(row)] * len(row))
+            continue
+        total = math.fsum(math.exp(row[s]) for s in keys) + (0.0 if sink is None else math.exp(sink))
+        table.append([math.exp(row[s]) / total if s in keys else 0.0 for s in range(len(row))])
+    return table

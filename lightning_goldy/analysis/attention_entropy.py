@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_goldy.analysis.attention_rows import entropies, over_keys, visible_keys
 from lightning_goldy.core.architecture import Architecture, UnsupportedArchitectureError
 from lightning_goldy.core.batches import batch_tensors
 from lightning_goldy.core.gates import BatchMismatchError
@@ -65,30 +66,23 @@ def row_entropies(weights: Tensor, mask: Tensor | None, queries: Tensor | None) 
 
     Args:
         weights: Attention weights, shape ``[B, H, Tq, Tk]``.
-        mask: Additive mask that broadcasts to it, 0 where visible; None when everything is.
+        mask: As for :func:`~lightning_goldy.analysis.attention_rows.visible_keys`.
         queries: True where a query is no padding, shape ``[B, Tq]``; None when none is.
 
     Returns:
-        Shape ``[B, H]``, a fraction in [0, 1] (1 is uniform attention); NaN for samples without such a row.
+        Shape ``[B, H]``, a fraction in [0, 1] (1 is uniform attention) where rows add up to 1, which they do not beside
+        an attention sink; NaN for samples without such a row.
 
     Example:
         >>> row_entropies(torch.tensor([[[[0.5, 0.5], [1.0, 0.0]]]]), None, None).item()
         0.5
     """
-    length, n_keys = weights.shape[-2:]
-    if mask is None:
-        visible = torch.full((1, 1, length), n_keys, device=weights.device)
-    else:
-        visible = (mask[..., :n_keys] == 0).sum(dim=-1)  # [B or 1, 1, Tq or 1]
-    rows = visible > 1
-    if queries is not None:
-        rows = rows & queries[:, None, :]
-    weights = weights.float()
-    # Not torch.special.entr, which is several times slower on CPUs; 0 log 0 is 0 here too.
-    entropy = -(weights * weights.clamp_min(torch.finfo(torch.float32).tiny).log()).sum(dim=-1)  # [B, H, Tq]
-    normalised = torch.where(rows, entropy / visible.clamp_min(2).log(), 0.0)
-    count = rows.expand(len(weights), -1, length).sum(dim=-1)  # [B, 1]
-    return normalised.sum(dim=-1) / torch.where(count > 0, count, torch.nan)
+    weights = over_keys(weights, mask)
+    n_visible = visible_keys(weights, mask).sum(dim=-1)  # [B, Tq]
+    rows = n_visible > 1 if queries is None else (n_visible > 1) & queries
+    shares = entropies(weights.float()) / n_visible.clamp_min(2).log()[:, None]  # [B, H, Tq]
+    count = rows.sum(dim=-1, keepdim=True)  # [B, 1]
+    return torch.where(rows[:, None], shares, 0.0).sum(dim=-1) / torch.where(count > 0, count, torch.nan)
 
 
 class EntropyRecorder:
@@ -178,6 +172,10 @@ def _recorded(
     eager = next((function for function in found if function is not None), None)
     if eager is None:
         return _refuse(module)
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        # A batch may bring one for its own kernel; eager attention would add it to the scores.
+        lowest = torch.finfo(query.dtype).min
+        attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(~attention_mask, lowest)
     output = eager(module, query, key, value, attention_mask, **options)
     _SINK.get()(module, output[1], attention_mask)
     return output

@@ -24,6 +24,8 @@ STATISTICS = (
 
 # Elements of a pattern that are worked on at a time; each takes about ten numbers beside the pattern.
 _CHUNK = 1 << 22
+# No bias by distance is as low, and no mask that is meant as minus infinity is higher where its type reaches this far.
+_HIDDEN = -1e8
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,56 @@ class Tokens:
         return Tokens(self.ids[start:stop], self.valid[start:stop])
 
 
+def visible_keys(weights: Tensor, mask: Tensor | None) -> Tensor:
+    """Which keys each query sees, the same for all heads.
+
+    A key is hidden where a boolean mask is False, or where an additive one is so low that it stands for minus infinity:
+    half the lowest number of its type and below, or -1e8 and below. What is above may be a bias by distance, which
+    hides nothing. A row without a visible key is one of padding.
+
+    Args:
+        weights: Attention weights of one layer, shape ``[B, H, Tq, Tk]``.
+        mask: That of the attention function, which broadcasts to them and may have more keys, as of a cache that is
+            not full; None when every key is visible.
+
+    Returns:
+        Shape ``[B, Tq, Tk]``.
+
+    Example:
+        >>> distance = torch.tensor([[[[0.0, -1.0], [-1.0, 0.0]]]])
+        >>> later = torch.tensor([[[[0.0, float("-inf")], [0.0, 0.0]]]])
+        >>> visible_keys(torch.full((1, 1, 2, 2), 0.5), distance + later).tolist()
+        [[[True, False], [True, True]]]
+    """
+    n_samples, _, length, n_keys = weights.shape
+    if mask is None:
+        return torch.ones(n_samples, length, n_keys, dtype=torch.bool, device=weights.device)
+    mask = mask[..., :n_keys]
+    seen = mask if mask.dtype == torch.bool else mask > max(torch.finfo(mask.dtype).min / 2, _HIDDEN)
+    return seen.any(dim=1).expand(n_samples, length, n_keys)
+
+
+def over_keys(weights: Tensor, mask: Tensor | None) -> Tensor:
+    """The weights without columns that an attention sink has appended: those beyond the mask's keys.
+
+    Example:
+        >>> over_keys(torch.zeros(1, 1, 2, 3), torch.zeros(1, 1, 2, 2)).shape[-1]
+        2
+    """
+    return weights if mask is None or mask.shape[-1] == 1 else weights[..., : mask.shape[-1]]
+
+
+def entropies(weights: Tensor) -> Tensor:
+    r"""Entropy :math:`-\sum_s a_s \log a_s` along the last dimension, nats; 0 log 0 is 0.
+
+    Example:
+        >>> round(entropies(torch.tensor([0.5, 0.5, 0.0])).item(), 6)
+        0.693147
+    """
+    # Not torch.special.entr, which is several times slower on CPUs.
+    return -(weights * weights.clamp_min(torch.finfo(weights.dtype).tiny).log()).sum(dim=-1)
+
+
 def statistic_sums(weights: Tensor, mask: Tensor | None, tokens: Tokens) -> tuple[Tensor, Tensor]:
     r"""Sums of every statistic over the queries of one layer, and how many queries there are.
 
@@ -104,11 +156,12 @@ def statistic_sums(weights: Tensor, mask: Tensor | None, tokens: Tokens) -> tupl
         \text{induction} &= \sum_{j < t - 1,\; x_j = x_t} a_{t,j+1} \\
         \text{duplicate} &= \sum_{j < t,\; x_j = x_t} a_{tj}
 
-    The last three are taken only over queries that see such a key.
+    The last three are taken only over queries that see such a key. An attention sink is no key: its share is missing
+    from the row, whose weights add up to less than 1.
 
     Args:
         weights: Attention weights of one layer, shape ``[B, H, T, T]``.
-        mask: Additive mask that broadcasts to it, None when every key is visible.
+        mask: As for :func:`visible_keys`.
         tokens: The batch.
 
     Returns:
@@ -127,13 +180,14 @@ def statistic_sums(weights: Tensor, mask: Tensor | None, tokens: Tokens) -> tupl
         >>> dict(zip(STATISTICS, sums[:, 0].tolist()))["distance"], counts.tolist()
         (0.5, [2.0, 2.0, 2.0, 2.0, 2.0, 1.0, 0.0, 0.0])
     """
+    weights = over_keys(weights, mask)
     n_samples, n_heads, length, n_keys = weights.shape
     if (n_samples, length) != tuple(tokens.ids.shape) or n_keys != length:
         raise ValueError(
             f"attention of shape {tuple(weights.shape)} does not belong to {tuple(tokens.ids.shape)} tokens: a batch's "
             "rows must go through the model together, without a cache or a learned prefix"
         )
-    visible = _visible(weights, mask)
+    visible = visible_keys(weights, mask)
     sums = torch.zeros(len(STATISTICS), n_heads, dtype=torch.float64, device=weights.device)
     counts = torch.zeros(len(STATISTICS), dtype=torch.float64, device=weights.device)
     for start, stop in chunks(weights):
@@ -203,23 +257,11 @@ def _precise(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _visible(weights: Tensor, mask: Tensor | None) -> Tensor:
-    """Which keys each query sees, shape ``[B, Tq, Tk]``."""
-    n_samples, _, length, n_keys = weights.shape
-    if mask is None:
-        return torch.ones(n_samples, length, n_keys, dtype=torch.bool, device=weights.device)
-    mask = mask[..., :n_keys]
-    # Half of the lowest number: a mask may also carry a bias by distance.
-    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    return seen.any(dim=1).expand(n_samples, length, n_keys)
-
-
 def _statistics(weights: Tensor, visible: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
     """Each statistic of each query, shape ``[statistics, B, H, T]``, and where it exists, ``[statistics, B, T]``."""
     weights, valid = _precise(weights), tokens.valid
     _, n_heads, length, _ = weights.shape
-    # Not torch.special.entr, which is several times slower on CPUs; 0 log 0 is 0 here too.
-    entropy = -(weights * weights.clamp_min(torch.finfo(weights.dtype).tiny).log()).sum(dim=-1)  # [B, H, T]
+    entropy = entropies(weights)  # [B, H, T]
     n_visible = visible.sum(dim=-1)  # [B, T]
     places = torch.arange(length, device=weights.device, dtype=weights.dtype)
     distance = torch.einsum("bhts,ts->bht", weights, (places[:, None] - places[None, :]).abs())
