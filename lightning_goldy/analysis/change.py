@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,8 +51,8 @@ class WeightChange(AnalysisResult):
     @property
     def relative_change(self) -> float:
         """Norm of the change over the norm of the base; infinite when the base is zero and has changed."""
-        base = math.hypot(*self.base_norms)
-        return self.delta_norm / base if base else (math.inf if self.delta_norm else 0.0)
+        ratio = norm_ratio(self.delta_norms, self.base_norms)
+        return ratio if ratio is not None else (math.inf if self.delta_norm else 0.0)
 
     def rows(self) -> list[dict[str, Any]]:
         """One JSON-able row per tensor, with the block and the kind that it belongs to."""
@@ -64,19 +65,36 @@ class WeightChange(AnalysisResult):
                 "numel": numel,
                 "base_norm": base,
                 "delta_norm": delta,
-                "relative_change": delta / base if base else None,
+                "relative_change": norm_ratio((delta,), (base,)),
             }
             for name, numel, base, delta in columns
         ]
 
     def by_block(self) -> dict[str, float]:
         """Relative change of each block: norm of its change over the norm of its base."""
-        squares: dict[str, list[float]] = {}
-        for name, base, delta in zip(self.names, self.base_norms, self.delta_norms, strict=True):
-            total = squares.setdefault(block_of(name), [0.0, 0.0])
-            total[0] += delta**2
-            total[1] += base**2
-        return {block: math.sqrt(delta / base) for block, (delta, base) in squares.items() if base}
+        norms: dict[str, list[tuple[float, float]]] = {}
+        for name, delta, base in zip(self.names, self.delta_norms, self.base_norms, strict=True):
+            norms.setdefault(block_of(name), []).append((delta, base))
+        ratios = {block: norm_ratio(*zip(*pairs, strict=True)) for block, pairs in norms.items()}
+        return {block: ratio for block, ratio in ratios.items() if ratio is not None}
+
+
+def norm_ratio(delta_norms: Sequence[float], base_norms: Sequence[float]) -> float | None:
+    r"""Relative change of several tensors taken together; None where their base is zero.
+
+    .. math:: \frac{\lVert\Delta\rVert}{\lVert\theta_0\rVert}
+        = \sqrt{\sum_i \lVert\Delta_i\rVert^2} \Big/ \sqrt{\sum_i \lVert\theta_{0,i}\rVert^2}
+
+    Args:
+        delta_norms: Norm of each tensor's change.
+        base_norms: Norm of each tensor in the base.
+
+    Example:
+        >>> norm_ratio([3.0, 4.0], [10.0, 0.0]), norm_ratio([1.0], [0.0])
+        (0.5, None)
+    """
+    base = math.hypot(*base_norms)
+    return math.hypot(*delta_norms) / base if base else None
 
 
 class SuccessiveUpdates:

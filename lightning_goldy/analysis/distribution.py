@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_goldy.analysis.change import norm_ratio
 from lightning_goldy.analysis.result import AnalysisResult
 from lightning_goldy.core.base import BaseParameters
 from lightning_goldy.core.directions import fill_direction_
@@ -26,13 +27,14 @@ class ParameterDistributionResult(AnalysisResult):
     r"""One row per tensor, in the space's order.
 
     Args:
-        rows: Of each tensor: ``name``, ``block``, ``kind``, ``numel``; ``relative_change``, \|Delta\| / \|base\| (None
-            where the base is zero); ``histogram_drift``, the Jensen-Shannon divergence between the histograms of its
-            elements now and in the base (nats, at most log 2). Of matrices that changed also ``singular_values``, the
-            largest of Delta; ``stable_rank``, \|Delta\|_F^2 / \|Delta\|_2^2; ``effective_rank``, the exponential of the
-            entropy of the normalised singular values (None where only the largest were computed); ``alignment``, the
-            share of \|Delta\|_F^2 that lies between the base's top left and right singular directions, and
-            ``alignment_chance``, what a random Delta would have; ``exact``, whether all singular values were computed.
+        rows: Of each tensor: ``name``, ``block``, ``kind``, ``numel``; ``base_norm`` and ``delta_norm``;
+            ``relative_change``, \|Delta\| / \|base\| (None where the base is zero); ``histogram_drift``, the
+            Jensen-Shannon divergence between the histograms of its elements now and in the base (nats, at most log 2).
+            Of matrices that changed also ``singular_values``, the largest of Delta; ``stable_rank``, \|Delta\|_F^2 /
+            \|Delta\|_2^2; ``effective_rank``, the exponential of the entropy of the normalised singular values (None
+            where only the largest were computed); ``alignment``, the share of \|Delta\|_F^2 that lies between the
+            base's top left and right singular directions, and ``alignment_chance``, what a random Delta would have;
+            ``exact``, whether all singular values were computed.
         top: Number of singular values and directions.
     """
 
@@ -42,16 +44,20 @@ class ParameterDistributionResult(AnalysisResult):
     def by_block(self, column: str) -> dict[str, float]:
         """Mean of a column over each block's tensors, weighted by their elements; tensors without it are left out.
 
+        ``relative_change`` is no mean: it is that of all the block's tensors together.
+
         Args:
             column: Such as ``stable_rank``.
         """
-        sums: dict[str, tuple[float, int]] = {}
+        blocks: dict[str, list[dict[str, Any]]] = {}
         for row in self.rows:
-            value = row.get(column)
-            if value is not None:
-                total, weight = sums.get(row["block"], (0.0, 0))
-                sums[row["block"]] = (total + value * row["numel"], weight + row["numel"])
-        return {block: total / weight for block, (total, weight) in sums.items()}
+            blocks.setdefault(row["block"], []).append(row)
+        found = {block: _pooled(rows, column) for block, rows in blocks.items()}
+        return {block: value for block, value in found.items() if value is not None}
+
+    def whole(self, column: str) -> float | None:
+        """As :meth:`by_block`, of the whole model; None where no tensor has it."""
+        return _pooled(self.rows, column)
 
 
 def parameter_distribution(
@@ -122,7 +128,9 @@ def _row(name: str, base: Tensor, delta: Tensor, top: int, exact_below: int, see
         "block": block_of(name),
         "kind": kind_of(name),
         "numel": base.numel(),
-        "relative_change": changed / size if size else None,
+        "base_norm": size,
+        "delta_norm": changed,
+        "relative_change": norm_ratio((changed,), (size,)),
         "histogram_drift": histogram_drift(base, base + delta),
     }
     if base.ndim < 2 or min(base.shape) < 2 or not changed:
@@ -141,6 +149,14 @@ def _row(name: str, base: Tensor, delta: Tensor, top: int, exact_below: int, see
         "alignment_chance": len(values) ** 2 / matrix.numel(),
         "exact": exact,
     }
+
+
+def _pooled(rows: Sequence[dict[str, Any]], column: str) -> float | None:
+    if column == "relative_change":
+        return norm_ratio([row["delta_norm"] for row in rows], [row["base_norm"] for row in rows])
+    having = [row for row in rows if row.get(column) is not None]
+    weight = sum(row["numel"] for row in having)
+    return sum(row[column] * row["numel"] for row in having) / weight if weight else None
 
 
 def histogram_drift(first: Tensor, second: Tensor) -> float:

@@ -121,7 +121,7 @@ class FinetuneRipple(AnalysisResult):
         for group in self.groups:
             places = self.places(group)
             columns: dict[str, Tensor] = {
-                "change": self.measured,
+                "measured_change": self.measured,
                 "predicted_change": self.predicted,
                 "exact": self.exact_after.double(),
                 "exact_before": self.exact_before.double(),

@@ -147,7 +147,7 @@ class RippleResult(AnalysisResult):
                     found[f"{predictor}_{name}{place}"] = _finite(getattr(each, name))
         for group in self.groups:
             change = self.measured.numpy()[self.pairs(group)]
-            found[f"change/{group.replace(' ', '_')}"] = _finite(float(change.mean()))
+            found[f"measured_change/{group.replace(' ', '_')}"] = _finite(float(change.mean()))
         found["new_answers_exact"] = _finite(float(self.new_exact.double().mean()))
         found["new_answer_change"] = _finite(float((self.new_after - self.new_before).mean()))
         return found

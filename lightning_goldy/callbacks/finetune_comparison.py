@@ -113,7 +113,7 @@ class FinetuneComparison(AnalysisCallback[tuple[Finetune, ...]]):
         Console().print(comparison_table(result, numel))
         metrics: dict[str, float | None] = {}
         for row in result:
-            metrics[f"{row.name}/change"] = row.change
+            metrics[f"{row.name}/delta_norm"] = row.change
             metrics.update({f"{row.name}/{name.replace('/', '_')}": value for name, value in row.losses.items()})
         return Findings(metrics, {"numel": numel, "rows": [vars(row) for row in result]})
 

@@ -160,7 +160,7 @@ def _trajectory(rows: Sequence[Mapping[str, Any]], groups: Sequence[str]) -> dic
     lines: dict[str, Any] = {"steps": [row["step"] for row in rows]}
     for name in _LINES:
         lines[name] = [row["metrics"].get(name) for row in rows]
-    lines["change"] = {name: [row["metrics"].get(f"change/{name}") for row in rows] for name in groups}
+    lines["change"] = {name: [row["metrics"].get(f"measured_change/{name}") for row in rows] for name in groups}
     lines["predicted_change"] = {
         name: [row["metrics"].get(f"predicted_change/{name}") for row in rows] for name in groups
     }

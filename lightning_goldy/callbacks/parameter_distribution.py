@@ -58,7 +58,7 @@ class ParameterDistribution(AnalysisCallback[ParameterDistributionResult]):
         )
 
     def describe(self, result: ParameterDistributionResult, context: AnalysisContext) -> Findings:
-        """Means over the model and by block as metrics; the tensors' rows for the figures."""
+        """Values of the model and by block as metrics; the tensors' rows for the figures."""
         rows = [dict(row) for row in result.rows]
         for row in rows:
             chance = row.get("alignment_chance")
@@ -66,9 +66,7 @@ class ParameterDistribution(AnalysisCallback[ParameterDistributionResult]):
         detailed = ParameterDistributionResult(tuple(rows), result.top)
         metrics: dict[str, float | None] = {}
         for column in (*_COLUMNS, "alignment_over_chance"):
-            having = [row for row in rows if row.get(column) is not None]
-            weight = sum(row["numel"] for row in having)
-            metrics[column] = sum(row[column] * row["numel"] for row in having) / weight if weight else None
+            metrics[column] = detailed.whole(column)
             metrics.update({f"{column}/{block}": value for block, value in detailed.by_block(column).items()})
         return Findings(metrics, {"tensors": rows, "top": self.top})
 

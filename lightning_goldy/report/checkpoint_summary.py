@@ -83,7 +83,7 @@ def _of_the_distribution(row: Row) -> Lines:
     yield from _named(
         row["metrics"],
         {
-            "relative_change": "||Delta|| / ||base||, mean over tensors",
+            "relative_change": "||Delta|| / ||base||",
             "stable_rank": "stable rank of the change",
             "alignment_over_chance": "alignment with the base, over chance",
             "histogram_drift": "drift of the histograms, nats",

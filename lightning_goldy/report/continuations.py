@@ -94,7 +94,9 @@ describe(
         metrics={
             "prompts": "prompts continued",
             "agreement": "share of positions with the same token, of the longer continuation; mean over prompts",
-            "kl_per_token": "mean KL(checkpoint || base) along what the checkpoint writes, nats per token",
+            "kl_per_token": (
+                "mean KL(model || the other) along what the model writes, nats per token; the checkpoint, the base"
+            ),
         },
     ),
 )

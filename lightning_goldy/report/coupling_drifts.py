@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_goldy.report.couplings import STATISTICS
+from lightning_goldy.report.couplings import CONTRASTS, STATISTICS
 from lightning_goldy.report.descriptions import Description, describe
 from lightning_goldy.report.formatting import format_number, format_percent
 from lightning_goldy.report.generations import printable
@@ -267,15 +267,13 @@ describe(
             "spearman": "the same of their ranks",
             "sign_agreement": "share of the pieces where both have the same sign",
             "slope": "of measured on predicted changes; 1 = the prediction has the right size",
-            "change": "mean measured change of log p, nats; by class",
+            "measured_change": "mean measured change of log p, nats; by class",
             "predicted_change": "mean predicted change of log p, nats; by class",
             "exact": "share of the answers whose every token is the most probable one; by class",
             "exact_before": "the same at the base",
             **STATISTICS,
-            "n_failed": "pieces that failed, such as those without a gradient left",
-            "answer": "mean cosine of pairs with the same answer, of other pairs, and their difference",
-            "category": "the same by category",
-            "group": "the same by group",
+            **CONTRASTS,
+            "n_failed": "pieces that failed; such as those without a gradient left",
         },
     ),
 )

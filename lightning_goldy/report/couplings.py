@@ -184,7 +184,7 @@ STATISTICS = {
     "high_share": "share of the pairs from the upper threshold on",
     "moderate_share": "share of the pairs between the thresholds",
     "negative_share": "share of the pairs below 0",
-    "effective_rank": "how many directions the gradients point in: exponential of the spectrum's entropy",
+    "effective_rank": "exponential of the entropy of the normalised spectrum; the directions that gradients point in",
     "participation_ratio": "(sum of eigenvalues)^2 / sum of their squares",
     "n_clusters": "clusters of average linkage at the upper threshold",
     "n_failed": "pieces that failed",
@@ -192,6 +192,9 @@ STATISTICS = {
 """What the statistics of a matrix of cosines mean, by the name of their metric."""
 
 _MEANS = "mean cosine of pairs with the same {0}, of other pairs, and their difference"
+CONTRASTS = {"answer": _MEANS.format("answer"), "category": _MEANS.format("category")}
+CONTRASTS["group"] = _MEANS.format("group (question)")
+"""Likewise of what pairs have in common."""
 
 describe(
     "knowledge_coupling",
@@ -209,9 +212,7 @@ describe(
         ),
         metrics={
             **STATISTICS,
-            "answer": _MEANS.format("answer"),
-            "category": _MEANS.format("category"),
-            "group": _MEANS.format("group (question)"),
+            **CONTRASTS,
         },
     ),
 )

@@ -86,8 +86,8 @@ describe(
             "going back and forth."
         ),
         metrics={
-            "delta_norm": "||Delta||, the distance from the snapshot",
-            "relative_change": "||Delta|| divided by the norm of the snapshot",
+            "delta_norm": "||Delta||; the distance from the snapshot",
+            "relative_change": "||Delta|| / ||base||; by block, of all that the block holds",
             "update_cosine": "cosine between this update and the one before",
         },
     ),
@@ -106,12 +106,12 @@ describe(
             "the others; a Jaccard index near 1 that the set is stable."
         ),
         metrics={
-            "count": "golden parameters",
-            "density": "golden parameters divided by all",
+            "count": "parameters in the mask; the golden ones",
+            "density": "parameters in the mask divided by all",
             "chance_density": "density expected if samples marked parameters independently",
             "density_over_chance": "density divided by the one expected by chance",
             "jaccard_previous": "overlap with the mask of the analysis before (intersection over union)",
-            "delta_share": "share of ||Delta||^2 that golden parameters carry",
+            "delta_share": "share of ||Delta||^2 inside the mask",
             "delta_share_over_density": "that share divided by the density; 1 = no more than their number",
         },
     ),
@@ -130,17 +130,22 @@ describe(
             "A Jaccard index near 1 means that the predictions hang on the same elements as before."
         ),
         metrics={
-            "kl_divergence": "divergence of the masked model on samples without a part in the search, nats per target",
+            "kl_divergence": (
+                "mean KL(model || what stands in for it), nats per target; the masked model, on samples without "
+                "a part in the search"
+            ),
             "search_divergence": "the same on the samples that chose; far above, the mask fits those samples alone",
             "single_shot": "divergence of a mask of the same size by this score of the unmasked model, nats per target",
             "over_gradient": "the divergence as a multiple of the mask's of the largest gradients",
-            "count": "masked parameters",
-            "density": "masked parameters divided by all",
+            "count": "parameters in the mask; the zeroed ones",
+            "density": "parameters in the mask divided by all",
             "accepted_pools": "iterations in which the pool's mask beat the greedy one",
             "token_agreement": "share of positions at which the masked model writes the same token",
-            "kl_per_token": "divergence of the masked model along what the whole one writes, nats per token",
+            "kl_per_token": (
+                "mean KL(model || the other) along what the model writes, nats per token; the whole one, the masked one"
+            ),
             "jaccard_previous": "overlap with the mask of the analysis before (intersection over union)",
-            "delta_share": "share of ||Delta||^2 that masked parameters carry",
+            "delta_share": "share of ||Delta||^2 inside the mask",
             "delta_share_over_density": "that share divided by the density; 1 = no more than their number",
         },
     ),
@@ -196,11 +201,11 @@ describe(
         ),
         metrics={
             "base_loss": "loss at the base, nats",
-            "loss": "loss at the present weights, nats; by order, the one predicted",
+            "loss": "mean loss of the model as it is, nats; by order, the one predicted",
             "change": "loss now minus loss at the base, nats",
             "residual": "actual minus predicted loss, nats",
-            "relative_error": "distance of the logits from the prediction, divided by how far they moved",
-            "kl_divergence": "mean KL(present || predicted), nats",
+            "relative_error": "distance of the logits from what stands for them over how far they moved; the predicted",
+            "kl_divergence": "mean KL(model || what stands in for it), nats per target; the prediction",
             "top1_agreement": "share of the positions where both prefer the same token",
             "first_order": "g . Delta, nats",
             "second_order": "half the curvature along the step, nats",
@@ -225,7 +230,7 @@ describe(
             "you trust a score. Losses are of the probe, in evaluation mode."
         ),
         metrics={
-            "loss": "mean loss of the probe's samples with the present gates, nats",
+            "loss": "mean loss of the model as it is, nats; over the probe's samples, with the present gates",
             "perplexity": "exponential of that loss",
             "active_heads": "open heads",
             "closed_share": "closed heads divided by all",
@@ -273,10 +278,10 @@ describe(
         ),
         metrics={
             "stable_rank": "||Delta||_F^2 / ||Delta||_2^2, mean over the matrices weighted by size; by block",
-            "effective_rank": "exponential of the entropy of the singular values; by block",
+            "effective_rank": "exponential of the entropy of the normalised spectrum; of matrices' changes, by block",
             "alignment_over_chance": "share of ||Delta||^2 along the base's top directions, over chance",
             "histogram_drift": "Jensen-Shannon divergence of the weights' histograms, nats; by block",
-            "relative_change": "||Delta|| / ||base||; by block",
+            "relative_change": "||Delta|| / ||base||; by block, of all that the block holds",
         },
     ),
 )

@@ -145,7 +145,7 @@ describe(
         metrics={
             **{f"first_order_{name}": f"g . delta: {meaning}" for name, meaning in _MEANINGS.items()},
             **{f"coupling_{name}": f"cosine x norms: {meaning}" for name, meaning in _MEANINGS.items()},
-            "change": "mean measured change of log p, nats; by distance class",
+            "measured_change": "mean measured change of log p, nats; by distance class",
             "new_answers_exact": "share of the edits after which the new answer is the most probable one",
             "new_answer_change": "mean change of the new answers' log p, nats",
         },

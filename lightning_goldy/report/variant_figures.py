@@ -117,6 +117,6 @@ describe(
             "Where a line lies on the full model's, the training does not need what that variant lacks; the distance "
             "between them is what it is worth."
         ),
-        metrics={"loss": "mean loss over the probe's targets, nats"},
+        metrics={"loss": "mean loss of the model as it is, nats; over the probe's targets, of each variant"},
     ),
 )

@@ -90,7 +90,7 @@ def test_numbers_by_class_are_those_of_its_pieces() -> None:
     assert found.groups == ("untouched", "edited")
     for name, places in (("edited", edited), ("untouched", untouched)):
         measured, predicted = found.measured[places], found.predicted[places]
-        assert scalars[f"change/{name}"] == pytest.approx(float(measured.mean()))
+        assert scalars[f"measured_change/{name}"] == pytest.approx(float(measured.mean()))
         assert scalars[f"predicted_change/{name}"] == pytest.approx(float(predicted.mean()))
         expected = torch.corrcoef(torch.stack([predicted, measured]))[0, 1]
         assert scalars[f"pearson/{name}"] == pytest.approx(float(expected))

@@ -191,7 +191,7 @@ def test_an_edit_that_breaks_the_model_is_a_result() -> None:
     assert not bool(torch.isfinite(found.after).all())
     assert "not finite" in found.agreement()[0].reason
     assert found.metrics()["first_order_pearson"] is None
-    assert found.row()["metrics"]["change/unrelated"] is None
+    assert found.row()["metrics"]["measured_change/unrelated"] is None
 
 
 def test_it_goes_to_json_rows_and_text() -> None:
@@ -213,7 +213,7 @@ def test_it_goes_to_json_rows_and_text() -> None:
         found.measured[points["edit"][place], found.pieces.index("money of Peru")]
     )
     assert row["metrics"]["first_order_spearman"] == found.agreement()[0].spearman
-    assert row["metrics"]["change/same_subject"] == pytest.approx(
+    assert row["metrics"]["measured_change/same_subject"] == pytest.approx(
         float(found.measured.numpy()[found.pairs("same subject")].mean())
     )
     lines = found.table().splitlines()

@@ -82,6 +82,7 @@ def test_each_row_is_what_such_a_training_alone_comes_to(tmp_path, compared, nam
     assert (found["losses"]["train/loss"], found["losses"]["val/loss"]) == pytest.approx(losses, rel=1e-5)
     change = (ParameterVector.of(model) - ParameterVector.of(build("gpt2"))).norm()
     assert found["change"] == pytest.approx(change, rel=1e-6)
+    assert row["metrics"][f"{name}/delta_norm"] == found["change"]
     assert row["metrics"][f"{name}/val_loss"] == found["losses"]["val/loss"]
 
 

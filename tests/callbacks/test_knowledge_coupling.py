@@ -78,7 +78,7 @@ def test_it_logs_what_the_functions_find(tmp_path, snapshot) -> None:
     assert [each["id"] for each in result["moved"]] == [PIECES[place].id for place in order]
     assert result["moved"][0]["after"] == pytest.approx(float(ripple.after[order[0]]))
     assert result["trajectory"]["steps"] == [4, 8]
-    assert result["trajectory"]["change"]["edited"][-1] == metrics["change/edited"]
+    assert result["trajectory"]["change"]["edited"][-1] == metrics["measured_change/edited"]
     assert set(draw_plots(rows[-1])) == {"prediction", "drift", "difference", "heat_map", "distribution"}
     assert len(CHARTS.draw(rows[-1])) == 5
 

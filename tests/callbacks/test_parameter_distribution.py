@@ -35,6 +35,20 @@ def test_it_logs_what_the_function_finds_and_rows_can_be_drawn(tmp_path) -> None
         assert len(CHARTS.draw(row)) == 1
 
 
+def test_the_relative_change_is_that_of_the_snapshot(tmp_path) -> None:
+    snapshot, shape = GoldenSnapshot(at=("end",)), ParameterDistribution(at=("end",))
+    fit(tmp_path, [snapshot, shape], max_epochs=1)
+    ours, theirs = (
+        json.loads((callback.folder / "results.jsonl").read_text().splitlines()[-1])["metrics"]
+        for callback in (shape, snapshot)
+    )
+    names = {name for name in theirs if name.startswith("relative_change")}
+    assert len(names) > 3
+    assert {name for name in ours if name.startswith("relative_change")} == names
+    for name in names:
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-6), name
+
+
 def test_it_needs_a_snapshot(tmp_path) -> None:
     with pytest.raises(ValueError, match="add GoldenSnapshot"):
         fit(tmp_path, [ParameterDistribution()])

@@ -48,7 +48,8 @@ def test_the_page_escapes_continuations(tmp_path: Any) -> None:
     assert "What it writes" in page.text("h2")
     assert {"[b]2+2", "five↵six", "<i>4\\x1b[31m"} <= set(page.text("bdi"))
     assert not [tag for tag, _ in page.tags if tag == "i"]
-    assert "mean KL(checkpoint || base) along what the checkpoint writes, nats per token" in page.cells()
+    meaning = "mean KL(model || the other) along what the model writes, nats per token; the checkpoint, the base"
+    assert meaning in page.cells()
 
 
 @pytest.mark.parametrize("entry", [{"prompt": "a"}, {**COMPARED, "present": 3}, {**COMPARED, "agreement": "x"}])

@@ -57,7 +57,7 @@ def test_points_that_are_not_finite_are_left_out(row) -> None:
 def test_lines_go_over_the_run_with_gaps(run, row) -> None:
     found = drift_lines(row)
     assert found.steps == (0, 4, 8)
-    assert found.measured["edited"] == tuple(each["metrics"]["change/edited"] for each in run[1])
+    assert found.measured["edited"] == tuple(each["metrics"]["measured_change/edited"] for each in run[1])
     assert found.difference[0] == 0.0
     above, below, _ = plot_drift_lines(row).axes
     assert above.lines[0].get_ydata().tolist() == list(found.difference)
