@@ -24,6 +24,21 @@ _NAME = "goldy_recorded"
 _SINK: ContextVar[Sink] = ContextVar("attention sink")
 
 
+class UnreadableAttentionError(UnsupportedArchitectureError):
+    """A model's attention patterns cannot be read.
+
+    Args:
+        reason: Which model, and why; the message adds what the importance of heads can be had from instead.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.reason}; use a strategy that needs gradients or losses only: magnitude, taylor, ablation, random"
+
+
 @contextmanager
 def recorded_attention(model: nn.Module, sink: Sink) -> Iterator[None]:
     """Shows every attention pattern to a function, computed by the family's own eager attention.
@@ -33,14 +48,13 @@ def recorded_attention(model: nn.Module, sink: Sink) -> Iterator[None]:
         sink: Called once per attention function, in order.
 
     Raises:
-        UnsupportedArchitectureError: The model does not take its attention function from ``AttentionInterface``.
+        UnreadableAttentionError: The model does not take its attention function from ``AttentionInterface``.
     """
     _register()
     owner: Any = next((part for part in model.modules() if hasattr(part, "set_attn_implementation")), None)
     if owner is None:
-        raise UnsupportedArchitectureError(
-            f"{model_class(model)} is no transformers model, so its attention patterns cannot be read; "
-            "use a strategy that needs gradients or losses only: magnitude, taylor, ablation, random"
+        raise UnreadableAttentionError(
+            f"{model_class(model)} is no transformers model, so its attention patterns cannot be read"
         )
     configs = _configurations(model)
     before = [config._attn_implementation_internal for config in configs]
@@ -134,7 +148,7 @@ class EntropyRecorder:
         """Entropies of each layer, shape ``[B, H]`` each.
 
         Raises:
-            UnsupportedArchitectureError: A layer computed its attention in another way.
+            UnreadableAttentionError: A layer computed its attention in another way.
         """
         for block in self._architecture.blocks:
             if block.index not in self._found:
@@ -187,7 +201,6 @@ def _configurations(model: nn.Module) -> list[Any]:
 
 
 def _refuse(module: Any, where: str = "") -> Any:
-    raise UnsupportedArchitectureError(
-        f"{model_class(module)} ignores set_attn_implementation{where}, so its attention patterns cannot be read; "
-        "use a strategy that needs gradients or losses only: magnitude, taylor, ablation, random"
+    raise UnreadableAttentionError(
+        f"{model_class(module)} ignores set_attn_implementation{where}, so its attention patterns cannot be read"
     )

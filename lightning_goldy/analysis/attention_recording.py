@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.attention_entropy import recorded_attention
+from lightning_goldy.analysis.attention_entropy import UnreadableAttentionError, recorded_attention
 from lightning_goldy.core.architecture import Architecture, UnsupportedArchitectureError
 from lightning_goldy.core.batches import map_batch
 from lightning_goldy.core.naming import model_class
@@ -59,10 +59,9 @@ def show_patterns(
     try:
         with recorded_attention(model, show), torch.no_grad():
             _call(model, batch, objective)
-    except UnsupportedArchitectureError as error:
-        reason = str(error).partition("; use a strategy")[0]
+    except UnreadableAttentionError as error:
         raise UnsupportedArchitectureError(
-            f"{reason}; attention can be read of transformers families that take their attention function from "
+            f"{error.reason}; attention can be read of transformers families that take their attention function from "
             "AttentionInterface, such as gpt2, llama, gpt_neox, qwen3, gemma3_text, bert"
         ) from error
     missing = sorted(wanted - seen)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from lightning_goldy.analysis.attention import (
     attention_maps,
     attention_statistics,
 )
+from lightning_goldy.analysis.attention_entropy import UnreadableAttentionError
 from lightning_goldy.analysis.attention_rows import Tokens, jensen_shannon, statistic_sums
 from lightning_goldy.core import CausalLMObjective, FunctionObjective, ParameterSpace, ParameterVector, SpaceError
 from lightning_goldy.core.architecture import UnsupportedArchitectureError
@@ -385,6 +387,21 @@ def test_a_family_that_cannot_be_read_is_named(family: str, named: str) -> None:
     with pytest.raises(UnsupportedArchitectureError, match=f"{named} ignores .*such as gpt2, llama") as error:
         attention_statistics(build(family), [batch_of()])
     assert "strategy" not in str(error.value)
+    cause = error.value.__cause__
+    assert isinstance(cause, UnreadableAttentionError)
+    assert str(error.value).startswith(f"{cause.reason}; attention can be read of")
+    assert str(cause).startswith(f"{cause.reason}; use a strategy that needs gradients")
+    again = pickle.loads(pickle.dumps(cause))
+    assert (again.reason, str(again)) == (cause.reason, str(cause))
+
+
+def test_another_error_of_the_model_is_not_taken_for_one_of_attention() -> None:
+    def fails(model: Any, batch: Any) -> Tensor:
+        raise UnsupportedArchitectureError("no such part; use a strategy of another kind")
+
+    with pytest.raises(UnsupportedArchitectureError) as error:
+        attention_statistics(build("gpt2"), [batch_of()], FunctionObjective(fails))
+    assert str(error.value) == "no such part; use a strategy of another kind"
 
 
 def test_bad_input_is_named() -> None:
