@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.attention_rows import entropies, over_keys, visible_keys
+from lightning_goldy.analysis.attention_rows import additive_mask, entropies, over_keys, visible_keys
 from lightning_goldy.core.architecture import Architecture, UnsupportedArchitectureError
 from lightning_goldy.core.batches import batch_tensors
 from lightning_goldy.core.gates import BatchMismatchError
@@ -186,10 +186,7 @@ def _recorded(
     eager = next((function for function in found if function is not None), None)
     if eager is None:
         return _refuse(module)
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
-        # A batch may bring one for its own kernel; eager attention would add it to the scores.
-        lowest = torch.finfo(query.dtype).min
-        attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(~attention_mask, lowest)
+    attention_mask = additive_mask(attention_mask, query.dtype)
     output = eager(module, query, key, value, attention_mask, **options)
     _SINK.get()(module, output[1], attention_mask)
     return output

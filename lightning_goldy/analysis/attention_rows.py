@@ -120,6 +120,24 @@ def visible_keys(weights: Tensor, mask: Tensor | None) -> Tensor:
     return seen.any(dim=1).expand(n_samples, length, n_keys)
 
 
+def additive_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The mask as eager attention adds it to the scores.
+
+    A batch may bring a boolean one for its own kernel, which would be added as 0 and 1.
+
+    Args:
+        mask: Boolean, True where visible; any other is returned as it is.
+        dtype: Of the scores.
+
+    Example:
+        >>> additive_mask(torch.tensor([True, False]), torch.float16).tolist()
+        [0.0, -65504.0]
+    """
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+
+
 def over_keys(weights: Tensor, mask: Tensor | None) -> Tensor:
     """The weights without columns that an attention sink has appended: those beyond the mask's keys.
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_goldy.analysis.attention_rows import additive_mask
 from lightning_goldy.analysis.base_relative import Intervention
 from lightning_goldy.core.architecture import UnsupportedArchitectureError, describe_architecture
 from lightning_goldy.core.base import BaseParameters
@@ -169,6 +170,7 @@ def _attention(
     frozen = _FROZEN.get(id(module))
     if frozen is not None and not frozen.base_runs and not frozen.stands_aside:
         return frozen.heads(module, value, None, options.get("dropout") or 0.0)
+    attention_mask = additive_mask(attention_mask, query.dtype)
     if attention_mask is not None and attention_mask.dtype == torch.float64:
         # Where a family takes the softmax in float32, padding that sees nothing would otherwise become NaN.
         attention_mask = attention_mask.clamp(min=torch.finfo(torch.float32).min)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_goldy.analysis.attention_entropy import recorded_attention, row_entropies
 from lightning_goldy.analysis.attention_rows import STATISTICS, Tokens, statistic_sums, visible_keys
+from lightning_goldy.analysis.frozen_attention import eager_attention
 from tests.attention_reference import rows_of_scores
 from tests.core.architecture_models import build, token_ids
 
@@ -126,3 +127,14 @@ def test_a_boolean_mask_of_the_batch_hides_keys_while_patterns_are_read() -> Non
         found = model(input_ids=ids, attention_mask=causal).logits
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     assert all(bool((pattern[~causal.expand_as(pattern)] == 0).all()) for pattern in patterns)
+
+
+def test_a_boolean_mask_of_the_batch_hides_keys_while_patterns_are_frozen() -> None:
+    model, ids = build("gpt2"), token_ids()
+    causal = torch.ones(2, 1, 7, 7, dtype=torch.bool).tril()
+    model.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=causal).logits
+        with eager_attention(model):
+            found = model(input_ids=ids, attention_mask=causal).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
