@@ -34,7 +34,7 @@ class CouplingStatistics(AnalysisResult):
         minimum: Smallest cosine.
         maximum: Largest cosine.
         histogram: Pairs in 40 equal bins from -1 to 1.
-        thresholds: The cosines from which a pair is high and moderate.
+        thresholds: The cosines from which a pair is ``moderate`` and ``high``.
         high: Pairs from the upper threshold on.
         moderate: Pairs between the two.
         low: Pairs below the lower one; those below 0 are among them.
@@ -63,7 +63,7 @@ class CouplingStatistics(AnalysisResult):
     minimum: float | None
     maximum: float | None
     histogram: tuple[int, ...]
-    thresholds: tuple[float, float]
+    thresholds: dict[str, float]
     high: int
     moderate: int
     low: int
@@ -96,6 +96,20 @@ class CouplingStatistics(AnalysisResult):
             for column in ("same", "different", "difference"):
                 found[f"{name}/{column}"] = contrast[column]
         return {name: float(value) for name, value in found.items() if value is not None}
+
+
+def check_thresholds(*, moderate: float, high: float) -> None:
+    """Whether two cosines can tell moderately and highly coupled pairs.
+
+    Args:
+        moderate: Cosine from which a pair counts as moderately coupled.
+        high: Cosine from which it counts as highly coupled.
+
+    Raises:
+        ValueError: They are not in order within [-1, 1].
+    """
+    if not -1 <= moderate <= high <= 1:
+        raise ValueError(f"the thresholds must be in order within [-1, 1]; got moderate={moderate}, high={high}")
 
 
 def coupling_statistics(
@@ -138,8 +152,7 @@ def coupling_statistics(
         >>> found.n_pairs, found.top[0]["ids"], found.high >= 1
         (3, ('0', '2'), True)
     """
-    if not -1 <= moderate <= high <= 1:
-        raise ValueError(f"the thresholds must be in order within [-1, 1]; got moderate={moderate}, high={high}")
+    check_thresholds(moderate=moderate, high=high)
     if top < 0:
         raise ValueError(f"top is a number of pairs, at least 0; got {top}")
     kept = result.valid.nonzero().flatten()
@@ -189,7 +202,7 @@ def _distribution(pairs: NDArray[Any], high: float, moderate: float) -> dict[str
         "minimum": float(pairs.min()) if some else None,
         "maximum": float(pairs.max()) if some else None,
         "histogram": tuple(histogram.tolist()),
-        "thresholds": (high, moderate),
+        "thresholds": {"moderate": moderate, "high": high},
         "high": n_high,
         "moderate": n_from - n_high,
         "low": len(pairs) - n_from,

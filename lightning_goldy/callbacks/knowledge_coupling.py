@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
+from lightning.pytorch.utilities import rank_zero_deprecation
 from torch import nn
 
 from lightning_goldy.analysis.coupling import CouplingResult, knowledge_coupling
 from lightning_goldy.analysis.coupling_drift import coupling_drift
 from lightning_goldy.analysis.coupling_passes import OnError
 from lightning_goldy.analysis.coupling_selection import Layers, check_selection
-from lightning_goldy.analysis.coupling_statistics import CouplingStatistics, coupling_statistics
+from lightning_goldy.analysis.coupling_statistics import CouplingStatistics, check_thresholds, coupling_statistics
 from lightning_goldy.analysis.finetune_ripple import finetune_ripple
 from lightning_goldy.callbacks.attention_prompts import find_tokenizer
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, Findings
@@ -48,7 +49,9 @@ class KnowledgeCoupling(AnalysisCallback[KnowledgeState]):
         n_pieces: At most so many pieces, half of them edited where there are enough; None for all.
         seed: Decides which pieces.
         template: The prompt, with ``{question}``; by default the data module's.
-        thresholds: Cosines from which a pair is moderately and highly coupled.
+        moderate: Cosine from which a pair is moderately coupled.
+        high: Cosine from which it is highly coupled.
+        thresholds: Deprecated: the two in one list, in either order.
         **options: Of :class:`AnalysisCallback`.
 
     Example:
@@ -70,19 +73,25 @@ class KnowledgeCoupling(AnalysisCallback[KnowledgeState]):
         n_pieces: int | None = 256,
         seed: int = 0,
         template: str | None = None,
-        thresholds: tuple[float, float] = (0.1, 0.4),
+        moderate: float = 0.1,
+        high: float = 0.4,
+        thresholds: Sequence[float] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
         check_selection(select, layers)
         if n_pieces is not None and n_pieces < 2:
             raise ValueError(f"n_pieces must be at least 2, or None for all pieces; got {n_pieces}")
-        if len(thresholds) != 2 or not -1 <= thresholds[0] <= thresholds[1] <= 1:
-            raise ValueError(f"thresholds are two cosines in order within [-1, 1]; got {thresholds}")
+        if thresholds is not None:
+            if (moderate, high) != (0.1, 0.4):
+                raise ValueError(f"thresholds cannot be given beside moderate and high; got {thresholds}")
+            moderate, high = _in_order(thresholds)
+        check_thresholds(moderate=moderate, high=high)
         if isinstance(edits, str):
             raise ValueError(f"edits is a list of ids; got the text {edits!r}, write [{edits!r}]")
         self.pieces, self.edits, self.select, self.layers = pieces, edits, select, layers
-        self.n_pieces, self.seed, self.template, self.thresholds = n_pieces, seed, template, tuple(thresholds)
+        self.n_pieces, self.seed, self.template = n_pieces, seed, template
+        self.moderate, self.high = moderate, high
         self._training_base = TrainingBase(None)
         self._base: BaseParameters
         self._watched: WatchedPieces
@@ -167,7 +176,17 @@ class KnowledgeCoupling(AnalysisCallback[KnowledgeState]):
         )
 
     def _statistics(self, coupling: CouplingResult) -> CouplingStatistics:
-        return coupling_statistics(coupling, moderate=self.thresholds[0], high=self.thresholds[1])
+        return coupling_statistics(coupling, moderate=self.moderate, high=self.high)
+
+
+def _in_order(thresholds: Sequence[float]) -> tuple[float, float]:
+    if len(thresholds) != 2:
+        raise ValueError(f"thresholds are two cosines; got {thresholds}; write moderate and high instead")
+    moderate, high = sorted(thresholds)
+    rank_zero_deprecation(
+        f"thresholds of KnowledgeCoupling is deprecated; write moderate: {moderate:g}, high: {high:g}", stacklevel=5
+    )
+    return moderate, high
 
 
 def _half(progress: Callable[[int, int], None], which: int) -> Callable[[int, int], None]:

@@ -84,7 +84,7 @@ def knowledge_findings(
         "base_statistics": base[1].scalars(),
         "measure": found.coupling.measure,
         "n_clusters": found.statistics.n_clusters,
-        "thresholds": dict(zip(("moderate", "high"), found.statistics.thresholds[::-1], strict=True)),
+        "thresholds": dict(found.statistics.thresholds),
         "agreement": [{name: _json(value) for name, value in vars(each).items()} for each in ripple.agreement()],
         "points": _points(ripple),
         "moved": [_moved(ripple, watched, place) for place in ripple.most_moved(_MOVED)],

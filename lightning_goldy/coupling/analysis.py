@@ -162,8 +162,7 @@ def measure(
         options = vars(method.options) | {"center": method.center, "progress": clock.progress}
         result = knowledge_coupling(model, chosen, split_over_ranks=False, **part, **options)
     with clock.phase("statistics"):
-        high, moderate = method.thresholds
-        statistics = coupling_statistics(result, high=high, moderate=moderate)
+        statistics = coupling_statistics(result, moderate=method.moderate, high=method.high)
     good = result.valid.nonzero().flatten().tolist()
     kept = [chosen[index] for index in good]
     with clock.phase("answers"):

@@ -124,19 +124,27 @@ def _coupling(options: argparse.Namespace) -> int:
     editing = None
     if options.edits is not None:
         edits = int(options.edits) if options.edits.lstrip("-").isdecimal() else options.edits
-        editing = Editing(edits, options.editor, options.learning_rate, options.steps)
+        editing = Editing(edits, editor=options.editor, learning_rate=options.learning_rate, steps=options.steps)
     run_coupling(
-        Model(options.model, options.tokenizer, options.dtype, options.device),
-        Pieces(options.data, options.format, options.form, options.n_pieces, _template(options), options.seed),
+        Model(options.model, tokenizer=options.tokenizer, dtype=options.dtype, device=options.device),
+        Pieces(
+            options.data,
+            format=options.format,
+            form=options.form,
+            count=options.n_pieces,
+            template=_template(options),
+            seed=options.seed,
+        ),
         Method(
-            select,
-            parsed_layers(options.layers),
-            options.center,
-            options.projection,
-            options.workspace,
-            options.activation,
-            (options.high, options.moderate),
-            options.seed,
+            select=select,
+            layers=parsed_layers(options.layers),
+            center=options.center,
+            projection=options.projection,
+            workspace=options.workspace,
+            activation=options.activation,
+            moderate=options.moderate,
+            high=options.high,
+            seed=options.seed,
         ),
         editing,
         out=options.out,

@@ -76,7 +76,6 @@ def write_rows(
         cost: Of each analysis ``seconds``, ``model_evaluations``, ``peak_memory_bytes``.
     """
     common: dict[str, Any] = {"format": 1, "step": 0, "epoch": 0, "trigger": "end", "files": {}}
-    high, moderate = found.statistics.thresholds
     rows: list[dict[str, Any]] = [
         {
             **common,
@@ -88,7 +87,7 @@ def write_rows(
                 "n_pieces": found.statistics.n_pieces,
                 "n_pairs": found.statistics.n_pairs,
                 "n_clusters": found.statistics.n_clusters,
-                "thresholds": {"high": high, "moderate": moderate},
+                "thresholds": dict(found.statistics.thresholds),
                 **coupling_picture(found.result, found.statistics).row(),
                 "top": parts["high_coupling_pairs"]["top"],
                 "readiness": parts["readiness"],

@@ -62,14 +62,16 @@ class Method:
     projection: int | None = None
     workspace: str | None = None
     activation: bool = False
-    thresholds: tuple[float, float] = (0.4, 0.1)
+    moderate: float = 0.1
+    high: float = 0.4
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_coupling_arguments(self.options, self.select, self.layers)
-        high, moderate = self.thresholds
-        if not -1 <= moderate <= high <= 1:
-            raise ValueError(f"--high and --moderate must be in order within [-1, 1]; got {high} and {moderate}")
+        if not -1 <= self.moderate <= self.high <= 1:
+            raise ValueError(
+                f"--high and --moderate must be in order within [-1, 1]; got {self.high} and {self.moderate}"
+            )
 
     @property
     def options(self) -> RunOptions:

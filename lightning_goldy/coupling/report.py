@@ -13,7 +13,7 @@ from lightning_goldy.coupling.analysis import Findings
 from lightning_goldy.coupling.pairs import StrongPairs, codes_of, pair_kinds, pair_texts
 from lightning_goldy.coupling.readiness import layer_error, saturated_share
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 PARTS = (
     "metadata",
     "knowledge_pieces",
@@ -112,7 +112,6 @@ def coupling_analysis(found: Findings) -> dict[str, Any]:
         found: What was measured.
     """
     result, statistics = found.result, found.statistics
-    high, moderate = statistics.thresholds
     plain = ("n_pieces", "n_failed", "n_pairs", "mean", "std", "minimum", "maximum", "high", "moderate", "low")
     more = ("negative", "n_clusters", "effective_rank", "participation_ratio")
     return {
@@ -120,7 +119,7 @@ def coupling_analysis(found: Findings) -> dict[str, Any]:
         "projection": result.projection,
         "projection_error": result.projection_error,
         **{name: getattr(statistics, name) for name in (*plain, *more)},
-        "thresholds": {"high": high, "moderate": moderate},
+        "thresholds": dict(statistics.thresholds),
         "quantiles": [{"share": float(share), "cosine": value} for share, value in statistics.quantiles.items()],
         "histogram": {
             "edges": np.linspace(-1, 1, len(statistics.histogram) + 1).round(10).tolist(),
@@ -140,7 +139,7 @@ def high_coupling_pairs(found: Findings, pairs: StrongPairs, file: str) -> dict[
         pairs: Of the coupling.
         file: The table that lists them.
     """
-    threshold = found.statistics.thresholds[0]
+    threshold = found.statistics.thresholds["high"]
     return {
         "threshold": threshold,
         "above": pairs.above,

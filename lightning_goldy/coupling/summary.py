@@ -141,7 +141,7 @@ def run_coupling(
 
 def _written(found: Findings, parts: dict[str, Any], folder: Path, clock: Clock) -> dict[str, Any]:
     """Writes all files, the summary last, and returns the latter."""
-    pairs = strong_pairs(found.result, found.statistics.thresholds[0])
+    pairs = strong_pairs(found.result, found.statistics.thresholds["high"])
     parts["gradient_analysis"] = gradient_analysis(found)
     parts["coupling_analysis"] = coupling_analysis(found)
     parts["high_coupling_pairs"] = high_coupling_pairs(found, pairs, PAIRS)

@@ -87,7 +87,7 @@ def chart_coupling_distribution(row: Row) -> Figure:
         hovertemplate="around %{x:.3f}<br>%{y:,} pairs<extra></extra>",
     )
     figure: Figure = graph_objects.Figure(bars)
-    for place, label, colour in zip(found.thresholds, ("moderate", "high"), ("#c8871a", "#c8541a"), strict=True):
+    for place, label, colour in ((found.moderate, "moderate", "#c8871a"), (found.high, "high", "#c8541a")):
         figure.add_vline(place, line={"dash": "dash", "width": 1.5, "color": colour}, annotation_text=label)
     value_axis: dict[str, Any] = {"title": {"text": "pairs"}, "automargin": True}
     if found.counts.any():

@@ -101,7 +101,7 @@ def plot_coupling_distribution(row: Row) -> Figure:
         axes.set_ylim(bottom=0.5)
     else:
         axes.text(0.5, 0.5, "no pair", transform=axes.transAxes, ha="center", va="center")
-    marks = zip((0.0, *found.thresholds), ("", "moderate", "high"), ("0.4", "#e69f00", "#d55e00"), strict=True)
+    marks = ((0.0, "", "0.4"), (found.moderate, "moderate", "#e69f00"), (found.high, "high", "#d55e00"))
     for place, label, colour in marks:
         line = axes.axvline(place, color=colour, linestyle="--", linewidth=1.2 if label else 0.7)
         line.set_label(f"{label} from {place:g}" if label else "_nothing")

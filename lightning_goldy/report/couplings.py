@@ -48,12 +48,14 @@ class CouplingHistogram:
     Args:
         edges: Of the bins that are drawn, ``[bins + 1]``.
         counts: Pairs in each.
-        thresholds: The cosines from which a pair is moderate and high.
+        moderate: Cosine from which a pair is moderately coupled.
+        high: Cosine from which it is highly coupled.
     """
 
     edges: NDArray[np.float64]
     counts: NDArray[np.int64]
-    thresholds: tuple[float, float]
+    moderate: float
+    high: float
 
 
 def coupling_map(row: Row) -> CouplingMap:
@@ -106,7 +108,7 @@ def coupling_histogram(row: Row) -> CouplingHistogram:
         given, thresholds = row["result"]["distribution"], row["result"]["thresholds"]
         edges = np.array(given["edges"], dtype=np.float64)
         counts = np.array(given["counts"], dtype=np.int64)
-        cuts = float(thresholds["moderate"]), float(thresholds["high"])
+        moderate, high = float(thresholds["moderate"]), float(thresholds["high"])
     except (KeyError, TypeError, ValueError) as error:
         raise ReportError(f"{_LACKS}: {error}") from error
     if edges.shape != (len(counts) + 1,):
@@ -114,7 +116,7 @@ def coupling_histogram(row: Row) -> CouplingHistogram:
     full = np.flatnonzero(counts)
     if len(full):
         edges, counts = edges[full[0] : full[-1] + 2], counts[full[0] : full[-1] + 1]
-    return CouplingHistogram(edges, counts, cuts)
+    return CouplingHistogram(edges, counts, moderate=moderate, high=high)
 
 
 def map_caption(row: Row) -> str:

@@ -66,7 +66,7 @@ def test_the_distribution_is_that_of_all_pairs(failed, normalize):
     assert found.low == sum(v < 0.2 for v in values)
     assert found.negative == sum(v < 0 for v in values)
     assert min(found.high, found.moderate, found.low, found.negative) > 0
-    assert found.thresholds == (0.5, 0.2)
+    assert found.thresholds == {"moderate": 0.2, "high": 0.5}
     assert sum(found.histogram) == len(values)
     edges = [-1 + 0.05 * k for k in range(41)]
     assert found.histogram[25] == sum(edges[25] <= v < edges[26] for v in values)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_goldy.analysis import coupling_drift, coupling_statistics, finetune_ripple, knowledge_coupling
@@ -40,7 +41,7 @@ class WordFinetune(Finetune):
 
 @pytest.mark.parametrize("snapshot", [False, True])
 def test_it_logs_what_the_functions_find(tmp_path, snapshot) -> None:
-    knowledge = KnowledgeCoupling(PIECES, edits=[PIECES[1].id], every_n_steps=4, thresholds=(0.0, 0.2))
+    knowledge = KnowledgeCoupling(PIECES, edits=[PIECES[1].id], every_n_steps=4, moderate=0.0, high=0.2)
     callbacks = [GoldenSnapshot(every_n_epochs=1), knowledge] if snapshot else [knowledge]
     _, module, _ = fit(tmp_path, callbacks, data=WordData(), max_epochs=1)
     assert (knowledge.folder / "base.safetensors").is_file() is not snapshot
@@ -256,7 +257,11 @@ def test_what_cannot_work_is_refused_before_the_first_step(tmp_path, options, mo
     ("options", "message"),
     [
         ({"n_pieces": 1}, "n_pieces must be at least 2"),
-        ({"thresholds": (0.5, 0.1)}, "two cosines in order"),
+        ({"moderate": 0.5, "high": 0.1}, "thresholds must be in order within .*got moderate=0.5, high=0.1"),
+        ({"moderate": 0.5}, "got moderate=0.5, high=0.4"),
+        ({"high": 1.5}, "got moderate=0.1, high=1.5"),
+        ({"thresholds": (0.1, 0.2, 0.3)}, "thresholds are two cosines"),
+        ({"thresholds": (0.1, 0.5), "high": 0.6}, "thresholds cannot be given beside moderate and high"),
         ({"edits": "France/capital"}, "write \\['France/capital'\\]"),
         ({"select": "mlp"}, "unknown select 'mlp'"),
         ({"layers": "first:2"}, "layers is None"),
@@ -265,3 +270,20 @@ def test_what_cannot_work_is_refused_before_the_first_step(tmp_path, options, mo
 def test_arguments_are_checked(options, message) -> None:
     with pytest.raises(ValueError, match=message):
         KnowledgeCoupling(**options)
+
+
+@pytest.mark.parametrize("pair", [[0.1, 0.5], [0.5, 0.1]])
+def test_a_pair_of_thresholds_is_still_taken_in_either_order(tmp_path, pair) -> None:
+    with pytest.warns(DeprecationWarning, match=r"thresholds .* is deprecated; write moderate: 0.1, high: 0.5"):
+        knowledge = KnowledgeCoupling(thresholds=pair)
+    assert (knowledge.moderate, knowledge.high) == (0.1, 0.5)
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(KnowledgeCoupling, "callback")
+    path = tmp_path / "old.yaml"
+    name = f"{KnowledgeCoupling.__module__}.KnowledgeCoupling"
+    path.write_text(f"class_path: {name}\ninit_args:\n  thresholds: {pair}\n")
+    # The parser has had the method by both names.
+    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
+    with pytest.warns(DeprecationWarning, match="write moderate: 0.1, high: 0.5"):
+        found = instantiate(parser.parse_args([f"--callback={path}"])).callback
+    assert (found.moderate, found.high) == (0.1, 0.5)
