@@ -117,20 +117,20 @@ def run_sweep(
         plans += [(seed, None, 0.0, 0), *(each for each in sweep.combinations() if each[0] == seed)]
     start, runs, unpruned = time.perf_counter(), [], math.nan
     console = Console()
-    with without_known_warnings(), progress_only(), console.status("") as status, peak_memory_bytes(
-        torch.device("cpu")
-    ) as peak:  # fmt: skip
+    peaks = []
+    with without_known_warnings(), progress_only(), console.status("") as status:
         for number, (seed, strategy, level, cycles) in enumerate(plans, 1):
             label = "unpruned" if strategy is None else f"{strategy}-{level:g}-{cycles}"
             status.update(f"{label}, seed {seed} ({number} of {len(plans)})")
             place = folder / "runs" / f"{label}-seed{seed}"
-            found = _train([*words, f"--seed_everything={seed}"], place, strategy, level, cycles, save_model)
+            found, peak = _train([*words, f"--seed_everything={seed}"], place, strategy, level, cycles, save_model)
+            peaks.append(peak)
             if strategy is None:
                 unpruned = found["loss"]
                 continue
             compared = {"loss_unpruned": unpruned, "cost": found["loss"] - unpruned}
             runs.append({"strategy": strategy, "level": level, "cycles": cycles, "seed": seed, **found, **compared})
-    row = _row(runs, time.perf_counter() - start, peak())
+    row = _row(runs, time.perf_counter() - start, max(peaks))
     ResultStore(folder / "goldy" / _NAME, write=True).append(row)
     console.print(sweep_table(runs))
     print(f"rows: {folder / 'goldy' / _NAME / ROWS}")
@@ -191,7 +191,8 @@ class _LossAtTheEnd(Callback):
 
 def _train(
     words: Sequence[str], folder: Path, strategy: str | None, level: float, cycles: int, save_model: bool
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], int]:
+    """What a training comes to, and the peak of its memory in bytes."""
     with command_line([*words, f"--trainer.default_root_dir={folder}"]):
         cli = GoldyCLI(run=False)
     if cli.datamodule is None:
@@ -203,10 +204,11 @@ def _train(
     plasticity = None if strategy is None else _plasticity(given or HeadPlasticity(), strategy, level, cycles)
     cli.trainer.callbacks = [*([] if plasticity is None else [plasticity]), end]  # type: ignore[attr-defined]
     start = time.perf_counter()
-    cli.trainer.fit(cli.model, cli.datamodule)
+    with peak_memory_bytes(cli.trainer.strategy.root_device) as peak:
+        cli.trainer.fit(cli.model, cli.datamodule)
     found: dict[str, Any] = {"loss": end.loss, "seconds": time.perf_counter() - start}
     if plasticity is None:
-        return found
+        return found, peak()
     model = find_model(cli.model, None)
     if save_model:
         smaller = compact(model)
@@ -215,7 +217,7 @@ def _train(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder / "compact")
         found["model"] = str(folder / "compact")
-    return found | _told(plasticity, model)
+    return found | _told(plasticity, model), peak()
 
 
 def _plasticity(given: HeadPlasticity, strategy: str, level: float, cycles: int) -> HeadPlasticity:

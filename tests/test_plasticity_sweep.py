@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -56,6 +57,24 @@ def test_a_sweep_writes_rows_models_a_table_and_a_report(here, capsys):
     assert "taylor" in shown
     assert "report.html" in shown
     assert "Head plasticity: strategies compared" in (folder / "report.html").read_text()
+
+
+def test_memory_is_measured_where_each_training_runs(here, monkeypatch):
+    measured = []
+
+    @contextmanager
+    def watching(device):
+        measured.append(device)
+        peak = 1000 + len(measured)
+        yield lambda: peak
+
+    monkeypatch.setattr("lightning_goldy.plasticity_sweep.peak_memory_bytes", watching)
+    words = ["--strategies", "random", "--levels", "0.5", "--cycles", "1", "--seeds", "0"]
+    assert main(["plasticity", "--data", "text.txt", *words, *REDUCED]) == 0
+    # One without pruning and one with it; the trainer decides where.
+    assert measured == [torch.device("cpu")] * 2
+    path = here / "runs" / "plasticity" / "version_0" / "goldy" / "plasticity_sweep" / "results.jsonl"
+    assert json.loads(path.read_text())["cost"]["peak_memory_bytes"] == 1002
 
 
 def test_the_same_training_without_pruning_is_the_reference(here):
