@@ -10,7 +10,8 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from lightning_goldy.callbacks import AnalysisCallback, Findings, GoldenParameters, GoldenSnapshot, RunReport
+from lightning_goldy.analysis import Cost, Row
+from lightning_goldy.callbacks import AnalysisCallback, GoldenParameters, GoldenSnapshot, RunReport
 from lightning_goldy.callbacks.base import default_name
 from lightning_goldy.core import ClassifierObjective, FunctionObjective, load_vectors
 from tests.callbacks.training import Finetune, TokenData, fit
@@ -33,7 +34,7 @@ class Counting(AnalysisCallback[int]):
         return context.step
 
     def describe(self, result, context):
-        return Findings({"steps": float(result)}, evaluations=2)
+        return Row("", {"steps": float(result)}, cost=Cost(forwards=2))
 
 
 class Failing(Counting):
@@ -63,7 +64,7 @@ def test_rows_carry_their_cost(tmp_path):
     callback = Counting()
     fit(tmp_path, [callback], max_epochs=1)
     (row,) = rows(callback)
-    assert row["cost"]["model_evaluations"] == 2
+    assert (row["cost"]["forwards"], row["cost"]["backwards"]) == (2, 0)
     assert 0 < row["cost"]["seconds"] < 60
     assert row["cost"]["peak_memory_bytes"] > 1e7
 

@@ -10,6 +10,7 @@ import torch
 from lightning_goldy.analysis.attention import STATISTICS, AttentionMaps, AttentionStatistics
 from lightning_goldy.callbacks.attention_findings import Attention, Shown, attention_findings
 from lightning_goldy.callbacks.attention_prompts import Prompt
+from lightning_goldy.report.history import with_history
 
 
 def statistics_of(layers: int = 2, heads: int = 3, *, drift: bool = True) -> AttentionStatistics:
@@ -51,16 +52,6 @@ def attention_row(
         for name in prompts
     )
     found = Attention(statistics_of(drift=drift), shown, 4)
-    findings = attention_findings(found, step=step, heads=heads, singular_values=3, earlier=earlier or [])
-    return {
-        "format": 1,
-        "analysis": "attention_tracker",
-        "name": "attention_tracker",
-        "step": step,
-        "epoch": 0,
-        "trigger": "step",
-        "metrics": findings.metrics,
-        "result": findings.data,
-        "cost": {"seconds": 2.0, "model_evaluations": findings.evaluations, "peak_memory_bytes": 2**20},
-        "files": {},
-    }
+    row = attention_findings(found, heads=heads, singular_values=3)
+    row = row.at(step=step, trigger="step", seconds=2.0, peak_memory_bytes=2**20)
+    return dict(with_history(row.to_dict(), earlier or []))
