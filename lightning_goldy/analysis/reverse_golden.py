@@ -257,6 +257,7 @@ def reverse_golden_parameters(
             )
             single, kl_divergence = _searched(search, held_out, objective, score, greedy=strategy == "none")
         assert search.best is not None
+        cost = _cost(search, len(single), (_count(choosing), _count(measuring)), anchored=cache == "none")
         whole = {name: gather(like(parameters[name].detach(), part)).cpu() for name, part in search.best.items()}
     return ReverseGoldenResult(
         mask=ParameterVector(space, whole),
@@ -273,7 +274,18 @@ def reverse_golden_parameters(
         scope=scope,
         strategy=strategy,
         score=score,
+        cost=cost,
     )
+
+
+def _cost(search: MaskSearch, n_single: int, samples: tuple[int, int], *, anchored: bool) -> Cost:
+    """Passes over the scoring and the evaluation samples; ``anchored`` where each divergence runs the anchor again."""
+    choosing, measuring = samples
+    # Of the masked model; the returned mask is measured once more.
+    compared = choosing * (search.passes + search.evaluations) + measuring * (n_single + 1)
+    # To begin with the anchor passes over both sets, and the scores of the unmasked model are taken.
+    forwards = compared * (2 if anchored else 1) + 2 * choosing + measuring
+    return Cost(forwards=forwards, backwards=choosing * (search.passes + 1))
 
 
 def _searched(

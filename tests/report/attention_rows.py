@@ -10,7 +10,6 @@ import torch
 from lightning_goldy.analysis.attention import STATISTICS, AttentionMaps, AttentionStatistics
 from lightning_goldy.callbacks.attention_findings import Attention, Shown, attention_findings
 from lightning_goldy.callbacks.attention_prompts import Prompt
-from lightning_goldy.report.history import with_history
 
 
 def statistics_of(layers: int = 2, heads: int = 3, *, drift: bool = True) -> AttentionStatistics:
@@ -38,7 +37,6 @@ def attention_row(
     step: int = 10,
     drift: bool = True,
     heads: list[tuple[int, int]] | None = None,
-    earlier: list[dict[str, Any]] | None = None,
     prompts: tuple[str, ...] = ("probe",),
 ) -> dict[str, Any]:
     """The row of an analysis."""
@@ -54,4 +52,4 @@ def attention_row(
     found = Attention(statistics_of(drift=drift), shown, 4)
     row = attention_findings(found, heads=heads, singular_values=3)
     row = row.at(step=step, trigger="step", seconds=2.0, peak_memory_bytes=2**20)
-    return dict(with_history(row.to_dict(), earlier or []))
+    return row.to_dict()
