@@ -17,12 +17,10 @@ from lightning_goldy.analysis.continuations import encode_prompts
 from lightning_goldy.analysis.divergence import shortened
 from lightning_goldy.callbacks.attention_prompts import PROBE, PromptTexts, find_prompts, find_tokenizer
 from lightning_goldy.callbacks.base import AnalysisContext
-from lightning_goldy.callbacks.cost import peak_memory_bytes
-from lightning_goldy.callbacks.progress import AnalysisProgress
-from lightning_goldy.callbacks.run_directory import ROWS, ResultStore
+from lightning_goldy.callbacks.store import ROWS, AnalysisProgress, ResultStore, peak_memory_bytes
 from lightning_goldy.callbacks.subject import check_probe, find_model, find_objective, find_probe
 from lightning_goldy.checkpoint_base import FoundBase, find_base
-from lightning_goldy.checkpoint_parts import PARTS, Part, Subject, Writing, left_out
+from lightning_goldy.checkpoint_parts import PARTS, Subject, Writing, left_out
 from lightning_goldy.command_output import output_folder, print_report
 from lightning_goldy.configured import run_configured
 from lightning_goldy.core.blocks import UnsupportedArchitectureError
@@ -213,24 +211,16 @@ class CheckpointAnalysis(L.Callback):
         store = ResultStore(self.folder / "goldy" / name, write=True)
         for file, result in {"result": part.result, **part.more}.items():
             atomic_write(store.folder / f"{file}.json", result.to_json())
-        row = self._row(name, part, {"seconds": time.perf_counter() - start, "peak_memory_bytes": peak()})
-        store.append(row)
-        self.rows.append(row)
-        self._draw(row)
-
-    def _row(self, name: str, part: Part, cost: dict[str, float]) -> dict[str, Any]:
-        return {
-            "format": 1,
-            "analysis": name,
-            "name": name,
-            "step": self.saved.step or 0,
-            "epoch": self.saved.epoch,
-            "trigger": "checkpoint",
-            "metrics": part.findings.metrics,
-            "result": {**part.findings.data, "checkpoint": str(self.saved.path), "base": self.base_source},
-            "cost": {**cost, "model_evaluations": part.findings.evaluations},
-            "files": {},
-        }
+        row = part.row.extended(result={"checkpoint": str(self.saved.path), "base": self.base_source}).at(
+            step=self.saved.step or 0,
+            epoch=self.saved.epoch,
+            trigger="checkpoint",
+            seconds=time.perf_counter() - start,
+            peak_memory_bytes=peak(),
+        )
+        line = store.append(row)
+        self.rows.append(line)
+        self._draw(line)
 
     def _draw(self, row: dict[str, Any]) -> None:
         try:

@@ -10,12 +10,11 @@ from lightning_goldy.analysis.attention import attention_maps, attention_statist
 from lightning_goldy.analysis.continuations import check_generation_arguments, continue_prompts
 from lightning_goldy.analysis.distribution import parameter_distribution
 from lightning_goldy.analysis.explain import explain_change
-from lightning_goldy.analysis.result import AnalysisResult
+from lightning_goldy.analysis.result import AnalysisResult, Cost, Row
 from lightning_goldy.analysis.taylor import taylor_diff
 from lightning_goldy.callbacks.attention_findings import Attention, Shown, attention_findings
 from lightning_goldy.callbacks.attention_prompts import Prompt, token_namer
-from lightning_goldy.callbacks.base import AnalysisContext, Findings
-from lightning_goldy.callbacks.parameter_distribution import ParameterDistribution
+from lightning_goldy.callbacks.base import AnalysisContext
 from lightning_goldy.callbacks.taylor_diff import TaylorDiff
 from lightning_goldy.core.base import BaseParameters
 from lightning_goldy.core.vector import substituted
@@ -86,12 +85,12 @@ class Part:
 
     Args:
         result: Of the pure function.
-        findings: Metrics and what the figures need.
+        row: What it says of itself, without its place.
         more: Further results, by the name of their file.
     """
 
     result: AnalysisResult
-    findings: Findings
+    row: Row
     more: Mapping[str, AnalysisResult] = field(default_factory=dict)
 
 
@@ -109,14 +108,13 @@ def _explained(subject: Subject) -> Part:
     assert base is not None
     found = explain_change(context.model, base, context.probe, context.objective, progress=subject.progress)
     # Two plain runs, and each variant with its base and its tangents: about 13 in all.
-    evaluations = 13 * len(context.probe)
-    return Part(found, Findings(found.metrics(), found.row()["result"], evaluations=evaluations))
+    return Part(found, found.row().extended(cost=Cost(forwards=13 * len(context.probe))))
 
 
 def _distributed(subject: Subject) -> Part:
     assert subject.base is not None
     found = parameter_distribution(subject.context.model, subject.base, progress=subject.progress)
-    return Part(found, ParameterDistribution(found.top).describe(found, subject.context))
+    return Part(found, found.row())
 
 
 def _attended(subject: Subject) -> Part:
@@ -135,14 +133,8 @@ def _attended(subject: Subject) -> Part:
         maps[f"maps-{prompt.name}"] = present
         shown.append(Shown(prompt, present, before))
     passes = found.passes + len(maps)
-    findings = attention_findings(
-        Attention(found, tuple(shown), passes),
-        step=context.step,
-        heads=None,
-        singular_values=_SINGULAR_VALUES,
-        earlier=[],
-    )
-    return Part(found, findings, maps)
+    row = attention_findings(Attention(found, tuple(shown), passes), heads=None, singular_values=_SINGULAR_VALUES)
+    return Part(found, row, maps)
 
 
 def _continued(subject: Subject) -> Part:
@@ -150,10 +142,9 @@ def _continued(subject: Subject) -> Part:
     found = continue_prompts(
         subject.context.model, subject.tokenizer, writing.prompts, base=subject.base, **writing.options()
     )
-    data = {"continuations": found.rows(), **writing.options()}
     # One pass per new token; with the base as many again, and two to compare.
     passes = len(writing.prompts) * (writing.max_new_tokens if subject.base is None else 2 * writing.max_new_tokens + 2)
-    return Part(found, Findings(found.metrics(), data, evaluations=passes))
+    return Part(found, found.row().extended(result=writing.options(), cost=Cost(forwards=passes)))
 
 
 PARTS: Mapping[str, Callable[[Subject], Part]] = {

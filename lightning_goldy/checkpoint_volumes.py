@@ -14,8 +14,7 @@ from rich.table import Table
 from torch import nn
 
 from lightning_goldy.analysis.preconditioner import diagonal_preconditioner
-from lightning_goldy.callbacks.cost import peak_memory_bytes
-from lightning_goldy.callbacks.run_directory import ResultStore
+from lightning_goldy.callbacks.store import ResultStore, peak_memory_bytes
 from lightning_goldy.callbacks.subject import check_probe, find_model, find_objective, find_probe
 from lightning_goldy.callbacks.volume_findings import ONLY_SPLIT, volume_findings
 from lightning_goldy.callbacks.volume_subject import find_splits
@@ -136,24 +135,16 @@ class CheckpointVolumes(L.Callback):
         start = time.perf_counter()
         with peak_memory_bytes(next(model.parameters()).device) as peak:
             found = self.survey.measure(model, objective, batches, adam=adam)
-        findings = volume_findings(self.survey, found, step=step, earlier=read_rows(self.store.rows))
-        row = {
-            "format": 1,
-            "analysis": _NAME,
-            "name": _NAME,
-            "step": step,
-            "epoch": saved.epoch,
-            "trigger": "checkpoint",
-            "metrics": findings.metrics,
-            "result": {**findings.data, "checkpoint": str(saved.path)},
-            "cost": {
-                "seconds": time.perf_counter() - start,
-                "model_evaluations": findings.evaluations,
-                "peak_memory_bytes": peak(),
-            },
-            "files": {},
-        }
-        self.store.append(row)
+        row = volume_findings(self.survey, found).extended(result={"checkpoint": str(saved.path)})
+        self.store.append(
+            row.at(
+                step=step,
+                epoch=saved.epoch,
+                trigger="checkpoint",
+                seconds=time.perf_counter() - start,
+                peak_memory_bytes=peak(),
+            )
+        )
 
 
 def _cells(row: dict[str, Any], volume: dict[str, Any]) -> list[str]:

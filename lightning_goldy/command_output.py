@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lightning_goldy.callbacks.run_directory import ROWS
+from lightning_goldy.callbacks.store import ROWS
 
 
 def output_folder(output: str | Path | None, analysis: str, runs: str) -> Path:

@@ -20,9 +20,9 @@ from rich.table import Table
 
 from lightning_goldy.analysis.compact import compact
 from lightning_goldy.analysis.head_scores import HEAD_SCORES
+from lightning_goldy.analysis.result import Cost, Row
 from lightning_goldy.callbacks import HeadPlasticity
-from lightning_goldy.callbacks.cost import peak_memory_bytes
-from lightning_goldy.callbacks.run_directory import ROWS, ResultStore
+from lightning_goldy.callbacks.store import ROWS, ResultStore, peak_memory_bytes
 from lightning_goldy.callbacks.subject import find_model, find_objective
 from lightning_goldy.command_output import output_folder, print_report
 from lightning_goldy.core.files import atomic_write, read_rows
@@ -130,7 +130,7 @@ def run_sweep(
                 continue
             compared = {"loss_unpruned": unpruned, "cost": found["loss"] - unpruned}
             runs.append({"strategy": strategy, "level": level, "cycles": cycles, "seed": seed, **found, **compared})
-    row = _row(runs, time.perf_counter() - start, max(peaks))
+    row = _row(runs).at(seconds=time.perf_counter() - start, peak_memory_bytes=max(peaks))
     ResultStore(folder / "goldy" / _NAME, write=True).append(row)
     console.print(sweep_table(runs))
     print(f"rows: {folder / 'goldy' / _NAME / ROWS}")
@@ -252,31 +252,19 @@ def _told(plasticity: HeadPlasticity, model: torch.nn.Module) -> dict[str, Any]:
         "loss_after_cut": max((event["loss_after"] for event in events if event["kind"] == "cut"), default=None),
         "recovery_steps": finished[-1]["recovery_steps"] if finished else None,
         "rolled_back": sum(event["verdict"] == "roll_back" for event in finished),
-        "evaluations": sum(row["cost"]["model_evaluations"] for row in rows),
+        "forwards": sum(row["cost"]["forwards"] for row in rows),
+        "backwards": sum(row["cost"]["backwards"] for row in rows),
     }
 
 
-def _row(runs: list[dict[str, Any]], seconds: float, peak: int) -> dict[str, Any]:
+def _row(runs: list[dict[str, Any]]) -> Row:
     groups: dict[tuple[Any, ...], list[float]] = {}
     for run in runs:
         groups.setdefault((run["strategy"], run["level"], run["cycles"]), []).append(run["cost"])
     costs = [sum(values) / len(values) for values in groups.values()]
-    return {
-        "format": 1,
-        "analysis": _NAME,
-        "name": _NAME,
-        "step": 0,
-        "epoch": 0,
-        "trigger": "end",
-        "metrics": {"runs": len(runs), "best_cost": min(costs), "worst_cost": max(costs)},
-        "result": {"runs": runs},
-        "cost": {
-            "seconds": seconds,
-            "model_evaluations": sum(run["evaluations"] for run in runs),
-            "peak_memory_bytes": peak,
-        },
-        "files": {},
-    }
+    metrics: dict[str, float | None] = {"runs": len(runs), "best_cost": min(costs), "worst_cost": max(costs)}
+    passes = (sum(run[name] for run in runs) for name in ("forwards", "backwards"))
+    return Row(_NAME, metrics, {"runs": runs}, cost=Cost(*passes))
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -19,7 +19,7 @@ from lightning_goldy.analysis.coupling import CouplingResult, knowledge_coupling
 from lightning_goldy.analysis.coupling_layers import layer_gradient_norms
 from lightning_goldy.analysis.coupling_statistics import coupling_statistics
 from lightning_goldy.analysis.ripple import ripple_effects
-from lightning_goldy.callbacks.cost import peak_memory_bytes
+from lightning_goldy.callbacks.store import peak_memory_bytes
 from lightning_goldy.cli import main
 from lightning_goldy.coupling.analysis import chosen_pieces
 from lightning_goldy.coupling.command import add_coupling

@@ -49,7 +49,8 @@ def test_a_sweep_writes_rows_models_a_table_and_a_report(here, capsys):
     assert runs[0]["loss_unpruned"] == runs[1]["loss_unpruned"]
     assert runs[0]["loss_unpruned"] != runs[2]["loss_unpruned"]
     assert row["metrics"]["runs"] == 4
-    assert row["cost"]["model_evaluations"] == sum(run["evaluations"] for run in runs) > 0
+    assert row["cost"]["forwards"] == sum(run["forwards"] for run in runs) > 0
+    assert row["cost"]["backwards"] == sum(run["backwards"] for run in runs)
     model = AutoModelForCausalLM.from_pretrained(folder / "runs" / "taylor-0.5-1-seed0" / "compact")
     assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
     assert "closed" in (folder / "runs" / "taylor-0.5-1-seed0" / "compact" / "README.md").read_text().lower()

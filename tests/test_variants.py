@@ -21,6 +21,7 @@ from lightning_goldy.core.files import read_rows
 from lightning_goldy.optim import OptimizerOptions
 from lightning_goldy.report.charts import CHARTS
 from lightning_goldy.report.descriptions import description_of
+from lightning_goldy.report.history import RowHistory, with_history
 from lightning_goldy.report.plots import draw_plots
 from lightning_goldy.report.registry import ReportError
 from lightning_goldy.report.variant_figures import plot_variant_losses
@@ -176,7 +177,7 @@ def test_rows_and_figures_have_a_line_per_variant(tmp_path) -> None:
         len(each.targets) for each in targets
     )
     assert rows[-1]["metrics"]["loss/tangent"] == pytest.approx(expected, rel=1e-6)
-    row = json.loads(json.dumps(rows[-1]))
+    row = with_history(json.loads(json.dumps(rows[-1])), rows[:-1])
     assert row["result"]["n_targets"] == sum(len(each.targets) for each in targets)
     assert set(draw_plots(row)) == {"losses"}
     drawn = {line.get_label(): line.get_ydata()[-1] for line in plot_variant_losses(row).axes[0].get_lines()}
@@ -189,15 +190,17 @@ def test_rows_and_figures_have_a_line_per_variant(tmp_path) -> None:
         plot_variant_losses({"step": 1, "result": {}})
 
 
-def test_a_long_run_keeps_its_latest_points() -> None:
-    from lightning_goldy.callbacks.variant_losses import trajectory
+def test_a_long_run_is_thinned_evenly_and_keeps_its_latest_point() -> None:
+    def row(step: int) -> dict:
+        return {"analysis": "variant_losses", "step": step, "trigger": "step", "metrics": {"loss/full": float(step)}}
 
-    rows = [{"step": step, "metrics": {"loss/full": float(step)}} for step in range(1003)]
-    line = trajectory(rows, ["full"])
+    history = RowHistory(row(step) for step in range(1002))
+    line = with_history({**row(1002), "result": {}}, history.rows)["result"]["trajectory"]
+    assert line["steps"][0] == 0
     assert line["steps"][-1] == 1002
-    assert 150 < len(line["steps"]) <= 200
+    assert 100 < len(line["steps"]) <= 201
     assert line["losses"]["full"] == [float(step) for step in line["steps"]]
-    assert len(set(torch.tensor(line["steps"]).diff().tolist())) == 1
+    assert len(set(torch.tensor(line["steps"][:-1]).diff().tolist())) == 1
 
 
 def test_bad_input_is_refused(tmp_path) -> None:

@@ -40,6 +40,7 @@ from lightning_goldy.analysis.preconditioner import (
     tuned_preconditioner,
 )
 from lightning_goldy.analysis.rank_one import RankOneEditor, rank_one_update
+from lightning_goldy.analysis.result import AnalysisResult, Cost, Row
 from lightning_goldy.analysis.reverse_golden import ReverseGoldenResult, reverse_golden_parameters
 from lightning_goldy.analysis.ripple import ripple_effects
 from lightning_goldy.analysis.ripple_edits import KnowledgeEdit, distance_class
@@ -53,10 +54,12 @@ from lightning_goldy.core.gates import HeadGates
 
 __all__ = [
     "Agreement",
+    "AnalysisResult",
     "AttentionMaps",
     "AttentionStatistics",
     "Compaction",
     "Continuations",
+    "Cost",
     "CouplingDrift",
     "CouplingError",
     "CouplingResult",
@@ -84,6 +87,7 @@ __all__ = [
     "RankOneEditor",
     "ReverseGoldenResult",
     "RippleResult",
+    "Row",
     "SurvivingChange",
     "TangentModel",
     "TaylorApproximation",

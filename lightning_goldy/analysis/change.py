@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,8 @@ class WeightChange(AnalysisResult):
         unchanged: Elements that have not changed at all.
     """
 
+    analysis: ClassVar[str] = "golden_snapshot"
+
     names: tuple[str, ...]
     numel: tuple[int, ...]
     base_norms: tuple[float, ...]
@@ -53,6 +55,24 @@ class WeightChange(AnalysisResult):
         """Norm of the change over the norm of the base; infinite when the base is zero and has changed."""
         ratio = norm_ratio(self.delta_norms, self.base_norms)
         return ratio if ratio is not None else (math.inf if self.delta_norm else 0.0)
+
+    def metrics(self) -> dict[str, float | None]:
+        """Norms, the share of the elements that have not changed, and the relative change by block."""
+        return {
+            "delta_norm": self.delta_norm,
+            "relative_change": self.relative_change,
+            "unchanged_share": self.unchanged / sum(self.numel),
+            **{f"relative_change/{block}": value for block, value in self.by_block().items()},
+        }
+
+    def details(self) -> dict[str, Any]:
+        """The tensors' rows, and the distribution of the elements' changes."""
+        histogram = {"edges": list(self.edges), "counts": list(self.counts), "zero": self.unchanged}
+        return {"tensors": self.rows(), "histogram": histogram}
+
+    def histograms(self) -> dict[str, tuple[list[float], list[int]]]:
+        """log10 of the elements' absolute changes, where there is one."""
+        return {"change_log10": (list(self.edges), list(self.counts))} if any(self.counts) else {}
 
     def rows(self) -> list[dict[str, Any]]:
         """One JSON-able row per tensor, with the block and the kind that it belongs to."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,8 @@ class Continuations(AnalysisResult):
             without a base.
     """
 
+    analysis: ClassVar[str] = "continuations"
+
     prompts: tuple[str, ...]
     present: tuple[str, ...]
     base: tuple[str, ...] | None
@@ -57,6 +59,10 @@ class Continuations(AnalysisResult):
             if values is not None:
                 found[name] = math.fsum(values) / len(values)
         return found
+
+    def details(self) -> dict[str, Any]:
+        """The entries of the prompts."""
+        return {"continuations": self.rows()}
 
 
 def continue_prompts(

@@ -40,7 +40,7 @@ class CouplingPicture(AnalysisResult):
     n_pieces: int
     counts: tuple[int, ...]
 
-    def row(self) -> dict[str, Any]:
+    def details(self) -> dict[str, Any]:
         """The parts of a row of ``results.jsonl`` that the figures of ``knowledge_coupling`` draw."""
         return {
             "heat_map": {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from lightning_goldy.core.sharding import Replicas, gather, is_sharded
 _BINS = 256
 _OVERSAMPLED = 8
 _POWER_ITERATIONS = 4
+_COLUMNS = ("relative_change", "stable_rank", "effective_rank", "histogram_drift", "alignment_over_chance")
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,30 @@ class ParameterDistributionResult(AnalysisResult):
         top: Number of singular values and directions.
     """
 
+    analysis: ClassVar[str] = "parameter_distribution"
+
     rows: tuple[dict[str, Any], ...]
     top: int
+
+    def metrics(self) -> dict[str, float | None]:
+        """Of the model and by block: the relative change, and means weighted by the tensors' elements."""
+        detailed = ParameterDistributionResult(tuple(self._detailed()), self.top)
+        found: dict[str, float | None] = {}
+        for column in _COLUMNS:
+            found[column] = detailed.whole(column)
+            found.update({f"{column}/{block}": value for block, value in detailed.by_block(column).items()})
+        return found
+
+    def details(self) -> dict[str, Any]:
+        """The tensors' rows, with the alignment over chance."""
+        return {"tensors": self._detailed(), "top": self.top}
+
+    def _detailed(self) -> list[dict[str, Any]]:
+        chances = [row.get("alignment_chance") for row in self.rows]
+        return [
+            {**row, "alignment_over_chance": row["alignment"] / chance if chance else None}
+            for row, chance in zip(self.rows, chances, strict=True)
+        ]
 
     def by_block(self, column: str) -> dict[str, float]:
         """Mean of a column over each block's tensors, weighted by their elements; tensors without it are left out.

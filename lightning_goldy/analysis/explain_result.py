@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from lightning_goldy.analysis.result import AnalysisResult
 from lightning_goldy.core.naming import suggestion
@@ -58,6 +58,8 @@ class ExplainedChange(AnalysisResult):
         n_targets: Target positions.
     """
 
+    analysis: ClassVar[str] = "explain_change"
+
     base_loss: float
     loss: float
     variants: tuple[dict[str, Any], ...]
@@ -94,21 +96,10 @@ class ExplainedChange(AnalysisResult):
                     found[f"{name}/{each['variant']}"] = each[name]
         return found
 
-    def row(self, step: int = 0) -> dict[str, Any]:
-        """One row for the figures and the report.
-
-        Args:
-            step: Optimizer steps made.
-        """
+    def details(self) -> dict[str, Any]:
+        """The variants, the losses and the length of the step."""
         result = {"variants": [dict(each) for each in self.variants], "step_norm": self.step_norm}
-        return {
-            "analysis": "explain_change",
-            "name": "explain_change",
-            "step": step,
-            "trigger": "step",
-            "metrics": self.metrics(),
-            "result": {**result, "base_loss": self.base_loss, "loss": self.loss, "n_targets": self.n_targets},
-        }
+        return {**result, "base_loss": self.base_loss, "loss": self.loss, "n_targets": self.n_targets}
 
     def table(self) -> str:
         """The variants as lines of text: loss in nats, shares of the change in percent.

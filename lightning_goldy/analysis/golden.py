@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from lightning_goldy.analysis.ballot import Ballot, Scope
-from lightning_goldy.analysis.result import AnalysisResult
+from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.analysis.scores import SCORES
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import block_of, kind_of, suggestion
 from lightning_goldy.core.objective import CausalLMObjective, Objective, map_batch
 from lightning_goldy.core.sharding import Replicas, gather
 from lightning_goldy.core.space import ParameterSpace
+from lightning_goldy.core.store import Kind
 from lightning_goldy.core.vector import ParameterVector, require_finite
 
 
@@ -36,7 +37,10 @@ class GoldenResult(AnalysisResult):
         score: Name of the score.
         scope: ``tensor`` or ``global``.
         quorum: Share of the samples that must agree.
+        cost: A forward and a backward pass of every sample.
     """
+
+    analysis: ClassVar[str] = "golden_parameters"
 
     mask: ParameterVector
     golden: tuple[int, ...]
@@ -48,6 +52,7 @@ class GoldenResult(AnalysisResult):
     score: str
     scope: str
     quorum: float
+    cost: Cost = field(default=Cost(), compare=False)
 
     @property
     def count(self) -> int:
@@ -68,6 +73,19 @@ class GoldenResult(AnalysisResult):
     def density_over_chance(self) -> float:
         """How many times more are golden than by chance."""
         return self.density / self.chance_density if self.chance_density else math.inf
+
+    def metrics(self) -> dict[str, float | None]:
+        """Count and density, against chance."""
+        names = ("count", "density", "chance_density", "density_over_chance")
+        return {name: getattr(self, name) for name in names}
+
+    def details(self) -> dict[str, Any]:
+        """The summary."""
+        return self.summary()
+
+    def vectors(self) -> dict[str, tuple[ParameterVector, Kind]]:
+        """The mask."""
+        return {"mask": (self.mask, "mask")}
 
     def summary(self) -> dict[str, Any]:
         """A JSON-able description without the mask: the settings, and counts by tensor."""
@@ -179,6 +197,7 @@ def golden_parameters(
         score=score,
         scope=scope,
         quorum=quorum,
+        cost=Cost(forwards=len(samples), backwards=len(samples)),
     )
 
 

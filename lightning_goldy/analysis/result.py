@@ -1,4 +1,4 @@
-"""Results: frozen dataclasses that go to JSON and come back whole."""
+"""Results: frozen dataclasses that go to JSON and come back whole, and tell the row of themselves."""
 
 from __future__ import annotations
 
@@ -6,21 +6,218 @@ import base64
 import dataclasses
 import json
 import math
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from lightning_goldy.core.space import ParameterSpace
-from lightning_goldy.core.store import pack_mask, unpack_mask
+from lightning_goldy.core.store import Kind, pack_mask, unpack_mask
 from lightning_goldy.core.vector import ParameterVector
 
 Self = TypeVar("Self", bound="AnalysisResult")
 
+ROW_FORMAT = 2
+_PLACE = {"analysis", "name", "step", "epoch", "trigger", "seconds", "peak_memory_bytes", "files"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Passes of the model that an analysis made, each counted once per sample that it held, over all ranks.
+
+    Args:
+        forwards: Forward passes, in samples.
+        backwards: Backward passes, in samples.
+
+    Example:
+        >>> Cost(forwards=4) + Cost(forwards=2, backwards=2)
+        Cost(forwards=6, backwards=2)
+    """
+
+    forwards: int = 0
+    backwards: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.forwards + other.forwards, self.backwards + other.backwards)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What one analysis found at one step: a line of ``results.jsonl``, whoever writes it.
+
+    Args:
+        analysis: What the row is called, which decides its figures.
+        metrics: Scalars by name; None where one does not exist. A number that is not finite becomes None.
+        result: JSON-able: what the figures need, of this step only.
+        headline: One sentence; by default the name and the first metrics.
+        cost: Passes of the model.
+        name: Folder and metric prefix; the analysis by default.
+        step: Optimizer steps made.
+        epoch: Epochs begun.
+        trigger: What started the analysis.
+        seconds: Time that it took; None where nobody measured.
+        peak_memory_bytes: Its peak of memory; None where nobody measured.
+        files: Names of the files that belong to the row.
+
+    Example:
+        >>> row = Row("tiny_loss", {"loss": 2.5, "ratio": float("inf")}, cost=Cost(forwards=8))
+        >>> row.headline
+        'tiny loss: loss 2.5'
+        >>> row.at(step=40, trigger="step").to_dict()["step"]
+        40
+    """
+
+    analysis: str
+    metrics: Mapping[str, float | None]
+    result: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    headline: str = ""
+    cost: Cost = Cost()
+    name: str = ""
+    step: int = 0
+    epoch: int = 0
+    trigger: str = "end"
+    seconds: float | None = None
+    peak_memory_bytes: int | None = None
+    files: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        known = {
+            name: value if value is not None and math.isfinite(value) else None for name, value in self.metrics.items()
+        }
+        object.__setattr__(self, "metrics", known)
+        if not self.headline:
+            object.__setattr__(self, "headline", plain_headline(self.analysis, known))
+
+    def extended(
+        self,
+        metrics: Mapping[str, float | None] | None = None,
+        result: Mapping[str, Any] | None = None,
+        *,
+        cost: Cost = Cost(),
+    ) -> Row:
+        """The row with more in it; an entry of the same name is replaced, the cost is added.
+
+        Args:
+            metrics: Further scalars.
+            result: Further entries for the figures.
+            cost: Further passes.
+
+        Example:
+            >>> Row("tiny", {"loss": 2.5}).extended({"jaccard_previous": None}).metrics
+            {'loss': 2.5, 'jaccard_previous': None}
+        """
+        return dataclasses.replace(
+            self,
+            metrics={**self.metrics, **(metrics or {})},
+            result={**self.result, **(result or {})},
+            cost=self.cost + cost,
+        )
+
+    def at(self, **place: Any) -> Row:
+        """The row with its place stamped on it.
+
+        Args:
+            **place: ``name``, ``step``, ``epoch``, ``trigger``, ``seconds``, ``peak_memory_bytes``, ``files``, or the
+                ``analysis`` under which a callback wants it.
+
+        Raises:
+            TypeError: Something else is given, which is no place.
+
+        Example:
+            >>> Row("tiny", {}).at(steps=3)  # doctest: +ELLIPSIS
+            Traceback (most recent call last):
+            TypeError: 'steps' is no place of a row; it has analysis, epoch, files, name, ...
+        """
+        wrong = sorted(set(place) - _PLACE)
+        if wrong:
+            raise TypeError(f"{wrong[0]!r} is no place of a row; it has {', '.join(sorted(_PLACE))}")
+        return dataclasses.replace(self, **place)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The line of ``results.jsonl``, format 2."""
+        return {
+            "format": ROW_FORMAT,
+            "analysis": self.analysis,
+            "name": self.name or self.analysis,
+            "step": self.step,
+            "epoch": self.epoch,
+            "trigger": self.trigger,
+            "metrics": dict(self.metrics),
+            "result": dict(self.result),
+            "headline": self.headline,
+            "cost": {
+                "seconds": self.seconds,
+                **vars(self.cost),
+                "peak_memory_bytes": self.peak_memory_bytes,
+            },
+            "files": dict(self.files),
+        }
+
+
+def plain_headline(analysis: str, metrics: Mapping[str, float | None], most: int = 3) -> str:
+    """The analysis's name and its first metrics, in words.
+
+    Args:
+        analysis: In snake case.
+        metrics: Those without a value are passed over.
+        most: So many are named.
+
+    Example:
+        >>> plain_headline("golden_parameters", {"count": 12, "density": 0.01234567, "jaccard_previous": None})
+        'golden parameters: count 12, density 0.01235'
+    """
+    known = [(name, value) for name, value in metrics.items() if value is not None and math.isfinite(value)][:most]
+    told = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in known)
+    return f"{analysis.replace('_', ' ')}: {told}" if told else analysis.replace("_", " ")
+
 
 @dataclasses.dataclass(frozen=True)
 class AnalysisResult:
-    """Base of all results: scalars, strings, tuples, dicts, tensors and parameter vectors, on the CPU."""
+    """Base of all results: scalars, strings, tuples, dicts, tensors and parameter vectors, on the CPU.
+
+    A result that a callback or a command writes names its ``analysis`` and overrides :meth:`metrics` and
+    :meth:`details`; one that runs the model has a field ``cost``, the passes that it really made.
+
+    Example:
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class TinyLoss(AnalysisResult):
+        ...     analysis = "tiny_loss"
+        ...     loss: float
+        ...     cost: Cost = Cost()
+        ...     def metrics(self):
+        ...         return {"loss": self.loss}
+        >>> row = TinyLoss(2.5, Cost(forwards=8)).row()
+        >>> row.headline, row.cost.forwards
+        ('tiny loss: loss 2.5', 8)
+    """
+
+    analysis: ClassVar[str] = ""
+    """What its rows are called, which decides their figures; empty for a result that is no row of its own."""
+
+    def metrics(self) -> dict[str, float | None]:
+        """Scalars by name; None where one does not exist."""
+        return {}
+
+    def details(self) -> dict[str, Any]:
+        """JSON-able: what the figures need."""
+        return {}
+
+    def headline(self) -> str:
+        """One sentence that says what was found."""
+        return plain_headline(self.analysis, self.metrics())
+
+    def vectors(self) -> dict[str, tuple[ParameterVector, Kind]]:
+        """Parameter vectors to save beside the row, by name, with their kind."""
+        return {}
+
+    def histograms(self) -> dict[str, tuple[list[float], list[int]]]:
+        """Bin edges and counts to log, by name."""
+        return {}
+
+    def row(self) -> Row:
+        """The row of this result; :meth:`Row.at` says when and where it was found."""
+        return Row(self.analysis, self.metrics(), self.details(), self.headline(), getattr(self, "cost", Cost()))
 
     def to_json(self) -> str:
         """Everything as one line of strict JSON, tensors in base64, masks packed."""
@@ -56,6 +253,8 @@ def _encode(value: Any) -> Any:
         data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         dtype = str(value.dtype).removeprefix("torch.")
         return {"__tensor__": [dtype, list(value.shape), base64.b64encode(data).decode()]}
+    if isinstance(value, Cost):
+        return {"__cost__": [value.forwards, value.backwards]}
     if isinstance(value, float) and not math.isfinite(value):
         return {"__float__": str(value)}
     if isinstance(value, dict):
@@ -86,6 +285,8 @@ def _decode(value: Any) -> Any:
         if not raw:
             return torch.empty(shape, dtype=getattr(torch, dtype))
         return torch.frombuffer(raw, dtype=torch.uint8).view(getattr(torch, dtype)).view(shape)
+    if tag == "__cost__":
+        return Cost(*content)
     if tag == "__float__":
         return float(content)
     return {key: _decode(item) for key, item in content}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -19,7 +19,7 @@ from lightning_goldy.analysis.masked_divergence import (
     only_these_require_gradients,
     pieces_of,
 )
-from lightning_goldy.analysis.result import AnalysisResult
+from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.analysis.scores import SCORES
 from lightning_goldy.analysis.single_shot import SINGLE_SHOTS, single_shot_scores
 from lightning_goldy.core.batches import batch_tensors
@@ -28,6 +28,7 @@ from lightning_goldy.core.naming import block_of, kind_of, suggestion
 from lightning_goldy.core.objective import CausalLMObjective, Objective
 from lightning_goldy.core.sharding import Replicas, gather, like
 from lightning_goldy.core.space import ParameterSpace
+from lightning_goldy.core.store import Kind
 from lightning_goldy.core.vector import ParameterVector, elements_in, require_finite
 
 # A forward and a backward pass in units of forward passes.
@@ -57,7 +58,10 @@ class ReverseGoldenResult(AnalysisResult):
         scope: ``tensor`` or ``global``.
         strategy: Name of the fluctuation strategy.
         score: Name of the score that the search started from.
+        cost: Passes over samples, of both kinds.
     """
+
+    analysis: ClassVar[str] = "reverse_golden_parameters"
 
     mask: ParameterVector
     masked: tuple[int, ...]
@@ -73,6 +77,7 @@ class ReverseGoldenResult(AnalysisResult):
     scope: str
     strategy: str
     score: str
+    cost: Cost = field(default=Cost(), compare=False)
 
     @property
     def count(self) -> int:
@@ -89,6 +94,26 @@ class ReverseGoldenResult(AnalysisResult):
         """The divergence, as a multiple of what the mask of the largest gradients reaches."""
         gradient = self.single_shots["gradient"]
         return self.kl_divergence / gradient if gradient > 0 else math.inf
+
+    def metrics(self) -> dict[str, float | None]:
+        """The divergence against single-shot masks, the size of the mask, and how often a pool was better."""
+        return {
+            "kl_divergence": self.kl_divergence,
+            "search_divergence": self.search_divergence,
+            **{f"single_shot/{name}": value for name, value in self.single_shots.items()},
+            "over_gradient": self.over_gradient,
+            "count": self.count,
+            "density": self.density,
+            "accepted_pools": sum(entry["accepted"] for entry in self.history),
+        }
+
+    def details(self) -> dict[str, Any]:
+        """The summary."""
+        return self.summary()
+
+    def vectors(self) -> dict[str, tuple[ParameterVector, Kind]]:
+        """The mask."""
+        return {"mask": (self.mask, "mask")}
 
     def summary(self) -> dict[str, Any]:
         """A JSON-able description without the mask: the settings, the course of the search, and counts by tensor."""
@@ -232,6 +257,7 @@ def reverse_golden_parameters(
             )
             single, kl_divergence = _searched(search, held_out, objective, score, greedy=strategy == "none")
         assert search.best is not None
+        cost = _cost(search, len(single), (_count(choosing), _count(measuring)), anchored=cache == "none")
         whole = {name: gather(like(parameters[name].detach(), part)).cpu() for name, part in search.best.items()}
     return ReverseGoldenResult(
         mask=ParameterVector(space, whole),
@@ -248,7 +274,18 @@ def reverse_golden_parameters(
         scope=scope,
         strategy=strategy,
         score=score,
+        cost=cost,
     )
+
+
+def _cost(search: MaskSearch, n_single: int, samples: tuple[int, int], *, anchored: bool) -> Cost:
+    """Passes over the scoring and the evaluation samples; ``anchored`` where each divergence runs the anchor again."""
+    choosing, measuring = samples
+    # Of the masked model; the returned mask is measured once more.
+    compared = choosing * (search.passes + search.evaluations) + measuring * (n_single + 1)
+    # To begin with the anchor passes over both sets, and the scores of the unmasked model are taken.
+    forwards = compared * (2 if anchored else 1) + 2 * choosing + measuring
+    return Cost(forwards=forwards, backwards=choosing * (search.passes + 1))
 
 
 def _searched(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,6 +53,8 @@ class RippleResult(AnalysisResult):
         settings: ``editor``, ``measure``, and ``route``: ``forward`` (derivatives along delta by forward mode) or
             ``gradients`` (inner products with gradients, where a model has no forward mode).
     """
+
+    analysis: ClassVar[str] = "ripple_effects"
 
     pieces: tuple[str, ...]
     edits: tuple[dict[str, Any], ...]
@@ -152,12 +154,8 @@ class RippleResult(AnalysisResult):
         found["new_answer_change"] = _finite(float((self.new_after - self.new_before).mean()))
         return found
 
-    def row(self, step: int = 0) -> dict[str, Any]:
-        """One row for the figures and the report; of more than 2,000 pairs, so many evenly spaced.
-
-        Args:
-            step: Optimizer steps made.
-        """
+    def details(self) -> dict[str, Any]:
+        """Predictions, measured changes and how they agree; of more than 2,000 pairs, so many evenly spaced."""
         edits, pieces = self.pairs().nonzero()
         n_pairs = len(edits)
         places = np.unique(np.linspace(0, n_pairs - 1, min(n_pairs, _MOST_POINTS)).round().astype(int))
@@ -175,19 +173,12 @@ class RippleResult(AnalysisResult):
         points["class"] = [self.classes[edit][place] for edit, place in zip(edits, pieces, strict=True)]
         agreement = [each for predictor in get_args(Predictor) for each in self.agreement(predictor)]
         return {
-            "analysis": "ripple_effects",
-            "name": "ripple_effects",
-            "step": step,
-            "trigger": "step",
-            "metrics": self.metrics(),
-            "result": {
-                **self.settings,
-                "n_edits": len(self.edits),
-                "n_pieces": len(self.pieces),
-                "n_pairs": n_pairs,
-                "points": points,
-                "agreement": [{name: _json(value) for name, value in vars(each).items()} for each in agreement],
-            },
+            **self.settings,
+            "n_edits": len(self.edits),
+            "n_pieces": len(self.pieces),
+            "n_pairs": n_pairs,
+            "points": points,
+            "agreement": [{name: _json(value) for name, value in vars(each).items()} for each in agreement],
         }
 
     def table(self) -> str:

@@ -1,8 +1,7 @@
-"""Attention statistics and maps as metrics, as a row that can be redrawn, and as lines over the run."""
+"""Attention statistics and maps as metrics, and as a row that can be redrawn."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,13 +10,11 @@ import numpy as np
 from torch import Tensor
 
 from lightning_goldy.analysis.attention import STATISTICS, AttentionMaps, AttentionStatistics
+from lightning_goldy.analysis.result import Cost, Row
 from lightning_goldy.callbacks.attention_prompts import Prompt
-from lightning_goldy.callbacks.base import Findings
 
 # Statistics that tell heads of a kind apart; the strongest head of each is shown unless others are chosen.
 KINDS = ("previous_token", "induction", "duplicate_token", "first_token")
-# Points of a line; a row holds the line so far, so without a limit a file would grow with the square of the run.
-_MOST_POINTS = 200
 
 
 @dataclass(frozen=True)
@@ -44,29 +41,19 @@ class Attention:
     passes: int
 
 
-def attention_findings(
-    found: Attention,
-    *,
-    step: int,
-    heads: Sequence[tuple[int, int]] | None,
-    singular_values: int,
-    earlier: Sequence[Mapping[str, Any]],
-) -> Findings:
+def attention_findings(found: Attention, *, heads: Sequence[tuple[int, int]] | None, singular_values: int) -> Row:
     """What to log and to save of an analysis.
 
     Args:
         found: The analysis.
-        step: Optimizer steps so far.
-        heads: The (layer, head) pairs whose patterns are kept; None keeps those of the first row, or without one the
-            strongest head of each kind.
+        heads: The (layer, head) pairs whose patterns are kept; None for the strongest head of each kind.
         singular_values: How many of each head's pattern are kept.
-        earlier: The rows of earlier analyses.
 
     Returns:
         Means over heads, the strongest head's values, drift and entropy by layer; and the row.
     """
     statistics = found.statistics
-    chosen = list(heads) if heads is not None else _heads(statistics, earlier)
+    chosen = strongest_heads(statistics) if heads is None else list(heads)
     data: dict[str, Any] = {
         "n_samples": statistics.n_samples,
         "queries": {name: int(count) for name, count in zip(STATISTICS, statistics.queries[0], strict=True)},
@@ -74,20 +61,23 @@ def attention_findings(
         "heads": [list(pair) for pair in chosen],
         "prompts": [_prompt(shown, chosen, singular_values) for shown in found.shown],
     }
-    data["spectra"] = _spectra([*earlier, {"step": step, "result": data}])
-    return Findings(_metrics(statistics, found.shown), data, evaluations=found.passes)
+    data["spectra"] = [_spectrum(prompt) for prompt in data["prompts"]]
+    cost = Cost(forwards=found.passes)
+    return Row("attention_tracker", _metrics(statistics, found.shown), data, cost=cost)
 
 
-def _heads(statistics: AttentionStatistics, earlier: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
-    if earlier:
-        # The same heads over the whole run, so that the figures compare.
-        return [(layer, head) for layer, head in earlier[0]["result"]["heads"]]
+def strongest_heads(statistics: AttentionStatistics) -> list[tuple[int, int]]:
+    """The (layer, head) pair that is strongest of each kind, without repetition.
+
+    Args:
+        statistics: Of all heads.
+    """
     strongest = [statistics.strongest(name) for name in KINDS]
     return list(dict.fromkeys(pair for pair in strongest if pair is not None))
 
 
 def _metrics(statistics: AttentionStatistics, shown: Sequence[Shown]) -> dict[str, float | None]:
-    metrics: dict[str, float | None] = {name: _finite(statistics.mean(name)) for name in statistics.names}
+    metrics: dict[str, float | None] = {name: statistics.mean(name) for name in statistics.names}
     peaks = ("previous_token", "induction", "duplicate_token", *(["drift"] if statistics.drift is not None else []))
     for name in peaks:
         pair = statistics.strongest(name)
@@ -95,10 +85,10 @@ def _metrics(statistics: AttentionStatistics, shown: Sequence[Shown]) -> dict[st
     for name in ("entropy", "drift"):
         if name in statistics.names:
             for layer, row in enumerate(statistics.statistic(name)):
-                metrics[f"{name}/layer_{layer}"] = _finite(float(row.nanmean()))
+                metrics[f"{name}/layer_{layer}"] = float(row.nanmean())
     for each in shown:
         values = each.maps.singular_values(1)
-        metrics[f"largest_singular_value/{each.prompt.name}"] = _finite(float(values.nanmean()))
+        metrics[f"largest_singular_value/{each.prompt.name}"] = float(values.nanmean())
     return metrics
 
 
@@ -117,36 +107,16 @@ def _prompt(shown: Shown, chosen: Sequence[tuple[int, int]], singular_values: in
     }
 
 
-def _spectra(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Each singular value over the run, a mean over the heads; one group of lines per prompt."""
-    points: dict[str, list[tuple[int, list[float | None]]]] = {}
-    for row in rows:
-        for prompt in row["result"]["prompts"]:
-            values = np.asarray(prompt["singular_values"], dtype=np.float64)  # [layers, heads, top]
-            known = np.isfinite(values)
-            counts = known.sum(axis=(0, 1))
-            sums = np.where(known, values, 0.0).sum(axis=(0, 1))
-            means = [
-                total / count if count else None for total, count in zip(sums.tolist(), counts.tolist(), strict=True)
-            ]
-            points.setdefault(prompt["name"], []).append((row["step"], means))
-    lines = []
-    for name, found in points.items():
-        kept = _thinned(found)
-        lines.append({"prompt": name, "steps": [step for step, _ in kept], "values": [values for _, values in kept]})
-    return lines
-
-
-def _thinned(points: Sequence[Any]) -> list[Any]:
-    count = len(points)
-    kept = sorted({round(place) for place in np.linspace(0, count - 1, min(count, _MOST_POINTS))})
-    return [points[index] for index in kept]
+def _spectrum(prompt: Mapping[str, Any]) -> dict[str, Any]:
+    """Each singular value, a mean over the heads."""
+    values = np.asarray(prompt["singular_values"], dtype=np.float64)  # [layers, heads, top]
+    known = np.isfinite(values)
+    counts = known.sum(axis=(0, 1))
+    sums = np.where(known, values, 0.0).sum(axis=(0, 1))
+    means = [total / count if count else None for total, count in zip(sums.tolist(), counts.tolist(), strict=True)]
+    return {"prompt": prompt["name"], "values": means}
 
 
 def _rounded(values: Tensor, digits: int) -> Any:
     # Enough for a figure, in a third of the characters.
     return values.double().round(decimals=digits).tolist()
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -9,7 +9,8 @@ import lightning.pytorch as L
 from torch import nn
 
 from lightning_goldy.analysis.attention import attention_maps, attention_statistics, check_statistics_arguments
-from lightning_goldy.callbacks.attention_findings import Attention, Shown, attention_findings
+from lightning_goldy.analysis.result import Row
+from lightning_goldy.callbacks.attention_findings import Attention, Shown, attention_findings, strongest_heads
 from lightning_goldy.callbacks.attention_prompts import (
     Prompt,
     check_prompts,
@@ -17,9 +18,8 @@ from lightning_goldy.callbacks.attention_prompts import (
     find_tokenizer,
     token_namer,
 )
-from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, Findings
+from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.callbacks.golden_snapshot import find_snapshot
-from lightning_goldy.core.files import read_rows
 from lightning_goldy.core.isolation import undisturbed
 from lightning_goldy.core.vector import ParameterVector, substituted
 
@@ -69,6 +69,7 @@ class AttentionTracker(AnalysisCallback[Attention]):
         self.n_samples, self.drift = n_samples, drift
         self.max_tokens, self.singular_values = max_tokens, singular_values
         self._shown: tuple[Prompt, ...] = ()
+        self._strongest: list[tuple[int, int]] | None = None
 
     def probe_samples(self) -> int | None:
         """The samples that the statistics are taken over."""
@@ -76,6 +77,8 @@ class AttentionTracker(AnalysisCallback[Attention]):
 
     def prepare(self, trainer: L.Trainer, model: nn.Module) -> None:
         """Tries every prompt once, so that a model, token or head that cannot be shown fails before the first step."""
+        if not self._goes_on:
+            self._strongest = None
         self._shown = find_prompts(trainer, model, self.prompts, self._batches, self.max_tokens)
         with undisturbed(trainer, trainer.lightning_module):
             for prompt in self._shown:
@@ -110,16 +113,23 @@ class AttentionTracker(AnalysisCallback[Attention]):
         passes = statistics.passes + len(shown) * (1 if base is None else 2)
         return Attention(statistics, tuple(shown), passes)
 
-    def describe(self, result: Attention, context: AnalysisContext) -> Findings:
+    def describe(self, result: Attention, context: AnalysisContext) -> Row:
         """Means over heads as metrics; every head's statistics, patterns and singular values for the figures."""
-        heads = result.shown[0].maps.heads if self.heads == "all" else self.heads
-        return attention_findings(
-            result,
-            step=context.step,
-            heads=heads,
-            singular_values=self.singular_values,
-            earlier=read_rows(context.store.rows) if context.store.write else [],
-        )
+        if self._strongest is None:
+            # The same heads over the whole run, so that the figures compare.
+            self._strongest = strongest_heads(result.statistics)
+        heads = result.shown[0].maps.heads if self.heads == "all" else self.heads or self._strongest
+        return attention_findings(result, heads=heads, singular_values=self.singular_values)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Adds the heads that the first analysis chose."""
+        return {**super().state_dict(), "heads": self._strongest}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Notes what the interrupted run left."""
+        super().load_state_dict(state_dict)
+        heads = state_dict.get("heads")
+        self._strongest = None if heads is None else [(layer, head) for layer, head in heads]
 
     def _base(self, context: AnalysisContext) -> ParameterVector | None:
         snapshot = find_snapshot(context.trainer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,10 +14,8 @@ import lightning.pytorch as L
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from lightning_goldy.callbacks.cost import peak_memory_bytes
-from lightning_goldy.callbacks.output import log_findings
-from lightning_goldy.callbacks.progress import AnalysisProgress
-from lightning_goldy.callbacks.run_directory import ResultStore, run_directory
+from lightning_goldy.analysis.result import AnalysisResult, Cost, Row
+from lightning_goldy.callbacks.store import AnalysisProgress, ResultStore, log_row, peak_memory_bytes, run_directory
 from lightning_goldy.callbacks.subject import check_probe, find_model, find_objective, find_probe
 from lightning_goldy.core.isolation import undisturbed
 from lightning_goldy.core.naming import suggestion
@@ -28,6 +27,8 @@ from lightning_goldy.core.vector import ParameterVector, require_finite
 
 At = Literal["start", "checkpoint", "end"]
 Trigger = Literal["start", "step", "epoch", "checkpoint", "end"]
+Vectors = dict[str, tuple[ParameterVector, Kind]]
+Histograms = dict[str, tuple[list[float], list[int]]]
 ResultT = TypeVar("ResultT")
 
 
@@ -58,21 +59,25 @@ class AnalysisContext:
 
 @dataclass
 class Findings:
-    """What to say of one result.
+    """What to say of one result, as a callback may still put it; a :class:`~lightning_goldy.analysis.Row` is better.
 
     Args:
         metrics: Scalars by name; None where one does not exist yet.
         data: JSON-able description with everything that the figures need.
         vectors: Parameter vectors to save, by name, with their kind.
         histograms: Bin edges and counts by name.
-        evaluations: Model evaluations spent, in forward passes.
+        evaluations: Forward passes made, in samples.
     """
 
     metrics: dict[str, float | None]
     data: dict[str, Any] = field(default_factory=dict)
-    vectors: dict[str, tuple[ParameterVector, Kind]] = field(default_factory=dict)
-    histograms: dict[str, tuple[list[float], list[int]]] = field(default_factory=dict)
+    vectors: Vectors = field(default_factory=dict)
+    histograms: Histograms = field(default_factory=dict)
     evaluations: int = 0
+
+    def row(self) -> Row:
+        """The row that says the same."""
+        return Row("", self.metrics, self.data, cost=Cost(forwards=self.evaluations))
 
 
 class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
@@ -97,7 +102,10 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
     changes_training = False
     """Whether it intervenes in the training, which a callback that only looks never does."""
     analysis: str | None = None
-    """What its rows are called, which decides their figures; None for the name of the class in snake case."""
+    """What its rows are called, which decides their figures; None to leave it to the result.
+
+    A result that does not say takes the name of the class in snake case.
+    """
 
     def __init__(
         self,
@@ -132,6 +140,7 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         self._seen_step = 0
         self._previous_folder: str | None = None
         self._resumed = False
+        self._goes_on = False
         self._store: ResultStore | None = None
         self._batches: list[Any] = []
 
@@ -139,9 +148,18 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
     def compute(self, context: AnalysisContext) -> ResultT:
         """The analysis itself; every rank calls."""
 
-    @abstractmethod
-    def describe(self, result: ResultT, context: AnalysisContext) -> Findings:
-        """What to log and to save of a result; every rank calls."""
+    def describe(self, result: ResultT, context: AnalysisContext) -> Row | Findings:
+        """The row of a result, which a callback that knows more than the result extends; every rank calls.
+
+        Raises:
+            TypeError: The result has no row, and nothing else describes it.
+        """
+        if not isinstance(result, AnalysisResult):
+            raise TypeError(
+                f"{type(self).__name__}.compute gives {type(result).__name__}, which has no row: let it give an "
+                "AnalysisResult, or override describe"
+            )
+        return result.row()
 
     def probe_samples(self) -> int | None:
         """How many probe samples an analysis uses, None for all."""
@@ -189,6 +207,7 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
             self._store.continue_from(Path(self._previous_folder), trainer.global_step)
         elif not again:
             self._store.start_fresh()
+        self._goes_on = self._resumed or again
         self._seen_step = trainer.global_step
         # The sanity check's forward may have left FSDP2's root unsharded.
         unshard_guard(pl_module)
@@ -260,32 +279,42 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
             model = find_model(pl_module, self.model_attribute)
             objective = find_objective(pl_module, model, self.objective) if self.needs_probe else None
             context = AnalysisContext(trainer, pl_module, model, objective, self._batches, step, self._store, progress)
-            findings = self.describe(self.compute(context), context)
+            result = self.compute(context)
+            row, vectors, histograms = self._described(result, context)
             files = {}
-            for name, (vector, kind) in findings.vectors.items():
+            for name, (vector, kind) in vectors.items():
                 path = self.folder / f"{name}-step={step:08d}.safetensors"
                 save_vectors(path, vector, kind=kind, model=model, step=step, write=self._store.write)
                 files[name] = path.name
-        row = {
-            "format": 1,
-            "analysis": self.analysis or default_name(type(self)),
-            "name": self.name,
-            "step": step,
-            "epoch": trainer.current_epoch,
-            "trigger": trigger,
-            "metrics": findings.metrics,
-            "result": findings.data,
-            "cost": {
-                "seconds": time.perf_counter() - start,
-                "model_evaluations": findings.evaluations,
-                "peak_memory_bytes": peak(),
-            },
-            "files": files,
-        }
-        self._store.append(row)
+        row = row.at(
+            analysis=self.analysis or row.analysis or default_name(type(self)),
+            name=self.name,
+            step=step,
+            epoch=trainer.current_epoch,
+            trigger=trigger,
+            seconds=time.perf_counter() - start,
+            peak_memory_bytes=peak(),
+            files=files,
+        )
+        earlier = self._store.history
+        line = self._store.append(row)
         if trainer.is_global_zero:
-            log_findings(trainer, row, findings.histograms)
+            log_row(trainer, line, histograms, earlier)
         self._last_step = step
+
+    def _described(self, result: ResultT, context: AnalysisContext) -> tuple[Row, Vectors, Histograms]:
+        told = self.describe(result, context)
+        if isinstance(told, Findings):
+            warnings.warn(
+                f"{type(self).__name__}.describe returns Findings; return a lightning_goldy.analysis.Row, or let "
+                "compute return an AnalysisResult, which has one",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            return told.row(), told.vectors, told.histograms
+        if isinstance(result, AnalysisResult):
+            return told, result.vectors(), result.histograms()
+        return told, {}, {}
 
     def state_dict(self) -> dict[str, Any]:
         """Small and picklable under ``weights_only``: where the results are and how far they go."""

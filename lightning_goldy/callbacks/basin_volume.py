@@ -10,13 +10,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_goldy.analysis.preconditioner import adam_preconditioner
-from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, Findings
+from lightning_goldy.analysis.result import Row
+from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.callbacks.subject import check_probe, find_objective
 from lightning_goldy.callbacks.volume_findings import ONLY_SPLIT, volume_findings
 from lightning_goldy.callbacks.volume_settings import Estimator, PreconditionerName, Selection
 from lightning_goldy.callbacks.volume_subject import check_split_names, find_adam, find_splits
 from lightning_goldy.callbacks.volume_survey import Survey, VolumeSurvey
-from lightning_goldy.core.files import read_rows
 from lightning_goldy.core.isolation import undisturbed
 from lightning_goldy.core.ray import Preconditioner
 
@@ -112,10 +112,9 @@ class BasinVolume(AnalysisCallback[Survey]):
             progress=context.progress,
         )
 
-    def describe(self, result: Survey, context: AnalysisContext) -> Findings:
-        """Volumes as metrics; estimates, radii and the lines over the run for the figures."""
-        earlier = read_rows(context.store.rows) if context.store.write else []
-        return volume_findings(self.survey, result, step=context.step, earlier=earlier)
+    def describe(self, result: Survey, context: AnalysisContext) -> Row:
+        """Volumes as metrics; estimates and radii for the figures."""
+        return volume_findings(self.survey, result)
 
     def state_dict(self) -> dict[str, Any]:
         """Adds the sigma and the damping that the run keeps."""

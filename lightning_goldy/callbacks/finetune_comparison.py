@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, Findings
+from lightning_goldy.analysis.result import Row
+from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.callbacks.finetune_rerun import Contender, Finetune, Rerun
 from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.naming import suggestion
@@ -107,7 +108,7 @@ class FinetuneComparison(AnalysisCallback[tuple[Finetune, ...]]):
             context.progress(done, len(self.against))
         return tuple(found)
 
-    def describe(self, result: tuple[Finetune, ...], context: AnalysisContext) -> Findings:
+    def describe(self, result: tuple[Finetune, ...], context: AnalysisContext) -> Row:
         """Prints the table and logs its numbers."""
         numel = ParameterSpace.of(context.model).numel
         Console().print(comparison_table(result, numel))
@@ -115,7 +116,7 @@ class FinetuneComparison(AnalysisCallback[tuple[Finetune, ...]]):
         for row in result:
             metrics[f"{row.name}/delta_norm"] = row.change
             metrics.update({f"{row.name}/{name.replace('/', '_')}": value for name, value in row.losses.items()})
-        return Findings(metrics, {"numel": numel, "rows": [vars(row) for row in result]})
+        return Row("finetune_comparison", metrics, {"numel": numel, "rows": [vars(row) for row in result]})
 
 
 def comparison_table(rows: Sequence[Finetune], numel: int) -> Table:

@@ -11,7 +11,8 @@ from torch import nn
 from lightning_goldy.analysis.ballot import Scope
 from lightning_goldy.analysis.change import change_inside
 from lightning_goldy.analysis.golden import GoldenResult, check_arguments, golden_parameters, jaccard
-from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, Findings
+from lightning_goldy.analysis.result import Row
+from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.callbacks.golden_snapshot import find_snapshot
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.store import load_vectors
@@ -89,13 +90,9 @@ class GoldenParameters(AnalysisCallback[GoldenResult]):
             progress=context.progress,
         )
 
-    def describe(self, result: GoldenResult, context: AnalysisContext) -> Findings:
-        """Counts against chance, and what the mask has to do with the last mask and with the change."""
+    def describe(self, result: GoldenResult, context: AnalysisContext) -> Row:
+        """Adds what the mask has to do with the last mask and with the change."""
         metrics: dict[str, float | None] = {
-            "count": result.count,
-            "density": result.density,
-            "chance_density": result.chance_density,
-            "density_over_chance": result.density_over_chance,
             "jaccard_previous": None if self._mask is None else jaccard(result.mask, self._mask),
             "delta_share": None,
             "delta_share_over_density": None,
@@ -108,7 +105,7 @@ class GoldenParameters(AnalysisCallback[GoldenResult]):
                 metrics["delta_share_over_density"] = share / result.density
         self._mask = result.mask
         self._mask_file = f"mask-step={context.step:08d}.safetensors"
-        return Findings(metrics, result.summary(), {"mask": (result.mask, "mask")}, evaluations=3 * result.n_samples)
+        return result.row().extended(metrics)
 
     def state_dict(self) -> dict[str, Any]:
         """Adds the name of the last mask's file."""

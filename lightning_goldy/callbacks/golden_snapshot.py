@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_goldy.analysis.change import SuccessiveUpdates, WeightChange, weight_change
-from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, Findings
+from lightning_goldy.analysis.result import Row
+from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.core.base import BaseParameters, read_base
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.store import StoreError, fingerprint, load_vectors, save_vectors
@@ -120,21 +120,12 @@ class GoldenSnapshot(AnalysisCallback[WeightChange]):
         """Measures the change since the base."""
         return weight_change(context.model, self.base)
 
-    def describe(self, result: WeightChange, context: AnalysisContext) -> Findings:
-        """Norms and cosine as metrics; tensors and histogram for the figures."""
-        cosine = None
-        if self._updates is not None:
-            cosine = self._updates.observe(ParameterVector.of(context.model, self.base.space))
-        metrics: dict[str, float | None] = {
-            "delta_norm": result.delta_norm,
-            "relative_change": result.relative_change if math.isfinite(result.relative_change) else None,
-            "update_cosine": cosine,
-            "unchanged_share": result.unchanged / sum(result.numel),
-        }
-        metrics.update({f"relative_change/{block}": value for block, value in result.by_block().items()})
-        histogram = {"edges": list(result.edges), "counts": list(result.counts), "zero": result.unchanged}
-        changed = {"change_log10": (list(result.edges), list(result.counts))} if any(result.counts) else {}
-        return Findings(metrics, {"tensors": result.rows(), "histogram": histogram}, histograms=changed)
+    def describe(self, result: WeightChange, context: AnalysisContext) -> Row:
+        """Adds the cosine between the last two updates."""
+        if self._updates is None:
+            return result.row().extended({"update_cosine": None})
+        present = ParameterVector.of(context.model, self.base.space)
+        return result.row().extended({"update_cosine": self._updates.observe(present)})
 
     def save_files(self, trainer: L.Trainer, model: nn.Module) -> None:
         """Writes the previous values and the last update, from which the next cosine follows after a resume."""

@@ -10,7 +10,8 @@ import lightning.pytorch as L
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, Findings
+from lightning_goldy.analysis.result import Cost, Row
+from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.callbacks.golden_snapshot import BASE_FILE
 from lightning_goldy.callbacks.plasticity_base import attention_space
 from lightning_goldy.callbacks.plasticity_findings import plasticity_findings, running_metrics
@@ -162,13 +163,18 @@ class HeadPlasticity(AnalysisCallback[list[dict[str, Any]]]):
         self._subject = self._subject_of(context.model, context.objective)
         return self.plasticity.carry_out(self._subject, context.step, context.progress)
 
-    def describe(self, result: list[dict[str, Any]], context: AnalysisContext) -> Findings:
-        """Losses and heads as metrics; decisions, scores, time line and maps for the figures."""
+    def describe(self, result: list[dict[str, Any]], context: AnalysisContext) -> Row:
+        """Losses and heads as metrics; decisions, scores, maps and what changed since the last row for the figures."""
         loss = self._subject.loss()
         if self.plasticity.measures(context.step) or not result:
             self.plasticity.observe(context.step, loss)
         return plasticity_findings(
-            self.plasticity, result, loss=loss, step=context.step, evaluations=self._subject.evaluations
+            self.plasticity,
+            result,
+            loss=loss,
+            step=context.step,
+            after=self._last_step,
+            cost=Cost(forwards=self._subject.evaluations),
         )
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -16,16 +16,16 @@ from lightning_goldy.analysis.coupling_passes import OnError
 from lightning_goldy.analysis.coupling_selection import Layers, check_selection
 from lightning_goldy.analysis.coupling_statistics import CouplingStatistics, check_thresholds, coupling_statistics
 from lightning_goldy.analysis.finetune_ripple import finetune_ripple
+from lightning_goldy.analysis.result import Cost, Row
 from lightning_goldy.callbacks.attention_prompts import find_tokenizer
-from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, Findings
+from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.callbacks.golden_snapshot import BASE_FILE
 from lightning_goldy.callbacks.knowledge_findings import KnowledgeState, knowledge_findings
 from lightning_goldy.callbacks.knowledge_pieces import PieceSource, WatchedPieces, drawn, find_pieces
-from lightning_goldy.callbacks.progress import AnalysisProgress
+from lightning_goldy.callbacks.store import AnalysisProgress
 from lightning_goldy.callbacks.subject import find_objective
 from lightning_goldy.callbacks.training_base import TrainingBase
 from lightning_goldy.core.base import BaseParameters
-from lightning_goldy.core.files import read_rows
 from lightning_goldy.core.isolation import undisturbed
 from lightning_goldy.core.objective import CausalLMObjective
 from lightning_goldy.core.space import ParameterSpace
@@ -142,15 +142,13 @@ class KnowledgeCoupling(AnalysisCallback[KnowledgeState]):
             progress=_half(context.progress, 1),
         )
         drift = coupling_drift(self._before[0], coupling, self._watched.classes)
-        return KnowledgeState(coupling, self._statistics(coupling), drift, ripple)
+        return KnowledgeState(coupling, self._statistics(coupling), drift, ripple, self._before[0])
 
-    def describe(self, result: KnowledgeState, context: AnalysisContext) -> Findings:
+    def describe(self, result: KnowledgeState, context: AnalysisContext) -> Row:
         """Drift, agreement and changes by class as metrics; points, matrix and the most moved facts for the figures."""
-        earlier = read_rows(context.store.rows) if context.store.write else []
-        findings = knowledge_findings(result, self._before, self._watched, step=context.step, earlier=earlier)
-        findings.evaluations += self._unreported
-        self._unreported = 0
-        return findings
+        unreported, self._unreported = self._unreported, 0
+        row = knowledge_findings(result, self._before, self._watched)
+        return row.extended(cost=Cost(forwards=unreported))
 
     def state_dict(self) -> dict[str, Any]:
         """Adds the hash of the base."""

@@ -1,9 +1,8 @@
-"""Coupling, its drift and the finetune's ripple as metrics, as a row that can be redrawn, and as lines over the run."""
+"""Coupling, its drift and the finetune's ripple as metrics, and as a row that can be redrawn."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,20 +14,18 @@ from lightning_goldy.analysis.coupling_drift import CouplingDrift
 from lightning_goldy.analysis.coupling_picture import coupling_picture
 from lightning_goldy.analysis.coupling_statistics import CouplingStatistics
 from lightning_goldy.analysis.finetune_ripple import FinetuneRipple
-from lightning_goldy.callbacks.base import Findings
+from lightning_goldy.analysis.result import AnalysisResult, Cost, Row
 from lightning_goldy.callbacks.knowledge_pieces import WatchedPieces
 from lightning_goldy.core.space import ParameterSpace
+from lightning_goldy.core.store import Kind
 from lightning_goldy.core.vector import ParameterVector
 
-# Points of a line; a row holds the line so far, so without a limit a file would grow with the square of the run.
-_MOST_POINTS = 200
 # Blocks and pieces in the heat maps, points in the scatter plot, facts in the table.
 _BLOCKS, _PIECES, _POINTS, _MOVED = 64, 40, 2000, 20
-_LINES = ("mean_absolute_difference", "correlation", "pearson", "spearman")
 
 
 @dataclass(frozen=True)
-class KnowledgeState:
+class KnowledgeState(AnalysisResult):
     """What one analysis found.
 
     Args:
@@ -36,33 +33,34 @@ class KnowledgeState:
         statistics: Of it.
         drift: From the base.
         ripple: What the finetune did to each piece.
+        base: The coupling at the base.
     """
 
     coupling: CouplingResult
     statistics: CouplingStatistics
     drift: CouplingDrift
     ripple: FinetuneRipple
+    base: CouplingResult
+
+    def vectors(self) -> dict[str, tuple[ParameterVector, Kind]]:
+        """The matrices and every piece's numbers as tensors."""
+        return {"coupling": (_tensors(self), "result")}
 
 
 def knowledge_findings(
     found: KnowledgeState,
     base: tuple[CouplingResult, CouplingStatistics],
     watched: WatchedPieces,
-    *,
-    step: int,
-    earlier: Sequence[Mapping[str, Any]],
-) -> Findings:
+) -> Row:
     """What to log and to save of an analysis.
 
     Args:
         found: The analysis.
         base: The coupling at the base and its statistics.
         watched: The pieces.
-        step: Optimizer steps so far.
-        earlier: The rows of earlier analyses.
 
     Returns:
-        Drift, agreement and changes by class; the row; the matrices and every piece's numbers as tensors.
+        Drift, agreement and changes by class as metrics; points, matrix and the most moved facts for the figures.
     """
     ripple, drift = found.ripple, found.drift
     metrics: dict[str, float | None] = {
@@ -89,11 +87,10 @@ def knowledge_findings(
         "points": _points(ripple),
         "moved": [_moved(ripple, watched, place) for place in ripple.most_moved(_MOVED)],
         "drifted": _drifted(base, found, watched),
-        **coupling_picture(found.coupling, found.statistics, most=_BLOCKS).row(),
+        **coupling_picture(found.coupling, found.statistics, most=_BLOCKS).details(),
     }
-    data["trajectory"] = _trajectory([*earlier, {"step": step, "metrics": metrics}], ripple.groups)
-    evaluations = 3 * len(ripple.pieces) + ripple.passes
-    return Findings(metrics, data, {"coupling": (_tensors(found, base[0]), "result")}, evaluations=evaluations)
+    cost = Cost(forwards=3 * len(ripple.pieces) + ripple.passes)
+    return Row("coupling_drift", metrics, data, cost=cost)
 
 
 def _points(ripple: FinetuneRipple) -> dict[str, list[Any]]:
@@ -138,11 +135,11 @@ def _drifted(
     }
 
 
-def _tensors(found: KnowledgeState, base: CouplingResult) -> ParameterVector:
+def _tensors(found: KnowledgeState) -> ParameterVector:
     tensors: dict[str, Tensor] = {
-        "base_cosines": base.cosines,
+        "base_cosines": found.base.cosines,
         "cosines": found.coupling.cosines,
-        "base_norms": base.norms,
+        "base_norms": found.base.norms,
         "norms": found.coupling.norms,
     }
     for name in ("predicted", "before", "after", "rank_before", "rank_after", "exact_before", "exact_after"):
@@ -151,20 +148,6 @@ def _tensors(found: KnowledgeState, base: CouplingResult) -> ParameterVector:
         tuple(tensors), tuple(each.shape for each in tensors.values()), tuple(each.dtype for each in tensors.values())
     )
     return ParameterVector(space, tensors)
-
-
-def _trajectory(rows: Sequence[Mapping[str, Any]], groups: Sequence[str]) -> dict[str, Any]:
-    """Drift, agreement and mean changes by class over the run, evenly thinned, the latest kept."""
-    stride = -(-len(rows) // _MOST_POINTS)
-    rows = rows[(len(rows) - 1) % stride :: stride]
-    lines: dict[str, Any] = {"steps": [row["step"] for row in rows]}
-    for name in _LINES:
-        lines[name] = [row["metrics"].get(name) for row in rows]
-    lines["change"] = {name: [row["metrics"].get(f"measured_change/{name}") for row in rows] for name in groups}
-    lines["predicted_change"] = {
-        name: [row["metrics"].get(f"predicted_change/{name}") for row in rows] for name in groups
-    }
-    return lines
 
 
 def _json(value: Any) -> Any:

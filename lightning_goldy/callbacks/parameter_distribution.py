@@ -8,10 +8,8 @@ import lightning.pytorch as L
 from torch import nn
 
 from lightning_goldy.analysis.distribution import ParameterDistributionResult, parameter_distribution
-from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, Findings
+from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.callbacks.golden_snapshot import GoldenSnapshot, find_snapshot
-
-_COLUMNS = ("relative_change", "stable_rank", "effective_rank", "histogram_drift")
 
 
 class ParameterDistribution(AnalysisCallback[ParameterDistributionResult]):
@@ -56,19 +54,6 @@ class ParameterDistribution(AnalysisCallback[ParameterDistributionResult]):
             seed=self.seed,
             progress=context.progress,
         )
-
-    def describe(self, result: ParameterDistributionResult, context: AnalysisContext) -> Findings:
-        """Values of the model and by block as metrics; the tensors' rows for the figures."""
-        rows = [dict(row) for row in result.rows]
-        for row in rows:
-            chance = row.get("alignment_chance")
-            row["alignment_over_chance"] = row["alignment"] / chance if chance else None
-        detailed = ParameterDistributionResult(tuple(rows), result.top)
-        metrics: dict[str, float | None] = {}
-        for column in (*_COLUMNS, "alignment_over_chance"):
-            metrics[column] = detailed.whole(column)
-            metrics.update({f"{column}/{block}": value for block, value in detailed.by_block(column).items()})
-        return Findings(metrics, {"tensors": rows, "top": self.top})
 
     def _snapshot(self, trainer: L.Trainer) -> GoldenSnapshot:
         found = find_snapshot(trainer)

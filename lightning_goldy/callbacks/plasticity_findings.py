@@ -8,11 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from lightning_goldy.callbacks.base import Findings
+from lightning_goldy.analysis.result import Cost, Row
 from lightning_goldy.callbacks.plasticity_run import PlasticityRun
 
-# Points of a line; a row holds the line so far, so without a limit a file would grow with the square of the run.
-_MOST_POINTS = 400
 _EVENT_METRICS = {
     "cut": ("loss_before", "loss_after"),
     "regrow": ("loss_before", "loss_after"),
@@ -21,8 +19,8 @@ _EVENT_METRICS = {
 
 
 def plasticity_findings(
-    run: PlasticityRun, events: Sequence[Mapping[str, Any]], *, loss: float, step: int, evaluations: int
-) -> Findings:
+    run: PlasticityRun, events: Sequence[Mapping[str, Any]], *, loss: float, step: int, after: int, cost: Cost
+) -> Row:
     """What to log and to save at a step.
 
     Args:
@@ -30,7 +28,8 @@ def plasticity_findings(
         events: What was done at this step.
         loss: Of the probe, after it; nats.
         step: Optimizer steps so far.
-        evaluations: Forward passes spent.
+        after: Step of the row before, from which on gates and losses are told; -1 in the first.
+        cost: Passes made.
     """
     gates = run.gates
     metrics = running_metrics(run, loss, step)
@@ -53,12 +52,12 @@ def plasticity_findings(
         "closed": [list(head) for head in gates.closed],
         "events": list(events),
         "scores": run.scored,
-        "timeline": [{"step": at, "closed": closed} for at, closed in run.timeline],
-        "curve": _curve(run.curve),
+        "timeline": [{"step": at, "closed": closed} for at, closed in run.timeline if at > after],
+        "curve": _curve([point for point in run.curve if point[0] > after]),
         "attention": _attention(run.shown),
         "last_step": run.plan.last_step,
     }
-    return Findings(metrics, data, evaluations=evaluations)
+    return Row("head_plasticity", metrics, data, cost=cost)
 
 
 def running_metrics(run: PlasticityRun, loss: float, step: int) -> dict[str, float | None]:
@@ -91,10 +90,8 @@ def perplexity(loss: float) -> float | None:
 
 
 def _curve(points: Sequence[Sequence[float]]) -> dict[str, list[float]]:
-    count = len(points)
-    kept = sorted({round(place) for place in np.linspace(0, count - 1, min(count, _MOST_POINTS))}) if count else []
     names = ("steps", "loss", "multiplier", "active_heads")
-    return {name: [points[index][column] for index in kept] for column, name in enumerate(names)}
+    return {name: [point[column] for point in points] for column, name in enumerate(names)}
 
 
 def _attention(shown: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -14,12 +14,13 @@ from lightning_goldy.analysis.divergence import shortened
 from lightning_goldy.analysis.fluctuation import Fluctuation
 from lightning_goldy.analysis.generations import compare_generations
 from lightning_goldy.analysis.golden import jaccard
+from lightning_goldy.analysis.result import Row
 from lightning_goldy.analysis.reverse_golden import (
     ReverseGoldenResult,
     check_search_arguments,
     reverse_golden_parameters,
 )
-from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, Findings
+from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.callbacks.generation_settings import Generations, find_tokenizer
 from lightning_goldy.callbacks.golden_snapshot import find_snapshot
 from lightning_goldy.callbacks.search_settings import Search
@@ -117,16 +118,9 @@ class ReverseGoldenParameters(AnalysisCallback[ReverseGoldenResult]):
             **fluctuation,
         )
 
-    def describe(self, result: ReverseGoldenResult, context: AnalysisContext) -> Findings:
-        """The divergence against single-shot masks, and what the mask has to do with the last one and the change."""
+    def describe(self, result: ReverseGoldenResult, context: AnalysisContext) -> Row:
+        """Adds what the mask has to do with the last one and the change, and what the masked model says."""
         metrics: dict[str, float | None] = {
-            "kl_divergence": result.kl_divergence,
-            "search_divergence": result.search_divergence,
-            **{f"single_shot/{name}": value for name, value in result.single_shots.items()},
-            "over_gradient": result.over_gradient,
-            "count": result.count,
-            "density": result.density,
-            "accepted_pools": sum(entry["accepted"] for entry in result.history),
             "jaccard_previous": None if self._mask is None else jaccard(result.mask, self._mask),
             "delta_share": None,
             "delta_share_over_density": None,
@@ -137,7 +131,7 @@ class ReverseGoldenParameters(AnalysisCallback[ReverseGoldenResult]):
             metrics["delta_share"] = share
             if share is not None:
                 metrics["delta_share_over_density"] = share / result.density
-        data = result.summary()
+        data: dict[str, Any] = {}
         if self.generations.prompts:
             tokenizer = find_tokenizer(context.trainer, context.pl_module)
             found = compare_generations(context.model, tokenizer, mask=result.mask, **vars(self.generations))
@@ -145,7 +139,7 @@ class ReverseGoldenParameters(AnalysisCallback[ReverseGoldenResult]):
             metrics |= {"token_agreement": found.mean_agreement, "kl_per_token": found.mean_kl_per_token}
         self._mask = result.mask
         self._mask_file = f"mask-step={context.step:08d}.safetensors"
-        return Findings(metrics, data, {"mask": (result.mask, "mask")}, evaluations=result.evaluations)
+        return result.row().extended(metrics, data)
 
     def state_dict(self) -> dict[str, Any]:
         """Adds the name of the last mask's file."""

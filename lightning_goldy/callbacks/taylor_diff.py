@@ -10,13 +10,13 @@ import lightning.pytorch as L
 from torch import nn
 
 from lightning_goldy.analysis.divergence import shortened
+from lightning_goldy.analysis.result import Cost, Row
 from lightning_goldy.analysis.taylor import LAZY, NONLINEAR, By, check_orders, taylor_diff
 from lightning_goldy.analysis.taylor import TaylorDiff as TaylorResult
-from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, Findings
+from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.callbacks.golden_snapshot import find_snapshot
 from lightning_goldy.callbacks.subject import find_model
 from lightning_goldy.core.base import BaseParameters
-from lightning_goldy.core.files import read_rows
 from lightning_goldy.core.naming import suggestion
 from lightning_goldy.core.sharding import unshard_guard
 from lightning_goldy.core.space import ParameterSpace
@@ -25,9 +25,6 @@ from lightning_goldy.core.vector import ParameterVector
 
 Reset = Literal["never", "each", "epoch"]
 _RESETS = ("never", "each", "epoch")
-_LINES = ("change", "first_order", "nonlinearity")
-# Points of a line; a row holds the line so far, so without a limit a file would grow with the square of the run.
-_MOST_POINTS = 200
 
 
 class TaylorDiff(AnalysisCallback[TaylorResult]):
@@ -111,8 +108,8 @@ class TaylorDiff(AnalysisCallback[TaylorResult]):
             progress=context.progress,
         )
 
-    def describe(self, result: TaylorResult, context: AnalysisContext) -> Findings:
-        """Losses, predictions and the regime as metrics; shares and the lines over the run for the figures."""
+    def describe(self, result: TaylorResult, context: AnalysisContext) -> Row:
+        """Losses, predictions and the regime as metrics; shares for the figures."""
         metrics: dict[str, float | None] = {
             "base_loss": result.base_loss,
             "loss": result.loss,
@@ -121,8 +118,8 @@ class TaylorDiff(AnalysisCallback[TaylorResult]):
             "second_order": result.second_order,
             "second_to_first": result.second_to_first,
             "step_norm": result.step_norm,
-            "gradient_norm": result.gradient_norm if result.gradient_norm == result.gradient_norm else None,
-            "nonlinearity": result.nonlinearity if result.nonlinearity < float("inf") else None,
+            "gradient_norm": result.gradient_norm,
+            "nonlinearity": result.nonlinearity,
         }
         for fit in result.orders:
             for name in ("loss", "residual", "relative_error", "kl_divergence", "top1_agreement"):
@@ -139,11 +136,10 @@ class TaylorDiff(AnalysisCallback[TaylorResult]):
             "n_targets": result.n_targets,
             "base_step": self._base_step,
         }
-        earlier = read_rows(context.store.rows) if context.store.write else []
-        data["trajectory"] = _trajectory([*earlier, {"step": context.step, "metrics": metrics, "result": data}])
         if self.reset == "each":
             self._move_base(context.model, context.step)
-        return Findings(metrics, data, evaluations=self._forwards(result) * len(context.probe))
+        cost = Cost(forwards=self._forwards(result) * len(context.probe))
+        return Row("taylor_diff", metrics, data, cost=cost)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Analyses when scheduled, and then moves the base with ``reset="epoch"``."""
@@ -190,20 +186,3 @@ class TaylorDiff(AnalysisCallback[TaylorResult]):
             return 1 + 3 * (1 if highest == 1 else 5)
         shares = 0 if self.by is None else 6 if self.function_space else 3
         return 1 + {1: 4, 2: 11, 3: 35}[highest] + shares
-
-
-def _trajectory(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Actual and predicted changes over the run."""
-    rows = rows[-_MOST_POINTS:]
-    lines: dict[str, list[Any]] = {"steps": [row["step"] for row in rows]}
-    for name in _LINES:
-        lines[name] = [row["metrics"].get(name) for row in rows]
-    orders = sorted({fit["order"] for row in rows for fit in row["result"]["fits"]})
-    for order in orders:
-        predicted = [
-            None if value is None else value - row["metrics"]["base_loss"]
-            for row in rows
-            for value in (row["metrics"].get(f"loss/order{order}"),)
-        ]
-        lines[f"order{order}"] = predicted
-    return lines

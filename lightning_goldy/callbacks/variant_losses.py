@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import lightning.pytorch as L
 import torch
 from torch import nn
 
 from lightning_goldy.analysis.divergence import shortened
-from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, Findings
-from lightning_goldy.core.files import read_rows
+from lightning_goldy.analysis.result import AnalysisResult, Cost
+from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.core.objective import FunctionObjective, batch_tensors, map_batch
 from lightning_goldy.core.sharding import Replicas
 from lightning_goldy.variants import VariantsModule
 
-# Points of a line; a row holds the line so far, so without a limit a file would grow with the square of the run.
-_MOST_POINTS = 200
-
 
 @dataclass(frozen=True)
-class VariantLossesResult:
-    """Mean loss over the probe's targets by variant, nats, and the number of targets."""
+class VariantLossesResult(AnalysisResult):
+    """Mean loss over the probe's targets by variant, nats, the number of targets, and what it cost."""
+
+    analysis: ClassVar[str] = "variant_losses"
 
     losses: Mapping[str, float]
     n_targets: int
+    cost: Cost = field(default=Cost(), compare=False)
+
+    def metrics(self) -> dict[str, float | None]:
+        """The losses."""
+        return {f"loss/{name}": loss for name, loss in self.losses.items()}
+
+    def details(self) -> dict[str, Any]:
+        """The number of targets."""
+        return {"n_targets": self.n_targets}
 
 
 class VariantLosses(AnalysisCallback[VariantLossesResult]):
@@ -81,28 +89,7 @@ class VariantLosses(AnalysisCallback[VariantLossesResult]):
         parts = replicas.gather_objects((totals, count))
         n_targets = sum(part[1] for part in parts)
         losses = {name: sum(part[0][name] for part in parts) / n_targets for name in totals}
-        return VariantLossesResult(losses, n_targets)
-
-    def describe(self, result: VariantLossesResult, context: AnalysisContext) -> Findings:
-        """The losses as metrics, and the lines over the run."""
-        metrics: dict[str, float | None] = {f"loss/{name}": loss for name, loss in result.losses.items()}
-        earlier = read_rows(context.store.rows) if context.store.write else []
-        lines = trajectory([*earlier, {"step": context.step, "metrics": metrics}], list(result.losses))
-        data = {"trajectory": lines, "n_targets": result.n_targets}
-        return Findings(metrics, data, evaluations=4 * len(result.losses) * len(context.probe))
-
-
-def trajectory(rows: Sequence[Mapping[str, Any]], variants: Sequence[str]) -> dict[str, Any]:
-    """Steps and losses by variant, evenly thinned, the latest kept.
-
-    Args:
-        rows: With ``step`` and ``metrics``, ascending.
-        variants: Names of the lines.
-    """
-    stride = -(-len(rows) // _MOST_POINTS)
-    kept = rows[(len(rows) - 1) % stride :: stride]
-    losses = {name: [row["metrics"].get(f"loss/{name}") for row in kept] for name in variants}
-    return {"steps": [row["step"] for row in kept], "losses": losses}
+        return VariantLossesResult(losses, n_targets, Cost(forwards=4 * len(losses) * len(context.probe)))
 
 
 def _loss(model: nn.Module, objective: Any, batch: Any) -> tuple[float, int]:

@@ -1,4 +1,4 @@
-"""Basin volumes as metrics, as a row that can be redrawn, and as lines over the run."""
+"""Basin volumes as metrics, and as a row that can be redrawn."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_goldy.callbacks.base import Findings
+from lightning_goldy.analysis.result import Cost, Row
 from lightning_goldy.callbacks.volume_survey import Measured, Survey, VolumeSurvey
 
 ONLY_SPLIT = "probe"
@@ -41,20 +41,14 @@ _PER_VOLUME = (
     "max_radius",
     "extra_evaluations",
 )
-# Points of a line; a row holds the line so far, so without a limit a file would grow with the square of the run.
-_MOST_POINTS = 200
 
 
-def volume_findings(
-    settings: VolumeSurvey, survey: Survey, *, step: int, earlier: Sequence[Mapping[str, Any]]
-) -> Findings:
+def volume_findings(settings: VolumeSurvey, survey: Survey) -> Row:
     """What to log and to save of an analysis.
 
     Args:
         settings: What measured.
         survey: What was found.
-        step: Optimizer steps so far.
-        earlier: The rows of earlier analyses, for the lines over the run.
 
     Returns:
         Metrics with one name per split and cutoff, and the row.
@@ -73,8 +67,7 @@ def volume_findings(
         "volumes": [_record(volume) for volume in survey.volumes],
         "fits": fits,
     }
-    data["trajectory"] = _trajectory([*earlier, {"step": step, "result": data}])
-    return Findings(_metrics(survey, fits), data, evaluations=survey.forwards)
+    return Row("basin_volume", _metrics(survey, fits), data, cost=Cost(forwards=survey.forwards))
 
 
 def fit_exponents(cutoffs: Sequence[float], log_volumes: Sequence[float]) -> tuple[float, float, float] | None:
@@ -107,7 +100,7 @@ def _metrics(survey: Survey, fits: Sequence[Mapping[str, Any]]) -> dict[str, flo
     for volume in survey.volumes:
         numbers = volume.result.summary()
         for name in _LOGGED:
-            metrics[_tag(name, volume.split, volume.label)] = _finite(numbers[name])
+            metrics[_tag(name, volume.split, volume.label)] = numbers[name]
     for fit in fits:
         for name in ("scaling_exponent_fit", "learning_coefficient_slope"):
             metrics[_tag(name, fit["split"], fit["split"])] = fit[name]
@@ -158,26 +151,3 @@ def _fits(volumes: Sequence[Measured]) -> list[dict[str, Any]]:
 def _used(volumes: Sequence[Measured]) -> str:
     names = dict.fromkeys(volume.result.preconditioner for volume in volumes)
     return ", ".join(names)
-
-
-def _trajectory(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The lines over the run, one per split and cutoff."""
-    lines: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        for volume in row["result"]["volumes"]:
-            lines.setdefault(volume["label"], []).append({**volume, "steps": row["step"]})
-    names = ("steps", "log_volume", "interval_low", "interval_high", "sigma", "preconditioner")
-    return [
-        {"label": label, **{name: [point[name] for point in _thinned(points)] for name in names}}
-        for label, points in lines.items()
-    ]
-
-
-def _thinned(points: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    count = len(points)
-    kept = sorted({round(place) for place in np.linspace(0, count - 1, min(count, _MOST_POINTS))})
-    return [points[index] for index in kept]
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

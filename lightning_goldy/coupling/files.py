@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_goldy.analysis.coupling_picture import coupling_picture
-from lightning_goldy.callbacks.run_directory import ResultStore
+from lightning_goldy.analysis.result import Cost, Row
+from lightning_goldy.callbacks.store import ResultStore
 from lightning_goldy.core.files import atomic_path
 from lightning_goldy.coupling.analysis import Findings
 from lightning_goldy.coupling.report import SCHEMA_VERSION
@@ -65,7 +66,7 @@ def write_tensors(found: Findings, path: Path) -> Path:
 
 
 def write_rows(
-    found: Findings, parts: Mapping[str, Any], folder: Path, cost: Mapping[str, Mapping[str, float | int]]
+    found: Findings, parts: Mapping[str, Any], folder: Path, costs: Mapping[str, tuple[float, Cost]], peak: int
 ) -> list[dict[str, Any]]:
     """Writes the rows that the report is made of, and returns them.
 
@@ -73,33 +74,29 @@ def write_rows(
         found: What was measured.
         parts: ``high_coupling_pairs`` and ``readiness`` of the summary.
         folder: Of all results.
-        cost: Of each analysis ``seconds``, ``model_evaluations``, ``peak_memory_bytes``.
+        costs: Of each analysis its seconds and passes.
+        peak: Peak of memory of them all, bytes.
     """
-    common: dict[str, Any] = {"format": 1, "step": 0, "epoch": 0, "trigger": "end", "files": {}}
-    rows: list[dict[str, Any]] = [
+    coupling = Row(
+        "knowledge_coupling",
+        found.statistics.scalars(),
         {
-            **common,
-            "analysis": "knowledge_coupling",
-            "name": "knowledge_coupling",
-            "metrics": found.statistics.scalars(),
-            "result": {
-                "measure": found.result.measure,
-                "n_pieces": found.statistics.n_pieces,
-                "n_pairs": found.statistics.n_pairs,
-                "n_clusters": found.statistics.n_clusters,
-                "thresholds": dict(found.statistics.thresholds),
-                **coupling_picture(found.result, found.statistics).row(),
-                "top": parts["high_coupling_pairs"]["top"],
-                "readiness": parts["readiness"],
-            },
-            "cost": dict(cost["knowledge_coupling"]),
-        }
-    ]
-    if found.ripple is not None:
-        rows.append({**common, **found.ripple.row(), "trigger": "end", "cost": dict(cost["ripple_effects"])})
-    for row in rows:
-        ResultStore(folder / "goldy" / str(row["name"]), write=True).append(row)
-    return rows
+            "measure": found.result.measure,
+            "n_pieces": found.statistics.n_pieces,
+            "n_pairs": found.statistics.n_pairs,
+            "n_clusters": found.statistics.n_clusters,
+            "thresholds": dict(found.statistics.thresholds),
+            **coupling_picture(found.result, found.statistics).details(),
+            "top": parts["high_coupling_pairs"]["top"],
+            "readiness": parts["readiness"],
+        },
+    )
+    lines = []
+    for row in (coupling, *([] if found.ripple is None else [found.ripple.row()])):
+        seconds, cost = costs[row.analysis]
+        placed = row.extended(cost=cost).at(seconds=seconds, peak_memory_bytes=peak)
+        lines.append(ResultStore(folder / "goldy" / row.analysis, write=True).append(placed))
+    return lines
 
 
 def write_pictures(rows: list[dict[str, Any]], folder: Path) -> tuple[dict[str, str], str | None]:

@@ -18,7 +18,8 @@ from rich.table import Table
 from torch import nn
 
 import lightning_goldy
-from lightning_goldy.callbacks.cost import peak_memory_bytes
+from lightning_goldy.analysis.result import Cost
+from lightning_goldy.callbacks.store import peak_memory_bytes
 from lightning_goldy.core.files import atomic_write, to_json_line
 from lightning_goldy.core.naming import model_class
 from lightning_goldy.coupling.analysis import Clock, Findings, measure, read_pieces_of
@@ -146,9 +147,8 @@ def _written(found: Findings, parts: dict[str, Any], folder: Path, clock: Clock)
     parts["coupling_analysis"] = coupling_analysis(found)
     parts["high_coupling_pairs"] = high_coupling_pairs(found, pairs, PAIRS)
     parts["cross_question_analysis"] = cross_question_analysis(found)
-    memory = parts["performance"]["peak_memory_bytes"]
-    cost = {
-        analysis: {"seconds": clock.seconds.get(phase, 0.0), "model_evaluations": count, "peak_memory_bytes": memory}
+    costs = {
+        analysis: (clock.seconds.get(phase, 0.0), Cost(forwards=count))
         for analysis, phase, count in (
             ("knowledge_coupling", "coupling", 2 * len(found.result)),
             ("ripple_effects", "ripple", 0 if found.ripple is None else found.ripple.after.numel()),
@@ -158,7 +158,7 @@ def _written(found: Findings, parts: dict[str, Any], folder: Path, clock: Clock)
     write_tensors(found, folder / TENSORS)
     files[PAIRS] = "the strongest pairs with their texts"
     write_pairs(found.result, pairs, folder / PAIRS)
-    rows = write_rows(found, parts, folder, cost)
+    rows = write_rows(found, parts, folder, costs, parts["performance"]["peak_memory_bytes"])
     pictures, missing = write_pictures(rows, folder)
     files |= pictures
     files |= {f"goldy/{row['name']}/results.jsonl": "the row that the report draws" for row in rows}

@@ -36,8 +36,8 @@ def write_report(run_directory: str | os.PathLike[str], output: str | os.PathLik
 
     Example:
         >>> import json, tempfile
-        >>> row = {"format": 1, "analysis": "tiny", "name": "tiny", "step": 1, "epoch": 0, "trigger": "end"}
-        >>> row |= {"metrics": {"count": 3}, "result": {}, "cost": {"seconds": 0.1}, "files": {}}
+        >>> row = {"format": 2, "analysis": "tiny", "name": "tiny", "step": 1, "epoch": 0, "trigger": "end"}
+        >>> row |= {"metrics": {"count": 3}, "result": {}, "headline": "", "cost": {"seconds": 0.1}, "files": {}}
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     _ = atomic_write(f"{folder}/goldy/tiny/results.jsonl", json.dumps(row) + "\n")
         ...     write_report(folder).name
@@ -115,6 +115,10 @@ def _training(training: TrainingCurves) -> str:
 def _cost(run: Run) -> str:
     totals = {analysis.name: _total(analysis, "seconds") for analysis in run.analyses}
     everything = sum(seconds or 0.0 for seconds in totals.values())
+    passes = {"forwards": "#forward", "backwards": "#backward"}
+    old = any(_costs(analysis, "model_evaluations") for analysis in run.analyses)
+    if old:
+        passes["model_evaluations"] = "#evaluations"
     body = []
     for analysis in run.analyses:
         seconds, count = totals[analysis.name], len(analysis.rows)
@@ -124,15 +128,19 @@ def _cost(run: Run) -> str:
                 format_number(count),
                 format_seconds(seconds),
                 format_seconds(None if seconds is None else seconds / count),
-                format_number(_total(analysis, "model_evaluations")),
+                *(format_number(_total(analysis, name)) for name in passes),
                 format_bytes(max(_costs(analysis, "peak_memory_bytes"), default=None)),
                 _share(seconds, everything),
                 _share(seconds, run.training.seconds),
             ]
         )
-    header = ["analysis", "#times", "#time", "#each", "#evaluations", "#peak memory", "#of all analyses", "#of the run"]
-    footer = ["total", "", format_seconds(everything), "", "", "", "", _share(everything, run.training.seconds)]
-    reading = "Evaluations are passes of the model. "
+    ends = ["#peak memory", "#of all analyses", "#of the run"]
+    header = ["analysis", "#times", "#time", "#each", *passes.values(), *ends]
+    blank = [""] * (len(passes) + 3)
+    footer = ["total", "", format_seconds(everything), *blank, _share(everything, run.training.seconds)]
+    reading = "Forward and backward are passes of the model, each counted once per sample. "
+    if old:
+        reading += "Evaluations are what rows of an older format counted, in a unit that differs between analyses. "
     if run.training.seconds:
         reading += f"The run took {format_seconds(run.training.seconds)} from its first to its last logged scalar."
     else:

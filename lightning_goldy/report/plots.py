@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,11 +43,12 @@ def register_plot(analysis: str, name: str) -> Callable[[Callable[[Row], Figure]
     return PLOTS.register(analysis, name)
 
 
-def draw_plots(row: Row) -> dict[str, Figure]:
+def draw_plots(row: Row, earlier: Sequence[Row] = ()) -> dict[str, Figure]:
     """Draws all figures of a row's analysis.
 
     Args:
         row: One row of ``results.jsonl``.
+        earlier: Rows of the same analysis before it, for the figures over the run.
 
     Returns:
         Figure name to figure; empty for an analysis that has none.
@@ -60,7 +61,7 @@ def draw_plots(row: Row) -> dict[str, Figure]:
         >>> draw_plots({"analysis": "of somebody else"})
         {}
     """
-    return PLOTS.draw(row)
+    return PLOTS.draw(row, earlier)
 
 
 @register_plot("golden_parameters", "density")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
+
+from lightning_goldy.report.history import with_history
 
 Row = Mapping[str, Any]
 Figure = TypeVar("Figure")
@@ -58,13 +60,19 @@ class FigureRegistry(Generic[Figure]):
         """Names of the figures of an analysis, in the order of their registration; none when it is unknown."""
         return tuple(self._functions.get(analysis, ()))
 
-    def draw(self, row: Row) -> dict[str, Figure]:
+    def draw(self, row: Row, earlier: Sequence[Row] = ()) -> dict[str, Figure]:
         """Draws every figure of the row's analysis; an analysis without figures gives an empty dict.
+
+        Args:
+            row: What is drawn.
+            earlier: Rows of the same analysis before it, for the figures over the run.
 
         Raises:
             ReportError: The row lacks what a figure needs.
         """
-        return {name: function(row) for name, function in self._functions.get(row["analysis"], {}).items()}
+        functions = self._functions.get(row["analysis"], {})
+        drawn = with_history(row, earlier) if functions else row
+        return {name: function(drawn) for name, function in functions.items()}
 
 
 def require(module: str) -> Any:

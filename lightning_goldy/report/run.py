@@ -13,9 +13,10 @@ from typing import Any
 from lightning_goldy.core.store import StoreError, read_header
 from lightning_goldy.report.curves import TrainingCurves, read_curves
 from lightning_goldy.report.descriptions import position_of
+from lightning_goldy.report.history import without_history
 from lightning_goldy.report.registry import ReportError, Row
 
-FORMAT = 1
+FORMAT = 2
 _FIELDS: dict[str, type | tuple[type, ...]] = {
     "analysis": str,
     "step": int,
@@ -23,10 +24,11 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
     "trigger": str,
     "metrics": Mapping,
     "result": Mapping,
+    "headline": str,
     "cost": Mapping,
 }
 _NAMES = {str: "text", int: "an integer", Mapping: "an object"}
-_COSTS = ("seconds", "model_evaluations", "peak_memory_bytes")
+_COSTS = ("seconds", "forwards", "backwards", "model_evaluations", "peak_memory_bytes")
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,25 @@ def read_run(run_directory: str | os.PathLike[str]) -> Run:
     return Run(goldy.parent, tuple(analyses), training, settings, model_class, all_notes)
 
 
+def upgraded(row: Row) -> Row:
+    """A row of format 1 as one of format 2; any other row as it is.
+
+    The lines of the run so far, which rows of format 1 hold, are left out, as the rows before it tell them. Its number
+    of evaluations had a unit that differed between analyses, so it stays under its own name, ``model_evaluations``.
+
+    Example:
+        >>> cost = {"seconds": 0.5, "model_evaluations": 12, "peak_memory_bytes": 1024}
+        >>> old = {"format": 1, "analysis": "taylor_diff", "result": {"regime": "lazy", "trajectory": {}}, "cost": cost}
+        >>> upgraded(old)["result"], upgraded(old)["cost"]["model_evaluations"], upgraded(old)["cost"]["forwards"]
+        ({'regime': 'lazy'}, 12, None)
+    """
+    if row.get("format") != 1 or not all(isinstance(row.get(name), Mapping) for name in ("result", "cost")):
+        return row
+    result = without_history(str(row.get("analysis")), row["result"])
+    cost = {"forwards": None, "backwards": None, **row["cost"]}
+    return {**row, "format": FORMAT, "result": result, "headline": "", "cost": cost}
+
+
 def _find_results(directory: Path) -> tuple[Path, list[str]]:
     if not directory.is_dir():
         state = "is not a directory" if directory.exists() else "does not exist"
@@ -146,7 +167,7 @@ def _read_rows(path: Path) -> tuple[AnalysisRows | None, list[str]]:
                 notes.append(f"Line {number} of {path.parent.name}/{path.name}, the last, is torn; it is left out.")
                 break
             raise ReportError(f"{path}, line {number}: not JSON: {error}") from error
-        _check_row(row, f"{path}, line {number}")
+        row = _checked(row, f"{path}, line {number}")
         count += 1
         kept[row["step"], row["trigger"]] = number, row
     if not kept:
@@ -161,11 +182,15 @@ def _read_rows(path: Path) -> tuple[AnalysisRows | None, list[str]]:
     return AnalysisRows(path.parent.name, rows[0]["analysis"], path, rows, numbers), notes
 
 
-def _check_row(row: Any, where: str) -> None:
+def _checked(row: Any, where: str) -> Row:
     if not isinstance(row, dict):
         raise ReportError(f"{where}: a row must be an object, got {type(row).__name__}")
-    if row.get("format") != FORMAT:
-        raise ReportError(f"{where}: format {row.get('format')!r} is unknown; this version reads format {FORMAT}")
+    if row.get("format") not in (1, FORMAT):
+        raise ReportError(
+            f"{where}: format {row.get('format')!r} is unknown; this version reads formats 1 and {FORMAT}"
+        )
+    if row["format"] == 1:
+        row.setdefault("headline", "")
     for name, kind in _FIELDS.items():
         if name not in row:
             raise ReportError(f"{where}: {name!r} is missing")
@@ -176,6 +201,7 @@ def _check_row(row: Any, where: str) -> None:
     for name, value in numbers.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
             raise ReportError(f"{where}: {name!r} must be a number or null, got {value!r:.60}")
+    return upgraded(row)
 
 
 def _find_model_class(goldy: Path) -> tuple[str | None, list[str]]:

@@ -15,6 +15,7 @@ from lightning_goldy.report.descriptions import Description, description_of
 from lightning_goldy.report.figures import Frame, figure_html, lines_html
 from lightning_goldy.report.formatting import format_number
 from lightning_goldy.report.generations import generations_html
+from lightning_goldy.report.history import RowHistory
 from lightning_goldy.report.registry import ReportError, Row
 from lightning_goldy.report.run import AnalysisRows
 
@@ -87,12 +88,13 @@ def _figures(analysis: AnalysisRows) -> str:
     if not names:
         return ""
     count = len(analysis.rows)
-    shown = sorted({round(place) for place in np.linspace(0, count - 1, min(count, _MOST_FRAMES))})
+    shown = {round(place) for place in np.linspace(0, count - 1, min(count, _MOST_FRAMES))}
     frames: dict[str, list[Frame]] = {name: [] for name in names}
-    for index in shown:
-        row = analysis.rows[index]
+    earlier = RowHistory()
+    for index, row in enumerate(analysis.rows):
         try:
-            figures = CHARTS.draw(row)
+            figures = CHARTS.draw(row, earlier.rows) if index in shown else {}
+            earlier.add(row)
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             reason = str(error) if isinstance(error, ReportError) else f"{type(error).__name__}: {error}"
             raise ReportError(f"{analysis.where(index)}: cannot be drawn: {reason}") from error

@@ -176,7 +176,7 @@ def test_it_goes_to_json_rows_and_text() -> None:
     model = build("gpt2").eval()
     found = explain_change(model, moved(model, 0.1), [token_batch(2, 6)])
     assert ExplainedChange.from_json(found.to_json()) == found
-    row = found.row(7)
+    row = found.row().at(step=7).to_dict()
     assert (row["analysis"], row["step"], row["metrics"]["loss_share/both"]) == (
         "explain_change",
         7,

@@ -318,9 +318,11 @@ def test_under_autocast_the_zeroed_weights_are_the_ones_that_run():
 class Counting(CausalLMObjective):
     def __init__(self) -> None:
         self.calls = {True: 0, False: 0}
+        self.samples = {True: 0, False: 0}
 
     def logits_and_targets(self, model, batch):
         self.calls[torch.is_grad_enabled()] += 1
+        self.samples[torch.is_grad_enabled()] += len(batch["input_ids"])
         return super().logits_and_targets(model, batch)
 
 
@@ -341,6 +343,15 @@ def test_passes_and_evaluations_are_counted(strategy):
     assert objective.calls[True] == result.passes <= 6
     assert objective.calls[False] == result.evaluations - 3 * result.passes
     assert seen == [(done, 5) for done in range(1, result.passes)]
+
+
+@pytest.mark.parametrize("cache", ["auto", "none"])
+def test_the_cost_counts_every_sample_of_every_pass(cache):
+    objective = Counting()
+    options = {"top_k_percent": 2, "rounds": 3, "min_delta": 0, "chunk_size": 1, "cache": cache}
+    result = reverse_golden_parameters(sharp("gpt2"), [BATCH], objective, eval_batches=[HELD_OUT], **options)
+    assert result.cost.backwards == objective.samples[True]
+    assert result.cost.forwards == objective.samples[True] + objective.samples[False]
 
 
 def test_result_goes_to_json_and_back():

@@ -191,7 +191,7 @@ def test_an_edit_that_breaks_the_model_is_a_result() -> None:
     assert not bool(torch.isfinite(found.after).all())
     assert "not finite" in found.agreement()[0].reason
     assert found.metrics()["first_order_pearson"] is None
-    assert found.row()["metrics"]["measured_change/unrelated"] is None
+    assert found.row().metrics["measured_change/unrelated"] is None
 
 
 def test_it_goes_to_json_rows_and_text() -> None:
@@ -203,7 +203,7 @@ def test_it_goes_to_json_rows_and_text() -> None:
             if isinstance(value, torch.Tensor)
             else value == getattr(again, name)
         )
-    row = found.row(7)
+    row = found.row().at(step=7).to_dict()
     points = row["result"]["points"]
     assert row["step"] == 7
     assert row["result"]["n_pairs"] == len(points["measured"]) == 3 * 11

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
 
@@ -10,9 +11,10 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
+from lightning_goldy.analysis import AnalysisResult, Cost, Row
 from lightning_goldy.callbacks import AnalysisCallback, Findings, GoldenParameters, GoldenSnapshot, RunReport
 from lightning_goldy.callbacks.base import default_name
-from lightning_goldy.core import ClassifierObjective, FunctionObjective, load_vectors
+from lightning_goldy.core import ClassifierObjective, FunctionObjective, ParameterVector, load_vectors
 from tests.callbacks.training import Finetune, TokenData, fit
 from tests.models import token_batch
 
@@ -33,7 +35,17 @@ class Counting(AnalysisCallback[int]):
         return context.step
 
     def describe(self, result, context):
-        return Findings({"steps": float(result)}, evaluations=2)
+        return Row("", {"steps": float(result)}, cost=Cost(forwards=2))
+
+
+class Plain(AnalysisCallback[AnalysisResult]):
+    """Describes nothing itself."""
+
+    needs_probe = False
+    result: object = None
+
+    def compute(self, context):
+        return self.result
 
 
 class Failing(Counting):
@@ -63,7 +75,7 @@ def test_rows_carry_their_cost(tmp_path):
     callback = Counting()
     fit(tmp_path, [callback], max_epochs=1)
     (row,) = rows(callback)
-    assert row["cost"]["model_evaluations"] == 2
+    assert (row["cost"]["forwards"], row["cost"]["backwards"]) == (2, 0)
     assert 0 < row["cost"]["seconds"] < 60
     assert row["cost"]["peak_memory_bytes"] > 1e7
 
@@ -330,6 +342,63 @@ def test_run_report_writes_the_page_and_refuses_an_empty_run(tmp_path):
     page = (tmp_path / "run" / "run" / "report.html").read_text()
     assert "<html" in page
     assert "relative_change" in page or "relative change" in page.lower()
+
+
+@dataclasses.dataclass(frozen=True)
+class Found(AnalysisResult):
+    analysis = "found"
+    value: float
+    cost: Cost = dataclasses.field(default=Cost(), compare=False)
+
+    def metrics(self):
+        return {"value": self.value, "nothing": float("nan")}
+
+    def details(self):
+        return {"steps": [1, 2]}
+
+    def vectors(self):
+        layer = nn.Linear(2, 1)
+        return {"weights": (ParameterVector.of(layer), "values")}
+
+
+def test_a_result_tells_its_own_row(tmp_path):
+    named, plain = Plain(name="named"), Plain()
+    named.analysis = "renamed"
+    named.result = plain.result = Found(0.5, Cost(forwards=3))
+    fit(tmp_path, [named, plain], max_epochs=1)
+    (row,) = rows(plain)
+    assert (row["analysis"], row["name"], row["headline"]) == ("found", "plain", "found: value 0.5")
+    assert row["metrics"] == {"value": 0.5, "nothing": None}
+    assert row["result"] == {"steps": [1, 2]}
+    assert (row["cost"]["forwards"], row["cost"]["backwards"]) == (3, 0)
+    saved, header = load_vectors(plain.folder / row["files"]["weights"])
+    assert (list(saved), header.kind) == (["weight", "bias"], "values")
+    assert rows(named)[0]["analysis"] == "renamed"
+    assert Found.from_json(plain.result.to_json()) == plain.result
+
+
+def test_a_result_without_a_row_is_an_error(tmp_path):
+    with pytest.raises(TypeError, match=r"Plain\.compute gives NoneType, which has no row"):
+        fit(tmp_path, [Plain()], max_epochs=1)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_findings_still_work(tmp_path):
+    class Older(Counting):
+        def describe(self, result, context):
+            vectors = {"weights": (ParameterVector.of(nn.Linear(2, 1)), "values")}
+            histograms = {"sizes": ([0.0, 1.0, 2.0], [3, 4])}
+            return Findings({"steps": float(result)}, {"more": 1}, vectors, histograms, evaluations=5)
+
+    callback, logger = Older(), TensorBoardLogger(tmp_path, name=None, version="tb")
+    with pytest.warns(DeprecationWarning, match=r"Older\.describe returns Findings; return a lightning_goldy"):
+        fit(tmp_path, [callback], max_epochs=1, logger=logger)
+    (row,) = rows(callback)
+    assert (row["format"], row["analysis"], row["metrics"], row["result"]) == (2, "older", {"steps": 8.0}, {"more": 1})
+    assert (row["cost"]["forwards"], row["cost"]["backwards"]) == (5, 0)
+    assert (callback.folder / row["files"]["weights"]).is_file()
+    events = EventAccumulator(str(tmp_path / "tb"), size_guidance={"histograms": 0}).Reload()
+    assert events.Tags()["histograms"] == ["goldy/older/sizes"]
 
 
 @pytest.mark.parametrize("callback", [GoldenSnapshot, GoldenParameters])

@@ -19,6 +19,7 @@ from lightning_goldy.callbacks.volume_findings import fit_exponents
 from lightning_goldy.callbacks.volume_settings import Estimator, Selection
 from lightning_goldy.callbacks.volume_survey import VolumeSurvey
 from lightning_goldy.core import CausalLMObjective, ClassifierObjective, ParameterSpace
+from lightning_goldy.report.history import with_history
 from tests.callbacks.training import Finetune, TokenData, fit
 
 EPOCH = 8  # optimizer steps: 16 samples in batches of 2
@@ -59,7 +60,7 @@ def test_the_row_is_what_the_function_finds(tmp_path):
     assert row["metrics"]["evaluations"] == expected.total_evaluations
     assert (volume["sigma"], volume["cutoff"], volume["dimension"]) == (expected.sigma, 1e-2, expected.dimension)
     # In forward passes, as they were counted; three samples lie in two batches.
-    assert row["cost"]["model_evaluations"] == len(evaluated)
+    assert row["cost"]["forwards"] == len(evaluated)
     assert volume["batches"] == 2
 
 
@@ -76,7 +77,7 @@ def test_forward_passes_are_counted_without_a_cache_too(tmp_path):
     )
     fit(tmp_path, [callback], max_epochs=1)
     # Before the first step the callback tries each of the two batches once.
-    assert rows(callback)[0]["cost"]["model_evaluations"] == len(evaluated) - 2
+    assert rows(callback)[0]["cost"]["forwards"] == len(evaluated) - 2
 
 
 @START
@@ -91,7 +92,7 @@ def test_adam_keeps_the_damping_of_its_first_pilot(tmp_path):
     assert eps[0] is None
     assert len(set(eps[1:])) == 1
     # The pilot is paid for once.
-    forwards = [row["cost"]["model_evaluations"] for row in found]
+    forwards = [row["cost"]["forwards"] for row in found]
     # Two samples are one batch: the anchor's predictions, and its second run.
     spent = [row["result"]["volumes"][0]["total_evaluations"] + 2 for row in found]
     assert forwards[0] == spent[0]
@@ -139,7 +140,7 @@ def test_the_best_of_two_proposals_is_counted_pass_by_pass(tmp_path):
     callback = BasinVolume(2, n_samples=3, preconditioner="best", objective=Counting(), at=("end",))
     fit(tmp_path, [callback], max_epochs=1)
     # Before the first step the callback tries each of the two batches once.
-    assert rows(callback)[0]["cost"]["model_evaluations"] == len(evaluated) - 2
+    assert rows(callback)[0]["cost"]["forwards"] == len(evaluated) - 2
 
 
 def test_sigma_stays_the_first_ones_or_the_given_one(tmp_path):
@@ -179,7 +180,7 @@ def test_splits_and_cutoffs_have_tags_of_their_own(tmp_path):
     assert {f"goldy/basin_volume/log_volume/{label}" for label in labels} <= set(events.Tags()["scalars"])
     drawn = {f"goldy/basin_volume/figure/{name}" for name in ("trajectory", "estimates", "cutoffs")}
     assert drawn <= set(events.Tags()["images"])
-    lines = row["result"]["trajectory"]
+    lines = with_history(row, rows(callback)[:-1])["result"]["trajectory"]
     assert [(line["label"], line["steps"]) for line in lines] == [(label, [0, EPOCH]) for label in labels]
     earlier = rows(callback)[0]["metrics"]
     assert [line["log_volume"][0] for line in lines] == [earlier[f"log_volume/{label}"] for label in labels]

@@ -27,6 +27,7 @@ from lightning_goldy.core import CausalLMObjective, StoreError
 from lightning_goldy.core.gates import HeadError, HeadGates
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.sharding import Replicas
+from lightning_goldy.report.history import with_history
 from tests.callbacks.training import Finetune, TokenData, differences, fit
 from tests.models import build, token_batch
 
@@ -360,7 +361,7 @@ def test_logs_scalars_figures_and_the_course_of_the_loss(tmp_path):
     images = set(logged.Tags()["images"])
     for name in ("timeline", "loss", "scores", "attention"):
         assert f"goldy/head_plasticity/figure/{name}" in images
-    last = rows(callback)[-1]["result"]
+    last = with_history(rows(callback)[-1], rows(callback)[:-1])["result"]
     assert set(last["curve"]["steps"]) == {*range(3, 12), 16}
     assert last["timeline"][0] == {"step": 0, "closed": []}
     shown = last["attention"]

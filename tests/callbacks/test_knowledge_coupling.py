@@ -16,6 +16,7 @@ from lightning_goldy.core.vector import substituted
 from lightning_goldy.data import KnowledgeDataModule, write_pieces
 from lightning_goldy.report import draw_plots
 from lightning_goldy.report.charts import CHARTS
+from lightning_goldy.report.history import with_history
 from tests.callbacks.knowledge import COUNTRIES, EDITED, PIECES, TOKENIZER, WORDS, AtlasFinetune, WordData, atlas
 from tests.callbacks.training import Finetune, TokenData, differences, fit
 
@@ -78,8 +79,9 @@ def test_it_logs_what_the_functions_find(tmp_path, snapshot) -> None:
     order = sorted((place for place in range(5) if place != 1), key=lambda place: -abs(float(ripple.measured[place])))
     assert [each["id"] for each in result["moved"]] == [PIECES[place].id for place in order]
     assert result["moved"][0]["after"] == pytest.approx(float(ripple.after[order[0]]))
-    assert result["trajectory"]["steps"] == [4, 8]
-    assert result["trajectory"]["change"]["edited"][-1] == metrics["measured_change/edited"]
+    lines = with_history(rows[-1], rows[:-1])["result"]["trajectory"]
+    assert lines["steps"] == [4, 8]
+    assert lines["change"]["edited"][-1] == metrics["measured_change/edited"]
     assert set(draw_plots(rows[-1])) == {"prediction", "drift", "difference", "heat_map", "distribution"}
     assert len(CHARTS.draw(rows[-1])) == 5
 

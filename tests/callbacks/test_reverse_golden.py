@@ -76,7 +76,8 @@ def test_a_row_holds_what_the_function_gives(tmp_path):
     assert row["metrics"]["count"] == sum(expected.mask.count())
     assert 0 < row["metrics"]["delta_share"] < 1
     assert row["result"] == json.loads(json.dumps(expected.summary()))
-    assert row["cost"]["model_evaluations"] == expected.evaluations
+    assert row["cost"]["forwards"] == expected.cost.forwards > 0
+    assert row["cost"]["backwards"] == expected.cost.backwards > 0
     page = write_report(tmp_path / "run").read_text(encoding="utf-8")
     assert "The course of the search" in page
     assert "Reverse golden parameters" in page

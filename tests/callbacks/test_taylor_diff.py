@@ -9,6 +9,7 @@ from lightning_goldy.analysis import taylor_diff
 from lightning_goldy.callbacks import ExactResume, GoldenSnapshot, TaylorDiff
 from lightning_goldy.report import draw_plots
 from lightning_goldy.report.charts import CHARTS
+from lightning_goldy.report.history import with_history
 from tests.callbacks.training import TokenData, differences, fit
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using", "ignore:.*exists and is not empty")
@@ -36,7 +37,7 @@ def test_it_logs_what_the_function_finds_and_rows_can_be_drawn(tmp_path) -> None
     assert metrics["residual/order2"] == pytest.approx(expected.orders[1].residual, rel=1e-4)
     assert metrics["nonlinearity"] == pytest.approx(expected.nonlinearity, rel=1e-4)
     assert rows[-1]["result"]["regime"] == expected.regime
-    assert rows[-1]["result"]["trajectory"]["steps"] == [4, 8]
+    assert with_history(rows[-1], rows[:-1])["result"]["trajectory"]["steps"] == [4, 8]
     assert set(draw_plots(rows[-1])) == {"prediction", "shares"}
     assert len(CHARTS.draw(rows[-1])) == 2
 

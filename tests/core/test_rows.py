@@ -11,7 +11,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from lightning_goldy.core.files import RowError, append_row, filter_rows, read_rows
+from lightning_goldy.core.files import RowError, append_row, filter_rows, read_rows, repair_rows
 
 json_values = st.recursive(
     st.none()
@@ -106,12 +106,14 @@ def test_a_failed_append_loses_no_row(tmp_path: Path, monkeypatch: pytest.Monkey
     path = tmp_path / "results.jsonl"
     append_row(path, {"step": 1})
 
-    def full(*paths: Path) -> None:
-        raise OSError("no space left on device")
+    write = os.write
+
+    def full(descriptor: int, line: bytes) -> int:
+        return write(descriptor, line[:5])
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", full)
-        with pytest.raises(OSError, match="no space"):
+        patch.setattr(os, "write", full)
+        with pytest.raises(OSError, match="5 of a row's 12 bytes"):
             append_row(path, {"step": 2})
     assert read_rows(path) == [{"step": 1}]
     append_row(path, {"step": 2})
@@ -124,6 +126,52 @@ def test_a_row_of_something_else_is_refused_before_anything_is_written(tmp_path:
     with pytest.raises(TypeError, match="not JSON serializable"):
         append_row(path, {"model": object()})
     assert path.read_text() == '{"step": 1}\n'
+
+
+@pytest.mark.parametrize("earlier", [0, 2])
+def test_a_line_torn_at_any_byte_leaves_whole_rows(tmp_path: Path, earlier: int) -> None:
+    path = tmp_path / "results.jsonl"
+    rows = [{"step": step, "name": "ä\u2028\U0001f600", "values": [0.5, None]} for step in range(earlier + 1)]
+    for row in rows:
+        append_row(path, row)
+    whole = path.read_bytes()
+    start = whole.removesuffix(b"\n").rfind(b"\n") + 1
+    for end in range(start, len(whole) + 1):
+        path.write_bytes(whole[:end])
+        cut = repair_rows(path)
+        # All but the newline is there: a whole row.
+        kept = earlier + (end >= len(whole) - 1)
+        assert read_rows(path) == rows[:kept]
+        assert path.read_bytes() == b"".join(whole.splitlines(keepends=True)[:kept])
+        assert cut == (end - start if kept == earlier else 0)
+        append_row(path, {"step": "next"})
+        assert read_rows(path) == [*rows[:kept], {"step": "next"}]
+    assert repair_rows(tmp_path / "none.jsonl") == 0
+    assert not (tmp_path / "none.jsonl").exists()
+
+
+@pytest.mark.parametrize("last", [b"\0\0\0\0", b"\0\0\n", b"[1]\n", b'{"step": 2}{"s\n'])
+def test_a_last_line_that_is_no_row_is_cut_off(tmp_path: Path, last: bytes) -> None:
+    path = tmp_path / "results.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + last)
+    assert repair_rows(path) == len(last)
+    assert path.read_bytes() == b'{"step": 1}\n'
+
+
+def test_appending_is_one_write_that_leaves_the_file_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, lines, write = tmp_path / "results.jsonl", [], os.write
+
+    def counting(descriptor: int, line: bytes) -> int:
+        lines.append(line)
+        return write(descriptor, line)
+
+    monkeypatch.setattr(os, "write", counting)
+    for step in range(3):
+        append_row(path, {"step": step})
+    inode = path.stat().st_ino
+    append_row(path, {"step": 3})
+    assert lines == [b'{"step": %d}\n' % step for step in range(4)]
+    assert path.stat().st_ino == inode
 
 
 def test_numbers_are_kept_exactly(tmp_path: Path) -> None:

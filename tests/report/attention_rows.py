@@ -37,7 +37,6 @@ def attention_row(
     step: int = 10,
     drift: bool = True,
     heads: list[tuple[int, int]] | None = None,
-    earlier: list[dict[str, Any]] | None = None,
     prompts: tuple[str, ...] = ("probe",),
 ) -> dict[str, Any]:
     """The row of an analysis."""
@@ -51,16 +50,6 @@ def attention_row(
         for name in prompts
     )
     found = Attention(statistics_of(drift=drift), shown, 4)
-    findings = attention_findings(found, step=step, heads=heads, singular_values=3, earlier=earlier or [])
-    return {
-        "format": 1,
-        "analysis": "attention_tracker",
-        "name": "attention_tracker",
-        "step": step,
-        "epoch": 0,
-        "trigger": "step",
-        "metrics": findings.metrics,
-        "result": findings.data,
-        "cost": {"seconds": 2.0, "model_evaluations": findings.evaluations, "peak_memory_bytes": 2**20},
-        "files": {},
-    }
+    row = attention_findings(found, heads=heads, singular_values=3)
+    row = row.at(step=step, trigger="step", seconds=2.0, peak_memory_bytes=2**20)
+    return row.to_dict()

@@ -11,6 +11,7 @@ from lightning_goldy.analysis.volume_result import VolumeResult
 from lightning_goldy.callbacks.volume_findings import volume_findings
 from lightning_goldy.callbacks.volume_settings import Estimator, Selection
 from lightning_goldy.callbacks.volume_survey import Measured, Survey, VolumeSurvey
+from lightning_goldy.report.history import with_history
 
 
 def volume(
@@ -66,16 +67,6 @@ def basin_row(
         for result in results
     )
     found = Survey(measured, measured[0].result.sigma, None, 12)
-    findings = volume_findings(survey_of(cutoffs), found, step=step, earlier=earlier or [])
-    return {
-        "format": 1,
-        "analysis": "basin_volume",
-        "name": "basin_volume",
-        "step": step,
-        "epoch": 0,
-        "trigger": "step",
-        "metrics": findings.metrics,
-        "result": findings.data,
-        "cost": {"seconds": 2.0, "model_evaluations": findings.evaluations, "peak_memory_bytes": 2**20},
-        "files": {},
-    }
+    row = volume_findings(survey_of(cutoffs), found)
+    row = row.at(step=step, trigger="step", seconds=2.0, peak_memory_bytes=2**20)
+    return dict(with_history(row.to_dict(), earlier or []))

@@ -67,7 +67,7 @@ def _tensor(block: str, kind: str, **numbers: float | None) -> Row:
 
 def _row(analysis: str, step: int, metrics: Row, result: Row) -> Row:
     return {
-        "format": 1,
+        "format": 2,
         "analysis": analysis,
         "name": analysis,
         "step": step,
@@ -75,7 +75,8 @@ def _row(analysis: str, step: int, metrics: Row, result: Row) -> Row:
         "trigger": "step",
         "metrics": metrics,
         "result": result,
-        "cost": {"seconds": 2.0, "model_evaluations": 16, "peak_memory_bytes": 3 * 2**20},
+        "headline": "",
+        "cost": {"seconds": 2.0, "forwards": 16, "backwards": 8, "peak_memory_bytes": 3 * 2**20},
         "files": {},
     }
 

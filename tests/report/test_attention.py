@@ -30,6 +30,7 @@ from lightning_goldy.report.attention_plots import (
 from lightning_goldy.report.attentions import SHARES, drift_caption, heads_by_statistic, patterns, spectra
 from lightning_goldy.report.charts import CHARTS
 from lightning_goldy.report.figures import Frame, figure_html
+from lightning_goldy.report.history import with_history
 from lightning_goldy.report.registry import ReportError
 from tests.report.attention_rows import attention_row, maps_of, statistics_of
 
@@ -161,14 +162,14 @@ def test_the_strongest_heads_are_shown_once_and_stay() -> None:
     first = saved(attention_row(step=0))
     # All statistics are largest in the last head.
     assert first["result"]["heads"] == [[1, 2]]
-    first["result"]["heads"] = [[0, 1]]
-    assert attention_row(step=5, earlier=[first])["result"]["heads"] == [[0, 1]]
+    assert attention_row(step=5, heads=[(0, 1)])["result"]["heads"] == [[0, 1]]
 
 
 def test_the_spectra_run_over_all_rows() -> None:
     rows: list[dict[str, Any]] = []
     for step in (0, 5, 10):
-        rows.append(saved(attention_row(step=step, earlier=rows, prompts=("one", "two"))))
+        rows.append(saved(attention_row(step=step, prompts=("one", "two"))))
+    rows[-1] = dict(with_history(rows[-1], rows[:-1]))
     groups = spectra(rows[-1])
     assert [(group.prompt, group.steps) for group in groups] == [("one", (0, 5, 10)), ("two", (0, 5, 10))]
     for index, step in enumerate((0, 5, 10)):
@@ -185,7 +186,7 @@ def test_the_spectra_run_over_all_rows() -> None:
 def test_a_prompt_of_one_token_can_be_drawn() -> None:
     row = saved(attention_row(("a",)))
     assert row["result"]["prompts"][0]["singular_values"][0][0] == [1.0, None, None]
-    assert row["result"]["spectra"][0]["values"] == [[1.0, None, None]]
+    assert row["result"]["spectra"][0]["values"] == [1.0, None, None]
     for figure in draw_plots(row).values():
         assert png(figure).startswith(PNG)
     for chart in CHARTS.draw(row).values():
@@ -194,7 +195,7 @@ def test_a_prompt_of_one_token_can_be_drawn() -> None:
 
 def test_the_page_shows_all_of_it_and_escapes_tokens(tmp_path: Path, write_rows: Any, page_of: Any) -> None:
     first = saved(attention_row(("a", "</script>", "b"), step=0))
-    second = saved(attention_row(("a", "</script>", "b"), step=5, earlier=[first]))
+    second = saved(attention_row(("a", "</script>", "b"), step=5))
     write_rows(tmp_path, first, second)
     page = page_of(tmp_path)
     assert {

@@ -168,7 +168,7 @@ def test_the_caption_says_what_does_not_compare(rows: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda result: result.pop("trajectory"), r"'result\.trajectory' must be a list"),
+        (lambda result: result.update(trajectory=None), r"'result\.trajectory' must be a list"),
         (lambda result: result.update(volumes=[]), r"'result\.volumes' must be a list of at least 1"),
         (lambda result: result["volumes"][0].update(estimates="many"), r"volumes\[0\]\.estimates' must be a list"),
         (lambda result: result["volumes"][1].update(estimates=[True]), r"volumes\[1\]\.estimates\[0\]'.*True"),

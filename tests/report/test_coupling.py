@@ -70,7 +70,7 @@ def row_of(result: CouplingResult, most: int = 200) -> dict[str, Any]:
             "n_pairs": statistics.n_pairs,
             "n_clusters": statistics.n_clusters,
             "thresholds": {"high": 0.4, "moderate": 0.1},
-            **coupling_picture(result, statistics, most=most).row(),
+            **coupling_picture(result, statistics, most=most).details(),
         },
     }
 

@@ -13,6 +13,7 @@ from lightning_goldy.report.coupling_drift_charts import chart_drift_lines, char
 from lightning_goldy.report.coupling_drift_plots import plot_drift_lines, plot_drift_map, plot_drift_prediction
 from lightning_goldy.report.coupling_drifts import drift_lines, drift_map, drift_scatters, moved_html, moved_text
 from lightning_goldy.report.descriptions import description_of
+from lightning_goldy.report.history import with_history
 from lightning_goldy.report.plots import draw_plots
 from lightning_goldy.report.registry import ReportError
 from tests.callbacks.knowledge import PIECES, WordData
@@ -29,7 +30,8 @@ def run(tmp_path_factory) -> tuple[Any, list[dict[str, Any]]]:
 
 @pytest.fixture
 def row(run) -> dict[str, Any]:
-    return copy.deepcopy(run[1][-1])
+    *earlier, last = copy.deepcopy(run[1])
+    return dict(with_history(last, earlier))
 
 
 def test_the_scatter_plot_has_every_piece_in_the_colour_of_its_class(row) -> None:
@@ -65,7 +67,7 @@ def test_lines_go_over_the_run_with_gaps(run, row) -> None:
     assert [trace.name for trace in chart_drift_lines(row).data][2:4] == ["edited", "edited, predicted"]
     row["result"]["trajectory"]["correlation"][1] = None
     plot_drift_lines(row)
-    plot_drift_lines(run[1][0])
+    plot_drift_lines(with_history(run[1][0]))
 
 
 def test_the_heat_map_holds_the_differences(row) -> None:
@@ -105,7 +107,7 @@ def test_text_of_the_data_is_shown_and_never_rendered(row) -> None:
     assert "<b>" not in chart_drift_map(row).to_json().replace("\\u003cb", "<b>").partition("hovertemplate")[0]
 
 
-@pytest.mark.parametrize("part", ["points", "agreement", "trajectory", "drifted"])
+@pytest.mark.parametrize("part", ["points", "agreement", "drifted"])
 def test_a_row_that_lacks_something_is_named(row, part) -> None:
     del row["result"][part]
     with pytest.raises(ReportError, match="a row of coupling_drift lacks what its figure needs"):

@@ -35,7 +35,7 @@ def explained(*, logits: bool = True) -> ExplainedChange:
 
 @pytest.mark.parametrize("saved", [False, True], ids=["as logged", "from the file"])
 def test_bars_are_the_shares(saved: bool) -> None:
-    row: Any = explained().row(5)
+    row: Any = explained().row().at(step=5).to_dict()
     row = json.loads(to_json_line(row)) if saved else row
     assert set(draw_plots(row)) == {"survival"}
     assert CHARTS.names("explain_change") == ("What survives of the change",)
@@ -56,7 +56,7 @@ def test_bars_are_the_shares(saved: bool) -> None:
 
 
 def test_without_logits_there_is_one_bar_each() -> None:
-    row = explained(logits=False).row()
+    row = explained(logits=False).row().to_dict()
     assert [group.name for group in survival(row)] == ["change of the loss"]
     assert len(plot_explained_change(row).axes[0].patches) == 5
     assert len(chart_explained_change(row).data) == 1

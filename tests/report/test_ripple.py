@@ -52,7 +52,7 @@ def rippled(n_pieces: int = 8, *, broken: bool = False) -> RippleResult:
 @pytest.mark.parametrize("saved", [False, True], ids=["as logged", "from the file"])
 def test_points_are_the_pairs_and_lie_where_they_should(saved: bool) -> None:
     found = rippled()
-    row: Any = found.row(5)
+    row: Any = found.row().at(step=5).to_dict()
     row = json.loads(to_json_line(row)) if saved else row
     assert set(draw_plots(row)) == {"prediction"}
     assert CHARTS.names("ripple_effects") == ("Predicted and measured change",)
@@ -84,7 +84,7 @@ def test_points_are_the_pairs_and_lie_where_they_should(saved: bool) -> None:
 
 
 def test_pairs_that_are_not_finite_are_counted_and_not_drawn() -> None:
-    row = json.loads(to_json_line(rippled(broken=True).row()))
+    row = json.loads(to_json_line(rippled(broken=True).row().to_dict()))
     assert sum(len(group.measured) for group in scatters(row, "first_order")) == 13
     assert "; 13 of 14 pairs drawn." in ripple_caption(row)
     assert overall(row, "first_order").endswith("r = undefined, Spearman undefined")
@@ -92,7 +92,7 @@ def test_pairs_that_are_not_finite_are_counted_and_not_drawn() -> None:
 
 
 def test_a_row_does_not_grow_without_bounds() -> None:
-    row = rippled(1500).row()
+    row = rippled(1500).row().to_dict()
     assert row["result"]["n_pairs"] == 2998
     assert len(row["result"]["points"]["measured"]) == 2000
     assert "; 2000 of 2,998 pairs drawn." in ripple_caption(row)

@@ -87,7 +87,7 @@ def test_rows_computed_again_replace_the_earlier_ones(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 2}, "format 2 is unknown; this version reads format 1"),
+        ({"format": 3}, "format 3 is unknown; this version reads formats 1 and 2"),
         ({"step": "ten"}, "'step' must be an integer, got 'ten'"),
         ({"step": True}, "'step' must be an integer, got True"),
         ({"analysis": None}, "'analysis' must be text, got None"),

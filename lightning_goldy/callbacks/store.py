@@ -1,0 +1,305 @@
+"""Where results go: the folder of a callback with its rows, every logger, a progress bar, and what it all took."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from tqdm import tqdm
+
+from lightning_goldy.analysis.result import Row
+from lightning_goldy.core.files import (
+    append_row,
+    atomic_path,
+    atomic_write,
+    filter_rows,
+    read_rows,
+    repair_rows,
+    to_json_line,
+)
+from lightning_goldy.report.coupling_drifts import moved_text
+from lightning_goldy.report.generations import generations_text
+from lightning_goldy.report.history import RowHistory
+from lightning_goldy.report.plots import draw_plots
+from lightning_goldy.report.run import upgraded
+from lightning_goldy.report.tensorboard import log_figure, log_histogram, log_scalars, log_text
+
+ROWS = "results.jsonl"
+_UNLOGGED = "goldy_logs"
+_PATIENCE_SECONDS = 3.0
+_told: set[str] = set()
+
+
+def run_directory(trainer: L.Trainer) -> Path:
+    """The folder of this run: the first logger's, or a numbered one below the default root; the same on all ranks.
+
+    A collective: every rank must call.
+    """
+    if trainer.loggers:
+        logger = trainer.loggers[0]
+        # Loggers of services share one save_dir between runs.
+        own = getattr(logger, "log_dir", None) or os.path.join(
+            logger.save_dir or trainer.default_root_dir, str(logger.name), str(logger.version)
+        )
+        return Path(str(trainer.strategy.broadcast(own)))
+    known = getattr(trainer, "_goldy_run_directory", None)
+    if known is None:
+        root = Path(trainer.default_root_dir) / _UNLOGGED
+        taken = [int(path.name[8:]) for path in root.glob("version_*") if path.name[8:].isdigit()]
+        known = Path(str(trainer.strategy.broadcast(str(root / f"version_{max(taken, default=-1) + 1}"))))
+        # All callbacks of a trainer share one folder.
+        trainer._goldy_run_directory = known  # type: ignore[attr-defined]
+    return known
+
+
+class ResultStore:
+    """The folder of one callback: ``results.jsonl`` and the files that its rows name.
+
+    A row is one line at the end of the file; only a resume ever rewrites it, once. A last line that a killed process
+    left torn is taken away when the folder is opened.
+
+    Args:
+        folder: The folder, made when missing.
+        write: Whether this process writes; every other method is a no-op without it.
+
+    Raises:
+        PermissionError: The folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, *, write: bool) -> None:
+        self.folder = folder
+        self.write = write
+        self._history: RowHistory | None = None
+        if not write:
+            return
+        probe = folder / f".{uuid.uuid4().hex}.writable"
+        try:
+            atomic_write(probe, "")
+            probe.unlink()
+            # Left by a process that was killed while it wrote; nobody else writes here.
+            for leftover in folder.glob(".*.partial"):
+                leftover.unlink()
+        except OSError as error:
+            raise PermissionError(f"results cannot be written to {folder}: {error}") from error
+        cut = repair_rows(self.rows)
+        if cut:
+            rank_zero_warn(f"the last line of {self.rows} was torn, {cut} bytes of it; it has been taken away")
+
+    @property
+    def rows(self) -> Path:
+        """The file of result rows."""
+        return self.folder / ROWS
+
+    @property
+    def history(self) -> tuple[Mapping[str, Any], ...]:
+        """Earlier rows of this run for the figures over it, thinned; none where this process does not write."""
+        return self._remembered().rows
+
+    def append(self, row: Row) -> dict[str, Any]:
+        """Adds one row; the files that it names must be there already.
+
+        Returns:
+            The line as a dict, also where this process does not write.
+        """
+        line = row.to_dict()
+        if self.write:
+            history = self._remembered()
+            append_row(self.rows, line)
+            history.add(line)
+        return line
+
+    def start_fresh(self) -> None:
+        """Puts results of an earlier run out of the way, for a run that starts anew in the same folder."""
+        if not (self.write and self.rows.exists()):
+            return
+        number = 1
+        while (aside := self.folder.with_name(f"{self.folder.name}.{number}")).exists():
+            number += 1
+        self._history = None
+        self.folder.rename(aside)
+        self.folder.mkdir()
+        rank_zero_info(f"{self.folder} held an earlier run's results; they are now in {aside}")
+
+    def continue_from(self, previous: Path, step: int) -> None:
+        """Keeps what an uninterrupted run would have at ``step``: earlier rows with their files, no later ones.
+
+        Args:
+            previous: The folder of the run that is resumed; it may be this one.
+            step: Optimizer steps at which the checkpoint was written.
+
+        Raises:
+            FileNotFoundError: A row of the earlier run names a file that is gone.
+        """
+        if not self.write:
+            return
+        self._history = None
+        if previous.resolve() == self.folder.resolve():
+            filter_rows(self.rows, lambda row: row["step"] <= step)
+            return
+        kept = [row for row in read_rows(previous / ROWS) if row["step"] <= step]
+        for name in sorted({name for row in kept for name in row.get("files", {}).values()}):
+            self.carry(previous / name)
+        if kept:
+            atomic_write(self.rows, "".join(to_json_line(row) + "\n" for row in kept))
+
+    def prune(self, prefix: str, trainer: L.Trainer) -> None:
+        """Removes files that belonged to checkpoints which Lightning has removed since.
+
+        Such a file is written right before its checkpoint. So it is still needed when a checkpoint is as young as the
+        file and older than the next one.
+
+        Args:
+            prefix: What the files' names start with; they are numbered by step.
+            trainer: Its checkpoint callbacks know the folders. Without one nothing is removed.
+        """
+        folders = {getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks} - {None}
+        if not (self.write and folders):
+            return
+        saved = [path.stat().st_mtime for folder in folders for path in Path(str(folder)).glob("*.ckpt")]
+        files = sorted(self.folder.glob(f"{prefix}-step=*.safetensors"))
+        for file, following in itertools.pairwise(files):
+            if not any(file.stat().st_mtime <= time < following.stat().st_mtime for time in saved):
+                file.unlink()
+
+    def carry(self, source: Path) -> None:
+        """Brings a file of an earlier run into this folder."""
+        if self.write and not (self.folder / source.name).exists():
+            if not source.is_file():
+                raise FileNotFoundError(f"{source}, which the resumed run needs, is gone")
+            with atomic_path(self.folder / source.name) as temporary:
+                shutil.copyfile(source, temporary)
+
+    def _remembered(self) -> RowHistory:
+        if self._history is None:
+            self._history = RowHistory(map(upgraded, read_rows(self.rows)) if self.write else ())
+        return self._history
+
+
+def log_row(
+    trainer: L.Trainer,
+    row: Mapping[str, Any],
+    histograms: Mapping[str, tuple[list[float], list[int]]],
+    earlier: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """Logs a row's metrics and cost, its figures and its histograms under ``goldy/<name>/``.
+
+    Args:
+        trainer: Its loggers are written to; without one nothing happens.
+        row: A row of ``results.jsonl``.
+        histograms: Bin edges and counts by name.
+        earlier: Rows of the same analysis before it, for the figures over the run.
+    """
+    if not trainer.loggers:
+        return
+    prefix = f"goldy/{row['name']}"
+    # Lightning draws its own metrics over batches that stepped, and global_step counts every optimizer's step. So the
+    # loss at x is the one of the weights that an analysis at x has seen.
+    step = trainer.global_step // max(1, len(trainer.optimizers))
+    scalars = {f"{prefix}/{name}": value for name, value in row["metrics"].items()}
+    scalars.update({f"{prefix}/cost/{name}": value for name, value in row["cost"].items()})
+    log_scalars(trainer.loggers, scalars, step)
+    for name, (edges, counts) in histograms.items():
+        log_histogram(trainer.loggers, f"{prefix}/{name}", (edges, counts), step)
+    if row["result"].get("generations"):
+        log_text(trainer.loggers, f"{prefix}/generations", generations_text(row["result"]["generations"]), step)
+    if row["result"].get("moved"):
+        log_text(trainer.loggers, f"{prefix}/moved", moved_text(row["result"]["moved"]), step)
+    try:
+        figures = draw_plots(row, earlier)
+    except ImportError as error:
+        if str(error) not in _told:
+            _told.add(str(error))
+            rank_zero_warn(f"figures are not logged: {error}")
+        return
+    for name, figure in figures.items():
+        # A tag of their own: TensorBoard shows a tag in one plugin only, and hides the figure behind a scalar.
+        log_figure(trainer.loggers, f"{prefix}/figure/{name}", figure, step)
+
+
+class AnalysisProgress:
+    """Called with (done, total); shows itself only when the work turns out to be long.
+
+    Args:
+        trainer: Its progress bar decides the style; without one nothing is shown.
+        label: Text beside the bar.
+    """
+
+    def __init__(self, trainer: L.Trainer, label: str) -> None:
+        self._bar = trainer.progress_bar_callback if trainer.is_global_zero else None
+        self._label = label
+        self._start = time.monotonic()
+        self._tqdm: Any = None
+        self._task: Any = None
+
+    def __call__(self, done: int, total: int) -> None:
+        """Reports that ``done`` of ``total`` parts are finished."""
+        if self._bar is None or time.monotonic() - self._start < _PATIENCE_SECONDS:
+            return
+        if isinstance(self._bar, RichProgressBar):
+            rich = self._bar.progress
+            if rich is None:
+                return
+            if self._task is None:
+                # Lightning's columns read these fields of every task.
+                self._task = rich.add_task(self._label, total=total, visible=True)
+            rich.update(self._task, completed=done)
+        elif isinstance(self._bar, TQDMProgressBar):
+            if self._tqdm is None:
+                self._tqdm = tqdm(total=total, desc=self._label, position=2, leave=False)
+            self._tqdm.update(done - self._tqdm.n)
+
+    def __enter__(self) -> AnalysisProgress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._tqdm is not None:
+            self._tqdm.close()
+        if self._task is not None and isinstance(self._bar, RichProgressBar) and self._bar.progress is not None:
+            self._bar.progress.remove_task(self._task)
+
+
+@contextmanager
+def peak_memory_bytes(device: torch.device) -> Iterator[Callable[[], int]]:
+    """Measures the peak memory of a block; the yielded function gives the bytes once the block has ended.
+
+    On a CUDA device the peak of allocated memory within the block; elsewhere the process's largest resident size so
+    far, which includes the training's.
+
+    Args:
+        device: Where the model is.
+
+    Example:
+        >>> with peak_memory_bytes(torch.device("cpu")) as peak:
+        ...     block = torch.zeros(1000)
+        >>> peak() > 4000
+        True
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    peak = 0
+    yield lambda: peak
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident_peak()
+
+
+def _resident_peak() -> int:
+    try:
+        import resource
+    except ImportError:  # pragma: no cover - Windows
+        return 0
+    # Linux counts kilobytes, macOS bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,92 @@
+"""A run whose rows have format 1 is read, and its page is that of its rows."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_goldy.report.attentions import spectra
+from lightning_goldy.report.charts import CHARTS
+from lightning_goldy.report.expansions import prediction
+from lightning_goldy.report.history import with_history
+from lightning_goldy.report.plasticity import gate_timeline, loss_course
+from lightning_goldy.report.plots import draw_plots
+from lightning_goldy.report.run import AnalysisRows, read_run, upgraded
+from lightning_goldy.report.volumes import trajectories
+
+RUN = Path(__file__).parent / "format1"
+SEVEN = {
+    "golden_snapshot", "golden_parameters", "taylor_diff", "attention_tracker", "basin_volume",
+    "parameter_distribution", "head_plasticity",
+}  # fmt: skip
+
+
+def written(name: str) -> list[dict[str, Any]]:
+    """The rows as they lie in the file."""
+    return [json.loads(line) for line in (RUN / "goldy" / name / "results.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def analyses() -> dict[str, AnalysisRows]:
+    return {rows.name: rows for rows in read_run(RUN).analyses}
+
+
+def test_all_rows_are_read_as_format_2(analyses: dict[str, AnalysisRows]) -> None:
+    assert set(analyses) == SEVEN
+    for name, rows in analyses.items():
+        assert [row["step"] for row in rows.rows] == [row["step"] for row in written(name)]
+        for old, row in zip(written(name), rows.rows, strict=True):
+            assert (old["format"], row["format"], row["headline"]) == (1, 2, "")
+            assert row["metrics"] == old["metrics"]
+            assert row["cost"]["model_evaluations"] == old["cost"]["model_evaluations"]
+            assert row["cost"]["forwards"] is row["cost"]["backwards"] is None
+            assert "trajectory" not in row["result"]
+            assert upgraded(row) is row
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("taylor_diff", prediction),
+        ("basin_volume", trajectories),
+        ("head_plasticity", loss_course),
+    ],
+)
+def test_lines_over_the_run_are_those_that_the_rows_held(
+    analyses: dict[str, AnalysisRows], name: str, read: Callable[[Any], Any]
+) -> None:
+    rows = analyses[name].rows
+    for index, old in enumerate(written(name)):
+        assert read(with_history(rows[index], rows[:index])) == read(old)
+
+
+def test_arrays_over_the_run_are_those_that_the_rows_held(analyses: dict[str, AnalysisRows]) -> None:
+    rows = analyses["attention_tracker"].rows
+    for index, old in enumerate(written("attention_tracker")):
+        (found,), (expected,) = spectra(with_history(rows[index], rows[:index])), spectra(old)
+        assert (found.prompt, found.steps) == (expected.prompt, expected.steps)
+        assert found.values.tolist() == expected.values.tolist()
+    rows = analyses["head_plasticity"].rows
+    for index, old in enumerate(written("head_plasticity")):
+        found_line, line = gate_timeline(with_history(rows[index], rows[:index])), gate_timeline(old)
+        assert found_line.opened.tolist() == line.opened.tolist()
+
+
+def test_every_figure_is_drawn_and_the_page_is_written(
+    analyses: dict[str, AnalysisRows], tmp_path: Path, page_of: Callable[[Path], Any]
+) -> None:
+    for rows in analyses.values():
+        assert draw_plots(rows.rows[-1], rows.rows[:-1])
+        assert CHARTS.draw(rows.rows[-1], rows.rows[:-1])
+    page = page_of(Path(shutil.copytree(RUN, tmp_path / "run")))
+    cells = page.cells()
+    assert {"forward", "backward", "evaluations"} <= set(cells)
+    start = len(cells) - cells[::-1].index("taylor_diff")
+    total = sum(row["cost"]["model_evaluations"] for row in written("taylor_diff"))
+    assert cells[start + 5] == str(total)
+    assert any("a unit that differs between analyses" in text for text in page.text("p"))
