@@ -22,8 +22,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from lightning_goldy.analysis import adam_preconditioner, basin_volume
 from lightning_goldy.analysis.divergence import AnchoredDivergence, Cache
 from lightning_goldy.core import CausalLMObjective, ParameterSpace
-from lightning_goldy.core.directions import direction_seed
-from lightning_goldy.core.ray import Ray
+from lightning_goldy.core.directions import Ray, direction_seed
 
 WORDS = ("the", "a", "small", "large", "red", "blue", "cat", "dog", "tree", "house", "sees", "likes", "finds", "under")
 

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import importlib
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 __version__ = "0.1.0"
 
 # Names load on first use, so that `lightning_goldy.core` and `.analysis` never pull Lightning in.
 _EXPORTS = {
-    "GoldyMixin": "mixin",
-    "GoldyModule": "module",
+    "GoldyMixin": "training.mixin",
+    "GoldyModule": "training.module",
     "MaskedAdamW": "optim.masked_adamw",
     "ParameterMask": "core.mask",
     "ParameterSpace": "core.space",
@@ -21,6 +27,23 @@ _EXPORTS = {
     "ClassifierObjective": "core.objective",
     "FunctionObjective": "core.objective",
 }
+
+_MOVED = {
+    "analysis.compact": "analysis.heads.compaction",
+    "analysis.fluctuation": "analysis.golden.search",
+    "analysis.head_surgery": "analysis.heads.surgery",
+    "core.ray": "core.directions",
+    "export": "training.export",
+    "masked_training": "training.masks",
+    "metrics": "training.metrics",
+    "mixin": "training.mixin",
+    "models": "training.models",
+    "module": "training.module",
+    "options": "training.models",
+    "saved": "commands.checkpoints",
+    "variants": "training.variants",
+}
+"""Modules by their former names, which users' code and configurations may hold."""
 
 __all__ = ["__version__", *sorted(_EXPORTS)]
 
@@ -35,3 +58,22 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+class _FormerNames(MetaPathFinder, Loader):
+    """Imports a module by its former name, with a warning that tells the present one."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        return ModuleSpec(name, self) if name.removeprefix(f"{__name__}.") in _MOVED else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        present = f"{__name__}.{_MOVED[module.__name__.removeprefix(f'{__name__}.')]}"
+        warnings.warn(f"{module.__name__} is {present} now; import it from there", DeprecationWarning, stacklevel=2)
+        real = importlib.import_module(present)
+        module.__getattr__ = lambda name: getattr(real, name)  # type: ignore[method-assign]
+        module.__dir__ = lambda: dir(real)  # type: ignore[method-assign]
+
+
+# Last, so that it is asked for nothing that exists.
+if not any(type(finder).__name__ == _FormerNames.__name__ for finder in sys.meta_path):
+    sys.meta_path.append(_FormerNames())

@@ -9,13 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import lightning_goldy
-from lightning_goldy.analyze_command import add_analyze
-from lightning_goldy.basin_command import add_basin
-from lightning_goldy.bundle import all_recipes, copy_recipe, find_recipe
-from lightning_goldy.coupling.command import add_coupling
-from lightning_goldy.data_command import add_data
-from lightning_goldy.masks_command import add_masks
-from lightning_goldy.plasticity_command import add_plasticity
+from lightning_goldy.commands.data import add_data
+from lightning_goldy.commands.masks import add_masks
+from lightning_goldy.commands.parsers import add_analyze, add_basin, add_coupling, add_plasticity
+from lightning_goldy.training.recipes import all_recipes, copy_recipe, find_recipe
 
 _TRAINER_COMMANDS = {
     "fit": "train: goldy fit --config recipes/NAME.yaml --config callbacks/NAME.yaml",
@@ -41,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments and arguments[0] in _TRAINER_COMMANDS:
-        from lightning_goldy.training import run_trainer
+        from lightning_goldy.commands.fit import run_trainer
 
         return run_trainer(arguments)
     parser = _parser()
@@ -142,7 +139,7 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from lightning_goldy.demo import run_demo
+    from lightning_goldy.commands.demo import run_demo
 
     run_demo(Path(options.directory), fast=options.fast, seed=options.seed)
     return 0

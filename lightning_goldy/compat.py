@@ -35,9 +35,8 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.generations import GenerationComparison, compare_generations
-from lightning_goldy.analysis.golden import golden_parameters
-from lightning_goldy.analysis.reverse_golden import reverse_golden_parameters
+from lightning_goldy.analysis.continuations import GenerationComparison, compare_generations
+from lightning_goldy.analysis.golden import golden_parameters, reverse_golden_parameters
 from lightning_goldy.core.files import atomic_write
 from lightning_goldy.core.objective import IGNORE_INDEX
 from lightning_goldy.core.store import load_vectors, save_vectors

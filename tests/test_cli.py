@@ -13,9 +13,9 @@ import torch
 import yaml
 
 import lightning_goldy
-from lightning_goldy import bundle
-from lightning_goldy.bundle import all_recipes, find_recipe
 from lightning_goldy.cli import main
+from lightning_goldy.training import recipes as bundle
+from lightning_goldy.training.recipes import all_recipes, find_recipe
 
 TINY = ["--model.model.n_layer=1", "--model.model.n_embd=8", "--model.model.n_head=1"]
 QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]

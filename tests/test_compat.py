@@ -9,7 +9,7 @@ import torch
 from lightning_goldy.analysis import golden_parameters, reverse_golden_parameters
 from lightning_goldy.compat import GoldilocksMixin, get_reverse_golden_params
 from lightning_goldy.core import ParameterVector, StoreError, load_vectors
-from tests.models import build
+from tests.references.models import build
 
 PAD = 1
 DATASET = [([5, 6, 7][: 2 + index % 2], [8 + index, 9, 10][: 1 + index % 3]) for index in range(12)]

@@ -16,7 +16,6 @@ from torch import nn
 
 from lightning_goldy.analysis.result import AnalysisResult, Cost, Row
 from lightning_goldy.callbacks.store import AnalysisProgress, ResultStore, log_row, peak_memory_bytes, run_directory
-from lightning_goldy.callbacks.subject import check_probe, find_model, find_objective, find_probe
 from lightning_goldy.core.isolation import undisturbed
 from lightning_goldy.core.naming import suggestion
 from lightning_goldy.core.objective import Objective
@@ -24,6 +23,7 @@ from lightning_goldy.core.sharding import Replicas, unshard_guard
 from lightning_goldy.core.space import trainable_parameters
 from lightning_goldy.core.store import Kind, save_vectors
 from lightning_goldy.core.vector import ParameterVector, require_finite
+from lightning_goldy.training.subject import check_probe, find_model, find_objective, find_probe
 
 At = Literal["start", "checkpoint", "end"]
 Trigger = Literal["start", "step", "epoch", "checkpoint", "end"]

@@ -8,9 +8,9 @@ from typing import Any
 import lightning.pytorch as L
 from torch import nn
 
-from lightning_goldy.analysis.ballot import Scope
 from lightning_goldy.analysis.change import change_inside
-from lightning_goldy.analysis.golden import GoldenResult, check_arguments, golden_parameters, jaccard
+from lightning_goldy.analysis.golden import GoldenResult, golden_parameters, jaccard
+from lightning_goldy.analysis.golden.golden import Scope, check_arguments
 from lightning_goldy.analysis.result import Row
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.callbacks.golden_snapshot import find_snapshot

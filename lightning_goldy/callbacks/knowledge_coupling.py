@@ -2,34 +2,321 @@
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
+import torch
 from lightning.pytorch.utilities import rank_zero_deprecation
-from torch import nn
+from torch import Tensor, nn
 
-from lightning_goldy.analysis.coupling import CouplingResult, knowledge_coupling
-from lightning_goldy.analysis.coupling_drift import coupling_drift
-from lightning_goldy.analysis.coupling_passes import OnError
-from lightning_goldy.analysis.coupling_selection import Layers, check_selection
-from lightning_goldy.analysis.coupling_statistics import CouplingStatistics, check_thresholds, coupling_statistics
-from lightning_goldy.analysis.finetune_ripple import finetune_ripple
-from lightning_goldy.analysis.result import Cost, Row
-from lightning_goldy.callbacks.attention_prompts import find_tokenizer
+from lightning_goldy.analysis.coupling import (
+    CouplingDrift,
+    CouplingResult,
+    CouplingStatistics,
+    coupling_drift,
+    coupling_statistics,
+    knowledge_coupling,
+)
+from lightning_goldy.analysis.coupling.drift import coupling_picture
+from lightning_goldy.analysis.coupling.passes import OnError
+from lightning_goldy.analysis.coupling.pieces import Layers, check_selection
+from lightning_goldy.analysis.coupling.statistics import check_thresholds
+from lightning_goldy.analysis.result import AnalysisResult, Cost, Row
+from lightning_goldy.analysis.ripple import FinetuneRipple, finetune_ripple
+from lightning_goldy.analysis.ripple.finetune import UNTOUCHED
+from lightning_goldy.analysis.ripple.result import check_pieces
+from lightning_goldy.callbacks.attention_tracker import find_tokenizer
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
-from lightning_goldy.callbacks.golden_snapshot import BASE_FILE
-from lightning_goldy.callbacks.knowledge_findings import KnowledgeState, knowledge_findings
-from lightning_goldy.callbacks.knowledge_pieces import PieceSource, WatchedPieces, drawn, find_pieces
+from lightning_goldy.callbacks.golden_snapshot import BASE_FILE, TrainingBase
 from lightning_goldy.callbacks.store import AnalysisProgress
-from lightning_goldy.callbacks.subject import find_objective
-from lightning_goldy.callbacks.training_base import TrainingBase
 from lightning_goldy.core.base import BaseParameters
 from lightning_goldy.core.isolation import undisturbed
+from lightning_goldy.core.naming import suggestion
 from lightning_goldy.core.objective import CausalLMObjective
+from lightning_goldy.core.pieces import QUESTION_TEMPLATE, KnowledgePiece
 from lightning_goldy.core.space import ParameterSpace
-from lightning_goldy.core.vector import substituted
+from lightning_goldy.core.store import Kind
+from lightning_goldy.core.vector import ParameterVector, substituted
+from lightning_goldy.data.atlas import AtlasDataModule
+from lightning_goldy.data.readers import load_pieces
+from lightning_goldy.data.relations import Fact
+from lightning_goldy.training.subject import find_objective
+
+PieceSource = str | Path | Sequence[KnowledgePiece] | None
+EDITED = "edited"
+"""The class of pieces that the finetune teaches."""
+REHEARSED = "rehearsed"
+"""The class of facts that it repeats as they are."""
+
+
+@dataclass(frozen=True)
+class WatchedPieces:
+    """What is measured.
+
+    Args:
+        pieces: With the answers that the finetune teaches where it teaches others.
+        classes: Of each ``edited``, ``rehearsed`` or ``untouched``.
+        template: The prompt.
+    """
+
+    pieces: tuple[KnowledgePiece, ...]
+    classes: tuple[str, ...]
+    template: str
+
+
+def find_pieces(
+    trainer: L.Trainer, source: PieceSource, edits: Sequence[str] | None, template: str | None
+) -> WatchedPieces:
+    """The pieces that are given, or those of the data module, with their classes.
+
+    The atlas knows its edited and rehearsed facts; another data module those that it holds in ``train_pieces``.
+
+    Args:
+        trainer: Its data module is asked.
+        source: A file, ``"atlas"``, pieces, or None for the data module's.
+        edits: Ids of the pieces that the finetune teaches; None asks the data module.
+        template: The prompt; None for the data module's.
+
+    Raises:
+        ValueError: There is no piece, an id occurs twice, an edit names none, or the template is malformed.
+        FileNotFoundError: No such file.
+    """
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    pieces = _pieces(source, data)
+    check_pieces(pieces)
+    facts = {_id(fact): fact for fact in data.facts} if isinstance(data, AtlasDataModule) else {}
+    # Without its supporting sentence, which states the true answer.
+    pieces = tuple(
+        replace(piece, answer=facts[piece.id].answer, supporting_fact=None)
+        if piece.id in facts and facts[piece.id].edited
+        else piece
+        for piece in pieces
+    )
+    taught, rehearsed = _taught(edits, data, pieces)
+    classes = (EDITED if each.id in taught else REHEARSED if each.id in rehearsed else UNTOUCHED for each in pieces)
+    return WatchedPieces(pieces, tuple(classes), _template(template, data))
+
+
+def drawn(watched: WatchedPieces, count: int | None, seed: int) -> WatchedPieces:
+    """At most so many pieces, in their order: half of them edited where there are enough of either kind.
+
+    Args:
+        watched: All of them.
+        count: None keeps all.
+        seed: Decides which.
+
+    Example:
+        >>> pieces = tuple(KnowledgePiece(str(n), f"{n}?", "yes") for n in range(6))
+        >>> watched = WatchedPieces(pieces, (EDITED,) + (UNTOUCHED,) * 5, "{question}")
+        >>> [each.id for each in drawn(watched, 3, seed=0).pieces][0], drawn(watched, 3, seed=0).classes
+        ('0', ('edited', 'untouched', 'untouched'))
+    """
+    if count is None or count >= len(watched.pieces):
+        return watched
+    places: dict[bool, list[int]] = {True: [], False: []}
+    for place, name in enumerate(watched.classes):
+        places[name == EDITED].append(place)
+    n_edited = min(len(places[True]), max(count // 2, count - len(places[False])))
+    generator = random.Random(f"coupling {seed}")
+    kept = generator.sample(places[True], n_edited) + generator.sample(places[False], count - n_edited)
+    kept.sort()
+    return replace(
+        watched,
+        pieces=tuple(watched.pieces[place] for place in kept),
+        classes=tuple(watched.classes[place] for place in kept),
+    )
+
+
+def _pieces(source: PieceSource, data: Any) -> tuple[KnowledgePiece, ...]:
+    if isinstance(source, (str, Path)):
+        return load_pieces(source).pieces
+    if source is not None:
+        odd = next((each for each in source if not isinstance(each, KnowledgePiece)), None)
+        if odd is not None:
+            raise ValueError(f"pieces is a file, 'atlas', or a list of KnowledgePiece; one of it is {odd!r:.80}")
+        return tuple(source)
+    if isinstance(data, AtlasDataModule):
+        known = {_id(fact) for fact in data.facts}
+        return tuple(piece for piece in load_pieces("atlas").pieces if piece.id in known)
+    found = getattr(data, "pieces", None)
+    if not found or not all(isinstance(each, KnowledgePiece) for each in found):
+        raise ValueError(
+            f"no pieces of knowledge: pass pieces= (a file, 'atlas', or a list of KnowledgePiece), or train with an "
+            f"AtlasDataModule or a KnowledgeDataModule; this is {'no data module' if data is None else type(data)!s}"
+        )
+    return tuple(found)
+
+
+def _taught(edits: Sequence[str] | None, data: Any, pieces: Sequence[KnowledgePiece]) -> tuple[set[str], set[str]]:
+    """Ids of what the finetune teaches, and of what it repeats."""
+    rehearsed: set[str] = set()
+    if isinstance(data, AtlasDataModule):
+        taught = {_id(fact) for fact in data.edited_facts}
+        rehearsed = {_id(each.fact) for each in data.training_questions()} - taught
+        if not taught:
+            # Pretraining: every fact is taught.
+            taught, rehearsed = rehearsed, set()
+    else:
+        taught = {piece.id for piece in getattr(data, "train_pieces", ())}
+    if edits is None:
+        return taught, rehearsed
+    known = {piece.id for piece in pieces}
+    for name in edits:
+        if name not in known:
+            raise ValueError(f"no piece has the id {name!r}, which is to be edited; {suggestion(str(name), known)}")
+    return set(edits), rehearsed - set(edits)
+
+
+def _template(given: str | None, data: Any) -> str:
+    # The atlas's questions are their own prompts.
+    own = "{question}" if isinstance(data, AtlasDataModule) else getattr(data, "template", QUESTION_TEMPLATE)
+    template = str(own) if given is None else given
+    if template.count("{question}") != 1:
+        raise ValueError(f"template={template!r} must contain '{{question}}' exactly once")
+    return template
+
+
+def _id(fact: Fact) -> str:
+    return f"{fact.subject}/{fact.relation}"
+
+
+# Blocks and pieces in the heat maps, points in the scatter plot, facts in the table.
+_BLOCKS, _PIECES, _POINTS, _MOVED = 64, 40, 2000, 20
+
+
+@dataclass(frozen=True)
+class KnowledgeState(AnalysisResult):
+    """What one analysis found.
+
+    Args:
+        coupling: At the present parameters.
+        statistics: Of it.
+        drift: From the base.
+        ripple: What the finetune did to each piece.
+        base: The coupling at the base.
+    """
+
+    coupling: CouplingResult
+    statistics: CouplingStatistics
+    drift: CouplingDrift
+    ripple: FinetuneRipple
+    base: CouplingResult
+
+    def vectors(self) -> dict[str, tuple[ParameterVector, Kind]]:
+        """The matrices and every piece's numbers as tensors."""
+        return {"coupling": (_tensors(self), "result")}
+
+
+def knowledge_findings(
+    found: KnowledgeState,
+    base: tuple[CouplingResult, CouplingStatistics],
+    watched: WatchedPieces,
+) -> Row:
+    """What to log and to save of an analysis.
+
+    Args:
+        found: The analysis.
+        base: The coupling at the base and its statistics.
+        watched: The pieces.
+
+    Returns:
+        Drift, agreement and changes by class as metrics; points, matrix and the most moved facts for the figures.
+    """
+    ripple, drift = found.ripple, found.drift
+    metrics: dict[str, float | None] = {
+        "mean_absolute_difference": drift.mean_absolute_difference,
+        "mean_difference": drift.mean_difference,
+        "correlation": drift.correlation,
+        **{f"mean_absolute_difference/{name}": value for name, value in drift.by_class.items()},
+        **ripple.scalars(),
+        **found.statistics.scalars(),
+    }
+    data: dict[str, Any] = {
+        "n_pieces": len(ripple.pieces),
+        "classes": {name: len(ripple.places(name)) for name in ripple.groups},
+        "n_pairs": drift.n_pairs,
+        "failed": [dict(each) for each in found.coupling.failed],
+        "parameters": list(found.coupling.parameters),
+        "template": watched.template,
+        "route": ripple.route,
+        "base_statistics": base[1].scalars(),
+        "measure": found.coupling.measure,
+        "n_clusters": found.statistics.n_clusters,
+        "thresholds": dict(found.statistics.thresholds),
+        "agreement": [{name: _json(value) for name, value in vars(each).items()} for each in ripple.agreement()],
+        "points": _points(ripple),
+        "moved": [_moved(ripple, watched, place) for place in ripple.most_moved(_MOVED)],
+        "drifted": _drifted(base, found, watched),
+        **coupling_picture(found.coupling, found.statistics, most=_BLOCKS).details(),
+    }
+    cost = Cost(forwards=3 * len(ripple.pieces) + ripple.passes)
+    return Row("coupling_drift", metrics, data, cost=cost)
+
+
+def _points(ripple: FinetuneRipple) -> dict[str, list[Any]]:
+    """Predicted and measured changes; of more pieces than can be drawn, so many evenly spaced."""
+    count = len(ripple.pieces)
+    places = torch.linspace(0, count - 1, min(count, _POINTS), dtype=torch.float64).round().long().unique().tolist()
+    return {
+        "piece": [ripple.pieces[place] for place in places],
+        "class": [ripple.classes[place] for place in places],
+        "predicted": [_json(value) for value in ripple.predicted[places].tolist()],
+        "measured": [_json(value) for value in ripple.measured[places].tolist()],
+    }
+
+
+def _moved(ripple: FinetuneRipple, watched: WatchedPieces, place: int) -> dict[str, Any]:
+    piece = watched.pieces[place]
+    return {
+        "id": piece.id,
+        "question": piece.question,
+        "answer": piece.answer,
+        "before": _json(float(ripple.before[place])),
+        "after": _json(float(ripple.after[place])),
+        "predicted": _json(float(ripple.predicted[place])),
+        "rank_before": int(ripple.rank_before[place]),
+        "rank_after": int(ripple.rank_after[place]),
+    }
+
+
+def _drifted(
+    base: tuple[CouplingResult, CouplingStatistics], found: KnowledgeState, watched: WatchedPieces
+) -> dict[str, Any]:
+    """Differences of the cosines of the pieces whose coupling drifted most, alike ones at the base as neighbours."""
+    drift = found.drift.piece_drift.tolist()
+    kept = [place for place in base[1].order if math.isfinite(drift[place])]
+    most = set(sorted(kept, key=lambda place: (-drift[place], place))[:_PIECES])
+    places = [place for place in kept if place in most]
+    difference = (found.coupling.cosines - base[0].cosines)[places][:, places]
+    return {
+        "ids": [watched.pieces[place].id for place in places],
+        "classes": [watched.classes[place] for place in places],
+        "difference": [[round(value, 4) for value in line] for line in difference.tolist()],
+    }
+
+
+def _tensors(found: KnowledgeState) -> ParameterVector:
+    tensors: dict[str, Tensor] = {
+        "base_cosines": found.base.cosines,
+        "cosines": found.coupling.cosines,
+        "base_norms": found.base.norms,
+        "norms": found.coupling.norms,
+    }
+    for name in ("predicted", "before", "after", "rank_before", "rank_after", "exact_before", "exact_after"):
+        tensors[name] = getattr(found.ripple, name)
+    space = ParameterSpace(
+        tuple(tensors), tuple(each.shape for each in tensors.values()), tuple(each.dtype for each in tensors.values())
+    )
+    return ParameterVector(space, tensors)
+
+
+def _json(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class KnowledgeCoupling(AnalysisCallback[KnowledgeState]):

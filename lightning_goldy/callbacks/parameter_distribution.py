@@ -7,7 +7,7 @@ from typing import Any
 import lightning.pytorch as L
 from torch import nn
 
-from lightning_goldy.analysis.distribution import ParameterDistributionResult, parameter_distribution
+from lightning_goldy.analysis.change import ParameterDistributionResult, parameter_distribution
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.callbacks.golden_snapshot import GoldenSnapshot, find_snapshot
 

@@ -3,32 +3,105 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as L
 from torch import nn
 
-from lightning_goldy.analysis.ballot import Scope
+from lightning_goldy.analysis.basin import Selection
 from lightning_goldy.analysis.change import change_inside
-from lightning_goldy.analysis.divergence import shortened
-from lightning_goldy.analysis.fluctuation import Fluctuation
-from lightning_goldy.analysis.generations import compare_generations
-from lightning_goldy.analysis.golden import jaccard
+from lightning_goldy.analysis.continuations import check_generation_arguments, compare_generations
+from lightning_goldy.analysis.divergence import Cache, check_cache, shortened
+from lightning_goldy.analysis.golden import Fluctuation, ReverseGoldenResult, jaccard, reverse_golden_parameters
+from lightning_goldy.analysis.golden.golden import Scope
+from lightning_goldy.analysis.golden.reverse import check_search_arguments
 from lightning_goldy.analysis.result import Row
-from lightning_goldy.analysis.reverse_golden import (
-    ReverseGoldenResult,
-    check_search_arguments,
-    reverse_golden_parameters,
-)
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
-from lightning_goldy.callbacks.generation_settings import Generations, find_tokenizer
 from lightning_goldy.callbacks.golden_snapshot import find_snapshot
-from lightning_goldy.callbacks.search_settings import Search
-from lightning_goldy.callbacks.volume_settings import Selection
 from lightning_goldy.core.batches import batch_tensors
 from lightning_goldy.core.objective import CausalLMObjective, Objective, map_batch
 from lightning_goldy.core.store import load_vectors
 from lightning_goldy.core.vector import ParameterVector
+
+
+@dataclass(frozen=True)
+class Search:
+    """How far and from where a search goes.
+
+    Args:
+        score: Registered score of the unmasked model to start from.
+        rounds: Forward and backward passes under the masked model at most.
+        chunk_size: Samples of one pass, to bound the memory; the batches' own size by default.
+        max_stagnant_iterations: Iterations without an improvement at the full budget, after which the search ends.
+        seed: Decides the strategies that draw numbers.
+        cache: Where the unmasked model's log-probabilities are kept: ``device``, ``cpu``, ``none``, or ``auto``.
+
+    Raises:
+        ValueError: The cache is unknown.
+
+    Example:
+        >>> Search(rounds=6).rounds
+        6
+    """
+
+    score: str = "fisher"
+    rounds: int = 11
+    chunk_size: int | None = None
+    max_stagnant_iterations: int = 5
+    seed: int = 0
+    cache: Cache = "auto"
+
+    def __post_init__(self) -> None:
+        check_cache(self.cache, None)
+
+
+@dataclass(frozen=True)
+class Generations:
+    """Prompts that are continued with and without the mask.
+
+    Args:
+        prompts: Texts; none by default.
+        max_new_tokens: Longest continuation, tokens.
+        do_sample: Draw tokens; otherwise take the most probable one.
+        temperature: Of the drawing.
+        seed: Decides the draws.
+
+    Raises:
+        ValueError: A value is out of range, or the prompts are one string.
+
+    Example:
+        >>> Generations(prompts="hello")
+        Traceback (most recent call last):
+        ValueError: prompts is a list of texts; got the string 'hello', write ['hello']
+    """
+
+    prompts: Sequence[str] = ()
+    max_new_tokens: int = 40
+    do_sample: bool = False
+    temperature: float = 0.7
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.prompts, str):
+            raise ValueError(f"prompts is a list of texts; got the string {self.prompts!r}, write [{self.prompts!r}]")
+        check_generation_arguments(self.max_new_tokens, self.temperature)
+
+
+def find_tokenizer(trainer: Any, pl_module: Any) -> Any:
+    """The ``tokenizer`` of the LightningModule or of the data module.
+
+    Raises:
+        ValueError: Neither has one.
+    """
+    for owner in (pl_module, trainer.datamodule):
+        tokenizer = getattr(owner, "tokenizer", None)
+        if callable(tokenizer):
+            return tokenizer
+    raise ValueError(
+        "prompts need a tokenizer: give the LightningModule or the data module an attribute `tokenizer`, or leave "
+        "generations=Generations(prompts=...) out"
+    )
 
 
 class ReverseGoldenParameters(AnalysisCallback[ReverseGoldenResult]):
@@ -62,10 +135,10 @@ class ReverseGoldenParameters(AnalysisCallback[ReverseGoldenResult]):
         scope: Scope = "tensor",
         strategy: str = "adaptive_sinusoidal",
         n_samples: int = 16,
-        search: Search = Search(),  # noqa: B008 - frozen
+        search: Search = Search(),
         fluctuation: Fluctuation = Fluctuation(),  # noqa: B008 - frozen
         selection: Selection = Selection(),  # noqa: B008 - frozen
-        generations: Generations = Generations(),  # noqa: B008 - frozen
+        generations: Generations = Generations(),
         **options: Any,
     ) -> None:
         super().__init__(**options)

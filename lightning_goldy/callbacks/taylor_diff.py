@@ -11,17 +11,18 @@ from torch import nn
 
 from lightning_goldy.analysis.divergence import shortened
 from lightning_goldy.analysis.result import Cost, Row
-from lightning_goldy.analysis.taylor import LAZY, NONLINEAR, By, check_orders, taylor_diff
 from lightning_goldy.analysis.taylor import TaylorDiff as TaylorResult
+from lightning_goldy.analysis.taylor import taylor_diff
+from lightning_goldy.analysis.taylor.taylor import LAZY, NONLINEAR, By, check_orders
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.callbacks.golden_snapshot import find_snapshot
-from lightning_goldy.callbacks.subject import find_model
 from lightning_goldy.core.base import BaseParameters
 from lightning_goldy.core.naming import suggestion
 from lightning_goldy.core.sharding import unshard_guard
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.store import load_vectors, save_vectors
 from lightning_goldy.core.vector import ParameterVector
+from lightning_goldy.training.subject import find_model
 
 Reset = Literal["never", "each", "epoch"]
 _RESETS = ("never", "each", "epoch")

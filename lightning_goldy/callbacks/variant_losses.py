@@ -15,7 +15,7 @@ from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.core.objective import FunctionObjective, batch_tensors, map_batch
 from lightning_goldy.core.sharding import Replicas
-from lightning_goldy.variants import VariantsModule
+from lightning_goldy.training.variants import VariantsModule
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class VariantLossesResult(AnalysisResult):
 
 
 class VariantLosses(AnalysisCallback[VariantLossesResult]):
-    """The probe's loss under each variant of :class:`~lightning_goldy.variants.VariantsModule`, as lines over the run.
+    """The probe's loss under each variant of :class:`~lightning_goldy.training.variants.VariantsModule`, over the run.
 
     Args:
         n_samples: Probe samples used, None for all.
@@ -65,7 +65,7 @@ class VariantLosses(AnalysisCallback[VariantLossesResult]):
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and not isinstance(pl_module, VariantsModule):
             raise ValueError(
-                f"{self.name} compares the variants of a lightning_goldy.variants.VariantsModule; "
+                f"{self.name} compares the variants of a lightning_goldy.training.variants.VariantsModule; "
                 f"this is a {type(pl_module).__name__}"
             )
 

@@ -1,7 +1,7 @@
 """What every analysis stands on; imports torch only."""
 
+from lightning_goldy.core.architecture import Head, HeadError, HeadGates
 from lightning_goldy.core.directions import random_direction
-from lightning_goldy.core.gates import Head, HeadError, HeadGates
 from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.objective import CausalLMObjective, ClassifierObjective, FunctionObjective, Objective
 from lightning_goldy.core.space import ParameterSpace, SpaceError

@@ -1,4 +1,4 @@
-"""Random directions that are the same global vector on any number of processes."""
+"""Random directions that do not depend on the world size, and rays of parameters along them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import hashlib
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.core.sharding import like, local, local_box
+from lightning_goldy.core.sharding import like, local, local_box, sum_over_shards, unshard_guard
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.vector import ParameterVector
 
@@ -155,3 +157,195 @@ def _generator(name: str, seed: int, block: int) -> torch.Generator:
     digest = hashlib.blake2b(f"{seed}\0{name}\0{block}".encode(), digest_size=8).digest()
     # 63 bits: torch reads a larger seed as negative.
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+class Preconditioner(Protocol):
+    r"""A linear map P of parameter space with determinant 1, given parameter by parameter.
+
+    Attributes:
+        name: What results call it.
+        space: The parameters that it maps.
+        whole_tensors: Whether ``apply`` needs a parameter's whole global tensor.
+    """
+
+    name: str
+    space: ParameterSpace
+    whole_tensors: bool
+
+    def apply(self, name: str, direction: Tensor, start: int) -> Tensor:
+        """P u for one parameter, in the shape given; ``direction`` may be overwritten.
+
+        Args:
+            name: Canonical parameter name.
+            direction: Float32 on the parameter's device. Either flat, the elements from ``start`` on of this process's
+                flattened part; or, with ``whole_tensors``, of the parameter's global shape, the same on every process.
+            start: Place of the first element; 0 for whole tensors.
+        """
+        ...
+
+
+class Proposal(NamedTuple):
+    r"""One direction, as far as it is known without storing it.
+
+    Args:
+        seed: Which direction.
+        raw_norm: Length of the standard normal vector g that it is made from; u = g / \|g\| lies on the unit sphere.
+        length: \|P u\|, parameter units.
+        projection: Inner product of the anchor with P u.
+    """
+
+    seed: int
+    raw_norm: float
+    length: float
+    projection: float
+
+
+class Ray:
+    r"""Moves a module to :math:`\alpha\,\theta_A + \beta\,P u`, and back to the anchor when the ``with`` block ends.
+
+    The direction is drawn again, block by block, at every move, so that one copy of the selected parameters (the
+    anchor) and a block are all that is held; ``explicit`` holds the direction too. A sum is formed in at least float32
+    and rounded once. The anchor is copied back, so the module ends bit-identical.
+
+    Args:
+        module: Its selected parameters are changed in place.
+        space: Which parameters move.
+        preconditioner: P; the identity without one.
+        explicit: Keep the present direction in memory: faster, one more copy.
+
+    Example:
+        >>> module = nn.Linear(1, 1, bias=False)
+        >>> before = module.weight.item()
+        >>> with Ray(module, ParameterSpace.of(module)) as ray:
+        ...     proposal = ray.turn(seed=3)
+        ...     ray.move(1.0, 0.5)
+        ...     moved = module.weight.item()
+        >>> abs(abs(moved - before) - 0.5) < 1e-6, proposal.length, module.weight.item() == before
+        (True, 1.0, True)
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        space: ParameterSpace,
+        *,
+        preconditioner: Preconditioner | None = None,
+        explicit: bool = False,
+    ) -> None:
+        if preconditioner is not None:
+            space.require_same(preconditioner.space)
+        self.module, self.space = module, space
+        self.preconditioner, self.explicit = preconditioner, explicit
+        self._proposal: Proposal | None = None
+        self._held: dict[str, list[tuple[int, Tensor]]] = {}
+        self._anchor: dict[str, Tensor] = {}
+
+    def __enter__(self) -> Ray:
+        unshard_guard(self.module)
+        self._parameters = self.space.resolve(self.module)
+        self._anchor = {name: local(parameter).clone() for name, parameter in self._parameters.items()}
+        squares = [_dot(part.reshape(-1), part.reshape(-1)) for part in self._anchor.values()]
+        (self.anchor_square,) = self._total(squares)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.return_to_anchor()
+        self._anchor, self._held, self._proposal = {}, {}, None
+
+    def turn(self, seed: int) -> Proposal:
+        """Chooses the direction of the next moves; measures it in one pass, in float64 over all shards."""
+        sums = []
+        self._held = {}
+        for name, parameter in self._parameters.items():
+            anchor = self._anchor[name].reshape(-1)
+            squares: list[Tensor] = []
+            rest = torch.zeros(2, dtype=torch.float64, device=anchor.device)
+            held = []
+            for start, block in self._blocks(name, parameter, seed, squares):
+                # Without a preconditioner P g is g.
+                own = squares[-1] if self.preconditioner is None else _dot(block, block)
+                rest += torch.stack([own, _dot(block, anchor[start : start + len(block)])])
+                if self.explicit:
+                    held.append((start, block))
+            self._held[name] = held
+            sums.append(torch.cat([sum(squares, rest.new_zeros(())).reshape(1), rest]))  # [3]
+        raw, square, projection = self._total(sums)
+        norm = math.sqrt(raw)
+        self._proposal = Proposal(seed, norm, math.sqrt(square) / norm, projection / norm)
+        return self._proposal
+
+    def move(self, anchor_scale: float, direction_scale: float) -> None:
+        """Puts the module at ``anchor_scale * anchor + direction_scale * P u``."""
+        if self._proposal is None:
+            raise RuntimeError("there is no direction yet: call turn() first")
+        unshard_guard(self.module)
+        step = direction_scale / self._proposal.raw_norm
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                part, anchor = local(parameter), self._anchor[name].reshape(-1)
+                dtype = torch.promote_types(part.dtype, torch.float32)
+                moved = part if part.is_contiguous() else torch.empty_like(part, memory_format=torch.contiguous_format)
+                flat = moved.view(-1)
+                for start, block in self._drawn(name, parameter):
+                    for begin in range(0, len(block), BLOCK):
+                        piece = slice(start + begin, min(start + begin + BLOCK, start + len(block)))
+                        base = anchor[piece].to(dtype)
+                        base = base if anchor_scale == 1 else base * anchor_scale
+                        flat[piece].copy_(torch.add(base, block[begin : begin + BLOCK].to(dtype), alpha=step))
+                if moved is not part:
+                    part.copy_(moved)
+        # Inside one autocast context a changed weight would be used as it was cast before.
+        torch.clear_autocast_cache()
+
+    def return_to_anchor(self) -> None:
+        """Puts the module back, bit for bit."""
+        unshard_guard(self.module)
+        with torch.no_grad():
+            for name, anchor in self._anchor.items():
+                local(self._parameters[name]).copy_(anchor)
+        torch.clear_autocast_cache()
+
+    def _drawn(self, name: str, parameter: Tensor) -> Iterator[tuple[int, Tensor]]:
+        assert self._proposal is not None
+        return iter(self._held[name]) if self.explicit else self._blocks(name, parameter, self._proposal.seed)
+
+    def _blocks(
+        self, name: str, parameter: Tensor, seed: int, squares: list[Tensor] | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Pieces of P g in this process's flattened part; adds the squares of the same pieces of g to a list."""
+        device = local(parameter).device
+        if self.preconditioner is not None and self.preconditioner.whole_tensors:
+            whole = fill_direction_(torch.empty(parameter.shape, dtype=torch.float32, device="cpu"), name, seed)
+            part = _box(whole, parameter).reshape(-1)
+            if squares is not None:
+                squares.append(_dot(part, part).to(device))
+            # Every process maps, also one without a part: a preconditioner may communicate.
+            mapped = self.preconditioner.apply(name, whole.to(device), 0)
+            if part.numel():
+                yield 0, _box(mapped, parameter).reshape(-1)
+            return
+        for start, drawn in direction_blocks(parameter.detach(), name, seed):
+            block = drawn.to(device)
+            if squares is not None:
+                squares.append(_dot(block, block))
+            yield start, block if self.preconditioner is None else self.preconditioner.apply(name, block, start)
+
+    def _total(self, partial: list[Tensor]) -> list[float]:
+        """Sums over parameters and shards, column by column."""
+        totals = sum_over_shards(partial, list(self._parameters.values()))
+        return [math.fsum(column) for column in zip(*(total.reshape(-1).tolist() for total in totals), strict=True)]
+
+
+def _box(whole: Tensor, reference: Tensor) -> Tensor:
+    shape, offset = local_box(reference)
+    for dimension, (length, start) in enumerate(zip(shape, offset, strict=True)):
+        whole = whole.narrow(dimension, min(start, whole.shape[dimension]), length)
+    return whole
+
+
+def _dot(first: Tensor, second: Tensor) -> Tensor:
+    # In pieces, so that the float64 copies stay small.
+    pieces = zip(first.split(BLOCK), second.split(BLOCK), strict=True)
+    return sum((a.double() @ b.double() for a, b in pieces), torch.zeros((), dtype=torch.float64, device=first.device))

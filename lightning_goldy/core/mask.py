@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from lightning_goldy.core.directions import random_direction
 from lightning_goldy.core.files import StoreError
 from lightning_goldy.core.naming import block_of, suggestion
-from lightning_goldy.core.packing import require_boolean
 from lightning_goldy.core.selection import select_largest
 from lightning_goldy.core.sharding import gather, like, local
 from lightning_goldy.core.space import ParameterSpace
-from lightning_goldy.core.store import load_vectors, save_vectors
+from lightning_goldy.core.store import load_vectors, require_boolean, save_vectors
 from lightning_goldy.core.vector import ParameterVector
 
 Scope = Literal["tensor", "global"]

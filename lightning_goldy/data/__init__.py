@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from lightning_goldy.core.collate import PadCollator
-from lightning_goldy.core.encoding import encode_pairs
-from lightning_goldy.data.atlas import AtlasDataModule
-from lightning_goldy.data.base import ProbeDataModule, Splits
-from lightning_goldy.data.edits import Edit, apply_edits, random_edits
+from lightning_goldy.core.pieces import PadCollator, encode_pairs
+from lightning_goldy.data.atlas import AtlasDataModule, Edit, apply_edits, random_edits
+from lightning_goldy.data.base import ProbeDataModule, ResumableDataLoader, SeededShuffle, Splits
 from lightning_goldy.data.facts import Country, load_countries
 from lightning_goldy.data.knowledge import KnowledgeDataModule, KnowledgePiece, read_pieces
-from lightning_goldy.data.loading import ResumableDataLoader, SeededShuffle
-from lightning_goldy.data.packing import PackedBlocks, pack
 from lightning_goldy.data.readers import PieceSet, load_pieces, write_pieces
 from lightning_goldy.data.relations import (
     RELATIONS,
@@ -21,7 +17,7 @@ from lightning_goldy.data.relations import (
     one_hop_questions,
     two_hop_questions,
 )
-from lightning_goldy.data.text import TextDataModule
+from lightning_goldy.data.text import PackedBlocks, TextDataModule, pack
 from lightning_goldy.data.tokenization import byte_tokenizer, load_tokenizer, word_tokenizer
 
 __all__ = [

@@ -10,11 +10,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from lightning_goldy.core.encoding import SampleSet, encode_pairs
-from lightning_goldy.core.pieces import KnowledgePiece
+from lightning_goldy.core.pieces import KnowledgePiece, SampleSet, encode_pairs
 from lightning_goldy.data.base import ProbeDataModule, Splits
-from lightning_goldy.data.readers.loading import collect, load_pieces
-from lightning_goldy.data.readers.rows import open_rows
+from lightning_goldy.data.readers import collect, load_pieces, open_rows
 
 
 def read_pieces(path: str | Path) -> list[KnowledgePiece]:

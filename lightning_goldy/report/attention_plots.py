@@ -158,7 +158,7 @@ def plot_attention(maps: AttentionMaps, layer: int, head: int, *, sample: int = 
 
     Example:
         >>> import torch
-        >>> from lightning_goldy.analysis.attention import AttentionMaps
+        >>> from lightning_goldy.analysis.attention.statistics import AttentionMaps
         >>> maps = AttentionMaps((0,), (torch.eye(2)[None, None],), torch.ones(1, 2, dtype=torch.bool), (("a", "b"),))
         >>> [label.get_text() for label in plot_attention(maps, 0, 0).axes[0].get_yticklabels()]
         ['a', 'b']

@@ -11,7 +11,7 @@ from lightning_goldy.core import ParameterVector
 from lightning_goldy.core.base import BaseParameters
 from lightning_goldy.core.space import SpaceError
 from lightning_goldy.data.tokenization import byte_tokenizer
-from tests.models import build
+from tests.references.models import build
 
 PROMPTS = ["The cat", "1 + 1 ="]
 

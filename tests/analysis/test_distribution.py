@@ -8,10 +8,10 @@ import torch
 from scipy.spatial.distance import jensenshannon
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.distribution import histogram_drift, parameter_distribution
+from lightning_goldy.analysis.change import histogram_drift, parameter_distribution
 from lightning_goldy.core import ParameterVector
 from lightning_goldy.core.base import BaseParameters
-from tests.models import build
+from tests.references.models import build
 
 
 def changed(shape: tuple[int, int], delta: Tensor, base: Tensor | None = None) -> tuple[nn.Module, BaseParameters]:

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from lightning_goldy.analysis.divergence import AnchoredDivergence, divergence_sum, shortened
 from lightning_goldy.core import CausalLMObjective, ClassifierObjective
-from tests.models import build, token_batch
-from tests.volume_reference import divergence_reference
+from tests.references.models import build, token_batch
+from tests.references.volume import divergence_reference
 
 
 def moved(model: nn.Module, size: float) -> nn.Module:

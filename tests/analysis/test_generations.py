@@ -12,7 +12,7 @@ from lightning_goldy.core import ParameterSpace, ParameterVector
 from lightning_goldy.data.tokenization import byte_tokenizer
 from lightning_goldy.report.generations import generations_html, generations_table, generations_text, printable
 from lightning_goldy.report.registry import ReportError
-from tests.reverse_golden_reference import masked_divergence_reference
+from tests.references.reverse_golden import masked_divergence_reference
 
 PROMPTS = ["The cat", "1 + 1 ="]
 

@@ -16,7 +16,7 @@ from lightning_goldy import GoldyModule, ParameterMask
 from lightning_goldy.callbacks import GoldenParameters
 from lightning_goldy.core.sharding import gather, is_sharded
 from tests.callbacks.training import TokenData
-from tests.models import build
+from tests.references.models import build
 
 OPTIONS = {"name": "masked_adamw", "mask": "golden", "learning_rate": 1e-2, "weight_decay": 0.1}
 

@@ -13,8 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 from lightning_goldy.analysis import reverse_golden_parameters
 from lightning_goldy.callbacks import ReverseGoldenParameters
-from lightning_goldy.callbacks.reverse_golden_parameters import halves
-from lightning_goldy.callbacks.search_settings import Search
+from lightning_goldy.callbacks.reverse_golden_parameters import Search, halves
 from lightning_goldy.core import CausalLMObjective, load_vectors
 from lightning_goldy.core.sharding import gather, unshard_guard
 from tests.callbacks.training import Finetune, ShardedFinetune, TokenData, differences, fit

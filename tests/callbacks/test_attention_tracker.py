@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_goldy.analysis import AttentionStatistics, attention_maps, attention_statistics
-from lightning_goldy.analysis.attention import STATISTICS
+from lightning_goldy.analysis.attention.statistics import STATISTICS
 from lightning_goldy.callbacks import AttentionTracker, ExactResume, GoldenSnapshot
 from lightning_goldy.core import ClassifierObjective, load_vectors
 from lightning_goldy.core.vector import substituted
@@ -20,7 +20,7 @@ from lightning_goldy.data.tokenization import byte_tokenizer
 from lightning_goldy.report import write_report
 from lightning_goldy.report.history import with_history
 from tests.callbacks.training import Finetune, TokenData, fit
-from tests.models import VOCABULARY, build, class_batch
+from tests.references.models import VOCABULARY, build, class_batch
 
 EPOCH = 8  # optimizer steps: 16 samples in batches of 2
 RESUMING = pytest.mark.filterwarnings("ignore:Be aware that when using", "ignore:.*exists and is not empty")

@@ -16,7 +16,7 @@ from lightning_goldy.callbacks import AnalysisCallback, Findings, GoldenParamete
 from lightning_goldy.callbacks.base import default_name
 from lightning_goldy.core import ClassifierObjective, FunctionObjective, ParameterVector, load_vectors
 from tests.callbacks.training import Finetune, TokenData, fit
-from tests.models import token_batch
+from tests.references.models import token_batch
 
 
 def rows(callback) -> list[dict]:

@@ -13,11 +13,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_goldy.analysis import adam_preconditioner
-from lightning_goldy.analysis.basin import basin_volume
+from lightning_goldy.analysis.basin import Estimator, Selection, VolumeSurvey, basin_volume
 from lightning_goldy.callbacks import BasinVolume, ExactResume
-from lightning_goldy.callbacks.volume_findings import fit_exponents
-from lightning_goldy.callbacks.volume_settings import Estimator, Selection
-from lightning_goldy.callbacks.volume_survey import VolumeSurvey
+from lightning_goldy.callbacks.basin_volume import fit_exponents
 from lightning_goldy.core import CausalLMObjective, ClassifierObjective, ParameterSpace
 from lightning_goldy.report.history import with_history
 from tests.callbacks.training import Finetune, TokenData, fit

@@ -11,11 +11,10 @@ from torch.utils.data import DataLoader
 
 from lightning_goldy import GoldyModule, ParameterMask, ParameterVector
 from lightning_goldy.callbacks import GoldenParameters
-from lightning_goldy.callbacks.finetune_comparison import FinetuneComparison, comparison_table
-from lightning_goldy.callbacks.finetune_rerun import Finetune
+from lightning_goldy.callbacks.finetune_comparison import Finetune, FinetuneComparison, comparison_table
 from lightning_goldy.core import load_vectors
 from tests.callbacks.training import TokenData, Tokens
-from tests.models import build
+from tests.references.models import build
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Be aware that when using", "ignore:.*exists and is not empty", "ignore:Found .* in eval mode"

@@ -16,20 +16,18 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from lightning_goldy.analysis.head_freeze import HeadFreeze
-from lightning_goldy.analysis.head_probe import HeadProbe
-from lightning_goldy.analysis.heads import head_importance
+from lightning_goldy.analysis.heads import HeadFreeze, head_importance
+from lightning_goldy.analysis.heads.importance import HeadProbe
+from lightning_goldy.analysis.heads.optimizer import AttentionRate, CycleCopy
+from lightning_goldy.analysis.heads.settings import PruningSchedule, Recovery, Regrowth, Scoring
 from lightning_goldy.callbacks import ExactResume, GoldenSnapshot, HeadPlasticity
-from lightning_goldy.callbacks.plasticity_rate import AttentionRate
-from lightning_goldy.callbacks.plasticity_rollback import CycleCopy
-from lightning_goldy.callbacks.plasticity_settings import PruningSchedule, Recovery, Regrowth, Scoring
 from lightning_goldy.core import CausalLMObjective, StoreError
-from lightning_goldy.core.gates import HeadError, HeadGates
+from lightning_goldy.core.architecture import HeadError, HeadGates
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.sharding import Replicas
 from lightning_goldy.report.history import with_history
 from tests.callbacks.training import Finetune, TokenData, differences, fit
-from tests.models import build, token_batch
+from tests.references.models import build, token_batch
 
 RESUMING = pytest.mark.filterwarnings(
     "ignore:Be aware that when using", "ignore:.*exists and is not empty", "ignore:.*the last cycle ends at step"

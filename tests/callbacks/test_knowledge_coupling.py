@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_goldy.analysis import coupling_drift, coupling_statistics, finetune_ripple, knowledge_coupling
 from lightning_goldy.callbacks import ExactResume, GoldenSnapshot, KnowledgeCoupling
-from lightning_goldy.callbacks.knowledge_pieces import WatchedPieces, drawn
+from lightning_goldy.callbacks.knowledge_coupling import WatchedPieces, drawn
 from lightning_goldy.core import load_vectors
 from lightning_goldy.core.store import StoreError
 from lightning_goldy.core.vector import substituted

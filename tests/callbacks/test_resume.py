@@ -14,7 +14,7 @@ from lightning_goldy import GoldyModule
 from lightning_goldy.callbacks import ExactResume, GoldenParameters, GoldenSnapshot
 from lightning_goldy.core import StoreError, load_vectors, save_vectors
 from tests.callbacks.training import Finetune, TokenData, Tokens, differences, fit
-from tests.models import build
+from tests.references.models import build
 
 # Lightning reminds of callbacks left out on purpose, and of the folder that a resume goes on in.
 pytestmark = pytest.mark.filterwarnings(

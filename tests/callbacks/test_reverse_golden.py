@@ -13,11 +13,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_goldy.analysis import Fluctuation, ReverseGoldenResult, reverse_golden_parameters
+from lightning_goldy.analysis.basin import Selection
 from lightning_goldy.callbacks import ExactResume, GoldenSnapshot, ReverseGoldenParameters
-from lightning_goldy.callbacks.generation_settings import Generations
-from lightning_goldy.callbacks.reverse_golden_parameters import halves
-from lightning_goldy.callbacks.search_settings import Search
-from lightning_goldy.callbacks.volume_settings import Selection
+from lightning_goldy.callbacks.reverse_golden_parameters import Generations, Search, halves
 from lightning_goldy.core import CausalLMObjective, ParameterSpace, load_vectors
 from lightning_goldy.report import write_report
 from tests.callbacks.training import Finetune, TokenData, differences, fit

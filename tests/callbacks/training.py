@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from tests.models import build, token_batch
+from tests.references.models import build, token_batch
 
 
 class Tokens(Dataset):

@@ -12,9 +12,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 from lightning_goldy.analysis.heads import head_importance
+from lightning_goldy.analysis.heads.settings import PruningSchedule, Recovery, Scoring
 from lightning_goldy.callbacks import ExactResume, HeadPlasticity
-from lightning_goldy.callbacks.plasticity_settings import PruningSchedule, Recovery, Scoring
-from lightning_goldy.core.gates import HeadGates
+from lightning_goldy.core.architecture import HeadGates
 from tests.callbacks.training import Finetune, ShardedFinetune, TokenData, differences, fit
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_goldy.core import ParameterSpace, ParameterVector, SpaceError, applied, random_direction, substituted
-from tests.models import build, token_batch
+from tests.references.models import build, token_batch
 
 
 def bits(module: nn.Module) -> dict[str, Tensor]:

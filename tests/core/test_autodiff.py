@@ -18,7 +18,7 @@ from lightning_goldy.core.autodiff import (
     trainable_values,
 )
 from lightning_goldy.core.objective import CausalLMObjective, accepts
-from tests.models import build, token_batch
+from tests.references.models import build, token_batch
 
 
 def chebyshev_derivatives(function, order: int, radius: float = 0.2, points: int = 21) -> list[np.ndarray]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_goldy.core import ParameterSpace, ParameterVector, StoreError, save_vectors
 from lightning_goldy.core.base import BaseParameters, read_base
-from tests.models import build
+from tests.references.models import build
 
 
 def same(first: ParameterVector, second: ParameterVector) -> bool:

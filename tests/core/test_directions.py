@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from lightning_goldy.core import ParameterSpace, random_direction
 from lightning_goldy.core.directions import BLOCK, fill_direction_
-from tests.models import build
-from tests.reference import direction_reference
+from tests.references.common import direction_reference
+from tests.references.models import build
 
 SHAPES = [
     (),

@@ -7,7 +7,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from lightning_goldy.core.encoding import answer_start
+from lightning_goldy.core.pieces import answer_start
 from lightning_goldy.data import PadCollator, byte_tokenizer, encode_pairs, word_tokenizer
 
 BYTES = byte_tokenizer()

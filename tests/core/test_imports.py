@@ -30,8 +30,8 @@ import importlib, pkgutil
 import lightning_goldy.core, lightning_goldy.analysis
 check("lightning_goldy.core, lightning_goldy.analysis")
 for package in (lightning_goldy.core, lightning_goldy.analysis):
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{module.name}")
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        importlib.import_module(module.name)
         check(module.name)
 """
 

@@ -14,9 +14,9 @@ from torch import nn
 
 from lightning_goldy import ParameterMask, ParameterSpace, ParameterVector
 from lightning_goldy.core import SpaceError, StoreError, save_vectors
-from lightning_goldy.core.packing import pack_mask, unpack_mask
-from tests.mask_reference import elements, universe
-from tests.models import build
+from lightning_goldy.core.store import pack_mask, unpack_mask
+from tests.references.mask import elements, universe
+from tests.references.models import build
 
 SPACE = ParameterSpace(
     ("h.0.weight", "h.0.bias", "h.1.weight", "wte.weight"),

@@ -7,7 +7,7 @@ from hypothesis import given
 from torch import nn
 
 from lightning_goldy.core.naming import block_of, canonical_name, kind_of, model_class, suggestion
-from tests.models import build
+from tests.references.models import build
 
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from lightning_goldy.core import CausalLMObjective
 from lightning_goldy.core.objective import accepts
-from tests.models import CAUSAL, VOCABULARY, build
-from tests.reference import causal_log_probs_reference
+from tests.references.common import causal_log_probs_reference
+from tests.references.models import CAUSAL, VOCABULARY, build
 
 LENGTHS = (9, 4, 7, 2)
 QUERIES = (3, 1, 5, 1)

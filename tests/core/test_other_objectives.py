@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from lightning_goldy.core import CausalLMObjective, ClassifierObjective, FunctionObjective, Objective
 from lightning_goldy.core.objective import TargetLogits
-from tests.models import build, class_batch
-from tests.reference import class_log_probs_reference
+from tests.references.common import class_log_probs_reference
+from tests.references.models import build, class_batch
 
 # Classifiers
 

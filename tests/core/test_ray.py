@@ -5,9 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_goldy.core import ParameterSpace, SpaceError, random_direction
-from lightning_goldy.core.ray import Ray
-from tests.models import build
-from tests.volume_reference import flat_parameters
+from lightning_goldy.core.directions import Ray
+from tests.references.models import build
+from tests.references.volume import flat_parameters
 
 
 class Stretch:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_goldy.core import selection
 from lightning_goldy.core.selection import select_largest, true_positions
-from tests.reference import largest_reference
+from tests.references.common import largest_reference
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Few different values, so that ties are the rule; two zeros that compare equal, and infinities.

@@ -92,7 +92,7 @@ def test_alone_a_failure_is_its_own() -> None:
 @pytest.mark.parametrize("layer", ["core", "analysis"])
 def test_one_file_knows_about_processes(layer: str) -> None:
     importing = set()
-    for path in (Path(lightning_goldy.__file__).parent / layer).glob("*.py"):
+    for path in (Path(lightning_goldy.__file__).parent / layer).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []

@@ -10,8 +10,8 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from lightning_goldy.core.space import ParameterSpace, SpaceError, block_list, trainable_parameters
-from tests.models import build
-from tests.reference import selected_reference
+from tests.references.common import selected_reference
+from tests.references.models import build
 
 
 class Blocks(nn.Module):

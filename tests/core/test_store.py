@@ -20,8 +20,8 @@ from lightning_goldy.core import (
     store,
 )
 from lightning_goldy.core.store import fingerprint, pack_mask, read_header, unpack_mask
-from tests.models import build
-from tests.reference import bits_reference
+from tests.references.common import bits_reference
+from tests.references.models import build
 
 
 def small() -> nn.Module:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_goldy.core import ParameterSpace, ParameterVector, SpaceError
 from lightning_goldy.core.vector import elements_in, reduce_tensors, require_finite
-from tests.reference import exact_dot, largest_reference, share_of
+from tests.references.common import exact_dot, largest_reference, share_of
 
 
 def one_tensor(values: Tensor) -> ParameterVector:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_goldy.data import AtlasDataModule, PadCollator, ResumableDataLoader, SeededShuffle, encode_pairs
-from lightning_goldy.data.loading import make_loader
+from lightning_goldy.data.base import make_loader
 from lightning_goldy.data.tokenization import byte_tokenizer
 
 

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from lightning_goldy.core.pieces import KnowledgePiece
 from lightning_goldy.core.registry import Registry
-from lightning_goldy.data import KnowledgeDataModule, load_pieces, read_pieces, write_pieces
-from lightning_goldy.data.readers import FORMATS, Format, Reading, Record, RecordError, formats, loading
+from lightning_goldy.data import KnowledgeDataModule, formats, load_pieces, read_pieces, write_pieces
+from lightning_goldy.data import readers as loading
+from lightning_goldy.data.readers import FORMATS, Format, Reading, Record, RecordError
 from tests.data.question_sets import RECORDS, records, write
 from tests.data.shared_data import shared_file
 

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from lightning_goldy.analysis.attention import attention_maps, attention_statistics
 from lightning_goldy.core import ParameterSpace, ParameterVector
 from lightning_goldy.core.sharding import scatter_like
-from tests.models import build, token_batch
+from tests.references.models import build, token_batch
 
 
 def statistics(layout: str) -> dict:

@@ -32,7 +32,7 @@ from lightning_goldy.core.sharding import Replicas, gather, is_sharded, like, lo
 from lightning_goldy.core.store import fingerprint
 from lightning_goldy.core.vector import require_finite
 from tests.distributed.sharded_models import build, shard
-from tests.reference import largest_reference, share_of
+from tests.references.common import largest_reference, share_of
 
 # Checks: `whole` is a plain model, `spread` the same one in shards.
 

@@ -12,11 +12,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from lightning_goldy.analysis import CouplingResult, activation_similarity, coupling_run, knowledge_coupling
-from lightning_goldy.analysis.coupling_passes import Passes
+from lightning_goldy.analysis import CouplingResult, activation_similarity, knowledge_coupling
+from lightning_goldy.analysis.coupling import coupling as coupling_run
+from lightning_goldy.analysis.coupling.passes import Passes
 from lightning_goldy.core.sharding import local
-from tests.coupling_models import TinyLM, pieces
-from tests.models import build
+from tests.references.coupling_models import TinyLM, pieces
+from tests.references.models import build
 
 LENGTHS = [7, 12, 5, 9, 12, 8, 6]
 CASES: list[dict] = [

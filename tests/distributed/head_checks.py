@@ -16,17 +16,14 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_goldy.analysis.head_freeze import HeadFreeze
-from lightning_goldy.analysis.head_surgery import prune_heads, regrow_heads
-from lightning_goldy.analysis.heads import head_importance, heads_to_regrow
-from lightning_goldy.core.architecture import describe_architecture
+from lightning_goldy.analysis.heads import HeadFreeze, head_importance, heads_to_regrow, prune_heads, regrow_heads
+from lightning_goldy.core.architecture import HeadGates, describe_architecture
 from lightning_goldy.core.base import BaseParameters
-from lightning_goldy.core.gates import HeadGates
 from lightning_goldy.core.objective import CausalLMObjective
 from lightning_goldy.core.sharding import Replicas, gather, is_sharded, local, scatter_like, unshard_guard
 from lightning_goldy.core.vector import ParameterVector
-from tests.core.architecture_models import VOCABULARY
-from tests.core.architecture_models import build as built
+from tests.references.architecture_models import VOCABULARY
+from tests.references.architecture_models import build as built
 
 CUT = [(0, 0), (0, 1), (1, 2)]
 Layout = Literal["rows", "columns", "whole"]

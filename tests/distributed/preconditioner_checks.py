@@ -18,7 +18,7 @@ from lightning_goldy.analysis import (
 from lightning_goldy.core import ParameterSpace, ParameterVector, random_direction
 from lightning_goldy.core.sharding import is_sharded, local, local_box
 from tests.distributed.sharded_models import Odd
-from tests.models import build, token_batch
+from tests.references.models import build, token_batch
 
 
 def box_of(tensor, reference):

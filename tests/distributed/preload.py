@@ -9,7 +9,7 @@ for _name in (
     "lightning_goldy.analysis",
     "lightning_goldy.callbacks",
     "lightning_goldy.optim",
-    "tests.models",
+    "tests.references.models",
     "torch.distributed.fsdp",
     "torch.distributed.tensor",
 ):

@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from lightning_goldy.analysis import reverse_golden_parameters
-from tests.models import build, token_batch
+from tests.references.models import build, token_batch
 
 
 def search(layout: str, options: dict) -> dict:

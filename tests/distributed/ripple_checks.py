@@ -9,12 +9,10 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from lightning_goldy.analysis.editors import EditRequest, FinetuneEditor
-from lightning_goldy.analysis.ripple import ripple_effects
-from lightning_goldy.analysis.ripple_result import RippleResult
+from lightning_goldy.analysis.ripple import EditRequest, FinetuneEditor, RippleResult, ripple_effects
 from lightning_goldy.core.space import ParameterSpace
-from tests.models import build
-from tests.ripple_reference import TEMPLATE, facts, tokenizer
+from tests.references.models import build
+from tests.references.ripple import TEMPLATE, facts, tokenizer
 
 EDITS = [("capital of Peru", "Vientiane"), ("money of Chad", "kip"), ("area of Laos", "big")]
 

@@ -11,8 +11,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from tests.models import build as build_family
-from tests.models import token_batch
+from tests.references.models import build as build_family
+from tests.references.models import token_batch
 
 
 class Odd(nn.Module):

@@ -9,7 +9,7 @@ from torch.distributed.fsdp import fully_shard
 
 from lightning_goldy.analysis import TaylorDiff, taylor_diff
 from lightning_goldy.core import ParameterSpace, ParameterVector, random_direction
-from tests.models import build, token_batch
+from tests.references.models import build, token_batch
 
 
 def compare(layout: str, size: float, function_space: bool) -> TaylorDiff:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_goldy.analysis.ripple_result import RippleResult
+from lightning_goldy.analysis.ripple import RippleResult
 from tests.distributed.launch import run_processes
 from tests.distributed.ripple_checks import CASES, effects, replicas, shards
 

@@ -10,7 +10,7 @@ from torch.distributed.fsdp import fully_shard
 
 from lightning_goldy.analysis import basin_volume
 from lightning_goldy.core import CausalLMObjective, ParameterSpace
-from tests.models import build, token_batch
+from tests.references.models import build, token_batch
 
 
 class Doubling:

@@ -14,8 +14,8 @@ from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 from lightning_goldy import MaskedAdamW, ParameterMask, ParameterSpace
 from lightning_goldy.core import SpaceError
-from lightning_goldy.optim import masked_update
-from tests.masked_adamw_reference import element_loop, two_whole_runs
+from lightning_goldy.optim import masked_adamw as masked_update
+from tests.references.masked_adamw import element_loop, two_whole_runs
 
 SHAPES = {"weight": (37, 53), "other": (1000,), "scalar": (), "bias": (5,), "empty": (0, 3)}
 IMPLEMENTATIONS = {"single": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}

@@ -11,11 +11,11 @@ import pytest
 import yaml
 from jsonargparse import ArgumentParser
 
-from lightning_goldy.bundle import all_recipes
 from lightning_goldy.cli import main
 from lightning_goldy.data import AtlasDataModule, byte_tokenizer
-from lightning_goldy.export import write_pretrained
-from lightning_goldy.models import build_model, complete_config
+from lightning_goldy.training.export import write_pretrained
+from lightning_goldy.training.models import build_model, complete_config
+from lightning_goldy.training.recipes import all_recipes
 
 TINY = {"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 2, "n_positions": 512}
 TINY_GEMMA = {

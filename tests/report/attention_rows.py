@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from lightning_goldy.analysis.attention import STATISTICS, AttentionMaps, AttentionStatistics
-from lightning_goldy.callbacks.attention_findings import Attention, Shown, attention_findings
-from lightning_goldy.callbacks.attention_prompts import Prompt
+from lightning_goldy.analysis.attention import AttentionMaps, AttentionStatistics
+from lightning_goldy.analysis.attention.statistics import STATISTICS
+from lightning_goldy.callbacks.attention_tracker import Attention, Prompt, Shown, attention_findings
 
 
 def statistics_of(layers: int = 2, heads: int = 3, *, drift: bool = True) -> AttentionStatistics:

@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 
-from lightning_goldy.analysis.volume_result import VolumeResult
-from lightning_goldy.callbacks.volume_findings import volume_findings
-from lightning_goldy.callbacks.volume_settings import Estimator, Selection
-from lightning_goldy.callbacks.volume_survey import Measured, Survey, VolumeSurvey
+from lightning_goldy.analysis.basin import Estimator, Selection, VolumeResult, VolumeSurvey
+from lightning_goldy.analysis.basin.survey import Measured, Survey
+from lightning_goldy.callbacks.basin_volume import volume_findings
 from lightning_goldy.report.history import with_history
 
 

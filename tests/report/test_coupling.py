@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_goldy.analysis.coupling import CouplingResult
-from lightning_goldy.analysis.coupling_picture import OTHERS, coupling_picture
-from lightning_goldy.analysis.coupling_statistics import coupling_statistics
+from lightning_goldy.analysis.coupling import CouplingResult, coupling_statistics
+from lightning_goldy.analysis.coupling.drift import OTHERS, coupling_picture
 from lightning_goldy.core.files import to_json_line
 from lightning_goldy.report.charts import CHARTS
 from lightning_goldy.report.coupling_charts import chart_coupling_distribution, chart_coupling_map

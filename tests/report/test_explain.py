@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from lightning_goldy.analysis.explain_result import LABELS, ExplainedChange
+from lightning_goldy.analysis.linearized import ExplainedChange
+from lightning_goldy.analysis.linearized.explain import LABELS
 from lightning_goldy.core.files import to_json_line
 from lightning_goldy.report import draw_plots
 from lightning_goldy.report.charts import CHARTS

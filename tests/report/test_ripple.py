@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_goldy.analysis.ripple_result import RippleResult
+from lightning_goldy.analysis.ripple import RippleResult
 from lightning_goldy.core.files import to_json_line
 from lightning_goldy.report.charts import CHARTS
 from lightning_goldy.report.descriptions import description_of

@@ -1,0 +1,261 @@
+"""What every attention head looks at, summed up over many batches, and how far that is from a base model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sized
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_goldy.analysis.attention.maps import AttentionMaps, attention_maps
+from lightning_goldy.analysis.attention.patterns import show_patterns, to_device_of
+from lightning_goldy.analysis.attention.rows import STATISTICS, Tokens, divergence_sums, statistic_sums
+from lightning_goldy.analysis.result import AnalysisResult
+from lightning_goldy.core.architecture import Architecture, describe_architecture
+from lightning_goldy.core.batches import map_batch
+from lightning_goldy.core.isolation import preserved
+from lightning_goldy.core.naming import suggestion
+from lightning_goldy.core.objective import Objective
+from lightning_goldy.core.sharding import Replicas
+from lightning_goldy.core.vector import ParameterVector, substituted
+
+__all__ = ["STATISTICS", "AttentionMaps", "AttentionStatistics", "attention_maps", "attention_statistics"]
+
+DEFAULT_MEMORY = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class AttentionStatistics(AnalysisResult):
+    """Statistics of every head, each a mean over queries.
+
+    All tensors have the shape ``[layers, heads]``, float64; NaN where a layer has fewer heads, or no query has the
+    statistic (no token occurs twice, for induction). The definitions are those of
+    :func:`~lightning_goldy.analysis.attention.rows.statistic_sums`.
+
+    Args:
+        entropy: Of the attention rows, nats.
+        normalised_entropy: Entropy over the logarithm of the number of visible keys, a fraction; 1 is uniform.
+        distance: Mean distance between query and key, tokens.
+        first_token: Mass on the first token, a fraction.
+        diagonal: Mass on the query's own token, a fraction.
+        previous_token: Mass on the token right before, a fraction.
+        induction: Mass on tokens that follow earlier occurrences of the query's token, a fraction.
+        duplicate_token: Mass on those earlier occurrences, a fraction.
+        drift: Jensen-Shannon divergence from the base's rows, nats in [0, log 2]; None without a base.
+        queries: Queries that each statistic is a mean over, shape ``[layers, statistics]``, int64.
+        n_samples: Samples.
+        passes: Forward passes of this process, the base's included.
+    """
+
+    entropy: Tensor
+    normalised_entropy: Tensor
+    distance: Tensor
+    first_token: Tensor
+    diagonal: Tensor
+    previous_token: Tensor
+    induction: Tensor
+    duplicate_token: Tensor
+    drift: Tensor | None
+    queries: Tensor
+    n_samples: int
+    passes: int
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The statistics that there are: ``STATISTICS``, and ``drift`` with a base."""
+        return STATISTICS if self.drift is None else (*STATISTICS, "drift")
+
+    def statistic(self, name: str) -> Tensor:
+        """One statistic, shape ``[layers, heads]``.
+
+        Raises:
+            ValueError: There is none of that name.
+        """
+        if name not in self.names:
+            raise ValueError(f"unknown statistic {name!r}; {suggestion(name, self.names)}")
+        return getattr(self, name)
+
+    def mean(self, name: str) -> float:
+        """Mean of a statistic over all heads that have it; NaN when none has."""
+        return float(self.statistic(name).nanmean())
+
+    def strongest(self, name: str) -> tuple[int, int] | None:
+        """The (layer, head) with the largest value, the first of equals; None when no head has the statistic."""
+        values = self.statistic(name)
+        if bool(values.isnan().all()):
+            return None
+        place = int(values.nan_to_num(-math.inf).argmax())
+        return place // values.shape[1], place % values.shape[1]
+
+
+def attention_statistics(
+    model: nn.Module,
+    batches: Iterable[Any],
+    objective: Objective | None = None,
+    *,
+    base: ParameterVector | None = None,
+    n_samples: int | None = None,
+    memory: int = DEFAULT_MEMORY,
+    progress: Callable[[int, int], None] | None = None,
+    split_over_ranks: bool = True,
+) -> AttentionStatistics:
+    r"""Measures every head's attention over all queries that are no padding, under any attention kernel.
+
+    Sums are streamed in float64: beside the model there is one layer's pattern at a time. With a base the patterns of
+    up to ``memory`` bytes wait for the present ones, which takes two passes per piece of a batch (and two more for each
+    further group of layers, where one sample's patterns alone are larger). The model comes back as it was. On several
+    ranks the pieces are shared out and the sums added; every rank must call.
+
+    Args:
+        model: A transformers model or anything that contains one.
+        batches: Dicts with ``input_ids`` of shape ``[B, T]`` and optionally ``attention_mask``; read once, the same on
+            every rank.
+        objective: How the model is called; by default with everything of a batch but its labels.
+        base: Parameters of the base model, for the drift, in the layout of the model's own.
+        n_samples: Use only the first so many samples; all by default.
+        memory: Bytes that the base's waiting patterns may take.
+        progress: Called with (batches read, batches in all), when there are as many as ``len`` says.
+        split_over_ranks: Whether to share pieces out over the ranks of an initialised process group.
+
+    Returns:
+        Means over queries of each head's statistics.
+
+    Raises:
+        UnsupportedArchitectureError: The family's patterns cannot be read; it is named.
+        SpaceError: The base is that of another model.
+        ValueError: An argument is out of range, there are too few samples, or a pattern is not finite.
+
+    Source: see :func:`~lightning_goldy.analysis.attention.rows.statistic_sums` and
+    :func:`~lightning_goldy.analysis.attention.rows.jensen_shannon`.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> config = GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=11, bos_token_id=0, eos_token_id=0)
+        >>> model = GPT2LMHeadModel(config)
+        >>> result = attention_statistics(model, [{"input_ids": torch.tensor([[1, 2, 1, 2]])}])
+        >>> result.entropy.shape, result.drift, bool((result.induction > 0).all())
+        (torch.Size([2, 2]), None, True)
+    """
+    check_statistics_arguments(n_samples, memory)
+    replicas = Replicas.of(model) if split_over_ranks else Replicas()
+    with preserved(model), replicas.together("attention_statistics"):
+        architecture = describe_architecture(model)
+        sums = _Sums(architecture, next(model.parameters()).device, with_drift=base is not None)
+        done = pieces = 0
+        for index, batch in enumerate(batches, 1):
+            if n_samples is not None and done >= n_samples:
+                break
+            rows = len(Tokens.of(batch).ids)
+            kept = rows if n_samples is None else min(rows, n_samples - done)
+            for piece in _pieces(batch, kept, architecture, memory if base is not None else None):
+                if pieces % replicas.size == replicas.rank:
+                    sums.add(model, to_device_of(model, piece), objective, base, memory)
+                pieces += 1
+            done += kept
+            if progress is not None and isinstance(batches, Sized):
+                progress(index, len(batches))
+        if not done:
+            raise ValueError("there is no sample: the batches are empty")
+        if n_samples is not None and done < n_samples:
+            raise ValueError(f"n_samples={n_samples}, but the batches hold only {done} samples")
+    return sums.result(replicas, done)
+
+
+def check_statistics_arguments(n_samples: int | None, memory: int = DEFAULT_MEMORY) -> None:
+    """Checks what can be checked before there is a model.
+
+    Raises:
+        ValueError: An argument is out of range.
+    """
+    if n_samples is not None and n_samples < 1:
+        raise ValueError(f"n_samples must be at least 1; got {n_samples}")
+    if memory < 1:
+        raise ValueError(f"memory is a number of bytes, at least 1; got {memory}")
+
+
+class _Sums:
+    """Sums over queries, by layer, head and statistic."""
+
+    def __init__(self, architecture: Architecture, device: torch.device, *, with_drift: bool) -> None:
+        self.architecture, self.with_drift = architecture, with_drift
+        self.heads = [block.n_heads for block in architecture.blocks]
+        shape = (len(self.heads), len(STATISTICS) + with_drift)
+        self.sums = torch.zeros(*shape, max(self.heads), dtype=torch.float64, device=device)
+        self.counts = torch.zeros(shape, dtype=torch.float64, device=device)
+        self.passes = 0
+
+    def add(
+        self, model: nn.Module, batch: Any, objective: Objective | None, base: ParameterVector | None, memory: int
+    ) -> None:
+        tokens = Tokens.of(batch)
+        size = pattern_bytes(tokens, max(self.heads))
+        per_group = len(self.heads) if base is None else max(1, memory // size)
+        for start in range(0, len(self.heads), per_group):
+            group = range(start, min(start + per_group, len(self.heads)))
+            before: dict[int, Tensor] = {}
+            if base is not None:
+
+                def keep(layer: int, weights: Tensor, mask: Tensor | None, kept: dict[int, Tensor] = before) -> None:
+                    kept[layer] = weights
+
+                with substituted(model, base):
+                    self._pass(model, batch, objective, keep, group)
+
+            def take(layer: int, weights: Tensor, mask: Tensor | None, kept: dict[int, Tensor] = before) -> None:
+                self._take(layer, weights, mask, tokens, kept.pop(layer, None))
+
+            self._pass(model, batch, objective, take, group)
+
+    def _pass(
+        self,
+        model: nn.Module,
+        batch: Any,
+        objective: Objective | None,
+        sink: Callable[[int, Tensor, Tensor | None], None],
+        layers: range,
+    ) -> None:
+        show_patterns(model, self.architecture, batch, objective, sink, layers=layers)
+        self.passes += 1
+
+    def _take(self, layer: int, weights: Tensor, mask: Tensor | None, tokens: Tokens, before: Tensor | None) -> None:
+        sums, counts = statistic_sums(weights, mask, tokens)
+        self.sums[layer, : len(STATISTICS), : sums.shape[1]] += sums
+        self.counts[layer, : len(STATISTICS)] += counts
+        if before is not None:
+            drift, count = divergence_sums(weights, before, tokens)
+            self.sums[layer, -1, : len(drift)] += drift
+            self.counts[layer, -1] += count
+
+    def result(self, replicas: Replicas, n_samples: int) -> AttentionStatistics:
+        sums, counts = replicas.sum_(self.sums).cpu(), replicas.sum_(self.counts).cpu()
+        broken = (~torch.isfinite(sums)).any(dim=1).nonzero().tolist()
+        if broken:
+            layer, head = broken[0]
+            raise ValueError(f"the attention of layer {layer}, head {head} is not finite")
+        means = sums / torch.where(counts > 0, counts, math.nan)[:, :, None]  # [layers, statistics, heads]
+        for layer, count in enumerate(self.heads):
+            means[layer, :, count:] = math.nan
+        named = {name: means[:, index].clone() for index, name in enumerate(STATISTICS)}
+        drift = means[:, -1].clone() if self.with_drift else None
+        queries = counts[:, : len(STATISTICS)].long()
+        return AttentionStatistics(**named, drift=drift, queries=queries, n_samples=n_samples, passes=self.passes)
+
+
+def pattern_bytes(tokens: Tokens, n_heads: int) -> int:
+    """Upper bound of the memory of one layer's patterns of a batch, bytes."""
+    n_samples, length = tokens.ids.shape
+    return n_samples * n_heads * length * length * 4
+
+
+def _pieces(batch: Any, rows: int, architecture: Architecture, memory: int | None) -> Iterator[Any]:
+    """The first rows of a batch, in pieces of which all layers' patterns fit into the memory, or single rows."""
+    size = rows
+    if memory is not None:
+        one = Tokens.of(batch).rows(0, 1)
+        size = max(1, memory // sum(pattern_bytes(one, block.n_heads) for block in architecture.blocks))
+    for start in range(0, rows, size):
+        yield map_batch(batch, itemgetter(slice(start, min(start + size, rows))))

@@ -1,0 +1,42 @@
+"""How robust it is: the volume of the basin around a model."""
+
+from lightning_goldy.analysis.basin.kronecker import (
+    KroneckerFisher,
+    KroneckerPreconditioner,
+    kronecker_fisher,
+    kronecker_preconditioner,
+)
+from lightning_goldy.analysis.basin.preconditioners import (
+    DiagonalPreconditioner,
+    TunedPreconditioner,
+    adam_curvature,
+    adam_curvature_from_state,
+    adam_preconditioner,
+    diagonal_preconditioner,
+    tuned_preconditioner,
+)
+from lightning_goldy.analysis.basin.result import VolumeResult, aggregate, best_of
+from lightning_goldy.analysis.basin.survey import Estimator, Selection, VolumeSurvey
+from lightning_goldy.analysis.basin.volume import basin_volume, local_volume
+
+__all__ = [
+    "DiagonalPreconditioner",
+    "Estimator",
+    "KroneckerFisher",
+    "KroneckerPreconditioner",
+    "Selection",
+    "TunedPreconditioner",
+    "VolumeResult",
+    "VolumeSurvey",
+    "adam_curvature",
+    "adam_curvature_from_state",
+    "adam_preconditioner",
+    "aggregate",
+    "basin_volume",
+    "best_of",
+    "diagonal_preconditioner",
+    "kronecker_fisher",
+    "kronecker_preconditioner",
+    "local_volume",
+    "tuned_preconditioner",
+]

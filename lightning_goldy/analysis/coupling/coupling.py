@@ -1,0 +1,446 @@
+"""Knowledge coupling: how alike the gradients of two answers are, and so how much learning one moves the other."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lightning_goldy.analysis.coupling.blocks import Block, BlockStore, FolderBlocks, MemoryBlocks, run_settings
+from lightning_goldy.analysis.coupling.capture import Capture, CouplingError, Footprint
+from lightning_goldy.analysis.coupling.gram import inner_products
+from lightning_goldy.analysis.coupling.passes import OnError, Passes, RunOptions
+from lightning_goldy.analysis.coupling.pieces import (
+    Layers,
+    Pieces,
+    PieceSamples,
+    Select,
+    check_selection,
+    joined_batch,
+    piece_samples,
+    selected_parameters,
+)
+from lightning_goldy.analysis.coupling.result import ROWS, CouplingResult, cosines_of_gram
+from lightning_goldy.core.isolation import preserved
+from lightning_goldy.core.naming import block_of, suggestion
+from lightning_goldy.core.objective import CausalLMObjective, Objective
+from lightning_goldy.core.pieces import QUESTION_TEMPLATE
+from lightning_goldy.core.sharding import Replicas
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+# Activations that a pass may keep on a CPU, bytes: passes of more rows are hardly faster there.
+_CPU_ACTIVATIONS = 128 << 20
+# Pieces in a block: so many that building gradients costs little beside multiplying them.
+_BLOCK_SIZE, _FOLDER_BLOCK_SIZE = 256, 1024
+_UNKNOWN_MEMORY = 8 << 30
+
+
+class Gram(NamedTuple):
+    """Inner products of the gradients of all pieces.
+
+    Args:
+        matrix: Shape ``[N, N]``, float64; zero where a piece failed.
+        squares: Squared norms, exact also after a projection; NaN where a piece failed.
+        log_probs: Mean log-probability of each answer, nats; NaN where a piece failed.
+        failures: Why pieces failed, by number.
+        error: Bound on the root mean square error of a cosine; None without a projection.
+        precision: What the rows were multiplied in.
+    """
+
+    matrix: Tensor
+    squares: Tensor
+    log_probs: Tensor
+    failures: dict[int, str]
+    error: float | None
+    precision: torch.dtype
+
+
+class CouplingRun:
+    """One computation of all inner products.
+
+    Args:
+        passes: Over the pieces.
+    """
+
+    def __init__(self, passes: Passes) -> None:
+        self.passes, self.capture = passes, passes.capture
+        self.options, self.replicas = passes.options, passes.replicas
+
+    def gram(self) -> Gram:
+        """Runs everything; every rank must call.
+
+        Raises:
+            CouplingError: A piece failed and that is an error, or the memory does not suffice.
+            StoreError: The workspace is of another run.
+        """
+        replicas = self.replicas
+        with self.capture.attached():
+            with replicas.together("a first piece"):
+                footprint = self.passes.probe()
+            store, blocks = self._planned(footprint)
+            with replicas.together("the passes over the pieces"):
+                self.passes.fill(store, blocks)
+        store.exchange(len(blocks), replicas)
+        summaries = [store.summary(number) for number in range(len(blocks))]
+        with replicas.together("the products of gradients"):
+            for number in replicas.share(range(len(blocks) - 1, -1, -1)):
+                if not store.has_products(number):
+                    store.put_products(number, self._products(store, summaries, number))
+        with replicas.together("the products of gradients"):
+            result = self._assembled(store, summaries, vectors_only=not footprint.rows)
+        store.finish(len(blocks))
+        if not store.shared and replicas.size > 1:
+            matrix = replicas.sum_(result.matrix.to(self.capture.device))
+            result = result._replace(matrix=matrix.cpu())
+        return result
+
+    # Storage
+
+    def _planned(self, footprint: Footprint) -> tuple[BlockStore, list[list[int]]]:
+        """Where rows go, and which pieces make a block; the same on every rank."""
+        # Sharded processes must make the same passes, so that they too must agree.
+        ranks, device = Replicas.world() if self.capture.sharded else self.replicas, self.capture.device
+        limit = self.options.memory_limit or _available_memory() // (2 * ranks.size)
+        budget = _CPU_ACTIVATIONS if device.type != "cuda" else torch.cuda.mem_get_info(device)[0] // 3
+        tokens = int(budget / max(1.0, footprint.activations))
+        limit, self.passes.tokens = map(min, zip(*ranks.gather_objects((limit, tokens)), strict=True))
+        projection, order = self.passes.projection, self.passes.order
+        each = {index: footprint.rows * length + footprint.fixed for index, length in self.passes.lengths.items()}
+        if projection is not None:
+            each = dict.fromkeys(each, float(projection.dimensions * self.capture.precision.itemsize))
+        total = math.fsum(each.values())
+        if self.options.workspace is not None:
+            store: BlockStore = self._folder(max(1, min(_FOLDER_BLOCK_SIZE, int(limit / 2 / max(each.values())))))
+            size = store.block_size
+        elif total <= limit:
+            free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+            store = MemoryBlocks(device if total <= 0.4 * free else torch.device("cpu"), device)
+            size = min(_BLOCK_SIZE, math.ceil(len(order) / self.replicas.size))
+        else:
+            raise CouplingError(
+                f"the gradients of {len(order)} pieces need about {total / 2**30:.3g} GiB, more than the "
+                f"{limit / 2**30:.3g} GiB of memory_limit: pass workspace=, a folder on a disk with room for them, or "
+                "projection=8192, or select fewer layers"
+            )
+        return store, [order[at : at + size] for at in range(0, len(order), size)]
+
+    def _folder(self, block_size: int) -> FolderBlocks:
+        assert self.options.workspace is not None
+        if self.capture.sharded:
+            raise CouplingError("workspace= needs a model that every process holds whole; under FSDP2 pass projection=")
+        settings = run_settings(self.capture, self.passes.pieces, self.options.projection, self.options.seed)
+        # The first rank decides the size of the blocks; a folder that is there already has decided.
+        for turn in (True, False):
+            with self.replicas.together("opening the workspace"):
+                if (self.replicas.rank == 0) is turn:
+                    folder = FolderBlocks(
+                        self.options.workspace, settings, block_size=block_size, compute=self.capture.device
+                    )
+        return folder
+
+    # Products
+
+    def _products(self, store: BlockStore, summaries: Sequence[Block], number: int) -> Tensor:
+        sizes = [len(block.indices) for block in summaries[: number + 1]]
+        total = torch.zeros(sizes[-1], sum(sizes), dtype=torch.float64, device=self.capture.device)
+        for name in self.passes.names if sizes[-1] else ():
+            own = store.part(number, name)
+            for other, target in enumerate(total.split(sizes, dim=1)):
+                if other == number:
+                    target += inner_products(own)
+                elif sizes[other]:
+                    target += inner_products(own, store.part(other, name))
+        return total.cpu()
+
+    def _assembled(self, store: BlockStore, summaries: Sequence[Block], *, vectors_only: bool) -> Gram:
+        pieces, projection = self.passes.pieces, self.passes.projection
+        count = len(pieces.samples)
+        matrix = torch.zeros(count, count, dtype=torch.float64)
+        squares, log_probs = (torch.full((count,), math.nan, dtype=torch.float64) for _ in range(2))
+        failures, before = dict(pieces.failures), torch.empty(0, dtype=torch.int64)
+        for number, block in enumerate(summaries):
+            own = torch.tensor(block.indices, dtype=torch.int64)
+            before = torch.cat([before, own])
+            products = store.products(number)
+            if products is not None:
+                matrix[own[:, None], before] = products
+                matrix[before[:, None], own] = products.T
+            squares[own] = torch.tensor(block.squares, dtype=torch.float64)
+            log_probs[own] = torch.tensor(block.log_probs, dtype=torch.float64)
+            failures.update(block.failures)
+        error = None if projection is None else projection.error(vectors_only=vectors_only)
+        return Gram(matrix, squares, log_probs, dict(sorted(failures.items())), error, self.capture.precision)
+
+
+def _available_memory() -> int:
+    """Bytes that new allocations can have; a guess where the system does not tell."""
+    found = []
+    with suppress(OSError, ValueError):
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        found.append(1024 * int(lines["MemAvailable"].split()[0]))
+    with suppress(OSError, ValueError):  # of a container; "max" where it has no limit of its own
+        folder = Path("/sys/fs/cgroup")
+        found.append(int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text()))
+    return max(0, min(found, default=_UNKNOWN_MEMORY))
+
+
+def knowledge_coupling(
+    model: nn.Module,
+    pieces: Pieces,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    objective: Objective | None = None,
+    template: str = QUESTION_TEMPLATE,
+    select: Select = "mlp_output",
+    layers: Layers = None,
+    normalize: bool = True,
+    center: bool = False,
+    chunk_size: int | Literal["auto"] = "auto",
+    projection: int | None = None,
+    seed: int = 0,
+    workspace: str | Path | None = None,
+    memory_limit: int | None = None,
+    on_error: OnError = "raise",
+    progress: Callable[[int, int], None] | None = None,
+    split_over_ranks: bool = True,
+) -> CouplingResult:
+    r"""Cosines between the gradients of the answers' log-probabilities.
+
+    .. math::
+        C_{ij} = \frac{\langle g_i, g_j \rangle}{\lVert g_i \rVert \, \lVert g_j \rVert}, \qquad
+        g_i = \nabla_\theta \frac{1}{|T_i|} \sum_{t \in T_i} \log p_\theta(x_t \mid x_{<t})
+
+    over all tokens T of an answer and the chosen tensors. A small step that raises the log-probability of answer i
+    changes that of answer j in proportion. No gradient is ever stored: of a linear layer it is a sum over positions,
+    :math:`\sum_t b_t \otimes a_t`, whose inner products follow from the layer's inputs a and the gradients b at its
+    outputs, which one backward pass gives for many pieces at once; nothing but activations is differentiated. Vectors
+    such as norms, and weights that do not belong to one linear layer, such as embeddings, are differentiated piece by
+    piece. A first piece is differentiated both ways to find out which are which.
+
+    The model comes back as it was. The order of the pieces, padding, chunks and the number of ranks change nothing but
+    rounding. On several ranks the pieces are shared out; every rank must call.
+
+    Args:
+        model: A plain, DistributedDataParallel-unwrapped, or FSDP2-sharded module.
+        pieces: Knowledge pieces, or batches that the objective understands, one piece a row; the same on every rank.
+        tokenizer: The model's, for knowledge pieces.
+        objective: What to differentiate; next-token prediction by default.
+        template: The prompt of a knowledge piece.
+        select: ``mlp_output`` or ``attention_output`` (the weight of that projection in every block), patterns of
+            parameter names, or a space. Frozen parameters count too; under LoRA the first two mean the adapted weights,
+            and ``["*lora_*"]`` the adapters.
+        layers: Only blocks ``(a, b)``, from a up to but not including b, as Python counts; or the ``"last:4"``.
+        normalize: False gives inner products, nats squared per squared parameter unit.
+        center: Subtracts the mean gradient over the pieces before.
+        chunk_size: Pieces in one pass; ``auto`` as many as keep 128 MiB of activations on a CPU, or a third of the free
+            memory of a GPU.
+        projection: Keep so many random combinations of each gradient only, e.g. 8192, instead of all of it: for many
+            pieces. Norms stay exact.
+        seed: Of the projection.
+        workspace: A folder of this run alone for blocks of gradients that memory has no room for; an interrupted run
+            goes on where it stopped. The largest files go when all is done.
+        memory_limit: Bytes that gradients may take in memory; half of what is available by default.
+        on_error: ``raise``, or ``nan`` to list pieces that fail and leave their rows NaN: pieces that cannot be
+            tokenised or run, and gradients that are zero or not finite.
+        progress: Called with (pieces done, pieces in all) on this rank.
+        split_over_ranks: Whether to share pieces out over the ranks of an initialised process group.
+
+    Returns:
+        The matrix with its pieces.
+
+    Raises:
+        CouplingError: A piece failed, the memory does not suffice, or the model is split in a way that hides its
+            layers.
+        ValueError: An argument is malformed, or there is no piece.
+        SpaceError: The selection matches no parameter.
+        StoreError: The workspace holds another run.
+
+    Source: gradient inner products between examples: Charpiat et al., "Input similarity from the neural network
+        perspective" (2019), and TracIn, Pruthi et al. (2020); from activations as in Goodfellow, "Efficient per-example
+        gradient computations" (2015), carried over to pairs.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> config = GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=11, bos_token_id=0, eos_token_id=0)
+        >>> ids = torch.tensor([[1, 2, 3], [4, 5, 6], [1, 2, 3]])
+        >>> result = knowledge_coupling(GPT2LMHeadModel(config), [{"input_ids": ids}])
+        >>> result.matrix.shape, round(float(result.matrix[0, 2]), 5), result.n_layers
+        (torch.Size([3, 3]), 1.0, 2)
+    """
+    options = RunOptions(chunk_size, projection, seed, workspace, memory_limit, on_error)
+    check_coupling_arguments(options, select, layers)
+    began = time.perf_counter()
+    model = getattr(model, "_orig_mod", model)  # a compiled graph does not call hooks
+    objective = objective or CausalLMObjective()
+    replicas = Replicas.of(model) if split_over_ranks else Replicas()
+    samples = piece_samples(pieces, tokenizer=tokenizer, objective=objective, template=template)
+    with preserved(model):
+        parameters = selected_parameters(model, select, layers, sample_batch=example_batch(model, samples))
+        capture = Capture(model, objective, parameters)
+        gram = CouplingRun(Passes(capture, samples, options, replicas, progress)).gram()
+    matrix, norms = _finished(gram, samples, normalize=normalize, center=center)
+    return CouplingResult(
+        matrix=matrix,
+        norms=norms,
+        log_probs=gram.log_probs,
+        pieces=samples.descriptions,
+        failed=listed_failures(samples, gram.failures),
+        parameters=tuple(parameters),
+        measure="gradient",
+        normalize=normalize,
+        center=center,
+        projection=projection,
+        projection_error=gram.error,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def check_coupling_arguments(options: RunOptions, select: Select, layers: Layers) -> None:
+    """Checks what can be checked before there is a model.
+
+    Raises:
+        ValueError: An argument is unknown or out of range.
+    """
+    check_selection(select, layers)
+    if options.chunk_size != "auto" and (not isinstance(options.chunk_size, int) or options.chunk_size < 1):
+        raise ValueError(f"chunk_size is 'auto' or a number of pieces, at least 1; got {options.chunk_size!r}")
+    for name, least in (("projection", 2), ("memory_limit", 1)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}; got {value}")
+    if options.on_error not in get_args(OnError):
+        raise ValueError(
+            f"unknown on_error {options.on_error!r}; {suggestion(str(options.on_error), get_args(OnError))}"
+        )
+
+
+def example_batch(model: nn.Module, samples: PieceSamples) -> Any:
+    """What an unregistered model can be called with to find its parts; None lets it be built."""
+    first = next((sample for sample in samples.samples if isinstance(sample, dict)), None)
+    if first is None:
+        return None
+    batch = joined_batch([first], next(model.parameters()).device)
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
+def listed_failures(samples: PieceSamples, failures: dict[int, str]) -> tuple[dict[str, Any], ...]:
+    """The pieces that failed, in order."""
+    return tuple(
+        {"index": index, "id": samples.descriptions[index]["id"], "reason": reason}
+        for index, reason in sorted(failures.items())
+    )
+
+
+def _finished(gram: Gram, samples: PieceSamples, *, normalize: bool, center: bool) -> tuple[Tensor, Tensor]:
+    """The matrix and the norms, from inner products."""
+    matrix, squares = gram.matrix, gram.squares
+    good = torch.isfinite(squares)
+    # A projection's own squared norms have its error; these are exact.
+    matrix.diagonal()[good] = squares[good]
+    if center:
+        squares = _center(gram, good, samples)
+    norms = squares.sqrt()
+    if normalize:
+        matrix = cosines_of_gram(matrix, norms)
+    matrix[~good] = torch.nan
+    matrix[:, ~good] = torch.nan
+    return matrix.to(gram.precision), norms
+
+
+def _center(gram: Gram, good: Tensor, samples: PieceSamples) -> Tensor:
+    """Subtracts the mean gradient, in place: H G H over the pieces that did not fail. Returns the squared norms."""
+    matrix = gram.matrix
+    count, before = int(good.sum()), matrix.diagonal().clone()
+    means = matrix.sum(dim=1) / count  # failed pieces have zeros
+    mean = means[good].mean()
+    for start in range(0, len(matrix), ROWS):
+        matrix[start : start + ROWS] -= means[start : start + ROWS, None] + means - mean
+    squares = torch.where(good, matrix.diagonal(), torch.nan)
+    # Less than rounding leaves of a gradient that is the mean.
+    rounding = 1e-12 if gram.precision == torch.float64 else 1e-5
+    lost = (good & ~(squares > rounding * before)).nonzero().flatten().tolist()
+    if lost:
+        raise CouplingError(
+            f"center=True leaves nothing of {samples.name(lost[0])}: its gradient is the mean over the {count} pieces"
+        )
+    return squares
+
+
+def layer_gradient_norms(
+    model: nn.Module,
+    pieces: Pieces,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    objective: Objective | None = None,
+    template: str = QUESTION_TEMPLATE,
+    select: Select = "mlp_output",
+    layers: Layers = None,
+) -> dict[str, Tensor]:
+    r"""Norms of the gradients of the answers' log-probabilities, by block.
+
+    .. math:: \lVert g_i^l \rVert, \qquad \lVert g_i \rVert^2 = \sum_l \lVert g_i^l \rVert^2
+
+    One ordinary backward pass per piece, so for a few pieces only: the way that ``knowledge_coupling`` avoids, and a
+    check on it. The model comes back as it was.
+
+    Args:
+        model: A plain module.
+        pieces: As for ``knowledge_coupling``.
+        tokenizer: The model's, for knowledge pieces.
+        objective: What to differentiate; next-token prediction by default.
+        template: The prompt of a knowledge piece.
+        select: As for ``knowledge_coupling``.
+        layers: As for ``knowledge_coupling``.
+
+    Returns:
+        By block, in the model's order, a tensor of shape ``[N]``, float64, nats per parameter unit.
+
+    Raises:
+        ValueError: A piece cannot be tokenised, or an argument is malformed.
+        SpaceError: The selection matches no parameter.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> config = GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=11, bos_token_id=0, eos_token_id=0)
+        >>> found = layer_gradient_norms(GPT2LMHeadModel(config), [{"input_ids": torch.tensor([[1, 2, 3]])}])
+        >>> list(found), found["transformer.h.1"].shape
+        (['transformer.h.0', 'transformer.h.1'], torch.Size([1]))
+    """
+    check_selection(select, layers)
+    objective = objective or CausalLMObjective()
+    samples = piece_samples(pieces, tokenizer=tokenizer, objective=objective, template=template)
+    for index, reason in samples.failures.items():
+        raise ValueError(f"{samples.name(index)}: {reason}")
+    columns: dict[str, list[float]] = {}
+    with preserved(model):
+        parameters = selected_parameters(model, select, layers, sample_batch=example_batch(model, samples))
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+        device = next(model.parameters()).device
+        for sample in samples.samples:
+            log_prob = objective.log_probs(model, joined_batch([sample], device)).sum()
+            squares = _squares(log_prob, parameters)
+            for block, square in squares.items():
+                columns.setdefault(block, []).append(square**0.5)
+    return {block: torch.tensor(values, dtype=torch.float64) for block, values in columns.items()}
+
+
+def _squares(log_prob: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, float]:
+    names: Sequence[str] = list(parameters)
+    gradients = torch.autograd.grad(log_prob, [parameters[name] for name in names], materialize_grads=True)
+    found: dict[str, float] = {}
+    for name, gradient in zip(names, gradients, strict=True):
+        block = block_of(name)
+        found[block] = found.get(block, 0.0) + float(gradient.double().square().sum())
+    return found

@@ -1,0 +1,353 @@
+"""Gram matrices of per-piece gradients, exact or in a random projection."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_goldy.core.outer_products import exact_products
+
+# Rows of one tile of the product of rows with rows: small enough that a symmetric product is done by halves.
+_TILE_ROWS_CPU, _TILE_ROWS = 256, 4096
+# Elements of a gradient that one matrix product sums over; longer sums in float32 lose digits.
+_SLICE = 1 << 15
+# A batched product over few rows runs at about half the speed of a square one.
+_OUTER_PRODUCT_COST = 2.0
+
+
+class Rows(NamedTuple):
+    r"""The gradients of several pieces with respect to one tensor, :math:`G_m = \sum_r b_{mr} \otimes a_{mr}`.
+
+    Args:
+        gradients: b, shape ``[M, R, d_out]``, rows of zeros where a piece has fewer; without inputs the gradients
+            themselves, flat, shape ``[M, numel]``.
+        inputs: a, shape ``[M, R, d_in]``.
+    """
+
+    gradients: Tensor
+    inputs: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both."""
+        return sum(each.numel() * each.element_size() for each in self if each is not None)
+
+    def to(self, device: torch.device) -> Rows:
+        """The same rows on another device."""
+        return Rows(self.gradients.to(device), None if self.inputs is None else self.inputs.to(device))
+
+
+def without_empty_rows(inputs: Tensor, gradients: Tensor) -> Rows:
+    """Drops positions whose gradient is zero, such as padding, so that they cost nothing.
+
+    Args:
+        inputs: Shape ``[M, T, d_in]``.
+        gradients: Shape ``[M, T, d_out]``.
+
+    Returns:
+        Rows of the largest number of positions that one piece keeps, in order.
+
+    Example:
+        >>> b = torch.tensor([[[0.0], [2.0], [0.0]], [[1.0], [0.0], [0.0]]])
+        >>> without_empty_rows(torch.arange(6.0).view(2, 3, 1), b).inputs.flatten().tolist()
+        [1.0, 3.0]
+    """
+    kept = (gradients != 0).any(dim=-1)  # [M, T]
+    if bool(kept.all()):
+        return Rows(gradients, inputs)
+    count = int(kept.sum(dim=1).max())
+    place = kept.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :count]  # [M, R]
+    empty = ~kept.gather(1, place)[:, :, None]  # [M, R, 1]
+
+    def gathered(tensor: Tensor) -> Tensor:
+        index = place[:, :, None].expand(-1, -1, tensor.shape[-1])
+        return tensor.gather(1, index).masked_fill_(empty, 0)
+
+    return Rows(gathered(gradients), gathered(inputs))
+
+
+class RowBuffer:
+    """Gathers the rows of pieces in one tensor as they come, so that they are never held twice.
+
+    Args:
+        count: Pieces that will come at most.
+        device: Where they are gathered.
+    """
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        self.count, self.device = count, device
+        self._filled = 0
+        self._tensors: list[Tensor | None] = [None, None]
+
+    def add(self, rows: Rows) -> None:
+        """Adds the rows of some pieces."""
+        for place, tensor in enumerate(rows):
+            if tensor is not None:
+                held = self._roomy(place, tensor)
+                target = held[self._filled : self._filled + len(tensor)]
+                (target[:, : tensor.shape[1]] if tensor.ndim == 3 else target).copy_(tensor)
+        self._filled += len(rows.gradients)
+
+    def rows(self) -> Rows:
+        """All rows, those of shorter pieces filled up with zeros."""
+        gradients, inputs = (None if each is None else each[: self._filled] for each in self._tensors)
+        assert gradients is not None
+        return Rows(gradients, inputs)
+
+    def _roomy(self, place: int, tensor: Tensor) -> Tensor:
+        held = self._tensors[place]
+        if held is None:
+            held = torch.zeros(self.count, *tensor.shape[1:], dtype=tensor.dtype, device=self.device)
+        elif tensor.ndim == 3 and tensor.shape[1] > held.shape[1]:
+            held = F.pad(held, (0, 0, 0, tensor.shape[1] - held.shape[1]))
+        self._tensors[place] = held
+        return held
+
+
+def squared_norms(rows: Rows) -> Tensor:
+    r"""Squared norm of each piece's gradient, :math:`\sum_{r,s} (a_r \cdot a_s)(b_r \cdot b_s)`.
+
+    Args:
+        rows: Of M pieces.
+
+    Returns:
+        Shape ``[M]``, float64.
+
+    Example:
+        >>> rows = Rows(torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[3.0]]]))
+        >>> squared_norms(rows).tolist()  # of [[3], [6]]
+        [45.0]
+    """
+    with exact_products(rows.gradients.device):
+        if rows.inputs is None:
+            return _accurate(rows.gradients).double().square().sum(dim=1)
+        a, b = _accurate(rows.inputs), _accurate(rows.gradients)
+        return (torch.bmm(a, a.mT) * torch.bmm(b, b.mT)).sum(dim=(1, 2), dtype=torch.float64)
+
+
+def inner_products(first: Rows, second: Rows | None = None) -> Tensor:
+    r"""Inner products of the gradients of two groups of pieces.
+
+    .. math:: \langle G_i, G_j \rangle = \sum_{r,s} (a_{ir} \cdot a_{js}) (b_{ir} \cdot b_{js})
+
+    Either so, in products of rows, or with the gradients built slice by slice: whichever costs less.
+
+    Args:
+        first: Of M pieces.
+        second: Of N pieces and the same tensor; the first group again by default.
+
+    Returns:
+        Shape ``[M, N]``, float64.
+
+    Example:
+        >>> rows = Rows(torch.tensor([[[1.0, 2.0]], [[0.0, 1.0]]]), torch.tensor([[[3.0]], [[1.0]]]))
+        >>> inner_products(rows).tolist()  # of [[3], [6]] and [[0], [1]]
+        [[45.0, 6.0], [6.0, 1.0]]
+    """
+    if second is None:
+        product = _product(first, None)
+        return (product + product.T) / 2  # symmetric to the last bit
+    return _product(first, second)
+
+
+def _product(first: Rows, second: Rows | None) -> Tensor:
+    other = first if second is None else second
+    with exact_products(first.gradients.device):
+        if first.inputs is None or other.inputs is None:
+            return _flat(first.gradients, other.gradients)
+        if 0 in (first.gradients.shape[1], other.gradients.shape[1]):
+            shape = len(first.gradients), len(other.gradients)
+            return torch.zeros(shape, dtype=torch.float64, device=first.gradients.device)
+        return _by_rows(first, second) if _rows_are_cheaper(first, second) else _by_gradients(first, second)
+
+
+def _rows_are_cheaper(first: Rows, second: Rows | None) -> bool:
+    other = first if second is None else second
+    assert first.inputs is not None
+    width_in, width_out = first.inputs.shape[-1], first.gradients.shape[-1]
+    (m, r), (n, s) = first.gradients.shape[:2], other.gradients.shape[:2]
+    by_rows = m * n * r * s * (width_in + width_out) * (0.55 if second is None else 1.0)
+    built = m * r if second is None else m * r + n * s
+    return by_rows <= (m * n + _OUTER_PRODUCT_COST * built) * width_in * width_out
+
+
+def _by_rows(first: Rows, second: Rows | None) -> Tensor:
+    other = first if second is None else second
+    limit = _TILE_ROWS_CPU if first.gradients.device.type == "cpu" else _TILE_ROWS
+    lefts, rights = ([*_tiles(rows, limit)] for rows in (first, other))
+    result = torch.empty(len(first.gradients), len(other.gradients), dtype=torch.float64, device=first.gradients.device)
+    for i, left in lefts:
+        for j, right in rights:
+            if second is None and j.start > i.start:
+                continue
+            value = _tile(left, right)
+            result[i, j] = value
+            if second is None:
+                result[j, i] = value.T
+    return result
+
+
+def _tiles(rows: Rows, limit: int) -> list[tuple[slice, Rows]]:
+    size = max(1, limit // rows.gradients.shape[1])
+    assert rows.inputs is not None
+    starts = range(0, len(rows.gradients), size)
+    return [
+        (slice(at, at + size), Rows(_accurate(rows.gradients[at : at + size]), _accurate(rows.inputs[at : at + size])))
+        for at in starts
+    ]
+
+
+def _tile(left: Rows, right: Rows) -> Tensor:
+    assert left.inputs is not None
+    assert right.inputs is not None
+    (m, r), (n, s) = left.gradients.shape[:2], right.gradients.shape[:2]
+    product = left.inputs.flatten(0, 1) @ right.inputs.flatten(0, 1).T  # [m r, n s]
+    product *= left.gradients.flatten(0, 1) @ right.gradients.flatten(0, 1).T
+    return product.view(m, r, n * s).sum(dim=1).view(m, n, s).sum(dim=2, dtype=torch.float64)  # -> [m, n]
+
+
+def _by_gradients(first: Rows, second: Rows | None) -> Tensor:
+    other = first if second is None else second
+    assert first.inputs is not None
+    width_in, width_out = first.inputs.shape[-1], first.gradients.shape[-1]
+    step = max(1, _SLICE // width_in)
+    result = torch.zeros(len(first.gradients), len(other.gradients), dtype=torch.float64, device=first.gradients.device)
+    for start in range(0, width_out, step):
+        left = _built(first, start, step)  # [M, step d_in]
+        result += left @ (left if second is None else _built(second, start, step)).T
+    return result
+
+
+def _built(rows: Rows, start: int, step: int) -> Tensor:
+    """Some output dimensions of the gradients, flat."""
+    assert rows.inputs is not None
+    gradients = _accurate(rows.gradients[:, :, start : start + step])  # [M, R, step]
+    return torch.bmm(gradients.mT, _accurate(rows.inputs)).flatten(1)
+
+
+def _flat(first: Tensor, second: Tensor) -> Tensor:
+    result = torch.zeros(len(first), len(second), dtype=torch.float64, device=first.device)
+    for start in range(0, first.shape[1], _SLICE):
+        left, right = (_accurate(each[:, start : start + _SLICE]) for each in (first, second))
+        result += left @ right.T
+    return result
+
+
+def _accurate(tensor: Tensor) -> Tensor:
+    """In float32, unless it is float64 already."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+# Elements of a flat gradient that are hashed at a time.
+_BLOCK = 1 << 20
+# Elements of [rows, dimensions] that are worked on at a time.
+_CHUNK = 1 << 22
+
+
+class _Hash(NamedTuple):
+    buckets: Tensor
+    signs: Tensor
+
+
+class Projection:
+    r"""Maps the gradients over all tensors to a few numbers that keep their inner products on average.
+
+    .. math::
+        S(b \otimes a) = \mathcal F^{-1}\big(\mathcal F(C_1 b) \circ \mathcal F(C_2 a)\big), \qquad
+        \mathbb E \langle S g, S h \rangle = \langle g, h \rangle, \qquad
+        \mathrm{Var} \langle S g, S h \rangle \le \frac{8}{k} \lVert g \rVert^2 \lVert h \rVert^2
+
+    with count sketches C of k buckets: every coordinate goes to a random bucket with a random sign. Tensors have hashes
+    of their own and share the buckets. A gradient over nothing but vectors, such as biases, is count-sketched, with 2
+    in the place of 8; most pairs of gradients come close to that anyway, at :math:`(1 + \cos^2) / k`.
+
+    Args:
+        dimensions: k.
+        seed: Decides the hashes, on any device.
+
+    Raises:
+        ValueError: k is below 2.
+
+    Source: Pham and Pagh, "Fast and scalable polynomial kernels via explicit feature maps" (2013); the variance over
+        all of the tensor space as in Avron, Nguyen and Woodruff, "Subspace embeddings for the polynomial kernel"
+        (2014), lemma 3.
+
+    Example:
+        >>> projection = Projection(4096)
+        >>> rows = Rows(torch.ones(1, 1, 5), torch.ones(1, 1, 7))
+        >>> sketch = projection({"weight": rows})
+        >>> sketch.shape, abs(float(sketch.square().sum()) / 35 - 1) < 3 * projection.error()
+        (torch.Size([1, 4096]), True)
+    """
+
+    def __init__(self, dimensions: int, *, seed: int = 0) -> None:
+        if dimensions < 2:
+            raise ValueError(f"projection is the number of dimensions to keep, at least 2; got {dimensions}")
+        self.dimensions, self.seed = dimensions, seed
+        self._hashes: dict[tuple[str, int, torch.device], _Hash] = {}
+
+    def __call__(self, parts: Mapping[str, Rows]) -> Tensor:
+        """The projected gradients.
+
+        Args:
+            parts: Rows of the same M pieces by the name of their tensor.
+
+        Returns:
+            Shape ``[M, k]``, float32, or float64 where the rows are.
+        """
+        first = next(iter(parts.values())).gradients
+        dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+        total = torch.zeros(len(first), self.dimensions, dtype=dtype, device=first.device)
+        with exact_products(first.device):
+            for name, rows in parts.items():
+                if rows.inputs is None:
+                    self._add_flat(total, name, rows.gradients)
+                elif rows.gradients.shape[1]:
+                    sketch = self._tensor_sketch(name, rows.gradients.to(dtype), rows.inputs.to(dtype))
+                    total += sketch.to(total.device)
+        return total
+
+    def error(self, *, vectors_only: bool = False) -> float:
+        """Bound on the root mean square error of a cosine whose norms are known.
+
+        Args:
+            vectors_only: Whether every tensor's gradient comes as it is, none as rows.
+        """
+        return math.sqrt((2 if vectors_only else 8) / self.dimensions)
+
+    def _tensor_sketch(self, name: str, gradients: Tensor, inputs: Tensor) -> Tensor:
+        step = max(1, _CHUNK // (gradients.shape[1] * self.dimensions))
+        sketches = []
+        for b, a in zip(gradients.split(step), inputs.split(step), strict=True):
+            spectra = [
+                torch.fft.rfft(self._count_sketch(f"{name}\0{side}", each)) for side, each in (("out", b), ("in", a))
+            ]  # [M, R, k / 2 + 1]
+            sketches.append(torch.fft.irfft((spectra[0] * spectra[1]).sum(dim=1), n=self.dimensions))
+        return torch.cat(sketches)
+
+    def _count_sketch(self, key: str, values: Tensor) -> Tensor:
+        hashed = self._hash(key, values.shape[-1], values.device)
+        result = values.new_zeros(*values.shape[:-1], self.dimensions)
+        return result.index_add_(-1, hashed.buckets, values * hashed.signs)
+
+    def _add_flat(self, total: Tensor, name: str, gradients: Tensor) -> None:
+        for number, start in enumerate(range(0, gradients.shape[1], _BLOCK)):
+            part = gradients[:, start : start + _BLOCK].to(total.dtype)
+            total += self._count_sketch(f"{name}\0{number}", part).to(total.device)
+
+    def _hash(self, key: str, width: int, device: torch.device) -> _Hash:
+        found = self._hashes.get((key, width, device))
+        if found is None:
+            digest = hashlib.blake2b(f"{self.seed}\0projection\0{key}".encode(), digest_size=8).digest()
+            # 63 bits: torch reads a larger seed as negative. On the CPU, so that every device has the same.
+            generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
+            buckets = torch.randint(self.dimensions, (width,), generator=generator, device="cpu")
+            signs = torch.randint(2, (width,), generator=generator, dtype=torch.int8, device="cpu") * 2 - 1
+            found = self._hashes[key, width, device] = _Hash(buckets.to(device), signs.to(device))
+        return found

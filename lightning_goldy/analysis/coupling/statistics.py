@@ -1,0 +1,357 @@
+"""What a coupling matrix says: how much is coupled, and whether answers, relations and questions account for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lightning_goldy.analysis.coupling.result import CouplingResult
+from lightning_goldy.analysis.result import AnalysisResult
+
+CONTRASTS = ("answer", "category", "group")
+
+
+def rows_above(matrix: Tensor) -> Iterator[tuple[int, NDArray[Any]]]:
+    """The number of each row and what stands above the diagonal in it."""
+    array = matrix.numpy()
+    for at in range(len(array) - 1):
+        yield at, array[at, at + 1 :]
+
+
+def contrasts(cosines: Tensor, columns: Mapping[str, Sequence[Any]]) -> dict[str, dict[str, Any]]:
+    """Pairs that share an answer, a category or a group against pairs that do not.
+
+    Args:
+        cosines: Shape ``[N, N]``.
+        columns: One value per piece, None for none, for each of ``CONTRASTS``.
+
+    Returns:
+        By column what :class:`~lightning_goldy.analysis.CouplingStatistics` says; columns that
+        fewer than two pieces have are left out.
+    """
+    found = {}
+    for name in CONTRASTS:
+        codes = _codes(columns[name], fold=name == "answer")
+        if (codes >= 0).sum() > 1:
+            found[name] = _contrast(cosines, codes)
+    return found
+
+
+def _codes(values: Sequence[Any], *, fold: bool) -> NDArray[np.int64]:
+    """A number per value, -1 for none; answers that differ in case or white space alone are the same."""
+    known: dict[Any, int] = {}
+    keys = [" ".join(value.split()).casefold() if fold and isinstance(value, str) else value for value in values]
+    return np.array([-1 if key is None else known.setdefault(key, len(known)) for key in keys], dtype=np.int64)
+
+
+def _contrast(cosines: Tensor, codes: NDArray[np.int64]) -> dict[str, Any]:
+    sums = np.zeros((2, 3))  # of same and different: number, sum, sum of squares
+    for at, row in rows_above(cosines):
+        if codes[at] < 0:
+            continue
+        has, same = codes[at + 1 :] >= 0, codes[at + 1 :] == codes[at]
+        for which, mask in enumerate((same, has & ~same)):
+            chosen = row[mask].astype(np.float64)
+            sums[which] += len(chosen), chosen.sum(), (chosen * chosen).sum()
+    (n_same, *_), (n_different, *_) = sums
+    means = [float(total / count) if count else None for count, total, _ in sums]
+    difference = means[0] - means[1] if means[0] is not None and means[1] is not None else None
+    scatter = sum(square - total * total / count for count, total, square in sums if count)
+    freedom = n_same + n_different - 2
+    pooled = math.sqrt(max(0.0, scatter) / freedom) if freedom > 0 else 0.0
+    return {
+        "same": means[0],
+        "different": means[1],
+        "n_same": int(n_same),
+        "n_different": int(n_different),
+        "difference": difference,
+        "effect_size": difference / pooled if difference is not None and pooled > 0 else None,
+    }
+
+
+def hop_coupling(cosines: Tensor, groups: Sequence[Any], hops: Sequence[Any]) -> tuple[dict[str, Any], ...]:
+    """Mean cosine between the hops of one question, by their numbers.
+
+    Args:
+        cosines: Shape ``[N, N]``.
+        groups: The question of each piece.
+        hops: The number of each piece among the hops of its question.
+    """
+    members: dict[Any, list[int]] = {}
+    for at, (group, hop) in enumerate(zip(groups, hops, strict=True)):
+        if group is not None and hop is not None:
+            members.setdefault(group, []).append(at)
+    found: dict[tuple[int, int], list[float]] = {}
+    for inside in members.values():
+        for place, first in enumerate(inside):
+            for second in inside[place + 1 :]:
+                key = tuple(sorted((hops[first], hops[second])))
+                found.setdefault(key, []).append(float(cosines[first, second]))
+    return tuple(
+        {"hops": key, "mean": math.fsum(values) / len(values), "n_pairs": len(values)}
+        for key, values in sorted(found.items())
+    )
+
+
+_QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
+_BINS = 40
+
+
+@dataclass(frozen=True)
+class CouplingStatistics(AnalysisResult):
+    """Statistics of all pairs of two different pieces that did not fail; None where there is nothing to say.
+
+    Args:
+        n_pieces: Pieces that did not fail.
+        n_failed: Pieces that did.
+        n_pairs: Pairs.
+        mean: Mean cosine.
+        std: Standard deviation.
+        quantiles: Cosines below which a share of the pairs lies, by that share: ``"0.01"`` to ``"0.99"``.
+        minimum: Smallest cosine.
+        maximum: Largest cosine.
+        histogram: Pairs in 40 equal bins from -1 to 1.
+        thresholds: The cosines from which a pair is ``moderate`` and ``high``.
+        high: Pairs from the upper threshold on.
+        moderate: Pairs between the two.
+        low: Pairs below the lower one; those below 0 are among them.
+        negative: Pairs below 0.
+        contrasts: For each of ``answer``, ``category`` and ``group`` that pieces have: ``same`` and ``different``, the
+            mean cosine of pairs that share it and of pairs that do not; their numbers ``n_same`` and ``n_different``;
+            their ``difference``; ``effect_size``, the difference in pooled standard deviations. Pairs of which one has
+            none are left out.
+        hops: Of each pair of hop numbers of one group (the pieces of one question): ``hops``, ``mean``, ``n_pairs``.
+        top: The most coupled pairs: ``first`` and ``second`` (numbers), ``ids``, ``cosine``.
+        bottom: The least coupled ones.
+        order: All pieces that did not fail, by number, so that alike ones are neighbours; for a heat map.
+        clusters: For each piece in ``order`` the number of its cluster.
+        n_clusters: Number of clusters.
+        effective_rank: The exponential of the entropy of the normalised eigenvalues of the matrix: how many directions
+            the gradients point in; None for more pieces than it was asked for.
+        participation_ratio: (sum of eigenvalues)^2 / sum of their squares, a cheaper relative of it.
+    """
+
+    n_pieces: int
+    n_failed: int
+    n_pairs: int
+    mean: float | None
+    std: float | None
+    quantiles: dict[str, float]
+    minimum: float | None
+    maximum: float | None
+    histogram: tuple[int, ...]
+    thresholds: dict[str, float]
+    high: int
+    moderate: int
+    low: int
+    negative: int
+    contrasts: dict[str, dict[str, Any]]
+    hops: tuple[dict[str, Any], ...]
+    top: tuple[dict[str, Any], ...]
+    bottom: tuple[dict[str, Any], ...]
+    order: tuple[int, ...]
+    clusters: tuple[int, ...]
+    n_clusters: int
+    effective_rank: float | None
+    participation_ratio: float | None
+
+    def scalars(self) -> dict[str, float]:
+        """Every number worth a curve, by name."""
+        found: dict[str, float | None] = {
+            "mean": self.mean,
+            "std": self.std,
+            "maximum": self.maximum,
+            "high_share": self.high / self.n_pairs if self.n_pairs else None,
+            "moderate_share": self.moderate / self.n_pairs if self.n_pairs else None,
+            "negative_share": self.negative / self.n_pairs if self.n_pairs else None,
+            "effective_rank": self.effective_rank,
+            "participation_ratio": self.participation_ratio,
+            "n_clusters": float(self.n_clusters),
+            "n_failed": float(self.n_failed),
+        }
+        for name, contrast in self.contrasts.items():
+            for column in ("same", "different", "difference"):
+                found[f"{name}/{column}"] = contrast[column]
+        return {name: float(value) for name, value in found.items() if value is not None}
+
+
+def check_thresholds(*, moderate: float, high: float) -> None:
+    """Whether two cosines can tell moderately and highly coupled pairs.
+
+    Args:
+        moderate: Cosine from which a pair counts as moderately coupled.
+        high: Cosine from which it counts as highly coupled.
+
+    Raises:
+        ValueError: They are not in order within [-1, 1].
+    """
+    if not -1 <= moderate <= high <= 1:
+        raise ValueError(f"the thresholds must be in order within [-1, 1]; got moderate={moderate}, high={high}")
+
+
+def coupling_statistics(
+    result: CouplingResult,
+    *,
+    high: float = 0.4,
+    moderate: float = 0.1,
+    top: int = 20,
+    cluster_at: float | None = None,
+    spectrum_below: int = 2048,
+) -> CouplingStatistics:
+    r"""Describes a coupling matrix.
+
+    .. math::
+        r_\text{eff} = \exp\Big(-\sum_k p_k \log p_k\Big), \quad p_k = \frac{\lambda_k}{\sum_l \lambda_l}, \qquad
+        \text{effect size} = \frac{\bar c_\text{same} - \bar c_\text{different}}{s_\text{pooled}}
+
+    Clusters come from average linkage on :math:`1 - C_{ij}`.
+
+    Args:
+        result: From ``knowledge_coupling`` or ``activation_similarity``.
+        high: Cosine from which a pair counts as highly coupled.
+        moderate: Cosine from which it counts as moderately coupled.
+        top: Pairs to list at each end.
+        cluster_at: Mean cosine that holds a cluster together; ``high`` by default.
+        spectrum_below: Pieces up to which eigenvalues are computed.
+
+    Raises:
+        ValueError: The thresholds are not in order within [-1, 1], or ``top`` is negative.
+        ImportError: SciPy is not installed.
+
+    Source: effective rank: Roy and Vetterli 2007; average linkage: Sokal and Michener 1958; effect size: Cohen 1988.
+
+    Example:
+        >>> from lightning_goldy.analysis.coupling.coupling import knowledge_coupling
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> config = GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=11, bos_token_id=0, eos_token_id=0)
+        >>> ids = torch.tensor([[1, 2, 3], [4, 5, 6], [1, 2, 3]])
+        >>> found = coupling_statistics(knowledge_coupling(GPT2LMHeadModel(config), [{"input_ids": ids}]))
+        >>> found.n_pairs, found.top[0]["ids"], found.high >= 1
+        (3, ('0', '2'), True)
+    """
+    check_thresholds(moderate=moderate, high=high)
+    if top < 0:
+        raise ValueError(f"top is a number of pairs, at least 0; got {top}")
+    kept = result.valid.nonzero().flatten()
+    cosines = result.cosines if len(kept) == len(result) else result.cosines[kept][:, kept]
+    pairs = _upper(cosines)
+    ends = _extremes(cosines, top, kept, result.ids)
+    order, clusters = _clustered(pairs, len(kept), high if cluster_at is None else cluster_at)
+    rank, ratio = _spectrum(cosines, spectrum_below)
+    columns = {name: [result.column(name)[index] for index in kept.tolist()] for name in (*CONTRASTS, "hop")}
+    return CouplingStatistics(
+        n_pieces=len(kept),
+        n_failed=len(result) - len(kept),
+        **_distribution(pairs, high, moderate),
+        contrasts=contrasts(cosines, columns),
+        hops=hop_coupling(cosines, columns["group"], columns["hop"]),
+        top=ends[0],
+        bottom=ends[1],
+        order=tuple(int(kept[place]) for place in order),
+        clusters=tuple(clusters),
+        n_clusters=len(set(clusters)),
+        effective_rank=rank,
+        participation_ratio=ratio,
+    )
+
+
+def _upper(matrix: Tensor) -> NDArray[Any]:
+    """All pairs once, row by row."""
+    count = len(matrix)
+    pairs = np.empty(count * (count - 1) // 2, dtype=matrix.numpy().dtype)
+    for at, row in rows_above(matrix):
+        start = at * count - at * (at + 1) // 2
+        pairs[start : start + len(row)] = row
+    return pairs
+
+
+def _distribution(pairs: NDArray[Any], high: float, moderate: float) -> dict[str, Any]:
+    some = len(pairs) > 0
+    # A cosine of one pair in twice float32 is 1.0000001 to NumPy's bins.
+    histogram = np.histogram(pairs, bins=_BINS, range=(-1, 1))[0]
+    n_high, n_from = int((pairs >= high).sum()), int((pairs >= moderate).sum())
+    quantiles = np.quantile(pairs, _QUANTILES) if some else ()
+    return {
+        "n_pairs": len(pairs),
+        "mean": float(pairs.mean(dtype=np.float64)) if some else None,
+        "std": float(pairs.std(dtype=np.float64)) if some else None,
+        "quantiles": {str(share): float(value) for share, value in zip(_QUANTILES, quantiles, strict=some)},
+        "minimum": float(pairs.min()) if some else None,
+        "maximum": float(pairs.max()) if some else None,
+        "histogram": tuple(histogram.tolist()),
+        "thresholds": {"moderate": moderate, "high": high},
+        "high": n_high,
+        "moderate": n_from - n_high,
+        "low": len(pairs) - n_from,
+        "negative": int((pairs < 0).sum()),
+    }
+
+
+def _extremes(
+    cosines: Tensor, top: int, kept: Tensor, ids: Sequence[str]
+) -> tuple[tuple[dict[str, Any], ...], tuple[dict[str, Any], ...]]:
+    """The most and the least coupled pairs; ties to the smaller numbers."""
+    ends: list[tuple[dict[str, Any], ...]] = []
+    for sign in (-1, 1):
+        best: list[tuple[float, int, int]] = []
+        for at, row in rows_above(cosines):
+            keys = sign * row
+            fresh = [(float(keys[place]), at, at + 1 + int(place)) for place in _smallest(keys, top)]
+            best = sorted([*best, *fresh])[:top]
+        ends.append(
+            tuple(
+                {
+                    "first": int(kept[first]),
+                    "second": int(kept[second]),
+                    "ids": (ids[int(kept[first])], ids[int(kept[second])]),
+                    "cosine": sign * key,
+                }
+                for key, first, second in best
+            )
+        )
+    return ends[0], ends[1]
+
+
+def _smallest(keys: NDArray[Any], count: int) -> NDArray[np.int64]:
+    """Places of the smallest keys, ties to the smaller place."""
+    if count >= len(keys):
+        return np.arange(len(keys))
+    if count == 0:
+        return np.arange(0)
+    border = np.partition(keys, count - 1)[count - 1]
+    below = np.flatnonzero(keys < border)
+    return np.concatenate([below, np.flatnonzero(keys == border)[: count - len(below)]])
+
+
+def _clustered(pairs: NDArray[Any], count: int, at: float) -> tuple[list[int], list[int]]:
+    if count < 2:
+        return list(range(count)), [0] * count
+    try:
+        from scipy.cluster.hierarchy import fcluster, leaves_list, linkage
+    except ImportError as error:
+        raise ImportError("clusters need SciPy: pip install scipy") from error
+    tree = linkage(np.maximum(1 - pairs.astype(np.float64), 0), method="average")
+    order = leaves_list(tree)
+    labels = fcluster(tree, 1 - at, criterion="distance")[order]
+    # Numbered as they come in the order.
+    numbers: dict[int, int] = {}
+    return order.tolist(), [numbers.setdefault(label, len(numbers)) for label in labels.tolist()]
+
+
+def _spectrum(cosines: Tensor, below: int) -> tuple[float | None, float | None]:
+    if not len(cosines):
+        return None, None
+    square = math.fsum(float(row.double().square().sum()) for row in cosines)
+    ratio = float(cosines.diagonal().double().sum()) ** 2 / square
+    if len(cosines) > below:
+        return None, ratio
+    values = torch.linalg.eigvalsh(cosines.double()).clamp(min=0)
+    shares = values / values.sum()
+    return math.exp(-float(torch.special.xlogy(shares, shares).sum())), ratio

@@ -1,0 +1,16 @@
+"""Which parameters carry the finetune: golden and reverse golden parameters."""
+
+from lightning_goldy.analysis.golden.golden import GoldenResult, golden_parameters, jaccard, register_score
+from lightning_goldy.analysis.golden.reverse import ReverseGoldenResult, reverse_golden_parameters
+from lightning_goldy.analysis.golden.search import Fluctuation, register_strategy
+
+__all__ = [
+    "Fluctuation",
+    "GoldenResult",
+    "ReverseGoldenResult",
+    "golden_parameters",
+    "jaccard",
+    "register_score",
+    "register_strategy",
+    "reverse_golden_parameters",
+]

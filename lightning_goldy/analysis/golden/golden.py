@@ -1,0 +1,419 @@
+"""Golden parameters: the elements that sample after sample depends on most."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_goldy.analysis.result import AnalysisResult, Cost
+from lightning_goldy.core.isolation import preserved
+from lightning_goldy.core.naming import block_of, kind_of, suggestion
+from lightning_goldy.core.objective import CausalLMObjective, Objective, map_batch
+from lightning_goldy.core.registry import Registry
+from lightning_goldy.core.selection import select_largest
+from lightning_goldy.core.sharding import Replicas, align, gather, is_sharded, like, local, sum_over_shards
+from lightning_goldy.core.space import ParameterSpace
+from lightning_goldy.core.store import Kind
+from lightning_goldy.core.vector import ParameterVector, elements_in, require_finite
+
+Score = Callable[[Tensor, Tensor], Tensor]
+"""``score(gradient, value)``: both in at least float32, the gradient free to be overwritten; larger is stronger."""
+
+SCORES: Registry[Score] = Registry("score")
+register_score = SCORES.register
+
+
+@register_score("gradient")
+def gradient(gradient: Tensor, value: Tensor) -> Tensor:
+    """Magnitude of the gradient, ``|g|``.
+
+    Example:
+        >>> import torch
+        >>> gradient(torch.tensor([-2.0]), torch.tensor([3.0]))
+        tensor([2.])
+    """
+    return gradient.abs_()
+
+
+@register_score("taylor")
+def taylor(gradient: Tensor, value: Tensor) -> Tensor:
+    r"""First-order change of the loss when the element is set to zero, :math:`|g\,\theta|`."""
+    return gradient.mul_(value).abs_()
+
+
+@register_score("fisher")
+def fisher(gradient: Tensor, value: Tensor) -> Tensor:
+    r"""Squared first-order change, :math:`g^2 \theta^2`.
+
+    Within one sample it ranks elements as ``taylor`` does, so the votes of both agree; their values differ.
+    """
+    return gradient.mul_(value).square_()
+
+
+Scope = Literal["tensor", "global"]
+
+
+class Ballot:
+    """Votes per element, filled while gradients are produced."""
+
+    def __init__(
+        self, parameters: dict[str, nn.Parameter], top_k_percent: float, score: str, scope: Scope, n_samples: int
+    ) -> None:
+        self.parameters = parameters
+        self.score = SCORES[score]
+        self.scope = scope
+        self.counts = [elements_in(top_k_percent, p.numel()) for p in parameters.values()]
+        self.total = elements_in(top_k_percent, sum(p.numel() for p in parameters.values()))
+        # A byte holds the votes of 255 samples, a short those of 32,767.
+        dtype = torch.uint8 if n_samples < 256 else torch.int16 if n_samples < 32768 else torch.int32
+        self.votes = {name: torch.zeros_like(local(p), dtype=dtype) for name, p in parameters.items()}
+        self.seen: set[str] = set()
+        self.streaming = scope == "tensor" and not any(is_sharded(p) for p in parameters.values())
+
+    def collecting(self, model: nn.Module) -> ExitStack:
+        """Hooks that turn each gradient into votes as soon as it is complete, where that is possible.
+
+        FSDP2 writes sharded gradients without running such hooks, and a global selection needs all gradients at once.
+        """
+        stack = ExitStack()
+        if not any(is_sharded(parameter) for parameter in model.parameters()):
+            chosen = {id(parameter) for parameter in self.parameters.values()}
+            for parameter in model.parameters():
+                if id(parameter) not in chosen and parameter.requires_grad:
+                    parameter.requires_grad_(False)
+        if self.streaming:
+            for (name, parameter), k in zip(self.parameters.items(), self.counts, strict=True):
+
+                def hook(parameter: Tensor, name: str = name, k: int = k) -> None:
+                    self._mark([name], k)
+
+                handle = parameter.register_post_accumulate_grad_hook(hook)
+                stack.callback(handle.remove)
+        return stack
+
+    def vote(self, objective: Objective, model: nn.Module, sample: Any) -> None:
+        """One forward and backward pass, whose gradients become votes."""
+        before = set(self.seen)
+        self.seen.clear()
+        objective.log_probs(model, sample).mean().backward()
+        names = list(self.parameters)
+        if self.scope == "global":
+            self._mark(names, self.total)
+        else:
+            for name, k in zip(names, self.counts, strict=True):
+                if name not in self.seen:
+                    self._mark([name], k)
+        self.seen |= before
+        for parameter in model.parameters():
+            parameter.grad = None
+
+    def _mark(self, names: Sequence[str], k: int) -> None:
+        scores = []
+        for name in names:
+            parameter = self.parameters[name]
+            gradient, parameter.grad = parameter.grad, None
+            if gradient is not None:
+                self.seen.add(name)
+            scores.append(self._scores(gradient, parameter))
+        self._require_finite(names, scores)
+        for name, mask in zip(names, select_largest(scores, k), strict=True):
+            # Booleans are bytes of 0 and 1; seen as such, the addition is vectorised.
+            self.votes[name].add_(mask.view(torch.uint8))
+
+    def _scores(self, gradient: Tensor | None, parameter: nn.Parameter) -> Tensor:
+        value = local(parameter)
+        dtype = torch.promote_types(value.dtype, torch.float32)
+        if gradient is None:
+            part = torch.zeros_like(value, dtype=dtype)
+        else:
+            dense = gradient.to_dense() if gradient.layout is torch.sparse_coo else gradient
+            part = self.score(local(align(dense, parameter)).to(dtype), value.to(dtype))
+        return like(parameter.detach(), part)
+
+    def _require_finite(self, names: Sequence[str], scores: Sequence[Tensor]) -> None:
+        # The largest element is NaN when any is: one pass, and no second tensor.
+        largest = [part.amax() if part.numel() else part.new_zeros(()) for part in map(local, scores)]
+        flags: Sequence[Tensor | bool] = [not math.isfinite(value) for value in largest]
+        if any(map(is_sharded, scores)):
+            # Summed over shards, so that all processes raise and none is left waiting in the selection.
+            partial = [torch.tensor(int(flag), device=value.device) for flag, value in zip(flags, largest, strict=True)]
+            flags = sum_over_shards(partial, scores)
+        for name, broken in zip(names, flags, strict=True):
+            if broken:
+                raise ValueError(f"the gradient of {name} is not finite; its elements cannot be ranked")
+
+    def totals(self, replicas: Replicas) -> dict[str, Tensor]:
+        """Votes summed over the replicas, in the layout of the parameters."""
+        voted = torch.tensor([name in self.seen for name in self.parameters], dtype=torch.int32)
+        device = next(iter(self.votes.values())).device
+        missing = (replicas.sum_(voted.to(device)) == 0).nonzero().flatten().tolist()
+        if missing:
+            name = list(self.parameters)[missing[0]]
+            raise ValueError(
+                f"the objective does not depend on {name} ({len(missing)} such parameters): no sample gave it a "
+                "gradient; leave it out with exclude="
+            )
+        totals = {}
+        for name, votes in self.votes.items():
+            # Process groups do not sum shorts.
+            summable = votes.int() if votes.dtype == torch.int16 and replicas.size > 1 else votes
+            totals[name] = like(self.parameters[name].detach(), replicas.sum_(summable))
+        return totals
+
+    def shares(self) -> list[float]:
+        """Share of each tensor that a sample marks, or would be expected to mark at random, a fraction."""
+        sizes = [parameter.numel() for parameter in self.parameters.values()]
+        if self.scope == "global":
+            return [self.total / sum(sizes)] * len(sizes)
+        return [count / size for count, size in zip(self.counts, sizes, strict=True)]
+
+
+@dataclass(frozen=True)
+class GoldenResult(AnalysisResult):
+    """Which parameters are golden, and how many would be by chance.
+
+    Args:
+        mask: True where golden; boolean, on the CPU.
+        golden: Golden elements of each tensor, in the mask's order.
+        marked: Elements of each tensor that one sample marks; its expectation at random under the global scope.
+        chance: Elements of each tensor expected to be golden if every sample marked at random.
+        n_samples: Samples that voted.
+        needed: Votes that make an element golden.
+        top_k_percent: Share that each sample marked, percent.
+        score: Name of the score.
+        scope: ``tensor`` or ``global``.
+        quorum: Share of the samples that must agree.
+        cost: A forward and a backward pass of every sample.
+    """
+
+    analysis: ClassVar[str] = "golden_parameters"
+
+    mask: ParameterVector
+    golden: tuple[int, ...]
+    marked: tuple[int, ...]
+    chance: tuple[float, ...]
+    n_samples: int
+    needed: int
+    top_k_percent: float
+    score: str
+    scope: str
+    quorum: float
+    cost: Cost = field(default=Cost(), compare=False)
+
+    @property
+    def count(self) -> int:
+        """Number of golden elements."""
+        return sum(self.golden)
+
+    @property
+    def density(self) -> float:
+        """Share of the space's elements that are golden, a fraction."""
+        return self.count / self.mask.space.numel
+
+    @property
+    def chance_density(self) -> float:
+        """Share expected if every sample marked at random, a fraction; k^n at a quorum of 1."""
+        return math.fsum(self.chance) / self.mask.space.numel
+
+    @property
+    def density_over_chance(self) -> float:
+        """How many times more are golden than by chance."""
+        return self.density / self.chance_density if self.chance_density else math.inf
+
+    def metrics(self) -> dict[str, float | None]:
+        """Count and density, against chance."""
+        names = ("count", "density", "chance_density", "density_over_chance")
+        return {name: getattr(self, name) for name in names}
+
+    def details(self) -> dict[str, Any]:
+        """The summary."""
+        return self.summary()
+
+    def vectors(self) -> dict[str, tuple[ParameterVector, Kind]]:
+        """The mask."""
+        return {"mask": (self.mask, "mask")}
+
+    def summary(self) -> dict[str, Any]:
+        """A JSON-able description without the mask: the settings, and counts by tensor."""
+        rows = zip(self.mask.space.names, self.mask.space.shapes, self.marked, self.golden, self.chance, strict=True)
+        return {
+            "top_k_percent": self.top_k_percent,
+            "score": self.score,
+            "scope": self.scope,
+            "quorum": self.quorum,
+            "n_samples": self.n_samples,
+            "tensors": [
+                {
+                    "name": name,
+                    "block": block_of(name),
+                    "kind": kind_of(name),
+                    "numel": math.prod(shape),
+                    "k": marked,
+                    "golden": golden,
+                    "chance": chance,
+                }
+                for name, shape, marked, golden, chance in rows
+            ],
+        }
+
+
+def golden_parameters(
+    model: nn.Module,
+    batches: Iterable[Any],
+    objective: Objective | None = None,
+    *,
+    top_k_percent: float = 5.0,
+    score: str = "gradient",
+    scope: Scope = "tensor",
+    quorum: float = 1.0,
+    n_samples: int | None = None,
+    space: ParameterSpace | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    split_over_ranks: bool = True,
+) -> GoldenResult:
+    r"""Finds the elements that at least a quorum of the samples mark among their strongest.
+
+    .. math::
+        g_i = \nabla_\theta \, \overline{\log p_\theta}(\text{response}_i \mid \text{query}_i), \qquad
+        \text{golden} = \Big\{ j : \tfrac1n \sum_i [\, j \in \mathrm{top}_k\, s(g_i, \theta) ] \ge \text{quorum} \Big\}
+
+    One forward and backward pass per sample, in evaluation mode. Each gradient is turned into votes and freed as soon
+    as it exists, so beside one sample's largest gradient only the votes (one or two bytes per element) are held. The
+    model comes back as it was. On several ranks the samples are shared out and the votes summed; every rank must call.
+
+    Args:
+        model: A plain, DistributedDataParallel-unwrapped, or FSDP2-sharded module.
+        batches: Batches that the objective understands, of any size; the same on every rank.
+        objective: What to differentiate; next-token prediction by default.
+        top_k_percent: Share that each sample marks, percent in (0, 100]: exactly k elements, ties to the smaller index.
+        score: Name of a registered score: ``gradient`` |g|, ``taylor`` |g θ|, ``fisher`` g² θ², or a user's own.
+        scope: Mark the share of each ``tensor``, or of all elements together (``global``).
+        quorum: Share of the samples that must mark an element, a fraction in (0, 1]; 1 is the intersection.
+        n_samples: Use only the first so many samples; all by default.
+        space: Which parameters; all trainable ones by default.
+        progress: Called with (samples done, samples in all) on this rank.
+        split_over_ranks: Whether to share samples out over the ranks of an initialised process group.
+
+    Returns:
+        The mask with its counts, tensor by tensor.
+
+    Raises:
+        ValueError: An argument is out of range, there are too few samples, a weight or a gradient is not finite (the
+            tensor is named), or a parameter never received a gradient.
+
+    Source: "golden parameters" as the intersection of per-sample top-k gradient masks; chance overlap k^n.
+
+    Example:
+        >>> from lightning_goldy.core.objective import ClassifierObjective
+        >>> batch = (torch.tensor([[1.0, 0.0, 0.0], [2.0, 0.1, 0.0]]), torch.tensor([0, 0]))
+        >>> result = golden_parameters(nn.Linear(3, 2), [batch], ClassifierObjective(), top_k_percent=34)
+        >>> result.mask["weight"].any(dim=0).tolist()
+        [True, False, False]
+    """
+    check_arguments(score, scope, quorum, n_samples)
+    objective = objective or CausalLMObjective()
+    space = space or ParameterSpace.of(model)
+    replicas = Replicas.of(model) if split_over_ranks else Replicas()
+    with preserved(model), replicas.together("golden_parameters"):
+        samples = _first_samples(batches, objective, n_samples)
+        parameters = space.resolve(model)
+        require_finite(parameters, "weights")
+        ballot = Ballot(parameters, top_k_percent, score, scope, len(samples))
+        mine = replicas.share(samples)
+        device = next(iter(parameters.values())).device
+        with ballot.collecting(model):
+            for done, sample in enumerate(mine, 1):
+                ballot.vote(objective, model, map_batch(sample, lambda tensor: tensor.to(device)))
+                if progress is not None:
+                    progress(done, len(mine))
+    needed = max(1, math.ceil(quorum * len(samples) - 1e-9))
+    golden = {name: gather(votes).cpu() >= needed for name, votes in ballot.totals(replicas).items()}
+    sizes = [math.prod(shape) for shape in space.shapes]
+    shares = ballot.shares()
+    return GoldenResult(
+        mask=ParameterVector(space, golden),
+        golden=tuple(int(mask.count_nonzero()) for mask in golden.values()),
+        marked=tuple(round(share * size) for share, size in zip(shares, sizes, strict=True)),
+        chance=tuple(
+            binomial_tail(len(samples), needed, share) * size for share, size in zip(shares, sizes, strict=True)
+        ),
+        n_samples=len(samples),
+        needed=needed,
+        top_k_percent=top_k_percent,
+        score=score,
+        scope=scope,
+        quorum=quorum,
+        cost=Cost(forwards=len(samples), backwards=len(samples)),
+    )
+
+
+def jaccard(first: ParameterVector, second: ParameterVector) -> float:
+    """Intersection over union of two masks; 1 when both are empty.
+
+    Example:
+        >>> space = ParameterSpace.of(nn.Linear(2, 1, bias=False))
+        >>> a, b = (ParameterVector(space, {"weight": torch.tensor([row])}) for row in ([True, False], [True, True]))
+        >>> jaccard(a, b)
+        0.5
+    """
+    both = sum(first.zip_with(second, torch.logical_and).count())
+    either = sum(first.zip_with(second, torch.logical_or).count())
+    return both / either if either else 1.0
+
+
+def binomial_tail(n: int, needed: int, p: float) -> float:
+    """Probability that at least ``needed`` of ``n`` independent events of probability ``p`` happen.
+
+    Example:
+        >>> binomial_tail(3, 3, 0.5), round(binomial_tail(2, 1, 0.5), 12)
+        (0.125, 0.75)
+    """
+    if p >= 1:
+        return 1.0
+    if needed == n:
+        return float(p**n)
+    terms = (
+        math.exp(
+            math.lgamma(n + 1)
+            - math.lgamma(m + 1)
+            - math.lgamma(n - m + 1)
+            + m * math.log(p)
+            + (n - m) * math.log1p(-p)
+        )
+        for m in range(needed, n + 1)
+    )
+    return min(1.0, math.fsum(terms))
+
+
+def _first_samples(batches: Iterable[Any], objective: Objective, n_samples: int | None) -> list[Any]:
+    samples: list[Any] = []
+    for batch in batches:
+        samples.extend(objective.samples(batch))
+        if n_samples is not None and len(samples) >= n_samples:
+            return samples[:n_samples]
+    if not samples:
+        raise ValueError("there is no sample: the batches are empty")
+    if n_samples is not None:
+        raise ValueError(f"n_samples={n_samples}, but the batches hold only {len(samples)} samples")
+    return samples
+
+
+def check_arguments(score: str, scope: str, quorum: float, n_samples: int | None) -> None:
+    """Checks what can be checked before there is a model.
+
+    Raises:
+        ValueError: An argument is unknown or out of range.
+    """
+    SCORES[score]
+    if scope not in ("tensor", "global"):
+        raise ValueError(f"unknown scope {scope!r}; {suggestion(str(scope), ('tensor', 'global'))}")
+    if not 0 < quorum <= 1:
+        raise ValueError(f"quorum must lie in (0, 1]; got {quorum}")
+    if n_samples is not None and n_samples < 1:
+        raise ValueError(f"n_samples must be at least 1; got {n_samples}")

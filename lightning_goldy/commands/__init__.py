@@ -1,0 +1,1 @@
+"""The sub-commands of ``goldy``, one file or folder each."""

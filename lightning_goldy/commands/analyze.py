@@ -1,0 +1,420 @@
+"""``goldy analyze``: the analyses of a checkpoint against its base, each as the row that a callback would write."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+from rich.console import Console
+from torch import nn
+
+from lightning_goldy.analysis.attention import attention_maps, attention_statistics
+from lightning_goldy.analysis.attention.rows import Tokens
+from lightning_goldy.analysis.change import parameter_distribution
+from lightning_goldy.analysis.continuations import check_generation_arguments, continue_prompts, encode_prompts
+from lightning_goldy.analysis.divergence import shortened
+from lightning_goldy.analysis.linearized import explain_change
+from lightning_goldy.analysis.result import AnalysisResult, Cost, Row
+from lightning_goldy.analysis.taylor import taylor_diff
+from lightning_goldy.callbacks.attention_tracker import (
+    PROBE,
+    Attention,
+    Prompt,
+    PromptTexts,
+    Shown,
+    attention_findings,
+    find_prompts,
+    find_tokenizer,
+    token_namer,
+)
+from lightning_goldy.callbacks.base import AnalysisContext
+from lightning_goldy.callbacks.store import ROWS, AnalysisProgress, ResultStore, peak_memory_bytes
+from lightning_goldy.callbacks.taylor_diff import TaylorDiff
+from lightning_goldy.commands.checkpoints import FoundBase, SavedModel, find_base, read_saved
+from lightning_goldy.commands.fit import check_configs, run_configured
+from lightning_goldy.commands.output import output_folder, print_report
+from lightning_goldy.core.architecture import UnsupportedArchitectureError
+from lightning_goldy.core.base import BaseParameters
+from lightning_goldy.core.files import atomic_path, atomic_write, to_json_line
+from lightning_goldy.core.isolation import undisturbed
+from lightning_goldy.core.objective import Objective, batch_tensors
+from lightning_goldy.core.space import trainable_parameters
+from lightning_goldy.core.vector import require_finite, substituted
+from lightning_goldy.report.checkpoint_summary import explanation_table, summary_table
+from lightning_goldy.report.continuations import continuations_table
+from lightning_goldy.report.plots import draw_plots
+from lightning_goldy.training.subject import check_probe, find_model, find_objective, find_probe
+
+_ORDERS = (1, 2)
+_SINGULAR_VALUES = 4
+
+
+@dataclass(frozen=True)
+class Writing:
+    """Prompts to continue, and how.
+
+    Args:
+        prompts: Texts.
+        max_new_tokens: Longest continuation, tokens.
+        temperature: Of the drawing; None takes the most probable token.
+        seed: Decides the draws.
+
+    Raises:
+        ValueError: A value is out of range, or a prompt is empty.
+
+    Example:
+        >>> Writing(("To be",), max_new_tokens=0)
+        Traceback (most recent call last):
+        ValueError: max_new_tokens must be at least 1; got 0
+    """
+
+    prompts: tuple[str, ...] = ()
+    max_new_tokens: int = 50
+    temperature: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_generation_arguments(self.max_new_tokens, 1.0 if self.temperature is None else self.temperature)
+        if "" in self.prompts:
+            raise ValueError(f"prompt {self.prompts.index('') + 1} of {len(self.prompts)} is empty")
+
+    def options(self) -> dict[str, Any]:
+        """Arguments of ``continue_prompts``."""
+        drawn = {} if self.temperature is None else {"do_sample": True, "temperature": self.temperature}
+        return {"max_new_tokens": self.max_new_tokens, "seed": self.seed, **drawn}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A checkpoint that is loaded.
+
+    Args:
+        context: Model, objective and probe; the probe holds the samples that are used.
+        base: theta_0; None where nothing tells.
+        shown: Prompts whose attention is shown.
+        writing: Prompts to continue.
+        tokenizer: Of the run; None where it has none.
+        progress: Called with (done, total).
+    """
+
+    context: AnalysisContext
+    base: BaseParameters | None
+    shown: tuple[Prompt, ...]
+    writing: Writing
+    tokenizer: Any
+    progress: Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one analysis found.
+
+    Args:
+        result: Of the pure function.
+        row: What it says of itself, without its place.
+        more: Further results, by the name of their file.
+    """
+
+    result: AnalysisResult
+    row: Row
+    more: Mapping[str, AnalysisResult] = field(default_factory=dict)
+
+
+def _expanded(subject: Subject) -> Part:
+    context, base = subject.context, subject.base
+    assert base is not None
+    found = taylor_diff(
+        context.model, base, context.probe, context.objective, orders=_ORDERS, progress=subject.progress
+    )
+    return Part(found, TaylorDiff(_ORDERS).describe(found, context))
+
+
+def _explained(subject: Subject) -> Part:
+    context, base = subject.context, subject.base
+    assert base is not None
+    found = explain_change(context.model, base, context.probe, context.objective, progress=subject.progress)
+    # Two plain runs, and each variant with its base and its tangents: about 13 in all.
+    return Part(found, found.row().extended(cost=Cost(forwards=13 * len(context.probe))))
+
+
+def _distributed(subject: Subject) -> Part:
+    assert subject.base is not None
+    found = parameter_distribution(subject.context.model, subject.base, progress=subject.progress)
+    return Part(found, found.row())
+
+
+def _attended(subject: Subject) -> Part:
+    context, model = subject.context, subject.context.model
+    base = None if subject.base is None else subject.base.vector(model)
+    found = attention_statistics(model, context.probe, context.objective, base=base, progress=subject.progress)
+    name_tokens = token_namer(subject.tokenizer)
+    shown, maps = [], {}
+    for prompt in subject.shown:
+        before = None
+        if base is not None:
+            with substituted(model, base):
+                before = attention_maps(model, prompt.batch, name_tokens=name_tokens)
+            maps[f"base_maps-{prompt.name}"] = before
+        present = attention_maps(model, prompt.batch, name_tokens=name_tokens)
+        maps[f"maps-{prompt.name}"] = present
+        shown.append(Shown(prompt, present, before))
+    passes = found.passes + len(maps)
+    row = attention_findings(Attention(found, tuple(shown), passes), heads=None, singular_values=_SINGULAR_VALUES)
+    return Part(found, row, maps)
+
+
+def _continued(subject: Subject) -> Part:
+    writing = subject.writing
+    found = continue_prompts(
+        subject.context.model, subject.tokenizer, writing.prompts, base=subject.base, **writing.options()
+    )
+    # One pass per new token; with the base as many again, and two to compare.
+    passes = len(writing.prompts) * (writing.max_new_tokens if subject.base is None else 2 * writing.max_new_tokens + 2)
+    return Part(found, found.row().extended(result=writing.options(), cost=Cost(forwards=passes)))
+
+
+PARTS: Mapping[str, Callable[[Subject], Part]] = {
+    "taylor_diff": _expanded,
+    "explain_change": _explained,
+    "parameter_distribution": _distributed,
+    "attention_tracker": _attended,
+    "continuations": _continued,
+}
+"""The analyses by the name of the rows that they write, in the order in which they are made."""
+
+NEEDS_BASE = frozenset({"taylor_diff", "explain_change", "parameter_distribution"})
+"""Those that there are not without a base; the others compare with it where there is one."""
+
+
+def left_out(subject: Subject, base_source: str) -> dict[str, str]:
+    """Why an analysis cannot be made of this subject, by name; nothing for those that can.
+
+    Args:
+        subject: The checkpoint.
+        base_source: Why there is no base.
+    """
+    reasons = {}
+    if subject.base is None:
+        reasons.update(dict.fromkeys(sorted(NEEDS_BASE), f"there is no base: {base_source}"))
+    if not subject.writing.prompts:
+        reasons["continuations"] = "no prompt was given (--prompt or --prompts)"
+    elif not callable(getattr(subject.context.model, "generate", None)):
+        reasons["continuations"] = f"{type(subject.context.model).__name__} cannot generate"
+    return reasons
+
+
+_SAMPLES = 16
+_SHOWN_TOKENS = 24
+SUMMARY, FIGURES = "summary.json", "figures"
+
+
+def analyze_checkpoint(
+    checkpoint: str | Path,
+    settings: Sequence[str],
+    *,
+    base: str | Path | None = None,
+    writing: Writing = Writing(),
+    n_samples: int | None = None,
+    output: str | Path | None = None,
+) -> Path:
+    """Analyses a saved model, prints a summary and writes rows, whole results, figures and a report.
+
+    Args:
+        checkpoint: A Lightning checkpoint or a folder of ``save_pretrained``.
+        settings: The words that ``goldy fit`` would be given: ``--config FILE`` and changes to it.
+        base: What the model was before its finetune; by default the run's golden snapshot or the pretrained model.
+        writing: Prompts to continue.
+        n_samples: Samples of the probe; by default at most 16.
+        output: A folder without results; by default the next free ``runs/analyze/version_N``.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint or base.
+        ValueError: The checkpoint or the base is not one, does not fit the model, or the configuration names no data.
+        FileExistsError: The folder holds results already.
+        RuntimeError: An analysis failed; what the others found has been written.
+    """
+    check_configs(settings)
+    if n_samples is not None and n_samples < 1:
+        raise ValueError(f"n_samples must be at least 1; got {n_samples}")
+    saved = read_saved(checkpoint)
+    _require_open_heads(saved)
+    if output is not None and (found := next(Path(output).expanduser().glob(f"goldy/*/{ROWS}"), None)) is not None:
+        raise FileExistsError(f"{output} holds results already, {found}; give another --output")
+    folder = output_folder(output, "attention_tracker", "analyze")
+    walk = run_configured(
+        lambda: CheckpointAnalysis(saved, base=base, writing=writing, n_samples=n_samples, folder=folder),
+        settings,
+        folder,
+    )
+    walk.show(Console())
+    print_report(folder)
+    if walk.failed:
+        reasons = "; ".join(f"{name} failed: {reason}" for name, reason in walk.failed.items())
+        raise RuntimeError(f"{reasons}. What the others found is in {folder}")
+    return folder
+
+
+def _require_open_heads(saved: SavedModel) -> None:
+    """Refuses a checkpoint whose run had closed attention heads: its weights alone are those of another model."""
+    if saved.path.is_dir():
+        return
+    for key, state in saved.callback_states().items():
+        plan = state.get("plasticity") if key.startswith("HeadPlasticity[") else None
+        closed = sum(order > 0 for layer in plan["closing"] for order in layer) if plan else 0
+        if closed:
+            raise ValueError(
+                f"{saved.path} was saved with {closed} closed attention heads, which its weights do not close; give "
+                f"the folder beside it, {saved.path.with_suffix('')}, whose weights do"
+            )
+
+
+class CheckpointAnalysis(L.Callback):
+    """Loads and analyses once the trainer has set up model and data.
+
+    Args:
+        saved: The saved model.
+        base: A base that was given.
+        writing: Prompts to continue.
+        n_samples: Samples of the probe.
+        folder: Where everything goes.
+    """
+
+    def __init__(
+        self,
+        saved: SavedModel,
+        *,
+        base: str | Path | None,
+        writing: Writing,
+        n_samples: int | None,
+        folder: Path,
+    ) -> None:
+        self.saved, self.given, self.writing = saved, base, writing
+        self.n_samples, self.folder = n_samples, folder
+        self.rows: list[dict[str, Any]] = []
+        self.left_out: dict[str, str] = {}
+        self.failed: dict[str, str] = {}
+        self.base_source = ""
+        self._no_figures = ""
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Finds the base, loads the saved weights, and analyses."""
+        with undisturbed(trainer, pl_module), Console().status("") as status:
+            model = find_model(pl_module, None)
+            objective = find_objective(pl_module, model, None)
+            # Before the weights are loaded: the model as it is built may be the base.
+            base = find_base(self.given, self.saved, pl_module, model, objective)
+            self.saved.load_into(pl_module, model)
+            subject = self._subject(trainer, pl_module, model, objective, base, status.update)
+            self.base_source = base.source
+            self.left_out = left_out(subject, base.source)
+            for name in PARTS:
+                if name not in self.left_out:
+                    status.update(name)
+                    self._analyze(name, subject)
+        self._write_summary()
+
+    def show(self, console: Console) -> None:
+        """Prints what was found and what was left out."""
+        print(f"base: {self.base_source}")
+        console.print(summary_table(self.rows))
+        for row in self.rows:
+            if row["name"] == "explain_change":
+                console.print(explanation_table(row))
+            if row["name"] == "continuations":
+                console.print(continuations_table(row["result"]["continuations"]))
+        for name, reason in self.left_out.items():
+            print(f"left out: {name}, because {reason}")
+        print(f"no figures: {self._no_figures}" if self._no_figures else f"figures: {self.folder / FIGURES}")
+        print(f"results: {self.folder / SUMMARY}")
+
+    def _subject(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        model: nn.Module,
+        objective: Objective,
+        base: FoundBase,
+        say: Any,
+    ) -> Subject:
+        require_finite(dict(trainable_parameters(model)), "weights")
+        probe = find_probe(trainer, pl_module, None)
+        check_probe(model, objective, probe, self.n_samples)
+        held = sum(len(next(batch_tensors(batch))) for batch in probe)
+        probe = shortened(probe, objective, self.n_samples or min(_SAMPLES, held), None)
+        tokenizer = find_tokenizer(trainer)
+        shown = find_prompts(trainer, model, self._shown(probe), probe, _SHOWN_TOKENS)
+        if self.writing.prompts and callable(getattr(model, "generate", None)):
+            # What cannot be continued is refused before anything is computed.
+            options = {"temperature": 1.0, **self.writing.options()}
+            encode_prompts(model, tokenizer, self.writing.prompts, options["max_new_tokens"], options["temperature"])
+        step = self.saved.step or 0
+        store = ResultStore(self.folder / "goldy" / next(iter(PARTS)), write=False)
+        bar = AnalysisProgress(trainer, "analyze")
+        context = AnalysisContext(trainer, pl_module, model, objective, probe, step, store, bar)
+        return Subject(
+            context, base.values, shown, self.writing, tokenizer, lambda done, total: say(f"{done} of {total}")
+        )
+
+    def _shown(self, probe: Sequence[Any]) -> PromptTexts:
+        if self.writing.prompts:
+            return {f"prompt-{number}": text for number, text in enumerate(self.writing.prompts, 1)}
+        tokens = Tokens.of(probe[0])
+        return {PROBE: tokens.ids[0][tokens.valid[0]].tolist()}
+
+    def _analyze(self, name: str, subject: Subject) -> None:
+        start = time.perf_counter()
+        try:
+            with peak_memory_bytes(next(subject.context.model.parameters()).device) as peak:
+                part = PARTS[name](subject)
+        except UnsupportedArchitectureError as error:
+            self.left_out[name] = str(error)
+            return
+        except (ValueError, RuntimeError) as error:
+            # What the others find is worth its time; the command tells at its end, and fails.
+            self.failed[name] = str(error)
+            return
+        store = ResultStore(self.folder / "goldy" / name, write=True)
+        for file, result in {"result": part.result, **part.more}.items():
+            atomic_write(store.folder / f"{file}.json", result.to_json())
+        row = part.row.extended(result={"checkpoint": str(self.saved.path), "base": self.base_source}).at(
+            step=self.saved.step or 0,
+            epoch=self.saved.epoch,
+            trigger="checkpoint",
+            seconds=time.perf_counter() - start,
+            peak_memory_bytes=peak(),
+        )
+        line = store.append(row)
+        self.rows.append(line)
+        self._draw(line)
+
+    def _draw(self, row: dict[str, Any]) -> None:
+        try:
+            figures = draw_plots(row)
+        except ImportError as error:
+            self._no_figures = str(error)
+            return
+        for name, figure in figures.items():
+            with atomic_path(self.folder / FIGURES / f"{row['name']}-{name}.png") as temporary:
+                figure.savefig(temporary, format="png")
+
+    def _write_summary(self) -> None:
+        summary = {
+            "format": 1,
+            "checkpoint": str(self.saved.path),
+            "step": self.saved.step,
+            "epoch": self.saved.epoch,
+            "base": self.base_source,
+            "left_out": self.left_out,
+            "failed": self.failed,
+            "metrics": {row["name"]: row["metrics"] for row in self.rows},
+        }
+        # Through the line's rules: a number that is not finite becomes null.
+        atomic_write(self.folder / SUMMARY, json.dumps(json.loads(to_json_line(summary)), indent=2) + "\n")

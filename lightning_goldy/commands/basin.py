@@ -1,0 +1,157 @@
+"""Basin volumes of saved checkpoints: loads each into the model of a configuration and measures it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from lightning_goldy.analysis.basin import VolumeSurvey, diagonal_preconditioner
+from lightning_goldy.callbacks.basin_volume import ONLY_SPLIT, find_splits, volume_findings
+from lightning_goldy.callbacks.store import ResultStore, peak_memory_bytes
+from lightning_goldy.commands.checkpoints import SavedModel, positions, read_saved
+from lightning_goldy.commands.fit import check_configs, run_configured
+from lightning_goldy.commands.output import output_folder, print_report
+from lightning_goldy.core.directions import Preconditioner
+from lightning_goldy.core.files import read_rows
+from lightning_goldy.core.isolation import undisturbed
+from lightning_goldy.core.objective import Objective
+from lightning_goldy.report.formatting import format_number
+from lightning_goldy.training.subject import check_probe, find_model, find_objective, find_probe
+
+_NAME = "basin_volume"
+
+
+def measure_checkpoints(
+    checkpoints: Sequence[str | Path],
+    settings: Sequence[str],
+    survey: VolumeSurvey,
+    *,
+    splits: bool = False,
+    output: str | Path | None = None,
+) -> Path:
+    """Measures the volume around each checkpoint, prints a table and writes rows and a report.
+
+    Args:
+        checkpoints: Lightning checkpoints or folders of ``save_pretrained``, in any order; rows are ordered by step.
+        settings: The words that ``goldy fit`` would be given: ``--config FILE`` and changes to it.
+        survey: What to measure; keeps the first checkpoint's sigma unless it was given one.
+        splits: Whether to measure the data module's ``analysis_splits()`` rather than its probe.
+        output: A folder without results; by default the next free ``runs/basin/version_N``.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: A checkpoint is not one, does not fit the model or lacks the optimizer's state, or the configuration
+            names no data.
+        FileExistsError: The folder holds results already.
+    """
+    check_configs(settings)
+    saved = [read_saved(path, with_optimizer=survey.preconditioner != "none") for path in checkpoints]
+    folder = output_folder(output, _NAME, "basin")
+    walk = run_configured(lambda: CheckpointVolumes(saved, survey, splits=splits, folder=folder), settings, folder)
+    Console().print(walk.table())
+    print(f"rows: {walk.store.rows}")
+    print_report(folder)
+    return folder
+
+
+class CheckpointVolumes(L.Callback):
+    """Measures once the trainer has set up model and data; what the trainer evaluates afterwards does not matter.
+
+    Args:
+        saved: The checkpoints.
+        survey: What to measure.
+        splits: Whether to measure the data module's splits.
+        folder: Where the rows go.
+    """
+
+    def __init__(self, saved: Sequence[SavedModel], survey: VolumeSurvey, *, splits: bool, folder: Path) -> None:
+        self.saved, self.survey, self.splits = positions(saved), survey, splits
+        self.store = ResultStore(folder / "goldy" / _NAME, write=True)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Loads and measures one checkpoint after the other."""
+        if trainer.max_epochs is None:
+            # As fit() would have it; the optimizer's schedule may ask for the length of the run.
+            trainer.fit_loop.max_epochs = 1000 if trainer.max_steps == -1 else -1
+        with undisturbed(trainer, pl_module), Console().status("") as status:
+            model = find_model(pl_module, None)
+            objective = find_objective(pl_module, model, None)
+            batches = self._batches(trainer, pl_module)
+            for number, (step, each) in enumerate(self.saved, 1):
+                status.update(f"{each.path} ({number} of {len(self.saved)})")
+                each.load_into(pl_module, model)
+                for split in batches.values():
+                    check_probe(model, objective, split, self.survey.n_samples)
+                adam = self._adam(each, pl_module, model)
+                self._measure(each, step, model, objective, batches, adam)
+
+    def table(self) -> Table:
+        """The volumes, one line per checkpoint, split and cutoff."""
+        table = Table(title="Basin volume, nats: a lower bound in expectation", title_justify="left", box=SIMPLE_HEAD)
+        for heading in ("checkpoint", "samples"):
+            table.add_column(heading, overflow="fold")
+        for heading in ("log V", "95 % from\nto", "bits per\nparameter", "rests on\ndirections"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for row in read_rows(self.store.rows):
+            for volume in row["result"]["volumes"]:
+                table.add_row(*_cells(row, volume))
+        return table
+
+    def _batches(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, list[Any]]:
+        if self.splits:
+            return find_splits(trainer.datamodule, True)  # type: ignore[attr-defined]
+        return {ONLY_SPLIT: find_probe(trainer, pl_module, None)}
+
+    def _adam(
+        self, saved: SavedModel, pl_module: L.LightningModule, model: nn.Module
+    ) -> Callable[[float], Preconditioner] | None:
+        if self.survey.preconditioner == "none":
+            return None
+        curvature = saved.curvature(pl_module, model, self.survey.selection.space(model))
+        return lambda eps: diagonal_preconditioner(curvature, eps=eps, name="adam")
+
+    def _measure(
+        self,
+        saved: SavedModel,
+        step: int,
+        model: nn.Module,
+        objective: Objective,
+        batches: dict[str, list[Any]],
+        adam: Callable[[float], Preconditioner] | None,
+    ) -> None:
+        start = time.perf_counter()
+        with peak_memory_bytes(next(model.parameters()).device) as peak:
+            found = self.survey.measure(model, objective, batches, adam=adam)
+        row = volume_findings(self.survey, found).extended(result={"checkpoint": str(saved.path)})
+        self.store.append(
+            row.at(
+                step=step,
+                epoch=saved.epoch,
+                trigger="checkpoint",
+                seconds=time.perf_counter() - start,
+                peak_memory_bytes=peak(),
+            )
+        )
+
+
+def _cells(row: dict[str, Any], volume: dict[str, Any]) -> list[str]:
+    effective = f"{format_number(volume['effective_sample_size'])} of {len(volume['estimates'])}"
+    unbounded = f"{volume['unbounded']} unbounded" if volume["unbounded"] else volume["preconditioner"]
+    return [
+        Path(row["result"]["checkpoint"]).name,
+        volume["label"],
+        format_number(volume["log_volume"]),
+        f"{format_number(volume['interval_low'])}\n{format_number(volume['interval_high'])}",
+        format_number(volume["bits_per_parameter"]),
+        f"{effective}\n({unbounded})",
+    ]

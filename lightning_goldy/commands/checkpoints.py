@@ -1,0 +1,305 @@
+"""Models that were saved, read without running any code, and the base that each was finetuned from."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_goldy.analysis.basin import adam_curvature_from_state
+from lightning_goldy.callbacks.golden_snapshot import BASE_FILE
+from lightning_goldy.core.base import BaseParameters, read_base
+from lightning_goldy.core.objective import CausalLMObjective, Objective
+from lightning_goldy.core.sharding import local
+from lightning_goldy.core.space import ParameterSpace
+from lightning_goldy.core.store import StoreError, fingerprint, load_vectors, read_header
+from lightning_goldy.core.vector import ParameterVector
+from lightning_goldy.training.module import GoldyModule
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """A saved model, of which nothing but the step has been read.
+
+    Args:
+        path: A ``.ckpt`` or a folder.
+        step: Optimizer steps; None when nothing tells.
+        epoch: Epoch in which it was saved; 0 when nothing tells.
+    """
+
+    path: Path
+    step: int | None
+    epoch: int
+
+    def load_into(self, pl_module: L.LightningModule, model: nn.Module) -> None:
+        """Puts the saved weights (and buffers, from a checkpoint) into the module.
+
+        Args:
+            pl_module: Takes a checkpoint's state.
+            model: Takes a folder's weights; frozen parameters stay as they are.
+
+        Raises:
+            StoreError: It does not fit the module.
+        """
+        if self.path.is_dir():
+            space = ParameterSpace.of(model)
+            values = read_base(self.path, model, space)
+            with torch.no_grad():
+                for name, parameter in space.resolve(model).items():
+                    local(parameter).copy_(local(values[name]))
+            return
+        checkpoint = _read(self.path)
+        pl_module.on_load_checkpoint(checkpoint)
+        try:
+            pl_module.load_state_dict(checkpoint["state_dict"])
+        except RuntimeError as error:
+            raise StoreError(
+                f"{self.path} does not fit the configuration's {type(pl_module).__name__}: {error}"
+            ) from error
+
+    def callback_states(self) -> dict[str, Any]:
+        """What the run's callbacks left in the checkpoint (of a folder: in the checkpoint beside it), by state key.
+
+        Raises:
+            StoreError: The checkpoint is not one.
+        """
+        checkpoint = self.path if self.path.is_file() else self.path.with_name(f"{self.path.name}.ckpt")
+        return dict(_read(checkpoint).get("callbacks") or {}) if checkpoint.is_file() else {}
+
+    def curvature(self, pl_module: L.LightningModule, model: nn.Module, space: ParameterSpace) -> ParameterVector:
+        """The second moments of the optimizer in a checkpoint.
+
+        Args:
+            pl_module: Its ``configure_optimizers`` says which saved state belongs to which parameter.
+            model: Whose parameters the space names.
+            space: Which parameters.
+
+        Raises:
+            StoreError: No optimizer of the module holds all of these parameters.
+            ValueError: The saved state does not fit the optimizer, or has no second moments.
+        """
+        wanted = {id(parameter) for parameter in space.resolve(model).values()}
+        states = _read(self.path)["optimizer_states"]
+        for optimizer, state in zip(_optimizers(pl_module.configure_optimizers()), states, strict=False):
+            if wanted <= {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}:
+                return adam_curvature_from_state(state, optimizer, space=space, module=model)
+        raise StoreError(
+            f"{self.path}: none of its {len(states)} optimizers holds all {len(space)} parameters; use "
+            "--preconditioner none"
+        )
+
+
+def read_saved(path: str | Path, *, with_optimizer: bool = False) -> SavedModel:
+    """Looks at a saved model, so that one that cannot work is refused before anything is measured.
+
+    Args:
+        path: A Lightning checkpoint or a folder of ``save_pretrained``.
+        with_optimizer: Whether the state of an optimizer is needed.
+
+    Raises:
+        FileNotFoundError: There is nothing.
+        StoreError: It is neither, or lacks the optimizer's state.
+
+    Example:
+        >>> read_saved("nowhere.ckpt")
+        Traceback (most recent call last):
+        FileNotFoundError: no checkpoint at nowhere.ckpt
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    if path.is_dir():
+        if not any(path.glob("*.safetensors")):
+            raise StoreError(f"{path}: a folder of save_pretrained holds .safetensors files; this one has none")
+        if with_optimizer:
+            raise StoreError(
+                f"{path}: a folder of save_pretrained has no optimizer state; give the Lightning checkpoint, or use "
+                "--preconditioner none"
+            )
+        named = re.search(r"step=(\d+)", path.name)
+        return SavedModel(path, int(named[1]) if named else None, 0)
+    checkpoint = _read(path)
+    if with_optimizer and not checkpoint.get("optimizer_states"):
+        raise StoreError(f"{path} was saved without the optimizer's state; use --preconditioner none")
+    return SavedModel(path, checkpoint.get("global_step"), int(checkpoint.get("epoch") or 0))
+
+
+def positions(saved: Sequence[SavedModel]) -> list[tuple[int, SavedModel]]:
+    """Where each belongs on an axis of steps, ascending; numbered as given where steps are unknown or repeated.
+
+    Example:
+        >>> late, early = SavedModel(Path("b"), 20, 1), SavedModel(Path("a"), 10, 0)
+        >>> [(step, each.path.name) for step, each in positions([late, early])]
+        [(10, 'a'), (20, 'b')]
+        >>> [step for step, _ in positions([late, late])]
+        [0, 1]
+    """
+    steps = [each.step for each in saved]
+    if None in steps or len(set(steps)) < len(steps):
+        return list(enumerate(saved))
+    return sorted(((int(each.step or 0), each) for each in saved), key=lambda pair: pair[0])
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        # weights_only: a checkpoint is data, and nothing in it may run.
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        raise StoreError(f"{path}: not a whole checkpoint of plain data; no code in it is run ({error})") from error
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), Mapping):
+        found = sorted(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__
+        raise StoreError(f"{path}: a Lightning checkpoint has a 'state_dict'; this one has {found}")
+    return checkpoint
+
+
+def _optimizers(configured: Any) -> list[Optimizer]:
+    """The optimizers in what ``configure_optimizers`` returned, in any of the forms that Lightning takes."""
+    if isinstance(configured, Optimizer):
+        return [configured]
+    if isinstance(configured, Mapping):
+        return _optimizers(configured.get("optimizer"))
+    if isinstance(configured, (list, tuple)):
+        # A pair of lists holds optimizers and schedulers; anything else is one optimizer or mapping per element.
+        pair = len(configured) == 2 and isinstance(configured[0], (list, tuple))
+        return [each for part in (configured[0] if pair else configured) for each in _optimizers(part)]
+    return []
+
+
+_SNAPSHOT = "golden_snapshot"
+# A checkpoint lies in its run's folder or a little below.
+_LEVELS = 3
+
+
+@dataclass(frozen=True)
+class FoundBase:
+    """The base, or why there is none.
+
+    Args:
+        values: Its parameters; None where nothing tells what they were.
+        source: Where they come from, or why there are none, in words for a reader.
+    """
+
+    values: BaseParameters | None
+    source: str
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """What a checkpoint tells of its run's snapshot; the hash is None where it tells nothing."""
+
+    name: str
+    folder: Path | None
+    base_hash: str | None
+
+
+def find_base(
+    given: str | Path | None, saved: SavedModel, pl_module: L.LightningModule, model: nn.Module, objective: Objective
+) -> FoundBase:
+    """The base of a saved model: what was given, the run's golden snapshot, or the pretrained model.
+
+    A snapshot that the checkpoint knows by its hash must have that hash. The model as the configuration builds it
+    serves where it has that hash, too, or where all of its weights are pretrained ones.
+
+    Args:
+        given: A vector file, a folder of ``save_pretrained``, a Lightning checkpoint, a snapshot's folder or that of a
+            run; None to look for one.
+        saved: The saved model.
+        pl_module: As the configuration builds it, before any saved weights are loaded.
+        model: The part that is analysed, likewise.
+        objective: What the model is trained for.
+
+    Raises:
+        FileNotFoundError: Nothing is at the place given.
+        StoreError: What was found is no base of this model.
+    """
+    space = ParameterSpace.of(model)
+    if given is not None:
+        path = _file_of(Path(given).expanduser())
+        prefix = next((f"{name}." for name, child in pl_module.named_modules() if child is model and name), "")
+        return FoundBase(BaseParameters(read_base(path, model, space, prefix=prefix)), str(path))
+    known = _told(saved)
+    found = _of_the_run(saved, known, model, space)
+    if found is not None:
+        return found
+    return _as_built(known, pl_module, model, space, objective)
+
+
+def _file_of(path: Path) -> Path:
+    if not path.exists():
+        raise FileNotFoundError(f"no base at {path}")
+    # A snapshot's folder also holds vector files that are no base.
+    places = (path / BASE_FILE, path / "goldy" / _SNAPSHOT / BASE_FILE)
+    return next((place for place in places if place.is_file()), path)
+
+
+def _told(saved: SavedModel) -> _Snapshot:
+    for key, state in saved.callback_states().items():
+        if key.startswith("GoldenSnapshot[") and state.get("base_hash"):
+            folder = state.get("folder")
+            name = key.removeprefix("GoldenSnapshot[").removesuffix("]")
+            return _Snapshot(name, None if folder is None else Path(folder), state["base_hash"])
+    return _Snapshot(_SNAPSHOT, None, None)
+
+
+def _of_the_run(saved: SavedModel, known: _Snapshot, model: nn.Module, space: ParameterSpace) -> FoundBase | None:
+    places = [parent / "goldy" / known.name for parent in list(saved.path.absolute().parents)[:_LEVELS]]
+    places += [known.folder] if known.folder is not None else []
+    files = [place / BASE_FILE for place in dict.fromkeys(places) if (place / BASE_FILE).is_file()]
+    for file in files:
+        header = read_header(file)
+        if known.base_hash is not None and header.base_hash != known.base_hash:
+            continue
+        vector, _ = load_vectors(file, model)
+        if set(vector.space) != set(space):
+            different = sorted(set(space) ^ set(vector.space))
+            raise StoreError(f"{file} is no base of this model, which differs in {different[0]!r}; give --base")
+        if fingerprint(vector) != header.base_hash:
+            raise StoreError(f"{file} does not have the hash that it was written with; give --base")
+        # The model may have been built in another dtype than it was trained in.
+        values = {name: vector[name].to(parameter.dtype) for name, parameter in space.resolve(model).items()}
+        return FoundBase(BaseParameters(ParameterVector(space, values)), f"the run's golden snapshot, {file}")
+    if files:
+        raise StoreError(f"{files[0]} is not the snapshot that {saved.path} was trained with; give --base")
+    return None
+
+
+def _as_built(
+    known: _Snapshot, pl_module: L.LightningModule, model: nn.Module, space: ParameterSpace, objective: Objective
+) -> FoundBase:
+    vector = ParameterVector.of(model, space)
+    if known.base_hash is not None:
+        if fingerprint(vector) == known.base_hash:
+            return FoundBase(
+                BaseParameters(vector), "the model as the configuration builds it, which has the snapshot's hash"
+            )
+        return FoundBase(
+            None,
+            "the run's golden snapshot is gone, and what the configuration builds has another hash; give --base",
+        )
+    alone = "no golden snapshot lies beside the checkpoint"
+    random = _random_part(pl_module, objective)
+    if random:
+        return FoundBase(None, f"{alone}, and {random}; give --base")
+    name = pl_module.hparams["model"]
+    return FoundBase(BaseParameters(vector), f"the pretrained model {name} as the configuration builds it, for {alone}")
+
+
+def _random_part(pl_module: L.LightningModule, objective: Objective) -> str:
+    """Why the model as it is built cannot be the base; nothing where all of its weights are pretrained ones."""
+    if not isinstance(pl_module, GoldyModule):
+        return f"nothing tells whether {type(pl_module).__name__} begins with pretrained weights"
+    if not isinstance(pl_module.hparams.get("model"), str):
+        return "the configuration names no pretrained model"
+    if pl_module.lora_options is not None:
+        return "new adapters begin at random"
+    if not isinstance(objective, CausalLMObjective):
+        return "a new head begins at random"
+    return ""

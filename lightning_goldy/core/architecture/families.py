@@ -1,0 +1,358 @@
+"""Model families: where each keeps its attention and MLP, and how its blocks are put together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from lightning_goldy.core.architecture.blocks import (
+    Architecture,
+    Block,
+    HeadLayout,
+    HeadProjection,
+    NamedModule,
+    QueryKeyValue,
+    UnsupportedArchitectureError,
+)
+from lightning_goldy.core.naming import canonical_name, model_class
+from lightning_goldy.core.registry import Registry
+
+
+@dataclass(frozen=True)
+class FusedProjection:
+    """One projection that makes queries, keys and values.
+
+    Args:
+        path: Its path within the block.
+        order: ``concatenated`` for all queries, then all keys, then all values (GPT-2, Phi-3); ``interleaved`` for the
+            query, key and value of head 0, then those of head 1, ... (GPT-NeoX).
+    """
+
+    path: str
+    order: Literal["concatenated", "interleaved"]
+
+
+@dataclass(frozen=True)
+class HeadCounts:
+    """Query heads, key/value groups, and the width of a head at the input of the output projection."""
+
+    n_heads: int
+    n_key_value_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class FamilySpec:
+    """Where the parts of a family are. Paths are dotted and relative to the block.
+
+    Args:
+        blocks: How the path of the list of blocks ends, for example ``layers`` or ``encoder.layer``.
+        attention: The module that contains the attention function and the output projection.
+        output: The attention output projection.
+        query_key_value: Three paths, or one fused projection; None where the layout is neither.
+        mlp: The modules that make up the MLP, in order of call.
+        mlp_output: The MLP output projection.
+        heads: The head counts; None reads them from the configuration.
+    """
+
+    blocks: str
+    attention: str
+    output: str
+    query_key_value: tuple[str, str, str] | FusedProjection | None
+    mlp: tuple[str, ...]
+    mlp_output: str
+    heads: HeadCounts | None = None
+
+
+Family = Callable[[Any], FamilySpec]
+FAMILIES: Registry[Family] = Registry("model family")
+
+
+def register_architecture(*model_types: str) -> Callable[[Family], Family]:
+    """Registers a function from a model's configuration to its :class:`FamilySpec`.
+
+    Args:
+        *model_types: The ``config.model_type`` of every family of this form.
+
+    Raises:
+        ValueError: No model type was given, or one is registered already.
+
+    Example:
+        >>> @register_architecture("gpt2")
+        ... def my_gpt2(config):
+        ...     return FamilySpec("h", "attn", "attn.proj", None, ("mlp",), "mlp.proj")
+        Traceback (most recent call last):
+        ValueError: the architectures ['gpt2'] are registered already
+    """
+    if not model_types or not all(isinstance(model_type, str) for model_type in model_types):
+        raise ValueError(f"register_architecture takes one or more model types as strings, got {model_types!r}")
+    # The registry would refuse one name at a time, and only once the decorator meets its function.
+    taken = [name for index, name in enumerate(model_types) if name in FAMILIES or name in model_types[:index]]
+    if taken:
+        raise ValueError(f"the architectures {taken} are registered already")
+    return FAMILIES.register(*model_types)
+
+
+def available_architectures() -> tuple[str, ...]:
+    """The registered model types, in alphabetical order.
+
+    Example:
+        >>> "llama" in available_architectures()
+        True
+    """
+    return tuple(sorted(FAMILIES))
+
+
+def family_spec(config: Any) -> FamilySpec:
+    """Where the parts of a registered family are.
+
+    Args:
+        config: A configuration; its ``model_type`` names the family.
+
+    Raises:
+        ValueError: The family is not registered.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> family_spec(SimpleNamespace(model_type="phi3")).output
+        'self_attn.o_proj'
+    """
+    return FAMILIES[config.model_type](config)
+
+
+@register_architecture("gpt2")
+def _gpt2(config: Any) -> FamilySpec:
+    return FamilySpec(
+        "h", "attn", "attn.c_proj", FusedProjection("attn.c_attn", "concatenated"), ("mlp",), "mlp.c_proj"
+    )
+
+
+@register_architecture("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
+def _llama(config: Any) -> FamilySpec:
+    separate = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    return FamilySpec("layers", "self_attn", "self_attn.o_proj", separate, ("mlp",), "mlp.down_proj")
+
+
+@register_architecture("phi3")
+def _phi3(config: Any) -> FamilySpec:
+    fused = FusedProjection("self_attn.qkv_proj", "concatenated")
+    return FamilySpec("layers", "self_attn", "self_attn.o_proj", fused, ("mlp",), "mlp.down_proj")
+
+
+@register_architecture("gpt_neox")
+def _gpt_neox(config: Any) -> FamilySpec:
+    fused = FusedProjection("attention.query_key_value", "interleaved")
+    return FamilySpec("layers", "attention", "attention.dense", fused, ("mlp",), "mlp.dense_4h_to_h")
+
+
+@register_architecture("phi")
+def _phi(config: Any) -> FamilySpec:
+    separate = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    return FamilySpec("layers", "self_attn", "self_attn.dense", separate, ("mlp",), "mlp.fc2")
+
+
+@register_architecture("opt")
+def _opt(config: Any) -> FamilySpec:
+    separate = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    return FamilySpec("decoder.layers", "self_attn", "self_attn.out_proj", separate, ("fc1", "fc2"), "fc2")
+
+
+@register_architecture("bert", "roberta")
+def _bert(config: Any) -> FamilySpec:
+    separate = ("attention.self.query", "attention.self.key", "attention.self.value")
+    mlp = ("intermediate", "output")
+    return FamilySpec("encoder.layer", "attention", "attention.output.dense", separate, mlp, "output.dense")
+
+
+def canonical_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module under its name without wrappers; where a wrapper shares a name, the wrapped module."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = model.get_submodule("_orig_mod")
+        else:
+            break
+    # The added dot lets canonical_name see a wrapper that ends the name.
+    pairs = model.named_modules(remove_duplicate=False)
+    return {canonical_name(f"{name}.").rstrip("."): module for name, module in pairs}
+
+
+def join_names(*names: str) -> str:
+    """A dotted name; the model itself is called ''."""
+    return ".".join(name for name in names if name)
+
+
+def inside_prefix(name: str) -> str:
+    """How the names of all modules inside a module begin."""
+    return f"{name}." if name else ""
+
+
+def _named(modules: Mapping[str, nn.Module], name: str) -> NamedModule:
+    if name not in modules:
+        raise UnsupportedArchitectureError(f"there is no module {name!r}")
+    return NamedModule(name, modules[name])
+
+
+def head_counts(*sources: Any) -> HeadCounts | None:
+    """Head counts from the attributes of attention modules or configurations, the first that has one; None without."""
+
+    def read(*names: str) -> int | None:
+        found = (getattr(source, name, None) for source in sources for name in names)
+        return next((value for value in found if isinstance(value, int) and value > 0), None)
+
+    heads = read("num_attention_heads", "num_heads", "n_heads", "n_head")
+    width = read("hidden_size", "n_embd", "d_model", "embed_dim")
+    head_dim = read("v_head_dim", "head_dim", "attention_head_size", "head_size") or (
+        width and heads and width // heads
+    )
+    if not heads or not head_dim:
+        return None
+    groups = read("num_key_value_heads", "num_kv_heads", "kv_heads", "n_head_kv")
+    return HeadCounts(heads, groups or heads, head_dim)
+
+
+def is_projection(module: nn.Module) -> bool:
+    """Whether a module is a Linear, a Conv1D of transformers, or an adapter around one."""
+    base = getattr(module, "base_layer", module)
+    return isinstance(base, nn.Linear) or model_class(base) == "Conv1D"
+
+
+def projection_width(module: nn.Module, side: Literal["in", "out"]) -> int:
+    """Width of a projection's input or output, from its weight where that can be read."""
+    base = getattr(module, "base_layer", module)
+    weight = _plain_weight(base)
+    if weight is not None:
+        return weight.shape[_head_dimension(base, side)]
+    attributes = {"in": ("in_features", "nx"), "out": ("out_features", "nf")}[side]
+    return next(getattr(base, name) for name in attributes if hasattr(base, name))
+
+
+def _plain_weight(base: nn.Module) -> nn.Parameter | None:
+    """The weight, None where it is packed (quantised) or parametrized."""
+    weight = base._parameters.get("weight")
+    return weight if weight is not None and weight.ndim == 2 and weight.is_floating_point() else None
+
+
+def _head_dimension(base: nn.Module, side: Literal["in", "out"]) -> int:
+    """Linear keeps its weight as out x in, Conv1D as in x out."""
+    return int((side == "in") == isinstance(base, nn.Linear))
+
+
+def _projection(part: NamedModule, layout: HeadLayout, side: Literal["in", "out"]) -> HeadProjection:
+    """The projection with everything that its heads divide; LoRA's A sees the inputs, its B makes the outputs."""
+    module, base = part.module, getattr(part.module, "base_layer", part.module)
+    base_name = part.name if base is module else f"{part.name}.base_layer"
+    if _plain_weight(base) is None:
+        return HeadProjection(part.name, module, layout, (), "its weight is packed or parametrized")
+    axes = [(base, f"{base_name}.weight", _head_dimension(base, side))]
+    if side == "out" and base.bias is not None:
+        axes.append((base, f"{base_name}.bias", 0))
+    obstacle = ""
+    if base is not module:
+        factor = "lora_A" if side == "in" else "lora_B"
+        adapters = dict(getattr(module, factor, {}).items())
+        if not adapters or len(getattr(module, "lora_magnitude_vector", ())):
+            obstacle = f"it is adapted by {model_class(module)} in a form other than plain LoRA"
+        for name, adapter in adapters.items():
+            for kind, _ in adapter.named_parameters():
+                if kind == "weight" or side == "out":
+                    axes.append((adapter, f"{part.name}.{factor}.{name}.{kind}", int(side == "in")))
+    return HeadProjection(part.name, module, layout, tuple(axes), obstacle)
+
+
+def _split(width: int, size: int, name: str) -> int:
+    if width < size or width % size:
+        raise UnsupportedArchitectureError(f"the width {width} of {name!r} is not a multiple of {size}")
+    return width // size
+
+
+def _query_key_value(
+    modules: Mapping[str, nn.Module], block: str, spec: FamilySpec, n_heads: int, head_dim: int
+) -> QueryKeyValue | None:
+    paths = spec.query_key_value
+    if paths is None:
+        return None
+    if isinstance(paths, FusedProjection):
+        part = _projection_at(modules, join_names(block, paths.path))
+        layouts = _fused_layouts(part, paths.order, n_heads, head_dim)
+        return QueryKeyValue(*(_projection(part, layout, "out") for layout in layouts))
+    parts = [_projection_at(modules, join_names(block, path)) for path in paths]
+    counts = [_split(projection_width(part.module, "out"), head_dim, part.name) for part in parts]
+    return QueryKeyValue(*(_projection(p, HeadLayout(n, head_dim), "out") for p, n in zip(parts, counts, strict=True)))
+
+
+def _fused_layouts(
+    part: NamedModule, order: Literal["concatenated", "interleaved"], n_heads: int, head_dim: int
+) -> list[HeadLayout]:
+    """Where queries, keys and values lie in the output of one projection."""
+    heads = _split(projection_width(part.module, "out"), head_dim, part.name)
+    if order == "interleaved":
+        each = _split(heads, 3, part.name)
+        return [HeadLayout(each, head_dim, index * head_dim, 3 * head_dim) for index in range(3)]
+    groups = _split(heads - n_heads, 2, part.name)
+    sizes, starts = (n_heads, groups, groups), (0, n_heads, n_heads + groups)
+    return [HeadLayout(size, head_dim, start * head_dim) for size, start in zip(sizes, starts, strict=True)]
+
+
+def _projection_at(modules: Mapping[str, nn.Module], name: str) -> NamedModule:
+    part = _named(modules, name)
+    if not is_projection(part.module):
+        raise UnsupportedArchitectureError(f"{name!r} is a {model_class(part.module)}, not a Linear or Conv1D")
+    return part
+
+
+def build_block(
+    modules: Mapping[str, nn.Module], name: str, *, index: int, spec: FamilySpec, counts: HeadCounts
+) -> Block:
+    """One block, read from the paths of its family; widths are the weights' own, for heads may have been removed."""
+    output = _projection_at(modules, join_names(name, spec.output))
+    n_heads = _split(projection_width(output.module, "in"), counts.head_dim, output.name)
+    projections = _query_key_value(modules, name, spec, n_heads, counts.head_dim)
+    groups = projections.key.layout.n_heads if projections else counts.n_key_value_heads
+    return Block(
+        index=index,
+        part=_named(modules, name),
+        attention_part=_named(modules, join_names(name, spec.attention)),
+        output=_projection(output, HeadLayout(n_heads, counts.head_dim), "in"),
+        mlp_parts=tuple(_named(modules, join_names(name, path)) for path in spec.mlp),
+        mlp_output_part=_projection_at(modules, join_names(name, spec.mlp_output)),
+        n_key_value_heads=groups,
+        query_key_value=projections,
+    )
+
+
+def read_registered(modules: Mapping[str, nn.Module], owner: str, *, config: Any, spec: FamilySpec) -> Architecture:
+    """The architecture of a registered family.
+
+    Args:
+        modules: From :func:`canonical_modules`.
+        owner: Name of the module that carries the configuration.
+        config: Its configuration.
+        spec: Where the parts of its family are.
+
+    Raises:
+        UnsupportedArchitectureError: The model does not have the parts that its family should have.
+    """
+    counts = spec.heads or head_counts(config)
+    if counts is None:
+        raise UnsupportedArchitectureError("its configuration does not tell the number of heads and their width")
+    name = _block_list(modules, owner, spec)
+    blocks = tuple(
+        build_block(modules, join_names(name, child), index=index, spec=spec, counts=counts)
+        for index, child in enumerate(modules[name]._modules)
+    )
+    return Architecture(
+        config.model_type, "registry", blocks, counts.n_heads, counts.n_key_value_heads, counts.head_dim
+    )
+
+
+def _block_list(modules: Mapping[str, nn.Module], owner: str, spec: FamilySpec) -> str:
+    for name, module in modules.items():
+        inside = name.startswith(inside_prefix(owner)) and f".{name}".endswith(f".{spec.blocks}")
+        if inside and isinstance(module, nn.ModuleList) and f"{name}.0.{spec.output}" in modules:
+            return name
+    raise UnsupportedArchitectureError(f"there is no list {spec.blocks!r} of blocks with {spec.output!r}")

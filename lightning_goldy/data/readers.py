@@ -1,0 +1,498 @@
+"""From a source to knowledge pieces, with a count of everything that was left out and why."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from lightning_goldy.core.files import atomic_write, to_json_line
+from lightning_goldy.core.pieces import KnowledgePiece
+from lightning_goldy.data.facts import load_countries
+from lightning_goldy.data.formats import (
+    FORMATS,
+    Container,
+    Form,
+    Format,
+    Reading,
+    Record,
+    RecordError,
+    SkippedRecord,
+    check_form,
+    recognised,
+    shown,
+    word,
+)
+from lightning_goldy.data.names import unknown_name
+from lightning_goldy.data.question_sets import hop_question
+from lightning_goldy.data.sources import datasets_library, is_dataset_name, is_saved_dataset
+
+__all__ = [
+    "FORMATS",
+    "Form",
+    "Format",
+    "OnMalformed",
+    "PieceSet",
+    "Reading",
+    "Record",
+    "RecordError",
+    "SkippedRecord",
+    "hop_question",
+    "load_pieces",
+    "word",
+    "write_pieces",
+]
+
+
+ATLAS = "atlas"
+"""The source of that name is the embedded table; ``./atlas`` is a file."""
+
+_LINES = (".jsonl", ".ndjson")
+_TABLES = {".csv": ",", ".tsv": "\t"}
+
+Entry = Record | RecordError
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The records of a source, and those that cannot be read.
+
+    Args:
+        entries: One by one.
+        container: What they came in.
+        source: What messages call it.
+    """
+
+    entries: Iterable[Entry]
+    container: Container
+    source: str
+
+
+def open_rows(source: object, *, split: str | None = None, container: Container | None = None) -> Rows:
+    """The records of a source.
+
+    Args:
+        source: ``atlas``; a file; the folder of a saved dataset; a dataset's name on the hub, ``NAME`` or
+            ``NAME:CONFIG``; splits by name; or rows, each a mapping.
+        split: The split of a dataset; by default ``train``, or the only one.
+        container: What a file holds; told from its name and its first character by default.
+
+    Raises:
+        FileNotFoundError: No such source.
+        ImportError: It needs the datasets library, which is not there.
+        ValueError: It cannot be read, or has no such split.
+    """
+    if isinstance(source, str) and source == ATLAS:
+        countries = ({"country": country} for country in load_countries())
+        return Rows(_records(countries, ATLAS, "country"), "atlas", ATLAS)
+    if isinstance(source, str | Path):
+        path = Path(source).expanduser()
+        if path.is_file():
+            if split is not None:
+                raise ValueError(f"split={split!r} is for datasets; {path} is a file")
+            return _file_rows(path, container)
+        return _dataset_rows(_load_dataset(path, str(source), split), str(source), split)
+    return _dataset_rows(source, "the dataset", split)
+
+
+def _file_rows(path: Path, container: Container | None) -> Rows:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from error
+    suffix = path.suffix.lower()
+    container = container or (
+        "csv" if suffix in _TABLES else "lines" if suffix in _LINES else _json_container(text, path)
+    )
+    if container == "csv":
+        return Rows(_table_records(text, str(path), _TABLES.get(suffix, ",")), container, str(path))
+    if container == "lines":
+        return Rows(_line_records(text, str(path)), container, str(path))
+    return Rows(_records(_json_list(text, path), str(path), "record"), container, str(path))
+
+
+def _json_container(text: str, path: Path) -> Container:
+    start = text.lstrip()[:1]
+    if start == "[":
+        return "json"
+    if start not in ("{", ""):
+        kinds = ", ".join((".json", *_LINES, *_TABLES))
+        raise ValueError(f"{path} begins with {start!r}, so it is no JSON; the files that can be read are {kinds}")
+    # An object over several lines is no line, and no list either: the list's reader says what it found.
+    return "lines" if not start or _is_object(text.lstrip().split("\n", 1)[0]) else "json"
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(_json(line), dict)
+    except ValueError:
+        return False
+
+
+def _json_list(text: str, path: Path) -> list[Any]:
+    try:
+        rows = _json(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    if isinstance(rows, list):
+        return rows
+    found = f"one object with {', '.join(rows) or 'nothing'}" if isinstance(rows, dict) else shown(rows)
+    raise ValueError(f"{path}: expected a list of records; found {found}")
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _line_records(text: str, source: str) -> Iterator[Entry]:
+    # Only this separator: str.splitlines also cuts at characters that JSON leaves inside strings.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                row = _json(line)
+            except ValueError as error:
+                yield RecordError(f"{source}, line {number}: not JSON: {error}", "not JSON")
+            else:
+                yield _entry(row, source, f"line {number}")
+
+
+def _table_records(text: str, source: str, delimiter: str) -> Iterator[Entry]:
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        header = next(lines, [])
+        if len(set(header)) < len(header) or not all(name.strip() for name in header):
+            raise ValueError(
+                f"{source}, line 1: the columns need names, each its own; found {', '.join(map(repr, header))}"
+            )
+        start = lines.line_num + 1
+        for cells in lines:
+            if len(cells) == len(header):
+                yield Record(dict(zip(header, cells, strict=True)), source, f"line {start}")
+            elif cells:
+                problem = f"expected {len(header)} cells; found {len(cells)}"
+                yield RecordError(f"{source}, line {start}: {problem}", "another number of cells than columns")
+            start = lines.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"{source}, line {lines.line_num}: not a table: {error}") from error
+
+
+def _records(rows: Iterable[object], source: str, what: str) -> Iterator[Entry]:
+    for number, row in enumerate(rows, start=1):
+        yield _entry(row, source, f"{what} {number}")
+
+
+def _entry(row: object, source: str, label: str) -> Entry:
+    if isinstance(row, Mapping):
+        return Record(row, source, label)
+    message = f"{source}, {label}: expected an object with id, question, answer or other fields; found {shown(row)}"
+    return RecordError(message, "no object")
+
+
+def _dataset_rows(dataset: Any, source: str, split: str | None) -> Rows:
+    if isinstance(dataset, Mapping):
+        only = next(iter(dataset)) if len(dataset) == 1 else "train"
+        name = only if split is None else split
+        if name not in dataset:
+            raise ValueError(f"{source}: {unknown_name('split', name, map(str, dataset))}")
+        source, dataset = f"{source}, split {name}", dataset[name]
+    elif split is not None:
+        raise ValueError(f"split={split!r} needs splits by name; {source} has none")
+    if isinstance(dataset, str | bytes) or not isinstance(dataset, Iterable):
+        raise ValueError(f"a source is a path, the name of a dataset, or rows; found {shown(dataset)}")
+    return Rows(_records(dataset, source, "row"), "rows", source)
+
+
+def _load_dataset(path: Path, source: str, split: str | None) -> Any:
+    if is_saved_dataset(path):
+        return datasets_library().load_from_disk(str(path))
+    files = (".json", *_LINES, *_TABLES)
+    if path.exists() or path.is_absolute() or path.suffix.lower() in files or not is_dataset_name(source):
+        raise FileNotFoundError(
+            f"{str(path)!r} is not a file (looked in {Path.cwd()}). A source is a file ({', '.join(files)}), the folder"
+            f" of a saved dataset, a dataset's name on the hub (name or name:config), or {ATLAS!r}"
+        )
+    name, _, config = source.partition(":")
+    library = datasets_library()
+    try:
+        return {split or "train": library.load_dataset(name, config or None, split=split or "train")}
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{source!r} is neither a file in {Path.cwd()} nor a dataset that can be loaded: {error}"
+        ) from error
+
+
+OnMalformed = Literal["error", "skip"]
+
+_REPEATED = "piece that repeats an earlier question and its answer"
+_CONTRADICTED = "piece that repeats an earlier question with another answer"
+
+
+@dataclass(frozen=True)
+class PieceSet:
+    """Knowledge pieces of one source.
+
+    Args:
+        pieces: In the source's order; no id and no question occurs twice.
+        skipped: How many records or pieces were left out, by reason.
+        format: The name of the format.
+        source: Where they are from.
+        records: Records read, with those left out.
+        incomplete: What pieces that were kept go without, by reason: a supporting sentence that the context lacks.
+    """
+
+    pieces: tuple[KnowledgePiece, ...]
+    skipped: Mapping[str, int]
+    format: str
+    source: str
+    records: int = 0
+    incomplete: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def groups(self) -> Counter[str]:
+        """Pieces of each group."""
+        return Counter(piece.group for piece in self.pieces if piece.group is not None)
+
+    @property
+    def hops(self) -> Counter[int]:
+        """Pieces at each place of their group; composed questions have none."""
+        return Counter(piece.hop for piece in self.pieces if piece.hop is not None)
+
+    @property
+    def categories(self) -> Counter[str]:
+        """Pieces of each category."""
+        return Counter(piece.category for piece in self.pieces if piece.category is not None)
+
+
+def load_pieces(
+    source: str | Path | Iterable[Any],
+    *,
+    format: str = "auto",
+    limit: int | None = None,
+    split: str | None = None,
+    form: Form = "question",
+    whole_questions: bool | None = None,
+    on_malformed: OnMalformed = "error",
+) -> PieceSet:
+    r"""Read knowledge pieces of any known format.
+
+    A question that occurs again is left out and counted, with the same answer or another one: two pieces with one
+    question are either the same piece or contradict each other. In the formats ``jsonl`` and ``csv`` it is an error.
+
+    Args:
+        source: A file of JSON, JSON lines or a table; ``"atlas"``; the folder of a saved dataset; a dataset's name on
+            the hub, ``NAME`` or ``NAME:CONFIG``; or rows, each a mapping, such as a ``datasets.Dataset``.
+        format: One of ``FORMATS``, or ``"auto"`` to tell it from what the first record came in and its fields.
+        limit: Stop after so many records that gave pieces, so that groups stay whole; None reads all.
+        split: The split of a dataset; by default ``train``, or the only one.
+        form: How a subject and a relation are worded, where a source has them: ``question`` or ``cloze``.
+        whole_questions: Whether a question composed of several facts is a piece beside them, in formats with both;
+            None leaves it to the format.
+        on_malformed: ``error`` raises at the first faulty record, ``skip`` leaves it out and counts it.
+
+    Returns:
+        At least one piece.
+
+    Raises:
+        FileNotFoundError: No such source.
+        ImportError: The source needs the datasets library, which is not there.
+        ValueError: A faulty record, by source, record and field; a format that cannot be told; no piece at all; an
+            argument that does not fit the format.
+
+    Example:
+        >>> rows = [{"Question": "Capital of Peru?", "answer": ["Lima"]}, {"Question": "Of Atlantis?", "answer": []}]
+        >>> found = load_pieces(rows)
+        >>> found.format, found.pieces[0].answer, found.skipped
+        ('qa', 'Lima', {'record without an answer': 1})
+        >>> load_pieces("atlas", form="cloze", limit=1).pieces[0].question
+        'The capital of Afghanistan is'
+    """
+    _check_arguments(format, limit, form, on_malformed)
+    return collect(
+        open_rows(source, split=split),
+        format,
+        limit=limit,
+        form=form,
+        whole_questions=whole_questions,
+        on_malformed=on_malformed,
+    )
+
+
+def collect(
+    rows: Rows,
+    format: str,
+    *,
+    limit: int | None = None,
+    form: Form = "question",
+    whole_questions: bool | None = None,
+    on_malformed: OnMalformed = "error",
+) -> PieceSet:
+    """The pieces of opened rows; see ``load_pieces``."""
+    entries = iter(rows.entries)
+    if format == "auto":
+        format, begun = _recognised(entries, rows, on_malformed)
+        entries = chain(begun, entries)
+    if (format == ATLAS) != (rows.container == "atlas"):
+        raise ValueError(
+            f"the format {ATLAS!r} and the source {ATLAS!r} go together; got {format!r} and {rows.source!r}"
+        )
+    chosen = FORMATS[format]
+    collector = _Collector(chosen, _reading(chosen, format, form, whole_questions), on_malformed)
+    used = 0
+    for entry in entries:
+        if used == limit:
+            break
+        used += collector.add(entry)
+    if not collector.pieces:
+        why = "; ".join(f"{reason}: {count}" for reason, count in collector.skipped.items())
+        records = (
+            f"none of its {collector.records} records gave one ({why})" if collector.records else "it has no records"
+        )
+        raise ValueError(f"{rows.source} holds no knowledge pieces: {records}")
+    return PieceSet(
+        tuple(collector.pieces),
+        dict(collector.skipped),
+        format,
+        rows.source,
+        collector.records,
+        dict(collector.incomplete),
+    )
+
+
+def write_pieces(pieces: Iterable[KnowledgePiece], path: str | Path) -> Path:
+    r"""Write pieces as JSON lines that ``read_pieces`` and ``load_pieces`` read back as they were.
+
+    Args:
+        pieces: No id and no question may occur twice.
+        path: The file; it is replaced as a whole, its folder is made when missing.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: A piece that could not be read back, an id or question that occurs twice, or no piece at all.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = write_pieces([KnowledgePiece("1", "Q?", "A", hop=1)], f"{folder}/pieces.jsonl")
+        ...     path.read_text()
+        '{"id": "1", "question": "Q?", "answer": "A", "hop": 1}\n'
+    """
+    collector = _Collector(FORMATS["jsonl"], Reading(), "error")
+    lines = []
+    for number, piece in enumerate(pieces, start=1):
+        row = {key: value for key, value in asdict(piece).items() if value is not None}
+        collector.add(Record(row, "the pieces", f"piece {number}"))
+        if collector.pieces[-1] != piece:
+            raise ValueError(f"piece {number} would be read back as {collector.pieces[-1]}; it is {piece}")
+        lines.append(to_json_line(row) + "\n")
+    if not lines:
+        raise ValueError(f"there are no pieces to write to {path}")
+    return atomic_write(path, "".join(lines))
+
+
+class _Collector:
+    """Pieces so far, and what was left out."""
+
+    def __init__(self, chosen: Format, reading: Reading, on_malformed: OnMalformed) -> None:
+        self.chosen = chosen
+        self.reading = reading
+        self.on_malformed = on_malformed
+        self.pieces: list[KnowledgePiece] = []
+        self.skipped: Counter[str] = Counter()
+        self.incomplete: Counter[str] = Counter()
+        self.records = 0
+        self._ids: dict[str, str] = {}
+        self._questions: dict[str, tuple[str, str]] = {}
+
+    def add(self, entry: Entry) -> bool:
+        """Takes a record in; whether it gave a piece."""
+        self.records += 1
+        try:
+            if isinstance(entry, RecordError):
+                raise entry
+            pieces = self.chosen.parse(entry, self.reading)
+            self._check(pieces, entry)
+        except SkippedRecord as reason:
+            self.skipped[str(reason)] += 1
+            return False
+        except RecordError as error:
+            if self.on_malformed == "error":
+                raise
+            self.skipped[error.reason] += 1
+            return False
+        kept = sum([self._keep(piece, entry.label) for piece in pieces])
+        if kept:
+            self.incomplete.update(entry.notes)
+        return kept > 0
+
+    def _check(self, pieces: list[KnowledgePiece], record: Record) -> None:
+        names = Counter(piece.id for piece in pieces)
+        for piece in pieces:
+            if piece.id in self._ids or names[piece.id] > 1:
+                raise self._repeated(record, "id", piece.id, self._ids.get(piece.id, record.label))
+            if self.chosen.repeated == "error" and piece.question in self._questions:
+                raise self._repeated(record, "question", piece.question, self._questions[piece.question][1])
+
+    def _keep(self, piece: KnowledgePiece, label: str) -> bool:
+        self._ids[piece.id] = label
+        if piece.question in self._questions:
+            same = self._questions[piece.question][0] == piece.answer
+            self.skipped[_REPEATED if same else _CONTRADICTED] += 1
+            return False
+        self._questions[piece.question] = (piece.answer, label)
+        self.pieces.append(piece)
+        return True
+
+    @staticmethod
+    def _repeated(record: Record, key: str, value: str, first: str) -> RecordError:
+        where = f"on {first}" if first.startswith("line") else f"in {first}"
+        message = f"{record.place(key)}, field {key!r}: {value!r} already occurs {where}"
+        return RecordError(message, f"field {key!r} repeats an earlier one")
+
+
+def _reading(chosen: Format, name: str, form: Form, whole_questions: bool | None) -> Reading:
+    if form == "cloze" and not chosen.relations:
+        having = ", ".join(each for each in FORMATS if FORMATS[each].relations)
+        raise ValueError(
+            f"form='cloze' words a subject and a relation, which {name!r} lacks; these have them: {having}"
+        )
+    if whole_questions is not None and chosen.whole_questions is None:
+        having = ", ".join(each for each in FORMATS if FORMATS[each].whole_questions is not None)
+        raise ValueError(
+            f"whole_questions={whole_questions} chooses between facts and the questions composed of them; records of"
+            f" {name!r} are one or the other; these have both: {having}"
+        )
+    return Reading(form, bool(chosen.whole_questions if whole_questions is None else whole_questions))
+
+
+def _recognised(entries: Iterator[Entry], rows: Rows, on_malformed: OnMalformed) -> tuple[str, list[Entry]]:
+    """The format's name by the first record that can be read, and the records up to it."""
+    begun = []
+    for entry in entries:
+        begun.append(entry)
+        if isinstance(entry, Record):
+            return recognised(entry.row, rows.container, rows.source), begun
+        if on_malformed == "error":
+            raise entry
+    what = f"none of its {len(begun)} records can be read" if begun else "it has no records"
+    raise ValueError(f"{rows.source} holds no knowledge pieces: {what}")
+
+
+def _check_arguments(format: str, limit: int | None, form: str, on_malformed: str) -> None:
+    if format != "auto" and format not in FORMATS:
+        raise ValueError(unknown_name("format", format, ("auto", *FORMATS)))
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+        raise ValueError(f"limit={limit!r} must be a whole number of at least 1, or None")
+    check_form(form)
+    if on_malformed not in get_args(OnMalformed):
+        raise ValueError(unknown_name("on_malformed", on_malformed, get_args(OnMalformed)))

@@ -1,0 +1,1 @@
+"""What trains: the LightningModule, the mixin, variants side by side, models, masks and recipes."""

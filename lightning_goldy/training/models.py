@@ -1,0 +1,334 @@
+"""Models from a name, a folder or a configuration; adapters, gradient checkpointing and sharding."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+import torch
+from torch import nn
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.pytorch_utils import Conv1D
+
+from lightning_goldy.core.naming import suggestion
+from lightning_goldy.optim.schedules import OptimizerName, OptimizerOptions, ScheduleOptions
+
+Head = Literal["causal_lm", "sequence_classification"]
+WeightDtype = Literal["float32", "bfloat16", "float16", "auto"]
+
+_AUTO_CLASSES: dict[str, Any] = {
+    "causal_lm": AutoModelForCausalLM,
+    "sequence_classification": AutoModelForSequenceClassification,
+}
+_SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# Accepted by every configuration, though not among the parameters of its class.
+_COMMON_KEYS = ("attn_implementation", "num_labels", "rope_scaling", "rope_theta", "partial_rotary_factor")
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    r"""Low-rank adapters: :math:`W x + \frac{\alpha}{r} B A x`, of which only A and B train.
+
+    Args:
+        rank: r, the inner dimension of the adapters, >= 1.
+        alpha: The scale's numerator.
+        dropout: Dropout on the adapters' input, in [0, 1).
+        target_modules: Names of the layers to adapt, ``"all-linear"``, or None for the family's default.
+
+    Raises:
+        ValueError: A value is out of its range.
+
+    Example:
+        >>> LoraOptions(rank=4).alpha
+        16.0
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    target_modules: list[str] | str | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"lora.rank must be at least 1; got {self.rank}")
+        if not self.alpha > 0:
+            raise ValueError(f"lora.alpha must be positive; got {self.alpha}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora.dropout must lie in [0, 1); got {self.dropout}")
+
+
+def load_model(name: str, head: Head = "causal_lm", dtype: WeightDtype = "float32") -> nn.Module:
+    """A pretrained model from a local folder or, when there is no such folder, from the Hugging Face hub.
+
+    Args:
+        name: A folder, or a name on the hub.
+        head: What the model ends in.
+        dtype: The weights' type; ``auto`` takes the one they were saved in.
+
+    Returns:
+        The model in training mode.
+
+    Raises:
+        ValueError: It is neither a folder that holds such a model nor a name that could be loaded.
+    """
+    folder = Path(name).expanduser()
+    try:
+        model = _AUTO_CLASSES[head].from_pretrained(str(folder) if folder.is_dir() else name, dtype=_torch_dtype(dtype))
+    except (OSError, ValueError) as error:
+        if folder.is_dir():
+            raise ValueError(f"the folder {name!r} holds no loadable {head} model: {error}") from error
+        raise ValueError(
+            f"model {name!r} is no local folder (looked for {folder.absolute()}), and loading it from the Hugging Face "
+            f"hub failed: {error}"
+        ) from error
+    return model.train()  # from_pretrained returns eval mode, in which Lightning would train without dropout
+
+
+def complete_config(config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
+    """Fills the vocabulary size and the special tokens' ids in from a tokenizer.
+
+    Args:
+        config: ``model_type`` and any keys of that family's configuration; keys that are there stay.
+        tokenizer: Where missing values come from; without one, default ids beyond the vocabulary become None.
+
+    Returns:
+        The completed keys; ``vocab_size`` is missing when nobody knows it.
+
+    Example:
+        >>> complete_config({"model_type": "gpt2", "vocab_size": 8}, None)["eos_token_id"] is None
+        True
+    """
+    check_config(config)
+    completed = dict(config)
+    if tokenizer is not None:
+        completed.setdefault("vocab_size", len(tokenizer))
+        for key in _SPECIAL_IDS:
+            completed.setdefault(key, getattr(tokenizer, key))
+    elif "vocab_size" in completed:
+        default = _default_config(completed["model_type"])
+        for key in _SPECIAL_IDS:
+            value = getattr(default, key, None)
+            if key not in completed and isinstance(value, int) and value >= completed["vocab_size"]:
+                completed[key] = None
+    return completed
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Refuses what ``AutoConfig`` would take in silence.
+
+    Raises:
+        ValueError: ``model_type`` is missing or unknown, or a key is no option of that family.
+
+    Example:
+        >>> try:
+        ...     check_config({"model_type": "gpt2", "n_layers": 2})
+        ... except ValueError as error:
+        ...     print(str(error)[:75])
+        unknown key 'n_layers' in the gpt2 configuration; did you mean 'n_layer'? V
+    """
+    model_type = config.get("model_type")
+    if model_type is None:
+        raise ValueError(
+            f"a model configuration needs 'model_type' (gpt2, llama, gpt_neox, ...); got the keys {sorted(config)}"
+        )
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"unknown model_type {model_type!r}; {suggestion(str(model_type), CONFIG_MAPPING.keys())}")
+    default = _default_config(model_type)
+    parameters = inspect.signature(type(default).__init__).parameters
+    known = {*parameters, *type(default).attribute_map, *_COMMON_KEYS} - {"self", "kwargs"}
+    for key in config:
+        if key != "model_type" and key not in known and not hasattr(default, key):
+            raise ValueError(f"unknown key {key!r} in the {model_type} configuration; {suggestion(key, sorted(known))}")
+
+
+def build_model(config: Mapping[str, Any], head: Head = "causal_lm", dtype: WeightDtype = "float32") -> nn.Module:
+    """A model with random weights.
+
+    Args:
+        config: ``model_type`` and any keys of that family's configuration.
+        head: What the model ends in.
+        dtype: The weights' type; ``auto`` is float32 here.
+
+    Returns:
+        The model in training mode.
+
+    Raises:
+        ValueError: The configuration is not one that the family can have.
+
+    Example:
+        >>> config = {"model_type": "gpt2", "vocab_size": 8, "n_layer": 1, "n_embd": 4, "n_head": 1}
+        >>> sum(p.numel() for p in build_model(complete_config(config, None)).parameters()) > 0
+        True
+    """
+    check_config(config)
+    options = {key: value for key, value in config.items() if key != "model_type"}
+    built = AutoConfig.for_model(config["model_type"], **options)
+    auto_class = _AUTO_CLASSES[head]
+    if type(built) not in auto_class._model_mapping:
+        raise ValueError(f"transformers has no {head} model of type {config['model_type']!r}")
+    weights = torch.float32 if dtype == "auto" else _torch_dtype(dtype)
+    return auto_class.from_config(built, dtype=weights).train()
+
+
+def add_lora(model: nn.Module, options: LoraOptions) -> nn.Module:
+    """Freezes a model and puts trainable low-rank adapters on its layers, through PEFT.
+
+    Raises:
+        ImportError: PEFT is not installed.
+        ValueError: PEFT finds no layer to adapt.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError("LoRA needs peft: pip install 'lightning-goldy[lora]'") from error
+    config = LoraConfig(
+        r=options.rank,
+        lora_alpha=options.alpha,  # type: ignore[arg-type]  # any number scales
+        lora_dropout=options.dropout,
+        target_modules=options.target_modules,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        layers = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+        raise ValueError(
+            f"lora.target_modules={options.target_modules!r} does not fit {type(model).__name__}: {error}; "
+            f"its linear layers are named {sorted({name.rpartition('.')[2] for name in layers})}"
+        ) from error
+
+
+def enable_gradient_checkpointing(model: nn.Module) -> None:
+    """Recomputes each block in the backward pass instead of keeping its activations (non-reentrant).
+
+    Raises:
+        ValueError: The model does not offer it.
+    """
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise ValueError(f"gradient_checkpointing=True, but {type(model).__name__} does not support it")
+    if hasattr(model, "activation_checkpointing_enable"):  # the name that transformers 5.2x gave it
+        model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    else:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+
+
+def check_vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Compares the tokenizer's size with the rows of the model's embedding.
+
+    Raises:
+        ValueError: The tokenizer has ids that the model has no row for.
+    """
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None  # type: ignore[operator]
+    rows = getattr(embedding, "num_embeddings", None)
+    if tokenizer is not None and rows is not None and len(tokenizer) > rows:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens but {type(model).__name__} only {rows} embeddings; "
+            "use the model's own tokenizer, or resize its embeddings"
+        )
+
+
+def position_limit(model: nn.Module) -> int | None:
+    """The most tokens that a model with learned positions can take; None when positions are not learned.
+
+    Example:
+        >>> config = {"model_type": "gpt2", "vocab_size": 8, "n_layer": 1, "n_embd": 4, "n_head": 1, "n_positions": 6}
+        >>> position_limit(build_model(complete_config(config, None)))
+        6
+    """
+    names = ("wpe", "embed_positions", "position_embeddings")
+    named = [child for name, child in model.named_modules() if name.rpartition(".")[2] in names]
+    tables = [child for child in named if isinstance(child, nn.Embedding)]
+    # OPT keeps two rows for padding.
+    return min((table.num_embeddings - int(getattr(table, "offset", 0)) for table in tables), default=None)
+
+
+def check_length(input_ids: torch.Tensor, limit: int) -> None:
+    """Refuses a batch that is too long for learned positions.
+
+    Raises:
+        ValueError: There are more tokens than positions; torch itself would only say "index out of range".
+    """
+    if input_ids.shape[1] > limit:
+        raise ValueError(
+            f"a batch has {input_ids.shape[1]} tokens, but the model has only {limit} positions; use shorter blocks or "
+            "samples, or (from random weights) a larger n_positions or max_position_embeddings"
+        )
+
+
+def _default_config(model_type: str) -> PreTrainedConfig:
+    return CONFIG_MAPPING[model_type]()
+
+
+def _torch_dtype(dtype: WeightDtype) -> Any:
+    return dtype if dtype == "auto" else getattr(torch, dtype)
+
+
+Options = TypeVar("Options", OptimizerOptions, ScheduleOptions, LoraOptions)
+
+
+def options_of(kind: type[Options], argument: str, value: Options | Mapping[str, Any]) -> Options:
+    """The options that an argument gives.
+
+    Args:
+        kind: Their class.
+        argument: The argument's name, for messages.
+        value: An object of the class, or a dictionary of its fields.
+
+    Raises:
+        TypeError: It is neither.
+        ValueError: There is no such field, or a value is out of its range.
+
+    Example:
+        >>> options_of(ScheduleOptions, "schedule", {"name": "linear"}).name
+        'linear'
+    """
+    if isinstance(value, kind):
+        return value
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{argument} must be {kind.__name__} or a dict of its fields; got {type(value).__name__}")
+    known = [field.name for field in dataclasses.fields(kind)]
+    for key in value:
+        if key not in known:
+            raise ValueError(f"unknown option {argument}.{key}; choose from {', '.join(known)}")
+    return kind(**value)
+
+
+def optimizer_options(
+    value: OptimizerOptions | OptimizerName | Mapping[str, Any], mask: str | Path | None = None
+) -> OptimizerOptions:
+    """The optimizer's options, with a mask that was given beside them.
+
+    Raises:
+        TypeError: They are of another kind.
+        ValueError: A name, a field or a value is unknown or out of range, or two masks are given.
+
+    Example:
+        >>> optimizer_options("masked_adamw", "golden").mask
+        'golden'
+    """
+    if isinstance(value, str):
+        if value not in get_args(OptimizerName):
+            raise ValueError(f"unknown optimizer {value!r}; choose one of {', '.join(get_args(OptimizerName))}")
+        value = {"name": value}
+    if mask is None:
+        return options_of(OptimizerOptions, "optimizer", value)
+    fields = dict(value) if isinstance(value, Mapping) else {}
+    if isinstance(value, OptimizerOptions):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    elif not isinstance(value, Mapping):
+        options_of(OptimizerOptions, "optimizer", value)
+    given = fields.get("mask")
+    if given is not None and str(given) != str(mask):
+        raise ValueError(f"two masks: mask={str(mask)!r} and optimizer.mask={given!r}; give one")
+    return options_of(OptimizerOptions, "optimizer", {**fields, "mask": str(mask)})

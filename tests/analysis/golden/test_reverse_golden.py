@@ -1,0 +1,452 @@
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_goldy.analysis import ReverseGoldenResult, reverse_golden_parameters
+from lightning_goldy.analysis.divergence import divergence_sum
+from lightning_goldy.analysis.golden.masked_divergence import (
+    MaskedModel,
+    SharedDivergence,
+    divergence_gradient,
+    pieces_of,
+)
+from lightning_goldy.analysis.golden.reverse import single_shot_scores
+from lightning_goldy.analysis.golden.search import STRATEGIES, Budget
+from lightning_goldy.core import (
+    CausalLMObjective,
+    ClassifierObjective,
+    FunctionObjective,
+    ParameterSpace,
+    ParameterVector,
+)
+from lightning_goldy.core.objective import TargetLogits
+from lightning_goldy.core.sharding import Replicas
+from tests.references.models import CAUSAL, build, token_batch
+from tests.references.reverse_golden import (
+    best_by_enumeration,
+    budget_of,
+    masked_divergence_reference,
+    masked_gradient_reference,
+    reselected_reference,
+    single_shot_reference,
+    top_reference,
+)
+from tests.references.volume import divergence_reference
+
+BATCH, HELD_OUT = token_batch(4, seed=1), token_batch(4, seed=2)
+
+
+def sharp(family: str, scale: float = 4.0) -> nn.Module:
+    """A model with opinions: fresh weights say nearly the same whatever is zeroed."""
+    model = build(family).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(scale)
+    return model
+
+
+def target_logits(batch):
+    """Rows at the targets of right-padded or unpadded samples, by indexing."""
+
+    def logits(call):
+        found = call(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        return found[:, :-1][batch["labels"][:, 1:] != -100]
+
+    return logits
+
+
+def loss(model, batch):
+    return CausalLMObjective().log_probs(model, batch).mean()
+
+
+def random_mask(model: nn.Module, share: float, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.rand(p.shape, generator=generator) < share for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_gradient_at_the_logits_is_that_of_the_definition(dtype):
+    torch.manual_seed(0)
+    log_probs = (3 * torch.randn(7, 11, dtype=dtype)).log_softmax(-1)
+    logits = (3 * torch.randn(7, 11, dtype=dtype)).requires_grad_()
+    (log_probs.exp() * (log_probs - logits.log_softmax(-1))).sum().backward()
+    assert torch.allclose(divergence_gradient(log_probs, logits), logits.grad, rtol=0, atol=1e-6)
+    assert divergence_sum(log_probs, logits.detach()) / 7 == pytest.approx(
+        divergence_reference(log_probs, logits.detach()), rel=1e-6
+    )
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+@pytest.mark.parametrize("cache", ["cpu", "none"])
+def test_divergence_and_gradient_of_a_masked_model_are_those_of_the_definition(family, cache):
+    model = sharp(family).double()
+    space = ParameterSpace.of(model)
+    mask = random_mask(model, 0.1)
+    pieces = pieces_of([BATCH], 3)
+    divergence = SharedDivergence(model, pieces, CausalLMObjective(), Replicas(), cache=cache)
+    with MaskedModel(model, space) as masked:
+        assert divergence(model) == 0.0
+        masked.zero(mask)
+        value = divergence(model)
+        again, gradients = divergence.gradients(model, masked.parameters)
+    # Families cast to float32 inside, so the last digits are theirs.
+    expected = masked_divergence_reference(model, mask, target_logits(BATCH))
+    assert value == pytest.approx(expected, rel=1e-6)
+    assert again == pytest.approx(expected, rel=1e-6)
+    for name, gradient in masked_gradient_reference(model, mask, target_logits(BATCH)).items():
+        scale = gradient.abs().max()
+        assert scale > 0
+        assert torch.allclose(gradients[name], gradient, rtol=0, atol=2e-5 * float(scale))
+
+
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+def test_single_shot_scores_and_their_masks_equal_the_reference(scope):
+    model = sharp("gpt2")
+    parameters = dict(model.named_parameters())
+    divergence = SharedDivergence(model, pieces_of([BATCH], 1), CausalLMObjective(), Replicas())
+    found = single_shot_scores(model, divergence, CausalLMObjective(), parameters, "fisher")
+    expected = single_shot_reference(model, pieces_of([BATCH], 1), loss)
+    budget = Budget(parameters, 3.0, scope)
+    result = reverse_golden_parameters(
+        model, [BATCH], eval_batches=[HELD_OUT], top_k_percent=3.0, scope=scope, rounds=1, chunk_size=1
+    )
+    for name, scores in expected.items():
+        for parameter, each in scores.items():
+            assert torch.allclose(found[name][parameter], each, rtol=1e-4, atol=1e-6 * float(each.max()))
+        mask = top_reference(found[name], 3.0, scope)
+        chosen = budget.largest(found[name], budget.sizes())
+        assert all(torch.equal(chosen[parameter], each) for parameter, each in mask.items())
+        measured = masked_divergence_reference(model, mask, target_logits(HELD_OUT))
+        assert result.single_shots[name] == pytest.approx(measured, rel=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_pool_is_all_masked_and_the_best_others_and_of_it_the_best_stay(seed):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.empty(6, 9)
+    scores = torch.randn(6, 9, generator=generator)
+    budget = Budget({"w": weight}, 30, "tensor")
+    mask = torch.zeros(54, dtype=torch.bool)
+    mask[torch.randperm(54, generator=generator)[:10]] = True
+    mask = mask.view(6, 9)
+    for size, pool in ((10, 10), (10, 13), (14, 14), (14, 19), (10, 25), (14, 54)):
+        found = budget.reselected({"w": scores}, {"w": mask}, [size], [pool])["w"]
+        assert torch.equal(found, reselected_reference(scores, mask, size, pool))
+        assert int((mask & ~found).sum()) <= pool - size
+
+
+@pytest.mark.parametrize("strategy", list(STRATEGIES))
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+def test_every_strategy_keeps_its_promises(strategy, scope):
+    model = sharp("gpt2")
+    result = reverse_golden_parameters(
+        model, [BATCH], eval_batches=[HELD_OUT], top_k_percent=2, scope=scope, strategy=strategy, min_delta=0
+    )
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    if scope == "tensor":
+        assert result.masked == tuple(budget_of(2, size) for size in sizes)
+    assert result.count == (sum(result.masked) if scope == "tensor" else budget_of(2, sum(sizes)))
+    mask = dict(result.mask)
+    for batch, value in ((HELD_OUT, result.kl_divergence), (BATCH, result.search_divergence)):
+        assert value == pytest.approx(masked_divergence_reference(model, mask, target_logits(batch)), rel=1e-4)
+    assert result.passes <= 12
+    best = [entry["best_kl"] for entry in result.history]
+    assert all(first <= second for first, second in itertools.pairwise(best))
+    assert best[-1] == result.search_divergence
+    for entry in result.history:
+        assert entry["kl"] >= max(entry["greedy_kl"], entry["pool_kl"] or 0.0)
+        assert entry["pool"] >= entry["size"]
+    accepted = sum(entry["accepted"] for entry in result.history)
+    assert (accepted == 0) if strategy == "none" else (accepted > 0)
+
+
+def test_the_strategy_is_not_ignored():
+    """Two strategies take different ways, and most come to different masks."""
+    model = sharp("gpt2")
+    results = [
+        reverse_golden_parameters(
+            model, [BATCH], eval_batches=[HELD_OUT], top_k_percent=2, strategy=strategy, min_delta=0
+        )
+        for strategy in STRATEGIES
+    ]
+    for first, second in itertools.combinations(results, 2):
+        ways = [[entry["pool"] for entry in each.history] for each in (first, second)]
+        assert ways[0] != ways[1]
+    masks = {b"".join(part.numpy().tobytes() for part in result.mask.values()) for result in results}
+    assert len(masks) >= 5
+
+
+def test_plain_greedy_only_adds():
+    """The mask of the whole budget holds the start and every gain on the way, worked out with whole sorts."""
+    model, logits = sharp("llama"), target_logits(BATCH)
+    result = reverse_golden_parameters(
+        model, [BATCH], eval_batches=[BATCH], top_k_percent=2, strategy="none", rounds=3, max_stagnant_iterations=9
+    )
+    start = single_shot_reference(model, [BATCH], loss)["fisher"]
+    masks = top_share(start, {name: torch.zeros_like(each, dtype=torch.bool) for name, each in start.items()}, 1 / 4)
+    values = []
+    for share in (2 / 4, 3 / 4, 1.0):
+        gradients = masked_gradient_reference(model, masks, logits)
+        gains = {name: -gradients[name] * p.detach() for name, p in model.named_parameters()}
+        masks = top_share(gains, masks, share)
+        values.append(masked_divergence_reference(model, masks, logits))
+    assert [entry["kl"] for entry in result.history] == pytest.approx(values, rel=1e-3)
+
+
+def top_share(scores, mask, share):
+    kept = {name: torch.where(mask[name], math.inf, each) for name, each in scores.items()}
+    found = {}
+    for name, each in kept.items():
+        size = max(1, math.floor(share * budget_of(2, each.numel()) + 0.5))
+        found[name] = reselected_reference(each, torch.zeros_like(mask[name]), size, each.numel())
+    return found
+
+
+def test_planted_elements_are_found_and_the_divergence_is_that_of_the_closed_form():
+    """Only 5 of 400 weights say anything; without them the prediction is uniform."""
+    torch.manual_seed(1)
+    linear = nn.Linear(200, 2, bias=False)
+    planted = torch.randperm(400)[:5]
+    with torch.no_grad():
+        linear.weight.zero_()
+        linear.weight.view(-1)[planted] = 3.0
+    inputs = torch.rand(8, 200) + 0.5
+    batch = (inputs, torch.randint(0, 2, (8,)))
+    result = reverse_golden_parameters(
+        linear, [batch], ClassifierObjective(), eval_batches=[batch], top_k_percent=1.25, scope="global"
+    )
+    assert set(result.mask["weight"].view(-1).nonzero().flatten().tolist()) == set(planted.tolist())
+    p = linear(inputs).detach().double().softmax(-1)
+    entropy = -(p * p.log()).sum(-1).mean()
+    assert result.kl_divergence == pytest.approx(math.log(2) - float(entropy), rel=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_few_elements_against_all_masks_there_are(seed):
+    """Never above the best of all masks or below a single shot, and here above three quarters of the best."""
+    torch.manual_seed(seed)
+    linear = nn.Linear(5, 2, bias=False)
+    with torch.no_grad():
+        linear.weight.copy_(2 * torch.randn(2, 5))
+    inputs = torch.randn(16, 5)
+    batch = (inputs, torch.randint(0, 2, (16,)))
+    weight, anchor = linear.weight.detach().double(), linear(inputs).detach()
+
+    def divergence(chosen):
+        moved = weight.clone().view(-1)
+        moved[list(chosen)] = 0.0
+        return divergence_reference(anchor, inputs.double() @ moved.view(2, 5).T)
+
+    best, _ = best_by_enumeration(weight.view(-1), 3, divergence)
+    result = reverse_golden_parameters(
+        linear, [batch], ClassifierObjective(), eval_batches=[batch], top_k_percent=30, min_delta=0
+    )
+    assert max(result.single_shots.values()) <= result.kl_divergence + 1e-6
+    assert 0.75 * best <= result.kl_divergence <= best + 1e-6
+
+
+def test_ties_leave_the_budget_exact():
+    class Same(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(10, 3))
+            self.gain = nn.Parameter(torch.ones(3))
+
+        def forward(self, x):
+            return (x @ self.weight) * self.gain * torch.tensor([1.0, 2.0, 3.0])
+
+    batch = (torch.ones(4, 10), torch.tensor([0, 1, 2, 0]))
+    for scope, expected in (("tensor", (3, 1)), ("global", None)):
+        result = reverse_golden_parameters(
+            Same(), [batch], ClassifierObjective(), eval_batches=[batch], top_k_percent=10, scope=scope
+        )
+        assert result.count == (4 if expected else 3)
+        assert expected is None or result.masked == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_model_comes_back_as_it_was(dtype):
+    model = sharp("gpt2").to(dtype)
+    model.train()
+    model.transformer.h[0].eval()
+    frozen = model.transformer.h[1].mlp.c_fc.weight.requires_grad_(False)
+    gradient = model.lm_head.weight.grad = torch.full_like(model.lm_head.weight, 3.0)
+    before, modes = ParameterVector.of(model), [module.training for module in model.modules()]
+    kept, rng = frozen.clone(), torch.get_rng_state()
+    space = ParameterSpace.of(model, exclude=["*wpe*"])
+    result = reverse_golden_parameters(
+        model, [BATCH], eval_batches=[HELD_OUT], top_k_percent=1, strategy="chaos_driven", space=space, rounds=4
+    )
+    assert all(torch.equal(before[name], after) for name, after in ParameterVector.of(model).items())
+    assert [module.training for module in model.modules()] == modes
+    assert model.lm_head.weight.grad is gradient
+    assert bool((gradient == 3).all())
+    assert not frozen.requires_grad
+    assert torch.equal(kept, frozen)
+    assert model.transformer.wpe.weight.requires_grad
+    assert torch.equal(rng, torch.get_rng_state())
+    assert result.kl_divergence > max(result.single_shots.values())
+    assert "transformer.wpe.weight" not in result.mask
+
+
+def test_a_failure_in_the_middle_restores_the_weights():
+    model = sharp("gpt2")
+    before = ParameterVector.of(model)
+
+    def fail(done, total):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        reverse_golden_parameters(model, [BATCH], eval_batches=[BATCH], top_k_percent=1, progress=fail)
+    assert all(torch.equal(before[name], after) for name, after in ParameterVector.of(model).items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_under_autocast_the_zeroed_weights_are_the_ones_that_run():
+    """Autocast keeps low-precision copies of weights; a stale one would leave the divergence at 0."""
+    model = sharp("gpt2")
+    plain = reverse_golden_parameters(model, [BATCH], eval_batches=[HELD_OUT], top_k_percent=1, rounds=4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = reverse_golden_parameters(model, [BATCH], eval_batches=[HELD_OUT], top_k_percent=1, rounds=4)
+    assert result.single_shots["gradient"] == pytest.approx(plain.single_shots["gradient"], rel=0.2)
+    assert result.kl_divergence > result.single_shots["gradient"]
+
+
+class Counting(CausalLMObjective):
+    def __init__(self) -> None:
+        self.calls = {True: 0, False: 0}
+        self.samples = {True: 0, False: 0}
+
+    def logits_and_targets(self, model, batch):
+        self.calls[torch.is_grad_enabled()] += 1
+        self.samples[torch.is_grad_enabled()] += len(batch["input_ids"])
+        return super().logits_and_targets(model, batch)
+
+
+@pytest.mark.parametrize("strategy", ["none", "harmonic_oscillator"])
+def test_passes_and_evaluations_are_counted(strategy):
+    objective, seen = Counting(), []
+    result = reverse_golden_parameters(
+        sharp("gpt2"),
+        [BATCH],
+        objective,
+        eval_batches=[HELD_OUT],
+        top_k_percent=2,
+        strategy=strategy,
+        rounds=5,
+        min_delta=0,
+        progress=lambda *at: seen.append(at),
+    )
+    assert objective.calls[True] == result.passes <= 6
+    assert objective.calls[False] == result.evaluations - 3 * result.passes
+    assert seen == [(done, 5) for done in range(1, result.passes)]
+
+
+@pytest.mark.parametrize("cache", ["auto", "none"])
+def test_the_cost_counts_every_sample_of_every_pass(cache):
+    objective = Counting()
+    options = {"top_k_percent": 2, "rounds": 3, "min_delta": 0, "chunk_size": 1, "cache": cache}
+    result = reverse_golden_parameters(sharp("gpt2"), [BATCH], objective, eval_batches=[HELD_OUT], **options)
+    assert result.cost.backwards == objective.samples[True]
+    assert result.cost.forwards == objective.samples[True] + objective.samples[False]
+
+
+def test_result_goes_to_json_and_back():
+    result = reverse_golden_parameters(sharp("gpt2"), [BATCH], eval_batches=[HELD_OUT], top_k_percent=1, rounds=2)
+    again = ReverseGoldenResult.from_json(result.to_json())
+    assert all(torch.equal(again.mask[name], result.mask[name]) for name in result.mask)
+    assert again.history == result.history
+    assert again.summary() == result.summary()
+    assert result.over_gradient == result.kl_divergence / result.single_shots["gradient"]
+    assert result.density == result.count / result.mask.space.numel
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"top_k_percent": 0}, r"top_k_percent must lie in \(0, 100\]; got 0"),
+        ({"score": "fishr"}, "did you mean 'fisher'"),
+        ({"scope": "blocks"}, "unknown scope 'blocks'"),
+        ({"strategy": "greedy"}, "unknown strategy 'greedy'"),
+        ({"rounds": 0}, "rounds must be at least 1; got 0"),
+        ({"chunk_size": 0}, "chunk_size must be at least 1; got 0"),
+        ({"max_stagnant_iterations": 0}, "max_stagnant_iterations must be at least 1"),
+        ({"momentum": 2.0}, r"momentum must lie in \[0, 1\); got 2.0"),
+        ({"cache": "disk"}, "unknown cache 'disk'"),
+        ({"eval_batches": []}, "eval_batches is empty"),
+    ],
+)
+def test_wrong_arguments_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        reverse_golden_parameters(build("gpt2"), [BATCH], **{"eval_batches": [BATCH], **options})
+
+
+def test_bad_batches_weights_and_objectives_are_named():
+    model = build("gpt2")
+    with pytest.raises(ValueError, match=r"there is no sample: batches is empty"):
+        reverse_golden_parameters(model, [], eval_batches=[BATCH])
+    with pytest.raises(TypeError, match="has a loss but no logits"):
+        reverse_golden_parameters(
+            model, [BATCH], FunctionObjective(lambda model, x: model(**x).loss), eval_batches=[BATCH]
+        )
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_fc.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"weights of transformer\.h\.1\.mlp\.c_fc\.weight are not finite"):
+        reverse_golden_parameters(model, [BATCH], eval_batches=[BATCH])
+
+
+def test_a_model_that_breaks_when_masked_is_an_error():
+    class Dividing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor([2.0, 1.0]))
+
+        def forward(self, x):
+            return x / self.weight
+
+    batch = (torch.ones(2, 2), torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="divergence of the masked model is nan nats: its outputs are not finite"):
+        reverse_golden_parameters(Dividing(), [batch], ClassifierObjective(), eval_batches=[batch], top_k_percent=50)
+
+
+def test_a_parameter_that_the_objective_ignores_is_named():
+    model = nn.ModuleDict({"used": nn.Linear(2, 2), "idle": nn.Linear(2, 2)})
+
+    def logits(model, x):
+        return TargetLogits(model["used"](x), torch.zeros(len(x)).long(), torch.arange(len(x)), len(x))
+
+    class Task(FunctionObjective):
+        def log_probs(self, model, batch):
+            return logits(model, batch).log_probs()
+
+    objective = Task(lambda model, x: logits(model, x).loss(), logits)
+    with pytest.raises(ValueError, match=r"does not depend on idle\.weight .*exclude="):
+        reverse_golden_parameters(model, [torch.ones(2, 2)], objective, eval_batches=[torch.ones(2, 2)])
+    space = ParameterSpace.of(model, exclude=["idle*"])
+    options = {"eval_batches": [torch.ones(2, 2)], "space": space}
+    assert reverse_golden_parameters(model, [torch.ones(2, 2)], objective, **options).count > 0
+
+
+def test_users_scores_start_the_search_and_compete():
+    from lightning_goldy.analysis import register_score
+    from lightning_goldy.analysis.golden.golden import SCORES
+
+    name = "test_only_magnitude"
+
+    @register_score(name)
+    def magnitude(gradient, value):
+        return value.abs()
+
+    try:
+        result = reverse_golden_parameters(sharp("gpt2"), [BATCH], eval_batches=[HELD_OUT], score=name, rounds=2)
+        assert list(result.single_shots) == ["gradient", "taylor", "fisher", name]
+        assert result.score == name
+    finally:
+        del SCORES._entries[name]

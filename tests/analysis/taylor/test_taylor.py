@@ -1,0 +1,259 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_goldy.analysis import TaylorApproximation, TaylorDiff, taylor_diff
+from lightning_goldy.core import CausalLMObjective, ClassifierObjective, FunctionObjective, ParameterVector
+from lightning_goldy.core.autodiff import trainable_values
+from lightning_goldy.core.base import BaseParameters
+from tests.core.test_autodiff import without_casts  # noqa: F401  a fixture
+from tests.references.models import build, class_batch, token_batch
+
+
+def moved(model: nn.Module, size: float, seed: int = 3) -> ParameterVector:
+    """Moves a model by a random step; returns where it was."""
+    base = ParameterVector.of(model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in base.space.resolve(model).values():
+            parameter.add_(size * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+    return base
+
+
+class Quadratic(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a = nn.Parameter(torch.randn(3, dtype=torch.float64))
+        self.b = nn.Parameter(torch.randn(2, dtype=torch.float64))
+        matrix = torch.randn(5, 5, dtype=torch.float64)
+        self.register_buffer("matrix", matrix + matrix.t())
+        self.register_buffer("vector", torch.randn(5, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        theta = torch.cat([self.a, self.b])
+        return x.mean() * (theta @ self.matrix @ theta / 2 + self.vector @ theta)
+
+
+VALUE = FunctionObjective(lambda model, x: model(x))
+
+
+def test_a_quadratic_is_its_own_second_order_expansion() -> None:
+    model = Quadratic()
+    base = moved(model, 1.0)
+    x = torch.ones(4, dtype=torch.float64)
+    found = taylor_diff(model, base, [x, 2 * x], VALUE, function_space=False, by="tensor")
+    start = torch.cat(list(base.values()))
+    step = torch.cat([model.a, model.b]).detach() - start
+    gradient = 1.5 * (model.matrix @ start + model.vector)
+    assert found.first_order == pytest.approx(float(gradient @ step), rel=1e-12)
+    assert found.second_order == pytest.approx(1.5 * float(step @ model.matrix @ step) / 2, rel=1e-12)
+    assert found.orders[1].residual == pytest.approx(0, abs=1e-12)
+    assert found.orders[0].residual == pytest.approx(found.second_order, rel=1e-10)
+    assert found.gradient_norm == pytest.approx(float(gradient.norm()), rel=1e-12)
+    assert found.step_norm == pytest.approx(float(step.norm()), rel=1e-12)
+    assert found.loss_shares["a"] == pytest.approx(float(gradient[:3] @ step[:3]), rel=1e-10)
+    assert math.fsum(found.loss_shares.values()) == pytest.approx(found.first_order, rel=1e-12)
+    assert found.second_to_first == pytest.approx(abs(found.second_order / found.first_order))
+    assert TaylorDiff.from_json(found.to_json()) == found
+
+
+def test_a_model_that_is_linear_in_its_parameters_is_lazy_whatever_the_step() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).double()
+    base = moved(model, 5.0)
+    batch = (torch.randn(6, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1, 2]))
+    found = taylor_diff(model, base, [batch], ClassifierObjective())
+    first = found.orders[0]
+    assert first.relative_error == pytest.approx(0, abs=1e-12)
+    assert first.kl_divergence == pytest.approx(0, abs=1e-12)
+    assert first.top1_agreement == 1
+    assert found.regime == "lazy"
+    # The loss is not linear in the logits, so its own expansion does have a remainder.
+    assert abs(first.residual) > 1e-2
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama", "bert"])
+@pytest.mark.usefixtures("without_casts")
+def test_the_remainder_falls_with_the_power_after_the_order(family: str) -> None:
+    objective = ClassifierObjective() if family == "bert" else CausalLMObjective()
+    batch = class_batch(3, 8) if family == "bert" else token_batch(3, 8)
+
+    def slopes(sizes: list[float], orders: tuple[int, ...], measure) -> dict[int, float]:
+        found: dict[int, list[float]] = {order: [] for order in orders}
+        for size in sizes:
+            model = build(family).double().eval()
+            base = moved(model, size)
+            result = taylor_diff(model, base, [batch], objective, orders=orders, by=None)
+            with torch.no_grad():
+                start = TaylorApproximation(model, base, 1, parameters=base)
+                change = objective.logits_and_targets(model, batch).logits
+                change = change - objective.logits_and_targets(start, batch).logits
+            for fit in result.orders:
+                found[fit.order].append(measure(fit, float(change.norm())))
+        return {order: float(np.polyfit(np.log(sizes), np.log(values), 1)[0]) for order, values in found.items()}
+
+    logits = slopes([2e-4, 4e-4, 8e-4], (1, 2, 3), lambda fit, change: fit.relative_error * change)
+    assert logits == pytest.approx({1: 2, 2: 3, 3: 4}, abs=0.1)
+    # The loss's terms may cancel at larger steps, and its third remainder drowns in rounding at smaller ones.
+    losses = slopes([2e-5, 4e-5, 8e-5], (1, 2), lambda fit, change: abs(fit.residual))
+    assert losses == pytest.approx({1: 2, 2: 3}, abs=0.1)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_function_space_and_loss_space_tell_the_same_of_the_loss(family: str) -> None:
+    model = build(family).double().eval()
+    base = moved(model, 0.02)
+    batches = [token_batch(3, 8), token_batch(2, 6, seed=5)]
+    one = taylor_diff(model, base, batches)
+    other = taylor_diff(model, BaseParameters(base), batches, function_space=False)
+    for name in ("base_loss", "loss", "first_order", "second_order", "gradient_norm", "step_norm", "n_targets"):
+        assert getattr(one, name) == pytest.approx(getattr(other, name), rel=1e-6)
+    assert one.loss_shares == pytest.approx(other.loss_shares, rel=1e-6, abs=1e-12)
+    assert math.fsum(one.function_shares.values()) == pytest.approx(1, rel=1e-12)
+    assert other.function_shares == {}
+    # In the order of the model, not in that of the backward pass.
+    for shares in (one.loss_shares, one.function_shares):
+        assert next(iter(shares)) == "embeddings"
+        assert [*shares][-1] in ("final", "head")
+    assert set(one.loss_shares) >= {"embeddings", "final"}
+
+
+def test_the_loss_is_the_mean_over_all_targets_of_all_batches() -> None:
+    model = build("gpt2").eval()
+    base = moved(model, 0.05)
+    batches = [token_batch(3, 8), token_batch(2, 12, seed=5)]
+    found = taylor_diff(model, base, batches, by=None)
+    objective = CausalLMObjective()
+    with torch.no_grad():
+        losses = torch.cat([objective.logits_and_targets(model, batch).token_losses() for batch in batches])
+    assert found.loss == pytest.approx(float(losses.mean()), rel=1e-6)
+    assert found.n_targets == len(losses)
+    assert found.loss_shares == {}
+
+
+def test_shares_of_the_function_are_projections_of_each_tensors_own_change() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    base = moved(model, 0.1)
+    batch = (torch.randn(5, 3, dtype=torch.float64), torch.zeros(5, dtype=torch.long))
+    found = taylor_diff(model, base, [batch], ClassifierObjective(), by="tensor")
+    names = list(base)
+    parts = []
+    for name in names:
+        alone = ParameterVector(
+            base.space, {each: model.get_parameter(each).detach() if each == name else base[each] for each in names}
+        )
+        expansion = TaylorApproximation(model, base, 1, parameters=alone)
+        start = TaylorApproximation(model, base, 1, parameters=base)
+        parts.append(expansion(batch[0]) - start(batch[0]))
+    whole = torch.stack(parts).sum(0)
+    expected = {
+        name: float((part * whole).sum() / (whole * whole).sum()) for name, part in zip(names, parts, strict=True)
+    }
+    assert found.function_shares == pytest.approx(expected, rel=1e-9)
+
+
+def test_an_approximation_follows_the_model_and_serves_in_an_evaluation_loop() -> None:
+    model = build("gpt2").double().eval()
+    base = ParameterVector.of(model)
+    second = TaylorApproximation(model, base, 2)
+    batch = token_batch(3, 8)
+    objective = CausalLMObjective()
+    assert float(objective.loss(second, batch)) == pytest.approx(
+        float(objective.loss(model, batch).detach()), rel=1e-12
+    )
+    moved(model, 1e-3)
+    near = abs(float(objective.loss(second, batch)) - float(objective.loss(model, batch).detach()))
+    first = abs(
+        float(objective.loss(TaylorApproximation(model, base, 1), batch)) - float(objective.loss(model, batch).detach())
+    )
+    assert near < 0.2 * first
+    assert not list(second.parameters())
+    given = TaylorApproximation(model, base, 1, parameters=base)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(base[name])
+        torch.testing.assert_close(
+            given(batch["input_ids"]).logits, model(batch["input_ids"]).logits, rtol=1e-9, atol=1e-12
+        )
+
+
+def test_bfloat16_agrees_with_float32_to_its_precision() -> None:
+    model = build("llama").eval()
+    base = moved(model, 0.03)
+    exact = taylor_diff(model, base, [token_batch(3, 8)], by=None)
+    narrow = taylor_diff(model.bfloat16(), base.to(torch.bfloat16), [token_batch(3, 8)], by=None)
+    assert narrow.base_loss == pytest.approx(exact.base_loss, rel=2e-2)
+    assert narrow.first_order == pytest.approx(exact.first_order, rel=0.1)
+    assert narrow.nonlinearity == pytest.approx(exact.nonlinearity, abs=0.1)
+
+
+def test_no_change_is_a_defined_result() -> None:
+    model = build("gpt2").eval()
+    found = taylor_diff(model, ParameterVector.of(model), [token_batch(2, 6)])
+    assert found.regime == "unchanged"
+    assert (found.step_norm, found.first_order, found.second_order, found.change) == (0, 0, 0, 0)
+    assert found.nonlinearity == 0
+    assert all(fit.relative_error == 0 and fit.top1_agreement == 1 for fit in found.orders)
+
+
+def test_regimes_have_the_thresholds_that_are_stated() -> None:
+    model = build("gpt2").eval()
+    base = moved(model, 0.05)
+    found = taylor_diff(model, base, [token_batch(2, 6)], by=None)
+
+    def with_error(error: float) -> str:
+        fits = tuple({**fit, "relative_error": error} for fit in found.fits)
+        return dataclasses.replace(found, fits=fits).regime
+
+    assert [with_error(error) for error in (0.0, 0.0999, 0.1, 0.4999, 0.5, 3.0)] == [
+        "lazy",
+        "lazy",
+        "weakly nonlinear",
+        "weakly nonlinear",
+        "nonlinear",
+        "nonlinear",
+    ]
+
+
+def test_the_model_comes_back_as_it_was() -> None:
+    model = build("gpt2").train()
+    base = moved(model, 0.02)
+    model.transformer.wte.weight.grad = torch.ones_like(model.transformer.wte.weight)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    random = torch.get_rng_state()
+    for function_space in (True, False):
+        taylor_diff(model, base, [token_batch(2, 6)], function_space=function_space)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(random, torch.get_rng_state())
+    assert model.training
+    assert float(model.transformer.wte.weight.grad.mean()) == 1
+
+
+def test_bad_input_is_refused() -> None:
+    model = build("gpt2")
+    base = ParameterVector.of(model)
+    batch = token_batch(2, 6)
+    for options, message in (
+        ({"orders": (0, 1)}, r"orders lie between 1 and 3; got 0"),
+        ({"orders": (1, 4)}, r"orders lie between 1 and 3; got 4"),
+        ({"orders": (2,)}, "orders must hold 1"),
+        ({"by": "layer"}, "unknown by='layer'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            taylor_diff(model, base, [batch], **options)
+    with pytest.raises(ValueError, match="there is no batch"):
+        taylor_diff(model, base, [])
+    with pytest.raises(ValueError, match="order must lie between 1 and 3; got 0"):
+        TaylorApproximation(model, base, 0)
+    other = ParameterVector.of(build("llama"))
+    with pytest.raises(ValueError, match=r"wte|embed|parameter"):
+        taylor_diff(model, other, [batch])
+    assert trainable_values(model)
