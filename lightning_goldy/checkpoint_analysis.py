@@ -26,14 +26,14 @@ from lightning_goldy.checkpoint_parts import PARTS, Part, Subject, Writing, left
 from lightning_goldy.command_output import output_folder, print_report
 from lightning_goldy.configured import run_configured
 from lightning_goldy.core.blocks import UnsupportedArchitectureError
-from lightning_goldy.core.files import atomic_path, atomic_write, to_json_line
+from lightning_goldy.core.files import atomic_write, to_json_line
 from lightning_goldy.core.isolation import undisturbed
 from lightning_goldy.core.objective import Objective, batch_tensors
 from lightning_goldy.core.space import trainable_parameters
 from lightning_goldy.core.vector import require_finite
 from lightning_goldy.report.checkpoint_summary import explanation_table, summary_table
 from lightning_goldy.report.continuations import continuations_table
-from lightning_goldy.report.plots import draw_plots
+from lightning_goldy.report.figures import draw_figures
 from lightning_goldy.saved import SavedModel, read_saved
 from lightning_goldy.training import check_configs
 
@@ -234,13 +234,12 @@ class CheckpointAnalysis(L.Callback):
 
     def _draw(self, row: dict[str, Any]) -> None:
         try:
-            figures = draw_plots(row)
+            figures = draw_figures(row)
         except ImportError as error:
             self._no_figures = str(error)
             return
         for name, figure in figures.items():
-            with atomic_path(self.folder / FIGURES / f"{row['name']}-{name}.png") as temporary:
-                figure.savefig(temporary, format="png")
+            atomic_write(self.folder / FIGURES / f"{row['name']}-{name}.png", figure.png())
 
     def _write_summary(self) -> None:
         summary = {

@@ -26,7 +26,7 @@ from lightning_goldy.core.gates import HeadGates
 from lightning_goldy.core.isolation import undisturbed
 from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.sharding import Replicas
-from lightning_goldy.report.tensorboard import log_scalars
+from lightning_goldy.report.loggers import log_scalars
 
 
 class HeadPlasticity(AnalysisCallback[list[dict[str, Any]]]):

@@ -9,9 +9,9 @@ import lightning.pytorch as L
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_goldy.report.coupling_drifts import moved_text
+from lightning_goldy.report.figures import draw_figures
 from lightning_goldy.report.generations import generations_text
-from lightning_goldy.report.plots import draw_plots
-from lightning_goldy.report.tensorboard import log_figure, log_histogram, log_scalars, log_text
+from lightning_goldy.report.loggers import log_figure, log_histogram, log_scalars, log_text
 
 _told: set[str] = set()
 
@@ -42,7 +42,7 @@ def log_findings(
     if row["result"].get("moved"):
         log_text(trainer.loggers, f"{prefix}/moved", moved_text(row["result"]["moved"]), step)
     try:
-        figures = draw_plots(row)
+        figures = draw_figures(row)
     except ImportError as error:
         if str(error) not in _told:
             _told.add(str(error))

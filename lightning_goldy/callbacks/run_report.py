@@ -45,7 +45,7 @@ class RunReport(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Writes the page."""
-        from lightning_goldy.report.html import ReportError, write_report
+        from lightning_goldy.report.page import ReportError, write_report
 
         folder = run_directory(trainer)
         if not trainer.is_global_zero:

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from lightning_goldy.analysis.coupling_picture import coupling_picture
 from lightning_goldy.callbacks.run_directory import ResultStore
-from lightning_goldy.core.files import atomic_path
+from lightning_goldy.core.files import atomic_path, atomic_write
 from lightning_goldy.coupling.analysis import Findings
 from lightning_goldy.coupling.report import SCHEMA_VERSION
-from lightning_goldy.report import draw_plots
+from lightning_goldy.report.figures import draw_figures
 
 TENSORS = "coupling.safetensors"
 SUMMARY = "coupling.json"
@@ -111,17 +111,16 @@ def write_pictures(rows: list[dict[str, Any]], folder: Path) -> tuple[dict[str, 
         folder: Where.
 
     Returns:
-        What each file shows, by name; and why there is none, where matplotlib is not installed.
+        What each file shows, by name; and why there is none, where what draws them is not installed.
     """
     written = {}
     for row in rows:
         try:
-            figures = draw_plots(row)
+            figures = draw_figures(row)
         except ImportError as error:
             return {}, str(error)
         for name, figure in figures.items():
             file, shows = _PICTURES[row["analysis"], name]
-            with atomic_path(folder / file) as temporary:
-                figure.savefig(temporary, format="png", dpi=110)
+            atomic_write(folder / file, figure.png())
             written[file] = shows
     return written, None

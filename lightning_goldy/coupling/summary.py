@@ -41,7 +41,7 @@ from lightning_goldy.models import WeightDtype, check_vocabulary, load_model
 from lightning_goldy.quiet import progress_only, without_known_warnings
 from lightning_goldy.report.coupling_tables import readiness_lines, readiness_table
 from lightning_goldy.report.formatting import format_bytes, format_number, format_percent, format_seconds
-from lightning_goldy.report.html import write_report
+from lightning_goldy.report.page import write_report
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,17 +1,15 @@
-"""Which figures belong to which analysis, and the error that a result gets which cannot be drawn."""
+"""Which plotly and matplotlib figures belong to which analysis."""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Mapping
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable
+from typing import Generic, TypeVar
 
-Row = Mapping[str, Any]
+from lightning_goldy.report.figures import ReportError, Row, require
+
+__all__ = ["FigureRegistry", "ReportError", "Row", "require"]
+
 Figure = TypeVar("Figure")
-
-
-class ReportError(ValueError):
-    """A run directory or a row in it is not what the report can read; the message names the place."""
 
 
 class FigureRegistry(Generic[Figure]):
@@ -65,23 +63,3 @@ class FigureRegistry(Generic[Figure]):
             ReportError: The row lacks what a figure needs.
         """
         return {name: function(row) for name, function in self._functions.get(row["analysis"], {}).items()}
-
-
-def require(module: str) -> Any:
-    """Imports a module of the optional ``report`` extra.
-
-    Args:
-        module: Dotted name.
-
-    Raises:
-        ImportError: It is not installed; the message says how to install it.
-
-    Example:
-        >>> require("json").dumps([])
-        '[]'
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0]
-        raise ImportError(f'figures need {package}: pip install "lightning-goldy[report]"') from error

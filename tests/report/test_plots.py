@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from lightning_goldy.report.grids import golden_density, relative_change
 
 from lightning_goldy.report.formatting import MISSING
-from lightning_goldy.report.grids import golden_density, relative_change
 from lightning_goldy.report.plots import (
     PLOTS,
     draw_plots,

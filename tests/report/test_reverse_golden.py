@@ -5,10 +5,10 @@ import math
 from typing import Any
 
 import pytest
+from lightning_goldy.report.reverse_golden_history import search_caption, search_history
 
 from lightning_goldy.report import chart_search_history, draw_plots, plot_search_history
 from lightning_goldy.report.registry import ReportError
-from lightning_goldy.report.reverse_golden_history import search_caption, search_history
 
 
 def entry(iteration: int, greedy: float, pool: float | None, accepted: bool) -> dict[str, Any]:

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from lightning_goldy.report.tensorboard import _tell_once, log_figure, log_histogram, log_scalars
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_goldy.report.plots import plot_golden_parameters
-from lightning_goldy.report.tensorboard import _tell_once, log_figure, log_histogram, log_scalars
 
 Build = Callable[..., dict[str, Any]]
 
