@@ -321,9 +321,7 @@ def _lines_chart(style: Lines, bands: bool, notes: bool, few: bool, shapes: tupl
     tips += [alt.Tooltip("note:N", title="note")] if notes else []
     axis = alt.Axis(grid=False, **({"tickMinStep": 1, "format": ","} if style.whole else {}))
     base = alt.Chart(alt.NamedData("points")).encode(
-        x=alt.X(
-            "x:Q", title=style.x or None, axis=alt.Axis(grid=False, **axis), scale=alt.Scale(zero=False, nice=False)
-        ),
+        x=alt.X("x:Q", title=style.x or None, axis=axis, scale=alt.Scale(zero=False, nice=False)),
         y=alt.Y(
             "y:Q",
             title=style.y or None,
