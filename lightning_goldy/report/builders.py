@@ -319,7 +319,7 @@ def _lines_chart(style: Lines, bands: bool, notes: bool, few: bool, shapes: tupl
     tips.append(alt.Tooltip("y:Q", title=style.y or "value", format=_EXACT))
     tips += [alt.Tooltip(f"{end}:Q", title=end, format=_EXACT) for end in ("low", "high") if bands]
     tips += [alt.Tooltip("note:N", title="note")] if notes else []
-    axis = alt.Axis(grid=False, **({"tickMinStep": 1, "format": ","} if style.whole else {}))
+    axis = alt.Axis(grid=False, **({"tickMinStep": 1, "format": ",d"} if style.whole else {}))
     base = alt.Chart(alt.NamedData("points")).encode(
         x=alt.X("x:Q", title=style.x or None, axis=axis, scale=alt.Scale(zero=False, nice=False)),
         y=alt.Y(

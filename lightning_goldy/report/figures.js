@@ -58,12 +58,13 @@
       }
       const config = { background: "transparent", ...themes[theme], ...spec.config };
       delete spec.config;
+      // The interpreter of expressions (`ast`) needs no `eval`, which the page forbids.
+      const options = { mode: "vega-lite", ast: true, renderer: "svg", actions: false, config };
       const element = document.createElement("div");
       this.clear();
       this.plot.append(element);
       try {
-        // The interpreter of expressions needs no `eval`, which the page forbids.
-        const result = await vegaEmbed(element, spec, { ast: true, renderer: "svg", actions: false, config });
+        const result = await vegaEmbed(element, spec, options);
         if (turn === this.turn) Object.assign(this, { result, state });
         else result.finalize();
       } catch (error) {
