@@ -173,6 +173,7 @@ def _exchange(process: subprocess.Popen[bytes], content: bytes) -> tuple[int, by
             raise EOFError
     finally:
         limit.cancel()
+        limit.join()
     return status, answer
 
 

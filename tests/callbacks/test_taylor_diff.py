@@ -7,7 +7,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_goldy.analysis import taylor_diff
 from lightning_goldy.callbacks import ExactResume, GoldenSnapshot, TaylorDiff
-from lightning_goldy.report import draw_plots
+from lightning_goldy.report.plots import draw_plots
 from lightning_goldy.report.charts import CHARTS
 from tests.callbacks.training import TokenData, differences, fit
 

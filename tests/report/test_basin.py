@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lightning_goldy.core.files import to_json_line
-from lightning_goldy.report import draw_plots
+from lightning_goldy.report.plots import draw_plots
 from lightning_goldy.report.basin_charts import (
     chart_volume_cutoffs,
     chart_volume_estimates,

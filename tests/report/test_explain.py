@@ -8,7 +8,7 @@ import pytest
 
 from lightning_goldy.analysis.explain_result import LABELS, ExplainedChange
 from lightning_goldy.core.files import to_json_line
-from lightning_goldy.report import draw_plots
+from lightning_goldy.report.plots import draw_plots
 from lightning_goldy.report.charts import CHARTS
 from lightning_goldy.report.descriptions import description_of
 from lightning_goldy.report.explain_charts import chart_explained_change
