@@ -1,6 +1,6 @@
 (() => {
   "use strict";
-  const themes = JSON.parse(document.getElementById("themes").textContent);
+  const themes = JSON.parse(document.querySelector("script.themes").textContent);
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
   let printing = false;
 

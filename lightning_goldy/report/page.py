@@ -32,7 +32,7 @@ from lightning_goldy.report.formatting import (
 from lightning_goldy.report.frames import Frame, figure_html
 from lightning_goldy.report.generations import generations_html
 from lightning_goldy.report.legacy import old_figures_html, scripts_html
-from lightning_goldy.report.rendering import page_script
+from lightning_goldy.report.rendering import page_script, require_drawing
 from lightning_goldy.report.run import AnalysisRows, Run, read_run
 
 # Every frame of a slider is in the page, so their number decides its size.
@@ -63,7 +63,7 @@ def write_report(run_directory: str | os.PathLike[str], output: str | os.PathLik
         ...     write_report(folder).name
         'report.html'
     """
-    drawing = page_script()
+    require_drawing()
     run = read_run(run_directory)
     target = run.directory / "report.html" if output is None else Path(output)
     if target.is_dir():
@@ -75,7 +75,7 @@ def write_report(run_directory: str | os.PathLike[str], output: str | os.PathLik
         style=_asset("style.css"),
         body=body,
         themes=script_json(THEMES),
-        drawing=drawing,
+        drawing=page_script(),
         script=_asset("figures.js"),
         old=scripts_html() if 'class="chart old"' in body else "",
     )
