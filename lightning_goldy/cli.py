@@ -132,7 +132,7 @@ def _copy_recipe(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from lightning_goldy.report.html import write_report
+    from lightning_goldy.report.page import write_report
 
     print(write_report(options.run_directory, options.output))
     return 0

@@ -31,7 +31,7 @@ from lightning_goldy.core.isolation import undisturbed
 from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.sharding import Replicas
 from lightning_goldy.core.space import ParameterSpace
-from lightning_goldy.report.tensorboard import log_scalars
+from lightning_goldy.report.loggers import log_scalars
 from lightning_goldy.training.subject import find_model, find_objective
 
 

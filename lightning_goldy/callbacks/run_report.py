@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_goldy.callbacks.base import AnalysisCallback
 from lightning_goldy.callbacks.store import run_directory
+from lightning_goldy.report.rendering import require_drawing
 
 
 class RunReport(L.Callback):
@@ -29,7 +30,7 @@ class RunReport(L.Callback):
         """Refuses a run whose report could not be written, before it starts.
 
         Raises:
-            ImportError: plotly is not installed.
+            ImportError: altair or vl-convert is not installed.
             ValueError: The trainer has no analysis to report on.
         """
         if stage != "fit":
@@ -38,14 +39,11 @@ class RunReport(L.Callback):
             raise ValueError(
                 "RunReport has nothing to report: the trainer has no analysis callback, such as GoldenSnapshot()"
             )
-        try:
-            import plotly  # noqa: F401
-        except ImportError as error:
-            raise ImportError('RunReport needs plotly: pip install "lightning-goldy[report]"') from error
+        require_drawing()
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Writes the page."""
-        from lightning_goldy.report.html import ReportError, write_report
+        from lightning_goldy.report.page import ReportError, write_report
 
         folder = run_directory(trainer)
         if not trainer.is_global_zero:

@@ -31,11 +31,11 @@ from lightning_goldy.core.files import (
     to_json_line,
 )
 from lightning_goldy.report.coupling_drifts import moved_text
+from lightning_goldy.report.figures import draw_figures
 from lightning_goldy.report.generations import generations_text
 from lightning_goldy.report.history import RowHistory
-from lightning_goldy.report.plots import draw_plots
+from lightning_goldy.report.loggers import log_figure, log_histogram, log_scalars, log_text
 from lightning_goldy.report.run import upgraded
-from lightning_goldy.report.tensorboard import log_figure, log_histogram, log_scalars, log_text
 
 ROWS = "results.jsonl"
 _UNLOGGED = "goldy_logs"
@@ -218,7 +218,7 @@ def log_row(
     if row["result"].get("moved"):
         log_text(trainer.loggers, f"{prefix}/moved", moved_text(row["result"]["moved"]), step)
     try:
-        figures = draw_plots(row, earlier)
+        figures = draw_figures(row, earlier)
     except ImportError as error:
         if str(error) not in _told:
             _told.add(str(error))

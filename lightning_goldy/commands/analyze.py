@@ -40,14 +40,14 @@ from lightning_goldy.commands.fit import check_configs, run_configured
 from lightning_goldy.commands.output import output_folder, print_report
 from lightning_goldy.core.architecture import UnsupportedArchitectureError
 from lightning_goldy.core.base import BaseParameters
-from lightning_goldy.core.files import atomic_path, atomic_write, to_json_line
+from lightning_goldy.core.files import atomic_write, to_json_line
 from lightning_goldy.core.isolation import undisturbed
 from lightning_goldy.core.objective import Objective, batch_tensors
 from lightning_goldy.core.space import trainable_parameters
 from lightning_goldy.core.vector import require_finite, substituted
 from lightning_goldy.report.checkpoint_summary import explanation_table, summary_table
 from lightning_goldy.report.continuations import continuations_table
-from lightning_goldy.report.plots import draw_plots
+from lightning_goldy.report.figures import draw_figures
 from lightning_goldy.training.subject import check_probe, find_model, find_objective, find_probe
 
 _ORDERS = (1, 2)
@@ -397,13 +397,12 @@ class CheckpointAnalysis(L.Callback):
 
     def _draw(self, row: dict[str, Any]) -> None:
         try:
-            figures = draw_plots(row)
+            figures = draw_figures(row)
         except ImportError as error:
             self._no_figures = str(error)
             return
         for name, figure in figures.items():
-            with atomic_path(self.folder / FIGURES / f"{row['name']}-{name}.png") as temporary:
-                figure.savefig(temporary, format="png")
+            atomic_write(self.folder / FIGURES / f"{row['name']}-{name}.png", figure.png())
 
     def _write_summary(self) -> None:
         summary = {

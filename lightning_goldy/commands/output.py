@@ -31,7 +31,7 @@ def output_folder(output: str | Path | None, analysis: str, runs: str) -> Path:
 
 def print_report(folder: Path) -> None:
     """Writes the report of a folder and prints where it is, or why there is none."""
-    from lightning_goldy.report.html import write_report
+    from lightning_goldy.report.page import write_report
 
     try:
         print(f"report: {write_report(folder)}")

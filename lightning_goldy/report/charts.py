@@ -10,11 +10,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from lightning_goldy.report.captions import change_caption, golden_caption, histogram_caption
-from lightning_goldy.report.formatting import format_cell
-from lightning_goldy.report.grids import BlockGrid, change_histogram, golden_density, relative_change
 from lightning_goldy.report.registry import FigureRegistry, Row, require
 
 if TYPE_CHECKING:
@@ -37,12 +32,6 @@ def register_chart(analysis: str, name: str) -> Callable[[Callable[[Row], Figure
 
     Raises:
         ValueError: The analysis has a figure of that name.
-
-    Example:
-        >>> @register_chart("golden_snapshot", "Sizes of the changes")
-        ... def again(row): ...
-        Traceback (most recent call last):
-        ValueError: analysis 'golden_snapshot' has a plotly figure 'Sizes of the changes' already: ...
     """
     return CHARTS.register(analysis, name)
 
@@ -56,132 +45,6 @@ def plain(text: str) -> str:
     """
     # plotly knows no entity for quotes and would print it; text between dollar signs would go to MathJax.
     return html.escape(text, quote=False).replace("$", "&#36;")
-
-
-@register_chart("golden_parameters", "Where the golden parameters are")
-def chart_golden_parameters(row: Row) -> Figure:
-    """Heat map of the golden density by block and tensor kind, in percent.
-
-    Args:
-        row: Of the analysis ``golden_parameters``.
-
-    Raises:
-        ReportError: The row lacks what the figure needs.
-        ImportError: plotly is not installed.
-
-    Example:
-        >>> tensors = [{"name": "h.0.w", "block": "h.0", "kind": "mlp", "numel": 8, "golden": 2}]
-        >>> chart_golden_parameters({"metrics": {}, "result": {"tensors": tensors}}).data[0].z
-        ([25.0],)
-    """
-    return heat_map(golden_density(row), golden_caption(row), "golden, %", "Cividis")
-
-
-@register_chart("golden_snapshot", "Where the weights changed")
-def chart_weight_changes(row: Row) -> Figure:
-    """Heat map of ||Delta|| / ||theta_0|| by block and tensor kind, in percent.
-
-    Args:
-        row: Of the analysis ``golden_snapshot``.
-
-    Raises:
-        ReportError: The row lacks what the figure needs.
-        ImportError: plotly is not installed.
-
-    Example:
-        >>> tensors = [{"name": "h.0.w", "block": "h.0", "kind": "mlp", "base_norm": 2.0, "delta_norm": 0.5}]
-        >>> chart_weight_changes({"metrics": {}, "result": {"tensors": tensors}}).data[0].z
-        ([25.0],)
-    """
-    return heat_map(relative_change(row), change_caption(row), "change, %", "Viridis")
-
-
-@register_chart("golden_snapshot", "Sizes of the changes")
-def chart_change_histogram(row: Row) -> Figure:
-    """Histogram of log10 |Delta| over the elements.
-
-    Args:
-        row: Of the analysis ``golden_snapshot``.
-
-    Raises:
-        ReportError: The row lacks what the figure needs.
-        ImportError: plotly is not installed.
-
-    Example:
-        >>> histogram = {"edges": [-3, -2, -1], "counts": [4, 1], "zero": 5}
-        >>> chart_change_histogram({"result": {"histogram": histogram}}).data[0].y
-        (4, 1)
-    """
-    graph_objects = require("plotly.graph_objects")
-    histogram = change_histogram(row)
-    middles, widths = (histogram.edges[1:] + histogram.edges[:-1]) / 2, np.diff(histogram.edges)
-    hover = "log10 |Delta| around %{x:.2f}<br>%{y:,} elements<extra></extra>"
-    bars = graph_objects.Bar(
-        x=middles.tolist(), y=histogram.counts.tolist(), width=widths.tolist(), hovertemplate=hover, marker_line_width=0
-    )
-    value_axis: dict[str, Any] = {"title": {"text": "elements"}, "automargin": True}
-    if histogram.counts.any():
-        # A bin with one element would have no height on a logarithmic axis that starts at one.
-        extent = [math.log10(0.5), math.log10(2 * histogram.counts.max())]
-        value_axis |= {"type": "log", "dtick": 1, "range": extent, "exponentformat": "power"}
-    layout = {
-        "template": None,
-        "height": 320,
-        "margin": _MARGIN,
-        "bargap": 0,
-        "xaxis": {"title": {"text": "log10 |Delta|"}, "automargin": True, "zeroline": False},
-        "yaxis": value_axis,
-        "meta": {"caption": histogram_caption(row)},
-    }
-    figure: Figure = graph_objects.Figure(bars, layout)
-    return figure
-
-
-def heat_map(grid: BlockGrid, caption: str, unit: str, colours: str) -> Figure:
-    """A heat map with a number in every cell; cells without a number stay empty.
-
-    Args:
-        grid: The numbers.
-        caption: Sentence under the chart.
-        unit: Title of the colour bar.
-        colours: One of plotly's colour scales.
-
-    Example:
-        >>> figure = heat_map(BlockGrid(("h.0",), ("mlp", "norm"), np.array([[2.0, np.nan]])), "", "%", "Viridis")
-        >>> figure.data[0].z, figure.data[0].text
-        (([2.0, None],), (['2', '–'],))
-    """
-    graph_objects = require("plotly.graph_objects")
-    cells = [[float(f"{value:.6g}") if math.isfinite(value) else None for value in line] for line in grid.values]
-    text = [[format_cell(value) for value in line] for line in grid.values]
-    trace = graph_objects.Heatmap(
-        z=cells,
-        x=[plain(kind) for kind in grid.kinds],
-        y=[plain(block) for block in grid.blocks],
-        text=text,
-        texttemplate="%{text}",
-        hovertemplate=f"%{{y}}, %{{x}}<br>%{{z:.4g}} ({plain(unit)})<extra></extra>",
-        hoverongaps=False,
-        xgap=2,
-        ygap=2,
-        coloraxis="coloraxis",
-    )
-    layout = {
-        "template": None,
-        "height": 110 + 26 * len(grid.blocks),
-        "margin": _MARGIN,
-        "xaxis": {"type": "category", "side": "top", "showgrid": False, "automargin": True},
-        "yaxis": {"type": "category", "autorange": "reversed", "showgrid": False, "automargin": True, "dtick": 1},
-        "coloraxis": {
-            "colorscale": colours,
-            "cmin": 0,
-            "cmax": grid.largest,
-            "colorbar": {"title": {"text": plain(unit)}, "thickness": 12, "outlinewidth": 0, "len": 1},
-        },
-        "meta": {"caption": caption},
-    }
-    figure: Figure = graph_objects.Figure(trace, layout)
-    return figure
 
 
 def line_chart(series: Mapping[str, Series], *, x_title: str = "step") -> Figure:

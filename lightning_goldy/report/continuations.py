@@ -12,10 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_goldy.report.descriptions import Description, describe
-from lightning_goldy.report.formatting import format_number, format_percent
+from lightning_goldy.report.formatting import format_number, format_percent, texts_html
 from lightning_goldy.report.generations import printable
 from lightning_goldy.report.registry import ReportError, Row
-from lightning_goldy.report.tables import texts_html
 
 Continuations = Sequence[Mapping[str, Any]]
 """Entries of ``prompt``, ``present``, and ``base``, ``agreement`` (a fraction), ``kl_per_token`` (nats) or null."""

@@ -10,10 +10,9 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from lightning_goldy.report.formatting import format_number
+from lightning_goldy.report.formatting import format_number, texts_html
 from lightning_goldy.report.generations import printable
 from lightning_goldy.report.registry import ReportError, Row
-from lightning_goldy.report.tables import texts_html
 
 _CHECKS = ("check", "value", "asked for", "", "what it means")
 _PAIRS = ("cosine", "question", "answer", "question", "answer", "same")

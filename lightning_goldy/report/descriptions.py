@@ -34,9 +34,28 @@ class Description:
 
 _DESCRIPTIONS: dict[str, Description] = {}
 
+# Of the sections on the page.
+_ORDER = (
+    "golden_snapshot",
+    "golden_parameters",
+    "reverse_golden_parameters",
+    "basin_volume",
+    "taylor_diff",
+    "head_plasticity",
+    "plasticity_sweep",
+    "parameter_distribution",
+    "attention_tracker",
+    "knowledge_coupling",
+    "ripple_effects",
+    "coupling_drift",
+    "explain_change",
+    "continuations",
+    "variant_losses",
+)
+
 
 def describe(analysis: str, description: Description) -> None:
-    """Adds the description of an analysis; the page shows analyses in the order in which they were described.
+    """Adds the description of an analysis; the page shows analyses of somebody else in the order of their descriptions.
 
     Args:
         analysis: The ``analysis`` field of its rows.
@@ -62,6 +81,8 @@ def description_of(analysis: str) -> Description:
         >>> description_of("some_analysis").title
         'Some analysis'
     """
+    from lightning_goldy.report import topics  # noqa: F401
+
     return _DESCRIPTIONS.get(analysis) or Description(analysis.replace("_", " ").capitalize(), "", "")
 
 
@@ -72,84 +93,10 @@ def position_of(analysis: str) -> int:
         >>> position_of("golden_snapshot") < position_of("golden_parameters") < position_of("some_analysis")
         True
     """
-    return list(_DESCRIPTIONS).index(analysis) if analysis in _DESCRIPTIONS else len(_DESCRIPTIONS)
+    order = [*_ORDER, *(name for name in _DESCRIPTIONS if name not in _ORDER)]
+    return order.index(analysis) if analysis in order else len(order)
 
 
-describe(
-    "golden_snapshot",
-    Description(
-        title="Change since the snapshot",
-        measures="How far the weights have moved from the base model that was kept when the finetune began.",
-        reading=(
-            "A small relative change is a small step; blocks that stand out in the heat map are where the finetune "
-            "happened. A cosine near 1 between successive updates means a steady direction, near 0 wandering, below 0 "
-            "going back and forth."
-        ),
-        metrics={
-            "delta_norm": "||Delta||; the distance from the snapshot",
-            "relative_change": "||Delta|| / ||base||; by block, of all that the block holds",
-            "update_cosine": "cosine between this update and the one before",
-        },
-    ),
-)
-describe(
-    "golden_parameters",
-    Description(
-        title="Golden parameters",
-        measures=(
-            "Which parameters matter to every sample: for each one the top k % by gradient score are marked, and a "
-            "parameter is golden when enough of the samples mark it."
-        ),
-        reading=(
-            "Compare the density with the one expected by chance: far above it, the samples share parameters. A delta "
-            "share above the density (a ratio above 1) means that the finetune moved the golden parameters more than "
-            "the others; a Jaccard index near 1 that the set is stable."
-        ),
-        metrics={
-            "count": "parameters in the mask; the golden ones",
-            "density": "parameters in the mask divided by all",
-            "chance_density": "density expected if samples marked parameters independently",
-            "density_over_chance": "density divided by the one expected by chance",
-            "jaccard_previous": "overlap with the mask of the analysis before (intersection over union)",
-            "delta_share": "share of ||Delta||^2 inside the mask",
-            "delta_share_over_density": "that share divided by the density; 1 = no more than their number",
-        },
-    ),
-)
-describe(
-    "reverse_golden_parameters",
-    Description(
-        title="Reverse golden parameters",
-        measures=(
-            "Which few parameters the predictions hang on: the mask of a given size whose zeroing moves the model's "
-            "distribution most, searched for on one half of the probe and measured on the other."
-        ),
-        reading=(
-            "Compare the divergence with those of the single-shot masks of the same size: how much more the search "
-            "has found than a score of the unmasked model. It is a lower bound of what zeroing so many can do. "
-            "A Jaccard index near 1 means that the predictions hang on the same elements as before."
-        ),
-        metrics={
-            "kl_divergence": (
-                "mean KL(model || what stands in for it), nats per target; the masked model, on samples without "
-                "a part in the search"
-            ),
-            "search_divergence": "the same on the samples that chose; far above, the mask fits those samples alone",
-            "single_shot": "divergence of a mask of the same size by this score of the unmasked model, nats per target",
-            "over_gradient": "the divergence as a multiple of the mask's of the largest gradients",
-            "count": "parameters in the mask; the zeroed ones",
-            "density": "parameters in the mask divided by all",
-            "accepted_pools": "iterations in which the pool's mask beat the greedy one",
-            "token_agreement": "share of positions at which the masked model writes the same token",
-            "kl_per_token": (
-                "mean KL(model || the other) along what the model writes, nats per token; the whole one, the masked one"
-            ),
-            "jaccard_previous": "overlap with the mask of the analysis before (intersection over union)",
-            "delta_share": "share of ||Delta||^2 inside the mask",
-            "delta_share_over_density": "that share divided by the density; 1 = no more than their number",
-        },
-    ),
-)
 describe(
     "basin_volume",
     Description(
@@ -260,28 +207,6 @@ describe(
             "runs": "runs with pruning",
             "best_cost": "smallest mean rise of the loss over the run without pruning, nats",
             "worst_cost": "largest mean rise of the loss, nats",
-        },
-    ),
-)
-describe(
-    "parameter_distribution",
-    Description(
-        title="Shape of the change",
-        measures=(
-            "What the change of each matrix looks like: how many directions it has, whether it lies along the base's "
-            "strongest directions, and how far the distribution of the weights has drifted."
-        ),
-        reading=(
-            "A stable rank near 1 means that the change is one direction, as of a low-rank adapter. An alignment over "
-            "chance near 1 means that the finetune found directions of its own; far above, that it amplified those "
-            "that the base had."
-        ),
-        metrics={
-            "stable_rank": "||Delta||_F^2 / ||Delta||_2^2, mean over the matrices weighted by size; by block",
-            "effective_rank": "exponential of the entropy of the normalised spectrum; of matrices' changes, by block",
-            "alignment_over_chance": "share of ||Delta||^2 along the base's top directions, over chance",
-            "histogram_drift": "Jensen-Shannon divergence of the weights' histograms, nats; by block",
-            "relative_change": "||Delta|| / ||base||; by block, of all that the block holds",
         },
     ),
 )

@@ -1,44 +1,99 @@
 (() => {
   "use strict";
+  const themes = JSON.parse(document.querySelector("script.themes").textContent);
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
-  const config = { displaylogo: false, responsive: true, modeBarButtons: [["toImage", "resetScale2d"]] };
-  const light = { text: "#1d232b", grid: "#dde2e8", lines: ["#2a6fb0", "#c8871a", "#3a9a6b", "#b5489a", "#7a6bd1", "#c4453c"] };
-  const night = { text: "#e4e8ed", grid: "#333c46", lines: ["#6cb0f0", "#e3b341", "#5cc596", "#e07cc6", "#a89af5", "#f0786f"] };
   let printing = false;
 
-  const themed = (layout) => {
-    const colours = dark.matches && !printing ? night : light;
-    const result = {
-      ...layout, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", colorway: colours.lines,
-      modebar: { bgcolor: "rgba(0,0,0,0)", color: colours.grid, activecolor: colours.text },
-      font: { color: colours.text, family: "system-ui, sans-serif", size: 12 },
-    };
-    for (const key of Object.keys(layout)) {
-      if (/^[xy]axis\d*$/.test(key)) {
-        result[key] = { gridcolor: colours.grid, linecolor: colours.grid, zerolinecolor: colours.grid, ...layout[key] };
+  const unpacked = (column) => Array.isArray(column) ? column : column.at.map((place) => column.of[place]);
+  const rowsOf = (columns) => {
+    const names = Object.keys(columns);
+    const values = names.map((name) => unpacked(columns[name]));
+    const length = values.length ? values[0].length : 0;
+    return Array.from({ length }, (_, row) => Object.fromEntries(names.map((name, at) => [name, values[at][row]])));
+  };
+  const single = (spec) => ("mark" in spec || "layer" in spec)
+    && !["column", "row", "facet"].some((name) => name in (spec.encoding || {}));
+
+  class Chart {
+    constructor(element) {
+      this.content = JSON.parse(element.querySelector("script").textContent);
+      this.plot = element.querySelector(".plot");
+      this.caption = element.querySelector("figcaption");
+      this.slider = element.querySelector("input");
+      this.label = element.querySelector("output");
+      this.turn = 0;
+      if (this.slider) this.slider.addEventListener("input", () => this.show());
+    }
+    frame() {
+      const { frames } = this.content;
+      return frames[this.slider ? Number(this.slider.value) : frames.length - 1];
+    }
+    data(frame) {
+      const of = (name, columns) => Object.fromEntries(Object.entries(columns).map(
+        ([column, values]) => [column, values === 0 ? this.content.shared[name][column] : values]));
+      return Object.entries(frame.data).map(([name, columns]) => [name, rowsOf(of(name, columns))]);
+    }
+    async show() {
+      const frame = this.frame();
+      if (this.caption) this.caption.textContent = frame.caption || "";
+      if (this.label) this.label.textContent = frame.label;
+      const turn = ++this.turn;
+      const theme = dark.matches && !printing ? "dark" : "light";
+      if ("none" in frame) {
+        this.clear();
+        this.plot.textContent = frame.none;
+        return;
+      }
+      const state = `${theme} ${frame.spec}`;
+      if (this.result && this.state === state) {
+        for (const [name, rows] of this.data(frame)) this.result.view.data(name, rows);
+        this.result.view.run();
+        return;
+      }
+      const spec = { ...this.content.specs[frame.spec] };
+      spec.datasets = { ...spec.datasets, ...Object.fromEntries(this.data(frame)) };
+      spec.params = [...(spec.params || []), ...this.content.params];
+      if (single(spec) && !("width" in spec)) {
+        Object.assign(spec, { width: "container", autosize: { type: "fit-x", contains: "padding" } });
+      }
+      const config = { background: "transparent", ...themes[theme], ...spec.config };
+      delete spec.config;
+      // The interpreter of expressions (`ast`) needs no `eval`, which the page forbids.
+      const options = { mode: "vega-lite", ast: true, renderer: "svg", actions: false, config };
+      const element = document.createElement("div");
+      this.clear();
+      this.plot.append(element);
+      try {
+        const result = await vegaEmbed(element, spec, options);
+        if (turn === this.turn) Object.assign(this, { result, state });
+        else result.finalize();
+      } catch (error) {
+        this.plot.textContent = `This figure could not be drawn: ${error.message}`;
       }
     }
-    return result;
-  };
+    clear() {
+      if (this.result) this.result.finalize();
+      this.result = undefined;
+      this.plot.replaceChildren();
+    }
+  }
 
-  const charts = [...document.querySelectorAll("figure.chart")].map((element) => {
-    const frames = JSON.parse(element.querySelector("script").textContent);
-    const [plot, caption] = [element.querySelector(".plot"), element.querySelector("figcaption")];
-    const [slider, label] = [element.querySelector("input"), element.querySelector("output")];
-    const draw = () => {
-      const frame = frames[slider ? Number(slider.value) : frames.length - 1];
-      // Plotly keeps and changes what it is given.
-      const figure = structuredClone(frame.figure);
-      Plotly.react(plot, figure.data, themed(figure.layout), config);
-      if (caption) caption.textContent = frame.caption;
-      if (label) label.textContent = frame.label;
-    };
-    if (slider) slider.addEventListener("input", draw);
-    draw();
-    return draw;
-  });
-  const redraw = () => charts.forEach((draw) => draw());
+  const charts = new Map();
+  const elements = [...document.querySelectorAll("figure.chart:not(.old)")];
+  const draw = (element) => {
+    if (!charts.has(element)) charts.set(element, new Chart(element));
+    return charts.get(element).show();
+  };
+  // Figures are drawn when they come near to the window.
+  const watcher = new IntersectionObserver((entries) => {
+    for (const entry of entries.filter((found) => found.isIntersecting)) {
+      watcher.unobserve(entry.target);
+      draw(entry.target);
+    }
+  }, { rootMargin: "800px" });
+  for (const element of elements) watcher.observe(element);
+  const redraw = () => { for (const element of charts.keys()) draw(element); };
   dark.addEventListener("change", redraw);
-  window.addEventListener("beforeprint", () => { printing = true; redraw(); });
+  window.addEventListener("beforeprint", () => { printing = true; elements.forEach(draw); });
   window.addEventListener("afterprint", () => { printing = false; redraw(); });
 })();

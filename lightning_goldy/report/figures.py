@@ -1,98 +1,350 @@
-"""Figures as pieces of the page: data for the script, a slider over the steps, a caption."""
+"""A figure is described once: which analysis it belongs to, and one specification for the page and for the loggers.
+
+A function registered with :func:`register_figure` makes a :class:`Figure` out of a row, most often with the helpers of
+:mod:`lightning_goldy.report.builders`. The page draws its specification with the reader's own script, the loggers take
+its PNG.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from html import escape
-from typing import TYPE_CHECKING, Any
+import importlib
+import math
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from lightning_goldy.report.charts import Series, line_chart
+from lightning_goldy.report.rendering import png_of
 
 if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
+    import altair
+
+Row: TypeAlias = Mapping[str, Any]
+Columns: TypeAlias = Mapping[str, Sequence[Any]]
+"""Data of a figure: field name to values, all of one length. Values are numbers, texts, truth values or None."""
+
+# Width of the plot of a specification that states none, where it cannot take the page's.
+_WIDTH = 560
+_CAPTION_LETTERS = 95
+
+
+class ReportError(ValueError):
+    """A run directory or a row in it is not what the report can read; the message names the place."""
 
 
 @dataclass(frozen=True)
-class Frame:
-    """A figure at one step.
+class Figure:
+    """What a figure shows, and the words around it.
+
+    Data are given apart from the chart, by name, so that the page stores the chart of a slider once. A chart refers to
+    them with ``altair.NamedData(name)``. Numbers that fix a colour scale go to ``ranges`` and not into the chart: it
+    writes ``domain=bounds(name)``, and the page gives all steps of a slider the widest of their ranges.
 
     Args:
-        label: Shown beside the slider, for example ``step 40``.
-        figure: The figure; its caption is ``layout.meta["caption"]``.
-    """
+        chart: An Altair chart, or a Vega-Lite specification.
+        data: Name to columns; a column's name is a plain identifier, as dots and brackets mean something to Vega.
+        caption: Sentences under the figure: the settings and the numbers that it has to be read against.
+        title: Above the image in loggers; the heading on the page and the step when it is empty.
+        ranges: Name, an identifier, to (low, high).
 
-    label: str
-    figure: Figure
-
-
-def script_json(value: Any) -> str:
-    r"""JSON that can stand inside a script element whatever text it holds.
+    Raises:
+        ValueError: A name is not an identifier, or columns of one table differ in length.
 
     Example:
-        >>> script_json({"name": "</script>"}) == r'{"name":"\u003c/script\u003e"}'
-        True
+        >>> chart = {"data": {"name": "cells"}, "mark": "point", "encoding": {"x": {"field": "size"}}}
+        >>> Figure(chart, {"cells": {"size": [1, 2]}}).spec()["datasets"]
+        {'cells': [{'size': 1}, {'size': 2}]}
     """
-    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
-    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+    chart: altair.TopLevelMixin | Mapping[str, Any]
+    data: Mapping[str, Columns] = field(default_factory=dict)
+    caption: str = ""
+    title: str = ""
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in (*self.data, *self.ranges, *(name for columns in self.data.values() for name in columns)):
+            if not name.isidentifier():
+                raise ValueError(f"names of a figure's data and ranges must be identifiers, got {name!r}")
+        for name, columns in self.data.items():
+            lengths = {column: len(values) for column, values in columns.items()}
+            if len(set(lengths.values())) > 1:
+                raise ValueError(f"columns of {name!r} differ in length: {lengths}")
+
+    def bare(self) -> dict[str, Any]:
+        """The specification without data, ranges, title and theme."""
+        chart = self.chart if isinstance(self.chart, Mapping) else self.chart.to_dict(validate=False)
+        config = {name: value for name, value in chart.get("config", {}).items() if name != "view"}
+        plain = {name: value for name, value in chart.items() if name not in ("$schema", "config")}
+        return {**plain, "config": config} if config else plain
+
+    def spec(self, theme: Literal["light", "dark"] = "light") -> dict[str, Any]:
+        """The whole Vega-Lite specification.
+
+        Args:
+            theme: Colours of text, axes and lines, and of the background.
+        """
+        spec = self.bare()
+        if is_single(spec):
+            spec.setdefault("width", _WIDTH)
+        data = {name: _rows(columns) for name, columns in self.data.items()}
+        spec["datasets"] = {**spec.get("datasets", {}), **data}
+        spec["params"] = [*spec.get("params", []), *range_params(self.ranges)]
+        background = {"light": "#ffffff", "dark": "#1c2229"}[theme]
+        spec["config"] = {**THEMES[theme], "background": background, **spec.get("config", {})}
+        words = {"text": self.title, "subtitle": textwrap.wrap(self.caption, _CAPTION_LETTERS)}
+        if self.title or self.caption:
+            own = spec.get("title")
+            spec["title"] = {**words, **(own if isinstance(own, dict) else {})}
+        return spec
+
+    def png(self, scale: float = 1.5) -> bytes:
+        """The image in light colours.
+
+        Args:
+            scale: Pixels per unit of the specification's sizes.
+
+        Raises:
+            ImportError: altair or vl-convert is not installed.
+            RenderError: The specification cannot be drawn.
+        """
+        return png_of(self.spec(), scale)
 
 
-def figure_html(heading: str, frames: Sequence[Frame]) -> str:
-    """A figure of the page; with several frames it has a slider that starts at the last.
+Drawn: TypeAlias = Figure | str | None
+"""What a figure function returns: a figure; a sentence that says why there is none; or None, and nothing is said."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A registered figure; see :func:`register_figure`."""
+
+    name: str
+    heading: str
+    over: Literal["step", "run"]
+    reads: tuple[str, ...]
+    function: Callable[[Any], Drawn]
+
+    def draw(self, rows: Sequence[Row]) -> Drawn:
+        """Draws the last of the rows, or all of them where the figure is over the run.
+
+        Raises:
+            ReportError: A row lacks what the figure needs.
+            TypeError: The function gives something else, such as a figure of another library.
+        """
+        try:
+            drawn = self.function(rows if self.over == "run" else rows[-1])
+        except ReportError:
+            raise
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+            raise ReportError(f"{type(error).__name__}: {error}") from error
+        if not isinstance(drawn, (Figure, str, type(None))):
+            raise TypeError(
+                f"{self.function.__module__}.{self.function.__qualname__} returned a {type(drawn).__module__}."
+                f"{type(drawn).__qualname__}; a function under register_figure returns a lightning_goldy.report.Figure"
+            )
+        return drawn
+
+
+FIGURES: dict[str, dict[str, Entry]] = {}
+"""The figures of each analysis by name, in the order of the page."""
+
+_Function = Callable[[Any], Drawn]
+
+
+def register_figure(
+    analysis: str, name: str, *, heading: str, over: Literal["step", "run"] = "step", reads: Iterable[str] = ()
+) -> Callable[[_Function], _Function]:
+    """Decorator that makes a function one of an analysis's figures, on the page and in the loggers.
 
     Args:
-        heading: Text above the figure.
-        frames: At least one, in the order of the slider.
+        analysis: The ``analysis`` field of the rows that it draws.
+        name: Unique within the analysis; the logged tag ends with it.
+        heading: Above the figure on the page.
+        over: With ``"step"`` the function takes one row, and the page has a slider over the steps. With ``"run"`` it
+            takes the rows of the run up to then, ascending; the page draws all of them once.
+        reads: Entries of ``row["result"]`` that a figure over the run needs of earlier rows. While a run trains, only
+            these are kept of them.
+
+    Raises:
+        ValueError: The analysis has a figure of that name, or `over` is something else.
 
     Example:
-        >>> from lightning_goldy.report.charts import line_chart
-        >>> page = figure_html("Loss <nats>", [Frame("step 1", line_chart({"loss": ([1], [2.0])}))])
-        >>> "<h4>Loss &lt;nats&gt;</h4>" in page, "<input" in page
-        (True, False)
+        >>> @register_figure("golden_parameters", "density", heading="Again")
+        ... def again(row): ...
+        Traceback (most recent call last):
+        ValueError: analysis 'golden_parameters' has a figure 'density' already: ...chart_golden_parameters
     """
-    figures = [json.loads(frame.figure.to_json()) for frame in frames]
-    _share_colours(figures)
-    captions = [(figure["layout"].pop("meta", None) or {}).get("caption", "") for figure in figures]
-    data = [
-        {"label": frame.label, "caption": caption, "figure": figure}
-        for frame, caption, figure in zip(frames, captions, figures, strict=True)
-    ]
-    height = int(figures[-1]["layout"].get("height", 300))
-    slider = _slider(heading, frames) if len(frames) > 1 else ""
-    caption = f"<figcaption>{escape(captions[-1])}</figcaption>" if any(captions) else ""
-    return (
-        f'<figure class="chart"><h4>{escape(heading)}</h4>{slider}'
-        f'<div class="plot" style="height:{height}px"></div>{caption}'
-        f'<script type="application/json">{script_json(data)}</script></figure>'
-    )
+    if over not in ("step", "run"):
+        raise ValueError(f"a figure is over 'step' or 'run', got {over!r}")
+
+    def add(function: _Function) -> _Function:
+        entries = FIGURES.setdefault(analysis, {})
+        if name in entries:
+            known = entries[name].function
+            raise ValueError(
+                f"analysis {analysis!r} has a figure {name!r} already: {known.__module__}.{known.__qualname__}"
+            )
+        entries[name] = Entry(name, heading, over, tuple(reads), function)
+        return function
+
+    return add
 
 
-def lines_html(heading: str, series: Mapping[str, Series]) -> str:
-    """A line chart of the page.
+def register_former(analysis: str, name: str) -> Callable[[_Function], _Function]:
+    """Takes the place of ``register_plot`` and ``register_chart``: the name is also the heading.
 
     Example:
-        >>> lines_html("loss", {"loss": ([1, 2], [2.0, 1.0])}).startswith('<figure class="chart"><h4>loss</h4>')
-        True
+        >>> register_former("golden_parameters", "density")(lambda row: None)
+        Traceback (most recent call last):
+        ValueError: analysis 'golden_parameters' has a figure 'density' already: ...chart_golden_parameters
     """
-    return figure_html(heading, [Frame("", line_chart(series))])
+    return register_figure(analysis, name, heading=name)
 
 
-def _slider(heading: str, frames: Sequence[Frame]) -> str:
-    last = len(frames) - 1
-    return (
-        f'<label class="steps"><span>Analysis</span><input type="range" min="0" max="{last}" value="{last}" step="1" '
-        f'aria-label="Step of {escape(heading)}"><output>{escape(frames[-1].label)}</output></label>'
-    )
+def figures_of(analysis: str) -> tuple[Entry, ...]:
+    """The registered figures of an analysis, in the order of the page; none when it is unknown."""
+    from lightning_goldy.report import topics  # noqa: F401
+
+    return tuple(FIGURES.get(analysis, {}).values())
 
 
-def _share_colours(figures: Sequence[dict[str, Any]]) -> None:
-    """One colour scale for all steps, so that moving the slider compares."""
-    names = {name for figure in figures for name in figure["layout"] if name.startswith("coloraxis")}
-    for name in names:
-        axes = [figure["layout"][name] for figure in figures if name in figure["layout"]]
-        for bound, choose in (("cmin", min), ("cmax", max)):
-            values = [axis[bound] for axis in axes if axis.get(bound) is not None]
-            for axis in axes:
-                if values:
-                    axis[bound] = choose(values)
+def reads_of(analysis: str) -> frozenset[str]:
+    """Entries of ``row["result"]`` of earlier rows that the figures over the run need.
+
+    Example:
+        >>> reads_of("golden_parameters")
+        frozenset()
+    """
+    return frozenset(name for entry in figures_of(analysis) if entry.over == "run" for name in entry.reads)
+
+
+def draw_figures(row: Row, earlier: Sequence[Row] = ()) -> dict[str, Figure]:
+    """Draws all figures of a row's analysis, for loggers and files.
+
+    Args:
+        row: One row of ``results.jsonl``.
+        earlier: The rows of the run before it, ascending; of their results, those entries that :func:`reads_of` names.
+
+    Returns:
+        Figure name to figure, with its title; figures that have nothing to show in this row are left out.
+
+    Raises:
+        ReportError: A row lacks what a figure needs.
+        ImportError: altair or vl-convert is not installed.
+
+    Example:
+        >>> draw_figures({"analysis": "of somebody else"})
+        {}
+    """
+    from lightning_goldy.report.legacy import draw_old
+
+    figures = {}
+    for entry in figures_of(row["analysis"]):
+        figure = entry.draw([*earlier, row])
+        if isinstance(figure, Figure):
+            step = f"{entry.heading}, step {row['step']:,}"
+            figures[entry.name] = figure if figure.title else replace(figure, title=step)
+    return {**figures, **draw_old(row, earlier)}
+
+
+def bounds(name: str) -> list[dict[str, str]]:
+    """The domain of a scale that spans the figure's range of that name.
+
+    Example:
+        >>> bounds("density")
+        [{'expr': 'density_low'}, {'expr': 'density_high'}]
+    """
+    return [{"expr": f"{name}_low"}, {"expr": f"{name}_high"}]
+
+
+def range_params(ranges: Mapping[str, tuple[float, float]]) -> list[dict[str, Any]]:
+    """Vega-Lite parameters that :func:`bounds` refers to.
+
+    Example:
+        >>> range_params({"density": (0.0, 5.0)})
+        [{'name': 'density_low', 'value': 0.0}, {'name': 'density_high', 'value': 5.0}]
+    """
+    ends = (("low", 0), ("high", 1))
+    return [{"name": f"{name}_{end}", "value": pair[place]} for name, pair in ranges.items() for end, place in ends]
+
+
+def is_single(spec: Mapping[str, Any]) -> bool:
+    """Whether a specification is one plot, whose width can follow the page's, and not several side by side."""
+    return ("mark" in spec or "layer" in spec) and not {"column", "row", "facet"} & set(spec.get("encoding", {}))
+
+
+def require(module: str) -> Any:
+    """Imports a module of the optional ``report`` extra.
+
+    Args:
+        module: Dotted name.
+
+    Raises:
+        ImportError: It is not installed; the message says how to install it.
+
+    Example:
+        >>> require("json").dumps([])
+        '[]'
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise ImportError(f'figures need {package}: pip install "lightning-goldy[report]"') from error
+
+
+def plain_columns(columns: Columns) -> dict[str, list[Any]]:
+    """Columns as JSON knows them: arrays as lists, and None for numbers that are not finite.
+
+    Example:
+        >>> plain_columns({"loss": [1.0, float("nan")]})
+        {'loss': [1.0, None]}
+    """
+    plain = {name: values.tolist() if hasattr(values, "tolist") else values for name, values in columns.items()}
+    return {
+        name: [None if isinstance(value, float) and not math.isfinite(value) else value for value in values]
+        for name, values in plain.items()
+    }
+
+
+def _rows(columns: Columns) -> list[dict[str, Any]]:
+    columns = plain_columns(columns)
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _theme(text: str, soft: str, line: str, lines: Sequence[str]) -> dict[str, Any]:
+    words = {"labelColor": text, "titleColor": text, "labelLimit": 260, "titleFontWeight": "normal"}
+    return {
+        "font": "system-ui, 'Liberation Sans', sans-serif",
+        "view": {"stroke": None},
+        "axis": {**words, "domainColor": line, "tickColor": line, "gridColor": line, "labelFontSize": 11},
+        "legend": {**words, "labelFontSize": 11, "symbolLimit": 60},
+        "title": {
+            "color": text,
+            "subtitleColor": soft,
+            "subtitleFontSize": 11,
+            "fontSize": 13,
+            "anchor": "start",
+            "frame": "group",
+            "offset": 10,
+            "subtitlePadding": 4,
+        },
+        "header": {"labelColor": text, "titleColor": text},
+        "text": {"color": text},
+        "rule": {"color": soft},
+        "range": {"category": list(lines)},
+    }
+
+
+THEMES: Mapping[str, Mapping[str, Any]] = {
+    "light": _theme(
+        *("#1d232b", "#5b6673", "#dde2e8"),
+        ["#2a6fb0", "#c8871a", "#3a9a6b", "#b5489a", "#7a6bd1", "#c4453c", "#4b9fb5", "#7d7f86"],
+    ),
+    "dark": _theme(
+        *("#e4e8ed", "#9ba7b4", "#333c46"),
+        ["#6cb0f0", "#e3b341", "#5cc596", "#e07cc6", "#a89af5", "#f0786f", "#74cfe3", "#a9b0b8"],
+    ),
+}
+"""Vega-Lite configurations for bright and for dark surroundings."""

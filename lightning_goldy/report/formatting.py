@@ -1,8 +1,12 @@
-"""Numbers as people read them."""
+"""Numbers and tables as people read them."""
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Iterable, Sequence
+from html import escape
+from typing import Any, Literal
 
 MISSING = "–"  # noqa: RUF001
 
@@ -82,3 +86,73 @@ def format_bytes(count: float | None) -> str:
             return f"{size:.3g} {unit}"
         size /= 1024
     return f"{size:.3g} TiB"
+
+
+def table_html(header: Sequence[str], body: Sequence[Sequence[str]], footer: Sequence[str] = ()) -> str:
+    """A table whose first column names its rows; the cells are HTML already.
+
+    A column whose heading begins with ``#`` holds numbers.
+
+    Example:
+        >>> table_html(["metric", "#latest"], [["count", "3"]]).count('class="number"')
+        2
+    """
+    numeric = [text.startswith("#") for text in header]
+    marks = [' class="number"' if number else "" for number in numeric]
+
+    def line(cells: Sequence[str]) -> str:
+        rest = (f"<td{mark}>{cell}</td>" for mark, cell in zip(marks[1:], cells[1:], strict=True))
+        return f'<tr><th scope="row">{cells[0]}</th>{"".join(rest)}</tr>'
+
+    head = "".join(
+        f'<th scope="col"{mark}>{text.removeprefix("#")}</th>' for mark, text in zip(marks, header, strict=True)
+    )
+    foot = f"<tfoot>{line(footer)}</tfoot>" if footer else ""
+    return (
+        f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{"".join(map(line, body))}</tbody>'
+        f"{foot}</table></div>"
+    )
+
+
+def texts_html(
+    headings: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    numbers_from: int | None = None,
+    wrap: Literal["anywhere", "normal"] = "anywhere",
+) -> str:
+    """A table whose every cell is escaped, and kept from reordering its neighbours.
+
+    Args:
+        headings: Plain texts.
+        rows: Plain texts, one per heading.
+        numbers_from: The first of the columns that hold numbers, which are the last ones; none by default.
+        wrap: Where long words may break.
+
+    Example:
+        >>> page = texts_html(["asked", "times"], [["<b>", "3"]], numbers_from=1)
+        >>> "&lt;b&gt;" in page, page.count('class="number"')
+        (True, 2)
+    """
+    first = len(headings) if numbers_from is None else numbers_from
+    marks = ["" if place < first else ' class="number"' for place in range(len(headings))]
+    head = "".join(f'<th scope="col"{mark}>{escape(text)}</th>' for mark, text in zip(marks, headings, strict=True))
+
+    def cell(mark: str, text: str) -> str:
+        # Left-to-right marks and the like stay within their cell.
+        return f'<td{mark}><bdi style="overflow-wrap:{wrap}">{escape(text)}</bdi></td>'
+
+    lines = ("".join(cell(mark, text) for mark, text in zip(marks, cells, strict=True)) for cells in rows)
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def script_json(value: Any) -> str:
+    r"""JSON that can stand inside a script element whatever text it holds.
+
+    Example:
+        >>> script_json({"name": "</script>"}) == r'{"name":"\u003c/script\u003e"}'
+        True
+    """
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")

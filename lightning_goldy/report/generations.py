@@ -12,9 +12,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from lightning_goldy.report.formatting import format_number, format_percent
+from lightning_goldy.report.formatting import format_number, format_percent, texts_html
 from lightning_goldy.report.registry import ReportError, Row
-from lightning_goldy.report.tables import texts_html
 
 Generations = Sequence[Mapping[str, Any]]
 """Entries of ``prompt``, ``plain``, ``masked``, ``agreement`` (a fraction) and ``kl_per_token`` (nats)."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from lightning_goldy.core.files import finite
+from lightning_goldy.report import figures
 
 Row = Mapping[str, Any]
 
@@ -33,7 +34,7 @@ def reads_of(analysis: str) -> frozenset[str]:
         >>> sorted(reads_of("head_plasticity")), sorted(reads_of("golden_parameters"))
         (['curve', 'timeline'], [])
     """
-    return _READS.get(analysis, frozenset())
+    return _READS.get(analysis, frozenset()) | figures.reads_of(analysis)
 
 
 class RowHistory:

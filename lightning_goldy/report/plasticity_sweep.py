@@ -67,7 +67,7 @@ def sweep_runs(row: Row) -> list[Mapping[str, Any]]:
     Example:
         >>> sweep_runs({"result": {"runs": []}})
         Traceback (most recent call last):
-        lightning_goldy.report.registry.ReportError: 'result.runs' must be a list with at least one run
+        lightning_goldy.report.figures.ReportError: 'result.runs' must be a list with at least one run
     """
     result = row.get("result")
     runs = result.get("runs") if isinstance(result, Mapping) else None

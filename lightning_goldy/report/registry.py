@@ -1,19 +1,15 @@
-"""Which figures belong to which analysis, and the error that a result gets which cannot be drawn."""
+"""Which plotly and matplotlib figures belong to which analysis."""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
 
+from lightning_goldy.report.figures import ReportError, Row, require
 from lightning_goldy.report.history import with_history
 
-Row = Mapping[str, Any]
+__all__ = ["FigureRegistry", "ReportError", "Row", "require"]
 Figure = TypeVar("Figure")
-
-
-class ReportError(ValueError):
-    """A run directory or a row in it is not what the report can read; the message names the place."""
 
 
 class FigureRegistry(Generic[Figure]):
@@ -73,23 +69,3 @@ class FigureRegistry(Generic[Figure]):
         functions = self._functions.get(row["analysis"], {})
         drawn = with_history(row, earlier) if functions else row
         return {name: function(drawn) for name, function in functions.items()}
-
-
-def require(module: str) -> Any:
-    """Imports a module of the optional ``report`` extra.
-
-    Args:
-        module: Dotted name.
-
-    Raises:
-        ImportError: It is not installed; the message says how to install it.
-
-    Example:
-        >>> require("json").dumps([])
-        '[]'
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0]
-        raise ImportError(f'figures need {package}: pip install "lightning-goldy[report]"') from error

@@ -6,8 +6,7 @@ import pytest
 
 from lightning_goldy.analysis import parameter_distribution
 from lightning_goldy.callbacks import GoldenSnapshot, ParameterDistribution
-from lightning_goldy.report import draw_plots
-from lightning_goldy.report.charts import CHARTS
+from lightning_goldy.report.figures import draw_figures
 from tests.callbacks.training import fit
 
 
@@ -31,8 +30,7 @@ def test_it_logs_what_the_function_finds_and_rows_can_be_drawn(tmp_path) -> None
     assert last["metrics"]["stable_rank"] > 1
     assert first["metrics"]["stable_rank"] is None
     for row in (first, last):
-        assert set(draw_plots(row)) == {"blocks"}
-        assert len(CHARTS.draw(row)) == 1
+        assert set(draw_figures(row)) == {"blocks"}
 
 
 def test_the_relative_change_is_that_of_the_snapshot(tmp_path) -> None:

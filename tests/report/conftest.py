@@ -24,6 +24,7 @@ class Page(HTMLParser):
         self.tags: list[tuple[str, Attributes]] = []
         self.texts: list[tuple[str, str]] = []
         self.charts: list[Any] = []
+        self.themes: Any = None
         self._open: list[tuple[str, Attributes]] = []
         self.feed(text)
         self.close()
@@ -39,7 +40,9 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         tag, attributes = self._open[-1] if self._open else ("", {})
-        if tag == "script" and attributes.get("type") == "application/json":
+        if tag == "script" and attributes.get("class") == "themes":
+            self.themes = json.loads(data)
+        elif tag == "script" and attributes.get("type") == "application/json":
             self.charts.append(json.loads(data))
         elif tag not in ("script", "style"):
             self.texts.append((tag, data))
@@ -48,6 +51,16 @@ class Page(HTMLParser):
     def scripts(self) -> int:
         """Scripts that run."""
         return sum(tag == "script" and "type" not in attributes for tag, attributes in self.tags)
+
+    def table(self, chart: int, name: str, frame: int = -1) -> dict[str, Any]:
+        """Data of a chart as the script unpacks them."""
+        content = self.charts[chart]
+        own = content["frames"][frame]["data"][name]
+        columns = {key: content["shared"][name][key] if values == 0 else values for key, values in own.items()}
+        return {
+            key: [values["of"][place] for place in values["at"]] if isinstance(values, dict) else values
+            for key, values in columns.items()
+        }
 
     def values(self, *names: str) -> list[str | None]:
         """Values of attributes, in the order of the page."""

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from lightning_goldy.core.files import to_json_line
-from lightning_goldy.report import draw_plots
 from lightning_goldy.report.attention_charts import (
     chart_attention_differences,
     chart_attention_heads,
@@ -29,8 +28,9 @@ from lightning_goldy.report.attention_plots import (
 )
 from lightning_goldy.report.attentions import SHARES, drift_caption, heads_by_statistic, patterns, spectra
 from lightning_goldy.report.charts import CHARTS
-from lightning_goldy.report.figures import Frame, figure_html
 from lightning_goldy.report.history import with_history
+from lightning_goldy.report.legacy import Frame, figure_html
+from lightning_goldy.report.plots import draw_plots
 from lightning_goldy.report.registry import ReportError
 from tests.report.attention_rows import attention_row, maps_of, statistics_of
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from lightning_goldy.core.files import to_json_line
-from lightning_goldy.report import draw_plots
 from lightning_goldy.report.basin_charts import (
     chart_volume_cutoffs,
     chart_volume_estimates,
     chart_volume_trajectory,
 )
 from lightning_goldy.report.basin_plots import plot_volume_cutoffs, plot_volume_estimates, plot_volume_trajectory
+from lightning_goldy.report.plots import draw_plots
 from lightning_goldy.report.registry import ReportError
 from lightning_goldy.report.volumes import (
     cutoff_caption,

@@ -9,12 +9,12 @@ import pytest
 from lightning_goldy.analysis.linearized import ExplainedChange
 from lightning_goldy.analysis.linearized.explain import LABELS
 from lightning_goldy.core.files import to_json_line
-from lightning_goldy.report import draw_plots
 from lightning_goldy.report.charts import CHARTS
 from lightning_goldy.report.descriptions import description_of
 from lightning_goldy.report.explain_charts import chart_explained_change
 from lightning_goldy.report.explain_plots import plot_explained_change
 from lightning_goldy.report.explanations import survival, survival_caption
+from lightning_goldy.report.plots import draw_plots
 from lightning_goldy.report.registry import ReportError
 
 

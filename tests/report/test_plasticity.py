@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from lightning_goldy.core.files import to_json_line
-from lightning_goldy.report import draw_plots
 from lightning_goldy.report.charts import CHARTS
 from lightning_goldy.report.plasticity import (
     attention_grid,
@@ -20,6 +19,7 @@ from lightning_goldy.report.plasticity import (
     score_grid,
 )
 from lightning_goldy.report.plasticity_sweep import sweep_caption, sweep_lines
+from lightning_goldy.report.plots import draw_plots
 from lightning_goldy.report.registry import ReportError
 from tests.report.plasticity_rows import plasticity_row, sweep_row
 

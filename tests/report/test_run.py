@@ -66,7 +66,7 @@ def test_a_torn_last_line_is_left_out_and_told(
     write_rows(run, golden_row(10), golden_row(20), tail='{"format": 1, "analysis": "gol')
     page = page_of(run)
     assert "Line 3 of golden_parameters/results.jsonl, the last, is torn; it is left out." in page.text("p")
-    assert ["step 10", "step 20"] in [[frame["label"] for frame in chart] for chart in page.charts]
+    assert ["step 10", "step 20"] in [[frame["label"] for frame in chart["frames"]] for chart in page.charts]
 
 
 def test_a_whole_last_line_without_a_newline_counts(tmp_path: Path, golden_row: Build, write_rows: Write) -> None:

@@ -37,10 +37,10 @@ from lightning_goldy.commands.coupling.run import Clock, Findings, measure, read
 from lightning_goldy.core.files import atomic_path, atomic_write, to_json_line
 from lightning_goldy.core.naming import model_class
 from lightning_goldy.data.tokenization import load_tokenizer
-from lightning_goldy.report import draw_plots
 from lightning_goldy.report.coupling_tables import readiness_lines, readiness_table
+from lightning_goldy.report.figures import draw_figures
 from lightning_goldy.report.formatting import format_bytes, format_number, format_percent, format_seconds
-from lightning_goldy.report.html import write_report
+from lightning_goldy.report.page import write_report
 from lightning_goldy.training.models import WeightDtype, check_vocabulary, load_model
 from lightning_goldy.training.quiet import progress_only, without_known_warnings
 
@@ -136,18 +136,17 @@ def write_pictures(rows: list[dict[str, Any]], folder: Path) -> tuple[dict[str, 
         folder: Where.
 
     Returns:
-        What each file shows, by name; and why there is none, where matplotlib is not installed.
+        What each file shows, by name; and why there is none, where what draws them is not installed.
     """
     written = {}
     for row in rows:
         try:
-            figures = draw_plots(row)
+            figures = draw_figures(row)
         except ImportError as error:
             return {}, str(error)
         for name, figure in figures.items():
             file, shows = _PICTURES[row["analysis"], name]
-            with atomic_path(folder / file) as temporary:
-                figure.savefig(temporary, format="png", dpi=110)
+            atomic_write(folder / file, figure.png())
             written[file] = shows
     return written, None
 

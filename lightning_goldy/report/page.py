@@ -4,19 +4,40 @@ from __future__ import annotations
 
 import os
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
 
+import numpy as np
+
 from lightning_goldy.core.store import atomic_write
+from lightning_goldy.report.builders import Lines, Series, lines
+from lightning_goldy.report.charts import CHARTS
+from lightning_goldy.report.continuations import continuations_html
+from lightning_goldy.report.coupling_drifts import moved_html
+from lightning_goldy.report.coupling_tables import coupling_tables_html
 from lightning_goldy.report.curves import TrainingCurves
-from lightning_goldy.report.descriptions import description_of
-from lightning_goldy.report.figures import lines_html
-from lightning_goldy.report.formatting import MISSING, format_bytes, format_number, format_percent, format_seconds
-from lightning_goldy.report.registry import ReportError, require
+from lightning_goldy.report.descriptions import Description, description_of
+from lightning_goldy.report.figures import THEMES, Entry, ReportError, Row, figures_of
+from lightning_goldy.report.formatting import (
+    MISSING,
+    format_bytes,
+    format_number,
+    format_percent,
+    format_seconds,
+    script_json,
+    table_html,
+)
+from lightning_goldy.report.frames import Frame, figure_html
+from lightning_goldy.report.generations import generations_html
+from lightning_goldy.report.history import RowHistory
+from lightning_goldy.report.legacy import old_figures_html, scripts_html
+from lightning_goldy.report.rendering import page_script, require_drawing
 from lightning_goldy.report.run import AnalysisRows, Run, read_run
-from lightning_goldy.report.sections import analysis_html, table_html
+
+# Every frame of a slider is in the page, so their number decides its size.
+_MOST_FRAMES = 40
 
 
 def write_report(run_directory: str | os.PathLike[str], output: str | os.PathLike[str] | None = None) -> Path:
@@ -32,7 +53,7 @@ def write_report(run_directory: str | os.PathLike[str], output: str | os.PathLik
 
     Raises:
         ReportError: The directory is missing, holds no analyses, or has a malformed file; the message names the place.
-        ImportError: plotly is not installed.
+        ImportError: altair or vl-convert is not installed.
 
     Example:
         >>> import json, tempfile
@@ -43,18 +64,21 @@ def write_report(run_directory: str | os.PathLike[str], output: str | os.PathLik
         ...     write_report(folder).name
         'report.html'
     """
-    plotly_script = require("plotly.offline").get_plotlyjs()
+    require_drawing()
     run = read_run(run_directory)
     target = run.directory / "report.html" if output is None else Path(output)
     if target.is_dir():
         raise ReportError(f"output {target} is a directory; give the file to write, such as {target / 'report.html'}")
+    body = _body(run)
     page = string.Template(_asset("page.html")).substitute(
         title=escape(f"{run.directory.name}: what did this finetune change?"),
         run=escape(f"{run.directory.parent.name}/{run.directory.name}"),
         style=_asset("style.css"),
-        body=_body(run),
-        plotly=plotly_script,
+        body=body,
+        themes=script_json(THEMES),
+        drawing=page_script(),
         script=_asset("figures.js"),
+        old=scripts_html() if 'class="chart old"' in body else "",
     )
     # JSON can hold half a surrogate pair, which UTF-8 cannot.
     return atomic_write(target, page.encode("utf-8", "replace"))
@@ -105,7 +129,7 @@ def _training(training: TrainingCurves) -> str:
     charts = []
     for quantity, curves in training.by_quantity().items():
         series = {tag: (curve.steps, curve.values) for tag, curve in curves.items()}
-        charts.append(lines_html(quantity, series))
+        charts.append(_lines_html(quantity, series))
     content = f'<div class="charts">{"".join(charts)}</div>'
     if not charts:
         content = "<p>No curves: the run directory has neither TensorBoard event files nor a metrics.csv.</p>"
@@ -170,3 +194,132 @@ def _total(analysis: AnalysisRows, name: str) -> float | None:
 
 def _share(part: float | None, whole: float | None) -> str:
     return format_percent(part / whole) if part is not None and whole else MISSING
+
+
+def analysis_html(analysis: AnalysisRows, anchor: str) -> str:
+    """The section of one analysis: words, figures, metrics over the steps, a table of the latest.
+
+    Args:
+        analysis: With at least one row.
+        anchor: Identifier of the section in the page.
+
+    Raises:
+        ReportError: A row lacks what a figure needs; the message names file and line.
+    """
+    description = description_of(analysis.analysis)
+    name = "" if analysis.name == analysis.analysis else f' <span class="name">{escape(analysis.name)}</span>'
+    parts = [f'<section id="{escape(anchor)}"><h2>{escape(description.title)}{name}</h2>']
+    parts += [f"<p>{escape(text)}</p>" for text in (description.measures, description.reading) if text]
+    parts.append(_figures(analysis))
+    parts.append(generations_html(analysis.rows[-1]))
+    parts.append(continuations_html(analysis.rows[-1]))
+    parts.append(moved_html(analysis.rows[-1]))
+    parts.append(coupling_tables_html(analysis.rows[-1]))
+    parts.append(_metric_lines(analysis.rows))
+    parts.append(_metric_table(analysis.rows, description))
+    return "\n".join([*filter(None, parts), "</section>"])
+
+
+def label_of(row: Row) -> str:
+    """What the slider and the tables call a row.
+
+    Example:
+        >>> label_of({"step": 1200, "trigger": "end"}), label_of({"step": 40, "trigger": "step"})
+        ('step 1,200 (end)', 'step 40')
+    """
+    return f"step {row['step']:,}" + ("" if row["trigger"] == "step" else f" ({row['trigger']})")
+
+
+def _figures(analysis: AnalysisRows) -> str:
+    count = len(analysis.rows)
+    shown = sorted({round(place) for place in np.linspace(0, count - 1, min(count, _MOST_FRAMES))})
+    parts = [_figure(analysis, entry, shown) for entry in figures_of(analysis.analysis)]
+    if CHARTS.names(analysis.analysis):
+        parts.append(_old_figures(analysis, shown))
+    if not any(parts):
+        return ""
+    note = ""
+    if len(shown) < count:
+        note = (
+            f'<p class="note">The figures show {len(shown)} of {count} results, evenly spaced; the lines show all.</p>'
+        )
+    return f'{note}<div class="figures">{"".join(parts)}</div>'
+
+
+def _figure(analysis: AnalysisRows, entry: Entry, shown: Sequence[int]) -> str:
+    frames = []
+    for index in shown if entry.over == "step" else shown[-1:]:
+        row = analysis.rows[index]
+        try:
+            drawn = entry.draw([row] if entry.over == "step" else analysis.rows)
+        except ReportError as error:
+            where = analysis.where(index) if entry.over == "step" else f"{analysis.path}"
+            raise ReportError(f"{where}: cannot be drawn: {error}") from error
+        if drawn is not None:
+            frames.append(Frame(label_of(row), drawn))
+    return figure_html(entry.heading, frames) if frames else ""
+
+
+def _old_figures(analysis: AnalysisRows, shown: Sequence[int]) -> str:
+    drawn, labels = [], []
+    earlier = RowHistory()
+    for index, row in enumerate(analysis.rows):
+        try:
+            if index in shown:
+                drawn.append(CHARTS.draw(row, earlier.rows))
+                labels.append(label_of(row))
+            earlier.add(row)
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+            reason = str(error) if isinstance(error, ReportError) else f"{type(error).__name__}: {error}"
+            raise ReportError(f"{analysis.where(index)}: cannot be drawn: {reason}") from error
+    return old_figures_html(drawn, labels, analysis.analysis)
+
+
+def _metric_lines(rows: Sequence[Row]) -> str:
+    charts = [_lines_html(heading, series) for heading, series in _grouped_series(rows).items()]
+    return f'<h3>Over the training</h3><div class="charts">{"".join(charts)}</div>' if charts else ""
+
+
+def _grouped_series(rows: Sequence[Row]) -> dict[str, dict[str, Series]]:
+    """Metrics measured at least twice; names that differ only after the last slash share a chart."""
+    groups: dict[str, dict[str, Series]] = {}
+    drawn: dict[str, Series] = {}
+    for name in _metric_names(rows):
+        points = [(row["step"], row["metrics"].get(name)) for row in rows]
+        if sum(value is not None for _, value in points) < 2:
+            continue
+        steps, values = zip(*points, strict=True)
+        drawn[name] = steps, values
+    headings = [name.rpartition("/")[0] for name in drawn]
+    for name, series in drawn.items():
+        heading, _, label = name.rpartition("/")
+        alone = not heading or headings.count(heading) == 1
+        groups.setdefault(name if alone else heading, {})[name if alone else label] = series
+    return groups
+
+
+def _metric_table(rows: Sequence[Row], description: Description) -> str:
+    first, latest = rows[0], rows[-1]
+    names = _metric_names(rows)
+    if not names:
+        return ""
+    meanings = any(description.meaning(name) for name in names)
+    compared = (first,) if len(rows) > 1 else ()
+    header = ["metric", *(f"#{label_of(row)}" for row in (*compared, latest)), *(["meaning"] if meanings else [])]
+    body = []
+    for name in names:
+        values = [_cell(row["metrics"], name) for row in (*compared, latest)]
+        body.append([escape(name), *values, *([escape(description.meaning(name))] if meanings else [])])
+    return f"<h3>Latest numbers</h3>{table_html([escape(text) for text in header], body)}"
+
+
+def _metric_names(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row["metrics"]))
+
+
+def _cell(metrics: Mapping[str, float | None], name: str) -> str:
+    return escape(format_number(metrics.get(name)))
+
+
+def _lines_html(heading: str, series: Mapping[str, Series]) -> str:
+    return figure_html(heading, [Frame("", lines(series, Lines(x="step", height=190)))])

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import functools
+import io
 import logging
-import sys
-from collections.abc import Iterable, Mapping
+import struct
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from lightning_goldy.report.figures import Figure
 
 _messages = logging.getLogger(__name__)
 
@@ -39,30 +40,33 @@ def log_scalars(loggers: Iterable[Any], metrics: Mapping[str, float | None], ste
 
 
 def log_figure(loggers: Iterable[Any], tag: str, figure: Figure, step: int) -> list[str]:
-    """Logs a matplotlib figure to the loggers that can take one, and then closes it: the figure is empty afterwards.
+    """Logs a figure as a PNG image to the loggers that can take one.
 
     Args:
-        loggers: TensorBoard (``experiment.add_figure``), Weights & Biases (``log_image``), MLflow and Comet
-            (``experiment.log_figure``) take figures.
+        loggers: TensorBoard, Weights & Biases, MLflow and Comet take images.
         tag: Name under which it appears.
-        figure: Not used again.
+        figure: As :func:`~lightning_goldy.report.figures.draw_figures` gives it. It is drawn once, and only when there
+            is a logger that takes it.
         step: Training step.
 
     Returns:
         Class names of the loggers that cannot take figures; each is also told once in the log.
 
+    Raises:
+        TypeError: It is something else, for example a figure of matplotlib.
+
     Example:
-        >>> from matplotlib.figure import Figure
-        >>> log_figure([object()], "goldy/golden", Figure(), 10)
+        >>> from lightning_goldy.report.figures import Figure
+        >>> log_figure([object()], "goldy/golden", Figure({"mark": "point"}), 10)
         ['object']
     """
-    try:
-        refused = [type(logger).__name__ for logger in loggers if not _take_figure(logger, tag, figure, step)]
-    finally:
-        pyplot = sys.modules.get("matplotlib.pyplot")
-        if pyplot is not None:
-            pyplot.close(figure)
-        figure.clear()
+    if not hasattr(figure, "png"):
+        raise TypeError(
+            f"figure {tag!r} is a {type(figure).__module__}.{type(figure).__qualname__}; give a "
+            "lightning_goldy.report.Figure, as a function under register_figure returns it"
+        )
+    draw = functools.cache(figure.png)
+    refused = [type(logger).__name__ for logger in loggers if not _take_figure(logger, tag, draw, step)]
     for name in refused:
         _tell_once(name, "figures")
     return refused
@@ -133,22 +137,39 @@ def log_text(loggers: Iterable[Any], tag: str, text: str, step: int) -> list[str
     return refused
 
 
-def _take_figure(logger: Any, tag: str, figure: Figure, step: int) -> bool:
-    if hasattr(logger, "log_image"):
-        logger.log_image(tag, [figure], step=step)
-        return True
+def _take_figure(logger: Any, tag: str, draw: Callable[[], bytes], step: int) -> bool:
     experiment: Any = getattr(logger, "experiment", None)
-    if hasattr(experiment, "add_figure"):
-        experiment.add_figure(tag, figure, global_step=step, close=False)
-        return True
-    if hasattr(experiment, "log_figure"):
-        if getattr(logger, "run_id", None) is not None:
-            # MLflow's client keeps figures as files of a run.
-            experiment.log_figure(logger.run_id, figure, f"{tag}/step={step:08d}.png")
-        else:
-            experiment.log_figure(figure_name=tag, figure=figure, step=step)
-        return True
-    return False
+    if hasattr(experiment, "_get_file_writer"):
+        _add_to_tensorboard(experiment, tag, draw(), step)
+    elif hasattr(experiment, "add_image"):
+        experiment.add_image(tag, np.asarray(_decoded(draw())), global_step=step, dataformats="HWC")
+    elif hasattr(logger, "log_image"):
+        # Weights & Biases.
+        logger.log_image(tag, [_decoded(draw())], step=step)
+    elif hasattr(experiment, "log_image") and getattr(logger, "run_id", None) is not None:
+        # MLflow's client keeps images as files of a run.
+        experiment.log_image(logger.run_id, _decoded(draw()), artifact_file=f"{tag}/step={step:08d}.png")
+    elif hasattr(experiment, "log_image"):
+        # Comet.
+        experiment.log_image(_decoded(draw()), name=tag, step=step)
+    else:
+        return False
+    return True
+
+
+def _add_to_tensorboard(writer: Any, tag: str, png: bytes, step: int) -> None:
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    # Bytes 16 to 24 of a PNG are its width and height. The writer's own `add_image` would pack the pixels again.
+    width, height = struct.unpack(">II", png[16:24])
+    image = Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=png)
+    writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+
+
+def _decoded(png: bytes) -> Any:
+    from PIL import Image
+
+    return Image.open(io.BytesIO(png))
 
 
 def _bins(edges: ArrayLike, counts: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

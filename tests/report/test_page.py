@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from lightning_goldy.report import ReportError, write_report
-from lightning_goldy.report.charts import CHARTS, line_chart, plain, register_chart
+from lightning_goldy.report.builders import lines
 from lightning_goldy.report.descriptions import Description, describe
+from lightning_goldy.report.figures import FIGURES, register_figure
 from lightning_goldy.report.formatting import MISSING
 
 Build = Callable[..., dict[str, Any]]
@@ -50,22 +51,26 @@ def test_the_page_needs_nothing_from_outside(run: Path, page_of: PageOf) -> None
     assert policy["content"].startswith("default-src 'none'")
     # The library is there once, beside the page's own script.
     assert page.scripts == 2
-    assert text.count("* plotly.js v") == 1
+    assert text.count("window.vegaEmbed=") == 1
+    assert "unsafe-eval" not in str(policy["content"])
+    assert "plotly.js" not in text
+    assert len(text) < 1_200_000
     assert "@import" not in text.partition("</style>")[0]
 
 
 def test_figures_have_a_frame_for_every_row_and_share_colours(run: Path, page_of: PageOf) -> None:
-    charts = page_of(run).charts
-    labels = [[frame["label"] for frame in chart] for chart in charts]
+    page = page_of(run)
+    charts = page.charts
+    labels = [[frame["label"] for frame in chart["frames"]] for chart in charts]
     assert labels.count(["step 10", "step 20", "step 30"]) == 1
     assert labels.count(["step 10", "step 20"]) == 2
-    golden = charts[labels.index(["step 10", "step 20", "step 30"])]
-    limits = {frame["figure"]["layout"]["coloraxis"]["cmax"] for frame in golden}
-    assert limits == {100.0}
-    trace = golden[1]["figure"]["data"][0]
-    assert trace["y"] == ["embeddings", "transformer.h.0", "transformer.h.1"]
-    assert trace["z"] == [[1, None, None, None], [None, 8, 0, 100], [None, 8, 0, None]]
-    assert "by chance 0.25 %" in golden[0]["caption"]
+    place = labels.index(["step 10", "step 20", "step 30"])
+    assert charts[place]["params"] == [{"name": "colour_low", "value": 0}, {"name": "colour_high", "value": 100}]
+    cells = page.table(place, "cells", 1)
+    blocks = ["0|embeddings", "1|transformer.h.0", "2|transformer.h.1"]
+    assert cells["y"] == [block for block in blocks for _ in range(4)]
+    assert cells["value"] == [1, None, None, None, None, 8, 0, 100, None, 8, 0, None]
+    assert "by chance 0.25 %" in charts[place]["frames"][0]["caption"]
 
 
 def test_a_slider_is_there_only_where_there_is_a_choice(
@@ -86,8 +91,8 @@ def test_many_rows_are_thinned_in_the_figures_but_not_in_the_lines(
     write_rows(tmp_path, *(golden_row(step) for step in range(100)))
     page = page_of(tmp_path)
     assert "The figures show 40 of 100 results, evenly spaced; the lines show all." in page.text("p")
-    assert [frame["label"] for frame in page.charts[0]][::39] == ["step 0", "step 99"]
-    assert max(len(chart[0]["figure"]["data"][0]["x"]) for chart in page.charts[1:]) == 100
+    assert [frame["label"] for frame in page.charts[0]["frames"]][::39] == ["step 0", "step 99"]
+    assert max(len(page.table(place, "points")["x"]) for place in range(1, len(page.charts))) == 100
 
 
 def test_the_latest_numbers_stand_beside_the_first_with_their_meaning(run: Path, page_of: PageOf) -> None:
@@ -131,9 +136,8 @@ def test_hostile_names_come_out_as_text(tmp_path: Path, golden_row: Build, write
     assert not [tag for tag, _ in page.tags if tag == "img"]
     assert any(EVIL in data for data in page.text("figcaption"))
     assert any("evil.example" in data for data in page.text("pre"))
-    names = [name for chart in page.charts for frame in chart for name in frame["figure"]["data"][0].get("y", [])]
-    assert plain(EVIL) in names
-    assert not [name for name in names if isinstance(name, str) and "<" in name]
+    place = next(place for place, chart in enumerate(page.charts) if "cells" in chart["shared"])
+    assert f"1|{EVIL}" in page.table(place, "cells")["y"]
 
 
 def test_unknown_analyses_get_their_numbers_and_lines(
@@ -149,7 +153,7 @@ def test_unknown_analyses_get_their_numbers_and_lines(
     assert "Of somebody else " in page.text("h2")
     assert "volume" in page.text("span")
     assert page.text("h4") == ["log_volume", "share"]
-    assert [trace["name"] for trace in page.charts[1][0]["figure"]["data"]] == ["h.0", "h.1"]
+    assert page.table(1, "points")["line"] == ["h.0", "h.0", "h.1", "h.1"]
     assert page.cells()[:6] == ["metric", "step 1", "step 2", "log_volume", "-1,000,000", "-2,000,000"]
     assert "3.25" in page.cells()
 
@@ -157,17 +161,23 @@ def test_unknown_analyses_get_their_numbers_and_lines(
 def test_later_analyses_can_add_figures_and_words(
     tmp_path: Path, golden_row: Build, write_rows: Write, monkeypatch: pytest.MonkeyPatch, page_of: PageOf
 ) -> None:
-    from lightning_goldy.report import descriptions
+    from lightning_goldy.report import descriptions, figures
 
-    monkeypatch.setattr(CHARTS, "_functions", dict(CHARTS._functions))
+    monkeypatch.setattr(figures, "FIGURES", dict(FIGURES))
     monkeypatch.setattr(descriptions, "_DESCRIPTIONS", dict(descriptions._DESCRIPTIONS))
-    register_chart("tiny", "A line")(lambda row: line_chart({"a": ([1], [row["result"]["value"]])}))
+    register_figure("tiny", "line", heading="A line")(lambda row: lines({"a": ([1], [row["result"]["value"]])}))
+
+    @register_figure("tiny", "course", heading="All rows", over="run")
+    def chart_course(rows: Any) -> Any:
+        return lines({"a": ([row["step"] for row in rows], [row["result"].get("value") for row in rows])})
+
     describe("tiny", Description("Tiny analysis", "It measures a value.", "Read it.", {"value": "the value"}))
     row = golden_row(1) | {"analysis": "tiny", "name": "tiny", "metrics": {"value": 2}, "result": {"value": 2.0}}
     path = write_rows(tmp_path, row)
     page = page_of(tmp_path)
     assert page.text("h2")[1] == "Tiny analysis"
-    assert page.text("h4") == ["A line"]
+    assert page.text("h4") == ["A line", "All rows"]
+    assert page.table(1, "points") == {"x": [1], "y": [2.0], "line": ["a"]}
     assert "It measures a value." in page.text("p")
     assert "the value" in page.cells()
     write_rows(tmp_path, row, row | {"step": 2, "result": {}})
@@ -203,9 +213,9 @@ def test_a_failed_report_leaves_the_old_one(run: Path, monkeypatch: pytest.Monke
     assert [path.name for path in run.iterdir() if path.is_file()] == ["report.html"]
 
 
-def test_missing_plotly_says_what_to_install(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "plotly.offline", None)
-    with pytest.raises(ImportError, match=r'figures need plotly: pip install "lightning-goldy\[report\]"'):
+def test_missing_vl_convert_says_what_to_install(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vl_convert", None)
+    with pytest.raises(ImportError, match=r'figures need vl-convert-python: pip install "lightning-goldy\[report\]"'):
         write_report(run)
     assert not (run / "report.html").exists()
 
@@ -216,5 +226,5 @@ def test_numbers_that_are_not_finite_are_gaps(
     rows = [golden_row(step) for step in (1, 2, 3)]
     rows[1]["metrics"]["density"] = float("nan")
     write_rows(tmp_path, *rows)
-    lines = [chart[0]["figure"]["data"][0] for chart in page_of(tmp_path).charts]
-    assert [0.02, None, 0.02] in [line.get("y") for line in lines]
+    found = [page_of(tmp_path).table(place, "points")["y"] for place in range(1, 4)]
+    assert [0.02, None, 0.02] in found

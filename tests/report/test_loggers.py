@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import io
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -10,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_goldy.report.plots import plot_golden_parameters
-from lightning_goldy.report.tensorboard import _tell_once, log_figure, log_histogram, log_scalars
+from lightning_goldy.report.figures import Figure
+from lightning_goldy.report.loggers import _tell_once, log_figure, log_histogram, log_scalars
+from lightning_goldy.report.topics.golden import chart_golden_parameters
 
 Build = Callable[..., dict[str, Any]]
 
@@ -47,39 +47,49 @@ class TableLogger:
 
 
 class ImageLogger(TableLogger):
-    """Takes images, as the Weights & Biases logger; draws at once."""
+    """Takes images, as the Weights & Biases logger."""
 
     def __init__(self) -> None:
         super().__init__()
         self.images: list[Any] = []
 
-    def log_image(self, key: str, images: list[Figure], step: int | None = None) -> None:
-        buffer = io.BytesIO()
-        images[0].savefig(buffer, format="png")
-        self.images.append((key, len(images), step, len(buffer.getvalue())))
+    def log_image(self, key: str, images: list[Image.Image], step: int | None = None) -> None:
+        self.images.append((key, [image.size for image in images], step))
 
 
 class ArtifactLogger(TableLogger):
-    """Keeps figures as files of a run, as MLflow."""
+    """Keeps images as files of a run, as MLflow."""
 
     run_id = "abc"
 
     def __init__(self) -> None:
         super().__init__()
-        self.figures: list[Any] = []
-        self.experiment = SimpleNamespace(
-            log_figure=lambda run_id, figure, file: self.figures.append((run_id, len(figure.axes), file))
-        )
+        self.images: list[Any] = []
+        self.experiment = SimpleNamespace(log_image=self._take)
+
+    def _take(self, run_id: str, image: Image.Image, artifact_file: str) -> None:
+        self.images.append((run_id, image.size, artifact_file))
 
 
 class NamedLogger(TableLogger):
-    """Takes figures by name, as Comet."""
+    """Takes images by name, as Comet."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.figures: list[Any] = []
+        self.images: list[Any] = []
         self.experiment = SimpleNamespace(
-            log_figure=lambda figure_name, figure, step: self.figures.append((figure_name, len(figure.axes), step))
+            log_image=lambda image_data, name, step: self.images.append((name, image_data.size, step))
+        )
+
+
+class PixelLogger(TableLogger):
+    """A writer that takes pixels and no events."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.images: list[Any] = []
+        self.experiment = SimpleNamespace(
+            add_image=lambda tag, pixels, global_step, dataformats: self.images.append((tag, pixels.shape, global_step))
         )
 
 
@@ -111,50 +121,55 @@ def test_nothing_is_logged_when_no_metric_exists() -> None:
     assert table.metrics == []
 
 
+def size_of(png: bytes) -> tuple[int, int]:
+    return int.from_bytes(png[16:20], "big"), int.from_bytes(png[20:24], "big")
+
+
 def test_a_figure_becomes_an_image_in_tensorboard(board: BoardLogger, golden_row: Build) -> None:
-    figure = plot_golden_parameters(golden_row())
-    width, height = figure.get_size_inches() * figure.dpi
+    figure = chart_golden_parameters(golden_row())
     assert log_figure([board], "goldy/golden/density", figure, 7) == []
     (image,) = board.read().Images("goldy/golden/density")
-    assert (image.step, image.width, image.height) == (7, int(width), int(height))
-    assert image.encoded_image_string.startswith(b"\x89PNG")
+    assert (image.step, image.width, image.height) == (7, *size_of(figure.png()))
+    assert image.encoded_image_string == figure.png()
 
 
 def test_every_logger_gets_a_figure_in_its_own_way(golden_row: Build) -> None:
-    images, artifacts, named = ImageLogger(), ArtifactLogger(), NamedLogger()
-    figure = plot_golden_parameters(golden_row())
-    assert log_figure([images, artifacts, named], "goldy/density", figure, 7) == []
-    key, count, step, size = images.images[0]
-    assert (key, count, step) == ("goldy/density", 1, 7)
-    assert size > 1000
-    assert artifacts.figures == [("abc", 2, "goldy/density/step=00000007.png")]
-    assert named.figures == [("goldy/density", 2, 7)]
+    images, artifacts, named, pixels = ImageLogger(), ArtifactLogger(), NamedLogger(), PixelLogger()
+    figure = chart_golden_parameters(golden_row())
+    size = size_of(figure.png())
+    assert log_figure([images, artifacts, named, pixels], "goldy/density", figure, 7) == []
+    assert images.images == [("goldy/density", [size], 7)]
+    assert artifacts.images == [("abc", size, "goldy/density/step=00000007.png")]
+    assert named.images == [("goldy/density", size, 7)]
+    assert pixels.images == [("goldy/density", (size[1], size[0], 4), 7)]
 
 
-def test_figures_are_closed_even_when_a_logger_fails(golden_row: Build) -> None:
-    def fail(*arguments: object, **options: object) -> None:
-        raise OSError("disk full")
+def test_a_figure_is_drawn_once_and_only_for_who_takes_it(board: BoardLogger, golden_row: Build) -> None:
+    drawn = []
 
-    broken = SimpleNamespace(log_image=fail)
-    figure = plot_golden_parameters(golden_row())
-    with pytest.raises(OSError, match="disk full"):
-        log_figure([broken], "goldy/density", figure, 7)
-    assert figure.axes == []
+    class Counted:
+        def png(self) -> bytes:
+            drawn.append(1)
+            return chart_golden_parameters(golden_row()).png()
+
+    figure: Any = Counted()
+    assert log_figure([TableLogger()], "goldy/density", figure, 1) == ["TableLogger"]
+    assert drawn == []
+    log_figure([board, ImageLogger()], "goldy/density", figure, 1)
+    assert drawn == [1]
 
 
-def test_pyplot_figures_leave_pyplot(board: BoardLogger) -> None:
-    import matplotlib.pyplot as plt
-
-    figure, _ = plt.subplots()
-    log_figure([board], "goldy/any", figure, 1)
-    assert figure.number not in plt.get_fignums()
+def test_figures_of_other_libraries_are_refused_with_what_to_give(board: BoardLogger) -> None:
+    figure: Any = SimpleNamespace(savefig=None)
+    with pytest.raises(TypeError, match=r"'goldy/any' is a types.SimpleNamespace; .* register_figure"):
+        log_figure([board], "goldy/any", figure, 1)
 
 
 def test_loggers_without_figures_are_named_and_told_once(caplog: pytest.LogCaptureFixture) -> None:
     loggers = [TableLogger(), SimpleNamespace()]
     with caplog.at_level(logging.WARNING):
-        assert log_figure(loggers, "goldy/density", Figure(), 1) == ["TableLogger", "SimpleNamespace"]
-        assert log_figure(loggers, "goldy/density", Figure(), 2) == ["TableLogger", "SimpleNamespace"]
+        assert log_figure(loggers, "goldy/density", Figure({"mark": "point"}), 1) == ["TableLogger", "SimpleNamespace"]
+        assert log_figure(loggers, "goldy/density", Figure({"mark": "point"}), 2) == ["TableLogger", "SimpleNamespace"]
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == 2
     assert told[0].startswith("TableLogger cannot take figures")
@@ -199,7 +214,7 @@ def test_lightnings_own_loggers_are_understood(tmp_path: Path, golden_row: Build
 
     board, table = TensorBoardLogger(str(tmp_path)), CSVLogger(str(tmp_path), name="table")
     log_scalars([board, table], {"goldy/count": 3}, 7)
-    assert log_figure([board, table], "goldy/density", plot_golden_parameters(golden_row()), 7) == ["CSVLogger"]
+    assert log_figure([board, table], "goldy/density", chart_golden_parameters(golden_row()), 7) == ["CSVLogger"]
     assert log_histogram([board, table], "goldy/change", ([0.0, 1.0], [2]), 7) == ["CSVLogger"]
     board.finalize("success")
     tags = EventAccumulator(board.log_dir).Reload().Tags()

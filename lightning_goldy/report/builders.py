@@ -1,0 +1,661 @@
+"""The kinds of figure that several topics draw: heat maps, lines, bars, histograms, clouds of points, several at once.
+
+Each takes numbers and a frozen style, which holds all that is not data. Charts of equal styles are built once. Labels
+travel as data and never become field names, so that any text can stand in them.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from lightning_goldy.report.figures import Columns, Figure, bounds, is_single, require
+
+Colours: TypeAlias = Literal["cividis", "viridis", "diverging"]
+Spec: TypeAlias = dict[str, Any]
+
+# Labels of a heat map may repeat (tokens do), so that a number makes each unique; it is not shown.
+_LABEL = "slice(datum.{0}, indexof(datum.{0}, '|') + 1)"
+_NUMBER = (
+    "!isValid(datum.value) ? '–' : "  # noqa: RUF001
+    "format(datum.value, abs(datum.value) >= 999.5 && abs(datum.value) < 1e5 ? ',.0f' : '.3~g')"
+)
+# Places on the colour scale, from 0 to 1, at which its colours are too dark for black letters.
+_DARK = {"cividis": "{0} < 0.5", "viridis": "{0} < 0.6", "diverging": "abs({0} - 0.5) > 0.33"}
+_EXACT = ".6~g"
+_TICKS = ".6~g"
+# A logarithmic axis has many lines.
+_FAINT = {False: 1.0, True: 0.5}
+
+
+def rounded(values: ArrayLike) -> list[Any]:
+    """Numbers with six significant digits and None for those that are not finite, as nested lists.
+
+    Example:
+        >>> rounded([[0.123456789, float("nan")]])
+        [[0.123457, None]]
+    """
+    found: Any = np.asarray(values, dtype=np.float64).tolist()
+
+    def shorten(value: Any) -> Any:
+        if isinstance(value, list):
+            return [shorten(inner) for inner in value]
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+
+    return shorten(found)
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """How a heat map looks.
+
+    Args:
+        unit: What the numbers are, beside the colours.
+        rows: What a row is, for the tooltips.
+        columns: What a column is.
+        colours: From dark to bright; ``"diverging"`` from blue over white at the middle to red.
+        scale: Name of the range of the colours. Panels that state the same one share it, and so do all steps.
+        numbers: Whether each cell states its number.
+        cell: Width and height of a cell.
+        axes: Whether the axes have titles, which are those of the tooltips.
+        title: Above the map, for one among several.
+        legend: Whether the colours are explained beside it.
+    """
+
+    unit: str
+    rows: str = "block"
+    columns: str = "kind"
+    colours: Colours = "viridis"
+    scale: str = "colour"
+    numbers: bool = True
+    cell: tuple[float, float] = (64, 20)
+    axes: bool = False
+    title: str = ""
+    legend: bool = True
+
+
+def heads_style(unit: str, **changes: Any) -> HeatMap:
+    """A heat map of layers and heads: small cells without numbers, readable with 30 layers of 16 heads.
+
+    Example:
+        >>> heads_style("share", title="induction").rows
+        'layer'
+    """
+    style = HeatMap(unit, rows="layer", columns="head", numbers=False, cell=(13, 13), axes=True)
+    return replace(style, **changes)
+
+
+def heat_map(
+    values: ArrayLike,
+    rows: Sequence[object],
+    columns: Sequence[object],
+    style: HeatMap,
+    *,
+    extent: tuple[float, float] | None = None,
+    caption: str = "",
+) -> Figure:
+    """A table of numbers as colours.
+
+    Args:
+        values: [rows, columns]; a number that is not finite leaves its cell empty.
+        rows: Labels from top to bottom; any objects, shown as text.
+        columns: Labels from left to right.
+        style: How it looks.
+        extent: Numbers of the darkest and the brightest colour; by default from 0 to the largest, and for diverging
+            colours to both sides as far as the largest.
+        caption: Sentences under the figure.
+
+    Raises:
+        ValueError: The labels do not fit the numbers.
+        ImportError: altair is not installed.
+
+    Example:
+        >>> figure = heat_map([[2.0, float("nan")]], ["h.0"], ["mlp", "norm"], HeatMap("%"))
+        >>> figure.data["cells"]["value"], figure.ranges
+        ([2.0, None], {'colour': (0.0, 2.0)})
+    """
+    table = np.asarray(values, dtype=np.float64)
+    if table.shape != (len(rows), len(columns)):
+        raise ValueError(f"numbers of shape {table.shape} for {len(rows)} rows and {len(columns)} columns")
+    down, across = ([f"{place}|{label}" for place, label in enumerate(labels)] for labels in (rows, columns))
+    cells = {
+        "y": [label for label in down for _ in across],
+        "x": across * len(down),
+        "value": rounded(table.ravel()),
+    }
+    ends = _extent(table, style) if extent is None else extent
+    return Figure(_heat_map_chart(style), {"cells": cells}, caption, ranges={style.scale: ends})
+
+
+def _extent(table: np.ndarray[Any, Any], style: HeatMap) -> tuple[float, float]:
+    finite = np.abs(table[np.isfinite(table)]) if style.colours == "diverging" else table[np.isfinite(table)]
+    top = float(f"{finite.max():.6g}") if finite.size and finite.max() > 0 else 1.0
+    return (-top, top) if style.colours == "diverging" else (0.0, top)
+
+
+@functools.lru_cache(maxsize=256)
+def _heat_map_chart(style: HeatMap) -> Spec:
+    alt = require("altair")
+    position = f"(datum.value - {style.scale}_low) / ({style.scale}_high - {style.scale}_low)"
+    scheme = {"diverging": "redblue"}.get(style.colours, style.colours)
+    scale = alt.Scale(
+        scheme=scheme, domain=bounds(style.scale), clamp=True, reverse=style.colours == "diverging", nice=False
+    )
+    legend = alt.Legend(title=style.unit, gradientLength=80, format=".3~g") if style.legend else None
+    angle = 0 if style.cell[0] >= 40 else -90
+    words = {"sort": None, "scale": alt.Scale(paddingInner=0.06 if style.numbers else 0, paddingOuter=0)}
+    plain = {"domain": False, "ticks": False, "labelOverlap": True, "grid": False}
+    base = (
+        alt.Chart(alt.NamedData("cells"))
+        .transform_calculate(row=_LABEL.format("y"), column=_LABEL.format("x"), text=_NUMBER)
+        .encode(
+            x=alt.X(
+                "x:N",
+                title=style.columns if style.axes else None,
+                axis=alt.Axis(orient="top", labelAngle=angle, labelExpr=_LABEL.format("label"), **plain),
+                **words,
+            ),
+            y=alt.Y(
+                "y:N",
+                title=style.rows if style.axes else None,
+                axis=alt.Axis(labelExpr=_LABEL.format("label"), **plain),
+                **words,
+            ),
+            tooltip=[
+                alt.Tooltip("row:N", title=style.rows),
+                alt.Tooltip("column:N", title=style.columns),
+                alt.Tooltip("value:Q", title=style.unit, format=_EXACT),
+            ],
+        )
+    )
+    rectangles = (
+        base.transform_filter("isValid(datum.value)")
+        .mark_rect()
+        .encode(color=alt.Color("value:Q", scale=scale, legend=legend))
+    )
+    layers = [rectangles]
+    if style.numbers:
+        ink = alt.condition(_DARK[style.colours].format(f"({position})"), alt.value("white"), alt.value("black"))
+        small = {"fontSize": 10}
+        layers.append(base.transform_filter("isValid(datum.value)").mark_text(**small).encode(text="text:N", color=ink))
+        layers.append(base.transform_filter("!isValid(datum.value)").mark_text(**small).encode(text="text:N"))
+    chart = alt.layer(*layers).properties(width=alt.Step(style.cell[0]), height=alt.Step(style.cell[1]))
+    return _plain_spec(chart, style.title)
+
+
+def _plain_spec(chart: Any, title: str = "") -> Spec:
+    spec: Spec = chart.to_dict(validate=False)
+    for key in ("$schema", "config"):
+        spec.pop(key, None)
+    if title:
+        spec["title"] = {"text": title, "fontSize": 12, "fontWeight": "normal", "offset": 6}
+    return spec
+
+
+@dataclass(frozen=True)
+class Line:
+    """One of the lines, or clouds, of a figure.
+
+    Args:
+        x: Ascending positions.
+        y: Numbers; None or one that is not finite is a gap.
+        low: Lower ends of intervals, drawn as a band.
+        high: Upper ends of them.
+        shape: What is drawn: the line (with its points where there are few), a dashed line, or points alone as circles,
+            disks or crosses.
+        notes: Further words for the tooltip of each point.
+    """
+
+    x: Sequence[float]
+    y: Sequence[float | None]
+    low: Sequence[float | None] | None = None
+    high: Sequence[float | None] | None = None
+    shape: Literal["line", "dashed", "points", "disks", "crosses"] = "line"
+    notes: Sequence[str] = ()
+
+
+# (steps, values) of one line.
+Series: TypeAlias = "tuple[Sequence[float], Sequence[float | None]]"
+
+
+@dataclass(frozen=True)
+class Lines:
+    """How lines look.
+
+    Args:
+        x: Title of the axis to the right.
+        y: Title of the axis of the values.
+        scale: ``"auto"`` is logarithmic when every value is positive and the largest at least 100 times the smallest.
+        zero: Whether a linear axis begins at zero.
+        whole: Whether positions are counts, which have no fractions.
+        step: Whether a value holds until the next, so that the line has stairs.
+        width: None follows the page.
+        height: Of the plot.
+        title: Above it, for one among several.
+        legend: Whether lines are named beside them; by default where there are 2 to 30.
+    """
+
+    x: str = "optimizer step"
+    y: str = ""
+    scale: Literal["auto", "linear", "log"] = "auto"
+    zero: bool = False
+    whole: bool = True
+    step: bool = False
+    width: float | None = None
+    height: float = 220
+    title: str = ""
+    legend: bool | None = None
+
+
+def lines(series: Mapping[str, Line | Series], style: Lines | None = None, *, caption: str = "") -> Figure:
+    """Lines over the steps, with bands where there are intervals.
+
+    Args:
+        series: Name to line; a tuple is (positions, values).
+        style: How they look.
+        caption: Sentences under the figure.
+
+    Raises:
+        ImportError: altair is not installed.
+
+    Example:
+        >>> figure = lines({"loss": ([1, 2, 3], [9.0, 0.3, 0.01])})
+        >>> figure.data["points"]["y"], figure.bare()["layer"][0]["encoding"]["y"]["scale"]["type"]
+        ([9.0, 0.3, 0.01], 'log')
+    """
+    style = Lines() if style is None else style
+    drawn = {name: line if isinstance(line, Line) else Line(*line) for name, line in series.items()}
+    points: dict[str, list[Any]] = {name: [] for name in ("x", "y", "line")}
+    bands = any(line.low is not None for line in drawn.values())
+    notes = any(line.notes for line in drawn.values())
+    for name in (*(("low", "high") if bands else ()), *(("note",) if notes else ())):
+        points[name] = []
+    for name, line in drawn.items():
+        count = len(line.x)
+        points["x"] += rounded(line.x) if any(isinstance(x, float) for x in line.x) else [int(x) for x in line.x]
+        points["y"] += rounded([math.nan if value is None else value for value in line.y])
+        points["line"] += [name] * count
+        if bands:
+            for end, ends in (("low", line.low), ("high", line.high)):
+                points[end] += rounded([math.nan if value is None else value for value in ends or [None] * count])
+        if notes:
+            points["note"] += list(line.notes) or [""] * count
+    few = max((len(line.x) for line in drawn.values()), default=0) <= 40
+    shapes = tuple((name, line.shape) for name, line in drawn.items() if line.shape != "line")
+    chart = _lines_chart(_settled(style, points, len(drawn)), bands, notes, few, shapes)
+    return Figure(chart, {"points": points}, caption)
+
+
+def _settled(style: Lines, points: Mapping[str, Sequence[Any]], count: int) -> Lines:
+    values = [value for name in ("y", "low", "high") for value in points.get(name, ()) if value is not None]
+    low, high = min(values, default=0.0), max(values, default=0.0)
+    scale = style.scale
+    if scale == "auto":
+        scale = "log" if low > 0 and high >= 100 * low else "linear"
+    # Around a line that never moves Vega opens an axis of its own, however small the number.
+    still = scale == "linear" and high != 0 and high - low <= 1e-6 * max(abs(low), abs(high))
+    legend = 2 <= count <= 30 if style.legend is None else style.legend
+    return replace(style, scale=scale, zero=style.zero or still, legend=legend)
+
+
+@functools.lru_cache(maxsize=256)
+def _lines_chart(style: Lines, bands: bool, notes: bool, few: bool, shapes: tuple[tuple[str, str], ...]) -> Spec:
+    alt = require("altair")
+    named = dict(shapes)
+    scale = alt.Scale(type=style.scale, zero=style.zero, nice=style.scale == "linear")
+    if style.scale == "log":
+        scale = alt.Scale(type="log", nice=False, padding=6)
+    tips = [
+        alt.Tooltip("line:N", title="line"),
+        alt.Tooltip("x:Q", title=style.x, format="," if style.whole else _EXACT),
+    ]
+    tips.append(alt.Tooltip("y:Q", title=style.y or "value", format=_EXACT))
+    tips += [alt.Tooltip(f"{end}:Q", title=end, format=_EXACT) for end in ("low", "high") if bands]
+    tips += [alt.Tooltip("note:N", title="note")] if notes else []
+    axis = alt.Axis(grid=False, **({"tickMinStep": 1, "format": ",d"} if style.whole else {}))
+    base = alt.Chart(alt.NamedData("points")).encode(
+        x=alt.X("x:Q", title=style.x or None, axis=axis, scale=alt.Scale(zero=False, nice=False)),
+        y=alt.Y(
+            "y:Q",
+            title=style.y or None,
+            scale=scale,
+            axis=alt.Axis(format=_TICKS, tickCount=6, gridOpacity=_FAINT[style.scale == "log"]),
+        ),
+        color=alt.Color(
+            "line:N",
+            sort=None,
+            legend=alt.Legend(title=None, orient="top", columns=3) if style.legend else None,
+        ),
+        tooltip=tips,
+    )
+    layers = []
+    if bands:
+        layers.append(base.mark_area(opacity=0.2, line=False).encode(y=alt.Y("low:Q", scale=scale), y2="high:Q"))
+    curve = {"interpolate": "step-after"} if style.step else {}
+    for shape in dict.fromkeys(["line", *named.values()]):
+        names = [name for name, kind in shapes if kind == shape]
+        test = alt.FieldOneOfPredicate(field="line", oneOf=names)
+        if shape == "line":
+            test = {"not": alt.FieldOneOfPredicate(field="line", oneOf=list(named))} if named else None
+        part = base if test is None else base.transform_filter(test)
+        if shape in ("points", "disks", "crosses"):
+            kind = "cross" if shape == "crosses" else "circle"
+            mark = part.mark_point(shape=kind, filled=shape != "points", size=34, opacity=1)
+        else:
+            dash = {"strokeDash": [5, 4]} if shape == "dashed" else {}
+            marker = {"filled": True, "size": 22} if few and shape == "line" and not style.step else False
+            mark = part.mark_line(strokeWidth=1.8, point=marker, **dash, **curve)
+        layers.append(mark)
+    if not few:
+        # Somewhere to point at: a line without points answers nowhere else.
+        layers.append(base.mark_point(opacity=0, size=30))
+    chart = alt.layer(*layers).properties(height=style.height)
+    if style.width is not None:
+        chart = chart.properties(width=style.width)
+    return _plain_spec(chart, style.title)
+
+
+@dataclass(frozen=True)
+class Bars:
+    """How bars look.
+
+    Args:
+        unit: Title of the axis of the numbers.
+        rows: What a bar is, for the tooltips.
+        mark: A number at which a dotted rule stands, for example that of chance.
+        colour: Place in the palette, from 0.
+        width: None follows the page.
+        bar: Height of a bar with its gap.
+        labels: Whether the bars are named; one among several may leave it to its neighbour.
+        title: Above them, for some among several.
+    """
+
+    unit: str
+    rows: str = "block"
+    mark: float | None = None
+    colour: int = 0
+    width: float | None = None
+    bar: float = 18
+    labels: bool = True
+    title: str = ""
+
+
+def bars(values: Mapping[str, float | None], style: Bars, *, caption: str = "") -> Figure:
+    """Horizontal bars from top to bottom.
+
+    Args:
+        values: Label to number; None has no bar.
+        style: How they look.
+        caption: Sentences under the figure.
+
+    Raises:
+        ImportError: altair is not installed.
+
+    Example:
+        >>> bars({"h.0": 2.0, "h.1": None}, Bars("stable rank")).data["bars"]["value"]
+        [2.0, None]
+    """
+    numbers = rounded([math.nan if value is None else value for value in values.values()])
+    return Figure(_bars_chart(style), {"bars": {"label": list(values), "value": numbers}}, caption)
+
+
+@functools.lru_cache(maxsize=64)
+def _bars_chart(style: Bars) -> Spec:
+    alt = require("altair")
+    base = alt.Chart(alt.NamedData("bars"))
+    axis = alt.Axis(labels=style.labels, ticks=False, domain=False)
+    marks = base.mark_bar().encode(
+        x=alt.X("value:Q", title=style.unit, axis=alt.Axis(format=_TICKS, tickCount=5)),
+        y=alt.Y("label:N", sort=None, title=None, axis=axis),
+        color=_palette_colour(style.colour),
+        tooltip=[
+            alt.Tooltip("label:N", title=style.rows),
+            alt.Tooltip("value:Q", title=style.unit, format=_EXACT),
+        ],
+    )
+    layers = [marks]
+    if style.mark is not None:
+        rule = alt.Chart(alt.InlineData([{}])).mark_rule(strokeDash=[2, 3])
+        layers.append(rule.encode(x=alt.datum(style.mark, type="quantitative")))
+    chart = alt.layer(*layers).properties(height=alt.Step(style.bar))
+    if style.width is not None:
+        chart = chart.properties(width=style.width)
+    return _plain_spec(chart, style.title)
+
+
+def _palette_colour(place: int) -> Any:
+    """The colour at a place of the theme's palette."""
+    alt = require("altair")
+    return alt.ColorDatum(str(place), type="nominal", legend=None, scale=alt.Scale(domain=[str(i) for i in range(8)]))
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """How a histogram looks.
+
+    Args:
+        x: What was counted by, under the bars.
+        y: What was counted.
+        log: Whether the counts are on a logarithmic axis.
+        width: None follows the page.
+        height: Of the plot.
+        title: Above it, for one among several.
+    """
+
+    x: str
+    y: str = "elements"
+    log: bool = True
+    width: float | None = None
+    height: float = 240
+    title: str = ""
+
+
+def histogram(edges: ArrayLike, counts: ArrayLike, style: Histogram, *, caption: str = "") -> Figure:
+    """Bars of counts between edges.
+
+    Args:
+        edges: [bins + 1], ascending.
+        counts: [bins]
+        style: How it looks.
+        caption: Sentences under the figure.
+
+    Raises:
+        ValueError: There is not one edge more than counts.
+        ImportError: altair is not installed.
+
+    Example:
+        >>> histogram([-3, -2, -1], [4, 1], Histogram("log10 |Delta|")).data["bins"]["high"]
+        [-2.0, -1.0]
+    """
+    ends, sizes = rounded(edges), np.asarray(counts).tolist()
+    if len(ends) != len(sizes) + 1:
+        raise ValueError(f"a histogram needs one edge more than counts, got {len(ends)} edges and {len(sizes)} counts")
+    bins = {"low": ends[:-1], "high": ends[1:], "count": sizes}
+    # A bin with one element would have no height on a logarithmic axis that starts at one.
+    least, most = (0.5, 2 * max(sizes, default=0)) if style.log else (0, max(sizes, default=0))
+    return Figure(_histogram_chart(style), {"bins": bins}, caption, ranges={"counts": (least, max(most, 1))})
+
+
+@functools.lru_cache(maxsize=64)
+def _histogram_chart(style: Histogram) -> Spec:
+    alt = require("altair")
+    scale = alt.Scale(type="log" if style.log else "linear", domain=bounds("counts"), nice=False)
+    chart = (
+        alt.Chart(alt.NamedData("bins"))
+        .transform_filter("datum.count > 0")
+        .transform_calculate(floor="counts_low")
+        .mark_bar(binSpacing=0)
+        .encode(
+            x=alt.X("low:Q", title=style.x, scale=alt.Scale(zero=False, nice=False), axis=alt.Axis(grid=False)),
+            x2="high:Q",
+            y=alt.Y(
+                "count:Q",
+                title=style.y,
+                scale=scale,
+                axis=alt.Axis(format="~s", tickCount=6, gridOpacity=_FAINT[style.log]),
+            ),
+            y2="floor:Q",
+            color=_palette_colour(0),
+            tooltip=[
+                alt.Tooltip("low:Q", title="from", format=_EXACT),
+                alt.Tooltip("high:Q", title="to", format=_EXACT),
+                alt.Tooltip("count:Q", title=style.y, format=","),
+            ],
+        )
+        .properties(height=style.height)
+    )
+    if style.width is not None:
+        chart = chart.properties(width=style.width)
+    return _plain_spec(chart, style.title)
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """How a cloud of points looks.
+
+    Args:
+        x: Title of the axis to the right.
+        y: Title of the axis upwards.
+        point: What a point is, for the tooltips.
+        diagonal: Whether a line shows where both numbers are equal.
+        names: Whether each point's name stands beside it.
+        log: Whether both axes are logarithmic.
+        size: Width and height of the plot.
+        title: Above it, for one among several.
+    """
+
+    x: str
+    y: str
+    point: str = "point"
+    diagonal: bool = False
+    names: bool = False
+    log: bool = False
+    size: tuple[float, float] = (360, 320)
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Points:
+    """Points of one group, all drawn in one colour.
+
+    Args:
+        x: Numbers to the right.
+        y: Numbers upwards; a point of which either is None or not finite is left out.
+        names: One for each point.
+    """
+
+    x: Sequence[float | None]
+    y: Sequence[float | None]
+    names: Sequence[str] = ()
+
+
+def scatter(groups: Mapping[str, Points], style: Scatter, *, caption: str = "") -> Figure:
+    """Points by two numbers.
+
+    Args:
+        groups: Name to points; one group has no legend.
+        style: How it looks.
+        caption: Sentences under the figure.
+
+    Raises:
+        ImportError: altair is not installed.
+
+    Example:
+        >>> points = Points([1.0, 2.0], [1.5, float("nan")], ["a", "b"])
+        >>> scatter({"all": points}, Scatter("predicted", "measured")).data["points"]["name"]
+        ['a']
+    """
+    table: dict[str, list[Any]] = {name: [] for name in ("x", "y", "group", "name")}
+    for group, points in groups.items():
+        names = points.names or [""] * len(points.x)
+        for x, y, name in zip(points.x, points.y, names, strict=True):
+            if x is None or y is None or not (math.isfinite(x) and math.isfinite(y)):
+                continue
+            for column, value in zip(table, (*rounded([x, y]), group, name), strict=True):
+                table[column].append(value)
+    both = [*table["x"], *table["y"]]
+    ends = {"ends": {"end": [min(both), max(both)] if both else []}} if style.diagonal else {}
+    named = any(table["name"])
+    return Figure(_scatter_chart(style, len(groups) > 1, named), {"points": table, **ends}, caption)
+
+
+@functools.lru_cache(maxsize=64)
+def _scatter_chart(style: Scatter, grouped: bool, named: bool) -> Spec:
+    alt = require("altair")
+    scale = alt.Scale(type="log") if style.log else alt.Scale(zero=False)
+    x, y = (
+        {"title": title, "scale": scale, "axis": alt.Axis(format=_TICKS, tickCount=6)} for title in (style.x, style.y)
+    )
+    tips = [alt.Tooltip("name:N", title=style.point)] if named else []
+    tips += [alt.Tooltip("group:N", title="group")] if grouped else []
+    tips += [alt.Tooltip(f"{at}:Q", title=title, format=_EXACT) for at, title in (("x", style.x), ("y", style.y))]
+    legend = alt.Legend(title=None, orient="top", columns=3) if grouped else None
+    base = alt.Chart(alt.NamedData("points")).encode(
+        x=alt.X("x:Q", **x), y=alt.Y("y:Q", **y), color=alt.Color("group:N", sort=None, legend=legend), tooltip=tips
+    )
+    layers = [base.mark_point(filled=True, size=40, opacity=0.75)]
+    if style.names:
+        layers.append(base.mark_text(align="left", dx=6, fontSize=10).encode(text="name:N"))
+    if style.diagonal:
+        line = alt.Chart(alt.NamedData("ends")).mark_line(strokeDash=[4, 4], color="#888888", strokeWidth=1)
+        layers.insert(0, line.encode(x=alt.X("end:Q", **x), y=alt.Y("end:Q", **y)))
+    chart = alt.layer(*layers).properties(width=style.size[0], height=style.size[1])
+    return _plain_spec(chart, style.title)
+
+
+def arrange(figures: Iterable[Figure], *, columns: int = 1, width: float = 560, caption: str = "") -> Figure:
+    """Several figures as one, from left to right and from top to bottom.
+
+    Ranges of one name become one range. Each keeps its own axes and legend.
+
+    Args:
+        figures: At least one; their captions are dropped.
+        columns: How many side by side.
+        width: Of those that state no width, altogether.
+        caption: Sentences under all.
+
+    Raises:
+        ValueError: There is none.
+
+    Example:
+        >>> pair = arrange([lines({"a": ([1], [2.0])}), lines({"b": ([1], [3.0])})], columns=2)
+        >>> list(pair.data), len(pair.bare()["concat"])
+        (['points_0', 'points_1'], 2)
+    """
+    parts: list[Spec] = []
+    data: dict[str, Columns] = {}
+    ranges: dict[str, tuple[float, float]] = {}
+    for place, figure in enumerate(figures):
+        part = _renamed(copy.deepcopy(figure.bare()), f"_{place}")
+        if is_single(part):
+            part.setdefault("width", round(width / columns))
+        parts.append(part)
+        data |= {f"{name}_{place}": table for name, table in figure.data.items()}
+        for name, (low, high) in figure.ranges.items():
+            known = ranges.get(name, (low, high))
+            ranges[name] = min(low, known[0]), max(high, known[1])
+    if not parts:
+        raise ValueError("there is no figure to arrange")
+    independent = {"scale": {"color": "independent"}, "legend": {"color": "independent"}}
+    chart = {"concat": parts, "columns": columns, "resolve": independent, "spacing": 24}
+    return Figure(chart, data, caption, ranges=ranges)
+
+
+def _renamed(part: Any, suffix: str) -> Any:
+    """Gives the data of a chart that becomes one of several names of its own."""
+    if isinstance(part, list):
+        return [_renamed(inner, suffix) for inner in part]
+    if not isinstance(part, dict):
+        return part
+    result = {key: _renamed(value, suffix) for key, value in part.items()}
+    data = result.get("data")
+    if isinstance(data, dict) and set(data) == {"name"}:
+        result["data"] = {"name": data["name"] + suffix}
+    return result

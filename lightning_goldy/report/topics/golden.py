@@ -1,0 +1,573 @@
+"""Golden parameters, the change since the snapshot, its shape, and the search for reverse golden parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_goldy.report.builders import (
+    Bars,
+    HeatMap,
+    Histogram,
+    Line,
+    Lines,
+    arrange,
+    bars,
+    heat_map,
+    histogram,
+    lines,
+)
+from lightning_goldy.report.descriptions import Description, describe
+from lightning_goldy.report.figures import Figure, ReportError, Row, register_figure
+from lightning_goldy.report.formatting import MISSING, format_number, format_percent
+
+KINDS = ("embedding", "attention", "mlp", "norm", "head", "other")
+
+
+@register_figure("golden_parameters", "density", heading="Where the golden parameters are")
+def chart_golden_parameters(row: Row) -> Figure:
+    """Heat map of the golden density by block and tensor kind, in percent, with the density expected by chance.
+
+    Args:
+        row: Of the analysis ``golden_parameters``.
+
+    Raises:
+        ReportError: The row lacks what the figure needs.
+        ImportError: altair is not installed.
+
+    Example:
+        >>> tensors = [{"name": "h.0.w", "block": "h.0", "kind": "mlp", "numel": 8, "golden": 2}]
+        >>> chart_golden_parameters({"metrics": {}, "result": {"tensors": tensors}}).data["cells"]["value"]
+        [25.0]
+    """
+    # Cividis runs from navy to gold and reads the same with colour blindness and in grey.
+    return _block_map(golden_density(row), HeatMap("golden, %", colours="cividis"), golden_caption(row))
+
+
+@register_figure("golden_snapshot", "relative_change", heading="Where the weights changed")
+def chart_weight_changes(row: Row) -> Figure:
+    """Heat map of ||Delta|| / ||theta_0|| by block and tensor kind, in percent.
+
+    Args:
+        row: Of the analysis ``golden_snapshot``.
+
+    Raises:
+        ReportError: The row lacks what the figure needs.
+        ImportError: altair is not installed.
+
+    Example:
+        >>> tensors = [{"name": "h.0.w", "block": "h.0", "kind": "mlp", "base_norm": 2.0, "delta_norm": 0.5}]
+        >>> chart_weight_changes({"metrics": {}, "result": {"tensors": tensors}}).data["cells"]["value"]
+        [25.0]
+    """
+    return _block_map(relative_change(row), HeatMap("change, %"), change_caption(row))
+
+
+@register_figure("golden_snapshot", "change_histogram", heading="Sizes of the changes")
+def chart_change_histogram(row: Row) -> Figure | str:
+    """Histogram of log10 |Delta| over the elements; unchanged ones are counted in the caption.
+
+    Args:
+        row: Of the analysis ``golden_snapshot``.
+
+    Returns:
+        The figure, or that no element has changed.
+
+    Raises:
+        ReportError: The row lacks what the figure needs.
+        ImportError: altair is not installed.
+
+    Example:
+        >>> found = {"edges": [-3, -2, -1], "counts": [4, 1], "zero": 5}
+        >>> chart_change_histogram({"result": {"histogram": found}}).data["bins"]["count"]
+        [4, 1]
+    """
+    found = change_histogram(row)
+    if not found.counts.any():
+        return "No element has changed."
+    return histogram(found.edges, found.counts, Histogram("log10 |Delta|"), caption=histogram_caption(row))
+
+
+@register_figure("reverse_golden_parameters", "history", heading="The course of the search")
+def chart_search_history(row: Row) -> Figure:
+    """The divergence of what was tried and kept over the iterations, and below it the sizes of mask and pool.
+
+    Args:
+        row: Of the analysis ``reverse_golden_parameters``.
+
+    Raises:
+        ReportError: The row lacks what the figure needs.
+        ImportError: altair is not installed.
+
+    Example:
+        >>> entry = {"iteration": 0, "size": 4, "pool": 5, "greedy_kl": 1.0, "pool_kl": None, "kl": 1.0}
+        >>> result = {"history": [entry | {"accepted": False}], "kl_divergence": 0.9, "single_shots": {"taylor": 0.2}}
+        >>> list(dict.fromkeys(chart_search_history({"result": result}).data["points_0"]["line"]))
+        ['kept', 'greedy', 'pool', 'pool, accepted', 'returned, evaluation samples', 'single shot by taylor']
+    """
+    history = search_history(row)
+    at = history.iterations
+    pools = [f"pool of {pool:,} for {size:,}" for pool, size in zip(history.pools, history.sizes, strict=True)]
+    taken = [value if accepted else None for value, accepted in zip(history.pool, history.accepted, strict=True)]
+    tried = {
+        "kept": Line(at, history.kept),
+        "greedy": Line(at, history.greedy, shape="crosses"),
+        "pool": Line(at, history.pool, shape="points", notes=pools),
+        "pool, accepted": Line(at, taken, shape="disks", notes=pools),
+    }
+    ends = [min(at, default=0), max(at, default=0)]
+    levels = {label: Line(ends, [level, level], shape="dashed") for label, level in history.levels.items()}
+    sizes = {"elements of the pool": Line(at, history.pools), "elements of the mask": Line(at, history.sizes)}
+    upper = lines(tried | levels, Lines(x="", y="divergence, nats", scale="linear", zero=True))
+    lower = lines(sizes, Lines(x="iteration", y="elements", scale="linear", zero=True, step=True, height=100))
+    return arrange([upper, lower], caption=search_caption(row))
+
+
+PANELS = {
+    "stable_rank": "stable rank",
+    "alignment_over_chance": "alignment over chance",
+    "histogram_drift": "histogram drift, nats",
+}
+"""Columns of a parameter distribution that are drawn, with their labels."""
+
+
+@register_figure("parameter_distribution", "blocks", heading="Shape of the change by block")
+def chart_parameter_distribution(row: Row) -> Figure:
+    """Stable rank, alignment over chance and histogram drift of each block.
+
+    Args:
+        row: Of the analysis ``parameter_distribution``.
+
+    Raises:
+        ReportError: The row lacks what the figure needs.
+        ImportError: altair is not installed.
+
+    Example:
+        >>> tensor = {"block": "h.0", "numel": 4, "stable_rank": 2.0, "alignment_over_chance": 3.0}
+        >>> chart_parameter_distribution({"result": {"tensors": [tensor]}}).data["bars_0"]["value"]
+        [2.0]
+    """
+    panels = []
+    for place, (column, label) in enumerate(PANELS.items()):
+        chance = 1.0 if column == "alignment_over_chance" else None
+        panels.append(bars(by_block(row, column), Bars(label, colour=place, labels=place == 0, mark=chance)))
+    return arrange(panels, columns=len(panels), width=600, caption=distribution_caption(row))
+
+
+def _block_map(grid: BlockGrid, style: HeatMap, caption: str) -> Figure:
+    return heat_map(grid.values, grid.blocks, grid.kinds, style, caption=caption)
+
+
+@dataclass(frozen=True)
+class BlockGrid:
+    """One number for every kind of tensor in every block.
+
+    Args:
+        blocks: Row labels, in model order.
+        kinds: Column labels.
+        values: [blocks, kinds]; NaN where a block has no tensor of the kind or the number does not exist.
+    """
+
+    blocks: tuple[str, ...]
+    kinds: tuple[str, ...]
+    values: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class ChangeHistogram:
+    """How large the changes of the single elements are.
+
+    Args:
+        edges: [bins + 1] of log10 |Delta|, ascending.
+        counts: [bins] elements.
+        zero: Elements that did not change at all; they have no logarithm.
+    """
+
+    edges: NDArray[np.float64]
+    counts: NDArray[np.int64]
+    zero: int
+
+    @property
+    def total(self) -> int:
+        """All elements."""
+        return int(self.counts.sum()) + self.zero
+
+
+def golden_density(row: Row) -> BlockGrid:
+    """Share of the parameters that is golden, in percent.
+
+    Args:
+        row: Of the analysis ``golden_parameters``.
+
+    Raises:
+        ReportError: A tensor lacks a field.
+
+    Example:
+        >>> tensor = {"name": "h.0.w", "block": "h.0", "kind": "mlp", "numel": 8, "golden": 2}
+        >>> golden_density({"result": {"tensors": [tensor]}}).values
+        array([[25.]])
+    """
+    tensors = _tensors(row, ("golden", "numel"))
+    golden, numel = _sums(tensors, "golden"), _sums(tensors, "numel")
+    return _grid(tensors, {cell: 100 * count / numel[cell] for cell, count in golden.items() if numel[cell]})
+
+
+def relative_change(row: Row) -> BlockGrid:
+    """||Delta|| / ||theta_0|| over the tensors of a kind in a block, in percent.
+
+    Args:
+        row: Of the analysis ``golden_snapshot``.
+
+    Raises:
+        ReportError: A tensor lacks a field.
+
+    Example:
+        >>> tensor = {"name": "h.0.w", "block": "h.0", "kind": "mlp", "base_norm": 5.0, "delta_norm": 1.0}
+        >>> relative_change({"result": {"tensors": [tensor]}}).values
+        array([[20.]])
+    """
+    tensors = _tensors(row, ("base_norm", "delta_norm"))
+    base, delta = _sums(tensors, "base_norm", power=2), _sums(tensors, "delta_norm", power=2)
+    # Where the base is zero (fresh biases, the second LoRA factor) a relative change does not exist.
+    return _grid(tensors, {cell: 100 * math.sqrt(delta[cell] / base[cell]) for cell in base if base[cell] != 0})
+
+
+def change_histogram(row: Row) -> ChangeHistogram:
+    """The distribution of |Delta| over the elements.
+
+    Args:
+        row: Of the analysis ``golden_snapshot``.
+
+    Raises:
+        ReportError: The histogram is missing or its edges and counts do not belong together.
+
+    Example:
+        >>> change_histogram({"result": {"histogram": {"edges": [-3, -2, -1], "counts": [4, 1], "zero": 5}}}).total
+        10
+    """
+    found = _result(row).get("histogram")
+    if not isinstance(found, Mapping) or not {"edges", "counts"} <= set(found):
+        raise ReportError(f"'result.histogram' must hold 'edges' and 'counts', got {_brief(found)}")
+    try:
+        edges = np.asarray(found["edges"], dtype=np.float64)
+        counts = np.asarray(found["counts"], dtype=np.int64)
+        zero = int(found.get("zero", 0))
+    except (TypeError, ValueError) as error:
+        raise ReportError(f"'result.histogram' holds something that is not a number: {error}") from error
+    if counts.ndim != 1 or edges.shape != (counts.size + 1,):
+        if edges.size or counts.size:
+            raise ReportError(f"'result.histogram' has {edges.size} edges for {counts.size} counts; one more is needed")
+        edges = np.zeros(1)
+    if not np.isfinite(edges).all() or (np.diff(edges) <= 0).any():
+        raise ReportError("'result.histogram.edges' must be finite and ascending")
+    if (counts < 0).any() or zero < 0:
+        raise ReportError("'result.histogram' has a negative count")
+    return ChangeHistogram(edges, counts, zero)
+
+
+@dataclass(frozen=True)
+class SearchHistory:
+    """The course of one search.
+
+    Args:
+        iterations: 0, 1, ...
+        greedy: Divergence of the greedy mask at each, nats.
+        pool: Divergence of the pool's mask, nats; NaN where there was none.
+        kept: Divergence of the mask that was kept, nats.
+        accepted: Whether that was the pool's.
+        sizes: Elements of the mask.
+        pools: Elements of the pool.
+        levels: Divergences on the evaluation samples, by label, nats.
+    """
+
+    iterations: tuple[int, ...]
+    greedy: tuple[float, ...]
+    pool: tuple[float, ...]
+    kept: tuple[float, ...]
+    accepted: tuple[bool, ...]
+    sizes: tuple[int, ...]
+    pools: tuple[int, ...]
+    levels: Mapping[str, float]
+
+
+def search_history(row: Row) -> SearchHistory:
+    """The course of the search of a row.
+
+    Args:
+        row: Of the analysis ``reverse_golden_parameters``.
+
+    Raises:
+        ReportError: The row lacks what the figure needs.
+
+    Example:
+        >>> entry = {"iteration": 0, "size": 4, "pool": 5, "greedy_kl": 1.0, "pool_kl": None, "kl": 1.0}
+        >>> result = {"history": [entry | {"accepted": False}], "kl_divergence": 0.9, "single_shots": {"taylor": 0.2}}
+        >>> search_history({"result": result}).levels
+        {'returned, evaluation samples': 0.9, 'single shot by taylor': 0.2}
+    """
+    result = row["result"]
+    try:
+        history = result["history"]
+        levels = {"returned, evaluation samples": _number(result["kl_divergence"])}
+        levels |= {f"single shot by {name}": _number(value) for name, value in result["single_shots"].items()}
+        return SearchHistory(
+            iterations=tuple(entry["iteration"] for entry in history),
+            greedy=tuple(_number(entry["greedy_kl"]) for entry in history),
+            pool=tuple(_number(entry["pool_kl"]) for entry in history),
+            kept=tuple(_number(entry["kl"]) for entry in history),
+            accepted=tuple(bool(entry["accepted"]) for entry in history),
+            sizes=tuple(entry["size"] for entry in history),
+            pools=tuple(entry["pool"] for entry in history),
+            levels=levels,
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ReportError(f"the row of a search lacks or spoils {error}") from error
+
+
+def search_caption(row: Row) -> str:
+    """Settings of the search, and what it found against the single shots.
+
+    Example:
+        >>> result = {"top_k_percent": 1, "scope": "tensor", "strategy": "none", "passes": 12, "history": []}
+        >>> search_caption({"result": result | {"kl_divergence": 8.5, "single_shots": {"gradient": 1.4}}})
+        '1 % per tensor, strategy none, 12 passes: 8.5 nats; single shots: gradient 1.4 nats; pools accepted: 0 of 0'
+    """
+    result = row["result"]
+    scope = {"tensor": "per tensor", "global": "of all elements"}.get(result.get("scope"), MISSING)
+    singles = ", ".join(f"{name} {format_number(value)}" for name, value in result.get("single_shots", {}).items())
+    history = result.get("history", ())
+    accepted = sum(bool(entry.get("accepted")) for entry in history)
+    return (
+        f"{format_number(result.get('top_k_percent'))} % {scope}, strategy {result.get('strategy', MISSING)}, "
+        f"{format_number(result.get('passes'))} passes: {format_number(result.get('kl_divergence'))} nats; "
+        f"single shots: {singles or MISSING} nats; pools accepted: {accepted} of {len(history)}"
+    )
+
+
+def by_block(row: Row, column: str) -> dict[str, float]:
+    """Mean of a column over each block's tensors, weighted by their elements, in the model's order.
+
+    Raises:
+        ReportError: The row lacks what is needed.
+    """
+    sums: dict[str, tuple[float, int]] = {}
+    try:
+        for tensor in row["result"]["tensors"]:
+            total, weight = sums.setdefault(tensor["block"], (0.0, 0))
+            value = tensor.get(column)
+            if value is not None:
+                sums[tensor["block"]] = (total + value * tensor["numel"], weight + tensor["numel"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ReportError(f"a row of parameter_distribution lacks what its figure needs: {error}") from error
+    return {block: total / weight if weight else 0.0 for block, (total, weight) in sums.items()}
+
+
+def distribution_caption(row: Row) -> str:
+    """What a reader should see."""
+    ranks = {block: value for block, value in by_block(row, "stable_rank").items() if value}
+    if not ranks:
+        return "Nothing has changed since the snapshot."
+    lowest = min(ranks, key=ranks.__getitem__)
+    return (
+        f"The change of {lowest} has the fewest directions, a stable rank of {format_number(ranks[lowest])}. An "
+        "alignment over chance far above 1 amplifies directions that the base had; near 1 the change has its own."
+    )
+
+
+def golden_caption(row: Row) -> str:
+    """Settings of the analysis, the density found, and the density expected by chance.
+
+    Example:
+        >>> result = {"top_k_percent": 5, "score": "taylor", "scope": "tensor", "quorum": 1.0, "n_samples": 2}
+        >>> golden_caption({"metrics": {"density": 0.02, "chance_density": 0.0025}, "result": result})
+        'top 5 % by taylor score per tensor, marked by 100 % of 2 samples: density 2 %, by chance 0.25 %'
+    """
+    metrics, result = row["metrics"], row["result"]
+    scope = {"tensor": "per tensor", "global": "over all tensors"}.get(result.get("scope"), MISSING)
+    return (
+        f"top {format_number(result.get('top_k_percent'))} % by {result.get('score', MISSING)} score {scope}, "
+        f"marked by {format_percent(result.get('quorum'))} of {format_number(result.get('n_samples'))} samples: "
+        f"density {format_percent(metrics.get('density'))}, by chance {format_percent(metrics.get('chance_density'))}"
+    )
+
+
+def change_caption(row: Row) -> str:
+    """How far the whole model has moved.
+
+    Example:
+        >>> change_caption({"metrics": {"relative_change": 0.01, "delta_norm": 2.5}})
+        'the whole model moved by 1 % of its base norm (||Delta|| = 2.5)'
+    """
+    metrics = row["metrics"]
+    relative, norm = format_percent(metrics.get("relative_change")), format_number(metrics.get("delta_norm"))
+    return f"the whole model moved by {relative} of its base norm (||Delta|| = {norm})"
+
+
+def histogram_caption(row: Row) -> str:
+    """How many elements moved, and how many did not.
+
+    Example:
+        >>> histogram_caption({"result": {"histogram": {"edges": [-3, -2, -1], "counts": [4, 1], "zero": 15}}})
+        '5 elements changed, 15 did not at all (75 %)'
+    """
+    found = change_histogram(row)
+    share = format_percent(found.zero / found.total if found.total else None)
+    return f"{found.total - found.zero:,} elements changed, {found.zero:,} did not at all ({share})"
+
+
+def _result(row: Row) -> Mapping[str, Any]:
+    result = row.get("result")
+    if not isinstance(result, Mapping):
+        raise ReportError(f"'result' must be an object, got {_brief(result)}")
+    return result
+
+
+def _tensors(row: Row, numbers: tuple[str, ...]) -> list[Mapping[str, Any]]:
+    tensors = _result(row).get("tensors")
+    if not isinstance(tensors, list) or not tensors:
+        raise ReportError(f"'result.tensors' must be a list with at least one tensor, got {_brief(tensors)}")
+    for index, tensor in enumerate(tensors):
+        where = f"result.tensors[{index}]"
+        if not isinstance(tensor, Mapping):
+            raise ReportError(f"'{where}' must be an object, got {_brief(tensor)}")
+        for field in ("block", "kind"):
+            if not isinstance(tensor.get(field), str):
+                raise ReportError(f"'{where}.{field}' must be text, got {_brief(tensor.get(field))}")
+        for field in numbers:
+            value = tensor.get(field, "nothing")
+            if isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
+                raise ReportError(f"'{where}.{field}' must be a number or null, got {_brief(value)}")
+    return tensors
+
+
+def _sums(tensors: list[Mapping[str, Any]], field: str, *, power: int = 1) -> dict[tuple[str, str], float]:
+    sums: dict[tuple[str, str], float] = {}
+    for tensor in tensors:
+        cell = tensor["block"], tensor["kind"]
+        # null is how a number that was not finite is written.
+        value = math.nan if tensor[field] is None else float(tensor[field])
+        sums[cell] = sums.get(cell, 0.0) + value**power
+    return sums
+
+
+def _grid(tensors: list[Mapping[str, Any]], cells: Mapping[tuple[str, str], float]) -> BlockGrid:
+    blocks = tuple(dict.fromkeys(tensor["block"] for tensor in tensors))
+    present = dict.fromkeys(tensor["kind"] for tensor in tensors)
+    kinds = (*(kind for kind in KINDS if kind in present), *(kind for kind in present if kind not in KINDS))
+    values = np.full((len(blocks), len(kinds)), np.nan)
+    for (block, kind), value in cells.items():
+        values[blocks.index(block), kinds.index(kind)] = value
+    return BlockGrid(blocks, kinds, values)
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+describe(
+    "golden_snapshot",
+    Description(
+        title="Change since the snapshot",
+        measures="How far the weights have moved from the base model that was kept when the finetune began.",
+        reading=(
+            "A small relative change is a small step; blocks that stand out in the heat map are where the finetune "
+            "happened. A cosine near 1 between successive updates means a steady direction, near 0 wandering, below 0 "
+            "going back and forth."
+        ),
+        metrics={
+            "delta_norm": "||Delta||; the distance from the snapshot",
+            "relative_change": "||Delta|| / ||base||; by block, of all that the block holds",
+            "update_cosine": "cosine between this update and the one before",
+        },
+    ),
+)
+describe(
+    "golden_parameters",
+    Description(
+        title="Golden parameters",
+        measures=(
+            "Which parameters matter to every sample: for each one the top k % by gradient score are marked, and a "
+            "parameter is golden when enough of the samples mark it."
+        ),
+        reading=(
+            "Compare the density with the one expected by chance: far above it, the samples share parameters. A delta "
+            "share above the density (a ratio above 1) means that the finetune moved the golden parameters more than "
+            "the others; a Jaccard index near 1 that the set is stable."
+        ),
+        metrics={
+            "count": "parameters in the mask; the golden ones",
+            "density": "parameters in the mask divided by all",
+            "chance_density": "density expected if samples marked parameters independently",
+            "density_over_chance": "density divided by the one expected by chance",
+            "jaccard_previous": "overlap with the mask of the analysis before (intersection over union)",
+            "delta_share": "share of ||Delta||^2 inside the mask",
+            "delta_share_over_density": "that share divided by the density; 1 = no more than their number",
+        },
+    ),
+)
+describe(
+    "reverse_golden_parameters",
+    Description(
+        title="Reverse golden parameters",
+        measures=(
+            "Which few parameters the predictions hang on: the mask of a given size whose zeroing moves the model's "
+            "distribution most, searched for on one half of the probe and measured on the other."
+        ),
+        reading=(
+            "Compare the divergence with those of the single-shot masks of the same size: how much more the search "
+            "has found than a score of the unmasked model. It is a lower bound of what zeroing so many can do. "
+            "A Jaccard index near 1 means that the predictions hang on the same elements as before."
+        ),
+        metrics={
+            "kl_divergence": (
+                "mean KL(model || what stands in for it), nats per target; the masked model, on samples without "
+                "a part in the search"
+            ),
+            "search_divergence": "the same on the samples that chose; far above, the mask fits those samples alone",
+            "single_shot": "divergence of a mask of the same size by this score of the unmasked model, nats per target",
+            "over_gradient": "the divergence as a multiple of the mask's of the largest gradients",
+            "count": "parameters in the mask; the zeroed ones",
+            "density": "parameters in the mask divided by all",
+            "accepted_pools": "iterations in which the pool's mask beat the greedy one",
+            "token_agreement": "share of positions at which the masked model writes the same token",
+            "kl_per_token": (
+                "mean KL(model || the other) along what the model writes, nats per token; the whole one, the masked one"
+            ),
+            "jaccard_previous": "overlap with the mask of the analysis before (intersection over union)",
+            "delta_share": "share of ||Delta||^2 inside the mask",
+            "delta_share_over_density": "that share divided by the density; 1 = no more than their number",
+        },
+    ),
+)
+describe(
+    "parameter_distribution",
+    Description(
+        title="Shape of the change",
+        measures=(
+            "What the change of each matrix looks like: how many directions it has, whether it lies along the base's "
+            "strongest directions, and how far the distribution of the weights has drifted."
+        ),
+        reading=(
+            "A stable rank near 1 means that the change is one direction, as of a low-rank adapter. An alignment over "
+            "chance near 1 means that the finetune found directions of its own; far above, that it amplified those "
+            "that the base had."
+        ),
+        metrics={
+            "stable_rank": "||Delta||_F^2 / ||Delta||_2^2, mean over the matrices weighted by size; by block",
+            "effective_rank": "exponential of the entropy of the normalised spectrum; of matrices' changes, by block",
+            "alignment_over_chance": "share of ||Delta||^2 along the base's top directions, over chance",
+            "histogram_drift": "Jensen-Shannon divergence of the weights' histograms, nats; by block",
+            "relative_change": "||Delta|| / ||base||; by block, of all that the block holds",
+        },
+    ),
+)
