@@ -13,8 +13,8 @@ from lightning_goldy.core import load_vectors
 from lightning_goldy.core.store import StoreError
 from lightning_goldy.core.vector import substituted
 from lightning_goldy.data import KnowledgeDataModule, write_pieces
-from lightning_goldy.report.plots import draw_plots
 from lightning_goldy.report.charts import CHARTS
+from lightning_goldy.report.plots import draw_plots
 from tests.callbacks.knowledge import COUNTRIES, EDITED, PIECES, TOKENIZER, WORDS, AtlasFinetune, WordData, atlas
 from tests.callbacks.training import Finetune, TokenData, differences, fit
 

@@ -7,8 +7,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_goldy.analysis import taylor_diff
 from lightning_goldy.callbacks import ExactResume, GoldenSnapshot, TaylorDiff
-from lightning_goldy.report.plots import draw_plots
 from lightning_goldy.report.charts import CHARTS
+from lightning_goldy.report.plots import draw_plots
 from tests.callbacks.training import TokenData, differences, fit
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using", "ignore:.*exists and is not empty")
