@@ -331,7 +331,7 @@ def _lines_chart(style: Lines, bands: bool, notes: bool, few: bool, shapes: tupl
         color=alt.Color(
             "line:N",
             sort=None,
-            legend=alt.Legend(title=None, orient="top", columns=3) if style.legend else None,
+            legend=alt.Legend(title=None, orient="top", columns=3, symbolOpacity=1) if style.legend else None,
         ),
         tooltip=tips,
     )

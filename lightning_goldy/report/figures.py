@@ -92,7 +92,11 @@ class Figure:
         spec["params"] = [*spec.get("params", []), *range_params(self.ranges)]
         background = {"light": "#ffffff", "dark": "#1c2229"}[theme]
         spec["config"] = {**THEMES[theme], "background": background, **spec.get("config", {})}
-        words = {"text": self.title, "subtitle": textwrap.wrap(self.caption, _CAPTION_LETTERS)}
+        lines = textwrap.wrap(self.caption, _CAPTION_LETTERS)
+        words: dict[str, Any] = {"text": self.title, "subtitle": lines}
+        if not self.title:
+            # Vega shows no subtitle without a title.
+            words = {"text": lines, "fontSize": 11, "fontWeight": "normal"}
         if self.title or self.caption:
             own = spec.get("title")
             spec["title"] = {**words, **(own if isinstance(own, dict) else {})}

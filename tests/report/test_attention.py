@@ -206,7 +206,7 @@ def test_the_page_shows_all_of_it_and_escapes_tokens(tmp_path: Path, write_rows:
     } <= set(page.text("h4"))
     assert "Attention heads" in page.text("h2")
     assert any("Jensen-Shannon" in cell for cell in page.cells())
-    assert page.scripts == 2
+    assert page.scripts == 4
 
 
 def test_recorded_maps_can_be_plotted() -> None:

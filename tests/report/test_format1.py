@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 
 from lightning_goldy.report.attentions import spectra
-from lightning_goldy.report.charts import CHARTS
 from lightning_goldy.report.expansions import prediction
+from lightning_goldy.report.figures import draw_figures
 from lightning_goldy.report.history import with_history
 from lightning_goldy.report.plasticity import gate_timeline, loss_course
-from lightning_goldy.report.plots import draw_plots
 from lightning_goldy.report.run import AnalysisRows, read_run, upgraded
 from lightning_goldy.report.volumes import trajectories
 
@@ -81,8 +80,7 @@ def test_every_figure_is_drawn_and_the_page_is_written(
     analyses: dict[str, AnalysisRows], tmp_path: Path, page_of: Callable[[Path], Any]
 ) -> None:
     for rows in analyses.values():
-        assert draw_plots(rows.rows[-1], rows.rows[:-1])
-        assert CHARTS.draw(rows.rows[-1], rows.rows[:-1])
+        assert draw_figures(rows.rows[-1], rows.rows[:-1])
     page = page_of(Path(shutil.copytree(RUN, tmp_path / "run")))
     cells = page.cells()
     assert {"forward", "backward", "evaluations"} <= set(cells)
