@@ -444,6 +444,7 @@ class Histogram:
         x: What was counted by, under the bars.
         y: What was counted.
         log: Whether the counts are on a logarithmic axis.
+        scale: Name of the ranges of the axes. Panels that state the same one share them, and so do all steps.
         width: None follows the page.
         height: Of the plot.
         title: Above it, for one among several.
@@ -452,6 +453,7 @@ class Histogram:
     x: str
     y: str = "elements"
     log: bool = True
+    scale: str = "bins"
     width: float | None = None
     height: float = 240
     title: str = ""
@@ -480,20 +482,28 @@ def histogram(edges: ArrayLike, counts: ArrayLike, style: Histogram, *, caption:
     bins = {"low": ends[:-1], "high": ends[1:], "count": sizes}
     # A bin with one element would have no height on a logarithmic axis that starts at one.
     least, most = (0.5, 2 * max(sizes, default=0)) if style.log else (0, max(sizes, default=0))
-    return Figure(_histogram_chart(style), {"bins": bins}, caption, ranges={"counts": (least, max(most, 1))})
+    filled = [place for place, size in enumerate(sizes) if size] or range(len(sizes))
+    across = (ends[min(filled)], ends[max(filled) + 1]) if sizes else (0.0, 1.0)
+    ranges = {style.scale: across, f"{style.scale}_counts": (least, max(most, 1))}
+    return Figure(_histogram_chart(style), {"bins": bins}, caption, ranges=ranges)
 
 
 @functools.lru_cache(maxsize=64)
 def _histogram_chart(style: Histogram) -> Spec:
     alt = require("altair")
-    scale = alt.Scale(type="log" if style.log else "linear", domain=bounds("counts"), nice=False)
+    scale = alt.Scale(type="log" if style.log else "linear", domain=bounds(f"{style.scale}_counts"), nice=False)
     chart = (
         alt.Chart(alt.NamedData("bins"))
         .transform_filter("datum.count > 0")
-        .transform_calculate(floor="counts_low")
+        .transform_calculate(floor=f"{style.scale}_counts_low")
         .mark_bar(binSpacing=0)
         .encode(
-            x=alt.X("low:Q", title=style.x, scale=alt.Scale(zero=False, nice=False), axis=alt.Axis(grid=False)),
+            x=alt.X(
+                "low:Q",
+                title=style.x,
+                scale=alt.Scale(domain=bounds(style.scale), nice=False),
+                axis=alt.Axis(grid=False),
+            ),
             x2="high:Q",
             y=alt.Y(
                 "count:Q",
