@@ -9,7 +9,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_goldy.callbacks import output
+from lightning_goldy.callbacks import store
 from lightning_goldy.report import rendering
 
 HISTOGRAM = {"edges": [-3.0, -2.0, -1.0], "counts": [4, 1], "zero": 5}
@@ -37,7 +37,7 @@ def images_of(trainer: Any) -> list[str]:
 
 
 def test_every_figure_of_a_row_becomes_an_image(trainer: Any) -> None:
-    output.log_findings(trainer, ROW, {})
+    store.log_row(trainer, ROW, {})
     prefix = "goldy/golden_snapshot/figure"
     assert images_of(trainer) == [f"{prefix}/relative_change", f"{prefix}/change_histogram"]
 
@@ -48,17 +48,17 @@ def test_a_figure_that_cannot_be_drawn_is_told_and_ends_nothing(trainer: Any, mo
     with pytest.warns(
         UserWarning, match="figure '.*' of golden_snapshot at step 3 is not logged: .* died twice"
     ) as told:
-        output.log_findings(trainer, ROW, {})
+        store.log_row(trainer, ROW, {})
     assert len(told) == 2
     assert images_of(trainer) == []
 
 
 @pytest.mark.parametrize("module", ["altair", "vl_convert"])
 def test_what_is_missing_is_told_once(trainer: Any, monkeypatch: pytest.MonkeyPatch, module: str) -> None:
-    monkeypatch.setattr(output, "_told", set())
+    monkeypatch.setattr(store, "_told", set())
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.warns(UserWarning, match="figures are not logged: figures need .*lightning-goldy.report."):
-        output.log_findings(trainer, ROW, {})
+        store.log_row(trainer, ROW, {})
     # Warnings are errors here.
-    output.log_findings(trainer, ROW, {})
+    store.log_row(trainer, ROW, {})
     assert images_of(trainer) == []
