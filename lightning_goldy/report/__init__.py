@@ -31,10 +31,6 @@ from lightning_goldy.report.basin_plots import (
     plot_volume_estimates,
     plot_volume_trajectory,
 )
-from lightning_goldy.report.coupling_charts import chart_coupling_distribution, chart_coupling_map
-from lightning_goldy.report.coupling_drift_charts import chart_drift_lines, chart_drift_map, chart_drift_prediction
-from lightning_goldy.report.coupling_drift_plots import plot_drift_lines, plot_drift_map, plot_drift_prediction
-from lightning_goldy.report.coupling_plots import plot_coupling_distribution, plot_coupling_map
 from lightning_goldy.report.descriptions import Description, describe
 from lightning_goldy.report.expansion_charts import chart_taylor_prediction, chart_taylor_shares
 from lightning_goldy.report.expansion_plots import plot_taylor_prediction, plot_taylor_shares
@@ -59,6 +55,8 @@ from lightning_goldy.report.plasticity_plots import (
 )
 from lightning_goldy.report.ripple_charts import chart_ripple_effects
 from lightning_goldy.report.ripple_plots import plot_ripple_effects
+from lightning_goldy.report.topics.coupling import chart_coupling_distribution, chart_coupling_map
+from lightning_goldy.report.topics.coupling_drift import chart_drift_lines, chart_drift_map, chart_drift_prediction
 from lightning_goldy.report.topics.golden import (
     chart_change_histogram,
     chart_golden_parameters,
@@ -112,11 +110,6 @@ __all__ = [
     "plot_attention_maps",
     "plot_attention_prompts",
     "plot_attention_spectra",
-    "plot_coupling_distribution",
-    "plot_coupling_map",
-    "plot_drift_lines",
-    "plot_drift_map",
-    "plot_drift_prediction",
     "plot_explained_change",
     "plot_gate_timeline",
     "plot_head_scores",
@@ -138,6 +131,11 @@ __all__ = [
 _FORMER = {
     "draw_plots": "lightning_goldy.report.figures.draw_figures",
     "plot_change_histogram": "lightning_goldy.report.topics.golden.chart_change_histogram",
+    "plot_coupling_distribution": "lightning_goldy.report.topics.coupling.chart_coupling_distribution",
+    "plot_coupling_map": "lightning_goldy.report.topics.coupling.chart_coupling_map",
+    "plot_drift_lines": "lightning_goldy.report.topics.coupling_drift.chart_drift_lines",
+    "plot_drift_map": "lightning_goldy.report.topics.coupling_drift.chart_drift_map",
+    "plot_drift_prediction": "lightning_goldy.report.topics.coupling_drift.chart_drift_prediction",
     "plot_golden_parameters": "lightning_goldy.report.topics.golden.chart_golden_parameters",
     "plot_parameter_distribution": "lightning_goldy.report.topics.golden.chart_parameter_distribution",
     "plot_search_history": "lightning_goldy.report.topics.golden.chart_search_history",

@@ -20,7 +20,6 @@ _READS: Mapping[str, frozenset[str]] = {
 }
 _TAYLOR = ("change", "first_order", "nonlinearity")
 _VOLUME = ("log_volume", "interval_low", "interval_high", "sigma", "preconditioner")
-_DRIFT = ("mean_absolute_difference", "correlation", "pearson", "spearman")
 _CURVE = ("steps", "loss", "multiplier", "active_heads")
 
 
@@ -145,17 +144,6 @@ def _volumes(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
     return {"trajectory": [{"label": label, **line} for label, line in lines.items()]}
 
 
-def _drift(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
-    if "trajectory" in row["result"]:
-        return {}
-    lines: dict[str, Any] = {"steps": [each["step"] for each in rows]}
-    lines |= {name: _metric(rows, name) for name in _DRIFT}
-    groups = row["result"].get("classes", ())
-    for name, metric in (("change", "measured_change"), ("predicted_change", "predicted_change")):
-        lines[name] = {group: _metric(rows, f"{metric}/{group}") for group in groups}
-    return {"trajectory": lines}
-
-
 def _variants(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
     if "trajectory" in row["result"]:
         return {}
@@ -199,7 +187,6 @@ def _metric(rows: Sequence[Row], name: str) -> list[Any]:
 _BUILDERS: Mapping[str, Callable[[Row, Sequence[Row]], dict[str, Any]]] = {
     "attention_tracker": _spectra,
     "basin_volume": _volumes,
-    "coupling_drift": _drift,
     "head_plasticity": _plasticity,
     "taylor_diff": _taylor,
     "variant_losses": _variants,

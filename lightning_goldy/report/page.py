@@ -15,8 +15,6 @@ from lightning_goldy.core.store import atomic_write
 from lightning_goldy.report.builders import Lines, Series, lines
 from lightning_goldy.report.charts import CHARTS
 from lightning_goldy.report.continuations import continuations_html
-from lightning_goldy.report.coupling_drifts import moved_html
-from lightning_goldy.report.coupling_tables import coupling_tables_html
 from lightning_goldy.report.curves import TrainingCurves
 from lightning_goldy.report.descriptions import Description, description_of
 from lightning_goldy.report.figures import THEMES, Entry, ReportError, Row, figures_of
@@ -35,6 +33,8 @@ from lightning_goldy.report.history import RowHistory
 from lightning_goldy.report.legacy import old_figures_html, scripts_html
 from lightning_goldy.report.rendering import page_script, require_drawing
 from lightning_goldy.report.run import AnalysisRows, Run, read_run
+from lightning_goldy.report.topics.coupling import coupling_tables_html
+from lightning_goldy.report.topics.coupling_drift import moved_html
 
 # Every frame of a slider is in the page, so their number decides its size.
 _MOST_FRAMES = 40

@@ -14,9 +14,8 @@ from lightning_goldy.core import load_vectors
 from lightning_goldy.core.store import StoreError
 from lightning_goldy.core.vector import substituted
 from lightning_goldy.data import KnowledgeDataModule, write_pieces
-from lightning_goldy.report.charts import CHARTS
-from lightning_goldy.report.history import with_history
-from lightning_goldy.report.plots import draw_plots
+from lightning_goldy.report.figures import draw_figures
+from lightning_goldy.report.topics.coupling_drift import drift_lines
 from tests.callbacks.knowledge import COUNTRIES, EDITED, PIECES, TOKENIZER, WORDS, AtlasFinetune, WordData, atlas
 from tests.callbacks.training import Finetune, TokenData, differences, fit
 
@@ -79,11 +78,11 @@ def test_it_logs_what_the_functions_find(tmp_path, snapshot) -> None:
     order = sorted((place for place in range(5) if place != 1), key=lambda place: -abs(float(ripple.measured[place])))
     assert [each["id"] for each in result["moved"]] == [PIECES[place].id for place in order]
     assert result["moved"][0]["after"] == pytest.approx(float(ripple.after[order[0]]))
-    lines = with_history(rows[-1], rows[:-1])["result"]["trajectory"]
-    assert lines["steps"] == [4, 8]
-    assert lines["change"]["edited"][-1] == metrics["measured_change/edited"]
-    assert set(draw_plots(rows[-1])) == {"prediction", "drift", "difference", "heat_map", "distribution"}
-    assert len(CHARTS.draw(rows[-1])) == 5
+    lines = drift_lines(rows)
+    assert lines.steps == (4, 8)
+    assert lines.measured["edited"][-1] == metrics["measured_change/edited"]
+    drawn = draw_figures(rows[-1], rows[:-1])
+    assert set(drawn) == {"prediction", "drift", "difference", "heat_map", "distribution"}
 
 
 @pytest.mark.parametrize("snapshot", [False, True])
@@ -214,7 +213,7 @@ def test_a_piece_without_a_gradient_is_listed_and_left_out(tmp_path) -> None:
     assert row["metrics"]["n_failed"] == 1
     assert row["result"]["n_pairs"] == 6
     assert "mali coin" not in row["result"]["drifted"]["ids"]
-    draw_plots(row)
+    draw_figures(row)
 
 
 def test_a_model_in_which_no_piece_has_a_gradient_is_an_error(tmp_path) -> None:

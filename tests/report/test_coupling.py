@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 from typing import Any
@@ -14,14 +13,21 @@ import torch
 from lightning_goldy.analysis.coupling import CouplingResult, coupling_statistics
 from lightning_goldy.analysis.coupling.drift import OTHERS, coupling_picture
 from lightning_goldy.core.files import to_json_line
-from lightning_goldy.report.charts import CHARTS
-from lightning_goldy.report.coupling_charts import chart_coupling_distribution, chart_coupling_map
-from lightning_goldy.report.coupling_plots import plot_coupling_distribution, plot_coupling_map
-from lightning_goldy.report.coupling_tables import coupling_tables_html, readiness_table
-from lightning_goldy.report.couplings import coupling_histogram, coupling_map, histogram_caption, map_caption, titled
 from lightning_goldy.report.descriptions import description_of
-from lightning_goldy.report.plots import draw_plots
-from lightning_goldy.report.registry import ReportError
+from lightning_goldy.report.figures import ReportError, draw_figures, figures_of
+from lightning_goldy.report.topics.coupling import (
+    chart_coupling_distribution,
+    chart_coupling_map,
+    coupling_histogram,
+    coupling_map,
+    coupling_map_caption,
+    coupling_tables_html,
+    distribution_caption,
+    readiness_table,
+    titled,
+)
+
+PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def coupled(count: int, *, categories: int = 3, failed: int = 0) -> CouplingResult:
@@ -110,51 +116,80 @@ def test_rare_categories_share_a_colour() -> None:
     assert len(coupling_picture(result, coupling_statistics(result), most=2).categories) == 2
 
 
+def cells_of(figure: Any) -> np.ndarray:
+    """Numbers of the heat map as a table."""
+    (table,) = (columns for name, columns in figure.data.items() if name.startswith("cells"))
+    return np.array(table["value"], dtype=float).reshape(len(set(table["y"])), -1)
+
+
 @pytest.mark.parametrize("saved", [False, True], ids=["as logged", "from the file"])
 @pytest.mark.parametrize("categories", [3, 0])
 def test_figures_draw_the_cells_and_the_counts(saved: bool, categories: int) -> None:
     row: Any = row_of(coupled(30, categories=categories))
     row = json.loads(to_json_line(row)) if saved else row
-    assert set(draw_plots(row)) == {"heat_map", "distribution"}
-    assert CHARTS.names("knowledge_coupling") == ("Which pieces are coupled", "How much is coupled")
-    cells = np.array(row["result"]["heat_map"]["cells"])
-    figure, chart = plot_coupling_map(row), chart_coupling_map(row)
-    image = next(axes.images[0] for axes in figure.axes if axes.images and axes.get_xlabel())
-    assert np.array(image.get_array()) == pytest.approx(cells)
-    assert np.array(chart.data[0].z) == pytest.approx(cells)
+    headings = {entry.name: entry.heading for entry in figures_of("knowledge_coupling")}
+    assert headings == {"heat_map": "Which pieces are coupled", "distribution": "How much is coupled"}
+    figures = draw_figures(row)
+    drawn, spread = figures["heat_map"], figures["distribution"]
+    assert cells_of(drawn) == pytest.approx(np.array(row["result"]["heat_map"]["cells"]), abs=1e-6)
     limit = coupling_map(row).limit
-    assert image.get_clim() == (-limit, limit)
-    assert (chart.layout.coloraxis.cmin, chart.layout.coloraxis.cmax) == (-limit, limit)
-    assert len(figure.legends) == (1 if categories else 0)
-    assert len(chart.data) == (2 if categories else 1)
-    assert chart.layout.meta["caption"] == map_caption(row)
-    spread, bars = plot_coupling_distribution(row), chart_coupling_distribution(row)
+    assert drawn.ranges == {"colour": (-limit, limit)}
+    strip = next((columns["category"] for name, columns in drawn.data.items() if name.startswith("strip")), None)
+    assert strip == (row["result"]["heat_map"]["categories"] if categories else None)
+    assert drawn.caption == coupling_map_caption(row)
     found = coupling_histogram(row)
     assert found.counts.sum() == 30 * 29 // 2
-    assert list(bars.data[0].y) == found.counts.tolist()
-    assert [line.get_xdata()[0] for line in spread.axes[0].lines] == [0.0, 0.1, 0.4]
-    assert bars.layout.meta["caption"] == histogram_caption(row)
-    for each in (figure, spread):
-        buffer = io.BytesIO()
-        each.savefig(buffer, format="png")
-        assert buffer.getvalue().startswith(b"\x89PNG")
+    assert spread.data["bins"]["count"] == found.counts.tolist()
+    assert spread.data["thresholds"]["cosine"] == [0.0, 0.1, 0.4]
+    assert spread.data["thresholds"]["label"][1:] == ["moderate\nfrom 0.1", "high\nfrom 0.4"]
+    assert spread.ranges["bins"][0] <= found.edges[0] <= found.edges[-1] <= spread.ranges["bins"][1]
+    assert spread.ranges["bins"][1] >= 0.4
+    assert spread.caption == distribution_caption(row)
+    for figure in figures.values():
+        assert figure.png().startswith(PNG)
+
+
+def test_every_category_has_its_colour_beside_its_pieces() -> None:
+    row = row_of(coupled(12))
+    figure = chart_coupling_map(row)
+    strip = figure.data["strip_0"]
+    categories = row["result"]["heat_map"]["categories"]
+    assert None in categories
+    assert strip["category"] == categories
+    assert strip["place"] == list(range(12))
+    base, known = figure.bare()["concat"][0]["layer"]
+    # Blocks without a category keep their place, and have no colour.
+    assert base["mark"]["opacity"] == 0
+    assert known["transform"] == [{"filter": "isValid(datum.category)"}]
+    assert known["encoding"]["color"]["field"] == "category"
+    heights = [part["height"] for part in figure.bare()["concat"]]
+    assert heights == [{"step": 36}] * 2
 
 
 def test_many_pieces_are_averaged_and_the_caption_says_so() -> None:
     row = row_of(coupled(45), most=10)
-    assert "Each cell is a mean over blocks of up to 5 pieces" in map_caption(row)
-    image = plot_coupling_map(row).axes[1].images[0]
-    assert image.get_array().shape == (10, 10)
-    # The axis counts pieces, not blocks.
-    assert image.get_extent() == [-0.5, 44.5, 44.5, -0.5]
-    assert "Each cell is one pair" in map_caption(row_of(coupled(10)))
+    assert "Each cell is a mean over blocks of up to 5 pieces" in coupling_map_caption(row)
+    figure = chart_coupling_map(row)
+    assert cells_of(figure).shape == (10, 10)
+    # The axes count pieces, not blocks.
+    labels = [label.partition("|")[2] for label in dict.fromkeys(figure.data["cells_1"]["y"])]
+    assert (labels[0], labels[-1]) == ("0 to 4", "41 to 44")
+    assert "Each cell is one pair" in coupling_map_caption(row_of(coupled(10)))
+    assert coupling_map(row_of(coupled(3))).labels == ("0", "1", "2")
+
+
+def test_two_hundred_blocks_are_drawn() -> None:
+    figure = chart_coupling_map(row_of(coupled(230)))
+    assert cells_of(figure).shape == (200, 200)
+    assert figure.bare()["concat"][1]["width"] == {"step": 3}
+    assert figure.png(1.0).startswith(PNG)
 
 
 def test_one_piece_has_no_pair() -> None:
     row = row_of(coupled(1))
-    assert plot_coupling_distribution(row).axes[0].texts[0].get_text() == "no pair"
-    assert plot_coupling_map(row).axes[0].images[0].get_array().tolist() == [[1.0]]
-    assert chart_coupling_distribution(row).data[0].y is not None
+    assert chart_coupling_distribution(row) == "There is no pair of two pieces."
+    assert cells_of(chart_coupling_map(row)).tolist() == [[1.0]]
+    assert list(draw_figures(row)) == ["heat_map"]
 
 
 def test_every_metric_has_a_meaning() -> None:
@@ -165,7 +200,7 @@ def test_every_metric_has_a_meaning() -> None:
 
 def test_a_title_has_a_step_where_there_was_a_training() -> None:
     row = row_of(coupled(5))
-    assert "step 5" in plot_coupling_map(row).get_suptitle()
+    assert "step 5" in chart_coupling_map(row).title
     assert titled("Coupling", {"step": 0}) == "Coupling"
 
 
@@ -180,7 +215,7 @@ def test_a_title_has_a_step_where_there_was_a_training() -> None:
 )
 def test_a_row_that_lacks_something_is_refused(result: dict[str, Any]) -> None:
     row = {"analysis": "knowledge_coupling", "step": 1, "result": result}
-    for draw in (plot_coupling_map, chart_coupling_map, plot_coupling_distribution, chart_coupling_distribution):
+    for draw in (chart_coupling_map, chart_coupling_distribution):
         with pytest.raises(ReportError, match="a row of knowledge_coupling lacks"):
             draw(row)
 

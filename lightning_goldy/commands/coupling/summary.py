@@ -37,10 +37,10 @@ from lightning_goldy.commands.coupling.run import Clock, Findings, measure, read
 from lightning_goldy.core.files import atomic_path, atomic_write, to_json_line
 from lightning_goldy.core.naming import model_class
 from lightning_goldy.data.tokenization import load_tokenizer
-from lightning_goldy.report.coupling_tables import readiness_lines, readiness_table
 from lightning_goldy.report.figures import draw_figures
 from lightning_goldy.report.formatting import format_bytes, format_number, format_percent, format_seconds
 from lightning_goldy.report.page import write_report
+from lightning_goldy.report.topics.coupling import readiness_lines, readiness_table
 from lightning_goldy.training.models import WeightDtype, check_vocabulary, load_model
 from lightning_goldy.training.quiet import progress_only, without_known_warnings
 

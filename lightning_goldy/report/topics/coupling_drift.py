@@ -1,7 +1,8 @@
-"""What the figures and the table of a finetune's knowledge drift show, taken from rows and checked."""
+"""The drift of a finetune's knowledge coupling, and what its gradients predicted of every piece."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,19 +10,122 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_goldy.report.couplings import CONTRASTS, STATISTICS
+from lightning_goldy.report.builders import HeatMap, Line, Lines, Points, Scatter, arrange, heat_map, lines, scatter
 from lightning_goldy.report.descriptions import Description, describe
+from lightning_goldy.report.figures import Figure, ReportError, Row, register_figure
 from lightning_goldy.report.formatting import format_number, format_percent, texts_html
 from lightning_goldy.report.generations import printable
-from lightning_goldy.report.registry import ReportError, Row
-from lightning_goldy.report.ripples import Scatter
+from lightning_goldy.report.topics.coupling import (
+    CONTRASTS,
+    STATISTICS,
+    chart_coupling_distribution,
+    chart_coupling_map,
+)
 
 CLASSES = ("edited", "rehearsed", "untouched")
-"""The order of the classes in legends."""
+"""The order of the classes of pieces."""
 _LACKS = "a row of coupling_drift lacks what its figure needs"
-_HEADINGS = ("fact", "question", "answer", "log p before", "log p now", "predicted", "rank before", "rank now")
 # Below this the colours would show rounding.
 _LEAST_LIMIT = 0.01
+_MOVED = ("fact", "question", "answer", "log p before", "log p now", "predicted", "rank before", "rank now")
+
+
+@register_figure("coupling_drift", "prediction", heading="Predicted and measured change")
+def chart_drift_prediction(row: Row) -> Figure:
+    """Predicted against measured change of each piece since the base, coloured by class.
+
+    Args:
+        row: Of the analysis ``coupling_drift``.
+
+    Raises:
+        ReportError: The row lacks what the figure needs.
+        ImportError: altair is not installed.
+
+    Example:
+        >>> points = {"piece": ["a"], "predicted": [0.5], "measured": [0.25], "class": ["edited"]}
+        >>> numbers = {"n": 1, "pearson": None, "spearman": None, "slope": None}
+        >>> result = {"points": points, "agreement": [{"group": name, **numbers} for name in ("all", "edited")]}
+        >>> chart_drift_prediction({"result": result}).data["points"]["group"]
+        ['edited (n = 1)']
+    """
+    style = Scatter(
+        "predicted change of log p, g . Delta, nats",
+        "measured change of log p, nats",
+        point="piece",
+        diagonal=True,
+        size=(520, 420),
+    )
+    # Untouched facts are many and would hide the edited ones, which are drawn last.
+    groups = dict(reversed(drift_scatters(row).items()))
+    return scatter(groups, style, caption=prediction_caption(row))
+
+
+@register_figure("coupling_drift", "drift", heading="Drift over the run", over="run")
+def chart_drift_lines(rows: Sequence[Row]) -> Figure:
+    """Drift of the cosines over the run, and mean changes of log p by class beside what was predicted.
+
+    Args:
+        rows: Of the analysis ``coupling_drift``, ascending.
+
+    Raises:
+        ReportError: A row lacks what the figure needs.
+        ImportError: altair is not installed.
+
+    Example:
+        >>> metrics = {"mean_absolute_difference": 0.1, "correlation": 0.9, "measured_change/untouched": 0.2}
+        >>> row = {"step": 4, "metrics": metrics, "result": {"classes": {"untouched": 3}}}
+        >>> chart_drift_lines([row]).data["points_2"]["line"]
+        ['untouched', 'untouched, predicted']
+    """
+    found = drift_lines(rows)
+    panels = [
+        lines({label: (found.steps, values)}, Lines(x="", y=label, scale="linear", height=90))
+        for label, values in (("mean absolute difference", found.difference), ("correlation", found.correlation))
+    ]
+    return arrange([*panels, _change_lines(found)], caption=lines_caption(rows[-1]))
+
+
+@register_figure("coupling_drift", "difference", heading="Where the coupling moved")
+def chart_drift_map(row: Row) -> Figure:
+    """Heat map of the differences of the cosines from those of the base, of the pieces that drifted most.
+
+    Args:
+        row: Of the analysis ``coupling_drift``.
+
+    Raises:
+        ReportError: The row lacks what the figure needs.
+        ImportError: altair is not installed.
+
+    Example:
+        >>> drifted = {"ids": ["a", "b"], "classes": ["edited", "untouched"], "difference": [[0, 0.5], [0.5, 0]]}
+        >>> chart_drift_map({"result": {"drifted": drifted}}).data["cells"]["value"]
+        [0.0, 0.5, 0.5, 0.0]
+    """
+    found = drift_map(row)
+    style = HeatMap(
+        "difference", rows="piece", columns="piece", colours="diverging", numbers=False, cell=(13, 13), scale="drift"
+    )
+    extent = (-found.limit, found.limit)
+    return heat_map(found.cells, found.names, found.names, style, extent=extent, caption=drift_map_caption(row))
+
+
+register_figure("coupling_drift", "heat_map", heading="Which pieces are coupled")(chart_coupling_map)
+register_figure("coupling_drift", "distribution", heading="How much is coupled")(chart_coupling_distribution)
+
+
+def _change_lines(found: DriftLines) -> Figure:
+    """Measured changes, and predicted ones dashed, in one colour for each class, as among the points."""
+    changes = {}
+    for name in reversed(found.measured):
+        changes[name] = Line(found.steps, found.measured[name])
+        changes[f"{name}, predicted"] = Line(found.steps, found.predicted[name], shape="dashed")
+    figure = lines(changes, Lines(y="mean change of log p, nats", scale="linear", height=200))
+    chart = copy.deepcopy(figure.bare())
+    for layer in chart["layer"]:
+        layer["encoding"]["color"]["field"] = "group"
+    points = figure.data["points"]
+    groups = [line.removesuffix(", predicted") for line in points["line"]]
+    return Figure(chart, {"points": {**points, "group": groups}})
 
 
 @dataclass(frozen=True)
@@ -58,8 +162,8 @@ class DriftMap:
     limit: float
 
 
-def drift_scatters(row: Row) -> tuple[Scatter, ...]:
-    """Predicted and measured changes by class, edited ones first.
+def drift_scatters(row: Row) -> dict[str, Points]:
+    """Predicted and measured changes by class, edited ones first, under the class's name, agreement and size.
 
     Raises:
         ReportError: The row lacks them.
@@ -67,44 +171,51 @@ def drift_scatters(row: Row) -> tuple[Scatter, ...]:
     Example:
         >>> points = {"predicted": [0.5], "measured": [0.25], "class": ["untouched"]}
         >>> agreement = [{"group": "untouched", "n": 1, "pearson": None, "spearman": None}]
-        >>> drift_scatters({"result": {"points": points, "agreement": agreement}})[0].label
-        'untouched (n = 1)'
+        >>> drift_scatters({"result": {"points": points, "agreement": agreement}})["untouched (n = 1)"].y
+        (0.25,)
     """
     try:
         points, agreement = row["result"]["points"], row["result"]["agreement"]
-        columns = list(zip(points["predicted"], points["measured"], points["class"], strict=True))
-        groups = {each["group"]: each for each in agreement if each["group"] != "all"}
-        found = []
+        pieces = points.get("piece") or [""] * len(points["class"])
+        columns = list(zip(points["predicted"], points["measured"], pieces, points["class"], strict=True))
+        groups = {entry["group"]: entry for entry in agreement if entry["group"] != "all"}
+        found = {}
         for name in sorted(groups, key=_place):
-            mine = [(x, y) for x, y, group in columns if group == name and x is not None and y is not None]
-            label = f"{name} ({_numbers(groups[name])}n = {format_number(groups[name]['n'])})"
-            found.append(Scatter(name, label, tuple(x for x, _ in mine), tuple(y for _, y in mine)))
-        return tuple(found)
-    except (KeyError, TypeError, ValueError) as error:
+            mine = [column[:3] for column in columns if column[3] == name and None not in column[:2]]
+            label = f"{name} ({_correlations(groups[name])}n = {format_number(groups[name]['n'])})"
+            found[label] = Points(*(tuple(values) for values in zip(*mine, strict=True))) if mine else Points((), ())
+        return found
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ReportError(f"{_LACKS}: {error}") from error
 
 
-def drift_lines(row: Row) -> DriftLines:
-    """The lines of a row, classes in their order.
+def drift_lines(rows: Sequence[Row]) -> DriftLines:
+    """The lines of a run, classes in their order.
+
+    Args:
+        rows: Of the analysis ``coupling_drift``, ascending; the last one says which classes there are.
 
     Raises:
-        ReportError: The row lacks them.
+        ReportError: A row lacks them.
 
     Example:
-        >>> lines = {"steps": [4], "mean_absolute_difference": [0.1], "correlation": [None]}
-        >>> change = {"untouched": [0.2], "edited": [1.5]}
-        >>> found = drift_lines({"result": {"trajectory": {**lines, "change": change, "predicted_change": change}}})
-        >>> list(found.measured), found.correlation
-        (['edited', 'untouched'], (None,))
+        >>> metrics = {"mean_absolute_difference": 0.1, "measured_change/untouched": 0.2, "measured_change/edited": 1.5}
+        >>> row = {"step": 4, "metrics": metrics, "result": {"classes": {"untouched": 3, "edited": 1}}}
+        >>> found = drift_lines([row])
+        >>> found.measured, found.correlation
+        ({'edited': (1.5,), 'untouched': (0.2,)}, (None,))
     """
     try:
-        lines = row["result"]["trajectory"]
-        change, predicted = (
-            {name: tuple(lines[key][name]) for name in sorted(lines[key], key=_place)}
-            for key in ("change", "predicted_change")
+        classes = sorted(rows[-1]["result"]["classes"], key=_place)
+        steps = tuple(row["step"] for row in rows)
+
+        def line(metric: str) -> tuple[float | None, ...]:
+            return tuple(row["metrics"].get(metric) for row in rows)
+
+        measured, predicted = (
+            {name: line(f"{metric}/{name}") for name in classes} for metric in ("measured_change", "predicted_change")
         )
-        difference, correlation = tuple(lines["mean_absolute_difference"]), tuple(lines["correlation"])
-        return DriftLines(tuple(lines["steps"]), difference, correlation, change, predicted)
+        return DriftLines(steps, line("mean_absolute_difference"), line("correlation"), measured, predicted)
     except (KeyError, TypeError, AttributeError) as error:
         raise ReportError(f"{_LACKS}: {error}") from error
 
@@ -132,6 +243,15 @@ def drift_map(row: Row) -> DriftMap:
     return DriftMap(names, cells, max(_LEAST_LIMIT, float(np.abs(cells).max(initial=0.0))))
 
 
+def _correlations(agreement: Mapping[str, Any]) -> str:
+    pearson, spearman = agreement["pearson"], agreement["spearman"]
+    return "" if pearson is None else f"r = {pearson:.2f}, Spearman {spearman:.2f}, "
+
+
+def _place(name: str) -> tuple[int, str]:
+    return (CLASSES.index(name) if name in CLASSES else len(CLASSES)), name
+
+
 def prediction_caption(row: Row) -> str:
     """How well the first order predicted, over all pieces.
 
@@ -142,9 +262,9 @@ def prediction_caption(row: Row) -> str:
         '9 pieces: r = 0.50, Spearman 0.25; same sign 75 %; slope 2'
     """
     try:
-        every = next(each for each in row["result"]["agreement"] if each["group"] == "all")
+        every = next(entry for entry in row["result"]["agreement"] if entry["group"] == "all")
         signs = format_percent(row.get("metrics", {}).get("sign_agreement"))
-        told = _numbers(every).removesuffix(", ") or "no correlation defined"
+        told = _correlations(every).removesuffix(", ") or "no correlation defined"
         size = format_number(every["slope"])
         return (
             f"{format_number(every['n'])} pieces: {told}; same sign {signs}; slope {size}. Points on the "
@@ -171,12 +291,12 @@ def lines_caption(row: Row) -> str:
     )
 
 
-def map_caption(row: Row) -> str:
+def drift_map_caption(row: Row) -> str:
     """Which pieces are shown.
 
     Example:
         >>> drifted = {"ids": ["a"], "classes": ["edited"], "difference": [[0]]}
-        >>> map_caption({"result": {"drifted": drifted, "n_pieces": 9}})
+        >>> drift_map_caption({"result": {"drifted": drifted, "n_pieces": 9}})
         'cosine now minus cosine at the base; the 1 of 9 pieces that drifted most, alike ones together; * edited'
     """
     count, pieces = len(drift_map(row).names), format_number(row["result"].get("n_pieces"))
@@ -197,8 +317,8 @@ def moved_text(moved: Sequence[Mapping[str, Any]]) -> str:
         ['a', "'Q?", 'yes', '-1', '-2.5', '-1.25', '1', '7']
     """
     # Text of the data cannot end a block that is made of indented lines.
-    lines = [_HEADINGS, *(tuple(cell.replace("`", "'") for cell in _cells(each)) for each in moved)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(_HEADINGS))]
+    lines = [_MOVED, *(tuple(cell.replace("`", "'") for cell in _moved_cells(each)) for each in moved)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(_MOVED))]
     told = ["    " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
     return "\n".join(["Untouched facts that moved most, log p in nats\n", *(line.rstrip() for line in told)])
 
@@ -221,25 +341,17 @@ def moved_html(row: Row) -> str:
     moved = row["result"].get("moved")
     if not moved:
         return ""
-    table = texts_html(_HEADINGS, map(_cells, moved), numbers_from=3)
+    table = texts_html(_MOVED, map(_moved_cells, moved), numbers_from=3)
     return f"<h3>Untouched facts that moved most</h3>{table}"
 
 
-def _cells(entry: Mapping[str, Any]) -> tuple[str, ...]:
+def _moved_cells(entry: Mapping[str, Any]) -> tuple[str, ...]:
     try:
         texts = [printable(entry[name]) for name in ("id", "question", "answer")]
         names = ("before", "after", "predicted", "rank_before", "rank_after")
         return (*texts, *(format_number(entry[name]) for name in names))
     except (KeyError, TypeError, AttributeError) as error:
         raise ReportError(f"a fact that moved lacks or spoils {error}") from error
-
-
-def _numbers(each: Mapping[str, Any]) -> str:
-    return "" if each["pearson"] is None else f"r = {each['pearson']:.2f}, Spearman {each['spearman']:.2f}, "
-
-
-def _place(name: str) -> tuple[int, str]:
-    return (CLASSES.index(name) if name in CLASSES else len(CLASSES)), name
 
 
 describe(
