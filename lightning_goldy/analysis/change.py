@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lightning_goldy.analysis.coupling import effective_rank
 from lightning_goldy.analysis.result import AnalysisResult
 from lightning_goldy.core.base import BaseParameters
 from lightning_goldy.core.directions import fill_direction_
@@ -399,7 +400,7 @@ def _row(name: str, base: Tensor, delta: Tensor, top: int, exact_below: int, see
         **row,
         "singular_values": tuple(spectrum[:top].tolist()),
         "stable_rank": changed**2 / float(spectrum[0]) ** 2,
-        "effective_rank": _effective_rank(spectrum) if exact else None,
+        "effective_rank": effective_rank(spectrum) if exact else None,
         "alignment": float(inside.square().sum()) / changed**2,
         "alignment_chance": len(values) ** 2 / matrix.numel(),
         "exact": exact,
@@ -460,8 +461,3 @@ def _leading(matrix: Tensor, top: int, exact_below: int, name: str, seed: int) -
     orthogonal = torch.linalg.qr(basis).Q  # [out, count + oversampled]
     inner, values, right = torch.linalg.svd(orthogonal.t() @ wide, full_matrices=False)
     return values[:count], (orthogonal @ inner)[:, :count], right[:count].t()
-
-
-def _effective_rank(spectrum: Tensor) -> float:
-    shares = spectrum / spectrum.sum()
-    return math.exp(-float(torch.special.xlogy(shares, shares).sum()))

@@ -18,14 +18,15 @@ from lightning_goldy.analysis.coupling import (
     CouplingDrift,
     CouplingResult,
     CouplingStatistics,
+    Layers,
+    OnError,
+    check_selection,
+    check_thresholds,
     coupling_drift,
+    coupling_picture,
     coupling_statistics,
     knowledge_coupling,
 )
-from lightning_goldy.analysis.coupling.drift import coupling_picture
-from lightning_goldy.analysis.coupling.passes import OnError
-from lightning_goldy.analysis.coupling.pieces import Layers, check_selection
-from lightning_goldy.analysis.coupling.statistics import check_thresholds
 from lightning_goldy.analysis.result import AnalysisResult, Cost, Row
 from lightning_goldy.analysis.ripple import FinetuneRipple, finetune_ripple
 from lightning_goldy.analysis.ripple.finetune import UNTOUCHED

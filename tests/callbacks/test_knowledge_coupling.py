@@ -63,11 +63,11 @@ def test_it_logs_what_the_functions_find(tmp_path, snapshot) -> None:
         "correlation": drift.correlation,
         "mean_absolute_difference/untouched_edited": drift.by_class["untouched_edited"],
         **ripple.scalars(),
-        **statistics.scalars(),
+        **statistics.metrics(),
     }
     for name, value in expected.items():
         assert metrics[name] == (None if value is None else pytest.approx(value, rel=1e-5, abs=1e-6)), name
-    assert result["base_statistics"] == coupling_statistics(before, moderate=0.0, high=0.2).scalars()
+    assert result["base_statistics"] == coupling_statistics(before, moderate=0.0, high=0.2).metrics()
     saved, header = load_vectors(knowledge.folder / rows[-1]["files"]["coupling"])
     assert header.kind == "result"
     assert torch.equal(saved["cosines"], now.cosines)

@@ -19,8 +19,8 @@ from lightning_goldy.analysis.coupling import (
     activation_similarity,
     coupling_statistics,
     knowledge_coupling,
+    layer_gradient_norms,
 )
-from lightning_goldy.analysis.coupling.coupling import layer_gradient_norms
 from lightning_goldy.analysis.ripple import ripple_effects
 from lightning_goldy.callbacks.store import peak_memory_bytes
 from lightning_goldy.cli import main

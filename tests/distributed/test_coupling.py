@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lightning_goldy.analysis import CouplingResult
+from lightning_goldy.analysis.result import Cost
 from tests.distributed.coupling_checks import CASES, SHARDED_CASES, all_cases, alone, refusals, through_a_folder
 from tests.distributed.launch import run_processes
 
@@ -30,6 +31,9 @@ def test_any_number_of_processes_gives_the_matrix_of_one(layout: str, world_size
     for texts in run_processes(all_cases, world_size, layout, cases):
         for text, result in zip(texts, expected, strict=True):
             same(text, result)
+            # Every replica tries a first piece.
+            probes = world_size - 1 if layout == "replicas" and result.measure == "gradient" else 0
+            assert CouplingResult.from_json(text).cost == result.cost + Cost(probes, probes)
 
 
 @pytest.mark.slow

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_goldy.analysis.coupling import CouplingResult, coupling_statistics
-from lightning_goldy.analysis.coupling.drift import OTHERS, coupling_picture
+from lightning_goldy.analysis.coupling import OTHERS, CouplingResult, coupling_picture, coupling_statistics
 from lightning_goldy.core.files import to_json_line
 from lightning_goldy.report.descriptions import description_of
 from lightning_goldy.report.figures import ReportError, draw_figures, figures_of
@@ -70,7 +69,7 @@ def row_of(result: CouplingResult, most: int = 200) -> dict[str, Any]:
     return {
         "analysis": "knowledge_coupling",
         "step": 5,
-        "metrics": statistics.scalars(),
+        "metrics": statistics.metrics(),
         "result": {
             "n_pairs": statistics.n_pairs,
             "n_clusters": statistics.n_clusters,

@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.coupling.capture import CouplingError
-from lightning_goldy.analysis.coupling.coupling import example_batch, listed_failures
-from lightning_goldy.analysis.coupling.passes import RECOVERABLE, OnError
+from lightning_goldy.analysis.coupling.passes import RECOVERABLE, CouplingError, OnError, check_on_error
 from lightning_goldy.analysis.coupling.pieces import (
     Layers,
     Pieces,
@@ -27,6 +25,7 @@ from lightning_goldy.analysis.coupling.pieces import (
     selected_parameters,
 )
 from lightning_goldy.analysis.coupling.result import CouplingResult
+from lightning_goldy.analysis.result import Cost
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import suggestion
 from lightning_goldy.core.objective import IGNORE_INDEX, CausalLMObjective, Objective
@@ -100,16 +99,16 @@ def activation_similarity(
         ('activation', 1.0)
     """
     check_selection(select, layers)
-    for name, value, kind in (("pooling", pooling, Pooling), ("on_error", on_error, OnError)):
-        if value not in get_args(kind):
-            raise ValueError(f"unknown {name} {value!r}; {suggestion(str(value), get_args(kind))}")
+    check_on_error(on_error)
+    if pooling not in get_args(Pooling):
+        raise ValueError(f"unknown pooling {pooling!r}; {suggestion(str(pooling), get_args(Pooling))}")
     began = time.perf_counter()
     model = getattr(model, "_orig_mod", model)
     objective = objective or CausalLMObjective()
     replicas = Replicas.of(model) if split_over_ranks else Replicas()
     samples = piece_samples(pieces, tokenizer=tokenizer, objective=objective, template=template)
     with preserved(model), torch.no_grad():
-        parameters = selected_parameters(model, select, layers, sample_batch=example_batch(model, samples))
+        parameters = selected_parameters(model, select, layers, sample_batch=samples.example(model))
         recorder = _Recorder(model, objective, list(parameters), pooling)
         with replicas.together("activation_similarity"):
             found = _recorded(recorder, samples, replicas, on_error, progress)
@@ -121,7 +120,7 @@ def activation_similarity(
         norms=norms,
         log_probs=log_probs,
         pieces=samples.descriptions,
-        failed=listed_failures(samples, failures),
+        failed=samples.listed(failures),
         parameters=tuple(parameters),
         measure="activation",
         normalize=True,
@@ -129,6 +128,7 @@ def activation_similarity(
         projection=None,
         projection_error=None,
         seconds=time.perf_counter() - began,
+        cost=sum(replicas.gather_objects(recorder.cost), Cost()),
     )
 
 
@@ -146,6 +146,8 @@ class _Recorder:
                 )
         self.modules = {name: layers[name] for name in names}
         self.widths: dict[str, int] = {}
+        self.cost = Cost()
+        """Passes of this process so far, those that were made to their end."""
         self._weights = torch.empty(0)
         self._pooled: dict[str, Tensor] = {}
 
@@ -154,6 +156,7 @@ class _Recorder:
         batch = joined_batch(samples, self.device)
         self._weights, self._pooled = _pooling_weights(batch["labels"], self.pooling), {}
         with ExitStack() as stack:
+            stack.callback(self.model.register_forward_hook(self._count_pass).remove)
             for name, module in self.modules.items():
                 stack.callback(module.register_forward_hook(partial(self._pool, name)).remove)
             log_probs = self.objective.log_probs(self.model, batch)
@@ -161,6 +164,9 @@ class _Recorder:
         if missing is not None:
             raise CouplingError(f"the layer of {missing} is not called")
         return log_probs.double(), self._pooled
+
+    def _count_pass(self, *_: Any) -> None:
+        self.cost += Cost(forwards=len(self._weights))
 
     def _pool(self, name: str, module: nn.Module, args: Any, output: Tensor) -> None:
         count, length = self._weights.shape

@@ -14,13 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_goldy.analysis.coupling.capture import Capture
 from lightning_goldy.analysis.coupling.gram import Rows
-from lightning_goldy.analysis.coupling.pieces import PieceSamples
-from lightning_goldy.core.batches import batch_tensors
 from lightning_goldy.core.files import StoreError, atomic_path, atomic_write
-from lightning_goldy.core.naming import canonical_name, model_class
-from lightning_goldy.core.sharding import Replicas, gather
+from lightning_goldy.core.sharding import Replicas
 
 
 @dataclass
@@ -211,11 +207,11 @@ class FolderBlocks:
         self._run = hashlib.blake2b(json.dumps(dict(settings)).encode(), digest_size=16).hexdigest()
 
     def has_block(self, number: int) -> bool:
-        """See :class:`~lightning_goldy.analysis.coupling.blocks.BlockStore`."""
+        """See :class:`BlockStore`."""
         return self._path("summary", number).is_file() and self._path("rows", number).is_file()
 
     def put_block(self, number: int, block: Block) -> None:
-        """See :class:`~lightning_goldy.analysis.coupling.blocks.BlockStore`."""
+        """See :class:`BlockStore`."""
         tensors: dict[str, Tensor] = {}
         for name, rows in block.parts.items():
             for kind, tensor in zip(Rows._fields, rows, strict=True):
@@ -226,13 +222,13 @@ class FolderBlocks:
         atomic_write(self._path("summary", number), json.dumps({"run": self._run, **summary_of(block)}))
 
     def exchange(self, n_blocks: int, replicas: Replicas) -> None:
-        """See :class:`~lightning_goldy.analysis.coupling.blocks.BlockStore`."""
+        """See :class:`BlockStore`."""
         with replicas.together("reading the workspace"):
             for number in range(n_blocks):
                 self.summary(number)
 
     def summary(self, number: int) -> Block:
-        """See :class:`~lightning_goldy.analysis.coupling.blocks.BlockStore`."""
+        """See :class:`BlockStore`."""
         path = self._path("summary", number)
         if not path.is_file():
             raise StoreError(f"{path}: no such file; the workspace must be one folder that every rank sees")
@@ -242,28 +238,28 @@ class FolderBlocks:
         return Block(**fields, failures=failures)
 
     def part(self, number: int, name: str) -> Rows:
-        """See :class:`~lightning_goldy.analysis.coupling.blocks.BlockStore`."""
+        """See :class:`BlockStore`."""
         with self._open("rows", number) as file:
             present = set(file.keys())
             keys = [key for kind in Rows._fields if (key := f"{name}::{kind}") in present]
             return Rows(*(file.get_tensor(key).to(self.compute) for key in keys))
 
     def has_products(self, number: int) -> bool:
-        """See :class:`~lightning_goldy.analysis.coupling.blocks.BlockStore`."""
+        """See :class:`BlockStore`."""
         return self._path("products", number).is_file()
 
     def put_products(self, number: int, products: Tensor) -> None:
-        """See :class:`~lightning_goldy.analysis.coupling.blocks.BlockStore`."""
+        """See :class:`BlockStore`."""
         self._save("products", number, {"products": products.contiguous()})
 
     def products(self, number: int) -> Tensor | None:
-        """See :class:`~lightning_goldy.analysis.coupling.blocks.BlockStore`."""
+        """See :class:`BlockStore`."""
         with self._open("products", number) as file:
             tensor: Tensor = file.get_tensor("products")
             return tensor
 
     def finish(self, n_blocks: int) -> None:
-        """See :class:`~lightning_goldy.analysis.coupling.blocks.BlockStore`."""
+        """See :class:`BlockStore`."""
         for number in range(n_blocks):
             self._path("rows", number).unlink(missing_ok=True)
 
@@ -307,55 +303,3 @@ def _matching_size(header: Path, settings: Mapping[str, str]) -> int:
                 f"{settings.get(name)} now; choose another workspace, or delete this one"
             )
     return int(size)
-
-
-def run_settings(capture: Capture, pieces: PieceSamples, projection: int | None, seed: int) -> dict[str, str]:
-    """Names and hashes of all that decides the numbers of a coupling; every rank must call.
-
-    Args:
-        capture: Knows the model, the objective and the tensors.
-        pieces: The samples.
-        projection: Dimensions of the random projection, if any.
-        seed: Of the projection.
-    """
-    device = capture.device.type
-    autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "none"
-    model, objective = capture.model, capture.objective
-    function = getattr(getattr(objective, "function", None), "__qualname__", "")
-    return {
-        "pieces": f"{len(pieces.samples)} with hash {_pieces_hash(pieces)}",
-        "weights": _weights_hash(capture),
-        "model": f"{model_class(model)} with hash {_digest(repr(model).encode())}",
-        "selection": f"{len(capture.parameters)} tensors with hash {_digest(repr(list(capture.parameters)).encode())}",
-        "objective": f"{type(objective).__module__}.{type(objective).__qualname__} {function}".strip(),
-        "projection": "none" if projection is None else f"{projection} dimensions with seed {seed}",
-        "autocast": autocast,
-    }
-
-
-def _pieces_hash(pieces: PieceSamples) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for sample in pieces.samples:
-        digest.update(b"\1" if sample is None else b"\2")
-        for tensor in () if sample is None else batch_tensors(sample):
-            _update(digest, tensor)
-    return digest.hexdigest()
-
-
-def _weights_hash(capture: Capture) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in (*capture.model.named_parameters(), *capture.model.named_buffers()):
-        digest.update(canonical_name(name).encode())
-        _update(digest, gather(tensor))
-    return digest.hexdigest()
-
-
-def _update(digest: Any, tensor: torch.Tensor) -> None:
-    full = tensor.detach().cpu().contiguous()
-    digest.update(f"{tuple(full.shape)} {full.dtype}".encode())
-    # NumPy knows no bfloat16; the bytes do not care.
-    digest.update(full.reshape(-1).view(torch.uint8).numpy().data)
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=8).hexdigest()

@@ -7,15 +7,22 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.coupling.blocks import Block, BlockStore, FolderBlocks, MemoryBlocks, run_settings
-from lightning_goldy.analysis.coupling.capture import Capture, CouplingError, Footprint
+from lightning_goldy.analysis.coupling.blocks import Block, BlockStore, FolderBlocks, MemoryBlocks
 from lightning_goldy.analysis.coupling.gram import inner_products
-from lightning_goldy.analysis.coupling.passes import OnError, Passes, RunOptions
+from lightning_goldy.analysis.coupling.passes import (
+    Capture,
+    CouplingError,
+    Footprint,
+    OnError,
+    Passes,
+    RunOptions,
+    run_settings,
+)
 from lightning_goldy.analysis.coupling.pieces import (
     Layers,
     Pieces,
@@ -27,8 +34,9 @@ from lightning_goldy.analysis.coupling.pieces import (
     selected_parameters,
 )
 from lightning_goldy.analysis.coupling.result import ROWS, CouplingResult, cosines_of_gram
+from lightning_goldy.analysis.result import Cost
 from lightning_goldy.core.isolation import preserved
-from lightning_goldy.core.naming import block_of, suggestion
+from lightning_goldy.core.naming import block_of
 from lightning_goldy.core.objective import CausalLMObjective, Objective
 from lightning_goldy.core.pieces import QUESTION_TEMPLATE
 from lightning_goldy.core.sharding import Replicas
@@ -54,6 +62,7 @@ class Gram(NamedTuple):
         failures: Why pieces failed, by number.
         error: Bound on the root mean square error of a cosine; None without a projection.
         precision: What the rows were multiplied in.
+        cost: Passes, over all replicas.
     """
 
     matrix: Tensor
@@ -62,6 +71,7 @@ class Gram(NamedTuple):
     failures: dict[int, str]
     error: float | None
     precision: torch.dtype
+    cost: Cost = Cost()
 
 
 class CouplingRun:
@@ -101,7 +111,7 @@ class CouplingRun:
         if not store.shared and replicas.size > 1:
             matrix = replicas.sum_(result.matrix.to(self.capture.device))
             result = result._replace(matrix=matrix.cpu())
-        return result
+        return result._replace(cost=sum(replicas.gather_objects(self.capture.cost), Cost()))
 
     # Storage
 
@@ -277,14 +287,14 @@ def knowledge_coupling(
         (torch.Size([3, 3]), 1.0, 2)
     """
     options = RunOptions(chunk_size, projection, seed, workspace, memory_limit, on_error)
-    check_coupling_arguments(options, select, layers)
+    check_selection(select, layers)
     began = time.perf_counter()
     model = getattr(model, "_orig_mod", model)  # a compiled graph does not call hooks
     objective = objective or CausalLMObjective()
     replicas = Replicas.of(model) if split_over_ranks else Replicas()
     samples = piece_samples(pieces, tokenizer=tokenizer, objective=objective, template=template)
     with preserved(model):
-        parameters = selected_parameters(model, select, layers, sample_batch=example_batch(model, samples))
+        parameters = selected_parameters(model, select, layers, sample_batch=samples.example(model))
         capture = Capture(model, objective, parameters)
         gram = CouplingRun(Passes(capture, samples, options, replicas, progress)).gram()
     matrix, norms = _finished(gram, samples, normalize=normalize, center=center)
@@ -293,7 +303,7 @@ def knowledge_coupling(
         norms=norms,
         log_probs=gram.log_probs,
         pieces=samples.descriptions,
-        failed=listed_failures(samples, gram.failures),
+        failed=samples.listed(gram.failures),
         parameters=tuple(parameters),
         measure="gradient",
         normalize=normalize,
@@ -301,42 +311,7 @@ def knowledge_coupling(
         projection=projection,
         projection_error=gram.error,
         seconds=time.perf_counter() - began,
-    )
-
-
-def check_coupling_arguments(options: RunOptions, select: Select, layers: Layers) -> None:
-    """Checks what can be checked before there is a model.
-
-    Raises:
-        ValueError: An argument is unknown or out of range.
-    """
-    check_selection(select, layers)
-    if options.chunk_size != "auto" and (not isinstance(options.chunk_size, int) or options.chunk_size < 1):
-        raise ValueError(f"chunk_size is 'auto' or a number of pieces, at least 1; got {options.chunk_size!r}")
-    for name, least in (("projection", 2), ("memory_limit", 1)):
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise ValueError(f"{name} must be at least {least}; got {value}")
-    if options.on_error not in get_args(OnError):
-        raise ValueError(
-            f"unknown on_error {options.on_error!r}; {suggestion(str(options.on_error), get_args(OnError))}"
-        )
-
-
-def example_batch(model: nn.Module, samples: PieceSamples) -> Any:
-    """What an unregistered model can be called with to find its parts; None lets it be built."""
-    first = next((sample for sample in samples.samples if isinstance(sample, dict)), None)
-    if first is None:
-        return None
-    batch = joined_batch([first], next(model.parameters()).device)
-    return {name: value for name, value in batch.items() if name != "labels"}
-
-
-def listed_failures(samples: PieceSamples, failures: dict[int, str]) -> tuple[dict[str, Any], ...]:
-    """The pieces that failed, in order."""
-    return tuple(
-        {"index": index, "id": samples.descriptions[index]["id"], "reason": reason}
-        for index, reason in sorted(failures.items())
+        cost=gram.cost,
     )
 
 
@@ -422,7 +397,7 @@ def layer_gradient_norms(
         raise ValueError(f"{samples.name(index)}: {reason}")
     columns: dict[str, list[float]] = {}
     with preserved(model):
-        parameters = selected_parameters(model, select, layers, sample_batch=example_batch(model, samples))
+        parameters = selected_parameters(model, select, layers, sample_batch=samples.example(model))
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         for parameter in parameters.values():

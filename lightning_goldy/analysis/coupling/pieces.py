@@ -48,6 +48,21 @@ class PieceSamples:
         asked = "" if each["question"] is None else f" ({each['question']!r})"
         return f"piece {index}, id {each['id']!r}{asked}"
 
+    def example(self, model: nn.Module) -> Any:
+        """What an unregistered model can be called with to find its parts; None lets it be built."""
+        first = next((sample for sample in self.samples if isinstance(sample, dict)), None)
+        if first is None:
+            return None
+        batch = joined_batch([first], next(model.parameters()).device)
+        return {name: value for name, value in batch.items() if name != "labels"}
+
+    def listed(self, failures: Mapping[int, str]) -> tuple[dict[str, Any], ...]:
+        """The pieces that failed, in order: ``index``, ``id`` and ``reason``."""
+        return tuple(
+            {"index": index, "id": self.descriptions[index]["id"], "reason": reason}
+            for index, reason in sorted(failures.items())
+        )
+
 
 def piece_samples(
     pieces: Pieces,

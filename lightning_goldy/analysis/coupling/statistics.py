@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,90 +19,10 @@ from lightning_goldy.analysis.result import AnalysisResult
 CONTRASTS = ("answer", "category", "group")
 
 
-def rows_above(matrix: Tensor) -> Iterator[tuple[int, NDArray[Any]]]:
-    """The number of each row and what stands above the diagonal in it."""
-    array = matrix.numpy()
-    for at in range(len(array) - 1):
-        yield at, array[at, at + 1 :]
-
-
-def contrasts(cosines: Tensor, columns: Mapping[str, Sequence[Any]]) -> dict[str, dict[str, Any]]:
-    """Pairs that share an answer, a category or a group against pairs that do not.
-
-    Args:
-        cosines: Shape ``[N, N]``.
-        columns: One value per piece, None for none, for each of ``CONTRASTS``.
-
-    Returns:
-        By column what :class:`~lightning_goldy.analysis.CouplingStatistics` says; columns that
-        fewer than two pieces have are left out.
-    """
-    found = {}
-    for name in CONTRASTS:
-        codes = _codes(columns[name], fold=name == "answer")
-        if (codes >= 0).sum() > 1:
-            found[name] = _contrast(cosines, codes)
-    return found
-
-
-def _codes(values: Sequence[Any], *, fold: bool) -> NDArray[np.int64]:
-    """A number per value, -1 for none; answers that differ in case or white space alone are the same."""
-    known: dict[Any, int] = {}
-    keys = [" ".join(value.split()).casefold() if fold and isinstance(value, str) else value for value in values]
-    return np.array([-1 if key is None else known.setdefault(key, len(known)) for key in keys], dtype=np.int64)
-
-
-def _contrast(cosines: Tensor, codes: NDArray[np.int64]) -> dict[str, Any]:
-    sums = np.zeros((2, 3))  # of same and different: number, sum, sum of squares
-    for at, row in rows_above(cosines):
-        if codes[at] < 0:
-            continue
-        has, same = codes[at + 1 :] >= 0, codes[at + 1 :] == codes[at]
-        for which, mask in enumerate((same, has & ~same)):
-            chosen = row[mask].astype(np.float64)
-            sums[which] += len(chosen), chosen.sum(), (chosen * chosen).sum()
-    (n_same, *_), (n_different, *_) = sums
-    means = [float(total / count) if count else None for count, total, _ in sums]
-    difference = means[0] - means[1] if means[0] is not None and means[1] is not None else None
-    scatter = sum(square - total * total / count for count, total, square in sums if count)
-    freedom = n_same + n_different - 2
-    pooled = math.sqrt(max(0.0, scatter) / freedom) if freedom > 0 else 0.0
-    return {
-        "same": means[0],
-        "different": means[1],
-        "n_same": int(n_same),
-        "n_different": int(n_different),
-        "difference": difference,
-        "effect_size": difference / pooled if difference is not None and pooled > 0 else None,
-    }
-
-
-def hop_coupling(cosines: Tensor, groups: Sequence[Any], hops: Sequence[Any]) -> tuple[dict[str, Any], ...]:
-    """Mean cosine between the hops of one question, by their numbers.
-
-    Args:
-        cosines: Shape ``[N, N]``.
-        groups: The question of each piece.
-        hops: The number of each piece among the hops of its question.
-    """
-    members: dict[Any, list[int]] = {}
-    for at, (group, hop) in enumerate(zip(groups, hops, strict=True)):
-        if group is not None and hop is not None:
-            members.setdefault(group, []).append(at)
-    found: dict[tuple[int, int], list[float]] = {}
-    for inside in members.values():
-        for place, first in enumerate(inside):
-            for second in inside[place + 1 :]:
-                key = tuple(sorted((hops[first], hops[second])))
-                found.setdefault(key, []).append(float(cosines[first, second]))
-    return tuple(
-        {"hops": key, "mean": math.fsum(values) / len(values), "n_pairs": len(values)}
-        for key, values in sorted(found.items())
-    )
-
-
 _QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
-_BINS = 40
+# Bins of the statistics, and of the figure.
+_BINS, _FINE_BINS = 40, 200
+_MOST_COLOURS, _DECIMALS = 9, 4
 
 
 @dataclass(frozen=True)
@@ -138,6 +59,8 @@ class CouplingStatistics(AnalysisResult):
         participation_ratio: (sum of eigenvalues)^2 / sum of their squares, a cheaper relative of it.
     """
 
+    analysis = "knowledge_coupling"
+
     n_pieces: int
     n_failed: int
     n_pairs: int
@@ -162,24 +85,40 @@ class CouplingStatistics(AnalysisResult):
     effective_rank: float | None
     participation_ratio: float | None
 
-    def scalars(self) -> dict[str, float]:
-        """Every number worth a curve, by name."""
+    def metrics(self) -> dict[str, float | None]:
+        """Every number worth a curve, by name; those that do not exist are left out."""
+        shares = {
+            f"{name}_share": getattr(self, name) / self.n_pairs if self.n_pairs else None
+            for name in ("high", "moderate", "negative")
+        }
         found: dict[str, float | None] = {
             "mean": self.mean,
             "std": self.std,
             "maximum": self.maximum,
-            "high_share": self.high / self.n_pairs if self.n_pairs else None,
-            "moderate_share": self.moderate / self.n_pairs if self.n_pairs else None,
-            "negative_share": self.negative / self.n_pairs if self.n_pairs else None,
+            **shares,
             "effective_rank": self.effective_rank,
             "participation_ratio": self.participation_ratio,
             "n_clusters": float(self.n_clusters),
             "n_failed": float(self.n_failed),
         }
         for name, contrast in self.contrasts.items():
-            for column in ("same", "different", "difference"):
-                found[f"{name}/{column}"] = contrast[column]
+            found |= {f"{name}/{column}": contrast[column] for column in ("same", "different", "difference")}
         return {name: float(value) for name, value in found.items() if value is not None}
+
+    def details(self) -> dict[str, Any]:
+        """Numbers of pieces, pairs and clusters, and the thresholds."""
+        return {name: getattr(self, name) for name in ("n_pieces", "n_pairs", "n_clusters")} | {
+            "thresholds": dict(self.thresholds)
+        }
+
+    def headline(self) -> str:
+        """How much is coupled."""
+        if self.mean is None:
+            return f"knowledge coupling: {self.n_pieces} pieces, no pair"
+        return (
+            f"knowledge coupling of {self.n_pieces:,} pieces: mean cosine {self.mean:.3g}, "
+            f"{100 * self.high / self.n_pairs:.3g} % of the pairs at {self.thresholds['high']:g} or more"
+        )
 
 
 def check_thresholds(*, moderate: float, high: float) -> None:
@@ -228,7 +167,7 @@ def coupling_statistics(
     Source: effective rank: Roy and Vetterli 2007; average linkage: Sokal and Michener 1958; effect size: Cohen 1988.
 
     Example:
-        >>> from lightning_goldy.analysis.coupling.coupling import knowledge_coupling
+        >>> from lightning_goldy.analysis.coupling import knowledge_coupling
         >>> from transformers import GPT2Config, GPT2LMHeadModel
         >>> config = GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=11, bos_token_id=0, eos_token_id=0)
         >>> ids = torch.tensor([[1, 2, 3], [4, 5, 6], [1, 2, 3]])
@@ -352,6 +291,217 @@ def _spectrum(cosines: Tensor, below: int) -> tuple[float | None, float | None]:
     ratio = float(cosines.diagonal().double().sum()) ** 2 / square
     if len(cosines) > below:
         return None, ratio
-    values = torch.linalg.eigvalsh(cosines.double()).clamp(min=0)
-    shares = values / values.sum()
-    return math.exp(-float(torch.special.xlogy(shares, shares).sum())), ratio
+    return effective_rank(torch.linalg.eigvalsh(cosines.double()).clamp(min=0)), ratio
+
+
+def effective_rank(spectrum: Tensor) -> float:
+    r"""How many directions a spectrum has: the exponential of its entropy.
+
+    .. math:: \exp\Big(-\sum_k p_k \log p_k\Big), \qquad p_k = \frac{\lambda_k}{\sum_l \lambda_l}
+
+    Args:
+        spectrum: Eigenvalues or singular values, not negative and not all zero.
+
+    Source: Roy and Vetterli, "The effective rank" (2007).
+
+    Example:
+        >>> round(effective_rank(torch.tensor([2.0, 2.0, 0.0])), 6)
+        2.0
+    """
+    shares = spectrum / spectrum.sum()
+    return math.exp(-float(torch.special.xlogy(shares, shares).sum()))
+
+
+def rows_above(matrix: Tensor) -> Iterator[tuple[int, NDArray[Any]]]:
+    """The number of each row and what stands above the diagonal in it."""
+    array = matrix.numpy()
+    for at in range(len(array) - 1):
+        yield at, array[at, at + 1 :]
+
+
+def contrasts(cosines: Tensor, columns: Mapping[str, Sequence[Any]]) -> dict[str, dict[str, Any]]:
+    """Pairs that share an answer, a category or a group against pairs that do not.
+
+    Args:
+        cosines: Shape ``[N, N]``.
+        columns: One value per piece, None for none, for each of ``CONTRASTS``.
+
+    Returns:
+        By column what :class:`~lightning_goldy.analysis.CouplingStatistics` says; columns that
+        fewer than two pieces have are left out.
+    """
+    found = {}
+    for name in CONTRASTS:
+        codes = _codes(columns[name], fold=name == "answer")
+        if (codes >= 0).sum() > 1:
+            found[name] = _contrast(cosines, codes)
+    return found
+
+
+def _codes(values: Sequence[Any], *, fold: bool) -> NDArray[np.int64]:
+    """A number per value, -1 for none; answers that differ in case or white space alone are the same."""
+    known: dict[Any, int] = {}
+    keys = [" ".join(value.split()).casefold() if fold and isinstance(value, str) else value for value in values]
+    return np.array([-1 if key is None else known.setdefault(key, len(known)) for key in keys], dtype=np.int64)
+
+
+def _contrast(cosines: Tensor, codes: NDArray[np.int64]) -> dict[str, Any]:
+    sums = np.zeros((2, 3))  # of same and different: number, sum, sum of squares
+    for at, row in rows_above(cosines):
+        if codes[at] < 0:
+            continue
+        has, same = codes[at + 1 :] >= 0, codes[at + 1 :] == codes[at]
+        for which, mask in enumerate((same, has & ~same)):
+            chosen = row[mask].astype(np.float64)
+            sums[which] += len(chosen), chosen.sum(), (chosen * chosen).sum()
+    (n_same, *_), (n_different, *_) = sums
+    means = [float(total / count) if count else None for count, total, _ in sums]
+    difference = means[0] - means[1] if means[0] is not None and means[1] is not None else None
+    scatter = sum(square - total * total / count for count, total, square in sums if count)
+    freedom = n_same + n_different - 2
+    pooled = math.sqrt(max(0.0, scatter) / freedom) if freedom > 0 else 0.0
+    return {
+        "same": means[0],
+        "different": means[1],
+        "n_same": int(n_same),
+        "n_different": int(n_different),
+        "difference": difference,
+        "effect_size": difference / pooled if difference is not None and pooled > 0 else None,
+    }
+
+
+def hop_coupling(cosines: Tensor, groups: Sequence[Any], hops: Sequence[Any]) -> tuple[dict[str, Any], ...]:
+    """Mean cosine between the hops of one question, by their numbers.
+
+    Args:
+        cosines: Shape ``[N, N]``.
+        groups: The question of each piece.
+        hops: The number of each piece among the hops of its question.
+    """
+    members: dict[Any, list[int]] = {}
+    for at, (group, hop) in enumerate(zip(groups, hops, strict=True)):
+        if group is not None and hop is not None:
+            members.setdefault(group, []).append(at)
+    found: dict[tuple[int, int], list[float]] = {}
+    for inside in members.values():
+        for place, first in enumerate(inside):
+            for second in inside[place + 1 :]:
+                key = tuple(sorted((hops[first], hops[second])))
+                found.setdefault(key, []).append(float(cosines[first, second]))
+    return tuple(
+        {"hops": key, "mean": math.fsum(values) / len(values), "n_pairs": len(values)}
+        for key, values in sorted(found.items())
+    )
+
+
+OTHERS = "others"
+"""What categories are called that are too rare for a colour of their own."""
+
+
+@dataclass(frozen=True)
+class CouplingPicture(AnalysisResult):
+    """What the figures of a coupling show, for any number of pieces.
+
+    Args:
+        cells: B rows of B mean cosines over blocks of neighbours in the clusters' order, rounded; a piece with itself
+            does not count where a block holds several.
+        sizes: Pieces in each of the B blocks.
+        categories: The most frequent category in each block, ``others`` for rare ones, None where pieces have none.
+        n_pieces: Pieces in all; as many as blocks where nothing is averaged.
+        counts: Pairs in 200 equal bins from -1 to 1.
+    """
+
+    cells: tuple[tuple[float, ...], ...]
+    sizes: tuple[int, ...]
+    categories: tuple[str | None, ...]
+    n_pieces: int
+    counts: tuple[int, ...]
+
+    def details(self) -> dict[str, Any]:
+        """The parts of a row of ``results.jsonl`` that the figures of ``knowledge_coupling`` draw."""
+        return {
+            "heat_map": {
+                "cells": [list(line) for line in self.cells],
+                "sizes": list(self.sizes),
+                "categories": list(self.categories),
+                "n_pieces": self.n_pieces,
+            },
+            "distribution": {
+                "edges": np.linspace(-1, 1, _FINE_BINS + 1).round(10).tolist(),
+                "counts": list(self.counts),
+            },
+        }
+
+
+def coupling_picture(result: CouplingResult, statistics: CouplingStatistics, *, most: int = 200) -> CouplingPicture:
+    r"""Averages a coupling matrix over blocks of neighbours.
+
+    .. math:: P_{IJ} = \frac{1}{n_{IJ}} \sum_{i \in I, \, j \in J, \, i \ne j} C_{ij}
+
+    with the pieces cut into blocks I in the order of ``statistics.order``, so that alike pieces share a block. A block
+    of one piece has 1 with itself.
+
+    Args:
+        result: From ``knowledge_coupling`` or ``activation_similarity``.
+        statistics: Of that result.
+        most: Blocks at most; with fewer pieces each is a block of its own.
+
+    Raises:
+        ValueError: ``most`` is below 1.
+
+    Example:
+        >>> from lightning_goldy.analysis.coupling import knowledge_coupling
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> config = GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=11, bos_token_id=0, eos_token_id=0)
+        >>> ids = torch.tensor([[1, 2, 3], [4, 5, 6], [1, 2, 3]])
+        >>> found = knowledge_coupling(GPT2LMHeadModel(config), [{"input_ids": ids}])
+        >>> picture = coupling_picture(found, coupling_statistics(found), most=2)
+        >>> picture.sizes, sum(picture.counts)
+        ((2, 1), 3)
+    """
+    if most < 1:
+        raise ValueError(f"most is a number of blocks, at least 1; got {most}")
+    order = np.array(statistics.order, dtype=np.int64)
+    cosines = result.cosines.numpy()
+    # Sizes differ by one at most.
+    blocks = [part for part in np.array_split(order, min(most, len(order)) or 1) if len(part)]
+    sizes = np.array([len(part) for part in blocks], dtype=np.int64)
+    starts = np.cumsum(sizes) - sizes
+    cells = np.zeros((len(blocks), len(blocks)))
+    counts = np.zeros(_FINE_BINS, dtype=np.int64)
+    done = 0
+    for at, block in enumerate(blocks):
+        rows = cosines[np.ix_(block, order)].astype(np.float64)  # [pieces of the block, N]
+        cells[at] = np.add.reduceat(rows.sum(axis=0), starts)
+        # Each pair once: the part of a row to the right of the diagonal.
+        for place, row in enumerate(rows, start=done):
+            counts += np.histogram(row[place + 1 :], bins=_FINE_BINS, range=(-1, 1))[0]
+        done += len(block)
+    return CouplingPicture(
+        cells=tuple(tuple(line) for line in _means(cells, sizes).round(_DECIMALS).tolist()),
+        sizes=tuple(sizes.tolist()),
+        categories=_strip(blocks, result.column("category")),
+        n_pieces=len(order),
+        counts=tuple(counts.tolist()),
+    )
+
+
+def _means(sums: NDArray[Any], sizes: NDArray[np.int64]) -> NDArray[Any]:
+    numbers = np.outer(sizes, sizes).astype(np.float64)
+    several = sizes > 1
+    places = np.flatnonzero(several)
+    # Its own cosine is 1 exactly.
+    sums[places, places] -= sizes[several]
+    numbers[places, places] -= sizes[several]
+    return sums / numbers
+
+
+def _strip(blocks: Sequence[NDArray[np.int64]], categories: Sequence[str | None]) -> tuple[str | None, ...]:
+    found = []
+    for block in blocks:
+        counted = Counter(name for index in block.tolist() if (name := categories[index]) is not None)
+        # Of equally frequent ones the first in the alphabet.
+        found.append(min(counted, key=lambda name: (-counted[name], name)) if counted else None)
+    shown = Counter(name for name in categories if name is not None)
+    frequent = sorted(shown, key=lambda name: (-shown[name], name))[:_MOST_COLOURS]
+    return tuple(name if name is None or name in frequent else OTHERS for name in found)

@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_goldy.analysis.coupling.coupling import check_coupling_arguments
-from lightning_goldy.analysis.coupling.passes import RunOptions
-from lightning_goldy.analysis.coupling.pieces import Layers, Select
+from lightning_goldy.analysis.coupling import Layers, RunOptions, Select, check_selection
 from lightning_goldy.analysis.ripple.editors import make_editor
 from lightning_goldy.core.pieces import QUESTION_TEMPLATE
 
@@ -66,7 +64,9 @@ class Method:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_coupling_arguments(self.options, self.select, self.layers)
+        check_selection(self.select, self.layers)
+        # It checks itself when it is made.
+        RunOptions(projection=self.projection)
         if not -1 <= self.moderate <= self.high <= 1:
             raise ValueError(
                 f"--high and --moderate must be in order within [-1, 1]; got {self.high} and {self.moderate}"

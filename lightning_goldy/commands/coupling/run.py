@@ -20,8 +20,8 @@ from lightning_goldy.analysis.coupling import (
     activation_similarity,
     coupling_statistics,
     knowledge_coupling,
+    layer_gradient_norms,
 )
-from lightning_goldy.analysis.coupling.coupling import layer_gradient_norms
 from lightning_goldy.analysis.ripple import KnowledgeEdit, RippleResult, ripple_effects
 from lightning_goldy.analysis.ripple.measure import Encoding, PieceScores, score_pieces
 from lightning_goldy.commands.coupling.options import Editing, Method, Pieces

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lightning_goldy
-from lightning_goldy.analysis.coupling.drift import coupling_picture
+from lightning_goldy.analysis.coupling import coupling_picture
 from lightning_goldy.analysis.result import Cost, Row
 from lightning_goldy.callbacks.store import ResultStore, peak_memory_bytes
 from lightning_goldy.commands.coupling.options import Editing, Method, Pieces
@@ -108,7 +108,7 @@ def write_rows(
     """
     coupling = Row(
         "knowledge_coupling",
-        found.statistics.scalars(),
+        found.statistics.metrics(),
         {
             "measure": found.result.measure,
             "n_pieces": found.statistics.n_pieces,

@@ -10,7 +10,7 @@ import torch
 
 from lightning_goldy.analysis import CouplingError, CouplingResult, knowledge_coupling
 from lightning_goldy.analysis.coupling import coupling as coupling_run
-from lightning_goldy.analysis.coupling.capture import Capture
+from lightning_goldy.analysis.coupling.passes import Capture
 from lightning_goldy.core import ClassifierObjective, FunctionObjective, ParameterSpace
 from lightning_goldy.core.space import SpaceError
 from tests.references.coupling import centered, cosines, gradients, log_prob, rows_of

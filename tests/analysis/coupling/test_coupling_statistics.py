@@ -158,12 +158,12 @@ def test_few_pieces_have_no_statistics_but_no_errors():
         found = coupling_statistics(result_of(random_vectors(count), failed))
         assert (found.n_pairs, found.mean, found.quantiles, found.top) == (0, None, {}, ())
         assert found.n_pieces == len(found.order) == len(found.clusters)
-        assert "mean" not in found.scalars()
+        assert "mean" not in found.metrics()
 
 
 def test_scalars_and_json():
     found = coupling_statistics(result_of(random_vectors(), category=["x", "y"] * 6))
-    scalars = found.scalars()
+    scalars = found.metrics()
     assert scalars["category/difference"] == found.contrasts["category"]["difference"]
     assert scalars["high_share"] == found.high / found.n_pairs
     assert all(isinstance(value, float) for value in scalars.values())
