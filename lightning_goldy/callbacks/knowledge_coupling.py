@@ -27,7 +27,7 @@ from lightning_goldy.analysis.coupling import (
     coupling_statistics,
     knowledge_coupling,
 )
-from lightning_goldy.analysis.result import AnalysisResult, Cost, Row
+from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.analysis.ripple import FinetuneRipple, finetune_ripple
 from lightning_goldy.analysis.ripple.finetune import UNTOUCHED
 from lightning_goldy.analysis.ripple.result import check_pieces
@@ -36,6 +36,7 @@ from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.callbacks.golden_snapshot import BASE_FILE, TrainingBase
 from lightning_goldy.callbacks.store import AnalysisProgress
 from lightning_goldy.core.base import BaseParameters
+from lightning_goldy.core.files import finite
 from lightning_goldy.core.isolation import undisturbed
 from lightning_goldy.core.naming import suggestion
 from lightning_goldy.core.objective import CausalLMObjective
@@ -195,129 +196,113 @@ class KnowledgeState(AnalysisResult):
     """What one analysis found.
 
     Args:
+        watched: The pieces.
+        base: The coupling at the base.
+        base_statistics: Of it.
         coupling: At the present parameters.
         statistics: Of it.
         drift: From the base.
         ripple: What the finetune did to each piece.
-        base: The coupling at the base.
+        cost: Passes of the model.
     """
 
+    analysis = "coupling_drift"
+
+    watched: WatchedPieces
+    base: CouplingResult
+    base_statistics: CouplingStatistics
     coupling: CouplingResult
     statistics: CouplingStatistics
     drift: CouplingDrift
     ripple: FinetuneRipple
-    base: CouplingResult
+    cost: Cost
+
+    def metrics(self) -> dict[str, float | None]:
+        """Drift, agreement and changes by class, and the statistics of the present coupling."""
+        drift = self.drift
+        return {
+            "mean_absolute_difference": drift.mean_absolute_difference,
+            "mean_difference": drift.mean_difference,
+            "correlation": drift.correlation,
+            **{f"mean_absolute_difference/{name}": value for name, value in drift.by_class.items()},
+            **self.ripple.scalars(),
+            **self.statistics.metrics(),
+        }
+
+    def details(self) -> dict[str, Any]:
+        """Points, matrices and the most moved facts for the figures."""
+        ripple, coupling = self.ripple, self.coupling
+        return finite(
+            {
+                **self.statistics.details(),
+                **coupling_picture(coupling, self.statistics, most=_BLOCKS).details(),
+                "n_pieces": len(ripple.pieces),
+                "classes": {name: len(ripple.places(name)) for name in ripple.groups},
+                "n_pairs": self.drift.n_pairs,
+                "failed": coupling.failed,
+                "parameters": coupling.parameters,
+                "template": self.watched.template,
+                "route": ripple.route,
+                "base_statistics": self.base_statistics.metrics(),
+                "measure": coupling.measure,
+                "agreement": [vars(agreement) for agreement in ripple.agreement()],
+                "points": self._points(),
+                "moved": [self._moved(place) for place in ripple.most_moved(_MOVED)],
+                "drifted": self._drifted(),
+            }
+        )
+
+    def headline(self) -> str:
+        """How far the coupling has moved, and what each class of pieces has gained or lost."""
+        metrics = self.metrics()
+        changes = [f"{name} {metrics[f'measured_change/{name}'] or 0.0:+.3g}" for name in self.ripple.groups]
+        moved, correlation = self.drift.mean_absolute_difference, self.drift.correlation
+        drift = "no pair" if moved is None else f"cosines moved by {moved:.3g}"
+        told = "" if correlation is None else f" (correlation with the base {correlation:.2f})"
+        return f"knowledge coupling: {drift}{told}; mean change of log p, nats: {', '.join(changes)}"
 
     def vectors(self) -> dict[str, tuple[ParameterVector, Kind]]:
         """The matrices and every piece's numbers as tensors."""
-        return {"coupling": (_tensors(self), "result")}
+        matrices = {"base_": self.base, "": self.coupling}
+        tensors: dict[str, Tensor] = {
+            f"{prefix}{name}": getattr(result, name)
+            for prefix, result in matrices.items()
+            for name in ("cosines", "norms")
+        }
+        for name in ("predicted", "before", "after", "rank_before", "rank_after", "exact_before", "exact_after"):
+            tensors[name] = getattr(self.ripple, name)
+        shapes, dtypes = zip(*((tensor.shape, tensor.dtype) for tensor in tensors.values()), strict=True)
+        return {"coupling": (ParameterVector(ParameterSpace(tuple(tensors), shapes, dtypes), tensors), "result")}
 
+    def _points(self) -> dict[str, list[Any]]:
+        """Predicted and measured changes; of more pieces than can be drawn, so many evenly spaced."""
+        ripple, count = self.ripple, len(self.ripple.pieces)
+        places = torch.linspace(0, count - 1, min(count, _POINTS), dtype=torch.float64).round().long().unique().tolist()
+        return {
+            "piece": [ripple.pieces[place] for place in places],
+            "class": [ripple.classes[place] for place in places],
+            "predicted": ripple.predicted[places].tolist(),
+            "measured": ripple.measured[places].tolist(),
+        }
 
-def knowledge_findings(
-    found: KnowledgeState,
-    base: tuple[CouplingResult, CouplingStatistics],
-    watched: WatchedPieces,
-) -> Row:
-    """What to log and to save of an analysis.
+    def _moved(self, place: int) -> dict[str, Any]:
+        piece = self.watched.pieces[place]
+        texts = {name: getattr(piece, name) for name in ("id", "question", "answer")}
+        names = ("before", "after", "predicted", "rank_before", "rank_after")
+        return texts | {name: getattr(self.ripple, name)[place].item() for name in names}
 
-    Args:
-        found: The analysis.
-        base: The coupling at the base and its statistics.
-        watched: The pieces.
-
-    Returns:
-        Drift, agreement and changes by class as metrics; points, matrix and the most moved facts for the figures.
-    """
-    ripple, drift = found.ripple, found.drift
-    metrics: dict[str, float | None] = {
-        "mean_absolute_difference": drift.mean_absolute_difference,
-        "mean_difference": drift.mean_difference,
-        "correlation": drift.correlation,
-        **{f"mean_absolute_difference/{name}": value for name, value in drift.by_class.items()},
-        **ripple.scalars(),
-        **found.statistics.scalars(),
-    }
-    data: dict[str, Any] = {
-        "n_pieces": len(ripple.pieces),
-        "classes": {name: len(ripple.places(name)) for name in ripple.groups},
-        "n_pairs": drift.n_pairs,
-        "failed": [dict(each) for each in found.coupling.failed],
-        "parameters": list(found.coupling.parameters),
-        "template": watched.template,
-        "route": ripple.route,
-        "base_statistics": base[1].scalars(),
-        "measure": found.coupling.measure,
-        "n_clusters": found.statistics.n_clusters,
-        "thresholds": dict(found.statistics.thresholds),
-        "agreement": [{name: _json(value) for name, value in vars(each).items()} for each in ripple.agreement()],
-        "points": _points(ripple),
-        "moved": [_moved(ripple, watched, place) for place in ripple.most_moved(_MOVED)],
-        "drifted": _drifted(base, found, watched),
-        **coupling_picture(found.coupling, found.statistics, most=_BLOCKS).details(),
-    }
-    cost = Cost(forwards=3 * len(ripple.pieces) + ripple.passes)
-    return Row("coupling_drift", metrics, data, cost=cost)
-
-
-def _points(ripple: FinetuneRipple) -> dict[str, list[Any]]:
-    """Predicted and measured changes; of more pieces than can be drawn, so many evenly spaced."""
-    count = len(ripple.pieces)
-    places = torch.linspace(0, count - 1, min(count, _POINTS), dtype=torch.float64).round().long().unique().tolist()
-    return {
-        "piece": [ripple.pieces[place] for place in places],
-        "class": [ripple.classes[place] for place in places],
-        "predicted": [_json(value) for value in ripple.predicted[places].tolist()],
-        "measured": [_json(value) for value in ripple.measured[places].tolist()],
-    }
-
-
-def _moved(ripple: FinetuneRipple, watched: WatchedPieces, place: int) -> dict[str, Any]:
-    piece = watched.pieces[place]
-    return {
-        "id": piece.id,
-        "question": piece.question,
-        "answer": piece.answer,
-        "before": _json(float(ripple.before[place])),
-        "after": _json(float(ripple.after[place])),
-        "predicted": _json(float(ripple.predicted[place])),
-        "rank_before": int(ripple.rank_before[place]),
-        "rank_after": int(ripple.rank_after[place]),
-    }
-
-
-def _drifted(
-    base: tuple[CouplingResult, CouplingStatistics], found: KnowledgeState, watched: WatchedPieces
-) -> dict[str, Any]:
-    """Differences of the cosines of the pieces whose coupling drifted most, alike ones at the base as neighbours."""
-    drift = found.drift.piece_drift.tolist()
-    kept = [place for place in base[1].order if math.isfinite(drift[place])]
-    most = set(sorted(kept, key=lambda place: (-drift[place], place))[:_PIECES])
-    places = [place for place in kept if place in most]
-    difference = (found.coupling.cosines - base[0].cosines)[places][:, places]
-    return {
-        "ids": [watched.pieces[place].id for place in places],
-        "classes": [watched.classes[place] for place in places],
-        "difference": [[round(value, 4) for value in line] for line in difference.tolist()],
-    }
-
-
-def _tensors(found: KnowledgeState) -> ParameterVector:
-    tensors: dict[str, Tensor] = {
-        "base_cosines": found.base.cosines,
-        "cosines": found.coupling.cosines,
-        "base_norms": found.base.norms,
-        "norms": found.coupling.norms,
-    }
-    for name in ("predicted", "before", "after", "rank_before", "rank_after", "exact_before", "exact_after"):
-        tensors[name] = getattr(found.ripple, name)
-    space = ParameterSpace(
-        tuple(tensors), tuple(each.shape for each in tensors.values()), tuple(each.dtype for each in tensors.values())
-    )
-    return ParameterVector(space, tensors)
-
-
-def _json(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    def _drifted(self) -> dict[str, Any]:
+        """Differences of the cosines of the pieces that drifted most, alike ones at the base as neighbours."""
+        drift = self.drift.piece_drift.tolist()
+        kept = [place for place in self.base_statistics.order if math.isfinite(drift[place])]
+        most = set(sorted(kept, key=lambda place: (-drift[place], place))[:_PIECES])
+        places = [place for place in kept if place in most]
+        difference = (self.coupling.cosines - self.base.cosines)[places][:, places]
+        return {
+            "ids": [self.watched.pieces[place].id for place in places],
+            "classes": [self.watched.classes[place] for place in places],
+            "difference": [[round(value, 4) for value in line] for line in difference.tolist()],
+        }
 
 
 class KnowledgeCoupling(AnalysisCallback[KnowledgeState]):
@@ -384,7 +369,7 @@ class KnowledgeCoupling(AnalysisCallback[KnowledgeState]):
         self._base: BaseParameters
         self._watched: WatchedPieces
         self._before: tuple[CouplingResult, CouplingStatistics]
-        self._unreported = 0
+        self._unreported = Cost()
 
     def prepare(self, trainer: L.Trainer, model: nn.Module) -> None:
         """Finds the pieces and the base, and takes the base's coupling, so that what cannot work fails here."""
@@ -411,7 +396,7 @@ class KnowledgeCoupling(AnalysisCallback[KnowledgeState]):
         ):
             coupling = self._coupling(trainer, model, progress, on_error="raise")
         self._before = coupling, self._statistics(coupling)
-        self._unreported = 3 * len(coupling)
+        self._unreported = coupling.cost
 
     def compute(self, context: AnalysisContext) -> KnowledgeState:
         """Takes the present coupling, and what became of each piece since the base."""
@@ -429,14 +414,18 @@ class KnowledgeCoupling(AnalysisCallback[KnowledgeState]):
             template=self._watched.template,
             progress=_half(context.progress, 1),
         )
-        drift = coupling_drift(self._before[0], coupling, self._watched.classes)
-        return KnowledgeState(coupling, self._statistics(coupling), drift, ripple, self._before[0])
-
-    def describe(self, result: KnowledgeState, context: AnalysisContext) -> Row:
-        """Drift, agreement and changes by class as metrics; points, matrix and the most moved facts for the figures."""
-        unreported, self._unreported = self._unreported, 0
-        row = knowledge_findings(result, self._before, self._watched)
-        return row.extended(cost=Cost(forwards=unreported))
+        base, base_statistics = self._before
+        unreported, self._unreported = self._unreported, Cost()
+        return KnowledgeState(
+            watched=self._watched,
+            base=base,
+            base_statistics=base_statistics,
+            coupling=coupling,
+            statistics=self._statistics(coupling),
+            drift=coupling_drift(base, coupling, self._watched.classes),
+            ripple=ripple,
+            cost=unreported + coupling.cost + Cost(forwards=ripple.passes),
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Adds the hash of the base."""

@@ -57,7 +57,11 @@ def chart_coupling_map(row: Row) -> Figure:
         quantity(row), rows="piece", columns="piece", colours="diverging", numbers=False, cell=(size, size), axes=True
     )
     cells = heat_map(found.cells, found.labels, found.labels, style, extent=(-found.limit, found.limit))
-    blocks = {"place": list(range(len(found.cells))), "piece": list(found.labels), "category": list(found.categories)}
+    blocks: dict[str, list[Any]] = {
+        "place": list(range(len(found.cells))),
+        "piece": list(found.labels),
+        "category": list(found.categories),
+    }
     strips = [Figure(_strip_chart(size), {"strip": blocks})] if any(found.categories) else []
     caption = coupling_map_caption(row)
     return replace(arrange([*strips, cells], columns=2, caption=caption), title=titled("Knowledge coupling", row))
@@ -87,7 +91,7 @@ def chart_coupling_distribution(row: Row) -> Figure | str:
     if not found.counts.any():
         return "There is no pair of two pieces."
     bars = histogram(found.edges, found.counts, Histogram(quantity(row), "pairs"))
-    marks = {"cosine": [0.0, found.moderate, found.high], "label": ["", *found.labels]}
+    marks: dict[str, list[Any]] = {"cosine": [0.0, found.moderate, found.high], "label": ["", *found.labels]}
     low, high = bars.ranges["bins"]
     return Figure(
         _threshold_chart(quantity(row)),

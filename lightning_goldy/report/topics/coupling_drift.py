@@ -115,8 +115,8 @@ register_figure("coupling_drift", "distribution", heading="How much is coupled")
 
 def _change_lines(found: DriftLines) -> Figure:
     """Measured changes, and predicted ones dashed, in one colour for each class, as among the points."""
-    changes = {}
-    for name in reversed(found.measured):
+    changes: dict[str, Line] = {}
+    for name in reversed([*found.measured]):
         changes[name] = Line(found.steps, found.measured[name])
         changes[f"{name}, predicted"] = Line(found.steps, found.predicted[name], shape="dashed")
     figure = lines(changes, Lines(y="mean change of log p, nats", scale="linear", height=200))
