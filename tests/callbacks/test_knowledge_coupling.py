@@ -75,12 +75,21 @@ def test_it_logs_what_the_functions_find(tmp_path, snapshot) -> None:
     assert torch.equal(saved["predicted"], ripple.predicted)
     assert torch.equal(saved["rank_after"], ripple.rank_after)
 
+    lines = (knowledge.folder / "results.jsonl").read_text().splitlines()
+    first, last = ({name: json.loads(line)["cost"][name] for name in ("forwards", "backwards")} for line in lines)
+    # The first row tells of the base's too, which was taken before the training.
+    assert vars(now.cost) == {"forwards": 6, "backwards": 6}
+    assert last["backwards"] == now.cost.backwards
+    assert {name: first[name] - last[name] for name in first} == vars(before.cost)
+    assert rows[-1]["headline"].startswith("knowledge coupling: cosines moved by ")
+    assert "untouched" in rows[-1]["headline"]
+
     order = sorted((place for place in range(5) if place != 1), key=lambda place: -abs(float(ripple.measured[place])))
     assert [each["id"] for each in result["moved"]] == [PIECES[place].id for place in order]
     assert result["moved"][0]["after"] == pytest.approx(float(ripple.after[order[0]]))
-    lines = drift_lines(rows)
-    assert lines.steps == (4, 8)
-    assert lines.measured["edited"][-1] == metrics["measured_change/edited"]
+    drifted = drift_lines(rows)
+    assert drifted.steps == (4, 8)
+    assert drifted.measured["edited"][-1] == metrics["measured_change/edited"]
     drawn = draw_figures(rows[-1], rows[:-1])
     assert set(drawn) == {"prediction", "drift", "difference", "heat_map", "distribution"}
 
