@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.coupling import effective_rank
 from lightning_goldy.analysis.result import AnalysisResult
 from lightning_goldy.core.base import BaseParameters
 from lightning_goldy.core.directions import fill_direction_
@@ -461,3 +460,21 @@ def _leading(matrix: Tensor, top: int, exact_below: int, name: str, seed: int) -
     orthogonal = torch.linalg.qr(basis).Q  # [out, count + oversampled]
     inner, values, right = torch.linalg.svd(orthogonal.t() @ wide, full_matrices=False)
     return values[:count], (orthogonal @ inner)[:, :count], right[:count].t()
+
+
+def effective_rank(spectrum: Tensor) -> float:
+    r"""How many directions a spectrum has: the exponential of its entropy.
+
+    .. math:: \exp\Big(-\sum_k p_k \log p_k\Big), \qquad p_k = \frac{\lambda_k}{\sum_l \lambda_l}
+
+    Args:
+        spectrum: Eigenvalues or singular values, not negative and not all zero.
+
+    Source: Roy and Vetterli, "The effective rank" (2007).
+
+    Example:
+        >>> round(effective_rank(torch.tensor([2.0, 2.0, 0.0])), 6)
+        2.0
+    """
+    shares = spectrum / spectrum.sum()
+    return math.exp(-float(torch.special.xlogy(shares, shares).sum()))

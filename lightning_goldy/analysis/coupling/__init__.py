@@ -12,7 +12,6 @@ from lightning_goldy.analysis.coupling.statistics import (
     check_thresholds,
     coupling_picture,
     coupling_statistics,
-    effective_rank,
 )
 
 __all__ = [
@@ -32,7 +31,6 @@ __all__ = [
     "coupling_drift",
     "coupling_picture",
     "coupling_statistics",
-    "effective_rank",
     "knowledge_coupling",
     "layer_gradient_norms",
 ]

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -38,55 +38,8 @@ class Block:
     parts: dict[str, Rows] = field(default_factory=dict)
 
 
-class BlockStore(Protocol):
-    """Where blocks are kept, and the inner products of each block with all before it and itself."""
-
-    kept: torch.device
-    """Where the rows of a block are gathered."""
-    shared: bool
-    """Whether every replica finds the products of all."""
-    block_size: int
-    """Pieces in a block; 0 where that is free."""
-
-    def has_block(self, number: int) -> bool:
-        """Whether a block is there."""
-        ...
-
-    def put_block(self, number: int, block: Block) -> None:
-        """Keeps a block."""
-        ...
-
-    def exchange(self, n_blocks: int, replicas: Replicas) -> None:
-        """Makes the blocks of every replica known to all; every replica must call, when all have put theirs."""
-        ...
-
-    def summary(self, number: int) -> Block:
-        """A block without its rows."""
-        ...
-
-    def part(self, number: int, name: str) -> Rows:
-        """The rows of one tensor, where products are made."""
-        ...
-
-    def has_products(self, number: int) -> bool:
-        """Whether the inner products of a block are there."""
-        ...
-
-    def put_products(self, number: int, products: Tensor) -> None:
-        """Keeps the inner products of a block, shape ``[M, pieces up to its last]``."""
-        ...
-
-    def products(self, number: int) -> Tensor | None:
-        """The inner products of a block; None where another replica has them."""
-        ...
-
-    def finish(self, n_blocks: int) -> None:
-        """Frees what only an unfinished run needs."""
-        ...
-
-
 class MemoryBlocks:
-    """Blocks in memory.
+    """Blocks in memory, and the inner products of each block with all before it and itself.
 
     Args:
         kept: Where rows are kept.
@@ -94,7 +47,7 @@ class MemoryBlocks:
     """
 
     shared = False
-    block_size = 0
+    """Whether every replica finds the products of all."""
 
     def __init__(self, kept: torch.device, compute: torch.device) -> None:
         self.kept, self.compute = kept, compute
@@ -102,15 +55,15 @@ class MemoryBlocks:
         self._products: dict[int, Tensor] = {}
 
     def has_block(self, number: int) -> bool:
-        """See :class:`BlockStore`."""
+        """Whether a block is there."""
         return number in self._blocks
 
     def put_block(self, number: int, block: Block) -> None:
-        """See :class:`BlockStore`."""
+        """Keeps a block."""
         self._blocks[number] = block
 
     def exchange(self, n_blocks: int, replicas: Replicas) -> None:
-        """See :class:`BlockStore`."""
+        """Makes the blocks of every replica known to all; every replica must call, when all have put theirs."""
         if replicas.size == 1:
             return
         layouts = {
@@ -130,27 +83,27 @@ class MemoryBlocks:
             self._blocks[number] = Block(**summary, parts=parts)
 
     def summary(self, number: int) -> Block:
-        """See :class:`BlockStore`."""
+        """A block without its rows."""
         return self._blocks[number]
 
     def part(self, number: int, name: str) -> Rows:
-        """See :class:`BlockStore`."""
+        """The rows of one tensor, where products are made."""
         return self._blocks[number].parts[name].to(self.compute)
 
     def has_products(self, number: int) -> bool:
-        """See :class:`BlockStore`."""
+        """Whether the inner products of a block are there."""
         return number in self._products
 
     def put_products(self, number: int, products: Tensor) -> None:
-        """See :class:`BlockStore`."""
+        """Keeps the inner products of a block, shape ``[M, pieces up to its last]``."""
         self._products[number] = products
 
     def products(self, number: int) -> Tensor | None:
-        """See :class:`BlockStore`."""
+        """The inner products of a block; None where another replica has them."""
         return self._products.pop(number, None)
 
     def finish(self, n_blocks: int) -> None:
-        """See :class:`BlockStore`."""
+        """Frees what only an unfinished run needs."""
         self._blocks.clear()
 
     def _shared(self, tensor: Tensor | None, kind: tuple[Any, ...] | None, replicas: Replicas) -> Tensor | None:
@@ -207,11 +160,11 @@ class FolderBlocks:
         self._run = hashlib.blake2b(json.dumps(dict(settings)).encode(), digest_size=16).hexdigest()
 
     def has_block(self, number: int) -> bool:
-        """See :class:`BlockStore`."""
+        """See :class:`MemoryBlocks`."""
         return self._path("summary", number).is_file() and self._path("rows", number).is_file()
 
     def put_block(self, number: int, block: Block) -> None:
-        """See :class:`BlockStore`."""
+        """See :class:`MemoryBlocks`."""
         tensors: dict[str, Tensor] = {}
         for name, rows in block.parts.items():
             for kind, tensor in zip(Rows._fields, rows, strict=True):
@@ -222,13 +175,13 @@ class FolderBlocks:
         atomic_write(self._path("summary", number), json.dumps({"run": self._run, **summary_of(block)}))
 
     def exchange(self, n_blocks: int, replicas: Replicas) -> None:
-        """See :class:`BlockStore`."""
+        """See :class:`MemoryBlocks`."""
         with replicas.together("reading the workspace"):
             for number in range(n_blocks):
                 self.summary(number)
 
     def summary(self, number: int) -> Block:
-        """See :class:`BlockStore`."""
+        """See :class:`MemoryBlocks`."""
         path = self._path("summary", number)
         if not path.is_file():
             raise StoreError(f"{path}: no such file; the workspace must be one folder that every rank sees")
@@ -238,28 +191,28 @@ class FolderBlocks:
         return Block(**fields, failures=failures)
 
     def part(self, number: int, name: str) -> Rows:
-        """See :class:`BlockStore`."""
+        """See :class:`MemoryBlocks`."""
         with self._open("rows", number) as file:
             present = set(file.keys())
             keys = [key for kind in Rows._fields if (key := f"{name}::{kind}") in present]
             return Rows(*(file.get_tensor(key).to(self.compute) for key in keys))
 
     def has_products(self, number: int) -> bool:
-        """See :class:`BlockStore`."""
+        """See :class:`MemoryBlocks`."""
         return self._path("products", number).is_file()
 
     def put_products(self, number: int, products: Tensor) -> None:
-        """See :class:`BlockStore`."""
+        """See :class:`MemoryBlocks`."""
         self._save("products", number, {"products": products.contiguous()})
 
     def products(self, number: int) -> Tensor | None:
-        """See :class:`BlockStore`."""
+        """See :class:`MemoryBlocks`."""
         with self._open("products", number) as file:
             tensor: Tensor = file.get_tensor("products")
             return tensor
 
     def finish(self, n_blocks: int) -> None:
-        """See :class:`BlockStore`."""
+        """See :class:`MemoryBlocks`."""
         for number in range(n_blocks):
             self._path("rows", number).unlink(missing_ok=True)
 
@@ -303,3 +256,7 @@ def _matching_size(header: Path, settings: Mapping[str, str]) -> int:
                 f"{settings.get(name)} now; choose another workspace, or delete this one"
             )
     return int(size)
+
+
+BlockStore: TypeAlias = MemoryBlocks | FolderBlocks
+"""Where blocks are kept."""

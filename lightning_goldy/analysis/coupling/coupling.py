@@ -124,12 +124,13 @@ class CouplingRun:
         tokens = int(budget / max(1.0, footprint.activations))
         limit, self.passes.tokens = map(min, zip(*ranks.gather_objects((limit, tokens)), strict=True))
         projection, order = self.passes.projection, self.passes.order
-        each = {index: footprint.rows * length + footprint.fixed for index, length in self.passes.lengths.items()}
+        needs = [footprint.rows * length + footprint.fixed for length in self.passes.lengths.values()]
         if projection is not None:
-            each = dict.fromkeys(each, float(projection.dimensions * self.capture.precision.itemsize))
-        total = math.fsum(each.values())
+            needs = [float(projection.dimensions * self.capture.precision.itemsize)] * len(needs)
+        total = math.fsum(needs)
+        store: BlockStore
         if self.options.workspace is not None:
-            store: BlockStore = self._folder(max(1, min(_FOLDER_BLOCK_SIZE, int(limit / 2 / max(each.values())))))
+            store = self._folder(max(1, min(_FOLDER_BLOCK_SIZE, int(limit / 2 / max(needs)))))
             size = store.block_size
         elif total <= limit:
             free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
@@ -147,7 +148,7 @@ class CouplingRun:
         assert self.options.workspace is not None
         if self.capture.sharded:
             raise CouplingError("workspace= needs a model that every process holds whole; under FSDP2 pass projection=")
-        settings = run_settings(self.capture, self.passes.pieces, self.options.projection, self.options.seed)
+        settings = run_settings(self.capture, self.passes.pieces, self.options)
         # The first rank decides the size of the blocks; a folder that is there already has decided.
         for turn in (True, False):
             with self.replicas.together("opening the workspace"):

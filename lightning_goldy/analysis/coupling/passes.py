@@ -169,9 +169,7 @@ class Passes:
         log_probs: Tensor,
         rows: dict[str, Rows],
     ) -> None:
-        squares = torch.stack(
-            [squared_norms(each).to(log_probs.device) for each in rows.values()]
-        ).cpu()  # [tensors, M]
+        squares = torch.stack([squared_norms(each).to(log_probs.device) for each in rows.values()]).cpu()
         known = log_probs.double().tolist()
         good = []
         for at, index in enumerate(chunk):
@@ -232,27 +230,28 @@ def _taken(rows: Rows, places: list[int]) -> Rows:
     return Rows(rows.gradients[places], None if rows.inputs is None else rows.inputs[places])
 
 
-def run_settings(capture: Capture, pieces: PieceSamples, projection: int | None, seed: int) -> dict[str, str]:
+def run_settings(capture: Capture, pieces: PieceSamples, options: RunOptions) -> dict[str, str]:
     """Names and hashes of all that decides the numbers of a coupling; every rank must call.
 
     Args:
         capture: Knows the model, the objective and the tensors.
         pieces: The samples.
-        projection: Dimensions of the random projection, if any.
-        seed: Of the projection.
+        options: Of the run.
     """
-    device = capture.device.type
-    autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "none"
-    model, objective = capture.model, capture.objective
-    function = getattr(getattr(objective, "function", None), "__qualname__", "")
+    device, model, objective = capture.device.type, capture.model, capture.objective
+    names, function = (
+        list(capture.parameters),
+        getattr(getattr(capture.objective, "function", None), "__qualname__", ""),
+    )
+    random = f"{options.projection} dimensions with seed {options.seed}"
     return {
         "pieces": f"{len(pieces.samples)} with hash {_pieces_hash(pieces)}",
-        "weights": _weights_hash(capture),
-        "model": f"{model_class(model)} with hash {_digest(repr(model).encode())}",
-        "selection": f"{len(capture.parameters)} tensors with hash {_digest(repr(list(capture.parameters)).encode())}",
+        "weights": _weights_hash(model),
+        "model": f"{model_class(model)} with hash {_text_hash(model)}",
+        "selection": f"{len(names)} tensors with hash {_text_hash(names)}",
         "objective": f"{type(objective).__module__}.{type(objective).__qualname__} {function}".strip(),
-        "projection": "none" if projection is None else f"{projection} dimensions with seed {seed}",
-        "autocast": autocast,
+        "projection": "none" if options.projection is None else random,
+        "autocast": str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "none",
     }
 
 
@@ -265,23 +264,23 @@ def _pieces_hash(pieces: PieceSamples) -> str:
     return digest.hexdigest()
 
 
-def _weights_hash(capture: Capture) -> str:
+def _weights_hash(model: nn.Module) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in (*capture.model.named_parameters(), *capture.model.named_buffers()):
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         digest.update(canonical_name(name).encode())
         _update(digest, gather(tensor))
     return digest.hexdigest()
 
 
-def _update(digest: Any, tensor: torch.Tensor) -> None:
+def _update(digest: Any, tensor: Tensor) -> None:
     full = tensor.detach().cpu().contiguous()
     digest.update(f"{tuple(full.shape)} {full.dtype}".encode())
     # NumPy knows no bfloat16; the bytes do not care.
     digest.update(full.reshape(-1).view(torch.uint8).numpy().data)
 
 
-def _digest(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=8).hexdigest()
+def _text_hash(value: object) -> str:
+    return hashlib.blake2b(repr(value).encode(), digest_size=8).hexdigest()
 
 
 class Footprint(NamedTuple):

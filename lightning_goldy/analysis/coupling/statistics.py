@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_goldy.analysis.change import effective_rank
 from lightning_goldy.analysis.coupling.result import CouplingResult
 from lightning_goldy.analysis.result import AnalysisResult
 
@@ -181,7 +182,6 @@ def coupling_statistics(
     kept = result.valid.nonzero().flatten()
     cosines = result.cosines if len(kept) == len(result) else result.cosines[kept][:, kept]
     pairs = _upper(cosines)
-    ends = _extremes(cosines, top, kept, result.ids)
     order, clusters = _clustered(pairs, len(kept), high if cluster_at is None else cluster_at)
     rank, ratio = _spectrum(cosines, spectrum_below)
     columns = {name: [result.column(name)[index] for index in kept.tolist()] for name in (*CONTRASTS, "hop")}
@@ -189,10 +189,10 @@ def coupling_statistics(
         n_pieces=len(kept),
         n_failed=len(result) - len(kept),
         **_distribution(pairs, high, moderate),
-        contrasts=contrasts(cosines, columns),
-        hops=hop_coupling(cosines, columns["group"], columns["hop"]),
-        top=ends[0],
-        bottom=ends[1],
+        contrasts=_contrasts(cosines, columns),
+        hops=_hop_coupling(cosines, columns["group"], columns["hop"]),
+        top=_extremes(cosines, top, kept, result.ids, -1),
+        bottom=_extremes(cosines, top, kept, result.ids, 1),
         order=tuple(int(kept[place]) for place in order),
         clusters=tuple(clusters),
         n_clusters=len(set(clusters)),
@@ -205,7 +205,7 @@ def _upper(matrix: Tensor) -> NDArray[Any]:
     """All pairs once, row by row."""
     count = len(matrix)
     pairs = np.empty(count * (count - 1) // 2, dtype=matrix.numpy().dtype)
-    for at, row in rows_above(matrix):
+    for at, row in _rows_above(matrix):
         start = at * count - at * (at + 1) // 2
         pairs[start : start + len(row)] = row
     return pairs
@@ -233,29 +233,18 @@ def _distribution(pairs: NDArray[Any], high: float, moderate: float) -> dict[str
     }
 
 
-def _extremes(
-    cosines: Tensor, top: int, kept: Tensor, ids: Sequence[str]
-) -> tuple[tuple[dict[str, Any], ...], tuple[dict[str, Any], ...]]:
-    """The most and the least coupled pairs; ties to the smaller numbers."""
-    ends: list[tuple[dict[str, Any], ...]] = []
-    for sign in (-1, 1):
-        best: list[tuple[float, int, int]] = []
-        for at, row in rows_above(cosines):
-            keys = sign * row
-            fresh = [(float(keys[place]), at, at + 1 + int(place)) for place in _smallest(keys, top)]
-            best = sorted([*best, *fresh])[:top]
-        ends.append(
-            tuple(
-                {
-                    "first": int(kept[first]),
-                    "second": int(kept[second]),
-                    "ids": (ids[int(kept[first])], ids[int(kept[second])]),
-                    "cosine": sign * key,
-                }
-                for key, first, second in best
-            )
-        )
-    return ends[0], ends[1]
+def _extremes(cosines: Tensor, top: int, kept: Tensor, ids: Sequence[str], sign: int) -> tuple[dict[str, Any], ...]:
+    """The least (sign 1) or the most coupled pairs (sign -1); ties to the smaller numbers."""
+    best: list[tuple[float, int, int]] = []
+    for at, row in _rows_above(cosines):
+        keys = sign * row
+        fresh = [(float(keys[place]), at, at + 1 + int(place)) for place in _smallest(keys, top)]
+        best = sorted([*best, *fresh])[:top]
+    found = [(sign * key, int(kept[first]), int(kept[second])) for key, first, second in best]
+    return tuple(
+        {"first": first, "second": second, "ids": (ids[first], ids[second]), "cosine": cosine}
+        for cosine, first, second in found
+    )
 
 
 def _smallest(keys: NDArray[Any], count: int) -> NDArray[np.int64]:
@@ -294,42 +283,15 @@ def _spectrum(cosines: Tensor, below: int) -> tuple[float | None, float | None]:
     return effective_rank(torch.linalg.eigvalsh(cosines.double()).clamp(min=0)), ratio
 
 
-def effective_rank(spectrum: Tensor) -> float:
-    r"""How many directions a spectrum has: the exponential of its entropy.
-
-    .. math:: \exp\Big(-\sum_k p_k \log p_k\Big), \qquad p_k = \frac{\lambda_k}{\sum_l \lambda_l}
-
-    Args:
-        spectrum: Eigenvalues or singular values, not negative and not all zero.
-
-    Source: Roy and Vetterli, "The effective rank" (2007).
-
-    Example:
-        >>> round(effective_rank(torch.tensor([2.0, 2.0, 0.0])), 6)
-        2.0
-    """
-    shares = spectrum / spectrum.sum()
-    return math.exp(-float(torch.special.xlogy(shares, shares).sum()))
-
-
-def rows_above(matrix: Tensor) -> Iterator[tuple[int, NDArray[Any]]]:
+def _rows_above(matrix: Tensor) -> Iterator[tuple[int, NDArray[Any]]]:
     """The number of each row and what stands above the diagonal in it."""
     array = matrix.numpy()
     for at in range(len(array) - 1):
         yield at, array[at, at + 1 :]
 
 
-def contrasts(cosines: Tensor, columns: Mapping[str, Sequence[Any]]) -> dict[str, dict[str, Any]]:
-    """Pairs that share an answer, a category or a group against pairs that do not.
-
-    Args:
-        cosines: Shape ``[N, N]``.
-        columns: One value per piece, None for none, for each of ``CONTRASTS``.
-
-    Returns:
-        By column what :class:`~lightning_goldy.analysis.CouplingStatistics` says; columns that
-        fewer than two pieces have are left out.
-    """
+def _contrasts(cosines: Tensor, columns: Mapping[str, Sequence[Any]]) -> dict[str, dict[str, Any]]:
+    """Pairs that share an answer, a category or a group against pairs that do not; without columns of one piece."""
     found = {}
     for name in CONTRASTS:
         codes = _codes(columns[name], fold=name == "answer")
@@ -347,7 +309,7 @@ def _codes(values: Sequence[Any], *, fold: bool) -> NDArray[np.int64]:
 
 def _contrast(cosines: Tensor, codes: NDArray[np.int64]) -> dict[str, Any]:
     sums = np.zeros((2, 3))  # of same and different: number, sum, sum of squares
-    for at, row in rows_above(cosines):
+    for at, row in _rows_above(cosines):
         if codes[at] < 0:
             continue
         has, same = codes[at + 1 :] >= 0, codes[at + 1 :] == codes[at]
@@ -370,14 +332,8 @@ def _contrast(cosines: Tensor, codes: NDArray[np.int64]) -> dict[str, Any]:
     }
 
 
-def hop_coupling(cosines: Tensor, groups: Sequence[Any], hops: Sequence[Any]) -> tuple[dict[str, Any], ...]:
-    """Mean cosine between the hops of one question, by their numbers.
-
-    Args:
-        cosines: Shape ``[N, N]``.
-        groups: The question of each piece.
-        hops: The number of each piece among the hops of its question.
-    """
+def _hop_coupling(cosines: Tensor, groups: Sequence[Any], hops: Sequence[Any]) -> tuple[dict[str, Any], ...]:
+    """Mean cosine between the hops of one question, by their numbers."""
     members: dict[Any, list[int]] = {}
     for at, (group, hop) in enumerate(zip(groups, hops, strict=True)):
         if group is not None and hop is not None:

@@ -101,12 +101,12 @@ def chart_drift_map(row: Row) -> Figure:
         >>> chart_drift_map({"result": {"drifted": drifted}}).data["cells"]["value"]
         [0.0, 0.5, 0.5, 0.0]
     """
-    found = drift_map(row)
+    names, cells = drift_map(row)
+    limit = max(_LEAST_LIMIT, float(np.abs(cells).max(initial=0.0)))
     style = HeatMap(
         "difference", rows="piece", columns="piece", colours="diverging", numbers=False, cell=(13, 13), scale="drift"
     )
-    extent = (-found.limit, found.limit)
-    return heat_map(found.cells, found.names, found.names, style, extent=extent, caption=drift_map_caption(row))
+    return heat_map(cells, names, names, style, extent=(-limit, limit), caption=drift_map_caption(row))
 
 
 register_figure("coupling_drift", "heat_map", heading="Which pieces are coupled")(chart_coupling_map)
@@ -145,21 +145,6 @@ class DriftLines:
     correlation: tuple[float | None, ...]
     measured: Mapping[str, tuple[float | None, ...]]
     predicted: Mapping[str, tuple[float | None, ...]]
-
-
-@dataclass(frozen=True)
-class DriftMap:
-    """Differences of the cosines of the pieces that drifted most.
-
-    Args:
-        names: Ids, with a mark on edited pieces.
-        cells: Present minus base, ``[n, n]``; 0 on the diagonal.
-        limit: The difference at which colours end, either way.
-    """
-
-    names: tuple[str, ...]
-    cells: NDArray[np.float64]
-    limit: float
 
 
 def drift_scatters(row: Row) -> dict[str, Points]:
@@ -220,27 +205,25 @@ def drift_lines(rows: Sequence[Row]) -> DriftLines:
         raise ReportError(f"{_LACKS}: {error}") from error
 
 
-def drift_map(row: Row) -> DriftMap:
-    """The heat map of a row.
+def drift_map(row: Row) -> tuple[tuple[str, ...], NDArray[np.float64]]:
+    """The pieces that drifted most, with a mark on edited ones, and the differences of their cosines, ``[n, n]``.
 
     Raises:
         ReportError: The row lacks it.
 
     Example:
         >>> drifted = {"ids": ["a", "b"], "classes": ["edited", "untouched"], "difference": [[0, 0.5], [0.5, 0]]}
-        >>> found = drift_map({"result": {"drifted": drifted}})
-        >>> found.names, found.limit
-        (('a *', 'b'), 0.5)
+        >>> drift_map({"result": {"drifted": drifted}})[0]
+        ('a *', 'b')
     """
     try:
         given = row["result"]["drifted"]
         names = tuple(
             f"{name} *" if kind == "edited" else name for name, kind in zip(given["ids"], given["classes"], strict=True)
         )
-        cells = np.array(given["difference"], dtype=np.float64).reshape(len(names), len(names))
+        return names, np.array(given["difference"], dtype=np.float64).reshape(len(names), len(names))
     except (KeyError, TypeError, ValueError) as error:
         raise ReportError(f"{_LACKS}: {error}") from error
-    return DriftMap(names, cells, max(_LEAST_LIMIT, float(np.abs(cells).max(initial=0.0))))
 
 
 def _correlations(agreement: Mapping[str, Any]) -> str:
@@ -299,7 +282,7 @@ def drift_map_caption(row: Row) -> str:
         >>> drift_map_caption({"result": {"drifted": drifted, "n_pieces": 9}})
         'cosine now minus cosine at the base; the 1 of 9 pieces that drifted most, alike ones together; * edited'
     """
-    count, pieces = len(drift_map(row).names), format_number(row["result"].get("n_pieces"))
+    count, pieces = len(drift_map(row)[0]), format_number(row["result"].get("n_pieces"))
     which = "all pieces" if format_number(count) == pieces else f"the {count} of {pieces} pieces that drifted most"
     return f"cosine now minus cosine at the base; {which}, alike ones together; * edited"
 
