@@ -136,12 +136,12 @@ def test_figures_draw_the_cells_and_the_counts(saved: bool, categories: int) -> 
     strip = next((columns["category"] for name, columns in drawn.data.items() if name.startswith("strip")), None)
     assert strip == (row["result"]["heat_map"]["categories"] if categories else None)
     assert drawn.caption == coupling_map_caption(row)
-    found = coupling_histogram(row)
-    assert found.counts.sum() == 30 * 29 // 2
-    assert spread.data["bins"]["count"] == found.counts.tolist()
+    edges, counts, _ = coupling_histogram(row)
+    assert counts.sum() == 30 * 29 // 2
+    assert spread.data["bins"]["count"] == counts.tolist()
     assert spread.data["thresholds"]["cosine"] == [0.0, 0.1, 0.4]
     assert spread.data["thresholds"]["label"][1:] == ["moderate\nfrom 0.1", "high\nfrom 0.4"]
-    assert spread.ranges["bins"][0] <= found.edges[0] <= found.edges[-1] <= spread.ranges["bins"][1]
+    assert spread.ranges["bins"][0] <= edges[0] <= edges[-1] <= spread.ranges["bins"][1]
     assert spread.ranges["bins"][1] >= 0.4
     assert spread.caption == distribution_caption(row)
     for figure in figures.values():

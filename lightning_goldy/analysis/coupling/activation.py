@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.coupling.passes import RECOVERABLE, CouplingError, OnError, check_on_error
+from lightning_goldy.analysis.coupling.passes import RECOVERABLE, CouplingError, OnError, check_on_error, shared_passes
 from lightning_goldy.analysis.coupling.pieces import (
     Layers,
     Pieces,
@@ -210,7 +210,13 @@ def _recorded(
         raise CouplingError(f"{samples.name(odd)} is not a sequence of tokens with labels")
     order = sorted(given, key=lambda index: -len(given[index]["input_ids"]))
     mine = replicas.share(order)
-    pending = _chunks(mine, given, _TOKENS.get(recorder.device.type, 2048))[::-1]
+    tokens = _TOKENS.get(recorder.device.type, 2048)
+
+    def fits(chunk: list[int], index: int) -> bool:
+        # The longest alone: a first dimension of 1 tells a batch apart from a sequence.
+        return chunk[0] != mine[0] and (len(chunk) + 1) * len(given[chunk[0]]["input_ids"]) <= tokens
+
+    pending = shared_passes(mine, fits)[::-1]
     while pending:
         chunk = pending.pop()
         try:
@@ -234,18 +240,6 @@ def _recorded(
         for index, reason in sorted((index, each) for index, each in found.items() if isinstance(each, str)):
             raise CouplingError(f"{samples.name(index)}: {reason}")
     return found
-
-
-def _chunks(order: Sequence[int], samples: Mapping[int, Any], tokens: int) -> list[list[int]]:
-    # The longest alone: a first dimension of 1 tells a batch apart from a sequence.
-    chunks: list[list[int]] = []
-    for index in order:
-        longest = len(samples[chunks[-1][0]]["input_ids"]) if chunks else 0
-        if len(chunks) > 1 and (len(chunks[-1]) + 1) * longest <= tokens:
-            chunks[-1].append(index)
-        else:
-            chunks.append([index])
-    return chunks
 
 
 def _reason(log_prob: float, pooled: Sequence[Tensor], names: Sequence[str]) -> str:

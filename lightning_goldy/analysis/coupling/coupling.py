@@ -113,8 +113,6 @@ class CouplingRun:
             result = result._replace(matrix=matrix.cpu())
         return result._replace(cost=sum(replicas.gather_objects(self.capture.cost), Cost()))
 
-    # Storage
-
     def _planned(self, footprint: Footprint) -> tuple[BlockStore, list[list[int]]]:
         """Where rows go, and which pieces make a block; the same on every rank."""
         # Sharded processes must make the same passes, so that they too must agree.
@@ -157,8 +155,6 @@ class CouplingRun:
                         self.options.workspace, settings, block_size=block_size, compute=self.capture.device
                     )
         return folder
-
-    # Products
 
     def _products(self, store: BlockStore, summaries: Sequence[Block], number: int) -> Tensor:
         sizes = [len(block.indices) for block in summaries[: number + 1]]
@@ -406,17 +402,15 @@ def layer_gradient_norms(
         device = next(model.parameters()).device
         for sample in samples.samples:
             log_prob = objective.log_probs(model, joined_batch([sample], device)).sum()
-            squares = _squares(log_prob, parameters)
-            for block, square in squares.items():
+            for block, square in _squares(log_prob, parameters).items():
                 columns.setdefault(block, []).append(square**0.5)
     return {block: torch.tensor(values, dtype=torch.float64) for block, values in columns.items()}
 
 
 def _squares(log_prob: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, float]:
-    names: Sequence[str] = list(parameters)
-    gradients = torch.autograd.grad(log_prob, [parameters[name] for name in names], materialize_grads=True)
+    gradients = torch.autograd.grad(log_prob, list(parameters.values()), materialize_grads=True)
     found: dict[str, float] = {}
-    for name, gradient in zip(names, gradients, strict=True):
+    for name, gradient in zip(parameters, gradients, strict=True):
         block = block_of(name)
         found[block] = found.get(block, 0.0) + float(gradient.double().square().sum())
     return found

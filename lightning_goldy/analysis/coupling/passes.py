@@ -134,7 +134,7 @@ class Passes:
     def _captured(self, indices: list[int], kept: torch.device, done: int, total: int) -> Block:
         block = Block()
         buffers = {name: RowBuffer(len(indices), kept) for name in self.names}
-        pending = self._chunks(indices)[::-1]
+        pending = shared_passes(indices, self._fits)[::-1]
         while pending:
             chunk = pending.pop()
             try:
@@ -162,12 +162,7 @@ class Passes:
         return block
 
     def _add(
-        self,
-        block: Block,
-        buffers: dict[str, RowBuffer],
-        chunk: list[int],
-        log_probs: Tensor,
-        rows: dict[str, Rows],
+        self, block: Block, buffers: dict[str, RowBuffer], chunk: list[int], log_probs: Tensor, rows: dict[str, Rows]
     ) -> None:
         squares = torch.stack([squared_norms(each).to(log_probs.device) for each in rows.values()]).cpu()
         known = log_probs.double().tolist()
@@ -181,7 +176,10 @@ class Passes:
         if not good:
             return
         if len(good) < len(chunk):
-            rows = {name: _taken(each, good) for name, each in rows.items()}
+            rows = {
+                name: Rows(*(None if tensor is None else tensor[good] for tensor in each))
+                for name, each in rows.items()
+            }
         block.indices += [chunk[at] for at in good]
         block.squares += squares.sum(dim=0)[good].tolist()
         block.log_probs += [known[at] for at in good]
@@ -189,16 +187,6 @@ class Passes:
             rows = {PROJECTED: Rows(self.projection(rows))}
         for name, each in rows.items():
             buffers[name].add(each)
-
-    def _chunks(self, indices: Sequence[int]) -> list[list[int]]:
-        """Neighbours in length that can share a pass."""
-        chunks: list[list[int]] = []
-        for index in indices:
-            if chunks and self._fits(chunks[-1], index):
-                chunks[-1].append(index)
-            else:
-                chunks.append([index])
-        return chunks
 
     def _fits(self, chunk: list[int], index: int) -> bool:
         if not self.capture.batched or signature(self.samples[chunk[0]]) != signature(self.samples[index]):
@@ -226,8 +214,15 @@ def _reason(log_prob: float, squares: Tensor, names: Sequence[str]) -> str:
     return ""
 
 
-def _taken(rows: Rows, places: list[int]) -> Rows:
-    return Rows(rows.gradients[places], None if rows.inputs is None else rows.inputs[places])
+def shared_passes(indices: Sequence[int], fits: Callable[[list[int], int], bool]) -> list[list[int]]:
+    """Cuts pieces into passes of neighbours; ``fits`` says whether a pass takes one piece more."""
+    chunks: list[list[int]] = []
+    for index in indices:
+        if chunks and fits(chunks[-1], index):
+            chunks[-1].append(index)
+        else:
+            chunks.append([index])
+    return chunks
 
 
 def run_settings(capture: Capture, pieces: PieceSamples, options: RunOptions) -> dict[str, str]:

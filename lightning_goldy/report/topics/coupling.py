@@ -14,13 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from lightning_goldy.report.builders import (
-    HeatMap,
-    Histogram,
-    arrange,
-    heat_map,
-    histogram,
-)
+from lightning_goldy.report.builders import HeatMap, Histogram, arrange, heat_map, histogram
 from lightning_goldy.report.descriptions import Description, describe
 from lightning_goldy.report.figures import Figure, ReportError, Row, register_figure, require
 from lightning_goldy.report.formatting import format_number, format_percent, texts_html
@@ -87,18 +81,19 @@ def chart_coupling_distribution(row: Row) -> Figure | str:
         >>> chart_coupling_distribution({"result": result}).data["thresholds"]["cosine"]
         [0.0, 0.1, 0.4]
     """
-    found = coupling_histogram(row)
-    if not found.counts.any():
+    edges, counts, thresholds = coupling_histogram(row)
+    if not counts.any():
         return "There is no pair of two pieces."
-    bars = histogram(found.edges, found.counts, Histogram(quantity(row), "pairs"))
-    marks: dict[str, list[Any]] = {"cosine": [0.0, found.moderate, found.high], "label": ["", *found.labels]}
+    bars = histogram(edges, counts, Histogram(quantity(row), "pairs"))
+    names = ["", *(f"{name}\nfrom {cosine:g}" for name, cosine in thresholds.items())]
+    marks: dict[str, list[Any]] = {"cosine": [0.0, *thresholds.values()], "label": names}
     low, high = bars.ranges["bins"]
     return Figure(
         _threshold_chart(quantity(row)),
         {**bars.data, "thresholds": marks},
         distribution_caption(row),
         titled("Distribution of the coupling", row),
-        {**bars.ranges, "bins": (min(low, 0.0, found.moderate), max(high, found.high))},
+        {**bars.ranges, "bins": (min(low, *marks["cosine"]), max(high, *marks["cosine"]))},
     )
 
 
@@ -144,7 +139,7 @@ class CouplingMap:
 
     Args:
         cells: Mean cosines, ``[B, B]``.
-        labels: The numbers of the first and the last piece of each block, counted from 1.
+        labels: The numbers of the first and the last piece of each block, counted from 0.
         categories: Of each block; None for none.
         limit: The cosine at which colours end, either way.
         n_pieces: Pieces in all.
@@ -155,33 +150,6 @@ class CouplingMap:
     categories: tuple[str | None, ...]
     limit: float
     n_pieces: int
-
-    @property
-    def averaged(self) -> bool:
-        """Whether cells are means over several pairs."""
-        return self.n_pieces > len(self.cells)
-
-
-@dataclass(frozen=True)
-class CouplingHistogram:
-    """The distribution of cosines.
-
-    Args:
-        edges: Of the bins that are drawn, ``[bins + 1]``.
-        counts: Pairs in each.
-        moderate: Cosine from which a pair is moderately coupled.
-        high: Cosine from which it is highly coupled.
-    """
-
-    edges: NDArray[np.float64]
-    counts: NDArray[np.int64]
-    moderate: float
-    high: float
-
-    @property
-    def labels(self) -> tuple[str, str]:
-        """What the thresholds are called, in two lines each."""
-        return f"moderate\nfrom {self.moderate:g}", f"high\nfrom {self.high:g}"
 
 
 def coupling_map(row: Row) -> CouplingMap:
@@ -196,8 +164,8 @@ def coupling_map(row: Row) -> CouplingMap:
     Example:
         >>> drawn = {"cells": [[1, 0.5], [0.5, 1]], "sizes": [1, 1], "categories": ["b", None], "n_pieces": 2}
         >>> found = coupling_map({"result": {"heat_map": drawn}})
-        >>> found.limit, found.labels, found.categories, found.averaged
-        (0.5, ('0', '1'), ('b', None), False)
+        >>> found.limit, found.labels, found.categories
+        (0.5, ('0', '1'), ('b', None))
     """
     try:
         given = row["result"]["heat_map"]
@@ -218,11 +186,14 @@ def coupling_map(row: Row) -> CouplingMap:
     return CouplingMap(cells, labels, tuple(categories), limit, n_pieces)
 
 
-def coupling_histogram(row: Row) -> CouplingHistogram:
+def coupling_histogram(row: Row) -> tuple[NDArray[np.float64], NDArray[np.int64], dict[str, float]]:
     """The distribution of a row: the bins from the first to the last that is not empty.
 
     Args:
         row: Of the analysis ``knowledge_coupling``.
+
+    Returns:
+        Edges, ``[bins + 1]``; pairs in each bin; the cosines from which pairs are ``moderate`` and ``high``.
 
     Raises:
         ReportError: The row lacks it.
@@ -230,14 +201,14 @@ def coupling_histogram(row: Row) -> CouplingHistogram:
     Example:
         >>> drawn = {"edges": [-1, 0, 0.5, 1], "counts": [0, 4, 0]}
         >>> result = {"distribution": drawn, "thresholds": {"high": 0.4, "moderate": 0.1}}
-        >>> coupling_histogram({"result": result}).edges.tolist()
+        >>> coupling_histogram({"result": result})[0].tolist()
         [0.0, 0.5]
     """
     try:
         given, thresholds = row["result"]["distribution"], row["result"]["thresholds"]
         edges = np.array(given["edges"], dtype=np.float64)
         counts = np.array(given["counts"], dtype=np.int64)
-        moderate, high = float(thresholds["moderate"]), float(thresholds["high"])
+        known = {name: float(thresholds[name]) for name in ("moderate", "high")}
     except (KeyError, TypeError, ValueError) as error:
         raise ReportError(f"{_LACKS}: {error}") from error
     if edges.shape != (len(counts) + 1,):
@@ -245,7 +216,7 @@ def coupling_histogram(row: Row) -> CouplingHistogram:
     full = np.flatnonzero(counts)
     if len(full):
         edges, counts = edges[full[0] : full[-1] + 2], counts[full[0] : full[-1] + 1]
-    return CouplingHistogram(edges, counts, moderate=moderate, high=high)
+    return edges, counts, known
 
 
 def coupling_map_caption(row: Row) -> str:
@@ -261,7 +232,7 @@ def coupling_map_caption(row: Row) -> str:
     clusters = result.get("n_clusters")
     told = f", {format_number(clusters)} cluster{'' if clusters == 1 else 's'}" if clusters is not None else ""
     cell = "Each cell is one pair"
-    if found.averaged:
+    if found.n_pieces > len(found.cells):
         largest = max(result["heat_map"]["sizes"])
         cell = f"Each cell is a mean over blocks of up to {largest} pieces, without pairs of a piece with itself"
     return (
@@ -432,9 +403,6 @@ describe(
             "answer's tokens are coupled whatever they are about. The cosine does not say that a fact is safe where it "
             "is small, nor what a large edit does."
         ),
-        metrics={
-            **STATISTICS,
-            **CONTRASTS,
-        },
+        metrics={**STATISTICS, **CONTRASTS},
     ),
 )
