@@ -100,7 +100,7 @@ def find_pieces(
         for piece in pieces
     )
     taught, rehearsed = _taught(edits, data, pieces)
-    classes = (EDITED if each.id in taught else REHEARSED if each.id in rehearsed else UNTOUCHED for each in pieces)
+    classes = (EDITED if piece.id in taught else REHEARSED if piece.id in rehearsed else UNTOUCHED for piece in pieces)
     return WatchedPieces(pieces, tuple(classes), _template(template, data))
 
 
@@ -138,20 +138,20 @@ def _pieces(source: PieceSource, data: Any) -> tuple[KnowledgePiece, ...]:
     if isinstance(source, (str, Path)):
         return load_pieces(source).pieces
     if source is not None:
-        odd = next((each for each in source if not isinstance(each, KnowledgePiece)), None)
+        odd = next((piece for piece in source if not isinstance(piece, KnowledgePiece)), None)
         if odd is not None:
             raise ValueError(f"pieces is a file, 'atlas', or a list of KnowledgePiece; one of it is {odd!r:.80}")
         return tuple(source)
     if isinstance(data, AtlasDataModule):
         known = {_id(fact) for fact in data.facts}
         return tuple(piece for piece in load_pieces("atlas").pieces if piece.id in known)
-    found = getattr(data, "pieces", None)
-    if not found or not all(isinstance(each, KnowledgePiece) for each in found):
+    pieces = getattr(data, "pieces", None)
+    if not pieces or not all(isinstance(piece, KnowledgePiece) for piece in pieces):
         raise ValueError(
             f"no pieces of knowledge: pass pieces= (a file, 'atlas', or a list of KnowledgePiece), or train with an "
             f"AtlasDataModule or a KnowledgeDataModule; this is {'no data module' if data is None else type(data)!s}"
         )
-    return tuple(found)
+    return tuple(pieces)
 
 
 def _taught(edits: Sequence[str] | None, data: Any, pieces: Sequence[KnowledgePiece]) -> tuple[set[str], set[str]]:
@@ -159,7 +159,7 @@ def _taught(edits: Sequence[str] | None, data: Any, pieces: Sequence[KnowledgePi
     rehearsed: set[str] = set()
     if isinstance(data, AtlasDataModule):
         taught = {_id(fact) for fact in data.edited_facts}
-        rehearsed = {_id(each.fact) for each in data.training_questions()} - taught
+        rehearsed = {_id(question.fact) for question in data.training_questions()} - taught
         if not taught:
             # Pretraining: every fact is taught.
             taught, rehearsed = rehearsed, set()

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Pooling = Literal["last", "mean"]
+# Of a piece its log-probability and pooled activations, or why it failed.
+_Recorded = tuple[float, list[Tensor]] | str
 # Tokens in one pass, by kind of device.
 _TOKENS = {"cpu": 2048, "cuda": 32768}
 
@@ -111,8 +113,8 @@ def activation_similarity(
         parameters = selected_parameters(model, select, layers, sample_batch=samples.example(model))
         recorder = _Recorder(model, objective, list(parameters), pooling)
         with replicas.together("activation_similarity"):
-            found = _recorded(recorder, samples, replicas, on_error, progress)
-    activations, log_probs, failures = _gathered(found, samples, replicas, recorder)
+            recorded = _recorded(recorder, samples, replicas, on_error, progress)
+    activations, log_probs, failures = _gathered(recorded, samples, replicas, recorder)
     matrix, norms = _similarity(activations, log_probs, center=center)
     double = all(parameter.dtype == torch.float64 for parameter in parameters.values())
     return CouplingResult(
@@ -201,9 +203,8 @@ def _recorded(
     replicas: Replicas,
     on_error: OnError,
     progress: Callable[[int, int], None] | None,
-) -> dict[int, tuple[float, list[Tensor]] | str]:
-    """By piece its log-probability and pooled activations, or why it failed."""
-    found: dict[int, tuple[float, list[Tensor]] | str] = {}
+) -> dict[int, _Recorded]:
+    recorded: dict[int, _Recorded] = {}
     given = {index: sample for index, sample in enumerate(samples.samples) if sample is not None}
     odd = next((index for index, sample in given.items() if not is_bare(sample)), None)
     if odd is not None:
@@ -227,19 +228,19 @@ def _recorded(
             if len(chunk) > 1:
                 pending += [[index] for index in chunk[::-1]]
                 continue
-            found[chunk[0]] = str(error)
+            recorded[chunk[0]] = str(error)
         else:
             for at, index in enumerate(chunk):
                 own = [tensor[at].cpu() for tensor in pooled.values()]
                 reason = _reason(float(log_probs[at]), own, list(pooled))
-                found[index] = reason or (float(log_probs[at]), own)
+                recorded[index] = reason or (float(log_probs[at]), own)
         if progress is not None:
-            progress(len(found), len(mine))
-    found.update({index: reason for index, reason in samples.failures.items() if replicas.rank == 0})
+            progress(len(recorded), len(mine))
+    recorded.update({index: reason for index, reason in samples.failures.items() if replicas.rank == 0})
     if on_error == "raise":
-        for index, reason in sorted((index, each) for index, each in found.items() if isinstance(each, str)):
-            raise CouplingError(f"{samples.name(index)}: {reason}")
-    return found
+        for index in sorted(index for index, outcome in recorded.items() if isinstance(outcome, str)):
+            raise CouplingError(f"{samples.name(index)}: {recorded[index]}")
+    return recorded
 
 
 def _reason(log_prob: float, pooled: Sequence[Tensor], names: Sequence[str]) -> str:
@@ -253,19 +254,19 @@ def _reason(log_prob: float, pooled: Sequence[Tensor], names: Sequence[str]) -> 
 
 
 def _gathered(
-    found: dict[int, tuple[float, list[Tensor]] | str], samples: PieceSamples, replicas: Replicas, recorder: _Recorder
+    recorded: dict[int, _Recorded], samples: PieceSamples, replicas: Replicas, recorder: _Recorder
 ) -> tuple[list[Tensor], Tensor, dict[int, str]]:
     """Activations of all pieces by layer, shape ``[N, d]``, zero where one failed; log-probabilities; failures."""
     count = len(samples.samples)
-    widths = next(each for each in replicas.gather_objects(recorder.widths) if each)
+    widths = next(known for known in replicas.gather_objects(recorder.widths) if known)
     activations = [torch.zeros(count, widths[name], dtype=torch.float64) for name in recorder.modules]
     log_probs, failures = torch.zeros(count, dtype=torch.float64), {}
-    for index, each in found.items():
-        if isinstance(each, str):
-            failures[index] = each
+    for index, outcome in recorded.items():
+        if isinstance(outcome, str):
+            failures[index] = outcome
         else:
-            log_probs[index] = each[0]
-            for layer, tensor in zip(activations, each[1], strict=True):
+            log_probs[index] = outcome[0]
+            for layer, tensor in zip(activations, outcome[1], strict=True):
                 layer[index] = tensor
     if replicas.size > 1:
         for layer in (*activations, log_probs):

@@ -70,14 +70,14 @@ class MemoryBlocks:
             number: ({name: _layout(rows) for name, rows in block.parts.items()}, summary_of(block))
             for number, block in self._blocks.items()
         }
-        known = {number: each for part in replicas.gather_objects(layouts) for number, each in part.items()}
+        known = {number: layout for part in replicas.gather_objects(layouts) for number, layout in part.items()}
         for number in range(n_blocks):
             layout, summary = known[number]
             own = self._blocks.get(number)
             parts = {}
             for name, kinds in layout.items():
                 rows = (None, None) if own is None else own.parts[name]
-                gradients, inputs = (self._shared(*each, replicas) for each in zip(rows, kinds, strict=True))
+                gradients, inputs = (self._shared(*pair, replicas) for pair in zip(rows, kinds, strict=True))
                 assert gradients is not None
                 parts[name] = Rows(gradients, inputs)
             self._blocks[number] = Block(**summary, parts=parts)
@@ -118,7 +118,7 @@ class MemoryBlocks:
 
 
 def _layout(rows: Rows) -> list[tuple[Any, ...] | None]:
-    return [None if each is None else (tuple(each.shape), each.dtype) for each in rows]
+    return [None if tensor is None else (tuple(tensor.shape), tensor.dtype) for tensor in rows]
 
 
 def summary_of(block: Block) -> dict[str, Any]:
@@ -222,7 +222,7 @@ class FolderBlocks:
     def _save(self, kind: str, number: int, tensors: dict[str, Tensor]) -> None:
         # One gradient may serve two layers, as where attention and MLP run in parallel; the file needs it twice.
         owners = {tensor.data_ptr(): name for name, tensor in tensors.items()}
-        tensors = {name: each if owners[each.data_ptr()] == name else each.clone() for name, each in tensors.items()}
+        tensors = {name: kept if owners[kept.data_ptr()] == name else kept.clone() for name, kept in tensors.items()}
         with atomic_path(self._path(kind, number)) as temporary:
             save_file(tensors, temporary, metadata={"run": self._run})
 
@@ -244,15 +244,15 @@ def _matching_size(header: Path, settings: Mapping[str, str]) -> int:
     """The size of the blocks that are there, if they are of this run."""
     try:
         fields = json.loads(header.read_text())
-        found, size, version = fields["settings"], fields["block_size"], fields["format_version"]
+        known, size, version = fields["settings"], fields["block_size"], fields["format_version"]
     except (ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{header}: not the header of a coupling workspace ({error})") from error
     if version != FORMAT_VERSION:
         raise StoreError(f"{header}: format version {version}; this release reads version {FORMAT_VERSION}")
-    for name in sorted({*settings, *found}):
-        if settings.get(name) != found.get(name):
+    for name in sorted({*settings, *known}):
+        if settings.get(name) != known.get(name):
             raise StoreError(
-                f"{header.parent} holds coupling blocks with other {name}: {found.get(name)} there, "
+                f"{header.parent} holds coupling blocks with other {name}: {known.get(name)} there, "
                 f"{settings.get(name)} now; choose another workspace, or delete this one"
             )
     return int(size)

@@ -190,14 +190,14 @@ class CouplingRun:
 
 def _available_memory() -> int:
     """Bytes that new allocations can have; a guess where the system does not tell."""
-    found = []
+    limits = []
     with suppress(OSError, ValueError):
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        found.append(1024 * int(lines["MemAvailable"].split()[0]))
+        limits.append(1024 * int(lines["MemAvailable"].split()[0]))
     with suppress(OSError, ValueError):  # of a container; "max" where it has no limit of its own
         folder = Path("/sys/fs/cgroup")
-        found.append(int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text()))
-    return max(0, min(found, default=_UNKNOWN_MEMORY))
+        limits.append(int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text()))
+    return max(0, min(limits, default=_UNKNOWN_MEMORY))
 
 
 def knowledge_coupling(
@@ -409,8 +409,8 @@ def layer_gradient_norms(
 
 def _squares(log_prob: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, float]:
     gradients = torch.autograd.grad(log_prob, list(parameters.values()), materialize_grads=True)
-    found: dict[str, float] = {}
+    squares: dict[str, float] = {}
     for name, gradient in zip(parameters, gradients, strict=True):
         block = block_of(name)
-        found[block] = found.get(block, 0.0) + float(gradient.double().square().sum())
-    return found
+        squares[block] = squares.get(block, 0.0) + float(gradient.double().square().sum())
+    return squares

@@ -36,7 +36,11 @@ class Rows(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of both."""
-        return sum(each.numel() * each.element_size() for each in self if each is not None)
+        return sum(tensor.numel() * tensor.element_size() for tensor in self if tensor is not None)
+
+    def of(self, pieces: list[int]) -> Rows:
+        """The rows of some pieces, by number."""
+        return Rows(self.gradients[pieces], None if self.inputs is None else self.inputs[pieces])
 
     def to(self, device: torch.device) -> Rows:
         """The same rows on another device."""
@@ -96,7 +100,7 @@ class RowBuffer:
 
     def rows(self) -> Rows:
         """All rows, those of shorter pieces filled up with zeros."""
-        gradients, inputs = (None if each is None else each[: self._filled] for each in self._tensors)
+        gradients, inputs = (None if tensor is None else tensor[: self._filled] for tensor in self._tensors)
         assert gradients is not None
         return Rows(gradients, inputs)
 
@@ -234,7 +238,7 @@ def _built(rows: Rows, start: int, step: int) -> Tensor:
 def _flat(first: Tensor, second: Tensor) -> Tensor:
     result = torch.zeros(len(first), len(second), dtype=torch.float64, device=first.device)
     for start in range(0, first.shape[1], _SLICE):
-        left, right = (_accurate(each[:, start : start + _SLICE]) for each in (first, second))
+        left, right = (_accurate(side[:, start : start + _SLICE]) for side in (first, second))
         result += left @ right.T
     return result
 
@@ -342,12 +346,12 @@ class Projection:
             total += self._count_sketch(f"{name}\0{number}", part).to(total.device)
 
     def _hash(self, key: str, width: int, device: torch.device) -> _Hash:
-        found = self._hashes.get((key, width, device))
-        if found is None:
+        hashed = self._hashes.get((key, width, device))
+        if hashed is None:
             digest = hashlib.blake2b(f"{self.seed}\0projection\0{key}".encode(), digest_size=8).digest()
             # 63 bits: torch reads a larger seed as negative. On the CPU, so that every device has the same.
             generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
             buckets = torch.randint(self.dimensions, (width,), generator=generator, device="cpu")
             signs = torch.randint(2, (width,), generator=generator, dtype=torch.int8, device="cpu") * 2 - 1
-            found = self._hashes[key, width, device] = _Hash(buckets.to(device), signs.to(device))
-        return found
+            hashed = self._hashes[key, width, device] = _Hash(buckets.to(device), signs.to(device))
+        return hashed

@@ -164,7 +164,7 @@ class Passes:
     def _add(
         self, block: Block, buffers: dict[str, RowBuffer], chunk: list[int], log_probs: Tensor, rows: dict[str, Rows]
     ) -> None:
-        squares = torch.stack([squared_norms(each).to(log_probs.device) for each in rows.values()]).cpu()
+        squares = torch.stack([squared_norms(part).to(log_probs.device) for part in rows.values()]).cpu()
         known = log_probs.double().tolist()
         good = []
         for at, index in enumerate(chunk):
@@ -176,17 +176,14 @@ class Passes:
         if not good:
             return
         if len(good) < len(chunk):
-            rows = {
-                name: Rows(*(None if tensor is None else tensor[good] for tensor in each))
-                for name, each in rows.items()
-            }
+            rows = {name: part.of(good) for name, part in rows.items()}
         block.indices += [chunk[at] for at in good]
         block.squares += squares.sum(dim=0)[good].tolist()
         block.log_probs += [known[at] for at in good]
         if self.projection is not None:
             rows = {PROJECTED: Rows(self.projection(rows))}
-        for name, each in rows.items():
-            buffers[name].add(each)
+        for name, part in rows.items():
+            buffers[name].add(part)
 
     def _fits(self, chunk: list[int], index: int) -> bool:
         if not self.capture.batched or signature(self.samples[chunk[0]]) != signature(self.samples[index]):
@@ -318,9 +315,9 @@ class Capture:
         self._taps: dict[str, Tap] = {}
         for name, module in linear_layers(model).items():
             bias = name.removesuffix("weight") + "bias"
-            for each in (name, bias):
-                if each in parameters:
-                    self._layers[each] = self._taps.setdefault(name, Tap(name, module))
+            for chosen in (name, bias):
+                if chosen in parameters:
+                    self._layers[chosen] = self._taps.setdefault(name, Tap(name, module))
         self._batched, self._count = True, 1
         self.precision = torch.float32
         """What products of rows are made in; known after the probe."""
@@ -405,10 +402,10 @@ class Capture:
             counted_bytes = counted()
         self._freeze(self.direct)
         torch.clear_autocast_cache()
-        if all(each.gradients.dtype == torch.float64 for each in rows.values()):
+        if all(part.gradients.dtype == torch.float64 for part in rows.values()):
             self.precision = torch.float64
-        in_rows = math.fsum(each.nbytes for each in rows.values() if each.inputs is not None)
-        fixed = math.fsum(each.nbytes for each in rows.values() if each.inputs is None)
+        in_rows = math.fsum(part.nbytes for part in rows.values() if part.inputs is not None)
+        fixed = math.fsum(part.nbytes for part in rows.values() if part.inputs is None)
         return Footprint(counted_bytes / n_tokens, in_rows / n_tokens, fixed)
 
     def _require_layers(self) -> None:
@@ -466,12 +463,12 @@ class Capture:
         gradient, parameter.grad = gather(parameter.grad), None
         with exact_products(gradient.device):
             told = _total(tap.rows() if name == tap.name else tap.bias_rows(), tap.inputs_first)
-            found = gradient.to(told.dtype)
+            true = gradient.to(told.dtype)
             if self.sharded:  # reduced over processes with a factor that users may set
-                told *= (found * told).sum() / told.square().sum().clamp(min=torch.finfo(told.dtype).tiny)
+                told *= (true * told).sum() / told.square().sum().clamp(min=torch.finfo(told.dtype).tiny)
             low = gradient.dtype not in _ROUNDING or torch.is_autocast_enabled(gradient.device.type)
             tolerance = _LOW_PRECISION_ROUNDING if low else _ROUNDING[gradient.dtype]
-            if (found - told).norm() > tolerance * found.norm():
+            if (true - told).norm() > tolerance * true.norm():
                 del self._layers[name]
 
 
@@ -537,8 +534,8 @@ class Tap:
         if len(self._caught) == 1:
             return self._caught[0]
         # One layer called several times: its gradient is the sum over calls.
-        inputs = torch.cat([each.inputs for each in self._caught if each.inputs is not None], dim=1)
-        return Rows(torch.cat([each.gradients for each in self._caught], dim=1), inputs)
+        inputs = torch.cat([caught.inputs for caught in self._caught if caught.inputs is not None], dim=1)
+        return Rows(torch.cat([caught.gradients for caught in self._caught], dim=1), inputs)
 
     def bias_rows(self) -> Rows:
         """The gradient of the bias, shape ``[M, d_out]``."""

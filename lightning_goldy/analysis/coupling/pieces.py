@@ -44,9 +44,9 @@ class PieceSamples:
 
     def name(self, index: int) -> str:
         """How messages call a piece."""
-        each = self.descriptions[index]
-        asked = "" if each["question"] is None else f" ({each['question']!r})"
-        return f"piece {index}, id {each['id']!r}{asked}"
+        described = self.descriptions[index]
+        asked = "" if described["question"] is None else f" ({described['question']!r})"
+        return f"piece {index}, id {described['id']!r}{asked}"
 
     def example(self, model: nn.Module) -> Any:
         """What an unregistered model can be called with to find its parts; None lets it be built."""
@@ -91,13 +91,10 @@ def piece_samples(
     given = list(pieces)
     if not given:
         raise ValueError("there is no piece")
-    kinds = {isinstance(each, KnowledgePiece) for each in given}
+    kinds = {isinstance(piece, KnowledgePiece) for piece in given}
     if len(kinds) > 1:
-        odd = next(
-            i
-            for i, each in enumerate(given)
-            if isinstance(each, KnowledgePiece) != isinstance(given[0], KnowledgePiece)
-        )
+        first = isinstance(given[0], KnowledgePiece)
+        odd = next(i for i, piece in enumerate(given) if isinstance(piece, KnowledgePiece) != first)
         raise ValueError(f"pieces mixes knowledge pieces and batches: number {odd} is a {type(given[odd]).__name__}")
     if True in kinds:
         return _encoded(given, tokenizer, template)
@@ -170,7 +167,7 @@ def _encoded(pieces: list[KnowledgePiece], tokenizer: PreTrainedTokenizerBase | 
         if not failures:
             raise error
     names = ("id", *_NOTHING)
-    descriptions = tuple({name: value for name, value in asdict(each).items() if name in names} for each in pieces)
+    descriptions = tuple({name: value for name, value in asdict(piece).items() if name in names} for piece in pieces)
     return PieceSamples(descriptions, tuple(samples), failures)
 
 
@@ -214,7 +211,7 @@ def check_selection(select: Select, layers: Layers) -> None:
             f"unknown select {select!r}; {suggestion(select, PARTS)}, a list of patterns of parameter names such as "
             f"[{select!r}], or a ParameterSpace"
         )
-    if not isinstance(select, (str, ParameterSpace)) and not (select and all(isinstance(each, str) for each in select)):
+    if not isinstance(select, (str, ParameterSpace)) and not (select and all(isinstance(name, str) for name in select)):
         raise ValueError(f"select must name at least one pattern of parameter names; got {select!r}")
     if layers is None:
         return
@@ -222,7 +219,7 @@ def check_selection(select: Select, layers: Layers) -> None:
         word, _, count = layers.partition(":")
         well = word == "last" and count.isdecimal() and int(count) >= 1
     else:
-        well = len(layers) == 2 and all(isinstance(each, int) and not isinstance(each, bool) for each in layers)
+        well = len(layers) == 2 and all(isinstance(number, int) and not isinstance(number, bool) for number in layers)
     if not well:
         raise ValueError(
             f"layers is None, (a, b) for the layers from a up to but not including b, or 'last:4'; got {layers!r}"
@@ -297,10 +294,10 @@ def _matching(
     floating = [name for name, parameter in parameters.items() if parameter.is_floating_point()]
     chosen = set()
     for pattern in select:
-        found = [name for name in floating if fnmatch.fnmatchcase(name, pattern)]
-        if not found:
+        matching = [name for name in floating if fnmatch.fnmatchcase(name, pattern)]
+        if not matching:
             raise SpaceError(f"pattern {pattern!r} matches no parameter; {suggestion(pattern, floating)}")
-        chosen.update(found)
+        chosen.update(matching)
     return chosen
 
 
@@ -315,7 +312,7 @@ def _in_layers(
         kept = range(count)[slice(*layers)]
     if not kept:
         raise ValueError(f"layers={layers!r} is none of the {count} layers, 0 to {count - 1}")
-    owned = {id(each) for index in kept for each in architecture.blocks[index].module.parameters()}
+    owned = {id(parameter) for index in kept for parameter in architecture.blocks[index].module.parameters()}
     inside = {name for name in chosen if id(parameters[name]) in owned}
     if not inside:
         raise SpaceError(f"the selection has no parameter in layers {kept.start} to {kept.stop - 1}")

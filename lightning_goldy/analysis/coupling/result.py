@@ -203,11 +203,11 @@ def coupling_drift(base: CouplingResult, now: CouplingResult, classes: Sequence[
 
 
 def _by_class(difference: Tensor, classes: Sequence[str]) -> dict[str, float]:
-    names, found = np.array(classes, dtype=object), {}
+    names, means = np.array(classes, dtype=object), {}
     size = np.triu(difference.abs().numpy(), 1)
     for one, other in combinations_with_replacement(dict.fromkeys(classes), 2):
         chosen = np.logical_or(np.outer(names == one, names == other), np.outer(names == other, names == one))
         count = np.triu(chosen, 1).sum()
         if count:
-            found[one if one == other else f"{one}_{other}"] = float(size[chosen].sum() / count)
-    return found
+            means[one if one == other else f"{one}_{other}"] = float(size[chosen].sum() / count)
+    return means

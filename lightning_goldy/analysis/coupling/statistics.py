@@ -92,7 +92,7 @@ class CouplingStatistics(AnalysisResult):
             f"{name}_share": getattr(self, name) / self.n_pairs if self.n_pairs else None
             for name in ("high", "moderate", "negative")
         }
-        found: dict[str, float | None] = {
+        numbers: dict[str, float | None] = {
             "mean": self.mean,
             "std": self.std,
             "maximum": self.maximum,
@@ -103,8 +103,8 @@ class CouplingStatistics(AnalysisResult):
             "n_failed": float(self.n_failed),
         }
         for name, contrast in self.contrasts.items():
-            found |= {f"{name}/{column}": contrast[column] for column in ("same", "different", "difference")}
-        return {name: float(value) for name, value in found.items() if value is not None}
+            numbers |= {f"{name}/{column}": contrast[column] for column in ("same", "different", "difference")}
+        return {name: float(value) for name, value in numbers.items() if value is not None}
 
     def details(self) -> dict[str, Any]:
         """Numbers of pieces, pairs and clusters, and the thresholds."""
@@ -240,10 +240,10 @@ def _extremes(cosines: Tensor, top: int, kept: Tensor, ids: Sequence[str], sign:
         keys = sign * row
         fresh = [(float(keys[place]), at, at + 1 + int(place)) for place in _smallest(keys, top)]
         best = sorted([*best, *fresh])[:top]
-    found = [(sign * key, int(kept[first]), int(kept[second])) for key, first, second in best]
+    pairs = [(sign * key, int(kept[first]), int(kept[second])) for key, first, second in best]
     return tuple(
         {"first": first, "second": second, "ids": (ids[first], ids[second]), "cosine": cosine}
-        for cosine, first, second in found
+        for cosine, first, second in pairs
     )
 
 
@@ -292,12 +292,12 @@ def _rows_above(matrix: Tensor) -> Iterator[tuple[int, NDArray[Any]]]:
 
 def _contrasts(cosines: Tensor, columns: Mapping[str, Sequence[Any]]) -> dict[str, dict[str, Any]]:
     """Pairs that share an answer, a category or a group against pairs that do not; without columns of one piece."""
-    found = {}
+    contrasts = {}
     for name in CONTRASTS:
         codes = _codes(columns[name], fold=name == "answer")
         if (codes >= 0).sum() > 1:
-            found[name] = _contrast(cosines, codes)
-    return found
+            contrasts[name] = _contrast(cosines, codes)
+    return contrasts
 
 
 def _codes(values: Sequence[Any], *, fold: bool) -> NDArray[np.int64]:
@@ -338,15 +338,15 @@ def _hop_coupling(cosines: Tensor, groups: Sequence[Any], hops: Sequence[Any]) -
     for at, (group, hop) in enumerate(zip(groups, hops, strict=True)):
         if group is not None and hop is not None:
             members.setdefault(group, []).append(at)
-    found: dict[tuple[int, int], list[float]] = {}
+    cosines_of: dict[tuple[int, int], list[float]] = {}
     for inside in members.values():
         for place, first in enumerate(inside):
             for second in inside[place + 1 :]:
                 key = tuple(sorted((hops[first], hops[second])))
-                found.setdefault(key, []).append(float(cosines[first, second]))
+                cosines_of.setdefault(key, []).append(float(cosines[first, second]))
     return tuple(
         {"hops": key, "mean": math.fsum(values) / len(values), "n_pairs": len(values)}
-        for key, values in sorted(found.items())
+        for key, values in sorted(cosines_of.items())
     )
 
 
@@ -453,11 +453,11 @@ def _means(sums: NDArray[Any], sizes: NDArray[np.int64]) -> NDArray[Any]:
 
 
 def _strip(blocks: Sequence[NDArray[np.int64]], categories: Sequence[str | None]) -> tuple[str | None, ...]:
-    found = []
+    named = []
     for block in blocks:
         counted = Counter(name for index in block.tolist() if (name := categories[index]) is not None)
         # Of equally frequent ones the first in the alphabet.
-        found.append(min(counted, key=lambda name: (-counted[name], name)) if counted else None)
+        named.append(min(counted, key=lambda name: (-counted[name], name)) if counted else None)
     shown = Counter(name for name in categories if name is not None)
     frequent = sorted(shown, key=lambda name: (-shown[name], name))[:_MOST_COLOURS]
-    return tuple(name if name is None or name in frequent else OTHERS for name in found)
+    return tuple(name if name is None or name in frequent else OTHERS for name in named)

@@ -45,18 +45,18 @@ def chart_coupling_map(row: Row) -> Figure:
         >>> figure.ranges, figure.data["strip_0"]["category"]
         ({'colour': (-0.5, 0.5)}, ['b', None])
     """
-    found = coupling_map(row)
-    size = min(_CELL[1], max(_CELL[0], _SIDE // len(found.cells)))
+    drawn = coupling_map(row)
+    size = min(_CELL[1], max(_CELL[0], _SIDE // len(drawn.cells)))
     style = HeatMap(
         quantity(row), rows="piece", columns="piece", colours="diverging", numbers=False, cell=(size, size), axes=True
     )
-    cells = heat_map(found.cells, found.labels, found.labels, style, extent=(-found.limit, found.limit))
+    cells = heat_map(drawn.cells, drawn.labels, drawn.labels, style, extent=(-drawn.limit, drawn.limit))
     blocks: dict[str, list[Any]] = {
-        "place": list(range(len(found.cells))),
-        "piece": list(found.labels),
-        "category": list(found.categories),
+        "place": list(range(len(drawn.cells))),
+        "piece": list(drawn.labels),
+        "category": list(drawn.categories),
     }
-    strips = [Figure(_strip_chart(size), {"strip": blocks})] if any(found.categories) else []
+    strips = [Figure(_strip_chart(size), {"strip": blocks})] if any(drawn.categories) else []
     caption = coupling_map_caption(row)
     return replace(arrange([*strips, cells], columns=2, caption=caption), title=titled("Knowledge coupling", row))
 
@@ -125,7 +125,7 @@ def _threshold_chart(unit: str) -> dict[str, Any]:
         "encoding": {"x": place, "text": {"field": "label"}, "y": {"value": 0}},
     }
     height = bars.pop("height")
-    return {"layer": [bars, *({"data": {"name": "thresholds"}, **each} for each in (rules, names))], "height": height}
+    return {"layer": [bars, *({"data": {"name": "thresholds"}, **layer} for layer in (rules, names))], "height": height}
 
 
 # Below this the colours would show rounding.
@@ -227,17 +227,17 @@ def coupling_map_caption(row: Row) -> str:
         >>> coupling_map_caption({"result": {"heat_map": drawn, "n_clusters": 1}}).split(". ")[1]
         'Each cell is a mean over blocks of up to 2 pieces, without pairs of a piece with itself'
     """
-    found = coupling_map(row)
+    drawn = coupling_map(row)
     result = row["result"]
     clusters = result.get("n_clusters")
     told = f", {format_number(clusters)} cluster{'' if clusters == 1 else 's'}" if clusters is not None else ""
     cell = "Each cell is one pair"
-    if found.n_pieces > len(found.cells):
+    if drawn.n_pieces > len(drawn.cells):
         largest = max(result["heat_map"]["sizes"])
         cell = f"Each cell is a mean over blocks of up to {largest} pieces, without pairs of a piece with itself"
     return (
-        f"{found.n_pieces:,} pieces in the order of average linkage{told}. {cell}. "
-        f"Colours end at {found.limit:.2g}, the 99th percentile of the cells beside the diagonal"
+        f"{drawn.n_pieces:,} pieces in the order of average linkage{told}. {cell}. "
+        f"Colours end at {drawn.limit:.2g}, the 99th percentile of the cells beside the diagonal"
     )
 
 
