@@ -21,16 +21,6 @@ from lightning_goldy.report.attention_plots import (
     plot_attention_prompts,
     plot_attention_spectra,
 )
-from lightning_goldy.report.basin_charts import (
-    chart_volume_cutoffs,
-    chart_volume_estimates,
-    chart_volume_trajectory,
-)
-from lightning_goldy.report.basin_plots import (
-    plot_volume_cutoffs,
-    plot_volume_estimates,
-    plot_volume_trajectory,
-)
 from lightning_goldy.report.coupling_charts import chart_coupling_distribution, chart_coupling_map
 from lightning_goldy.report.coupling_drift_charts import chart_drift_lines, chart_drift_map, chart_drift_prediction
 from lightning_goldy.report.coupling_drift_plots import plot_drift_lines, plot_drift_map, plot_drift_prediction
@@ -59,6 +49,11 @@ from lightning_goldy.report.plasticity_plots import (
 )
 from lightning_goldy.report.ripple_charts import chart_ripple_effects
 from lightning_goldy.report.ripple_plots import plot_ripple_effects
+from lightning_goldy.report.topics.basin import (
+    chart_volume_cutoffs,
+    chart_volume_estimates,
+    chart_volume_trajectory,
+)
 from lightning_goldy.report.topics.golden import (
     chart_change_histogram,
     chart_golden_parameters,
@@ -126,9 +121,6 @@ __all__ = [
     "plot_taylor_prediction",
     "plot_taylor_shares",
     "plot_variant_losses",
-    "plot_volume_cutoffs",
-    "plot_volume_estimates",
-    "plot_volume_trajectory",
     "reads_of",
     "register_figure",
     "write_report",
@@ -141,6 +133,9 @@ _FORMER = {
     "plot_golden_parameters": "lightning_goldy.report.topics.golden.chart_golden_parameters",
     "plot_parameter_distribution": "lightning_goldy.report.topics.golden.chart_parameter_distribution",
     "plot_search_history": "lightning_goldy.report.topics.golden.chart_search_history",
+    "plot_volume_cutoffs": "lightning_goldy.report.topics.basin.chart_volume_cutoffs",
+    "plot_volume_estimates": "lightning_goldy.report.topics.basin.chart_volume_estimates",
+    "plot_volume_trajectory": "lightning_goldy.report.topics.basin.chart_volume_trajectory",
     "plot_weight_changes": "lightning_goldy.report.topics.golden.chart_weight_changes",
     "register_chart": "lightning_goldy.report.figures.register_former",
     "register_plot": "lightning_goldy.report.figures.register_former",

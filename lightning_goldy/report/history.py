@@ -15,11 +15,9 @@ MOST_ROWS = 200
 
 _READS: Mapping[str, frozenset[str]] = {
     "attention_tracker": frozenset({"spectra"}),
-    "basin_volume": frozenset({"volumes"}),
     "head_plasticity": frozenset({"timeline", "curve"}),
 }
 _TAYLOR = ("change", "first_order", "nonlinearity")
-_VOLUME = ("log_volume", "interval_low", "interval_high", "sigma", "preconditioner")
 _DRIFT = ("mean_absolute_difference", "correlation", "pearson", "spearman")
 _CURVE = ("steps", "loss", "multiplier", "active_heads")
 
@@ -132,19 +130,6 @@ def _taylor(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
     return {"trajectory": lines}
 
 
-def _volumes(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
-    if "trajectory" in row["result"]:
-        return {}
-    lines: dict[str, dict[str, list[Any]]] = {}
-    for each in rows:
-        for volume in each["result"].get("volumes", ()):
-            line = lines.setdefault(volume["label"], {name: [] for name in ("steps", *_VOLUME)})
-            line["steps"].append(each["step"])
-            for name in _VOLUME:
-                line[name].append(volume[name])
-    return {"trajectory": [{"label": label, **line} for label, line in lines.items()]}
-
-
 def _drift(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
     if "trajectory" in row["result"]:
         return {}
@@ -198,7 +183,6 @@ def _metric(rows: Sequence[Row], name: str) -> list[Any]:
 
 _BUILDERS: Mapping[str, Callable[[Row, Sequence[Row]], dict[str, Any]]] = {
     "attention_tracker": _spectra,
-    "basin_volume": _volumes,
     "coupling_drift": _drift,
     "head_plasticity": _plasticity,
     "taylor_diff": _taylor,

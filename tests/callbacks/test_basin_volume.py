@@ -17,7 +17,7 @@ from lightning_goldy.analysis.basin import Estimator, Selection, VolumeSurvey, b
 from lightning_goldy.callbacks import BasinVolume, ExactResume
 from lightning_goldy.callbacks.basin_volume import fit_exponents
 from lightning_goldy.core import CausalLMObjective, ClassifierObjective, ParameterSpace
-from lightning_goldy.report.history import with_history
+from lightning_goldy.report.topics.basin import trajectories
 from tests.callbacks.training import Finetune, TokenData, fit
 
 EPOCH = 8  # optimizer steps: 16 samples in batches of 2
@@ -178,10 +178,10 @@ def test_splits_and_cutoffs_have_tags_of_their_own(tmp_path):
     assert {f"goldy/basin_volume/log_volume/{label}" for label in labels} <= set(events.Tags()["scalars"])
     drawn = {f"goldy/basin_volume/figure/{name}" for name in ("trajectory", "estimates", "cutoffs")}
     assert drawn <= set(events.Tags()["images"])
-    lines = with_history(row, rows(callback)[:-1])["result"]["trajectory"]
-    assert [(line["label"], line["steps"]) for line in lines] == [(label, [0, EPOCH]) for label in labels]
+    lines = trajectories(rows(callback))
+    assert [(label, line.x) for label, line in lines.items()] == [(label, (0, EPOCH)) for label in labels]
     earlier = rows(callback)[0]["metrics"]
-    assert [line["log_volume"][0] for line in lines] == [earlier[f"log_volume/{label}"] for label in labels]
+    assert [line.y[0] for line in lines.values()] == [earlier[f"log_volume/{label}"] for label in labels]
 
 
 def test_only_the_selected_parameters_move(tmp_path):

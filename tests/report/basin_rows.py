@@ -10,7 +10,6 @@ import torch
 from lightning_goldy.analysis.basin import Estimator, Selection, VolumeResult, VolumeSurvey
 from lightning_goldy.analysis.basin.survey import Measured, Survey
 from lightning_goldy.callbacks.basin_volume import volume_findings
-from lightning_goldy.report.history import with_history
 
 
 def volume(
@@ -55,9 +54,7 @@ def survey_of(cutoffs: tuple[float, ...] = (1e-2,), n_directions: int = 3) -> Vo
     )
 
 
-def basin_row(
-    volumes: dict[str, list[VolumeResult]], *, step: int = 10, earlier: list[dict[str, Any]] | None = None
-) -> dict[str, Any]:
+def basin_row(volumes: dict[str, list[VolumeResult]], *, step: int = 10) -> dict[str, Any]:
     """The row of an analysis that found these volumes by split."""
     cutoffs = tuple(each.cutoff for each in next(iter(volumes.values())))
     measured = tuple(
@@ -68,4 +65,4 @@ def basin_row(
     found = Survey(measured, measured[0].result.sigma, None, 12)
     row = volume_findings(survey_of(cutoffs), found)
     row = row.at(step=step, trigger="step", seconds=2.0, peak_memory_bytes=2**20)
-    return dict(with_history(row.to_dict(), earlier or []))
+    return row.to_dict()
