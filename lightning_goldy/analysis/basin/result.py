@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -24,10 +24,6 @@ _COLUMNS = ("estimates", "radii", "props", "deltas", "slopes", "log_integral", "
 _SETTINGS = (
     *("preconditioner", "sigma", "cutoff", "dimension", "measure", "seed", "first_direction", "anchor_cost", "rtol"),
     *("max_radius", "extra_evaluations"),
-)
-_LOGGED = (
-    *("log_volume", "lower_bound", "interval_low", "interval_high", "bits_per_parameter", "spread"),
-    *("effective_sample_size", "scaling_exponent", "tolerance", "unbounded", "evaluations"),
 )
 
 # An integrand this many nats below its maximum adds less than a float64 can hold.
@@ -181,8 +177,7 @@ class VolumeResult(AnalysisResult):
 
     def metrics(self) -> dict[str, float | None]:
         """The numbers that describe the result, but the time, which is no part of it."""
-        numbers = self.summary()
-        return {name: numbers[name] for name in _LOGGED}
+        return {name: value for name, value in self.summary().items() if name != "seconds"}
 
     def details(self) -> dict[str, Any]:
         """The settings, the metrics, and what was found along each direction."""
@@ -277,42 +272,17 @@ def best_of(proposals: Mapping[str, VolumeResult]) -> VolumeResult:
     return dataclasses.replace(proposals[name], preconditioner=name, proposals=numbers)
 
 
-class RadialMeasure(Protocol):
-    """How far to walk along a direction, where that leads, and what lies before it.
+class UniformMeasure:
+    """How far to walk along a direction, where that leads, and what lies before it: volume in parameter space itself.
+
+    Args:
+        dimension: D.
+        scale: A typical size of a parameter, for the first step.
 
     Attributes:
         constant: Added to every log-integral, nats.
         start: First distance tried, parameter units (radians on the sphere).
         max_radius: Default of the largest distance.
-    """
-
-    constant: float
-    start: float
-    max_radius: float
-
-    def unit(self, proposal: Proposal) -> float:
-        """Distance from the anchor that a radius of 1 means."""
-        ...
-
-    def coefficients(self, radius: float, proposal: Proposal) -> tuple[float, float]:
-        """Multiples of the anchor and of P u that make up the point at a radius."""
-        ...
-
-    def chord(self, radius: float, proposal: Proposal) -> float:
-        """Euclidean distance of that point from the anchor, parameter units."""
-        ...
-
-    def integrals(self, radii: Array, lengths: Array, projections: Array) -> RadialIntegral:
-        """Logarithm of the radial integral of each direction, nats."""
-        ...
-
-
-class UniformMeasure:
-    """Volume in parameter space itself.
-
-    Args:
-        dimension: D.
-        scale: A typical size of a parameter, for the first step.
     """
 
     def __init__(self, dimension: int, scale: float) -> None:
@@ -322,19 +292,19 @@ class UniformMeasure:
         self.max_radius = 1e2 * scale * math.sqrt(dimension)
 
     def unit(self, proposal: Proposal) -> float:
-        """Length of P u."""
+        """Distance from the anchor that a radius of 1 means: the length of P u."""
         return proposal.length
 
     def coefficients(self, radius: float, proposal: Proposal) -> tuple[float, float]:
-        """The anchor and ``radius`` times P u."""
+        """Multiples of the anchor and of P u that make up the point at a radius."""
         return 1.0, radius
 
     def chord(self, radius: float, proposal: Proposal) -> float:
-        """The distance itself."""
+        """Euclidean distance of that point from the anchor, parameter units."""
         return radius * proposal.length
 
     def integrals(self, radii: Array, lengths: Array, projections: Array) -> RadialIntegral:
-        """That of r^(D-1)."""
+        """Logarithm of the radial integral of each direction, nats: that of r^(D-1)."""
         return log_uniform_integral(radii, self.dimension)
 
 
@@ -359,7 +329,7 @@ class GaussianMeasure(UniformMeasure):
         )
 
 
-class SphereMeasure:
+class SphereMeasure(UniformMeasure):
     """Probability under the uniform distribution on the sphere around the origin that holds the anchor.
 
     Directions are tangents of the sphere, rays are great circles, radii are angles.

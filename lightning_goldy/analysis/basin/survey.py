@@ -25,6 +25,7 @@ from lightning_goldy.core.space import ParameterSpace
 PreconditionerName = Literal["none", "adam", "best", "kronecker"]
 Make: TypeAlias = Callable[[float], Preconditioner]
 """A preconditioner from its damping."""
+Proposals: TypeAlias = Preconditioner | Mapping[str, Preconditioner | None] | None
 
 ONLY_SPLIT = "probe"
 """What the samples are called when there is nothing to tell them from; metrics then carry no name of a split."""
@@ -148,7 +149,7 @@ class VolumeSurvey:
             ValueError: An estimate is not possible; see :func:`~lightning_goldy.analysis.basin_volume`.
         """
         make = adam if self.needs_adam else None
-        proposals: Preconditioner | dict[str, Preconditioner | None] | None = None
+        proposals: Proposals = None
         count = (
             len(splits) * len(self.cutoffs) * self.n_directions * (2 if make and self.preconditioner == "best" else 1)
         )
@@ -177,7 +178,7 @@ class VolumeSurvey:
     def _tuned(self, work: _Work, batches: Sequence[Any], make: Make) -> Preconditioner:
         if self.kept_eps is not None:
             return make(self.kept_eps)
-        tuned = tuned_preconditioner(make, lambda proposal: work.pilot(batches, proposal))
+        tuned = tuned_preconditioner(make, lambda proposal: work.volume(batches, self.cutoffs[0], proposal, pilot=True))
         self.kept_eps = tuned.eps
         return tuned.preconditioner
 
@@ -207,49 +208,32 @@ class _Work:
     cost: Cost = field(default=Cost())
 
     def volume(
-        self,
-        batches: Sequence[Any],
-        cutoff: float,
-        proposals: Preconditioner | Mapping[str, Preconditioner | None] | None,
+        self, batches: Sequence[Any], cutoff: float, proposals: Proposals, *, pilot: bool = False
     ) -> VolumeResult:
-        result = self._estimate(batches, self.survey.estimator, proposals, cutoff, self.survey.n_directions, self._tell)
-        # All volumes of one analysis share the first one's, measured or given.
-        self.sigma = result.sigma
+        estimator = self.survey.estimator
+        result = basin_volume(
+            self.model,
+            batches,
+            self.objective,
+            n_directions=_PILOT_DIRECTIONS if pilot else self.survey.n_directions,
+            cutoff=cutoff,
+            sigma=self.sigma,
+            preconditioner=proposals,
+            estimator=replace(estimator, seed=estimator.seed + 1) if pilot else estimator,
+            space=self.space,
+            progress=None if pilot else self._tell,
+        )
+        self.cost += result.cost
+        if not pilot:
+            # All volumes of one analysis share the first one's, measured or given.
+            self.sigma = result.sigma
         return result
-
-    def pilot(self, batches: Sequence[Any], proposal: Preconditioner) -> VolumeResult:
-        other = replace(self.survey.estimator, seed=self.survey.estimator.seed + 1)
-        return self._estimate(batches, other, proposal, self.survey.cutoffs[0], _PILOT_DIRECTIONS, None)
 
     def kronecker(self, batches: Sequence[Any]) -> Make:
         seed = self.survey.estimator.seed
         fisher = kronecker_fisher(self.model, batches, self.objective, space=self.space, seed=seed)
         self.cost += fisher.cost
         return lambda eps: KroneckerPreconditioner(fisher, eps=eps)
-
-    def _estimate(
-        self,
-        batches: Sequence[Any],
-        estimator: Estimator,
-        proposals: Preconditioner | Mapping[str, Preconditioner | None] | None,
-        cutoff: float,
-        n_directions: int,
-        progress: Callable[[int, int], None] | None,
-    ) -> VolumeResult:
-        result = basin_volume(
-            self.model,
-            batches,
-            self.objective,
-            n_directions=n_directions,
-            cutoff=cutoff,
-            sigma=self.sigma,
-            preconditioner=proposals,
-            space=self.space,
-            estimator=estimator,
-            progress=progress,
-        )
-        self.cost += result.cost
-        return result
 
     def _tell(self, done: int, total: int) -> None:
         self.done += 1

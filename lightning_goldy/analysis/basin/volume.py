@@ -17,7 +17,6 @@ from torch import nn
 from lightning_goldy.analysis.basin.result import (
     GaussianMeasure,
     Measure,
-    RadialMeasure,
     SphereMeasure,
     UniformMeasure,
     VolumeResult,
@@ -97,17 +96,17 @@ def local_volume(
     n_directions: int = 10,
     cutoff: float = 1e-2,
     sigma: float | None = None,
-    measure: Measure = "gaussian",
     preconditioner: Preconditioner | None = None,
+    measure: Measure = "gaussian",
     rtol: float = 1e-2,
     max_evaluations: int = 40,
     max_radius: float | None = None,
     l2_reg: float = 0.0,
     seed: int = 0,
     first_direction: int = 0,
-    space: ParameterSpace | None = None,
     directions: Directions = "auto",
     estimator: Estimator | None = None,
+    space: ParameterSpace | None = None,
     progress: Callable[[int, int], None] | None = None,
     split_over_ranks: bool = True,
 ) -> VolumeResult:
@@ -129,17 +128,17 @@ def local_volume(
         cutoff: The cost at the region's boundary, nats.
         sigma: Standard deviation of the Gaussian measure, parameter units; by default the root mean square of the
             selected parameters. Volumes at different sigmas are not comparable.
-        measure: As for :class:`Estimator`, like the other settings that it has.
         preconditioner: Stretches directions without changing volumes; the better it fits, the tighter the bound.
+        measure: As for :class:`Estimator`, like the following.
         rtol: Relative tolerance of the evaluated cost.
         max_evaluations: Cost evaluations per direction before an error.
         max_radius: Largest distance from the anchor.
         l2_reg: Weight of the squared distance from the anchor in the cost.
         seed: Decides the directions.
         first_direction: Number of the first direction.
-        space: Which parameters; all trainable ones by default.
         directions: Whether they are held.
         estimator: All of these settings at once, instead of by name.
+        space: Which parameters; all trainable ones by default.
         progress: Called with (directions done, directions in all) on this rank.
         split_over_ranks: Whether to share directions out over the ranks of an initialised process group.
 
@@ -163,16 +162,8 @@ def local_volume(
         (True, ())
     """
     check_region(n_directions, cutoff, sigma)
-    named = Estimator(
-        measure=measure,
-        seed=seed,
-        rtol=rtol,
-        max_evaluations=max_evaluations,
-        max_radius=max_radius,
-        l2_reg=l2_reg,
-        first_direction=first_direction,
-        directions=directions,
-    )
+    walked = (max_radius, l2_reg, first_direction, directions)
+    named = Estimator(measure, seed, rtol, max_evaluations, None, "auto", *walked)
     estimator = _one_of(estimator, named)
     if estimator.measure == "sphere" and preconditioner is not None:
         raise ValueError("measure='sphere' takes no preconditioner: directions are tangents of the sphere")
@@ -222,21 +213,21 @@ def basin_volume(
     n_directions: int = 10,
     cutoff: float = 1e-2,
     sigma: float | None = None,
-    measure: Measure = "gaussian",
     preconditioner: Preconditioner | Mapping[str, Preconditioner | None] | None = None,
+    measure: Measure = "gaussian",
     rtol: float = 1e-2,
     max_evaluations: int = 40,
     max_radius: float | None = None,
     l2_reg: float = 0.0,
-    cache: Cache = "auto",
-    cache_dtype: torch.dtype | None = None,
-    n_samples: int | None = None,
-    max_seq_len: int | None = None,
     seed: int = 0,
     first_direction: int = 0,
-    space: ParameterSpace | None = None,
     directions: Directions = "auto",
+    max_seq_len: int | None = None,
+    cache: Cache = "auto",
     estimator: Estimator | None = None,
+    cache_dtype: torch.dtype | None = None,
+    n_samples: int | None = None,
+    space: ParameterSpace | None = None,
     progress: Callable[[int, int], None] | None = None,
     split_over_ranks: bool = True,
     val_size: int | None = None,
@@ -257,23 +248,23 @@ def basin_volume(
         n_directions: Number of directions, for each proposal.
         cutoff: The mean divergence at the boundary, nats per target.
         sigma: Standard deviation of the Gaussian measure; by default the root mean square of the parameters.
-        measure: As for :class:`Estimator`, like the other settings that it has.
         preconditioner: One, or several proposals by name (None for the plain one), of which the best is returned with
             every one's own numbers.
+        measure: As for :class:`Estimator`, like the following.
         rtol: Relative tolerance of the evaluated divergence.
         max_evaluations: Evaluations per direction before an error.
         max_radius: Largest distance from the anchor.
         l2_reg: Weight of the squared distance from the anchor.
-        cache: Where the anchor's log-probabilities are kept: ``device``, ``cpu``, ``none``, or ``auto``.
+        seed: Decides the directions.
+        first_direction: Number of the first direction.
+        directions: Whether they are held.
+        max_seq_len: Use only the first so many tokens of each sample.
+        cache: Where the anchor's log-probabilities are kept.
+        estimator: All of these settings at once, instead of by name.
         cache_dtype: Of what is kept; a rounder dtype than the logits' adds the ``anchor_cost`` of the result to every
             divergence.
         n_samples: Use only the first so many samples.
-        max_seq_len: Use only the first so many tokens of each sample.
-        seed: Decides the directions.
-        first_direction: Number of the first direction.
         space: Which parameters; all trainable ones by default.
-        directions: Whether they are held.
-        estimator: All settings of :class:`Estimator` at once, instead of by name.
         progress: Called with (directions done, directions in all) on this rank.
         split_over_ranks: Whether to share directions out over the ranks of an initialised process group.
         val_size: Former name of ``n_samples``.
@@ -299,9 +290,8 @@ def basin_volume(
         if n_samples is not None:
             raise ValueError(f"give n_samples= alone; got n_samples={n_samples} and val_size={val_size}")
         n_samples = val_size
-    named = Estimator(
-        measure, seed, rtol, max_evaluations, max_seq_len, cache, max_radius, l2_reg, first_direction, directions
-    )
+    walked = (max_radius, l2_reg, first_direction, directions)
+    named = Estimator(measure, seed, rtol, max_evaluations, max_seq_len, cache, *walked)
     estimator = _one_of(estimator, named)
     check_cache(estimator.cache, cache_dtype)
     objective = objective or CausalLMObjective()
@@ -366,7 +356,7 @@ class _Walk:
 
     ray: Ray
     cost: Callable[[nn.Module], float | torch.Tensor]
-    measure: RadialMeasure
+    measure: UniformMeasure
     cutoff: float
     estimator: Estimator
     anchor_cost: float = math.nan
@@ -436,7 +426,7 @@ class _Walk:
         return {name: torch.from_numpy(column) for name, column in columns.items()}
 
 
-def _measure(name: Measure, sigma: float | None, ray: Ray) -> tuple[RadialMeasure, float]:
+def _measure(name: Measure, sigma: float | None, ray: Ray) -> tuple[UniformMeasure, float]:
     dimension, square = ray.space.numel, ray.anchor_square
     scale = math.sqrt(square / dimension) if sigma is None else sigma
     if not scale and name == "gaussian":
