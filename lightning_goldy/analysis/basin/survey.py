@@ -156,18 +156,18 @@ class VolumeSurvey:
         work = _Work(self, model, objective, self.space(model), count, progress, sigma=self.kept_sigma)
         length = self.estimator.max_seq_len
         samples = {split: shortened(batches, objective, self.n_samples, length) for split, batches in splits.items()}
-        volumes: dict[str, tuple[VolumeResult, ...]] = {}
+        records: dict[str, tuple[dict[str, Any], ...]] = {}
         for split, batches in samples.items():
             if self.preconditioner == "kronecker":
                 make, proposals = work.kronecker(batches), None
             if make is not None and proposals is None:
                 tuned = self._tuned(work, batches, make)
                 proposals = {"none": None, "adam": tuned} if self.preconditioner == "best" else tuned
-            volumes[split] = tuple(work.volume(batches, cutoff, proposals) for cutoff in self.cutoffs)
+            records[split] = tuple(vars(work.volume(batches, cutoff, proposals)) for cutoff in self.cutoffs)
         if self.sigma == "first":
             self.kept_sigma = work.sigma
         return BasinVolumes(
-            volumes=volumes,
+            records=records,
             batches={split: len(batches) for split, batches in samples.items()},
             preconditioner=self.preconditioner,
             eps=None if proposals is None else self.kept_eps,
@@ -246,7 +246,7 @@ class BasinVolumes(AnalysisResult):
     """The volumes of one analysis.
 
     Args:
-        volumes: By split, one for each cutoff, ascending.
+        records: By split, the fields of one :class:`VolumeResult` for each cutoff, ascending.
         batches: By split, in how many batches its samples lie.
         preconditioner: What was asked for.
         eps: Damping of the preconditioner, in units of the mean; None as long as there was none.
@@ -256,12 +256,17 @@ class BasinVolumes(AnalysisResult):
 
     analysis = "basin_volume"
 
-    volumes: Mapping[str, tuple[VolumeResult, ...]]
+    records: Mapping[str, tuple[Mapping[str, Any], ...]]
     batches: Mapping[str, int]
     preconditioner: PreconditionerName
     eps: float | None = None
     n_samples: int | None = None
     cost: Cost = field(default=Cost(), compare=False)
+
+    @property
+    def volumes(self) -> dict[str, tuple[VolumeResult, ...]]:
+        """By split, one for each cutoff, ascending."""
+        return {split: tuple(VolumeResult(**one) for one in records) for split, records in self.records.items()}
 
     @property
     def sigma(self) -> float:
@@ -291,20 +296,20 @@ class BasinVolumes(AnalysisResult):
 
     def details(self) -> dict[str, Any]:
         """Every volume with its directions, the fits, and the settings."""
-        results = [result for _, _, result in self._labelled()]
+        labelled = list(self._labelled())
         return {
             "n_directions": self._first.n_directions,
             "n_samples": self.n_samples,
-            "cutoffs": [result.cutoff for result in next(iter(self.volumes.values()))],
+            "cutoffs": [record["cutoff"] for record in next(iter(self.records.values()))],
             "measure": self._first.measure,
             "dimension": self._first.dimension,
             "sigma": self.sigma,
             "eps": self.eps,
             "preconditioner": self.preconditioner,
-            "preconditioner_used": ", ".join(dict.fromkeys(result.preconditioner for result in results)),
+            "preconditioner_used": ", ".join(dict.fromkeys(result.preconditioner for _, _, result in labelled)),
             "volumes": [
                 {"split": split, "label": label, "batches": self.batches[split], **result.details()}
-                for split, label, result in self._labelled()
+                for split, label, result in labelled
             ],
             "fits": self.fits,
         }

@@ -121,7 +121,7 @@ def test_a_row_names_splits_and_cutoffs_and_the_only_split_not() -> None:
     for splits in (("probe",), ("probe-x", "b")):
         for cutoffs in ((1e-2,), (1, 1e-2)):
             found = survey_of(cutoffs=cutoffs).measure(model, OBJECTIVE, dict.fromkeys(splits, batches(0)))
-            assert isinstance(found, BasinVolumes)
+            assert BasinVolumes.from_json(found.to_json()).row() == found.row()
             names[splits, len(cutoffs)] = [name for name in found.row().metrics if name.startswith("log_volume")]
             assert found.row().result["cutoffs"] == sorted(cutoffs)
     assert names[("probe",), 1] == ["log_volume"]
