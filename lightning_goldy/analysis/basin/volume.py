@@ -178,15 +178,7 @@ def local_volume(
             walk = _Walk(ray, cost, radial, cutoff, estimator)
             walk.check_anchor()
             seeds = [direction_seed(estimator.seed, estimator.first_direction + index) for index in range(n_directions)]
-            # Every rank walks the pilot, so that all start from the same radius.
-            pilot = walk.trace(seeds[0])
-            mine = replicas.share(seeds[1:])
-            traces = [(seeds[0], pilot)]
-            for number, own in enumerate([*mine, None], 1):
-                if progress is not None:
-                    progress(number, len(mine) + 1)
-                if own is not None:
-                    traces.append((own, walk.trace(own, pilot)))
+            traces = walk.share(seeds, replicas, progress or (lambda done, total: None))
     traced = dict(pair for part in replicas.gather_objects(traces) for pair in part)
     return VolumeResult(
         **walk.numbers([traced[own] for own in seeds]),
@@ -375,6 +367,19 @@ class _Walk:
                 f"the cost at the anchor is {self.anchor_cost:g} nats and must be about 0, well below the cutoff "
                 f"{self.cutoff:g}; is it a difference from the present model, without dropout?"
             )
+
+    def share(
+        self, seeds: list[int], replicas: Replicas, tell: Callable[[int, int], None]
+    ) -> list[tuple[int, tuple[Proposal, Crossing]]]:
+        """This rank's part of the directions, and the pilot, which all walk, so that all start from the same radius."""
+        pilot = self.trace(seeds[0])
+        mine = replicas.share(seeds[1:])
+        traces = [(seeds[0], pilot)]
+        for own in mine:
+            tell(len(traces), len(mine) + 1)
+            traces.append((own, self.trace(own, pilot)))
+        tell(len(traces), len(mine) + 1)
+        return traces
 
     def trace(self, seed: int, pilot: tuple[Proposal, Crossing] | None = None) -> tuple[Proposal, Crossing]:
         proposal = self.ray.turn(seed)
