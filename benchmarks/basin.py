@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lightning_goldy.analysis import adam_preconditioner, basin_volume
+from lightning_goldy.analysis import adam_preconditioner, basin_volume, kronecker_preconditioner
 from lightning_goldy.analysis.divergence import AnchoredDivergence, Cache
 from lightning_goldy.core import CausalLMObjective, ParameterSpace
 from lightning_goldy.core.directions import Ray, direction_seed
@@ -154,9 +154,13 @@ def main() -> None:
         loss = statistics.mean(float(objective.loss(model, batch)) for batch in data)
     print(f"{space.numel / 1e6:.2f} M parameters, loss {loss:.3f} nats, {arguments.directions} directions, rtol 1e-2")
 
-    proposals = {"none": None, "adam": adam_preconditioner(optimizer, space, module=model)}
+    proposals = {
+        "none": None,
+        "adam": adam_preconditioner(optimizer, space, module=model),
+        "kronecker": kronecker_preconditioner(model, data),
+    }
     for cutoff in (1e-3, 1e-2, 1e-1):
-        for name, bound in (("none", 2.5), ("adam", 3.5)):
+        for name, bound in (("none", 2.5), ("adam", 3.5), ("kronecker", 3.5)):
             result = basin_volume(
                 model, data, cutoff=cutoff, n_directions=arguments.directions, preconditioner=proposals[name]
             )

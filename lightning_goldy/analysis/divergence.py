@@ -71,6 +71,8 @@ class AnchoredDivergence:
         self.cache: Cache = cache
         self.positions = 0
         """Number of target positions."""
+        self.forwards = 0
+        """Samples that forward passes held so far, those that made the anchor's predictions among them."""
         self._kept: list[Tensor] = []
         # At the anchor, of all batches but the first: what rounding adds to the sum.
         self._rounding = 0.0
@@ -87,7 +89,7 @@ class AnchoredDivergence:
         total = 0.0
         with torch.no_grad():
             for index, batch in enumerate(self.batches):
-                logits = self.objective.logits_and_targets(model, batch).logits
+                logits = self._logits(model, batch)
                 total += divergence_sum(self._anchor_log_probs(model, index), logits)
         return total / self.positions
 
@@ -104,7 +106,7 @@ class AnchoredDivergence:
             0 where nothing is rounded and a second run gives the same.
         """
         with torch.no_grad():
-            logits = self.objective.logits_and_targets(model, self.batches[0]).logits
+            logits = self._logits(model, self.batches[0])
             first = divergence_sum(self._anchor_log_probs(model, 0), logits)
         return (first + self._rounding) / self.positions
 
@@ -126,8 +128,11 @@ class AnchoredDivergence:
             self._kept.append(kept if self.cache == "device" else kept.cpu())
 
     def _log_probs(self, model: nn.Module, batch: Any) -> Tensor:
-        logits = self.objective.logits_and_targets(model, batch).logits
-        return torch.log_softmax(_at_least_single(logits), dim=-1)
+        return torch.log_softmax(_at_least_single(self._logits(model, batch)), dim=-1)
+
+    def _logits(self, model: nn.Module, batch: Any) -> Tensor:
+        self.forwards += len(next(batch_tensors(batch)))
+        return self.objective.logits_and_targets(model, batch).logits
 
     def _fits(self, exact: Tensor, dtype: torch.dtype | None) -> bool:
         if exact.device.type != "cuda":
@@ -177,13 +182,15 @@ def check_cache(cache: str, cache_dtype: torch.dtype | None) -> None:
         raise ValueError(f"cache_dtype must be one of {names}, or None; got {cache_dtype}")
 
 
-def shortened(batches: Iterable[Any], objective: Objective, val_size: int | None, max_seq_len: int | None) -> list[Any]:
+def shortened(
+    batches: Iterable[Any], objective: Objective, n_samples: int | None, max_seq_len: int | None
+) -> list[Any]:
     """The first samples of the batches, each cut to a length, in batches of the size that they came in.
 
     Args:
         batches: Batches that the objective understands.
         objective: Cuts batches into samples.
-        val_size: Number of samples; all by default.
+        n_samples: Number of samples; all by default.
         max_seq_len: Tokens of each sample; all by default.
 
     Raises:
@@ -195,12 +202,12 @@ def shortened(batches: Iterable[Any], objective: Objective, val_size: int | None
         >>> [part["input_ids"].tolist() for part in shortened([{"input_ids": ids}], CausalLMObjective(), 2, 2)]
         [[[0, 1], [4, 5]]]
     """
-    if val_size is not None and val_size < 1:
-        raise ValueError(f"val_size must be at least 1; got {val_size}")
+    if n_samples is not None and n_samples < 1:
+        raise ValueError(f"n_samples must be at least 1; got {n_samples}")
     if max_seq_len is not None and max_seq_len < 2:
         raise ValueError(f"max_seq_len must be at least 2, or there is nothing to predict; got {max_seq_len}")
     kept: list[Any] = []
-    left = math.inf if val_size is None else val_size
+    left = math.inf if n_samples is None else n_samples
     for batch in batches:
         if left <= 0:
             break
@@ -210,8 +217,8 @@ def shortened(batches: Iterable[Any], objective: Objective, val_size: int | None
         kept.append(_cut(batch, take if take < size else None, max_seq_len))
     if not kept:
         raise ValueError("there is no sample: the batches are empty")
-    if val_size is not None and left > 0:
-        raise ValueError(f"val_size={val_size}, but the batches hold only {int(val_size - left)} samples")
+    if n_samples is not None and left > 0:
+        raise ValueError(f"n_samples={n_samples}, but the batches hold only {int(n_samples - left)} samples")
     return kept
 
 

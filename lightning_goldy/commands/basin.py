@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,14 @@ from rich.table import Table
 from torch import nn
 
 from lightning_goldy.analysis.basin import VolumeSurvey, diagonal_preconditioner
-from lightning_goldy.callbacks.basin_volume import ONLY_SPLIT, find_splits, volume_findings
+from lightning_goldy.analysis.basin.survey import ONLY_SPLIT, Make
+from lightning_goldy.callbacks.basin_volume import find_splits
 from lightning_goldy.callbacks.store import ResultStore, peak_memory_bytes
 from lightning_goldy.commands.checkpoints import SavedModel, positions, read_saved
 from lightning_goldy.commands.fit import check_configs, run_configured
 from lightning_goldy.commands.output import output_folder, print_report
-from lightning_goldy.core.directions import Preconditioner
 from lightning_goldy.core.files import read_rows
 from lightning_goldy.core.isolation import undisturbed
-from lightning_goldy.core.objective import Objective
 from lightning_goldy.report.formatting import format_number
 from lightning_goldy.training.subject import check_probe, find_model, find_objective, find_probe
 
@@ -55,7 +54,7 @@ def measure_checkpoints(
         FileExistsError: The folder holds results already.
     """
     check_configs(settings)
-    saved = [read_saved(path, with_optimizer=survey.preconditioner != "none") for path in checkpoints]
+    saved = [read_saved(path, with_optimizer=survey.needs_adam) for path in checkpoints]
     folder = output_folder(output, _NAME, "basin")
     walk = run_configured(lambda: CheckpointVolumes(saved, survey, splits=splits, folder=folder), settings, folder)
     Console().print(walk.table())
@@ -87,13 +86,19 @@ class CheckpointVolumes(L.Callback):
             model = find_model(pl_module, None)
             objective = find_objective(pl_module, model, None)
             batches = self._batches(trainer, pl_module)
-            for number, (step, each) in enumerate(self.saved, 1):
-                status.update(f"{each.path} ({number} of {len(self.saved)})")
-                each.load_into(pl_module, model)
+            for number, (step, saved) in enumerate(self.saved, 1):
+                status.update(f"{saved.path} ({number} of {len(self.saved)})")
+                saved.load_into(pl_module, model)
                 for split in batches.values():
                     check_probe(model, objective, split, self.survey.n_samples)
-                adam = self._adam(each, pl_module, model)
-                self._measure(each, step, model, objective, batches, adam)
+                adam = self._adam(saved, pl_module, model)
+                start = time.perf_counter()
+                with peak_memory_bytes(next(model.parameters()).device) as peak:
+                    volumes = self.survey.measure(model, objective, batches, adam=adam)
+                row = volumes.row().extended(result={"checkpoint": str(saved.path)})
+                place = {"step": step, "epoch": saved.epoch, "trigger": "checkpoint"}
+                seconds = time.perf_counter() - start
+                self.store.append(row.at(**place, seconds=seconds, peak_memory_bytes=peak()))
 
     def table(self) -> Table:
         """The volumes, one line per checkpoint, split and cutoff."""
@@ -112,36 +117,11 @@ class CheckpointVolumes(L.Callback):
             return find_splits(trainer.datamodule, True)  # type: ignore[attr-defined]
         return {ONLY_SPLIT: find_probe(trainer, pl_module, None)}
 
-    def _adam(
-        self, saved: SavedModel, pl_module: L.LightningModule, model: nn.Module
-    ) -> Callable[[float], Preconditioner] | None:
-        if self.survey.preconditioner == "none":
+    def _adam(self, saved: SavedModel, pl_module: L.LightningModule, model: nn.Module) -> Make | None:
+        if not self.survey.needs_adam:
             return None
-        curvature = saved.curvature(pl_module, model, self.survey.selection.space(model))
+        curvature = saved.curvature(pl_module, model, self.survey.space(model))
         return lambda eps: diagonal_preconditioner(curvature, eps=eps, name="adam")
-
-    def _measure(
-        self,
-        saved: SavedModel,
-        step: int,
-        model: nn.Module,
-        objective: Objective,
-        batches: dict[str, list[Any]],
-        adam: Callable[[float], Preconditioner] | None,
-    ) -> None:
-        start = time.perf_counter()
-        with peak_memory_bytes(next(model.parameters()).device) as peak:
-            found = self.survey.measure(model, objective, batches, adam=adam)
-        row = volume_findings(self.survey, found).extended(result={"checkpoint": str(saved.path)})
-        self.store.append(
-            row.at(
-                step=step,
-                epoch=saved.epoch,
-                trigger="checkpoint",
-                seconds=time.perf_counter() - start,
-                peak_memory_bytes=peak(),
-            )
-        )
 
 
 def _cells(row: dict[str, Any], volume: dict[str, Any]) -> list[str]:

@@ -133,9 +133,10 @@ def add_basin(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
     parser.add_argument(
         "--preconditioner",
-        choices=("none", "adam", "best"),
+        choices=("none", "adam", "best", "kronecker"),
         default="none",
-        help="adam: from the checkpoint's optimizer; best: the better of both (default: %(default)s)",
+        help="adam: from the checkpoint's optimizer; best: the better of both; kronecker: from the samples' Fisher "
+        "information (default: %(default)s)",
     )
     parser.add_argument(
         "--sigma", type=float, help="of the Gaussian measure (default: the root mean square of the earliest checkpoint)"
@@ -153,7 +154,7 @@ def add_basin(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 def _basin(options: argparse.Namespace) -> int:
     # Brings torch and Lightning, which other commands need not wait for.
-    from lightning_goldy.analysis.basin import Estimator, Selection, VolumeSurvey
+    from lightning_goldy.analysis.basin import Estimator, VolumeSurvey
     from lightning_goldy.commands.basin import measure_checkpoints
 
     survey = VolumeSurvey(
@@ -162,7 +163,6 @@ def _basin(options: argparse.Namespace) -> int:
         preconditioner=options.preconditioner,
         sigma="first" if options.sigma is None else options.sigma,
         n_samples=options.n_samples,
-        selection=Selection(),
         estimator=Estimator(seed=options.seed),
     )
     settings = [word for path in options.config for word in ("--config", path)] + options.more

@@ -126,7 +126,17 @@ def direction_seed(seed: int, index: int) -> int:
         >>> direction_seed(0, 1) == direction_seed(0, 1), direction_seed(0, 1) == direction_seed(1, 0)
         (True, False)
     """
-    digest = hashlib.blake2b(f"{seed}\0{index}".encode(), digest_size=8).digest()
+    return derived_seed(seed, index)
+
+
+def derived_seed(*parts: object) -> int:
+    """63 bits of a hash of all parts: torch reads a larger seed as negative.
+
+    Example:
+        >>> derived_seed(0, "labels", 1) == derived_seed(0, "labels", 2)
+        False
+    """
+    digest = hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
@@ -140,7 +150,8 @@ def _normals(name: str, seed: int, start: int, stop: int) -> Tensor:
     def draw(block: int) -> None:
         # One block is drawn by one thread, so the number of threads changes nothing but the time.
         place = (block - first) * BLOCK
-        drawn[place : place + BLOCK].normal_(generator=_generator(name, seed, block))
+        generator = torch.Generator("cpu").manual_seed(derived_seed(seed, name, block))
+        drawn[place : place + BLOCK].normal_(generator=generator)
 
     threads = min(torch.get_num_threads(), last + 1 - first)
     if threads > 1:
@@ -151,12 +162,6 @@ def _normals(name: str, seed: int, start: int, stop: int) -> Tensor:
         for block in range(first, last + 1):
             draw(block)
     return drawn[start - first * BLOCK : stop - first * BLOCK]
-
-
-def _generator(name: str, seed: int, block: int) -> torch.Generator:
-    digest = hashlib.blake2b(f"{seed}\0{name}\0{block}".encode(), digest_size=8).digest()
-    # 63 bits: torch reads a larger seed as negative.
-    return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 class Preconditioner(Protocol):

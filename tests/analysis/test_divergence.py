@@ -146,7 +146,7 @@ def test_bad_input_is_refused() -> None:
         AnchoredDivergence(model, [batch], objective, cache="gpu")
     with pytest.raises(ValueError, match=r"cache_dtype must be one of torch\.float32"):
         AnchoredDivergence(model, [batch], objective, cache_dtype=torch.int8)
-    with pytest.raises(ValueError, match="val_size=3, but the batches hold only 1"):
+    with pytest.raises(ValueError, match="n_samples=3, but the batches hold only 1"):
         shortened([batch], objective, 3, None)
     with pytest.raises(ValueError, match="the batches are empty"):
         shortened([], objective, None, None)

@@ -13,11 +13,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_goldy.analysis import adam_preconditioner
-from lightning_goldy.analysis.basin import Estimator, Selection, VolumeSurvey, basin_volume
+from lightning_goldy.analysis.basin import Estimator, Selection, basin_volume, kronecker_preconditioner
 from lightning_goldy.callbacks import BasinVolume, ExactResume
-from lightning_goldy.callbacks.basin_volume import fit_exponents
 from lightning_goldy.core import CausalLMObjective, ClassifierObjective, ParameterSpace
-from lightning_goldy.report.history import with_history
+from lightning_goldy.report.topics.basin import trajectories
 from tests.callbacks.training import Finetune, TokenData, fit
 
 EPOCH = 8  # optimizer steps: 16 samples in batches of 2
@@ -44,11 +43,11 @@ def test_the_row_is_what_the_function_finds(tmp_path):
 
     class Counting(CausalLMObjective):
         def logits_and_targets(self, model, batch):
-            evaluated.append(1)
+            evaluated.append(len(batch["input_ids"]))
             return super().logits_and_targets(model, batch)
 
     batches = list(TokenData().probe_dataloader())
-    expected = basin_volume(module.model, batches, Counting(), n_directions=3, val_size=3)
+    expected = basin_volume(module.model, batches, Counting(), n_directions=3, n_samples=3)
     (volume,) = row["result"]["volumes"]
     for name in ("estimates", "radii", "deltas", "props", "slopes", "log_integral", "sensitivities", "evaluations"):
         assert torch.equal(torch.tensor(volume[name], dtype=getattr(expected, name).dtype), getattr(expected, name))
@@ -57,8 +56,9 @@ def test_the_row_is_what_the_function_finds(tmp_path):
     assert (row["metrics"]["interval_low"], row["metrics"]["interval_high"]) == expected.interval()
     assert row["metrics"]["evaluations"] == expected.total_evaluations
     assert (volume["sigma"], volume["cutoff"], volume["dimension"]) == (expected.sigma, 1e-2, expected.dimension)
-    # In forward passes, as they were counted; three samples lie in two batches.
-    assert row["cost"]["forwards"] == len(evaluated)
+    # In samples, as they were counted; three lie in two batches.
+    assert row["cost"]["forwards"] == sum(evaluated) == expected.cost.forwards
+    assert row["cost"]["backwards"] == 0
     assert volume["batches"] == 2
 
 
@@ -67,15 +67,15 @@ def test_forward_passes_are_counted_without_a_cache_too(tmp_path):
 
     class Counting(CausalLMObjective):
         def logits_and_targets(self, model, batch):
-            evaluated.append(1)
+            evaluated.append(len(batch["input_ids"]))
             return super().logits_and_targets(model, batch)
 
     callback = BasinVolume(
         2, cutoff=[1e-3, 1e-2], n_samples=3, objective=Counting(), estimator=Estimator(cache="none"), at=("end",)
     )
     fit(tmp_path, [callback], max_epochs=1)
-    # Before the first step the callback tries each of the two batches once.
-    assert rows(callback)[0]["cost"]["forwards"] == len(evaluated) - 2
+    # Before the first step the callback tries each of the two whole batches once.
+    assert rows(callback)[0]["cost"]["forwards"] == sum(evaluated) - 4
 
 
 @START
@@ -92,15 +92,15 @@ def test_adam_keeps_the_damping_of_its_first_pilot(tmp_path):
     # The pilot is paid for once.
     forwards = [row["cost"]["forwards"] for row in found]
     # Two samples are one batch: the anchor's predictions, and its second run.
-    spent = [row["result"]["volumes"][0]["total_evaluations"] + 2 for row in found]
+    spent = [2 * (row["result"]["volumes"][0]["total_evaluations"] + 2) for row in found]
     assert forwards[0] == spent[0]
-    assert forwards[1] > spent[1] + 2 * 3
+    assert forwards[1] > spent[1] + 2 * 2 * 3
     assert forwards[2:] == spent[2:]
 
     space = ParameterSpace.of(module.model)
     proposal = adam_preconditioner(trainer.optimizers[0], space, module=module.model, eps=eps[-1])
     batches = list(TokenData().probe_dataloader())
-    options = {"n_directions": 2, "val_size": 2, "sigma": found[0]["metrics"]["sigma"]}
+    options = {"n_directions": 2, "n_samples": 2, "sigma": found[0]["metrics"]["sigma"]}
     expected = basin_volume(module.model, batches, preconditioner=proposal, **options)
     estimates = torch.tensor(found[-1]["result"]["volumes"][0]["estimates"], dtype=torch.float64)
     assert torch.allclose(estimates, expected.estimates, rtol=1e-9, atol=0.0)
@@ -112,6 +112,26 @@ def test_the_missing_moments_are_told_once(tmp_path):
         warnings.simplefilter("always")
         fit(tmp_path, [callback], max_epochs=1)
     assert sum("at step 0 volumes are measured without a preconditioner" in str(each.message) for each in told) == 1
+
+
+def test_kronecker_is_the_function_with_the_preconditioner_made_by_hand(tmp_path):
+    callback = BasinVolume(2, n_samples=3, preconditioner="kronecker", every_n_steps=5, at=("start", "end"))
+    _, module, _ = fit(tmp_path, [callback], max_epochs=1)
+    found = rows(callback)
+    assert [row["result"]["preconditioner_used"] for row in found] == ["kronecker"] * 3
+    assert len({row["metrics"]["eps"] for row in found}) == 1
+    # The Fisher information takes one pass of each of the three samples.
+    assert [row["cost"]["backwards"] for row in found] == [3] * 3
+    assert found[0]["cost"]["forwards"] > found[1]["cost"]["forwards"]
+    whole, half = TokenData().probe_dataloader()
+    batches = [whole, {key: value[:1] for key, value in half.items()}]
+    proposal = kronecker_preconditioner(module.model, batches, eps=found[-1]["metrics"]["eps"])
+    sigma = found[0]["metrics"]["sigma"]
+    expected = basin_volume(module.model, batches, n_directions=2, preconditioner=proposal, sigma=sigma)
+    estimates = torch.tensor(found[-1]["result"]["volumes"][0]["estimates"], dtype=torch.float64)
+    assert torch.equal(estimates, expected.estimates)
+    plain = basin_volume(module.model, batches, n_directions=2, sigma=sigma)
+    assert not torch.equal(plain.estimates, expected.estimates)
 
 
 @START
@@ -132,13 +152,13 @@ def test_the_best_of_two_proposals_is_counted_pass_by_pass(tmp_path):
 
     class Counting(CausalLMObjective):
         def logits_and_targets(self, model, batch):
-            evaluated.append(1)
+            evaluated.append(len(batch["input_ids"]))
             return super().logits_and_targets(model, batch)
 
     callback = BasinVolume(2, n_samples=3, preconditioner="best", objective=Counting(), at=("end",))
     fit(tmp_path, [callback], max_epochs=1)
-    # Before the first step the callback tries each of the two batches once.
-    assert rows(callback)[0]["cost"]["forwards"] == len(evaluated) - 2
+    # Before the first step the callback tries each of the two whole batches once.
+    assert rows(callback)[0]["cost"]["forwards"] == sum(evaluated) - 4
 
 
 def test_sigma_stays_the_first_ones_or_the_given_one(tmp_path):
@@ -178,10 +198,10 @@ def test_splits_and_cutoffs_have_tags_of_their_own(tmp_path):
     assert {f"goldy/basin_volume/log_volume/{label}" for label in labels} <= set(events.Tags()["scalars"])
     drawn = {f"goldy/basin_volume/figure/{name}" for name in ("trajectory", "estimates", "cutoffs")}
     assert drawn <= set(events.Tags()["images"])
-    lines = with_history(row, rows(callback)[:-1])["result"]["trajectory"]
-    assert [(line["label"], line["steps"]) for line in lines] == [(label, [0, EPOCH]) for label in labels]
+    lines = trajectories(rows(callback))
+    assert [(label, line.x) for label, line in lines.items()] == [(label, (0, EPOCH)) for label in labels]
     earlier = rows(callback)[0]["metrics"]
-    assert [line["log_volume"][0] for line in lines] == [earlier[f"log_volume/{label}"] for label in labels]
+    assert [line.y[0] for line in lines.values()] == [earlier[f"log_volume/{label}"] for label in labels]
 
 
 def test_only_the_selected_parameters_move(tmp_path):
@@ -232,6 +252,7 @@ def test_resumed_equals_uninterrupted(tmp_path, same_folder):
         ({"splits": {}}, "splits= names no set of samples"),
         ({"splits": True, "probe": [1]}, "give probe= or splits=, not both"),
         ({"preconditioner": "best", "estimator": Estimator(measure="sphere")}, "sphere' takes no preconditioner"),
+        ({"preconditioner": "kronecker", "estimator": Estimator(measure="sphere")}, "sphere' takes no preconditioner"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):
@@ -245,6 +266,10 @@ def test_bad_arguments_are_named(arguments, message):
         ({"splits": True}, r"asks the data module for analysis_splits\(\), which TokenData lacks"),
         ({"splits": {"a": []}}, "the split 'a' is empty"),
         ({"splits": {"a": list(TokenData().probe_dataloader())}, "n_samples": 9}, "n_samples=9, but the probe holds"),
+        (
+            {"preconditioner": "kronecker", "selection": Selection(include=["*ln_*"])},
+            "none of the .* selected parameters of GPT2LMHeadModel is one",
+        ),
         ({"selection": Selection(include=["nothing*"])}, "pattern 'nothing\\*' matches no trainable parameter"),
     ],
 )
@@ -272,23 +297,12 @@ def test_an_optimizer_without_second_moments_is_refused_before_the_first_step(tm
         def configure_optimizers(self):
             return torch.optim.AdamW(self.model.transformer.h.parameters(), lr=1e-2)
 
+    # The Fisher information asks nothing of the optimizer.
+    fit(tmp_path / "fisher", [BasinVolume(1, n_samples=2, preconditioner="kronecker")], module=Plain, max_epochs=1)
     with pytest.raises(ValueError, match="SGD keeps no second moments"):
         fit(tmp_path / "plain", [BasinVolume(2, n_samples=2, preconditioner="adam")], module=Plain)
     with pytest.raises(ValueError, match=r"one optimizer that holds all .* none of \['AdamW'\] does"):
         fit(tmp_path / "half", [BasinVolume(2, n_samples=2, preconditioner="adam")], module=Half)
-
-
-def test_the_fit_is_least_squares():
-    generator = torch.Generator().manual_seed(0)
-    cutoffs = [1e-4, 3e-4, 1e-2, 0.5]
-    values = (torch.randn(4, generator=generator, dtype=torch.float64) * 10).tolist()
-    design = torch.tensor([[1.0, math.log(cutoff)] for cutoff in cutoffs], dtype=torch.float64)
-    solution = torch.linalg.lstsq(design, torch.tensor(values, dtype=torch.float64)[:, None]).solution.flatten()
-    slope, intercept, smallest = fit_exponents(cutoffs, values)
-    assert (intercept, slope) == pytest.approx(tuple(solution.tolist()), rel=1e-12)
-    assert smallest == pytest.approx((values[1] - values[0]) / math.log(3), rel=1e-12)
-    assert fit_exponents([0.1], [1.0]) is None
-    assert fit_exponents([0.1, 0.2], [1.0, math.nan]) is None
 
 
 def test_a_classifier_of_ones_own(tmp_path):
@@ -311,25 +325,3 @@ def test_a_classifier_of_ones_own(tmp_path):
     _, module, _ = fit(tmp_path, [callback], module=Classifier, max_epochs=1)
     expected = basin_volume(module.model, [batch], ClassifierObjective(), n_directions=3)
     assert rows(callback)[0]["metrics"]["log_volume"] == pytest.approx(expected.log_volume, rel=1e-12)
-
-
-def test_progress_reaches_the_number_of_directions():
-    survey = VolumeSurvey(
-        n_directions=4,
-        cutoffs=(1e-3, 1e-2),
-        preconditioner="none",
-        sigma="first",
-        n_samples=None,
-        selection=Selection(),
-        estimator=Estimator(),
-    )
-    batch = (torch.randn(5, 4), torch.tensor([0, 1, 2, 1, 0]))
-    told = []
-    model = torch.nn.Linear(4, 3)
-    survey.measure(
-        model, ClassifierObjective(), {"a": [batch], "b": [batch]}, progress=lambda *counts: told.append(counts)
-    )
-    assert {total for _, total in told} == {16}
-    done = [count for count, _ in told]
-    assert done == sorted(done)
-    assert 12 <= done[-1] <= 16

@@ -31,6 +31,7 @@ CALLBACKS = {
     "golden_global": lambda: [GoldenParameters(n_samples=3, scope="global", last_layers=1, **EVERYWHERE)],
     "basin": lambda: [BasinVolume(2, n_samples=3, **EVERYWHERE)],
     "basin_best": lambda: [BasinVolume(2, n_samples=3, cutoff=[1e-3, 1e-2], preconditioner="best", **EVERYWHERE)],
+    "basin_kronecker": lambda: [BasinVolume(2, n_samples=3, preconditioner="kronecker", **EVERYWHERE)],
     "taylor": lambda: [GoldenSnapshot(every_n_steps=3), TaylorDiff(n_samples=3, **EVERYWHERE)],
     "taylor_moving": lambda: [TaylorDiff([1, 2], n_samples=3, reset="each", function_space=False, **EVERYWHERE)],
     "attention": lambda: [GoldenSnapshot(every_n_steps=3), AttentionTracker(n_samples=3, **EVERYWHERE)],

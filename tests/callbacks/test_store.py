@@ -13,6 +13,7 @@ from lightning_goldy.callbacks import AttentionTracker, BasinVolume, GoldenParam
 from lightning_goldy.callbacks.store import ResultStore
 from lightning_goldy.core.files import append_row, read_rows
 from lightning_goldy.report.history import MOST_ROWS, RowHistory, reads_of, with_history
+from lightning_goldy.report.topics.basin import trajectories
 from tests.callbacks.training import fit
 
 
@@ -140,8 +141,8 @@ def test_rows_of_a_run_hold_no_history(tmp_path):
                 row["metrics"]["loss/order1"] - row["metrics"]["base_loss"] for row in rows
             ]
         if watcher.name == "basin_volume":
-            (line,) = drawn["trajectory"]
-            assert line["log_volume"] == [row["metrics"]["log_volume"] for row in rows]
+            (line,) = trajectories([*history.rows, rows[-1]]).values()
+            assert list(line.y) == [row["metrics"]["log_volume"] for row in rows]
         if watcher.name == "attention_tracker":
             assert drawn["spectra"][0]["values"] == [row["result"]["spectra"][0]["values"] for row in rows]
 

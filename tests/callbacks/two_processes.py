@@ -99,7 +99,7 @@ def same_volumes(trainer, module, alone, batches, basin) -> bool:
     # Without their bias correction, one factor for all, which a volume-preserving map does not see.
     whole = ParameterVector(space, {name: gather(optimizer.state[held[name]]["exp_avg_sq"]) for name in space})
     proposals = {"none": None, "adam": diagonal_preconditioner(whole, eps=row["eps"])}
-    options = {"n_directions": 5, "val_size": 3, "sigma": row["sigma"], "split_over_ranks": False}
+    options = {"n_directions": 5, "n_samples": 3, "sigma": row["sigma"], "split_over_ranks": False}
     expected = basin_volume(alone.model, batches, preconditioner=proposals, **options)
     (volume,) = row["volumes"]
     pairs = [(torch.tensor(volume["estimates"], dtype=torch.float64), expected.estimates)]

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from lightning_goldy.analysis import adam_preconditioner
+from lightning_goldy.analysis import adam_preconditioner, kronecker_preconditioner
 from lightning_goldy.analysis.basin import basin_volume
 from lightning_goldy.cli import main
 from lightning_goldy.commands.checkpoints import positions, read_saved
@@ -138,6 +138,22 @@ def test_adam_comes_from_the_checkpoint(trained, here):
     assert found["none"]["log_volume"] == pytest.approx(expected.proposals["none"]["log_volume"], rel=1e-9)
     # Scales that are computed in another order differ in their last float32 digit.
     assert found["adam"]["log_volume"] == pytest.approx(expected.proposals["adam"]["log_volume"], rel=1e-6)
+
+
+def test_kronecker_needs_no_optimizer(trained, here):
+    folder = trained / "saved" / "step=6"
+    words = shlex.split("--preconditioner kronecker --n-directions 2 --n-samples 4 --output out")
+    assert main(["basin", str(folder), "--config", str(trained / "run.yaml"), *words]) == 0
+    (row,) = rows(here / "out")
+    model = GoldyModule(str(folder)).model.eval()
+    batches = list(AtlasDataModule(**DATA).probe_dataloader())
+    batches = [{name: value[:4] for name, value in batches[0].items()}]
+    proposal = kronecker_preconditioner(model, batches, eps=row["metrics"]["eps"])
+    expected = basin_volume(model, batches, n_directions=2, preconditioner=proposal)
+    (volume,) = row["result"]["volumes"]
+    assert volume["preconditioner"] == "kronecker"
+    assert volume["estimates"] == pytest.approx(expected.estimates.tolist(), rel=1e-9)
+    assert row["cost"]["backwards"] == 4
 
 
 def test_splits_cutoffs_and_a_given_sigma(trained, here):

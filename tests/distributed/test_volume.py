@@ -14,9 +14,16 @@ from tests.distributed.volume_checks import all_cases
 )
 def test_any_number_of_processes_gives_the_estimates_of_one(layout: str, world_size: int) -> None:
     expected = all_cases("replicas")
-    for found in run_processes(all_cases, world_size, layout):
+    processes = run_processes(all_cases, world_size, layout)
+    for found in processes:
         for mine, alone in zip(found, expected, strict=True):
             assert mine["same"]
             assert mine["estimates"] == pytest.approx(alone["estimates"], rel=1e-6)
             assert mine["radii"] == pytest.approx(alone["radii"], rel=1e-6)
             assert mine["evaluations"] == alone["evaluations"]
+    for number, case in enumerate(expected):
+        assert case["cost"] == case["passed"]
+        passed = [found[number]["passed"] for found in processes]
+        # Sharded processes take part in every forward of every sample together.
+        total = sum(passed) if layout == "replicas" else passed[0]
+        assert {found[number]["cost"] for found in processes} == {total}

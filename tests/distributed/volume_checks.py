@@ -36,12 +36,16 @@ def estimates(layout: str, options: dict) -> dict:
         fully_shard(model, mesh=mesh)
     preconditioner = Doubling(ParameterSpace.of(model)) if options.pop("mixing", False) else None
     before = [local_clone(parameter) for parameter in model.parameters()]
+    passed: list[int] = []
+    model.register_forward_hook(lambda module, args, output: passed.append(len(output.logits)))
     result = basin_volume(model, [token_batch(3, 10)], CausalLMObjective(), preconditioner=preconditioner, **options)
     after = [local_clone(parameter) for parameter in model.parameters()]
     return {
         "estimates": result.estimates.tolist(),
         "radii": result.radii.tolist(),
         "evaluations": result.total_evaluations,
+        "cost": result.cost.forwards,
+        "passed": sum(passed),
         "same": all(map(torch.equal, before, after)),
     }
 

@@ -7,10 +7,8 @@ from typing import Any
 
 import torch
 
-from lightning_goldy.analysis.basin import Estimator, Selection, VolumeResult, VolumeSurvey
-from lightning_goldy.analysis.basin.survey import Measured, Survey
-from lightning_goldy.callbacks.basin_volume import volume_findings
-from lightning_goldy.report.history import with_history
+from lightning_goldy.analysis.basin import BasinVolumes, VolumeResult
+from lightning_goldy.analysis.result import Cost
 
 
 def volume(
@@ -43,29 +41,8 @@ def volume(
     )
 
 
-def survey_of(cutoffs: tuple[float, ...] = (1e-2,), n_directions: int = 3) -> VolumeSurvey:
-    return VolumeSurvey(
-        n_directions=n_directions,
-        cutoffs=cutoffs,
-        preconditioner="none",
-        sigma="first",
-        n_samples=None,
-        selection=Selection(),
-        estimator=Estimator(),
-    )
-
-
-def basin_row(
-    volumes: dict[str, list[VolumeResult]], *, step: int = 10, earlier: list[dict[str, Any]] | None = None
-) -> dict[str, Any]:
+def basin_row(volumes: dict[str, list[VolumeResult]], *, step: int = 10) -> dict[str, Any]:
     """The row of an analysis that found these volumes by split."""
-    cutoffs = tuple(each.cutoff for each in next(iter(volumes.values())))
-    measured = tuple(
-        Measured(split, split if len(results) == 1 else f"{split}-{result.cutoff!r}", 2, result)
-        for split, results in volumes.items()
-        for result in results
-    )
-    found = Survey(measured, measured[0].result.sigma, None, 12)
-    row = volume_findings(survey_of(cutoffs), found)
-    row = row.at(step=step, trigger="step", seconds=2.0, peak_memory_bytes=2**20)
-    return dict(with_history(row.to_dict(), earlier or []))
+    records = {split: tuple(map(vars, results)) for split, results in volumes.items()}
+    found = BasinVolumes(records, dict.fromkeys(records, 2), "none", cost=Cost(forwards=12))
+    return found.row().at(step=step, trigger="step", seconds=2.0, peak_memory_bytes=2**20).to_dict()

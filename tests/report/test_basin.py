@@ -1,23 +1,17 @@
 from __future__ import annotations
 
-import io
 import json
 import math
 from typing import Any
 
-import numpy as np
 import pytest
 
 from lightning_goldy.core.files import to_json_line
-from lightning_goldy.report.basin_charts import (
+from lightning_goldy.report.figures import ReportError, draw_figures
+from lightning_goldy.report.topics.basin import (
     chart_volume_cutoffs,
     chart_volume_estimates,
     chart_volume_trajectory,
-)
-from lightning_goldy.report.basin_plots import plot_volume_cutoffs, plot_volume_estimates, plot_volume_trajectory
-from lightning_goldy.report.plots import draw_plots
-from lightning_goldy.report.registry import ReportError
-from lightning_goldy.report.volumes import (
     cutoff_caption,
     cutoff_curves,
     estimates,
@@ -30,12 +24,6 @@ from tests.report.basin_rows import basin_row, volume
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
-
-
 def saved(row: dict[str, Any]) -> dict[str, Any]:
     """The row as it comes back from the file."""
     return json.loads(to_json_line(row))
@@ -45,11 +33,7 @@ def saved(row: dict[str, Any]) -> dict[str, Any]:
 def rows() -> list[dict[str, Any]]:
     """Two analyses of two splits."""
     first = basin_row({"clean": [volume([-10.0, -12.0, -20.0])], "memorised": [volume([-30.0, -31.0, -32.0])]}, step=0)
-    second = basin_row(
-        {"clean": [volume([-11.0, -12.0, -20.0])], "memorised": [volume([-25.0, -26.0, -27.0])]},
-        step=5,
-        earlier=[saved(first)],
-    )
+    second = basin_row({"clean": [volume([-11.0, -12.0, -20.0])], "memorised": [volume([-25.0, -26.0, -27.0])]}, step=5)
     return [first, second]
 
 
@@ -62,67 +46,72 @@ def several() -> dict[str, Any]:
 
 @pytest.mark.parametrize("back", [dict, saved], ids=["as logged", "from the file"])
 def test_the_trajectory_has_a_line_per_split_with_its_intervals(rows: Any, back: Any) -> None:
-    lines = trajectories(back(rows[1]))
-    assert [(line.label, line.steps) for line in lines] == [("clean", (0, 5)), ("memorised", (0, 5))]
-    expected = volume([-11.0, -12.0, -20.0])
-    assert lines[0].values[1] == pytest.approx(expected.log_volume, abs=1e-12)
-    assert (lines[0].low[1], lines[0].high[1]) == pytest.approx(expected.interval(), abs=1e-12)
-    figure = plot_volume_trajectory(rows[1])
-    axes = figure.axes[0]
-    drawn: Any = [container.lines[0].get_xydata() for container in axes.containers]
-    assert np.allclose(drawn[1], list(zip(lines[1].steps, lines[1].values, strict=True)))
-    # The ends of the error bar are the interval's, where the value lies inside.
-    bar = axes.containers[0].lines[2][0].get_segments()[1]
-    assert bar[0][1] == pytest.approx(min(lines[0].low[1], lines[0].values[1]))
-    assert bar[1][1] == pytest.approx(max(lines[0].high[1], lines[0].values[1]))
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["clean", "memorised"]
-    assert png(figure).startswith(PNG)
+    lines = trajectories(list(map(back, rows)))
+    assert [(label, line.x) for label, line in lines.items()] == [("clean", (0, 5)), ("memorised", (0, 5))]
+    line, expected = lines["clean"], volume([-11.0, -12.0, -20.0])
+    assert line.y[1] == pytest.approx(expected.log_volume, abs=1e-12)
+    assert line.low is not None
+    assert line.high is not None
+    assert (line.low[1], line.high[1]) == pytest.approx(expected.interval(), abs=1e-12)
+    assert list(line.notes) == ["none, sigma 0.1"] * 2
 
 
-def test_the_chart_has_the_same_points(rows: Any) -> None:
-    chart = chart_volume_trajectory(saved(rows[1]))
-    lines = trajectories(rows[1])
-    for trace, line in zip(chart.data, lines, strict=True):
-        assert (trace.x, trace.y, trace.name) == (line.steps, line.values, line.label)
-        assert trace.error_y.arrayminus == pytest.approx(
-            [value - low for value, low in zip(line.values, line.low, strict=True)]
-        )
-    assert "below the true log-volume" in chart.layout.meta["caption"]
+def test_the_trajectory_is_drawn_with_the_same_points(rows: Any) -> None:
+    figure = chart_volume_trajectory(list(map(saved, rows)))
+    points = figure.data["points"]
+    assert points["line"] == ["clean", "clean", "memorised", "memorised"]
+    assert points["x"] == [0, 5, 0, 5]
+    lines = trajectories(rows).values()
+    for column, values in (("y", "y"), ("low", "low"), ("high", "high")):
+        expected = [value for line in lines for value in getattr(line, values)]
+        # The figure has six significant digits.
+        assert points[column] == pytest.approx(expected, rel=1e-5)
+    marks = [layer["mark"]["type"] for layer in figure.bare()["layer"]]
+    assert {"area", "line"} <= set(marks)
+    assert figure.bare()["layer"][1]["encoding"]["y"]["title"] == "log-volume, nats"
+    assert "below the true log-volume" in figure.caption
 
 
 def test_an_unbounded_volume_is_a_gap_not_a_number() -> None:
-    row = basin_row({"clean": [volume([-10.0, math.nan, -12.0])]})
+    row = saved(basin_row({"clean": [volume([-10.0, math.nan, -12.0])]}))
     assert row["metrics"]["log_volume/clean"] is None
     assert row["metrics"]["unbounded/clean"] == 1
-    assert math.isnan(trajectories(saved(row))[0].values[0])
-    assert chart_volume_trajectory(saved(row)).data[0].y == (None,)
-    group = estimates(saved(row))[0]
+    assert math.isnan(trajectories([row])["clean"].y[0] or 0.0)
+    assert chart_volume_trajectory([row]).data["points"]["y"] == [None]
+    assert chart_volume_cutoffs(row).data["points"]["value"] == [None]
+    assert chart_volume_cutoffs(row).data["ends"]["cutoff"] == []
+    group = estimates(row)[0]
     assert (group.offsets, group.unbounded) == ((0.0, -2.0), 1)
     assert "(1 unbounded)" in estimates_caption(row)
-    for figure in draw_plots(saved(row)).values():
-        assert png(figure).startswith(PNG)
+    for figure in draw_figures(row).values():
+        assert figure.png().startswith(PNG)
 
 
 def test_all_directions_unbounded_can_be_drawn() -> None:
     row = saved(basin_row({"clean": [volume([math.nan, math.nan])]}))
-    assert "no direction is bounded" in [text.get_text() for text in plot_volume_estimates(row).axes[0].texts]
-    assert sum(chart_volume_estimates(row).data[0].y) == 0
-    for figure in draw_plots(row).values():
-        assert png(figure).startswith(PNG)
+    bins = chart_volume_estimates(row).data["bins"]
+    assert set(bins["panel"]) == {"clean: no direction is bounded"}
+    assert sum(bins["count"]) == 0
+    for figure in draw_figures(row).values():
+        assert figure.png().startswith(PNG)
 
 
 def test_the_histogram_counts_every_direction_relative_to_the_volume(rows: Any) -> None:
-    figure = plot_volume_estimates(rows[0])
-    counts = [axes.patches[0].get_data().values.sum() for axes in figure.axes]
-    assert counts == [3, 3]
-    assert [axes.texts[0].get_text() for axes in figure.axes] == ["clean", "memorised"]
+    figure = chart_volume_estimates(rows[0])
+    bins = figure.data["bins"]
+    counts = dict.fromkeys(bins["panel"], 0)
+    for label, count in zip(bins["panel"], bins["count"], strict=True):
+        counts[label] += count
+    assert counts == {"clean": 3, "memorised": 3}
+    assert list(bins["low"])[1:20] == list(bins["high"])[:19]
     group = estimates(rows[0])[0]
-    assert group.offsets == pytest.approx([each - group.log_volume for each in (-10.0, -12.0, -20.0)])
+    assert group.offsets == pytest.approx([value - group.log_volume for value in (-10.0, -12.0, -20.0)])
     # A log-mean-exp of n estimates lies at most log n below the largest.
     assert 0 <= max(group.offsets) <= math.log(3)
-    chart = chart_volume_estimates(rows[0])
-    assert [sum(trace.y) for trace in chart.data] == [3, 3]
-    assert [trace.yaxis for trace in chart.data] == ["y", "y2"]
+    # Panels below each other share both axes, which facets do.
+    facet = figure.bare()
+    assert facet["facet"]["row"]["field"] == "panel"
+    assert "resolve" not in facet
 
 
 def test_the_line_over_cutoffs_is_the_fitted_one(several: Any) -> None:
@@ -135,11 +124,16 @@ def test_the_line_over_cutoffs_is_the_fitted_one(several: Any) -> None:
     assert "clean: slope 4 over the cutoffs" in cutoff_caption(several)
     assert several["metrics"]["scaling_exponent_fit/clean"] == pytest.approx(4.0, abs=1e-12)
     assert several["metrics"]["learning_coefficient_slope/clean"] == pytest.approx(4.0, abs=1e-12)
-    axes = plot_volume_cutoffs(several).axes[0]
-    assert axes.get_xscale() == "log"
-    chart = chart_volume_cutoffs(several)
-    assert [trace.mode for trace in chart.data] == ["markers", "lines"]
-    assert chart.data[0].marker.color == chart.data[1].line.color
+    figure = chart_volume_cutoffs(several)
+    assert figure.data["points"]["cutoff"] == [1e-3, 1e-2, 1e-1]
+    assert figure.data["points"]["value"] == pytest.approx(list(curve.values), rel=1e-5)
+    assert figure.data["ends"]["cutoff"] == [1e-3, 1e-1]
+    assert figure.data["ends"]["value"] == pytest.approx([value for _, value in curve.line], rel=1e-5)
+    for layer in figure.bare()["layer"]:
+        assert layer["encoding"]["x"]["scale"]["type"] == "log"
+        # Points and line of one split share a colour.
+        assert layer["encoding"]["color"]["field"] == "split"
+    assert [layer["mark"]["type"] for layer in figure.bare()["layer"]] == ["line", "rule", "point"]
 
 
 def test_at_one_cutoff_the_line_has_the_slope_along_the_directions(rows: Any) -> None:
@@ -153,11 +147,12 @@ def test_at_one_cutoff_the_line_has_the_slope_along_the_directions(rows: Any) ->
 
 
 def test_the_caption_says_what_does_not_compare(rows: Any) -> None:
-    assert "different sigmas" not in trajectory_caption(rows[1])
-    moved = basin_row({"clean": [volume([-1.0], sigma=0.2)]}, step=9, earlier=[saved(rows[1])])
-    assert "different sigmas" in trajectory_caption(moved)
-    with_adam = basin_row({"clean": [volume([-1.0], preconditioner="adam")]}, step=9, earlier=[saved(rows[1])])
-    assert "without a preconditioner lie lower" in trajectory_caption(with_adam)
+    assert "different sigmas" not in trajectory_caption(rows)
+    moved = basin_row({"clean": [volume([-1.0], sigma=0.2)]}, step=9)
+    assert "different sigmas" in trajectory_caption([*rows, moved])
+    assert "without a preconditioner lie lower" not in trajectory_caption(rows)
+    with_adam = basin_row({"clean": [volume([-1.0], preconditioner="adam")]}, step=9)
+    assert "without a preconditioner lie lower" in trajectory_caption([*rows, with_adam])
     mixed = basin_row(
         {"clean": [volume([-9.0], cutoff=1e-3), volume([-5.0], cutoff=1e-2, preconditioner="adam")]},
     )
@@ -168,27 +163,37 @@ def test_the_caption_says_what_does_not_compare(rows: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda result: result.update(trajectory=None), r"'result\.trajectory' must be a list"),
         (lambda result: result.update(volumes=[]), r"'result\.volumes' must be a list of at least 1"),
         (lambda result: result["volumes"][0].update(estimates="many"), r"volumes\[0\]\.estimates' must be a list"),
         (lambda result: result["volumes"][1].update(estimates=[True]), r"volumes\[1\]\.estimates\[0\]'.*True"),
         (lambda result: result["volumes"][0].update(label=3), r"volumes\[0\]\.label' must be text, got 3"),
-        (lambda result: result["trajectory"][0]["steps"].append(7), r"trajectory\[0\]' differ in length"),
+        (lambda result: result["volumes"][0].update(interval_low="x"), r"volumes\[0\]\.interval_low' must be a number"),
+        (lambda result: result.update(fits=3), r"'result\.fits' must be a list of at least 0"),
     ],
 )
 def test_bad_rows_are_named(rows: Any, change: Any, message: str) -> None:
     row = saved(rows[1])
     change(row["result"])
     with pytest.raises(ReportError, match=message):
-        draw_plots(row)
+        draw_figures(row)
+
+
+def test_a_bad_earlier_row_is_named_too(rows: Any) -> None:
+    earlier = saved(rows[0])
+    earlier["result"]["volumes"][0]["log_volume"] = "deep"
+    with pytest.raises(ReportError, match=r"volumes\[0\]\.log_volume' must be a number or null, got 'deep'"):
+        draw_figures(saved(rows[1]), [earlier])
 
 
 def test_names_are_shown_as_they_are() -> None:
     name = "a$\\frac{_"
     row = basin_row({name: [volume([-1.0, -2.0])]})
-    for figure in draw_plots(row).values():
-        assert png(figure).startswith(PNG)
-    assert "&#36;" in chart_volume_trajectory(row).data[0].name
+    figures = draw_figures(row)
+    assert set(figures) == {"trajectory", "estimates", "cutoffs"}
+    for figure in figures.values():
+        assert figure.png().startswith(PNG)
+    assert figures["trajectory"].data["points"]["line"] == [name]
+    assert set(figures["estimates"].data["bins"]["panel"]) == {name}
 
 
 def test_the_page_has_the_section(rows: Any, write_rows: Any, page_of: Any, tmp_path: Any) -> None:

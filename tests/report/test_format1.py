@@ -16,7 +16,7 @@ from lightning_goldy.report.figures import draw_figures
 from lightning_goldy.report.history import with_history
 from lightning_goldy.report.plasticity import gate_timeline, loss_course
 from lightning_goldy.report.run import AnalysisRows, read_run, upgraded
-from lightning_goldy.report.volumes import trajectories
+from lightning_goldy.report.topics.basin import trajectories
 
 RUN = Path(__file__).parent / "format1"
 SEVEN = {
@@ -52,7 +52,6 @@ def test_all_rows_are_read_as_format_2(analyses: dict[str, AnalysisRows]) -> Non
     ("name", "read"),
     [
         ("taylor_diff", prediction),
-        ("basin_volume", trajectories),
         ("head_plasticity", loss_course),
     ],
 )
@@ -62,6 +61,18 @@ def test_lines_over_the_run_are_those_that_the_rows_held(
     rows = analyses[name].rows
     for index, old in enumerate(written(name)):
         assert read(with_history(rows[index], rows[:index])) == read(old)
+
+
+def test_volumes_over_the_run_are_those_that_the_rows_held(analyses: dict[str, AnalysisRows]) -> None:
+    rows = analyses["basin_volume"].rows
+    for index, old in enumerate(written("basin_volume")):
+        lines = trajectories(rows[: index + 1])
+        assert list(lines) == [line["label"] for line in old["result"]["trajectory"]]
+        for (_, line), held in zip(lines.items(), old["result"]["trajectory"], strict=True):
+            assert list(line.x) == held["steps"]
+            assert [list(line.y), list(line.low or ()), list(line.high or ())] == [
+                held[name] for name in ("log_volume", "interval_low", "interval_high")
+            ]
 
 
 def test_arrays_over_the_run_are_those_that_the_rows_held(analyses: dict[str, AnalysisRows]) -> None:

@@ -16,10 +16,11 @@ from lightning_goldy.analysis.basin.preconditioners import (
     tuned_preconditioner,
 )
 from lightning_goldy.analysis.basin.result import VolumeResult, aggregate, best_of
-from lightning_goldy.analysis.basin.survey import Estimator, Selection, VolumeSurvey
-from lightning_goldy.analysis.basin.volume import basin_volume, local_volume
+from lightning_goldy.analysis.basin.survey import BasinVolumes, Selection, VolumeSurvey, fit_exponents
+from lightning_goldy.analysis.basin.volume import Estimator, basin_volume, local_volume
 
 __all__ = [
+    "BasinVolumes",
     "DiagonalPreconditioner",
     "Estimator",
     "KroneckerFisher",
@@ -35,6 +36,7 @@ __all__ = [
     "basin_volume",
     "best_of",
     "diagonal_preconditioner",
+    "fit_exponents",
     "kronecker_fisher",
     "kronecker_preconditioner",
     "local_volume",

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_goldy.analysis.basin.preconditioners import EpsUnit, check_damping
-from lightning_goldy.core.batches import map_batch
+from lightning_goldy.analysis.result import Cost
+from lightning_goldy.core.batches import batch_tensors, map_batch
+from lightning_goldy.core.directions import derived_seed
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.objective import CausalLMObjective, Objective
 from lightning_goldy.core.outer_products import LayerSums, exact_products, linear_layers, sampled_labels
@@ -59,12 +60,14 @@ class KroneckerFisher:
         layers: Factors by the name of the weight, on the model's device, float32.
         scalars: For every other parameter its mean squared gradient.
         n_targets: Targets seen, draws of one label counted apart.
+        cost: Passes of the model over all ranks, in samples.
     """
 
     space: ParameterSpace
     layers: dict[str, LayerFisher]
     scalars: dict[str, float]
     n_targets: int
+    cost: Cost = field(default=Cost(), compare=False)
 
     @property
     def mean(self) -> float:
@@ -144,11 +147,12 @@ def kronecker_fisher(
         mine = replicas.share(numbered)
         with sums.collecting():
             for done, (number, batch, draw) in enumerate(mine, 1):
-                sums.add(objective, batch, _seed(seed, number // n_draws, draw))
+                sums.add(objective, batch, derived_seed(seed, "labels", number // n_draws, draw))
                 if progress is not None:
                     progress(done, len(mine))
         sums.sum_over(replicas)
-    return sums.fisher()
+    held = sum(len(next(batch_tensors(batch))) for batch, _ in passes)
+    return sums.fisher(Cost(forwards=held, backwards=held))
 
 
 class _Sums:
@@ -204,7 +208,7 @@ class _Sums:
             for total in (layer.inputs, layer.outputs, layer.positions):
                 replicas.sum_(total)
 
-    def fisher(self) -> KroneckerFisher:
+    def fisher(self, cost: Cost) -> KroneckerFisher:
         n_targets = float(self.targets)
         means = {name: float(square) / n_targets for name, square in self.squares.items()}
         for name, value in means.items():
@@ -221,7 +225,7 @@ class _Sums:
         scalars = {
             name: value / math.prod(self.space.shape(name)) for name, value in means.items() if name not in layers
         }
-        return KroneckerFisher(self.space, layers, scalars, round(n_targets))
+        return KroneckerFisher(self.space, layers, scalars, round(n_targets), cost)
 
 
 def _factor(matrix: Tensor) -> Factor:
@@ -239,12 +243,6 @@ def _first(batches: Iterable[Any], n_batches: int | None) -> list[Any]:
     if n_batches is not None and len(found) < n_batches:
         raise ValueError(f"n_batches={n_batches}, but there are only {len(found)} batches")
     return found
-
-
-def _seed(seed: int, batch: int, draw: int) -> int:
-    digest = hashlib.blake2b(f"{seed}\0labels\0{batch}\0{draw}".encode(), digest_size=8).digest()
-    # 63 bits: torch reads a larger seed as negative.
-    return int.from_bytes(digest, "little") >> 1
 
 
 class KroneckerPreconditioner:

@@ -314,8 +314,7 @@ def diagonal_preconditioner(
         >>> diagonal_preconditioner(curvature, eps=0).apply("weight", torch.ones(2), 0)
         tensor([2.0000, 0.5000])
     """
-    _check(eps, exponent, eps_unit)
-    return _diagonal(curvature, {}, eps=eps, exponent=exponent, eps_unit=eps_unit, name=name)
+    return _diagonal(curvature, {}, eps, exponent, eps_unit, name)
 
 
 def adam_preconditioner(
@@ -360,10 +359,9 @@ def adam_preconditioner(
         >>> P.apply("weight", torch.ones(2), 0)
         tensor([2.0000, 0.5000])
     """
-    _check(eps, exponent, eps_unit)
     moments = optimizer_moments(optimizer, space, module, order)
     curvature = ParameterVector(space, {each: moment.values for each, moment in moments.items()})
-    return _diagonal(curvature, moments, eps=eps, exponent=exponent, eps_unit=eps_unit, name=name)
+    return _diagonal(curvature, moments, eps, exponent, eps_unit, name)
 
 
 class TunedPreconditioner(NamedTuple):
@@ -432,25 +430,16 @@ def tuned_preconditioner(
 
 
 def _diagonal(
-    curvature: ParameterVector,
-    moments: Mapping[str, Moment],
-    *,
-    eps: float,
-    exponent: float,
-    eps_unit: EpsUnit,
-    name: str,
+    curvature: ParameterVector, moments: Mapping[str, Moment], eps: float, exponent: float, eps_unit: EpsUnit, name: str
 ) -> DiagonalPreconditioner:
+    check_damping(eps, eps_unit)
+    if not (math.isfinite(exponent) and exponent > 0):
+        raise ValueError(f"exponent must be finite and above 0; got {exponent}")
     if eps_unit == "mean" and eps:
         eps *= math.fsum(_sums(curvature, moments, lambda h: h.pow(exponent).sum())) / curvature.space.numel
         if eps == 0:
             raise ValueError(f"the curvature of {name!r} is zero everywhere: there is nothing to scale by")
     return DiagonalPreconditioner(curvature, eps=eps, exponent=exponent, name=name, moments=moments)
-
-
-def _check(eps: float, exponent: float, eps_unit: str) -> None:
-    check_damping(eps, eps_unit)
-    if not (math.isfinite(exponent) and exponent > 0):
-        raise ValueError(f"exponent must be finite and above 0; got {exponent}")
 
 
 def check_damping(eps: float, eps_unit: str) -> None:

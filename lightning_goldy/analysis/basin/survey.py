@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeAlias, get_args
 
+import numpy as np
 from torch import nn
 
+from lightning_goldy.analysis.basin.kronecker import KroneckerPreconditioner, kronecker_fisher
 from lightning_goldy.analysis.basin.preconditioners import tuned_preconditioner
-from lightning_goldy.analysis.basin.result import Measure, VolumeResult
-from lightning_goldy.analysis.basin.volume import basin_volume, check_volume_arguments
-from lightning_goldy.analysis.divergence import Cache, check_cache
-from lightning_goldy.core.batches import batch_tensors
+from lightning_goldy.analysis.basin.result import VolumeResult
+from lightning_goldy.analysis.basin.volume import Estimator, basin_volume, check_region
+from lightning_goldy.analysis.divergence import shortened
+from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.core.directions import Preconditioner
 from lightning_goldy.core.naming import suggestion
 from lightning_goldy.core.objective import Objective
+from lightning_goldy.core.outer_products import linear_layers
 from lightning_goldy.core.space import ParameterSpace
 
-PreconditionerName = Literal["none", "adam", "best"]
+PreconditionerName = Literal["none", "adam", "best", "kronecker"]
+Make: TypeAlias = Callable[[float], Preconditioner]
+"""A preconditioner from its damping."""
+Proposals: TypeAlias = Preconditioner | Mapping[str, Preconditioner | None] | None
+
+ONLY_SPLIT = "probe"
+"""What the samples are called when there is nothing to tell them from; metrics then carry no name of a split."""
+
+# Few, and not those of the volume itself: the damping must not be chosen by the directions that it is judged by.
+_PILOT_DIRECTIONS = 2
 
 
 @dataclass(frozen=True)
@@ -50,83 +61,15 @@ class Selection:
         return ParameterSpace.of(model, self.include, self.exclude, self.last_layers)
 
 
-@dataclass(frozen=True)
-class Estimator:
-    """How a volume is estimated; the same for all that are to compare.
-
-    Args:
-        measure: ``gaussian`` for the probability under N(0, sigma^2 I), ``uniform`` for the volume itself, ``sphere``
-            for the probability on the sphere through the weights.
-        seed: Decides the directions; every analysis walks along the same ones.
-        rtol: Relative tolerance of the evaluated divergence; a tenth of it is left.
-        max_evaluations: Evaluations per direction before an error.
-        max_seq_len: Use only the first so many tokens of each sample.
-        cache: Where the anchor's log-probabilities are kept: ``device``, ``cpu``, ``none``, or ``auto``.
-
-    Raises:
-        ValueError: A value is unknown or out of range.
-
-    Example:
-        >>> Estimator(rtol=2.0)
-        Traceback (most recent call last):
-        ValueError: rtol must lie in (0, 1); got 2.0
-    """
-
-    measure: Measure = "gaussian"
-    seed: int = 0
-    rtol: float = 1e-2
-    max_evaluations: int = 40
-    max_seq_len: int | None = None
-    cache: Cache = "auto"
-
-    def __post_init__(self) -> None:
-        check_volume_arguments(1, 1.0, None, self.measure, self.rtol, self.max_evaluations)
-        check_cache(self.cache, None)
-
-
-# Few, and not those of the volume itself: the damping must not be chosen by the directions that it is judged by.
-_PILOT_DIRECTIONS = 2
-
-
-class Measured(NamedTuple):
-    """One volume.
-
-    Args:
-        split: Name of the samples.
-        label: The same, with the cutoff where there are several.
-        batches: Forward passes that one evaluation takes.
-        result: The volume.
-    """
-
-    split: str
-    label: str
-    batches: int
-    result: VolumeResult
-
-
-class Survey(NamedTuple):
-    """The volumes of one analysis.
-
-    Args:
-        volumes: By split, then by cutoff.
-        sigma: Standard deviation of the measure, parameter units.
-        eps: Damping of the preconditioner, in units of the mean; None as long as there was none.
-        forwards: Forward passes spent, with those of the pilot and of the anchor.
-    """
-
-    volumes: tuple[Measured, ...]
-    sigma: float
-    eps: float | None
-    forwards: int
-
-
+@dataclass(kw_only=True)
 class VolumeSurvey:
     """Measures volumes of a model; keeps the sigma and the damping that it began with.
 
     Args:
         n_directions: Directions per volume.
-        cutoffs: Mean divergences at the boundary, nats per target; ascending.
-        preconditioner: ``none``, ``adam`` for the optimizer's second moments, ``best`` for the better of both.
+        cutoffs: Mean divergences at the boundary, nats per target; kept in ascending order.
+        preconditioner: ``none``, ``adam`` for the optimizer's second moments, ``best`` for the better of both,
+            ``kronecker`` for the Fisher information of each split's own samples in Kronecker factors.
         sigma: A number, ``first`` to keep the root mean square of the first analysis, or None to take it anew.
         n_samples: Samples used of each split; all without.
         selection: Which parameters move.
@@ -136,36 +79,53 @@ class VolumeSurvey:
         ValueError: An argument is unknown or out of range.
     """
 
-    def __init__(
-        self,
-        *,
-        n_directions: int,
-        cutoffs: Sequence[float],
-        preconditioner: PreconditionerName,
-        sigma: float | Literal["first"] | None,
-        n_samples: int | None,
-        selection: Selection,
-        estimator: Estimator,
-    ) -> None:
-        if not cutoffs or len(set(cutoffs)) < len(cutoffs):
-            raise ValueError(f"cutoff must be a number or a list of different ones; got {list(cutoffs)}")
-        if isinstance(sigma, str) and sigma != "first":
-            raise ValueError(f"sigma is a number, 'first' or None; got {sigma!r}")
-        given = None if isinstance(sigma, str) else sigma
-        for cutoff in cutoffs:
-            check_volume_arguments(n_directions, cutoff, given, estimator.measure, estimator.rtol, 1)
-        if preconditioner not in get_args(PreconditionerName):
-            choices = suggestion(str(preconditioner), get_args(PreconditionerName))
-            raise ValueError(f"unknown preconditioner {preconditioner!r}; {choices}")
-        if preconditioner != "none" and estimator.measure == "sphere":
-            raise ValueError(f"measure='sphere' takes no preconditioner; got preconditioner={preconditioner!r}")
-        if n_samples is not None and n_samples < 1:
-            raise ValueError(f"n_samples must be at least 1; got {n_samples}")
-        self.n_directions, self.cutoffs, self.n_samples = n_directions, tuple(sorted(cutoffs)), n_samples
-        self.preconditioner, self.sigma = preconditioner, sigma
-        self.selection, self.estimator = selection, estimator
-        self.kept_sigma: float | None = given
-        self.kept_eps: float | None = None
+    n_directions: int
+    cutoffs: Sequence[float]
+    preconditioner: PreconditionerName = "none"
+    sigma: float | Literal["first"] | None = "first"
+    n_samples: int | None = None
+    selection: Selection = Selection()
+    estimator: Estimator = Estimator()  # noqa: RUF009 - frozen
+    kept_sigma: float | None = field(default=None, init=False)
+    kept_eps: float | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if not self.cutoffs or len(set(self.cutoffs)) < len(self.cutoffs):
+            raise ValueError(f"cutoff must be a number or a list of different ones; got {list(self.cutoffs)}")
+        if isinstance(self.sigma, str) and self.sigma != "first":
+            raise ValueError(f"sigma is a number, 'first' or None; got {self.sigma!r}")
+        self.kept_sigma = None if isinstance(self.sigma, str) else self.sigma
+        for cutoff in self.cutoffs:
+            check_region(self.n_directions, cutoff, self.kept_sigma)
+        if self.preconditioner not in get_args(PreconditionerName):
+            choices = suggestion(str(self.preconditioner), get_args(PreconditionerName))
+            raise ValueError(f"unknown preconditioner {self.preconditioner!r}; {choices}")
+        if self.preconditioner != "none" and self.estimator.measure == "sphere":
+            raise ValueError(f"measure='sphere' takes no preconditioner; got preconditioner={self.preconditioner!r}")
+        if self.n_samples is not None and self.n_samples < 1:
+            raise ValueError(f"n_samples must be at least 1; got {self.n_samples}")
+        self.cutoffs = tuple(sorted(self.cutoffs))
+
+    @property
+    def needs_adam(self) -> bool:
+        """Whether the optimizer's moments are asked for."""
+        return self.preconditioner in ("adam", "best")
+
+    def space(self, model: nn.Module) -> ParameterSpace:
+        """The selected part of a model.
+
+        Raises:
+            SpaceError: It is empty, or a pattern matches nothing.
+            ValueError: The preconditioner is ``kronecker``, and there is nothing in it that has Kronecker factors.
+        """
+        space = self.selection.space(model)
+        if self.preconditioner == "kronecker" and not any(name in space for name in linear_layers(model)):
+            raise ValueError(
+                "preconditioner='kronecker' needs the weight of a linear layer (nn.Linear or Conv1D) that serves "
+                f"nowhere else; none of the {len(space)} selected parameters of {type(model).__name__} is one: widen "
+                "the selection, or use another preconditioner"
+            )
+        return space
 
     def measure(
         self,
@@ -173,9 +133,9 @@ class VolumeSurvey:
         objective: Objective,
         splits: Mapping[str, Sequence[Any]],
         *,
-        adam: Callable[[float], Preconditioner] | None = None,
+        adam: Make | None = None,
         progress: Callable[[int, int], None] | None = None,
-    ) -> Survey:
+    ) -> BasinVolumes:
         """Measures every split at every cutoff.
 
         Args:
@@ -188,42 +148,39 @@ class VolumeSurvey:
         Raises:
             ValueError: An estimate is not possible; see :func:`~lightning_goldy.analysis.basin_volume`.
         """
-        work = _Work(self, model, objective, self.selection.space(model), progress)
-        sigma = self.kept_sigma
-        proposals: Preconditioner | dict[str, Preconditioner | None] | None = None
-        if adam is not None and self.preconditioner != "none":
-            tuned = self._tuned(work, next(iter(splits.values())), adam, sigma)
-            proposals = {"none": None, "adam": tuned} if self.preconditioner == "best" else tuned
-        work.total = len(splits) * len(self.cutoffs) * self.n_directions * (2 if isinstance(proposals, dict) else 1)
-        volumes = []
-        for split, batches in splits.items():
-            for cutoff in self.cutoffs:
-                result = work.volume(batches, cutoff, proposals, sigma)
-                # All volumes of one analysis share the first one's, measured or given.
-                sigma = result.sigma
-                label = split if len(self.cutoffs) == 1 else f"{split}-{float(cutoff)!r}"
-                volumes.append(Measured(split, label, work.count(batches), result))
-        assert sigma is not None
+        make = adam if self.needs_adam else None
+        proposals: Proposals = None
+        count = (
+            len(splits) * len(self.cutoffs) * self.n_directions * (2 if make and self.preconditioner == "best" else 1)
+        )
+        work = _Work(self, model, objective, self.space(model), count, progress, sigma=self.kept_sigma)
+        length = self.estimator.max_seq_len
+        samples = {split: shortened(batches, objective, self.n_samples, length) for split, batches in splits.items()}
+        records: dict[str, tuple[dict[str, Any], ...]] = {}
+        for split, batches in samples.items():
+            if self.preconditioner == "kronecker":
+                make, proposals = work.kronecker(batches), None
+            if make is not None and proposals is None:
+                tuned = self._tuned(work, batches, make)
+                proposals = {"none": None, "adam": tuned} if self.preconditioner == "best" else tuned
+            records[split] = tuple(vars(work.volume(batches, cutoff, proposals)) for cutoff in self.cutoffs)
         if self.sigma == "first":
-            self.kept_sigma = sigma
-        return Survey(tuple(volumes), sigma, None if proposals is None else self.kept_eps, work.forwards)
+            self.kept_sigma = work.sigma
+        return BasinVolumes(
+            records=records,
+            batches={split: len(batches) for split, batches in samples.items()},
+            preconditioner=self.preconditioner,
+            eps=None if proposals is None else self.kept_eps,
+            n_samples=self.n_samples,
+            cost=work.cost,
+        )
 
-    def _tuned(
-        self,
-        work: _Work,
-        batches: Sequence[Any],
-        adam: Callable[[float], Preconditioner],
-        sigma: float | None,
-    ) -> Preconditioner:
-        if self.kept_eps is None:
-
-            def bound(proposal: Preconditioner) -> VolumeResult:
-                return work.volume(batches, self.cutoffs[0], proposal, sigma, pilot=True)
-
-            found = tuned_preconditioner(adam, bound)
-            self.kept_eps = found.eps
-            return found.preconditioner
-        return adam(self.kept_eps)
+    def _tuned(self, work: _Work, batches: Sequence[Any], make: Make) -> Preconditioner:
+        if self.kept_eps is not None:
+            return make(self.kept_eps)
+        tuned = tuned_preconditioner(make, lambda proposal: work.volume(batches, self.cutoffs[0], proposal, pilot=True))
+        self.kept_eps = tuned.eps
+        return tuned.preconditioner
 
     def state(self) -> dict[str, float | None]:
         """What later analyses must keep, for a checkpoint."""
@@ -236,65 +193,163 @@ class VolumeSurvey:
         self.kept_eps = state["eps"]
 
 
+@dataclass
 class _Work:
     """One analysis: what all of its volumes share, and what they cost."""
 
-    def __init__(
-        self,
-        survey: VolumeSurvey,
-        model: nn.Module,
-        objective: Objective,
-        space: ParameterSpace,
-        progress: Callable[[int, int], None] | None,
-    ) -> None:
-        self.survey, self.model, self.objective, self.space = survey, model, objective, space
-        self.progress = progress
-        self.done, self.total, self.forwards = 0, 0, 0
+    survey: VolumeSurvey
+    model: nn.Module
+    objective: Objective
+    space: ParameterSpace
+    total: int
+    progress: Callable[[int, int], None] | None
+    sigma: float | None
+    done: int = 0
+    cost: Cost = field(default=Cost())
 
     def volume(
-        self,
-        batches: Sequence[Any],
-        cutoff: float,
-        proposals: Preconditioner | dict[str, Preconditioner | None] | None,
-        sigma: float | None,
-        *,
-        pilot: bool = False,
+        self, batches: Sequence[Any], cutoff: float, proposals: Proposals, *, pilot: bool = False
     ) -> VolumeResult:
-        survey, options = self.survey, dataclasses.asdict(self.survey.estimator)
-        if pilot:
-            options["seed"] += 1
+        estimator = self.survey.estimator
         result = basin_volume(
             self.model,
             batches,
             self.objective,
+            n_directions=_PILOT_DIRECTIONS if pilot else self.survey.n_directions,
             cutoff=cutoff,
+            sigma=self.sigma,
             preconditioner=proposals,
-            sigma=sigma,
-            n_directions=_PILOT_DIRECTIONS if pilot else survey.n_directions,
-            val_size=survey.n_samples,
+            estimator=replace(estimator, seed=estimator.seed + 1) if pilot else estimator,
             space=self.space,
-            progress=None if pilot else self._advance,
-            **options,
+            progress=None if pilot else self._tell,
         )
-        # The anchor's own predictions are made once, and again with every evaluation when none are kept. Every proposal
-        # has one evaluation more, on the first batch alone: the anchor's second run.
-        each = 2 if survey.estimator.cache == "none" else 1
-        again = max(1, len(result.proposals))
-        self.forwards += (1 + each * result.total_evaluations) * self.count(batches) + each * again
+        self.cost += result.cost
+        if not pilot:
+            # All volumes of one analysis share the first one's, measured or given.
+            self.sigma = result.sigma
         return result
 
-    def count(self, batches: Sequence[Any]) -> int:
-        """How many of the batches the first ``n_samples`` samples lie in."""
-        left = math.inf if self.survey.n_samples is None else self.survey.n_samples
-        used = 0
-        for batch in batches:
-            if left <= 0:
-                break
-            left -= len(next(batch_tensors(batch)))
-            used += 1
-        return used
+    def kronecker(self, batches: Sequence[Any]) -> Make:
+        seed = self.survey.estimator.seed
+        fisher = kronecker_fisher(self.model, batches, self.objective, space=self.space, seed=seed)
+        self.cost += fisher.cost
+        return lambda eps: KroneckerPreconditioner(fisher, eps=eps)
 
-    def _advance(self, done: int, total: int) -> None:
+    def _tell(self, done: int, total: int) -> None:
         self.done += 1
         if self.progress is not None:
             self.progress(min(self.done, self.total), self.total)
+
+
+@dataclass(frozen=True)
+class BasinVolumes(AnalysisResult):
+    """The volumes of one analysis.
+
+    Args:
+        records: By split, the fields of one :class:`VolumeResult` for each cutoff, ascending.
+        batches: By split, in how many batches its samples lie.
+        preconditioner: What was asked for.
+        eps: Damping of the preconditioner, in units of the mean; None as long as there was none.
+        n_samples: Samples asked for of each split; None for all.
+        cost: Passes of the model, in samples, with those of the pilot, of the anchor and of the Fisher information.
+    """
+
+    analysis = "basin_volume"
+
+    records: Mapping[str, tuple[Mapping[str, Any], ...]]
+    batches: Mapping[str, int]
+    preconditioner: PreconditionerName
+    eps: float | None = None
+    n_samples: int | None = None
+    cost: Cost = field(default=Cost(), compare=False)
+
+    @property
+    def volumes(self) -> dict[str, tuple[VolumeResult, ...]]:
+        """By split, one for each cutoff, ascending."""
+        return {split: tuple(VolumeResult(**one) for one in records) for split, records in self.records.items()}
+
+    @property
+    def sigma(self) -> float:
+        """Standard deviation of the measure, parameter units; all volumes share it."""
+        return self._first.sigma
+
+    @property
+    def fits(self) -> list[dict[str, Any]]:
+        """The line through each split's volumes by cutoff, where there are several."""
+        names = ("scaling_exponent_fit", "intercept", "learning_coefficient_slope")
+        fits = []
+        for split, results in self.volumes.items():
+            numbers = fit_exponents([one.cutoff for one in results], [one.log_volume for one in results])
+            if numbers is not None:
+                fits.append({"split": split, **dict(zip(names, numbers, strict=True))})
+        return fits
+
+    def metrics(self) -> dict[str, float | None]:
+        """The numbers of each volume, with one name per split and cutoff, and the slopes over the cutoffs."""
+        metrics: dict[str, float | None] = {}
+        for split, label, result in self._labelled():
+            metrics |= {_tag(name, split, label): value for name, value in result.metrics().items()}
+        for fit in self.fits:
+            for name in ("scaling_exponent_fit", "learning_coefficient_slope"):
+                metrics[_tag(name, fit["split"], fit["split"])] = fit[name]
+        return metrics | {"sigma": self.sigma, "eps": self.eps}
+
+    def details(self) -> dict[str, Any]:
+        """Every volume with its directions, the fits, and the settings."""
+        labelled = list(self._labelled())
+        return {
+            "n_directions": self._first.n_directions,
+            "n_samples": self.n_samples,
+            "cutoffs": [record["cutoff"] for record in next(iter(self.records.values()))],
+            "measure": self._first.measure,
+            "dimension": self._first.dimension,
+            "sigma": self.sigma,
+            "eps": self.eps,
+            "preconditioner": self.preconditioner,
+            "preconditioner_used": ", ".join(dict.fromkeys(result.preconditioner for _, _, result in labelled)),
+            "volumes": [
+                {"split": split, "label": label, "batches": self.batches[split], **result.details()}
+                for split, label, result in labelled
+            ],
+            "fits": self.fits,
+        }
+
+    @property
+    def _first(self) -> VolumeResult:
+        return next(iter(self.volumes.values()))[0]
+
+    def _labelled(self) -> Iterator[tuple[str, str, VolumeResult]]:
+        for split, results in self.volumes.items():
+            for result in results:
+                yield split, split if len(results) == 1 else f"{split}-{float(result.cutoff)!r}", result
+
+
+def _tag(name: str, split: str, label: str) -> str:
+    if split == ONLY_SPLIT:
+        label = label.removeprefix(ONLY_SPLIT).removeprefix("-")
+    return f"{name}/{label}" if label else name
+
+
+def fit_exponents(cutoffs: Sequence[float], log_volumes: Sequence[float]) -> tuple[float, float, float] | None:
+    r"""The straight line through log-volumes over log-cutoffs, and its slope at the small end.
+
+    .. math:: \log V(\epsilon) \approx a + \lambda \log \epsilon
+
+    Args:
+        cutoffs: Different, ascending, nats.
+        log_volumes: One each, nats.
+
+    Returns:
+        The slope by least squares, the intercept a (nats), and the slope between the two smallest cutoffs; None with
+        fewer than two volumes, or when one is not finite.
+
+    Example:
+        >>> [round(value, 6) for value in fit_exponents([0.01, 0.1], [-10.0, -10.0 + 3 * math.log(10)])]
+        [3.0, 3.815511, 3.0]
+    """
+    if len(cutoffs) < 2 or not all(map(math.isfinite, log_volumes)):
+        return None
+    x, y = np.log(np.asarray(cutoffs, dtype=np.float64)), np.asarray(log_volumes, dtype=np.float64)
+    centred = x - x.mean()
+    slope = float(centred @ y / (centred @ centred))
+    return slope, float(y.mean() - slope * x.mean()), float((y[1] - y[0]) / (x[1] - x[0]))

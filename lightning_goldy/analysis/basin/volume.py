@@ -5,18 +5,25 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from torch import nn
 
-from lightning_goldy.analysis.basin.measures import GaussianMeasure, RadialMeasure, SphereMeasure, UniformMeasure
-from lightning_goldy.analysis.basin.radius import Crossing, find_radius
-from lightning_goldy.analysis.basin.result import Measure, VolumeResult, best_of
+from lightning_goldy.analysis.basin.result import (
+    GaussianMeasure,
+    Measure,
+    SphereMeasure,
+    UniformMeasure,
+    VolumeResult,
+    best_of,
+)
 from lightning_goldy.analysis.divergence import AnchoredDivergence, Cache, check_cache, shortened
+from lightning_goldy.analysis.result import Cost
 from lightning_goldy.core.batches import map_batch
 from lightning_goldy.core.directions import Preconditioner, Proposal, Ray, direction_seed
 from lightning_goldy.core.isolation import preserved
@@ -27,10 +34,59 @@ from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.vector import require_finite
 
 Directions = Literal["auto", "implicit", "explicit"]
-MEASURES = ("gaussian", "uniform", "sphere")
 
 # A direction of this many bytes is held rather than drawn again at every move.
 _SMALL = 32 << 20
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """How a volume is estimated; the same for all that are to compare.
+
+    Args:
+        measure: ``gaussian`` for the probability under N(0, sigma^2 I), ``uniform`` for the volume itself, ``sphere``
+            for the probability on the sphere around the origin through the anchor.
+        seed: Decides the directions, which do not depend on the number of ranks, layout or device.
+        rtol: Relative tolerance of the evaluated cost; a tenth of it is left after the last correction.
+        max_evaluations: Cost evaluations per direction before an error.
+        max_seq_len: Use only the first so many tokens of each sample.
+        cache: Where the anchor's log-probabilities are kept: ``device``, ``cpu``, ``none``, or ``auto``.
+        max_radius: Largest distance from the anchor, parameter units (radians for the sphere, at most pi); by default
+            100 sqrt(D) times the root mean square. A direction that stays inside so far is reported as unbounded.
+        l2_reg: Adds half of this times the squared distance from the anchor to the cost, nats per squared unit.
+        first_direction: Number of the first direction, to go on where another estimate ended.
+        directions: ``implicit`` draws a direction again at every move, ``explicit`` holds it, ``auto`` holds what is
+            small or, on a GPU, fits easily.
+
+    Raises:
+        ValueError: A value is unknown or out of range.
+
+    Example:
+        >>> Estimator(rtol=2.0)
+        Traceback (most recent call last):
+        ValueError: rtol must lie in (0, 1); got 2.0
+    """
+
+    measure: Measure = "gaussian"
+    seed: int = 0
+    rtol: float = 1e-2
+    max_evaluations: int = 40
+    max_seq_len: int | None = None
+    cache: Cache = "auto"
+    max_radius: float | None = None
+    l2_reg: float = 0.0
+    first_direction: int = 0
+    directions: Directions = "auto"
+
+    def __post_init__(self) -> None:
+        if self.max_evaluations < 1:
+            raise ValueError(f"max_evaluations must be at least 1; got {self.max_evaluations}")
+        for name, value, choices in (("measure", self.measure, Measure), ("directions", self.directions, Directions)):
+            if value not in get_args(choices):
+                raise ValueError(f"unknown {name} {value!r}; {suggestion(str(value), get_args(choices))}")
+        if not 0 < self.rtol < 1:
+            raise ValueError(f"rtol must lie in (0, 1); got {self.rtol}")
+        check_cache(self.cache, None)
 
 
 def local_volume(
@@ -40,16 +96,17 @@ def local_volume(
     n_directions: int = 10,
     cutoff: float = 1e-2,
     sigma: float | None = None,
-    measure: Measure = "gaussian",
     preconditioner: Preconditioner | None = None,
+    measure: Measure = "gaussian",
     rtol: float = 1e-2,
     max_evaluations: int = 40,
     max_radius: float | None = None,
     l2_reg: float = 0.0,
     seed: int = 0,
     first_direction: int = 0,
-    space: ParameterSpace | None = None,
     directions: Directions = "auto",
+    estimator: Estimator | None = None,
+    space: ParameterSpace | None = None,
     progress: Callable[[int, int], None] | None = None,
     split_over_ranks: bool = True,
 ) -> VolumeResult:
@@ -71,19 +128,17 @@ def local_volume(
         cutoff: The cost at the region's boundary, nats.
         sigma: Standard deviation of the Gaussian measure, parameter units; by default the root mean square of the
             selected parameters. Volumes at different sigmas are not comparable.
-        measure: ``gaussian`` for the probability under N(0, sigma^2 I), ``uniform`` for the volume itself, ``sphere``
-            for the probability on the sphere around the origin through the anchor.
         preconditioner: Stretches directions without changing volumes; the better it fits, the tighter the bound.
-        rtol: Relative tolerance of the evaluated cost; a tenth of it is left after the last correction.
+        measure: As for :class:`Estimator`, like the following.
+        rtol: Relative tolerance of the evaluated cost.
         max_evaluations: Cost evaluations per direction before an error.
-        max_radius: Largest distance from the anchor, parameter units (radians for the sphere, at most pi); by default
-            100 sqrt(D) times the root mean square. A direction that stays inside so far is reported as unbounded.
-        l2_reg: Adds half of this times the squared distance from the anchor to the cost, nats per squared unit.
-        seed: Decides the directions, which do not depend on the number of ranks, layout or device.
-        first_direction: Number of the first direction, to go on where another estimate ended.
+        max_radius: Largest distance from the anchor.
+        l2_reg: Weight of the squared distance from the anchor in the cost.
+        seed: Decides the directions.
+        first_direction: Number of the first direction.
+        directions: Whether they are held.
+        estimator: All of these settings at once, instead of by name.
         space: Which parameters; all trainable ones by default.
-        directions: ``implicit`` draws a direction again at every move, ``explicit`` holds it, ``auto`` holds what is
-            small or, on a GPU, fits easily.
         progress: Called with (directions done, directions in all) on this rank.
         split_over_ranks: Whether to share directions out over the ranks of an initialised process group.
 
@@ -106,8 +161,11 @@ def local_volume(
         >>> abs(result.log_volume - ball) < 1e-4, result.unbounded
         (True, ())
     """
-    check_volume_arguments(n_directions, cutoff, sigma, measure, rtol, max_evaluations)
-    if measure == "sphere" and preconditioner is not None:
+    check_region(n_directions, cutoff, sigma)
+    walked = (max_radius, l2_reg, first_direction, directions)
+    named = Estimator(measure, seed, rtol, max_evaluations, None, "auto", *walked)
+    estimator = _one_of(estimator, named)
+    if estimator.measure == "sphere" and preconditioner is not None:
         raise ValueError("measure='sphere' takes no preconditioner: directions are tangents of the sphere")
     began = time.perf_counter()
     space = space or ParameterSpace.of(module)
@@ -115,174 +173,28 @@ def local_volume(
     with preserved(module), torch.no_grad(), replicas.together("local_volume"):
         parameters = space.resolve(module)
         require_finite(parameters, "weights")
-        explicit = _hold_direction(directions, parameters)
-        with Ray(module, space, preconditioner=preconditioner, explicit=explicit) as ray:
-            scale = _scale(sigma, ray, measure)
-            walk = _Walk(ray, cost, _measure(measure, scale, ray), cutoff, rtol, max_evaluations, max_radius, l2_reg)
+        with Ray(module, space, preconditioner=preconditioner, explicit=_held(estimator, parameters)) as ray:
+            radial, scale = _measure(estimator.measure, sigma, ray)
+            walk = _Walk(ray, cost, radial, cutoff, estimator)
             walk.check_anchor()
-            seeds = [direction_seed(seed, first_direction + index) for index in range(n_directions)]
-            # Every rank walks the pilot, so that all start from the same radius.
-            pilot = walk.trace(seeds[0])
-            mine = replicas.share(seeds[1:])
-            traces = [(seeds[0], pilot)]
-            for each in mine:
-                _tell(progress, len(traces), len(mine) + 1)
-                traces.append((each, walk.trace(each, pilot)))
-            _tell(progress, len(traces), len(mine) + 1)
-    found = dict(pair for part in replicas.gather_objects(traces) for pair in part)
+            seeds = [direction_seed(estimator.seed, estimator.first_direction + index) for index in range(n_directions)]
+            traces = walk.share(seeds, replicas, progress or (lambda done, total: None))
+    traced = dict(pair for part in replicas.gather_objects(traces) for pair in part)
     return VolumeResult(
-        **walk.numbers([found[each] for each in seeds]),
+        **walk.numbers([traced[own] for own in seeds]),
         extra_evaluations=0 if hasattr(cost, "at_anchor") else 1,
-        measure=measure,
+        measure=estimator.measure,
         preconditioner="none" if preconditioner is None else preconditioner.name,
         dimension=space.numel,
         sigma=scale,
         cutoff=cutoff,
         anchor_cost=walk.anchor_cost,
-        rtol=rtol,
+        rtol=estimator.rtol,
         max_radius=walk.max_radius,
-        seed=seed,
-        first_direction=first_direction,
+        seed=estimator.seed,
+        first_direction=estimator.first_direction,
         seconds=time.perf_counter() - began,
     )
-
-
-def check_volume_arguments(
-    n_directions: int, cutoff: float, sigma: float | None, measure: str, rtol: float, max_evaluations: int
-) -> None:
-    """Checks what can be checked before there is a model.
-
-    Raises:
-        ValueError: An argument is unknown or out of range.
-    """
-    for name, count in (("n_directions", n_directions), ("max_evaluations", max_evaluations)):
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1; got {count}")
-    for name, value in (("cutoff", cutoff), ("sigma", 1.0 if sigma is None else sigma)):
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{name} must be positive and finite; got {value}")
-    if measure not in MEASURES:
-        raise ValueError(f"unknown measure {measure!r}; {suggestion(str(measure), MEASURES)}")
-    if not 0 < rtol < 1:
-        raise ValueError(f"rtol must lie in (0, 1); got {rtol}")
-
-
-@dataclass
-class _Walk:
-    """The cost along rays from one anchor."""
-
-    ray: Ray
-    cost: Callable[[nn.Module], float | torch.Tensor]
-    measure: RadialMeasure
-    cutoff: float
-    rtol: float
-    max_evaluations: int
-    largest: float | None
-    l2_reg: float
-    anchor_cost: float = math.nan
-
-    @property
-    def max_radius(self) -> float:
-        default = self.measure.max_radius
-        return default if self.largest is None else self.largest
-
-    def check_anchor(self) -> None:
-        if self.max_radius <= 0 or (isinstance(self.measure, SphereMeasure) and self.max_radius > math.pi):
-            raise ValueError(f"max_radius must be positive (at most pi on the sphere); got {self.max_radius}")
-        self.anchor_cost = self._evaluate(getattr(self.cost, "at_anchor", self.cost))
-        if not abs(self.anchor_cost) < self.cutoff / 2:
-            raise ValueError(
-                f"the cost at the anchor is {self.anchor_cost:g} nats and must be about 0, well below the cutoff "
-                f"{self.cutoff:g}; is it a difference from the present model, without dropout?"
-            )
-
-    def trace(self, seed: int, pilot: tuple[Proposal, Crossing] | None = None) -> tuple[Proposal, Crossing]:
-        proposal = self.ray.turn(seed)
-        unit = self.measure.unit(proposal)
-        start, slope, bend = self.measure.start / unit, 2.0, 0.0
-        if pilot is not None and math.isfinite(pilot[1].radius):
-            start, slope, bend = pilot[1].radius, pilot[1].slope, pilot[1].bend
-        crossing = find_radius(
-            lambda radius: self._at(radius, proposal),
-            self.cutoff,
-            start,
-            slope=slope,
-            bend=bend,
-            rtol=self.rtol,
-            max_evaluations=self.max_evaluations,
-            max_radius=self.max_radius / unit,
-        )
-        return proposal, crossing
-
-    def _at(self, radius: float, proposal: Proposal) -> float:
-        self.ray.move(*self.measure.coefficients(radius, proposal))
-        return self._evaluate(self.cost) + 0.5 * self.l2_reg * self.measure.chord(radius, proposal) ** 2
-
-    def _evaluate(self, cost: Callable[[nn.Module], float | torch.Tensor]) -> float:
-        value = float(cost(self.ray.module))
-        if any(map(is_sharded, self.ray.module.parameters())):
-            # All ranks walk together, so they must take the same decisions.
-            value = Replicas.world().gather_objects(value)[0]
-        return value
-
-    def numbers(self, traces: list[tuple[Proposal, Crossing]]) -> dict[str, Any]:
-        """The columns of the result."""
-        proposals, crossings = zip(*traces, strict=True)
-        lengths, projections = (np.array([each[place] for each in proposals]) for place in (2, 3))
-        radii = np.array([crossing.radius for crossing in crossings])
-        unbounded = np.isnan(radii)
-        integrals = self.measure.integrals(np.where(unbounded, 1.0, radii), lengths, projections)
-        log_integral, sensitivity = (np.where(unbounded, np.nan, each) for each in integrals)
-        columns = {
-            "estimates": log_integral + self.measure.constant,
-            "radii": radii,
-            "props": lengths,
-            "deltas": np.array([crossing.cost for crossing in crossings]),
-            "slopes": np.array([crossing.slope for crossing in crossings]),
-            "log_integral": log_integral,
-            "sensitivities": sensitivity,
-            "evaluations": np.array([crossing.evaluations for crossing in crossings]),
-        }
-        return {name: torch.from_numpy(column) for name, column in columns.items()}
-
-
-def _measure(name: Measure, scale: float, ray: Ray) -> RadialMeasure:
-    dimension = ray.space.numel
-    if name == "sphere":
-        if dimension < 2 or not ray.anchor_square:
-            raise ValueError("measure='sphere' needs at least two selected elements that are not all zero")
-        return SphereMeasure(dimension, ray.anchor_square)
-    if name == "uniform":
-        return UniformMeasure(dimension, scale)
-    return GaussianMeasure(dimension, scale, ray.anchor_square)
-
-
-def _scale(sigma: float | None, ray: Ray, measure: Measure) -> float:
-    if sigma is not None:
-        return sigma
-    scale = math.sqrt(ray.anchor_square / ray.space.numel)
-    if not scale and measure == "gaussian":
-        raise ValueError("the selected parameters are all zero, so their root mean square is no sigma: give sigma=")
-    return scale or 1.0
-
-
-def _tell(progress: Callable[[int, int], None] | None, done: int, total: int) -> None:
-    if progress is not None:
-        progress(done, total)
-
-
-def _hold_direction(directions: Directions, parameters: dict[str, nn.Parameter]) -> bool:
-    if directions not in ("auto", "implicit", "explicit"):
-        raise ValueError(
-            f"unknown directions {directions!r}; {suggestion(str(directions), ('auto', 'implicit', 'explicit'))}"
-        )
-    if directions != "auto":
-        return directions == "explicit"
-    parts = [local(parameter) for parameter in parameters.values()]
-    needed = sum(4 * part.numel() for part in parts)
-    device = parts[0].device
-    # Decided by what this process holds, which may differ by rank; the points walked through do not depend on it.
-    return needed <= _SMALL or (device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > 3 * needed)
 
 
 def basin_volume(
@@ -290,13 +202,27 @@ def basin_volume(
     batches: Iterable[Any],
     objective: Objective | None = None,
     *,
+    n_directions: int = 10,
     cutoff: float = 1e-2,
+    sigma: float | None = None,
     preconditioner: Preconditioner | Mapping[str, Preconditioner | None] | None = None,
-    cache: Cache = "auto",
-    cache_dtype: torch.dtype | None = None,
-    val_size: int | None = None,
+    measure: Measure = "gaussian",
+    rtol: float = 1e-2,
+    max_evaluations: int = 40,
+    max_radius: float | None = None,
+    l2_reg: float = 0.0,
+    seed: int = 0,
+    first_direction: int = 0,
+    directions: Directions = "auto",
     max_seq_len: int | None = None,
-    **options: Any,
+    cache: Cache = "auto",
+    estimator: Estimator | None = None,
+    cache_dtype: torch.dtype | None = None,
+    n_samples: int | None = None,
+    space: ParameterSpace | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    split_over_ranks: bool = True,
+    val_size: int | None = None,
 ) -> VolumeResult:
     r"""Estimates the log-volume of the region around a model where its predictions stay within a KL divergence.
 
@@ -304,27 +230,39 @@ def basin_volume(
         \mathrm{KL}\big(p_A(\cdot \mid x_{<t}) \,\|\, p_\theta(\cdot \mid x_{<t})\big) \le \text{cutoff}\Big\}
 
     taken as far as it can be seen from the anchor along straight lines. See
-    :func:`~lightning_goldy.analysis.local_volume` for the estimator and its other options. One forward pass per
-    batch and evaluation, about two evaluations per direction.
+    :func:`~lightning_goldy.analysis.local_volume` for the estimator. One forward pass per batch and evaluation, about
+    two evaluations per direction.
 
     Args:
         model: A plain, DistributedDataParallel-unwrapped, or FSDP2-sharded module: the anchor.
         batches: Batches that the objective understands, the same on every rank.
         objective: Where the targets are; next-token prediction by default.
+        n_directions: Number of directions, for each proposal.
         cutoff: The mean divergence at the boundary, nats per target.
+        sigma: Standard deviation of the Gaussian measure; by default the root mean square of the parameters.
         preconditioner: One, or several proposals by name (None for the plain one), of which the best is returned with
             every one's own numbers.
-        cache: Where the anchor's log-probabilities are kept: ``device``, ``cpu``, ``none``, or ``auto``.
+        measure: As for :class:`Estimator`, like the following.
+        rtol: Relative tolerance of the evaluated divergence.
+        max_evaluations: Evaluations per direction before an error.
+        max_radius: Largest distance from the anchor.
+        l2_reg: Weight of the squared distance from the anchor.
+        seed: Decides the directions.
+        first_direction: Number of the first direction.
+        directions: Whether they are held.
+        max_seq_len: Use only the first so many tokens of each sample.
+        cache: Where the anchor's log-probabilities are kept.
+        estimator: All of these settings at once, instead of by name.
         cache_dtype: Of what is kept; a rounder dtype than the logits' adds the ``anchor_cost`` of the result to every
             divergence.
-        val_size: Use only the first so many samples.
-        max_seq_len: Use only the first so many tokens of each sample.
-        **options: ``n_directions``, ``sigma``, ``measure``, ``rtol``, ``max_evaluations``, ``max_radius``, ``l2_reg``,
-            ``seed``, ``first_direction``, ``space``, ``directions``, ``progress`` and ``split_over_ranks`` of
-            ``local_volume``.
+        n_samples: Use only the first so many samples.
+        space: Which parameters; all trainable ones by default.
+        progress: Called with (directions done, directions in all) on this rank.
+        split_over_ranks: Whether to share directions out over the ranks of an initialised process group.
+        val_size: Former name of ``n_samples``.
 
     Returns:
-        The estimates, direction by direction, in nats.
+        The estimates, direction by direction, in nats; the cost is that of all ranks.
 
     Raises:
         ValueError: An argument is out of range, there is no sample, or a weight is not finite.
@@ -339,23 +277,371 @@ def basin_volume(
         >>> result.log_volume < 0, len(result.estimates)
         (True, 4)
     """
-    check_cache(cache, cache_dtype)
+    if val_size is not None:
+        warnings.warn("basin_volume: val_size has become n_samples", DeprecationWarning, stacklevel=2)
+        if n_samples is not None:
+            raise ValueError(f"give n_samples= alone; got n_samples={n_samples} and val_size={val_size}")
+        n_samples = val_size
+    walked = (max_radius, l2_reg, first_direction, directions)
+    named = Estimator(measure, seed, rtol, max_evaluations, max_seq_len, cache, *walked)
+    estimator = _one_of(estimator, named)
+    check_cache(estimator.cache, cache_dtype)
     objective = objective or CausalLMObjective()
     device = next(model.parameters()).device
     unshard_guard(model)
     chosen = [
         map_batch(batch, lambda tensor: tensor.to(device))
-        for batch in shortened(batches, objective, val_size, max_seq_len)
+        for batch in shortened(batches, objective, n_samples, estimator.max_seq_len)
     ]
     with preserved(model):
-        divergence = AnchoredDivergence(model, chosen, objective, cache=cache, cache_dtype=cache_dtype)
+        divergence = AnchoredDivergence(model, chosen, objective, cache=estimator.cache, cache_dtype=cache_dtype)
 
         def volume(proposal: Preconditioner | None) -> VolumeResult:
-            return local_volume(model, divergence, cutoff=cutoff, preconditioner=proposal, **options)
+            return local_volume(
+                model,
+                divergence,
+                n_directions=n_directions,
+                cutoff=cutoff,
+                sigma=sigma,
+                preconditioner=proposal,
+                space=space,
+                estimator=estimator,
+                progress=progress,
+                split_over_ranks=split_over_ranks,
+            )
 
-        if not isinstance(preconditioner, Mapping):
-            return volume(preconditioner)
-        best = best_of({name: volume(proposal) for name, proposal in preconditioner.items()})
-    spent = sum(numbers["evaluations"] for numbers in best.proposals.values())
-    # What the other proposals cost belongs to the choice.
-    return dataclasses.replace(best, extra_evaluations=spent - int(best.evaluations.sum()))
+        if isinstance(preconditioner, Mapping):
+            result = best_of({name: volume(proposal) for name, proposal in preconditioner.items()})
+            spent = sum(numbers["evaluations"] for numbers in result.proposals.values())
+            # What the other proposals cost belongs to the choice.
+            result = dataclasses.replace(result, extra_evaluations=spent - int(result.evaluations.sum()))
+        else:
+            result = volume(preconditioner)
+    replicas = Replicas.of(model) if split_over_ranks else Replicas()
+    return dataclasses.replace(result, cost=Cost(forwards=sum(replicas.gather_objects(divergence.forwards))))
+
+
+def _one_of(whole: Estimator | None, named: Estimator) -> Estimator:
+    if whole is not None and named != Estimator():
+        default = Estimator()
+        names = [name for name, value in vars(named).items() if value != getattr(default, name)]
+        raise ValueError(f"give estimator=, or its settings by name, not both; got estimator= and {', '.join(names)}")
+    return whole or named
+
+
+def check_region(n_directions: int, cutoff: float, sigma: float | None) -> None:
+    """Checks what can be checked of a volume before there is a model.
+
+    Raises:
+        ValueError: An argument is out of range.
+    """
+    if n_directions < 1:
+        raise ValueError(f"n_directions must be at least 1; got {n_directions}")
+    for name, value in (("cutoff", cutoff), ("sigma", 1.0 if sigma is None else sigma)):
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name} must be positive and finite; got {value}")
+
+
+@dataclass
+class _Walk:
+    """The cost along rays from one anchor."""
+
+    ray: Ray
+    cost: Callable[[nn.Module], float | torch.Tensor]
+    measure: UniformMeasure
+    cutoff: float
+    estimator: Estimator
+    anchor_cost: float = math.nan
+
+    @property
+    def max_radius(self) -> float:
+        asked = self.estimator.max_radius
+        return self.measure.max_radius if asked is None else asked
+
+    def check_anchor(self) -> None:
+        if self.max_radius <= 0 or (isinstance(self.measure, SphereMeasure) and self.max_radius > math.pi):
+            raise ValueError(f"max_radius must be positive (at most pi on the sphere); got {self.max_radius}")
+        self.anchor_cost = self._evaluate(getattr(self.cost, "at_anchor", self.cost))
+        if not abs(self.anchor_cost) < self.cutoff / 2:
+            raise ValueError(
+                f"the cost at the anchor is {self.anchor_cost:g} nats and must be about 0, well below the cutoff "
+                f"{self.cutoff:g}; is it a difference from the present model, without dropout?"
+            )
+
+    def share(
+        self, seeds: list[int], replicas: Replicas, tell: Callable[[int, int], None]
+    ) -> list[tuple[int, tuple[Proposal, Crossing]]]:
+        """This rank's part of the directions, and the pilot, which all walk, so that all start from the same radius."""
+        pilot = self.trace(seeds[0])
+        mine = replicas.share(seeds[1:])
+        traces = [(seeds[0], pilot)]
+        for own in mine:
+            tell(len(traces), len(mine) + 1)
+            traces.append((own, self.trace(own, pilot)))
+        tell(len(traces), len(mine) + 1)
+        return traces
+
+    def trace(self, seed: int, pilot: tuple[Proposal, Crossing] | None = None) -> tuple[Proposal, Crossing]:
+        proposal = self.ray.turn(seed)
+        unit = self.measure.unit(proposal)
+        start, slope, bend = self.measure.start / unit, 2.0, 0.0
+        if pilot is not None and math.isfinite(pilot[1].radius):
+            start, slope, bend = pilot[1].radius, pilot[1].slope, pilot[1].bend
+        crossing = find_radius(
+            lambda radius: self._at(radius, proposal),
+            self.cutoff,
+            start,
+            slope=slope,
+            bend=bend,
+            rtol=self.estimator.rtol,
+            max_evaluations=self.estimator.max_evaluations,
+            max_radius=self.max_radius / unit,
+        )
+        return proposal, crossing
+
+    def _at(self, radius: float, proposal: Proposal) -> float:
+        self.ray.move(*self.measure.coefficients(radius, proposal))
+        return self._evaluate(self.cost) + 0.5 * self.estimator.l2_reg * self.measure.chord(radius, proposal) ** 2
+
+    def _evaluate(self, cost: Callable[[nn.Module], float | torch.Tensor]) -> float:
+        value = float(cost(self.ray.module))
+        if any(map(is_sharded, self.ray.module.parameters())):
+            # All ranks walk together, so they must take the same decisions.
+            value = Replicas.world().gather_objects(value)[0]
+        return value
+
+    def numbers(self, traces: list[tuple[Proposal, Crossing]]) -> dict[str, Any]:
+        """The columns of the result."""
+        proposals, crossings = zip(*traces, strict=True)
+        lengths, projections = (np.array([proposal[place] for proposal in proposals]) for place in (2, 3))
+        radii, deltas, slopes, evaluations, _ = map(np.array, zip(*crossings, strict=True))
+        unbounded = np.isnan(radii)
+        integrals = self.measure.integrals(np.where(unbounded, 1.0, radii), lengths, projections)
+        log_integral, sensitivity = (np.where(unbounded, np.nan, column) for column in integrals)
+        columns = {
+            "estimates": log_integral + self.measure.constant,
+            "radii": radii,
+            "props": lengths,
+            "deltas": deltas,
+            "slopes": slopes,
+            "log_integral": log_integral,
+            "sensitivities": sensitivity,
+            "evaluations": evaluations,
+        }
+        return {name: torch.from_numpy(column) for name, column in columns.items()}
+
+
+def _measure(name: Measure, sigma: float | None, ray: Ray) -> tuple[UniformMeasure, float]:
+    dimension, square = ray.space.numel, ray.anchor_square
+    scale = math.sqrt(square / dimension) if sigma is None else sigma
+    if not scale and name == "gaussian":
+        raise ValueError("the selected parameters are all zero, so their root mean square is no sigma: give sigma=")
+    scale = scale or 1.0
+    if name == "sphere":
+        if dimension < 2 or not square:
+            raise ValueError("measure='sphere' needs at least two selected elements that are not all zero")
+        return SphereMeasure(dimension, square), scale
+    if name == "uniform":
+        return UniformMeasure(dimension, scale), scale
+    return GaussianMeasure(dimension, scale, square), scale
+
+
+def _held(estimator: Estimator, parameters: Mapping[str, nn.Parameter]) -> bool:
+    if estimator.directions != "auto":
+        return estimator.directions == "explicit"
+    parts = [local(parameter) for parameter in parameters.values()]
+    needed = sum(4 * part.numel() for part in parts)
+    device = parts[0].device
+    # Decided by what this process holds, which may differ by rank; the points walked through do not depend on it.
+    return needed <= _SMALL or (device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > 3 * needed)
+
+
+# Largest step of one extrapolation, as a factor of the radius.
+_LARGEST_STEP = math.log(32.0)
+# A cost that is not finite says only that the point is outside.
+_STEP_BACK = math.log(4.0)
+# What a slope taken from elsewhere may be off by, as a fraction of it.
+_BORROWED = 1 / 3
+_PATIENCE = 8
+# Below this slope nothing can be extrapolated.
+_FLAT = 0.1
+# Width of a bracket, in units of rtol, inside which only a jump can be.
+_JUMP = 1e-3
+
+
+class Crossing(NamedTuple):
+    """Where the cost reaches the cutoff.
+
+    Args:
+        radius: The radius, or NaN when it was not reached.
+        cost: The evaluated cost closest to the cutoff, nats.
+        slope: d log cost / d log radius there.
+        evaluations: Cost evaluations spent.
+        bend: Second derivative of the same curve, as far as the evaluated points show it.
+    """
+
+    radius: float
+    cost: float
+    slope: float
+    evaluations: int
+    bend: float = 0.0
+
+
+def find_radius(
+    cost: Callable[[float], float],
+    cutoff: float,
+    start: float,
+    *,
+    slope: float = 2.0,
+    bend: float = 0.0,
+    rtol: float = 1e-2,
+    max_evaluations: int = 40,
+    max_radius: float = math.inf,
+) -> Crossing:
+    r"""Finds the radius at which a cost equals a cutoff, by a bracketed secant in logarithms.
+
+    With :math:`x = \log r` and :math:`y = \log(\text{cost} / \text{cutoff})` a quadratic cost is a line of slope 2. A
+    point is accepted when the cost is within ``rtol`` of the cutoff and the slope is known well enough for the last
+    correction, which is not evaluated, to leave a tenth of ``rtol``. Where the cost jumps across the cutoff, the place
+    of the jump is accepted. A cost that is not finite counts as outside.
+
+    Args:
+        cost: Cost at a radius, nats.
+        cutoff: The cost to reach, positive, nats.
+        start: First radius, positive.
+        slope: First guess of d log cost / d log radius at the cutoff.
+        bend: First guess of its second derivative.
+        rtol: Relative tolerance of the cost.
+        max_evaluations: Cost evaluations before giving up.
+        max_radius: The largest radius that is tried.
+
+    Returns:
+        The crossing; its radius is NaN when the cost at ``max_radius`` is below the cutoff.
+
+    Raises:
+        ValueError: The evaluations were spent before the tolerance was reached.
+
+    Example:
+        >>> crossing = find_radius(lambda r: 3 * r**2, 0.03, start=1.0)
+        >>> round(crossing.radius, 9), crossing.evaluations
+        (0.1, 2)
+    """
+    search = _Search(cutoff, rtol, slope, bend, math.log(max_radius))
+    x = min(math.log(start), search.limit)
+    for count in range(1, max_evaluations + 1):
+        value = cost(math.exp(x))
+        search.add(x, value)
+        if search.accepted():
+            return Crossing(
+                math.exp(search.corrected()), search.best_cost, search.slope_at_best(), count, search.bend_at_best()
+            )
+        if x >= search.limit and value < cutoff:
+            return Crossing(math.nan, value, math.nan, count)
+        x = search.next()
+    raise ValueError(
+        f"the cost did not come within {rtol:g} of the cutoff {cutoff:g} in {max_evaluations} evaluations; the radius "
+        f"lies between {math.exp(search.low):.6g} and {math.exp(search.high):.6g}. Raise max_evaluations or rtol"
+    )
+
+
+@dataclass
+class _Search:
+    cutoff: float
+    rtol: float
+    slope: float
+    bend: float
+    limit: float
+    low: float = -math.inf
+    high: float = math.inf
+    count: int = 0
+    inside: float = math.nan
+    """The last cost inside, which has no logarithm where it is 0."""
+    points: list[tuple[float, float, float]] = field(default_factory=list)
+    """(x, y, cost) of the points whose logarithm exists, closest to the cutoff first."""
+
+    def add(self, x: float, cost: float) -> None:
+        self.count += 1
+        outside = not cost < self.cutoff
+        if outside:
+            self.high = min(self.high, x)
+        else:
+            self.low, self.inside = max(self.low, x), cost
+        if self.low >= self.high:
+            # Not monotone: what the last point says holds, and its far side is open again.
+            self.low, self.high = (-math.inf, x) if outside else (x, math.inf)
+        if math.isfinite(cost) and cost > 0:
+            self.points.append((x, math.log(cost / self.cutoff), cost))
+            self.points.sort(key=lambda point: abs(point[1]))
+
+    @property
+    def best_cost(self) -> float:
+        return self.points[0][2] if self.points else self.inside
+
+    def accepted(self) -> bool:
+        if self.high - self.low <= self.rtol * _JUMP:
+            return True
+        if not self.points:
+            return False
+        miss = abs(self.points[0][1])
+        # A secant's slope is that of the middle; slopes are taken to change by at most their own size per factor e.
+        unsure = _BORROWED if self._secant() is None else 0.05 + abs(self.points[1][0] - self.points[0][0]) / 2
+        return miss <= self.rtol and miss * unsure <= self.rtol / 10
+
+    def _secant(self) -> float | None:
+        if len(self.points) < 2:
+            return None
+        (x, y, _), (other_x, other_y, _) = self.points[:2]
+        if x == other_x:
+            return None
+        slope = (other_y - y) / (other_x - x)
+        return slope if slope > _FLAT else None
+
+    def _flat(self) -> bool:
+        """Whether the cost is known to hardly grow, so that its next value is far away."""
+        return len(self.points) > 1 and self._secant() is None
+
+    def slope_at_best(self) -> float:
+        secant = self._secant()
+        return self.slope if secant is None else secant
+
+    def bend_at_best(self) -> float:
+        """From the three points closest to the cutoff; 0 where they do not show a growing curve."""
+        if len(self.points) < 3:
+            return self.bend
+        (a, ya, _), (b, yb, _), (c, yc, _) = sorted(self.points[:3])
+        if not a < b < c or self._secant() is None:
+            return 0.0
+        return 2 * ((yc - yb) / (c - b) - (yb - ya) / (b - a)) / (c - a)
+
+    def _step(self) -> float:
+        """Where the curve meets the cutoff, from its best point."""
+        y, slope = self.points[0][1], self.slope_at_best()
+        if len(self.points) > 1:
+            return -y / slope
+        # The same curve, shifted sideways: the pilot's slope and bend are those at the cutoff.
+        steepness = math.sqrt(max(slope * slope + 2 * self.bend * y, 0.25 * slope * slope))
+        return -2 * y / (slope + steepness)
+
+    def corrected(self) -> float:
+        x, y, _ = self.points[0] if self.points else (math.nan, math.inf, math.nan)
+        if abs(y) > self.rtol:
+            # A jump: the bracket, which is narrow, says more than an extrapolation.
+            return 0.5 * (self.low + self.high)
+        found = x - y / self.slope_at_best()
+        return min(max(found, self.low), self.high, self.limit) if self.low < self.high else found
+
+    def next(self) -> float:
+        low, high = self.low, self.high
+        if not self.points:
+            guess = low + _LARGEST_STEP if math.isinf(high) else high - _STEP_BACK
+        else:
+            guess = self.points[0][0] + max(-_LARGEST_STEP, min(_LARGEST_STEP, self._step()))
+        if math.isfinite(low) and math.isfinite(high):
+            # The secant may creep along one side of a kink; halving does not.
+            if not low < guess < high or (self.count > _PATIENCE and self.count % 2):
+                guess = 0.5 * (low + high)
+        elif math.isfinite(low) and (guess <= low or self._flat()):
+            guess = low + _LARGEST_STEP
+        elif math.isfinite(high) and guess >= high:
+            guess = high - _STEP_BACK
+        return min(guess, self.limit)

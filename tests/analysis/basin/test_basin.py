@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -8,6 +9,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from lightning_goldy.analysis import basin_volume, local_volume
+from lightning_goldy.analysis.basin import Estimator
 from lightning_goldy.analysis.divergence import AnchoredDivergence
 from lightning_goldy.core import CausalLMObjective, ClassifierObjective, ParameterSpace
 from lightning_goldy.core.directions import Ray, direction_seed
@@ -136,7 +138,7 @@ def test_options_change_what_is_compared() -> None:
     model, batches, objective = subject("gpt2")
     whole = basin_volume(model, batches, objective, n_directions=2)
     first = basin_volume(model, batches[:1], objective, n_directions=2)
-    assert basin_volume(model, batches, objective, n_directions=2, val_size=3).estimates.equal(first.estimates)
+    assert basin_volume(model, batches, objective, n_directions=2, n_samples=3).estimates.equal(first.estimates)
     assert not whole.estimates.equal(first.estimates)
     short = [{key: value[:, :6] for key, value in batch.items()} for batch in batches]
     cut = basin_volume(model, batches, objective, n_directions=2, max_seq_len=6)
@@ -150,6 +152,35 @@ def test_options_change_what_is_compared() -> None:
     for directions in ("implicit", "explicit"):
         other = basin_volume(model, batches, objective, n_directions=2, directions=directions)
         assert other.estimates.equal(whole.estimates)
+
+
+def test_settings_go_whole_or_by_name() -> None:
+    model, batches, objective = subject("mlp")
+    settings = {"seed": 3, "rtol": 1e-3, "measure": "uniform", "l2_reg": 0.5, "first_direction": 2, "max_radius": 50.0}
+    named = basin_volume(model, batches, objective, n_directions=2, **settings)
+    whole = basin_volume(model, batches, objective, n_directions=2, estimator=Estimator(**settings))
+    assert named.to_json() == dataclasses.replace(whole, seconds=named.seconds).to_json()
+    assert (named.seed, named.rtol, named.measure, named.first_direction, named.max_radius) == (
+        3,
+        1e-3,
+        "uniform",
+        2,
+        50.0,
+    )
+    with pytest.raises(ValueError, match="not both; got estimator= and seed, rtol"):
+        basin_volume(model, batches, objective, estimator=Estimator(), seed=1, rtol=0.1)
+    with pytest.raises(ValueError, match="not both; got estimator= and measure"):
+        local_volume(model, lambda module: 0.0, estimator=Estimator(), measure="uniform")
+
+
+def test_the_former_name_of_n_samples_is_taken_with_a_warning() -> None:
+    model, batches, objective = subject("gpt2")
+    expected = basin_volume(model, batches, objective, n_directions=1, n_samples=2)
+    with pytest.warns(DeprecationWarning, match="val_size has become n_samples"):
+        former = basin_volume(model, batches, objective, n_directions=1, val_size=2)
+    assert former.estimates.equal(expected.estimates)
+    with pytest.raises(ValueError, match="give n_samples= alone"), pytest.warns(match="has become"):
+        basin_volume(model, batches, objective, n_samples=2, val_size=2)
 
 
 def test_a_module_that_left_the_anchor_is_refused() -> None:

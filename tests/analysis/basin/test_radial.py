@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mpmath import mp, mpf
 
-from lightning_goldy.analysis.basin.measures import (
+from lightning_goldy.analysis.basin.result import (
     log_cap_integral,
     log_gaussian_integral,
     log_sphere_area,

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_goldy.analysis.basin.radius import find_radius
+from lightning_goldy.analysis.basin.volume import find_radius
 from tests.references.volume import radius_reference
 
 SMOOTH: dict[str, Callable[[float], float]] = {
