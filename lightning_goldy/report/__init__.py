@@ -57,8 +57,6 @@ from lightning_goldy.report.plasticity_plots import (
     plot_plasticity_loss,
     plot_plasticity_sweep,
 )
-from lightning_goldy.report.ripple_charts import chart_ripple_effects
-from lightning_goldy.report.ripple_plots import plot_ripple_effects
 from lightning_goldy.report.topics.golden import (
     chart_change_histogram,
     chart_golden_parameters,
@@ -66,6 +64,7 @@ from lightning_goldy.report.topics.golden import (
     chart_search_history,
     chart_weight_changes,
 )
+from lightning_goldy.report.topics.ripple import chart_ripple_effects
 from lightning_goldy.report.variant_figures import chart_variant_losses, plot_variant_losses
 
 __all__ = [
@@ -122,7 +121,6 @@ __all__ = [
     "plot_head_scores",
     "plot_plasticity_loss",
     "plot_plasticity_sweep",
-    "plot_ripple_effects",
     "plot_taylor_prediction",
     "plot_taylor_shares",
     "plot_variant_losses",
@@ -140,6 +138,7 @@ _FORMER = {
     "plot_change_histogram": "lightning_goldy.report.topics.golden.chart_change_histogram",
     "plot_golden_parameters": "lightning_goldy.report.topics.golden.chart_golden_parameters",
     "plot_parameter_distribution": "lightning_goldy.report.topics.golden.chart_parameter_distribution",
+    "plot_ripple_effects": "lightning_goldy.report.topics.ripple.chart_ripple_effects",
     "plot_search_history": "lightning_goldy.report.topics.golden.chart_search_history",
     "plot_weight_changes": "lightning_goldy.report.topics.golden.chart_weight_changes",
     "register_chart": "lightning_goldy.report.figures.register_former",

@@ -11,12 +11,12 @@ from lightning_goldy.report.coupling_drifts import (
     drift_lines,
     drift_map,
     drift_scatters,
+    identity,
     lines_caption,
     map_caption,
     prediction_caption,
 )
 from lightning_goldy.report.registry import Row, require
-from lightning_goldy.report.ripples import identity
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

@@ -11,6 +11,7 @@ from lightning_goldy.report.coupling_drifts import (
     drift_lines,
     drift_map,
     drift_scatters,
+    identity,
     lines_caption,
     map_caption,
     prediction_caption,
@@ -18,7 +19,6 @@ from lightning_goldy.report.coupling_drifts import (
 from lightning_goldy.report.coupling_plots import plot_coupling_distribution, plot_coupling_map
 from lightning_goldy.report.plots import blank_figure, register_plot, write_heading, write_titles
 from lightning_goldy.report.registry import Row
-from lightning_goldy.report.ripples import identity
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

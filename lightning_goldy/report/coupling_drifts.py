@@ -14,7 +14,6 @@ from lightning_goldy.report.descriptions import Description, describe
 from lightning_goldy.report.formatting import format_number, format_percent, texts_html
 from lightning_goldy.report.generations import printable
 from lightning_goldy.report.registry import ReportError, Row
-from lightning_goldy.report.ripples import Scatter
 
 CLASSES = ("edited", "rehearsed", "untouched")
 """The order of the classes in legends."""
@@ -56,6 +55,34 @@ class DriftMap:
     names: tuple[str, ...]
     cells: NDArray[np.float64]
     limit: float
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """Points of one distance class under one prediction.
+
+    Args:
+        name: The class.
+        label: The class with its correlation.
+        predicted: Nats.
+        measured: Nats.
+    """
+
+    name: str
+    label: str
+    predicted: tuple[float, ...]
+    measured: tuple[float, ...]
+
+
+def identity(groups: Sequence[Scatter]) -> tuple[float, float]:
+    """Ends of the line on which predicted equals measured, over all points.
+
+    Example:
+        >>> identity([Scatter("near", "near", (0.0, 1.0), (-2.0, 0.5))])
+        (-2.0, 1.0)
+    """
+    values = [value for group in groups for value in (*group.predicted, *group.measured)]
+    return min(values, default=0.0), max(values, default=0.0)
 
 
 def drift_scatters(row: Row) -> tuple[Scatter, ...]:
