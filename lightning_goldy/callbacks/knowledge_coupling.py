@@ -27,9 +27,7 @@ from lightning_goldy.analysis.coupling.passes import OnError
 from lightning_goldy.analysis.coupling.pieces import Layers, check_selection
 from lightning_goldy.analysis.coupling.statistics import check_thresholds
 from lightning_goldy.analysis.result import AnalysisResult, Cost, Row
-from lightning_goldy.analysis.ripple import FinetuneRipple, finetune_ripple
-from lightning_goldy.analysis.ripple.finetune import UNTOUCHED
-from lightning_goldy.analysis.ripple.result import check_pieces
+from lightning_goldy.analysis.ripple import UNTOUCHED, FinetuneRipple, check_pieces, finetune_ripple
 from lightning_goldy.callbacks.attention_tracker import find_tokenizer
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.callbacks.golden_snapshot import BASE_FILE, TrainingBase
@@ -233,7 +231,7 @@ def knowledge_findings(
         "mean_difference": drift.mean_difference,
         "correlation": drift.correlation,
         **{f"mean_absolute_difference/{name}": value for name, value in drift.by_class.items()},
-        **ripple.scalars(),
+        **ripple.metrics(),
         **found.statistics.scalars(),
     }
     data: dict[str, Any] = {
@@ -254,7 +252,7 @@ def knowledge_findings(
         "drifted": _drifted(base, found, watched),
         **coupling_picture(found.coupling, found.statistics, most=_BLOCKS).details(),
     }
-    cost = Cost(forwards=3 * len(ripple.pieces) + ripple.passes)
+    cost = Cost(forwards=3 * len(ripple.pieces)) + ripple.cost
     return Row("coupling_drift", metrics, data, cost=cost)
 
 

@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 
 from lightning_goldy.analysis.agreement import EVERYTHING, Agreement, agreement_of
 from lightning_goldy.analysis.coupling import CouplingResult
-from lightning_goldy.analysis.ripple import RippleResult
-from lightning_goldy.analysis.ripple.result import EDITED, Predictor
+from lightning_goldy.analysis.ripple import EDITED, Predictor, RippleResult
 from lightning_goldy.commands.coupling.run import Findings
 from lightning_goldy.core.files import atomic_write
 
