@@ -147,36 +147,35 @@ def measure(
             activation = activation_similarity(model, chosen, on_error="nan", **part, **here)
     if options.editing is not None:
         with clock.phase("ripple"):
-            kept = [chosen[index] for index in good]
-            ripple = _ripple(model, kept, material.edits, options, result, tokenizer=tokenizer, progress=clock.progress)
+            ripple = _ripple(model, tokenizer, material, result, options, clock)
     return Findings(material.source, result, statistics, scores, layers, layered, activation, ripple, cost)
 
 
 def _ripple(
     model: nn.Module,
-    kept: Sequence[KnowledgePiece],
-    edits: Sequence[KnowledgeEdit],
-    options: Options,
+    tokenizer: PreTrainedTokenizerBase,
+    material: Material,
     result: CouplingResult,
-    **how: Any,
+    options: Options,
+    clock: Clock,
 ) -> RippleResult:
     editing, method = options.editing, options.method
     assert editing is not None
-    if isinstance(editing.edits, int):
-        edits = drawn_edits(kept, editing.edits, method.seed)
+    kept = [piece for piece, good in zip(material.chosen, result.valid.tolist(), strict=True) if good]
     # The editor's own default is what the default of the coupling selects too.
     own = method.select == "mlp_output" and method.layers is None
     return ripple_effects(
         model,
         kept,
-        edits,
-        template=options.pieces.prompt,
-        select=None if own or editing.editor == "rank_one" else result.parameters,
+        material.edits or drawn_edits(kept, int(editing.edits), method.seed),
+        tokenizer=tokenizer,
         editor=editing.editor,
         learning_rate=editing.learning_rate,
         steps=editing.steps,
+        select=None if own or editing.editor == "rank_one" else result.parameters,
+        template=options.pieces.prompt,
+        progress=clock.progress,
         split_over_ranks=False,
-        **how,
     )
 
 

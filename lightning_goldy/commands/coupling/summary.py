@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,7 @@ from lightning_goldy.commands.coupling.run import Clock, Findings, measure, read
 from lightning_goldy.core.files import atomic_path, atomic_write, finite
 from lightning_goldy.core.naming import model_class
 from lightning_goldy.report.coupling_tables import readiness_lines, readiness_table
-from lightning_goldy.report.figures import draw_figures
+from lightning_goldy.report.figures import Figure, draw_figures
 from lightning_goldy.report.formatting import format_bytes, format_number, format_percent, format_seconds
 from lightning_goldy.report.page import write_report
 from lightning_goldy.training.quiet import progress_only, without_known_warnings
@@ -54,10 +55,6 @@ _PICTURES = {
     ("knowledge_coupling", "distribution"): ("distribution.png", "distribution of the cosines, with the thresholds"),
     ("ripple_effects", "prediction"): ("ripple.png", "predicted against measured changes by the edits"),
 }
-_RIPPLE = (
-    "predicted_first_order", "predicted_coupling", "cosine", "before", "after", "rank_before", "rank_after",
-    "exact_before", "exact_after", "new_before", "new_after", "new_exact", "delta_norm", "gradient_norm",
-)  # fmt: skip
 
 
 def run_coupling(options: Options) -> Path:
@@ -150,7 +147,7 @@ def write_tensors(found: Findings, path: Path) -> Path:
         tensors["activation"] = found.activation.matrix
     header = {"schema_version": SCHEMA_VERSION, "ids": list(found.result.ids)}
     if found.ripple is not None:
-        tensors |= {f"ripple/{name}": getattr(found.ripple, name) for name in _RIPPLE}
+        tensors |= {f"ripple/{name}": part for name, part in vars(found.ripple).items() if isinstance(part, Tensor)}
         header["ripple_ids"] = list(found.ripple.pieces)
         header["ripple_edits"] = [{name: list(value) for name, value in each.items()} for each in found.ripple.edits]
     # Copies, because safetensors refuses tensors that share memory.
@@ -209,6 +206,9 @@ def write_pictures(rows: list[dict[str, Any]], folder: Path) -> tuple[dict[str, 
             return {}, str(error)
         for name, figure in figures.items():
             file, shows = _PICTURES[row["analysis"], name]
+            if isinstance(figure, Figure):
+                # Nothing is trained here, so there is no step.
+                figure = replace(figure, title=figure.title.removesuffix(", step 0"))
             atomic_write(folder / file, figure.png())
             written[file] = shows
     return written, None
