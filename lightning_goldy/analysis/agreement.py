@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_goldy.analysis.result import AnalysisResult
+from lightning_goldy.core.files import finite
 
 EVERYTHING = "all"
 """Names the agreement over all classes."""
@@ -42,6 +43,15 @@ class Agreement(AnalysisResult):
     slope: float
     intercept: float
     reason: str = ""
+
+    def metrics(self) -> dict[str, float | None]:
+        """The four numbers worth a curve; None where one is undefined."""
+        names = ("pearson", "spearman", "sign_agreement", "slope")
+        return {name: finite(getattr(self, name)) for name in names}
+
+    def details(self) -> dict[str, Any]:
+        """All of it; None for a number that is undefined."""
+        return {name: finite(value) for name, value in vars(self).items()}
 
 
 def agreement_of(
@@ -86,6 +96,16 @@ def agreement_of(
     if y.min() == y.max():
         return dataclasses.replace(known, reason="measured values are all the same")
     return dataclasses.replace(known, pearson=_correlation(x, y), spearman=_correlation(_ranks(x), _ranks(y)))
+
+
+def spaced_places(count: int, most: int) -> NDArray[np.int64]:
+    """Places of at most so many of a number of things, evenly spaced from the first to the last.
+
+    Example:
+        >>> spaced_places(9, 3).tolist(), spaced_places(2, 3).tolist(), spaced_places(0, 3).tolist()
+        ([0, 4, 8], [0, 1], [])
+    """
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.int64))
 
 
 def _correlation(x: NDArray[Any], y: NDArray[Any]) -> float:

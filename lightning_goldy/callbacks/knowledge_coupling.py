@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
-import torch
 from lightning.pytorch.utilities import rank_zero_deprecation
 from torch import Tensor, nn
 
@@ -28,9 +27,7 @@ from lightning_goldy.analysis.coupling import (
     knowledge_coupling,
 )
 from lightning_goldy.analysis.result import AnalysisResult, Cost
-from lightning_goldy.analysis.ripple import FinetuneRipple, finetune_ripple
-from lightning_goldy.analysis.ripple.finetune import UNTOUCHED
-from lightning_goldy.analysis.ripple.result import check_pieces
+from lightning_goldy.analysis.ripple import UNTOUCHED, FinetuneRipple, check_pieces, finetune_ripple
 from lightning_goldy.callbacks.attention_tracker import find_tokenizer
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.callbacks.golden_snapshot import BASE_FILE, TrainingBase
@@ -225,7 +222,7 @@ class KnowledgeState(AnalysisResult):
             "mean_difference": drift.mean_difference,
             "correlation": drift.correlation,
             **{f"mean_absolute_difference/{name}": value for name, value in drift.by_class.items()},
-            **self.ripple.scalars(),
+            **self.ripple.metrics(),
             **self.statistics.metrics(),
         }
 
@@ -236,17 +233,13 @@ class KnowledgeState(AnalysisResult):
             {
                 **self.statistics.details(),
                 **coupling_picture(coupling, self.statistics, most=_BLOCKS).details(),
-                "n_pieces": len(ripple.pieces),
-                "classes": {name: len(ripple.places(name)) for name in ripple.groups},
+                **ripple.details(),
                 "n_pairs": self.drift.n_pairs,
                 "failed": coupling.failed,
                 "parameters": coupling.parameters,
                 "template": self.watched.template,
-                "route": ripple.route,
                 "base_statistics": self.base_statistics.metrics(),
                 "measure": coupling.measure,
-                "agreement": [vars(agreement) for agreement in ripple.agreement()],
-                "points": self._points(),
                 "moved": [self._moved(place) for place in ripple.most_moved(_MOVED)],
                 "drifted": self._drifted(),
             }
@@ -273,17 +266,6 @@ class KnowledgeState(AnalysisResult):
             tensors[name] = getattr(self.ripple, name)
         shapes, dtypes = zip(*((tensor.shape, tensor.dtype) for tensor in tensors.values()), strict=True)
         return {"coupling": (ParameterVector(ParameterSpace(tuple(tensors), shapes, dtypes), tensors), "result")}
-
-    def _points(self) -> dict[str, list[Any]]:
-        """Predicted and measured changes; of more pieces than can be drawn, so many evenly spaced."""
-        ripple, count = self.ripple, len(self.ripple.pieces)
-        places = torch.linspace(0, count - 1, min(count, _POINTS), dtype=torch.float64).round().long().unique().tolist()
-        return {
-            "piece": [ripple.pieces[place] for place in places],
-            "class": [ripple.classes[place] for place in places],
-            "predicted": ripple.predicted[places].tolist(),
-            "measured": ripple.measured[places].tolist(),
-        }
 
     def _moved(self, place: int) -> dict[str, Any]:
         piece = self.watched.pieces[place]
@@ -424,7 +406,7 @@ class KnowledgeCoupling(AnalysisCallback[KnowledgeState]):
             statistics=self._statistics(coupling),
             drift=coupling_drift(base, coupling, self._watched.classes),
             ripple=ripple,
-            cost=unreported + coupling.cost + Cost(forwards=ripple.passes),
+            cost=unreported + coupling.cost + ripple.cost,
         )
 
     def state_dict(self) -> dict[str, Any]:

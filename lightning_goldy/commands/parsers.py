@@ -329,6 +329,9 @@ def _add_editing(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--steps", type=int, metavar="N", help="of the editor (default: its own)")
 
 
+_METHOD = ("center", "projection", "workspace", "activation", "moderate", "high", "seed")
+
+
 def parsed_layers(text: str | None) -> tuple[int, int] | str | None:
     """The blocks that ``--layers`` names.
 
@@ -356,8 +359,8 @@ def _coupling(options: argparse.Namespace) -> int:
     if options.edits is None and (options.learning_rate is not None or options.steps is not None):
         raise ValueError("--learning-rate and --steps belong to the editor; say with --edits what to edit")
     # Brings torch, which other commands need not wait for.
-    from lightning_goldy.commands.coupling.options import Editing, Method, Pieces
-    from lightning_goldy.commands.coupling.summary import Model, run_coupling
+    from lightning_goldy.commands.coupling.options import Editing, Method, Model, Options, Pieces
+    from lightning_goldy.commands.coupling.summary import run_coupling
 
     words = options.select
     select: Any = words[0] if len(words) == 1 and not set("*.?[") & set(words[0]) else words
@@ -366,28 +369,24 @@ def _coupling(options: argparse.Namespace) -> int:
         edits = int(options.edits) if options.edits.lstrip("-").isdecimal() else options.edits
         editing = Editing(edits, editor=options.editor, learning_rate=options.learning_rate, steps=options.steps)
     run_coupling(
-        Model(options.model, tokenizer=options.tokenizer, dtype=options.dtype, device=options.device),
-        Pieces(
-            options.data,
-            format=options.format,
-            form=options.form,
-            count=options.n_pieces,
-            template=_template(options),
-            seed=options.seed,
-        ),
-        Method(
-            select=select,
-            layers=parsed_layers(options.layers),
-            center=options.center,
-            projection=options.projection,
-            workspace=options.workspace,
-            activation=options.activation,
-            moderate=options.moderate,
-            high=options.high,
-            seed=options.seed,
-        ),
-        editing,
-        out=options.out,
+        Options(
+            Model(options.model, tokenizer=options.tokenizer, dtype=options.dtype, device=options.device),
+            Pieces(
+                options.data,
+                format=options.format,
+                form=options.form,
+                count=options.n_pieces,
+                template=_template(options),
+                seed=options.seed,
+            ),
+            Method(
+                select=select,
+                layers=parsed_layers(options.layers),
+                **{name: getattr(options, name) for name in _METHOD},
+            ),
+            editing,
+            out=options.out,
+        )
     )
     return 0
 

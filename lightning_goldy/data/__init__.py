@@ -5,15 +5,16 @@ from __future__ import annotations
 from lightning_goldy.core.pieces import PadCollator, encode_pairs
 from lightning_goldy.data.atlas import AtlasDataModule, Edit, apply_edits, random_edits
 from lightning_goldy.data.base import ProbeDataModule, ResumableDataLoader, SeededShuffle, Splits
-from lightning_goldy.data.facts import Country, load_countries
 from lightning_goldy.data.knowledge import KnowledgeDataModule, KnowledgePiece, read_pieces
 from lightning_goldy.data.readers import PieceSet, load_pieces, write_pieces
 from lightning_goldy.data.relations import (
     RELATIONS,
+    Country,
     Fact,
     Question,
     Relation,
     country_facts,
+    load_countries,
     one_hop_questions,
     two_hop_questions,
 )

@@ -40,6 +40,164 @@ class Edit:
     answer: str
 
 
+class AtlasDataModule(ProbeDataModule):
+    """Questions about the capital, continent, currency and main language of countries.
+
+    Without edits, the training set is every fact in every training phrasing. With edits it is the edited facts, plus a
+    share of the others as rehearsal. The validation set is the held-out phrasing of every fact, and the probe a part
+    of it, in which the edited facts come first.
+
+    Args:
+        batch_size: Samples per batch.
+        edits: Facts to make counterfactual, e.g. ``[{country: France, relation: capital, answer: Rome}]``, or the
+            number of random ones (their choice depends on ``seed``). None pretrains on the true facts.
+        rehearsal: With edits, the share of unedited facts that stay in the training set, in [0, 1].
+        two_hop: Adds two-hop questions to the training set; with edits, among the facts rehearsed.
+        tokenizer: ``"words"`` for the atlas's own words, ``"bytes"``, a local folder, a hub name, or a tokenizer.
+        mask_query: False trains on the words of the questions too. Validation and probe always mask them.
+        probe_size: Samples in the probe.
+        seed: Decides random edits, rehearsal, the probe and the order of training samples.
+
+    Raises:
+        ValueError: An argument out of range, an unknown country or relation, or (from ``setup``) a probe larger than
+            the number of facts, or an answer that the tokenizer does not know.
+
+    Example:
+        >>> data = AtlasDataModule(edits=[Edit("France", "capital", "Rome")], probe_size=4)
+        >>> [(question.prompt, question.answer) for question in data.training_questions()][:1]
+        [('What is the capital of France?', 'Rome')]
+        >>> batch = next(iter(data.probe_dataloader()))
+        >>> data.tokenizer.decode(batch["input_ids"][0], skip_special_tokens=True)
+        'Name the capital of France. Rome'
+    """
+
+    def __init__(
+        self,
+        batch_size: int = 64,
+        edits: list[Edit] | int | None = None,
+        *,
+        rehearsal: float = 0.0,
+        two_hop: bool = False,
+        tokenizer: str | PreTrainedTokenizerBase = "words",
+        mask_query: bool = True,
+        probe_size: int = 32,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(tokenizer=tokenizer, batch_size=batch_size, probe_size=probe_size, seed=seed)
+        if not 0 <= rehearsal <= 1:
+            raise ValueError(f"rehearsal={rehearsal!r} must be a share of the unedited facts, between 0 and 1")
+        if edits is None and rehearsal > 0:
+            raise ValueError(f"rehearsal={rehearsal!r} needs edits: without them every fact is in the training set")
+        if two_hop and edits is not None and rehearsal == 0:
+            raise ValueError("two_hop=True with edits adds questions about rehearsed facts: set rehearsal above 0")
+        true_facts = country_facts()
+        self.edits = tuple(_resolve(edits, true_facts, seed))
+        self.facts = tuple(apply_edits(true_facts, self.edits))
+        if probe_size > len(self.facts):
+            raise ValueError(f"probe_size={probe_size} is larger than the {len(self.facts)} facts there are")
+        self.rehearsal = rehearsal
+        self.two_hop = two_hop
+        self.mask_query = mask_query
+
+    @property
+    def edited_facts(self) -> list[Fact]:
+        """The facts with counterfactual answers, in the order of ``edits``."""
+        by_name = {(fact.subject, fact.relation): fact for fact in self.facts}
+        return [by_name[edit.country, edit.relation] for edit in self.edits]
+
+    @property
+    def unedited_facts(self) -> list[Fact]:
+        """The facts with their true answers, in the table's order."""
+        return [fact for fact in self.facts if not fact.edited]
+
+    def one_hop_questions(self, phrasing: Phrasing = "train") -> list[Question]:
+        """Every fact, after edits, in every training phrasing, or once in the held-out one."""
+        return one_hop_questions(self.facts, phrasing)
+
+    def two_hop_questions(self, phrasing: Phrasing = "train") -> list[Question]:
+        """Every two-hop question whose capital, after edits, names exactly one country."""
+        return two_hop_questions(self.facts, phrasing)
+
+    def training_questions(self) -> list[Question]:
+        """What the training set is made of."""
+        chosen = self._rehearsed() if self.edits else list(self.facts)
+        questions = one_hop_questions([*self.edited_facts, *chosen])
+        if self.two_hop:
+            kept = set(chosen)
+            # Two-hop questions about edited facts stay out: they tell how far an edit reaches.
+            questions += [each for each in self.two_hop_questions() if each.fact in kept and not each.edited]
+        return questions
+
+    def probe_questions(self) -> list[Question]:
+        """What the probe is made of: held-out phrasings, of the edited facts first."""
+        unedited = self.unedited_facts
+        random.Random(f"probe {self.seed}").shuffle(unedited)
+        return one_hop_questions([*self.edited_facts, *unedited][: self.probe_size], "held_out")
+
+    def analysis_splits(self) -> dict[str, DataLoader]:
+        """Two sets of samples to compare, in training phrasings: what was true before, and what was learned by heart.
+
+        Returns:
+            ``clean``: as many untouched facts as there are edited ones, drawn by ``seed``; ``memorised``: the edited
+            facts. Both ask for every fact once before they ask for one again.
+
+        Raises:
+            ValueError: Nothing is edited, or nothing is left untouched.
+
+        Example:
+            >>> data = AtlasDataModule(edits=20)
+            >>> {name: len(loader.dataset) for name, loader in data.analysis_splits().items()}
+            {'clean': 80, 'memorised': 80}
+        """
+        unedited = self.unedited_facts
+        if not self.edits or not unedited:
+            left = "every fact is edited" if self.edits else "no fact is edited"
+            raise ValueError(f"there is nothing to compare: {left}; set edits= to some of the {len(self.facts)} facts")
+        random.Random(f"clean {self.seed}").shuffle(unedited)
+        chosen = {"clean": unedited[: len(self.edits)], "memorised": self.edited_facts}
+        return {name: self.question_dataloader(_by_phrasing(facts)) for name, facts in chosen.items()}
+
+    def question_dataloader(self, questions: Sequence[Question]) -> DataLoader:
+        """Batches of any questions, in their order, with the prompt masked.
+
+        A model knows an answer when its likeliest token is the label at every target: greedy generation from the
+        prompt then gives just that answer.
+        """
+        return self._loader(self._encode(questions))
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Make or load the tokenizer; ``"words"`` gives the same one whatever the edits."""
+        facts = country_facts()
+        texts = (
+            text
+            for phrasing in get_args(Phrasing)
+            for ask in (one_hop_questions, two_hop_questions)
+            for question in ask(facts, phrasing)
+            for text in (question.prompt, question.answer)
+        )
+        return load_tokenizer(self._tokenizer_choice, corpus=texts)
+
+    def build_splits(self) -> Splits:
+        """Tokenise the training, validation and probe questions."""
+        return Splits(
+            train=self._encode(self.training_questions(), mask_query=self.mask_query),
+            val=self._encode(self.one_hop_questions("held_out")),
+            probe=self._encode(self.probe_questions()),
+        )
+
+    def _rehearsed(self) -> list[Fact]:
+        unedited = self.unedited_facts
+        # A share above nought rehearses something, however small it is.
+        least = min(len(unedited), int(self.rehearsal > 0))
+        count = max(least, round(self.rehearsal * len(unedited)))
+        kept = set(random.Random(f"rehearsal {self.seed}").sample(range(len(unedited)), count))
+        return [fact for index, fact in enumerate(unedited) if index in kept]
+
+    def _encode(self, questions: Sequence[Question], *, mask_query: bool = True) -> SampleSet:
+        pairs = [(question.prompt, question.answer) for question in questions]
+        return encode_pairs(self.tokenizer, pairs, mask_query=mask_query)
+
+
 def apply_edits(facts: Sequence[Fact], edits: Sequence[Edit]) -> list[Fact]:
     """Replace the answers of the edited facts.
 
@@ -110,159 +268,6 @@ def _locate(edit: Edit, index: dict[tuple[str, str], int]) -> int:
         countries = dict.fromkeys(country for country, _ in index)
         raise ValueError(unknown_name("country", edit.country, countries, listed=200) + f" (in {edit})")
     return index[edit.country, edit.relation]
-
-
-class AtlasDataModule(ProbeDataModule):
-    """Questions about the capital, continent, currency and main language of countries.
-
-    Without edits, the training set is every fact in every training phrasing. With edits it is the edited facts, plus a
-    share of the others as rehearsal. The validation set is the held-out phrasing of every fact, and the probe a part
-    of it, in which the edited facts come first.
-
-    Args:
-        batch_size: Samples per batch.
-        edits: Facts to make counterfactual, e.g. ``[{country: France, relation: capital, answer: Rome}]``, or the
-            number of random ones (their choice depends on ``seed``). None pretrains on the true facts.
-        rehearsal: With edits, the share of unedited facts that stay in the training set, in [0, 1].
-        two_hop: Adds two-hop questions to the training set; with edits, among the facts rehearsed.
-        tokenizer: ``"words"`` for the atlas's own words, ``"bytes"``, a local folder, a hub name, or a tokenizer.
-        mask_query: False trains on the words of the questions too. Validation and probe always mask them.
-        probe_size: Samples in the probe.
-        seed: Decides random edits, rehearsal, the probe and the order of training samples.
-
-    Raises:
-        ValueError: An argument out of range, an unknown country or relation, or (from ``setup``) a probe larger than
-            the number of facts, or an answer that the tokenizer does not know.
-
-    Example:
-        >>> data = AtlasDataModule(edits=[Edit("France", "capital", "Rome")], probe_size=4)
-        >>> [(question.prompt, question.answer) for question in data.training_questions()][:1]
-        [('What is the capital of France?', 'Rome')]
-        >>> batch = next(iter(data.probe_dataloader()))
-        >>> data.tokenizer.decode(batch["input_ids"][0], skip_special_tokens=True)
-        'Name the capital of France. Rome'
-    """
-
-    def __init__(
-        self,
-        batch_size: int = 64,
-        edits: list[Edit] | int | None = None,
-        *,
-        rehearsal: float = 0.0,
-        two_hop: bool = False,
-        tokenizer: str | PreTrainedTokenizerBase = "words",
-        mask_query: bool = True,
-        probe_size: int = 32,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(tokenizer=tokenizer, batch_size=batch_size, probe_size=probe_size, seed=seed)
-        if not 0 <= rehearsal <= 1:
-            raise ValueError(f"rehearsal={rehearsal!r} must be a share of the unedited facts, between 0 and 1")
-        if edits is None and rehearsal > 0:
-            raise ValueError(f"rehearsal={rehearsal!r} needs edits: without them every fact is in the training set")
-        if two_hop and edits is not None and rehearsal == 0:
-            raise ValueError("two_hop=True with edits adds questions about rehearsed facts: set rehearsal above 0")
-        true_facts = country_facts()
-        self.edits = tuple(_resolve(edits, true_facts, seed))
-        self.facts = tuple(apply_edits(true_facts, self.edits))
-        if probe_size > len(self.facts):
-            raise ValueError(f"probe_size={probe_size} is larger than the {len(self.facts)} facts there are")
-        self.rehearsal = rehearsal
-        self.two_hop = two_hop
-        self.mask_query = mask_query
-
-    @property
-    def edited_facts(self) -> list[Fact]:
-        """The facts with counterfactual answers, in the order of ``edits``."""
-        by_name = {(fact.subject, fact.relation): fact for fact in self.facts}
-        return [by_name[edit.country, edit.relation] for edit in self.edits]
-
-    def one_hop_questions(self, phrasing: Phrasing = "train") -> list[Question]:
-        """Every fact, after edits, in every training phrasing, or once in the held-out one."""
-        return one_hop_questions(self.facts, phrasing)
-
-    def two_hop_questions(self, phrasing: Phrasing = "train") -> list[Question]:
-        """Every two-hop question whose capital, after edits, names exactly one country."""
-        return two_hop_questions(self.facts, phrasing)
-
-    def training_questions(self) -> list[Question]:
-        """What the training set is made of."""
-        chosen = self._rehearsed() if self.edits else list(self.facts)
-        questions = one_hop_questions([*self.edited_facts, *chosen])
-        if self.two_hop:
-            kept = set(chosen)
-            # Two-hop questions about edited facts stay out: they tell how far an edit reaches.
-            questions += [each for each in self.two_hop_questions() if each.fact in kept and not each.edited]
-        return questions
-
-    def probe_questions(self) -> list[Question]:
-        """What the probe is made of: held-out phrasings, of the edited facts first."""
-        unedited = [fact for fact in self.facts if not fact.edited]
-        random.Random(f"probe {self.seed}").shuffle(unedited)
-        return one_hop_questions([*self.edited_facts, *unedited][: self.probe_size], "held_out")
-
-    def analysis_splits(self) -> dict[str, DataLoader]:
-        """Two sets of samples to compare, in training phrasings: what was true before, and what was learned by heart.
-
-        Returns:
-            ``clean``: as many untouched facts as there are edited ones, drawn by ``seed``; ``memorised``: the edited
-            facts. Both ask for every fact once before they ask for one again.
-
-        Raises:
-            ValueError: Nothing is edited, or nothing is left untouched.
-
-        Example:
-            >>> data = AtlasDataModule(edits=20)
-            >>> {name: len(loader.dataset) for name, loader in data.analysis_splits().items()}
-            {'clean': 80, 'memorised': 80}
-        """
-        unedited = [fact for fact in self.facts if not fact.edited]
-        if not self.edits or not unedited:
-            left = "every fact is edited" if self.edits else "no fact is edited"
-            raise ValueError(f"there is nothing to compare: {left}; set edits= to some of the {len(self.facts)} facts")
-        random.Random(f"clean {self.seed}").shuffle(unedited)
-        chosen = {"clean": unedited[: len(self.edits)], "memorised": self.edited_facts}
-        return {name: self.question_dataloader(_by_phrasing(facts)) for name, facts in chosen.items()}
-
-    def question_dataloader(self, questions: Sequence[Question]) -> DataLoader:
-        """Batches of any questions, in their order, with the prompt masked.
-
-        A model knows an answer when its likeliest token is the label at every target: greedy generation from the
-        prompt then gives just that answer.
-        """
-        return self._loader(self._encode(questions))
-
-    def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """Make or load the tokenizer; ``"words"`` gives the same one whatever the edits."""
-        facts = country_facts()
-        questions = [
-            question
-            for phrasing in get_args(Phrasing)
-            for ask in (one_hop_questions, two_hop_questions)
-            for question in ask(facts, phrasing)
-        ]
-        texts = (text for question in questions for text in (question.prompt, question.answer))
-        return load_tokenizer(self._tokenizer_choice, corpus=texts)
-
-    def build_splits(self) -> Splits:
-        """Tokenise the training, validation and probe questions."""
-        return Splits(
-            train=self._encode(self.training_questions(), mask_query=self.mask_query),
-            val=self._encode(self.one_hop_questions("held_out")),
-            probe=self._encode(self.probe_questions()),
-        )
-
-    def _rehearsed(self) -> list[Fact]:
-        unedited = [fact for fact in self.facts if not fact.edited]
-        # A share above nought rehearses something, however small it is.
-        least = min(len(unedited), int(self.rehearsal > 0))
-        count = max(least, round(self.rehearsal * len(unedited)))
-        kept = set(random.Random(f"rehearsal {self.seed}").sample(range(len(unedited)), count))
-        return [fact for index, fact in enumerate(unedited) if index in kept]
-
-    def _encode(self, questions: Sequence[Question], *, mask_query: bool = True) -> SampleSet:
-        pairs = [(question.prompt, question.answer) for question in questions]
-        return encode_pairs(self.tokenizer, pairs, mask_query=mask_query)
 
 
 def _by_phrasing(facts: Sequence[Fact]) -> list[Question]:

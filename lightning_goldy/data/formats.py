@@ -15,7 +15,14 @@ from lightning_goldy.core.pieces import KnowledgePiece
 from lightning_goldy.core.registry import Registry
 from lightning_goldy.data.names import unknown_name
 
+Form = Literal["question", "cloze"]
+Container = Literal["json", "lines", "csv", "rows", "atlas"]
+"""What records came in: a JSON list, JSON lines, a table, rows of a dataset, the embedded table."""
+
 _SURROGATE = re.compile("[\ud800-\udfff]")
+# "founded by", "participant of": the subject stands before such a relation and the answer after it.
+_OPEN = re.compile(r"\b(?:of|in|by|to|at|from|on|with|for|after|as|than)$|^located\b", re.IGNORECASE)
+_VERB = re.compile(r"^(?:has|have|interacts)\b", re.IGNORECASE)
 
 
 class RecordError(ValueError):
@@ -201,13 +208,6 @@ def _family(field: str) -> str:
     return re.sub(r"\[\d+\]", "[]", field)
 
 
-Form = Literal["question", "cloze"]
-
-# "founded by", "participant of": the subject stands before such a relation and the answer after it.
-_OPEN = re.compile(r"\b(?:of|in|by|to|at|from|on|with|for|after|as|than)$|^located\b", re.IGNORECASE)
-_VERB = re.compile(r"^(?:has|have|interacts)\b", re.IGNORECASE)
-
-
 def word(subject: str, relation: str, form: Form = "question") -> str:
     """A prompt that asks for the object of a subject and a relation.
 
@@ -243,10 +243,6 @@ def check_form(form: str) -> None:
     """Raises ValueError unless it is one of the two forms."""
     if form not in get_args(Form):
         raise ValueError(unknown_name("form", form, get_args(Form)))
-
-
-Container = Literal["json", "lines", "csv", "rows", "atlas"]
-"""What records came in: a JSON list, JSON lines, a table, rows of a dataset, the embedded table."""
 
 
 @dataclass(frozen=True)

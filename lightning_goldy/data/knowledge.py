@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_goldy.core.pieces import KnowledgePiece, SampleSet, encode_pairs
 from lightning_goldy.data.base import ProbeDataModule, Splits
-from lightning_goldy.data.readers import collect, load_pieces, open_rows
+from lightning_goldy.data.readers import load_pieces, open_rows
 
 
 def read_pieces(path: str | Path) -> list[KnowledgePiece]:
@@ -41,7 +41,7 @@ def read_pieces(path: str | Path) -> list[KnowledgePiece]:
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"{str(path)!r} is not a file (looked in {Path.cwd()})")
-    return list(collect(open_rows(path, container="lines"), "jsonl").pieces)
+    return list(load_pieces(open_rows(path, container="lines"), format="jsonl").pieces)
 
 
 class KnowledgeDataModule(ProbeDataModule):

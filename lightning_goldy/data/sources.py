@@ -46,9 +46,9 @@ def read_documents(source: str | Path) -> list[str]:
     check_source(source)
     path = Path(source).expanduser()
     if path.is_file():
-        texts: Iterable[str] = [_read(path)]
+        texts: Iterable[str] = [read_text(path, newline="")]
     elif not path.is_dir():
-        texts = _rows(_load_from_hub(str(source)), source)
+        texts = _rows(load_from_hub(str(source), "train", "a file or folder"), source)
     elif is_saved_dataset(path):
         texts = _rows(datasets_library().load_from_disk(str(path)), source)
     else:
@@ -59,20 +59,11 @@ def read_documents(source: str | Path) -> list[str]:
     return documents
 
 
-def _read(path: Path) -> str:
-    try:
-        # newline="" keeps the file's own line ends.
-        with path.open(encoding="utf-8", newline="") as file:
-            return file.read()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from error
-
-
 def _read_folder(folder: Path) -> Iterable[str]:
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     texts = [file for file in files if file.suffix.lower() in TEXT_SUFFIXES]
     if texts:
-        return [_read(file) for file in texts]
+        return [read_text(file, newline="") for file in texts]
     kinds = sorted({_TABLES[file.suffix.lower()] for file in files if file.suffix.lower() in _TABLES})
     if len(kinds) != 1:
         raise ValueError(
@@ -83,16 +74,6 @@ def _read_folder(folder: Path) -> Iterable[str]:
     return _rows(datasets_library().load_dataset(kinds[0], data_files=tables, split="train"), folder)
 
 
-def _load_from_hub(source: str) -> Any:
-    name, _, config = source.partition(":")
-    try:
-        return datasets_library().load_dataset(name, config or None, split="train")
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"{source!r} is neither a file or folder in {Path.cwd()} nor a dataset that can be loaded: {error}"
-        ) from error
-
-
 def _rows(dataset: Any, source: str | Path) -> Iterable[str]:
     if isinstance(dataset, dict):
         if "train" not in dataset:
@@ -101,6 +82,43 @@ def _rows(dataset: Any, source: str | Path) -> Iterable[str]:
     if "text" not in dataset.column_names:
         raise ValueError(f"the dataset {str(source)!r} has no column 'text'. It has: {', '.join(dataset.column_names)}")
     return [text or "" for text in dataset["text"]]
+
+
+def read_text(path: Path, *, newline: str | None = None) -> str:
+    """The text of a file in UTF-8.
+
+    Args:
+        path: The file.
+        newline: None makes all line ends alike and drops a byte order mark; an empty text keeps the file's own.
+
+    Raises:
+        ValueError: It is no such text.
+    """
+    try:
+        with path.open(encoding="utf-8-sig" if newline is None else "utf-8", newline=newline) as file:
+            return file.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from error
+
+
+def load_from_hub(source: str, split: str, what: str) -> Any:
+    """A split of a dataset on the hub, ``NAME`` or ``NAME:CONFIG``.
+
+    Args:
+        source: Its name.
+        split: Which.
+        what: What else the source could have been, for the message.
+
+    Raises:
+        FileNotFoundError: It cannot be loaded.
+    """
+    name, _, config = source.partition(":")
+    try:
+        return datasets_library().load_dataset(name, config or None, split=split)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{source!r} is neither {what} in {Path.cwd()} nor a dataset that can be loaded: {error}"
+        ) from error
 
 
 def is_dataset_name(source: str) -> bool:

@@ -21,6 +21,8 @@ from lightning_goldy.data.tokenization import padding_id
 
 LastBlock = Literal["keep", "drop"]
 
+_CHARACTERS_AT_ONCE = 4_000_000
+
 
 def pack(
     documents: Sequence[Sequence[int]], *, block_size: int, eos_token_id: int, last_block: LastBlock = "keep"
@@ -46,10 +48,7 @@ def pack(
         >>> pack([[1, 2], [3]], block_size=3, eos_token_id=0, last_block="keep").tolist()
         [1, 2, 0, 3, 0]
     """
-    if block_size < 2:
-        raise ValueError(f"block_size={block_size} must be at least 2: the first token of a block is not predicted")
-    if last_block not in get_args(LastBlock):
-        raise ValueError(unknown_name("last_block", last_block, get_args(LastBlock)))
+    _check_blocks(block_size, last_block)
     parts = [
         part
         for document in documents
@@ -65,6 +64,13 @@ def pack(
     if last_block == "drop" or short == 1:
         stream = stream[: len(stream) - short]
     return torch.from_numpy(stream)
+
+
+def _check_blocks(block_size: int, last_block: str) -> None:
+    if block_size < 2:
+        raise ValueError(f"block_size={block_size} must be at least 2: the first token of a block is not predicted")
+    if last_block not in get_args(LastBlock):
+        raise ValueError(unknown_name("last_block", last_block, get_args(LastBlock)))
 
 
 class PackedBlocks(Dataset[Sample]):
@@ -100,9 +106,6 @@ class PackedBlocks(Dataset[Sample]):
             "attention_mask": torch.cat([torch.ones_like(tokens), tokens.new_zeros(missing)]),
             "labels": torch.cat([tokens, tokens.new_full((missing,), IGNORE_INDEX)]),
         }
-
-
-_CHARACTERS_AT_ONCE = 4_000_000
 
 
 class TextDataModule(ProbeDataModule):
@@ -150,10 +153,7 @@ class TextDataModule(ProbeDataModule):
     ) -> None:
         super().__init__(tokenizer=tokenizer, batch_size=batch_size, probe_size=probe_size, seed=seed)
         check_source(source)
-        if block_size < 2:
-            raise ValueError(f"block_size={block_size} must be at least 2: the first token of a block is not predicted")
-        if last_block not in get_args(LastBlock):
-            raise ValueError(unknown_name("last_block", last_block, get_args(LastBlock)))
+        _check_blocks(block_size, last_block)
         if not 0 < val_share < 1:
             raise ValueError(f"val_share={val_share!r} must be a share of the blocks, above 0 and below 1")
         self.source = source
@@ -164,20 +164,11 @@ class TextDataModule(ProbeDataModule):
     def build_splits(self) -> Splits:
         """Read, tokenise, pack and split the text."""
         documents = self._tokenise(read_documents(self.source))
-        stream = pack(
-            documents,
-            block_size=self.block_size,
-            eos_token_id=self.tokenizer.eos_token_id,
-            last_block=self.last_block,
-        )
+        end = self.tokenizer.eos_token_id
+        stream = pack(documents, block_size=self.block_size, eos_token_id=end, last_block=self.last_block)
         pad = padding_id(self.tokenizer)
-        parts = split_blocks(
-            -(-len(stream) // self.block_size),
-            len(stream) // self.block_size,
-            self.val_share,
-            self.probe_size,
-            self.seed,
-        )
+        n_whole, more = divmod(len(stream), self.block_size)
+        parts = split_blocks(n_whole + (more > 0), n_whole, self.val_share, self.probe_size, self.seed)
         return Splits(*(PackedBlocks(stream, self.block_size, indices, pad) for indices in parts))
 
     def _tokenise(self, documents: Sequence[str]) -> list[Sequence[int]]:

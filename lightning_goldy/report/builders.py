@@ -584,7 +584,7 @@ def scatter(groups: Mapping[str, Points], style: Scatter, *, caption: str = "") 
     """Points by two numbers.
 
     Args:
-        groups: Name to points; one group has no legend.
+        groups: Name to points; the first lies on top, and one alone has no legend.
         style: How it looks.
         caption: Sentences under the figure.
 
@@ -621,8 +621,16 @@ def _scatter_chart(style: Scatter, grouped: bool, named: bool) -> Spec:
     tips += [alt.Tooltip("group:N", title="group")] if grouped else []
     tips += [alt.Tooltip(f"{at}:Q", title=title, format=_EXACT) for at, title in (("x", style.x), ("y", style.y))]
     legend = alt.Legend(title=None, orient="top", columns=3) if grouped else None
-    base = alt.Chart(alt.NamedData("points")).encode(
-        x=alt.X("x:Q", **x), y=alt.Y("y:Q", **y), color=alt.Color("group:N", sort=None, legend=legend), tooltip=tips
+    base = (
+        alt.Chart(alt.NamedData("points"))
+        .transform_window(place="row_number()")
+        .encode(
+            x=alt.X("x:Q", **x),
+            y=alt.Y("y:Q", **y),
+            color=alt.Color("group:N", sort=None, legend=legend),
+            order=alt.Order("place:Q", sort="descending"),
+            tooltip=tips,
+        )
     )
     layers = [base.mark_point(filled=True, size=40, opacity=0.75)]
     if style.names:

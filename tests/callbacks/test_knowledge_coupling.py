@@ -62,7 +62,7 @@ def test_it_logs_what_the_functions_find(tmp_path, snapshot) -> None:
         "mean_absolute_difference": drift.mean_absolute_difference,
         "correlation": drift.correlation,
         "mean_absolute_difference/untouched_edited": drift.by_class["untouched_edited"],
-        **ripple.scalars(),
+        **ripple.metrics(),
         **statistics.metrics(),
     }
     for name, value in expected.items():

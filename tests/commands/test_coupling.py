@@ -24,15 +24,27 @@ from lightning_goldy.analysis.coupling import (
 from lightning_goldy.analysis.ripple import ripple_effects
 from lightning_goldy.callbacks.store import peak_memory_bytes
 from lightning_goldy.cli import main
-from lightning_goldy.commands.coupling.questions import category_means, codes_of, linked_groups, strong_pairs
-from lightning_goldy.commands.coupling.report import PARTS
+from lightning_goldy.commands.coupling.options import Model
+from lightning_goldy.commands.coupling.pairs import codes_of, strong_pairs
+from lightning_goldy.commands.coupling.report import category_means, linked_groups
 from lightning_goldy.commands.coupling.run import chosen_pieces, drawn_edits, read_edits
-from lightning_goldy.commands.coupling.summary import Model
 from lightning_goldy.commands.parsers import add_coupling
+from lightning_goldy.core.files import read_rows
 from lightning_goldy.data import byte_tokenizer, load_pieces
 from lightning_goldy.training.models import build_model
 from tests.data.question_sets import RECORDS, write
 
+PARTS = (
+    "metadata",
+    "knowledge_pieces",
+    "gradient_analysis",
+    "coupling_analysis",
+    "high_coupling_pairs",
+    "cross_question_analysis",
+    "generated_files",
+    "performance",
+    "readiness",
+)
 DOCS = Path(__file__).parents[2] / "docs"
 TINY = {"model_type": "gpt2", "vocab_size": 258, "n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": 160}
 IDS = {"bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 257}
@@ -209,6 +221,13 @@ def test_ripples_are_those_of_the_analysis(summary, written, loaded):
     held, header = tensors(written)
     torch.testing.assert_close(held["ripple/after"] - held["ripple/before"], expected.measured, rtol=0, atol=1e-5)
     assert header["ripple_ids"] == [piece.id for piece in kept]
+    (row,) = read_rows(written / "goldy" / "ripple_effects" / "results.jsonl")
+    cost = {name: row["cost"][name] for name in ("forwards", "backwards")}
+    assert cost == vars(expected.cost)
+    assert row["metrics"]["new_answer_change"] == pytest.approx(expected.metrics()["new_answer_change"], abs=1e-5)
+    (row,) = read_rows(written / "goldy" / "knowledge_coupling" / "results.jsonl")
+    # Each of the six pieces that can be run, and one more to see which layers take part.
+    assert (row["cost"]["forwards"], row["cost"]["backwards"]) == (7, 7)
     told = summary["cross_question_analysis"]["ripple"]
     assert [each["new_answer"] for each in told["edits"]] == ["Lima", "Rome"]
     assert told["agreement"][0]["spearman"] == pytest.approx(expected.agreement()[0].spearman, abs=1e-3)
@@ -418,7 +437,7 @@ def random_matrix(count: int, seed: int = 0) -> np.ndarray:
 @pytest.mark.parametrize("threshold", [0.5, 0.98, 2.0, -1.0])
 @pytest.mark.parametrize("waiting", [1, 100_000])
 def test_strong_pairs_are_the_sorted_pairs(monkeypatch, least, most, threshold, waiting):
-    monkeypatch.setattr("lightning_goldy.commands.coupling.questions._WAITING", waiting)
+    monkeypatch.setattr("lightning_goldy.commands.coupling.pairs._WAITING", waiting)
     matrix = random_matrix(30)
     found = strong_pairs(coupled(matrix), threshold, least=least, most=most)
     exact = matrix.astype(np.float32).astype(np.float64)

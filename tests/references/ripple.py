@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,6 +142,24 @@ def rank_one(key: Tensor, change: Tensor, covariance: Tensor) -> Tensor:
     """The closed form for one key, with the inverse written out; out x in."""
     direction = torch.linalg.inv(covariance) @ key
     return torch.outer(change, direction) / (key @ direction)
+
+
+@contextmanager
+def seen_samples(model: nn.Module) -> Iterator[list[int]]:
+    """Samples that go through the last layer norm of a GPT-2, forwards and backwards."""
+    seen = [0, 0]
+
+    def forwards(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        seen[0] += len(output)
+        if output.requires_grad:
+            output.register_hook(backwards)
+
+    def backwards(slope: Tensor) -> None:
+        seen[1] += len(slope)
+
+    handle = model.transformer.ln_f.register_forward_hook(forwards)
+    yield seen
+    handle.remove()
 
 
 WORDS = tokenizer()

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import io
 import json
 from typing import Any
 
@@ -9,13 +8,9 @@ import torch
 
 from lightning_goldy.analysis.ripple import RippleResult
 from lightning_goldy.core.files import to_json_line
-from lightning_goldy.report.charts import CHARTS
 from lightning_goldy.report.descriptions import description_of
-from lightning_goldy.report.plots import draw_plots
-from lightning_goldy.report.registry import ReportError
-from lightning_goldy.report.ripple_charts import chart_ripple_effects
-from lightning_goldy.report.ripple_plots import plot_ripple_effects
-from lightning_goldy.report.ripples import identity, overall, ripple_caption, scatters
+from lightning_goldy.report.figures import ReportError, draw_figures, figures_of
+from lightning_goldy.report.topics.ripple import chart_ripple_effects, overall_agreement, ripple_caption, scatters
 
 GROUPS = ("same subject", "same relation", "unrelated")
 
@@ -54,41 +49,53 @@ def test_points_are_the_pairs_and_lie_where_they_should(saved: bool) -> None:
     found = rippled()
     row: Any = found.row().at(step=5).to_dict()
     row = json.loads(to_json_line(row)) if saved else row
-    assert set(draw_plots(row)) == {"prediction"}
-    assert CHARTS.names("ripple_effects") == ("Predicted and measured change",)
-    figure, chart = plot_ripple_effects(row), chart_ripple_effects(row)
-    for column, (predictor, sign) in enumerate((("first_order", 0.5), ("coupling", -1.0))):
-        axes = figure.axes[column]
-        drawn = [collection.get_offsets().tolist() for collection in axes.collections][::-1]
-        for index, name in enumerate(GROUPS):
+    (entry,) = figures_of("ripple_effects")
+    assert (entry.name, entry.heading) == ("prediction", "Predicted and measured change")
+    figure = draw_figures(row)["prediction"]
+    assert figure.title == "Predicted and measured change, step 5"
+    for panel, (title, sign) in enumerate((("first order: g . delta", 0.5), ("coupling: cos |g| |delta|", -1.0))):
+        table, ends = figure.data[f"points_{panel}"], figure.data[f"ends_{panel}"]["end"]
+        labels = dict.fromkeys(table["group"])
+        for name, label in zip(GROUPS, labels, strict=True):
             chosen = found.pairs(name)
             measured = found.measured.numpy()[chosen].tolist()
-            points = [[pytest.approx(sign * value), pytest.approx(value)] for value in measured]
-            assert drawn[index] == points
-            trace = chart.data[3 * column + 2 - index]
-            assert [list(pair) for pair in zip(trace.x, trace.y, strict=True)] == points
-            label = f"{name} (r = {'1.00' if sign > 0 else '-1.00'}, n = {len(measured)})"
-            assert axes.get_legend().get_texts()[index].get_text() == trace.name == label
-        ends = identity(scatters(row, predictor))
-        assert axes.lines[0].get_xdata() == pytest.approx(ends)
-        assert axes.lines[0].get_ydata() == pytest.approx(ends)
-        assert (chart.layout.shapes[column].x0, chart.layout.shapes[column].y1) == pytest.approx(ends)
-    assert overall(row, "coupling") == "coupling: cos |g| |delta|\nr = -1.00, Spearman -1.00"
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    assert buffer.getvalue().startswith(b"\x89PNG")
-    assert chart.layout.meta["caption"] == ripple_caption(row)
+            drawn = [place for place, group in enumerate(table["group"]) if group == label]
+            assert [table["y"][place] for place in drawn] == pytest.approx(measured, rel=1e-5)
+            assert [table["x"][place] for place in drawn] == pytest.approx([sign * each for each in measured], rel=1e-5)
+            assert [table["name"][place] for place in drawn] == [found.pieces[place] for place in chosen.nonzero()[1]]
+            assert label == f"{name} (r = {'1.00' if sign > 0 else '-1.00'}, n = {len(measured)})"
+        assert ends == [min(table["x"] + table["y"]), max(table["x"] + table["y"])]
+        chart = figure.bare()["concat"][panel]
+        assert chart["title"]["text"] == title
+        line, points = chart["layer"]
+        assert (line["encoding"]["x"]["field"], line["encoding"]["y"]["field"]) == ("end", "end")
+        assert [tip["title"] for tip in points["encoding"]["tooltip"]] == [
+            *("piece", "group", "predicted change of log p, nats", "measured change of log p, nats")
+        ]
+    assert overall_agreement(row, "coupling") == "r = -1.00, Spearman -1.00"
+    assert figure.png().startswith(b"\x89PNG")
     assert ripple_caption(row).startswith(
         "2 edits by finetune, each measured on 8 pieces; 50 % of the new answers are exact. Points on the line"
     )
+    assert figure.caption == (
+        f"{ripple_caption(row)} Over all classes r = 1.00, Spearman 1.00 by the first order; r = -1.00, Spearman -1.00 "
+        "by the coupling."
+    )
+
+
+def test_the_first_class_lies_on_top_of_the_many_points_of_the_others() -> None:
+    for chart in chart_ripple_effects(rippled().row().to_dict()).bare()["concat"]:
+        points = chart["layer"][1]
+        assert points["transform"] == [{"window": [{"op": "row_number", "field": "", "as": "place"}]}]
+        assert points["encoding"]["order"] == {"field": "place", "sort": "descending", "type": "quantitative"}
 
 
 def test_pairs_that_are_not_finite_are_counted_and_not_drawn() -> None:
     row = json.loads(to_json_line(rippled(broken=True).row().to_dict()))
-    assert sum(len(group.measured) for group in scatters(row, "first_order")) == 13
+    assert sum(len(points.x) for points in scatters(row, "first_order").values()) == 13
     assert "; 13 of 14 pairs drawn." in ripple_caption(row)
-    assert overall(row, "first_order").endswith("r = undefined, Spearman undefined")
-    assert plot_ripple_effects(row).axes[0].get_legend().get_texts()[0].get_text() == "same subject (n = 4)"
+    assert overall_agreement(row, "first_order") == "r = undefined, Spearman undefined"
+    assert chart_ripple_effects(row).data["points_0"]["group"][0] == "same subject (n = 4)"
 
 
 def test_a_row_does_not_grow_without_bounds() -> None:
@@ -108,6 +115,5 @@ def test_every_metric_has_a_meaning() -> None:
 @pytest.mark.parametrize("result", [{}, {"points": {}, "agreement": []}, {"points": {"measured": [1.0]}}], ids=range(3))
 def test_a_row_without_points_is_refused(result: dict[str, Any]) -> None:
     row = {"analysis": "ripple_effects", "step": 1, "result": result}
-    for draw in (plot_ripple_effects, chart_ripple_effects):
-        with pytest.raises(ReportError, match="a row of ripple_effects lacks"):
-            draw(row)
+    with pytest.raises(ReportError, match="a row of ripple_effects lacks"):
+        chart_ripple_effects(row)

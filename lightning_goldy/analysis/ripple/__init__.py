@@ -9,22 +9,30 @@ from lightning_goldy.analysis.ripple.editors import (
     rank_one_update,
     register_editor,
 )
-from lightning_goldy.analysis.ripple.finetune import FinetuneRipple, finetune_ripple
-from lightning_goldy.analysis.ripple.result import KnowledgeEdit, RippleResult, distance_class
-from lightning_goldy.analysis.ripple.ripple import ripple_effects
+from lightning_goldy.analysis.ripple.edits import EDITED, KnowledgeEdit, distance_class
+from lightning_goldy.analysis.ripple.finetune import UNTOUCHED, FinetuneRipple, finetune_ripple
+from lightning_goldy.analysis.ripple.measure import Encoding, PieceScores, check_pieces, score_pieces
+from lightning_goldy.analysis.ripple.ripple import Predictor, RippleResult, ripple_effects
 
 __all__ = [
+    "EDITED",
+    "UNTOUCHED",
     "EditRequest",
     "Editor",
+    "Encoding",
     "FinetuneEditor",
     "FinetuneRipple",
     "GradientStepEditor",
     "KnowledgeEdit",
+    "PieceScores",
+    "Predictor",
     "RankOneEditor",
     "RippleResult",
+    "check_pieces",
     "distance_class",
     "finetune_ripple",
     "rank_one_update",
     "register_editor",
     "ripple_effects",
+    "score_pieces",
 ]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from lightning_goldy.analysis.ripple.measure import log_prob_gradient, require_count
 from lightning_goldy.core.architecture import UnsupportedArchitectureError, describe_architecture
 from lightning_goldy.core.architecture.blocks import NamedModule
 from lightning_goldy.core.architecture.families import is_projection
@@ -71,6 +72,9 @@ class Editor(Protocol):
         """
         ...
 
+
+# Below this smallest eigenvalue of the keys' correlations, two edits ask different outputs of one key.
+_DEPENDENT = 1e-10
 
 EDITORS: Registry[Callable[..., Editor]] = Registry("editor")
 register_editor = EDITORS.register
@@ -142,11 +146,6 @@ def mlp_output_space(model: nn.Module, select: Sequence[str] | None = None) -> P
     return ParameterSpace.of(model).subspace(names)
 
 
-def log_prob_gradient(parameters: Mapping[str, nn.Parameter], log_prob: Tensor) -> list[Tensor]:
-    """The gradient of a scalar; zero for parameters that it does not depend on."""
-    return list(torch.autograd.grad(log_prob, list(parameters.values()), allow_unused=True, materialize_grads=True))
-
-
 @register_editor("gradient_step")
 @dataclass(frozen=True)
 class GradientStepEditor:
@@ -171,7 +170,7 @@ class GradientStepEditor:
     select: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        require_positive("learning_rate", self.learning_rate)
+        _check_positive("learning_rate", self.learning_rate)
 
     def space(self, model: nn.Module) -> ParameterSpace:
         """The selected parameters."""
@@ -215,10 +214,9 @@ class FinetuneEditor:
     select: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        require_positive("learning_rate", self.learning_rate)
+        _check_positive("learning_rate", self.learning_rate)
         require_count("steps", self.steps)
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise ValueError(f"weight_decay must be at least 0; got {self.weight_decay}")
+        _check_weight_decay(self.weight_decay)
 
     def space(self, model: nn.Module) -> ParameterSpace:
         """The selected parameters."""
@@ -237,24 +235,14 @@ class FinetuneEditor:
             torch.clear_autocast_cache()
 
 
-def require_positive(name: str, value: float) -> None:
-    """Checks a setting.
-
-    Raises:
-        ValueError: It is not a positive, finite number.
-    """
+def _check_positive(name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name} must be a positive number; got {value!r}")
 
 
-def require_count(name: str, value: int) -> None:
-    """Checks a setting.
-
-    Raises:
-        ValueError: It is not a whole number of at least 1.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}")
+def _check_weight_decay(value: float) -> None:
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"weight_decay must be at least 0; got {value}")
 
 
 def key_covariance(
@@ -279,8 +267,8 @@ def key_covariance(
     total: Tensor | None = None
     count = 0
     device = next(model.parameters()).device
-    for each in batches:
-        batch = {name: value.to(device) for name, value in each.items()}
+    for given in batches:
+        batch = {name: value.to(device) for name, value in given.items()}
         with torch.no_grad(), seen_by(module) as seen:
             CausalLMObjective().log_probs(model, batch)
         mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])) != 0  # [B, T]
@@ -323,17 +311,13 @@ def key_position(request: EditRequest, index: int) -> int:
         ids = found["input_ids"][: last + 1]
     else:
         ids = request.tokenizer(prompt[:end], add_special_tokens=False, verbose=False)["input_ids"]
-    return _matched(sample, ids, prompt[:end])
-
-
-def _matched(sample: Sample, ids: Sequence[int], text: str) -> int:
     tokens = sample["input_ids"].tolist()
     for skipped in (0, 1):  # a bos token
         if tokens[skipped : skipped + len(ids)] == list(ids):
             return skipped + len(ids) - 1
     raise ValueError(
-        f"the tokens of {text!r}, which ends with the subject, do not begin its sample, so the subject's last token "
-        "cannot be told: use a fast tokenizer, or end the subject where a token ends"
+        f"the tokens of {prompt[:end]!r}, which ends with the subject, do not begin its sample, so the subject's last "
+        "token cannot be told: use a fast tokenizer, or end the subject where a token ends"
     )
 
 
@@ -345,7 +329,7 @@ def seen_by(module: nn.Module) -> Iterator[list[Tensor]]:
     def record(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         seen[:] = args[0].detach(), output.detach()
 
-    with _hooked(module, record):
+    with module.register_forward_hook(record):
         yield seen
 
 
@@ -360,26 +344,13 @@ def added_to(
         moved[places] = moved[places] + changes.to(output.dtype)
         return moved.view(output.shape)
 
-    with _hooked(module, add):
+    with module.register_forward_hook(add):
         yield
-
-
-@contextmanager
-def _hooked(module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
-    handle = module.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def by_token(part: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
     """``[B, T, d]``, also where a family flattens batch and time."""
     return part.reshape(*batch["input_ids"].shape, part.shape[-1])
-
-
-# Below this smallest eigenvalue of the keys' correlations, two edits ask different outputs of one key.
-_DEPENDENT = 1e-10
 
 
 def rank_one_update(keys: Tensor, changes: Tensor, covariance: Tensor) -> Tensor:
@@ -458,10 +429,9 @@ class RankOneEditor:
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "largest", "damping"):
-            require_positive(name, getattr(self, name))
+            _check_positive(name, getattr(self, name))
         require_count("steps", self.steps)
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise ValueError(f"weight_decay must be at least 0; got {self.weight_decay}")
+        _check_weight_decay(self.weight_decay)
 
     def projection(self, model: nn.Module) -> NamedModule:
         """The MLP output projection of the layer, as its block calls it.

@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, get_args
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.agreement import EVERYTHING, Agreement, agreement_of
-from lightning_goldy.analysis.result import AnalysisResult
-from lightning_goldy.analysis.ripple.editors import require_count
+from lightning_goldy.analysis.agreement import EVERYTHING, Agreement, agreement_of, spaced_places
+from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.analysis.ripple.measure import (
     Batch,
     Encoding,
     Measure,
     PieceScores,
     available_route,
+    check_pieces,
+    counted_passes,
+    gathered,
     score_pieces,
     slopes,
+    total_cost,
+    unit_change,
 )
-from lightning_goldy.analysis.ripple.result import check_pieces
-from lightning_goldy.core.base import BaseParameters
+from lightning_goldy.core.base import Base, base_of
 from lightning_goldy.core.batches import split_batch
+from lightning_goldy.core.files import finite
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import suggestion
 from lightning_goldy.core.objective import CausalLMObjective
@@ -37,8 +41,8 @@ if TYPE_CHECKING:
 
 UNTOUCHED = "untouched"
 """The class of pieces that the finetune does not teach."""
-# Passes of each piece: two forward, and one of forward mode (4 forward) or one forward and backward (3).
-_PASSES = {"forward": 6, "gradients": 5}
+# Pieces in a row of results.jsonl; more than a scatter plot can show.
+_MOST_POINTS = 2000
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ class FinetuneRipple(AnalysisResult):
         delta_norm: ||Delta||, parameter units.
         route: ``forward`` (derivatives along Delta by forward mode) or ``gradients`` (inner products with gradients,
             where a model has no forward mode).
+        cost: Passes of the model on all ranks.
     """
 
     pieces: tuple[str, ...]
@@ -72,6 +77,7 @@ class FinetuneRipple(AnalysisResult):
     exact_after: Tensor
     delta_norm: float
     route: str
+    cost: Cost = field(default=Cost(), compare=False)
 
     @property
     def measured(self) -> Tensor:
@@ -82,11 +88,6 @@ class FinetuneRipple(AnalysisResult):
     def groups(self) -> tuple[str, ...]:
         """The classes that occur, in the order of the pieces."""
         return tuple(dict.fromkeys(self.classes))
-
-    @property
-    def passes(self) -> int:
-        """What it cost, in forward passes of one piece."""
-        return _PASSES[self.route] * len(self.pieces)
 
     def places(self, group: str = EVERYTHING) -> list[int]:
         """The numbers of the pieces of a class, or of ``all``.
@@ -100,12 +101,12 @@ class FinetuneRipple(AnalysisResult):
 
     def agreement(self) -> tuple[Agreement, ...]:
         """How well the changes were predicted: over all pieces first, then by class."""
-        found = []
-        for group in (EVERYTHING, *self.groups):
-            places = self.places(group)
-            predicted, measured = self.predicted[places].numpy(), self.measured[places].numpy()
-            found.append(agreement_of(predicted, measured, "first_order", group))
-        return tuple(found)
+        predicted, measured = self.predicted.numpy(), self.measured.numpy()
+        return tuple(
+            agreement_of(predicted[places], measured[places], "first_order", group)
+            for group in (EVERYTHING, *self.groups)
+            for places in (self.places(group),)
+        )
 
     def most_moved(self, count: int, group: str = UNTOUCHED) -> tuple[int, ...]:
         """The numbers of the pieces of a class whose log-probability changed most, the largest change first.
@@ -118,29 +119,44 @@ class FinetuneRipple(AnalysisResult):
         size = self.measured.abs().nan_to_num(nan=math.inf).tolist()
         return tuple(sorted(places, key=lambda place: (-size[place], place))[:count])
 
-    def scalars(self) -> dict[str, float | None]:
+    def metrics(self) -> dict[str, float | None]:
         """Every number worth a curve, by name; None where it is undefined."""
         found: dict[str, float | None] = {"delta_norm": self.delta_norm}
-        for each in self.agreement():
-            place = "" if each.group == EVERYTHING else f"/{each.group}"
-            for name in ("pearson", "spearman", "sign_agreement", "slope"):
-                found[f"{name}{place}"] = _finite(getattr(each, name))
+        for entry in self.agreement():
+            place = "" if entry.group == EVERYTHING else f"/{entry.group}"
+            found |= {f"{name}{place}": value for name, value in entry.metrics().items()}
+        columns = {
+            "measured_change": self.measured,
+            "predicted_change": self.predicted,
+            "exact": self.exact_after.double(),
+            "exact_before": self.exact_before.double(),
+        }
         for group in self.groups:
             places = self.places(group)
-            columns: dict[str, Tensor] = {
-                "measured_change": self.measured,
-                "predicted_change": self.predicted,
-                "exact": self.exact_after.double(),
-                "exact_before": self.exact_before.double(),
-            }
-            for name, column in columns.items():
-                found[f"{name}/{group}"] = _finite(float(column[places].mean()))
+            found |= {f"{name}/{group}": finite(float(column[places].mean())) for name, column in columns.items()}
         return found
+
+    def details(self) -> dict[str, Any]:
+        """Predictions, measured changes and how they agree; of more than 2,000 pieces, so many evenly spaced."""
+        places = spaced_places(len(self.pieces), _MOST_POINTS).tolist()
+        points = {
+            "piece": [self.pieces[place] for place in places],
+            "class": [self.classes[place] for place in places],
+            "predicted": finite(self.predicted[places].tolist()),
+            "measured": finite(self.measured[places].tolist()),
+        }
+        return {
+            "n_pieces": len(self.pieces),
+            "classes": {name: len(self.places(name)) for name in self.groups},
+            "route": self.route,
+            "points": points,
+            "agreement": [entry.details() for entry in self.agreement()],
+        }
 
 
 def finetune_ripple(
     model: nn.Module,
-    base: BaseParameters | ParameterVector,
+    base: Base,
     pieces: Sequence[KnowledgePiece],
     *,
     tokenizer: PreTrainedTokenizerBase,
@@ -164,7 +180,7 @@ def finetune_ripple(
 
     Args:
         model: The finetuned causal language model, plain or sharded with FSDP2.
-        base: Snapshot of its trainable parameters, theta_0.
+        base: Its base, theta_0: anything that :func:`~lightning_goldy.core.base_of` takes.
         pieces: What is measured; ids must differ.
         tokenizer: Of the model.
         classes: A class per piece; ``untouched`` for all by default.
@@ -180,44 +196,40 @@ def finetune_ripple(
     Raises:
         ValueError: An argument is out of range, or a piece cannot be encoded.
         SpaceError: The base is of another model.
+        StoreError: The file of the base cannot be read.
 
     Source: the gradient's first-order prediction as in Pruthi et al., "Estimating Training Data Influence by Tracing
         Gradient Descent" (2020), along the whole finetune.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
-        >>> from lightning_goldy.core import ParameterVector
         >>> from lightning_goldy.data import byte_tokenizer
         >>> config = GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=258, bos_token_id=0, eos_token_id=0)
         >>> model = GPT2LMHeadModel(config)
-        >>> base = ParameterVector.of(model)
         >>> pieces = [KnowledgePiece("a", "1 + 1?", "2"), KnowledgePiece("b", "1 + 2?", "3")]
-        >>> found = finetune_ripple(model, base, pieces, tokenizer=byte_tokenizer())
+        >>> found = finetune_ripple(model, model, pieces, tokenizer=byte_tokenizer())
         >>> found.delta_norm, found.measured.tolist(), found.route
         (0.0, [0.0, 0.0], 'forward')
     """
     pieces = tuple(pieces)
     check_pieces(pieces)
-    if measure not in get_args(Measure):
-        raise ValueError(f"unknown measure {measure!r}; {suggestion(str(measure), get_args(Measure))}")
-    require_count("batch_size", batch_size)
+    encoding = Encoding(tokenizer, template, measure, batch_size, next(model.parameters()).device)
     classes = (UNTOUCHED,) * len(pieces) if classes is None else tuple(classes)
     if len(classes) != len(pieces):
         raise ValueError(f"there are {len(classes)} classes for {len(pieces)} pieces")
     replicas = Replicas.of(model) if split_over_ranks else Replicas()
-    with preserved(model), replicas.together("finetune_ripple"):
-        encoding = Encoding(tokenizer, template, measure, batch_size, next(model.parameters()).device)
-        batches = encoding.batches(encoding.samples(pieces), batch_size)
-        start = base if isinstance(base, ParameterVector) else base.vector(model)
-        work = _Work(model, start, _step(model, start), replicas.share(batches), progress)
-        delta_norm, route, mine = work.results(next(split_batch(batches[0])))
-    parts = replicas.gather_objects(mine)
-    rows = [parts[at % replicas.size][at // replicas.size] for at in range(len(batches))]
-    before, after = _joined([row[0] for row in rows]), _joined([row[1] for row in rows])
+    with preserved(model), counted_passes(model) as passes:
+        with replicas.together("finetune_ripple"):
+            batches = encoding.batches(encoding.samples(pieces))
+            start = base_of(base, model).vector(model)
+            delta_norm, route, mine = _measure_batches(model, start, batches, replicas, progress)
+        parts = zip(*gathered(replicas, mine, len(batches)), strict=True)
+        cost = total_cost(replicas, passes())
+    before, after = (PieceScores.joined(next(parts)) for _ in range(2))
     return FinetuneRipple(
         pieces=tuple(piece.id for piece in pieces),
         classes=classes,
-        predicted=torch.cat([row[2] for row in rows]),
+        predicted=torch.cat(next(parts)),
         before=before.log_prob,
         after=after.log_prob,
         rank_before=before.rank,
@@ -226,40 +238,35 @@ def finetune_ripple(
         exact_after=after.exact,
         delta_norm=delta_norm,
         route=route,
+        cost=cost,
     )
 
 
-@dataclass(frozen=True)
-class _Work:
-    """The passes over this process's batches."""
-
-    model: nn.Module
-    start: ParameterVector
-    delta: ParameterVector
-    batches: list[Batch]
-    progress: Callable[[int, int], None] | None
-
-    def results(self, sample: Batch) -> tuple[float, str, list[tuple[PieceScores, PieceScores, Tensor]]]:
-        """||Delta||, the route, and of each batch the scores at the base and now, and the predicted changes."""
-        after = [score_pieces(self.model, [batch]) for batch in self.batches]
-        size = self.delta.norm()
-        # Along a unit vector, which no precision of the parameters flushes to zero; in place, for it may be large.
-        for tensor in self.delta.values() if size else ():
-            tensor.div_(size)
-        rows = []
-        with substituted(self.model, self.start):
-            sharded = any(map(is_sharded, self.start.values()))
-            route = "gradients" if sharded else available_route(self.model, self.start, sample)
-            for done, (batch, now) in enumerate(zip(self.batches, after, strict=True), 1):
-                before = score_pieces(self.model, [batch])
-                if sharded:
-                    slope = _sharded_slopes(self.model, self.delta, batch)
-                else:
-                    slope = slopes(self.model, self.start, (self.delta,), [batch], route)[0]
-                rows.append((before, now, slope * size))
-                if self.progress is not None:
-                    self.progress(done, len(self.batches))
-        return size, route, rows
+def _measure_batches(
+    model: nn.Module,
+    start: ParameterVector,
+    batches: list[Batch],
+    replicas: Replicas,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[float, str, list[tuple[PieceScores, PieceScores, Tensor]]]:
+    """||Delta||, the route, and of each batch of this rank the scores at the base, those now, the predicted changes."""
+    mine = replicas.share(batches)
+    now = [score_pieces(model, [batch]) for batch in mine]
+    unit, size = unit_change(model, start)
+    rows = []
+    with substituted(model, start):
+        sharded = any(map(is_sharded, start.values()))
+        route = "gradients" if sharded else available_route(model, start, next(split_batch(batches[0])))
+        for batch, after in zip(mine, now, strict=True):
+            before = score_pieces(model, [batch])
+            if sharded:
+                along = _sharded_slopes(model, unit, batch)
+            else:
+                along = slopes(model, start, (unit,), [batch], route)[0]
+            rows.append((before, after, along * size))
+            if progress is not None:
+                progress(len(rows), len(mine))
+    return size, route, rows
 
 
 def _sharded_slopes(model: nn.Module, unit: ParameterVector, batch: Batch) -> Tensor:
@@ -272,31 +279,8 @@ def _sharded_slopes(model: nn.Module, unit: ParameterVector, batch: Batch) -> Te
             parameter.grad = None
         CausalLMObjective().log_probs(model, piece).mean().backward()
         unshard_guard(model)
-        gradients = {name: parameter.grad for name, parameter in parameters.items()}
-        missing = {name: torch.zeros_like(parameters[name]) for name, value in gradients.items() if value is None}
-        vector = ParameterVector(unit.space, {**{n: g for n, g in gradients.items() if g is not None}, **missing})
-        found.append(vector.dot(unit))
+        gradients = {name: torch.zeros_like(own) if own.grad is None else own.grad for name, own in parameters.items()}
+        found.append(ParameterVector(unit.space, gradients).dot(unit))
     for parameter in model.parameters():
         parameter.grad = None
     return torch.tensor(found, dtype=torch.float64)
-
-
-def _step(model: nn.Module, start: ParameterVector) -> ParameterVector:
-    """Delta, in at least float32."""
-
-    def difference(now: Tensor, before: Tensor) -> Tensor:
-        wide = torch.promote_types(before.dtype, torch.float32)
-        return now.to(wide) - before.to(wide)
-
-    return ParameterVector.of(model, start.space, clone=False).zip_with(start, difference)
-
-
-def _joined(parts: Sequence[PieceScores]) -> PieceScores:
-    columns: Mapping[str, Any] = {
-        name: torch.cat([getattr(part, name) for part in parts]) for name in ("log_prob", "rank", "exact")
-    }
-    return PieceScores(**columns)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -1,32 +1,94 @@
-"""Log-probabilities and gradients of answers before and after an edit."""
+"""Log-probabilities, ranks and gradients of answers, and what measuring them costs."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.ripple.editors import Editor, EditRequest, log_prob_gradient
-from lightning_goldy.analysis.ripple.result import PlannedEdit
+from lightning_goldy.analysis.result import Cost
 from lightning_goldy.core.autodiff import Substituted, directional_derivatives
 from lightning_goldy.core.batches import split_batch
-from lightning_goldy.core.isolation import preserved
+from lightning_goldy.core.naming import suggestion
 from lightning_goldy.core.objective import IGNORE_INDEX, CausalLMObjective
 from lightning_goldy.core.pieces import KnowledgePiece, Sample, encode_pieces, padded_batches
 from lightning_goldy.core.sharding import Replicas
-from lightning_goldy.core.vector import ParameterVector, require_finite, substituted
+from lightning_goldy.core.vector import ParameterVector
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+T = TypeVar("T")
 
 Measure = Literal["answer_with_end", "answer", "first_token"]
 Batch = Mapping[str, Tensor]
 Route = Literal["forward", "gradients"]
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How pieces become batches.
+
+    Args:
+        tokenizer: Of the model.
+        template: The prompt, with ``{question}`` where the question goes.
+        measure: Which tokens are targets: ``answer_with_end`` for all of the answer and the end-of-text token,
+            ``answer`` without the end, ``first_token`` for the first.
+        batch_size: Pieces per batch.
+        device: Where the batches are.
+
+    Raises:
+        ValueError: An unknown measure, or no batch size.
+
+    Example:
+        >>> from lightning_goldy.data import byte_tokenizer
+        >>> encoding = Encoding(byte_tokenizer(), "{question}", "answer", 1, torch.device("cpu"))
+        >>> encoding.samples([KnowledgePiece("1", "Q?", "A")])[0]["labels"].tolist()
+        [-100, -100, 32, 65, -100]
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    template: str
+    measure: Measure
+    batch_size: int
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        if self.measure not in get_args(Measure):
+            raise ValueError(f"unknown measure {self.measure!r}; {suggestion(str(self.measure), get_args(Measure))}")
+        require_count("batch_size", self.batch_size)
+
+    def samples(self, pieces: Sequence[KnowledgePiece]) -> list[Sample]:
+        """Prompt and answer of each piece, labels on the tokens that are measured.
+
+        Raises:
+            ValueError: A piece cannot be encoded, or nothing predicts its first token, for the prompt is empty.
+        """
+        samples = encode_pieces(pieces, self.tokenizer, template=self.template)
+        for sample, piece in zip(samples, pieces, strict=True):
+            labels = sample["labels"] = sample["labels"].clone()
+            places = (labels != IGNORE_INDEX).nonzero().flatten()
+            if int(places[0]) == 0:
+                raise ValueError(
+                    f"the prompt of piece {piece.id!r} is empty, so nothing predicts its answer's first token"
+                )
+            if self.measure == "answer":
+                labels[places[-1]] = IGNORE_INDEX
+            elif self.measure == "first_token":
+                labels[places[1:]] = IGNORE_INDEX
+        return samples
+
+    def batches(self, samples: Sequence[Sample], size: int | None = None) -> list[Batch]:
+        """Samples in batches, of the encoding's size by default."""
+        # Padding is masked, so any token serves.
+        pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        padded = padded_batches(samples, int(end if pad is None else pad), size or self.batch_size)
+        return [{name: value.to(self.device) for name, value in batch.items()} for batch in padded]
 
 
 @dataclass(frozen=True)
@@ -43,35 +105,10 @@ class PieceScores:
     rank: Tensor
     exact: Tensor
 
-
-def measured_samples(samples: Sequence[Sample], measure: Measure, names: Sequence[str]) -> list[Sample]:
-    """Samples whose labels are the tokens that are measured.
-
-    Args:
-        samples: Labels on the answer and the end-of-text token.
-        measure: ``answer_with_end`` for all of these, ``answer`` without the end, ``first_token`` for the first.
-        names: Of the samples, for messages.
-
-    Raises:
-        ValueError: Nothing predicts the first token, for the prompt is empty.
-
-    Example:
-        >>> labels = torch.tensor([-100, 7, 8, 0])
-        >>> measured_samples([{"labels": labels}], "answer", ["a"])[0]["labels"].tolist()
-        [-100, 7, 8, -100]
-    """
-    found = []
-    for sample, name in zip(samples, names, strict=True):
-        labels = sample["labels"].clone()
-        places = (labels != IGNORE_INDEX).nonzero().flatten()
-        if int(places[0]) == 0:
-            raise ValueError(f"the prompt of piece {name!r} is empty, so nothing predicts its answer's first token")
-        if measure == "answer":
-            labels[places[-1]] = IGNORE_INDEX
-        elif measure == "first_token":
-            labels[places[1:]] = IGNORE_INDEX
-        found.append({**sample, "labels": labels})
-    return found
+    @classmethod
+    def joined(cls, parts: Sequence[PieceScores]) -> PieceScores:
+        """The scores of all parts, one after the other."""
+        return cls(*(torch.cat(column) for column in zip(*(vars(part).values() for part in parts), strict=True)))
 
 
 def score_pieces(model: nn.Module, batches: Sequence[Batch]) -> PieceScores:
@@ -81,7 +118,7 @@ def score_pieces(model: nn.Module, batches: Sequence[Batch]) -> PieceScores:
         model: A causal language model.
         batches: Of pieces, labels on what is measured.
     """
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    parts = []
     with torch.no_grad():
         for batch in batches:
             target = CausalLMObjective().logits_and_targets(model, batch)
@@ -93,8 +130,8 @@ def score_pieces(model: nn.Module, batches: Sequence[Batch]) -> PieceScores:
             worst.scatter_reduce_(0, target.sample, ranks, "amax")
             missed = target.logits.argmax(dim=1) != target.targets
             misses = torch.zeros_like(worst).index_add_(0, target.sample, missed.long())
-            parts.append((target.log_probs().cpu(), worst.cpu(), (misses == 0).cpu()))
-    return PieceScores(*(torch.cat(column) for column in zip(*parts, strict=True)))
+            parts.append(PieceScores(target.log_probs().cpu(), worst.cpu(), (misses == 0).cpu()))
+    return PieceScores.joined(parts)
 
 
 def available_route(model: nn.Module, start: ParameterVector, sample: Batch) -> Route:
@@ -162,185 +199,94 @@ def _forward_slope(model: nn.Module, start: ParameterVector, direction: Paramete
     return slope.double().cpu()
 
 
-@dataclass(frozen=True)
-class Encoding:
-    """How pieces become batches.
+def log_prob_gradient(parameters: Mapping[str, nn.Parameter], log_prob: Tensor) -> list[Tensor]:
+    """The gradient of a scalar; zero for parameters that it does not depend on."""
+    return list(torch.autograd.grad(log_prob, list(parameters.values()), allow_unused=True, materialize_grads=True))
 
-    Args:
-        tokenizer: Of the model.
-        template: The prompt, with ``{question}`` where the question goes.
-        measure: Which tokens are targets.
-        batch_size: Pieces per batch.
-        device: Where the batches are.
+
+def unit_change(model: nn.Module, start: ParameterVector) -> tuple[ParameterVector, float]:
+    """The change of the parameters since ``start`` as a unit vector, in at least float32, and its norm."""
+
+    def difference(now: Tensor, before: Tensor) -> Tensor:
+        wide = torch.promote_types(before.dtype, torch.float32)
+        return now.to(wide) - before.to(wide)
+
+    change = ParameterVector.of(model, start.space, clone=False).zip_with(start, difference)
+    return change, normalise_(change)
+
+
+def normalise_(vector: ParameterVector) -> float:
+    """Scales a vector to length 1 in place, for it may be large (a zero one stays), and returns the length it had.
+
+    No precision of the parameters flushes a unit vector to zero.
     """
-
-    tokenizer: PreTrainedTokenizerBase
-    template: str
-    measure: Measure
-    batch_size: int
-    device: torch.device
-
-    def samples(self, pieces: Sequence[KnowledgePiece]) -> list[Sample]:
-        """Prompt and answer of each piece."""
-        names = [piece.id for piece in pieces]
-        return measured_samples(encode_pieces(pieces, self.tokenizer, template=self.template), self.measure, names)
-
-    def batches(self, samples: Sequence[Sample], size: int) -> list[Batch]:
-        """Samples in batches of a size."""
-        # Padding is masked, so any token serves.
-        pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
-        padded = padded_batches(samples, int(end if pad is None else pad), size)
-        return [{name: value.to(self.device) for name, value in batch.items()} for batch in padded]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What one row of edits did.
-
-    Args:
-        scores: Of the pieces after the edit.
-        new_before: Log-probability of the new answers before, nats.
-        new_after: The same after.
-        new_exact: Whether all of them are exact after.
-        delta_norm: ||delta||, parameter units.
-        gradient_norm: ||g_e||, nats per parameter unit.
-        along_delta: g_j . delta / ||delta||, ``[N]``.
-        along_gradient: g_j . g_e / ||g_e||, ``[N]``.
-    """
-
-    scores: PieceScores
-    new_before: float
-    new_after: float
-    new_exact: bool
-    delta_norm: float
-    gradient_norm: float
-    along_delta: Tensor
-    along_gradient: Tensor
-
-
-@dataclass(frozen=True)
-class RippleWork:
-    """The model before any edit, and what is known of it.
-
-    Args:
-        model: In evaluation mode; only the editor's parameters require gradients.
-        editor: Makes the edits.
-        encoding: Makes their batches.
-        start: The values of the editor's parameters.
-        batches: Of the pieces.
-        scores: Of the pieces.
-        route: How derivatives along directions are found.
-        kept: For the editor.
-    """
-
-    model: nn.Module
-    editor: Editor
-    encoding: Encoding
-    start: ParameterVector
-    batches: list[Batch]
-    scores: PieceScores
-    route: Route
-    kept: dict[str, Any]
-
-    def gradient_norms(self, replicas: Replicas) -> list[float]:
-        """||g_j|| of this process's share of the pieces."""
-        pieces = [part for batch in self.batches for part in split_batch(batch)]
-        return [piece_gradient(self.model, self.start, piece).norm() for piece in replicas.share(pieces)]
-
-    def outcomes(
-        self, rows: Sequence[Sequence[PlannedEdit]], progress: Callable[[int, int], None] | None
-    ) -> list[Outcome]:
-        """What each row of edits does."""
-        found = []
-        for row in rows:
-            found.append(self._outcome(row))
-            if progress is not None:
-                progress(len(found), len(rows))
-        return found
-
-    def _outcome(self, row: Sequence[PlannedEdit]) -> Outcome:
-        """Makes edits, measures, undoes them, predicts."""
-        request = self._request(row)
-        before = score_pieces(self.model, [request.batch])
-        # On its own, so that an edit leaves nothing to the next, such as another mode.
-        with preserved(self.model), substituted(self.model, self.start):
-            self.editor.edit(self.model, request)
-            self.model.eval()
-            # Inside autocast a low-precision copy of a weight may be older than the edit.
-            torch.clear_autocast_cache()
-            delta = _change(self.model, self.start)
-            scores = score_pieces(self.model, self.batches)
-            after = score_pieces(self.model, [request.batch])
-        gradient = piece_gradient(self.model, self.start, request.batch)
-        # Along unit vectors, which no precision of the parameters flushes to zero.
-        sizes = _normalise(delta), _normalise(gradient)
-        along = slopes(self.model, self.start, (delta, gradient), self.batches, self.route)
-        return Outcome(
-            scores,
-            float(before.log_prob.mean()),
-            float(after.log_prob.mean()),
-            bool(after.exact.all()),
-            *sizes,
-            *along,
-        )
-
-    def _request(self, row: Sequence[PlannedEdit]) -> EditRequest:
-        samples = self.encoding.samples([each.wanted for each in row])
-        return EditRequest(
-            prompts=tuple(self.encoding.template.replace("{question}", each.wanted.question) for each in row),
-            subjects=tuple(each.span(self.encoding.template.index("{question}")) for each in row),
-            samples=tuple(samples),
-            batch=self.encoding.batches(samples, len(samples))[0],
-            space=self.start.space,
-            context=tuple(self.batches),
-            tokenizer=self.encoding.tokenizer,
-            kept=self.kept,
-        )
-
-
-def prepare_work(model: nn.Module, editor: Editor, encoding: Encoding, pieces: Sequence[KnowledgePiece]) -> RippleWork:
-    """Measures the model before any edit, and lets only the editor's parameters require gradients.
-
-    Args:
-        model: In the hands of ``preserved``.
-        editor: Makes the edits.
-        encoding: Makes batches.
-        pieces: What is measured.
-
-    Raises:
-        ValueError: A weight is not finite, or a piece cannot be encoded.
-        SpaceError: The editor's parameters are not there.
-    """
-    space = editor.space(model)
-    for name, parameter in model.named_parameters():
-        require_finite({name: parameter}, "weights")
-    parameters = {id(parameter) for parameter in space.resolve(model).values()}
-    for parameter in model.parameters():
-        # Packed weights cannot require gradients and do not.
-        if parameter.requires_grad is not (id(parameter) in parameters):
-            parameter.requires_grad_(id(parameter) in parameters)
-    start = ParameterVector.of(model, space)
-    batches = encoding.batches(encoding.samples(pieces), encoding.batch_size)
-    scores = score_pieces(model, batches)
-    route = available_route(model, start, next(split_batch(batches[0])))
-    return RippleWork(model, editor, encoding, start, batches, scores, route, {})
-
-
-def _change(model: nn.Module, start: ParameterVector) -> ParameterVector:
-    """delta, in at least float32."""
-    return ParameterVector.of(model, start.space, clone=False).zip_with(
-        start, lambda after, before: after.to(_wide(before)) - before.to(_wide(before))
-    )
-
-
-def _normalise(vector: ParameterVector) -> float:
-    """Scales a vector to length 1 in place (a zero one stays) and returns the length that it had."""
     size = vector.norm()
-    if size:
-        for tensor in vector.values():
-            tensor.div_(size)
+    for tensor in vector.values() if size else ():
+        tensor.div_(size)
     return size
 
 
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
+@contextmanager
+def counted_passes(model: nn.Module) -> Iterator[Callable[[], Cost]]:
+    """Counts the samples of all passes of a model in a ``with`` block, whoever makes them.
+
+    Yields:
+        A function that gives the passes so far. A pass of forward mode is one forward pass.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=11))
+        >>> with counted_passes(model) as passes:
+        ...     model(input_ids=torch.tensor([[1, 2], [3, 4]])).logits.sum().backward()
+        >>> passes()
+        Cost(forwards=2, backwards=2)
+    """
+    made = [0, 0]
+
+    def count(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        logits = output.logits if hasattr(output, "logits") else output[0]
+        made[0] += len(logits)
+        if logits.requires_grad:
+            logits.register_hook(count_backward)
+
+    def count_backward(gradient: Tensor) -> None:
+        made[1] += len(gradient)
+
+    with model.register_forward_hook(count):
+        yield lambda: Cost(*made)
+
+
+def gathered(replicas: Replicas, mine: list[T], count: int) -> list[T]:
+    """What the replicas made of items that they had shared out, in the items' order; a collective."""
+    parts = replicas.gather_objects(mine)
+    return [parts[at % replicas.size][at // replicas.size] for at in range(count)]
+
+
+def total_cost(replicas: Replicas, mine: Cost) -> Cost:
+    """The passes of all replicas; a collective."""
+    return sum(replicas.gather_objects(mine), Cost())
+
+
+def check_pieces(pieces: Sequence[KnowledgePiece]) -> None:
+    """Checks that there are pieces and that their ids differ.
+
+    Raises:
+        ValueError: There is none, or an id occurs twice.
+    """
+    if not pieces:
+        raise ValueError("there is no piece to measure")
+    seen: set[str] = set()
+    for piece in pieces:
+        if piece.id in seen:
+            raise ValueError(f"two pieces have the id {piece.id!r}; ids tell them apart in the result")
+        seen.add(piece.id)
+
+
+def require_count(name: str, value: int) -> None:
+    """Checks a setting.
+
+    Raises:
+        ValueError: It is not a whole number of at least 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}")

@@ -3,28 +3,225 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, get_args
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
+import numpy as np
 import torch
-from torch import nn
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
-from lightning_goldy.analysis.ripple.editors import Editor, make_editor, require_count
-from lightning_goldy.analysis.ripple.measure import Encoding, Measure, Outcome, PieceScores, prepare_work
-from lightning_goldy.analysis.ripple.result import (
+from lightning_goldy.analysis.agreement import EVERYTHING, Agreement, agreement_of, spaced_places
+from lightning_goldy.analysis.result import AnalysisResult, Cost
+from lightning_goldy.analysis.ripple.editors import Editor, EditRequest, make_editor
+from lightning_goldy.analysis.ripple.edits import (
+    EDITED,
+    Distance,
     KnowledgeEdit,
-    RippleResult,
-    check_pieces,
+    PlannedEdit,
     classes_of,
     distance_class,
     planned_edits,
 )
+from lightning_goldy.analysis.ripple.measure import (
+    Batch,
+    Encoding,
+    Measure,
+    PieceScores,
+    Route,
+    available_route,
+    check_pieces,
+    counted_passes,
+    gathered,
+    normalise_,
+    piece_gradient,
+    score_pieces,
+    slopes,
+    total_cost,
+    unit_change,
+)
+from lightning_goldy.core.batches import split_batch
+from lightning_goldy.core.files import finite
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import suggestion
 from lightning_goldy.core.pieces import QUESTION_TEMPLATE, KnowledgePiece
 from lightning_goldy.core.sharding import Replicas, is_sharded, unshard_guard
+from lightning_goldy.core.vector import ParameterVector, require_finite, substituted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Predictor = Literal["first_order", "coupling"]
+
+# Pairs in a row of results.jsonl; more than a scatter plot can show.
+_MOST_POINTS = 2000
+
+
+@dataclass(frozen=True)
+class RippleResult(AnalysisResult):
+    r"""Predicted and measured changes, E edits by N pieces; all tensors float64 unless said.
+
+    The log-probability of a piece is the mean over its target tokens, nats. An edit's row is one edit, or all of them
+    where they were made together.
+
+    Args:
+        pieces: Ids.
+        edits: ``pieces`` (ids) and ``answers`` of each row.
+        classes: Distance class of every pair; ``edited`` where the piece itself is edited.
+        predicted_first_order: g_j . delta, nats, ``[E, N]``.
+        predicted_coupling: cos(g_j, g_edit) ||g_j|| ||delta||, nats, ``[E, N]``: the same if the editor had moved along
+            the gradient of the new answer's log-probability.
+        cosine: cos(g_j, g_edit), ``[E, N]``; NaN where a gradient is zero.
+        before: Log-probability of each piece's answer, ``[N]``.
+        after: The same after each edit, ``[E, N]``.
+        rank_before: Rank of the answer, int64, ``[N]``: of its target tokens, each after the true ones before it, the
+            worst rank in the vocabulary; 1 is best.
+        rank_after: Likewise after each edit, ``[E, N]``.
+        exact_before: Whether every target token is the most probable one after the true ones before it, bool, ``[N]``.
+        exact_after: Likewise after each edit, ``[E, N]``.
+        new_before: Log-probability of the edits' new answers, mean over a row's edits, ``[E]``.
+        new_after: The same after the edit.
+        new_exact: Whether all of a row's new answers are exact after the edit, bool, ``[E]``.
+        delta_norm: ||delta||, parameter units, ``[E]``.
+        gradient_norm: ||g_j||, nats per parameter unit, ``[N]``.
+        settings: ``editor``, ``measure``, and ``route``: ``forward`` (derivatives along delta by forward mode) or
+            ``gradients`` (inner products with gradients, where a model has no forward mode).
+        cost: Passes of the model on all ranks, with those that the editor made.
+    """
+
+    analysis: ClassVar[str] = "ripple_effects"
+
+    pieces: tuple[str, ...]
+    edits: tuple[dict[str, Any], ...]
+    classes: tuple[tuple[str, ...], ...]
+    predicted_first_order: Tensor
+    predicted_coupling: Tensor
+    cosine: Tensor
+    before: Tensor
+    after: Tensor
+    rank_before: Tensor
+    rank_after: Tensor
+    exact_before: Tensor
+    exact_after: Tensor
+    new_before: Tensor
+    new_after: Tensor
+    new_exact: Tensor
+    delta_norm: Tensor
+    gradient_norm: Tensor
+    settings: dict[str, str]
+    cost: Cost = field(default=Cost(), compare=False)
+
+    @property
+    def measured(self) -> Tensor:
+        """Change of each piece's log-probability, nats, ``[E, N]``."""
+        return self.after - self.before
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The distance classes that occur: the built-in ones from near to far, then others as they come."""
+        found = dict.fromkeys(name for row in self.classes for name in row if name != EDITED)
+        known = [name for name in get_args(Distance) if name in found]
+        return tuple(dict.fromkeys([*known, *found]))
+
+    def pairs(self, group: str = EVERYTHING, *, edit: int | None = None) -> NDArray[np.bool_]:
+        """Which pairs count: those of a class (or of all), never the edited pieces themselves.
+
+        Args:
+            group: A distance class, or ``all``.
+            edit: Only this row.
+
+        Returns:
+            Shape ``[E, N]``.
+
+        Raises:
+            ValueError: There is no such class or row.
+        """
+        if group != EVERYTHING and group not in self.groups:
+            raise ValueError(f"no pair has the class {group!r}; {suggestion(group, [EVERYTHING, *self.groups])}")
+        names = np.array(self.classes, dtype=object).reshape(len(self.edits), len(self.pieces))
+        chosen: NDArray[np.bool_] = (names != EDITED) if group == EVERYTHING else (names == group)
+        if edit is not None:
+            if not 0 <= edit < len(self.edits):
+                raise ValueError(f"edit must be a row from 0 to {len(self.edits) - 1}; got {edit}")
+            chosen &= (np.arange(len(self.edits)) == edit)[:, None]
+        return chosen
+
+    def predicted(self, predictor: Predictor) -> Tensor:
+        """The predictions of one kind, nats, ``[E, N]``.
+
+        Raises:
+            ValueError: There is no such kind.
+        """
+        if predictor not in get_args(Predictor):
+            raise ValueError(f"unknown predictor {predictor!r}; {suggestion(str(predictor), get_args(Predictor))}")
+        return self.predicted_first_order if predictor == "first_order" else self.predicted_coupling
+
+    def agreement(self, predictor: Predictor = "first_order", *, edit: int | None = None) -> tuple[Agreement, ...]:
+        """How well the changes were predicted: over all pairs first, then by distance class.
+
+        Pairs of all edits are pooled, so differences in size between edits count too; give ``edit`` to look at one.
+
+        Args:
+            predictor: Which prediction.
+            edit: Only this row.
+
+        Raises:
+            ValueError: There is no such prediction or row.
+        """
+        predicted, measured = self.predicted(predictor).numpy(), self.measured.numpy()
+        return tuple(
+            agreement_of(predicted[chosen], measured[chosen], predictor, group)
+            for group in (EVERYTHING, *self.groups)
+            for chosen in (self.pairs(group, edit=edit),)
+        )
+
+    def metrics(self) -> dict[str, float | None]:
+        """Scalars by name, None where undefined: agreement of both predictions, and what the edits did."""
+        found: dict[str, float | None] = {}
+        for entry in self._agreements():
+            place = "" if entry.group == EVERYTHING else "/" + entry.group.replace(" ", "_")
+            found |= {f"{entry.predictor}_{name}{place}": value for name, value in entry.metrics().items()}
+        for group in self.groups:
+            change = self.measured.numpy()[self.pairs(group)].mean()
+            found[f"measured_change/{group.replace(' ', '_')}"] = finite(float(change))
+        found["new_answers_exact"] = float(self.new_exact.double().mean())
+        found["new_answer_change"] = finite(float((self.new_after - self.new_before).mean()))
+        return found
+
+    def details(self) -> dict[str, Any]:
+        """Predictions, measured changes and how they agree; of more than 2,000 pairs, so many evenly spaced."""
+        pairs = np.argwhere(self.pairs())
+        edits, pieces = pairs[spaced_places(len(pairs), _MOST_POINTS)].T
+        columns = {
+            "first_order": self.predicted_first_order,
+            "coupling": self.predicted_coupling,
+            "measured": self.measured,
+        }
+        points = {
+            **{name: finite(table.numpy()[edits, pieces].tolist()) for name, table in columns.items()},
+            "edit": edits.tolist(),
+            "piece": [self.pieces[place] for place in pieces],
+            "class": [self.classes[edit][place] for edit, place in zip(edits, pieces, strict=True)],
+        }
+        return {
+            **self.settings,
+            "n_edits": len(self.edits),
+            "n_pieces": len(self.pieces),
+            "n_pairs": len(pairs),
+            "points": points,
+            "agreement": [entry.details() for entry in self._agreements()],
+        }
+
+    def _agreements(self) -> list[Agreement]:
+        return [entry for predictor in get_args(Predictor) for entry in self.agreement(predictor)]
+
+    def table(self) -> str:
+        """The agreement as lines of text."""
+        lines = [f"{'prediction':12} {'class':16} {'n':>6} {'Pearson':>8} {'Spearman':>8} {'sign %':>7} {'slope':>8}"]
+        for entry in self._agreements():
+            numbers = f"{entry.pearson:8.3f} {entry.spearman:8.3f} {100 * entry.sign_agreement:7.1f} {entry.slope:8.3g}"
+            lines.append(f"{entry.predictor:12} {entry.group:16} {entry.n:6} {numbers}  {entry.reason}".rstrip())
+        return "\n".join(lines)
 
 
 def ripple_effects(
@@ -97,33 +294,47 @@ def ripple_effects(
     """
     chosen = make_editor(editor, {"learning_rate": learning_rate, "steps": steps, "select": select})
     pieces, replicas = tuple(pieces), _replicas(model, split_over_ranks)
-    _check(pieces, measure, batch_size)
+    check_pieces(pieces)
+    encoding = Encoding(tokenizer, template, measure, batch_size, next(model.parameters()).device)
     asked = planned_edits(edits, pieces, together=together)
     rows = [asked] if together else [(edit,) for edit in asked]
     classes = tuple(classes_of(row, pieces, distance) for row in rows)
-    with preserved(model):
+    with preserved(model), counted_passes(model) as passes:
         with replicas.together("ripple_effects"):
-            encoding = Encoding(tokenizer, template, measure, batch_size, next(model.parameters()).device)
-            work = prepare_work(model, chosen, encoding, pieces)
-            norms = work.gradient_norms(replicas)
-        all_norms = _in_order(replicas, norms, len(pieces))
-        with replicas.together("ripple_effects"):
-            outcomes = work.outcomes(replicas.share(rows), progress)
-        all_outcomes = _in_order(replicas, outcomes, len(rows))
+            work = _prepare_work(model, chosen, encoding, pieces)
+            mine = work.gradient_norms(replicas), work.outcomes(replicas.share(rows), progress)
+        norms, outcomes = gathered(replicas, mine[0], len(pieces)), gathered(replicas, mine[1], len(rows))
+        cost = total_cost(replicas, passes())
+    size = torch.tensor([outcome.delta_norm for outcome in outcomes], dtype=torch.float64)
+    own = torch.tensor(norms, dtype=torch.float64)
+    along_gradient = torch.stack([outcome.along_gradient for outcome in outcomes])  # [E, N]
+    # A gradient of zero has no direction.
+    angled = torch.tensor([outcome.gradient_norm > 0 for outcome in outcomes])[:, None] & (own > 0)
     name = editor if isinstance(editor, str) else type(editor).__name__
-    settings = {"editor": name, "measure": measure, "route": work.route}
-    edited = [
-        {"pieces": tuple(each.piece.id for each in row), "answers": tuple(each.wanted.answer for each in row)}
-        for row in rows
-    ]
-    return _result(tuple(piece.id for piece in pieces), edited, classes, work.scores, all_norms, all_outcomes, settings)
-
-
-def _check(pieces: Sequence[KnowledgePiece], measure: str, batch_size: int) -> None:
-    check_pieces(pieces)
-    if measure not in get_args(Measure):
-        raise ValueError(f"unknown measure {measure!r}; {suggestion(str(measure), get_args(Measure))}")
-    require_count("batch_size", batch_size)
+    return RippleResult(
+        pieces=tuple(piece.id for piece in pieces),
+        edits=tuple(
+            {"pieces": tuple(edit.piece.id for edit in row), "answers": tuple(edit.wanted.answer for edit in row)}
+            for row in rows
+        ),
+        classes=classes,
+        predicted_first_order=torch.stack([outcome.along_delta for outcome in outcomes]) * size[:, None],
+        predicted_coupling=along_gradient * size[:, None],
+        cosine=torch.where(angled, along_gradient / own, torch.nan),
+        before=work.scores.log_prob,
+        after=torch.stack([outcome.scores.log_prob for outcome in outcomes]),
+        rank_before=work.scores.rank,
+        rank_after=torch.stack([outcome.scores.rank for outcome in outcomes]),
+        exact_before=work.scores.exact,
+        exact_after=torch.stack([outcome.scores.exact for outcome in outcomes]),
+        new_before=torch.tensor([outcome.new_before for outcome in outcomes], dtype=torch.float64),
+        new_after=torch.tensor([outcome.new_after for outcome in outcomes], dtype=torch.float64),
+        new_exact=torch.tensor([outcome.new_exact for outcome in outcomes]),
+        delta_norm=size,
+        gradient_norm=own,
+        settings={"editor": name, "measure": measure, "route": work.route},
+        cost=cost,
+    )
 
 
 def _replicas(model: nn.Module, split_over_ranks: bool) -> Replicas:
@@ -137,43 +348,115 @@ def _replicas(model: nn.Module, split_over_ranks: bool) -> Replicas:
     return Replicas.of(model) if split_over_ranks else Replicas()
 
 
-def _in_order(replicas: Replicas, mine: list[Any], count: int) -> list[Any]:
-    """What the replicas made of items that they had shared out, in the items' order; a collective."""
-    parts = replicas.gather_objects(mine)
-    return [parts[at % replicas.size][at // replicas.size] for at in range(count)]
+@dataclass(frozen=True)
+class _Outcome:
+    """What one row of edits did.
+
+    Args:
+        scores: Of the pieces after the edit.
+        new_before: Log-probability of the new answers before, nats.
+        new_after: The same after.
+        new_exact: Whether all of them are exact after.
+        delta_norm: ||delta||, parameter units.
+        gradient_norm: ||g_e||, nats per parameter unit.
+        along_delta: g_j . delta / ||delta||, ``[N]``.
+        along_gradient: g_j . g_e / ||g_e||, ``[N]``.
+    """
+
+    scores: PieceScores
+    new_before: float
+    new_after: float
+    new_exact: bool
+    delta_norm: float
+    gradient_norm: float
+    along_delta: Tensor
+    along_gradient: Tensor
 
 
-def _result(
-    pieces: tuple[str, ...],
-    edits: Sequence[dict[str, Any]],
-    classes: tuple[tuple[str, ...], ...],
-    scores: PieceScores,
-    norms: Sequence[float],
-    outcomes: Sequence[Outcome],
-    settings: dict[str, str],
-) -> RippleResult:
-    size = torch.tensor([each.delta_norm for each in outcomes], dtype=torch.float64)
-    own = torch.tensor(norms, dtype=torch.float64)
-    along_gradient = torch.stack([each.along_gradient for each in outcomes])  # [E, N]
-    # A gradient of zero has no direction.
-    angled = torch.tensor([each.gradient_norm > 0 for each in outcomes])[:, None] & (own > 0)
-    return RippleResult(
-        pieces=pieces,
-        edits=tuple(edits),
-        classes=classes,
-        predicted_first_order=torch.stack([each.along_delta for each in outcomes]) * size[:, None],
-        predicted_coupling=along_gradient * size[:, None],
-        cosine=torch.where(angled, along_gradient / own, torch.nan),
-        before=scores.log_prob,
-        after=torch.stack([each.scores.log_prob for each in outcomes]),
-        rank_before=scores.rank,
-        rank_after=torch.stack([each.scores.rank for each in outcomes]),
-        exact_before=scores.exact,
-        exact_after=torch.stack([each.scores.exact for each in outcomes]),
-        new_before=torch.tensor([each.new_before for each in outcomes], dtype=torch.float64),
-        new_after=torch.tensor([each.new_after for each in outcomes], dtype=torch.float64),
-        new_exact=torch.tensor([each.new_exact for each in outcomes]),
-        delta_norm=size,
-        gradient_norm=own,
-        settings=settings,
-    )
+@dataclass(frozen=True)
+class _RippleWork:
+    """The model before any edit, the batches and scores of the pieces, and how derivatives are found."""
+
+    model: nn.Module
+    editor: Editor
+    encoding: Encoding
+    start: ParameterVector
+    batches: list[Batch]
+    scores: PieceScores
+    route: Route
+    kept: dict[str, Any] = field(default_factory=dict)
+
+    def gradient_norms(self, replicas: Replicas) -> list[float]:
+        """||g_j|| of this process's share of the pieces."""
+        pieces = [part for batch in self.batches for part in split_batch(batch)]
+        return [piece_gradient(self.model, self.start, piece).norm() for piece in replicas.share(pieces)]
+
+    def outcomes(
+        self, rows: Sequence[Sequence[PlannedEdit]], progress: Callable[[int, int], None] | None
+    ) -> list[_Outcome]:
+        """What each row of edits does."""
+        found = []
+        for row in rows:
+            found.append(self._outcome(row))
+            if progress is not None:
+                progress(len(found), len(rows))
+        return found
+
+    def _outcome(self, row: Sequence[PlannedEdit]) -> _Outcome:
+        """Makes edits, measures, undoes them, predicts."""
+        request = self._request(row)
+        before = score_pieces(self.model, [request.batch])
+        # On its own, so that an edit leaves nothing to the next, such as another mode.
+        with preserved(self.model), substituted(self.model, self.start):
+            self.editor.edit(self.model, request)
+            self.model.eval()
+            # Inside autocast a low-precision copy of a weight may be older than the edit.
+            torch.clear_autocast_cache()
+            delta, size = unit_change(self.model, self.start)
+            scores = score_pieces(self.model, self.batches)
+            after = score_pieces(self.model, [request.batch])
+        gradient = piece_gradient(self.model, self.start, request.batch)
+        gradient_norm = normalise_(gradient)
+        along = slopes(self.model, self.start, (delta, gradient), self.batches, self.route)
+        return _Outcome(
+            scores,
+            float(before.log_prob.mean()),
+            float(after.log_prob.mean()),
+            bool(after.exact.all()),
+            size,
+            gradient_norm,
+            *along,
+        )
+
+    def _request(self, row: Sequence[PlannedEdit]) -> EditRequest:
+        samples = self.encoding.samples([edit.wanted for edit in row])
+        template = self.encoding.template
+        return EditRequest(
+            prompts=tuple(template.replace("{question}", edit.wanted.question) for edit in row),
+            subjects=tuple(edit.span(template.index("{question}")) for edit in row),
+            samples=tuple(samples),
+            batch=self.encoding.batches(samples, len(samples))[0],
+            space=self.start.space,
+            context=tuple(self.batches),
+            tokenizer=self.encoding.tokenizer,
+            kept=self.kept,
+        )
+
+
+def _prepare_work(
+    model: nn.Module, editor: Editor, encoding: Encoding, pieces: Sequence[KnowledgePiece]
+) -> _RippleWork:
+    """Measures the model before any edit, and lets only the editor's parameters require gradients."""
+    space = editor.space(model)
+    for name, parameter in model.named_parameters():
+        require_finite({name: parameter}, "weights")
+    edited = {id(parameter) for parameter in space.resolve(model).values()}
+    for parameter in model.parameters():
+        # Packed weights cannot require gradients and do not.
+        if parameter.requires_grad is not (id(parameter) in edited):
+            parameter.requires_grad_(id(parameter) in edited)
+    start = ParameterVector.of(model, space)
+    batches = encoding.batches(encoding.samples(pieces))
+    scores = score_pieces(model, batches)
+    route = available_route(model, start, next(split_batch(batches[0])))
+    return _RippleWork(model, editor, encoding, start, batches, scores, route)

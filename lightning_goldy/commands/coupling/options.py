@@ -3,11 +3,61 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
 
 from lightning_goldy.analysis.coupling import Layers, RunOptions, Select, check_selection
 from lightning_goldy.analysis.ripple.editors import make_editor
 from lightning_goldy.core.pieces import QUESTION_TEMPLATE
+from lightning_goldy.data.tokenization import load_tokenizer
+from lightning_goldy.training.models import WeightDtype, check_vocabulary, load_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Model:
+    """Which model.
+
+    Args:
+        name: A folder or a name on the hub.
+        tokenizer: Likewise, or ``bytes``; None for the model's.
+        dtype: Of the weights.
+        device: None for a GPU where there is one.
+    """
+
+    name: str
+    tokenizer: str | None = None
+    dtype: WeightDtype = "float32"
+    device: str | None = None
+
+    @property
+    def placed(self) -> torch.device:
+        """Where it goes.
+
+        Raises:
+            ValueError: A GPU is asked for and there is none.
+        """
+        device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"--device {self.device}: PyTorch finds no GPU; leave it out, or give cpu")
+        return device
+
+    def load(self) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+        """The model on its device, and its tokenizer.
+
+        Raises:
+            ValueError: One of them cannot be loaded, or they do not fit.
+        """
+        # The tokenizer first: a mistake there is found before the weights are read.
+        tokenizer = load_tokenizer(self.tokenizer or self.name)
+        model = load_model(self.name, dtype=self.dtype)
+        check_vocabulary(model, tokenizer)
+        return model.to(self.placed), tokenizer
 
 
 @dataclass(frozen=True)
@@ -101,3 +151,22 @@ class Editing:
         make_editor(self.editor, {"learning_rate": self.learning_rate, "steps": self.steps})
         if isinstance(self.edits, int) and self.edits < 1:
             raise ValueError(f"--edits must be at least 1; got {self.edits}")
+
+
+@dataclass(frozen=True)
+class Options:
+    """All that the command is told.
+
+    Args:
+        model: Which model.
+        pieces: What to compare.
+        method: How.
+        editing: What to edit for the ripple effects; None for nothing.
+        out: An empty folder, but for a workspace in it; by default the next free ``runs/coupling/version_N``.
+    """
+
+    model: Model
+    pieces: Pieces
+    method: Method
+    editing: Editing | None = None
+    out: str | Path | None = None

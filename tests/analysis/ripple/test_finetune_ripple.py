@@ -2,19 +2,22 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import sys
 
 import pytest
 import torch
 from torch import nn
 
+from lightning_goldy.analysis.result import Cost
 from lightning_goldy.analysis.ripple import FinetuneRipple, finetune_ripple
 from lightning_goldy.core.base import BaseParameters
 from lightning_goldy.core.space import SpaceError
+from lightning_goldy.core.store import save_vectors
 from lightning_goldy.core.vector import ParameterVector
 from tests.core.test_autodiff import without_casts  # noqa: F401
 from tests.references.models import build
-from tests.references.ripple import TEMPLATE, WORDS, double, facts, gradient, read
+from tests.references.ripple import TEMPLATE, WORDS, double, facts, gradient, read, seen_samples
 
 CLASSES = tuple("edited" if place in (1, 4) else "untouched" for place in range(12))
 
@@ -79,14 +82,57 @@ def test_gradients_give_what_forward_mode_gives(monkeypatch) -> None:
     backward = rippled(moved(base), base)
     assert (forward.route, backward.route) == ("forward", "gradients")
     torch.testing.assert_close(forward.predicted, backward.predicted, rtol=1e-7, atol=1e-9)
-    assert (forward.passes, backward.passes) == (6 * 12, 5 * 12)
+
+
+@pytest.mark.parametrize(("route", "expected"), [("forward", Cost(3 * 12 + 1, 0)), ("gradients", Cost(3 * 12, 12))])
+def test_the_cost_is_what_the_model_saw(monkeypatch, route: str, expected: Cost) -> None:
+    base = double("gpt2")
+    model = moved(base)
+    if route == "gradients":
+        module = sys.modules["lightning_goldy.analysis.ripple.finetune"]
+        monkeypatch.setattr(module, "available_route", lambda *_: "gradients")
+    with seen_samples(model) as seen:
+        found = rippled(model, base)
+    assert found.cost == expected
+    assert seen == [expected.forwards, expected.backwards]
+    assert not model._forward_hooks
+
+
+@pytest.mark.parametrize("kind", ["module", "vector", "parameters", "file"])
+def test_a_base_is_anything_that_can_be_one(kind: str, tmp_path) -> None:
+    base = build("gpt2")
+    model = copy.deepcopy(base)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01)
+    vector = ParameterVector.of(base)
+    save_vectors(tmp_path / "base.safetensors", vector, kind="values", model=base)
+    bases = {"module": base, "vector": vector, "parameters": BaseParameters(vector), "file": tmp_path}
+    found, expected = (
+        finetune_ripple(model, given, facts(), tokenizer=WORDS, template=TEMPLATE) for given in (bases[kind], vector)
+    )
+    assert found.delta_norm == expected.delta_norm > 0
+    assert torch.equal(found.predicted, expected.predicted)
+
+
+def test_what_a_row_needs_is_that_of_the_pieces() -> None:
+    base = double("gpt2")
+    found = rippled(moved(base), base)
+    details = found.details()
+    assert details["classes"] == {"untouched": 10, "edited": 2}
+    assert details["points"]["piece"] == [piece.id for piece in facts()]
+    assert details["points"]["measured"] == found.measured.tolist()
+    assert details["points"]["predicted"] == found.predicted.tolist()
+    assert [entry["group"] for entry in details["agreement"]] == ["all", "untouched", "edited"]
+    assert details["agreement"][0]["pearson"] == found.metrics()["pearson"]
+    assert json.loads(json.dumps(details, allow_nan=False)) == details
 
 
 def test_numbers_by_class_are_those_of_its_pieces() -> None:
     base = double("gpt2")
     found = rippled(moved(base), base)
     edited, untouched = [1, 4], [place for place in range(12) if place not in (1, 4)]
-    scalars = found.scalars()
+    scalars = found.metrics()
     assert found.groups == ("untouched", "edited")
     for name, places in (("edited", edited), ("untouched", untouched)):
         measured, predicted = found.measured[places], found.predicted[places]

@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_goldy.analysis.result import Cost
 from lightning_goldy.analysis.ripple import FinetuneEditor, GradientStepEditor, KnowledgeEdit, RankOneEditor
 from lightning_goldy.analysis.ripple.measure import Measure
 from lightning_goldy.core.pieces import KnowledgePiece
 from tests.core.test_autodiff import without_casts  # noqa: F401
 from tests.references import architecture_models
 from tests.references.models import build
-from tests.references.ripple import EDITS, WORDS, double, effects, facts, gradient, read, ripple
+from tests.references.ripple import EDITS, WORDS, double, effects, facts, gradient, read, ripple, seen_samples
 
 EDITORS_IN_SHORT: dict[str, Any] = {
     "gradient_step": GradientStepEditor(learning_rate=0.1),
@@ -198,7 +199,7 @@ def test_without_forward_mode_gradients_serve() -> None:
 def test_both_routes_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     model = double("gpt2")
     forward = ripple(model, editor=EDITORS_IN_SHORT["finetune"])
-    monkeypatch.setattr("lightning_goldy.analysis.ripple.measure.available_route", lambda *_: "gradients")
+    monkeypatch.setattr("lightning_goldy.analysis.ripple.ripple.available_route", lambda *_: "gradients")
     backward = ripple(model, editor=EDITORS_IN_SHORT["finetune"])
     assert (forward.settings["route"], backward.settings["route"]) == ("forward", "gradients")
     for name in ("predicted_first_order", "predicted_coupling", "cosine", "after"):
@@ -221,3 +222,21 @@ def test_adapters_can_be_edited(editor: str) -> None:
     if editor == "gradient_step":
         default = ripple(model, editor=editor, learning_rate=rates[editor])
         torch.testing.assert_close(default.after, found.after, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("editor", "backwards", "forwards"),
+    # An edit: its own answer before and after, its gradient, the pieces after it and along two directions.
+    [("gradient_step", 1, 1), ("finetune", 3, 3), ("rank_one", 6, 7)],
+)
+def test_the_cost_is_what_the_model_saw(editor: str, backwards: int, forwards: int) -> None:
+    model, n_pieces = double("gpt2"), len(facts())
+    with seen_samples(model) as seen:
+        found = ripple(model, EDITS[:2], editor=EDITORS_IN_SHORT[editor])
+    covariance = n_pieces if editor == "rank_one" else 0
+    expected = Cost(
+        forwards=2 * n_pieces + 1 + covariance + 2 * (3 + 3 * n_pieces + forwards),
+        backwards=n_pieces + 2 * (1 + backwards),
+    )
+    assert found.cost == found.row().cost == expected
+    assert seen == [expected.forwards, expected.backwards]

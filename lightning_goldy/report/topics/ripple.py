@@ -1,38 +1,51 @@
-"""What the figures of ripple effects draw, taken from rows and checked."""
+"""Ripple effects: predicted against measured changes of every answer by edits of others."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
+from lightning_goldy.report.builders import Points, Scatter, arrange, scatter
 from lightning_goldy.report.descriptions import Description, describe
+from lightning_goldy.report.figures import Figure, ReportError, Row, register_figure
 from lightning_goldy.report.formatting import format_number
-from lightning_goldy.report.registry import ReportError, Row
 
 PREDICTORS = {"first_order": "first order: g . delta", "coupling": "coupling: cos |g| |delta|"}
 
 
-@dataclass(frozen=True)
-class Scatter:
-    """Points of one distance class under one prediction.
+@register_figure("ripple_effects", "prediction", heading="Predicted and measured change")
+def chart_ripple_effects(row: Row) -> Figure:
+    """Predicted against measured change of each piece by each edit, coloured by distance class.
 
     Args:
-        name: The class.
-        label: The class with its correlation.
-        predicted: Nats.
-        measured: Nats.
+        row: Of the analysis ``ripple_effects``.
+
+    Raises:
+        ReportError: The row lacks what the figure needs.
+        ImportError: altair is not installed.
+
+    Example:
+        >>> points = {"first_order": [0.5], "coupling": [0.4], "measured": [0.25], "class": ["near"]}
+        >>> numbers = {"n": 1, "pearson": None, "spearman": None}
+        >>> agreement = [{"predictor": p, "group": g, **numbers} for p in list(points)[:2] for g in ("all", "near")]
+        >>> chart_ripple_effects({"result": {"points": points, "agreement": agreement}}).data["points_0"]["group"]
+        ['near (n = 1)']
     """
+    panels = []
+    for predictor, title in PREDICTORS.items():
+        axes = "predicted change of log p, nats", "measured change of log p, nats"
+        style = Scatter(*axes, "piece", diagonal=True, size=(480, 320), title=title)
+        panels.append(scatter(scatters(row, predictor), style))
+    overall = "; ".join(f"{overall_agreement(row, predictor)} by the {predictor}" for predictor in PREDICTORS)
+    caption = f"{ripple_caption(row)} Over all classes {overall.replace('_', ' ')}."
+    return arrange(panels, columns=2, caption=caption)
 
-    name: str
-    label: str
-    predicted: tuple[float, ...]
-    measured: tuple[float, ...]
 
+def scatters(row: Row, predictor: str) -> dict[str, Points]:
+    """The points of each distance class, labelled with its correlation, in the order of the row's agreement.
 
-def scatters(row: Row, predictor: str) -> tuple[Scatter, ...]:
-    """The points by class, in the order of the row's agreement; pairs that are not finite are left to the caption.
+    Pairs that are not finite are left to the caption.
 
     Args:
         row: Of the analysis ``ripple_effects``.
@@ -42,51 +55,45 @@ def scatters(row: Row, predictor: str) -> tuple[Scatter, ...]:
         ReportError: The row lacks them.
 
     Example:
-        >>> each = {"predictor": "coupling", "group": "near", "n": 1, "pearson": None}
-        >>> points = {"coupling": [0.5], "measured": [0.25], "class": ["near"]}
-        >>> scatters({"result": {"points": points, "agreement": [each]}}, "coupling")
-        (Scatter(name='near', label='near (n = 1)', predicted=(0.5,), measured=(0.25,)),)
+        >>> entry = {"predictor": "coupling", "group": "near", "n": 1, "pearson": None}
+        >>> points = {"coupling": [0.5], "measured": [0.25], "class": ["near"], "piece": ["a"]}
+        >>> scatters({"result": {"points": points, "agreement": [entry]}}, "coupling")
+        {'near (n = 1)': Points(x=(0.5,), y=(0.25,), names=('a',))}
     """
     try:
         points, agreement = row["result"]["points"], row["result"]["agreement"]
-        columns = list(zip(points[predictor], points["measured"], points["class"], strict=True))
-        found = []
-        for each in agreement:
-            if each["predictor"] != predictor or each["group"] == "all":
-                continue
-            mine = [(x, y) for x, y, name in columns if name == each["group"] and x is not None and y is not None]
-            predicted, measured = tuple(x for x, _ in mine), tuple(y for _, y in mine)
-            found.append(Scatter(each["group"], _label(each), predicted, measured))
-        return tuple(found)
+        names = points.get("piece", [""] * len(points["measured"]))
+        columns = list(zip(points[predictor], points["measured"], names, points["class"], strict=True))
+        groups = {}
+        for entry in agreement:
+            if entry["predictor"] == predictor and entry["group"] != "all":
+                drawn = [
+                    (x, y, name) for x, y, name, group in columns if group == entry["group"] and None not in (x, y)
+                ]
+                groups[_label(entry)] = Points(*(tuple(point[at] for point in drawn) for at in range(3)))
+        return groups
     except (KeyError, TypeError, ValueError) as error:
         raise ReportError(f"a row of ripple_effects lacks what its figure needs: {error}") from error
 
 
-def overall(row: Row, predictor: str) -> str:
-    """Name and correlations of a prediction over all classes.
+def overall_agreement(row: Row, predictor: str) -> str:
+    """Correlations of a prediction over all classes.
 
     Raises:
         ReportError: The row lacks them.
+
+    Example:
+        >>> entry = {"predictor": "coupling", "group": "all", "pearson": 0.5, "spearman": None}
+        >>> overall_agreement({"result": {"agreement": [entry]}}, "coupling")
+        'r = 0.50, Spearman undefined'
     """
     try:
-        for each in row["result"]["agreement"]:
-            if (each["predictor"], each["group"]) == (predictor, "all"):
-                numbers = f"r = {_short(each['pearson'])}, Spearman {_short(each['spearman'])}"
-                return f"{PREDICTORS[predictor]}\n{numbers}"
+        for entry in row["result"]["agreement"]:
+            if (entry["predictor"], entry["group"]) == (predictor, "all"):
+                return f"r = {_short(entry['pearson'])}, Spearman {_short(entry['spearman'])}"
     except (KeyError, TypeError) as error:
         raise ReportError(f"a row of ripple_effects lacks what its figure needs: {error}") from error
     raise ReportError(f"a row of ripple_effects lacks the agreement of {predictor!r}")
-
-
-def identity(groups: Sequence[Scatter]) -> tuple[float, float]:
-    """Ends of the line on which predicted equals measured, over all points.
-
-    Example:
-        >>> identity([Scatter("near", "near", (0.0, 1.0), (-2.0, 0.5))])
-        (-2.0, 1.0)
-    """
-    values = [value for group in groups for value in (*group.predicted, *group.measured)]
-    return min(values, default=0.0), max(values, default=0.0)
 
 
 def ripple_caption(row: Row) -> str:
@@ -114,9 +121,9 @@ def _counted(count: int | None, name: str) -> str:
     return f"{format_number(count)} {name}{'' if count == 1 else 's'}"
 
 
-def _label(each: Any) -> str:
-    shown = "" if each["pearson"] is None else f"r = {_short(each['pearson'])}, "
-    return f"{each['group']} ({shown}n = {format_number(each['n'])})"
+def _label(entry: Mapping[str, Any]) -> str:
+    shown = "" if entry["pearson"] is None else f"r = {_short(entry['pearson'])}, "
+    return f"{entry['group']} ({shown}n = {format_number(entry['n'])})"
 
 
 def _short(value: float | None) -> str:
