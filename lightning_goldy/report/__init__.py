@@ -43,20 +43,6 @@ from lightning_goldy.report.explain_plots import plot_explained_change
 from lightning_goldy.report.figures import Figure, ReportError, draw_figures, reads_of, register_figure
 from lightning_goldy.report.loggers import log_figure, log_histogram, log_scalars
 from lightning_goldy.report.page import write_report
-from lightning_goldy.report.plasticity_charts import (
-    chart_attention_maps,
-    chart_gate_timeline,
-    chart_head_scores,
-    chart_plasticity_loss,
-    chart_plasticity_sweep,
-)
-from lightning_goldy.report.plasticity_plots import (
-    plot_attention_maps,
-    plot_gate_timeline,
-    plot_head_scores,
-    plot_plasticity_loss,
-    plot_plasticity_sweep,
-)
 from lightning_goldy.report.ripple_charts import chart_ripple_effects
 from lightning_goldy.report.ripple_plots import plot_ripple_effects
 from lightning_goldy.report.topics.golden import (
@@ -65,6 +51,13 @@ from lightning_goldy.report.topics.golden import (
     chart_parameter_distribution,
     chart_search_history,
     chart_weight_changes,
+)
+from lightning_goldy.report.topics.heads import (
+    chart_attention_maps,
+    chart_gate_timeline,
+    chart_head_scores,
+    chart_plasticity_loss,
+    chart_plasticity_sweep,
 )
 from lightning_goldy.report.variant_figures import chart_variant_losses, plot_variant_losses
 
@@ -109,7 +102,6 @@ __all__ = [
     "plot_attention_difference",
     "plot_attention_grid",
     "plot_attention_heads",
-    "plot_attention_maps",
     "plot_attention_prompts",
     "plot_attention_spectra",
     "plot_coupling_distribution",
@@ -118,10 +110,6 @@ __all__ = [
     "plot_drift_map",
     "plot_drift_prediction",
     "plot_explained_change",
-    "plot_gate_timeline",
-    "plot_head_scores",
-    "plot_plasticity_loss",
-    "plot_plasticity_sweep",
     "plot_ripple_effects",
     "plot_taylor_prediction",
     "plot_taylor_shares",
@@ -137,9 +125,14 @@ __all__ = [
 # Names of former versions: where each leads.
 _FORMER = {
     "draw_plots": "lightning_goldy.report.figures.draw_figures",
+    "plot_attention_maps": "lightning_goldy.report.topics.heads.chart_attention_maps",
     "plot_change_histogram": "lightning_goldy.report.topics.golden.chart_change_histogram",
+    "plot_gate_timeline": "lightning_goldy.report.topics.heads.chart_gate_timeline",
     "plot_golden_parameters": "lightning_goldy.report.topics.golden.chart_golden_parameters",
+    "plot_head_scores": "lightning_goldy.report.topics.heads.chart_head_scores",
     "plot_parameter_distribution": "lightning_goldy.report.topics.golden.chart_parameter_distribution",
+    "plot_plasticity_loss": "lightning_goldy.report.topics.heads.chart_plasticity_loss",
+    "plot_plasticity_sweep": "lightning_goldy.report.topics.heads.chart_plasticity_sweep",
     "plot_search_history": "lightning_goldy.report.topics.golden.chart_search_history",
     "plot_weight_changes": "lightning_goldy.report.topics.golden.chart_weight_changes",
     "register_chart": "lightning_goldy.report.figures.register_former",

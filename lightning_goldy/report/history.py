@@ -16,12 +16,10 @@ MOST_ROWS = 200
 _READS: Mapping[str, frozenset[str]] = {
     "attention_tracker": frozenset({"spectra"}),
     "basin_volume": frozenset({"volumes"}),
-    "head_plasticity": frozenset({"timeline", "curve"}),
 }
 _TAYLOR = ("change", "first_order", "nonlinearity")
 _VOLUME = ("log_volume", "interval_low", "interval_high", "sigma", "preconditioner")
 _DRIFT = ("mean_absolute_difference", "correlation", "pearson", "spearman")
-_CURVE = ("steps", "loss", "multiplier", "active_heads")
 
 
 def reads_of(analysis: str) -> frozenset[str]:
@@ -176,22 +174,6 @@ def _spectra(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
     return {"spectra": list(lines.values())}
 
 
-def _plasticity(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
-    if len(rows) == 1:
-        return {}
-    timeline: list[Any] = []
-    curve: dict[str, list[Any]] = {name: [] for name in _CURVE}
-    for each in rows:
-        result = each["result"]
-        changed, measured = (found[-1] if found else -1 for found in ([c["step"] for c in timeline], curve["steps"]))
-        timeline += [change for change in result.get("timeline", ()) if change["step"] > changed]
-        points = result.get("curve", {name: [] for name in _CURVE})
-        fresh = [index for index, step in enumerate(points["steps"]) if step > measured]
-        for name in _CURVE:
-            curve[name] += [points[name][index] for index in fresh]
-    return {"timeline": timeline, "curve": curve}
-
-
 def _metric(rows: Sequence[Row], name: str) -> list[Any]:
     return [row["metrics"].get(name) for row in rows]
 
@@ -200,7 +182,6 @@ _BUILDERS: Mapping[str, Callable[[Row, Sequence[Row]], dict[str, Any]]] = {
     "attention_tracker": _spectra,
     "basin_volume": _volumes,
     "coupling_drift": _drift,
-    "head_plasticity": _plasticity,
     "taylor_diff": _taylor,
     "variant_losses": _variants,
 }

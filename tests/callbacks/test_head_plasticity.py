@@ -25,7 +25,7 @@ from lightning_goldy.core import CausalLMObjective, StoreError
 from lightning_goldy.core.architecture import HeadError, HeadGates
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.sharding import Replicas
-from lightning_goldy.report.history import with_history
+from lightning_goldy.report.topics.heads import loss_course
 from tests.callbacks.training import Finetune, TokenData, differences, fit
 from tests.references.models import build, token_batch
 
@@ -359,10 +359,14 @@ def test_logs_scalars_figures_and_the_course_of_the_loss(tmp_path):
     images = set(logged.Tags()["images"])
     for name in ("timeline", "loss", "scores", "attention"):
         assert f"goldy/head_plasticity/figure/{name}" in images
-    last = with_history(rows(callback)[-1], rows(callback)[:-1])["result"]
-    assert set(last["curve"]["steps"]) == {*range(3, 12), 16}
-    assert last["timeline"][0] == {"step": 0, "closed": []}
-    shown = last["attention"]
+    written = rows(callback)
+    assert set(loss_course(written).steps) == {*range(3, 12), 16}
+    assert written[0]["result"]["timeline"][0] == {"step": 0, "closed": []}
+    # Each row tells what came since the one before.
+    told = [step for row in written for step in dict.fromkeys(row["result"]["curve"]["steps"])]
+    assert told == sorted(set(told))
+    assert [entry["step"] for row in written for entry in row["result"]["timeline"]] == [0, 4, 5, 6, 7, 9]
+    shown = written[-1]["result"]["attention"]
     assert set(shown["maps"]) == {"before", "cut", "recovered"}
     assert all(len(maps) == len(shown["heads"]) for maps in shown["maps"].values())
     rows_of_attention = torch.tensor(shown["maps"]["before"]).sum(dim=-1)

@@ -14,8 +14,8 @@ from lightning_goldy.report.attentions import spectra
 from lightning_goldy.report.expansions import prediction
 from lightning_goldy.report.figures import draw_figures
 from lightning_goldy.report.history import with_history
-from lightning_goldy.report.plasticity import gate_timeline, loss_course
 from lightning_goldy.report.run import AnalysisRows, read_run, upgraded
+from lightning_goldy.report.topics.heads import gate_timeline, loss_course
 from lightning_goldy.report.volumes import trajectories
 
 RUN = Path(__file__).parent / "format1"
@@ -53,7 +53,6 @@ def test_all_rows_are_read_as_format_2(analyses: dict[str, AnalysisRows]) -> Non
     [
         ("taylor_diff", prediction),
         ("basin_volume", trajectories),
-        ("head_plasticity", loss_course),
     ],
 )
 def test_lines_over_the_run_are_those_that_the_rows_held(
@@ -70,10 +69,13 @@ def test_arrays_over_the_run_are_those_that_the_rows_held(analyses: dict[str, An
         (found,), (expected,) = spectra(with_history(rows[index], rows[:index])), spectra(old)
         assert (found.prompt, found.steps) == (expected.prompt, expected.steps)
         assert found.values.tolist() == expected.values.tolist()
+
+
+def test_gates_and_losses_over_the_run_are_those_that_the_rows_held(analyses: dict[str, AnalysisRows]) -> None:
     rows = analyses["head_plasticity"].rows
     for index, old in enumerate(written("head_plasticity")):
-        found_line, line = gate_timeline(with_history(rows[index], rows[:index])), gate_timeline(old)
-        assert found_line.opened.tolist() == line.opened.tolist()
+        assert loss_course(rows[: index + 1]) == loss_course([old])
+        assert gate_timeline(rows[: index + 1]).opened.tolist() == gate_timeline([old]).opened.tolist()
 
 
 def test_every_figure_is_drawn_and_the_page_is_written(
