@@ -18,8 +18,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from lightning_goldy.analysis.heads import compact
-from lightning_goldy.analysis.heads.importance import HEAD_SCORES
+from lightning_goldy.analysis.heads import HEAD_SCORES, compact
 from lightning_goldy.analysis.result import Cost, Row
 from lightning_goldy.callbacks import HeadPlasticity
 from lightning_goldy.callbacks.store import ROWS, ResultStore, peak_memory_bytes

@@ -16,10 +16,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from lightning_goldy.analysis.heads import HeadFreeze, head_importance
+from lightning_goldy.analysis.heads import HeadFreeze, PruningSchedule, Recovery, Regrowth, Scoring, head_importance
 from lightning_goldy.analysis.heads.importance import HeadProbe
 from lightning_goldy.analysis.heads.optimizer import AttentionRate, CycleCopy
-from lightning_goldy.analysis.heads.settings import PruningSchedule, Recovery, Regrowth, Scoring
 from lightning_goldy.callbacks import ExactResume, GoldenSnapshot, HeadPlasticity
 from lightning_goldy.core import CausalLMObjective, StoreError
 from lightning_goldy.core.architecture import HeadError, HeadGates
@@ -112,6 +111,33 @@ def test_what_is_cut_and_regrown_is_what_the_functions_choose(tmp_path):
     # The golden weights are those that are there already.
     assert regrow_event["loss_after"] == loss()
     assert regrow["metrics"]["regrow/loss_after"] == loss()
+
+
+def test_the_costs_of_the_rows_are_what_ran(tmp_path):
+    passes = []
+
+    class Counting(HeadPlasticity):
+        def compute(self, context):
+            passes.append([0, 0])
+            forwards = context.model.register_forward_hook(self.count, with_kwargs=True)
+            backwards = context.model.model.norm.register_full_backward_hook(self.count_back)
+            result = super().compute(context)
+            forwards.remove()
+            backwards.remove()
+            return result
+
+        def count(self, module, args, options, output):
+            passes[-1][0] += len(options["input_ids"])
+
+        def count_back(self, module, into, out):
+            passes[-1][1] += len(out[0])
+
+    callback = Counting("combined", pruning_level=0.5, cycles=2, schedule=SHORT, scoring=PROBE, at=("end",))
+    fit(tmp_path, [callback], module=Llama, data=TokenData(40), max_epochs=1)
+    assert [[row["cost"]["forwards"], row["cost"]["backwards"]] for row in rows(callback)] == passes
+    assert sum(backwards for _, backwards in passes) > 0
+    # Where only the loss is measured: once, over the four samples of the probe.
+    assert passes[-1] == [4, 0]
 
 
 def test_closed_heads_do_not_move_and_golden_regrowth_brings_the_base_back(tmp_path):
