@@ -24,7 +24,7 @@ from lightning_goldy.core import CausalLMObjective, StoreError
 from lightning_goldy.core.architecture import HeadError, HeadGates
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.sharding import Replicas
-from lightning_goldy.report.topics.heads import loss_course
+from lightning_goldy.report.topics.heads import chart_plasticity_loss
 from tests.callbacks.training import Finetune, TokenData, differences, fit
 from tests.references.models import build, token_batch
 
@@ -386,7 +386,7 @@ def test_logs_scalars_figures_and_the_course_of_the_loss(tmp_path):
     for name in ("timeline", "loss", "scores", "attention"):
         assert f"goldy/head_plasticity/figure/{name}" in images
     written = rows(callback)
-    assert set(loss_course(written).steps) == {*range(3, 12), 16}
+    assert set(chart_plasticity_loss(written).data["points_0"]["x"]) == {*range(3, 12), 16}
     assert written[0]["result"]["timeline"][0] == {"step": 0, "closed": []}
     # Each row tells what came since the one before.
     told = [step for row in written for step in dict.fromkeys(row["result"]["curve"]["steps"])]

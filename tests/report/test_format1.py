@@ -15,7 +15,7 @@ from lightning_goldy.report.expansions import prediction
 from lightning_goldy.report.figures import draw_figures
 from lightning_goldy.report.history import with_history
 from lightning_goldy.report.run import AnalysisRows, read_run, upgraded
-from lightning_goldy.report.topics.heads import gate_timeline, loss_course
+from lightning_goldy.report.topics.heads import chart_gate_timeline, chart_plasticity_loss
 from lightning_goldy.report.volumes import trajectories
 
 RUN = Path(__file__).parent / "format1"
@@ -74,8 +74,8 @@ def test_arrays_over_the_run_are_those_that_the_rows_held(analyses: dict[str, An
 def test_gates_and_losses_over_the_run_are_those_that_the_rows_held(analyses: dict[str, AnalysisRows]) -> None:
     rows = analyses["head_plasticity"].rows
     for index, old in enumerate(written("head_plasticity")):
-        assert loss_course(rows[: index + 1]) == loss_course([old])
-        assert gate_timeline(rows[: index + 1]).opened.tolist() == gate_timeline([old]).opened.tolist()
+        for chart in (chart_plasticity_loss, chart_gate_timeline):
+            assert chart(rows[: index + 1]).data == chart([old]).data
 
 
 def test_every_figure_is_drawn_and_the_page_is_written(

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import math
 import struct
 from typing import Any
 
@@ -12,19 +11,14 @@ from lightning_goldy.core.files import to_json_line
 from lightning_goldy.report.figures import Figure, ReportError, draw_figures, figures_of, reads_of
 from lightning_goldy.report.history import RowHistory
 from lightning_goldy.report.topics.heads import (
-    attention_grid,
     chart_attention_maps,
     chart_gate_timeline,
     chart_head_scores,
     chart_plasticity_loss,
     chart_plasticity_sweep,
-    gate_timeline,
-    loss_course,
     plasticity_caption,
     score_caption,
-    score_grid,
     sweep_caption,
-    sweep_lines,
 )
 from tests.report.heads_rows import plasticity_row, plasticity_rows, sweep_row
 
@@ -34,45 +28,63 @@ def saved(row: dict[str, Any]) -> dict[str, Any]:
     return json.loads(to_json_line(row))
 
 
+def spans_of(rows: list[dict[str, Any]]) -> dict[str, list[tuple[float, float, str]]]:
+    """Spans of each head, in order."""
+    columns = chart_gate_timeline(rows).data["spans"]
+    spans: dict[str, list[tuple[float, float, str]]] = {}
+    for head, low, high, state in zip(*columns.values(), strict=True):
+        spans.setdefault(head, []).append((low, high, state))
+    return spans
+
+
 def test_the_time_line_has_a_span_between_changes() -> None:
-    timeline = gate_timeline([plasticity_row()])
-    assert timeline.labels == ("0.0", "0.1", "1.0", "1.1")
-    assert timeline.edges == (0, 4, 6, 8, 9)
-    assert timeline.opened.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 1], [1, 1, 1, 1]]
+    expected = {
+        "0.0": [(0, 9, "open")],
+        "0.1": [(0, 6, "open"), (6, 9, "closed")],
+        "1.0": [(0, 4, "open"), (4, 8, "closed"), (8, 9, "open")],
+        "1.1": [(0, 9, "open")],
+    }
+    assert spans_of([plasticity_row()]) == expected
     # A change at the very step of the row still has a width.
-    assert gate_timeline([plasticity_row(8)]).edges == (0, 4, 6, 8, 9)
+    assert spans_of([plasticity_row(8)]) == expected
 
 
 def test_the_course_has_both_ends_of_every_jump() -> None:
-    course = loss_course([saved(plasticity_row())])
-    assert course.steps == (2, 4, 4, 6, 6, 8)
-    assert course.loss[:5] == (2.0, 2.0, 2.5, 2.25, 3.0)
-    assert math.isnan(course.loss[5])
-    assert course.events == ((4, "1 cut"), (6, "1 cut"), (8, "1 opened"))
+    data = chart_plasticity_loss([saved(plasticity_row())]).data
+    assert data["points_0"]["x"] == data["points_1"]["x"] == [2, 4, 4, 6, 6, 8]
+    assert data["points_0"]["y"] == [2.0, 2.0, 2.5, 2.25, 3.0, None]
+    assert data["points_1"]["y"] == [1.0, 1.0, 3.0, 2.0, 3.0, 1.0]
+    assert data["events_0"] == data["events_1"] == {"step": [4, 6, 8], "what": ["1 cut", "1 cut", "1 opened"]}
 
 
 def test_scores_know_what_was_cut_and_what_was_closed() -> None:
-    grid = score_grid(saved(plasticity_row()))
-    assert grid.values.tolist() == [[0.25, -1.0], [3.0, 0.125]]
-    assert (grid.closed, grid.cut) == ({(1, 0)}, {(0, 1)})
-    assert score_grid(plasticity_row(cut=False)) is None
+    figure = chart_head_scores(saved(plasticity_row()))
+    assert isinstance(figure, Figure)
+    assert figure.data["cells"]["value"] == [0.25, -1.0, 3.0, 0.125]
+    assert figure.ranges == {"colour": (-1.0, 3.0)}
+    marks = {"y": ["1|1", "0|0"], "x": ["0|0", "1|1"], "value": [3.0, -1.0], "mark": ["closed", "cut"]}
+    assert figure.data["marks"] == marks
     assert score_caption(plasticity_row(cut=False)) == "no head has been scored yet"
 
 
 def test_maps_are_by_moment_and_head() -> None:
-    grid = attention_grid(saved(plasticity_row()))
-    assert grid.moments == ("before the cut", "right after", "recovered")
-    assert grid.heads == ("1.0, cut", "0.0, kept", "0.1, cut later")
-    assert grid.maps.shape == (3, 3, 2, 2)
+    figure = chart_attention_maps(saved(plasticity_row()))
+    assert isinstance(figure, Figure)
+    panels = figure.data["panels"]
+    assert list(dict.fromkeys(panels["moment"])) == ["before the cut", "right after", "recovered"]
+    assert panels["head"] == ["1.0, cut", "0.0, kept", "0.1, cut later"] * 3
+    assert figure.data["weights"]["weight"] == [1.0, 0.0, 0.5, 0.5] * 9
 
 
 def test_the_lines_of_a_sweep_are_means_over_seeds() -> None:
-    taylor, random = sweep_lines(saved(sweep_row()))
-    assert (taylor.label, taylor.levels) == ("taylor", (0.1, 0.5))
-    assert taylor.mean == pytest.approx((0.05, 0.3), abs=1e-12)
-    assert (taylor.low, taylor.high) == ((0.0, 0.2), (0.1, 0.4))
-    assert random.mean[0] == pytest.approx(0.2, abs=1e-12)
-    assert math.isnan(random.mean[1])
+    data = chart_plasticity_sweep(saved(sweep_row())).data
+    assert data["points"] == {
+        "x": [0.1, 0.5] * 2,
+        "y": [0.05, 0.3, 0.2, None],
+        "line": ["taylor", "taylor", "random", "random"],
+    }
+    assert data["ranges"]["low"][:3] == [0.0, 0.2, 0.1]
+    assert data["ranges"]["high"][:3] == [0.1, 0.4, 0.3]
     assert sweep_caption(sweep_row()).startswith("8 runs with 2 seeds")
 
 
@@ -114,40 +126,6 @@ def test_rows_of_which_each_tells_what_is_new_make_the_whole_run() -> None:
     assert [entry.over for entry in figures_of("head_plasticity")] == ["run", "run", "step", "step"]
 
 
-def test_what_the_figures_hold_is_what_the_row_holds() -> None:
-    row = saved(plasticity_row())
-    spans = chart_gate_timeline([row]).data["spans"]
-    opened = gate_timeline([row]).opened
-    edges = gate_timeline([row]).edges
-    for label, line in zip(gate_timeline([row]).labels, opened, strict=True):
-        mine = [place for place, head in enumerate(spans["head"]) if head == label]
-        for first, last, state in zip(edges, edges[1:], line, strict=False):
-            (place,) = (place for place in mine if spans["low"][place] <= first and last <= spans["high"][place])
-            assert spans["state"][place] == ("open" if state else "closed")
-    loss = chart_plasticity_loss([row])
-    assert loss.data["points_0"]["y"] == [2.0, 2.0, 2.5, 2.25, 3.0, None]
-    assert loss.data["points_1"]["y"] == [1.0, 1.0, 3.0, 2.0, 3.0, 1.0]
-    assert loss.data["events_0"] == {"step": [4, 6, 8], "what": ["1 cut", "1 cut", "1 opened"]}
-    scores = chart_head_scores(row)
-    assert isinstance(scores, Figure)
-    assert scores.data["cells"]["value"] == [0.25, -1.0, 3.0, 0.125]
-    assert scores.ranges == {"colour": (-1.0, 3.0)}
-    assert scores.data["marks"] == {
-        "y": ["1|1", "0|0"],
-        "x": ["0|0", "1|1"],
-        "value": [3.0, -1.0],
-        "mark": ["closed", "cut"],
-    }
-    maps = chart_attention_maps(row)
-    assert isinstance(maps, Figure)
-    assert maps.data["weights"]["weight"] == [1.0, 0.0, 0.5, 0.5] * 9
-    assert maps.data["panels"]["head"] == ["1.0, cut", "0.0, kept", "0.1, cut later"] * 3
-    sweep = chart_plasticity_sweep(saved(sweep_row()))
-    assert sweep.data["ranges"]["line"] == ["taylor", "taylor", "random", "random"]
-    assert sweep.data["ranges"]["high"][:3] == [0.1, 0.4, 0.3]
-    assert sweep.data["points"]["y"][:3] == [0.05, 0.3, 0.2]
-
-
 def test_many_heads_stay_drawable() -> None:
     row = plasticity_row()
     row["result"]["heads_per_layer"] = [16] * 30
@@ -163,18 +141,18 @@ def test_many_heads_stay_drawable() -> None:
 @pytest.mark.parametrize(
     ("change", "function", "message"),
     [
-        ({"timeline": None}, gate_timeline, "'timeline' must be of the kind list, got None"),
-        ({"timeline": []}, gate_timeline, "must not be empty"),
-        ({"curve": {"steps": [1]}}, loss_course, "a list of numbers is missing"),
-        ({"curve": {"steps": [1], "loss": [], "multiplier": []}}, loss_course, "of one length"),
-        ({"scores": {}}, score_grid, "'values' must be of the kind list"),
-        ({"attention": {"heads": [], "n_cut": 0, "maps": {"cut": []}}}, attention_grid, "a square map per head"),
-        ({"runs": []}, sweep_lines, "at least one run"),
-        ({"runs": [{"strategy": "taylor"}]}, sweep_lines, r"'result.runs\[0\]' lacks 'level'"),
+        ({"timeline": None}, chart_gate_timeline, "'timeline' must be of the kind list, got None"),
+        ({"timeline": []}, chart_gate_timeline, "must not be empty"),
+        ({"curve": {"steps": [1]}}, chart_plasticity_loss, "a list of numbers is missing"),
+        ({"curve": {"steps": [1], "loss": [], "multiplier": []}}, chart_plasticity_loss, "of one length"),
+        ({"scores": {}}, chart_head_scores, "'values' must be of the kind list"),
+        ({"attention": {"heads": [], "n_cut": 0, "maps": {"cut": []}}}, chart_attention_maps, "a square map per head"),
+        ({"runs": []}, chart_plasticity_sweep, "at least one run"),
+        ({"runs": [{"strategy": "taylor"}]}, chart_plasticity_sweep, r"'result.runs\[0\]' lacks 'level'"),
     ],
 )
 def test_a_row_that_lacks_something_says_so(change: dict[str, Any], function: Any, message: str) -> None:
     row = plasticity_row()
     row["result"] |= change
     with pytest.raises(ReportError, match=message):
-        function([row] if function in (gate_timeline, loss_course) else row)
+        function([row] if function in (chart_gate_timeline, chart_plasticity_loss) else row)

@@ -7,11 +7,10 @@ import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lightning_goldy.report.builders import Line, Lines, arrange, heads_style, heat_map, lines, rounded
 from lightning_goldy.report.descriptions import Description, describe
@@ -27,30 +26,38 @@ _CUT, _OPENED = "#c4453c", "#3a9a6b"
     "head_plasticity", "timeline", heading="Open heads over the run", over="run", reads=("timeline", "curve")
 )
 def chart_gate_timeline(rows: Sequence[Row]) -> Figure:
-    """Which heads were open when.
+    """Which heads were open when, up to the step of the last row.
 
     Args:
-        rows: Of the analysis ``head_plasticity``, ascending.
+        rows: Of the analysis ``head_plasticity``, ascending; each tells what came since the one before.
 
     Raises:
         ReportError: A row lacks what the figure needs.
         ImportError: altair is not installed.
 
     Example:
-        >>> result = {"heads_per_layer": [2], "timeline": [{"step": 0, "closed": [[0, 1]]}], "strategy": "taylor"}
-        >>> figure = chart_gate_timeline([{"step": 5, "metrics": {}, "result": {**result, "cycles": 1}}])
-        >>> figure.data["spans"]["head"], figure.data["spans"]["state"]
-        (['0.0', '0.1'], ['open', 'closed'])
+        >>> first = {"step": 0, "result": {"timeline": [{"step": 0, "closed": []}]}}
+        >>> result = {"heads_per_layer": [2], "timeline": [{"step": 3, "closed": [[0, 1]]}], "strategy": "taylor"}
+        >>> last = {"step": 5, "metrics": {}, "result": {**result, "cycles": 1}}
+        >>> spans = chart_gate_timeline([first, last]).data["spans"]
+        >>> list(zip(spans["head"], spans["low"], spans["high"], spans["state"]))
+        [('0.0', 0, 5, 'open'), ('0.1', 0, 3, 'open'), ('0.1', 3, 5, 'closed')]
     """
-    timeline = gate_timeline(rows)
-    spans: dict[str, list[Any]] = {name: [] for name in ("head", "low", "high", "state")}
-    for label, opened in zip(timeline.labels, timeline.opened, strict=True):
-        changes = [0, *(np.flatnonzero(np.diff(opened)) + 1).tolist(), len(opened)]
-        for first, last in itertools.pairwise(changes):
-            state = "open" if opened[first] else "closed"
-            for name, value in zip(spans, (label, timeline.edges[first], timeline.edges[last], state), strict=True):
-                spans[name].append(value)
-    return Figure(_timeline_chart(len(timeline.labels)), {"spans": spans}, plasticity_caption(rows[-1]))
+    sizes = _field(_result(rows[-1]), "heads_per_layer", list)
+    changes = _changes(rows)
+    if not sum(sizes) or not changes:
+        raise ReportError("'result.heads_per_layer' and 'result.timeline' must not be empty")
+    edges = [change["step"] for change in changes]
+    edges.append(max(rows[-1]["step"], edges[-1] + 1))
+    closed = [{(layer, head) for layer, head in change["closed"]} for change in changes]
+    spans: list[tuple[str, float, float, str]] = []
+    for head in ((layer, head) for layer, size in enumerate(sizes) for head in range(size)):
+        states = itertools.groupby(range(len(changes)), key=lambda place, head=head: head in closed[place])  # type: ignore[misc]
+        for shut, places in states:
+            first, *_, last = [*places] * 2
+            spans.append((f"{head[0]}.{head[1]}", edges[first], edges[last + 1], "closed" if shut else "open"))
+    columns = dict(zip(("head", "low", "high", "state"), map(list, zip(*spans, strict=True)), strict=True))
+    return Figure(_timeline_chart(sum(sizes)), {"spans": columns}, plasticity_caption(rows[-1]))
 
 
 @register_figure("head_plasticity", "loss", heading="The loss over the cycles", over="run", reads=("timeline", "curve"))
@@ -58,7 +65,7 @@ def chart_plasticity_loss(rows: Sequence[Row]) -> Figure:
     """The loss of the probe with cuts and regrowths, and the learning-rate multiplier below.
 
     Args:
-        rows: Of the analysis ``head_plasticity``, ascending.
+        rows: Of the analysis ``head_plasticity``, ascending; each tells what came since the one before.
 
     Raises:
         ReportError: A row lacks what the figure needs.
@@ -66,22 +73,36 @@ def chart_plasticity_loss(rows: Sequence[Row]) -> Figure:
 
     Example:
         >>> curve = {"steps": [1, 2], "loss": [2.0, 3.0], "multiplier": [1.0, 3.0]}
-        >>> result = {"curve": curve, "timeline": [], "strategy": "taylor", "cycles": 1}
-        >>> chart_plasticity_loss([{"metrics": {}, "result": result}]).data["points_0"]["y"]
-        [2.0, 3.0]
+        >>> timeline = [{"step": 0, "closed": []}, {"step": 2, "closed": [[0, 1]]}]
+        >>> result = {"curve": curve, "timeline": timeline, "strategy": "taylor", "cycles": 1}
+        >>> figure = chart_plasticity_loss([{"metrics": {}, "result": result}])
+        >>> figure.data["points_0"]["y"], figure.data["events_0"]
+        ([2.0, 3.0], {'step': [2], 'what': ['1 cut']})
     """
-    course = loss_course(rows)
-    events = {"step": [step for step, _ in course.events], "what": [what for _, what in course.events]}
-    upper = lines({"loss": Line(course.steps, course.loss)}, Lines(x="", y="loss, nats", scale="linear"))
-    style = Lines(y="multiplier", scale="linear", height=80)
-    lower = lines({"multiplier": Line(course.steps, course.multiplier)}, style)
-    return arrange(
-        [
-            _layered(upper, {"events": events}, _event_layers(True)),
-            _layered(lower, {"events": events}, _event_layers()),
-        ],
-        caption=plasticity_caption(rows[-1]),
-    )
+    points: list[tuple[float, ...]] = []
+    for row in rows:
+        curve = _field(_result(row), "curve", Mapping)
+        columns = [_numbers(curve.get(name)) for name in ("steps", "loss", "multiplier")]
+        if len(set(map(len, columns))) > 1:
+            raise ReportError("'result.curve' must hold 'steps', 'loss' and 'multiplier' of one length")
+        known = points[-1][0] if points else -math.inf
+        points += [point for point in zip(*columns, strict=True) if point[0] > known]
+    events: dict[str, list[Any]] = {"step": [], "what": []}
+    before = 0
+    for change in _changes(rows):
+        number = len(change["closed"])
+        if number != before:
+            events["step"].append(change["step"])
+            events["what"].append(f"{abs(number - before)} {'cut' if number > before else 'opened'}")
+        before = number
+    steps, loss, multiplier = ([point[place] for point in points] for place in range(3))
+    upper = lines({"loss": Line(steps, loss)}, Lines(x="", y="loss, nats", scale="linear"))
+    lower = lines({"multiplier": Line(steps, multiplier)}, Lines(y="multiplier", scale="linear", height=80))
+    panels = [
+        _layered(upper, "events", events, _event_layers(True)),
+        _layered(lower, "events", events, _event_layers()),
+    ]
+    return arrange(panels, caption=plasticity_caption(rows[-1]))
 
 
 @register_figure("head_plasticity", "scores", heading="Importance of heads")
@@ -99,36 +120,32 @@ def chart_head_scores(row: Row) -> Figure | str:
         ImportError: altair is not installed.
 
     Example:
-        >>> scores = {"values": [[0.5, -1.0]], "closed_before": [], "cut": [[0, 1]], "strategy": "taylor", "step": 3}
+        >>> scores = {"values": [[0.5, None]], "closed_before": [], "cut": [[0, 0]], "strategy": "taylor", "step": 3}
         >>> figure = chart_head_scores({"result": {"scores": {**scores, "n_samples": 4}}})
         >>> figure.data["cells"]["value"], figure.data["marks"]["mark"]
-        ([0.5, -1.0], ['cut'])
+        ([0.5, None], ['cut'])
     """
-    grid = score_grid(row)
-    if grid is None:
+    scores = _result(row).get("scores")
+    if scores is None:
         return "No head has been scored yet."
-    layers, heads = grid.values.shape
-    finite = grid.values[np.isfinite(grid.values)]
+    values = np.array([_numbers(line) for line in _field(scores, "values", list)], dtype=np.float64)
+    layers, heads = values.shape
+    finite = values[np.isfinite(values)]
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
     # With many heads the numbers would be wider than the page; the tooltips have them.
     cell = (64.0, 26.0) if heads <= 12 else (28.0, 18.0)
     style = heads_style("score", colours="cividis", cell=cell, numbers=heads <= 12)
-    figure = heat_map(
-        grid.values,
-        range(layers),
-        range(heads),
-        style,
-        extent=(low, high if high > low else low + 1),
-        caption=score_caption(row),
-    )
-    state = {**dict.fromkeys(sorted(grid.closed), "closed"), **dict.fromkeys(sorted(grid.cut), "cut")}
+    extent = (low, high if high > low else low + 1)
+    figure = heat_map(values, range(layers), range(heads), style, extent=extent, caption=score_caption(row))
+    named = (("closed_before", "closed"), ("cut", "cut"))
+    state = {tuple(head): mark for name, mark in named for head in _field(scores, name, list)}
     marks = {
         "y": [f"{layer}|{layer}" for layer, _ in state],
         "x": [f"{head}|{head}" for _, head in state],
-        "value": rounded([grid.values[head] for head in state]),
+        "value": rounded([values[head] for head in state]),
         "mark": list(state.values()),
     }
-    return _layered(figure, {"marks": marks}, _mark_layers(cell))
+    return _layered(figure, "marks", marks, _mark_layers(cell))
 
 
 @register_figure("head_plasticity", "attention", heading="Attention of cut and kept heads")
@@ -150,13 +167,28 @@ def chart_attention_maps(row: Row) -> Figure | str:
         >>> chart_attention_maps({"result": {"attention": shown}}).data["panels"]
         {'panel': [0], 'moment': ['before the cut'], 'head': ['0.1, cut']}
     """
-    grid = attention_grid(row)
-    if grid is None:
+    shown = _result(row).get("attention")
+    if shown is None:
         return "There are no attention maps yet."
-    panels = [(moment, head) for moment in grid.moments for head in grid.heads]
+    maps = _field(shown, "maps", Mapping)
+    moments = {name: label for name, label in MOMENTS.items() if name in maps}
+    later = {
+        (layer, head)
+        for change in _result(row).get("timeline", ())
+        if change["step"] > shown.get("step", 0)
+        for layer, head in change["closed"]
+    }
+    labels = tuple(
+        f"{layer}.{head}, {'cut' if place < shown['n_cut'] else 'cut later' if (layer, head) in later else 'kept'}"
+        for place, (layer, head) in enumerate(_field(shown, "heads", list))
+    )
+    values = np.array([maps[name] for name in moments], dtype=np.float64)
+    if values.ndim != 4 or values.shape[1] != len(labels):
+        raise ReportError(f"'result.attention.maps' must hold a square map per head, got shape {values.shape}")
+    panels = list(itertools.product(moments.values(), labels))
     # The weights alone, in order: their places tell panel, query and key.
     data: dict[str, Columns] = {
-        "weights": {"weight": rounded(grid.maps.ravel())},
+        "weights": {"weight": rounded(values.ravel())},
         "panels": {
             "panel": list(range(len(panels))),
             "moment": [moment for moment, _ in panels],
@@ -164,12 +196,12 @@ def chart_attention_maps(row: Row) -> Figure | str:
         },
     }
     caption = "columns: layer.head; rows of each map are queries; the first tokens of the first sample"
-    return Figure(_maps_chart(grid.maps.shape[-1], grid.moments, grid.heads), data, caption)
+    return Figure(_maps_chart(values.shape[-1], tuple(moments.values()), labels), data, caption)
 
 
 @register_figure("plasticity_sweep", "loss_by_level", heading="What pruning cost")
 def chart_plasticity_sweep(row: Row) -> Figure:
-    """What pruning cost at the end of each run, by level, for each strategy and number of cycles.
+    """What pruning cost at the end of each run, by level, for each strategy and number of cycles: mean and range.
 
     Args:
         row: Of the analysis ``plasticity_sweep``.
@@ -180,33 +212,39 @@ def chart_plasticity_sweep(row: Row) -> Figure:
 
     Example:
         >>> run = {"strategy": "taylor", "level": 0.5, "cycles": 1, "seed": 0, "cost": 0.1}
-        >>> chart_plasticity_sweep({"result": {"runs": [run]}}).data["points"]["y"]
-        [0.1]
+        >>> figure = chart_plasticity_sweep({"result": {"runs": [run, {**run, "seed": 1, "cost": 0.3}]}})
+        >>> figure.data["points"]["y"], figure.data["ranges"]["high"]
+        ([0.2], [0.3])
     """
-    found = sweep_lines(row)
-    style = Lines(
-        x="pruning level",
-        y="loss over the run without pruning, nats",
-        scale="linear",
-        whole=False,
-        legend=True,
-        height=300,
-    )
-    figure = lines({line.label: Line(line.levels, line.mean) for line in found}, style, caption=sweep_caption(row))
-    ranges = {
-        "line": [line.label for line in found for _ in line.levels],
-        "x": [level for line in found for level in line.levels],
-        "low": rounded([low for line in found for low in line.low]),
-        "high": rounded([high for line in found for high in line.high]),
+    runs = sweep_runs(row)
+    several = len({run["cycles"] for run in runs}) > 1
+    groups: dict[str, dict[float, list[float]]] = {}
+    for run in runs:
+        cycles = f", {run['cycles']} cycle{'s' if run['cycles'] > 1 else ''}" if several else ""
+        by_level = groups.setdefault(f"{run['strategy']}{cycles}", {})
+        by_level.setdefault(run["level"], []).append(math.nan if run["cost"] is None else float(run["cost"]))
+    ordered = {label: dict(sorted(by_level.items())) for label, by_level in groups.items()}
+    title = "loss over the run without pruning, nats"
+    style = Lines(x="pruning level", y=title, scale="linear", whole=False, legend=True, height=300)
+    means = {
+        label: Line(list(by_level), [sum(costs) / len(costs) for costs in by_level.values()])
+        for label, by_level in ordered.items()
     }
-    return _layered(figure, {"ranges": ranges}, _range_layers())
+    ranges = [(label, level, costs) for label, by_level in ordered.items() for level, costs in by_level.items()]
+    columns = {
+        "line": [label for label, _, _ in ranges],
+        "x": [level for _, level, _ in ranges],
+        "low": rounded([min(costs) for _, _, costs in ranges]),
+        "high": rounded([max(costs) for _, _, costs in ranges]),
+    }
+    return _layered(lines(means, style, caption=sweep_caption(row)), "ranges", columns, _range_layers())
 
 
-def _layered(figure: Figure, data: Mapping[str, Columns], layers: Sequence[Mapping[str, Any]]) -> Figure:
+def _layered(figure: Figure, name: str, columns: Columns, layers: Sequence[Mapping[str, Any]]) -> Figure:
     """The figure with more layers over it, and what they show."""
     chart = copy.deepcopy(figure.bare())
     chart["layer"] = [*chart["layer"], *layers]
-    return replace(figure, chart=chart, data={**figure.data, **data})
+    return replace(figure, chart=chart, data={**figure.data, name: columns})
 
 
 @functools.lru_cache(maxsize=16)
@@ -328,183 +366,6 @@ def _range_layers() -> list[dict[str, Any]]:
     return [{"data": {"name": "ranges"}, "mark": {"type": "rule", "strokeWidth": 1.5}, "encoding": encoding}, zero]
 
 
-@dataclass(frozen=True)
-class GateTimeline:
-    """Which heads were open when.
-
-    Args:
-        labels: One per head, ``layer.head``.
-        edges: Optimizer steps, [spans + 1], ascending.
-        opened: [heads, spans]; 1 where the head was open.
-    """
-
-    labels: tuple[str, ...]
-    edges: tuple[float, ...]
-    opened: NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class LossCourse:
-    """The loss over the cycles.
-
-    Args:
-        steps: Optimizer steps; one may occur twice, before and after something was done.
-        loss: Nats.
-        multiplier: Of the learning rate.
-        events: (step, what was done).
-    """
-
-    steps: tuple[float, ...]
-    loss: tuple[float, ...]
-    multiplier: tuple[float, ...]
-    events: tuple[tuple[int, str], ...]
-
-
-@dataclass(frozen=True)
-class ScoreGrid:
-    """The scores that the last cut rested on.
-
-    Args:
-        values: [layers, heads]; NaN where there is no such head.
-        closed: Heads that were closed already.
-        cut: Heads that were cut.
-    """
-
-    values: NDArray[np.float64]
-    closed: frozenset[tuple[int, int]]
-    cut: frozenset[tuple[int, int]]
-
-
-@dataclass(frozen=True)
-class AttentionGrid:
-    """Attention maps of some heads at some moments.
-
-    Args:
-        moments: Labels of the rows.
-        heads: Labels of the columns.
-        maps: [moments, heads, T, T], weights in [0, 1].
-    """
-
-    moments: tuple[str, ...]
-    heads: tuple[str, ...]
-    maps: NDArray[np.float64]
-
-
-def gate_timeline(rows: Sequence[Row]) -> GateTimeline:
-    """Which heads were open when, up to the step of the last row.
-
-    Args:
-        rows: Of the analysis ``head_plasticity``, ascending; each tells what came since the one before.
-
-    Raises:
-        ReportError: A row lacks what the figure needs.
-
-    Example:
-        >>> first = {"step": 0, "result": {"timeline": [{"step": 0, "closed": []}]}}
-        >>> second = {"heads_per_layer": [2], "timeline": [{"step": 3, "closed": [[0, 1]]}]}
-        >>> gate_timeline([first, {"step": 5, "result": second}]).opened.tolist()
-        [[1.0, 1.0], [1.0, 0.0]]
-    """
-    sizes = _field(_result(rows[-1]), "heads_per_layer", list)
-    heads = [(layer, head) for layer, size in enumerate(sizes) for head in range(size)]
-    changes = _changes(rows)
-    if not heads or not changes:
-        raise ReportError("'result.heads_per_layer' and 'result.timeline' must not be empty")
-    edges = [float(change["step"]) for change in changes]
-    edges.append(max(float(rows[-1]["step"]), edges[-1] + 1))
-    opened = np.ones((len(heads), len(changes)))
-    for column, change in enumerate(changes):
-        for layer, head in change["closed"]:
-            opened[heads.index((layer, head)), column] = 0
-    return GateTimeline(tuple(f"{layer}.{head}" for layer, head in heads), tuple(edges), opened)
-
-
-def loss_course(rows: Sequence[Row]) -> LossCourse:
-    """The loss over the cycles, up to the step of the last row.
-
-    Args:
-        rows: Of the analysis ``head_plasticity``, ascending; each tells what came since the one before.
-
-    Raises:
-        ReportError: A row lacks what the figure needs.
-
-    Example:
-        >>> curve = {"steps": [1, 2], "loss": [2.0, 3.0], "multiplier": [1.0, 3.0]}
-        >>> timeline = [{"step": 0, "closed": []}, {"step": 2, "closed": [[0, 1]]}]
-        >>> loss_course([{"step": 2, "result": {"curve": curve, "timeline": timeline}}]).events
-        ((2, '1 cut'),)
-    """
-    points: list[tuple[float, ...]] = []
-    for row in rows:
-        curve = _field(_result(row), "curve", Mapping)
-        steps, loss, multiplier = (_numbers(curve.get(name)) for name in ("steps", "loss", "multiplier"))
-        if not len(steps) == len(loss) == len(multiplier):
-            raise ReportError("'result.curve' must hold 'steps', 'loss' and 'multiplier' of one length")
-        known = points[-1][0] if points else -math.inf
-        points += [point for point in zip(steps, loss, multiplier, strict=True) if point[0] > known]
-    events, before = [], 0
-    for change in _changes(rows):
-        number = len(change["closed"])
-        if number != before:
-            events.append((int(change["step"]), f"{abs(number - before)} {'cut' if number > before else 'opened'}"))
-        before = number
-    columns = [tuple(point[place] for point in points) for place in range(3)]
-    return LossCourse(*columns, events=tuple(events))
-
-
-def score_grid(row: Row) -> ScoreGrid | None:
-    """The scores of the last cut; None when nothing has been scored yet.
-
-    Args:
-        row: Of the analysis ``head_plasticity``.
-
-    Raises:
-        ReportError: The row lacks what the figure needs.
-
-    Example:
-        >>> scores = {"values": [[0.5, None]], "closed_before": [], "cut": [[0, 0]]}
-        >>> score_grid({"result": {"scores": scores}}).values
-        array([[0.5, nan]])
-    """
-    scores = _result(row).get("scores")
-    if scores is None:
-        return None
-    values = np.array([_numbers(line) for line in _field(scores, "values", list)], dtype=np.float64)
-    closed, cut = ({(layer, head) for layer, head in _field(scores, name, list)} for name in ("closed_before", "cut"))
-    return ScoreGrid(values, frozenset(closed), frozenset(cut))
-
-
-def attention_grid(row: Row) -> AttentionGrid | None:
-    """Attention maps of the cycle; None where there are none.
-
-    Args:
-        row: Of the analysis ``head_plasticity``.
-
-    Raises:
-        ReportError: The row lacks what the figure needs.
-
-    Example:
-        >>> shown = {"heads": [[0, 1]], "n_cut": 1, "maps": {"before": [[[1.0]]]}}
-        >>> attention_grid({"result": {"attention": shown}}).heads
-        ('0.1, cut',)
-    """
-    shown = _result(row).get("attention")
-    if shown is None:
-        return None
-    maps = _field(shown, "maps", Mapping)
-    moments = [name for name in MOMENTS if name in maps]
-    changes = [change for change in _result(row).get("timeline", ()) if change["step"] > shown.get("step", 0)]
-    later = {(layer, head) for change in changes for layer, head in change["closed"]}
-    labels = tuple(
-        f"{layer}.{head}, {'cut' if place < shown['n_cut'] else 'cut later' if (layer, head) in later else 'kept'}"
-        for place, (layer, head) in enumerate(_field(shown, "heads", list))
-    )
-    values = np.array([maps[name] for name in moments], dtype=np.float64)
-    if values.ndim != 4 or values.shape[1] != len(labels):
-        raise ReportError(f"'result.attention.maps' must hold a square map per head, got shape {values.shape}")
-    return AttentionGrid(tuple(MOMENTS[name] for name in moments), labels, values)
-
-
 def plasticity_caption(row: Row) -> str:
     """What has been cut, and what it cost so far.
 
@@ -536,54 +397,6 @@ def score_caption(row: Row) -> str:
         f"{scores['strategy']} scores of {scores['n_samples']} samples at step {scores['step']}; boxes are heads "
         "that were cut then, crosses closed before"
     )
-
-
-@dataclass(frozen=True)
-class SweepLine:
-    """Costs of one strategy and number of cycles, over the levels.
-
-    Args:
-        label: Strategy, with the number of cycles where several were tried.
-        levels: Pruning levels, ascending, fractions.
-        mean: Mean over the seeds, nats.
-        low: Smallest, nats.
-        high: Largest, nats.
-    """
-
-    label: str
-    levels: tuple[float, ...]
-    mean: tuple[float, ...]
-    low: tuple[float, ...]
-    high: tuple[float, ...]
-
-
-def sweep_lines(row: Row) -> tuple[SweepLine, ...]:
-    """The lines, in the order of the runs.
-
-    Args:
-        row: Of the analysis ``plasticity_sweep``.
-
-    Raises:
-        ReportError: The row lacks what the figure needs.
-
-    Example:
-        >>> run = {"strategy": "taylor", "level": 0.5, "cycles": 1, "seed": 0, "cost": 0.1}
-        >>> sweep_lines({"result": {"runs": [run, {**run, "seed": 1, "cost": 0.3}]}})[0].high
-        (0.3,)
-    """
-    runs = sweep_runs(row)
-    several = len({run["cycles"] for run in runs}) > 1
-    groups: dict[tuple[str, int], dict[float, list[float]]] = {}
-    for run in runs:
-        cost = math.nan if run["cost"] is None else float(run["cost"])
-        groups.setdefault((run["strategy"], run["cycles"]), {}).setdefault(run["level"], []).append(cost)
-    lines = []
-    for (strategy, cycles), by_level in groups.items():
-        label = f"{strategy}, {cycles} cycle{'s' if cycles > 1 else ''}" if several else strategy
-        levels = sorted(by_level)
-        columns = [[function(by_level[level]) for level in levels] for function in (_mean, min, max)]
-        lines.append(SweepLine(label, tuple(levels), *(tuple(column) for column in columns)))
-    return tuple(lines)
 
 
 def sweep_runs(row: Row) -> list[Mapping[str, Any]]:
@@ -622,10 +435,6 @@ def sweep_caption(row: Row) -> str:
         f"{len(runs)} run{'s' if len(runs) > 1 else ''} with {seeds} seed{'s' if seeds > 1 else ''}; points are means "
         "over seeds, bars their range; 0 is the same seed without pruning"
     )
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _changes(rows: Sequence[Row]) -> list[Mapping[str, Any]]:
