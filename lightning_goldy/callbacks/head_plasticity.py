@@ -174,16 +174,12 @@ class HeadPlasticity(AnalysisCallback[PlasticityResult]):
         return run.result(events, loss=loss, step=step, after=self._last_step, cost=subject.cost)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Closes the heads of a loaded checkpoint, also when nothing is trained."""
-        self._close_loaded(pl_module)
+        """Closes the heads of a loaded checkpoint, also when nothing is trained; likewise at tests and predictions."""
+        if self._plasticity is None and self._loaded is not None:
+            model = find_model(pl_module, self.model_attribute)
+            load_gates(HeadGates.of(model) or HeadGates(model), self._loaded)
 
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Closes the heads of a loaded checkpoint."""
-        self._close_loaded(pl_module)
-
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Closes the heads of a loaded checkpoint."""
-        self._close_loaded(pl_module)
+    on_test_start = on_predict_start = on_validation_start
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Lets the optimizers go; closed heads stay closed."""
@@ -223,11 +219,6 @@ class HeadPlasticity(AnalysisCallback[PlasticityResult]):
             scalars = self.plasticity.result((), loss=loss, step=step, after=step, cost=Cost()).running()
             drawn = step // max(1, len(trainer.optimizers))
             log_scalars(trainer.loggers, {f"goldy/{self.name}/{key}": value for key, value in scalars.items()}, drawn)
-
-    def _close_loaded(self, pl_module: L.LightningModule) -> None:
-        if self._plasticity is None and self._loaded is not None:
-            model = find_model(pl_module, self.model_attribute)
-            load_gates(HeadGates.of(model) or HeadGates(model), self._loaded)
 
     def _carry(self, trainer: L.Trainer) -> None:
         """Brings the files that the resumed checkpoint needs into this run's folder."""

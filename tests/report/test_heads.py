@@ -118,6 +118,12 @@ def test_rows_of_which_each_tells_what_is_new_make_the_whole_run() -> None:
         assert chart(parts).data == chart([whole]).data
         # What rows hold twice, as those of format 1 do, counts once.
         assert chart([*parts[:2], whole]).data == chart([whole]).data
+    # A head that was cut after the first cut of its cycle is known from the last row alone.
+    later = {**whole, "result": {**whole["result"], "timeline": []}}
+    last, all_of_it = chart_attention_maps(later), chart_attention_maps(whole)
+    assert isinstance(last, Figure)
+    assert isinstance(all_of_it, Figure)
+    assert last.data == all_of_it.data
     # While a run trains, of earlier rows only this is kept.
     assert reads_of("head_plasticity") == {"timeline", "curve"}
     history = RowHistory(parts[:2])

@@ -250,7 +250,7 @@ class PlasticityRun:
             scores=self.scored,
             timeline=[{"step": at, "closed": closed} for at, closed in self.timeline if at > after],
             curve={name: [point[column] for point in points] for column, name in enumerate(_CURVE)},
-            attention=self.shown,
+            attention=None if self.shown is None else {**self.shown, "maps": dict(self.shown["maps"])},
             last_step=self.plan.last_step,
             cost=cost,
         )
@@ -268,7 +268,7 @@ class PlasticityRun:
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, text, and small tensors."""
         return {
-            "settings": self.settings.to_dict(),
+            "settings": asdict(self.settings),
             "plan": asdict(self.plan),
             "state": self.state.to_dict(),
             "closing": self.gates.closing.tolist(),

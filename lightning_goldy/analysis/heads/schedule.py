@@ -280,17 +280,13 @@ class PlasticitySettings:
         weights = self.scoring.weights or DEFAULT_WEIGHTS
         return self.strategy == "entropy" or (self.strategy == "combined" and weights.get("entropy", 0) > 0)
 
-    def to_dict(self) -> dict[str, Any]:
-        """As plain numbers and text."""
-        return asdict(self)
-
     def require_same(self, saved: Mapping[str, Any]) -> None:
         """Checks that a run goes on as it began.
 
         Raises:
             ValueError: A setting differs; the first is named with both values.
         """
-        for name, value in _flat(self.to_dict()).items():
+        for name, value in _flat(asdict(self)).items():
             before = _flat(saved).get(name)
             if before != value:
                 raise ValueError(

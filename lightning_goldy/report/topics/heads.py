@@ -20,6 +20,8 @@ from lightning_goldy.report.formatting import format_number, format_percent
 MOMENTS = {"before": "before the cut", "cut": "right after", "recovered": "recovered"}
 # Legible on a light and on a dark page.
 _CUT, _OPENED = "#c4453c", "#3a9a6b"
+# A little larger than their cells, or the background would shine through between them.
+_CLOSE = {"width": {"band": 1.1}, "height": {"band": 1.1}}
 
 
 @register_figure(
@@ -133,8 +135,8 @@ def chart_head_scores(row: Row) -> Figure | str:
     finite = values[np.isfinite(values)]
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
     # With many heads the numbers would be wider than the page; the tooltips have them.
-    cell = (64.0, 26.0) if heads <= 12 else (28.0, 18.0)
-    style = heads_style("score", colours="cividis", cell=cell, numbers=heads <= 12)
+    cell = (76.0, 26.0) if heads <= 10 else (28.0, 18.0)
+    style = heads_style("score", colours="cividis", cell=cell, numbers=heads <= 10)
     extent = (low, high if high > low else low + 1)
     figure = heat_map(values, range(layers), range(heads), style, extent=extent, caption=score_caption(row))
     named = (("closed_before", "closed"), ("cut", "cut"))
@@ -172,12 +174,10 @@ def chart_attention_maps(row: Row) -> Figure | str:
         return "There are no attention maps yet."
     maps = _field(shown, "maps", Mapping)
     moments = {name: label for name, label in MOMENTS.items() if name in maps}
-    later = {
-        (layer, head)
-        for change in _result(row).get("timeline", ())
-        if change["step"] > shown.get("step", 0)
-        for layer, head in change["closed"]
-    }
+    scores = _result(row).get("scores") or {"step": -1}
+    # Within a cycle heads are only cut, so those of the last cut and those closed before it are all.
+    fresh = [*scores["closed_before"], *scores["cut"]] if scores["step"] > shown.get("step", 0) else []
+    later = {(layer, head) for layer, head in fresh}
     labels = tuple(
         f"{layer}.{head}, {'cut' if place < shown['n_cut'] else 'cut later' if (layer, head) in later else 'kept'}"
         for place, (layer, head) in enumerate(_field(shown, "heads", list))
@@ -231,7 +231,7 @@ def chart_plasticity_sweep(row: Row) -> Figure:
         for label, by_level in ordered.items()
     }
     ranges = [(label, level, costs) for label, by_level in ordered.items() for level, costs in by_level.items()]
-    columns = {
+    columns: dict[str, list[Any]] = {
         "line": [label for label, _, _ in ranges],
         "x": [level for _, level, _ in ranges],
         "low": rounded([min(costs) for _, _, costs in ranges]),
@@ -255,7 +255,7 @@ def _timeline_chart(heads: int) -> dict[str, Any]:
     height = max(3.0, min(14.0, 1500 / heads))
     chart = (
         alt.Chart(alt.NamedData("spans"))
-        .mark_rect(height={"band": 0.9 if height > 6 else 1})
+        .mark_rect(height={"band": 0.9} if height > 6 else _CLOSE["height"])
         .encode(
             x=alt.X(
                 "low:Q",
@@ -300,9 +300,9 @@ def _mark_layers(cell: tuple[float, float]) -> list[dict[str, Any]]:
     tooltip.append({"field": "value", "type": "quantitative", "title": "score", "format": ".6~g"})
     box = {"type": "rect", "filled": False, "fillOpacity": 0, "strokeWidth": 2.5}
     # White with a dark edge shows on every colour; beside the number where there is one.
-    cross = {"type": "point", "shape": "cross", "filled": True, "size": 60, "stroke": "black", "strokeWidth": 0.8}
+    cross = {"type": "point", "shape": "cross", "filled": True, "size": 45, "stroke": "black", "strokeWidth": 0.8}
     if cell[0] > 40:
-        cross |= {"xOffset": cell[0] / 2 - 8}
+        cross |= {"xOffset": cell[0] / 2 - 6}
     base = {"data": {"name": "marks"}, "transform": calculate}
     kept = {"transform": [*calculate, {"filter": "datum.mark == 'cut'"}]}
     shut = {"transform": [*calculate, {"filter": "datum.mark == 'closed'"}]}
@@ -316,8 +316,7 @@ def _mark_layers(cell: tuple[float, float]) -> list[dict[str, Any]]:
 def _maps_chart(size: int, moments: tuple[str, ...], heads: tuple[str, ...]) -> dict[str, Any]:
     alt = require("altair")
     place, plain = "(datum.number - 1)", {"labels": False, "ticks": False, "domain": False}
-    # Even, or the background would shine through between the cells at one and a half times the size.
-    step = max(2, 2 * (60 // size))
+    step = max(1, 110 // size)
     chart = (
         alt.Chart(alt.NamedData("weights"))
         .transform_window(number="row_number()")
@@ -327,7 +326,7 @@ def _maps_chart(size: int, moments: tuple[str, ...], heads: tuple[str, ...]) -> 
             panel=f"floor({place} / {size * size})",
         )
         .transform_lookup(lookup="panel", from_=alt.LookupData(alt.NamedData("panels"), "panel", ["moment", "head"]))
-        .mark_rect()
+        .mark_rect(**_CLOSE)
         .encode(
             x=alt.X("key:O", title=None, scale=alt.Scale(padding=0), axis=alt.Axis(**plain)),
             y=alt.Y("query:O", title=None, scale=alt.Scale(padding=0), axis=alt.Axis(**plain)),
