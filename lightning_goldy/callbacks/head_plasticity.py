@@ -26,7 +26,6 @@ from lightning_goldy.analysis.result import Cost
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.callbacks.golden_snapshot import BASE_FILE, TrainingBase
 from lightning_goldy.core.architecture import HeadGates, UnsupportedArchitectureError
-from lightning_goldy.core.base import BaseParameters
 from lightning_goldy.core.isolation import undisturbed
 from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.sharding import Replicas
@@ -121,16 +120,22 @@ class HeadPlasticity(AnalysisCallback[PlasticityResult]):
             load_gates(gates, saved)
         if self._resumed:
             self._carry(trainer)
-        total = trainer.estimated_stepping_batches
+        if saved is None:
+            plan = self.settings.plan(gates, trainer.estimated_stepping_batches)
+        else:
+            # A resumed run may have another length; fractions stay those of the length that it began with.
+            plan = plan_from(saved["plan"], self.settings.recovery)
+        base = None
+        if self.settings.needs_base:
+            base = self._base.find(trainer, model, attention_space(model, gates), self.folder)
         self._plasticity = PlasticityRun(
             self.settings,
-            # A resumed run may have another length; fractions stay those of the length that it began with.
-            plan_from(saved["plan"]) if saved is not None else self.settings.plan(gates, total),
+            plan,
             gates,
             module=trainer.lightning_module,
             model=model,
             optimizers=trainer.optimizers,
-            base=self._base_of(trainer, model, gates) if self.settings.needs_base else None,
+            base=base,
         )
         if saved is not None:
             self._plasticity.load_state_dict(saved, self.folder)
@@ -202,9 +207,6 @@ class HeadPlasticity(AnalysisCallback[PlasticityResult]):
         """Notes what the interrupted run left."""
         super().load_state_dict(state_dict)
         self._loaded, self._base = state_dict["plasticity"], TrainingBase(state_dict["base_hash"])
-
-    def _base_of(self, trainer: L.Trainer, model: nn.Module, gates: HeadGates) -> BaseParameters:
-        return self._base.find(trainer, model, attention_space(model, gates), self.folder)
 
     def _subject_of(self, model: nn.Module, objective: Objective) -> PlasticitySubject:
         return PlasticitySubject(model, self.plasticity.gates, self._batches, objective, self.settings.scoring)

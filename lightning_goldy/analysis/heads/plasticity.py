@@ -147,10 +147,17 @@ class PlasticityRun:
             subject.changed()
         after = subject.loss()
         if self.shown is not None and "cut" not in self.shown["maps"]:
-            self.shown["maps"]["cut"] = _small(subject.maps(_heads(self.shown["heads"])))
+            self.shown["maps"]["cut"] = _maps(subject, self.shown["heads"])
         self.cut_steps.update({layer: step for layer, _ in heads})
         self._point(step, after)
-        self.scored = _scored(scores, heads, step)
+        self.scored = {
+            "step": step,
+            "strategy": scores.strategy,
+            "n_samples": scores.n_samples,
+            "values": scores.scores.tolist(),
+            "closed_before": _pairs(scores.closed),
+            "cut": _pairs(heads),
+        }
         cut = [float(scores.scores[head]) for head in heads]
         return {"heads": _pairs(heads), "scores": cut, "loss_before": before, "loss_after": after}, after
 
@@ -205,11 +212,11 @@ class PlasticityRun:
         kept = [head for head in reversed(scores.ranking()) if head in self.gates.opened and head not in cut]
         heads = [*cut[:_SHOWN], *kept[:_SHOWN]]
         self.shown = {"step": step, "heads": _pairs(heads), "n_cut": len(cut[:_SHOWN]), "maps": {}}
-        self.shown["maps"]["before"] = _small(subject.maps(heads))
+        self.shown["maps"]["before"] = _maps(subject, heads)
 
     def _show_recovered(self, subject: PlasticitySubject) -> None:
         if self.shown is not None and "recovered" not in self.shown["maps"]:
-            self.shown["maps"]["recovered"] = _small(subject.maps(_heads(self.shown["heads"])))
+            self.shown["maps"]["recovered"] = _maps(subject, self.shown["heads"])
 
     def _note(self, step: int) -> None:
         closed = _pairs(self.gates.closed)
@@ -235,25 +242,23 @@ class PlasticityRun:
             cost: Passes made.
         """
         points = [point for point in self.curve if point[0] > after]
-        return PlasticityResult(
-            loss=loss,
-            multiplier=max(self.multipliers(step).values(), default=1.0),
-            recovery_steps=self.state.recovery_steps,
-            strategy=self.settings.strategy,
-            pruning_level=self.settings.pruning_level,
-            cycles=self.settings.cycles,
-            cycle=self.state.cycle,
-            phase=self.state.phase,
-            heads_per_layer=list(self.gates.heads_per_layer),
-            closed=_pairs(self.gates.closed),
-            events=list(events),
-            scores=self.scored,
-            timeline=[{"step": at, "closed": closed} for at, closed in self.timeline if at > after],
-            curve={name: [point[column] for point in points] for column, name in enumerate(_CURVE)},
-            attention=None if self.shown is None else {**self.shown, "maps": dict(self.shown["maps"])},
-            last_step=self.plan.last_step,
-            cost=cost,
-        )
+        found = {
+            "strategy": self.settings.strategy,
+            "pruning_level": self.settings.pruning_level,
+            "cycles": self.settings.cycles,
+            "cycle": self.state.cycle,
+            "phase": self.state.phase,
+            "heads_per_layer": list(self.gates.heads_per_layer),
+            "closed": _pairs(self.gates.closed),
+            "events": list(events),
+            "scores": self.scored,
+            "timeline": [{"step": at, "closed": closed} for at, closed in self.timeline if at > after],
+            "curve": {name: [point[column] for point in points] for column, name in enumerate(_CURVE)},
+            "attention": None if self.shown is None else {**self.shown, "maps": dict(self.shown["maps"])},
+            "last_step": self.plan.last_step,
+        }
+        multiplier = max(self.multipliers(step).values(), default=1.0)
+        return PlasticityResult(loss, multiplier, self.state.recovery_steps, found, cost)
 
     @property
     def copied_kinds(self) -> tuple[str, ...]:
@@ -295,7 +300,7 @@ class PlasticityRun:
         """
         self.settings.require_same(saved["settings"])
         load_gates(self.gates, saved)
-        self.plan = plan_from(saved["plan"])
+        self.plan = plan_from(saved["plan"], self.settings.recovery)
         self.state = PlasticityState.from_dict(saved["state"])
         self.cut_steps = dict(saved["cut_steps"])
         self.timeline, self.curve = [list(entry) for entry in saved["timeline"]], [list(p) for p in saved["curve"]]
@@ -321,19 +326,9 @@ class PlasticityResult(AnalysisResult):
         loss: Of the probe, nats.
         multiplier: Of the learning rate, the largest of the layers.
         recovery_steps: Optimizer steps from the last cut until the loss was back; None as long as it is not.
-        strategy: Of the head scores.
-        pruning_level: Share of all heads that is closed after the last cut of a cycle, a fraction.
-        cycles: Number of cycles.
-        cycle: Those that are finished.
-        phase: Of the cycle.
-        heads_per_layer: Number of heads of each layer.
-        closed: The closed heads.
-        events: What was done at this step.
-        scores: Those that the last cut rested on.
-        timeline: Steps since the row before at which gates changed, and the heads that were closed from then on.
-        curve: Losses since the row before.
-        attention: Maps of some heads of the cycle by moment, shape ``[heads, T, T]``.
-        last_step: Optimizer step at which the last cycle ends.
+        found: Settings, phase and heads; ``events`` (what was done at this step), the ``scores`` of the last cut, the
+            ``attention`` of some heads of the cycle; of what came since the row before, the changes of gates
+            (``timeline``) and the losses (``curve``).
         cost: Passes made.
     """
 
@@ -342,38 +337,31 @@ class PlasticityResult(AnalysisResult):
     loss: float
     multiplier: float
     recovery_steps: int | None
-    strategy: str
-    pruning_level: float
-    cycles: int
-    cycle: int
-    phase: str
-    heads_per_layer: list[int]
-    closed: list[list[int]]
-    events: list[dict[str, Any]]
-    scores: dict[str, Any] | None
-    timeline: list[dict[str, Any]]
-    curve: dict[str, list[float]]
-    attention: dict[str, Any] | None
-    last_step: int
+    found: dict[str, Any]
     cost: Cost = field(default=Cost(), compare=False)
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        """Open heads, and all."""
+        every = sum(self.found["heads_per_layer"])
+        return every - len(self.found["closed"]), every
 
     def running(self) -> dict[str, float | None]:
         """What is logged at every measurement."""
-        heads = sum(self.heads_per_layer)
-        opened = heads - len(self.closed)
+        opened, heads = self.heads
         return {
             "loss": self.loss,
             "perplexity": perplexity(self.loss),
             "active_heads": float(opened),
             "closed_share": 1 - opened / heads,
             "learning_rate_multiplier": self.multiplier,
-            "cycle": float(self.cycle),
+            "cycle": float(self.found["cycle"]),
         }
 
     def metrics(self) -> dict[str, float | None]:
         """Losses and heads, and the losses around what was done."""
         metrics = {**self.running(), "recovery_steps": self.recovery_steps}
-        for event in self.events:
+        for event in self.found["events"]:
             kind = event["kind"]
             for name in _EVENT_METRICS.get(kind, ()):
                 metrics[f"{kind}/{name}"] = event[name]
@@ -385,18 +373,17 @@ class PlasticityResult(AnalysisResult):
 
     def details(self) -> dict[str, Any]:
         """Decisions, scores, maps, and what changed since the row before."""
-        apart = ("loss", "multiplier", "recovery_steps", "cost")
-        shown = self.attention
+        shown = self.found["attention"]
         if shown is not None:
             maps = {moment: np.round(maps.float().numpy(), 3).tolist() for moment, maps in shown["maps"].items()}
             shown = {**shown, "maps": maps}
-        return {name: value for name, value in vars(self).items() if name not in apart} | {"attention": shown}
+        return {**self.found, "attention": shown}
 
     def headline(self) -> str:
         """How many heads are open, at what loss, and what the last event did to it."""
-        heads = sum(self.heads_per_layer)
-        told = f"{heads - len(self.closed)} of {heads} heads are open at a loss of {self.loss:.4g} nats"
-        event = next((event for event in reversed(self.events) if event["kind"] in _EVENT_METRICS), None)
+        opened, heads = self.heads
+        told = f"{opened} of {heads} heads are open at a loss of {self.loss:.4g} nats"
+        event = next((event for event in reversed(self.found["events"]) if event["kind"] in _EVENT_METRICS), None)
         if event is None:
             return told
         before, after = (event[name] for name in _EVENT_METRICS[event["kind"]])
@@ -484,12 +471,30 @@ class PlasticitySubject:
             ranking = self._with_donors(ranking)
         return agreed(ranking[:count])
 
-    def maps(self, heads: Sequence[Head]) -> Tensor:
-        """Attention maps of heads for the first sample, shape ``[heads, T, T]``."""
+    def maps(self, heads: Sequence[Head], *, length: int = 24) -> Tensor:
+        """What heads attend to in the first sample: softmax weights, also those of a head whose gate is closed.
+
+        Args:
+            heads: (layer, head) pairs.
+            length: Tokens shown, from the first on.
+
+        Returns:
+            Shape ``[heads, T, T]``, rows are queries, float32, on the CPU.
+
+        Raises:
+            UnsupportedArchitectureError: The family's attention patterns cannot be read.
+        """
         device = next(self.model.parameters()).device
         sample = map_batch(self.batches[0], lambda tensor: tensor[:1].to(device))
+        weights: dict[int, Tensor] = {}
+
+        def sink(layer: int, found: Tensor, mask: Tensor | None) -> None:
+            weights[layer] = found[0, :, :length, :length].float().cpu()
+
+        layers = {layer for layer, _ in heads}
+        show_patterns(self.model, self.gates.architecture, sample, self.objective, sink, layers=layers)
         self.cost += Cost(forwards=1)
-        return attention_maps(self.model, sample, self.objective, heads)
+        return torch.stack([weights[layer][head] for layer, head in heads])
 
     def _counted(self, scores: HeadScores) -> HeadScores:
         self.cost += scores.cost
@@ -517,46 +522,6 @@ class PlasticitySubject:
                 donors[layer] -= 1
                 kept.append((layer, head))
         return tuple(kept)
-
-
-def attention_maps(
-    model: nn.Module, sample: Any, objective: Objective, heads: Sequence[Head], *, length: int = 24
-) -> Tensor:
-    """What each head attends to: its softmax weights, also those of a head whose gate is closed.
-
-    Args:
-        model: Has :class:`~lightning_goldy.core.architecture.HeadGates`; in evaluation mode.
-        sample: A batch whose first row is shown, on the model's device.
-        objective: Calls the model.
-        heads: (layer, head) pairs.
-        length: Tokens shown, from the first on.
-
-    Returns:
-        Shape ``[heads, T, T]``, rows are queries, float32, on the CPU.
-
-    Raises:
-        UnsupportedArchitectureError: The family's attention patterns cannot be read.
-
-    Example:
-        >>> from transformers import GPT2Config, GPT2LMHeadModel
-        >>> from lightning_goldy.core.objective import CausalLMObjective
-        >>> config = GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=11, bos_token_id=0, eos_token_id=0)
-        >>> model = GPT2LMHeadModel(config).eval()
-        >>> _ = HeadGates(model)
-        >>> sample = {"input_ids": torch.tensor([[1, 2, 3]])}
-        >>> attention_maps(model, sample, CausalLMObjective(), [(0, 1)])[0, 0].tolist()
-        [1.0, 0.0, 0.0]
-    """
-    gates = HeadGates.of(model)
-    if gates is None:
-        raise ValueError("the model has no gates; make HeadGates(model) first")
-    found: dict[int, Tensor] = {}
-
-    def sink(layer: int, weights: Tensor, mask: Tensor | None) -> None:
-        found[layer] = weights[0, :, :length, :length].float().cpu()
-
-    show_patterns(model, gates.architecture, sample, objective, sink, layers={layer for layer, _ in heads})
-    return torch.stack([found[layer][head] for layer, head in heads])
 
 
 def agreed(value: T) -> T:
@@ -599,25 +564,10 @@ def load_gates(gates: HeadGates, saved: Mapping[str, Any]) -> None:
     gates.load_state_dict({"closing": torch.tensor(saved["closing"])})
 
 
-def _scored(scores: HeadScores, cut: Sequence[Head], step: int) -> dict[str, Any]:
-    return {
-        "step": step,
-        "strategy": scores.strategy,
-        "n_samples": scores.n_samples,
-        "values": scores.scores.tolist(),
-        "closed_before": _pairs(scores.closed),
-        "cut": _pairs(cut),
-    }
-
-
 def _pairs(heads: Sequence[Head]) -> list[list[int]]:
     return [list(head) for head in heads]
 
 
-def _heads(pairs: Sequence[Sequence[int]]) -> list[Head]:
-    return [(layer, head) for layer, head in pairs]
-
-
-def _small(maps: Tensor) -> Tensor:
-    """Half precision is more than a picture shows."""
-    return maps.half()
+def _maps(subject: PlasticitySubject, heads: Sequence[Sequence[int]]) -> Tensor:
+    """Attention maps; half precision is more than a picture shows."""
+    return subject.maps([(layer, head) for layer, head in heads]).half()

@@ -601,15 +601,20 @@ class PlasticityPlan:
         return self.regrown(state.closed) < state.closed
 
 
-def plan_from(saved: Mapping[str, Any]) -> PlasticityPlan:
+def plan_from(saved: Mapping[str, Any], recovery: Recovery) -> PlasticityPlan:
     """Undoes ``dataclasses.asdict`` of a plan.
+
+    Args:
+        saved: The plan; of an earlier version, which had a ``guard`` in it, too.
+        recovery: That of the settings, which are saved apart.
 
     Example:
         >>> plan = PlasticityPlan(target=4, cycles=1, warmup_steps=3, steps_per_cycle=10, regrow_at=6)
-        >>> plan_from(asdict(plan)) == plan
+        >>> plan_from(asdict(plan), plan.recovery) == plan
         True
     """
-    return PlasticityPlan(**{**saved, "ramp": Ramp(**saved["ramp"]), "recovery": Recovery(**saved["recovery"])})
+    numbers = {name: value for name, value in saved.items() if name not in ("ramp", "recovery", "guard")}
+    return PlasticityPlan(**numbers, ramp=Ramp(**saved["ramp"]), recovery=recovery)
 
 
 def heads_to_cut(gates: HeadGates, level: float, min_heads_per_layer: int, unit: str) -> tuple[int, int]:

@@ -5,12 +5,20 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import asdict
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_goldy.analysis.heads.schedule import PlasticityPlan, PlasticityState, Ramp, Recovery, rate_multiplier
+from lightning_goldy.analysis.heads.schedule import (
+    PlasticityPlan,
+    PlasticityState,
+    Ramp,
+    Recovery,
+    plan_from,
+    rate_multiplier,
+)
 
 ORDER = ["begin", "cut", "regrow", "finish"]
 
@@ -150,6 +158,16 @@ def test_a_cycle_that_costs_too_much_is_rolled_back_or_ends_the_run():
         assert state.phase == "done"
     assert Recovery(tolerance=0.5).verdict(1.0, math.nan) == "roll_back"
     assert Recovery(tolerance=0.5).verdict(1.0, 1.5) == "keep"
+
+
+def test_a_plan_that_an_earlier_version_saved_goes_on() -> None:
+    plan = PlasticityPlan(4, 1, 0, 40, Ramp("linear", 4, 2), 12, 0.5, Recovery(tolerance=0.1))
+    saved = json.loads(json.dumps(asdict(plan)))
+    del saved["recovery"]
+    saved["guard"] = {"measure_every": 2, "within": 0.02, "tolerance": 0.1, "when_exceeded": "roll_back"}
+    again = plan_from(saved, plan.recovery)
+    assert again == plan
+    assert again.recovery.measure_every(again.steps_per_cycle) == saved["guard"]["measure_every"]
 
 
 def test_recovery_is_counted_from_the_last_cut():
