@@ -43,25 +43,28 @@ def half(model: Any) -> list[tuple[int, int]]:
     return [(layer, head) for layer in range(model.config.n_layer) for head in range(0, model.config.n_head, 2)]
 
 
-def paired(first: Callable[[], Any], second: Callable[[], Any], repetitions: int) -> tuple[float, float, float]:
+def paired(
+    first: Callable[[], Any], second: Callable[[], Any], arguments: argparse.Namespace
+) -> tuple[float, float, float]:
     """Median milliseconds of both, and the median ratio pair by pair: on a CPU of processor time, wall clock else."""
-    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    device = torch.device(arguments.device)
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
     times: tuple[list[float], list[float]] = ([], [])
-    for repetition in range(repetitions + 1):
+    for repetition in range(arguments.repetitions + 1):
         # In turns, for whoever comes second finds warm caches.
         for index in (0, 1) if repetition % 2 else (1, 0):
-            synchronise()
+            synchronise(device)
             start = clock()
             (first, second)[index]()
-            synchronise()
+            synchronise(device)
             times[index].append(1e3 * (clock() - start))
     ratios = [a / b for a, b in zip(times[0][1:], times[1][1:], strict=True)]
     return statistics.median(times[0][1:]), statistics.median(times[1][1:]), statistics.median(ratios)
 
 
-def synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def synchronise(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def training_step(model: Any, batch: dict[str, torch.Tensor]) -> tuple[Callable[[], None], torch.optim.Optimizer]:
@@ -85,7 +88,7 @@ def report_steps(arguments: argparse.Namespace, batch: dict[str, torch.Tensor]) 
             gates.disable(half(model))
         if name.endswith("frozen"):
             HeadFreeze(model, optimizer)
-        gated, ungated, ratio = paired(step, plain, arguments.repetitions)
+        gated, ungated, ratio = paired(step, plain, arguments)
         print(f"training step, {name} {gated:.1f} ms, without gates {ungated:.1f} ms: ratio {ratio:.3f} (<= 1.02)")
 
 
@@ -100,7 +103,7 @@ def report_scores(arguments: argparse.Namespace, batch: dict[str, torch.Tensor])
         scored, alone, ratio = paired(
             lambda strategy=strategy: head_importance(model, [batch], strategy=strategy),
             forward_backward,
-            arguments.repetitions,
+            arguments,
         )
         print(f"{strategy} {scored:.1f} ms, forward + backward {alone:.1f} ms: ratio {ratio:.3f} (<= 1.2)")
     eager = subject(arguments, "eager").eval()
@@ -109,7 +112,7 @@ def report_scores(arguments: argparse.Namespace, batch: dict[str, torch.Tensor])
         with torch.no_grad():
             CausalLMObjective().loss(eager, batch)
 
-    scored, alone, ratio = paired(lambda: head_importance(model, [batch]), forward, arguments.repetitions)
+    scored, alone, ratio = paired(lambda: head_importance(model, [batch]), forward, arguments)
     print(f"entropy {scored:.1f} ms, eager forward {alone:.1f} ms: ratio {ratio:.3f} (<= 1.5)")
 
 
@@ -125,7 +128,7 @@ def report_compaction(arguments: argparse.Namespace, batch: dict[str, torch.Tens
         for block in each.transformer.h:
             block.attn(hidden)
 
-    cut, gated, ratio = paired(lambda: attend(smaller), lambda: attend(model), arguments.repetitions)
+    cut, gated, ratio = paired(lambda: attend(smaller), lambda: attend(model), arguments)
     # Half the heads are half of the arithmetic of attention, its four projections included.
     saved = (1 - ratio) / 0.5
     print(f"attention with half the heads {cut:.1f} ms, gated {gated:.1f} ms: {saved:.3f} of the saving (>= 0.8)")

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
-import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from lightning_goldy.analysis.heads.run import PlasticityRun, PlasticitySubject, first_samples, load_gates
-from lightning_goldy.analysis.heads.settings import (
+from lightning_goldy.analysis.heads import (
+    PlasticityResult,
+    PlasticityRun,
     PlasticitySettings,
+    PlasticitySubject,
     PruningSchedule,
     Recovery,
     Regrowth,
     Scoring,
-    check_regrowth,
-    plan_from,
 )
-from lightning_goldy.analysis.result import Cost, Row
+from lightning_goldy.analysis.heads.plasticity import first_samples, load_gates
+from lightning_goldy.analysis.heads.schedule import check_regrowth, plan_from
+from lightning_goldy.analysis.result import Cost
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.callbacks.golden_snapshot import BASE_FILE, TrainingBase
 from lightning_goldy.core.architecture import HeadGates, UnsupportedArchitectureError
-from lightning_goldy.core.base import BaseParameters
 from lightning_goldy.core.isolation import undisturbed
 from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.sharding import Replicas
@@ -35,114 +34,7 @@ from lightning_goldy.report.loggers import log_scalars
 from lightning_goldy.training.subject import find_model, find_objective
 
 
-def attention_space(model: nn.Module, gates: HeadGates) -> ParameterSpace:
-    """The trainable parameters of all attention modules.
-
-    Raises:
-        ValueError: There is none.
-    """
-    space = ParameterSpace.of(model)
-    inside = {id(each) for block in gates.architecture.blocks for each in block.attention.parameters()}
-    names = [name for name, parameter in space.resolve(model).items() if id(parameter) in inside]
-    if not names:
-        raise ValueError(
-            "no attention weight is trained, so regrown heads have nothing to begin again with: train the attention, "
-            "or set the regrowth's fraction to 0"
-        )
-    return space.subspace(names)
-
-
-_EVENT_METRICS = {
-    "cut": ("loss_before", "loss_after"),
-    "regrow": ("loss_before", "loss_after"),
-    "finish": ("loss_before", "loss"),
-}
-
-
-def plasticity_findings(
-    run: PlasticityRun, events: Sequence[Mapping[str, Any]], *, loss: float, step: int, after: int, cost: Cost
-) -> Row:
-    """What to log and to save at a step.
-
-    Args:
-        run: The run so far.
-        events: What was done at this step.
-        loss: Of the probe, after it; nats.
-        step: Optimizer steps so far.
-        after: Step of the row before, from which on gates and losses are told; -1 in the first.
-        cost: Passes made.
-    """
-    gates = run.gates
-    metrics = running_metrics(run, loss, step)
-    metrics["recovery_steps"] = run.state.recovery_steps
-    for event in events:
-        for name in _EVENT_METRICS.get(event["kind"], ()):
-            value = event[name]
-            metrics[f"{event['kind']}/{name}"] = value
-            metrics[f"{event['kind']}/{name.replace('loss', 'perplexity')}"] = perplexity(value)
-        if event["kind"] == "finish":
-            metrics["recovery_steps"] = event["recovery_steps"]
-            metrics["rolled_back"] = float(event["verdict"] == "roll_back")
-    data = {
-        "strategy": run.settings.strategy,
-        "pruning_level": run.settings.pruning_level,
-        "cycles": run.settings.cycles,
-        "cycle": run.state.cycle,
-        "phase": run.state.phase,
-        "heads_per_layer": list(gates.heads_per_layer),
-        "closed": [list(head) for head in gates.closed],
-        "events": list(events),
-        "scores": run.scored,
-        "timeline": [{"step": at, "closed": closed} for at, closed in run.timeline if at > after],
-        "curve": _curve([point for point in run.curve if point[0] > after]),
-        "attention": _attention(run.shown),
-        "last_step": run.plan.last_step,
-    }
-    return Row("head_plasticity", metrics, data, cost=cost)
-
-
-def running_metrics(run: PlasticityRun, loss: float, step: int) -> dict[str, float | None]:
-    """What is logged at every measurement.
-
-    Args:
-        run: The run so far.
-        loss: Of the probe, nats.
-        step: Optimizer steps so far.
-    """
-    opened, heads = len(run.gates.opened), len(run.gates.heads)
-    return {
-        "loss": loss,
-        "perplexity": perplexity(loss),
-        "active_heads": float(opened),
-        "closed_share": 1 - opened / heads,
-        "learning_rate_multiplier": max(run.multipliers(step).values(), default=1.0),
-        "cycle": float(run.state.cycle),
-    }
-
-
-def perplexity(loss: float) -> float | None:
-    """The exponential of a loss in nats; None where no number is large enough.
-
-    Example:
-        >>> perplexity(0.0), perplexity(1e6)
-        (1.0, None)
-    """
-    return math.exp(loss) if loss < 700 else None
-
-
-def _curve(points: Sequence[Sequence[float]]) -> dict[str, list[float]]:
-    names = ("steps", "loss", "multiplier", "active_heads")
-    return {name: [point[column] for point in points] for column, name in enumerate(names)}
-
-
-def _attention(shown: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    if shown is None:
-        return None
-    maps = {moment: np.round(maps.float().numpy(), 3).tolist() for moment, maps in shown["maps"].items()}
-    return {"step": shown["step"], "heads": shown["heads"], "n_cut": shown["n_cut"], "maps": maps}
-
-
-class HeadPlasticity(AnalysisCallback[list[dict[str, Any]]]):
+class HeadPlasticity(AnalysisCallback[PlasticityResult]):
     """Which heads does the finetune need? Closes the least important ones, lets the model recover, regrows the wanted.
 
     Each cycle: heads are scored and cut along a ramp until ``pruning_level`` of them are closed, the attention of the
@@ -228,16 +120,22 @@ class HeadPlasticity(AnalysisCallback[list[dict[str, Any]]]):
             load_gates(gates, saved)
         if self._resumed:
             self._carry(trainer)
-        total = trainer.estimated_stepping_batches
+        if saved is None:
+            plan = self.settings.plan(gates, trainer.estimated_stepping_batches)
+        else:
+            # A resumed run may have another length; fractions stay those of the length that it began with.
+            plan = plan_from(saved["plan"], self.settings.recovery)
+        base = None
+        if self.settings.needs_base:
+            base = self._base.find(trainer, model, attention_space(model, gates), self.folder)
         self._plasticity = PlasticityRun(
             self.settings,
-            # A resumed run may have another length; fractions stay those of the length that it began with.
-            plan_from(saved["plan"]) if saved is not None else self.settings.plan(gates, total),
+            plan,
             gates,
             module=trainer.lightning_module,
             model=model,
             optimizers=trainer.optimizers,
-            base=self._base_of(trainer, model, gates) if self.settings.needs_base else None,
+            base=base,
         )
         if saved is not None:
             self._plasticity.load_state_dict(saved, self.folder)
@@ -269,37 +167,24 @@ class HeadPlasticity(AnalysisCallback[list[dict[str, Any]]]):
         if self._plasticity is not None:
             self._plasticity.zero_gradients()
 
-    def compute(self, context: AnalysisContext) -> list[dict[str, Any]]:
-        """Carries out what is due."""
+    def compute(self, context: AnalysisContext) -> PlasticityResult:
+        """Carries out what is due, and tells decisions, scores, maps and what changed since the last row."""
         assert context.objective is not None
-        self._subject = self._subject_of(context.model, context.objective)
-        return self.plasticity.carry_out(self._subject, context.step, context.progress)
-
-    def describe(self, result: list[dict[str, Any]], context: AnalysisContext) -> Row:
-        """Losses and heads as metrics; decisions, scores, maps and what changed since the last row for the figures."""
-        loss = self._subject.loss()
-        if self.plasticity.measures(context.step) or not result:
-            self.plasticity.observe(context.step, loss)
-        return plasticity_findings(
-            self.plasticity,
-            result,
-            loss=loss,
-            step=context.step,
-            after=self._last_step,
-            cost=Cost(forwards=self._subject.evaluations),
-        )
+        self._subject = subject = self._subject_of(context.model, context.objective)
+        step, run = context.step, self.plasticity
+        events = run.carry_out(subject, step, context.progress)
+        loss = subject.loss()
+        if run.measures(step) or not events:
+            run.observe(step, loss)
+        return run.result(events, loss=loss, step=step, after=self._last_step, cost=subject.cost)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Closes the heads of a loaded checkpoint, also when nothing is trained."""
-        self._close_loaded(pl_module)
+        """Closes the heads of a loaded checkpoint, also when nothing is trained; likewise at tests and predictions."""
+        if self._plasticity is None and self._loaded is not None:
+            model = find_model(pl_module, self.model_attribute)
+            load_gates(HeadGates.of(model) or HeadGates(model), self._loaded)
 
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Closes the heads of a loaded checkpoint."""
-        self._close_loaded(pl_module)
-
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Closes the heads of a loaded checkpoint."""
-        self._close_loaded(pl_module)
+    on_test_start = on_predict_start = on_validation_start
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Lets the optimizers go; closed heads stay closed."""
@@ -323,9 +208,6 @@ class HeadPlasticity(AnalysisCallback[list[dict[str, Any]]]):
         super().load_state_dict(state_dict)
         self._loaded, self._base = state_dict["plasticity"], TrainingBase(state_dict["base_hash"])
 
-    def _base_of(self, trainer: L.Trainer, model: nn.Module, gates: HeadGates) -> BaseParameters:
-        return self._base.find(trainer, model, attention_space(model, gates), self.folder)
-
     def _subject_of(self, model: nn.Module, objective: Objective) -> PlasticitySubject:
         return PlasticitySubject(model, self.plasticity.gates, self._batches, objective, self.settings.scoring)
 
@@ -336,14 +218,9 @@ class HeadPlasticity(AnalysisCallback[list[dict[str, Any]]]):
         step = trainer.global_step
         self.plasticity.observe(step, loss)
         if trainer.is_global_zero:
-            scalars = running_metrics(self.plasticity, loss, step)
+            scalars = self.plasticity.result((), loss=loss, step=step, after=step, cost=Cost()).running()
             drawn = step // max(1, len(trainer.optimizers))
             log_scalars(trainer.loggers, {f"goldy/{self.name}/{key}": value for key, value in scalars.items()}, drawn)
-
-    def _close_loaded(self, pl_module: L.LightningModule) -> None:
-        if self._plasticity is None and self._loaded is not None:
-            model = find_model(pl_module, self.model_attribute)
-            load_gates(HeadGates.of(model) or HeadGates(model), self._loaded)
 
     def _carry(self, trainer: L.Trainer) -> None:
         """Brings the files that the resumed checkpoint needs into this run's folder."""
@@ -373,3 +250,20 @@ class HeadPlasticity(AnalysisCallback[list[dict[str, Any]]]):
                 raise
             self.plasticity.shows_maps = False
             rank_zero_warn(f"{self.name}: attention maps are left out: {error}")
+
+
+def attention_space(model: nn.Module, gates: HeadGates) -> ParameterSpace:
+    """The trainable parameters of all attention modules.
+
+    Raises:
+        ValueError: There is none.
+    """
+    space = ParameterSpace.of(model)
+    inside = {id(each) for block in gates.architecture.blocks for each in block.attention.parameters()}
+    names = [name for name, parameter in space.resolve(model).items() if id(parameter) in inside]
+    if not names:
+        raise ValueError(
+            "no attention weight is trained, so regrown heads have nothing to begin again with: train the attention, "
+            "or set the regrowth's fraction to 0"
+        )
+    return space.subspace(names)

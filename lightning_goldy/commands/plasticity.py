@@ -18,8 +18,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from lightning_goldy.analysis.heads import compact
-from lightning_goldy.analysis.heads.importance import HEAD_SCORES
+from lightning_goldy.analysis.heads import HEAD_SCORES, compact
 from lightning_goldy.analysis.result import Cost, Row
 from lightning_goldy.callbacks import HeadPlasticity
 from lightning_goldy.callbacks.store import ROWS, ResultStore, peak_memory_bytes
@@ -114,7 +113,7 @@ def run_sweep(
     words = [*settings, *(_QUICK if quick else ()), *_ALONE]
     plans: list[tuple[int, str, float, int] | tuple[int, None, float, int]] = []
     for seed in sweep.seeds:
-        plans += [(seed, None, 0.0, 0), *(each for each in sweep.combinations() if each[0] == seed)]
+        plans += [(seed, None, 0.0, 0), *(plan for plan in sweep.combinations() if plan[0] == seed)]
     start, runs, unpruned = time.perf_counter(), [], math.nan
     console = Console()
     peaks = []
@@ -154,10 +153,7 @@ def sweep_table(runs: Sequence[Mapping[str, Any]]) -> Table:
     for heading in ("level", "cycles", "open at\nthe end", "probe,\ncut", "loss", "over\nunpruned"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("steps to\nrecover", justify="right", no_wrap=True)
-    groups: dict[tuple[str, float, int], list[Mapping[str, Any]]] = {}
-    for run in runs:
-        groups.setdefault((run["strategy"], run["level"], run["cycles"]), []).append(run)
-    for (strategy, level, cycles), mine in groups.items():
+    for (strategy, level, cycles), mine in _groups(runs).items():
         open_share, *means = (
             _mean([run[name] for run in mine])
             for name in ("open_share", "loss_after_cut", "loss", "cost", "recovery_steps")
@@ -199,7 +195,7 @@ def _train(
         raise ValueError("the configuration names no data module, so there is nothing to train on")
     if not (folder.parent.parent / "config.yaml").exists():
         atomic_write(folder.parent.parent / "config.yaml", cli.parser.dump(cli.config, skip_none=False))
-    given = next((each for each in cli.trainer.callbacks if isinstance(each, HeadPlasticity)), None)  # type: ignore[attr-defined]
+    given = next((callback for callback in cli.trainer.callbacks if isinstance(callback, HeadPlasticity)), None)  # type: ignore[attr-defined]
     end = _LossAtTheEnd()
     plasticity = None if strategy is None else _plasticity(given or HeadPlasticity(), strategy, level, cycles)
     cli.trainer.callbacks = [*([] if plasticity is None else [plasticity]), end]  # type: ignore[attr-defined]
@@ -221,21 +217,13 @@ def _train(
 
 
 def _plasticity(given: HeadPlasticity, strategy: str, level: float, cycles: int) -> HeadPlasticity:
-    settings = given.settings
     # Weights belong to one strategy only.
-    scoring = settings.scoring if strategy == "combined" else dataclasses.replace(settings.scoring, weights=None)
-    return HeadPlasticity(
-        strategy,
-        pruning_level=level,
-        cycles=cycles,
-        min_heads_per_layer=settings.min_heads_per_layer,
-        scoring=scoring,
-        schedule=settings.schedule,
-        regrowth=settings.regrowth,
-        recovery=settings.recovery,
-        probe=given.probe,
-        model_attribute=given.model_attribute,
+    scoring = given.settings.scoring
+    scoring = scoring if strategy == "combined" else dataclasses.replace(scoring, weights=None)
+    settings = dataclasses.replace(
+        given.settings, strategy=strategy, pruning_level=level, cycles=cycles, scoring=scoring
     )
+    return HeadPlasticity(**vars(settings), probe=given.probe, model_attribute=given.model_attribute)
 
 
 def _told(plasticity: HeadPlasticity, model: torch.nn.Module) -> dict[str, Any]:
@@ -258,13 +246,18 @@ def _told(plasticity: HeadPlasticity, model: torch.nn.Module) -> dict[str, Any]:
 
 
 def _row(runs: list[dict[str, Any]]) -> Row:
-    groups: dict[tuple[Any, ...], list[float]] = {}
-    for run in runs:
-        groups.setdefault((run["strategy"], run["level"], run["cycles"]), []).append(run["cost"])
-    costs = [sum(values) / len(values) for values in groups.values()]
+    costs = [sum(run["cost"] for run in mine) / len(mine) for mine in _groups(runs).values()]
     metrics: dict[str, float | None] = {"runs": len(runs), "best_cost": min(costs), "worst_cost": max(costs)}
     passes = (sum(run[name] for run in runs) for name in ("forwards", "backwards"))
     return Row(_NAME, metrics, {"runs": runs}, cost=Cost(*passes))
+
+
+def _groups(runs: Sequence[Mapping[str, Any]]) -> dict[tuple[str, float, int], list[Mapping[str, Any]]]:
+    """Runs that differ in their seeds alone."""
+    groups: dict[tuple[str, float, int], list[Mapping[str, Any]]] = {}
+    for run in runs:
+        groups.setdefault((run["strategy"], run["level"], run["cycles"]), []).append(run)
+    return groups
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

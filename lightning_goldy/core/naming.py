@@ -100,3 +100,24 @@ def suggestion(value: str, valid: Iterable[str]) -> str:
     close = difflib.get_close_matches(value, choices, n=1)
     shown = ", ".join(choices[:40]) + (f", ... ({len(choices)} in all)" if len(choices) > 40 else "")
     return (f"did you mean {close[0]!r}? " if close else "") + f"Valid: {shown}"
+
+
+def require_choice(what: str, value: str, valid: Iterable[str]) -> None:
+    """Checks that a word is one of the valid ones.
+
+    Args:
+        what: What it chooses, for the message.
+        value: The word.
+        valid: All that it may be.
+
+    Raises:
+        ValueError: It is none of them.
+
+    Example:
+        >>> require_choice("unit", "heads", ("head", "group"))
+        Traceback (most recent call last):
+        ValueError: unknown unit 'heads'; did you mean 'head'? Valid: head, group
+    """
+    choices = tuple(valid)
+    if value not in choices:
+        raise ValueError(f"unknown {what} {value!r}; {suggestion(str(value), choices)}")

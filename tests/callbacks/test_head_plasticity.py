@@ -16,16 +16,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from lightning_goldy.analysis.heads import HeadFreeze, head_importance
+from lightning_goldy.analysis.heads import HeadFreeze, PruningSchedule, Recovery, Regrowth, Scoring, head_importance
 from lightning_goldy.analysis.heads.importance import HeadProbe
 from lightning_goldy.analysis.heads.optimizer import AttentionRate, CycleCopy
-from lightning_goldy.analysis.heads.settings import PruningSchedule, Recovery, Regrowth, Scoring
 from lightning_goldy.callbacks import ExactResume, GoldenSnapshot, HeadPlasticity
 from lightning_goldy.core import CausalLMObjective, StoreError
 from lightning_goldy.core.architecture import HeadError, HeadGates
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.sharding import Replicas
-from lightning_goldy.report.history import with_history
+from lightning_goldy.report.topics.heads import chart_plasticity_loss
 from tests.callbacks.training import Finetune, TokenData, differences, fit
 from tests.references.models import build, token_batch
 
@@ -112,6 +111,33 @@ def test_what_is_cut_and_regrown_is_what_the_functions_choose(tmp_path):
     # The golden weights are those that are there already.
     assert regrow_event["loss_after"] == loss()
     assert regrow["metrics"]["regrow/loss_after"] == loss()
+
+
+def test_the_costs_of_the_rows_are_what_ran(tmp_path):
+    passes = []
+
+    class Counting(HeadPlasticity):
+        def compute(self, context):
+            passes.append([0, 0])
+            forwards = context.model.register_forward_hook(self.count, with_kwargs=True)
+            backwards = context.model.model.norm.register_full_backward_hook(self.count_back)
+            result = super().compute(context)
+            forwards.remove()
+            backwards.remove()
+            return result
+
+        def count(self, module, args, options, output):
+            passes[-1][0] += len(options["input_ids"])
+
+        def count_back(self, module, into, out):
+            passes[-1][1] += len(out[0])
+
+    callback = Counting("combined", pruning_level=0.5, cycles=2, schedule=SHORT, scoring=PROBE, at=("end",))
+    fit(tmp_path, [callback], module=Llama, data=TokenData(40), max_epochs=1)
+    assert [[row["cost"]["forwards"], row["cost"]["backwards"]] for row in rows(callback)] == passes
+    assert sum(backwards for _, backwards in passes) > 0
+    # Where only the loss is measured: once, over the four samples of the probe.
+    assert passes[-1] == [4, 0]
 
 
 def test_closed_heads_do_not_move_and_golden_regrowth_brings_the_base_back(tmp_path):
@@ -359,10 +385,14 @@ def test_logs_scalars_figures_and_the_course_of_the_loss(tmp_path):
     images = set(logged.Tags()["images"])
     for name in ("timeline", "loss", "scores", "attention"):
         assert f"goldy/head_plasticity/figure/{name}" in images
-    last = with_history(rows(callback)[-1], rows(callback)[:-1])["result"]
-    assert set(last["curve"]["steps"]) == {*range(3, 12), 16}
-    assert last["timeline"][0] == {"step": 0, "closed": []}
-    shown = last["attention"]
+    written = rows(callback)
+    assert set(chart_plasticity_loss(written).data["points_0"]["x"]) == {*range(3, 12), 16}
+    assert written[0]["result"]["timeline"][0] == {"step": 0, "closed": []}
+    # Each row tells what came since the one before.
+    told = [step for row in written for step in dict.fromkeys(row["result"]["curve"]["steps"])]
+    assert told == sorted(set(told))
+    assert [entry["step"] for row in written for entry in row["result"]["timeline"]] == [0, 4, 5, 6, 7, 9]
+    shown = written[-1]["result"]["attention"]
     assert set(shown["maps"]) == {"before", "cut", "recovered"}
     assert all(len(maps) == len(shown["heads"]) for maps in shown["maps"].values())
     rows_of_attention = torch.tensor(shown["maps"]["before"]).sum(dim=-1)

@@ -11,8 +11,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
-from lightning_goldy.analysis.heads import head_importance
-from lightning_goldy.analysis.heads.settings import PruningSchedule, Recovery, Scoring
+from lightning_goldy.analysis.heads import PruningSchedule, Recovery, Scoring, head_importance
 from lightning_goldy.callbacks import ExactResume, HeadPlasticity
 from lightning_goldy.core.architecture import HeadGates
 from tests.callbacks.training import Finetune, ShardedFinetune, TokenData, differences, fit

@@ -81,6 +81,7 @@ def check_scores(model: Any, alone: Any) -> None:
             expected = head_importance(alone, batches(), strategy=strategy, split_over_ranks=False)
             torch.testing.assert_close(found.scores, expected.scores, rtol=1e-4, atol=1e-6)
             assert found.n_samples == expected.n_samples == 5
+            assert found.cost == expected.cost
             same_everywhere(found.scores.tolist())
             same_everywhere(found.least_important(0.25))
         for strategy in ("gradient", "random", "last_pruned") if closed else ():

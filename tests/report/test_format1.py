@@ -14,9 +14,9 @@ from lightning_goldy.report.attentions import spectra
 from lightning_goldy.report.expansions import prediction
 from lightning_goldy.report.figures import draw_figures
 from lightning_goldy.report.history import with_history
-from lightning_goldy.report.plasticity import gate_timeline, loss_course
 from lightning_goldy.report.run import AnalysisRows, read_run, upgraded
 from lightning_goldy.report.topics.basin import trajectories
+from lightning_goldy.report.topics.heads import chart_gate_timeline, chart_plasticity_loss
 
 RUN = Path(__file__).parent / "format1"
 SEVEN = {
@@ -52,7 +52,6 @@ def test_all_rows_are_read_as_format_2(analyses: dict[str, AnalysisRows]) -> Non
     ("name", "read"),
     [
         ("taylor_diff", prediction),
-        ("head_plasticity", loss_course),
     ],
 )
 def test_lines_over_the_run_are_those_that_the_rows_held(
@@ -81,10 +80,13 @@ def test_arrays_over_the_run_are_those_that_the_rows_held(analyses: dict[str, An
         (found,), (expected,) = spectra(with_history(rows[index], rows[:index])), spectra(old)
         assert (found.prompt, found.steps) == (expected.prompt, expected.steps)
         assert found.values.tolist() == expected.values.tolist()
+
+
+def test_gates_and_losses_over_the_run_are_those_that_the_rows_held(analyses: dict[str, AnalysisRows]) -> None:
     rows = analyses["head_plasticity"].rows
     for index, old in enumerate(written("head_plasticity")):
-        found_line, line = gate_timeline(with_history(rows[index], rows[:index])), gate_timeline(old)
-        assert found_line.opened.tolist() == line.opened.tolist()
+        for chart in (chart_plasticity_loss, chart_gate_timeline):
+            assert chart(rows[: index + 1]).data == chart([old]).data
 
 
 def test_every_figure_is_drawn_and_the_page_is_written(

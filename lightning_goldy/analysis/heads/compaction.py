@@ -6,7 +6,7 @@ import copy
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,8 +76,9 @@ class Compaction:
 
     def card(self) -> str:
         """The model card, in Markdown."""
+        silent = tuple(head for head in self.closed if head not in self.removed)
         rows = [
-            f"| {layer} | {before} | {after} | {self._of(self.removed, layer)} | {self._of(self._silent, layer)} |"
+            (layer, before, after, _named(self.removed, layer), _named(silent, layer))
             for layer, (before, after) in enumerate(zip(self.heads_before, self.heads_after, strict=True))
         ]
         form = (
@@ -86,36 +87,12 @@ class Compaction:
             else "The weights are saved in their full shape, with zeros where heads were cut, because a configuration "
             f"of {self.family!r} cannot describe what is left. The logits are the same."
         )
-        return "\n".join(
-            [
-                "---",
-                "library_name: transformers",
-                "tags: [attention-head-pruning]",
-                "---",
-                "",
-                "# Pruned attention heads",
-                "",
-                f"{len(self.closed)} of {sum(self.heads_before)} attention heads were closed, and {len(self.removed)} "
-                "of them cut out of the query, key, value and output projections.",
-                "",
-                form,
-                "",
-                "| layer | heads before | heads kept | heads cut | closed heads kept as zeros |",
-                "|---|---|---|---|---|",
-                *rows,
-                "",
-                "Layers and heads count from 0, as in the model before.",
-                "",
-            ]
+        told = (
+            f"{len(self.closed)} of {sum(self.heads_before)} attention heads were closed, and {len(self.removed)} of "
+            "them cut out of the query, key, value and output projections."
         )
-
-    @property
-    def _silent(self) -> tuple[Head, ...]:
-        return tuple(head for head in self.closed if head not in self.removed)
-
-    @staticmethod
-    def _of(heads: tuple[Head, ...], layer: int) -> str:
-        return ", ".join(str(head) for at, head in heads if at == layer) or "none"
+        header = ("layer", "heads before", "heads kept", "heads cut", "closed heads kept as zeros")
+        return _card("Pruned attention heads", [told, form], header, rows, "as in the model before")
 
 
 class CompactSaver:
@@ -503,31 +480,31 @@ def gates_card(model: nn.Module, *, in_weights: bool = True) -> str | None:
     gates = HeadGates.of(model)
     if gates is None or not gates.closed:
         return None
-    rows = [
-        f"| {layer} | {size} | {', '.join(str(head) for at, head in gates.closed if at == layer) or 'none'} |"
-        for layer, size in enumerate(gates.heads_per_layer)
-    ]
+    rows = [(layer, size, _named(gates.closed, layer)) for layer, size in enumerate(gates.heads_per_layer)]
     where = (
         "Their columns of the output projections are zero, so the logits are those of the model with its gates."
         if in_weights
         else "These weights do not close them: call `HeadGates(model).disable(heads)` once loaded."
     )
-    return "\n".join(
-        [
-            "---",
-            "library_name: transformers",
-            "tags: [attention-head-pruning]",
-            "---",
-            "",
-            "# Closed attention heads",
-            "",
-            f"{len(gates.closed)} of {len(gates.heads)} attention heads were closed as this was saved. {where}",
-            "",
-            "| layer | heads | closed |",
-            "|---|---|---|",
-            *rows,
-            "",
-            "Layers and heads count from 0.",
-            "",
-        ]
-    )
+    told = f"{len(gates.closed)} of {len(gates.heads)} attention heads were closed as this was saved. {where}"
+    return _card("Closed attention heads", [told], ("layer", "heads", "closed"), rows)
+
+
+def _named(heads: Iterable[Head], layer: int) -> str:
+    return ", ".join(str(head) for at, head in heads if at == layer) or "none"
+
+
+def _card(
+    title: str, paragraphs: Iterable[str], header: Sequence[str], rows: Iterable[Sequence[object]], more: str = ""
+) -> str:
+    """A model card with a table of layers, in Markdown."""
+    table = [f"| {' | '.join(map(str, line))} |" for line in (header, *rows)]
+    table.insert(1, "|---" * len(header) + "|")
+    parts = [
+        "---\nlibrary_name: transformers\ntags: [attention-head-pruning]\n---",
+        f"# {title}",
+        *paragraphs,
+        "\n".join(table),
+        f"Layers and heads count from 0{', ' * bool(more)}{more}.",
+    ]
+    return "\n\n".join(parts) + "\n"

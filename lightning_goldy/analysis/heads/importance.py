@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from lightning_goldy.analysis.attention.patterns import EntropyRecorder, batch_length
-from lightning_goldy.analysis.result import AnalysisResult
+from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.core.architecture import Head, HeadError, HeadGates
 from lightning_goldy.core.architecture.gates import BatchMismatchError
 from lightning_goldy.core.isolation import preserved
-from lightning_goldy.core.naming import suggestion
+from lightning_goldy.core.naming import require_choice, suggestion
 from lightning_goldy.core.objective import CausalLMObjective, FunctionObjective, Objective, map_batch, split_batch
 from lightning_goldy.core.registry import Registry
 from lightning_goldy.core.sharding import Replicas, is_sharded
@@ -29,7 +29,8 @@ class HeadProbe:
     """The measurements that strategies of importance are made of, each made once and averaged over samples.
 
     All are of shape ``[layers, heads]``, float64, on the CPU; where a layer has fewer heads the values mean nothing.
-    Padding never counts, and every sample counts the same however long it is.
+    Padding never counts, and every sample counts the same however long it is. ``cost`` holds the passes made so far, of
+    all ranks.
 
     Args:
         model: In evaluation mode.
@@ -64,6 +65,7 @@ class HeadProbe:
         with replicas.together("reading the samples"):
             self._batches, self.n_samples = _share(batches, replicas, next(model.parameters()).device)
         self.measured: dict[str, Tensor] = {}
+        self.cost = self._made = Cost()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -135,6 +137,7 @@ class HeadProbe:
         with self.gates.measured(batch_length(batch)) as leaf:
             log_probs, targets = self._log_probs(batch)
             (gradient,) = torch.autograd.grad(-log_probs.sum(), [leaf])
+        self._made += Cost(batch_length(batch), batch_length(batch))
         return gradient.double(), targets
 
     def _in_parts(self, batch: Any, measure: Callable[[Any], Any]) -> Iterator[Any]:
@@ -164,6 +167,7 @@ class HeadProbe:
         def measure(batch: Any) -> list[Tensor]:
             with recorder.watching(self.model, batch), torch.no_grad():
                 self.objective.log_probs(self.model, batch)
+            self._made += Cost(batch_length(batch))
             return recorder.entropies()
 
         def rows() -> Iterator[tuple[Tensor, Tensor]]:
@@ -192,7 +196,7 @@ class HeadProbe:
                     changed = self._total_loss()
                 sums[head] = kept - changed if head in present else changed - kept
                 self._progress(done, len(heads))
-        sums = self._replicas.sum_(sums.to(self._device)).cpu()
+        sums = self._sum(sums.to(self._device)).cpu()
         return sums[:-1] / sums[-1, 0]
 
     def _total_loss(self) -> float:
@@ -201,7 +205,9 @@ class HeadProbe:
     def _losses(self) -> Iterator[Tensor]:
         for batch in self._batches:
             with torch.no_grad():
-                yield -self.objective.log_probs(self.model, batch).double()
+                losses = -self.objective.log_probs(self.model, batch).double()
+            self._made += Cost(batch_length(batch))
+            yield losses
 
     def _mean(self, rows: Iterable[tuple[Tensor, Tensor]], shape: tuple[int, ...]) -> Tensor:
         """Weighted mean over the samples of all ranks, from (values, weights) whose first dimension is samples."""
@@ -211,8 +217,16 @@ class HeadProbe:
             for values, weights in rows:
                 total[0] += (values * weights).sum(dim=0)
                 total[1] += weights.sum(dim=0)
-        self._replicas.sum_(total)
+        self._sum(total)
         return (total[0] / total[1]).cpu()
+
+    def _sum(self, total: Tensor) -> Tensor:
+        """Sums over the ranks, in place, and with it the passes that they have made since the sum before."""
+        self._replicas.sum_(total)
+        passes = torch.tensor([self._made.forwards, self._made.backwards], device=total.device)
+        self.cost += Cost(*self._replicas.sum_(passes).tolist())
+        self._made = Cost()
+        return total
 
     @property
     def _device(self) -> torch.device:
@@ -355,7 +369,10 @@ class HeadScores(AnalysisResult):
         closed: Heads whose gates were closed.
         strategy: Name of the strategy.
         n_samples: Samples measured.
+        cost: Passes made.
     """
+
+    analysis = "head_importance"
 
     scores: Tensor
     measured: dict[str, Tensor]
@@ -364,11 +381,37 @@ class HeadScores(AnalysisResult):
     closed: tuple[Head, ...]
     strategy: str
     n_samples: int
+    cost: Cost = field(default=Cost(), compare=False)
+
+    def metrics(self) -> dict[str, float | None]:
+        """Heads, closed ones, and the smallest and largest score."""
+        known = [float(self.scores[head]) for head in self.ranking()]
+        return {
+            "heads": len(known),
+            "closed_heads": len(self.closed),
+            "smallest_score": known[0],
+            "largest_score": known[-1],
+        }
+
+    def details(self) -> dict[str, Any]:
+        """Everything that the scores rest on, by layer."""
+        tables = {"values": self.scores, **self.measured}
+        return {
+            "strategy": self.strategy,
+            "n_samples": self.n_samples,
+            "heads_per_layer": list(self.heads_per_layer),
+            "closed": [list(head) for head in self.closed],
+            **{name: table.tolist() for name, table in tables.items()},
+        }
 
     def ranking(self) -> tuple[Head, ...]:
         """All heads, the least important first; ties by layer and head."""
         heads = [(layer, head) for layer, size in enumerate(self.heads_per_layer) for head in range(size)]
         return tuple(sorted(heads, key=lambda head: float(self.scores[head])))
+
+    def most_wanted(self) -> tuple[Head, ...]:
+        """The closed heads, that of the largest score first; of ``magnitude``, the largest gradient at the gate."""
+        return tuple(sorted(self.closed, key=lambda head: -float(self.scores[head])))
 
     def least_important(
         self, level: float, *, min_heads_per_layer: int = 1, unit: Literal["head", "group"] = "head"
@@ -385,7 +428,38 @@ class HeadScores(AnalysisResult):
             ValueError: An argument is out of range.
             HeadError: So many heads cannot be cut.
         """
-        return _least_important(self, level, min_heads_per_layer, unit)
+        if not 0 <= level < 1:
+            raise ValueError(f"level is the share of heads to cut, in [0, 1); got {level}")
+        if min_heads_per_layer < 1:
+            raise ValueError(f"min_heads_per_layer must be at least 1; got {min_heads_per_layer}")
+        require_choice("unit", unit, ("head", "group"))
+        total, closed = sum(self.heads_per_layer), set(self.closed)
+        wanted = math.floor(level * total + 0.5)
+        left = [size - sum(layer == at for at, _ in closed) for layer, size in enumerate(self.heads_per_layer)]
+        cut: list[Head] = []
+        units = self._units(unit)
+        for together in units:
+            heads = [head for head in together if head not in closed]
+            layer = together[0][0]
+            nearer = len(cut) < wanted and len(cut) + len(heads) / 2 <= wanted
+            if heads and left[layer] - len(heads) >= min_heads_per_layer and nearer:
+                left[layer] -= len(heads)
+                cut += heads
+        # Up to half a group may be missing, and nothing at all only at level 0.
+        if wanted and (not cut or wanted - len(cut) >= max(map(len, units))):
+            raise HeadError(
+                f"level {level} asks for {wanted} of {total} heads by {unit}, but {len(cut)} can be cut: {len(closed)} "
+                f"are closed, and min_heads_per_layer={min_heads_per_layer} stay open in each of {len(left)} layers"
+            )
+        return tuple(cut)
+
+    def _units(self, unit: str) -> list[list[Head]]:
+        """Heads, or the heads of each key/value group, in order of their mean score."""
+        groups: list[list[Head]] = []
+        for layer, (heads, count) in enumerate(zip(self.heads_per_layer, self.groups_per_layer, strict=True)):
+            size = heads // count if unit == "group" else 1
+            groups += [[(layer, head) for head in range(first, first + size)] for first in range(0, heads, size)]
+        return sorted(groups, key=lambda group: sum(float(self.scores[head]) for head in group) / len(group))
 
 
 def head_importance(
@@ -437,9 +511,15 @@ def head_importance(
     with _gated(model) as gates:
         replicas = Replicas.of(model) if split_over_ranks else Replicas()
         with preserved(model):
-            options: dict[str, Any] = {"seed": seed, "weights": weights, "progress": progress}
             probe = HeadProbe(
-                model, batches, objective or CausalLMObjective(), gates=gates, replicas=replicas, **options
+                model,
+                batches,
+                objective or CausalLMObjective(),
+                gates=gates,
+                replicas=replicas,
+                seed=seed,
+                weights=weights,
+                progress=progress,
             )
             scores = _masked(HEAD_SCORES[strategy](probe).double(), gates)
             measured = {name: _masked(value, gates) for name, value in probe.measured.items()}
@@ -452,6 +532,7 @@ def head_importance(
             closed=gates.closed,
             strategy=strategy,
             n_samples=probe.n_samples,
+            cost=probe.cost,
         )
 
 
@@ -489,22 +570,23 @@ def heads_to_regrow(
         >>> heads_to_regrow(model, count=1, strategy="last_pruned")
         ((1, 0),)
     """
-    if strategy not in ("gradient", "random", "last_pruned"):
-        raise ValueError(
-            f"unknown choice of heads {strategy!r}; {suggestion(str(strategy), ('gradient', 'random', 'last_pruned'))}"
-        )
+    require_choice("choice of heads", strategy, get_args(RegrowChoice))
     gates = HeadGates.of(model)
     if gates is None:
         raise HeadError("the model has no gates, so no head is closed")
     if not 0 <= count <= len(gates.closed):
         raise HeadError(f"{count} heads cannot be grown again: {len(gates.closed)} are closed")
-    if strategy == "last_pruned" or count == 0:
-        return gates.last_closed[:count]
-    if strategy == "random":
-        order = torch.randperm(len(gates.closed), generator=torch.Generator().manual_seed(seed))
-        return tuple(gates.closed[index] for index in order.tolist()[:count])
-    scores = head_importance(model, batches, objective, strategy="magnitude").scores
-    return tuple(sorted(gates.closed, key=lambda head: -float(scores[head]))[:count])
+    if strategy == "gradient" and count:
+        return head_importance(model, batches, objective, strategy="magnitude").most_wanted()[:count]
+    return unmeasured_choice(gates, strategy, seed)[:count]
+
+
+def unmeasured_choice(gates: HeadGates, strategy: RegrowChoice, seed: int) -> tuple[Head, ...]:
+    """All closed heads, the most wanted first, by a strategy that needs no sample."""
+    if strategy != "random":
+        return gates.last_closed
+    order = torch.randperm(len(gates.closed), generator=torch.Generator().manual_seed(seed))
+    return tuple(gates.closed[index] for index in order.tolist())
 
 
 @contextmanager
@@ -534,40 +616,3 @@ def _require_finite(scores: Tensor, strategy: str, gates: HeadGates) -> None:
     for head in gates.heads:
         if not math.isfinite(float(scores[head])):
             raise ValueError(f"the {strategy} score of head {head} is {float(scores[head])}, not finite")
-
-
-def _least_important(scores: HeadScores, level: float, least: int, unit: str) -> tuple[Head, ...]:
-    if not 0 <= level < 1:
-        raise ValueError(f"level is the share of heads to cut, in [0, 1); got {level}")
-    if least < 1:
-        raise ValueError(f"min_heads_per_layer must be at least 1; got {least}")
-    if unit not in ("head", "group"):
-        raise ValueError(f"unknown unit {unit!r}; {suggestion(unit, ('head', 'group'))}")
-    total = sum(scores.heads_per_layer)
-    wanted = math.floor(level * total + 0.5)
-    closed = set(scores.closed)
-    left = [size - sum(layer == at for at, _ in closed) for layer, size in enumerate(scores.heads_per_layer)]
-    cut: list[Head] = []
-    for heads in _units(scores, unit):
-        heads = [head for head in heads if head not in closed]
-        layer = heads[0][0] if heads else 0
-        nearer = len(cut) < wanted and len(cut) + len(heads) / 2 <= wanted
-        if heads and left[layer] - len(heads) >= least and nearer:
-            left[layer] -= len(heads)
-            cut += heads
-    # Up to half a group may be missing, and nothing at all only at level 0.
-    if wanted and (not cut or wanted - len(cut) >= max(map(len, _units(scores, unit)))):
-        raise HeadError(
-            f"level {level} asks for {wanted} of {total} heads by {unit}, but {len(cut)} can be cut: {len(closed)} are "
-            f"closed, and min_heads_per_layer={least} stay open in each of {len(left)} layers"
-        )
-    return tuple(cut)
-
-
-def _units(scores: HeadScores, unit: str) -> list[list[Head]]:
-    """Heads, or the heads of each key/value group, in order of their mean score."""
-    groups: list[list[Head]] = []
-    for layer, (heads, count) in enumerate(zip(scores.heads_per_layer, scores.groups_per_layer, strict=True)):
-        size = heads // count if unit == "group" else 1
-        groups += [[(layer, head) for head in range(first, first + size)] for first in range(0, heads, size)]
-    return sorted(groups, key=lambda group: sum(float(scores.scores[head]) for head in group) / len(group))

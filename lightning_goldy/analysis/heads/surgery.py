@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.heads.freeze import ParameterRows, head_rows, owned_parts, projection_of, reset_moments
+from lightning_goldy.analysis.heads.optimizer import ParameterRows, head_rows, owned_parts, projection_of, reset_moments
 from lightning_goldy.core.architecture import Head, HeadError, HeadGates, HeadProjection, ParameterSlice
-from lightning_goldy.core.base import BaseParameters
+from lightning_goldy.core.base import Base, BaseParameters, base_of
 from lightning_goldy.core.directions import fill_direction_
-from lightning_goldy.core.naming import suggestion
-from lightning_goldy.core.sharding import gather, is_sharded, like, local, scatter_like, unshard_guard
+from lightning_goldy.core.naming import require_choice, suggestion
+from lightning_goldy.core.sharding import gather, is_sharded, local, scatter_like, unshard_guard
+from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.vector import ParameterVector
 
 Edit = tuple[ParameterSlice, Callable[[Tensor], Tensor]]
@@ -22,8 +23,6 @@ Edit = tuple[ParameterSlice, Callable[[Tensor], Tensor]]
 
 Initialisation = Literal["golden", "zero", "copy", "noise"]
 Moments = Literal["keep", "reset"]
-
-_INITIALISATIONS = ("golden", "zero", "copy", "noise")
 
 
 def prune_heads(
@@ -58,7 +57,7 @@ def prune_heads(
         >>> prune_heads(GPT2LMHeadModel(config), [(0, 1)]).closed
         ((0, 1),)
     """
-    _check_choice("moments", moments, ("keep", "reset"))
+    require_choice("moments", moments, get_args(Moments))
     existing = HeadGates.of(model)
     gates = existing or HeadGates(model)
     try:
@@ -81,7 +80,7 @@ def regrow_heads(
     heads: Iterable[Head],
     *,
     initialisation: Initialisation = "golden",
-    base: BaseParameters | ParameterVector | None = None,
+    base: Base | None = None,
     optimizer: Any = None,
     moments: Moments = "reset",
     donors: Mapping[Head, Head] | None = None,
@@ -109,7 +108,8 @@ def regrow_heads(
         model: Has :class:`HeadGates`.
         heads: (layer, head) pairs, closed ones.
         initialisation: Where the weights come from.
-        base: For ``golden``: the base parameters, by the names of this model.
+        base: For ``golden``: a model, a vector, base parameters or a saved file; see
+            :func:`~lightning_goldy.core.base.base_of`.
         optimizer: One or several, whose state ``moments`` is about.
         moments: ``reset`` the optimizer's state of these weights to zero, or ``keep`` what it was at the cut.
         donors: For ``copy``: the open head of the same layer that each head copies; by default the open heads of the
@@ -138,8 +138,8 @@ def regrow_heads(
         >>> model.transformer.h[0].attn.c_proj.weight[4:].any().item()
         False
     """
-    _check_choice("initialisation", initialisation, _INITIALISATIONS)
-    _check_choice("moments", moments, ("keep", "reset"))
+    require_choice("initialisation", initialisation, get_args(Initialisation))
+    require_choice("moments", moments, get_args(Moments))
     gates = HeadGates.of(model)
     if gates is None:
         raise HeadError("the model has no gates, so no head is closed")
@@ -242,24 +242,25 @@ def _apply(edits: list[Edit], initialisation: str) -> None:
             local(parameter).copy_(local(scatter_like(parameter, whole)))
 
 
-def _restore(model: nn.Module, rows: list[ParameterRows], base: BaseParameters | ParameterVector | None) -> None:
+def _restore(model: nn.Module, rows: list[ParameterRows], base: Base | None) -> None:
     if base is None:
-        raise ValueError("initialisation='golden' takes the weights from base=; pass BaseParameters or a vector")
-    wanted = {each.name: each for each in rows}
-    for name, each in wanted.items():
-        # What was frozen when the base was taken has not moved since.
-        if name not in base.space and each.parameter.requires_grad:
-            raise ValueError(f"the base lacks {name!r}; {suggestion(name, base.space.names)}")
-    if isinstance(base, ParameterVector):
-        base.space.resolve(model)
-        values: Iterable[tuple[str, Tensor]] = base.items()
+        raise ValueError(
+            "initialisation='golden' takes the weights from base=; pass BaseParameters, a vector, a model or a file"
+        )
+    wanted = {row.name: row for row in rows}
+    # What was frozen when the base was taken has not moved since.
+    trained = [name for name, row in wanted.items() if row.parameter.requires_grad]
+    space = None
+    if isinstance(base, (ParameterVector, BaseParameters)):
+        for name in trained:
+            if name not in base.space:
+                raise ValueError(f"the base lacks {name!r}; {suggestion(name, base.space.names)}")
     else:
-        values = ((change.name, change.base) for change in base.changes(model))
-    for name, value in values:
-        if name in wanted:
-            parameter = wanted[name].parameter
-            found = wanted[name].read(like(parameter, local(value).to(local(parameter).device)))
-            wanted[name].write(parameter, found.to(parameter.dtype))
+        space = ParameterSpace.of(model).subspace(trained)
+    for change in base_of(base, model, space).changes(model):
+        if change.name in wanted:
+            row = wanted[change.name]
+            row.write(row.parameter, row.read(change.base).to(row.parameter.dtype))
 
 
 def _check_open(gates: HeadGates, cut: tuple[Head, ...], least: int) -> None:
@@ -276,8 +277,3 @@ def _check_open(gates: HeadGates, cut: tuple[Head, ...], least: int) -> None:
                 f"layer {layer} would keep {left} of {gates.heads_per_layer[layer]} heads; "
                 f"min_heads_per_layer={least} must stay open"
             )
-
-
-def _check_choice(argument: str, value: str, valid: tuple[str, ...]) -> None:
-    if value not in valid:
-        raise ValueError(f"unknown {argument} {value!r}; {suggestion(str(value), valid)}")

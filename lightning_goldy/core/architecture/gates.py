@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_goldy.core.architecture.blocks import Architecture
 from lightning_goldy.core.architecture.describe import describe_architecture
-from lightning_goldy.core.naming import model_class, suggestion
+from lightning_goldy.core.naming import model_class, require_choice
 
 Head = tuple[int, int]
 """A head: (layer, head), both from 0."""
@@ -116,8 +116,7 @@ class HeadGates(nn.Module):
         architecture: Architecture | None = None,
     ) -> None:
         super().__init__()
-        if kind not in ("buffer", "parameter"):
-            raise ValueError(f"unknown kind of gates {kind!r}; {suggestion(str(kind), ('buffer', 'parameter'))}")
+        require_choice("kind of gates", kind, ("buffer", "parameter"))
         if any("_orig_mod" in part._modules or part._compiled_call_impl is not None for part in model.modules()):
             raise ValueError(f"{model_class(model)} is compiled: compiled code would not call the gates; gate it first")
         if HeadGates.of(model) is not None:

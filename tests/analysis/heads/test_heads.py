@@ -3,14 +3,18 @@ matter."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.heads import head_importance
-from lightning_goldy.analysis.heads.importance import DEFAULT_WEIGHTS
+from lightning_goldy.analysis.heads import head_importance, register_head_score
+from lightning_goldy.analysis.heads.importance import DEFAULT_WEIGHTS, HEAD_SCORES
+from lightning_goldy.analysis.result import Cost, Row
 from lightning_goldy.core.architecture import describe_architecture
 from lightning_goldy.core.objective import CausalLMObjective, FunctionObjective
 from tests.references.architecture_models import REGISTERED, VOCABULARY, lora
@@ -235,6 +239,65 @@ def test_progress_counts_the_passes() -> None:
     head_importance(model, [batch, batch], strategy="magnitude", progress=lambda *call: calls.append(call))
     head_importance(model, [batch], strategy="ablation", progress=lambda *call: calls.append(call))
     assert calls == [(1, 2), (2, 2)] + [(done, 8) for done in range(1, 9)]
+
+
+@contextmanager
+def counted(model: nn.Module) -> Iterator[list[int]]:
+    """Samples that went forwards through a GPT-2 and backwards."""
+    passes = [0, 0]
+
+    def forward(module: nn.Module, args: Any, options: Any, output: Any) -> None:
+        passes[0] += len(options["input_ids"] if "input_ids" in options else args[0])
+
+    def backward(module: nn.Module, into: Any, out: Any) -> None:
+        passes[1] += len(out[0])
+
+    handles = [
+        model.register_forward_hook(forward, with_kwargs=True),
+        model.transformer.ln_f.register_full_backward_hook(backward),  # type: ignore[union-attr, operator]
+    ]
+    yield passes
+    for handle in handles:
+        handle.remove()
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["batches", "samples"])
+@pytest.mark.parametrize("strategy", ["entropy", "magnitude", "taylor", "combined", "ablation", "random", "own"])
+def test_the_cost_is_what_ran(strategy: str, alone: bool) -> None:
+    model, batch, objective = subject("gpt2")
+    if alone:
+        objective = FunctionObjective(
+            lambda model, batch: model(input_ids=batch["input_ids"], labels=batch["input_ids"]).loss
+        )
+    if strategy == "own":
+        register_head_score("own")(lambda probe: probe.curvature() + probe.ablation())
+    try:
+        with counted(model) as passes:
+            found = head_importance(model, [batch, batch], objective, strategy=strategy)
+    finally:
+        HEAD_SCORES._entries.pop("own", None)
+    assert [found.cost.forwards, found.cost.backwards] == passes
+    forwards, backwards = {
+        "random": (0, 0),
+        "entropy": (8, 0),
+        "combined": (16, 8),
+        "ablation": (72, 0),
+        "own": (80, 8),
+    }.get(strategy, (8, 8))
+    assert found.cost == Cost(forwards, backwards)
+
+
+def test_scores_tell_their_row() -> None:
+    model, batch, _ = subject("gpt2")
+    found = head_importance(model, [batch], strategy="taylor")
+    row = found.row()
+    assert isinstance(row, Row)
+    assert (row.analysis, row.cost) == ("head_importance", Cost(4, 4))
+    assert row.metrics["smallest_score"] == float(found.scores.min())
+    assert row.metrics["largest_score"] == float(found.scores.max())
+    assert row.result["values"] == found.scores.tolist()
+    assert set(row.result) >= {"gradient", "curvature", "strategy", "n_samples"}
+    json.dumps(row.to_dict(), allow_nan=False)
 
 
 class Repeating(CausalLMObjective):

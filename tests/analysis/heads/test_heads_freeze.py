@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_goldy.analysis.heads import HeadFreeze, prune_heads, regrow_heads
-from lightning_goldy.analysis.heads.freeze import ParameterRows
+from lightning_goldy.analysis.heads.optimizer import ParameterRows
 from lightning_goldy.core.architecture import HeadGates, UnsupportedArchitectureError
 from lightning_goldy.core.base import BaseParameters
 from lightning_goldy.core.vector import ParameterVector
@@ -95,7 +95,7 @@ def test_every_family_freezes_what_its_closed_heads_own(family: str) -> None:
 def test_rows_by_runs_and_by_index_are_the_same(dim: int, index: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for devices in (("cpu",), ()):
-        monkeypatch.setattr("lightning_goldy.analysis.heads.freeze._BY_RUNS", devices)
+        monkeypatch.setattr("lightning_goldy.analysis.heads.optimizer._BY_RUNS", devices)
         tensor = torch.arange(36.0).view(6, 6)
         rows = ParameterRows("weight", nn.Parameter(tensor), dim, torch.tensor(index, dtype=torch.long))
         read = rows.read(tensor)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,6 +33,20 @@ def test_prune_and_regrow_golden_is_the_identity(family: str, source: str) -> No
         model.get_parameter(key).data[mask] = 7.0
     gates = regrow_heads(model, CUT, base=base)
     assert gates.closed == ()
+    assert torch.equal(outputs(model), before)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("source", ["model", "folder", "file"])
+def test_a_base_may_be_anything_that_a_base_can_be(source: str, tmp_path: Path) -> None:
+    model = build("llama")
+    before, state = outputs(model), copy.deepcopy(model.state_dict())
+    base: Any = {"model": copy.deepcopy(model), "folder": tmp_path, "file": tmp_path / "model.safetensors"}[source]
+    model.save_pretrained(tmp_path)
+    prune_heads(model, CUT)
+    for key, mask in owned(model, CUT).items():
+        model.get_parameter(key).data[mask] = 7.0
+    regrow_heads(model, CUT, base=base)
     assert torch.equal(outputs(model), before)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
@@ -194,6 +209,8 @@ def test_what_cannot_grow() -> None:
         regrow_heads(model, [(0, 2)], initialisation="zero")
     with pytest.raises(ValueError, match="pass BaseParameters"):
         regrow_heads(model, CUT)
+    with pytest.raises(TypeError, match="a base is a module, a ParameterVector, BaseParameters, or the path"):
+        regrow_heads(model, CUT, base=0.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="did you mean 'zero'"):
         regrow_heads(model, CUT, initialisation="zeros")  # type: ignore[arg-type]
     part = ParameterVector.of(model)

@@ -5,12 +5,20 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import asdict
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_goldy.analysis.heads.schedule import Guard, PlasticityPlan, PlasticityState, Ramp, rate_multiplier
+from lightning_goldy.analysis.heads.schedule import (
+    PlasticityPlan,
+    PlasticityState,
+    Ramp,
+    Recovery,
+    plan_from,
+    rate_multiplier,
+)
 
 ORDER = ["begin", "cut", "regrow", "finish"]
 
@@ -25,14 +33,14 @@ def plans(draw):
     target = unit * draw(st.integers(1, 20))
     fraction = draw(st.sampled_from([0.0, 0.3, 0.5, 1.0]))
     cycles = draw(st.integers(1, 4)) if math.floor(fraction * target / unit + 0.5) else 1
-    guard = Guard(
-        draw(st.integers(1, 4)),
-        0.1,
-        draw(st.sampled_from([None, 0.0, 0.5])),
-        draw(st.sampled_from(["ignore", "stop", "roll_back"])),
+    recovery = Recovery(
+        measure_every_n_steps=draw(st.integers(1, 4)),
+        within=0.1,
+        tolerance=draw(st.sampled_from([None, 0.0, 0.5])),
+        when_exceeded=draw(st.sampled_from(["ignore", "stop", "roll_back"])),
     )
     length = regrow_at + draw(st.integers(0, 6))
-    return PlasticityPlan(target, cycles, draw(st.integers(0, 5)), length, ramp, regrow_at, fraction, guard)
+    return PlasticityPlan(target, cycles, draw(st.integers(0, 5)), length, ramp, regrow_at, fraction, recovery)
 
 
 def play(plan, losses, *, jump=1, stop_at=None, state=None, step=0):
@@ -140,16 +148,30 @@ def test_a_cycle_that_costs_too_much_is_rolled_back_or_ends_the_run():
     options = {"target": 4, "cycles": 2, "warmup_steps": 1, "steps_per_cycle": 4, "ramp": Ramp("one_shot")}
     losses = [1.0, 1.0, 9.0, 9.0, 9.0, 1.6, 9.0, 9.0, 9.0, 1.6]
     for choice, expected in (("roll_back", [0, 2]), ("stop", [2]), ("ignore", [2, 2])):
-        plan = PlasticityPlan(**options, regrow_at=2, guard=Guard(1, 0.1, 0.5, choice))
+        plan = PlasticityPlan(
+            **options,
+            regrow_at=2,
+            recovery=Recovery(measure_every_n_steps=1, within=0.1, tolerance=0.5, when_exceeded=choice),
+        )
         log, state = play(plan, losses)
         assert [closed for _, kind, closed, _ in log if kind == "finish"] == expected
         assert state.phase == "done"
-    assert Guard(tolerance=0.5).verdict(1.0, math.nan) == "roll_back"
-    assert Guard(tolerance=0.5).verdict(1.0, 1.5) == "keep"
+    assert Recovery(tolerance=0.5).verdict(1.0, math.nan) == "roll_back"
+    assert Recovery(tolerance=0.5).verdict(1.0, 1.5) == "keep"
+
+
+def test_a_plan_that_an_earlier_version_saved_goes_on() -> None:
+    plan = PlasticityPlan(4, 1, 0, 40, Ramp("linear", 4, 2), 12, 0.5, Recovery(tolerance=0.1))
+    saved = json.loads(json.dumps(asdict(plan)))
+    del saved["recovery"]
+    saved["guard"] = {"measure_every": 2, "within": 0.02, "tolerance": 0.1, "when_exceeded": "roll_back"}
+    again = plan_from(saved, plan.recovery)
+    assert again == plan
+    assert again.recovery.measure_every(again.steps_per_cycle) == saved["guard"]["measure_every"]
 
 
 def test_recovery_is_counted_from_the_last_cut():
-    plan = PlasticityPlan(4, 1, 0, 20, Ramp("linear", 4, 2), 12, 0.5, Guard(2, within=0.1))
+    plan = PlasticityPlan(4, 1, 0, 20, Ramp("linear", 4, 2), 12, 0.5, Recovery(measure_every_n_steps=2, within=0.1))
     losses = [1.0, 1.0, 3.0, 1.0, 3.0, 3.0, 3.0, 1.0, 1.2, 1.0, 1.1, 0.5]
     _, state = play(plan, losses, stop_at=10)
     # Measured at 6, 8 and 10; what it was between two measurements is not known.
@@ -171,9 +193,9 @@ def test_the_multiplier_decays_to_exactly_one():
         (lambda: Ramp("cubical"), "unknown shape of the schedule 'cubical'.*cubic"),
         (lambda: Ramp(steps=-1), "ramp_steps must be at least 0; got -1"),
         (lambda: Ramp(cuts=0), "cuts must be at least 1; got 0"),
-        (lambda: Guard(0), "measure_every_n_steps must be at least 1; got 0"),
-        (lambda: Guard(tolerance=-0.1), "tolerance is a loss in nats, finite and not negative; got -0.1"),
-        (lambda: Guard(when_exceeded="rollback"), "unknown when_exceeded 'rollback'.*roll_back"),
+        (lambda: Recovery(measure_every_n_steps=0), "measure_every_n_steps must be at least 1; got 0"),
+        (lambda: Recovery(tolerance=-0.1), "tolerance is a loss in nats, finite and not negative; got -0.1"),
+        (lambda: Recovery(when_exceeded="rollback"), "unknown when_exceeded 'rollback'.*roll_back"),
         (lambda: PlasticityPlan(0, 1, 0, 4), "at least one head must be cut per cycle; got 0"),
         (lambda: PlasticityPlan(1, 0, 0, 4), "cycles must be at least 1; got 0"),
         (lambda: PlasticityPlan(1, 1, 0, 4, Ramp(steps=3), 3), "cannot cut for 3 steps and regrow at 3"),

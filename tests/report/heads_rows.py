@@ -59,6 +59,20 @@ def plasticity_row(step: int = 9, *, cut: bool = True) -> dict[str, Any]:
     }
 
 
+def plasticity_rows(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The run of a row as three rows, each of which tells what came since the one before."""
+    rows = []
+    for after, step in ((-1, 4), (4, 6), (6, row["step"])):
+        curve = row["result"]["curve"]
+        fresh = [place for place, at in enumerate(curve["steps"]) if after < at <= step]
+        told = {
+            "timeline": [change for change in row["result"]["timeline"] if after < change["step"] <= step],
+            "curve": {name: [column[place] for place in fresh] for name, column in curve.items()},
+        }
+        rows.append({**row, "step": step, "result": {**row["result"], **told}})
+    return rows
+
+
 def sweep_row() -> dict[str, Any]:
     """Two strategies, two levels, two seeds."""
     costs = {("taylor", 0.1): (0.0, 0.1), ("taylor", 0.5): (0.2, 0.4), ("random", 0.1): (0.1, 0.3)}

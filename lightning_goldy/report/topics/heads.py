@@ -1,0 +1,515 @@
+"""Head plasticity: which heads were open when, what cutting cost, what was cut, and strategies compared."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from lightning_goldy.report.builders import Line, Lines, arrange, heads_style, heat_map, lines, rounded
+from lightning_goldy.report.descriptions import Description, describe
+from lightning_goldy.report.figures import Columns, Figure, ReportError, Row, register_figure, require
+from lightning_goldy.report.formatting import format_number, format_percent
+
+MOMENTS = {"before": "before the cut", "cut": "right after", "recovered": "recovered"}
+# Legible on a light and on a dark page.
+_CUT, _OPENED = "#c4453c", "#3a9a6b"
+# A little larger than their cells, or the background would shine through between them.
+_CLOSE = {"width": {"band": 1.1}, "height": {"band": 1.1}}
+
+
+@register_figure(
+    "head_plasticity", "timeline", heading="Open heads over the run", over="run", reads=("timeline", "curve")
+)
+def chart_gate_timeline(rows: Sequence[Row]) -> Figure:
+    """Which heads were open when, up to the step of the last row.
+
+    Args:
+        rows: Of the analysis ``head_plasticity``, ascending; each tells what came since the one before.
+
+    Raises:
+        ReportError: A row lacks what the figure needs.
+        ImportError: altair is not installed.
+
+    Example:
+        >>> first = {"step": 0, "result": {"timeline": [{"step": 0, "closed": []}]}}
+        >>> result = {"heads_per_layer": [2], "timeline": [{"step": 3, "closed": [[0, 1]]}], "strategy": "taylor"}
+        >>> last = {"step": 5, "metrics": {}, "result": {**result, "cycles": 1}}
+        >>> spans = chart_gate_timeline([first, last]).data["spans"]
+        >>> list(zip(spans["head"], spans["low"], spans["high"], spans["state"]))
+        [('0.0', 0, 5, 'open'), ('0.1', 0, 3, 'open'), ('0.1', 3, 5, 'closed')]
+    """
+    sizes = _field(_result(rows[-1]), "heads_per_layer", list)
+    changes = _changes(rows)
+    if not sum(sizes) or not changes:
+        raise ReportError("'result.heads_per_layer' and 'result.timeline' must not be empty")
+    edges = [change["step"] for change in changes]
+    edges.append(max(rows[-1]["step"], edges[-1] + 1))
+    closed = [{(layer, head) for layer, head in change["closed"]} for change in changes]
+    spans: list[tuple[str, float, float, str]] = []
+    for head in ((layer, head) for layer, size in enumerate(sizes) for head in range(size)):
+        states = itertools.groupby(range(len(changes)), key=lambda place, head=head: head in closed[place])  # type: ignore[misc]
+        for shut, places in states:
+            first, *_, last = [*places] * 2
+            spans.append((f"{head[0]}.{head[1]}", edges[first], edges[last + 1], "closed" if shut else "open"))
+    columns = dict(zip(("head", "low", "high", "state"), map(list, zip(*spans, strict=True)), strict=True))
+    return Figure(_timeline_chart(sum(sizes)), {"spans": columns}, plasticity_caption(rows[-1]))
+
+
+@register_figure("head_plasticity", "loss", heading="The loss over the cycles", over="run", reads=("timeline", "curve"))
+def chart_plasticity_loss(rows: Sequence[Row]) -> Figure:
+    """The loss of the probe with cuts and regrowths, and the learning-rate multiplier below.
+
+    Args:
+        rows: Of the analysis ``head_plasticity``, ascending; each tells what came since the one before.
+
+    Raises:
+        ReportError: A row lacks what the figure needs.
+        ImportError: altair is not installed.
+
+    Example:
+        >>> curve = {"steps": [1, 2], "loss": [2.0, 3.0], "multiplier": [1.0, 3.0]}
+        >>> timeline = [{"step": 0, "closed": []}, {"step": 2, "closed": [[0, 1]]}]
+        >>> result = {"curve": curve, "timeline": timeline, "strategy": "taylor", "cycles": 1}
+        >>> figure = chart_plasticity_loss([{"metrics": {}, "result": result}])
+        >>> figure.data["points_0"]["y"], figure.data["events_0"]
+        ([2.0, 3.0], {'step': [2], 'what': ['1 cut']})
+    """
+    points: list[tuple[float, ...]] = []
+    for row in rows:
+        curve = _field(_result(row), "curve", Mapping)
+        columns = [_numbers(curve.get(name)) for name in ("steps", "loss", "multiplier")]
+        if len(set(map(len, columns))) > 1:
+            raise ReportError("'result.curve' must hold 'steps', 'loss' and 'multiplier' of one length")
+        known = points[-1][0] if points else -math.inf
+        points += [point for point in zip(*columns, strict=True) if point[0] > known]
+    events: dict[str, list[Any]] = {"step": [], "what": []}
+    before = 0
+    for change in _changes(rows):
+        number = len(change["closed"])
+        if number != before:
+            events["step"].append(change["step"])
+            events["what"].append(f"{abs(number - before)} {'cut' if number > before else 'opened'}")
+        before = number
+    steps, loss, multiplier = ([point[place] for point in points] for place in range(3))
+    upper = lines({"loss": Line(steps, loss)}, Lines(x="", y="loss, nats", scale="linear"))
+    lower = lines({"multiplier": Line(steps, multiplier)}, Lines(y="multiplier", scale="linear", height=80))
+    panels = [
+        _layered(upper, "events", events, _event_layers(True)),
+        _layered(lower, "events", events, _event_layers()),
+    ]
+    return arrange(panels, caption=plasticity_caption(rows[-1]))
+
+
+@register_figure("head_plasticity", "scores", heading="Importance of heads")
+def chart_head_scores(row: Row) -> Figure | str:
+    """Heat map of the scores that the last cut rested on, with marks at the heads that were cut or closed before.
+
+    Args:
+        row: Of the analysis ``head_plasticity``.
+
+    Returns:
+        The figure, or that nothing has been scored.
+
+    Raises:
+        ReportError: The row lacks what the figure needs.
+        ImportError: altair is not installed.
+
+    Example:
+        >>> scores = {"values": [[0.5, None]], "closed_before": [], "cut": [[0, 0]], "strategy": "taylor", "step": 3}
+        >>> figure = chart_head_scores({"result": {"scores": {**scores, "n_samples": 4}}})
+        >>> figure.data["cells"]["value"], figure.data["marks"]["mark"]
+        ([0.5, None], ['cut'])
+    """
+    scores = _result(row).get("scores")
+    if scores is None:
+        return "No head has been scored yet."
+    values = np.array([_numbers(line) for line in _field(scores, "values", list)], dtype=np.float64)
+    layers, heads = values.shape
+    finite = values[np.isfinite(values)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+    # With many heads the numbers would be wider than the page; the tooltips have them.
+    cell = (76.0, 26.0) if heads <= 10 else (28.0, 18.0)
+    style = heads_style("score", colours="cividis", cell=cell, numbers=heads <= 10)
+    extent = (low, high if high > low else low + 1)
+    figure = heat_map(values, range(layers), range(heads), style, extent=extent, caption=score_caption(row))
+    named = (("closed_before", "closed"), ("cut", "cut"))
+    state = {tuple(head): mark for name, mark in named for head in _field(scores, name, list)}
+    marks = {
+        "y": [f"{layer}|{layer}" for layer, _ in state],
+        "x": [f"{head}|{head}" for _, head in state],
+        "value": rounded([values[head] for head in state]),
+        "mark": list(state.values()),
+    }
+    return _layered(figure, "marks", marks, _mark_layers(cell))
+
+
+@register_figure("head_plasticity", "attention", heading="Attention of cut and kept heads")
+def chart_attention_maps(row: Row) -> Figure | str:
+    """Attention maps of some cut and some kept heads for one sample: before the cut, right after, when heads regrow.
+
+    Args:
+        row: Of the analysis ``head_plasticity``.
+
+    Returns:
+        The figure, or that there are no maps.
+
+    Raises:
+        ReportError: The row lacks what the figure needs.
+        ImportError: altair is not installed.
+
+    Example:
+        >>> shown = {"heads": [[0, 1]], "n_cut": 1, "maps": {"before": [[[1.0]]]}}
+        >>> chart_attention_maps({"result": {"attention": shown}}).data["panels"]
+        {'panel': [0], 'moment': ['before the cut'], 'head': ['0.1, cut']}
+    """
+    shown = _result(row).get("attention")
+    if shown is None:
+        return "There are no attention maps yet."
+    maps = _field(shown, "maps", Mapping)
+    moments = {name: label for name, label in MOMENTS.items() if name in maps}
+    scores = _result(row).get("scores") or {"step": -1}
+    # Within a cycle heads are only cut, so those of the last cut and those closed before it are all.
+    fresh = [*scores["closed_before"], *scores["cut"]] if scores["step"] > shown.get("step", 0) else []
+    later = {(layer, head) for layer, head in fresh}
+    labels = tuple(
+        f"{layer}.{head}, {'cut' if place < shown['n_cut'] else 'cut later' if (layer, head) in later else 'kept'}"
+        for place, (layer, head) in enumerate(_field(shown, "heads", list))
+    )
+    values = np.array([maps[name] for name in moments], dtype=np.float64)
+    if values.ndim != 4 or values.shape[1] != len(labels):
+        raise ReportError(f"'result.attention.maps' must hold a square map per head, got shape {values.shape}")
+    panels = list(itertools.product(moments.values(), labels))
+    # The weights alone, in order: their places tell panel, query and key.
+    data: dict[str, Columns] = {
+        "weights": {"weight": rounded(values.ravel())},
+        "panels": {
+            "panel": list(range(len(panels))),
+            "moment": [moment for moment, _ in panels],
+            "head": [head for _, head in panels],
+        },
+    }
+    caption = "columns: layer.head; rows of each map are queries; the first tokens of the first sample"
+    return Figure(_maps_chart(values.shape[-1], tuple(moments.values()), labels), data, caption)
+
+
+@register_figure("plasticity_sweep", "loss_by_level", heading="What pruning cost")
+def chart_plasticity_sweep(row: Row) -> Figure:
+    """What pruning cost at the end of each run, by level, for each strategy and number of cycles: mean and range.
+
+    Args:
+        row: Of the analysis ``plasticity_sweep``.
+
+    Raises:
+        ReportError: The row lacks what the figure needs.
+        ImportError: altair is not installed.
+
+    Example:
+        >>> run = {"strategy": "taylor", "level": 0.5, "cycles": 1, "seed": 0, "cost": 0.1}
+        >>> figure = chart_plasticity_sweep({"result": {"runs": [run, {**run, "seed": 1, "cost": 0.3}]}})
+        >>> figure.data["points"]["y"], figure.data["ranges"]["high"]
+        ([0.2], [0.3])
+    """
+    runs = sweep_runs(row)
+    several = len({run["cycles"] for run in runs}) > 1
+    groups: dict[str, dict[float, list[float]]] = {}
+    for run in runs:
+        cycles = f", {run['cycles']} cycle{'s' if run['cycles'] > 1 else ''}" if several else ""
+        by_level = groups.setdefault(f"{run['strategy']}{cycles}", {})
+        by_level.setdefault(run["level"], []).append(math.nan if run["cost"] is None else float(run["cost"]))
+    ordered = {label: dict(sorted(by_level.items())) for label, by_level in groups.items()}
+    title = "loss over the run without pruning, nats"
+    style = Lines(x="pruning level", y=title, scale="linear", whole=False, legend=True, height=300)
+    means = {
+        label: Line(list(by_level), [sum(costs) / len(costs) for costs in by_level.values()])
+        for label, by_level in ordered.items()
+    }
+    ranges = [(label, level, costs) for label, by_level in ordered.items() for level, costs in by_level.items()]
+    columns: dict[str, list[Any]] = {
+        "line": [label for label, _, _ in ranges],
+        "x": [level for _, level, _ in ranges],
+        "low": rounded([min(costs) for _, _, costs in ranges]),
+        "high": rounded([max(costs) for _, _, costs in ranges]),
+    }
+    return _layered(lines(means, style, caption=sweep_caption(row)), "ranges", columns, _range_layers())
+
+
+def _layered(figure: Figure, name: str, columns: Columns, layers: Sequence[Mapping[str, Any]]) -> Figure:
+    """The figure with more layers over it, and what they show."""
+    chart = copy.deepcopy(figure.bare())
+    chart["layer"] = [*chart["layer"], *layers]
+    return replace(figure, chart=chart, data={**figure.data, name: columns})
+
+
+@functools.lru_cache(maxsize=16)
+def _timeline_chart(heads: int) -> dict[str, Any]:
+    alt = require("altair")
+    scale = alt.Scale(domain=["open", "closed"], range=["#8ecae6", "#5a5a5a"])
+    # Hundreds of heads share the page's height.
+    height = max(3.0, min(14.0, 1500 / heads))
+    chart = (
+        alt.Chart(alt.NamedData("spans"))
+        .mark_rect(height={"band": 0.9} if height > 6 else _CLOSE["height"])
+        .encode(
+            x=alt.X(
+                "low:Q",
+                title="optimizer step",
+                scale=alt.Scale(zero=False, nice=False),
+                axis=alt.Axis(grid=False, labelFlush=False, tickCount=10, tickMinStep=1, format=",d"),
+            ),
+            x2="high:Q",
+            y=alt.Y("head:N", sort=None, title="head", axis=alt.Axis(labelOverlap=True, ticks=False, domain=False)),
+            color=alt.Color("state:N", scale=scale, legend=alt.Legend(title=None, orient="top")),
+            tooltip=[
+                alt.Tooltip("head:N"),
+                alt.Tooltip("state:N"),
+                alt.Tooltip("low:Q", title="from step", format=","),
+                alt.Tooltip("high:Q", title="to step", format=","),
+            ],
+        )
+        .properties(height=alt.Step(height))
+    )
+    spec: dict[str, Any] = chart.to_dict(validate=False)
+    return spec
+
+
+@functools.lru_cache(maxsize=2)
+def _event_layers(named: bool = False) -> list[dict[str, Any]]:
+    colour = {"condition": {"test": "indexof(datum.what, 'cut') > 0", "value": _CUT}, "value": _OPENED}
+    place = {"x": {"field": "step", "type": "quantitative"}, "color": colour}
+    tooltip = [{"field": "step", "title": "step", "format": ","}, {"field": "what", "title": "event"}]
+    events = {"data": {"name": "events"}}
+    rule = {**events, "mark": {"type": "rule", "strokeDash": [2, 3]}, "encoding": {**place, "tooltip": tooltip}}
+    words = {"type": "text", "angle": 270, "align": "right", "dy": 8, "fontSize": 10, "baseline": "middle"}
+    text = {**events, "mark": words, "encoding": {**place, "y": {"value": 2}, "text": {"field": "what"}}}
+    return [rule, text] if named else [rule]
+
+
+@functools.lru_cache(maxsize=2)
+def _mark_layers(cell: tuple[float, float]) -> list[dict[str, Any]]:
+    place = {axis: {"field": axis, "type": "nominal", "sort": None} for axis in "xy"}
+    name = "slice(datum.{0}, indexof(datum.{0}, '|') + 1)"
+    calculate = [{"calculate": name.format(axis), "as": label} for axis, label in (("y", "layer"), ("x", "head"))]
+    tooltip = [{"field": label, "type": "nominal"} for label in ("layer", "head", "mark")]
+    tooltip.append({"field": "value", "type": "quantitative", "title": "score", "format": ".6~g"})
+    box = {"type": "rect", "filled": False, "fillOpacity": 0, "strokeWidth": 2.5}
+    # White with a dark edge shows on every colour; beside the number where there is one.
+    cross = {"type": "point", "shape": "cross", "filled": True, "size": 45, "stroke": "black", "strokeWidth": 0.8}
+    if cell[0] > 40:
+        cross |= {"xOffset": cell[0] / 2 - 6}
+    base = {"data": {"name": "marks"}, "transform": calculate}
+    kept = {"transform": [*calculate, {"filter": "datum.mark == 'cut'"}]}
+    shut = {"transform": [*calculate, {"filter": "datum.mark == 'closed'"}]}
+    return [
+        {**base, **kept, "mark": box, "encoding": {**place, "stroke": {"value": _CUT}, "tooltip": tooltip}},
+        {**base, **shut, "mark": cross, "encoding": {**place, "color": {"value": "white"}, "tooltip": tooltip}},
+    ]
+
+
+@functools.lru_cache(maxsize=16)
+def _maps_chart(size: int, moments: tuple[str, ...], heads: tuple[str, ...]) -> dict[str, Any]:
+    alt = require("altair")
+    place, plain = "(datum.number - 1)", {"labels": False, "ticks": False, "domain": False}
+    step = max(1, 110 // size)
+    chart = (
+        alt.Chart(alt.NamedData("weights"))
+        .transform_window(number="row_number()")
+        .transform_calculate(
+            key=f"{place} % {size}",
+            query=f"floor({place} / {size}) % {size}",
+            panel=f"floor({place} / {size * size})",
+        )
+        .transform_lookup(lookup="panel", from_=alt.LookupData(alt.NamedData("panels"), "panel", ["moment", "head"]))
+        .mark_rect(**_CLOSE)
+        .encode(
+            x=alt.X("key:O", title=None, scale=alt.Scale(padding=0), axis=alt.Axis(**plain)),
+            y=alt.Y("query:O", title=None, scale=alt.Scale(padding=0), axis=alt.Axis(**plain)),
+            color=alt.Color(
+                "weight:Q",
+                scale=alt.Scale(scheme="viridis", domain=[0, 1]),
+                legend=alt.Legend(title="weight", gradientLength=80),
+            ),
+            row=alt.Row("moment:N", sort=list(moments), title=None, header=alt.Header(labelAngle=-90)),
+            column=alt.Column("head:N", sort=list(heads), title=None),
+            tooltip=[alt.Tooltip("query:O"), alt.Tooltip("key:O"), alt.Tooltip("weight:Q", format=".3f")],
+        )
+        .properties(width=alt.Step(step), height=alt.Step(step))
+    )
+    spec: dict[str, Any] = chart.to_dict(validate=False)
+    return spec
+
+
+@functools.lru_cache(maxsize=1)
+def _range_layers() -> list[dict[str, Any]]:
+    encoding = {
+        "x": {"field": "x", "type": "quantitative"},
+        "y": {"field": "low", "type": "quantitative"},
+        "y2": {"field": "high"},
+        "color": {"field": "line", "type": "nominal", "sort": None},
+        "tooltip": [
+            {"field": name, "title": title, "type": kind}
+            for name, title, kind in (
+                ("line", "strategy", "nominal"),
+                ("low", "smallest, nats", "quantitative"),
+                ("high", "largest, nats", "quantitative"),
+            )
+        ],
+    }
+    zero = {"data": {"values": [{}]}, "mark": {"type": "rule", "strokeDash": [2, 3]}, "encoding": {"y": {"datum": 0}}}
+    return [{"data": {"name": "ranges"}, "mark": {"type": "rule", "strokeWidth": 1.5}, "encoding": encoding}, zero]
+
+
+def plasticity_caption(row: Row) -> str:
+    """What has been cut, and what it cost so far.
+
+    Example:
+        >>> metrics = {"active_heads": 6, "closed_share": 0.25, "loss": 2.0}
+        >>> plasticity_caption({"metrics": metrics, "result": {"strategy": "taylor", "cycle": 1, "cycles": 2}})
+        'by taylor: 6 heads are open, 25 % closed; loss 2 nats, cycle 2 of 2'
+    """
+    metrics, result = row["metrics"], _result(row)
+    cycle = min(int(result.get("cycle", 0)) + 1, int(result.get("cycles", 1)))
+    return (
+        f"by {result.get('strategy')}: {format_number(metrics.get('active_heads'))} heads are open, "
+        f"{format_percent(metrics.get('closed_share'))} closed; loss {format_number(metrics.get('loss'))} nats, "
+        f"cycle {cycle} of {result.get('cycles')}"
+    )
+
+
+def score_caption(row: Row) -> str:
+    """What the scores are.
+
+    Example:
+        >>> score_caption({"result": {"scores": {"strategy": "taylor", "step": 4, "n_samples": 16}}})
+        'taylor scores of 16 samples at step 4; boxes are heads that were cut then, crosses closed before'
+    """
+    scores = _result(row).get("scores")
+    if scores is None:
+        return "no head has been scored yet"
+    return (
+        f"{scores['strategy']} scores of {scores['n_samples']} samples at step {scores['step']}; boxes are heads "
+        "that were cut then, crosses closed before"
+    )
+
+
+def sweep_runs(row: Row) -> list[Mapping[str, Any]]:
+    """The runs of a sweep.
+
+    Raises:
+        ReportError: There is none, or one lacks a field.
+
+    Example:
+        >>> sweep_runs({"result": {"runs": []}})
+        Traceback (most recent call last):
+        lightning_goldy.report.figures.ReportError: 'result.runs' must be a list with at least one run
+    """
+    result = row.get("result")
+    runs = result.get("runs") if isinstance(result, Mapping) else None
+    if not isinstance(runs, list) or not runs:
+        raise ReportError("'result.runs' must be a list with at least one run")
+    for number, run in enumerate(runs):
+        for field in ("strategy", "level", "cycles", "seed", "cost"):
+            if not isinstance(run, Mapping) or field not in run:
+                raise ReportError(f"'result.runs[{number}]' lacks {field!r}")
+    return runs
+
+
+def sweep_caption(row: Row) -> str:
+    """How many runs there were.
+
+    Example:
+        >>> run = {"strategy": "taylor", "level": 0.5, "cycles": 1, "seed": 0, "cost": 0.1}
+        >>> sweep_caption({"result": {"runs": [run]}})
+        '1 run with 1 seed; points are means over seeds, bars their range; 0 is the same seed without pruning'
+    """
+    runs = sweep_runs(row)
+    seeds = len({run["seed"] for run in runs})
+    return (
+        f"{len(runs)} run{'s' if len(runs) > 1 else ''} with {seeds} seed{'s' if seeds > 1 else ''}; points are means "
+        "over seeds, bars their range; 0 is the same seed without pruning"
+    )
+
+
+def _changes(rows: Sequence[Row]) -> list[Mapping[str, Any]]:
+    """What was closed from when on; rows of format 1 tell the whole run, of which the steps tell what is new."""
+    changes: list[Mapping[str, Any]] = []
+    for row in rows:
+        known = changes[-1]["step"] if changes else -math.inf
+        changes += [change for change in _field(_result(row), "timeline", list) if change["step"] > known]
+    return changes
+
+
+def _result(row: Row) -> Mapping[str, Any]:
+    result = row.get("result")
+    if not isinstance(result, Mapping):
+        raise ReportError(f"'result' must be an object, got {type(result).__name__}")
+    return result
+
+
+def _field(values: Mapping[str, Any], name: str, kind: type) -> Any:
+    value = values.get(name)
+    if not isinstance(value, kind):
+        raise ReportError(f"'{name}' must be of the kind {kind.__name__}, got {value!r:.60}")
+    return value
+
+
+def _numbers(values: Sequence[float | None] | None) -> tuple[float, ...]:
+    if not isinstance(values, (list, tuple)):
+        raise ReportError(f"a list of numbers is missing, got {values!r:.60}")
+    # null is how a number that was not finite is written.
+    return tuple(math.nan if value is None else float(value) for value in values)
+
+
+describe(
+    "head_plasticity",
+    Description(
+        title="Head plasticity",
+        measures=(
+            "Which attention heads the finetune needs: the least important ones are closed along a schedule, the model "
+            "trains on, and the most wanted of them open again."
+        ),
+        reading=(
+            "The step up of the loss at a cut is what the heads were worth at that moment, the distance that is left "
+            "when heads regrow is what the model could not do without them. Compare with the strategy `random` before "
+            "you trust a score. Losses are of the probe, in evaluation mode."
+        ),
+        metrics={
+            "loss": "mean loss of the model as it is, nats; over the probe's samples, with the present gates",
+            "perplexity": "exponential of that loss",
+            "active_heads": "open heads",
+            "closed_share": "closed heads divided by all",
+            "learning_rate_multiplier": "of the attention of the layer that was cut last; 1 = the run's own rate",
+            "cycle": "cycles that are finished",
+            "recovery_steps": "optimizer steps from the last cut until the loss was back within the margin",
+            "cut": "of the probe around a cut",
+            "regrow": "of the probe around a regrowth",
+            "finish": "of the probe as the cycle began (before) and as it ended",
+            "rolled_back": "1 when the cycle cost too much and was undone",
+        },
+    ),
+)
+describe(
+    "plasticity_sweep",
+    Description(
+        title="Head plasticity: strategies compared",
+        measures=(
+            "The same finetune with every combination of strategy, pruning level and number of cycles, and once "
+            "without pruning: how the losses at the end compare."
+        ),
+        reading=(
+            "Differences below the range over the seeds mean nothing, and with one seed there is no range. A strategy "
+            "that does not beat `random` has found nothing."
+        ),
+        metrics={
+            "runs": "runs with pruning",
+            "best_cost": "smallest mean rise of the loss over the run without pruning, nats",
+            "worst_cost": "largest mean rise of the loss, nats",
+        },
+    ),
+)
