@@ -73,8 +73,8 @@ class KroneckerFisher:
     def mean(self) -> float:
         """Mean of the diagonal over the space."""
         traces = [
-            float(each.inputs.values.double().sum() * each.outputs.values.double().sum())
-            for each in self.layers.values()
+            float(layer.inputs.values.double().sum() * layer.outputs.values.double().sum())
+            for layer in self.layers.values()
         ]
         rest = [value * math.prod(self.space.shape(name)) for name, value in self.scalars.items()]
         return math.fsum(traces + rest) / self.space.numel
@@ -188,9 +188,10 @@ class _Sums:
         return stack
 
     def add(self, objective: Objective, batch: Any, seed: int) -> None:
-        found = objective.logits_and_targets(self.model, map_batch(batch, lambda tensor: tensor.to(self.device)))
-        labels = sampled_labels(found.logits, seed)
-        F.cross_entropy(found.logits.float(), labels, reduction="sum").backward()
+        moved = map_batch(batch, lambda tensor: tensor.to(self.device))
+        logits = objective.logits_and_targets(self.model, moved).logits
+        labels = sampled_labels(logits, seed)
+        F.cross_entropy(logits.float(), labels, reduction="sum").backward()
         self.targets += len(labels)
         for name, parameter in self.parameters.items():
             if parameter.grad is not None:
@@ -237,12 +238,12 @@ def _factor(matrix: Tensor) -> Factor:
 
 
 def _first(batches: Iterable[Any], n_batches: int | None) -> list[Any]:
-    found = list(itertools.islice(batches, n_batches))
-    if not found:
+    first = list(itertools.islice(batches, n_batches))
+    if not first:
         raise ValueError("there is no sample: the batches are empty")
-    if n_batches is not None and len(found) < n_batches:
-        raise ValueError(f"n_batches={n_batches}, but there are only {len(found)} batches")
-    return found
+    if n_batches is not None and len(first) < n_batches:
+        raise ValueError(f"n_batches={n_batches}, but there are only {len(first)} batches")
+    return first
 
 
 class KroneckerPreconditioner:
@@ -282,17 +283,17 @@ class KroneckerPreconditioner:
                 f"information of {fisher.mean:g}"
             )
         self.name, self.space = name, fisher.space
-        damped = {each: _damped(layer.inputs, layer.outputs, damping) for each, layer in fisher.layers.items()}
-        scales = {each: (value + damping) ** -0.5 for each, value in fisher.scalars.items()}
+        damped = {weight: _damped(layer.inputs, layer.outputs, damping) for weight, layer in fisher.layers.items()}
+        scales = {other: (value + damping) ** -0.5 for other, value in fisher.scalars.items()}
         logs = [_log_determinant(*factors) for factors in damped.values()]
-        logs += [math.prod(self.space.shape(each)) * math.log(scale) for each, scale in scales.items()]
+        logs += [math.prod(self.space.shape(other)) * math.log(scale) for other, scale in scales.items()]
         self.log_mean = math.fsum(logs) / self.space.numel
         unit = math.exp(-self.log_mean)
-        self._scales = {each: scale * unit for each, scale in scales.items()}
+        self._scales = {other: scale * unit for other, scale in scales.items()}
         self._roots = {}
-        for each, (inputs, outputs) in damped.items():
+        for weight, (inputs, outputs) in damped.items():
             pair = _inverse_root(inputs).mul_(unit), _inverse_root(outputs)
-            self._roots[each] = _Roots(*pair) if fisher.layers[each].inputs_first else _Roots(*pair[::-1])
+            self._roots[weight] = _Roots(*pair) if fisher.layers[weight].inputs_first else _Roots(*pair[::-1])
 
     @property
     def factored(self) -> tuple[str, ...]:

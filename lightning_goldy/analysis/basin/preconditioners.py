@@ -60,8 +60,8 @@ def adam_curvature(
     moments = optimizer_moments(optimizer, space, module, order)
     with torch.no_grad():
         copies = {
-            name: each.values.to(torch.promote_types(each.values.dtype, torch.float32)) * each.factor
-            for name, each in moments.items()
+            name: moment.values.to(torch.promote_types(moment.values.dtype, torch.float32)) * moment.factor
+            for name, moment in moments.items()
         }
     return ParameterVector(space, copies)
 
@@ -99,10 +99,10 @@ def adam_curvature_from_state(
         tensor([[ 1., 16.]])
     """
     inner = _unwrapped(optimizer)
-    found = sorted(map(str, state_dict)) if isinstance(state_dict, Mapping) else type(state_dict).__name__
+    given = sorted(map(str, state_dict)) if isinstance(state_dict, Mapping) else type(state_dict).__name__
     if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
         raise ValueError(
-            f"an optimizer's state has the keys 'state' and 'param_groups'; this one is {found}. A Lightning "
+            f"an optimizer's state has the keys 'state' and 'param_groups'; this one is {given}. A Lightning "
             "checkpoint has a list of such states under 'optimizer_states'"
         )
     if any(inner.state.values()):
@@ -234,7 +234,7 @@ class DiagonalPreconditioner:
         self.eps = eps
         self._curvature = curvature
         self._moments = moments or {}
-        self._versions = {each: self._version(each) for each in curvature}
+        self._versions = {parameter: self._version(parameter) for parameter in curvature}
         logs = _sums(curvature, self._moments, lambda h: h.pow(exponent).add(eps).log().sum())
         self.log_mean = -math.fsum(logs) / self.space.numel
 
@@ -360,7 +360,7 @@ def adam_preconditioner(
         tensor([2.0000, 0.5000])
     """
     moments = optimizer_moments(optimizer, space, module, order)
-    curvature = ParameterVector(space, {each: moment.values for each, moment in moments.items()})
+    curvature = ParameterVector(space, {parameter: moment.values for parameter, moment in moments.items()})
     return _diagonal(curvature, moments, eps, exponent, eps_unit, name)
 
 

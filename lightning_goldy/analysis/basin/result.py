@@ -230,19 +230,19 @@ def aggregate(results: Sequence[VolumeResult]) -> VolumeResult:
                     f"the results differ in {field}: {getattr(first, field)!r} and {getattr(other, field)!r}; "
                     "their volumes are not comparable"
                 )
-    ranges = sorted((each.seed, each.first_direction, each.first_direction + each.n_directions) for each in results)
+    ranges = sorted((part.seed, part.first_direction, part.first_direction + part.n_directions) for part in results)
     for (seed, _, stop), (next_seed, start, _) in itertools.pairwise(ranges):
         if seed == next_seed and start < stop:
             raise ValueError(f"two results share direction {start} of seed {seed}; give them different seeds")
-    joined: dict[str, Any] = {field: torch.cat([getattr(each, field) for each in results]) for field in _COLUMNS}
+    joined: dict[str, Any] = {field: torch.cat([getattr(part, field) for part in results]) for field in _COLUMNS}
     return dataclasses.replace(
         first,
         **joined,
-        extra_evaluations=sum(each.extra_evaluations for each in results),
-        anchor_cost=max(each.anchor_cost for each in results),
-        rtol=max(each.rtol for each in results),
-        seconds=sum(each.seconds for each in results),
-        cost=sum((each.cost for each in results), Cost()),
+        extra_evaluations=sum(part.extra_evaluations for part in results),
+        anchor_cost=max(part.anchor_cost for part in results),
+        rtol=max(part.rtol for part in results),
+        seconds=sum(part.seconds for part in results),
+        cost=sum((part.cost for part in results), Cost()),
         proposals={},
     )
 
@@ -267,8 +267,8 @@ def best_of(proposals: Mapping[str, VolumeResult]) -> VolumeResult:
             if getattr(result, field) != getattr(first, field):
                 raise ValueError(f"proposal {name!r} differs in {field}; proposals must describe one region")
     bounds = {name: result.lower_bound for name, result in proposals.items()}
-    name = max(bounds, key=lambda each: -math.inf if math.isnan(bounds[each]) else bounds[each])
-    numbers = {each: result.summary() for each, result in proposals.items()}
+    name = max(bounds, key=lambda name: -math.inf if math.isnan(bounds[name]) else bounds[name])
+    numbers = {proposal: result.summary() for proposal, result in proposals.items()}
     return dataclasses.replace(proposals[name], preconditioner=name, proposals=numbers)
 
 

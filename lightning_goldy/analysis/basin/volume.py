@@ -627,8 +627,8 @@ class _Search:
         if abs(y) > self.rtol:
             # A jump: the bracket, which is narrow, says more than an extrapolation.
             return 0.5 * (self.low + self.high)
-        found = x - y / self.slope_at_best()
-        return min(max(found, self.low), self.high, self.limit) if self.low < self.high else found
+        crossed = x - y / self.slope_at_best()
+        return min(max(crossed, self.low), self.high, self.limit) if self.low < self.high else crossed
 
     def next(self) -> float:
         low, high = self.low, self.high

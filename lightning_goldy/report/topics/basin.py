@@ -236,7 +236,7 @@ def trajectories(rows: Sequence[Row]) -> dict[str, Line]:
             sigma = _known(_number(volume, "sigma", where))
             note = f"{volume.get('preconditioner', MISSING)}, sigma {format_number(sigma)}"
             points.setdefault(_text(volume, "label", where), []).append((row["step"], *numbers, note))
-    columns = {label: zip(*found, strict=True) for label, found in points.items()}
+    columns = {label: zip(*line, strict=True) for label, line in points.items()}
     return {label: Line(x, y, low, high, notes=notes) for label, (x, y, low, high, notes) in columns.items()}
 
 
@@ -383,10 +383,10 @@ def _volumes(row: Row) -> list[tuple[Mapping[str, Any], str]]:
 
 def _objects(row: Row, name: str, *, least: int = 1) -> list[Mapping[str, Any]]:
     result = row.get("result")
-    found = result.get(name) if isinstance(result, Mapping) else None
-    if not isinstance(found, list) or len(found) < least or not all(isinstance(item, Mapping) for item in found):
-        raise ReportError(f"'result.{name}' must be a list of at least {least} objects, got {found!r:.60}")
-    return found
+    items = result.get(name) if isinstance(result, Mapping) else None
+    if not isinstance(items, list) or len(items) < least or not all(isinstance(item, Mapping) for item in items):
+        raise ReportError(f"'result.{name}' must be a list of at least {least} objects, got {items!r:.60}")
+    return items
 
 
 def _text(record: Mapping[str, Any], name: str, where: str) -> str:
