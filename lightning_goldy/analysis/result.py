@@ -12,6 +12,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.store import Kind, pack_mask, unpack_mask
 from lightning_goldy.core.vector import ParameterVector
@@ -275,7 +276,9 @@ def _decode(value: Any) -> Any:
         space = ParameterSpace(
             tuple(names), tuple(torch.Size(shape) for shape in shapes), tuple(getattr(torch, dtype) for dtype in dtypes)
         )
-        return ParameterVector(space, dict(zip(names, map(_decode, tensors), strict=True)))
+        vector = ParameterVector(space, dict(zip(names, map(_decode, tensors), strict=True)))
+        is_mask = all(tensor.dtype == torch.bool for tensor in vector.values())
+        return ParameterMask.of_vector(vector) if is_mask else vector
     if tag == "__mask__":
         encoding, shape, packed = content
         return unpack_mask(_decode(packed), torch.Size(shape), encoding)

@@ -23,6 +23,26 @@ from lightning_goldy.core.vector import ParameterVector
 Scope = Literal["tensor", "global"]
 
 
+def jaccard(first: ParameterVector, second: ParameterVector) -> float:
+    """Intersection over union of two masks, a fraction; 1 when both are empty.
+
+    Args:
+        first: Boolean, plain or sharded.
+        second: Of the same space.
+
+    Raises:
+        SpaceError: The masks belong to different spaces.
+
+    Example:
+        >>> space = ParameterSpace.of(nn.Linear(2, 1, bias=False))
+        >>> a, b = (ParameterVector(space, {"weight": torch.tensor([row])}) for row in ([True, False], [True, True]))
+        >>> jaccard(a, b)
+        0.5
+    """
+    either = sum(first.zip_with(second, torch.logical_or).count())
+    return sum(first.zip_with(second, torch.logical_and).count()) / either if either else 1.0
+
+
 @dataclass(frozen=True)
 class BlockDensity:
     """What a mask holds of one block.
@@ -214,10 +234,8 @@ class ParameterMask(ParameterVector):
             held[1] += math.prod(shape)
         return tuple(BlockDensity(block, count, numel) for block, (count, numel) in counts.items())
 
-    def iou(self, other: ParameterVector) -> float:
-        """Intersection over union, a fraction; 1 when both are empty."""
-        either = (self | other).total
-        return (self & other).total / either if either else 1.0
+    jaccard = jaccard
+    iou = jaccard
 
     def chance_overlap(self, other: ParameterVector, *, scope: Scope = "tensor") -> float:
         r"""Size of the intersection expected of two random masks of the same sizes, in elements.

@@ -6,13 +6,14 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.core.isolation import preserved
+from lightning_goldy.core.mask import ParameterMask, Scope
 from lightning_goldy.core.naming import block_of, kind_of, suggestion
 from lightning_goldy.core.objective import CausalLMObjective, Objective, map_batch
 from lightning_goldy.core.registry import Registry
@@ -55,8 +56,6 @@ def fisher(gradient: Tensor, value: Tensor) -> Tensor:
     """
     return gradient.mul_(value).square_()
 
-
-Scope = Literal["tensor", "global"]
 
 
 class Ballot:
@@ -194,7 +193,7 @@ class GoldenResult(AnalysisResult):
 
     analysis: ClassVar[str] = "golden_parameters"
 
-    mask: ParameterVector
+    mask: ParameterMask
     golden: tuple[int, ...]
     marked: tuple[int, ...]
     chance: tuple[float, ...]
@@ -337,7 +336,7 @@ def golden_parameters(
     sizes = [math.prod(shape) for shape in space.shapes]
     shares = ballot.shares()
     return GoldenResult(
-        mask=ParameterVector(space, golden),
+        mask=ParameterMask(space, golden),
         golden=tuple(int(mask.count_nonzero()) for mask in golden.values()),
         marked=tuple(round(share * size) for share, size in zip(shares, sizes, strict=True)),
         chance=tuple(
@@ -351,20 +350,6 @@ def golden_parameters(
         quorum=quorum,
         cost=Cost(forwards=len(samples), backwards=len(samples)),
     )
-
-
-def jaccard(first: ParameterVector, second: ParameterVector) -> float:
-    """Intersection over union of two masks; 1 when both are empty.
-
-    Example:
-        >>> space = ParameterSpace.of(nn.Linear(2, 1, bias=False))
-        >>> a, b = (ParameterVector(space, {"weight": torch.tensor([row])}) for row in ([True, False], [True, True]))
-        >>> jaccard(a, b)
-        0.5
-    """
-    both = sum(first.zip_with(second, torch.logical_and).count())
-    either = sum(first.zip_with(second, torch.logical_or).count())
-    return both / either if either else 1.0
 
 
 def binomial_tail(n: int, needed: int, p: float) -> float:

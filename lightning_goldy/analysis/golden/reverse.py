@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_goldy.analysis.divergence import Cache, check_cache
-from lightning_goldy.analysis.golden.golden import SCORES, Scope
+from lightning_goldy.analysis.golden.golden import SCORES
 from lightning_goldy.analysis.golden.masked_divergence import (
     MaskedModel,
     SharedDivergence,
@@ -24,6 +24,7 @@ from lightning_goldy.analysis.golden.search import STRATEGIES, Budget, Fluctuati
 from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.core.batches import batch_tensors
 from lightning_goldy.core.isolation import preserved
+from lightning_goldy.core.mask import ParameterMask, Scope
 from lightning_goldy.core.naming import block_of, kind_of, suggestion
 from lightning_goldy.core.objective import CausalLMObjective, Objective
 from lightning_goldy.core.sharding import Replicas, gather, like, local
@@ -130,7 +131,7 @@ class ReverseGoldenResult(AnalysisResult):
 
     analysis: ClassVar[str] = "reverse_golden_parameters"
 
-    mask: ParameterVector
+    mask: ParameterMask
     masked: tuple[int, ...]
     kl_divergence: float
     search_divergence: float
@@ -327,7 +328,7 @@ def reverse_golden_parameters(
         cost = _cost(search, len(single), (_count(choosing), _count(measuring)), anchored=cache == "none")
         whole = {name: gather(like(parameters[name].detach(), part)).cpu() for name, part in search.best.items()}
     return ReverseGoldenResult(
-        mask=ParameterVector(space, whole),
+        mask=ParameterMask(space, whole),
         masked=tuple(int(part.count_nonzero()) for part in whole.values()),
         kl_divergence=kl_divergence,
         search_divergence=search.best_divergence,

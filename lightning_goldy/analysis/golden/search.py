@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_goldy.analysis.golden.golden import Scope
 from lightning_goldy.analysis.golden.masked_divergence import MaskedModel, SharedDivergence
+from lightning_goldy.core.mask import Scope
 from lightning_goldy.core.registry import Registry
 from lightning_goldy.core.selection import select_largest
 from lightning_goldy.core.sharding import like, sum_over_shards

@@ -21,6 +21,7 @@ from lightning_goldy.core import (
     CausalLMObjective,
     ClassifierObjective,
     FunctionObjective,
+    ParameterMask,
     ParameterSpace,
     ParameterVector,
 )
@@ -362,6 +363,7 @@ def test_result_goes_to_json_and_back():
     result = reverse_golden_parameters(sharp("gpt2"), [BATCH], eval_batches=[HELD_OUT], top_k_percent=1, rounds=2)
     again = ReverseGoldenResult.from_json(result.to_json())
     assert all(torch.equal(again.mask[name], result.mask[name]) for name in result.mask)
+    assert type(result.mask) is type(again.mask) is ParameterMask
     assert again.history == result.history
     assert again.summary() == result.summary()
     assert result.over_gradient == result.kl_divergence / result.single_shots["gradient"]
