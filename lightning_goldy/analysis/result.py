@@ -6,13 +6,14 @@ import base64
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from lightning_goldy.core.mask import ParameterMask
+from lightning_goldy.core.naming import block_of, kind_of
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.store import Kind, pack_mask, unpack_mask
 from lightning_goldy.core.vector import ParameterVector
@@ -171,6 +172,23 @@ def plain_headline(analysis: str, metrics: Mapping[str, float | None], most: int
     known = [(name, value) for name, value in metrics.items() if value is not None and math.isfinite(value)][:most]
     told = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in known)
     return f"{analysis.replace('_', ' ')}: {told}" if told else analysis.replace("_", " ")
+
+
+def tensor_rows(names: Iterable[str], **columns: Iterable[Any]) -> list[dict[str, Any]]:
+    """One JSON-able entry per tensor, with the block and the kind that it belongs to.
+
+    Args:
+        names: Of the parameters.
+        **columns: Values of each, in their order.
+
+    Example:
+        >>> tensor_rows(["h.0.mlp.weight"], numel=[8])
+        [{'name': 'h.0.mlp.weight', 'block': 'h.0', 'kind': 'mlp', 'numel': 8}]
+    """
+    return [
+        {"name": name, "block": block_of(name), "kind": kind_of(name), **dict(zip(columns, values, strict=True))}
+        for name, *values in zip(names, *columns.values(), strict=True)
+    ]
 
 
 @dataclasses.dataclass(frozen=True)

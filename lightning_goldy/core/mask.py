@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,16 @@ from lightning_goldy.core.store import load_vectors, require_boolean, save_vecto
 from lightning_goldy.core.vector import ParameterVector
 
 Scope = Literal["tensor", "global"]
+
+
+def check_scope(scope: str) -> None:
+    """Checks that a share is one of each ``tensor``, or of all elements together (``global``).
+
+    Raises:
+        ValueError: The scope is unknown.
+    """
+    if scope not in get_args(Scope):
+        raise ValueError(f"unknown scope {scope!r}; {suggestion(str(scope), get_args(Scope))}")
 
 
 def jaccard(first: ParameterVector, second: ParameterVector) -> float:
@@ -275,8 +285,7 @@ class ParameterMask(ParameterVector):
         return ((self & other).total - expected) / room if room > 1e-9 * max(1.0, expected) else None
 
     def _sizes(self, other: ParameterVector, scope: Scope) -> list[tuple[int, int, int]]:
-        if scope not in ("tensor", "global"):
-            raise ValueError(f"unknown scope {scope!r}; {suggestion(str(scope), ('tensor', 'global'))}")
+        check_scope(scope)
         sizes = [*zip(self.count(), other.count(), map(math.prod, self.space.shapes), strict=True)]
         if scope == "tensor":
             return sizes

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_goldy.analysis.divergence import AnchoredDivergence, Cache, divergence_sum
+from lightning_goldy.analysis.golden.golden import taken_gradients, zeros_like_parts
+from lightning_goldy.analysis.result import Cost
 from lightning_goldy.core.batches import batch_tensors, map_batch
 from lightning_goldy.core.objective import Objective
-from lightning_goldy.core.sharding import Replicas, align, is_sharded, like, local, unshard_guard
+from lightning_goldy.core.sharding import Replicas, like, local, unshard_guard
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.vector import require_finite
 
@@ -91,6 +93,12 @@ class SharedDivergence:
         cache: Cache = "auto",
     ) -> None:
         device = next(model.parameters()).device
+        self.n_samples = sum(len(next(batch_tensors(piece))) for piece in pieces)
+        """Samples of all ranks."""
+        self.cost = Cost(forwards=self.n_samples)
+        """Passes made so far."""
+        # Without a cache the anchor runs again beside the model.
+        self._runs = 2 if cache == "none" else 1
         self.pieces = [map_batch(piece, lambda tensor: tensor.to(device)) for piece in replicas.share(pieces)]
         """This rank's share, on the model's device."""
         self.replicas = replicas
@@ -106,6 +114,7 @@ class SharedDivergence:
         Raises:
             ValueError: It is not finite.
         """
+        self.cost += Cost(forwards=self._runs * self.n_samples)
         return self._mean(self._held(model) * self._held.positions if self._held else 0.0)
 
     def gradients(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> tuple[float, dict[str, Tensor]]:
@@ -114,13 +123,17 @@ class SharedDivergence:
         Raises:
             ValueError: One of them is not finite.
         """
-        sums = GradientSum(parameters)
-        total = 0.0
+        self.cost += Cost(forwards=self._runs * self.n_samples, backwards=self.n_samples)
+        sums, total = zeros_like_parts(parameters), 0.0
         for value in self._held.backward(model) if self._held else ():
             total += value
-            sums.add(model)
-        found = sums.total(self.replicas, "gradients of the divergence")
-        return self._mean(total), {name: gradient.div_(self.positions) for name, gradient in found.items()}
+            for name, gradient in taken_gradients(model, parameters):
+                sums[name] += gradient
+        for gradient in sums.values():
+            self.replicas.sum_(gradient)
+        laid_out = {name: like(parameters[name].detach(), part) for name, part in sums.items()}
+        require_finite(laid_out, "gradients of the divergence")
+        return self._mean(total), {name: gradient.div_(self.positions) for name, gradient in sums.items()}
 
     def _mean(self, total: float) -> float:
         mean = self._sum(total) / self.positions
@@ -132,65 +145,6 @@ class SharedDivergence:
         # Backends of accelerators without float64 still take part in sums on their own terms.
         dtype = torch.float32 if self._device.type == "mps" else torch.float64
         return float(self.replicas.sum_(torch.tensor(value, dtype=dtype, device=self._device)))
-
-
-class GradientSum:
-    """Gradients summed over backward passes and replicas, this process's part of each in at least float32.
-
-    Args:
-        parameters: Whose gradients.
-    """
-
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        self.parameters = parameters
-        self.sums = {name: zeros_like_part(parameter) for name, parameter in parameters.items()}
-
-    def add(self, model: nn.Module) -> None:
-        """Takes the gradients that a backward pass has left, and clears them."""
-        for name, gradient in taken_gradients(model, self.parameters):
-            self.sums[name] += gradient
-
-    def total(self, replicas: Replicas, what: str) -> dict[str, Tensor]:
-        """The sums over the replicas.
-
-        Raises:
-            ValueError: A gradient is not finite; its parameter is named.
-        """
-        for gradient in self.sums.values():
-            replicas.sum_(gradient)
-        laid_out = {name: like(self.parameters[name].detach(), part) for name, part in self.sums.items()}
-        require_finite(laid_out, what)
-        return self.sums
-
-
-def zeros_like_part(parameter: Tensor) -> Tensor:
-    """Zeros of the shape of this process's part, in at least float32."""
-    part = local(parameter)
-    return torch.zeros_like(part, dtype=torch.promote_types(part.dtype, torch.float32))
-
-
-def taken_gradients(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, Tensor]]:
-    """Name and this process's part of each gradient that there is, in at least float32; all gradients are cleared."""
-    unshard_guard(model)
-    for name, parameter in parameters.items():
-        gradient, parameter.grad = parameter.grad, None
-        if gradient is None:
-            continue
-        dense = gradient.to_dense() if gradient.layout is torch.sparse_coo else gradient
-        part = local(align(dense, parameter))
-        yield name, part.to(torch.promote_types(part.dtype, torch.float32))
-    for parameter in model.parameters():
-        parameter.grad = None
-
-
-def only_these_require_gradients(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Spares the backward pass the gradients that nobody asks for; FSDP2 needs uniform groups and is left as it is."""
-    if any(is_sharded(parameter) for parameter in model.parameters()):
-        return
-    chosen = {id(parameter) for parameter in parameters.values()}
-    for parameter in model.parameters():
-        if id(parameter) not in chosen:
-            parameter.requires_grad_(False)
 
 
 def divergence_gradient(log_probs: Tensor, logits: Tensor) -> Tensor:

@@ -7,11 +7,13 @@ import math
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_goldy.analysis.divergence import Cache, check_cache
+from lightning_goldy.analysis.golden.golden import SCORES
 from lightning_goldy.analysis.golden.masked_divergence import MaskedModel, SharedDivergence
 from lightning_goldy.core.mask import Scope
 from lightning_goldy.core.registry import Registry
@@ -22,6 +24,43 @@ from lightning_goldy.core.vector import elements_in
 Strategy = Callable[[int, float], float]
 """``strategy(iteration, improvement)``: the pool's size divided by the budget's, from the iteration (0, 1, ...) and the
 growth of the divergence in the iteration before, nats."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """How far and from where a search goes.
+
+    Args:
+        score: Registered score of the unmasked model to start from.
+        rounds: Forward and backward passes under the masked model at most; one more scores the unmasked one.
+        chunk_size: Samples of one forward and backward pass, to bound the memory; the batches' own size by default.
+        max_stagnant_iterations: Iterations without an improvement at the full budget, after which the search ends.
+        seed: Decides the strategies that draw numbers.
+        cache: Where the unmasked model's log-probabilities are kept: ``device``, ``cpu``, ``none``, or ``auto``.
+
+    Raises:
+        ValueError: A value is unknown or out of range.
+
+    Example:
+        >>> Search(rounds=0)
+        Traceback (most recent call last):
+        ValueError: rounds must be at least 1; got 0
+    """
+
+    score: str = "fisher"
+    rounds: int = 11
+    chunk_size: int | None = None
+    max_stagnant_iterations: int = 5
+    seed: int = 0
+    cache: Cache = "auto"
+
+    def __post_init__(self) -> None:
+        SCORES[self.score]
+        check_cache(self.cache, None)
+        for name in ("rounds", "chunk_size", "max_stagnant_iterations"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}")
 
 
 @dataclass(frozen=True)
@@ -290,6 +329,11 @@ class Budget:
         return [sum(int(counts[name]) for name in group) for group in self.groups]
 
 
+class _Valued(NamedTuple):
+    mask: Mask
+    value: float
+
+
 @dataclass
 class MaskSearch:
     r"""Zeroes a growing part of the budget, scoring anew under the partly masked model each time.
@@ -306,20 +350,18 @@ class MaskSearch:
         masked: The model.
         divergence: Over the samples that choose.
         budget: Of the mask.
-        strategy: Sizes the pool.
-        rounds: Gradient passes at most.
-        min_delta: Growth that counts as an improvement, nats.
-        max_stagnant_iterations: Iterations at the full budget without one, until the search ends.
+        search: How far it goes.
+        fluctuation: Settings of the strategy; its ``min_delta`` is the growth that counts as an improvement.
+        strategy: Name of what sizes the pool; under ``none`` the mask only grows, over all rounds.
         progress: Called with (gradient passes done, gradient passes at most).
     """
 
     masked: MaskedModel
     divergence: SharedDivergence
     budget: Budget
-    strategy: Strategy
-    rounds: int
-    min_delta: float
-    max_stagnant_iterations: int
+    search: Search
+    fluctuation: Fluctuation
+    strategy: str
     progress: Callable[[int, int], None] | None = None
     best: Mask | None = field(default=None, init=False)
     """The best mask of the whole budget so far."""
@@ -330,45 +372,41 @@ class MaskSearch:
     """Forward passes made for themselves."""
     history: list[dict[str, Any]] = field(default_factory=list, init=False)
 
-    def offer(self, mask: Mask) -> float:
-        """Measures a mask of the whole budget, keeps it if it is the best so far; its divergence, nats."""
-        value = self.measure(mask)
-        self._keep(mask, value)
-        return value
+    def offer(self, mask: Mask) -> None:
+        """Measures a mask of the whole budget by one forward pass, and keeps it if it is the best so far."""
+        self._keep(self._measure(mask))
 
-    def measure(self, mask: Mask) -> float:
-        """Divergence of the model with this mask, nats, by one forward pass."""
-        self.masked.zero(mask)
-        self.evaluations += 1
-        return self.divergence(self.masked.model)
-
-    def run(self, scores: Mapping[str, Tensor], *, greedy: bool) -> None:
+    def run(self, scores: Mapping[str, Tensor]) -> None:
         """Searches from the scores of the unmasked model until the rounds are spent or nothing improves.
 
         Args:
             scores: Where to start, this process's part of each tensor.
-            greedy: Only grow, over all rounds.
         """
-        steps = self.rounds if greedy else max(1, math.ceil(_GROWTH * self.rounds))
-        mask = self.budget.largest(scores, self.budget.sizes(1 / (steps + 1)))
-        value, improvement, stagnant, failures = self.measure(mask), 0.0, 0, 0
+        rounds, greedy = self.search.rounds, self.strategy == "none"
+        pool_factor = self.fluctuation.strategy(self.strategy, self.search.seed)
+        steps = rounds if greedy else max(1, math.ceil(_GROWTH * rounds))
+        now = self._measure(self.budget.largest(scores, self.budget.sizes(1 / (steps + 1))))
+        improvement, stagnant, failures = 0.0, 0, 0
         gain: Mask | None = None
         for step in itertools.count(1):
-            spent = gain is None and self.passes == self.rounds
-            if spent or stagnant == self.max_stagnant_iterations or (greedy and step > steps):
+            spent = gain is None and self.passes == rounds
+            if spent or stagnant == self.search.max_stagnant_iterations or (greedy and step > steps):
                 return
-            gain = self._gains(mask) if gain is None else gain
+            gain = self._gains(now.mask) if gain is None else gain
             sizes = self.budget.sizes(min(1.0, (step + 1) / (steps + 1)))
-            factor = 1 + (self.strategy(len(self.history), improvement) - 1) / _SHRINKAGE**failures
+            factor = 1 + (pool_factor(len(self.history), improvement) - 1) / _SHRINKAGE**failures
             pools = self.budget.pools(sizes, factor)
-            tried = self._try(gain, _Valued(mask, value), sizes, pools, fill=not greedy)
-            improvement, moved = tried.value - value, tried.mask is not mask
+            tried = self._try(gain, now, sizes, pools, fill=not greedy)
+            # The first of equals: nothing is exchanged for nothing.
+            kept = max(tried, key=lambda name: tried[name].value)
+            improvement, moved = tried[kept].value - now.value, tried[kept].mask is not now.mask
+            now = tried[kept]
             if step >= steps:
-                stagnant = 0 if tried.value - self.best_divergence > self.min_delta else stagnant + 1
-                self._keep(tried.mask, tried.value)
-            self._record(tried, sizes, pools, factor)
+                stagnant = 0 if now.value - self.best_divergence > self.fluctuation.min_delta else stagnant + 1
+                self._keep(now)
+            self._record(tried, kept, sizes, pools, factor)
             failures = max(0, failures - 1) if moved else min(failures + 1, _MOST_FAILURES)
-            mask, value, gain = tried.mask, tried.value, None if moved else gain
+            gain = None if moved else gain
 
     def _gains(self, mask: Mask) -> Mask:
         """What masking each element adds, to first order, nats."""
@@ -376,29 +414,32 @@ class MaskSearch:
         _, gradients = self.divergence.gradients(self.masked.model, self.masked.parameters)
         self.passes += 1
         if self.progress is not None:
-            self.progress(self.passes, self.rounds)
+            self.progress(self.passes, self.search.rounds)
         values = self.masked.values
         return {name: gradient.mul_(values[name]).neg_() for name, gradient in gradients.items()}
 
-    def _try(self, gain: Mask, now: _Valued, sizes: list[int], pools: list[int], *, fill: bool) -> _Tried:
+    def _try(self, gain: Mask, now: _Valued, sizes: list[int], pools: list[int], *, fill: bool) -> dict[str, _Valued]:
         grows = self.budget.counts(now.mask) != sizes
-        tried = {"greedy": self._valued(self.budget.reselected(gain, now.mask, sizes, sizes)) if grows else now}
+        tried = {"greedy": self._measure(self.budget.reselected(gain, now.mask, sizes, sizes)) if grows else now}
         if pools != sizes:
-            tried["pool"] = self._valued(self.budget.reselected(gain, now.mask, sizes, pools))
+            tried["pool"] = self._measure(self.budget.reselected(gain, now.mask, sizes, pools))
         if fill and grows and max(each.value for each in tried.values()) < now.value:
             smallest = {name: -part.abs().to(gain[name].dtype) for name, part in self.masked.values.items()}
-            tried["smallest"] = self._valued(self.budget.reselected(smallest, now.mask, sizes, sizes))
-        # The first of equals: nothing is exchanged for nothing.
-        return _Tried(tried, max(tried, key=lambda name: tried[name].value))
+            tried["smallest"] = self._measure(self.budget.reselected(smallest, now.mask, sizes, sizes))
+        return tried
 
-    def _valued(self, mask: Mask) -> _Valued:
-        return _Valued(mask, self.measure(mask))
+    def _measure(self, mask: Mask) -> _Valued:
+        self.masked.zero(mask)
+        self.evaluations += 1
+        return _Valued(mask, self.divergence(self.masked.model))
 
-    def _keep(self, mask: Mask, value: float) -> None:
-        if value > self.best_divergence:
-            self.best, self.best_divergence = mask, value
+    def _keep(self, found: _Valued) -> None:
+        if found.value > self.best_divergence:
+            self.best, self.best_divergence = found
 
-    def _record(self, tried: _Tried, sizes: list[int], pools: list[int], factor: float) -> None:
+    def _record(
+        self, tried: Mapping[str, _Valued], kept: str, sizes: list[int], pools: list[int], factor: float
+    ) -> None:
         self.history.append(
             {
                 "iteration": len(self.history),
@@ -406,31 +447,11 @@ class MaskSearch:
                 "size": sum(sizes),
                 "pool": sum(pools),
                 "factor": factor,
-                "greedy_kl": tried.masks["greedy"].value,
-                "pool_kl": tried.masks["pool"].value if "pool" in tried.masks else None,
-                "kl": tried.value,
-                "kept": tried.kept,
-                "accepted": tried.kept == "pool",
+                "greedy_kl": tried["greedy"].value,
+                "pool_kl": tried["pool"].value if "pool" in tried else None,
+                "kl": tried[kept].value,
+                "kept": kept,
+                "accepted": kept == "pool",
                 "best_kl": self.best_divergence,
             }
         )
-
-
-@dataclass(frozen=True)
-class _Valued:
-    mask: Mask
-    value: float
-
-
-@dataclass(frozen=True)
-class _Tried:
-    masks: dict[str, _Valued]
-    kept: str
-
-    @property
-    def mask(self) -> Mask:
-        return self.masks[self.kept].mask
-
-    @property
-    def value(self) -> float:
-        return self.masks[self.kept].value

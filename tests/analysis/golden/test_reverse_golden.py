@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_goldy.analysis import ReverseGoldenResult, reverse_golden_parameters
+from lightning_goldy.analysis import Fluctuation, ReverseGoldenResult, reverse_golden_parameters
 from lightning_goldy.analysis.divergence import divergence_sum
 from lightning_goldy.analysis.golden.masked_divergence import (
     MaskedModel,
@@ -16,7 +16,7 @@ from lightning_goldy.analysis.golden.masked_divergence import (
     pieces_of,
 )
 from lightning_goldy.analysis.golden.reverse import single_shot_scores
-from lightning_goldy.analysis.golden.search import STRATEGIES, Budget
+from lightning_goldy.analysis.golden.search import STRATEGIES, Budget, Search
 from lightning_goldy.core import (
     CausalLMObjective,
     ClassifierObjective,
@@ -388,6 +388,23 @@ def test_result_goes_to_json_and_back():
 def test_wrong_arguments_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         reverse_golden_parameters(build("gpt2"), [BATCH], **{"eval_batches": [BATCH], **options})
+
+
+def test_settings_may_come_whole_or_one_by_one():
+    options = {"eval_batches": [HELD_OUT], "top_k_percent": 2, "strategy": "chaos_driven"}
+    search, fluctuation = Search(rounds=3, seed=4, chunk_size=2), Fluctuation(amplitude=0.5, min_delta=0.0)
+    model = sharp("gpt2")
+    whole = reverse_golden_parameters(model, [BATCH], search=search, fluctuation=fluctuation, **options)
+    single = reverse_golden_parameters(
+        model, [BATCH], rounds=3, seed=4, chunk_size=2, amplitude=0.5, min_delta=0.0, **options
+    )
+    mixed = reverse_golden_parameters(
+        model, [BATCH], search=Search(rounds=9, seed=4), fluctuation=fluctuation, rounds=3, chunk_size=2, **options
+    )
+    assert whole.summary() == single.summary() == mixed.summary()
+    assert whole.passes == 4
+    with pytest.raises(TypeError, match=r"takes no 'round'; did you mean 'rounds'"):
+        reverse_golden_parameters(model, [BATCH], round=3, **options)
 
 
 def test_bad_batches_weights_and_objectives_are_named():
