@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_goldy.analysis.change import ParameterDistributionResult, parameter_distribution
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
-from lightning_goldy.callbacks.golden_snapshot import GoldenSnapshot, find_snapshot
+from lightning_goldy.callbacks.golden_snapshot import require_snapshot
 
 
 class ParameterDistribution(AnalysisCallback[ParameterDistributionResult]):
@@ -42,21 +42,15 @@ class ParameterDistribution(AnalysisCallback[ParameterDistributionResult]):
 
     def prepare(self, trainer: L.Trainer, model: nn.Module) -> None:
         """Checks that there is a snapshot to compare with."""
-        self._snapshot(trainer)
+        require_snapshot(trainer, self.name)
 
     def compute(self, context: AnalysisContext) -> ParameterDistributionResult:
         """Describes the change of every tensor."""
         return parameter_distribution(
             context.model,
-            self._snapshot(context.trainer).base,
+            require_snapshot(context.trainer, self.name).base,
             top=self.top,
             exact_below=self.exact_below,
             seed=self.seed,
             progress=context.progress,
         )
-
-    def _snapshot(self, trainer: L.Trainer) -> GoldenSnapshot:
-        found = find_snapshot(trainer)
-        if found is None:
-            raise ValueError(f"{self.name} compares with the golden snapshot: add GoldenSnapshot() to the callbacks")
-        return found

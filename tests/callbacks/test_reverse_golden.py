@@ -167,13 +167,24 @@ def test_halves_share_no_sample_and_leave_none_out():
         ({"strategy": "choas_driven"}, "did you mean 'chaos_driven'"),
         ({"scope": "model"}, "unknown scope 'model'"),
         ({"n_samples": 1}, "n_samples must be at least 2"),
-        ({"search": Search(score="g")}, "unknown score 'g'"),
-        ({"search": Search(rounds=0)}, "rounds must be at least 1"),
     ],
 )
 def test_wrong_options_are_refused_before_anything_is_loaded(options, message):
     with pytest.raises(ValueError, match=message):
         ReverseGoldenParameters(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"score": "g"}, "unknown score 'g'"),
+        ({"rounds": 0}, "rounds must be at least 1"),
+        ({"cache": "x"}, "cache 'x'"),
+    ],
+)
+def test_a_search_that_cannot_be_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Search(**options)
 
 
 def test_too_few_probe_samples_are_refused_before_the_first_step(tmp_path):
