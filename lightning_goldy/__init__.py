@@ -39,7 +39,7 @@ _MOVED = {
     "mixin": "training.mixin",
     "models": "training.models",
     "module": "training.module",
-    "options": "training.models",
+    "options": "optim.schedules",
     "saved": "commands.checkpoints",
     "variants": "training.variants",
 }

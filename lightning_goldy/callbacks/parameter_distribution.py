@@ -7,7 +7,11 @@ from typing import Any
 import lightning.pytorch as L
 from torch import nn
 
-from lightning_goldy.analysis.change import ParameterDistributionResult, parameter_distribution
+from lightning_goldy.analysis.change import (
+    ParameterDistributionResult,
+    check_distribution_arguments,
+    parameter_distribution,
+)
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.callbacks.golden_snapshot import require_snapshot
 
@@ -35,9 +39,7 @@ class ParameterDistribution(AnalysisCallback[ParameterDistributionResult]):
 
     def __init__(self, top: int = 8, *, exact_below: int = 1024, seed: int = 0, **options: Any) -> None:
         super().__init__(**options)
-        for name, value in (("top", top), ("exact_below", exact_below)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}")
+        check_distribution_arguments(top, exact_below)
         self.top, self.exact_below, self.seed = top, exact_below, seed
 
     def prepare(self, trainer: L.Trainer, model: nn.Module) -> None:
