@@ -30,7 +30,7 @@ _EXPORTS = {
 
 _MOVED = {
     "analysis.compact": "analysis.heads.compaction",
-    "analysis.fluctuation": "analysis.golden.search",
+    "analysis.fluctuation": "analysis.golden.fluctuation",
     "analysis.head_surgery": "analysis.heads.surgery",
     "core.ray": "core.directions",
     "export": "training.export",

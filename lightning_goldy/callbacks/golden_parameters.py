@@ -10,8 +10,12 @@ import lightning.pytorch as L
 from torch import nn
 
 from lightning_goldy.analysis.change import change_inside
-from lightning_goldy.analysis.golden import GoldenResult, ReverseGoldenResult, golden_parameters
-from lightning_goldy.analysis.golden.golden import check_arguments
+from lightning_goldy.analysis.golden import (
+    GoldenResult,
+    ReverseGoldenResult,
+    check_golden_arguments,
+    golden_parameters,
+)
 from lightning_goldy.analysis.result import Row
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.callbacks.golden_snapshot import find_snapshot
@@ -104,7 +108,7 @@ class GoldenParameters(MaskCallback[GoldenResult]):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        check_arguments(top_k_percent, score, scope, quorum, n_samples)
+        check_golden_arguments(top_k_percent, score, scope, quorum, n_samples)
         self.top_k_percent, self.score, self.scope, self.quorum = top_k_percent, score, scope, quorum
         self.n_samples = n_samples
         self.include, self.exclude, self.last_layers = include, exclude, last_layers

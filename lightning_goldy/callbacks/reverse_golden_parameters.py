@@ -12,8 +12,13 @@ from torch import nn
 from lightning_goldy.analysis.basin import Selection
 from lightning_goldy.analysis.continuations import check_generation_arguments, compare_generations
 from lightning_goldy.analysis.divergence import shortened
-from lightning_goldy.analysis.golden import Fluctuation, ReverseGoldenResult, Search, reverse_golden_parameters
-from lightning_goldy.analysis.golden.reverse import check_search_arguments
+from lightning_goldy.analysis.golden import (
+    Fluctuation,
+    ReverseGoldenResult,
+    Search,
+    check_search_arguments,
+    reverse_golden_parameters,
+)
 from lightning_goldy.analysis.result import Row
 from lightning_goldy.callbacks.attention_tracker import find_tokenizer
 from lightning_goldy.callbacks.base import AnalysisContext

@@ -191,7 +191,7 @@ def golden_parameters(
         >>> result.mask["weight"].any(dim=0).tolist()
         [True, False, False]
     """
-    check_arguments(top_k_percent, score, scope, quorum, n_samples)
+    check_golden_arguments(top_k_percent, score, scope, quorum, n_samples)
     objective = objective or CausalLMObjective()
     space = space or ParameterSpace.of(model)
     replicas = Replicas.of(model) if split_over_ranks else Replicas()
@@ -367,7 +367,7 @@ def _first_samples(batches: Iterable[Any], objective: Objective, n_samples: int 
     return samples
 
 
-def check_arguments(top_k_percent: float, score: str, scope: str, quorum: float, n_samples: int | None) -> None:
+def check_golden_arguments(top_k_percent: float, score: str, scope: str, quorum: float, n_samples: int | None) -> None:
     """Checks what can be checked before there is a model.
 
     Raises:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from lightning_goldy.analysis.divergence import Cache, check_cache
+from lightning_goldy.analysis.golden.fluctuation import STRATEGIES, Fluctuation
 from lightning_goldy.analysis.golden.golden import (
     SCORES,
     only_these_require_gradients,
@@ -17,13 +21,13 @@ from lightning_goldy.analysis.golden.golden import (
     zeros_like_parts,
 )
 from lightning_goldy.analysis.golden.masked_divergence import MaskedModel, SharedDivergence, pieces_of
-from lightning_goldy.analysis.golden.search import STRATEGIES, Budget, Fluctuation, MaskSearch, Search
 from lightning_goldy.analysis.result import AnalysisResult, Cost, tensor_rows
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.mask import ParameterMask, Scope, check_scope
 from lightning_goldy.core.naming import suggestion
 from lightning_goldy.core.objective import CausalLMObjective, Objective
-from lightning_goldy.core.sharding import Replicas, gather, like, local
+from lightning_goldy.core.selection import select_largest
+from lightning_goldy.core.sharding import Replicas, gather, like, local, sum_over_shards
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.store import Kind
 from lightning_goldy.core.vector import ParameterVector, elements_in, require_finite
@@ -31,9 +35,52 @@ from lightning_goldy.core.vector import ParameterVector, elements_in, require_fi
 SINGLE_SHOTS = ("gradient", "taylor", "fisher")
 """The scores that every search is measured against."""
 
+Mask = dict[str, Tensor]
 
 # A forward and a backward pass in units of forward passes.
 _PASS = 3
+# Share of the rounds in which the mask grows to the whole budget; in the others its elements are exchanged.
+_GROWTH = 0.7
+# What a pool exceeds the budget by is divided by this after an exchange that brought nothing.
+_SHRINKAGE = 4
+_MOST_FAILURES = 8
+
+
+@dataclass(frozen=True)
+class Search:
+    """How far and from where a search goes.
+
+    Args:
+        score: Registered score of the unmasked model to start from.
+        rounds: Forward and backward passes under the masked model at most; one more scores the unmasked one.
+        chunk_size: Samples of one forward and backward pass, to bound the memory; the batches' own size by default.
+        max_stagnant_iterations: Iterations without an improvement at the full budget, after which the search ends.
+        seed: Decides the strategies that draw numbers.
+        cache: Where the unmasked model's log-probabilities are kept: ``device``, ``cpu``, ``none``, or ``auto``.
+
+    Raises:
+        ValueError: A value is unknown or out of range.
+
+    Example:
+        >>> Search(rounds=0)
+        Traceback (most recent call last):
+        ValueError: rounds must be at least 1; got 0
+    """
+
+    score: str = "fisher"
+    rounds: int = 11
+    chunk_size: int | None = None
+    max_stagnant_iterations: int = 5
+    seed: int = 0
+    cache: Cache = "auto"
+
+    def __post_init__(self) -> None:
+        SCORES[self.score]
+        check_cache(self.cache, None)
+        for name in ("rounds", "chunk_size", "max_stagnant_iterations"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}")
 
 
 @dataclass(frozen=True)
@@ -135,7 +182,7 @@ def reverse_golden_parameters(
     top_k_percent: float = 30.0,
     scope: Scope = "tensor",
     strategy: str = "adaptive_sinusoidal",
-    search: Search = Search(),  # noqa: B008 - frozen
+    search: Search = Search(),
     fluctuation: Fluctuation = Fluctuation(),  # noqa: B008 - frozen
     space: ParameterSpace | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -181,7 +228,6 @@ def reverse_golden_parameters(
         TypeError: The objective has no logits, or a setting is unknown.
 
     Example:
-        >>> import torch
         >>> from lightning_goldy.core.objective import ClassifierObjective
         >>> linear = nn.Linear(3, 2, bias=False)
         >>> linear.weight = nn.Parameter(torch.tensor([[3.0, 0.1, 0.1], [0.1, 0.1, 0.1]]))
@@ -275,6 +321,207 @@ def _run_search(search: MaskSearch, held_out: SharedDivergence, objective: Objec
     search.run(start)
     masked.zero(search.best)
     return single, held_out(masked.model)
+
+
+class _Valued(NamedTuple):
+    mask: Mask
+    value: float
+
+
+@dataclass
+class MaskSearch:
+    r"""Zeroes a growing part of the budget, scoring anew under the partly masked model each time.
+
+    With :math:`F(m) = \mathrm{KL}(p_\theta \,\|\, p_{\theta \odot (1 - m)})` and its gradient G at the masked weights,
+    :math:`s = -G \odot \theta` is to first order what masking an element adds to F, and what unmasking one takes away.
+    Each round two masks of the wanted size are tried with a forward pass: the greedy one, which only adds the best
+    elements, and the best of a pool somewhat larger, in which masked elements may lose their place. The better one is
+    kept. Where both lose what was reached, the step was too long for a first-order score, and the budget is filled with
+    the smallest weights instead, which change next to nothing. What a pool exceeds the budget by shrinks after each
+    exchange that brought nothing, and grows again after each that did.
+
+    Args:
+        masked: The model.
+        divergence: Over the samples that choose.
+        budget: Of the mask.
+        search: How far it goes.
+        fluctuation: Settings of the strategy; its ``min_delta`` is the growth that counts as an improvement.
+        strategy: Name of what sizes the pool; under ``none`` the mask only grows, over all rounds.
+        progress: Called with (gradient passes done, gradient passes at most).
+    """
+
+    masked: MaskedModel
+    divergence: SharedDivergence
+    budget: Budget
+    search: Search
+    fluctuation: Fluctuation
+    strategy: str
+    progress: Callable[[int, int], None] | None = None
+    best: Mask | None = field(default=None, init=False)
+    """The best mask of the whole budget so far."""
+    best_divergence: float = field(default=-math.inf, init=False)
+    passes: int = field(default=0, init=False)
+    """Forward and backward passes made."""
+    evaluations: int = field(default=0, init=False)
+    """Forward passes made for themselves."""
+    history: list[dict[str, Any]] = field(default_factory=list, init=False)
+
+    def offer(self, mask: Mask) -> None:
+        """Measures a mask of the whole budget by one forward pass, and keeps it if it is the best so far."""
+        self._keep(self._measure(mask))
+
+    def run(self, scores: Mapping[str, Tensor]) -> None:
+        """Searches from the scores of the unmasked model until the rounds are spent or nothing improves.
+
+        Args:
+            scores: Where to start, this process's part of each tensor.
+        """
+        rounds, greedy = self.search.rounds, self.strategy == "none"
+        pool_factor = self.fluctuation.strategy(self.strategy, self.search.seed)
+        steps = rounds if greedy else max(1, math.ceil(_GROWTH * rounds))
+        now = self._measure(self.budget.largest(scores, self.budget.sizes(1 / (steps + 1))))
+        improvement, stagnant, failures = 0.0, 0, 0
+        gain: Mask | None = None
+        for step in itertools.count(1):
+            spent = gain is None and self.passes == rounds
+            if spent or stagnant == self.search.max_stagnant_iterations or (greedy and step > steps):
+                return
+            gain = self._gains(now.mask) if gain is None else gain
+            sizes = self.budget.sizes(min(1.0, (step + 1) / (steps + 1)))
+            factor = 1 + (pool_factor(len(self.history), improvement) - 1) / _SHRINKAGE**failures
+            pools = self.budget.pools(sizes, factor)
+            tried = self._try(gain, now, sizes, pools, fill=not greedy)
+            # The first of equals: nothing is exchanged for nothing.
+            kept = max(tried, key=lambda name: tried[name].value)
+            improvement, moved = tried[kept].value - now.value, tried[kept].mask is not now.mask
+            now = tried[kept]
+            if step >= steps:
+                stagnant = 0 if now.value - self.best_divergence > self.fluctuation.min_delta else stagnant + 1
+                self._keep(now)
+            self._record(tried, kept, sizes, pools, factor)
+            failures = max(0, failures - 1) if moved else min(failures + 1, _MOST_FAILURES)
+            gain = None if moved else gain
+
+    def _gains(self, mask: Mask) -> Mask:
+        """What masking each element adds, to first order, nats."""
+        self.masked.zero(mask)
+        _, gradients = self.divergence.gradients(self.masked.model, self.masked.parameters)
+        self.passes += 1
+        if self.progress is not None:
+            self.progress(self.passes, self.search.rounds)
+        values = self.masked.values
+        return {name: gradient.mul_(values[name]).neg_() for name, gradient in gradients.items()}
+
+    def _try(self, gain: Mask, now: _Valued, sizes: list[int], pools: list[int], *, fill: bool) -> dict[str, _Valued]:
+        grows = self.budget.counts(now.mask) != sizes
+        tried = {"greedy": self._measure(self.budget.reselected(gain, now.mask, sizes, sizes)) if grows else now}
+        if pools != sizes:
+            tried["pool"] = self._measure(self.budget.reselected(gain, now.mask, sizes, pools))
+        if fill and grows and max(each.value for each in tried.values()) < now.value:
+            smallest = {name: -part.abs().to(gain[name].dtype) for name, part in self.masked.values.items()}
+            tried["smallest"] = self._measure(self.budget.reselected(smallest, now.mask, sizes, sizes))
+        return tried
+
+    def _measure(self, mask: Mask) -> _Valued:
+        self.masked.zero(mask)
+        self.evaluations += 1
+        return _Valued(mask, self.divergence(self.masked.model))
+
+    def _keep(self, found: _Valued) -> None:
+        if found.value > self.best_divergence:
+            self.best, self.best_divergence = found
+
+    def _record(
+        self, tried: Mapping[str, _Valued], kept: str, sizes: list[int], pools: list[int], factor: float
+    ) -> None:
+        self.history.append(
+            {
+                "iteration": len(self.history),
+                "passes": self.passes,
+                "size": sum(sizes),
+                "pool": sum(pools),
+                "factor": factor,
+                "greedy_kl": tried["greedy"].value,
+                "pool_kl": tried["pool"].value if "pool" in tried else None,
+                "kl": tried[kept].value,
+                "kept": kept,
+                "accepted": kept == "pool",
+                "best_kl": self.best_divergence,
+            }
+        )
+
+
+class Budget:
+    """How many elements a mask may have, by tensor or in all, and the selections within it.
+
+    Args:
+        parameters: Name to parameter.
+        top_k_percent: Share of the elements, percent in (0, 100].
+        scope: The share of each ``tensor``, or of all elements together (``global``).
+
+    Example:
+        >>> budget = Budget({"a": torch.zeros(10), "b": torch.zeros(4)}, 20, "tensor")
+        >>> budget.sizes(), budget.sizes(0.5), Budget({"a": torch.zeros(10), "b": torch.zeros(4)}, 20, "global").sizes()
+        ([2, 1], [1, 1], [3])
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], top_k_percent: float, scope: Scope) -> None:
+        self.layouts = {name: parameter.detach() for name, parameter in parameters.items()}
+        names = list(self.layouts)
+        self.groups = [names] if scope == "global" else [[name] for name in names]
+        """Names of the tensors that share a budget."""
+        self._numels = [sum(self.layouts[name].numel() for name in group) for group in self.groups]
+        self._whole = [elements_in(top_k_percent, numel) for numel in self._numels]
+
+    def sizes(self, share: float = 1.0) -> list[int]:
+        """Elements of each group at this share of the budget, rounded half up, at least one."""
+        return [max(1, math.floor(share * size + 0.5)) for size in self._whole]
+
+    def pools(self, sizes: list[int], factor: float) -> list[int]:
+        """Elements of each group's pool, rounded up; at most all."""
+        return [min(numel, math.ceil(factor * size - 1e-9)) for size, numel in zip(sizes, self._numels, strict=True)]
+
+    def largest(self, scores: Mapping[str, Tensor], sizes: list[int]) -> Mask:
+        """Marks exactly so many elements of each group, the largest, ties to the smaller index."""
+        mask: Mask = {}
+        for group, size in zip(self.groups, sizes, strict=True):
+            laid_out = self.laid_out({name: scores[name] for name in group})
+            mask.update(zip(group, select_largest(list(laid_out.values()), size), strict=True))
+        return mask
+
+    def reselected(self, scores: Mapping[str, Tensor], mask: Mask, sizes: list[int], pools: list[int]) -> Mask:
+        """The best of a pool that holds the masked elements and the best others, exactly so many of each group.
+
+        Args:
+            scores: Larger is better; finite.
+            mask: The present one.
+            sizes: Elements to mark of each group.
+            pools: Elements of each pool, at least the size to be marked.
+        """
+        # At most pool - masked others come in, so the best size - (pool - masked) of the masked stay whatever happens.
+        masked = self.counts(mask)
+        stay = [size - (pool - count) for size, pool, count in zip(sizes, pools, masked, strict=True)]
+        inside = {name: torch.where(mask[name], score, -math.inf) for name, score in scores.items()}
+        chosen = {name: torch.where(mask[name], math.inf, scores[name]) for name in scores}
+        for group, count, kept in zip(self.groups, masked, stay, strict=True):
+            if 0 < kept < count:
+                best = select_largest([like(self.layouts[name], inside[name]) for name in group], kept)
+                chosen |= {
+                    name: torch.where(each, math.inf, scores[name]) for name, each in zip(group, best, strict=True)
+                }
+            elif kept <= 0:
+                chosen |= {name: scores[name] for name in group}
+        return self.largest(chosen, sizes)
+
+    def laid_out(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This process's parts in the layouts of their parameters."""
+        return {name: like(self.layouts[name], part) for name, part in parts.items()}
+
+    def counts(self, mask: Mask) -> list[int]:
+        """Marked elements of each group."""
+        each = [mask[name].count_nonzero() for name in self.layouts]
+        counts = dict(zip(self.layouts, sum_over_shards(each, list(self.layouts.values())), strict=True))
+        return [sum(int(counts[name]) for name in group) for group in self.groups]
 
 
 def single_shot_scores(
