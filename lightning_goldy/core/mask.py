@@ -1,4 +1,4 @@
-"""Masks: sets of parameter elements, with the operations of sets."""
+"""Masks: sets of parameter elements, with the operations of sets, and models in which such a set is zero."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Literal, get_args
 
 import torch
@@ -15,7 +16,7 @@ from lightning_goldy.core.directions import random_direction
 from lightning_goldy.core.files import StoreError
 from lightning_goldy.core.naming import block_of, suggestion
 from lightning_goldy.core.selection import select_largest
-from lightning_goldy.core.sharding import gather, like, local
+from lightning_goldy.core.sharding import gather, like, local, unshard_guard
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.store import load_vectors, require_boolean, save_vectors
 from lightning_goldy.core.vector import ParameterVector
@@ -303,3 +304,47 @@ class ParameterMask(ParameterVector):
     def to_sparse_coo(self) -> dict[str, Tensor]:
         """Whole boolean tensors in torch's coalesced COO layout on the CPU, for interchange."""
         return {name: tensor.to_sparse_coo().coalesce() for name, tensor in self.to_dense().items()}
+
+
+class MaskedModel:
+    """Sets masked elements to zero in place, and copies the values back at the end of the ``with`` block.
+
+    Args:
+        model: Its parameters are changed.
+        space: Those that masks are of.
+
+    Example:
+        >>> linear = nn.Linear(2, 1, bias=False)
+        >>> before = linear.weight.detach().clone()
+        >>> with MaskedModel(linear, ParameterSpace.of(linear)) as masked:
+        ...     masked.zero({"weight": torch.tensor([[True, False]])})
+        ...     zeroed = linear.weight.tolist()
+        >>> zeroed == [[0.0, before[0, 1].item()]], torch.equal(linear.weight, before)
+        (True, True)
+    """
+
+    def __init__(self, model: nn.Module, space: ParameterSpace) -> None:
+        self.model, self.space = model, space
+        self.parameters = space.resolve(model)
+        self.values = {name: local(parameter).clone() for name, parameter in self.parameters.items()}
+        """The parameters as they were, this process's part of each."""
+
+    def zero(self, mask: Mapping[str, Tensor] | None) -> None:
+        """Sets to zero what the mask (this process's part of each tensor) marks, and nothing else; None for nothing."""
+        unshard_guard(self.model)
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                part = local(parameter)
+                part.copy_(self.values[name])
+                if mask is not None:
+                    part.masked_fill_(mask[name], 0)
+        # Inside autocast a low-precision copy of the old weight may be cached and would be used in its place.
+        torch.clear_autocast_cache()
+
+    def __enter__(self) -> MaskedModel:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.zero(None)

@@ -1,9 +1,8 @@
-"""A model with elements set to zero, and how far that moves what it says: the divergence and its gradient."""
+"""How far a model moves from what it said: the divergence over samples that replicas share, and its gradient."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -14,56 +13,11 @@ from lightning_goldy.analysis.golden.golden import taken_gradients, zeros_like_p
 from lightning_goldy.analysis.result import Cost
 from lightning_goldy.core.batches import batch_tensors, map_batch
 from lightning_goldy.core.objective import Objective
-from lightning_goldy.core.sharding import Replicas, like, local, unshard_guard
-from lightning_goldy.core.space import ParameterSpace
+from lightning_goldy.core.sharding import Replicas, like
 from lightning_goldy.core.vector import require_finite
 
 # Elements of [rows, vocabulary] that are worked on at a time.
 _CHUNK = 1 << 22
-
-
-class MaskedModel:
-    """Sets masked elements to zero in place, and copies the values back at the end of the ``with`` block.
-
-    Args:
-        model: Its parameters are changed.
-        space: Those that masks are of.
-
-    Example:
-        >>> linear = nn.Linear(2, 1, bias=False)
-        >>> before = linear.weight.detach().clone()
-        >>> with MaskedModel(linear, ParameterSpace.of(linear)) as masked:
-        ...     masked.zero({"weight": torch.tensor([[True, False]])})
-        ...     zeroed = linear.weight.tolist()
-        >>> zeroed == [[0.0, before[0, 1].item()]], torch.equal(linear.weight, before)
-        (True, True)
-    """
-
-    def __init__(self, model: nn.Module, space: ParameterSpace) -> None:
-        self.model, self.space = model, space
-        self.parameters = space.resolve(model)
-        self.values = {name: local(parameter).clone() for name, parameter in self.parameters.items()}
-        """The parameters as they were, this process's part of each."""
-
-    def zero(self, mask: Mapping[str, Tensor] | None) -> None:
-        """Sets to zero what the mask (this process's part of each tensor) marks, and nothing else; None for nothing."""
-        unshard_guard(self.model)
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                part = local(parameter)
-                part.copy_(self.values[name])
-                if mask is not None:
-                    part.masked_fill_(mask[name], 0)
-        # Inside autocast a low-precision copy of the old weight may be cached and would be used in its place.
-        torch.clear_autocast_cache()
-
-    def __enter__(self) -> MaskedModel:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.zero(None)
 
 
 class SharedDivergence:

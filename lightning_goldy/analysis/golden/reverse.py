@@ -20,10 +20,10 @@ from lightning_goldy.analysis.golden.golden import (
     taken_gradients,
     zeros_like_parts,
 )
-from lightning_goldy.analysis.golden.masked_divergence import MaskedModel, SharedDivergence, pieces_of
+from lightning_goldy.analysis.golden.masked_divergence import SharedDivergence, pieces_of
 from lightning_goldy.analysis.result import AnalysisResult, Cost, tensor_rows
 from lightning_goldy.core.isolation import preserved
-from lightning_goldy.core.mask import ParameterMask, Scope, check_scope
+from lightning_goldy.core.mask import MaskedModel, ParameterMask, Scope, check_scope
 from lightning_goldy.core.naming import suggestion
 from lightning_goldy.core.objective import CausalLMObjective, Objective
 from lightning_goldy.core.selection import select_largest

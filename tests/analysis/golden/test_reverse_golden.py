@@ -11,7 +11,6 @@ from lightning_goldy.analysis import Fluctuation, ReverseGoldenResult, Search, r
 from lightning_goldy.analysis.divergence import divergence_sum
 from lightning_goldy.analysis.golden.fluctuation import STRATEGIES
 from lightning_goldy.analysis.golden.masked_divergence import (
-    MaskedModel,
     SharedDivergence,
     divergence_gradient,
     pieces_of,
@@ -25,6 +24,7 @@ from lightning_goldy.core import (
     ParameterSpace,
     ParameterVector,
 )
+from lightning_goldy.core.mask import MaskedModel
 from lightning_goldy.core.objective import TargetLogits
 from lightning_goldy.core.sharding import Replicas
 from tests.references.models import CAUSAL, build, token_batch
