@@ -306,20 +306,20 @@ def check_search_arguments(top_k_percent: float, scope: str, strategy: str) -> N
     check_scope(scope)
 
 
-def _run_search(search: MaskSearch, held_out: SharedDivergence, objective: Objective) -> tuple[dict[str, float], float]:
+def _run_search(course: MaskSearch, held_out: SharedDivergence, objective: Objective) -> tuple[dict[str, float], float]:
     """Held-out divergences of the single-shot masks, which all compete, and of the best mask that was found."""
-    masked, budget, score = search.masked, search.budget, search.search.score
-    scores = single_shot_scores(masked.model, search.divergence, objective, masked.parameters, score)
+    masked, budget, score = course.masked, course.budget, course.settings.score
+    scores = single_shot_scores(masked.model, course.divergence, objective, masked.parameters, score)
     single = {}
     for name in dict.fromkeys((*SINGLE_SHOTS, *scores)):
         require_finite(budget.laid_out(scores[name]), f"{name} scores")
-        search.offer(budget.largest(scores[name], budget.sizes()))
+        course.offer(budget.largest(scores[name], budget.sizes()))
         single[name] = held_out(masked.model)
     start = scores.pop(score)
     # The search needs their memory.
     scores.clear()
-    search.run(start)
-    masked.zero(search.best)
+    course.run(start)
+    masked.zero(course.best)
     return single, held_out(masked.model)
 
 
@@ -344,7 +344,7 @@ class MaskSearch:
         masked: The model.
         divergence: Over the samples that choose.
         budget: Of the mask.
-        search: How far it goes.
+        settings: How far it goes.
         fluctuation: Settings of the strategy; its ``min_delta`` is the growth that counts as an improvement.
         strategy: Name of what sizes the pool; under ``none`` the mask only grows, over all rounds.
         progress: Called with (gradient passes done, gradient passes at most).
@@ -353,7 +353,7 @@ class MaskSearch:
     masked: MaskedModel
     divergence: SharedDivergence
     budget: Budget
-    search: Search
+    settings: Search
     fluctuation: Fluctuation
     strategy: str
     progress: Callable[[int, int], None] | None = None
@@ -376,15 +376,15 @@ class MaskSearch:
         Args:
             scores: Where to start, this process's part of each tensor.
         """
-        rounds, greedy = self.search.rounds, self.strategy == "none"
-        pool_factor = self.fluctuation.strategy(self.strategy, self.search.seed)
+        rounds, greedy = self.settings.rounds, self.strategy == "none"
+        pool_factor = self.fluctuation.strategy(self.strategy, self.settings.seed)
         steps = rounds if greedy else max(1, math.ceil(_GROWTH * rounds))
         now = self._measure(self.budget.largest(scores, self.budget.sizes(1 / (steps + 1))))
         improvement, stagnant, failures = 0.0, 0, 0
         gain: Mask | None = None
         for step in itertools.count(1):
             spent = gain is None and self.passes == rounds
-            if spent or stagnant == self.search.max_stagnant_iterations or (greedy and step > steps):
+            if spent or stagnant == self.settings.max_stagnant_iterations or (greedy and step > steps):
                 return
             gain = self._gains(now.mask) if gain is None else gain
             sizes = self.budget.sizes(min(1.0, (step + 1) / (steps + 1)))
@@ -408,7 +408,7 @@ class MaskSearch:
         _, gradients = self.divergence.gradients(self.masked.model, self.masked.parameters)
         self.passes += 1
         if self.progress is not None:
-            self.progress(self.passes, self.search.rounds)
+            self.progress(self.passes, self.settings.rounds)
         values = self.masked.values
         return {name: gradient.mul_(values[name]).neg_() for name, gradient in gradients.items()}
 
