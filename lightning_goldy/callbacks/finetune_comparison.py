@@ -81,15 +81,15 @@ class FinetuneComparisonResult(AnalysisResult):
 class _Watch(L.Callback):
     """Counts the passes that a trainer makes, and ends at a step, for the schedule may be that of a longer training."""
 
-    def __init__(self, last_step: int | None) -> None:
-        self.last_step, self.cost = last_step, Cost()
+    def __init__(self, rerun: Rerun, last_step: int | None) -> None:
+        self.rerun, self.last_step = rerun, last_step
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Counts, and asks the trainer to stop."""
         size = len(next(batch_tensors(batch)))
-        self.cost += Cost(forwards=size, backwards=size)
+        self.rerun.cost += Cost(forwards=size, backwards=size)
         if self.last_step is not None and trainer.global_step >= self.last_step:
             trainer.should_stop = True
 
@@ -103,7 +103,7 @@ class _Watch(L.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Counts."""
-        self.cost += Cost(forwards=len(next(batch_tensors(batch))))
+        self.rerun.cost += Cost(forwards=len(next(batch_tensors(batch))))
 
 
 class Rerun:
@@ -158,7 +158,6 @@ class Rerun:
                 last_step=self._trainer.global_step,
             )
             trainer.fit(module, datamodule=self._data())
-            self._count(trainer)
         return ParameterVector.of(module.model)
 
     def measured(self, name: str, elements: int, weights: ParameterVector) -> Finetune:
@@ -176,8 +175,6 @@ class Rerun:
             (found,) = on_validation.validate(module, datamodule=data, verbose=False)
             on_training = self._new_trainer(limit_val_batches=self._trainer.limit_train_batches)
             (seen,) = on_training.validate(module, data.train_dataloader(), verbose=False)
-            self._count(on_validation)
-            self._count(on_training)
         losses = {"train/loss": float(seen["val/loss"]), **{key: float(value) for key, value in found.items()}}
         start = self._start.to(next(iter(weights.values())).device)
         return Finetune(name, elements, (weights - start).norm(), losses)
@@ -201,9 +198,6 @@ class Rerun:
         # A copy, because a trainer writes itself into its data module.
         return copy.copy(self._trainer.datamodule)  # type: ignore[attr-defined]
 
-    def _count(self, trainer: L.Trainer) -> None:
-        self.cost += next(each.cost for each in trainer.callbacks if isinstance(each, _Watch))  # type: ignore[attr-defined]
-
     def _new_trainer(self, *, last_step: int | None = None, **options: Any) -> L.Trainer:
         device = self._module.device
         return L.Trainer(
@@ -216,7 +210,7 @@ class Rerun:
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
-            callbacks=[_Watch(last_step)],
+            callbacks=[_Watch(self, last_step)],
             **options,
         )
 

@@ -12,9 +12,16 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_goldy.analysis import Fluctuation, ReverseGoldenResult, reverse_golden_parameters
+from lightning_goldy.analysis import (
+    Cost,
+    Fluctuation,
+    ReverseGoldenResult,
+    compare_generations,
+    reverse_golden_parameters,
+)
 from lightning_goldy.analysis.basin import Selection
 from lightning_goldy.callbacks import ExactResume, GoldenSnapshot, ReverseGoldenParameters
+from lightning_goldy.callbacks import reverse_golden_parameters as reverse_golden_module
 from lightning_goldy.callbacks.reverse_golden_parameters import Generations, Search, halves
 from lightning_goldy.core import CausalLMObjective, ParameterSpace, load_vectors
 from lightning_goldy.report import write_report
@@ -143,6 +150,21 @@ def test_generations_go_to_the_row_the_page_and_tensorboard(tmp_path):
     text = events.Tensors(tag)[0].tensor_proto.string_val[0].decode()
     assert "&lt;script&gt;" in text
     assert "<" not in text
+
+
+def test_the_cost_of_generations_is_added(tmp_path, monkeypatch):
+    def priced(*arguments, **options):
+        found = compare_generations(*arguments, **options)
+        object.__setattr__(found, "cost", Cost(forwards=1000))
+        return found
+
+    monkeypatch.setattr(reverse_golden_module, "compare_generations", priced)
+    forwards = []
+    for prompts in ([], ["abc"]):
+        watcher = ReverseGoldenParameters(generations=Generations(prompts=prompts, max_new_tokens=4), **QUICK)
+        fit(tmp_path / str(len(prompts)), [watcher], data=WithTokenizer(), max_epochs=1)
+        forwards.append(rows_of(watcher)[0]["cost"]["forwards"])
+    assert forwards[1] == forwards[0] + 1000
 
 
 def test_prompts_without_a_tokenizer_are_refused_before_the_first_step(tmp_path):
