@@ -31,6 +31,8 @@ from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.store import Kind
 from lightning_goldy.core.vector import ParameterVector, elements_in, require_finite
 
+Mask = dict[str, Tensor]
+
 Score = Callable[[Tensor, Tensor], Tensor]
 """``score(gradient, value)``: both in at least float32, the gradient free to be overwritten; larger is stronger."""
 
@@ -199,7 +201,7 @@ def golden_parameters(
         samples = _first_samples(batches, objective, n_samples)
         parameters = space.resolve(model)
         require_finite(parameters, "weights")
-        ballot = Ballot(parameters, top_k_percent, score, scope, len(samples))
+        ballot = Ballot(parameters, Budget(parameters, top_k_percent, scope), score, len(samples))
         mine = replicas.share(samples)
         device = next(iter(parameters.values())).device
         with ballot.collecting(model):
@@ -228,22 +230,91 @@ def golden_parameters(
     )
 
 
+class Budget:
+    """How many elements a mask may have, by tensor or in all, and the selections within it.
+
+    Args:
+        parameters: Name to parameter.
+        top_k_percent: Share of the elements, percent in (0, 100].
+        scope: The share of each ``tensor``, or of all elements together (``global``).
+
+    Example:
+        >>> budget = Budget({"a": torch.zeros(10), "b": torch.zeros(4)}, 20, "tensor")
+        >>> budget.sizes(), budget.sizes(0.5), Budget({"a": torch.zeros(10), "b": torch.zeros(4)}, 20, "global").sizes()
+        ([2, 1], [1, 1], [3])
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], top_k_percent: float, scope: Scope) -> None:
+        self.layouts = {name: parameter.detach() for name, parameter in parameters.items()}
+        names = list(self.layouts)
+        self.groups = [names] if scope == "global" else [[name] for name in names]
+        """Names of the tensors that share a budget."""
+        self.numels = [sum(self.layouts[name].numel() for name in group) for group in self.groups]
+        """Elements of each group."""
+        self._whole = [elements_in(top_k_percent, numel) for numel in self.numels]
+
+    def sizes(self, share: float = 1.0) -> list[int]:
+        """Elements of each group at this share of the budget, rounded half up, at least one."""
+        return [max(1, math.floor(share * size + 0.5)) for size in self._whole]
+
+    def pools(self, sizes: list[int], factor: float) -> list[int]:
+        """Elements of each group's pool, rounded up; at most all."""
+        return [min(numel, math.ceil(factor * size - 1e-9)) for size, numel in zip(sizes, self.numels, strict=True)]
+
+    def largest(self, scores: Mapping[str, Tensor], sizes: list[int]) -> Mask:
+        """Marks exactly so many elements of each group, the largest, ties to the smaller index."""
+        mask: Mask = {}
+        for group, size in zip(self.groups, sizes, strict=True):
+            laid_out = self.laid_out({name: scores[name] for name in group})
+            mask.update(zip(group, select_largest(list(laid_out.values()), size), strict=True))
+        return mask
+
+    def reselected(self, scores: Mapping[str, Tensor], mask: Mask, sizes: list[int], pools: list[int]) -> Mask:
+        """The best of a pool that holds the masked elements and the best others, exactly so many of each group.
+
+        Args:
+            scores: Larger is better; finite.
+            mask: The present one.
+            sizes: Elements to mark of each group.
+            pools: Elements of each pool, at least the size to be marked.
+        """
+        # At most pool - masked others come in, so the best size - (pool - masked) of the masked stay whatever happens.
+        masked = self.counts(mask)
+        stay = [size - (pool - count) for size, pool, count in zip(sizes, pools, masked, strict=True)]
+        inside = {name: torch.where(mask[name], score, -math.inf) for name, score in scores.items()}
+        chosen = {name: torch.where(mask[name], math.inf, scores[name]) for name in scores}
+        for group, count, kept in zip(self.groups, masked, stay, strict=True):
+            if 0 < kept < count:
+                best = select_largest([like(self.layouts[name], inside[name]) for name in group], kept)
+                chosen |= {
+                    name: torch.where(each, math.inf, scores[name]) for name, each in zip(group, best, strict=True)
+                }
+            elif kept <= 0:
+                chosen |= {name: scores[name] for name in group}
+        return self.largest(chosen, sizes)
+
+    def laid_out(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This process's parts in the layouts of their parameters."""
+        return {name: like(self.layouts[name], part) for name, part in parts.items()}
+
+    def counts(self, mask: Mask) -> list[int]:
+        """Marked elements of each group."""
+        each = [mask[name].count_nonzero() for name in self.layouts]
+        counts = dict(zip(self.layouts, sum_over_shards(each, list(self.layouts.values())), strict=True))
+        return [sum(int(counts[name]) for name in group) for group in self.groups]
+
+
 class Ballot:
     """Votes per element, filled while gradients are produced."""
 
-    def __init__(
-        self, parameters: dict[str, nn.Parameter], top_k_percent: float, score: str, scope: Scope, n_samples: int
-    ) -> None:
+    def __init__(self, parameters: dict[str, nn.Parameter], budget: Budget, score: str, n_samples: int) -> None:
         self.parameters = parameters
+        self.budget = budget
         self.score = SCORES[score]
-        self.scope = scope
-        self.counts = [elements_in(top_k_percent, p.numel()) for p in parameters.values()]
-        self.total = elements_in(top_k_percent, sum(p.numel() for p in parameters.values()))
         # A byte holds the votes of 255 samples, a short those of 32,767.
         dtype = torch.uint8 if n_samples < 256 else torch.int16 if n_samples < 32768 else torch.int32
         self.votes = {name: torch.zeros_like(local(p), dtype=dtype) for name, p in parameters.items()}
         self.seen: set[str] = set()
-        self.streaming = scope == "tensor" and not any(is_sharded(p) for p in parameters.values())
 
     def collecting(self, model: nn.Module) -> ExitStack:
         """Hooks that turn each gradient into votes as soon as it is complete, where that is possible.
@@ -252,13 +323,15 @@ class Ballot:
         """
         stack = ExitStack()
         only_these_require_gradients(model, self.parameters)
-        if self.streaming:
-            for (name, parameter), k in zip(self.parameters.items(), self.counts, strict=True):
+        if any(map(is_sharded, self.parameters.values())):
+            return stack
+        for group, k in self._groups():
+            if len(group) == 1:
 
-                def hook(parameter: Tensor, name: str = name, k: int = k) -> None:
-                    self._mark([name], k)
+                def hook(parameter: Tensor, group: Sequence[str] = group, k: int = k) -> None:
+                    self._mark(group, k)
 
-                handle = parameter.register_post_accumulate_grad_hook(hook)
+                handle = self.parameters[group[0]].register_post_accumulate_grad_hook(hook)
                 stack.callback(handle.remove)
         return stack
 
@@ -267,16 +340,15 @@ class Ballot:
         before = set(self.seen)
         self.seen.clear()
         objective.log_probs(model, sample).mean().backward()
-        names = list(self.parameters)
-        if self.scope == "global":
-            self._mark(names, self.total)
-        else:
-            for name, k in zip(names, self.counts, strict=True):
-                if name not in self.seen:
-                    self._mark([name], k)
+        for group, k in self._groups():
+            if group[0] not in self.seen:
+                self._mark(group, k)
         self.seen |= before
         for parameter in model.parameters():
             parameter.grad = None
+
+    def _groups(self) -> Iterator[tuple[list[str], int]]:
+        yield from zip(self.budget.groups, self.budget.sizes(), strict=True)
 
     def _mark(self, names: Sequence[str], k: int) -> None:
         scores = []
@@ -324,10 +396,8 @@ class Ballot:
 
     def shares(self) -> list[float]:
         """Share of each tensor that a sample marks, or would be expected to mark at random, a fraction."""
-        sizes = [parameter.numel() for parameter in self.parameters.values()]
-        if self.scope == "global":
-            return [self.total / sum(sizes)] * len(sizes)
-        return [count / size for count, size in zip(self.counts, sizes, strict=True)]
+        numels = self.budget.numels
+        return [k / numel for (group, k), numel in zip(self._groups(), numels, strict=True) for _ in group]
 
 
 def binomial_tail(n: int, needed: int, p: float) -> float:

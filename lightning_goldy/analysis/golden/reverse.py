@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from lightning_goldy.analysis.divergence import Cache, check_cache
 from lightning_goldy.analysis.golden.fluctuation import STRATEGIES, Fluctuation
 from lightning_goldy.analysis.golden.golden import (
     SCORES,
+    Budget,
+    Mask,
     only_these_require_gradients,
     require_gradients,
     taken_gradients,
@@ -26,16 +27,13 @@ from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.mask import MaskedModel, ParameterMask, Scope, check_scope
 from lightning_goldy.core.naming import suggestion
 from lightning_goldy.core.objective import CausalLMObjective, Objective
-from lightning_goldy.core.selection import select_largest
-from lightning_goldy.core.sharding import Replicas, gather, like, local, sum_over_shards
+from lightning_goldy.core.sharding import Replicas, gather, like, local
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.store import Kind
 from lightning_goldy.core.vector import ParameterVector, elements_in, require_finite
 
 SINGLE_SHOTS = ("gradient", "taylor", "fisher")
 """The scores that every search is measured against."""
-
-Mask = dict[str, Tensor]
 
 # A forward and a backward pass in units of forward passes.
 _PASS = 3
@@ -228,6 +226,7 @@ def reverse_golden_parameters(
         TypeError: The objective has no logits, or a setting is unknown.
 
     Example:
+        >>> import torch
         >>> from lightning_goldy.core.objective import ClassifierObjective
         >>> linear = nn.Linear(3, 2, bias=False)
         >>> linear.weight = nn.Parameter(torch.tensor([[3.0, 0.1, 0.1], [0.1, 0.1, 0.1]]))
@@ -449,79 +448,6 @@ class MaskSearch:
                 "best_kl": self.best_divergence,
             }
         )
-
-
-class Budget:
-    """How many elements a mask may have, by tensor or in all, and the selections within it.
-
-    Args:
-        parameters: Name to parameter.
-        top_k_percent: Share of the elements, percent in (0, 100].
-        scope: The share of each ``tensor``, or of all elements together (``global``).
-
-    Example:
-        >>> budget = Budget({"a": torch.zeros(10), "b": torch.zeros(4)}, 20, "tensor")
-        >>> budget.sizes(), budget.sizes(0.5), Budget({"a": torch.zeros(10), "b": torch.zeros(4)}, 20, "global").sizes()
-        ([2, 1], [1, 1], [3])
-    """
-
-    def __init__(self, parameters: Mapping[str, Tensor], top_k_percent: float, scope: Scope) -> None:
-        self.layouts = {name: parameter.detach() for name, parameter in parameters.items()}
-        names = list(self.layouts)
-        self.groups = [names] if scope == "global" else [[name] for name in names]
-        """Names of the tensors that share a budget."""
-        self._numels = [sum(self.layouts[name].numel() for name in group) for group in self.groups]
-        self._whole = [elements_in(top_k_percent, numel) for numel in self._numels]
-
-    def sizes(self, share: float = 1.0) -> list[int]:
-        """Elements of each group at this share of the budget, rounded half up, at least one."""
-        return [max(1, math.floor(share * size + 0.5)) for size in self._whole]
-
-    def pools(self, sizes: list[int], factor: float) -> list[int]:
-        """Elements of each group's pool, rounded up; at most all."""
-        return [min(numel, math.ceil(factor * size - 1e-9)) for size, numel in zip(sizes, self._numels, strict=True)]
-
-    def largest(self, scores: Mapping[str, Tensor], sizes: list[int]) -> Mask:
-        """Marks exactly so many elements of each group, the largest, ties to the smaller index."""
-        mask: Mask = {}
-        for group, size in zip(self.groups, sizes, strict=True):
-            laid_out = self.laid_out({name: scores[name] for name in group})
-            mask.update(zip(group, select_largest(list(laid_out.values()), size), strict=True))
-        return mask
-
-    def reselected(self, scores: Mapping[str, Tensor], mask: Mask, sizes: list[int], pools: list[int]) -> Mask:
-        """The best of a pool that holds the masked elements and the best others, exactly so many of each group.
-
-        Args:
-            scores: Larger is better; finite.
-            mask: The present one.
-            sizes: Elements to mark of each group.
-            pools: Elements of each pool, at least the size to be marked.
-        """
-        # At most pool - masked others come in, so the best size - (pool - masked) of the masked stay whatever happens.
-        masked = self.counts(mask)
-        stay = [size - (pool - count) for size, pool, count in zip(sizes, pools, masked, strict=True)]
-        inside = {name: torch.where(mask[name], score, -math.inf) for name, score in scores.items()}
-        chosen = {name: torch.where(mask[name], math.inf, scores[name]) for name in scores}
-        for group, count, kept in zip(self.groups, masked, stay, strict=True):
-            if 0 < kept < count:
-                best = select_largest([like(self.layouts[name], inside[name]) for name in group], kept)
-                chosen |= {
-                    name: torch.where(each, math.inf, scores[name]) for name, each in zip(group, best, strict=True)
-                }
-            elif kept <= 0:
-                chosen |= {name: scores[name] for name in group}
-        return self.largest(chosen, sizes)
-
-    def laid_out(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """This process's parts in the layouts of their parameters."""
-        return {name: like(self.layouts[name], part) for name, part in parts.items()}
-
-    def counts(self, mask: Mask) -> list[int]:
-        """Marked elements of each group."""
-        each = [mask[name].count_nonzero() for name in self.layouts]
-        counts = dict(zip(self.layouts, sum_over_shards(each, list(self.layouts.values())), strict=True))
-        return [sum(int(counts[name]) for name in group) for group in self.groups]
 
 
 def single_shot_scores(
