@@ -30,7 +30,7 @@ _EXPORTS = {
 
 _MOVED = {
     "analysis.compact": "analysis.heads.compaction",
-    "analysis.fluctuation": "analysis.golden.search",
+    "analysis.fluctuation": "analysis.golden.fluctuation",
     "analysis.head_surgery": "analysis.heads.surgery",
     "core.ray": "core.directions",
     "export": "training.export",
@@ -39,7 +39,7 @@ _MOVED = {
     "mixin": "training.mixin",
     "models": "training.models",
     "module": "training.module",
-    "options": "training.models",
+    "options": "optim.schedules",
     "saved": "commands.checkpoints",
     "variants": "training.variants",
 }

@@ -28,7 +28,6 @@ import math
 import random
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,11 +35,10 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from lightning_goldy.analysis.continuations import GenerationComparison, compare_generations
-from lightning_goldy.analysis.golden import golden_parameters, reverse_golden_parameters
+from lightning_goldy.analysis.golden import Fluctuation, Search, golden_parameters, reverse_golden_parameters
 from lightning_goldy.core.files import atomic_write
+from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.objective import IGNORE_INDEX
-from lightning_goldy.core.store import load_vectors, save_vectors
-from lightning_goldy.core.vector import ParameterVector
 from lightning_goldy.report.generations import generations_table
 
 PromptFunction = Callable[[list[Any], Any], tuple[Any, Any]]
@@ -131,16 +129,17 @@ def get_reverse_golden_params(
         eval_batches=encode.batches(held_out, batch_size),
         top_k_percent=top_k_percent,
         strategy=fluctuation_strategy,
-        chunk_size=chunk_size,
-        inflation_step=inflation_step,
-        max_inflation_factor=max_inflation_factor,
-        decay_factor=decay_factor,
-        min_delta=min_delta,
-        max_stagnant_iterations=max_stagnant_iterations,
-        amplitude=fluctuation_amplitude,
-        frequency=fluctuation_frequency,
-        momentum=momentum_factor,
-        temperature=exploration_temperature,
+        search=Search(chunk_size=chunk_size, max_stagnant_iterations=max_stagnant_iterations),
+        fluctuation=Fluctuation(
+            amplitude=fluctuation_amplitude,
+            frequency=fluctuation_frequency,
+            momentum=momentum_factor,
+            temperature=exploration_temperature,
+            inflation_step=inflation_step,
+            decay_factor=decay_factor,
+            max_inflation_factor=max_inflation_factor,
+            min_delta=min_delta,
+        ),
     )
     return _answer(model, result.mask, save_path, kl_divergence=result.kl_divergence)
 
@@ -237,7 +236,7 @@ class GoldilocksMixin:
         Returns:
             The comparison.
         """
-        mask, _ = load_vectors(golden_mask_path)
+        mask = ParameterMask.load(golden_mask_path)
         places = random.Random(0).sample(range(len(eval_dataset)), min(num_samples, len(eval_dataset)))
         queries = [_ids(prompt_func([eval_dataset[place]], self.processing_class)[0]) for place in places]
         found = compare_generations(
@@ -300,7 +299,7 @@ def _padded(samples: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
     }
 
 
-def _answer(model: nn.Module, mask: ParameterVector, save_path: str | None, **more: float) -> dict[str, Any]:
+def _answer(model: nn.Module, mask: ParameterMask, save_path: str | None, **more: float) -> dict[str, Any]:
     summary = {}
     for (name, each), count in zip(mask.items(), mask.count(), strict=True):
         total = math.prod(each.shape)
@@ -315,7 +314,7 @@ def _answer(model: nn.Module, mask: ParameterVector, save_path: str | None, **mo
     if save_path is not None and save_path.endswith(".json"):
         atomic_write(save_path, json.dumps({"summary": summary, **more}, indent=2))
     elif save_path is not None:
-        save_vectors(Path(save_path), mask, kind="mask", model=model)
+        mask.save(save_path, model=model)
     device = next(model.parameters()).device
     return {"masks": {name: each.to(device) for name, each in mask.items()}, "summary": summary, **more}
 

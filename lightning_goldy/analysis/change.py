@@ -10,9 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.result import AnalysisResult
+from lightning_goldy.analysis.result import AnalysisResult, tensor_rows
 from lightning_goldy.core.base import BaseParameters
 from lightning_goldy.core.directions import fill_direction_
+from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.naming import block_of, kind_of
 from lightning_goldy.core.sharding import Replicas, gather, is_sharded, local, scatter_like, sum_over_shards
 from lightning_goldy.core.vector import ParameterVector, reduce_tensors
@@ -77,19 +78,9 @@ class WeightChange(AnalysisResult):
 
     def rows(self) -> list[dict[str, Any]]:
         """One JSON-able row per tensor, with the block and the kind that it belongs to."""
-        columns = zip(self.names, self.numel, self.base_norms, self.delta_norms, strict=True)
-        return [
-            {
-                "name": name,
-                "block": block_of(name),
-                "kind": kind_of(name),
-                "numel": numel,
-                "base_norm": base,
-                "delta_norm": delta,
-                "relative_change": norm_ratio((delta,), (base,)),
-            }
-            for name, numel, base, delta in columns
-        ]
+        norms = {"base_norm": self.base_norms, "delta_norm": self.delta_norms}
+        changes = [norm_ratio((delta,), (base,)) for base, delta in zip(*norms.values(), strict=True)]
+        return tensor_rows(self.names, numel=self.numel, **norms, relative_change=changes)
 
     def by_block(self) -> dict[str, float]:
         """Relative change of each block: norm of its change over the norm of its base."""
@@ -220,13 +211,13 @@ def weight_change(model: nn.Module, base: BaseParameters) -> WeightChange:
     )
 
 
-def change_inside(model: nn.Module, base: BaseParameters, mask: ParameterVector) -> float | None:
+def change_inside(model: nn.Module, base: BaseParameters, mask: ParameterMask) -> float | None:
     r"""Share of :math:`\lVert\Delta\rVert^2` that lies inside a mask, a fraction; None when nothing has changed.
 
     Args:
         model: The model as it is now.
         base: What it is compared with.
-        mask: Boolean, on any device; its parameters must be among the base's.
+        mask: On any device; its parameters must be among the base's.
     """
     inside = total = 0.0
     for name, _, delta in base.changes(model):
@@ -266,8 +257,8 @@ class ParameterDistributionResult(AnalysisResult):
             Of matrices that changed also ``singular_values``, the largest of Delta; ``stable_rank``, \|Delta\|_F^2 /
             \|Delta\|_2^2; ``effective_rank``, the exponential of the entropy of the normalised singular values (None
             where only the largest were computed); ``alignment``, the share of \|Delta\|_F^2 that lies between the
-            base's top left and right singular directions, and ``alignment_chance``, what a random Delta would have;
-            ``exact``, whether all singular values were computed.
+            base's top left and right singular directions, ``alignment_chance``, what a random Delta would have, and
+            ``alignment_over_chance`` (of other tensors None); ``exact``, whether all singular values were computed.
         top: Number of singular values and directions.
     """
 
@@ -278,23 +269,15 @@ class ParameterDistributionResult(AnalysisResult):
 
     def metrics(self) -> dict[str, float | None]:
         """Of the model and by block: the relative change, and means weighted by the tensors' elements."""
-        detailed = ParameterDistributionResult(tuple(self._detailed()), self.top)
         found: dict[str, float | None] = {}
         for column in _COLUMNS:
-            found[column] = detailed.whole(column)
-            found.update({f"{column}/{block}": value for block, value in detailed.by_block(column).items()})
+            found[column] = self.whole(column)
+            found.update({f"{column}/{block}": value for block, value in self.by_block(column).items()})
         return found
 
     def details(self) -> dict[str, Any]:
-        """The tensors' rows, with the alignment over chance."""
-        return {"tensors": self._detailed(), "top": self.top}
-
-    def _detailed(self) -> list[dict[str, Any]]:
-        chances = [row.get("alignment_chance") for row in self.rows]
-        return [
-            {**row, "alignment_over_chance": row["alignment"] / chance if chance else None}
-            for row, chance in zip(self.rows, chances, strict=True)
-        ]
+        """The tensors' rows."""
+        return {"tensors": list(self.rows), "top": self.top}
 
     def by_block(self, column: str) -> dict[str, float]:
         """Mean of a column over each block's tensors, weighted by their elements; tensors without it are left out.
@@ -358,9 +341,7 @@ def parameter_distribution(
         >>> round(parameter_distribution(layer, base).rows[0]["stable_rank"], 4)
         1.0
     """
-    for name, value in (("top", top), ("exact_below", exact_below)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1; got {value}")
+    check_distribution_arguments(top, exact_below)
     replicas = Replicas.of(model) if split_over_ranks else Replicas()
     rows: list[tuple[int, dict[str, Any]]] = []
     with torch.no_grad(), replicas.together("parameter_distribution"):
@@ -376,6 +357,17 @@ def parameter_distribution(
     return ParameterDistributionResult(tuple(found[index] for index in sorted(found)), top)
 
 
+def check_distribution_arguments(top: int, exact_below: int) -> None:
+    """Checks what can be checked before there is a model.
+
+    Raises:
+        ValueError: An argument is below 1.
+    """
+    for name, value in (("top", top), ("exact_below", exact_below)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1; got {value}")
+
+
 def _row(name: str, base: Tensor, delta: Tensor, top: int, exact_below: int, seed: int) -> dict[str, Any]:
     size, changed = float(base.double().norm()), float(delta.double().norm())
     row: dict[str, Any] = {
@@ -387,6 +379,7 @@ def _row(name: str, base: Tensor, delta: Tensor, top: int, exact_below: int, see
         "delta_norm": changed,
         "relative_change": norm_ratio((changed,), (size,)),
         "histogram_drift": histogram_drift(base, base + delta),
+        "alignment_over_chance": None,
     }
     if base.ndim < 2 or min(base.shape) < 2 or not changed:
         return row
@@ -395,13 +388,15 @@ def _row(name: str, base: Tensor, delta: Tensor, top: int, exact_below: int, see
     values, left, right = _leading(before, top, exact_below, name, seed)
     spectrum = _spectrum(matrix) if exact else _leading(matrix, top, exact_below, f"{name}/delta", seed)[0]
     inside = left.t() @ matrix.double() @ right  # [top, top]
+    alignment, chance = float(inside.square().sum()) / changed**2, len(values) ** 2 / matrix.numel()
     return {
         **row,
         "singular_values": tuple(spectrum[:top].tolist()),
         "stable_rank": changed**2 / float(spectrum[0]) ** 2,
         "effective_rank": effective_rank(spectrum) if exact else None,
-        "alignment": float(inside.square().sum()) / changed**2,
-        "alignment_chance": len(values) ** 2 / matrix.numel(),
+        "alignment": alignment,
+        "alignment_chance": chance,
+        "alignment_over_chance": alignment / chance,
         "exact": exact,
     }
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_goldy.analysis.divergence import AnchoredDivergence
-from lightning_goldy.analysis.golden.masked_divergence import MaskedModel
 from lightning_goldy.analysis.result import AnalysisResult
 from lightning_goldy.core.base import BaseParameters
 from lightning_goldy.core.isolation import preserved
+from lightning_goldy.core.mask import MaskedModel
 from lightning_goldy.core.objective import IGNORE_INDEX, CausalLMObjective
 from lightning_goldy.core.sharding import is_sharded, local, scatter_like
 from lightning_goldy.core.store import require_boolean

@@ -6,12 +6,14 @@ import base64
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
+from lightning_goldy.core.mask import ParameterMask
+from lightning_goldy.core.naming import block_of, kind_of
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.store import Kind, pack_mask, unpack_mask
 from lightning_goldy.core.vector import ParameterVector
@@ -172,6 +174,23 @@ def plain_headline(analysis: str, metrics: Mapping[str, float | None], most: int
     return f"{analysis.replace('_', ' ')}: {told}" if told else analysis.replace("_", " ")
 
 
+def tensor_rows(names: Iterable[str], **columns: Iterable[Any]) -> list[dict[str, Any]]:
+    """One JSON-able entry per tensor, with the block and the kind that it belongs to.
+
+    Args:
+        names: Of the parameters.
+        **columns: Values of each, in their order.
+
+    Example:
+        >>> tensor_rows(["h.0.mlp.weight"], numel=[8])
+        [{'name': 'h.0.mlp.weight', 'block': 'h.0', 'kind': 'mlp', 'numel': 8}]
+    """
+    return [
+        {"name": name, "block": block_of(name), "kind": kind_of(name), **dict(zip(columns, values, strict=True))}
+        for name, *values in zip(names, *columns.values(), strict=True)
+    ]
+
+
 @dataclasses.dataclass(frozen=True)
 class AnalysisResult:
     """Base of all results: scalars, strings, tuples, dicts, tensors and parameter vectors, on the CPU.
@@ -275,7 +294,9 @@ def _decode(value: Any) -> Any:
         space = ParameterSpace(
             tuple(names), tuple(torch.Size(shape) for shape in shapes), tuple(getattr(torch, dtype) for dtype in dtypes)
         )
-        return ParameterVector(space, dict(zip(names, map(_decode, tensors), strict=True)))
+        vector = ParameterVector(space, dict(zip(names, map(_decode, tensors), strict=True)))
+        is_mask = all(tensor.dtype == torch.bool for tensor in vector.values())
+        return ParameterMask.of_vector(vector) if is_mask else vector
     if tag == "__mask__":
         encoding, shape, packed = content
         return unpack_mask(_decode(packed), torch.Size(shape), encoding)

@@ -4,6 +4,7 @@ from lightning_goldy.callbacks.attention_tracker import AttentionTracker
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, Findings
 from lightning_goldy.callbacks.basin_volume import BasinVolume
 from lightning_goldy.callbacks.exact_resume import ExactResume
+from lightning_goldy.callbacks.finetune_comparison import FinetuneComparison
 from lightning_goldy.callbacks.golden_parameters import GoldenParameters
 from lightning_goldy.callbacks.golden_snapshot import GoldenSnapshot
 from lightning_goldy.callbacks.head_plasticity import HeadPlasticity
@@ -20,6 +21,7 @@ __all__ = [
     "BasinVolume",
     "ExactResume",
     "Findings",
+    "FinetuneComparison",
     "GoldenParameters",
     "GoldenSnapshot",
     "HeadPlasticity",

@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import lightning.pytorch as L
 import torch
@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from lightning_goldy.analysis.result import Row
+from lightning_goldy.analysis.result import AnalysisResult, Cost, Row
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
+from lightning_goldy.core.batches import batch_tensors
 from lightning_goldy.core.isolation import isolated_rng
 from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.naming import suggestion
@@ -48,18 +49,61 @@ class Finetune:
     losses: dict[str, float]
 
 
-class _StopAt(L.Callback):
-    """Ends a training at a step, for the schedule may be that of a longer one."""
+@dataclass(frozen=True)
+class FinetuneComparisonResult(AnalysisResult):
+    """Finetunes of one start, side by side.
 
-    def __init__(self, step: int) -> None:
-        self.step = step
+    Args:
+        finetunes: What was measured, the start first.
+        numel: Elements of the model.
+        cost: Passes of the other trainings and of all measurements.
+    """
+
+    analysis: ClassVar[str] = "finetune_comparison"
+
+    finetunes: tuple[Finetune, ...]
+    numel: int
+    cost: Cost = field(default=Cost(), compare=False)
+
+    def metrics(self) -> dict[str, float | None]:
+        """Of each finetune the norm of the change, and its losses."""
+        found: dict[str, float | None] = {}
+        for row in self.finetunes:
+            found[f"{row.name}/delta_norm"] = row.change
+            found.update({f"{row.name}/{name.replace('/', '_')}": value for name, value in row.losses.items()})
+        return found
+
+    def details(self) -> dict[str, Any]:
+        """The finetunes."""
+        return {"numel": self.numel, "rows": [vars(row) for row in self.finetunes]}
+
+
+class _Watch(L.Callback):
+    """Counts the passes that a trainer makes, and ends at a step, for the schedule may be that of a longer training."""
+
+    def __init__(self, rerun: Rerun, last_step: int | None) -> None:
+        self.rerun, self.last_step = rerun, last_step
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Asks the trainer to stop."""
-        if trainer.global_step >= self.step:
+        """Counts, and asks the trainer to stop."""
+        size = len(next(batch_tensors(batch)))
+        self.rerun.cost += Cost(forwards=size, backwards=size)
+        if self.last_step is not None and trainer.global_step >= self.last_step:
             trainer.should_stop = True
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Counts."""
+        self.rerun.cost += Cost(forwards=len(next(batch_tensors(batch))))
 
 
 class Rerun:
@@ -78,6 +122,8 @@ class Rerun:
     ) -> None:
         self._trainer, self._module, self._start = trainer, pl_module, start
         self._modes, self._seed = modes, seed
+        self.cost = Cost()
+        """Passes made so far."""
 
     def trained(self, mask: Path | None) -> ParameterVector:
         """Trains at the rate that the module has inside its mask.
@@ -90,13 +136,13 @@ class Rerun:
         """
         options = self._module.optimizer_options
         inside, _ = options.rates
-        chosen = OptimizerOptions(
+        chosen = replace(
+            options,
             learning_rate=inside or options.learning_rate,
-            weight_decay=options.weight_decay,
-            betas=options.betas,
-            eps=options.eps,
             name="adamw" if mask is None else "masked_adamw",
             mask=None if mask is None else str(mask),
+            lr_inside=None,
+            lr_outside=0.0,
         )
         module = self._module_with(self._start, chosen)
         with _apart():
@@ -109,7 +155,7 @@ class Rerun:
                 gradient_clip_val=self._trainer.gradient_clip_val,
                 gradient_clip_algorithm=self._trainer.gradient_clip_algorithm,
                 limit_val_batches=0,
-                callbacks=[_StopAt(self._trainer.global_step)],
+                last_step=self._trainer.global_step,
             )
             trainer.fit(module, datamodule=self._data())
         return ParameterVector.of(module.model)
@@ -152,7 +198,7 @@ class Rerun:
         # A copy, because a trainer writes itself into its data module.
         return copy.copy(self._trainer.datamodule)  # type: ignore[attr-defined]
 
-    def _new_trainer(self, **options: Any) -> L.Trainer:
+    def _new_trainer(self, *, last_step: int | None = None, **options: Any) -> L.Trainer:
         device = self._module.device
         return L.Trainer(
             accelerator=device.type if device.type == "cpu" else "gpu",
@@ -164,6 +210,7 @@ class Rerun:
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
+            callbacks=[_Watch(self, last_step)],
             **options,
         )
 
@@ -179,7 +226,7 @@ START_FILE = "start.safetensors"
 RANDOM_FILE = "random.safetensors"
 
 
-class FinetuneComparison(AnalysisCallback[tuple[Finetune, ...]]):
+class FinetuneComparison(AnalysisCallback[FinetuneComparisonResult]):
     """At the end of a masked training, trains the same model again, from the same start, in other ways.
 
     Prints one table: elements trained, the norm of the change, losses on the training and the validation set. Each
@@ -237,7 +284,7 @@ class FinetuneComparison(AnalysisCallback[tuple[Finetune, ...]]):
         else:
             save_vectors(self.folder / START_FILE, ParameterVector.of(model), kind="values", model=model)
 
-    def compute(self, context: AnalysisContext) -> tuple[Finetune, ...]:
+    def compute(self, context: AnalysisContext) -> FinetuneComparisonResult:
         """Measures the start and the masked finetune, then trains and measures the others."""
         assert isinstance(context.pl_module, GoldyModule)
         start, _ = load_vectors(self.folder / START_FILE, context.model)
@@ -259,17 +306,12 @@ class FinetuneComparison(AnalysisCallback[tuple[Finetune, ...]]):
                 elements, file = chosen.total, chosen.save(self.folder / RANDOM_FILE, model=context.model)
             found.append(rerun.measured(contender, elements, rerun.trained(file)))
             context.progress(done, len(self.against))
-        return tuple(found)
+        return FinetuneComparisonResult(tuple(found), space.numel, rerun.cost)
 
-    def describe(self, result: tuple[Finetune, ...], context: AnalysisContext) -> Row:
-        """Prints the table and logs its numbers."""
-        numel = ParameterSpace.of(context.model).numel
-        Console().print(comparison_table(result, numel))
-        metrics: dict[str, float | None] = {}
-        for row in result:
-            metrics[f"{row.name}/delta_norm"] = row.change
-            metrics.update({f"{row.name}/{name.replace('/', '_')}": value for name, value in row.losses.items()})
-        return Row("finetune_comparison", metrics, {"numel": numel, "rows": [vars(row) for row in result]})
+    def describe(self, result: FinetuneComparisonResult, context: AnalysisContext) -> Row:
+        """Prints the table, too."""
+        Console().print(comparison_table(result.finetunes, result.numel))
+        return result.row()
 
 
 def comparison_table(rows: Sequence[Finetune], numel: int) -> Table:

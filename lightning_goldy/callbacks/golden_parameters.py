@@ -1,25 +1,77 @@
-"""Runs the golden parameter analysis on a schedule."""
+"""Runs the golden parameter analysis on a schedule, and tells how its mask moves from one time to the next."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as L
 from torch import nn
 
 from lightning_goldy.analysis.change import change_inside
-from lightning_goldy.analysis.golden import GoldenResult, golden_parameters, jaccard
-from lightning_goldy.analysis.golden.golden import Scope, check_arguments
+from lightning_goldy.analysis.golden import (
+    GoldenResult,
+    ReverseGoldenResult,
+    check_golden_arguments,
+    golden_parameters,
+)
 from lightning_goldy.analysis.result import Row
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.callbacks.golden_snapshot import find_snapshot
+from lightning_goldy.core.mask import ParameterMask, Scope
 from lightning_goldy.core.space import ParameterSpace
-from lightning_goldy.core.store import load_vectors
-from lightning_goldy.core.vector import ParameterVector, elements_in
+
+MaskT = TypeVar("MaskT", GoldenResult, ReverseGoldenResult)
 
 
-class GoldenParameters(AnalysisCallback[GoldenResult]):
+class MaskCallback(AnalysisCallback[MaskT]):
+    """Base of callbacks that find a mask: tells what it has to do with the last mask and with the change.
+
+    Args:
+        **options: Of :class:`AnalysisCallback`.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._mask: ParameterMask | None = None
+        self._mask_file: str | None = None
+
+    @abstractmethod
+    def space(self, model: nn.Module) -> ParameterSpace:
+        """The parameters whose elements may be marked."""
+
+    def prepare(self, trainer: L.Trainer, model: nn.Module) -> None:
+        """Checks the selection, and takes up the last mask of a run that is resumed."""
+        self.space(model)
+        if self._resumed and self._mask_file is not None:
+            trainer.strategy.barrier()
+            self._mask = ParameterMask.load(self.folder / self._mask_file)
+
+    def describe(self, result: MaskT, context: AnalysisContext) -> Row:
+        """Adds what the mask has to do with the last mask and with the change."""
+        snapshot = find_snapshot(context.trainer)
+        share = None if snapshot is None else change_inside(context.model, snapshot.base, result.mask)
+        metrics = {
+            "jaccard_previous": None if self._mask is None else result.mask.jaccard(self._mask),
+            "delta_share": share,
+            "delta_share_over_density": share / result.density if share is not None and result.count else None,
+        }
+        self._mask = result.mask
+        self._mask_file = f"mask-step={context.step:08d}.safetensors"
+        return result.row().extended(metrics)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Adds the name of the last mask's file."""
+        return {**super().state_dict(), "mask_file": self._mask_file}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Notes what the interrupted run left."""
+        super().load_state_dict(state_dict)
+        self._mask_file = state_dict["mask_file"]
+
+
+class GoldenParameters(MaskCallback[GoldenResult]):
     """Which parameters sample after sample depends on, and how much of the change they carry.
 
     Logs count, density, density over chance, Jaccard index with the previous mask and, when a ``GoldenSnapshot`` runs
@@ -56,24 +108,18 @@ class GoldenParameters(AnalysisCallback[GoldenResult]):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        elements_in(top_k_percent, 1)
-        check_arguments(score, scope, quorum, n_samples)
+        check_golden_arguments(top_k_percent, score, scope, quorum, n_samples)
         self.top_k_percent, self.score, self.scope, self.quorum = top_k_percent, score, scope, quorum
         self.n_samples = n_samples
         self.include, self.exclude, self.last_layers = include, exclude, last_layers
-        self._mask: ParameterVector | None = None
-        self._mask_file: str | None = None
 
     def probe_samples(self) -> int | None:
         """The samples that vote."""
         return self.n_samples
 
-    def prepare(self, trainer: L.Trainer, model: nn.Module) -> None:
-        """Checks the selection, and takes up the last mask of a run that is resumed."""
-        ParameterSpace.of(model, self.include, self.exclude, self.last_layers)
-        if self._resumed and self._mask_file is not None:
-            trainer.strategy.barrier()
-            self._mask, _ = load_vectors(self.folder / self._mask_file)
+    def space(self, model: nn.Module) -> ParameterSpace:
+        """The selected parameters."""
+        return ParameterSpace.of(model, self.include, self.exclude, self.last_layers)
 
     def compute(self, context: AnalysisContext) -> GoldenResult:
         """Finds the golden parameters of the probe."""
@@ -86,32 +132,6 @@ class GoldenParameters(AnalysisCallback[GoldenResult]):
             scope=self.scope,
             quorum=self.quorum,
             n_samples=self.n_samples,
-            space=ParameterSpace.of(context.model, self.include, self.exclude, self.last_layers),
+            space=self.space(context.model),
             progress=context.progress,
         )
-
-    def describe(self, result: GoldenResult, context: AnalysisContext) -> Row:
-        """Adds what the mask has to do with the last mask and with the change."""
-        metrics: dict[str, float | None] = {
-            "jaccard_previous": None if self._mask is None else jaccard(result.mask, self._mask),
-            "delta_share": None,
-            "delta_share_over_density": None,
-        }
-        snapshot = find_snapshot(context.trainer)
-        if snapshot is not None:
-            share = change_inside(context.model, snapshot.base, result.mask)
-            metrics["delta_share"] = share
-            if share is not None and result.count:
-                metrics["delta_share_over_density"] = share / result.density
-        self._mask = result.mask
-        self._mask_file = f"mask-step={context.step:08d}.safetensors"
-        return result.row().extended(metrics)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Adds the name of the last mask's file."""
-        return {**super().state_dict(), "mask_file": self._mask_file}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Notes what the interrupted run left."""
-        super().load_state_dict(state_dict)
-        self._mask_file = state_dict["mask_file"]

@@ -27,6 +27,22 @@ def find_snapshot(trainer: L.Trainer) -> GoldenSnapshot | None:
     return next((each for each in callbacks if isinstance(each, GoldenSnapshot)), None)
 
 
+def require_snapshot(trainer: L.Trainer, name: str) -> GoldenSnapshot:
+    """The snapshot that a callback compares with.
+
+    Args:
+        trainer: Whose callbacks are searched.
+        name: Of the callback.
+
+    Raises:
+        ValueError: There is none.
+    """
+    found = find_snapshot(trainer)
+    if found is None:
+        raise ValueError(f"{name} compares with the golden snapshot: add GoldenSnapshot() to the callbacks")
+    return found
+
+
 class GoldenSnapshot(AnalysisCallback[WeightChange]):
     """Keeps theta_0, which the other callbacks compare with, and logs the change since then.
 
@@ -89,12 +105,7 @@ class GoldenSnapshot(AnalysisCallback[WeightChange]):
         vector = (
             read_base(self.source, model, space, prefix=prefix) if self.source else ParameterVector.of(model, space)
         )
-        self._base, self._base_hash = BaseParameters(vector), fingerprint(vector)
-        write = trainer.is_global_zero
-        path = self.folder / BASE_FILE
-        save_vectors(
-            path, vector, kind="values", model=model, step=trainer.global_step, base_hash=self._base_hash, write=write
-        )
+        self._base, self._base_hash = _written(vector, self.folder, trainer, model)
         if self._updates is not None:
             self._updates.observe(ParameterVector.of(model, space))
 
@@ -106,13 +117,7 @@ class GoldenSnapshot(AnalysisCallback[WeightChange]):
         for name in (BASE_FILE, *self._files.values()):
             self._store.carry(previous / name)
         trainer.strategy.barrier()
-        vector, _ = load_vectors(self.folder / BASE_FILE, model)
-        found = fingerprint(vector)
-        if found != self._base_hash:
-            raise StoreError(
-                f"{self.folder / BASE_FILE} has hash {found}, the checkpoint was made with {self._base_hash}"
-            )
-        self._base = BaseParameters(vector)
+        self._base = _read(self.folder, model, self._base_hash)
         if self._updates is not None:
             self._updates.load({key: load_vectors(self.folder / name, model)[0] for key, name in self._files.items()})
 
@@ -195,17 +200,24 @@ class TrainingBase:
                     return callback.base
         if self.hash == _OF_SNAPSHOT:
             raise StoreError("the interrupted run took its base from a GoldenSnapshot; attach it again")
-        path = folder / BASE_FILE
         if self._kept is None and self.hash is None:
-            vector = ParameterVector.of(model, wanted)
-            self.hash = fingerprint(vector)
-            step, write = trainer.global_step, trainer.is_global_zero
-            save_vectors(path, vector, kind="values", model=model, step=step, base_hash=self.hash, write=write)
-            self._kept = BaseParameters(vector)
+            self._kept, self.hash = _written(ParameterVector.of(model, wanted), folder, trainer, model)
         elif self._kept is None:
-            vector, _ = load_vectors(path, model)
-            found = fingerprint(vector)
-            if found != self.hash:
-                raise StoreError(f"{path} has hash {found}, the checkpoint was made with {self.hash}")
-            self._kept = BaseParameters(vector)
+            self._kept = _read(folder, model, self.hash)
         return self._kept
+
+
+def _written(vector: ParameterVector, folder: Path, trainer: L.Trainer, model: nn.Module) -> tuple[BaseParameters, str]:
+    """The base and its fingerprint, once its file is written."""
+    found, step, write = fingerprint(vector), trainer.global_step, trainer.is_global_zero
+    save_vectors(folder / BASE_FILE, vector, kind="values", model=model, step=step, base_hash=found, write=write)
+    return BaseParameters(vector), found
+
+
+def _read(folder: Path, model: nn.Module, expected: str | None) -> BaseParameters:
+    """The base of a file whose fingerprint is the expected one."""
+    vector, _ = load_vectors(folder / BASE_FILE, model)
+    found = fingerprint(vector)
+    if found != expected:
+        raise StoreError(f"{folder / BASE_FILE} has hash {found}, the checkpoint was made with {expected}")
+    return BaseParameters(vector)

@@ -7,9 +7,13 @@ from typing import Any
 import lightning.pytorch as L
 from torch import nn
 
-from lightning_goldy.analysis.change import ParameterDistributionResult, parameter_distribution
+from lightning_goldy.analysis.change import (
+    ParameterDistributionResult,
+    check_distribution_arguments,
+    parameter_distribution,
+)
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
-from lightning_goldy.callbacks.golden_snapshot import GoldenSnapshot, find_snapshot
+from lightning_goldy.callbacks.golden_snapshot import require_snapshot
 
 
 class ParameterDistribution(AnalysisCallback[ParameterDistributionResult]):
@@ -35,28 +39,20 @@ class ParameterDistribution(AnalysisCallback[ParameterDistributionResult]):
 
     def __init__(self, top: int = 8, *, exact_below: int = 1024, seed: int = 0, **options: Any) -> None:
         super().__init__(**options)
-        for name, value in (("top", top), ("exact_below", exact_below)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}")
+        check_distribution_arguments(top, exact_below)
         self.top, self.exact_below, self.seed = top, exact_below, seed
 
     def prepare(self, trainer: L.Trainer, model: nn.Module) -> None:
         """Checks that there is a snapshot to compare with."""
-        self._snapshot(trainer)
+        require_snapshot(trainer, self.name)
 
     def compute(self, context: AnalysisContext) -> ParameterDistributionResult:
         """Describes the change of every tensor."""
         return parameter_distribution(
             context.model,
-            self._snapshot(context.trainer).base,
+            require_snapshot(context.trainer, self.name).base,
             top=self.top,
             exact_below=self.exact_below,
             seed=self.seed,
             progress=context.progress,
         )
-
-    def _snapshot(self, trainer: L.Trainer) -> GoldenSnapshot:
-        found = find_snapshot(trainer)
-        if found is None:
-            raise ValueError(f"{self.name} compares with the golden snapshot: add GoldenSnapshot() to the callbacks")
-        return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,50 +10,23 @@ import lightning.pytorch as L
 from torch import nn
 
 from lightning_goldy.analysis.basin import Selection
-from lightning_goldy.analysis.change import change_inside
 from lightning_goldy.analysis.continuations import check_generation_arguments, compare_generations
-from lightning_goldy.analysis.divergence import Cache, check_cache, shortened
-from lightning_goldy.analysis.golden import Fluctuation, ReverseGoldenResult, jaccard, reverse_golden_parameters
-from lightning_goldy.analysis.golden.golden import Scope
-from lightning_goldy.analysis.golden.reverse import check_search_arguments
+from lightning_goldy.analysis.divergence import shortened
+from lightning_goldy.analysis.golden import (
+    Fluctuation,
+    ReverseGoldenResult,
+    Search,
+    check_search_arguments,
+    reverse_golden_parameters,
+)
 from lightning_goldy.analysis.result import Row
-from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
-from lightning_goldy.callbacks.golden_snapshot import find_snapshot
+from lightning_goldy.callbacks.attention_tracker import find_tokenizer
+from lightning_goldy.callbacks.base import AnalysisContext
+from lightning_goldy.callbacks.golden_parameters import MaskCallback
 from lightning_goldy.core.batches import batch_tensors
+from lightning_goldy.core.mask import Scope
 from lightning_goldy.core.objective import CausalLMObjective, Objective, map_batch
-from lightning_goldy.core.store import load_vectors
-from lightning_goldy.core.vector import ParameterVector
-
-
-@dataclass(frozen=True)
-class Search:
-    """How far and from where a search goes.
-
-    Args:
-        score: Registered score of the unmasked model to start from.
-        rounds: Forward and backward passes under the masked model at most.
-        chunk_size: Samples of one pass, to bound the memory; the batches' own size by default.
-        max_stagnant_iterations: Iterations without an improvement at the full budget, after which the search ends.
-        seed: Decides the strategies that draw numbers.
-        cache: Where the unmasked model's log-probabilities are kept: ``device``, ``cpu``, ``none``, or ``auto``.
-
-    Raises:
-        ValueError: The cache is unknown.
-
-    Example:
-        >>> Search(rounds=6).rounds
-        6
-    """
-
-    score: str = "fisher"
-    rounds: int = 11
-    chunk_size: int | None = None
-    max_stagnant_iterations: int = 5
-    seed: int = 0
-    cache: Cache = "auto"
-
-    def __post_init__(self) -> None:
-        check_cache(self.cache, None)
+from lightning_goldy.core.space import ParameterSpace
 
 
 @dataclass(frozen=True)
@@ -88,23 +61,7 @@ class Generations:
         check_generation_arguments(self.max_new_tokens, self.temperature)
 
 
-def find_tokenizer(trainer: Any, pl_module: Any) -> Any:
-    """The ``tokenizer`` of the LightningModule or of the data module.
-
-    Raises:
-        ValueError: Neither has one.
-    """
-    for owner in (pl_module, trainer.datamodule):
-        tokenizer = getattr(owner, "tokenizer", None)
-        if callable(tokenizer):
-            return tokenizer
-    raise ValueError(
-        "prompts need a tokenizer: give the LightningModule or the data module an attribute `tokenizer`, or leave "
-        "generations=Generations(prompts=...) out"
-    )
-
-
-class ReverseGoldenParameters(AnalysisCallback[ReverseGoldenResult]):
+class ReverseGoldenParameters(MaskCallback[ReverseGoldenResult]):
     """Which few parameters the predictions hang on: the mask whose zeroing changes them most.
 
     The first half of the probe samples chooses, the second half measures. Logs the divergence of the masked model
@@ -135,48 +92,38 @@ class ReverseGoldenParameters(AnalysisCallback[ReverseGoldenResult]):
         scope: Scope = "tensor",
         strategy: str = "adaptive_sinusoidal",
         n_samples: int = 16,
-        search: Search = Search(),
+        search: Search = Search(),  # noqa: B008 - frozen
         fluctuation: Fluctuation = Fluctuation(),  # noqa: B008 - frozen
         selection: Selection = Selection(),  # noqa: B008 - frozen
         generations: Generations = Generations(),
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        check_search_arguments(
-            top_k_percent,
-            scope,
-            strategy,
-            search.score,
-            search.rounds,
-            search.chunk_size,
-            search.max_stagnant_iterations,
-        )
+        check_search_arguments(top_k_percent, scope, strategy)
         if n_samples < 2:
             raise ValueError(f"n_samples must be at least 2, one to choose and one to measure; got {n_samples}")
         self.top_k_percent, self.scope, self.strategy, self.n_samples = top_k_percent, scope, strategy, n_samples
         self.search, self.fluctuation, self.selection = search, fluctuation, selection
         self.generations = generations
-        self._mask: ParameterVector | None = None
-        self._mask_file: str | None = None
 
     def probe_samples(self) -> int | None:
         """The samples that choose and those that measure."""
         return self.n_samples
 
+    def space(self, model: nn.Module) -> ParameterSpace:
+        """The selected parameters."""
+        return self.selection.space(model)
+
     def prepare(self, trainer: L.Trainer, model: nn.Module) -> None:
-        """Checks the selection, and takes up the last mask of a run that is resumed."""
-        self.selection.space(model)
+        """Checks the selection and the tokenizer, and takes up the last mask of a run that is resumed."""
+        super().prepare(trainer, model)
         if self.generations.prompts:
-            find_tokenizer(trainer, trainer.lightning_module)
-        if self._resumed and self._mask_file is not None:
-            trainer.strategy.barrier()
-            self._mask, _ = load_vectors(self.folder / self._mask_file)
+            _tokenizer(trainer)
 
     def compute(self, context: AnalysisContext) -> ReverseGoldenResult:
         """Searches on one half of the probe and measures on the other."""
         objective = context.objective or CausalLMObjective()
         choosing, measuring = halves(context.probe, objective, self.n_samples)
-        fluctuation = vars(self.fluctuation)
         return reverse_golden_parameters(
             context.model,
             choosing,
@@ -185,43 +132,21 @@ class ReverseGoldenParameters(AnalysisCallback[ReverseGoldenResult]):
             top_k_percent=self.top_k_percent,
             scope=self.scope,
             strategy=self.strategy,
-            space=self.selection.space(context.model),
+            search=self.search,
+            fluctuation=self.fluctuation,
+            space=self.space(context.model),
             progress=context.progress,
-            **vars(self.search),
-            **fluctuation,
         )
 
     def describe(self, result: ReverseGoldenResult, context: AnalysisContext) -> Row:
         """Adds what the mask has to do with the last one and the change, and what the masked model says."""
-        metrics: dict[str, float | None] = {
-            "jaccard_previous": None if self._mask is None else jaccard(result.mask, self._mask),
-            "delta_share": None,
-            "delta_share_over_density": None,
-        }
-        snapshot = find_snapshot(context.trainer)
-        if snapshot is not None:
-            share = change_inside(context.model, snapshot.base, result.mask)
-            metrics["delta_share"] = share
-            if share is not None:
-                metrics["delta_share_over_density"] = share / result.density
-        data: dict[str, Any] = {}
-        if self.generations.prompts:
-            tokenizer = find_tokenizer(context.trainer, context.pl_module)
-            found = compare_generations(context.model, tokenizer, mask=result.mask, **vars(self.generations))
-            data["generations"] = found.rows()
-            metrics |= {"token_agreement": found.mean_agreement, "kl_per_token": found.mean_kl_per_token}
-        self._mask = result.mask
-        self._mask_file = f"mask-step={context.step:08d}.safetensors"
-        return result.row().extended(metrics, data)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Adds the name of the last mask's file."""
-        return {**super().state_dict(), "mask_file": self._mask_file}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Notes what the interrupted run left."""
-        super().load_state_dict(state_dict)
-        self._mask_file = state_dict["mask_file"]
+        row = super().describe(result, context)
+        if not self.generations.prompts:
+            return row
+        tokenizer = _tokenizer(context.trainer)
+        found = compare_generations(context.model, tokenizer, mask=result.mask, **vars(self.generations))
+        metrics = {"token_agreement": found.mean_agreement, "kl_per_token": found.mean_kl_per_token}
+        return row.extended(metrics, {"generations": found.rows()}, cost=found.row().cost)
 
 
 def halves(batches: Sequence[Any], objective: Objective, n_samples: int) -> tuple[list[Any], list[Any]]:
@@ -248,3 +173,13 @@ def halves(batches: Sequence[Any], objective: Objective, n_samples: int) -> tupl
         if take < size:
             second.append(map_batch(batch, lambda tensor, take=take: tensor[take:]))  # type: ignore[misc]
     return first, second
+
+
+def _tokenizer(trainer: L.Trainer) -> Any:
+    tokenizer = find_tokenizer(trainer)
+    if not callable(tokenizer):
+        raise ValueError(
+            "prompts need a tokenizer: give the LightningModule or the data module an attribute `tokenizer`, or leave "
+            "generations=Generations(prompts=...) out"
+        )
+    return tokenizer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -82,8 +83,7 @@ def _show(options: argparse.Namespace) -> int:
     for path, (mask, header) in loaded.items():
         step = "" if header.step is None else f", step {header.step}"
         table = _table(f"{path}: {header.model_class}{step}", ("block", "in the mask", "elements", "density"))
-        rows = [*mask.block_summary()]
-        for row in rows:
+        for row in mask.block_summary():
             table.add_row(_plain(row.block), f"{row.count:,}", f"{row.numel:,}", f"{row.density:.4%}")
         table.add_section()
         table.add_row("all", f"{mask.total:,}", f"{mask.space.numel:,}", f"{mask.density:.4%}")
@@ -98,19 +98,18 @@ def _compare(options: argparse.Namespace) -> int:
     if len(masks) < len(options.files):
         raise ValueError("a file is named twice")
     columns = ("first", "second", "shared", "by chance", "IoU", "beyond chance")
-    table = _table(f"chance keeps the number of elements of {_kept(options.scope)}", columns)
-    for row, first in enumerate(masks):
-        for column in range(row + 1, len(masks)):
-            second = masks[column]
-            beyond = first.chance_corrected_overlap(second, scope=options.scope)
-            table.add_row(
-                _plain(options.files[row]),
-                _plain(options.files[column]),
-                f"{(first & second).total:,}",
-                f"{first.chance_overlap(second, scope=options.scope):,.1f}",
-                f"{first.iou(second):.4f}",
-                "-" if beyond is None else f"{beyond:+.4f}",
-            )
+    kept = "each tensor" if options.scope == "tensor" else "the whole mask"
+    table = _table(f"chance keeps the number of elements of {kept}", columns)
+    for (path, first), (other, second) in combinations(zip(options.files, masks, strict=True), 2):
+        beyond = first.chance_corrected_overlap(second, scope=options.scope)
+        table.add_row(
+            _plain(path),
+            _plain(other),
+            f"{(first & second).total:,}",
+            f"{first.chance_overlap(second, scope=options.scope):,.1f}",
+            f"{first.jaccard(second):.4f}",
+            "-" if beyond is None else f"{beyond:+.4f}",
+        )
     _print(table)
     return 0
 
@@ -136,10 +135,6 @@ def _loaded(files: Sequence[str]) -> dict[str, tuple[ParameterMask, VectorHeader
     from lightning_goldy.core.store import read_header
 
     return {path: (ParameterMask.load(path), read_header(path)) for path in files}
-
-
-def _kept(scope: str) -> str:
-    return "each tensor" if scope == "tensor" else "the whole mask"
 
 
 def _plain(text: str) -> str:

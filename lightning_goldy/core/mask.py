@@ -1,4 +1,4 @@
-"""Masks: sets of parameter elements, with the operations of sets."""
+"""Masks: sets of parameter elements, with the operations of sets, and models in which such a set is zero."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from types import TracebackType
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +16,42 @@ from lightning_goldy.core.directions import random_direction
 from lightning_goldy.core.files import StoreError
 from lightning_goldy.core.naming import block_of, suggestion
 from lightning_goldy.core.selection import select_largest
-from lightning_goldy.core.sharding import gather, like, local
+from lightning_goldy.core.sharding import gather, like, local, unshard_guard
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.store import load_vectors, require_boolean, save_vectors
 from lightning_goldy.core.vector import ParameterVector
 
 Scope = Literal["tensor", "global"]
+
+
+def check_scope(scope: str) -> None:
+    """Checks that a share is one of each ``tensor``, or of all elements together (``global``).
+
+    Raises:
+        ValueError: The scope is unknown.
+    """
+    if scope not in get_args(Scope):
+        raise ValueError(f"unknown scope {scope!r}; {suggestion(str(scope), get_args(Scope))}")
+
+
+def jaccard(first: ParameterVector, second: ParameterVector) -> float:
+    """Intersection over union of two masks, a fraction; 1 when both are empty.
+
+    Args:
+        first: Boolean, plain or sharded.
+        second: Of the same space.
+
+    Raises:
+        SpaceError: The masks belong to different spaces.
+
+    Example:
+        >>> space = ParameterSpace.of(nn.Linear(2, 1, bias=False))
+        >>> a, b = (ParameterVector(space, {"weight": torch.tensor([row])}) for row in ([True, False], [True, True]))
+        >>> jaccard(a, b)
+        0.5
+    """
+    either = sum(first.zip_with(second, torch.logical_or).count())
+    return sum(first.zip_with(second, torch.logical_and).count()) / either if either else 1.0
 
 
 @dataclass(frozen=True)
@@ -214,10 +245,8 @@ class ParameterMask(ParameterVector):
             held[1] += math.prod(shape)
         return tuple(BlockDensity(block, count, numel) for block, (count, numel) in counts.items())
 
-    def iou(self, other: ParameterVector) -> float:
-        """Intersection over union, a fraction; 1 when both are empty."""
-        either = (self | other).total
-        return (self & other).total / either if either else 1.0
+    jaccard = jaccard
+    iou = jaccard
 
     def chance_overlap(self, other: ParameterVector, *, scope: Scope = "tensor") -> float:
         r"""Size of the intersection expected of two random masks of the same sizes, in elements.
@@ -257,8 +286,7 @@ class ParameterMask(ParameterVector):
         return ((self & other).total - expected) / room if room > 1e-9 * max(1.0, expected) else None
 
     def _sizes(self, other: ParameterVector, scope: Scope) -> list[tuple[int, int, int]]:
-        if scope not in ("tensor", "global"):
-            raise ValueError(f"unknown scope {scope!r}; {suggestion(str(scope), ('tensor', 'global'))}")
+        check_scope(scope)
         sizes = [*zip(self.count(), other.count(), map(math.prod, self.space.shapes), strict=True)]
         if scope == "tensor":
             return sizes
@@ -276,3 +304,47 @@ class ParameterMask(ParameterVector):
     def to_sparse_coo(self) -> dict[str, Tensor]:
         """Whole boolean tensors in torch's coalesced COO layout on the CPU, for interchange."""
         return {name: tensor.to_sparse_coo().coalesce() for name, tensor in self.to_dense().items()}
+
+
+class MaskedModel:
+    """Sets masked elements to zero in place, and copies the values back at the end of the ``with`` block.
+
+    Args:
+        model: Its parameters are changed.
+        space: Those that masks are of.
+
+    Example:
+        >>> linear = nn.Linear(2, 1, bias=False)
+        >>> before = linear.weight.detach().clone()
+        >>> with MaskedModel(linear, ParameterSpace.of(linear)) as masked:
+        ...     masked.zero({"weight": torch.tensor([[True, False]])})
+        ...     zeroed = linear.weight.tolist()
+        >>> zeroed == [[0.0, before[0, 1].item()]], torch.equal(linear.weight, before)
+        (True, True)
+    """
+
+    def __init__(self, model: nn.Module, space: ParameterSpace) -> None:
+        self.model, self.space = model, space
+        self.parameters = space.resolve(model)
+        self.values = {name: local(parameter).clone() for name, parameter in self.parameters.items()}
+        """The parameters as they were, this process's part of each."""
+
+    def zero(self, mask: Mapping[str, Tensor] | None) -> None:
+        """Sets to zero what the mask (this process's part of each tensor) marks, and nothing else; None for nothing."""
+        unshard_guard(self.model)
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                part = local(parameter)
+                part.copy_(self.values[name])
+                if mask is not None:
+                    part.masked_fill_(mask[name], 0)
+        # Inside autocast a low-precision copy of the old weight may be cached and would be used in its place.
+        torch.clear_autocast_cache()
+
+    def __enter__(self) -> MaskedModel:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.zero(None)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import nn
@@ -15,6 +17,7 @@ from lightning_goldy.optim.masked_adamw import MaskedAdamW
 
 OptimizerName = Literal["adamw", "masked_adamw"]
 ScheduleName = Literal["cosine", "linear", "constant"]
+Options = TypeVar("Options")
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,59 @@ class ScheduleOptions:
                 "steps; shorten the warm-up or train longer"
             )
         return self.warmup_steps
+
+
+def options_of(kind: type[Options], argument: str, value: Options | Mapping[str, Any]) -> Options:
+    """The options that an argument gives.
+
+    Args:
+        kind: Their class.
+        argument: The argument's name, for messages.
+        value: An object of the class, or a dictionary of its fields.
+
+    Raises:
+        TypeError: It is neither.
+        ValueError: There is no such field, or a value is out of its range.
+
+    Example:
+        >>> options_of(ScheduleOptions, "schedule", {"name": "linear"}).name
+        'linear'
+    """
+    if isinstance(value, kind):
+        return value
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{argument} must be {kind.__name__} or a dict of its fields; got {type(value).__name__}")
+    known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    for key in value:
+        if key not in known:
+            raise ValueError(f"unknown option {argument}.{key}; choose from {', '.join(known)}")
+    return kind(**value)
+
+
+def optimizer_options(
+    value: OptimizerOptions | OptimizerName | Mapping[str, Any], mask: str | Path | None = None
+) -> OptimizerOptions:
+    """The optimizer's options, with a mask that was given beside them.
+
+    Raises:
+        TypeError: They are of another kind.
+        ValueError: A name, a field or a value is unknown or out of range, or two masks are given.
+
+    Example:
+        >>> optimizer_options("masked_adamw", "golden").mask
+        'golden'
+    """
+    if isinstance(value, str):
+        if value not in get_args(OptimizerName):
+            raise ValueError(f"unknown optimizer {value!r}; choose one of {', '.join(get_args(OptimizerName))}")
+        value = {"name": value}
+    fields = vars(value) if isinstance(value, OptimizerOptions) else value
+    if mask is not None and isinstance(fields, Mapping):
+        given = fields.get("mask")
+        if given is not None and str(given) != str(mask):
+            raise ValueError(f"two masks: mask={str(mask)!r} and optimizer.mask={given!r}; give one")
+        fields = {**fields, "mask": str(mask)}
+    return options_of(OptimizerOptions, "optimizer", fields)
 
 
 def schedule_factor(options: ScheduleOptions, total_steps: float) -> Callable[[int], float]:

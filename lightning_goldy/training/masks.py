@@ -82,7 +82,11 @@ class MaskedTraining:
             raise ValueError("optimizer.name='masked_adamw', but the trainer's optimizer is another one")
         if self._noted is not None:
             resumed = _unpacked(self._noted)
-            if optimizer.mask is not None and not _same(optimizer.mask, resumed):
+            # Every tensor is gathered before the answer, because the ranks must gather alike.
+            present = None if optimizer.mask is None else optimizer.mask.to_dense()
+            if present is not None and not (
+                present.keys() == resumed.keys() and all(torch.equal(present[name], resumed[name]) for name in present)
+            ):
                 raise ValueError(
                     f"the mask in {self.source} is not the one that the checkpoint was trained with; resume with that "
                     "file, or start a new run from the weights"
@@ -146,9 +150,3 @@ def _unpacked(noted: Mapping[str, Any]) -> dict[str, Tensor]:
         name: unpack_mask(each["packed"].cpu(), torch.Size(each["shape"]), each["encoding"], f"the checkpoint's {name}")
         for name, each in noted.items()
     }
-
-
-def _same(mask: ParameterMask, other: Mapping[str, Tensor]) -> bool:
-    # Every tensor is gathered before the answer, because the ranks must gather alike.
-    whole = mask.to_dense()
-    return whole.keys() == other.keys() and all(torch.equal(whole[name], other[name]) for name in whole)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -22,7 +21,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from lightning_goldy.core.naming import suggestion
-from lightning_goldy.optim.schedules import OptimizerName, OptimizerOptions, ScheduleOptions
+from lightning_goldy.core.sharding import gather, is_sharded
 
 Head = Literal["causal_lm", "sequence_classification"]
 WeightDtype = Literal["float32", "bfloat16", "float16", "auto"]
@@ -266,69 +265,59 @@ def check_length(input_ids: torch.Tensor, limit: int) -> None:
         )
 
 
+def shard_blocks(model: nn.Module, mesh: Any) -> None:
+    """Shards each block, then the rest, over the ``data_parallel`` dimension of a mesh; again is harmless.
+
+    Args:
+        model: Changed in place.
+        mesh: What Lightning's ``ModelParallelStrategy`` gives, with ``data_parallel`` and ``tensor_parallel``.
+
+    Raises:
+        ValueError: The mesh also splits tensors, for which there is no plan here.
+    """
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    tensor_parallel = mesh["tensor_parallel"].size()
+    if tensor_parallel > 1:
+        raise ValueError(
+            f"the strategy splits tensors over {tensor_parallel} devices, but the model is sharded over data_parallel "
+            "only; use ModelParallelStrategy(data_parallel_size=<devices>, tensor_parallel_size=1)"
+        )
+    if isinstance(model, FSDPModule):
+        return
+    for block in repeated_blocks(model):
+        fully_shard(block, mesh=mesh["data_parallel"])
+    fully_shard(model, mesh=mesh["data_parallel"])
+
+
+def repeated_blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks that a model declares indivisible, or else the children of its longest list of modules.
+
+    Example:
+        >>> [type(block).__name__ for block in repeated_blocks(nn.Sequential(nn.Linear(1, 1), nn.ReLU()))]
+        ['Linear']
+    """
+    declared = set(getattr(model, "_no_split_modules", None) or ())
+    blocks = [module for module in model.modules() if type(module).__name__ in declared]
+    if not blocks:
+        lists = [module for module in model.modules() if isinstance(module, (nn.ModuleList, nn.Sequential))]
+        blocks = list(max(lists, key=len).children()) if lists else []
+    return [block for block in blocks if block is not model and next(block.parameters(), None) is not None]
+
+
+def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The whole weights by name; a collective when the model is sharded.
+
+    Example:
+        >>> sorted(full_state_dict(nn.Linear(1, 1)))
+        ['bias', 'weight']
+    """
+    return {name: gather(value) if is_sharded(value) else value for name, value in model.state_dict().items()}
+
+
 def _default_config(model_type: str) -> PreTrainedConfig:
     return CONFIG_MAPPING[model_type]()
 
 
 def _torch_dtype(dtype: WeightDtype) -> Any:
     return dtype if dtype == "auto" else getattr(torch, dtype)
-
-
-Options = TypeVar("Options", OptimizerOptions, ScheduleOptions, LoraOptions)
-
-
-def options_of(kind: type[Options], argument: str, value: Options | Mapping[str, Any]) -> Options:
-    """The options that an argument gives.
-
-    Args:
-        kind: Their class.
-        argument: The argument's name, for messages.
-        value: An object of the class, or a dictionary of its fields.
-
-    Raises:
-        TypeError: It is neither.
-        ValueError: There is no such field, or a value is out of its range.
-
-    Example:
-        >>> options_of(ScheduleOptions, "schedule", {"name": "linear"}).name
-        'linear'
-    """
-    if isinstance(value, kind):
-        return value
-    if not isinstance(value, Mapping):
-        raise TypeError(f"{argument} must be {kind.__name__} or a dict of its fields; got {type(value).__name__}")
-    known = [field.name for field in dataclasses.fields(kind)]
-    for key in value:
-        if key not in known:
-            raise ValueError(f"unknown option {argument}.{key}; choose from {', '.join(known)}")
-    return kind(**value)
-
-
-def optimizer_options(
-    value: OptimizerOptions | OptimizerName | Mapping[str, Any], mask: str | Path | None = None
-) -> OptimizerOptions:
-    """The optimizer's options, with a mask that was given beside them.
-
-    Raises:
-        TypeError: They are of another kind.
-        ValueError: A name, a field or a value is unknown or out of range, or two masks are given.
-
-    Example:
-        >>> optimizer_options("masked_adamw", "golden").mask
-        'golden'
-    """
-    if isinstance(value, str):
-        if value not in get_args(OptimizerName):
-            raise ValueError(f"unknown optimizer {value!r}; choose one of {', '.join(get_args(OptimizerName))}")
-        value = {"name": value}
-    if mask is None:
-        return options_of(OptimizerOptions, "optimizer", value)
-    fields = dict(value) if isinstance(value, Mapping) else {}
-    if isinstance(value, OptimizerOptions):
-        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    elif not isinstance(value, Mapping):
-        options_of(OptimizerOptions, "optimizer", value)
-    given = fields.get("mask")
-    if given is not None and str(given) != str(mask):
-        raise ValueError(f"two masks: mask={str(mask)!r} and optimizer.mask={given!r}; give one")
-    return options_of(OptimizerOptions, "optimizer", {**fields, "mask": str(mask)})

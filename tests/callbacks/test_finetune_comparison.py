@@ -10,8 +10,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_goldy import GoldyModule, ParameterMask, ParameterVector
-from lightning_goldy.callbacks import GoldenParameters
-from lightning_goldy.callbacks.finetune_comparison import Finetune, FinetuneComparison, comparison_table
+from lightning_goldy.callbacks import FinetuneComparison, GoldenParameters
+from lightning_goldy.callbacks.finetune_comparison import Finetune, comparison_table
 from lightning_goldy.core import load_vectors
 from tests.callbacks.training import TokenData, Tokens
 from tests.references.models import build
@@ -93,6 +93,12 @@ def test_the_random_mask_is_of_the_same_size_in_every_tensor(compared):
     assert chosen.iou(golden) < 0.2
     elements = {each["name"]: each["elements"] for each in row["result"]["rows"]}
     assert elements == {"start": 0, "masked": golden.total, "full": golden.space.numel, "random": golden.total}
+
+
+def test_the_cost_is_that_of_the_other_trainings_and_of_all_measurements(compared):
+    row = compared[4]
+    trained, measured = 2 * 2 * 16, 4 * (16 + 4)
+    assert (row["cost"]["forwards"], row["cost"]["backwards"]) == (trained + measured, trained)
 
 
 def test_the_comparison_leaves_the_training_as_it_was(tmp_path, compared):

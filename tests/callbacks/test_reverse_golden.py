@@ -12,9 +12,16 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_goldy.analysis import Fluctuation, ReverseGoldenResult, reverse_golden_parameters
+from lightning_goldy.analysis import (
+    Cost,
+    Fluctuation,
+    ReverseGoldenResult,
+    compare_generations,
+    reverse_golden_parameters,
+)
 from lightning_goldy.analysis.basin import Selection
 from lightning_goldy.callbacks import ExactResume, GoldenSnapshot, ReverseGoldenParameters
+from lightning_goldy.callbacks import reverse_golden_parameters as reverse_golden_module
 from lightning_goldy.callbacks.reverse_golden_parameters import Generations, Search, halves
 from lightning_goldy.core import CausalLMObjective, ParameterSpace, load_vectors
 from lightning_goldy.report import write_report
@@ -145,6 +152,21 @@ def test_generations_go_to_the_row_the_page_and_tensorboard(tmp_path):
     assert "<" not in text
 
 
+def test_the_cost_of_generations_is_added(tmp_path, monkeypatch):
+    def priced(*arguments, **options):
+        found = compare_generations(*arguments, **options)
+        object.__setattr__(found, "cost", Cost(forwards=1000))
+        return found
+
+    monkeypatch.setattr(reverse_golden_module, "compare_generations", priced)
+    forwards = []
+    for prompts in ([], ["abc"]):
+        watcher = ReverseGoldenParameters(generations=Generations(prompts=prompts, max_new_tokens=4), **QUICK)
+        fit(tmp_path / str(len(prompts)), [watcher], data=WithTokenizer(), max_epochs=1)
+        forwards.append(rows_of(watcher)[0]["cost"]["forwards"])
+    assert forwards[1] == forwards[0] + 1000
+
+
 def test_prompts_without_a_tokenizer_are_refused_before_the_first_step(tmp_path):
     watcher = ReverseGoldenParameters(generations=Generations(prompts=["abc"]), **QUICK)
     with pytest.raises(ValueError, match="prompts need a tokenizer"):
@@ -167,13 +189,24 @@ def test_halves_share_no_sample_and_leave_none_out():
         ({"strategy": "choas_driven"}, "did you mean 'chaos_driven'"),
         ({"scope": "model"}, "unknown scope 'model'"),
         ({"n_samples": 1}, "n_samples must be at least 2"),
-        ({"search": Search(score="g")}, "unknown score 'g'"),
-        ({"search": Search(rounds=0)}, "rounds must be at least 1"),
     ],
 )
 def test_wrong_options_are_refused_before_anything_is_loaded(options, message):
     with pytest.raises(ValueError, match=message):
         ReverseGoldenParameters(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"score": "g"}, "unknown score 'g'"),
+        ({"rounds": 0}, "rounds must be at least 1"),
+        ({"cache": "x"}, "cache 'x'"),
+    ],
+)
+def test_a_search_that_cannot_be_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Search(**options)
 
 
 def test_too_few_probe_samples_are_refused_before_the_first_step(tmp_path):

@@ -1,13 +1,27 @@
 """Which parameters carry the finetune: golden and reverse golden parameters."""
 
-from lightning_goldy.analysis.golden.golden import GoldenResult, golden_parameters, jaccard, register_score
-from lightning_goldy.analysis.golden.reverse import ReverseGoldenResult, reverse_golden_parameters
-from lightning_goldy.analysis.golden.search import Fluctuation, register_strategy
+from lightning_goldy.analysis.golden.fluctuation import Fluctuation, register_strategy
+from lightning_goldy.analysis.golden.golden import (
+    GoldenResult,
+    check_golden_arguments,
+    golden_parameters,
+    register_score,
+)
+from lightning_goldy.analysis.golden.reverse import (
+    ReverseGoldenResult,
+    Search,
+    check_search_arguments,
+    reverse_golden_parameters,
+)
+from lightning_goldy.core.mask import jaccard
 
 __all__ = [
     "Fluctuation",
     "GoldenResult",
     "ReverseGoldenResult",
+    "Search",
+    "check_golden_arguments",
+    "check_search_arguments",
     "golden_parameters",
     "jaccard",
     "register_score",

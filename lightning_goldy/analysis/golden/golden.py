@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.result import AnalysisResult, Cost
+from lightning_goldy.analysis.result import AnalysisResult, Cost, tensor_rows
 from lightning_goldy.core.isolation import preserved
-from lightning_goldy.core.naming import block_of, kind_of, suggestion
+from lightning_goldy.core.mask import ParameterMask, Scope, check_scope
 from lightning_goldy.core.objective import CausalLMObjective, Objective, map_batch
 from lightning_goldy.core.registry import Registry
 from lightning_goldy.core.selection import select_largest
-from lightning_goldy.core.sharding import Replicas, align, gather, is_sharded, like, local, sum_over_shards
+from lightning_goldy.core.sharding import (
+    Replicas,
+    align,
+    gather,
+    is_sharded,
+    like,
+    local,
+    sum_over_shards,
+    unshard_guard,
+)
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.store import Kind
 from lightning_goldy.core.vector import ParameterVector, elements_in, require_finite
+
+Mask = dict[str, Tensor]
 
 Score = Callable[[Tensor, Tensor], Tensor]
 """``score(gradient, value)``: both in at least float32, the gradient free to be overwritten; larger is stronger."""
@@ -56,124 +67,6 @@ def fisher(gradient: Tensor, value: Tensor) -> Tensor:
     return gradient.mul_(value).square_()
 
 
-Scope = Literal["tensor", "global"]
-
-
-class Ballot:
-    """Votes per element, filled while gradients are produced."""
-
-    def __init__(
-        self, parameters: dict[str, nn.Parameter], top_k_percent: float, score: str, scope: Scope, n_samples: int
-    ) -> None:
-        self.parameters = parameters
-        self.score = SCORES[score]
-        self.scope = scope
-        self.counts = [elements_in(top_k_percent, p.numel()) for p in parameters.values()]
-        self.total = elements_in(top_k_percent, sum(p.numel() for p in parameters.values()))
-        # A byte holds the votes of 255 samples, a short those of 32,767.
-        dtype = torch.uint8 if n_samples < 256 else torch.int16 if n_samples < 32768 else torch.int32
-        self.votes = {name: torch.zeros_like(local(p), dtype=dtype) for name, p in parameters.items()}
-        self.seen: set[str] = set()
-        self.streaming = scope == "tensor" and not any(is_sharded(p) for p in parameters.values())
-
-    def collecting(self, model: nn.Module) -> ExitStack:
-        """Hooks that turn each gradient into votes as soon as it is complete, where that is possible.
-
-        FSDP2 writes sharded gradients without running such hooks, and a global selection needs all gradients at once.
-        """
-        stack = ExitStack()
-        if not any(is_sharded(parameter) for parameter in model.parameters()):
-            chosen = {id(parameter) for parameter in self.parameters.values()}
-            for parameter in model.parameters():
-                if id(parameter) not in chosen and parameter.requires_grad:
-                    parameter.requires_grad_(False)
-        if self.streaming:
-            for (name, parameter), k in zip(self.parameters.items(), self.counts, strict=True):
-
-                def hook(parameter: Tensor, name: str = name, k: int = k) -> None:
-                    self._mark([name], k)
-
-                handle = parameter.register_post_accumulate_grad_hook(hook)
-                stack.callback(handle.remove)
-        return stack
-
-    def vote(self, objective: Objective, model: nn.Module, sample: Any) -> None:
-        """One forward and backward pass, whose gradients become votes."""
-        before = set(self.seen)
-        self.seen.clear()
-        objective.log_probs(model, sample).mean().backward()
-        names = list(self.parameters)
-        if self.scope == "global":
-            self._mark(names, self.total)
-        else:
-            for name, k in zip(names, self.counts, strict=True):
-                if name not in self.seen:
-                    self._mark([name], k)
-        self.seen |= before
-        for parameter in model.parameters():
-            parameter.grad = None
-
-    def _mark(self, names: Sequence[str], k: int) -> None:
-        scores = []
-        for name in names:
-            parameter = self.parameters[name]
-            gradient, parameter.grad = parameter.grad, None
-            if gradient is not None:
-                self.seen.add(name)
-            scores.append(self._scores(gradient, parameter))
-        self._require_finite(names, scores)
-        for name, mask in zip(names, select_largest(scores, k), strict=True):
-            # Booleans are bytes of 0 and 1; seen as such, the addition is vectorised.
-            self.votes[name].add_(mask.view(torch.uint8))
-
-    def _scores(self, gradient: Tensor | None, parameter: nn.Parameter) -> Tensor:
-        value = local(parameter)
-        dtype = torch.promote_types(value.dtype, torch.float32)
-        if gradient is None:
-            part = torch.zeros_like(value, dtype=dtype)
-        else:
-            dense = gradient.to_dense() if gradient.layout is torch.sparse_coo else gradient
-            part = self.score(local(align(dense, parameter)).to(dtype), value.to(dtype))
-        return like(parameter.detach(), part)
-
-    def _require_finite(self, names: Sequence[str], scores: Sequence[Tensor]) -> None:
-        # The largest element is NaN when any is: one pass, and no second tensor.
-        largest = [part.amax() if part.numel() else part.new_zeros(()) for part in map(local, scores)]
-        flags: Sequence[Tensor | bool] = [not math.isfinite(value) for value in largest]
-        if any(map(is_sharded, scores)):
-            # Summed over shards, so that all processes raise and none is left waiting in the selection.
-            partial = [torch.tensor(int(flag), device=value.device) for flag, value in zip(flags, largest, strict=True)]
-            flags = sum_over_shards(partial, scores)
-        for name, broken in zip(names, flags, strict=True):
-            if broken:
-                raise ValueError(f"the gradient of {name} is not finite; its elements cannot be ranked")
-
-    def totals(self, replicas: Replicas) -> dict[str, Tensor]:
-        """Votes summed over the replicas, in the layout of the parameters."""
-        voted = torch.tensor([name in self.seen for name in self.parameters], dtype=torch.int32)
-        device = next(iter(self.votes.values())).device
-        missing = (replicas.sum_(voted.to(device)) == 0).nonzero().flatten().tolist()
-        if missing:
-            name = list(self.parameters)[missing[0]]
-            raise ValueError(
-                f"the objective does not depend on {name} ({len(missing)} such parameters): no sample gave it a "
-                "gradient; leave it out with exclude="
-            )
-        totals = {}
-        for name, votes in self.votes.items():
-            # Process groups do not sum shorts.
-            summable = votes.int() if votes.dtype == torch.int16 and replicas.size > 1 else votes
-            totals[name] = like(self.parameters[name].detach(), replicas.sum_(summable))
-        return totals
-
-    def shares(self) -> list[float]:
-        """Share of each tensor that a sample marks, or would be expected to mark at random, a fraction."""
-        sizes = [parameter.numel() for parameter in self.parameters.values()]
-        if self.scope == "global":
-            return [self.total / sum(sizes)] * len(sizes)
-        return [count / size for count, size in zip(self.counts, sizes, strict=True)]
-
-
 @dataclass(frozen=True)
 class GoldenResult(AnalysisResult):
     """Which parameters are golden, and how many would be by chance.
@@ -194,7 +87,7 @@ class GoldenResult(AnalysisResult):
 
     analysis: ClassVar[str] = "golden_parameters"
 
-    mask: ParameterVector
+    mask: ParameterMask
     golden: tuple[int, ...]
     marked: tuple[int, ...]
     chance: tuple[float, ...]
@@ -231,36 +124,20 @@ class GoldenResult(AnalysisResult):
         names = ("count", "density", "chance_density", "density_over_chance")
         return {name: getattr(self, name) for name in names}
 
-    def details(self) -> dict[str, Any]:
-        """The summary."""
-        return self.summary()
-
     def vectors(self) -> dict[str, tuple[ParameterVector, Kind]]:
         """The mask."""
         return {"mask": (self.mask, "mask")}
 
-    def summary(self) -> dict[str, Any]:
+    def details(self) -> dict[str, Any]:
         """A JSON-able description without the mask: the settings, and counts by tensor."""
-        rows = zip(self.mask.space.names, self.mask.space.shapes, self.marked, self.golden, self.chance, strict=True)
+        settings = ("top_k_percent", "score", "scope", "quorum", "n_samples")
+        counts = {"k": self.marked, "golden": self.golden, "chance": self.chance}
         return {
-            "top_k_percent": self.top_k_percent,
-            "score": self.score,
-            "scope": self.scope,
-            "quorum": self.quorum,
-            "n_samples": self.n_samples,
-            "tensors": [
-                {
-                    "name": name,
-                    "block": block_of(name),
-                    "kind": kind_of(name),
-                    "numel": math.prod(shape),
-                    "k": marked,
-                    "golden": golden,
-                    "chance": chance,
-                }
-                for name, shape, marked, golden, chance in rows
-            ],
+            **{name: getattr(self, name) for name in settings},
+            "tensors": tensor_rows(self.mask.space.names, numel=map(math.prod, self.mask.space.shapes), **counts),
         }
+
+    summary = details
 
 
 def golden_parameters(
@@ -316,7 +193,7 @@ def golden_parameters(
         >>> result.mask["weight"].any(dim=0).tolist()
         [True, False, False]
     """
-    check_arguments(score, scope, quorum, n_samples)
+    check_golden_arguments(top_k_percent, score, scope, quorum, n_samples)
     objective = objective or CausalLMObjective()
     space = space or ParameterSpace.of(model)
     replicas = Replicas.of(model) if split_over_ranks else Replicas()
@@ -324,7 +201,7 @@ def golden_parameters(
         samples = _first_samples(batches, objective, n_samples)
         parameters = space.resolve(model)
         require_finite(parameters, "weights")
-        ballot = Ballot(parameters, top_k_percent, score, scope, len(samples))
+        ballot = Ballot(parameters, Budget(parameters, top_k_percent, scope), score, len(samples))
         mine = replicas.share(samples)
         device = next(iter(parameters.values())).device
         with ballot.collecting(model):
@@ -337,7 +214,7 @@ def golden_parameters(
     sizes = [math.prod(shape) for shape in space.shapes]
     shares = ballot.shares()
     return GoldenResult(
-        mask=ParameterVector(space, golden),
+        mask=ParameterMask(space, golden),
         golden=tuple(int(mask.count_nonzero()) for mask in golden.values()),
         marked=tuple(round(share * size) for share, size in zip(shares, sizes, strict=True)),
         chance=tuple(
@@ -353,18 +230,174 @@ def golden_parameters(
     )
 
 
-def jaccard(first: ParameterVector, second: ParameterVector) -> float:
-    """Intersection over union of two masks; 1 when both are empty.
+class Budget:
+    """How many elements a mask may have, by tensor or in all, and the selections within it.
+
+    Args:
+        parameters: Name to parameter.
+        top_k_percent: Share of the elements, percent in (0, 100].
+        scope: The share of each ``tensor``, or of all elements together (``global``).
 
     Example:
-        >>> space = ParameterSpace.of(nn.Linear(2, 1, bias=False))
-        >>> a, b = (ParameterVector(space, {"weight": torch.tensor([row])}) for row in ([True, False], [True, True]))
-        >>> jaccard(a, b)
-        0.5
+        >>> budget = Budget({"a": torch.zeros(10), "b": torch.zeros(4)}, 20, "tensor")
+        >>> budget.sizes(), budget.sizes(0.5), Budget({"a": torch.zeros(10), "b": torch.zeros(4)}, 20, "global").sizes()
+        ([2, 1], [1, 1], [3])
     """
-    both = sum(first.zip_with(second, torch.logical_and).count())
-    either = sum(first.zip_with(second, torch.logical_or).count())
-    return both / either if either else 1.0
+
+    def __init__(self, parameters: Mapping[str, Tensor], top_k_percent: float, scope: Scope) -> None:
+        self.layouts = {name: parameter.detach() for name, parameter in parameters.items()}
+        names = list(self.layouts)
+        self.groups = [names] if scope == "global" else [[name] for name in names]
+        """Names of the tensors that share a budget."""
+        self.numels = [sum(self.layouts[name].numel() for name in group) for group in self.groups]
+        """Elements of each group."""
+        self._whole = [elements_in(top_k_percent, numel) for numel in self.numels]
+
+    def sizes(self, share: float = 1.0) -> list[int]:
+        """Elements of each group at this share of the budget, rounded half up, at least one."""
+        return [max(1, math.floor(share * size + 0.5)) for size in self._whole]
+
+    def pools(self, sizes: list[int], factor: float) -> list[int]:
+        """Elements of each group's pool, rounded up; at most all."""
+        return [min(numel, math.ceil(factor * size - 1e-9)) for size, numel in zip(sizes, self.numels, strict=True)]
+
+    def largest(self, scores: Mapping[str, Tensor], sizes: list[int]) -> Mask:
+        """Marks exactly so many elements of each group, the largest, ties to the smaller index."""
+        mask: Mask = {}
+        for group, size in zip(self.groups, sizes, strict=True):
+            laid_out = self.laid_out({name: scores[name] for name in group})
+            mask.update(zip(group, select_largest(list(laid_out.values()), size), strict=True))
+        return mask
+
+    def reselected(self, scores: Mapping[str, Tensor], mask: Mask, sizes: list[int], pools: list[int]) -> Mask:
+        """The best of a pool that holds the masked elements and the best others, exactly so many of each group.
+
+        Args:
+            scores: Larger is better; finite.
+            mask: The present one.
+            sizes: Elements to mark of each group.
+            pools: Elements of each pool, at least the size to be marked.
+        """
+        # At most pool - masked others come in, so the best size - (pool - masked) of the masked stay whatever happens.
+        masked = self.counts(mask)
+        stay = [size - (pool - count) for size, pool, count in zip(sizes, pools, masked, strict=True)]
+        inside = {name: torch.where(mask[name], score, -math.inf) for name, score in scores.items()}
+        chosen = {name: torch.where(mask[name], math.inf, scores[name]) for name in scores}
+        for group, count, kept in zip(self.groups, masked, stay, strict=True):
+            if 0 < kept < count:
+                best = select_largest([like(self.layouts[name], inside[name]) for name in group], kept)
+                chosen |= {
+                    name: torch.where(each, math.inf, scores[name]) for name, each in zip(group, best, strict=True)
+                }
+            elif kept <= 0:
+                chosen |= {name: scores[name] for name in group}
+        return self.largest(chosen, sizes)
+
+    def laid_out(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This process's parts in the layouts of their parameters."""
+        return {name: like(self.layouts[name], part) for name, part in parts.items()}
+
+    def counts(self, mask: Mask) -> list[int]:
+        """Marked elements of each group."""
+        each = [mask[name].count_nonzero() for name in self.layouts]
+        counts = dict(zip(self.layouts, sum_over_shards(each, list(self.layouts.values())), strict=True))
+        return [sum(int(counts[name]) for name in group) for group in self.groups]
+
+
+class Ballot:
+    """Votes per element, filled while gradients are produced."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], budget: Budget, score: str, n_samples: int) -> None:
+        self.parameters = parameters
+        self.budget = budget
+        self.score = SCORES[score]
+        # A byte holds the votes of 255 samples, a short those of 32,767.
+        dtype = torch.uint8 if n_samples < 256 else torch.int16 if n_samples < 32768 else torch.int32
+        self.votes = {name: torch.zeros_like(local(p), dtype=dtype) for name, p in parameters.items()}
+        self.seen: set[str] = set()
+
+    def collecting(self, model: nn.Module) -> ExitStack:
+        """Hooks that turn each gradient into votes as soon as it is complete, where that is possible.
+
+        FSDP2 writes sharded gradients without running such hooks, and a global selection needs all gradients at once.
+        """
+        stack = ExitStack()
+        only_these_require_gradients(model, self.parameters)
+        if any(map(is_sharded, self.parameters.values())):
+            return stack
+        for group, k in self._groups():
+            if len(group) == 1:
+
+                def hook(parameter: Tensor, group: Sequence[str] = group, k: int = k) -> None:
+                    self._mark(group, k)
+
+                handle = self.parameters[group[0]].register_post_accumulate_grad_hook(hook)
+                stack.callback(handle.remove)
+        return stack
+
+    def vote(self, objective: Objective, model: nn.Module, sample: Any) -> None:
+        """One forward and backward pass, whose gradients become votes."""
+        before = set(self.seen)
+        self.seen.clear()
+        objective.log_probs(model, sample).mean().backward()
+        for group, k in self._groups():
+            if group[0] not in self.seen:
+                self._mark(group, k)
+        self.seen |= before
+        for parameter in model.parameters():
+            parameter.grad = None
+
+    def _groups(self) -> Iterator[tuple[list[str], int]]:
+        yield from zip(self.budget.groups, self.budget.sizes(), strict=True)
+
+    def _mark(self, names: Sequence[str], k: int) -> None:
+        scores = []
+        for name in names:
+            parameter = self.parameters[name]
+            gradient, parameter.grad = parameter.grad, None
+            if gradient is not None:
+                self.seen.add(name)
+            scores.append(self._scores(gradient, parameter))
+        self._require_finite(names, scores)
+        for name, mask in zip(names, select_largest(scores, k), strict=True):
+            # Booleans are bytes of 0 and 1; seen as such, the addition is vectorised.
+            self.votes[name].add_(mask.view(torch.uint8))
+
+    def _scores(self, gradient: Tensor | None, parameter: nn.Parameter) -> Tensor:
+        value = local(parameter)
+        dtype = torch.promote_types(value.dtype, torch.float32)
+        if gradient is None:
+            part = torch.zeros_like(value, dtype=dtype)
+        else:
+            part = self.score(gradient_part(gradient, parameter), value.to(dtype))
+        return like(parameter.detach(), part)
+
+    def _require_finite(self, names: Sequence[str], scores: Sequence[Tensor]) -> None:
+        # The largest element is NaN when any is: one pass, and no second tensor.
+        largest = [part.amax() if part.numel() else part.new_zeros(()) for part in map(local, scores)]
+        flags: Sequence[Tensor | bool] = [not math.isfinite(value) for value in largest]
+        if any(map(is_sharded, scores)):
+            # Summed over shards, so that all processes raise and none is left waiting in the selection.
+            partial = [torch.tensor(int(flag), device=value.device) for flag, value in zip(flags, largest, strict=True)]
+            flags = sum_over_shards(partial, scores)
+        for name, broken in zip(names, flags, strict=True):
+            if broken:
+                raise ValueError(f"the gradient of {name} is not finite; its elements cannot be ranked")
+
+    def totals(self, replicas: Replicas) -> dict[str, Tensor]:
+        """Votes summed over the replicas, in the layout of the parameters."""
+        require_gradients(self.parameters, self.seen, replicas)
+        totals = {}
+        for name, votes in self.votes.items():
+            # Process groups do not sum shorts.
+            summable = votes.int() if votes.dtype == torch.int16 and replicas.size > 1 else votes
+            totals[name] = like(self.parameters[name].detach(), replicas.sum_(summable))
+        return totals
+
+    def shares(self) -> list[float]:
+        """Share of each tensor that a sample marks, or would be expected to mark at random, a fraction."""
+        numels = self.budget.numels
+        return [k / numel for (group, k), numel in zip(self._groups(), numels, strict=True) for _ in group]
 
 
 def binomial_tail(n: int, needed: int, p: float) -> float:
@@ -404,16 +437,69 @@ def _first_samples(batches: Iterable[Any], objective: Objective, n_samples: int 
     return samples
 
 
-def check_arguments(score: str, scope: str, quorum: float, n_samples: int | None) -> None:
+def check_golden_arguments(top_k_percent: float, score: str, scope: str, quorum: float, n_samples: int | None) -> None:
     """Checks what can be checked before there is a model.
 
     Raises:
         ValueError: An argument is unknown or out of range.
     """
+    elements_in(top_k_percent, 1)
     SCORES[score]
-    if scope not in ("tensor", "global"):
-        raise ValueError(f"unknown scope {scope!r}; {suggestion(str(scope), ('tensor', 'global'))}")
+    check_scope(scope)
     if not 0 < quorum <= 1:
         raise ValueError(f"quorum must lie in (0, 1]; got {quorum}")
     if n_samples is not None and n_samples < 1:
         raise ValueError(f"n_samples must be at least 1; got {n_samples}")
+
+
+def only_these_require_gradients(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Spares the backward pass the gradients that nobody asks for; FSDP2 needs uniform groups and is left as it is."""
+    if any(is_sharded(parameter) for parameter in model.parameters()):
+        return
+    chosen = {id(parameter) for parameter in parameters.values()}
+    for parameter in model.parameters():
+        if id(parameter) not in chosen:
+            parameter.requires_grad_(False)
+
+
+def taken_gradients(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, Tensor]]:
+    """Name and this process's part of each gradient that there is, in at least float32; all gradients are cleared."""
+    unshard_guard(model)
+    for name, parameter in parameters.items():
+        gradient, parameter.grad = parameter.grad, None
+        if gradient is not None:
+            yield name, gradient_part(gradient, parameter)
+    for parameter in model.parameters():
+        parameter.grad = None
+
+
+def gradient_part(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """This process's part of a gradient of any layout, in at least float32."""
+    dense = gradient.to_dense() if gradient.layout is torch.sparse_coo else gradient
+    part = local(align(dense, parameter))
+    return part.to(torch.promote_types(part.dtype, torch.float32))
+
+
+def zeros_like_parts(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Zeros of the shape of this process's part of each parameter, in at least float32."""
+    parts = {name: local(parameter) for name, parameter in parameters.items()}
+    return {
+        name: torch.zeros_like(part, dtype=torch.promote_types(part.dtype, torch.float32))
+        for name, part in parts.items()
+    }
+
+
+def require_gradients(parameters: Mapping[str, Tensor], seen: Collection[str], replicas: Replicas) -> None:
+    """Checks that some sample, of any replica, gave every parameter a gradient.
+
+    Raises:
+        ValueError: A parameter has received none; the first is named.
+    """
+    device = local(next(iter(parameters.values()))).device
+    voted = torch.tensor([name in seen for name in parameters], dtype=torch.int32, device=device)
+    missing = [name for name, count in zip(parameters, replicas.sum_(voted).tolist(), strict=True) if not count]
+    if missing:
+        raise ValueError(
+            f"the objective does not depend on {missing[0]} ({len(missing)} such parameters): no sample gave it a "
+            "gradient; leave it out with exclude="
+        )

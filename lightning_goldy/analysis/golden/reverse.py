@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.divergence import Cache, check_cache
-from lightning_goldy.analysis.golden.golden import SCORES, Scope
-from lightning_goldy.analysis.golden.masked_divergence import (
-    MaskedModel,
-    SharedDivergence,
+from lightning_goldy.analysis.divergence import AnchoredDivergence, Cache, check_cache, divergence_sum
+from lightning_goldy.analysis.golden.fluctuation import STRATEGIES, Fluctuation
+from lightning_goldy.analysis.golden.golden import (
+    SCORES,
+    Budget,
+    Mask,
     only_these_require_gradients,
-    pieces_of,
+    require_gradients,
     taken_gradients,
-    zeros_like_part,
+    zeros_like_parts,
 )
-from lightning_goldy.analysis.golden.search import STRATEGIES, Budget, Fluctuation, Mask, MaskSearch
-from lightning_goldy.analysis.result import AnalysisResult, Cost
-from lightning_goldy.core.batches import batch_tensors
+from lightning_goldy.analysis.result import AnalysisResult, Cost, tensor_rows
+from lightning_goldy.core.batches import batch_tensors, map_batch
 from lightning_goldy.core.isolation import preserved
-from lightning_goldy.core.naming import block_of, kind_of, suggestion
+from lightning_goldy.core.mask import MaskedModel, ParameterMask, Scope, check_scope
+from lightning_goldy.core.naming import suggestion
 from lightning_goldy.core.objective import CausalLMObjective, Objective
 from lightning_goldy.core.sharding import Replicas, gather, like, local
 from lightning_goldy.core.space import ParameterSpace
@@ -34,72 +36,52 @@ from lightning_goldy.core.vector import ParameterVector, elements_in, require_fi
 SINGLE_SHOTS = ("gradient", "taylor", "fisher")
 """The scores that every search is measured against."""
 
-
-def single_shot_scores(
-    model: nn.Module,
-    samples: SharedDivergence,
-    objective: Objective,
-    parameters: Mapping[str, nn.Parameter],
-    extra: str,
-) -> dict[str, dict[str, Tensor]]:
-    r"""Sums of scores over the forward and backward passes of all pieces, by name of the score.
-
-    .. math:: \sum_i |g_i|, \qquad \sum_i |g_i \theta|, \qquad \sum_i g_i^2 \theta^2
-
-    The last is, up to a factor, the second-order estimate of the divergence that zeroing one element causes, with the
-    Fisher matrix's diagonal taken at the data's own labels. At the unmasked weights the divergence has no gradient.
-
-    Args:
-        model: The unmasked module.
-        samples: The pieces; each is one pass.
-        objective: Gives the log-probabilities to differentiate.
-        parameters: Name to parameter.
-        extra: Another registered score to sum; may be one of the three.
-
-    Returns:
-        Name of a score to name of a parameter to this process's part, in at least float32.
-
-    Raises:
-        ValueError: A parameter has received no gradient; it is named.
-    """
-    first = {name: zeros_like_part(parameter) for name, parameter in parameters.items()}
-    second = {name: zeros_like_part(parameter) for name, parameter in parameters.items()}
-    own = {} if extra in SINGLE_SHOTS else {name: zeros_like_part(parameter) for name, parameter in parameters.items()}
-    seen = dict.fromkeys(parameters, 0)
-    for piece in samples.pieces:
-        objective.log_probs(model, piece).mean().backward()
-        for name, gradient in taken_gradients(model, parameters):
-            seen[name] = 1
-            first[name] += gradient.abs()
-            second[name].addcmul_(gradient, gradient)
-            if own:
-                value = local(parameters[name])
-                own[name] += SCORES[extra](gradient.clone(), value.to(gradient.dtype))
-    _require_all(seen, samples, next(iter(first.values())).device)
-    for sums in (first, second, own):
-        for each in sums.values():
-            samples.replicas.sum_(each)
-    values = {name: local(parameter).to(first[name].dtype) for name, parameter in parameters.items()}
-    scores = {
-        "gradient": first,
-        "taylor": {name: first[name] * value.abs() for name, value in values.items()},
-        "fisher": {name: second[name].mul_(value.square()) for name, value in values.items()},
-    }
-    return scores | ({extra: own} if own else {})
-
-
-def _require_all(seen: dict[str, int], samples: SharedDivergence, device: torch.device) -> None:
-    total = samples.replicas.sum_(torch.tensor(list(seen.values()), dtype=torch.int32, device=device))
-    missing = [name for name, count in zip(seen, total.tolist(), strict=True) if not count]
-    if missing:
-        raise ValueError(
-            f"the objective does not depend on {missing[0]} ({len(missing)} such parameters): no sample gave it a "
-            "gradient; leave it out with exclude="
-        )
-
-
 # A forward and a backward pass in units of forward passes.
 _PASS = 3
+# Share of the rounds in which the mask grows to the whole budget; in the others its elements are exchanged.
+_GROWTH = 0.7
+# What a pool exceeds the budget by is divided by this after an exchange that brought nothing.
+_SHRINKAGE = 4
+_MOST_FAILURES = 8
+# Elements of [rows, vocabulary] that are worked on at a time.
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Search:
+    """How far and from where a search goes.
+
+    Args:
+        score: Registered score of the unmasked model to start from.
+        rounds: Forward and backward passes under the masked model at most; one more scores the unmasked one.
+        chunk_size: Samples of one forward and backward pass, to bound the memory; the batches' own size by default.
+        max_stagnant_iterations: Iterations without an improvement at the full budget, after which the search ends.
+        seed: Decides the strategies that draw numbers.
+        cache: Where the unmasked model's log-probabilities are kept: ``device``, ``cpu``, ``none``, or ``auto``.
+
+    Raises:
+        ValueError: A value is unknown or out of range.
+
+    Example:
+        >>> Search(rounds=0)
+        Traceback (most recent call last):
+        ValueError: rounds must be at least 1; got 0
+    """
+
+    score: str = "fisher"
+    rounds: int = 11
+    chunk_size: int | None = None
+    max_stagnant_iterations: int = 5
+    seed: int = 0
+    cache: Cache = "auto"
+
+    def __post_init__(self) -> None:
+        SCORES[self.score]
+        check_cache(self.cache, None)
+        for name in ("rounds", "chunk_size", "max_stagnant_iterations"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}")
 
 
 @dataclass(frozen=True)
@@ -130,7 +112,7 @@ class ReverseGoldenResult(AnalysisResult):
 
     analysis: ClassVar[str] = "reverse_golden_parameters"
 
-    mask: ParameterVector
+    mask: ParameterMask
     masked: tuple[int, ...]
     kl_divergence: float
     search_divergence: float
@@ -174,40 +156,22 @@ class ReverseGoldenResult(AnalysisResult):
             "accepted_pools": sum(entry["accepted"] for entry in self.history),
         }
 
-    def details(self) -> dict[str, Any]:
-        """The summary."""
-        return self.summary()
-
     def vectors(self) -> dict[str, tuple[ParameterVector, Kind]]:
         """The mask."""
         return {"mask": (self.mask, "mask")}
 
-    def summary(self) -> dict[str, Any]:
+    def details(self) -> dict[str, Any]:
         """A JSON-able description without the mask: the settings, the course of the search, and counts by tensor."""
-        rows = zip(self.mask.space.names, self.mask.space.shapes, self.masked, strict=True)
+        settings = ("top_k_percent", "scope", "strategy", "score", "n_samples", "n_eval_samples")
+        found = ("kl_divergence", "search_divergence", "single_shots", "passes")
+        space = self.mask.space
         return {
-            "top_k_percent": self.top_k_percent,
-            "scope": self.scope,
-            "strategy": self.strategy,
-            "score": self.score,
-            "n_samples": self.n_samples,
-            "n_eval_samples": self.n_eval_samples,
-            "kl_divergence": self.kl_divergence,
-            "search_divergence": self.search_divergence,
-            "single_shots": dict(self.single_shots),
-            "passes": self.passes,
-            "history": [dict(each) for each in self.history],
-            "tensors": [
-                {
-                    "name": name,
-                    "block": block_of(name),
-                    "kind": kind_of(name),
-                    "numel": math.prod(shape),
-                    "masked": masked,
-                }
-                for name, shape, masked in rows
-            ],
+            **{name: getattr(self, name) for name in (*settings, *found)},
+            "history": [dict(entry) for entry in self.history],
+            "tensors": tensor_rows(space.names, numel=map(math.prod, space.shapes), masked=self.masked),
         }
+
+    summary = details
 
 
 def reverse_golden_parameters(
@@ -219,23 +183,12 @@ def reverse_golden_parameters(
     top_k_percent: float = 30.0,
     scope: Scope = "tensor",
     strategy: str = "adaptive_sinusoidal",
-    score: str = "fisher",
-    rounds: int = 11,
-    chunk_size: int | None = None,
-    inflation_step: float = 1.2,
-    max_inflation_factor: float = 2.0,
-    decay_factor: float = 0.9,
-    min_delta: float = 0.01,
-    max_stagnant_iterations: int = 5,
-    amplitude: float = 0.3,
-    frequency: float = 0.1,
-    momentum: float = 0.8,
-    temperature: float = 1.0,
-    seed: int = 0,
+    search: Search = Search(),
+    fluctuation: Fluctuation = Fluctuation(),  # noqa: B008 - frozen
     space: ParameterSpace | None = None,
-    cache: Cache = "auto",
     progress: Callable[[int, int], None] | None = None,
     split_over_ranks: bool = True,
+    **settings: Any,
 ) -> ReverseGoldenResult:
     r"""Searches for the mask of a given size whose zeroing changes the model's predictions most.
 
@@ -260,23 +213,12 @@ def reverse_golden_parameters(
         scope: The share of each ``tensor``, or of all elements together (``global``).
         strategy: ``adaptive_sinusoidal``, ``momentum_based``, ``exploration_decay``, ``harmonic_oscillator``,
             ``chaos_driven``, ``inflation``, a registered one of yours, or ``none`` for plain greedy growth.
-        score: Registered score of the unmasked model that the search starts from.
-        rounds: Forward and backward passes under the masked model at most; one more scores the unmasked one.
-        chunk_size: Samples of one forward and backward pass, to bound the memory; the batches' own size by default.
-        inflation_step: Growth of the pool while nothing improves; strategy ``inflation``.
-        max_inflation_factor: Largest pool as a multiple of the budget.
-        decay_factor: Decay of the pool (``inflation``) or of the temperature (``exploration_decay``) per iteration.
-        min_delta: Growth of the divergence that counts as an improvement, nats.
-        max_stagnant_iterations: Iterations without one at the full budget, after which the search ends.
-        amplitude: How far the pool exceeds the budget, a fraction of it.
-        frequency: Oscillations per iteration.
-        momentum: Share of its velocity that the pool keeps; ``momentum_based``, ``harmonic_oscillator``.
-        temperature: Of ``exploration_decay``, nats.
-        seed: Decides the strategies that draw numbers.
+        search: From which score and how far the search goes.
+        fluctuation: Settings of the strategies.
         space: Which parameters; all trainable ones by default.
-        cache: Where the unmasked model's log-probabilities are kept: ``device``, ``cpu``, ``none``, or ``auto``.
         progress: Called with (passes done, passes at most) on this rank.
         split_over_ranks: Whether to share samples out over the ranks of an initialised process group.
+        **settings: Single fields of ``search`` and ``fluctuation`` by name, such as ``rounds`` or ``amplitude``.
 
     Returns:
         The mask, its divergence on the evaluation batches beside those of the single-shot masks, and the history.
@@ -284,10 +226,9 @@ def reverse_golden_parameters(
     Raises:
         ValueError: An argument is out of range, there is no batch, a weight, a gradient or a divergence is not finite,
             or a parameter never received a gradient.
-        TypeError: The objective has no logits.
+        TypeError: The objective has no logits, or a setting is unknown.
 
     Example:
-        >>> import torch
         >>> from lightning_goldy.core.objective import ClassifierObjective
         >>> linear = nn.Linear(3, 2, bias=False)
         >>> linear.weight = nn.Parameter(torch.tensor([[3.0, 0.1, 0.1], [0.1, 0.1, 0.1]]))
@@ -296,125 +237,405 @@ def reverse_golden_parameters(
         >>> reverse_golden_parameters(linear, [batch], ClassifierObjective(), **options).mask["weight"].tolist()
         [[True, False, False], [False, False, False]]
     """
-    settings = Fluctuation(
-        amplitude, frequency, momentum, temperature, inflation_step, decay_factor, max_inflation_factor, min_delta
-    )
-    check_search_arguments(top_k_percent, scope, strategy, score, rounds, chunk_size, max_stagnant_iterations)
-    check_cache(cache, None)
+    search, fluctuation = _merge_settings(search, fluctuation, settings)
+    check_search_arguments(top_k_percent, scope, strategy)
     objective = objective or CausalLMObjective()
     space = space or ParameterSpace.of(model)
     replicas = Replicas.of(model) if split_over_ranks else Replicas()
-    choosing, measuring = _samples(batches, "batches"), _samples(eval_batches, "eval_batches")
+    choosing, measuring = _list_samples(batches, "batches"), _list_samples(eval_batches, "eval_batches")
     with preserved(model), replicas.together("reverse_golden_parameters"):
         parameters = space.resolve(model)
         require_finite(parameters, "weights")
         only_these_require_gradients(model, parameters)
-        samples = SharedDivergence(model, pieces_of(choosing, chunk_size), objective, replicas, cache=cache)
-        held_out = SharedDivergence(model, pieces_of(measuring, chunk_size), objective, replicas, cache=cache)
+        samples, held_out = (
+            SharedDivergence(model, pieces_of(part, search.chunk_size), objective, replicas, cache=search.cache)
+            for part in (choosing, measuring)
+        )
         with MaskedModel(model, space) as masked:
-            search = MaskSearch(
-                masked,
-                samples,
-                Budget(parameters, top_k_percent, scope),
-                settings.strategy(strategy, seed),
-                rounds,
-                min_delta,
-                max_stagnant_iterations,
-                progress,
-            )
-            single, kl_divergence = _searched(search, held_out, objective, score, greedy=strategy == "none")
-        assert search.best is not None
-        cost = _cost(search, len(single), (_count(choosing), _count(measuring)), anchored=cache == "none")
-        whole = {name: gather(like(parameters[name].detach(), part)).cpu() for name, part in search.best.items()}
+            budget = Budget(parameters, top_k_percent, scope)
+            course = MaskSearch(masked, samples, budget, search, fluctuation, strategy, progress)
+            single, kl_divergence = _run_search(course, held_out, objective)
+        assert course.best is not None
+        whole = {name: gather(like(parameters[name].detach(), part)).cpu() for name, part in course.best.items()}
     return ReverseGoldenResult(
-        mask=ParameterVector(space, whole),
+        mask=ParameterMask(space, whole),
         masked=tuple(int(part.count_nonzero()) for part in whole.values()),
         kl_divergence=kl_divergence,
-        search_divergence=search.best_divergence,
+        search_divergence=course.best_divergence,
         single_shots=single,
-        history=tuple(search.history),
-        passes=search.passes + 1,
-        evaluations=_PASS * (search.passes + 1) + search.evaluations + len(single) + 3,
-        n_samples=_count(choosing),
-        n_eval_samples=_count(measuring),
+        history=tuple(course.history),
+        passes=course.passes + 1,
+        evaluations=_PASS * (course.passes + 1) + course.evaluations + len(single) + 3,
+        n_samples=samples.n_samples,
+        n_eval_samples=held_out.n_samples,
         top_k_percent=top_k_percent,
         scope=scope,
         strategy=strategy,
-        score=score,
-        cost=cost,
+        score=search.score,
+        cost=samples.cost + held_out.cost,
     )
 
 
-def _cost(search: MaskSearch, n_single: int, samples: tuple[int, int], *, anchored: bool) -> Cost:
-    """Passes over the scoring and the evaluation samples; ``anchored`` where each divergence runs the anchor again."""
-    choosing, measuring = samples
-    # Of the masked model; the returned mask is measured once more.
-    compared = choosing * (search.passes + search.evaluations) + measuring * (n_single + 1)
-    # To begin with the anchor passes over both sets, and the scores of the unmasked model are taken.
-    forwards = compared * (2 if anchored else 1) + 2 * choosing + measuring
-    return Cost(forwards=forwards, backwards=choosing * (search.passes + 1))
+def _merge_settings(
+    search: Search, fluctuation: Fluctuation, settings: Mapping[str, Any]
+) -> tuple[Search, Fluctuation]:
+    """Both with single fields of either put in their place."""
+    names = [{field.name for field in fields(kind)} for kind in (Search, Fluctuation)]
+    for name in settings:
+        if name not in names[0] | names[1]:
+            known = sorted(names[0] | names[1])
+            raise TypeError(f"reverse_golden_parameters takes no {name!r}; {suggestion(name, known)}")
+    of_search, of_fluctuation = ({name: settings[name] for name in settings if name in known} for known in names)
+    return replace(search, **of_search), replace(fluctuation, **of_fluctuation)
 
 
-def _searched(
-    search: MaskSearch, held_out: SharedDivergence, objective: Objective, score: str, *, greedy: bool
-) -> tuple[dict[str, float], float]:
-    """Held-out divergences of the single-shot masks and of the best mask that was found."""
-    masked = search.masked
-    scores = single_shot_scores(masked.model, search.divergence, objective, masked.parameters, score)
-    single = _offer_all(search, held_out, scores)
-    start = scores.pop(score)
-    # The search needs their memory.
-    scores.clear()
-    search.run(start, greedy=greedy)
-    masked.zero(search.best)
-    return single, held_out(masked.model)
-
-
-def _offer_all(
-    search: MaskSearch, held_out: SharedDivergence, scores: Mapping[str, Mapping[str, Tensor]]
-) -> dict[str, float]:
-    """Lets every single-shot mask compete, and measures it on the held-out samples."""
-    found = {}
-    for name in dict.fromkeys((*SINGLE_SHOTS, *scores)):
-        require_finite(search.budget.laid_out(scores[name]), f"{name} scores")
-        mask: Mask = search.budget.largest(scores[name], search.budget.sizes())
-        search.offer(mask)
-        found[name] = held_out(search.masked.model)
-    search.masked.zero(None)
-    return found
-
-
-def check_search_arguments(
-    top_k_percent: float,
-    scope: str,
-    strategy: str,
-    score: str,
-    rounds: int,
-    chunk_size: int | None,
-    max_stagnant_iterations: int,
-) -> None:
-    """Checks what can be checked before there is a model.
-
-    Raises:
-        ValueError: An argument is unknown or out of range.
-    """
-    elements_in(top_k_percent, 1)
-    SCORES[score]
-    STRATEGIES[strategy]
-    if scope not in ("tensor", "global"):
-        raise ValueError(f"unknown scope {scope!r}; {suggestion(str(scope), ('tensor', 'global'))}")
-    counts = {"rounds": rounds, "chunk_size": chunk_size, "max_stagnant_iterations": max_stagnant_iterations}
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1; got {value}")
-
-
-def _samples(batches: Iterable[Any], argument: str) -> list[Any]:
+def _list_samples(batches: Iterable[Any], argument: str) -> list[Any]:
     found = list(batches)
     if not found:
         raise ValueError(f"there is no sample: {argument} is empty")
     return found
 
 
-def _count(batches: list[Any]) -> int:
-    return sum(len(next(batch_tensors(batch))) for batch in batches)
+def check_search_arguments(top_k_percent: float, scope: str, strategy: str) -> None:
+    """Checks what can be checked before there is a model.
+
+    Raises:
+        ValueError: An argument is unknown or out of range.
+    """
+    elements_in(top_k_percent, 1)
+    STRATEGIES[strategy]
+    check_scope(scope)
+
+
+def _run_search(course: MaskSearch, held_out: SharedDivergence, objective: Objective) -> tuple[dict[str, float], float]:
+    """Held-out divergences of the single-shot masks, which all compete, and of the best mask that was found."""
+    masked, budget, score = course.masked, course.budget, course.settings.score
+    scores = single_shot_scores(masked.model, course.divergence, objective, masked.parameters, score)
+    single = {}
+    for name in dict.fromkeys((*SINGLE_SHOTS, *scores)):
+        require_finite(budget.laid_out(scores[name]), f"{name} scores")
+        course.offer(budget.largest(scores[name], budget.sizes()))
+        single[name] = held_out(masked.model)
+    start = scores.pop(score)
+    # The search needs their memory.
+    scores.clear()
+    course.run(start)
+    masked.zero(course.best)
+    return single, held_out(masked.model)
+
+
+class _Valued(NamedTuple):
+    mask: Mask
+    value: float
+
+
+@dataclass
+class MaskSearch:
+    r"""Zeroes a growing part of the budget, scoring anew under the partly masked model each time.
+
+    With :math:`F(m) = \mathrm{KL}(p_\theta \,\|\, p_{\theta \odot (1 - m)})` and its gradient G at the masked weights,
+    :math:`s = -G \odot \theta` is to first order what masking an element adds to F, and what unmasking one takes away.
+    Each round two masks of the wanted size are tried with a forward pass: the greedy one, which only adds the best
+    elements, and the best of a pool somewhat larger, in which masked elements may lose their place. The better one is
+    kept. Where both lose what was reached, the step was too long for a first-order score, and the budget is filled with
+    the smallest weights instead, which change next to nothing. What a pool exceeds the budget by shrinks after each
+    exchange that brought nothing, and grows again after each that did.
+
+    Args:
+        masked: The model.
+        divergence: Over the samples that choose.
+        budget: Of the mask.
+        settings: How far it goes.
+        fluctuation: Settings of the strategy; its ``min_delta`` is the growth that counts as an improvement.
+        strategy: Name of what sizes the pool; under ``none`` the mask only grows, over all rounds.
+        progress: Called with (gradient passes done, gradient passes at most).
+    """
+
+    masked: MaskedModel
+    divergence: SharedDivergence
+    budget: Budget
+    settings: Search
+    fluctuation: Fluctuation
+    strategy: str
+    progress: Callable[[int, int], None] | None = None
+    best: Mask | None = field(default=None, init=False)
+    """The best mask of the whole budget so far."""
+    best_divergence: float = field(default=-math.inf, init=False)
+    passes: int = field(default=0, init=False)
+    """Forward and backward passes made."""
+    evaluations: int = field(default=0, init=False)
+    """Forward passes made for themselves."""
+    history: list[dict[str, Any]] = field(default_factory=list, init=False)
+
+    def offer(self, mask: Mask) -> None:
+        """Measures a mask of the whole budget by one forward pass, and keeps it if it is the best so far."""
+        self._keep(self._measure(mask))
+
+    def run(self, scores: Mapping[str, Tensor]) -> None:
+        """Searches from the scores of the unmasked model until the rounds are spent or nothing improves.
+
+        Args:
+            scores: Where to start, this process's part of each tensor.
+        """
+        rounds, greedy = self.settings.rounds, self.strategy == "none"
+        pool_factor = self.fluctuation.strategy(self.strategy, self.settings.seed)
+        steps = rounds if greedy else max(1, math.ceil(_GROWTH * rounds))
+        now = self._measure(self.budget.largest(scores, self.budget.sizes(1 / (steps + 1))))
+        improvement, stagnant, failures = 0.0, 0, 0
+        gain: Mask | None = None
+        for step in itertools.count(1):
+            spent = gain is None and self.passes == rounds
+            if spent or stagnant == self.settings.max_stagnant_iterations or (greedy and step > steps):
+                return
+            gain = self._gains(now.mask) if gain is None else gain
+            sizes = self.budget.sizes(min(1.0, (step + 1) / (steps + 1)))
+            factor = 1 + (pool_factor(len(self.history), improvement) - 1) / _SHRINKAGE**failures
+            pools = self.budget.pools(sizes, factor)
+            tried = self._try(gain, now, sizes, pools, fill=not greedy)
+            # The first of equals: nothing is exchanged for nothing.
+            kept = max(tried, key=lambda name: tried[name].value)
+            improvement, moved = tried[kept].value - now.value, tried[kept].mask is not now.mask
+            now = tried[kept]
+            if step >= steps:
+                stagnant = 0 if now.value - self.best_divergence > self.fluctuation.min_delta else stagnant + 1
+                self._keep(now)
+            self._record(tried, kept, sizes, pools, factor)
+            failures = max(0, failures - 1) if moved else min(failures + 1, _MOST_FAILURES)
+            gain = None if moved else gain
+
+    def _gains(self, mask: Mask) -> Mask:
+        """What masking each element adds, to first order, nats."""
+        self.masked.zero(mask)
+        _, gradients = self.divergence.gradients(self.masked.model, self.masked.parameters)
+        self.passes += 1
+        if self.progress is not None:
+            self.progress(self.passes, self.settings.rounds)
+        values = self.masked.values
+        return {name: gradient.mul_(values[name]).neg_() for name, gradient in gradients.items()}
+
+    def _try(self, gain: Mask, now: _Valued, sizes: list[int], pools: list[int], *, fill: bool) -> dict[str, _Valued]:
+        grows = self.budget.counts(now.mask) != sizes
+        tried = {"greedy": self._measure(self.budget.reselected(gain, now.mask, sizes, sizes)) if grows else now}
+        if pools != sizes:
+            tried["pool"] = self._measure(self.budget.reselected(gain, now.mask, sizes, pools))
+        if fill and grows and max(each.value for each in tried.values()) < now.value:
+            smallest = {name: -part.abs().to(gain[name].dtype) for name, part in self.masked.values.items()}
+            tried["smallest"] = self._measure(self.budget.reselected(smallest, now.mask, sizes, sizes))
+        return tried
+
+    def _measure(self, mask: Mask) -> _Valued:
+        self.masked.zero(mask)
+        self.evaluations += 1
+        return _Valued(mask, self.divergence(self.masked.model))
+
+    def _keep(self, found: _Valued) -> None:
+        if found.value > self.best_divergence:
+            self.best, self.best_divergence = found
+
+    def _record(
+        self, tried: Mapping[str, _Valued], kept: str, sizes: list[int], pools: list[int], factor: float
+    ) -> None:
+        self.history.append(
+            {
+                "iteration": len(self.history),
+                "passes": self.passes,
+                "size": sum(sizes),
+                "pool": sum(pools),
+                "factor": factor,
+                "greedy_kl": tried["greedy"].value,
+                "pool_kl": tried["pool"].value if "pool" in tried else None,
+                "kl": tried[kept].value,
+                "kept": kept,
+                "accepted": kept == "pool",
+                "best_kl": self.best_divergence,
+            }
+        )
+
+
+def single_shot_scores(
+    model: nn.Module,
+    samples: SharedDivergence,
+    objective: Objective,
+    parameters: Mapping[str, nn.Parameter],
+    extra: str,
+) -> dict[str, dict[str, Tensor]]:
+    r"""Sums of scores over the forward and backward passes of all pieces, by name of the score.
+
+    .. math:: \sum_i |g_i|, \qquad \sum_i |g_i \theta|, \qquad \sum_i g_i^2 \theta^2
+
+    The last is, up to a factor, the second-order estimate of the divergence that zeroing one element causes, with the
+    Fisher matrix's diagonal taken at the data's own labels. At the unmasked weights the divergence has no gradient.
+
+    Args:
+        model: The unmasked module.
+        samples: The pieces; each is one pass.
+        objective: Gives the log-probabilities to differentiate.
+        parameters: Name to parameter.
+        extra: Another registered score to sum; may be one of the three.
+
+    Returns:
+        Name of a score to name of a parameter to this process's part, in at least float32.
+
+    Raises:
+        ValueError: A parameter has received no gradient; it is named.
+    """
+    first, second = zeros_like_parts(parameters), zeros_like_parts(parameters)
+    own = {} if extra in SINGLE_SHOTS else zeros_like_parts(parameters)
+    seen: set[str] = set()
+    samples.cost += Cost(forwards=samples.n_samples, backwards=samples.n_samples)
+    for piece in samples.pieces:
+        objective.log_probs(model, piece).mean().backward()
+        for name, gradient in taken_gradients(model, parameters):
+            seen.add(name)
+            first[name] += gradient.abs()
+            second[name].addcmul_(gradient, gradient)
+            if own:
+                value = local(parameters[name])
+                own[name] += SCORES[extra](gradient.clone(), value.to(gradient.dtype))
+    require_gradients(parameters, seen, samples.replicas)
+    for part in (*first.values(), *second.values(), *own.values()):
+        samples.replicas.sum_(part)
+    values = {name: local(parameter).to(first[name].dtype) for name, parameter in parameters.items()}
+    scores = {
+        "gradient": first,
+        "taylor": {name: first[name] * value.abs() for name, value in values.items()},
+        "fisher": {name: second[name].mul_(value.square()) for name, value in values.items()},
+    }
+    return scores | ({extra: own} if own else {})
+
+
+class SharedDivergence:
+    r"""Mean divergence of the model from itself as it was when this was made, its samples shared out over replicas.
+
+    Args:
+        model: The module at the anchor, in evaluation mode.
+        pieces: Batches, each one forward pass; the same on every rank.
+        objective: Where the targets are.
+        replicas: The ranks that share the pieces out.
+        cache: Where the anchor's log-probabilities are kept.
+
+    Example:
+        >>> from lightning_goldy.core.objective import ClassifierObjective
+        >>> piece = (torch.ones(1, 2), torch.tensor([0]))
+        >>> SharedDivergence(nn.Linear(2, 3), [piece], ClassifierObjective(), Replicas()).positions
+        1
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        pieces: Sequence[Any],
+        objective: Objective,
+        replicas: Replicas,
+        *,
+        cache: Cache = "auto",
+    ) -> None:
+        device = next(model.parameters()).device
+        self.n_samples = sum(len(next(batch_tensors(piece))) for piece in pieces)
+        """Samples of all ranks."""
+        self.cost = Cost(forwards=self.n_samples)
+        """Passes made so far."""
+        # Without a cache the anchor runs again beside the model.
+        self._runs = 2 if cache == "none" else 1
+        self.pieces = [map_batch(piece, lambda tensor: tensor.to(device)) for piece in replicas.share(pieces)]
+        """This rank's share, on the model's device."""
+        self.replicas = replicas
+        self._device = device
+        # A rank may have no piece, and then only takes part in the sums.
+        self._held = _Held(model, self.pieces, objective, cache=cache) if self.pieces else None
+        self.positions = round(self._sum(self._held.positions if self._held else 0))
+        """Target positions of all ranks."""
+
+    def __call__(self, model: nn.Module) -> float:
+        """The mean divergence, nats.
+
+        Raises:
+            ValueError: It is not finite.
+        """
+        self.cost += Cost(forwards=self._runs * self.n_samples)
+        return self._mean(self._held(model) * self._held.positions if self._held else 0.0)
+
+    def gradients(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> tuple[float, dict[str, Tensor]]:
+        """The mean divergence, nats, and its gradient, this process's part of each in float32.
+
+        Raises:
+            ValueError: One of them is not finite.
+        """
+        self.cost += Cost(forwards=self._runs * self.n_samples, backwards=self.n_samples)
+        sums, total = zeros_like_parts(parameters), 0.0
+        for value in self._held.backward(model) if self._held else ():
+            total += value
+            for name, gradient in taken_gradients(model, parameters):
+                sums[name] += gradient
+        for gradient in sums.values():
+            self.replicas.sum_(gradient)
+        laid_out = {name: like(parameters[name].detach(), part) for name, part in sums.items()}
+        require_finite(laid_out, "gradients of the divergence")
+        return self._mean(total), {name: gradient.div_(self.positions) for name, gradient in sums.items()}
+
+    def _mean(self, total: float) -> float:
+        mean = self._sum(total) / self.positions
+        if not abs(mean) < float("inf"):
+            raise ValueError(f"the divergence of the masked model is {mean} nats: its outputs are not finite")
+        return mean
+
+    def _sum(self, value: float) -> float:
+        # Backends of accelerators without float64 still take part in sums on their own terms.
+        dtype = torch.float32 if self._device.type == "mps" else torch.float64
+        return float(self.replicas.sum_(torch.tensor(value, dtype=dtype, device=self._device)))
+
+
+def divergence_gradient(log_probs: Tensor, logits: Tensor) -> Tensor:
+    r"""Gradient of the sum over rows of KL(p || softmax(logits)) with respect to the logits, which is q - p.
+
+    Args:
+        log_probs: log p, shape ``[rows, vocabulary]``, any device and dtype.
+        logits: Shape ``[rows, vocabulary]``.
+
+    Returns:
+        Shape and dtype of the logits.
+
+    Example:
+        >>> logits = torch.tensor([[0.0, 0.0]])
+        >>> divergence_gradient(torch.tensor([[1.0, 0.0]]).log(), logits).tolist()
+        [[-0.5, 0.5]]
+    """
+    found = torch.empty_like(logits)
+    rows = max(1, _CHUNK // logits.shape[-1])
+    for start in range(0, len(logits), rows):
+        part = logits[start : start + rows].detach()
+        dtype = torch.promote_types(part.dtype, torch.float32)
+        q = torch.softmax(part, dim=-1, dtype=dtype)
+        found[start : start + rows] = q - log_probs[start : start + rows].to(part.device, dtype).exp()
+    return found
+
+
+def pieces_of(batches: Sequence[Any], size: int | None) -> list[Any]:
+    """Cuts batches into pieces of at most ``size`` samples, which never span two batches.
+
+    Example:
+        >>> [len(piece["x"]) for piece in pieces_of([{"x": torch.zeros(5, 2)}], 2)]
+        [2, 2, 1]
+    """
+    if size is None:
+        return list(batches)
+    pieces = []
+    for batch in batches:
+        length = len(next(batch_tensors(batch)))
+        for start in range(0, length, size):
+            pieces.append(map_batch(batch, lambda tensor, at=slice(start, start + size): tensor[at]))  # type: ignore[misc]
+    return pieces
+
+
+class _Held(AnchoredDivergence):
+    """Adds the backward pass."""
+
+    def backward(self, model: nn.Module) -> Iterator[float]:
+        """Leaves the gradient of each batch's summed divergence in the parameters, and gives that sum, nats."""
+        for index, batch in enumerate(self.batches):
+            # Before the forward pass, because without a cache the anchor's weights take the model's place meanwhile.
+            with torch.no_grad():
+                anchor = self._anchor_log_probs(model, index)
+            logits = self.objective.logits_and_targets(model, batch).logits
+            logits.backward(divergence_gradient(anchor, logits))
+            yield divergence_sum(anchor, logits.detach())

@@ -110,21 +110,29 @@ def chart_search_history(row: Row) -> Figure:
         >>> list(dict.fromkeys(chart_search_history({"result": result}).data["points_0"]["line"]))
         ['kept', 'greedy', 'pool', 'pool, accepted', 'returned, evaluation samples', 'single shot by taylor']
     """
-    history = search_history(row)
-    at = history.iterations
-    pools = [f"pool of {pool:,} for {size:,}" for pool, size in zip(history.pools, history.sizes, strict=True)]
-    taken = [value if accepted else None for value, accepted in zip(history.pool, history.accepted, strict=True)]
+    result = row["result"]
+    try:
+        levels = {"returned, evaluation samples": result["kl_divergence"]}
+        levels |= {f"single shot by {name}": value for name, value in result["single_shots"].items()}
+        names = ("iteration", "greedy_kl", "pool_kl", "kl", "accepted", "size", "pool")
+        at, greedy, pool, kept, accepted, sizes, pools = (
+            [entry[name] for entry in result["history"]] for name in names
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ReportError(f"the row of a search lacks or spoils {error}") from error
+    notes = [f"pool of {held:,} for {size:,}" for held, size in zip(pools, sizes, strict=True)]
+    taken = [value if better else None for value, better in zip(pool, accepted, strict=True)]
     tried = {
-        "kept": Line(at, history.kept),
-        "greedy": Line(at, history.greedy, shape="crosses"),
-        "pool": Line(at, history.pool, shape="points", notes=pools),
-        "pool, accepted": Line(at, taken, shape="disks", notes=pools),
+        "kept": Line(at, kept),
+        "greedy": Line(at, greedy, shape="crosses"),
+        "pool": Line(at, pool, shape="points", notes=notes),
+        "pool, accepted": Line(at, taken, shape="disks", notes=notes),
     }
     ends = [min(at, default=0), max(at, default=0)]
-    levels = {label: Line(ends, [level, level], shape="dashed") for label, level in history.levels.items()}
-    sizes = {"elements of the pool": Line(at, history.pools), "elements of the mask": Line(at, history.sizes)}
-    upper = lines(tried | levels, Lines(x="", y="divergence, nats", scale="linear", zero=True))
-    lower = lines(sizes, Lines(x="iteration", y="elements", scale="linear", zero=True, step=True, height=100))
+    tried |= {label: Line(ends, [level, level], shape="dashed") for label, level in levels.items()}
+    upper = lines(tried, Lines(x="", y="divergence, nats", scale="linear", zero=True))
+    elements = {"elements of the pool": Line(at, pools), "elements of the mask": Line(at, sizes)}
+    lower = lines(elements, Lines(x="iteration", y="elements", scale="linear", zero=True, step=True, height=100))
     return arrange([upper, lower], caption=search_caption(row))
 
 
@@ -270,65 +278,6 @@ def change_histogram(row: Row) -> ChangeHistogram:
     return ChangeHistogram(edges, counts, zero)
 
 
-@dataclass(frozen=True)
-class SearchHistory:
-    """The course of one search.
-
-    Args:
-        iterations: 0, 1, ...
-        greedy: Divergence of the greedy mask at each, nats.
-        pool: Divergence of the pool's mask, nats; NaN where there was none.
-        kept: Divergence of the mask that was kept, nats.
-        accepted: Whether that was the pool's.
-        sizes: Elements of the mask.
-        pools: Elements of the pool.
-        levels: Divergences on the evaluation samples, by label, nats.
-    """
-
-    iterations: tuple[int, ...]
-    greedy: tuple[float, ...]
-    pool: tuple[float, ...]
-    kept: tuple[float, ...]
-    accepted: tuple[bool, ...]
-    sizes: tuple[int, ...]
-    pools: tuple[int, ...]
-    levels: Mapping[str, float]
-
-
-def search_history(row: Row) -> SearchHistory:
-    """The course of the search of a row.
-
-    Args:
-        row: Of the analysis ``reverse_golden_parameters``.
-
-    Raises:
-        ReportError: The row lacks what the figure needs.
-
-    Example:
-        >>> entry = {"iteration": 0, "size": 4, "pool": 5, "greedy_kl": 1.0, "pool_kl": None, "kl": 1.0}
-        >>> result = {"history": [entry | {"accepted": False}], "kl_divergence": 0.9, "single_shots": {"taylor": 0.2}}
-        >>> search_history({"result": result}).levels
-        {'returned, evaluation samples': 0.9, 'single shot by taylor': 0.2}
-    """
-    result = row["result"]
-    try:
-        history = result["history"]
-        levels = {"returned, evaluation samples": _number(result["kl_divergence"])}
-        levels |= {f"single shot by {name}": _number(value) for name, value in result["single_shots"].items()}
-        return SearchHistory(
-            iterations=tuple(entry["iteration"] for entry in history),
-            greedy=tuple(_number(entry["greedy_kl"]) for entry in history),
-            pool=tuple(_number(entry["pool_kl"]) for entry in history),
-            kept=tuple(_number(entry["kl"]) for entry in history),
-            accepted=tuple(bool(entry["accepted"]) for entry in history),
-            sizes=tuple(entry["size"] for entry in history),
-            pools=tuple(entry["pool"] for entry in history),
-            levels=levels,
-        )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ReportError(f"the row of a search lacks or spoils {error}") from error
-
-
 def search_caption(row: Row) -> str:
     """Settings of the search, and what it found against the single shots.
 
@@ -468,10 +417,6 @@ def _grid(tensors: list[Mapping[str, Any]], cells: Mapping[tuple[str, str], floa
 def _brief(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)
 
 
 describe(

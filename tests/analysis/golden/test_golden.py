@@ -14,9 +14,11 @@ from lightning_goldy.core import (
     CausalLMObjective,
     ClassifierObjective,
     FunctionObjective,
+    ParameterMask,
     ParameterSpace,
     ParameterVector,
 )
+from lightning_goldy.core.mask import jaccard as mask_jaccard
 from lightning_goldy.core.objective import split_batch
 from tests.references.golden import golden_masks
 from tests.references.models import CAUSAL, FAMILIES, build, class_batch, token_batch
@@ -206,9 +208,21 @@ def test_result_goes_to_json_and_back():
     again = GoldenResult.from_json(result.to_json())
     assert all(torch.equal(again.mask[name], result.mask[name]) for name in result.mask)
     assert again.mask.space == result.mask.space
+    assert type(result.mask) is type(again.mask) is ParameterMask
+    assert again.mask.density == result.density
     assert (again.golden, again.chance, again.score) == (result.golden, result.chance, result.score)
     with pytest.raises(ValueError, match="unexpected or missing field"):
         GoldenResult.from_json('{"mask": 1}')
+
+
+def test_the_jaccard_index_is_that_of_masks():
+    space = ParameterSpace.of(nn.Linear(3, 2))
+    first, second = (ParameterMask.random(space, 50.0, seed=seed) for seed in (1, 2))
+    empty = ParameterMask.from_indices(space, {})
+    for one, other in ((first, second), (first, first), (first, empty), (empty, empty)):
+        assert jaccard(one, other) == one.jaccard(other) == one.iou(other)
+        assert jaccard(ParameterVector(space, dict(one)), other) == one.jaccard(other)
+    assert jaccard is mask_jaccard
 
 
 def test_users_add_scores():

@@ -7,23 +7,20 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_goldy.analysis import ReverseGoldenResult, reverse_golden_parameters
+from lightning_goldy.analysis import Fluctuation, ReverseGoldenResult, Search, reverse_golden_parameters
 from lightning_goldy.analysis.divergence import divergence_sum
-from lightning_goldy.analysis.golden.masked_divergence import (
-    MaskedModel,
-    SharedDivergence,
-    divergence_gradient,
-    pieces_of,
-)
-from lightning_goldy.analysis.golden.reverse import single_shot_scores
-from lightning_goldy.analysis.golden.search import STRATEGIES, Budget
+from lightning_goldy.analysis.golden.fluctuation import STRATEGIES
+from lightning_goldy.analysis.golden.golden import Budget
+from lightning_goldy.analysis.golden.reverse import SharedDivergence, divergence_gradient, pieces_of, single_shot_scores
 from lightning_goldy.core import (
     CausalLMObjective,
     ClassifierObjective,
     FunctionObjective,
+    ParameterMask,
     ParameterSpace,
     ParameterVector,
 )
+from lightning_goldy.core.mask import MaskedModel
 from lightning_goldy.core.objective import TargetLogits
 from lightning_goldy.core.sharding import Replicas
 from tests.references.models import CAUSAL, build, token_batch
@@ -358,10 +355,28 @@ def test_the_cost_counts_every_sample_of_every_pass(cache):
     assert result.cost.forwards == objective.samples[True] + objective.samples[False]
 
 
+@pytest.mark.parametrize("cache", ["auto", "none"])
+def test_the_cost_is_what_hooks_on_the_model_see(cache):
+    model, seen = sharp("gpt2"), {"forwards": 0, "backwards": 0}
+
+    def note(module, arguments, output):
+        size = len(output.logits)
+        seen["forwards"] += size
+        if output.logits.requires_grad:
+            output.logits.register_hook(lambda _: seen.update(backwards=seen["backwards"] + size))
+
+    options = {"top_k_percent": 2, "rounds": 3, "min_delta": 0, "chunk_size": 3, "cache": cache}
+    with model.register_forward_hook(note):
+        result = reverse_golden_parameters(model, [BATCH], eval_batches=[HELD_OUT], **options)
+    assert vars(result.cost) == seen
+    assert (result.n_samples, result.n_eval_samples) == (4, 4)
+
+
 def test_result_goes_to_json_and_back():
     result = reverse_golden_parameters(sharp("gpt2"), [BATCH], eval_batches=[HELD_OUT], top_k_percent=1, rounds=2)
     again = ReverseGoldenResult.from_json(result.to_json())
     assert all(torch.equal(again.mask[name], result.mask[name]) for name in result.mask)
+    assert type(result.mask) is type(again.mask) is ParameterMask
     assert again.history == result.history
     assert again.summary() == result.summary()
     assert result.over_gradient == result.kl_divergence / result.single_shots["gradient"]
@@ -386,6 +401,23 @@ def test_result_goes_to_json_and_back():
 def test_wrong_arguments_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         reverse_golden_parameters(build("gpt2"), [BATCH], **{"eval_batches": [BATCH], **options})
+
+
+def test_settings_may_come_whole_or_one_by_one():
+    options = {"eval_batches": [HELD_OUT], "top_k_percent": 2, "strategy": "chaos_driven"}
+    search, fluctuation = Search(rounds=3, seed=4, chunk_size=2), Fluctuation(amplitude=0.5, min_delta=0.0)
+    model = sharp("gpt2")
+    whole = reverse_golden_parameters(model, [BATCH], search=search, fluctuation=fluctuation, **options)
+    single = reverse_golden_parameters(
+        model, [BATCH], rounds=3, seed=4, chunk_size=2, amplitude=0.5, min_delta=0.0, **options
+    )
+    mixed = reverse_golden_parameters(
+        model, [BATCH], search=Search(rounds=9, seed=4), fluctuation=fluctuation, rounds=3, chunk_size=2, **options
+    )
+    assert whole.summary() == single.summary() == mixed.summary()
+    assert whole.passes == 4
+    with pytest.raises(TypeError, match=r"takes no 'round'; did you mean 'rounds'"):
+        reverse_golden_parameters(model, [BATCH], round=3, **options)
 
 
 def test_bad_batches_weights_and_objectives_are_named():
