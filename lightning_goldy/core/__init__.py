@@ -1,6 +1,7 @@
 """What every analysis stands on; imports torch only."""
 
 from lightning_goldy.core.architecture import Head, HeadError, HeadGates
+from lightning_goldy.core.base import BaseParameters, base_of
 from lightning_goldy.core.directions import random_direction
 from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.objective import CausalLMObjective, ClassifierObjective, FunctionObjective, Objective
@@ -9,6 +10,7 @@ from lightning_goldy.core.store import StoreError, load_vectors, save_vectors
 from lightning_goldy.core.vector import ParameterVector, applied, substituted
 
 __all__ = [
+    "BaseParameters",
     "CausalLMObjective",
     "ClassifierObjective",
     "FunctionObjective",
@@ -22,6 +24,7 @@ __all__ = [
     "SpaceError",
     "StoreError",
     "applied",
+    "base_of",
     "load_vectors",
     "random_direction",
     "save_vectors",

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lightning_goldy.core.naming import canonical_name, suggestion
-from lightning_goldy.core.sharding import like, local, scatter_like
+from lightning_goldy.core.sharding import gather, is_sharded, like, local, scatter_like
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.store import HEADER_KEY, StoreError, load_vectors
 from lightning_goldy.core.vector import ParameterVector
@@ -37,6 +37,7 @@ class BaseParameters:
 
     Args:
         vector: The values.
+        copy: Whether to copy them; else the vector's own tensors are kept, where they are.
 
     Example:
         >>> layer = nn.Linear(1, 1, bias=False)
@@ -46,10 +47,11 @@ class BaseParameters:
         [('weight', 1.0)]
     """
 
-    def __init__(self, vector: ParameterVector) -> None:
+    def __init__(self, vector: ParameterVector, *, copy: bool = True) -> None:
         self.space = vector.space
         # Only this process's shards: a sharded tensor cannot live on another device than its mesh.
-        self._parts = {name: local(tensor).to("cpu", copy=True) for name, tensor in vector.items()}
+        parts = {name: local(tensor) for name, tensor in vector.items()}
+        self._parts = {name: part.to("cpu", copy=True) for name, part in parts.items()} if copy else parts
 
     def vector(self, module: nn.Module) -> ParameterVector:
         """The base as a vector in the layout and on the device of the module's parameters."""
@@ -67,7 +69,71 @@ class BaseParameters:
         return like(parameter.detach(), self._parts[name].to(local(parameter).device))
 
 
-def read_base(source: str | Path, model: nn.Module, space: ParameterSpace, *, prefix: str = "") -> ParameterVector:
+Base: TypeAlias = nn.Module | ParameterVector | BaseParameters | str | Path
+"""What a base may be given as; see :func:`base_of`."""
+
+
+def base_of(base: Base, model: nn.Module, space: ParameterSpace | None = None) -> BaseParameters:
+    r"""Base parameters :math:`\theta_0` from anything that can be a base of a model.
+
+    Args:
+        base: A module, whose values are copied; a vector, whose tensors are kept without a copy; base parameters, which
+            come back; or the path of a vector file, a folder of ``save_pretrained``, a ``.safetensors`` file or a
+            Lightning checkpoint.
+        model: The model that it is the base of.
+        space: The parameters wanted; by default those of a vector or of base parameters, and else the model's trainable
+            ones.
+
+    Returns:
+        The values; those of a module and of a file in the dtypes of the model's parameters.
+
+    Raises:
+        TypeError: It is none of these.
+        SpaceError: It is of another model, or lacks a parameter of the space.
+        StoreError: The file is none of these, or lacks a parameter, or holds it in another shape.
+
+    Example:
+        >>> layer, before = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+        >>> [change.name for change in base_of(before, layer).changes(layer)]
+        ['weight']
+        >>> base_of(0.5, layer)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        TypeError: a base is a module, a ParameterVector, BaseParameters, or the path of a vector file, ...; got float
+    """
+    if isinstance(base, BaseParameters):
+        base.space.resolve(model)
+        if space is None:
+            return base
+        base = base.vector(model)
+    if isinstance(base, ParameterVector):
+        space = base.space if space is None else base.space.subspace(space.names)
+        vector = ParameterVector(space, {name: _fit(base[name], own) for name, own in space.resolve(model).items()})
+        return BaseParameters(vector, copy=False)
+    if not isinstance(base, (nn.Module, str, Path)):
+        raise TypeError(
+            "a base is a module, a ParameterVector, BaseParameters, or the path of a vector file, a folder of "
+            f"save_pretrained, a .safetensors file or a Lightning checkpoint; got {type(base).__name__}"
+        )
+    space = space or ParameterSpace.of(model)
+    if not isinstance(base, nn.Module):
+        return BaseParameters(read_base(base, model, space, prefix=None), copy=False)
+    parameters = space.resolve(model)
+    values = ParameterVector.of(base, space, clone=False)
+    return BaseParameters(
+        ParameterVector(space, {name: _fit(values[name], own).to(own.dtype) for name, own in parameters.items()})
+    )
+
+
+def _fit(tensor: Tensor, parameter: nn.Parameter) -> Tensor:
+    """A tensor in the parameter's layout: whole where that is whole, shards where that is sharded."""
+    if is_sharded(tensor) == is_sharded(parameter):
+        return tensor
+    return scatter_like(parameter.detach(), gather(tensor))
+
+
+def read_base(
+    source: str | Path, model: nn.Module, space: ParameterSpace, *, prefix: str | None = ""
+) -> ParameterVector:
     """Reads base parameters from any of the places where a model may have been saved.
 
     Args:
@@ -75,17 +141,19 @@ def read_base(source: str | Path, model: nn.Module, space: ParameterSpace, *, pr
             file, or a Lightning checkpoint (``.ckpt``).
         model: The model that they belong to.
         space: The parameters wanted.
-        prefix: What a Lightning checkpoint puts before the model's names, such as ``model.``.
+        prefix: What a Lightning checkpoint puts before the model's names, such as ``model.``; None to find it: nothing
+            or ``model.`` where all parameters are there, and else the only place where they are.
 
     Returns:
         The values, in the layout of the model's parameters and in their dtypes.
 
     Raises:
-        StoreError: The source is none of these, or lacks a parameter, or holds it in another shape.
+        StoreError: The source is none of these, or lacks a parameter, or holds it in another shape, or has all of them
+            in several places.
     """
     path = Path(source)
     if path.is_file() and path.suffix == ".ckpt":
-        tensors = _read_checkpoint(path, prefix)
+        tensors = _read_checkpoint(path, prefix, space)
     else:
         files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
         if not files:
@@ -94,8 +162,8 @@ def read_base(source: str | Path, model: nn.Module, space: ParameterSpace, *, pr
                 "a hub name must be downloaded first"
             )
         tensors = {}
-        for each in files:
-            tensors.update(_read_safetensors(each))
+        for file in files:
+            tensors.update(_read_safetensors(file))
     values = {}
     for name, parameter in space.resolve(model).items():
         if name not in tensors:
@@ -109,7 +177,7 @@ def read_base(source: str | Path, model: nn.Module, space: ParameterSpace, *, pr
     return ParameterVector(space, values)
 
 
-def _read_checkpoint(path: Path, prefix: str) -> dict[str, Tensor]:
+def _read_checkpoint(path: Path, prefix: str | None, space: ParameterSpace) -> dict[str, Tensor]:
     try:
         # weights_only: a checkpoint is data, and nothing in it may run.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -119,10 +187,23 @@ def _read_checkpoint(path: Path, prefix: str) -> dict[str, Tensor]:
     if not isinstance(state, dict):
         found = sorted(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise StoreError(f"{path}: a Lightning checkpoint has a 'state_dict'; this one has {found}")
+    if prefix is None:
+        state = {canonical_name(name): value for name, value in state.items()}
+        prefix = _find_prefix(path, state, space)
     tensors = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     if not tensors:
         raise StoreError(f"{path}: no parameter starts with {prefix!r}; the names are like {list(state)[:3]}")
     return {canonical_name(name): value for name, value in tensors.items()}
+
+
+def _find_prefix(path: Path, names: Collection[str], space: ParameterSpace) -> str:
+    first = space.names[0]
+    places = [name.removesuffix(first) for name in names if f".{name}".endswith(f".{first}")]
+    fitting = [place for place in places if all(f"{place}{name}" in names for name in space)]
+    usual = [place for place in ("", "model.") if place in fitting]
+    if len(fitting) > 1 and not usual:
+        raise StoreError(f"{path} has all parameters below each of {fitting}; say which with read_base(..., prefix=)")
+    return (usual or fitting or [""])[0]
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from lightning_goldy.core import ParameterSpace, ParameterVector, StoreError, save_vectors
+from lightning_goldy.core import ParameterSpace, ParameterVector, SpaceError, StoreError, base_of, save_vectors
 from lightning_goldy.core.base import BaseParameters, read_base
 from tests.references.models import build
 
@@ -232,3 +232,73 @@ def test_a_checkpoint_that_cannot_be_read_without_running_it(now: nn.Module, tmp
         path.write_bytes(b"" if damage == "empty" else b"once upon a time")
     raises(path, now, "not a whole checkpoint of plain data; no code in it is run")
     assert not trace.exists()
+
+
+# Anything that a base can be
+
+
+@pytest.mark.parametrize("write", SOURCES)
+def test_a_path_is_a_base_wherever_its_names_lie(
+    base: nn.Module, now: nn.Module, tmp_path: Path, write: Callable[[nn.Module, Path], Path]
+) -> None:
+    source = write(base, tmp_path)
+    for given in (source, str(source)):
+        assert same(base_of(given, now).vector(now), ParameterVector.of(base))
+
+
+def test_modules_vectors_and_base_parameters_are_bases(base: nn.Module, now: nn.Module) -> None:
+    vector = ParameterVector.of(base)
+    kept = BaseParameters(vector)
+    for given in (base, base.requires_grad_(False), vector, kept):
+        assert same(base_of(given, now).vector(now), vector)
+    assert base_of(kept, now) is kept
+    part = ParameterSpace.of(now, ["*.h.1.*"])
+    for given in (base, vector, kept):
+        assert same(base_of(given, now, part).vector(now), ParameterVector.of(base, part))
+
+
+def test_a_vector_is_not_copied_and_a_module_is(base: nn.Module, now: nn.Module) -> None:
+    vector = ParameterVector.of(base)
+    found = base_of(vector, now).vector(now)
+    assert all(found[name].data_ptr() == vector[name].data_ptr() for name in vector)
+    taken = base_of(now, now)
+    with torch.no_grad():
+        now.transformer.wte.weight.add_(1)
+    deltas = {change.name: change.delta for change in taken.changes(now)}
+    assert deltas["transformer.wte.weight"].any()
+
+
+def test_a_module_takes_the_dtype_of_the_model(base: nn.Module, now: nn.Module) -> None:
+    found = base_of(base, now.bfloat16()).vector(now)
+    assert same(found, ParameterVector.of(base).to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("given", [None, 3, {"transformer.wte.weight": torch.zeros(1)}, [nn.Linear(1, 1)]])
+def test_what_no_base_is(now: nn.Module, given: object) -> None:
+    with pytest.raises(TypeError, match=rf"a base is a module, a ParameterVector, .*; got {type(given).__name__}"):
+        base_of(given, now)  # type: ignore[arg-type]
+
+
+def test_a_base_of_another_model(now: nn.Module) -> None:
+    other = build("llama", seed=5)
+    for given in (other, ParameterVector.of(other), BaseParameters(ParameterVector.of(other))):
+        with pytest.raises(SpaceError, match="has no parameter"):
+            base_of(given, now)
+
+
+def write_state(folder: Path, model: nn.Module, *prefixes: str) -> Path:
+    state = {f"{prefix}{name}": value for prefix in prefixes for name, value in model.state_dict().items()}
+    torch.save({"state_dict": state}, folder / "last.ckpt")
+    return folder / "last.ckpt"
+
+
+def test_several_models_in_a_checkpoint(base: nn.Module, now: nn.Module, tmp_path: Path) -> None:
+    assert same(base_of(write_state(tmp_path, base, "inner.student."), now).vector(now), ParameterVector.of(base))
+    assert same(base_of(write_state(tmp_path, base, "teacher.", "model."), now).vector(now), ParameterVector.of(base))
+    both = write_state(tmp_path, base, "teacher.", "student.")
+    with pytest.raises(StoreError, match=r"all parameters below each of \['teacher.', 'student.'\]; say which"):
+        base_of(both, now)
+    with pytest.raises(StoreError, match=r"last\.ckpt has no parameter .transformer\.wte\.weight."):
+        base_of(write_state(tmp_path, nn.Linear(1, 1), "model."), now)
+    with pytest.raises(StoreError, match="neither a vector file"):
+        base_of("openai-community/gpt2", now)
