@@ -20,7 +20,7 @@ EPOCH = 8  # optimizer steps: 16 samples in batches of 2
 def rows_of(callback: TaylorDiff) -> list[dict]:
     rows = [json.loads(line) for line in (callback.folder / "results.jsonl").read_text().splitlines()]
     for row in rows:
-        row.pop("cost")
+        row["cost"] = {name: row["cost"][name] for name in ("forwards", "backwards")}
     return rows
 
 
@@ -32,6 +32,8 @@ def test_it_logs_what_the_function_finds_and_rows_can_be_drawn(tmp_path) -> None
     expected = taylor_diff(module.model, snapshot.base, batches)
     rows = rows_of(taylor)
     assert [row["step"] for row in rows] == [4, 8]
+    # Three of the probe's samples: the expansion, the present model and two gradients for the shares.
+    assert rows[-1]["cost"] == vars(expected.cost) == {"forwards": 12, "backwards": 6}
     metrics = rows[-1]["metrics"]
     assert metrics["loss"] == pytest.approx(expected.loss, rel=1e-6)
     assert metrics["residual/order2"] == pytest.approx(expected.orders[1].residual, rel=1e-4)

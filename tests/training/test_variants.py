@@ -14,7 +14,7 @@ from torch import nn
 
 from lightning_goldy import GoldyModule
 from lightning_goldy.analysis.linearized import build_variant
-from lightning_goldy.callbacks.variant_losses import VariantLosses
+from lightning_goldy.callbacks import VariantLosses
 from lightning_goldy.core import CausalLMObjective, ParameterVector
 from lightning_goldy.core.architecture import UnsupportedArchitectureError
 from lightning_goldy.core.files import read_rows
@@ -177,6 +177,9 @@ def test_rows_and_figures_have_a_line_per_variant(tmp_path) -> None:
         len(each.targets) for each in targets
     )
     assert rows[-1]["metrics"]["loss/tangent"] == pytest.approx(expected, rel=1e-6)
+    # The full and the tangent model run once, each of the others beside a run at the base.
+    samples = sum(len(batch["input_ids"]) for batch in batches)
+    assert (rows[-1]["cost"]["forwards"], rows[-1]["cost"]["backwards"]) == (6 * samples, 0)
     row = with_history(json.loads(json.dumps(rows[-1])), rows[:-1])
     assert row["result"]["n_targets"] == sum(len(each.targets) for each in targets)
     assert set(draw_plots(row)) == {"losses"}

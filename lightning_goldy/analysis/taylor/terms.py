@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_goldy.analysis.divergence import divergence_sum
+from lightning_goldy.analysis.result import Cost
 from lightning_goldy.analysis.taylor.approximation import batch_parts, parts_of_order
 from lightning_goldy.core.autodiff import (
     Substituted,
@@ -24,8 +25,6 @@ from lightning_goldy.core.batches import batch_tensors
 from lightning_goldy.core.objective import FunctionObjective, Objective, TargetLogits
 from lightning_goldy.core.sharding import Replicas, unshard_guard
 from lightning_goldy.core.vector import ParameterVector, reduce_tensors, substituted
-
-Progress = Callable[[int, int], None] | None
 
 
 @dataclass
@@ -64,6 +63,7 @@ class LossTerms:
         step_square: ||Delta||^2.
         gradient_norm: ||g|| of the mean loss at the base.
         error: Estimated error of the second-order term, nats.
+        cost: Passes of the model.
     """
 
     loss: float = 0.0
@@ -77,6 +77,12 @@ class LossTerms:
     step_square: float = 0.0
     gradient_norm: float = math.nan
     error: float = 0.0
+    cost: Cost = Cost()
+
+    def ran(self, part: Any, *, backward: bool = False) -> None:
+        """Counts a forward pass of some samples, and the backward pass after it."""
+        samples = len(next(batch_tensors(part)))
+        self.cost += Cost(samples, samples * backward)
 
     def mean(self, total: float) -> float:
         """Per target."""
@@ -115,6 +121,7 @@ class LossTerms:
             function_shares={name: share + other.function_shares[name] for name, share in self.function_shares.items()},
             function_change=self.function_change + other.function_change,
             function={order: sums + other.function[order] for order, sums in self.function.items()},
+            cost=self.cost + other.cost,
         )
 
 
@@ -142,7 +149,7 @@ class TaylorWork:
     shares: bool
     function_space: bool
     replicas: Replicas
-    progress: Progress
+    progress: Callable[[int, int], None] | None
 
     def step(self) -> ParameterVector:
         """Delta, in at least the parameters' precision."""
@@ -153,8 +160,9 @@ class TaylorWork:
         if self.progress is not None:
             self.progress(done, len(self.batches))
 
-    def present(self, batch: Any) -> tuple[float, int]:
+    def present(self, terms: LossTerms, batch: Any) -> tuple[float, int]:
         """The loss at the present parameters, and what it is a mean over."""
+        terms.ran(batch)
         with torch.no_grad(), nested_derivatives():
             if isinstance(self.objective, FunctionObjective):
                 return float(self.objective.loss(self.model, batch)), len(next(batch_tensors(batch)))
@@ -213,10 +221,11 @@ def _add_part(work: TaylorWork, terms: LossTerms, step: ParameterVector, part: A
     if work.function_space or not own_loss:
         weight, direction = _logit_terms(work, terms, step, part)
     if own_loss:
-        loss, rows = work.present(part)
+        loss, rows = work.present(terms, part)
         weight = weight or rows
         terms.loss += weight * loss
-        terms.add_derivatives(_loss_derivatives(work, step, part), weight)
+        along = _along(work, terms, step, part, lambda model: work.objective.loss(model, part))
+        terms.add_derivatives([float(value) for value in along], weight)
     if work.function_space and work.shares and direction is not None:
         _add_function_shares(work, terms, step, part, direction)
     del direction
@@ -227,7 +236,8 @@ def _add_part(work: TaylorWork, terms: LossTerms, step: ParameterVector, part: A
 
 def _logit_terms(work: TaylorWork, terms: LossTerms, step: ParameterVector, part: Any) -> tuple[int, Tensor]:
     """Expands logits, and the loss through them; returns the number of targets and the logits' first derivative."""
-    derivatives = _along(work, step, lambda model: work.objective.logits_and_targets(model, part).logits)
+    derivatives = _along(work, terms, step, part, lambda model: work.objective.logits_and_targets(model, part).logits)
+    terms.ran(part)
     with torch.no_grad():
         with nested_derivatives():  # the same arithmetic, so that without a step nothing differs
             present = work.objective.logits_and_targets(work.model, part)
@@ -268,12 +278,11 @@ def _losses_of_logits(target: TargetLogits, expansion: Sequence[Tensor]) -> list
     return [float(value) for value in found]
 
 
-def _loss_derivatives(work: TaylorWork, step: ParameterVector, part: Any) -> list[float]:
-    return [float(value) for value in _along(work, step, lambda model: work.objective.loss(model, part))]
-
-
-def _along(work: TaylorWork, step: ParameterVector, output: Callable[[nn.Module], Tensor]) -> tuple[Tensor, ...]:
+def _along(
+    work: TaylorWork, terms: LossTerms, step: ParameterVector, part: Any, output: Callable[[nn.Module], Tensor]
+) -> tuple[Tensor, ...]:
     """Derivatives of what a model gives, at the base and along the step."""
+    terms.ran(part)
     # Without graphs: a parameter outside the base would have one kept for nothing.
     others = trainable_values(work.model)
     return directional_derivatives(
@@ -290,6 +299,7 @@ def _add_gradient(work: TaylorWork, terms: LossTerms, step: ParameterVector, par
     def take(name: str, gradient: Tensor, product: float) -> None:
         terms.add_gradient(name, gradient, product, weight)
 
+    terms.ran(part, backward=True)
     _pull_back(work, step, lambda model: work.objective.loss(model, part), None, take)
 
 
@@ -301,6 +311,7 @@ def _add_function_shares(
     def take(name: str, gradient: Tensor, product: float) -> None:
         terms.add_function_share(name, product)
 
+    terms.ran(part, backward=True)
     _pull_back(work, step, lambda model: work.objective.logits_and_targets(model, part).logits, direction, take)
 
 
@@ -358,16 +369,16 @@ def finite_terms(work: TaylorWork) -> LossTerms:
     parameters = work.base.space.resolve(work.model)
     slopes = dict.fromkeys((-1.0, -0.5, 0.5, 1.0) if second else (), 0.0)
     for done, batch in enumerate(work.batches, 1):
-        loss, weight = work.present(batch)
+        loss, weight = work.present(terms, batch)
         terms.loss += weight * loss
         with substituted(work.model, work.base):
-            value, gradients = _backward(work, batch, parameters)
+            value, gradients = _backward(work, terms, batch, parameters)
         products = reduce_tensors(gradients, torch.dot, list(step.values()))
         for name, tensor, product in zip(work.base, gradients, products, strict=True):
             terms.add_gradient(name, tensor, product, weight)
         for place in slopes:
             with substituted(work.model, work.base + (place * _STEP) * step):
-                _, gradients = _backward(work, batch, parameters)
+                _, gradients = _backward(work, terms, batch, parameters)
             slopes[place] += weight * math.fsum(reduce_tensors(gradients, torch.dot, list(step.values())))
         terms.add_derivatives([value, math.fsum(products)], weight)
         terms.n_targets += weight
@@ -379,7 +390,10 @@ def finite_terms(work: TaylorWork) -> LossTerms:
     return work.finished(terms, step)
 
 
-def _backward(work: TaylorWork, batch: Any, parameters: dict[str, nn.Parameter]) -> tuple[float, list[Tensor]]:
+def _backward(
+    work: TaylorWork, terms: LossTerms, batch: Any, parameters: dict[str, nn.Parameter]
+) -> tuple[float, list[Tensor]]:
+    terms.ran(batch, backward=True)
     for parameter in parameters.values():
         parameter.grad = None
     value = work.objective.loss(work.model, batch)
