@@ -77,6 +77,13 @@ def test_texts_are_those_of_generate_and_the_divergence_that_of_the_definition(m
         assert found.kl_per_token[index] == pytest.approx(expected, rel=1e-4)
 
 
+def test_passes_are_counted_as_the_models_hooks_count_them(model):
+    passes = []
+    model.register_forward_hook(lambda module, args, output: passes.append(len(output.logits)))
+    found = compare_generations(model, byte_tokenizer(), PROMPTS, mask_of(model, 0.2), max_new_tokens=8)
+    assert vars(found.cost) == {"forwards": sum(passes), "backwards": 0}
+
+
 def test_a_prompt_does_not_depend_on_the_others_and_ids_serve_as_well(model):
     tokenizer, mask = byte_tokenizer(), mask_of(model, 0.2)
     both = compare_generations(model, tokenizer, PROMPTS, mask, max_new_tokens=6)

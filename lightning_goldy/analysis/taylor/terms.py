@@ -77,7 +77,7 @@ class LossTerms:
     step_square: float = 0.0
     gradient_norm: float = math.nan
     error: float = 0.0
-    cost: Cost = Cost()
+    cost: Cost = field(default_factory=Cost)
 
     def ran(self, part: Any, *, backward: bool = False) -> None:
         """Counts a forward pass of some samples, and the backward pass after it."""
