@@ -35,6 +35,7 @@ from lightning_goldy.report.figures import draw_figures
 from lightning_goldy.report.generations import generations_text
 from lightning_goldy.report.history import RowHistory
 from lightning_goldy.report.loggers import log_figure, log_histogram, log_scalars, log_text
+from lightning_goldy.report.rendering import RenderError
 from lightning_goldy.report.run import upgraded
 
 ROWS = "results.jsonl"
@@ -226,7 +227,11 @@ def log_row(
         return
     for name, figure in figures.items():
         # A tag of their own: TensorBoard shows a tag in one plugin only, and hides the figure behind a scalar.
-        log_figure(trainer.loggers, f"{prefix}/figure/{name}", figure, step)
+        try:
+            log_figure(trainer.loggers, f"{prefix}/figure/{name}", figure, step)
+        except RenderError as error:
+            # The row holds the numbers; no training ends for want of a picture.
+            rank_zero_warn(f"figure {name!r} of {row['name']} at step {row['step']} is not logged: {error}")
 
 
 class AnalysisProgress:

@@ -11,6 +11,7 @@ import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -29,14 +30,14 @@ _NUMBER = (
 )
 # Places on the colour scale, from 0 to 1, at which its colours are too dark for black letters.
 _DARK = {"cividis": "{0} < 0.5", "viridis": "{0} < 0.6", "diverging": "abs({0} - 0.5) > 0.33"}
-_EXACT = ".6~g"
-_TICKS = ".6~g"
+_EXACT = ".9~g"
+_TICKS = ".9~g"
 # A logarithmic axis has many lines.
 _FAINT = {False: 1.0, True: 0.5}
 
 
-def rounded(values: ArrayLike) -> list[Any]:
-    """Numbers with six significant digits and None for those that are not finite, as nested lists.
+def rounded(values: ArrayLike, digits: int = 6) -> list[Any]:
+    """Numbers with few significant digits and None for those that are not finite, as nested lists.
 
     Example:
         >>> rounded([[0.123456789, float("nan")]])
@@ -47,7 +48,7 @@ def rounded(values: ArrayLike) -> list[Any]:
     def shorten(value: Any) -> Any:
         if isinstance(value, list):
             return [shorten(inner) for inner in value]
-        return float(f"{value:.6g}") if math.isfinite(value) else None
+        return float(f"{value:.{digits}g}") if math.isfinite(value) else None
 
     return shorten(found)
 
@@ -143,16 +144,29 @@ def _extent(table: np.ndarray[Any, Any], style: HeatMap) -> tuple[float, float]:
 @functools.lru_cache(maxsize=256)
 def _heat_map_chart(style: HeatMap) -> Spec:
     alt = require("altair")
-    position = f"(datum.value - {style.scale}_low) / ({style.scale}_high - {style.scale}_low)"
     scheme = {"diverging": "redblue"}.get(style.colours, style.colours)
     scale = alt.Scale(
         scheme=scheme, domain=bounds(style.scale), clamp=True, reverse=style.colours == "diverging", nice=False
     )
     legend = alt.Legend(title=style.unit, gradientLength=80, format=".3~g") if style.legend else None
+    base = _heat_map_base(style)
+    known = base.transform_filter("isValid(datum.value)")
+    layers = [known.mark_rect().encode(color=alt.Color("value:Q", scale=scale, legend=legend))]
+    if style.numbers:
+        position = f"((datum.value - {style.scale}_low) / ({style.scale}_high - {style.scale}_low))"
+        ink = alt.condition(_DARK[style.colours].format(position), alt.value("white"), alt.value("black"))
+        layers.append(known.mark_text(fontSize=10).encode(text="text:N", color=ink))
+        layers.append(base.transform_filter("!isValid(datum.value)").mark_text(fontSize=10).encode(text="text:N"))
+    chart = alt.layer(*layers).properties(width=alt.Step(style.cell[0]), height=alt.Step(style.cell[1]))
+    return _plain_spec(chart, style.title)
+
+
+def _heat_map_base(style: HeatMap) -> Any:
+    alt = require("altair")
     angle = 0 if style.cell[0] >= 40 else -90
     words = {"sort": None, "scale": alt.Scale(paddingInner=0.06 if style.numbers else 0, paddingOuter=0)}
     plain = {"domain": False, "ticks": False, "labelOverlap": True, "grid": False}
-    base = (
+    return (
         alt.Chart(alt.NamedData("cells"))
         .transform_calculate(row=_LABEL.format("y"), column=_LABEL.format("x"), text=_NUMBER)
         .encode(
@@ -175,19 +189,6 @@ def _heat_map_chart(style: HeatMap) -> Spec:
             ],
         )
     )
-    rectangles = (
-        base.transform_filter("isValid(datum.value)")
-        .mark_rect()
-        .encode(color=alt.Color("value:Q", scale=scale, legend=legend))
-    )
-    layers = [rectangles]
-    if style.numbers:
-        ink = alt.condition(_DARK[style.colours].format(f"({position})"), alt.value("white"), alt.value("black"))
-        small = {"fontSize": 10}
-        layers.append(base.transform_filter("isValid(datum.value)").mark_text(**small).encode(text="text:N", color=ink))
-        layers.append(base.transform_filter("!isValid(datum.value)").mark_text(**small).encode(text="text:N"))
-    chart = alt.layer(*layers).properties(width=alt.Step(style.cell[0]), height=alt.Step(style.cell[1]))
-    return _plain_spec(chart, style.title)
 
 
 def _plain_spec(chart: Any, title: str = "") -> Spec:
@@ -272,25 +273,36 @@ def lines(series: Mapping[str, Line | Series], style: Lines | None = None, *, ca
     """
     style = Lines() if style is None else style
     drawn = {name: line if isinstance(line, Line) else Line(*line) for name, line in series.items()}
-    points: dict[str, list[Any]] = {name: [] for name in ("x", "y", "line")}
     bands = any(line.low is not None for line in drawn.values())
     notes = any(line.notes for line in drawn.values())
-    for name in (*(("low", "high") if bands else ()), *(("note",) if notes else ())):
-        points[name] = []
-    for name, line in drawn.items():
-        count = len(line.x)
-        points["x"] += rounded(line.x) if any(isinstance(x, float) for x in line.x) else [int(x) for x in line.x]
-        points["y"] += rounded([math.nan if value is None else value for value in line.y])
-        points["line"] += [name] * count
-        if bands:
-            for end, ends in (("low", line.low), ("high", line.high)):
-                points[end] += rounded([math.nan if value is None else value for value in ends or [None] * count])
-        if notes:
-            points["note"] += list(line.notes) or [""] * count
+    points = _line_points(drawn, bands, notes)
     few = max((len(line.x) for line in drawn.values()), default=0) <= 40
     shapes = tuple((name, line.shape) for name, line in drawn.items() if line.shape != "line")
     chart = _lines_chart(_settled(style, points, len(drawn)), bands, notes, few, shapes)
     return Figure(chart, {"points": points}, caption)
+
+
+def _line_points(drawn: Mapping[str, Line], bands: bool, notes: bool) -> dict[str, list[Any]]:
+    names = ("x", "y", "line", *(("low", "high") if bands else ()), *(("note",) if notes else ()))
+    points: dict[str, list[Any]] = {name: [] for name in names}
+    for name, line in drawn.items():
+        count = len(line.x)
+        whole = all(isinstance(x, Integral) for x in line.x)
+        points["x"] += [int(x) for x in line.x] if whole else rounded(line.x, 9)
+        points["y"] += _gapped(line.y)
+        points["line"] += [name] * count
+        if bands:
+            points["low"] += _gapped(line.low or [None] * count)
+            points["high"] += _gapped(line.high or [None] * count)
+        if notes:
+            points["note"] += list(line.notes) or [""] * count
+    return points
+
+
+def _gapped(values: Iterable[float | None]) -> list[float | None]:
+    # Nine digits: a line may be about differences of numbers that are far from zero, as log-volumes are.
+    gapped: list[float | None] = rounded([math.nan if value is None else value for value in values], 9)
+    return gapped
 
 
 def _settled(style: Lines, points: Mapping[str, Sequence[Any]], count: int) -> Lines:
@@ -308,51 +320,15 @@ def _settled(style: Lines, points: Mapping[str, Sequence[Any]], count: int) -> L
 @functools.lru_cache(maxsize=256)
 def _lines_chart(style: Lines, bands: bool, notes: bool, few: bool, shapes: tuple[tuple[str, str], ...]) -> Spec:
     alt = require("altair")
+    base = _lines_base(style, bands, notes)
+    layers = [base.mark_area(opacity=0.2, line=False).encode(y="low:Q", y2="high:Q")] if bands else []
     named = dict(shapes)
-    scale = alt.Scale(type=style.scale, zero=style.zero, nice=style.scale == "linear")
-    if style.scale == "log":
-        scale = alt.Scale(type="log", nice=False, padding=6)
-    tips = [
-        alt.Tooltip("line:N", title="line"),
-        alt.Tooltip("x:Q", title=style.x, format="," if style.whole else _EXACT),
-    ]
-    tips.append(alt.Tooltip("y:Q", title=style.y or "value", format=_EXACT))
-    tips += [alt.Tooltip(f"{end}:Q", title=end, format=_EXACT) for end in ("low", "high") if bands]
-    tips += [alt.Tooltip("note:N", title="note")] if notes else []
-    axis = alt.Axis(grid=False, **({"tickMinStep": 1, "format": ",d"} if style.whole else {}))
-    base = alt.Chart(alt.NamedData("points")).encode(
-        x=alt.X("x:Q", title=style.x or None, axis=axis, scale=alt.Scale(zero=False, nice=False)),
-        y=alt.Y(
-            "y:Q",
-            title=style.y or None,
-            scale=scale,
-            axis=alt.Axis(format=_TICKS, tickCount=6, gridOpacity=_FAINT[style.scale == "log"]),
-        ),
-        color=alt.Color(
-            "line:N",
-            sort=None,
-            legend=alt.Legend(title=None, orient="top", columns=3, symbolOpacity=1) if style.legend else None,
-        ),
-        tooltip=tips,
-    )
-    layers = []
-    if bands:
-        layers.append(base.mark_area(opacity=0.2, line=False).encode(y=alt.Y("low:Q", scale=scale), y2="high:Q"))
-    curve = {"interpolate": "step-after"} if style.step else {}
     for shape in dict.fromkeys(["line", *named.values()]):
-        names = [name for name, kind in shapes if kind == shape]
-        test = alt.FieldOneOfPredicate(field="line", oneOf=names)
+        names = [name for name, other in shapes if other == shape]
+        test: Any = alt.FieldOneOfPredicate(field="line", oneOf=names)
         if shape == "line":
-            test = {"not": alt.FieldOneOfPredicate(field="line", oneOf=list(named))} if named else None
-        part = base if test is None else base.transform_filter(test)
-        if shape in ("points", "disks", "crosses"):
-            kind = "cross" if shape == "crosses" else "circle"
-            mark = part.mark_point(shape=kind, filled=shape != "points", size=34, opacity=1)
-        else:
-            dash = {"strokeDash": [5, 4]} if shape == "dashed" else {}
-            marker = {"filled": True, "size": 22} if few and shape == "line" and not style.step else False
-            mark = part.mark_line(strokeWidth=1.8, point=marker, **dash, **curve)
-        layers.append(mark)
+            test = {"not": alt.FieldOneOfPredicate(field="line", oneOf=list(named))}
+        layers.append(_marked(base.transform_filter(test) if named else base, shape, style, few))
     if not few:
         # Somewhere to point at: a line without points answers nowhere else.
         layers.append(base.mark_point(opacity=0, size=30))
@@ -360,6 +336,44 @@ def _lines_chart(style: Lines, bands: bool, notes: bool, few: bool, shapes: tupl
     if style.width is not None:
         chart = chart.properties(width=style.width)
     return _plain_spec(chart, style.title)
+
+
+def _lines_base(style: Lines, bands: bool, notes: bool) -> Any:
+    alt = require("altair")
+    log = style.scale == "log"
+    scale = alt.Scale(type="log", nice=False, padding=6) if log else alt.Scale(type="linear", zero=style.zero)
+    whole = {"tickMinStep": 1, "format": ",d"} if style.whole else {}
+    legend = alt.Legend(title=None, orient="top", columns=3, symbolOpacity=1) if style.legend else None
+    tips = [
+        alt.Tooltip("line:N", title="line"),
+        alt.Tooltip("x:Q", title=style.x or "at", format="," if style.whole else _EXACT),
+        alt.Tooltip("y:Q", title=style.y or "value", format=_EXACT),
+        *(alt.Tooltip(f"{end}:Q", title=end, format=_EXACT) for end in ("low", "high") if bands),
+        *([alt.Tooltip("note:N", title="note")] if notes else []),
+    ]
+    upwards = alt.Axis(format=_TICKS, tickCount=6, gridOpacity=_FAINT[log])
+    return alt.Chart(alt.NamedData("points")).encode(
+        x=alt.X(
+            "x:Q",
+            title=style.x or None,
+            axis=alt.Axis(grid=False, **whole),
+            scale=alt.Scale(zero=False, nice=False),
+        ),
+        y=alt.Y("y:Q", title=style.y or None, scale=scale, axis=upwards),
+        color=alt.Color("line:N", sort=None, legend=legend),
+        tooltip=tips,
+    )
+
+
+def _marked(part: Any, shape: str, style: Lines, few: bool) -> Any:
+    if shape in ("points", "disks", "crosses"):
+        symbol = "cross" if shape == "crosses" else "circle"
+        return part.mark_point(shape=symbol, filled=shape != "points", size=34, opacity=1)
+    stairs = {"interpolate": "step-after"} if style.step else {}
+    dash = {"strokeDash": [5, 4]} if shape == "dashed" else {}
+    # Few points are measurements, which a bare line would hide.
+    marker = {"filled": True, "size": 22} if few and shape == "line" and not style.step else False
+    return part.mark_line(strokeWidth=1.8, point=marker, **dash, **stairs)
 
 
 @dataclass(frozen=True)
@@ -402,7 +416,7 @@ def bars(values: Mapping[str, float | None], style: Bars, *, caption: str = "") 
         >>> bars({"h.0": 2.0, "h.1": None}, Bars("stable rank")).data["bars"]["value"]
         [2.0, None]
     """
-    numbers = rounded([math.nan if value is None else value for value in values.values()])
+    numbers = _gapped(values.values())
     return Figure(_bars_chart(style), {"bars": {"label": list(values), "value": numbers}}, caption)
 
 
@@ -444,6 +458,7 @@ class Histogram:
         x: What was counted by, under the bars.
         y: What was counted.
         log: Whether the counts are on a logarithmic axis.
+        scale: Name of the ranges of the axes. Panels that state the same one share them, and so do all steps.
         width: None follows the page.
         height: Of the plot.
         title: Above it, for one among several.
@@ -452,6 +467,7 @@ class Histogram:
     x: str
     y: str = "elements"
     log: bool = True
+    scale: str = "bins"
     width: float | None = None
     height: float = 240
     title: str = ""
@@ -480,20 +496,28 @@ def histogram(edges: ArrayLike, counts: ArrayLike, style: Histogram, *, caption:
     bins = {"low": ends[:-1], "high": ends[1:], "count": sizes}
     # A bin with one element would have no height on a logarithmic axis that starts at one.
     least, most = (0.5, 2 * max(sizes, default=0)) if style.log else (0, max(sizes, default=0))
-    return Figure(_histogram_chart(style), {"bins": bins}, caption, ranges={"counts": (least, max(most, 1))})
+    filled = [place for place, size in enumerate(sizes) if size] or range(len(sizes))
+    across = (ends[min(filled)], ends[max(filled) + 1]) if sizes else (0.0, 1.0)
+    ranges = {style.scale: across, f"{style.scale}_counts": (least, max(most, 1))}
+    return Figure(_histogram_chart(style), {"bins": bins}, caption, ranges=ranges)
 
 
 @functools.lru_cache(maxsize=64)
 def _histogram_chart(style: Histogram) -> Spec:
     alt = require("altair")
-    scale = alt.Scale(type="log" if style.log else "linear", domain=bounds("counts"), nice=False)
+    scale = alt.Scale(type="log" if style.log else "linear", domain=bounds(f"{style.scale}_counts"), nice=False)
     chart = (
         alt.Chart(alt.NamedData("bins"))
         .transform_filter("datum.count > 0")
-        .transform_calculate(floor="counts_low")
+        .transform_calculate(floor=f"{style.scale}_counts_low")
         .mark_bar(binSpacing=0)
         .encode(
-            x=alt.X("low:Q", title=style.x, scale=alt.Scale(zero=False, nice=False), axis=alt.Axis(grid=False)),
+            x=alt.X(
+                "low:Q",
+                title=style.x,
+                scale=alt.Scale(domain=bounds(style.scale), nice=False),
+                axis=alt.Axis(grid=False),
+            ),
             x2="high:Q",
             y=alt.Y(
                 "count:Q",
@@ -578,7 +602,7 @@ def scatter(groups: Mapping[str, Points], style: Scatter, *, caption: str = "") 
         for x, y, name in zip(points.x, points.y, names, strict=True):
             if x is None or y is None or not (math.isfinite(x) and math.isfinite(y)):
                 continue
-            for column, value in zip(table, (*rounded([x, y]), group, name), strict=True):
+            for column, value in zip(table, (*rounded([x, y], 9), group, name), strict=True):
                 table[column].append(value)
     both = [*table["x"], *table["y"]]
     ends = {"ends": {"end": [min(both), max(both)] if both else []}} if style.diagonal else {}

@@ -58,8 +58,10 @@
       }
       const config = { background: "transparent", ...themes[theme], ...spec.config };
       delete spec.config;
+      // Sharp on paper, but a browser cannot hold tens of thousands of elements.
+      const renderer = Object.values(spec.datasets).some((rows) => rows.length > 4000) ? "canvas" : "svg";
       // The interpreter of expressions (`ast`) needs no `eval`, which the page forbids.
-      const options = { mode: "vega-lite", ast: true, renderer: "svg", actions: false, config };
+      const options = { mode: "vega-lite", ast: true, renderer, actions: false, config };
       const element = document.createElement("div");
       this.clear();
       this.plot.append(element);

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from lightning_goldy.report.rendering import png_of
+from lightning_goldy.report.rendering import png_of, require_drawing
 
 if TYPE_CHECKING:
     import altair
@@ -244,7 +244,10 @@ def draw_figures(row: Row, earlier: Sequence[Row] = ()) -> dict[str, Figure]:
     from lightning_goldy.report.legacy import draw_old
 
     figures = {}
-    for entry in figures_of(row["analysis"]):
+    entries = figures_of(row["analysis"])
+    if entries:
+        require_drawing()
+    for entry in entries:
         figure = entry.draw([*earlier, row])
         if isinstance(figure, Figure):
             step = f"{entry.heading}, step {row['step']:,}"

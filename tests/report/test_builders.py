@@ -121,7 +121,7 @@ def test_bars_and_histograms_and_clouds_are_drawn() -> None:
     )
     assert cloud.data["points"] == {"x": [1.0, 3.0], "y": [1.0, 4.0], "group": ["a", "b"], "name": ["x", "w"]}
     assert cloud.data["ends"] == {"end": [1.0, 4.0]}
-    assert counted.ranges == {"counts": (0, 3)}
+    assert counted.ranges == {"bins": (0.0, 1.0), "bins_counts": (0, 3)}
     for figure in (shown, counted, cloud, scatter({"a": Points([], [])}, Scatter("x", "y", diagonal=True))):
         assert figure.png().startswith(PNG)
     with pytest.raises(ValueError, match="one edge more than counts, got 2 edges and 2 counts"):
@@ -137,3 +137,14 @@ def test_arranged_figures_keep_their_data_apart() -> None:
     assert figure.png().startswith(PNG)
     with pytest.raises(ValueError, match="no figure to arrange"):
         arrange([])
+
+
+def test_lines_keep_differences_of_large_numbers_and_fractions_of_positions() -> None:
+    line = lines({"volume": (np.float32([0.5, 1.5]), [-1234567.25, -1234566.5])})
+    assert line.data["points"]["x"] == [0.5, 1.5]
+    assert line.data["points"]["y"] == [-1234567.25, -1234566.5]
+    assert lines({"loss": (np.arange(2), [1.0, None])}).data["points"] == {
+        "x": [0, 1],
+        "y": [1.0, None],
+        "line": ["loss", "loss"],
+    }
