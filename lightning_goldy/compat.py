@@ -41,7 +41,7 @@ from lightning_goldy.core.files import atomic_write
 from lightning_goldy.core.objective import IGNORE_INDEX
 from lightning_goldy.core.store import load_vectors, save_vectors
 from lightning_goldy.core.vector import ParameterVector
-from lightning_goldy.report.generations import generations_table
+from lightning_goldy.report.topics.text import generations_table
 
 PromptFunction = Callable[[list[Any], Any], tuple[Any, Any]]
 """``prompt_func(samples, processing_class)`` gives token ids of the queries, and of the queries with responses."""

@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 
 from lightning_goldy.report.couplings import CONTRASTS, STATISTICS
 from lightning_goldy.report.descriptions import Description, describe
-from lightning_goldy.report.formatting import format_number, format_percent, texts_html
-from lightning_goldy.report.generations import printable
+from lightning_goldy.report.formatting import format_number, format_percent, printable, texts_html
 from lightning_goldy.report.registry import ReportError, Row
 from lightning_goldy.report.ripples import Scatter
 

@@ -10,8 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from lightning_goldy.report.formatting import format_number, texts_html
-from lightning_goldy.report.generations import printable
+from lightning_goldy.report.formatting import format_number, printable, texts_html
 from lightning_goldy.report.registry import ReportError, Row
 
 _CHECKS = ("check", "value", "asked for", "", "what it means")

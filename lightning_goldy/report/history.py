@@ -18,7 +18,6 @@ _READS: Mapping[str, frozenset[str]] = {
     "basin_volume": frozenset({"volumes"}),
     "head_plasticity": frozenset({"timeline", "curve"}),
 }
-_TAYLOR = ("change", "first_order", "nonlinearity")
 _VOLUME = ("log_volume", "interval_low", "interval_high", "sigma", "preconditioner")
 _DRIFT = ("mean_absolute_difference", "correlation", "pearson", "spearman")
 _CURVE = ("steps", "loss", "multiplier", "active_heads")
@@ -86,10 +85,10 @@ def with_history(row: Row, earlier: Sequence[Row] = ()) -> Row:
         earlier: Rows of the same analysis before it, ascending.
 
     Example:
-        >>> rows = [{"analysis": "variant_losses", "step": step, "metrics": {"loss/full": 2.0 - step}, "result": {}}
+        >>> rows = [{"analysis": "coupling_drift", "step": step, "metrics": {"correlation": 0.5}, "result": {}}
         ...         for step in (0, 1)]
-        >>> with_history(rows[1], rows[:1])["result"]["trajectory"]
-        {'steps': [0, 1], 'losses': {'full': [2.0, 1.0]}}
+        >>> with_history(rows[1], rows[:1])["result"]["trajectory"]["correlation"]
+        [0.5, 0.5]
     """
     build = _BUILDERS.get(row["analysis"])
     if build is None or not isinstance(row.get("result"), Mapping):
@@ -117,21 +116,6 @@ def without_history(analysis: str, result: Mapping[str, Any]) -> dict[str, Any]:
     return dict(result)
 
 
-def _taylor(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
-    if "trajectory" in row["result"]:
-        return {}
-    lines: dict[str, list[Any]] = {"steps": [each["step"] for each in rows]}
-    for name in _TAYLOR:
-        lines[name] = _metric(rows, name)
-    names = {name for each in rows for name in each["metrics"] if name.startswith("loss/order")}
-    for name in sorted(names):
-        lines[name.removeprefix("loss/")] = [
-            None if value is None else value - each["metrics"]["base_loss"]
-            for each, value in zip(rows, _metric(rows, name), strict=True)
-        ]
-    return {"trajectory": lines}
-
-
 def _volumes(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
     if "trajectory" in row["result"]:
         return {}
@@ -154,14 +138,6 @@ def _drift(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
     for name, metric in (("change", "measured_change"), ("predicted_change", "predicted_change")):
         lines[name] = {group: _metric(rows, f"{metric}/{group}") for group in groups}
     return {"trajectory": lines}
-
-
-def _variants(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
-    if "trajectory" in row["result"]:
-        return {}
-    names = [name for name in row["metrics"] if name.startswith("loss/")]
-    losses = {name.removeprefix("loss/"): _metric(rows, name) for name in names}
-    return {"trajectory": {"steps": [each["step"] for each in rows], "losses": losses}}
 
 
 def _spectra(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
@@ -201,6 +177,4 @@ _BUILDERS: Mapping[str, Callable[[Row, Sequence[Row]], dict[str, Any]]] = {
     "basin_volume": _volumes,
     "coupling_drift": _drift,
     "head_plasticity": _plasticity,
-    "taylor_diff": _taylor,
-    "variant_losses": _variants,
 }

@@ -7,9 +7,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_goldy.analysis import taylor_diff
 from lightning_goldy.callbacks import ExactResume, GoldenSnapshot, TaylorDiff
-from lightning_goldy.report.charts import CHARTS
-from lightning_goldy.report.history import with_history
-from lightning_goldy.report.plots import draw_plots
+from lightning_goldy.report import draw_figures
 from tests.callbacks.training import TokenData, differences, fit
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using", "ignore:.*exists and is not empty")
@@ -39,9 +37,9 @@ def test_it_logs_what_the_function_finds_and_rows_can_be_drawn(tmp_path) -> None
     assert metrics["residual/order2"] == pytest.approx(expected.orders[1].residual, rel=1e-4)
     assert metrics["nonlinearity"] == pytest.approx(expected.nonlinearity, rel=1e-4)
     assert rows[-1]["result"]["regime"] == expected.regime
-    assert with_history(rows[-1], rows[:-1])["result"]["trajectory"]["steps"] == [4, 8]
-    assert set(draw_plots(rows[-1])) == {"prediction", "shares"}
-    assert len(CHARTS.draw(rows[-1])) == 2
+    figures = draw_figures(rows[-1], rows[:-1])
+    assert set(figures) == {"prediction", "shares"}
+    assert figures["prediction"].data["points_1"]["x"] == [4, 8]
 
 
 def test_a_moving_base_is_that_of_the_last_analysis_or_of_the_epoch(tmp_path) -> None:

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from lightning_goldy.report.attentions import spectra
-from lightning_goldy.report.expansions import prediction
 from lightning_goldy.report.figures import draw_figures
 from lightning_goldy.report.history import with_history
 from lightning_goldy.report.plasticity import gate_timeline, loss_course
 from lightning_goldy.report.run import AnalysisRows, read_run, upgraded
+from lightning_goldy.report.topics.taylor import prediction
 from lightning_goldy.report.volumes import trajectories
 
 RUN = Path(__file__).parent / "format1"
@@ -51,7 +51,6 @@ def test_all_rows_are_read_as_format_2(analyses: dict[str, AnalysisRows]) -> Non
 @pytest.mark.parametrize(
     ("name", "read"),
     [
-        ("taylor_diff", prediction),
         ("basin_volume", trajectories),
         ("head_plasticity", loss_course),
     ],
@@ -62,6 +61,17 @@ def test_lines_over_the_run_are_those_that_the_rows_held(
     rows = analyses[name].rows
     for index, old in enumerate(written(name)):
         assert read(with_history(rows[index], rows[:index])) == read(old)
+
+
+def test_the_expansion_over_the_run_is_that_which_the_rows_held(analyses: dict[str, AnalysisRows]) -> None:
+    rows = analyses["taylor_diff"].rows
+    for index, old in enumerate(written("taylor_diff")):
+        found, lines = prediction(rows[: index + 1]), old["result"]["trajectory"]
+        orders = {f"order{order}": line for order, line in found.orders.items()}
+        drawn = {"steps": found.steps, "change": found.actual, "nonlinearity": found.nonlinearity, **orders}
+        assert drawn == {name: lines[name] for name in drawn}
+        assert set(lines) - set(drawn) == {"first_order"}
+        assert {"lazy": found.lazy, "nonlinear": found.nonlinear} == old["result"]["thresholds"]
 
 
 def test_arrays_over_the_run_are_those_that_the_rows_held(analyses: dict[str, AnalysisRows]) -> None:
