@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.analysis.taylor.approximation import HIGHEST_ORDER
-from lightning_goldy.analysis.taylor.terms import FunctionSums, LossTerms, TaylorWork, exact_terms, finite_terms
+from lightning_goldy.analysis.taylor.terms import Expansion, Sums
 from lightning_goldy.core.base import Base, base_of
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import block_of, suggestion
@@ -222,9 +222,10 @@ def taylor_diff(
         start = base_of(base, model).vector(model)
         device = next(model.parameters()).device
         mine = [map_batch(batch, lambda tensor: tensor.to(device)) for batch in replicas.share(list(batches))]
-        work = TaylorWork(model, start, mine, objective, orders, by is not None, function_space, replicas, progress)
-        found = finite_terms(work) if sharded else exact_terms(work)
-    return _result(found, orders, by, start.space.names, route="differences" if sharded else "forward")
+        work = Expansion(model, start, mine, objective, orders, by is not None, function_space, replicas, progress)
+        found = work.finite() if sharded else work.exact()
+        step_norm = work.step.norm()
+    return _result(found, orders, by, start.space.names, step_norm, route="differences" if sharded else "forward")
 
 
 def check_orders(orders: Sequence[int], by: str | None) -> tuple[int, ...]:
@@ -245,46 +246,47 @@ def check_orders(orders: Sequence[int], by: str | None) -> tuple[int, ...]:
 
 
 def _result(
-    terms: LossTerms, orders: tuple[int, ...], by: By | None, names: Sequence[str], *, route: str
+    sums: Sums, orders: tuple[int, ...], by: By | None, names: Sequence[str], step_norm: float, *, route: str
 ) -> TaylorDiffResult:
-    loss, base_loss = terms.mean(terms.loss), terms.mean(terms.derivatives[0])
+    loss, predicted, factor = sums.mean("loss"), sums.mean("derivative", 0), 1.0
     fits = []
-    predicted, factor = base_loss, 1.0
     for order in range(1, max(orders) + 1):
         factor *= order
-        predicted += terms.mean(terms.derivatives[order]) / factor
+        predicted += sums.mean("derivative", order) / factor
         if order in orders:
-            fits.append(_fit(order, predicted, loss, terms.function.get(order), terms))
+            fit = {"order": order, "loss": predicted, "residual": loss - predicted}
+            fits.append({**fit, **_function_fit(sums, order)})
+    # The backward pass of the logits gives <J Delta_b, J Delta>, whose sum is ||J Delta||^2.
+    shares = sums.of("function share")
+    whole = math.fsum(shares.values())
     return TaylorDiffResult(
-        base_loss=base_loss,
+        base_loss=sums.mean("derivative", 0),
         loss=loss,
         fits=tuple(fits),
-        first_order=terms.mean(terms.derivatives[1]),
-        second_order=terms.mean(terms.derivatives[2]) / 2 if len(terms.derivatives) > 2 else None,
-        step_norm=math.sqrt(terms.step_square),
-        gradient_norm=terms.gradient_norm,
-        loss_shares=_grouped(terms.loss_shares, by, names),
-        function_shares=_grouped(terms.normalised_function_shares(), by, names),
+        first_order=sums.mean("derivative", 1),
+        second_order=sums.mean("derivative", 2) / 2 if max(orders) > 1 else None,
+        step_norm=step_norm,
+        gradient_norm=sums.gradient_norm,
+        loss_shares=_grouped(
+            {name: share / sums.n_targets for name, share in sums.of("loss share").items()}, by, names
+        ),
+        function_shares=_grouped({name: share / whole for name, share in shares.items() if whole}, by, names),
         route=route,
-        error=terms.error,
-        n_targets=terms.n_targets,
+        error=abs(sums.mean("difference")) / 3 / 2 if sums.of("difference") else 0.0,
+        n_targets=sums.n_targets,
         by=by,
-        cost=terms.cost,
+        cost=sums.cost,
     )
 
 
-def _fit(order: int, predicted: float, loss: float, function: FunctionSums | None, terms: LossTerms) -> dict[str, Any]:
-    relative = divergence = agreement = None
-    if function is not None:
-        relative = math.sqrt(function.residual / terms.function_change) if terms.function_change else 0.0
-        divergence, agreement = function.divergence / terms.n_targets, function.agreed / terms.n_targets
+def _function_fit(sums: Sums, order: int) -> dict[str, float | None]:
+    if order not in sums.of("residual"):
+        return dict.fromkeys(("relative_error", "kl_divergence", "top1_agreement"))
+    residual, change = sums.of("residual")[order], sums.of("function change")[None]
     return {
-        "order": order,
-        "loss": predicted,
-        "residual": loss - predicted,
-        "relative_error": relative,
-        "kl_divergence": divergence,
-        "top1_agreement": agreement,
+        "relative_error": math.sqrt(residual / change) if change else 0.0,
+        "kl_divergence": sums.mean("divergence", order),
+        "top1_agreement": sums.mean("agreed", order),
     }
 
 

@@ -13,9 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_goldy.analysis import TaylorApproximation, TaylorDiffResult, taylor_diff
+from lightning_goldy.analysis.result import Cost
+from lightning_goldy.analysis.taylor.terms import Expansion, Sums
 from lightning_goldy.core import CausalLMObjective, ClassifierObjective, FunctionObjective, ParameterVector
 from lightning_goldy.core.autodiff import trainable_values
 from lightning_goldy.core.base import BaseParameters
+from lightning_goldy.core.sharding import Replicas
 from tests.core.test_autodiff import without_casts  # noqa: F401  a fixture
 from tests.references.models import build, class_batch, token_batch
 
@@ -318,6 +321,41 @@ def test_the_cost_is_what_ran(by: Any, function_space: bool, own_loss: bool) -> 
     assert found.cost.backwards == samples * backwards
     expansions = 2 if own_loss and function_space else 1
     assert found.cost.forwards == samples * (2 * expansions + backwards)
+
+
+def test_differences_find_what_forward_mode_finds_and_count_their_passes() -> None:
+    model = build("gpt2").double().eval()
+    base = moved(model, 0.01)
+    objective, batches = CausalLMObjective(), [token_batch(3, 8), token_batch(2, 8)]
+
+    def work(orders: tuple[int, ...]) -> Expansion:
+        return Expansion(model, base, batches, objective, orders, True, False, Replicas(), None)
+
+    passes = passes_of(model)
+    first = work((1,)).finite()
+    assert vars(first.cost) == {"forwards": 10, "backwards": 5} == dict(passes)
+    passes.clear()
+    found = work((1, 2)).finite()
+    # The present model; the base and four places near it, each with a gradient.
+    assert vars(found.cost) == {"forwards": 30, "backwards": 25} == dict(passes)
+    exact = work((1, 2)).exact()
+    for order in (0, 1):
+        assert found.mean("derivative", order) == pytest.approx(exact.mean("derivative", order), rel=1e-9)
+    off = abs(found.mean("derivative", 2) - exact.mean("derivative", 2)) / 2
+    assert 0 < off < abs(found.mean("difference")) / 6 < 0.05 * abs(exact.mean("derivative", 2))
+    assert found.gradient_norm == pytest.approx(exact.gradient_norm, rel=1e-9)
+
+
+def test_what_two_processes_find_adds_up() -> None:
+    one, other = Sums(n_targets=3, cost=Cost(6, 3)), Sums(n_targets=1, cost=Cost(2, 1))
+    one.add("derivative", enumerate([2.0, 4.0]), 3)
+    other.add("derivative", enumerate([6.0, 8.0]))
+    other.add("difference", [(None, 0.5)])
+    nothing = Sums()
+    for part in (other, nothing):
+        one.merge(part)
+    assert [one.mean("derivative", order) for order in (0, 1)] == [3.0, 5.0]
+    assert (one.mean("difference"), one.n_targets, one.cost) == (0.125, 4, Cost(8, 4))
 
 
 def test_the_row_tells_the_regime_and_what_it_is_told_by() -> None:
