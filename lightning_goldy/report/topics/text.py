@@ -148,9 +148,6 @@ def _in_markdown(text: str) -> str:
     return escaped
 
 
-Lines = Iterator[tuple[str, str]]
-
-
 def summary_table(rows: Sequence[Row]) -> Table:
     """The numbers to look at first, one line each.
 
@@ -167,8 +164,7 @@ def summary_table(rows: Sequence[Row]) -> Table:
     table.add_column("quantity")
     table.add_column("value", justify="right", no_wrap=True)
     for row in rows:
-        lines = _LINES.get(row["name"])
-        for number, (quantity, value) in enumerate([] if lines is None else lines(row)):
+        for number, (quantity, value) in enumerate(_quantities(row)):
             # As Text, because brackets in a plain string would be read as markup.
             table.add_row(row["name"] if number == 0 else "", Text(quantity), Text(value))
     return table
@@ -201,7 +197,16 @@ def explanation_table(row: Row) -> Table:
     return table
 
 
-def _of_the_expansion(row: Row) -> Lines:
+def _quantities(row: Row) -> Iterator[tuple[str, str]]:
+    metrics = row["metrics"]
+    if row["name"] == "taylor_diff":
+        yield from _of_the_expansion(row)
+    for name, quantity in _QUANTITIES.get(row["name"], {}).items():
+        if metrics.get(name) is not None:
+            yield quantity, format_number(metrics[name])
+
+
+def _of_the_expansion(row: Row) -> Iterator[tuple[str, str]]:
     metrics = row["metrics"]
     yield "loss at the base, nats", format_number(metrics["base_loss"])
     yield "loss now, nats", format_number(metrics["loss"])
@@ -214,41 +219,20 @@ def _of_the_expansion(row: Row) -> Lines:
     yield "the step is", row["result"]["regime"]
 
 
-def _of_the_distribution(row: Row) -> Lines:
-    yield from _named(
-        row["metrics"],
-        {
-            "relative_change": "||Delta|| / ||base||",
-            "stable_rank": "stable rank of the change",
-            "alignment_over_chance": "alignment with the base, over chance",
-            "histogram_drift": "drift of the histograms, nats",
-        },
-    )
-
-
-def _of_the_attention(row: Row) -> Lines:
-    yield from _named(
-        row["metrics"],
-        {
-            "entropy": "entropy, nats, mean",
-            "drift": "drift of the patterns, nats, mean",
-            "drift_max": "drift of the patterns, nats, largest",
-            "previous_token_max": "previous token, strongest head",
-            "induction_max": "induction, strongest head",
-        },
-    )
-
-
-def _named(metrics: Mapping[str, Any], names: Mapping[str, str]) -> Lines:
-    for name, quantity in names.items():
-        if metrics.get(name) is not None:
-            yield quantity, format_number(metrics[name])
-
-
-_LINES = {
-    "taylor_diff": _of_the_expansion,
-    "parameter_distribution": _of_the_distribution,
-    "attention_tracker": _of_the_attention,
+_QUANTITIES = {
+    "parameter_distribution": {
+        "relative_change": "||Delta|| / ||base||",
+        "stable_rank": "stable rank of the change",
+        "alignment_over_chance": "alignment with the base, over chance",
+        "histogram_drift": "drift of the histograms, nats",
+    },
+    "attention_tracker": {
+        "entropy": "entropy, nats, mean",
+        "drift": "drift of the patterns, nats, mean",
+        "drift_max": "drift of the patterns, nats, largest",
+        "previous_token_max": "previous token, strongest head",
+        "induction_max": "induction, strongest head",
+    },
 }
 
 
