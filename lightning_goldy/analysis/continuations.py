@@ -323,12 +323,21 @@ def encode_prompts(
     check_generation_arguments(max_new_tokens, temperature)
     if not callable(getattr(model, "generate", None)):
         raise TypeError(f"{type(model).__name__} has no generate(), so it cannot continue prompts")
-    ids = [_encoded(tokenizer, prompt, index) for index, prompt in enumerate(prompts)]
-    if not ids:
+    if not prompts:
         raise ValueError("there is no prompt to continue")
-    _require_room(model, ids, max_new_tokens)
-    device = next(model.parameters()).device
-    return [each.to(device) for each in ids]
+    longest = getattr(getattr(model, "config", None), "max_position_embeddings", math.inf)
+    found = []
+    for index, prompt in enumerate(prompts):
+        ids = torch.tensor(tokenizer(prompt)["input_ids"]) if isinstance(prompt, str) else prompt.detach().flatten()
+        if not len(ids):
+            raise ValueError(f"prompt {index} is {prompt!r}: it has no token to continue from")
+        if len(ids) + max_new_tokens > (longest or math.inf):
+            raise ValueError(
+                f"prompt {index} has {len(ids)} tokens; with max_new_tokens={max_new_tokens} that exceeds the model's "
+                f"{longest} positions"
+            )
+        found.append(ids.long().to(next(model.parameters()).device))
+    return found
 
 
 def continued_batch(prompt: Tensor, answer: Tensor) -> dict[str, Tensor]:
@@ -368,23 +377,6 @@ def check_generation_arguments(max_new_tokens: int, temperature: float) -> None:
         raise ValueError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"temperature must be positive and finite; got {temperature}; do_sample=False is its limit 0")
-
-
-def _encoded(tokenizer: Any, prompt: Prompt, index: int) -> Tensor:
-    ids = torch.tensor(tokenizer(prompt)["input_ids"]) if isinstance(prompt, str) else prompt.detach().flatten()
-    if not len(ids):
-        raise ValueError(f"prompt {index} is {prompt!r}: it has no token to continue from")
-    return ids.long()
-
-
-def _require_room(model: nn.Module, ids: Sequence[Tensor], max_new_tokens: int) -> None:
-    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    for index, each in enumerate(ids):
-        if longest is not None and len(each) + max_new_tokens > longest:
-            raise ValueError(
-                f"prompt {index} has {len(each)} tokens; with max_new_tokens={max_new_tokens} that exceeds the model's "
-                f"{longest} positions"
-            )
 
 
 def _part(mask: Tensor, parameter: Tensor) -> Tensor:

@@ -66,12 +66,11 @@ def test_lines_over_the_run_are_those_that_the_rows_held(
 def test_the_expansion_over_the_run_is_that_which_the_rows_held(analyses: dict[str, AnalysisRows]) -> None:
     rows = analyses["taylor_diff"].rows
     for index, old in enumerate(written("taylor_diff")):
-        found, lines = prediction(rows[: index + 1]), old["result"]["trajectory"]
-        orders = {f"order{order}": line for order, line in found.orders.items()}
-        drawn = {"steps": found.steps, "change": found.actual, "nonlinearity": found.nonlinearity, **orders}
-        assert drawn == {name: lines[name] for name in drawn}
-        assert set(lines) - set(drawn) == {"first_order"}
-        assert {"lazy": found.lazy, "nonlinear": found.nonlinear} == old["result"]["thresholds"]
+        found, thresholds = prediction(rows[: index + 1])
+        lines = old["result"]["trajectory"]
+        assert found == {name: lines[name] for name in found}
+        assert set(lines) - set(found) == {"first_order"}
+        assert thresholds == (old["result"]["thresholds"]["lazy"], old["result"]["thresholds"]["nonlinear"])
 
 
 def test_arrays_over_the_run_are_those_that_the_rows_held(analyses: dict[str, AnalysisRows]) -> None:

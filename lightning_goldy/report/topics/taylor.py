@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from lightning_goldy.report.builders import Bars, Line, Lines, arrange, bars, lines
@@ -31,16 +31,13 @@ def chart_taylor_prediction(rows: Sequence[Row]) -> Figure:
         >>> figure.data["points_0"]["line"], figure.data["bands_1"]["regime"]
         (['actual', 'order 1'], ['lazy', 'weakly nonlinear', 'nonlinear'])
     """
-    found = prediction(rows)
-    predicted = {
-        f"order {order}": Line(found.steps, line, shape="dashed") for order, line in sorted(found.orders.items())
-    }
-    upper = lines(
-        {"actual": Line(found.steps, found.actual), **predicted}, Lines(x="", y="change of the loss, nats", height=240)
-    )
+    found, thresholds = prediction(rows)
+    steps, actual, nonlinearity = (found.pop(name) for name in ("steps", "change", "nonlinearity"))
+    orders = {name.replace("order", "order "): Line(steps, line, shape="dashed") for name, line in found.items()}
+    upper = lines({"actual": Line(steps, actual), **orders}, Lines(x="", y="change of the loss, nats", height=240))
     style = Lines(y="nonlinearity", scale="linear", zero=True, height=160)
-    lower = lines({"nonlinearity": Line(found.steps, found.nonlinearity)}, style)
-    return arrange([_with_points(upper), _with_regimes(lower, found)], caption=prediction_caption(rows[-1]))
+    lower = _with_regimes(lines({"nonlinearity": Line(steps, nonlinearity)}, style), thresholds)
+    return arrange([_with_points(upper), lower], caption=prediction_caption(rows[-1]))
 
 
 @register_figure("taylor_diff", "shares", heading="Who carries the step")
@@ -91,51 +88,26 @@ def chart_variant_losses(rows: Sequence[Row]) -> Figure:
     return lines(variant_lines(rows), Lines(y="loss, nats", height=280), caption=variant_caption(rows))
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """Lines over the run.
+def prediction(rows: Sequence[Row]) -> tuple[dict[str, list[Any]], tuple[float, float]]:
+    """The lines over some rows, and the thresholds of the last: lazy below the first, nonlinear from the second on.
 
-    Args:
-        steps: Optimizer steps.
-        actual: Change of the loss since the base, nats; None where there is none.
-        orders: The predicted change by order, nats.
-        nonlinearity: Relative error of the first order.
-        lazy: Below this nonlinearity the step is lazy.
-        nonlinear: From this on it is nonlinear.
-    """
-
-    steps: Sequence[int]
-    actual: Sequence[float | None]
-    orders: dict[int, Sequence[float | None]]
-    nonlinearity: Sequence[float | None]
-    lazy: float
-    nonlinear: float
-
-
-def prediction(rows: Sequence[Row]) -> Prediction:
-    """The lines over some rows, with the thresholds of the last.
+    Returns:
+        ``steps``, ``change`` since the base, the one predicted by ``order1`` and so on (nats), ``nonlinearity``.
 
     Raises:
-        ReportError: A row lacks them.
+        ReportError: A row lacks something.
     """
     try:
         thresholds, metrics = rows[-1]["result"]["thresholds"], [row["metrics"] for row in rows]
-        names = sorted({name for each in metrics for name in each if name.startswith("loss/order")})
-        return Prediction(
-            [row["step"] for row in rows],
-            [each["change"] for each in metrics],
-            {int(name.removeprefix("loss/order")): [_change(each, name) for each in metrics] for name in names},
-            [each["nonlinearity"] for each in metrics],
-            float(thresholds["lazy"]),
-            float(thresholds["nonlinear"]),
-        )
+        found = {"steps": [row["step"] for row in rows]}
+        found |= {name: [each[name] for each in metrics] for name in ("change", "nonlinearity")}
+        for name in sorted({name for each in metrics for name in each if name.startswith("loss/order")}):
+            pairs = [(each.get(name), each["base_loss"]) for each in metrics]
+            changes = [None if None in pair else pair[0] - pair[1] for pair in pairs]
+            found[name.removeprefix("loss/")] = changes
+        return found, (float(thresholds["lazy"]), float(thresholds["nonlinear"]))
     except (KeyError, TypeError, ValueError) as error:
         raise ReportError(f"a row of taylor_diff lacks what its figure needs: {error}") from error
-
-
-def _change(metrics: Any, name: str) -> float | None:
-    predicted, base = metrics.get(name), metrics["base_loss"]
-    return None if predicted is None or base is None else predicted - base
 
 
 def prediction_caption(row: Row) -> str:
@@ -223,10 +195,10 @@ def _with_points(figure: Figure) -> Figure:
     return replace(figure, chart=spec)
 
 
-def _with_regimes(figure: Figure, found: Prediction) -> Figure:
+def _with_regimes(figure: Figure, thresholds: tuple[float, float]) -> Figure:
     """The bands of the regimes behind the nonlinearity, with their names."""
-    known = [value for value in found.nonlinearity if value is not None]
-    ends = (0.0, found.lazy, found.nonlinear, max([1.2 * found.nonlinear, *(1.1 * value for value in known)]))
+    known = [value for value in figure.data["points"]["y"] if value is not None]
+    ends = (0.0, *thresholds, max([1.2 * thresholds[1], *(1.1 * value for value in known)]))
     bands = {"low": ends[:-1], "high": ends[1:], "regime": ["lazy", "weakly nonlinear", "nonlinear"]}
     spec = copy.deepcopy(figure.bare())
     data, y = {"name": "bands"}, {"field": "low", "type": "quantitative"}
