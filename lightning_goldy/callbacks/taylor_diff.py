@@ -15,12 +15,10 @@ from lightning_goldy.analysis.taylor import TaylorDiffResult, taylor_diff
 from lightning_goldy.analysis.taylor.taylor import By, check_orders
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.callbacks.golden_snapshot import find_snapshot
-from lightning_goldy.core.base import BaseParameters
+from lightning_goldy.core.base import BaseParameters, base_of
 from lightning_goldy.core.naming import suggestion
 from lightning_goldy.core.sharding import unshard_guard
-from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.store import load_vectors, save_vectors
-from lightning_goldy.core.vector import ParameterVector
 from lightning_goldy.training.subject import find_model
 
 Reset = Literal["never", "each", "epoch"]
@@ -150,4 +148,4 @@ class TaylorDiff(AnalysisCallback[TaylorDiffResult]):
         self._base_step, self._base_file = state_dict["base_step"], state_dict["base_file"]
 
     def _move_base(self, model: nn.Module, step: int) -> None:
-        self._base, self._base_step = BaseParameters(ParameterVector.of(model, ParameterSpace.of(model))), step
+        self._base, self._base_step = base_of(model, model), step
