@@ -1,5 +1,8 @@
 """Pure functions: (model, batches, objective, ...) to frozen results; no Trainer, no logger."""
 
+import warnings
+from typing import Any
+
 from lightning_goldy.analysis.agreement import Agreement
 from lightning_goldy.analysis.attention import AttentionMaps, AttentionStatistics, attention_maps, attention_statistics
 from lightning_goldy.analysis.basin import (
@@ -86,7 +89,7 @@ from lightning_goldy.analysis.ripple import (
     register_editor,
     ripple_effects,
 )
-from lightning_goldy.analysis.taylor import OrderFit, TaylorApproximation, TaylorDiff, taylor_diff
+from lightning_goldy.analysis.taylor import OrderFit, TaylorApproximation, TaylorDiffResult, taylor_diff
 from lightning_goldy.core.architecture.gates import HeadGates
 
 __all__ = [
@@ -129,7 +132,7 @@ __all__ = [
     "SurvivingChange",
     "TangentModel",
     "TaylorApproximation",
-    "TaylorDiff",
+    "TaylorDiffResult",
     "TunedPreconditioner",
     "VolumeResult",
     "activation_similarity",
@@ -174,3 +177,10 @@ __all__ = [
     "taylor_diff",
     "tuned_preconditioner",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "TaylorDiff":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn("lightning_goldy.analysis.TaylorDiff has become TaylorDiffResult", DeprecationWarning, stacklevel=2)
+    return TaylorDiffResult

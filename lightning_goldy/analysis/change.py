@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_goldy.analysis.result import AnalysisResult, tensor_rows
-from lightning_goldy.core.base import BaseParameters
+from lightning_goldy.core.base import Base, base_of
 from lightning_goldy.core.directions import fill_direction_
 from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.naming import block_of, kind_of
@@ -163,7 +163,7 @@ def offloaded(vector: ParameterVector) -> ParameterVector:
     return vector.map(lambda tensor: tensor if is_sharded(tensor) else tensor.cpu())
 
 
-def weight_change(model: nn.Module, base: BaseParameters) -> WeightChange:
+def weight_change(model: nn.Module, base: Base) -> WeightChange:
     r"""Measures the change of every parameter since the base.
 
     .. math:: \Delta = \theta_t - \theta_0, \qquad \text{relative change} = \lVert\Delta\rVert / \lVert\theta_0\rVert
@@ -172,7 +172,7 @@ def weight_change(model: nn.Module, base: BaseParameters) -> WeightChange:
 
     Args:
         model: The model as it is now.
-        base: What it is compared with.
+        base: What it is compared with: anything that :func:`~lightning_goldy.core.base.base_of` takes.
 
     Returns:
         Norms by tensor and the histogram of the elements' changes.
@@ -182,7 +182,7 @@ def weight_change(model: nn.Module, base: BaseParameters) -> WeightChange:
 
     Example:
         >>> layer = nn.Linear(2, 1, bias=False)
-        >>> base = BaseParameters(ParameterVector.of(layer))
+        >>> base = ParameterVector.of(layer)
         >>> _ = layer.weight.data[0, 0].add_(0.25)
         >>> change = weight_change(layer, base)
         >>> round(change.delta_norm, 6), change.unchanged
@@ -191,7 +191,7 @@ def weight_change(model: nn.Module, base: BaseParameters) -> WeightChange:
     names, numel, base_norms, delta_norms = [], [], [], []
     bins = (_HIGHEST - _LOWEST) * _PER_DECADE
     counts = torch.zeros(bins + 1, dtype=torch.int64)
-    for name, before, delta in base.changes(model):
+    for name, before, delta in base_of(base, model).changes(model):
         squares = [reduce_tensors([tensor], lambda x: x @ x)[0] for tensor in (before, delta)]
         if not math.isfinite(squares[1]):
             raise ValueError(f"{name} has changed to values that are not finite")
@@ -211,7 +211,7 @@ def weight_change(model: nn.Module, base: BaseParameters) -> WeightChange:
     )
 
 
-def change_inside(model: nn.Module, base: BaseParameters, mask: ParameterMask) -> float | None:
+def change_inside(model: nn.Module, base: Base, mask: ParameterMask) -> float | None:
     r"""Share of :math:`\lVert\Delta\rVert^2` that lies inside a mask, a fraction; None when nothing has changed.
 
     Args:
@@ -220,7 +220,7 @@ def change_inside(model: nn.Module, base: BaseParameters, mask: ParameterMask) -
         mask: On any device; its parameters must be among the base's.
     """
     inside = total = 0.0
-    for name, _, delta in base.changes(model):
+    for name, _, delta in base_of(base, model).changes(model):
         total += reduce_tensors([delta], lambda x: x @ x)[0]
         if name in mask.space:
             marked = scatter_like(delta, gather(mask[name]))
@@ -300,7 +300,7 @@ class ParameterDistributionResult(AnalysisResult):
 
 def parameter_distribution(
     model: nn.Module,
-    base: BaseParameters,
+    base: Base,
     *,
     top: int = 8,
     exact_below: int = 1024,
@@ -316,7 +316,7 @@ def parameter_distribution(
 
     Args:
         model: The finetuned model, plain or sharded.
-        base: Its parameters before.
+        base: Its parameters before: anything that :func:`~lightning_goldy.core.base.base_of` takes.
         top: Singular values and directions to keep.
         exact_below: Largest smaller side of a matrix whose whole spectrum is computed.
         seed: Of the randomised decomposition.
@@ -334,9 +334,8 @@ def parameter_distribution(
     Halko, Martinsson and Tropp 2011, algorithm 4.4; Delta's directions: Hu et al. 2022 ("LoRA"), section 7.3.
 
     Example:
-        >>> from lightning_goldy.core.vector import ParameterVector
         >>> layer = nn.Linear(4, 4, bias=False)
-        >>> base = BaseParameters(ParameterVector.of(layer))
+        >>> base = ParameterVector.of(layer)
         >>> _ = layer.weight.data.add_(torch.outer(torch.ones(4), torch.arange(4.0)))
         >>> round(parameter_distribution(layer, base).rows[0]["stable_rank"], 4)
         1.0
@@ -345,8 +344,9 @@ def parameter_distribution(
     replicas = Replicas.of(model) if split_over_ranks else Replicas()
     rows: list[tuple[int, dict[str, Any]]] = []
     with torch.no_grad(), replicas.together("parameter_distribution"):
-        total = len(base.space.names)
-        for index, change in enumerate(base.changes(model)):
+        start = base_of(base, model)
+        total = len(start.space.names)
+        for index, change in enumerate(start.changes(model)):
             # Shards are gathered by all; of replicas each takes its own tensors.
             if is_sharded(change.delta) or index % replicas.size == replicas.rank:
                 before, delta = gather(change.base), gather(change.delta)

@@ -13,6 +13,7 @@ from lightning_goldy.callbacks.parameter_distribution import ParameterDistributi
 from lightning_goldy.callbacks.reverse_golden_parameters import ReverseGoldenParameters
 from lightning_goldy.callbacks.run_report import RunReport
 from lightning_goldy.callbacks.taylor_diff import TaylorDiff
+from lightning_goldy.callbacks.variant_losses import VariantLosses
 
 __all__ = [
     "AnalysisCallback",
@@ -30,4 +31,5 @@ __all__ = [
     "ReverseGoldenParameters",
     "RunReport",
     "TaylorDiff",
+    "VariantLosses",
 ]

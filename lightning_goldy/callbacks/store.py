@@ -31,12 +31,12 @@ from lightning_goldy.core.files import (
     to_json_line,
 )
 from lightning_goldy.report.figures import draw_figures
-from lightning_goldy.report.generations import generations_text
 from lightning_goldy.report.history import RowHistory
 from lightning_goldy.report.loggers import log_figure, log_histogram, log_scalars, log_text
 from lightning_goldy.report.rendering import RenderError
 from lightning_goldy.report.run import upgraded
 from lightning_goldy.report.topics.coupling_drift import moved_text
+from lightning_goldy.report.topics.text import generations_text
 
 ROWS = "results.jsonl"
 _UNLOGGED = "goldy_logs"

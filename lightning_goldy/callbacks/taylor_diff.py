@@ -4,31 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import lightning.pytorch as L
 from torch import nn
 
 from lightning_goldy.analysis.divergence import shortened
-from lightning_goldy.analysis.result import Cost, Row
-from lightning_goldy.analysis.taylor import TaylorDiff as TaylorResult
-from lightning_goldy.analysis.taylor import taylor_diff
-from lightning_goldy.analysis.taylor.taylor import LAZY, NONLINEAR, By, check_orders
+from lightning_goldy.analysis.result import Row
+from lightning_goldy.analysis.taylor import TaylorDiffResult, taylor_diff
+from lightning_goldy.analysis.taylor.taylor import By, check_orders
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.callbacks.golden_snapshot import find_snapshot
-from lightning_goldy.core.base import BaseParameters
+from lightning_goldy.core.base import BaseParameters, base_of
 from lightning_goldy.core.naming import suggestion
 from lightning_goldy.core.sharding import unshard_guard
-from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.store import load_vectors, save_vectors
-from lightning_goldy.core.vector import ParameterVector
 from lightning_goldy.training.subject import find_model
 
 Reset = Literal["never", "each", "epoch"]
-_RESETS = ("never", "each", "epoch")
 
 
-class TaylorDiff(AnalysisCallback[TaylorResult]):
+class TaylorDiff(AnalysisCallback[TaylorDiffResult]):
     """Whether the finetune is still a small step: actual against predicted change of the loss and of the logits.
 
     Logs losses, the prediction of each order with its residual, the relative error, KL divergence and agreement in
@@ -62,8 +58,8 @@ class TaylorDiff(AnalysisCallback[TaylorResult]):
     ) -> None:
         super().__init__(**options)
         self.orders = check_orders(orders, by)
-        if reset not in _RESETS:
-            raise ValueError(f"unknown reset={reset!r}; {suggestion(str(reset), _RESETS)}")
+        if reset not in get_args(Reset):
+            raise ValueError(f"unknown reset={reset!r}; {suggestion(str(reset), get_args(Reset))}")
         if n_samples is not None and n_samples < 1:
             raise ValueError(f"n_samples must be at least 1; got {n_samples}")
         self.by, self.function_space, self.reset, self.n_samples = by, function_space, reset, n_samples
@@ -92,7 +88,7 @@ class TaylorDiff(AnalysisCallback[TaylorResult]):
         else:
             self._move_base(model, trainer.global_step)
 
-    def compute(self, context: AnalysisContext) -> TaylorResult:
+    def compute(self, context: AnalysisContext) -> TaylorDiffResult:
         """Expands around the base."""
         assert context.objective is not None
         snapshot = find_snapshot(context.trainer)
@@ -109,38 +105,12 @@ class TaylorDiff(AnalysisCallback[TaylorResult]):
             progress=context.progress,
         )
 
-    def describe(self, result: TaylorResult, context: AnalysisContext) -> Row:
-        """Losses, predictions and the regime as metrics; shares for the figures."""
-        metrics: dict[str, float | None] = {
-            "base_loss": result.base_loss,
-            "loss": result.loss,
-            "change": result.change,
-            "first_order": result.first_order,
-            "second_order": result.second_order,
-            "second_to_first": result.second_to_first,
-            "step_norm": result.step_norm,
-            "gradient_norm": result.gradient_norm,
-            "nonlinearity": result.nonlinearity,
-        }
-        for fit in result.orders:
-            for name in ("loss", "residual", "relative_error", "kl_divergence", "top1_agreement"):
-                metrics[f"{name}/order{fit.order}"] = getattr(fit, name)
-        data: dict[str, Any] = {
-            "fits": [dict(fit) for fit in result.fits],
-            "regime": result.regime,
-            "thresholds": {"lazy": LAZY, "nonlinear": NONLINEAR},
-            "loss_shares": result.loss_shares,
-            "function_shares": result.function_shares,
-            "by": self.by,
-            "route": result.route,
-            "error": result.error,
-            "n_targets": result.n_targets,
-            "base_step": self._base_step,
-        }
+    def describe(self, result: TaylorDiffResult, context: AnalysisContext) -> Row:
+        """The result's row, with the step of the base; then the base moves with ``reset="each"``."""
+        row = result.row().extended(result={"base_step": self._base_step})
         if self.reset == "each":
             self._move_base(context.model, context.step)
-        cost = Cost(forwards=self._forwards(result) * len(context.probe))
-        return Row("taylor_diff", metrics, data, cost=cost)
+        return row
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Analyses when scheduled, and then moves the base with ``reset="epoch"``."""
@@ -178,12 +148,4 @@ class TaylorDiff(AnalysisCallback[TaylorResult]):
         self._base_step, self._base_file = state_dict["base_step"], state_dict["base_file"]
 
     def _move_base(self, model: nn.Module, step: int) -> None:
-        self._base, self._base_step = BaseParameters(ParameterVector.of(model, ParameterSpace.of(model))), step
-
-    def _forwards(self, result: TaylorResult) -> int:
-        """Forward passes that one batch costs, about."""
-        highest = max(self.orders)
-        if result.route == "differences":
-            return 1 + 3 * (1 if highest == 1 else 5)
-        shares = 0 if self.by is None else 6 if self.function_space else 3
-        return 1 + {1: 4, 2: 11, 3: 35}[highest] + shares
+        self._base, self._base_step = base_of(model, model), step

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -76,20 +77,33 @@ class VariantLosses(AnalysisCallback[VariantLossesResult]):
         assert objective is not None
         replicas = Replicas.world()
         batches = replicas.share(shortened(context.probe, objective, self.n_samples, None))
+        trained = module.trained_models()
         totals: dict[str, float] = dict.fromkeys(module.variants, 0.0)
-        count = 0
+        count = forwards = 0
         for done, batch in enumerate(batches, 1):
-            batch = map_batch(batch, lambda tensor: tensor.to(module.device))
-            weight = 0
+            batch, weight = map_batch(batch, lambda tensor: tensor.to(module.device)), 0
             for name, model in module.variant_models().items():
-                loss, weight = _loss(model, objective, batch)
+                with _counted(trained[name]) as calls:
+                    loss, weight = _loss(model, objective, batch)
                 totals[name] += weight * loss
+                forwards += len(calls) * len(next(batch_tensors(batch)))
             count += weight
             context.progress(done, len(batches))
-        parts = replicas.gather_objects((totals, count))
+        parts = replicas.gather_objects((totals, count, forwards))
         n_targets = sum(part[1] for part in parts)
         losses = {name: sum(part[0][name] for part in parts) / n_targets for name in totals}
-        return VariantLossesResult(losses, n_targets, Cost(forwards=4 * len(losses) * len(context.probe)))
+        return VariantLossesResult(losses, n_targets, Cost(forwards=sum(part[2] for part in parts)))
+
+
+@contextmanager
+def _counted(model: nn.Module) -> Iterator[list[None]]:
+    """Gathers the calls of a model, of which a variant makes as many as it needs."""
+    calls: list[None] = []
+    hook = model.register_forward_pre_hook(lambda *_: calls.append(None))
+    try:
+        yield calls
+    finally:
+        hook.remove()
 
 
 def _loss(model: nn.Module, objective: Any, batch: Any) -> tuple[float, int]:

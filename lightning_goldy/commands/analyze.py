@@ -32,9 +32,7 @@ from lightning_goldy.callbacks.attention_tracker import (
     find_tokenizer,
     token_namer,
 )
-from lightning_goldy.callbacks.base import AnalysisContext
-from lightning_goldy.callbacks.store import ROWS, AnalysisProgress, ResultStore, peak_memory_bytes
-from lightning_goldy.callbacks.taylor_diff import TaylorDiff
+from lightning_goldy.callbacks.store import ROWS, ResultStore, peak_memory_bytes
 from lightning_goldy.commands.checkpoints import FoundBase, SavedModel, find_base, read_saved
 from lightning_goldy.commands.fit import check_configs, run_configured
 from lightning_goldy.commands.output import output_folder, print_report
@@ -45,12 +43,10 @@ from lightning_goldy.core.isolation import undisturbed
 from lightning_goldy.core.objective import Objective, batch_tensors
 from lightning_goldy.core.space import trainable_parameters
 from lightning_goldy.core.vector import require_finite, substituted
-from lightning_goldy.report.checkpoint_summary import explanation_table, summary_table
-from lightning_goldy.report.continuations import continuations_table
 from lightning_goldy.report.figures import draw_figures
+from lightning_goldy.report.topics.text import continuations_table, explanation_table, summary_table
 from lightning_goldy.training.subject import check_probe, find_model, find_objective, find_probe
 
-_ORDERS = (1, 2)
 _SINGULAR_VALUES = 4
 
 
@@ -94,7 +90,9 @@ class Subject:
     """A checkpoint that is loaded.
 
     Args:
-        context: Model, objective and probe; the probe holds the samples that are used.
+        model: The part that is analysed.
+        objective: What it is trained for.
+        probe: The samples that are used.
         base: theta_0; None where nothing tells.
         shown: Prompts whose attention is shown.
         writing: Prompts to continue.
@@ -102,7 +100,9 @@ class Subject:
         progress: Called with (done, total).
     """
 
-    context: AnalysisContext
+    model: nn.Module
+    objective: Objective
+    probe: Sequence[Any]
     base: BaseParameters | None
     shown: tuple[Prompt, ...]
     writing: Writing
@@ -116,42 +116,37 @@ class Part:
 
     Args:
         result: Of the pure function.
-        row: What it says of itself, without its place.
+        row: What it says of itself, without its place; the result's own by default.
         more: Further results, by the name of their file.
     """
 
     result: AnalysisResult
-    row: Row
+    row: Row | None = None
     more: Mapping[str, AnalysisResult] = field(default_factory=dict)
 
 
 def _expanded(subject: Subject) -> Part:
-    context, base = subject.context, subject.base
-    assert base is not None
-    found = taylor_diff(
-        context.model, base, context.probe, context.objective, orders=_ORDERS, progress=subject.progress
-    )
-    return Part(found, TaylorDiff(_ORDERS).describe(found, context))
+    assert subject.base is not None
+    found = taylor_diff(subject.model, subject.base, subject.probe, subject.objective, progress=subject.progress)
+    return Part(found)
 
 
 def _explained(subject: Subject) -> Part:
-    context, base = subject.context, subject.base
-    assert base is not None
-    found = explain_change(context.model, base, context.probe, context.objective, progress=subject.progress)
+    assert subject.base is not None
+    found = explain_change(subject.model, subject.base, subject.probe, subject.objective, progress=subject.progress)
     # Two plain runs, and each variant with its base and its tangents: about 13 in all.
-    return Part(found, found.row().extended(cost=Cost(forwards=13 * len(context.probe))))
+    return Part(found, found.row().extended(cost=Cost(forwards=13 * len(subject.probe))))
 
 
 def _distributed(subject: Subject) -> Part:
     assert subject.base is not None
-    found = parameter_distribution(subject.context.model, subject.base, progress=subject.progress)
-    return Part(found, found.row())
+    return Part(parameter_distribution(subject.model, subject.base, progress=subject.progress))
 
 
 def _attended(subject: Subject) -> Part:
-    context, model = subject.context, subject.context.model
+    model = subject.model
     base = None if subject.base is None else subject.base.vector(model)
-    found = attention_statistics(model, context.probe, context.objective, base=base, progress=subject.progress)
+    found = attention_statistics(model, subject.probe, subject.objective, base=base, progress=subject.progress)
     name_tokens = token_namer(subject.tokenizer)
     shown, maps = [], {}
     for prompt in subject.shown:
@@ -169,13 +164,9 @@ def _attended(subject: Subject) -> Part:
 
 
 def _continued(subject: Subject) -> Part:
-    writing = subject.writing
-    found = continue_prompts(
-        subject.context.model, subject.tokenizer, writing.prompts, base=subject.base, **writing.options()
-    )
-    # One pass per new token; with the base as many again, and two to compare.
-    passes = len(writing.prompts) * (writing.max_new_tokens if subject.base is None else 2 * writing.max_new_tokens + 2)
-    return Part(found, found.row().extended(result=writing.options(), cost=Cost(forwards=passes)))
+    writing, options = subject.writing, subject.writing.options()
+    found = continue_prompts(subject.model, subject.tokenizer, writing.prompts, base=subject.base, **options)
+    return Part(found, found.row().extended(result=options))
 
 
 PARTS: Mapping[str, Callable[[Subject], Part]] = {
@@ -203,8 +194,8 @@ def left_out(subject: Subject, base_source: str) -> dict[str, str]:
         reasons.update(dict.fromkeys(sorted(NEEDS_BASE), f"there is no base: {base_source}"))
     if not subject.writing.prompts:
         reasons["continuations"] = "no prompt was given (--prompt or --prompts)"
-    elif not callable(getattr(subject.context.model, "generate", None)):
-        reasons["continuations"] = f"{type(subject.context.model).__name__} cannot generate"
+    elif not callable(getattr(subject.model, "generate", None)):
+        reasons["continuations"] = f"{type(subject.model).__name__} cannot generate"
     return reasons
 
 
@@ -355,13 +346,11 @@ class CheckpointAnalysis(L.Callback):
             # What cannot be continued is refused before anything is computed.
             options = {"temperature": 1.0, **self.writing.options()}
             encode_prompts(model, tokenizer, self.writing.prompts, options["max_new_tokens"], options["temperature"])
-        step = self.saved.step or 0
-        store = ResultStore(self.folder / "goldy" / next(iter(PARTS)), write=False)
-        bar = AnalysisProgress(trainer, "analyze")
-        context = AnalysisContext(trainer, pl_module, model, objective, probe, step, store, bar)
-        return Subject(
-            context, base.values, shown, self.writing, tokenizer, lambda done, total: say(f"{done} of {total}")
-        )
+
+        def tell(done: int, total: int) -> None:
+            say(f"{done} of {total}")
+
+        return Subject(model, objective, probe, base.values, shown, self.writing, tokenizer, tell)
 
     def _shown(self, probe: Sequence[Any]) -> PromptTexts:
         if self.writing.prompts:
@@ -372,7 +361,7 @@ class CheckpointAnalysis(L.Callback):
     def _analyze(self, name: str, subject: Subject) -> None:
         start = time.perf_counter()
         try:
-            with peak_memory_bytes(next(subject.context.model.parameters()).device) as peak:
+            with peak_memory_bytes(next(subject.model.parameters()).device) as peak:
                 part = PARTS[name](subject)
         except UnsupportedArchitectureError as error:
             self.left_out[name] = str(error)
@@ -384,7 +373,8 @@ class CheckpointAnalysis(L.Callback):
         store = ResultStore(self.folder / "goldy" / name, write=True)
         for file, result in {"result": part.result, **part.more}.items():
             atomic_write(store.folder / f"{file}.json", result.to_json())
-        row = part.row.extended(result={"checkpoint": str(self.saved.path), "base": self.base_source}).at(
+        row = part.row or part.result.row()
+        row = row.extended(result={"checkpoint": str(self.saved.path), "base": self.base_source}).at(
             step=self.saved.step or 0,
             epoch=self.saved.epoch,
             trigger="checkpoint",

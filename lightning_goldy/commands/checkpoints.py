@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_goldy.analysis.basin import adam_curvature_from_state
 from lightning_goldy.callbacks.golden_snapshot import BASE_FILE
-from lightning_goldy.core.base import BaseParameters, read_base
+from lightning_goldy.core.base import BaseParameters, read_base, read_checkpoint
 from lightning_goldy.core.objective import CausalLMObjective, Objective
 from lightning_goldy.core.sharding import local
 from lightning_goldy.core.space import ParameterSpace
@@ -56,7 +55,7 @@ class SavedModel:
                 for name, parameter in space.resolve(model).items():
                     local(parameter).copy_(local(values[name]))
             return
-        checkpoint = _read(self.path)
+        checkpoint = read_checkpoint(self.path)
         pl_module.on_load_checkpoint(checkpoint)
         try:
             pl_module.load_state_dict(checkpoint["state_dict"])
@@ -72,7 +71,7 @@ class SavedModel:
             StoreError: The checkpoint is not one.
         """
         checkpoint = self.path if self.path.is_file() else self.path.with_name(f"{self.path.name}.ckpt")
-        return dict(_read(checkpoint).get("callbacks") or {}) if checkpoint.is_file() else {}
+        return dict(read_checkpoint(checkpoint).get("callbacks") or {}) if checkpoint.is_file() else {}
 
     def curvature(self, pl_module: L.LightningModule, model: nn.Module, space: ParameterSpace) -> ParameterVector:
         """The second moments of the optimizer in a checkpoint.
@@ -87,7 +86,7 @@ class SavedModel:
             ValueError: The saved state does not fit the optimizer, or has no second moments.
         """
         wanted = {id(parameter) for parameter in space.resolve(model).values()}
-        states = _read(self.path)["optimizer_states"]
+        states = read_checkpoint(self.path)["optimizer_states"]
         for optimizer, state in zip(_optimizers(pl_module.configure_optimizers()), states, strict=False):
             if wanted <= {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}:
                 return adam_curvature_from_state(state, optimizer, space=space, module=model)
@@ -126,7 +125,7 @@ def read_saved(path: str | Path, *, with_optimizer: bool = False) -> SavedModel:
             )
         named = re.search(r"step=(\d+)", path.name)
         return SavedModel(path, int(named[1]) if named else None, 0)
-    checkpoint = _read(path)
+    checkpoint = read_checkpoint(path)
     if with_optimizer and not checkpoint.get("optimizer_states"):
         raise StoreError(f"{path} was saved without the optimizer's state; use --preconditioner none")
     return SavedModel(path, checkpoint.get("global_step"), int(checkpoint.get("epoch") or 0))
@@ -146,18 +145,6 @@ def positions(saved: Sequence[SavedModel]) -> list[tuple[int, SavedModel]]:
     if None in steps or len(set(steps)) < len(steps):
         return list(enumerate(saved))
     return sorted(((int(each.step or 0), each) for each in saved), key=lambda pair: pair[0])
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        # weights_only: a checkpoint is data, and nothing in it may run.
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-        raise StoreError(f"{path}: not a whole checkpoint of plain data; no code in it is run ({error})") from error
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), Mapping):
-        found = sorted(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__
-        raise StoreError(f"{path}: a Lightning checkpoint has a 'state_dict'; this one has {found}")
-    return checkpoint
 
 
 def _optimizers(configured: Any) -> list[Optimizer]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -153,7 +153,7 @@ def read_base(
     """
     path = Path(source)
     if path.is_file() and path.suffix == ".ckpt":
-        tensors = _read_checkpoint(path, prefix, space)
+        tensors = _checkpoint_tensors(path, prefix, space)
     else:
         files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
         if not files:
@@ -177,16 +177,28 @@ def read_base(
     return ParameterVector(space, values)
 
 
-def _read_checkpoint(path: Path, prefix: str | None, space: ParameterSpace) -> dict[str, Tensor]:
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A Lightning checkpoint, of which no code is run.
+
+    Args:
+        path: The file.
+
+    Raises:
+        StoreError: It is not a whole checkpoint of plain data, or has no ``state_dict``.
+    """
     try:
         # weights_only: a checkpoint is data, and nothing in it may run.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
         raise StoreError(f"{path}: not a whole checkpoint of plain data; no code in it is run ({error})") from error
-    state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
-    if not isinstance(state, dict):
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), Mapping):
         found = sorted(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise StoreError(f"{path}: a Lightning checkpoint has a 'state_dict'; this one has {found}")
+    return checkpoint
+
+
+def _checkpoint_tensors(path: Path, prefix: str | None, space: ParameterSpace) -> dict[str, Tensor]:
+    state: Mapping[str, Tensor] = read_checkpoint(path)["state_dict"]
     if prefix is None:
         state = {canonical_name(name): value for name, value in state.items()}
         prefix = _find_prefix(path, state, space)

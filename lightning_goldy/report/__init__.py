@@ -32,8 +32,6 @@ from lightning_goldy.report.basin_plots import (
     plot_volume_trajectory,
 )
 from lightning_goldy.report.descriptions import Description, describe
-from lightning_goldy.report.expansion_charts import chart_taylor_prediction, chart_taylor_shares
-from lightning_goldy.report.expansion_plots import plot_taylor_prediction, plot_taylor_shares
 from lightning_goldy.report.explain_charts import chart_explained_change
 from lightning_goldy.report.explain_plots import plot_explained_change
 from lightning_goldy.report.figures import Figure, ReportError, draw_figures, reads_of, register_figure
@@ -64,7 +62,7 @@ from lightning_goldy.report.topics.golden import (
     chart_search_history,
     chart_weight_changes,
 )
-from lightning_goldy.report.variant_figures import chart_variant_losses, plot_variant_losses
+from lightning_goldy.report.topics.taylor import chart_taylor_prediction, chart_taylor_shares, chart_variant_losses
 
 __all__ = [
     "Description",
@@ -116,9 +114,6 @@ __all__ = [
     "plot_plasticity_loss",
     "plot_plasticity_sweep",
     "plot_ripple_effects",
-    "plot_taylor_prediction",
-    "plot_taylor_shares",
-    "plot_variant_losses",
     "plot_volume_cutoffs",
     "plot_volume_estimates",
     "plot_volume_trajectory",
@@ -139,6 +134,9 @@ _FORMER = {
     "plot_golden_parameters": "lightning_goldy.report.topics.golden.chart_golden_parameters",
     "plot_parameter_distribution": "lightning_goldy.report.topics.golden.chart_parameter_distribution",
     "plot_search_history": "lightning_goldy.report.topics.golden.chart_search_history",
+    "plot_taylor_prediction": "lightning_goldy.report.topics.taylor.chart_taylor_prediction",
+    "plot_taylor_shares": "lightning_goldy.report.topics.taylor.chart_taylor_shares",
+    "plot_variant_losses": "lightning_goldy.report.topics.taylor.chart_variant_losses",
     "plot_weight_changes": "lightning_goldy.report.topics.golden.chart_weight_changes",
     "register_chart": "lightning_goldy.report.figures.register_former",
     "register_plot": "lightning_goldy.report.figures.register_former",

@@ -88,6 +88,17 @@ def format_bytes(count: float | None) -> str:
     return f"{size:.3g} TiB"
 
 
+def printable(text: str) -> str:
+    r"""The text with control characters spelt out, so that it can steer no terminal.
+
+    Example:
+        >>> printable("a\n\x1b[31mb")
+        'a↵\\x1b[31mb'
+    """
+    shown = text.replace("\r\n", "\n").replace("\n", "↵")
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in shown)
+
+
 def table_html(header: Sequence[str], body: Sequence[Sequence[str]], footer: Sequence[str] = ()) -> str:
     """A table whose first column names its rows; the cells are HTML already.
 

@@ -16,7 +16,6 @@ import numpy as np
 from lightning_goldy.core.store import atomic_write
 from lightning_goldy.report.builders import Lines, Series, lines
 from lightning_goldy.report.charts import CHARTS
-from lightning_goldy.report.continuations import continuations_html
 from lightning_goldy.report.descriptions import Description, description_of
 from lightning_goldy.report.figures import (
     THEMES,
@@ -37,13 +36,13 @@ from lightning_goldy.report.formatting import (
     script_json,
     table_html,
 )
-from lightning_goldy.report.generations import generations_html
 from lightning_goldy.report.history import RowHistory
 from lightning_goldy.report.legacy import old_figures_html, scripts_html
 from lightning_goldy.report.rendering import page_script, require_drawing
 from lightning_goldy.report.run import AnalysisRows, Run, TrainingCurves, read_run
 from lightning_goldy.report.topics.coupling import coupling_tables_html
 from lightning_goldy.report.topics.coupling_drift import moved_html
+from lightning_goldy.report.topics.text import continuations_html, generations_html
 
 
 @dataclass(frozen=True)

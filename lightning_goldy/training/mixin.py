@@ -11,9 +11,8 @@ from lightning_goldy.core.objective import Objective
 from lightning_goldy.training.subject import find_model, find_objective, find_probe
 
 if TYPE_CHECKING:
-    from lightning_goldy.analysis import GoldenResult, TaylorDiff, VolumeResult
-    from lightning_goldy.core.base import BaseParameters
-    from lightning_goldy.core.vector import ParameterVector
+    from lightning_goldy.analysis import GoldenResult, TaylorDiffResult, VolumeResult
+    from lightning_goldy.core.base import Base
 
 
 class GoldyMixin:
@@ -92,13 +91,12 @@ class GoldyMixin:
 
         return basin_volume(self.goldy_model, self.goldy_probe(batches), self.goldy_objective, **options)
 
-    def taylor_diff(
-        self, base: BaseParameters | ParameterVector, batches: Iterable[Any] | None = None, **options: Any
-    ) -> TaylorDiff:
+    def taylor_diff(self, base: Base, batches: Iterable[Any] | None = None, **options: Any) -> TaylorDiffResult:
         """Whether the step since a base is small; see :func:`lightning_goldy.analysis.taylor_diff`.
 
         Args:
-            base: Where the expansion is made, such as a ``GoldenSnapshot``'s ``base``.
+            base: Where the expansion is made, such as a ``GoldenSnapshot``'s ``base``: anything that
+                :func:`~lightning_goldy.core.base.base_of` takes.
             batches: What the loss is taken over; by default the probe.
             **options: Passed on, such as ``orders``.
 

@@ -96,6 +96,17 @@ def test_drawn_continuations_are_those_of_generate(model, before):
     assert continue_prompts(model, tokenizer, PROMPTS, base=base, seed=6, **options).present != found.present
 
 
+def test_passes_are_counted_as_the_models_hooks_count_them(model, before):
+    passes = []
+    model.register_forward_hook(lambda module, args, output: passes.append(len(output.logits)))
+    found = continue_prompts(model, byte_tokenizer(), PROMPTS, max_new_tokens=8)
+    assert found.cost.forwards == sum(passes) > 0
+    for base in (before, BaseParameters(ParameterVector.of(before))):
+        passes.clear()
+        found = continue_prompts(model, byte_tokenizer(), PROMPTS, base=base, max_new_tokens=8, do_sample=True)
+        assert vars(found.row().cost) == {"forwards": sum(passes), "backwards": 0}
+
+
 def test_the_present_model_is_its_own_base(model):
     found = continue_prompts(model, byte_tokenizer(), PROMPTS, base=ParameterVector.of(model), max_new_tokens=4)
     assert found.base == found.present
@@ -144,6 +155,8 @@ def test_wrong_arguments_are_named(model, prompts, options, message):
 def test_wrong_models_and_bases_are_named(model):
     with pytest.raises(TypeError, match=r"Linear has no generate\(\)"):
         continue_prompts(torch.nn.Linear(2, 2), byte_tokenizer(), ["a"])
+    with pytest.raises(TypeError, match=r"a base is a module, .*; got int"):
+        continue_prompts(model, byte_tokenizer(), ["a"], base=3, max_new_tokens=2)
     with pytest.raises(SpaceError):
         continue_prompts(model, byte_tokenizer(), ["a"], base=ParameterVector.of(build("llama")), max_new_tokens=2)
     with torch.no_grad():

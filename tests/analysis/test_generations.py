@@ -1,17 +1,12 @@
 from __future__ import annotations
 
-import io
-
 import pytest
 import torch
-from rich.console import Console
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_goldy.analysis import GenerationComparison, compare_generations
 from lightning_goldy.core import ParameterSpace, ParameterVector
 from lightning_goldy.data.tokenization import byte_tokenizer
-from lightning_goldy.report.generations import generations_html, generations_table, generations_text, printable
-from lightning_goldy.report.registry import ReportError
 from tests.references.reverse_golden import masked_divergence_reference
 
 PROMPTS = ["The cat", "1 + 1 ="]
@@ -77,6 +72,13 @@ def test_texts_are_those_of_generate_and_the_divergence_that_of_the_definition(m
         assert found.kl_per_token[index] == pytest.approx(expected, rel=1e-4)
 
 
+def test_passes_are_counted_as_the_models_hooks_count_them(model):
+    passes = []
+    model.register_forward_hook(lambda module, args, output: passes.append(len(output.logits)))
+    found = compare_generations(model, byte_tokenizer(), PROMPTS, mask_of(model, 0.2), max_new_tokens=8)
+    assert vars(found.cost) == {"forwards": sum(passes), "backwards": 0}
+
+
 def test_a_prompt_does_not_depend_on_the_others_and_ids_serve_as_well(model):
     tokenizer, mask = byte_tokenizer(), mask_of(model, 0.2)
     both = compare_generations(model, tokenizer, PROMPTS, mask, max_new_tokens=6)
@@ -122,35 +124,3 @@ def test_wrong_models_and_masks_are_named(model):
         compare_generations(torch.nn.Linear(1, 1), byte_tokenizer(), ["a"], mask_of(model, 0.1))
     with pytest.raises(ValueError, match="bool"):
         compare_generations(model, byte_tokenizer(), ["a"], ParameterVector.of(model), max_new_tokens=2)
-
-
-NASTY = {
-    "prompt": "<script>alert(1)</script>",
-    "plain": "a|b\n*x* [red]r[/red] `c` <img src=x>",
-    "masked": "\x1b[31mred\x07 & \u202eback",
-    "agreement": 0.25,
-    "kl_per_token": 1.5,
-}
-
-
-def test_texts_are_shown_and_never_rendered():
-    page = generations_html({"result": {"generations": [NASTY]}})
-    assert "<script>" not in page
-    assert "<img" not in page
-    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
-    assert "25 %" in page
-    assert not any(char in page for char in "\x1b\x07\u202e")
-    line = generations_text([NASTY]).splitlines()[-1]
-    assert line.count("|") == 6
-    assert not set("<>`*[]\x1b") & set(line)
-    buffer = io.StringIO()
-    Console(file=buffer, width=200, force_terminal=False).print(generations_table([NASTY]))
-    assert "[red]r[/red]" in buffer.getvalue()
-    assert "\x1b" not in buffer.getvalue()
-    assert printable("a\r\nb\tc") == "a↵b\\tc"
-
-
-def test_a_spoiled_entry_is_an_error():
-    for spoiled in ({**NASTY, "plain": None}, {"prompt": "a"}, "text"):
-        with pytest.raises(ReportError):
-            generations_text([spoiled])

@@ -7,9 +7,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_goldy.analysis import taylor_diff
 from lightning_goldy.callbacks import ExactResume, GoldenSnapshot, TaylorDiff
-from lightning_goldy.report.charts import CHARTS
-from lightning_goldy.report.history import with_history
-from lightning_goldy.report.plots import draw_plots
+from lightning_goldy.report import draw_figures
 from tests.callbacks.training import TokenData, differences, fit
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using", "ignore:.*exists and is not empty")
@@ -20,7 +18,7 @@ EPOCH = 8  # optimizer steps: 16 samples in batches of 2
 def rows_of(callback: TaylorDiff) -> list[dict]:
     rows = [json.loads(line) for line in (callback.folder / "results.jsonl").read_text().splitlines()]
     for row in rows:
-        row.pop("cost")
+        row["cost"] = {name: row["cost"][name] for name in ("forwards", "backwards")}
     return rows
 
 
@@ -32,14 +30,16 @@ def test_it_logs_what_the_function_finds_and_rows_can_be_drawn(tmp_path) -> None
     expected = taylor_diff(module.model, snapshot.base, batches)
     rows = rows_of(taylor)
     assert [row["step"] for row in rows] == [4, 8]
+    # Three of the probe's samples: the expansion, the present model and two gradients for the shares.
+    assert rows[-1]["cost"] == vars(expected.cost) == {"forwards": 12, "backwards": 6}
     metrics = rows[-1]["metrics"]
     assert metrics["loss"] == pytest.approx(expected.loss, rel=1e-6)
     assert metrics["residual/order2"] == pytest.approx(expected.orders[1].residual, rel=1e-4)
     assert metrics["nonlinearity"] == pytest.approx(expected.nonlinearity, rel=1e-4)
     assert rows[-1]["result"]["regime"] == expected.regime
-    assert with_history(rows[-1], rows[:-1])["result"]["trajectory"]["steps"] == [4, 8]
-    assert set(draw_plots(rows[-1])) == {"prediction", "shares"}
-    assert len(CHARTS.draw(rows[-1])) == 2
+    figures = draw_figures(rows[-1], rows[:-1])
+    assert set(figures) == {"prediction", "shares"}
+    assert figures["prediction"].data["points_1"]["x"] == [4, 8]
 
 
 def test_a_moving_base_is_that_of_the_last_analysis_or_of_the_epoch(tmp_path) -> None:

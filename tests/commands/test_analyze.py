@@ -18,7 +18,7 @@ from lightning_goldy.analysis.attention import AttentionMaps, AttentionStatistic
 from lightning_goldy.analysis.change import ParameterDistributionResult, parameter_distribution
 from lightning_goldy.analysis.continuations import Continuations, continue_prompts
 from lightning_goldy.analysis.linearized import ExplainedChange, explain_change
-from lightning_goldy.analysis.taylor import TaylorDiff, taylor_diff
+from lightning_goldy.analysis.taylor import TaylorDiffResult, taylor_diff
 from lightning_goldy.cli import main
 from lightning_goldy.commands.checkpoints import find_base, read_saved
 from lightning_goldy.core import ParameterVector
@@ -128,7 +128,7 @@ def test_results_are_those_of_the_functions(trained, analyzed):
     data = AtlasDataModule(**DATA)
     batches, tokenizer = list(data.probe_dataloader()), data.tokenizer
 
-    expansion, expected = result_of(TaylorDiff, out, "taylor_diff"), taylor_diff(model, base, batches)
+    expansion, expected = result_of(TaylorDiffResult, out, "taylor_diff"), taylor_diff(model, base, batches)
     assert vars(expansion) == vars(expected)
     assert expansion.step_norm > 0.1
     explained = result_of(ExplainedChange, out, "explain_change")
@@ -205,7 +205,7 @@ def test_without_a_prompt_the_probe_is_shown_and_nothing_written(trained, here, 
     expected = taylor_diff(
         model_of(checkpoint_of(trained).with_suffix("")), ParameterVector.of(model_of(trained / "base")), [cut]
     )
-    assert result_of(TaylorDiff, out, "taylor_diff").loss == expected.loss
+    assert result_of(TaylorDiffResult, out, "taylor_diff").loss == expected.loss
 
 
 def test_drawn_continuations_follow_the_seed(trained, here):

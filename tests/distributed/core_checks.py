@@ -25,7 +25,7 @@ from lightning_goldy.core import (
     save_vectors,
     substituted,
 )
-from lightning_goldy.core.base import BaseParameters, read_base
+from lightning_goldy.core.base import BaseParameters, base_of, read_base
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.selection import select_largest
 from lightning_goldy.core.sharding import Replicas, gather, is_sharded, like, local, local_box, scatter_like
@@ -222,6 +222,12 @@ def check_base(whole: nn.Module, spread: nn.Module) -> None:
     space = ParameterSpace.of(whole)
     kept, kept_whole = BaseParameters(ParameterVector.of(spread)), BaseParameters(ParameterVector.of(whole))
     same(kept.vector(spread), ParameterVector.of(whole))
+    # A base takes the layout of the model, whichever it has itself.
+    for model in (spread, whole):
+        for base in (spread, whole, ParameterVector.of(spread), ParameterVector.of(whole)):
+            found = base_of(base, model).vector(model)
+            same(found, ParameterVector.of(whole))
+            assert all(is_sharded(found[name]) == is_sharded(p) for name, p in space.resolve(model).items())
     with (
         applied(spread, random_direction(space, 6, module=spread), 0.1),
         applied(whole, random_direction(space, 6), 0.1),

@@ -7,12 +7,12 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from lightning_goldy.analysis import TaylorDiff, taylor_diff
+from lightning_goldy.analysis import TaylorDiffResult, taylor_diff
 from lightning_goldy.core import ParameterSpace, ParameterVector, random_direction
 from tests.references.models import build, token_batch
 
 
-def compare(layout: str, size: float, function_space: bool) -> TaylorDiff:
+def compare(layout: str, size: float, function_space: bool) -> TaylorDiffResult:
     """One small step of one small model, as replicas or as shards."""
     model = build("llama").eval()
     if layout == "shards":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_goldy.analysis import TaylorDiff
+from lightning_goldy.analysis import TaylorDiffResult
 from tests.distributed.launch import run_processes
 from tests.distributed.taylor_checks import compare, compared
 
@@ -14,7 +14,7 @@ def test_replicas_share_batches_and_find_the_same() -> None:
     expected = [compare("replicas", 0.01, space) for space in (True, False)]
     for texts in run_processes(compared, 2, "replicas"):
         for text, alone in zip(texts, expected, strict=True):
-            found = TaylorDiff.from_json(text)
+            found = TaylorDiffResult.from_json(text)
             for name in ("loss", "base_loss", "first_order", "second_order", "gradient_norm", "n_targets"):
                 assert getattr(found, name) == pytest.approx(getattr(alone, name), rel=1e-5)
             assert found.loss_shares == pytest.approx(alone.loss_shares, rel=1e-4, abs=1e-7)
@@ -26,7 +26,7 @@ def test_shards_go_by_differences_and_say_how_far_off_they_are() -> None:
     exact = compare("replicas", 0.01, False)
     for texts in run_processes(compared, 2, "shards"):
         for text in texts:
-            found = TaylorDiff.from_json(text)
+            found = TaylorDiffResult.from_json(text)
             assert found.route == "differences"
             assert found.orders[0].relative_error is None
             for name in ("loss", "base_loss", "first_order", "gradient_norm", "step_norm"):

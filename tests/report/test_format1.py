@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from lightning_goldy.report.attentions import spectra
-from lightning_goldy.report.expansions import prediction
 from lightning_goldy.report.figures import draw_figures
 from lightning_goldy.report.history import with_history
 from lightning_goldy.report.run import AnalysisRows, read_run, upgraded
 from lightning_goldy.report.topics.basin import trajectories
 from lightning_goldy.report.topics.heads import chart_gate_timeline, chart_plasticity_loss
+from lightning_goldy.report.topics.taylor import prediction
 
 RUN = Path(__file__).parent / "format1"
 SEVEN = {
@@ -48,20 +48,6 @@ def test_all_rows_are_read_as_format_2(analyses: dict[str, AnalysisRows]) -> Non
             assert upgraded(row) is row
 
 
-@pytest.mark.parametrize(
-    ("name", "read"),
-    [
-        ("taylor_diff", prediction),
-    ],
-)
-def test_lines_over_the_run_are_those_that_the_rows_held(
-    analyses: dict[str, AnalysisRows], name: str, read: Callable[[Any], Any]
-) -> None:
-    rows = analyses[name].rows
-    for index, old in enumerate(written(name)):
-        assert read(with_history(rows[index], rows[:index])) == read(old)
-
-
 def test_volumes_over_the_run_are_those_that_the_rows_held(analyses: dict[str, AnalysisRows]) -> None:
     rows = analyses["basin_volume"].rows
     for index, old in enumerate(written("basin_volume")):
@@ -72,6 +58,14 @@ def test_volumes_over_the_run_are_those_that_the_rows_held(analyses: dict[str, A
             assert [list(line.y), list(line.low or ()), list(line.high or ())] == [
                 held[name] for name in ("log_volume", "interval_low", "interval_high")
             ]
+def test_the_expansion_over_the_run_is_that_which_the_rows_held(analyses: dict[str, AnalysisRows]) -> None:
+    rows = analyses["taylor_diff"].rows
+    for index, old in enumerate(written("taylor_diff")):
+        found, thresholds = prediction(rows[: index + 1])
+        lines = old["result"]["trajectory"]
+        assert found == {name: lines[name] for name in found}
+        assert set(lines) - set(found) == {"first_order"}
+        assert thresholds == (old["result"]["thresholds"]["lazy"], old["result"]["thresholds"]["nonlinear"])
 
 
 def test_arrays_over_the_run_are_those_that_the_rows_held(analyses: dict[str, AnalysisRows]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
 
@@ -14,17 +13,16 @@ from torch import nn
 
 from lightning_goldy import GoldyModule
 from lightning_goldy.analysis.linearized import build_variant
-from lightning_goldy.callbacks.variant_losses import VariantLosses
+from lightning_goldy.callbacks import VariantLosses
 from lightning_goldy.core import CausalLMObjective, ParameterVector
 from lightning_goldy.core.architecture import UnsupportedArchitectureError
 from lightning_goldy.core.files import read_rows
 from lightning_goldy.optim import OptimizerOptions
-from lightning_goldy.report.charts import CHARTS
+from lightning_goldy.report import draw_figures
 from lightning_goldy.report.descriptions import description_of
-from lightning_goldy.report.history import RowHistory, with_history
-from lightning_goldy.report.plots import draw_plots
+from lightning_goldy.report.history import RowHistory
 from lightning_goldy.report.registry import ReportError
-from lightning_goldy.report.variant_figures import plot_variant_losses
+from lightning_goldy.report.topics.taylor import chart_variant_losses
 from lightning_goldy.training.variants import VariantsModule
 from tests.callbacks.training import TokenData
 from tests.references.models import build
@@ -177,17 +175,20 @@ def test_rows_and_figures_have_a_line_per_variant(tmp_path) -> None:
         len(each.targets) for each in targets
     )
     assert rows[-1]["metrics"]["loss/tangent"] == pytest.approx(expected, rel=1e-6)
-    row = with_history(json.loads(json.dumps(rows[-1])), rows[:-1])
+    # The full and the tangent model run once, each of the others beside a run at the base.
+    samples = sum(len(batch["input_ids"]) for batch in batches)
+    assert (rows[-1]["cost"]["forwards"], rows[-1]["cost"]["backwards"]) == (6 * samples, 0)
+    row = rows[-1]
     assert row["result"]["n_targets"] == sum(len(each.targets) for each in targets)
-    assert set(draw_plots(row)) == {"losses"}
-    drawn = {line.get_label(): line.get_ydata()[-1] for line in plot_variant_losses(row).axes[0].get_lines()}
-    assert drawn["all linear (tangent)"] == rows[-1]["metrics"]["loss/tangent"]
-    (chart,) = CHARTS.draw(row).values()
-    assert len(chart.data) == 4
-    assert chart.data[0].x == (0, 2, 4)
+    (figure,) = draw_figures(row, rows[:-1]).values()
+    points = figure.data["points"]
+    drawn = dict(zip(points["line"], points["y"], strict=True))  # the last point of each line
+    assert list(drawn) == ["full", "attention frozen", "MLPs linear", "all linear (tangent)"]
+    assert drawn["all linear (tangent)"] == pytest.approx(row["metrics"]["loss/tangent"], rel=1e-8)
+    assert points["x"] == [0, 2, 4] * 4
     assert all(description_of("variant_losses").meaning(name) for name in row["metrics"])
-    with pytest.raises(ReportError, match=r"needs result\.trajectory"):
-        plot_variant_losses({"step": 1, "result": {}})
+    with pytest.raises(ReportError, match="needs metrics that begin with 'loss/'"):
+        chart_variant_losses([{"step": 1, "metrics": {}, "result": {}}])
 
 
 def test_a_long_run_is_thinned_evenly_and_keeps_its_latest_point() -> None:
@@ -195,12 +196,12 @@ def test_a_long_run_is_thinned_evenly_and_keeps_its_latest_point() -> None:
         return {"analysis": "variant_losses", "step": step, "trigger": "step", "metrics": {"loss/full": float(step)}}
 
     history = RowHistory(row(step) for step in range(1002))
-    line = with_history({**row(1002), "result": {}}, history.rows)["result"]["trajectory"]
-    assert line["steps"][0] == 0
-    assert line["steps"][-1] == 1002
-    assert 100 < len(line["steps"]) <= 201
-    assert line["losses"]["full"] == [float(step) for step in line["steps"]]
-    assert len(set(torch.tensor(line["steps"][:-1]).diff().tolist())) == 1
+    points = chart_variant_losses([*history.rows, {**row(1002), "result": {}}]).data["points"]
+    assert points["x"][0] == 0
+    assert points["x"][-1] == 1002
+    assert 100 < len(points["x"]) <= 201
+    assert points["y"] == [float(step) for step in points["x"]]
+    assert len(set(torch.tensor(points["x"][:-1]).diff().tolist())) == 1
 
 
 def test_bad_input_is_refused(tmp_path) -> None:

@@ -1,6 +1,16 @@
 """Is it still a small step: the Taylor expansion of the change."""
 
-from lightning_goldy.analysis.taylor.approximation import TaylorApproximation
-from lightning_goldy.analysis.taylor.taylor import OrderFit, TaylorDiff, taylor_diff
+import warnings
+from typing import Any
 
-__all__ = ["OrderFit", "TaylorApproximation", "TaylorDiff", "taylor_diff"]
+from lightning_goldy.analysis.taylor.approximation import TaylorApproximation
+from lightning_goldy.analysis.taylor.taylor import OrderFit, TaylorDiffResult, taylor_diff
+
+__all__ = ["OrderFit", "TaylorApproximation", "TaylorDiffResult", "taylor_diff"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "TaylorDiff":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn("lightning_goldy.analysis.TaylorDiff has become TaylorDiffResult", DeprecationWarning, stacklevel=2)
+    return TaylorDiffResult

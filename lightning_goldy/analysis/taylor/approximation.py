@@ -21,7 +21,7 @@ from lightning_goldy.core.autodiff import (
     polynomial,
     trainable_values,
 )
-from lightning_goldy.core.base import BaseParameters
+from lightning_goldy.core.base import Base, base_of
 from lightning_goldy.core.batches import batch_tensors, map_batch
 from lightning_goldy.core.objective import IGNORE_INDEX, CausalLMObjective, ClassifierObjective, Objective
 from lightning_goldy.core.sharding import is_sharded
@@ -163,13 +163,14 @@ class TaylorApproximation(nn.Module):
 
     Args:
         model: The model; its values are read at each call.
-        base: theta_0.
+        base: theta_0: anything that :func:`~lightning_goldy.core.base.base_of` takes.
         order: n, from 1 to 3.
         parameters: theta; the model's present values by default.
 
     Raises:
         ValueError: The order is out of range.
         SpaceError: The base is of another model.
+        TypeError: It cannot be a base.
 
     Example:
         >>> model = nn.Linear(2, 2)
@@ -183,7 +184,7 @@ class TaylorApproximation(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        base: BaseParameters | ParameterVector,
+        base: Base,
         order: int,
         *,
         parameters: ParameterVector | None = None,
@@ -193,8 +194,7 @@ class TaylorApproximation(nn.Module):
             raise ValueError(f"order must lie between 1 and {HIGHEST_ORDER}; got {order}")
         if any(map(is_sharded, model.parameters())):
             raise ValueError("a sharded model has no forward-mode derivatives; expand the loss with taylor_diff")
-        start = base if isinstance(base, ParameterVector) else base.vector(model)
-        start.space.resolve(model)
+        start = base_of(base, model).vector(model)
         if parameters is not None:
             start.space.require_same(parameters.space)
         # In tuples, so that the model does not become part of this module.

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, get_args
 
 from torch import nn
 
-from lightning_goldy.analysis.result import AnalysisResult
+from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.analysis.taylor.approximation import HIGHEST_ORDER
-from lightning_goldy.analysis.taylor.terms import FunctionSums, LossTerms, TaylorWork, exact_terms, finite_terms
-from lightning_goldy.core.base import BaseParameters
+from lightning_goldy.analysis.taylor.terms import Expansion, Sums
+from lightning_goldy.core.base import Base, base_of
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import block_of, suggestion
 from lightning_goldy.core.objective import CausalLMObjective, Objective, map_batch
 from lightning_goldy.core.sharding import Replicas, is_sharded, unshard_guard
-from lightning_goldy.core.vector import ParameterVector
 
 Regime = Literal["unchanged", "lazy", "weakly nonlinear", "nonlinear"]
 By = Literal["block", "tensor"]
@@ -51,7 +50,7 @@ class OrderFit(AnalysisResult):
 
 
 @dataclass(frozen=True)
-class TaylorDiff(AnalysisResult):
+class TaylorDiffResult(AnalysisResult):
     r"""A finetune's step compared with its expansion around the base.
 
     Args:
@@ -60,7 +59,7 @@ class TaylorDiff(AnalysisResult):
         fits: By order.
         first_order: The gradient's share, g . Delta, nats.
         second_order: Half the curvature along the step, Delta' H Delta / 2, nats; None when only order 1 was asked for.
-        step_norm: ||Delta||, parameter units.
+        step_norm: ||Delta||, from the base of the expansion, parameter units.
         gradient_norm: ||g|| at the base, nats per unit; NaN without shares.
         loss_shares: Part of g . Delta of each group of parameters, nats; they add up to ``first_order``.
         function_shares: Part of J Delta of each group, <J Delta_b, J Delta> / ||J Delta||^2, fractions that add up to
@@ -69,7 +68,11 @@ class TaylorDiff(AnalysisResult):
             along the step: what a sharded model allows).
         error: Estimated error of ``second_order`` by the second route, nats; 0 for exact derivatives.
         n_targets: Target positions.
+        by: What the groups of parameters are; None without shares.
+        cost: Passes of the model; one that carries derivatives along the step counts once.
     """
+
+    analysis: ClassVar[str] = "taylor_diff"
 
     base_loss: float
     loss: float
@@ -83,6 +86,8 @@ class TaylorDiff(AnalysisResult):
     route: str
     error: float
     n_targets: int
+    by: By | None = "block"
+    cost: Cost = field(default=Cost(), compare=False)
 
     @property
     def change(self) -> float:
@@ -120,10 +125,37 @@ class TaylorDiff(AnalysisResult):
             return "lazy"
         return "weakly nonlinear" if self.nonlinearity < NONLINEAR else "nonlinear"
 
+    def metrics(self) -> dict[str, float | None]:
+        """Losses, the terms, norms and the nonlinearity, and by order what is predicted."""
+        names = (
+            *("base_loss", "loss", "change", "first_order", "second_order", "second_to_first"),
+            *("step_norm", "gradient_norm", "nonlinearity"),
+        )
+        found = {name: getattr(self, name) for name in names}
+        for fit in self.fits:
+            found |= {f"{name}/order{fit['order']}": value for name, value in fit.items() if name != "order"}
+        return found
+
+    def details(self) -> dict[str, Any]:
+        """The fits, the regime with its thresholds, the shares, and how the terms were found."""
+        names = ("regime", "loss_shares", "function_shares", "by", "route", "error", "n_targets")
+        return {
+            "fits": [dict(fit) for fit in self.fits],
+            "thresholds": {"lazy": LAZY, "nonlinear": NONLINEAR},
+            **{name: getattr(self, name) for name in names},
+        }
+
+    def headline(self) -> str:
+        """The regime, and the actual and the predicted change."""
+        return (
+            f"the step is {self.regime} (nonlinearity {self.nonlinearity:.3g}): the loss changed by {self.change:.4g} "
+            f"nats, its first order predicts {self.first_order:.4g}"
+        )
+
 
 def taylor_diff(
     model: nn.Module,
-    base: BaseParameters | ParameterVector,
+    base: Base,
     batches: Iterable[Any],
     objective: Objective | None = None,
     *,
@@ -132,7 +164,7 @@ def taylor_diff(
     function_space: bool = True,
     progress: Callable[[int, int], None] | None = None,
     split_over_ranks: bool = True,
-) -> TaylorDiff:
+) -> TaylorDiffResult:
     r"""Compares a finetuned model with its Taylor expansion around the base, in loss and in function space.
 
     .. math:: f_k = \sum_{j \le k} \frac{1}{j!} \frac{d^j}{dt^j} f(\theta_0 + t \Delta) \Big|_0, \qquad
@@ -148,7 +180,7 @@ def taylor_diff(
 
     Args:
         model: The finetuned model, plain or sharded with FSDP2.
-        base: Where the expansion is made: a snapshot of its trainable parameters.
+        base: Where the expansion is made: anything that :func:`~lightning_goldy.core.base.base_of` takes.
         batches: Batches that the objective understands, the same on every rank.
         objective: The loss; next-token prediction by default.
         orders: Orders of the expansion, from 1 to 3 (2 on a sharded model).
@@ -164,12 +196,13 @@ def taylor_diff(
     Raises:
         ValueError: An order or ``by`` is out of range, there is no batch, or a value is not finite.
         SpaceError: The base is of another model.
+        TypeError: It cannot be a base.
 
     Source: linearisation as in Jacot et al. 2018 ("Neural Tangent Kernel"), Chizat et al. 2019 ("On Lazy Training").
 
     Example:
         >>> import torch
-        >>> from lightning_goldy.core.objective import FunctionObjective
+        >>> from lightning_goldy.core import FunctionObjective, ParameterVector
         >>> model = nn.Linear(1, 1, bias=False)
         >>> base = ParameterVector.of(model)
         >>> _ = model.weight.data.add_(0.5)
@@ -186,13 +219,13 @@ def taylor_diff(
     if sharded and (function_space or max(orders) > 2):
         function_space, orders = False, tuple(order for order in orders if order <= 2) or (1,)
     with preserved(model), replicas.together("taylor_diff"):
-        start = base if isinstance(base, ParameterVector) else base.vector(model)
-        start.space.resolve(model)
+        start = base_of(base, model).vector(model)
         device = next(model.parameters()).device
         mine = [map_batch(batch, lambda tensor: tensor.to(device)) for batch in replicas.share(list(batches))]
-        work = TaylorWork(model, start, mine, objective, orders, by is not None, function_space, replicas, progress)
-        found = finite_terms(work) if sharded else exact_terms(work)
-    return _result(found, orders, by, start.space.names, route="differences" if sharded else "forward")
+        work = Expansion(model, start, mine, objective, orders, by is not None, function_space, replicas, progress)
+        found = work.finite() if sharded else work.exact()
+        step_norm = work.step.norm()
+    return _result(found, orders, by, start.space.names, step_norm, route="differences" if sharded else "forward")
 
 
 def check_orders(orders: Sequence[int], by: str | None) -> tuple[int, ...]:
@@ -207,52 +240,53 @@ def check_orders(orders: Sequence[int], by: str | None) -> tuple[int, ...]:
             raise ValueError(f"orders lie between 1 and {HIGHEST_ORDER}; got {order}")
     if 1 not in found:
         raise ValueError(f"orders must hold 1, by which the regime is told; got {list(orders)}")
-    if by not in (None, "block", "tensor"):
-        raise ValueError(f"unknown by={by!r}; {suggestion(str(by), ('block', 'tensor'))}")
+    if by is not None and by not in get_args(By):
+        raise ValueError(f"unknown by={by!r}; {suggestion(str(by), get_args(By))}")
     return found
 
 
 def _result(
-    terms: LossTerms, orders: tuple[int, ...], by: By | None, names: Sequence[str], *, route: str
-) -> TaylorDiff:
-    loss, base_loss = terms.mean(terms.loss), terms.mean(terms.derivatives[0])
+    sums: Sums, orders: tuple[int, ...], by: By | None, names: Sequence[str], step_norm: float, *, route: str
+) -> TaylorDiffResult:
+    loss, predicted, factor = sums.mean("loss"), sums.mean("derivative", 0), 1.0
     fits = []
-    predicted, factor = base_loss, 1.0
     for order in range(1, max(orders) + 1):
         factor *= order
-        predicted += terms.mean(terms.derivatives[order]) / factor
+        predicted += sums.mean("derivative", order) / factor
         if order in orders:
-            function = terms.function.get(order)
-            fits.append(_fit(order, predicted, loss, function, terms))
-    step_norm = math.sqrt(terms.step_square)
-    return TaylorDiff(
-        base_loss=base_loss,
+            fit = {"order": order, "loss": predicted, "residual": loss - predicted}
+            fits.append({**fit, **_function_fit(sums, order)})
+    # The backward pass of the logits gives <J Delta_b, J Delta>, whose sum is ||J Delta||^2.
+    shares = sums.of("function share")
+    whole = math.fsum(shares.values())
+    return TaylorDiffResult(
+        base_loss=sums.mean("derivative", 0),
         loss=loss,
         fits=tuple(fits),
-        first_order=terms.mean(terms.derivatives[1]),
-        second_order=terms.mean(terms.derivatives[2]) / 2 if len(terms.derivatives) > 2 else None,
+        first_order=sums.mean("derivative", 1),
+        second_order=sums.mean("derivative", 2) / 2 if max(orders) > 1 else None,
         step_norm=step_norm,
-        gradient_norm=terms.gradient_norm,
-        loss_shares=_grouped(terms.loss_shares, by, names),
-        function_shares=_grouped(terms.normalised_function_shares(), by, names),
+        gradient_norm=sums.gradient_norm,
+        loss_shares=_grouped(
+            {name: share / sums.n_targets for name, share in sums.of("loss share").items()}, by, names
+        ),
+        function_shares=_grouped({name: share / whole for name, share in shares.items() if whole}, by, names),
         route=route,
-        error=terms.error,
-        n_targets=terms.n_targets,
+        error=abs(sums.mean("difference")) / 3 / 2 if sums.of("difference") else 0.0,
+        n_targets=sums.n_targets,
+        by=by,
+        cost=sums.cost,
     )
 
 
-def _fit(order: int, predicted: float, loss: float, function: FunctionSums | None, terms: LossTerms) -> dict[str, Any]:
-    relative = divergence = agreement = None
-    if function is not None:
-        relative = math.sqrt(function.residual / terms.function_change) if terms.function_change else 0.0
-        divergence, agreement = function.divergence / terms.n_targets, function.agreed / terms.n_targets
+def _function_fit(sums: Sums, order: int) -> dict[str, float | None]:
+    if order not in sums.of("residual"):
+        return dict.fromkeys(("relative_error", "kl_divergence", "top1_agreement"))
+    residual, change = sums.of("residual")[order], sums.of("function change")[None]
     return {
-        "order": order,
-        "loss": predicted,
-        "residual": loss - predicted,
-        "relative_error": relative,
-        "kl_divergence": divergence,
-        "top1_agreement": agreement,
+        "relative_error": math.sqrt(residual / change) if change else 0.0,
+        "kl_divergence": sums.mean("divergence", order),
+        "top1_agreement": sums.mean("agreed", order),
     }
 
 

@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from lightning_goldy.report.builders import HeatMap, Line, Lines, Points, Scatter, arrange, heat_map, lines, scatter
 from lightning_goldy.report.descriptions import Description, describe
 from lightning_goldy.report.figures import Figure, ReportError, Row, register_figure
-from lightning_goldy.report.formatting import format_number, format_percent, texts_html
-from lightning_goldy.report.generations import printable
+from lightning_goldy.report.formatting import format_number, format_percent, printable, texts_html
 from lightning_goldy.report.topics.coupling import (
     CONTRASTS,
     STATISTICS,

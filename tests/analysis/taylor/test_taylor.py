@@ -1,17 +1,24 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis import TaylorApproximation, TaylorDiff, taylor_diff
+from lightning_goldy.analysis import TaylorApproximation, TaylorDiffResult, taylor_diff
+from lightning_goldy.analysis.result import Cost
+from lightning_goldy.analysis.taylor.terms import Expansion, Sums
 from lightning_goldy.core import CausalLMObjective, ClassifierObjective, FunctionObjective, ParameterVector
 from lightning_goldy.core.autodiff import trainable_values
 from lightning_goldy.core.base import BaseParameters
+from lightning_goldy.core.sharding import Replicas
 from tests.core.test_autodiff import without_casts  # noqa: F401  a fixture
 from tests.references.models import build, class_batch, token_batch
 
@@ -61,7 +68,7 @@ def test_a_quadratic_is_its_own_second_order_expansion() -> None:
     assert found.loss_shares["a"] == pytest.approx(float(gradient[:3] @ step[:3]), rel=1e-10)
     assert math.fsum(found.loss_shares.values()) == pytest.approx(found.first_order, rel=1e-12)
     assert found.second_to_first == pytest.approx(abs(found.second_order / found.first_order))
-    assert TaylorDiff.from_json(found.to_json()) == found
+    assert TaylorDiffResult.from_json(found.to_json()) == found
 
 
 def test_a_model_that_is_linear_in_its_parameters_is_lazy_whatever_the_step() -> None:
@@ -257,3 +264,123 @@ def test_bad_input_is_refused() -> None:
     with pytest.raises(ValueError, match=r"wte|embed|parameter"):
         taylor_diff(model, other, [batch])
     assert trainable_values(model)
+
+
+# Anything that a base can be
+
+
+def test_a_base_is_given_in_any_form(tmp_path: Path) -> None:
+    model, before = build("gpt2").double().eval(), build("gpt2", seed=7).double().eval()
+    batch = token_batch(2, 6)
+    before.save_pretrained(tmp_path / "before")
+    vector = ParameterVector.of(before)
+    wanted = taylor_diff(model, vector, [batch])
+    logits = TaylorApproximation(model, vector, 1)(**batch).logits
+    for base in (before, BaseParameters(vector), tmp_path / "before", str(tmp_path / "before")):
+        assert taylor_diff(model, base, [batch]) == wanted
+        assert torch.equal(TaylorApproximation(model, base, order=1)(**batch).logits, logits)
+    for wrong in (None, dict(vector), 1.0):
+        message = rf"a base is a module, .*; got {type(wrong).__name__}"
+        with pytest.raises(TypeError, match=message):
+            taylor_diff(model, wrong, [batch])
+        with pytest.raises(TypeError, match=message):
+            TaylorApproximation(model, wrong, order=1)
+
+
+# What it costs, and the row
+
+
+def passes_of(model: nn.Module) -> Counter[str]:
+    """Counts the samples of all passes from here on, by the model's own hooks."""
+    passes: Counter[str] = Counter()
+
+    def forward(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        samples = len(output.logits)
+        passes["forwards"] += samples
+        if output.logits.requires_grad:
+            output.logits.register_hook(lambda gradient: passes.update(backwards=samples))
+
+    model.register_forward_hook(forward, with_kwargs=True)
+    return passes
+
+
+@pytest.mark.parametrize("by", [None, "block"])
+@pytest.mark.parametrize("function_space", [True, False])
+@pytest.mark.parametrize("own_loss", [True, False])
+def test_the_cost_is_what_ran(by: Any, function_space: bool, own_loss: bool) -> None:
+    model = build("gpt2").eval()
+    base = moved(model, 0.02)
+    objective = CausalLMObjective()
+    loss = FunctionObjective(objective.loss, objective.logits_and_targets) if own_loss else objective
+    short = token_batch(3, 8)
+    short["attention_mask"][1, 1:] = 0  # a sample without a target is never run under the known objective
+    passes = passes_of(model)
+    found = taylor_diff(model, base, [token_batch(2, 8), short], loss, by=by, function_space=function_space)
+    assert vars(found.cost) == {"forwards": passes["forwards"], "backwards": passes["backwards"]}
+    samples, backwards = 5 if own_loss else 4, 0 if by is None else 1 + function_space
+    assert found.cost.backwards == samples * backwards
+    expansions = 2 if own_loss and function_space else 1
+    assert found.cost.forwards == samples * (2 * expansions + backwards)
+
+
+def test_differences_find_what_forward_mode_finds_and_count_their_passes() -> None:
+    model = build("gpt2").double().eval()
+    base = moved(model, 0.01)
+    objective, batches = CausalLMObjective(), [token_batch(3, 8), token_batch(2, 8)]
+
+    def work(orders: tuple[int, ...]) -> Expansion:
+        return Expansion(model, base, batches, objective, orders, True, False, Replicas(), None)
+
+    passes = passes_of(model)
+    first = work((1,)).finite()
+    assert vars(first.cost) == {"forwards": 10, "backwards": 5} == dict(passes)
+    passes.clear()
+    found = work((1, 2)).finite()
+    # The present model; the base and four places near it, each with a gradient.
+    assert vars(found.cost) == {"forwards": 30, "backwards": 25} == dict(passes)
+    exact = work((1, 2)).exact()
+    for order in (0, 1):
+        assert found.mean("derivative", order) == pytest.approx(exact.mean("derivative", order), rel=1e-9)
+    off = abs(found.mean("derivative", 2) - exact.mean("derivative", 2)) / 2
+    assert 0 < off < abs(found.mean("difference")) / 6 < 0.05 * abs(exact.mean("derivative", 2))
+    assert found.gradient_norm == pytest.approx(exact.gradient_norm, rel=1e-9)
+
+
+def test_what_two_processes_find_adds_up() -> None:
+    one, other = Sums(n_targets=3, cost=Cost(6, 3)), Sums(n_targets=1, cost=Cost(2, 1))
+    one.add("derivative", enumerate([2.0, 4.0]), 3)
+    other.add("derivative", enumerate([6.0, 8.0]))
+    other.add("difference", [(None, 0.5)])
+    nothing = Sums()
+    for part in (other, nothing):
+        one.merge(part)
+    assert [one.mean("derivative", order) for order in (0, 1)] == [3.0, 5.0]
+    assert (one.mean("difference"), one.n_targets, one.cost) == (0.125, 4, Cost(8, 4))
+
+
+def test_the_row_tells_the_regime_and_what_it_is_told_by() -> None:
+    model = build("gpt2").eval()
+    base = moved(model, 0.02)
+    found = taylor_diff(model, base, [token_batch(2, 6)], by="tensor")
+    row = found.row()
+    assert (row.analysis, row.cost) == ("taylor_diff", found.cost)
+    assert row.metrics["residual/order2"] == found.orders[1].residual
+    assert row.metrics["change"] == found.loss - found.base_loss
+    assert list(row.metrics)[:9] == [
+        *("base_loss", "loss", "change", "first_order", "second_order", "second_to_first", "step_norm"),
+        *("gradient_norm", "nonlinearity"),
+    ]
+    assert row.result["thresholds"] == {"lazy": 0.1, "nonlinear": 0.5}
+    assert (row.result["regime"], row.result["by"]) == (found.regime, "tensor")
+    assert row.result["fits"] == list(found.fits)
+    assert row.headline.startswith(f"the step is {found.regime} (nonlinearity ")
+    assert TaylorDiffResult.from_json(found.to_json()) == found
+
+
+@pytest.mark.parametrize("module", ["lightning_goldy.analysis", "lightning_goldy.analysis.taylor"])
+def test_the_former_name_of_the_result_leads_to_it(module: str) -> None:
+    with pytest.warns(DeprecationWarning, match="TaylorDiff has become TaylorDiffResult"):
+        former = importlib.import_module(module).TaylorDiff
+    assert former is TaylorDiffResult
+    with pytest.raises(AttributeError, match="has no attribute 'TaylorDif'"):
+        _ = importlib.import_module(module).TaylorDif

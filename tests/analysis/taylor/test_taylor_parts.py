@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import jvp
 
-from lightning_goldy.analysis import TaylorApproximation, TaylorDiff, taylor_diff
+from lightning_goldy.analysis import TaylorApproximation, TaylorDiffResult, taylor_diff
 from lightning_goldy.analysis.taylor import approximation as approximation_module
 from lightning_goldy.analysis.taylor import terms as terms_module
 from lightning_goldy.analysis.taylor.approximation import batch_parts, logits_by_parts, parts_of_order
@@ -33,7 +33,7 @@ def moved(model: nn.Module, size: float = 0.02, space: ParameterSpace | None = N
     return base
 
 
-def flat(found: TaylorDiff) -> dict[str, float]:
+def flat(found: TaylorDiffResult) -> dict[str, float]:
     """All numbers of a result under one level of names."""
     numbers = {
         name: getattr(found, name)

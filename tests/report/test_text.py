@@ -8,19 +8,26 @@ from rich.console import Console
 
 from lightning_goldy.core.files import append_row
 from lightning_goldy.report import write_report
-from lightning_goldy.report.checkpoint_summary import explanation_table, summary_table
-from lightning_goldy.report.continuations import continuations_html, continuations_table
-from lightning_goldy.report.expansion_plots import plot_taylor_prediction
-from lightning_goldy.report.registry import ReportError
+from lightning_goldy.report.figures import ReportError
+from lightning_goldy.report.formatting import printable
+from lightning_goldy.report.topics.text import (
+    continuations_html,
+    continuations_table,
+    explanation_table,
+    generations_html,
+    generations_table,
+    generations_text,
+    summary_table,
+)
 from tests.report.conftest import Page
 
 COMPARED = {"prompt": "[b]2+2", "present": "<i>4\x1b[31m", "base": "five\nsix", "agreement": 0.25, "kl_per_token": 1.5}
 ALONE = {**COMPARED, "base": None, "agreement": None, "kl_per_token": None}
 
 
-def printed(table: Any) -> str:
+def printed(table: Any, width: int = 120) -> str:
     stream = io.StringIO()
-    Console(file=stream, width=120).print(table)
+    Console(file=stream, width=width, force_terminal=False).print(table)
     return stream.getvalue()
 
 
@@ -90,8 +97,33 @@ def test_the_explanation_is_a_table_of_variants() -> None:
         explanation_table({"result": {}})
 
 
-def test_one_checkpoint_has_one_tick() -> None:
-    lines = {"steps": [200], "change": [-0.5], "order1": [-0.4], "nonlinearity": [0.2]}
-    result = {"trajectory": lines, "thresholds": {"lazy": 0.1, "nonlinear": 0.5}, "regime": "weakly nonlinear"}
-    figure = plot_taylor_prediction({"step": 200, "metrics": {}, "result": result})
-    assert figure.axes[1].get_xticks().tolist() == [200]
+NASTY = {
+    "prompt": "<script>alert(1)</script>",
+    "plain": "a|b\n*x* [red]r[/red] `c` <img src=x>",
+    "masked": "\x1b[31mred\x07 & \u202eback",
+    "agreement": 0.25,
+    "kl_per_token": 1.5,
+}
+
+
+def test_texts_are_shown_and_never_rendered() -> None:
+    page = generations_html({"result": {"generations": [NASTY]}})
+    assert "<script>" not in page
+    assert "<img" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "25 %" in page
+    assert not any(char in page for char in "\x1b\x07\u202e")
+    line = generations_text([NASTY]).splitlines()[-1]
+    assert line.count("|") == 6
+    assert not set("<>`*[]\x1b") & set(line)
+    shown = printed(generations_table([NASTY]), width=200)
+    assert "[red]r[/red]" in shown
+    assert "\x1b" not in shown
+    assert printable("a\r\nb\tc") == "a↵b\\tc"
+
+
+def test_a_spoiled_entry_is_an_error() -> None:
+    spoilt: list[Any] = [{**NASTY, "plain": None}, {"prompt": "a"}, "text"]
+    for entry in spoilt:
+        with pytest.raises(ReportError, match="a comparison of generations lacks or spoils"):
+            generations_text([entry])
