@@ -6,21 +6,6 @@ import importlib
 import warnings
 from typing import Any
 
-from lightning_goldy.report.attention_charts import (
-    chart_attention_differences,
-    chart_attention_heads,
-    chart_attention_patterns,
-    chart_attention_scales,
-    chart_attention_spectra,
-)
-from lightning_goldy.report.attention_plots import (
-    plot_attention,
-    plot_attention_difference,
-    plot_attention_grid,
-    plot_attention_heads,
-    plot_attention_prompts,
-    plot_attention_spectra,
-)
 from lightning_goldy.report.basin_charts import (
     chart_volume_cutoffs,
     chart_volume_estimates,
@@ -38,8 +23,6 @@ from lightning_goldy.report.coupling_plots import plot_coupling_distribution, pl
 from lightning_goldy.report.descriptions import Description, describe
 from lightning_goldy.report.expansion_charts import chart_taylor_prediction, chart_taylor_shares
 from lightning_goldy.report.expansion_plots import plot_taylor_prediction, plot_taylor_shares
-from lightning_goldy.report.explain_charts import chart_explained_change
-from lightning_goldy.report.explain_plots import plot_explained_change
 from lightning_goldy.report.figures import Figure, ReportError, draw_figures, reads_of, register_figure
 from lightning_goldy.report.loggers import log_figure, log_histogram, log_scalars
 from lightning_goldy.report.page import write_report
@@ -59,6 +42,16 @@ from lightning_goldy.report.plasticity_plots import (
 )
 from lightning_goldy.report.ripple_charts import chart_ripple_effects
 from lightning_goldy.report.ripple_plots import plot_ripple_effects
+from lightning_goldy.report.topics.attention import (
+    chart_attention_differences,
+    chart_attention_grid,
+    chart_attention_heads,
+    chart_attention_map,
+    chart_attention_map_change,
+    chart_attention_patterns,
+    chart_attention_scales,
+    chart_attention_spectra,
+)
 from lightning_goldy.report.topics.golden import (
     chart_change_histogram,
     chart_golden_parameters,
@@ -66,6 +59,7 @@ from lightning_goldy.report.topics.golden import (
     chart_search_history,
     chart_weight_changes,
 )
+from lightning_goldy.report.topics.linearized import chart_explained_change
 from lightning_goldy.report.variant_figures import chart_variant_losses, plot_variant_losses
 
 __all__ = [
@@ -73,7 +67,10 @@ __all__ = [
     "Figure",
     "ReportError",
     "chart_attention_differences",
+    "chart_attention_grid",
     "chart_attention_heads",
+    "chart_attention_map",
+    "chart_attention_map_change",
     "chart_attention_maps",
     "chart_attention_patterns",
     "chart_attention_scales",
@@ -105,19 +102,12 @@ __all__ = [
     "log_figure",
     "log_histogram",
     "log_scalars",
-    "plot_attention",
-    "plot_attention_difference",
-    "plot_attention_grid",
-    "plot_attention_heads",
     "plot_attention_maps",
-    "plot_attention_prompts",
-    "plot_attention_spectra",
     "plot_coupling_distribution",
     "plot_coupling_map",
     "plot_drift_lines",
     "plot_drift_map",
     "plot_drift_prediction",
-    "plot_explained_change",
     "plot_gate_timeline",
     "plot_head_scores",
     "plot_plasticity_loss",
@@ -137,7 +127,14 @@ __all__ = [
 # Names of former versions: where each leads.
 _FORMER = {
     "draw_plots": "lightning_goldy.report.figures.draw_figures",
+    "plot_attention": "lightning_goldy.report.topics.attention.chart_attention_map",
+    "plot_attention_difference": "lightning_goldy.report.topics.attention.chart_attention_map_change",
+    "plot_attention_grid": "lightning_goldy.report.topics.attention.chart_attention_grid",
+    "plot_attention_heads": "lightning_goldy.report.topics.attention.chart_attention_heads",
+    "plot_attention_prompts": "lightning_goldy.report.topics.attention.chart_attention_patterns",
+    "plot_attention_spectra": "lightning_goldy.report.topics.attention.chart_attention_spectra",
     "plot_change_histogram": "lightning_goldy.report.topics.golden.chart_change_histogram",
+    "plot_explained_change": "lightning_goldy.report.topics.linearized.chart_explained_change",
     "plot_golden_parameters": "lightning_goldy.report.topics.golden.chart_golden_parameters",
     "plot_parameter_distribution": "lightning_goldy.report.topics.golden.chart_parameter_distribution",
     "plot_search_history": "lightning_goldy.report.topics.golden.chart_search_history",

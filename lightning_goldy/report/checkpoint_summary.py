@@ -9,9 +9,9 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from lightning_goldy.report.explanations import survival
+from lightning_goldy.report.figures import Row
 from lightning_goldy.report.formatting import format_number, format_percent
-from lightning_goldy.report.registry import Row
+from lightning_goldy.report.topics.linearized import survival
 
 Lines = Iterator[tuple[str, str]]
 

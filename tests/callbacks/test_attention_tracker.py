@@ -18,7 +18,7 @@ from lightning_goldy.core import ClassifierObjective, load_vectors
 from lightning_goldy.core.vector import substituted
 from lightning_goldy.data.tokenization import byte_tokenizer
 from lightning_goldy.report import write_report
-from lightning_goldy.report.history import with_history
+from lightning_goldy.report.topics.attention import spectra
 from tests.callbacks.training import Finetune, TokenData, fit
 from tests.references.models import VOCABULARY, build, class_batch
 
@@ -111,8 +111,8 @@ def test_heads_are_chosen_once(tmp_path):
     places = [int(statistics[name].nan_to_num(-1).argmax()) for name in kinds if statistics[name].isfinite().any()]
     assert first["heads"] == [list(pair) for pair in dict.fromkeys((place // 2, place % 2) for place in places)]
     assert all(row["result"]["heads"] == first["heads"] for row in found)
-    drawn = with_history(found[-1], found[:-1])
-    assert [row["step"] for row in found] == drawn["result"]["spectra"][0]["steps"] == [0, 2, 4, 6, 8, 10, 12, 14, 16]
+    steps, _ = spectra(found)["probe"][0]
+    assert [row["step"] for row in found] == steps == [0, 2, 4, 6, 8, 10, 12, 14, 16]
 
 
 def test_all_heads_and_texts_with_token_names(tmp_path):

@@ -12,6 +12,6 @@ data, never field names. Colours that must compare over steps or panels get ``bo
 through ``ranges``.
 """
 
-from lightning_goldy.report.topics import golden
+from lightning_goldy.report.topics import attention, golden, linearized
 
-__all__ = ["golden"]
+__all__ = ["attention", "golden", "linearized"]
