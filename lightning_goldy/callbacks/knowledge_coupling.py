@@ -30,7 +30,6 @@ from lightning_goldy.analysis.result import AnalysisResult, Cost, Row
 from lightning_goldy.analysis.ripple import FinetuneRipple, finetune_ripple
 from lightning_goldy.analysis.ripple.finetune import UNTOUCHED
 from lightning_goldy.analysis.ripple.result import check_pieces
-from lightning_goldy.callbacks.attention_tracker import find_tokenizer
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.callbacks.golden_snapshot import BASE_FILE, TrainingBase
 from lightning_goldy.callbacks.store import AnalysisProgress
@@ -45,7 +44,7 @@ from lightning_goldy.core.vector import ParameterVector, substituted
 from lightning_goldy.data.atlas import AtlasDataModule
 from lightning_goldy.data.readers import load_pieces
 from lightning_goldy.data.relations import Fact
-from lightning_goldy.training.subject import find_objective
+from lightning_goldy.training.subject import find_objective, find_tokenizer
 
 PieceSource = str | Path | Sequence[KnowledgePiece] | None
 EDITED = "edited"

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_goldy.analysis import AttentionStatistics, attention_maps, attention_statistics
-from lightning_goldy.analysis.attention.statistics import STATISTICS
+from lightning_goldy.analysis.attention import STATISTICS
 from lightning_goldy.callbacks import AttentionTracker, ExactResume, GoldenSnapshot
 from lightning_goldy.core import ClassifierObjective, load_vectors
 from lightning_goldy.core.vector import substituted
@@ -60,8 +60,8 @@ def test_the_row_is_what_the_functions_find(tmp_path):
         assert row["metrics"][f"drift/layer_{layer}"] == pytest.approx(float(expected.drift[layer].mean()), abs=1e-6)
     assert row["result"]["n_samples"] == 3
     assert list(row["result"]["queries"].values()) == expected.queries[0].tolist()
-    # Two batches and one prompt, each with both parameters.
-    assert row["cost"]["forwards"] == 2 * 2 + 2
+    # Three samples and one prompt, each with both parameters.
+    assert row["cost"]["forwards"] == 3 * 2 + 2
 
     (prompt,) = row["result"]["prompts"]
     ids = {"input_ids": torch.tensor([[17, 18, 19, 17, 18]])}
@@ -89,7 +89,7 @@ def test_without_a_snapshot_there_is_no_drift(tmp_path):
         (row,) = rows(callback)
         assert "drift" not in row["metrics"]
         assert row["result"]["prompts"][0]["maps"][0]["base"] is None
-        assert row["cost"]["forwards"] == 1 + 1
+        assert row["cost"]["forwards"] == 2 + 1
 
 
 def test_the_base_itself_has_not_drifted(tmp_path):

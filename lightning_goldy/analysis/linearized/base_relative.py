@@ -1,4 +1,4 @@
-"""Models that compute relative to a base: what the ways of freezing and linearising have in common."""
+"""Models that compute relative to a base: the tangent, and what the ways of freezing and linearising have in common."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.func import jvp
 
-from lightning_goldy.core.autodiff import Substituted, call_with
+from lightning_goldy.core.autodiff import Substituted, call_with, nested_derivatives
 from lightning_goldy.core.base import BaseParameters
 from lightning_goldy.core.naming import model_class
 from lightning_goldy.core.objective import accepts
@@ -22,6 +23,8 @@ Self = TypeVar("Self", bound="Intervention")
 
 # While a model is run at its base for one intervention, all others on it stand aside.
 _BASE_RUN: ContextVar[Intervention | None] = ContextVar("the intervention that runs the base", default=None)
+# What interventions change at present, by what they say of it: the modules' identities.
+_CHANGED: dict[str, set[int]] = {}
 
 
 class BaseRelative(nn.Module):
@@ -75,6 +78,50 @@ class BaseRelative(nn.Module):
         return self._placed
 
 
+class TangentModel(BaseRelative):
+    r"""A model that is linear in its parameters: its tangent at the base.
+
+    .. math:: f_1(x) = f(\theta_0; x) + J(\theta_0; x) (\theta - \theta_0)
+
+    A module with the model's parameters that can be trained in its place: the gradient is that of the linear model,
+    :math:`J(\theta_0)^\top v`. Without training,
+    :class:`~lightning_goldy.analysis.taylor.taylor.TaylorApproximation` of order 1 gives the same logits.
+
+    Args:
+        model: Any model that returns a tensor or an output with ``logits``.
+        base: theta_0.
+
+    Raises:
+        SpaceError: The base is of another model.
+        ValueError: The model is sharded.
+
+    Source: Jacot et al. 2018 ("Neural Tangent Kernel").
+
+    Example:
+        >>> model = nn.Linear(2, 2)
+        >>> base = ParameterVector.of(model)
+        >>> _ = model.weight.data.mul_(3)
+        >>> x = torch.ones(1, 2)
+        >>> torch.allclose(TangentModel(model, base)(x), model(x))  # linear in its parameters already
+        True
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's output with the tangent's logits; a tensor where the model gives one."""
+        base = dict(self.base_values())
+        present = self._space.resolve(self.model)
+        outputs: list[Any] = []
+
+        def logits(parameters: dict[str, Tensor]) -> Tensor:
+            outputs.append(call_with(self.model, parameters, args, kwargs))
+            return outputs[-1] if isinstance(outputs[-1], Tensor) else outputs[-1].logits
+
+        with nested_derivatives():
+            value, change = jvp(logits, (base,), ({name: present[name] - base[name] for name in base},))[:2]
+        linear = value + change
+        return linear if isinstance(outputs[-1], Tensor) else type(outputs[-1])(logits=linear)
+
+
 class Intervention(BaseRelative, ABC):
     """Changes parts of a model for the length of a ``with`` block, or of each of its own calls.
 
@@ -115,6 +162,19 @@ class Intervention(BaseRelative, ABC):
     @abstractmethod
     def _changed(self) -> Any:
         """A context manager within which the model is changed."""
+
+    @contextmanager
+    def _alone(self, parts: Mapping[int, str], message: str) -> Iterator[None]:
+        """Refuses a second intervention on the same modules, given by identity and name."""
+        changed = _CHANGED.setdefault(message, set())
+        for part, name in parts.items():
+            if part in changed:
+                raise RuntimeError(f"{message.format(name)}; one {type(self).__name__} at a time")
+        changed.update(parts)
+        try:
+            yield
+        finally:
+            changed.difference_update(parts)
 
     @property
     def base_runs(self) -> bool:

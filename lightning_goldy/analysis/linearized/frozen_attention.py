@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.attention.rows import additive_mask
 from lightning_goldy.analysis.linearized.base_relative import Intervention
 from lightning_goldy.core.architecture import UnsupportedArchitectureError, describe_architecture
+from lightning_goldy.core.architecture.kernels import Attended, AttentionCall, AttentionKernelError, eager_attention
 from lightning_goldy.core.base import BaseParameters
 from lightning_goldy.core.naming import model_class
 from lightning_goldy.core.vector import ParameterVector
-
-_NAME = "goldy_frozen"
-# By identity of the attention module; modules cannot be told apart otherwise inside an attention function.
-_FROZEN: dict[int, FrozenAttention] = {}
 
 
 class FrozenAttention(Intervention):
@@ -72,117 +66,50 @@ class FrozenAttention(Intervention):
         self._blocks: dict[int, str] = {}
         self._patterns: dict[int, Tensor] = {}
         self._checked: set[int] = set()
-        with eager_attention(model):  # refuses a family that ignores it
+        with self._eager():  # refuses a family that ignores it
             pass
 
     @contextmanager
     def _changed(self) -> Iterator[None]:
         self._blocks = {id(part): name for part, name in self._parts}
-        for key, name in self._blocks.items():
-            if key in _FROZEN:
-                raise RuntimeError(f"the attention of {name!r} is frozen already; one FrozenAttention at a time")
-        with eager_attention(self.model):
-            _FROZEN.update(dict.fromkeys(self._blocks, self))
+        with self._alone(self._blocks, "the attention of {!r} is frozen already"), self._eager():
             try:
                 yield
             finally:
-                for key in self._blocks:
-                    del _FROZEN[key]
                 self._patterns.clear()
 
-    def heads(
-        self, module: nn.Module, value: Tensor, computed: tuple[Tensor, Tensor | None] | None, dropout: float
-    ) -> tuple[Tensor, Tensor | None]:
-        """The heads of one attention module, shape ``[B, T, H, D]``, and the pattern that they have.
+    @contextmanager
+    def _eager(self) -> Iterator[None]:
+        try:
+            with eager_attention(self.model, self._attend):
+                yield
+        except AttentionKernelError as error:
+            raise UnsupportedArchitectureError(f"{error}, so its attention patterns cannot be kept") from error
 
-        Args:
-            module: Which one.
-            value: Shape ``[B, G, T, D]``, G groups.
-            computed: What its own attention gives, where the base runs; None elsewhere.
-            dropout: Share of the pattern that is dropped in training.
-        """
-        if computed is not None:
-            self._record(module, value, computed)
-            return computed
-        pattern = self._patterns.get(id(module))
+    def _attend(self, call: AttentionCall, compute: Callable[[], Attended]) -> Attended:
+        name = self._blocks.get(id(call.module))
+        if name is None or self.stands_aside:
+            return compute()
+        if self.base_runs:
+            return self._recorded(call, name, compute())
+        pattern = self._patterns.get(id(call.module))
         if pattern is None:
-            raise UnsupportedArchitectureError(
-                f"{self._blocks[id(module)]!r} did not run in the base's pass, so it has no pattern to keep"
-            )
-        dropped = F.dropout(pattern, p=dropout, training=module.training)
-        return _weighted(dropped, value), dropped
+            raise UnsupportedArchitectureError(f"{name!r} did not run in the base's pass, so it has no pattern to keep")
+        dropped = F.dropout(pattern, p=call.dropout, training=call.module.training)
+        return _weighted(dropped, call.value), dropped
 
-    def _record(self, module: nn.Module, value: Tensor, computed: tuple[Tensor, Tensor | None]) -> None:
-        output, pattern = computed
-        if id(module) not in self._checked:
-            if pattern is None or not _alike(output, _weighted(pattern, value)):
+    def _recorded(self, call: AttentionCall, name: str, computed: Attended) -> Attended:
+        heads, pattern = computed
+        if id(call.module) not in self._checked:
+            if pattern is None or not _alike(heads, _weighted(pattern, call.value)):
                 raise UnsupportedArchitectureError(
-                    f"the heads of {self._blocks[id(module)]!r} ({model_class(module)}) are not patterns times values, "
-                    "so patterns cannot be kept"
+                    f"the heads of {name!r} ({model_class(call.module)}) are not patterns times values, so patterns "
+                    "cannot be kept"
                 )
-            self._checked.add(id(module))
+            self._checked.add(id(call.module))
         if pattern is not None:
-            self._patterns[id(module)] = pattern
-
-
-@contextmanager
-def eager_attention(model: nn.Module) -> Iterator[None]:
-    """Has a model compute attention by its family's eager arithmetic, whatever implementation it is set to.
-
-    Args:
-        model: A transformers model or anything that contains one; its implementation is restored after.
-
-    Raises:
-        UnsupportedArchitectureError: The model does not take its attention function from ``AttentionInterface``.
-    """
-    _register()
-    owner: Any = next((part for part in model.modules() if hasattr(part, "set_attn_implementation")), None)
-    if owner is None:
-        raise UnsupportedArchitectureError(
-            f"{model_class(model)} is no transformers model, so its attention cannot be replaced"
-        )
-    found = (getattr(part, "config", None) for part in model.modules())
-    configs: Any = {id(each): each for each in found if hasattr(each, "_attn_implementation_internal")}.values()
-    before = [config._attn_implementation_internal for config in configs]
-    try:
-        if any(name != _NAME for name in before):
-            owner.set_attn_implementation(_NAME)
-        if any(config._attn_implementation_internal != _NAME for config in configs):
-            _refuse(owner)
-        yield
-    finally:
-        for config, implementation in zip(configs, before, strict=True):
-            config._attn_implementation_internal = implementation
-
-
-def _register() -> None:
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import eager_mask
-
-    AttentionInterface.register(_NAME, _attention)
-    # Without a mask function of its own, the mask would be None and attention silently not causal.
-    AttentionMaskInterface.register(_NAME, eager_mask)
-
-
-def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
-) -> tuple[Tensor, Tensor | None]:
-    frozen = _FROZEN.get(id(module))
-    if frozen is not None and not frozen.base_runs and not frozen.stands_aside:
-        return frozen.heads(module, value, None, options.get("dropout") or 0.0)
-    attention_mask = additive_mask(attention_mask, query.dtype)
-    if attention_mask is not None and attention_mask.dtype == torch.float64:
-        # Where a family takes the softmax in float32, padding that sees nothing would otherwise become NaN.
-        attention_mask = attention_mask.clamp(min=torch.finfo(torch.float32).min)
-    computed = _eager(module)(module, query, key, value, attention_mask, **options)
-    return computed if frozen is None or frozen.stands_aside else frozen.heads(module, value, computed, 0.0)
-
-
-def _eager(module: nn.Module) -> Any:
-    # The family's own knows of soft caps and groups.
-    homes = (sys.modules.get(parent.__module__) for parent in type(module).__mro__)
-    found: Iterator[Any] = (getattr(home, "eager_attention_forward", None) for home in homes)
-    return next((function for function in found if function is not None), None) or _refuse(module)
+            self._patterns[id(call.module)] = pattern
+        return computed
 
 
 def _weighted(pattern: Tensor, value: Tensor) -> Tensor:
@@ -197,9 +124,3 @@ def _alike(first: Tensor, second: Tensor) -> bool:
     # As far apart as two kernels may be in the lowest precision, not as two formulas are.
     apart = (first - second).abs().nan_to_num(0.0)
     return bool(apart.max() <= 1e-2 * first.abs().nan_to_num(0.0).max())
-
-
-def _refuse(module: nn.Module) -> Any:
-    raise UnsupportedArchitectureError(
-        f"{model_class(module)} ignores set_attn_implementation, so its attention patterns cannot be kept"
-    )

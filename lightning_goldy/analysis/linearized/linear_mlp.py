@@ -19,9 +19,6 @@ from lightning_goldy.core.vector import ParameterVector
 
 At = Literal["base", "current"]
 
-# The MLPs that are linear at present, by identity.
-_LINEAR: set[int] = set()
-
 
 class LinearizedMLP(Intervention):
     r"""A model whose MLPs are replaced by their first-order expansion around the base's.
@@ -73,15 +70,11 @@ class LinearizedMLP(Intervention):
     @contextmanager
     def _changed(self) -> Iterator[None]:
         entries = {id(site.chain.entry): site.name for site in self._sites}
-        for key, name in entries.items():
-            if key in _LINEAR:
-                raise RuntimeError(f"the MLP {name!r} is linearised already; one LinearizedMLP at a time")
-        with _forwards([pair for site in self._sites for pair in site.forwards()]):
-            _LINEAR.update(entries)
+        forwards = _forwards([pair for site in self._sites for pair in site.forwards()])
+        with self._alone(entries, "the MLP {!r} is linearised already"), forwards:
             try:
                 yield
             finally:
-                _LINEAR.difference_update(entries)
                 for site in self._sites:
                     site.clear()
 
@@ -191,12 +184,15 @@ class _Chain(nn.Module):
 def _chain(architecture: Architecture, block: Block) -> _Chain:
     entry, exit_ = block.mlp_input, block.mlp_output
     if block.mlp is not None:
-        taken = [each for each in inspect.signature(entry.forward).parameters.values() if each.default is each.empty]
-        needed = [each for each in taken if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
+        needed = [
+            taken
+            for taken in inspect.signature(entry.forward).parameters.values()
+            if taken.default is taken.empty and taken.kind not in (taken.VAR_POSITIONAL, taken.VAR_KEYWORD)
+        ]
         if len(needed) != 1:
             raise UnsupportedArchitectureError(
                 f"{block.mlp_parts[0].name!r} ({architecture.family}, {model_class(entry)}) takes "
-                f"{', '.join(each.name for each in needed)}: an MLP of more than one input is not linearised"
+                f"{', '.join(taken.name for taken in needed)}: an MLP of more than one input is not linearised"
             )
         return _Chain(entry, None, _same)
     if architecture.source != "registry":
