@@ -37,7 +37,7 @@ def chart_explained_change(row: Row) -> Figure:
         [50.0]
     """
     groups = survival(row)
-    bars = {
+    bars: dict[str, list[Any]] = {
         "variant": [label for group in groups for label in group.labels],
         "of": [group.name for group in groups for _ in group.labels],
         "percent": [None if value is None else rounded(value) for group in groups for value in group.percent],
