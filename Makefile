@@ -25,10 +25,11 @@ test: $(READY)  ## Run the fast tests and all doctests
 test-slow: $(READY)  ## Run the tests that take longer
 	$(BIN)/python -m pytest -q -m slow $(ARGS)
 
-lint: $(READY)  ## Check style, formatting and types
+lint: $(READY)  ## Check style, formatting, types and who imports whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python tests/house.py
 
 format: $(READY)  ## Apply style and formatting
 	$(BIN)/ruff check --fix .

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lightning_goldy.report.curves import quantity_of, read_curves
+from lightning_goldy.report.run import quantity_of, read_curves
 
 PageOf = Callable[..., Any]
 WriteEvents = Callable[..., None]

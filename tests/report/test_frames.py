@@ -10,7 +10,7 @@ from lightning_goldy.report.builders import lines
 from lightning_goldy.report.descriptions import Description, describe
 from lightning_goldy.report.figures import Figure
 from lightning_goldy.report.formatting import script_json
-from lightning_goldy.report.frames import Frame, figure_html
+from lightning_goldy.report.page import Frame, figure_html
 from lightning_goldy.report.topics.golden import chart_weight_changes
 
 Build = Callable[..., dict[str, Any]]

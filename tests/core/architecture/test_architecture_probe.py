@@ -19,8 +19,8 @@ from lightning_goldy.core.architecture import (
     available_architectures,
     describe_architecture,
 )
+from lightning_goldy.core.architecture.describe import probe_architecture
 from lightning_goldy.core.architecture.families import canonical_modules
-from lightning_goldy.core.architecture.probe import probe_architecture
 from tests.references.architecture_models import (
     COMMON,
     GROUPED,
