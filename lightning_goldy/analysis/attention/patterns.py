@@ -67,12 +67,12 @@ class AttentionMaps(AnalysisResult):
         """
         if layer not in self.layers:
             raise IndexError(f"layer {layer} was not recorded; those recorded: {list(self.layers)}")
-        found = self.patterns[self.layers.index(layer)]
-        for what, value, count in (("head", head, found.shape[1]), ("sample", sample, len(found))):
+        pattern = self.patterns[self.layers.index(layer)]
+        for what, value, count in (("head", head, pattern.shape[1]), ("sample", sample, len(pattern))):
             if not 0 <= value < count:
                 raise IndexError(f"{what} {value}: there are {count}, from 0 to {count - 1}")
         kept = self.valid[sample]
-        return found[sample, head][kept][:, kept]
+        return pattern[sample, head][kept][:, kept]
 
     def token_names(self, sample: int = 0) -> tuple[str, ...]:
         """Names of a sample's tokens without padding, in the order of :meth:`pattern`'s rows."""
@@ -101,8 +101,8 @@ class AttentionMaps(AnalysisResult):
         values = torch.full((len(self.layers), most, top), math.nan, dtype=torch.float64)
         kept = self.valid[sample]
         for index, pattern in enumerate(self.patterns):
-            found = torch.linalg.svdvals(pattern[sample][:, kept][:, :, kept].double())[:, :top]  # [H, min(n, top)]
-            values[index, : found.shape[0], : found.shape[1]] = found
+            known = torch.linalg.svdvals(pattern[sample][:, kept][:, :, kept].double())[:, :top]  # [H, min(n, top)]
+            values[index, : known.shape[0], : known.shape[1]] = known
         return values
 
 
@@ -151,16 +151,16 @@ def attention_maps(
                 raise ValueError(f"layers: there is no layer {layer}; the model has {len(known)}, from 0")
         tokens = Tokens.of(batch)
         names = _names(tokens, name_tokens)
-        found: dict[int, Tensor] = {}
+        patterns: dict[int, Tensor] = {}
 
         def keep(layer: int, weights: Tensor, mask: Tensor | None) -> None:
-            found[layer] = weights.to(torch.promote_types(weights.dtype, torch.float32)).cpu()
+            patterns[layer] = weights.to(torch.promote_types(weights.dtype, torch.float32)).cpu()
 
         show_patterns(model, architecture, to_device_of(model, batch), objective, keep, layers=chosen)
-    for layer, pattern in found.items():
+    for layer, pattern in patterns.items():
         if not bool(torch.isfinite(pattern).all()):
             raise ValueError(f"the attention of layer {layer} is not finite")
-    return AttentionMaps(tuple(chosen), tuple(found[layer] for layer in chosen), tokens.valid.cpu(), names)
+    return AttentionMaps(tuple(chosen), tuple(patterns[layer] for layer in chosen), tokens.valid.cpu(), names)
 
 
 def _names(tokens: Tokens, name_tokens: NameTokens | None) -> tuple[tuple[str, ...], ...]:
@@ -289,7 +289,7 @@ class EntropyRecorder:
     def __init__(self, architecture: Architecture) -> None:
         self._architecture = architecture
         self._layers = _layers(architecture)
-        self._found: dict[int, Tensor] = {}
+        self._entropies: dict[int, Tensor] = {}
 
     @contextmanager
     def watching(self, model: nn.Module, batch: Any) -> Iterator[None]:
@@ -301,14 +301,14 @@ class EntropyRecorder:
         n_samples = batch_length(batch)
         mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
         queries = mask != 0 if mask is not None and mask.ndim == 2 else None
-        self._found.clear()
+        self._entropies.clear()
 
         def sink(module: nn.Module, weights: Tensor, additive: Tensor | None) -> None:
             layer = self._layers.get(id(module))
             if layer is not None:
                 if len(weights) != n_samples:
                     raise BatchMismatchError(f"{n_samples} samples gave attention of shape {tuple(weights.shape)}")
-                self._found[layer] = row_entropies(weights.detach(), additive, queries)
+                self._entropies[layer] = row_entropies(weights.detach(), additive, queries)
 
         with recorded_attention(model, sink):
             yield
@@ -320,12 +320,12 @@ class EntropyRecorder:
             UnreadableAttentionError: A layer computed its attention in another way.
         """
         for block in self._architecture.blocks:
-            if block.index not in self._found:
+            if block.index not in self._entropies:
                 raise UnreadableAttentionError(
                     f"{model_class(block.attention)} ignores set_attn_implementation in {block.attention_name!r}, so "
                     "its attention patterns cannot be read"
                 )
-        return [self._found[block.index] for block in self._architecture.blocks]
+        return [self._entropies[block.index] for block in self._architecture.blocks]
 
 
 def batch_length(batch: Any) -> int:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass, field
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.attention.patterns import batch_length, show_patterns, to_device_of
+from lightning_goldy.analysis.attention.patterns import show_patterns, to_device_of
 from lightning_goldy.analysis.attention.rows import STATISTICS, Tokens, divergence_sums, statistic_sums
 from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.core.architecture import Architecture, describe_architecture
@@ -190,37 +191,22 @@ class _Sums:
     def add(
         self, model: nn.Module, batch: Any, objective: Objective | None, base: ParameterVector | None, memory: int
     ) -> None:
-        tokens = Tokens.of(batch)
-        size = pattern_bytes(tokens, max(self.heads))
-        per_group = len(self.heads) if base is None else max(1, memory // size)
-        for start in range(0, len(self.heads), per_group):
-            group = range(start, min(start + per_group, len(self.heads)))
+        tokens, n_layers = Tokens.of(batch), len(self.heads)
+        per_group = n_layers if base is None else max(1, memory // pattern_bytes(tokens, max(self.heads)))
+        for start in range(0, n_layers, per_group):
+            layers = range(start, min(start + per_group, n_layers))
             before: dict[int, Tensor] = {}
             if base is not None:
-
-                def keep(layer: int, weights: Tensor, mask: Tensor | None, kept: dict[int, Tensor] = before) -> None:
-                    kept[layer] = weights
-
                 with substituted(model, base):
-                    self._pass(model, batch, objective, keep, group)
+                    show_patterns(model, self.architecture, batch, objective, partial(_keep, before), layers=layers)
+            take = partial(self._take, tokens, before)
+            show_patterns(model, self.architecture, batch, objective, take, layers=layers)
+            self.forwards += len(tokens.ids) * (1 if base is None else 2)
 
-            def take(layer: int, weights: Tensor, mask: Tensor | None, kept: dict[int, Tensor] = before) -> None:
-                self._take(layer, weights, mask, tokens, kept.pop(layer, None))
-
-            self._pass(model, batch, objective, take, group)
-
-    def _pass(
-        self,
-        model: nn.Module,
-        batch: Any,
-        objective: Objective | None,
-        sink: Callable[[int, Tensor, Tensor | None], None],
-        layers: range,
+    def _take(
+        self, tokens: Tokens, waiting: dict[int, Tensor], layer: int, weights: Tensor, mask: Tensor | None
     ) -> None:
-        show_patterns(model, self.architecture, batch, objective, sink, layers=layers)
-        self.forwards += batch_length(batch)
-
-    def _take(self, layer: int, weights: Tensor, mask: Tensor | None, tokens: Tokens, before: Tensor | None) -> None:
+        before = waiting.pop(layer, None)
         sums, counts = statistic_sums(weights, mask, tokens)
         self.sums[layer, : len(STATISTICS), : sums.shape[1]] += sums
         self.counts[layer, : len(STATISTICS)] += counts
@@ -243,6 +229,10 @@ class _Sums:
         queries = counts[:, : len(STATISTICS)].long()
         cost = Cost(forwards=int(replicas.sum_(self.forwards)))
         return AttentionStatistics(**named, drift=drift, queries=queries, n_samples=n_samples, cost=cost)
+
+
+def _keep(waiting: dict[int, Tensor], layer: int, weights: Tensor, mask: Tensor | None) -> None:
+    waiting[layer] = weights
 
 
 def pattern_bytes(tokens: Tokens, n_heads: int) -> int:

@@ -137,29 +137,26 @@ class _Site:
         values = {inside: base[name] for inside, name in self.names.items()}
         present = dict(self.chain.named_parameters())
         delta = {inside: present[inside] - value for inside, value in values.items()}
+        # Mixed precision may hand the two passes different types.
+        start = x if self.owner.at == "current" else self._start().to(x.dtype)
         self.evaluating = True
         try:
             with nested_derivatives():
-                if self.owner.at == "current":
-                    value, change = self._at_current(values, delta, x)
+                if self.owner.at == "base":
+                    value, change = jvp(self._value, (values, start), (delta, x - start))[:2]
+                elif values:
+                    value, change = jvp(lambda parameters: self._value(parameters, x), (values,), (delta,))[:2]
                 else:
-                    value, change = self._at_base(values, delta, x)
+                    return self._value({}, x)
         finally:
             self.evaluating = False
-        return value if change is None else value + change
+        linear: Tensor = value + change
+        return linear
 
-    def _at_current(self, values: dict[str, Tensor], delta: dict[str, Tensor], x: Tensor) -> Any:
-        if not values:
-            return self._value({}, x), None
-        return jvp(lambda parameters: self._value(parameters, x), (values,), (delta,))[:2]
-
-    def _at_base(self, values: dict[str, Tensor], delta: dict[str, Tensor], x: Tensor) -> Any:
-        start = self.base_input
-        if start is None:
+    def _start(self) -> Tensor:
+        if self.base_input is None:
             raise UnsupportedArchitectureError(f"{self.name!r} did not run in the base's pass, so it has no expansion")
-        # Mixed precision may hand the two passes different types.
-        start = start.to(x.dtype)
-        return jvp(self._value, (values, start), (delta, x - start))[:2]
+        return self.base_input
 
     def _value(self, values: dict[str, Tensor], x: Tensor) -> Tensor:
         output = functional_call(self.chain, values, (x,))

@@ -117,7 +117,7 @@ def chart_attention_patterns(row: Row) -> Figure | str:
         >>> chart_attention_patterns({"result": {"prompts": [prompt]}}).data["cells_0"]
         {'y': ['0|<b>'], 'x': ['0|<b>'], 'value': [1.0]}
     """
-    shown = [(f"{each.prompt}: {each.title}", each.tokens, each.weights) for each in patterns(row)]
+    shown = [(pattern.title, pattern.tokens, pattern.weights) for pattern in patterns(row)]
     return arrange(_maps(shown), columns=2, caption=patterns_caption(row)) if shown else "No pattern was kept."
 
 
@@ -141,9 +141,7 @@ def chart_attention_differences(row: Row) -> Figure | str:
         >>> chart_attention_differences({"result": {"prompts": [prompt]}}).ranges
         {'change': (-0.25, 0.25)}
     """
-    shown = [
-        (f"{each.prompt}: {each.title}", each.tokens, each.change) for each in patterns(row) if each.change is not None
-    ]
+    shown = [(pattern.title, pattern.tokens, pattern.change) for pattern in patterns(row) if pattern.change is not None]
     if not shown:
         return "No base to compare with."
     return arrange(_maps(shown, changes=True), columns=2, caption=patterns_caption(row))
@@ -254,11 +252,8 @@ def _grid_chart(layers: tuple[int, ...], columns: int, length: int, changes: boo
     alt = require("altair")
     size, gap = max(24, min(64, 1200 // max(columns, len(layers)))), 0.92
     plain = {"grid": False, "domain": False, "ticks": False}
-    scale = (
-        alt.Scale(scheme="redblue", domain=[-1, 1], reverse=True)
-        if changes
-        else alt.Scale(scheme="viridis", domain=[0, 1])
-    )
+    scheme, low = ("redblue", -1) if changes else ("viridis", 0)
+    scale = alt.Scale(scheme=scheme, domain=[low, 1], reverse=changes)
     places = {
         side: f"datum.{panel} + {gap} * (datum.{place} + {end}) / {length}"
         for panel, place, names in (("head", "key", ("left", "right")), ("layer", "query", ("top", "bottom")))
@@ -271,25 +266,20 @@ def _grid_chart(layers: tuple[int, ...], columns: int, length: int, changes: boo
         across = alt.Scale(domain=[0, len(names)], nice=False, zero=False, reverse=title == "layer")
         axes.append({"title": title, "axis": axis, "scale": across})
     axes[0]["axis"]["orient"] = "top"
-    chart = (
-        alt.Chart(alt.NamedData("cells")).mark_rect().transform_calculate(**places, name=f"{list(layers)}[datum.layer]")
-    )
+    chart = alt.Chart(alt.NamedData("cells"), width=size * columns, height=size * len(layers)).mark_rect()
     spec: dict[str, Any] = (
-        chart.encode(
+        chart.transform_calculate(**places, name=f"{list(layers)}[datum.layer]")
+        .encode(
             x=alt.X("left:Q", **axes[0]),
             x2="right:Q",
             y=alt.Y("top:Q", **axes[1]),
             y2="bottom:Q",
-            color=alt.Color("value:Q", scale=scale, legend=alt.Legend(title="change" if changes else "weight")),
-            tooltip=[
-                alt.Tooltip("name:N", title="layer"),
-                *(f"{name}:Q" for name in ("head", "query", "key", "value")),
-            ],
+            color=alt.Color("value:Q", scale=scale, title="change" if changes else "weight"),
+            tooltip=[alt.Tooltip("name:N", title="layer"), "head:Q", "query:Q", "key:Q", "value:Q"],
         )
-        .properties(width=size * columns, height=size * len(layers))
         .to_dict(validate=False)
     )
-    return {key: value for key, value in spec.items() if key not in ("$schema", "config")}
+    return spec
 
 
 def _columns(grids: Mapping[str, NDArray[np.float64]]) -> int:
@@ -367,8 +357,8 @@ class Pattern:
 
     @property
     def title(self) -> str:
-        """Which head it is."""
-        return f"layer {self.layer}, head {self.head}"
+        """On which prompt, and which head it is."""
+        return f"{self.prompt}: layer {self.layer}, head {self.head}"
 
 
 def heads_by_statistic(row: Row) -> dict[str, NDArray[np.float64]]:
@@ -384,10 +374,10 @@ def heads_by_statistic(row: Row) -> dict[str, NDArray[np.float64]]:
         >>> heads_by_statistic({"result": {"statistics": {"entropy": [[0.5, None]]}}})["entropy"]
         array([[0.5, nan]])
     """
-    found = _result(row).get("statistics")
-    if not isinstance(found, Mapping) or not found:
-        raise ReportError(f"'result.statistics' must be an object with at least one statistic, got {found!r:.60}")
-    grids = {name: _matrix(values, f"result.statistics.{name}") for name, values in found.items()}
+    tables = _result(row).get("statistics")
+    if not isinstance(tables, Mapping) or not tables:
+        raise ReportError(f"'result.statistics' must be an object with at least one statistic, got {tables!r:.60}")
+    grids = {name: _matrix(values, f"result.statistics.{name}") for name, values in tables.items()}
     if len({grid.shape for grid in grids.values()}) != 1:
         raise ReportError("the tables of 'result.statistics' differ in shape")
     return {name: grids[name] for name in (*TITLES, *(each for each in grids if each not in TITLES)) if name in grids}
@@ -414,18 +404,18 @@ def patterns(row: Row) -> list[Pattern]:
         tokens, maps = prompt.get("tokens"), prompt.get("maps")
         if not isinstance(tokens, list) or not isinstance(maps, list):
             raise ReportError(f"'{where}' must hold the lists 'tokens' and 'maps'")
-        for number, each in enumerate(maps):
+        for number, head in enumerate(maps):
             place = f"{where}.maps[{number}]"
-            if not isinstance(each, Mapping) or not all(isinstance(each.get(key), int) for key in ("layer", "head")):
-                raise ReportError(f"'{place}' must be an object with 'layer' and 'head', got {each!r:.60}")
-            weights = _matrix(each.get("weights"), f"{place}.weights")
-            base = None if each.get("base") is None else _matrix(each["base"], f"{place}.base")
-            for found in (weights, base):
-                if found is not None and found.shape != (len(tokens), len(tokens)):
-                    raise ReportError(f"'{place}' has weights of shape {found.shape} for {len(tokens)} tokens")
+            if not isinstance(head, Mapping) or not all(isinstance(head.get(key), int) for key in ("layer", "head")):
+                raise ReportError(f"'{place}' must be an object with 'layer' and 'head', got {head!r:.60}")
+            weights = _matrix(head.get("weights"), f"{place}.weights")
+            base = None if head.get("base") is None else _matrix(head["base"], f"{place}.base")
+            for table in (weights, base):
+                if table is not None and table.shape != (len(tokens), len(tokens)):
+                    raise ReportError(f"'{place}' has weights of shape {table.shape} for {len(tokens)} tokens")
             change = None if base is None else weights - base
             name = str(prompt.get("name"))
-            shown.append(Pattern(name, tuple(map(str, tokens)), each["layer"], each["head"], weights, change))
+            shown.append(Pattern(name, tuple(map(str, tokens)), head["layer"], head["head"], weights, change))
     return shown[:_MOST_PATTERNS]
 
 
@@ -463,8 +453,8 @@ def heads_caption(row: Row) -> str:
         'Means over 200 queries of 16 samples, padding left ou'
     """
     result = _result(row)
-    found = result.get("queries")
-    counts = found if isinstance(found, Mapping) else {}
+    queries = result.get("queries")
+    counts = queries if isinstance(queries, Mapping) else {}
     total, induced, repeated = (format_number(counts.get(name)) for name in ("entropy", "induction", "duplicate_token"))
     return (
         f"Means over {total} queries of {format_number(result.get('n_samples'))} samples, padding left out; induction "
@@ -510,10 +500,10 @@ def _result(row: Row) -> Mapping[str, Any]:
 
 
 def _objects(row: Row, name: str) -> list[Mapping[str, Any]]:
-    found = _result(row).get(name)
-    if not isinstance(found, list) or not found or not all(isinstance(each, Mapping) for each in found):
-        raise ReportError(f"'result.{name}' must be a list of at least one object, got {found!r:.60}")
-    return found
+    objects = _result(row).get(name)
+    if not isinstance(objects, list) or not objects or not all(isinstance(entry, Mapping) for entry in objects):
+        raise ReportError(f"'result.{name}' must be a list of at least one object, got {objects!r:.60}")
+    return objects
 
 
 def _matrix(values: Any, where: str) -> NDArray[np.float64]:

@@ -70,7 +70,7 @@ def _survival_chart(n_groups: int) -> dict[str, Any]:
     rule = whole.encode(x=alt.datum(100, type="quantitative"))
     chart = alt.layer(base.mark_bar(), rule, *numbers).properties(height=alt.Step(22))
     spec: dict[str, Any] = chart.to_dict(validate=False)
-    return {key: value for key, value in spec.items() if key not in ("$schema", "config")}
+    return spec
 
 
 @dataclass(frozen=True)
@@ -103,11 +103,11 @@ def survival(row: Row) -> tuple[Survival, ...]:
     if not variants:
         raise ReportError("a row of explain_change needs result.variants")
     labels = tuple(_LABELS.get(each["variant"], each["variant"]) for each in variants)
-    found = [Survival("change of the loss", labels, tuple(_percent(each.get("loss_share")) for each in variants))]
+    groups = [Survival("change of the loss", labels, tuple(_percent(each.get("loss_share")) for each in variants))]
     logits = tuple(_percent(each.get("logit_share")) for each in variants)
     if any(value is not None for value in logits):
-        found.append(Survival("change of the logits", labels, logits))
-    return tuple(found)
+        groups.append(Survival("change of the logits", labels, logits))
+    return tuple(groups)
 
 
 def survival_caption(row: Row) -> str:
