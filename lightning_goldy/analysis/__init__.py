@@ -1,7 +1,14 @@
 """Pure functions: (model, batches, objective, ...) to frozen results; no Trainer, no logger."""
 
 from lightning_goldy.analysis.agreement import Agreement
-from lightning_goldy.analysis.attention import AttentionMaps, AttentionStatistics, attention_maps, attention_statistics
+from lightning_goldy.analysis.attention import (
+    AttentionMaps,
+    AttentionStatistics,
+    TrackedAttention,
+    attention_maps,
+    attention_statistics,
+    track_attention,
+)
 from lightning_goldy.analysis.basin import (
     DiagonalPreconditioner,
     KroneckerFisher,
@@ -128,6 +135,7 @@ __all__ = [
     "TangentModel",
     "TaylorApproximation",
     "TaylorDiff",
+    "TrackedAttention",
     "TunedPreconditioner",
     "VolumeResult",
     "activation_similarity",
@@ -170,5 +178,6 @@ __all__ = [
     "reverse_golden_parameters",
     "ripple_effects",
     "taylor_diff",
+    "track_attention",
     "tuned_preconditioner",
 ]
