@@ -1,15 +1,13 @@
 """Through which parts: frozen attention, linear MLPs, and what of the change survives with them."""
 
-from lightning_goldy.analysis.linearized.base_relative import TangentModel
-from lightning_goldy.analysis.linearized.explain import (
-    ExplainedChange,
-    SurvivingChange,
+from lightning_goldy.analysis.linearized.explain import ExplainedChange, SurvivingChange, explain_change
+from lightning_goldy.analysis.linearized.variants import (
+    FrozenAttention,
+    LinearizedMLP,
+    TangentModel,
     Variant,
     build_variant,
-    explain_change,
 )
-from lightning_goldy.analysis.linearized.frozen_attention import FrozenAttention
-from lightning_goldy.analysis.linearized.linear_mlp import LinearizedMLP
 
 __all__ = [
     "ExplainedChange",

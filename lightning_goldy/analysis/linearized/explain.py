@@ -1,4 +1,4 @@
-"""Variants of a finetuned model by name, and how much of its change survives in each."""
+"""How much of a finetune's change survives when attention is frozen and MLPs are linear."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_goldy.analysis.divergence import divergence_sum
-from lightning_goldy.analysis.linearized.base_relative import Intervention, TangentModel
-from lightning_goldy.analysis.linearized.frozen_attention import FrozenAttention
-from lightning_goldy.analysis.linearized.linear_mlp import LinearizedMLP
+from lightning_goldy.analysis.linearized.variants import FrozenAttention, Intervention, TangentModel, variant_parts
 from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.core.architecture.kernels import eager_attention
 from lightning_goldy.core.autodiff import Substituted
@@ -27,7 +25,6 @@ from lightning_goldy.core.objective import CausalLMObjective, FunctionObjective,
 from lightning_goldy.core.sharding import Replicas
 from lightning_goldy.core.vector import ParameterVector
 
-Variant = Literal["full", "frozen_attention", "linear_mlp", "tangent"]
 Explanation = Literal["frozen_attention", "linear_mlp", "linear_mlp_current", "both", "tangent"]
 
 LABELS: Mapping[str, str] = {
@@ -37,38 +34,6 @@ LABELS: Mapping[str, str] = {
     "both": "attention frozen, MLPs linear",
     "tangent": "all linear (tangent)",
 }
-
-
-def build_variant(variant: Variant, model: nn.Module, base: BaseParameters | ParameterVector) -> nn.Module:
-    """The model in one of its variants, with the model's own parameters.
-
-    Args:
-        variant: ``full`` (the model itself), ``frozen_attention``, ``linear_mlp`` (at the base's inputs) or
-            ``tangent``.
-        model: The model.
-        base: theta_0.
-
-    Raises:
-        ValueError: The variant is unknown.
-
-    Example:
-        >>> model = nn.Linear(2, 2)
-        >>> build_variant("full", model, ParameterVector.of(model)) is model
-        True
-    """
-    if variant not in get_args(Variant):
-        raise ValueError(f"unknown variant {variant!r}; {suggestion(str(variant), get_args(Variant))}")
-    return model if variant == "full" else _parts(variant, model, base)[0]
-
-
-def _parts(name: Explanation, model: nn.Module, base: BaseParameters | ParameterVector) -> tuple[nn.Module, ...]:
-    """What makes a variant: the tangent alone, or interventions that hold together."""
-    if name == "tangent":
-        return (TangentModel(model, base),)
-    frozen = (FrozenAttention(model, base),) if name in ("frozen_attention", "both") else ()
-    if name == "frozen_attention":
-        return frozen
-    return (*frozen, LinearizedMLP(model, base, at="current" if name == "linear_mlp_current" else "base"))
 
 
 @dataclass(frozen=True)
@@ -230,7 +195,7 @@ def explain_change(
     replicas = Replicas.of(model) if split_over_ranks else Replicas()
     with preserved(model), replicas.together("explain_change"):
         start = base.vector(model) if isinstance(base, BaseParameters) else base
-        made = {name: _parts(name, model, start) for name in variants}
+        made = {name: variant_parts(name, model, start) for name in variants}
         step_norm = (ParameterVector.of(model, start.space, clone=False) - start).norm()
         frozen = any(isinstance(part, FrozenAttention) for parts in made.values() for part in parts)
         device = next(model.parameters()).device
