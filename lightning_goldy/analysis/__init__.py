@@ -4,7 +4,14 @@ import warnings
 from typing import Any
 
 from lightning_goldy.analysis.agreement import Agreement
-from lightning_goldy.analysis.attention import AttentionMaps, AttentionStatistics, attention_maps, attention_statistics
+from lightning_goldy.analysis.attention import (
+    AttentionMaps,
+    AttentionStatistics,
+    TrackedAttention,
+    attention_maps,
+    attention_statistics,
+    track_attention,
+)
 from lightning_goldy.analysis.basin import (
     DiagonalPreconditioner,
     KroneckerFisher,
@@ -133,6 +140,7 @@ __all__ = [
     "TangentModel",
     "TaylorApproximation",
     "TaylorDiffResult",
+    "TrackedAttention",
     "TunedPreconditioner",
     "VolumeResult",
     "activation_similarity",
@@ -175,6 +183,7 @@ __all__ = [
     "reverse_golden_parameters",
     "ripple_effects",
     "taylor_diff",
+    "track_attention",
     "tuned_preconditioner",
 ]
 

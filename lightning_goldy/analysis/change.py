@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lightning_goldy.analysis.attention import jensen_shannon
 from lightning_goldy.analysis.result import AnalysisResult, tensor_rows
 from lightning_goldy.core.base import Base, base_of
 from lightning_goldy.core.directions import fill_direction_
@@ -424,8 +425,7 @@ def histogram_drift(first: Tensor, second: Tensor) -> float:
         torch.histc(each.float().reshape(-1).cpu(), _BINS, low, high).double() / each.numel()
         for each in (first, second)
     ]
-    middle = (shares[0] + shares[1]) / 2
-    return float(sum(0.5 * torch.special.xlogy(share, share / middle.clamp(min=1e-300)).sum() for share in shares))
+    return float(jensen_shannon(*shares))
 
 
 def _spectrum(matrix: Tensor) -> Tensor:

@@ -272,6 +272,8 @@ def _encode(value: Any) -> Any:
         data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         dtype = str(value.dtype).removeprefix("torch.")
         return {"__tensor__": [dtype, list(value.shape), base64.b64encode(data).decode()]}
+    if isinstance(value, AnalysisResult):
+        return {"__result__": [type(value).__name__, value.to_json()]}
     if isinstance(value, Cost):
         return {"__cost__": [value.forwards, value.backwards]}
     if isinstance(value, float) and not math.isfinite(value):
@@ -308,6 +310,19 @@ def _decode(value: Any) -> Any:
         return torch.frombuffer(raw, dtype=torch.uint8).view(getattr(torch, dtype)).view(shape)
     if tag == "__cost__":
         return Cost(*content)
+    if tag == "__result__":
+        name, text = content
+        return _result_class(name).from_json(text)
     if tag == "__float__":
         return float(content)
     return {key: _decode(item) for key, item in content}
+
+
+def _result_class(name: str) -> type[AnalysisResult]:
+    classes = [AnalysisResult]
+    for known in classes:
+        classes += known.__subclasses__()
+    found = next((known for known in classes if known.__name__ == name), None)
+    if found is None:
+        raise ValueError(f"unknown result {name!r}: import the module that defines it first")
+    return found

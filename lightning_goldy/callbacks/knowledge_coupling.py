@@ -28,7 +28,6 @@ from lightning_goldy.analysis.coupling import (
 )
 from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.analysis.ripple import UNTOUCHED, FinetuneRipple, check_pieces, finetune_ripple
-from lightning_goldy.callbacks.attention_tracker import find_tokenizer
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.callbacks.golden_snapshot import BASE_FILE, TrainingBase
 from lightning_goldy.callbacks.store import AnalysisProgress
@@ -44,7 +43,7 @@ from lightning_goldy.core.vector import ParameterVector, substituted
 from lightning_goldy.data.atlas import AtlasDataModule
 from lightning_goldy.data.readers import load_pieces
 from lightning_goldy.data.relations import Fact
-from lightning_goldy.training.subject import find_objective
+from lightning_goldy.training.subject import find_objective, find_tokenizer
 
 PieceSource = str | Path | Sequence[KnowledgePiece] | None
 EDITED = "edited"

@@ -13,25 +13,15 @@ import lightning.pytorch as L
 from rich.console import Console
 from torch import nn
 
-from lightning_goldy.analysis.attention import attention_maps, attention_statistics
-from lightning_goldy.analysis.attention.rows import Tokens
+from lightning_goldy.analysis.attention import Prompt, track_attention
+from lightning_goldy.analysis.attention.tracking import token_namer
 from lightning_goldy.analysis.change import parameter_distribution
 from lightning_goldy.analysis.continuations import check_generation_arguments, continue_prompts, encode_prompts
 from lightning_goldy.analysis.divergence import shortened
 from lightning_goldy.analysis.linearized import explain_change
 from lightning_goldy.analysis.result import AnalysisResult, Cost, Row
 from lightning_goldy.analysis.taylor import taylor_diff
-from lightning_goldy.callbacks.attention_tracker import (
-    PROBE,
-    Attention,
-    Prompt,
-    PromptTexts,
-    Shown,
-    attention_findings,
-    find_prompts,
-    find_tokenizer,
-    token_namer,
-)
+from lightning_goldy.callbacks.attention_tracker import find_prompts
 from lightning_goldy.callbacks.store import ROWS, ResultStore, peak_memory_bytes
 from lightning_goldy.commands.checkpoints import FoundBase, SavedModel, find_base, read_saved
 from lightning_goldy.commands.fit import check_configs, run_configured
@@ -42,12 +32,10 @@ from lightning_goldy.core.files import atomic_write, to_json_line
 from lightning_goldy.core.isolation import undisturbed
 from lightning_goldy.core.objective import Objective, batch_tensors
 from lightning_goldy.core.space import trainable_parameters
-from lightning_goldy.core.vector import require_finite, substituted
+from lightning_goldy.core.vector import require_finite
 from lightning_goldy.report.figures import draw_figures
 from lightning_goldy.report.topics.text import continuations_table, explanation_table, summary_table
-from lightning_goldy.training.subject import check_probe, find_model, find_objective, find_probe
-
-_SINGULAR_VALUES = 4
+from lightning_goldy.training.subject import check_probe, find_model, find_objective, find_probe, find_tokenizer
 
 
 @dataclass(frozen=True)
@@ -134,8 +122,7 @@ def _expanded(subject: Subject) -> Part:
 def _explained(subject: Subject) -> Part:
     assert subject.base is not None
     found = explain_change(subject.model, subject.base, subject.probe, subject.objective, progress=subject.progress)
-    # Two plain runs, and each variant with its base and its tangents: about 13 in all.
-    return Part(found, found.row().extended(cost=Cost(forwards=13 * len(subject.probe))))
+    return Part(found, found.row())
 
 
 def _distributed(subject: Subject) -> Part:
@@ -144,23 +131,18 @@ def _distributed(subject: Subject) -> Part:
 
 
 def _attended(subject: Subject) -> Part:
-    model = subject.model
-    base = None if subject.base is None else subject.base.vector(model)
-    found = attention_statistics(model, subject.probe, subject.objective, base=base, progress=subject.progress)
-    name_tokens = token_namer(subject.tokenizer)
-    shown, maps = [], {}
-    for prompt in subject.shown:
-        before = None
-        if base is not None:
-            with substituted(model, base):
-                before = attention_maps(model, prompt.batch, name_tokens=name_tokens)
-            maps[f"base_maps-{prompt.name}"] = before
-        present = attention_maps(model, prompt.batch, name_tokens=name_tokens)
-        maps[f"maps-{prompt.name}"] = present
-        shown.append(Shown(prompt, present, before))
-    passes = found.passes + len(maps)
-    row = attention_findings(Attention(found, tuple(shown), passes), heads=None, singular_values=_SINGULAR_VALUES)
-    return Part(found, row, maps)
+    found = track_attention(
+        subject.model,
+        subject.probe,
+        subject.objective,
+        prompts=subject.shown,
+        base=subject.base,
+        name_tokens=token_namer(subject.tokenizer),
+        progress=subject.progress,
+    )
+    maps: dict[str, AnalysisResult] = {f"maps-{prompt.name}": prompt.maps for prompt in found.prompts}
+    maps |= {f"base_maps-{prompt.name}": prompt.base for prompt in found.prompts if prompt.base is not None}
+    return Part(found.statistics, found.row(), maps)
 
 
 def _continued(subject: Subject) -> Part:
@@ -341,7 +323,8 @@ class CheckpointAnalysis(L.Callback):
         held = sum(len(next(batch_tensors(batch))) for batch in probe)
         probe = shortened(probe, objective, self.n_samples or min(_SAMPLES, held), None)
         tokenizer = find_tokenizer(trainer)
-        shown = find_prompts(trainer, model, self._shown(probe), probe, _SHOWN_TOKENS)
+        texts = {f"prompt-{number}": text for number, text in enumerate(self.writing.prompts, 1)}
+        shown = find_prompts(trainer, model, texts or None, probe, _SHOWN_TOKENS)
         if self.writing.prompts and callable(getattr(model, "generate", None)):
             # What cannot be continued is refused before anything is computed.
             options = {"temperature": 1.0, **self.writing.options()}
@@ -351,12 +334,6 @@ class CheckpointAnalysis(L.Callback):
             say(f"{done} of {total}")
 
         return Subject(model, objective, probe, base.values, shown, self.writing, tokenizer, tell)
-
-    def _shown(self, probe: Sequence[Any]) -> PromptTexts:
-        if self.writing.prompts:
-            return {f"prompt-{number}": text for number, text in enumerate(self.writing.prompts, 1)}
-        tokens = Tokens.of(probe[0])
-        return {PROBE: tokens.ids[0][tokens.valid[0]].tolist()}
 
     def _analyze(self, name: str, subject: Subject) -> None:
         start = time.perf_counter()

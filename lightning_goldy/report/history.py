@@ -14,7 +14,6 @@ MOST_ROWS = 200
 """Rows that a history holds at most."""
 
 _READS: Mapping[str, frozenset[str]] = {
-    "attention_tracker": frozenset({"spectra"}),
     "basin_volume": frozenset({"volumes"}),
     "head_plasticity": frozenset({"timeline", "curve"}),
 }
@@ -152,18 +151,6 @@ def _variants(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
     return {"trajectory": {"steps": [each["step"] for each in rows], "losses": losses}}
 
 
-def _spectra(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
-    if any("steps" in line for line in row["result"].get("spectra", ())):
-        return {}
-    lines: dict[str, dict[str, Any]] = {}
-    for each in rows:
-        for point in each["result"].get("spectra", ()):
-            line = lines.setdefault(point["prompt"], {"prompt": point["prompt"], "steps": [], "values": []})
-            line["steps"].append(each["step"])
-            line["values"].append(point["values"])
-    return {"spectra": list(lines.values())}
-
-
 def _plasticity(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
     if len(rows) == 1:
         return {}
@@ -185,7 +172,6 @@ def _metric(rows: Sequence[Row], name: str) -> list[Any]:
 
 
 _BUILDERS: Mapping[str, Callable[[Row, Sequence[Row]], dict[str, Any]]] = {
-    "attention_tracker": _spectra,
     "basin_volume": _volumes,
     "head_plasticity": _plasticity,
     "taylor_diff": _taylor,

@@ -79,6 +79,13 @@ def find_probe(trainer: L.Trainer, pl_module: Any, given: Iterable[Any] | None) 
     return probe
 
 
+def find_tokenizer(trainer: L.Trainer) -> Any:
+    """The ``tokenizer`` of the LightningModule, or of the data module; None when neither has one."""
+    owners = (trainer.lightning_module, trainer.datamodule)  # type: ignore[attr-defined]
+    tokenizers = (getattr(owner, "tokenizer", None) for owner in owners)
+    return next((tokenizer for tokenizer in tokenizers if callable(tokenizer)), None)
+
+
 def _whole_validation_set(trainer: L.Trainer) -> Iterable[Any]:
     loaders = trainer.val_dataloaders
     loader = loaders[0] if isinstance(loaders, (list, tuple)) and loaders else loaders

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedTokenizerBase
 
-from lightning_goldy.analysis.linearized import build_variant
-from lightning_goldy.analysis.linearized.linearize import Variant
+from lightning_goldy.analysis.linearized import Variant, build_variant
 from lightning_goldy.core.naming import suggestion
 from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.space import ParameterSpace

@@ -12,13 +12,13 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_goldy.analysis import AttentionStatistics, attention_maps, attention_statistics
-from lightning_goldy.analysis.attention.statistics import STATISTICS
+from lightning_goldy.analysis.attention import STATISTICS
 from lightning_goldy.callbacks import AttentionTracker, ExactResume, GoldenSnapshot
 from lightning_goldy.core import ClassifierObjective, load_vectors
 from lightning_goldy.core.vector import substituted
 from lightning_goldy.data.tokenization import byte_tokenizer
 from lightning_goldy.report import write_report
-from lightning_goldy.report.history import with_history
+from lightning_goldy.report.topics.attention import spectra
 from tests.callbacks.training import Finetune, TokenData, fit
 from tests.references.models import VOCABULARY, build, class_batch
 
@@ -60,8 +60,8 @@ def test_the_row_is_what_the_functions_find(tmp_path):
         assert row["metrics"][f"drift/layer_{layer}"] == pytest.approx(float(expected.drift[layer].mean()), abs=1e-6)
     assert row["result"]["n_samples"] == 3
     assert list(row["result"]["queries"].values()) == expected.queries[0].tolist()
-    # Two batches and one prompt, each with both parameters.
-    assert row["cost"]["forwards"] == 2 * 2 + 2
+    # Three samples and one prompt, each with both parameters.
+    assert row["cost"]["forwards"] == 3 * 2 + 2
 
     (prompt,) = row["result"]["prompts"]
     ids = {"input_ids": torch.tensor([[17, 18, 19, 17, 18]])}
@@ -89,7 +89,7 @@ def test_without_a_snapshot_there_is_no_drift(tmp_path):
         (row,) = rows(callback)
         assert "drift" not in row["metrics"]
         assert row["result"]["prompts"][0]["maps"][0]["base"] is None
-        assert row["cost"]["forwards"] == 1 + 1
+        assert row["cost"]["forwards"] == 2 + 1
 
 
 def test_the_base_itself_has_not_drifted(tmp_path):
@@ -111,8 +111,8 @@ def test_heads_are_chosen_once(tmp_path):
     places = [int(statistics[name].nan_to_num(-1).argmax()) for name in kinds if statistics[name].isfinite().any()]
     assert first["heads"] == [list(pair) for pair in dict.fromkeys((place // 2, place % 2) for place in places)]
     assert all(row["result"]["heads"] == first["heads"] for row in found)
-    drawn = with_history(found[-1], found[:-1])
-    assert [row["step"] for row in found] == drawn["result"]["spectra"][0]["steps"] == [0, 2, 4, 6, 8, 10, 12, 14, 16]
+    steps, _ = spectra(found)["probe"][0]
+    assert [row["step"] for row in found] == steps == [0, 2, 4, 6, 8, 10, 12, 14, 16]
 
 
 def test_all_heads_and_texts_with_token_names(tmp_path):

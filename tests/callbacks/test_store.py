@@ -15,6 +15,7 @@ from lightning_goldy.core.files import append_row, read_rows
 from lightning_goldy.report.history import MOST_ROWS, RowHistory, reads_of, with_history
 from lightning_goldy.report.topics.basin import trajectories
 from lightning_goldy.report.topics.taylor import prediction
+from lightning_goldy.report.topics.attention import spectra
 from tests.callbacks.training import fit
 
 
@@ -116,8 +117,7 @@ def test_rows_of_format_1_stay_on_resume_and_tell_their_history(tmp_path):
     store.continue_from(store.folder, 4)
     line = store.append(row_at(6))
     assert read_rows(store.rows)[0] == old
-    drawn = with_history(line, store.history[:-1])["result"]["spectra"]
-    assert [(each["prompt"], each["steps"], each["values"][0]) for each in drawn] == [("probe", [2, 6], [2.0])]
+    assert spectra([*store.history[:-1], line])["probe"][0] == ([2, 6], [2.0, 6.0])
 
 
 def test_rows_of_a_run_hold_no_history(tmp_path):
@@ -144,7 +144,9 @@ def test_rows_of_a_run_hold_no_history(tmp_path):
             (line,) = trajectories([*history.rows, rows[-1]]).values()
             assert list(line.y) == [row["metrics"]["log_volume"] for row in rows]
         if watcher.name == "attention_tracker":
-            assert drawn["spectra"][0]["values"] == [row["result"]["spectra"][0]["values"] for row in rows]
+            (courses,) = spectra([*history.rows, rows[-1]]).values()
+            values = [row["result"]["spectra"][0]["values"] for row in rows]
+            assert [means for _, means in courses] == [list(course) for course in zip(*values, strict=True)]
 
 
 def test_the_cost_of_golden_parameters_is_what_ran(tmp_path):

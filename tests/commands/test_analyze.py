@@ -174,8 +174,10 @@ def test_figures_and_page_show_them(analyzed):
     out, _ = analyzed
     figures = sorted(path.name for path in (out / "figures").iterdir())
     assert figures == [
+        "attention_tracker-differences.png",
         "attention_tracker-heads.png",
         "attention_tracker-patterns.png",
+        "attention_tracker-scales.png",
         "attention_tracker-singular_values.png",
         "explain_change-survival.png",
         "parameter_distribution-blocks.png",

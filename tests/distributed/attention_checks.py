@@ -37,7 +37,7 @@ def statistics(layout: str) -> dict:
         "without_base": {name: alone.statistic(name) for name in alone.names},
         "queries": pieces.queries,
         "samples": (pieces.n_samples, alone.n_samples),
-        "passes": pieces.passes,
+        "forwards": pieces.cost.forwards,
         "map": maps.pattern(1, 3),
         "same": all(map(torch.equal, before, after)),
     }

@@ -7,9 +7,15 @@ from typing import Any
 
 import torch
 
-from lightning_goldy.analysis.attention import AttentionMaps, AttentionStatistics
-from lightning_goldy.analysis.attention.statistics import STATISTICS
-from lightning_goldy.callbacks.attention_tracker import Attention, Prompt, Shown, attention_findings
+from lightning_goldy.analysis.attention import (
+    STATISTICS,
+    AttentionMaps,
+    AttentionStatistics,
+    PromptAttention,
+    TrackedAttention,
+)
+from lightning_goldy.analysis.attention.tracking import strongest_heads
+from lightning_goldy.analysis.result import Cost
 
 
 def statistics_of(layers: int = 2, heads: int = 3, *, drift: bool = True) -> AttentionStatistics:
@@ -19,7 +25,7 @@ def statistics_of(layers: int = 2, heads: int = 3, *, drift: bool = True) -> Att
     named["induction"] = torch.full_like(values, math.nan)
     queries = torch.full((layers, len(STATISTICS)), 50)
     queries[:, STATISTICS.index("induction")] = 7
-    return AttentionStatistics(**named, drift=values / 20 if drift else None, queries=queries, n_samples=4, passes=2)
+    return AttentionStatistics(**named, drift=values / 20 if drift else None, queries=queries, n_samples=4)
 
 
 def maps_of(tokens: tuple[str, ...], layers: int = 2, heads: int = 3, *, seed: int = 0) -> AttentionMaps:
@@ -40,16 +46,9 @@ def attention_row(
     prompts: tuple[str, ...] = ("probe",),
 ) -> dict[str, Any]:
     """The row of an analysis."""
-    ids = torch.arange(len(tokens))[None]
-    shown = tuple(
-        Shown(
-            Prompt(name, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, len(tokens)),
-            maps_of(tokens, seed=step),
-            maps_of(tokens, seed=0) if drift else None,
-        )
-        for name in prompts
-    )
-    found = Attention(statistics_of(drift=drift), shown, 4)
-    row = attention_findings(found, heads=heads, singular_values=3)
-    row = row.at(step=step, trigger="step", seconds=2.0, peak_memory_bytes=2**20)
-    return row.to_dict()
+    base = maps_of(tokens, seed=0) if drift else None
+    shown = tuple(PromptAttention(name, len(tokens), maps_of(tokens, seed=step), base) for name in prompts)
+    statistics = statistics_of(drift=drift)
+    chosen = strongest_heads(statistics) if heads is None else tuple(heads)
+    row = TrackedAttention(statistics, shown, chosen, 3, Cost(forwards=4)).row()
+    return row.at(step=step, trigger="step", seconds=2.0, peak_memory_bytes=2**20).to_dict()

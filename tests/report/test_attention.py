@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import io
 import json
 import math
 from pathlib import Path
@@ -8,44 +7,42 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from lightning_goldy.core.files import to_json_line
-from lightning_goldy.report.attention_charts import (
+from lightning_goldy.report import (
+    ReportError,
     chart_attention_differences,
+    chart_attention_grid,
     chart_attention_heads,
+    chart_attention_map,
+    chart_attention_map_change,
     chart_attention_patterns,
     chart_attention_scales,
     chart_attention_spectra,
+    draw_figures,
+    reads_of,
 )
-from lightning_goldy.report.attention_plots import (
-    plot_attention,
-    plot_attention_difference,
-    plot_attention_grid,
-    plot_attention_heads,
-    plot_attention_prompts,
-    plot_attention_spectra,
-)
-from lightning_goldy.report.attentions import SHARES, drift_caption, heads_by_statistic, patterns, spectra
-from lightning_goldy.report.charts import CHARTS
-from lightning_goldy.report.history import with_history
-from lightning_goldy.report.legacy import Frame, figure_html
-from lightning_goldy.report.plots import draw_plots
-from lightning_goldy.report.registry import ReportError
+from lightning_goldy.report.figures import figures_of
+from lightning_goldy.report.topics.attention import SHARES, TITLES, drift_caption, heads_by_statistic, patterns, spectra
 from tests.report.attention_rows import attention_row, maps_of, statistics_of
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
-
-
 def saved(row: dict[str, Any]) -> dict[str, Any]:
     """The row as it comes back from the file."""
     return json.loads(to_json_line(row))
+
+
+def panels(figure: Any) -> dict[str, Any]:
+    """Title to the numbers of each panel, [rows, columns]; None is NaN."""
+    shown = {}
+    for place, part in enumerate(figure.bare()["concat"]):
+        cells = figure.data[f"cells_{place}"]
+        n_rows = len(set(cells["y"]))
+        values = np.array([math.nan if value is None else value for value in cells["value"]])
+        shown[part["title"]["text"]] = values.reshape(n_rows, -1)
+    return shown
 
 
 @pytest.mark.parametrize("back", [dict, saved], ids=["as logged", "from the file"])
@@ -56,70 +53,47 @@ def test_every_statistic_has_its_panel(back: Any) -> None:
     assert set(grids) == set(expected.names)
     for name, grid in grids.items():
         assert np.array_equal(grid, expected.statistic(name).numpy(), equal_nan=True)
-    figure = plot_attention_heads(row)
-    drawn = {axes.get_title(): axes.images[0].get_array() for axes in figure.axes if axes.images}
-    assert np.array_equal(drawn["entropy, nats"], grids["entropy"])
-    assert drawn["induction"].mask.all()
-    assert len(drawn) == 9
-    assert png(figure).startswith(PNG)
+    drawn = panels(chart_attention_heads(row)) | panels(chart_attention_scales(row))
+    assert set(drawn) == {TITLES[name] for name in grids}
+    for name, grid in grids.items():
+        np.testing.assert_allclose(drawn[TITLES[name]], grid, rtol=1e-5)
+    assert np.isnan(drawn["induction"]).all()
     assert "layer 1, head 2: 0.06 nats" in drift_caption(row)
+    for figure in draw_figures(row).values():
+        assert figure.png().startswith(PNG)
 
 
-def test_the_charts_have_the_same_numbers() -> None:
+def test_shares_have_one_scale_and_the_others_their_own() -> None:
     row = saved(attention_row())
     grids = heads_by_statistic(row)
     shares = chart_attention_heads(row)
-    names = [name for name in grids if name in SHARES]
-    assert [trace.z for trace in shares.data] == [
-        tuple([None if math.isnan(value) else pytest.approx(value, rel=1e-4) for value in line] for line in grids[name])
-        for name in names
-    ]
-    assert "over 50 queries of 4 samples" in shares.layout.meta["caption"]
-    assert "induction over the 7" in shares.layout.meta["caption"]
-    assert (shares.layout.coloraxis.cmin, shares.layout.coloraxis.cmax) == (0, 1)
+    assert list(panels(shares)) == [TITLES[name] for name in grids if name in SHARES]
+    assert shares.ranges == {"share": (0.0, 1.0)}
+    assert "over 50 queries of 4 samples" in shares.caption
+    assert "induction over the 7" in shares.caption
     scales = chart_attention_scales(row)
-    assert [scales.layout[trace.coloraxis].cmax for trace in scales.data] == [
-        pytest.approx(float(grids[x].max())) for x in ("entropy", "distance", "drift")
-    ]
-    assert "Jensen-Shannon" in scales.layout.meta["caption"]
+    assert scales.ranges == {
+        name: (0.0, pytest.approx(float(grids[name].max()))) for name in ("entropy", "distance", "drift")
+    }
+    assert "Jensen-Shannon" in scales.caption
     without = chart_attention_scales(saved(attention_row(drift=False)))
-    assert len(without.data) == 2
-    assert "add GoldenSnapshot" in without.layout.meta["caption"]
+    assert len(panels(without)) == 2
+    assert "add GoldenSnapshot" in without.caption
 
 
-CHART_OF_EVERY_PANEL = (
-    chart_attention_heads,
-    chart_attention_scales,
-    chart_attention_patterns,
-    chart_attention_differences,
-)
-
-
-@pytest.mark.parametrize("chart", CHART_OF_EVERY_PANEL, ids=lambda chart: chart.__name__)
-def test_no_panel_changes_its_colours_from_step_to_step(chart: Any) -> None:
+def test_no_panel_changes_its_colours_from_step_to_step(tmp_path: Path, write_rows: Any, page_of: Any) -> None:
     rows = [saved(attention_row(step=step, drift=step > 1)) for step in (1, 2, 3)]
     for row, factor in zip(rows, (1.0, 5.0, 2.0), strict=True):
-        for name in ("entropy", "distance", "drift"):
-            table = row["result"]["statistics"].get(name, [])
-            row["result"]["statistics"][name] = [[factor * value for value in line] for line in table] or None
-        row["result"]["statistics"] = {name: table for name, table in row["result"]["statistics"].items() if table}
-    page = figure_html("Heads", [Frame(str(row["step"]), chart(row)) for row in rows])
-    frames = json.loads(page.partition('<script type="application/json">')[2].partition("</script>")[0])
-    ranges: dict[str, set[tuple[float, float]]] = {}
-    for frame in frames:
-        figure = frame["figure"]
-        for place, trace in enumerate(figure["data"]):
-            axis = figure["layout"][trace["coloraxis"]]
-            drawn = [value for line in trace["z"] for value in line if value is not None]
-            assert all(axis["cmin"] <= value <= axis["cmax"] for value in drawn)
-            # The title says which statistic it is.
-            ranges.setdefault(figure["layout"]["annotations"][place]["text"], set()).add((axis["cmin"], axis["cmax"]))
-    assert ranges
-    assert all(len(found) == 1 for found in ranges.values())
-    if chart is chart_attention_scales:
-        tops = {name: top for name, found in ranges.items() for _, top in found}
-        expected = {"entropy, nats": 5 * 1.2, "distance, tokens": 5 * 3.6, "drift from the base, nats": 5 * 0.06}
-        assert tops == pytest.approx(expected)
+        statistics = row["result"]["statistics"]
+        for name in {"entropy", "distance", "drift"} & set(statistics):
+            statistics[name] = [[factor * value for value in line] for line in statistics[name]]
+    write_rows(tmp_path, *rows)
+    charts = [chart for chart in page_of(tmp_path).charts if len(chart["frames"]) == 3]
+    found = {each["name"].removesuffix("_high"): each["value"] for chart in charts for each in chart["params"]}
+    # A range is named by its statistic, and not by its place, as a step may lack one.
+    assert any(len(set(frame["data"])) == 2 for chart in charts for frame in chart["frames"] if frame.get("data"))
+    expected = {"entropy": 5 * 1.2, "distance": 5 * 3.6, "drift": 5 * 0.06, "share": 1.0, "weight": 1.0}
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
 
 
 def test_patterns_and_their_differences_are_the_maps() -> None:
@@ -132,30 +106,23 @@ def test_patterns_and_their_differences_are_the_maps() -> None:
         pair = each.layer, each.head
         assert np.allclose(each.weights, now.pattern(*pair), atol=6e-5, rtol=0)
         assert np.allclose(each.change, now.pattern(*pair) - base.pattern(*pair), atol=1.2e-4, rtol=0)
-    figure = plot_attention_prompts(row)
-    left, right = figure.axes[:2]
-    assert np.allclose(left.images[0].get_array(), shown[0].weights)
-    assert np.allclose(right.images[0].get_array(), shown[0].change)
-    low, high = right.images[0].get_clim()
-    assert high == -low == pytest.approx(np.abs(shown[0].change).max())
-    assert [label.get_text() for label in left.get_yticklabels()] == list(tokens)
-    assert png(figure).startswith(PNG)
-    chart = chart_attention_patterns(row)
-    assert chart.data[0].z == tuple(map(list, shown[0].weights.tolist()))
-    assert list(chart.layout.yaxis.ticktext) == ["the", "&#36;5", "&lt;b&gt;", "the"]
-    assert list(chart.layout.yaxis.tickvals) == [0, 1, 2, 3]
-    difference = chart_attention_differences(row)
-    assert difference.layout.coloraxis.cmin == -difference.layout.coloraxis.cmax
-    assert len(difference.data) == 2
+    figure, difference = chart_attention_patterns(row), chart_attention_differences(row)
+    for drawn, numbers in ((figure, "weights"), (difference, "change")):
+        assert list(panels(drawn)) == ["probe: layer 1, head 2", "probe: layer 0, head 0"]
+        for values, each in zip(panels(drawn).values(), shown, strict=True):
+            assert np.allclose(values, getattr(each, numbers), atol=1e-6)
+    assert figure.ranges == {"weight": (0.0, 1.0)}
+    most = max(np.abs(each.change).max() for each in shown)
+    assert difference.ranges == {"change": (pytest.approx(-most), pytest.approx(most))}
+    # Tokens repeat, so that a number before each makes it a place of its own.
+    assert figure.data["cells_0"]["y"][::4] == ["0|the", "1|$5", "2|<b>", "3|the"]
 
 
 def test_without_a_base_there_is_no_difference() -> None:
     row = saved(attention_row(drift=False))
     assert all(each.change is None for each in patterns(row))
-    assert len(chart_attention_differences(row).data) == 0
-    assert "No base" in chart_attention_differences(row).layout.annotations[0].text
-    for figure in draw_plots(row).values():
-        assert png(figure).startswith(PNG)
+    assert chart_attention_differences(row) == "No base to compare with."
+    assert set(draw_figures(row)) == {"heads", "scales", "patterns", "singular_values"}
 
 
 def test_the_strongest_heads_are_shown_once_and_stay() -> None:
@@ -166,31 +133,32 @@ def test_the_strongest_heads_are_shown_once_and_stay() -> None:
 
 
 def test_the_spectra_run_over_all_rows() -> None:
-    rows: list[dict[str, Any]] = []
-    for step in (0, 5, 10):
-        rows.append(saved(attention_row(step=step, prompts=("one", "two"))))
-    rows[-1] = dict(with_history(rows[-1], rows[:-1]))
-    groups = spectra(rows[-1])
-    assert [(group.prompt, group.steps) for group in groups] == [("one", (0, 5, 10)), ("two", (0, 5, 10))]
+    rows = [saved(attention_row(step=step, prompts=("one", "two"))) for step in (0, 5, 10)]
+    courses = spectra(rows)
+    assert list(courses) == ["one", "two"]
     for index, step in enumerate((0, 5, 10)):
-        values = maps_of(("the", "$5", "<b>", "the"), seed=step).singular_values(3)
-        assert groups[0].values[index] == pytest.approx(values.mean(dim=(0, 1)).tolist(), abs=1e-6)
-    figure = plot_attention_spectra(rows[-1])
-    assert np.allclose(figure.axes[0].lines[1].get_ydata(), groups[0].values[:, 1])
-    assert png(figure).startswith(PNG)
-    chart = chart_attention_spectra(rows[-1])
-    assert chart.data[0].y == pytest.approx(groups[0].values[:, 0].tolist())
-    assert [trace.name for trace in chart.data][:4] == ["one, 1", "one, 2", "one, 3", "two, 1"]
+        values = maps_of(("the", "$5", "<b>", "the"), seed=step).singular_values(3).mean(dim=(0, 1)).tolist()
+        assert [means[index] for _, means in courses["one"]] == pytest.approx(values, abs=1e-6)
+    assert all(steps == [0, 5, 10] for steps, _ in courses["two"])
+    figure = chart_attention_spectra(rows)
+    assert [part["title"]["text"] for part in figure.bare()["concat"]] == ["one", "two"]
+    points = figure.data["points_0"]
+    assert list(dict.fromkeys(points["line"])) == ["value 1", "value 2", "value 3"]
+    assert points["x"][:3] == [0, 5, 10]
+    assert points["y"][3:6] == pytest.approx(courses["one"][1][1])
+    # What the store keeps of earlier rows is enough.
+    assert reads_of("attention_tracker") == {"spectra"}
+    thin = [{"step": row["step"], "result": {"spectra": row["result"]["spectra"]}} for row in rows]
+    assert chart_attention_spectra(thin).data == figure.data
+    assert draw_figures(rows[-1], thin[:-1])["singular_values"].png().startswith(PNG)
 
 
 def test_a_prompt_of_one_token_can_be_drawn() -> None:
     row = saved(attention_row(("a",)))
     assert row["result"]["prompts"][0]["singular_values"][0][0] == [1.0, None, None]
     assert row["result"]["spectra"][0]["values"] == [1.0, None, None]
-    for figure in draw_plots(row).values():
-        assert png(figure).startswith(PNG)
-    for chart in CHARTS.draw(row).values():
-        json.loads(chart.to_json())
+    for figure in draw_figures(row).values():
+        assert figure.png().startswith(PNG)
 
 
 def test_the_page_shows_all_of_it_and_escapes_tokens(tmp_path: Path, write_rows: Any, page_of: Any) -> None:
@@ -198,6 +166,7 @@ def test_the_page_shows_all_of_it_and_escapes_tokens(tmp_path: Path, write_rows:
     second = saved(attention_row(("a", "</script>", "b"), step=5))
     write_rows(tmp_path, first, second)
     page = page_of(tmp_path)
+    assert {entry.heading for entry in figures_of("attention_tracker")} <= set(page.text("h4"))
     assert {
         "What each head looks at",
         "What the chosen heads attend to",
@@ -206,54 +175,60 @@ def test_the_page_shows_all_of_it_and_escapes_tokens(tmp_path: Path, write_rows:
     } <= set(page.text("h4"))
     assert "Attention heads" in page.text("h2")
     assert any("Jensen-Shannon" in cell for cell in page.cells())
-    assert page.scripts == 4
+    assert '</script>"' not in page.source
 
 
-def test_recorded_maps_can_be_plotted() -> None:
+def test_recorded_maps_can_be_drawn() -> None:
     tokens = ("the", "$5", "<b>", "the")
     now, base = maps_of(tokens, seed=1), maps_of(tokens, seed=0)
-    figure = plot_attention(now, 1, 2)
-    assert np.allclose(figure.axes[0].images[0].get_array(), now.pattern(1, 2))
-    assert png(figure).startswith(PNG)
-    grid = plot_attention_grid(now)
-    drawn = [axes for axes in grid.axes if axes.images]
-    assert [axes.get_title() for axes in drawn] == ["0.0", "0.1", "0.2", "1.0", "1.1", "1.2"]
-    assert np.allclose(drawn[4].images[0].get_array(), now.pattern(1, 1))
-    change = plot_attention_grid(now, base=base)
-    assert np.allclose(change.axes[4].images[0].get_array(), now.pattern(1, 1) - base.pattern(1, 1))
-    three = plot_attention_difference(now, base, 0, 1)
-    shown = [axes.images[0].get_array() for axes in three.axes[:3]]
-    for found, expected in zip(
-        shown, (base.pattern(0, 1), now.pattern(0, 1), now.pattern(0, 1) - base.pattern(0, 1)), strict=True
-    ):
-        assert np.allclose(found, expected)
-    assert png(three).startswith(PNG)
-    assert png(change).startswith(PNG)
+    figure = chart_attention_map(now, 1, 2)
+    assert np.allclose(panels(figure)["layer 1, head 2"], now.pattern(1, 2), atol=1e-6)
+    assert figure.png().startswith(PNG)
+    for drawn, other in ((chart_attention_grid(now), None), (chart_attention_grid(now, base=base), base)):
+        cells = drawn.data["cells"]
+        values = np.array(cells["value"]).reshape(2, 3, 4, 4)
+        for layer, head in now.heads:
+            expected = now.pattern(layer, head) - (0 if other is None else other.pattern(layer, head))
+            assert np.allclose(values[layer, head], expected, atol=1e-4)
+        assert cells["layer"] == np.repeat([0, 1], 48).tolist()
+        assert cells["head"] == 2 * np.repeat([0, 1, 2], 16).tolist()
+        assert cells["query"][:8] == [0, 0, 0, 0, 1, 1, 1, 1]
+        assert drawn.png().startswith(PNG)
+    three = chart_attention_map_change(now, base, 0, 1)
+    expected = (base.pattern(0, 1), now.pattern(0, 1), now.pattern(0, 1) - base.pattern(0, 1))
+    assert list(panels(three)) == ["base: layer 0, head 1", "layer 0, head 1", "minus the base"]
+    for found, pattern in zip(panels(three).values(), expected, strict=True):
+        assert np.allclose(found, pattern, atol=1e-6)
+    assert three.png().startswith(PNG)
     with pytest.raises(IndexError, match="head 3: there are 3"):
-        plot_attention(now, 0, 3)
+        chart_attention_map(now, 0, 3)
     with pytest.raises(ValueError, match="of different prompts"):
-        plot_attention_difference(now, maps_of(("other", "words", "are", "here")), 0, 0)
+        chart_attention_map_change(now, maps_of(("other", "words", "are", "here")), 0, 0)
 
 
 @pytest.mark.parametrize(
     ("draw", "change", "message"),
     [
-        (plot_attention_heads, {"statistics": {}}, "'result.statistics' must be an object with at least one"),
+        (chart_attention_heads, {"statistics": {}}, "'result.statistics' must be an object with at least one"),
         (
-            plot_attention_heads,
+            chart_attention_heads,
             {"statistics": {"entropy": [[1], [1, 2]]}},
             "rows of .* differ in length",
         ),
-        (plot_attention_heads, {"statistics": {"entropy": [["x"]]}}, "must hold numbers or null, got 'x'"),
+        (chart_attention_heads, {"statistics": {"entropy": [["x"]]}}, "must hold numbers or null, got 'x'"),
         (chart_attention_heads, {"statistics": {"other": [[1.0]]}}, "holds none of normalised_entropy"),
-        (plot_attention_prompts, {"prompts": []}, "'result.prompts' must be a list of at least one object"),
+        (chart_attention_patterns, {"prompts": []}, "'result.prompts' must be a list of at least one object"),
         (chart_attention_patterns, {"prompts": [{"tokens": ["a"], "maps": [{}]}]}, "must be an object with 'layer'"),
         (
             chart_attention_patterns,
             {"prompts": [{"tokens": ["a", "b"], "maps": [{"layer": 0, "head": 0, "weights": [[1.0]]}]}]},
             r"weights of shape \(1, 1\) for 2 tokens",
         ),
-        (plot_attention_spectra, {"spectra": [{"steps": [1], "values": [[1.0], [2.0]]}]}, "as many steps as values"),
+        (
+            lambda row: chart_attention_spectra([row]),
+            {"spectra": [{"prompt": "a"}]},
+            r"'result\.spectra\[0\]\.values' must be a table of numbers, got \[None\]",
+        ),
     ],
 )
 def test_a_broken_row_is_named(draw: Any, change: dict[str, Any], message: str) -> None:
@@ -266,6 +241,16 @@ def test_a_broken_row_is_named(draw: Any, change: dict[str, Any], message: str) 
 def test_no_more_panels_than_can_be_read() -> None:
     heads = [(layer, head) for layer in range(2) for head in range(3)]
     row = attention_row(heads=heads, prompts=("a", "b", "c"))
-    assert len(patterns(row)) == 16
-    assert "first 16 of 18 patterns" in chart_attention_patterns(row).layout.meta["caption"]
-    assert torch.tensor(plot_attention_prompts(row).get_size_inches()).max() <= 30
+    assert len(patterns(row)) == len(panels(chart_attention_patterns(row))) == 16
+    assert "first 16 of 18 patterns" in chart_attention_patterns(row).caption
+
+
+@pytest.mark.parametrize(("heads", "side_by_side"), [(4, 3), (16, 3), (32, 1)])
+def test_many_heads_stay_readable(heads: int, side_by_side: int) -> None:
+    row = attention_row()
+    row["result"]["statistics"] = dict.fromkeys(SHARES, np.full((30, heads), 0.5).tolist())
+    figure = chart_attention_heads(row)
+    assert figure.bare()["columns"] == side_by_side
+    for part in figure.bare()["concat"]:
+        assert part["width"]["step"] >= 12
+        assert part["height"]["step"] >= 11

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import io
 import json
 from typing import Any
 
@@ -9,13 +8,10 @@ import pytest
 from lightning_goldy.analysis.linearized import ExplainedChange
 from lightning_goldy.analysis.linearized.explain import LABELS
 from lightning_goldy.core.files import to_json_line
-from lightning_goldy.report.charts import CHARTS
+from lightning_goldy.report import ReportError, chart_explained_change, draw_figures
 from lightning_goldy.report.descriptions import description_of
-from lightning_goldy.report.explain_charts import chart_explained_change
-from lightning_goldy.report.explain_plots import plot_explained_change
-from lightning_goldy.report.explanations import survival, survival_caption
-from lightning_goldy.report.plots import draw_plots
-from lightning_goldy.report.registry import ReportError
+from lightning_goldy.report.figures import figures_of
+from lightning_goldy.report.topics.linearized import survival, survival_caption
 
 
 def explained(*, logits: bool = True) -> ExplainedChange:
@@ -38,29 +34,30 @@ def explained(*, logits: bool = True) -> ExplainedChange:
 def test_bars_are_the_shares(saved: bool) -> None:
     row: Any = explained().row().at(step=5).to_dict()
     row = json.loads(to_json_line(row)) if saved else row
-    assert set(draw_plots(row)) == {"survival"}
-    assert CHARTS.names("explain_change") == ("What survives of the change",)
-    figure = plot_explained_change(row)
-    widths = [bar.get_width() for bar in figure.axes[0].patches]
-    assert widths == pytest.approx([50, 30, 10, -10, 0, 90, 80, 70, 60, 50])
-    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == list(LABELS.values())
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    assert buffer.getvalue().startswith(b"\x89PNG")
-    chart = chart_explained_change(row)
-    assert chart.data[0].x[:4] == pytest.approx((50, 30, 10, -10))
-    assert chart.data[0].x[4] is None
-    assert chart.data[1].x == pytest.approx((90, 80, 70, 60, 50))
-    caption = survival_caption(row)
-    assert caption.startswith("loss 2 at the base, 1 now (nats, over 40 targets)")
-    assert chart.layout.meta["caption"] == caption
+    assert [(entry.name, entry.heading) for entry in figures_of("explain_change")] == [
+        ("survival", "What survives of the change")
+    ]
+    figure = chart_explained_change(row)
+    bars = figure.data["bars"]
+    assert bars["percent"] == [*map(pytest.approx, (50, 30, 10, -10)), None, *map(pytest.approx, (90, 80, 70, 60, 50))]
+    assert bars["variant"] == 2 * list(LABELS.values())
+    assert bars["of"] == 5 * ["change of the loss"] + 5 * ["change of the logits"]
+    marks, rule, *numbers = figure.bare()["layer"]
+    assert (marks["encoding"]["x"]["field"], marks["encoding"]["y"]["field"]) == ("percent", "variant")
+    assert marks["encoding"]["yOffset"]["field"] == marks["encoding"]["color"]["field"] == "of"
+    assert rule["encoding"]["x"]["datum"] == 100
+    assert {number["encoding"]["text"]["field"] for number in numbers} == {"percent"}
+    assert figure.caption == survival_caption(row)
+    assert figure.caption.startswith("loss 2 at the base, 1 now (nats, over 40 targets)")
+    assert draw_figures(row)["survival"].png().startswith(b"\x89PNG")
 
 
 def test_without_logits_there_is_one_bar_each() -> None:
     row = explained(logits=False).row().to_dict()
     assert [group.name for group in survival(row)] == ["change of the loss"]
-    assert len(plot_explained_change(row).axes[0].patches) == 5
-    assert len(chart_explained_change(row).data) == 1
+    figure = chart_explained_change(row)
+    assert len(figure.data["bars"]["percent"]) == 5
+    assert figure.bare()["layer"][0]["encoding"]["color"]["legend"] is None
 
 
 def test_every_metric_has_a_meaning() -> None:
@@ -71,4 +68,4 @@ def test_every_metric_has_a_meaning() -> None:
 
 def test_a_row_without_variants_is_refused() -> None:
     with pytest.raises(ReportError, match=r"needs result\.variants"):
-        plot_explained_change({"analysis": "explain_change", "step": 1, "result": {}})
+        chart_explained_change({"analysis": "explain_change", "step": 1, "result": {}})

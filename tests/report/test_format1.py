@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from lightning_goldy.report.attentions import spectra
 from lightning_goldy.report.figures import draw_figures
 from lightning_goldy.report.history import with_history
 from lightning_goldy.report.run import AnalysisRows, read_run, upgraded
+from lightning_goldy.report.topics.attention import spectra
 from lightning_goldy.report.topics.basin import trajectories
 from lightning_goldy.report.topics.heads import chart_gate_timeline, chart_plasticity_loss
 from lightning_goldy.report.topics.taylor import prediction
@@ -71,9 +71,11 @@ def test_the_expansion_over_the_run_is_that_which_the_rows_held(analyses: dict[s
 def test_arrays_over_the_run_are_those_that_the_rows_held(analyses: dict[str, AnalysisRows]) -> None:
     rows = analyses["attention_tracker"].rows
     for index, old in enumerate(written("attention_tracker")):
-        (found,), (expected,) = spectra(with_history(rows[index], rows[:index])), spectra(old)
-        assert (found.prompt, found.steps) == (expected.prompt, expected.steps)
-        assert found.values.tolist() == expected.values.tolist()
+        ((prompt, courses),) = spectra(rows[: index + 1]).items()
+        (expected,) = old["result"]["spectra"]
+        assert prompt == expected["prompt"]
+        assert all(steps == expected["steps"] for steps, _ in courses)
+        assert [means for _, means in courses] == [list(values) for values in zip(*expected["values"], strict=True)]
 
 
 def test_gates_and_losses_over_the_run_are_those_that_the_rows_held(analyses: dict[str, AnalysisRows]) -> None:

@@ -1,6 +1,19 @@
 """What every attention head looks at, and how far that has moved."""
 
-from lightning_goldy.analysis.attention.maps import AttentionMaps, attention_maps
+from lightning_goldy.analysis.attention.patterns import AttentionMaps, attention_maps
+from lightning_goldy.analysis.attention.rows import STATISTICS, jensen_shannon
 from lightning_goldy.analysis.attention.statistics import AttentionStatistics, attention_statistics
+from lightning_goldy.analysis.attention.tracking import Prompt, PromptAttention, TrackedAttention, track_attention
 
-__all__ = ["AttentionMaps", "AttentionStatistics", "attention_maps", "attention_statistics"]
+__all__ = [
+    "STATISTICS",
+    "AttentionMaps",
+    "AttentionStatistics",
+    "Prompt",
+    "PromptAttention",
+    "TrackedAttention",
+    "attention_maps",
+    "attention_statistics",
+    "jensen_shannon",
+    "track_attention",
+]

@@ -1,28 +1,176 @@
-"""Attention weights recorded under any kernel, and the entropy of their rows."""
+"""Attention patterns: read under any kernel, layer by layer, and kept of a few prompts with their singular values."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.attention.rows import additive_mask, entropies, over_keys, visible_keys
-from lightning_goldy.core.architecture import Architecture, UnsupportedArchitectureError
+from lightning_goldy.analysis.attention.rows import Tokens, row_entropies
+from lightning_goldy.analysis.result import AnalysisResult
+from lightning_goldy.core.architecture import Architecture, UnsupportedArchitectureError, describe_architecture
 from lightning_goldy.core.architecture.gates import BatchMismatchError
+from lightning_goldy.core.architecture.kernels import Attended, AttentionCall, AttentionKernelError, eager_attention
 from lightning_goldy.core.batches import batch_tensors, map_batch
+from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import model_class
 from lightning_goldy.core.objective import Objective, accepts, left_padding_positions
+from lightning_goldy.core.sharding import Replicas
 
-Sink = Callable[[nn.Module, Tensor, Tensor | None], None]
+NameTokens = Callable[[Sequence[int]], Sequence[str]]
+Sink = Callable[[nn.Module, Tensor, "Tensor | None"], None]
 """``sink(attention module, weights [B, H, Tq, Tk], additive mask [B, 1, Tq, Tk])``"""
+LayerSink = Callable[[int, Tensor, "Tensor | None"], None]
+"""``sink(layer, weights [B, H, T, T], additive mask [B, 1, T, T])``"""
 
-_NAME = "goldy_recorded"
-_SINK: ContextVar[Sink] = ContextVar("attention sink")
+
+@dataclass(frozen=True)
+class AttentionMaps(AnalysisResult):
+    """Attention patterns of every head of some layers on one batch.
+
+    Args:
+        layers: Indices of the layers.
+        patterns: Softmax weights of each layer, shape ``[B, H, T, T]``, rows are queries; at least float32, on the CPU.
+        valid: True where a token is no padding, shape ``[B, T]``.
+        tokens: What each token is called, for each sample, padding included.
+    """
+
+    layers: tuple[int, ...]
+    patterns: tuple[Tensor, ...]
+    valid: Tensor
+    tokens: tuple[tuple[str, ...], ...]
+
+    @property
+    def heads(self) -> tuple[tuple[int, int], ...]:
+        """All (layer, head) pairs, in order of depth."""
+        pairs = zip(self.layers, self.patterns, strict=True)
+        return tuple((layer, head) for layer, pattern in pairs for head in range(pattern.shape[1]))
+
+    def pattern(self, layer: int, head: int, *, sample: int = 0) -> Tensor:
+        """What one head attends to, without padding.
+
+        Args:
+            layer: One of ``layers``.
+            head: From 0.
+            sample: Row of the batch.
+
+        Returns:
+            Shape ``[n, n]`` with n the sample's tokens; rows are queries and sum to 1.
+
+        Raises:
+            IndexError: There is no such layer, head or sample.
+        """
+        if layer not in self.layers:
+            raise IndexError(f"layer {layer} was not recorded; those recorded: {list(self.layers)}")
+        pattern = self.patterns[self.layers.index(layer)]
+        for what, value, count in (("head", head, pattern.shape[1]), ("sample", sample, len(pattern))):
+            if not 0 <= value < count:
+                raise IndexError(f"{what} {value}: there are {count}, from 0 to {count - 1}")
+        kept = self.valid[sample]
+        return pattern[sample, head][kept][:, kept]
+
+    def token_names(self, sample: int = 0) -> tuple[str, ...]:
+        """Names of a sample's tokens without padding, in the order of :meth:`pattern`'s rows."""
+        kept = self.valid[sample].tolist()
+        return tuple(name for name, keep in zip(self.tokens[sample], kept, strict=True) if keep)
+
+    def singular_values(self, top: int = 4, *, sample: int = 0) -> Tensor:
+        """Largest singular values of each head's pattern on one sample, padding left out.
+
+        A head that looks at the same place from everywhere has one large value (of the order of the root of the number
+        of tokens); one that shifts, as a previous-token head, has many values of 1.
+
+        Args:
+            top: How many values.
+            sample: Row of the batch.
+
+        Returns:
+            Shape ``[layers, heads, top]``, descending, float64; NaN beyond a layer's heads or the number of tokens.
+
+        Raises:
+            ValueError: ``top`` is below 1.
+        """
+        if top < 1:
+            raise ValueError(f"top must be at least 1; got {top}")
+        most = max(pattern.shape[1] for pattern in self.patterns)
+        values = torch.full((len(self.layers), most, top), math.nan, dtype=torch.float64)
+        kept = self.valid[sample]
+        for index, pattern in enumerate(self.patterns):
+            known = torch.linalg.svdvals(pattern[sample][:, kept][:, :, kept].double())[:, :top]  # [H, min(n, top)]
+            values[index, : known.shape[0], : known.shape[1]] = known
+        return values
+
+
+def attention_maps(
+    model: nn.Module,
+    batch: Any,
+    objective: Objective | None = None,
+    *,
+    layers: Sequence[int] | None = None,
+    name_tokens: NameTokens | None = None,
+) -> AttentionMaps:
+    """Records what every head attends to, under any attention kernel.
+
+    The patterns are the family's own eager softmax weights, in evaluation mode. All of them are kept: this is for a few
+    short prompts, :func:`~lightning_goldy.analysis.attention_statistics` for everything else. The model comes
+    back as it was; under FSDP2 every rank must call.
+
+    Args:
+        model: A transformers model or anything that contains one.
+        batch: A dict with ``input_ids`` of shape ``[B, T]`` and optionally ``attention_mask``.
+        objective: How the model is called; by default with everything of the batch but its labels.
+        layers: Only these blocks; all by default.
+        name_tokens: Turns a list of token ids into as many labels, such as a tokenizer's ``convert_ids_to_tokens``; by
+            default the ids themselves are shown.
+
+    Returns:
+        The patterns, on the CPU.
+
+    Raises:
+        UnsupportedArchitectureError: The family's patterns cannot be read; it is named.
+        ValueError: The batch is of another kind, a layer does not exist, or a pattern is not finite.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> config = GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=11, bos_token_id=0, eos_token_id=0)
+        >>> maps = attention_maps(GPT2LMHeadModel(config), {"input_ids": torch.tensor([[1, 2, 3]])})
+        >>> maps.pattern(1, 0)[0].tolist(), maps.token_names()
+        ([1.0, 0.0, 0.0], ('1', '2', '3'))
+    """
+    with preserved(model), Replicas.of(model).together("attention_maps"):
+        architecture = describe_architecture(model)
+        known = [block.index for block in architecture.blocks]
+        chosen = known if layers is None else sorted(set(layers))
+        for layer in chosen:
+            if layer not in known:
+                raise ValueError(f"layers: there is no layer {layer}; the model has {len(known)}, from 0")
+        tokens = Tokens.of(batch)
+        names = _names(tokens, name_tokens)
+        patterns: dict[int, Tensor] = {}
+
+        def keep(layer: int, weights: Tensor, mask: Tensor | None) -> None:
+            patterns[layer] = weights.to(torch.promote_types(weights.dtype, torch.float32)).cpu()
+
+        show_patterns(model, architecture, to_device_of(model, batch), objective, keep, layers=chosen)
+    for layer, pattern in patterns.items():
+        if not bool(torch.isfinite(pattern).all()):
+            raise ValueError(f"the attention of layer {layer} is not finite")
+    return AttentionMaps(tuple(chosen), tuple(patterns[layer] for layer in chosen), tokens.valid.cpu(), names)
+
+
+def _names(tokens: Tokens, name_tokens: NameTokens | None) -> tuple[tuple[str, ...], ...]:
+    named = []
+    for row in tokens.ids.tolist():
+        names = tuple(map(str, row if name_tokens is None else name_tokens(row)))
+        if len(names) != len(row):
+            raise ValueError(f"name_tokens gave {len(names)} names for {len(row)} tokens")
+        named.append(names)
+    return tuple(named)
 
 
 class UnreadableAttentionError(UnsupportedArchitectureError):
@@ -51,161 +199,19 @@ def recorded_attention(model: nn.Module, sink: Sink) -> Iterator[None]:
     Raises:
         UnreadableAttentionError: The model does not take its attention function from ``AttentionInterface``.
     """
-    _register()
-    owner: Any = next((part for part in model.modules() if hasattr(part, "set_attn_implementation")), None)
-    if owner is None:
-        raise UnreadableAttentionError(
-            f"{model_class(model)} is no transformers model, so its attention patterns cannot be read"
-        )
-    configs = _configurations(model)
-    before = [config._attn_implementation_internal for config in configs]
-    token = _SINK.set(sink)
+
+    def shown(call: AttentionCall, compute: Callable[[], Attended]) -> Attended:
+        heads, weights = compute()
+        if weights is None:
+            raise AttentionKernelError(f"{model_class(call.module)} gives no attention weights")
+        sink(call.module, weights, call.mask)
+        return heads, weights
+
     try:
-        # The only change of shape that it makes is in configurations, so a sharded model stays as it is.
-        owner.set_attn_implementation(_NAME)
-        if any(config._attn_implementation_internal != _NAME for config in configs):
-            _refuse(owner)
-        yield
-    finally:
-        for config, implementation in zip(configs, before, strict=True):
-            config._attn_implementation_internal = implementation
-        _SINK.reset(token)
-
-
-def row_entropies(weights: Tensor, mask: Tensor | None, queries: Tensor | None) -> Tensor:
-    r"""Mean normalised entropy of each head's attention rows, sample by sample.
-
-    .. math:: \frac{1}{|R|} \sum_{t \in R} \frac{-\sum_s a_{ts} \log a_{ts}}{\log n_t}
-
-    where n_t is how many keys query t sees and R are the queries that are no padding and see at least two.
-
-    Args:
-        weights: Attention weights, shape ``[B, H, Tq, Tk]``.
-        mask: As for :func:`~lightning_goldy.analysis.attention.rows.visible_keys`.
-        queries: True where a query is no padding, shape ``[B, Tq]``; None when none is.
-
-    Returns:
-        Shape ``[B, H]``, a fraction in [0, 1] (1 is uniform attention) where rows add up to 1, which they do not beside
-        an attention sink; NaN for samples without such a row.
-
-    Example:
-        >>> row_entropies(torch.tensor([[[[0.5, 0.5], [1.0, 0.0]]]]), None, None).item()
-        0.5
-    """
-    weights = over_keys(weights, mask)
-    n_visible = visible_keys(weights, mask).sum(dim=-1)  # [B, Tq]
-    rows = n_visible > 1 if queries is None else (n_visible > 1) & queries
-    shares = entropies(weights.float()) / n_visible.clamp_min(2).log()[:, None]  # [B, H, Tq]
-    count = rows.sum(dim=-1, keepdim=True)  # [B, 1]
-    return torch.where(rows[:, None], shares, 0.0).sum(dim=-1) / torch.where(count > 0, count, torch.nan)
-
-
-class EntropyRecorder:
-    """Gathers the entropies of one forward pass, layer by layer.
-
-    Args:
-        architecture: Whose attention modules are told apart.
-
-    Example:
-        >>> from transformers import GPT2Config, GPT2LMHeadModel
-        >>> from lightning_goldy.core.architecture.describe import describe_architecture
-        >>> config = GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=11, bos_token_id=0, eos_token_id=0)
-        >>> model = GPT2LMHeadModel(config).eval()
-        >>> recorder = EntropyRecorder(describe_architecture(model))
-        >>> with recorder.watching(model, {"input_ids": torch.tensor([[1, 2, 3]])}), torch.no_grad():
-        ...     _ = model(input_ids=torch.tensor([[1, 2, 3]]))
-        >>> [tuple(layer.shape) for layer in recorder.entropies()]
-        [(1, 2), (1, 2)]
-    """
-
-    def __init__(self, architecture: Architecture) -> None:
-        self._architecture = architecture
-        self._layers = {id(part): block.index for block in architecture.blocks for part in block.attention.modules()}
-        self._found: dict[int, Tensor] = {}
-
-    @contextmanager
-    def watching(self, model: nn.Module, batch: Any) -> Iterator[None]:
-        """Records the forward pass of a batch, whose ``attention_mask`` says which queries are padding.
-
-        Raises:
-            BatchMismatchError: When the model is called with another number of rows.
-        """
-        n_samples = batch_length(batch)
-        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-        queries = mask != 0 if mask is not None and mask.ndim == 2 else None
-        self._found.clear()
-
-        def sink(module: nn.Module, weights: Tensor, additive: Tensor | None) -> None:
-            layer = self._layers.get(id(module))
-            if layer is not None:
-                if len(weights) != n_samples:
-                    raise BatchMismatchError(f"{n_samples} samples gave attention of shape {tuple(weights.shape)}")
-                self._found[layer] = row_entropies(weights.detach(), additive, queries)
-
-        with recorded_attention(model, sink):
+        with eager_attention(model, shown):
             yield
-
-    def entropies(self) -> list[Tensor]:
-        """Entropies of each layer, shape ``[B, H]`` each.
-
-        Raises:
-            UnreadableAttentionError: A layer computed its attention in another way.
-        """
-        for block in self._architecture.blocks:
-            if block.index not in self._found:
-                _refuse(block.attention, f" in {block.attention_name!r}")
-        return [self._found[block.index] for block in self._architecture.blocks]
-
-
-def batch_length(batch: Any) -> int:
-    """Number of samples of a batch.
-
-    Raises:
-        ValueError: The batch holds no tensor, or tensors of different lengths.
-    """
-    shapes = [tuple(tensor.shape) for tensor in batch_tensors(batch)]
-    if len({shape[:1] for shape in shapes}) != 1 or not shapes[0]:
-        raise ValueError(f"a batch's tensors must share their first dimension; found shapes {shapes}")
-    return shapes[0][0]
-
-
-def _register() -> None:
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import eager_mask
-
-    AttentionInterface.register(_NAME, _recorded)
-    # Without a mask function of its own, the mask would be None and attention silently not causal.
-    AttentionMaskInterface.register(_NAME, eager_mask)
-
-
-def _recorded(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
-) -> Any:
-    # The family's own: it knows of soft caps, sinks and groups. FSDP2 puts a class of its own before the family's.
-    homes = (sys.modules.get(parent.__module__) for parent in type(module).__mro__)
-    found: Iterator[Any] = (getattr(home, "eager_attention_forward", None) for home in homes)
-    eager = next((function for function in found if function is not None), None)
-    if eager is None:
-        return _refuse(module)
-    attention_mask = additive_mask(attention_mask, query.dtype)
-    output = eager(module, query, key, value, attention_mask, **options)
-    _SINK.get()(module, output[1], attention_mask)
-    return output
-
-
-def _configurations(model: nn.Module) -> list[Any]:
-    found = (getattr(part, "config", None) for part in model.modules())
-    return list({id(config): config for config in found if hasattr(config, "_attn_implementation_internal")}.values())
-
-
-def _refuse(module: Any, where: str = "") -> Any:
-    raise UnreadableAttentionError(
-        f"{model_class(module)} ignores set_attn_implementation{where}, so its attention patterns cannot be read"
-    )
-
-
-LayerSink = Callable[[int, Tensor, "Tensor | None"], None]
-"""``sink(layer, weights [B, H, T, T], additive mask [B, 1, T, T])``"""
+    except AttentionKernelError as error:
+        raise UnreadableAttentionError(f"{error}, so its attention patterns cannot be read") from error
 
 
 def show_patterns(
@@ -232,7 +238,7 @@ def show_patterns(
         ValueError: A layer ran more than once.
     """
     wanted = {block.index for block in architecture.blocks} if layers is None else set(layers)
-    owners = {id(part): block.index for block in architecture.blocks for part in block.attention.modules()}
+    owners = _layers(architecture)
     seen: set[int] = set()
 
     def show(module: nn.Module, weights: Tensor, mask: Tensor | None) -> None:
@@ -262,10 +268,87 @@ def show_patterns(
         )
 
 
+class EntropyRecorder:
+    """Gathers the entropies of one forward pass, layer by layer.
+
+    Args:
+        architecture: Whose attention modules are told apart.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from lightning_goldy.core.architecture import describe_architecture
+        >>> config = GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=11, bos_token_id=0, eos_token_id=0)
+        >>> model = GPT2LMHeadModel(config).eval()
+        >>> recorder = EntropyRecorder(describe_architecture(model))
+        >>> with recorder.watching(model, {"input_ids": torch.tensor([[1, 2, 3]])}), torch.no_grad():
+        ...     _ = model(input_ids=torch.tensor([[1, 2, 3]]))
+        >>> [tuple(layer.shape) for layer in recorder.entropies()]
+        [(1, 2), (1, 2)]
+    """
+
+    def __init__(self, architecture: Architecture) -> None:
+        self._architecture = architecture
+        self._layers = _layers(architecture)
+        self._entropies: dict[int, Tensor] = {}
+
+    @contextmanager
+    def watching(self, model: nn.Module, batch: Any) -> Iterator[None]:
+        """Records the forward pass of a batch, whose ``attention_mask`` says which queries are padding.
+
+        Raises:
+            BatchMismatchError: When the model is called with another number of rows.
+        """
+        n_samples = batch_length(batch)
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        queries = mask != 0 if mask is not None and mask.ndim == 2 else None
+        self._entropies.clear()
+
+        def sink(module: nn.Module, weights: Tensor, additive: Tensor | None) -> None:
+            layer = self._layers.get(id(module))
+            if layer is not None:
+                if len(weights) != n_samples:
+                    raise BatchMismatchError(f"{n_samples} samples gave attention of shape {tuple(weights.shape)}")
+                self._entropies[layer] = row_entropies(weights.detach(), additive, queries)
+
+        with recorded_attention(model, sink):
+            yield
+
+    def entropies(self) -> list[Tensor]:
+        """Entropies of each layer, shape ``[B, H]`` each.
+
+        Raises:
+            UnreadableAttentionError: A layer computed its attention in another way.
+        """
+        for block in self._architecture.blocks:
+            if block.index not in self._entropies:
+                raise UnreadableAttentionError(
+                    f"{model_class(block.attention)} ignores set_attn_implementation in {block.attention_name!r}, so "
+                    "its attention patterns cannot be read"
+                )
+        return [self._entropies[block.index] for block in self._architecture.blocks]
+
+
+def batch_length(batch: Any) -> int:
+    """Number of samples of a batch.
+
+    Raises:
+        ValueError: The batch holds no tensor, or tensors of different lengths.
+    """
+    shapes = [tuple(tensor.shape) for tensor in batch_tensors(batch)]
+    if len({shape[:1] for shape in shapes}) != 1 or not shapes[0]:
+        raise ValueError(f"a batch's tensors must share their first dimension; found shapes {shapes}")
+    return shapes[0][0]
+
+
 def to_device_of(model: nn.Module, batch: Any) -> Any:
     """The batch where the model's parameters are."""
     device = next(model.parameters()).device
     return map_batch(batch, lambda tensor: tensor.to(device))
+
+
+def _layers(architecture: Architecture) -> dict[int, int]:
+    """The layer of every module that may be what an attention function is called for, by identity."""
+    return {id(part): block.index for block in architecture.blocks for part in block.attention.modules()}
 
 
 def _call(model: nn.Module, batch: Any, objective: Objective | None) -> None:

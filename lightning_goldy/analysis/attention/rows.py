@@ -120,24 +120,6 @@ def visible_keys(weights: Tensor, mask: Tensor | None) -> Tensor:
     return seen.any(dim=1).expand(n_samples, length, n_keys)
 
 
-def additive_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """The mask as eager attention adds it to the scores.
-
-    A batch may bring a boolean one for its own kernel, which would be added as 0 and 1.
-
-    Args:
-        mask: Boolean, True where visible; any other is returned as it is.
-        dtype: Of the scores.
-
-    Example:
-        >>> additive_mask(torch.tensor([True, False]), torch.float16).tolist()
-        [0.0, -65504.0]
-    """
-    if mask is None or mask.dtype != torch.bool:
-        return mask
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
-
-
 def over_keys(weights: Tensor, mask: Tensor | None) -> Tensor:
     """The weights without columns that an attention sink has appended: those beyond the mask's keys.
 
@@ -157,6 +139,34 @@ def entropies(weights: Tensor) -> Tensor:
     """
     # Not torch.special.entr, which is several times slower on CPUs.
     return -(weights * weights.clamp_min(torch.finfo(weights.dtype).tiny).log()).sum(dim=-1)
+
+
+def row_entropies(weights: Tensor, mask: Tensor | None, queries: Tensor | None) -> Tensor:
+    r"""Mean normalised entropy of each head's attention rows, sample by sample.
+
+    .. math:: \frac{1}{|R|} \sum_{t \in R} \frac{-\sum_s a_{ts} \log a_{ts}}{\log n_t}
+
+    where n_t is how many keys query t sees and R are the queries that are no padding and see at least two.
+
+    Args:
+        weights: Attention weights, shape ``[B, H, Tq, Tk]``.
+        mask: As for :func:`visible_keys`.
+        queries: True where a query is no padding, shape ``[B, Tq]``; None when none is.
+
+    Returns:
+        Shape ``[B, H]``, a fraction in [0, 1] (1 is uniform attention) where rows add up to 1, which they do not beside
+        an attention sink; NaN for samples without such a row.
+
+    Example:
+        >>> row_entropies(torch.tensor([[[[0.5, 0.5], [1.0, 0.0]]]]), None, None).item()
+        0.5
+    """
+    weights = over_keys(weights, mask)
+    n_visible = visible_keys(weights, mask).sum(dim=-1)  # [B, Tq]
+    rows = n_visible > 1 if queries is None else (n_visible > 1) & queries
+    shares = entropies(weights.float()) / n_visible.clamp_min(2).log()[:, None]  # [B, H, Tq]
+    count = rows.sum(dim=-1, keepdim=True)  # [B, 1]
+    return torch.where(rows[:, None], shares, 0.0).sum(dim=-1) / torch.where(count > 0, count, torch.nan)
 
 
 def statistic_sums(weights: Tensor, mask: Tensor | None, tokens: Tokens) -> tuple[Tensor, Tensor]:
@@ -249,6 +259,8 @@ def jensen_shannon(first: Tensor, second: Tensor) -> Tensor:
 def divergence_sums(first: Tensor, second: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
     """Jensen-Shannon divergences between two patterns, summed over the queries that are no padding.
 
+    What an attention sink takes is one more place to look at, whether its column is there or left out.
+
     Args:
         first: Attention weights of one layer, shape ``[B, H, T, T]``.
         second: Others of that shape.
@@ -259,9 +271,21 @@ def divergence_sums(first: Tensor, second: Tensor, tokens: Tokens) -> tuple[Tens
     """
     total = torch.zeros(first.shape[1], dtype=torch.float64, device=first.device)
     for start, stop in chunks(first):
-        values = jensen_shannon(first[start:stop], second[start:stop])  # [B, H, T]
+        values = jensen_shannon(*_with_sinks(first[start:stop], second[start:stop]))  # [B, H, T]
         total += torch.where(tokens.valid[start:stop, None], values, 0.0).sum(dim=(0, 2), dtype=torch.float64)
     return total, tokens.valid.sum(dtype=torch.float64)
+
+
+def _with_sinks(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Both patterns with a column of what their rows lack of 1, where either lacks more than rounding takes."""
+    rounding = max(torch.finfo(first.dtype).eps, 4 * torch.finfo(torch.float32).eps)
+    missing = [1 - each.sum(dim=-1, keepdim=True, dtype=torch.float64) for each in (first, second)]
+    if all(bool((share <= rounding).all()) for share in missing):
+        return first, second
+    shares = (torch.where(share > rounding, share, 0.0).to(first.dtype) for share in missing)
+    pairs = zip((first, second), shares, strict=True)
+    whole, other = (torch.cat([weights, share], dim=-1) for weights, share in pairs)
+    return whole, other
 
 
 def chunks(weights: Tensor) -> Iterator[tuple[int, int]]:

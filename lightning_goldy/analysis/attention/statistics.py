@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.attention.maps import AttentionMaps, attention_maps
 from lightning_goldy.analysis.attention.patterns import show_patterns, to_device_of
 from lightning_goldy.analysis.attention.rows import STATISTICS, Tokens, divergence_sums, statistic_sums
-from lightning_goldy.analysis.result import AnalysisResult
+from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.core.architecture import Architecture, describe_architecture
+from lightning_goldy.core.base import BaseParameters
 from lightning_goldy.core.batches import map_batch
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import suggestion
 from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.sharding import Replicas
 from lightning_goldy.core.vector import ParameterVector, substituted
-
-__all__ = ["STATISTICS", "AttentionMaps", "AttentionStatistics", "attention_maps", "attention_statistics"]
 
 DEFAULT_MEMORY = 256 * 2**20
 
@@ -48,7 +47,7 @@ class AttentionStatistics(AnalysisResult):
         drift: Jensen-Shannon divergence from the base's rows, nats in [0, log 2]; None without a base.
         queries: Queries that each statistic is a mean over, shape ``[layers, statistics]``, int64.
         n_samples: Samples.
-        passes: Forward passes of this process, the base's included.
+        cost: Passes, the base's included.
     """
 
     entropy: Tensor
@@ -62,7 +61,7 @@ class AttentionStatistics(AnalysisResult):
     drift: Tensor | None
     queries: Tensor
     n_samples: int
-    passes: int
+    cost: Cost = field(default=Cost(), compare=False)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -97,7 +96,7 @@ def attention_statistics(
     batches: Iterable[Any],
     objective: Objective | None = None,
     *,
-    base: ParameterVector | None = None,
+    base: BaseParameters | ParameterVector | None = None,
     n_samples: int | None = None,
     memory: int = DEFAULT_MEMORY,
     progress: Callable[[int, int], None] | None = None,
@@ -115,7 +114,7 @@ def attention_statistics(
         batches: Dicts with ``input_ids`` of shape ``[B, T]`` and optionally ``attention_mask``; read once, the same on
             every rank.
         objective: How the model is called; by default with everything of a batch but its labels.
-        base: Parameters of the base model, for the drift, in the layout of the model's own.
+        base: Parameters of the base model, for the drift; a vector in the layout of the model's own.
         n_samples: Use only the first so many samples; all by default.
         memory: Bytes that the base's waiting patterns may take.
         progress: Called with (batches read, batches in all), when there are as many as ``len`` says.
@@ -143,6 +142,7 @@ def attention_statistics(
     check_statistics_arguments(n_samples, memory)
     replicas = Replicas.of(model) if split_over_ranks else Replicas()
     with preserved(model), replicas.together("attention_statistics"):
+        base = base.vector(model) if isinstance(base, BaseParameters) else base
         architecture = describe_architecture(model)
         sums = _Sums(architecture, next(model.parameters()).device, with_drift=base is not None)
         done = pieces = 0
@@ -186,42 +186,27 @@ class _Sums:
         shape = (len(self.heads), len(STATISTICS) + with_drift)
         self.sums = torch.zeros(*shape, max(self.heads), dtype=torch.float64, device=device)
         self.counts = torch.zeros(shape, dtype=torch.float64, device=device)
-        self.passes = 0
+        self.forwards = torch.zeros(1, dtype=torch.float64, device=device)
 
     def add(
         self, model: nn.Module, batch: Any, objective: Objective | None, base: ParameterVector | None, memory: int
     ) -> None:
-        tokens = Tokens.of(batch)
-        size = pattern_bytes(tokens, max(self.heads))
-        per_group = len(self.heads) if base is None else max(1, memory // size)
-        for start in range(0, len(self.heads), per_group):
-            group = range(start, min(start + per_group, len(self.heads)))
+        tokens, n_layers = Tokens.of(batch), len(self.heads)
+        per_group = n_layers if base is None else max(1, memory // pattern_bytes(tokens, max(self.heads)))
+        for start in range(0, n_layers, per_group):
+            layers = range(start, min(start + per_group, n_layers))
             before: dict[int, Tensor] = {}
             if base is not None:
-
-                def keep(layer: int, weights: Tensor, mask: Tensor | None, kept: dict[int, Tensor] = before) -> None:
-                    kept[layer] = weights
-
                 with substituted(model, base):
-                    self._pass(model, batch, objective, keep, group)
+                    show_patterns(model, self.architecture, batch, objective, partial(_keep, before), layers=layers)
+            take = partial(self._take, tokens, before)
+            show_patterns(model, self.architecture, batch, objective, take, layers=layers)
+            self.forwards += len(tokens.ids) * (1 if base is None else 2)
 
-            def take(layer: int, weights: Tensor, mask: Tensor | None, kept: dict[int, Tensor] = before) -> None:
-                self._take(layer, weights, mask, tokens, kept.pop(layer, None))
-
-            self._pass(model, batch, objective, take, group)
-
-    def _pass(
-        self,
-        model: nn.Module,
-        batch: Any,
-        objective: Objective | None,
-        sink: Callable[[int, Tensor, Tensor | None], None],
-        layers: range,
+    def _take(
+        self, tokens: Tokens, waiting: dict[int, Tensor], layer: int, weights: Tensor, mask: Tensor | None
     ) -> None:
-        show_patterns(model, self.architecture, batch, objective, sink, layers=layers)
-        self.passes += 1
-
-    def _take(self, layer: int, weights: Tensor, mask: Tensor | None, tokens: Tokens, before: Tensor | None) -> None:
+        before = waiting.pop(layer, None)
         sums, counts = statistic_sums(weights, mask, tokens)
         self.sums[layer, : len(STATISTICS), : sums.shape[1]] += sums
         self.counts[layer, : len(STATISTICS)] += counts
@@ -242,7 +227,12 @@ class _Sums:
         named = {name: means[:, index].clone() for index, name in enumerate(STATISTICS)}
         drift = means[:, -1].clone() if self.with_drift else None
         queries = counts[:, : len(STATISTICS)].long()
-        return AttentionStatistics(**named, drift=drift, queries=queries, n_samples=n_samples, passes=self.passes)
+        cost = Cost(forwards=int(replicas.sum_(self.forwards)))
+        return AttentionStatistics(**named, drift=drift, queries=queries, n_samples=n_samples, cost=cost)
+
+
+def _keep(waiting: dict[int, Tensor], layer: int, weights: Tensor, mask: Tensor | None) -> None:
+    waiting[layer] = weights
 
 
 def pattern_bytes(tokens: Tokens, n_heads: int) -> int:

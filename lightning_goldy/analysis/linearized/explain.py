@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from lightning_goldy.analysis.divergence import divergence_sum
-from lightning_goldy.analysis.linearized.frozen_attention import FrozenAttention, eager_attention
-from lightning_goldy.analysis.linearized.linear_mlp import LinearizedMLP
-from lightning_goldy.analysis.linearized.linearize import TangentModel
-from lightning_goldy.analysis.result import AnalysisResult
+from lightning_goldy.analysis.linearized.variants import FrozenAttention, Intervention, TangentModel, variant_parts
+from lightning_goldy.analysis.result import AnalysisResult, Cost
+from lightning_goldy.core.architecture.kernels import eager_attention
 from lightning_goldy.core.autodiff import Substituted
 from lightning_goldy.core.base import BaseParameters
 from lightning_goldy.core.isolation import preserved
@@ -72,6 +72,7 @@ class ExplainedChange(AnalysisResult):
         variants: One record per variant, in the order asked for.
         step_norm: ||Delta||, parameter units.
         n_targets: Target positions.
+        cost: Passes of the model, those of its variants and of the base included.
     """
 
     analysis: ClassVar[str] = "explain_change"
@@ -81,6 +82,7 @@ class ExplainedChange(AnalysisResult):
     variants: tuple[dict[str, Any], ...]
     step_norm: float
     n_targets: int
+    cost: Cost = dataclasses.field(default=Cost(), compare=False)
 
     @property
     def change(self) -> float:
@@ -90,7 +92,7 @@ class ExplainedChange(AnalysisResult):
     @property
     def records(self) -> tuple[SurvivingChange, ...]:
         """The variants as records."""
-        return tuple(SurvivingChange(**each) for each in self.variants)
+        return tuple(SurvivingChange(**variant) for variant in self.variants)
 
     def of(self, variant: Explanation) -> SurvivingChange:
         """The record of one variant.
@@ -98,24 +100,24 @@ class ExplainedChange(AnalysisResult):
         Raises:
             ValueError: It was not asked for.
         """
-        found = {each.variant: each for each in self.records}
-        if variant not in found:
-            raise ValueError(f"there is no variant {variant!r}; {suggestion(variant, found)}")
-        return found[variant]
+        records = {record.variant: record for record in self.records}
+        if variant not in records:
+            raise ValueError(f"there is no variant {variant!r}; {suggestion(variant, records)}")
+        return records[variant]
 
     def metrics(self) -> dict[str, float | None]:
         """Scalars by name, as a callback logs them."""
-        found: dict[str, float | None] = {"base_loss": self.base_loss, "loss": self.loss, "change": self.change}
-        for name in ("loss", "loss_share", "logit_share", "relative_error", "kl_divergence", "top1_agreement"):
-            for each in self.variants:
-                if each[name] is not None:
-                    found[f"{name}/{each['variant']}"] = each[name]
-        return found
+        metrics: dict[str, float | None] = {"base_loss": self.base_loss, "loss": self.loss, "change": self.change}
+        for field in dataclasses.fields(SurvivingChange)[1:]:
+            for variant in self.variants:
+                if variant[field.name] is not None:
+                    metrics[f"{field.name}/{variant['variant']}"] = variant[field.name]
+        return metrics
 
     def details(self) -> dict[str, Any]:
         """The variants, the losses and the length of the step."""
-        result = {"variants": [dict(each) for each in self.variants], "step_norm": self.step_norm}
-        return {**result, "base_loss": self.base_loss, "loss": self.loss, "n_targets": self.n_targets}
+        numbers = {name: getattr(self, name) for name in ("step_norm", "base_loss", "loss", "n_targets")}
+        return {"variants": [dict(variant) for variant in self.variants], **numbers}
 
     def table(self) -> str:
         """The variants as lines of text: loss in nats, shares of the change in percent.
@@ -137,9 +139,6 @@ class ExplainedChange(AnalysisResult):
 
 def _percent(value: float | None, width: int) -> str:
     return f"{'-':>{width}}" if value is None else f"{100 * value:{width}.1f}"
-
-
-__all__ = ["ExplainedChange", "Explanation", "SurvivingChange", "check_variants", "explain_change"]
 
 
 def explain_change(
@@ -195,20 +194,23 @@ def explain_change(
     objective = objective or CausalLMObjective()
     replicas = Replicas.of(model) if split_over_ranks else Replicas()
     with preserved(model), replicas.together("explain_change"):
-        made: dict[str, tuple[nn.Module, ...]] = {name: _interventions(name, model, base) for name in variants}
-        start = base if isinstance(base, ParameterVector) else base.vector(model)
+        start = base.vector(model) if isinstance(base, BaseParameters) else base
+        made = {name: variant_parts(name, model, start) for name in variants}
         step_norm = (ParameterVector.of(model, start.space, clone=False) - start).norm()
-        frozen = any(isinstance(each, FrozenAttention) for group in made.values() for each in group)
+        frozen = any(isinstance(part, FrozenAttention) for parts in made.values() for part in parts)
         device = next(model.parameters()).device
         mine = [map_batch(batch, lambda tensor: tensor.to(device)) for batch in replicas.share(list(batches))]
-        sums = _Sums({name: _VariantSums() for name in variants})
-        with torch.no_grad(), eager_attention(model) if frozen else nullcontext():
+        sums: dict[str, float] = defaultdict(float)
+        with torch.no_grad(), _counted(model, sums), eager_attention(model) if frozen else nullcontext():
             for done, batch in enumerate(mine, 1):
                 _add_batch(sums, _Measured(model, start, objective, batch), made)
                 if progress is not None:
                     progress(done, len(mine))
-        total = _added(replicas.gather_objects(sums))
-    return _result(total, step_norm)
+        total: dict[str, float] = defaultdict(float)
+        for part in replicas.gather_objects(dict(sums)):
+            for name, value in part.items():
+                total[name] += value
+    return _result(total, variants, step_norm)
 
 
 def check_variants(variants: Sequence[str]) -> None:
@@ -222,27 +224,6 @@ def check_variants(variants: Sequence[str]) -> None:
             raise ValueError(f"unknown variant {name!r}; {suggestion(str(name), get_args(Explanation))}")
     if not variants or len(set(variants)) < len(variants):
         raise ValueError(f"variants must name each of some variants once; got {list(variants)}")
-
-
-@dataclass
-class _VariantSums:
-    loss: float = 0.0
-    residual: float = 0.0
-    aligned: float = 0.0
-    divergence: float = 0.0
-    agreed: float = 0.0
-
-
-@dataclass
-class _Sums:
-    """Sums over the batches of one process, losses times their numbers of targets."""
-
-    variants: dict[str, _VariantSums]
-    base_loss: float = 0.0
-    loss: float = 0.0
-    change_square: float = 0.0
-    n_targets: int = 0
-    has_logits: bool = True
 
 
 @dataclass(frozen=True)
@@ -266,86 +247,77 @@ class _Measured:
         return float(loss), len(target.targets), target.logits
 
 
-def _interventions(name: str, model: nn.Module, base: BaseParameters | ParameterVector) -> tuple[nn.Module, ...]:
-    if name == "frozen_attention":
-        return (FrozenAttention(model, base),)
-    if name == "both":
-        return FrozenAttention(model, base), LinearizedMLP(model, base)
-    if name == "tangent":
-        return (TangentModel(model, base),)
-    return (LinearizedMLP(model, base, at="current" if name == "linear_mlp_current" else "base"),)
+@contextmanager
+def _counted(model: nn.Module, sums: dict[str, float]) -> Iterator[None]:
+    """Counts the samples of every pass of the model, whoever calls it."""
+
+    def count(module: nn.Module, args: Any, kwargs: Any) -> None:
+        sums["forwards"] += len(next(batch_tensors((args, kwargs))))
+
+    hook = model.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextmanager
-def _variant(model: nn.Module, made: tuple[nn.Module, ...]) -> Iterator[nn.Module]:
-    if isinstance(made[0], TangentModel):
-        yield made[0]
-        return
+def _variant(model: nn.Module, parts: tuple[nn.Module, ...]) -> Iterator[nn.Module]:
     with ExitStack() as stack:
-        for each in made:
-            stack.enter_context(each)  # type: ignore[arg-type]
-        yield model
+        for part in parts:
+            if isinstance(part, Intervention):
+                stack.enter_context(part)
+        yield parts[0] if isinstance(parts[0], TangentModel) else model
 
 
-def _add_batch(sums: _Sums, measure: _Measured, made: Mapping[str, tuple[nn.Module, ...]]) -> None:
+def _add_batch(sums: dict[str, float], measure: _Measured, made: Mapping[Explanation, tuple[nn.Module, ...]]) -> None:
+    """Adds a batch's sums: losses times numbers of targets, and what is compared in logits."""
     loss, weight, logits = measure(measure.model)
     base_loss, _, base_logits = measure(Substituted(measure.model, measure.start))
-    sums.loss += weight * loss
-    sums.base_loss += weight * base_loss
-    sums.n_targets += weight
-    sums.has_logits = logits is not None
+    sums["loss"] += weight * loss
+    sums["base_loss"] += weight * base_loss
+    sums["n_targets"] += weight
     if logits is not None and base_logits is not None:
         change = logits - base_logits
         log_probs = torch.log_softmax(logits, dim=-1)
-        sums.change_square += float(change.square().sum())
-    for name, group in made.items():
-        found = sums.variants[name]
-        with _variant(measure.model, group) as variant:
-            value, _, predicted = measure(variant)
-        found.loss += weight * value
+        sums["in_logits"] += weight
+        sums["change_square"] += float(change.square().sum())
+    for name, parts in made.items():
+        with _variant(measure.model, parts) as variant:
+            own, _, predicted = measure(variant)
+        sums[f"loss/{name}"] += weight * own
         if logits is None or base_logits is None or predicted is None:
             continue
-        found.residual += float((logits - predicted).square().sum())
-        found.aligned += float(((predicted - base_logits) * change).sum())
-        found.divergence += divergence_sum(log_probs, predicted)
-        found.agreed += int((logits.argmax(-1) == predicted.argmax(-1)).sum())
+        sums[f"residual/{name}"] += float((logits - predicted).square().sum())
+        sums[f"aligned/{name}"] += float(((predicted - base_logits) * change).sum())
+        sums[f"divergence/{name}"] += divergence_sum(log_probs, predicted)
+        sums[f"agreed/{name}"] += int((logits.argmax(-1) == predicted.argmax(-1)).sum())
 
 
-def _added(parts: Sequence[_Sums]) -> _Sums:
-    used = [part for part in parts if part.n_targets]
-    if not used:
+def _result(sums: Mapping[str, float], variants: Sequence[Explanation], step_norm: float) -> ExplainedChange:
+    count = int(sums["n_targets"])
+    if not count:
         raise ValueError("there is no batch to explain a change on")
-    total = used[0]
-    for part in used[1:]:
-        for name in ("base_loss", "loss", "change_square", "n_targets"):
-            setattr(total, name, getattr(total, name) + getattr(part, name))
-        for variant, mine in total.variants.items():
-            for each in fields(mine):
-                setattr(mine, each.name, getattr(mine, each.name) + getattr(part.variants[variant], each.name))
-    return total
-
-
-def _result(sums: _Sums, step_norm: float) -> ExplainedChange:
-    count = sums.n_targets
-    loss, base_loss = sums.loss / count, sums.base_loss / count
+    loss, base_loss = sums["loss"] / count, sums["base_loss"] / count
     for what, value in (("present loss", loss), ("base's loss", base_loss)):
         if not math.isfinite(value):
             raise ValueError(f"the {what} is {value}: there is no change to explain")
     records = []
-    for name, found in sums.variants.items():
-        own = found.loss / count
+    for name in variants:
+        own = sums[f"loss/{name}"] / count
         share = (own - base_loss) / (loss - base_loss) if loss != base_loss else None
-        records.append({"variant": name, "loss": own, "loss_share": share, **_in_logits(sums, found)})
-    return ExplainedChange(base_loss, loss, tuple(records), step_norm, count)
+        records.append(SurvivingChange(name, own, share, **_in_logits(sums, name)))
+    cost = Cost(forwards=int(sums["forwards"]))
+    return ExplainedChange(base_loss, loss, tuple(map(dataclasses.asdict, records)), step_norm, count, cost)
 
 
-def _in_logits(sums: _Sums, found: _VariantSums) -> dict[str, float | None]:
-    if not sums.has_logits:
+def _in_logits(sums: Mapping[str, float], name: Explanation) -> dict[str, float | None]:
+    if not sums["in_logits"]:
         return dict.fromkeys(("logit_share", "relative_error", "kl_divergence", "top1_agreement"))
-    square = sums.change_square
+    square = sums["change_square"]
     return {
-        "logit_share": found.aligned / square if square else None,
-        "relative_error": math.sqrt(found.residual / square) if square else 0.0,
-        "kl_divergence": found.divergence / sums.n_targets,
-        "top1_agreement": found.agreed / sums.n_targets,
+        "logit_share": sums[f"aligned/{name}"] / square if square else None,
+        "relative_error": math.sqrt(sums[f"residual/{name}"] / square) if square else 0.0,
+        "kl_divergence": sums[f"divergence/{name}"] / sums["n_targets"],
+        "top1_agreement": sums[f"agreed/{name}"] / sums["n_targets"],
     }

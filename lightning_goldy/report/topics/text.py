@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_goldy.report.descriptions import Description, describe
-from lightning_goldy.report.explanations import survival
+from lightning_goldy.report.topics.linearized import survival
 from lightning_goldy.report.figures import ReportError, Row
 from lightning_goldy.report.formatting import format_number, format_percent, printable, texts_html
 

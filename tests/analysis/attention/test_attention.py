@@ -11,10 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_goldy.analysis.attention import AttentionMaps, AttentionStatistics, attention_maps, attention_statistics
+from lightning_goldy.analysis.attention import (
+    STATISTICS,
+    AttentionMaps,
+    AttentionStatistics,
+    attention_maps,
+    attention_statistics,
+)
 from lightning_goldy.analysis.attention.patterns import UnreadableAttentionError
 from lightning_goldy.analysis.attention.rows import Tokens, jensen_shannon, statistic_sums
-from lightning_goldy.analysis.attention.statistics import STATISTICS
+from lightning_goldy.analysis.result import Cost
 from lightning_goldy.core import CausalLMObjective, FunctionObjective, ParameterSpace, ParameterVector, SpaceError
 from lightning_goldy.core.architecture import UnsupportedArchitectureError
 from tests.references.architecture_models import REGISTERED, UNREGISTERED, build
@@ -256,8 +262,9 @@ def test_batching_and_memory_do_not_matter(with_base: bool) -> None:
         for name in expected.names:
             torch.testing.assert_close(found.statistic(name), expected.statistic(name), rtol=0, atol=1e-7)
         assert torch.equal(found.queries, expected.queries)
-    assert expected.passes == (2 if with_base else 1)
-    assert found.passes == (4 * 2 * 2 if with_base else 1)
+    # Four samples; one layer at a time needs two passes for each of both.
+    assert expected.cost == Cost(forwards=4 * (2 if with_base else 1))
+    assert found.cost == Cost(forwards=4 * (2 * 2 if with_base else 1))
 
 
 def test_what_waits_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
 from torch import Tensor
 
-from lightning_goldy.analysis.attention.patterns import recorded_attention, row_entropies
-from lightning_goldy.analysis.attention.rows import STATISTICS, Tokens, statistic_sums, visible_keys
-from lightning_goldy.analysis.linearized.frozen_attention import eager_attention
+from lightning_goldy.analysis.attention import attention_statistics
+from lightning_goldy.analysis.attention.patterns import recorded_attention
+from lightning_goldy.analysis.attention.rows import (
+    STATISTICS,
+    Tokens,
+    divergence_sums,
+    jensen_shannon,
+    row_entropies,
+    statistic_sums,
+    visible_keys,
+)
+from lightning_goldy.core.architecture.kernels import eager_attention
 from tests.references.architecture_models import build, token_ids
-from tests.references.attention import rows_of_scores
+from tests.references.attention import divergence, rows_of_scores
 
 SAMPLES, HEADS, LENGTH = 2, 3, 6
 SLOPES = torch.tensor([0.5, 0.25, 4.0])  # of a distance bias, one per head
@@ -138,3 +148,35 @@ def test_a_boolean_mask_of_the_batch_hides_keys_while_patterns_are_frozen() -> N
         with eager_attention(model):
             found = model(input_ids=ids, attention_mask=causal).logits
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def test_padding_in_float64_leaves_patterns_finite() -> None:
+    """Llama takes the softmax in float32, where the lowest number of float64 is minus infinity."""
+    single, batch = build("llama"), {"input_ids": token_ids(), "attention_mask": torch.ones(2, 7, dtype=torch.long)}
+    batch["attention_mask"][1, :3] = 0
+    expected = attention_statistics(single, [batch])
+    found = attention_statistics(copy.deepcopy(single).double(), [batch])
+    for name in STATISTICS:
+        torch.testing.assert_close(
+            found.statistic(name), expected.statistic(name), rtol=0, atol=1e-5, equal_nan=True, msg=name
+        )
+
+
+def test_a_sinks_share_counts_in_the_divergence() -> None:
+    generator = torch.Generator().manual_seed(3)
+    scores = torch.randn(2, SAMPLES, HEADS, LENGTH, LENGTH, generator=generator)
+    mask = mask_of(hidden_keys(None), "lowest", torch.zeros(1))
+    tokens = Tokens(torch.zeros(SAMPLES, LENGTH, dtype=torch.long), VALID)
+    whole = [pattern_of(mask, each, sink, appended=True) for each, sink in zip(scores, (0.5, 2.5), strict=True)]
+    expected = torch.zeros(HEADS, dtype=torch.float64)
+    for sample, place in VALID.nonzero().tolist():
+        for head in range(HEADS):
+            expected[head] += divergence(*(each[sample, head, place].double().tolist() for each in whole))
+    for first, second in (whole, [each[..., :-1] for each in whole]):
+        found, count = divergence_sums(first, second, tokens)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        assert count == VALID.sum()
+    # Between rows without a sink there is nothing but their keys, however their sums are rounded.
+    first, second = (pattern_of(mask, each, None) for each in scores)
+    keys = jensen_shannon(first, second).masked_fill(~VALID[:, None], 0).sum(dim=(0, 2), dtype=torch.float64)
+    assert torch.equal(divergence_sums(first, second, tokens)[0], keys)

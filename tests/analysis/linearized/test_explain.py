@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_goldy.analysis.linearized import ExplainedChange, TangentModel, explain_change
 from lightning_goldy.analysis.linearized.explain import Explanation
+from lightning_goldy.analysis.result import Cost
 from lightning_goldy.core import CausalLMObjective, ClassifierObjective, FunctionObjective, ParameterVector
 from lightning_goldy.core.architecture import UnsupportedArchitectureError
 from lightning_goldy.core.base import BaseParameters
@@ -200,6 +201,17 @@ def test_the_model_comes_back_as_it_was() -> None:
     assert model.training
     assert model.config._attn_implementation == "sdpa"
     assert float(model.lm_head.weight.grad.mean()) == 1
+
+
+def test_the_cost_is_what_ran() -> None:
+    model: Any = build("gpt2").eval()
+    base, samples = moved(model, 0.02), []
+    # The embedding is read once in every pass, also where parameters are put in the model's place.
+    hook = model.transformer.wte.register_forward_hook(lambda module, inputs, output: samples.append(len(output)))
+    found = explain_change(model, base, [token_batch(2, 6), token_batch(1, 6)])
+    hook.remove()
+    # The model and its base; frozen attention and linear MLPs after a pass of the base; both after two.
+    assert found.row().cost == Cost(forwards=sum(samples)) == Cost(forwards=3 * (1 + 1 + 2 + 2 + 3))
 
 
 def test_bad_input_is_refused() -> None:

@@ -1,13 +1,15 @@
-"""What the figures of explained changes show, computed from rows."""
+"""What of a finetune's change survives with attention frozen, with linear MLPs, and with both."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_goldy.report.builders import rounded
 from lightning_goldy.report.descriptions import Description, describe
+from lightning_goldy.report.figures import Figure, ReportError, Row, register_figure, require
 from lightning_goldy.report.formatting import format_number
-from lightning_goldy.report.registry import ReportError, Row
 
 _LABELS = {
     "frozen_attention": "attention frozen",
@@ -16,6 +18,59 @@ _LABELS = {
     "both": "attention frozen, MLPs linear",
     "tangent": "all linear (tangent)",
 }
+
+
+@register_figure("explain_change", "survival", heading="What survives of the change")
+def chart_explained_change(row: Row) -> Figure:
+    """What survives of the change of loss and logits in each variant, in percent; the dotted rule is the whole change.
+
+    Args:
+        row: Of the analysis ``explain_change``.
+
+    Raises:
+        ReportError: The row lacks what the figure needs.
+        ImportError: altair is not installed.
+
+    Example:
+        >>> row = {"result": {"variants": [{"variant": "both", "loss_share": 0.5, "logit_share": None}]}}
+        >>> chart_explained_change(row).data["bars"]["percent"]
+        [50.0]
+    """
+    groups = survival(row)
+    bars: dict[str, list[Any]] = {
+        "variant": [label for group in groups for label in group.labels],
+        "of": [group.name for group in groups for _ in group.labels],
+        "percent": [None if value is None else rounded(value) for group in groups for value in group.percent],
+    }
+    return Figure(_survival_chart(len(groups)), {"bars": bars}, survival_caption(row))
+
+
+@functools.lru_cache(maxsize=4)
+def _survival_chart(n_groups: int) -> dict[str, Any]:
+    alt = require("altair")
+    axis = alt.Axis(ticks=False, domain=False, offset=4)
+    base = alt.Chart(alt.NamedData("bars")).encode(
+        x=alt.X("percent:Q", title="surviving, % of the change", scale=alt.Scale(padding=28)),
+        y=alt.Y("variant:N", sort=None, title=None, axis=axis, scale=alt.Scale(paddingInner=0.3)),
+        yOffset=alt.YOffset("of:N", sort=None),
+        color=alt.Color("of:N", sort=None, legend=alt.Legend(title=None, orient="top") if n_groups > 1 else None),
+        tooltip=["variant:N", "of:N", alt.Tooltip("percent:Q", title="surviving, %", format=".6~g")],
+    )
+    # Beyond its bar on either side, so that neither bar nor rule lies under it.
+    number = (
+        base.transform_filter("isValid(datum.percent)")
+        .mark_text(fontSize=10)
+        .encode(text=alt.Text("percent:Q", format=".3~g"), color=alt.value("#7d7f86"))
+    )
+    numbers = [
+        number.transform_filter(test).mark_text(fontSize=10, align=align, dx=dx)
+        for test, align, dx in (("datum.percent >= 0", "left", 3), ("datum.percent < 0", "right", -3))
+    ]
+    whole = alt.Chart(alt.InlineData([{}])).mark_rule(strokeDash=[2, 3])
+    rule = whole.encode(x=alt.datum(100, type="quantitative"))
+    chart = alt.layer(base.mark_bar(), rule, *numbers).properties(height=alt.Step(22))
+    spec: dict[str, Any] = chart.to_dict(validate=False)
+    return spec
 
 
 @dataclass(frozen=True)
@@ -48,11 +103,11 @@ def survival(row: Row) -> tuple[Survival, ...]:
     if not variants:
         raise ReportError("a row of explain_change needs result.variants")
     labels = tuple(_LABELS.get(each["variant"], each["variant"]) for each in variants)
-    found = [Survival("change of the loss", labels, tuple(_percent(each.get("loss_share")) for each in variants))]
+    groups = [Survival("change of the loss", labels, tuple(_percent(each.get("loss_share")) for each in variants))]
     logits = tuple(_percent(each.get("logit_share")) for each in variants)
     if any(value is not None for value in logits):
-        found.append(Survival("change of the logits", labels, logits))
-    return tuple(found)
+        groups.append(Survival("change of the logits", labels, logits))
+    return tuple(groups)
 
 
 def survival_caption(row: Row) -> str:
