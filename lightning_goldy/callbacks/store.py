@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -26,12 +26,12 @@ from lightning_goldy.core.files import (
     atomic_path,
     atomic_write,
     filter_rows,
+    finite,
     read_rows,
     repair_rows,
     to_json_line,
 )
-from lightning_goldy.report.figures import draw_figures
-from lightning_goldy.report.history import RowHistory
+from lightning_goldy.report.figures import draw_figures, reads_of
 from lightning_goldy.report.loggers import log_figure, log_histogram, log_scalars, log_text
 from lightning_goldy.report.rendering import RenderError
 from lightning_goldy.report.run import upgraded
@@ -64,6 +64,51 @@ def run_directory(trainer: L.Trainer) -> Path:
         # All callbacks of a trainer share one folder.
         trainer._goldy_run_directory = known  # type: ignore[attr-defined]
     return known
+
+
+MOST_ROWS = 200
+"""Rows that a history holds at most."""
+
+
+class RowHistory:
+    """Rows of one analysis in the order of the run, at most 200, evenly spaced from the first on.
+
+    Of each it holds step, trigger, metrics and what :func:`reads_of` names. When it is full every second row goes and
+    only every second of those that follow is taken, so memory and time per row do not grow with the run.
+
+    Args:
+        rows: To begin with.
+
+    Example:
+        >>> rows = ({"analysis": "tiny", "step": step, "trigger": "step", "metrics": {}} for step in range(1000))
+        >>> history = RowHistory(rows)
+        >>> len(history.rows), [row["step"] for row in history.rows[:3]], history.rows[-1]["step"]
+        (125, [0, 8, 16], 992)
+    """
+
+    def __init__(self, rows: Iterable[Mapping[str, Any]] = ()) -> None:
+        self._rows: list[Mapping[str, Any]] = []
+        self._stride = 1
+        self._seen = 0
+        for row in rows:
+            self.add(row)
+
+    @property
+    def rows(self) -> tuple[Mapping[str, Any], ...]:
+        """What is held."""
+        return tuple(self._rows)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Takes in the next row, as ``results.jsonl`` would give it back."""
+        taken, self._seen = self._seen % self._stride == 0, self._seen + 1
+        if not taken:
+            return
+        reads = reads_of(row["analysis"])
+        result = {name: value for name, value in row.get("result", {}).items() if name in reads}
+        kept = {name: row[name] for name in ("analysis", "step", "trigger", "metrics")}
+        self._rows.append(finite({**kept, "result": result}))
+        if len(self._rows) > MOST_ROWS:
+            self._rows, self._stride = self._rows[::2], 2 * self._stride
 
 
 class ResultStore:

@@ -19,7 +19,7 @@ from lightning_goldy.analysis.change import parameter_distribution
 from lightning_goldy.analysis.continuations import check_generation_arguments, continue_prompts, encode_prompts
 from lightning_goldy.analysis.divergence import shortened
 from lightning_goldy.analysis.linearized import explain_change
-from lightning_goldy.analysis.result import AnalysisResult, Cost, Row
+from lightning_goldy.analysis.result import AnalysisResult, Row
 from lightning_goldy.analysis.taylor import taylor_diff
 from lightning_goldy.callbacks.attention_tracker import find_prompts
 from lightning_goldy.callbacks.store import ROWS, ResultStore, peak_memory_bytes

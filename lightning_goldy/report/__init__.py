@@ -2,57 +2,31 @@
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from typing import Any
 
-from lightning_goldy.report.attention_charts import (
+from lightning_goldy.report.descriptions import Description, describe
+from lightning_goldy.report.figures import (
+    Figure,
+    ReportError,
+    draw_figures,
+    reads_of,
+    register_figure,
+    register_former,
+)
+from lightning_goldy.report.loggers import log_figure, log_histogram, log_scalars
+from lightning_goldy.report.page import write_report
+from lightning_goldy.report.topics.attention import (
     chart_attention_differences,
+    chart_attention_grid,
     chart_attention_heads,
+    chart_attention_map,
+    chart_attention_map_change,
     chart_attention_patterns,
     chart_attention_scales,
     chart_attention_spectra,
 )
-from lightning_goldy.report.attention_plots import (
-    plot_attention,
-    plot_attention_difference,
-    plot_attention_grid,
-    plot_attention_heads,
-    plot_attention_prompts,
-    plot_attention_spectra,
-)
-from lightning_goldy.report.basin_charts import (
-    chart_volume_cutoffs,
-    chart_volume_estimates,
-    chart_volume_trajectory,
-)
-from lightning_goldy.report.basin_plots import (
-    plot_volume_cutoffs,
-    plot_volume_estimates,
-    plot_volume_trajectory,
-)
-from lightning_goldy.report.descriptions import Description, describe
-from lightning_goldy.report.explain_charts import chart_explained_change
-from lightning_goldy.report.explain_plots import plot_explained_change
-from lightning_goldy.report.figures import Figure, ReportError, draw_figures, reads_of, register_figure
-from lightning_goldy.report.loggers import log_figure, log_histogram, log_scalars
-from lightning_goldy.report.page import write_report
-from lightning_goldy.report.plasticity_charts import (
-    chart_attention_maps,
-    chart_gate_timeline,
-    chart_head_scores,
-    chart_plasticity_loss,
-    chart_plasticity_sweep,
-)
-from lightning_goldy.report.plasticity_plots import (
-    plot_attention_maps,
-    plot_gate_timeline,
-    plot_head_scores,
-    plot_plasticity_loss,
-    plot_plasticity_sweep,
-)
-from lightning_goldy.report.ripple_charts import chart_ripple_effects
-from lightning_goldy.report.ripple_plots import plot_ripple_effects
+from lightning_goldy.report.topics.basin import chart_volume_cutoffs, chart_volume_estimates, chart_volume_trajectory
 from lightning_goldy.report.topics.coupling import chart_coupling_distribution, chart_coupling_map
 from lightning_goldy.report.topics.coupling_drift import chart_drift_lines, chart_drift_map, chart_drift_prediction
 from lightning_goldy.report.topics.golden import (
@@ -62,6 +36,15 @@ from lightning_goldy.report.topics.golden import (
     chart_search_history,
     chart_weight_changes,
 )
+from lightning_goldy.report.topics.heads import (
+    chart_attention_maps,
+    chart_gate_timeline,
+    chart_head_scores,
+    chart_plasticity_loss,
+    chart_plasticity_sweep,
+)
+from lightning_goldy.report.topics.linearized import chart_explained_change
+from lightning_goldy.report.topics.ripple import chart_ripple_effects
 from lightning_goldy.report.topics.taylor import chart_taylor_prediction, chart_taylor_shares, chart_variant_losses
 
 __all__ = [
@@ -69,7 +52,10 @@ __all__ = [
     "Figure",
     "ReportError",
     "chart_attention_differences",
+    "chart_attention_grid",
     "chart_attention_heads",
+    "chart_attention_map",
+    "chart_attention_map_change",
     "chart_attention_maps",
     "chart_attention_patterns",
     "chart_attention_scales",
@@ -101,52 +87,27 @@ __all__ = [
     "log_figure",
     "log_histogram",
     "log_scalars",
-    "plot_attention",
-    "plot_attention_difference",
-    "plot_attention_grid",
-    "plot_attention_heads",
-    "plot_attention_maps",
-    "plot_attention_prompts",
-    "plot_attention_spectra",
-    "plot_explained_change",
-    "plot_gate_timeline",
-    "plot_head_scores",
-    "plot_plasticity_loss",
-    "plot_plasticity_sweep",
-    "plot_ripple_effects",
-    "plot_volume_cutoffs",
-    "plot_volume_estimates",
-    "plot_volume_trajectory",
     "reads_of",
     "register_figure",
     "write_report",
 ]
 
-# Names of former versions: where each leads.
+# Names of former versions and their successors, beside every plot_x, which is chart_x.
 _FORMER = {
-    "draw_plots": "lightning_goldy.report.figures.draw_figures",
-    "plot_change_histogram": "lightning_goldy.report.topics.golden.chart_change_histogram",
-    "plot_coupling_distribution": "lightning_goldy.report.topics.coupling.chart_coupling_distribution",
-    "plot_coupling_map": "lightning_goldy.report.topics.coupling.chart_coupling_map",
-    "plot_drift_lines": "lightning_goldy.report.topics.coupling_drift.chart_drift_lines",
-    "plot_drift_map": "lightning_goldy.report.topics.coupling_drift.chart_drift_map",
-    "plot_drift_prediction": "lightning_goldy.report.topics.coupling_drift.chart_drift_prediction",
-    "plot_golden_parameters": "lightning_goldy.report.topics.golden.chart_golden_parameters",
-    "plot_parameter_distribution": "lightning_goldy.report.topics.golden.chart_parameter_distribution",
-    "plot_search_history": "lightning_goldy.report.topics.golden.chart_search_history",
-    "plot_taylor_prediction": "lightning_goldy.report.topics.taylor.chart_taylor_prediction",
-    "plot_taylor_shares": "lightning_goldy.report.topics.taylor.chart_taylor_shares",
-    "plot_variant_losses": "lightning_goldy.report.topics.taylor.chart_variant_losses",
-    "plot_weight_changes": "lightning_goldy.report.topics.golden.chart_weight_changes",
-    "register_chart": "lightning_goldy.report.figures.register_former",
-    "register_plot": "lightning_goldy.report.figures.register_former",
+    "draw_plots": draw_figures,
+    "plot_attention": chart_attention_map,
+    "plot_attention_difference": chart_attention_map_change,
+    "plot_attention_prompts": chart_attention_patterns,
+    "register_chart": register_former,
+    "register_plot": register_former,
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _FORMER:
+    chart = globals().get(f"chart_{name.removeprefix('plot_')}") if name.startswith("plot_") else None
+    successor = _FORMER.get(name, chart)
+    if successor is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, _, successor = _FORMER[name].rpartition(".")
-    called = "register_figure" if successor == "register_former" else successor
+    called = "register_figure" if successor is register_former else successor.__name__
     warnings.warn(f"lightning_goldy.report.{name} has become {called}", DeprecationWarning, stacklevel=2)
-    return getattr(importlib.import_module(module), successor)
+    return successor

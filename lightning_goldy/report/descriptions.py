@@ -95,9 +95,3 @@ def position_of(analysis: str) -> int:
     """
     order = [*_ORDER, *(name for name in _DESCRIPTIONS if name not in _ORDER)]
     return order.index(analysis) if analysis in order else len(order)
-
-
-describe(
-        },
-    ),
-)

@@ -241,8 +241,6 @@ def draw_figures(row: Row, earlier: Sequence[Row] = ()) -> dict[str, Figure]:
         >>> draw_figures({"analysis": "of somebody else"})
         {}
     """
-    from lightning_goldy.report.legacy import draw_old
-
     figures = {}
     entries = figures_of(row["analysis"])
     if entries:
@@ -252,7 +250,7 @@ def draw_figures(row: Row, earlier: Sequence[Row] = ()) -> dict[str, Figure]:
         if isinstance(figure, Figure):
             step = f"{entry.heading}, step {row['step']:,}"
             figures[entry.name] = figure if figure.title else replace(figure, title=step)
-    return {**figures, **draw_old(row, earlier)}
+    return figures
 
 
 def bounds(name: str) -> list[dict[str, str]]:

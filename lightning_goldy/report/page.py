@@ -15,7 +15,6 @@ import numpy as np
 
 from lightning_goldy.core.store import atomic_write
 from lightning_goldy.report.builders import Lines, Series, lines
-from lightning_goldy.report.charts import CHARTS
 from lightning_goldy.report.descriptions import Description, description_of
 from lightning_goldy.report.figures import (
     THEMES,
@@ -36,8 +35,6 @@ from lightning_goldy.report.formatting import (
     script_json,
     table_html,
 )
-from lightning_goldy.report.history import RowHistory
-from lightning_goldy.report.legacy import old_figures_html, scripts_html
 from lightning_goldy.report.rendering import page_script, require_drawing
 from lightning_goldy.report.run import AnalysisRows, Run, TrainingCurves, read_run
 from lightning_goldy.report.topics.coupling import coupling_tables_html
@@ -179,7 +176,6 @@ def write_report(run_directory: str | os.PathLike[str], output: str | os.PathLik
         themes=script_json(THEMES),
         drawing=page_script(),
         script=_asset("figures.js"),
-        old=scripts_html() if 'class="chart old"' in body else "",
     )
     # JSON can hold half a surrogate pair, which UTF-8 cannot.
     return atomic_write(target, page.encode("utf-8", "replace"))
@@ -335,8 +331,6 @@ def _figures(analysis: AnalysisRows) -> str:
     count = len(analysis.rows)
     shown = sorted({round(place) for place in np.linspace(0, count - 1, min(count, _MOST_FRAMES))})
     parts = [_figure(analysis, entry, shown) for entry in figures_of(analysis.analysis)]
-    if CHARTS.names(analysis.analysis):
-        parts.append(_old_figures(analysis, shown))
     if not any(parts):
         return ""
     note = ""
@@ -359,21 +353,6 @@ def _figure(analysis: AnalysisRows, entry: Entry, shown: Sequence[int]) -> str:
         if drawn is not None:
             frames.append(Frame(label_of(row), drawn))
     return figure_html(entry.heading, frames) if frames else ""
-
-
-def _old_figures(analysis: AnalysisRows, shown: Sequence[int]) -> str:
-    drawn, labels = [], []
-    earlier = RowHistory()
-    for index, row in enumerate(analysis.rows):
-        try:
-            if index in shown:
-                drawn.append(CHARTS.draw(row, earlier.rows))
-                labels.append(label_of(row))
-            earlier.add(row)
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            reason = str(error) if isinstance(error, ReportError) else f"{type(error).__name__}: {error}"
-            raise ReportError(f"{analysis.where(index)}: cannot be drawn: {reason}") from error
-    return old_figures_html(drawn, labels, analysis.analysis)
 
 
 def _metric_lines(rows: Sequence[Row]) -> str:

@@ -18,8 +18,7 @@ import numpy as np
 
 from lightning_goldy.core.store import StoreError, read_header
 from lightning_goldy.report.descriptions import position_of
-from lightning_goldy.report.history import without_history
-from lightning_goldy.report.registry import ReportError, Row
+from lightning_goldy.report.figures import ReportError, Row
 
 # Words of a tag that say where and how often a quantity was logged, not what it is.
 _PLACES = {"train", "training", "val", "valid", "validation", "test", "step", "epoch"}
@@ -292,7 +291,7 @@ def upgraded(row: Row) -> Row:
     """
     if row.get("format") != 1 or not all(isinstance(row.get(name), Mapping) for name in ("result", "cost")):
         return row
-    result = without_history(str(row.get("analysis")), row["result"])
+    result = _without_history(str(row.get("analysis")), row["result"])
     cost = {"forwards": None, "backwards": None, **row["cost"]}
     return {**row, "format": FORMAT, "result": result, "headline": "", "cost": cost}
 
@@ -386,3 +385,23 @@ def _find_model_class(goldy: Path) -> tuple[str | None, list[str]]:
         except StoreError:
             notes.append(f"{path.relative_to(goldy)} is not a readable tensor file.")
     return None, notes
+
+
+def _without_history(analysis: str, result: Mapping[str, Any]) -> dict[str, Any]:
+    """A result of format 1 as one of format 2, which holds its own step only.
+
+    Args:
+        analysis: As its rows are called.
+        result: Of a row of format 1.
+
+    Example:
+        >>> _without_history("attention_tracker", {"spectra": [{"prompt": "a", "steps": [0, 5], "values": [[1], [2]]}]})
+        {'spectra': [{'prompt': 'a', 'values': [2]}]}
+    """
+    if analysis in ("taylor_diff", "basin_volume", "coupling_drift", "variant_losses"):
+        return {name: value for name, value in result.items() if name != "trajectory"}
+    if analysis == "attention_tracker" and "spectra" in result:
+        latest = [{"prompt": line["prompt"], "values": line["values"][-1]} for line in result["spectra"]]
+        return {**result, "spectra": latest}
+    # The parts of head plasticity are put together by their steps, so those that hold the whole run do no harm.
+    return dict(result)

@@ -10,12 +10,12 @@ import torch
 
 from lightning_goldy.analysis import Cost, Row
 from lightning_goldy.callbacks import AttentionTracker, BasinVolume, GoldenParameters, GoldenSnapshot, TaylorDiff
-from lightning_goldy.callbacks.store import ResultStore
+from lightning_goldy.callbacks.store import MOST_ROWS, ResultStore, RowHistory
 from lightning_goldy.core.files import append_row, read_rows
-from lightning_goldy.report.history import MOST_ROWS, RowHistory, reads_of, with_history
+from lightning_goldy.report.figures import reads_of
+from lightning_goldy.report.topics.attention import spectra
 from lightning_goldy.report.topics.basin import trajectories
 from lightning_goldy.report.topics.taylor import prediction
-from lightning_goldy.report.topics.attention import spectra
 from tests.callbacks.training import fit
 
 
@@ -136,7 +136,6 @@ def test_rows_of_a_run_hold_no_history(tmp_path):
         assert len(rows) == 16
         assert max(sizes[8:]) < 1.15 * max(sizes[:8]), watcher.name
         history = RowHistory(rows[:-1])
-        drawn = with_history(rows[-1], history.rows)["result"]
         if watcher.name == "taylor_diff":
             found, _ = prediction([*history.rows, rows[-1]])
             assert found["order1"] == [row["metrics"]["loss/order1"] - row["metrics"]["base_loss"] for row in rows]

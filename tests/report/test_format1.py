@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from lightning_goldy.report.figures import draw_figures
-from lightning_goldy.report.history import with_history
 from lightning_goldy.report.run import AnalysisRows, read_run, upgraded
 from lightning_goldy.report.topics.attention import spectra
 from lightning_goldy.report.topics.basin import trajectories
@@ -58,6 +57,8 @@ def test_volumes_over_the_run_are_those_that_the_rows_held(analyses: dict[str, A
             assert [list(line.y), list(line.low or ()), list(line.high or ())] == [
                 held[name] for name in ("log_volume", "interval_low", "interval_high")
             ]
+
+
 def test_the_expansion_over_the_run_is_that_which_the_rows_held(analyses: dict[str, AnalysisRows]) -> None:
     rows = analyses["taylor_diff"].rows
     for index, old in enumerate(written("taylor_diff")):

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lightning_goldy.callbacks.store import RowHistory
 from lightning_goldy.core.files import to_json_line
 from lightning_goldy.report.figures import Figure, ReportError, draw_figures, figures_of, reads_of
-from lightning_goldy.report.history import RowHistory
 from lightning_goldy.report.topics.heads import (
     chart_attention_maps,
     chart_gate_timeline,

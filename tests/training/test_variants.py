@@ -14,14 +14,14 @@ from torch import nn
 from lightning_goldy import GoldyModule
 from lightning_goldy.analysis.linearized import build_variant
 from lightning_goldy.callbacks import VariantLosses
+from lightning_goldy.callbacks.store import RowHistory
 from lightning_goldy.core import CausalLMObjective, ParameterVector
 from lightning_goldy.core.architecture import UnsupportedArchitectureError
 from lightning_goldy.core.files import read_rows
 from lightning_goldy.optim import OptimizerOptions
 from lightning_goldy.report import draw_figures
 from lightning_goldy.report.descriptions import description_of
-from lightning_goldy.report.history import RowHistory
-from lightning_goldy.report.registry import ReportError
+from lightning_goldy.report.figures import ReportError
 from lightning_goldy.report.topics.taylor import chart_variant_losses
 from lightning_goldy.training.variants import VariantsModule
 from tests.callbacks.training import TokenData

@@ -12,6 +12,28 @@ data, never field names. Colours that must compare over steps or panels get ``bo
 through ``ranges``.
 """
 
-from lightning_goldy.report.topics import coupling, coupling_drift, golden
+from lightning_goldy.report.topics import (
+    attention,
+    basin,
+    coupling,
+    coupling_drift,
+    golden,
+    heads,
+    linearized,
+    ripple,
+    taylor,
+    text,
+)
 
-__all__ = ["coupling", "coupling_drift", "golden"]
+__all__ = [
+    "attention",
+    "basin",
+    "coupling",
+    "coupling_drift",
+    "golden",
+    "heads",
+    "linearized",
+    "ripple",
+    "taylor",
+    "text",
+]

@@ -17,8 +17,7 @@ from rich.text import Text
 from lightning_goldy.report.builders import HeatMap, Histogram, arrange, heat_map, histogram
 from lightning_goldy.report.descriptions import Description, describe
 from lightning_goldy.report.figures import Figure, ReportError, Row, register_figure, require
-from lightning_goldy.report.formatting import format_number, format_percent, texts_html
-from lightning_goldy.report.formatting import printable
+from lightning_goldy.report.formatting import format_number, format_percent, printable, texts_html
 
 # Told apart with every kind of colour vision (Okabe and Ito), then shades of grey.
 _COLOURS = (

@@ -14,9 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_goldy.report.descriptions import Description, describe
-from lightning_goldy.report.topics.linearized import survival
 from lightning_goldy.report.figures import ReportError, Row
 from lightning_goldy.report.formatting import format_number, format_percent, printable, texts_html
+from lightning_goldy.report.topics.linearized import survival
 
 Entries = Sequence[Mapping[str, Any]]
 """One per prompt: ``prompt``, two texts, ``agreement`` (a fraction) and ``kl_per_token`` (nats); the texts are
