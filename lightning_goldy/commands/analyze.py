@@ -222,11 +222,7 @@ def analyze_checkpoint(
     if output is not None and (found := next(Path(output).expanduser().glob(f"goldy/*/{ROWS}"), None)) is not None:
         raise FileExistsError(f"{output} holds results already, {found}; give another --output")
     folder = output_folder(output, "attention_tracker", "analyze")
-    walk = run_configured(
-        lambda: CheckpointAnalysis(saved, base=base, writing=writing, n_samples=n_samples, folder=folder),
-        settings,
-        folder,
-    )
+    walk = run_configured(lambda: CheckpointAnalysis(saved, base, writing, n_samples, folder), settings, folder)
     walk.show(Console())
     print_report(folder)
     if walk.failed:
@@ -249,33 +245,28 @@ def _require_open_heads(saved: SavedModel) -> None:
             )
 
 
+@dataclass(eq=False)
 class CheckpointAnalysis(L.Callback):
     """Loads and analyses once the trainer has set up model and data.
 
     Args:
         saved: The saved model.
-        base: A base that was given.
+        given: A base that was given.
         writing: Prompts to continue.
         n_samples: Samples of the probe.
         folder: Where everything goes.
     """
 
-    def __init__(
-        self,
-        saved: SavedModel,
-        *,
-        base: str | Path | None,
-        writing: Writing,
-        n_samples: int | None,
-        folder: Path,
-    ) -> None:
-        self.saved, self.given, self.writing = saved, base, writing
-        self.n_samples, self.folder = n_samples, folder
-        self.rows: list[dict[str, Any]] = []
-        self.left_out: dict[str, str] = {}
-        self.failed: dict[str, str] = {}
-        self.base_source = ""
-        self._no_figures = ""
+    saved: SavedModel
+    given: str | Path | None
+    writing: Writing
+    n_samples: int | None
+    folder: Path
+    rows: list[dict[str, Any]] = field(default_factory=list, init=False)
+    left_out: dict[str, str] = field(default_factory=dict, init=False)
+    failed: dict[str, str] = field(default_factory=dict, init=False)
+    base_source: str = field(default="", init=False)
+    _no_figures: str = field(default="", init=False)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Finds the base, loads the saved weights, and analyses."""

@@ -8,7 +8,7 @@ import torch
 from scipy.spatial.distance import jensenshannon
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.change import histogram_drift, parameter_distribution
+from lightning_goldy.analysis.change import histogram_drift, parameter_distribution, weight_change
 from lightning_goldy.core import ParameterVector
 from lightning_goldy.core.base import BaseParameters
 from tests.references.models import build
@@ -105,3 +105,14 @@ def test_bad_arguments_are_refused() -> None:
     for name in ("top", "exact_below"):
         with pytest.raises(ValueError, match=f"{name} must be at least 1; got 0"):
             parameter_distribution(model, base, **{name: 0})
+
+
+@pytest.mark.parametrize("function", [weight_change, parameter_distribution])
+def test_a_base_is_given_in_any_form(function, tmp_path) -> None:
+    model, before = build("gpt2"), build("gpt2", seed=7)
+    before.save_pretrained(tmp_path / "before")
+    expected = function(model, BaseParameters(ParameterVector.of(before)))
+    for base in (before, ParameterVector.of(before), tmp_path / "before"):
+        assert function(model, base) == expected
+    with pytest.raises(TypeError, match=r"a base is a module, .*; got NoneType"):
+        function(model, None)
