@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 
 # Names load on first use, so that `lightning_goldy.core` and `.analysis` never pull Lightning in.
 _EXPORTS = {
-    "GoldyMixin": "training.mixin",
+    "GoldyMixin": "training.module",
     "GoldyModule": "training.module",
     "MaskedAdamW": "optim.masked_adamw",
     "ParameterMask": "core.mask",
@@ -33,10 +33,10 @@ _MOVED = {
     "analysis.fluctuation": "analysis.golden.fluctuation",
     "analysis.head_surgery": "analysis.heads.surgery",
     "core.ray": "core.directions",
-    "export": "training.export",
-    "masked_training": "training.masks",
+    "export": "training.models",
+    "masked_training": "training.module",
     "metrics": "training.metrics",
-    "mixin": "training.mixin",
+    "mixin": "training.module",
     "models": "training.models",
     "module": "training.module",
     "options": "optim.schedules",

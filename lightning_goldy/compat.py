@@ -39,7 +39,7 @@ from lightning_goldy.analysis.golden import Fluctuation, Search, golden_paramete
 from lightning_goldy.core.files import atomic_write
 from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.objective import IGNORE_INDEX
-from lightning_goldy.report.topics.text import generations_table
+from lightning_goldy.report import generations_table
 
 PromptFunction = Callable[[list[Any], Any], tuple[Any, Any]]
 """``prompt_func(samples, processing_class)`` gives token ids of the queries, and of the queries with responses."""

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.attention import jensen_shannon
+from lightning_goldy.analysis.divergence import jensen_shannon
 from lightning_goldy.analysis.result import AnalysisResult, tensor_rows
 from lightning_goldy.core.base import Base, base_of
 from lightning_goldy.core.directions import fill_direction_

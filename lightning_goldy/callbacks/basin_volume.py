@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -14,63 +13,9 @@ from torch.optim import Optimizer
 from lightning_goldy.analysis.basin import BasinVolumes, Estimator, Selection, VolumeSurvey, adam_preconditioner
 from lightning_goldy.analysis.basin.survey import ONLY_SPLIT, Make, PreconditionerName
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
-from lightning_goldy.core.batches import map_batch
 from lightning_goldy.core.isolation import undisturbed
 from lightning_goldy.core.space import ParameterSpace
-from lightning_goldy.training.subject import check_probe, find_objective
-
-
-def find_splits(datamodule: Any, given: Mapping[str, Iterable[Any]] | bool) -> dict[str, list[Any]]:
-    """The fixed batches of every split, the same on every rank, on the CPU.
-
-    Args:
-        datamodule: Asked for ``analysis_splits()`` when ``given`` is True.
-        given: Batches or a DataLoader by name, or True.
-
-    Raises:
-        ValueError: There are no splits, or one is empty or has a name that no tag can hold.
-
-    Example:
-        >>> find_splits(None, {"clean": []})
-        Traceback (most recent call last):
-        ValueError: the split 'clean' is empty
-    """
-    if isinstance(given, Mapping):
-        named = given
-    else:
-        if not callable(getattr(datamodule, "analysis_splits", None)):
-            raise ValueError(
-                f"splits=True asks the data module for analysis_splits(), which {type(datamodule).__name__} lacks; "
-                "pass splits={name: batches}, or None for the probe"
-            )
-        named = datamodule.analysis_splits()
-    check_split_names(named)
-    splits = {}
-    for name, batches in named.items():
-        # Batches may have been made in inference mode.
-        splits[name] = [map_batch(batch, lambda tensor: tensor.detach().cpu().clone()) for batch in batches]
-        if not splits[name]:
-            raise ValueError(f"the split {name!r} is empty")
-    return splits
-
-
-def check_split_names(names: Iterable[str]) -> None:
-    """Refuses names that cannot be part of a logged tag.
-
-    Raises:
-        ValueError: There is none, or a name has other letters.
-
-    Example:
-        >>> check_split_names(["clean", "a/b"])
-        Traceback (most recent call last):
-        ValueError: split names become parts of tags: letters, digits, '-' and '_' only; got 'a/b'
-    """
-    names = list(names)
-    if not names:
-        raise ValueError("splits= names no set of samples")
-    for name in names:
-        if not re.fullmatch(r"[\w-]+", str(name), re.ASCII):
-            raise ValueError(f"split names become parts of tags: letters, digits, '-' and '_' only; got {name!r}")
+from lightning_goldy.training.subject import check_probe, check_split_names, find_objective, find_splits
 
 
 def find_adam(trainer: L.Trainer, space: ParameterSpace, model: nn.Module) -> Optimizer:

@@ -2,73 +2,20 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
-import lightning.pytorch as L
 from torch import nn
 
-from lightning_goldy.analysis.change import change_inside
 from lightning_goldy.analysis.golden import (
     GoldenResult,
-    ReverseGoldenResult,
     check_golden_arguments,
     golden_parameters,
 )
-from lightning_goldy.analysis.result import Row
-from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
-from lightning_goldy.callbacks.golden_snapshot import find_snapshot
-from lightning_goldy.core.mask import ParameterMask, Scope
+from lightning_goldy.callbacks.base import AnalysisContext
+from lightning_goldy.callbacks.golden_snapshot import MaskCallback
+from lightning_goldy.core.mask import Scope
 from lightning_goldy.core.space import ParameterSpace
-
-MaskT = TypeVar("MaskT", GoldenResult, ReverseGoldenResult)
-
-
-class MaskCallback(AnalysisCallback[MaskT]):
-    """Base of callbacks that find a mask: tells what it has to do with the last mask and with the change.
-
-    Args:
-        **options: Of :class:`AnalysisCallback`.
-    """
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self._mask: ParameterMask | None = None
-        self._mask_file: str | None = None
-
-    @abstractmethod
-    def space(self, model: nn.Module) -> ParameterSpace:
-        """The parameters whose elements may be marked."""
-
-    def prepare(self, trainer: L.Trainer, model: nn.Module) -> None:
-        """Checks the selection, and takes up the last mask of a run that is resumed."""
-        self.space(model)
-        if self._resumed and self._mask_file is not None:
-            trainer.strategy.barrier()
-            self._mask = ParameterMask.load(self.folder / self._mask_file)
-
-    def describe(self, result: MaskT, context: AnalysisContext) -> Row:
-        """Adds what the mask has to do with the last mask and with the change."""
-        snapshot = find_snapshot(context.trainer)
-        share = None if snapshot is None else change_inside(context.model, snapshot.base, result.mask)
-        metrics = {
-            "jaccard_previous": None if self._mask is None else result.mask.jaccard(self._mask),
-            "delta_share": share,
-            "delta_share_over_density": share / result.density if share is not None and result.count else None,
-        }
-        self._mask = result.mask
-        self._mask_file = f"mask-step={context.step:08d}.safetensors"
-        return result.row().extended(metrics)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Adds the name of the last mask's file."""
-        return {**super().state_dict(), "mask_file": self._mask_file}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Notes what the interrupted run left."""
-        super().load_state_dict(state_dict)
-        self._mask_file = state_dict["mask_file"]
 
 
 class GoldenParameters(MaskCallback[GoldenResult]):

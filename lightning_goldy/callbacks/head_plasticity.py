@@ -19,8 +19,9 @@ from lightning_goldy.analysis.heads import (
     Recovery,
     Regrowth,
     Scoring,
+    first_samples,
+    load_gates,
 )
-from lightning_goldy.analysis.heads.plasticity import first_samples, load_gates
 from lightning_goldy.analysis.heads.schedule import check_regrowth, plan_from
 from lightning_goldy.analysis.result import Cost
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext

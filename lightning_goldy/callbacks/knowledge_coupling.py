@@ -40,7 +40,7 @@ from lightning_goldy.core.pieces import QUESTION_TEMPLATE, KnowledgePiece
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.store import Kind
 from lightning_goldy.core.vector import ParameterVector, substituted
-from lightning_goldy.data.atlas import AtlasDataModule
+from lightning_goldy.data import AtlasDataModule
 from lightning_goldy.data.readers import load_pieces
 from lightning_goldy.data.relations import Fact
 from lightning_goldy.training.subject import find_objective, find_tokenizer

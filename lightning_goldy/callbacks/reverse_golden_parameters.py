@@ -22,7 +22,7 @@ from lightning_goldy.analysis.golden import (
 from lightning_goldy.analysis.result import Row
 from lightning_goldy.callbacks.attention_tracker import find_tokenizer
 from lightning_goldy.callbacks.base import AnalysisContext
-from lightning_goldy.callbacks.golden_parameters import MaskCallback
+from lightning_goldy.callbacks.golden_snapshot import MaskCallback
 from lightning_goldy.core.batches import batch_tensors
 from lightning_goldy.core.mask import Scope
 from lightning_goldy.core.objective import CausalLMObjective, Objective, map_batch

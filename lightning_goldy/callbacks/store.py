@@ -31,12 +31,10 @@ from lightning_goldy.core.files import (
     repair_rows,
     to_json_line,
 )
-from lightning_goldy.report.figures import draw_figures, reads_of
+from lightning_goldy.report.figures import TEXTS, draw_figures, reads_of
 from lightning_goldy.report.loggers import log_figure, log_histogram, log_scalars, log_text
 from lightning_goldy.report.rendering import RenderError
 from lightning_goldy.report.run import upgraded
-from lightning_goldy.report.topics.coupling_drift import moved_text
-from lightning_goldy.report.topics.text import generations_text
 
 ROWS = "results.jsonl"
 _UNLOGGED = "goldy_logs"
@@ -259,10 +257,9 @@ def log_row(
     log_scalars(trainer.loggers, scalars, step)
     for name, (edges, counts) in histograms.items():
         log_histogram(trainer.loggers, f"{prefix}/{name}", (edges, counts), step)
-    if row["result"].get("generations"):
-        log_text(trainer.loggers, f"{prefix}/generations", generations_text(row["result"]["generations"]), step)
-    if row["result"].get("moved"):
-        log_text(trainer.loggers, f"{prefix}/moved", moved_text(row["result"]["moved"]), step)
+    for name, written in TEXTS.items():
+        if row["result"].get(name):
+            log_text(trainer.loggers, f"{prefix}/{name}", written(row["result"][name]), step)
     try:
         figures = draw_figures(row, earlier)
     except ImportError as error:

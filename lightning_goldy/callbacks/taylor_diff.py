@@ -11,8 +11,7 @@ from torch import nn
 
 from lightning_goldy.analysis.divergence import shortened
 from lightning_goldy.analysis.result import Row
-from lightning_goldy.analysis.taylor import TaylorDiffResult, taylor_diff
-from lightning_goldy.analysis.taylor.taylor import By, check_orders
+from lightning_goldy.analysis.taylor import By, TaylorDiffResult, check_orders, taylor_diff
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.callbacks.golden_snapshot import find_snapshot
 from lightning_goldy.core.base import BaseParameters, base_of

@@ -16,7 +16,7 @@ from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.core.objective import FunctionObjective, batch_tensors, map_batch
 from lightning_goldy.core.sharding import Replicas
-from lightning_goldy.training.variants import VariantsModule
+from lightning_goldy.training import VariantsModule
 
 
 @dataclass(frozen=True)

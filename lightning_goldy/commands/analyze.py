@@ -33,8 +33,8 @@ from lightning_goldy.core.isolation import undisturbed
 from lightning_goldy.core.objective import Objective, batch_tensors
 from lightning_goldy.core.space import trainable_parameters
 from lightning_goldy.core.vector import require_finite
+from lightning_goldy.report import continuations_table, explanation_table, summary_table
 from lightning_goldy.report.figures import draw_figures
-from lightning_goldy.report.topics.text import continuations_table, explanation_table, summary_table
 from lightning_goldy.training.subject import check_probe, find_model, find_objective, find_probe, find_tokenizer
 
 

@@ -15,7 +15,6 @@ from torch import nn
 
 from lightning_goldy.analysis.basin import VolumeSurvey, diagonal_preconditioner
 from lightning_goldy.analysis.basin.survey import ONLY_SPLIT, Make
-from lightning_goldy.callbacks.basin_volume import find_splits
 from lightning_goldy.callbacks.store import ResultStore, peak_memory_bytes
 from lightning_goldy.commands.checkpoints import SavedModel, positions, read_saved
 from lightning_goldy.commands.fit import check_configs, run_configured
@@ -23,7 +22,7 @@ from lightning_goldy.commands.output import output_folder, print_report
 from lightning_goldy.core.files import read_rows
 from lightning_goldy.core.isolation import undisturbed
 from lightning_goldy.report.formatting import format_number
-from lightning_goldy.training.subject import check_probe, find_model, find_objective, find_probe
+from lightning_goldy.training.subject import check_probe, find_model, find_objective, find_probe, find_splits
 
 _NAME = "basin_volume"
 

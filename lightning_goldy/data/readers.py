@@ -24,12 +24,12 @@ from lightning_goldy.data.formats import (
     RecordError,
     SkippedRecord,
     check_form,
+    hop_question,
     recognised,
     shown,
     word,
 )
 from lightning_goldy.data.names import unknown_name
-from lightning_goldy.data.question_sets import hop_question
 from lightning_goldy.data.relations import load_countries
 from lightning_goldy.data.sources import datasets_library, is_dataset_name, is_saved_dataset, load_from_hub, read_text
 

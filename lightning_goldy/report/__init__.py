@@ -43,9 +43,10 @@ from lightning_goldy.report.topics.heads import (
     chart_plasticity_loss,
     chart_plasticity_sweep,
 )
-from lightning_goldy.report.topics.linearized import chart_explained_change
+from lightning_goldy.report.topics.linearized import chart_explained_change, explanation_table
 from lightning_goldy.report.topics.ripple import chart_ripple_effects
 from lightning_goldy.report.topics.taylor import chart_taylor_prediction, chart_taylor_shares, chart_variant_losses
+from lightning_goldy.report.topics.text import continuations_table, generations_table, summary_table
 
 __all__ = [
     "Description",
@@ -82,13 +83,17 @@ __all__ = [
     "chart_volume_estimates",
     "chart_volume_trajectory",
     "chart_weight_changes",
+    "continuations_table",
     "describe",
     "draw_figures",
+    "explanation_table",
+    "generations_table",
     "log_figure",
     "log_histogram",
     "log_scalars",
     "reads_of",
     "register_figure",
+    "summary_table",
     "write_report",
 ]
 

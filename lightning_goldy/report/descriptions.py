@@ -81,8 +81,6 @@ def description_of(analysis: str) -> Description:
         >>> description_of("some_analysis").title
         'Some analysis'
     """
-    from lightning_goldy.report import topics  # noqa: F401
-
     return _DESCRIPTIONS.get(analysis) or Description(analysis.replace("_", " ").capitalize(), "", "")
 
 

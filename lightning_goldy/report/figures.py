@@ -153,6 +153,12 @@ class Entry:
 FIGURES: dict[str, dict[str, Entry]] = {}
 """The figures of each analysis by name, in the order of the page."""
 
+TABLES: list[Callable[[Row], str]] = []
+"""What stands below the figures of a row, as HTML; nothing where the row holds nothing of it."""
+
+TEXTS: dict[str, Callable[[Any], str]] = {}
+"""Entries of ``row["result"]`` that loggers get as text, and what makes Markdown of each."""
+
 _Function = Callable[[Any], Drawn]
 
 
@@ -206,10 +212,47 @@ def register_former(analysis: str, name: str) -> Callable[[_Function], _Function
     return register_figure(analysis, name, heading=name)
 
 
+def register_table(function: Callable[[Row], str]) -> Callable[[Row], str]:
+    """Decorator that puts a function's HTML below the figures of every row; it gives nothing for rows of others.
+
+    Example:
+        >>> register_table(TABLES[0])
+        Traceback (most recent call last):
+        ValueError: ... is a table of the page already
+    """
+    if function in TABLES:
+        raise ValueError(f"{function.__module__}.{function.__qualname__} is a table of the page already")
+    TABLES.append(function)
+    return function
+
+
+def register_text(entry: str) -> Callable[[Callable[[Any], str]], Callable[[Any], str]]:
+    """Decorator that logs an entry of ``row["result"]`` as Markdown, under its name, where it is not empty.
+
+    Args:
+        entry: Its name.
+
+    Raises:
+        ValueError: The entry has such a function.
+
+    Example:
+        >>> register_text("generations")(str)
+        Traceback (most recent call last):
+        ValueError: 'generations' is logged as text already: ...generations_text
+    """
+
+    def add(function: Callable[[Any], str]) -> Callable[[Any], str]:
+        if entry in TEXTS:
+            known = TEXTS[entry]
+            raise ValueError(f"{entry!r} is logged as text already: {known.__module__}.{known.__qualname__}")
+        TEXTS[entry] = function
+        return function
+
+    return add
+
+
 def figures_of(analysis: str) -> tuple[Entry, ...]:
     """The registered figures of an analysis, in the order of the page; none when it is unknown."""
-    from lightning_goldy.report import topics  # noqa: F401
-
     return tuple(FIGURES.get(analysis, {}).values())
 
 

@@ -17,6 +17,7 @@ from lightning_goldy.core.store import atomic_write
 from lightning_goldy.report.builders import Lines, Series, lines
 from lightning_goldy.report.descriptions import Description, description_of
 from lightning_goldy.report.figures import (
+    TABLES,
     THEMES,
     Entry,
     Figure,
@@ -37,9 +38,6 @@ from lightning_goldy.report.formatting import (
 )
 from lightning_goldy.report.rendering import page_script, require_drawing
 from lightning_goldy.report.run import AnalysisRows, Run, TrainingCurves, read_run
-from lightning_goldy.report.topics.coupling import coupling_tables_html
-from lightning_goldy.report.topics.coupling_drift import moved_html
-from lightning_goldy.report.topics.text import continuations_html, generations_html
 
 
 @dataclass(frozen=True)
@@ -308,10 +306,7 @@ def analysis_html(analysis: AnalysisRows, anchor: str) -> str:
     parts = [f'<section id="{escape(anchor)}"><h2>{escape(description.title)}{name}</h2>']
     parts += [f"<p>{escape(text)}</p>" for text in (description.measures, description.reading) if text]
     parts.append(_figures(analysis))
-    parts.append(generations_html(analysis.rows[-1]))
-    parts.append(continuations_html(analysis.rows[-1]))
-    parts.append(moved_html(analysis.rows[-1]))
-    parts.append(coupling_tables_html(analysis.rows[-1]))
+    parts += [table(analysis.rows[-1]) for table in TABLES]
     parts.append(_metric_lines(analysis.rows))
     parts.append(_metric_table(analysis.rows, description))
     return "\n".join([*filter(None, parts), "</section>"])

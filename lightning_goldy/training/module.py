@@ -1,21 +1,28 @@
-"""A LightningModule around a Hugging Face model or any other module."""
+"""The LightningModule around a language model, its analyses as a mixin, and where a masked training finds its mask."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import lightning.pytorch as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedTokenizerBase
 
+from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.naming import suggestion
 from lightning_goldy.core.objective import CausalLMObjective, ClassifierObjective, Objective
+from lightning_goldy.core.sharding import gather
+from lightning_goldy.core.store import StoreError, pack_mask, read_header, unpack_mask
 from lightning_goldy.data.tokenization import load_tokenizer
+from lightning_goldy.optim.masked_adamw import MaskedAdamW
 from lightning_goldy.optim.schedules import (
     OptimizerName,
     OptimizerOptions,
@@ -25,15 +32,13 @@ from lightning_goldy.optim.schedules import (
     options_of,
     schedule_factor,
 )
-from lightning_goldy.training.export import attach_export, write_pretrained
-from lightning_goldy.training.masks import MaskedTraining
 from lightning_goldy.training.metrics import StageMetrics
-from lightning_goldy.training.mixin import GoldyMixin
 from lightning_goldy.training.models import (
     Head,
     LoraOptions,
     WeightDtype,
     add_lora,
+    attach_export,
     build_model,
     check_length,
     check_vocabulary,
@@ -43,7 +48,258 @@ from lightning_goldy.training.models import (
     load_model,
     position_limit,
     shard_blocks,
+    write_pretrained,
 )
+from lightning_goldy.training.subject import find_model, find_objective, find_probe
+
+if TYPE_CHECKING:
+    from lightning_goldy.analysis import GoldenResult, TaylorDiffResult, VolumeResult
+    from lightning_goldy.core.base import Base
+
+
+class GoldyMixin:
+    """Gives a LightningModule the analyses as methods.
+
+    Put it before ``LightningModule`` among the bases. The callbacks find the model, the objective and the probe of a
+    module in the same way.
+
+    Example:
+        >>> import lightning.pytorch as L, torch
+        >>> from lightning_goldy.core.objective import ClassifierObjective
+        >>> class Mine(GoldyMixin, L.LightningModule):
+        ...     goldy_model_attribute = "network"
+        ...     objective = ClassifierObjective()
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.network = nn.Linear(4, 2)
+        >>> batch = (torch.randn(3, 4), torch.tensor([0, 1, 1]))
+        >>> Mine().golden_parameters([batch], top_k_percent=50.0).n_samples
+        3
+    """
+
+    goldy_model_attribute: str | None = None
+    """Dotted name of the submodule to analyse: ``model`` by default when there is one, else the whole module."""
+
+    @property
+    def goldy_model(self) -> nn.Module:
+        """The module that the analyses look at.
+
+        Raises:
+            ValueError: There is no such submodule.
+        """
+        return find_model(cast("nn.Module", self), self.goldy_model_attribute)
+
+    @property
+    def goldy_objective(self) -> Objective:
+        """``self.objective``, or next-token prediction when the model is a causal language model.
+
+        Raises:
+            ValueError: Neither applies.
+        """
+        return find_objective(cast("nn.Module", self), self.goldy_model, None)
+
+    def golden_parameters(self, batches: Iterable[Any] | None = None, **options: Any) -> GoldenResult:
+        """Which parameters carry what these batches ask for; see :func:`lightning_goldy.analysis.golden_parameters`.
+
+        Args:
+            batches: What to analyse; by default the probe that a callback on the attached trainer would use.
+            **options: Passed on, such as ``top_k_percent`` or ``score``.
+
+        Returns:
+            The result, its tensors on the CPU.
+
+        Raises:
+            ValueError: There are no batches, or an option is out of range.
+        """
+        # Imported here, so that a module can be defined and trained without loading the analyses.
+        from lightning_goldy.analysis import golden_parameters
+
+        return golden_parameters(self.goldy_model, self.goldy_probe(batches), self.goldy_objective, **options)
+
+    def basin_volume(self, batches: Iterable[Any] | None = None, **options: Any) -> VolumeResult:
+        """How robust the predictions on these batches are; see :func:`lightning_goldy.analysis.basin_volume`.
+
+        Args:
+            batches: What the predictions are compared on; by default the probe.
+            **options: Passed on, such as ``n_directions`` or ``cutoff``.
+
+        Returns:
+            The estimates, direction by direction.
+
+        Raises:
+            ValueError: There are no batches, or an option is out of range.
+        """
+        from lightning_goldy.analysis import basin_volume
+
+        return basin_volume(self.goldy_model, self.goldy_probe(batches), self.goldy_objective, **options)
+
+    def taylor_diff(self, base: Base, batches: Iterable[Any] | None = None, **options: Any) -> TaylorDiffResult:
+        """Whether the step since a base is small; see :func:`lightning_goldy.analysis.taylor_diff`.
+
+        Args:
+            base: Where the expansion is made, such as a ``GoldenSnapshot``'s ``base``: anything that
+                :func:`~lightning_goldy.core.base.base_of` takes.
+            batches: What the loss is taken over; by default the probe.
+            **options: Passed on, such as ``orders``.
+
+        Returns:
+            Losses, predictions, shares and the regime.
+
+        Raises:
+            ValueError: There are no batches, or an option is out of range.
+        """
+        from lightning_goldy.analysis import taylor_diff
+
+        return taylor_diff(self.goldy_model, base, self.goldy_probe(batches), self.goldy_objective, **options)
+
+    def goldy_probe(self, batches: Iterable[Any] | None = None) -> Iterable[Any]:
+        """The given batches; without any, the probe of this module, the data module, or the validation set.
+
+        Raises:
+            ValueError: There is none, or it is empty.
+        """
+        if batches is not None:
+            return batches
+        trainer = getattr(self, "_trainer", None)
+        if trainer is None:
+            raise ValueError(
+                f"{type(self).__name__} is attached to no trainer whose data could be analysed: pass batches="
+            )
+        return find_probe(trainer, self, None)
+
+
+MASK_CALLBACKS = {"golden": "GoldenParameters", "reverse_golden": "ReverseGoldenParameters"}
+"""Names that ``optimizer.mask`` may have besides a file's, and the callbacks that they stand for."""
+
+CHECKPOINT_KEY = "goldy_mask"
+
+
+class MaskedTraining:
+    """Finds the mask of a run, keeps it in checkpoints and takes it up again; does nothing without a masked optimizer.
+
+    Args:
+        options: The optimizer's; ``mask`` names the source.
+
+    Example:
+        >>> MaskedTraining(OptimizerOptions()).is_masked
+        False
+    """
+
+    def __init__(self, options: OptimizerOptions) -> None:
+        self.source = options.mask or ""
+        self.is_masked = options.name == "masked_adamw"
+        self._noted: Mapping[str, Any] | None = None
+
+    def check(self, trainer: L.Trainer) -> None:
+        """Checks, before anything is loaded, that the mask will be there.
+
+        Raises:
+            ValueError: The callback is missing, or does not run before the first step.
+            StoreError: The file is missing or holds no mask.
+        """
+        self._noted = None
+        if not self.is_masked:
+            return
+        if self.source in MASK_CALLBACKS:
+            self._callback(trainer)
+            return
+        if not Path(self.source).is_file():
+            raise StoreError(
+                f"optimizer.mask={self.source!r}: no such file, nor a callback's name; "
+                f"{suggestion(self.source, MASK_CALLBACKS)}"
+            )
+        header = read_header(self.source)
+        if header.kind != "mask":
+            raise StoreError(f"optimizer.mask={self.source}: holds {header.kind}, not a mask")
+
+    def read_file(self, optimizer: Optimizer, model: nn.Module) -> None:
+        """Gives the optimizer the mask of a file; that of a callback comes as training starts."""
+        if isinstance(optimizer, MaskedAdamW) and self.source not in MASK_CALLBACKS:
+            optimizer.set_mask(ParameterMask.load(self.source, model))
+
+    def start(self, trainer: L.Trainer, model: nn.Module) -> None:
+        """Gives the optimizer its mask right before the first step; every rank must call.
+
+        Raises:
+            ValueError: The file's mask is not the one that the resumed run was trained with.
+            FileNotFoundError: The callback has made none.
+        """
+        if not self.is_masked:
+            return
+        optimizer = _masked_optimizer(trainer)
+        if optimizer is None:
+            raise ValueError("optimizer.name='masked_adamw', but the trainer's optimizer is another one")
+        if self._noted is not None:
+            resumed = _unpacked(self._noted)
+            # Every tensor is gathered before the answer, because the ranks must gather alike.
+            present = None if optimizer.mask is None else optimizer.mask.to_dense()
+            if present is not None and not (
+                present.keys() == resumed.keys() and all(torch.equal(present[name], resumed[name]) for name in present)
+            ):
+                raise ValueError(
+                    f"the mask in {self.source} is not the one that the checkpoint was trained with; resume with that "
+                    "file, or start a new run from the weights"
+                )
+            optimizer.set_mask(resumed)
+        elif self.source in MASK_CALLBACKS:
+            optimizer.set_mask(ParameterMask.load(self._made_file(trainer), model))
+        self._noted = None
+        mask = optimizer.mask
+        assert mask is not None
+        everything = sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"])
+        inside = mask.total
+        rank_zero_info(f"mask from {self.source}: {inside:,} of {everything:,} elements ({inside / everything:.2%})")
+
+    def save(self, trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
+        """Adds the packed mask to a checkpoint; a collective when it is sharded."""
+        optimizer = _masked_optimizer(trainer)
+        if optimizer is None or (mask := optimizer.mask) is None:
+            return
+        packed: dict[str, Any] = {}
+        for name, tensor in mask.items():
+            full = gather(tensor)
+            if trainer.is_global_zero:
+                bits, encoding = pack_mask(full, name)
+                packed[name] = {"packed": bits, "encoding": encoding, "shape": list(full.shape)}
+        checkpoint[CHECKPOINT_KEY] = packed
+
+    def note(self, checkpoint: Mapping[str, Any]) -> None:
+        """Notes the mask of a checkpoint; a later ``check`` forgets it, so that only a resumed run uses it."""
+        self._noted = checkpoint.get(CHECKPOINT_KEY)
+
+    def _callback(self, trainer: L.Trainer) -> Any:
+        wanted = MASK_CALLBACKS[self.source]
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        found = [each for each in callbacks if wanted in (base.__name__ for base in type(each).__mro__)]
+        if not found:
+            attached = ", ".join(type(each).__name__ for each in callbacks)
+            raise ValueError(f"optimizer.mask={self.source!r} needs the callback {wanted}; the trainer has {attached}")
+        starting = [each for each in found if "start" in each.at]
+        if len(starting) != 1:
+            raise ValueError(
+                f"optimizer.mask={self.source!r} needs one {wanted} with at=['start', ...], whose mask exists before "
+                f"the first step; {len(starting)} of {len(found)} have it"
+            )
+        return starting[0]
+
+    def _made_file(self, trainer: L.Trainer) -> Path:
+        callback = self._callback(trainer)
+        path = Path(callback.folder) / f"mask-step={trainer.global_step:08d}.safetensors"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: {type(callback).__name__} has made no mask before the first step")
+        return path
+
+
+def _masked_optimizer(trainer: L.Trainer) -> MaskedAdamW | None:
+    return next((each for each in trainer.optimizers if isinstance(each, MaskedAdamW)), None)
+
+
+def _unpacked(noted: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {
+        name: unpack_mask(each["packed"].cpu(), torch.Size(each["shape"]), each["encoding"], f"the checkpoint's {name}")
+        for name, each in noted.items()
+    }
+
 
 ObjectiveName = Literal["causal_lm", "classifier"]
 Stage = Literal["train", "val", "test"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import lightning.pytorch as L
@@ -116,3 +117,56 @@ def check_probe(model: nn.Module, objective: Objective, probe: Iterable[Any], n_
         seen += len(values)
     if n_samples is not None and seen < n_samples:
         raise ValueError(f"n_samples={n_samples}, but the probe holds only {seen} samples")
+
+
+def find_splits(datamodule: Any, given: Mapping[str, Iterable[Any]] | bool) -> dict[str, list[Any]]:
+    """The fixed batches of every split, the same on every rank, on the CPU.
+
+    Args:
+        datamodule: Asked for ``analysis_splits()`` when ``given`` is True.
+        given: Batches or a DataLoader by name, or True.
+
+    Raises:
+        ValueError: There are no splits, or one is empty or has a name that no tag can hold.
+
+    Example:
+        >>> find_splits(None, {"clean": []})
+        Traceback (most recent call last):
+        ValueError: the split 'clean' is empty
+    """
+    if isinstance(given, Mapping):
+        named = given
+    else:
+        if not callable(getattr(datamodule, "analysis_splits", None)):
+            raise ValueError(
+                f"splits=True asks the data module for analysis_splits(), which {type(datamodule).__name__} lacks; "
+                "pass splits={name: batches}, or None for the probe"
+            )
+        named = datamodule.analysis_splits()
+    check_split_names(named)
+    splits = {}
+    for name, batches in named.items():
+        # Batches may have been made in inference mode.
+        splits[name] = [map_batch(batch, lambda tensor: tensor.detach().cpu().clone()) for batch in batches]
+        if not splits[name]:
+            raise ValueError(f"the split {name!r} is empty")
+    return splits
+
+
+def check_split_names(names: Iterable[str]) -> None:
+    """Refuses names that cannot be part of a logged tag.
+
+    Raises:
+        ValueError: There is none, or a name has other letters.
+
+    Example:
+        >>> check_split_names(["clean", "a/b"])
+        Traceback (most recent call last):
+        ValueError: split names become parts of tags: letters, digits, '-' and '_' only; got 'a/b'
+    """
+    names = list(names)
+    if not names:
+        raise ValueError("splits= names no set of samples")
+    for name in names:
+        if not re.fullmatch(r"[\w-]+", str(name), re.ASCII):
+            raise ValueError(f"split names become parts of tags: letters, digits, '-' and '_' only; got {name!r}")

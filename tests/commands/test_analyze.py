@@ -26,8 +26,7 @@ from lightning_goldy.core.architecture import HeadGates
 from lightning_goldy.core.base import BaseParameters
 from lightning_goldy.core.objective import CausalLMObjective, ClassifierObjective
 from lightning_goldy.data import AtlasDataModule
-from lightning_goldy.training.export import write_pretrained
-from lightning_goldy.training.models import build_model, complete_config
+from lightning_goldy.training.models import build_model, complete_config, write_pretrained
 from lightning_goldy.training.module import GoldyModule
 
 TINY = {"model_type": "gpt2", "n_layer": 2, "n_embd": 8, "n_head": 2, "n_positions": 64}

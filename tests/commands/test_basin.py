@@ -17,8 +17,7 @@ from lightning_goldy.cli import main
 from lightning_goldy.commands.checkpoints import positions, read_saved
 from lightning_goldy.core import ParameterSpace
 from lightning_goldy.data import AtlasDataModule
-from lightning_goldy.training.export import write_pretrained
-from lightning_goldy.training.models import build_model, complete_config
+from lightning_goldy.training.models import build_model, complete_config, write_pretrained
 from lightning_goldy.training.module import GoldyModule
 
 TINY = {"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 2, "n_positions": 64}

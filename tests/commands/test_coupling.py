@@ -23,12 +23,10 @@ from lightning_goldy.analysis.coupling import (
 )
 from lightning_goldy.analysis.ripple import ripple_effects
 from lightning_goldy.callbacks.store import peak_memory_bytes
-from lightning_goldy.cli import main
+from lightning_goldy.cli import add_coupling, main
 from lightning_goldy.commands.coupling.options import Model
-from lightning_goldy.commands.coupling.pairs import codes_of, strong_pairs
-from lightning_goldy.commands.coupling.report import category_means, linked_groups
-from lightning_goldy.commands.coupling.run import chosen_pieces, drawn_edits, read_edits
-from lightning_goldy.commands.parsers import add_coupling
+from lightning_goldy.commands.coupling.run import chosen_pieces, codes_of, drawn_edits, read_edits, strong_pairs
+from lightning_goldy.commands.coupling.summary import category_means, linked_groups
 from lightning_goldy.core.files import read_rows
 from lightning_goldy.data import byte_tokenizer, load_pieces
 from lightning_goldy.training.models import build_model
@@ -437,7 +435,7 @@ def random_matrix(count: int, seed: int = 0) -> np.ndarray:
 @pytest.mark.parametrize("threshold", [0.5, 0.98, 2.0, -1.0])
 @pytest.mark.parametrize("waiting", [1, 100_000])
 def test_strong_pairs_are_the_sorted_pairs(monkeypatch, least, most, threshold, waiting):
-    monkeypatch.setattr("lightning_goldy.commands.coupling.pairs._WAITING", waiting)
+    monkeypatch.setattr("lightning_goldy.commands.coupling.run._WAITING", waiting)
     matrix = random_matrix(30)
     found = strong_pairs(coupled(matrix), threshold, least=least, most=most)
     exact = matrix.astype(np.float32).astype(np.float64)

@@ -14,9 +14,7 @@ from lightning_goldy import callbacks
 from lightning_goldy.callbacks import AnalysisCallback, RunReport
 from lightning_goldy.cli import main
 from lightning_goldy.commands.demo import pretrained, run
-from lightning_goldy.commands.demo.pretrained import AtlasKnowledge, share_known
-from lightning_goldy.commands.demo.run import analysis_callbacks
-from lightning_goldy.commands.demo.settings import DemoSettings
+from lightning_goldy.commands.demo.run import AtlasKnowledge, DemoSettings, analysis_callbacks, share_known
 from lightning_goldy.data import country_facts, one_hop_questions
 
 

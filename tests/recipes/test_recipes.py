@@ -13,8 +13,7 @@ from jsonargparse import ArgumentParser
 
 from lightning_goldy.cli import main
 from lightning_goldy.data import AtlasDataModule, byte_tokenizer
-from lightning_goldy.training.export import write_pretrained
-from lightning_goldy.training.models import build_model, complete_config
+from lightning_goldy.training.models import build_model, complete_config, write_pretrained
 from lightning_goldy.training.recipes import all_recipes
 
 TINY = {"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 2, "n_positions": 512}

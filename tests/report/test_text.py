@@ -10,10 +10,10 @@ from lightning_goldy.core.files import append_row
 from lightning_goldy.report import write_report
 from lightning_goldy.report.figures import ReportError
 from lightning_goldy.report.formatting import printable
+from lightning_goldy.report.topics.linearized import explanation_table
 from lightning_goldy.report.topics.text import (
     continuations_html,
     continuations_table,
-    explanation_table,
     generations_html,
     generations_table,
     generations_text,

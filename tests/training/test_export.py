@@ -17,8 +17,7 @@ from lightning_goldy import GoldyModule
 from lightning_goldy.core import HeadGates
 from lightning_goldy.data import AtlasDataModule
 from lightning_goldy.training import export
-from lightning_goldy.training.export import PretrainedExport, pretrained_folder, write_pretrained
-from lightning_goldy.training.models import LoraOptions
+from lightning_goldy.training.models import LoraOptions, PretrainedExport, pretrained_folder, write_pretrained
 from tests.references.models import build
 
 CONFIG = {"model_type": "gpt2", "n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": 32}

@@ -14,7 +14,7 @@ from lightning_goldy import GoldyModule, MaskedAdamW, ParameterMask, ParameterSp
 from lightning_goldy.callbacks import GoldenParameters, GoldenSnapshot, ReverseGoldenParameters
 from lightning_goldy.core import StoreError
 from lightning_goldy.optim import OptimizerOptions, build_optimizer
-from lightning_goldy.training.masks import MASK_CALLBACKS, MaskedTraining
+from lightning_goldy.training.module import MASK_CALLBACKS, MaskedTraining
 from tests.callbacks.training import TokenData, Tokens
 from tests.references.models import build
 

@@ -1,7 +1,7 @@
 """What every attention head looks at, and how far that has moved."""
 
 from lightning_goldy.analysis.attention.patterns import AttentionMaps, attention_maps
-from lightning_goldy.analysis.attention.rows import STATISTICS, jensen_shannon
+from lightning_goldy.analysis.attention.rows import STATISTICS
 from lightning_goldy.analysis.attention.statistics import AttentionStatistics, attention_statistics
 from lightning_goldy.analysis.attention.tracking import Prompt, PromptAttention, TrackedAttention, track_attention
 
@@ -14,6 +14,5 @@ __all__ = [
     "TrackedAttention",
     "attention_maps",
     "attention_statistics",
-    "jensen_shannon",
     "track_attention",
 ]

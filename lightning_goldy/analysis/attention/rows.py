@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_goldy.analysis.divergence import jensen_shannon, precise
+
 STATISTICS = (
     "entropy",
     "normalised_entropy",
@@ -225,37 +227,6 @@ def statistic_sums(weights: Tensor, mask: Tensor | None, tokens: Tokens) -> tupl
     return sums, counts
 
 
-def jensen_shannon(first: Tensor, second: Tensor) -> Tensor:
-    r"""Jensen-Shannon divergence between distributions along the last dimension.
-
-    .. math:: \tfrac12 \mathrm{KL}(p \,\|\, m) + \tfrac12 \mathrm{KL}(q \,\|\, m), \qquad m = \tfrac12 (p + q)
-
-    Every element adds a term that is not negative, so equal rows give exactly 0, and close ones lose no more digits
-    than their own rounding takes.
-
-    Args:
-        first: p, any shape.
-        second: q, the same.
-
-    Returns:
-        The shape without its last dimension, nats, in [0, log 2]; at least float32.
-
-    Source: Lin 1991, "Divergence measures based on the Shannon entropy", section IV.
-
-    Example:
-        >>> round(jensen_shannon(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])).item(), 6)
-        0.693147
-    """
-    first, second = _precise(first), _precise(second)
-    middle = (first + second) / 2
-    ratio = torch.where(middle > 0, (first - second) / (2 * middle), 0.0)
-    # With p = m (1 + x) and q = m (1 - x); where one of them is 0 the logarithm is infinite and its factor 0.
-    lowest = -torch.finfo(ratio.dtype).max
-    rise = torch.log1p(ratio).clamp_min_(lowest).mul_(1 + ratio)
-    fall = torch.log1p(-ratio).clamp_min_(lowest).mul_(1 - ratio)
-    return rise.add_(fall).clamp_min_(0.0).mul_(middle).sum(dim=-1) / 2
-
-
 def divergence_sums(first: Tensor, second: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
     """Jensen-Shannon divergences between two patterns, summed over the queries that are no padding.
 
@@ -295,13 +266,9 @@ def chunks(weights: Tensor) -> Iterator[tuple[int, int]]:
         yield start, min(start + size, len(weights))
 
 
-def _precise(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
 def _statistics(weights: Tensor, visible: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
     """Each statistic of each query, shape ``[statistics, B, H, T]``, and where it exists, ``[statistics, B, T]``."""
-    weights, valid = _precise(weights), tokens.valid
+    weights, valid = precise(weights), tokens.valid
     _, n_heads, length, _ = weights.shape
     entropy = entropies(weights)  # [B, H, T]
     n_visible = visible.sum(dim=-1)  # [B, T]

@@ -129,7 +129,7 @@ def attention_statistics(
         ValueError: An argument is out of range, there are too few samples, or a pattern is not finite.
 
     Source: see :func:`~lightning_goldy.analysis.attention.rows.statistic_sums` and
-    :func:`~lightning_goldy.analysis.attention.rows.jensen_shannon`.
+    :func:`~lightning_goldy.analysis.divergence.jensen_shannon`.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel

@@ -9,10 +9,16 @@ from lightning_goldy.analysis.ripple.editors import (
     rank_one_update,
     register_editor,
 )
-from lightning_goldy.analysis.ripple.edits import EDITED, KnowledgeEdit, distance_class
 from lightning_goldy.analysis.ripple.finetune import UNTOUCHED, FinetuneRipple, finetune_ripple
 from lightning_goldy.analysis.ripple.measure import Encoding, PieceScores, check_pieces, score_pieces
-from lightning_goldy.analysis.ripple.ripple import Predictor, RippleResult, ripple_effects
+from lightning_goldy.analysis.ripple.ripple import (
+    EDITED,
+    KnowledgeEdit,
+    Predictor,
+    RippleResult,
+    distance_class,
+    ripple_effects,
+)
 
 __all__ = [
     "EDITED",

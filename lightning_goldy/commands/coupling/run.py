@@ -1,17 +1,21 @@
-"""What ``goldy coupling`` reads and measures: pieces, their coupling, edits and their ripples."""
+"""What ``goldy coupling`` measures: pieces, their coupling, the strong pairs, readiness for edits, and the edits."""
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lightning_goldy.analysis.agreement import spaced_places
@@ -34,7 +38,7 @@ from lightning_goldy.analysis.ripple import (
 )
 from lightning_goldy.analysis.ripple.measure import counted_passes
 from lightning_goldy.commands.coupling.options import Options
-from lightning_goldy.core.files import RowError, read_rows
+from lightning_goldy.core.files import RowError, atomic_write, read_rows
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import suggestion
 from lightning_goldy.core.pieces import KnowledgePiece
@@ -43,6 +47,7 @@ from lightning_goldy.data.readers import PieceSet, load_pieces
 if TYPE_CHECKING:
     from rich.status import Status
     from transformers import PreTrainedTokenizerBase
+
 
 _FIELDS = ("id", "answer", "subject")
 _BATCH_SIZE = 32
@@ -339,3 +344,347 @@ class Clock:
     def _say(self, text: str) -> None:
         if self.status is not None:
             self.status.update(text)
+
+
+SHARED = ("answer", "category", "group")
+_COLUMNS = ("id", "question", "answer", "category", "group", "hop")
+# Pairs that are gathered before they are sorted.
+_WAITING = 200_000
+# A spreadsheet runs what begins so.
+_FORMULAS = ("=", "+", "-", "@", "\t", "\r")
+
+
+@dataclass(frozen=True)
+class StrongPairs:
+    """Pairs of pieces, the most coupled first.
+
+    Args:
+        first: Numbers of pieces, ``[P]``.
+        second: Likewise, larger than ``first``.
+        cosine: ``[P]``.
+        above: Pairs from the threshold on, listed or not.
+    """
+
+    first: NDArray[np.int64]
+    second: NDArray[np.int64]
+    cosine: NDArray[np.float64]
+    above: int
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+
+def strong_pairs(result: CouplingResult, threshold: float, *, least: int = 100, most: int = 100_000) -> StrongPairs:
+    """All pairs from a threshold on, or the strongest where those are too few or too many.
+
+    Args:
+        result: Pieces that failed take no part.
+        threshold: A cosine.
+        least: List as many even when fewer reach the threshold.
+        most: List no more.
+
+    Raises:
+        ValueError: The numbers are not in order.
+
+    Example:
+        >>> import torch
+        >>> matrix = torch.tensor([[1.0, 0.5, 0.1], [0.5, 1.0, 0.9], [0.1, 0.9, 1.0]])
+        >>> same = {"matrix": matrix, "norms": torch.ones(3), "log_probs": torch.zeros(3), "pieces": ({},) * 3}
+        >>> rest = {"failed": (), "parameters": (), "measure": "gradient", "normalize": True, "center": False}
+        >>> found = strong_pairs(CouplingResult(**same, **rest, projection=None, projection_error=None, seconds=0), 0.4,
+        ...                      least=0, most=1)
+        >>> found.first.tolist(), found.second.tolist(), found.above
+        ([1], [2], 2)
+    """
+    if not 0 <= least <= most:
+        raise ValueError(f"least and most are numbers of pairs in order; got least={least}, most={most}")
+    cosines, good = result.cosines.numpy(), result.valid.numpy()
+    kept, waiting, above = np.empty((0, 3)), [], 0  # columns: cosine, first, second
+    border = -np.inf if least else threshold
+    for at in np.flatnonzero(good):
+        row = cosines[at, at + 1 :].astype(np.float64)
+        row[~good[at + 1 :]] = np.nan
+        above += int((row >= threshold).sum())
+        places = np.flatnonzero(row >= border)
+        waiting.append(np.column_stack([row[places], np.full(len(places), at), at + 1 + places]))
+        if sum(map(len, waiting)) > _WAITING:
+            kept, waiting = _sorted([kept, *waiting])[:most], []
+            if len(kept) >= least > 0:
+                # What is neither among the strongest `least` nor above the threshold is not listed.
+                border = min(threshold, kept[least - 1, 0])
+            if len(kept) == most > 0:
+                border = max(border, kept[-1, 0])
+    kept = _sorted([kept, *waiting])[:most]
+    kept = kept[: max(least, int((kept[:, 0] >= threshold).sum()))]
+    return StrongPairs(kept[:, 1].astype(np.int64), kept[:, 2].astype(np.int64), kept[:, 0], above)
+
+
+def pair_texts(result: CouplingResult, pairs: StrongPairs, count: int) -> list[dict[str, Any]]:
+    """The first pairs with the texts of their pieces and what they share.
+
+    Args:
+        result: The pieces.
+        pairs: Of that result.
+        count: How many.
+    """
+    columns = (column[:count].tolist() for column in (pairs.first, pairs.second, pairs.cosine))
+    return [
+        {"cosine": cosine, "first": dict(one), "second": dict(other), "same": shared(one, other)}
+        for first, second, cosine in zip(*columns, strict=True)
+        for one, other in ((result.pieces[first], result.pieces[second]),)
+    ]
+
+
+def pair_kinds(result: CouplingResult, pairs: StrongPairs, threshold: float) -> list[dict[str, Any]]:
+    """How many of the listed pairs above the threshold share something, beside how many of all pairs do.
+
+    Args:
+        result: The pieces.
+        pairs: Of that result.
+        threshold: Listed pairs below it do not count.
+    """
+    chosen = pairs.cosine >= threshold
+    found = []
+    for name in SHARED:
+        codes = codes_of(result.column(name), fold=name == "answer")
+        known = codes[result.valid.numpy()]
+        known = known[known >= 0]
+        if not len(known):
+            continue
+        first, second = codes[pairs.first[chosen]], codes[pairs.second[chosen]]
+        counts = np.bincount(known).astype(np.float64)
+        everywhere, same = len(known) * (len(known) - 1) / 2, float((counts * (counts - 1)).sum() / 2)
+        share = float(((first == second) & (first >= 0)).mean()) if chosen.any() else None
+        by_chance = same / everywhere if everywhere else None
+        found.append({"same": name, "share": share, "share_of_all_pairs": by_chance})
+    return found
+
+
+def write_pairs(result: CouplingResult, pairs: StrongPairs, path: str | Path) -> Path:
+    """Writes pairs as CSV, one line each, as spreadsheets and RFC 4180 have it.
+
+    A text that a spreadsheet would run as a formula gets an apostrophe before it.
+
+    Args:
+        result: The pieces.
+        pairs: Of that result.
+        path: Target.
+    """
+    buffer = io.StringIO(newline="")
+    writer = csv.writer(buffer)
+    head = [f"{side}_{name}" for side in ("first", "second") for name in _COLUMNS]
+    writer.writerow(["cosine", *head, *(f"same_{name}" for name in SHARED)])
+    for first, second, cosine in zip(pairs.first.tolist(), pairs.second.tolist(), pairs.cosine.tolist(), strict=True):
+        one, other = result.pieces[first], result.pieces[second]
+        cells = [guarded(piece[name]) for piece in (one, other) for name in _COLUMNS]
+        same = shared(one, other)
+        writer.writerow([f"{cosine:.6f}", *cells, *(int(name in same) for name in SHARED)])
+    # CSV can hold half a surrogate pair, which UTF-8 cannot.
+    return atomic_write(path, buffer.getvalue().encode("utf-8", "replace"))
+
+
+def guarded(value: Any) -> Any:
+    """A cell that no spreadsheet takes for a formula.
+
+    Example:
+        >>> guarded("=1+1"), guarded("Lima"), guarded(-1), guarded(None)
+        ("'=1+1", 'Lima', -1, '')
+    """
+    if value is None:
+        return ""
+    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULAS) else value
+
+
+def shared(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """What two pieces have in common, of answer, category and group.
+
+    Example:
+        >>> one = {"answer": "Lima ", "category": None, "group": "a"}
+        >>> shared(one, {"answer": "lima", "category": None, "group": "b"})
+        ['answer']
+    """
+    return [name for name in SHARED if one[name] is not None and _key(one[name], name) == _key(other[name], name)]
+
+
+def codes_of(values: Sequence[Any], *, fold: bool = False) -> NDArray[np.int64]:
+    """A number per value, -1 for none.
+
+    Args:
+        values: Texts or None.
+        fold: Texts that differ in case or white space alone are the same.
+
+    Example:
+        >>> codes_of(["a", None, "A "], fold=True).tolist()
+        [0, -1, 0]
+    """
+    numbers: dict[Hashable, int] = {}
+    name = "answer" if fold else ""
+    return np.array(
+        [-1 if value is None else numbers.setdefault(_key(value, name), len(numbers)) for value in values],
+        dtype=np.int64,
+    )
+
+
+def _key(value: Any, name: str) -> Hashable:
+    return folded(value) if name == "answer" and isinstance(value, str) else value
+
+
+def _sorted(parts: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """The most coupled first; ties to the smaller numbers."""
+    joined = np.concatenate(parts)
+    return joined[np.lexsort((joined[:, 2], joined[:, 1], -joined[:, 0]))]
+
+
+# Cosines from which two gradients are one for all purposes.
+_SATURATED = 0.95
+_MEASURE = "See what edits do to other answers, predicted and measured: add --edits 10."
+
+
+def readiness(found: Findings, unknown_tokens: float) -> dict[str, Any]:
+    """The verdict, the checks behind it, and what to do next.
+
+    Args:
+        found: What was measured.
+        unknown_tokens: Share of the pieces whose prompt has a token that the tokenizer does not know.
+
+    Returns:
+        ``verdict``, ``summary``, ``checks`` and ``next_steps``.
+    """
+    checks = _coupling_checks(found, unknown_tokens) + _ripple_checks(found)
+    counts = {status: sum(check["status"] == status for check in checks) for status in ("pass", "warn", "fail")}
+    verdict = "not ready" if counts["fail"] else "ready with reservations" if counts["warn"] else "ready"
+    steps = [check["next_step"] for check in checks if check["status"] != "pass" and check["next_step"]]
+    doubts = [check["meaning"] for check in checks if check["status"] in ("fail", "warn")]
+    summary = (
+        f"{counts['pass']} of {len(checks)} checks passed, {counts['warn']} call for caution, {counts['fail']} failed. "
+        + (f"First: {doubts[0]}" if doubts else "The numbers can be read as they are.")
+    )
+    return {"verdict": verdict, "summary": summary, "checks": checks, "next_steps": list(dict.fromkeys(steps))}
+
+
+def layer_error(found: Findings) -> float | None:
+    """Largest relative difference between norms of the coupling and of plain backward passes."""
+    if found.result.center or not found.layered:
+        return None
+    plain = torch.stack(list(found.layers.values())).square().sum(dim=0).sqrt()
+    fast = found.result.norms[list(found.layered)]
+    return float(((fast - plain).abs() / plain).max())
+
+
+def saturated_share(found: Findings) -> float | None:
+    """Share of the pairs whose cosine is at least 0.95."""
+    cosines = found.result.cosines.numpy()
+    good = found.result.valid.numpy()
+    high = sum(int((row[at + 1 :] >= _SATURATED).sum()) for at, row in enumerate(cosines) if good[at])
+    return high / found.statistics.n_pairs if found.statistics.n_pairs else None
+
+
+def _coupling_checks(found: Findings, unknown_tokens: float) -> list[dict[str, Any]]:
+    result, statistics = found.result, found.statistics
+    norms = result.norms[result.valid].numpy()
+    return [
+        _check(
+            "pieces", statistics.n_pieces, "at least", 50, fail_at=3,
+            meaning="Pieces that were compared. Means over few pairs move with every piece that is added.",
+            next_step="Take more pieces: a larger --n-pieces, or more records.",
+        ),
+        _check(
+            "share of failed pieces", statistics.n_failed / len(result), "at most", 0.01, fail_at=0.2,
+            meaning="Pieces that have no row: they could not be tokenised or run, or their gradient is zero.",
+            next_step="Look at knowledge_pieces.failed for the reasons, and leave those pieces out or mend them.",
+        ),
+        _check(
+            "share of answers the model knows", found.known_share, "at least", 0.5, fail_at=0.05,
+            meaning="Answers whose every token is the most probable one. The gradient of an answer that the model does "
+            "not know tells how it would be learned, not how it is stored.",
+            next_step="Check --template and --form (the prompt that the model was trained on), or keep to pieces that "
+            "the model knows: knowledge_pieces.pieces says which.",
+        ),
+        _check(
+            "share of saturated pairs", saturated_share(found), "at most", 0.01, fail_at=0.25,
+            meaning=f"Pairs with a cosine of {_SATURATED} or more: one gradient in two pieces, as of paraphrases or of "
+            "one answer to alike questions. They say nothing that is not in the texts.",
+            next_step="Look at pairs.csv: leave repeated answers out, or compare other tensors with --select or "
+            "--layers.",
+        ),
+        _check(
+            "mean cosine", statistics.mean, "at most", 0.3,
+            meaning="A direction that all gradients share, such as that of the answer's form or of the end-of-text "
+            "token, couples everything with everything.",
+            next_step="Use --center, which subtracts the mean gradient.",
+        ),
+        _check(
+            "smallest over median gradient norm", float(norms.min() / np.median(norms)) if len(norms) else None,
+            "at least", 1e-4,
+            meaning="Where the model is sure of an answer its gradient vanishes, and what is left of it may be "
+            "rounding.",
+            next_step="Do not read couplings of the pieces in gradient_analysis.smallest, or use --dtype float32.",
+        ),
+        _check(
+            "error of a cosine by the projection", result.projection_error or 0.0, "at most", 0.05, fail_at=0.2,
+            meaning="Bound on the root mean square error that the random projection makes; 0 without one.",
+            next_step="Raise --projection fourfold to halve it, or leave it out.",
+        ),
+        _check(
+            "norms against plain backward passes", layer_error(found), "at most", 1e-3, fail_at=0.05,
+            meaning="Largest relative difference over the pieces that were differentiated one by one as well.",
+            next_step="Use --dtype float32; if the difference stays, this model uses its weights in a way that is not "
+            "understood, and the couplings are not to be trusted.",
+        ),
+        _check(
+            "share of prompts with unknown tokens", unknown_tokens, "at most", 0.0, fail_at=0.5,
+            meaning="The tokenizer reads words of these prompts as unknown, so different questions look the same.",
+            next_step="Use the model's own tokenizer, and a --template in words that it knows.",
+        ),
+    ]  # fmt: skip
+
+
+def _ripple_checks(found: Findings) -> list[dict[str, Any]]:
+    ripple = found.ripple
+    spearman = None if ripple is None else ripple.agreement("first_order")[0].metrics()["spearman"]
+    return [
+        _check(
+            "rank correlation of predicted and measured changes", spearman, "at least", 0.5,
+            meaning="Whether gradients predict what an edit did to the other pieces.",
+            next_step=_MEASURE if ripple is None else "Try a smaller --learning-rate: if the correlation rises, the "
+            "edits were no small steps, and cosines do not describe them.",
+        ),
+        _check(
+            "share of edits that were learned", None if ripple is None else float(ripple.new_exact.double().mean()),
+            "at least", 0.5,
+            meaning="Edits whose new answer is the most probable one afterwards. Ripples of an edit that was not "
+            "learned are those of a nudge.",
+            next_step=_MEASURE if ripple is None else "Raise --learning-rate, or use --editor finetune with more "
+            "--steps, until the new answers are learned; see then whether the prediction still holds.",
+        ),
+    ]  # fmt: skip
+
+
+def _check(
+    name: str,
+    value: float | None,
+    rule: Literal["at least", "at most"],
+    threshold: float,
+    *,
+    meaning: str,
+    next_step: str,
+    fail_at: float | None = None,
+) -> dict[str, Any]:
+    sign = 1 if rule == "at least" else -1
+    status = "pass"
+    if value is None:
+        status = "not measured"
+    elif fail_at is not None and sign * value < sign * fail_at:
+        status = "fail"
+    elif sign * value < sign * threshold:
+        status = "warn"
+    return {
+        "check": name,
+        "value": value,
+        "rule": rule,
+        "threshold": threshold,
+        "fail_threshold": fail_at,
+        "status": status,
+        "meaning": meaning,
+        "next_step": next_step,
+    }

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +16,24 @@ from lightning_goldy.report.descriptions import Description, describe
 from lightning_goldy.report.figures import Figure, ReportError, Row, register_figure, require
 from lightning_goldy.report.formatting import format_number
 
-if TYPE_CHECKING:
-    from lightning_goldy.analysis.attention import AttentionMaps
+
+class AttentionMaps(Protocol):
+    """Recorded patterns, as :func:`~lightning_goldy.analysis.attention_maps` gives them."""
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Those recorded."""
+
+    @property
+    def heads(self) -> tuple[tuple[int, int], ...]:
+        """Pairs of layer and head."""
+
+    def token_names(self, sample: int = 0) -> tuple[str, ...]:
+        """Names of the tokens."""
+
+    def pattern(self, layer: int, head: int, *, sample: int = 0) -> Any:
+        """Softmax weights of one head."""
+
 
 SHARES = ("normalised_entropy", "first_token", "diagonal", "previous_token", "induction", "duplicate_token")
 """Statistics between 0 and 1, which share a colour scale."""

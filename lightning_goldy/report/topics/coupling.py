@@ -16,7 +16,7 @@ from rich.text import Text
 
 from lightning_goldy.report.builders import HeatMap, Histogram, arrange, heat_map, histogram
 from lightning_goldy.report.descriptions import Description, describe
-from lightning_goldy.report.figures import Figure, ReportError, Row, register_figure, require
+from lightning_goldy.report.figures import Figure, ReportError, Row, register_figure, register_table, require
 from lightning_goldy.report.formatting import format_number, format_percent, printable, texts_html
 
 # Told apart with every kind of colour vision (Okabe and Ito), then shades of grey.
@@ -320,6 +320,7 @@ def readiness_lines(checks: Sequence[Mapping[str, Any]]) -> list[str]:
     return [f"{check['check']}: {_check_cells(check)[-1]}" for check in checks if check["status"] in ("warn", "fail")]
 
 
+@register_table
 def coupling_tables_html(row: Row) -> str:
     """Readiness and strongest pairs as parts of the page; nothing when the row has neither.
 

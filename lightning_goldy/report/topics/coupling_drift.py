@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from lightning_goldy.report.builders import HeatMap, Line, Lines, Points, Scatter, arrange, heat_map, lines, scatter
 from lightning_goldy.report.descriptions import Description, describe
-from lightning_goldy.report.figures import Figure, ReportError, Row, register_figure
+from lightning_goldy.report.figures import Figure, ReportError, Row, register_figure, register_table, register_text
 from lightning_goldy.report.formatting import format_number, format_percent, printable, texts_html
 from lightning_goldy.report.topics.coupling import (
     CONTRASTS,
@@ -286,6 +286,7 @@ def drift_map_caption(row: Row) -> str:
     return f"cosine now minus cosine at the base; {which}, alike ones together; * edited"
 
 
+@register_text("moved")
 def moved_text(moved: Sequence[Mapping[str, Any]]) -> str:
     """The untouched facts that moved most as lines of plain text, in Markdown's code block.
 
@@ -305,6 +306,7 @@ def moved_text(moved: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(["Untouched facts that moved most, log p in nats\n", *(line.rstrip() for line in told)])
 
 
+@register_table
 def moved_html(row: Row) -> str:
     """A part of the page; nothing when the row names no fact.
 

@@ -6,10 +6,14 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
 from lightning_goldy.report.builders import rounded
 from lightning_goldy.report.descriptions import Description, describe
 from lightning_goldy.report.figures import Figure, ReportError, Row, register_figure, require
-from lightning_goldy.report.formatting import format_number
+from lightning_goldy.report.formatting import format_number, format_percent
 
 _LABELS = {
     "frozen_attention": "attention frozen",
@@ -127,6 +131,33 @@ def survival_caption(row: Row) -> str:
 
 def _percent(share: Any) -> float | None:
     return None if share is None else 100.0 * float(share)
+
+
+def explanation_table(row: Row) -> Table:
+    """What survives of the change in each variant of the model, one line each.
+
+    Args:
+        row: Of ``explain_change``.
+
+    Raises:
+        ReportError: The row has no variants.
+
+    Example:
+        >>> each = {"variant": "both", "loss": 1.5, "loss_share": 0.5, "logit_share": None, "relative_error": None}
+        >>> explanation_table({"result": {"variants": [{**each, "kl_divergence": None}]}}).row_count
+        1
+    """
+    table = Table(title="What survives of the change", title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("variant")
+    for heading in ("loss, nats", "of loss", "of logits", "error", "KL"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    labels = survival(row)[0].labels
+    for label, each in zip(labels, row["result"]["variants"], strict=True):
+        shares = (format_percent(each[name]) for name in ("loss_share", "logit_share", "relative_error"))
+        # As Text, because brackets in a plain string would be read as markup.
+        cells = (label, format_number(each["loss"]), *shares, format_number(each["kl_divergence"]))
+        table.add_row(*map(Text, cells))
+    return table
 
 
 describe(

@@ -14,9 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_goldy.report.descriptions import Description, describe
-from lightning_goldy.report.figures import ReportError, Row
+from lightning_goldy.report.figures import ReportError, Row, register_table, register_text
 from lightning_goldy.report.formatting import format_number, format_percent, printable, texts_html
-from lightning_goldy.report.topics.linearized import survival
 
 Entries = Sequence[Mapping[str, Any]]
 """One per prompt: ``prompt``, two texts, ``agreement`` (a fraction) and ``kl_per_token`` (nats); the texts are
@@ -42,6 +41,7 @@ def generations_table(generations: Entries) -> Table:
     return _table("With and without the mask", _GENERATIONS, generations)
 
 
+@register_text("generations")
 def generations_text(generations: Entries) -> str:
     """Markdown for loggers that take text; what the model wrote is shown, never rendered.
 
@@ -58,6 +58,7 @@ def generations_text(generations: Entries) -> str:
     return "\n".join(lines)
 
 
+@register_table
 def generations_html(row: Row) -> str:
     """A part of the page; nothing when the row compares no generations.
 
@@ -93,6 +94,7 @@ def continuations_table(continuations: Entries) -> Table:
     return _table("What they write", _continued(continuations), continuations)
 
 
+@register_table
 def continuations_html(row: Row) -> str:
     """A part of the page; nothing when the row continues no prompt.
 
@@ -167,33 +169,6 @@ def summary_table(rows: Sequence[Row]) -> Table:
         for number, (quantity, value) in enumerate(_quantities(row)):
             # As Text, because brackets in a plain string would be read as markup.
             table.add_row(row["name"] if number == 0 else "", Text(quantity), Text(value))
-    return table
-
-
-def explanation_table(row: Row) -> Table:
-    """What survives of the change in each variant of the model, one line each.
-
-    Args:
-        row: Of ``explain_change``.
-
-    Raises:
-        ReportError: The row has no variants.
-
-    Example:
-        >>> each = {"variant": "both", "loss": 1.5, "loss_share": 0.5, "logit_share": None, "relative_error": None}
-        >>> explanation_table({"result": {"variants": [{**each, "kl_divergence": None}]}}).row_count
-        1
-    """
-    table = Table(title="What survives of the change", title_justify="left", box=SIMPLE_HEAD)
-    table.add_column("variant")
-    for heading in ("loss, nats", "of loss", "of logits", "error", "KL"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    labels = survival(row)[0].labels
-    for label, each in zip(labels, row["result"]["variants"], strict=True):
-        shares = (format_percent(each[name]) for name in ("loss_share", "logit_share", "relative_error"))
-        # As Text, because brackets in a plain string would be read as markup.
-        cells = (label, format_number(each["loss"]), *shares, format_number(each["kl_divergence"]))
-        table.add_row(*map(Text, cells))
     return table
 
 

@@ -19,7 +19,8 @@ from lightning_goldy.analysis.attention import (
     attention_statistics,
 )
 from lightning_goldy.analysis.attention.patterns import UnreadableAttentionError
-from lightning_goldy.analysis.attention.rows import Tokens, jensen_shannon, statistic_sums
+from lightning_goldy.analysis.attention.rows import Tokens, statistic_sums
+from lightning_goldy.analysis.divergence import jensen_shannon
 from lightning_goldy.analysis.result import Cost
 from lightning_goldy.core import CausalLMObjective, FunctionObjective, ParameterSpace, ParameterVector, SpaceError
 from lightning_goldy.core.architecture import UnsupportedArchitectureError

@@ -20,7 +20,7 @@ from lightning_goldy.core.architecture import (
     available_architectures,
     describe_architecture,
 )
-from lightning_goldy.training.export import write_pretrained
+from lightning_goldy.training.models import write_pretrained
 from tests.references.architecture_models import REGISTERED, VOCABULARY, lora
 from tests.references.architecture_models import build as built
 

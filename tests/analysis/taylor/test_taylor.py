@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_goldy.analysis import TaylorApproximation, TaylorDiffResult, taylor_diff
 from lightning_goldy.analysis.result import Cost
-from lightning_goldy.analysis.taylor.terms import Expansion, Sums
+from lightning_goldy.analysis.taylor.taylor import Expansion, Sums
 from lightning_goldy.core import CausalLMObjective, ClassifierObjective, FunctionObjective, ParameterVector
 from lightning_goldy.core.autodiff import trainable_values
 from lightning_goldy.core.base import BaseParameters
