@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lightning_goldy import GoldyModule
 from lightning_goldy.core import HeadGates
 from lightning_goldy.data import AtlasDataModule
-from lightning_goldy.training import export
+from lightning_goldy.training import models as export
 from lightning_goldy.training.models import LoraOptions, PretrainedExport, pretrained_folder, write_pretrained
 from tests.references.models import build
 

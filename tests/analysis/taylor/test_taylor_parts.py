@@ -10,7 +10,7 @@ from torch.func import jvp
 
 from lightning_goldy.analysis import TaylorApproximation, TaylorDiffResult, taylor_diff
 from lightning_goldy.analysis.taylor import approximation as approximation_module
-from lightning_goldy.analysis.taylor import terms as terms_module
+from lightning_goldy.analysis.taylor import taylor as terms_module
 from lightning_goldy.analysis.taylor.approximation import batch_parts, logits_by_parts, parts_of_order
 from lightning_goldy.core import (
     CausalLMObjective,
