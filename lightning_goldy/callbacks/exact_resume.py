@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as L
-import numpy as np
-import torch
 
+from lightning_goldy.core.isolation import random_states, restore_random_states
 from lightning_goldy.core.sharding import Replicas
 
 
@@ -20,6 +18,7 @@ class ExactResume(L.Callback):
     the data loader must keep its position as well, as those of :mod:`lightning_goldy.data` do.
 
     Example:
+        >>> import torch
         >>> callback = ExactResume()
         >>> state = callback.state_dict()
         >>> first = torch.rand(2)
@@ -60,32 +59,3 @@ class ExactResume(L.Callback):
         if state is not None and fetcher is not None and loader is not None and not loader._state_dicts():
             restore_random_states(state)
             iter(fetcher)  # makes the iterators anew, as every epoch does
-
-
-def random_states() -> dict[str, Any]:
-    """The states of Python, NumPy, torch and all CUDA devices, in types that load under ``weights_only``."""
-    version, internal, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
-    return {
-        "python": [version, list(internal), gauss],
-        "numpy": [
-            name,
-            torch.from_numpy(np.asarray(keys).astype(np.int64)),
-            int(position),
-            int(has_gauss),
-            float(cached),
-        ],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else [],
-    }
-
-
-def restore_random_states(states: Mapping[str, Any]) -> None:
-    """Undoes :func:`random_states`."""
-    version, internal, gauss = states["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, position, has_gauss, cached = states["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(states["torch"].cpu())
-    if len(states["cuda"]) == torch.cuda.device_count() and states["cuda"]:
-        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])

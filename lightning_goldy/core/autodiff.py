@@ -13,7 +13,7 @@ from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from lightning_goldy.core.naming import canonical_name
+from lightning_goldy.core.naming import canonical_name, require_at_least
 from lightning_goldy.core.space import trainable_parameters
 
 # Attention scores held at a time: so many for each element of the queries, and not fewer than the second.
@@ -68,8 +68,7 @@ def directional_derivatives(
         >>> [float(d) for d in directional_derivatives(cube, {"x": torch.tensor(2.0)}, {"x": torch.tensor(1.0)}, 3)]
         [8.0, 12.0, 12.0, 6.0]
     """
-    if order < 0:
-        raise ValueError(f"order must be at least 0; got {order}")
+    require_at_least("order", order, 0)
     unknown = [name for name in direction if name not in parameters]
     if unknown:
         raise ValueError(f"the direction names {unknown[0]!r}, which is no parameter of the function")
@@ -168,9 +167,7 @@ class _Composed(TorchFunctionMode):
     """Replaces fused normalisations by what they are made of, and attention by attention in pieces."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        composed = _COMPOSED.get(func)
-        return (composed or func)(*args, **kwargs)
+        return _COMPOSED.get(func, func)(*args, **(kwargs or {}))
 
 
 def _layer_norm(

@@ -20,11 +20,20 @@ def split_batch(batch: Any) -> Iterator[Any]:
         >>> [part["x"].shape for part in split_batch({"x": torch.zeros(2, 3)})]
         [torch.Size([1, 3]), torch.Size([1, 3])]
     """
+    for index in range(batch_length(batch)):
+        yield map_batch(batch, itemgetter(slice(index, index + 1)))
+
+
+def batch_length(batch: Any) -> int:
+    """Number of samples of a batch.
+
+    Raises:
+        ValueError: The batch holds no tensor, or tensors of different lengths.
+    """
     shapes = [tuple(tensor.shape) for tensor in batch_tensors(batch)]
     if len({shape[:1] for shape in shapes}) != 1 or not shapes[0]:
         raise ValueError(f"a batch's tensors must share their first dimension; found shapes {shapes}")
-    for index in range(shapes[0][0]):
-        yield map_batch(batch, itemgetter(slice(index, index + 1)))
+    return shapes[0][0]
 
 
 def map_batch(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -12,6 +12,32 @@ import torch
 from torch import nn
 
 from lightning_goldy.core.sharding import local, unshard_guard
+
+
+def random_states() -> dict[str, Any]:
+    """The states of Python, NumPy, torch and all CUDA devices, in types that load under ``weights_only``."""
+    version, internal, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    words = torch.from_numpy(np.asarray(keys).astype(np.int64))
+    # Asking an uninitialised CUDA for its states would initialise it, which forked workers cannot survive.
+    ready = torch.cuda.is_available() and torch.cuda.is_initialized()
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [name, words, int(position), int(has_gauss), float(cached)],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if ready else [],
+    }
+
+
+def restore_random_states(states: Mapping[str, Any]) -> None:
+    """Undoes :func:`random_states`."""
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(states["torch"].cpu())
+    if len(states["cuda"]) == torch.cuda.device_count() and states["cuda"]:
+        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
 
 
 @contextmanager
@@ -25,17 +51,11 @@ def isolated_rng() -> Iterator[None]:
         >>> torch.equal(state, torch.get_rng_state())
         True
     """
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    # Asking an uninitialised CUDA for its states would initialise it, which forked workers cannot survive.
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    states = random_states()
     try:
         yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
+        restore_random_states(states)
 
 
 @contextmanager

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Literal, get_args
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_goldy.core.directions import random_direction
 from lightning_goldy.core.files import StoreError
-from lightning_goldy.core.naming import block_of, suggestion
+from lightning_goldy.core.naming import block_of, require_choice
 from lightning_goldy.core.selection import select_largest
 from lightning_goldy.core.sharding import gather, like, local, unshard_guard
 from lightning_goldy.core.space import ParameterSpace
@@ -30,8 +29,7 @@ def check_scope(scope: str) -> None:
     Raises:
         ValueError: The scope is unknown.
     """
-    if scope not in get_args(Scope):
-        raise ValueError(f"unknown scope {scope!r}; {suggestion(str(scope), get_args(Scope))}")
+    require_choice("scope", scope, get_args(Scope))
 
 
 def jaccard(first: ParameterVector, second: ParameterVector) -> float:
@@ -174,11 +172,7 @@ class ParameterMask(ParameterVector):
         for name, tensor in tensors.items():
             space.index(name)
             require_boolean(tensor, name)
-        empty = {
-            name: torch.zeros(shape, dtype=torch.bool)
-            for name, shape in zip(space.names, space.shapes, strict=True)
-            if name not in tensors
-        }
+        empty = {name: torch.zeros(space.shape(name), dtype=torch.bool) for name in space if name not in tensors}
         return cls(space, {**{name: tensor.to_dense() for name, tensor in tensors.items()}, **empty})
 
     @classmethod
@@ -344,7 +338,5 @@ class MaskedModel:
     def __enter__(self) -> MaskedModel:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.zero(None)

@@ -11,20 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_goldy.core.batches import batch_tensors, map_batch, split_batch
-
-__all__ = [
-    "IGNORE_INDEX",
-    "CausalLMObjective",
-    "ClassifierObjective",
-    "FunctionObjective",
-    "Objective",
-    "TargetLogits",
-    "accepts",
-    "batch_tensors",
-    "map_batch",
-    "split_batch",
-]
+from lightning_goldy.core.batches import batch_tensors as batch_tensors
+from lightning_goldy.core.batches import map_batch as map_batch
+from lightning_goldy.core.batches import split_batch
 
 IGNORE_INDEX = -100
 """The label that marks a position without a target (the Hugging Face convention)."""
@@ -79,7 +68,10 @@ class TargetLogits:
 
 @runtime_checkable
 class Objective(Protocol):
-    """What an analysis needs to know of a task; anything with these four methods serves."""
+    """What an analysis needs to know of a task; anything with these four methods serves.
+
+    A subclass needs the first alone: log-probabilities and losses are by default those of its logits.
+    """
 
     def logits_and_targets(self, model: nn.Module, batch: Any) -> TargetLogits:
         """Logits at target positions and their targets."""
@@ -87,18 +79,18 @@ class Objective(Protocol):
 
     def log_probs(self, model: nn.Module, batch: Any) -> Tensor:
         """Mean log-probability of each sample's targets, shape ``[B]``, nats."""
-        ...
+        return self.logits_and_targets(model, batch).log_probs()
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Mean negative log-probability over the target positions of the batch, a scalar, nats."""
-        ...
+        return self.logits_and_targets(model, batch).loss()
 
     def samples(self, batch: Any) -> Iterator[Any]:
         """The batch cut into batches of one sample."""
-        ...
+        return split_batch(batch)
 
 
-class CausalLMObjective:
+class CausalLMObjective(Objective):
     r"""Next-token prediction on Hugging Face batches.
 
     .. math:: \log p(\text{response} \mid \text{query}) = \frac{1}{|T|} \sum_{t \in T} \log p(x_t \mid x_{<t})
@@ -155,18 +147,6 @@ class CausalLMObjective:
             return TargetLogits(logits.flatten(0, 1), targets.flatten(), sample.flatten(), n_samples)
         return TargetLogits(logits[kept], targets[kept], sample[kept], n_samples)
 
-    def log_probs(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        """Mean log-probability of each sample's response tokens, shape ``[B]``, nats."""
-        return self.logits_and_targets(model, batch).log_probs()
-
-    def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        """Mean cross-entropy over the target tokens of the batch, a scalar, nats."""
-        return self.logits_and_targets(model, batch).loss()
-
-    def samples(self, batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        """The batch cut into batches of one sample."""
-        return split_batch(batch)
-
     @staticmethod
     def _labels(batch: Mapping[str, Any]) -> Tensor:
         if not isinstance(batch, Mapping) or "input_ids" not in batch:
@@ -182,7 +162,7 @@ class CausalLMObjective:
         return labels if mask is None else labels.masked_fill(mask == 0, IGNORE_INDEX)
 
 
-class ClassifierObjective:
+class ClassifierObjective(Objective):
     r"""Classification by any module: ``(x, y)`` batches, or dicts with ``labels``.
 
     .. math:: \log p(y \mid x) = \log \mathrm{softmax}(f(x))_y
@@ -220,20 +200,8 @@ class ClassifierObjective:
             raise ValueError(f"a batch of {len(labels)} samples has no target: every label is masked (-100)")
         return TargetLogits(logits[kept], labels[kept], kept.nonzero().flatten(), len(labels))
 
-    def log_probs(self, model: nn.Module, batch: Any) -> Tensor:
-        """Log-probability of each sample's label, shape ``[B]``, nats."""
-        return self.logits_and_targets(model, batch).log_probs()
 
-    def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """Mean cross-entropy over the batch, a scalar, nats."""
-        return self.logits_and_targets(model, batch).loss()
-
-    def samples(self, batch: Any) -> Iterator[Any]:
-        """The batch cut into batches of one sample."""
-        return split_batch(batch)
-
-
-class FunctionObjective:
+class FunctionObjective(Objective):
     """Any scalar loss as an objective.
 
     Args:
@@ -277,10 +245,6 @@ class FunctionObjective:
         if value.ndim:
             raise ValueError(f"the objective's function must return a scalar; got shape {tuple(value.shape)}")
         return value
-
-    def samples(self, batch: Any) -> Iterator[Any]:
-        """The batch cut into batches of one sample."""
-        return split_batch(batch)
 
 
 def accepts(model: nn.Module, argument: str) -> bool:

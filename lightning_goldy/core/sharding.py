@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -57,7 +57,7 @@ def like(reference: Tensor, part: Tensor) -> Tensor:
         reference.placements,
         run_check=False,
         shape=reference.shape,
-        stride=_contiguous_stride(reference.shape),
+        stride=tuple(math.prod(reference.shape[dimension + 1 :]) for dimension in range(reference.ndim)),
     )
 
 
@@ -122,10 +122,6 @@ def unshard_guard(module: nn.Module) -> None:
             reshard()
 
 
-def _contiguous_stride(shape: torch.Size) -> tuple[int, ...]:
-    return tuple(math.prod(shape[dimension + 1 :]) for dimension in range(len(shape)))
-
-
 @dataclass(frozen=True)
 class Replicas:
     """The processes that hold the same parameters and can share out samples, directions or pieces.
@@ -176,24 +172,14 @@ class Replicas:
         dist.all_gather_object(gathered, value)
         return gathered
 
-    def together(self, work: str) -> _Together:
+    @contextmanager
+    def together(self, work: str) -> Iterator[None]:
         """A context whose end every replica reaches, so that a failure on one does not leave the others waiting."""
-        return _Together(self, work)
-
-
-class _Together:
-    def __init__(self, replicas: Replicas, work: str) -> None:
-        self._replicas = replicas
-        self._work = work
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        failures = self._replicas.gather_objects(None if error is None else f"{type(error).__name__}: {error}")
-        if error is None:
-            for rank, failure in enumerate(failures):
-                if failure is not None:
-                    raise RuntimeError(f"{self._work} failed on rank {rank}: {failure}")
+        try:
+            yield
+        except BaseException as error:
+            self.gather_objects(f"{type(error).__name__}: {error}")
+            raise
+        for rank, failure in enumerate(self.gather_objects("")):
+            if failure:
+                raise RuntimeError(f"{work} failed on rank {rank}: {failure}")

@@ -16,8 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_goldy.core.files import StoreError, atomic_path, atomic_write
-from lightning_goldy.core.naming import model_class, suggestion
+from lightning_goldy.core.files import StoreError, atomic_path
+from lightning_goldy.core.files import atomic_write as atomic_write
+from lightning_goldy.core.naming import model_class, require_choice, suggestion
 from lightning_goldy.core.sharding import gather, scatter_like
 from lightning_goldy.core.space import ParameterSpace, SpaceError
 from lightning_goldy.core.vector import ParameterVector
@@ -76,19 +77,6 @@ FORMAT_VERSION = 1
 HEADER_KEY = "goldy"
 Kind = Literal["values", "direction", "mask", "result"]
 KINDS = get_args(Kind)
-
-__all__ = [
-    "StoreError",
-    "VectorHeader",
-    "atomic_path",
-    "atomic_write",
-    "fingerprint",
-    "load_vectors",
-    "pack_mask",
-    "read_header",
-    "save_vectors",
-    "unpack_mask",
-]
 
 
 @dataclass(frozen=True)
@@ -160,8 +148,7 @@ def save_vectors(
         >>> loaded["weight"].equal(mask["weight"]), header.encodings
         (True, ['bits', 'int32'])
     """
-    if kind not in KINDS:
-        raise ValueError(f"unknown kind {kind!r}; {suggestion(str(kind), KINDS)}")
+    require_choice("kind", kind, KINDS)
     stored: dict[str, Tensor] = {}
     storages: set[int] = set()
     encodings = []
@@ -227,7 +214,7 @@ def load_vectors(path: str | Path, module: nn.Module | None = None) -> tuple[Par
         if stored != set(space.names):
             different = sorted(stored ^ set(space.names))
             raise StoreError(f"{path}: header and tensors name different parameters, first {different[0]!r}")
-        references = _references(path, header, space, module)
+        references = {} if module is None else _references(path, header, space, module)
         tensors = {}
         for name, shape, encoding in zip(space.names, space.shapes, header.encodings, strict=True):
             raw = file.get_tensor(name)
@@ -303,11 +290,7 @@ def _check_fields(path: str | Path, header: VectorHeader) -> None:
     header.space()
 
 
-def _references(
-    path: str | Path, header: VectorHeader, space: ParameterSpace, module: nn.Module | None
-) -> dict[str, nn.Parameter]:
-    if module is None:
-        return {}
+def _references(path: Any, header: VectorHeader, space: ParameterSpace, module: nn.Module) -> dict[str, nn.Parameter]:
     if header.model_class != model_class(module):
         raise StoreError(f"{path}: written for {header.model_class}, the model is {model_class(module)}")
     try:

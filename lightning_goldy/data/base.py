@@ -75,12 +75,7 @@ class ResumableDataLoader(DataLoader):
 
 
 def make_loader(
-    samples: SampleSet,
-    *,
-    batch_size: int,
-    collate: PadCollator,
-    shuffle_seed: int | None = None,
-    num_workers: int = 0,
+    samples: SampleSet, *, batch_size: int, collate: PadCollator, shuffle_seed: int | None = None, num_workers: int = 0
 ) -> DataLoader:
     """A loader with a random generator of its own.
 
@@ -197,11 +192,6 @@ class ProbeDataModule(L.LightningDataModule, ABC):
         return self._loader(self.splits.probe)
 
     def _loader(self, samples: SampleSet, shuffle_seed: int | None = None) -> DataLoader:
-        collate = PadCollator(padding_id(self.tokenizer))
-        return make_loader(
-            samples,
-            batch_size=self.batch_size,
-            collate=collate,
-            shuffle_seed=shuffle_seed,
-            num_workers=self.num_workers,
-        )
+        collate, workers = PadCollator(padding_id(self.tokenizer)), self.num_workers
+        options = {"batch_size": self.batch_size, "shuffle_seed": shuffle_seed, "num_workers": workers}
+        return make_loader(samples, collate=collate, **options)

@@ -16,7 +16,7 @@ from lightning_goldy.analysis.result import AnalysisResult
 from lightning_goldy.core.architecture import Architecture, UnsupportedArchitectureError, describe_architecture
 from lightning_goldy.core.architecture.gates import BatchMismatchError
 from lightning_goldy.core.architecture.kernels import Attended, AttentionCall, AttentionKernelError, eager_attention
-from lightning_goldy.core.batches import batch_tensors, map_batch
+from lightning_goldy.core.batches import batch_length, map_batch
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import model_class
 from lightning_goldy.core.objective import Objective, accepts, left_padding_positions
@@ -326,18 +326,6 @@ class EntropyRecorder:
                     "its attention patterns cannot be read"
                 )
         return [self._entropies[block.index] for block in self._architecture.blocks]
-
-
-def batch_length(batch: Any) -> int:
-    """Number of samples of a batch.
-
-    Raises:
-        ValueError: The batch holds no tensor, or tensors of different lengths.
-    """
-    shapes = [tuple(tensor.shape) for tensor in batch_tensors(batch)]
-    if len({shape[:1] for shape in shapes}) != 1 or not shapes[0]:
-        raise ValueError(f"a batch's tensors must share their first dimension; found shapes {shapes}")
-    return shapes[0][0]
 
 
 def to_device_of(model: nn.Module, batch: Any) -> Any:

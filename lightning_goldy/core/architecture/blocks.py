@@ -131,8 +131,10 @@ class Block:
 
     Args:
         index: Position, from 0.
-        part: The block itself.
-        attention_part: The module that contains the attention function and the output projection.
+        name: Dotted name of the block.
+        module: The block.
+        attention_name: Dotted name of the attention module.
+        attention: The module that contains the attention function and the output projection.
         output: The attention output projection; its input is the concatenation of the heads.
         mlp_parts: What makes up the MLP, in order of call: one module in most families, ``fc1`` and ``fc2`` in OPT,
             ``intermediate`` and ``output`` (with the residual and its norm) in BERT.
@@ -142,33 +144,15 @@ class Block:
     """
 
     index: int
-    part: NamedModule
-    attention_part: NamedModule
+    name: str
+    module: nn.Module
+    attention_name: str
+    attention: nn.Module
     output: HeadProjection
     mlp_parts: tuple[NamedModule, ...]
     mlp_output_part: NamedModule
     n_key_value_heads: int
     query_key_value: QueryKeyValue | None
-
-    @property
-    def name(self) -> str:
-        """Dotted name of the block."""
-        return self.part.name
-
-    @property
-    def module(self) -> nn.Module:
-        """The block."""
-        return self.part.module
-
-    @property
-    def attention(self) -> nn.Module:
-        """The attention module, output projection included."""
-        return self.attention_part.module
-
-    @property
-    def attention_name(self) -> str:
-        """Dotted name of the attention module."""
-        return self.attention_part.name
 
     @property
     def attention_output(self) -> nn.Module:

@@ -14,10 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_goldy.core.architecture.blocks import (
-    Architecture,
-    UnsupportedArchitectureError,
-)
+from lightning_goldy.core.architecture.blocks import Architecture, UnsupportedArchitectureError
 from lightning_goldy.core.architecture.families import (
     FamilySpec,
     HeadCounts,
@@ -256,7 +253,8 @@ def _probed_spec(
     before = [event.stack[-1] for event in events[:at] if event.kind == "projection"]
     after = [event.stack[-1] for event in events[at:] if event.kind == "projection"]
     output = _attention_output(modules, block, after, counts)
-    attention = _common(caller[-1], output)
+    pairs = zip(caller[-1].split("."), output.split("."), strict=False)
+    attention = ".".join(one for one, other in takewhile(lambda pair: pair[0] == pair[1], pairs))  # what holds both
     outside = [name for name in before + after if not name.startswith(f"{attention}.")]
     if attention == block:
         outside = after[after.index(output) + 1 :]
@@ -285,12 +283,6 @@ def _attention_output(modules: Mapping[str, nn.Module], block: str, after: list[
             f"{block!r} runs {after.count(output)} times per forward: its depths share it"
         )
     return output
-
-
-def _common(first: str, second: str) -> str:
-    """The innermost module that contains both."""
-    parts = zip(first.split("."), second.split("."), strict=False)
-    return ".".join(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], parts))
 
 
 def _mlp_output(modules: Mapping[str, nn.Module], block: str, outside: list[str], residual: int) -> str:

@@ -123,48 +123,28 @@ def family_spec(config: Any) -> FamilySpec:
     return FAMILIES[config.model_type](config)
 
 
-@register_architecture("gpt2")
-def _gpt2(config: Any) -> FamilySpec:
-    return FamilySpec(
-        "h", "attn", "attn.c_proj", FusedProjection("attn.c_attn", "concatenated"), ("mlp",), "mlp.c_proj"
-    )
+_LLAMA = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
+_SEPARATE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_BERT = ("attention.self.query", "attention.self.key", "attention.self.value")
+_GPT2 = FusedProjection("attn.c_attn", "concatenated")
+_PHI3 = FusedProjection("self_attn.qkv_proj", "concatenated")
+_NEOX = FusedProjection("attention.query_key_value", "interleaved")
 
-
-@register_architecture("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
-def _llama(config: Any) -> FamilySpec:
-    separate = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    return FamilySpec("layers", "self_attn", "self_attn.o_proj", separate, ("mlp",), "mlp.down_proj")
-
-
-@register_architecture("phi3")
-def _phi3(config: Any) -> FamilySpec:
-    fused = FusedProjection("self_attn.qkv_proj", "concatenated")
-    return FamilySpec("layers", "self_attn", "self_attn.o_proj", fused, ("mlp",), "mlp.down_proj")
-
-
-@register_architecture("gpt_neox")
-def _gpt_neox(config: Any) -> FamilySpec:
-    fused = FusedProjection("attention.query_key_value", "interleaved")
-    return FamilySpec("layers", "attention", "attention.dense", fused, ("mlp",), "mlp.dense_4h_to_h")
-
-
-@register_architecture("phi")
-def _phi(config: Any) -> FamilySpec:
-    separate = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    return FamilySpec("layers", "self_attn", "self_attn.dense", separate, ("mlp",), "mlp.fc2")
-
-
-@register_architecture("opt")
-def _opt(config: Any) -> FamilySpec:
-    separate = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    return FamilySpec("decoder.layers", "self_attn", "self_attn.out_proj", separate, ("fc1", "fc2"), "fc2")
-
-
-@register_architecture("bert", "roberta")
-def _bert(config: Any) -> FamilySpec:
-    separate = ("attention.self.query", "attention.self.key", "attention.self.value")
-    mlp = ("intermediate", "output")
-    return FamilySpec("encoder.layer", "attention", "attention.output.dense", separate, mlp, "output.dense")
+for _types, _spec in (
+    (("gpt2",), FamilySpec("h", "attn", "attn.c_proj", _GPT2, ("mlp",), "mlp.c_proj")),
+    (_LLAMA, FamilySpec("layers", "self_attn", "self_attn.o_proj", _SEPARATE, ("mlp",), "mlp.down_proj")),
+    (("phi3",), FamilySpec("layers", "self_attn", "self_attn.o_proj", _PHI3, ("mlp",), "mlp.down_proj")),
+    (("gpt_neox",), FamilySpec("layers", "attention", "attention.dense", _NEOX, ("mlp",), "mlp.dense_4h_to_h")),
+    (("phi",), FamilySpec("layers", "self_attn", "self_attn.dense", _SEPARATE, ("mlp",), "mlp.fc2")),
+    (("opt",), FamilySpec("decoder.layers", "self_attn", "self_attn.out_proj", _SEPARATE, ("fc1", "fc2"), "fc2")),
+    (
+        ("bert", "roberta"),
+        FamilySpec(
+            "encoder.layer", "attention", "attention.output.dense", _BERT, ("intermediate", "output"), "output.dense"
+        ),
+    ),
+):
+    register_architecture(*_types)(lambda config, spec=_spec: spec)
 
 
 def canonical_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -313,10 +293,13 @@ def build_block(
     n_heads = _split(projection_width(output.module, "in"), counts.head_dim, output.name)
     projections = _query_key_value(modules, name, spec, n_heads, counts.head_dim)
     groups = projections.key.layout.n_heads if projections else counts.n_key_value_heads
+    attention = _named(modules, join_names(name, spec.attention))
     return Block(
         index=index,
-        part=_named(modules, name),
-        attention_part=_named(modules, join_names(name, spec.attention)),
+        name=name,
+        module=modules[name],
+        attention_name=attention.name,
+        attention=attention.module,
         output=_projection(output, HeadLayout(n_heads, counts.head_dim), "in"),
         mlp_parts=tuple(_named(modules, join_names(name, path)) for path in spec.mlp),
         mlp_output_part=_projection_at(modules, join_names(name, spec.mlp_output)),
