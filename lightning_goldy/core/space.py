@@ -5,11 +5,12 @@ from __future__ import annotations
 import fnmatch
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_goldy.core.naming import canonical_name, suggestion
 from lightning_goldy.core.sharding import unshard_guard
@@ -95,11 +96,13 @@ class ParameterSpace:
                 f"include={list(include)}, exclude={list(exclude)}, last_layers={last_layers} select none of the "
                 f"{len(parameters)} trainable parameters of {type(module).__name__}"
             )
-        return cls(
-            tuple(chosen),
-            tuple(parameter.shape for parameter in chosen.values()),
-            tuple(parameter.dtype for parameter in chosen.values()),
-        )
+        return cls.of_tensors(chosen)
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor]) -> ParameterSpace:
+        """The space of tensors by canonical name."""
+        values = tensors.values()
+        return cls(tuple(tensors), tuple(value.shape for value in values), tuple(value.dtype for value in values))
 
     @property
     def numel(self) -> int:
@@ -166,11 +169,11 @@ class ParameterSpace:
 
     def subspace(self, names: Iterable[str]) -> ParameterSpace:
         """The part with these names, in this space's order."""
-        wanted = {self.index(name) for name in names}
-        keep = [index for index in range(len(self)) if index in wanted]
-        return ParameterSpace(
-            tuple(self.names[i] for i in keep), tuple(self.shapes[i] for i in keep), tuple(self.dtypes[i] for i in keep)
-        )
+        keep = sorted({self.index(name) for name in names})
+        columns: list[Any] = [
+            tuple(column[index] for index in keep) for column in (self.names, self.shapes, self.dtypes)
+        ]
+        return ParameterSpace(*columns)
 
 
 def trainable_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -192,6 +192,5 @@ class ProbeDataModule(L.LightningDataModule, ABC):
         return self._loader(self.splits.probe)
 
     def _loader(self, samples: SampleSet, shuffle_seed: int | None = None) -> DataLoader:
-        collate, workers = PadCollator(padding_id(self.tokenizer)), self.num_workers
-        options = {"batch_size": self.batch_size, "shuffle_seed": shuffle_seed, "num_workers": workers}
-        return make_loader(samples, collate=collate, **options)
+        collate, size, workers = PadCollator(padding_id(self.tokenizer)), self.batch_size, self.num_workers
+        return make_loader(samples, batch_size=size, collate=collate, shuffle_seed=shuffle_seed, num_workers=workers)

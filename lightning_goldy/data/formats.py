@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from numbers import Integral
 from typing import Any, Literal, get_args
 
@@ -43,6 +43,7 @@ class SkippedRecord(Exception):  # noqa: N818, it is no error
     """A sound record that gives no piece; the text is the reason it is counted by."""
 
 
+@dataclass(eq=False)
 class Record:
     """One record and where it stands.
 
@@ -59,11 +60,10 @@ class Record:
         "peru.json, record 1 ('a'), field 'title': expected text; found 7"
     """
 
-    def __init__(self, row: Mapping[str, Any], source: str, label: str) -> None:
-        self.row = row
-        self.source = source
-        self.label = label
-        self.notes: Counter[str] = Counter()
+    row: Mapping[str, Any]
+    source: str
+    label: str
+    notes: Counter[str] = field(default_factory=Counter, init=False)
 
     @property
     def number(self) -> str:
@@ -73,7 +73,9 @@ class Record:
     def malformed(self, field: str, expected: str, found: object = None) -> RecordError:
         """The error for a field that is not what it should be."""
         problem = f"expected {expected}; found {shown(found)}"
-        return RecordError(f"{self.place(field)}, field {field!r}: {problem}", f"field {_family(field)!r}, {expected}")
+        # One reason for a fault, wherever in a list it stands.
+        family = re.sub(r"\[\d+\]", "[]", field)
+        return RecordError(f"{self.place(field)}, field {field!r}: {problem}", f"field {family!r}, {expected}")
 
     def place(self, field: str = "") -> str:
         """Where the record stands, with its id unless that is what is wrong."""
@@ -162,9 +164,9 @@ class Record:
 
     def _columns(self, value: Mapping[str, Any], field: str, columns: Sequence[str]) -> list[tuple[Any, ...]]:
         lists = [as_list(value.get(column)) for column in columns]
-        if any(each is None for each in lists):
-            raise self.malformed(field, f"the lists {', '.join(columns)}", value)
         found = [each for each in lists if each is not None]
+        if len(found) < len(lists):
+            raise self.malformed(field, f"the lists {', '.join(columns)}", value)
         if len({len(each) for each in found}) > 1:
             lengths = " and ".join(str(len(each)) for each in found)
             raise self.malformed(field, f"lists {', '.join(columns)} of one length", lengths)
@@ -202,11 +204,6 @@ def shown(value: object, length: int = 80) -> str:
         return "nothing"
     text = repr(value)
     return text if len(text) <= length else f"{text[: length - 3]}..."
-
-
-def _family(field: str) -> str:
-    # One reason for a fault, wherever in a list it stands.
-    return re.sub(r"\[\d+\]", "[]", field)
 
 
 def word(subject: str, relation: str, form: Form = "question") -> str:
@@ -310,11 +307,7 @@ def recognised(row: Mapping[str, Any], container: Container, source: str) -> str
 
 def has(*fields: str) -> Callable[[Mapping[str, Any], Container], bool]:
     """A test for a record that has all of these fields."""
-
-    def recognises(row: Mapping[str, Any], container: Container) -> bool:
-        return all(field in row for field in fields)
-
-    return recognises
+    return lambda row, container: all(field in row for field in fields)
 
 
 _NO_PARAGRAPH = "supporting sentence whose paragraph the context lacks"
@@ -488,14 +481,11 @@ def hop_question(question: str, answers: Sequence[str], form: Form = "question")
         >>> hop_question("When was #1 founded?", ["Oxford"]), hop_question("#1 >> spouse", ["Steve Hillage"])
         ('When was Oxford founded?', 'What is the spouse of Steve Hillage?')
     """
-
-    def answer_of(match: re.Match[str]) -> str:
-        number = int(match[1])
-        return answers[number - 1] if 1 <= number <= len(answers) else match[0]
+    replies = {f"#{number}": answer for number, answer in enumerate(answers, start=1)}
 
     def fill(text: str) -> str:
         # One pass, so that an answer with a '#' in it is not read as a reference.
-        return _REFERENCE.sub(answer_of, text).strip()
+        return _REFERENCE.sub(lambda match: replies.get(f"#{int(match[1])}", match[0]), text).strip()
 
     subject, arrow, relation = question.rpartition(">>")
     if arrow and subject.strip() and relation.strip():
@@ -549,9 +539,8 @@ def parse_atlas(record: Record, reading: Reading) -> list[KnowledgePiece]:
     pieces = []
     for hop, fact in enumerate(facts, start=1):
         subject, relation = fact.subject, fact.relation
-        question = fact.prompts[asked[relation]]
-        name = f"{subject}/{relation}"
-        pieces.append(KnowledgePiece(name, question, fact.answer, relation, subject, hop, stated[relation]))
+        asking = f"{subject}/{relation}", fact.prompts[asked[relation]], fact.answer
+        pieces.append(KnowledgePiece(*asking, relation, subject, hop, stated[relation]))
     return pieces + _two_hop(facts, asked, stated) if reading.whole_questions else pieces
 
 
@@ -565,8 +554,8 @@ def _two_hop(facts: list[Fact], asked: Mapping[str, int], stated: Mapping[str, s
         if bridge is not None and phrasing == asked[relation]:
             name = f"{subject}/{bridge.relation}/{relation}"
             support = f"{stated[bridge.relation]} {stated[relation]}"
-            piece = KnowledgePiece(name, question.prompt, question.answer, relation, subject, supporting_fact=support)
-            pieces.append(piece)
+            asking = name, question.prompt, question.answer
+            pieces.append(KnowledgePiece(*asking, relation, subject, supporting_fact=support))
     return pieces
 
 
@@ -574,6 +563,14 @@ def _phrasing(prompts: tuple[str, ...], form: Form) -> int:
     """The place of the first prompt that asks, or of the first that begins a sentence with the relation."""
     asks = [prompt.endswith("?") if form == "question" else prompt.startswith("The ") for prompt in prompts]
     return asks.index(True)
+
+
+def _is_piece(row: Mapping[str, Any], container: Container) -> bool:
+    return container != "csv" and {"question", "answer"} <= set(row)
+
+
+def _is_bamboogle(row: Mapping[str, Any], container: Container) -> bool:
+    return set(row) - {"id"} == {"Question", "Answer"}
 
 
 def _is_table_of_pieces(row: Mapping[str, Any], container: Container) -> bool:
@@ -599,41 +596,19 @@ _OWN = ", ".join(PIECE_FIELDS)
 _HOTPOT = "_id, question, answer, type, supporting_facts, context"
 _MUSIQUE = "id, question, answer, answerable, paragraphs, question_decomposition"
 
-FORMATS.register("jsonl")(
-    Format(
-        parse_piece,
-        lambda row, container: container != "csv" and {"question", "answer"} <= set(row),
-        _OWN,
-        repeated="error",
-    )
-)
-FORMATS.register("csv")(Format(parse_csv, _is_table_of_pieces, f"columns {_OWN}", repeated="error"))
-FORMATS.register("qa")(Format(parse_short, _is_short, "Question, answer (text or a list)"))
-FORMATS.register("bamboogle")(
-    Format(parse_bamboogle, lambda row, _: set(row) - {"id"} == {"Question", "Answer"}, "Question, Answer")
-)
-FORMATS.register("wikihop")(
-    Format(parse_wikihop, has("query", "candidates"), "id, query, answer, candidates, supports", relations=True)
-)
-FORMATS.register("hotpotqa")(Format(parse_hotpotqa, _is_hotpotqa, _HOTPOT))
-FORMATS.register("2wikimultihopqa")(
-    Format(
-        parse_2wiki,
-        has("question", "context", "evidences"),
-        f"{_HOTPOT}, evidences",
-        whole_questions=True,
-        relations=True,
-    )
-)
-FORMATS.register("musique")(
-    Format(parse_musique, has("question", "paragraphs"), _MUSIQUE, whole_questions=False, relations=True)
-)
-FORMATS.register("atlas")(
-    Format(
-        parse_atlas,
-        lambda _, container: container == "atlas",
-        "none, it is embedded",
-        whole_questions=False,
-        relations=True,
-    )
-)
+_TWO_WIKI = f"{_HOTPOT}, evidences"
+_WIKIHOP = "id, query, answer, candidates, supports"
+_ATLAS = "none, it is embedded"
+
+for _name, _format in {
+    "jsonl": Format(parse_piece, _is_piece, _OWN, repeated="error"),
+    "csv": Format(parse_csv, _is_table_of_pieces, f"columns {_OWN}", repeated="error"),
+    "qa": Format(parse_short, _is_short, "Question, answer (text or a list)"),
+    "bamboogle": Format(parse_bamboogle, _is_bamboogle, "Question, Answer"),
+    "wikihop": Format(parse_wikihop, has("query", "candidates"), _WIKIHOP, relations=True),
+    "hotpotqa": Format(parse_hotpotqa, _is_hotpotqa, _HOTPOT),
+    "2wikimultihopqa": Format(parse_2wiki, has("question", "context", "evidences"), _TWO_WIKI, True, relations=True),
+    "musique": Format(parse_musique, has("question", "paragraphs"), _MUSIQUE, False, relations=True),
+    "atlas": Format(parse_atlas, lambda _, container: container == "atlas", _ATLAS, False, relations=True),
+}.items():
+    FORMATS.register(_name)(_format)

@@ -221,19 +221,19 @@ def write_pieces(pieces: Iterable[KnowledgePiece], path: str | Path) -> Path:
     return atomic_write(path, "".join(lines))
 
 
+@dataclass
 class _Collector:
     """Pieces so far, and what was left out."""
 
-    def __init__(self, chosen: Format, reading: Reading, on_malformed: OnMalformed) -> None:
-        self.chosen = chosen
-        self.reading = reading
-        self.on_malformed = on_malformed
-        self.pieces: list[KnowledgePiece] = []
-        self.skipped: Counter[str] = Counter()
-        self.incomplete: Counter[str] = Counter()
-        self.records = 0
-        self._ids: dict[str, str] = {}
-        self._questions: dict[str, tuple[str, str]] = {}
+    chosen: Format
+    reading: Reading
+    on_malformed: OnMalformed
+    pieces: list[KnowledgePiece] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
+    incomplete: Counter[str] = field(default_factory=Counter)
+    records: int = 0
+    _ids: dict[str, str] = field(default_factory=dict)
+    _questions: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def add(self, entry: Entry) -> bool:
         """Takes a record in; whether it gave a piece."""
@@ -243,13 +243,10 @@ class _Collector:
                 raise entry
             pieces = self.chosen.parse(entry, self.reading)
             self._check(pieces, entry)
-        except SkippedRecord as reason:
-            self.skipped[str(reason)] += 1
-            return False
-        except RecordError as error:
-            if self.on_malformed == "error":
+        except (SkippedRecord, RecordError) as error:
+            if isinstance(error, RecordError) and self.on_malformed == "error":
                 raise
-            self.skipped[error.reason] += 1
+            self.skipped[error.reason if isinstance(error, RecordError) else str(error)] += 1
             return False
         kept = sum([self._keep(piece, entry.label) for piece in pieces])
         if kept:

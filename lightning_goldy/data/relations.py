@@ -157,9 +157,8 @@ class Fact:
 
     def questions(self, phrasing: Phrasing = "train") -> list[Question]:
         """The fact as one-hop questions."""
-        return [
-            Question(prompt, self.answer, self) for prompt in _phrased(self.prompts, self.held_out_prompt, phrasing)
-        ]
+        prompts = _phrased(self.prompts, self.held_out_prompt, phrasing)
+        return [Question(prompt, self.answer, self) for prompt in prompts]
 
 
 @dataclass(frozen=True)
@@ -197,11 +196,8 @@ def country_facts(countries: Sequence[Country] | None = None) -> list[Fact]:
         >>> fact.subject, fact.relation, fact.answer, fact.held_out_prompt
         ('Afghanistan', 'capital', 'Kabul', 'Name the capital of Afghanistan.')
     """
-    return [
-        _fact(country, relation)
-        for country in (load_countries() if countries is None else countries)
-        for relation in RELATIONS
-    ]
+    countries = load_countries() if countries is None else countries
+    return [_fact(country, relation) for country in countries for relation in RELATIONS]
 
 
 def one_hop_questions(facts: Iterable[Fact], phrasing: Phrasing = "train") -> list[Question]:

@@ -49,11 +49,7 @@ def pack(
         [1, 2, 0, 3, 0]
     """
     _check_blocks(block_size, last_block)
-    parts = [
-        part
-        for document in documents
-        for part in (np.asarray(document, np.int32), np.asarray([eos_token_id], np.int32))
-    ]
+    parts = [np.asarray(part, np.int32) for document in documents for part in (document, [eos_token_id])]
     stream = np.concatenate(parts) if parts else np.empty(0, np.int32)
     if len(stream) < block_size:
         raise ValueError(

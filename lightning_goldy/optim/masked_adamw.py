@@ -22,6 +22,8 @@ from lightning_goldy.core.store import require_boolean
 _CACHED = 1 << 19
 _BATCHED = 1 << 24
 
+_PASSED = ("foreach", "capturable", "fused", "amsgrad", "maximize", "weight_decay", "eps")
+
 
 @dataclass
 class Part:
@@ -46,10 +48,19 @@ class Part:
     mask: Tensor | None
     step: Tensor
 
+    def tensors(self, *others: str) -> dict[str, Tensor]:
+        """What it has of the parameter's shape, by name, and of others."""
+        names = ("parameter", "gradient", "first", "second", "largest", *others)
+        return {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
+
+    def copied(self, values: Tensor) -> Part:
+        """A copy with other values; the fused step divides even the gradient by the scaler's factor in place."""
+        copies = {name: tensor.clone() for name, tensor in self.tensors("step").items() if name != "parameter"}
+        return replace(self, parameter=values, **copies)
+
     def split(self, size: int) -> Iterator[Part]:
         """The part in stretches of at most so many elements; the steps are copies."""
-        names = ("parameter", "gradient", "first", "second", "largest", *(() if self.has_indices else ("mask",)))
-        tensors = {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
+        tensors = self.tensors(*(() if self.has_indices else ("mask",)))
         if self.parameter.numel() <= size or not all(tensor.is_contiguous() for tensor in tensors.values()):
             yield replace(self, step=self.step.clone())
             return
@@ -139,8 +150,7 @@ class Settings:
             beta2=beta2,
             grad_scale=self.grad_scale,
             found_inf=self.found_inf,
-            **{name: self.group[name] for name in ("foreach", "capturable", "fused", "amsgrad", "maximize")},
-            **{name: self.group[name] for name in ("weight_decay", "eps")},
+            **{name: self.group[name] for name in _PASSED},
         )
 
     def advance(self, parts: Sequence[Part]) -> None:
@@ -222,7 +232,7 @@ def _mixed_step(parts: list[Part], settings: Settings, inside: float, outside: f
     # Torch steps at a rate that is not 0; ``values`` become what the other rate makes of the elements.
     main, other = (inside, outside) if inside else (outside, inside)
     if other and not settings.splits_in_two:
-        settings.step([_copied(part, value) for part, value in zip(parts, values, strict=True)], other)
+        settings.step([part.copied(value) for part, value in zip(parts, values, strict=True)], other)
     settings.step(parts, main)
     if other and settings.splits_in_two:
         denominators = settings.denominators([part.squares for part in parts], parts, roots)
@@ -250,13 +260,6 @@ def _indexed_step(parts: list[Part], settings: Settings, inside: float, outside:
         for part, values in zip(parts, before, strict=True):
             assert part.mask is not None
             part.parameter.view(-1).scatter_(0, part.mask, values)
-
-
-def _copied(part: Part, values: Tensor) -> Part:
-    # The fused step divides the gradient by the scaler's factor in place.
-    gradient, first, second = (tensor.clone() for tensor in (part.gradient, part.first, part.second))
-    largest = None if part.largest is None else part.largest.clone()
-    return Part(values, gradient, first, second, largest, part.mask, part.step.clone())
 
 
 def _batches(parts: Sequence[Part], settings: Settings) -> Iterator[list[Part]]:
@@ -339,10 +342,14 @@ class MaskedAdamW(torch.optim.AdamW):
         if options.pop("differentiable", False):
             raise ValueError("differentiable=True is not supported: elements are chosen in place")
         _check_rates(self._own_rates, "")
-        groups = list(named_parameters)
-        super().__init__(
-            groups, lr=max(lr_inside, lr_outside), betas=betas, eps=eps, weight_decay=weight_decay, **options
-        )
+        options = {
+            "lr": max(lr_inside, lr_outside),
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            **options,
+        }
+        super().__init__(list(named_parameters), **options)
         self.defaults.update(self._own_rates)
         if mask is not None:
             self.set_mask(mask)
@@ -405,11 +412,7 @@ class MaskedAdamW(torch.optim.AdamW):
         if self._masks is None:
             return None
         held = {name: parameter for name, parameter in self._named() if parameter in self._masks}
-        space = ParameterSpace(
-            tuple(held),
-            tuple(parameter.shape for parameter in held.values()),
-            tuple(parameter.dtype for parameter in held.values()),
-        )
+        space = ParameterSpace.of_tensors(held)
         layout = {}
         for name, parameter in held.items():
             stored = self._masks[parameter]
@@ -446,8 +449,7 @@ class MaskedAdamW(torch.optim.AdamW):
         present = [{name: group[name] for name in _RATES} for group in self.param_groups]
         super().load_state_dict(state_dict)
         for group, rates in zip(self.param_groups, present, strict=True):
-            for name, rate in rates.items():
-                group.setdefault(name, rate)
+            group.update({**rates, **group})
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_masks": self._masks, "_own_rates": self._own_rates}
@@ -488,15 +490,8 @@ class MaskedAdamW(torch.optim.AdamW):
     def _local(self, group: dict[str, Any], parameter: Tensor) -> Part:
         """The same of this process's part of the parameter, with the mask."""
         whole = self._whole(group, parameter)
-        return Part(
-            local(parameter),
-            local(align(whole.gradient, parameter)),
-            local(whole.first),
-            local(whole.second),
-            None if whole.largest is None else local(whole.largest),
-            (self._masks or {}).get(parameter),
-            whole.step,
-        )
+        parts = {name: local(align(tensor, parameter)) for name, tensor in whole.tensors().items()}
+        return replace(whole, mask=(self._masks or {}).get(parameter), **parts)
 
     def _named(self) -> Iterator[tuple[str, Tensor]]:
         for group in self.param_groups:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -69,10 +69,7 @@ class OptimizerOptions:
             raise ValueError(f"optimizer.betas must be two numbers in [0, 1); got {self.betas}")
         if not self.eps > 0:
             raise ValueError(f"optimizer.eps must be positive; got {self.eps}")
-        if self.name not in get_args(OptimizerName):
-            raise ValueError(
-                f"unknown optimizer.name {self.name!r}; choose one of {', '.join(get_args(OptimizerName))}"
-            )
+        _require_one_of("optimizer.name", self.name, get_args(OptimizerName))
         for field, rate in zip(("lr_inside", "lr_outside"), self.rates, strict=True):
             if not 0 <= rate < math.inf:
                 raise ValueError(f"optimizer.{field} must be a finite number, not negative; got {rate}")
@@ -109,8 +106,7 @@ class ScheduleOptions:
     final_fraction: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.name not in get_args(ScheduleName):
-            raise ValueError(f"unknown schedule.name {self.name!r}; choose one of {', '.join(get_args(ScheduleName))}")
+        _require_one_of("schedule.name", self.name, get_args(ScheduleName))
         if self.warmup_steps is not None and self.warmup_fraction is not None:
             raise ValueError(
                 f"give schedule.warmup_steps or schedule.warmup_fraction, not both; "
@@ -142,6 +138,11 @@ class ScheduleOptions:
                 "steps; shorten the warm-up or train longer"
             )
         return self.warmup_steps
+
+
+def _require_one_of(what: str, value: str, names: Sequence[str]) -> None:
+    if value not in names:
+        raise ValueError(f"unknown {what} {value!r}; choose one of {', '.join(names)}")
 
 
 def options_of(kind: type[Options], argument: str, value: Options | Mapping[str, Any]) -> Options:
@@ -185,8 +186,7 @@ def optimizer_options(
         'golden'
     """
     if isinstance(value, str):
-        if value not in get_args(OptimizerName):
-            raise ValueError(f"unknown optimizer {value!r}; choose one of {', '.join(get_args(OptimizerName))}")
+        _require_one_of("optimizer", value, get_args(OptimizerName))
         value = {"name": value}
     fields = vars(value) if isinstance(value, OptimizerOptions) else value
     if mask is not None and isinstance(fields, Mapping):
@@ -255,20 +255,16 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]
         >>> [(group["weight_decay"], len(group["params"])) for group in groups]
         [(0.1, 1), (0.0, 3)]
     """
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+    decays: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     norms = {name for name, child in module.named_modules() if "norm" in type(child).__name__.lower()}
     for name, parameter in module.named_parameters():
-        if not parameter.requires_grad:
-            continue
         owner, _, leaf = name.rpartition(".")
-        exempt = parameter.ndim < 2 or leaf.endswith("bias") or owner in norms
-        (plain if exempt else decayed).append(parameter)
-    if not decayed and not plain:
+        if parameter.requires_grad:
+            decays[parameter.ndim >= 2 and not leaf.endswith("bias") and owner not in norms].append(parameter)
+    if not any(decays.values()):
         total = sum(1 for _ in module.parameters())
         raise ValueError(f"{type(module).__name__} has no trainable parameter: all {total} have requires_grad=False")
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    return [{"params": held, "weight_decay": weight_decay if on else 0.0} for on, held in decays.items() if held]
 
 
 def build_optimizer(module: nn.Module, options: OptimizerOptions) -> torch.optim.AdamW:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
-from itertools import takewhile
-from typing import Any, Literal
+from itertools import product, takewhile
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -71,10 +70,7 @@ def describe_architecture(model: nn.Module, *, sample_batch: Any = None) -> Arch
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    return _describe(canonical_modules(model), sample_batch)
-
-
-def _describe(modules: Mapping[str, nn.Module], sample_batch: Any) -> Architecture:
+    modules = canonical_modules(model)
     # Every submodule of a Hugging Face model may carry a configuration; the outermost comes first.
     found = ((name, _configuration(module)) for name, module in modules.items())
     configured = [(name, config) for name, config in found if config is not None]
@@ -101,8 +97,7 @@ def _configuration(module: nn.Module) -> Any:
     return config if isinstance(getattr(config, "model_type", None), str) else None
 
 
-@dataclass(frozen=True)
-class _Event:
+class _Event(NamedTuple):
     """Attention was computed, or a projection called, inside these nested modules (names, outermost first)."""
 
     kind: Literal["attention", "projection"]
@@ -159,20 +154,8 @@ def probe_architecture(
 
     The blocks are the list of modules of one class that holds most parameters. In each, the attention output projection
     is the first projection of input width heads x head_dim called after attention is computed, and the MLP output
-    projection is the last one outside attention that writes to the residual stream.
-
-    Args:
-        modules: From :func:`~lightning_goldy.core.architecture.families.canonical_modules`.
-        owner: Name of the module to call.
-        config: Its configuration, or None.
-        family: What to call it.
-        sample_batch: A mapping, tuple or tensor that it eats; None builds token ids.
-
-    Returns:
-        The architecture; ``query_key_value`` is None in blocks whose projections are fused or unusually named.
-
-    Raises:
-        UnsupportedArchitectureError: A part could not be found, or the forward pass failed.
+    projection is the last one outside attention that writes to the residual stream. ``query_key_value`` is None in
+    blocks whose projections are fused or unusually named.
     """
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     block_list = _find_blocks(modules, owner)
@@ -254,7 +237,7 @@ def _probed_spec(
     after = [event.stack[-1] for event in events[at:] if event.kind == "projection"]
     output = _attention_output(modules, block, after, counts)
     pairs = zip(caller[-1].split("."), output.split("."), strict=False)
-    attention = ".".join(one for one, other in takewhile(lambda pair: pair[0] == pair[1], pairs))  # what holds both
+    attention = ".".join(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))  # what holds both
     outside = [name for name in before + after if not name.startswith(f"{attention}.")]
     if attention == block:
         outside = after[after.index(output) + 1 :]
@@ -309,14 +292,12 @@ def _usual_projections(
     modules: Mapping[str, nn.Module], block: str, before: list[str], counts: HeadCounts
 ) -> tuple[str, str, str] | None:
     """Separate projections with usual names and the right widths; a fused layout cannot be told from outside."""
-    for names in _USUAL_NAMES:
-        for first in before:
-            parent, _, last = first.rpartition(".")
-            paths = [f"{parent}.{name}" for name in names]
-            if last != names[0] or not all(path in before for path in paths):
-                continue
+    for names, first in product(_USUAL_NAMES, before):
+        parent, _, last = first.rpartition(".")
+        paths = [f"{parent}.{name}" for name in names]
+        if last == names[0] and all(path in before for path in paths):
             query, key, value = (projection_width(modules[path], "out") for path in paths)
             if query == counts.n_heads * counts.head_dim and key == value and query % key == 0 == key % counts.head_dim:
-                inside = len(block) + 1
-                return (paths[0][inside:], paths[1][inside:], paths[2][inside:])
+                first, second, third = (path[len(block) + 1 :] for path in paths)
+                return first, second, third
     return None

@@ -123,6 +123,10 @@ def family_spec(config: Any) -> FamilySpec:
     return FAMILIES[config.model_type](config)
 
 
+def _constant(spec: FamilySpec) -> Family:
+    return lambda config: spec
+
+
 _LLAMA = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
 _SEPARATE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _BERT = ("attention.self.query", "attention.self.key", "attention.self.value")
@@ -144,7 +148,7 @@ for _types, _spec in (
         ),
     ),
 ):
-    register_architecture(*_types)(lambda config, spec=_spec: spec)
+    register_architecture(*_types)(_constant(_spec))
 
 
 def canonical_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -309,33 +313,21 @@ def build_block(
 
 
 def read_registered(modules: Mapping[str, nn.Module], owner: str, *, config: Any, spec: FamilySpec) -> Architecture:
-    """The architecture of a registered family.
-
-    Args:
-        modules: From :func:`canonical_modules`.
-        owner: Name of the module that carries the configuration.
-        config: Its configuration.
-        spec: Where the parts of its family are.
-
-    Raises:
-        UnsupportedArchitectureError: The model does not have the parts that its family should have.
-    """
+    """The architecture of a registered family; its owner is the module that carries the configuration."""
     counts = spec.heads or head_counts(config)
     if counts is None:
         raise UnsupportedArchitectureError("its configuration does not tell the number of heads and their width")
-    name = _block_list(modules, owner, spec)
+    lists = (
+        name
+        for name, module in modules.items()
+        if name.startswith(inside_prefix(owner)) and f".{name}".endswith(f".{spec.blocks}")
+        if isinstance(module, nn.ModuleList) and f"{name}.0.{spec.output}" in modules
+    )
+    name = next(lists, None)
+    if name is None:
+        raise UnsupportedArchitectureError(f"there is no list {spec.blocks!r} of blocks with {spec.output!r}")
     blocks = tuple(
         build_block(modules, join_names(name, child), index=index, spec=spec, counts=counts)
         for index, child in enumerate(modules[name]._modules)
     )
-    return Architecture(
-        config.model_type, "registry", blocks, counts.n_heads, counts.n_key_value_heads, counts.head_dim
-    )
-
-
-def _block_list(modules: Mapping[str, nn.Module], owner: str, spec: FamilySpec) -> str:
-    for name, module in modules.items():
-        inside = name.startswith(inside_prefix(owner)) and f".{name}".endswith(f".{spec.blocks}")
-        if inside and isinstance(module, nn.ModuleList) and f"{name}.0.{spec.output}" in modules:
-            return name
-    raise UnsupportedArchitectureError(f"there is no list {spec.blocks!r} of blocks with {spec.output!r}")
+    return Architecture(config.model_type, "registry", blocks, *vars(counts).values())
