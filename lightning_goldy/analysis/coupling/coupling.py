@@ -34,7 +34,7 @@ from lightning_goldy.analysis.coupling.pieces import (
     selected_parameters,
 )
 from lightning_goldy.analysis.coupling.result import ROWS, CouplingResult, cosines_of_gram
-from lightning_goldy.analysis.result import Cost
+from lightning_goldy.analysis.result import Cost, total_cost
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import block_of
 from lightning_goldy.core.objective import CausalLMObjective, Objective
@@ -93,7 +93,7 @@ class CouplingRun:
             StoreError: The workspace is of another run.
         """
         replicas = self.replicas
-        with self.capture.attached():
+        with self.capture.attached() as passes_made:
             with replicas.together("a first piece"):
                 footprint = self.passes.probe()
             store, blocks = self._planned(footprint)
@@ -111,7 +111,7 @@ class CouplingRun:
         if not store.shared and replicas.size > 1:
             matrix = replicas.sum_(result.matrix.to(self.capture.device))
             result = result._replace(matrix=matrix.cpu())
-        return result._replace(cost=sum(replicas.gather_objects(self.capture.cost), Cost()))
+        return result._replace(cost=total_cost(replicas, passes_made()))
 
     def _planned(self, footprint: Footprint) -> tuple[BlockStore, list[list[int]]]:
         """Where rows go, and which pieces make a block; the same on every rank."""
@@ -402,15 +402,10 @@ def layer_gradient_norms(
         device = next(model.parameters()).device
         for sample in samples.samples:
             log_prob = objective.log_probs(model, joined_batch([sample], device)).sum()
-            for block, square in _squares(log_prob, parameters).items():
+            gradients = torch.autograd.grad(log_prob, list(parameters.values()), materialize_grads=True)
+            squares = dict.fromkeys(map(block_of, parameters), 0.0)
+            for name, gradient in zip(parameters, gradients, strict=True):
+                squares[block_of(name)] += float(gradient.double().square().sum())
+            for block, square in squares.items():
                 columns.setdefault(block, []).append(square**0.5)
     return {block: torch.tensor(values, dtype=torch.float64) for block, values in columns.items()}
-
-
-def _squares(log_prob: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, float]:
-    gradients = torch.autograd.grad(log_prob, list(parameters.values()), materialize_grads=True)
-    squares: dict[str, float] = {}
-    for name, gradient in zip(parameters, gradients, strict=True):
-        block = block_of(name)
-        squares[block] = squares.get(block, 0.0) + float(gradient.double().square().sum())
-    return squares

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from lightning_goldy.analysis.coupling.blocks import Block, BlockStore
 from lightning_goldy.analysis.coupling.gram import Projection, RowBuffer, Rows, squared_norms, without_empty_rows
 from lightning_goldy.analysis.coupling.pieces import PieceSamples, joined_batch, sample_length, signature
-from lightning_goldy.analysis.result import Cost
+from lightning_goldy.analysis.result import Cost, counted_passes
 from lightning_goldy.core.batches import batch_tensors
-from lightning_goldy.core.naming import canonical_name, model_class, suggestion
+from lightning_goldy.core.naming import canonical_name, model_class, require_choice
 from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.outer_products import exact_products, linear_layers
 from lightning_goldy.core.sharding import Replicas, gather, is_sharded, local, unshard_guard
 
+T = TypeVar("T")
 OnError = Literal["raise", "nan"]
 Progress = Callable[[int, int], None]
 RECOVERABLE = (ValueError, IndexError, RuntimeError)
@@ -54,13 +55,7 @@ class RunOptions:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}; got {value}")
-        check_on_error(self.on_error)
-
-
-def check_on_error(on_error: str) -> None:
-    """Raises a ValueError for what is not one of :data:`OnError`."""
-    if on_error not in get_args(OnError):
-        raise ValueError(f"unknown on_error {on_error!r}; {suggestion(str(on_error), get_args(OnError))}")
+        require_choice("on_error", self.on_error, get_args(OnError))
 
 
 class CouplingError(ValueError):
@@ -134,27 +129,17 @@ class Passes:
     def _captured(self, indices: list[int], kept: torch.device, done: int, total: int) -> Block:
         block = Block()
         buffers = {name: RowBuffer(len(indices), kept) for name in self.names}
-        pending = shared_passes(indices, self._fits)[::-1]
-        while pending:
-            chunk = pending.pop()
-            try:
-                batch = joined_batch([self.samples[index] for index in chunk], self.capture.device)
-                log_probs, rows = self.capture.run(batch, len(chunk))
-            except torch.OutOfMemoryError:
-                if len(chunk) == 1 or self.options.chunk_size != "auto":
-                    raise
-                torch.cuda.empty_cache()
-                self.tokens = max(1, self.tokens // 2)
-                pending += [chunk[len(chunk) // 2 :], chunk[: len(chunk) // 2]]
-            except CouplingError:
-                raise
-            except RECOVERABLE as error:
-                if len(chunk) > 1:
-                    pending += [[index] for index in chunk[::-1]]
-                    continue
-                block.failures[chunk[0]] = self.failed(chunk[0], str(error), error)
+
+        def run(chunk: list[int]) -> tuple[Tensor, dict[str, Rows]]:
+            batch = joined_batch([self.samples[index] for index in chunk], self.capture.device)
+            return self.capture.run(batch, len(chunk))
+
+        halve = self._halve if self.options.chunk_size == "auto" else None
+        for chunk, outcome in made_passes(indices, self._fits, run, on_memory=halve):
+            if isinstance(outcome, Exception):
+                block.failures[chunk[0]] = self.failed(chunk[0], str(outcome), outcome)
             else:
-                self._add(block, buffers, chunk, log_probs, rows)
+                self._add(block, buffers, chunk, *outcome)
             if self.progress is not None:
                 self.progress(done + len(block.indices) + len(block.failures), total)
         if block.indices:
@@ -185,6 +170,10 @@ class Passes:
         for name, part in rows.items():
             buffers[name].add(part)
 
+    def _halve(self) -> None:
+        torch.cuda.empty_cache()
+        self.tokens = max(1, self.tokens // 2)
+
     def _fits(self, chunk: list[int], index: int) -> bool:
         if not self.capture.batched or signature(self.samples[chunk[0]]) != signature(self.samples[index]):
             return False
@@ -211,15 +200,50 @@ def _reason(log_prob: float, squares: Tensor, names: Sequence[str]) -> str:
     return ""
 
 
-def shared_passes(indices: Sequence[int], fits: Callable[[list[int], int], bool]) -> list[list[int]]:
-    """Cuts pieces into passes of neighbours; ``fits`` says whether a pass takes one piece more."""
+def made_passes(
+    indices: Sequence[int],
+    fits: Callable[[list[int], int], bool],
+    run: Callable[[list[int]], T],
+    *,
+    on_memory: Callable[[], None] | None = None,
+) -> Iterator[tuple[list[int], T | Exception]]:
+    """Cuts pieces into passes of neighbours and makes them; a pass that fails is made again piece by piece.
+
+    Args:
+        indices: The pieces.
+        fits: Whether a pass takes one piece more.
+        run: Makes a pass.
+        on_memory: Called where the memory did not suffice for a pass, which is halved; None lets that be an error.
+
+    Yields:
+        Of each pass its pieces and what came of it: an error of one piece alone.
+    """
     chunks: list[list[int]] = []
     for index in indices:
         if chunks and fits(chunks[-1], index):
             chunks[-1].append(index)
         else:
             chunks.append([index])
-    return chunks
+    pending = chunks[::-1]
+    while pending:
+        chunk = pending.pop()
+        outcome: T | Exception
+        try:
+            outcome = run(chunk)
+        except torch.OutOfMemoryError:
+            if len(chunk) == 1 or on_memory is None:
+                raise
+            on_memory()
+            pending += [chunk[len(chunk) // 2 :], chunk[: len(chunk) // 2]]
+            continue
+        except CouplingError:
+            raise
+        except RECOVERABLE as error:
+            if len(chunk) > 1:
+                pending += [[index] for index in chunk[::-1]]
+                continue
+            outcome = error
+        yield chunk, outcome
 
 
 def run_settings(capture: Capture, pieces: PieceSamples, options: RunOptions) -> dict[str, str]:
@@ -231,10 +255,7 @@ def run_settings(capture: Capture, pieces: PieceSamples, options: RunOptions) ->
         options: Of the run.
     """
     device, model, objective = capture.device.type, capture.model, capture.objective
-    names, function = (
-        list(capture.parameters),
-        getattr(getattr(capture.objective, "function", None), "__qualname__", ""),
-    )
+    names, function = list(capture.parameters), getattr(getattr(objective, "function", None), "__qualname__", "")
     random = f"{options.projection} dimensions with seed {options.seed}"
     return {
         "pieces": f"{len(pieces.samples)} with hash {_pieces_hash(pieces)}",
@@ -321,8 +342,6 @@ class Capture:
         self._batched, self._count = True, 1
         self.precision = torch.float32
         """What products of rows are made in; known after the probe."""
-        self.cost = Cost()
-        """Passes of this process so far, those that were made to their end."""
         self._freeze(self.direct)
 
     @property
@@ -336,14 +355,12 @@ class Capture:
         return self._batched and not self.direct and all(tap.batch_first for tap in self._taps.values())
 
     @contextmanager
-    def attached(self) -> Iterator[None]:
-        """With hooks on the layers."""
+    def attached(self) -> Iterator[Callable[[], Cost]]:
+        """With hooks on the layers, and one that counts the passes of this process."""
         with ExitStack() as stack:
-            # The objective may fail when the model has run.
-            stack.callback(self.model.register_forward_hook(self._count_pass).remove)
             for tap in self._taps.values():
-                stack.callback(tap.module.register_forward_hook(tap.hook, with_kwargs=True).remove)
-            yield
+                stack.enter_context(tap.module.register_forward_hook(tap.hook, with_kwargs=True))
+            yield stack.enter_context(counted_passes(self.model, lambda: self._count))
 
     def run(self, batch: Any, count: int, *, compare: bool = False) -> tuple[Tensor, dict[str, Rows]]:
         """One forward and backward pass.
@@ -427,11 +444,7 @@ class Capture:
             )
         if log_probs.requires_grad:
             log_probs.sum().backward()
-            self.cost += Cost(backwards=count)
         return log_probs.detach()
-
-    def _count_pass(self, *_: Any) -> None:
-        self.cost += Cost(forwards=self._count)
 
     def _forget(self) -> None:
         for tap in self._taps.values():

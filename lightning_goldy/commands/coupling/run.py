@@ -27,7 +27,6 @@ from lightning_goldy.analysis.coupling import (
     knowledge_coupling,
     layer_gradient_norms,
 )
-from lightning_goldy.analysis.result import Cost
 from lightning_goldy.analysis.ripple import (
     Encoding,
     KnowledgeEdit,
@@ -36,7 +35,6 @@ from lightning_goldy.analysis.ripple import (
     ripple_effects,
     score_pieces,
 )
-from lightning_goldy.analysis.ripple.measure import counted_passes
 from lightning_goldy.commands.coupling.options import Options
 from lightning_goldy.core.files import RowError, atomic_write, read_rows
 from lightning_goldy.core.isolation import preserved
@@ -68,7 +66,6 @@ class Findings:
         layered: Numbers of those pieces.
         activation: Similarity of activations, if asked for.
         ripple: Effects of edits, if asked for.
-        cost: Passes of the coupling.
     """
 
     source: PieceSet
@@ -79,7 +76,6 @@ class Findings:
     layered: tuple[int, ...]
     activation: CouplingResult | None
     ripple: RippleResult | None
-    cost: Cost
 
     @property
     def known_share(self) -> float | None:
@@ -135,9 +131,8 @@ def measure(
     encode = {"tokenizer": tokenizer, "template": options.pieces.prompt}
     part: dict[str, Any] = {"select": method.select, "layers": method.layers, **encode}
     here: dict[str, Any] = {"progress": clock.progress, "split_over_ranks": False}
-    with clock.phase("coupling"), counted_passes(model) as passes:
+    with clock.phase("coupling"):
         result = knowledge_coupling(model, chosen, center=method.center, **part, **here, **vars(method.options))
-        cost = passes()
     with clock.phase("statistics"):
         statistics = coupling_statistics(result, moderate=method.moderate, high=method.high)
     good = result.valid.nonzero().flatten().tolist()
@@ -153,7 +148,7 @@ def measure(
     if options.editing is not None:
         with clock.phase("ripple"):
             ripple = _ripple(model, tokenizer, material, result, options, clock)
-    return Findings(material.source, result, statistics, scores, layers, layered, activation, ripple, cost)
+    return Findings(material.source, result, statistics, scores, layers, layered, activation, ripple)
 
 
 def _ripple(
