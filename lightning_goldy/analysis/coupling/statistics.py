@@ -312,13 +312,13 @@ def codes_of(values: Sequence[Any], *, fold: bool = False) -> NDArray[np.int64]:
         [0, -1, 0]
     """
     known: dict[Any, int] = {}
-    keys = [folded(value) if fold and isinstance(value, str) else value for value in values]
+    keys = map(folded, values) if fold else values
     return np.array([-1 if key is None else known.setdefault(key, len(known)) for key in keys], dtype=np.int64)
 
 
-def folded(text: str) -> str:
-    """A text without the case and white space in which equal answers may differ."""
-    return " ".join(text.split()).casefold()
+def folded(value: Any) -> Any:
+    """A text without the case and white space in which equal answers may differ; what is no text stays."""
+    return " ".join(value.split()).casefold() if isinstance(value, str) else value
 
 
 def _contrast(cosines: Tensor, codes: NDArray[np.int64]) -> dict[str, Any]:

@@ -107,6 +107,10 @@ class PieceScores:
         """The scores of all parts, one after the other."""
         return cls(*(torch.cat(column) for column in zip(*(vars(part).values() for part in parts), strict=True)))
 
+    def named(self, when: str) -> dict[str, Tensor]:
+        """As the fields of a result: such as ``before``, ``rank_before``, ``exact_before``."""
+        return {when: self.log_prob, f"rank_{when}": self.rank, f"exact_{when}": self.exact}
+
 
 def score_pieces(model: nn.Module, batches: Sequence[Batch]) -> PieceScores:
     """Measures pieces, a forward pass per batch.

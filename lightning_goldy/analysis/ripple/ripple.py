@@ -482,9 +482,7 @@ def ripple_effects(
         predicted_first_order=along_delta * size[:, None],
         predicted_coupling=along_gradient * size[:, None],
         cosine=torch.where(angled, along_gradient / own, torch.nan),
-        before=work.scores.log_prob,
-        rank_before=work.scores.rank,
-        exact_before=work.scores.exact,
+        **work.scores.named("before"),
         **found,
         gradient_norm=own,
         settings={"editor": name, "measure": measure, "route": work.route},
@@ -554,9 +552,7 @@ class _RippleWork:
         sizes = torch.tensor([size, normalise_(gradient)], dtype=torch.float64)
         along = slopes(self.model, self.start, (delta, gradient), self.batches, self.route)
         return {
-            "after": scores.log_prob,
-            "rank_after": scores.rank,
-            "exact_after": scores.exact,
+            **scores.named("after"),
             "new_before": new_before.log_prob.mean(),
             "new_after": new_after.log_prob.mean(),
             "new_exact": new_after.exact.all(),

@@ -493,8 +493,8 @@ def shared(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
         >>> shared(one, {"answer": "lima", "category": None, "group": "b"})
         ['answer']
     """
-    both = {name: codes_of([one[name], other[name]], fold=name == "answer") for name in CONTRASTS}
-    return [name for name, (first, second) in both.items() if first == second >= 0]
+    both = ((name, one[name], other[name]) for name in CONTRASTS if one[name] is not None)
+    return [name for name, *two in both if two[0] == two[1] or (name == "answer" and folded(two[0]) == folded(two[1]))]
 
 
 def _sorted(parts: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:

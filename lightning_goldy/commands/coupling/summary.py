@@ -78,8 +78,8 @@ def knowledge_pieces(found: Findings, settings: Mapping[str, Any]) -> dict[str, 
         {
             **piece,
             **_sized(result, index),
-            "known": bool(scores.exact[index]) if index not in reasons else None,
-            "rank": int(scores.rank[index]) if index not in reasons else None,
+            "known": None if index in reasons else bool(scores.exact[index]),
+            "rank": None if index in reasons else int(scores.rank[index]),
             "failure": reasons.get(index),
         }
         for index, piece in enumerate(result.pieces)
@@ -113,7 +113,7 @@ def gradient_analysis(found: Findings) -> dict[str, Any]:
     good = result.valid.numpy()
     norms, log_probs = result.norms.numpy(), result.log_probs.numpy()
     order = np.flatnonzero(good)[np.argsort(norms[good], kind="stable")].tolist()
-    relation = agreement_of(np.log10(norms[good]), log_probs[good], "log10 norm", "all")
+    relation = agreement_of(np.log10(norms[good]), log_probs[good], "log10 norm")
     return {
         "parameters": list(result.parameters),
         "blocks": list(result.layers),
@@ -142,9 +142,7 @@ def coupling_analysis(found: Findings) -> dict[str, Any]:
     plain = ("n_pieces", "n_failed", "n_pairs", "mean", "std", "minimum", "maximum", "high", "moderate", "low")
     more = ("negative", "n_clusters", "effective_rank", "participation_ratio")
     return {
-        "measure": result.measure,
-        "projection": result.projection,
-        "projection_error": result.projection_error,
+        **{name: getattr(result, name) for name in ("measure", "projection", "projection_error")},
         **{name: getattr(statistics, name) for name in (*plain, *more)},
         "thresholds": dict(statistics.thresholds),
         "quantiles": [{"share": float(share), "cosine": value} for share, value in statistics.quantiles.items()],
@@ -370,7 +368,7 @@ def _activation(found: Findings) -> dict[str, Any] | None:
     places = spaced_places(len(rows), _MOST_PAIRS)
     first, second = good[rows[places]], good[columns[places]]
     gradient, activation = (each.cosines.numpy()[first, second] for each in (found.result, found.activation))
-    told = agreement_of(activation, gradient, "activation", "all")
+    told = agreement_of(activation, gradient, "activation")
     return {
         "mean": float(activation.mean()) if len(activation) else None,
         **_told(told, "pearson", "spearman", "reason"),
