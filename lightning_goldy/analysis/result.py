@@ -6,14 +6,17 @@ import base64
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lightning_goldy.core.batches import batch_tensors
 from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.naming import block_of, kind_of
+from lightning_goldy.core.sharding import Replicas
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.store import Kind, pack_mask, unpack_mask
 from lightning_goldy.core.vector import ParameterVector
@@ -42,6 +45,47 @@ class Cost:
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(self.forwards + other.forwards, self.backwards + other.backwards)
+
+
+@contextmanager
+def counted_passes(model: nn.Module, n_samples: Callable[[], int] | None = None) -> Iterator[Callable[[], Cost]]:
+    """Counts the samples of all passes of a model in a ``with`` block, whoever makes them.
+
+    Args:
+        model: Gives logits, or anything where ``n_samples`` counts.
+        n_samples: Samples in the present pass; by default the first dimension of the logits.
+
+    Yields:
+        A function that gives the passes so far. A pass of forward mode is one forward pass.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=11))
+        >>> with counted_passes(model) as passes:
+        ...     model(input_ids=torch.tensor([[1, 2], [3, 4]])).logits.sum().backward()
+        >>> passes()
+        Cost(forwards=2, backwards=2)
+    """
+    made = [0, 0]
+
+    def count(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        given = getattr(output, "logits", output)
+        tensors = list(batch_tensors(vars(given) if dataclasses.is_dataclass(given) else given))
+        size = len(tensors[0]) if n_samples is None else n_samples()
+        made[0] += size
+        for tensor in [tensor for tensor in tensors if tensor.requires_grad][:1]:
+            tensor.register_hook(lambda _: add_backward(size))
+
+    def add_backward(size: int) -> None:
+        made[1] += size
+
+    with model.register_forward_hook(count):
+        yield lambda: Cost(*made)
+
+
+def total_cost(replicas: Replicas, mine: Cost) -> Cost:
+    """The passes of all replicas; a collective."""
+    return sum(replicas.gather_objects(mine), Cost())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -116,13 +116,11 @@ def drawn(watched: WatchedPieces, count: int | None, seed: int) -> WatchedPieces
     """
     if count is None or count >= len(watched.pieces):
         return watched
-    places: dict[bool, list[int]] = {True: [], False: []}
-    for place, name in enumerate(watched.classes):
-        places[name == EDITED].append(place)
-    n_edited = min(len(places[True]), max(count // 2, count - len(places[False])))
+    edited = [place for place, name in enumerate(watched.classes) if name == EDITED]
+    others = [place for place, name in enumerate(watched.classes) if name != EDITED]
+    n_edited = min(len(edited), max(count // 2, count - len(others)))
     generator = random.Random(f"coupling {seed}")
-    kept = generator.sample(places[True], n_edited) + generator.sample(places[False], count - n_edited)
-    kept.sort()
+    kept = sorted(generator.sample(edited, n_edited) + generator.sample(others, count - n_edited))
     return replace(
         watched,
         pieces=tuple(watched.pieces[place] for place in kept),
@@ -216,10 +214,9 @@ class KnowledgeState(AnalysisResult):
     def metrics(self) -> dict[str, float | None]:
         """Drift, agreement and changes by class, and the statistics of the present coupling."""
         drift = self.drift
+        names = ("mean_absolute_difference", "mean_difference", "correlation")
         return {
-            "mean_absolute_difference": drift.mean_absolute_difference,
-            "mean_difference": drift.mean_difference,
-            "correlation": drift.correlation,
+            **{name: getattr(drift, name) for name in names},
             **{f"mean_absolute_difference/{name}": value for name, value in drift.by_class.items()},
             **self.ripple.metrics(),
             **self.statistics.metrics(),
@@ -255,14 +252,12 @@ class KnowledgeState(AnalysisResult):
 
     def vectors(self) -> dict[str, tuple[ParameterVector, Kind]]:
         """The matrices and every piece's numbers as tensors."""
-        matrices = {"base_": self.base, "": self.coupling}
         tensors: dict[str, Tensor] = {
             f"{prefix}{name}": getattr(result, name)
-            for prefix, result in matrices.items()
+            for prefix, result in (("base_", self.base), ("", self.coupling))
             for name in ("cosines", "norms")
         }
-        for name in ("predicted", "before", "after", "rank_before", "rank_after", "exact_before", "exact_after"):
-            tensors[name] = getattr(self.ripple, name)
+        tensors |= {name: value for name, value in vars(self.ripple).items() if isinstance(value, Tensor)}
         shapes, dtypes = zip(*((tensor.shape, tensor.dtype) for tensor in tensors.values()), strict=True)
         return {"coupling": (ParameterVector(ParameterSpace(tuple(tensors), shapes, dtypes), tensors), "result")}
 
@@ -376,7 +371,7 @@ class KnowledgeCoupling(AnalysisCallback[KnowledgeState]):
             substituted(model, self._base.vector(model)),
         ):
             coupling = self._coupling(trainer, model, progress, on_error="raise")
-        self._before = coupling, self._statistics(coupling)
+        self._before = coupling, coupling_statistics(coupling, moderate=self.moderate, high=self.high)
         self._unreported = coupling.cost
 
     def compute(self, context: AnalysisContext) -> KnowledgeState:
@@ -402,7 +397,7 @@ class KnowledgeCoupling(AnalysisCallback[KnowledgeState]):
             base=base,
             base_statistics=base_statistics,
             coupling=coupling,
-            statistics=self._statistics(coupling),
+            statistics=coupling_statistics(coupling, moderate=self.moderate, high=self.high),
             drift=coupling_drift(base, coupling, self._watched.classes),
             ripple=ripple,
             cost=unreported + coupling.cost + ripple.cost,
@@ -430,9 +425,6 @@ class KnowledgeCoupling(AnalysisCallback[KnowledgeState]):
             on_error=on_error,
             progress=progress,
         )
-
-    def _statistics(self, coupling: CouplingResult) -> CouplingStatistics:
-        return coupling_statistics(coupling, moderate=self.moderate, high=self.high)
 
 
 def _in_order(thresholds: Sequence[float]) -> tuple[float, float]:

@@ -14,7 +14,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from lightning_goldy.analysis import CouplingResult, activation_similarity, knowledge_coupling
 from lightning_goldy.analysis.coupling import coupling as coupling_run
-from lightning_goldy.analysis.coupling.passes import Passes
+from lightning_goldy.analysis.coupling.coupling import CouplingRun
 from lightning_goldy.core.sharding import local
 from tests.references.coupling_models import TinyLM, pieces
 from tests.references.models import build
@@ -83,17 +83,17 @@ def through_a_folder(folder: str) -> str:
     """A run that stops on one rank after some blocks, and its continuation."""
     coupling_run._FOLDER_BLOCK_SIZE = 2
     model, batch = model_of("replicas"), batch_of({})
-    original = Passes._captured
+    original = CouplingRun._captured
 
-    def stopping(self: Passes, indices: list[int], *args: object) -> object:
+    def stopping(self: CouplingRun, indices: list[int], *args: object) -> object:
         if dist.get_rank() == 1 and len(indices) == 1:
             raise StopHereError("enough")
         return original(self, indices, *args)
 
-    Passes._captured = stopping
+    CouplingRun._captured = stopping
     with pytest.raises((StopHereError, RuntimeError), match="enough"):
         knowledge_coupling(model, [batch], workspace=folder)
-    Passes._captured = original
+    CouplingRun._captured = original
     assert len(list(Path(folder).glob("rows-*"))) == 3
     return knowledge_coupling(model, [batch], workspace=folder).to_json()
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.coupling.passes import RECOVERABLE, CouplingError, OnError, check_on_error, shared_passes
+from lightning_goldy.analysis.coupling.passes import CouplingError, OnError, made_passes
 from lightning_goldy.analysis.coupling.pieces import (
     Layers,
     Pieces,
@@ -25,9 +25,9 @@ from lightning_goldy.analysis.coupling.pieces import (
     selected_parameters,
 )
 from lightning_goldy.analysis.coupling.result import CouplingResult
-from lightning_goldy.analysis.result import Cost
+from lightning_goldy.analysis.result import counted_passes, total_cost
 from lightning_goldy.core.isolation import preserved
-from lightning_goldy.core.naming import suggestion
+from lightning_goldy.core.naming import require_choice
 from lightning_goldy.core.objective import IGNORE_INDEX, CausalLMObjective, Objective
 from lightning_goldy.core.outer_products import linear_layers
 from lightning_goldy.core.pieces import QUESTION_TEMPLATE
@@ -101,9 +101,8 @@ def activation_similarity(
         ('activation', 1.0)
     """
     check_selection(select, layers)
-    check_on_error(on_error)
-    if pooling not in get_args(Pooling):
-        raise ValueError(f"unknown pooling {pooling!r}; {suggestion(str(pooling), get_args(Pooling))}")
+    require_choice("on_error", on_error, get_args(OnError))
+    require_choice("pooling", pooling, get_args(Pooling))
     began = time.perf_counter()
     model = getattr(model, "_orig_mod", model)
     objective = objective or CausalLMObjective()
@@ -112,7 +111,7 @@ def activation_similarity(
     with preserved(model), torch.no_grad():
         parameters = selected_parameters(model, select, layers, sample_batch=samples.example(model))
         recorder = _Recorder(model, objective, list(parameters), pooling)
-        with replicas.together("activation_similarity"):
+        with replicas.together("activation_similarity"), counted_passes(model, recorder.count) as passes:
             recorded = _recorded(recorder, samples, replicas, on_error, progress)
     activations, log_probs, failures = _gathered(recorded, samples, replicas, recorder)
     matrix, norms = _similarity(activations, log_probs, center=center)
@@ -130,7 +129,7 @@ def activation_similarity(
         projection=None,
         projection_error=None,
         seconds=time.perf_counter() - began,
-        cost=sum(replicas.gather_objects(recorder.cost), Cost()),
+        cost=total_cost(replicas, passes()),
     )
 
 
@@ -148,8 +147,6 @@ class _Recorder:
                 )
         self.modules = {name: layers[name] for name in names}
         self.widths: dict[str, int] = {}
-        self.cost = Cost()
-        """Passes of this process so far, those that were made to their end."""
         self._weights = torch.empty(0)
         self._pooled: dict[str, Tensor] = {}
 
@@ -158,17 +155,17 @@ class _Recorder:
         batch = joined_batch(samples, self.device)
         self._weights, self._pooled = _pooling_weights(batch["labels"], self.pooling), {}
         with ExitStack() as stack:
-            stack.callback(self.model.register_forward_hook(self._count_pass).remove)
             for name, module in self.modules.items():
-                stack.callback(module.register_forward_hook(partial(self._pool, name)).remove)
+                stack.enter_context(module.register_forward_hook(partial(self._pool, name)))
             log_probs = self.objective.log_probs(self.model, batch)
         missing = next((name for name in self.modules if name not in self._pooled), None)
         if missing is not None:
             raise CouplingError(f"the layer of {missing} is not called")
         return log_probs.double(), self._pooled
 
-    def _count_pass(self, *_: Any) -> None:
-        self.cost += Cost(forwards=len(self._weights))
+    def count(self) -> int:
+        """Pieces in the present pass."""
+        return len(self._weights)
 
     def _pool(self, name: str, module: nn.Module, args: Any, output: Tensor) -> None:
         count, length = self._weights.shape
@@ -217,19 +214,11 @@ def _recorded(
         # The longest alone: a first dimension of 1 tells a batch apart from a sequence.
         return chunk[0] != mine[0] and (len(chunk) + 1) * len(given[chunk[0]]["input_ids"]) <= tokens
 
-    pending = shared_passes(mine, fits)[::-1]
-    while pending:
-        chunk = pending.pop()
-        try:
-            log_probs, pooled = recorder([given[index] for index in chunk])
-        except (CouplingError, torch.OutOfMemoryError):
-            raise
-        except RECOVERABLE as error:
-            if len(chunk) > 1:
-                pending += [[index] for index in chunk[::-1]]
-                continue
-            recorded[chunk[0]] = str(error)
+    for chunk, outcome in made_passes(mine, fits, lambda chunk: recorder([given[index] for index in chunk])):
+        if isinstance(outcome, Exception):
+            recorded[chunk[0]] = str(outcome)
         else:
+            log_probs, pooled = outcome
             for at, index in enumerate(chunk):
                 own = [tensor[at].cpu() for tensor in pooled.values()]
                 reason = _reason(float(log_probs[at]), own, list(pooled))
@@ -238,7 +227,7 @@ def _recorded(
             progress(len(recorded), len(mine))
     recorded.update({index: reason for index, reason in samples.failures.items() if replicas.rank == 0})
     if on_error == "raise":
-        for index in sorted(index for index, outcome in recorded.items() if isinstance(outcome, str)):
+        for index in sorted(index for index, known in recorded.items() if isinstance(known, str)):
             raise CouplingError(f"{samples.name(index)}: {recorded[index]}")
     return recorded
 

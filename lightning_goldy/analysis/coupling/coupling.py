@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_goldy.analysis.coupling.blocks import Block, BlockStore, FolderBlocks, MemoryBlocks
-from lightning_goldy.analysis.coupling.gram import inner_products
+from lightning_goldy.analysis.coupling.gram import Projection, RowBuffer, Rows, inner_products, squared_norms
 from lightning_goldy.analysis.coupling.passes import (
+    RECOVERABLE,
     Capture,
     CouplingError,
     Footprint,
     OnError,
-    Passes,
+    Progress,
     RunOptions,
-    run_settings,
+    made_passes,
 )
 from lightning_goldy.analysis.coupling.pieces import (
     Layers,
@@ -31,15 +33,18 @@ from lightning_goldy.analysis.coupling.pieces import (
     check_selection,
     joined_batch,
     piece_samples,
+    sample_length,
     selected_parameters,
+    signature,
 )
 from lightning_goldy.analysis.coupling.result import ROWS, CouplingResult, cosines_of_gram
-from lightning_goldy.analysis.result import Cost
+from lightning_goldy.analysis.result import Cost, total_cost
+from lightning_goldy.core.batches import batch_tensors
 from lightning_goldy.core.isolation import preserved
-from lightning_goldy.core.naming import block_of
+from lightning_goldy.core.naming import block_of, canonical_name, model_class
 from lightning_goldy.core.objective import CausalLMObjective, Objective
 from lightning_goldy.core.pieces import QUESTION_TEMPLATE
-from lightning_goldy.core.sharding import Replicas
+from lightning_goldy.core.sharding import Replicas, gather
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,6 +55,7 @@ _CPU_ACTIVATIONS = 128 << 20
 # Pieces in a block: so many that building gradients costs little beside multiplying them.
 _BLOCK_SIZE, _FOLDER_BLOCK_SIZE = 256, 1024
 _UNKNOWN_MEMORY = 8 << 30
+_PROJECTED = "projected gradient"
 
 
 class Gram(NamedTuple):
@@ -75,15 +81,30 @@ class Gram(NamedTuple):
 
 
 class CouplingRun:
-    """One computation of all inner products.
+    """One computation of all inner products: passes over the pieces, blocks of gradients, their products.
 
     Args:
-        passes: Over the pieces.
+        capture: Gives gradients of pieces.
+        pieces: The samples.
+        options: How to go about it.
+        replicas: Share the blocks.
+        progress: Called with (pieces done, pieces in all) on this rank.
     """
 
-    def __init__(self, passes: Passes) -> None:
-        self.passes, self.capture = passes, passes.capture
-        self.options, self.replicas = passes.options, passes.replicas
+    def __init__(
+        self, capture: Capture, pieces: PieceSamples, options: RunOptions, replicas: Replicas, progress: Progress | None
+    ) -> None:
+        self.capture, self.pieces, self.options = capture, pieces, options
+        self.replicas, self.progress = replicas, progress
+        self.samples = {index: sample for index, sample in enumerate(pieces.samples) if sample is not None}
+        self.lengths = {index: sample_length(sample) for index, sample in self.samples.items()}
+        # The longest first, so that memory that does not suffice is found out at once.
+        order = [(-self.lengths[index], signature(sample), index) for index, sample in self.samples.items()]
+        self.order = [index for *_, index in sorted(order)]
+        self.projection = None if options.projection is None else Projection(options.projection, seed=options.seed)
+        self.names = list(capture.parameters) if self.projection is None else [_PROJECTED]
+        self.tokens = 1
+        """Tokens in one pass, unless the number of pieces is given."""
 
     def gram(self) -> Gram:
         """Runs everything; every rank must call.
@@ -93,12 +114,12 @@ class CouplingRun:
             StoreError: The workspace is of another run.
         """
         replicas = self.replicas
-        with self.capture.attached():
+        with self.capture.attached() as passes:
             with replicas.together("a first piece"):
-                footprint = self.passes.probe()
+                footprint = self.probe()
             store, blocks = self._planned(footprint)
             with replicas.together("the passes over the pieces"):
-                self.passes.fill(store, blocks)
+                self.fill(store, blocks)
         store.exchange(len(blocks), replicas)
         summaries = [store.summary(number) for number in range(len(blocks))]
         with replicas.together("the products of gradients"):
@@ -111,7 +132,102 @@ class CouplingRun:
         if not store.shared and replicas.size > 1:
             matrix = replicas.sum_(result.matrix.to(self.capture.device))
             result = result._replace(matrix=matrix.cpu())
-        return result._replace(cost=sum(replicas.gather_objects(self.capture.cost), Cost()))
+        return result._replace(cost=total_cost(replicas, passes()))
+
+    def probe(self) -> Footprint:
+        """Tries pieces until one runs; says what the others will need.
+
+        Raises:
+            CouplingError: A piece failed and that is an error, or all did.
+        """
+        reasons = dict(self.pieces.failures)
+        for index, reason in reasons.items():
+            self.failed(index, reason)
+        for index in self.order:
+            batch = joined_batch([self.samples[index]], self.capture.device)
+            try:
+                return self.capture.probe(batch, self.lengths[index])
+            except (CouplingError, torch.OutOfMemoryError):
+                raise
+            except RECOVERABLE as error:
+                reasons[index] = self.failed(index, str(error), error)
+        index, reason = next(iter(reasons.items()))
+        raise CouplingError(f"every piece failed, the first so: {self.pieces.name(index)}: {reason}")
+
+    def fill(self, store: BlockStore, blocks: Sequence[list[int]]) -> None:
+        """Captures this replica's share of the blocks, unless they are there."""
+        numbers = self.replicas.share(range(len(blocks)))
+        total, done = sum(len(blocks[number]) for number in numbers), 0
+        # Of a folder where some products are there, only the rows that others need.
+        missing = [number for number in range(len(blocks)) if not store.has_products(number)]
+        for number in numbers:
+            needed = any(number <= other for other in missing)
+            if needed and not store.has_block(number):
+                store.put_block(number, self._captured(blocks[number], store.kept, done, total))
+            done += len(blocks[number])
+            if self.progress is not None:
+                self.progress(done, total)
+
+    def _captured(self, indices: list[int], kept: torch.device, done: int, total: int) -> Block:
+        block = Block()
+        buffers = {name: RowBuffer(len(indices), kept) for name in self.names}
+
+        def run(chunk: list[int]) -> tuple[Tensor, dict[str, Rows]]:
+            batch = joined_batch([self.samples[index] for index in chunk], self.capture.device)
+            return self.capture.run(batch, len(chunk))
+
+        halve = self._halve if self.options.chunk_size == "auto" else None
+        for chunk, outcome in made_passes(indices, self._fits, run, on_memory=halve):
+            if isinstance(outcome, Exception):
+                block.failures[chunk[0]] = self.failed(chunk[0], str(outcome), outcome)
+            else:
+                self._add(block, buffers, chunk, *outcome)
+            if self.progress is not None:
+                self.progress(done + len(block.indices) + len(block.failures), total)
+        if block.indices:
+            block.parts = {name: buffer.rows() for name, buffer in buffers.items()}
+        return block
+
+    def _add(
+        self, block: Block, buffers: dict[str, RowBuffer], chunk: list[int], log_probs: Tensor, rows: dict[str, Rows]
+    ) -> None:
+        squares = torch.stack([squared_norms(part).to(log_probs.device) for part in rows.values()]).cpu()
+        known = log_probs.double().tolist()
+        good = []
+        for at, index in enumerate(chunk):
+            reason = _reason(known[at], squares[:, at], list(rows))
+            if reason:
+                block.failures[index] = self.failed(index, reason)
+            else:
+                good.append(at)
+        if not good:
+            return
+        if len(good) < len(chunk):
+            rows = {name: part.of(good) for name, part in rows.items()}
+        block.indices += [chunk[at] for at in good]
+        block.squares += squares.sum(dim=0)[good].tolist()
+        block.log_probs += [known[at] for at in good]
+        if self.projection is not None:
+            rows = {_PROJECTED: Rows(self.projection(rows))}
+        for name, part in rows.items():
+            buffers[name].add(part)
+
+    def _halve(self) -> None:
+        torch.cuda.empty_cache()
+        self.tokens = max(1, self.tokens // 2)
+
+    def _fits(self, chunk: list[int], index: int) -> bool:
+        if not self.capture.batched or signature(self.samples[chunk[0]]) != signature(self.samples[index]):
+            return False
+        if self.options.chunk_size != "auto":
+            return len(chunk) < self.options.chunk_size
+        return (len(chunk) + 1) * self.lengths[chunk[0]] <= self.tokens
+
+    def failed(self, index: int, reason: str, error: Exception | None = None) -> str:
+        """The reason, where a failed piece is no error."""
+        if self.options.on_error == "raise":
+            raise CouplingError(f"{self.pieces.name(index)}: {reason}") from error
+        return reason
 
     def _planned(self, footprint: Footprint) -> tuple[BlockStore, list[list[int]]]:
         """Where rows go, and which pieces make a block; the same on every rank."""
@@ -120,9 +236,9 @@ class CouplingRun:
         limit = self.options.memory_limit or _available_memory() // (2 * ranks.size)
         budget = _CPU_ACTIVATIONS if device.type != "cuda" else torch.cuda.mem_get_info(device)[0] // 3
         tokens = int(budget / max(1.0, footprint.activations))
-        limit, self.passes.tokens = map(min, zip(*ranks.gather_objects((limit, tokens)), strict=True))
-        projection, order = self.passes.projection, self.passes.order
-        needs = [footprint.rows * length + footprint.fixed for length in self.passes.lengths.values()]
+        limit, self.tokens = map(min, zip(*ranks.gather_objects((limit, tokens)), strict=True))
+        projection, order = self.projection, self.order
+        needs = [footprint.rows * length + footprint.fixed for length in self.lengths.values()]
         if projection is not None:
             needs = [float(projection.dimensions * self.capture.precision.itemsize)] * len(needs)
         total = math.fsum(needs)
@@ -146,7 +262,7 @@ class CouplingRun:
         assert self.options.workspace is not None
         if self.capture.sharded:
             raise CouplingError("workspace= needs a model that every process holds whole; under FSDP2 pass projection=")
-        settings = run_settings(self.capture, self.passes.pieces, self.options)
+        settings = _run_settings(self.capture, self.pieces, self.options)
         # The first rank decides the size of the blocks; a folder that is there already has decided.
         for turn in (True, False):
             with self.replicas.together("opening the workspace"):
@@ -159,7 +275,7 @@ class CouplingRun:
     def _products(self, store: BlockStore, summaries: Sequence[Block], number: int) -> Tensor:
         sizes = [len(block.indices) for block in summaries[: number + 1]]
         total = torch.zeros(sizes[-1], sum(sizes), dtype=torch.float64, device=self.capture.device)
-        for name in self.passes.names if sizes[-1] else ():
+        for name in self.names if sizes[-1] else ():
             own = store.part(number, name)
             for other, target in enumerate(total.split(sizes, dim=1)):
                 if other == number:
@@ -169,7 +285,7 @@ class CouplingRun:
         return total.cpu()
 
     def _assembled(self, store: BlockStore, summaries: Sequence[Block], *, vectors_only: bool) -> Gram:
-        pieces, projection = self.passes.pieces, self.passes.projection
+        pieces, projection = self.pieces, self.projection
         count = len(pieces.samples)
         matrix = torch.zeros(count, count, dtype=torch.float64)
         squares, log_probs = (torch.full((count,), math.nan, dtype=torch.float64) for _ in range(2))
@@ -186,6 +302,62 @@ class CouplingRun:
             failures.update(block.failures)
         error = None if projection is None else projection.error(vectors_only=vectors_only)
         return Gram(matrix, squares, log_probs, dict(sorted(failures.items())), error, self.capture.precision)
+
+
+def _reason(log_prob: float, squares: Tensor, names: Sequence[str]) -> str:
+    """Why a piece has no direction to compare; empty when it has one."""
+    if not math.isfinite(log_prob):
+        return f"the mean log-probability of its answer is {log_prob}"
+    for name, square in zip(names, squares.tolist(), strict=True):
+        if not math.isfinite(square):
+            return f"its gradient with respect to {name} is not finite"
+    if not float(squares.sum()) > 0:
+        return "its gradient with respect to the selected parameters is zero, so it has no direction"
+    return ""
+
+
+def _run_settings(capture: Capture, pieces: PieceSamples, options: RunOptions) -> dict[str, str]:
+    """Names and hashes of all that decides the numbers of a coupling; every rank must call."""
+    device, model, objective = capture.device.type, capture.model, capture.objective
+    names, function = list(capture.parameters), getattr(getattr(objective, "function", None), "__qualname__", "")
+    random = f"{options.projection} dimensions with seed {options.seed}"
+    return {
+        "pieces": f"{len(pieces.samples)} with hash {_pieces_hash(pieces)}",
+        "weights": _weights_hash(model),
+        "model": f"{model_class(model)} with hash {_text_hash(model)}",
+        "selection": f"{len(names)} tensors with hash {_text_hash(names)}",
+        "objective": f"{type(objective).__module__}.{type(objective).__qualname__} {function}".strip(),
+        "projection": "none" if options.projection is None else random,
+        "autocast": str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "none",
+    }
+
+
+def _pieces_hash(pieces: PieceSamples) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for sample in pieces.samples:
+        digest.update(b"\1" if sample is None else b"\2")
+        for tensor in () if sample is None else batch_tensors(sample):
+            _update(digest, tensor)
+    return digest.hexdigest()
+
+
+def _weights_hash(model: nn.Module) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        digest.update(canonical_name(name).encode())
+        _update(digest, gather(tensor))
+    return digest.hexdigest()
+
+
+def _update(digest: Any, tensor: Tensor) -> None:
+    full = tensor.detach().cpu().contiguous()
+    digest.update(f"{tuple(full.shape)} {full.dtype}".encode())
+    # NumPy knows no bfloat16; the bytes do not care.
+    digest.update(full.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _text_hash(value: object) -> str:
+    return hashlib.blake2b(repr(value).encode(), digest_size=8).hexdigest()
 
 
 def _available_memory() -> int:
@@ -217,7 +389,7 @@ def knowledge_coupling(
     workspace: str | Path | None = None,
     memory_limit: int | None = None,
     on_error: OnError = "raise",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     split_over_ranks: bool = True,
 ) -> CouplingResult:
     r"""Cosines between the gradients of the answers' log-probabilities.
@@ -293,7 +465,7 @@ def knowledge_coupling(
     with preserved(model):
         parameters = selected_parameters(model, select, layers, sample_batch=samples.example(model))
         capture = Capture(model, objective, parameters)
-        gram = CouplingRun(Passes(capture, samples, options, replicas, progress)).gram()
+        gram = CouplingRun(capture, samples, options, replicas, progress).gram()
     matrix, norms = _finished(gram, samples, normalize=normalize, center=center)
     return CouplingResult(
         matrix=matrix,
@@ -402,15 +574,10 @@ def layer_gradient_norms(
         device = next(model.parameters()).device
         for sample in samples.samples:
             log_prob = objective.log_probs(model, joined_batch([sample], device)).sum()
-            for block, square in _squares(log_prob, parameters).items():
+            gradients = torch.autograd.grad(log_prob, list(parameters.values()), materialize_grads=True)
+            squares = dict.fromkeys(map(block_of, parameters), 0.0)
+            for name, gradient in zip(parameters, gradients, strict=True):
+                squares[block_of(name)] += float(gradient.double().square().sum())
+            for block, square in squares.items():
                 columns.setdefault(block, []).append(square**0.5)
     return {block: torch.tensor(values, dtype=torch.float64) for block, values in columns.items()}
-
-
-def _squares(log_prob: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, float]:
-    gradients = torch.autograd.grad(log_prob, list(parameters.values()), materialize_grads=True)
-    squares: dict[str, float] = {}
-    for name, gradient in zip(parameters, gradients, strict=True):
-        block = block_of(name)
-        squares[block] = squares.get(block, 0.0) + float(gradient.double().square().sum())
-    return squares

@@ -46,6 +46,11 @@ class Rows(NamedTuple):
         """The same rows on another device."""
         return Rows(self.gradients.to(device), None if self.inputs is None else self.inputs.to(device))
 
+    def factors(self, at: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """Inputs and gradients of some pieces that come as rows, in float32 or better."""
+        assert self.inputs is not None
+        return _accurate(self.inputs[at]), _accurate(self.gradients[at])
+
 
 def without_empty_rows(inputs: Tensor, gradients: Tensor) -> Rows:
     """Drops positions whose gradient is zero, such as padding, so that they cost nothing.
@@ -131,7 +136,7 @@ def squared_norms(rows: Rows) -> Tensor:
     with exact_products(rows.gradients.device):
         if rows.inputs is None:
             return _accurate(rows.gradients).double().square().sum(dim=1)
-        a, b = _accurate(rows.inputs), _accurate(rows.gradients)
+        a, b = rows.factors()
         return (torch.bmm(a, a.mT) * torch.bmm(b, b.mT)).sum(dim=(1, 2), dtype=torch.float64)
 
 
@@ -154,77 +159,63 @@ def inner_products(first: Rows, second: Rows | None = None) -> Tensor:
         >>> inner_products(rows).tolist()  # of [[3], [6]] and [[0], [1]]
         [[45.0, 6.0], [6.0, 1.0]]
     """
-    if second is None:
-        product = _product(first, None)
-        return (product + product.T) / 2  # symmetric to the last bit
-    return _product(first, second)
-
-
-def _product(first: Rows, second: Rows | None) -> Tensor:
     other = first if second is None else second
     with exact_products(first.gradients.device):
         if first.inputs is None or other.inputs is None:
-            return _flat(first.gradients, other.gradients)
-        if 0 in (first.gradients.shape[1], other.gradients.shape[1]):
+            product = _flat(first.gradients, other.gradients)
+        elif 0 in (first.gradients.shape[1], other.gradients.shape[1]):
             shape = len(first.gradients), len(other.gradients)
-            return torch.zeros(shape, dtype=torch.float64, device=first.gradients.device)
-        return _by_rows(first, second) if _rows_are_cheaper(first, second) else _by_gradients(first, second)
+            product = torch.zeros(shape, dtype=torch.float64, device=first.gradients.device)
+        else:
+            product = (_by_rows if _rows_are_cheaper(first, other) else _by_gradients)(first, other)
+    return (product + product.T) / 2 if second is None else product  # symmetric to the last bit
 
 
-def _rows_are_cheaper(first: Rows, second: Rows | None) -> bool:
-    other = first if second is None else second
+def _rows_are_cheaper(first: Rows, other: Rows) -> bool:
     assert first.inputs is not None
     width_in, width_out = first.inputs.shape[-1], first.gradients.shape[-1]
     (m, r), (n, s) = first.gradients.shape[:2], other.gradients.shape[:2]
-    by_rows = m * n * r * s * (width_in + width_out) * (0.55 if second is None else 1.0)
-    built = m * r if second is None else m * r + n * s
+    by_rows = m * n * r * s * (width_in + width_out) * (0.55 if other is first else 1.0)
+    built = m * r if other is first else m * r + n * s
     return by_rows <= (m * n + _OUTER_PRODUCT_COST * built) * width_in * width_out
 
 
-def _by_rows(first: Rows, second: Rows | None) -> Tensor:
-    other = first if second is None else second
+def _by_rows(first: Rows, other: Rows) -> Tensor:
     limit = _TILE_ROWS_CPU if first.gradients.device.type == "cpu" else _TILE_ROWS
     lefts, rights = ([*_tiles(rows, limit)] for rows in (first, other))
     result = torch.empty(len(first.gradients), len(other.gradients), dtype=torch.float64, device=first.gradients.device)
     for i, left in lefts:
         for j, right in rights:
-            if second is None and j.start > i.start:
+            if other is first and j.start > i.start:
                 continue
             value = _tile(left, right)
             result[i, j] = value
-            if second is None:
+            if other is first:
                 result[j, i] = value.T
     return result
 
 
-def _tiles(rows: Rows, limit: int) -> list[tuple[slice, Rows]]:
+def _tiles(rows: Rows, limit: int) -> list[tuple[slice, tuple[Tensor, Tensor]]]:
     size = max(1, limit // rows.gradients.shape[1])
-    assert rows.inputs is not None
-    starts = range(0, len(rows.gradients), size)
-    return [
-        (slice(at, at + size), Rows(_accurate(rows.gradients[at : at + size]), _accurate(rows.inputs[at : at + size])))
-        for at in starts
-    ]
+    places = [slice(at, at + size) for at in range(0, len(rows.gradients), size)]
+    return [(place, rows.factors(place)) for place in places]
 
 
-def _tile(left: Rows, right: Rows) -> Tensor:
-    assert left.inputs is not None
-    assert right.inputs is not None
-    (m, r), (n, s) = left.gradients.shape[:2], right.gradients.shape[:2]
-    product = left.inputs.flatten(0, 1) @ right.inputs.flatten(0, 1).T  # [m r, n s]
-    product *= left.gradients.flatten(0, 1) @ right.gradients.flatten(0, 1).T
+def _tile(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> Tensor:
+    (m, r), (n, s) = left[0].shape[:2], right[0].shape[:2]
+    product, by_gradients = (one.flatten(0, 1) @ two.flatten(0, 1).T for one, two in zip(left, right, strict=True))
+    product *= by_gradients  # [m r, n s]
     return product.view(m, r, n * s).sum(dim=1).view(m, n, s).sum(dim=2, dtype=torch.float64)  # -> [m, n]
 
 
-def _by_gradients(first: Rows, second: Rows | None) -> Tensor:
-    other = first if second is None else second
+def _by_gradients(first: Rows, other: Rows) -> Tensor:
     assert first.inputs is not None
     width_in, width_out = first.inputs.shape[-1], first.gradients.shape[-1]
     step = max(1, _SLICE // width_in)
     result = torch.zeros(len(first.gradients), len(other.gradients), dtype=torch.float64, device=first.gradients.device)
     for start in range(0, width_out, step):
         left = _built(first, start, step)  # [M, step d_in]
-        result += left @ (left if second is None else _built(second, start, step)).T
+        result += left @ (left if other is first else _built(other, start, step)).T
     return result
 
 

@@ -1,35 +1,30 @@
-"""The passes over the pieces: each piece's gradient, read from one batched backward pass, gathered in blocks."""
+"""Passes over pieces: each piece's gradient, read from one batched backward pass."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.coupling.blocks import Block, BlockStore
-from lightning_goldy.analysis.coupling.gram import Projection, RowBuffer, Rows, squared_norms, without_empty_rows
-from lightning_goldy.analysis.coupling.pieces import PieceSamples, joined_batch, sample_length, signature
-from lightning_goldy.analysis.result import Cost
-from lightning_goldy.core.batches import batch_tensors
-from lightning_goldy.core.naming import canonical_name, model_class, suggestion
+from lightning_goldy.analysis.coupling.gram import Rows, without_empty_rows
+from lightning_goldy.analysis.result import Cost, counted_passes
+from lightning_goldy.core.naming import canonical_name, require_choice
 from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.outer_products import exact_products, linear_layers
-from lightning_goldy.core.sharding import Replicas, gather, is_sharded, local, unshard_guard
+from lightning_goldy.core.sharding import gather, is_sharded, local, unshard_guard
 
+T = TypeVar("T")
 OnError = Literal["raise", "nan"]
 Progress = Callable[[int, int], None]
 RECOVERABLE = (ValueError, IndexError, RuntimeError)
 """What one piece may raise where others go well."""
-
-PROJECTED = "projected gradient"
 
 
 @dataclass(frozen=True)
@@ -54,13 +49,7 @@ class RunOptions:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}; got {value}")
-        check_on_error(self.on_error)
-
-
-def check_on_error(on_error: str) -> None:
-    """Raises a ValueError for what is not one of :data:`OnError`."""
-    if on_error not in get_args(OnError):
-        raise ValueError(f"unknown on_error {on_error!r}; {suggestion(str(on_error), get_args(OnError))}")
+        require_choice("on_error", self.on_error, get_args(OnError))
 
 
 class CouplingError(ValueError):
@@ -71,208 +60,50 @@ class NotBatchedError(RuntimeError):
     """A layer sees something else than one row of inputs per piece."""
 
 
-class Passes:
-    """Forward and backward passes over pieces.
+def made_passes(
+    indices: Sequence[int],
+    fits: Callable[[list[int], int], bool],
+    run: Callable[[list[int]], T],
+    *,
+    on_memory: Callable[[], None] | None = None,
+) -> Iterator[tuple[list[int], T | Exception]]:
+    """Cuts pieces into passes of neighbours and makes them; a pass that fails is made again piece by piece.
 
     Args:
-        capture: Gives gradients of pieces.
-        pieces: The samples.
-        options: How to go about it.
-        replicas: Share the blocks.
-        progress: Called with (pieces done, pieces in all) on this rank.
+        indices: The pieces.
+        fits: Whether a pass takes one piece more.
+        run: Makes a pass.
+        on_memory: Called where the memory did not suffice for a pass, which is halved; None lets that be an error.
+
+    Yields:
+        Of each pass its pieces and what came of it: an error of one piece alone.
     """
-
-    def __init__(
-        self, capture: Capture, pieces: PieceSamples, options: RunOptions, replicas: Replicas, progress: Progress | None
-    ) -> None:
-        self.capture, self.pieces, self.options = capture, pieces, options
-        self.replicas, self.progress = replicas, progress
-        self.samples = {index: sample for index, sample in enumerate(pieces.samples) if sample is not None}
-        self.lengths = {index: sample_length(sample) for index, sample in self.samples.items()}
-        # The longest first, so that memory that does not suffice is found out at once.
-        order = [(-self.lengths[index], signature(sample), index) for index, sample in self.samples.items()]
-        self.order = [index for *_, index in sorted(order)]
-        self.projection = None if options.projection is None else Projection(options.projection, seed=options.seed)
-        self.names = list(capture.parameters) if self.projection is None else [PROJECTED]
-        self.tokens = 1
-        """Tokens in one pass, unless the number of pieces is given."""
-
-    def probe(self) -> Footprint:
-        """Tries pieces until one runs; says what the others will need.
-
-        Raises:
-            CouplingError: A piece failed and that is an error, or all did.
-        """
-        reasons = dict(self.pieces.failures)
-        for index, reason in reasons.items():
-            self.failed(index, reason)
-        for index in self.order:
-            batch = joined_batch([self.samples[index]], self.capture.device)
-            try:
-                return self.capture.probe(batch, self.lengths[index])
-            except (CouplingError, torch.OutOfMemoryError):
-                raise
-            except RECOVERABLE as error:
-                reasons[index] = self.failed(index, str(error), error)
-        index, reason = next(iter(reasons.items()))
-        raise CouplingError(f"every piece failed, the first so: {self.pieces.name(index)}: {reason}")
-
-    def fill(self, store: BlockStore, blocks: Sequence[list[int]]) -> None:
-        """Captures this replica's share of the blocks, unless they are there."""
-        numbers = self.replicas.share(range(len(blocks)))
-        total, done = sum(len(blocks[number]) for number in numbers), 0
-        # Of a folder where some products are there, only the rows that others need.
-        missing = [number for number in range(len(blocks)) if not store.has_products(number)]
-        for number in numbers:
-            needed = any(number <= other for other in missing)
-            if needed and not store.has_block(number):
-                store.put_block(number, self._captured(blocks[number], store.kept, done, total))
-            done += len(blocks[number])
-            if self.progress is not None:
-                self.progress(done, total)
-
-    def _captured(self, indices: list[int], kept: torch.device, done: int, total: int) -> Block:
-        block = Block()
-        buffers = {name: RowBuffer(len(indices), kept) for name in self.names}
-        pending = shared_passes(indices, self._fits)[::-1]
-        while pending:
-            chunk = pending.pop()
-            try:
-                batch = joined_batch([self.samples[index] for index in chunk], self.capture.device)
-                log_probs, rows = self.capture.run(batch, len(chunk))
-            except torch.OutOfMemoryError:
-                if len(chunk) == 1 or self.options.chunk_size != "auto":
-                    raise
-                torch.cuda.empty_cache()
-                self.tokens = max(1, self.tokens // 2)
-                pending += [chunk[len(chunk) // 2 :], chunk[: len(chunk) // 2]]
-            except CouplingError:
-                raise
-            except RECOVERABLE as error:
-                if len(chunk) > 1:
-                    pending += [[index] for index in chunk[::-1]]
-                    continue
-                block.failures[chunk[0]] = self.failed(chunk[0], str(error), error)
-            else:
-                self._add(block, buffers, chunk, log_probs, rows)
-            if self.progress is not None:
-                self.progress(done + len(block.indices) + len(block.failures), total)
-        if block.indices:
-            block.parts = {name: buffer.rows() for name, buffer in buffers.items()}
-        return block
-
-    def _add(
-        self, block: Block, buffers: dict[str, RowBuffer], chunk: list[int], log_probs: Tensor, rows: dict[str, Rows]
-    ) -> None:
-        squares = torch.stack([squared_norms(part).to(log_probs.device) for part in rows.values()]).cpu()
-        known = log_probs.double().tolist()
-        good = []
-        for at, index in enumerate(chunk):
-            reason = _reason(known[at], squares[:, at], list(rows))
-            if reason:
-                block.failures[index] = self.failed(index, reason)
-            else:
-                good.append(at)
-        if not good:
-            return
-        if len(good) < len(chunk):
-            rows = {name: part.of(good) for name, part in rows.items()}
-        block.indices += [chunk[at] for at in good]
-        block.squares += squares.sum(dim=0)[good].tolist()
-        block.log_probs += [known[at] for at in good]
-        if self.projection is not None:
-            rows = {PROJECTED: Rows(self.projection(rows))}
-        for name, part in rows.items():
-            buffers[name].add(part)
-
-    def _fits(self, chunk: list[int], index: int) -> bool:
-        if not self.capture.batched or signature(self.samples[chunk[0]]) != signature(self.samples[index]):
-            return False
-        if self.options.chunk_size != "auto":
-            return len(chunk) < self.options.chunk_size
-        return (len(chunk) + 1) * self.lengths[chunk[0]] <= self.tokens
-
-    def failed(self, index: int, reason: str, error: Exception | None = None) -> str:
-        """The reason, where a failed piece is no error."""
-        if self.options.on_error == "raise":
-            raise CouplingError(f"{self.pieces.name(index)}: {reason}") from error
-        return reason
-
-
-def _reason(log_prob: float, squares: Tensor, names: Sequence[str]) -> str:
-    """Why a piece has no direction to compare; empty when it has one."""
-    if not math.isfinite(log_prob):
-        return f"the mean log-probability of its answer is {log_prob}"
-    for name, square in zip(names, squares.tolist(), strict=True):
-        if not math.isfinite(square):
-            return f"its gradient with respect to {name} is not finite"
-    if not float(squares.sum()) > 0:
-        return "its gradient with respect to the selected parameters is zero, so it has no direction"
-    return ""
-
-
-def shared_passes(indices: Sequence[int], fits: Callable[[list[int], int], bool]) -> list[list[int]]:
-    """Cuts pieces into passes of neighbours; ``fits`` says whether a pass takes one piece more."""
     chunks: list[list[int]] = []
     for index in indices:
         if chunks and fits(chunks[-1], index):
             chunks[-1].append(index)
         else:
             chunks.append([index])
-    return chunks
-
-
-def run_settings(capture: Capture, pieces: PieceSamples, options: RunOptions) -> dict[str, str]:
-    """Names and hashes of all that decides the numbers of a coupling; every rank must call.
-
-    Args:
-        capture: Knows the model, the objective and the tensors.
-        pieces: The samples.
-        options: Of the run.
-    """
-    device, model, objective = capture.device.type, capture.model, capture.objective
-    names, function = (
-        list(capture.parameters),
-        getattr(getattr(capture.objective, "function", None), "__qualname__", ""),
-    )
-    random = f"{options.projection} dimensions with seed {options.seed}"
-    return {
-        "pieces": f"{len(pieces.samples)} with hash {_pieces_hash(pieces)}",
-        "weights": _weights_hash(model),
-        "model": f"{model_class(model)} with hash {_text_hash(model)}",
-        "selection": f"{len(names)} tensors with hash {_text_hash(names)}",
-        "objective": f"{type(objective).__module__}.{type(objective).__qualname__} {function}".strip(),
-        "projection": "none" if options.projection is None else random,
-        "autocast": str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "none",
-    }
-
-
-def _pieces_hash(pieces: PieceSamples) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for sample in pieces.samples:
-        digest.update(b"\1" if sample is None else b"\2")
-        for tensor in () if sample is None else batch_tensors(sample):
-            _update(digest, tensor)
-    return digest.hexdigest()
-
-
-def _weights_hash(model: nn.Module) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        digest.update(canonical_name(name).encode())
-        _update(digest, gather(tensor))
-    return digest.hexdigest()
-
-
-def _update(digest: Any, tensor: Tensor) -> None:
-    full = tensor.detach().cpu().contiguous()
-    digest.update(f"{tuple(full.shape)} {full.dtype}".encode())
-    # NumPy knows no bfloat16; the bytes do not care.
-    digest.update(full.reshape(-1).view(torch.uint8).numpy().data)
-
-
-def _text_hash(value: object) -> str:
-    return hashlib.blake2b(repr(value).encode(), digest_size=8).hexdigest()
+    pending = chunks[::-1]
+    while pending:
+        chunk = pending.pop()
+        outcome: T | Exception
+        try:
+            outcome = run(chunk)
+        except torch.OutOfMemoryError:
+            if len(chunk) == 1 or on_memory is None:
+                raise
+            on_memory()
+            pending += [chunk[len(chunk) // 2 :], chunk[: len(chunk) // 2]]
+            continue
+        except CouplingError:
+            raise
+        except RECOVERABLE as error:
+            if len(chunk) > 1:
+                pending += [[index] for index in chunk[::-1]]
+                continue
+            outcome = error
+        yield chunk, outcome
 
 
 class Footprint(NamedTuple):
@@ -321,8 +152,6 @@ class Capture:
         self._batched, self._count = True, 1
         self.precision = torch.float32
         """What products of rows are made in; known after the probe."""
-        self.cost = Cost()
-        """Passes of this process so far, those that were made to their end."""
         self._freeze(self.direct)
 
     @property
@@ -336,14 +165,12 @@ class Capture:
         return self._batched and not self.direct and all(tap.batch_first for tap in self._taps.values())
 
     @contextmanager
-    def attached(self) -> Iterator[None]:
-        """With hooks on the layers."""
+    def attached(self) -> Iterator[Callable[[], Cost]]:
+        """With hooks on the layers, and one that counts the passes of this process."""
         with ExitStack() as stack:
-            # The objective may fail when the model has run.
-            stack.callback(self.model.register_forward_hook(self._count_pass).remove)
             for tap in self._taps.values():
-                stack.callback(tap.module.register_forward_hook(tap.hook, with_kwargs=True).remove)
-            yield
+                stack.enter_context(tap.module.register_forward_hook(tap.hook, with_kwargs=True))
+            yield stack.enter_context(counted_passes(self.model, lambda: self._count))
 
     def run(self, batch: Any, count: int, *, compare: bool = False) -> tuple[Tensor, dict[str, Rows]]:
         """One forward and backward pass.
@@ -427,11 +254,7 @@ class Capture:
             )
         if log_probs.requires_grad:
             log_probs.sum().backward()
-            self.cost += Cost(backwards=count)
         return log_probs.detach()
-
-    def _count_pass(self, *_: Any) -> None:
-        self.cost += Cost(forwards=self._count)
 
     def _forget(self) -> None:
         for tap in self._taps.values():

@@ -294,17 +294,31 @@ def _contrasts(cosines: Tensor, columns: Mapping[str, Sequence[Any]]) -> dict[st
     """Pairs that share an answer, a category or a group against pairs that do not; without columns of one piece."""
     contrasts = {}
     for name in CONTRASTS:
-        codes = _codes(columns[name], fold=name == "answer")
+        codes = codes_of(columns[name], fold=name == "answer")
         if (codes >= 0).sum() > 1:
             contrasts[name] = _contrast(cosines, codes)
     return contrasts
 
 
-def _codes(values: Sequence[Any], *, fold: bool) -> NDArray[np.int64]:
-    """A number per value, -1 for none; answers that differ in case or white space alone are the same."""
+def codes_of(values: Sequence[Any], *, fold: bool = False) -> NDArray[np.int64]:
+    """A number per value, -1 for none.
+
+    Args:
+        values: Texts or None.
+        fold: Texts that differ in case or white space alone are the same.
+
+    Example:
+        >>> codes_of(["a", None, "A "], fold=True).tolist()
+        [0, -1, 0]
+    """
     known: dict[Any, int] = {}
-    keys = [" ".join(value.split()).casefold() if fold and isinstance(value, str) else value for value in values]
+    keys = map(folded, values) if fold else values
     return np.array([-1 if key is None else known.setdefault(key, len(known)) for key in keys], dtype=np.int64)
+
+
+def folded(value: Any) -> Any:
+    """A text without the case and white space in which equal answers may differ; what is no text stays."""
+    return " ".join(value.split()).casefold() if isinstance(value, str) else value
 
 
 def _contrast(cosines: Tensor, codes: NDArray[np.int64]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_goldy.analysis.agreement import EVERYTHING, Agreement, agreement_of, spaced_places
-from lightning_goldy.analysis.result import AnalysisResult, Cost
+from lightning_goldy.analysis.result import AnalysisResult, Cost, counted_passes, total_cost
 from lightning_goldy.analysis.ripple.measure import (
     Batch,
     Encoding,
@@ -19,11 +19,9 @@ from lightning_goldy.analysis.ripple.measure import (
     PieceScores,
     available_route,
     check_pieces,
-    counted_passes,
     gathered,
     score_pieces,
     slopes,
-    total_cost,
     unit_change,
 )
 from lightning_goldy.core.base import Base, base_of
@@ -230,12 +228,8 @@ def finetune_ripple(
         pieces=tuple(piece.id for piece in pieces),
         classes=classes,
         predicted=torch.cat(next(parts)),
-        before=before.log_prob,
-        after=after.log_prob,
-        rank_before=before.rank,
-        rank_after=after.rank,
-        exact_before=before.exact,
-        exact_after=after.exact,
+        **before.named("before"),
+        **after.named("after"),
         delta_norm=delta_norm,
         route=route,
         cost=cost,

@@ -1,20 +1,18 @@
-"""Log-probabilities, ranks and gradients of answers, and what measuring them costs."""
+"""Log-probabilities, ranks and gradients of answers."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.result import Cost
 from lightning_goldy.core.autodiff import Substituted, directional_derivatives
 from lightning_goldy.core.batches import split_batch
-from lightning_goldy.core.naming import suggestion
+from lightning_goldy.core.naming import require_choice
 from lightning_goldy.core.objective import IGNORE_INDEX, CausalLMObjective
 from lightning_goldy.core.pieces import KnowledgePiece, Sample, encode_pieces, padded_batches
 from lightning_goldy.core.sharding import Replicas
@@ -59,8 +57,7 @@ class Encoding:
     device: torch.device
 
     def __post_init__(self) -> None:
-        if self.measure not in get_args(Measure):
-            raise ValueError(f"unknown measure {self.measure!r}; {suggestion(str(self.measure), get_args(Measure))}")
+        require_choice("measure", self.measure, get_args(Measure))
         require_count("batch_size", self.batch_size)
 
     def samples(self, pieces: Sequence[KnowledgePiece]) -> list[Sample]:
@@ -109,6 +106,10 @@ class PieceScores:
     def joined(cls, parts: Sequence[PieceScores]) -> PieceScores:
         """The scores of all parts, one after the other."""
         return cls(*(torch.cat(column) for column in zip(*(vars(part).values() for part in parts), strict=True)))
+
+    def named(self, when: str) -> dict[str, Tensor]:
+        """As the fields of a result: such as ``before``, ``rank_before``, ``exact_before``."""
+        return {when: self.log_prob, f"rank_{when}": self.rank, f"exact_{when}": self.exact}
 
 
 def score_pieces(model: nn.Module, batches: Sequence[Batch]) -> PieceScores:
@@ -226,45 +227,10 @@ def normalise_(vector: ParameterVector) -> float:
     return size
 
 
-@contextmanager
-def counted_passes(model: nn.Module) -> Iterator[Callable[[], Cost]]:
-    """Counts the samples of all passes of a model in a ``with`` block, whoever makes them.
-
-    Yields:
-        A function that gives the passes so far. A pass of forward mode is one forward pass.
-
-    Example:
-        >>> from transformers import GPT2Config, GPT2LMHeadModel
-        >>> model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=11))
-        >>> with counted_passes(model) as passes:
-        ...     model(input_ids=torch.tensor([[1, 2], [3, 4]])).logits.sum().backward()
-        >>> passes()
-        Cost(forwards=2, backwards=2)
-    """
-    made = [0, 0]
-
-    def count(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        logits = output.logits if hasattr(output, "logits") else output[0]
-        made[0] += len(logits)
-        if logits.requires_grad:
-            logits.register_hook(count_backward)
-
-    def count_backward(gradient: Tensor) -> None:
-        made[1] += len(gradient)
-
-    with model.register_forward_hook(count):
-        yield lambda: Cost(*made)
-
-
 def gathered(replicas: Replicas, mine: list[T], count: int) -> list[T]:
     """What the replicas made of items that they had shared out, in the items' order; a collective."""
     parts = replicas.gather_objects(mine)
     return [parts[at % replicas.size][at // replicas.size] for at in range(count)]
-
-
-def total_cost(replicas: Replicas, mine: Cost) -> Cost:
-    """The passes of all replicas; a collective."""
-    return sum(replicas.gather_objects(mine), Cost())
 
 
 def check_pieces(pieces: Sequence[KnowledgePiece]) -> None:

@@ -13,29 +13,24 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lightning_goldy.analysis.agreement import EVERYTHING, Agreement, agreement_of, spaced_places
-from lightning_goldy.analysis.result import AnalysisResult, Cost
+from lightning_goldy.analysis.result import AnalysisResult, Cost, counted_passes, total_cost
 from lightning_goldy.analysis.ripple.editors import Editor, EditRequest, make_editor
 from lightning_goldy.analysis.ripple.measure import (
-    Batch,
     Encoding,
     Measure,
-    PieceScores,
-    Route,
     available_route,
     check_pieces,
-    counted_passes,
     gathered,
     normalise_,
     piece_gradient,
     score_pieces,
     slopes,
-    total_cost,
     unit_change,
 )
 from lightning_goldy.core.batches import split_batch
 from lightning_goldy.core.files import finite
 from lightning_goldy.core.isolation import preserved
-from lightning_goldy.core.naming import suggestion
+from lightning_goldy.core.naming import require_choice, suggestion
 from lightning_goldy.core.pieces import QUESTION_TEMPLATE, KnowledgePiece
 from lightning_goldy.core.sharding import Replicas, is_sharded, unshard_guard
 from lightning_goldy.core.vector import ParameterVector, require_finite, substituted
@@ -322,8 +317,7 @@ class RippleResult(AnalysisResult):
         Raises:
             ValueError: There is no such kind.
         """
-        if predictor not in get_args(Predictor):
-            raise ValueError(f"unknown predictor {predictor!r}; {suggestion(str(predictor), get_args(Predictor))}")
+        require_choice("predictor", predictor, get_args(Predictor))
         return self.predicted_first_order if predictor == "first_order" else self.predicted_coupling
 
     def agreement(self, predictor: Predictor = "first_order", *, edit: int | None = None) -> tuple[Agreement, ...]:
@@ -362,11 +356,7 @@ class RippleResult(AnalysisResult):
         """Predictions, measured changes and how they agree; of more than 2,000 pairs, so many evenly spaced."""
         pairs = np.argwhere(self.pairs())
         edits, pieces = pairs[spaced_places(len(pairs), _MOST_POINTS)].T
-        columns = {
-            "first_order": self.predicted_first_order,
-            "coupling": self.predicted_coupling,
-            "measured": self.measured,
-        }
+        columns = {name: self.predicted(name) for name in get_args(Predictor)} | {"measured": self.measured}
         points = {
             **{name: finite(table.numpy()[edits, pieces].tolist()) for name, table in columns.items()},
             "edit": edits.tolist(),
@@ -463,7 +453,8 @@ def ripple_effects(
         ((('edited', 'unrelated'),), True)
     """
     chosen = make_editor(editor, {"learning_rate": learning_rate, "steps": steps, "select": select})
-    pieces, replicas = tuple(pieces), _replicas(model, split_over_ranks)
+    _require_whole(model)
+    pieces, replicas = tuple(pieces), Replicas.of(model) if split_over_ranks else Replicas()
     check_pieces(pieces)
     encoding = Encoding(tokenizer, template, measure, batch_size, next(model.parameters()).device)
     asked = planned_edits(edits, pieces, together=together)
@@ -471,15 +462,15 @@ def ripple_effects(
     classes = tuple(classes_of(row, pieces, distance) for row in rows)
     with preserved(model), counted_passes(model) as passes:
         with replicas.together("ripple_effects"):
-            work = _prepare_work(model, chosen, encoding, pieces)
+            work = _RippleWork(model, chosen, encoding, pieces)
             mine = work.gradient_norms(replicas), work.outcomes(replicas.share(rows), progress)
         norms, outcomes = gathered(replicas, mine[0], len(pieces)), gathered(replicas, mine[1], len(rows))
         cost = total_cost(replicas, passes())
-    size = torch.tensor([outcome.delta_norm for outcome in outcomes], dtype=torch.float64)
-    own = torch.tensor(norms, dtype=torch.float64)
-    along_gradient = torch.stack([outcome.along_gradient for outcome in outcomes])  # [E, N]
+    found = {name: torch.stack([outcome[name] for outcome in outcomes]) for name in outcomes[0]}
+    along_delta, along_gradient = found.pop("along_delta"), found.pop("along_gradient")  # [E, N]
+    size, own = found["delta_norm"], torch.tensor(norms, dtype=torch.float64)
     # A gradient of zero has no direction.
-    angled = torch.tensor([outcome.gradient_norm > 0 for outcome in outcomes])[:, None] & (own > 0)
+    angled = (found.pop("edit_gradient_norm") > 0)[:, None] & (own > 0)
     name = editor if isinstance(editor, str) else type(editor).__name__
     return RippleResult(
         pieces=tuple(piece.id for piece in pieces),
@@ -488,26 +479,18 @@ def ripple_effects(
             for row in rows
         ),
         classes=classes,
-        predicted_first_order=torch.stack([outcome.along_delta for outcome in outcomes]) * size[:, None],
+        predicted_first_order=along_delta * size[:, None],
         predicted_coupling=along_gradient * size[:, None],
         cosine=torch.where(angled, along_gradient / own, torch.nan),
-        before=work.scores.log_prob,
-        after=torch.stack([outcome.scores.log_prob for outcome in outcomes]),
-        rank_before=work.scores.rank,
-        rank_after=torch.stack([outcome.scores.rank for outcome in outcomes]),
-        exact_before=work.scores.exact,
-        exact_after=torch.stack([outcome.scores.exact for outcome in outcomes]),
-        new_before=torch.tensor([outcome.new_before for outcome in outcomes], dtype=torch.float64),
-        new_after=torch.tensor([outcome.new_after for outcome in outcomes], dtype=torch.float64),
-        new_exact=torch.tensor([outcome.new_exact for outcome in outcomes]),
-        delta_norm=size,
+        **work.scores.named("before"),
+        **found,
         gradient_norm=own,
         settings={"editor": name, "measure": measure, "route": work.route},
         cost=cost,
     )
 
 
-def _replicas(model: nn.Module, split_over_ranks: bool) -> Replicas:
+def _require_whole(model: nn.Module) -> None:
     unshard_guard(model)
     sharded = next((name for name, parameter in model.named_parameters() if is_sharded(parameter)), None)
     if sharded is not None:
@@ -515,46 +498,26 @@ def _replicas(model: nn.Module, split_over_ranks: bool) -> Replicas:
             f"ripple_effects needs whole parameters, and {sharded!r} is a DTensor, sharded by FSDP2 (fully_shard) or "
             "tensor parallelism: load the weights into a plain copy of the model, on one process or on all"
         )
-    return Replicas.of(model) if split_over_ranks else Replicas()
 
 
-@dataclass(frozen=True)
-class _Outcome:
-    """What one row of edits did.
-
-    Args:
-        scores: Of the pieces after the edit.
-        new_before: Log-probability of the new answers before, nats.
-        new_after: The same after.
-        new_exact: Whether all of them are exact after.
-        delta_norm: ||delta||, parameter units.
-        gradient_norm: ||g_e||, nats per parameter unit.
-        along_delta: g_j . delta / ||delta||, ``[N]``.
-        along_gradient: g_j . g_e / ||g_e||, ``[N]``.
-    """
-
-    scores: PieceScores
-    new_before: float
-    new_after: float
-    new_exact: bool
-    delta_norm: float
-    gradient_norm: float
-    along_delta: Tensor
-    along_gradient: Tensor
-
-
-@dataclass(frozen=True)
 class _RippleWork:
     """The model before any edit, the batches and scores of the pieces, and how derivatives are found."""
 
-    model: nn.Module
-    editor: Editor
-    encoding: Encoding
-    start: ParameterVector
-    batches: list[Batch]
-    scores: PieceScores
-    route: Route
-    kept: dict[str, Any] = field(default_factory=dict)
+    def __init__(self, model: nn.Module, editor: Editor, encoding: Encoding, pieces: Sequence[KnowledgePiece]) -> None:
+        self.model, self.editor, self.encoding = model, editor, encoding
+        space = editor.space(model)
+        for name, parameter in model.named_parameters():
+            require_finite({name: parameter}, "weights")
+        edited = {id(parameter) for parameter in space.resolve(model).values()}
+        for parameter in model.parameters():
+            # Packed weights cannot require gradients and do not.
+            if parameter.requires_grad is not (id(parameter) in edited):
+                parameter.requires_grad_(id(parameter) in edited)
+        self.start = ParameterVector.of(model, space)
+        self.batches = encoding.batches(encoding.samples(pieces))
+        self.scores = score_pieces(model, self.batches)
+        self.route = available_route(model, self.start, next(split_batch(self.batches[0])))
+        self.kept: dict[str, Any] = {}
 
     def gradient_norms(self, replicas: Replicas) -> list[float]:
         """||g_j|| of this process's share of the pieces."""
@@ -563,7 +526,7 @@ class _RippleWork:
 
     def outcomes(
         self, rows: Sequence[Sequence[PlannedEdit]], progress: Callable[[int, int], None] | None
-    ) -> list[_Outcome]:
+    ) -> list[dict[str, Tensor]]:
         """What each row of edits does."""
         found = []
         for row in rows:
@@ -572,10 +535,10 @@ class _RippleWork:
                 progress(len(found), len(rows))
         return found
 
-    def _outcome(self, row: Sequence[PlannedEdit]) -> _Outcome:
-        """Makes edits, measures, undoes them, predicts."""
+    def _outcome(self, row: Sequence[PlannedEdit]) -> dict[str, Tensor]:
+        """Makes edits, measures, undoes them, predicts: fields of the result, and slopes along unit vectors."""
         request = self._request(row)
-        before = score_pieces(self.model, [request.batch])
+        new_before = score_pieces(self.model, [request.batch])
         # On its own, so that an edit leaves nothing to the next, such as another mode.
         with preserved(self.model), substituted(self.model, self.start):
             self.editor.edit(self.model, request)
@@ -584,19 +547,18 @@ class _RippleWork:
             torch.clear_autocast_cache()
             delta, size = unit_change(self.model, self.start)
             scores = score_pieces(self.model, self.batches)
-            after = score_pieces(self.model, [request.batch])
+            new_after = score_pieces(self.model, [request.batch])
         gradient = piece_gradient(self.model, self.start, request.batch)
-        gradient_norm = normalise_(gradient)
+        sizes = torch.tensor([size, normalise_(gradient)], dtype=torch.float64)
         along = slopes(self.model, self.start, (delta, gradient), self.batches, self.route)
-        return _Outcome(
-            scores,
-            float(before.log_prob.mean()),
-            float(after.log_prob.mean()),
-            bool(after.exact.all()),
-            size,
-            gradient_norm,
-            *along,
-        )
+        return {
+            **scores.named("after"),
+            "new_before": new_before.log_prob.mean(),
+            "new_after": new_after.log_prob.mean(),
+            "new_exact": new_after.exact.all(),
+            **dict(zip(("delta_norm", "edit_gradient_norm"), sizes, strict=True)),
+            **dict(zip(("along_delta", "along_gradient"), along, strict=True)),
+        }
 
     def _request(self, row: Sequence[PlannedEdit]) -> EditRequest:
         samples = self.encoding.samples([edit.wanted for edit in row])
@@ -611,22 +573,3 @@ class _RippleWork:
             tokenizer=self.encoding.tokenizer,
             kept=self.kept,
         )
-
-
-def _prepare_work(
-    model: nn.Module, editor: Editor, encoding: Encoding, pieces: Sequence[KnowledgePiece]
-) -> _RippleWork:
-    """Measures the model before any edit, and lets only the editor's parameters require gradients."""
-    space = editor.space(model)
-    for name, parameter in model.named_parameters():
-        require_finite({name: parameter}, "weights")
-    edited = {id(parameter) for parameter in space.resolve(model).values()}
-    for parameter in model.parameters():
-        # Packed weights cannot require gradients and do not.
-        if parameter.requires_grad is not (id(parameter) in edited):
-            parameter.requires_grad_(id(parameter) in edited)
-    start = ParameterVector.of(model, space)
-    batches = encoding.batches(encoding.samples(pieces))
-    scores = score_pieces(model, batches)
-    route = available_route(model, start, next(split_batch(batches[0])))
-    return _RippleWork(model, editor, encoding, start, batches, scores, route)

@@ -7,7 +7,7 @@ import io
 import math
 import random
 import time
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +27,7 @@ from lightning_goldy.analysis.coupling import (
     knowledge_coupling,
     layer_gradient_norms,
 )
-from lightning_goldy.analysis.result import Cost
+from lightning_goldy.analysis.coupling.statistics import CONTRASTS, codes_of, folded
 from lightning_goldy.analysis.ripple import (
     Encoding,
     KnowledgeEdit,
@@ -36,7 +36,6 @@ from lightning_goldy.analysis.ripple import (
     ripple_effects,
     score_pieces,
 )
-from lightning_goldy.analysis.ripple.measure import counted_passes
 from lightning_goldy.commands.coupling.options import Options
 from lightning_goldy.core.files import RowError, atomic_write, read_rows
 from lightning_goldy.core.isolation import preserved
@@ -68,7 +67,6 @@ class Findings:
         layered: Numbers of those pieces.
         activation: Similarity of activations, if asked for.
         ripple: Effects of edits, if asked for.
-        cost: Passes of the coupling.
     """
 
     source: PieceSet
@@ -79,7 +77,6 @@ class Findings:
     layered: tuple[int, ...]
     activation: CouplingResult | None
     ripple: RippleResult | None
-    cost: Cost
 
     @property
     def known_share(self) -> float | None:
@@ -135,9 +132,8 @@ def measure(
     encode = {"tokenizer": tokenizer, "template": options.pieces.prompt}
     part: dict[str, Any] = {"select": method.select, "layers": method.layers, **encode}
     here: dict[str, Any] = {"progress": clock.progress, "split_over_ranks": False}
-    with clock.phase("coupling"), counted_passes(model) as passes:
+    with clock.phase("coupling"):
         result = knowledge_coupling(model, chosen, center=method.center, **part, **here, **vars(method.options))
-        cost = passes()
     with clock.phase("statistics"):
         statistics = coupling_statistics(result, moderate=method.moderate, high=method.high)
     good = result.valid.nonzero().flatten().tolist()
@@ -153,7 +149,7 @@ def measure(
     if options.editing is not None:
         with clock.phase("ripple"):
             ripple = _ripple(model, tokenizer, material, result, options, clock)
-    return Findings(material.source, result, statistics, scores, layers, layered, activation, ripple, cost)
+    return Findings(material.source, result, statistics, scores, layers, layered, activation, ripple)
 
 
 def _ripple(
@@ -310,11 +306,6 @@ def read_edits(path: str | Path, pieces: Sequence[KnowledgePiece]) -> list[Knowl
     return edits
 
 
-def folded(text: str) -> str:
-    """A text without the case and white space in which equal answers may differ."""
-    return " ".join(text.split()).casefold()
-
-
 @dataclass
 class Clock:
     """Seconds of each phase, and what the console says meanwhile.
@@ -346,7 +337,6 @@ class Clock:
             self.status.update(text)
 
 
-SHARED = ("answer", "category", "group")
 _COLUMNS = ("id", "question", "answer", "category", "group", "hop")
 # Pairs that are gathered before they are sorted.
 _WAITING = 200_000
@@ -445,7 +435,7 @@ def pair_kinds(result: CouplingResult, pairs: StrongPairs, threshold: float) -> 
     """
     chosen = pairs.cosine >= threshold
     found = []
-    for name in SHARED:
+    for name in CONTRASTS:
         codes = codes_of(result.column(name), fold=name == "answer")
         known = codes[result.valid.numpy()]
         known = known[known >= 0]
@@ -473,12 +463,12 @@ def write_pairs(result: CouplingResult, pairs: StrongPairs, path: str | Path) ->
     buffer = io.StringIO(newline="")
     writer = csv.writer(buffer)
     head = [f"{side}_{name}" for side in ("first", "second") for name in _COLUMNS]
-    writer.writerow(["cosine", *head, *(f"same_{name}" for name in SHARED)])
+    writer.writerow(["cosine", *head, *(f"same_{name}" for name in CONTRASTS)])
     for first, second, cosine in zip(pairs.first.tolist(), pairs.second.tolist(), pairs.cosine.tolist(), strict=True):
         one, other = result.pieces[first], result.pieces[second]
         cells = [guarded(piece[name]) for piece in (one, other) for name in _COLUMNS]
         same = shared(one, other)
-        writer.writerow([f"{cosine:.6f}", *cells, *(int(name in same) for name in SHARED)])
+        writer.writerow([f"{cosine:.6f}", *cells, *(int(name in same) for name in CONTRASTS)])
     # CSV can hold half a surrogate pair, which UTF-8 cannot.
     return atomic_write(path, buffer.getvalue().encode("utf-8", "replace"))
 
@@ -503,30 +493,8 @@ def shared(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
         >>> shared(one, {"answer": "lima", "category": None, "group": "b"})
         ['answer']
     """
-    return [name for name in SHARED if one[name] is not None and _key(one[name], name) == _key(other[name], name)]
-
-
-def codes_of(values: Sequence[Any], *, fold: bool = False) -> NDArray[np.int64]:
-    """A number per value, -1 for none.
-
-    Args:
-        values: Texts or None.
-        fold: Texts that differ in case or white space alone are the same.
-
-    Example:
-        >>> codes_of(["a", None, "A "], fold=True).tolist()
-        [0, -1, 0]
-    """
-    numbers: dict[Hashable, int] = {}
-    name = "answer" if fold else ""
-    return np.array(
-        [-1 if value is None else numbers.setdefault(_key(value, name), len(numbers)) for value in values],
-        dtype=np.int64,
-    )
-
-
-def _key(value: Any, name: str) -> Hashable:
-    return folded(value) if name == "answer" and isinstance(value, str) else value
+    both = ((name, one[name], other[name]) for name in CONTRASTS if one[name] is not None)
+    return [name for name, *two in both if two[0] == two[1] or (name == "answer" and folded(two[0]) == folded(two[1]))]
 
 
 def _sorted(parts: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
@@ -666,9 +634,8 @@ def _check(
     rule: Literal["at least", "at most"],
     threshold: float,
     *,
-    meaning: str,
-    next_step: str,
     fail_at: float | None = None,
+    **texts: str,
 ) -> dict[str, Any]:
     sign = 1 if rule == "at least" else -1
     status = "pass"
@@ -678,13 +645,5 @@ def _check(
         status = "fail"
     elif sign * value < sign * threshold:
         status = "warn"
-    return {
-        "check": name,
-        "value": value,
-        "rule": rule,
-        "threshold": threshold,
-        "fail_threshold": fail_at,
-        "status": status,
-        "meaning": meaning,
-        "next_step": next_step,
-    }
+    limits = {"rule": rule, "threshold": threshold, "fail_threshold": fail_at}
+    return {"check": name, "value": value, **limits, "status": status, **texts}

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import lightning_goldy
 from lightning_goldy.analysis.agreement import EVERYTHING, Agreement, agreement_of, spaced_places
 from lightning_goldy.analysis.coupling import CouplingResult, coupling_picture
-from lightning_goldy.analysis.result import Row
+from lightning_goldy.analysis.coupling.statistics import codes_of
 from lightning_goldy.analysis.ripple import EDITED, Predictor, RippleResult
 from lightning_goldy.callbacks.store import ResultStore, peak_memory_bytes
 from lightning_goldy.commands.coupling.options import Options
@@ -32,7 +32,6 @@ from lightning_goldy.commands.coupling.run import (
     Clock,
     Findings,
     StrongPairs,
-    codes_of,
     layer_error,
     measure,
     pair_kinds,
@@ -78,10 +77,9 @@ def knowledge_pieces(found: Findings, settings: Mapping[str, Any]) -> dict[str, 
     listed = [
         {
             **piece,
-            "gradient_norm": float(result.norms[index]),
-            "log_prob": float(result.log_probs[index]),
-            "known": bool(scores.exact[index]) if index not in reasons else None,
-            "rank": int(scores.rank[index]) if index not in reasons else None,
+            **_sized(result, index),
+            "known": None if index in reasons else bool(scores.exact[index]),
+            "rank": None if index in reasons else int(scores.rank[index]),
             "failure": reasons.get(index),
         }
         for index, piece in enumerate(result.pieces)
@@ -115,15 +113,17 @@ def gradient_analysis(found: Findings) -> dict[str, Any]:
     good = result.valid.numpy()
     norms, log_probs = result.norms.numpy(), result.log_probs.numpy()
     order = np.flatnonzero(good)[np.argsort(norms[good], kind="stable")].tolist()
-    relation = agreement_of(np.log10(norms[good]), log_probs[good], "log10 norm", "all")
+    relation = agreement_of(np.log10(norms[good]), log_probs[good], "log10 norm")
     return {
         "parameters": list(result.parameters),
         "blocks": list(result.layers),
         "centered": result.center,
         "norms": _spread(norms[good]),
         "log_probs": _spread(log_probs[good]),
-        "smallest": [_sized(found, index) for index in order[:_ENDS]],
-        "largest": [_sized(found, index) for index in order[::-1][:_ENDS]],
+        **{
+            end: [{**_texts(result.pieces[index]), **_sized(result, index)} for index in places[:_ENDS]]
+            for end, places in (("smallest", order), ("largest", order[::-1]))
+        },
         "log_prob_relation": _told(relation, "pearson", "spearman", "n", "reason"),
         "by_layer": _by_layer(found),
         "by_layer_pieces": len(found.layered),
@@ -142,9 +142,7 @@ def coupling_analysis(found: Findings) -> dict[str, Any]:
     plain = ("n_pieces", "n_failed", "n_pairs", "mean", "std", "minimum", "maximum", "high", "moderate", "low")
     more = ("negative", "n_clusters", "effective_rank", "participation_ratio")
     return {
-        "measure": result.measure,
-        "projection": result.projection,
-        "projection_error": result.projection_error,
+        **{name: getattr(result, name) for name in ("measure", "projection", "projection_error")},
         **{name: getattr(statistics, name) for name in (*plain, *more)},
         "thresholds": dict(statistics.thresholds),
         "quantiles": [{"share": float(share), "cosine": value} for share, value in statistics.quantiles.items()],
@@ -286,7 +284,7 @@ def _edit(pieces: Mapping[str, Mapping[str, Any]], ripple: RippleResult, row: in
     changes = ripple.measured.numpy()[row, others]
     largest = others[np.argsort(-np.abs(changes), kind="stable")[:_CHANGES]].tolist()
     return {
-        **{name: piece[name] for name in ("id", "question", "answer")},
+        **_texts(piece),
         "new_answer": edit["answers"][0],
         "learned": bool(ripple.new_exact[row]),
         "new_log_prob_before": float(ripple.new_before[row]),
@@ -341,21 +339,18 @@ def _clusters(found: Findings) -> list[dict[str, Any]]:
     for index, cluster in zip(found.statistics.order, found.statistics.clusters, strict=True):
         members.setdefault(cluster, []).append(index)
     cosines, pieces = found.result.cosines.numpy(), found.result.pieces
-    told = []
-    for cluster, inside in sorted(members.items(), key=lambda item: (-len(item[1]), item[0]))[:_CLUSTERS]:
-        if len(inside) > 1:
-            names = {name: _counted([pieces[index][name] for index in inside])[:3] for name in ("answer", "category")}
-            told.append(
-                {
-                    "cluster": cluster,
-                    "size": len(inside),
-                    "mean_cosine": _mean(cosines[np.ix_(inside, inside)], own=True),
-                    "answers": names["answer"],
-                    "categories": names["category"],
-                    "ids": [pieces[index]["id"] for index in inside[:5]],
-                }
-            )
-    return told
+    return [
+        {
+            "cluster": cluster,
+            "size": len(inside),
+            "mean_cosine": _mean(cosines[np.ix_(inside, inside)], own=True),
+            "answers": _counted([pieces[index]["answer"] for index in inside])[:3],
+            "categories": _counted([pieces[index]["category"] for index in inside])[:3],
+            "ids": [pieces[index]["id"] for index in inside[:5]],
+        }
+        for cluster, inside in sorted(members.items(), key=lambda item: (-len(item[1]), item[0]))[:_CLUSTERS]
+        if len(inside) > 1
+    ]
 
 
 def _mean(block: NDArray[Any], *, own: bool) -> float | None:
@@ -373,7 +368,7 @@ def _activation(found: Findings) -> dict[str, Any] | None:
     places = spaced_places(len(rows), _MOST_PAIRS)
     first, second = good[rows[places]], good[columns[places]]
     gradient, activation = (each.cosines.numpy()[first, second] for each in (found.result, found.activation))
-    told = agreement_of(activation, gradient, "activation", "all")
+    told = agreement_of(activation, gradient, "activation")
     return {
         "mean": float(activation.mean()) if len(activation) else None,
         **_told(told, "pearson", "spearman", "reason"),
@@ -382,9 +377,12 @@ def _activation(found: Findings) -> dict[str, Any] | None:
     }
 
 
-def _sized(found: Findings, index: int) -> dict[str, Any]:
-    numbers = {"gradient_norm": float(found.result.norms[index]), "log_prob": float(found.result.log_probs[index])}
-    return {name: found.result.pieces[index][name] for name in ("id", "question", "answer")} | numbers
+def _texts(piece: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: piece[name] for name in ("id", "question", "answer")}
+
+
+def _sized(result: CouplingResult, index: int) -> dict[str, Any]:
+    return {"gradient_norm": float(result.norms[index]), "log_prob": float(result.log_probs[index])}
 
 
 def _spread(values: NDArray[Any]) -> dict[str, Any] | None:
@@ -532,19 +530,9 @@ def write_rows(found: Findings, parts: Mapping[str, Any], folder: Path, clock: C
         folder: Of all results.
         clock: Has timed the phases.
     """
-    statistics = found.statistics
-    coupling = Row(
-        "knowledge_coupling",
-        statistics.metrics(),
-        {
-            "measure": found.result.measure,
-            **{name: getattr(statistics, name) for name in ("n_pieces", "n_pairs", "n_clusters", "thresholds")},
-            **coupling_picture(found.result, statistics).details(),
-            "top": parts["high_coupling_pairs"]["top"],
-            "readiness": parts["readiness"],
-        },
-        cost=found.cost,
-    )
+    more = {"measure": found.result.measure, **coupling_picture(found.result, found.statistics).details()}
+    more |= {"top": parts["high_coupling_pairs"]["top"], "readiness": parts["readiness"]}
+    coupling = found.statistics.row().extended(result=more, cost=found.result.cost)
     rows = [coupling.at(seconds=clock.seconds["coupling"])]
     if found.ripple is not None:
         rows.append(found.ripple.row().at(seconds=clock.seconds["ripple"]))

@@ -35,7 +35,7 @@ def test_both_routes_equal_the_gradients_whatever_the_tiles(m, n, r, s, width_in
         patch.setattr(coupling_gram, "_SLICE", piece)
         for route in (coupling_gram._by_rows, coupling_gram._by_gradients):
             torch.testing.assert_close(route(first, second), dense(first) @ dense(second).T)
-            torch.testing.assert_close(route(first, None), dense(first) @ dense(first).T)
+            torch.testing.assert_close(route(first, first), dense(first) @ dense(first).T)
         flat = Rows(dense(first)), Rows(dense(second))
         torch.testing.assert_close(inner_products(*flat), dense(first) @ dense(second).T)
 
@@ -63,9 +63,9 @@ def test_a_long_flat_gradient_does_not_lose_digits():
 
 def test_the_cheaper_route_is_taken():
     few, many = random_rows(4, 2, 64, 64), random_rows(64, 40, 16, 16)
-    assert coupling_gram._rows_are_cheaper(few, None)
     assert coupling_gram._rows_are_cheaper(few, few)
-    assert not coupling_gram._rows_are_cheaper(many, None)
+    assert coupling_gram._rows_are_cheaper(few, few)
+    assert not coupling_gram._rows_are_cheaper(many, many)
     assert not coupling_gram._rows_are_cheaper(many, many)
 
 

@@ -11,7 +11,6 @@ from torch import nn
 from lightning_goldy.analysis import knowledge_coupling
 from lightning_goldy.analysis.coupling import coupling as coupling_run
 from lightning_goldy.analysis.coupling.coupling import CouplingRun
-from lightning_goldy.analysis.coupling.passes import Passes
 from lightning_goldy.core.files import StoreError
 from lightning_goldy.core.objective import CausalLMObjective
 from tests.references.coupling_models import pieces
@@ -65,7 +64,7 @@ def test_an_interrupted_run_goes_on(tmp_path, small_blocks, monkeypatch, at):
         return replacement
 
     with monkeypatch.context() as patch:
-        patch.setattr(Passes, "_captured", counted(Passes._captured))
+        patch.setattr(CouplingRun, "_captured", counted(CouplingRun._captured))
         patch.setattr(CouplingRun, "_products", counted(CouplingRun._products))
         if at < 8:
             with pytest.raises(StopError):
@@ -76,7 +75,7 @@ def test_an_interrupted_run_goes_on(tmp_path, small_blocks, monkeypatch, at):
     assert done == min(at, 8)
     at = None
     with monkeypatch.context() as patch:
-        patch.setattr(Passes, "_captured", counted(Passes._captured))
+        patch.setattr(CouplingRun, "_captured", counted(CouplingRun._captured))
         patch.setattr(CouplingRun, "_products", counted(CouplingRun._products))
         found = knowledge_coupling(model, [batch], **options)
     assert len(calls) == 8  # nothing was done twice
