@@ -146,7 +146,7 @@ class ReverseGoldenParameters(MaskCallback[ReverseGoldenResult]):
         tokenizer = _tokenizer(context.trainer)
         found = compare_generations(context.model, tokenizer, mask=result.mask, **vars(self.generations))
         metrics = {"token_agreement": found.mean_agreement, "kl_per_token": found.mean_kl_per_token}
-        return row.extended(metrics, {"generations": found.rows()}, cost=found.row().cost)
+        return row.extended(metrics, {"generations": found.rows()}, cost=found.cost)
 
 
 def halves(batches: Sequence[Any], objective: Objective, n_samples: int) -> tuple[list[Any], list[Any]]:

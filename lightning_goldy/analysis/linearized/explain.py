@@ -18,7 +18,7 @@ from lightning_goldy.analysis.linearized.variants import FrozenAttention, Interv
 from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.core.architecture.kernels import eager_attention
 from lightning_goldy.core.autodiff import Substituted
-from lightning_goldy.core.base import BaseParameters
+from lightning_goldy.core.base import Base, base_of
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import suggestion
 from lightning_goldy.core.objective import CausalLMObjective, FunctionObjective, Objective, batch_tensors, map_batch
@@ -143,7 +143,7 @@ def _percent(value: float | None, width: int) -> str:
 
 def explain_change(
     model: nn.Module,
-    base: BaseParameters | ParameterVector,
+    base: Base,
     batches: Iterable[Any],
     objective: Objective | None = None,
     *,
@@ -163,7 +163,7 @@ def explain_change(
 
     Args:
         model: The finetuned model, plain.
-        base: theta_0.
+        base: theta_0: anything that :func:`~lightning_goldy.core.base.base_of` takes.
         batches: Batches that the objective understands, the same on every rank.
         objective: The loss; next-token prediction by default.
         variants: ``frozen_attention``, ``linear_mlp`` (at the base's inputs), ``linear_mlp_current`` (at the present
@@ -178,6 +178,7 @@ def explain_change(
         UnsupportedArchitectureError: A variant of this family cannot be made; the message names the part.
         ValueError: A variant is unknown or named twice, the model sharded, there is no batch, or a value is not finite.
         SpaceError: The base is of another model.
+        TypeError: It cannot be a base.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -194,7 +195,7 @@ def explain_change(
     objective = objective or CausalLMObjective()
     replicas = Replicas.of(model) if split_over_ranks else Replicas()
     with preserved(model), replicas.together("explain_change"):
-        start = base.vector(model) if isinstance(base, BaseParameters) else base
+        start = base_of(base, model).vector(model)
         made = {name: variant_parts(name, model, start) for name in variants}
         step_norm = (ParameterVector.of(model, start.space, clone=False) - start).norm()
         frozen = any(isinstance(part, FrozenAttention) for parts in made.values() for part in parts)
