@@ -19,7 +19,7 @@ from lightning_goldy.core.architecture import Architecture, describe_architectur
 from lightning_goldy.core.base import Base, base_of
 from lightning_goldy.core.batches import map_batch
 from lightning_goldy.core.isolation import preserved
-from lightning_goldy.core.naming import suggestion
+from lightning_goldy.core.naming import require_choice
 from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.sharding import Replicas
 from lightning_goldy.core.vector import ParameterVector, substituted
@@ -74,8 +74,7 @@ class AttentionStatistics(AnalysisResult):
         Raises:
             ValueError: There is none of that name.
         """
-        if name not in self.names:
-            raise ValueError(f"unknown statistic {name!r}; {suggestion(name, self.names)}")
+        require_choice("statistic", name, self.names)
         return getattr(self, name)
 
     def mean(self, name: str) -> float:

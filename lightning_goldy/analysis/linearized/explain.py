@@ -20,7 +20,7 @@ from lightning_goldy.core.architecture.kernels import eager_attention
 from lightning_goldy.core.autodiff import Substituted
 from lightning_goldy.core.base import Base, base_of
 from lightning_goldy.core.isolation import preserved
-from lightning_goldy.core.naming import suggestion
+from lightning_goldy.core.naming import require_choice, suggestion
 from lightning_goldy.core.objective import CausalLMObjective, FunctionObjective, Objective, batch_tensors, map_batch
 from lightning_goldy.core.sharding import Replicas
 from lightning_goldy.core.vector import ParameterVector
@@ -202,7 +202,7 @@ def explain_change(
         device = next(model.parameters()).device
         mine = [map_batch(batch, lambda tensor: tensor.to(device)) for batch in replicas.share(list(batches))]
         sums: dict[str, float] = defaultdict(float)
-        with torch.no_grad(), _counted(model, sums), eager_attention(model) if frozen else nullcontext():
+        with torch.no_grad(), counted_forwards(model, sums), eager_attention(model) if frozen else nullcontext():
             for done, batch in enumerate(mine, 1):
                 _add_batch(sums, _Measured(model, start, objective, batch), made)
                 if progress is not None:
@@ -221,8 +221,7 @@ def check_variants(variants: Sequence[str]) -> None:
         ValueError: A variant is unknown or named twice, or none is named.
     """
     for name in variants:
-        if name not in get_args(Explanation):
-            raise ValueError(f"unknown variant {name!r}; {suggestion(str(name), get_args(Explanation))}")
+        require_choice("variant", name, get_args(Explanation))
     if not variants or len(set(variants)) < len(variants):
         raise ValueError(f"variants must name each of some variants once; got {list(variants)}")
 
@@ -249,8 +248,8 @@ class _Measured:
 
 
 @contextmanager
-def _counted(model: nn.Module, sums: dict[str, float]) -> Iterator[None]:
-    """Counts the samples of every pass of the model, whoever calls it."""
+def counted_forwards(model: nn.Module, sums: dict[str, float]) -> Iterator[None]:
+    """Adds the samples of every pass of the model, whoever calls it, to ``forwards``."""
 
     def count(module: nn.Module, args: Any, kwargs: Any) -> None:
         sums["forwards"] += len(next(batch_tensors((args, kwargs))))
@@ -260,15 +259,6 @@ def _counted(model: nn.Module, sums: dict[str, float]) -> Iterator[None]:
         yield
     finally:
         hook.remove()
-
-
-@contextmanager
-def _variant(model: nn.Module, parts: tuple[nn.Module, ...]) -> Iterator[nn.Module]:
-    with ExitStack() as stack:
-        for part in parts:
-            if isinstance(part, Intervention):
-                stack.enter_context(part)
-        yield parts[0] if isinstance(parts[0], TangentModel) else model
 
 
 def _add_batch(sums: dict[str, float], measure: _Measured, made: Mapping[Explanation, tuple[nn.Module, ...]]) -> None:
@@ -284,8 +274,11 @@ def _add_batch(sums: dict[str, float], measure: _Measured, made: Mapping[Explana
         sums["in_logits"] += weight
         sums["change_square"] += float(change.square().sum())
     for name, parts in made.items():
-        with _variant(measure.model, parts) as variant:
-            own, _, predicted = measure(variant)
+        with ExitStack() as stack:
+            for part in parts:
+                if isinstance(part, Intervention):
+                    stack.enter_context(part)
+            own, _, predicted = measure(parts[0] if isinstance(parts[0], TangentModel) else measure.model)
         sums[f"loss/{name}"] += weight * own
         if logits is None or base_logits is None or predicted is None:
             continue
@@ -307,9 +300,9 @@ def _result(sums: Mapping[str, float], variants: Sequence[Explanation], step_nor
     for name in variants:
         own = sums[f"loss/{name}"] / count
         share = (own - base_loss) / (loss - base_loss) if loss != base_loss else None
-        records.append(SurvivingChange(name, own, share, **_in_logits(sums, name)))
+        records.append({"variant": name, "loss": own, "loss_share": share, **_in_logits(sums, name)})
     cost = Cost(forwards=int(sums["forwards"]))
-    return ExplainedChange(base_loss, loss, tuple(map(dataclasses.asdict, records)), step_norm, count, cost)
+    return ExplainedChange(base_loss, loss, tuple(records), step_norm, count, cost)
 
 
 def _in_logits(sums: Mapping[str, float], name: Explanation) -> dict[str, float | None]:

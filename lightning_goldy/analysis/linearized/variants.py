@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any, Literal, TypeVar, get_args
@@ -18,7 +18,7 @@ from lightning_goldy.core.architecture import Architecture, Block, UnsupportedAr
 from lightning_goldy.core.architecture.kernels import Attended, AttentionCall, AttentionKernelError, eager_attention
 from lightning_goldy.core.autodiff import Substituted, call_with, nested_derivatives
 from lightning_goldy.core.base import Base, base_of
-from lightning_goldy.core.naming import model_class, suggestion
+from lightning_goldy.core.naming import model_class, require_choice, suggestion
 from lightning_goldy.core.objective import accepts
 from lightning_goldy.core.sharding import is_sharded
 
@@ -198,8 +198,16 @@ class Intervention(BaseRelative, ABC):
         if _BASE_RUN.get() is not None:
             return
         self._check_call(kwargs)
-        if self.needs_base_run:
-            self._run_base(args, kwargs)
+        if not self.needs_base_run:
+            return
+        uncached = {"use_cache": False} if accepts(self.model, "use_cache") else {}
+        token = _BASE_RUN.set(self)
+        try:
+            # In evaluation mode: the base has no noise, and no random number is drawn for it.
+            with _evaluation(self.model), torch.no_grad():
+                call_with(self.model, self.base_values(), args, {**kwargs, **uncached})
+        finally:
+            _BASE_RUN.reset(token)
 
     def _check_call(self, kwargs: Mapping[str, Any]) -> None:
         name = type(self).__name__
@@ -211,16 +219,6 @@ class Intervention(BaseRelative, ABC):
                 f"{name} cannot be trained with gradient checkpointing, which recomputes activations after the model "
                 "is itself again; call gradient_checkpointing_disable()"
             )
-
-    def _run_base(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        uncached = {"use_cache": False} if accepts(self.model, "use_cache") else {}
-        token = _BASE_RUN.set(self)
-        try:
-            # In evaluation mode: the base has no noise, and no random number is drawn for it.
-            with _evaluation(self.model), torch.no_grad():
-                call_with(self.model, self.base_values(), args, {**kwargs, **uncached})
-        finally:
-            _BASE_RUN.reset(token)
 
 
 @contextmanager
@@ -459,11 +457,13 @@ class _Site:
 
     def _linear(self, x: Tensor) -> Tensor:
         base = self.owner.base_values()
+        if self.owner.at == "base" and self.base_input is None:
+            raise UnsupportedArchitectureError(f"{self.name!r} did not run in the base's pass, so it has no expansion")
         values = {inside: base[name] for inside, name in self.names.items()}
         present = dict(self.chain.named_parameters())
         delta = {inside: present[inside] - value for inside, value in values.items()}
         # Mixed precision may hand the two passes different types.
-        start = x if self.owner.at == "current" else self._start().to(x.dtype)
+        start = x if self.base_input is None else self.base_input.to(x.dtype)
         self.evaluating = True
         try:
             with nested_derivatives():
@@ -477,11 +477,6 @@ class _Site:
             self.evaluating = False
         linear: Tensor = value + change
         return linear
-
-    def _start(self) -> Tensor:
-        if self.base_input is None:
-            raise UnsupportedArchitectureError(f"{self.name!r} did not run in the base's pass, so it has no expansion")
-        return self.base_input
 
     def _value(self, values: dict[str, Tensor], x: Tensor) -> Tensor:
         output = functional_call(self.chain, values, (x,))
@@ -516,7 +511,7 @@ def _chain(architecture: Architecture, block: Block) -> _Chain:
                 f"{block.mlp_parts[0].name!r} ({architecture.family}, {model_class(entry)}) takes "
                 f"{', '.join(taken.name for taken in needed)}: an MLP of more than one input is not linearised"
             )
-        return _Chain(entry, None, _same)
+        return _Chain(entry, None, nn.Identity())
     if architecture.source != "registry":
         names = ", ".join(repr(part.name) for part in block.mlp_parts)
         raise UnsupportedArchitectureError(
@@ -524,11 +519,7 @@ def _chain(architecture: Architecture, block: Block) -> _Chain:
             "unknown: describe the family with @register_architecture"
         )
     # BERT activates inside its first part, OPT in the block.
-    return _Chain(entry, exit_, getattr(block.module, "activation_fn", _same))
-
-
-def _same(x: Tensor) -> Tensor:
-    return x
+    return _Chain(entry, exit_, getattr(block.module, "activation_fn", nn.Identity()))
 
 
 @contextmanager
@@ -565,8 +556,7 @@ def build_variant(variant: Variant, model: nn.Module, base: Base) -> nn.Module:
         >>> build_variant("full", model, model) is model
         True
     """
-    if variant not in get_args(Variant):
-        raise ValueError(f"unknown variant {variant!r}; {suggestion(str(variant), get_args(Variant))}")
+    require_choice("variant", variant, get_args(Variant))
     return model if variant == "full" else variant_parts(variant, model, base)[0]
 
 

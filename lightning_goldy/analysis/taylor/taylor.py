@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.divergence import divergence_sum
+from lightning_goldy.analysis.divergence import divergence_sum, precise
 from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.analysis.taylor.approximation import HIGHEST_ORDER, batch_parts, parts_of_order
 from lightning_goldy.core.autodiff import (
@@ -204,14 +204,10 @@ class Expansion:
             vectors.append(self.replicas.sum_(mine))
         return math.sqrt(math.fsum(reduce_tensors(vectors, torch.dot, vectors)))
 
-    def _add_function_share(self, name: str, gradient: Tensor, product: float) -> None:
-        self.sums.add("function share", [(name, product)])
-
     def _add_gradient(self, weight: int, name: str, gradient: Tensor, product: float) -> None:
         """Adds one tensor's gradient of a batch's mean loss, and its product with the step."""
         if name not in self.gradient:
-            dtype = torch.promote_types(gradient.dtype, torch.float32)
-            self.gradient[name] = torch.zeros_like(gradient, dtype=dtype)
+            self.gradient[name] = torch.zeros_like(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
         self.gradient[name].add_(gradient, alpha=weight)
         self.sums.add("loss share", [(name, product)], weight)
 
@@ -236,7 +232,8 @@ class Expansion:
             self.sums.add("derivative", enumerate(map(float, self._along(part, loss))), weight)
         if self.function_space and self.shares and direction is not None:
             # <J Delta_b, J Delta> of every tensor from one backward pass: J' v with v = J Delta.
-            self._pull_back(part, logits, direction, self._add_function_share)
+            add = self.sums.add
+            self._pull_back(part, logits, direction, lambda name, _, product: add("function share", [(name, product)]))
         del direction
         if self.shares:
             self._pull_back(part, loss, None, partial(self._add_gradient, weight))
@@ -264,7 +261,7 @@ class Expansion:
                 piece = dataclasses.replace(
                     present, logits=present.logits[rows], targets=present.targets[rows], sample=present.sample[rows]
                 )
-                expansion = [_wide(derivative[rows]) for derivative in derivatives]
+                expansion = [precise(derivative[rows]) for derivative in derivatives]
                 if not self.own_loss:
                     weight = len(piece.targets)
                     self.sums.add("loss", [(None, float(piece.loss()))], weight)
@@ -274,7 +271,7 @@ class Expansion:
         return len(present.targets)
 
     def _compare(self, expansion: Sequence[Tensor], present: Tensor) -> None:
-        log_probs = torch.log_softmax(_wide(present), dim=-1)
+        log_probs = torch.log_softmax(precise(present), dim=-1)
         self.sums.add("function change", [(None, _square_distance(present, expansion[0]))])
         for order in self.orders:
             predicted = polynomial(expansion[: order + 1])
@@ -352,10 +349,6 @@ def _pieces(logits: Tensor) -> Iterator[slice]:
 
 def _square_distance(first: Tensor, second: Tensor) -> float:
     return float((first.double() - second.double()).square_().sum())
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 Regime = Literal["unchanged", "lazy", "weakly nonlinear", "nonlinear"]
