@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_goldy.core.batches import batch_tensors, map_batch
 from lightning_goldy.core.naming import require_choice
 from lightning_goldy.core.objective import Objective
+from lightning_goldy.core.sharding import Replicas
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.vector import ParameterVector, substituted
 
@@ -120,7 +121,9 @@ class AnchoredDivergence:
         for index, batch in enumerate(self.batches):
             exact = self._log_probs(model, batch)
             if index == 0 and self.cache == "auto":
-                self.cache = "device" if self._fits(exact, dtype) else "cpu"
+                size = exact.numel() * (dtype or exact.dtype).itemsize * len(self.batches)
+                free = torch.cuda.mem_get_info(exact.device)[0] if exact.device.type == "cuda" else math.inf
+                self.cache = "device" if 2 * size <= free else "cpu"
             kept = exact if dtype is None else exact.to(dtype)
             self.positions += len(exact)
             if index and kept.dtype != exact.dtype:
@@ -133,11 +136,6 @@ class AnchoredDivergence:
     def _logits(self, model: nn.Module, batch: Any) -> Tensor:
         self.forwards += len(next(batch_tensors(batch)))
         return self.objective.logits_and_targets(model, batch).logits
-
-    def _fits(self, exact: Tensor, dtype: torch.dtype | None) -> bool:
-        each = exact.numel() * (dtype or exact.dtype).itemsize
-        free = torch.cuda.mem_get_info(exact.device)[0] if exact.device.type == "cuda" else math.inf
-        return 2 * each * len(self.batches) <= free
 
 
 def divergence_sum(log_probs: Tensor, logits: Tensor) -> float:
@@ -218,6 +216,17 @@ def shortened(
     if n_samples is not None and left > 0:
         raise ValueError(f"n_samples={n_samples}, but the batches hold only {int(n_samples - left)} samples")
     return kept
+
+
+def own_share(
+    batches: Sequence[Any], model: nn.Module, replicas: Replicas, progress: Callable[[int, int], None] | None
+) -> Iterator[Any]:
+    """This process's share of the batches on the model's device; each is told as done when the next is asked for."""
+    device, mine = next(model.parameters()).device, replicas.share(batches)
+    for done, batch in enumerate(mine, 1):
+        yield map_batch(batch, lambda tensor: tensor.to(device))
+        if progress is not None:
+            progress(done, len(mine))
 
 
 def _cut(batch: Any, samples: int | None, length: int | None) -> Any:

@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.divergence import precise
+from lightning_goldy.analysis.divergence import own_share, precise
 from lightning_goldy.analysis.result import AnalysisResult, Cost, tensor_rows
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.mask import ParameterMask, Scope, check_scope
-from lightning_goldy.core.objective import CausalLMObjective, Objective, map_batch
+from lightning_goldy.core.objective import CausalLMObjective, Objective
 from lightning_goldy.core.registry import Registry
 from lightning_goldy.core.selection import select_largest
 from lightning_goldy.core.sharding import (
@@ -204,13 +204,9 @@ def golden_parameters(
         parameters = space.resolve(model)
         require_finite(parameters, "weights")
         ballot = Ballot(parameters, Budget(parameters, top_k_percent, scope), score, len(samples))
-        mine = replicas.share(samples)
-        device = next(iter(parameters.values())).device
         with ballot.collecting(model):
-            for done, sample in enumerate(mine, 1):
-                ballot.vote(objective, model, map_batch(sample, lambda tensor: tensor.to(device)))
-                if progress is not None:
-                    progress(done, len(mine))
+            for sample in own_share(samples, model, replicas, progress):
+                ballot.vote(objective, model, sample)
     needed = max(1, math.ceil(quorum * len(samples) - 1e-9))
     golden = {name: gather(votes).cpu() >= needed for name, votes in ballot.totals(replicas).items()}
     sizes = [math.prod(shape) for shape in space.shapes]
@@ -347,6 +343,7 @@ class Ballot:
             parameter.grad = None
 
     def _mark(self, names: Sequence[str], k: int, hooked: Tensor | None = None) -> None:
+        # A hook also hands its parameter over.
         scores = []
         for name in names:
             parameter = self.parameters[name]
@@ -368,8 +365,8 @@ class Ballot:
         flags: Sequence[Tensor | bool] = [not math.isfinite(value) for value in largest]
         if any(map(is_sharded, scores)):
             # Summed over shards, so that all processes raise and none is left waiting in the selection.
-            partial = [torch.tensor(int(flag), device=value.device) for flag, value in zip(flags, largest, strict=True)]
-            flags = sum_over_shards(partial, scores)
+            parts = [torch.tensor(int(flag), device=value.device) for flag, value in zip(flags, largest, strict=True)]
+            flags = sum_over_shards(parts, scores)
         for name, broken in zip(names, flags, strict=True):
             if broken:
                 raise ValueError(f"the gradient of {name} is not finite; its elements cannot be ranked")

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.divergence import divergence_sum
+from lightning_goldy.analysis.divergence import divergence_sum, own_share
 from lightning_goldy.analysis.linearized.variants import FrozenAttention, Intervention, TangentModel, variant_parts
 from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.core.architecture.kernels import eager_attention
@@ -21,7 +21,7 @@ from lightning_goldy.core.autodiff import Substituted
 from lightning_goldy.core.base import Base, base_of
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import require_choice, suggestion
-from lightning_goldy.core.objective import CausalLMObjective, FunctionObjective, Objective, batch_tensors, map_batch
+from lightning_goldy.core.objective import CausalLMObjective, FunctionObjective, Objective, batch_tensors
 from lightning_goldy.core.sharding import Replicas
 from lightning_goldy.core.vector import ParameterVector
 
@@ -199,14 +199,10 @@ def explain_change(
         made = {name: variant_parts(name, model, start) for name in variants}
         step_norm = (ParameterVector.of(model, start.space, clone=False) - start).norm()
         frozen = any(isinstance(part, FrozenAttention) for parts in made.values() for part in parts)
-        device = next(model.parameters()).device
-        mine = [map_batch(batch, lambda tensor: tensor.to(device)) for batch in replicas.share(list(batches))]
         sums: dict[str, float] = defaultdict(float)
         with torch.no_grad(), counted_forwards(model, sums), eager_attention(model) if frozen else nullcontext():
-            for done, batch in enumerate(mine, 1):
+            for batch in own_share(list(batches), model, replicas, progress):
                 _add_batch(sums, _Measured(model, start, objective, batch), made)
-                if progress is not None:
-                    progress(done, len(mine))
         total: dict[str, float] = defaultdict(float)
         for part in replicas.gather_objects(dict(sums)):
             for name, value in part.items():
