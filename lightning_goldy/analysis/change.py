@@ -369,10 +369,14 @@ def check_distribution_arguments(top: int, exact_below: int) -> None:
 
 def _row(name: str, base: Tensor, delta: Tensor, top: int, exact_below: int, seed: int) -> dict[str, Any]:
     size, changed = float(base.double().norm()), float(delta.double().norm())
-    norms = {"base_norm": [size], "delta_norm": [changed], "relative_change": [norm_ratio((changed,), (size,))]}
-    drift, unaligned = [histogram_drift(base, base + delta)], [None]
-    columns = {"numel": [base.numel()], **norms, "histogram_drift": drift, "alignment_over_chance": unaligned}
-    (row,) = tensor_rows([name], **columns)
+    columns = {
+        "base_norm": size,
+        "delta_norm": changed,
+        "relative_change": norm_ratio((changed,), (size,)),
+        "histogram_drift": histogram_drift(base, base + delta),
+        "alignment_over_chance": None,
+    }
+    row = tensor_rows([name], numel=[base.numel()])[0] | columns
     if base.ndim < 2 or min(base.shape) < 2 or not changed:
         return row
     matrix, before = delta.reshape(len(delta), -1), base.reshape(len(base), -1)  # [out, in ...] -> [out, in]

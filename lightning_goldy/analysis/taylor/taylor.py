@@ -185,9 +185,8 @@ class Expansion:
                 vectors.append(self.replicas.sum_(mine))
             squares = math.fsum(reduce_tensors(vectors, torch.dot, vectors))
             total.gradient_norm = math.sqrt(squares) / total.n_targets
-        for value in (*total.of("loss").values(), *total.of("derivative").values()):
-            if not math.isfinite(value):
-                raise ValueError("the loss or one of its derivatives at the base is not finite")
+        if not all(map(math.isfinite, (*total.of("loss").values(), *total.of("derivative").values()))):
+            raise ValueError("the loss or one of its derivatives at the base is not finite")
         return total
 
     def _add_gradient(self, weight: int, name: str, gradient: Tensor, product: float) -> None:
