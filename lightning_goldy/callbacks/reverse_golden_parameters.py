@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import lightning.pytorch as L
@@ -162,16 +163,15 @@ def halves(batches: Sequence[Any], objective: Objective, n_samples: int) -> tupl
         ([[0, 1, 2]], [[3, 4]])
     """
     left = (n_samples + 1) // 2
-    first: list[Any] = []
-    second: list[Any] = []
+    first, second = [], []
     for batch in shortened(batches, objective, n_samples, None):
         size = len(next(batch_tensors(batch)))
         take = min(size, left)
         left -= take
         if take:
-            first.append(map_batch(batch, lambda tensor, take=take: tensor[:take]))  # type: ignore[misc]
+            first.append(map_batch(batch, itemgetter(slice(take))))
         if take < size:
-            second.append(map_batch(batch, lambda tensor, take=take: tensor[take:]))  # type: ignore[misc]
+            second.append(map_batch(batch, itemgetter(slice(take, None))))
     return first, second
 
 

@@ -308,25 +308,22 @@ class FrozenAttention(Intervention):
         if name is None or self.stands_aside:
             return compute()
         if self.base_runs:
-            return self._recorded(call, name, compute())
+            heads, pattern = compute()
+            if id(call.module) not in self._checked:
+                if pattern is None or not _alike(heads, _weighted(pattern, call.value)):
+                    raise UnsupportedArchitectureError(
+                        f"the heads of {name!r} ({model_class(call.module)}) are not patterns times values, so "
+                        "patterns cannot be kept"
+                    )
+                self._checked.add(id(call.module))
+            if pattern is not None:
+                self._patterns[id(call.module)] = pattern
+            return heads, pattern
         pattern = self._patterns.get(id(call.module))
         if pattern is None:
             raise UnsupportedArchitectureError(f"{name!r} did not run in the base's pass, so it has no pattern to keep")
         dropped = F.dropout(pattern, p=call.dropout, training=call.module.training)
         return _weighted(dropped, call.value), dropped
-
-    def _recorded(self, call: AttentionCall, name: str, computed: Attended) -> Attended:
-        heads, pattern = computed
-        if id(call.module) not in self._checked:
-            if pattern is None or not _alike(heads, _weighted(pattern, call.value)):
-                raise UnsupportedArchitectureError(
-                    f"the heads of {name!r} ({model_class(call.module)}) are not patterns times values, so patterns "
-                    "cannot be kept"
-                )
-            self._checked.add(id(call.module))
-        if pattern is not None:
-            self._patterns[id(call.module)] = pattern
-        return computed
 
 
 def _weighted(pattern: Tensor, value: Tensor) -> Tensor:

@@ -574,6 +574,7 @@ def _result(
     # The backward pass of the logits gives <J Delta_b, J Delta>, whose sum is ||J Delta||^2.
     shares = sums.of("function share")
     whole = math.fsum(shares.values())
+    of_loss = {name: share / sums.n_targets for name, share in sums.of("loss share").items()}
     return TaylorDiffResult(
         base_loss=sums.mean("derivative", 0),
         loss=loss,
@@ -582,9 +583,7 @@ def _result(
         second_order=sums.mean("derivative", 2) / 2 if max(orders) > 1 else None,
         step_norm=step_norm,
         gradient_norm=sums.gradient_norm,
-        loss_shares=_grouped(
-            {name: share / sums.n_targets for name, share in sums.of("loss share").items()}, by, names
-        ),
+        loss_shares=_grouped(of_loss, by, names),
         function_shares=_grouped({name: share / whole for name, share in shares.items() if whole}, by, names),
         route=route,
         error=abs(sums.mean("difference")) / 3 / 2 if sums.of("difference") else 0.0,
