@@ -15,7 +15,7 @@ from lightning_goldy.analysis.result import AnalysisResult, tensor_rows
 from lightning_goldy.core.base import Base, base_of
 from lightning_goldy.core.directions import fill_direction_
 from lightning_goldy.core.mask import ParameterMask
-from lightning_goldy.core.naming import block_of, kind_of
+from lightning_goldy.core.naming import block_of
 from lightning_goldy.core.sharding import Replicas, gather, is_sharded, local, scatter_like, sum_over_shards
 from lightning_goldy.core.vector import ParameterVector, reduce_tensors
 
@@ -189,23 +189,21 @@ def weight_change(model: nn.Module, base: Base) -> WeightChange:
         >>> round(change.delta_norm, 6), change.unchanged
         (0.25, 1)
     """
-    names, numel, base_norms, delta_norms = [], [], [], []
+    columns = []
     bins = (_HIGHEST - _LOWEST) * _PER_DECADE
     counts = torch.zeros(bins + 1, dtype=torch.int64)
     for name, before, delta in base_of(base, model).changes(model):
         squares = [reduce_tensors([tensor], lambda x: x @ x)[0] for tensor in (before, delta)]
         if not math.isfinite(squares[1]):
             raise ValueError(f"{name} has changed to values that are not finite")
-        names.append(name)
-        numel.append(delta.numel())
-        base_norms.append(math.sqrt(squares[0]))
-        delta_norms.append(math.sqrt(squares[1]))
+        columns.append((name, delta.numel(), *map(math.sqrt, squares)))
         counts += sum_over_shards([_histogram(local(delta), bins)], [delta])[0].cpu()
+    names, numel, base_norms, delta_norms = zip(*columns, strict=True)
     return WeightChange(
-        names=tuple(names),
-        numel=tuple(numel),
-        base_norms=tuple(base_norms),
-        delta_norms=tuple(delta_norms),
+        names=names,
+        numel=numel,
+        base_norms=base_norms,
+        delta_norms=delta_norms,
         edges=tuple(_LOWEST + index / _PER_DECADE for index in range(bins + 1)),
         counts=tuple(counts[:bins].tolist()),
         unchanged=int(counts[bins]),
@@ -371,17 +369,14 @@ def check_distribution_arguments(top: int, exact_below: int) -> None:
 
 def _row(name: str, base: Tensor, delta: Tensor, top: int, exact_below: int, seed: int) -> dict[str, Any]:
     size, changed = float(base.double().norm()), float(delta.double().norm())
-    row: dict[str, Any] = {
-        "name": name,
-        "block": block_of(name),
-        "kind": kind_of(name),
-        "numel": base.numel(),
+    columns = {
         "base_norm": size,
         "delta_norm": changed,
         "relative_change": norm_ratio((changed,), (size,)),
         "histogram_drift": histogram_drift(base, base + delta),
         "alignment_over_chance": None,
     }
+    row = tensor_rows([name], numel=[base.numel()])[0] | columns
     if base.ndim < 2 or min(base.shape) < 2 or not changed:
         return row
     matrix, before = delta.reshape(len(delta), -1), base.reshape(len(base), -1)  # [out, in ...] -> [out, in]

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lightning_goldy.core.batches import batch_tensors, map_batch
-from lightning_goldy.core.naming import suggestion
+from lightning_goldy.core.naming import require_choice
 from lightning_goldy.core.objective import Objective
+from lightning_goldy.core.sharding import Replicas
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.vector import ParameterVector, substituted
 
@@ -120,7 +121,9 @@ class AnchoredDivergence:
         for index, batch in enumerate(self.batches):
             exact = self._log_probs(model, batch)
             if index == 0 and self.cache == "auto":
-                self.cache = "device" if self._fits(exact, dtype) else "cpu"
+                size = exact.numel() * (dtype or exact.dtype).itemsize * len(self.batches)
+                free = torch.cuda.mem_get_info(exact.device)[0] if exact.device.type == "cuda" else math.inf
+                self.cache = "device" if 2 * size <= free else "cpu"
             kept = exact if dtype is None else exact.to(dtype)
             self.positions += len(exact)
             if index and kept.dtype != exact.dtype:
@@ -128,17 +131,11 @@ class AnchoredDivergence:
             self._kept.append(kept if self.cache == "device" else kept.cpu())
 
     def _log_probs(self, model: nn.Module, batch: Any) -> Tensor:
-        return torch.log_softmax(_at_least_single(self._logits(model, batch)), dim=-1)
+        return torch.log_softmax(precise(self._logits(model, batch)), dim=-1)
 
     def _logits(self, model: nn.Module, batch: Any) -> Tensor:
         self.forwards += len(next(batch_tensors(batch)))
         return self.objective.logits_and_targets(model, batch).logits
-
-    def _fits(self, exact: Tensor, dtype: torch.dtype | None) -> bool:
-        if exact.device.type != "cuda":
-            return True
-        each = exact.numel() * (dtype or exact.dtype).itemsize
-        return 2 * each * len(self.batches) <= torch.cuda.mem_get_info(exact.device)[0]
 
 
 def divergence_sum(log_probs: Tensor, logits: Tensor) -> float:
@@ -156,7 +153,7 @@ def divergence_sum(log_probs: Tensor, logits: Tensor) -> float:
     rows = max(1, _CHUNK // logits.shape[-1])
     total = torch.zeros((), dtype=torch.float64, device=logits.device)
     for start in range(0, len(logits), rows):
-        found = torch.log_softmax(_at_least_single(logits[start : start + rows]), dim=-1)
+        found = torch.log_softmax(precise(logits[start : start + rows]), dim=-1)
         anchor = log_probs[start : start + rows].to(found.device, found.dtype)
         probability = anchor.exp()
         difference = torch.where(torch.isneginf(anchor), 0.0, found - anchor)
@@ -175,8 +172,7 @@ def check_cache(cache: str, cache_dtype: torch.dtype | None) -> None:
     Raises:
         ValueError: An argument is unknown.
     """
-    if cache not in CACHES:
-        raise ValueError(f"unknown cache {cache!r}; {suggestion(str(cache), CACHES)}")
+    require_choice("cache", cache, CACHES)
     if cache_dtype not in CACHE_DTYPES:
         names = ", ".join(str(dtype) for dtype in CACHE_DTYPES[1:])
         raise ValueError(f"cache_dtype must be one of {names}, or None; got {cache_dtype}")
@@ -222,6 +218,17 @@ def shortened(
     return kept
 
 
+def own_share(
+    batches: Sequence[Any], model: nn.Module, replicas: Replicas, progress: Callable[[int, int], None] | None
+) -> Iterator[Any]:
+    """This process's share of the batches on the model's device; each is told as done when the next is asked for."""
+    device, mine = next(model.parameters()).device, replicas.share(batches)
+    for done, batch in enumerate(mine, 1):
+        yield map_batch(batch, lambda tensor: tensor.to(device))
+        if progress is not None:
+            progress(done, len(mine))
+
+
 def _cut(batch: Any, samples: int | None, length: int | None) -> Any:
     if samples is not None:
         batch = map_batch(batch, lambda tensor: tensor[:samples])
@@ -233,10 +240,6 @@ def _cut(batch: Any, samples: int | None, length: int | None) -> Any:
     return map_batch(
         batch, lambda tensor: tensor[:, :length] if tensor.ndim > 1 and tensor.shape[1] == whole else tensor
     )
-
-
-def _at_least_single(logits: Tensor) -> Tensor:
-    return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
 
 
 def jensen_shannon(first: Tensor, second: Tensor) -> Tensor:

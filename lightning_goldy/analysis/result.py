@@ -192,11 +192,7 @@ class Row:
             "metrics": dict(self.metrics),
             "result": dict(self.result),
             "headline": self.headline,
-            "cost": {
-                "seconds": self.seconds,
-                **vars(self.cost),
-                "peak_memory_bytes": self.peak_memory_bytes,
-            },
+            "cost": {"seconds": self.seconds, **vars(self.cost), "peak_memory_bytes": self.peak_memory_bytes},
             "files": dict(self.files),
         }
 

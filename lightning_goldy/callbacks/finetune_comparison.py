@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
@@ -20,7 +19,7 @@ from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.core.batches import batch_tensors
 from lightning_goldy.core.isolation import isolated_rng
 from lightning_goldy.core.mask import ParameterMask
-from lightning_goldy.core.naming import suggestion
+from lightning_goldy.core.naming import require_choice
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.store import load_vectors, save_vectors
 from lightning_goldy.core.vector import ParameterVector
@@ -145,7 +144,8 @@ class Rerun:
             lr_outside=0.0,
         )
         module = self._module_with(self._start, chosen)
-        with _apart():
+        # Random numbers are kept from the training around it, and Lightning's notices from the console.
+        with isolated_rng(), progress_only():
             L.seed_everything(self._seed, verbose=False)
             trainer = self._new_trainer(
                 max_epochs=self._trainer.max_epochs,
@@ -169,7 +169,7 @@ class Rerun:
             weights: The weights.
         """
         module = self._module_with(weights, OptimizerOptions())
-        with _apart():
+        with isolated_rng(), progress_only():
             data = self._data()
             on_validation = self._new_trainer(limit_val_batches=self._trainer.limit_val_batches)
             (found,) = on_validation.validate(module, datamodule=data, verbose=False)
@@ -215,13 +215,6 @@ class Rerun:
         )
 
 
-@contextmanager
-def _apart() -> Iterator[None]:
-    """Keeps random numbers from the training around it, and Lightning's notices from the console."""
-    with isolated_rng(), progress_only():
-        yield
-
-
 START_FILE = "start.safetensors"
 RANDOM_FILE = "random.safetensors"
 
@@ -256,8 +249,7 @@ class FinetuneComparison(AnalysisCallback[FinetuneComparisonResult]):
         super().__init__(at=("end",), name=name)
         against = (against,) if isinstance(against, str) else tuple(against)  # type: ignore[assignment]
         for contender in against:
-            if contender not in get_args(Contender):
-                raise ValueError(f"unknown finetune {contender!r}; {suggestion(str(contender), get_args(Contender))}")
+            require_choice("finetune", contender, get_args(Contender))
         if not against:
             raise ValueError(f"against names nothing to compare with; choose from {', '.join(get_args(Contender))}")
         self.against, self.seed = against, seed

@@ -7,11 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_goldy.analysis.golden import (
-    GoldenResult,
-    check_golden_arguments,
-    golden_parameters,
-)
+from lightning_goldy.analysis.golden import GoldenResult, check_golden_arguments, golden_parameters
 from lightning_goldy.callbacks.base import AnalysisContext
 from lightning_goldy.callbacks.golden_snapshot import MaskCallback
 from lightning_goldy.core.mask import Scope

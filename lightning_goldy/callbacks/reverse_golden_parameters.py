@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import lightning.pytorch as L
@@ -20,13 +21,13 @@ from lightning_goldy.analysis.golden import (
     reverse_golden_parameters,
 )
 from lightning_goldy.analysis.result import Row
-from lightning_goldy.callbacks.attention_tracker import find_tokenizer
 from lightning_goldy.callbacks.base import AnalysisContext
 from lightning_goldy.callbacks.golden_snapshot import MaskCallback
 from lightning_goldy.core.batches import batch_tensors
 from lightning_goldy.core.mask import Scope
 from lightning_goldy.core.objective import CausalLMObjective, Objective, map_batch
 from lightning_goldy.core.space import ParameterSpace
+from lightning_goldy.training.subject import find_tokenizer
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ class ReverseGoldenParameters(MaskCallback[ReverseGoldenResult]):
         tokenizer = _tokenizer(context.trainer)
         found = compare_generations(context.model, tokenizer, mask=result.mask, **vars(self.generations))
         metrics = {"token_agreement": found.mean_agreement, "kl_per_token": found.mean_kl_per_token}
-        return row.extended(metrics, {"generations": found.rows()}, cost=found.row().cost)
+        return row.extended(metrics, {"generations": found.rows()}, cost=found.cost)
 
 
 def halves(batches: Sequence[Any], objective: Objective, n_samples: int) -> tuple[list[Any], list[Any]]:
@@ -162,16 +163,15 @@ def halves(batches: Sequence[Any], objective: Objective, n_samples: int) -> tupl
         ([[0, 1, 2]], [[3, 4]])
     """
     left = (n_samples + 1) // 2
-    first: list[Any] = []
-    second: list[Any] = []
+    first, second = [], []
     for batch in shortened(batches, objective, n_samples, None):
         size = len(next(batch_tensors(batch)))
         take = min(size, left)
         left -= take
         if take:
-            first.append(map_batch(batch, lambda tensor, take=take: tensor[:take]))  # type: ignore[misc]
+            first.append(map_batch(batch, itemgetter(slice(take))))
         if take < size:
-            second.append(map_batch(batch, lambda tensor, take=take: tensor[take:]))  # type: ignore[misc]
+            second.append(map_batch(batch, itemgetter(slice(take, None))))
     return first, second
 
 

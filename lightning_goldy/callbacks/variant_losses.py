@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import lightning.pytorch as L
 import torch
-from torch import nn
 
-from lightning_goldy.analysis.divergence import shortened
+from lightning_goldy.analysis.divergence import own_share, shortened
+from lightning_goldy.analysis.linearized.explain import counted_forwards
 from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
-from lightning_goldy.core.objective import FunctionObjective, batch_tensors, map_batch
+from lightning_goldy.core.objective import FunctionObjective, batch_tensors
 from lightning_goldy.core.sharding import Replicas
 from lightning_goldy.training import VariantsModule
 
@@ -76,39 +75,22 @@ class VariantLosses(AnalysisCallback[VariantLossesResult]):
         assert isinstance(module, VariantsModule)
         assert objective is not None
         replicas = Replicas.world()
-        batches = replicas.share(shortened(context.probe, objective, self.n_samples, None))
+        batches = shortened(context.probe, objective, self.n_samples, None)
         trained = module.trained_models()
         totals: dict[str, float] = dict.fromkeys(module.variants, 0.0)
-        count = forwards = 0
-        for done, batch in enumerate(batches, 1):
-            batch, weight = map_batch(batch, lambda tensor: tensor.to(module.device)), 0
+        count, passes = 0, {"forwards": 0.0}
+        for batch in own_share(batches, module, replicas, context.progress):
+            weight = 0
             for name, model in module.variant_models().items():
-                with _counted(trained[name]) as calls:
-                    loss, weight = _loss(model, objective, batch)
+                with counted_forwards(trained[name], passes), torch.no_grad():
+                    if isinstance(objective, FunctionObjective):
+                        loss, weight = float(objective.loss(model, batch)), len(next(batch_tensors(batch)))
+                    else:
+                        target = objective.logits_and_targets(model, batch)
+                        loss, weight = float(target.loss()), len(target.targets)
                 totals[name] += weight * loss
-                forwards += len(calls) * len(next(batch_tensors(batch)))
             count += weight
-            context.progress(done, len(batches))
-        parts = replicas.gather_objects((totals, count, forwards))
+        parts = replicas.gather_objects((totals, count, int(passes["forwards"])))
         n_targets = sum(part[1] for part in parts)
         losses = {name: sum(part[0][name] for part in parts) / n_targets for name in totals}
         return VariantLossesResult(losses, n_targets, Cost(forwards=sum(part[2] for part in parts)))
-
-
-@contextmanager
-def _counted(model: nn.Module) -> Iterator[list[None]]:
-    """Gathers the calls of a model, of which a variant makes as many as it needs."""
-    calls: list[None] = []
-    hook = model.register_forward_pre_hook(lambda *_: calls.append(None))
-    try:
-        yield calls
-    finally:
-        hook.remove()
-
-
-def _loss(model: nn.Module, objective: Any, batch: Any) -> tuple[float, int]:
-    with torch.no_grad():
-        if isinstance(objective, FunctionObjective):
-            return float(objective.loss(model, batch)), len(next(batch_tensors(batch)))
-        target = objective.logits_and_targets(model, batch)
-        return float(target.loss()), len(target.targets)

@@ -150,7 +150,11 @@ def attention_maps(
             if layer not in known:
                 raise ValueError(f"layers: there is no layer {layer}; the model has {len(known)}, from 0")
         tokens = Tokens.of(batch)
-        names = _names(tokens, name_tokens)
+        names = []
+        for row in tokens.ids.tolist():
+            names.append(tuple(map(str, row if name_tokens is None else name_tokens(row))))
+            if len(names[-1]) != len(row):
+                raise ValueError(f"name_tokens gave {len(names[-1])} names for {len(row)} tokens")
         patterns: dict[int, Tensor] = {}
 
         def keep(layer: int, weights: Tensor, mask: Tensor | None) -> None:
@@ -160,17 +164,7 @@ def attention_maps(
     for layer, pattern in patterns.items():
         if not bool(torch.isfinite(pattern).all()):
             raise ValueError(f"the attention of layer {layer} is not finite")
-    return AttentionMaps(tuple(chosen), tuple(patterns[layer] for layer in chosen), tokens.valid.cpu(), names)
-
-
-def _names(tokens: Tokens, name_tokens: NameTokens | None) -> tuple[tuple[str, ...], ...]:
-    named = []
-    for row in tokens.ids.tolist():
-        names = tuple(map(str, row if name_tokens is None else name_tokens(row)))
-        if len(names) != len(row):
-            raise ValueError(f"name_tokens gave {len(names)} names for {len(row)} tokens")
-        named.append(names)
-    return tuple(named)
+    return AttentionMaps(tuple(chosen), tuple(patterns[layer] for layer in chosen), tokens.valid.cpu(), tuple(names))
 
 
 class UnreadableAttentionError(UnsupportedArchitectureError):

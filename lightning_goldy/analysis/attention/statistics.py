@@ -16,10 +16,10 @@ from lightning_goldy.analysis.attention.patterns import show_patterns, to_device
 from lightning_goldy.analysis.attention.rows import STATISTICS, Tokens, divergence_sums, statistic_sums
 from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.core.architecture import Architecture, describe_architecture
-from lightning_goldy.core.base import BaseParameters
+from lightning_goldy.core.base import Base, base_of
 from lightning_goldy.core.batches import map_batch
 from lightning_goldy.core.isolation import preserved
-from lightning_goldy.core.naming import suggestion
+from lightning_goldy.core.naming import require_choice
 from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.sharding import Replicas
 from lightning_goldy.core.vector import ParameterVector, substituted
@@ -74,8 +74,7 @@ class AttentionStatistics(AnalysisResult):
         Raises:
             ValueError: There is none of that name.
         """
-        if name not in self.names:
-            raise ValueError(f"unknown statistic {name!r}; {suggestion(name, self.names)}")
+        require_choice("statistic", name, self.names)
         return getattr(self, name)
 
     def mean(self, name: str) -> float:
@@ -96,7 +95,7 @@ def attention_statistics(
     batches: Iterable[Any],
     objective: Objective | None = None,
     *,
-    base: BaseParameters | ParameterVector | None = None,
+    base: Base | None = None,
     n_samples: int | None = None,
     memory: int = DEFAULT_MEMORY,
     progress: Callable[[int, int], None] | None = None,
@@ -114,7 +113,7 @@ def attention_statistics(
         batches: Dicts with ``input_ids`` of shape ``[B, T]`` and optionally ``attention_mask``; read once, the same on
             every rank.
         objective: How the model is called; by default with everything of a batch but its labels.
-        base: Parameters of the base model, for the drift; a vector in the layout of the model's own.
+        base: The base model, for the drift: anything that :func:`~lightning_goldy.core.base.base_of` takes.
         n_samples: Use only the first so many samples; all by default.
         memory: Bytes that the base's waiting patterns may take.
         progress: Called with (batches read, batches in all), when there are as many as ``len`` says.
@@ -126,6 +125,7 @@ def attention_statistics(
     Raises:
         UnsupportedArchitectureError: The family's patterns cannot be read; it is named.
         SpaceError: The base is that of another model.
+        TypeError: It cannot be a base.
         ValueError: An argument is out of range, there are too few samples, or a pattern is not finite.
 
     Source: see :func:`~lightning_goldy.analysis.attention.rows.statistic_sums` and
@@ -142,18 +142,18 @@ def attention_statistics(
     check_statistics_arguments(n_samples, memory)
     replicas = Replicas.of(model) if split_over_ranks else Replicas()
     with preserved(model), replicas.together("attention_statistics"):
-        base = base.vector(model) if isinstance(base, BaseParameters) else base
+        start = None if base is None else base_of(base, model).vector(model)
         architecture = describe_architecture(model)
-        sums = _Sums(architecture, next(model.parameters()).device, with_drift=base is not None)
+        sums = _Sums(architecture, next(model.parameters()).device, with_drift=start is not None)
         done = pieces = 0
         for index, batch in enumerate(batches, 1):
             if n_samples is not None and done >= n_samples:
                 break
             rows = len(Tokens.of(batch).ids)
             kept = rows if n_samples is None else min(rows, n_samples - done)
-            for piece in _pieces(batch, kept, architecture, memory if base is not None else None):
+            for piece in _pieces(batch, kept, architecture, memory if start is not None else None):
                 if pieces % replicas.size == replicas.rank:
-                    sums.add(model, to_device_of(model, piece), objective, base, memory)
+                    sums.add(model, to_device_of(model, piece), objective, start, memory)
                 pieces += 1
             done += kept
             if progress is not None and isinstance(batches, Sized):

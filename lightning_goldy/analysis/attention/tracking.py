@@ -13,10 +13,10 @@ from lightning_goldy.analysis.attention.patterns import AttentionMaps, NameToken
 from lightning_goldy.analysis.attention.rows import STATISTICS
 from lightning_goldy.analysis.attention.statistics import AttentionStatistics, attention_statistics
 from lightning_goldy.analysis.result import AnalysisResult, Cost
-from lightning_goldy.core.base import BaseParameters
+from lightning_goldy.core.base import Base, base_of
 from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.sharding import Replicas
-from lightning_goldy.core.vector import ParameterVector, substituted
+from lightning_goldy.core.vector import substituted
 
 Heads = Sequence[tuple[int, int]] | Literal["all"]
 
@@ -181,7 +181,7 @@ def track_attention(
     *,
     prompts: Sequence[Prompt] = (),
     heads: Heads | None = None,
-    base: BaseParameters | ParameterVector | None = None,
+    base: Base | None = None,
     n_samples: int | None = None,
     n_singular_values: int = 4,
     name_tokens: NameTokens | None = None,
@@ -197,7 +197,7 @@ def track_attention(
         objective: How the model is called on the batches; by default with everything of them but their labels.
         prompts: What the patterns are shown on.
         heads: The (layer, head) pairs that are shown, or ``all``; by default :func:`strongest_heads`.
-        base: Parameters of the base model, for the drift.
+        base: The base model, for the drift: anything that :func:`~lightning_goldy.core.base.base_of` takes.
         n_samples: Use only the first so many samples; all by default.
         n_singular_values: How many are kept of each head's pattern.
         name_tokens: Turns token ids into labels; the ids themselves by default.
@@ -206,6 +206,7 @@ def track_attention(
     Raises:
         UnsupportedArchitectureError: The family's patterns cannot be read; it is named.
         SpaceError: The base is that of another model.
+        TypeError: It cannot be a base.
         ValueError: An argument is out of range, there are too few samples, or a pattern is not finite.
 
     Example:
@@ -217,13 +218,13 @@ def track_attention(
         >>> found.heads, found.cost.forwards, len(found.row().result["prompts"][0]["maps"])
         (((0, 0), (0, 1), (1, 0), (1, 1)), 2, 4)
     """
-    base = base.vector(model) if isinstance(base, BaseParameters) else base
-    statistics = attention_statistics(model, batches, objective, base=base, n_samples=n_samples, progress=progress)
+    start = None if base is None else base_of(base, model).vector(model)
+    statistics = attention_statistics(model, batches, objective, base=start, n_samples=n_samples, progress=progress)
     shown = []
     for prompt in prompts:
         before = None
-        if base is not None:
-            with substituted(model, base):
+        if start is not None:
+            with substituted(model, start):
                 before = attention_maps(model, prompt.batch, name_tokens=name_tokens)
         present = attention_maps(model, prompt.batch, name_tokens=name_tokens)
         shown.append(PromptAttention(prompt.name, prompt.n_tokens, present, before))

@@ -6,15 +6,17 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from lightning_goldy.analysis.divergence import own_share, precise
 from lightning_goldy.analysis.result import AnalysisResult, Cost, tensor_rows
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.mask import ParameterMask, Scope, check_scope
-from lightning_goldy.core.objective import CausalLMObjective, Objective, map_batch
+from lightning_goldy.core.objective import CausalLMObjective, Objective
 from lightning_goldy.core.registry import Registry
 from lightning_goldy.core.selection import select_largest
 from lightning_goldy.core.sharding import (
@@ -202,17 +204,14 @@ def golden_parameters(
         parameters = space.resolve(model)
         require_finite(parameters, "weights")
         ballot = Ballot(parameters, Budget(parameters, top_k_percent, scope), score, len(samples))
-        mine = replicas.share(samples)
-        device = next(iter(parameters.values())).device
         with ballot.collecting(model):
-            for done, sample in enumerate(mine, 1):
-                ballot.vote(objective, model, map_batch(sample, lambda tensor: tensor.to(device)))
-                if progress is not None:
-                    progress(done, len(mine))
+            for sample in own_share(samples, model, replicas, progress):
+                ballot.vote(objective, model, sample)
     needed = max(1, math.ceil(quorum * len(samples) - 1e-9))
     golden = {name: gather(votes).cpu() >= needed for name, votes in ballot.totals(replicas).items()}
     sizes = [math.prod(shape) for shape in space.shapes]
-    shares = ballot.shares()
+    # Of each tensor, what a sample marks, or would be expected to mark at random, a fraction.
+    shares = [k / n for (group, k), n in zip(ballot.groups, ballot.budget.numels, strict=True) for _ in group]
     return GoldenResult(
         mask=ParameterMask(space, golden),
         golden=tuple(int(mask.count_nonzero()) for mask in golden.values()),
@@ -309,7 +308,7 @@ class Ballot:
 
     def __init__(self, parameters: dict[str, nn.Parameter], budget: Budget, score: str, n_samples: int) -> None:
         self.parameters = parameters
-        self.budget = budget
+        self.budget, self.groups = budget, list(zip(budget.groups, budget.sizes(), strict=True))
         self.score = SCORES[score]
         # A byte holds the votes of 255 samples, a short those of 32,767.
         dtype = torch.uint8 if n_samples < 256 else torch.int16 if n_samples < 32768 else torch.int32
@@ -325,14 +324,10 @@ class Ballot:
         only_these_require_gradients(model, self.parameters)
         if any(map(is_sharded, self.parameters.values())):
             return stack
-        for group, k in self._groups():
+        for group, k in self.groups:
             if len(group) == 1:
-
-                def hook(parameter: Tensor, group: Sequence[str] = group, k: int = k) -> None:
-                    self._mark(group, k)
-
-                handle = self.parameters[group[0]].register_post_accumulate_grad_hook(hook)
-                stack.callback(handle.remove)
+                hook = partial(self._mark, group, k)
+                stack.callback(self.parameters[group[0]].register_post_accumulate_grad_hook(hook).remove)
         return stack
 
     def vote(self, objective: Objective, model: nn.Module, sample: Any) -> None:
@@ -340,37 +335,29 @@ class Ballot:
         before = set(self.seen)
         self.seen.clear()
         objective.log_probs(model, sample).mean().backward()
-        for group, k in self._groups():
+        for group, k in self.groups:
             if group[0] not in self.seen:
                 self._mark(group, k)
         self.seen |= before
         for parameter in model.parameters():
             parameter.grad = None
 
-    def _groups(self) -> Iterator[tuple[list[str], int]]:
-        yield from zip(self.budget.groups, self.budget.sizes(), strict=True)
-
-    def _mark(self, names: Sequence[str], k: int) -> None:
+    def _mark(self, names: Sequence[str], k: int, hooked: Tensor | None = None) -> None:
+        # A hook also hands its parameter over.
         scores = []
         for name in names:
             parameter = self.parameters[name]
             gradient, parameter.grad = parameter.grad, None
-            if gradient is not None:
+            if gradient is None:
+                part = torch.zeros_like(precise(local(parameter)))
+            else:
                 self.seen.add(name)
-            scores.append(self._scores(gradient, parameter))
+                part = self.score(gradient_part(gradient, parameter), precise(local(parameter)))
+            scores.append(like(parameter.detach(), part))
         self._require_finite(names, scores)
         for name, mask in zip(names, select_largest(scores, k), strict=True):
             # Booleans are bytes of 0 and 1; seen as such, the addition is vectorised.
             self.votes[name].add_(mask.view(torch.uint8))
-
-    def _scores(self, gradient: Tensor | None, parameter: nn.Parameter) -> Tensor:
-        value = local(parameter)
-        dtype = torch.promote_types(value.dtype, torch.float32)
-        if gradient is None:
-            part = torch.zeros_like(value, dtype=dtype)
-        else:
-            part = self.score(gradient_part(gradient, parameter), value.to(dtype))
-        return like(parameter.detach(), part)
 
     def _require_finite(self, names: Sequence[str], scores: Sequence[Tensor]) -> None:
         # The largest element is NaN when any is: one pass, and no second tensor.
@@ -378,8 +365,8 @@ class Ballot:
         flags: Sequence[Tensor | bool] = [not math.isfinite(value) for value in largest]
         if any(map(is_sharded, scores)):
             # Summed over shards, so that all processes raise and none is left waiting in the selection.
-            partial = [torch.tensor(int(flag), device=value.device) for flag, value in zip(flags, largest, strict=True)]
-            flags = sum_over_shards(partial, scores)
+            parts = [torch.tensor(int(flag), device=value.device) for flag, value in zip(flags, largest, strict=True)]
+            flags = sum_over_shards(parts, scores)
         for name, broken in zip(names, flags, strict=True):
             if broken:
                 raise ValueError(f"the gradient of {name} is not finite; its elements cannot be ranked")
@@ -394,11 +381,6 @@ class Ballot:
             totals[name] = like(self.parameters[name].detach(), replicas.sum_(summable))
         return totals
 
-    def shares(self) -> list[float]:
-        """Share of each tensor that a sample marks, or would be expected to mark at random, a fraction."""
-        numels = self.budget.numels
-        return [k / numel for (group, k), numel in zip(self._groups(), numels, strict=True) for _ in group]
-
 
 def binomial_tail(n: int, needed: int, p: float) -> float:
     """Probability that at least ``needed`` of ``n`` independent events of probability ``p`` happen.
@@ -411,14 +393,9 @@ def binomial_tail(n: int, needed: int, p: float) -> float:
         return 1.0
     if needed == n:
         return float(p**n)
+    whole, happens, fails = math.lgamma(n + 1), math.log(p), math.log1p(-p)
     terms = (
-        math.exp(
-            math.lgamma(n + 1)
-            - math.lgamma(m + 1)
-            - math.lgamma(n - m + 1)
-            + m * math.log(p)
-            + (n - m) * math.log1p(-p)
-        )
+        math.exp(whole - math.lgamma(m + 1) - math.lgamma(n - m + 1) + m * happens + (n - m) * fails)
         for m in range(needed, n + 1)
     )
     return min(1.0, math.fsum(terms))
@@ -476,16 +453,14 @@ def taken_gradients(model: nn.Module, parameters: Mapping[str, nn.Parameter]) ->
 def gradient_part(gradient: Tensor, parameter: Tensor) -> Tensor:
     """This process's part of a gradient of any layout, in at least float32."""
     dense = gradient.to_dense() if gradient.layout is torch.sparse_coo else gradient
-    part = local(align(dense, parameter))
-    return part.to(torch.promote_types(part.dtype, torch.float32))
+    return precise(local(align(dense, parameter)))
 
 
 def zeros_like_parts(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Zeros of the shape of this process's part of each parameter, in at least float32."""
-    parts = {name: local(parameter) for name, parameter in parameters.items()}
     return {
-        name: torch.zeros_like(part, dtype=torch.promote_types(part.dtype, torch.float32))
-        for name, part in parts.items()
+        name: torch.zeros_like(local(parameter), dtype=torch.promote_types(parameter.dtype, torch.float32))
+        for name, parameter in parameters.items()
     }
 
 

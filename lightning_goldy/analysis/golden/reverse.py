@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from operator import itemgetter
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -619,12 +620,11 @@ def pieces_of(batches: Sequence[Any], size: int | None) -> list[Any]:
     """
     if size is None:
         return list(batches)
-    pieces = []
-    for batch in batches:
-        length = len(next(batch_tensors(batch)))
-        for start in range(0, length, size):
-            pieces.append(map_batch(batch, lambda tensor, at=slice(start, start + size): tensor[at]))  # type: ignore[misc]
-    return pieces
+    return [
+        map_batch(batch, itemgetter(slice(start, start + size)))
+        for batch in batches
+        for start in range(0, len(next(batch_tensors(batch))), size)
+    ]
 
 
 class _Held(AnchoredDivergence):

@@ -13,15 +13,15 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.divergence import divergence_sum
+from lightning_goldy.analysis.divergence import divergence_sum, own_share
 from lightning_goldy.analysis.linearized.variants import FrozenAttention, Intervention, TangentModel, variant_parts
 from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.core.architecture.kernels import eager_attention
 from lightning_goldy.core.autodiff import Substituted
-from lightning_goldy.core.base import BaseParameters
+from lightning_goldy.core.base import Base, base_of
 from lightning_goldy.core.isolation import preserved
-from lightning_goldy.core.naming import suggestion
-from lightning_goldy.core.objective import CausalLMObjective, FunctionObjective, Objective, batch_tensors, map_batch
+from lightning_goldy.core.naming import require_choice, suggestion
+from lightning_goldy.core.objective import CausalLMObjective, FunctionObjective, Objective, batch_tensors
 from lightning_goldy.core.sharding import Replicas
 from lightning_goldy.core.vector import ParameterVector
 
@@ -143,7 +143,7 @@ def _percent(value: float | None, width: int) -> str:
 
 def explain_change(
     model: nn.Module,
-    base: BaseParameters | ParameterVector,
+    base: Base,
     batches: Iterable[Any],
     objective: Objective | None = None,
     *,
@@ -163,7 +163,7 @@ def explain_change(
 
     Args:
         model: The finetuned model, plain.
-        base: theta_0.
+        base: theta_0: anything that :func:`~lightning_goldy.core.base.base_of` takes.
         batches: Batches that the objective understands, the same on every rank.
         objective: The loss; next-token prediction by default.
         variants: ``frozen_attention``, ``linear_mlp`` (at the base's inputs), ``linear_mlp_current`` (at the present
@@ -178,6 +178,7 @@ def explain_change(
         UnsupportedArchitectureError: A variant of this family cannot be made; the message names the part.
         ValueError: A variant is unknown or named twice, the model sharded, there is no batch, or a value is not finite.
         SpaceError: The base is of another model.
+        TypeError: It cannot be a base.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -194,18 +195,14 @@ def explain_change(
     objective = objective or CausalLMObjective()
     replicas = Replicas.of(model) if split_over_ranks else Replicas()
     with preserved(model), replicas.together("explain_change"):
-        start = base.vector(model) if isinstance(base, BaseParameters) else base
+        start = base_of(base, model).vector(model)
         made = {name: variant_parts(name, model, start) for name in variants}
         step_norm = (ParameterVector.of(model, start.space, clone=False) - start).norm()
         frozen = any(isinstance(part, FrozenAttention) for parts in made.values() for part in parts)
-        device = next(model.parameters()).device
-        mine = [map_batch(batch, lambda tensor: tensor.to(device)) for batch in replicas.share(list(batches))]
         sums: dict[str, float] = defaultdict(float)
-        with torch.no_grad(), _counted(model, sums), eager_attention(model) if frozen else nullcontext():
-            for done, batch in enumerate(mine, 1):
+        with torch.no_grad(), counted_forwards(model, sums), eager_attention(model) if frozen else nullcontext():
+            for batch in own_share(list(batches), model, replicas, progress):
                 _add_batch(sums, _Measured(model, start, objective, batch), made)
-                if progress is not None:
-                    progress(done, len(mine))
         total: dict[str, float] = defaultdict(float)
         for part in replicas.gather_objects(dict(sums)):
             for name, value in part.items():
@@ -220,8 +217,7 @@ def check_variants(variants: Sequence[str]) -> None:
         ValueError: A variant is unknown or named twice, or none is named.
     """
     for name in variants:
-        if name not in get_args(Explanation):
-            raise ValueError(f"unknown variant {name!r}; {suggestion(str(name), get_args(Explanation))}")
+        require_choice("variant", name, get_args(Explanation))
     if not variants or len(set(variants)) < len(variants):
         raise ValueError(f"variants must name each of some variants once; got {list(variants)}")
 
@@ -248,8 +244,8 @@ class _Measured:
 
 
 @contextmanager
-def _counted(model: nn.Module, sums: dict[str, float]) -> Iterator[None]:
-    """Counts the samples of every pass of the model, whoever calls it."""
+def counted_forwards(model: nn.Module, sums: dict[str, float]) -> Iterator[None]:
+    """Adds the samples of every pass of the model, whoever calls it, to ``forwards``."""
 
     def count(module: nn.Module, args: Any, kwargs: Any) -> None:
         sums["forwards"] += len(next(batch_tensors((args, kwargs))))
@@ -259,15 +255,6 @@ def _counted(model: nn.Module, sums: dict[str, float]) -> Iterator[None]:
         yield
     finally:
         hook.remove()
-
-
-@contextmanager
-def _variant(model: nn.Module, parts: tuple[nn.Module, ...]) -> Iterator[nn.Module]:
-    with ExitStack() as stack:
-        for part in parts:
-            if isinstance(part, Intervention):
-                stack.enter_context(part)
-        yield parts[0] if isinstance(parts[0], TangentModel) else model
 
 
 def _add_batch(sums: dict[str, float], measure: _Measured, made: Mapping[Explanation, tuple[nn.Module, ...]]) -> None:
@@ -283,8 +270,11 @@ def _add_batch(sums: dict[str, float], measure: _Measured, made: Mapping[Explana
         sums["in_logits"] += weight
         sums["change_square"] += float(change.square().sum())
     for name, parts in made.items():
-        with _variant(measure.model, parts) as variant:
-            own, _, predicted = measure(variant)
+        with ExitStack() as stack:
+            for part in parts:
+                if isinstance(part, Intervention):
+                    stack.enter_context(part)
+            own, _, predicted = measure(parts[0] if isinstance(parts[0], TangentModel) else measure.model)
         sums[f"loss/{name}"] += weight * own
         if logits is None or base_logits is None or predicted is None:
             continue
@@ -306,9 +296,9 @@ def _result(sums: Mapping[str, float], variants: Sequence[Explanation], step_nor
     for name in variants:
         own = sums[f"loss/{name}"] / count
         share = (own - base_loss) / (loss - base_loss) if loss != base_loss else None
-        records.append(SurvivingChange(name, own, share, **_in_logits(sums, name)))
+        records.append({"variant": name, "loss": own, "loss_share": share, **_in_logits(sums, name)})
     cost = Cost(forwards=int(sums["forwards"]))
-    return ExplainedChange(base_loss, loss, tuple(map(dataclasses.asdict, records)), step_norm, count, cost)
+    return ExplainedChange(base_loss, loss, tuple(records), step_norm, count, cost)
 
 
 def _in_logits(sums: Mapping[str, float], name: Explanation) -> dict[str, float | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any, Literal, TypeVar, get_args
@@ -17,11 +17,10 @@ from torch.func import functional_call, jvp
 from lightning_goldy.core.architecture import Architecture, Block, UnsupportedArchitectureError, describe_architecture
 from lightning_goldy.core.architecture.kernels import Attended, AttentionCall, AttentionKernelError, eager_attention
 from lightning_goldy.core.autodiff import Substituted, call_with, nested_derivatives
-from lightning_goldy.core.base import BaseParameters
-from lightning_goldy.core.naming import model_class, suggestion
+from lightning_goldy.core.base import Base, base_of
+from lightning_goldy.core.naming import model_class, require_choice, suggestion
 from lightning_goldy.core.objective import accepts
 from lightning_goldy.core.sharding import is_sharded
-from lightning_goldy.core.vector import ParameterVector
 
 At = Literal["base", "current"]
 Variant = Literal["full", "frozen_attention", "linear_mlp", "tangent"]
@@ -41,24 +40,25 @@ class BaseRelative(nn.Module):
 
     Args:
         model: A plain model, not sharded.
-        base: theta_0, of the model's trainable parameters or of some of them; the others count as unchanged.
+        base: theta_0: anything that :func:`~lightning_goldy.core.base.base_of` takes. Parameters that it
+            lacks count as unchanged.
 
     Raises:
         SpaceError: The base is of another model.
+        TypeError: It cannot be a base.
         ValueError: The model is sharded.
     """
 
     model: nn.Module
 
-    def __init__(self, model: nn.Module, base: BaseParameters | ParameterVector) -> None:
+    def __init__(self, model: nn.Module, base: Base) -> None:
         super().__init__()
         if any(map(is_sharded, model.parameters())):
             raise ValueError(
                 f"{type(self).__name__} needs whole parameters, those of this {model_class(model)} are sharded; "
                 "use it on a plain model or under DistributedDataParallel"
             )
-        start = base if isinstance(base, ParameterVector) else base.vector(model)
-        start.space.resolve(model)
+        start = base_of(base, model).vector(model)
         self.model = model
         # A plain dict: the base is no part of this module's state.
         self._start: Mapping[str, Tensor] = start
@@ -95,15 +95,17 @@ class TangentModel(BaseRelative):
 
     Args:
         model: Any model that returns a tensor or an output with ``logits``.
-        base: theta_0.
+        base: theta_0: anything that :func:`~lightning_goldy.core.base.base_of` takes.
 
     Raises:
         SpaceError: The base is of another model.
+        TypeError: It cannot be a base.
         ValueError: The model is sharded.
 
     Source: Jacot et al. 2018 ("Neural Tangent Kernel").
 
     Example:
+        >>> from lightning_goldy.core import ParameterVector
         >>> model = nn.Linear(2, 2)
         >>> base = ParameterVector.of(model)
         >>> _ = model.weight.data.mul_(3)
@@ -133,13 +135,13 @@ class Intervention(BaseRelative, ABC):
 
     Args:
         model: The model.
-        base: theta_0.
+        base: theta_0: anything that :func:`~lightning_goldy.core.base.base_of` takes.
     """
 
     # Whether parts of the base's own pass over the batch are needed.
     needs_base_run = True
 
-    def __init__(self, model: nn.Module, base: BaseParameters | ParameterVector) -> None:
+    def __init__(self, model: nn.Module, base: Base) -> None:
         super().__init__(model, base)
         self._entered: ExitStack | None = None
 
@@ -196,8 +198,16 @@ class Intervention(BaseRelative, ABC):
         if _BASE_RUN.get() is not None:
             return
         self._check_call(kwargs)
-        if self.needs_base_run:
-            self._run_base(args, kwargs)
+        if not self.needs_base_run:
+            return
+        uncached = {"use_cache": False} if accepts(self.model, "use_cache") else {}
+        token = _BASE_RUN.set(self)
+        try:
+            # In evaluation mode: the base has no noise, and no random number is drawn for it.
+            with _evaluation(self.model), torch.no_grad():
+                call_with(self.model, self.base_values(), args, {**kwargs, **uncached})
+        finally:
+            _BASE_RUN.reset(token)
 
     def _check_call(self, kwargs: Mapping[str, Any]) -> None:
         name = type(self).__name__
@@ -209,16 +219,6 @@ class Intervention(BaseRelative, ABC):
                 f"{name} cannot be trained with gradient checkpointing, which recomputes activations after the model "
                 "is itself again; call gradient_checkpointing_disable()"
             )
-
-    def _run_base(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        uncached = {"use_cache": False} if accepts(self.model, "use_cache") else {}
-        token = _BASE_RUN.set(self)
-        try:
-            # In evaluation mode: the base has no noise, and no random number is drawn for it.
-            with _evaluation(self.model), torch.no_grad():
-                call_with(self.model, self.base_values(), args, {**kwargs, **uncached})
-        finally:
-            _BASE_RUN.reset(token)
 
 
 @contextmanager
@@ -251,12 +251,13 @@ class FrozenAttention(Intervention):
     Args:
         model: A transformers model, or anything that contains one, that takes its attention function from
             ``AttentionInterface``.
-        base: theta_0.
+        base: theta_0: anything that :func:`~lightning_goldy.core.base.base_of` takes.
 
     Raises:
         UnsupportedArchitectureError: The family ignores ``AttentionInterface``, or its heads are not patterns times
             values.
         SpaceError: The base is of another model.
+        TypeError: It cannot be a base.
         ValueError: The model is sharded; at a call, past keys and values or gradient checkpointing.
 
     Example:
@@ -265,13 +266,13 @@ class FrozenAttention(Intervention):
         >>> model = GPT2LMHeadModel(config).eval()
         >>> model.set_attn_implementation("eager")
         >>> ids = torch.tensor([[1, 2, 3]])
-        >>> with torch.no_grad(), FrozenAttention(model, ParameterVector.of(model)):
+        >>> with torch.no_grad(), FrozenAttention(model, model):
         ...     frozen = model(input_ids=ids).logits
         >>> torch.equal(frozen, model(input_ids=ids).logits)
         True
     """
 
-    def __init__(self, model: nn.Module, base: BaseParameters | ParameterVector) -> None:
+    def __init__(self, model: nn.Module, base: Base) -> None:
         super().__init__(model, base)
         # The modules and not their identities, so that a deep copy freezes its own. In a tuple: they are the model's.
         self._parts = tuple(
@@ -307,25 +308,22 @@ class FrozenAttention(Intervention):
         if name is None or self.stands_aside:
             return compute()
         if self.base_runs:
-            return self._recorded(call, name, compute())
+            heads, pattern = compute()
+            if id(call.module) not in self._checked:
+                if pattern is None or not _alike(heads, _weighted(pattern, call.value)):
+                    raise UnsupportedArchitectureError(
+                        f"the heads of {name!r} ({model_class(call.module)}) are not patterns times values, so "
+                        "patterns cannot be kept"
+                    )
+                self._checked.add(id(call.module))
+            if pattern is not None:
+                self._patterns[id(call.module)] = pattern
+            return heads, pattern
         pattern = self._patterns.get(id(call.module))
         if pattern is None:
             raise UnsupportedArchitectureError(f"{name!r} did not run in the base's pass, so it has no pattern to keep")
         dropped = F.dropout(pattern, p=call.dropout, training=call.module.training)
         return _weighted(dropped, call.value), dropped
-
-    def _recorded(self, call: AttentionCall, name: str, computed: Attended) -> Attended:
-        heads, pattern = computed
-        if id(call.module) not in self._checked:
-            if pattern is None or not _alike(heads, _weighted(pattern, call.value)):
-                raise UnsupportedArchitectureError(
-                    f"the heads of {name!r} ({model_class(call.module)}) are not patterns times values, so patterns "
-                    "cannot be kept"
-                )
-            self._checked.add(id(call.module))
-        if pattern is not None:
-            self._patterns[id(call.module)] = pattern
-        return computed
 
 
 def _weighted(pattern: Tensor, value: Tensor) -> Tensor:
@@ -359,12 +357,13 @@ class LinearizedMLP(Intervention):
 
     Args:
         model: A model of a known architecture, or one whose MLPs are single modules of one input.
-        base: theta_0.
+        base: theta_0: anything that :func:`~lightning_goldy.core.base.base_of` takes.
         at: Which inputs the expansion is made at.
 
     Raises:
         UnsupportedArchitectureError: The MLPs cannot be told apart from the rest, or take more than one input.
         SpaceError: The base is of another model.
+        TypeError: It cannot be a base.
         ValueError: ``at`` is unknown, or the model sharded; at a call, past keys and values or gradient checkpointing.
 
     Example:
@@ -372,12 +371,12 @@ class LinearizedMLP(Intervention):
         >>> config = GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=11, bos_token_id=0, eos_token_id=0)
         >>> model = GPT2LMHeadModel(config).eval()
         >>> ids = torch.tensor([[1, 2, 3]])
-        >>> linear = LinearizedMLP(model, ParameterVector.of(model))
+        >>> linear = LinearizedMLP(model, model)
         >>> torch.allclose(linear(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-6)
         True
     """
 
-    def __init__(self, model: nn.Module, base: BaseParameters | ParameterVector, *, at: At = "base") -> None:
+    def __init__(self, model: nn.Module, base: Base, *, at: At = "base") -> None:
         super().__init__(model, base)
         if at not in get_args(At):
             raise ValueError(f"unknown at={at!r}; {suggestion(str(at), get_args(At))}")
@@ -455,11 +454,13 @@ class _Site:
 
     def _linear(self, x: Tensor) -> Tensor:
         base = self.owner.base_values()
+        if self.owner.at == "base" and self.base_input is None:
+            raise UnsupportedArchitectureError(f"{self.name!r} did not run in the base's pass, so it has no expansion")
         values = {inside: base[name] for inside, name in self.names.items()}
         present = dict(self.chain.named_parameters())
         delta = {inside: present[inside] - value for inside, value in values.items()}
         # Mixed precision may hand the two passes different types.
-        start = x if self.owner.at == "current" else self._start().to(x.dtype)
+        start = x if self.base_input is None else self.base_input.to(x.dtype)
         self.evaluating = True
         try:
             with nested_derivatives():
@@ -473,11 +474,6 @@ class _Site:
             self.evaluating = False
         linear: Tensor = value + change
         return linear
-
-    def _start(self) -> Tensor:
-        if self.base_input is None:
-            raise UnsupportedArchitectureError(f"{self.name!r} did not run in the base's pass, so it has no expansion")
-        return self.base_input
 
     def _value(self, values: dict[str, Tensor], x: Tensor) -> Tensor:
         output = functional_call(self.chain, values, (x,))
@@ -512,7 +508,7 @@ def _chain(architecture: Architecture, block: Block) -> _Chain:
                 f"{block.mlp_parts[0].name!r} ({architecture.family}, {model_class(entry)}) takes "
                 f"{', '.join(taken.name for taken in needed)}: an MLP of more than one input is not linearised"
             )
-        return _Chain(entry, None, _same)
+        return _Chain(entry, None, nn.Identity())
     if architecture.source != "registry":
         names = ", ".join(repr(part.name) for part in block.mlp_parts)
         raise UnsupportedArchitectureError(
@@ -520,11 +516,7 @@ def _chain(architecture: Architecture, block: Block) -> _Chain:
             "unknown: describe the family with @register_architecture"
         )
     # BERT activates inside its first part, OPT in the block.
-    return _Chain(entry, exit_, getattr(block.module, "activation_fn", _same))
-
-
-def _same(x: Tensor) -> Tensor:
-    return x
+    return _Chain(entry, exit_, getattr(block.module, "activation_fn", nn.Identity()))
 
 
 @contextmanager
@@ -544,29 +536,28 @@ def _forwards(replaced: list[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[
                 module.forward = forward
 
 
-def build_variant(variant: Variant, model: nn.Module, base: BaseParameters | ParameterVector) -> nn.Module:
+def build_variant(variant: Variant, model: nn.Module, base: Base) -> nn.Module:
     """The model in one of its variants, with the model's own parameters.
 
     Args:
         variant: ``full`` (the model itself), ``frozen_attention``, ``linear_mlp`` (at the base's inputs) or
             ``tangent``.
         model: The model.
-        base: theta_0.
+        base: theta_0: anything that :func:`~lightning_goldy.core.base.base_of` takes.
 
     Raises:
         ValueError: The variant is unknown.
 
     Example:
         >>> model = nn.Linear(2, 2)
-        >>> build_variant("full", model, ParameterVector.of(model)) is model
+        >>> build_variant("full", model, model) is model
         True
     """
-    if variant not in get_args(Variant):
-        raise ValueError(f"unknown variant {variant!r}; {suggestion(str(variant), get_args(Variant))}")
+    require_choice("variant", variant, get_args(Variant))
     return model if variant == "full" else variant_parts(variant, model, base)[0]
 
 
-def variant_parts(name: str, model: nn.Module, base: BaseParameters | ParameterVector) -> tuple[nn.Module, ...]:
+def variant_parts(name: str, model: nn.Module, base: Base) -> tuple[nn.Module, ...]:
     """What makes a variant: the tangent alone, or interventions that hold together."""
     if name == "tangent":
         return (TangentModel(model, base),)

@@ -14,13 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.core.autodiff import (
-    Substituted,
-    call_with,
-    directional_derivatives,
-    polynomial,
-    trainable_values,
-)
+from lightning_goldy.core.autodiff import Substituted, call_with, directional_derivatives, polynomial, trainable_values
 from lightning_goldy.core.base import Base, base_of
 from lightning_goldy.core.batches import batch_tensors, map_batch
 from lightning_goldy.core.objective import IGNORE_INDEX, CausalLMObjective, ClassifierObjective, Objective
@@ -181,14 +175,7 @@ class TaylorApproximation(nn.Module):
         True
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        base: Base,
-        order: int,
-        *,
-        parameters: ParameterVector | None = None,
-    ) -> None:
+    def __init__(self, model: nn.Module, base: Base, order: int, *, parameters: ParameterVector | None = None) -> None:
         super().__init__()
         if not 1 <= order <= HIGHEST_ORDER:
             raise ValueError(f"order must lie between 1 and {HIGHEST_ORDER}; got {order}")

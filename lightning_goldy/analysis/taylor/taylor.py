@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, Literal, get_args
@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.divergence import divergence_sum
+from lightning_goldy.analysis.divergence import divergence_sum, own_share, precise
 from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.analysis.taylor.approximation import HIGHEST_ORDER, batch_parts, parts_of_order
 from lightning_goldy.core.autodiff import (
@@ -27,7 +27,7 @@ from lightning_goldy.core.base import Base, base_of
 from lightning_goldy.core.batches import batch_tensors
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import block_of, suggestion
-from lightning_goldy.core.objective import CausalLMObjective, FunctionObjective, Objective, TargetLogits, map_batch
+from lightning_goldy.core.objective import CausalLMObjective, FunctionObjective, Objective, TargetLogits
 from lightning_goldy.core.sharding import Replicas, is_sharded, unshard_guard
 from lightning_goldy.core.vector import ParameterVector, reduce_tensors, substituted
 
@@ -101,24 +101,22 @@ class Expansion:
     Args:
         model: At the present parameters.
         base: theta_0.
-        batches: This process's share.
+        batches: This process's share, read once.
         objective: The loss.
         orders: Ascending.
         shares: Whether to attribute changes to tensors.
         function_space: Whether to expand logits.
         replicas: The processes that share the batches out.
-        progress: Called with (batches done, batches in all).
     """
 
     model: nn.Module
     base: ParameterVector
-    batches: Sequence[Any]
+    batches: Iterable[Any]
     objective: Objective
     orders: tuple[int, ...]
     shares: bool
     function_space: bool
     replicas: Replicas
-    progress: Callable[[int, int], None] | None
 
     def __post_init__(self) -> None:
         # Delta, in at least the parameters' precision.
@@ -131,17 +129,16 @@ class Expansion:
     def exact(self) -> Sums:
         """Forward mode, nested as often as the highest order asks, and one gradient for the shares; a collective."""
         count = parts_of_order(max(self.orders), gradients=self.shares)
-        for done, batch in enumerate(self.batches, 1):
+        for batch in self.batches:
             for part in batch_parts(batch, self.objective, count):
                 self.sums.n_targets += self._add_part(part)
-            self._tell(done)
         return self._finished()
 
     def finite(self) -> Sums:
         """Exact gradients at the base and near it: central differences along the step, extrapolated once."""
         second = max(self.orders) > 1
         slopes = dict.fromkeys((-1.0, -0.5, 0.5, 1.0) if second else (), 0.0)
-        for done, batch in enumerate(self.batches, 1):
+        for batch in self.batches:
             loss, weight = self._present(batch)
             self.sums.add("loss", [(None, loss)], weight)
             value, gradients = self._backward(self.base, batch)
@@ -153,16 +150,11 @@ class Expansion:
                 slopes[place] += weight * math.fsum(reduce_tensors(gradients, torch.dot, list(self.step.values())))
             self.sums.add("derivative", enumerate([value, math.fsum(products)]), weight)
             self.sums.n_targets += weight
-            self._tell(done)
         if second:
             whole, half = (slopes[1.0] - slopes[-1.0]) / (2 * _STEP), (slopes[0.5] - slopes[-0.5]) / _STEP
             self.sums.add("derivative", [(2, (4 * half - whole) / 3)])
             self.sums.add("difference", [(None, half - whole)])
         return self._finished()
-
-    def _tell(self, done: int) -> None:
-        if self.progress is not None:
-            self.progress(done, len(self.batches))
 
     def _ran(self, part: Any, *, backward: bool = False) -> None:
         """Counts a forward pass of some samples, and the backward pass after it."""
@@ -179,39 +171,28 @@ class Expansion:
             return float(present.loss()), len(present.targets)
 
     def _finished(self) -> Sums:
-        """Adds up what the processes found.
-
-        Raises:
-            ValueError: There was no batch, or a value is not finite.
-        """
+        """Adds up what the processes found; refuses no batch, and values that are not finite."""
         total, *others = self.replicas.gather_objects(self.sums)
         for other in others:
             total.merge(other)
         if not total.n_targets:
             raise ValueError("there is no batch to expand the loss on")
         if self.shares or self.gradient:
-            total.gradient_norm = self._gradient_norm() / total.n_targets
-        for value in (*total.of("loss").values(), *total.of("derivative").values()):
-            if not math.isfinite(value):
-                raise ValueError("the loss or one of its derivatives at the base is not finite")
+            vectors = []
+            for name, value in self.base.items():
+                dtype = torch.promote_types(value.dtype, torch.float32)
+                mine = self.gradient[name] if name in self.gradient else torch.zeros_like(value, dtype=dtype)
+                vectors.append(self.replicas.sum_(mine))
+            squares = math.fsum(reduce_tensors(vectors, torch.dot, vectors))
+            total.gradient_norm = math.sqrt(squares) / total.n_targets
+        if not all(map(math.isfinite, (*total.of("loss").values(), *total.of("derivative").values()))):
+            raise ValueError("the loss or one of its derivatives at the base is not finite")
         return total
-
-    def _gradient_norm(self) -> float:
-        vectors = []
-        for name, value in self.base.items():
-            dtype = torch.promote_types(value.dtype, torch.float32)
-            mine = self.gradient[name] if name in self.gradient else torch.zeros_like(value, dtype=dtype)
-            vectors.append(self.replicas.sum_(mine))
-        return math.sqrt(math.fsum(reduce_tensors(vectors, torch.dot, vectors)))
-
-    def _add_function_share(self, name: str, gradient: Tensor, product: float) -> None:
-        self.sums.add("function share", [(name, product)])
 
     def _add_gradient(self, weight: int, name: str, gradient: Tensor, product: float) -> None:
         """Adds one tensor's gradient of a batch's mean loss, and its product with the step."""
         if name not in self.gradient:
-            dtype = torch.promote_types(gradient.dtype, torch.float32)
-            self.gradient[name] = torch.zeros_like(gradient, dtype=dtype)
+            self.gradient[name] = torch.zeros_like(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
         self.gradient[name].add_(gradient, alpha=weight)
         self.sums.add("loss share", [(name, product)], weight)
 
@@ -236,7 +217,8 @@ class Expansion:
             self.sums.add("derivative", enumerate(map(float, self._along(part, loss))), weight)
         if self.function_space and self.shares and direction is not None:
             # <J Delta_b, J Delta> of every tensor from one backward pass: J' v with v = J Delta.
-            self._pull_back(part, logits, direction, self._add_function_share)
+            add = self.sums.add
+            self._pull_back(part, logits, direction, lambda name, _, product: add("function share", [(name, product)]))
         del direction
         if self.shares:
             self._pull_back(part, loss, None, partial(self._add_gradient, weight))
@@ -260,11 +242,14 @@ class Expansion:
         with torch.no_grad():
             with nested_derivatives():  # the same arithmetic, so that without a step nothing differs
                 present = self.objective.logits_and_targets(self.model, part)
-            for rows in _pieces(present.logits):
+            n_rows, n_classes = present.logits.shape
+            size = max(-(-n_rows // _PIECES), _PIECE // n_classes, 1)
+            for start in range(0, n_rows, size):
+                rows = slice(start, start + size)
                 piece = dataclasses.replace(
                     present, logits=present.logits[rows], targets=present.targets[rows], sample=present.sample[rows]
                 )
-                expansion = [_wide(derivative[rows]) for derivative in derivatives]
+                expansion = [precise(derivative[rows]) for derivative in derivatives]
                 if not self.own_loss:
                     weight = len(piece.targets)
                     self.sums.add("loss", [(None, float(piece.loss()))], weight)
@@ -274,7 +259,7 @@ class Expansion:
         return len(present.targets)
 
     def _compare(self, expansion: Sequence[Tensor], present: Tensor) -> None:
-        log_probs = torch.log_softmax(_wide(present), dim=-1)
+        log_probs = torch.log_softmax(precise(present), dim=-1)
         self.sums.add("function change", [(None, _square_distance(present, expansion[0]))])
         for order in self.orders:
             predicted = polynomial(expansion[: order + 1])
@@ -345,17 +330,8 @@ def _losses_of_logits(target: TargetLogits, expansion: Sequence[Tensor]) -> list
     return [float(value) for value in found]
 
 
-def _pieces(logits: Tensor) -> Iterator[slice]:
-    rows = max(-(-len(logits) // _PIECES), _PIECE // logits.shape[-1], 1)
-    return (slice(start, start + rows) for start in range(0, len(logits), rows))
-
-
 def _square_distance(first: Tensor, second: Tensor) -> float:
     return float((first.double() - second.double()).square_().sum())
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 Regime = Literal["unchanged", "lazy", "weakly nonlinear", "nonlinear"]
@@ -560,9 +536,8 @@ def taylor_diff(
         function_space, orders = False, tuple(order for order in orders if order <= 2) or (1,)
     with preserved(model), replicas.together("taylor_diff"):
         start = base_of(base, model).vector(model)
-        device = next(model.parameters()).device
-        mine = [map_batch(batch, lambda tensor: tensor.to(device)) for batch in replicas.share(list(batches))]
-        work = Expansion(model, start, mine, objective, orders, by is not None, function_space, replicas, progress)
+        mine = own_share(list(batches), model, replicas, progress)
+        work = Expansion(model, start, mine, objective, orders, by is not None, function_space, replicas)
         found = work.finite() if sharded else work.exact()
         step_norm = work.step.norm()
     return _result(found, orders, by, start.space.names, step_norm, route="differences" if sharded else "forward")
@@ -599,6 +574,7 @@ def _result(
     # The backward pass of the logits gives <J Delta_b, J Delta>, whose sum is ||J Delta||^2.
     shares = sums.of("function share")
     whole = math.fsum(shares.values())
+    of_loss = {name: share / sums.n_targets for name, share in sums.of("loss share").items()}
     return TaylorDiffResult(
         base_loss=sums.mean("derivative", 0),
         loss=loss,
@@ -607,9 +583,7 @@ def _result(
         second_order=sums.mean("derivative", 2) / 2 if max(orders) > 1 else None,
         step_norm=step_norm,
         gradient_norm=sums.gradient_norm,
-        loss_shares=_grouped(
-            {name: share / sums.n_targets for name, share in sums.of("loss share").items()}, by, names
-        ),
+        loss_shares=_grouped(of_loss, by, names),
         function_shares=_grouped({name: share / whole for name, share in shares.items() if whole}, by, names),
         route=route,
         error=abs(sums.mean("difference")) / 3 / 2 if sums.of("difference") else 0.0,

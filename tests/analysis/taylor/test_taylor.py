@@ -329,7 +329,7 @@ def test_differences_find_what_forward_mode_finds_and_count_their_passes() -> No
     objective, batches = CausalLMObjective(), [token_batch(3, 8), token_batch(2, 8)]
 
     def work(orders: tuple[int, ...]) -> Expansion:
-        return Expansion(model, base, batches, objective, orders, True, False, Replicas(), None)
+        return Expansion(model, base, batches, objective, orders, True, False, Replicas())
 
     passes = passes_of(model)
     first = work((1,)).finite()
