@@ -5,39 +5,163 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning_goldy
-from lightning_goldy.commands.data import add_data
-from lightning_goldy.commands.masks import add_masks
 from lightning_goldy.training.recipes import all_recipes, copy_recipe, find_recipe
 
+_Place = argparse.ArgumentParser | argparse._ArgumentGroup
+# What LightningCLI takes beside --config.
+_CONFIGURATION = ("data", "model", "trainer", "optimizer", "lr_scheduler", "seed_everything")
 
-def add_analyze(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the command to those of ``goldy``.
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        arguments: Words after the program's name; those of this process by default.
+
+    Returns:
+        The exit code: 0, or 2 when a command other than training failed for a reason that its message tells.
+
+    Example:
+        >>> main(["recipes", "show", "no_such_recipe"])
+        2
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments and arguments[0] in COMMANDS and COMMANDS[arguments[0]].add is None:
+        from lightning_goldy.commands.fit import run_trainer
+
+        return run_trainer(arguments)
+    parser = argparse.ArgumentParser(prog="goldy", description=lightning_goldy.__doc__, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"lightning_goldy {lightning_goldy.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        add_command(commands, name)
+    options, more = parser.parse_known_args(arguments)
+    _check_more(parser, getattr(options, "configured", None), more)
+    options.more = more
+    try:
+        options.run(options)
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        print(f"goldy: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str) -> None:
+    """Adds a command to those of ``goldy``.
 
     Args:
         commands: The sub-commands.
+        name: One of :data:`COMMANDS`.
 
     Example:
         >>> parser = argparse.ArgumentParser()
-        >>> add_analyze(parser.add_subparsers())
+        >>> commands = parser.add_subparsers()
+        >>> for name in ("analyze", "basin", "coupling", "data", "masks", "plasticity"):
+        ...     add_command(commands, name)
         >>> parser.parse_args(["analyze", "a.ckpt", "--config", "run.yaml", "--prompt", "1+1="]).prompt
         ['1+1=']
+        >>> parser.parse_args(["basin", "a.ckpt", "b.ckpt", "--config", "run.yaml"]).checkpoints
+        ['a.ckpt', 'b.ckpt']
+        >>> parser.parse_args(["coupling", "--model", "base", "--data", "atlas", "--edits", "5"]).edits
+        '5'
+        >>> options = parser.parse_args(["data", "convert", "atlas", "--output", "atlas.jsonl", "--whole-questions"])
+        >>> options.source, options.format, options.whole_questions
+        ('atlas', 'auto', True)
+        >>> parser.parse_args(["masks", "combine", "and", "a", "b", "--output", "c"]).files
+        ['a', 'b']
+        >>> parser.parse_args(["plasticity", "--levels", "0.1", "0.3"]).levels
+        [0.1, 0.3]
     """
-    parser = commands.add_parser(
-        "analyze",
-        help="analyse a checkpoint against its base: goldy analyze CHECKPOINT --config FILE",
-        description="Attention, Taylor expansion, shape of the change and generations of one checkpoint against its "
+    command = COMMANDS[name]
+    parser = commands.add_parser(name, help=command.help)
+    if command.add is not None:
+        command.add(parser)
+
+
+def _check_more(parser: argparse.ArgumentParser, configured: argparse.ArgumentParser | None, more: list[str]) -> None:
+    """Exits when words are neither the command's nor, for a ``configured`` one, changes of its configuration."""
+    if configured is None:
+        if more:
+            parser.error(f"unrecognized arguments: {' '.join(more)}")
+        return
+    own = [option for action in configured._actions for option in action.option_strings]
+    for word in more:
+        option = word.partition("=")[0]
+        if option.startswith("--") and option[2:].partition(".")[0] not in _CONFIGURATION:
+            close = difflib.get_close_matches(option, own, n=1)
+            meant = f"did you mean {close[0]}? " if close else ""
+            sections = ", ".join(f"--{section}" for section in _CONFIGURATION)
+            configured.error(f"unrecognized option {option}; {meant}Options of the configuration: {sections}")
+
+
+def _add_configuration(parser: argparse.ArgumentParser, *, otherwise: str = "") -> None:
+    """``--config``, which must be given unless it is said what there is otherwise, and changes of what it says."""
+    shown = "as for goldy fit; may be repeated"
+    parser.add_argument("--config", metavar="FILE", action="append", required=not otherwise, help=shown + otherwise)
+    parser.set_defaults(configured=parser)
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser, name: str, **options: Any) -> None:
+    parser.add_argument(name, metavar="CHECKPOINT", help="a Lightning .ckpt, or a folder of save_pretrained", **options)
+
+
+def _add_seed(parser: _Place, decides: str) -> None:
+    parser.add_argument("--seed", type=int, default=0, help=f"decides {decides} (default: %(default)s)")
+
+
+def _add_folder(parser: _Place, what: str, command: str) -> None:
+    place = f"where {what} (default: runs/{command}/version_N, the next free one)"
+    parser.add_argument("--output", metavar="DIR", help=place)
+
+
+def _add_file(parser: _Place, what: str) -> None:
+    parser.add_argument("--output", metavar="FILE", required=True, help=f"the {what} to write")
+    _add_force(parser)
+
+
+def _add_force(parser: _Place) -> None:
+    parser.add_argument("--force", action="store_true", help="replace an existing file")
+
+
+def _add_choice(parser: _Place, name: str, choices: tuple[str, ...], text: str) -> None:
+    """An option of which the first choice is the default."""
+    parser.add_argument(name, choices=choices, default=choices[0], help=f"{text} (default: %(default)s)")
+
+
+def _add_form(parser: _Place) -> None:
+    _add_choice(parser, "--form", ("question", "cloze"), "how a subject and a relation are worded")
+
+
+def _add_several(parser: _Place, name: str, metavar: str, default: list[Any], text: str) -> None:
+    """An option of one or more values, of the type of the default's."""
+    values = " ".join(str(value) for value in default)
+    options: dict[str, Any] = {"metavar": metavar, "nargs": "+", "type": type(default[0]), "default": default}
+    parser.add_argument(name, **options, help=f"{text} (default: {values})")
+
+
+def _describe(parser: argparse.ArgumentParser, description: str) -> None:
+    """A long command has no short forms of options: what it does not know may be its configuration's."""
+    parser.description, parser.allow_abbrev = description, False
+
+
+def _settings(configs: Sequence[str | Path], more: Sequence[str]) -> list[str]:
+    """The words that ``goldy fit`` would be given."""
+    return [word for path in configs for word in ("--config", str(path))] + [*more]
+
+
+def _add_analyze(parser: argparse.ArgumentParser) -> None:
+    _describe(
+        parser,
+        "Attention, Taylor expansion, shape of the change and generations of one checkpoint against its "
         "base. Further options change the configuration, as in --data.source=text.txt.",
-        allow_abbrev=False,
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a Lightning .ckpt, or a folder of save_pretrained")
-    parser.add_argument(
-        "--config", metavar="FILE", action="append", required=True, help="as for goldy fit; may be repeated"
-    )
+    _add_checkpoint(parser, "checkpoint")
+    _add_configuration(parser)
     parser.add_argument(
         "--base",
         metavar="PATH",
@@ -52,12 +176,25 @@ def add_analyze(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument(
         "--temperature", type=float, help="draw tokens at this temperature (default: take the most probable token)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="decides the draws (default: %(default)s)")
+    _add_seed(parser, "the draws")
     parser.add_argument("--n-samples", type=int, help="samples of the probe (default: at most 16)")
-    parser.add_argument(
-        "--output", metavar="DIR", help="where everything goes (default: runs/analyze/version_N, the next free one)"
+    _add_folder(parser, "everything goes", "analyze")
+    parser.set_defaults(run=_analyze)
+
+
+def _analyze(options: argparse.Namespace) -> None:
+    # Brings torch and Lightning, which other commands need not wait for.
+    from lightning_goldy.commands.analyze import Writing, analyze_checkpoint
+
+    prompts = [*options.prompt, *(read_prompts(options.prompts) if options.prompts else ())]
+    analyze_checkpoint(
+        options.checkpoint,
+        _settings(options.config, options.more),
+        base=options.base,
+        writing=Writing(tuple(prompts), options.max_new_tokens, options.temperature, options.seed),
+        n_samples=options.n_samples,
+        output=options.output,
     )
-    parser.set_defaults(run=_analyze, configured=parser)
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -91,47 +228,14 @@ def read_prompts(path: str | Path) -> list[str]:
     return prompts
 
 
-def _analyze(options: argparse.Namespace) -> int:
-    # Brings torch and Lightning, which other commands need not wait for.
-    from lightning_goldy.commands.analyze import Writing, analyze_checkpoint
-
-    prompts = [*options.prompt, *(read_prompts(options.prompts) if options.prompts else ())]
-    analyze_checkpoint(
-        options.checkpoint,
-        [word for path in options.config for word in ("--config", path)] + options.more,
-        base=options.base,
-        writing=Writing(tuple(prompts), options.max_new_tokens, options.temperature, options.seed),
-        n_samples=options.n_samples,
-        output=options.output,
-    )
-    return 0
-
-
-def add_basin(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the command to those of ``goldy``.
-
-    Args:
-        commands: The sub-commands.
-
-    Example:
-        >>> parser = argparse.ArgumentParser()
-        >>> add_basin(parser.add_subparsers())
-        >>> parser.parse_args(["basin", "a.ckpt", "b.ckpt", "--config", "run.yaml"]).checkpoints
-        ['a.ckpt', 'b.ckpt']
-    """
-    parser = commands.add_parser(
-        "basin",
-        help="measure the basin volume of checkpoints: goldy basin CHECKPOINT... --config FILE",
-        description="The log-volume of the region around each checkpoint in which the model says the same. Further "
+def _add_basin(parser: argparse.ArgumentParser) -> None:
+    _describe(
+        parser,
+        "The log-volume of the region around each checkpoint in which the model says the same. Further "
         "options change the configuration, as in --data.edits=20.",
-        allow_abbrev=False,
     )
-    parser.add_argument(
-        "checkpoints", metavar="CHECKPOINT", nargs="+", help="a Lightning .ckpt, or a folder of save_pretrained"
-    )
-    parser.add_argument(
-        "--config", metavar="FILE", action="append", required=True, help="as for goldy fit; may be repeated"
-    )
+    _add_checkpoint(parser, "checkpoints", nargs="+")
+    _add_configuration(parser)
     parser.add_argument("--n-directions", type=int, default=10, help="directions per volume (default: %(default)s)")
     parser.add_argument(
         "--cutoff",
@@ -139,28 +243,26 @@ def add_basin(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         action="append",
         help="mean divergence at the boundary, nats per target; may be repeated (default: 0.01)",
     )
-    parser.add_argument(
+    _add_choice(
+        parser,
         "--preconditioner",
-        choices=("none", "adam", "best", "kronecker"),
-        default="none",
-        help="adam: from the checkpoint's optimizer; best: the better of both; kronecker: from the samples' Fisher "
-        "information (default: %(default)s)",
+        ("none", "adam", "best", "kronecker"),
+        "adam: from the checkpoint's optimizer; best: the better of both; kronecker: from the samples' Fisher "
+        "information",
     )
     parser.add_argument(
         "--sigma", type=float, help="of the Gaussian measure (default: the root mean square of the earliest checkpoint)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="decides the directions (default: %(default)s)")
+    _add_seed(parser, "the directions")
     parser.add_argument("--n-samples", type=int, help="samples of the probe, or of each split (default: all)")
     parser.add_argument(
         "--splits", action="store_true", help="measure the data module's analysis splits instead of the probe"
     )
-    parser.add_argument(
-        "--output", metavar="DIR", help="where rows and report go (default: runs/basin/version_N, the next free one)"
-    )
-    parser.set_defaults(run=_basin, configured=parser)
+    _add_folder(parser, "rows and report go", "basin")
+    parser.set_defaults(run=_basin)
 
 
-def _basin(options: argparse.Namespace) -> int:
+def _basin(options: argparse.Namespace) -> None:
     # Brings torch and Lightning, which other commands need not wait for.
     from lightning_goldy.analysis.basin import Estimator, VolumeSurvey
     from lightning_goldy.commands.basin import measure_checkpoints
@@ -173,117 +275,56 @@ def _basin(options: argparse.Namespace) -> int:
         n_samples=options.n_samples,
         estimator=Estimator(seed=options.seed),
     )
-    settings = [word for path in options.config for word in ("--config", path)] + options.more
+    settings = _settings(options.config, options.more)
     measure_checkpoints(options.checkpoints, settings, survey, splits=options.splits, output=options.output)
-    return 0
 
 
-def add_plasticity(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the command to those of ``goldy``.
-
-    Args:
-        commands: The sub-commands.
-
-    Example:
-        >>> parser = argparse.ArgumentParser()
-        >>> add_plasticity(parser.add_subparsers())
-        >>> parser.parse_args(["plasticity", "--levels", "0.1", "0.3"]).levels
-        [0.1, 0.3]
-    """
-    parser = commands.add_parser(
-        "plasticity",
-        help="compare strategies of head pruning: goldy plasticity --data FILE --strategies taylor random",
-        description="Trains once without pruning and once for each strategy, level and number of cycles, and compares "
+def _add_plasticity(parser: argparse.ArgumentParser) -> None:
+    _describe(
+        parser,
+        "Trains once without pruning and once for each strategy, level and number of cycles, and compares "
         "the losses on the validation set. Further options change the configuration, as in --trainer.max_steps=200.",
-        allow_abbrev=False,
     )
-    parser.add_argument(
-        "--config", metavar="FILE", action="append", help="as for goldy fit; may be repeated (default: a small model)"
-    )
+    _add_configuration(parser, otherwise=" (default: a small model)")
     parser.add_argument("--model", metavar="NAME", help="a hub name or a folder, with its tokenizer")
     parser.add_argument("--data", metavar="FILE", help="a text file or a folder of them")
-    parser.add_argument(
-        "--strategies",
-        metavar="NAME",
-        nargs="+",
-        default=["entropy", "magnitude", "combined", "random"],
-        help="scores of heads, also taylor, ablation and your own (default: entropy magnitude combined random)",
-    )
-    parser.add_argument(
-        "--levels",
-        metavar="SHARE",
-        nargs="+",
-        type=float,
-        default=[0.1, 0.3, 0.5],
-        help="shares of all heads to cut, above 0 and below 1 (default: 0.1 0.3 0.5)",
-    )
-    parser.add_argument(
-        "--cycles", metavar="N", nargs="+", type=int, default=[1], help="numbers of cycles (default: 1)"
-    )
-    parser.add_argument(
-        "--seeds", metavar="SEED", nargs="+", type=int, default=[0], help="one run each, one after another (default: 0)"
-    )
+    strategies = ["entropy", "magnitude", "combined", "random"]
+    _add_several(parser, "--strategies", "NAME", strategies, "scores of heads, also taylor, ablation and your own")
+    _add_several(parser, "--levels", "SHARE", [0.1, 0.3, 0.5], "shares of all heads to cut, above 0 and below 1")
+    _add_several(parser, "--cycles", "N", [1], "numbers of cycles")
+    _add_several(parser, "--seeds", "SEED", [0], "one run each, one after another")
     parser.add_argument("--quick", action="store_true", help="60 optimizer steps per run, 4 batches of validation")
     parser.add_argument("--save-model", action="store_true", help="write each model with its closed heads cut out")
-    parser.add_argument(
-        "--output", metavar="DIR", help="where everything goes (default: runs/plasticity/version_N, the next free one)"
-    )
-    parser.set_defaults(run=_plasticity, configured=parser)
+    _add_folder(parser, "everything goes", "plasticity")
+    parser.set_defaults(run=_plasticity)
 
 
-def _plasticity(options: argparse.Namespace) -> int:
+def _plasticity(options: argparse.Namespace) -> None:
     # Brings torch and Lightning, which other commands need not wait for.
     from lightning_goldy.commands.plasticity import Sweep, run_sweep
-    from lightning_goldy.training.recipes import find_recipe
 
-    configs = options.config or [str(find_recipe("head_plasticity_sweep").path)]
-    settings = [word for path in configs for word in ("--config", path)]
+    settings = _settings(options.config or [find_recipe("head_plasticity_sweep").path], ())
     if options.model is not None:
         settings += [f"--model.model={options.model}", f"--data.tokenizer={options.model}"]
     if options.data is not None:
         settings += [f"--data.source={options.data}"]
-    sweep = Sweep(
-        strategies=tuple(options.strategies),
-        levels=tuple(options.levels),
-        cycles=tuple(options.cycles),
-        seeds=tuple(options.seeds),
-    )
-    run_sweep(
-        sweep, [*settings, *options.more], quick=options.quick, save_model=options.save_model, output=options.output
-    )
-    return 0
+    sweep = Sweep(**{name: tuple(getattr(options, name)) for name in ("strategies", "levels", "cycles", "seeds")})
+    settings += options.more
+    run_sweep(sweep, settings, quick=options.quick, save_model=options.save_model, output=options.output)
 
 
-def add_coupling(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the command to those of ``goldy``.
-
-    Args:
-        commands: The sub-commands.
-
-    Example:
-        >>> parser = argparse.ArgumentParser()
-        >>> add_coupling(parser.add_subparsers())
-        >>> parser.parse_args(["coupling", "--model", "base", "--data", "atlas", "--edits", "5"]).edits
-        '5'
-    """
-    parser = commands.add_parser(
-        "coupling",
-        help="which answers learn together: goldy coupling --model MODEL --data FILE",
-        description="Cosines between the gradients of answers, their statistics and figures, and with --edits what "
+def _add_coupling(parser: argparse.ArgumentParser) -> None:
+    _describe(
+        parser,
+        "Cosines between the gradients of answers, their statistics and figures, and with --edits what "
         "edits do to other answers. Nothing is trained.",
-        allow_abbrev=False,
     )
     parser.add_argument("--model", metavar="MODEL", required=True, help="a folder of save_pretrained, or a hub name")
     parser.add_argument("--tokenizer", metavar="NAME", help="a folder, a hub name, or bytes (default: the model's)")
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16", "auto"),
-        default="float32",
-        help="of the weights (default: %(default)s)",
-    )
+    _add_choice(parser, "--dtype", ("float32", "bfloat16", "float16", "auto"), "of the weights")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
     parser.add_argument("--out", metavar="DIR", help="an empty folder (default: runs/coupling/version_N, the next one)")
-    parser.add_argument("--seed", type=int, default=0, help="decides pieces, edits, projection (default: %(default)s)")
+    _add_seed(parser, "pieces, edits, projection")
     _add_pieces(parser.add_argument_group("pieces"))
     _add_method(parser.add_argument_group("coupling"))
     _add_editing(parser.add_argument_group("ripple effects"))
@@ -293,12 +334,7 @@ def add_coupling(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def _add_pieces(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--data", metavar="SOURCE", required=True, help="a file, a dataset's folder or name, or atlas")
     group.add_argument("--format", default="auto", metavar="NAME", help="as for goldy data (default: %(default)s)")
-    group.add_argument(
-        "--form",
-        choices=("question", "cloze"),
-        default="question",
-        help="how a subject and a relation are worded (default: %(default)s)",
-    )
+    _add_form(group)
     group.add_argument("--n-pieces", type=int, metavar="N", help="draw N pieces, groups together (default: all)")
     group.add_argument(
         "--template",
@@ -309,13 +345,8 @@ def _add_pieces(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_method(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--select",
-        metavar="NAME",
-        nargs="+",
-        default=["mlp_output"],
-        help="mlp_output, attention_output, or patterns of parameter names (default: mlp_output)",
-    )
+    words = "mlp_output, attention_output, or patterns of parameter names"
+    _add_several(group, "--select", "NAME", ["mlp_output"], words)
     group.add_argument("--layers", metavar="RANGE", help="a:b without b, or last:4 (default: all)")
     group.add_argument("--center", action="store_true", help="subtract the mean gradient first")
     group.add_argument("--projection", type=int, metavar="K", help="random combinations of each gradient to keep")
@@ -337,7 +368,34 @@ def _add_editing(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--steps", type=int, metavar="N", help="of the editor (default: its own)")
 
 
-_METHOD = ("center", "projection", "workspace", "activation", "moderate", "high", "seed")
+def _coupling(options: argparse.Namespace) -> None:
+    if options.edits is None and (options.learning_rate is not None or options.steps is not None):
+        raise ValueError("--learning-rate and --steps belong to the editor; say with --edits what to edit")
+    # Brings torch, which other commands need not wait for.
+    from lightning_goldy.commands.coupling.options import Editing, Method, Model, Options, Pieces
+    from lightning_goldy.commands.coupling.summary import run_coupling
+
+    def told(*names: str) -> dict[str, Any]:
+        return {name: getattr(options, name) for name in names}
+
+    words = options.select
+    select: Any = words[0] if len(words) == 1 and not set("*.?[") & set(words[0]) else words
+    method = told("center", "projection", "workspace", "activation", "moderate", "high", "seed")
+    # A shell hands over a backslash and an n.
+    template = None if options.template is None else str(options.template).replace("\\n", "\n")
+    editing = None
+    if options.edits is not None:
+        edits = int(options.edits) if options.edits.lstrip("-").isdecimal() else options.edits
+        editing = Editing(edits, **told("editor", "learning_rate", "steps"))
+    run_coupling(
+        Options(
+            Model(options.model, **told("tokenizer", "dtype", "device")),
+            Pieces(options.data, count=options.n_pieces, template=template, **told("format", "form", "seed")),
+            Method(select=select, layers=parsed_layers(options.layers), **method),
+            editing,
+            out=options.out,
+        )
+    )
 
 
 def parsed_layers(text: str | None) -> tuple[int, int] | str | None:
@@ -363,176 +421,147 @@ def parsed_layers(text: str | None) -> tuple[int, int] | str | None:
         ) from None
 
 
-def _coupling(options: argparse.Namespace) -> int:
-    if options.edits is None and (options.learning_rate is not None or options.steps is not None):
-        raise ValueError("--learning-rate and --steps belong to the editor; say with --edits what to edit")
-    # Brings torch, which other commands need not wait for.
-    from lightning_goldy.commands.coupling.options import Editing, Method, Model, Options, Pieces
-    from lightning_goldy.commands.coupling.summary import run_coupling
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True, dest="action")
+    convert = actions.add_parser("convert", help="write a source's pieces as JSON lines", allow_abbrev=False)
+    _add_source(convert)
+    _add_file(convert, "file of JSON lines")
+    convert.add_argument("--limit", type=int, metavar="N", help="stop after N records that gave pieces (default: all)")
+    show = actions.add_parser("show", help="print the first pieces of a source", allow_abbrev=False)
+    _add_source(show)
+    show.add_argument("--n", type=int, default=5, metavar="N", help="pieces to print (default: %(default)s)")
+    parser.set_defaults(run=_data)
 
-    words = options.select
-    select: Any = words[0] if len(words) == 1 and not set("*.?[") & set(words[0]) else words
-    editing = None
-    if options.edits is not None:
-        edits = int(options.edits) if options.edits.lstrip("-").isdecimal() else options.edits
-        editing = Editing(edits, editor=options.editor, learning_rate=options.learning_rate, steps=options.steps)
-    run_coupling(
-        Options(
-            Model(options.model, tokenizer=options.tokenizer, dtype=options.dtype, device=options.device),
-            Pieces(
-                options.data,
-                format=options.format,
-                form=options.form,
-                count=options.n_pieces,
-                template=_template(options),
-                seed=options.seed,
-            ),
-            Method(
-                select=select,
-                layers=parsed_layers(options.layers),
-                **{name: getattr(options, name) for name in _METHOD},
-            ),
-            editing,
-            out=options.out,
-        )
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source", metavar="SOURCE", help="a file, a saved dataset's folder, a dataset's name on the hub, or atlas"
     )
-    return 0
+    # The names are the registry's to check: it brings torch, which other commands need not wait for.
+    parser.add_argument(
+        "--format",
+        default="auto",
+        metavar="NAME",
+        help="jsonl, csv, qa, bamboogle, wikihop, hotpotqa, 2wikimultihopqa, musique, atlas; auto tells it from the"
+        " first record (default: %(default)s)",
+    )
+    parser.add_argument("--split", metavar="NAME", help="of a dataset (default: train, or the only one)")
+    _add_form(parser)
+    parser.add_argument(
+        "--whole-questions",
+        action=argparse.BooleanOptionalAction,
+        help="whether composed questions stand beside their facts (default: as the format has it)",
+    )
+    _add_choice(parser, "--on-malformed", ("error", "skip"), "stop at a faulty record, or leave it out and count it")
 
 
-def _template(options: argparse.Namespace) -> str | None:
-    # A shell hands over a backslash and an n.
-    return None if options.template is None else str(options.template).replace("\\n", "\n")
+def _data(options: argparse.Namespace) -> None:
+    from lightning_goldy.commands.data import convert_pieces, show_pieces
+
+    {"convert": convert_pieces, "show": show_pieces}[options.action](options)
 
 
-_TRAINER_COMMANDS = {
-    "fit": "train: goldy fit --config recipes/NAME.yaml --config callbacks/NAME.yaml",
-    "validate": "evaluate on the validation set: goldy validate --config ... --ckpt_path FILE",
-    "test": "evaluate on the test set",
-}
-# What LightningCLI takes beside --config.
-_CONFIGURATION = ("data", "model", "trainer", "optimizer", "lr_scheduler", "seed_everything")
+def _add_masks(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True, dest="action")
+    show = actions.add_parser("show", help="density of each block")
+    compare = actions.add_parser("compare", help="how much every two share, and how much of that is chance")
+    combine = actions.add_parser("combine", help="one mask of several")
+    combine.add_argument(
+        "operation",
+        choices=("and", "or", "minus", "not"),
+        help="in all; in any; in the first but no other; not in the only one",
+    )
+    for action in (show, compare, combine):
+        action.add_argument("files", metavar="FILE", nargs="+")
+    scope = "what chance keeps: the number of elements of each tensor, or only of all"
+    _add_choice(compare, "--scope", ("tensor", "global"), scope)
+    _add_file(combine, "mask file")
+    parser.set_defaults(run=_masks)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line.
+def _masks(options: argparse.Namespace) -> None:
+    from lightning_goldy.commands.masks import combine_masks, compare_masks, show_masks
 
-    Args:
-        arguments: Words after the program's name; those of this process by default.
-
-    Returns:
-        The exit code: 0, or 2 when a command other than training failed for a reason that its message tells.
-
-    Example:
-        >>> main(["recipes", "show", "no_such_recipe"])
-        2
-    """
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if arguments and arguments[0] in _TRAINER_COMMANDS:
-        from lightning_goldy.commands.fit import run_trainer
-
-        return run_trainer(arguments)
-    parser = _parser()
-    options, more = parser.parse_known_args(arguments)
-    _check_more(parser, getattr(options, "configured", None), more)
-    options.more = more
-    try:
-        return int(options.run(options))
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        print(f"goldy: {error}", file=sys.stderr)
-        return 2
+    {"show": show_masks, "compare": compare_masks, "combine": combine_masks}[options.action](options)
 
 
-def _check_more(parser: argparse.ArgumentParser, configured: argparse.ArgumentParser | None, more: list[str]) -> None:
-    """Exits when words are neither the command's nor, for a ``configured`` one, changes of its configuration."""
-    if configured is None:
-        if more:
-            parser.error(f"unrecognized arguments: {' '.join(more)}")
-        return
-    own = [option for action in configured._actions for option in action.option_strings]
-    for word in more:
-        option = word.partition("=")[0]
-        if option.startswith("--") and option[2:].partition(".")[0] not in _CONFIGURATION:
-            close = difflib.get_close_matches(option, own, n=1)
-            meant = f"did you mean {close[0]}? " if close else ""
-            sections = ", ".join(f"--{section}" for section in _CONFIGURATION)
-            configured.error(f"unrecognized option {option}; {meant}Options of the configuration: {sections}")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="goldy", description=lightning_goldy.__doc__, allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"lightning_goldy {lightning_goldy.__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, purpose in _TRAINER_COMMANDS.items():
-        commands.add_parser(name, help=purpose)  # for the list only: these are LightningCLI's to parse
-    _add_recipes(commands)
-    add_analyze(commands)
-    add_basin(commands)
-    add_coupling(commands)
-    add_data(commands)
-    add_masks(commands)
-    add_plasticity(commands)
-    report = commands.add_parser("report", help="turn a run directory into one HTML page")
-    report.add_argument("run_directory", metavar="RUN", help="a run's log directory, or a folder with several runs")
-    report.add_argument("--output", metavar="FILE", help="default: report.html in the run directory")
-    report.set_defaults(run=_report)
-    demo = commands.add_parser("demo", help="pretrain a small model, finetune it with every callback, write the report")
-    demo.add_argument("--fast", action="store_true", help="a reduced form: fewer facts, a smaller model")
-    demo.add_argument("--directory", default="runs/demo", help="where the runs go (default: %(default)s)")
-    demo.add_argument("--seed", type=int, default=0, help="decides weights, edits and order (default: %(default)s)")
-    demo.set_defaults(run=_demo)
-    return parser
-
-
-def _add_recipes(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("recipes", help="list, show or copy recipes and callback overlays")
-    parser.set_defaults(run=_list_recipes)
-    actions = parser.add_subparsers(title="actions", metavar="ACTION")
-    actions.add_parser("list", help="all names (the default)").set_defaults(run=_list_recipes)
-    show = actions.add_parser("show", help="print one")
-    show.add_argument("name", metavar="NAME")
-    show.set_defaults(run=_show_recipe)
+def _add_recipes(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", dest="action")
+    actions.add_parser("list", help="all names (the default)")
+    actions.add_parser("show", help="print one").add_argument("name", metavar="NAME")
     copy = actions.add_parser("copy", help="copy one, to change it or to run it")
     copy.add_argument("name", metavar="NAME")
     copy.add_argument("directory", metavar="DIR", nargs="?", help="default: recipes or callbacks, as its kind is")
-    copy.add_argument("--force", action="store_true", help="replace an existing file")
-    copy.set_defaults(run=_copy_recipe)
+    _add_force(copy)
+    parser.set_defaults(run=_recipes)
 
 
-def _list_recipes(options: argparse.Namespace) -> int:
-    recipes = all_recipes()
-    width = max(len(recipe.name) for recipe in recipes)
-    titles = {"recipes": "Recipes: whole runs", "callbacks": "Overlays: one callback each, added to a recipe"}
-    for kind, title in titles.items():
-        print(title)
-        for recipe in recipes:
-            if recipe.kind == kind:
-                print(f"  {recipe.name:{width}}  {recipe.first_line}")
-    return 0
+def _recipes(options: argparse.Namespace) -> None:
+    if options.action == "show":
+        print(find_recipe(options.name).text, end="")
+    elif options.action == "copy":
+        recipe = find_recipe(options.name)
+        print(f"{copy_recipe(recipe, options.directory, force=options.force)}\nrun it: {recipe.first_line}")
+    else:
+        recipes = all_recipes()
+        width = max(len(recipe.name) for recipe in recipes)
+        titles = {"recipes": "Recipes: whole runs", "callbacks": "Overlays: one callback each, added to a recipe"}
+        for kind, title in titles.items():
+            print(title)
+            for recipe in recipes:
+                if recipe.kind == kind:
+                    print(f"  {recipe.name:{width}}  {recipe.first_line}")
 
 
-def _show_recipe(options: argparse.Namespace) -> int:
-    print(find_recipe(options.name).text, end="")
-    return 0
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_directory", metavar="RUN", help="a run's log directory, or a folder with several runs")
+    parser.add_argument("--output", metavar="FILE", help="default: report.html in the run directory")
+    parser.set_defaults(run=_report)
 
 
-def _copy_recipe(options: argparse.Namespace) -> int:
-    recipe = find_recipe(options.name)
-    print(f"{copy_recipe(recipe, options.directory, force=options.force)}\nrun it: {recipe.first_line}")
-    return 0
-
-
-def _report(options: argparse.Namespace) -> int:
+def _report(options: argparse.Namespace) -> None:
     from lightning_goldy.report.page import write_report
 
     print(write_report(options.run_directory, options.output))
-    return 0
 
 
-def _demo(options: argparse.Namespace) -> int:
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--fast", action="store_true", help="a reduced form: fewer facts, a smaller model")
+    parser.add_argument("--directory", default="runs/demo", help="where the runs go (default: %(default)s)")
+    _add_seed(parser, "weights, edits and order")
+    parser.set_defaults(run=_demo)
+
+
+def _demo(options: argparse.Namespace) -> None:
     from lightning_goldy.commands.demo import run_demo
 
     run_demo(Path(options.directory), fast=options.fast, seed=options.seed)
-    return 0
+
+
+class Command(NamedTuple):
+    """A command: what the list says of it, and what adds its options; None for those that LightningCLI parses."""
+
+    help: str
+    add: Callable[[argparse.ArgumentParser], None] | None
+
+
+COMMANDS = {
+    "fit": Command("train: goldy fit --config recipes/NAME.yaml --config callbacks/NAME.yaml", None),
+    "validate": Command("evaluate on the validation set: goldy validate --config ... --ckpt_path FILE", None),
+    "test": Command("evaluate on the test set", None),
+    "recipes": Command("list, show or copy recipes and callback overlays", _add_recipes),
+    "analyze": Command("analyse a checkpoint against its base: goldy analyze CHECKPOINT --config FILE", _add_analyze),
+    "basin": Command("measure the basin volume of checkpoints: goldy basin CHECKPOINT... --config FILE", _add_basin),
+    "coupling": Command("which answers learn together: goldy coupling --model MODEL --data FILE", _add_coupling),
+    "data": Command("convert question sets to knowledge pieces, or show them", _add_data),
+    "masks": Command("show, compare or combine mask files: goldy masks show FILE...", _add_masks),
+    "plasticity": Command(
+        "compare strategies of head pruning: goldy plasticity --data FILE --strategies taylor random", _add_plasticity
+    ),
+    "report": Command("turn a run directory into one HTML page", _add_report),
+    "demo": Command("pretrain a small model, finetune it with every callback, write the report", _add_demo),
+}
+"""The commands by name, as the list has them."""
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import lightning.pytorch as L
@@ -311,9 +310,7 @@ class AnalysisProgress:
     def __enter__(self) -> AnalysisProgress:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._tqdm is not None:
             self._tqdm.close()
         if self._task is not None and isinstance(self._bar, RichProgressBar) and self._bar.progress is not None:

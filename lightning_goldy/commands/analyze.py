@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,16 +114,9 @@ class Part:
     more: Mapping[str, AnalysisResult] = field(default_factory=dict)
 
 
-def _expanded(subject: Subject) -> Part:
-    assert subject.base is not None
-    found = taylor_diff(subject.model, subject.base, subject.probe, subject.objective, progress=subject.progress)
+def _compared(analyze: Callable[..., AnalysisResult], subject: Subject) -> Part:
+    found = analyze(subject.model, subject.base, subject.probe, subject.objective, progress=subject.progress)
     return Part(found)
-
-
-def _explained(subject: Subject) -> Part:
-    assert subject.base is not None
-    found = explain_change(subject.model, subject.base, subject.probe, subject.objective, progress=subject.progress)
-    return Part(found, found.row())
 
 
 def _distributed(subject: Subject) -> Part:
@@ -152,8 +146,8 @@ def _continued(subject: Subject) -> Part:
 
 
 PARTS: Mapping[str, Callable[[Subject], Part]] = {
-    "taylor_diff": _expanded,
-    "explain_change": _explained,
+    "taylor_diff": partial(_compared, taylor_diff),
+    "explain_change": partial(_compared, explain_change),
     "parameter_distribution": _distributed,
     "attention_tracker": _attended,
     "continuations": _continued,

@@ -209,22 +209,17 @@ def find_base(
     """
     space = ParameterSpace.of(model)
     if given is not None:
-        path = _file_of(Path(given).expanduser())
+        path = Path(given).expanduser()
+        if not path.exists():
+            raise FileNotFoundError(f"no base at {path}")
+        # A snapshot's folder also holds vector files that are no base.
+        places = (path / BASE_FILE, path / "goldy" / _SNAPSHOT / BASE_FILE)
+        path = next((place for place in places if place.is_file()), path)
         prefix = next((f"{name}." for name, child in pl_module.named_modules() if child is model and name), "")
         return FoundBase(BaseParameters(read_base(path, model, space, prefix=prefix)), str(path))
     known = _told(saved)
     found = _of_the_run(saved, known, model, space)
-    if found is not None:
-        return found
-    return _as_built(known, pl_module, model, space, objective)
-
-
-def _file_of(path: Path) -> Path:
-    if not path.exists():
-        raise FileNotFoundError(f"no base at {path}")
-    # A snapshot's folder also holds vector files that are no base.
-    places = (path / BASE_FILE, path / "goldy" / _SNAPSHOT / BASE_FILE)
-    return next((place for place in places if place.is_file()), path)
+    return found or _as_built(known, pl_module, model, space, objective)
 
 
 def _told(saved: SavedModel) -> _Snapshot:
@@ -264,13 +259,10 @@ def _as_built(
     vector = ParameterVector.of(model, space)
     if known.base_hash is not None:
         if fingerprint(vector) == known.base_hash:
-            return FoundBase(
-                BaseParameters(vector), "the model as the configuration builds it, which has the snapshot's hash"
-            )
-        return FoundBase(
-            None,
-            "the run's golden snapshot is gone, and what the configuration builds has another hash; give --base",
-        )
+            source = "the model as the configuration builds it, which has the snapshot's hash"
+            return FoundBase(BaseParameters(vector), source)
+        gone = "the run's golden snapshot is gone, and what the configuration builds has another hash; give --base"
+        return FoundBase(None, gone)
     alone = "no golden snapshot lies beside the checkpoint"
     random = _random_part(pl_module, objective)
     if random:

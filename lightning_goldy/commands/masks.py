@@ -8,51 +8,15 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
-if TYPE_CHECKING:
-    from rich.table import Table
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
+if TYPE_CHECKING:
     from lightning_goldy.core.mask import ParameterMask
     from lightning_goldy.core.store import VectorHeader
 
 Operation = Literal["and", "or", "minus", "not"]
-
-
-def add_masks(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the command to those of ``goldy``.
-
-    Args:
-        commands: The sub-commands.
-
-    Example:
-        >>> parser = argparse.ArgumentParser()
-        >>> add_masks(parser.add_subparsers())
-        >>> parser.parse_args(["masks", "combine", "and", "a", "b", "--output", "c"]).files
-        ['a', 'b']
-    """
-    parser = commands.add_parser("masks", help="show, compare or combine mask files: goldy masks show FILE...")
-    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
-    show = actions.add_parser("show", help="density of each block")
-    show.add_argument("files", metavar="FILE", nargs="+")
-    show.set_defaults(run=_show)
-    compare = actions.add_parser("compare", help="how much every two share, and how much of that is chance")
-    compare.add_argument("files", metavar="FILE", nargs="+")
-    compare.add_argument(
-        "--scope",
-        choices=("tensor", "global"),
-        default="tensor",
-        help="what chance keeps: the number of elements of each tensor, or only of all (default: %(default)s)",
-    )
-    compare.set_defaults(run=_compare)
-    combine = actions.add_parser("combine", help="one mask of several")
-    combine.add_argument(
-        "operation",
-        choices=("and", "or", "minus", "not"),
-        help="in all; in any; in the first but no other; not in the only one",
-    )
-    combine.add_argument("files", metavar="FILE", nargs="+")
-    combine.add_argument("--output", metavar="FILE", required=True, help="the mask file to write")
-    combine.add_argument("--force", action="store_true", help="replace an existing file")
-    combine.set_defaults(run=_combine)
 
 
 def combined(masks: Sequence[ParameterMask], operation: Operation) -> ParameterMask:
@@ -78,20 +42,33 @@ def combined(masks: Sequence[ParameterMask], operation: Operation) -> ParameterM
     return result
 
 
-def _show(options: argparse.Namespace) -> int:
+def show_masks(options: argparse.Namespace) -> None:
+    """Prints the density of each block of mask files.
+
+    Args:
+        options: Those of ``goldy masks show``.
+    """
     loaded = _loaded(options.files)
     for path, (mask, header) in loaded.items():
         step = "" if header.step is None else f", step {header.step}"
         table = _table(f"{path}: {header.model_class}{step}", ("block", "in the mask", "elements", "density"))
         for row in mask.block_summary():
-            table.add_row(_plain(row.block), f"{row.count:,}", f"{row.numel:,}", f"{row.density:.4%}")
+            table.add_row(escape(row.block), f"{row.count:,}", f"{row.numel:,}", f"{row.density:.4%}")
         table.add_section()
         table.add_row("all", f"{mask.total:,}", f"{mask.space.numel:,}", f"{mask.density:.4%}")
-        _print(table)
-    return 0
+        Console().print(table)
 
 
-def _compare(options: argparse.Namespace) -> int:
+def compare_masks(options: argparse.Namespace) -> None:
+    """Prints how much every two mask files share, and how much of that is chance.
+
+    Args:
+        options: Those of ``goldy masks compare``.
+
+    Raises:
+        ValueError: There are not two files or more, each once.
+        SpaceError: The masks belong to different spaces.
+    """
     if len(options.files) < 2:
         raise ValueError(f"two masks or more can be compared; got {len(options.files)}")
     masks = [mask for mask, _ in _loaded(options.files).values()]
@@ -103,18 +80,27 @@ def _compare(options: argparse.Namespace) -> int:
     for (path, first), (other, second) in combinations(zip(options.files, masks, strict=True), 2):
         beyond = first.chance_corrected_overlap(second, scope=options.scope)
         table.add_row(
-            _plain(path),
-            _plain(other),
+            escape(path),
+            escape(other),
             f"{(first & second).total:,}",
             f"{first.chance_overlap(second, scope=options.scope):,.1f}",
             f"{first.jaccard(second):.4f}",
             "-" if beyond is None else f"{beyond:+.4f}",
         )
-    _print(table)
-    return 0
+    Console().print(table)
 
 
-def _combine(options: argparse.Namespace) -> int:
+def combine_masks(options: argparse.Namespace) -> None:
+    """Writes one mask file of several.
+
+    Args:
+        options: Those of ``goldy masks combine``.
+
+    Raises:
+        FileExistsError: The file is there already, and is not to be replaced.
+        ValueError: The masks belong to different models, or their number does not fit the operation.
+        SpaceError: They belong to different spaces.
+    """
     if Path(options.output).exists() and not options.force:
         raise FileExistsError(f"{options.output} exists; --force replaces it")
     loaded = [*_loaded(options.files).items()]
@@ -126,7 +112,6 @@ def _combine(options: argparse.Namespace) -> int:
     steps = {each.step for _, (_, each) in loaded}
     result.save(options.output, model=header.model_class, step=steps.pop() if len(steps) == 1 else None)
     print(f"{options.output}: {result.total:,} of {result.space.numel:,} elements ({result.density:.4%})")
-    return 0
 
 
 def _loaded(files: Sequence[str]) -> dict[str, tuple[ParameterMask, VectorHeader]]:
@@ -137,23 +122,9 @@ def _loaded(files: Sequence[str]) -> dict[str, tuple[ParameterMask, VectorHeader
     return {path: (ParameterMask.load(path), read_header(path)) for path in files}
 
 
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
-
-
 def _table(title: str, columns: Sequence[str]) -> Table:
-    from rich.table import Table
-
-    table = Table(title=_plain(title), title_justify="left")
+    table = Table(title=escape(title), title_justify="left")
     for index, column in enumerate(columns):
         is_text = index == 0 or column == "second"
         table.add_column(column, justify="left" if is_text else "right", overflow="fold" if is_text else "ellipsis")
     return table
-
-
-def _print(table: Table) -> None:
-    from rich.console import Console
-
-    Console().print(table)

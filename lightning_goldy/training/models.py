@@ -21,7 +21,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
 from transformers.pytorch_utils import Conv1D
@@ -92,8 +91,9 @@ def load_model(name: str, head: Head = "causal_lm", dtype: WeightDtype = "float3
         ValueError: It is neither a folder that holds such a model nor a name that could be loaded.
     """
     folder = Path(name).expanduser()
+    weights = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
-        model = _AUTO_CLASSES[head].from_pretrained(str(folder) if folder.is_dir() else name, dtype=_torch_dtype(dtype))
+        model = _AUTO_CLASSES[head].from_pretrained(str(folder) if folder.is_dir() else name, dtype=weights)
     except (OSError, ValueError) as error:
         if folder.is_dir():
             raise ValueError(f"the folder {name!r} holds no loadable {head} model: {error}") from error
@@ -125,7 +125,7 @@ def complete_config(config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBas
         for key in _SPECIAL_IDS:
             completed.setdefault(key, getattr(tokenizer, key))
     elif "vocab_size" in completed:
-        default = _default_config(completed["model_type"])
+        default = CONFIG_MAPPING[completed["model_type"]]()
         for key in _SPECIAL_IDS:
             value = getattr(default, key, None)
             if key not in completed and isinstance(value, int) and value >= completed["vocab_size"]:
@@ -153,7 +153,7 @@ def check_config(config: Mapping[str, Any]) -> None:
         )
     if model_type not in CONFIG_MAPPING:
         raise ValueError(f"unknown model_type {model_type!r}; {suggestion(str(model_type), CONFIG_MAPPING.keys())}")
-    default = _default_config(model_type)
+    default = CONFIG_MAPPING[model_type]()
     parameters = inspect.signature(type(default).__init__).parameters
     known = {*parameters, *type(default).attribute_map, *_COMMON_KEYS} - {"self", "kwargs"}
     for key in config:
@@ -186,7 +186,7 @@ def build_model(config: Mapping[str, Any], head: Head = "causal_lm", dtype: Weig
     auto_class = _AUTO_CLASSES[head]
     if type(built) not in auto_class._model_mapping:
         raise ValueError(f"transformers has no {head} model of type {config['model_type']!r}")
-    weights = torch.float32 if dtype == "auto" else _torch_dtype(dtype)
+    weights = getattr(torch, "float32" if dtype == "auto" else dtype)
     return auto_class.from_config(built, dtype=weights).train()
 
 
@@ -323,14 +323,6 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
         ['bias', 'weight']
     """
     return {name: gather(value) if is_sharded(value) else value for name, value in model.state_dict().items()}
-
-
-def _default_config(model_type: str) -> PreTrainedConfig:
-    return CONFIG_MAPPING[model_type]()
-
-
-def _torch_dtype(dtype: WeightDtype) -> Any:
-    return dtype if dtype == "auto" else getattr(torch, dtype)
 
 
 def pretrained_folder(checkpoint: str | os.PathLike[str]) -> Path:

@@ -64,17 +64,15 @@ def find_probe(trainer: L.Trainer, pl_module: Any, given: Iterable[Any] | None) 
     Raises:
         ValueError: There is none, or it is empty.
     """
+    owners = (pl_module, getattr(trainer, "datamodule", None))
+    owner = next((owner for owner in owners if callable(getattr(owner, "probe_dataloader", None))), None)
     if given is not None:
         source, batches = "probe=", given
-    elif callable(getattr(pl_module, "probe_dataloader", None)):
-        source, batches = f"{type(pl_module).__name__}.probe_dataloader()", pl_module.probe_dataloader()
-    elif callable(getattr(trainer.datamodule, "probe_dataloader", None)):  # type: ignore[attr-defined]
-        datamodule = trainer.datamodule  # type: ignore[attr-defined]
-        source, batches = f"{type(datamodule).__name__}.probe_dataloader()", datamodule.probe_dataloader()
+    elif owner is not None:
+        source, batches = f"{type(owner).__name__}.probe_dataloader()", owner.probe_dataloader()
     else:
         source, batches = "the validation set", _whole_validation_set(trainer)
-    # Batches may have been made in inference mode, whose tensors cannot take part in a backward pass.
-    probe = [map_batch(batch, lambda tensor: tensor.detach().cpu().clone()) for batch in batches]
+    probe = _kept(batches)
     if not probe:
         raise ValueError(f"the probe is empty: {source} gave no batch")
     return probe
@@ -134,23 +132,24 @@ def find_splits(datamodule: Any, given: Mapping[str, Iterable[Any]] | bool) -> d
         Traceback (most recent call last):
         ValueError: the split 'clean' is empty
     """
-    if isinstance(given, Mapping):
-        named = given
-    else:
-        if not callable(getattr(datamodule, "analysis_splits", None)):
-            raise ValueError(
-                f"splits=True asks the data module for analysis_splits(), which {type(datamodule).__name__} lacks; "
-                "pass splits={name: batches}, or None for the probe"
-            )
-        named = datamodule.analysis_splits()
+    if not isinstance(given, Mapping) and not callable(getattr(datamodule, "analysis_splits", None)):
+        raise ValueError(
+            f"splits=True asks the data module for analysis_splits(), which {type(datamodule).__name__} lacks; "
+            "pass splits={name: batches}, or None for the probe"
+        )
+    named = given if isinstance(given, Mapping) else datamodule.analysis_splits()
     check_split_names(named)
     splits = {}
     for name, batches in named.items():
-        # Batches may have been made in inference mode.
-        splits[name] = [map_batch(batch, lambda tensor: tensor.detach().cpu().clone()) for batch in batches]
+        splits[name] = _kept(batches)
         if not splits[name]:
             raise ValueError(f"the split {name!r} is empty")
     return splits
+
+
+def _kept(batches: Iterable[Any]) -> list[Any]:
+    # Batches may have been made in inference mode, whose tensors cannot take part in a backward pass.
+    return [map_batch(batch, lambda tensor: tensor.detach().cpu().clone()) for batch in batches]
 
 
 def check_split_names(names: Iterable[str]) -> None:

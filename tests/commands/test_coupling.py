@@ -23,7 +23,7 @@ from lightning_goldy.analysis.coupling import (
 )
 from lightning_goldy.analysis.ripple import ripple_effects
 from lightning_goldy.callbacks.store import peak_memory_bytes
-from lightning_goldy.cli import add_coupling, main
+from lightning_goldy.cli import add_command, main
 from lightning_goldy.commands.coupling.options import Model
 from lightning_goldy.commands.coupling.run import chosen_pieces, codes_of, drawn_edits, read_edits, strong_pairs
 from lightning_goldy.commands.coupling.summary import category_means, linked_groups
@@ -144,7 +144,7 @@ def test_every_field_is_documented_and_every_documented_field_is_written(summary
 
 def test_every_option_and_check_is_documented(summary):
     parser = argparse.ArgumentParser()
-    add_coupling(parser.add_subparsers())
+    add_command(parser.add_subparsers(), "coupling")
     page = (DOCS / "knowledge_coupling.md").read_text()
     (commands,) = (each for each in parser._actions if isinstance(each, argparse._SubParsersAction))
     for action in commands.choices["coupling"]._actions:

@@ -9,8 +9,7 @@ import sys
 
 import pytest
 
-from lightning_goldy.cli import main
-from lightning_goldy.commands.data import add_data
+from lightning_goldy.cli import add_command, main
 from lightning_goldy.data import load_pieces, read_pieces
 from lightning_goldy.data.readers import FORMATS
 from tests.data.question_sets import RECORDS, write
@@ -132,7 +131,7 @@ def test_what_cannot_be_done_is_said_in_one_line(here, capsys, words, message):
 
 def test_the_help_names_every_format(capsys):
     parser = argparse.ArgumentParser()
-    add_data(parser.add_subparsers())
+    add_command(parser.add_subparsers(), "data")
     with pytest.raises(SystemExit):
         parser.parse_args(["data", "convert", "--help"])
     shown = " ".join(capsys.readouterr().out.split())

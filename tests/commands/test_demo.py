@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lightning_goldy import callbacks
 from lightning_goldy.callbacks import AnalysisCallback, FinetuneComparison, RunReport, VariantLosses
 from lightning_goldy.cli import main
-from lightning_goldy.commands.demo import run
-from lightning_goldy.commands.demo.run import AtlasKnowledge, DemoSettings, analysis_callbacks, share_known
+from lightning_goldy.commands import demo
+from lightning_goldy.commands.demo import AtlasKnowledge, DemoSettings, analysis_callbacks, share_known
 from lightning_goldy.data import country_facts, one_hop_questions
 
 
@@ -65,7 +65,7 @@ def test_the_reduced_demo_from_the_command_line(cache, tmp_path, capsys):
 
 def _check_second_run(directory, report, finetuned):
     """From the cache, the demo comes to the same model."""
-    again = run.run_demo(directory, fast=True)
+    again = demo.run_demo(directory, fast=True)
     assert again == directory / "finetune" / "version_1" / "report.html"
     assert report.is_file()
     assert len(list((directory / "pretrain").iterdir())) == 1
@@ -98,10 +98,10 @@ def test_another_version_has_another_cache(monkeypatch):
 
 def test_the_cache_directory_honours_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert run.cache_directory() == tmp_path / "lightning_goldy"
+    assert demo.cache_directory() == tmp_path / "lightning_goldy"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert run.cache_directory() == tmp_path / "home" / ".cache" / "lightning_goldy"
+    assert demo.cache_directory() == tmp_path / "home" / ".cache" / "lightning_goldy"
 
 
 def test_the_whole_demo_is_about_the_whole_atlas():

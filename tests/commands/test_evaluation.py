@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_goldy.commands.demo.run import answers_known, share_known
+from lightning_goldy.commands.demo import answers_known, share_known
 from lightning_goldy.core.objective import CausalLMObjective
 from lightning_goldy.data import PadCollator, byte_tokenizer, encode_pairs
 from lightning_goldy.training.models import build_model, complete_config

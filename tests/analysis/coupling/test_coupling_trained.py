@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_goldy.analysis import CouplingResult, activation_similarity, coupling_statistics, knowledge_coupling
-from lightning_goldy.commands.demo.run import DemoSettings
+from lightning_goldy.commands.demo import DemoSettings
 from lightning_goldy.core.objective import CausalLMObjective
 from lightning_goldy.core.pieces import KnowledgePiece, encode_pieces
 from lightning_goldy.core.space import ParameterSpace
