@@ -121,3 +121,23 @@ def require_choice(what: str, value: str, valid: Iterable[str]) -> None:
     choices = tuple(valid)
     if value not in choices:
         raise ValueError(f"unknown {what} {value!r}; {suggestion(str(value), choices)}")
+
+
+def require_at_least(name: str, value: float, lowest: float) -> None:
+    """Checks that a number is not below the lowest that it may be.
+
+    Args:
+        name: What it is called, for the message.
+        value: The number.
+        lowest: The lowest valid one.
+
+    Raises:
+        ValueError: It is lower.
+
+    Example:
+        >>> require_at_least("n_samples", 0, 1)
+        Traceback (most recent call last):
+        ValueError: n_samples must be at least 1; got 0
+    """
+    if value < lowest:
+        raise ValueError(f"{name} must be at least {lowest}; got {value}")
