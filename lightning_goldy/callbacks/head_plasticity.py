@@ -195,8 +195,7 @@ class HeadPlasticity(AnalysisCallback[PlasticityResult]):
     def save_files(self, trainer: L.Trainer, model: nn.Module) -> None:
         """Writes the weights that a cycle may be rolled back to."""
         assert self._store is not None
-        self.plasticity.save_files(self.folder, write=trainer.is_global_zero)
-        for kind in self.plasticity.copied_kinds:
+        for kind in self.plasticity.save_files(self.folder, write=trainer.is_global_zero):
             self._store.prune(f"cycle-{kind}", trainer)
 
     def state_dict(self) -> dict[str, Any]:

@@ -84,7 +84,11 @@ class CheckpointVolumes(L.Callback):
         with undisturbed(trainer, pl_module), Console().status("") as status:
             model = find_model(pl_module, None)
             objective = find_objective(pl_module, model, None)
-            batches = self._batches(trainer, pl_module)
+            batches = (
+                find_splits(trainer.datamodule, True)  # type: ignore[attr-defined]
+                if self.splits
+                else {ONLY_SPLIT: find_probe(trainer, pl_module, None)}
+            )
             for number, (step, saved) in enumerate(self.saved, 1):
                 status.update(f"{saved.path} ({number} of {len(self.saved)})")
                 saved.load_into(pl_module, model)
@@ -110,11 +114,6 @@ class CheckpointVolumes(L.Callback):
             for volume in row["result"]["volumes"]:
                 table.add_row(*_cells(row, volume))
         return table
-
-    def _batches(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, list[Any]]:
-        if self.splits:
-            return find_splits(trainer.datamodule, True)  # type: ignore[attr-defined]
-        return {ONLY_SPLIT: find_probe(trainer, pl_module, None)}
 
     def _adam(self, saved: SavedModel, pl_module: L.LightningModule, model: nn.Module) -> Make | None:
         if not self.survey.needs_adam:

@@ -111,7 +111,7 @@ def run_sweep(
     check_configs(settings)
     folder = output_folder(output, _NAME, "plasticity")
     words = [*settings, *(_QUICK if quick else ()), *_ALONE]
-    plans: list[tuple[int, str, float, int] | tuple[int, None, float, int]] = []
+    plans: list[tuple[int, str | None, float, int]] = []
     for seed in sweep.seeds:
         plans += [(seed, None, 0.0, 0), *(plan for plan in sweep.combinations() if plan[0] == seed)]
     start, runs, unpruned = time.perf_counter(), [], math.nan
@@ -150,17 +150,16 @@ def sweep_table(runs: Sequence[Mapping[str, Any]]) -> Table:
     """
     table = Table(title="Head plasticity: loss on the validation set, nats", title_justify="left", box=SIMPLE_HEAD)
     table.add_column("strategy", no_wrap=True)
-    for heading in ("level", "cycles", "open at\nthe end", "probe,\ncut", "loss", "over\nunpruned"):
+    means_of = ("probe,\ncut", "loss", "over\nunpruned", "steps to\nrecover")
+    for heading in ("level", "cycles", "open at\nthe end", *means_of):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("steps to\nrecover", justify="right", no_wrap=True)
     for (strategy, level, cycles), mine in _groups(runs).items():
         open_share, *means = (
             _mean([run[name] for run in mine])
             for name in ("open_share", "loss_after_cut", "loss", "cost", "recovery_steps")
         )
         undone = " (undone)" if any(run["rolled_back"] for run in mine) else ""
-        shown = [f"{level:g}", str(cycles), f"{open_share:.0%}{undone}", *map(format_number, means)]
-        table.add_row(strategy, *shown)
+        table.add_row(strategy, f"{level:g}", str(cycles), f"{open_share:.0%}{undone}", *map(format_number, means))
     return table
 
 
@@ -207,8 +206,7 @@ def _train(
         return found, peak()
     model = find_model(cli.model, None)
     if save_model:
-        smaller = compact(model)
-        smaller.save_pretrained(folder / "compact")
+        compact(model).save_pretrained(folder / "compact")
         tokenizer = getattr(cli.datamodule, "tokenizer", None)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder / "compact")

@@ -57,13 +57,12 @@ def random_direction(
     tensors = {}
     for name, shape, own in zip(space.names, space.shapes, space.dtypes, strict=True):
         if layouts is None:
-            tensors[name] = torch.empty(shape, dtype=dtype or own, device="cpu")
-            fill_direction_(tensors[name], name, seed)
+            tensor = torch.empty(shape, dtype=dtype or own, device="cpu")
         else:
             reference = layouts[name].detach()
             part = torch.empty(local_box(reference)[0], dtype=dtype or own, device=local(reference).device)
-            tensors[name] = like(reference, part)
-            fill_direction_(tensors[name], name, seed)
+            tensor = like(reference, part)
+        tensors[name] = fill_direction_(tensor, name, seed)
     return ParameterVector(space, tensors)
 
 
@@ -293,7 +292,8 @@ class Ray:
                 dtype = torch.promote_types(part.dtype, torch.float32)
                 moved = part if part.is_contiguous() else torch.empty_like(part, memory_format=torch.contiguous_format)
                 flat = moved.view(-1)
-                for start, block in self._drawn(name, parameter):
+                blocks = self._held[name] if self.explicit else self._blocks(name, parameter, self._proposal.seed)
+                for start, block in blocks:
                     for begin in range(0, len(block), BLOCK):
                         piece = slice(start + begin, min(start + begin + BLOCK, start + len(block)))
                         base = anchor[piece].to(dtype)
@@ -311,10 +311,6 @@ class Ray:
             for name, anchor in self._anchor.items():
                 local(self._parameters[name]).copy_(anchor)
         torch.clear_autocast_cache()
-
-    def _drawn(self, name: str, parameter: Tensor) -> Iterator[tuple[int, Tensor]]:
-        assert self._proposal is not None
-        return iter(self._held[name]) if self.explicit else self._blocks(name, parameter, self._proposal.seed)
 
     def _blocks(
         self, name: str, parameter: Tensor, seed: int, squares: list[Tensor] | None = None

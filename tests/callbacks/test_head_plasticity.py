@@ -199,7 +199,7 @@ def test_a_cycle_that_costs_too_much_is_undone(tmp_path):
         def on_train_batch_end(self, trainer, pl_module, *args):
             super().on_train_batch_end(trainer, pl_module, *args)
             copy = CycleCopy.take(pl_module, trainer.optimizers, step=0)
-            seen[trainer.global_step] = (copy._parts, copy._small, HeadGates.of(pl_module.model).closed)
+            seen[trainer.global_step] = (copy.parts, copy.small, HeadGates.of(pl_module.model).closed)
 
     schedule = PruningSchedule(warmup_steps=2, steps_per_cycle=5, ramp_steps=2, cuts=2, regrow_at=4)
     # Random tokens: training makes the loss of the probe worse.

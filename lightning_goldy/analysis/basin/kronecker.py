@@ -18,6 +18,7 @@ from lightning_goldy.analysis.result import Cost
 from lightning_goldy.core.batches import batch_tensors, map_batch
 from lightning_goldy.core.directions import derived_seed
 from lightning_goldy.core.isolation import preserved
+from lightning_goldy.core.naming import require_at_least
 from lightning_goldy.core.objective import CausalLMObjective, Objective
 from lightning_goldy.core.outer_products import LayerSums, exact_products, linear_layers, sampled_labels
 from lightning_goldy.core.sharding import Replicas, align, is_sharded, local, sum_over_shards
@@ -135,23 +136,22 @@ def kronecker_fisher(
         tensor([0.5000, 2.0000])
     """
     for name, count in (("n_batches", n_batches), ("n_draws", n_draws), ("max_dimension", max_dimension)):
-        if count is not None and count < 1:
-            raise ValueError(f"{name} must be at least 1; got {count}")
+        if count is not None:
+            require_at_least(name, count, 1)
     objective = objective or CausalLMObjective()
     space = space or ParameterSpace.of(model)
     replicas = Replicas.of(model) if split_over_ranks else Replicas()
     with preserved(model), replicas.together("kronecker_fisher"):
-        passes = [(batch, draw) for batch in _first(batches, n_batches) for draw in range(n_draws)]
-        numbered = [(number, batch, draw) for number, (batch, draw) in enumerate(passes)]
+        first = _first(batches, n_batches)
         sums = _Sums(model, space, max_dimension)
-        mine = replicas.share(numbered)
+        mine = replicas.share([(*numbered, draw) for numbered in enumerate(first) for draw in range(n_draws)])
         with sums.collecting():
             for done, (number, batch, draw) in enumerate(mine, 1):
-                sums.add(objective, batch, derived_seed(seed, "labels", number // n_draws, draw))
+                sums.add(objective, batch, derived_seed(seed, "labels", number, draw))
                 if progress is not None:
                     progress(done, len(mine))
         sums.sum_over(replicas)
-    held = sum(len(next(batch_tensors(batch))) for batch, _ in passes)
+    held = n_draws * sum(len(next(batch_tensors(batch))) for batch in first)
     return sums.fisher(Cost(forwards=held, backwards=held))
 
 
@@ -203,11 +203,9 @@ class _Sums:
     def sum_over(self, replicas: Replicas) -> None:
         parts = sum_over_shards(list(self.squares.values()), list(self.parameters.values()))
         self.squares = dict(zip(self.squares, parts, strict=True))
-        for total in (self.targets, *self.squares.values()):
+        sums = [total for layer in self.layers for total in (layer.inputs, layer.outputs, layer.positions)]
+        for total in (self.targets, *self.squares.values(), *sums):
             replicas.sum_(total)
-        for layer in self.layers:
-            for total in (layer.inputs, layer.outputs, layer.positions):
-                replicas.sum_(total)
 
     def fisher(self, cost: Cost) -> KroneckerFisher:
         n_targets = float(self.targets)
@@ -290,10 +288,11 @@ class KroneckerPreconditioner:
         self.log_mean = math.fsum(logs) / self.space.numel
         unit = math.exp(-self.log_mean)
         self._scales = {other: scale * unit for other, scale in scales.items()}
-        self._roots = {}
+        self._roots: dict[str, tuple[Tensor, Tensor]] = {}
         for weight, (inputs, outputs) in damped.items():
             pair = _inverse_root(inputs).mul_(unit), _inverse_root(outputs)
-            self._roots[weight] = _Roots(*pair) if fisher.layers[weight].inputs_first else _Roots(*pair[::-1])
+            # What stands on either side of U: matrices, or diagonals as vectors.
+            self._roots[weight] = pair if fisher.layers[weight].inputs_first else pair[::-1]
 
     @property
     def factored(self) -> tuple[str, ...]:
@@ -317,10 +316,10 @@ class KroneckerPreconditioner:
         self.space.index(name)
         if name in self._scales:
             return direction.mul_(self._scales[name])
-        roots = self._roots[name]
+        left, right = self._roots[name]
         with exact_products(direction.device):
-            left = roots.left @ direction if roots.left.ndim == 2 else roots.left[:, None] * direction
-            return left @ roots.right if roots.right.ndim == 2 else left.mul_(roots.right)
+            mapped = left @ direction if left.ndim == 2 else left[:, None] * direction
+            return mapped @ right if right.ndim == 2 else mapped.mul_(right)
 
 
 def kronecker_preconditioner(
@@ -369,22 +368,13 @@ def kronecker_preconditioner(
     return KroneckerPreconditioner(fisher, eps=eps, eps_unit=eps_unit, name=name)
 
 
-class _Roots(NamedTuple):
-    """What stands on either side of U: matrices, or diagonals as vectors."""
-
-    left: Tensor
-    right: Tensor
-
-
 def _damped(inputs: Factor, outputs: Factor, damping: float) -> tuple[Factor, Factor]:
     means = [float(factor.values.double().mean()) for factor in (inputs, outputs)]
     # Where a side is zero the split does not matter.
     pi = math.sqrt(means[0] / means[1]) if all(means) else 1.0
     root = math.sqrt(damping)
-    return (
-        inputs._replace(values=inputs.values.double() + pi * root),
-        outputs._replace(values=outputs.values.double() + root / pi),
-    )
+    damped = inputs.values.double() + pi * root, outputs.values.double() + root / pi
+    return Factor(damped[0], inputs.vectors), Factor(damped[1], outputs.vectors)
 
 
 def _log_determinant(inputs: Factor, outputs: Factor) -> float:

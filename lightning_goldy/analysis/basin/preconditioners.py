@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_goldy.analysis.basin.result import VolumeResult
-from lightning_goldy.core.naming import suggestion
+from lightning_goldy.core.naming import require_choice
 from lightning_goldy.core.sharding import align, is_sharded, local, scatter_like
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.vector import ParameterVector, reduce_tensors
@@ -208,13 +208,15 @@ class DiagonalPreconditioner:
 
     Args:
         curvature: h, held by reference.
-        eps: Absolute, in the unit of |h| to the exponent.
+        eps: Damping in units of ``eps_unit``; held as absolute, in the unit of |h| to the exponent.
         exponent: Dimensionless.
+        eps_unit: ``mean`` or ``absolute``.
         name: Shown in results.
         moments: Where the curvature is an optimizer's; gives the factors that it stands multiplied by.
 
     Raises:
-        ValueError: A scale is not finite: the curvature is not, or it is zero and ``eps`` is too.
+        ValueError: An argument is out of range, or a scale is not finite: the curvature is not, or it is zero and
+            ``eps`` is too.
     """
 
     whole_tensors: bool = False
@@ -226,17 +228,21 @@ class DiagonalPreconditioner:
         eps: float,
         exponent: float,
         name: str,
+        eps_unit: EpsUnit = "absolute",
         moments: Mapping[str, Moment] | None = None,
     ) -> None:
-        self.name = name
-        self.space = curvature.space
-        self.exponent = exponent
+        check_damping(eps, eps_unit)
+        if not (math.isfinite(exponent) and exponent > 0):
+            raise ValueError(f"exponent must be finite and above 0; got {exponent}")
+        self.name, self.space, self.exponent = name, curvature.space, exponent
+        self._curvature, self._moments = curvature, moments or {}
+        if eps_unit == "mean" and eps:
+            eps *= math.fsum(self._sums(lambda h: h.pow(exponent).sum())) / self.space.numel
+            if eps == 0:
+                raise ValueError(f"the curvature of {name!r} is zero everywhere: there is nothing to scale by")
         self.eps = eps
-        self._curvature = curvature
-        self._moments = moments or {}
         self._versions = {parameter: self._version(parameter) for parameter in curvature}
-        logs = _sums(curvature, self._moments, lambda h: h.pow(exponent).add(eps).log().sum())
-        self.log_mean = -math.fsum(logs) / self.space.numel
+        self.log_mean = -math.fsum(self._sums(lambda h: h.pow(exponent).add(eps).log().sum())) / self.space.numel
 
     def apply(self, name: str, direction: Tensor, start: int) -> Tensor:
         """P u for a slice of one parameter.
@@ -262,7 +268,7 @@ class DiagonalPreconditioner:
         part = local(tensor).reshape(-1)[start : start + direction.numel()]
         dtype = torch.promote_types(part.dtype, direction.dtype)
         # Divided by the geometric mean before the power is taken, so that tiny curvatures do not underflow.
-        unit = _factor(self._moments, name) * math.exp(self.log_mean / self.exponent)
+        unit = self._factor(name) * math.exp(self.log_mean / self.exponent)
         scale = part.to(direction.device, dtype).abs().mul_(unit)
         scale = scale.sqrt_() if self.exponent == 0.5 else scale.pow_(self.exponent)
         return direction.div_(scale.add_(self.eps * math.exp(self.log_mean)))
@@ -272,6 +278,21 @@ class DiagonalPreconditioner:
         step = self._moments[name].step if name in self._moments else None
         tensors = [local(tensor) for tensor in (self._curvature[name], step) if tensor is not None]
         return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
+
+    def _factor(self, name: str) -> float:
+        return self._moments[name].factor if name in self._moments else 1.0
+
+    def _sums(self, function: Callable[[Tensor], Tensor]) -> list[float]:
+        """Sums a function of |h| over each tensor, float64, over all shards; every process raises or none."""
+        sums = []
+        for name, tensor in self._curvature.items():
+            factor = self._factor(name)
+            (total,) = reduce_tensors([tensor], lambda chunk, factor=factor: function(chunk.abs().mul_(factor)))
+            if not math.isfinite(total):
+                zeros = "zeros, and eps is 0; take eps > 0" if total == -math.inf else "NaN or infinite elements"
+                raise ValueError(f"no scales for {name}: its curvature holds {zeros}")
+            sums.append(total)
+        return sums
 
 
 def diagonal_preconditioner(
@@ -314,7 +335,7 @@ def diagonal_preconditioner(
         >>> diagonal_preconditioner(curvature, eps=0).apply("weight", torch.ones(2), 0)
         tensor([2.0000, 0.5000])
     """
-    return _diagonal(curvature, {}, eps, exponent, eps_unit, name)
+    return DiagonalPreconditioner(curvature, eps=eps, exponent=exponent, name=name, eps_unit=eps_unit)
 
 
 def adam_preconditioner(
@@ -361,7 +382,8 @@ def adam_preconditioner(
     """
     moments = optimizer_moments(optimizer, space, module, order)
     curvature = ParameterVector(space, {parameter: moment.values for parameter, moment in moments.items()})
-    return _diagonal(curvature, moments, eps, exponent, eps_unit, name)
+    settings: dict[str, Any] = {"eps": eps, "exponent": exponent, "eps_unit": eps_unit, "name": name}
+    return DiagonalPreconditioner(curvature, **settings, moments=moments)
 
 
 class TunedPreconditioner(NamedTuple):
@@ -429,19 +451,6 @@ def tuned_preconditioner(
     return TunedPreconditioner(best[1], best[0], results)
 
 
-def _diagonal(
-    curvature: ParameterVector, moments: Mapping[str, Moment], eps: float, exponent: float, eps_unit: EpsUnit, name: str
-) -> DiagonalPreconditioner:
-    check_damping(eps, eps_unit)
-    if not (math.isfinite(exponent) and exponent > 0):
-        raise ValueError(f"exponent must be finite and above 0; got {exponent}")
-    if eps_unit == "mean" and eps:
-        eps *= math.fsum(_sums(curvature, moments, lambda h: h.pow(exponent).sum())) / curvature.space.numel
-        if eps == 0:
-            raise ValueError(f"the curvature of {name!r} is zero everywhere: there is nothing to scale by")
-    return DiagonalPreconditioner(curvature, eps=eps, exponent=exponent, name=name, moments=moments)
-
-
 def check_damping(eps: float, eps_unit: str) -> None:
     """Checks a damping before there is a curvature.
 
@@ -450,28 +459,4 @@ def check_damping(eps: float, eps_unit: str) -> None:
     """
     if not (math.isfinite(eps) and eps >= 0):
         raise ValueError(f"eps must be finite and at least 0; got {eps}")
-    if eps_unit not in ("mean", "absolute"):
-        raise ValueError(f"unknown eps_unit {eps_unit!r}; {suggestion(str(eps_unit), ('mean', 'absolute'))}")
-
-
-def _sums(
-    curvature: ParameterVector, moments: Mapping[str, Moment], function: Callable[[Tensor], Tensor]
-) -> list[float]:
-    """Sums a function of |h| over each tensor, float64, over all shards; every process raises or none."""
-    sums = []
-    for name, tensor in curvature.items():
-        factor = _factor(moments, name)
-
-        def of_magnitudes(chunk: Tensor, factor: float = factor) -> Tensor:
-            return function(chunk.abs().mul_(factor))
-
-        (total,) = reduce_tensors([tensor], of_magnitudes)
-        if not math.isfinite(total):
-            zeros = "zeros, and eps is 0; take eps > 0" if total == -math.inf else "NaN or infinite elements"
-            raise ValueError(f"no scales for {name}: its curvature holds {zeros}")
-        sums.append(total)
-    return sums
-
-
-def _factor(moments: Mapping[str, Moment], name: str) -> float:
-    return moments[name].factor if name in moments else 1.0
+    require_choice("eps_unit", eps_unit, get_args(EpsUnit))

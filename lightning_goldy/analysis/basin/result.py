@@ -126,8 +126,7 @@ class VolumeResult(AnalysisResult):
     @property
     def effective_sample_size(self) -> float:
         """How many directions the log-volume rests on, from 1 to their number."""
-        weights = self.weights
-        return float(1 / weights.square().sum())
+        return float(1 / self.weights.square().sum())
 
     @property
     def weights(self) -> Tensor:

@@ -17,7 +17,7 @@ from lightning_goldy.analysis.basin.volume import Estimator, basin_volume, check
 from lightning_goldy.analysis.divergence import shortened
 from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.core.directions import Preconditioner
-from lightning_goldy.core.naming import suggestion
+from lightning_goldy.core.naming import require_at_least, require_choice
 from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.outer_products import linear_layers
 from lightning_goldy.core.space import ParameterSpace
@@ -97,13 +97,11 @@ class VolumeSurvey:
         self.kept_sigma = None if isinstance(self.sigma, str) else self.sigma
         for cutoff in self.cutoffs:
             check_region(self.n_directions, cutoff, self.kept_sigma)
-        if self.preconditioner not in get_args(PreconditionerName):
-            choices = suggestion(str(self.preconditioner), get_args(PreconditionerName))
-            raise ValueError(f"unknown preconditioner {self.preconditioner!r}; {choices}")
+        require_choice("preconditioner", self.preconditioner, get_args(PreconditionerName))
         if self.preconditioner != "none" and self.estimator.measure == "sphere":
             raise ValueError(f"measure='sphere' takes no preconditioner; got preconditioner={self.preconditioner!r}")
-        if self.n_samples is not None and self.n_samples < 1:
-            raise ValueError(f"n_samples must be at least 1; got {self.n_samples}")
+        if self.n_samples is not None:
+            require_at_least("n_samples", self.n_samples, 1)
         self.cutoffs = tuple(sorted(self.cutoffs))
 
     @property
@@ -150,24 +148,23 @@ class VolumeSurvey:
         """
         make = adam if self.needs_adam else None
         proposals: Proposals = None
-        count = (
-            len(splits) * len(self.cutoffs) * self.n_directions * (2 if make and self.preconditioner == "best" else 1)
-        )
+        walks = 2 if make and self.preconditioner == "best" else 1
+        count = len(splits) * len(self.cutoffs) * self.n_directions * walks
         work = _Work(self, model, objective, self.space(model), count, progress, sigma=self.kept_sigma)
         length = self.estimator.max_seq_len
         samples = {split: shortened(batches, objective, self.n_samples, length) for split, batches in splits.items()}
-        records: dict[str, tuple[dict[str, Any], ...]] = {}
+        volumes: dict[str, tuple[VolumeResult, ...]] = {}
         for split, batches in samples.items():
             if self.preconditioner == "kronecker":
                 make, proposals = work.kronecker(batches), None
             if make is not None and proposals is None:
                 tuned = self._tuned(work, batches, make)
                 proposals = {"none": None, "adam": tuned} if self.preconditioner == "best" else tuned
-            records[split] = tuple(vars(work.volume(batches, cutoff, proposals)) for cutoff in self.cutoffs)
+            volumes[split] = tuple(work.volume(batches, cutoff, proposals) for cutoff in self.cutoffs)
         if self.sigma == "first":
             self.kept_sigma = work.sigma
         return BasinVolumes(
-            records=records,
+            volumes=volumes,
             batches={split: len(batches) for split, batches in samples.items()},
             preconditioner=self.preconditioner,
             eps=None if proposals is None else self.kept_eps,
@@ -246,7 +243,7 @@ class BasinVolumes(AnalysisResult):
     """The volumes of one analysis.
 
     Args:
-        records: By split, the fields of one :class:`VolumeResult` for each cutoff, ascending.
+        volumes: By split, one for each cutoff, ascending.
         batches: By split, in how many batches its samples lie.
         preconditioner: What was asked for.
         eps: Damping of the preconditioner, in units of the mean; None as long as there was none.
@@ -256,17 +253,12 @@ class BasinVolumes(AnalysisResult):
 
     analysis = "basin_volume"
 
-    records: Mapping[str, tuple[Mapping[str, Any], ...]]
+    volumes: Mapping[str, tuple[VolumeResult, ...]]
     batches: Mapping[str, int]
     preconditioner: PreconditionerName
     eps: float | None = None
     n_samples: int | None = None
     cost: Cost = field(default=Cost(), compare=False)
-
-    @property
-    def volumes(self) -> dict[str, tuple[VolumeResult, ...]]:
-        """By split, one for each cutoff, ascending."""
-        return {split: tuple(VolumeResult(**one) for one in records) for split, records in self.records.items()}
 
     @property
     def sigma(self) -> float:
@@ -300,7 +292,7 @@ class BasinVolumes(AnalysisResult):
         return {
             "n_directions": self._first.n_directions,
             "n_samples": self.n_samples,
-            "cutoffs": [record["cutoff"] for record in next(iter(self.records.values()))],
+            "cutoffs": [result.cutoff for result in next(iter(self.volumes.values()))],
             "measure": self._first.measure,
             "dimension": self._first.dimension,
             "sigma": self.sigma,

@@ -14,14 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.core.architecture import (
-    Architecture,
-    Block,
-    Head,
-    HeadGates,
-    HeadProjection,
-    UnsupportedArchitectureError,
-)
+from lightning_goldy.core.architecture import Architecture, Block, Head, HeadGates, UnsupportedArchitectureError
 from lightning_goldy.core.files import atomic_write
 from lightning_goldy.core.naming import model_class
 from lightning_goldy.core.registry import Registry
@@ -95,6 +88,7 @@ class Compaction:
         return _card("Pruned attention heads", [told, form], header, rows, "as in the model before")
 
 
+@dataclass(eq=False)
 class CompactSaver:
     """The ``save_pretrained`` of a compacted model.
 
@@ -103,9 +97,8 @@ class CompactSaver:
         record: What was cut.
     """
 
-    def __init__(self, model: nn.Module, record: Compaction) -> None:
-        self.model = model
-        self.record = record
+    model: nn.Module
+    record: Compaction
 
     def __call__(
         self,
@@ -187,8 +180,7 @@ def compact(model: nn.Module) -> Any:
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
-        >>> config = GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=11, bos_token_id=0, eos_token_id=0)
-        >>> model = GPT2LMHeadModel(config)
+        >>> model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=11))
         >>> HeadGates(model).disable([(0, 1)])
         >>> smaller = compact(model)
         >>> [tuple(block.attn.c_proj.weight.shape) for block in smaller.transformer.h]
@@ -268,7 +260,7 @@ def _checked(model: nn.Module) -> HeadGates:
             f"{', '.join(sorted(COMPACTIONS))}; add a family with @register_compaction"
         )
     for block in gates.architecture.blocks:
-        for projection in _projections(block):
+        for projection in (block.query, block.key, block.value, block.output):
             projection.head_slice(0)  # refuses packed weights
     return gates
 
@@ -324,21 +316,13 @@ def _cut_block(block: Block, plan: _Plan) -> list[Cut]:
         cuts.append(Cut(name, dim, index, parameter.shape[dim]))
         part_kept = parameter.detach().index_select(dim, index.to(parameter.device)).contiguous()
         setattr(owner, leaf, nn.Parameter(part_kept, requires_grad=parameter.requires_grad))
-    for projection in _projections(block):
-        _rename_widths(projection.module)
+    for module in (projection.module for projection, _ in roles):
+        weight: Any = module.weight
+        if isinstance(module, nn.Linear):
+            module.out_features, module.in_features = weight.shape
+        else:
+            module.nx, module.nf = weight.shape
     return cuts
-
-
-def _projections(block: Block) -> list[HeadProjection]:
-    return [block.query, block.key, block.value, block.output]
-
-
-def _rename_widths(module: nn.Module) -> None:
-    weight: Any = module.weight
-    if isinstance(module, nn.Linear):
-        module.out_features, module.in_features = weight.shape
-    else:
-        module.nx, module.nf = weight.shape
 
 
 def _say_so(model: nn.Module, architecture: Architecture, sizes: Iterable[tuple[int, int]]) -> bool:
@@ -453,16 +437,15 @@ def gated_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tens
     gates = HeadGates.of(model)
     if gates is None:
         return result
-    closed, copied = set(gates.closed), set()
+    closed = set(gates.closed)
     for layer, head in gates.heads:
         if (layer, head) not in closed and gates.values is None:
             continue
         factor = 0.0 if (layer, head) in closed or gates.values is None else float(gates.values[layer, head])
         # One factor of a product is enough: the weight itself, and of an adapter the side that sees the heads.
         for part in gates.architecture.blocks[layer].output_slice(head):
-            if part.name not in copied:
+            if result[part.name] is state[part.name]:
                 result[part.name] = result[part.name].clone()
-                copied.add(part.name)
             result[part.name][part.index].mul_(factor)
     return result
 

@@ -17,7 +17,7 @@ from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.core.architecture import Head, HeadError, HeadGates
 from lightning_goldy.core.architecture.gates import BatchMismatchError
 from lightning_goldy.core.isolation import preserved
-from lightning_goldy.core.naming import require_choice, suggestion
+from lightning_goldy.core.naming import require_at_least, require_choice, suggestion
 from lightning_goldy.core.objective import CausalLMObjective, FunctionObjective, Objective, map_batch, split_batch
 from lightning_goldy.core.registry import Registry
 from lightning_goldy.core.sharding import Replicas, is_sharded
@@ -55,15 +55,12 @@ class HeadProbe:
         weights: dict[str, float] | None = None,
         progress: Progress | None = None,
     ) -> None:
-        self.model = model
-        self.objective = objective
-        self.gates = gates
-        self.seed = seed
-        self.weights = dict(weights or {})
-        self._replicas = replicas
+        self.model, self.objective, self.gates = model, objective, gates
+        self.seed, self.weights, self._replicas = seed, dict(weights or {}), replicas
+        self._device = next(model.parameters()).device
         self._progress = progress or (lambda done, total: None)
         with replicas.together("reading the samples"):
-            self._batches, self.n_samples = _share(batches, replicas, next(model.parameters()).device)
+            self._batches, self.n_samples = _share(batches, replicas, self._device)
         self.measured: dict[str, Tensor] = {}
         self.cost = self._made = Cost()
 
@@ -190,7 +187,7 @@ class HeadProbe:
         # One table more than layers, so that the number of samples travels with the sums.
         sums = torch.zeros(self.shape[0] + 1, self.shape[1], dtype=torch.float64)
         with self._replicas.together("measuring heads"):
-            kept, sums[-1, 0] = self._total_loss(), sum(batch_length(batch) for batch in self._batches)
+            kept, sums[-1, 0] = self._total_loss(), sum(map(batch_length, self._batches))
             for done, head in enumerate(heads, 1):
                 with self.gates.closing_only(sorted(present ^ {head})):
                     changed = self._total_loss()
@@ -227,10 +224,6 @@ class HeadProbe:
         self.cost += Cost(*self._replicas.sum_(passes).tolist())
         self._made = Cost()
         return total
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self.model.parameters()).device
 
     def _keep(self, name: str, value: Tensor) -> Tensor:
         self.measured[name] = value
@@ -287,9 +280,8 @@ def combined(probe: HeadProbe) -> Tensor:
 
     The probe's ``weights`` name any registered strategies; by default entropy and magnitude count the same.
     """
-    weights = probe.weights or DEFAULT_WEIGHTS
     total = torch.zeros(probe.shape, dtype=torch.float64)
-    for name, weight in weights.items():
+    for name, weight in (probe.weights or DEFAULT_WEIGHTS).items():
         total += weight * standardised(HEAD_SCORES[name](probe), probe.gates.heads_per_layer)
     return total
 
@@ -430,8 +422,7 @@ class HeadScores(AnalysisResult):
         """
         if not 0 <= level < 1:
             raise ValueError(f"level is the share of heads to cut, in [0, 1); got {level}")
-        if min_heads_per_layer < 1:
-            raise ValueError(f"min_heads_per_layer must be at least 1; got {min_heads_per_layer}")
+        require_at_least("min_heads_per_layer", min_heads_per_layer, 1)
         require_choice("unit", unit, ("head", "group"))
         total, closed = sum(self.heads_per_layer), set(self.closed)
         wanted = math.floor(level * total + 0.5)
@@ -501,8 +492,7 @@ def head_importance(
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
-        >>> config = GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=11, bos_token_id=0, eos_token_id=0)
-        >>> model = GPT2LMHeadModel(config)
+        >>> model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=11))
         >>> scores = head_importance(model, [{"input_ids": torch.tensor([[1, 2, 3, 4]])}], strategy="magnitude")
         >>> tuple(scores.scores.shape), len(scores.least_important(0.25))
         ((2, 2), 1)
@@ -511,16 +501,9 @@ def head_importance(
     with _gated(model) as gates:
         replicas = Replicas.of(model) if split_over_ranks else Replicas()
         with preserved(model):
-            probe = HeadProbe(
-                model,
-                batches,
-                objective or CausalLMObjective(),
-                gates=gates,
-                replicas=replicas,
-                seed=seed,
-                weights=weights,
-                progress=progress,
-            )
+            objective = objective or CausalLMObjective()
+            options: dict[str, Any] = {"seed": seed, "weights": weights, "progress": progress}
+            probe = HeadProbe(model, batches, objective, gates=gates, replicas=replicas, **options)
             scores = _masked(HEAD_SCORES[strategy](probe).double(), gates)
             measured = {name: _masked(value, gates) for name, value in probe.measured.items()}
             _require_finite(scores, strategy, gates)
@@ -564,8 +547,7 @@ def heads_to_regrow(
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
-        >>> config = GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=11, bos_token_id=0, eos_token_id=0)
-        >>> model = GPT2LMHeadModel(config)
+        >>> model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=11))
         >>> HeadGates(model).disable([(0, 1), (1, 0)])
         >>> heads_to_regrow(model, count=1, strategy="last_pruned")
         ((1, 0),)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -23,31 +24,21 @@ Role = Literal["query", "key", "value", "output"]
 _BY_RUNS = ("cpu",)
 _VALUES = "values"
 _State = dict[str, dict[str, Any]]
+Hook = Callable[[torch.optim.Optimizer, Any, Any], None]
 
 
 class _AroundSteps:
     """Does something before and after every step of some optimizers, until it is removed."""
 
-    def __init__(self, optimizers: Any) -> None:
-        self._handles = [
-            handle
-            for optimizer in plain_optimizers(optimizers)
-            for handle in (
-                optimizer.register_step_pre_hook(self._before),
-                optimizer.register_step_post_hook(self._after),
-            )
-        ]
+    def __init__(self, optimizers: Any, before: Hook, after: Hook) -> None:
+        self._handles = []
+        for optimizer in plain_optimizers(optimizers):
+            self._handles += [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
 
     def remove(self) -> None:
         """Lets the optimizers go."""
         for handle in self._handles:
             handle.remove()
-
-    def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        raise NotImplementedError
-
-    def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        raise NotImplementedError
 
 
 class HeadFreeze(_AroundSteps):
@@ -71,8 +62,7 @@ class HeadFreeze(_AroundSteps):
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
-        >>> config = GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=11, bos_token_id=0, eos_token_id=0)
-        >>> model = GPT2LMHeadModel(config)
+        >>> model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=11))
         >>> optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
         >>> HeadGates(model).disable([(0, 1)])
         >>> before = model.transformer.h[0].attn.c_proj.weight.detach().clone()
@@ -94,7 +84,7 @@ class HeadFreeze(_AroundSteps):
         self._saved: dict[int, list[_SavedRows]] = {}
         # Whether the family can be frozen shows now, and not once a head is closed in the middle of a run.
         head_rows(gates.architecture, gates.heads, gates.heads)
-        super().__init__(optimizers)
+        super().__init__(optimizers, self._before, self._after)
 
     def zero_gradients(self) -> None:
         """Sets the gradients of closed heads to zero."""
@@ -140,14 +130,14 @@ class HeadFreeze(_AroundSteps):
         return kept
 
 
+@dataclass
 class _SavedRows:
     """Rows of a parameter and of its optimizer state before a step."""
 
-    def __init__(self, rows: ParameterRows, group: dict[str, Any]) -> None:
-        self.rows = rows
-        self._group = group
-        self._value: Tensor | None = None
-        self._state: dict[str, Tensor] = {}
+    rows: ParameterRows
+    _group: dict[str, Any]
+    _value: Tensor | None = None
+    _state: dict[str, Tensor] = field(default_factory=dict)
 
     def save(self, state: dict[str, Any]) -> None:
         # Fresh memory at every step would cost more than the copies.
@@ -186,8 +176,7 @@ class AttentionRate(_AroundSteps):
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
         >>> from lightning_goldy.core.architecture.describe import describe_architecture
-        >>> config = GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=11, bos_token_id=0, eos_token_id=0)
-        >>> model = GPT2LMHeadModel(config)
+        >>> model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=11))
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> rate = AttentionRate(model, describe_architecture(model), [optimizer])
         >>> rate.multiply({1: 3.0})
@@ -206,7 +195,7 @@ class AttentionRate(_AroundSteps):
         self._layers: dict[int, float] = {}
         self._factors: list[tuple[nn.Parameter, float]] = []
         self._saved: dict[int, list[tuple[nn.Parameter, float, Tensor]]] = {}
-        super().__init__(optimizers)
+        super().__init__(optimizers, self._before, self._after)
 
     def multiply(self, layers: Mapping[int, float]) -> None:
         """Sets the multipliers of the coming steps by layer; layers that are not named have 1."""
@@ -242,6 +231,7 @@ class AttentionRate(_AroundSteps):
             after.copy_(torch.lerp(before.to(dtype), after.to(dtype), factor))
 
 
+@dataclass
 class CycleCopy:
     """A copy of all trainable parameters and of what the optimizers keep of them.
 
@@ -252,6 +242,7 @@ class CycleCopy:
         step: Optimizer step at which it was taken.
         parts: This process's part of each tensor, by kind (``values`` or the optimizer's key) and parameter.
         small: Everything else that the optimizers keep, by parameter and key.
+        saved_in: Folder that its files are in, if any.
 
     Example:
         >>> layer = nn.Linear(2, 1)
@@ -264,11 +255,10 @@ class CycleCopy:
         0
     """
 
-    def __init__(self, step: int, parts: dict[str, dict[str, Tensor]], small: _State) -> None:
-        self.step = step
-        self._parts = parts
-        self._small = small
-        self._saved_in: Path | None = None
+    step: int
+    parts: dict[str, dict[str, Tensor]]
+    small: _State
+    saved_in: Path | None = None
 
     @classmethod
     def take(cls, module: nn.Module, optimizers: Sequence[Any], *, step: int) -> CycleCopy:
@@ -279,12 +269,11 @@ class CycleCopy:
         for optimizer in plain_optimizers(optimizers):
             for name, parameter in parameters.items():
                 for key, value in optimizer.state.get(parameter, {}).items():
-                    if isinstance(value, Tensor) and value.ndim and value.shape == parameter.shape:
+                    plain = not isinstance(value, Tensor)
+                    if not plain and value.ndim and value.shape == parameter.shape:
                         parts.setdefault(key, {})[name] = _copy(value)
                     else:
-                        small.setdefault(name, {})[key] = (
-                            value.detach().cpu().clone() if isinstance(value, Tensor) else value
-                        )
+                        small.setdefault(name, {})[key] = value if plain else value.detach().cpu().clone()
         return cls(step, parts, small)
 
     @torch.no_grad()
@@ -292,7 +281,7 @@ class CycleCopy:
         """Puts the copied state back; what optimizers began to keep since then is forgotten."""
         parameters = ParameterSpace.of(module).resolve(module)
         for name, parameter in parameters.items():
-            local(parameter).copy_(self._parts[_VALUES][name])
+            local(parameter).copy_(self.parts[_VALUES][name])
         for optimizer in plain_optimizers(optimizers):
             held = {id(each) for group in optimizer.param_groups for each in group["params"]}
             for name, parameter in parameters.items():
@@ -308,10 +297,10 @@ class CycleCopy:
         """
         parameters = ParameterSpace.of(module).resolve(module)
         files = {}
-        for kind, parts in self._parts.items():
+        for kind, parts in self.parts.items():
             name = f"cycle-{kind}-step={self.step:08d}.safetensors"
             # A second checkpoint of the cycle; the files' age tells which checkpoints need them.
-            if self._saved_in != folder:
+            if self.saved_in != folder:
                 space = ParameterSpace.of(module).subspace(parts)
                 # Each process keeps its own parts: sharded tensors live on their mesh's device.
                 tensors = {
@@ -321,8 +310,8 @@ class CycleCopy:
                 vector = ParameterVector(space, tensors)
                 save_vectors(folder / name, vector, kind="values", model=module, step=self.step, write=write)
             files[kind] = name
-        self._saved_in = folder
-        return {"step": self.step, "files": files, "small": self._small}
+        self.saved_in = folder
+        return {"step": self.step, "files": files, "small": self.small}
 
     @classmethod
     def load(cls, folder: Path, module: nn.Module, saved: Mapping[str, Any]) -> CycleCopy:
@@ -331,21 +320,20 @@ class CycleCopy:
         Raises:
             StoreError: A file is missing, broken, or belongs to another model.
         """
-        parts = {}
-        for kind, name in saved["files"].items():
-            vector, _ = load_vectors(folder / name, module)
-            parts[kind] = {each: _copy(tensor) for each, tensor in vector.items()}
-        copy = cls(saved["step"], parts, {name: dict(values) for name, values in saved["small"].items()})
-        copy._saved_in = folder
-        return copy
+        vectors = {kind: load_vectors(folder / name, module)[0] for kind, name in saved["files"].items()}
+        parts = {kind: {name: _copy(part) for name, part in vector.items()} for kind, vector in vectors.items()}
+        return cls(saved["step"], parts, {name: dict(values) for name, values in saved["small"].items()}, folder)
 
     def _restore_state(self, state: Any, name: str, parameter: nn.Parameter) -> None:
         present = state.get(parameter, {})
         kept: dict[str, Any] = {}
-        for key, value in self._small.get(name, {}).items():
+        for key, value in self.small.get(name, {}).items():
             now = present.get(key)
-            kept[key] = now.copy_(value) if isinstance(now, Tensor) else _fresh(value)
-        for key, parts in self._parts.items():
+            if isinstance(now, Tensor):
+                kept[key] = now.copy_(value)
+            else:
+                kept[key] = value.clone() if isinstance(value, Tensor) else value
+        for key, parts in self.parts.items():
             if key == _VALUES or name not in parts:
                 continue
             now = present.get(key)
@@ -361,10 +349,6 @@ class CycleCopy:
 
 def _copy(tensor: Tensor) -> Tensor:
     return local(tensor).to("cpu", copy=True)
-
-
-def _fresh(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
 
 
 @dataclass(frozen=True)
@@ -470,51 +454,38 @@ def head_rows(architecture: Architecture, heads: Iterable[Head], closed: Iterabl
     Raises:
         UnsupportedArchitectureError: Which weights belong to a head is not known.
     """
-    return merged(
-        part
-        for (layer, _), role, index in owned_parts(architecture, heads, closed)
-        for part in projection_of(architecture.blocks[layer], role).head_slice(index)
-    )
+    by_name: dict[str, list[ParameterSlice]] = {}
+    for (layer, _), role, index in owned_parts(architecture, heads, closed):
+        for part in projection_of(architecture.blocks[layer], role).head_slice(index):
+            by_name.setdefault(part.name, []).append(part)
+    rows = []
+    # Every slice of a parameter is along one dimension.
+    for name, slices in by_name.items():
+        starts = sorted({(part.start, part.length) for part in slices})
+        index_of_all = torch.cat([torch.arange(start, start + length) for start, length in starts])
+        rows.append(ParameterRows(name, slices[0].parameter, slices[0].dim, index_of_all))
+    return rows
 
 
 def projection_of(block: Block, role: Role) -> HeadProjection:
     """The projection of a block with this role."""
-    if role == "output":
-        return block.output
-    return {"query": block.query, "key": block.key, "value": block.value}[role]
-
-
-def merged(parts: Iterable[ParameterSlice]) -> list[ParameterRows]:
-    """Slices of the same parameter as one set of rows each; every slice of a parameter is along one dimension."""
-    found: dict[str, list[ParameterSlice]] = {}
-    for part in parts:
-        found.setdefault(part.name, []).append(part)
-    rows = []
-    for name, slices in found.items():
-        starts = sorted({(part.start, part.length) for part in slices})
-        index = torch.cat([torch.arange(start, start + length) for start, length in starts])
-        rows.append(ParameterRows(name, slices[0].parameter, slices[0].dim, index))
-    return rows
-
-
-def plain_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """The torch optimizer inside a LightningOptimizer, or the optimizer itself.
-
-    Raises:
-        TypeError: It is neither.
-    """
-    # A LightningOptimizer borrows the class of what it wraps, so isinstance cannot tell.
-    inner = getattr(optimizer, "_optimizer", None)
-    optimizer = inner if isinstance(inner, torch.optim.Optimizer) else optimizer
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"an optimizer must be a torch.optim.Optimizer; got {type(optimizer).__name__}")
-    return optimizer
+    return getattr(block, role)
 
 
 def plain_optimizers(optimizers: Any) -> list[torch.optim.Optimizer]:
-    """The torch optimizers of one or several."""
-    several = optimizers if isinstance(optimizers, (list, tuple)) else [optimizers]
-    return [plain_optimizer(optimizer) for optimizer in several]
+    """The torch optimizers of one or several, each a torch optimizer or a LightningOptimizer around one.
+
+    Raises:
+        TypeError: One is neither.
+    """
+    plain = []
+    for optimizer in optimizers if isinstance(optimizers, (list, tuple)) else [optimizers]:
+        # A LightningOptimizer borrows the class of what it wraps, so isinstance cannot tell.
+        inner = getattr(optimizer, "_optimizer", None)
+        plain.append(inner if isinstance(inner, torch.optim.Optimizer) else optimizer)
+        if not isinstance(plain[-1], torch.optim.Optimizer):
+            raise TypeError(f"an optimizer must be a torch.optim.Optimizer; got {type(optimizer).__name__}")
+    return plain
 
 
 def reset_moments(rows: Iterable[ParameterRows], optimizers: Any) -> None:
@@ -524,9 +495,7 @@ def reset_moments(rows: Iterable[ParameterRows], optimizers: Any) -> None:
         rows: Rows of parameters.
         optimizers: One or several.
     """
-    rows = list(rows)
-    for optimizer in plain_optimizers(optimizers):
-        for row in rows:
-            for value in optimizer.state.get(row.parameter, {}).values():
-                if row.matches(value):
-                    row.zero(value)
+    for optimizer, row in itertools.product(plain_optimizers(optimizers), rows):
+        for value in optimizer.state.get(row.parameter, {}).values():
+            if row.matches(value):
+                row.zero(value)

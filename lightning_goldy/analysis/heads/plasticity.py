@@ -121,8 +121,9 @@ class PlasticityRun:
             cycle = self.state.cycle
             self.state = self.plan.after(self.state, event, step, closed=len(self.gates.closed), loss=loss)
             done.append({"kind": event.kind, "cycle": cycle, "closed": len(self.gates.closed), **record})
-        if done:
-            self._note(step)
+        closed = _pairs(self.gates.closed)
+        if done and closed != self.timeline[-1][1]:
+            self.timeline.append([step, closed])
         return done
 
     def _begin(self, event: Event, subject: PlasticitySubject, step: int, progress: Any) -> tuple[dict, float]:
@@ -146,8 +147,7 @@ class PlasticityRun:
             prune_heads(self._model, heads, min_heads_per_layer=self.settings.min_heads_per_layer)
             subject.changed()
         after = subject.loss()
-        if self.shown is not None and "cut" not in self.shown["maps"]:
-            self.shown["maps"]["cut"] = _maps(subject, self.shown["heads"])
+        self._show_again(subject, "cut")
         self.cut_steps.update({layer: step for layer, _ in heads})
         self._point(step, after)
         self.scored = {
@@ -165,7 +165,7 @@ class PlasticityRun:
         before, regrowth = subject.loss(), self.settings.regrowth
         self.state = self.plan.observed(self.state, step, before)
         self._point(step, before)
-        self._show_recovered(subject)
+        self._show_again(subject, "recovered")
         wanted = len(self.gates.closed) - event.closed
         heads = subject.to_regrow(wanted, regrowth, self.state.cycle)
         if heads:
@@ -187,15 +187,11 @@ class PlasticityRun:
     def _finish(self, event: Event, subject: PlasticitySubject, step: int, progress: Any) -> tuple[dict, float]:
         loss = subject.loss()
         self.state = self.plan.observed(self.state, step, loss)
-        self._show_recovered(subject)
+        self._show_again(subject, "recovered")
         self._point(step, loss)
         verdict = self.plan.verdict(self.state, loss)
-        record: dict[str, Any] = {
-            "verdict": verdict,
-            "loss": loss,
-            "loss_before": self.state.loss_before,
-            "recovery_steps": self.state.recovery_steps,
-        }
+        record: dict[str, Any] = {"verdict": verdict, "loss": loss}
+        record |= {"loss_before": self.state.loss_before, "recovery_steps": self.state.recovery_steps}
         if verdict == "roll_back":
             assert self._copy is not None
             self._copy.restore(self._module, self._optimizers)
@@ -214,14 +210,9 @@ class PlasticityRun:
         self.shown = {"step": step, "heads": _pairs(heads), "n_cut": len(cut[:_SHOWN]), "maps": {}}
         self.shown["maps"]["before"] = _maps(subject, heads)
 
-    def _show_recovered(self, subject: PlasticitySubject) -> None:
-        if self.shown is not None and "recovered" not in self.shown["maps"]:
-            self.shown["maps"]["recovered"] = _maps(subject, self.shown["heads"])
-
-    def _note(self, step: int) -> None:
-        closed = _pairs(self.gates.closed)
-        if closed != self.timeline[-1][1]:
-            self.timeline.append([step, closed])
+    def _show_again(self, subject: PlasticitySubject, moment: str) -> None:
+        if self.shown is not None and moment not in self.shown["maps"]:
+            self.shown["maps"][moment] = _maps(subject, self.shown["heads"])
 
     def _point(self, step: int, loss: float) -> None:
         point = [step, loss, max(self.multipliers(step).values(), default=1.0), len(self.gates.opened)]
@@ -260,15 +251,11 @@ class PlasticityRun:
         multiplier = max(self.multipliers(step).values(), default=1.0)
         return PlasticityResult(loss, multiplier, self.state.recovery_steps, found, cost)
 
-    @property
-    def copied_kinds(self) -> tuple[str, ...]:
-        """What there are files of, to roll the cycle back with."""
-        return () if self._copied is None else tuple(self._copied["files"])
-
-    def save_files(self, folder: Path, *, write: bool) -> None:
-        """Writes the copy of the cycle, if one is held; every process must call."""
+    def save_files(self, folder: Path, *, write: bool) -> tuple[str, ...]:
+        """Writes the copy of the cycle, if one is held, and tells what there are files of; every process must call."""
         if self._copy is not None:
             self._copied = self._copy.save(folder, self._module, write=write)
+        return () if self._copied is None else tuple(self._copied["files"])
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, text, and small tensors."""
@@ -446,9 +433,8 @@ class PlasticitySubject:
 
     def scores(self, strategy: str, cycle: int, progress: Any = None) -> HeadScores:
         """How important each head is now."""
-        scoring = self.scoring
-        options: dict[str, Any] = {"weights": scoring.weights, "seed": scoring.seed + cycle, "progress": progress}
-        return self._counted(head_importance(self.model, self.batches, self.objective, strategy=strategy, **options))
+        weights, seed = self.scoring.weights, self.scoring.seed + cycle
+        return self._scored(strategy, weights=weights, seed=seed, progress=progress)
 
     def to_cut(self, scores: HeadScores, count: int, min_heads_per_layer: int) -> tuple[Head, ...]:
         """The heads to cut now, the least important first."""
@@ -461,8 +447,7 @@ class PlasticitySubject:
         With ``copy`` a layer regrows no more heads than it has open ones to copy, so there may be fewer.
         """
         if regrowth.choice == "gradient" and self.gates.closed:
-            scores = head_importance(self.model, self.batches, self.objective, strategy="magnitude")
-            ranking = self._counted(scores).most_wanted()
+            ranking = self._scored("magnitude").most_wanted()
         else:
             ranking = unmeasured_choice(self.gates, regrowth.choice, self.scoring.seed + cycle)
         if self.scoring.unit == "group":
@@ -496,7 +481,8 @@ class PlasticitySubject:
         self.cost += Cost(forwards=1)
         return torch.stack([weights[layer][head] for layer, head in heads])
 
-    def _counted(self, scores: HeadScores) -> HeadScores:
+    def _scored(self, strategy: str, **options: Any) -> HeadScores:
+        scores = head_importance(self.model, self.batches, self.objective, strategy=strategy, **options)
         self.cost += scores.cost
         return scores
 
@@ -504,14 +490,8 @@ class PlasticitySubject:
         blocks, closed = self.gates.architecture.blocks, set(self.gates.closed)
         order: dict[Head, None] = {}
         for layer, head in ranking:
-            block = blocks[layer]
-            order.update(
-                dict.fromkeys(
-                    (layer, other)
-                    for other in block.query_heads(block.key_value_head(head))
-                    if (layer, other) in closed
-                )
-            )
+            group = blocks[layer].query_heads(blocks[layer].key_value_head(head))
+            order |= dict.fromkeys((layer, other) for other in group if (layer, other) in closed)
         return tuple(order)
 
     def _with_donors(self, ranking: Iterable[Head]) -> tuple[Head, ...]:

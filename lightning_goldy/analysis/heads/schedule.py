@@ -11,7 +11,7 @@ from lightning_goldy.analysis.heads.importance import DEFAULT_WEIGHTS, RegrowCho
 from lightning_goldy.analysis.heads.optimizer import head_rows
 from lightning_goldy.analysis.heads.surgery import Initialisation, Moments
 from lightning_goldy.core.architecture import HeadError, HeadGates
-from lightning_goldy.core.naming import require_choice
+from lightning_goldy.core.naming import require_at_least, require_choice
 
 Shape = Literal["cubic", "linear", "one_shot"]
 WhenExceeded = Literal["ignore", "stop", "roll_back"]
@@ -45,8 +45,8 @@ class Scoring:
     attention_maps: bool = True
 
     def __post_init__(self) -> None:
-        if self.n_samples is not None and self.n_samples < 1:
-            raise ValueError(f"n_samples must be at least 1; got {self.n_samples}")
+        if self.n_samples is not None:
+            require_at_least("n_samples", self.n_samples, 1)
         require_choice("unit", self.unit, ("head", "group"))
         if self.weights is not None:
             check_weights("combined", self.weights)
@@ -85,8 +85,8 @@ class PruningSchedule:
             value = getattr(self, name)
             if isinstance(value, bool) or value < 0 or (isinstance(value, float) and value > 1):
                 raise ValueError(f"{name} is an int of optimizer steps or a float, a fraction in [0, 1]; got {value}")
-        if self.steps_per_cycle is not None and self.steps_per_cycle < 1:
-            raise ValueError(f"steps_per_cycle must be at least 1; got {self.steps_per_cycle}")
+        if self.steps_per_cycle is not None:
+            require_at_least("steps_per_cycle", self.steps_per_cycle, 1)
 
     def resolved(self, total_steps: float, cycles: int) -> tuple[int, int, int, int]:
         """Warm-up, cycle, ramp and time of regrowth, optimizer steps.
@@ -192,9 +192,8 @@ class Recovery:
                 f"learning_rate_multiplier must be positive and finite; got {self.learning_rate_multiplier}"
             )
         for name in ("multiplier_decay_steps", "measure_every_n_steps"):
-            steps = getattr(self, name)
-            if steps is not None and steps < 1:
-                raise ValueError(f"{name} must be at least 1; got {steps}")
+            if getattr(self, name) is not None:
+                require_at_least(name, getattr(self, name), 1)
         for name, loss in (("within", self.within), ("tolerance", self.tolerance)):
             if loss is not None and not 0 <= loss < math.inf:
                 raise ValueError(f"{name} is a loss in nats, finite and not negative; got {loss}")
@@ -266,8 +265,7 @@ class PlasticitySettings:
                 f"pruning_level is the share of all heads to cut, above 0 and below 1; got {self.pruning_level}"
             )
         for name in ("cycles", "min_heads_per_layer"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+            require_at_least(name, getattr(self, name), 1)
 
     @property
     def needs_base(self) -> bool:
@@ -354,8 +352,7 @@ class Ramp:
     def __post_init__(self) -> None:
         require_choice("shape of the schedule", self.shape, get_args(Shape))
         for name, value, least in (("ramp_steps", self.steps, 0), ("cuts", self.cuts, 1), ("unit", self.unit, 1)):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}; got {value}")
+            require_at_least(name, value, least)
 
     def course(self, start: int, target: int) -> tuple[tuple[int, int], ...]:
         """The cuts of a cycle: (steps since its beginning, heads that are closed from then on).
@@ -499,8 +496,7 @@ class PlasticityPlan:
 
     def __post_init__(self) -> None:
         for name, value, least in (("cycles", self.cycles, 1), ("warmup_steps", self.warmup_steps, 0)):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}; got {value}")
+            require_at_least(name, value, least)
         if self.target < 1:
             raise ValueError(f"at least one head must be cut per cycle; got {self.target}")
         if not 0 <= self.regrow_fraction <= 1:
@@ -539,8 +535,9 @@ class PlasticityPlan:
             overdue = [closed for offset, closed in course if offset <= into and closed > state.wanted]
             if overdue:
                 return Event("cut", overdue[-1])
-        if state.phase in ("pruning", "recovery") and into >= self.regrow_at and self._regrows(state):
-            return Event("regrow", self.regrown(state.closed))
+        left = self.regrown(state.closed)
+        if state.phase in ("pruning", "recovery") and into >= self.regrow_at and left < state.closed:
+            return Event("regrow", left)
         return Event("finish", state.closed) if into >= self.steps_per_cycle else None
 
     def after(self, state: PlasticityState, event: Event, step: int, *, closed: int, loss: float) -> PlasticityState:
@@ -555,20 +552,10 @@ class PlasticityPlan:
                 is left after ``cut`` and ``regrow``; nats.
         """
         if event.kind == "begin":
-            return replace(
-                state,
-                phase="pruning",
-                closed=closed,
-                closed_before=closed,
-                wanted=closed,
-                loss_before=loss,
-                last_cut=None,
-                recovery_steps=None,
-                measured=step,
-            )
+            heads = {"closed": closed, "closed_before": closed, "wanted": closed}
+            return PlasticityState("pruning", state.cycle, **heads, loss_before=loss, measured=step)
         if event.kind == "cut":
-            last = event.closed >= self.target
-            phase: Phase = "recovery" if last else "pruning"
+            phase: Phase = "recovery" if event.closed >= self.target else "pruning"
             state = replace(state, phase=phase, closed=closed, wanted=event.closed, last_cut=step)
             return self.observed(state, step, loss)
         if event.kind == "regrow":
@@ -596,9 +583,6 @@ class PlasticityPlan:
         if state.last_cut is None or not loss <= state.loss_before + self.recovery.within:
             return state
         return replace(state, recovery_steps=step - state.last_cut)
-
-    def _regrows(self, state: PlasticityState) -> bool:
-        return self.regrown(state.closed) < state.closed
 
 
 def plan_from(saved: Mapping[str, Any], recovery: Recovery) -> PlasticityPlan:
@@ -631,8 +615,8 @@ def heads_to_cut(gates: HeadGates, level: float, min_heads_per_layer: int, unit:
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
-        >>> config = GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=11, bos_token_id=0, eos_token_id=0)
-        >>> heads_to_cut(HeadGates(GPT2LMHeadModel(config)), 0.5, 1, "head")
+        >>> gates = HeadGates(GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=11)))
+        >>> heads_to_cut(gates, 0.5, 1, "head")
         (2, 1)
     """
     sizes = gates.heads_per_layer
@@ -667,8 +651,8 @@ def check_regrowth(gates: HeadGates, regrowth: Regrowth) -> None:
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
-        >>> config = GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=11, bos_token_id=0, eos_token_id=0)
-        >>> check_regrowth(HeadGates(GPT2LMHeadModel(config)), Regrowth(initialisation="noise"))
+        >>> gates = HeadGates(GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=11)))
+        >>> check_regrowth(gates, Regrowth(initialisation="noise"))
     """
     if regrowth.fraction == 0 or regrowth.initialisation == "golden":
         return

@@ -13,7 +13,7 @@ from lightning_goldy.analysis.heads.optimizer import ParameterRows, head_rows, o
 from lightning_goldy.core.architecture import Head, HeadError, HeadGates, HeadProjection, ParameterSlice
 from lightning_goldy.core.base import Base, BaseParameters, base_of
 from lightning_goldy.core.directions import fill_direction_
-from lightning_goldy.core.naming import require_choice, suggestion
+from lightning_goldy.core.naming import require_at_least, require_choice, suggestion
 from lightning_goldy.core.sharding import gather, is_sharded, local, scatter_like, unshard_guard
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.vector import ParameterVector
@@ -53,8 +53,7 @@ def prune_heads(
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
-        >>> config = GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=11, bos_token_id=0, eos_token_id=0)
-        >>> prune_heads(GPT2LMHeadModel(config), [(0, 1)]).closed
+        >>> prune_heads(GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=11)), [(0, 1)]).closed
         ((0, 1),)
     """
     require_choice("moments", moments, get_args(Moments))
@@ -130,8 +129,7 @@ def regrow_heads(
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
-        >>> config = GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=11, bos_token_id=0, eos_token_id=0)
-        >>> model = GPT2LMHeadModel(config)
+        >>> model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=11))
         >>> _ = prune_heads(model, [(0, 1)])
         >>> regrow_heads(model, [(0, 1)], initialisation="zero").closed
         ()
@@ -264,8 +262,7 @@ def _restore(model: nn.Module, rows: list[ParameterRows], base: Base | None) -> 
 
 
 def _check_open(gates: HeadGates, cut: tuple[Head, ...], least: int) -> None:
-    if least < 1:
-        raise ValueError(f"min_heads_per_layer must be at least 1; got {least}")
+    require_at_least("min_heads_per_layer", least, 1)
     opened = gates.opened
     for head in cut:
         if head not in opened:

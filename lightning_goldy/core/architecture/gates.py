@@ -98,8 +98,7 @@ class HeadGates(nn.Module):
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
-        >>> config = GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=11, bos_token_id=0, eos_token_id=0)
-        >>> model = GPT2LMHeadModel(config)
+        >>> model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=11))
         >>> gates = HeadGates(model)
         >>> gates.disable([(0, 1)])
         >>> gates.closed, gates.opened, HeadGates.of(model) is gates

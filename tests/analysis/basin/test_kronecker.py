@@ -188,10 +188,10 @@ def test_every_family_is_factored_and_comes_back_as_it_was(family):
         assert mapped.shape == direction.shape
         assert mapped.dtype == torch.float32
         if name in preconditioner.factored:
-            roots = preconditioner._roots[name]
+            left, right = preconditioner._roots[name]
             rows, columns = space.shape(name)
-            total += columns * float(torch.linalg.slogdet(roots.left.double()).logabsdet)
-            total += rows * float(torch.linalg.slogdet(roots.right.double()).logabsdet)
+            total += columns * float(torch.linalg.slogdet(left.double()).logabsdet)
+            total += rows * float(torch.linalg.slogdet(right.double()).logabsdet)
         else:
             total += direction.numel() * float((mapped / direction).double().log().mean())
     assert abs(total) < 1e-4 * space.numel
