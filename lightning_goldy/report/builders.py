@@ -356,7 +356,8 @@ def _lines_base(style: Lines, bands: bool, notes: bool) -> Any:
         x=alt.X(
             "x:Q",
             title=style.x or None,
-            axis=alt.Axis(grid=False, **whole),
+            # The last label is drawn to the left of its tick, and would run into the one before it.
+            axis=alt.Axis(grid=False, labelOverlap="parity", labelSeparation=8, **whole),
             scale=alt.Scale(zero=False, nice=False),
         ),
         y=alt.Y("y:Q", title=style.y or None, scale=scale, axis=upwards),

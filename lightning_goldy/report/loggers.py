@@ -53,7 +53,7 @@ def log_figure(loggers: Iterable[Any], tag: str, figure: Figure, step: int) -> l
         Class names of the loggers that cannot take figures; each is also told once in the log.
 
     Raises:
-        TypeError: It is something else, for example a figure of matplotlib.
+        TypeError: It is something else, for example a figure of another library.
 
     Example:
         >>> from lightning_goldy.report.figures import Figure
