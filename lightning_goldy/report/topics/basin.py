@@ -14,6 +14,7 @@ from lightning_goldy.report.builders import Line, Lines, lines, rounded
 from lightning_goldy.report.descriptions import Description, describe
 from lightning_goldy.report.figures import Columns, Figure, ReportError, Row, register_figure, require
 from lightning_goldy.report.formatting import MISSING, format_number
+from lightning_goldy.report.reading import number, objects_of, text_of
 
 _LOWER_BOUND = (
     "Each value is in expectation below the true log-volume, and a few directions dominate it. Only volumes of one "
@@ -232,10 +233,9 @@ def trajectories(rows: Sequence[Row]) -> dict[str, Line]:
     points: dict[str, list[tuple[Any, ...]]] = {}
     for row in rows:
         for volume, where in _volumes(row):
-            numbers = [_number(volume, name, where) for name in ("log_volume", "interval_low", "interval_high")]
-            sigma = _known(_number(volume, "sigma", where))
-            note = f"{volume.get('preconditioner', MISSING)}, sigma {format_number(sigma)}"
-            points.setdefault(_text(volume, "label", where), []).append((row["step"], *numbers, note))
+            *numbers, sigma = _numbers(volume, ("log_volume", "interval_low", "interval_high", "sigma"), where)
+            note = f"{volume.get('preconditioner', MISSING)}, sigma {format_number(_known(sigma))}"
+            points.setdefault(text_of(volume, "label", where), []).append((row["step"], *numbers, note))
     columns = {label: zip(*line, strict=True) for label, line in points.items()}
     return {label: Line(x, y, low, high, notes=notes) for label, (x, y, low, high, notes) in columns.items()}
 
@@ -259,14 +259,13 @@ def estimates(row: Row) -> list[Estimates]:
         values = volume.get("estimates")
         if not isinstance(values, list):
             raise ReportError(f"'{where}.estimates' must be a list of numbers, got {values!r:.60}")
-        numbers = [_convert(value, f"{where}.estimates[{index}]") for index, value in enumerate(values)]
+        numbers = [number(value, f"{where}.estimates[{index}]") for index, value in enumerate(values)]
         bounded = [value for value in numbers if math.isfinite(value)]
-        log_volume = _number(volume, "log_volume", where)
+        log_volume, effective = _numbers(volume, ("log_volume", "effective_sample_size"), where)
         # Without a volume the largest estimate is what the others are compared with.
         zero = log_volume if math.isfinite(log_volume) else max(bounded, default=0.0)
         offsets = tuple(value - zero for value in bounded)
-        effective = _number(volume, "effective_sample_size", where)
-        label = _text(volume, "label", where)
+        label = text_of(volume, "label", where)
         groups.append(Estimates(label, offsets, len(numbers) - len(bounded), effective, log_volume))
     return groups
 
@@ -289,9 +288,9 @@ def cutoff_curves(row: Row) -> list[CutoffCurve]:
     names = ("cutoff", "log_volume", "interval_low", "interval_high", "scaling_exponent")
     by_split: dict[str, list[list[float]]] = {}
     for volume, where in _volumes(row):
-        numbers = [_number(volume, name, where) for name in names]
-        by_split.setdefault(_text(volume, "split", where), []).append(numbers)
-    fits = {_text(fit, "split", "result.fits"): fit for fit in _objects(row, "fits", least=0)}
+        by_split.setdefault(text_of(volume, "split", where), []).append(_numbers(volume, names, where))
+    found = objects_of(row, "fits", "a list of at least 0 objects", least=0)
+    fits = {text_of(fit, "split", "result.fits"): fit for fit in found}
     return [_curve(split, points, fits.get(split)) for split, points in by_split.items()]
 
 
@@ -301,7 +300,7 @@ def _curve(split: str, points: list[list[float]], fit: Mapping[str, Any] | None)
         slope, intercept = exponents[0], values[0] - exponents[0] * math.log(cutoffs[0])
         ends = (cutoffs[0] / 2, cutoffs[0] * 2)
     else:
-        slope, intercept = (_number(fit, name, "result.fits") for name in ("scaling_exponent_fit", "intercept"))
+        slope, intercept = _numbers(fit, ("scaling_exponent_fit", "intercept"), "result.fits")
         ends = (cutoffs[0], cutoffs[-1])
     line = tuple((end, intercept + slope * math.log(end)) for end in ends) if math.isfinite(intercept) else ()
     return CutoffCurve(split, cutoffs, values, low, high, slope, line, fit is not None)
@@ -378,34 +377,13 @@ def _known(value: float) -> float | None:
 
 def _volumes(row: Row) -> list[tuple[Mapping[str, Any], str]]:
     """The volumes of a row, and where each of them stands."""
-    return [(volume, f"result.volumes[{index}]") for index, volume in enumerate(_objects(row, "volumes"))]
+    volumes = objects_of(row, "volumes", "a list of at least 1 objects")
+    return [(volume, f"result.volumes[{index}]") for index, volume in enumerate(volumes)]
 
 
-def _objects(row: Row, name: str, *, least: int = 1) -> list[Mapping[str, Any]]:
-    result = row.get("result")
-    items = result.get(name) if isinstance(result, Mapping) else None
-    if not isinstance(items, list) or len(items) < least or not all(isinstance(item, Mapping) for item in items):
-        raise ReportError(f"'result.{name}' must be a list of at least {least} objects, got {items!r:.60}")
-    return items
-
-
-def _text(record: Mapping[str, Any], name: str, where: str) -> str:
-    if not isinstance(record.get(name), str):
-        raise ReportError(f"'{where}.{name}' must be text, got {record.get(name)!r:.60}")
-    return str(record[name])
-
-
-def _number(record: Mapping[str, Any], name: str, where: str) -> float:
-    """A number; null, which stands for one that is not finite, and a missing one are NaN."""
-    return _convert(record.get(name), f"{where}.{name}")
-
-
-def _convert(value: Any, where: str) -> float:
-    if value is None:
-        return math.nan
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ReportError(f"'{where}' must be a number or null, got {value!r:.60}")
-    return float(value)
+def _numbers(record: Mapping[str, Any], names: Sequence[str], where: str) -> list[float]:
+    """Numbers of a record; missing ones are NaN."""
+    return [number(record.get(name), f"{where}.{name}") for name in names]
 
 
 describe(

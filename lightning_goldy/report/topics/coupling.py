@@ -18,6 +18,7 @@ from lightning_goldy.report.builders import HeatMap, Histogram, arrange, heat_ma
 from lightning_goldy.report.descriptions import Description, describe
 from lightning_goldy.report.figures import Figure, ReportError, Row, register_figure, register_table, require
 from lightning_goldy.report.formatting import format_number, format_percent, printable, texts_html
+from lightning_goldy.report.reading import naming
 
 # Told apart with every kind of colour vision (Okabe and Ito), then shades of grey.
 _COLOURS = (
@@ -129,7 +130,7 @@ def _threshold_chart(unit: str) -> dict[str, Any]:
 
 # Below this the colours would show rounding.
 _LEAST_LIMIT = 0.05
-_LACKS = "a row of knowledge_coupling lacks what its figure needs"
+_LACKS = "a row of knowledge_coupling lacks what its figure needs:"
 
 
 @dataclass(frozen=True)
@@ -166,14 +167,12 @@ def coupling_map(row: Row) -> CouplingMap:
         >>> found.limit, found.labels, found.categories
         (0.5, ('0', '1'), ('b', None))
     """
-    try:
+    with naming(_LACKS):
         given = row["result"]["heat_map"]
         cells = np.array(given["cells"], dtype=np.float64)
         sizes, categories, n_pieces = given["sizes"], given["categories"], int(given["n_pieces"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ReportError(f"{_LACKS}: {error}") from error
     if not len(cells) or cells.shape != (len(sizes), len(sizes)) or len(categories) != len(sizes):
-        raise ReportError(f"{_LACKS}: {cells.shape} cells for {len(sizes)} sizes and {len(categories)} categories")
+        raise ReportError(f"{_LACKS} {cells.shape} cells for {len(sizes)} sizes and {len(categories)} categories")
     ends = np.cumsum(sizes)
     labels = tuple(
         str(last) if size == 1 else f"{last - size + 1} to {last}"
@@ -203,15 +202,13 @@ def coupling_histogram(row: Row) -> tuple[NDArray[np.float64], NDArray[np.int64]
         >>> coupling_histogram({"result": result})[0].tolist()
         [0.0, 0.5]
     """
-    try:
+    with naming(_LACKS):
         given, thresholds = row["result"]["distribution"], row["result"]["thresholds"]
         edges = np.array(given["edges"], dtype=np.float64)
         counts = np.array(given["counts"], dtype=np.int64)
         known = {name: float(thresholds[name]) for name in ("moderate", "high")}
-    except (KeyError, TypeError, ValueError) as error:
-        raise ReportError(f"{_LACKS}: {error}") from error
     if edges.shape != (len(counts) + 1,):
-        raise ReportError(f"{_LACKS}: {len(edges)} edges for {len(counts)} counts; one more is needed")
+        raise ReportError(f"{_LACKS} {len(edges)} edges for {len(counts)} counts; one more is needed")
     full = np.flatnonzero(counts)
     if len(full):
         edges, counts = edges[full[0] : full[-1] + 2], counts[full[0] : full[-1] + 1]
@@ -348,26 +345,22 @@ def coupling_tables_html(row: Row) -> str:
 
 
 def _check_cells(check: Mapping[str, Any]) -> tuple[str, ...]:
-    try:
+    with naming("a check of the coupling's readiness lacks or spoils"):
         meaning = check["meaning"]
         if check["status"] in ("warn", "fail") and check["next_step"]:
             meaning = f"{meaning} Next: {check['next_step']}"
         asked = f"{check['rule']} {format_number(check['threshold'])}"
         return check["check"], format_number(check["value"]), asked, check["status"], meaning
-    except (KeyError, TypeError) as error:
-        raise ReportError(f"a check of the coupling's readiness lacks or spoils {error}") from error
 
 
 def _pair_cells(pair: Mapping[str, Any]) -> tuple[str, ...]:
-    try:
+    with naming("a pair of the coupling lacks or spoils"):
         texts = []
         for side in (pair["first"], pair["second"]):
             # Batches have no texts.
             asked = side["question"] if side["question"] is not None else side["id"]
             texts += [printable(asked), printable(side["answer"] or "")]
         return format_number(pair["cosine"]), *texts, ", ".join(pair["same"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ReportError(f"a pair of the coupling lacks or spoils {error}") from error
 
 
 STATISTICS = {

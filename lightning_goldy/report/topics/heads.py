@@ -16,6 +16,7 @@ from lightning_goldy.report.builders import Line, Lines, arrange, heads_style, h
 from lightning_goldy.report.descriptions import Description, describe
 from lightning_goldy.report.figures import Columns, Figure, ReportError, Row, register_figure, require
 from lightning_goldy.report.formatting import format_number, format_percent
+from lightning_goldy.report.reading import result_of
 
 MOMENTS = {"before": "before the cut", "cut": "right after", "recovered": "recovered"}
 # Legible on a light and on a dark page.
@@ -45,7 +46,7 @@ def chart_gate_timeline(rows: Sequence[Row]) -> Figure:
         >>> list(zip(spans["head"], spans["low"], spans["high"], spans["state"]))
         [('0.0', 0, 5, 'open'), ('0.1', 0, 3, 'open'), ('0.1', 3, 5, 'closed')]
     """
-    sizes = _field(_result(rows[-1]), "heads_per_layer", list)
+    sizes = _field(result_of(rows[-1]), "heads_per_layer", list)
     changes = _changes(rows)
     if not sum(sizes) or not changes:
         raise ReportError("'result.heads_per_layer' and 'result.timeline' must not be empty")
@@ -83,7 +84,7 @@ def chart_plasticity_loss(rows: Sequence[Row]) -> Figure:
     """
     points: list[tuple[float, ...]] = []
     for row in rows:
-        curve = _field(_result(row), "curve", Mapping)
+        curve = _field(result_of(row), "curve", Mapping)
         columns = [_numbers(curve.get(name)) for name in ("steps", "loss", "multiplier")]
         if len(set(map(len, columns))) > 1:
             raise ReportError("'result.curve' must hold 'steps', 'loss' and 'multiplier' of one length")
@@ -127,7 +128,7 @@ def chart_head_scores(row: Row) -> Figure | str:
         >>> figure.data["cells"]["value"], figure.data["marks"]["mark"]
         ([0.5, None], ['cut'])
     """
-    scores = _result(row).get("scores")
+    scores = result_of(row).get("scores")
     if scores is None:
         return "No head has been scored yet."
     values = np.array([_numbers(line) for line in _field(scores, "values", list)], dtype=np.float64)
@@ -169,12 +170,12 @@ def chart_attention_maps(row: Row) -> Figure | str:
         >>> chart_attention_maps({"result": {"attention": shown}}).data["panels"]
         {'panel': [0], 'moment': ['before the cut'], 'head': ['0.1, cut']}
     """
-    shown = _result(row).get("attention")
+    shown = result_of(row).get("attention")
     if shown is None:
         return "There are no attention maps yet."
     maps = _field(shown, "maps", Mapping)
     moments = {name: label for name, label in MOMENTS.items() if name in maps}
-    scores = _result(row).get("scores") or {"step": -1}
+    scores = result_of(row).get("scores") or {"step": -1}
     # Within a cycle heads are only cut, so those of the last cut and those closed before it are all.
     fresh = [*scores["closed_before"], *scores["cut"]] if scores["step"] > shown.get("step", 0) else []
     later = {(layer, head) for layer, head in fresh}
@@ -373,7 +374,7 @@ def plasticity_caption(row: Row) -> str:
         >>> plasticity_caption({"metrics": metrics, "result": {"strategy": "taylor", "cycle": 1, "cycles": 2}})
         'by taylor: 6 heads are open, 25 % closed; loss 2 nats, cycle 2 of 2'
     """
-    metrics, result = row["metrics"], _result(row)
+    metrics, result = row["metrics"], result_of(row)
     cycle = min(int(result.get("cycle", 0)) + 1, int(result.get("cycles", 1)))
     return (
         f"by {result.get('strategy')}: {format_number(metrics.get('active_heads'))} heads are open, "
@@ -389,7 +390,7 @@ def score_caption(row: Row) -> str:
         >>> score_caption({"result": {"scores": {"strategy": "taylor", "step": 4, "n_samples": 16}}})
         'taylor scores of 16 samples at step 4; boxes are heads that were cut then, crosses closed before'
     """
-    scores = _result(row).get("scores")
+    scores = result_of(row).get("scores")
     if scores is None:
         return "no head has been scored yet"
     return (
@@ -441,15 +442,8 @@ def _changes(rows: Sequence[Row]) -> list[Mapping[str, Any]]:
     changes: list[Mapping[str, Any]] = []
     for row in rows:
         known = changes[-1]["step"] if changes else -math.inf
-        changes += [change for change in _field(_result(row), "timeline", list) if change["step"] > known]
+        changes += [change for change in _field(result_of(row), "timeline", list) if change["step"] > known]
     return changes
-
-
-def _result(row: Row) -> Mapping[str, Any]:
-    result = row.get("result")
-    if not isinstance(result, Mapping):
-        raise ReportError(f"'result' must be an object, got {type(result).__name__}")
-    return result
 
 
 def _field(values: Mapping[str, Any], name: str, kind: type) -> Any:

@@ -11,6 +11,9 @@ from lightning_goldy.report.builders import Bars, Line, Lines, arrange, bars, li
 from lightning_goldy.report.descriptions import Description, describe
 from lightning_goldy.report.figures import Figure, ReportError, Row, register_figure
 from lightning_goldy.report.formatting import format_number
+from lightning_goldy.report.reading import naming
+
+_LACKS = "a row of taylor_diff lacks what its figure needs:"
 
 
 @register_figure("taylor_diff", "prediction", heading="Actual and predicted change", over="run")
@@ -97,7 +100,7 @@ def prediction(rows: Sequence[Row]) -> tuple[dict[str, list[Any]], tuple[float, 
     Raises:
         ReportError: A row lacks something.
     """
-    try:
+    with naming(_LACKS):
         thresholds, metrics = rows[-1]["result"]["thresholds"], [row["metrics"] for row in rows]
         found = {"steps": [row["step"] for row in rows]}
         found |= {name: [each[name] for each in metrics] for name in ("change", "nonlinearity")}
@@ -106,8 +109,6 @@ def prediction(rows: Sequence[Row]) -> tuple[dict[str, list[Any]], tuple[float, 
             changes = [None if None in pair else pair[0] - pair[1] for pair in pairs]
             found[name.removeprefix("loss/")] = changes
         return found, (float(thresholds["lazy"]), float(thresholds["nonlinear"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ReportError(f"a row of taylor_diff lacks what its figure needs: {error}") from error
 
 
 def prediction_caption(row: Row) -> str:
@@ -127,11 +128,9 @@ def shares(row: Row) -> dict[str, tuple[float | None, float | None]]:
     Raises:
         ReportError: The row lacks them.
     """
-    try:
+    with naming(_LACKS):
         loss, function = row["result"]["loss_shares"], row["result"]["function_shares"]
         return {name: (loss.get(name), function.get(name)) for name in dict.fromkeys([*loss, *function])}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ReportError(f"a row of taylor_diff lacks what its figure needs: {error}") from error
 
 
 def shares_caption(row: Row) -> str:
