@@ -11,7 +11,16 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_goldy.report.builders import HeatMap, Lines, arrange, heads_style, heat_map, lines
+from lightning_goldy.report.builders import (
+    HeatMap,
+    Lines,
+    arrange,
+    columns_of,
+    heads_style,
+    heat_map,
+    lines,
+    plain_spec,
+)
 from lightning_goldy.report.descriptions import Description, describe
 from lightning_goldy.report.figures import Figure, ReportError, Row, register_figure, require
 from lightning_goldy.report.formatting import format_number
@@ -251,15 +260,14 @@ def chart_attention_grid(maps: AttentionMaps, *, sample: int = 0, base: Attentio
         IndexError: There is no such sample.
         ImportError: altair is not installed.
     """
-    table: dict[str, list[Any]] = {name: [] for name in ("layer", "head", "query", "key", "value")}
+    cells: list[tuple[float, ...]] = []
     for layer, head in maps.heads:
         values = _weights(maps, layer, head, sample)
         if base is not None:
             values = values - _weights(base, layer, head, sample)
-        for query, key in np.ndindex(values.shape):
-            cell = (maps.layers.index(layer), head, query, key, float(f"{values[query, key]:.4g}"))
-            for column, value in zip(table.values(), cell, strict=True):
-                column.append(value)
+        place = maps.layers.index(layer)
+        cells += [(place, head, *at, float(f"{value:.4g}")) for at, value in np.ndenumerate(values)]
+    table = columns_of(("layer", "head", "query", "key", "value"), cells)
     columns = max(table["head"], default=0) + 1
     chart = _grid_chart(maps.layers, columns, len(maps.token_names(sample)), base is not None)
     return Figure(chart, {"cells": table})
@@ -284,9 +292,10 @@ def _grid_chart(layers: tuple[int, ...], columns: int, length: int, changes: boo
         across = alt.Scale(domain=[0, len(names)], nice=False, zero=False, reverse=title == "layer")
         axes.append({"title": title, "axis": axis, "scale": across})
     axes[0]["axis"]["orient"] = "top"
-    chart = alt.Chart(alt.NamedData("cells"), width=size * columns, height=size * len(layers)).mark_rect()
-    spec: dict[str, Any] = (
-        chart.transform_calculate(**places, name=f"{list(layers)}[datum.layer]")
+    chart = (
+        alt.Chart(alt.NamedData("cells"))
+        .mark_rect()
+        .transform_calculate(**places, name=f"{list(layers)}[datum.layer]")
         .encode(
             x=alt.X("left:Q", **axes[0]),
             x2="right:Q",
@@ -295,9 +304,8 @@ def _grid_chart(layers: tuple[int, ...], columns: int, length: int, changes: boo
             color=alt.Color("value:Q", scale=scale, title="change" if changes else "weight"),
             tooltip=[alt.Tooltip("name:N", title="layer"), "head:Q", "query:Q", "key:Q", "value:Q"],
         )
-        .to_dict(validate=False)
     )
-    return spec
+    return plain_spec(chart, width=size * columns, height=size * len(layers))
 
 
 def _columns(grids: Mapping[str, NDArray[np.float64]]) -> int:

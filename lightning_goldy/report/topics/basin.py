@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from lightning_goldy.report.builders import Line, Lines, lines, rounded
+from lightning_goldy.report.builders import Line, Lines, columns_of, lines, rounded, tips
 from lightning_goldy.report.descriptions import Description, describe
-from lightning_goldy.report.figures import Columns, Figure, ReportError, Row, register_figure, require
+from lightning_goldy.report.figures import Figure, ReportError, Row, register_figure, require
 from lightning_goldy.report.formatting import MISSING, format_number
 from lightning_goldy.report.reading import number, objects_of, text_of
 
@@ -63,14 +64,14 @@ def chart_volume_estimates(row: Row) -> Figure:
     groups = estimates(row)
     offsets = [value for group in groups for value in group.offsets]
     edges = np.histogram_bin_edges(offsets, bins=max(20, math.isqrt(len(offsets)))) if offsets else np.array([0.0, 1.0])
-    bins: dict[str, list[Any]] = {name: [] for name in ("panel", "low", "high", "count")}
+    bins = []
     for group in groups:
         counts = np.histogram(group.offsets, bins=edges)[0].tolist()
         panel = group.label if group.offsets else f"{group.label}: no direction is bounded"
-        columns = ([panel] * len(counts), rounded(edges[:-1]), rounded(edges[1:]), counts)
-        for column, values in zip(bins.values(), columns, strict=True):
-            column += values
-    return Figure(_estimates_chart(), {"bins": bins}, estimates_caption(row))
+        ends = itertools.pairwise(rounded(edges))
+        bins += [(panel, low, high, count) for (low, high), count in zip(ends, counts, strict=True)]
+    table = columns_of(("panel", "low", "high", "count"), bins)
+    return Figure(_estimates_chart(), {"bins": table}, estimates_caption(row))
 
 
 @register_figure("basin_volume", "cutoffs", heading="The volume by cutoff")
@@ -92,21 +93,16 @@ def chart_volume_cutoffs(row: Row) -> Figure:
     """
     curves = cutoff_curves(row)
     points = [
-        (curve.label, *numbers)
+        (curve.label, *rounded(numbers))
         for curve in curves
         for numbers in zip(curve.cutoffs, curve.values, curve.low, curve.high, strict=True)
     ]
-    ends = [(curve.label, *end, curve.slope) for curve in curves for end in curve.line]
+    ends = [(curve.label, *rounded([*end, curve.slope])) for curve in curves for end in curve.line]
     data = {
-        "points": _columns(("split", "cutoff", "value", "low", "high"), points),
-        "ends": _columns(("split", "cutoff", "value", "slope"), ends),
+        "points": columns_of(("split", "cutoff", "value", "low", "high"), points),
+        "ends": columns_of(("split", "cutoff", "value", "slope"), ends),
     }
     return Figure(_cutoffs_chart(len(curves) > 1), data, cutoff_caption(row))
-
-
-def _columns(names: Sequence[str], records: Sequence[Sequence[Any]]) -> Columns:
-    texts, *numbers = zip(*records, strict=True) if records else [()] * len(names)
-    return dict(zip(names, (list(texts), *map(rounded, numbers)), strict=True))
 
 
 @functools.cache
@@ -123,14 +119,9 @@ def _estimates_chart() -> Any:
             y=alt.Y("count:Q", title="directions", axis=alt.Axis(labelExpr=_WHOLE, tickCount=3)),
             y2="floor:Q",
             color=alt.Color("panel:N", sort=None, legend=None),
-            tooltip=[
-                alt.Tooltip("panel:N", title="samples"),
-                *(
-                    alt.Tooltip(f"{end}:Q", title=title, format=_NUMBER)
-                    for end, title in (("low", "from"), ("high", "to"))
-                ),
-                alt.Tooltip("count:Q", title="directions"),
-            ],
+            tooltip=tips(
+                ("panel:N", "samples"), ("low:Q", "from", _NUMBER), ("high:Q", "to", _NUMBER), ("count:Q", "directions")
+            ),
         )
     )
     rule = alt.Chart().mark_rule(strokeDash=[2, 3]).encode(x=alt.datum(0, type="quantitative"))
@@ -142,28 +133,18 @@ def _estimates_chart() -> Any:
 @functools.cache
 def _cutoffs_chart(several: bool) -> Any:
     alt = require("altair")
-    wide = alt.Scale(type="log", nice=False, padding=12)
-    encodings = {
-        "x": alt.X(
-            "cutoff:Q", title="cutoff, nats", scale=wide, axis=alt.Axis(format="~g", tickCount=6, gridOpacity=0.5)
-        ),
-        "color": alt.Color(
-            "split:N", sort=None, legend=alt.Legend(title=None, orient="top", columns=3) if several else None
-        ),
-    }
-    height = {
-        "title": "log-volume, nats",
-        "scale": alt.Scale(zero=False),
-        "axis": alt.Axis(format=_NUMBER, tickCount=6),
-    }
-
-    def tips(**titles: str) -> list[Any]:
-        numbers = (alt.Tooltip(f"{name}:Q", title=title, format=_NUMBER) for name, title in titles.items())
-        return [alt.Tooltip("split:N", title="samples"), *numbers]
-
-    told = tips(cutoff="cutoff, nats", value="log-volume, nats", low="95 % from", high="to")
-    points = alt.Chart(alt.NamedData("points")).encode(**encodings, tooltip=told)
-    fits = alt.Chart(alt.NamedData("ends")).encode(**encodings, tooltip=tips(slope="d log V / d log cutoff"))
+    wide, legend = alt.Scale(type="log", nice=False, padding=12), alt.Legend(title=None, orient="top", columns=3)
+    axis = alt.Axis(format="~g", tickCount=6, gridOpacity=0.5)
+    x = alt.X("cutoff:Q", title="cutoff, nats", scale=wide, axis=axis)
+    color = alt.Color("split:N", sort=None, legend=legend if several else None)
+    axis = alt.Axis(format=_NUMBER, tickCount=6)
+    height = {"title": "log-volume, nats", "scale": alt.Scale(zero=False), "axis": axis}
+    split = ("split:N", "samples")
+    told = {"cutoff": "cutoff, nats", "value": "log-volume, nats", "low": "95 % from", "high": "to"}
+    numbers = tips(split, *((f"{name}:Q", title, _NUMBER) for name, title in told.items()))
+    slope = tips(split, ("slope:Q", "d log V / d log cutoff", _NUMBER))
+    points = alt.Chart(alt.NamedData("points")).encode(x=x, color=color, tooltip=numbers)
+    fits = alt.Chart(alt.NamedData("ends")).encode(x=x, color=color, tooltip=slope)
     return alt.layer(
         fits.mark_line(strokeDash=[5, 4], strokeWidth=1.2).encode(y=alt.Y("value:Q", **height)),
         points.mark_rule().encode(y=alt.Y("low:Q", **height), y2="high:Q"),

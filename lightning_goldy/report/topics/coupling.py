@@ -14,10 +14,19 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from lightning_goldy.report.builders import HeatMap, Histogram, arrange, heat_map, histogram
+from lightning_goldy.report.builders import (
+    HeatMap,
+    Histogram,
+    arrange,
+    columns_of,
+    heat_map,
+    histogram,
+    plain_spec,
+    tips,
+)
 from lightning_goldy.report.descriptions import Description, describe
 from lightning_goldy.report.figures import Figure, ReportError, Row, register_figure, register_table, require
-from lightning_goldy.report.formatting import format_number, format_percent, printable, texts_html
+from lightning_goldy.report.formatting import console_table, format_number, format_percent, printable, texts_html
 from lightning_goldy.report.reading import naming
 
 # Told apart with every kind of colour vision (Okabe and Ito), then shades of grey.
@@ -51,11 +60,8 @@ def chart_coupling_map(row: Row) -> Figure:
         quantity(row), rows="piece", columns="piece", colours="diverging", numbers=False, cell=(size, size), axes=True
     )
     cells = heat_map(drawn.cells, drawn.labels, drawn.labels, style, extent=(-drawn.limit, drawn.limit))
-    blocks: dict[str, list[Any]] = {
-        "place": list(range(len(drawn.cells))),
-        "piece": list(drawn.labels),
-        "category": list(drawn.categories),
-    }
+    places = range(len(drawn.cells))
+    blocks = columns_of(("place", "piece", "category"), zip(places, drawn.labels, drawn.categories, strict=True))
     strips = [Figure(_strip_chart(size), {"strip": blocks})] if any(drawn.categories) else []
     caption = coupling_map_caption(row)
     return replace(arrange([*strips, cells], columns=2, caption=caption), title=titled("Knowledge coupling", row))
@@ -102,16 +108,14 @@ def _strip_chart(size: float) -> dict[str, Any]:
     alt = require("altair")
     base = alt.Chart(alt.NamedData("strip")).encode(
         y=alt.Y("place:O", axis=None, scale=alt.Scale(padding=0)),
-        tooltip=[alt.Tooltip("piece:N", title="piece"), alt.Tooltip("category:N", title="category")],
+        tooltip=tips(("piece:N", "piece"), ("category:N", "category")),
     )
     legend = alt.Legend(title=None, orient="left")
     known = base.transform_filter("isValid(datum.category)").encode(
         color=alt.Color("category:N", scale=alt.Scale(range=list(_COLOURS)), legend=legend)
     )
     # Blocks without a category have a place too.
-    chart = alt.layer(base.mark_rect(opacity=0), known.mark_rect()).properties(width=14, height=alt.Step(size))
-    spec: dict[str, Any] = chart.to_dict(validate=False)
-    return {name: value for name, value in spec.items() if name not in ("$schema", "config")}
+    return plain_spec(alt.layer(base.mark_rect(opacity=0), known.mark_rect()), width=14, height=alt.Step(size))
 
 
 @functools.lru_cache(maxsize=8)
@@ -294,13 +298,10 @@ def readiness_table(checks: Sequence[Mapping[str, Any]]) -> Table:
         >>> readiness_table([{**check, "meaning": "few", "next_step": "take more"}]).row_count
         1
     """
-    table = Table(title="Can this be trusted?", title_justify="left", box=SIMPLE_HEAD)
-    for heading in _CHECKS[:-1]:
-        table.add_column(heading, overflow="fold")
-    for check in checks:
-        *cells, status, _ = _check_cells(check)
-        table.add_row(*map(Text, cells), Text(status, style=_STATUS_STYLES.get(status, "")))
-    return table
+    lines = [
+        (*cells, Text(status, style=_STATUS_STYLES.get(status, ""))) for *cells, status, _ in map(_check_cells, checks)
+    ]
+    return console_table("Can this be trusted?", _CHECKS[:-1], lines, box=SIMPLE_HEAD)
 
 
 def readiness_lines(checks: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_goldy.report.builders import HeatMap, Line, Lines, Points, Scatter, arrange, heat_map, lines, scatter
+from lightning_goldy.report.builders import (
+    HeatMap,
+    Line,
+    Lines,
+    Points,
+    Scatter,
+    arrange,
+    heat_map,
+    layered,
+    lines,
+    scatter,
+)
 from lightning_goldy.report.descriptions import Description, describe
 from lightning_goldy.report.figures import Figure, ReportError, Row, register_figure, register_table, register_text
 from lightning_goldy.report.formatting import format_number, format_percent, printable, texts_html
@@ -120,12 +130,12 @@ def _change_lines(found: DriftLines) -> Figure:
         changes[name] = Line(found.steps, found.measured[name])
         changes[f"{name}, predicted"] = Line(found.steps, found.predicted[name], shape="dashed")
     figure = lines(changes, Lines(y="mean change of log p, nats", scale="linear", height=200))
-    chart = copy.deepcopy(figure.bare())
-    for layer in chart["layer"]:
-        layer["encoding"]["color"]["field"] = "group"
     points = figure.data["points"]
     groups = [line.removesuffix(", predicted") for line in points["line"]]
-    return Figure(chart, {"points": {**points, "group": groups}})
+    figure = layered(figure, data={"points": {**points, "group": groups}})
+    for layer in figure.bare()["layer"]:
+        layer["encoding"]["color"]["field"] = "group"
+    return figure
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
-from lightning_goldy.report.builders import Bars, Line, Lines, arrange, bars, lines
+from lightning_goldy.report.builders import Bars, Line, Lines, arrange, bars, layered, lines
 from lightning_goldy.report.descriptions import Description, describe
 from lightning_goldy.report.figures import Figure, ReportError, Row, register_figure
 from lightning_goldy.report.formatting import format_number
@@ -188,10 +186,8 @@ def variant_caption(rows: Sequence[Row]) -> str:
 
 def _with_points(figure: Figure) -> Figure:
     """Every line with its points, dashed ones too: at one checkpoint there is nothing else to see."""
-    spec = copy.deepcopy(figure.bare())
-    layer = {name: value for name, value in spec["layer"][0].items() if name != "transform"}
-    spec["layer"].append({**layer, "mark": {"type": "point", "filled": True, "size": 22, "opacity": 1}})
-    return replace(figure, chart=spec)
+    layer = {name: value for name, value in figure.bare()["layer"][0].items() if name != "transform"}
+    return layered(figure, [{**layer, "mark": {"type": "point", "filled": True, "size": 22, "opacity": 1}}])
 
 
 def _with_regimes(figure: Figure, thresholds: tuple[float, float]) -> Figure:
@@ -199,7 +195,6 @@ def _with_regimes(figure: Figure, thresholds: tuple[float, float]) -> Figure:
     known = [value for value in figure.data["points"]["y"] if value is not None]
     ends = (0.0, *thresholds, max([1.2 * thresholds[1], *(1.1 * value for value in known)]))
     bands = {"low": ends[:-1], "high": ends[1:], "regime": ["lazy", "weakly nonlinear", "nonlinear"]}
-    spec = copy.deepcopy(figure.bare())
     data, y = {"name": "bands"}, {"field": "low", "type": "quantitative"}
     rectangles = {
         "data": data,
@@ -217,10 +212,10 @@ def _with_regimes(figure: Figure, thresholds: tuple[float, float]) -> Figure:
         "mark": {"type": "text", "align": "left", "fontSize": 10},
         "encoding": {"x": {"value": 5}, "y": {**y, "field": "middle"}, "text": {"field": "regime"}},
     }
-    for layer in spec["layer"]:
+    banded = layered(figure, below=[rectangles, names], data={"bands": bands})
+    for layer in banded.bare()["layer"][2:]:
         layer["encoding"]["y"]["axis"]["grid"] = False
-    spec["layer"] = [rectangles, names, *spec["layer"]]
-    return replace(figure, chart=spec, data={**figure.data, "bands": bands})
+    return banded
 
 
 describe(

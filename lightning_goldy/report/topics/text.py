@@ -15,7 +15,7 @@ from rich.text import Text
 
 from lightning_goldy.report.descriptions import Description, describe
 from lightning_goldy.report.figures import Row, register_table, register_text
-from lightning_goldy.report.formatting import format_number, format_percent, printable, texts_html
+from lightning_goldy.report.formatting import console_table, format_number, format_percent, printable, texts_html
 from lightning_goldy.report.reading import naming
 
 Entries = Sequence[Mapping[str, Any]]
@@ -123,13 +123,7 @@ def _continued(entries: Entries) -> Mapping[str, str]:
 
 
 def _table(title: str, columns: Mapping[str, str], entries: Entries) -> Table:
-    table = Table(title=title, title_justify="left", show_lines=True)
-    for heading in columns.values():
-        table.add_column(heading, overflow="fold")
-    for cells in _cells(columns, entries):
-        # As Text, because brackets in a plain string would be read as markup.
-        table.add_row(*map(Text, cells))
-    return table
+    return console_table(title, [*columns.values()], _cells(columns, entries), show_lines=True)
 
 
 def _cells(columns: Mapping[str, str], entries: Entries) -> Iterable[list[str]]:
