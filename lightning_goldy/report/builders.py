@@ -181,8 +181,8 @@ def _heat_map_base(style: HeatMap) -> Any:
     alt = require("altair")
     angle = 0 if style.cell[0] >= 40 else -90
     words = {"sort": None, "scale": alt.Scale(paddingInner=0.06 if style.numbers else 0, paddingOuter=0)}
-    plain = {"domain": False, "ticks": False, "labelOverlap": True, "grid": False}
-    plain["labelExpr"] = _LABEL.format("label")
+    said = {"labelOverlap": True, "labelExpr": _LABEL.format("label")}
+    plain = {"domain": False, "ticks": False, "grid": False, **said}
     across, down = (style.columns, style.rows) if style.axes else (None, None)
     return (
         alt.Chart(alt.NamedData("cells"))

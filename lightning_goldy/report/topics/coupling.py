@@ -298,7 +298,7 @@ def readiness_table(checks: Sequence[Mapping[str, Any]]) -> Table:
         >>> readiness_table([{**check, "meaning": "few", "next_step": "take more"}]).row_count
         1
     """
-    lines = [
+    lines: list[tuple[str | Text, ...]] = [
         (*cells, Text(status, style=_STATUS_STYLES.get(status, ""))) for *cells, status, _ in map(_check_cells, checks)
     ]
     return console_table("Can this be trusted?", _CHECKS[:-1], lines, box=SIMPLE_HEAD)
