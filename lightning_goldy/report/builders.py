@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lightning_goldy.report.figures import Columns, Figure, bounds, is_single, require
+from lightning_goldy.report.figures import Columns, Figure, bounds, is_single, require, widest_ranges
 
 Colours: TypeAlias = Literal["cividis", "viridis", "diverging"]
 Spec: TypeAlias = dict[str, Any]
@@ -43,14 +43,35 @@ def rounded(values: ArrayLike, digits: int = 6) -> list[Any]:
         >>> rounded([[0.123456789, float("nan")]])
         [[0.123457, None]]
     """
-    found: Any = np.asarray(values, dtype=np.float64).tolist()
 
     def shorten(value: Any) -> Any:
         if isinstance(value, list):
             return [shorten(inner) for inner in value]
         return float(f"{value:.{digits}g}") if math.isfinite(value) else None
 
-    return shorten(found)
+    return shorten(np.asarray(values, dtype=np.float64).tolist())
+
+
+def columns_of(names: Sequence[str], records: Iterable[Sequence[Any]]) -> dict[str, list[Any]]:
+    """Records as columns of a figure's data.
+
+    Example:
+        >>> columns_of(("head", "low"), [("0.1", 3), ("0.2", 5)])
+        {'head': ['0.1', '0.2'], 'low': [3, 5]}
+    """
+    rows = list(records)
+    return {name: [row[place] for row in rows] for place, name in enumerate(names)}
+
+
+def tips(*told: tuple[str, ...]) -> list[Any]:
+    """Tooltips, each out of a field with its type, a title and, where there is one, a format.
+
+    Example:
+        >>> tips(("low:Q", "from", ".3f"))[0].to_dict()
+        {'field': 'low', 'format': '.3f', 'title': 'from', 'type': 'quantitative'}
+    """
+    alt = require("altair")
+    return [alt.Tooltip(name, title=title, **({"format": rest[0]} if rest else {})) for name, title, *rest in told]
 
 
 @dataclass(frozen=True)
@@ -126,11 +147,7 @@ def heat_map(
     if table.shape != (len(rows), len(columns)):
         raise ValueError(f"numbers of shape {table.shape} for {len(rows)} rows and {len(columns)} columns")
     down, across = ([f"{place}|{label}" for place, label in enumerate(labels)] for labels in (rows, columns))
-    cells = {
-        "y": [label for label in down for _ in across],
-        "x": across * len(down),
-        "value": rounded(table.ravel()),
-    }
+    cells = {"y": np.repeat(down, len(across)).tolist(), "x": across * len(down), "value": rounded(table.ravel())}
     ends = _extent(table, style) if extent is None else extent
     return Figure(_heat_map_chart(style), {"cells": cells}, caption, ranges={style.scale: ends})
 
@@ -145,9 +162,8 @@ def _extent(table: np.ndarray[Any, Any], style: HeatMap) -> tuple[float, float]:
 def _heat_map_chart(style: HeatMap) -> Spec:
     alt = require("altair")
     scheme = {"diverging": "redblue"}.get(style.colours, style.colours)
-    scale = alt.Scale(
-        scheme=scheme, domain=bounds(style.scale), clamp=True, reverse=style.colours == "diverging", nice=False
-    )
+    both = style.colours == "diverging"
+    scale = alt.Scale(scheme=scheme, domain=bounds(style.scale), clamp=True, reverse=both, nice=False)
     legend = alt.Legend(title=style.unit, gradientLength=80, format=".3~g") if style.legend else None
     base = _heat_map_base(style)
     known = base.transform_filter("isValid(datum.value)")
@@ -157,42 +173,38 @@ def _heat_map_chart(style: HeatMap) -> Spec:
         ink = alt.condition(_DARK[style.colours].format(position), alt.value("white"), alt.value("black"))
         layers.append(known.mark_text(fontSize=10).encode(text="text:N", color=ink))
         layers.append(base.transform_filter("!isValid(datum.value)").mark_text(fontSize=10).encode(text="text:N"))
-    chart = alt.layer(*layers).properties(width=alt.Step(style.cell[0]), height=alt.Step(style.cell[1]))
-    return _plain_spec(chart, style.title)
+    width, height = map(alt.Step, style.cell)
+    return plain_spec(alt.layer(*layers), style.title, width=width, height=height)
 
 
 def _heat_map_base(style: HeatMap) -> Any:
     alt = require("altair")
     angle = 0 if style.cell[0] >= 40 else -90
     words = {"sort": None, "scale": alt.Scale(paddingInner=0.06 if style.numbers else 0, paddingOuter=0)}
-    plain = {"domain": False, "ticks": False, "labelOverlap": True, "grid": False}
+    said = {"labelOverlap": True, "labelExpr": _LABEL.format("label")}
+    plain = {"domain": False, "ticks": False, "grid": False, **said}
+    across, down = (style.columns, style.rows) if style.axes else (None, None)
     return (
         alt.Chart(alt.NamedData("cells"))
         .transform_calculate(row=_LABEL.format("y"), column=_LABEL.format("x"), text=_NUMBER)
         .encode(
-            x=alt.X(
-                "x:N",
-                title=style.columns if style.axes else None,
-                axis=alt.Axis(orient="top", labelAngle=angle, labelExpr=_LABEL.format("label"), **plain),
-                **words,
-            ),
-            y=alt.Y(
-                "y:N",
-                title=style.rows if style.axes else None,
-                axis=alt.Axis(labelExpr=_LABEL.format("label"), **plain),
-                **words,
-            ),
-            tooltip=[
-                alt.Tooltip("row:N", title=style.rows),
-                alt.Tooltip("column:N", title=style.columns),
-                alt.Tooltip("value:Q", title=style.unit, format=_EXACT),
-            ],
+            x=alt.X("x:N", title=across, axis=alt.Axis(orient="top", labelAngle=angle, **plain), **words),
+            y=alt.Y("y:N", title=down, axis=alt.Axis(**plain), **words),
+            tooltip=tips(("row:N", style.rows), ("column:N", style.columns), ("value:Q", style.unit, _EXACT)),
         )
     )
 
 
-def _plain_spec(chart: Any, title: str = "") -> Spec:
-    spec: Spec = chart.to_dict(validate=False)
+def plain_spec(chart: Any, title: str = "", **properties: Any) -> Spec:
+    """The specification of an Altair chart for a :class:`~lightning_goldy.report.figures.Figure`.
+
+    Args:
+        chart: Over named data.
+        title: Above the plot, for one among several.
+        properties: Of the chart, such as its height; those that are None are left to the page.
+    """
+    known = {name: value for name, value in properties.items() if value is not None}
+    spec: Spec = chart.properties(**known).to_dict(validate=False)
     for key in ("$schema", "config"):
         spec.pop(key, None)
     if title:
@@ -283,8 +295,8 @@ def lines(series: Mapping[str, Line | Series], style: Lines | None = None, *, ca
 
 
 def _line_points(drawn: Mapping[str, Line], bands: bool, notes: bool) -> dict[str, list[Any]]:
-    names = ("x", "y", "line", *(("low", "high") if bands else ()), *(("note",) if notes else ()))
-    points: dict[str, list[Any]] = {name: [] for name in names}
+    points: dict[str, list[Any]] = {name: [] for name in ("x", "y", "line")}
+    points |= {name: [] for name, has in (("low", bands), ("high", bands), ("note", notes)) if has}
     for name, line in drawn.items():
         count = len(line.x)
         whole = all(isinstance(x, Integral) for x in line.x)
@@ -332,10 +344,7 @@ def _lines_chart(style: Lines, bands: bool, notes: bool, few: bool, shapes: tupl
     if not few:
         # Somewhere to point at: a line without points answers nowhere else.
         layers.append(base.mark_point(opacity=0, size=30))
-    chart = alt.layer(*layers).properties(height=style.height)
-    if style.width is not None:
-        chart = chart.properties(width=style.width)
-    return _plain_spec(chart, style.title)
+    return plain_spec(alt.layer(*layers), style.title, height=style.height, width=style.width)
 
 
 def _lines_base(style: Lines, bands: bool, notes: bool) -> Any:
@@ -344,24 +353,17 @@ def _lines_base(style: Lines, bands: bool, notes: bool) -> Any:
     scale = alt.Scale(type="log", nice=False, padding=6) if log else alt.Scale(type="linear", zero=style.zero)
     whole = {"tickMinStep": 1, "format": ",d"} if style.whole else {}
     legend = alt.Legend(title=None, orient="top", columns=3, symbolOpacity=1) if style.legend else None
-    tips = [
-        alt.Tooltip("line:N", title="line"),
-        alt.Tooltip("x:Q", title=style.x or "at", format="," if style.whole else _EXACT),
-        alt.Tooltip("y:Q", title=style.y or "value", format=_EXACT),
-        *(alt.Tooltip(f"{end}:Q", title=end, format=_EXACT) for end in ("low", "high") if bands),
-        *([alt.Tooltip("note:N", title="note")] if notes else []),
-    ]
+    told = [("line:N", "line"), ("x:Q", style.x or "at", "," if style.whole else _EXACT)]
+    told += [("y:Q", style.y or "value", _EXACT), *((f"{end}:Q", end, _EXACT) for end in ("low", "high") if bands)]
+    told += [("note:N", "note")] if notes else []
+    # The last label is drawn to the left of its tick, and would run into the one before it.
+    onwards = alt.Axis(grid=False, labelOverlap="parity", labelSeparation=8, **whole)
     upwards = alt.Axis(format=_TICKS, tickCount=6, gridOpacity=_FAINT[log])
     return alt.Chart(alt.NamedData("points")).encode(
-        x=alt.X(
-            "x:Q",
-            title=style.x or None,
-            axis=alt.Axis(grid=False, **whole),
-            scale=alt.Scale(zero=False, nice=False),
-        ),
+        x=alt.X("x:Q", title=style.x or None, axis=onwards, scale=alt.Scale(zero=False, nice=False)),
         y=alt.Y("y:Q", title=style.y or None, scale=scale, axis=upwards),
         color=alt.Color("line:N", sort=None, legend=legend),
-        tooltip=tips,
+        tooltip=tips(*told),
     )
 
 
@@ -429,19 +431,13 @@ def _bars_chart(style: Bars) -> Spec:
         x=alt.X("value:Q", title=style.unit, axis=alt.Axis(format=_TICKS, tickCount=5)),
         y=alt.Y("label:N", sort=None, title=None, axis=axis),
         color=_palette_colour(style.colour),
-        tooltip=[
-            alt.Tooltip("label:N", title=style.rows),
-            alt.Tooltip("value:Q", title=style.unit, format=_EXACT),
-        ],
+        tooltip=tips(("label:N", style.rows), ("value:Q", style.unit, _EXACT)),
     )
     layers = [marks]
     if style.mark is not None:
         rule = alt.Chart(alt.InlineData([{}])).mark_rule(strokeDash=[2, 3])
         layers.append(rule.encode(x=alt.datum(style.mark, type="quantitative")))
-    chart = alt.layer(*layers).properties(height=alt.Step(style.bar))
-    if style.width is not None:
-        chart = chart.properties(width=style.width)
-    return _plain_spec(chart, style.title)
+    return plain_spec(alt.layer(*layers), style.title, height=alt.Step(style.bar), width=style.width)
 
 
 def _palette_colour(place: int) -> Any:
@@ -506,38 +502,23 @@ def histogram(edges: ArrayLike, counts: ArrayLike, style: Histogram, *, caption:
 def _histogram_chart(style: Histogram) -> Spec:
     alt = require("altair")
     scale = alt.Scale(type="log" if style.log else "linear", domain=bounds(f"{style.scale}_counts"), nice=False)
+    across = alt.Scale(domain=bounds(style.scale), nice=False)
+    upwards = alt.Axis(format="~s", tickCount=6, gridOpacity=_FAINT[style.log])
     chart = (
         alt.Chart(alt.NamedData("bins"))
         .transform_filter("datum.count > 0")
         .transform_calculate(floor=f"{style.scale}_counts_low")
         .mark_bar(binSpacing=0)
         .encode(
-            x=alt.X(
-                "low:Q",
-                title=style.x,
-                scale=alt.Scale(domain=bounds(style.scale), nice=False),
-                axis=alt.Axis(grid=False),
-            ),
+            x=alt.X("low:Q", title=style.x, scale=across, axis=alt.Axis(grid=False)),
             x2="high:Q",
-            y=alt.Y(
-                "count:Q",
-                title=style.y,
-                scale=scale,
-                axis=alt.Axis(format="~s", tickCount=6, gridOpacity=_FAINT[style.log]),
-            ),
+            y=alt.Y("count:Q", title=style.y, scale=scale, axis=upwards),
             y2="floor:Q",
             color=_palette_colour(0),
-            tooltip=[
-                alt.Tooltip("low:Q", title="from", format=_EXACT),
-                alt.Tooltip("high:Q", title="to", format=_EXACT),
-                alt.Tooltip("count:Q", title=style.y, format=","),
-            ],
+            tooltip=tips(("low:Q", "from", _EXACT), ("high:Q", "to", _EXACT), ("count:Q", style.y, ",")),
         )
-        .properties(height=style.height)
     )
-    if style.width is not None:
-        chart = chart.properties(width=style.width)
-    return _plain_spec(chart, style.title)
+    return plain_spec(chart, style.title, height=style.height, width=style.width)
 
 
 @dataclass(frozen=True)
@@ -596,14 +577,13 @@ def scatter(groups: Mapping[str, Points], style: Scatter, *, caption: str = "") 
         >>> scatter({"all": points}, Scatter("predicted", "measured")).data["points"]["name"]
         ['a']
     """
-    table: dict[str, list[Any]] = {name: [] for name in ("x", "y", "group", "name")}
-    for group, points in groups.items():
-        names = points.names or [""] * len(points.x)
-        for x, y, name in zip(points.x, points.y, names, strict=True):
-            if x is None or y is None or not (math.isfinite(x) and math.isfinite(y)):
-                continue
-            for column, value in zip(table, (*rounded([x, y], 9), group, name), strict=True):
-                table[column].append(value)
+    records = [
+        (*rounded([x, y], 9), group, name)
+        for group, points in groups.items()
+        for x, y, name in zip(points.x, points.y, points.names or [""] * len(points.x), strict=True)
+        if x is not None and y is not None and math.isfinite(x) and math.isfinite(y)
+    ]
+    table = columns_of(("x", "y", "group", "name"), records)
     both = [*table["x"], *table["y"]]
     ends = {"ends": {"end": [min(both), max(both)] if both else []}} if style.diagonal else {}
     named = any(table["name"])
@@ -614,12 +594,10 @@ def scatter(groups: Mapping[str, Points], style: Scatter, *, caption: str = "") 
 def _scatter_chart(style: Scatter, grouped: bool, named: bool) -> Spec:
     alt = require("altair")
     scale = alt.Scale(type="log") if style.log else alt.Scale(zero=False)
-    x, y = (
-        {"title": title, "scale": scale, "axis": alt.Axis(format=_TICKS, tickCount=6)} for title in (style.x, style.y)
-    )
-    tips = [alt.Tooltip("name:N", title=style.point)] if named else []
-    tips += [alt.Tooltip("group:N", title="group")] if grouped else []
-    tips += [alt.Tooltip(f"{at}:Q", title=title, format=_EXACT) for at, title in (("x", style.x), ("y", style.y))]
+    axis = alt.Axis(format=_TICKS, tickCount=6)
+    x, y = ({"title": title, "scale": scale, "axis": axis} for title in (style.x, style.y))
+    told: list[tuple[str, ...]] = [("name:N", style.point)] if named else []
+    told += [("group:N", "group")] if grouped else []
     legend = alt.Legend(title=None, orient="top", columns=3) if grouped else None
     base = (
         alt.Chart(alt.NamedData("points"))
@@ -629,7 +607,7 @@ def _scatter_chart(style: Scatter, grouped: bool, named: bool) -> Spec:
             y=alt.Y("y:Q", **y),
             color=alt.Color("group:N", sort=None, legend=legend),
             order=alt.Order("place:Q", sort="descending"),
-            tooltip=tips,
+            tooltip=tips(*told, ("x:Q", style.x, _EXACT), ("y:Q", style.y, _EXACT)),
         )
     )
     layers = [base.mark_point(filled=True, size=40, opacity=0.75)]
@@ -638,8 +616,7 @@ def _scatter_chart(style: Scatter, grouped: bool, named: bool) -> Spec:
     if style.diagonal:
         line = alt.Chart(alt.NamedData("ends")).mark_line(strokeDash=[4, 4], color="#888888", strokeWidth=1)
         layers.insert(0, line.encode(x=alt.X("end:Q", **x), y=alt.Y("end:Q", **y)))
-    chart = alt.layer(*layers).properties(width=style.size[0], height=style.size[1])
-    return _plain_spec(chart, style.title)
+    return plain_spec(alt.layer(*layers), style.title, width=style.size[0], height=style.size[1])
 
 
 def arrange(figures: Iterable[Figure], *, columns: int = 1, width: float = 560, caption: str = "") -> Figure:
@@ -663,21 +640,34 @@ def arrange(figures: Iterable[Figure], *, columns: int = 1, width: float = 560, 
     """
     parts: list[Spec] = []
     data: dict[str, Columns] = {}
-    ranges: dict[str, tuple[float, float]] = {}
-    for place, figure in enumerate(figures):
+    shown = list(figures)
+    for place, figure in enumerate(shown):
         part = _renamed(copy.deepcopy(figure.bare()), f"_{place}")
         if is_single(part):
             part.setdefault("width", round(width / columns))
         parts.append(part)
         data |= {f"{name}_{place}": table for name, table in figure.data.items()}
-        for name, (low, high) in figure.ranges.items():
-            known = ranges.get(name, (low, high))
-            ranges[name] = min(low, known[0]), max(high, known[1])
     if not parts:
         raise ValueError("there is no figure to arrange")
     independent = {"scale": {"color": "independent"}, "legend": {"color": "independent"}}
     chart = {"concat": parts, "columns": columns, "resolve": independent, "spacing": 24}
-    return Figure(chart, data, caption, ranges=ranges)
+    return Figure(chart, data, caption, ranges=widest_ranges(shown))
+
+
+def layered(
+    figure: Figure, over: Iterable[Spec] = (), *, below: Iterable[Spec] = (), data: Mapping[str, Columns] | None = None
+) -> Figure:
+    """The figure with more layers, over and below its own.
+
+    Args:
+        figure: One plot with layers.
+        over: Specifications of layers.
+        below: Likewise.
+        data: What they show, by name.
+    """
+    chart = copy.deepcopy(figure.bare())
+    chart["layer"] = [*below, *chart["layer"], *over]
+    return replace(figure, chart=chart, data={**figure.data, **(data or {})})
 
 
 def _renamed(part: Any, suffix: str) -> Any:

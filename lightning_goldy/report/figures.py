@@ -26,6 +26,7 @@ Columns: TypeAlias = Mapping[str, Sequence[Any]]
 # Width of the plot of a specification that states none, where it cannot take the page's.
 _WIDTH = 560
 _CAPTION_LETTERS = 95
+_BACKGROUNDS = {"light": "#ffffff", "dark": "#1c2229"}
 
 
 class ReportError(ValueError):
@@ -90,8 +91,7 @@ class Figure:
         data = {name: _rows(columns) for name, columns in self.data.items()}
         spec["datasets"] = {**spec.get("datasets", {}), **data}
         spec["params"] = [*spec.get("params", []), *range_params(self.ranges)]
-        background = {"light": "#ffffff", "dark": "#1c2229"}[theme]
-        spec["config"] = {**THEMES[theme], "background": background, **spec.get("config", {})}
+        spec["config"] = {**THEMES[theme], "background": _BACKGROUNDS[theme], **spec.get("config", {})}
         lines = textwrap.wrap(self.caption, _CAPTION_LETTERS)
         words: dict[str, Any] = {"text": self.title, "subtitle": lines}
         if not self.title:
@@ -315,6 +315,15 @@ def range_params(ranges: Mapping[str, tuple[float, float]]) -> list[dict[str, An
     """
     ends = (("low", 0), ("high", 1))
     return [{"name": f"{name}_{end}", "value": pair[place]} for name, pair in ranges.items() for end, place in ends]
+
+
+def widest_ranges(figures: Iterable[Figure]) -> dict[str, tuple[float, float]]:
+    """One range for all figures by its name, so that their colours compare."""
+    ranges: dict[str, tuple[float, float]] = {}
+    for name, (low, high) in (pair for figure in figures for pair in figure.ranges.items()):
+        known = ranges.get(name, (low, high))
+        ranges[name] = min(low, known[0]), max(high, known[1])
+    return ranges
 
 
 def is_single(spec: Mapping[str, Any]) -> bool:

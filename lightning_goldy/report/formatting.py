@@ -8,6 +8,9 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any, Literal
 
+from rich.table import Table
+from rich.text import Text
+
 MISSING = "–"  # noqa: RUF001
 
 
@@ -156,6 +159,32 @@ def texts_html(
     lines = ("".join(cell(mark, text) for mark, text in zip(marks, cells, strict=True)) for cells in rows)
     body = "".join(f"<tr>{line}</tr>" for line in lines)
     return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def console_table(
+    title: str, headings: Sequence[str], rows: Iterable[Sequence[str | Text]], *, numbers: int = 0, **look: Any
+) -> Table:
+    """A table for the console whose cells are shown as they are.
+
+    Args:
+        title: Above it.
+        headings: Plain texts.
+        rows: Plain or styled texts, one per heading.
+        numbers: How many of the last columns hold numbers.
+        look: Of :class:`rich.table.Table`.
+
+    Example:
+        >>> console_table("Counts", ["what", "times"], [["[red]", "3"]], numbers=1).row_count
+        1
+    """
+    table = Table(title=title, title_justify="left", **look)
+    for place, heading in enumerate(headings):
+        right: dict[str, Any] = {"justify": "right", "no_wrap": True}
+        table.add_column(heading, **(right if place >= len(headings) - numbers else {"overflow": "fold"}))
+    for cells in rows:
+        # As Text, because brackets in a plain string would be read as markup.
+        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells))
+    return table
 
 
 def script_json(value: Any) -> str:

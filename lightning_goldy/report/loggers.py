@@ -53,7 +53,7 @@ def log_figure(loggers: Iterable[Any], tag: str, figure: Figure, step: int) -> l
         Class names of the loggers that cannot take figures; each is also told once in the log.
 
     Raises:
-        TypeError: It is something else, for example a figure of matplotlib.
+        TypeError: It is something else, for example a figure of another library.
 
     Example:
         >>> from lightning_goldy.report.figures import Figure
@@ -66,10 +66,7 @@ def log_figure(loggers: Iterable[Any], tag: str, figure: Figure, step: int) -> l
             "lightning_goldy.report.Figure, as a function under register_figure returns it"
         )
     draw = functools.cache(figure.png)
-    refused = [type(logger).__name__ for logger in loggers if not _take_figure(logger, tag, draw, step)]
-    for name in refused:
-        _tell_once(name, "figures")
-    return refused
+    return _refusing(loggers, "figures", lambda logger: _take_figure(logger, tag, draw, step))
 
 
 def log_histogram(
@@ -97,17 +94,18 @@ def log_histogram(
     plain = np.asarray(values, dtype=np.float64) if bins is None else None
     if plain is not None and not plain.size:
         raise ValueError(f"histogram {tag!r} has no values")
-    refused = []
-    for logger in loggers:
+
+    def take(logger: Any) -> bool:
         writer: Any = getattr(logger, "experiment", None)
         if not hasattr(writer, "add_histogram_raw"):
-            refused.append(type(logger).__name__)
-            _tell_once(type(logger).__name__, "histograms")
-        elif bins is None:
+            return False
+        if bins is None:
             writer.add_histogram(tag, plain, global_step=step)
         else:
             writer.add_histogram_raw(tag, **_moments(*bins), global_step=step)
-    return refused
+        return True
+
+    return _refusing(loggers, "histograms", take)
 
 
 def log_text(loggers: Iterable[Any], tag: str, text: str, step: int) -> list[str]:
@@ -126,14 +124,20 @@ def log_text(loggers: Iterable[Any], tag: str, text: str, step: int) -> list[str
         >>> log_text([object()], "goldy/generations", "| prompt |", 10)
         ['object']
     """
-    refused = []
-    for logger in loggers:
+
+    def take(logger: Any) -> bool:
         writer: Any = getattr(logger, "experiment", None)
         if hasattr(writer, "add_text"):
             writer.add_text(tag, text, global_step=step)
-        else:
-            refused.append(type(logger).__name__)
-            _tell_once(type(logger).__name__, "text")
+        return hasattr(writer, "add_text")
+
+    return _refusing(loggers, "text", take)
+
+
+def _refusing(loggers: Iterable[Any], what: str, take: Callable[[Any], bool]) -> list[str]:
+    refused = [type(logger).__name__ for logger in loggers if not take(logger)]
+    for name in refused:
+        _tell_once(name, what)
     return refused
 
 

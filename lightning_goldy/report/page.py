@@ -26,6 +26,7 @@ from lightning_goldy.report.figures import (
     figures_of,
     plain_columns,
     range_params,
+    widest_ranges,
 )
 from lightning_goldy.report.formatting import (
     MISSING,
@@ -88,6 +89,8 @@ def _slider(heading: str, frames: Sequence[Frame]) -> str:
 
 def _packed(frames: Sequence[Frame]) -> dict[str, Any]:
     """What the script needs: charts, columns that most frames have in common, and what is each frame's own."""
+    # One range of colours for all steps, so that moving the slider compares.
+    ranges = widest_ranges(frame.figure for frame in frames if isinstance(frame.figure, Figure))
     specs: list[dict[str, Any]] = []
     shared: dict[str, dict[str, Any]] = {}
     packed = []
@@ -108,18 +111,7 @@ def _packed(frames: Sequence[Frame]) -> dict[str, Any]:
             content["data"][name] = {
                 column: 0 if common.get(column) == values else values for column, values in own.items()
             }
-    return {"specs": specs, "params": range_params(_widest(frames)), "shared": shared, "frames": packed}
-
-
-def _widest(frames: Sequence[Frame]) -> dict[str, tuple[float, float]]:
-    """One range of colours for all steps, so that moving the slider compares."""
-    ranges: dict[str, tuple[float, float]] = {}
-    for frame in frames:
-        if isinstance(frame.figure, Figure):
-            for name, (low, high) in frame.figure.ranges.items():
-                known = ranges.get(name, (low, high))
-                ranges[name] = min(low, known[0]), max(high, known[1])
-    return ranges
+    return {"specs": specs, "params": range_params(ranges), "shared": shared, "frames": packed}
 
 
 def _short(values: Sequence[Any]) -> Sequence[Any] | Mapping[str, Any]:
@@ -221,10 +213,10 @@ def _summary(run: Run) -> str:
 
 
 def _training(training: TrainingCurves) -> str:
-    charts = []
-    for quantity, curves in training.by_quantity().items():
-        series = {tag: (curve.steps, curve.values) for tag, curve in curves.items()}
-        charts.append(_lines_html(quantity, series))
+    charts = [
+        _lines_html(quantity, {tag: (curve.steps, curve.values) for tag, curve in curves.items()})
+        for quantity, curves in training.by_quantity().items()
+    ]
     content = f'<div class="charts">{"".join(charts)}</div>'
     if not charts:
         content = "<p>No curves: the run directory has neither TensorBoard event files nor a metrics.csv.</p>"
@@ -241,18 +233,11 @@ def _cost(run: Run) -> str:
     body = []
     for analysis in run.analyses:
         seconds, count = totals[analysis.name], len(analysis.rows)
-        body.append(
-            [
-                escape(analysis.name),
-                format_number(count),
-                format_seconds(seconds),
-                format_seconds(None if seconds is None else seconds / count),
-                *(format_number(_total(analysis, name)) for name in passes),
-                format_bytes(max(_costs(analysis, "peak_memory_bytes"), default=None)),
-                _share(seconds, everything),
-                _share(seconds, run.training.seconds),
-            ]
-        )
+        times = (seconds, None if seconds is None else seconds / count)
+        counts = [format_number(_total(analysis, name)) for name in passes]
+        peak = format_bytes(max(_costs(analysis, "peak_memory_bytes"), default=None))
+        shares = [_share(seconds, whole) for whole in (everything, run.training.seconds)]
+        body.append([escape(analysis.name), format_number(count), *map(format_seconds, times), *counts, peak, *shares])
     ends = ["#peak memory", "#of all analyses", "#of the run"]
     header = ["analysis", "#times", "#time", "#each", *passes.values(), *ends]
     blank = [""] * (len(passes) + 3)
@@ -358,13 +343,9 @@ def _metric_lines(rows: Sequence[Row]) -> str:
 def _grouped_series(rows: Sequence[Row]) -> dict[str, dict[str, Series]]:
     """Metrics measured at least twice; names that differ only after the last slash share a chart."""
     groups: dict[str, dict[str, Series]] = {}
-    drawn: dict[str, Series] = {}
-    for name in _metric_names(rows):
-        points = [(row["step"], row["metrics"].get(name)) for row in rows]
-        if sum(value is not None for _, value in points) < 2:
-            continue
-        steps, values = zip(*points, strict=True)
-        drawn[name] = steps, values
+    steps = tuple(row["step"] for row in rows)
+    courses = {name: tuple(row["metrics"].get(name) for row in rows) for name in _metric_names(rows)}
+    drawn = {name: (steps, values) for name, values in courses.items() if len(values) - values.count(None) >= 2}
     headings = [name.rpartition("/")[0] for name in drawn]
     for name, series in drawn.items():
         heading, _, label = name.rpartition("/")
@@ -383,17 +364,13 @@ def _metric_table(rows: Sequence[Row], description: Description) -> str:
     header = ["metric", *(f"#{label_of(row)}" for row in (*compared, latest)), *(["meaning"] if meanings else [])]
     body = []
     for name in names:
-        values = [_cell(row["metrics"], name) for row in (*compared, latest)]
+        values = [escape(format_number(row["metrics"].get(name))) for row in (*compared, latest)]
         body.append([escape(name), *values, *([escape(description.meaning(name))] if meanings else [])])
     return f"<h3>Latest numbers</h3>{table_html([escape(text) for text in header], body)}"
 
 
 def _metric_names(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row["metrics"]))
-
-
-def _cell(metrics: Mapping[str, float | None], name: str) -> str:
-    return escape(format_number(metrics.get(name)))
 
 
 def _lines_html(heading: str, series: Mapping[str, Series]) -> str:

@@ -46,6 +46,11 @@ def test_lines_that_never_move_get_an_axis_that_begins_at_zero() -> None:
     assert axis_of(lines({"a": ([1, 2], [4e-11, 5e-11])}))["scale"]["zero"] is False
 
 
+def test_labels_of_many_steps_keep_apart() -> None:
+    axis = axis_of(lines({"a": (range(0, 401, 20), [*range(21)])}), "x")["axis"]
+    assert (axis["labelOverlap"], axis["labelSeparation"]) == ("parity", 8)
+
+
 def test_intervals_are_bands_and_notes_are_in_the_tooltips() -> None:
     line = Line([1, 2], [2.0, 3.0], low=[1.0, None], high=[3.0, None], notes=["first", "second"])
     figure = lines({"volume": line, "base": Line([1, 2], [1.0, 1.0], shape="dashed")})

@@ -11,10 +11,20 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_goldy.report.builders import HeatMap, Lines, arrange, heads_style, heat_map, lines
+from lightning_goldy.report.builders import (
+    HeatMap,
+    Lines,
+    arrange,
+    columns_of,
+    heads_style,
+    heat_map,
+    lines,
+    plain_spec,
+)
 from lightning_goldy.report.descriptions import Description, describe
 from lightning_goldy.report.figures import Figure, ReportError, Row, register_figure, require
 from lightning_goldy.report.formatting import format_number
+from lightning_goldy.report.reading import matrix, objects_of, result_of
 
 
 class AttentionMaps(Protocol):
@@ -52,6 +62,7 @@ TITLES = {
 
 # More patterns than these cannot be read.
 _MOST_PATTERNS = 16
+_SOME = "a list of at least one object"
 _SPECTRA = (
     "Largest singular values of the attention patterns, means over all heads. A first value that grows while the "
     "others fall means that queries look more and more at the same places; values near 1 mean that each looks at a "
@@ -249,15 +260,14 @@ def chart_attention_grid(maps: AttentionMaps, *, sample: int = 0, base: Attentio
         IndexError: There is no such sample.
         ImportError: altair is not installed.
     """
-    table: dict[str, list[Any]] = {name: [] for name in ("layer", "head", "query", "key", "value")}
+    cells: list[tuple[float, ...]] = []
     for layer, head in maps.heads:
         values = _weights(maps, layer, head, sample)
         if base is not None:
             values = values - _weights(base, layer, head, sample)
-        for query, key in np.ndindex(values.shape):
-            cell = (maps.layers.index(layer), head, query, key, float(f"{values[query, key]:.4g}"))
-            for column, value in zip(table.values(), cell, strict=True):
-                column.append(value)
+        place = maps.layers.index(layer)
+        cells += [(place, head, *at, float(f"{value:.4g}")) for at, value in np.ndenumerate(values)]
+    table = columns_of(("layer", "head", "query", "key", "value"), cells)
     columns = max(table["head"], default=0) + 1
     chart = _grid_chart(maps.layers, columns, len(maps.token_names(sample)), base is not None)
     return Figure(chart, {"cells": table})
@@ -282,9 +292,10 @@ def _grid_chart(layers: tuple[int, ...], columns: int, length: int, changes: boo
         across = alt.Scale(domain=[0, len(names)], nice=False, zero=False, reverse=title == "layer")
         axes.append({"title": title, "axis": axis, "scale": across})
     axes[0]["axis"]["orient"] = "top"
-    chart = alt.Chart(alt.NamedData("cells"), width=size * columns, height=size * len(layers)).mark_rect()
-    spec: dict[str, Any] = (
-        chart.transform_calculate(**places, name=f"{list(layers)}[datum.layer]")
+    chart = (
+        alt.Chart(alt.NamedData("cells"))
+        .mark_rect()
+        .transform_calculate(**places, name=f"{list(layers)}[datum.layer]")
         .encode(
             x=alt.X("left:Q", **axes[0]),
             x2="right:Q",
@@ -293,9 +304,8 @@ def _grid_chart(layers: tuple[int, ...], columns: int, length: int, changes: boo
             color=alt.Color("value:Q", scale=scale, title="change" if changes else "weight"),
             tooltip=[alt.Tooltip("name:N", title="layer"), "head:Q", "query:Q", "key:Q", "value:Q"],
         )
-        .to_dict(validate=False)
     )
-    return spec
+    return plain_spec(chart, width=size * columns, height=size * len(layers))
 
 
 def _columns(grids: Mapping[str, NDArray[np.float64]]) -> int:
@@ -390,10 +400,10 @@ def heads_by_statistic(row: Row) -> dict[str, NDArray[np.float64]]:
         >>> heads_by_statistic({"result": {"statistics": {"entropy": [[0.5, None]]}}})["entropy"]
         array([[0.5, nan]])
     """
-    tables = _result(row).get("statistics")
+    tables = result_of(row).get("statistics")
     if not isinstance(tables, Mapping) or not tables:
         raise ReportError(f"'result.statistics' must be an object with at least one statistic, got {tables!r:.60}")
-    grids = {name: _matrix(values, f"result.statistics.{name}") for name, values in tables.items()}
+    grids = {name: matrix(values, f"result.statistics.{name}") for name, values in tables.items()}
     if len({grid.shape for grid in grids.values()}) != 1:
         raise ReportError("the tables of 'result.statistics' differ in shape")
     return {name: grids[name] for name in (*TITLES, *(each for each in grids if each not in TITLES)) if name in grids}
@@ -415,7 +425,7 @@ def patterns(row: Row) -> list[Pattern]:
         array([[0.25]])
     """
     shown = []
-    for index, prompt in enumerate(_objects(row, "prompts")):
+    for index, prompt in enumerate(objects_of(row, "prompts", _SOME)):
         where = f"result.prompts[{index}]"
         tokens, maps = prompt.get("tokens"), prompt.get("maps")
         if not isinstance(tokens, list) or not isinstance(maps, list):
@@ -424,8 +434,8 @@ def patterns(row: Row) -> list[Pattern]:
             place = f"{where}.maps[{number}]"
             if not isinstance(head, Mapping) or not all(isinstance(head.get(key), int) for key in ("layer", "head")):
                 raise ReportError(f"'{place}' must be an object with 'layer' and 'head', got {head!r:.60}")
-            weights = _matrix(head.get("weights"), f"{place}.weights")
-            base = None if head.get("base") is None else _matrix(head["base"], f"{place}.base")
+            weights = matrix(head.get("weights"), f"{place}.weights")
+            base = None if head.get("base") is None else matrix(head["base"], f"{place}.base")
             for table in (weights, base):
                 if table is not None and table.shape != (len(tokens), len(tokens)):
                     raise ReportError(f"'{place}' has weights of shape {table.shape} for {len(tokens)} tokens")
@@ -451,8 +461,8 @@ def spectra(rows: Sequence[Row]) -> dict[str, list[tuple[list[int], list[float |
     """
     courses: dict[str, list[tuple[list[int], list[float | None]]]] = {}
     for row in rows:
-        for index, spectrum in enumerate(_objects(row, "spectra")):
-            (values,) = _matrix([spectrum.get("values")], f"result.spectra[{index}].values")
+        for index, spectrum in enumerate(objects_of(row, "spectra", _SOME)):
+            (values,) = matrix([spectrum.get("values")], f"result.spectra[{index}].values")
             course = courses.setdefault(str(spectrum.get("prompt")), [])
             course += [([], []) for _ in range(len(values) - len(course))]
             for (steps, means), value in zip(course, values.tolist(), strict=False):
@@ -468,7 +478,7 @@ def heads_caption(row: Row) -> str:
         >>> heads_caption({"result": {"n_samples": 16, "queries": {"entropy": 200, "induction": 7}}})[:53]
         'Means over 200 queries of 16 samples, padding left ou'
     """
-    result = _result(row)
+    result = result_of(row)
     queries = result.get("queries")
     counts = queries if isinstance(queries, Mapping) else {}
     total, induced, repeated = (format_number(counts.get(name)) for name in ("entropy", "induction", "duplicate_token"))
@@ -503,36 +513,9 @@ def patterns_caption(row: Row) -> str:
         >>> patterns_caption({"result": {"prompts": []}})[:44]
         'Each row is a query, each column a key that '
     """
-    total = sum(len(each.get("maps", ())) for each in _result(row).get("prompts", ()) if isinstance(each, Mapping))
+    total = sum(len(each.get("maps", ())) for each in result_of(row).get("prompts", ()) if isinstance(each, Mapping))
     more = f" The first {_MOST_PATTERNS} of {total} patterns." if total > _MOST_PATTERNS else ""
     return f"Each row is a query, each column a key that it looks at; a row sums to 1.{more}"
-
-
-def _result(row: Row) -> Mapping[str, Any]:
-    result = row.get("result")
-    if not isinstance(result, Mapping):
-        raise ReportError(f"'result' must be an object, got {result!r:.60}")
-    return result
-
-
-def _objects(row: Row, name: str) -> list[Mapping[str, Any]]:
-    objects = _result(row).get(name)
-    if not isinstance(objects, list) or not objects or not all(isinstance(entry, Mapping) for entry in objects):
-        raise ReportError(f"'result.{name}' must be a list of at least one object, got {objects!r:.60}")
-    return objects
-
-
-def _matrix(values: Any, where: str) -> NDArray[np.float64]:
-    """A table of numbers; null is NaN."""
-    if not isinstance(values, list) or not values or not all(isinstance(line, list) for line in values):
-        raise ReportError(f"'{where}' must be a table of numbers, got {values!r:.60}")
-    if len({len(line) for line in values}) != 1:
-        raise ReportError(f"the rows of '{where}' differ in length")
-    for line in values:
-        for value in line:
-            if isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
-                raise ReportError(f"'{where}' must hold numbers or null, got {value!r:.60}")
-    return np.array([[math.nan if value is None else float(value) for value in line] for line in values])
 
 
 describe(

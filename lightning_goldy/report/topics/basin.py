@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from lightning_goldy.report.builders import Line, Lines, lines, rounded
+from lightning_goldy.report.builders import Line, Lines, columns_of, lines, rounded, tips
 from lightning_goldy.report.descriptions import Description, describe
-from lightning_goldy.report.figures import Columns, Figure, ReportError, Row, register_figure, require
+from lightning_goldy.report.figures import Figure, ReportError, Row, register_figure, require
 from lightning_goldy.report.formatting import MISSING, format_number
+from lightning_goldy.report.reading import number, objects_of, text_of
 
 _LOWER_BOUND = (
     "Each value is in expectation below the true log-volume, and a few directions dominate it. Only volumes of one "
@@ -62,14 +64,14 @@ def chart_volume_estimates(row: Row) -> Figure:
     groups = estimates(row)
     offsets = [value for group in groups for value in group.offsets]
     edges = np.histogram_bin_edges(offsets, bins=max(20, math.isqrt(len(offsets)))) if offsets else np.array([0.0, 1.0])
-    bins: dict[str, list[Any]] = {name: [] for name in ("panel", "low", "high", "count")}
+    bins = []
     for group in groups:
         counts = np.histogram(group.offsets, bins=edges)[0].tolist()
         panel = group.label if group.offsets else f"{group.label}: no direction is bounded"
-        columns = ([panel] * len(counts), rounded(edges[:-1]), rounded(edges[1:]), counts)
-        for column, values in zip(bins.values(), columns, strict=True):
-            column += values
-    return Figure(_estimates_chart(), {"bins": bins}, estimates_caption(row))
+        ends = itertools.pairwise(rounded(edges))
+        bins += [(panel, low, high, count) for (low, high), count in zip(ends, counts, strict=True)]
+    table = columns_of(("panel", "low", "high", "count"), bins)
+    return Figure(_estimates_chart(), {"bins": table}, estimates_caption(row))
 
 
 @register_figure("basin_volume", "cutoffs", heading="The volume by cutoff")
@@ -91,21 +93,16 @@ def chart_volume_cutoffs(row: Row) -> Figure:
     """
     curves = cutoff_curves(row)
     points = [
-        (curve.label, *numbers)
+        (curve.label, *rounded(numbers))
         for curve in curves
         for numbers in zip(curve.cutoffs, curve.values, curve.low, curve.high, strict=True)
     ]
-    ends = [(curve.label, *end, curve.slope) for curve in curves for end in curve.line]
+    ends = [(curve.label, *rounded([*end, curve.slope])) for curve in curves for end in curve.line]
     data = {
-        "points": _columns(("split", "cutoff", "value", "low", "high"), points),
-        "ends": _columns(("split", "cutoff", "value", "slope"), ends),
+        "points": columns_of(("split", "cutoff", "value", "low", "high"), points),
+        "ends": columns_of(("split", "cutoff", "value", "slope"), ends),
     }
     return Figure(_cutoffs_chart(len(curves) > 1), data, cutoff_caption(row))
-
-
-def _columns(names: Sequence[str], records: Sequence[Sequence[Any]]) -> Columns:
-    texts, *numbers = zip(*records, strict=True) if records else [()] * len(names)
-    return dict(zip(names, (list(texts), *map(rounded, numbers)), strict=True))
 
 
 @functools.cache
@@ -122,14 +119,9 @@ def _estimates_chart() -> Any:
             y=alt.Y("count:Q", title="directions", axis=alt.Axis(labelExpr=_WHOLE, tickCount=3)),
             y2="floor:Q",
             color=alt.Color("panel:N", sort=None, legend=None),
-            tooltip=[
-                alt.Tooltip("panel:N", title="samples"),
-                *(
-                    alt.Tooltip(f"{end}:Q", title=title, format=_NUMBER)
-                    for end, title in (("low", "from"), ("high", "to"))
-                ),
-                alt.Tooltip("count:Q", title="directions"),
-            ],
+            tooltip=tips(
+                ("panel:N", "samples"), ("low:Q", "from", _NUMBER), ("high:Q", "to", _NUMBER), ("count:Q", "directions")
+            ),
         )
     )
     rule = alt.Chart().mark_rule(strokeDash=[2, 3]).encode(x=alt.datum(0, type="quantitative"))
@@ -141,28 +133,18 @@ def _estimates_chart() -> Any:
 @functools.cache
 def _cutoffs_chart(several: bool) -> Any:
     alt = require("altair")
-    wide = alt.Scale(type="log", nice=False, padding=12)
-    encodings = {
-        "x": alt.X(
-            "cutoff:Q", title="cutoff, nats", scale=wide, axis=alt.Axis(format="~g", tickCount=6, gridOpacity=0.5)
-        ),
-        "color": alt.Color(
-            "split:N", sort=None, legend=alt.Legend(title=None, orient="top", columns=3) if several else None
-        ),
-    }
-    height = {
-        "title": "log-volume, nats",
-        "scale": alt.Scale(zero=False),
-        "axis": alt.Axis(format=_NUMBER, tickCount=6),
-    }
-
-    def tips(**titles: str) -> list[Any]:
-        numbers = (alt.Tooltip(f"{name}:Q", title=title, format=_NUMBER) for name, title in titles.items())
-        return [alt.Tooltip("split:N", title="samples"), *numbers]
-
-    told = tips(cutoff="cutoff, nats", value="log-volume, nats", low="95 % from", high="to")
-    points = alt.Chart(alt.NamedData("points")).encode(**encodings, tooltip=told)
-    fits = alt.Chart(alt.NamedData("ends")).encode(**encodings, tooltip=tips(slope="d log V / d log cutoff"))
+    wide, legend = alt.Scale(type="log", nice=False, padding=12), alt.Legend(title=None, orient="top", columns=3)
+    axis = alt.Axis(format="~g", tickCount=6, gridOpacity=0.5)
+    x = alt.X("cutoff:Q", title="cutoff, nats", scale=wide, axis=axis)
+    color = alt.Color("split:N", sort=None, legend=legend if several else None)
+    axis = alt.Axis(format=_NUMBER, tickCount=6)
+    height = {"title": "log-volume, nats", "scale": alt.Scale(zero=False), "axis": axis}
+    split = ("split:N", "samples")
+    told = {"cutoff": "cutoff, nats", "value": "log-volume, nats", "low": "95 % from", "high": "to"}
+    numbers = tips(split, *((f"{name}:Q", title, _NUMBER) for name, title in told.items()))
+    slope = tips(split, ("slope:Q", "d log V / d log cutoff", _NUMBER))
+    points = alt.Chart(alt.NamedData("points")).encode(x=x, color=color, tooltip=numbers)
+    fits = alt.Chart(alt.NamedData("ends")).encode(x=x, color=color, tooltip=slope)
     return alt.layer(
         fits.mark_line(strokeDash=[5, 4], strokeWidth=1.2).encode(y=alt.Y("value:Q", **height)),
         points.mark_rule().encode(y=alt.Y("low:Q", **height), y2="high:Q"),
@@ -232,10 +214,9 @@ def trajectories(rows: Sequence[Row]) -> dict[str, Line]:
     points: dict[str, list[tuple[Any, ...]]] = {}
     for row in rows:
         for volume, where in _volumes(row):
-            numbers = [_number(volume, name, where) for name in ("log_volume", "interval_low", "interval_high")]
-            sigma = _known(_number(volume, "sigma", where))
-            note = f"{volume.get('preconditioner', MISSING)}, sigma {format_number(sigma)}"
-            points.setdefault(_text(volume, "label", where), []).append((row["step"], *numbers, note))
+            *numbers, sigma = _numbers(volume, ("log_volume", "interval_low", "interval_high", "sigma"), where)
+            note = f"{volume.get('preconditioner', MISSING)}, sigma {format_number(_known(sigma))}"
+            points.setdefault(text_of(volume, "label", where), []).append((row["step"], *numbers, note))
     columns = {label: zip(*line, strict=True) for label, line in points.items()}
     return {label: Line(x, y, low, high, notes=notes) for label, (x, y, low, high, notes) in columns.items()}
 
@@ -259,14 +240,13 @@ def estimates(row: Row) -> list[Estimates]:
         values = volume.get("estimates")
         if not isinstance(values, list):
             raise ReportError(f"'{where}.estimates' must be a list of numbers, got {values!r:.60}")
-        numbers = [_convert(value, f"{where}.estimates[{index}]") for index, value in enumerate(values)]
+        numbers = [number(value, f"{where}.estimates[{index}]") for index, value in enumerate(values)]
         bounded = [value for value in numbers if math.isfinite(value)]
-        log_volume = _number(volume, "log_volume", where)
+        log_volume, effective = _numbers(volume, ("log_volume", "effective_sample_size"), where)
         # Without a volume the largest estimate is what the others are compared with.
         zero = log_volume if math.isfinite(log_volume) else max(bounded, default=0.0)
         offsets = tuple(value - zero for value in bounded)
-        effective = _number(volume, "effective_sample_size", where)
-        label = _text(volume, "label", where)
+        label = text_of(volume, "label", where)
         groups.append(Estimates(label, offsets, len(numbers) - len(bounded), effective, log_volume))
     return groups
 
@@ -289,9 +269,9 @@ def cutoff_curves(row: Row) -> list[CutoffCurve]:
     names = ("cutoff", "log_volume", "interval_low", "interval_high", "scaling_exponent")
     by_split: dict[str, list[list[float]]] = {}
     for volume, where in _volumes(row):
-        numbers = [_number(volume, name, where) for name in names]
-        by_split.setdefault(_text(volume, "split", where), []).append(numbers)
-    fits = {_text(fit, "split", "result.fits"): fit for fit in _objects(row, "fits", least=0)}
+        by_split.setdefault(text_of(volume, "split", where), []).append(_numbers(volume, names, where))
+    found = objects_of(row, "fits", "a list of at least 0 objects", least=0)
+    fits = {text_of(fit, "split", "result.fits"): fit for fit in found}
     return [_curve(split, points, fits.get(split)) for split, points in by_split.items()]
 
 
@@ -301,7 +281,7 @@ def _curve(split: str, points: list[list[float]], fit: Mapping[str, Any] | None)
         slope, intercept = exponents[0], values[0] - exponents[0] * math.log(cutoffs[0])
         ends = (cutoffs[0] / 2, cutoffs[0] * 2)
     else:
-        slope, intercept = (_number(fit, name, "result.fits") for name in ("scaling_exponent_fit", "intercept"))
+        slope, intercept = _numbers(fit, ("scaling_exponent_fit", "intercept"), "result.fits")
         ends = (cutoffs[0], cutoffs[-1])
     line = tuple((end, intercept + slope * math.log(end)) for end in ends) if math.isfinite(intercept) else ()
     return CutoffCurve(split, cutoffs, values, low, high, slope, line, fit is not None)
@@ -378,34 +358,13 @@ def _known(value: float) -> float | None:
 
 def _volumes(row: Row) -> list[tuple[Mapping[str, Any], str]]:
     """The volumes of a row, and where each of them stands."""
-    return [(volume, f"result.volumes[{index}]") for index, volume in enumerate(_objects(row, "volumes"))]
+    volumes = objects_of(row, "volumes", "a list of at least 1 objects")
+    return [(volume, f"result.volumes[{index}]") for index, volume in enumerate(volumes)]
 
 
-def _objects(row: Row, name: str, *, least: int = 1) -> list[Mapping[str, Any]]:
-    result = row.get("result")
-    items = result.get(name) if isinstance(result, Mapping) else None
-    if not isinstance(items, list) or len(items) < least or not all(isinstance(item, Mapping) for item in items):
-        raise ReportError(f"'result.{name}' must be a list of at least {least} objects, got {items!r:.60}")
-    return items
-
-
-def _text(record: Mapping[str, Any], name: str, where: str) -> str:
-    if not isinstance(record.get(name), str):
-        raise ReportError(f"'{where}.{name}' must be text, got {record.get(name)!r:.60}")
-    return str(record[name])
-
-
-def _number(record: Mapping[str, Any], name: str, where: str) -> float:
-    """A number; null, which stands for one that is not finite, and a missing one are NaN."""
-    return _convert(record.get(name), f"{where}.{name}")
-
-
-def _convert(value: Any, where: str) -> float:
-    if value is None:
-        return math.nan
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ReportError(f"'{where}' must be a number or null, got {value!r:.60}")
-    return float(value)
+def _numbers(record: Mapping[str, Any], names: Sequence[str], where: str) -> list[float]:
+    """Numbers of a record; missing ones are NaN."""
+    return [number(record.get(name), f"{where}.{name}") for name in names]
 
 
 describe(

@@ -14,10 +14,20 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from lightning_goldy.report.builders import HeatMap, Histogram, arrange, heat_map, histogram
+from lightning_goldy.report.builders import (
+    HeatMap,
+    Histogram,
+    arrange,
+    columns_of,
+    heat_map,
+    histogram,
+    plain_spec,
+    tips,
+)
 from lightning_goldy.report.descriptions import Description, describe
 from lightning_goldy.report.figures import Figure, ReportError, Row, register_figure, register_table, require
-from lightning_goldy.report.formatting import format_number, format_percent, printable, texts_html
+from lightning_goldy.report.formatting import console_table, format_number, format_percent, printable, texts_html
+from lightning_goldy.report.reading import naming
 
 # Told apart with every kind of colour vision (Okabe and Ito), then shades of grey.
 _COLOURS = (
@@ -50,11 +60,8 @@ def chart_coupling_map(row: Row) -> Figure:
         quantity(row), rows="piece", columns="piece", colours="diverging", numbers=False, cell=(size, size), axes=True
     )
     cells = heat_map(drawn.cells, drawn.labels, drawn.labels, style, extent=(-drawn.limit, drawn.limit))
-    blocks: dict[str, list[Any]] = {
-        "place": list(range(len(drawn.cells))),
-        "piece": list(drawn.labels),
-        "category": list(drawn.categories),
-    }
+    places = range(len(drawn.cells))
+    blocks = columns_of(("place", "piece", "category"), zip(places, drawn.labels, drawn.categories, strict=True))
     strips = [Figure(_strip_chart(size), {"strip": blocks})] if any(drawn.categories) else []
     caption = coupling_map_caption(row)
     return replace(arrange([*strips, cells], columns=2, caption=caption), title=titled("Knowledge coupling", row))
@@ -101,16 +108,14 @@ def _strip_chart(size: float) -> dict[str, Any]:
     alt = require("altair")
     base = alt.Chart(alt.NamedData("strip")).encode(
         y=alt.Y("place:O", axis=None, scale=alt.Scale(padding=0)),
-        tooltip=[alt.Tooltip("piece:N", title="piece"), alt.Tooltip("category:N", title="category")],
+        tooltip=tips(("piece:N", "piece"), ("category:N", "category")),
     )
     legend = alt.Legend(title=None, orient="left")
     known = base.transform_filter("isValid(datum.category)").encode(
         color=alt.Color("category:N", scale=alt.Scale(range=list(_COLOURS)), legend=legend)
     )
     # Blocks without a category have a place too.
-    chart = alt.layer(base.mark_rect(opacity=0), known.mark_rect()).properties(width=14, height=alt.Step(size))
-    spec: dict[str, Any] = chart.to_dict(validate=False)
-    return {name: value for name, value in spec.items() if name not in ("$schema", "config")}
+    return plain_spec(alt.layer(base.mark_rect(opacity=0), known.mark_rect()), width=14, height=alt.Step(size))
 
 
 @functools.lru_cache(maxsize=8)
@@ -129,7 +134,7 @@ def _threshold_chart(unit: str) -> dict[str, Any]:
 
 # Below this the colours would show rounding.
 _LEAST_LIMIT = 0.05
-_LACKS = "a row of knowledge_coupling lacks what its figure needs"
+_LACKS = "a row of knowledge_coupling lacks what its figure needs:"
 
 
 @dataclass(frozen=True)
@@ -166,14 +171,12 @@ def coupling_map(row: Row) -> CouplingMap:
         >>> found.limit, found.labels, found.categories
         (0.5, ('0', '1'), ('b', None))
     """
-    try:
+    with naming(_LACKS):
         given = row["result"]["heat_map"]
         cells = np.array(given["cells"], dtype=np.float64)
         sizes, categories, n_pieces = given["sizes"], given["categories"], int(given["n_pieces"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ReportError(f"{_LACKS}: {error}") from error
     if not len(cells) or cells.shape != (len(sizes), len(sizes)) or len(categories) != len(sizes):
-        raise ReportError(f"{_LACKS}: {cells.shape} cells for {len(sizes)} sizes and {len(categories)} categories")
+        raise ReportError(f"{_LACKS} {cells.shape} cells for {len(sizes)} sizes and {len(categories)} categories")
     ends = np.cumsum(sizes)
     labels = tuple(
         str(last) if size == 1 else f"{last - size + 1} to {last}"
@@ -203,15 +206,13 @@ def coupling_histogram(row: Row) -> tuple[NDArray[np.float64], NDArray[np.int64]
         >>> coupling_histogram({"result": result})[0].tolist()
         [0.0, 0.5]
     """
-    try:
+    with naming(_LACKS):
         given, thresholds = row["result"]["distribution"], row["result"]["thresholds"]
         edges = np.array(given["edges"], dtype=np.float64)
         counts = np.array(given["counts"], dtype=np.int64)
         known = {name: float(thresholds[name]) for name in ("moderate", "high")}
-    except (KeyError, TypeError, ValueError) as error:
-        raise ReportError(f"{_LACKS}: {error}") from error
     if edges.shape != (len(counts) + 1,):
-        raise ReportError(f"{_LACKS}: {len(edges)} edges for {len(counts)} counts; one more is needed")
+        raise ReportError(f"{_LACKS} {len(edges)} edges for {len(counts)} counts; one more is needed")
     full = np.flatnonzero(counts)
     if len(full):
         edges, counts = edges[full[0] : full[-1] + 2], counts[full[0] : full[-1] + 1]
@@ -297,13 +298,10 @@ def readiness_table(checks: Sequence[Mapping[str, Any]]) -> Table:
         >>> readiness_table([{**check, "meaning": "few", "next_step": "take more"}]).row_count
         1
     """
-    table = Table(title="Can this be trusted?", title_justify="left", box=SIMPLE_HEAD)
-    for heading in _CHECKS[:-1]:
-        table.add_column(heading, overflow="fold")
-    for check in checks:
-        *cells, status, _ = _check_cells(check)
-        table.add_row(*map(Text, cells), Text(status, style=_STATUS_STYLES.get(status, "")))
-    return table
+    lines: list[tuple[str | Text, ...]] = [
+        (*cells, Text(status, style=_STATUS_STYLES.get(status, ""))) for *cells, status, _ in map(_check_cells, checks)
+    ]
+    return console_table("Can this be trusted?", _CHECKS[:-1], lines, box=SIMPLE_HEAD)
 
 
 def readiness_lines(checks: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -348,26 +346,22 @@ def coupling_tables_html(row: Row) -> str:
 
 
 def _check_cells(check: Mapping[str, Any]) -> tuple[str, ...]:
-    try:
+    with naming("a check of the coupling's readiness lacks or spoils"):
         meaning = check["meaning"]
         if check["status"] in ("warn", "fail") and check["next_step"]:
             meaning = f"{meaning} Next: {check['next_step']}"
         asked = f"{check['rule']} {format_number(check['threshold'])}"
         return check["check"], format_number(check["value"]), asked, check["status"], meaning
-    except (KeyError, TypeError) as error:
-        raise ReportError(f"a check of the coupling's readiness lacks or spoils {error}") from error
 
 
 def _pair_cells(pair: Mapping[str, Any]) -> tuple[str, ...]:
-    try:
+    with naming("a pair of the coupling lacks or spoils"):
         texts = []
         for side in (pair["first"], pair["second"]):
             # Batches have no texts.
             asked = side["question"] if side["question"] is not None else side["id"]
             texts += [printable(asked), printable(side["answer"] or "")]
         return format_number(pair["cosine"]), *texts, ", ".join(pair["same"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ReportError(f"a pair of the coupling lacks or spoils {error}") from error
 
 
 STATISTICS = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +9,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_goldy.report.builders import HeatMap, Line, Lines, Points, Scatter, arrange, heat_map, lines, scatter
+from lightning_goldy.report.builders import (
+    HeatMap,
+    Line,
+    Lines,
+    Points,
+    Scatter,
+    arrange,
+    heat_map,
+    layered,
+    lines,
+    scatter,
+)
 from lightning_goldy.report.descriptions import Description, describe
 from lightning_goldy.report.figures import Figure, ReportError, Row, register_figure, register_table, register_text
 from lightning_goldy.report.formatting import format_number, format_percent, printable, texts_html
+from lightning_goldy.report.reading import naming
 from lightning_goldy.report.topics.coupling import (
     CONTRASTS,
     STATISTICS,
@@ -23,7 +34,7 @@ from lightning_goldy.report.topics.coupling import (
 
 CLASSES = ("edited", "rehearsed", "untouched")
 """The order of the classes of pieces."""
-_LACKS = "a row of coupling_drift lacks what its figure needs"
+_LACKS = "a row of coupling_drift lacks what its figure needs:"
 # Below this the colours would show rounding.
 _LEAST_LIMIT = 0.01
 _MOVED = ("fact", "question", "answer", "log p before", "log p now", "predicted", "rank before", "rank now")
@@ -119,12 +130,12 @@ def _change_lines(found: DriftLines) -> Figure:
         changes[name] = Line(found.steps, found.measured[name])
         changes[f"{name}, predicted"] = Line(found.steps, found.predicted[name], shape="dashed")
     figure = lines(changes, Lines(y="mean change of log p, nats", scale="linear", height=200))
-    chart = copy.deepcopy(figure.bare())
-    for layer in chart["layer"]:
-        layer["encoding"]["color"]["field"] = "group"
     points = figure.data["points"]
     groups = [line.removesuffix(", predicted") for line in points["line"]]
-    return Figure(chart, {"points": {**points, "group": groups}})
+    figure = layered(figure, data={"points": {**points, "group": groups}})
+    for layer in figure.bare()["layer"]:
+        layer["encoding"]["color"]["field"] = "group"
+    return figure
 
 
 @dataclass(frozen=True)
@@ -158,7 +169,7 @@ def drift_scatters(row: Row) -> dict[str, Points]:
         >>> drift_scatters({"result": {"points": points, "agreement": agreement}})["untouched (n = 1)"].y
         (0.25,)
     """
-    try:
+    with naming(_LACKS):
         points, agreement = row["result"]["points"], row["result"]["agreement"]
         pieces = points.get("piece") or [""] * len(points["class"])
         columns = list(zip(points["predicted"], points["measured"], pieces, points["class"], strict=True))
@@ -169,8 +180,6 @@ def drift_scatters(row: Row) -> dict[str, Points]:
             label = f"{name} ({_correlations(groups[name])}n = {format_number(groups[name]['n'])})"
             found[label] = Points(*(tuple(values) for values in zip(*mine, strict=True))) if mine else Points((), ())
         return found
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ReportError(f"{_LACKS}: {error}") from error
 
 
 def drift_lines(rows: Sequence[Row]) -> DriftLines:
@@ -189,7 +198,7 @@ def drift_lines(rows: Sequence[Row]) -> DriftLines:
         >>> found.measured, found.correlation
         ({'edited': (1.5,), 'untouched': (0.2,)}, (None,))
     """
-    try:
+    with naming(_LACKS):
         classes = sorted(rows[-1]["result"]["classes"], key=_place)
         steps = tuple(row["step"] for row in rows)
 
@@ -200,8 +209,6 @@ def drift_lines(rows: Sequence[Row]) -> DriftLines:
             {name: line(f"{metric}/{name}") for name in classes} for metric in ("measured_change", "predicted_change")
         )
         return DriftLines(steps, line("mean_absolute_difference"), line("correlation"), measured, predicted)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ReportError(f"{_LACKS}: {error}") from error
 
 
 def drift_map(row: Row) -> tuple[tuple[str, ...], NDArray[np.float64]]:
@@ -215,14 +222,12 @@ def drift_map(row: Row) -> tuple[tuple[str, ...], NDArray[np.float64]]:
         >>> drift_map({"result": {"drifted": drifted}})[0]
         ('a *', 'b')
     """
-    try:
+    with naming(_LACKS):
         given = row["result"]["drifted"]
         names = tuple(
             f"{name} *" if kind == "edited" else name for name, kind in zip(given["ids"], given["classes"], strict=True)
         )
         return names, np.array(given["difference"], dtype=np.float64).reshape(len(names), len(names))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ReportError(f"{_LACKS}: {error}") from error
 
 
 def _correlations(agreement: Mapping[str, Any]) -> str:
@@ -253,7 +258,7 @@ def prediction_caption(row: Row) -> str:
             "line are predicted exactly by the gradient at the base; off it, the finetune was no small step."
         )
     except (KeyError, TypeError, StopIteration) as error:
-        raise ReportError(f"{_LACKS}: {error!r}") from error
+        raise ReportError(f"{_LACKS} {error!r}") from error
 
 
 def lines_caption(row: Row) -> str:
@@ -330,12 +335,10 @@ def moved_html(row: Row) -> str:
 
 
 def _moved_cells(entry: Mapping[str, Any]) -> tuple[str, ...]:
-    try:
+    with naming("a fact that moved lacks or spoils"):
         texts = [printable(entry[name]) for name in ("id", "question", "answer")]
         names = ("before", "after", "predicted", "rank_before", "rank_after")
         return (*texts, *(format_number(entry[name]) for name in names))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ReportError(f"a fact that moved lacks or spoils {error}") from error
 
 
 describe(

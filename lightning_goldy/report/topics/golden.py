@@ -25,6 +25,7 @@ from lightning_goldy.report.builders import (
 from lightning_goldy.report.descriptions import Description, describe
 from lightning_goldy.report.figures import Figure, ReportError, Row, register_figure
 from lightning_goldy.report.formatting import MISSING, format_number, format_percent
+from lightning_goldy.report.reading import naming, number, objects_of, result_of, text_of
 
 KINDS = ("embedding", "attention", "mlp", "norm", "head", "other")
 
@@ -111,15 +112,13 @@ def chart_search_history(row: Row) -> Figure:
         ['kept', 'greedy', 'pool', 'pool, accepted', 'returned, evaluation samples', 'single shot by taylor']
     """
     result = row["result"]
-    try:
+    with naming("the row of a search lacks or spoils"):
         levels = {"returned, evaluation samples": result["kl_divergence"]}
         levels |= {f"single shot by {name}": value for name, value in result["single_shots"].items()}
         names = ("iteration", "greedy_kl", "pool_kl", "kl", "accepted", "size", "pool")
         at, greedy, pool, kept, accepted, sizes, pools = (
             [entry[name] for entry in result["history"]] for name in names
         )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ReportError(f"the row of a search lacks or spoils {error}") from error
     notes = [f"pool of {held:,} for {size:,}" for held, size in zip(pools, sizes, strict=True)]
     taken = [value if better else None for value, better in zip(pool, accepted, strict=True)]
     tried = {
@@ -258,15 +257,13 @@ def change_histogram(row: Row) -> ChangeHistogram:
         >>> change_histogram({"result": {"histogram": {"edges": [-3, -2, -1], "counts": [4, 1], "zero": 5}}}).total
         10
     """
-    found = _result(row).get("histogram")
+    found = result_of(row).get("histogram")
     if not isinstance(found, Mapping) or not {"edges", "counts"} <= set(found):
-        raise ReportError(f"'result.histogram' must hold 'edges' and 'counts', got {_brief(found)}")
-    try:
+        raise ReportError(f"'result.histogram' must hold 'edges' and 'counts', got {found!r:.60}")
+    with naming("'result.histogram' holds something that is not a number:"):
         edges = np.asarray(found["edges"], dtype=np.float64)
         counts = np.asarray(found["counts"], dtype=np.int64)
         zero = int(found.get("zero", 0))
-    except (TypeError, ValueError) as error:
-        raise ReportError(f"'result.histogram' holds something that is not a number: {error}") from error
     if counts.ndim != 1 or edges.shape != (counts.size + 1,):
         if edges.size or counts.size:
             raise ReportError(f"'result.histogram' has {edges.size} edges for {counts.size} counts; one more is needed")
@@ -305,14 +302,12 @@ def by_block(row: Row, column: str) -> dict[str, float]:
         ReportError: The row lacks what is needed.
     """
     sums: dict[str, tuple[float, int]] = {}
-    try:
+    with naming("a row of parameter_distribution lacks what its figure needs:"):
         for tensor in row["result"]["tensors"]:
             total, weight = sums.setdefault(tensor["block"], (0.0, 0))
             value = tensor.get(column)
             if value is not None:
                 sums[tensor["block"]] = (total + value * tensor["numel"], weight + tensor["numel"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ReportError(f"a row of parameter_distribution lacks what its figure needs: {error}") from error
     return {block: total / weight if weight else 0.0 for block, (total, weight) in sums.items()}
 
 
@@ -369,28 +364,14 @@ def histogram_caption(row: Row) -> str:
     return f"{found.total - found.zero:,} elements changed, {found.zero:,} did not at all ({share})"
 
 
-def _result(row: Row) -> Mapping[str, Any]:
-    result = row.get("result")
-    if not isinstance(result, Mapping):
-        raise ReportError(f"'result' must be an object, got {_brief(result)}")
-    return result
-
-
 def _tensors(row: Row, numbers: tuple[str, ...]) -> list[Mapping[str, Any]]:
-    tensors = _result(row).get("tensors")
-    if not isinstance(tensors, list) or not tensors:
-        raise ReportError(f"'result.tensors' must be a list with at least one tensor, got {_brief(tensors)}")
+    tensors = objects_of(row, "tensors", "a list with at least one tensor")
     for index, tensor in enumerate(tensors):
         where = f"result.tensors[{index}]"
-        if not isinstance(tensor, Mapping):
-            raise ReportError(f"'{where}' must be an object, got {_brief(tensor)}")
         for field in ("block", "kind"):
-            if not isinstance(tensor.get(field), str):
-                raise ReportError(f"'{where}.{field}' must be text, got {_brief(tensor.get(field))}")
+            text_of(tensor, field, where)
         for field in numbers:
-            value = tensor.get(field, "nothing")
-            if isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
-                raise ReportError(f"'{where}.{field}' must be a number or null, got {_brief(value)}")
+            number(tensor.get(field, "nothing"), f"{where}.{field}")
     return tensors
 
 
@@ -398,9 +379,7 @@ def _sums(tensors: list[Mapping[str, Any]], field: str, *, power: int = 1) -> di
     sums: dict[tuple[str, str], float] = {}
     for tensor in tensors:
         cell = tensor["block"], tensor["kind"]
-        # null is how a number that was not finite is written.
-        value = math.nan if tensor[field] is None else float(tensor[field])
-        sums[cell] = sums.get(cell, 0.0) + value**power
+        sums[cell] = sums.get(cell, 0.0) + number(tensor[field], field) ** power
     return sums
 
 
@@ -412,11 +391,6 @@ def _grid(tensors: list[Mapping[str, Any]], cells: Mapping[tuple[str, str], floa
     for (block, kind), value in cells.items():
         values[blocks.index(block), kinds.index(kind)] = value
     return BlockGrid(blocks, kinds, values)
-
-
-def _brief(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 describe(

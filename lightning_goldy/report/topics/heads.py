@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from lightning_goldy.report.builders import Line, Lines, arrange, heads_style, heat_map, lines, rounded
+from lightning_goldy.report.builders import (
+    Line,
+    Lines,
+    arrange,
+    columns_of,
+    heads_style,
+    heat_map,
+    layered,
+    lines,
+    plain_spec,
+    rounded,
+    tips,
+)
 from lightning_goldy.report.descriptions import Description, describe
 from lightning_goldy.report.figures import Columns, Figure, ReportError, Row, register_figure, require
 from lightning_goldy.report.formatting import format_number, format_percent
+from lightning_goldy.report.reading import result_of
 
 MOMENTS = {"before": "before the cut", "cut": "right after", "recovered": "recovered"}
 # Legible on a light and on a dark page.
@@ -45,7 +56,7 @@ def chart_gate_timeline(rows: Sequence[Row]) -> Figure:
         >>> list(zip(spans["head"], spans["low"], spans["high"], spans["state"]))
         [('0.0', 0, 5, 'open'), ('0.1', 0, 3, 'open'), ('0.1', 3, 5, 'closed')]
     """
-    sizes = _field(_result(rows[-1]), "heads_per_layer", list)
+    sizes = _field(result_of(rows[-1]), "heads_per_layer", list)
     changes = _changes(rows)
     if not sum(sizes) or not changes:
         raise ReportError("'result.heads_per_layer' and 'result.timeline' must not be empty")
@@ -58,7 +69,7 @@ def chart_gate_timeline(rows: Sequence[Row]) -> Figure:
         for shut, places in states:
             first, *_, last = [*places] * 2
             spans.append((f"{head[0]}.{head[1]}", edges[first], edges[last + 1], "closed" if shut else "open"))
-    columns = dict(zip(("head", "low", "high", "state"), map(list, zip(*spans, strict=True)), strict=True))
+    columns = columns_of(("head", "low", "high", "state"), spans)
     return Figure(_timeline_chart(sum(sizes)), {"spans": columns}, plasticity_caption(rows[-1]))
 
 
@@ -83,27 +94,25 @@ def chart_plasticity_loss(rows: Sequence[Row]) -> Figure:
     """
     points: list[tuple[float, ...]] = []
     for row in rows:
-        curve = _field(_result(row), "curve", Mapping)
+        curve = _field(result_of(row), "curve", Mapping)
         columns = [_numbers(curve.get(name)) for name in ("steps", "loss", "multiplier")]
         if len(set(map(len, columns))) > 1:
             raise ReportError("'result.curve' must hold 'steps', 'loss' and 'multiplier' of one length")
         known = points[-1][0] if points else -math.inf
         points += [point for point in zip(*columns, strict=True) if point[0] > known]
-    events: dict[str, list[Any]] = {"step": [], "what": []}
-    before = 0
-    for change in _changes(rows):
-        number = len(change["closed"])
-        if number != before:
-            events["step"].append(change["step"])
-            events["what"].append(f"{abs(number - before)} {'cut' if number > before else 'opened'}")
-        before = number
+    numbers = [(change["step"], len(change["closed"])) for change in _changes(rows)]
+    events = columns_of(
+        ("step", "what"),
+        [
+            (step, f"{abs(number - before)} {'cut' if number > before else 'opened'}")
+            for (_, before), (step, number) in itertools.pairwise([(0, 0), *numbers])
+            if number != before
+        ],
+    )
     steps, loss, multiplier = ([point[place] for point in points] for place in range(3))
     upper = lines({"loss": Line(steps, loss)}, Lines(x="", y="loss, nats", scale="linear"))
     lower = lines({"multiplier": Line(steps, multiplier)}, Lines(y="multiplier", scale="linear", height=80))
-    panels = [
-        _layered(upper, "events", events, _event_layers(True)),
-        _layered(lower, "events", events, _event_layers()),
-    ]
+    panels = [layered(part, _event_layers(part is upper), data={"events": events}) for part in (upper, lower)]
     return arrange(panels, caption=plasticity_caption(rows[-1]))
 
 
@@ -127,7 +136,7 @@ def chart_head_scores(row: Row) -> Figure | str:
         >>> figure.data["cells"]["value"], figure.data["marks"]["mark"]
         ([0.5, None], ['cut'])
     """
-    scores = _result(row).get("scores")
+    scores = result_of(row).get("scores")
     if scores is None:
         return "No head has been scored yet."
     values = np.array([_numbers(line) for line in _field(scores, "values", list)], dtype=np.float64)
@@ -141,13 +150,12 @@ def chart_head_scores(row: Row) -> Figure | str:
     figure = heat_map(values, range(layers), range(heads), style, extent=extent, caption=score_caption(row))
     named = (("closed_before", "closed"), ("cut", "cut"))
     state = {tuple(head): mark for name, mark in named for head in _field(scores, name, list)}
-    marks = {
-        "y": [f"{layer}|{layer}" for layer, _ in state],
-        "x": [f"{head}|{head}" for _, head in state],
-        "value": rounded([values[head] for head in state]),
-        "mark": list(state.values()),
-    }
-    return _layered(figure, "marks", marks, _mark_layers(cell))
+    records = [
+        (f"{layer}|{layer}", f"{head}|{head}", rounded(values[layer, head]), mark)
+        for (layer, head), mark in state.items()
+    ]
+    marks = columns_of(("y", "x", "value", "mark"), records)
+    return layered(figure, _mark_layers(cell), data={"marks": marks})
 
 
 @register_figure("head_plasticity", "attention", heading="Attention of cut and kept heads")
@@ -169,12 +177,12 @@ def chart_attention_maps(row: Row) -> Figure | str:
         >>> chart_attention_maps({"result": {"attention": shown}}).data["panels"]
         {'panel': [0], 'moment': ['before the cut'], 'head': ['0.1, cut']}
     """
-    shown = _result(row).get("attention")
+    shown = result_of(row).get("attention")
     if shown is None:
         return "There are no attention maps yet."
     maps = _field(shown, "maps", Mapping)
     moments = {name: label for name, label in MOMENTS.items() if name in maps}
-    scores = _result(row).get("scores") or {"step": -1}
+    scores = result_of(row).get("scores") or {"step": -1}
     # Within a cycle heads are only cut, so those of the last cut and those closed before it are all.
     fresh = [*scores["closed_before"], *scores["cut"]] if scores["step"] > shown.get("step", 0) else []
     later = {(layer, head) for layer, head in fresh}
@@ -185,15 +193,11 @@ def chart_attention_maps(row: Row) -> Figure | str:
     values = np.array([maps[name] for name in moments], dtype=np.float64)
     if values.ndim != 4 or values.shape[1] != len(labels):
         raise ReportError(f"'result.attention.maps' must hold a square map per head, got shape {values.shape}")
-    panels = list(itertools.product(moments.values(), labels))
+    panels = [(place, *panel) for place, panel in enumerate(itertools.product(moments.values(), labels))]
     # The weights alone, in order: their places tell panel, query and key.
     data: dict[str, Columns] = {
         "weights": {"weight": rounded(values.ravel())},
-        "panels": {
-            "panel": list(range(len(panels))),
-            "moment": [moment for moment, _ in panels],
-            "head": [head for _, head in panels],
-        },
+        "panels": columns_of(("panel", "moment", "head"), panels),
     }
     caption = "columns: layer.head; rows of each map are queries; the first tokens of the first sample"
     return Figure(_maps_chart(values.shape[-1], tuple(moments.values()), labels), data, caption)
@@ -230,53 +234,34 @@ def chart_plasticity_sweep(row: Row) -> Figure:
         label: Line(list(by_level), [sum(costs) / len(costs) for costs in by_level.values()])
         for label, by_level in ordered.items()
     }
-    ranges = [(label, level, costs) for label, by_level in ordered.items() for level, costs in by_level.items()]
-    columns: dict[str, list[Any]] = {
-        "line": [label for label, _, _ in ranges],
-        "x": [level for _, level, _ in ranges],
-        "low": rounded([min(costs) for _, _, costs in ranges]),
-        "high": rounded([max(costs) for _, _, costs in ranges]),
-    }
-    return _layered(lines(means, style, caption=sweep_caption(row)), "ranges", columns, _range_layers())
-
-
-def _layered(figure: Figure, name: str, columns: Columns, layers: Sequence[Mapping[str, Any]]) -> Figure:
-    """The figure with more layers over it, and what they show."""
-    chart = copy.deepcopy(figure.bare())
-    chart["layer"] = [*chart["layer"], *layers]
-    return replace(figure, chart=chart, data={**figure.data, name: columns})
+    ranges = [
+        (label, level, *rounded([min(costs), max(costs)]))
+        for label, by_level in ordered.items()
+        for level, costs in by_level.items()
+    ]
+    columns = columns_of(("line", "x", "low", "high"), ranges)
+    return layered(lines(means, style, caption=sweep_caption(row)), _range_layers(), data={"ranges": columns})
 
 
 @functools.lru_cache(maxsize=16)
 def _timeline_chart(heads: int) -> dict[str, Any]:
     alt = require("altair")
     scale = alt.Scale(domain=["open", "closed"], range=["#8ecae6", "#5a5a5a"])
+    onwards = alt.Axis(grid=False, labelFlush=False, tickCount=10, tickMinStep=1, format=",d")
     # Hundreds of heads share the page's height.
     height = max(3.0, min(14.0, 1500 / heads))
     chart = (
         alt.Chart(alt.NamedData("spans"))
         .mark_rect(height={"band": 0.9} if height > 6 else _CLOSE["height"])
         .encode(
-            x=alt.X(
-                "low:Q",
-                title="optimizer step",
-                scale=alt.Scale(zero=False, nice=False),
-                axis=alt.Axis(grid=False, labelFlush=False, tickCount=10, tickMinStep=1, format=",d"),
-            ),
+            x=alt.X("low:Q", title="optimizer step", scale=alt.Scale(zero=False, nice=False), axis=onwards),
             x2="high:Q",
             y=alt.Y("head:N", sort=None, title="head", axis=alt.Axis(labelOverlap=True, ticks=False, domain=False)),
             color=alt.Color("state:N", scale=scale, legend=alt.Legend(title=None, orient="top")),
-            tooltip=[
-                alt.Tooltip("head:N"),
-                alt.Tooltip("state:N"),
-                alt.Tooltip("low:Q", title="from step", format=","),
-                alt.Tooltip("high:Q", title="to step", format=","),
-            ],
+            tooltip=["head:N", "state:N", *tips(("low:Q", "from step", ","), ("high:Q", "to step", ","))],
         )
-        .properties(height=alt.Step(height))
     )
-    spec: dict[str, Any] = chart.to_dict(validate=False)
-    return spec
+    return plain_spec(chart, height=alt.Step(height))
 
 
 @functools.lru_cache(maxsize=2)
@@ -315,7 +300,9 @@ def _mark_layers(cell: tuple[float, float]) -> list[dict[str, Any]]:
 @functools.lru_cache(maxsize=16)
 def _maps_chart(size: int, moments: tuple[str, ...], heads: tuple[str, ...]) -> dict[str, Any]:
     alt = require("altair")
-    place, plain = "(datum.number - 1)", {"labels": False, "ticks": False, "domain": False}
+    place, legend = "(datum.number - 1)", alt.Legend(title="weight", gradientLength=80)
+    axis = alt.Axis(labels=False, ticks=False, domain=False)
+    side = {"title": None, "scale": alt.Scale(padding=0), "axis": axis}
     step = max(1, 110 // size)
     chart = (
         alt.Chart(alt.NamedData("weights"))
@@ -328,21 +315,15 @@ def _maps_chart(size: int, moments: tuple[str, ...], heads: tuple[str, ...]) -> 
         .transform_lookup(lookup="panel", from_=alt.LookupData(alt.NamedData("panels"), "panel", ["moment", "head"]))
         .mark_rect(**_CLOSE)
         .encode(
-            x=alt.X("key:O", title=None, scale=alt.Scale(padding=0), axis=alt.Axis(**plain)),
-            y=alt.Y("query:O", title=None, scale=alt.Scale(padding=0), axis=alt.Axis(**plain)),
-            color=alt.Color(
-                "weight:Q",
-                scale=alt.Scale(scheme="viridis", domain=[0, 1]),
-                legend=alt.Legend(title="weight", gradientLength=80),
-            ),
+            x=alt.X("key:O", **side),
+            y=alt.Y("query:O", **side),
+            color=alt.Color("weight:Q", scale=alt.Scale(scheme="viridis", domain=[0, 1]), legend=legend),
             row=alt.Row("moment:N", sort=list(moments), title=None, header=alt.Header(labelAngle=-90)),
             column=alt.Column("head:N", sort=list(heads), title=None),
-            tooltip=[alt.Tooltip("query:O"), alt.Tooltip("key:O"), alt.Tooltip("weight:Q", format=".3f")],
+            tooltip=["query:O", "key:O", alt.Tooltip("weight:Q", format=".3f")],
         )
-        .properties(width=alt.Step(step), height=alt.Step(step))
     )
-    spec: dict[str, Any] = chart.to_dict(validate=False)
-    return spec
+    return plain_spec(chart, width=alt.Step(step), height=alt.Step(step))
 
 
 @functools.lru_cache(maxsize=1)
@@ -353,12 +334,9 @@ def _range_layers() -> list[dict[str, Any]]:
         "y2": {"field": "high"},
         "color": {"field": "line", "type": "nominal", "sort": None},
         "tooltip": [
-            {"field": name, "title": title, "type": kind}
-            for name, title, kind in (
-                ("line", "strategy", "nominal"),
-                ("low", "smallest, nats", "quantitative"),
-                ("high", "largest, nats", "quantitative"),
-            )
+            {"field": "line", "title": "strategy", "type": "nominal"},
+            {"field": "low", "title": "smallest, nats", "type": "quantitative"},
+            {"field": "high", "title": "largest, nats", "type": "quantitative"},
         ],
     }
     zero = {"data": {"values": [{}]}, "mark": {"type": "rule", "strokeDash": [2, 3]}, "encoding": {"y": {"datum": 0}}}
@@ -373,7 +351,7 @@ def plasticity_caption(row: Row) -> str:
         >>> plasticity_caption({"metrics": metrics, "result": {"strategy": "taylor", "cycle": 1, "cycles": 2}})
         'by taylor: 6 heads are open, 25 % closed; loss 2 nats, cycle 2 of 2'
     """
-    metrics, result = row["metrics"], _result(row)
+    metrics, result = row["metrics"], result_of(row)
     cycle = min(int(result.get("cycle", 0)) + 1, int(result.get("cycles", 1)))
     return (
         f"by {result.get('strategy')}: {format_number(metrics.get('active_heads'))} heads are open, "
@@ -389,7 +367,7 @@ def score_caption(row: Row) -> str:
         >>> score_caption({"result": {"scores": {"strategy": "taylor", "step": 4, "n_samples": 16}}})
         'taylor scores of 16 samples at step 4; boxes are heads that were cut then, crosses closed before'
     """
-    scores = _result(row).get("scores")
+    scores = result_of(row).get("scores")
     if scores is None:
         return "no head has been scored yet"
     return (
@@ -441,15 +419,8 @@ def _changes(rows: Sequence[Row]) -> list[Mapping[str, Any]]:
     changes: list[Mapping[str, Any]] = []
     for row in rows:
         known = changes[-1]["step"] if changes else -math.inf
-        changes += [change for change in _field(_result(row), "timeline", list) if change["step"] > known]
+        changes += [change for change in _field(result_of(row), "timeline", list) if change["step"] > known]
     return changes
-
-
-def _result(row: Row) -> Mapping[str, Any]:
-    result = row.get("result")
-    if not isinstance(result, Mapping):
-        raise ReportError(f"'result' must be an object, got {type(result).__name__}")
-    return result
 
 
 def _field(values: Mapping[str, Any], name: str, kind: type) -> Any:

@@ -8,12 +8,11 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from rich.text import Text
 
-from lightning_goldy.report.builders import rounded
+from lightning_goldy.report.builders import columns_of, plain_spec, rounded
 from lightning_goldy.report.descriptions import Description, describe
 from lightning_goldy.report.figures import Figure, ReportError, Row, register_figure, require
-from lightning_goldy.report.formatting import format_number, format_percent
+from lightning_goldy.report.formatting import console_table, format_number, format_percent
 
 _LABELS = {
     "frozen_attention": "attention frozen",
@@ -41,11 +40,12 @@ def chart_explained_change(row: Row) -> Figure:
         [50.0]
     """
     groups = survival(row)
-    bars: dict[str, list[Any]] = {
-        "variant": [label for group in groups for label in group.labels],
-        "of": [group.name for group in groups for _ in group.labels],
-        "percent": [None if value is None else rounded(value) for group in groups for value in group.percent],
-    }
+    records = [
+        (label, group.name, None if value is None else rounded(value))
+        for group in groups
+        for label, value in zip(group.labels, group.percent, strict=True)
+    ]
+    bars = columns_of(("variant", "of", "percent"), records)
     return Figure(_survival_chart(len(groups)), {"bars": bars}, survival_caption(row))
 
 
@@ -72,9 +72,7 @@ def _survival_chart(n_groups: int) -> dict[str, Any]:
     ]
     whole = alt.Chart(alt.InlineData([{}])).mark_rule(strokeDash=[2, 3])
     rule = whole.encode(x=alt.datum(100, type="quantitative"))
-    chart = alt.layer(base.mark_bar(), rule, *numbers).properties(height=alt.Step(22))
-    spec: dict[str, Any] = chart.to_dict(validate=False)
-    return spec
+    return plain_spec(alt.layer(base.mark_bar(), rule, *numbers), height=alt.Step(22))
 
 
 @dataclass(frozen=True)
@@ -147,17 +145,11 @@ def explanation_table(row: Row) -> Table:
         >>> explanation_table({"result": {"variants": [{**each, "kl_divergence": None}]}}).row_count
         1
     """
-    table = Table(title="What survives of the change", title_justify="left", box=SIMPLE_HEAD)
-    table.add_column("variant")
-    for heading in ("loss, nats", "of loss", "of logits", "error", "KL"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    labels = survival(row)[0].labels
-    for label, each in zip(labels, row["result"]["variants"], strict=True):
+    headings, lines = ("variant", "loss, nats", "of loss", "of logits", "error", "KL"), []
+    for label, each in zip(survival(row)[0].labels, row["result"]["variants"], strict=True):
         shares = (format_percent(each[name]) for name in ("loss_share", "logit_share", "relative_error"))
-        # As Text, because brackets in a plain string would be read as markup.
-        cells = (label, format_number(each["loss"]), *shares, format_number(each["kl_divergence"]))
-        table.add_row(*map(Text, cells))
-    return table
+        lines.append((label, format_number(each["loss"]), *shares, format_number(each["kl_divergence"])))
+    return console_table("What survives of the change", headings, lines, numbers=5, box=SIMPLE_HEAD)
 
 
 describe(

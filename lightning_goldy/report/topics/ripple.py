@@ -10,8 +10,10 @@ from lightning_goldy.report.builders import Points, Scatter, arrange, scatter
 from lightning_goldy.report.descriptions import Description, describe
 from lightning_goldy.report.figures import Figure, ReportError, Row, register_figure
 from lightning_goldy.report.formatting import format_number
+from lightning_goldy.report.reading import naming
 
 PREDICTORS = {"first_order": "first order: g . delta", "coupling": "coupling: cos |g| |delta|"}
+_LACKS = "a row of ripple_effects lacks what its figure needs:"
 
 
 @register_figure("ripple_effects", "prediction", heading="Predicted and measured change")
@@ -60,7 +62,7 @@ def scatters(row: Row, predictor: str) -> dict[str, Points]:
         >>> scatters({"result": {"points": points, "agreement": [entry]}}, "coupling")
         {'near (n = 1)': Points(x=(0.5,), y=(0.25,), names=('a',))}
     """
-    try:
+    with naming(_LACKS):
         points, agreement = row["result"]["points"], row["result"]["agreement"]
         names = points.get("piece", [""] * len(points["measured"]))
         columns = list(zip(points[predictor], points["measured"], names, points["class"], strict=True))
@@ -72,8 +74,6 @@ def scatters(row: Row, predictor: str) -> dict[str, Points]:
                 ]
                 groups[_label(entry)] = Points(*(tuple(point[at] for point in drawn) for at in range(3)))
         return groups
-    except (KeyError, TypeError, ValueError) as error:
-        raise ReportError(f"a row of ripple_effects lacks what its figure needs: {error}") from error
 
 
 def overall_agreement(row: Row, predictor: str) -> str:
@@ -87,12 +87,10 @@ def overall_agreement(row: Row, predictor: str) -> str:
         >>> overall_agreement({"result": {"agreement": [entry]}}, "coupling")
         'r = 0.50, Spearman undefined'
     """
-    try:
+    with naming(_LACKS):
         for entry in row["result"]["agreement"]:
             if (entry["predictor"], entry["group"]) == (predictor, "all"):
                 return f"r = {_short(entry['pearson'])}, Spearman {_short(entry['spearman'])}"
-    except (KeyError, TypeError) as error:
-        raise ReportError(f"a row of ripple_effects lacks what its figure needs: {error}") from error
     raise ReportError(f"a row of ripple_effects lacks the agreement of {predictor!r}")
 
 

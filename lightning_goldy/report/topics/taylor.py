@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
-from lightning_goldy.report.builders import Bars, Line, Lines, arrange, bars, lines
+from lightning_goldy.report.builders import Bars, Line, Lines, arrange, bars, layered, lines
 from lightning_goldy.report.descriptions import Description, describe
 from lightning_goldy.report.figures import Figure, ReportError, Row, register_figure
 from lightning_goldy.report.formatting import format_number
+from lightning_goldy.report.reading import naming
+
+_LACKS = "a row of taylor_diff lacks what its figure needs:"
 
 
 @register_figure("taylor_diff", "prediction", heading="Actual and predicted change", over="run")
@@ -97,7 +98,7 @@ def prediction(rows: Sequence[Row]) -> tuple[dict[str, list[Any]], tuple[float, 
     Raises:
         ReportError: A row lacks something.
     """
-    try:
+    with naming(_LACKS):
         thresholds, metrics = rows[-1]["result"]["thresholds"], [row["metrics"] for row in rows]
         found = {"steps": [row["step"] for row in rows]}
         found |= {name: [each[name] for each in metrics] for name in ("change", "nonlinearity")}
@@ -106,8 +107,6 @@ def prediction(rows: Sequence[Row]) -> tuple[dict[str, list[Any]], tuple[float, 
             changes = [None if None in pair else pair[0] - pair[1] for pair in pairs]
             found[name.removeprefix("loss/")] = changes
         return found, (float(thresholds["lazy"]), float(thresholds["nonlinear"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ReportError(f"a row of taylor_diff lacks what its figure needs: {error}") from error
 
 
 def prediction_caption(row: Row) -> str:
@@ -127,11 +126,9 @@ def shares(row: Row) -> dict[str, tuple[float | None, float | None]]:
     Raises:
         ReportError: The row lacks them.
     """
-    try:
+    with naming(_LACKS):
         loss, function = row["result"]["loss_shares"], row["result"]["function_shares"]
         return {name: (loss.get(name), function.get(name)) for name in dict.fromkeys([*loss, *function])}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ReportError(f"a row of taylor_diff lacks what its figure needs: {error}") from error
 
 
 def shares_caption(row: Row) -> str:
@@ -189,10 +186,8 @@ def variant_caption(rows: Sequence[Row]) -> str:
 
 def _with_points(figure: Figure) -> Figure:
     """Every line with its points, dashed ones too: at one checkpoint there is nothing else to see."""
-    spec = copy.deepcopy(figure.bare())
-    layer = {name: value for name, value in spec["layer"][0].items() if name != "transform"}
-    spec["layer"].append({**layer, "mark": {"type": "point", "filled": True, "size": 22, "opacity": 1}})
-    return replace(figure, chart=spec)
+    layer = {name: value for name, value in figure.bare()["layer"][0].items() if name != "transform"}
+    return layered(figure, [{**layer, "mark": {"type": "point", "filled": True, "size": 22, "opacity": 1}}])
 
 
 def _with_regimes(figure: Figure, thresholds: tuple[float, float]) -> Figure:
@@ -200,7 +195,6 @@ def _with_regimes(figure: Figure, thresholds: tuple[float, float]) -> Figure:
     known = [value for value in figure.data["points"]["y"] if value is not None]
     ends = (0.0, *thresholds, max([1.2 * thresholds[1], *(1.1 * value for value in known)]))
     bands = {"low": ends[:-1], "high": ends[1:], "regime": ["lazy", "weakly nonlinear", "nonlinear"]}
-    spec = copy.deepcopy(figure.bare())
     data, y = {"name": "bands"}, {"field": "low", "type": "quantitative"}
     rectangles = {
         "data": data,
@@ -218,10 +212,10 @@ def _with_regimes(figure: Figure, thresholds: tuple[float, float]) -> Figure:
         "mark": {"type": "text", "align": "left", "fontSize": 10},
         "encoding": {"x": {"value": 5}, "y": {**y, "field": "middle"}, "text": {"field": "regime"}},
     }
-    for layer in spec["layer"]:
+    banded = layered(figure, below=[rectangles, names], data={"bands": bands})
+    for layer in banded.bare()["layer"][2:]:
         layer["encoding"]["y"]["axis"]["grid"] = False
-    spec["layer"] = [rectangles, names, *spec["layer"]]
-    return replace(figure, chart=spec, data={**figure.data, "bands": bands})
+    return banded
 
 
 describe(

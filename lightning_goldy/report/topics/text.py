@@ -14,8 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_goldy.report.descriptions import Description, describe
-from lightning_goldy.report.figures import ReportError, Row, register_table, register_text
-from lightning_goldy.report.formatting import format_number, format_percent, printable, texts_html
+from lightning_goldy.report.figures import Row, register_table, register_text
+from lightning_goldy.report.formatting import console_table, format_number, format_percent, printable, texts_html
+from lightning_goldy.report.reading import naming
 
 Entries = Sequence[Mapping[str, Any]]
 """One per prompt: ``prompt``, two texts, ``agreement`` (a fraction) and ``kl_per_token`` (nats); the texts are
@@ -122,23 +123,15 @@ def _continued(entries: Entries) -> Mapping[str, str]:
 
 
 def _table(title: str, columns: Mapping[str, str], entries: Entries) -> Table:
-    table = Table(title=title, title_justify="left", show_lines=True)
-    for heading in columns.values():
-        table.add_column(heading, overflow="fold")
-    for cells in _cells(columns, entries):
-        # As Text, because brackets in a plain string would be read as markup.
-        table.add_row(*map(Text, cells))
-    return table
+    return console_table(title, [*columns.values()], _cells(columns, entries), show_lines=True)
 
 
 def _cells(columns: Mapping[str, str], entries: Entries) -> Iterable[list[str]]:
     shown = {"agreement": format_percent, "kl_per_token": format_number}
     what = "a comparison of generations" if columns is _GENERATIONS else "a continuation"
     for entry in entries:
-        try:
+        with naming(f"{what} lacks or spoils"):
             cells = [shown.get(name, printable)(entry[name]) for name in columns]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ReportError(f"{what} lacks or spoils {error}") from error
         yield cells
 
 
