@@ -3,46 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import lightning.pytorch as L
 from torch import nn
 
 from lightning_goldy.analysis.attention import Prompt, TrackedAttention, attention_maps, track_attention
-from lightning_goldy.analysis.attention.rows import Tokens
 from lightning_goldy.analysis.attention.statistics import check_statistics_arguments
 from lightning_goldy.analysis.attention.tracking import check_prompts, token_namer
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.callbacks.golden_snapshot import find_snapshot
 from lightning_goldy.core.isolation import undisturbed
-from lightning_goldy.training.subject import find_tokenizer
-
-PROBE = "probe"
-"""What the prompt is called that is taken from the probe when none is given."""
-
-PromptTexts: TypeAlias = Mapping[str, "str | Sequence[int]"]
-
-
-def find_prompts(
-    trainer: L.Trainer, model: nn.Module, given: PromptTexts | None, probe: Sequence[Any], max_tokens: int
-) -> tuple[Prompt, ...]:
-    """The prompts with the run's tokenizer, each cut to its first tokens; by default the probe's first sample.
-
-    Raises:
-        ValueError: A text needs a tokenizer and there is none, or a token is unknown to the model.
-    """
-    if given is None:
-        tokens = Tokens.of(probe[0])
-        # Without its padding, which the model does not see either.
-        given = {PROBE: tokens.ids[0][tokens.valid[0]].tolist()}
-    tokenizer = find_tokenizer(trainer)
-    for name, content in given.items():
-        if isinstance(content, str) and tokenizer is None:
-            raise ValueError(
-                f"prompt {name!r} is a text, but neither {type(trainer.lightning_module).__name__} nor its data module "
-                "has a tokenizer; give token ids instead"
-            )
-    return tuple(Prompt.of(name, content, model, tokenizer, max_tokens) for name, content in given.items())
+from lightning_goldy.training.subject import find_prompts, find_tokenizer
 
 
 class AttentionTracker(AnalysisCallback[TrackedAttention]):

@@ -22,7 +22,6 @@ from lightning_goldy.analysis.divergence import shortened
 from lightning_goldy.analysis.linearized import explain_change
 from lightning_goldy.analysis.result import AnalysisResult, Row
 from lightning_goldy.analysis.taylor import taylor_diff
-from lightning_goldy.callbacks.attention_tracker import find_prompts
 from lightning_goldy.callbacks.store import ROWS, ResultStore, peak_memory_bytes
 from lightning_goldy.commands.checkpoints import FoundBase, SavedModel, find_base, read_saved
 from lightning_goldy.commands.fit import check_configs, run_configured
@@ -36,7 +35,14 @@ from lightning_goldy.core.space import trainable_parameters
 from lightning_goldy.core.vector import require_finite
 from lightning_goldy.report import continuations_table, explanation_table, summary_table
 from lightning_goldy.report.figures import draw_figures
-from lightning_goldy.training.subject import check_probe, find_model, find_objective, find_probe, find_tokenizer
+from lightning_goldy.training.subject import (
+    check_probe,
+    find_model,
+    find_objective,
+    find_probe,
+    find_prompts,
+    find_tokenizer,
+)
 
 
 @dataclass(frozen=True)

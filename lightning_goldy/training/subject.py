@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import lightning.pytorch as L
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_goldy.analysis.attention import Prompt
+from lightning_goldy.analysis.attention.rows import Tokens
 from lightning_goldy.core.objective import CausalLMObjective, Objective, map_batch
 
 
@@ -169,3 +171,31 @@ def check_split_names(names: Iterable[str]) -> None:
     for name in names:
         if not re.fullmatch(r"[\w-]+", str(name), re.ASCII):
             raise ValueError(f"split names become parts of tags: letters, digits, '-' and '_' only; got {name!r}")
+
+
+PROBE = "probe"
+"""What the prompt is called that is taken from the probe when none is given."""
+
+PromptTexts: TypeAlias = Mapping[str, "str | Sequence[int]"]
+
+
+def find_prompts(
+    trainer: L.Trainer, model: nn.Module, given: PromptTexts | None, probe: Sequence[Any], max_tokens: int
+) -> tuple[Prompt, ...]:
+    """The prompts with the run's tokenizer, each cut to its first tokens; by default the probe's first sample.
+
+    Raises:
+        ValueError: A text needs a tokenizer and there is none, or a token is unknown to the model.
+    """
+    if given is None:
+        tokens = Tokens.of(probe[0])
+        # Without its padding, which the model does not see either.
+        given = {PROBE: tokens.ids[0][tokens.valid[0]].tolist()}
+    tokenizer = find_tokenizer(trainer)
+    for name, content in given.items():
+        if isinstance(content, str) and tokenizer is None:
+            raise ValueError(
+                f"prompt {name!r} is a text, but neither {type(trainer.lightning_module).__name__} nor its data module "
+                "has a tokenizer; give token ids instead"
+            )
+    return tuple(Prompt.of(name, content, model, tokenizer, max_tokens) for name, content in given.items())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import time
 import warnings
@@ -28,7 +27,7 @@ from lightning_goldy.analysis.result import Cost
 from lightning_goldy.core.batches import map_batch
 from lightning_goldy.core.directions import Preconditioner, Proposal, Ray, direction_seed
 from lightning_goldy.core.isolation import preserved
-from lightning_goldy.core.naming import require_at_least, require_choice
+from lightning_goldy.core.naming import suggestion
 from lightning_goldy.core.objective import CausalLMObjective, Objective
 from lightning_goldy.core.sharding import Replicas, is_sharded, local, unshard_guard
 from lightning_goldy.core.space import ParameterSpace
@@ -80,9 +79,11 @@ class Estimator:
     directions: Directions = "auto"
 
     def __post_init__(self) -> None:
-        require_at_least("max_evaluations", self.max_evaluations, 1)
-        require_choice("measure", self.measure, get_args(Measure))
-        require_choice("directions", self.directions, get_args(Directions))
+        if self.max_evaluations < 1:
+            raise ValueError(f"max_evaluations must be at least 1; got {self.max_evaluations}")
+        for name, value, choices in (("measure", self.measure, Measure), ("directions", self.directions, Directions)):
+            if value not in get_args(choices):
+                raise ValueError(f"unknown {name} {value!r}; {suggestion(str(value), get_args(choices))}")
         if not 0 < self.rtol < 1:
             raise ValueError(f"rtol must lie in (0, 1); got {self.rtol}")
         check_cache(self.cache, None)
@@ -96,11 +97,18 @@ def local_volume(
     cutoff: float = 1e-2,
     sigma: float | None = None,
     preconditioner: Preconditioner | None = None,
+    measure: Measure = "gaussian",
+    rtol: float = 1e-2,
+    max_evaluations: int = 40,
+    max_radius: float | None = None,
+    l2_reg: float = 0.0,
+    seed: int = 0,
+    first_direction: int = 0,
+    directions: Directions = "auto",
     estimator: Estimator | None = None,
     space: ParameterSpace | None = None,
     progress: Callable[[int, int], None] | None = None,
     split_over_ranks: bool = True,
-    **settings: Any,
 ) -> VolumeResult:
     r"""Estimates the volume of the region around a module's parameters where a cost stays below a cutoff.
 
@@ -121,12 +129,18 @@ def local_volume(
         sigma: Standard deviation of the Gaussian measure, parameter units; by default the root mean square of the
             selected parameters. Volumes at different sigmas are not comparable.
         preconditioner: Stretches directions without changing volumes; the better it fits, the tighter the bound.
-        estimator: How the volume is estimated.
+        measure: As for :class:`Estimator`, like the following.
+        rtol: Relative tolerance of the evaluated cost.
+        max_evaluations: Cost evaluations per direction before an error.
+        max_radius: Largest distance from the anchor.
+        l2_reg: Weight of the squared distance from the anchor in the cost.
+        seed: Decides the directions.
+        first_direction: Number of the first direction.
+        directions: Whether they are held.
+        estimator: All of these settings at once, instead of by name.
         space: Which parameters; all trainable ones by default.
         progress: Called with (directions done, directions in all) on this rank.
         split_over_ranks: Whether to share directions out over the ranks of an initialised process group.
-        **settings: Those of :class:`Estimator` by name, instead of ``estimator``: ``measure``, ``rtol``,
-            ``max_evaluations``, ``max_radius``, ``l2_reg``, ``seed``, ``first_direction``, ``directions``.
 
     Returns:
         The estimates, direction by direction.
@@ -148,10 +162,9 @@ def local_volume(
         (True, ())
     """
     check_region(n_directions, cutoff, sigma)
-    for name in ("max_seq_len", "cache"):
-        if name in settings:
-            raise TypeError(f"local_volume() got an unexpected keyword argument {name!r}")
-    estimator = _one_of(estimator, Estimator(**settings))
+    walked = (max_radius, l2_reg, first_direction, directions)
+    named = Estimator(measure, seed, rtol, max_evaluations, None, "auto", *walked)
+    estimator = _one_of(estimator, named)
     if estimator.measure == "sphere" and preconditioner is not None:
         raise ValueError("measure='sphere' takes no preconditioner: directions are tangents of the sphere")
     began = time.perf_counter()
@@ -193,6 +206,16 @@ def basin_volume(
     cutoff: float = 1e-2,
     sigma: float | None = None,
     preconditioner: Preconditioner | Mapping[str, Preconditioner | None] | None = None,
+    measure: Measure = "gaussian",
+    rtol: float = 1e-2,
+    max_evaluations: int = 40,
+    max_radius: float | None = None,
+    l2_reg: float = 0.0,
+    seed: int = 0,
+    first_direction: int = 0,
+    directions: Directions = "auto",
+    max_seq_len: int | None = None,
+    cache: Cache = "auto",
     estimator: Estimator | None = None,
     cache_dtype: torch.dtype | None = None,
     n_samples: int | None = None,
@@ -200,7 +223,6 @@ def basin_volume(
     progress: Callable[[int, int], None] | None = None,
     split_over_ranks: bool = True,
     val_size: int | None = None,
-    **settings: Any,
 ) -> VolumeResult:
     r"""Estimates the log-volume of the region around a model where its predictions stay within a KL divergence.
 
@@ -220,7 +242,17 @@ def basin_volume(
         sigma: Standard deviation of the Gaussian measure; by default the root mean square of the parameters.
         preconditioner: One, or several proposals by name (None for the plain one), of which the best is returned with
             every one's own numbers.
-        estimator: How the volume is estimated.
+        measure: As for :class:`Estimator`, like the following.
+        rtol: Relative tolerance of the evaluated divergence.
+        max_evaluations: Evaluations per direction before an error.
+        max_radius: Largest distance from the anchor.
+        l2_reg: Weight of the squared distance from the anchor.
+        seed: Decides the directions.
+        first_direction: Number of the first direction.
+        directions: Whether they are held.
+        max_seq_len: Use only the first so many tokens of each sample.
+        cache: Where the anchor's log-probabilities are kept.
+        estimator: All of these settings at once, instead of by name.
         cache_dtype: Of what is kept; a rounder dtype than the logits' adds the ``anchor_cost`` of the result to every
             divergence.
         n_samples: Use only the first so many samples.
@@ -228,7 +260,6 @@ def basin_volume(
         progress: Called with (directions done, directions in all) on this rank.
         split_over_ranks: Whether to share directions out over the ranks of an initialised process group.
         val_size: Former name of ``n_samples``.
-        **settings: Those of :class:`Estimator` by name, instead of ``estimator``.
 
     Returns:
         The estimates, direction by direction, in nats; the cost is that of all ranks.
@@ -251,7 +282,9 @@ def basin_volume(
         if n_samples is not None:
             raise ValueError(f"give n_samples= alone; got n_samples={n_samples} and val_size={val_size}")
         n_samples = val_size
-    estimator = _one_of(estimator, Estimator(**settings))
+    walked = (max_radius, l2_reg, first_direction, directions)
+    named = Estimator(measure, seed, rtol, max_evaluations, max_seq_len, cache, *walked)
+    estimator = _one_of(estimator, named)
     check_cache(estimator.cache, cache_dtype)
     objective = objective or CausalLMObjective()
     device = next(model.parameters()).device
@@ -262,16 +295,28 @@ def basin_volume(
     ]
     with preserved(model):
         divergence = AnchoredDivergence(model, chosen, objective, cache=estimator.cache, cache_dtype=cache_dtype)
-        region: dict[str, Any] = {"n_directions": n_directions, "cutoff": cutoff, "sigma": sigma, "space": space}
-        options = {**region, "estimator": estimator, "progress": progress, "split_over_ranks": split_over_ranks}
-        volume = functools.partial(local_volume, model, divergence, **options)
+
+        def volume(proposal: Preconditioner | None) -> VolumeResult:
+            return local_volume(
+                model,
+                divergence,
+                n_directions=n_directions,
+                cutoff=cutoff,
+                sigma=sigma,
+                preconditioner=proposal,
+                space=space,
+                estimator=estimator,
+                progress=progress,
+                split_over_ranks=split_over_ranks,
+            )
+
         if isinstance(preconditioner, Mapping):
-            result = best_of({name: volume(preconditioner=proposal) for name, proposal in preconditioner.items()})
+            result = best_of({name: volume(proposal) for name, proposal in preconditioner.items()})
             spent = sum(numbers["evaluations"] for numbers in result.proposals.values())
             # What the other proposals cost belongs to the choice.
             result = dataclasses.replace(result, extra_evaluations=spent - int(result.evaluations.sum()))
         else:
-            result = volume(preconditioner=preconditioner)
+            result = volume(preconditioner)
     replicas = Replicas.of(model) if split_over_ranks else Replicas()
     return dataclasses.replace(result, cost=Cost(forwards=sum(replicas.gather_objects(divergence.forwards))))
 
@@ -290,7 +335,8 @@ def check_region(n_directions: int, cutoff: float, sigma: float | None) -> None:
     Raises:
         ValueError: An argument is out of range.
     """
-    require_at_least("n_directions", n_directions, 1)
+    if n_directions < 1:
+        raise ValueError(f"n_directions must be at least 1; got {n_directions}")
     for name, value in (("cutoff", cutoff), ("sigma", 1.0 if sigma is None else sigma)):
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name} must be positive and finite; got {value}")
@@ -326,7 +372,8 @@ class _Walk:
         self, seeds: list[int], replicas: Replicas, tell: Callable[[int, int], None]
     ) -> list[tuple[int, tuple[Proposal, Crossing]]]:
         """This rank's part of the directions, and the pilot, which all walk, so that all start from the same radius."""
-        pilot, mine = self.trace(seeds[0]), replicas.share(seeds[1:])
+        pilot = self.trace(seeds[0])
+        mine = replicas.share(seeds[1:])
         traces = [(seeds[0], pilot)]
         for own in mine:
             tell(len(traces), len(mine) + 1)
@@ -549,6 +596,10 @@ class _Search:
         slope = (other_y - y) / (other_x - x)
         return slope if slope > _FLAT else None
 
+    def _flat(self) -> bool:
+        """Whether the cost is known to hardly grow, so that its next value is far away."""
+        return len(self.points) > 1 and self._secant() is None
+
     def slope_at_best(self) -> float:
         secant = self._secant()
         return self.slope if secant is None else secant
@@ -589,8 +640,7 @@ class _Search:
             # The secant may creep along one side of a kink; halving does not.
             if not low < guess < high or (self.count > _PATIENCE and self.count % 2):
                 guess = 0.5 * (low + high)
-        elif math.isfinite(low) and (guess <= low or (len(self.points) > 1 and self._secant() is None)):
-            # Also where the cost is known to hardly grow, so that its next value is far away.
+        elif math.isfinite(low) and (guess <= low or self._flat()):
             guess = low + _LARGEST_STEP
         elif math.isfinite(high) and guess >= high:
             guess = high - _STEP_BACK

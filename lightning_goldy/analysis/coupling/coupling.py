@@ -13,8 +13,17 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.coupling.blocks import Block, BlockStore, FolderBlocks, MemoryBlocks
-from lightning_goldy.analysis.coupling.gram import Projection, RowBuffer, Rows, inner_products, squared_norms
+from lightning_goldy.analysis.coupling.gram import (
+    Block,
+    BlockStore,
+    FolderBlocks,
+    MemoryBlocks,
+    Projection,
+    RowBuffer,
+    Rows,
+    inner_products,
+    squared_norms,
+)
 from lightning_goldy.analysis.coupling.passes import (
     RECOVERABLE,
     Capture,

@@ -1,6 +1,11 @@
 """Through which parts: frozen attention, linear MLPs, and what of the change survives with them."""
 
-from lightning_goldy.analysis.linearized.explain import ExplainedChange, SurvivingChange, explain_change
+from lightning_goldy.analysis.linearized.explain import (
+    ExplainedChange,
+    SurvivingChange,
+    counted_forwards,
+    explain_change,
+)
 from lightning_goldy.analysis.linearized.variants import (
     FrozenAttention,
     LinearizedMLP,
@@ -17,5 +22,6 @@ __all__ = [
     "TangentModel",
     "Variant",
     "build_variant",
+    "counted_forwards",
     "explain_change",
 ]
