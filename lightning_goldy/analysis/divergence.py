@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -227,6 +228,20 @@ def own_share(
         yield map_batch(batch, lambda tensor: tensor.to(device))
         if progress is not None:
             progress(done, len(mine))
+
+
+@contextmanager
+def counted_forwards(model: nn.Module, sums: dict[str, float]) -> Iterator[None]:
+    """Adds the samples of every pass of the model, whoever calls it, to ``forwards``."""
+
+    def count(module: nn.Module, args: Any, kwargs: Any) -> None:
+        sums["forwards"] += len(next(batch_tensors((args, kwargs))))
+
+    hook = model.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _cut(batch: Any, samples: int | None, length: int | None) -> Any:

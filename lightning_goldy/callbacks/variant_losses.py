@@ -9,8 +9,7 @@ from typing import Any, ClassVar
 import lightning.pytorch as L
 import torch
 
-from lightning_goldy.analysis.divergence import own_share, shortened
-from lightning_goldy.analysis.linearized import counted_forwards
+from lightning_goldy.analysis.divergence import counted_forwards, own_share, shortened
 from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.core.objective import FunctionObjective, batch_tensors

@@ -3,7 +3,6 @@
 from lightning_goldy.analysis.linearized.explain import (
     ExplainedChange,
     SurvivingChange,
-    counted_forwards,
     explain_change,
 )
 from lightning_goldy.analysis.linearized.variants import (
@@ -22,6 +21,5 @@ __all__ = [
     "TangentModel",
     "Variant",
     "build_variant",
-    "counted_forwards",
     "explain_change",
 ]

@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.divergence import divergence_sum, own_share
+from lightning_goldy.analysis.divergence import counted_forwards, divergence_sum, own_share
 from lightning_goldy.analysis.linearized.variants import FrozenAttention, Intervention, TangentModel, variant_parts
 from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.core.architecture.kernels import eager_attention
@@ -241,20 +241,6 @@ class _Measured:
         own = isinstance(self.objective, FunctionObjective)  # whose loss need not be that of the targets
         loss = self.objective.loss(model, self.batch) if own else target.loss()
         return float(loss), len(target.targets), target.logits
-
-
-@contextmanager
-def counted_forwards(model: nn.Module, sums: dict[str, float]) -> Iterator[None]:
-    """Adds the samples of every pass of the model, whoever calls it, to ``forwards``."""
-
-    def count(module: nn.Module, args: Any, kwargs: Any) -> None:
-        sums["forwards"] += len(next(batch_tensors((args, kwargs))))
-
-    hook = model.register_forward_pre_hook(count, with_kwargs=True)
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def _add_batch(sums: dict[str, float], measure: _Measured, made: Mapping[Explanation, tuple[nn.Module, ...]]) -> None:
