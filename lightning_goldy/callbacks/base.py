@@ -298,9 +298,10 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         )
         earlier = self._store.history
         line = self._store.append(row)
+        # The row is there: a logger that fails must not have it written again.
+        self._last_step = step
         if trainer.is_global_zero:
             log_row(trainer, line, histograms, earlier)
-        self._last_step = step
 
     def _described(self, result: ResultT, context: AnalysisContext) -> tuple[Row, Vectors, Histograms]:
         told = self.describe(result, context)

@@ -21,13 +21,13 @@ from lightning_goldy.analysis.golden import (
     reverse_golden_parameters,
 )
 from lightning_goldy.analysis.result import Row
-from lightning_goldy.callbacks.attention_tracker import find_tokenizer
 from lightning_goldy.callbacks.base import AnalysisContext
 from lightning_goldy.callbacks.golden_snapshot import MaskCallback
 from lightning_goldy.core.batches import batch_tensors
 from lightning_goldy.core.mask import Scope
 from lightning_goldy.core.objective import CausalLMObjective, Objective, map_batch
 from lightning_goldy.core.space import ParameterSpace
+from lightning_goldy.training.subject import find_tokenizer
 
 
 @dataclass(frozen=True)

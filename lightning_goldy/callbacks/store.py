@@ -192,11 +192,12 @@ class ResultStore:
         if previous.resolve() == self.folder.resolve():
             filter_rows(self.rows, lambda row: row["step"] <= step)
             return
-        kept = [row for row in read_rows(previous / ROWS) if row["step"] <= step]
+        # The process that wrote there may have been killed within a row.
+        kept = [row for row in read_rows(previous / ROWS, torn="drop") if row["step"] <= step]
         for name in sorted({name for row in kept for name in row.get("files", {}).values()}):
             self.carry(previous / name)
         if kept:
-            atomic_write(self.rows, "".join(to_json_line(row) + "\n" for row in kept))
+            atomic_write(self.rows, "".join(to_json_line(row) + "\n" for row in kept).encode("utf-8", "replace"))
 
     def prune(self, prefix: str, trainer: L.Trainer) -> None:
         """Removes files that belonged to checkpoints which Lightning has removed since.
@@ -259,8 +260,13 @@ def log_row(
     for name, written in TEXTS.items():
         if row["result"].get(name):
             log_text(trainer.loggers, f"{prefix}/{name}", written(row["result"][name]), step)
+
+    def tell(name: str, error: Exception) -> None:
+        # The row holds the numbers; no training ends for want of a picture.
+        rank_zero_warn(f"figure {name!r} of {row['name']} at step {row['step']} is not logged: {error}")
+
     try:
-        figures = draw_figures(row, earlier)
+        figures = draw_figures(row, earlier, failed=tell)
     except ImportError as error:
         if str(error) not in _told:
             _told.add(str(error))
@@ -271,8 +277,7 @@ def log_row(
         try:
             log_figure(trainer.loggers, f"{prefix}/figure/{name}", figure, step)
         except RenderError as error:
-            # The row holds the numbers; no training ends for want of a picture.
-            rank_zero_warn(f"figure {name!r} of {row['name']} at step {row['step']} is not logged: {error}")
+            tell(name, error)
 
 
 class AnalysisProgress:

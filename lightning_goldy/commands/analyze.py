@@ -35,6 +35,7 @@ from lightning_goldy.core.space import trainable_parameters
 from lightning_goldy.core.vector import require_finite
 from lightning_goldy.report import continuations_table, explanation_table, summary_table
 from lightning_goldy.report.figures import draw_figures
+from lightning_goldy.report.rendering import RenderError
 from lightning_goldy.training.subject import (
     check_probe,
     find_model,
@@ -354,13 +355,19 @@ class CheckpointAnalysis(L.Callback):
         self._draw(line)
 
     def _draw(self, row: dict[str, Any]) -> None:
+        def tell(name: str, error: Exception) -> None:
+            self._no_figures = f"{row['name']}-{name}: {error}"
+
         try:
-            figures = draw_figures(row)
+            figures = draw_figures(row, failed=tell)
         except ImportError as error:
             self._no_figures = str(error)
             return
         for name, figure in figures.items():
-            atomic_write(self.folder / FIGURES / f"{row['name']}-{name}.png", figure.png())
+            try:
+                atomic_write(self.folder / FIGURES / f"{row['name']}-{name}.png", figure.png())
+            except RenderError as error:
+                tell(name, error)
 
     def _write_summary(self) -> None:
         summary = {

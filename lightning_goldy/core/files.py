@@ -10,7 +10,7 @@ import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 
 class StoreError(ValueError):
@@ -74,8 +74,12 @@ def atomic_write(path: str | Path, data: bytes | str) -> Path:
     return Path(path)
 
 
-def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """Reads a file of JSON lines; a missing file has no rows.
+def read_rows(path: str | Path, *, torn: Literal["error", "drop"] = "error") -> list[dict[str, Any]]:
+    """Reads a file of JSON lines; a missing file has no rows, and a blank line is none.
+
+    Args:
+        path: The file.
+        torn: Whether a last line that a killed process left unfinished is an error, or left out.
 
     Raises:
         RowError: A line is not a JSON object.
@@ -85,11 +89,15 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
         return []
     rows = []
     # Bytes, and only this separator: str.splitlines also cuts at characters that JSON leaves inside strings.
-    lines = path.read_bytes().removesuffix(b"\n").split(b"\n")
-    for number, line in enumerate(lines if lines != [b""] else [], 1):
+    content = path.read_bytes()
+    if torn == "drop":
+        content = content[: len(content) - _torn(content)]
+    for number, line in enumerate(content.split(b"\n"), 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line.decode("utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise RowError(f"{path}, line {number}: not JSON ({error})") from error
         if not isinstance(row, dict):
             raise RowError(f"{path}, line {number}: a row is an object; this is {type(row).__name__}")
@@ -107,7 +115,8 @@ def append_row(path: str | Path, row: Mapping[str, Any]) -> None:
         OSError: The row could not be written whole; the file is as it was before.
         TypeError: The row is not JSON-able; nothing is written.
     """
-    line, path = to_json_line(row).encode() + b"\n", Path(path)
+    # Text can hold half a surrogate pair, which UTF-8 cannot; no row is lost for it.
+    line, path = to_json_line(row).encode("utf-8", "replace") + b"\n", Path(path)
     made = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
@@ -142,19 +151,21 @@ def repair_rows(path: str | Path) -> int:
     """
     path = Path(path)
     content = path.read_bytes() if path.exists() else b""
-    start = content.removesuffix(b"\n").rfind(b"\n") + 1
-    last = content[start:]
-    if not last:
-        return 0
-    try:
-        whole = isinstance(json.loads(last.decode()), dict)
-    except ValueError:
-        whole = False
-    if not whole:
-        atomic_write(path, content[:start])
-        return len(last)
-    if not last.endswith(b"\n"):
+    cut = _torn(content)
+    if cut:
+        atomic_write(path, content[:-cut])
+    elif content and not content.endswith(b"\n"):
         atomic_write(path, content + b"\n")
+    return cut
+
+
+def _torn(content: bytes) -> int:
+    """Bytes of the last line, where it is not whole."""
+    last = content[content.rstrip(b"\n").rfind(b"\n") + 1 :]
+    try:
+        json.loads(last.decode("utf-8") if last.strip() else "0")
+    except (ValueError, RecursionError):
+        return len(last)
     return 0
 
 
@@ -189,6 +200,9 @@ def finite(value: Any) -> Any:
         return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [finite(item) for item in value]
+    if getattr(value, "ndim", None) == 0:
+        # A number of NumPy or torch.
+        return finite(value.item())
     return value
 
 

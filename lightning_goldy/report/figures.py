@@ -8,12 +8,12 @@ its PNG.
 from __future__ import annotations
 
 import importlib
-import math
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from lightning_goldy.core.files import finite
 from lightning_goldy.report.rendering import png_of, require_drawing
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ class Entry:
             drawn = self.function(rows if self.over == "run" else rows[-1])
         except ReportError:
             raise
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        except Exception as error:
             raise ReportError(f"{type(error).__name__}: {error}") from error
         if not isinstance(drawn, (Figure, str, type(None))):
             raise TypeError(
@@ -266,12 +266,16 @@ def reads_of(analysis: str) -> frozenset[str]:
     return frozenset(name for entry in figures_of(analysis) if entry.over == "run" for name in entry.reads)
 
 
-def draw_figures(row: Row, earlier: Sequence[Row] = ()) -> dict[str, Figure]:
+def draw_figures(
+    row: Row, earlier: Sequence[Row] = (), *, failed: Callable[[str, Exception], None] | None = None
+) -> dict[str, Figure]:
     """Draws all figures of a row's analysis, for loggers and files.
 
     Args:
         row: One row of ``results.jsonl``.
         earlier: The rows of the run before it, ascending; of their results, those entries that :func:`reads_of` names.
+        failed: Told of a figure that cannot be drawn, by name, and why; the others are drawn. Without it that is an
+            error.
 
     Returns:
         Figure name to figure, with its title; figures that have nothing to show in this row are left out.
@@ -289,7 +293,13 @@ def draw_figures(row: Row, earlier: Sequence[Row] = ()) -> dict[str, Figure]:
     if entries:
         require_drawing()
     for entry in entries:
-        figure = entry.draw([*earlier, row])
+        try:
+            figure = entry.draw([*earlier, row])
+        except (ReportError, TypeError) as error:
+            if failed is None:
+                raise
+            failed(entry.name, error)
+            continue
         if isinstance(figure, Figure):
             step = f"{entry.heading}, step {row['step']:,}"
             figures[entry.name] = figure if figure.title else replace(figure, title=step)
@@ -359,10 +369,7 @@ def plain_columns(columns: Columns) -> dict[str, list[Any]]:
         {'loss': [1.0, None]}
     """
     plain = {name: values.tolist() if hasattr(values, "tolist") else values for name, values in columns.items()}
-    return {
-        name: [None if isinstance(value, float) and not math.isfinite(value) else value for value in values]
-        for name, values in plain.items()
-    }
+    return {name: finite(list(values)) for name, values in plain.items()}
 
 
 def _rows(columns: Columns) -> list[dict[str, Any]]:

@@ -126,6 +126,8 @@ def _short(values: Sequence[Any]) -> Sequence[Any] | Mapping[str, Any]:
 
 # Every frame of a slider is in the page, so their number decides its size.
 _MOST_FRAMES = 40
+# Points of a line over the training.
+_MOST_POINTS = 400
 
 
 def write_report(run_directory: str | os.PathLike[str], output: str | os.PathLike[str] | None = None) -> Path:
@@ -309,14 +311,15 @@ def label_of(row: Row) -> str:
 
 def _figures(analysis: AnalysisRows) -> str:
     count = len(analysis.rows)
-    shown = sorted({round(place) for place in np.linspace(0, count - 1, min(count, _MOST_FRAMES))})
+    shown = _spaced(count, _MOST_FRAMES)
     parts = [_figure(analysis, entry, shown) for entry in figures_of(analysis.analysis)]
     if not any(parts):
         return ""
     note = ""
     if len(shown) < count:
         note = (
-            f'<p class="note">The figures show {len(shown)} of {count} results, evenly spaced; the lines show all.</p>'
+            f'<p class="note">The figures show {len(shown)} of {count} results, evenly spaced; '
+            f"the lines show {min(count, _MOST_POINTS)}.</p>"
         )
     return f'{note}<div class="figures">{"".join(parts)}</div>'
 
@@ -341,8 +344,12 @@ def _metric_lines(rows: Sequence[Row]) -> str:
 
 
 def _grouped_series(rows: Sequence[Row]) -> dict[str, dict[str, Series]]:
-    """Metrics measured at least twice; names that differ only after the last slash share a chart."""
+    """Metrics measured at least twice; names that differ only after the last slash share a chart.
+
+    Of more rows than a line can show, so many evenly spaced.
+    """
     groups: dict[str, dict[str, Series]] = {}
+    rows = [rows[index] for index in _spaced(len(rows), _MOST_POINTS)]
     steps = tuple(row["step"] for row in rows)
     courses = {name: tuple(row["metrics"].get(name) for row in rows) for name in _metric_names(rows)}
     drawn = {name: (steps, values) for name, values in courses.items() if len(values) - values.count(None) >= 2}
@@ -352,6 +359,11 @@ def _grouped_series(rows: Sequence[Row]) -> dict[str, dict[str, Series]]:
         alone = not heading or headings.count(heading) == 1
         groups.setdefault(name if alone else heading, {})[name if alone else label] = series
     return groups
+
+
+def _spaced(count: int, most: int) -> list[int]:
+    """At most so many places of ``count``, with the first and the last."""
+    return sorted({round(place) for place in np.linspace(0, count - 1, min(count, most))})
 
 
 def _metric_table(rows: Sequence[Row], description: Description) -> str:

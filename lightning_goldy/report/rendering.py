@@ -102,7 +102,10 @@ class _Renderer:
         require_drawing()
         from altair import SCHEMA_VERSION
 
-        content = json.dumps({**request, "major": SCHEMA_VERSION.lstrip("v").partition(".")[0]}, allow_nan=False)
+        try:
+            content = json.dumps({**request, "major": SCHEMA_VERSION.lstrip("v").partition(".")[0]}, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise RenderError(f"the specification is not JSON: {error}") from error
         with self._lock:
             for _ in range(2):
                 process = self._alive()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -170,3 +171,15 @@ def test_what_figures_over_the_run_read_is_known_by_the_analysis():
     assert reads_of("attention_tracker") == {"spectra"}
     assert reads_of("of somebody else") == frozenset()
     assert torch.tensor([len(reads_of(name)) for name in ("taylor_diff", "variant_losses")]).sum() == 0
+
+
+def test_a_run_goes_on_from_a_folder_whose_last_row_is_torn(tmp_path: Path) -> None:
+    previous = tmp_path / "before"
+    append_row(previous / "results.jsonl", {"step": 1})
+    with open(previous / "results.jsonl", "ab") as file:
+        file.write(b'{"step": 2, "met')
+    before = (previous / "results.jsonl").read_bytes()
+    store = ResultStore(tmp_path / "after", write=True)
+    store.continue_from(previous, 5)
+    assert read_rows(store.rows) == [{"step": 1}]
+    assert (previous / "results.jsonl").read_bytes() == before

@@ -89,7 +89,7 @@ def analyzed(trained, tmp_path_factory):
 def here(trained, tmp_path, monkeypatch):
     """An empty folder to work in. Figures take longest, and one run with them is enough."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("lightning_goldy.commands.analyze.draw_figures", lambda row: {})
+    monkeypatch.setattr("lightning_goldy.commands.analyze.draw_figures", lambda row, **_: {})
     return tmp_path
 
 

@@ -90,7 +90,7 @@ def test_many_rows_are_thinned_in_the_figures_but_not_in_the_lines(
 ) -> None:
     write_rows(tmp_path, *(golden_row(step) for step in range(100)))
     page = page_of(tmp_path)
-    assert "The figures show 40 of 100 results, evenly spaced; the lines show all." in page.text("p")
+    assert "The figures show 40 of 100 results, evenly spaced; the lines show 100." in page.text("p")
     assert [frame["label"] for frame in page.charts[0]["frames"]][::39] == ["step 0", "step 99"]
     assert max(len(page.table(place, "points")["x"]) for place in range(1, len(page.charts))) == 100
 

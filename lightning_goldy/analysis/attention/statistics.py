@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass, field
 from functools import partial
@@ -62,6 +63,12 @@ class AttentionStatistics(AnalysisResult):
     queries: Tensor
     n_samples: int
     cost: Cost = field(default=Cost(), compare=False)
+
+    @property
+    def passes(self) -> int:
+        """Deprecated: ``cost.forwards``, which counts samples."""
+        warnings.warn("AttentionStatistics.passes has become cost.forwards", DeprecationWarning, stacklevel=2)
+        return self.cost.forwards
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -47,6 +47,7 @@ from lightning_goldy.core.naming import model_class
 from lightning_goldy.report.figures import draw_figures
 from lightning_goldy.report.formatting import format_bytes, format_number, format_percent, format_seconds
 from lightning_goldy.report.page import write_report
+from lightning_goldy.report.rendering import RenderError
 from lightning_goldy.report.topics.coupling import readiness_lines, readiness_table
 from lightning_goldy.training.quiet import progress_only, without_known_warnings
 
@@ -552,18 +553,27 @@ def write_pictures(rows: list[dict[str, Any]], folder: Path) -> tuple[dict[str, 
     Returns:
         What each file shows, by name; and why there is none, where what draws them is not installed.
     """
-    written = {}
+    written: dict[str, str] = {}
+    lacking: dict[str, str] = {}
+
+    def tell(name: str, error: Exception) -> None:
+        lacking[name] = f"{name}: {error}"
+
     for row in rows:
         try:
-            figures = draw_figures(row)
+            figures = draw_figures(row, failed=tell)
         except ImportError as error:
             return {}, str(error)
         for name, figure in figures.items():
             file, shows = _PICTURES[row["analysis"], name]
-            # Nothing is trained here, so there is no step.
-            atomic_write(folder / file, replace(figure, title=figure.title.removesuffix(", step 0")).png())
-            written[file] = shows
-    return written, None
+            try:
+                # Nothing is trained here, so there is no step.
+                atomic_write(folder / file, replace(figure, title=figure.title.removesuffix(", step 0")).png())
+            except RenderError as error:
+                tell(name, error)
+            else:
+                written[file] = shows
+    return written, "; ".join(lacking.values()) or None
 
 
 def _folder(options: Options) -> Path:
