@@ -352,7 +352,7 @@ def _lines_base(style: Lines, bands: bool, notes: bool) -> Any:
     log = style.scale == "log"
     scale = alt.Scale(type="log", nice=False, padding=6) if log else alt.Scale(type="linear", zero=style.zero)
     whole = {"tickMinStep": 1, "format": ",d"} if style.whole else {}
-    legend = alt.Legend(title=None, orient="top", columns=3, symbolOpacity=1) if style.legend else None
+    legend = alt.Legend(title=None, orient="top", columns=2, labelLimit=150, symbolOpacity=1) if style.legend else None
     told = [("line:N", "line"), ("x:Q", style.x or "at", "," if style.whole else _EXACT)]
     told += [("y:Q", style.y or "value", _EXACT), *((f"{end}:Q", end, _EXACT) for end in ("low", "high") if bands)]
     told += [("note:N", "note")] if notes else []
