@@ -43,6 +43,6 @@ def volume(
 
 def basin_row(volumes: dict[str, list[VolumeResult]], *, step: int = 10) -> dict[str, Any]:
     """The row of an analysis that found these volumes by split."""
-    records = {split: tuple(map(vars, results)) for split, results in volumes.items()}
-    found = BasinVolumes(records, dict.fromkeys(records, 2), "none", cost=Cost(forwards=12))
+    kept = {split: tuple(results) for split, results in volumes.items()}
+    found = BasinVolumes(kept, dict.fromkeys(kept, 2), "none", cost=Cost(forwards=12))
     return found.row().at(step=step, trigger="step", seconds=2.0, peak_memory_bytes=2**20).to_dict()
