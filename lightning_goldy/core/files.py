@@ -75,7 +75,7 @@ def atomic_write(path: str | Path, data: bytes | str) -> Path:
 
 
 def read_rows(path: str | Path, *, torn: Literal["error", "drop"] = "error") -> list[dict[str, Any]]:
-    """Reads a file of JSON lines; a missing file has no rows, and a blank line is none.
+    """Reads a file of JSON lines; a missing file has no rows.
 
     Args:
         path: The file.
@@ -92,9 +92,8 @@ def read_rows(path: str | Path, *, torn: Literal["error", "drop"] = "error") -> 
     content = path.read_bytes()
     if torn == "drop":
         content = content[: len(content) - _torn(content)]
-    for number, line in enumerate(content.split(b"\n"), 1):
-        if not line.strip():
-            continue
+    lines = content.removesuffix(b"\n").split(b"\n")
+    for number, line in enumerate(lines if lines != [b""] else [], 1):
         try:
             row = json.loads(line.decode("utf-8"))
         except (ValueError, RecursionError) as error:
@@ -160,13 +159,13 @@ def repair_rows(path: str | Path) -> int:
 
 
 def _torn(content: bytes) -> int:
-    """Bytes of the last line, where it is not whole."""
-    last = content[content.rstrip(b"\n").rfind(b"\n") + 1 :]
+    """Bytes of the last line, where it is no whole row."""
+    last = content[content.removesuffix(b"\n").rfind(b"\n") + 1 :]
     try:
-        json.loads(last.decode("utf-8") if last.strip() else "0")
+        whole = not last or isinstance(json.loads(last.decode("utf-8")), dict)
     except (ValueError, RecursionError):
-        return len(last)
-    return 0
+        whole = False
+    return 0 if whole else len(last)
 
 
 def filter_rows(path: str | Path, keep: Callable[[dict[str, Any]], bool]) -> None:

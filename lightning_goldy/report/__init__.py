@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 from lightning_goldy.report.descriptions import Description, describe
 from lightning_goldy.report.figures import (
-    FIGURES,
     Figure,
     ReportError,
     draw_figures,
@@ -117,6 +115,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     called = "register_figure" if successor is register_former else successor.__name__
     warnings.warn(f"lightning_goldy.report.{name} has become {called}", DeprecationWarning, stacklevel=2)
-    runs = {entry.function for entries in FIGURES.values() for entry in entries.values() if entry.over == "run"}
-    # Its former self took one row that held the run.
-    return (lambda row: successor([row] if isinstance(row, Mapping) else row)) if successor in runs else successor
+    return successor

@@ -207,13 +207,6 @@ def test_a_torn_last_line_can_be_left_out(tmp_path: Path, torn: bytes) -> None:
     assert path.read_bytes() == b'{"step": 1}\n'
 
 
-def test_blank_lines_are_no_rows(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'{"step": 1}\n\n{"step": 2}\n\n\n')
-    assert files.repair_rows(path) == 0
-    assert files.read_rows(path) == [{"step": 1}, {"step": 2}]
-
-
 def test_no_row_is_lost_for_what_json_does_not_know(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     files.append_row(
