@@ -31,9 +31,14 @@ def test_any_number_of_processes_gives_the_matrix_of_one(layout: str, world_size
     for texts in run_processes(all_cases, world_size, layout, cases):
         for text, result in zip(texts, expected, strict=True):
             same(text, result)
+            cost = CouplingResult.from_json(text).cost
             # Every replica tries a first piece.
             probes = world_size - 1 if layout == "replicas" and result.measure == "gradient" else 0
-            assert CouplingResult.from_json(text).cost == result.cost + Cost(probes, probes)
+            if result.failed:
+                # A pass that fails is repeated piece by piece, and which pieces share one depends on the replicas.
+                assert cost.forwards >= len(result) + probes
+            else:
+                assert cost == result.cost + Cost(probes, probes)
 
 
 @pytest.mark.slow
