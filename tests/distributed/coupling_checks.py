@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from lightning_goldy.analysis import CouplingResult, activation_similarity, knowledge_coupling
 from lightning_goldy.analysis.coupling import coupling as coupling_run
 from lightning_goldy.analysis.coupling.coupling import CouplingRun
+from lightning_goldy.analysis.result import Cost
 from lightning_goldy.core.sharding import local
+from tests.analysis.coupling.test_coupling_cost import counted
 from tests.references.coupling_models import TinyLM, pieces
 from tests.references.models import build
 
@@ -63,12 +66,25 @@ def all_cases(layout: str, cases: list[dict]) -> list[str]:
     model, results = model_of(layout), []
     before = [local(parameter).clone() for parameter in model.parameters()]
     for options in cases:
-        results.append(knowledge_coupling(model, [batch_of(options)], **options).to_json())
+        with counted(model) as seen:
+            result = knowledge_coupling(model, [batch_of(options)], **options)
+        if layout == "replicas":
+            assert result.cost == total(seen), (options, result.cost, seen)
+        results.append(result.to_json())
         assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
     for pooling in ("last", "mean"):
         results.append(activation_similarity(model, [batch_of({})], pooling=pooling).to_json())
     assert all(map(torch.equal, before, map(local, model.parameters())))
     return results
+
+
+def total(seen: Counter[str]) -> Cost:
+    """What hooks on every rank's model have counted."""
+    parts: list[Counter[str]] = [seen]
+    if dist.is_initialized():
+        parts = [Counter() for _ in range(dist.get_world_size())]
+        dist.all_gather_object(parts, seen)
+    return Cost(*(sum(part[name] for part in parts) for name in ("forwards", "backwards")))
 
 
 def alone(cases: list[dict]) -> list[CouplingResult]:
