@@ -23,6 +23,7 @@ New code calls :mod:`lightning_goldy.analysis`. What differs from the original, 
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import random
@@ -38,7 +39,9 @@ from lightning_goldy.analysis.continuations import GenerationComparison, compare
 from lightning_goldy.analysis.golden import Fluctuation, Search, golden_parameters, reverse_golden_parameters
 from lightning_goldy.core.files import atomic_write
 from lightning_goldy.core.mask import ParameterMask
+from lightning_goldy.core.naming import require_at_least
 from lightning_goldy.core.objective import IGNORE_INDEX
+from lightning_goldy.core.pieces import padded_batches
 from lightning_goldy.report import generations_table
 
 PromptFunction = Callable[[list[Any], Any], tuple[Any, Any]]
@@ -122,11 +125,11 @@ def get_reverse_golden_params(
             "num_samples or give more samples",
             stacklevel=2,
         )
-    encode = _Encoder(prompt_func, processing_class, pad_token_id)
+    encode = functools.partial(_encoded, prompt_func, processing_class, pad_token_id)
     result = reverse_golden_parameters(
         model,
-        encode.batches(chosen, batch_size),
-        eval_batches=encode.batches(held_out, batch_size),
+        encode(chosen, batch_size),
+        eval_batches=encode(held_out, batch_size),
         top_k_percent=top_k_percent,
         strategy=fluctuation_strategy,
         search=Search(chunk_size=chunk_size, max_stagnant_iterations=max_stagnant_iterations),
@@ -188,9 +191,9 @@ class GoldilocksMixin:
         if sample_size is None:
             sample_size = int(getattr(getattr(self, "rft_config", None), "val_sample_size", 16))
         samples = [eval_dataset[index] for index in range(min(sample_size, len(eval_dataset)))]
-        encode = _Encoder(prompt_func, self.processing_class, pad_token_id)
         model = self._unwrapped()
-        result = golden_parameters(model, encode.batches(samples, 1), top_k_percent=top_k_percent)
+        batches = _encoded(prompt_func, self.processing_class, pad_token_id, samples, 1)
+        result = golden_parameters(model, batches, top_k_percent=top_k_percent)
         return _answer(model, result.mask, save_path)
 
     def get_reverse_golden_params(
@@ -256,19 +259,14 @@ class GoldilocksMixin:
         return self.model if accelerator is None else accelerator.unwrap_model(self.model)
 
 
-class _Encoder:
-    def __init__(self, prompt_func: PromptFunction, processing_class: Any, pad_token_id: int) -> None:
-        self._prompt_func, self._processing_class, self._pad = prompt_func, processing_class, pad_token_id
-
-    def batches(self, samples: Sequence[Any], batch_size: int) -> list[dict[str, Tensor]]:
-        """Each sample encoded alone, then padded on the right within its batch."""
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1; got {batch_size}")
-        encoded = [self._encode(sample) for sample in samples]
-        return [_padded(encoded[start : start + batch_size]) for start in range(0, len(encoded), batch_size)]
-
-    def _encode(self, sample: Any) -> tuple[Tensor, Tensor]:
-        query, whole = (self._stripped(_ids(each)) for each in self._prompt_func([sample], self._processing_class))
+def _encoded(
+    prompt_func: PromptFunction, processing_class: Any, pad_token_id: int, samples: Sequence[Any], batch_size: int
+) -> list[dict[str, Tensor]]:
+    """Each sample encoded alone, then padded on the right within its batch."""
+    require_at_least("batch_size", batch_size, 1)
+    encoded = []
+    for sample in samples:
+        query, whole = (_stripped(_ids(part), pad_token_id) for part in prompt_func([sample], processing_class))
         if len(whole) <= len(query):
             raise ValueError(
                 f"prompt_func gave a query of {len(query)} tokens and {len(whole)} with its response: there is no "
@@ -276,27 +274,18 @@ class _Encoder:
             )
         labels = whole.clone()
         labels[: len(query)] = IGNORE_INDEX
-        return whole, labels
+        encoded.append({"input_ids": whole, "attention_mask": torch.ones_like(whole), "labels": labels})
+    return [*padded_batches(encoded, 0, batch_size)]
 
-    def _stripped(self, ids: Tensor) -> Tensor:
-        kept = (ids != self._pad).nonzero().flatten()
-        return ids[int(kept[0]) : int(kept[-1]) + 1] if len(kept) else ids[:0]
+
+def _stripped(ids: Tensor, pad_token_id: int) -> Tensor:
+    kept = (ids != pad_token_id).nonzero().flatten()
+    return ids[int(kept[0]) : int(kept[-1]) + 1] if len(kept) else ids[:0]
 
 
 def _ids(encoded: Any) -> Tensor:
     ids = encoded["input_ids"] if isinstance(encoded, Mapping) or hasattr(encoded, "input_ids") else encoded
     return torch.as_tensor(ids).reshape(-1).cpu()
-
-
-def _padded(samples: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    pad = torch.nn.utils.rnn.pad_sequence
-    ids, labels = zip(*samples, strict=True)
-    attention = [torch.ones_like(each) for each in ids]
-    return {
-        "input_ids": pad(list(ids), batch_first=True),  # [B, T]
-        "attention_mask": pad(attention, batch_first=True),
-        "labels": pad(list(labels), batch_first=True, padding_value=IGNORE_INDEX),
-    }
 
 
 def _answer(model: nn.Module, mask: ParameterMask, save_path: str | None, **more: float) -> dict[str, Any]:

@@ -88,7 +88,11 @@ class Figure:
         spec = self.bare()
         if is_single(spec):
             spec.setdefault("width", _WIDTH)
-        data = {name: _rows(columns) for name, columns in self.data.items()}
+        tables = {name: plain_columns(columns) for name, columns in self.data.items()}
+        data = {
+            name: [dict(zip(own, row, strict=True)) for row in zip(*own.values(), strict=True)]
+            for name, own in tables.items()
+        }
         spec["datasets"] = {**spec.get("datasets", {}), **data}
         spec["params"] = [*spec.get("params", []), *range_params(self.ranges)]
         spec["config"] = {**THEMES[theme], "background": _BACKGROUNDS[theme], **spec.get("config", {})}
@@ -370,11 +374,6 @@ def plain_columns(columns: Columns) -> dict[str, list[Any]]:
     """
     plain = {name: values.tolist() if hasattr(values, "tolist") else values for name, values in columns.items()}
     return {name: finite(list(values)) for name, values in plain.items()}
-
-
-def _rows(columns: Columns) -> list[dict[str, Any]]:
-    columns = plain_columns(columns)
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def _theme(text: str, soft: str, line: str, lines: Sequence[str]) -> dict[str, Any]:

@@ -111,21 +111,20 @@ def table_html(header: Sequence[str], body: Sequence[Sequence[str]], footer: Seq
         >>> table_html(["metric", "#latest"], [["count", "3"]]).count('class="number"')
         2
     """
-    numeric = [text.startswith("#") for text in header]
-    marks = [' class="number"' if number else "" for number in numeric]
+    marks = [' class="number"' if text.startswith("#") else "" for text in header]
 
     def line(cells: Sequence[str]) -> str:
         rest = (f"<td{mark}>{cell}</td>" for mark, cell in zip(marks[1:], cells[1:], strict=True))
         return f'<tr><th scope="row">{cells[0]}</th>{"".join(rest)}</tr>'
 
-    head = "".join(
-        f'<th scope="col"{mark}>{text.removeprefix("#")}</th>' for mark, text in zip(marks, header, strict=True)
-    )
     foot = f"<tfoot>{line(footer)}</tfoot>" if footer else ""
-    return (
-        f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{"".join(map(line, body))}</tbody>'
-        f"{foot}</table></div>"
-    )
+    return _table_html(marks, [text.removeprefix("#") for text in header], map(line, body), foot)
+
+
+def _table_html(marks: Sequence[str], header: Sequence[str], lines: Iterable[str], foot: str = "") -> str:
+    head = "".join(f'<th scope="col"{mark}>{text}</th>' for mark, text in zip(marks, header, strict=True))
+    body = "".join(lines)
+    return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody>{foot}</table></div>'
 
 
 def texts_html(
@@ -150,15 +149,13 @@ def texts_html(
     """
     first = len(headings) if numbers_from is None else numbers_from
     marks = ["" if place < first else ' class="number"' for place in range(len(headings))]
-    head = "".join(f'<th scope="col"{mark}>{escape(text)}</th>' for mark, text in zip(marks, headings, strict=True))
 
     def cell(mark: str, text: str) -> str:
         # Left-to-right marks and the like stay within their cell.
         return f'<td{mark}><bdi style="overflow-wrap:{wrap}">{escape(text)}</bdi></td>'
 
     lines = ("".join(cell(mark, text) for mark, text in zip(marks, cells, strict=True)) for cells in rows)
-    body = "".join(f"<tr>{line}</tr>" for line in lines)
-    return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return _table_html(marks, [escape(text) for text in headings], (f"<tr>{line}</tr>" for line in lines))
 
 
 def console_table(

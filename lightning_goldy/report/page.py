@@ -71,19 +71,16 @@ def figure_html(heading: str, frames: Sequence[Frame]) -> str:
     if not figures:
         return f'<figure><h4>{escape(heading)}</h4><p class="note">{escape(str(frames[-1].figure))}</p></figure>'
     captions = [frame.figure.caption if isinstance(frame.figure, Figure) else frame.figure for frame in frames]
-    slider = _slider(heading, frames) if len(frames) > 1 else ""
+    last, slider = len(frames) - 1, ""
+    if last:
+        slider = (
+            f'<label class="steps"><span>Analysis</span><input type="range" min="0" max="{last}" value="{last}" '
+            f'step="1" aria-label="Step of {escape(heading)}"><output>{escape(frames[-1].label)}</output></label>'
+        )
     caption = f"<figcaption>{escape(captions[-1])}</figcaption>" if any(captions) else ""
     return (
         f'<figure class="chart"><h4>{escape(heading)}</h4>{slider}<div class="plot"></div>{caption}'
         f'<script type="application/json">{script_json(_packed(frames))}</script></figure>'
-    )
-
-
-def _slider(heading: str, frames: Sequence[Frame]) -> str:
-    last = len(frames) - 1
-    return (
-        f'<label class="steps"><span>Analysis</span><input type="range" min="0" max="{last}" value="{last}" step="1" '
-        f'aria-label="Step of {escape(heading)}"><output>{escape(frames[-1].label)}</output></label>'
     )
 
 
@@ -187,7 +184,12 @@ def _body(run: Run) -> str:
         sections[anchor] = title, analysis_html(analysis, anchor)
     sections["cost"] = "What the analyses cost", _cost(run)
     if run.settings:
-        sections["settings"] = "Settings of the run", _settings(run)
+        files = "".join(
+            f"<details><summary><code>{escape(name)}</code></summary><pre>{escape(text)}</pre></details>"
+            for name, text in run.settings.items()
+        )
+        page = f'<section id="settings"><h2>Settings of the run</h2>{files}</section>'
+        sections["settings"] = "Settings of the run", page
     contents = "".join(f'<li><a href="#{anchor}">{escape(title)}</a></li>' for anchor, (title, _) in sections.items())
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in run.notes)
     parts = (_summary(run), notes, f'<nav aria-label="Contents"><ul>{contents}</ul></nav>')
@@ -257,14 +259,6 @@ def _cost(run: Run) -> str:
     )
 
 
-def _settings(run: Run) -> str:
-    files = "".join(
-        f"<details><summary><code>{escape(name)}</code></summary><pre>{escape(text)}</pre></details>"
-        for name, text in run.settings.items()
-    )
-    return f'<section id="settings"><h2>Settings of the run</h2>{files}</section>'
-
-
 def _costs(analysis: AnalysisRows, name: str) -> Sequence[float]:
     return [row["cost"][name] for row in analysis.rows if row["cost"].get(name) is not None]
 
@@ -294,7 +288,8 @@ def analysis_html(analysis: AnalysisRows, anchor: str) -> str:
     parts += [f"<p>{escape(text)}</p>" for text in (description.measures, description.reading) if text]
     parts.append(_figures(analysis))
     parts += [table(analysis.rows[-1]) for table in TABLES]
-    parts.append(_metric_lines(analysis.rows))
+    charts = [_lines_html(heading, series) for heading, series in _grouped_series(analysis.rows).items()]
+    parts.append(f'<h3>Over the training</h3><div class="charts">{"".join(charts)}</div>' if charts else "")
     parts.append(_metric_table(analysis.rows, description))
     return "\n".join([*filter(None, parts), "</section>"])
 
@@ -336,11 +331,6 @@ def _figure(analysis: AnalysisRows, entry: Entry, shown: Sequence[int]) -> str:
         if drawn is not None:
             frames.append(Frame(label_of(row), drawn))
     return figure_html(entry.heading, frames) if frames else ""
-
-
-def _metric_lines(rows: Sequence[Row]) -> str:
-    charts = [_lines_html(heading, series) for heading, series in _grouped_series(rows).items()]
-    return f'<h3>Over the training</h3><div class="charts">{"".join(charts)}</div>' if charts else ""
 
 
 def _grouped_series(rows: Sequence[Row]) -> dict[str, dict[str, Series]]:

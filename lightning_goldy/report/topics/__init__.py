@@ -1,4 +1,4 @@
-"""One file for every question that the report answers; importing this package registers all of them.
+"""One file for every question that the report answers; importing the report registers all of them.
 
 A topic holds everything about its rows, in this order: the figures (``chart_*``, registered with
 :func:`~lightning_goldy.report.figures.register_figure`), what they draw (functions that take a row, check it, raise
@@ -11,29 +11,3 @@ an Altair chart over ``altair.NamedData``, in a function under ``functools.lru_c
 data, never field names. Colours that must compare over steps or panels get ``bounds(name)`` as domain and their extent
 through ``ranges``.
 """
-
-from lightning_goldy.report.topics import (
-    attention,
-    basin,
-    coupling,
-    coupling_drift,
-    golden,
-    heads,
-    linearized,
-    ripple,
-    taylor,
-    text,
-)
-
-__all__ = [
-    "attention",
-    "basin",
-    "coupling",
-    "coupling_drift",
-    "golden",
-    "heads",
-    "linearized",
-    "ripple",
-    "taylor",
-    "text",
-]

@@ -518,34 +518,32 @@ def patterns_caption(row: Row) -> str:
     return f"Each row is a query, each column a key that it looks at; a row sums to 1.{more}"
 
 
-describe(
-    "attention_tracker",
-    Description(
-        title="Attention heads",
-        measures=(
-            "What every attention head looks at, averaged over the probe's tokens, and how far its patterns have moved "
-            "from those of the base model."
-        ),
-        reading=(
-            "A head near 1 in one of the shares does one thing: it looks at the token before, at the first token, or "
-            "at what followed the last time. Heads that drift while the others stay are where the finetune changed "
-            "what is looked at; a finetune that changes predictions without drift works through values and MLPs."
-        ),
-        metrics={
-            "entropy": "mean entropy of the attention rows, nats",
-            "normalised_entropy": "that entropy over the logarithm of the number of visible tokens; 1 is uniform",
-            "distance": "mean distance between query and key, tokens",
-            "first_token": "share of the attention on the first token",
-            "diagonal": "share on the query's own token",
-            "previous_token": "share on the token right before",
-            "induction": "share on tokens that followed earlier occurrences of the query's token",
-            "duplicate_token": "share on earlier occurrences of the query's token",
-            "drift": "Jensen-Shannon divergence from the base's attention rows, nats; at most 0.693",
-            "previous_token_max": "the same share of the head that has most of it",
-            "induction_max": "the same share of the head that has most of it",
-            "duplicate_token_max": "the same share of the head that has most of it",
-            "drift_max": "drift of the head that moved most, nats",
-            "largest_singular_value": "of the patterns on a prompt, mean over heads; 1 for a permutation",
-        },
+_ATTENTION_TRACKER = Description(
+    title="Attention heads",
+    measures=(
+        "What every attention head looks at, averaged over the probe's tokens, and how far its patterns have moved "
+        "from those of the base model."
     ),
+    reading=(
+        "A head near 1 in one of the shares does one thing: it looks at the token before, at the first token, or "
+        "at what followed the last time. Heads that drift while the others stay are where the finetune changed "
+        "what is looked at; a finetune that changes predictions without drift works through values and MLPs."
+    ),
+    metrics={
+        "entropy": "mean entropy of the attention rows, nats",
+        "normalised_entropy": "that entropy over the logarithm of the number of visible tokens; 1 is uniform",
+        "distance": "mean distance between query and key, tokens",
+        "first_token": "share of the attention on the first token",
+        "diagonal": "share on the query's own token",
+        "previous_token": "share on the token right before",
+        "induction": "share on tokens that followed earlier occurrences of the query's token",
+        "duplicate_token": "share on earlier occurrences of the query's token",
+        "drift": "Jensen-Shannon divergence from the base's attention rows, nats; at most 0.693",
+        "previous_token_max": "the same share of the head that has most of it",
+        "induction_max": "the same share of the head that has most of it",
+        "duplicate_token_max": "the same share of the head that has most of it",
+        "drift_max": "drift of the head that moved most, nats",
+        "largest_singular_value": "of the patterns on a prompt, mean over heads; 1 for a permutation",
+    },
 )
+describe("attention_tracker", _ATTENTION_TRACKER)

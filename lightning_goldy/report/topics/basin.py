@@ -367,39 +367,37 @@ def _numbers(record: Mapping[str, Any], names: Sequence[str], where: str) -> lis
     return [number(record.get(name), f"{where}.{name}") for name in names]
 
 
-describe(
-    "basin_volume",
-    Description(
-        title="Basin volume",
-        measures=(
-            "How robust the model is: the volume of the region around the weights in which its predictions on the "
-            "probe stay within a Kullback-Leibler divergence of the cutoff, as a log-probability under the measure."
-        ),
-        reading=(
-            "A larger log-volume is a wider basin: more of the parameter space says the same. Every number is a lower "
-            "bound that a few directions dominate, so differences within the intervals mean nothing, and only volumes "
-            "of one measure, sigma and cutoff compare. A large negative number is normal: it grows with the number of "
-            "parameters, as bits per parameter does not."
-        ),
-        metrics={
-            "log_volume": "log-mean-exp of the directions' estimates, nats; a lower bound in expectation",
-            "lower_bound": "mean of the estimates, nats; by Jensen below the log-volume",
-            "interval_low": "lower end of the 95 % bootstrap interval of the log-volume, nats",
-            "interval_high": "upper end of that interval, nats",
-            "bits_per_parameter": "bits per parameter that it takes to name a point of the region",
-            "spread": "standard deviation of the estimates, nats; a narrow one is no proof of accuracy",
-            "effective_sample_size": "how many directions the volume rests on",
-            "scaling_exponent": "d log V / d log cutoff, from slopes along the directions; D/2 at a regular minimum",
-            "scaling_exponent_fit": "the same, fitted over the cutoffs",
-            "learning_coefficient_slope": (
-                "d log V / d log cutoff between the two smallest cutoffs: like a local learning coefficient, half the "
-                "effective dimension, where they are small"
-            ),
-            "tolerance": "what the tolerance of the radii may move an estimate by, nats",
-            "unbounded": "directions along which the cutoff was never reached",
-            "evaluations": "evaluations of the divergence, each one forward pass over the samples",
-            "sigma": "standard deviation of the Gaussian measure",
-            "eps": "damping of the preconditioner",
-        },
+_BASIN_VOLUME = Description(
+    title="Basin volume",
+    measures=(
+        "How robust the model is: the volume of the region around the weights in which its predictions on the "
+        "probe stay within a Kullback-Leibler divergence of the cutoff, as a log-probability under the measure."
     ),
+    reading=(
+        "A larger log-volume is a wider basin: more of the parameter space says the same. Every number is a lower "
+        "bound that a few directions dominate, so differences within the intervals mean nothing, and only volumes "
+        "of one measure, sigma and cutoff compare. A large negative number is normal: it grows with the number of "
+        "parameters, as bits per parameter does not."
+    ),
+    metrics={
+        "log_volume": "log-mean-exp of the directions' estimates, nats; a lower bound in expectation",
+        "lower_bound": "mean of the estimates, nats; by Jensen below the log-volume",
+        "interval_low": "lower end of the 95 % bootstrap interval of the log-volume, nats",
+        "interval_high": "upper end of that interval, nats",
+        "bits_per_parameter": "bits per parameter that it takes to name a point of the region",
+        "spread": "standard deviation of the estimates, nats; a narrow one is no proof of accuracy",
+        "effective_sample_size": "how many directions the volume rests on",
+        "scaling_exponent": "d log V / d log cutoff, from slopes along the directions; D/2 at a regular minimum",
+        "scaling_exponent_fit": "the same, fitted over the cutoffs",
+        "learning_coefficient_slope": (
+            "d log V / d log cutoff between the two smallest cutoffs: like a local learning coefficient, half the "
+            "effective dimension, where they are small"
+        ),
+        "tolerance": "what the tolerance of the radii may move an estimate by, nats",
+        "unbounded": "directions along which the cutoff was never reached",
+        "evaluations": "evaluations of the divergence, each one forward pass over the samples",
+        "sigma": "standard deviation of the Gaussian measure",
+        "eps": "damping of the preconditioner",
+    },
 )
+describe("basin_volume", _BASIN_VOLUME)

@@ -383,20 +383,18 @@ CONTRASTS = {"answer": _MEANS.format("answer"), "category": _MEANS.format("categ
 CONTRASTS["group"] = _MEANS.format("group (question)")
 """Likewise of what pairs have in common."""
 
-describe(
-    "knowledge_coupling",
-    Description(
-        title="Knowledge coupling",
-        measures=(
-            "Which answers learn together: the cosine between the gradients of two answers' log-probabilities. A small "
-            "step that makes one answer likelier moves the other in proportion to it."
-        ),
-        reading=(
-            "A positive cosine says that learning one answer raises the other, a negative one that it lowers it, for a "
-            "small step along the gradient. Look first at how much comes from equal answers: pairs that share their "
-            "answer's tokens are coupled whatever they are about. The cosine does not say that a fact is safe where it "
-            "is small, nor what a large edit does."
-        ),
-        metrics={**STATISTICS, **CONTRASTS},
+_KNOWLEDGE_COUPLING = Description(
+    title="Knowledge coupling",
+    measures=(
+        "Which answers learn together: the cosine between the gradients of two answers' log-probabilities. A small "
+        "step that makes one answer likelier moves the other in proportion to it."
     ),
+    reading=(
+        "A positive cosine says that learning one answer raises the other, a negative one that it lowers it, for a "
+        "small step along the gradient. Look first at how much comes from equal answers: pairs that share their "
+        "answer's tokens are coupled whatever they are about. The cosine does not say that a fact is safe where it "
+        "is small, nor what a large edit does."
+    ),
+    metrics={**STATISTICS, **CONTRASTS},
 )
+describe("knowledge_coupling", _KNOWLEDGE_COUPLING)

@@ -341,37 +341,35 @@ def _moved_cells(entry: Mapping[str, Any]) -> tuple[str, ...]:
         return (*texts, *(format_number(entry[name]) for name in names))
 
 
-describe(
-    "coupling_drift",
-    Description(
-        title="Knowledge coupling during the finetune",
-        measures=(
-            "What the finetune does to facts, taught or not: the change of every answer's log-probability since the "
-            "base beside what the gradients at the base predict of it, and how far the coupling of the facts, the "
-            "cosines between those gradients, has moved."
-        ),
-        reading=(
-            "Where predicted and measured changes agree, coupling at the base tells what the finetune touches. They "
-            "part when the finetune is no small step: look at the sign and the ranks before the size. A low "
-            "correlation of the cosines with those of the base says that a coupling measured before the finetune no "
-            "longer holds."
-        ),
-        metrics={
-            "mean_absolute_difference": "mean distance of the cosines from those of the base; by the pair's classes",
-            "mean_difference": "mean of the cosines minus that of the base",
-            "correlation": "of the cosines with those of the base, over pairs",
-            "delta_norm": "||Delta||",
-            "pearson": "linear correlation of predicted and measured changes; by class",
-            "spearman": "the same of their ranks",
-            "sign_agreement": "share of the pieces where both have the same sign",
-            "slope": "of measured on predicted changes; 1 = the prediction has the right size",
-            "measured_change": "mean measured change of log p, nats; by class",
-            "predicted_change": "mean predicted change of log p, nats; by class",
-            "exact": "share of the answers whose every token is the most probable one; by class",
-            "exact_before": "the same at the base",
-            **STATISTICS,
-            **CONTRASTS,
-            "n_failed": "pieces that failed; such as those without a gradient left",
-        },
+_COUPLING_DRIFT = Description(
+    title="Knowledge coupling during the finetune",
+    measures=(
+        "What the finetune does to facts, taught or not: the change of every answer's log-probability since the "
+        "base beside what the gradients at the base predict of it, and how far the coupling of the facts, the "
+        "cosines between those gradients, has moved."
     ),
+    reading=(
+        "Where predicted and measured changes agree, coupling at the base tells what the finetune touches. They "
+        "part when the finetune is no small step: look at the sign and the ranks before the size. A low "
+        "correlation of the cosines with those of the base says that a coupling measured before the finetune no "
+        "longer holds."
+    ),
+    metrics={
+        "mean_absolute_difference": "mean distance of the cosines from those of the base; by the pair's classes",
+        "mean_difference": "mean of the cosines minus that of the base",
+        "correlation": "of the cosines with those of the base, over pairs",
+        "delta_norm": "||Delta||",
+        "pearson": "linear correlation of predicted and measured changes; by class",
+        "spearman": "the same of their ranks",
+        "sign_agreement": "share of the pieces where both have the same sign",
+        "slope": "of measured on predicted changes; 1 = the prediction has the right size",
+        "measured_change": "mean measured change of log p, nats; by class",
+        "predicted_change": "mean predicted change of log p, nats; by class",
+        "exact": "share of the answers whose every token is the most probable one; by class",
+        "exact_before": "the same at the base",
+        **STATISTICS,
+        **CONTRASTS,
+        "n_failed": "pieces that failed; such as those without a gradient left",
+    },
 )
+describe("coupling_drift", _COUPLING_DRIFT)

@@ -393,100 +393,92 @@ def _grid(tensors: list[Mapping[str, Any]], cells: Mapping[tuple[str, str], floa
     return BlockGrid(blocks, kinds, values)
 
 
-describe(
-    "golden_snapshot",
-    Description(
-        title="Change since the snapshot",
-        measures="How far the weights have moved from the base model that was kept when the finetune began.",
-        reading=(
-            "A small relative change is a small step; blocks that stand out in the heat map are where the finetune "
-            "happened. A cosine near 1 between successive updates means a steady direction, near 0 wandering, below 0 "
-            "going back and forth."
-        ),
-        metrics={
-            "delta_norm": "||Delta||; the distance from the snapshot",
-            "relative_change": "||Delta|| / ||base||; by block, of all that the block holds",
-            "update_cosine": "cosine between this update and the one before",
-        },
+_GOLDEN_SNAPSHOT = Description(
+    title="Change since the snapshot",
+    measures="How far the weights have moved from the base model that was kept when the finetune began.",
+    reading=(
+        "A small relative change is a small step; blocks that stand out in the heat map are where the finetune "
+        "happened. A cosine near 1 between successive updates means a steady direction, near 0 wandering, below 0 "
+        "going back and forth."
     ),
+    metrics={
+        "delta_norm": "||Delta||; the distance from the snapshot",
+        "relative_change": "||Delta|| / ||base||; by block, of all that the block holds",
+        "update_cosine": "cosine between this update and the one before",
+    },
 )
-describe(
-    "golden_parameters",
-    Description(
-        title="Golden parameters",
-        measures=(
-            "Which parameters matter to every sample: for each one the top k % by gradient score are marked, and a "
-            "parameter is golden when enough of the samples mark it."
-        ),
-        reading=(
-            "Compare the density with the one expected by chance: far above it, the samples share parameters. A delta "
-            "share above the density (a ratio above 1) means that the finetune moved the golden parameters more than "
-            "the others; a Jaccard index near 1 that the set is stable."
-        ),
-        metrics={
-            "count": "parameters in the mask; the golden ones",
-            "density": "parameters in the mask divided by all",
-            "chance_density": "density expected if samples marked parameters independently",
-            "density_over_chance": "density divided by the one expected by chance",
-            "jaccard_previous": "overlap with the mask of the analysis before (intersection over union)",
-            "delta_share": "share of ||Delta||^2 inside the mask",
-            "delta_share_over_density": "that share divided by the density; 1 = no more than their number",
-        },
+describe("golden_snapshot", _GOLDEN_SNAPSHOT)
+_GOLDEN_PARAMETERS = Description(
+    title="Golden parameters",
+    measures=(
+        "Which parameters matter to every sample: for each one the top k % by gradient score are marked, and a "
+        "parameter is golden when enough of the samples mark it."
     ),
-)
-describe(
-    "reverse_golden_parameters",
-    Description(
-        title="Reverse golden parameters",
-        measures=(
-            "Which few parameters the predictions hang on: the mask of a given size whose zeroing moves the model's "
-            "distribution most, searched for on one half of the probe and measured on the other."
-        ),
-        reading=(
-            "Compare the divergence with those of the single-shot masks of the same size: how much more the search "
-            "has found than a score of the unmasked model. It is a lower bound of what zeroing so many can do. "
-            "A Jaccard index near 1 means that the predictions hang on the same elements as before."
-        ),
-        metrics={
-            "kl_divergence": (
-                "mean KL(model || what stands in for it), nats per target; the masked model, on samples without "
-                "a part in the search"
-            ),
-            "search_divergence": "the same on the samples that chose; far above, the mask fits those samples alone",
-            "single_shot": "divergence of a mask of the same size by this score of the unmasked model, nats per target",
-            "over_gradient": "the divergence as a multiple of the mask's of the largest gradients",
-            "count": "parameters in the mask; the zeroed ones",
-            "density": "parameters in the mask divided by all",
-            "accepted_pools": "iterations in which the pool's mask beat the greedy one",
-            "token_agreement": "share of positions at which the masked model writes the same token",
-            "kl_per_token": (
-                "mean KL(model || the other) along what the model writes, nats per token; the whole one, the masked one"
-            ),
-            "jaccard_previous": "overlap with the mask of the analysis before (intersection over union)",
-            "delta_share": "share of ||Delta||^2 inside the mask",
-            "delta_share_over_density": "that share divided by the density; 1 = no more than their number",
-        },
+    reading=(
+        "Compare the density with the one expected by chance: far above it, the samples share parameters. A delta "
+        "share above the density (a ratio above 1) means that the finetune moved the golden parameters more than "
+        "the others; a Jaccard index near 1 that the set is stable."
     ),
+    metrics={
+        "count": "parameters in the mask; the golden ones",
+        "density": "parameters in the mask divided by all",
+        "chance_density": "density expected if samples marked parameters independently",
+        "density_over_chance": "density divided by the one expected by chance",
+        "jaccard_previous": "overlap with the mask of the analysis before (intersection over union)",
+        "delta_share": "share of ||Delta||^2 inside the mask",
+        "delta_share_over_density": "that share divided by the density; 1 = no more than their number",
+    },
 )
-describe(
-    "parameter_distribution",
-    Description(
-        title="Shape of the change",
-        measures=(
-            "What the change of each matrix looks like: how many directions it has, whether it lies along the base's "
-            "strongest directions, and how far the distribution of the weights has drifted."
-        ),
-        reading=(
-            "A stable rank near 1 means that the change is one direction, as of a low-rank adapter. An alignment over "
-            "chance near 1 means that the finetune found directions of its own; far above, that it amplified those "
-            "that the base had."
-        ),
-        metrics={
-            "stable_rank": "||Delta||_F^2 / ||Delta||_2^2, mean over the matrices weighted by size; by block",
-            "effective_rank": "exponential of the entropy of the normalised spectrum; of matrices' changes, by block",
-            "alignment_over_chance": "share of ||Delta||^2 along the base's top directions, over chance",
-            "histogram_drift": "Jensen-Shannon divergence of the weights' histograms, nats; by block",
-            "relative_change": "||Delta|| / ||base||; by block, of all that the block holds",
-        },
+describe("golden_parameters", _GOLDEN_PARAMETERS)
+_REVERSE_GOLDEN_PARAMETERS = Description(
+    title="Reverse golden parameters",
+    measures=(
+        "Which few parameters the predictions hang on: the mask of a given size whose zeroing moves the model's "
+        "distribution most, searched for on one half of the probe and measured on the other."
     ),
+    reading=(
+        "Compare the divergence with those of the single-shot masks of the same size: how much more the search "
+        "has found than a score of the unmasked model. It is a lower bound of what zeroing so many can do. "
+        "A Jaccard index near 1 means that the predictions hang on the same elements as before."
+    ),
+    metrics={
+        "kl_divergence": (
+            "mean KL(model || what stands in for it), nats per target; the masked model, on samples without "
+            "a part in the search"
+        ),
+        "search_divergence": "the same on the samples that chose; far above, the mask fits those samples alone",
+        "single_shot": "divergence of a mask of the same size by this score of the unmasked model, nats per target",
+        "over_gradient": "the divergence as a multiple of the mask's of the largest gradients",
+        "count": "parameters in the mask; the zeroed ones",
+        "density": "parameters in the mask divided by all",
+        "accepted_pools": "iterations in which the pool's mask beat the greedy one",
+        "token_agreement": "share of positions at which the masked model writes the same token",
+        "kl_per_token": (
+            "mean KL(model || the other) along what the model writes, nats per token; the whole one, the masked one"
+        ),
+        "jaccard_previous": "overlap with the mask of the analysis before (intersection over union)",
+        "delta_share": "share of ||Delta||^2 inside the mask",
+        "delta_share_over_density": "that share divided by the density; 1 = no more than their number",
+    },
 )
+describe("reverse_golden_parameters", _REVERSE_GOLDEN_PARAMETERS)
+_PARAMETER_DISTRIBUTION = Description(
+    title="Shape of the change",
+    measures=(
+        "What the change of each matrix looks like: how many directions it has, whether it lies along the base's "
+        "strongest directions, and how far the distribution of the weights has drifted."
+    ),
+    reading=(
+        "A stable rank near 1 means that the change is one direction, as of a low-rank adapter. An alignment over "
+        "chance near 1 means that the finetune found directions of its own; far above, that it amplified those "
+        "that the base had."
+    ),
+    metrics={
+        "stable_rank": "||Delta||_F^2 / ||Delta||_2^2, mean over the matrices weighted by size; by block",
+        "effective_rank": "exponential of the entropy of the normalised spectrum; of matrices' changes, by block",
+        "alignment_over_chance": "share of ||Delta||^2 along the base's top directions, over chance",
+        "histogram_drift": "Jensen-Shannon divergence of the weights' histograms, nats; by block",
+        "relative_change": "||Delta|| / ||base||; by block, of all that the block holds",
+    },
+)
+describe("parameter_distribution", _PARAMETER_DISTRIBUTION)

@@ -437,50 +437,46 @@ def _numbers(values: Sequence[float | None] | None) -> tuple[float, ...]:
     return tuple(math.nan if value is None else float(value) for value in values)
 
 
-describe(
-    "head_plasticity",
-    Description(
-        title="Head plasticity",
-        measures=(
-            "Which attention heads the finetune needs: the least important ones are closed along a schedule, the model "
-            "trains on, and the most wanted of them open again."
-        ),
-        reading=(
-            "The step up of the loss at a cut is what the heads were worth at that moment, the distance that is left "
-            "when heads regrow is what the model could not do without them. Compare with the strategy `random` before "
-            "you trust a score. Losses are of the probe, in evaluation mode."
-        ),
-        metrics={
-            "loss": "mean loss of the model as it is, nats; over the probe's samples, with the present gates",
-            "perplexity": "exponential of that loss",
-            "active_heads": "open heads",
-            "closed_share": "closed heads divided by all",
-            "learning_rate_multiplier": "of the attention of the layer that was cut last; 1 = the run's own rate",
-            "cycle": "cycles that are finished",
-            "recovery_steps": "optimizer steps from the last cut until the loss was back within the margin",
-            "cut": "of the probe around a cut",
-            "regrow": "of the probe around a regrowth",
-            "finish": "of the probe as the cycle began (before) and as it ended",
-            "rolled_back": "1 when the cycle cost too much and was undone",
-        },
+_HEAD_PLASTICITY = Description(
+    title="Head plasticity",
+    measures=(
+        "Which attention heads the finetune needs: the least important ones are closed along a schedule, the model "
+        "trains on, and the most wanted of them open again."
     ),
-)
-describe(
-    "plasticity_sweep",
-    Description(
-        title="Head plasticity: strategies compared",
-        measures=(
-            "The same finetune with every combination of strategy, pruning level and number of cycles, and once "
-            "without pruning: how the losses at the end compare."
-        ),
-        reading=(
-            "Differences below the range over the seeds mean nothing, and with one seed there is no range. A strategy "
-            "that does not beat `random` has found nothing."
-        ),
-        metrics={
-            "runs": "runs with pruning",
-            "best_cost": "smallest mean rise of the loss over the run without pruning, nats",
-            "worst_cost": "largest mean rise of the loss, nats",
-        },
+    reading=(
+        "The step up of the loss at a cut is what the heads were worth at that moment, the distance that is left "
+        "when heads regrow is what the model could not do without them. Compare with the strategy `random` before "
+        "you trust a score. Losses are of the probe, in evaluation mode."
     ),
+    metrics={
+        "loss": "mean loss of the model as it is, nats; over the probe's samples, with the present gates",
+        "perplexity": "exponential of that loss",
+        "active_heads": "open heads",
+        "closed_share": "closed heads divided by all",
+        "learning_rate_multiplier": "of the attention of the layer that was cut last; 1 = the run's own rate",
+        "cycle": "cycles that are finished",
+        "recovery_steps": "optimizer steps from the last cut until the loss was back within the margin",
+        "cut": "of the probe around a cut",
+        "regrow": "of the probe around a regrowth",
+        "finish": "of the probe as the cycle began (before) and as it ended",
+        "rolled_back": "1 when the cycle cost too much and was undone",
+    },
 )
+describe("head_plasticity", _HEAD_PLASTICITY)
+_PLASTICITY_SWEEP = Description(
+    title="Head plasticity: strategies compared",
+    measures=(
+        "The same finetune with every combination of strategy, pruning level and number of cycles, and once "
+        "without pruning: how the losses at the end compare."
+    ),
+    reading=(
+        "Differences below the range over the seeds mean nothing, and with one seed there is no range. A strategy "
+        "that does not beat `random` has found nothing."
+    ),
+    metrics={
+        "runs": "runs with pruning",
+        "best_cost": "smallest mean rise of the loss over the run without pruning, nats",
+        "worst_cost": "largest mean rise of the loss, nats",
+    },
+)
+describe("plasticity_sweep", _PLASTICITY_SWEEP)

@@ -152,27 +152,25 @@ def explanation_table(row: Row) -> Table:
     return console_table("What survives of the change", headings, lines, numbers=5, box=SIMPLE_HEAD)
 
 
-describe(
-    "explain_change",
-    Description(
-        title="What the change needed",
-        measures=(
-            "How much of the finetune's change in loss and logits survives when the heads look where the base's look, "
-            "when MLPs are replaced by their first-order expansion around the base, and with both."
-        ),
-        reading=(
-            "A share near 100 % means that the change did not need what was taken away; near 0 that it was made of it. "
-            "Shares of different variants do not add up, and may lie outside of 0 to 100 %."
-        ),
-        metrics={
-            "base_loss": "loss at the base, nats",
-            "loss": "mean loss of the model as it is, nats; by variant, that of the variant",
-            "change": "loss now minus loss at the base, nats",
-            "loss_share": "part of the change of the loss that survives, a fraction",
-            "logit_share": "part of the change of the logits along itself that survives, a fraction",
-            "relative_error": "distance of the logits from what stands for them over how far they moved; the variant's",
-            "kl_divergence": "mean KL(model || what stands in for it), nats per target; the variant",
-            "top1_agreement": "share of the positions where both prefer the same token",
-        },
+_EXPLAIN_CHANGE = Description(
+    title="What the change needed",
+    measures=(
+        "How much of the finetune's change in loss and logits survives when the heads look where the base's look, "
+        "when MLPs are replaced by their first-order expansion around the base, and with both."
     ),
+    reading=(
+        "A share near 100 % means that the change did not need what was taken away; near 0 that it was made of it. "
+        "Shares of different variants do not add up, and may lie outside of 0 to 100 %."
+    ),
+    metrics={
+        "base_loss": "loss at the base, nats",
+        "loss": "mean loss of the model as it is, nats; by variant, that of the variant",
+        "change": "loss now minus loss at the base, nats",
+        "loss_share": "part of the change of the loss that survives, a fraction",
+        "logit_share": "part of the change of the logits along itself that survives, a fraction",
+        "relative_error": "distance of the logits from what stands for them over how far they moved; the variant's",
+        "kl_divergence": "mean KL(model || what stands in for it), nats per target; the variant",
+        "top1_agreement": "share of the positions where both prefer the same token",
+    },
 )
+describe("explain_change", _EXPLAIN_CHANGE)

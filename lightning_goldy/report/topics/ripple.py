@@ -135,24 +135,22 @@ _MEANINGS = {
     "slope": "of measured on predicted changes; 1 = the prediction has the right size",
 }
 
-describe(
-    "ripple_effects",
-    Description(
-        title="Ripple effects",
-        measures=(
-            "What an edit of one piece of knowledge does to the others: the change of each answer's log-probability, "
-            "predicted from gradients and measured after the edit was made; the edit is then undone."
-        ),
-        reading=(
-            "Look at Pearson and Spearman together: a few pieces with large changes make a high Pearson even where the "
-            "order of the others is not predicted. A slope far from 1 means that the edit is no small step."
-        ),
-        metrics={
-            **{f"first_order_{name}": f"g . delta: {meaning}" for name, meaning in _MEANINGS.items()},
-            **{f"coupling_{name}": f"cosine x norms: {meaning}" for name, meaning in _MEANINGS.items()},
-            "measured_change": "mean measured change of log p, nats; by distance class",
-            "new_answers_exact": "share of the edits after which the new answer is the most probable one",
-            "new_answer_change": "mean change of the new answers' log p, nats",
-        },
+_RIPPLE_EFFECTS = Description(
+    title="Ripple effects",
+    measures=(
+        "What an edit of one piece of knowledge does to the others: the change of each answer's log-probability, "
+        "predicted from gradients and measured after the edit was made; the edit is then undone."
     ),
+    reading=(
+        "Look at Pearson and Spearman together: a few pieces with large changes make a high Pearson even where the "
+        "order of the others is not predicted. A slope far from 1 means that the edit is no small step."
+    ),
+    metrics={
+        **{f"first_order_{name}": f"g . delta: {meaning}" for name, meaning in _MEANINGS.items()},
+        **{f"coupling_{name}": f"cosine x norms: {meaning}" for name, meaning in _MEANINGS.items()},
+        "measured_change": "mean measured change of log p, nats; by distance class",
+        "new_answers_exact": "share of the edits after which the new answer is the most probable one",
+        "new_answer_change": "mean change of the new answers' log p, nats",
+    },
 )
+describe("ripple_effects", _RIPPLE_EFFECTS)

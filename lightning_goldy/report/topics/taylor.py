@@ -218,48 +218,44 @@ def _with_regimes(figure: Figure, thresholds: tuple[float, float]) -> Figure:
     return banded
 
 
-describe(
-    "taylor_diff",
-    Description(
-        title="Taylor expansion around the base",
-        measures=(
-            "Whether the finetune is still a small step: what the derivatives at the base predict for the loss and the "
-            "logits at the present weights, against what they are."
-        ),
-        reading=(
-            "Where the first order predicts the change (a nonlinearity near 0) the finetune is lazy: gradients at the "
-            "base tell all of it. Near 1 and above, the first order predicts nothing, and arguments that linearise the "
-            "model around its base do not hold for this run."
-        ),
-        metrics={
-            "base_loss": "loss at the base, nats",
-            "loss": "mean loss of the model as it is, nats; by order, the one predicted",
-            "change": "loss now minus loss at the base, nats",
-            "residual": "actual minus predicted loss, nats",
-            "relative_error": "distance of the logits from what stands for them over how far they moved; the predicted",
-            "kl_divergence": "mean KL(model || what stands in for it), nats per target; the prediction",
-            "top1_agreement": "share of the positions where both prefer the same token",
-            "first_order": "g . Delta, nats",
-            "second_order": "half the curvature along the step, nats",
-            "second_to_first": "size of the second-order term over the first",
-            "step_norm": "||Delta|| from the base of the expansion",
-            "gradient_norm": "||g|| at the base",
-            "nonlinearity": "relative error of the first order, by which the regime is told",
-        },
+_TAYLOR_DIFF = Description(
+    title="Taylor expansion around the base",
+    measures=(
+        "Whether the finetune is still a small step: what the derivatives at the base predict for the loss and the "
+        "logits at the present weights, against what they are."
     ),
-)
-describe(
-    "variant_losses",
-    Description(
-        title="Variants trained side by side",
-        measures=(
-            "The loss of one model that is trained on the same batches in full, with the attention patterns of its "
-            "start, with MLPs that are linear around their start, and linear altogether (its tangent)."
-        ),
-        reading=(
-            "Where a line lies on the full model's, the training does not need what that variant lacks; the distance "
-            "between them is what it is worth."
-        ),
-        metrics={"loss": "mean loss of the model as it is, nats; over the probe's targets, of each variant"},
+    reading=(
+        "Where the first order predicts the change (a nonlinearity near 0) the finetune is lazy: gradients at the "
+        "base tell all of it. Near 1 and above, the first order predicts nothing, and arguments that linearise the "
+        "model around its base do not hold for this run."
     ),
+    metrics={
+        "base_loss": "loss at the base, nats",
+        "loss": "mean loss of the model as it is, nats; by order, the one predicted",
+        "change": "loss now minus loss at the base, nats",
+        "residual": "actual minus predicted loss, nats",
+        "relative_error": "distance of the logits from what stands for them over how far they moved; the predicted",
+        "kl_divergence": "mean KL(model || what stands in for it), nats per target; the prediction",
+        "top1_agreement": "share of the positions where both prefer the same token",
+        "first_order": "g . Delta, nats",
+        "second_order": "half the curvature along the step, nats",
+        "second_to_first": "size of the second-order term over the first",
+        "step_norm": "||Delta|| from the base of the expansion",
+        "gradient_norm": "||g|| at the base",
+        "nonlinearity": "relative error of the first order, by which the regime is told",
+    },
 )
+describe("taylor_diff", _TAYLOR_DIFF)
+_VARIANT_LOSSES = Description(
+    title="Variants trained side by side",
+    measures=(
+        "The loss of one model that is trained on the same batches in full, with the attention patterns of its "
+        "start, with MLPs that are linear around their start, and linear altogether (its tangent)."
+    ),
+    reading=(
+        "Where a line lies on the full model's, the training does not need what that variant lacks; the distance "
+        "between them is what it is worth."
+    ),
+    metrics={"loss": "mean loss of the model as it is, nats; over the probe's targets, of each variant"},
+)
+describe("variant_losses", _VARIANT_LOSSES)

@@ -204,21 +204,19 @@ _QUANTITIES = {
 }
 
 
-describe(
-    "continuations",
-    Description(
-        title="What it writes",
-        measures="Continuations of the prompts by the checkpoint and by its base, from the same random state.",
-        reading=(
-            "Continuations part for good at the first token that differs, so the share of same tokens says when rather "
-            "than how much; the divergence, taken along what the checkpoint writes, says how far apart they are there."
-        ),
-        metrics={
-            "prompts": "prompts continued",
-            "agreement": "share of positions with the same token, of the longer continuation; mean over prompts",
-            "kl_per_token": (
-                "mean KL(model || the other) along what the model writes, nats per token; the checkpoint, the base"
-            ),
-        },
+_DESCRIPTION = Description(
+    title="What it writes",
+    measures="Continuations of the prompts by the checkpoint and by its base, from the same random state.",
+    reading=(
+        "Continuations part for good at the first token that differs, so the share of same tokens says when rather "
+        "than how much; the divergence, taken along what the checkpoint writes, says how far apart they are there."
     ),
+    metrics={
+        "prompts": "prompts continued",
+        "agreement": "share of positions with the same token, of the longer continuation; mean over prompts",
+        "kl_per_token": (
+            "mean KL(model || the other) along what the model writes, nats per token; the checkpoint, the base"
+        ),
+    },
 )
+describe("continuations", _DESCRIPTION)
