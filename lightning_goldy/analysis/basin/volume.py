@@ -287,8 +287,8 @@ def basin_volume(
     unshard_guard(model)
     chosen = shortened(batches, objective, n_samples, estimator.max_seq_len)
     chosen = list(own_share(chosen, model, Replicas(), None))
-    region = {"n_directions": n_directions, "cutoff": cutoff, "sigma": sigma, "space": space, "estimator": estimator}
-    shared = {"progress": progress, "split_over_ranks": split_over_ranks}
+    region: dict[str, Any] = {"n_directions": n_directions, "cutoff": cutoff, "sigma": sigma, "space": space}
+    shared: dict[str, Any] = {"estimator": estimator, "progress": progress, "split_over_ranks": split_over_ranks}
     with preserved(model):
         divergence = AnchoredDivergence(model, chosen, objective, cache=estimator.cache, cache_dtype=cache_dtype)
         volume = partial(local_volume, model, divergence, **region, **shared)
