@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -346,7 +346,8 @@ def _run_settings(capture: Capture, pieces: PieceSamples, options: RunOptions) -
     }
 
 
-def _hash(parts: Iterable[Tensor | bytes], *, size: int = 16) -> str:
+def _hash(parts: Iterable[Any], *, size: int = 16) -> str:
+    """Of tensors and bytes."""
     digest = hashlib.blake2b(digest_size=size)
     for part in parts:
         if isinstance(part, Tensor):
