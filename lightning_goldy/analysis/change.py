@@ -15,7 +15,7 @@ from lightning_goldy.analysis.result import AnalysisResult, tensor_rows
 from lightning_goldy.core.base import Base, base_of
 from lightning_goldy.core.directions import fill_direction_
 from lightning_goldy.core.mask import ParameterMask
-from lightning_goldy.core.naming import block_of
+from lightning_goldy.core.naming import block_of, require_at_least
 from lightning_goldy.core.sharding import Replicas, gather, is_sharded, local, scatter_like, sum_over_shards
 from lightning_goldy.core.vector import ParameterVector, reduce_tensors
 
@@ -139,13 +139,12 @@ class SuccessiveUpdates:
         A cosine with an update of zero is None as well.
         """
         current = offloaded(values)
-        if self._previous is None:
-            self._previous = current
-            return None
-        update, before = current - self._previous, self._update
+        update, before = None if self._previous is None else current - self._previous, self._update
         self._previous, self._update = current, update
-        scale = update.norm() * before.norm() if before is not None else 0.0
-        return update.dot(before) / scale if before is not None and scale else None
+        if update is None or before is None:
+            return None
+        scale = update.norm() * before.norm()
+        return update.dot(before) / scale if scale else None
 
     def vectors(self) -> dict[str, ParameterVector]:
         """What is held, by name, for :meth:`load` after a resume."""
@@ -268,11 +267,11 @@ class ParameterDistributionResult(AnalysisResult):
 
     def metrics(self) -> dict[str, float | None]:
         """Of the model and by block: the relative change, and means weighted by the tensors' elements."""
-        found: dict[str, float | None] = {}
+        metrics: dict[str, float | None] = {}
         for column in _COLUMNS:
-            found[column] = self.whole(column)
-            found.update({f"{column}/{block}": value for block, value in self.by_block(column).items()})
-        return found
+            metrics[column] = self.whole(column)
+            metrics |= {f"{column}/{block}": value for block, value in self.by_block(column).items()}
+        return metrics
 
     def details(self) -> dict[str, Any]:
         """The tensors' rows."""
@@ -362,9 +361,8 @@ def check_distribution_arguments(top: int, exact_below: int) -> None:
     Raises:
         ValueError: An argument is below 1.
     """
-    for name, value in (("top", top), ("exact_below", exact_below)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1; got {value}")
+    require_at_least("top", top, 1)
+    require_at_least("exact_below", exact_below, 1)
 
 
 def _row(name: str, base: Tensor, delta: Tensor, top: int, exact_below: int, seed: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.core.base import Base, base_of
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.mask import MaskedModel
+from lightning_goldy.core.naming import require_at_least
 from lightning_goldy.core.objective import IGNORE_INDEX, CausalLMObjective
 from lightning_goldy.core.sharding import is_sharded, local, scatter_like
 from lightning_goldy.core.store import require_boolean
@@ -224,7 +225,10 @@ def compare_generations(
     writer = _Writer(model, tokenizer, prompts, seed, max_new_tokens, do_sample, temperature)
     for name, tensor in mask.items():
         require_boolean(tensor, name)
-    parts = {name: _part(mask[name], parameter) for name, parameter in mask.space.resolve(model).items()}
+    parts = {}
+    for name, parameter in mask.space.resolve(model).items():
+        whole = mask[name] if is_sharded(mask[name]) else scatter_like(parameter.detach(), mask[name])
+        parts[name] = local(whole).to(local(parameter).device)
 
     @contextmanager
     def masked() -> Iterator[None]:
@@ -373,12 +377,6 @@ def check_generation_arguments(max_new_tokens: int, temperature: float) -> None:
     Raises:
         ValueError: An argument is out of range.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
+    require_at_least("max_new_tokens", max_new_tokens, 1)
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"temperature must be positive and finite; got {temperature}; do_sample=False is its limit 0")
-
-
-def _part(mask: Tensor, parameter: Tensor) -> Tensor:
-    whole = mask if is_sharded(mask) else scatter_like(parameter.detach(), mask)
-    return local(whole).to(local(parameter).device)

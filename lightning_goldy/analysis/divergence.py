@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_goldy.core.batches import batch_tensors, map_batch
-from lightning_goldy.core.naming import require_choice
+from lightning_goldy.core.naming import require_at_least, require_choice
 from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.sharding import Replicas
 from lightning_goldy.core.space import ParameterSpace
@@ -89,10 +89,8 @@ class AnchoredDivergence:
     def __call__(self, model: nn.Module) -> float:
         """The mean divergence, nats; infinite where the model gives 0 to what the anchor holds possible."""
         total = 0.0
-        with torch.no_grad():
-            for index, batch in enumerate(self.batches):
-                logits = self._logits(model, batch)
-                total += divergence_sum(self._anchor_log_probs(model, index), logits)
+        for index in range(len(self.batches)):
+            total += self._from_anchor(model, index)
         return total / self.positions
 
     def at_anchor(self, model: nn.Module) -> float:
@@ -107,10 +105,12 @@ class AnchoredDivergence:
         Returns:
             0 where nothing is rounded and a second run gives the same.
         """
-        with torch.no_grad():
-            logits = self._logits(model, self.batches[0])
-            first = divergence_sum(self._anchor_log_probs(model, 0), logits)
-        return (first + self._rounding) / self.positions
+        return (self._from_anchor(model, 0) + self._rounding) / self.positions
+
+    @torch.no_grad()
+    def _from_anchor(self, model: nn.Module, index: int) -> float:
+        logits = self._logits(model, self.batches[index])
+        return divergence_sum(self._anchor_log_probs(model, index), logits)
 
     def _anchor_log_probs(self, model: nn.Module, index: int) -> Tensor:
         if self._anchor is None:
@@ -199,8 +199,8 @@ def shortened(
         >>> [part["input_ids"].tolist() for part in shortened([{"input_ids": ids}], CausalLMObjective(), 2, 2)]
         [[[0, 1], [4, 5]]]
     """
-    if n_samples is not None and n_samples < 1:
-        raise ValueError(f"n_samples must be at least 1; got {n_samples}")
+    if n_samples is not None:
+        require_at_least("n_samples", n_samples, 1)
     if max_seq_len is not None and max_seq_len < 2:
         raise ValueError(f"max_seq_len must be at least 2, or there is nothing to predict; got {max_seq_len}")
     kept: list[Any] = []

@@ -262,64 +262,52 @@ def show_patterns(
         )
 
 
-class EntropyRecorder:
-    """Gathers the entropies of one forward pass, layer by layer.
+@contextmanager
+def recorded_entropies(model: nn.Module, architecture: Architecture, batch: Any) -> Iterator[list[Tensor]]:
+    """Gathers the entropies of one forward pass, layer by layer, shape ``[B, H]`` each; all are there after the block.
 
     Args:
+        model: Runs within the block.
         architecture: Whose attention modules are told apart.
+        batch: What it runs on; its ``attention_mask`` says which queries are padding.
+
+    Raises:
+        BatchMismatchError: When the model is called with another number of rows.
+        UnreadableAttentionError: A layer computed its attention in another way.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
         >>> from lightning_goldy.core.architecture import describe_architecture
         >>> config = GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=11, bos_token_id=0, eos_token_id=0)
         >>> model = GPT2LMHeadModel(config).eval()
-        >>> recorder = EntropyRecorder(describe_architecture(model))
-        >>> with recorder.watching(model, {"input_ids": torch.tensor([[1, 2, 3]])}), torch.no_grad():
-        ...     _ = model(input_ids=torch.tensor([[1, 2, 3]]))
-        >>> [tuple(layer.shape) for layer in recorder.entropies()]
+        >>> batch = {"input_ids": torch.tensor([[1, 2, 3]])}
+        >>> with recorded_entropies(model, describe_architecture(model), batch) as layers, torch.no_grad():
+        ...     _ = model(**batch)
+        >>> [tuple(layer.shape) for layer in layers]
         [(1, 2), (1, 2)]
     """
+    n_samples, owners = batch_length(batch), _layers(architecture)
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    queries = mask != 0 if mask is not None and mask.ndim == 2 else None
+    found: dict[int, Tensor] = {}
+    entropies: list[Tensor] = []
 
-    def __init__(self, architecture: Architecture) -> None:
-        self._architecture = architecture
-        self._layers = _layers(architecture)
-        self._entropies: dict[int, Tensor] = {}
+    def sink(module: nn.Module, weights: Tensor, additive: Tensor | None) -> None:
+        layer = owners.get(id(module))
+        if layer is not None:
+            if len(weights) != n_samples:
+                raise BatchMismatchError(f"{n_samples} samples gave attention of shape {tuple(weights.shape)}")
+            found[layer] = row_entropies(weights.detach(), additive, queries)
 
-    @contextmanager
-    def watching(self, model: nn.Module, batch: Any) -> Iterator[None]:
-        """Records the forward pass of a batch, whose ``attention_mask`` says which queries are padding.
-
-        Raises:
-            BatchMismatchError: When the model is called with another number of rows.
-        """
-        n_samples = batch_length(batch)
-        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-        queries = mask != 0 if mask is not None and mask.ndim == 2 else None
-        self._entropies.clear()
-
-        def sink(module: nn.Module, weights: Tensor, additive: Tensor | None) -> None:
-            layer = self._layers.get(id(module))
-            if layer is not None:
-                if len(weights) != n_samples:
-                    raise BatchMismatchError(f"{n_samples} samples gave attention of shape {tuple(weights.shape)}")
-                self._entropies[layer] = row_entropies(weights.detach(), additive, queries)
-
-        with recorded_attention(model, sink):
-            yield
-
-    def entropies(self) -> list[Tensor]:
-        """Entropies of each layer, shape ``[B, H]`` each.
-
-        Raises:
-            UnreadableAttentionError: A layer computed its attention in another way.
-        """
-        for block in self._architecture.blocks:
-            if block.index not in self._entropies:
-                raise UnreadableAttentionError(
-                    f"{model_class(block.attention)} ignores set_attn_implementation in {block.attention_name!r}, so "
-                    "its attention patterns cannot be read"
-                )
-        return [self._entropies[block.index] for block in self._architecture.blocks]
+    with recorded_attention(model, sink):
+        yield entropies
+    for block in architecture.blocks:
+        if block.index not in found:
+            raise UnreadableAttentionError(
+                f"{model_class(block.attention)} ignores set_attn_implementation in {block.attention_name!r}, so "
+                "its attention patterns cannot be read"
+            )
+        entropies.append(found[block.index])
 
 
 def to_device_of(model: nn.Module, batch: Any) -> Any:

@@ -20,7 +20,8 @@ from lightning_goldy.core.directions import Proposal
 Measure = Literal["gaussian", "uniform", "sphere"]
 Array = NDArray[np.float64]
 
-_COLUMNS = ("estimates", "radii", "props", "deltas", "slopes", "log_integral", "sensitivities", "evaluations")
+COLUMNS = ("estimates", "radii", "props", "deltas", "slopes", "log_integral", "sensitivities", "evaluations")
+"""What is found along each direction, in the order of the result's fields."""
 _SETTINGS = (
     *("preconditioner", "sigma", "cutoff", "dimension", "measure", "seed", "first_direction", "anchor_cost", "rtol"),
     *("max_radius", "extra_evaluations"),
@@ -176,38 +177,29 @@ class VolumeResult(AnalysisResult):
 
     def metrics(self) -> dict[str, float | None]:
         """The numbers that describe the result, but the time, which is no part of it."""
-        return {name: value for name, value in self.summary().items() if name != "seconds"}
+        return _untimed(self.summary())
 
     def details(self) -> dict[str, Any]:
         """The settings, the metrics, and what was found along each direction."""
         settings = {name: getattr(self, name) for name in _SETTINGS}
-        # A resumed run must give the rows of an uninterrupted one, however long it took.
-        proposals = {
-            name: {key: value for key, value in numbers.items() if key != "seconds"}
-            for name, numbers in self.proposals.items()
-        }
+        proposals = {name: _untimed(numbers) for name, numbers in self.proposals.items()}
         # The number of evaluations gives way to the list, one per direction.
-        columns = {name: getattr(self, name).tolist() for name in _COLUMNS}
+        columns = {name: getattr(self, name).tolist() for name in COLUMNS}
         totals = {"proposals": proposals, "total_evaluations": self.total_evaluations}
         return settings | self.metrics() | totals | columns
 
     def summary(self) -> dict[str, Any]:
         """The numbers that describe the result, without the directions' own."""
-        low, high = self.interval()
-        return {
-            "log_volume": self.log_volume,
-            "lower_bound": self.lower_bound,
-            "interval_low": low,
-            "interval_high": high,
-            "spread": self.spread,
-            "effective_sample_size": self.effective_sample_size,
-            "bits_per_parameter": self.bits_per_parameter,
-            "scaling_exponent": self.scaling_exponent,
-            "tolerance": self.tolerance,
-            "unbounded": len(self.unbounded),
-            "evaluations": self.total_evaluations,
-            "seconds": self.seconds,
-        }
+        ends = zip(("interval_low", "interval_high"), self.interval(), strict=True)
+        names = ("spread", "effective_sample_size", "bits_per_parameter", "scaling_exponent", "tolerance")
+        counts = {"unbounded": len(self.unbounded), "evaluations": self.total_evaluations, "seconds": self.seconds}
+        bounds = {"log_volume": self.log_volume, "lower_bound": self.lower_bound, **dict(ends)}
+        return {**bounds, **{name: getattr(self, name) for name in names}, **counts}
+
+
+def _untimed(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    # A resumed run must give the rows of an uninterrupted one, however long it took.
+    return {name: value for name, value in numbers.items() if name != "seconds"}
 
 
 def aggregate(results: Sequence[VolumeResult]) -> VolumeResult:
@@ -233,7 +225,7 @@ def aggregate(results: Sequence[VolumeResult]) -> VolumeResult:
     for (seed, _, stop), (next_seed, start, _) in itertools.pairwise(ranges):
         if seed == next_seed and start < stop:
             raise ValueError(f"two results share direction {start} of seed {seed}; give them different seeds")
-    joined: dict[str, Any] = {field: torch.cat([getattr(part, field) for part in results]) for field in _COLUMNS}
+    joined: dict[str, Any] = {field: torch.cat([getattr(part, field) for part in results]) for field in COLUMNS}
     return dataclasses.replace(
         first,
         **joined,

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from lightning_goldy.analysis.basin.result import (
+    COLUMNS,
     GaussianMeasure,
     Measure,
     SphereMeasure,
@@ -22,12 +24,11 @@ from lightning_goldy.analysis.basin.result import (
     VolumeResult,
     best_of,
 )
-from lightning_goldy.analysis.divergence import AnchoredDivergence, Cache, check_cache, shortened
+from lightning_goldy.analysis.divergence import AnchoredDivergence, Cache, check_cache, own_share, shortened
 from lightning_goldy.analysis.result import Cost
-from lightning_goldy.core.batches import map_batch
 from lightning_goldy.core.directions import Preconditioner, Proposal, Ray, direction_seed
 from lightning_goldy.core.isolation import preserved
-from lightning_goldy.core.naming import suggestion
+from lightning_goldy.core.naming import require_at_least, require_choice
 from lightning_goldy.core.objective import CausalLMObjective, Objective
 from lightning_goldy.core.sharding import Replicas, is_sharded, local, unshard_guard
 from lightning_goldy.core.space import ParameterSpace
@@ -79,11 +80,9 @@ class Estimator:
     directions: Directions = "auto"
 
     def __post_init__(self) -> None:
-        if self.max_evaluations < 1:
-            raise ValueError(f"max_evaluations must be at least 1; got {self.max_evaluations}")
-        for name, value, choices in (("measure", self.measure, Measure), ("directions", self.directions, Directions)):
-            if value not in get_args(choices):
-                raise ValueError(f"unknown {name} {value!r}; {suggestion(str(value), get_args(choices))}")
+        require_at_least("max_evaluations", self.max_evaluations, 1)
+        require_choice("measure", self.measure, get_args(Measure))
+        require_choice("directions", self.directions, get_args(Directions))
         if not 0 < self.rtol < 1:
             raise ValueError(f"rtol must lie in (0, 1); got {self.rtol}")
         check_cache(self.cache, None)
@@ -163,8 +162,7 @@ def local_volume(
     """
     check_region(n_directions, cutoff, sigma)
     walked = (max_radius, l2_reg, first_direction, directions)
-    named = Estimator(measure, seed, rtol, max_evaluations, None, "auto", *walked)
-    estimator = _one_of(estimator, named)
+    estimator = _one_of(estimator, Estimator(measure, seed, rtol, max_evaluations, None, "auto", *walked))
     if estimator.measure == "sphere" and preconditioner is not None:
         raise ValueError("measure='sphere' takes no preconditioner: directions are tangents of the sphere")
     began = time.perf_counter()
@@ -283,41 +281,24 @@ def basin_volume(
             raise ValueError(f"give n_samples= alone; got n_samples={n_samples} and val_size={val_size}")
         n_samples = val_size
     walked = (max_radius, l2_reg, first_direction, directions)
-    named = Estimator(measure, seed, rtol, max_evaluations, max_seq_len, cache, *walked)
-    estimator = _one_of(estimator, named)
+    estimator = _one_of(estimator, Estimator(measure, seed, rtol, max_evaluations, max_seq_len, cache, *walked))
     check_cache(estimator.cache, cache_dtype)
-    objective = objective or CausalLMObjective()
-    device = next(model.parameters()).device
+    replicas, objective = Replicas.of(model) if split_over_ranks else Replicas(), objective or CausalLMObjective()
     unshard_guard(model)
-    chosen = [
-        map_batch(batch, lambda tensor: tensor.to(device))
-        for batch in shortened(batches, objective, n_samples, estimator.max_seq_len)
-    ]
+    chosen = shortened(batches, objective, n_samples, estimator.max_seq_len)
+    chosen = list(own_share(chosen, model, Replicas(), None))
+    region: dict[str, Any] = {"n_directions": n_directions, "cutoff": cutoff, "sigma": sigma, "space": space}
+    shared: dict[str, Any] = {"estimator": estimator, "progress": progress, "split_over_ranks": split_over_ranks}
     with preserved(model):
         divergence = AnchoredDivergence(model, chosen, objective, cache=estimator.cache, cache_dtype=cache_dtype)
-
-        def volume(proposal: Preconditioner | None) -> VolumeResult:
-            return local_volume(
-                model,
-                divergence,
-                n_directions=n_directions,
-                cutoff=cutoff,
-                sigma=sigma,
-                preconditioner=proposal,
-                space=space,
-                estimator=estimator,
-                progress=progress,
-                split_over_ranks=split_over_ranks,
-            )
-
-        if isinstance(preconditioner, Mapping):
-            result = best_of({name: volume(proposal) for name, proposal in preconditioner.items()})
+        volume = partial(local_volume, model, divergence, **region, **shared)
+        if not isinstance(preconditioner, Mapping):
+            result = volume(preconditioner=preconditioner)
+        else:
+            result = best_of({name: volume(preconditioner=proposal) for name, proposal in preconditioner.items()})
             spent = sum(numbers["evaluations"] for numbers in result.proposals.values())
             # What the other proposals cost belongs to the choice.
             result = dataclasses.replace(result, extra_evaluations=spent - int(result.evaluations.sum()))
-        else:
-            result = volume(preconditioner)
-    replicas = Replicas.of(model) if split_over_ranks else Replicas()
     return dataclasses.replace(result, cost=Cost(forwards=sum(replicas.gather_objects(divergence.forwards))))
 
 
@@ -335,8 +316,7 @@ def check_region(n_directions: int, cutoff: float, sigma: float | None) -> None:
     Raises:
         ValueError: An argument is out of range.
     """
-    if n_directions < 1:
-        raise ValueError(f"n_directions must be at least 1; got {n_directions}")
+    require_at_least("n_directions", n_directions, 1)
     for name, value in (("cutoff", cutoff), ("sigma", 1.0 if sigma is None else sigma)):
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name} must be positive and finite; got {value}")
@@ -417,18 +397,10 @@ class _Walk:
         radii, deltas, slopes, evaluations, _ = map(np.array, zip(*crossings, strict=True))
         unbounded = np.isnan(radii)
         integrals = self.measure.integrals(np.where(unbounded, 1.0, radii), lengths, projections)
-        log_integral, sensitivity = (np.where(unbounded, np.nan, column) for column in integrals)
-        columns = {
-            "estimates": log_integral + self.measure.constant,
-            "radii": radii,
-            "props": lengths,
-            "deltas": deltas,
-            "slopes": slopes,
-            "log_integral": log_integral,
-            "sensitivities": sensitivity,
-            "evaluations": evaluations,
-        }
-        return {name: torch.from_numpy(column) for name, column in columns.items()}
+        log_integral, sensitivities = (np.where(unbounded, np.nan, column) for column in integrals)
+        estimates = log_integral + self.measure.constant
+        columns = (estimates, radii, lengths, deltas, slopes, log_integral, sensitivities, evaluations)
+        return dict(zip(COLUMNS, map(torch.from_numpy, columns), strict=True))
 
 
 def _measure(name: Measure, sigma: float | None, ray: Ray) -> tuple[UniformMeasure, float]:
@@ -532,9 +504,9 @@ def find_radius(
         value = cost(math.exp(x))
         search.add(x, value)
         if search.accepted():
-            return Crossing(
-                math.exp(search.corrected()), search.best_cost, search.slope_at_best(), count, search.bend_at_best()
-            )
+            closest = search.points[0][2] if search.points else search.inside
+            radius = math.exp(search.corrected())
+            return Crossing(radius, closest, search.slope_at_best(), count, search.bend_at_best())
         if x >= search.limit and value < cutoff:
             return Crossing(math.nan, value, math.nan, count)
         x = search.next()
@@ -573,32 +545,21 @@ class _Search:
             self.points.append((x, math.log(cost / self.cutoff), cost))
             self.points.sort(key=lambda point: abs(point[1]))
 
-    @property
-    def best_cost(self) -> float:
-        return self.points[0][2] if self.points else self.inside
-
     def accepted(self) -> bool:
-        if self.high - self.low <= self.rtol * _JUMP:
-            return True
-        if not self.points:
-            return False
+        narrow = self.high - self.low <= self.rtol * _JUMP
+        if narrow or not self.points:
+            return narrow
         miss = abs(self.points[0][1])
         # A secant's slope is that of the middle; slopes are taken to change by at most their own size per factor e.
         unsure = _BORROWED if self._secant() is None else 0.05 + abs(self.points[1][0] - self.points[0][0]) / 2
         return miss <= self.rtol and miss * unsure <= self.rtol / 10
 
     def _secant(self) -> float | None:
-        if len(self.points) < 2:
+        if len(self.points) < 2 or self.points[0][0] == self.points[1][0]:
             return None
         (x, y, _), (other_x, other_y, _) = self.points[:2]
-        if x == other_x:
-            return None
         slope = (other_y - y) / (other_x - x)
         return slope if slope > _FLAT else None
-
-    def _flat(self) -> bool:
-        """Whether the cost is known to hardly grow, so that its next value is far away."""
-        return len(self.points) > 1 and self._secant() is None
 
     def slope_at_best(self) -> float:
         secant = self._secant()
@@ -640,7 +601,8 @@ class _Search:
             # The secant may creep along one side of a kink; halving does not.
             if not low < guess < high or (self.count > _PATIENCE and self.count % 2):
                 guess = 0.5 * (low + high)
-        elif math.isfinite(low) and (guess <= low or self._flat()):
+        elif math.isfinite(low) and (guess <= low or (len(self.points) > 1 and self._secant() is None)):
+            # Also where the cost is known to hardly grow, so that its next value is far away.
             guess = low + _LARGEST_STEP
         elif math.isfinite(high) and guess >= high:
             guess = high - _STEP_BACK

@@ -140,11 +140,9 @@ class _Recorder:
         self.model, self.objective, self.pooling = model, objective, pooling
         self.device = next(model.parameters()).device
         layers = linear_layers(model)
-        for name in names:
-            if name not in layers:
-                raise CouplingError(
-                    f"{name} is not the weight of one linear layer, so it has no activations to compare"
-                )
+        odd = next((name for name in names if name not in layers), None)
+        if odd is not None:
+            raise CouplingError(f"{odd} is not the weight of one linear layer, so it has no activations to compare")
         self.modules = {name: layers[name] for name in names}
         self.widths: dict[str, int] = {}
         self._weights = torch.empty(0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -330,43 +330,34 @@ def _run_settings(capture: Capture, pieces: PieceSamples, options: RunOptions) -
     device, model, objective = capture.device.type, capture.model, capture.objective
     names, function = list(capture.parameters), getattr(getattr(objective, "function", None), "__qualname__", "")
     random = f"{options.projection} dimensions with seed {options.seed}"
+    samples = (
+        part for sample in pieces.samples for part in ((b"\1",) if sample is None else (b"\2", *batch_tensors(sample)))
+    )
+    named = (*model.named_parameters(), *model.named_buffers())
+    weights = (part for name, tensor in named for part in (canonical_name(name).encode(), gather(tensor)))
     return {
-        "pieces": f"{len(pieces.samples)} with hash {_pieces_hash(pieces)}",
-        "weights": _weights_hash(model),
-        "model": f"{model_class(model)} with hash {_text_hash(model)}",
-        "selection": f"{len(names)} tensors with hash {_text_hash(names)}",
+        "pieces": f"{len(pieces.samples)} with hash {_hash(samples)}",
+        "weights": _hash(weights),
+        "model": f"{model_class(model)} with hash {_hash([repr(model).encode()], size=8)}",
+        "selection": f"{len(names)} tensors with hash {_hash([repr(names).encode()], size=8)}",
         "objective": f"{type(objective).__module__}.{type(objective).__qualname__} {function}".strip(),
         "projection": "none" if options.projection is None else random,
         "autocast": str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "none",
     }
 
 
-def _pieces_hash(pieces: PieceSamples) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for sample in pieces.samples:
-        digest.update(b"\1" if sample is None else b"\2")
-        for tensor in () if sample is None else batch_tensors(sample):
-            _update(digest, tensor)
+def _hash(parts: Iterable[Any], *, size: int = 16) -> str:
+    """Of tensors and bytes."""
+    digest = hashlib.blake2b(digest_size=size)
+    for part in parts:
+        if isinstance(part, Tensor):
+            full = part.detach().cpu().contiguous()
+            digest.update(f"{tuple(full.shape)} {full.dtype}".encode())
+            # NumPy knows no bfloat16; the bytes do not care.
+            digest.update(full.reshape(-1).view(torch.uint8).numpy().data)
+        else:
+            digest.update(part)
     return digest.hexdigest()
-
-
-def _weights_hash(model: nn.Module) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        digest.update(canonical_name(name).encode())
-        _update(digest, gather(tensor))
-    return digest.hexdigest()
-
-
-def _update(digest: Any, tensor: Tensor) -> None:
-    full = tensor.detach().cpu().contiguous()
-    digest.update(f"{tuple(full.shape)} {full.dtype}".encode())
-    # NumPy knows no bfloat16; the bytes do not care.
-    digest.update(full.reshape(-1).view(torch.uint8).numpy().data)
-
-
-def _text_hash(value: object) -> str:
-    return hashlib.blake2b(repr(value).encode(), digest_size=8).hexdigest()
 
 
 def _available_memory() -> int:

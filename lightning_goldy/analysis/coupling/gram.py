@@ -56,7 +56,7 @@ class Rows(NamedTuple):
     def factors(self, at: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Inputs and gradients of some pieces that come as rows, in float32 or better."""
         assert self.inputs is not None
-        return _accurate(self.inputs[at]), _accurate(self.gradients[at])
+        return accurate(self.inputs[at]), accurate(self.gradients[at])
 
 
 def without_empty_rows(inputs: Tensor, gradients: Tensor) -> Rows:
@@ -104,10 +104,15 @@ class RowBuffer:
     def add(self, rows: Rows) -> None:
         """Adds the rows of some pieces."""
         for place, tensor in enumerate(rows):
-            if tensor is not None:
-                held = self._roomy(place, tensor)
-                target = held[self._filled : self._filled + len(tensor)]
-                (target[:, : tensor.shape[1]] if tensor.ndim == 3 else target).copy_(tensor)
+            if tensor is None:
+                continue
+            held = self._tensors[place]
+            if held is None:
+                held = torch.zeros(self.count, *tensor.shape[1:], dtype=tensor.dtype, device=self.device)
+            elif tensor.ndim == 3 and tensor.shape[1] > held.shape[1]:
+                held = F.pad(held, (0, 0, 0, tensor.shape[1] - held.shape[1]))
+            self._tensors[place] = held
+            held[self._filled : self._filled + len(tensor), : tensor.shape[1]].copy_(tensor)
         self._filled += len(rows.gradients)
 
     def rows(self) -> Rows:
@@ -115,15 +120,6 @@ class RowBuffer:
         gradients, inputs = (None if tensor is None else tensor[: self._filled] for tensor in self._tensors)
         assert gradients is not None
         return Rows(gradients, inputs)
-
-    def _roomy(self, place: int, tensor: Tensor) -> Tensor:
-        held = self._tensors[place]
-        if held is None:
-            held = torch.zeros(self.count, *tensor.shape[1:], dtype=tensor.dtype, device=self.device)
-        elif tensor.ndim == 3 and tensor.shape[1] > held.shape[1]:
-            held = F.pad(held, (0, 0, 0, tensor.shape[1] - held.shape[1]))
-        self._tensors[place] = held
-        return held
 
 
 def squared_norms(rows: Rows) -> Tensor:
@@ -142,7 +138,7 @@ def squared_norms(rows: Rows) -> Tensor:
     """
     with exact_products(rows.gradients.device):
         if rows.inputs is None:
-            return _accurate(rows.gradients).double().square().sum(dim=1)
+            return accurate(rows.gradients).double().square().sum(dim=1)
         a, b = rows.factors()
         return (torch.bmm(a, a.mT) * torch.bmm(b, b.mT)).sum(dim=(1, 2), dtype=torch.float64)
 
@@ -168,18 +164,13 @@ def inner_products(first: Rows, second: Rows | None = None) -> Tensor:
     """
     other = first if second is None else second
     with exact_products(first.gradients.device):
-        if first.inputs is None or other.inputs is None:
-            product = _flat(first.gradients, other.gradients)
-        elif 0 in (first.gradients.shape[1], other.gradients.shape[1]):
-            shape = len(first.gradients), len(other.gradients)
-            product = torch.zeros(shape, dtype=torch.float64, device=first.gradients.device)
-        else:
-            product = (_by_rows if _rows_are_cheaper(first, other) else _by_gradients)(first, other)
+        product = (_by_rows if _rows_are_cheaper(first, other) else _by_gradients)(first, other)
     return (product + product.T) / 2 if second is None else product  # symmetric to the last bit
 
 
 def _rows_are_cheaper(first: Rows, other: Rows) -> bool:
-    assert first.inputs is not None
+    if first.inputs is None or 0 in (first.gradients.shape[1], other.gradients.shape[1]):
+        return False
     width_in, width_out = first.inputs.shape[-1], first.gradients.shape[-1]
     (m, r), (n, s) = first.gradients.shape[:2], other.gradients.shape[:2]
     by_rows = m * n * r * s * (width_in + width_out) * (0.55 if other is first else 1.0)
@@ -216,11 +207,9 @@ def _tile(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def _by_gradients(first: Rows, other: Rows) -> Tensor:
-    assert first.inputs is not None
-    width_in, width_out = first.inputs.shape[-1], first.gradients.shape[-1]
-    step = max(1, _SLICE // width_in)
+    step = _SLICE if first.inputs is None else max(1, _SLICE // first.inputs.shape[-1])
     result = torch.zeros(len(first.gradients), len(other.gradients), dtype=torch.float64, device=first.gradients.device)
-    for start in range(0, width_out, step):
+    for start in range(0, first.gradients.shape[-1], step):
         left = _built(first, start, step)  # [M, step d_in]
         result += left @ (left if other is first else _built(other, start, step)).T
     return result
@@ -228,20 +217,11 @@ def _by_gradients(first: Rows, other: Rows) -> Tensor:
 
 def _built(rows: Rows, start: int, step: int) -> Tensor:
     """Some output dimensions of the gradients, flat."""
-    assert rows.inputs is not None
-    gradients = _accurate(rows.gradients[:, :, start : start + step])  # [M, R, step]
-    return torch.bmm(gradients.mT, _accurate(rows.inputs)).flatten(1)
+    gradients = accurate(rows.gradients[..., start : start + step])  # [M, R, step], or flat [M, step]
+    return gradients if rows.inputs is None else torch.bmm(gradients.mT, accurate(rows.inputs)).flatten(1)
 
 
-def _flat(first: Tensor, second: Tensor) -> Tensor:
-    result = torch.zeros(len(first), len(second), dtype=torch.float64, device=first.device)
-    for start in range(0, first.shape[1], _SLICE):
-        left, right = (_accurate(side[:, start : start + _SLICE]) for side in (first, second))
-        result += left @ right.T
-    return result
-
-
-def _accurate(tensor: Tensor) -> Tensor:
+def accurate(tensor: Tensor) -> Tensor:
     """In float32, unless it is float64 already."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
@@ -309,7 +289,8 @@ class Projection:
         with exact_products(first.device):
             for name, rows in parts.items():
                 if rows.inputs is None:
-                    self._add_flat(total, name, rows.gradients)
+                    for number, part in enumerate(rows.gradients.split(_BLOCK, dim=1)):
+                        total += self._count_sketch(f"{name}\0{number}", part.to(dtype)).to(total.device)
                 elif rows.gradients.shape[1]:
                     sketch = self._tensor_sketch(name, rows.gradients.to(dtype), rows.inputs.to(dtype))
                     total += sketch.to(total.device)
@@ -338,21 +319,15 @@ class Projection:
         result = values.new_zeros(*values.shape[:-1], self.dimensions)
         return result.index_add_(-1, hashed.buckets, values * hashed.signs)
 
-    def _add_flat(self, total: Tensor, name: str, gradients: Tensor) -> None:
-        for number, start in enumerate(range(0, gradients.shape[1], _BLOCK)):
-            part = gradients[:, start : start + _BLOCK].to(total.dtype)
-            total += self._count_sketch(f"{name}\0{number}", part).to(total.device)
-
     def _hash(self, key: str, width: int, device: torch.device) -> _Hash:
-        hashed = self._hashes.get((key, width, device))
-        if hashed is None:
+        if (key, width, device) not in self._hashes:
             digest = hashlib.blake2b(f"{self.seed}\0projection\0{key}".encode(), digest_size=8).digest()
             # 63 bits: torch reads a larger seed as negative. On the CPU, so that every device has the same.
             generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
             buckets = torch.randint(self.dimensions, (width,), generator=generator, device="cpu")
             signs = torch.randint(2, (width,), generator=generator, dtype=torch.int8, device="cpu") * 2 - 1
-            hashed = self._hashes[key, width, device] = _Hash(buckets.to(device), signs.to(device))
-        return hashed
+            self._hashes[key, width, device] = _Hash(buckets.to(device), signs.to(device))
+        return self._hashes[key, width, device]
 
 
 @dataclass

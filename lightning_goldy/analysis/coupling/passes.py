@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.coupling.gram import Rows, without_empty_rows
+from lightning_goldy.analysis.coupling.gram import Rows, accurate, without_empty_rows
 from lightning_goldy.analysis.result import Cost, counted_passes
 from lightning_goldy.core.naming import canonical_name, require_choice
 from lightning_goldy.core.objective import Objective
@@ -193,16 +193,18 @@ class Capture:
             rows = {}
             for name, parameter in self.parameters.items():
                 tap = self._layers.get(name)
-                if tap is None:
-                    rows[name] = _flat_gradient(parameter)
-                else:
-                    rows[name] = tap.rows() if name == tap.name else tap.bias_rows()
+                rows[name] = _flat_gradient(parameter) if tap is None else tap.gradient(name)
             return log_probs, rows
         except NotBatchedError:
             self._batched = False
             raise
         finally:
-            self._forget()
+            for tap in self._taps.values():
+                tap.begin(1)
+            for parameter in self.model.parameters():
+                parameter.grad = None
+            # A low-precision copy of a weight that needs a gradient belongs to the graph that is gone.
+            torch.clear_autocast_cache()
 
     def probe(self, batch: Any, n_tokens: int) -> Footprint:
         """Runs one piece, compares what layers tell with the gradients themselves, and measures what a piece needs.
@@ -256,14 +258,6 @@ class Capture:
             log_probs.sum().backward()
         return log_probs.detach()
 
-    def _forget(self) -> None:
-        for tap in self._taps.values():
-            tap.begin(1)
-        for parameter in self.model.parameters():
-            parameter.grad = None
-        # A low-precision copy of a weight that needs a gradient belongs to the graph that is gone.
-        torch.clear_autocast_cache()
-
     def _freeze(self, trained: Any) -> None:
         """Gradients for these tensors alone; FSDP2 has planned which gradients it reduces."""
         if self.sharded:
@@ -285,7 +279,7 @@ class Capture:
         assert parameter.grad is not None
         gradient, parameter.grad = gather(parameter.grad), None
         with exact_products(gradient.device):
-            told = _total(tap.rows() if name == tap.name else tap.bias_rows(), tap.inputs_first)
+            told = _total(tap.gradient(name), tap.inputs_first)
             true = gradient.to(told.dtype)
             if self.sharded:  # reduced over processes with a factor that users may set
                 told *= (true * told).sum() / told.square().sum().clamp(min=torch.finfo(told.dtype).tiny)
@@ -360,11 +354,10 @@ class Tap:
         inputs = torch.cat([caught.inputs for caught in self._caught if caught.inputs is not None], dim=1)
         return Rows(torch.cat([caught.gradients for caught in self._caught], dim=1), inputs)
 
-    def bias_rows(self) -> Rows:
-        """The gradient of the bias, shape ``[M, d_out]``."""
-        gradients = self.rows().gradients
-        accurate = gradients if gradients.dtype == torch.float64 else gradients.float()
-        return Rows(accurate.sum(dim=1))
+    def gradient(self, name: str) -> Rows:
+        """The gradient of the weight, or of the bias, then of shape ``[M, d_out]``."""
+        rows = self.rows()
+        return rows if name == self.name else Rows(accurate(rows.gradients).sum(dim=1))
 
     def _catch(self, given: Tensor, version: int, gradient: Tensor) -> None:
         if given._version != version:
@@ -375,11 +368,10 @@ class Tap:
 
 def _total(rows: Rows, inputs_first: bool) -> Tensor:
     """The gradient of one piece in its tensor's shape."""
-    dtype = torch.float64 if rows.gradients.dtype == torch.float64 else torch.float32
-    b = rows.gradients[0].to(dtype)
+    b = accurate(rows.gradients[0])
     if rows.inputs is None:
         return b
-    a = rows.inputs[0].to(dtype)
+    a = rows.inputs[0].to(b.dtype)
     return a.T @ b if inputs_first else b.T @ a
 
 

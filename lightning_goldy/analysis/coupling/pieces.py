@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ from lightning_goldy.core.space import ParameterSpace, SpaceError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
 
 Pieces = Sequence[KnowledgePiece] | Iterable[Any]
 _KEYS = {"input_ids", "attention_mask", "labels"}
@@ -197,7 +196,7 @@ def _unpadded(row: Sample) -> Sample:
 Part = Literal["mlp_output", "attention_output"]
 Select = Part | Sequence[str] | ParameterSpace
 Layers = tuple[int, int] | str | None
-PARTS = ("mlp_output", "attention_output")
+PARTS = get_args(Part)
 
 
 def check_selection(select: Select, layers: Layers) -> None:
@@ -292,13 +291,11 @@ def _matching(
                 raise SpaceError(f"{name} holds {parameters[name].dtype}, which has no gradient")
         return chosen
     floating = [name for name, parameter in parameters.items() if parameter.is_floating_point()]
-    chosen = set()
-    for pattern in select:
-        matching = [name for name in floating if fnmatch.fnmatchcase(name, pattern)]
-        if not matching:
+    matching = {pattern: {name for name in floating if fnmatch.fnmatchcase(name, pattern)} for pattern in select}
+    for pattern, names in matching.items():
+        if not names:
             raise SpaceError(f"pattern {pattern!r} matches no parameter; {suggestion(pattern, floating)}")
-        chosen.update(matching)
-    return chosen
+    return set().union(*matching.values())
 
 
 def _in_layers(

@@ -18,8 +18,6 @@ from lightning_goldy.analysis.coupling.result import CouplingResult
 from lightning_goldy.analysis.result import AnalysisResult
 
 CONTRASTS = ("answer", "category", "group")
-
-
 _QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 # Bins of the statistics, and of the figure.
 _BINS, _FINE_BINS = 40, 200
@@ -181,7 +179,7 @@ def coupling_statistics(
         raise ValueError(f"top is a number of pairs, at least 0; got {top}")
     kept = result.valid.nonzero().flatten()
     cosines = result.cosines if len(kept) == len(result) else result.cosines[kept][:, kept]
-    pairs = _upper(cosines)
+    pairs = cosines.numpy()[~np.tri(len(kept), dtype=bool)]  # all pairs once, row by row
     order, clusters = _clustered(pairs, len(kept), high if cluster_at is None else cluster_at)
     rank, ratio = _spectrum(cosines, spectrum_below)
     columns = {name: [result.column(name)[index] for index in kept.tolist()] for name in (*CONTRASTS, "hop")}
@@ -199,16 +197,6 @@ def coupling_statistics(
         effective_rank=rank,
         participation_ratio=ratio,
     )
-
-
-def _upper(matrix: Tensor) -> NDArray[Any]:
-    """All pairs once, row by row."""
-    count = len(matrix)
-    pairs = np.empty(count * (count - 1) // 2, dtype=matrix.numpy().dtype)
-    for at, row in _rows_above(matrix):
-        start = at * count - at * (at + 1) // 2
-        pairs[start : start + len(row)] = row
-    return pairs
 
 
 def _distribution(pairs: NDArray[Any], high: float, moderate: float) -> dict[str, Any]:
@@ -292,12 +280,8 @@ def _rows_above(matrix: Tensor) -> Iterator[tuple[int, NDArray[Any]]]:
 
 def _contrasts(cosines: Tensor, columns: Mapping[str, Sequence[Any]]) -> dict[str, dict[str, Any]]:
     """Pairs that share an answer, a category or a group against pairs that do not; without columns of one piece."""
-    contrasts = {}
-    for name in CONTRASTS:
-        codes = codes_of(columns[name], fold=name == "answer")
-        if (codes >= 0).sum() > 1:
-            contrasts[name] = _contrast(cosines, codes)
-    return contrasts
+    coded = {name: codes_of(columns[name], fold=name == "answer") for name in CONTRASTS}
+    return {name: _contrast(cosines, codes) for name, codes in coded.items() if (codes >= 0).sum() > 1}
 
 
 def codes_of(values: Sequence[Any], *, fold: bool = False) -> NDArray[np.int64]:
@@ -447,23 +431,18 @@ def coupling_picture(result: CouplingResult, statistics: CouplingStatistics, *, 
         for place, row in enumerate(rows, start=done):
             counts += np.histogram(row[place + 1 :], bins=_FINE_BINS, range=(-1, 1))[0]
         done += len(block)
+    numbers = np.outer(sizes, sizes).astype(np.float64)
+    several = np.flatnonzero(sizes > 1)
+    # Its own cosine is 1 exactly.
+    for table in (cells, numbers):
+        table[several, several] -= sizes[several]
     return CouplingPicture(
-        cells=tuple(tuple(line) for line in _means(cells, sizes).round(_DECIMALS).tolist()),
+        cells=tuple(tuple(line) for line in (cells / numbers).round(_DECIMALS).tolist()),
         sizes=tuple(sizes.tolist()),
         categories=_strip(blocks, result.column("category")),
         n_pieces=len(order),
         counts=tuple(counts.tolist()),
     )
-
-
-def _means(sums: NDArray[Any], sizes: NDArray[np.int64]) -> NDArray[Any]:
-    numbers = np.outer(sizes, sizes).astype(np.float64)
-    several = sizes > 1
-    places = np.flatnonzero(several)
-    # Its own cosine is 1 exactly.
-    sums[places, places] -= sizes[several]
-    numbers[places, places] -= sizes[several]
-    return sums / numbers
 
 
 def _strip(blocks: Sequence[NDArray[np.int64]], categories: Sequence[str | None]) -> tuple[str | None, ...]:

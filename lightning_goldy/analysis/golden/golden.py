@@ -16,6 +16,7 @@ from lightning_goldy.analysis.divergence import own_share, precise
 from lightning_goldy.analysis.result import AnalysisResult, Cost, tensor_rows
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.mask import ParameterMask, Scope, check_scope
+from lightning_goldy.core.naming import require_at_least
 from lightning_goldy.core.objective import CausalLMObjective, Objective
 from lightning_goldy.core.registry import Registry
 from lightning_goldy.core.selection import select_largest
@@ -70,7 +71,24 @@ def fisher(gradient: Tensor, value: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class GoldenResult(AnalysisResult):
+class MaskResult(AnalysisResult):
+    """A mask that an analysis found, with its counts by tensor; an analysis's own result adds how it was found."""
+
+    mask: ParameterMask
+
+    def vectors(self) -> dict[str, tuple[ParameterVector, Kind]]:
+        """The mask."""
+        return {"mask": (self.mask, "mask")}
+
+    def described(self, names: Iterable[str], **columns: Iterable[Any]) -> dict[str, Any]:
+        """Fields by name, and of each tensor its size and the columns."""
+        space = self.mask.space
+        rows = tensor_rows(space.names, numel=map(math.prod, space.shapes), **columns)
+        return {**{name: getattr(self, name) for name in names}, "tensors": rows}
+
+
+@dataclass(frozen=True)
+class GoldenResult(MaskResult):
     """Which parameters are golden, and how many would be by chance.
 
     Args:
@@ -89,7 +107,6 @@ class GoldenResult(AnalysisResult):
 
     analysis: ClassVar[str] = "golden_parameters"
 
-    mask: ParameterMask
     golden: tuple[int, ...]
     marked: tuple[int, ...]
     chance: tuple[float, ...]
@@ -126,18 +143,10 @@ class GoldenResult(AnalysisResult):
         names = ("count", "density", "chance_density", "density_over_chance")
         return {name: getattr(self, name) for name in names}
 
-    def vectors(self) -> dict[str, tuple[ParameterVector, Kind]]:
-        """The mask."""
-        return {"mask": (self.mask, "mask")}
-
     def details(self) -> dict[str, Any]:
         """A JSON-able description without the mask: the settings, and counts by tensor."""
         settings = ("top_k_percent", "score", "scope", "quorum", "n_samples")
-        counts = {"k": self.marked, "golden": self.golden, "chance": self.chance}
-        return {
-            **{name: getattr(self, name) for name in settings},
-            "tensors": tensor_rows(self.mask.space.names, numel=map(math.prod, self.mask.space.shapes), **counts),
-        }
+        return self.described(settings, k=self.marked, golden=self.golden, chance=self.chance)
 
     summary = details
 
@@ -298,8 +307,8 @@ class Budget:
 
     def counts(self, mask: Mask) -> list[int]:
         """Marked elements of each group."""
-        each = [mask[name].count_nonzero() for name in self.layouts]
-        counts = dict(zip(self.layouts, sum_over_shards(each, list(self.layouts.values())), strict=True))
+        parts = [mask[name].count_nonzero() for name in self.layouts]
+        counts = dict(zip(self.layouts, sum_over_shards(parts, list(self.layouts.values())), strict=True))
         return [sum(int(counts[name]) for name in group) for group in self.groups]
 
 
@@ -425,8 +434,8 @@ def check_golden_arguments(top_k_percent: float, score: str, scope: str, quorum:
     check_scope(scope)
     if not 0 < quorum <= 1:
         raise ValueError(f"quorum must lie in (0, 1]; got {quorum}")
-    if n_samples is not None and n_samples < 1:
-        raise ValueError(f"n_samples must be at least 1; got {n_samples}")
+    if n_samples is not None:
+        require_at_least("n_samples", n_samples, 1)
 
 
 def only_these_require_gradients(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:

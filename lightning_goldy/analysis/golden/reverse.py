@@ -12,27 +12,27 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.divergence import AnchoredDivergence, Cache, check_cache, divergence_sum
+from lightning_goldy.analysis.divergence import AnchoredDivergence, Cache, check_cache, divergence_sum, own_share
 from lightning_goldy.analysis.golden.fluctuation import STRATEGIES, Fluctuation
 from lightning_goldy.analysis.golden.golden import (
     SCORES,
     Budget,
     Mask,
+    MaskResult,
     only_these_require_gradients,
     require_gradients,
     taken_gradients,
     zeros_like_parts,
 )
-from lightning_goldy.analysis.result import AnalysisResult, Cost, tensor_rows
+from lightning_goldy.analysis.result import Cost
 from lightning_goldy.core.batches import batch_tensors, map_batch
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.mask import MaskedModel, ParameterMask, Scope, check_scope
-from lightning_goldy.core.naming import suggestion
+from lightning_goldy.core.naming import require_at_least, suggestion
 from lightning_goldy.core.objective import CausalLMObjective, Objective
 from lightning_goldy.core.sharding import Replicas, gather, like, local
 from lightning_goldy.core.space import ParameterSpace
-from lightning_goldy.core.store import Kind
-from lightning_goldy.core.vector import ParameterVector, elements_in, require_finite
+from lightning_goldy.core.vector import elements_in, require_finite
 
 SINGLE_SHOTS = ("gradient", "taylor", "fisher")
 """The scores that every search is measured against."""
@@ -80,13 +80,12 @@ class Search:
         SCORES[self.score]
         check_cache(self.cache, None)
         for name in ("rounds", "chunk_size", "max_stagnant_iterations"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}")
+            if getattr(self, name) is not None:
+                require_at_least(name, getattr(self, name), 1)
 
 
 @dataclass(frozen=True)
-class ReverseGoldenResult(AnalysisResult):
+class ReverseGoldenResult(MaskResult):
     """The mask, what zeroing it does, and how it was found.
 
     Args:
@@ -113,7 +112,6 @@ class ReverseGoldenResult(AnalysisResult):
 
     analysis: ClassVar[str] = "reverse_golden_parameters"
 
-    mask: ParameterMask
     masked: tuple[int, ...]
     kl_divergence: float
     search_divergence: float
@@ -157,20 +155,13 @@ class ReverseGoldenResult(AnalysisResult):
             "accepted_pools": sum(entry["accepted"] for entry in self.history),
         }
 
-    def vectors(self) -> dict[str, tuple[ParameterVector, Kind]]:
-        """The mask."""
-        return {"mask": (self.mask, "mask")}
-
     def details(self) -> dict[str, Any]:
         """A JSON-able description without the mask: the settings, the course of the search, and counts by tensor."""
         settings = ("top_k_percent", "scope", "strategy", "score", "n_samples", "n_eval_samples")
         found = ("kl_divergence", "search_divergence", "single_shots", "passes")
-        space = self.mask.space
-        return {
-            **{name: getattr(self, name) for name in (*settings, *found)},
-            "history": [dict(entry) for entry in self.history],
-            "tensors": tensor_rows(space.names, numel=map(math.prod, space.shapes), masked=self.masked),
-        }
+        described = self.described((*settings, *found), masked=self.masked)
+        tensors = described.pop("tensors")
+        return {**described, "history": [dict(entry) for entry in self.history], "tensors": tensors}
 
     summary = details
 
@@ -436,21 +427,10 @@ class MaskSearch:
     def _record(
         self, tried: Mapping[str, _Valued], kept: str, sizes: list[int], pools: list[int], factor: float
     ) -> None:
-        self.history.append(
-            {
-                "iteration": len(self.history),
-                "passes": self.passes,
-                "size": sum(sizes),
-                "pool": sum(pools),
-                "factor": factor,
-                "greedy_kl": tried["greedy"].value,
-                "pool_kl": tried["pool"].value if "pool" in tried else None,
-                "kl": tried[kept].value,
-                "kept": kept,
-                "accepted": kept == "pool",
-                "best_kl": self.best_divergence,
-            }
-        )
+        place = {"iteration": len(self.history), "passes": self.passes, "size": sum(sizes), "pool": sum(pools)}
+        values = {"greedy_kl": tried["greedy"].value, "pool_kl": tried["pool"].value if "pool" in tried else None}
+        outcome = {"kl": tried[kept].value, "kept": kept, "accepted": kept == "pool", "best_kl": self.best_divergence}
+        self.history.append({**place, "factor": factor, **values, **outcome})
 
 
 def single_shot_scores(
@@ -531,17 +511,16 @@ class SharedDivergence:
         *,
         cache: Cache = "auto",
     ) -> None:
-        device = next(model.parameters()).device
         self.n_samples = sum(len(next(batch_tensors(piece))) for piece in pieces)
         """Samples of all ranks."""
         self.cost = Cost(forwards=self.n_samples)
         """Passes made so far."""
         # Without a cache the anchor runs again beside the model.
         self._runs = 2 if cache == "none" else 1
-        self.pieces = [map_batch(piece, lambda tensor: tensor.to(device)) for piece in replicas.share(pieces)]
+        self.pieces = list(own_share(pieces, model, replicas, None))
         """This rank's share, on the model's device."""
         self.replicas = replicas
-        self._device = device
+        self._device = next(model.parameters()).device
         # A rank may have no piece, and then only takes part in the sums.
         self._held = _Held(model, self.pieces, objective, cache=cache) if self.pieces else None
         self.positions = round(self._sum(self._held.positions if self._held else 0))

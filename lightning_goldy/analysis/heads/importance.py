@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.attention.patterns import EntropyRecorder, batch_length
+from lightning_goldy.analysis.attention.patterns import batch_length, recorded_entropies
 from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.core.architecture import Head, HeadError, HeadGates
 from lightning_goldy.core.architecture.gates import BatchMismatchError
@@ -159,13 +159,11 @@ class HeadProbe:
 
     @cached_property
     def _entropy(self) -> Tensor:
-        recorder = EntropyRecorder(self.gates.architecture)
-
         def measure(batch: Any) -> list[Tensor]:
-            with recorder.watching(self.model, batch), torch.no_grad():
+            with recorded_entropies(self.model, self.gates.architecture, batch) as layers, torch.no_grad():
                 self.objective.log_probs(self.model, batch)
             self._made += Cost(batch_length(batch))
-            return recorder.entropies()
+            return layers
 
         def rows() -> Iterator[tuple[Tensor, Tensor]]:
             for done, batch in enumerate(self._batches, 1):

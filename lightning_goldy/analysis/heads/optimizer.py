@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.core.architecture import Architecture, Block, Head, HeadGates, HeadProjection, ParameterSlice
+from lightning_goldy.core.architecture import Architecture, Head, HeadGates, ParameterSlice
 from lightning_goldy.core.sharding import like, local, local_box, unshard_guard
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.store import load_vectors, save_vectors
@@ -456,7 +456,7 @@ def head_rows(architecture: Architecture, heads: Iterable[Head], closed: Iterabl
     """
     by_name: dict[str, list[ParameterSlice]] = {}
     for (layer, _), role, index in owned_parts(architecture, heads, closed):
-        for part in projection_of(architecture.blocks[layer], role).head_slice(index):
+        for part in getattr(architecture.blocks[layer], role).head_slice(index):
             by_name.setdefault(part.name, []).append(part)
     rows = []
     # Every slice of a parameter is along one dimension.
@@ -465,11 +465,6 @@ def head_rows(architecture: Architecture, heads: Iterable[Head], closed: Iterabl
         index_of_all = torch.cat([torch.arange(start, start + length) for start, length in starts])
         rows.append(ParameterRows(name, slices[0].parameter, slices[0].dim, index_of_all))
     return rows
-
-
-def projection_of(block: Block, role: Role) -> HeadProjection:
-    """The projection of a block with this role."""
-    return getattr(block, role)
 
 
 def plain_optimizers(optimizers: Any) -> list[torch.optim.Optimizer]:

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.heads.optimizer import ParameterRows, head_rows, owned_parts, projection_of, reset_moments
+from lightning_goldy.analysis.heads.optimizer import ParameterRows, head_rows, owned_parts, reset_moments
 from lightning_goldy.core.architecture import Head, HeadError, HeadGates, HeadProjection, ParameterSlice
 from lightning_goldy.core.base import Base, BaseParameters, base_of
 from lightning_goldy.core.directions import fill_direction_
@@ -176,7 +176,7 @@ def _copied(gates: HeadGates, grown: tuple[Head, ...], donors: Mapping[Head, Hea
         if role == "output":
             continue
         block, (_, donor) = gates.architecture.blocks[head[0]], chosen[head]
-        projection = projection_of(block, role)
+        projection = getattr(block, role)
         source = donor if role == "query" else block.key_value_head(donor)
         for part, other in zip(projection.head_slice(index), projection.head_slice(source), strict=True):
             yield part, lambda whole, other=other: other.of(whole).clone()  # type: ignore[misc]
@@ -204,7 +204,7 @@ def _donors(gates: HeadGates, grown: tuple[Head, ...], given: Mapping[Head, Head
 
 def _noised(gates: HeadGates, grown: tuple[Head, ...], scale: float, seed: int) -> Iterator[Edit]:
     for (layer, _), role, index in owned_parts(gates.architecture, grown, gates.closed):
-        projection = projection_of(gates.architecture.blocks[layer], role)
+        projection = getattr(gates.architecture.blocks[layer], role)
         for place, part in enumerate(projection.head_slice(index)):
             yield part, partial(_noise, part=part, projection=projection, place=place, scale=scale, seed=seed)
 

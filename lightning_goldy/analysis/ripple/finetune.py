@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_goldy.analysis.agreement import EVERYTHING, Agreement, agreement_of, spaced_places
+from lightning_goldy.analysis.divergence import own_share
 from lightning_goldy.analysis.result import AnalysisResult, Cost, counted_passes, total_cost
 from lightning_goldy.analysis.ripple.measure import (
     Batch,
@@ -244,22 +245,19 @@ def _measure_batches(
     progress: Callable[[int, int], None] | None,
 ) -> tuple[float, str, list[tuple[PieceScores, PieceScores, Tensor]]]:
     """||Delta||, the route, and of each batch of this rank the scores at the base, those now, the predicted changes."""
-    mine = replicas.share(batches)
-    now = [score_pieces(model, [batch]) for batch in mine]
+    now = [score_pieces(model, [batch]) for batch in replicas.share(batches)]
     unit, size = unit_change(model, start)
     rows = []
     with substituted(model, start):
         sharded = any(map(is_sharded, start.values()))
         route = "gradients" if sharded else available_route(model, start, next(split_batch(batches[0])))
-        for batch, after in zip(mine, now, strict=True):
+        for batch, after in zip(own_share(batches, model, replicas, progress), now, strict=True):
             before = score_pieces(model, [batch])
             if sharded:
                 along = _sharded_slopes(model, unit, batch)
             else:
                 along = slopes(model, start, (unit,), [batch], route)[0]
             rows.append((before, after, along * size))
-            if progress is not None:
-                progress(len(rows), len(mine))
     return size, route, rows
 
 

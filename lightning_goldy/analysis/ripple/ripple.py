@@ -200,16 +200,13 @@ def _planned(edit: KnowledgeEdit | tuple[KnowledgePiece | str, str], known: dict
         raise ValueError(f"the edited piece has the id {piece.id!r} of another piece")
     if not isinstance(edit.answer, str) or not edit.answer.strip():
         raise ValueError(f"the new answer of piece {piece.id!r} is empty: {edit.answer!r}")
-    return PlannedEdit(piece, replace(piece, answer=edit.answer.strip()), _subject(edit, piece))
-
-
-def _subject(edit: KnowledgeEdit, piece: KnowledgePiece) -> str | None:
-    if edit.subject is not None:
-        if not edit.subject or edit.subject not in piece.question:
-            raise ValueError(f"the subject {edit.subject!r} does not stand in the question {piece.question!r}")
-        return edit.subject
-    # As a word of its own: a group called "a" is no subject of every question with an a.
-    return piece.group if piece.group and _as_word(piece.group).search(piece.question) else None
+    subject = edit.subject
+    if subject is None:
+        # As a word of its own: a group called "a" is no subject of every question with an a.
+        subject = piece.group if piece.group and _as_word(piece.group).search(piece.question) else None
+    elif not subject or subject not in piece.question:
+        raise ValueError(f"the subject {subject!r} does not stand in the question {piece.question!r}")
+    return PlannedEdit(piece, replace(piece, answer=edit.answer.strip()), subject)
 
 
 def _as_word(text: str) -> re.Pattern[str]:

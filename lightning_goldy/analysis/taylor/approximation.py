@@ -146,7 +146,7 @@ def _cut(name: str, value: Any, rows: int, part: slice) -> Any:
 HIGHEST_ORDER = 3
 
 
-class TaylorApproximation(nn.Module):
+class TaylorApproximation(Substituted):
     r"""A callable like the model, whose logits are those of its Taylor expansion around a base.
 
     .. math:: f_n(x) = \sum_{k \le n} \frac{1}{k!} \frac{d^k}{dt^k} f(\theta_0 + t (\theta - \theta_0); x) \Big|_0
@@ -176,7 +176,7 @@ class TaylorApproximation(nn.Module):
     """
 
     def __init__(self, model: nn.Module, base: Base, order: int, *, parameters: ParameterVector | None = None) -> None:
-        super().__init__()
+        super().__init__(model, {})
         if not 1 <= order <= HIGHEST_ORDER:
             raise ValueError(f"order must lie between 1 and {HIGHEST_ORDER}; got {order}")
         if any(map(is_sharded, model.parameters())):
@@ -184,18 +184,9 @@ class TaylorApproximation(nn.Module):
         start = base_of(base, model).vector(model)
         if parameters is not None:
             start.space.require_same(parameters.space)
-        # In tuples, so that the model does not become part of this module.
-        self._model, self._base, self._given = (model,), (start,), (parameters,)
+        # In tuples, as the model is, so that nothing becomes part of this module.
+        self._base, self._given = (start,), (parameters,)
         self.order = order
-
-    @property
-    def config(self) -> Any:
-        """The model's configuration."""
-        return self._model[0].config
-
-    def get_base_model(self) -> nn.Module:
-        """The model, whose forward names the arguments."""
-        return Substituted(self._model[0], {}).get_base_model()
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
