@@ -50,6 +50,29 @@ def batch_length(batch: Any) -> int:
     return lengths.pop()[0]
 
 
+def is_divisible(batch: Any) -> bool:
+    """Whether the batch's tensors agree on its number of samples."""
+    try:
+        batch_length(batch)
+    except ValueError:
+        return False
+    return True
+
+
+def sample_count(batch: Any) -> int:
+    """Number of samples, also of a batch that cannot be cut: the first dimension of its first tensor, 1 without any.
+
+    Example:
+        >>> import torch
+        >>> sample_count((torch.zeros(4, 2), torch.tensor(0.5))), sample_count(["text"])
+        (4, 1)
+    """
+    if is_divisible(batch):
+        return batch_length(batch)
+    first = next(batch_tensors(batch), None)
+    return len(first) if first is not None and first.ndim else 1
+
+
 def take_samples(batch: Any, rows: slice | Tensor) -> Any:
     """Some samples of a batch.
 
@@ -134,7 +157,7 @@ def _rebuilt(value: Any, function: Callable[[Any], Any]) -> Any:
     if isinstance(value, (list, tuple, deque)):
         parts = [function(item) for item in value]
         # A named tuple's class takes its fields one by one, and may have a constructor of its own.
-        return type(value)._make(parts) if hasattr(value, "_make") else type(value)(parts)  # type: ignore[attr-defined,call-arg]
+        return type(value)._make(parts) if hasattr(value, "_make") else type(value)(parts)
     names = _attributes(value)
     if names is None:
         if callable(getattr(value, "to", None)) and not isinstance(value, type):

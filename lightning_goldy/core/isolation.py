@@ -102,7 +102,7 @@ class Kept:
         # The objects stay referenced, so that no id is taken twice.
         self._known: dict[int, Any] = {}
         self._storages: set[int] = set()
-        self._undo: list[Callable[[], None]] = []
+        self._undo: list[Callable[[], Any]] = []
         self.iterators: list[Any] = []
         for root in roots:
             self._follow(self._note_attributes(root) if _has_attributes(root) else [root])
