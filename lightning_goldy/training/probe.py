@@ -216,9 +216,8 @@ def _combined(loaders: Any, source: Source) -> CombinedLoader:
     if items and all(isinstance(item, DataLoader) for item in items):
         return CombinedLoader(loaders, "sequential")
     if isinstance(loaders, (Mapping, Tensor, str)):
-        raise ValueError(
-            f"{source.name} is a {type(loaders).__name__} where an iterable of batches is expected: [batch]"
-        )
+        kind = type(loaders).__name__
+        raise ValueError(f"{source.name} gave a {kind}, which is no iterable of batches: put the batch in a list")
     if not isinstance(loaders, Iterable) and not hasattr(loaders, "__getitem__"):
         kind = type(loaders).__name__
         raise ValueError(f"{source.name} gave a {kind}, which is no iterable of batches: give a DataLoader or a list")
@@ -245,8 +244,8 @@ def _for_every_rank(loader: Any) -> Any:
     if loader.batch_sampler is not None:
         batches = _undivided(loader.batch_sampler, loader.dataset)
         if isinstance(batches, SequentialSampler):
-            size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", 1)
-            batches = BatchSampler(batches, int(size), drop_last=False)
+            size: int = loader.batch_size or getattr(loader.batch_sampler, "batch_size", 1)
+            batches = BatchSampler(batches, size, drop_last=False)
         held["batch_sampler"] = batches
     return copied
 
