@@ -27,8 +27,8 @@ from lightning_goldy.core.sharding import local, unshard_guard
 SMALL = 2**16
 """Elements of the largest tensor or array that is copied for an object that is no module."""
 _LOOKED_THROUGH = 256
-_MODULE_SLOTS = frozenset(vars(nn.Module()))
 _TRAINER_SLOTS = frozenset({"trainer", "_trainer", "_fabric"})
+_MODULE_SLOTS = _TRAINER_SLOTS | frozenset(vars(nn.Module()))
 _LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")
 
 
@@ -123,11 +123,10 @@ class Kept:
             for undo in reversed(self._undo):
                 undo()
 
-    def _note_attributes(self, owner: Any, leaving: frozenset[str] = frozenset()) -> list[Any]:
+    def _note_attributes(self, owner: Any, leaving: frozenset[str] = _TRAINER_SLOTS) -> list[Any]:
         if id(owner) in self._known:
             return []
         self._known[id(owner)] = owner
-        leaving |= _TRAINER_SLOTS
         held = {name: value for name, value in vars(owner).items() if name not in leaving}
         self._undo.append(partial(_put_back_attributes, vars(owner), held, leaving))
         return list(held.values())
@@ -140,20 +139,17 @@ class Kept:
             if isinstance(value, (list, dict, set, tuple, deque)):
                 waiting.extend(self._note_container(value))
             elif isinstance(value, types.FunctionType):
-                self._known[id(value)] = value
                 waiting.extend(self._note_closure(value))
             elif isinstance(value, types.MethodType):
                 waiting.append(value.__self__)
             elif isinstance(value, partial):
                 waiting.extend((value.func, value.args, value.keywords))
-            elif self._note_leaf(value):
-                continue
-            elif _is_entered(value):
+            elif not self._note_leaf(value) and _is_entered(value):
                 waiting.extend(self._note_attributes(value))
+            self._known[id(value)] = value
 
     def _note_container(self, value: Any) -> list[Any]:
         attributes = self._note_attributes(value) if _is_entered(value) else []
-        self._known[id(value)] = value
         if not isinstance(value, tuple):
             held = next(kind for kind in (dict, list, set, deque) if isinstance(value, kind))(value)
             self._undo.append(partial(_put_back_items, value, held))
@@ -199,7 +195,6 @@ class Kept:
                 self.iterators.append(value)
         else:
             return False
-        self._known[id(value)] = value
         return True
 
     def _note_tensor(self, tensor: Tensor) -> None:

@@ -244,8 +244,8 @@ def _for_every_rank(loader: Any) -> Any:
     if loader.batch_sampler is not None:
         batches = _undivided(loader.batch_sampler, loader.dataset)
         if isinstance(batches, SequentialSampler):
-            size: int = loader.batch_size or getattr(loader.batch_sampler, "batch_size", 1)
-            batches = BatchSampler(batches, size, drop_last=False)
+            size = getattr(loader.batch_sampler, "batch_size", None)
+            batches = BatchSampler(batches, size if isinstance(size, int) else 1, drop_last=False)
         held["batch_sampler"] = batches
     return copied
 
