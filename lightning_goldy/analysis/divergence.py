@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.core.batches import batch_tensors, map_batch
+from lightning_goldy.core.batches import batch_tensors, map_batch, sample_count, take_samples
 from lightning_goldy.core.naming import require_at_least, require_choice
 from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.sharding import Replicas
@@ -135,7 +135,7 @@ class AnchoredDivergence:
         return torch.log_softmax(precise(self._logits(model, batch)), dim=-1)
 
     def _logits(self, model: nn.Module, batch: Any) -> Tensor:
-        self.forwards += len(next(batch_tensors(batch)))
+        self.forwards += sample_count(batch)
         return self.objective.logits_and_targets(model, batch).logits
 
 
@@ -208,7 +208,7 @@ def shortened(
     for batch in batches:
         if left <= 0:
             break
-        size = next(batch_tensors(batch)).shape[0]
+        size = sample_count(batch)
         take = int(min(size, left))
         left -= take
         kept.append(_cut(batch, take if take < size else None, max_seq_len))
@@ -246,7 +246,7 @@ def counted_forwards(model: nn.Module, sums: dict[str, float]) -> Iterator[None]
 
 def _cut(batch: Any, samples: int | None, length: int | None) -> Any:
     if samples is not None:
-        batch = map_batch(batch, lambda tensor: tensor[:samples])
+        batch = take_samples(batch, slice(samples))
     if length is None:
         return batch
     if not isinstance(batch, Mapping) or "input_ids" not in batch:

@@ -23,6 +23,7 @@ from lightning_goldy.core.sharding import Replicas, unshard_guard
 from lightning_goldy.core.space import trainable_parameters
 from lightning_goldy.core.store import Kind, save_vectors
 from lightning_goldy.core.vector import ParameterVector, require_finite
+from lightning_goldy.training.probe import Reading
 from lightning_goldy.training.subject import check_probe, find_model, find_objective, find_probe
 
 At = Literal["start", "checkpoint", "end"]
@@ -143,6 +144,7 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         self._goes_on = False
         self._store: ResultStore | None = None
         self._batches: list[Any] = []
+        self._reading: Reading | None = None
 
     @abstractmethod
     def compute(self, context: AnalysisContext) -> ResultT:
@@ -181,6 +183,8 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         """Refuses what cannot work, before anything is loaded."""
         if stage != "fit":
             return
+        # Another fit may have other data; what nobody holds is read anew.
+        self._batches, self._reading = [], None
         names = [callback.name for callback in trainer.callbacks if isinstance(callback, AnalysisCallback)]  # type: ignore[attr-defined]
         if names.count(self.name) > 1:
             raise ValueError(f"two callbacks are called {self.name!r}; give each of them its own name=")
@@ -214,12 +218,18 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         model = find_model(pl_module, self.model_attribute)
         require_finite(dict(trainable_parameters(model)), "weights")
         if self.needs_probe:
+            self._batches = self._read_probe(trainer, pl_module)
             with undisturbed(trainer, pl_module):
-                self._batches = find_probe(trainer, pl_module, self.probe)
                 objective = find_objective(pl_module, model, self.objective)
                 check_probe(model, objective, self._batches, self.probe_samples())
         self.prepare(trainer, model)
         self._resumed = False
+
+    def _read_probe(self, trainer: L.Trainer, pl_module: L.LightningModule) -> list[Any]:
+        sharers = (callback for callback in trainer.callbacks if isinstance(callback, AnalysisCallback))  # type: ignore[attr-defined]
+        wanted = [other.probe_samples() for other in sharers if other.needs_probe and other.probe is self.probe]
+        self._reading = find_probe(trainer, pl_module, self.probe, self.probe_samples(), wanted=wanted)
+        return self._reading.first(self.probe_samples())
 
     def prepare(self, trainer: L.Trainer, model: nn.Module) -> None:
         """Hook for subclasses: checks and preparations right before the first step."""

@@ -116,8 +116,8 @@ class BasinVolume(AnalysisCallback[BasinVolumes]):
                 "sigma='first' keeps the first one's"
             )
         if self.splits is not None:
+            self._split_batches = find_splits(trainer, self.splits, self.survey.n_samples)
             with undisturbed(trainer, trainer.lightning_module):
-                self._split_batches = find_splits(trainer.datamodule, self.splits)  # type: ignore[attr-defined]
                 objective = find_objective(trainer.lightning_module, model, self.objective)
                 for batches in self._split_batches.values():
                     check_probe(model, objective, batches, self.survey.n_samples)

@@ -16,7 +16,7 @@ from torch import nn
 
 from lightning_goldy.analysis.result import AnalysisResult, Cost, Row
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
-from lightning_goldy.core.batches import batch_tensors
+from lightning_goldy.core.batches import sample_count
 from lightning_goldy.core.isolation import isolated_rng
 from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.naming import require_choice
@@ -87,7 +87,7 @@ class _Watch(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Counts, and asks the trainer to stop."""
-        size = len(next(batch_tensors(batch)))
+        size = sample_count(batch)
         self.rerun.cost += Cost(forwards=size, backwards=size)
         if self.last_step is not None and trainer.global_step >= self.last_step:
             trainer.should_stop = True
@@ -102,7 +102,7 @@ class _Watch(L.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Counts."""
-        self.rerun.cost += Cost(forwards=len(next(batch_tensors(batch))))
+        self.rerun.cost += Cost(forwards=sample_count(batch))
 
 
 class Rerun:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 from typing import Any
 
 import lightning.pytorch as L
@@ -23,9 +22,9 @@ from lightning_goldy.analysis.golden import (
 from lightning_goldy.analysis.result import Row
 from lightning_goldy.callbacks.base import AnalysisContext
 from lightning_goldy.callbacks.golden_snapshot import MaskCallback
-from lightning_goldy.core.batches import batch_tensors
+from lightning_goldy.core.batches import sample_count, take_samples
 from lightning_goldy.core.mask import Scope
-from lightning_goldy.core.objective import CausalLMObjective, Objective, map_batch
+from lightning_goldy.core.objective import CausalLMObjective, Objective
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.training.subject import find_tokenizer
 
@@ -165,13 +164,13 @@ def halves(batches: Sequence[Any], objective: Objective, n_samples: int) -> tupl
     left = (n_samples + 1) // 2
     first, second = [], []
     for batch in shortened(batches, objective, n_samples, None):
-        size = len(next(batch_tensors(batch)))
+        size = sample_count(batch)
         take = min(size, left)
         left -= take
         if take:
-            first.append(map_batch(batch, itemgetter(slice(take))))
+            first.append(take_samples(batch, slice(take)))
         if take < size:
-            second.append(map_batch(batch, itemgetter(slice(take, None))))
+            second.append(take_samples(batch, slice(take, None)))
     return first, second
 
 

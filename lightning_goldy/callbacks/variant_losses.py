@@ -12,7 +12,8 @@ import torch
 from lightning_goldy.analysis.divergence import counted_forwards, own_share, shortened
 from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
-from lightning_goldy.core.objective import FunctionObjective, batch_tensors
+from lightning_goldy.core.batches import sample_count
+from lightning_goldy.core.objective import FunctionObjective
 from lightning_goldy.core.sharding import Replicas
 from lightning_goldy.training import VariantsModule
 
@@ -83,7 +84,7 @@ class VariantLosses(AnalysisCallback[VariantLossesResult]):
             for name, model in module.variant_models().items():
                 with counted_forwards(trained[name], passes), torch.no_grad():
                     if isinstance(objective, FunctionObjective):
-                        loss, weight = float(objective.loss(model, batch)), len(next(batch_tensors(batch)))
+                        loss, weight = float(objective.loss(model, batch)), sample_count(batch)
                     else:
                         target = objective.logits_and_targets(model, batch)
                         loss, weight = float(target.loss()), len(target.targets)

@@ -18,7 +18,6 @@ from lightning_goldy.analysis.attention import Prompt, track_attention
 from lightning_goldy.analysis.attention.tracking import token_namer
 from lightning_goldy.analysis.change import parameter_distribution
 from lightning_goldy.analysis.continuations import check_generation_arguments, continue_prompts, encode_prompts
-from lightning_goldy.analysis.divergence import shortened
 from lightning_goldy.analysis.linearized import explain_change
 from lightning_goldy.analysis.result import AnalysisResult, Row
 from lightning_goldy.analysis.taylor import taylor_diff
@@ -30,7 +29,7 @@ from lightning_goldy.core.architecture import UnsupportedArchitectureError
 from lightning_goldy.core.base import BaseParameters
 from lightning_goldy.core.files import atomic_write, to_json_line
 from lightning_goldy.core.isolation import undisturbed
-from lightning_goldy.core.objective import Objective, batch_tensors
+from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.space import trainable_parameters
 from lightning_goldy.core.vector import require_finite
 from lightning_goldy.report import continuations_table, explanation_table, summary_table
@@ -310,10 +309,8 @@ class CheckpointAnalysis(L.Callback):
         say: Any,
     ) -> Subject:
         require_finite(dict(trainable_parameters(model)), "weights")
-        probe = find_probe(trainer, pl_module, None)
+        probe = find_probe(trainer, pl_module, None, self.n_samples or _SAMPLES).batches
         check_probe(model, objective, probe, self.n_samples)
-        held = sum(len(next(batch_tensors(batch))) for batch in probe)
-        probe = shortened(probe, objective, self.n_samples or min(_SAMPLES, held), None)
         tokenizer = find_tokenizer(trainer)
         texts = {f"prompt-{number}": text for number, text in enumerate(self.writing.prompts, 1)}
         shown = find_prompts(trainer, model, texts or None, probe, _SHOWN_TOKENS)

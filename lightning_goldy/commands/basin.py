@@ -85,9 +85,9 @@ class CheckpointVolumes(L.Callback):
             model = find_model(pl_module, None)
             objective = find_objective(pl_module, model, None)
             batches = (
-                find_splits(trainer.datamodule, True)  # type: ignore[attr-defined]
+                find_splits(trainer, True, self.survey.n_samples)
                 if self.splits
-                else {ONLY_SPLIT: find_probe(trainer, pl_module, None)}
+                else {ONLY_SPLIT: find_probe(trainer, pl_module, None, self.survey.n_samples).batches}
             )
             for number, (step, saved) in enumerate(self.saved, 1):
                 status.update(f"{saved.path} ({number} of {len(self.saved)})")

@@ -1,16 +1,20 @@
-"""Batches of any nesting: cut into samples, mapped, searched for tensors."""
+"""Batches of any nesting: mapped, cut into samples, searched for tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from operator import itemgetter
+import copy
+import dataclasses
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 
 def split_batch(batch: Any) -> Iterator[Any]:
-    """Cuts every tensor of a batch along its first dimension into batches of one.
+    """Cuts a batch along its first dimension into batches of one, as :func:`take_samples` does.
 
     Raises:
         ValueError: The batch holds no tensor, or tensors of different lengths.
@@ -21,38 +25,181 @@ def split_batch(batch: Any) -> Iterator[Any]:
         [torch.Size([1, 3]), torch.Size([1, 3])]
     """
     for index in range(batch_length(batch)):
-        yield map_batch(batch, itemgetter(slice(index, index + 1)))
+        yield take_samples(batch, slice(index, index + 1))
 
 
 def batch_length(batch: Any) -> int:
-    """Number of samples of a batch.
+    """Number of samples of a batch: the first dimension of its tensors, but for those of length 1, which serve all.
 
     Raises:
         ValueError: The batch holds no tensor, or tensors of different lengths.
+
+    Example:
+        >>> import torch
+        >>> batch_length({"input_ids": torch.zeros(4, 7), "position_ids": torch.arange(7)[None]})
+        4
     """
     shapes = [tuple(tensor.shape) for tensor in batch_tensors(batch)]
-    if len({shape[:1] for shape in shapes}) != 1 or not shapes[0]:
-        raise ValueError(f"a batch's tensors must share their first dimension; found shapes {shapes}")
-    return shapes[0][0]
+    lengths = {shape[:1] for shape in shapes}
+    if len(lengths) > 1:
+        lengths.discard((1,))
+    if len(lengths) != 1 or lengths == {()}:
+        raise ValueError(
+            f"a batch's tensors must share their first dimension; found shapes {shapes} in a {type(batch).__name__}"
+        )
+    return lengths.pop()[0]
+
+
+def is_divisible(batch: Any) -> bool:
+    """Whether the batch's tensors agree on its number of samples."""
+    try:
+        batch_length(batch)
+    except ValueError:
+        return False
+    return True
+
+
+def sample_count(batch: Any) -> int:
+    """Number of samples, also of a batch that cannot be cut: the first dimension of its first tensor, 1 without any.
+
+    Example:
+        >>> import torch
+        >>> sample_count((torch.zeros(4, 2), torch.tensor(0.5))), sample_count(["text"])
+        (4, 1)
+    """
+    if is_divisible(batch):
+        return batch_length(batch)
+    first = next(batch_tensors(batch), None)
+    return len(first) if first is not None and first.ndim else 1
+
+
+def take_samples(batch: Any, rows: slice | Tensor) -> Any:
+    """Some samples of a batch.
+
+    Tensors and arrays are indexed along their first dimension, and so is a list or tuple of other values (texts, names)
+    that has one for each sample. A tensor whose first dimension is 1 serves all samples, as do scalars, and stays.
+
+    Args:
+        batch: The batch, of any nesting.
+        rows: A slice, or indices of shape ``[n]``.
+
+    Raises:
+        ValueError: The batch holds no tensor, or tensors of different lengths.
+
+    Example:
+        >>> import torch
+        >>> take_samples({"x": torch.arange(3), "text": ["a", "b", "c"], "scale": 0.5}, slice(1, None))
+        {'x': tensor([1, 2]), 'text': ['b', 'c'], 'scale': 0.5}
+    """
+    return _take(batch, rows, batch_length(batch))
+
+
+def _take(value: Any, rows: slice | Tensor, length: int) -> Any:
+    if isinstance(value, Tensor):
+        if len(value) != length:
+            return value
+        return value[rows] if isinstance(rows, slice) else value[rows.to(value.device)]
+    if isinstance(value, np.ndarray):
+        if value.shape[:1] != (length,):
+            return value
+        return value[rows if isinstance(rows, slice) else rows.cpu().numpy()]
+    if _is_per_sample(value, length):
+        indices = range(length)[rows] if isinstance(rows, slice) else rows.tolist()
+        return type(value)([value[index] for index in indices])
+    return _rebuilt(value, lambda part: _take(part, rows, length))
+
+
+def _is_per_sample(value: Any, length: int) -> bool:
+    if not isinstance(value, (list, tuple)) or hasattr(value, "_fields") or len(value) != length:
+        return False
+    if any(True for _ in batch_tensors(value)) or any(isinstance(item, np.ndarray) for item in value):
+        return False
+    # Columns of as many entries as there are samples, as collating pairs of texts gives.
+    return not all(isinstance(item, (list, tuple)) and len(item) == length for item in value)
 
 
 def map_batch(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Applies a function to every tensor of nested dicts, lists and tuples; other values pass through."""
+    """Applies a function to every tensor of a batch, whose structure and types stay; other values pass through.
+
+    Looks into mappings, lists, tuples, named tuples, dataclasses, and objects of any class with a method ``to``, as
+    Lightning moves them. What is given is not changed.
+
+    Raises:
+        ValueError: An object with a method ``to`` keeps what it holds out of reach.
+
+    Example:
+        >>> import torch
+        >>> map_batch({"x": torch.ones(2), "text": "a"}, lambda tensor: tensor + 1)
+        {'x': tensor([2., 2.]), 'text': 'a'}
+    """
     if isinstance(batch, Tensor):
         return function(batch)
-    if isinstance(batch, Mapping):
-        return {key: map_batch(value, function) for key, value in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        parts = [map_batch(value, function) for value in batch]
-        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
-    return batch
+    return _rebuilt(batch, lambda part: map_batch(part, function))
+
+
+def move_batch(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors on a device."""
+    return map_batch(batch, lambda tensor: tensor.to(device))
 
 
 def batch_tensors(batch: Any) -> Iterator[Tensor]:
-    """Every tensor in nested dicts, lists and tuples."""
+    """Every tensor of a batch, wherever :func:`map_batch` looks."""
     if isinstance(batch, Tensor):
         yield batch
-    elif isinstance(batch, (Mapping, list, tuple)):
-        values: Iterable[Any] = batch.values() if isinstance(batch, Mapping) else batch
-        for value in values:
-            yield from batch_tensors(value)
+        return
+    for part in _parts(batch) or ():
+        yield from batch_tensors(part)
+
+
+def _rebuilt(value: Any, function: Callable[[Any], Any]) -> Any:
+    if isinstance(value, Mapping):
+        return _rebuilt_mapping(value, function)
+    if isinstance(value, (list, tuple, deque)):
+        parts = [function(item) for item in value]
+        # A named tuple's class takes its fields one by one, and may have a constructor of its own.
+        return type(value)._make(parts) if hasattr(value, "_make") else type(value)(parts)
+    names = _attributes(value)
+    if names is None:
+        if callable(getattr(value, "to", None)) and not isinstance(value, type):
+            raise ValueError(
+                f"a batch holds a {type(value).__qualname__}, whose tensors cannot be reached: give tensors in a dict, "
+                "list, tuple, dataclass or an object with attributes"
+            )
+        return value
+    rebuilt = copy.copy(value)
+    for name in names:
+        # Also of frozen dataclasses, and without what a setter would do.
+        object.__setattr__(rebuilt, name, function(getattr(value, name)))
+    return rebuilt
+
+
+def _rebuilt_mapping(value: Mapping[Any, Any], function: Callable[[Any], Any]) -> Any:
+    parts = {key: function(item) for key, item in value.items()}
+    if type(value) is dict or not isinstance(value, MutableMapping):
+        return parts
+    if isinstance(value, defaultdict):
+        return defaultdict(value.default_factory, parts)
+    rebuilt = copy.copy(value)
+    for key, part in parts.items():
+        rebuilt[key] = part
+    return rebuilt
+
+
+def _parts(value: Any) -> list[Any] | None:
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if isinstance(value, (list, tuple, deque)):
+        return list(value)
+    names = _attributes(value)
+    return None if names is None else [getattr(value, name) for name in names]
+
+
+def _attributes(value: Any) -> list[str] | None:
+    """The attributes of an object that is a batch, None of any other value."""
+    if isinstance(value, type):
+        return None
+    if dataclasses.is_dataclass(value):
+        return [field.name for field in dataclasses.fields(value) if hasattr(value, field.name)]
+    if not callable(getattr(value, "to", None)) or isinstance(value, torch.nn.Module):
+        return None
+    return list(vars(value)) if hasattr(value, "__dict__") else None

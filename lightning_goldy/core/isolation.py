@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+import io
 import random
-from collections.abc import Iterator, Mapping
+import sys
+import sysconfig
+import types
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import cache, partial
+from itertools import repeat
+from multiprocessing.sharedctypes import SynchronizedBase
+from operator import is_
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_goldy.core.sharding import local, unshard_guard
+
+SMALL = 2**16
+"""Elements of the largest tensor or array that is copied for an object that is no module."""
+_LOOKED_THROUGH = 256
+_TRAINER_SLOTS = frozenset({"trainer", "_trainer", "_fabric"})
+_MODULE_SLOTS = _TRAINER_SLOTS | frozenset(vars(nn.Module()))
+_LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")
 
 
 def random_states() -> dict[str, Any]:
@@ -58,11 +76,206 @@ def isolated_rng() -> Iterator[None]:
         restore_random_states(states)
 
 
+class Kept:
+    """What objects hold, to be put back as it was: attributes, containers, counters, generators of random numbers.
+
+    An object's attributes and a container's items are noted by reference, and put back where they are others. Through
+    containers of up to 256 items, samplers, datasets, loaders, closures and objects of the user's own classes they are
+    followed; the objects of installed libraries are not entered. Tensors and arrays are copied up to ``limit``
+    elements.
+
+    Args:
+        roots: The objects.
+        limit: Elements of the largest tensor or array to copy.
+
+    Example:
+        >>> counts, generator = {"read": 0}, torch.Generator().manual_seed(0)
+        >>> kept = Kept([counts, generator])
+        >>> counts["read"], first = 1, torch.rand(1, generator=generator)
+        >>> kept.restore()
+        >>> counts, torch.equal(first, torch.rand(1, generator=generator))
+        ({'read': 0}, True)
+    """
+
+    def __init__(self, roots: Iterable[Any] = (), *, limit: int = SMALL) -> None:
+        self._limit = limit
+        # The objects stay referenced, so that no id is taken twice.
+        self._known: dict[int, Any] = {}
+        self._storages: set[int] = set()
+        self._undo: list[Callable[[], Any]] = []
+        self.iterators: list[Any] = []
+        for root in roots:
+            self._follow(self._note_attributes(root) if _has_attributes(root) else [root])
+
+    @classmethod
+    def of_modules(cls, module: nn.Module) -> Kept:
+        """What modules keep in attributes, where a forward may put counters and caches; no tensor of a parameter."""
+        kept = cls(limit=2**24)
+        tensors = [local(tensor) for tensor in (*module.parameters(), *module.buffers())]
+        kept._storages = {tensor.untyped_storage().data_ptr() for tensor in tensors if _has_storage(tensor)} - {0}
+        for child in module.modules():
+            kept._follow(kept._note_attributes(child, _MODULE_SLOTS))
+        return kept
+
+    def restore(self) -> None:
+        """Puts everything back."""
+        with torch.no_grad():
+            for undo in reversed(self._undo):
+                undo()
+
+    def _note_attributes(self, owner: Any, leaving: frozenset[str] = _TRAINER_SLOTS) -> list[Any]:
+        if id(owner) in self._known:
+            return []
+        self._known[id(owner)] = owner
+        held = {name: value for name, value in vars(owner).items() if name not in leaving}
+        self._undo.append(partial(_put_back_attributes, vars(owner), held, leaving))
+        return list(held.values())
+
+    def _follow(self, waiting: list[Any]) -> None:
+        while waiting:
+            value = waiting.pop()
+            if value is None or isinstance(value, (str, bytes, int, float, complex, type)) or id(value) in self._known:
+                continue
+            if isinstance(value, (list, dict, set, tuple, deque)):
+                waiting.extend(self._note_container(value))
+            elif isinstance(value, types.FunctionType):
+                waiting.extend(self._note_closure(value))
+            elif isinstance(value, types.MethodType):
+                waiting.append(value.__self__)
+            elif isinstance(value, partial):
+                waiting.extend((value.func, value.args, value.keywords))
+            elif not self._note_leaf(value) and _is_entered(value):
+                waiting.extend(self._note_attributes(value))
+            self._known[id(value)] = value
+
+    def _note_container(self, value: Any) -> list[Any]:
+        attributes = self._note_attributes(value) if _is_entered(value) else []
+        if not isinstance(value, tuple):
+            held = next(kind for kind in (dict, list, set, deque) if isinstance(value, kind))(value)
+            self._undo.append(partial(_put_back_items, value, held))
+        items = value.values() if isinstance(value, dict) else value
+        return attributes + (list(items) if len(value) <= _LOOKED_THROUGH else [])
+
+    def _note_closure(self, function: types.FunctionType) -> Iterable[Any]:
+        if not _is_of_the_user(str(function.__module__)):
+            return
+        for cell in function.__closure__ or ():
+            try:
+                value = cell.cell_contents
+            except ValueError:  # not assigned yet
+                continue
+            self._undo.append(partial(setattr, cell, "cell_contents", value))
+            yield value
+
+    def _note_leaf(self, value: Any) -> bool:
+        """Notes what has a state of its own kind; whether it is of such a kind."""
+        if isinstance(value, Tensor):
+            if not isinstance(value, nn.Parameter) and value.numel() <= self._limit:
+                self._note_tensor(value)
+        elif isinstance(value, np.ndarray):
+            if value.size <= self._limit and value.flags.writeable and not value.dtype.hasobject:
+                self._undo.append(partial(np.copyto, value, value.copy()))
+        elif isinstance(value, torch.Generator):
+            self._undo.append(partial(value.set_state, value.get_state()))
+        elif isinstance(value, random.Random):
+            self._undo.append(partial(value.setstate, value.getstate()))
+        elif isinstance(value, np.random.RandomState):
+            self._undo.append(partial(value.set_state, value.get_state()))
+        elif isinstance(value, np.random.Generator):
+            self._undo.append(partial(setattr, value.bit_generator, "state", value.bit_generator.state))
+        elif isinstance(value, SynchronizedBase) and hasattr(value, "value"):
+            self._undo.append(partial(setattr, value, "value", value.value))
+        elif isinstance(value, io.IOBase):
+            self._note_file(value)
+        elif isinstance(value, Iterator):
+            if hasattr(value, "__dict__"):
+                return False
+            # A repetition of one value without end is at no place.
+            if not isinstance(value, repeat):
+                self.iterators.append(value)
+        else:
+            return False
+        return True
+
+    def _note_tensor(self, tensor: Tensor) -> None:
+        part = local(tensor)
+        if not _has_storage(part) or part.untyped_storage().data_ptr() in self._storages:
+            return
+        held, version = part.clone(), None if tensor.is_inference() else tensor._version
+
+        def put_back() -> None:
+            # Only what was written to, because a graph may have saved the tensor.
+            if version is None or tensor._version != version:
+                local(tensor).copy_(held)
+
+        self._undo.append(put_back)
+
+    def _note_file(self, file: io.IOBase) -> None:
+        try:
+            self._undo.append(partial(file.seek, file.tell()))
+        except (OSError, ValueError):  # it is closed, or has no places, as a pipe
+            if not file.closed and file.readable():
+                self.iterators.append(file)
+
+
+def _put_back_attributes(now: dict[str, Any], held: Mapping[str, Any], leaving: frozenset[str]) -> None:
+    for name in [name for name in now if name not in held and name not in leaving]:
+        del now[name]
+    for name, value in held.items():
+        if name not in now or now[name] is not value:
+            now[name] = value
+
+
+def _put_back_items(now: Any, held: Any) -> None:
+    if isinstance(now, dict):
+        same = len(now) == len(held) and all(map(is_, now, held)) and all(map(is_, now.values(), held.values()))
+    elif isinstance(now, set):
+        same = len(now) == len(held) and now >= held
+    else:
+        same = len(now) == len(held) and all(map(is_, now, held))
+    if not same:
+        now.clear()
+        (now.update if isinstance(now, (dict, set)) else now.extend)(held)
+
+
+def _has_storage(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and tensor.device.type != "meta"
+
+
+def _has_attributes(value: Any) -> bool:
+    # A module's are noted where its parameters and buffers are looked after.
+    return hasattr(value, "__dict__") and not isinstance(
+        value, (type, types.FunctionType, types.ModuleType, nn.Module, Tensor)
+    )
+
+
+def _is_entered(value: Any) -> bool:
+    if not _has_attributes(value):
+        return False
+    if isinstance(value, (DataLoader, Dataset, Sampler)):
+        return True
+    # A trainer or a callback that is known to a model goes its own way.
+    lightnings = any(base.__module__.partition(".")[0] in _LIGHTNING for base in type(value).__mro__)
+    return not lightnings and _is_of_the_user(type(value).__module__)
+
+
+@cache
+def _is_of_the_user(module: str) -> bool:
+    """Whether a module is neither of Python, nor of this package, nor installed with others."""
+    root = module.partition(".")[0]
+    if root in sys.stdlib_module_names or root == __name__.partition(".")[0]:
+        return False
+    file = getattr(sys.modules.get(module), "__file__", None)
+    installed = [sysconfig.get_path(name) for name in ("purelib", "platlib", "stdlib")]
+    return file is None or not any(Path(file).is_relative_to(path) for path in installed)
+
+
 @contextmanager
 def preserved(module: nn.Module, *, training: bool | None = False) -> Iterator[nn.Module]:
-    """Gives a module to an analysis and takes it back as it was: gradients, modes, buffers, random states.
+    """Gives a module to an analysis and takes it back as it was: gradients, modes, buffers, attributes, random states.
 
-    Gradients are set aside, not copied; buffers are copied and written back; the parameters' values are the business of
+    Gradients are set aside, not copied; buffers are copied and written back, and so is what the modules keep in
+    attributes (counters, caches, lists: see :class:`Kept`); the parameters' values are the business of
     :func:`~lightning_goldy.core.vector.applied`. Inside, gradients are enabled (Lightning's validation hooks run
     without) and, by default, the module is in evaluation mode.
 
@@ -89,6 +302,8 @@ def preserved(module: nn.Module, *, training: bool | None = False) -> Iterator[n
         for child in module.modules()
         for name, buffer in child._buffers.items()
     ]
+    slots = [(child, set(child._buffers)) for child in module.modules()]
+    kept = Kept.of_modules(module)
     with isolated_rng(), torch.inference_mode(False), torch.enable_grad():
         try:
             for parameter in parameters:
@@ -104,6 +319,10 @@ def preserved(module: nn.Module, *, training: bool | None = False) -> Iterator[n
                         # Detached, also a buffer made in inference mode can be written to.
                         local(buffer).copy_(value)
                     child._buffers[name] = buffer
+                for child, names in slots:
+                    for name in set(child._buffers) - names:
+                        del child._buffers[name]
+            kept.restore()
             for parameter, gradient, needed in zip(parameters, gradients, requires, strict=True):
                 if parameter.requires_grad is not needed:
                     parameter.requires_grad_(needed)

@@ -165,7 +165,7 @@ class GoldyMixin:
             raise ValueError(
                 f"{type(self).__name__} is attached to no trainer whose data could be analysed: pass batches="
             )
-        return find_probe(trainer, self, None)
+        return find_probe(trainer, self, None).batches
 
 
 ObjectiveName = Literal["causal_lm", "classifier"]

@@ -9,11 +9,13 @@ from typing import Any, TypeAlias
 import lightning.pytorch as L
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_goldy.analysis.attention import Prompt
 from lightning_goldy.analysis.attention.rows import Tokens
-from lightning_goldy.core.objective import CausalLMObjective, Objective, map_batch
+from lightning_goldy.core.batches import move_batch
+from lightning_goldy.core.isolation import isolated_rng
+from lightning_goldy.core.objective import CausalLMObjective, Objective
+from lightning_goldy.training.probe import Reading, probe_source, shared_reading, split_source
 
 
 def find_model(pl_module: nn.Module, attribute: str | None) -> nn.Module:
@@ -57,27 +59,35 @@ def find_objective(pl_module: nn.Module, model: nn.Module, given: Objective | No
     )
 
 
-def find_probe(trainer: L.Trainer, pl_module: Any, given: Iterable[Any] | None) -> list[Any]:
-    """The fixed batches that analyses use, the same on every rank, on the CPU.
+def find_probe(
+    trainer: L.Trainer,
+    pl_module: Any,
+    given: Iterable[Any] | None,
+    n_samples: int | None = None,
+    *,
+    wanted: Sequence[int | None] = (),
+) -> Reading:
+    """The batches that analyses use: the first that Lightning would feed, the same on every rank, on the CPU.
 
     Looked for in this order: the callback's ``probe``, a ``probe_dataloader()`` of the LightningModule or of the data
-    module, and the validation set in its own order.
+    module, and the validation set. Every batch passes the hooks of a batch's transfer; no more batches are read than
+    ``n_samples`` asks for, and whatever they come from stays as it was.
+
+    Args:
+        trainer: The trainer.
+        pl_module: Its LightningModule.
+        given: The callback's ``probe``.
+        n_samples: Samples to read; None for all, of the validation set those that Lightning would take.
+        wanted: Samples that all who share the reading need; the largest number is read.
 
     Raises:
         ValueError: There is none, or it is empty.
     """
-    owners = (pl_module, getattr(trainer, "datamodule", None))
-    owner = next((owner for owner in owners if callable(getattr(owner, "probe_dataloader", None))), None)
-    if given is not None:
-        source, batches = "probe=", given
-    elif owner is not None:
-        source, batches = f"{type(owner).__name__}.probe_dataloader()", owner.probe_dataloader()
-    else:
-        source, batches = "the validation set", _whole_validation_set(trainer)
-    probe = _kept(batches)
-    if not probe:
-        raise ValueError(f"the probe is empty: {source} gave no batch")
-    return probe
+    source = probe_source(trainer, pl_module, given)
+    reading = shared_reading(trainer, source, n_samples, wanted)
+    if not reading.batches:
+        raise ValueError(f"the probe is empty: {source.name} gave no batch")
+    return reading
 
 
 def find_tokenizer(trainer: L.Trainer) -> Any:
@@ -85,18 +95,6 @@ def find_tokenizer(trainer: L.Trainer) -> Any:
     owners = (trainer.lightning_module, trainer.datamodule)  # type: ignore[attr-defined]
     tokenizers = (getattr(owner, "tokenizer", None) for owner in owners)
     return next((tokenizer for tokenizer in tokenizers if callable(tokenizer)), None)
-
-
-def _whole_validation_set(trainer: L.Trainer) -> Iterable[Any]:
-    loaders = trainer.val_dataloaders
-    loader = loaders[0] if isinstance(loaders, (list, tuple)) and loaders else loaders
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-        raise ValueError(
-            "no probe batches: pass probe=[...] (batches or a DataLoader), or give the data module or the "
-            "LightningModule a probe_dataloader(), or the trainer a validation DataLoader over a map-style dataset"
-        )
-    # A distributed sampler would show each rank another part, and every rank must analyse the same samples.
-    return DataLoader(loader.dataset, batch_size=loader.batch_size or 1, collate_fn=loader.collate_fn)
 
 
 @torch.no_grad()
@@ -111,7 +109,7 @@ def check_probe(model: nn.Module, objective: Objective, probe: Iterable[Any], n_
     for index, batch in enumerate(probe):
         if n_samples is not None and seen >= n_samples:
             return
-        values = objective.log_probs(model, map_batch(batch, lambda tensor: tensor.to(device)))
+        values = objective.log_probs(model, move_batch(batch, device))
         if not bool(torch.isfinite(values).all()):
             raise ValueError(f"probe batch {index}: the log-probability is {values.tolist()}, not finite")
         seen += len(values)
@@ -119,39 +117,35 @@ def check_probe(model: nn.Module, objective: Objective, probe: Iterable[Any], n_
         raise ValueError(f"n_samples={n_samples}, but the probe holds only {seen} samples")
 
 
-def find_splits(datamodule: Any, given: Mapping[str, Iterable[Any]] | bool) -> dict[str, list[Any]]:
-    """The fixed batches of every split, the same on every rank, on the CPU.
+def find_splits(
+    trainer: L.Trainer, given: Mapping[str, Iterable[Any]] | bool, n_samples: int | None = None
+) -> dict[str, list[Any]]:
+    """The first batches of every split as Lightning would feed them, the same on every rank, on the CPU.
 
     Args:
-        datamodule: Asked for ``analysis_splits()`` when ``given`` is True.
+        trainer: Its data module is asked for ``analysis_splits()`` when ``given`` is True.
         given: Batches or a DataLoader by name, or True.
+        n_samples: Samples to read of each; None for all.
 
     Raises:
         ValueError: There are no splits, or one is empty or has a name that no tag can hold.
-
-    Example:
-        >>> find_splits(None, {"clean": []})
-        Traceback (most recent call last):
-        ValueError: the split 'clean' is empty
     """
+    datamodule = trainer.datamodule  # type: ignore[attr-defined]
     if not isinstance(given, Mapping) and not callable(getattr(datamodule, "analysis_splits", None)):
         raise ValueError(
             f"splits=True asks the data module for analysis_splits(), which {type(datamodule).__name__} lacks; "
             "pass splits={name: batches}, or None for the probe"
         )
-    named = given if isinstance(given, Mapping) else datamodule.analysis_splits()
+    with isolated_rng():
+        named = given if isinstance(given, Mapping) else datamodule.analysis_splits()
     check_split_names(named)
     splits = {}
     for name, batches in named.items():
-        splits[name] = _kept(batches)
+        source = split_source(name, batches)
+        splits[name] = shared_reading(trainer, source, n_samples).first(n_samples)
         if not splits[name]:
             raise ValueError(f"the split {name!r} is empty")
     return splits
-
-
-def _kept(batches: Iterable[Any]) -> list[Any]:
-    # Batches may have been made in inference mode, whose tensors cannot take part in a backward pass.
-    return [map_batch(batch, lambda tensor: tensor.detach().cpu().clone()) for batch in batches]
 
 
 def check_split_names(names: Iterable[str]) -> None:

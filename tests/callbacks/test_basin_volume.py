@@ -74,8 +74,8 @@ def test_forward_passes_are_counted_without_a_cache_too(tmp_path):
         2, cutoff=[1e-3, 1e-2], n_samples=3, objective=Counting(), estimator=Estimator(cache="none"), at=("end",)
     )
     fit(tmp_path, [callback], max_epochs=1)
-    # Before the first step the callback tries each of the two whole batches once.
-    assert rows(callback)[0]["cost"]["forwards"] == sum(evaluated) - 4
+    # Before the first step the callback tries its three samples once.
+    assert rows(callback)[0]["cost"]["forwards"] == sum(evaluated) - 3
 
 
 @START
@@ -157,8 +157,8 @@ def test_the_best_of_two_proposals_is_counted_pass_by_pass(tmp_path):
 
     callback = BasinVolume(2, n_samples=3, preconditioner="best", objective=Counting(), at=("end",))
     fit(tmp_path, [callback], max_epochs=1)
-    # Before the first step the callback tries each of the two whole batches once.
-    assert rows(callback)[0]["cost"]["forwards"] == sum(evaluated) - 4
+    # Before the first step the callback tries its three samples once.
+    assert rows(callback)[0]["cost"]["forwards"] == sum(evaluated) - 3
 
 
 def test_sigma_stays_the_first_ones_or_the_given_one(tmp_path):

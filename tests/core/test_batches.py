@@ -1,13 +1,16 @@
 from __future__ import annotations
 
-from collections import namedtuple
+from collections import OrderedDict, defaultdict, deque, namedtuple
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import BatchEncoding
+from transformers.modeling_outputs import BaseModelOutput
 
-from lightning_goldy.core.batches import batch_tensors, map_batch, split_batch
+from lightning_goldy.core.batches import batch_length, batch_tensors, map_batch, sample_count, split_batch, take_samples
 
 Pair = namedtuple("Pair", ["x", "y"])
 
@@ -42,3 +45,99 @@ def test_mapping_leaves_other_values() -> None:
     assert found["n"] == 3
     assert found["s"][0] == "a"
     assert found["s"][1].item() == 1
+
+
+@dataclass(frozen=True)
+class Record:
+    ids: torch.Tensor
+    inner: dict[str, torch.Tensor]
+    text: list[str]
+    total: torch.Tensor = field(init=False, default=None)
+
+    def __post_init__(self):
+        object.__setattr__(self, "total", self.ids.sum(dim=-1))
+
+
+class Movable:
+    """A batch of a class of its own, as Lightning moves it."""
+
+    def __init__(self, x: torch.Tensor, names: tuple[str, ...]) -> None:
+        self.x, self.names, self.scale = x, names, 2.0
+
+    def to(self, device: torch.device) -> Movable:
+        return Movable(self.x.to(device), self.names)
+
+
+class Closed:
+    __slots__ = ("x",)
+
+    def to(self, device: torch.device) -> Closed:
+        return self
+
+
+def test_dataclasses_and_movable_objects_are_mapped_and_cut() -> None:
+    record = Record(torch.ones(3, 2), {"x": torch.arange(3)}, ["a", "b", "c"])
+    doubled = map_batch(record, lambda tensor: tensor * 2)
+    assert isinstance(doubled, Record)
+    assert (doubled.ids.sum().item(), doubled.inner["x"].tolist(), doubled.total.tolist()) == (12, [0, 2, 4], [4] * 3)
+    assert record.ids.sum().item() == 6
+    last = list(split_batch(record))[2]
+    assert (last.ids.shape, last.inner["x"].tolist(), last.text) == ((1, 2), [2], ["c"])
+    movable = Movable(torch.arange(3), ("a", "b", "c"))
+    part = take_samples((movable, None), torch.tensor([2, 0]))[0]
+    assert (part.x.tolist(), part.names, part.scale) == ([2, 0], ("c", "a"), 2.0)
+    assert movable.x.tolist() == [0, 1, 2]
+
+
+def test_an_object_out_of_reach_is_refused_by_its_class() -> None:
+    for hidden in (Closed(), torch.nn.Linear(1, 1)):
+        with pytest.raises(
+            ValueError, match=f"a batch holds a {type(hidden).__name__}, whose tensors cannot be reached"
+        ):
+            map_batch({"x": torch.ones(2), "rest": [hidden]}, torch.clone)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        OrderedDict(x=torch.arange(4)),
+        defaultdict(list, x=torch.arange(4)),
+        BatchEncoding({"x": torch.arange(4)}),
+        BaseModelOutput(last_hidden_state=torch.arange(4)),
+        deque([torch.arange(4)]),
+    ],
+    ids=lambda batch: type(batch).__name__,
+)
+def test_mappings_and_sequences_keep_their_type(batch: Any) -> None:
+    part = take_samples(batch, slice(1, 3))
+    assert type(part) is type(batch)
+    assert [tensor.tolist() for tensor in batch_tensors(part)] == [[1, 2]]
+    assert batch_length(batch) == 4
+    if isinstance(batch, BatchEncoding):
+        assert part.x.tolist() == [1, 2]
+    if isinstance(batch, BaseModelOutput):
+        assert part.last_hidden_state.tolist() == [1, 2]
+
+
+def test_what_has_an_entry_for_each_sample_is_cut_and_the_rest_stays() -> None:
+    batch = {
+        "ids": torch.arange(6).view(3, 2),
+        "position_ids": torch.arange(2)[None],
+        "texts": ["a", "b", "c"],
+        "columns": [["a", "b", "c"], ("d", "e", "f")],
+        "array": np.arange(3),
+        "names": ["red", "green"],
+        "scale": 0.5,
+        "none": None,
+    }
+    part = take_samples(batch, slice(1, None))
+    assert part["ids"].tolist() == [[2, 3], [4, 5]]
+    assert part["position_ids"].tolist() == [[0, 1]]
+    assert (part["texts"], part["columns"]) == (["b", "c"], [["b", "c"], ("e", "f")])
+    assert (part["array"].tolist(), part["names"], part["scale"], part["none"]) == ([1, 2], ["red", "green"], 0.5, None)
+
+
+def test_samples_are_counted_also_where_tensors_disagree() -> None:
+    assert sample_count({"position_ids": torch.zeros(1, 2), "ids": torch.zeros(3, 2)}) == 3
+    assert sample_count({"ids": torch.zeros(3, 2), "total": torch.tensor(3)}) == 3
+    assert sample_count("text") == 1

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.core.isolation import isolated_rng, preserved, undisturbed
+from lightning_goldy.core.isolation import Kept, isolated_rng, preserved, undisturbed
 
 
 class Model(nn.Module):
@@ -266,3 +266,105 @@ def test_a_forward_context_that_fails_leaves_nothing() -> None:
     ):
         pytest.fail("the block must not run")
     assert_untouched(model, before)
+
+
+class Helper:
+    def __init__(self) -> None:
+        self.calls, self.inner = 0, {"seen": [1]}
+
+
+class Remembering(nn.Module):
+    """Everything that a forward may keep outside parameters and buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.register_buffer("inv_freq", torch.ones(2), persistent=False)
+        self.longest, self.history, self._cache, self.helper = 4, [1.0], {"a": [1]}, Helper()
+        self.running, self.alias = torch.zeros(2), self.layer.weight.detach()
+        self.generator, self.noise = torch.Generator().manual_seed(1), np.random.default_rng(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.longest = max(self.longest, len(x))
+        self.register_buffer("inv_freq", torch.zeros(len(x)), persistent=False)
+        self.register_buffer("mask", torch.zeros(len(x)), persistent=False)
+        self.history.append(x.sum().item())
+        self._cache["a"].append(2)
+        self._cache[len(x)] = x
+        self.helper.calls += 1
+        self.helper.inner["seen"].append(self.noise.random())
+        self.running.add_(1)
+        self.last = self.layer(x) + torch.rand((), generator=self.generator)
+        return self.last
+
+
+def test_what_a_forward_keeps_in_attributes_comes_back() -> None:
+    model = Remembering()
+    helper, running = model.helper, model.running
+    expected = (torch.rand(1, generator=torch.Generator().manual_seed(1)), np.random.default_rng(1).random())
+    with preserved(model):
+        model(torch.ones(9, 2))
+        with torch.no_grad():
+            model.layer.weight.fill_(3)  # the parameters are the business of others, and so are their views
+    assert (model.longest, model.history, model._cache) == (4, [1.0], {"a": [1]})
+    assert model.helper is helper
+    assert (helper.calls, helper.inner) == (0, {"seen": [1]})
+    assert model.running is running
+    assert running.tolist() == [0, 0]
+    assert list(dict(model.named_buffers())) == ["inv_freq"]
+    assert model.inv_freq.tolist() == [1, 1]
+    assert not hasattr(model, "last")
+    assert model.layer.weight.unique().tolist() == model.alias.unique().tolist() == [3]
+    assert (torch.rand(1, generator=model.generator), model.noise.random()) == expected
+
+
+def test_a_tensor_that_a_graph_needs_is_not_written_to() -> None:
+    model = Remembering()
+    model.running = model.layer(torch.ones(1, 2)).exp()
+    loss = model.running.square().sum()
+    with preserved(model):
+        pass
+    loss.backward()
+
+
+def test_a_trainer_and_its_callbacks_go_their_own_way() -> None:
+    import lightning.pytorch as L
+
+    class Counting(L.Callback):
+        runs = 0
+
+    model = Remembering()
+    model.watcher = callback = Counting()
+    with preserved(model):
+        callback.runs += 1
+    assert callback.runs == 1
+
+
+def test_what_objects_hold_is_put_back(tmp_path: Any) -> None:
+    file = (tmp_path / "rows.txt").open("w+")
+    file.write("one two")
+    file.seek(3)
+    count = 0
+
+    def step() -> None:
+        nonlocal count
+        count += 1
+
+    class Source:
+        def __init__(self) -> None:
+            self.file, self.step, self.random, self.names = file, step, random.Random(1), {"a"}
+
+    source = Source()
+    kept = Kept([source])
+    step()
+    first = source.random.random()
+    file.seek(5)
+    source.names.add("b")
+    source.more = 1
+    del source.step
+    kept.restore()
+    assert (count, file.tell(), source.names, source.step) == (0, 3, {"a"}, step)
+    assert not hasattr(source, "more")
+    assert source.random.random() == first
+    assert len(Kept([list("ab"), (x for x in "ab")]).iterators) == 1
+    file.close()

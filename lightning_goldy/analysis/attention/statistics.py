@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass, field
 from functools import partial
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from lightning_goldy.analysis.attention.rows import STATISTICS, Tokens, divergen
 from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.core.architecture import Architecture, describe_architecture
 from lightning_goldy.core.base import Base, base_of
-from lightning_goldy.core.batches import map_batch
+from lightning_goldy.core.batches import take_samples
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import require_choice
 from lightning_goldy.core.objective import Objective
@@ -255,4 +254,4 @@ def _pieces(batch: Any, rows: int, architecture: Architecture, memory: int | Non
         one = Tokens.of(batch).rows(0, 1)
         size = max(1, memory // sum(pattern_bytes(one, block.n_heads) for block in architecture.blocks))
     for start in range(0, rows, size):
-        yield map_batch(batch, itemgetter(slice(start, min(start + size, rows))))
+        yield take_samples(batch, slice(start, min(start + size, rows)))

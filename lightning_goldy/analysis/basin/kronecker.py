@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_goldy.analysis.basin.preconditioners import EpsUnit, check_damping
 from lightning_goldy.analysis.result import Cost
-from lightning_goldy.core.batches import batch_tensors, map_batch
+from lightning_goldy.core.batches import map_batch, sample_count
 from lightning_goldy.core.directions import derived_seed
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import require_at_least
@@ -151,7 +151,7 @@ def kronecker_fisher(
                 if progress is not None:
                     progress(done, len(mine))
         sums.sum_over(replicas)
-    held = n_draws * sum(len(next(batch_tensors(batch))) for batch in first)
+    held = n_draws * sum(map(sample_count, first))
     return sums.fisher(Cost(forwards=held, backwards=held))
 
 

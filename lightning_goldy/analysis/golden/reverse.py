@@ -6,7 +6,6 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from operator import itemgetter
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -25,7 +24,7 @@ from lightning_goldy.analysis.golden.golden import (
     zeros_like_parts,
 )
 from lightning_goldy.analysis.result import Cost
-from lightning_goldy.core.batches import batch_tensors, map_batch
+from lightning_goldy.core.batches import sample_count, take_samples
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.mask import MaskedModel, ParameterMask, Scope, check_scope
 from lightning_goldy.core.naming import require_at_least, suggestion
@@ -511,7 +510,7 @@ class SharedDivergence:
         *,
         cache: Cache = "auto",
     ) -> None:
-        self.n_samples = sum(len(next(batch_tensors(piece))) for piece in pieces)
+        self.n_samples = sum(map(sample_count, pieces))
         """Samples of all ranks."""
         self.cost = Cost(forwards=self.n_samples)
         """Passes made so far."""
@@ -600,9 +599,9 @@ def pieces_of(batches: Sequence[Any], size: int | None) -> list[Any]:
     if size is None:
         return list(batches)
     return [
-        map_batch(batch, itemgetter(slice(start, start + size)))
+        take_samples(batch, slice(start, start + size))
         for batch in batches
-        for start in range(0, len(next(batch_tensors(batch))), size)
+        for start in range(0, sample_count(batch), size)
     ]
 
 

@@ -16,6 +16,7 @@ from lightning_goldy.analysis.attention.patterns import batch_length, recorded_e
 from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.core.architecture import Head, HeadError, HeadGates
 from lightning_goldy.core.architecture.gates import BatchMismatchError
+from lightning_goldy.core.batches import move_batch, take_samples
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import require_at_least, require_choice, suggestion
 from lightning_goldy.core.objective import CausalLMObjective, FunctionObjective, Objective, map_batch, split_batch
@@ -238,7 +239,7 @@ def _share(batches: Iterable[Any], replicas: Replicas, device: torch.device) -> 
         if len(rows) == length:
             mine.append(map_batch(batch, lambda tensor: tensor.to(device)))
         elif len(rows):
-            mine.append(map_batch(batch, lambda tensor, rows=rows: tensor[rows.to(tensor.device)].to(device)))  # type: ignore[misc]
+            mine.append(move_batch(take_samples(batch, rows), device))
     if not seen:
         raise ValueError("there is no sample: the batches are empty")
     return mine, seen

@@ -29,7 +29,8 @@ from lightning_goldy.analysis.heads.surgery import prune_heads, regrow_heads
 from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.core.architecture import Head, HeadGates
 from lightning_goldy.core.base import BaseParameters
-from lightning_goldy.core.objective import Objective, map_batch
+from lightning_goldy.core.batches import move_batch, take_samples
+from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.sharding import Replicas
 
 T = TypeVar("T")
@@ -470,7 +471,7 @@ class PlasticitySubject:
             UnsupportedArchitectureError: The family's attention patterns cannot be read.
         """
         device = next(self.model.parameters()).device
-        sample = map_batch(self.batches[0], lambda tensor: tensor[:1].to(device))
+        sample = move_batch(take_samples(self.batches[0], slice(1)), device)
         weights: dict[int, Tensor] = {}
 
         def sink(layer: int, found: Tensor, mask: Tensor | None) -> None:
@@ -530,7 +531,7 @@ def first_samples(batches: Sequence[Any], n_samples: int | None) -> list[Any]:
         size = batch_length(batch)
         if left <= 0:
             break
-        kept.append(batch if size <= left else map_batch(batch, lambda tensor, left=left: tensor[:left]))  # type: ignore[misc]
+        kept.append(batch if size <= left else take_samples(batch, slice(left)))
         left -= size
     return kept
 

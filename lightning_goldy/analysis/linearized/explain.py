@@ -19,9 +19,10 @@ from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.core.architecture.kernels import eager_attention
 from lightning_goldy.core.autodiff import Substituted
 from lightning_goldy.core.base import Base, base_of
+from lightning_goldy.core.batches import sample_count
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import require_choice, suggestion
-from lightning_goldy.core.objective import CausalLMObjective, FunctionObjective, Objective, batch_tensors
+from lightning_goldy.core.objective import CausalLMObjective, FunctionObjective, Objective
 from lightning_goldy.core.sharding import Replicas
 from lightning_goldy.core.vector import ParameterVector
 
@@ -234,7 +235,7 @@ class _Measured:
     def __call__(self, model: nn.Module) -> tuple[float, int, Tensor | None]:
         """Mean loss, what it is a mean over, and the logits where there are any."""
         if isinstance(self.objective, FunctionObjective) and self.objective.logits is None:
-            return float(self.objective.loss(model, self.batch)), len(next(batch_tensors(self.batch))), None
+            return float(self.objective.loss(model, self.batch)), sample_count(self.batch), None
         target = self.objective.logits_and_targets(model, self.batch)
         # In float64, or the change of a short finetune's loss would be a few units of its last place.
         target = dataclasses.replace(target, logits=target.logits.double())

@@ -24,7 +24,7 @@ from lightning_goldy.core.autodiff import (
     trainable_values,
 )
 from lightning_goldy.core.base import Base, base_of
-from lightning_goldy.core.batches import batch_tensors
+from lightning_goldy.core.batches import sample_count
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import block_of, suggestion
 from lightning_goldy.core.objective import CausalLMObjective, FunctionObjective, Objective, TargetLogits
@@ -158,7 +158,7 @@ class Expansion:
 
     def _ran(self, part: Any, *, backward: bool = False) -> None:
         """Counts a forward pass of some samples, and the backward pass after it."""
-        samples = len(next(batch_tensors(part)))
+        samples = sample_count(part)
         self.sums.cost += Cost(samples, samples * backward)
 
     def _present(self, batch: Any) -> tuple[float, int]:
@@ -166,7 +166,7 @@ class Expansion:
         self._ran(batch)
         with torch.no_grad(), nested_derivatives():
             if self.own_loss:
-                return float(self.objective.loss(self.model, batch)), len(next(batch_tensors(batch)))
+                return float(self.objective.loss(self.model, batch)), sample_count(batch)
             present = self.objective.logits_and_targets(self.model, batch)
             return float(present.loss()), len(present.targets)
 
