@@ -311,7 +311,7 @@ class CheckpointAnalysis(L.Callback):
     ) -> Subject:
         require_finite(dict(trainable_parameters(model)), "weights")
         probe = find_probe(trainer, pl_module, None)
-        check_probe(model, objective, probe, self.n_samples)
+        check_probe(model, objective, probe, self.n_samples, pl_module=pl_module)
         held = sum(len(next(batch_tensors(batch))) for batch in probe)
         probe = shortened(probe, objective, self.n_samples or min(_SAMPLES, held), None)
         tokenizer = find_tokenizer(trainer)

@@ -533,7 +533,7 @@ def document_ids(batch: Mapping[str, Any]) -> Tensor | None:
     """Numbers of the packed documents that the tokens of each row belong to, shape ``[B, T]``, rising along a row.
 
     They are read from ``seq_idx``, a mask of shape ``[B, 1, T, T]`` in which a token does not see the one before,
-    ``cu_seq_lens_q``, or ``position_ids`` that begin again; None where the batch has none of these.
+    ``cu_seq_lens_q``, or ``position_ids`` that do not go on; None where the batch has none of these.
 
     Example:
         >>> positions = torch.tensor([[0, 1, 2, 0, 1]])
@@ -551,7 +551,9 @@ def document_ids(batch: Mapping[str, Any]) -> Tensor | None:
         inside = bounds.flatten()
         starts[0, inside[(inside > 0) & (inside < shape[1])].long()] = True
     elif isinstance(positions, Tensor) and positions.ndim == 2 and positions.shape[1] == shape[1]:
-        starts[:, 1:] = positions[:, 1:] <= positions[:, :-1]
+        step = positions[:, 1:] - positions[:, :-1]
+        # Without a mask transformers takes every other step than 1 for the border of two documents.
+        starts[:, 1:] = step <= 0 if mask is not None else step != 1
     else:
         return None
     return starts.long().cumsum(dim=1)

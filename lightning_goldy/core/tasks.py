@@ -74,7 +74,8 @@ def task_of(model: nn.Module) -> Task | None:
     if head is None:
         return None
     encoder_decoder = bool(getattr(head.config, "is_encoder_decoder", False))
-    task = _task_of_class(type(head), encoder_decoder)
+    kind: Any = type(head)
+    task = _task_of_class(kind, encoder_decoder)
     # A class that transformers does not list says by its name which of the losses of transformers is its own.
     return task or _task_of_loss(getattr(head, "loss_type", None), encoder_decoder)
 

@@ -28,7 +28,7 @@ from lightning_goldy.core.batches import map_batch
 from lightning_goldy.core.directions import Preconditioner, Proposal, Ray, direction_seed
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import suggestion
-from lightning_goldy.core.objective import CausalLMObjective, Objective
+from lightning_goldy.core.objective import Objective, objective_for
 from lightning_goldy.core.sharding import Replicas, is_sharded, local, unshard_guard
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.vector import require_finite
@@ -286,7 +286,7 @@ def basin_volume(
     named = Estimator(measure, seed, rtol, max_evaluations, max_seq_len, cache, *walked)
     estimator = _one_of(estimator, named)
     check_cache(estimator.cache, cache_dtype)
-    objective = objective or CausalLMObjective()
+    objective = objective_for(model, objective)
     device = next(model.parameters()).device
     unshard_guard(model)
     chosen = [
