@@ -489,7 +489,7 @@ def check_own_loss(model: nn.Module, objective: Objective, batch: Any, *, paddin
     part = _first_samples(objective, batch)
     called = getattr(model, "_orig_mod", model)  # a call with labels would be compiled anew
     arguments = objective.own_arguments(called, part, padding=padding)  # type: ignore[attr-defined]
-    if arguments is None or not all(accepts(called, name) for name in arguments if name in _LABELS):
+    if arguments is None or not all(accepts(called, name, unnamed=True) for name in arguments if name in _LABELS):
         return
     if getattr(head.config, "output_router_logits", False) and accepts(called, "output_router_logits"):
         arguments["output_router_logits"] = False

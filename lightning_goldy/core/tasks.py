@@ -127,11 +127,19 @@ def virtual_tokens(model: nn.Module) -> int:
     return 0
 
 
-def accepts(model: nn.Module, argument: str) -> bool:
-    """Whether the model's forward names this argument; looks through PEFT and ``torch.compile`` wrappers."""
+def accepts(model: nn.Module, argument: str, *, unnamed: bool = False) -> bool:
+    """Whether the model's forward names this argument; looks through PEFT and ``torch.compile`` wrappers.
+
+    Args:
+        model: The model.
+        argument: A keyword.
+        unnamed: Whether a forward that takes any keyword accepts it too.
+    """
     inner: Any = getattr(model, "_orig_mod", model)
     base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
-    return argument in inspect.signature(base.forward).parameters
+    parameters = inspect.signature(base.forward).parameters
+    anything = unnamed and any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return anything or argument in parameters
 
 
 @lru_cache(maxsize=256)
