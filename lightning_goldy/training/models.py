@@ -51,7 +51,14 @@ _AUTO_CLASSES: dict[str, Any] = {
 }
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Accepted by every configuration, though not among the parameters of its class.
-_COMMON_KEYS = ("attn_implementation", "num_labels", "rope_scaling", "rope_theta", "partial_rotary_factor")
+_COMMON_KEYS = (
+    "attn_implementation",
+    "decoder_start_token_id",
+    "num_labels",
+    "rope_scaling",
+    "rope_theta",
+    "partial_rotary_factor",
+)
 
 
 @dataclass(frozen=True)
