@@ -26,6 +26,11 @@ _EXPORTS = {
     "CausalLMObjective": "core.objective",
     "ClassifierObjective": "core.objective",
     "FunctionObjective": "core.objective",
+    "MaskedLMObjective": "core.objective",
+    "Seq2SeqObjective": "core.objective",
+    "SpanObjective": "core.objective",
+    "TokenClassifierObjective": "core.objective",
+    "TokenObjective": "core.objective",
 }
 
 _MOVED = {

@@ -93,6 +93,7 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         model_attribute: Submodule to analyse; ``model`` by default, or the LightningModule itself.
         probe: Batches to analyse; by default a ``probe_dataloader()``, or the validation set.
         name: Folder and metric prefix; needed when a trainer has two callbacks of one class.
+        check: Whether the objective's loss is held against the model's own before the first step.
 
     Raises:
         ValueError: An argument is out of range, or nothing is scheduled.
@@ -119,6 +120,7 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         model_attribute: str | None = None,
         probe: Iterable[Any] | None = None,
         name: str | None = None,
+        check: bool = True,
     ) -> None:
         at = (at,) if isinstance(at, str) else tuple(at)  # type: ignore[assignment]
         for argument, value in (("every_n_steps", every_n_steps), ("every_n_epochs", every_n_epochs)):
@@ -134,6 +136,7 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         self.every_n_steps, self.every_n_epochs, self.at = every_n_steps, every_n_epochs, at
         self.on_error = on_error
         self.objective, self.model_attribute, self.probe = objective, model_attribute, probe
+        self.check = check
         self.name = name or default_name(type(self))
         if not self.name.replace("_", "").replace("-", "").isalnum():
             raise ValueError(f"name becomes a folder: letters, digits, '-' and '_' only; got {self.name!r}")
@@ -221,7 +224,9 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
             self._batches = self._read_probe(trainer, pl_module)
             with undisturbed(trainer, pl_module):
                 objective = find_objective(pl_module, model, self.objective)
-                check_probe(model, objective, self._batches, self.probe_samples())
+                check_probe(
+                    model, objective, self._batches, self.probe_samples(), pl_module=pl_module, check=self.check
+                )
         self.prepare(trainer, model)
         self._resumed = False
 

@@ -120,7 +120,14 @@ class BasinVolume(AnalysisCallback[BasinVolumes]):
             with undisturbed(trainer, trainer.lightning_module):
                 objective = find_objective(trainer.lightning_module, model, self.objective)
                 for batches in self._split_batches.values():
-                    check_probe(model, objective, batches, self.survey.n_samples)
+                    check_probe(
+                        model,
+                        objective,
+                        batches,
+                        self.survey.n_samples,
+                        pl_module=trainer.lightning_module,
+                        check=self.check,
+                    )
 
     def compute(self, context: AnalysisContext) -> BasinVolumes:
         """Measures the volumes."""

@@ -310,7 +310,7 @@ class CheckpointAnalysis(L.Callback):
     ) -> Subject:
         require_finite(dict(trainable_parameters(model)), "weights")
         probe = find_probe(trainer, pl_module, None, self.n_samples or _SAMPLES).batches
-        check_probe(model, objective, probe, self.n_samples)
+        check_probe(model, objective, probe, self.n_samples, pl_module=pl_module)
         tokenizer = find_tokenizer(trainer)
         texts = {f"prompt-{number}": text for number, text in enumerate(self.writing.prompts, 1)}
         shown = find_prompts(trainer, model, texts or None, probe, _SHOWN_TOKENS)

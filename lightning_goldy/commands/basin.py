@@ -93,7 +93,7 @@ class CheckpointVolumes(L.Callback):
                 status.update(f"{saved.path} ({number} of {len(self.saved)})")
                 saved.load_into(pl_module, model)
                 for split in batches.values():
-                    check_probe(model, objective, split, self.survey.n_samples)
+                    check_probe(model, objective, split, self.survey.n_samples, pl_module=pl_module)
                 adam = self._adam(saved, pl_module, model)
                 start = time.perf_counter()
                 with peak_memory_bytes(next(model.parameters()).device) as peak:

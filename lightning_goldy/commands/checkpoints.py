@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from lightning_goldy.analysis.basin import adam_curvature_from_state
 from lightning_goldy.callbacks.golden_snapshot import BASE_FILE
 from lightning_goldy.core.base import BaseParameters, read_base, read_checkpoint
-from lightning_goldy.core.objective import CausalLMObjective, Objective
+from lightning_goldy.core.objective import CausalLMObjective, MaskedLMObjective, Objective, Seq2SeqObjective
 from lightning_goldy.core.sharding import local
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.store import StoreError, fingerprint, load_vectors, read_header
@@ -279,6 +279,6 @@ def _random_part(pl_module: L.LightningModule, objective: Objective) -> str:
         return "the configuration names no pretrained model"
     if pl_module.lora_options is not None:
         return "new adapters begin at random"
-    if not isinstance(objective, CausalLMObjective):
+    if not isinstance(objective, (CausalLMObjective, Seq2SeqObjective, MaskedLMObjective)):
         return "a new head begins at random"
     return ""

@@ -4,7 +4,18 @@ from lightning_goldy.core.architecture import Head, HeadError, HeadGates
 from lightning_goldy.core.base import BaseParameters, base_of
 from lightning_goldy.core.directions import random_direction
 from lightning_goldy.core.mask import ParameterMask
-from lightning_goldy.core.objective import CausalLMObjective, ClassifierObjective, FunctionObjective, Objective
+from lightning_goldy.core.objective import (
+    CausalLMObjective,
+    ClassifierObjective,
+    FunctionObjective,
+    MaskedLMObjective,
+    Objective,
+    Seq2SeqObjective,
+    SpanObjective,
+    TokenClassifierObjective,
+    TokenObjective,
+    objective_for,
+)
 from lightning_goldy.core.space import ParameterSpace, SpaceError
 from lightning_goldy.core.store import StoreError, load_vectors, save_vectors
 from lightning_goldy.core.vector import ParameterVector, applied, substituted
@@ -17,15 +28,21 @@ __all__ = [
     "Head",
     "HeadError",
     "HeadGates",
+    "MaskedLMObjective",
     "Objective",
     "ParameterMask",
     "ParameterSpace",
     "ParameterVector",
+    "Seq2SeqObjective",
     "SpaceError",
+    "SpanObjective",
     "StoreError",
+    "TokenClassifierObjective",
+    "TokenObjective",
     "applied",
     "base_of",
     "load_vectors",
+    "objective_for",
     "random_direction",
     "save_vectors",
     "substituted",

@@ -133,6 +133,11 @@ class Substituted(nn.Module):
         """The model's configuration."""
         return self._model[0].config
 
+    @property
+    def wrapped(self) -> nn.Module:
+        """The model as it was given."""
+        return self._model[0]
+
     def get_base_model(self) -> nn.Module:
         """The model, whose forward names the arguments."""
         model = self._model[0]

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_goldy.core.objective import CausalLMObjective, FunctionObjective, Objective
+from lightning_goldy.core.objective import (
+    CausalLMObjective,
+    FunctionObjective,
+    MaskedLMObjective,
+    Objective,
+    Seq2SeqObjective,
+)
 
 
 class TargetMean(Metric):
@@ -83,7 +89,7 @@ class StageMetrics(nn.Module):
     def __init__(self, objective: Objective) -> None:
         super().__init__()
         self._has_logits = not (isinstance(objective, FunctionObjective) and objective.logits is None)
-        self._predicts_tokens = isinstance(objective, CausalLMObjective)
+        self._predicts_tokens = isinstance(objective, (CausalLMObjective, MaskedLMObjective, Seq2SeqObjective))
         self._accuracy_name = "token_accuracy" if self._predicts_tokens else "accuracy"
         self.loss = TargetMean()
         self.accuracy = TargetMean()

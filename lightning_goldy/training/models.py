@@ -20,7 +20,11 @@ from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     PreTrainedTokenizerBase,
 )
 from transformers.pytorch_utils import Conv1D
@@ -32,16 +36,29 @@ from lightning_goldy.core.naming import suggestion
 from lightning_goldy.core.sharding import gather, is_sharded
 from lightning_goldy.training.quiet import without_transformers_bars
 
-Head = Literal["causal_lm", "sequence_classification"]
+Head = Literal[
+    "causal_lm", "sequence_classification", "seq2seq_lm", "masked_lm", "token_classification", "question_answering"
+]
 WeightDtype = Literal["float32", "bfloat16", "float16", "auto"]
 
 _AUTO_CLASSES: dict[str, Any] = {
     "causal_lm": AutoModelForCausalLM,
+    "seq2seq_lm": AutoModelForSeq2SeqLM,
+    "masked_lm": AutoModelForMaskedLM,
+    "token_classification": AutoModelForTokenClassification,
+    "question_answering": AutoModelForQuestionAnswering,
     "sequence_classification": AutoModelForSequenceClassification,
 }
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Accepted by every configuration, though not among the parameters of its class.
-_COMMON_KEYS = ("attn_implementation", "num_labels", "rope_scaling", "rope_theta", "partial_rotary_factor")
+_COMMON_KEYS = (
+    "attn_implementation",
+    "decoder_start_token_id",
+    "num_labels",
+    "rope_scaling",
+    "rope_theta",
+    "partial_rotary_factor",
+)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,16 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.naming import suggestion
-from lightning_goldy.core.objective import CausalLMObjective, ClassifierObjective, Objective
+from lightning_goldy.core.objective import (
+    CausalLMObjective,
+    ClassifierObjective,
+    MaskedLMObjective,
+    Objective,
+    Seq2SeqObjective,
+    SpanObjective,
+    TokenClassifierObjective,
+    objective_for,
+)
 from lightning_goldy.core.sharding import gather
 from lightning_goldy.core.store import StoreError, pack_mask, read_header, unpack_mask
 from lightning_goldy.data.tokenization import load_tokenizer
@@ -168,12 +177,23 @@ class GoldyMixin:
         return find_probe(trainer, self, None).batches
 
 
-ObjectiveName = Literal["causal_lm", "classifier"]
+ObjectiveName = Literal["causal_lm", "classifier", "seq2seq", "masked_lm", "token_classifier", "question_answering"]
 Stage = Literal["train", "val", "test"]
 
-_OBJECTIVES: dict[str, type[CausalLMObjective] | type[ClassifierObjective]] = {
+_OBJECTIVES: dict[str, type[Objective]] = {
     "causal_lm": CausalLMObjective,
     "classifier": ClassifierObjective,
+    "seq2seq": Seq2SeqObjective,
+    "masked_lm": MaskedLMObjective,
+    "token_classifier": TokenClassifierObjective,
+    "question_answering": SpanObjective,
+}
+_HEADS: dict[type[Objective], Head] = {
+    ClassifierObjective: "sequence_classification",
+    Seq2SeqObjective: "seq2seq_lm",
+    MaskedLMObjective: "masked_lm",
+    TokenClassifierObjective: "token_classification",
+    SpanObjective: "question_answering",
 }
 
 
@@ -185,8 +205,9 @@ class GoldyModule(GoldyMixin, L.LightningModule):
             (``{"model_type": "gpt2", "n_layer": 2}``; a missing ``vocab_size`` and the special tokens come from the
             tokenizer), or any ``torch.nn.Module``, taken in the training or evaluation mode that it is in.
         tokenizer: Saved beside the model; an object, a name or a folder. By default the trainer's data module's.
-        objective: ``causal_lm``, ``classifier`` or an object. With ``classifier``, a named model gets a classification
-            head.
+        objective: ``causal_lm``, ``classifier``, ``seq2seq``, ``masked_lm``, ``token_classifier``,
+            ``question_answering`` or an object; by default what a given model's class was made for, and ``causal_lm``
+            for a model to be built. A named model gets the head that belongs to it.
         optimizer: AdamW's settings, or the name of one with settings as they are: ``adamw``, ``masked_adamw``.
         schedule: The learning rate's course.
         lora: Trains low-rank adapters in place of the weights.
@@ -226,7 +247,7 @@ class GoldyModule(GoldyMixin, L.LightningModule):
         self._masked_training = MaskedTraining(self.optimizer_options)
         self.schedule_options = options_of(ScheduleOptions, "schedule", schedule)
         self.lora_options = None if lora is None else options_of(LoraOptions, "lora", lora)
-        self.objective: Objective = _objective(objective)
+        self.objective: Objective = _objective(objective, model)
         self.gradient_checkpointing = gradient_checkpointing
         if dtype not in get_args(WeightDtype):
             raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(get_args(WeightDtype))}")
@@ -361,10 +382,10 @@ class GoldyModule(GoldyMixin, L.LightningModule):
 
     @property
     def _head(self) -> Head:
-        return "sequence_classification" if isinstance(self.objective, ClassifierObjective) else "causal_lm"
+        return next((head for kind, head in _HEADS.items() if isinstance(self.objective, kind)), "causal_lm")
 
     def _measure(self, stage: Stage, batch: Any) -> tuple[Tensor, dict[str, Tensor], int]:
-        if self._position_limit is not None and isinstance(batch, Mapping):
+        if self._position_limit is not None and isinstance(batch, Mapping) and "input_ids" in batch:
             check_length(batch["input_ids"], self._position_limit)
         return self._metrics(stage).measure(self.objective, self.model, batch)
 
@@ -393,9 +414,9 @@ class GoldyModule(GoldyMixin, L.LightningModule):
         )
 
 
-def _objective(objective: Objective | str | None) -> Objective:
+def _objective(objective: Objective | str | None, model: Any) -> Objective:
     if objective is None:
-        return CausalLMObjective()
+        return objective_for(model) if isinstance(model, nn.Module) else CausalLMObjective()
     if isinstance(objective, str):
         if objective not in _OBJECTIVES:
             raise ValueError(f"unknown objective {objective!r}; {suggestion(objective, _OBJECTIVES)} or an object")

@@ -14,7 +14,8 @@ from lightning_goldy.analysis.attention import Prompt
 from lightning_goldy.analysis.attention.rows import Tokens
 from lightning_goldy.core.batches import move_batch
 from lightning_goldy.core.isolation import isolated_rng
-from lightning_goldy.core.objective import CausalLMObjective, Objective
+from lightning_goldy.core.objective import CausalLMObjective, Objective, check_own_loss, objective_for
+from lightning_goldy.core.tasks import transformers_model
 from lightning_goldy.training.probe import Reading, probe_source, shared_reading, split_source
 
 
@@ -41,7 +42,7 @@ def find_model(pl_module: nn.Module, attribute: str | None) -> nn.Module:
 
 
 def find_objective(pl_module: nn.Module, model: nn.Module, given: Objective | None) -> Objective:
-    """The given objective, the LightningModule's own ``objective``, or next-token prediction for causal models.
+    """The given objective, the LightningModule's own ``objective``, or the one that the model's class was made for.
 
     Raises:
         ValueError: None of them applies.
@@ -51,6 +52,8 @@ def find_objective(pl_module: nn.Module, model: nn.Module, given: Objective | No
     own = getattr(pl_module, "objective", None)
     if isinstance(own, Objective):
         return own
+    if transformers_model(model, anywhere=False) is not None:
+        return objective_for(model)
     if callable(getattr(model, "prepare_inputs_for_generation", None)):
         return CausalLMObjective()
     raise ValueError(
@@ -98,20 +101,42 @@ def find_tokenizer(trainer: L.Trainer) -> Any:
 
 
 @torch.no_grad()
-def check_probe(model: nn.Module, objective: Objective, probe: Iterable[Any], n_samples: int | None) -> None:
+def check_probe(
+    model: nn.Module,
+    objective: Objective,
+    probe: Iterable[Any],
+    n_samples: int | None,
+    *,
+    pl_module: Any = None,
+    check: bool = True,
+) -> None:
     """One forward pass over the probe, so that a batch that cannot work fails before the first step.
 
+    Args:
+        model: The analysed model, in evaluation mode.
+        objective: How its batches are read.
+        probe: The batches.
+        n_samples: Samples that an analysis needs.
+        pl_module: The LightningModule; unless it trains by this very objective, labels that stand in the padding count
+            as they do in the model's own loss.
+        check: Whether the objective's loss is held against the model's own; two more passes over two samples.
+
     Raises:
-        ValueError: There are fewer samples than ``n_samples``, or a sample's log-probability is not finite.
+        ValueError: There are fewer samples than ``n_samples``, a sample's log-probability is not finite, or the model's
+            own loss is another one.
     """
     device = next(model.parameters()).device
     seen = 0
     for index, batch in enumerate(probe):
         if n_samples is not None and seen >= n_samples:
             return
-        values = objective.log_probs(model, move_batch(batch, device))
+        placed = move_batch(batch, device)
+        values = objective.log_probs(model, placed)
         if not bool(torch.isfinite(values).all()):
             raise ValueError(f"probe batch {index}: the log-probability is {values.tolist()}, not finite")
+        if check and index == 0:
+            padding = pl_module is not None and getattr(pl_module, "objective", None) is not objective
+            check_own_loss(model, objective, placed, padding=padding)
         seen += len(values)
     if n_samples is not None and seen < n_samples:
         raise ValueError(f"n_samples={n_samples}, but the probe holds only {seen} samples")
@@ -184,7 +209,7 @@ def find_prompts(
     if given is None:
         tokens = Tokens.of(probe[0])
         # Without its padding, which the model does not see either.
-        given = {PROBE: tokens.ids[0][tokens.valid[0]].tolist()}
+        given = {PROBE: tokens.first_document(0).tolist()}
     tokenizer = find_tokenizer(trainer)
     for name, content in given.items():
         if isinstance(content, str) and tokenizer is None:

@@ -14,7 +14,13 @@ from torch import nn
 from lightning_goldy.analysis import AnalysisResult, Cost, Row
 from lightning_goldy.callbacks import AnalysisCallback, Findings, GoldenParameters, GoldenSnapshot, RunReport
 from lightning_goldy.callbacks.base import default_name
-from lightning_goldy.core import ClassifierObjective, FunctionObjective, ParameterVector, load_vectors
+from lightning_goldy.core import (
+    CausalLMObjective,
+    ClassifierObjective,
+    FunctionObjective,
+    ParameterVector,
+    load_vectors,
+)
 from tests.callbacks.training import Finetune, TokenData, fit
 from tests.references.models import token_batch
 
@@ -163,6 +169,43 @@ class Frozen(Never):
 def test_bad_input_is_an_error_before_the_first_step(tmp_path, callback, module, data, message):
     with pytest.raises(ValueError, match=message):
         fit(tmp_path, [callback()], module=module, data=data)
+
+
+class Smoothed(Never):
+    """Its model's own loss is not the mean negative log-probability of its labels."""
+
+    def __init__(self):
+        super().__init__()
+        plain = self.model.loss_function
+        self.model.loss_function = lambda *args, **kwargs: 0.9 * plain(*args, **kwargs)
+
+
+class LabelledPadding(TokenData):
+    def probe_dataloader(self):
+        batch = token_batch(3)
+        mask = torch.ones_like(batch["input_ids"])
+        mask[:, -2:] = 0
+        return [{**batch, "attention_mask": mask, "labels": batch["input_ids"]}]
+
+
+class TrainsByObjective(Never):
+    objective = CausalLMObjective()
+
+
+def test_another_loss_than_the_models_own_ends_the_run_before_its_first_step(tmp_path):
+    for module, data in ((Smoothed, TokenData()), (Never, LabelledPadding())):
+        with pytest.raises(ValueError, match=r"GPT2LMHeadModel: its own loss .* that of CausalLMObjective \d"):
+            fit(tmp_path / module.__name__, [GoldenParameters(n_samples=2)], module=module, data=data)
+        with pytest.raises(TrainedError):
+            fit(
+                tmp_path / f"unchecked-{module.__name__}",
+                [GoldenParameters(n_samples=2, check=False)],
+                module=module,
+                data=data,
+            )
+    # What the module trains by leaves the padding out.
+    with pytest.raises(TrainedError):
+        fit(tmp_path / "own", [GoldenParameters(n_samples=2)], module=TrainsByObjective, data=LabelledPadding())
 
 
 def test_two_callbacks_of_one_class_need_names(tmp_path):

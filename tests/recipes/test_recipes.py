@@ -58,7 +58,7 @@ SMALL = {
     }
 }
 RECIPES = all_recipes()
-# Pictures take half of a small run. The tests of the report draw each kind of figure; here one run draws all of its own.
+# Pictures take half of a small run; the tests of the report draw each kind, and here one run draws all of its own.
 DRAWN = "transformer_from_scratch"
 
 

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_goldy import ClassifierObjective, FunctionObjective, GoldyModule
+from lightning_goldy.core.tasks import task_of
 from lightning_goldy.data import AtlasDataModule
 from lightning_goldy.optim import OptimizerOptions, ScheduleOptions
 from lightning_goldy.training.models import LoraOptions
@@ -235,3 +236,38 @@ def test_a_resumed_run_goes_on_with_optimizer_and_schedule(tmp_path):
 def test_a_given_model_keeps_its_mode():
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=4, vocab_size=8, n_positions=8)).eval()
     assert not GoldyModule(model).model.training
+
+
+@pytest.mark.parametrize(
+    ("objective", "model", "kind"),
+    [
+        (
+            "seq2seq",
+            {"model_type": "t5", "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2},
+            "seq2seq",
+        ),
+        (
+            "masked_lm",
+            {"model_type": "bert", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2},
+            "tokens",
+        ),
+        (
+            "token_classifier",
+            {"model_type": "bert", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2},
+            "tokens",
+        ),
+    ],
+)
+def test_an_objective_by_name_brings_its_head(objective, model, kind):
+    special = {"decoder_start_token_id": 0} if objective == "seq2seq" else {}
+    module = GoldyModule({**model, **special, "vocab_size": 11}, objective=objective)
+    assert task_of(module.model) == kind
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    batch = {"input_ids": ids, "labels": ids % 2}
+    module.eval()
+    own = module.model(**batch).loss.item()
+    assert module.objective.loss(module.model, batch).item() == pytest.approx(own, rel=1e-6)
+    assert module.hparams["objective"] == objective
+    # The same model as an object needs no name.
+    given = GoldyModule(module.model)
+    assert given.objective.loss(given.model, batch).item() == pytest.approx(own, rel=1e-6)

@@ -19,7 +19,7 @@ from lightning_goldy.core.architecture.kernels import Attended, AttentionCall, A
 from lightning_goldy.core.batches import batch_length, map_batch
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import model_class
-from lightning_goldy.core.objective import Objective, accepts, left_padding_positions
+from lightning_goldy.core.objective import Objective, accepts, left_padding_positions, padding_mask
 from lightning_goldy.core.sharding import Replicas
 
 NameTokens = Callable[[Sequence[int]], Sequence[str]]
@@ -287,8 +287,7 @@ def recorded_entropies(model: nn.Module, architecture: Architecture, batch: Any)
         [(1, 2), (1, 2)]
     """
     n_samples, owners = batch_length(batch), _layers(architecture)
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    queries = mask != 0 if mask is not None and mask.ndim == 2 else None
+    queries = padding_mask(batch) if isinstance(batch, Mapping) and "input_ids" in batch else None
     found: dict[int, Tensor] = {}
     entropies: list[Tensor] = []
 
@@ -327,7 +326,7 @@ def _call(model: nn.Module, batch: Any, objective: Objective | None) -> None:
         return
     inputs: dict[str, Any] = {key: value for key, value in batch.items() if key != "labels"}
     mask = inputs.get("attention_mask")
-    if mask is not None and "position_ids" not in inputs and accepts(model, "position_ids"):
+    if isinstance(mask, Tensor) and "position_ids" not in inputs and accepts(model, "position_ids"):
         inputs.update(left_padding_positions(mask))
     if accepts(model, "use_cache"):
         inputs["use_cache"] = False

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_goldy.analysis.divergence import jensen_shannon, precise
+from lightning_goldy.core.objective import document_ids, padding_mask, seen
 
 STATISTICS = (
     "entropy",
@@ -26,8 +27,6 @@ STATISTICS = (
 
 # Elements of a pattern that are worked on at a time; each takes about ten numbers beside the pattern.
 _CHUNK = 1 << 22
-# No bias by distance is as low, and no mask that is meant as minus infinity is higher where its type reaches this far.
-_HIDDEN = -1e8
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,7 @@ class Tokens:
     Args:
         ids: Token ids, shape ``[B, T]``.
         valid: True where a token is no padding, shape ``[B, T]``.
+        documents: Numbers of the packed documents, rising along a row, shape ``[B, T]``; None for one in each row.
 
     Example:
         >>> tokens = Tokens(torch.tensor([[5, 6, 5, 6]]), torch.ones(1, 4, dtype=torch.bool))
@@ -46,10 +46,11 @@ class Tokens:
 
     ids: Tensor
     valid: Tensor
+    documents: Tensor | None = None
 
     @classmethod
     def of(cls, batch: Any) -> Tokens:
-        """Those of a batch with ``input_ids`` and, where there is padding, ``attention_mask``.
+        """Those of a batch with ``input_ids``, its padding and its packed documents, told by its other tensors.
 
         Raises:
             ValueError: The batch is of another kind, the shapes differ, or a sample is all padding.
@@ -59,21 +60,39 @@ class Tokens:
             found = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
             raise ValueError(f"attention needs batches that are dicts with 'input_ids' of shape [B, T]; got {found}")
         mask = batch.get("attention_mask")
-        if mask is None:
-            return cls(ids, torch.ones_like(ids, dtype=torch.bool))
-        if mask.shape != ids.shape:
+        if isinstance(mask, Tensor) and mask.ndim != 4 and mask.shape != ids.shape:
             raise ValueError(
                 f"attention_mask must have the shape of input_ids, {tuple(ids.shape)}; got {tuple(mask.shape)}"
             )
-        empty = (mask != 0).any(dim=1).logical_not().nonzero().flatten().tolist()
+        valid, documents = padding_mask(batch), document_ids(batch)
+        if valid is None:
+            return cls(ids, torch.ones_like(ids, dtype=torch.bool), documents)
+        empty = valid.any(dim=1).logical_not().nonzero().flatten().tolist()
         if empty:
             raise ValueError(f"samples {empty[:5]} of a batch of {len(ids)} are all padding")
-        return cls(ids, mask != 0)
+        return cls(ids, valid, documents)
 
     @property
     def first(self) -> Tensor:
-        """Place of each sample's first token, shape ``[B]``."""
-        return self.valid.int().argmax(dim=1)
+        """Place of the first token of each token's own document that is no padding, shape ``[B, T]``.
+
+        Example:
+            >>> documents = torch.tensor([[0, 0, 0, 1, 1]])
+            >>> Tokens(torch.ones(1, 5), torch.ones(1, 5, dtype=torch.bool), documents).first.tolist()
+            [[0, 0, 0, 3, 3]]
+        """
+        numbers = torch.zeros_like(self.valid, dtype=torch.long) if self.documents is None else self.documents
+        before = torch.where(self.valid, numbers, -1).cummax(dim=1).values.roll(1, dims=1)
+        before[:, 0] = -1
+        places = torch.arange(self.valid.shape[1], device=self.valid.device)
+        return torch.where(self.valid & (numbers > before), places, 0).cummax(dim=1).values
+
+    def first_document(self, row: int) -> Tensor:
+        """Token ids of a row's first document without padding, shape ``[n]``."""
+        kept = self.valid[row]
+        if self.documents is not None:
+            kept = kept & (self.documents[row] == self.documents[row][kept][0])
+        return self.ids[row][kept]
 
     @property
     def earlier(self) -> Tensor:
@@ -90,7 +109,8 @@ class Tokens:
 
     def rows(self, start: int, stop: int) -> Tokens:
         """The samples from ``start`` up to ``stop``."""
-        return Tokens(self.ids[start:stop], self.valid[start:stop])
+        documents = None if self.documents is None else self.documents[start:stop]
+        return Tokens(self.ids[start:stop], self.valid[start:stop], documents)
 
 
 def visible_keys(weights: Tensor, mask: Tensor | None) -> Tensor:
@@ -118,8 +138,7 @@ def visible_keys(weights: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return torch.ones(n_samples, length, n_keys, dtype=torch.bool, device=weights.device)
     mask = mask[..., :n_keys]
-    seen = mask if mask.dtype == torch.bool else mask > max(torch.finfo(mask.dtype).min / 2, _HIDDEN)
-    return seen.any(dim=1).expand(n_samples, length, n_keys)
+    return seen(mask).any(dim=1).expand(n_samples, length, n_keys)
 
 
 def over_keys(weights: Tensor, mask: Tensor | None) -> Tensor:
@@ -175,7 +194,7 @@ def statistic_sums(weights: Tensor, mask: Tensor | None, tokens: Tokens) -> tupl
     r"""Sums of every statistic over the queries of one layer, and how many queries there are.
 
     With a query t and a key s, a_{ts} their attention weight, n_t the number of keys that t sees, x the tokens and f
-    the first that is no padding, over queries that are no padding:
+    the first of t's own document that is no padding, over queries that are no padding:
 
     .. math::
         \text{entropy} &= -\sum_s a_{ts} \log a_{ts}, &
@@ -274,7 +293,7 @@ def _statistics(weights: Tensor, visible: Tensor, tokens: Tokens) -> tuple[Tenso
     n_visible = visible.sum(dim=-1)  # [B, T]
     places = torch.arange(length, device=weights.device, dtype=weights.dtype)
     distance = torch.einsum("bhts,ts->bht", weights, (places[:, None] - places[None, :]).abs())
-    first = tokens.first[:, None, None, None].expand(-1, n_heads, length, 1)
+    first = tokens.first[:, :, None]  # [B, T, 1]
     previous = torch.zeros_like(entropy)
     previous[..., 1:] = weights.diagonal(offset=-1, dim1=-2, dim2=-1)
     has_previous = torch.zeros_like(valid)
@@ -284,7 +303,7 @@ def _statistics(weights: Tensor, visible: Tensor, tokens: Tokens) -> tuple[Tenso
         entropy,
         entropy / n_visible.clamp_min(2).log()[:, None],
         distance,
-        weights.gather(-1, first).squeeze(-1),
+        weights.gather(-1, first[:, None].expand(-1, n_heads, -1, -1)).squeeze(-1),
         weights.diagonal(dim1=-2, dim2=-1),
         previous,
         torch.einsum("bhts,bts->bht", weights, followers.to(weights.dtype)),

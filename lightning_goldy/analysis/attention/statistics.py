@@ -39,7 +39,7 @@ class AttentionStatistics(AnalysisResult):
         entropy: Of the attention rows, nats.
         normalised_entropy: Entropy over the logarithm of the number of visible keys, a fraction; 1 is uniform.
         distance: Mean distance between query and key, tokens.
-        first_token: Mass on the first token, a fraction.
+        first_token: Mass on the first token of the query's own document, a fraction.
         diagonal: Mass on the query's own token, a fraction.
         previous_token: Mass on the token right before, a fraction.
         induction: Mass on tokens that follow earlier occurrences of the query's token, a fraction.
@@ -253,5 +253,8 @@ def _pieces(batch: Any, rows: int, architecture: Architecture, memory: int | Non
     if memory is not None:
         one = Tokens.of(batch).rows(0, 1)
         size = max(1, memory // sum(pattern_bytes(one, block.n_heads) for block in architecture.blocks))
+    if rows == len(Tokens.of(batch).ids) <= size:
+        yield batch  # whole, with what describes its packed documents
+        return
     for start in range(0, rows, size):
         yield take_samples(batch, slice(start, min(start + size, rows)))

@@ -19,7 +19,7 @@ from lightning_goldy.core.batches import map_batch, sample_count
 from lightning_goldy.core.directions import derived_seed
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import require_at_least
-from lightning_goldy.core.objective import CausalLMObjective, Objective
+from lightning_goldy.core.objective import Objective, objective_for
 from lightning_goldy.core.outer_products import LayerSums, exact_products, linear_layers, sampled_labels
 from lightning_goldy.core.sharding import Replicas, align, is_sharded, local, sum_over_shards
 from lightning_goldy.core.space import ParameterSpace
@@ -138,7 +138,7 @@ def kronecker_fisher(
     for name, count in (("n_batches", n_batches), ("n_draws", n_draws), ("max_dimension", max_dimension)):
         if count is not None:
             require_at_least(name, count, 1)
-    objective = objective or CausalLMObjective()
+    objective = objective_for(model, objective)
     space = space or ParameterSpace.of(model)
     replicas = Replicas.of(model) if split_over_ranks else Replicas()
     with preserved(model), replicas.together("kronecker_fisher"):

@@ -29,7 +29,7 @@ from lightning_goldy.analysis.result import Cost
 from lightning_goldy.core.directions import Preconditioner, Proposal, Ray, direction_seed
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import require_at_least, require_choice
-from lightning_goldy.core.objective import CausalLMObjective, Objective
+from lightning_goldy.core.objective import Objective, objective_for
 from lightning_goldy.core.sharding import Replicas, is_sharded, local, unshard_guard
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.vector import require_finite
@@ -283,7 +283,7 @@ def basin_volume(
     walked = (max_radius, l2_reg, first_direction, directions)
     estimator = _one_of(estimator, Estimator(measure, seed, rtol, max_evaluations, max_seq_len, cache, *walked))
     check_cache(estimator.cache, cache_dtype)
-    replicas, objective = Replicas.of(model) if split_over_ranks else Replicas(), objective or CausalLMObjective()
+    replicas, objective = Replicas.of(model) if split_over_ranks else Replicas(), objective_for(model, objective)
     unshard_guard(model)
     chosen = shortened(batches, objective, n_samples, estimator.max_seq_len)
     chosen = list(own_share(chosen, model, Replicas(), None))

@@ -28,7 +28,7 @@ from lightning_goldy.analysis.coupling.result import CouplingResult
 from lightning_goldy.analysis.result import counted_passes, total_cost
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import require_choice
-from lightning_goldy.core.objective import IGNORE_INDEX, CausalLMObjective, Objective
+from lightning_goldy.core.objective import IGNORE_INDEX, Objective, objective_for
 from lightning_goldy.core.outer_products import linear_layers
 from lightning_goldy.core.pieces import QUESTION_TEMPLATE
 from lightning_goldy.core.sharding import Replicas
@@ -105,7 +105,7 @@ def activation_similarity(
     require_choice("pooling", pooling, get_args(Pooling))
     began = time.perf_counter()
     model = getattr(model, "_orig_mod", model)
-    objective = objective or CausalLMObjective()
+    objective = objective_for(model, objective)
     replicas = Replicas.of(model) if split_over_ranks else Replicas()
     samples = piece_samples(pieces, tokenizer=tokenizer, objective=objective, template=template)
     with preserved(model), torch.no_grad():

@@ -51,7 +51,7 @@ from lightning_goldy.analysis.result import Cost, total_cost
 from lightning_goldy.core.batches import batch_tensors
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import block_of, canonical_name, model_class
-from lightning_goldy.core.objective import CausalLMObjective, Objective
+from lightning_goldy.core.objective import Objective, objective_for
 from lightning_goldy.core.pieces import QUESTION_TEMPLATE
 from lightning_goldy.core.sharding import Replicas, gather
 
@@ -459,7 +459,7 @@ def knowledge_coupling(
     check_selection(select, layers)
     began = time.perf_counter()
     model = getattr(model, "_orig_mod", model)  # a compiled graph does not call hooks
-    objective = objective or CausalLMObjective()
+    objective = objective_for(model, objective)
     replicas = Replicas.of(model) if split_over_ranks else Replicas()
     samples = piece_samples(pieces, tokenizer=tokenizer, objective=objective, template=template)
     with preserved(model):
@@ -560,7 +560,7 @@ def layer_gradient_norms(
         (['transformer.h.0', 'transformer.h.1'], torch.Size([1]))
     """
     check_selection(select, layers)
-    objective = objective or CausalLMObjective()
+    objective = objective_for(model, objective)
     samples = piece_samples(pieces, tokenizer=tokenizer, objective=objective, template=template)
     for index, reason in samples.failures.items():
         raise ValueError(f"{samples.name(index)}: {reason}")

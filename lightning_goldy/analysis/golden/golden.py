@@ -17,7 +17,7 @@ from lightning_goldy.analysis.result import AnalysisResult, Cost, tensor_rows
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.mask import ParameterMask, Scope, check_scope
 from lightning_goldy.core.naming import require_at_least
-from lightning_goldy.core.objective import CausalLMObjective, Objective
+from lightning_goldy.core.objective import Objective, objective_for
 from lightning_goldy.core.registry import Registry
 from lightning_goldy.core.selection import select_largest
 from lightning_goldy.core.sharding import (
@@ -205,7 +205,7 @@ def golden_parameters(
         [True, False, False]
     """
     check_golden_arguments(top_k_percent, score, scope, quorum, n_samples)
-    objective = objective or CausalLMObjective()
+    objective = objective_for(model, objective)
     space = space or ParameterSpace.of(model)
     replicas = Replicas.of(model) if split_over_ranks else Replicas()
     with preserved(model), replicas.together("golden_parameters"):

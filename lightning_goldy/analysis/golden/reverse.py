@@ -28,7 +28,7 @@ from lightning_goldy.core.batches import sample_count, take_samples
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.mask import MaskedModel, ParameterMask, Scope, check_scope
 from lightning_goldy.core.naming import require_at_least, suggestion
-from lightning_goldy.core.objective import CausalLMObjective, Objective
+from lightning_goldy.core.objective import Objective, objective_for
 from lightning_goldy.core.sharding import Replicas, gather, like, local
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.vector import elements_in, require_finite
@@ -230,7 +230,7 @@ def reverse_golden_parameters(
     """
     search, fluctuation = _merge_settings(search, fluctuation, settings)
     check_search_arguments(top_k_percent, scope, strategy)
-    objective = objective or CausalLMObjective()
+    objective = objective_for(model, objective)
     space = space or ParameterSpace.of(model)
     replicas = Replicas.of(model) if split_over_ranks else Replicas()
     choosing, measuring = _list_samples(batches, "batches"), _list_samples(eval_batches, "eval_batches")

@@ -19,7 +19,7 @@ from lightning_goldy.core.architecture.gates import BatchMismatchError
 from lightning_goldy.core.batches import move_batch, take_samples
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import require_at_least, require_choice, suggestion
-from lightning_goldy.core.objective import CausalLMObjective, FunctionObjective, Objective, map_batch, split_batch
+from lightning_goldy.core.objective import FunctionObjective, Objective, map_batch, objective_for, split_batch
 from lightning_goldy.core.registry import Registry
 from lightning_goldy.core.sharding import Replicas, is_sharded
 
@@ -500,7 +500,7 @@ def head_importance(
     with _gated(model) as gates:
         replicas = Replicas.of(model) if split_over_ranks else Replicas()
         with preserved(model):
-            objective = objective or CausalLMObjective()
+            objective = objective_for(model, objective)
             options: dict[str, Any] = {"seed": seed, "weights": weights, "progress": progress}
             probe = HeadProbe(model, batches, objective, gates=gates, replicas=replicas, **options)
             scores = _masked(HEAD_SCORES[strategy](probe).double(), gates)

@@ -22,7 +22,7 @@ from lightning_goldy.core.base import Base, base_of
 from lightning_goldy.core.batches import sample_count
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import require_choice, suggestion
-from lightning_goldy.core.objective import CausalLMObjective, FunctionObjective, Objective
+from lightning_goldy.core.objective import FunctionObjective, Objective, objective_for
 from lightning_goldy.core.sharding import Replicas
 from lightning_goldy.core.vector import ParameterVector
 
@@ -193,7 +193,7 @@ def explain_change(
         (1.0, 0.0)
     """
     check_variants(variants)
-    objective = objective or CausalLMObjective()
+    objective = objective_for(model, objective)
     replicas = Replicas.of(model) if split_over_ranks else Replicas()
     with preserved(model), replicas.together("explain_change"):
         start = base_of(base, model).vector(model)

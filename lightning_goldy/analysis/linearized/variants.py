@@ -71,6 +71,11 @@ class BaseRelative(nn.Module):
         """The model's configuration."""
         return self.model.config
 
+    @property
+    def wrapped(self) -> nn.Module:
+        """The model as it was given."""
+        return self.model
+
     def get_base_model(self) -> nn.Module:
         """The model, whose forward names the arguments."""
         return Substituted(self.model, {}).get_base_model()

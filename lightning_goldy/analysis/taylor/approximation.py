@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from lightning_goldy.core.autodiff import Substituted, call_with, directional_derivatives, polynomial, trainable_values
 from lightning_goldy.core.base import Base, base_of
 from lightning_goldy.core.batches import batch_tensors, map_batch
-from lightning_goldy.core.objective import IGNORE_INDEX, CausalLMObjective, ClassifierObjective, Objective
+from lightning_goldy.core.objective import (
+    IGNORE_INDEX,
+    CausalLMObjective,
+    ClassifierObjective,
+    Objective,
+    TokenObjective,
+)
 from lightning_goldy.core.sharding import is_sharded
 from lightning_goldy.core.vector import ParameterVector
 
@@ -102,6 +108,8 @@ def _with_targets(batch: Any, objective: Objective) -> Tensor | None:
     if type(objective) is ClassifierObjective:
         labels = batch.get("labels") if isinstance(batch, Mapping) else batch[-1]
         return labels != IGNORE_INDEX if isinstance(labels, Tensor) and labels.ndim == 1 else None
+    if isinstance(objective, TokenObjective) and isinstance(batch, Mapping) and isinstance(batch.get("labels"), Tensor):
+        return (batch["labels"] != IGNORE_INDEX).any(dim=1) if batch["labels"].ndim == 2 else None
     if type(objective) is not CausalLMObjective or not isinstance(batch, Mapping) or "input_ids" not in batch:
         return None
     ids, mask = batch["input_ids"], batch.get("attention_mask")
@@ -187,6 +195,11 @@ class TaylorApproximation(Substituted):
         # In tuples, as the model is, so that nothing becomes part of this module.
         self._base, self._given = (start,), (parameters,)
         self.order = order
+
+    @property
+    def wrapped(self) -> nn.Module:
+        """The model as it was given."""
+        return self._model[0]
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -27,7 +27,7 @@ from lightning_goldy.core.base import Base, base_of
 from lightning_goldy.core.batches import sample_count
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import block_of, suggestion
-from lightning_goldy.core.objective import CausalLMObjective, FunctionObjective, Objective, TargetLogits
+from lightning_goldy.core.objective import FunctionObjective, Objective, TargetLogits, objective_for
 from lightning_goldy.core.sharding import Replicas, is_sharded, unshard_guard
 from lightning_goldy.core.vector import ParameterVector, reduce_tensors, substituted
 
@@ -528,7 +528,7 @@ def taylor_diff(
         (True, 0.25)
     """
     orders = check_orders(orders, by)
-    objective = objective or CausalLMObjective()
+    objective = objective_for(model, objective)
     replicas = Replicas.of(model) if split_over_ranks else Replicas()
     unshard_guard(model)
     sharded = any(map(is_sharded, model.parameters()))
