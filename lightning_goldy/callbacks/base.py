@@ -153,7 +153,6 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         if not self.name.replace("_", "").replace("-", "").isalnum():
             raise ValueError(f"name becomes a folder: letters, digits, '-' and '_' only; got {self.name!r}")
         self._store: ResultStore | None = None
-        self._stage: str | None = None
         self.forget()
 
     def forget(self) -> None:
@@ -207,7 +206,6 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuses what cannot work, before anything is loaded."""
-        self._stage = stage
         if stage != "fit":
             return
         names = [callback.name for callback in trainer.callbacks if isinstance(callback, AnalysisCallback)]  # type: ignore[attr-defined]
@@ -308,6 +306,9 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         """Runs when a scheduled number of optimizer steps has been passed; not inside a gradient accumulation."""
         seen, self._seen_step = self._seen_step, trainer.global_step
         every, step = self.every_n_steps, trainer.global_step
+        if getattr(trainer.fit_loop, "_skip_backward", False):
+            # Stochastic weight averaging's pass over the data for the batch norms counts a step that trains nothing.
+            self._left = step, self._left[1]
         if every and step // every > seen // every:
             self.run(trainer, pl_module, "step")
         elif "checkpoint" in self.at and _may_validate(trainer, batch_idx):
