@@ -29,9 +29,7 @@ from lightning_goldy.callbacks import (
 from lightning_goldy.core import load_vectors
 from tests.callbacks.training import Finetune, TokenData, differences, fit
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Be aware that when using", "ignore:.*exists and is not empty", "ignore:.*pre-optimization state", "ignore:.*without a model"
-)
+pytestmark = pytest.mark.filterwarnings("ignore:.*without a model", "ignore:.*no last checkpoint")
 
 
 def rows(callback) -> list[dict]:
