@@ -332,6 +332,7 @@ class CheckpointAnalysis(L.Callback):
             step=self.saved.step or 0,
             epoch=self.saved.epoch,
             trigger="checkpoint",
+            weights=self.saved.weights,
             seconds=time.perf_counter() - start,
             peak_memory_bytes=peak(),
         )

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from lightning_goldy.analysis.basin import adam_curvature_from_state
 from lightning_goldy.analysis.heads import load_gates
 from lightning_goldy.callbacks.golden_snapshot import BASE_FILE
+from lightning_goldy.callbacks.weights import Weights
 from lightning_goldy.core.architecture import HeadGates
 from lightning_goldy.core.base import BaseParameters, read_base, read_checkpoint
 from lightning_goldy.core.objective import CausalLMObjective, Objective
@@ -66,6 +67,12 @@ class SavedModel:
             raise StoreError(
                 f"{self.path} does not fit the configuration's {type(pl_module).__name__}: {error}"
             ) from error
+
+    @property
+    def weights(self) -> Weights | None:
+        """Whose weights it holds; None where nothing tells."""
+        averaged = self.path.is_file() and "averaging_state" in read_checkpoint(self.path)
+        return "averaged" if averaged else None
 
     def _close_heads(self, checkpoint: Mapping[str, Any], model: nn.Module) -> None:
         """Closes the heads that were closed as the checkpoint was written, and no others: its weights do not tell."""
