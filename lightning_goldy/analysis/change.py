@@ -146,6 +146,14 @@ class SuccessiveUpdates:
         scale = update.norm() * before.norm()
         return update.dot(before) / scale if scale else None
 
+    def grow(self, values: ParameterVector) -> None:
+        """Takes in further parameters, which have had these values all the while and no update."""
+        grown = offloaded(values)
+        if self._previous is not None:
+            self._previous = _joined(self._previous, grown)
+        if self._update is not None:
+            self._update = _joined(self._update, grown.map(torch.zeros_like))
+
     def vectors(self) -> dict[str, ParameterVector]:
         """What is held, by name, for :meth:`load` after a resume."""
         held = {"previous": self._previous, "update": self._update}
@@ -156,6 +164,10 @@ class SuccessiveUpdates:
         self._previous, self._update = (
             offloaded(vectors[name]) if name in vectors else None for name in ("previous", "update")
         )
+
+
+def _joined(first: ParameterVector, second: ParameterVector) -> ParameterVector:
+    return ParameterVector(first.space.joined(second.space), {**first, **second})
 
 
 def offloaded(vector: ParameterVector) -> ParameterVector:

@@ -24,7 +24,7 @@ from lightning_goldy.core.vector import ParameterVector
 Self = TypeVar("Self", bound="AnalysisResult")
 
 ROW_FORMAT = 2
-_PLACE = {"analysis", "name", "step", "epoch", "trigger", "seconds", "peak_memory_bytes", "files"}
+_PLACE = {"analysis", "name", "step", "epoch", "trigger", "seconds", "peak_memory_bytes", "files", "weights"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +105,7 @@ class Row:
         seconds: Time that it took; None where nobody measured.
         peak_memory_bytes: Its peak of memory; None where nobody measured.
         files: Names of the files that belong to the row.
+        weights: Whose weights were analysed, ``training``, ``averaged`` or ``replaced``; None where nothing tells.
 
     Example:
         >>> row = Row("tiny_loss", {"loss": 2.5, "ratio": float("inf")}, cost=Cost(forwards=8))
@@ -126,6 +127,7 @@ class Row:
     seconds: float | None = None
     peak_memory_bytes: int | None = None
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    weights: str | None = None
 
     def __post_init__(self) -> None:
         known = {
@@ -160,6 +162,18 @@ class Row:
             cost=self.cost + cost,
         )
 
+    def noted(self, note: str) -> Row:
+        """The row with a remark of what to know before its numbers are read, in the headline and among ``notes``.
+
+        Example:
+            >>> Row("tiny", {"loss": 2.5}).noted("of half the model").headline
+            'tiny: loss 2.5; of half the model'
+        """
+        notes = [*self.result.get("notes", ()), note]
+        return dataclasses.replace(
+            self, headline=f"{self.headline.rstrip('.')}; {note}", result={**self.result, "notes": notes}
+        )
+
     def at(self, **place: Any) -> Row:
         """The row with its place stamped on it.
 
@@ -189,6 +203,7 @@ class Row:
             "step": self.step,
             "epoch": self.epoch,
             "trigger": self.trigger,
+            **({} if self.weights is None else {"weights": self.weights}),
             "metrics": dict(self.metrics),
             "result": dict(self.result),
             "headline": self.headline,

@@ -61,6 +61,10 @@ class AttentionTracker(AnalysisCallback[TrackedAttention]):
         self.prompts, self.heads = prompts, _pairs(heads)
         self.n_samples, self.drift = n_samples, drift
         self.max_tokens, self.singular_values = max_tokens, singular_values
+
+    def forget(self) -> None:
+        """Drops the prompts and heads that were shown."""
+        super().forget()
         self._shown: tuple[Prompt, ...] = ()
         self._strongest: tuple[tuple[int, int], ...] | None = None
 
@@ -70,8 +74,6 @@ class AttentionTracker(AnalysisCallback[TrackedAttention]):
 
     def prepare(self, trainer: L.Trainer, model: nn.Module) -> None:
         """Tries every prompt once, so that a model, token or head that cannot be shown fails before the first step."""
-        if not self._goes_on:
-            self._strongest = None
         self._shown = find_prompts(trainer, model, self.prompts, self._batches, self.max_tokens)
         with undisturbed(trainer, trainer.lightning_module):
             for prompt in self._shown:

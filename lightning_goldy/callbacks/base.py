@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,11 +17,12 @@ from torch import nn
 
 from lightning_goldy.analysis.result import AnalysisResult, Cost, Row
 from lightning_goldy.callbacks.store import AnalysisProgress, ResultStore, log_row, peak_memory_bytes, run_directory
+from lightning_goldy.callbacks.weights import Weights, kind_of_weights, tell_last, weights_in, weights_mark
 from lightning_goldy.core.isolation import undisturbed
-from lightning_goldy.core.naming import suggestion
+from lightning_goldy.core.naming import canonical_name, suggestion
 from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.sharding import Replicas, unshard_guard
-from lightning_goldy.core.space import trainable_parameters
+from lightning_goldy.core.space import ParameterSpace, trainable_parameters
 from lightning_goldy.core.store import Kind, save_vectors
 from lightning_goldy.core.vector import ParameterVector, require_finite
 from lightning_goldy.training.probe import Reading
@@ -46,6 +48,8 @@ class AnalysisContext:
         step: Optimizer steps so far.
         store: The callback's folder.
         progress: Called with (done, total).
+        weights: Whose weights the model has.
+        repeat: How many analyses this step has had before, of other weights.
     """
 
     trainer: L.Trainer
@@ -56,6 +60,13 @@ class AnalysisContext:
     step: int
     store: ResultStore
     progress: AnalysisProgress
+    weights: Weights = "training"
+    repeat: int = 0
+
+    def file_name(self, name: str) -> str:
+        """What a vector file of this analysis is called."""
+        again = f"-{self.repeat + 1}" if self.repeat else ""
+        return f"{name}-step={self.step:08d}{again}.safetensors"
 
 
 @dataclass
@@ -84,10 +95,15 @@ class Findings:
 class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
     """Base of all callbacks: schedule, isolation, probe, results on disk and in every logger, resume, cost.
 
+    What is analysed is every parameter that has been trained in this run so far, also where it is frozen again. At a
+    checkpoint it has the weights that are saved, at the end those that the training leaves, whoever put them there.
+    A step is analysed once for the same weights. With another trainer or model the callback starts anew.
+
     Args:
-        every_n_steps: Run after every so many optimizer steps.
+        every_n_steps: Run whenever so many optimizer steps have been made, those of all optimizers counted.
         every_n_epochs: Run at the end of every so many training epochs.
-        at: Moments of the run: ``start`` (before the first step), ``checkpoint`` (whenever one is written), ``end``.
+        at: Moments of the run: ``start`` (before the first step), ``checkpoint`` (whenever one is written, also one of
+            weights only), ``end``.
         on_error: ``raise``, or ``warn`` to let the training go on when the analysis fails.
         objective: How a batch becomes a loss; by default the LightningModule's ``objective``, or next-token prediction.
         model_attribute: Submodule to analyse; ``model`` by default, or the LightningModule itself.
@@ -140,14 +156,25 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         self.name = name or default_name(type(self))
         if not self.name.replace("_", "").replace("-", "").isalnum():
             raise ValueError(f"name becomes a folder: letters, digits, '-' and '_' only; got {self.name!r}")
+        self._store: ResultStore | None = None
+        self.forget()
+
+    def forget(self) -> None:
+        """Drops what belongs to one run, for a subclass to extend; called before each run that starts anew."""
         self._last_step = -1
+        self._analysed: list[str] | None = []
         self._seen_step = 0
         self._previous_folder: str | None = None
         self._resumed = False
         self._goes_on = False
-        self._store: ResultStore | None = None
+        self._run: tuple[Any, Any] | None = None
         self._batches: list[Any] = []
         self._reading: Reading | None = None
+        # Step and hash of the weights as training left them, and what has ever been trained.
+        self._left = (-1, "")
+        self._trained: set[str] = set()
+        self._flags: dict[int, tuple[bool, ...]] = {}
+        self._notes: list[str] = []
 
     @abstractmethod
     def compute(self, context: AnalysisContext) -> ResultT:
@@ -200,6 +227,7 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Opens the folder, takes up an interrupted run, and tries the probe before the first step."""
         resumed = self._resumed
+        tell_last(trainer, AnalysisCallback)
         with Replicas.world().together(self.name):
             self._start(trainer, pl_module)
         # A run that goes on has started before.
@@ -208,7 +236,10 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
 
     def _start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         folder = run_directory(trainer) / "goldy" / self.name
-        again = self._store is not None and self._store.folder == folder and self._last_step <= trainer.global_step
+        again = not self._resumed and self._is_same_run(trainer, pl_module, folder)
+        if not (self._resumed or again):
+            self.forget()
+        self._run = weakref.ref(trainer), weakref.ref(pl_module)
         self._store = ResultStore(folder, write=trainer.is_global_zero)
         if self._resumed and self._previous_folder is not None:
             self._store.continue_from(Path(self._previous_folder), trainer.global_step)
@@ -216,10 +247,15 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
             self._store.start_fresh()
         self._goes_on = self._resumed or again
         self._seen_step = trainer.global_step
+        self._flags = {}
         # The sanity check's forward may have left FSDP2's root unsharded.
         unshard_guard(pl_module)
         model = find_model(pl_module, self.model_attribute)
         require_finite(dict(trainable_parameters(model)), "weights")
+        known = {canonical_name(name) for name, _ in model.named_parameters()}
+        self._trained = {name for name in self._trained if name in known}
+        if not self._goes_on:
+            self._trained |= {name for name, _ in trainable_parameters(model)}
         if self.needs_probe:
             self._batches = self._read_probe(trainer, pl_module)
             with undisturbed(trainer, pl_module):
@@ -228,6 +264,8 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
                     model, objective, self._batches, self.probe_samples(), pl_module=pl_module, check=self.check
                 )
         self.prepare(trainer, model)
+        self._observe_trainable(trainer, model)
+        self._left = trainer.global_step, weights_mark(model)
         self._resumed = False
 
     def _read_probe(self, trainer: L.Trainer, pl_module: L.LightningModule) -> list[Any]:
@@ -236,54 +274,126 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         self._reading = find_probe(trainer, pl_module, self.probe, self.probe_samples(), wanted=wanted)
         return self._reading.first(self.probe_samples())
 
+    def _is_same_run(self, trainer: L.Trainer, pl_module: L.LightningModule, folder: Path) -> bool:
+        """Whether the same trainer goes on with the same module."""
+        run = None if self._run is None else tuple(reference() for reference in self._run)
+        same = run is not None and run[0] is trainer and run[1] is pl_module
+        return (
+            same and self._store is not None and self._store.folder == folder and self._last_step <= trainer.global_step
+        )
+
     def prepare(self, trainer: L.Trainer, model: nn.Module) -> None:
         """Hook for subclasses: checks and preparations right before the first step."""
+
+    def became_trainable(self, trainer: L.Trainer, model: nn.Module, space: ParameterSpace) -> None:
+        """Hook for subclasses: parameters are about to be trained for the first time, and have their old values."""
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        """Notices what an optimizer is about to move for the first time."""
+        flags = tuple(parameter.requires_grad for group in optimizer.param_groups for parameter in group["params"])
+        if self._store is not None and self._flags.get(id(optimizer)) != flags:
+            self._flags[id(optimizer)] = flags
+            self._observe_trainable(trainer, find_model(pl_module, self.model_attribute))
+
+    def _observe_trainable(self, trainer: L.Trainer, model: nn.Module) -> None:
+        trainable = {name: parameter for name, parameter in trainable_parameters(model) if name not in self._trained}
+        if not trainable:
+            return
+        unshard_guard(model)
+        self._trained.update(trainable)
+        names = list(trainable)
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        self._notes.append(f"{names[0]}{more} became trainable at step {trainer.global_step}")
+        self.became_trainable(trainer, model, ParameterSpace.of_tensors(trainable))
+
+    def training_changed_weights(self) -> None:
+        """Has the present weights taken for those of the training, after a callback has changed them on purpose."""
+        self._left = (-1, "")
+
+    def _note_weights(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Remembers the weights that training has left at this step; later ones of the same step are not its own."""
+        if self._left[0] != trainer.global_step:
+            self._left = trainer.global_step, weights_mark(find_model(pl_module, self.model_attribute))
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Runs when the optimizer has just made a scheduled step; not inside a gradient accumulation."""
-        stepped = trainer.global_step != self._seen_step
-        self._seen_step = trainer.global_step
-        if stepped and self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
+        """Runs when a scheduled number of optimizer steps has been passed; not inside a gradient accumulation."""
+        seen, self._seen_step = self._seen_step, trainer.global_step
+        every, step = self.every_n_steps, trainer.global_step
+        if getattr(trainer.fit_loop, "_skip_backward", False):
+            # Stochastic weight averaging's pass over the data for the batch norms counts a step that trains nothing.
+            self._left = step, self._left[1]
+        if every and step // every > seen // every:
             self.run(trainer, pl_module, "step")
+        elif "checkpoint" in self.at and _may_validate(trainer, batch_idx):
+            # Whoever swaps weights for a validation may do so before a checkpoint is written in it.
+            self._note_weights(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Runs after scheduled epochs."""
+        self._note_weights(trainer, pl_module)
         if self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
             self.run(trainer, pl_module, "epoch")
 
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Runs with the weights that are being saved, and saves the state that it leaves."""
-        if self._store is None:
+    def when_saved(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Runs with the weights that are being saved, and saves the state that it leaves.
+
+        It comes after all hooks of Lightning, also of a checkpoint of weights only, in which nothing else is saved.
+        """
+        if self._store is None or self._run is None or self._run[0]() is not trainer:
             return
-        if "checkpoint" in self.at:
-            self.run(trainer, pl_module, "checkpoint")
-        self.save_files(trainer, find_model(pl_module, self.model_attribute))
-        # The callbacks' states were collected before this hook.
-        checkpoint["callbacks"][self.state_key] = self.state_dict()
+        try:
+            if "checkpoint" in self.at:
+                with weights_in(checkpoint, pl_module) as replaced:
+                    self.run(trainer, pl_module, "checkpoint", replaced=replaced)
+        finally:
+            if "callbacks" in checkpoint:
+                self.save_files(trainer, find_model(pl_module, self.model_attribute))
+                # The callbacks' states were collected before.
+                checkpoint["callbacks"][self.state_key] = self.state_dict()
 
     def save_files(self, trainer: L.Trainer, model: nn.Module) -> None:
         """Hook for subclasses: writes what a resume from this checkpoint needs and ``state_dict`` is too small for."""
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Runs at the end of the training."""
+    def when_finished(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Runs at the end of the training, after ``on_train_end`` of all callbacks and of the LightningModule."""
         if "end" in self.at:
             self.run(trainer, pl_module, "end")
 
-    def run(self, trainer: L.Trainer, pl_module: L.LightningModule, trigger: Trigger) -> None:
-        """Computes, writes and logs, unless this step has been analysed already."""
-        if self._last_step == trainer.global_step:
+    def run(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, trigger: Trigger, *, replaced: bool = False
+    ) -> None:
+        """Computes, writes and logs, unless the same weights have been analysed at this step already.
+
+        Args:
+            trainer: The trainer.
+            pl_module: Its LightningModule.
+            trigger: What started it.
+            replaced: Whether the weights are known to be others than the training's.
+        """
+        mark, step = weights_mark(find_model(pl_module, self.model_attribute)), trainer.global_step
+        if step != self._last_step:
+            analysed: list[str] = []
+        elif self._analysed is None or not any(Replicas.world().gather_objects(mark not in self._analysed)):
             return
+        else:
+            analysed = self._analysed
+        if not replaced and self._left[0] != step:
+            self._left = step, mark
+        trained = not replaced and self._left[1].partition("/")[0] == mark.partition("/")[0]
+        weights = kind_of_weights(trainer, trained=all(Replicas.world().gather_objects(trained)))
         try:
             with Replicas.world().together(self.name):
-                self._run(trainer, pl_module, trigger)
+                self._analyse(trainer, pl_module, trigger, weights, [*analysed, mark])
         except Exception as error:
             if self.on_error == "raise":
                 raise
             rank_zero_warn(f"{self.name} failed at step {trainer.global_step} and training goes on: {error}")
 
-    def _run(self, trainer: L.Trainer, pl_module: L.LightningModule, trigger: Trigger) -> None:
+    def _analyse(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, trigger: Trigger, weights: Weights, marks: list[str]
+    ) -> None:
         start, step = time.perf_counter(), trainer.global_step
         assert self._store is not None
         with (
@@ -292,21 +402,40 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
             peak_memory_bytes(pl_module.device) as peak,
         ):
             model = find_model(pl_module, self.model_attribute)
+            self._observe_trainable(trainer, model)
+            for name, parameter in model.named_parameters():
+                # What was trained and is frozen again belongs to the change; the isolation freezes it again.
+                if not parameter.requires_grad and canonical_name(name) in self._trained:
+                    parameter.requires_grad_(True)
             objective = find_objective(pl_module, model, self.objective) if self.needs_probe else None
-            context = AnalysisContext(trainer, pl_module, model, objective, self._batches, step, self._store, progress)
+            context = AnalysisContext(
+                trainer,
+                pl_module,
+                model,
+                objective,
+                self._batches,
+                step,
+                self._store,
+                progress,
+                weights=weights,
+                repeat=len(marks) - 1,
+            )
             result = self.compute(context)
             row, vectors, histograms = self._described(result, context)
             files = {}
             for name, (vector, kind) in vectors.items():
-                path = self.folder / f"{name}-step={step:08d}.safetensors"
+                path = self.folder / context.file_name(name)
                 save_vectors(path, vector, kind=kind, model=model, step=step, write=self._store.write)
                 files[name] = path.name
+        for note in self._notes:
+            row = row.noted(note)
         row = row.at(
             analysis=self.analysis or row.analysis or default_name(type(self)),
             name=self.name,
             step=step,
             epoch=trainer.current_epoch,
             trigger=trigger,
+            weights=weights,
             seconds=time.perf_counter() - start,
             peak_memory_bytes=peak(),
             files=files,
@@ -314,7 +443,7 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         earlier = self._store.history
         line = self._store.append(row)
         # The row is there: a logger that fails must not have it written again.
-        self._last_step = step
+        self._last_step, self._analysed, self._notes = step, marks, []
         if trainer.is_global_zero:
             log_row(trainer, line, histograms, earlier)
 
@@ -335,13 +464,29 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
     def state_dict(self) -> dict[str, Any]:
         """Small and picklable under ``weights_only``: where the results are and how far they go."""
         folder = None if self._store is None else str(self._store.folder.absolute())
-        return {"last_step": self._last_step, "folder": folder}
+        state = {"last_step": self._last_step, "folder": folder, "analysed": self._analysed}
+        return {**state, "trained": sorted(self._trained)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Notes what the interrupted run left; it is taken up when training starts."""
+        self.forget()
         self._last_step = state_dict["last_step"]
+        # Earlier versions knew of no other weights at a step.
+        self._analysed = state_dict.get("analysed")
+        self._trained = set(state_dict.get("trained", ()))
         self._previous_folder = state_dict["folder"]
         self._resumed = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the run that it belongs to, which only this process knows."""
+        return {**self.__dict__, "_run": None}
+
+
+def _may_validate(trainer: L.Trainer, batch_idx: int) -> bool:
+    """Whether a validation may follow this batch."""
+    every = trainer.val_check_batch
+    last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+    return bool(trainer.enable_validation and (last or every is None or (every and (batch_idx + 1) % every == 0)))
 
 
 def default_name(callback: type) -> str:

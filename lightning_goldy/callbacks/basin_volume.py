@@ -98,8 +98,14 @@ class BasinVolume(AnalysisCallback[BasinVolumes]):
         if self.splits is not None and self.probe is not None:
             raise ValueError("give probe= or splits=, not both: the splits are what is analysed")
         self.needs_probe = self.splits is None
+
+    def forget(self) -> None:
+        """Drops the splits, and the sigma and the damping of the first analysis."""
+        super().forget()
         self._split_batches: dict[str, list[Any]] = {}
         self._told = False
+        if hasattr(self, "survey"):
+            self.survey.load({"sigma": None, "eps": None})
 
     def probe_samples(self) -> int | None:
         """The samples that the divergence is taken over."""

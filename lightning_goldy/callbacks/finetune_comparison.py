@@ -253,6 +253,10 @@ class FinetuneComparison(AnalysisCallback[FinetuneComparisonResult]):
         if not against:
             raise ValueError(f"against names nothing to compare with; choose from {', '.join(get_args(Contender))}")
         self.against, self.seed = against, seed
+
+    def forget(self) -> None:
+        """Drops the modes of the start."""
+        super().forget()
         self._modes: dict[str, bool] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -275,6 +279,13 @@ class FinetuneComparison(AnalysisCallback[FinetuneComparisonResult]):
             self._store.carry(Path(self._previous_folder) / START_FILE)
         else:
             save_vectors(self.folder / START_FILE, ParameterVector.of(model), kind="values", model=model)
+
+    def became_trainable(self, trainer: L.Trainer, model: nn.Module, space: ParameterSpace) -> None:
+        """Refuses a training that unfreezes parameters on the way, which a repetition would not."""
+        raise ValueError(
+            f"{self.name} repeats the training from its start, but {space.names[0]} became trainable at step "
+            f"{trainer.global_step}: train all parameters from the start, or leave {type(self).__name__} out"
+        )
 
     def compute(self, context: AnalysisContext) -> FinetuneComparisonResult:
         """Measures the start and the masked finetune, then trains and measures the others."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -75,53 +76,62 @@ class GoldenSnapshot(AnalysisCallback[WeightChange]):
         **options: Any,
     ) -> None:
         super().__init__(every_n_steps=every_n_steps, **options)
-        self.source = source
-        self.track_updates = track_updates
-        self._base: BaseParameters | None = None
-        self._base_hash: str | None = None
-        self._updates = SuccessiveUpdates() if track_updates else None
+        self.source, self.track_updates = source, track_updates
+
+    def forget(self) -> None:
+        """Drops the base and the updates."""
+        super().forget()
+        self._kept = KeptBase()
+        self._updates = SuccessiveUpdates()
         self._files: dict[str, str] = {}
 
     @property
     def base(self) -> BaseParameters:
-        """The base parameters.
+        """The base parameters, also of what became trainable later.
 
         Raises:
             RuntimeError: Training has not started yet.
         """
-        if self._base is None:
+        if self._kept.base is None:
             raise RuntimeError(
                 "the snapshot is taken when training starts; list GoldenSnapshot before callbacks that need it"
             )
-        return self._base
+        return self._kept.base
 
     def prepare(self, trainer: L.Trainer, model: nn.Module) -> None:
         """Takes the snapshot, or takes up the one of the run that is resumed."""
         if self._resumed and self._previous_folder is not None:
             self._resume(trainer, model, Path(self._previous_folder))
             return
-        if self._base is not None and self._base_hash is not None and self._last_step >= 0:
+        if self._goes_on and self._kept.base is not None:
             return
         space = ParameterSpace.of(model)
+        self._kept.take(self._start_values(trainer, model, space), self.folder, trainer, model)
+        if self.track_updates:
+            self._updates.observe(ParameterVector.of(model, space))
+
+    def became_trainable(self, trainer: L.Trainer, model: nn.Module, space: ParameterSpace) -> None:
+        """Adds what becomes trainable to the base, and to the vectors that updates are told by."""
+        self._kept.grow(self._start_values(trainer, model, space), self.folder, trainer, model)
+        self._updates.grow(ParameterVector.of(model, space))
+
+    def _start_values(self, trainer: L.Trainer, model: nn.Module, space: ParameterSpace) -> ParameterVector:
+        if self.source is None:
+            return ParameterVector.of(model, space)
         modules = trainer.lightning_module.named_modules()
         prefix = next((f"{name}." for name, child in modules if child is model and name), "")
-        vector = (
-            read_base(self.source, model, space, prefix=prefix) if self.source else ParameterVector.of(model, space)
-        )
-        self._base, self._base_hash = _written(vector, self.folder, trainer, model)
-        if self._updates is not None:
-            self._updates.observe(ParameterVector.of(model, space))
+        return read_base(self.source, model, space, prefix=prefix)
 
     def _resume(self, trainer: L.Trainer, model: nn.Module, previous: Path) -> None:
         assert self._store is not None
         if not all((previous / name).is_file() for name in self._files.values()):
             rank_zero_warn(f"{previous} lacks {sorted(self._files.values())}: the first two cosines will be missing")
             self._files = {}
-        for name in (BASE_FILE, *self._files.values()):
+        for name in (*self._kept.files, *self._files.values()):
             self._store.carry(previous / name)
         trainer.strategy.barrier()
-        self._base = _read(self.folder, model, self._base_hash)
-        if self._updates is not None:
+        self._trained |= set(self._kept.read(self.folder, model).space)
+        if self.track_updates:
             self._updates.load({key: load_vectors(self.folder / name, model)[0] for key, name in self._files.items()})
 
     def compute(self, context: AnalysisContext) -> WeightChange:
@@ -129,8 +139,8 @@ class GoldenSnapshot(AnalysisCallback[WeightChange]):
         return weight_change(context.model, self.base)
 
     def describe(self, result: WeightChange, context: AnalysisContext) -> Row:
-        """Adds the cosine between the last two updates."""
-        if self._updates is None:
+        """Adds the cosine between the last two updates of the training; averaged weights are no update of it."""
+        if not self.track_updates or context.weights != "training":
             return result.row().extended({"update_cosine": None})
         present = ParameterVector.of(context.model, self.base.space)
         return result.row().extended({"update_cosine": self._updates.observe(present)})
@@ -138,7 +148,7 @@ class GoldenSnapshot(AnalysisCallback[WeightChange]):
     def save_files(self, trainer: L.Trainer, model: nn.Module) -> None:
         """Writes the previous values and the last update, from which the next cosine follows after a resume."""
         step = trainer.global_step
-        for key, vector in ({} if self._updates is None else self._updates.vectors()).items():
+        for key, vector in self._updates.vectors().items():
             name = f"{key}-step={step:08d}.safetensors"
             if self._files.get(key) == name:
                 # A second checkpoint of this step; a file's age tells which checkpoints need it.
@@ -152,36 +162,91 @@ class GoldenSnapshot(AnalysisCallback[WeightChange]):
 
     def state_dict(self) -> dict[str, Any]:
         """Adds the hash of the base and the names of its files."""
-        return {**super().state_dict(), "base_hash": self._base_hash, "files": dict(self._files)}
+        return {**super().state_dict(), **self._kept.state_dict(), "files": dict(self._files)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Notes what the interrupted run left."""
         super().load_state_dict(state_dict)
-        self._base_hash, self._files = state_dict["base_hash"], dict(state_dict["files"])
+        self._kept = KeptBase(state_dict)
+        self._files = dict(state_dict["files"])
 
 
 _OF_SNAPSHOT = "snapshot"
+
+
+class KeptBase:
+    """A base in a file, and in further files what became trainable later.
+
+    Args:
+        state: What :meth:`state_dict` of an interrupted run gave.
+
+    Example:
+        >>> KeptBase().state_dict()
+        {'base_hash': None, 'base_added': {}}
+    """
+
+    def __init__(self, state: Mapping[str, Any] | None = None) -> None:
+        self.base: BaseParameters | None = None
+        self.hash: str | None = None if state is None else state["base_hash"]
+        self._added: dict[str, str] = {} if state is None else dict(state.get("base_added", {}))
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of the files that a resume needs."""
+        return (BASE_FILE, *self._added)
+
+    def take(self, vector: ParameterVector, folder: Path, trainer: L.Trainer, model: nn.Module) -> None:
+        """Keeps a copy of the values, and writes their file."""
+        self.base, self.hash, self._added = (
+            BaseParameters(vector),
+            _write(vector, folder / BASE_FILE, trainer, model),
+            {},
+        )
+
+    def grow(self, vector: ParameterVector, folder: Path, trainer: L.Trainer, model: nn.Module) -> None:
+        """Adds those of the values that it lacks; a file of their own leaves earlier checkpoints what they need."""
+        assert self.base is not None
+        space = vector.space.subspace(name for name in vector if name not in self.base.space)
+        if len(space):
+            new = ParameterVector(space, {name: vector[name] for name in space})
+            path = folder / f"base-added-step={trainer.global_step:08d}-{len(self._added)}.safetensors"
+            self._added[path.name] = _write(new, path, trainer, model)
+            self.base.grow(new)
+
+    def read(self, folder: Path, model: nn.Module) -> BaseParameters:
+        """The base of an interrupted run.
+
+        Raises:
+            StoreError: A file is missing, or another one than that run's.
+        """
+        self.base = BaseParameters(_read(folder / BASE_FILE, model, self.hash))
+        for name, expected in self._added.items():
+            self.base.grow(_read(folder / name, model, expected))
+        return self.base
+
+    def state_dict(self) -> dict[str, Any]:
+        """Hashes of the files."""
+        return {"base_hash": self.hash, "base_added": dict(self._added)}
 
 
 class TrainingBase:
     """Finds or keeps the base.
 
     Args:
-        expected: Fingerprint of the file of an interrupted run, or ``snapshot``; None when there is none.
+        state: What :meth:`state_dict` of an interrupted run gave; None when there is none.
 
     Example:
-        >>> TrainingBase(None).hash is None
+        >>> TrainingBase().state_dict()["base_hash"] is None
         True
     """
 
-    def __init__(self, expected: str | None) -> None:
-        self.hash = expected
-        self._kept: BaseParameters | None = None
+    def __init__(self, state: Mapping[str, Any] | None = None) -> None:
+        self._kept = KeptBase(state)
 
     @property
-    def has_file(self) -> bool:
-        """Whether there is a file of the base that a resume needs."""
-        return self.hash not in (None, _OF_SNAPSHOT)
+    def files(self) -> tuple[str, ...]:
+        """Names of the files of the base that a resume needs."""
+        return () if self._kept.hash in (None, _OF_SNAPSHOT) else self._kept.files
 
     def find(self, trainer: L.Trainer, model: nn.Module, wanted: ParameterSpace, folder: Path) -> BaseParameters:
         """The attached snapshot's base if it is of this model, else that of the file, which a new run writes.
@@ -195,35 +260,47 @@ class TrainingBase:
         Raises:
             StoreError: The file or the snapshot is missing, or another one than the interrupted run's.
         """
-        if self.hash in (None, _OF_SNAPSHOT):
+        kept = self._kept
+        if kept.hash in (None, _OF_SNAPSHOT):
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 # Where it is of another part of the LightningModule the names differ.
                 if isinstance(callback, GoldenSnapshot) and all(name in callback.base.space for name in wanted):
-                    self.hash = _OF_SNAPSHOT
+                    kept.hash = _OF_SNAPSHOT
                     return callback.base
-        if self.hash == _OF_SNAPSHOT:
+        if kept.hash == _OF_SNAPSHOT:
             raise StoreError("the interrupted run took its base from a GoldenSnapshot; attach it again")
-        if self._kept is None and self.hash is None:
-            self._kept, self.hash = _written(ParameterVector.of(model, wanted), folder, trainer, model)
-        elif self._kept is None:
-            self._kept = _read(folder, model, self.hash)
-        return self._kept
+        if kept.base is None and kept.hash is None:
+            kept.take(ParameterVector.of(model, wanted), folder, trainer, model)
+        elif kept.base is None:
+            kept.read(folder, model)
+        assert kept.base is not None
+        self.grow(trainer, model, wanted, folder)
+        return kept.base
+
+    def grow(self, trainer: L.Trainer, model: nn.Module, space: ParameterSpace, folder: Path) -> None:
+        """Adds parameters that are about to be trained for the first time; a snapshot does so itself."""
+        if self._kept.base is not None:
+            self._kept.grow(ParameterVector.of(model, space), folder, trainer, model)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Hashes of the files, or that there is a snapshot."""
+        return self._kept.state_dict()
 
 
-def _written(vector: ParameterVector, folder: Path, trainer: L.Trainer, model: nn.Module) -> tuple[BaseParameters, str]:
-    """The base and its fingerprint, once its file is written."""
+def _write(vector: ParameterVector, path: Path, trainer: L.Trainer, model: nn.Module) -> str:
+    """The fingerprint of a base, once its file is written."""
     found, step, write = fingerprint(vector), trainer.global_step, trainer.is_global_zero
-    save_vectors(folder / BASE_FILE, vector, kind="values", model=model, step=step, base_hash=found, write=write)
-    return BaseParameters(vector), found
+    save_vectors(path, vector, kind="values", model=model, step=step, base_hash=found, write=write)
+    return found
 
 
-def _read(folder: Path, model: nn.Module, expected: str | None) -> BaseParameters:
+def _read(path: Path, model: nn.Module, expected: str | None) -> ParameterVector:
     """The base of a file whose fingerprint is the expected one."""
-    vector, _ = load_vectors(folder / BASE_FILE, model)
+    vector, _ = load_vectors(path, model)
     found = fingerprint(vector)
     if found != expected:
-        raise StoreError(f"{folder / BASE_FILE} has hash {found}, the checkpoint was made with {expected}")
-    return BaseParameters(vector)
+        raise StoreError(f"{path} has hash {found}, the checkpoint was made with {expected}")
+    return vector
 
 
 MaskT = TypeVar("MaskT", GoldenResult, ReverseGoldenResult)
@@ -236,10 +313,12 @@ class MaskCallback(AnalysisCallback[MaskT]):
         **options: Of :class:`AnalysisCallback`.
     """
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self._mask: ParameterMask | None = None
-        self._mask_file: str | None = None
+    def forget(self) -> None:
+        """Drops the last masks."""
+        super().forget()
+        # By whose weights they were found with: a mask of averaged weights compares with another one of those.
+        self._masks: dict[str, ParameterMask] = {}
+        self._mask_files: dict[str, str] = {}
 
     @abstractmethod
     def space(self, model: nn.Module) -> ParameterSpace:
@@ -248,28 +327,74 @@ class MaskCallback(AnalysisCallback[MaskT]):
     def prepare(self, trainer: L.Trainer, model: nn.Module) -> None:
         """Checks the selection, and takes up the last mask of a run that is resumed."""
         self.space(model)
-        if self._resumed and self._mask_file is not None:
+        if self._resumed and self._mask_files:
             trainer.strategy.barrier()
-            self._mask = ParameterMask.load(self.folder / self._mask_file)
+            self._masks = {key: ParameterMask.load(self.folder / name) for key, name in self._mask_files.items()}
 
     def describe(self, result: MaskT, context: AnalysisContext) -> Row:
-        """Adds what the mask has to do with the last mask and with the change."""
+        """Adds what the mask has to do with the last mask of such weights, and with the change."""
         snapshot = find_snapshot(context.trainer)
         share = None if snapshot is None else change_inside(context.model, snapshot.base, result.mask)
-        metrics = {
-            "jaccard_previous": None if self._mask is None else result.mask.jaccard(self._mask),
-            "delta_share": share,
-            "delta_share_over_density": share / result.density if share is not None and result.count else None,
-        }
-        self._mask = result.mask
-        self._mask_file = f"mask-step={context.step:08d}.safetensors"
-        return result.row().extended(metrics)
+        before = self._masks.get(context.weights)
+        overlap = None if before is None else shared_jaccard(result.mask, before)
+        row = result.row().extended(
+            {
+                "jaccard_previous": None if overlap is None else overlap.value,
+                "delta_share": share,
+                "delta_share_over_density": share / result.density if share is not None and result.count else None,
+            }
+        )
+        self._masks[context.weights] = result.mask
+        self._mask_files[context.weights] = context.file_name("mask")
+        return row if overlap is None or not overlap.note else row.noted(overlap.note)
 
     def state_dict(self) -> dict[str, Any]:
-        """Adds the name of the last mask's file."""
-        return {**super().state_dict(), "mask_file": self._mask_file}
+        """Adds the names of the last masks' files."""
+        files = {"mask_file": self._mask_files.get("training"), "mask_files": dict(self._mask_files)}
+        return {**super().state_dict(), **files}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Notes what the interrupted run left."""
         super().load_state_dict(state_dict)
-        self._mask_file = state_dict["mask_file"]
+        # Earlier versions knew of no other weights than the training's.
+        earlier = {} if state_dict.get("mask_file") is None else {"training": state_dict["mask_file"]}
+        self._mask_files = dict(state_dict.get("mask_files", earlier))
+
+
+@dataclass(frozen=True)
+class SharedOverlap:
+    """How much two masks overlap.
+
+    Args:
+        value: Jaccard index over the parameters that both cover; None where they cover none together.
+        note: What to know where their parameters differ, else empty.
+    """
+
+    value: float | None
+    note: str
+
+
+def shared_jaccard(present: ParameterMask, before: ParameterMask) -> SharedOverlap:
+    """Compares two masks on what their spaces share.
+
+    Args:
+        present: A mask.
+        before: Another, perhaps of fewer or more parameters.
+
+    Example:
+        >>> layer = nn.Linear(2, 1)
+        >>> whole = ParameterMask.random(ParameterSpace.of(layer), 50.0)
+        >>> part = ParameterMask.random(ParameterSpace.of(layer, ["bias"]), 100.0)
+        >>> shared_jaccard(whole, whole).note, shared_jaccard(whole, part)  # doctest: +ELLIPSIS
+        ('', SharedOverlap(value=1.0, note='jaccard_previous is over the 1 parameters that both masks cover, ...'))
+    """
+    names = present.space.shared(before.space)
+    if len(names) == len(present.space) == len(before.space):
+        note = ""
+    else:
+        sizes = f"of {len(present.space)} of this and {len(before.space)} of the last"
+        note = f"jaccard_previous is over the {len(names)} parameters that both masks cover, {sizes}"
+    parts = [
+        ParameterMask(present.space.subspace(names), {name: mask[name] for name in names}) for mask in (present, before)
+    ]
+    return SharedOverlap(parts[0].jaccard(parts[1]) if names else None, note)

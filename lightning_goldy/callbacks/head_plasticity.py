@@ -24,8 +24,9 @@ from lightning_goldy.analysis.heads import (
 )
 from lightning_goldy.analysis.heads.schedule import check_regrowth, plan_from
 from lightning_goldy.analysis.result import Cost
-from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
-from lightning_goldy.callbacks.golden_snapshot import BASE_FILE, TrainingBase
+from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, Trigger
+from lightning_goldy.callbacks.golden_snapshot import TrainingBase
+from lightning_goldy.callbacks.store import steps_so_far, training_length
 from lightning_goldy.core.architecture import HeadGates, UnsupportedArchitectureError
 from lightning_goldy.core.isolation import undisturbed
 from lightning_goldy.core.objective import Objective
@@ -82,9 +83,16 @@ class HeadPlasticity(AnalysisCallback[PlasticityResult]):
         self.settings = PlasticitySettings(
             strategy, pruning_level, cycles, min_heads_per_layer, scoring, schedule, regrowth, recovery
         )
+
+    def forget(self) -> None:
+        """Drops the plan and its state; heads that are closed in the last model stay closed."""
+        super().forget()
+        if getattr(self, "_plasticity", None) is not None:
+            self.plasticity.remove()
         self._plasticity: PlasticityRun | None = None
         self._loaded: dict[str, Any] | None = None
-        self._base = TrainingBase(None)
+        self._base = TrainingBase()
+        self._told = -1
 
     @property
     def plasticity(self) -> PlasticityRun:
@@ -110,19 +118,16 @@ class HeadPlasticity(AnalysisCallback[PlasticityResult]):
         saved = self._loaded if self._resumed else None
         if earlier is not None:
             earlier.remove()
-            if saved is None and 0 <= self._last_step <= trainer.global_step:
-                # The same trainer goes on with another fit.
-                earlier.save_files(self.folder, write=trainer.is_global_zero)
-                trainer.strategy.barrier()
-                saved = earlier.state_dict()
-            elif saved is None:
-                self._base = TrainingBase(None)
+            # The same trainer goes on with another fit.
+            earlier.save_files(self.folder, write=trainer.is_global_zero)
+            trainer.strategy.barrier()
+            saved = earlier.state_dict()
         if saved is not None:
             load_gates(gates, saved)
         if self._resumed:
             self._carry(trainer)
         if saved is None:
-            plan = self.settings.plan(gates, trainer.estimated_stepping_batches)
+            plan = self.settings.plan(gates, training_length(trainer))
         else:
             # A resumed run may have another length; fractions stay those of the length that it began with.
             plan = plan_from(saved["plan"], self.settings.recovery)
@@ -145,26 +150,35 @@ class HeadPlasticity(AnalysisCallback[PlasticityResult]):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begins the first cycle when there is no warm-up."""
         super().on_train_start(trainer, pl_module)
-        if self.plasticity.due(trainer.global_step) is not None:
-            self.run(trainer, pl_module, "start")
-        self.plasticity.prepare_step(trainer.global_step)
+        self._loaded = None
+        self._act(trainer, pl_module, "start")
+        self.plasticity.prepare_step(steps_so_far(trainer))
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Does what is due after an optimizer step, or measures the recovery."""
-        stepped, step = trainer.global_step != self._seen_step, trainer.global_step
+        stepped, step = trainer.global_step != self._seen_step, steps_so_far(trainer)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if not stepped:
             return
-        if self.plasticity.due(step) is not None:
-            self.run(trainer, pl_module, "step")
-        elif self.plasticity.measures(step):
+        self._act(trainer, pl_module, "step")
+        if self.plasticity.measures(step):
             self._measure(trainer, pl_module)
         self.plasticity.prepare_step(step)
 
+    def _act(self, trainer: L.Trainer, pl_module: L.LightningModule, trigger: Trigger) -> None:
+        """Carries out what is due."""
+        if self.plasticity.due(steps_so_far(trainer)) is None:
+            return
+        self.run(trainer, pl_module, trigger)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, AnalysisCallback):
+                callback.training_changed_weights()
+
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
         """Keeps closed heads out of the gradient's norm, before it is clipped."""
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
         if self._plasticity is not None:
             self._plasticity.zero_gradients()
 
@@ -172,12 +186,13 @@ class HeadPlasticity(AnalysisCallback[PlasticityResult]):
         """Carries out what is due, and tells decisions, scores, maps and what changed since the last row."""
         assert context.objective is not None
         self._subject = subject = self._subject_of(context.model, context.objective)
-        step, run = context.step, self.plasticity
+        step, run = steps_so_far(context.trainer), self.plasticity
         events = run.carry_out(subject, step, context.progress)
         loss = subject.loss()
         if run.measures(step) or not events:
             run.observe(step, loss)
-        return run.result(events, loss=loss, step=step, after=self._last_step, cost=subject.cost)
+        after, self._told = self._told, step
+        return run.result(events, loss=loss, step=step, after=after, cost=subject.cost)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Closes the heads of a loaded checkpoint, also when nothing is trained; likewise at tests and predictions."""
@@ -201,12 +216,13 @@ class HeadPlasticity(AnalysisCallback[PlasticityResult]):
     def state_dict(self) -> dict[str, Any]:
         """Adds the plan, where it stands, the gates, and the names of the files."""
         run = self._loaded if self._plasticity is None else self._plasticity.state_dict()
-        return {**super().state_dict(), "plasticity": run, "base_hash": self._base.hash}
+        return {**super().state_dict(), "plasticity": run, "told": self._told, **self._base.state_dict()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Notes what the interrupted run left."""
         super().load_state_dict(state_dict)
-        self._loaded, self._base = state_dict["plasticity"], TrainingBase(state_dict["base_hash"])
+        self._loaded, self._base = state_dict["plasticity"], TrainingBase(state_dict)
+        self._told = state_dict.get("told", self._last_step)
 
     def _subject_of(self, model: nn.Module, objective: Objective) -> PlasticitySubject:
         return PlasticitySubject(model, self.plasticity.gates, self._batches, objective, self.settings.scoring)
@@ -215,25 +231,24 @@ class HeadPlasticity(AnalysisCallback[PlasticityResult]):
         with Replicas.world().together(self.name), undisturbed(trainer, pl_module):
             model = find_model(pl_module, self.model_attribute)
             loss = self._subject_of(model, find_objective(pl_module, model, self.objective)).loss()
-        step = trainer.global_step
+        step = steps_so_far(trainer)
         self.plasticity.observe(step, loss)
         if trainer.is_global_zero:
             scalars = self.plasticity.result((), loss=loss, step=step, after=step, cost=Cost()).running()
-            drawn = step // max(1, len(trainer.optimizers))
-            log_scalars(trainer.loggers, {f"goldy/{self.name}/{key}": value for key, value in scalars.items()}, drawn)
+            log_scalars(trainer.loggers, {f"goldy/{self.name}/{key}": value for key, value in scalars.items()}, step)
 
     def _carry(self, trainer: L.Trainer) -> None:
         """Brings the files that the resumed checkpoint needs into this run's folder."""
         assert self._store is not None
         if self._loaded is not None and self._previous_folder is not None:
             copied = self._loaded["copied"] or {"files": {}}
-            for name in [*copied["files"].values(), *([BASE_FILE] if self._base.has_file else [])]:
+            for name in [*copied["files"].values(), *self._base.files]:
                 self._store.carry(Path(self._previous_folder) / name)
         trainer.strategy.barrier()
 
     def _check(self, trainer: L.Trainer, model: nn.Module) -> None:
         """Tells before the first step what will not happen, and tries what needs the family's help."""
-        last, total = self.plasticity.plan.last_step, trainer.estimated_stepping_batches
+        last, total = self.plasticity.plan.last_step, training_length(trainer)
         if last > total:
             rank_zero_warn(
                 f"{self.name}: the last cycle ends at step {last}, the training at {total}; what comes later does not "

@@ -29,7 +29,7 @@ from lightning_goldy.analysis.coupling import (
 from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.analysis.ripple import UNTOUCHED, FinetuneRipple, check_pieces, finetune_ripple
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
-from lightning_goldy.callbacks.golden_snapshot import BASE_FILE, TrainingBase
+from lightning_goldy.callbacks.golden_snapshot import TrainingBase
 from lightning_goldy.callbacks.store import AnalysisProgress
 from lightning_goldy.core.base import BaseParameters
 from lightning_goldy.core.files import finite
@@ -341,11 +341,15 @@ class KnowledgeCoupling(AnalysisCallback[KnowledgeState]):
         self.pieces, self.edits, self.select, self.layers = pieces, edits, select, layers
         self.n_pieces, self.seed, self.template = n_pieces, seed, template
         self.moderate, self.high = moderate, high
-        self._training_base = TrainingBase(None)
+
+    def forget(self) -> None:
+        """Drops the pieces, the base and its coupling."""
+        super().forget()
+        self._training_base = TrainingBase()
         self._base: BaseParameters
         self._watched: WatchedPieces
         self._before: tuple[CouplingResult, CouplingStatistics]
-        self._unreported = Cost()
+        self._unreported, self._grown = Cost(), False
 
     def prepare(self, trainer: L.Trainer, model: nn.Module) -> None:
         """Finds the pieces and the base, and takes the base's coupling, so that what cannot work fails here."""
@@ -361,21 +365,29 @@ class KnowledgeCoupling(AnalysisCallback[KnowledgeState]):
             module = type(trainer.lightning_module).__name__
             raise ValueError(f"{self.name} needs a tokenizer: neither {module} nor its data module has one")
         assert self._store is not None
-        if self._resumed and self._previous_folder is not None and self._training_base.has_file:
-            self._store.carry(Path(self._previous_folder) / BASE_FILE)
+        if self._resumed and self._previous_folder is not None:
+            for name in self._training_base.files:
+                self._store.carry(Path(self._previous_folder) / name)
         trainer.strategy.barrier()
         self._base = self._training_base.find(trainer, model, ParameterSpace.of(model), self.folder)
-        with (
-            undisturbed(trainer, trainer.lightning_module),
-            AnalysisProgress(trainer, self.name) as progress,
-            substituted(model, self._base.vector(model)),
-        ):
+        with undisturbed(trainer, trainer.lightning_module), AnalysisProgress(trainer, self.name) as progress:
+            self._measure_base(trainer, model, progress)
+
+    def became_trainable(self, trainer: L.Trainer, model: nn.Module, space: ParameterSpace) -> None:
+        """Adds what becomes trainable to the base, whose coupling is taken anew with it before the next comparison."""
+        self._training_base.grow(trainer, model, space, self.folder)
+        self._grown = True
+
+    def _measure_base(self, trainer: L.Trainer, model: nn.Module, progress: Callable[[int, int], None]) -> None:
+        with substituted(model, self._base.vector(model)):
             coupling = self._coupling(trainer, model, progress, on_error="raise")
         self._before = coupling, coupling_statistics(coupling, moderate=self.moderate, high=self.high)
-        self._unreported = coupling.cost
+        self._unreported, self._grown = coupling.cost, False
 
     def compute(self, context: AnalysisContext) -> KnowledgeState:
         """Takes the present coupling, and what became of each piece since the base."""
+        if self._grown:
+            self._measure_base(context.trainer, context.model, context.progress)
         # A piece that is known by heart may have no gradient left; it is listed among the failures.
         coupling = self._coupling(context.trainer, context.model, _half(context.progress, 0), on_error="nan")
         if len(coupling.failed) == len(coupling):
@@ -405,12 +417,12 @@ class KnowledgeCoupling(AnalysisCallback[KnowledgeState]):
 
     def state_dict(self) -> dict[str, Any]:
         """Adds the hash of the base."""
-        return {**super().state_dict(), "base_hash": self._training_base.hash}
+        return {**super().state_dict(), **self._training_base.state_dict()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Notes what the interrupted run left."""
         super().load_state_dict(state_dict)
-        self._training_base = TrainingBase(state_dict["base_hash"])
+        self._training_base = TrainingBase(state_dict)
 
     def _coupling(
         self, trainer: L.Trainer, model: nn.Module, progress: Callable[[int, int], None], *, on_error: OnError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import shutil
 import sys
@@ -232,6 +233,26 @@ class ResultStore:
         return self._history
 
 
+def steps_so_far(trainer: L.Trainer) -> int:
+    """Batches that optimizers have stepped for, which the loggers' axis and fractions of a training count.
+
+    Under manual optimization ``global_step`` counts the steps of all optimizers, however many there are per batch.
+    """
+    if trainer.lightning_module.automatic_optimization:
+        return trainer.global_step
+    return trainer.fit_loop.epoch_loop.total_batch_idx + 1
+
+
+def training_length(trainer: L.Trainer) -> float:
+    """The steps of the whole training, as :func:`steps_so_far` counts them; infinite without an end."""
+    if trainer.lightning_module.automatic_optimization or trainer.max_steps == -1:
+        return trainer.estimated_stepping_batches
+    # max_steps counts the steps of all optimizers; how many a batch makes shows only as it trains.
+    optimizers = max(1, len(trainer.optimizers))
+    batches = math.inf if trainer.max_epochs == -1 else trainer.num_training_batches * max(trainer.max_epochs or 1, 1)
+    return min(math.ceil(trainer.max_steps / optimizers), batches)
+
+
 def log_row(
     trainer: L.Trainer,
     row: Mapping[str, Any],
@@ -249,9 +270,9 @@ def log_row(
     if not trainer.loggers:
         return
     prefix = f"goldy/{row['name']}"
-    # Lightning draws its own metrics over batches that stepped, and global_step counts every optimizer's step. So the
-    # loss at x is the one of the weights that an analysis at x has seen.
-    step = trainer.global_step // max(1, len(trainer.optimizers))
+    # Lightning draws its own metrics over batches that stepped. So the loss at x is the one of the weights that an
+    # analysis at x has seen.
+    step = steps_so_far(trainer)
     scalars = {f"{prefix}/{name}": value for name, value in row["metrics"].items()}
     scalars.update({f"{prefix}/cost/{name}": value for name, value in row["cost"].items()})
     log_scalars(trainer.loggers, scalars, step)

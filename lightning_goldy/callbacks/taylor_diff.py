@@ -17,7 +17,9 @@ from lightning_goldy.callbacks.golden_snapshot import find_snapshot
 from lightning_goldy.core.base import BaseParameters, base_of
 from lightning_goldy.core.naming import suggestion
 from lightning_goldy.core.sharding import unshard_guard
+from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.store import load_vectors, save_vectors
+from lightning_goldy.core.vector import ParameterVector
 from lightning_goldy.training.subject import find_model
 
 Reset = Literal["never", "each", "epoch"]
@@ -62,6 +64,10 @@ class TaylorDiff(AnalysisCallback[TaylorDiffResult]):
         if n_samples is not None and n_samples < 1:
             raise ValueError(f"n_samples must be at least 1; got {n_samples}")
         self.by, self.function_space, self.reset, self.n_samples = by, function_space, reset, n_samples
+
+    def forget(self) -> None:
+        """Drops a base that moves."""
+        super().forget()
         self._base: BaseParameters | None = None
         self._base_step = 0
         self._base_file: str | None = None
@@ -84,8 +90,15 @@ class TaylorDiff(AnalysisCallback[TaylorDiffResult]):
             self._store.carry(Path(self._previous_folder) / self._base_file)
             trainer.strategy.barrier()
             self._base = BaseParameters(load_vectors(self.folder / self._base_file, model)[0])
-        else:
+            self._trained |= set(self._base.space)
+        elif self._base is None or not self._goes_on:
             self._move_base(model, trainer.global_step)
+
+    def became_trainable(self, trainer: L.Trainer, model: nn.Module, space: ParameterSpace) -> None:
+        """Adds what becomes trainable to a base that moves: it has been where it is since the base was taken."""
+        if self._base is not None:
+            self._base.grow(ParameterVector.of(model, space.subspace(set(space) - set(self._base.space))))
+            self._base_file = None
 
     def compute(self, context: AnalysisContext) -> TaylorDiffResult:
         """Expands around the base."""
@@ -147,4 +160,5 @@ class TaylorDiff(AnalysisCallback[TaylorDiffResult]):
         self._base_step, self._base_file = state_dict["base_step"], state_dict["base_file"]
 
     def _move_base(self, model: nn.Module, step: int) -> None:
-        self._base, self._base_step = base_of(model, model), step
+        space = ParameterSpace.of(model) if self._base is None else self._base.space
+        self._base, self._base_step = base_of(model, model, space), step

@@ -218,7 +218,6 @@ def analyze_checkpoint(
     if n_samples is not None and n_samples < 1:
         raise ValueError(f"n_samples must be at least 1; got {n_samples}")
     saved = read_saved(checkpoint)
-    _require_open_heads(saved)
     if output is not None and (found := next(Path(output).expanduser().glob(f"goldy/*/{ROWS}"), None)) is not None:
         raise FileExistsError(f"{output} holds results already, {found}; give another --output")
     folder = output_folder(output, "attention_tracker", "analyze")
@@ -229,20 +228,6 @@ def analyze_checkpoint(
         reasons = "; ".join(f"{name} failed: {reason}" for name, reason in walk.failed.items())
         raise RuntimeError(f"{reasons}. What the others found is in {folder}")
     return folder
-
-
-def _require_open_heads(saved: SavedModel) -> None:
-    """Refuses a checkpoint whose run had closed attention heads: its weights alone are those of another model."""
-    if saved.path.is_dir():
-        return
-    for key, state in saved.callback_states().items():
-        plan = state.get("plasticity") if key.startswith("HeadPlasticity[") else None
-        closed = sum(order > 0 for layer in plan["closing"] for order in layer) if plan else 0
-        if closed:
-            raise ValueError(
-                f"{saved.path} was saved with {closed} closed attention heads, which its weights do not close; give "
-                f"the folder beside it, {saved.path.with_suffix('')}, whose weights do"
-            )
 
 
 @dataclass(eq=False)
@@ -344,6 +329,7 @@ class CheckpointAnalysis(L.Callback):
             step=self.saved.step or 0,
             epoch=self.saved.epoch,
             trigger="checkpoint",
+            weights=self.saved.weights,
             seconds=time.perf_counter() - start,
             peak_memory_bytes=peak(),
         )

@@ -99,7 +99,7 @@ class CheckpointVolumes(L.Callback):
                 with peak_memory_bytes(next(model.parameters()).device) as peak:
                     volumes = self.survey.measure(model, objective, batches, adam=adam)
                 row = volumes.row().extended(result={"checkpoint": str(saved.path)})
-                place = {"step": step, "epoch": saved.epoch, "trigger": "checkpoint"}
+                place = {"step": step, "epoch": saved.epoch, "trigger": "checkpoint", "weights": saved.weights}
                 seconds = time.perf_counter() - start
                 self.store.append(row.at(**place, seconds=seconds, peak_memory_bytes=peak()))
 

@@ -14,7 +14,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_goldy.analysis.basin import adam_curvature_from_state
+from lightning_goldy.analysis.heads import load_gates
 from lightning_goldy.callbacks.golden_snapshot import BASE_FILE
+from lightning_goldy.callbacks.weights import Weights
+from lightning_goldy.core.architecture import HeadGates
 from lightning_goldy.core.base import BaseParameters, read_base, read_checkpoint
 from lightning_goldy.core.objective import CausalLMObjective, MaskedLMObjective, Objective, Seq2SeqObjective
 from lightning_goldy.core.sharding import local
@@ -56,6 +59,7 @@ class SavedModel:
                     local(parameter).copy_(local(values[name]))
             return
         checkpoint = read_checkpoint(self.path)
+        self._close_heads(checkpoint, model)
         pl_module.on_load_checkpoint(checkpoint)
         try:
             pl_module.load_state_dict(checkpoint["state_dict"])
@@ -63,6 +67,22 @@ class SavedModel:
             raise StoreError(
                 f"{self.path} does not fit the configuration's {type(pl_module).__name__}: {error}"
             ) from error
+
+    @property
+    def weights(self) -> Weights | None:
+        """Whose weights it holds; None where nothing tells."""
+        averaged = self.path.is_file() and "averaging_state" in read_checkpoint(self.path)
+        return "averaged" if averaged else None
+
+    def _close_heads(self, checkpoint: Mapping[str, Any], model: nn.Module) -> None:
+        """Closes the heads that were closed as the checkpoint was written, and no others: its weights do not tell."""
+        gates = HeadGates.of(model)
+        if gates is not None:
+            gates.enable(gates.closed)
+        for state in (checkpoint.get("callbacks") or {}).values():
+            plasticity = state.get("plasticity") if isinstance(state, Mapping) else None
+            if plasticity and any(order > 0 for layer in plasticity["closing"] for order in layer):
+                load_gates(gates or HeadGates(model), plasticity)
 
     def callback_states(self) -> dict[str, Any]:
         """What the run's callbacks left in the checkpoint (of a folder: in the checkpoint beside it), by state key.

@@ -53,6 +53,22 @@ class BaseParameters:
         parts = {name: local(tensor) for name, tensor in vector.items()}
         self._parts = {name: part.to("cpu", copy=True) for name, part in parts.items()} if copy else parts
 
+    def grow(self, vector: ParameterVector) -> None:
+        """Adds copies of further parameters' values, such as of what becomes trainable; who holds the base sees them.
+
+        Raises:
+            SpaceError: It has one of them already.
+
+        Example:
+            >>> layer = nn.Linear(1, 1)
+            >>> base = BaseParameters(ParameterVector.of(layer, ParameterSpace.of(layer, ["bias"])))
+            >>> base.grow(ParameterVector.of(layer, ParameterSpace.of(layer, ["weight"])))
+            >>> base.space.names
+            ('bias', 'weight')
+        """
+        self.space = self.space.joined(vector.space)
+        self._parts.update({name: local(tensor).to("cpu", copy=True) for name, tensor in vector.items()})
+
     def vector(self, module: nn.Module) -> ParameterVector:
         """The base as a vector in the layout and on the device of the module's parameters."""
         parameters = self.space.resolve(module)

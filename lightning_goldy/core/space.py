@@ -167,6 +167,27 @@ class ParameterSpace:
             if mine_shape != their_shape:
                 raise SpaceError(f"two parameter spaces differ: {name} is {tuple(mine_shape)} and {tuple(their_shape)}")
 
+    def joined(self, other: ParameterSpace) -> ParameterSpace:
+        """This space and behind it the parameters of another.
+
+        Raises:
+            SpaceError: Both have a parameter.
+        """
+        both = next((name for name in other.names if name in self), None)
+        if both is not None:
+            raise SpaceError(f"both of two spaces have the parameter {both!r}")
+        return ParameterSpace(self.names + other.names, self.shapes + other.shapes, self.dtypes + other.dtypes)
+
+    def shared(self, other: ParameterSpace) -> tuple[str, ...]:
+        """Names that another space has, too, with the same shape.
+
+        Example:
+            >>> layer = nn.Linear(2, 1)
+            >>> ParameterSpace.of(layer).shared(ParameterSpace.of(layer, ["bias"]))
+            ('bias',)
+        """
+        return tuple(name for name in self.names if name in other and self.shape(name) == other.shape(name))
+
     def subspace(self, names: Iterable[str]) -> ParameterSpace:
         """The part with these names, in this space's order."""
         keep = sorted({self.index(name) for name in names})

@@ -301,7 +301,10 @@ def label_of(row: Row) -> str:
         >>> label_of({"step": 1200, "trigger": "end"}), label_of({"step": 40, "trigger": "step"})
         ('step 1,200 (end)', 'step 40')
     """
-    return f"step {row['step']:,}" + ("" if row["trigger"] == "step" else f" ({row['trigger']})")
+    words = [row["trigger"]] if row["trigger"] != "step" else []
+    if row.get("weights") in ("averaged", "replaced"):
+        words.append(f"{row['weights']} weights")
+    return f"step {row['step']:,}" + (f" ({', '.join(words)})" if words else "")
 
 
 def _figures(analysis: AnalysisRows) -> str:

@@ -212,7 +212,7 @@ class AnalysisRows:
         name: Name of the instance, which is its folder's.
         analysis: Class of analysis.
         path: The ``results.jsonl``.
-        rows: Ordered by step; one for each step and trigger.
+        rows: Ordered by step; one for each step, trigger and kind of weights.
         lines: Line number of each row in the file.
     """
 
@@ -327,7 +327,7 @@ def _natural(text: str) -> list[tuple[int, str]]:
 def _read_rows(path: Path) -> tuple[AnalysisRows | None, list[str]]:
     lines = path.read_bytes().split(b"\n")
     notes: list[str] = []
-    kept: dict[tuple[int, str], tuple[int, Row]] = {}
+    kept: dict[tuple[int, str, Any], tuple[int, Row]] = {}
     count = 0
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -342,7 +342,7 @@ def _read_rows(path: Path) -> tuple[AnalysisRows | None, list[str]]:
             raise ReportError(f"{path}, line {number}: not JSON: {error}") from error
         row = _checked(row, f"{path}, line {number}")
         count += 1
-        kept[row["step"], row["trigger"]] = number, row
+        kept[row["step"], row["trigger"], row.get("weights")] = number, row
     if not kept:
         return None, notes
     if count > len(kept):

@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as L
 import pytest
@@ -400,18 +401,24 @@ def test_what_is_no_checkpoint_or_another_models_is_refused(trained, here, capsy
     assert "has shape" in refuse(capsys, trained, "--base", "other")
 
 
-def test_heads_that_were_closed_are_not_opened_in_silence(trained, here, capsys):
-    gates = HeadGates(model_of(trained / "base"))
-    gates.disable([(0, 1), (1, 0)])
-    capsys.readouterr()  # the bar of a model that loads
+def test_heads_that_were_closed_are_analysed_closed_by_every_command(trained, here):
+    model = model_of(trained / "base")
     saved = torch.load(checkpoint_of(trained), weights_only=True)
-    for closing, message in ((gates.closing.tolist(), "with 2 closed attention heads"), ([[0, 0], [0, 0]], None)):
-        saved["callbacks"]["HeadPlasticity[head_plasticity]"] = {"plasticity": {"closing": closing}}
-        torch.save(saved, here / "plastic.ckpt")
-        if message is None:
-            analyze(trained, checkpoint=here / "plastic.ckpt")
-        else:
-            assert message in refuse(capsys, trained, checkpoint=here / "plastic.ckpt")
+    closing = HeadGates(model)
+    closing.disable([(0, 1), (1, 0)])
+    for name, heads in (("closed", closing.closing.tolist()), ("open", [[0, 0], [0, 0]])):
+        saved["callbacks"]["HeadPlasticity[head_plasticity]"] = {"plasticity": {"closing": heads}}
+        torch.save(saved, here / f"{name}.ckpt")
+    # One after the other into one module, as `goldy basin` does: the second opens what the first has closed.
+    module = SimpleNamespace(on_load_checkpoint=lambda _: None, load_state_dict=lambda _: None)
+    for name, heads in (("closed", ((0, 1), (1, 0))), ("open", ()), ("closed", ((0, 1), (1, 0)))):
+        read_saved(here / f"{name}.ckpt").load_into(module, model)
+        assert HeadGates.of(model).closed == heads
+    norms = [
+        row_of(analyze(trained, checkpoint=here / f"{name}.ckpt", output=name), "taylor_diff")["metrics"]
+        for name in ("closed", "open")
+    ]
+    assert norms[0] != norms[1]
 
 
 def test_bases_that_are_none_are_refused(trained, here, capsys):

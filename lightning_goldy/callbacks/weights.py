@@ -1,0 +1,194 @@
+"""Which weights an analysis sees: those that the optimizer moves, or those that something puts in their place."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch import callbacks as lightning_callbacks
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_goldy.core.architecture import HeadGates
+from lightning_goldy.core.naming import canonical_name
+from lightning_goldy.core.sharding import Replicas, is_sharded, local, unshard_guard
+
+Weights = Literal["training", "averaged", "replaced"]
+"""``training``: as the optimizer left them; ``averaged``: of Lightning's weight averaging; ``replaced``: of others."""
+
+# WeightAveraging came with Lightning 2.6.
+_AVERAGING: tuple[type, ...] = tuple(
+    kind
+    for name in ("WeightAveraging", "StochasticWeightAveraging")
+    if (kind := getattr(lightning_callbacks, name, None)) is not None
+)
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
+_CHUNK = 1 << 20
+
+
+def weights_mark(model: nn.Module) -> str:
+    """A hash of this process's parameters and saved buffers, and after a ``/`` one of the closed heads.
+
+    Args:
+        model: Read where it is; one pass over its memory.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> before = weights_mark(layer)
+        >>> with torch.no_grad():
+        ...     layer.bias[0] += 1
+        >>> before == weights_mark(layer), before.partition("/")[2] == weights_mark(layer).partition("/")[2]
+        (False, True)
+    """
+    unshard_guard(model)
+    gates = HeadGates.of(model)
+    marks = (_hashed(_held(model)), _hashed({} if gates is None else {"closing": gates.closing}))
+    return "/".join(marks)
+
+
+def _held(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and the buffers that a checkpoint would hold, by canonical name."""
+    tensors: dict[str, Tensor] = {canonical_name(name): value for name, value in module.named_parameters()}
+    for prefix, child in module.named_modules():
+        for name, buffer in child._buffers.items():
+            if buffer is not None and name not in child._non_persistent_buffers_set:
+                tensors[canonical_name(f"{prefix}.{name}" if prefix else name)] = buffer
+    return tensors
+
+
+@torch.no_grad()
+def _hashed(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.blake2b(digest_size=12)
+    sums = [(name, _checksum(local(tensor))) for name, tensor in tensors.items()]
+    for name, pair in sums:
+        digest.update(f"{name}{pair.tolist()}".encode())
+    return digest.hexdigest()
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().reshape(-1).view(_INTEGERS[tensor.element_size()])
+
+
+def _checksum(tensor: Tensor) -> Tensor:
+    """The sum of the elements' bits, and one in which places count; integers that wrap around are exact everywhere."""
+    flat = _bits(tensor)
+    total = torch.zeros(2, dtype=torch.int64, device=flat.device)
+    for start in range(0, flat.numel(), _CHUNK):
+        piece = flat[start : start + _CHUNK].long()
+        places = torch.arange(start, start + len(piece), device=flat.device) * 0x9E3779B1 + 1
+        total += torch.stack([piece.sum(), (piece * places).sum()])
+    return total
+
+
+def kind_of_weights(trainer: L.Trainer, *, trained: bool) -> Weights:
+    """What a row calls its weights.
+
+    Args:
+        trainer: Its callbacks may average weights.
+        trained: Whether they are as the optimizer left them.
+    """
+    if trained:
+        return "training"
+    averages = any(isinstance(callback, _AVERAGING) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    return "averaged" if averages else "replaced"
+
+
+@contextmanager
+def weights_in(checkpoint: Mapping[str, Any], pl_module: nn.Module) -> Iterator[bool]:
+    """Gives the module the weights of a checkpoint that is about to be written, for the length of a ``with`` block.
+
+    A callback or the module may have put others into it than the module has, such as averages. What the checkpoint
+    leaves out or holds in another form stays as it is. Sharded weights cannot be replaced and are taken as they are.
+
+    Args:
+        checkpoint: With its final ``state_dict``.
+        pl_module: The LightningModule, to whose names it refers.
+
+    Yields:
+        Whether they differ from the module's own.
+    """
+    unshard_guard(pl_module)
+    state = {canonical_name(name): value for name, value in (checkpoint.get("state_dict") or {}).items()}
+    other: dict[str, Tensor] = {}
+    held = _held(pl_module)
+    for name, own in held.items():
+        saved = state.get(name)
+        if not isinstance(saved, Tensor) or is_sharded(own) or is_sharded(saved) or _same(own, saved):
+            continue
+        if saved.shape == own.shape:
+            other[name] = saved
+        else:
+            rank_zero_warn(
+                f"the checkpoint holds {name} in shape {tuple(saved.shape)}, the module in {tuple(own.shape)}; the "
+                "module's own is analysed"
+            )
+    # A collective: the analysis inside is one of all ranks.
+    differ = any(Replicas.world().gather_objects(bool(other)))
+    before = {name: local(held[name]).clone() for name in other}
+    try:
+        _write(held, other)
+        yield differ
+    finally:
+        _write(held, before)
+
+
+def _write(held: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    if values:
+        # Inside autocast a low-precision copy of the old weight may be cached and would be used in its place.
+        torch.clear_autocast_cache()
+    with torch.no_grad():
+        for name, value in values.items():
+            local(held[name]).copy_(value)
+
+
+def _same(own: Tensor, saved: Tensor) -> bool:
+    own, saved = own.detach(), saved.detach()
+    if own.data_ptr() == saved.data_ptr() and own.shape == saved.shape and own.dtype == saved.dtype:
+        return True
+    # A checkpoint in a lower precision holds the same weights, rounded.
+    return own.shape == saved.shape and torch.equal(_bits(own.to(saved.device, saved.dtype)), _bits(saved))
+
+
+def tell_last(trainer: L.Trainer, listener: type) -> None:
+    """Has a trainer tell its callbacks of every checkpoint and of the end when nobody else changes weights any more.
+
+    Lightning's own hooks come in the order of the callbacks, and before those of the LightningModule; weights-only
+    checkpoints have none for callbacks. The strategy comes last: it writes what the checkpoint holds by then, also when
+    a callback fails.
+
+    Args:
+        trainer: Whose strategy is listened to, once.
+        listener: Class of the callbacks with ``when_saved`` and ``when_finished``.
+    """
+    strategy: Any = trainer.strategy
+    if getattr(strategy, "_goldy_tells", False):
+        return
+    strategy._goldy_tells = True
+    save, end = strategy.save_checkpoint, strategy.on_train_end
+
+    def callbacks() -> list[Any]:
+        return [callback for callback in trainer.callbacks if isinstance(callback, listener)]  # type: ignore[attr-defined]
+
+    def save_checkpoint(checkpoint: dict[str, Any], *args: Any, **options: Any) -> None:
+        failure: Exception | None = None
+        try:
+            for callback in callbacks():
+                try:
+                    callback.when_saved(trainer, trainer.lightning_module, checkpoint)
+                except Exception as error:  # noqa: BLE001 - raised again once the file is written
+                    failure = failure or error
+        finally:
+            save(checkpoint, *args, **options)
+        if failure is not None:
+            raise failure
+
+    def on_train_end() -> None:
+        for callback in callbacks():
+            callback.when_finished(trainer, trainer.lightning_module)
+        end()
+
+    strategy.save_checkpoint, strategy.on_train_end = save_checkpoint, on_train_end

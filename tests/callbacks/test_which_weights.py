@@ -1,0 +1,335 @@
+"""Which weights and which parameters are analysed, and when: whatever is swapped, unfrozen, counted or used again."""
+
+from __future__ import annotations
+
+import json
+
+import lightning.pytorch as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    ModelCheckpoint,
+    OnExceptionCheckpoint,
+    StochasticWeightAveraging,
+)
+from lightning.pytorch.callbacks.weight_averaging import EMAWeightAveraging
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_goldy.analysis.heads import Scoring
+from lightning_goldy.callbacks import (
+    AttentionTracker,
+    GoldenParameters,
+    GoldenSnapshot,
+    HeadPlasticity,
+    ParameterDistribution,
+    TaylorDiff,
+)
+from lightning_goldy.core import load_vectors
+from tests.callbacks.training import Finetune, TokenData, differences, fit
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*without a model", "ignore:.*no last checkpoint")
+
+
+def rows(callback) -> list[dict]:
+    path = callback.folder / "results.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def told(callback) -> list[tuple]:
+    return [(row["step"], row["trigger"], row["weights"]) for row in rows(callback)]
+
+
+def start() -> dict[str, torch.Tensor]:
+    L.seed_everything(7, verbose=False)
+    return {name: value.detach().clone() for name, value in Finetune().model.named_parameters()}
+
+
+def distance(values, before) -> float:
+    return sum(float((values[name].detach() - value).double().norm() ** 2) for name, value in before.items()) ** 0.5
+
+
+class SwapWhileValidating(L.Callback):
+    """Adds one to every weight for the validation, and takes it away only after checkpoints may have been written."""
+
+    def on_validation_start(self, trainer, pl_module):
+        self.kept = [parameter.detach().clone() for parameter in pl_module.parameters()]
+        for parameter in pl_module.parameters():
+            parameter.data.add_(1.0)
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        for parameter, value in zip(pl_module.parameters(), self.kept, strict=True):
+            parameter.data.copy_(value)
+
+
+class SavesDoubled(Finetune):
+    """A module whose checkpoints hold twice its weights."""
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["state_dict"] = {name: 2 * value for name, value in checkpoint["state_dict"].items()}
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["averaging first", "analysis first"])
+def test_a_checkpoint_and_the_end_have_the_averaged_weights(tmp_path, first):
+    before = start()
+    snapshot = GoldenSnapshot(every_n_steps=8, at=("checkpoint", "end"))
+    golden = GoldenParameters(n_samples=2, every_n_steps=8, at=("end",))
+    saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_epochs=1, save_top_k=-1)
+    averaging = EMAWeightAveraging(decay=0.9)
+    order = [averaging, snapshot, golden] if first else [snapshot, golden, averaging]
+    _, module, _ = fit(tmp_path, [*order, saver], enable_checkpointing=True)
+    found = {(row["step"], row["weights"]): row for row in rows(snapshot)}
+    assert list(found) == [(8, "training"), (8, "averaged"), (16, "training"), (16, "averaged")]
+    for step in (8, 16):
+        checkpoint = torch.load(tmp_path / f"step={step}.ckpt", weights_only=True)
+        for key, weights in (("state_dict", "averaged"), ("current_model_state", "training")):
+            saved = {name.removeprefix("model."): value for name, value in checkpoint[key].items()}
+            assert found[step, weights]["metrics"]["delta_norm"] == pytest.approx(distance(saved, before), rel=1e-6)
+    assert distance(dict(module.model.named_parameters()), before) == pytest.approx(
+        found[16, "averaged"]["metrics"]["delta_norm"], rel=1e-6
+    )
+    assert found[8, "averaged"]["metrics"]["update_cosine"] is None
+    # The mask of the averaged weights does not take the place of the training's file.
+    assert told(golden)[-2:] == [(16, "step", "training"), (16, "end", "averaged")]
+    files = [row["files"]["mask"] for row in rows(golden)]
+    assert len(set(files)) == len(files) == 3
+    assert rows(golden)[-1]["metrics"]["jaccard_previous"] is None
+
+
+def test_averaging_is_undisturbed_and_stochastic_averaging_is_told(tmp_path):
+    def callbacks():
+        return [EMAWeightAveraging(decay=0.9), ModelCheckpoint(tmp_path / "ckpt", save_top_k=-1, every_n_epochs=1)]
+
+    plain = fit(tmp_path / "plain", callbacks(), enable_checkpointing=True)[2]
+    watchers = [GoldenParameters(n_samples=2, every_n_steps=3, at=("checkpoint", "end"))]
+    watched = fit(tmp_path / "watched", [*watchers, *callbacks()], enable_checkpointing=True)[2]
+    assert differences(plain, watched) == []
+    before, snapshot = start(), GoldenSnapshot(every_n_epochs=1, every_n_steps=None)
+    averaging = StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=1)
+    _, module, _ = fit(tmp_path / "swa", [snapshot, averaging], max_epochs=3)
+    # The module has a batch norm, for which the averaging makes an epoch of its own, with the averages.
+    assert [entry[2] for entry in told(snapshot)] == ["training", "training", "training", "averaged"]
+    assert rows(snapshot)[-1]["metrics"]["delta_norm"] == pytest.approx(
+        distance(dict(module.model.named_parameters()), before), rel=1e-6
+    )
+
+
+def test_weights_that_others_put_in_place_are_those_in_the_file(tmp_path):
+    before = start()
+    for name, module, swaps in (("module", SavesDoubled, []), ("callback", Finetune, [SwapWhileValidating()])):
+        snapshot = GoldenSnapshot(every_n_steps=None, at=["checkpoint"])
+        saver = ModelCheckpoint(
+            tmp_path / name, filename="{step}", every_n_epochs=1, save_top_k=-1, save_on_train_epoch_end=False
+        )
+        fit(tmp_path / f"{name}-run", [*swaps, snapshot, saver], module=module, enable_checkpointing=True, max_epochs=1,
+            num_sanity_val_steps=0)  # fmt: skip
+        saved = torch.load(tmp_path / name / "step=8.ckpt", weights_only=True)["state_dict"]
+        (row,) = rows(snapshot)
+        assert (row["step"], row["weights"]) == (8, "replaced")
+        values = {key.removeprefix("model."): value for key, value in saved.items()}
+        assert row["metrics"]["delta_norm"] == pytest.approx(distance(values, before), rel=1e-6)
+
+
+def test_checkpoints_of_weights_only_by_hand_and_on_an_exception_count(tmp_path):
+    class ByHand(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 4:
+                trainer.save_checkpoint(tmp_path / "hand.ckpt", weights_only=True)
+
+    snapshot = GoldenSnapshot(every_n_steps=None, at=["checkpoint"])
+    saver = ModelCheckpoint(
+        tmp_path / "w", save_weights_only=True, every_n_train_steps=3, save_top_k=-1, save_last=True
+    )
+    fit(tmp_path, [snapshot, ByHand(), saver], max_epochs=1, enable_checkpointing=True)
+    assert told(snapshot) == [
+        (3, "checkpoint", "training"),
+        (5, "checkpoint", "training"),
+        (6, "checkpoint", "training"),
+    ]
+
+    class Fails(Finetune):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 6:
+                raise ArithmeticError("of the user")
+            return super().training_step(batch, batch_idx)
+
+    class Unable(GoldenSnapshot):
+        def compute(self, context):
+            raise ValueError("of the analysis")
+
+    # An analysis that fails costs no checkpoint.
+    with pytest.raises(ValueError, match="of the analysis"):
+        fit(
+            tmp_path / "e",
+            [Unable(every_n_steps=None, at=["checkpoint"]), OnExceptionCheckpoint(tmp_path)],
+            enable_checkpointing=True,
+            module=Fails,
+        )
+    assert (tmp_path / "on_exception.ckpt").is_file()
+
+
+class Unfreeze(BaseFinetuning):
+    def __init__(self, refreeze: bool = False):
+        super().__init__()
+        self.refreeze = refreeze
+
+    def freeze_before_training(self, pl_module):
+        self.freeze(pl_module.model.transformer.h)
+
+    def finetune_function(self, pl_module, epoch, optimizer):
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.model.transformer.h, optimizer, lr=1e-2)
+        if epoch == 2 and self.refreeze:
+            self.freeze(pl_module.model.transformer.wte)
+
+
+class OfTrainable(Finetune):
+    def configure_optimizers(self):
+        return torch.optim.AdamW([each for each in self.parameters() if each.requires_grad], lr=1e-2)
+
+
+@pytest.mark.parametrize("refreeze", [False, True])
+def test_what_becomes_trainable_belongs_to_the_change(tmp_path, refreeze):
+    before = start()
+    watchers = [
+        GoldenSnapshot(every_n_steps=4),
+        AttentionTracker(n_samples=2),
+        ParameterDistribution(),
+        GoldenParameters(n_samples=2, every_n_epochs=1, at=()),
+        TaylorDiff([1], n_samples=2, function_space=False, every_n_epochs=1),
+        TaylorDiff([1], n_samples=2, function_space=False, every_n_epochs=1, reset="each", name="moving"),
+    ]
+    saver = ModelCheckpoint(tmp_path / "ckpt", filename="{step}", every_n_epochs=1, save_top_k=-1)
+    options = {"module": OfTrainable, "max_epochs": 3, "enable_checkpointing": True}
+    _, module, found = fit(tmp_path, [Unfreeze(refreeze), *watchers, saver], **options)
+    assert (
+        differences(
+            fit(tmp_path / "plain", [Unfreeze(refreeze)], **{**options, "enable_checkpointing": False})[2], found
+        )
+        == []
+    )
+    true = distance(dict(module.model.named_parameters()), before)
+    assert rows(watchers[0])[-1]["metrics"]["delta_norm"] == pytest.approx(true, rel=1e-6)
+    assert {row["name"] for row in rows(watchers[2])[-1]["result"]["tensors"]} == set(before)
+    assert rows(watchers[1])[-1]["metrics"]["drift"] > 1e-6
+    golden = rows(watchers[3])
+    assert "jaccard_previous is over the" in golden[1]["headline"]
+    assert "became trainable at step 8" in golden[1]["headline"]
+    assert 0 <= golden[1]["metrics"]["jaccard_previous"] <= 1
+    assert "notes" not in golden[2]["result"]
+    # Earlier checkpoints still know the base as it was, later ones all of it.
+    for step in (8, 16):
+        again = GoldenSnapshot(every_n_epochs=1)
+        module = OfTrainable if step == 8 else Finetune
+        checkpoint = tmp_path / "ckpt" / f"step={step}.ckpt"
+        fit(
+            tmp_path / f"again{step}",
+            [Unfreeze(refreeze), again],
+            module=OfTrainable,
+            max_epochs=3,
+            ckpt_path=checkpoint,
+        )
+        assert all(torch.equal(again.base.vector(Finetune().model)[name], value) for name, value in before.items())
+
+
+class Critic(Finetune):
+    """Three steps of one optimizer per batch and one of another at every fourth batch."""
+
+    counts = (3, 4)
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def configure_optimizers(self):
+        parameters = list(self.parameters())
+        return [torch.optim.SGD(part, lr=0.1) for part in (parameters[:5], parameters[5:])]
+
+    def training_step(self, batch, batch_idx):
+        first, second = self.optimizers()
+        for _ in range(self.counts[0]):
+            self.zero_grad()
+            self.manual_backward(self.model(**batch).loss)
+            first.step()
+        if batch_idx % self.counts[1] == 0:
+            second.step()
+
+
+class Pair(Critic):
+    counts = (1, 1)
+
+
+def test_schedules_fire_when_a_multiple_is_crossed(tmp_path):
+    snapshot = GoldenSnapshot(every_n_steps=10, at=())
+    trainer, _, _ = fit(tmp_path / "critic", [snapshot], module=Critic, max_epochs=1)
+    assert [row["step"] for row in rows(snapshot)] == [10, 20]
+    assert trainer.global_step == 26
+    coarse = GoldenSnapshot(every_n_steps=2, at=())
+    fit(tmp_path / "coarse", [coarse], module=Critic, max_epochs=1)
+    assert [row["step"] for row in rows(coarse)] == [4, 7, 10, 13, 17, 20, 23, 26]
+
+
+def test_fractions_of_plasticity_are_of_the_whole_training_with_two_optimizers(tmp_path):
+    heads = HeadPlasticity(pruning_level=0.25, scoring=Scoring(n_samples=2))
+    fit(tmp_path, [heads], module=Pair)
+    assert rows(heads)[-1]["step"] == 32
+    assert heads.plasticity.plan.last_step == 16
+    assert heads.plasticity.state.phase == "done"
+
+
+def test_a_callback_that_is_used_again_starts_anew_and_one_that_goes_on_does_not(tmp_path):
+    callbacks = [GoldenSnapshot(every_n_steps=None, at=("start", "end")), GoldenParameters(n_samples=2, at=("end",))]
+    for name in ("first", "second"):
+        trainer, module, _ = fit(tmp_path / name, callbacks, max_epochs=1)
+        assert [row["step"] for row in rows(callbacks[0])] == [0, 8]
+        base, _ = load_vectors(tmp_path / name / "run" / "goldy" / "golden_snapshot" / "base.safetensors")
+        assert all(torch.equal(base[key], value) for key, value in start().items())
+        assert rows(callbacks[1])[-1]["metrics"]["jaccard_previous"] is None
+    # A validation between two fits of one trainer changes nothing; the second fit goes on.
+    trainer.validate(module, datamodule=TokenData(), verbose=False)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, datamodule=TokenData())
+    assert [row["step"] for row in rows(callbacks[0])] == [0, 8, 16]
+    assert rows(callbacks[1])[-1]["metrics"]["jaccard_previous"] is not None
+    # Another model in the same trainer is another run.
+    trainer.fit_loop.max_epochs = 3
+    L.seed_everything(8, verbose=False)
+    other = Finetune()
+    other_start = {name: value.detach().clone() for name, value in other.model.named_parameters()}
+    trainer.fit(other, datamodule=TokenData())
+    kept = callbacks[0].base.vector(other.model)
+    assert all(torch.equal(kept[name], value) for name, value in other_start.items())
+
+
+def test_a_validation_of_a_checkpoint_is_no_resume(tmp_path):
+    snapshot = GoldenSnapshot(every_n_epochs=1, every_n_steps=None)
+    saver = ModelCheckpoint(tmp_path / "ckpt", filename="{step}", every_n_epochs=1, save_top_k=-1)
+    trainer, module, _ = fit(tmp_path, [snapshot, saver], enable_checkpointing=True)
+    trainer.validate(module, datamodule=TokenData(), ckpt_path=tmp_path / "ckpt" / "step=8.ckpt", verbose=False)
+    trainer.fit_loop.max_epochs = 3
+    trainer.fit(module, datamodule=TokenData())
+    assert [row["step"] for row in rows(snapshot)] == [8, 16, 24]
+
+
+def test_a_batch_norm_alone_does_not_make_weights_others(tmp_path):
+    class Plain(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+
+        def training_step(self, batch, batch_idx):
+            return self.model(batch).sum()
+
+        def train_dataloader(self):
+            return DataLoader(torch.randn(8, 2), batch_size=2)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    snapshot = GoldenSnapshot(every_n_steps=2, at=("checkpoint", "end"))
+    saver = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    L.Trainer(max_epochs=1, default_root_dir=tmp_path, callbacks=[snapshot, saver], **quiet).fit(Plain())
+    assert [entry[0] for entry in told(snapshot)] == [1, 2, 3, 4]
+    assert {entry[2] for entry in told(snapshot)} == {"training"}
