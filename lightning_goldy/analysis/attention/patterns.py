@@ -144,11 +144,11 @@ def attention_maps(
     """
     with preserved(model), Replicas.of(model).together("attention_maps"):
         architecture = describe_architecture(model)
-        known = [block.index for block in architecture.blocks]
+        known = [block.index for block in architecture.attention_blocks]
         chosen = known if layers is None else sorted(set(layers))
         for layer in chosen:
             if layer not in known:
-                raise ValueError(f"layers: there is no layer {layer}; the model has {len(known)}, from 0")
+                raise ValueError(f"layers: there is no layer {layer}; with attention; those with: {known}")
         tokens = Tokens.of(batch)
         names = []
         for row in tokens.ids.tolist():
@@ -231,7 +231,10 @@ def show_patterns(
         UnsupportedArchitectureError: The patterns of a layer cannot be read.
         ValueError: A layer ran more than once.
     """
-    wanted = {block.index for block in architecture.blocks} if layers is None else set(layers)
+    attended = {block.index for block in architecture.attention_blocks}
+    wanted = attended if layers is None else attended & set(layers)
+    if not wanted:
+        return
     owners = _layers(architecture)
     seen: set[int] = set()
 
@@ -308,18 +311,19 @@ class EntropyRecorder:
             yield
 
     def entropies(self) -> list[Tensor]:
-        """Entropies of each layer, shape ``[B, H]`` each.
+        """Entropies of each layer, shape ``[B, H]`` each; of a layer without attention ``[B, 0]``.
 
         Raises:
             UnreadableAttentionError: A layer computed its attention in another way.
         """
-        for block in self._architecture.blocks:
+        for block in self._architecture.attention_blocks:
             if block.index not in self._entropies:
                 raise UnreadableAttentionError(
                     f"{model_class(block.attention)} ignores set_attn_implementation in {block.attention_name!r}, so "
                     "its attention patterns cannot be read"
                 )
-        return [self._entropies[block.index] for block in self._architecture.blocks]
+        none = next(iter(self._entropies.values()))[:, :0]
+        return [self._entropies.get(block.index, none) for block in self._architecture.blocks]
 
 
 def to_device_of(model: nn.Module, batch: Any) -> Any:
@@ -330,7 +334,7 @@ def to_device_of(model: nn.Module, batch: Any) -> Any:
 
 def _layers(architecture: Architecture) -> dict[int, int]:
     """The layer of every module that may be what an attention function is called for, by identity."""
-    return {id(part): block.index for block in architecture.blocks for part in block.attention.modules()}
+    return {id(part): block.index for block in architecture.attention_blocks for part in block.attention.modules()}
 
 
 def _call(model: nn.Module, batch: Any, objective: Objective | None) -> None:
