@@ -219,7 +219,7 @@ def sample_inputs(model: nn.Module, config: Any, *, decoder: bool = False) -> di
         made[kind] = torch.arange(2, 6, device=device)[None] % vocabulary  # [1, 4]
     if not made:
         raise UnsupportedArchitectureError(
-            "nothing tells what it eats: pass a sample_batch to describe_architecture or HeadGates, with which the model "
+            "nothing tells what it eats: pass a sample_batch to describe_architecture or HeadGates, with which it "
             "can be called"
         )
     return {**made, **(_decoder_ids(model, config) if decoder else {})}
