@@ -179,7 +179,22 @@ def inside_prefix(name: str) -> str:
     return f"{name}." if name else ""
 
 
+def _active_name(modules: Mapping[str, nn.Module], name: str) -> str:
+    """The name that leads through ``modules_to_save`` of PEFT to the copy that is called."""
+    active = ""
+    for part in name.split("."):
+        active = join_names(active, part)
+        wrapper: Any = modules.get(active)
+        copies = getattr(wrapper, "modules_to_save", None)
+        if isinstance(copies, nn.ModuleDict):
+            adapter = next((one for one in wrapper.active_adapters if one in copies), None)
+            used = wrapper.disable_adapters is False and adapter is not None
+            active = f"{active}.modules_to_save.{adapter}" if used else f"{active}.original_module"
+    return active
+
+
 def _named(modules: Mapping[str, nn.Module], name: str) -> NamedModule:
+    name = _active_name(modules, name)
     if name not in modules:
         raise UnsupportedArchitectureError(f"there is no module {name!r}")
     return NamedModule(name, modules[name])
@@ -331,7 +346,7 @@ def read_registered(modules: Mapping[str, nn.Module], owner: str, *, config: Any
         name
         for name, module in modules.items()
         if name.startswith(inside_prefix(owner)) and f".{name}".endswith(f".{spec.blocks}")
-        if isinstance(module, nn.ModuleList) and f"{name}.0.{spec.output}" in modules
+        if isinstance(module, nn.ModuleList) and _active_name(modules, f"{name}.0.{spec.output}") in modules
     )
     name = next(lists, None)
     if name is None:
