@@ -181,6 +181,8 @@ def inside_prefix(name: str) -> str:
 
 def _active_name(modules: Mapping[str, nn.Module], name: str) -> str:
     """The name that leads through ``modules_to_save`` of PEFT to the copy that is called."""
+    if ".modules_to_save." in name or ".original_module" in name:
+        return name
     active = ""
     for part in name.split("."):
         active = join_names(active, part)
