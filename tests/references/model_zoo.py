@@ -39,6 +39,7 @@ _LATENT: dict[str, Any] = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 12,
     "first_k_dense_replace": 1,
+    "num_key_value_heads": 4,
 }
 _PER_LAYER: dict[str, Any] = {
     "hidden_size_per_layer_input": 8,
