@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lightning_goldy.analysis.divergence import jensen_shannon, precise
+
+Stack = Literal["encoder", "decoder"]
 
 STATISTICS = (
     "entropy",
@@ -48,17 +50,21 @@ class Tokens:
     valid: Tensor
 
     @classmethod
-    def of(cls, batch: Any) -> Tokens:
+    def of(cls, batch: Any, stack: Stack | None = None) -> Tokens:
         """Those of a batch with ``input_ids`` and, where there is padding, ``attention_mask``.
+
+        Of a ``decoder`` with an encoder, ``decoder_input_ids`` and ``decoder_attention_mask``.
 
         Raises:
             ValueError: The batch is of another kind, the shapes differ, or a sample is all padding.
         """
-        ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+        prefix = "decoder_" if stack == "decoder" else ""
+        ids = batch.get(f"{prefix}input_ids") if isinstance(batch, Mapping) else None
         if not isinstance(ids, Tensor) or ids.ndim != 2:
             found = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
-            raise ValueError(f"attention needs batches that are dicts with 'input_ids' of shape [B, T]; got {found}")
-        mask = batch.get("attention_mask")
+            name = f"{prefix}input_ids"
+            raise ValueError(f"attention needs batches that are dicts with {name!r} of shape [B, T]; got {found}")
+        mask = batch.get(f"{prefix}attention_mask")
         if mask is None:
             return cls(ids, torch.ones_like(ids, dtype=torch.bool))
         if mask.shape != ids.shape:

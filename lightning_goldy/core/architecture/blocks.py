@@ -331,6 +331,7 @@ class Architecture:
         n_heads: Query heads per block, as configured; a block whose heads were removed has its own ``n_heads``.
         n_key_value_heads: Key/value groups per block, as configured.
         head_dim: Width of one head at the input of the output projection.
+        stacks: ``encoder`` and ``decoder`` of an encoder-decoder, as far as they are described.
     """
 
     family: str
@@ -339,6 +340,7 @@ class Architecture:
     n_heads: int
     n_key_value_heads: int
     head_dim: int
+    stacks: tuple[str, ...] = ()
 
     @property
     def attention_blocks(self) -> tuple[Block, ...]:

@@ -207,7 +207,8 @@ def probe_architecture(
             blocks += [verified(run, block, known=known) for block in _numbered(guesses, len(blocks))]
     first, described = all_counts[0], next(block for block in blocks if block.has_attention)
     groups = described.n_key_value_heads if isinstance(described.attention_part, Attention) else first.n_key_value_heads
-    return Architecture(family, "probe", tuple(blocks), first.n_heads, groups, first.head_dim)
+    stacks = tuple(name for name in ("encoder", "decoder") if two and stack in (None, name))
+    return Architecture(family, "probe", tuple(blocks), first.n_heads, groups, first.head_dim, stacks)
 
 
 def _numbered(guesses: Sequence[Block], start: int) -> Iterator[Block]:
