@@ -79,6 +79,14 @@ def _ripple(subject: Subject) -> Any:
     return ripple_effects(subject.model, pieces, [(pieces[0], pieces[1].answer)], **options)
 
 
+def _attention(subject: Subject) -> Any:
+    """Of an encoder-decoder that of the decoder."""
+    if not subject.model.config.is_encoder_decoder:
+        return attention_statistics(subject.model, [subject.batch], subject.objective)
+    batch = {**subject.batch, "decoder_input_ids": subject.batch["labels"]}
+    return attention_statistics(subject.model, [batch], stack="decoder")
+
+
 def _linearized(variant: Any) -> Callable[[Subject], Any]:
     return lambda s: explain_change(s.model, s.base, [s.batch], s.objective, variants=(variant,))
 
@@ -92,7 +100,7 @@ ANALYSES: dict[str, Callable[[Subject], Any]] = {
     "frozen attention": _linearized("frozen_attention"),
     "linear MLPs": _linearized("linear_mlp"),
     "tangent": _linearized("tangent"),
-    "attention": lambda s: attention_statistics(s.model, [s.batch], s.objective),
+    "attention": _attention,
     "heads": lambda s: head_importance(s.model, [s.batch], s.objective, strategy="magnitude"),
     "coupling": lambda s: knowledge_coupling(s.model, [s.batch], objective=s.objective),
     "ripple": _ripple,
