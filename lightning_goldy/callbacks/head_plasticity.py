@@ -274,7 +274,7 @@ def attention_space(model: nn.Module, gates: HeadGates) -> ParameterSpace:
         ValueError: There is none.
     """
     space = ParameterSpace.of(model)
-    inside = {id(each) for block in gates.architecture.blocks for each in block.attention.parameters()}
+    inside = {id(each) for block in gates.architecture.attention_blocks for each in block.attention.parameters()}
     names = [name for name, parameter in space.resolve(model).items() if id(parameter) in inside]
     if not names:
         raise ValueError(

@@ -198,7 +198,7 @@ class ParameterSpace:
 
 
 def trainable_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Canonical names and parameters that require gradients, tied weights once.
+    """Canonical names and parameters that require gradients, tied weights once; without those that have no elements.
 
     Raises:
         SpaceError: The module is wrapped by FSDP1, whose flat parameters have no meaning one by one.
@@ -210,7 +210,7 @@ def trainable_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]
                 f"{name} is part of a flat parameter of FullyShardedDataParallel (FSDP1), which merges weights across "
                 "layers; use FSDP2: ModelParallelStrategy with torch.distributed.fsdp.fully_shard in configure_model"
             )
-        if parameter.requires_grad:
+        if parameter.requires_grad and parameter.numel():
             yield canonical_name(name), parameter
 
 

@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
+from lightning_goldy.analysis import golden_parameters
+from lightning_goldy.core.objective import ClassifierObjective
 from lightning_goldy.core.space import ParameterSpace, SpaceError, block_list, trainable_parameters
 from tests.references.common import selected_reference
 from tests.references.models import build
@@ -252,3 +254,11 @@ def test_a_space_is_a_frozen_value() -> None:
     assert space == ParameterSpace.of(Blocks(2))
     with pytest.raises(AttributeError):
         space.names = ()  # type: ignore[misc]
+
+
+def test_a_parameter_without_elements_is_no_part_of_a_space() -> None:
+    module = nn.Linear(3, 2)
+    module.register_parameter("nothing", nn.Parameter(torch.empty(0, 3)))
+    assert ParameterSpace.of(module).names == ("weight", "bias")
+    found = golden_parameters(module, [(torch.ones(2, 3), torch.tensor([0, 1]))], ClassifierObjective())
+    assert found.mask.space.names == ("weight", "bias")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.attention.rows import Tokens, row_entropies
+from lightning_goldy.analysis.attention.rows import Stack, Tokens, row_entropies
 from lightning_goldy.analysis.result import AnalysisResult
 from lightning_goldy.core.architecture import Architecture, UnsupportedArchitectureError, describe_architecture
 from lightning_goldy.core.architecture.gates import BatchMismatchError
@@ -112,6 +112,7 @@ def attention_maps(
     objective: Objective | None = None,
     *,
     layers: Sequence[int] | None = None,
+    stack: Stack | None = None,
     name_tokens: NameTokens | None = None,
 ) -> AttentionMaps:
     """Records what every head attends to, under any attention kernel.
@@ -125,6 +126,7 @@ def attention_maps(
         batch: A dict with ``input_ids`` of shape ``[B, T]`` and optionally ``attention_mask``.
         objective: How the model is called; by default with everything of the batch but its labels.
         layers: Only these blocks; all by default.
+        stack: Of an encoder-decoder the ``encoder`` or the ``decoder``, whose batches have ``decoder_input_ids``.
         name_tokens: Turns a list of token ids into as many labels, such as a tokenizer's ``convert_ids_to_tokens``; by
             default the ids themselves are shown.
 
@@ -143,13 +145,15 @@ def attention_maps(
         ([1.0, 0.0, 0.0], ('1', '2', '3'))
     """
     with preserved(model), Replicas.of(model).together("attention_maps"):
-        architecture = describe_architecture(model)
-        known = [block.index for block in architecture.blocks]
+        architecture = describe_stack(model, stack)
+        known = [block.index for block in architecture.attention_blocks]
         chosen = known if layers is None else sorted(set(layers))
         for layer in chosen:
             if layer not in known:
-                raise ValueError(f"layers: there is no layer {layer}; the model has {len(known)}, from 0")
-        tokens = Tokens.of(batch)
+                count = len(architecture.blocks)
+                have = "" if len(known) == count else f", with attention {known}"
+                raise ValueError(f"layers: there is no layer {layer}; the model has {count}, from 0{have}")
+        tokens = Tokens.of(batch, stack)
         names = []
         for row in tokens.ids.tolist():
             names.append(tuple(map(str, row if name_tokens is None else name_tokens(row))))
@@ -165,6 +169,21 @@ def attention_maps(
         if not bool(torch.isfinite(pattern).all()):
             raise ValueError(f"the attention of layer {layer} is not finite")
     return AttentionMaps(tuple(chosen), tuple(patterns[layer] for layer in chosen), tokens.valid.cpu(), tuple(names))
+
+
+def describe_stack(model: nn.Module, stack: Stack | None) -> Architecture:
+    """The blocks whose attention is over one sequence of tokens.
+
+    Raises:
+        UnsupportedArchitectureError: The model has two stacks, and none is named.
+    """
+    architecture = describe_architecture(model, stack=stack)
+    if len(architecture.stacks) > 1:
+        raise UnsupportedArchitectureError(
+            f"{model_class(model)} has an encoder and a decoder, which attend to different tokens: pass "
+            "stack='encoder' or stack='decoder' to attention_statistics or attention_maps"
+        )
+    return architecture
 
 
 class UnreadableAttentionError(UnsupportedArchitectureError):
@@ -231,7 +250,10 @@ def show_patterns(
         UnsupportedArchitectureError: The patterns of a layer cannot be read.
         ValueError: A layer ran more than once.
     """
-    wanted = {block.index for block in architecture.blocks} if layers is None else set(layers)
+    attended = {block.index for block in architecture.attention_blocks}
+    wanted = attended if layers is None else attended & set(layers)
+    if not wanted:
+        return
     owners = _layers(architecture)
     seen: set[int] = set()
 
@@ -300,13 +322,14 @@ def recorded_entropies(model: nn.Module, architecture: Architecture, batch: Any)
 
     with recorded_attention(model, sink):
         yield entropies
-    for block in architecture.blocks:
+    for block in architecture.attention_blocks:
         if block.index not in found:
             raise UnreadableAttentionError(
                 f"{model_class(block.attention)} ignores set_attn_implementation in {block.attention_name!r}, so "
                 "its attention patterns cannot be read"
             )
-        entropies.append(found[block.index])
+    none = next(iter(found.values()))[:, :0]
+    entropies.extend(found.get(block.index, none) for block in architecture.blocks)
 
 
 def to_device_of(model: nn.Module, batch: Any) -> Any:
@@ -317,7 +340,7 @@ def to_device_of(model: nn.Module, batch: Any) -> Any:
 
 def _layers(architecture: Architecture) -> dict[int, int]:
     """The layer of every module that may be what an attention function is called for, by identity."""
-    return {id(part): block.index for block in architecture.blocks for part in block.attention.modules()}
+    return {id(part): block.index for block in architecture.attention_blocks for part in block.attention.modules()}
 
 
 def _call(model: nn.Module, batch: Any, objective: Objective | None) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lightning_goldy.analysis.divergence import jensen_shannon, precise
 from lightning_goldy.core.objective import document_ids, padding_mask, seen
+
+Stack = Literal["encoder", "decoder"]
 
 STATISTICS = (
     "entropy",
@@ -49,16 +51,22 @@ class Tokens:
     documents: Tensor | None = None
 
     @classmethod
-    def of(cls, batch: Any) -> Tokens:
+    def of(cls, batch: Any, stack: Stack | None = None) -> Tokens:
         """Those of a batch with ``input_ids``, its padding and its packed documents, told by its other tensors.
+
+        Of a ``decoder`` with an encoder, ``decoder_input_ids`` and ``decoder_attention_mask``.
 
         Raises:
             ValueError: The batch is of another kind, the shapes differ, or a sample is all padding.
         """
-        ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+        prefix = "decoder_" if stack == "decoder" else ""
+        ids = batch.get(f"{prefix}input_ids") if isinstance(batch, Mapping) else None
         if not isinstance(ids, Tensor) or ids.ndim != 2:
             found = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
-            raise ValueError(f"attention needs batches that are dicts with 'input_ids' of shape [B, T]; got {found}")
+            name = f"{prefix}input_ids"
+            raise ValueError(f"attention needs batches that are dicts with {name!r} of shape [B, T]; got {found}")
+        if stack == "decoder":
+            batch = {"input_ids": ids, "attention_mask": batch.get("decoder_attention_mask")}
         mask = batch.get("attention_mask")
         if isinstance(mask, Tensor) and mask.ndim != 4 and mask.shape != ids.shape:
             raise ValueError(

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.attention.patterns import show_patterns, to_device_of
-from lightning_goldy.analysis.attention.rows import STATISTICS, Tokens, divergence_sums, statistic_sums
+from lightning_goldy.analysis.attention.patterns import describe_stack, show_patterns, to_device_of
+from lightning_goldy.analysis.attention.rows import STATISTICS, Stack, Tokens, divergence_sums, statistic_sums
 from lightning_goldy.analysis.result import AnalysisResult, Cost
-from lightning_goldy.core.architecture import Architecture, describe_architecture
+from lightning_goldy.core.architecture import Architecture
 from lightning_goldy.core.base import Base, base_of
 from lightning_goldy.core.batches import take_samples
 from lightning_goldy.core.isolation import preserved
@@ -103,6 +103,7 @@ def attention_statistics(
     *,
     base: Base | None = None,
     n_samples: int | None = None,
+    stack: Stack | None = None,
     memory: int = DEFAULT_MEMORY,
     progress: Callable[[int, int], None] | None = None,
     split_over_ranks: bool = True,
@@ -121,6 +122,7 @@ def attention_statistics(
         objective: How the model is called; by default with everything of a batch but its labels.
         base: The base model, for the drift: anything that :func:`~lightning_goldy.core.base.base_of` takes.
         n_samples: Use only the first so many samples; all by default.
+        stack: Of an encoder-decoder the ``encoder`` or the ``decoder``, whose batches have ``decoder_input_ids``.
         memory: Bytes that the base's waiting patterns may take.
         progress: Called with (batches read, batches in all), when there are as many as ``len`` says.
         split_over_ranks: Whether to share pieces out over the ranks of an initialised process group.
@@ -149,15 +151,16 @@ def attention_statistics(
     replicas = Replicas.of(model) if split_over_ranks else Replicas()
     with preserved(model), replicas.together("attention_statistics"):
         start = None if base is None else base_of(base, model).vector(model)
-        architecture = describe_architecture(model)
-        sums = _Sums(architecture, next(model.parameters()).device, with_drift=start is not None)
+        architecture = describe_stack(model, stack)
+        device = next(model.parameters()).device
+        sums = _Sums(architecture, device, stack, with_drift=start is not None)
         done = pieces = 0
         for index, batch in enumerate(batches, 1):
             if n_samples is not None and done >= n_samples:
                 break
-            rows = len(Tokens.of(batch).ids)
+            rows = len(Tokens.of(batch, stack).ids)
             kept = rows if n_samples is None else min(rows, n_samples - done)
-            for piece in _pieces(batch, kept, architecture, memory if start is not None else None):
+            for piece in _pieces(batch, kept, architecture, memory if start is not None else None, stack):
                 if pieces % replicas.size == replicas.rank:
                     sums.add(model, to_device_of(model, piece), objective, start, memory)
                 pieces += 1
@@ -186,8 +189,10 @@ def check_statistics_arguments(n_samples: int | None, memory: int = DEFAULT_MEMO
 class _Sums:
     """Sums over queries, by layer, head and statistic."""
 
-    def __init__(self, architecture: Architecture, device: torch.device, *, with_drift: bool) -> None:
-        self.architecture, self.with_drift = architecture, with_drift
+    def __init__(
+        self, architecture: Architecture, device: torch.device, stack: Stack | None, *, with_drift: bool
+    ) -> None:
+        self.architecture, self.stack, self.with_drift = architecture, stack, with_drift
         self.heads = [block.n_heads for block in architecture.blocks]
         shape = (len(self.heads), len(STATISTICS) + with_drift)
         self.sums = torch.zeros(*shape, max(self.heads), dtype=torch.float64, device=device)
@@ -197,7 +202,7 @@ class _Sums:
     def add(
         self, model: nn.Module, batch: Any, objective: Objective | None, base: ParameterVector | None, memory: int
     ) -> None:
-        tokens, n_layers = Tokens.of(batch), len(self.heads)
+        tokens, n_layers = Tokens.of(batch, self.stack), len(self.heads)
         per_group = n_layers if base is None else max(1, memory // pattern_bytes(tokens, max(self.heads)))
         for start in range(0, n_layers, per_group):
             layers = range(start, min(start + per_group, n_layers))
@@ -247,11 +252,13 @@ def pattern_bytes(tokens: Tokens, n_heads: int) -> int:
     return n_samples * n_heads * length * length * 4
 
 
-def _pieces(batch: Any, rows: int, architecture: Architecture, memory: int | None) -> Iterator[Any]:
+def _pieces(
+    batch: Any, rows: int, architecture: Architecture, memory: int | None, stack: Stack | None
+) -> Iterator[Any]:
     """The first rows of a batch, in pieces of which all layers' patterns fit into the memory, or single rows."""
     size = rows
     if memory is not None:
-        one = Tokens.of(batch).rows(0, 1)
+        one = Tokens.of(batch, stack).rows(0, 1)
         size = max(1, memory // sum(pattern_bytes(one, block.n_heads) for block in architecture.blocks))
     if rows == len(Tokens.of(batch).ids) <= size:
         yield batch  # whole, with what describes its packed documents

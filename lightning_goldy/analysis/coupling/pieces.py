@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_goldy.core.architecture import Architecture, describe_architecture
+from lightning_goldy.core.architecture.blocks import NamedModule
+from lightning_goldy.core.architecture.experts import output_weight
 from lightning_goldy.core.batches import batch_tensors, map_batch
 from lightning_goldy.core.naming import canonical_name, suggestion
 from lightning_goldy.core.objective import CausalLMObjective, Objective
@@ -233,7 +235,8 @@ def selected_parameters(
     Args:
         model: Any module.
         select: ``mlp_output`` or ``attention_output`` for the weight of that projection in every block (under LoRA the
-            weight that is adapted), patterns of parameter names, or a space.
+            weight that is adapted; of a mixture the stacks of its experts and the shared experts), patterns of
+            parameter names, or a space.
         layers: Only blocks ``(a, b)``, from a up to but not including b, as Python counts; or the ``last:4``.
         sample_batch: What a model of an unregistered family can be called with.
 
@@ -270,14 +273,17 @@ def selected_parameters(
 def _outputs(architecture: Architecture, select: str, parameters: dict[str, nn.Parameter]) -> set[str]:
     names = {id(parameter): name for name, parameter in parameters.items()}
     chosen = set()
-    for block in architecture.blocks:
-        part: Any = block.mlp_output if select == "mlp_output" else block.attention_output
-        weight = getattr(part, "base_layer", part)._parameters.get("weight")
-        if weight is None:
-            raise SpaceError(
-                f"the {select} projection of {block.name} has no parameter called weight; select parameters by pattern"
-            )
-        chosen.add(names[id(weight)])
+    blocks = architecture.mlp_blocks if select == "mlp_output" else architecture.attention_blocks
+    for block in blocks:
+        parts = block.mlp_writers if select == "mlp_output" else (NamedModule("", block.attention_output),)
+        for part in parts:
+            weight = output_weight(part.module)
+            if weight is None:
+                raise SpaceError(
+                    f"the {select} projection of {block.name} has no parameter called weight; select parameters by "
+                    "pattern"
+                )
+            chosen.add(names[id(weight)])
     return chosen
 
 

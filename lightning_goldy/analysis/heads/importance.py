@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_goldy.analysis.attention.patterns import batch_length, recorded_entropies
 from lightning_goldy.analysis.result import AnalysisResult, Cost
-from lightning_goldy.core.architecture import Head, HeadError, HeadGates
+from lightning_goldy.core.architecture import Head, HeadError, HeadGates, UnsupportedArchitectureError
 from lightning_goldy.core.architecture.gates import BatchMismatchError
 from lightning_goldy.core.batches import move_batch, take_samples
 from lightning_goldy.core.isolation import preserved
@@ -447,7 +447,7 @@ class HeadScores(AnalysisResult):
         """Heads, or the heads of each key/value group, in order of their mean score."""
         groups: list[list[Head]] = []
         for layer, (heads, count) in enumerate(zip(self.heads_per_layer, self.groups_per_layer, strict=True)):
-            size = heads // count if unit == "group" else 1
+            size = heads // max(count, 1) if unit == "group" else 1
             groups += [[(layer, head) for head in range(first, first + size)] for first in range(0, heads, size)]
         return sorted(groups, key=lambda group: sum(float(self.scores[head]) for head in group) / len(group))
 
@@ -497,7 +497,7 @@ def head_importance(
         ((2, 2), 1)
     """
     check_weights(strategy, weights)
-    with _gated(model) as gates:
+    with _gated(model, batches) as gates:
         replicas = Replicas.of(model) if split_over_ranks else Replicas()
         with preserved(model):
             objective = objective_for(model, objective)
@@ -571,15 +571,25 @@ def unmeasured_choice(gates: HeadGates, strategy: RegrowChoice, seed: int) -> tu
 
 
 @contextmanager
-def _gated(model: nn.Module) -> Iterator[HeadGates]:
-    """The model's gates, or gates for the length of the block."""
+def _gated(model: nn.Module, batches: Iterable[Any]) -> Iterator[HeadGates]:
+    """The model's gates, or gates for the length of the block, found with a sample where the model must be seen."""
     present = HeadGates.of(model)
-    gates = present or HeadGates(model)
+    gates = present or _new_gates(model, batches)
     try:
         yield gates
     finally:
         if present is None:
             gates.remove()
+
+
+def _new_gates(model: nn.Module, batches: Iterable[Any]) -> HeadGates:
+    try:
+        return HeadGates(model)
+    except UnsupportedArchitectureError:
+        if not isinstance(batches, Sequence) or not batches or not isinstance(batches[0], Mapping):
+            raise
+        sample = map_batch(batches[0], lambda tensor: tensor[:1].to(next(model.parameters()).device))
+        return HeadGates(model, sample_batch={name: value for name, value in sample.items() if name != "labels"})
 
 
 def _masked(scores: Tensor, gates: HeadGates) -> Tensor:

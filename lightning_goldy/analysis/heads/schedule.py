@@ -621,7 +621,9 @@ def heads_to_cut(gates: HeadGates, level: float, min_heads_per_layer: int, unit:
     """
     sizes = gates.heads_per_layer
     groups = [block.n_key_value_heads for block in gates.architecture.blocks]
-    together = [heads // count if unit == "group" else 1 for heads, count in zip(sizes, groups, strict=True)]
+    together = [
+        max(1, heads // max(count, 1)) if unit == "group" else 1 for heads, count in zip(sizes, groups, strict=True)
+    ]
     spare = sum(max(0, size - min_heads_per_layer) // step * step for size, step in zip(sizes, together, strict=True))
     step = max(together)
     wanted = step * math.floor(level * sum(sizes) / step + 0.5)

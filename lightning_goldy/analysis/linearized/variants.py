@@ -282,7 +282,7 @@ class FrozenAttention(Intervention):
         # The modules and not their identities, so that a deep copy freezes its own. In a tuple: they are the model's.
         self._parts = tuple(
             (part, block.attention_name)
-            for block in describe_architecture(model).blocks
+            for block in describe_architecture(model).attention_blocks
             for part in block.attention.modules()
         )
         self._blocks: dict[int, str] = {}
@@ -390,7 +390,7 @@ class LinearizedMLP(Intervention):
         names = {id(parameter): name for name, parameter in self._space.resolve(model).items()}
         architecture = describe_architecture(model)
         # In a tuple: the MLPs are parts of the model, not of this module.
-        self._sites = tuple(_Site(self, architecture, block, names) for block in architecture.blocks)
+        self._sites = tuple(_Site(self, architecture, block, names) for block in architecture.mlp_blocks)
 
     @contextmanager
     def _changed(self) -> Iterator[None]:

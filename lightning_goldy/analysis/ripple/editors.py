@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_goldy.analysis.ripple.measure import log_prob_gradient, require_count
 from lightning_goldy.core.architecture import UnsupportedArchitectureError, describe_architecture
 from lightning_goldy.core.architecture.blocks import NamedModule
+from lightning_goldy.core.architecture.experts import is_experts, output_weight
 from lightning_goldy.core.architecture.families import is_projection
 from lightning_goldy.core.naming import model_class, suggestion
 from lightning_goldy.core.objective import IGNORE_INDEX, CausalLMObjective
@@ -135,9 +136,14 @@ def mlp_output_space(model: nn.Module, select: Sequence[str] | None = None) -> P
     """
     if select is not None:
         return ParameterSpace.of(model, select)
-    parts = tuple(f"{block.mlp_output_name}." for block in describe_architecture(model).blocks)
+    writers = [part for block in describe_architecture(model).mlp_blocks for part in block.mlp_writers]
+    parts = tuple(f"{part.name}." for part in writers if not is_experts(part.module))
+    # Stacks of experts hold the weights of their first layer too.
+    stacks = {id(output_weight(part.module)) for part in writers if is_experts(part.module)}
     trainable = dict(trainable_parameters(model))
-    names = [name for name, value in trainable.items() if name.startswith(parts) and value.ndim > 1]
+    names = [
+        name for name, value in trainable.items() if id(value) in stacks or (name.startswith(parts) and value.ndim > 1)
+    ]
     if not names:
         raise SpaceError(
             "no MLP output projection is trainable; choose parameters by select=[...] patterns. "

@@ -126,33 +126,110 @@ class QueryKeyValue:
 
 
 @dataclass(frozen=True)
+class Missing:
+    """In the place of a part that a block lacks (``absent``), or that it has and that could not be told apart."""
+
+    reason: str
+    absent: bool = False
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The attention of a block.
+
+    Args:
+        name: Dotted name of the module.
+        module: What contains the attention function and the output projection.
+        output: The output projection; its input is the concatenation of the heads.
+        n_key_value_heads: Number of key/value groups.
+        query_key_value: The projections before attention; None where a probe could not tell them apart.
+    """
+
+    name: str
+    module: nn.Module
+    output: HeadProjection
+    n_key_value_heads: int
+    query_key_value: QueryKeyValue | None
+
+
+@dataclass(frozen=True)
+class MLP:
+    """The MLP of a block.
+
+    Args:
+        parts: Its modules, in order of call: one in most families, ``fc1`` and ``fc2`` in OPT, ``intermediate`` and
+            ``output`` (with the residual and its norm) in BERT.
+        output: What makes its output: the output projection, or the whole mixture where there are experts.
+        writers: The projections and the stacks of experts whose weights make that output, shared experts included.
+    """
+
+    parts: tuple[NamedModule, ...]
+    output: NamedModule
+    writers: tuple[NamedModule, ...]
+
+
+@dataclass(frozen=True)
 class Block:
-    """One transformer block.
+    """One transformer block. Attention and MLP stand alone: what is missing is refused where it is asked for.
 
     Args:
         index: Position, from 0.
         name: Dotted name of the block.
         module: The block.
-        attention_name: Dotted name of the attention module.
-        attention: The module that contains the attention function and the output projection.
-        output: The attention output projection; its input is the concatenation of the heads.
-        mlp_parts: What makes up the MLP, in order of call: one module in most families, ``fc1`` and ``fc2`` in OPT,
-            ``intermediate`` and ``output`` (with the residual and its norm) in BERT.
-        mlp_output_part: The MLP output projection.
-        n_key_value_heads: Number of key/value groups.
-        query_key_value: The projections before attention; None where a probe could not tell them apart.
+        attention_part: Its attention, or why there is none.
+        mlp_part: Its MLP, or why there is none.
     """
 
     index: int
     name: str
     module: nn.Module
-    attention_name: str
-    attention: nn.Module
-    output: HeadProjection
-    mlp_parts: tuple[NamedModule, ...]
-    mlp_output_part: NamedModule
-    n_key_value_heads: int
-    query_key_value: QueryKeyValue | None
+    attention_part: Attention | Missing
+    mlp_part: MLP | Missing
+
+    @property
+    def has_attention(self) -> bool:
+        """False for a block without attention, as hybrids have; one whose attention could not be told has it."""
+        return not (isinstance(self.attention_part, Missing) and self.attention_part.absent)
+
+    @property
+    def has_mlp(self) -> bool:
+        """False for a block without an MLP; one whose MLP could not be told has it."""
+        return not (isinstance(self.mlp_part, Missing) and self.mlp_part.absent)
+
+    def _attention(self) -> Attention:
+        if isinstance(self.attention_part, Missing):
+            raise UnsupportedArchitectureError(f"{self.name!r}: {self.attention_part.reason}")
+        return self.attention_part
+
+    def _mlp(self) -> MLP:
+        if isinstance(self.mlp_part, Missing):
+            raise UnsupportedArchitectureError(f"{self.name!r}: {self.mlp_part.reason}")
+        return self.mlp_part
+
+    @property
+    def attention_name(self) -> str:
+        """Dotted name of the attention module."""
+        return self._attention().name
+
+    @property
+    def attention(self) -> nn.Module:
+        """The module that contains the attention function and the output projection."""
+        return self._attention().module
+
+    @property
+    def output(self) -> HeadProjection:
+        """The attention output projection and its heads."""
+        return self._attention().output
+
+    @property
+    def n_key_value_heads(self) -> int:
+        """Number of key/value groups; 0 without attention."""
+        return self._attention().n_key_value_heads if self.has_attention else 0
+
+    @property
+    def query_key_value(self) -> QueryKeyValue | None:
+        """The projections before attention; None where a probe could not tell them apart."""
+        return self._attention().query_key_value
 
     @property
     def attention_output(self) -> nn.Module:
@@ -165,6 +242,11 @@ class Block:
         return self.output.name
 
     @property
+    def mlp_parts(self) -> tuple[NamedModule, ...]:
+        """What makes up the MLP, in order of call."""
+        return self._mlp().parts
+
+    @property
     def mlp(self) -> nn.Module | None:
         """The one module that maps the MLP's input to its output; None where ``mlp_parts`` has several."""
         return self.mlp_parts[0].module if len(self.mlp_parts) == 1 else None
@@ -175,14 +257,24 @@ class Block:
         return self.mlp_parts[0].module
 
     @property
+    def mlp_output_part(self) -> NamedModule:
+        """The MLP output projection; of a mixture of experts the whole mixture, routed and shared experts."""
+        return self._mlp().output
+
+    @property
     def mlp_output(self) -> nn.Module:
-        """The MLP output projection, whose output is the MLP's (before dropout and norms) in every family."""
+        """The module whose output is the MLP's (before dropout and norms) in every family."""
         return self.mlp_output_part.module
 
     @property
     def mlp_output_name(self) -> str:
-        """Dotted name of the MLP output projection."""
+        """Dotted name of ``mlp_output``."""
         return self.mlp_output_part.name
+
+    @property
+    def mlp_writers(self) -> tuple[NamedModule, ...]:
+        """The projections and stacks of experts whose weights make the MLP's output: all of them, routed and shared."""
+        return self._mlp().writers
 
     @property
     def query(self) -> HeadProjection:
@@ -207,8 +299,8 @@ class Block:
 
     @property
     def n_heads(self) -> int:
-        """Number of query heads of this block."""
-        return self.output.layout.n_heads
+        """Number of query heads of this block; 0 without attention."""
+        return self.output.layout.n_heads if self.has_attention else 0
 
     def key_value_head(self, head: int) -> int:
         """The key/value group that serves a query head."""
@@ -234,10 +326,12 @@ class Architecture:
     Args:
         family: The configuration's ``model_type`` (the class name for a model without one).
         source: Whether the family is registered or was probed.
-        blocks: In order of depth.
+        blocks: In order of depth; of an encoder-decoder those of the encoder, then those of the decoder, whose
+            attention to the encoder is no part of the description.
         n_heads: Query heads per block, as configured; a block whose heads were removed has its own ``n_heads``.
         n_key_value_heads: Key/value groups per block, as configured.
         head_dim: Width of one head at the input of the output projection.
+        stacks: ``encoder`` and ``decoder`` of an encoder-decoder, as far as they are described.
     """
 
     family: str
@@ -246,6 +340,19 @@ class Architecture:
     n_heads: int
     n_key_value_heads: int
     head_dim: int
+    stacks: tuple[str, ...] = ()
+
+    @property
+    def attention_blocks(self) -> tuple[Block, ...]:
+        """The blocks that have attention; an UnsupportedArchitectureError where one's could not be told."""
+        blocks = tuple(block for block in self.blocks if block.has_attention)
+        return tuple(block for block in blocks if block.attention is not None)
+
+    @property
+    def mlp_blocks(self) -> tuple[Block, ...]:
+        """The blocks that have an MLP; an UnsupportedArchitectureError where one's could not be told."""
+        blocks = tuple(block for block in self.blocks if block.has_mlp)
+        return tuple(block for block in blocks if block.mlp_output is not None)
 
     def block_of(self, module: nn.Module) -> Block | None:
         """The block that contains a module (by identity), None for modules outside all blocks."""

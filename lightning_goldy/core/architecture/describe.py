@@ -1,24 +1,33 @@
-"""What a model is made of, read from the names of its family's modules or found with one forward pass."""
+"""What a model is made of, read from the names of its family's modules or found with forward passes and verified."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from itertools import product, takewhile
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_goldy.core.architecture.blocks import Architecture, UnsupportedArchitectureError
+from lightning_goldy.core.architecture.blocks import (
+    MLP,
+    Architecture,
+    Attention,
+    Block,
+    Missing,
+    NamedModule,
+    UnsupportedArchitectureError,
+)
+from lightning_goldy.core.architecture.experts import is_experts
 from lightning_goldy.core.architecture.families import (
     FamilySpec,
     HeadCounts,
     available_architectures,
-    build_block,
     canonical_modules,
     family_spec,
     head_counts,
@@ -26,38 +35,44 @@ from lightning_goldy.core.architecture.families import (
     is_projection,
     join_names,
     projection_width,
+    read_attention,
     read_registered,
 )
-from lightning_goldy.core.isolation import preserved
-from lightning_goldy.core.naming import model_class
+from lightning_goldy.core.architecture.verify import ATTENTION_FUNCTIONS, verified
+from lightning_goldy.core.isolation import isolated_rng, preserved
+from lightning_goldy.core.naming import kind_of, model_class, require_choice
 
-# What attention calls, whichever kernel runs below it; softmax is what eager attention has in common.
-_ATTENTION_FUNCTIONS = (F.scaled_dot_product_attention, F.softmax, torch.softmax, torch.Tensor.softmax)
 _USUAL_NAMES = (
     ("q_proj", "k_proj", "v_proj"),
     ("query", "key", "value"),
     ("q_lin", "k_lin", "v_lin"),
     ("wq", "wk", "wv"),
+    ("q", "k", "v"),
 )
 _FORWARD_ERRORS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError)
 
 
-def describe_architecture(model: nn.Module, *, sample_batch: Any = None) -> Architecture:
+def describe_architecture(
+    model: nn.Module, *, sample_batch: Any = None, stack: Literal["encoder", "decoder"] | None = None
+) -> Architecture:
     """Finds the blocks, attention and MLP modules of a model, and the weights of each head.
 
-    A registered family is read from module names. Any other model is probed with one forward pass, which leaves no
-    trace on it; under FSDP2 all ranks must then call this together.
+    A registered family is read from module names. Any other model is probed with a few forward passes, which leave no
+    trace on it; under FSDP2 all ranks must then call this together. What a probe guesses is verified by what the blocks
+    compute. Attention and MLPs stand alone: one that is absent or could not be told is refused where it is asked for.
 
     Args:
         model: A model or anything that contains one: bare, with a task head, under PEFT, DistributedDataParallel,
             ``torch.compile`` or in a LightningModule. Of several models inside, the outermost registered one counts.
-        sample_batch: What a probe calls the model with: a mapping, a tuple or a tensor; None builds token ids.
+        sample_batch: What a probe calls the model with: a mapping, a tuple or a tensor; None makes up token ids, an
+            image or sound, as the configuration tells.
+        stack: Of an encoder-decoder only the ``encoder`` or the ``decoder``; None describes both, the encoder first.
 
     Returns:
         The architecture, with live references to the modules.
 
     Raises:
-        UnsupportedArchitectureError: An encoder-decoder, or a part could not be found.
+        UnsupportedArchitectureError: The blocks or their attention could not be found.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -70,6 +85,8 @@ def describe_architecture(model: nn.Module, *, sample_batch: Any = None) -> Arch
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if stack is not None:
+        require_choice("stack", stack, ("encoder", "decoder"))
     modules = canonical_modules(model)
     # Every submodule of a Hugging Face model may carry a configuration; the outermost comes first.
     found = ((name, _configuration(module)) for name, module in modules.items())
@@ -77,13 +94,11 @@ def describe_architecture(model: nn.Module, *, sample_batch: Any = None) -> Arch
     owner, config = configured[0] if configured else ("", getattr(modules[""], "config", None))
     family = configured[0][1].model_type if configured else model_class(modules[""])
     try:
-        if getattr(config, "is_encoder_decoder", False):
-            raise UnsupportedArchitectureError("an encoder-decoder has two stacks of blocks; describe one of the two")
-        for name, registered in configured:
-            if registered.model_type in available_architectures():
+        for name, registered in [] if has_two_stacks(modules, owner, config) else configured:
+            if registered.model_type in available_architectures() and stack is None:
                 owner, family = name, registered.model_type
                 return read_registered(modules, owner, config=registered, spec=family_spec(registered))
-        return probe_architecture(modules, owner, config=config, family=family, sample_batch=sample_batch)
+        return probe_architecture(modules, owner, config=config, family=family, sample_batch=sample_batch, stack=stack)
     except UnsupportedArchitectureError as error:
         kind = f"model_type {family!r}" if configured else "no model_type"
         raise UnsupportedArchitectureError(
@@ -114,29 +129,35 @@ class _Recorder(TorchFunctionMode):
         self.events: list[_Event] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.stack and func in _ATTENTION_FUNCTIONS:
+        result = func(*args, **(kwargs or {}))
+        # Routers take a softmax too, over experts: of a matrix, or of one per sample.
+        if self.stack and func in ATTENTION_FUNCTIONS and (result.ndim > 3 or (result.ndim == 3 and len(result) > 1)):
             self.events.append(_Event("attention", tuple(self.stack)))
-        return func(*args, **(kwargs or {}))
+        return result
 
     def enter(self, name: str, module: nn.Module, args: Any) -> None:
         # A projection inside a projection is an adapter's own affair.
-        adapted = any(is_projection(self.modules[outer]) for outer in self.stack)
+        adapted = any(_writes(self.modules[outer]) for outer in self.stack)
         self.stack.append(name)
-        if is_projection(module) and not adapted:
+        if _writes(module) and not adapted:
             self.events.append(_Event("projection", tuple(self.stack)))
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self.stack.pop()
 
 
+def _writes(module: nn.Module) -> bool:
+    return is_projection(module) or is_experts(module)
+
+
 @contextmanager
-def _recording(modules: Mapping[str, nn.Module], block_list: str) -> Iterator[_Recorder]:
+def _recording(modules: Mapping[str, nn.Module], block_lists: Sequence[str]) -> Iterator[_Recorder]:
     recorder = _Recorder(modules)
     names: dict[int, str] = {}
     handles = []
     try:
         for name, module in modules.items():
-            inside = name != block_list and name.startswith(inside_prefix(block_list))
+            inside = any(name != blocks and name.startswith(inside_prefix(blocks)) for blocks in block_lists)
             if inside and names.setdefault(id(module), name) == name:
                 handles.append(module.register_forward_pre_hook(partial(recorder.enter, name)))
                 handles.append(module.register_forward_hook(recorder.leave))
@@ -148,114 +169,235 @@ def _recording(modules: Mapping[str, nn.Module], block_list: str) -> Iterator[_R
 
 
 def probe_architecture(
-    modules: Mapping[str, nn.Module], owner: str, *, config: Any, family: str, sample_batch: Any
+    modules: Mapping[str, nn.Module],
+    owner: str,
+    *,
+    config: Any,
+    family: str,
+    sample_batch: Any,
+    stack: str | None = None,
 ) -> Architecture:
-    """Describes a model of any family from one forward pass in evaluation mode.
+    """Describes a model of any family from forward passes in evaluation mode.
 
-    The blocks are the list of modules of one class that holds most parameters. In each, the attention output projection
-    is the first projection of input width heads x head_dim called after attention is computed, and the MLP output
-    projection is the last one outside attention that writes to the residual stream. ``query_key_value`` is None in
-    blocks whose projections are fused or unusually named.
+    The blocks are the list of modules that holds most parameters, of one class where there is such a list. In each, the
+    attention output projection is the first projection of input width heads x head_dim called after attention is
+    computed, and the MLP is what writes to the residual stream outside attention. Both are verified: a head that is
+    closed in the attention function must be a slice of the projection's input, and of an MLP whose writers are silenced
+    nothing may remain. ``query_key_value`` is None in blocks whose projections are fused or unusually named.
     """
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    block_list = _find_blocks(modules, owner)
-    batch = _token_ids(modules[owner], config) if sample_batch is None else sample_batch
-    events = _record(modules, owner, block_list, batch)
-    all_counts, blocks = [], []
-    for index, child in enumerate(dict(modules[block_list].named_children())):
-        name = join_names(block_list, child)
-        counts, spec = _probed_spec(modules, name, [event for event in events if event.stack[0] == name], config)
-        all_counts.append(counts)
-        blocks.append(build_block(modules, name, index=index, spec=spec, counts=counts))
-    first = all_counts[0]
-    return Architecture(family, "probe", tuple(blocks), first.n_heads, blocks[0].n_key_value_heads, first.head_dim)
-
-
-def _record(modules: Mapping[str, nn.Module], owner: str, block_list: str, batch: Any) -> list[_Event]:
-    """What happens inside the blocks during one forward pass in evaluation mode, which leaves no trace."""
     model = modules[owner]
-    with preserved(model), torch.no_grad(), _recording(modules, block_list) as recorder, _uncompiled(model):
-        try:
-            _call(model, batch)
-        except _FORWARD_ERRORS as error:
-            raise UnsupportedArchitectureError(f"its probe forward raised {type(error).__name__}: {error}") from error
-    return recorder.events
+    block_lists = [_find_blocks(modules, name) for name in _stack_names(modules, owner, config, stack)]
+    two = has_two_stacks(modules, owner, config)
+    batch = sample_inputs(model, config, decoder=two) if sample_batch is None else sample_batch
+    if two and isinstance(batch, Mapping) and not {"decoder_input_ids", "labels"} & set(batch):
+        batch = {**batch, **_decoder_ids(model, config)}
+    text = config.get_text_config() if hasattr(config, "get_text_config") and not two else config
+    blocks: list[Block] = []
+    # Compiled code would not call hooks that it was not traced with.
+    with preserved(model), torch.no_grad(), _uncompiled(model):
+        with _recording(modules, block_lists) as recorder:
+            call_model(model, batch)
+        known: dict[Any, tuple[str, str]] = {}
+        all_counts = []
+        for block_list in block_lists:
+            names = [join_names(block_list, child) for child in dict(modules[block_list].named_children())]
+            guesses, counts = _guess(modules, names, recorder.events, text)
+            all_counts += counts
+            run = partial(call_model, model, batch)
+            blocks += [verified(run, block, known=known) for block in _numbered(guesses, len(blocks))]
+    first, described = all_counts[0], next(block for block in blocks if block.has_attention)
+    groups = described.n_key_value_heads if isinstance(described.attention_part, Attention) else first.n_key_value_heads
+    stacks = tuple(name for name in ("encoder", "decoder") if two and stack in (None, name))
+    return Architecture(family, "probe", tuple(blocks), first.n_heads, groups, first.head_dim, stacks)
+
+
+def _numbered(guesses: Sequence[Block], start: int) -> Iterator[Block]:
+    for number, block in enumerate(guesses, start):
+        yield Block(number, block.name, block.module, block.attention_part, block.mlp_part)
 
 
 def _uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
-    """Compiled code would not call hooks that it was not traced with."""
     compiled = any("_orig_mod" in part._modules or part._compiled_call_impl is not None for part in model.modules())
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
+def has_two_stacks(modules: Mapping[str, nn.Module], owner: str, config: Any) -> bool:
+    """Whether it is a whole encoder-decoder; each of its halves carries the same configuration."""
+    endings = {name.rpartition(".")[2] for name, _ in _inside(modules, owner)}
+    return bool(getattr(config, "is_encoder_decoder", False)) and {"encoder", "decoder"} <= endings
+
+
+def _stack_names(modules: Mapping[str, nn.Module], owner: str, config: Any, stack: str | None) -> list[str]:
+    """The modules whose blocks are described: the model, or the encoder and the decoder of an encoder-decoder."""
+    if has_two_stacks(modules, owner, config):
+        wanted = ("encoder", "decoder") if stack is None else (stack,)
+        return [next(name for name, _ in _inside(modules, owner) if name.rpartition(".")[2] == part) for part in wanted]
+    if stack is not None:
+        raise UnsupportedArchitectureError(f"stack={stack!r} names a part of an encoder-decoder, which this is not")
+    return [owner]
+
+
+def _inside(modules: Mapping[str, nn.Module], owner: str) -> Iterator[tuple[str, nn.Module]]:
+    return ((name, module) for name, module in modules.items() if name.startswith(inside_prefix(owner)))
+
+
 def _find_blocks(modules: Mapping[str, nn.Module], owner: str) -> str:
-    found: list[tuple[int, int, str]] = []
-    for name, module in modules.items():
-        if isinstance(module, (nn.ModuleList, nn.Sequential)) and name.startswith(inside_prefix(owner)):
+    alike: list[tuple[int, int, str]] = []
+    mixed: list[tuple[int, int, str]] = []
+    for name, module in _inside(modules, owner):
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module):
             classes = {type(modules[join_names(name, child)]) for child in module._modules}
+            size = sum(parameter.numel() for parameter in module.parameters())
             if len(classes) == 1:
-                size = sum(parameter.numel() for parameter in module.parameters())
-                found.append((size, len(module), name))
-    if not found:
+                alike.append((size, len(module), name))
+            elif isinstance(module, nn.ModuleList):  # as hybrids keep their blocks
+                mixed.append((size, len(module), name))
+    largest = [max(found, key=lambda entry: entry[:2]) for found in (alike, mixed) if found]
+    if not largest:
         raise UnsupportedArchitectureError("there is no list of blocks (a ModuleList of modules of one class)")
-    return max(found, key=lambda entry: entry[:2])[2]
+    # A list that holds little of what a mixed one holds is one of experts.
+    return largest[0 if 2 * largest[0][0] >= largest[-1][0] else -1][2]
 
 
-def _token_ids(model: nn.Module, config: Any) -> dict[str, torch.Tensor]:
-    vocabulary = getattr(config, "vocab_size", None)
-    if not isinstance(vocabulary, int):
-        raise UnsupportedArchitectureError("nothing tells what it eats: pass a sample_batch")
+def sample_inputs(model: nn.Module, config: Any, *, decoder: bool = False) -> dict[str, Tensor]:
+    """Something that a model can be called with, made from its configuration.
+
+    Raises:
+        UnsupportedArchitectureError: The configuration does not tell.
+    """
+    owner: Any = model
     device = next(model.parameters()).device
-    return {"input_ids": torch.arange(2, 6, device=device)[None] % vocabulary}  # [1, 4]
-
-
-def _call(model: nn.Module, batch: Any) -> None:
-    if isinstance(batch, Mapping):
-        model(**batch)
-    elif isinstance(batch, (tuple, list)):
-        model(*batch)
-    else:
-        model(batch)
-
-
-def _probed_spec(
-    modules: Mapping[str, nn.Module], block: str, events: list[_Event], config: Any
-) -> tuple[HeadCounts, FamilySpec]:
-    at = next((index for index, event in enumerate(events) if event.kind == "attention"), None)
-    if at is None:
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    vocabulary = getattr(text, "vocab_size", None)
+    made: dict[str, Tensor] = {}
+    kind = getattr(owner, "main_input_name", "input_ids")
+    if kind == "pixel_values" and isinstance(getattr(config, "image_size", None), int):
+        size = config.image_size
+        dtype = next(model.parameters()).dtype
+        made[kind] = torch.linspace(-1, 1, getattr(config, "num_channels", 3) * size * size, device=device, dtype=dtype)
+        made[kind] = made[kind].reshape(1, -1, size, size)  # [1, channels, height, width]
+    elif kind == "input_features" and hasattr(config, "num_mel_bins") and hasattr(config, "max_source_positions"):
+        bins, length = config.num_mel_bins, 2 * config.max_source_positions
+        dtype = next(model.parameters()).dtype
+        made[kind] = torch.linspace(-1, 1, bins * length, device=device, dtype=dtype).reshape(1, bins, length)
+    elif kind == "input_ids" and isinstance(vocabulary, int):
+        made[kind] = torch.arange(2, 6, device=device)[None] % vocabulary  # [1, 4]
+    if not made:
         raise UnsupportedArchitectureError(
-            f"no attention function ran in {block!r} (scaled_dot_product_attention or softmax; the attention "
+            "nothing tells what it eats: pass a sample_batch to describe_architecture or HeadGates, with which it "
+            "can be called"
+        )
+    return {**made, **(_decoder_ids(model, config) if decoder else {})}
+
+
+def _decoder_ids(model: nn.Module, config: Any) -> dict[str, Tensor]:
+    ids = torch.arange(3, 6, device=next(model.parameters()).device)[None]  # [1, 3]
+    return {"decoder_input_ids": ids % config.get_text_config(decoder=True).vocab_size}
+
+
+def call_model(model: nn.Module, batch: Any) -> None:
+    """Calls a model with a mapping, a tuple or anything else, without labels.
+
+    Raises:
+        UnsupportedArchitectureError: The model raised.
+    """
+    try:
+        # So that what a model draws is the same in every pass.
+        with isolated_rng():
+            if isinstance(batch, Mapping):
+                model(**batch)
+            elif isinstance(batch, (tuple, list)):
+                model(*batch)
+            else:
+                model(batch)
+    except _FORWARD_ERRORS as error:
+        raise UnsupportedArchitectureError(f"its probe forward raised {type(error).__name__}: {error}") from error
+
+
+def _guess(
+    modules: Mapping[str, nn.Module], names: Sequence[str], events: Sequence[_Event], config: Any
+) -> tuple[list[Block], list[HeadCounts]]:
+    """The blocks of one list, first those with attention, whose MLPs say where those of the others are."""
+    inside = {name: [event for event in events if name in event.stack[:1]] for name in names}
+    attended = [name for name in names if any(event.kind == "attention" for event in inside[name])]
+    if not attended:
+        raise UnsupportedArchitectureError(
+            f"no attention function ran in {names[0]!r} (scaled_dot_product_attention or softmax; the attention "
             f"implementation is {getattr(config, '_attn_implementation', None)!r})"
         )
-    caller = events[at].stack
-    counts = head_counts(*(modules[name] for name in reversed(caller)), config)
-    if counts is None:
-        raise UnsupportedArchitectureError(
-            f"neither {caller[-1]!r} nor a configuration tells the heads' number and width"
+    guesses: dict[str, Block] = {}
+    all_counts, paths = [], set()
+    for name in attended:
+        counts, attention, mlp = _BlockProbe(modules, name, tuple(inside[name]), config).parts()
+        all_counts.append(counts)
+        guesses[name] = Block(0, name, modules[name], attention, mlp)
+        if isinstance(mlp, MLP):
+            paths |= {part.name[len(name) + 1 :].partition(".")[0] for part in mlp.parts}
+    residual = projection_width(guesses[attended[0]].attention_output, "out")
+    for name in names:
+        if name not in guesses:
+            absent = Missing("it computes no attention", absent=True)
+            own = [event for event in inside[name] if event.stack[-1][len(name) + 1 :].partition(".")[0] in paths]
+            mlp = _mlp(modules, name, own, residual, attention=None)
+            if not any(join_names(name, path) in modules for path in paths):
+                mlp = Missing("it has no MLP", absent=True)
+            guesses[name] = Block(0, name, modules[name], absent, mlp)
+    return [guesses[name] for name in names], all_counts
+
+
+@dataclass(frozen=True)
+class _BlockProbe:
+    """One block with attention, and what happened in it."""
+
+    modules: Mapping[str, nn.Module]
+    block: str
+    events: tuple[_Event, ...]
+    config: Any
+
+    def parts(self) -> tuple[HeadCounts, Attention, MLP | Missing]:
+        at = next(index for index, event in enumerate(self.events) if event.kind == "attention")
+        caller = self.events[at].stack
+        counts = head_counts(*(self.modules[name] for name in reversed(caller)), self.config)
+        if counts is None:
+            raise UnsupportedArchitectureError(
+                f"neither {caller[-1]!r} nor a configuration tells the heads' number and width"
+            )
+        before = [event.stack[-1] for event in self.events[:at] if event.kind == "projection"]
+        after = [event.stack[-1] for event in self.events[at:] if event.kind == "projection"]
+        output = _attention_output(self.modules, self.block, after, counts)
+        pairs = zip(caller[-1].split("."), output.split("."), strict=False)
+        attention = ".".join(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))  # what holds both
+        path = slice(len(self.block) + 1, None)  # what follows the block's own name
+        spec = FamilySpec(
+            blocks=self.block.rpartition(".")[0],
+            attention=attention[path],
+            output=output[path],
+            query_key_value=_usual_projections(self.modules, self.block, before, counts),
         )
-    before = [event.stack[-1] for event in events[:at] if event.kind == "projection"]
-    after = [event.stack[-1] for event in events[at:] if event.kind == "projection"]
-    output = _attention_output(modules, block, after, counts)
-    pairs = zip(caller[-1].split("."), output.split("."), strict=False)
-    attention = ".".join(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))  # what holds both
-    outside = [name for name in before + after if not name.startswith(f"{attention}.")]
-    if attention == block:
-        outside = after[after.index(output) + 1 :]
-    path = slice(len(block) + 1, None)  # what follows the block's own name
-    spec = FamilySpec(
-        blocks=block.rpartition(".")[0],
-        attention=attention[path],
-        output=output[path],
-        query_key_value=_usual_projections(modules, block, before, counts),
-        mlp=tuple(dict.fromkeys(_outermost(name, block, attention)[path] for name in outside)),
-        mlp_output=_mlp_output(modules, block, outside, projection_width(modules[output], "out"))[path],
-    )
-    return counts, spec
+        outside = self._outside(attention, output)
+        residual = projection_width(self.modules[output], "out")
+        mlp = _mlp(self.modules, self.block, outside, residual, attention=attention)
+        return counts, read_attention(self.modules, self.block, spec, counts), mlp
+
+    def _outside(self, attention: str, output: str) -> list[_Event]:
+        """Projections that belong to no attention, that of a decoder to its encoder included."""
+        projections = [event for event in self.events if event.kind == "projection"]
+        if attention == self.block:
+            last = max(index for index, event in enumerate(projections) if event.stack[-1] == output)
+            return projections[last + 1 :]
+        kind = type(self.modules[attention])
+        return [
+            event
+            for event in projections
+            if not event.stack[-1].startswith(f"{attention}.")
+            and not any(type(self.modules[name]) is kind for name in event.stack)
+        ]
 
 
 def _attention_output(modules: Mapping[str, nn.Module], block: str, after: list[str], counts: HeadCounts) -> str:
     width = counts.n_heads * counts.head_dim
-    output = next((name for name in after if projection_width(modules[name], "in") == width), None)
+    linear = [name for name in after if is_projection(modules[name])]
+    output = next((name for name in linear if projection_width(modules[name], "in") == width), None)
     if output is None:
         raise UnsupportedArchitectureError(
             f"no attention output projection: after attention, {block!r} called no Linear or Conv1D of input width "
@@ -268,22 +410,73 @@ def _attention_output(modules: Mapping[str, nn.Module], block: str, after: list[
     return output
 
 
-def _mlp_output(modules: Mapping[str, nn.Module], block: str, outside: list[str], residual: int) -> str:
-    writers = [name for name in outside if projection_width(modules[name], "out") == residual]
-    if not writers:
-        raise UnsupportedArchitectureError(
-            f"no MLP output projection: outside attention, {block!r} called no Linear or Conv1D of output width "
-            f"{residual} (fused mixture-of-experts weights are not supported)"
+def _mlp(
+    modules: Mapping[str, nn.Module], block: str, events: Sequence[_Event], residual: int, *, attention: str | None
+) -> MLP | Missing:
+    """The part outside attention that writes to the residual stream; of several the one that is called an MLP."""
+    called = list(dict.fromkeys(event.stack[-1] for event in events))
+    grouped: dict[str, list[str]] = {}
+    for name in called:
+        around = _outermost(name, block, attention)
+        # Projections of the block itself belong together.
+        grouped.setdefault("" if around == name else around, []).append(name)
+    writing = {
+        group: writers for group, names in grouped.items() if (writers := _writers(modules, block, names, residual))
+    }
+    if not writing:
+        return Missing(
+            f"no MLP output projection: outside attention, {block!r} called no Linear, Conv1D or stacked experts of "
+            f"output width {residual}"
         )
-    return writers[-1]
+    chosen = list(writing)
+    if len(chosen) > 1:
+        chosen = [group for group in writing if group and kind_of(f"0.{group[len(block) + 1 :]}.weight") == "mlp"]
+    if len(chosen) != 1:
+        names = ", ".join(repr(name) for writers in writing.values() for name in writers)
+        return Missing(f"which part of {block!r} is the MLP cannot be told: {names} write to the residual stream")
+    group, writers = chosen[0], writing[chosen[0]]
+    alone = len(writing) > 1
+    parts = [group or name for name in (grouped[group] if alone else called) if not group or alone]
+    if not alone:
+        parts = [_outermost(name, block, attention) for name in called]
+    named = tuple(NamedModule(name, modules[name]) for name in dict.fromkeys(parts))
+    made = tuple(NamedModule(name, modules[name]) for name in writers)
+    if len(made) == 1 and is_projection(made[0].module):
+        return MLP(named, made[0], made)
+    if len(named) != 1:
+        return Missing(
+            f"the MLP of {block!r} is written by {', '.join(repr(part.name) for part in made)}, in no one module"
+        )
+    return MLP(named, named[0], made)
 
 
-def _outermost(name: str, block: str, attention: str) -> str:
+def _writers(modules: Mapping[str, nn.Module], block: str, called: Sequence[str], residual: int) -> list[str]:
+    """The last projection of each module that writes to the residual stream, and stacks of experts.
+
+    Of a list of experts those that no token of the probe went to write as well.
+    """
+    last: dict[str, str] = {}
+    for name in called:
+        if is_experts(modules[name]):
+            last[name] = name
+        elif projection_width(modules[name], "out") == residual:
+            last[name.rpartition(".")[0]] = name
+    forms = {_form(name[len(block) :]) for name in last.values()}
+    beginning = inside_prefix(block)
+    return [name for name in modules if name.startswith(beginning) and _form(name[len(block) :]) in forms]
+
+
+def _form(path: str) -> str:
+    """A path within a block in which the experts of a list are alike."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", path)
+
+
+def _outermost(name: str, block: str, attention: str | None) -> str:
     """The largest module around a projection that is inside the block and does not contain attention."""
     parts = name.split(".")
     for depth in range(block.count(".") + 2, len(parts)):
         around = ".".join(parts[:depth])
-        if not f"{attention}.".startswith(f"{around}."):
+        if attention is None or not f"{attention}.".startswith(f"{around}."):
             return around
     return name
 

@@ -9,14 +9,18 @@ from typing import Any, Literal
 from torch import nn
 
 from lightning_goldy.core.architecture.blocks import (
+    MLP,
     Architecture,
+    Attention,
     Block,
     HeadLayout,
     HeadProjection,
+    Missing,
     NamedModule,
     QueryKeyValue,
     UnsupportedArchitectureError,
 )
+from lightning_goldy.core.architecture.experts import is_experts
 from lightning_goldy.core.naming import canonical_name, model_class
 from lightning_goldy.core.registry import Registry
 
@@ -53,8 +57,8 @@ class FamilySpec:
         attention: The module that contains the attention function and the output projection.
         output: The attention output projection.
         query_key_value: Three paths, or one fused projection; None where the layout is neither.
-        mlp: The modules that make up the MLP, in order of call.
-        mlp_output: The MLP output projection.
+        mlp: The modules that make up the MLP, in order of call; none leaves the MLP undescribed.
+        mlp_output: The MLP output projection, or the module of the experts.
         heads: The head counts; None reads them from the configuration.
     """
 
@@ -62,8 +66,8 @@ class FamilySpec:
     attention: str
     output: str
     query_key_value: tuple[str, str, str] | FusedProjection | None
-    mlp: tuple[str, ...]
-    mlp_output: str
+    mlp: tuple[str, ...] = ()
+    mlp_output: str = ""
     heads: HeadCounts | None = None
 
 
@@ -175,7 +179,24 @@ def inside_prefix(name: str) -> str:
     return f"{name}." if name else ""
 
 
+def _active_name(modules: Mapping[str, nn.Module], name: str) -> str:
+    """The name that leads through ``modules_to_save`` of PEFT to the copy that is called."""
+    if ".modules_to_save." in name or ".original_module" in name:
+        return name
+    active = ""
+    for part in name.split("."):
+        active = join_names(active, part)
+        wrapper: Any = modules.get(active)
+        copies = getattr(wrapper, "modules_to_save", None)
+        if isinstance(copies, nn.ModuleDict):
+            adapter = next((one for one in wrapper.active_adapters if one in copies), None)
+            used = wrapper.disable_adapters is False and adapter is not None
+            active = f"{active}.modules_to_save.{adapter}" if used else f"{active}.original_module"
+    return active
+
+
 def _named(modules: Mapping[str, nn.Module], name: str) -> NamedModule:
+    name = _active_name(modules, name)
     if name not in modules:
         raise UnsupportedArchitectureError(f"there is no module {name!r}")
     return NamedModule(name, modules[name])
@@ -190,7 +211,7 @@ def head_counts(*sources: Any) -> HeadCounts | None:
 
     heads = read("num_attention_heads", "num_heads", "n_heads", "n_head")
     width = read("hidden_size", "n_embd", "d_model", "embed_dim")
-    head_dim = read("v_head_dim", "head_dim", "attention_head_size", "head_size") or (
+    head_dim = read("v_head_dim", "head_dim", "attention_head_size", "head_size", "key_value_proj_dim") or (
         width and heads and width // heads
     )
     if not heads or not head_dim:
@@ -239,9 +260,13 @@ def _projection(part: NamedModule, layout: HeadLayout, side: Literal["in", "out"
     if base is not module:
         factor = "lora_A" if side == "in" else "lora_B"
         adapters = dict(getattr(module, factor, {}).items())
-        if not adapters or len(getattr(module, "lora_magnitude_vector", ())):
+        variants = len(getattr(module, "lora_magnitude_vector", ())) or getattr(module, "lora_variant", None)
+        if not adapters or variants:
             obstacle = f"it is adapted by {model_class(module)} in a form other than plain LoRA"
         for name, adapter in adapters.items():
+            if isinstance(adapter, nn.Parameter):  # AdaLoRA keeps its factors in a ParameterDict
+                axes.append((getattr(module, factor), f"{part.name}.{factor}.{name}", int(side == "in")))
+                continue
             for kind, _ in adapter.named_parameters():
                 if kind == "weight" or side == "out":
                     axes.append((adapter, f"{part.name}.{factor}.{name}.{kind}", int(side == "in")))
@@ -289,27 +314,29 @@ def _projection_at(modules: Mapping[str, nn.Module], name: str) -> NamedModule:
     return part
 
 
-def build_block(
-    modules: Mapping[str, nn.Module], name: str, *, index: int, spec: FamilySpec, counts: HeadCounts
-) -> Block:
-    """One block, read from the paths of its family; widths are the weights' own, for heads may have been removed."""
-    output = _projection_at(modules, join_names(name, spec.output))
+def read_attention(modules: Mapping[str, nn.Module], block: str, spec: FamilySpec, counts: HeadCounts) -> Attention:
+    """A block's attention at the paths of its family; widths are the weights' own, for heads may have been removed."""
+    output = _projection_at(modules, join_names(block, spec.output))
     n_heads = _split(projection_width(output.module, "in"), counts.head_dim, output.name)
-    projections = _query_key_value(modules, name, spec, n_heads, counts.head_dim)
-    groups = projections.key.layout.n_heads if projections else counts.n_key_value_heads
-    attention = _named(modules, join_names(name, spec.attention))
-    return Block(
-        index=index,
-        name=name,
-        module=modules[name],
-        attention_name=attention.name,
-        attention=attention.module,
+    projections = _query_key_value(modules, block, spec, n_heads, counts.head_dim)
+    attention = _named(modules, join_names(block, spec.attention))
+    return Attention(
+        name=attention.name,
+        module=attention.module,
         output=_projection(output, HeadLayout(n_heads, counts.head_dim), "in"),
-        mlp_parts=tuple(_named(modules, join_names(name, path)) for path in spec.mlp),
-        mlp_output_part=_projection_at(modules, join_names(name, spec.mlp_output)),
-        n_key_value_heads=groups,
+        n_key_value_heads=projections.key.layout.n_heads if projections else counts.n_key_value_heads,
         query_key_value=projections,
     )
+
+
+def _read_mlp(modules: Mapping[str, nn.Module], block: str, spec: FamilySpec) -> MLP | Missing:
+    if not spec.mlp:
+        return Missing("its family was registered without an MLP")
+    parts = tuple(_named(modules, join_names(block, path)) for path in spec.mlp)
+    output = _named(modules, join_names(block, spec.mlp_output))
+    if not is_experts(output.module):
+        output = _projection_at(modules, output.name)
+    return MLP(parts, output, (output,))
 
 
 def read_registered(modules: Mapping[str, nn.Module], owner: str, *, config: Any, spec: FamilySpec) -> Architecture:
@@ -321,13 +348,19 @@ def read_registered(modules: Mapping[str, nn.Module], owner: str, *, config: Any
         name
         for name, module in modules.items()
         if name.startswith(inside_prefix(owner)) and f".{name}".endswith(f".{spec.blocks}")
-        if isinstance(module, nn.ModuleList) and f"{name}.0.{spec.output}" in modules
+        if isinstance(module, nn.ModuleList) and _active_name(modules, f"{name}.0.{spec.output}") in modules
     )
     name = next(lists, None)
     if name is None:
         raise UnsupportedArchitectureError(f"there is no list {spec.blocks!r} of blocks with {spec.output!r}")
     blocks = tuple(
-        build_block(modules, join_names(name, child), index=index, spec=spec, counts=counts)
+        Block(
+            index=index,
+            name=(block := join_names(name, child)),
+            module=modules[block],
+            attention_part=read_attention(modules, block, spec, counts),
+            mlp_part=_read_mlp(modules, block, spec),
+        )
         for index, child in enumerate(modules[name]._modules)
     )
     return Architecture(config.model_type, "registry", blocks, *vars(counts).values())

@@ -87,7 +87,8 @@ class HeadGates(nn.Module):
         kind: ``buffer`` for gates of 0 and 1; ``parameter`` for trainable ones (``values``, float32, from 1), of which
             the closed are 0 whatever their value. DistributedDataParallel averages the gradient of ``values`` only if
             the gates are part of the module that it wraps.
-        architecture: The model's description; found when None.
+        architecture: The model's description; found when None. That of a decoder alone gates the decoder's heads.
+        sample_batch: What a model of an unregistered family can be called with to find its heads; made up when None.
 
     Raises:
         HeadError: The model has gates already.
@@ -113,6 +114,7 @@ class HeadGates(nn.Module):
         *,
         kind: Literal["buffer", "parameter"] = "buffer",
         architecture: Architecture | None = None,
+        sample_batch: Any = None,
     ) -> None:
         super().__init__()
         require_choice("kind of gates", kind, ("buffer", "parameter"))
@@ -121,8 +123,10 @@ class HeadGates(nn.Module):
         if HeadGates.of(model) is not None:
             raise HeadError(f"{model_class(model)} has gates already: HeadGates.of(model) finds them")
         # In a tuple, so that the blocks' modules do not become modules of the gates.
-        self._described = (architecture or describe_architecture(model),)
-        self._sizes = tuple(block.n_heads for block in self.architecture.blocks)
+        self._described = (architecture or describe_architecture(model, sample_batch=sample_batch),)
+        # Refuses attention that could not be told; a layer without attention has no head.
+        described = {block.index for block in self.architecture.attention_blocks}
+        self._sizes = tuple(block.n_heads * (block.index in described) for block in self.architecture.blocks)
         device = next(model.parameters()).device
         # Hooks of validation run in inference mode, whose tensors could not be written to later.
         with torch.inference_mode(False):
@@ -136,7 +140,8 @@ class HeadGates(nn.Module):
         self._factors: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
         self._measured: Tensor | None = None
         for layer, block in enumerate(self.architecture.blocks):
-            block.attention_output.register_forward_pre_hook(_LayerGate(self, layer))
+            if block.has_attention:
+                block.attention_output.register_forward_pre_hook(_LayerGate(self, layer))
 
     @staticmethod
     def of(model: nn.Module) -> HeadGates | None:
@@ -238,7 +243,7 @@ class HeadGates(nn.Module):
 
     def remove(self) -> None:
         """Takes the gates off the model, which then computes with all heads again."""
-        for block in self.architecture.blocks:
+        for block in self.architecture.attention_blocks:
             hooks = block.attention_output._forward_pre_hooks
             for key in [key for key, hook in hooks.items() if isinstance(hook, _LayerGate) and hook.gates is self]:
                 del hooks[key]

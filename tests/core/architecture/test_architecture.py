@@ -144,10 +144,23 @@ def test_only_modules_are_described() -> None:
         describe_architecture({})  # type: ignore[arg-type]
 
 
-def test_encoder_decoder_is_refused() -> None:
+def test_encoder_and_decoder_are_described_together_or_by_name() -> None:
     config = hf.T5Config(vocab_size=VOCABULARY, d_model=16, d_kv=4, d_ff=8, num_layers=1, num_heads=4)
-    with pytest.raises(UnsupportedArchitectureError, match="two stacks"):
-        describe_architecture(hf.T5ForConditionalGeneration(config))
+    model = hf.T5ForConditionalGeneration(config)
+    both = describe_architecture(model)
+    assert [(block.index, block.name) for block in both.blocks] == [(0, "encoder.block.0"), (1, "decoder.block.0")]
+    assert both.blocks[1].attention_output is model.decoder.block[0].layer[0].SelfAttention.o
+    assert both.blocks[1].mlp_output is model.decoder.block[0].layer[2].DenseReluDense.wo
+    for name in ("encoder", "decoder"):
+        (block,) = describe_architecture(model, stack=name).blocks
+        (alone,) = describe_architecture(getattr(model, name)).blocks
+        assert (block.index, block.name) == (0, f"{name}.block.0")
+        assert block.attention is alone.attention
+        assert block.value.module is alone.value.module is block.attention.v
+    with pytest.raises(ValueError, match="unknown stack 'middle'"):
+        describe_architecture(model, stack="middle")  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedArchitectureError, match="names a part of an encoder-decoder, which this is not"):
+        describe_architecture(build("llama"), stack="decoder")
 
 
 @pytest.fixture

@@ -13,8 +13,10 @@ import transformers as hf
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
+from lightning_goldy.analysis import attention_maps, attention_statistics, head_importance
 from lightning_goldy.core.architecture import (
     Architecture,
+    HeadGates,
     UnsupportedArchitectureError,
     available_architectures,
     describe_architecture,
@@ -233,8 +235,10 @@ def test_missing_projections_are_named() -> None:
     model = TinyModel()
     model.layers[2].down = nn.Identity()
     model.layers[2].up = nn.Identity()
+    block = describe_architecture(model, sample_batch=torch.ones(1, 4, 8)).blocks[2]
+    assert block.attention_output is model.layers[2].attention.proj
     with pytest.raises(UnsupportedArchitectureError, match=r"no MLP output projection.*'layers\.2'"):
-        describe_architecture(model, sample_batch=torch.ones(1, 4, 8))
+        _ = block.mlp_output
 
 
 def test_depths_that_share_one_block_are_refused() -> None:
@@ -247,7 +251,151 @@ def test_depths_that_share_one_block_are_refused() -> None:
         describe_architecture(shared, sample_batch=torch.ones(1, 4, 8))
 
 
-def test_experts_without_an_output_projection_are_refused() -> None:
-    model = hf.MixtralForCausalLM(hf.MixtralConfig(**GROUPED, num_local_experts=2))
-    with pytest.raises(UnsupportedArchitectureError, match=r"no MLP output projection.*mixture-of-experts"):
-        describe_architecture(model)
+def test_a_mixture_is_its_routed_and_its_shared_experts() -> None:
+    options = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+    model = hf.Qwen2MoeForCausalLM(hf.Qwen2MoeConfig(**GROUPED, **options, shared_expert_intermediate_size=12))
+    for block, layer in zip(describe_architecture(model).blocks, model.model.layers, strict=True):
+        assert block.mlp is block.mlp_output is layer.mlp
+        assert [part.module for part in block.mlp_writers] == [layer.mlp.experts, layer.mlp.shared_expert.down_proj]
+
+
+class Expert(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.relu(self.up(x)))
+
+
+class ListOfExperts(nn.Module):
+    """Of three experts a probe meets one alone."""
+
+    def __init__(self, rest: bool) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([Expert() for _ in range(3)])
+        self.rest = rest
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.experts[1](x) + (x / 2 if self.rest else 0)
+
+
+class MixedBlock(TinyBlock):
+    def __init__(self, rest: bool) -> None:
+        super().__init__()
+        del self.up, self.down, self.gate
+        self.moe = ListOfExperts(rest)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.attention(x) + self.moe(x)
+
+
+def test_experts_in_a_list_are_all_writers_also_those_that_did_not_run() -> None:
+    model = TinyModel()
+    model.layers = nn.ModuleList([MixedBlock(rest=False) for _ in range(2)])
+    block = describe_architecture(model, sample_batch=torch.ones(1, 4, 8)).blocks[1]
+    assert block.mlp_output is model.layers[1].moe
+    assert [part.module for part in block.mlp_writers] == [expert.down for expert in model.layers[1].moe.experts]
+
+
+def test_an_mlp_with_a_part_that_its_writers_do_not_write_is_refused_where_it_is_asked_for() -> None:
+    model = TinyModel()
+    model.layers = nn.ModuleList([MixedBlock(rest=True) for _ in range(2)])
+    block = describe_architecture(model, sample_batch=torch.ones(1, 4, 8)).blocks[1]
+    assert block.attention_output is model.layers[1].attention.proj
+    with pytest.raises(UnsupportedArchitectureError, match=r"'layers\.1'.*'layers\.\d\.moe' has a part that"):
+        _ = block.mlp_output
+
+
+class ShuffledAttention(TinyAttention):
+    """Mixes its heads before the output projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("order", torch.tensor([0, 4, 1, 5, 2, 6, 3, 7]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).unflatten(-1, (3, 2, 4)).transpose(1, 3).unbind(2)
+        mixed = torch.softmax(query @ key.mT, -1) @ value
+        return self.proj(mixed.transpose(1, 2).flatten(2)[..., self.order])
+
+
+def test_heads_that_are_no_slices_of_the_projections_input_are_refused() -> None:
+    model = TinyModel()
+    for layer in model.layers:
+        layer.attention = ShuffledAttention()
+    architecture = describe_architecture(model, sample_batch=torch.ones(1, 4, 8))
+    assert architecture.blocks[0].mlp_output is model.layers[0].down
+    with pytest.raises(
+        UnsupportedArchitectureError, match=r"'layers\.0': 'layers\.0\.attention\.proj' is not verified"
+    ):
+        HeadGates(model, architecture=architecture)
+
+
+class SideBlock(TinyBlock):
+    """After its MLP a small gated path, as of per-layer inputs, writes to the residual stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.up, self.down, self.gate
+        self.feed_forward = Expert()
+        self.per_layer_gate, self.per_layer_projection = nn.Linear(8, 4), nn.Linear(4, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(x)
+        x = x + self.feed_forward(x)
+        return x + self.per_layer_projection(F.relu(self.per_layer_gate(x)))
+
+
+def test_a_path_beside_the_mlp_is_not_taken_for_it() -> None:
+    model = TinyModel()
+    model.layers = nn.ModuleList([SideBlock() for _ in range(2)])
+    block = describe_architecture(model, sample_batch=torch.ones(1, 4, 8)).blocks[0]
+    assert block.mlp is model.layers[0].feed_forward
+    assert block.mlp_output is model.layers[0].feed_forward.down
+
+
+HYBRIDS = {
+    "jamba": lambda: hf.JambaForCausalLM(
+        hf.JambaConfig(
+            **GROUPED,
+            num_experts=4,
+            attn_layer_period=2,
+            attn_layer_offset=1,
+            expert_layer_period=2,
+            expert_layer_offset=1,
+            use_mamba_kernels=False,
+            mamba_d_state=4,
+            mamba_dt_rank=4,
+        )
+    ),
+    "lfm2": lambda: hf.Lfm2ForCausalLM(hf.Lfm2Config(**GROUPED, layer_types=["conv", "full_attention"])),
+}
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_hybrids_keep_the_attention_that_they_have(family: str) -> None:
+    torch.manual_seed(0)
+    model = HYBRIDS[family]().eval()
+    architecture = describe_architecture(model)
+    first, second = architecture.blocks
+    assert (first.has_attention, first.n_heads, second.n_heads) == (False, 0, 4)
+    assert architecture.attention_blocks == (second,)
+    assert [block.mlp_output_name.split(".")[3] for block in architecture.mlp_blocks] == ["feed_forward"] * 2
+    with pytest.raises(UnsupportedArchitectureError, match=r"'model\.layers\.0': it computes no attention"):
+        _ = first.attention
+    gates = HeadGates(model, architecture=architecture)
+    assert gates.heads == ((1, 0), (1, 1), (1, 2), (1, 3))
+    batch = {"input_ids": torch.randint(2, VOCABULARY, (2, 6))}
+    scores = head_importance(model, [batch], strategy="combined", weights={"entropy": 0.5, "ablation": 0.5}).scores
+    assert bool(scores[0].isnan().all() and scores[1].isfinite().all())
+    gates.disable([(1, 2)])
+    with torch.no_grad():
+        closed = model(**batch).logits
+        gates.remove()
+        for part in second.output_slice(2):
+            part.of(part.parameter).zero_()
+        torch.testing.assert_close(model(**batch).logits, closed)
+    found = attention_statistics(model, [batch])
+    assert bool(found.entropy[0].isnan().all() and found.entropy[1].isfinite().all())
+    assert attention_maps(model, batch).layers == (1,)

@@ -9,13 +9,16 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_goldy.core.architecture import UnsupportedArchitectureError, describe_architecture
+from lightning_goldy.core.architecture import HeadGates, UnsupportedArchitectureError, describe_architecture
 from tests.references.architecture_models import (
     REGISTERED,
     build,
     check_output_slices,
     check_query_key_slices,
     check_value_slices,
+    columns_of,
+    gated,
+    logits,
     lora,
 )
 
@@ -134,3 +137,49 @@ def test_packed_weight_refuses_slices() -> None:
     assert block.n_heads == 4
     with pytest.raises(UnsupportedArchitectureError, match=r"layers\.0\.self_attn\.o_proj.*packed"):
         block.output_slice(0)
+
+
+@pytest.mark.parametrize("saved", ["o_proj", "mlp"])
+def test_modules_to_save_are_looked_through(saved: str) -> None:
+    model = lora("llama", ["q_proj"], modules_to_save=[saved])
+    architecture = describe_architecture(model)
+    block = architecture.blocks[0]
+    trained = block.attention_output if saved == "o_proj" else block.mlp_output
+    assert all(weight.requires_grad for weight in trained.parameters())
+    assert "modules_to_save.default" in (block.attention_output_name if saved == "o_proj" else block.mlp_output_name)
+    check_output_slices(model, architecture)
+
+
+@pytest.mark.parametrize("family", ["llama", "stablelm"])
+def test_adalora_keeps_its_factors_by_head(family: str) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.AdaLoraConfig(init_r=4, target_modules=["o_proj", "v_proj"], total_step=20)
+    model = peft.get_peft_model(build(family), config)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    architecture = describe_architecture(model.eval())
+    assert architecture.blocks[0].output_slice(1)[1].name.endswith("o_proj.lora_A.default")
+    check_output_slices(model, architecture)
+    check_value_slices(model, architecture)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("VeraConfig", {"r": 2}), ("LoraConfig", {"r": 2, "use_dora": True}), ("LoHaConfig", {"r": 2})],
+)
+def test_heads_of_other_adapters_are_gated_and_not_cut(kind: str, options: dict[str, Any]) -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(build("llama"), getattr(peft, kind)(target_modules=["o_proj"], **options)).eval()
+    architecture = describe_architecture(model)
+    with pytest.raises(UnsupportedArchitectureError, match="in a form other than plain LoRA"):
+        architecture.blocks[0].output_slice(0)
+    clean = logits(model)
+    gates = HeadGates(model, architecture=architecture)
+    gates.disable([(0, 1)])
+    with gated(architecture.blocks[0].attention_output, [columns_of(architecture, 1)]):
+        expected = logits(model)
+    assert torch.equal(logits(model), expected)
+    assert not torch.allclose(expected, clean)
