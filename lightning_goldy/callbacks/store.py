@@ -238,7 +238,8 @@ def steps_so_far(trainer: L.Trainer) -> int:
 
     Under manual optimization ``global_step`` counts the steps of all optimizers, however many there are per batch.
     """
-    if trainer.lightning_module.automatic_optimization:
+    module = getattr(trainer, "lightning_module", None)
+    if module is None or module.automatic_optimization:
         return trainer.global_step
     return trainer.fit_loop.epoch_loop.total_batch_idx + 1
 

@@ -189,6 +189,7 @@ class OfTrainable(Finetune):
         return torch.optim.AdamW([each for each in self.parameters() if each.requires_grad], lr=1e-2)
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.parametrize("refreeze", [False, True])
 def test_what_becomes_trainable_belongs_to_the_change(tmp_path, refreeze):
     before = start()
