@@ -108,7 +108,6 @@ _ALONE = (
     "--trainer.num_nodes=1",
     "--trainer.strategy=auto",
     "--trainer.logger=false",
-    "--trainer.limit_val_batches=1",
     "--trainer.callbacks=null",
     "--trainer.enable_checkpointing=false",
     "--trainer.enable_progress_bar=false",
@@ -138,9 +137,21 @@ def run_configured(make: Callable[[], CallbackT], settings: Sequence[str], folde
             raise ValueError(f"{type(cli.model).__name__} has no validation_step, without which it cannot be set up")
         atomic_write(folder / "config.yaml", cli.parser.dump(cli.config, skip_none=False))
         callback = make()
-        cli.trainer.callbacks = [callback]  # type: ignore[attr-defined]
+        cli.trainer.callbacks = [_OneBatch(cli.trainer), callback]  # type: ignore[attr-defined]
         cli.trainer.validate(cli.model, cli.datamodule, verbose=False)
     return callback
+
+
+class _OneBatch(L.Callback):
+    """Lets the ignored evaluation take one batch, and whoever reads the validation set as many as are configured."""
+
+    def __init__(self, trainer: L.Trainer) -> None:
+        # A run that validates nothing has a validation set all the same.
+        self._configured = trainer.limit_val_batches or 1.0
+        trainer.limit_val_batches = 1
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.limit_val_batches = self._configured
 
 
 class _SetupCLI(GoldyCLI):
