@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_goldy.core.files import PlainError
 from lightning_goldy.core.naming import canonical_name, suggestion
 from lightning_goldy.core.sharding import unshard_guard
 
 
-class SpaceError(ValueError):
+class SpaceError(PlainError):
     """Two parameter spaces differ, or a selection is empty; the message names the first difference."""
 
 
