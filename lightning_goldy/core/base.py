@@ -194,7 +194,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         StoreError: It is empty, not a whole checkpoint of plain data, or has no ``state_dict``.
     """
     if path.is_file() and not path.stat().st_size:
-        raise StoreError(f"{path}: an empty file, of 0 bytes, is no checkpoint: whatever wrote it was stopped")
+        raise StoreError(
+            f"{path}: not a whole checkpoint of plain data; no code in it is run (the file is empty, 0 bytes)"
+        )
     try:
         # weights_only: a checkpoint is data, and nothing in it may run.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

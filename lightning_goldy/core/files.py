@@ -88,14 +88,14 @@ def parse_json(text: str | bytes) -> Any:
     try:
         value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant, **hooks)
     except RecursionError as error:
-        raise ValueError(f"nested deeper than {MOST_DEPTH} levels") from error
+        raise ValueError(f"nested too deeply, beyond {MOST_DEPTH} levels") from error
     level = [value] if isinstance(value, (dict, list)) else []
     for _ in range(MOST_DEPTH):
         inner = (item for outer in level for item in (outer.values() if isinstance(outer, dict) else outer))
         level = [item for item in inner if isinstance(item, (dict, list))]
         if not level:
             return value
-    raise ValueError(f"nested deeper than {MOST_DEPTH} levels")
+    raise ValueError(f"nested too deeply, beyond {MOST_DEPTH} levels")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

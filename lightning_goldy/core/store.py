@@ -179,7 +179,7 @@ def save_vectors(
         write: Whether this process writes.
 
     Raises:
-        ValueError: A mask that is not boolean, or an unknown kind.
+        ValueError: A mask that is not boolean, a tensor in a dtype that its parameter cannot have, or an unknown kind.
         OSError: The file cannot be written, as on a full disk; the message names it.
 
     Example:
@@ -196,17 +196,21 @@ def save_vectors(
     stored: dict[str, Tensor] = {}
     storages: set[int] = set()
     encodings = []
-    for name, tensor in vector.items():
+    for (name, tensor), dtype in zip(vector.items(), vector.space.dtypes, strict=True):
         if kind == "mask":
             # Before the gathering, so that no process is left waiting in it.
             require_boolean(tensor, name)
+        elif kind != "values" and not _may_be_kept(tensor.dtype, dtype, kind):
+            raise ValueError(f"{name}: {kind} of a parameter in {dtype} cannot be saved in {tensor.dtype}")
         full = gather(tensor)
         if not write:
             continue
         if kind == "mask":
             stored[name], encoding = pack_mask(full, name)
         else:
-            dense, encoding = full.to("cpu").contiguous(), "dense"
+            # Values that are not in their parameter's dtype are kept in one that holds both.
+            kept = full.dtype if kind != "values" else torch.promote_types(full.dtype, dtype)
+            dense, encoding = full.to("cpu", kept).contiguous(), "dense"
             storage = dense.untyped_storage().data_ptr()
             # safetensors refuses tensors that share memory.
             stored[name] = dense.clone() if storage in storages else dense
@@ -408,13 +412,16 @@ def _check_stored(path: str | Path, file: Any, header: VectorHeader, space: Para
             continue
         if found != tuple(shape):
             raise StoreError(f"{path}: {name} is stored with shape {found}, its header says {tuple(shape)}")
-        # Moments and directions of parameters in low precision may be kept in a higher one.
-        may_differ = header.kind != "result" and kind.is_floating_point and dtype.is_floating_point
-        if kind != dtype and not (may_differ and (header.kind == "direction" or kind.itemsize > dtype.itemsize)):
-            stated = str(dtype).removeprefix("torch.")
-            raise StoreError(
-                f"{path}: {name} is stored as {str(kind).removeprefix('torch.')}, its header says {stated}"
-            )
+        if not _may_be_kept(kind, dtype, header.kind):
+            names = [str(each).removeprefix("torch.") for each in (kind, dtype)]
+            raise StoreError(f"{path}: {name} is stored as {names[0]}, its header says {names[1]}")
+
+
+def _may_be_kept(stored: torch.dtype, parameter: torch.dtype, kind: Kind) -> bool:
+    """Whether a tensor of a parameter may have a dtype: a direction any of floats, values also a wider one."""
+    floats = stored.is_floating_point and parameter.is_floating_point
+    wider = kind == "direction" or (kind == "values" and stored.itemsize > parameter.itemsize)
+    return stored == parameter or (floats and wider)
 
 
 def _references(path: Any, header: VectorHeader, space: ParameterSpace, module: nn.Module) -> dict[str, nn.Parameter]:

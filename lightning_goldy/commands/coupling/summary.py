@@ -41,9 +41,9 @@ from lightning_goldy.commands.coupling.run import (
     strong_pairs,
     write_pairs,
 )
+from lightning_goldy.core import store
 from lightning_goldy.core.files import atomic_write, finite, printable
 from lightning_goldy.core.naming import model_class
-from lightning_goldy.core import store
 from lightning_goldy.report.figures import draw_figures
 from lightning_goldy.report.formatting import format_bytes, format_number, format_percent, format_seconds
 from lightning_goldy.report.page import write_report
