@@ -95,15 +95,21 @@ class _Unattached(str):
     def __eq__(self, other: object) -> bool:
         same = str.__eq__(self, other)
         if same is True and isinstance(other, _Unattached) and other.callback is not self.callback:
-            raise ValueError(_same_name(self.callback.name))
+            raise SameNameError(self.callback)
         return same
 
     def __ne__(self, other: object) -> bool:
         return not self == other
 
 
-def _same_name(name: str) -> str:
-    return f"two callbacks are called {name!r}; give each of them its own name="
+class SameNameError(ValueError, RuntimeError):
+    """Two callbacks of a trainer have one name; a RuntimeError too, as Lightning raises of any two that it cannot tell."""
+
+    def __init__(self, callback: AnalysisCallback[Any]) -> None:
+        super().__init__(
+            f"two callbacks are called {callback.name!r}, so that their results and states would be one; give each of "
+            f"them its own name= (more than one stateful callback of type `{type(callback).__name__}`, or two of a name)"
+        )
 
 
 class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
@@ -212,7 +218,7 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
             return
         names = [callback.name for callback in trainer.callbacks if isinstance(callback, AnalysisCallback)]  # type: ignore[attr-defined]
         if names.count(self.name) > 1:
-            raise ValueError(_same_name(self.name))
+            raise SameNameError(self)
         if type(trainer.strategy).__name__ == "FSDPStrategy":
             raise ValueError(
                 f"{type(self).__name__} cannot work with FSDPStrategy (FSDP1), whose flat parameters merge weights "

@@ -78,7 +78,9 @@ class ParameterSpace:
         unshard_guard(module)
         parameters = dict(trainable_parameters(module))
         if not parameters:
-            raise SpaceError(f"{type(module).__name__} has no trainable parameter: every requires_grad is False")
+            raise SpaceError(
+                f"{type(module).__name__} has no trainable parameter: each is frozen (requires_grad is False) or empty"
+            )
         for pattern in (*include, *exclude):
             if not any(fnmatch.fnmatchcase(name, pattern) for name in parameters):
                 raise SpaceError(
@@ -178,7 +180,7 @@ class ParameterSpace:
 
 
 def trainable_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Canonical names and parameters that require gradients, tied weights once.
+    """Canonical names and parameters that require gradients and have elements, tied weights once.
 
     Raises:
         SpaceError: The module is wrapped by FSDP1, whose flat parameters have no meaning one by one.
@@ -190,7 +192,7 @@ def trainable_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]
                 f"{name} is part of a flat parameter of FullyShardedDataParallel (FSDP1), which merges weights across "
                 "layers; use FSDP2: ModelParallelStrategy with torch.distributed.fsdp.fully_shard in configure_model"
             )
-        if parameter.requires_grad:
+        if parameter.requires_grad and parameter.numel():
             yield canonical_name(name), parameter
 
 
