@@ -103,12 +103,12 @@ class _Unattached(str):
 
 
 class SameNameError(ValueError, RuntimeError):
-    """Two callbacks of a trainer have one name; a RuntimeError too, as Lightning raises of any two that it cannot tell."""
+    """Two callbacks of a trainer have one name; a RuntimeError too, as Lightning raises where states have one key."""
 
     def __init__(self, callback: AnalysisCallback[Any]) -> None:
         super().__init__(
-            f"two callbacks are called {callback.name!r}, so that their results and states would be one; give each of "
-            f"them its own name= (more than one stateful callback of type `{type(callback).__name__}`, or two of a name)"
+            f"two callbacks are called {callback.name!r}, or more than one stateful callback of type "
+            f"`{type(callback).__name__}` has no name of its own; give each of them its own name="
         )
 
 

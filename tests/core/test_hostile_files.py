@@ -1,4 +1,4 @@
-"""Files that lie or are damaged: each reader refuses them in one line with path and reason, and allocates nothing big."""
+"""Files that lie or are damaged: each reader refuses them in one line, with path and reason, and allocates nothing."""
 
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ from lightning_goldy.core.base import read_base, read_checkpoint
 from lightning_goldy.core.files import PlainError, RowError, append_row, atomic_write, parse_json, read_rows
 from lightning_goldy.core.store import read_header, save_vectors, unpack_mask
 from lightning_goldy.data import load_pieces
-from lightning_goldy.report import write_report
 from lightning_goldy.report.figures import ReportError
 from lightning_goldy.report.run import read_run
 from tests.core.test_store import small
@@ -94,8 +93,9 @@ def test_errors_are_one_line_that_steers_no_terminal() -> None:
     assert str(error).startswith("a b\\x1b[31m\\r\\u202e\\ud800xx")
     assert str(error).isprintable()
     assert len(str(error)) < 4100
-    unknown = pytest.raises(KeyError, ParameterSpace.of(nn.Linear(1, 1)).index, f"{ESCAPE}weight").value
-    assert str(unknown).isprintable()
+    with pytest.raises(KeyError) as unknown:
+        ParameterSpace.of(nn.Linear(1, 1)).index(f"{ESCAPE}weight")
+    assert str(unknown.value).isprintable()
 
 
 # Vector files
@@ -345,7 +345,6 @@ def test_a_folder_of_rows_and_a_table_that_is_none(tmp_path: Path) -> None:
     atomic_write(path, json.dumps(ROW) + "\n")
     for table in (b"step,loss\n1,\x00\n", b'step,loss\n1,"' + b"9" * 200_000, b"step,loss\n1e300,1\n1e999,2\nnan,3\n"):
         atomic_write(tmp_path / "metrics.csv", table)
-        assert Path(write_report(tmp_path)).is_file()
         assert read_run(tmp_path).training.curves == {}
     path.unlink()
     path.mkdir()
@@ -359,9 +358,9 @@ def test_a_folder_of_rows_and_a_table_that_is_none(tmp_path: Path) -> None:
         ({"step": "3"}, "'step' must be int, got '3'"),
         ({"step": True}, "'step' must be int, got True"),
         ({"files": {"mask": "../secret"}}, r"'files' must hold names without a folder, got '\.\./secret'"),
-        ({"files": {"mask": "/etc/passwd"}}, "names without a folder"),
-        ({"files": {"mask": 3}}, "names without a folder"),
-        ({"files": ["mask"]}, "must be objects"),
+        ({"files": {"mask": "/etc/passwd"}}, "'files' must hold names without a folder"),
+        ({"files": {"mask": 3}}, "'files' must hold names without a folder"),
+        ({"files": ["mask"]}, "'result' and 'files' must be objects"),
     ],
 )
 def test_a_resume_reads_rows_and_nothing_else(tmp_path: Path, change: dict[str, Any], match: str) -> None:
@@ -494,6 +493,14 @@ def damaged(draw: st.DrawFn, content: bytes) -> bytes:
     return content
 
 
+def fault_of(read: Callable[[Path], Any], path: Path) -> str:
+    try:
+        read(path)
+    except PlainError as error:
+        return str(error)
+    return ""
+
+
 @pytest.mark.parametrize("name", FILES)
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
@@ -504,10 +511,6 @@ def test_damage_of_any_kind_is_an_error_of_one_plain_line_or_harmless(
     path = tmp_path_factory.getbasetemp() / "damaged" / name
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(data.draw(damaged(content)))
-    try:
-        read(path)
-    except PlainError as error:
-        assert str(error).isprintable()
-        assert (
-            path.name in str(error) or "results.jsonl" in str(error) or name == "result.json" or "goldy" in str(error)
-        )
+    fault = fault_of(read, path)
+    assert not fault or fault.isprintable()
+    assert not fault or name == "result.json" or path.name in fault or "goldy" in fault
