@@ -79,7 +79,7 @@ class ParameterSpace:
         parameters = dict(trainable_parameters(module))
         if not parameters:
             raise SpaceError(
-                f"{type(module).__name__} has no trainable parameter: every requires_grad is False, or none has an element"
+                f"{type(module).__name__} has no trainable parameter: every requires_grad is False, or all are empty"
             )
         for pattern in (*include, *exclude):
             if not any(fnmatch.fnmatchcase(name, pattern) for name in parameters):
