@@ -11,8 +11,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lightning_goldy.report.formatting import printable
-
 if TYPE_CHECKING:
     from lightning_goldy.data.readers import PieceSet
 
@@ -35,7 +33,7 @@ def convert_pieces(options: argparse.Namespace) -> None:
     found = _load(options, options.limit)
     path = write_pieces(found.pieces, options.output)
     _print(f"{found.source}, format {found.format}", summary_table(found))
-    print(printable(str(path)))
+    print(_plain(str(path)))
 
 
 def show_pieces(options: argparse.Namespace) -> None:
@@ -99,11 +97,17 @@ def _add_counts(table: Table, title: str, counts: Mapping[str, int]) -> None:
         table.add_row(f"  {_shown(reason)}", f"{count:,}")
 
 
+def _plain(text: str) -> str:
+    from lightning_goldy.core.files import printable  # brings torch, which other commands need not wait for
+
+    return printable(text)
+
+
 def _shown(text: str) -> str:
-    return escape(printable(text))
+    return escape(_plain(text))
 
 
 def _print(title: str, table: Table) -> None:
     console = Console()
-    console.print(printable(title), soft_wrap=True, markup=False, highlight=False)
+    console.print(_plain(title), soft_wrap=True, markup=False, highlight=False)
     console.print(table)

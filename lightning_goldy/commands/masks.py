@@ -12,8 +12,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lightning_goldy.report.formatting import printable
-
 if TYPE_CHECKING:
     from lightning_goldy.core.mask import ParameterMask
     from lightning_goldy.core.store import VectorHeader
@@ -113,7 +111,7 @@ def combine_masks(options: argparse.Namespace) -> None:
     result = combined([mask for _, (mask, _) in loaded], cast("Operation", options.operation))
     steps = {each.step for _, (_, each) in loaded}
     result.save(options.output, model=header.model_class, step=steps.pop() if len(steps) == 1 else None)
-    print(f"{printable(options.output)}: {result.total:,} of {result.space.numel:,} elements ({result.density:.4%})")
+    print(f"{_plain(options.output)}: {result.total:,} of {result.space.numel:,} elements ({result.density:.4%})")
 
 
 def _loaded(files: Sequence[str]) -> dict[str, tuple[ParameterMask, VectorHeader]]:
@@ -124,8 +122,14 @@ def _loaded(files: Sequence[str]) -> dict[str, tuple[ParameterMask, VectorHeader
     return {path: (ParameterMask.load(path), read_header(path)) for path in files}
 
 
+def _plain(text: str) -> str:
+    from lightning_goldy.core.files import printable  # brings torch, which other commands need not wait for
+
+    return printable(text)
+
+
 def _shown(text: str) -> str:
-    return escape(printable(text))
+    return escape(_plain(text))
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from lightning_goldy.core.space import ParameterSpace, SpaceError, block_list, trainable_parameters
+from lightning_goldy.core.vector import ParameterVector
 from tests.references.common import selected_reference
 from tests.references.models import build
 
@@ -252,3 +253,15 @@ def test_a_space_is_a_frozen_value() -> None:
     assert space == ParameterSpace.of(Blocks(2))
     with pytest.raises(AttributeError):
         space.names = ()  # type: ignore[misc]
+
+
+def test_empty_parameters_are_no_part_of_a_space():
+    module = nn.Sequential(nn.Linear(2, 1))
+    module[0].register_parameter("extra", nn.Parameter(torch.empty(0, 4)))
+    space = ParameterSpace.of(module)
+    assert space.names == ("0.weight", "0.bias")
+    vector = ParameterVector.of(module)
+    assert vector.map(torch.abs).top_k(50.0).count() == [1, 1]
+    del module[0]._parameters["weight"], module[0]._parameters["bias"]
+    with pytest.raises(SpaceError, match=r"Sequential has no trainable parameter.*or all are empty"):
+        ParameterSpace.of(module)
