@@ -46,7 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
-        print(f"goldy: {error}", file=sys.stderr)
+        from lightning_goldy.core.files import printable  # brings torch, which a command without a fault need not
+
+        print("\n".join(map(printable, f"goldy: {error}".expandtabs().split("\n"))), file=sys.stderr)
         return 2
     return 0
 
@@ -221,7 +223,7 @@ def read_prompts(path: str | Path) -> list[str]:
         # Only at line breaks: str.splitlines also cuts at characters that a prompt may hold.
         lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 text: {error}") from error
+        raise ValueError(f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from error
     prompts = [line for line in lines if line.strip()]
     if not prompts:
         raise ValueError(f"{path} holds no prompt; one per line")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_goldy.core.batches import batch_tensors
+from lightning_goldy.core.files import PlainError, parse_json
 from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.naming import block_of, kind_of
 from lightning_goldy.core.sharding import Replicas
@@ -304,14 +305,23 @@ class AnalysisResult:
         Raises:
             ValueError: The text is not such a result; the first wrong field is named.
         """
-        fields = json.loads(text)
+        try:
+            fields = parse_json(text)
+        except ValueError as error:
+            raise PlainError(f"not a {cls.__name__}: {error}") from error
         known = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(fields, dict) or set(fields) != known:
             wrong = sorted(set(fields) ^ known)[0] if isinstance(fields, dict) else type(fields).__name__
-            raise ValueError(
+            raise PlainError(
                 f"not a {cls.__name__}: unexpected or missing field {wrong!r}; its fields are {sorted(known)}"
             )
-        return cls(**{name: _decode(value) for name, value in fields.items()})
+        values = {}
+        for name, value in fields.items():
+            try:
+                values[name] = _decode(value)
+            except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+                raise PlainError(f"not a {cls.__name__}: field {name!r}: {error}") from error
+        return cls(**values)
 
 
 def _encode(value: Any) -> Any:
@@ -359,7 +369,10 @@ def _decode(value: Any) -> Any:
         return unpack_mask(_decode(packed), torch.Size(shape), encoding)
     if tag == "__tensor__":
         dtype, shape, data = content
-        raw = bytearray(base64.b64decode(data))
+        raw = bytearray(base64.b64decode(data, validate=True))
+        wanted = math.prod(shape) * getattr(torch, dtype).itemsize
+        if min(shape, default=1) < 0 or len(raw) != wanted:
+            raise ValueError(f"{len(raw)} bytes are no {dtype} of shape {[*shape]}")
         if not raw:
             return torch.empty(shape, dtype=getattr(torch, dtype))
         return torch.frombuffer(raw, dtype=torch.uint8).view(getattr(torch, dtype)).view(shape)

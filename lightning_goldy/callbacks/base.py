@@ -92,6 +92,38 @@ class Findings:
         return Row("", self.metrics, self.data, cost=Cost(forwards=self.evaluations))
 
 
+class _Unattached(str):
+    """The state key of a callback that no trainer has set up; Lightning compares those that it is given together."""
+
+    callback: AnalysisCallback[Any]
+
+    def __new__(cls, key: str, callback: AnalysisCallback[Any]) -> _Unattached:
+        made = super().__new__(cls, key)
+        made.callback = callback
+        return made
+
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        same = str.__eq__(self, other)
+        if same is True and isinstance(other, _Unattached) and other.callback is not self.callback:
+            raise SameNameError(self.callback)
+        return same
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+
+class SameNameError(ValueError, RuntimeError):
+    """Two callbacks of a trainer have one name; a RuntimeError too, as Lightning raises where states have one key."""
+
+    def __init__(self, callback: AnalysisCallback[Any]) -> None:
+        super().__init__(
+            f"two callbacks are called {callback.name!r}, or more than one stateful callback of type "
+            f"`{type(callback).__name__}` has no name of its own; give each of them its own name="
+        )
+
+
 class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
     """Base of all callbacks: schedule, isolation, probe, results on disk and in every logger, resume, cost.
 
@@ -115,6 +147,7 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         ValueError: An argument is out of range, or nothing is scheduled.
     """
 
+    _attached = False
     needs_probe = True
     """Whether the analysis runs the model on batches."""
     changes_training = False
@@ -200,7 +233,8 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
     @property
     def state_key(self) -> str:
         """Differs between two callbacks of one class through their names."""
-        return f"{type(self).__qualname__}[{self.name}]"
+        key = f"{type(self).__qualname__}[{self.name}]"
+        return key if self._attached else _Unattached(key, self)
 
     @property
     def folder(self) -> Path:
@@ -211,13 +245,14 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuses what cannot work, before anything is loaded."""
+        self._attached = True
         if stage != "fit":
             return
         # Another fit may have other data; what nobody holds is read anew.
         self._batches, self._reading = [], None
         names = [callback.name for callback in trainer.callbacks if isinstance(callback, AnalysisCallback)]  # type: ignore[attr-defined]
         if names.count(self.name) > 1:
-            raise ValueError(f"two callbacks are called {self.name!r}; give each of them its own name=")
+            raise SameNameError(self)
         if type(trainer.strategy).__name__ == "FSDPStrategy":
             raise ValueError(
                 f"{type(self).__name__} cannot work with FSDPStrategy (FSDP1), whose flat parameters merge weights "

@@ -11,12 +11,14 @@ from typing import Any, ClassVar, Literal, get_args
 import lightning.pytorch as L
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from lightning_goldy.analysis.result import AnalysisResult, Cost, Row
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
-from lightning_goldy.core.batches import sample_count
+from lightning_goldy.core.files import printable
 from lightning_goldy.core.isolation import isolated_rng
 from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.naming import require_choice
@@ -333,8 +335,10 @@ def comparison_table(rows: Sequence[Finetune], numel: int) -> Table:
     table = Table(title="the same start, data and steps; change: norm of the difference to the start")
     for column in ("trained", "elements", "share", "change", *names):
         justify = "left" if column == "trained" else "right"
-        table.add_column(column.replace("_", " "), justify=justify, no_wrap=column not in names)  # type: ignore[arg-type]
+        table.add_column(escape(printable(column.replace("_", " "))), justify=justify, no_wrap=column not in names)  # type: ignore[arg-type]
     for row in rows:
         losses = [f"{row.losses[name]:.4f}" for name in names]
-        table.add_row(row.name, f"{row.elements:,}", f"{row.elements / numel:.2%}", f"{row.change:.4g}", *losses)
+        table.add_row(
+            Text(printable(row.name)), f"{row.elements:,}", f"{row.elements / numel:.2%}", f"{row.change:.4g}", *losses
+        )
     return table

@@ -109,6 +109,37 @@ class RowHistory:
             self._rows, self._stride = self._rows[::2], 2 * self._stride
 
 
+_FIELDS: dict[str, type] = {"analysis": str, "step": int, "trigger": str, "metrics": dict}
+
+
+def row_fault(row: Mapping[str, Any], fields: Iterable[str] = tuple(_FIELDS)) -> str | None:
+    """Why an object is no row of an analysis; None where it is one.
+
+    Args:
+        row: As it was read.
+        fields: Those that it must have.
+
+    Example:
+        >>> row_fault({"analysis": "tiny", "step": "3", "trigger": "end", "metrics": {}})
+        "'step' must be int, got '3'"
+    """
+    for name in fields:
+        if not isinstance(row.get(name), _FIELDS[name]) or isinstance(row[name], bool):
+            return f"{name!r} must be {_FIELDS[name].__name__}, got {row.get(name)!r:.60}"
+    files = row.get("files", {})
+    if not isinstance(row.get("result", {}), dict) or not isinstance(files, dict):
+        return "'result' and 'files' must be objects"
+    # What a resume copies lies beside the row.
+    outside = [
+        name for name in files.values() if not isinstance(name, str) or name in ("", "..") or Path(name).name != name
+    ]
+    return f"'files' must hold names without a folder, got {outside[0]!r:.60}" if outside else None
+
+
+def _resumed_fault(row: Mapping[str, Any]) -> str | None:
+    return row_fault(row, ("step",))
+
+
 class ResultStore:
     """The folder of one callback: ``results.jsonl`` and the files that its rows name.
 
@@ -191,10 +222,10 @@ class ResultStore:
             return
         self._history = None
         if previous.resolve() == self.folder.resolve():
-            filter_rows(self.rows, lambda row: row["step"] <= step)
+            filter_rows(self.rows, lambda row: row["step"] <= step, check=_resumed_fault)
             return
         # The process that wrote there may have been killed within a row.
-        kept = [row for row in read_rows(previous / ROWS, torn="drop") if row["step"] <= step]
+        kept = [row for row in read_rows(previous / ROWS, torn="drop", check=_resumed_fault) if row["step"] <= step]
         for name in sorted({name for row in kept for name in row.get("files", {}).values()}):
             self.carry(previous / name)
         if kept:
@@ -229,7 +260,7 @@ class ResultStore:
 
     def _remembered(self) -> RowHistory:
         if self._history is None:
-            self._history = RowHistory(map(upgraded, read_rows(self.rows)) if self.write else ())
+            self._history = RowHistory(map(upgraded, read_rows(self.rows, check=row_fault)) if self.write else ())
         return self._history
 
 

@@ -27,7 +27,7 @@ from lightning_goldy.commands.fit import check_configs, run_configured
 from lightning_goldy.commands.output import output_folder, print_report
 from lightning_goldy.core.architecture import UnsupportedArchitectureError
 from lightning_goldy.core.base import BaseParameters
-from lightning_goldy.core.files import atomic_write, to_json_line
+from lightning_goldy.core.files import atomic_write, printable, to_json_line
 from lightning_goldy.core.isolation import undisturbed
 from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.space import trainable_parameters
@@ -272,7 +272,7 @@ class CheckpointAnalysis(L.Callback):
 
     def show(self, console: Console) -> None:
         """Prints what was found and what was left out."""
-        print(f"base: {self.base_source}")
+        print(printable(f"base: {self.base_source}"))
         console.print(summary_table(self.rows))
         for row in self.rows:
             if row["name"] == "explain_change":
@@ -280,9 +280,10 @@ class CheckpointAnalysis(L.Callback):
             if row["name"] == "continuations":
                 console.print(continuations_table(row["result"]["continuations"]))
         for name, reason in self.left_out.items():
-            print(f"left out: {name}, because {reason}")
-        print(f"no figures: {self._no_figures}" if self._no_figures else f"figures: {self.folder / FIGURES}")
-        print(f"results: {self.folder / SUMMARY}")
+            print(printable(f"left out: {name}, because {reason}"))
+        figures = f"no figures: {self._no_figures}" if self._no_figures else f"figures: {self.folder / FIGURES}"
+        for line in (figures, f"results: {self.folder / SUMMARY}"):
+            print(printable(line))
 
     def _subject(
         self,

@@ -11,6 +11,7 @@ import lightning.pytorch as L
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from lightning_goldy.analysis.basin import VolumeSurvey, diagonal_preconditioner
@@ -19,7 +20,7 @@ from lightning_goldy.callbacks.store import ResultStore, peak_memory_bytes
 from lightning_goldy.commands.checkpoints import SavedModel, positions, read_saved
 from lightning_goldy.commands.fit import check_configs, run_configured
 from lightning_goldy.commands.output import output_folder, print_report
-from lightning_goldy.core.files import read_rows
+from lightning_goldy.core.files import printable, read_rows
 from lightning_goldy.core.isolation import undisturbed
 from lightning_goldy.report.formatting import format_number
 from lightning_goldy.training.subject import check_probe, find_model, find_objective, find_probe, find_splits
@@ -57,7 +58,7 @@ def measure_checkpoints(
     folder = output_folder(output, _NAME, "basin")
     walk = run_configured(lambda: CheckpointVolumes(saved, survey, splits=splits, folder=folder), settings, folder)
     Console().print(walk.table())
-    print(f"rows: {walk.store.rows}")
+    print(printable(f"rows: {walk.store.rows}"))
     print_report(folder)
     return folder
 
@@ -112,7 +113,7 @@ class CheckpointVolumes(L.Callback):
             table.add_column(heading, justify="right", no_wrap=True)
         for row in read_rows(self.store.rows):
             for volume in row["result"]["volumes"]:
-                table.add_row(*_cells(row, volume))
+                table.add_row(*map(Text, _cells(row, volume)))
         return table
 
     def _adam(self, saved: SavedModel, pl_module: L.LightningModule, model: nn.Module) -> Make | None:
@@ -126,8 +127,8 @@ def _cells(row: dict[str, Any], volume: dict[str, Any]) -> list[str]:
     effective = f"{format_number(volume['effective_sample_size'])} of {len(volume['estimates'])}"
     unbounded = f"{volume['unbounded']} unbounded" if volume["unbounded"] else volume["preconditioner"]
     return [
-        Path(row["result"]["checkpoint"]).name,
-        volume["label"],
+        printable(Path(row["result"]["checkpoint"]).name),
+        printable(volume["label"]),
         format_number(volume["log_volume"]),
         f"{format_number(volume['interval_low'])}\n{format_number(volume['interval_high'])}",
         format_number(volume["bits_per_parameter"]),

@@ -91,7 +91,10 @@ class SavedModel:
             StoreError: The checkpoint is not one.
         """
         checkpoint = self.path if self.path.is_file() else self.path.with_name(f"{self.path.name}.ckpt")
-        return dict(read_checkpoint(checkpoint).get("callbacks") or {}) if checkpoint.is_file() else {}
+        states = read_checkpoint(checkpoint).get("callbacks") or {} if checkpoint.is_file() else {}
+        if not isinstance(states, Mapping):
+            raise StoreError(f"{checkpoint}: its 'callbacks' are no states by name, but {type(states).__name__}")
+        return {str(key): state for key, state in states.items() if isinstance(state, Mapping)}
 
     def curvature(self, pl_module: L.LightningModule, model: nn.Module, space: ParameterSpace) -> ParameterVector:
         """The second moments of the optimizer in a checkpoint.
@@ -106,10 +109,15 @@ class SavedModel:
             ValueError: The saved state does not fit the optimizer, or has no second moments.
         """
         wanted = {id(parameter) for parameter in space.resolve(model).values()}
-        states = read_checkpoint(self.path)["optimizer_states"]
+        states = read_checkpoint(self.path).get("optimizer_states")
+        if not isinstance(states, list):
+            raise StoreError(f"{self.path}: its 'optimizer_states' are no list, but {type(states).__name__}")
         for optimizer, state in zip(_optimizers(pl_module.configure_optimizers()), states, strict=False):
             if wanted <= {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}:
-                return adam_curvature_from_state(state, optimizer, space=space, module=model)
+                try:
+                    return adam_curvature_from_state(state, optimizer, space=space, module=model)
+                except (LookupError, TypeError, AttributeError) as error:
+                    raise StoreError(f"{self.path}: not the state of an optimizer ({error!r})") from error
         raise StoreError(
             f"{self.path}: none of its {len(states)} optimizers holds all {len(space)} parameters; use "
             "--preconditioner none"
@@ -148,7 +156,11 @@ def read_saved(path: str | Path, *, with_optimizer: bool = False) -> SavedModel:
     checkpoint = read_checkpoint(path)
     if with_optimizer and not checkpoint.get("optimizer_states"):
         raise StoreError(f"{path} was saved without the optimizer's state; use --preconditioner none")
-    return SavedModel(path, checkpoint.get("global_step"), int(checkpoint.get("epoch") or 0))
+    counts = {name: checkpoint.get(name) for name in ("global_step", "epoch")}
+    for name, value in counts.items():
+        if value is not None and not (type(value) is int and 0 <= value < 2**53):
+            raise StoreError(f"{path}: its {name!r} is no number of a training, but {value!r:.60}")
+    return SavedModel(path, counts["global_step"], counts["epoch"] or 0)
 
 
 def positions(saved: Sequence[SavedModel]) -> list[tuple[int, SavedModel]]:

@@ -33,7 +33,7 @@ def convert_pieces(options: argparse.Namespace) -> None:
     found = _load(options, options.limit)
     path = write_pieces(found.pieces, options.output)
     _print(f"{found.source}, format {found.format}", summary_table(found))
-    print(path)
+    print(_plain(str(path)))
 
 
 def show_pieces(options: argparse.Namespace) -> None:
@@ -56,7 +56,7 @@ def show_pieces(options: argparse.Namespace) -> None:
         for field in ("question", "answer", "category", "group", "hop", "supporting_fact"):
             value = getattr(piece, field)
             if value is not None:
-                table.add_row(field, escape(str(value)))
+                table.add_row(field, _shown(str(value)))
         _print(piece.id, table)
 
 
@@ -80,7 +80,7 @@ def summary_table(found: PieceSet) -> Table:
     categories = found.categories.most_common()
     table.add_row("categories", f"{len(categories):,}")
     for category, count in categories[:_SHOWN_CATEGORIES]:
-        table.add_row(f"  {escape(category)}", f"{count:,}")
+        table.add_row(f"  {_shown(category)}", f"{count:,}")
     if len(categories) > _SHOWN_CATEGORIES:
         others = sum(count for _, count in categories[_SHOWN_CATEGORIES:])
         table.add_row(f"  {len(categories) - _SHOWN_CATEGORIES:,} others", f"{others:,}")
@@ -94,10 +94,20 @@ def _add_counts(table: Table, title: str, counts: Mapping[str, int]) -> None:
     table.add_section()
     table.add_row(title, f"{sum(counts.values()):,}")
     for reason, count in sorted(counts.items(), key=lambda each: (-each[1], each[0])):
-        table.add_row(f"  {escape(reason)}", f"{count:,}")
+        table.add_row(f"  {_shown(reason)}", f"{count:,}")
+
+
+def _plain(text: str) -> str:
+    from lightning_goldy.core.files import printable  # brings torch, which other commands need not wait for
+
+    return printable(text)
+
+
+def _shown(text: str) -> str:
+    return escape(_plain(text))
 
 
 def _print(title: str, table: Table) -> None:
     console = Console()
-    console.print(title, soft_wrap=True, markup=False, highlight=False)
+    console.print(_plain(title), soft_wrap=True, markup=False, highlight=False)
     console.print(table)

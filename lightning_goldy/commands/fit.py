@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import lightning.pytorch as L
+import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from lightning_goldy.core.files import atomic_write
+from lightning_goldy.core.files import PlainError, atomic_write, printable
 from lightning_goldy.training.quiet import progress_only, without_known_warnings
 from lightning_goldy.training.recipes import all_recipes
 
@@ -32,6 +33,13 @@ class SaveRunConfig(SaveConfigCallback):
         super().setup(trainer, pl_module, stage)
 
 
+class _PlainParser(LightningArgumentParser):
+    """Spells out control characters of the values that its errors quote."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        super().error("\n".join(map(printable, message.split("\n"))), ex)
+
+
 class GoldyCLI(LightningCLI):
     """LightningCLI for :class:`lightning_goldy.GoldyModule`, or any other LightningModule given as ``class_path``."""
 
@@ -43,6 +51,7 @@ class GoldyCLI(LightningCLI):
             subclass_mode_data=True,
             save_config_callback=SaveRunConfig,
             auto_configure_optimizers=False,
+            parser_class=_PlainParser,
             **options,
         )
 
@@ -76,17 +85,40 @@ def run_trainer(arguments: Sequence[str]) -> int:
 
 
 def check_configs(arguments: Sequence[str]) -> None:
-    """Says how to get a configuration that the package carries and that is not in this folder.
+    """Refuses files that cannot be what they were named as, and says how to get a configuration of the package.
 
     Raises:
-        FileNotFoundError: Such a one was named.
+        FileNotFoundError: A configuration that the package carries was named, and is not in this folder.
+        ValueError: A configuration is empty, not UTF-8 or not YAML, or the checkpoint is empty.
     """
-    paths = [value for option, value in pairwise(arguments) if option in ("-c", "--config")]
-    paths += [word.partition("=")[2] for word in arguments if word.startswith("--config=")]
-    for path in paths:
+    for path in _named_by(arguments, "--ckpt_path"):
+        if Path(path).is_file() and not Path(path).stat().st_size:
+            raise ValueError(f"--ckpt_path {path}: an empty file, of 0 bytes, is no checkpoint")
+    for path in [*_named_by(arguments, "-c"), *_named_by(arguments, "--config")]:
+        if Path(path).is_file():
+            _check_text(Path(path))
         name = Path(path).stem
         if not Path(path).exists() and any(recipe.name == name for recipe in all_recipes()):
             raise FileNotFoundError(f"{path} is not here ({Path.cwd()}); bring it with: goldy recipes copy {name}")
+
+
+def _named_by(arguments: Sequence[str], option: str) -> list[str]:
+    following = [value for word, value in pairwise(arguments) if word == option]
+    return following + [word.partition("=")[2] for word in arguments if word.startswith(f"{option}=")]
+
+
+def _check_text(path: Path) -> None:
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        fault = f"byte {error.start} is {error.object[error.start]:#04x}"
+        raise ValueError(f"the configuration {path} is not UTF-8 text: {fault}; save it as UTF-8") from error
+    if not text.strip():
+        raise ValueError(f"the configuration {path} is empty")
+    try:
+        yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise PlainError(f"the configuration {path} is not YAML: {error}") from error
 
 
 @contextmanager

@@ -53,7 +53,7 @@ def show_masks(options: argparse.Namespace) -> None:
         step = "" if header.step is None else f", step {header.step}"
         table = _table(f"{path}: {header.model_class}{step}", ("block", "in the mask", "elements", "density"))
         for row in mask.block_summary():
-            table.add_row(escape(row.block), f"{row.count:,}", f"{row.numel:,}", f"{row.density:.4%}")
+            table.add_row(_shown(row.block), f"{row.count:,}", f"{row.numel:,}", f"{row.density:.4%}")
         table.add_section()
         table.add_row("all", f"{mask.total:,}", f"{mask.space.numel:,}", f"{mask.density:.4%}")
         Console().print(table)
@@ -80,8 +80,8 @@ def compare_masks(options: argparse.Namespace) -> None:
     for (path, first), (other, second) in combinations(zip(options.files, masks, strict=True), 2):
         beyond = first.chance_corrected_overlap(second, scope=options.scope)
         table.add_row(
-            escape(path),
-            escape(other),
+            _shown(path),
+            _shown(other),
             f"{(first & second).total:,}",
             f"{first.chance_overlap(second, scope=options.scope):,.1f}",
             f"{first.jaccard(second):.4f}",
@@ -111,7 +111,7 @@ def combine_masks(options: argparse.Namespace) -> None:
     result = combined([mask for _, (mask, _) in loaded], cast("Operation", options.operation))
     steps = {each.step for _, (_, each) in loaded}
     result.save(options.output, model=header.model_class, step=steps.pop() if len(steps) == 1 else None)
-    print(f"{options.output}: {result.total:,} of {result.space.numel:,} elements ({result.density:.4%})")
+    print(f"{_plain(options.output)}: {result.total:,} of {result.space.numel:,} elements ({result.density:.4%})")
 
 
 def _loaded(files: Sequence[str]) -> dict[str, tuple[ParameterMask, VectorHeader]]:
@@ -122,8 +122,18 @@ def _loaded(files: Sequence[str]) -> dict[str, tuple[ParameterMask, VectorHeader
     return {path: (ParameterMask.load(path), read_header(path)) for path in files}
 
 
+def _plain(text: str) -> str:
+    from lightning_goldy.core.files import printable  # brings torch, which other commands need not wait for
+
+    return printable(text)
+
+
+def _shown(text: str) -> str:
+    return escape(_plain(text))
+
+
 def _table(title: str, columns: Sequence[str]) -> Table:
-    table = Table(title=escape(title), title_justify="left")
+    table = Table(title=_shown(title), title_justify="left")
     for index, column in enumerate(columns):
         is_text = index == 0 or column == "second"
         table.add_column(column, justify="left" if is_text else "right", overflow="fold" if is_text else "ellipsis")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lightning_goldy.callbacks.store import ROWS
+from lightning_goldy.core.files import printable
 
 
 def output_folder(output: str | Path | None, analysis: str, runs: str) -> Path:
@@ -34,6 +35,6 @@ def print_report(folder: Path) -> None:
     from lightning_goldy.report.page import write_report
 
     try:
-        print(f"report: {write_report(folder)}")
+        print(printable(f"report: {write_report(folder)}"))
     except ImportError as error:
-        print(f"no report: {error}")
+        print(printable(f"no report: {error}"))

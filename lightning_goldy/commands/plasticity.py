@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lightning_goldy.analysis.heads import HEAD_SCORES, compact
 from lightning_goldy.analysis.result import Cost, Row
@@ -25,7 +26,7 @@ from lightning_goldy.callbacks.store import ROWS, ResultStore, peak_memory_bytes
 from lightning_goldy.commands.fit import GoldyCLI, check_configs, command_line
 from lightning_goldy.commands.output import output_folder, print_report
 from lightning_goldy.core.architecture import HeadGates
-from lightning_goldy.core.files import atomic_write, read_rows
+from lightning_goldy.core.files import atomic_write, printable, read_rows
 from lightning_goldy.core.isolation import undisturbed
 from lightning_goldy.core.objective import map_batch
 from lightning_goldy.report.formatting import format_number
@@ -159,7 +160,13 @@ def sweep_table(runs: Sequence[Mapping[str, Any]]) -> Table:
             for name in ("open_share", "loss_after_cut", "loss", "cost", "recovery_steps")
         )
         undone = " (undone)" if any(run["rolled_back"] for run in mine) else ""
-        table.add_row(strategy, f"{level:g}", str(cycles), f"{open_share:.0%}{undone}", *map(format_number, means))
+        table.add_row(
+            Text(printable(strategy)),
+            f"{level:g}",
+            str(cycles),
+            f"{open_share:.0%}{undone}",
+            *map(format_number, means),
+        )
     return table
 
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lightning_goldy.core.naming import canonical_name, suggestion
 from lightning_goldy.core.sharding import gather, is_sharded, like, local, scatter_like
 from lightning_goldy.core.space import ParameterSpace
-from lightning_goldy.core.store import HEADER_KEY, StoreError, load_vectors
+from lightning_goldy.core.store import HEADER_KEY, StoreError, load_vectors, open_tensors
 from lightning_goldy.core.vector import ParameterVector
 
 
@@ -188,9 +186,18 @@ def read_base(
             raise StoreError(
                 f"{path}: {name} has shape {tuple(tensors[name].shape)}, the model {tuple(parameter.shape)}"
             )
+        if parameter.is_floating_point() and not _is_plain_float(tensors[name]):
+            raise StoreError(
+                f"{path}: {name} is stored as {str(tensors[name].dtype).removeprefix('torch.')}, a quantised form that "
+                "means nothing without its scales; give a base in float32, bfloat16 or float16"
+            )
         # A copy: the file may be mapped into memory, and be overwritten later.
         values[name] = scatter_like(parameter.detach(), tensors[name].to(parameter.dtype, copy=True))
     return ParameterVector(space, values)
+
+
+def _is_plain_float(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.element_size() > 1
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -200,21 +207,29 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         path: The file.
 
     Raises:
-        StoreError: It is not a whole checkpoint of plain data, or has no ``state_dict``.
+        StoreError: It is empty, not a whole checkpoint of plain data, or has no ``state_dict``.
     """
+    if path.is_file() and not path.stat().st_size:
+        raise StoreError(
+            f"{path}: not a whole checkpoint of plain data; no code in it is run (the file is empty, 0 bytes)"
+        )
     try:
         # weights_only: a checkpoint is data, and nothing in it may run.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # of damaged bytes torch says anything, KeyError and AssertionError included
         raise StoreError(f"{path}: not a whole checkpoint of plain data; no code in it is run ({error})") from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), Mapping):
-        found = sorted(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__
+        found = sorted(map(str, checkpoint))[:20] if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise StoreError(f"{path}: a Lightning checkpoint has a 'state_dict'; this one has {found}")
     return checkpoint
 
 
 def _checkpoint_tensors(path: Path, prefix: str | None, space: ParameterSpace) -> dict[str, Tensor]:
-    state: Mapping[str, Tensor] = read_checkpoint(path)["state_dict"]
+    # Modules may keep other values beside their tensors.
+    kept = read_checkpoint(path)["state_dict"].items()
+    state = {name: value for name, value in kept if isinstance(name, str) and isinstance(value, Tensor)}
+    if not state:
+        raise StoreError(f"{path}: its state_dict holds no tensor")
     if prefix is None:
         state = {canonical_name(name): value for name, value in state.items()}
         prefix = _find_prefix(path, state, space)
@@ -235,12 +250,9 @@ def _find_prefix(path: Path, names: Collection[str], space: ParameterSpace) -> s
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            if HEADER_KEY not in (file.metadata() or {}):
-                return {canonical_name(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise StoreError(f"{path}: not a whole safetensors file ({error})") from error
+    with open_tensors(path) as file:
+        if HEADER_KEY not in (file.metadata() or {}):
+            return {canonical_name(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     vector, header = load_vectors(path)
     if header.kind != "values":
         raise StoreError(f"{path}: a base is a file of values; this is a {header.kind}")

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, whenever the process dies."""
+"""Files that are whole or absent, whenever the process dies, and strict readers of what others may have written."""
 
 from __future__ import annotations
 
@@ -7,18 +7,129 @@ import errno
 import json
 import math
 import os
+import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+MOST_DEPTH = 100
+"""Levels of lists and objects that JSON may be nested; what walks through it goes that deep."""
 
-class StoreError(ValueError):
+_MOST_LETTERS = 4000
+# A number that may lie beyond what a float holds; only then is every number looked at.
+_LONG_NUMBER = re.compile(r"\d{200}|[eE]\+?0*\d{3}")
+
+
+def printable(text: str) -> str:
+    r"""The text with control characters spelt out, so that it can steer no terminal.
+
+    Example:
+        >>> printable("a\n\x1b[31mb")
+        'a↵\\x1b[31mb'
+    """
+    shown = text.replace("\r\n", "\n").replace("\n", "↵")
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in shown)
+
+
+class PlainError(ValueError):
+    r"""An error about what was read: one line that steers no terminal, whatever names and values of a file it quotes.
+
+    Args:
+        message: Lines are joined, control characters spelt out, and the middle of a very long one left out.
+
+    Example:
+        >>> str(PlainError("no parameter\n  '\x1b[2Jweight'"))
+        "no parameter '\\x1b[2Jweight'"
+    """
+
+    def __init__(self, message: object = "") -> None:
+        text = printable(" ".join(line.strip() for line in str(message).split("\n")))
+        if len(text) > _MOST_LETTERS:
+            text = f"{text[: _MOST_LETTERS // 2]} ... {text[-_MOST_LETTERS // 2 :]}"
+        super().__init__(text)
+
+
+class StoreError(PlainError):
     """A file is not what it should be; the message names the file and the first difference."""
 
 
-class RowError(ValueError):
+class RowError(PlainError):
     """A file of JSON lines holds something else; the message names the file and the line."""
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What strict JSON says, in numbers that a float holds and no deeper than 100 levels.
+
+    Args:
+        text: The whole document; bytes are UTF-8.
+
+    Raises:
+        ValueError: It is no UTF-8 or no JSON, says NaN or infinity, names a key of an object twice, or holds a number
+            or a depth beyond these.
+
+    Example:
+        >>> parse_json('{"step": 3}')
+        {'step': 3}
+        >>> parse_json('{"step": 1, "step": 2}')
+        Traceback (most recent call last):
+        ValueError: an object has the key 'step' twice
+        >>> parse_json("[1e999]")
+        Traceback (most recent call last):
+        ValueError: the number 1e999 is larger than any float
+    """
+    text = text.decode("utf-8") if isinstance(text, bytes) else text
+    hooks: dict[str, Any] = {}
+    if _LONG_NUMBER.search(text):
+        hooks = {
+            "parse_int": lambda digits: _bounded(digits, int),
+            "parse_float": lambda digits: _bounded(digits, float),
+        }
+    try:
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant, **hooks)
+    except RecursionError as error:
+        raise ValueError(f"nested too deeply, beyond {MOST_DEPTH} levels") from error
+    level = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(MOST_DEPTH):
+        inner = (item for outer in level for item in (outer.values() if isinstance(outer, dict) else outer))
+        level = [item for item in inner if isinstance(item, (dict, list))]
+        if not level:
+            return value
+    raise ValueError(f"nested too deeply, beyond {MOST_DEPTH} levels")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"an object has the key {twice!r:.60} twice")
+    return fields
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _bounded(digits: str, kind: type[int] | type[float]) -> int | float:
+    # float() reads any number of digits; int() of too many takes long or is refused.
+    if not math.isfinite(float(digits)):
+        shown = digits if len(digits) <= 40 else f"{digits[:20]}... of {len(digits)} digits"
+        raise ValueError(f"the number {shown} is larger than any float")
+    return kind(digits)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Says which file an error of the system is about, where it does not say itself, as when the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            error.args = (f"{path}: {error}",)
+        elif error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 @contextlib.contextmanager
@@ -32,22 +143,24 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         path: Target; its folder is made when missing.
 
     Raises:
-        OSError: The folder cannot be written.
+        OSError: The folder cannot be written, or the disk is full; the message names the file.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
-        yield temporary
-        _sync(temporary)
-        os.replace(temporary, path)
+        with _named(path):
+            yield temporary
+            _sync(temporary)
+            os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
     if os.name == "posix":
         # Windows cannot open folders and needs no such call.
-        _sync(path.parent)
+        with _named(path):
+            _sync(path.parent)
 
 
 def atomic_write(path: str | Path, data: bytes | str) -> Path:
@@ -74,32 +187,39 @@ def atomic_write(path: str | Path, data: bytes | str) -> Path:
     return Path(path)
 
 
-def read_rows(path: str | Path, *, torn: Literal["error", "drop"] = "error") -> list[dict[str, Any]]:
+def read_rows(
+    path: str | Path,
+    *,
+    torn: Literal["error", "drop"] = "error",
+    check: Callable[[dict[str, Any]], str | None] | None = None,
+) -> list[dict[str, Any]]:
     """Reads a file of JSON lines; a missing file has no rows.
 
     Args:
         path: The file.
         torn: Whether a last line that a killed process left unfinished is an error, or left out.
+        check: What is wrong with a row, in words; None where nothing is.
 
     Raises:
-        RowError: A line is not a JSON object.
+        RowError: A line is not a JSON object, or the check finds a fault; or no file is there but something else.
     """
     path = Path(path)
-    if not path.exists():
-        return []
+    content = _content(path)
     rows = []
     # Bytes, and only this separator: str.splitlines also cuts at characters that JSON leaves inside strings.
-    content = path.read_bytes()
     if torn == "drop":
         content = content[: len(content) - _torn(content)]
     lines = content.removesuffix(b"\n").split(b"\n")
     for number, line in enumerate(lines if lines != [b""] else [], 1):
         try:
-            row = json.loads(line.decode("utf-8"))
-        except (ValueError, RecursionError) as error:
+            row = parse_json(line)
+        except ValueError as error:
             raise RowError(f"{path}, line {number}: not JSON ({error})") from error
         if not isinstance(row, dict):
             raise RowError(f"{path}, line {number}: a row is an object; this is {type(row).__name__}")
+        fault = check(row) if check is not None else None
+        if fault:
+            raise RowError(f"{path}, line {number}: {fault}")
         rows.append(row)
     return rows
 
@@ -111,7 +231,7 @@ def append_row(path: str | Path, row: Mapping[str, Any]) -> None:
     is killed within the write leaves a torn last line, which :func:`repair_rows` takes away.
 
     Raises:
-        OSError: The row could not be written whole; the file is as it was before.
+        OSError: The row could not be written whole; the file, which the message names, is as it was before.
         TypeError: The row is not JSON-able; nothing is written.
     """
     # Text can hold half a surrogate pair, which UTF-8 cannot; no row is lost for it.
@@ -122,10 +242,11 @@ def append_row(path: str | Path, row: Mapping[str, Any]) -> None:
     try:
         before = os.fstat(descriptor).st_size
         try:
-            written = os.write(descriptor, line)
-            if written != len(line):
-                raise OSError(errno.ENOSPC, f"{written} of a row's {len(line)} bytes could be written", str(path))
-            os.fsync(descriptor)
+            with _named(path):
+                written = os.write(descriptor, line)
+                if written != len(line):
+                    raise OSError(errno.ENOSPC, f"{written} of a row's {len(line)} bytes could be written", str(path))
+                os.fsync(descriptor)
         except BaseException:
             os.ftruncate(descriptor, before)
             raise
@@ -149,7 +270,7 @@ def repair_rows(path: str | Path) -> int:
         (15, [{'step': 1}])
     """
     path = Path(path)
-    content = path.read_bytes() if path.exists() else b""
+    content = _content(path)
     cut = _torn(content)
     if cut:
         atomic_write(path, content[:-cut])
@@ -158,19 +279,37 @@ def repair_rows(path: str | Path) -> int:
     return cut
 
 
+def _content(path: Path) -> bytes:
+    """All of a file of rows; nothing where there is none."""
+    if not path.exists():
+        return b""
+    if not path.is_file():
+        raise RowError(f"{path}: rows are in a file; this is {'a folder' if path.is_dir() else 'no file'}")
+    return path.read_bytes()
+
+
 def _torn(content: bytes) -> int:
     """Bytes of the last line, where it is no whole row."""
     last = content[content.removesuffix(b"\n").rfind(b"\n") + 1 :]
     try:
-        whole = not last or isinstance(json.loads(last.decode("utf-8")), dict)
-    except (ValueError, RecursionError):
+        whole = not last or isinstance(parse_json(last), dict)
+    except ValueError:
         whole = False
     return 0 if whole else len(last)
 
 
-def filter_rows(path: str | Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Drops the rows that ``keep`` refuses; the file is left alone when it keeps all."""
-    rows = read_rows(path)
+def filter_rows(
+    path: str | Path,
+    keep: Callable[[dict[str, Any]], bool],
+    *,
+    check: Callable[[dict[str, Any]], str | None] | None = None,
+) -> None:
+    """Drops the rows that ``keep`` refuses; the file is left alone when it keeps all.
+
+    Raises:
+        RowError: A line is not a JSON object, or ``check`` finds a fault in one.
+    """
+    rows = read_rows(path, check=check)
     kept = [row for row in rows if keep(row)]
     if len(kept) != len(rows):
         atomic_write(path, "".join(to_json_line(row) + "\n" for row in kept))

@@ -17,7 +17,7 @@ from lightning_goldy.core.naming import block_of, require_choice
 from lightning_goldy.core.selection import select_largest
 from lightning_goldy.core.sharding import gather, like, local, unshard_guard
 from lightning_goldy.core.space import ParameterSpace
-from lightning_goldy.core.store import load_vectors, require_boolean, save_vectors
+from lightning_goldy.core.store import load_vectors, read_header, require_boolean, save_vectors
 from lightning_goldy.core.vector import ParameterVector
 
 Scope = Literal["tensor", "global"]
@@ -186,10 +186,10 @@ class ParameterMask(ParameterVector):
         Raises:
             StoreError: The file is missing, truncated, no mask, or of another model.
         """
-        vector, header = load_vectors(path, module)
+        header = read_header(path)
         if header.kind != "mask":
             raise StoreError(f"{path}: holds {header.kind}, not a mask")
-        return cls.of_vector(vector)
+        return cls.of_vector(load_vectors(path, module)[0])
 
     def save(self, path: str | Path, *, model: nn.Module | str, step: int | None = None, write: bool = True) -> Path:
         """Writes a mask file: a bit per element, or the indices where fewer than 1 in 32 are set.

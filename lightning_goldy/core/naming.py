@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
 from collections.abc import Iterable
-from typing import Literal
+from numbers import Integral, Real
+from typing import Any, Literal, cast
 
 from torch import nn
 
@@ -121,6 +123,27 @@ def require_choice(what: str, value: str, valid: Iterable[str]) -> None:
     choices = tuple(valid)
     if value not in choices:
         raise ValueError(f"unknown {what} {value!r}; {suggestion(str(value), choices)}")
+
+
+def require_number(name: str, value: object, *, whole: bool = False) -> None:
+    """Checks that a setting is a number that a float holds.
+
+    Args:
+        name: What it is called, for the message.
+        value: As it was read.
+        whole: Whether it must be an integer.
+
+    Raises:
+        ValueError: It is text, a truth value, not finite, or not whole.
+
+    Example:
+        >>> require_number("optimizer.learning_rate", "1e-4")
+        Traceback (most recent call last):
+        ValueError: optimizer.learning_rate must be a finite number; got '1e-4'
+    """
+    kind, number, most = Integral if whole else Real, cast(Any, value), sys.float_info.max
+    if isinstance(value, bool) or not isinstance(value, kind) or not -most <= number <= most:
+        raise ValueError(f"{name} must be a {'whole' if whole else 'finite'} number; got {value!r:.60}")
 
 
 def require_at_least(name: str, value: float, lowest: float) -> None:

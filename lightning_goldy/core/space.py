@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_goldy.core.files import PlainError
 from lightning_goldy.core.naming import canonical_name, suggestion
 from lightning_goldy.core.sharding import unshard_guard
 
 
-class SpaceError(ValueError):
+class SpaceError(PlainError):
     """Two parameter spaces differ, or a selection is empty; the message names the first difference."""
 
 
@@ -77,7 +78,9 @@ class ParameterSpace:
         unshard_guard(module)
         parameters = dict(trainable_parameters(module))
         if not parameters:
-            raise SpaceError(f"{type(module).__name__} has no trainable parameter: every requires_grad is False")
+            raise SpaceError(
+                f"{type(module).__name__} has no trainable parameter: every requires_grad is False, or all are empty"
+            )
         for pattern in (*include, *exclude):
             if not any(fnmatch.fnmatchcase(name, pattern) for name in parameters):
                 raise SpaceError(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -16,12 +19,31 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_goldy.core.files import StoreError, atomic_path
+from lightning_goldy.core.files import StoreError, atomic_path, parse_json
 from lightning_goldy.core.files import atomic_write as atomic_write
 from lightning_goldy.core.naming import model_class, require_choice, suggestion
 from lightning_goldy.core.sharding import gather, scatter_like
 from lightning_goldy.core.space import ParameterSpace, SpaceError
 from lightning_goldy.core.vector import ParameterVector
+
+MOST_ELEMENTS = 2**36
+"""Elements that a tensor may claim to have, several times those of the largest that any model has."""
+
+_MOST_DIMENSIONS = 64
+_MOST_STEPS = 2**53
+_UNKNOWN_MEMORY = 8 << 30
+
+
+def available_memory() -> int:
+    """Bytes that new allocations can have; a guess where the system does not tell."""
+    limits = []
+    with contextlib.suppress(OSError, ValueError):
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        limits.append(1024 * int(lines["MemAvailable"].split()[0]))
+    with contextlib.suppress(OSError, ValueError):  # of a container; "max" where it has no limit of its own
+        folder = Path("/sys/fs/cgroup")
+        limits.append(int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text()))
+    return max(0, min(limits, default=_UNKNOWN_MEMORY))
 
 
 def require_boolean(mask: Tensor, name: str) -> None:
@@ -55,22 +77,43 @@ def unpack_mask(packed: Tensor, shape: torch.Size, encoding: str, where: str = "
     """Undoes :func:`pack_mask`.
 
     Raises:
-        StoreError: Unknown encoding, a wrong number of bits, or an index out of range.
+        StoreError: Unknown encoding, a wrong number of bits, an index out of range or order, or a size that no model
+            or this machine's memory has.
     """
     numel = math.prod(shape)
     if encoding == "bits":
         if packed.dtype != torch.uint8 or packed.numel() != (numel + 7) // 8:
             raise StoreError(f"{where}: {packed.numel()} bytes of {packed.dtype} cannot hold {numel} bits")
+        if numel % 8 and int(packed.reshape(-1)[-1]) & (0xFF >> numel % 8):
+            raise StoreError(f"{where}: bits are set beyond the {numel} elements")
         return torch.from_numpy(np.unpackbits(packed.numpy(), count=numel)).bool().view(shape)
     if encoding in ("int32", "int64"):
         if packed.dtype != getattr(torch, encoding) or packed.ndim != 1:
             raise StoreError(f"{where}: {packed.dtype} of shape {tuple(packed.shape)} are not {encoding} indices")
+        _require_room({where: numel})
         if packed.numel() and (int(packed.min()) < 0 or int(packed.max()) >= numel):
             raise StoreError(f"{where}: an index lies outside the {numel} elements")
+        if bool((packed[1:] <= packed[:-1]).any()):
+            raise StoreError(f"{where}: the indices do not ascend")
         mask = torch.zeros(numel, dtype=torch.bool)
         mask[packed.long()] = True
         return mask.view(shape)
-    raise StoreError(f"{where}: unknown encoding {encoding!r}; {suggestion(encoding, ('bits', 'int32', 'int64'))}")
+    raise StoreError(f"{where}: unknown encoding {encoding!r}; {suggestion(str(encoding), ('bits', 'int32', 'int64'))}")
+
+
+def _require_room(numels: Mapping[str, int]) -> None:
+    """Refuses masks of few indices that claim more elements than can be: their files tell no limit."""
+    for where, numel in numels.items():
+        if numel > MOST_ELEMENTS:
+            raise StoreError(
+                f"{where}: claims {numel:.4g} elements; no tensor of a model has more than {MOST_ELEMENTS:,}"
+            )
+    wanted, free = sum(numels.values()), available_memory()
+    if wanted > free:
+        where = max(numels, key=lambda name: numels[name])
+        raise StoreError(
+            f"{where}: masks of {wanted:,} elements in all do not fit into the {free:,} bytes of free memory"
+        )
 
 
 FORMAT_VERSION = 1
@@ -136,7 +179,8 @@ def save_vectors(
         write: Whether this process writes.
 
     Raises:
-        ValueError: A mask that is not boolean, or an unknown kind.
+        ValueError: A mask that is not boolean, a tensor in a dtype that its parameter cannot have, or an unknown kind.
+        OSError: The file cannot be written, as on a full disk; the message names it.
 
     Example:
         >>> space = ParameterSpace.of(nn.Linear(2, 2))
@@ -152,17 +196,21 @@ def save_vectors(
     stored: dict[str, Tensor] = {}
     storages: set[int] = set()
     encodings = []
-    for name, tensor in vector.items():
+    for (name, tensor), dtype in zip(vector.items(), vector.space.dtypes, strict=True):
         if kind == "mask":
             # Before the gathering, so that no process is left waiting in it.
             require_boolean(tensor, name)
+        elif kind != "values" and not _may_be_kept(tensor.dtype, dtype, kind):
+            raise ValueError(f"{name}: {kind} of a parameter in {dtype} cannot be saved in {tensor.dtype}")
         full = gather(tensor)
         if not write:
             continue
         if kind == "mask":
             stored[name], encoding = pack_mask(full, name)
         else:
-            dense, encoding = full.to("cpu").contiguous(), "dense"
+            # Values that are not in their parameter's dtype are kept in one that holds both.
+            kept = full.dtype if kind != "values" else torch.promote_types(full.dtype, dtype)
+            dense, encoding = full.to("cpu", kept).contiguous(), "dense"
             storage = dense.untyped_storage().data_ptr()
             # safetensors refuses tensors that share memory.
             stored[name] = dense.clone() if storage in storages else dense
@@ -180,8 +228,30 @@ def save_vectors(
         dtypes=[str(dtype).removeprefix("torch.") for dtype in vector.space.dtypes],
         encodings=encodings,
     )
+    return write_tensors(path, stored, {HEADER_KEY: json.dumps(asdict(header))})
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
+    """Writes a safetensors file at once.
+
+    Args:
+        path: Target; its folder is made when missing.
+        tensors: On the CPU, contiguous, none sharing memory with another.
+        metadata: Texts by name.
+
+    Returns:
+        The path.
+
+    Raises:
+        OSError: It cannot be written, as on a full disk; the message names it.
+    """
     with atomic_path(path) as temporary:
-        save_file(stored, str(temporary), metadata={HEADER_KEY: json.dumps(asdict(header))})
+        try:
+            save_file(dict(tensors), str(temporary), metadata=dict(metadata))
+        except SafetensorError as error:
+            # The library tells the system's error in words only, and not the file.
+            code = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(code[1]) if code else errno.EIO, str(error), str(path)) from error
     return Path(path)
 
 
@@ -189,9 +259,11 @@ def read_header(path: str | Path) -> VectorHeader:
     """Reads and checks the header of a vector file without its tensors.
 
     Raises:
-        StoreError: The file is missing, truncated, not a safetensors file, without a header, or of a newer format.
+        StoreError: The file is missing, truncated, not a safetensors file, without a header, or of a newer format, or
+            the header contradicts itself.
     """
-    return _opened(path, lambda file, header: header)
+    with open_tensors(path) as file:
+        return _parse_header(path, file.metadata())
 
 
 def load_vectors(path: str | Path, module: nn.Module | None = None) -> tuple[ParameterVector, VectorHeader]:
@@ -206,27 +278,22 @@ def load_vectors(path: str | Path, module: nn.Module | None = None) -> tuple[Par
         The vector and its header.
 
     Raises:
-        StoreError: The file is broken, or belongs to another model; the first difference is named.
+        StoreError: The file is broken, its header contradicts its tensors, or it belongs to another model; the first
+            difference is named. It is found before anything of a size that only the header claims is allocated.
     """
-
-    def read(file: Any, header: VectorHeader) -> ParameterVector:
-        space, stored = header.space(), set(file.keys())
-        if stored != set(space.names):
-            different = sorted(stored ^ set(space.names))
-            raise StoreError(f"{path}: header and tensors name different parameters, first {different[0]!r}")
+    with open_tensors(path) as file:
+        header = _parse_header(path, file.metadata())
+        space = header.space()
+        _check_stored(path, file, header, space)
         references = {} if module is None else _references(path, header, space, module)
+        sparse = [name for name, encoding in zip(space.names, header.encodings, strict=True) if encoding in _INDICES]
+        _require_room({f"{path}: {name}": math.prod(space.shape(name)) for name in sparse})
         tensors = {}
         for name, shape, encoding in zip(space.names, space.shapes, header.encodings, strict=True):
             raw = file.get_tensor(name)
             full = raw if encoding == "dense" else unpack_mask(raw, shape, encoding, f"{path}: {name}")
-            if full.shape != shape:
-                stored_shape = tuple(full.shape)
-                raise StoreError(f"{path}: {name} is stored with shape {stored_shape}, its header says {tuple(shape)}")
             tensors[name] = scatter_like(references[name], full) if references else full
-        return ParameterVector(space, tensors)
-
-    header = read_header(path)
-    return _opened(path, read), header
+        return ParameterVector(space, tensors), header
 
 
 def fingerprint(vector: ParameterVector) -> str:
@@ -248,14 +315,40 @@ def fingerprint(vector: ParameterVector) -> str:
     return digest.hexdigest()
 
 
-def _opened(path: str | Path, read: Callable[[Any, VectorHeader], Any]) -> Any:
-    if not Path(path).is_file():
-        raise StoreError(f"{path}: no such file")
+@contextlib.contextmanager
+def open_tensors(path: str | Path) -> Iterator[Any]:
+    """A safetensors file, open for reading.
+
+    Args:
+        path: The file.
+
+    Raises:
+        StoreError: It is missing, no file, or not a whole file of this kind; also within the block.
+    """
+    path = Path(path)
     try:
+        if not path.is_file():
+            raise StoreError(f"{path}: no such file" + ("; a folder is there" if path.is_dir() else ""))
         with safe_open(str(path), framework="pt") as file:
-            return read(file, _parse_header(path, file.metadata()))
-    except SafetensorError as error:
+            yield file
+    except (SafetensorError, OSError) as error:
         raise StoreError(f"{path}: not a whole safetensors file ({error}); pickled files are never read") from error
+
+
+_INDICES = ("int32", "int64")
+_DTYPES = {str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
+_STORED = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    **{f"I{bits}": _DTYPES[f"int{bits}"] for bits in (8, 16, 32, 64)},
+    **{f"F{bits}": _DTYPES[f"float{bits}"] for bits in (16, 32, 64)},
+    "BF16": torch.bfloat16,
+    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    **{f"U{bits}": _DTYPES[f"uint{bits}"] for bits in (16, 32, 64)},
+}
+"""Dtypes as safetensors calls them."""
 
 
 def _parse_header(path: str | Path, metadata: Mapping[str, str] | None) -> VectorHeader:
@@ -263,31 +356,72 @@ def _parse_header(path: str | Path, metadata: Mapping[str, str] | None) -> Vecto
     if text is None:
         raise StoreError(f"{path}: a safetensors file without the header that save_vectors writes")
     try:
-        fields = json.loads(text)
+        fields = parse_json(text)
         version = fields["format_version"]
         if version != FORMAT_VERSION:
-            raise StoreError(f"{path}: format version {version}; this release reads version {FORMAT_VERSION}")
+            raise StoreError(f"{path}: format version {version!r:.60}; this release reads version {FORMAT_VERSION}")
         header = VectorHeader(**fields)
         _check_fields(path, header)
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except StoreError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{path}: malformed header ({type(error).__name__}: {error})") from error
     return header
 
 
 def _check_fields(path: str | Path, header: VectorHeader) -> None:
     texts = (header.names, header.dtypes, header.encodings)
-    if not all(isinstance(item, str) for items in texts for item in items):
+    if not all(isinstance(items, list) and all(isinstance(item, str) for item in items) for items in texts):
         raise TypeError("names, dtypes and encodings are lists of strings")
-    if not all(type(length) is int and length >= 0 for shape in header.shapes for length in shape):
+    if not isinstance(header.shapes, list) or not all(_is_shape(shape) for shape in header.shapes):
         raise TypeError("shapes are lists of lengths")
+    if not isinstance(header.model_class, str) or not isinstance(header.base_hash, str | None):
+        raise TypeError("model_class and base_hash are texts")
+    if header.step is not None and not (type(header.step) is int and 0 <= header.step < _MOST_STEPS):
+        raise TypeError(f"step is a number of optimizer steps, not {header.step!r:.60}")
     if len({*map(len, texts), len(header.shapes)}) != 1 or len(set(header.names)) != len(header.names):
         raise StoreError(f"{path}: the header's lists of names, shapes, dtypes and encodings do not match")
     if header.kind not in KINDS:
-        raise StoreError(f"{path}: unknown kind {header.kind!r}; {suggestion(str(header.kind), KINDS)}")
-    for name, encoding in zip(header.names, header.encodings, strict=True):
+        raise StoreError(f"{path}: unknown kind {header.kind!r:.60}; {suggestion(str(header.kind), KINDS)}")
+    for name, shape, encoding in zip(header.names, header.shapes, header.encodings, strict=True):
         if (encoding == "dense") == (header.kind == "mask"):
             raise StoreError(f"{path}: {name} is stored as {encoding}, which no {header.kind} is")
+        if math.prod(shape) > MOST_ELEMENTS:
+            raise StoreError(f"{path}: {name} of shape {shape} is larger than any tensor of a model")
     header.space()
+
+
+def _is_shape(shape: Any) -> bool:
+    # With a bound for each, so that their product is soon told.
+    lengths = isinstance(shape, list) and all(type(length) is int and 0 <= length < 2**63 for length in shape)
+    return lengths and len(shape) <= _MOST_DIMENSIONS
+
+
+def _check_stored(path: str | Path, file: Any, header: VectorHeader, space: ParameterSpace) -> None:
+    """Compares what the header says of each tensor with what is stored, of which nothing is read."""
+    stored = set(file.keys())
+    if stored != set(space.names):
+        different = sorted(stored ^ set(space.names))
+        raise StoreError(f"{path}: header and tensors name different parameters, first {different[0]!r}")
+    for name, shape, dtype in zip(space.names, space.shapes, space.dtypes, strict=True):
+        part = file.get_slice(name)
+        kind, found = _STORED.get(str(part.get_dtype())), tuple(part.get_shape())
+        if kind is None:
+            raise StoreError(f"{path}: {name} is stored as {part.get_dtype()}; those known are {', '.join(_STORED)}")
+        if header.kind == "mask":
+            continue
+        if found != tuple(shape):
+            raise StoreError(f"{path}: {name} is stored with shape {found}, its header says {tuple(shape)}")
+        if not _may_be_kept(kind, dtype, header.kind):
+            names = [str(each).removeprefix("torch.") for each in (kind, dtype)]
+            raise StoreError(f"{path}: {name} is stored as {names[0]}, its header says {names[1]}")
+
+
+def _may_be_kept(stored: torch.dtype, parameter: torch.dtype, kind: Kind) -> bool:
+    """Whether a tensor of a parameter may have a dtype: a direction any of floats, values also a wider one."""
+    floats = stored.is_floating_point and parameter.is_floating_point
+    wider = kind == "direction" or (kind == "values" and stored.itemsize > parameter.itemsize)
+    return stored == parameter or (floats and wider)
 
 
 def _references(path: Any, header: VectorHeader, space: ParameterSpace, module: nn.Module) -> dict[str, nn.Parameter]:
@@ -300,7 +434,6 @@ def _references(path: Any, header: VectorHeader, space: ParameterSpace, module: 
 
 
 def _dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name, None) if isinstance(name, str) else None
-    if not isinstance(dtype, torch.dtype):
+    if name not in _DTYPES:
         raise TypeError(f"{name!r} is no dtype")
-    return dtype
+    return _DTYPES[name]

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from lightning_goldy.core.files import PlainError
 from lightning_goldy.core.pieces import KnowledgePiece
 from lightning_goldy.core.registry import Registry
 from lightning_goldy.data.names import unknown_name
@@ -26,7 +27,7 @@ _OPEN = re.compile(r"\b(?:of|in|by|to|at|from|on|with|for|after|as|than)$|^locat
 _VERB = re.compile(r"^(?:has|have|interacts)\b", re.IGNORECASE)
 
 
-class RecordError(ValueError):
+class RecordError(PlainError):
     """A record is not what its format says; the message names the source, the record and the field.
 
     Args:
@@ -240,7 +241,7 @@ def word(subject: str, relation: str, form: Form = "question") -> str:
 def check_form(form: str) -> None:
     """Raises ValueError unless it is one of the two forms."""
     if form not in get_args(Form):
-        raise ValueError(unknown_name("form", form, get_args(Form)))
+        raise PlainError(unknown_name("form", form, get_args(Form)))
 
 
 @dataclass(frozen=True)
@@ -299,7 +300,7 @@ def recognised(row: Mapping[str, Any], container: Container, source: str) -> str
             return name
     known = "; ".join(f"{name}: {FORMATS[name].fields}" for name in FORMATS)
     found = ", ".join(map(str, row)) or "none"
-    raise ValueError(
+    raise PlainError(
         f"cannot tell the format of {source}: its first record has the fields {found}. Name the format, or use the"
         f" fields of one of these: {known}"
     )

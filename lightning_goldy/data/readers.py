@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -12,7 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from lightning_goldy.core.files import atomic_write, to_json_line
+from lightning_goldy.core.files import PlainError, atomic_write, parse_json, to_json_line
 from lightning_goldy.core.pieces import KnowledgePiece
 from lightning_goldy.data.formats import (
     FORMATS,
@@ -158,19 +157,19 @@ def load_pieces(
         'The capital of Afghanistan is'
     """
     if format != "auto" and format not in FORMATS:
-        raise ValueError(unknown_name("format", format, ("auto", *FORMATS)))
+        raise PlainError(unknown_name("format", format, ("auto", *FORMATS)))
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-        raise ValueError(f"limit={limit!r} must be a whole number of at least 1, or None")
+        raise PlainError(f"limit={limit!r} must be a whole number of at least 1, or None")
     check_form(form)
     if on_malformed not in get_args(OnMalformed):
-        raise ValueError(unknown_name("on_malformed", on_malformed, get_args(OnMalformed)))
+        raise PlainError(unknown_name("on_malformed", on_malformed, get_args(OnMalformed)))
     rows = source if isinstance(source, Rows) else open_rows(source, split=split)
     entries = iter(rows.entries)
     if format == "auto":
         format, begun = _recognised(entries, rows, on_malformed)
         entries = chain(begun, entries)
     if (format == ATLAS) != (rows.container == "atlas"):
-        raise ValueError(
+        raise PlainError(
             f"the format {ATLAS!r} and the source {ATLAS!r} go together; got {format!r} and {rows.source!r}"
         )
     chosen = FORMATS[format]
@@ -183,7 +182,7 @@ def load_pieces(
         records = (
             f"none of its {collector.records} records gave one ({why})" if collector.records else "it has no records"
         )
-        raise ValueError(f"{rows.source} holds no knowledge pieces: {records}")
+        raise PlainError(f"{rows.source} holds no knowledge pieces: {records}")
     left_out, incomplete = dict(collector.skipped), dict(collector.incomplete)
     return PieceSet(tuple(collector.pieces), left_out, format, rows.source, collector.records, incomplete)
 
@@ -214,10 +213,10 @@ def write_pieces(pieces: Iterable[KnowledgePiece], path: str | Path) -> Path:
         row = {key: value for key, value in asdict(piece).items() if value is not None}
         collector.add(Record(row, "the pieces", f"piece {number}"))
         if collector.pieces[-1] != piece:
-            raise ValueError(f"piece {number} would be read back as {collector.pieces[-1]}; it is {piece}")
+            raise PlainError(f"piece {number} would be read back as {collector.pieces[-1]}; it is {piece}")
         lines.append(to_json_line(row) + "\n")
     if not lines:
-        raise ValueError(f"there are no pieces to write to {path}")
+        raise PlainError(f"there are no pieces to write to {path}")
     return atomic_write(path, "".join(lines))
 
 
@@ -281,12 +280,12 @@ class _Collector:
 def _reading(chosen: Format, name: str, form: Form, whole_questions: bool | None) -> Reading:
     if form == "cloze" and not chosen.relations:
         having = ", ".join(each for each in FORMATS if FORMATS[each].relations)
-        raise ValueError(
+        raise PlainError(
             f"form='cloze' words a subject and a relation, which {name!r} lacks; these have them: {having}"
         )
     if whole_questions is not None and chosen.whole_questions is None:
         having = ", ".join(each for each in FORMATS if FORMATS[each].whole_questions is not None)
-        raise ValueError(
+        raise PlainError(
             f"whole_questions={whole_questions} chooses between facts and the questions composed of them; records of"
             f" {name!r} are one or the other; these have both: {having}"
         )
@@ -303,7 +302,7 @@ def _recognised(entries: Iterator[Entry], rows: Rows, on_malformed: OnMalformed)
         if on_malformed == "error":
             raise entry
     what = f"none of its {len(begun)} records can be read" if begun else "it has no records"
-    raise ValueError(f"{rows.source} holds no knowledge pieces: {what}")
+    raise PlainError(f"{rows.source} holds no knowledge pieces: {what}")
 
 
 def open_rows(source: object, *, split: str | None = None, container: Container | None = None) -> Rows:
@@ -327,7 +326,7 @@ def open_rows(source: object, *, split: str | None = None, container: Container 
         path = Path(source).expanduser()
         if path.is_file():
             if split is not None:
-                raise ValueError(f"split={split!r} is for datasets; {path} is a file")
+                raise PlainError(f"split={split!r} is for datasets; {path} is a file")
             return _file_rows(path, container)
         return _dataset_rows(_load_dataset(path, str(source), split), str(source), split)
     return _dataset_rows(source, "the dataset", split)
@@ -350,30 +349,23 @@ def _json_container(text: str, path: Path) -> Container:
         return "json"
     if start not in ("{", ""):
         kinds = ", ".join((".json", *_LINES, *_TABLES))
-        raise ValueError(f"{path} begins with {start!r}, so it is no JSON; the files that can be read are {kinds}")
+        raise PlainError(f"{path} begins with {start!r}, so it is no JSON; the files that can be read are {kinds}")
     try:
         # An object over several lines is no line, and no list either: the list's reader says what it found.
-        return "lines" if not start or isinstance(_json(text.lstrip().split("\n", 1)[0]), dict) else "json"
+        return "lines" if not start or isinstance(parse_json(text.lstrip().split("\n", 1)[0]), dict) else "json"
     except ValueError:
         return "json"
 
 
 def _json_list(text: str, path: Path) -> list[Any]:
     try:
-        rows = _json(text)
+        rows = parse_json(text)
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
+        raise PlainError(f"{path}: not JSON: {error}") from error
     if isinstance(rows, list):
         return rows
     found = f"one object with {', '.join(rows) or 'nothing'}" if isinstance(rows, dict) else shown(rows)
-    raise ValueError(f"{path}: expected a list of records; found {found}")
-
-
-def _json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
+    raise PlainError(f"{path}: expected a list of records; found {found}")
 
 
 def _line_records(text: str, source: str) -> Iterator[Entry]:
@@ -381,7 +373,7 @@ def _line_records(text: str, source: str) -> Iterator[Entry]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
-                row = _json(line)
+                row = parse_json(line)
             except ValueError as error:
                 yield RecordError(f"{source}, line {number}: not JSON: {error}", "not JSON")
             else:
@@ -393,7 +385,7 @@ def _table_records(text: str, source: str, delimiter: str) -> Iterator[Entry]:
     try:
         header = next(lines, [])
         if len(set(header)) < len(header) or not all(name.strip() for name in header):
-            raise ValueError(
+            raise PlainError(
                 f"{source}, line 1: the columns need names, each its own; found {', '.join(map(repr, header))}"
             )
         start = lines.line_num + 1
@@ -405,7 +397,7 @@ def _table_records(text: str, source: str, delimiter: str) -> Iterator[Entry]:
                 yield RecordError(f"{source}, line {start}: {problem}", "another number of cells than columns")
             start = lines.line_num + 1
     except csv.Error as error:
-        raise ValueError(f"{source}, line {lines.line_num}: not a table: {error}") from error
+        raise PlainError(f"{source}, line {lines.line_num}: not a table: {error}") from error
 
 
 def _records(rows: Iterable[object], source: str, what: str) -> Iterator[Entry]:
@@ -425,12 +417,12 @@ def _dataset_rows(dataset: Any, source: str, split: str | None) -> Rows:
         only = next(iter(dataset)) if len(dataset) == 1 else "train"
         name = only if split is None else split
         if name not in dataset:
-            raise ValueError(f"{source}: {unknown_name('split', name, map(str, dataset))}")
+            raise PlainError(f"{source}: {unknown_name('split', name, map(str, dataset))}")
         source, dataset = f"{source}, split {name}", dataset[name]
     elif split is not None:
-        raise ValueError(f"split={split!r} needs splits by name; {source} has none")
+        raise PlainError(f"split={split!r} needs splits by name; {source} has none")
     if isinstance(dataset, str | bytes) or not isinstance(dataset, Iterable):
-        raise ValueError(f"a source is a path, the name of a dataset, or rows; found {shown(dataset)}")
+        raise PlainError(f"a source is a path, the name of a dataset, or rows; found {shown(dataset)}")
     return Rows(_records(dataset, source, "row"), "rows", source)
 
 

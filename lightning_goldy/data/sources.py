@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from lightning_goldy.core.files import PlainError
+
 TEXT_SUFFIXES = (".txt", ".md", ".rst")
 _TABLES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".arrow": "arrow"}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
@@ -55,7 +57,7 @@ def read_documents(source: str | Path) -> list[str]:
         texts = _read_folder(path)
     documents = [text for text in texts if text]
     if not documents:
-        raise ValueError(f"{str(source)!r} holds no text: every document is empty")
+        raise PlainError(f"{str(source)!r} holds no text: every document is empty")
     return documents
 
 
@@ -66,7 +68,7 @@ def _read_folder(folder: Path) -> Iterable[str]:
         return [read_text(file, newline="") for file in texts]
     kinds = sorted({_TABLES[file.suffix.lower()] for file in files if file.suffix.lower() in _TABLES})
     if len(kinds) != 1:
-        raise ValueError(
+        raise PlainError(
             f"the folder {str(folder)!r} holds neither text files ({', '.join(TEXT_SUFFIXES)}) nor tables of one kind"
             f" ({', '.join(_TABLES)})" + (f" but {' and '.join(kinds)}" if kinds else "")
         )
@@ -77,10 +79,10 @@ def _read_folder(folder: Path) -> Iterable[str]:
 def _rows(dataset: Any, source: str | Path) -> Iterable[str]:
     if isinstance(dataset, dict):
         if "train" not in dataset:
-            raise ValueError(f"the dataset {str(source)!r} has no split 'train'. It has: {', '.join(dataset)}")
+            raise PlainError(f"the dataset {str(source)!r} has no split 'train'. It has: {', '.join(dataset)}")
         dataset = dataset["train"]
     if "text" not in dataset.column_names:
-        raise ValueError(f"the dataset {str(source)!r} has no column 'text'. It has: {', '.join(dataset.column_names)}")
+        raise PlainError(f"the dataset {str(source)!r} has no column 'text'. It has: {', '.join(dataset.column_names)}")
     return [text or "" for text in dataset["text"]]
 
 
@@ -98,7 +100,7 @@ def read_text(path: Path, *, newline: str | None = None) -> str:
         with path.open(encoding="utf-8-sig" if newline is None else "utf-8", newline=newline) as file:
             return file.read()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from error
+        raise PlainError(f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from error
 
 
 def load_from_hub(source: str, split: str, what: str) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from lightning_goldy.core.files import PlainError
 from lightning_goldy.data.names import unknown_name
 
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
@@ -88,9 +89,11 @@ def load_tokenizer(
     """
     loaded = _load(tokenizer, corpus) if isinstance(tokenizer, str) else tokenizer
     if loaded.eos_token_id is None:
+        named = isinstance(tokenizer, str)
+        advice = "write it into the folder's tokenizer_config.json, or set tokenizer.eos_token and pass the object"
         raise ValueError(
-            f"the tokenizer {tokenizer if isinstance(tokenizer, str) else type(tokenizer).__name__!r} has no eos token,"
-            " which ends every answer and document: set tokenizer.eos_token"
+            f"the tokenizer {tokenizer if named else type(tokenizer).__name__!r} has no eos token, which ends every"
+            f" answer and document: {advice if named else 'set tokenizer.eos_token'}"
         )
     return loaded
 
@@ -112,12 +115,12 @@ def _load(name: str, corpus: Iterable[str] | None) -> PreTrainedTokenizerBase:
         raise ValueError(f"{unknown_name('tokenizer', name, built_in)}, a local folder or a name on the hub")
     try:
         return AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else name)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the library raises bare exceptions for a file that it cannot read
         what = (
             "holds no tokenizer that can be loaded" if folder.is_dir() else "is neither a local folder nor on the hub"
         )
         message = unknown_name("tokenizer", name, built_in)
-        raise ValueError(f"{message}, a local folder or a name on the hub. {name!r} {what}: {error}") from error
+        raise PlainError(f"{message}, a local folder or a name on the hub. {name!r} {what}: {error}") from error
 
 
 def _wrap(backend: Tokenizer, **special_tokens: str) -> PreTrainedTokenizerFast:

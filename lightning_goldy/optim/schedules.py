@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 from torch import nn
 
-from lightning_goldy.core.naming import canonical_name
+from lightning_goldy.core.naming import canonical_name, require_number
 from lightning_goldy.optim.masked_adamw import MaskedAdamW
 
 OptimizerName = Literal["adamw", "masked_adamw"]
@@ -60,7 +60,16 @@ class OptimizerOptions:
         return (self.learning_rate if self.lr_inside is None else self.lr_inside), self.lr_outside
 
     def __post_init__(self) -> None:
+        if not isinstance(self.betas, (list, tuple)):
+            raise ValueError(f"optimizer.betas must be two numbers in [0, 1); got {self.betas!r:.60}")
         object.__setattr__(self, "betas", tuple(self.betas))  # a list in YAML and in checkpoints
+        named = {name: getattr(self, name) for name in ("learning_rate", "weight_decay", "eps", "lr_outside")}
+        for name, value in {**named, "lr_inside": self.rates[0]}.items():
+            require_number(f"optimizer.{name}", value)
+        for beta in self.betas:
+            require_number("each of optimizer.betas", beta)
+        if not isinstance(self.mask, str | None):
+            raise ValueError(f"optimizer.mask is a file or a callback's name; got {self.mask!r:.60}")
         if not self.learning_rate > 0:
             raise ValueError(f"optimizer.learning_rate must be positive; got {self.learning_rate}")
         if not self.weight_decay >= 0:
@@ -112,6 +121,9 @@ class ScheduleOptions:
                 f"give schedule.warmup_steps or schedule.warmup_fraction, not both; "
                 f"got {self.warmup_steps} and {self.warmup_fraction}"
             )
+        for field, whole in (("warmup_steps", True), ("warmup_fraction", False), ("final_fraction", False)):
+            if getattr(self, field) is not None:
+                require_number(f"schedule.{field}", getattr(self, field), whole=whole)
         if self.warmup_steps is not None and self.warmup_steps < 0:
             raise ValueError(f"schedule.warmup_steps must not be negative; got {self.warmup_steps}")
         for field in ("warmup_fraction", "final_fraction"):

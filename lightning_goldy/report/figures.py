@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from lightning_goldy.core.files import finite
+from lightning_goldy.core.files import PlainError, finite
 from lightning_goldy.report.rendering import png_of, require_drawing
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ _CAPTION_LETTERS = 95
 _BACKGROUNDS = {"light": "#ffffff", "dark": "#1c2229"}
 
 
-class ReportError(ValueError):
+class ReportError(PlainError):
     """A run directory or a row in it is not what the report can read; the message names the place."""
 
 

@@ -11,6 +11,8 @@ from typing import Any, Literal
 from rich.table import Table
 from rich.text import Text
 
+from lightning_goldy.core.files import printable as printable
+
 MISSING = "–"  # noqa: RUF001
 
 
@@ -91,17 +93,6 @@ def format_bytes(count: float | None) -> str:
     return f"{size:.3g} TiB"
 
 
-def printable(text: str) -> str:
-    r"""The text with control characters spelt out, so that it can steer no terminal.
-
-    Example:
-        >>> printable("a\n\x1b[31mb")
-        'a↵\\x1b[31mb'
-    """
-    shown = text.replace("\r\n", "\n").replace("\n", "↵")
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in shown)
-
-
 def table_html(header: Sequence[str], body: Sequence[Sequence[str]], footer: Sequence[str] = ()) -> str:
     """A table whose first column names its rows; the cells are HTML already.
 
@@ -161,7 +152,7 @@ def texts_html(
 def console_table(
     title: str, headings: Sequence[str], rows: Iterable[Sequence[str | Text]], *, numbers: int = 0, **look: Any
 ) -> Table:
-    """A table for the console whose cells are shown as they are.
+    """A table for the console whose cells are shown as they are, but for control characters, which are spelt out.
 
     Args:
         title: Above it.
@@ -180,7 +171,7 @@ def console_table(
         table.add_column(heading, **(right if place >= len(headings) - numbers else {"overflow": "fold"}))
     for cells in rows:
         # As Text, because brackets in a plain string would be read as markup.
-        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells))
+        table.add_row(*(Text(printable(cell)) if isinstance(cell, str) else cell for cell in cells))
     return table
 
 

@@ -328,7 +328,7 @@ def _figure(analysis: AnalysisRows, entry: Entry, shown: Sequence[int]) -> str:
         row = analysis.rows[index]
         try:
             drawn = entry.draw([row] if entry.over == "step" else analysis.rows)
-        except ReportError as error:
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
             where = analysis.where(index) if entry.over == "step" else f"{analysis.path}"
             raise ReportError(f"{where}: cannot be drawn: {error}") from error
         if drawn is not None:

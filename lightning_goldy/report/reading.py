@@ -27,7 +27,7 @@ def naming(what: str) -> Iterator[None]:
         yield
     except ReportError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise ReportError(f"{what} {error}") from error
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import json
 import logging
-import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from lightning_goldy.core.files import parse_json
 from lightning_goldy.core.store import StoreError, read_header
 from lightning_goldy.report.descriptions import position_of
 from lightning_goldy.report.figures import ReportError, Row
@@ -24,6 +23,8 @@ from lightning_goldy.report.figures import ReportError, Row
 _PLACES = {"train", "training", "val", "valid", "validation", "test", "step", "epoch"}
 _FIRST = (("loss",), ("perplexity", "ppl"), ("accuracy", "acc"))
 _MOST_POINTS = 2000
+# What a float counts one by one.
+_MOST_STEPS = 2**53
 
 
 @dataclass(frozen=True)
@@ -129,26 +130,36 @@ def _quiet(name: str) -> Iterator[None]:
 
 
 def _table_curves(path: Path) -> tuple[dict[str, Curve], list[str]]:
-    points: dict[str, list[tuple[int, float]]] = {}
-    bad = 0
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
         reader = csv.DictReader(file, restval="", restkey="")
-        if "step" not in (reader.fieldnames or ()):
-            return {}, [f"{path.name} has no column 'step'; it is left out of the curves."]
-        for line in reader:
-            step = _number(line["step"])
-            if step is None or not math.isfinite(step):
-                bad += 1
+        try:
+            if "step" not in (reader.fieldnames or ()):
+                return {}, [f"{path.name} has no column 'step'; it is left out of the curves."]
+            lines = list(reader)
+        except csv.Error as error:
+            return {}, [
+                f"{path.name}, line {reader.line_num}, is not of a table ({error}); it is left out of the curves."
+            ]
+    return _points_of(lines, path.name)
+
+
+def _points_of(lines: Iterable[Mapping[str, str]], name: str) -> tuple[dict[str, Curve], list[str]]:
+    points: dict[str, list[tuple[int, float]]] = {}
+    bad = 0
+    for line in lines:
+        step = _number(line["step"])
+        if step is None or not abs(step) < _MOST_STEPS:
+            bad += 1
+            continue
+        for tag, text in line.items():
+            if not text or _foreign(tag):
                 continue
-            for tag, text in line.items():
-                if not text or _foreign(tag):
-                    continue
-                value = _number(text)
-                if value is None:
-                    bad += 1
-                else:
-                    points.setdefault(tag, []).append((int(step), value))
-    notes = [f"{bad} cells of {path.name} are not numbers; they are left out of the curves."] if bad else []
+            value = _number(text)
+            if value is None:
+                bad += 1
+            else:
+                points.setdefault(tag, []).append((int(step), value))
+    notes = [f"{bad} cells of {name} are not numbers; they are left out of the curves."] if bad else []
     return {tag: _curve(pairs) for tag, pairs in points.items()}, notes
 
 
@@ -325,6 +336,8 @@ def _natural(text: str) -> list[tuple[int, str]]:
 
 
 def _read_rows(path: Path) -> tuple[AnalysisRows | None, list[str]]:
+    if not path.is_file():
+        raise ReportError(f"{path}: rows are in a file; this is {'a folder' if path.is_dir() else 'no file'}")
     lines = path.read_bytes().split(b"\n")
     notes: list[str] = []
     kept: dict[tuple[int, str, Any], tuple[int, Row]] = {}
@@ -333,7 +346,7 @@ def _read_rows(path: Path) -> tuple[AnalysisRows | None, list[str]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError as error:
             if number == len(lines):
                 # Without a newline after it: the writer was stopped in the middle.
@@ -360,7 +373,7 @@ def _checked(row: Any, where: str) -> Row:
         raise ReportError(f"{where}: a row must be an object, got {type(row).__name__}")
     if row.get("format") not in (1, FORMAT):
         raise ReportError(
-            f"{where}: format {row.get('format')!r} is unknown; this version reads formats 1 and {FORMAT}"
+            f"{where}: format {row.get('format')!r:.60} is unknown; this version reads formats 1 and {FORMAT}"
         )
     if row["format"] == 1:
         row.setdefault("headline", "")
@@ -369,6 +382,9 @@ def _checked(row: Any, where: str) -> Row:
             raise ReportError(f"{where}: {name!r} is missing")
         if not isinstance(row[name], kind) or isinstance(row[name], bool):
             raise ReportError(f"{where}: {name!r} must be {_NAMES[kind]}, got {row[name]!r:.60}")  # type: ignore[index]
+    for name in ("step", "epoch"):
+        if abs(row[name]) >= _MOST_STEPS:
+            raise ReportError(f"{where}: {name!r} is no number that a training reaches, got {row[name]!r:.60}")
     numbers = {f"metrics.{name}": value for name, value in row["metrics"].items()}
     numbers |= {f"cost.{name}": row["cost"].get(name) for name in _COSTS}
     for name, value in numbers.items():

@@ -32,7 +32,7 @@ from transformers.pytorch_utils import Conv1D
 from lightning_goldy.analysis.heads import gated_state, gates_card
 from lightning_goldy.core.architecture import HeadGates, UnsupportedArchitectureError
 from lightning_goldy.core.files import atomic_write
-from lightning_goldy.core.naming import suggestion
+from lightning_goldy.core.naming import require_number, suggestion
 from lightning_goldy.core.sharding import gather, is_sharded
 from lightning_goldy.training.quiet import without_transformers_bars
 
@@ -85,6 +85,8 @@ class LoraOptions:
     target_modules: list[str] | str | None = None
 
     def __post_init__(self) -> None:
+        for name in ("rank", "alpha", "dropout"):
+            require_number(f"lora.{name}", getattr(self, name), whole=name == "rank")
         if self.rank < 1:
             raise ValueError(f"lora.rank must be at least 1; got {self.rank}")
         if not self.alpha > 0:

@@ -501,12 +501,7 @@ class MaskedTraining:
         if optimizer is None:
             raise ValueError("optimizer.name='masked_adamw', but the trainer's optimizer is another one")
         if self._noted is not None:
-            resumed = {
-                name: unpack_mask(
-                    packed["packed"].cpu(), torch.Size(packed["shape"]), packed["encoding"], f"the checkpoint's {name}"
-                )
-                for name, packed in self._noted.items()
-            }
+            resumed = _unpacked(self._noted)
             # Every tensor is gathered before the answer, because the ranks must gather alike.
             present = None if optimizer.mask is None else optimizer.mask.to_dense()
             if present is not None and not (
@@ -564,6 +559,19 @@ class MaskedTraining:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: {type(callback).__name__} has made no mask before the first step")
         return path
+
+
+def _unpacked(noted: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The mask that a checkpoint holds, by parameter."""
+    try:
+        return {
+            name: unpack_mask(
+                packed["packed"].cpu(), torch.Size(packed["shape"]), packed["encoding"], f"the checkpoint's {name}"
+            )
+            for name, packed in noted.items()
+        }
+    except (LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise StoreError(f"the checkpoint's {CHECKPOINT_KEY!r} is no packed mask ({error})") from error
 
 
 def _masked_optimizer(trainer: L.Trainer) -> MaskedAdamW | None:

@@ -27,8 +27,16 @@ class Recipe:
 
     @property
     def text(self) -> str:
-        """The file's text."""
-        return self.path.read_text(encoding="utf-8")
+        """The file's text.
+
+        Raises:
+            ValueError: It is not UTF-8.
+        """
+        try:
+            return self.path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            fault = f"byte {error.start} is {error.object[error.start]:#04x}"
+            raise ValueError(f"the recipe {self.path} is not UTF-8 text: {fault}") from error
 
     @property
     def first_line(self) -> str:

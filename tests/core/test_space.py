@@ -12,6 +12,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from lightning_goldy.analysis import golden_parameters
 from lightning_goldy.core.objective import ClassifierObjective
 from lightning_goldy.core.space import ParameterSpace, SpaceError, block_list, trainable_parameters
+from lightning_goldy.core.vector import ParameterVector
 from tests.references.common import selected_reference
 from tests.references.models import build
 
@@ -260,5 +261,9 @@ def test_a_parameter_without_elements_is_no_part_of_a_space() -> None:
     module = nn.Linear(3, 2)
     module.register_parameter("nothing", nn.Parameter(torch.empty(0, 3)))
     assert ParameterSpace.of(module).names == ("weight", "bias")
+    assert ParameterVector.of(module).map(torch.abs).top_k(50.0).count() == [3, 1]
     found = golden_parameters(module, [(torch.ones(2, 3), torch.tensor([0, 1]))], ClassifierObjective())
     assert found.mask.space.names == ("weight", "bias")
+    del module._parameters["weight"], module._parameters["bias"]
+    with pytest.raises(SpaceError, match=r"Linear has no trainable parameter.*or all are empty"):
+        ParameterSpace.of(module)

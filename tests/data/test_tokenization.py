@@ -76,6 +76,17 @@ def test_a_tokenizer_without_eos_is_refused() -> None:
         load_tokenizer(tokenizer)
 
 
+def test_a_folder_without_an_eos_token_or_without_a_sound_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}))).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"has no eos token, which .*write it into the folder's tokenizer_config"):
+        load_tokenizer(str(tmp_path))
+    for content in (b"\xff", b"", b"{}", b"[" * 5000, b'{"version": "1.0", "model": {"type": "\x1b[31m"}}'):
+        (tmp_path / "tokenizer.json").write_bytes(content)
+        with pytest.raises(ValueError, match="holds no tokenizer that can be loaded") as error:
+            load_tokenizer(str(tmp_path))
+        assert str(error.value).isprintable()
+
+
 def test_unknown_names_say_what_is_valid(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"unknown tokenizer '\./word'; did you mean 'words'.*bytes, words, a local folder"

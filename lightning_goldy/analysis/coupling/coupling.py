@@ -6,7 +6,6 @@ import hashlib
 import math
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -54,6 +53,7 @@ from lightning_goldy.core.naming import block_of, canonical_name, model_class
 from lightning_goldy.core.objective import Objective, objective_for
 from lightning_goldy.core.pieces import QUESTION_TEMPLATE
 from lightning_goldy.core.sharding import Replicas, gather
+from lightning_goldy.core.store import available_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,7 +63,6 @@ if TYPE_CHECKING:
 _CPU_ACTIVATIONS = 128 << 20
 # Pieces in a block: so many that building gradients costs little beside multiplying them.
 _BLOCK_SIZE, _FOLDER_BLOCK_SIZE = 256, 1024
-_UNKNOWN_MEMORY = 8 << 30
 _PROJECTED = "projected gradient"
 
 
@@ -242,7 +241,7 @@ class CouplingRun:
         """Where rows go, and which pieces make a block; the same on every rank."""
         # Sharded processes must make the same passes, so that they too must agree.
         ranks, device = Replicas.world() if self.capture.sharded else self.replicas, self.capture.device
-        limit = self.options.memory_limit or _available_memory() // (2 * ranks.size)
+        limit = self.options.memory_limit or available_memory() // (2 * ranks.size)
         budget = _CPU_ACTIVATIONS if device.type != "cuda" else torch.cuda.mem_get_info(device)[0] // 3
         tokens = int(budget / max(1.0, footprint.activations))
         limit, self.tokens = map(min, zip(*ranks.gather_objects((limit, tokens)), strict=True))
@@ -358,18 +357,6 @@ def _hash(parts: Iterable[Any], *, size: int = 16) -> str:
         else:
             digest.update(part)
     return digest.hexdigest()
-
-
-def _available_memory() -> int:
-    """Bytes that new allocations can have; a guess where the system does not tell."""
-    limits = []
-    with suppress(OSError, ValueError):
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        limits.append(1024 * int(lines["MemAvailable"].split()[0]))
-    with suppress(OSError, ValueError):  # of a container; "max" where it has no limit of its own
-        folder = Path("/sys/fs/cgroup")
-        limits.append(int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text()))
-    return max(0, min(limits, default=_UNKNOWN_MEMORY))
 
 
 def knowledge_coupling(

@@ -5,20 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_goldy.core.files import StoreError, atomic_path, atomic_write
+from lightning_goldy.core.files import StoreError, atomic_write, parse_json
 from lightning_goldy.core.outer_products import exact_products
 from lightning_goldy.core.sharding import Replicas
+from lightning_goldy.core.store import open_tensors, write_tensors
 
 # Rows of one tile of the product of rows with rows: small enough that a symmetric product is done by halves.
 _TILE_ROWS_CPU, _TILE_ROWS = 256, 4096
@@ -496,16 +496,26 @@ class FolderBlocks:
         path = self._path("summary", number)
         if not path.is_file():
             raise StoreError(f"{path}: no such file; the workspace must be one folder that every rank sees")
-        fields = json.loads(path.read_text())
-        self._check(path, fields.pop("run", None))
-        failures = {int(index): reason for index, reason in fields.pop("failures").items()}
-        return Block(**fields, failures=failures)
+        try:
+            fields = parse_json(path.read_bytes())
+            self._check(path, fields.pop("run", None))
+            failures = {int(index): reason for index, reason in fields.pop("failures").items()}
+            block = Block(**fields, failures=failures)
+            if not len(block.indices) == len(block.squares) == len(block.log_probs):
+                raise ValueError("its lists differ in length")
+        except StoreError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StoreError(f"{path}: not the summary of a block ({error}); delete the workspace") from error
+        return block
 
     def part(self, number: int, name: str) -> Rows:
         """See :class:`MemoryBlocks`."""
         with self._open("rows", number) as file:
             present = set(file.keys())
             keys = [key for kind in Rows._fields if (key := f"{name}::{kind}") in present]
+            if not keys:
+                raise StoreError(f"{self._path('rows', number)}: holds no rows of {name!r}; delete the workspace")
             return Rows(*(file.get_tensor(key).to(self.compute) for key in keys))
 
     def has_products(self, number: int) -> bool:
@@ -534,17 +544,19 @@ class FolderBlocks:
         # One gradient may serve two layers, as where attention and MLP run in parallel; the file needs it twice.
         owners = {tensor.data_ptr(): name for name, tensor in tensors.items()}
         tensors = {name: kept if owners[kept.data_ptr()] == name else kept.clone() for name, kept in tensors.items()}
-        with atomic_path(self._path(kind, number)) as temporary:
-            save_file(tensors, temporary, metadata={"run": self._run})
+        write_tensors(self._path(kind, number), tensors, {"run": self._run})
 
-    def _open(self, kind: str, number: int) -> Any:
+    @contextmanager
+    def _open(self, kind: str, number: int) -> Iterator[Any]:
         path = self._path(kind, number)
         try:
-            file = safe_open(str(path), framework="pt")
-            self._check(path, (file.metadata() or {}).get("run"))
-        except (SafetensorError, FileNotFoundError) as error:
+            with open_tensors(path) as file:
+                run = (file.metadata() or {}).get("run")
+                if run == self._run:
+                    yield file
+        except StoreError as error:
             raise StoreError(f"{path}: not a whole block of this run ({error}); delete the workspace") from error
-        return file
+        self._check(path, run)
 
     def _check(self, path: Path, run: str | None) -> None:
         if run != self._run:
@@ -554,8 +566,10 @@ class FolderBlocks:
 def _matching_size(header: Path, settings: Mapping[str, str]) -> int:
     """The size of the blocks that are there, if they are of this run."""
     try:
-        fields = json.loads(header.read_text())
+        fields = parse_json(header.read_bytes())
         known, size, version = fields["settings"], fields["block_size"], fields["format_version"]
+        if not isinstance(known, dict) or type(size) is not int or not 0 < size < 2**31:
+            raise TypeError(f"settings and a block_size of at least 1 are wanted, not {size!r:.60}")
     except (ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{header}: not the header of a coupling workspace ({error})") from error
     if version != FORMAT_VERSION:
@@ -566,7 +580,7 @@ def _matching_size(header: Path, settings: Mapping[str, str]) -> int:
                 f"{header.parent} holds coupling blocks with other {name}: {known.get(name)} there, "
                 f"{settings.get(name)} now; choose another workspace, or delete this one"
             )
-    return int(size)
+    return size
 
 
 BlockStore: TypeAlias = MemoryBlocks | FolderBlocks

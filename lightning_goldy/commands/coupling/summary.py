@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lightning_goldy
@@ -42,7 +41,8 @@ from lightning_goldy.commands.coupling.run import (
     strong_pairs,
     write_pairs,
 )
-from lightning_goldy.core.files import atomic_path, atomic_write, finite
+from lightning_goldy.core import store
+from lightning_goldy.core.files import atomic_write, finite, printable
 from lightning_goldy.core.naming import model_class
 from lightning_goldy.report.figures import draw_figures
 from lightning_goldy.report.formatting import format_bytes, format_number, format_percent, format_seconds
@@ -517,8 +517,7 @@ def write_tensors(found: Findings, path: Path) -> Path:
         header["ripple_edits"] = [{name: list(value) for name, value in each.items()} for each in found.ripple.edits]
     # Copies, because safetensors refuses tensors that share memory.
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-    with atomic_path(path) as temporary:
-        save_file(tensors, str(temporary), metadata={"goldy_coupling": json.dumps(header)})
+    store.write_tensors(path, tensors, {"goldy_coupling": json.dumps(header)})
     return path
 
 
@@ -670,12 +669,13 @@ def _print(console: Console, found: Findings, summary: Mapping[str, Any], folder
         table.add_row(what, value)
     console.print(table)
     if found.ripple is not None:
-        console.print("Ripple effects", found.ripple.table(), sep="\n", markup=False, highlight=False)
+        lines_of_it = map(printable, found.ripple.table().split("\n"))
+        console.print("Ripple effects", *lines_of_it, sep="\n", markup=False, highlight=False)
     console.print(readiness_table(summary["readiness"]["checks"]))
     console.print(f"verdict: {summary['readiness']['verdict']}", markup=False, highlight=False)
     for line in readiness_lines(summary["readiness"]["checks"]):
-        console.print(line, markup=False, highlight=False)
+        console.print(printable(line), markup=False, highlight=False)
     for each in summary["generated_files"]["files"]:
         print(folder / each["file"])
     if summary["generated_files"]["left_out"]:
-        print(f"left out: {summary['generated_files']['left_out']}")
+        print(printable(f"left out: {summary['generated_files']['left_out']}"))

@@ -161,7 +161,7 @@ def summary_table(rows: Sequence[Row]) -> Table:
     for row in rows:
         for number, (quantity, value) in enumerate(_quantities(row)):
             # As Text, because brackets in a plain string would be read as markup.
-            table.add_row(row["name"] if number == 0 else "", Text(quantity), Text(value))
+            table.add_row(Text(printable(row["name"]) if number == 0 else ""), Text(quantity), Text(printable(value)))
     return table
 
 

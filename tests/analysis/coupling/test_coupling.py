@@ -11,7 +11,7 @@ import torch
 from lightning_goldy.analysis import CouplingError, CouplingResult, knowledge_coupling
 from lightning_goldy.analysis.coupling import coupling as coupling_run
 from lightning_goldy.analysis.coupling.passes import Capture
-from lightning_goldy.core import ClassifierObjective, FunctionObjective, ParameterSpace
+from lightning_goldy.core import ClassifierObjective, FunctionObjective, ParameterSpace, store
 from lightning_goldy.core.space import SpaceError
 from tests.references.coupling import centered, cosines, gradients, log_prob, rows_of
 from tests.references.coupling_models import TinyLM, pieces
@@ -245,9 +245,9 @@ def test_a_pass_that_runs_out_of_memory_is_made_in_halves(monkeypatch, room):
 
 
 def test_the_memory_that_there_is(monkeypatch):
-    assert coupling_run._available_memory() > 0
-    monkeypatch.setattr(coupling_run, "Path", lambda path: Path("/nowhere"))
-    assert coupling_run._available_memory() == 8 << 30
+    assert store.available_memory() > 0
+    monkeypatch.setattr(store, "Path", lambda path: Path("/nowhere"))
+    assert store.available_memory() == 8 << 30
 
 
 def test_a_classifier_and_any_function():
