@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 import lightning.pytorch as L
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_goldy.analysis.result import AnalysisResult, Cost, Row
 from lightning_goldy.callbacks.store import AnalysisProgress, ResultStore, log_row, peak_memory_bytes, run_directory
+from lightning_goldy.core.batches import map_batch
 from lightning_goldy.core.isolation import undisturbed
 from lightning_goldy.core.naming import suggestion
 from lightning_goldy.core.objective import Objective
-from lightning_goldy.core.sharding import Replicas, unshard_guard
+from lightning_goldy.core.sharding import Replicas, is_sharded, unshard_guard
 from lightning_goldy.core.space import trainable_parameters
 from lightning_goldy.core.store import Kind, save_vectors
 from lightning_goldy.core.vector import ParameterVector, require_finite
@@ -91,6 +93,7 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         objective: How a batch becomes a loss; by default the LightningModule's ``objective``, or next-token prediction.
         model_attribute: Submodule to analyse; ``model`` by default, or the LightningModule itself.
         probe: Batches to analyse; by default a ``probe_dataloader()``, or the validation set.
+        check: Whether to try on one sample, before the first step, what the analysis will do.
         name: Folder and metric prefix; needed when a trainer has two callbacks of one class.
 
     Raises:
@@ -117,6 +120,7 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         objective: Objective | None = None,
         model_attribute: str | None = None,
         probe: Iterable[Any] | None = None,
+        check: bool = True,
         name: str | None = None,
     ) -> None:
         at = (at,) if isinstance(at, str) else tuple(at)  # type: ignore[assignment]
@@ -132,7 +136,7 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
             raise ValueError(f"{type(self).__name__} would never run: give every_n_steps, every_n_epochs or at=")
         self.every_n_steps, self.every_n_epochs, self.at = every_n_steps, every_n_epochs, at
         self.on_error = on_error
-        self.objective, self.model_attribute, self.probe = objective, model_attribute, probe
+        self.objective, self.model_attribute, self.probe, self.check = objective, model_attribute, probe, check
         self.name = name or default_name(type(self))
         if not self.name.replace("_", "").replace("-", "").isalnum():
             raise ValueError(f"name becomes a folder: letters, digits, '-' and '_' only; got {self.name!r}")
@@ -219,7 +223,36 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
                 objective = find_objective(pl_module, model, self.objective)
                 check_probe(model, objective, self._batches, self.probe_samples())
         self.prepare(trainer, model)
+        if self.check:
+            with undisturbed(trainer, pl_module):
+                self._try(pl_module, model)
         self._resumed = False
+
+    def _try(self, pl_module: L.LightningModule, model: nn.Module) -> None:
+        batches = self.tried_batches()
+        if not batches:
+            return
+        objective = find_objective(pl_module, model, self.objective)
+        device = next(model.parameters()).device
+        sample = map_batch(next(iter(objective.samples(batches[0]))), lambda tensor: tensor.to(device))
+        self.try_route(model, objective, sample)
+
+    def tried_batches(self) -> Sequence[Any]:
+        """Where the sample is taken from that the analysis is tried on: the probe."""
+        return self._batches
+
+    def try_route(self, model: nn.Module, objective: Objective, sample: Any) -> None:
+        """Hook for subclasses: does for one sample what the analysis will do, so that what cannot work fails early.
+
+        Called before the first step, on every rank, with the model isolated as for :meth:`compute`; the probe has been
+        run forward by then. It must not call ``backward()`` on a plain model, whose gradients DistributedDataParallel
+        would take for the training's: use :func:`try_gradients`.
+
+        Args:
+            model: The analysed module.
+            objective: How a batch becomes a loss.
+            sample: A batch of one sample, on the model's device.
+        """
 
     def prepare(self, trainer: L.Trainer, model: nn.Module) -> None:
         """Hook for subclasses: checks and preparations right before the first step."""
@@ -327,6 +360,31 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         self._last_step = state_dict["last_step"]
         self._previous_folder = state_dict["folder"]
         self._resumed = True
+
+
+def try_gradients(model: nn.Module, parameters: Mapping[str, nn.Parameter], objective: Objective, sample: Any) -> None:
+    """A forward and a backward pass of one sample.
+
+    Args:
+        model: The model, isolated.
+        parameters: By name; those whose gradients are wanted.
+        objective: How a batch becomes log-probabilities.
+        sample: A batch of one sample, on the model's device.
+
+    Raises:
+        ValueError: The log-probability depends on none of the parameters.
+    """
+    log_prob, leaves = objective.log_probs(model, sample).mean(), list(parameters.values())
+    if any(map(is_sharded, leaves)):
+        log_prob.backward()  # FSDP2 leaves gradients in the parameters alone
+        unshard_guard(model)
+        return
+    # Not into the parameters, or DistributedDataParallel would see a backward pass.
+    found = torch.autograd.grad(log_prob, leaves, allow_unused=True) if log_prob.requires_grad else [None]
+    if all(gradient is None for gradient in found):
+        raise ValueError(
+            f"the objective depends on none of the {len(leaves)} selected parameters ({next(iter(parameters))}, ...)"
+        )
 
 
 def default_name(callback: type) -> str:

@@ -226,7 +226,7 @@ def reverse_golden_parameters(
 
     Raises:
         ValueError: An argument is out of range, there is no batch, a weight, a gradient or a divergence is not finite,
-            or a parameter never received a gradient.
+            or no parameter received a gradient.
         TypeError: The objective has no logits, or a setting is unknown.
 
     Example:
@@ -478,7 +478,7 @@ def single_shot_scores(
         Name of a score to name of a parameter to this process's part, in at least float32.
 
     Raises:
-        ValueError: A parameter has received no gradient; it is named.
+        ValueError: No parameter has received a gradient. One that the objective ignores has scores of zero.
     """
     first, second = zeros_like_parts(parameters), zeros_like_parts(parameters)
     own = {} if extra in SINGLE_SHOTS else zeros_like_parts(parameters)
