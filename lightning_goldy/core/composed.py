@@ -170,8 +170,9 @@ class _Composed(TorchFunctionMode):
                 return _OF_LIBRARIES[library](*args, **kwargs)
             if library is not None and any(map(_differentiable, (*args, *kwargs.values()))):
                 raise NotImplementedError(f"forward mode takes {library}, an operation of a library, for a constant")
-            if func in _WRONG or (func in _REDUCING and "prod" in (*args, *kwargs.values())):
-                raise NotImplementedError(f"torch's nested forward-mode derivative of {func.__name__} is wrong")
+            name = getattr(func, "__name__", "").split(".")[0]
+            if name in _WRONG or (name in _REDUCING and _multiplies(*args, **kwargs)):
+                raise NotImplementedError(f"torch's nested forward-mode derivative of {name} is wrong")
         return func(*args, **kwargs)
 
 
@@ -184,6 +185,10 @@ def _library_operation(func: Any) -> str | None:
     else:
         return None
     return None if name.startswith(("aten::", "prims::")) else name
+
+
+def _multiplies(*args: Any, **kwargs: Any) -> bool:
+    return any(isinstance(value, str) and value == "prod" for value in (*args, *kwargs.values()))
 
 
 def _differentiable(value: Any) -> bool:
@@ -449,9 +454,18 @@ def _slogdet(matrix: Tensor, *, out: Any = None) -> Any:
 
 
 def _without_kernel(recurrent: Callable[..., Any]) -> Callable[..., Any]:
+    """A recurrent layer without the kernels that have no forward mode."""
+
     def call(*args: Any, **kwargs: Any) -> Any:
-        with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
+        kernels: list[Any] = [torch.backends.mkldnn, torch.backends.cudnn]
+        enabled = [kernel.enabled for kernel in kernels]
+        try:
+            for kernel in kernels:
+                kernel.enabled = False
             return recurrent(*args, **kwargs)
+        finally:
+            for kernel, before in zip(kernels, enabled, strict=True):
+                kernel.enabled = before
 
     return call
 
@@ -474,9 +488,6 @@ _COMPOSED: dict[Any, Callable[..., Any]] = {
     F.instance_norm: _instance_norm,
     torch.instance_norm: _torch_instance_norm,
     torch._weight_norm: _weight_norm,
-    torch._grouped_mm: _grouped_mm,
-    F.grouped_mm: _grouped_mm,
-    F.linear_cross_entropy: _linear_cross_entropy,
     F.glu: _glu,
     F.hardsigmoid: _hardsigmoid,
     F.soft_margin_loss: _soft_margin_loss,
@@ -488,22 +499,27 @@ _COMPOSED: dict[Any, Callable[..., Any]] = {
     Tensor.slogdet: _slogdet,
     **dict.fromkeys((torch.linalg.det, torch.det, Tensor.det), _det),
     **dict.fromkeys((torch.logdet, Tensor.logdet), _logdet),
+    # Not in every version of torch.
+    **{
+        getattr(module, name): function
+        for module, name, function in (
+            (torch, "_grouped_mm", _grouped_mm),
+            (F, "grouped_mm", _grouped_mm),
+            (F, "linear_cross_entropy", _linear_cross_entropy),
+        )
+        if hasattr(module, name)
+    },
     **{getattr(torch, name): _without_kernel(getattr(torch, name)) for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")},
 }
 # What libraries have and forward mode does not see, by what they are made of.
 _OF_LIBRARIES: dict[str | None, Callable[..., Any]] = {"transformers::grouped_mm_fallback": _grouped_mm}
 # Wrong where they multiply.
-_REDUCING = (torch.scatter_reduce, Tensor.scatter_reduce, Tensor.scatter_reduce_)
-# Rare ones are refused.
+_REDUCING = frozenset({"scatter_reduce", "scatter_reduce_"})
+# Rare ones are refused, by name, and the parts of composed ones where they are called themselves.
 _WRONG = frozenset(
     {
-        torch.linalg.householder_product,
-        torch.orgqr,
-        Tensor.orgqr,
-        torch.triangular_solve,
-        Tensor.triangular_solve,
-        torch.native_layer_norm,
-        torch.native_group_norm,
-        torch.native_batch_norm,
+        *("linalg_householder_product", "orgqr", "triangular_solve"),
+        *("native_layer_norm", "native_group_norm", "native_batch_norm", "_native_batch_norm_legit"),
+        *("_batch_norm_with_update", "_linalg_solve_ex", "_linalg_det", "_linalg_slogdet"),
     }
 )

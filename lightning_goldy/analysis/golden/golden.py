@@ -336,7 +336,7 @@ class Ballot:
         """One forward and backward pass, whose gradients become votes."""
         before = set(self.seen)
         self.seen.clear()
-        objective.log_probs(model, sample).mean().backward()
+        backward(objective.log_probs(model, sample).mean())
         for group, k in self.groups:
             if group[0] not in self.seen:
                 self._mark(group, k)
@@ -441,6 +441,12 @@ def only_these_require_gradients(model: nn.Module, parameters: Mapping[str, nn.P
     for parameter in model.parameters():
         if id(parameter) not in chosen:
             parameter.requires_grad_(False)
+
+
+def backward(value: Tensor) -> None:
+    """A backward pass, unless the value depends on nothing that requires a gradient: then there is none to make."""
+    if value.requires_grad:
+        value.backward()
 
 
 def taken_gradients(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, Tensor]]:

@@ -18,6 +18,7 @@ from lightning_goldy.analysis.golden.golden import (
     SCORES,
     Budget,
     Mask,
+    backward,
     only_these_require_gradients,
     require_gradients,
     taken_gradients,
@@ -485,7 +486,7 @@ def single_shot_scores(
     seen: set[str] = set()
     samples.cost += Cost(forwards=samples.n_samples, backwards=samples.n_samples)
     for piece in samples.pieces:
-        objective.log_probs(model, piece).mean().backward()
+        backward(objective.log_probs(model, piece).mean())
         for name, gradient in taken_gradients(model, parameters):
             seen.add(name)
             first[name] += gradient.abs()

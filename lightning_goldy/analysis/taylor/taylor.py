@@ -59,8 +59,8 @@ class Sums:
             ``derivative``, of the loss along the step at the base, by order; ``loss share``, g . Delta by tensor.
             Over the targets: ``function share``, <J Delta_b, J Delta> by tensor; ``function change``, ||f_t - f_0||^2;
             and by order ``residual``, the squared distance of the logits from the prediction, ``divergence``,
-            KL(p_t || p_k), nats, and ``agreed``, positions where both prefer the same class. ``difference``:
-            estimated error of the curvature along the step, times the number of targets.
+            KL(p_t || p_k), nats, and ``agreed``, positions where both prefer the same class. ``difference`` of two
+            estimates of the curvature along the step, thrice the error of the better one, times the number of targets.
         n_targets: Number of targets (of samples, where an objective has no targets).
         cost: Passes of the model.
         gradient_norm: ||g|| of the mean loss at the base.
@@ -184,7 +184,7 @@ class Expansion:
         if second:
             whole, half = (slopes[1.0] - slopes[-1.0]) / (2 * _STEP), (slopes[0.5] - slopes[-0.5]) / _STEP
             self.sums.add("derivative", [(2, (4 * half - whole) / 3)])
-            self.sums.add("difference", [(None, abs(half - whole) / 3)])
+            self.sums.add("difference", [(None, half - whole)])
         return self._finished()
 
     def _ran(self, part: Any, *, backward: bool = False) -> None:
@@ -247,7 +247,7 @@ class Expansion:
             self.sums.add("loss", [(None, present)], weight)
             values, errors = self._along(part, loss)
             self.sums.add("derivative", enumerate(map(float, values)), weight)
-            self.sums.add("difference", [(None, abs(float(error))) for error in errors[2:3]], weight)
+            self.sums.add("difference", [(None, 3 * abs(float(error))) for error in errors[2:3]], weight)
         if self.function_space and self.shares and direction is not None:
             # <J Delta_b, J Delta> of every tensor from one backward pass: J' v with v = J Delta.
             add = self.sums.add
@@ -295,7 +295,7 @@ class Expansion:
                     if errors[2:]:
                         off = [value + precise(error[rows]) for value, error in zip(expansion, errors, strict=True)]
                         apart = abs(_losses_of_logits(piece, off)[2] - losses[2])
-                        self.sums.add("difference", [(None, apart)], weight)
+                        self.sums.add("difference", [(None, 3 * apart)], weight)
                 if self.function_space:
                     self._compare(expansion, piece.logits)
         return len(present.targets)
@@ -691,7 +691,7 @@ def _result(
         loss_shares=_grouped(of_loss, by, names),
         function_shares=_grouped({name: share / whole for name, share in shares.items() if whole}, by, names),
         route=route,
-        error=sums.mean("difference") / 2 if sums.of("difference") else 0.0,
+        error=abs(sums.mean("difference")) / 3 / 2 if sums.of("difference") else 0.0,
         n_targets=sums.n_targets,
         by=by,
         cost=sums.cost,
