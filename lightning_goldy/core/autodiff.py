@@ -21,7 +21,7 @@ from lightning_goldy.core.space import trainable_parameters
 # What torch says where it has no forward mode.
 _NO_FORWARD_MODE = (
     *("forward AD", "forward mode", "forward-mode", "functorch", "ZeroTensors", "the jvp function"),
-    *("doesn't have storage", "invalid python storage"),
+    *("doesn't have storage", "invalid python storage", "(vjp, jvp, grad, etc) transform"),
 )
 # Custom functions whose derivatives through their forward were compared with differences, and agreed.
 _COMPARED: set[tuple[str, str]] = set()
@@ -193,7 +193,8 @@ def difference_derivatives(
         order: n, from 0 to 3.
 
     Returns:
-        n + 1 tensors in float64, and how far off each may be: what the 5 inner places say less what all 7 say.
+        n + 1 tensors in float64, and how far off each may be: what the 5 inner places say less what all 7 say, the
+        farther by what rounding adds up to.
 
     Example:
         >>> x = {"x": torch.tensor(2.0, dtype=torch.float64)}
@@ -214,7 +215,12 @@ def difference_derivatives(
             for sums, stencil in ((found, wide), (fewer, narrow)):
                 for total, weights in zip(sums, stencil, strict=True):
                     total.add_(value, alpha=weights.get(place, 0.0))
-    return tuple(found), tuple(inner - outer for inner, outer in zip(fewer, found, strict=True))
+    size = torch.finfo(middle.dtype).eps * middle.double().abs()
+    errors = []
+    for inner, outer, weights in zip(fewer, found, wide, strict=True):
+        apart = inner - outer
+        errors.append(apart + torch.copysign(size * math.hypot(*weights.values()), apart))
+    return tuple(found), tuple(errors)
 
 
 def _weights(reach: int, step: float, order: int) -> list[dict[int, float]]:
@@ -256,8 +262,28 @@ def call_with(
     """
     names = {canonical_name(name): name for name, _ in model.named_parameters()}
     values = {names[name]: value for name, value in parameters.items()}
-    with without_checkpoints():
+    with without_checkpoints(), _unscaled(model):
         return functional_call(model, values, tuple(args), dict(kwargs), tie_weights=True)
+
+
+@contextmanager
+def _unscaled(model: nn.Module) -> Iterator[None]:
+    """Keeps a model from dividing its weights in place at its first call in evaluation mode, as RWKV does."""
+    configs: list[Any] = [module.config for module in model.modules() if hasattr(module, "layers_are_rescaled")]
+    before = [(config, config.rescale_every) for config in configs]
+    for config, every in before:
+        if 0 < every < config.num_hidden_layers:
+            raise ValueError(
+                f"{model_class(model)} divides the weights of its later layers in evaluation mode, so that values of "
+                f"the two modes do not compare: set its config's rescale_every to 0; it is {every}"
+            )
+    try:
+        for config, _ in before:
+            config.rescale_every = 0
+        yield
+    finally:
+        for config, every in before:
+            config.rescale_every = every
 
 
 class Substituted(nn.Module):

@@ -163,7 +163,8 @@ class _Composed(TorchFunctionMode):
         if composed is not None:
             return composed(*args, **kwargs)
         if torch._C._are_functorch_transforms_active():
-            if func is Tensor.requires_grad_:
+            # Asked by a hook; functorch itself asks where it has allowed it.
+            if func is Tensor.requires_grad_ and not torch._C._functorch.get_inplace_requires_grad_allowed():
                 return args[0]
             library = _library_operation(func)
             if library in _OF_LIBRARIES:

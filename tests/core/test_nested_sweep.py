@@ -159,7 +159,7 @@ def test_the_comparison_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> 
         return F.layer_norm(x + t * torch.arange(6), (6,)).sin().sum()
 
     compared: list[str] = []
-    assert wrong(line, compared) is None
+    assert wrong(line, compared) is None, compared
     assert len(compared) == 5
     monkeypatch.setattr(sys.modules[__name__], "nested_derivatives", nullcontext)
     assert str(wrong(line)).startswith("forward 2 is ")
