@@ -57,7 +57,7 @@ def test_families_that_torch_has_no_forward_mode_for_are_expanded_exactly(family
         torch.manual_seed(0)
         model = WITHOUT[family]().eval()
     moved(model, 0.03)  # away from the start, where some of them are flat
-    base = moved(model, 2e-4)
+    base = moved(model, 1e-3)
     batch = token_batch(2, 6)
     found = taylor_diff(model, base, [batch], by="tensor")
     assert (found.route, found.error) == ("forward", 0.0)
