@@ -67,7 +67,7 @@ def test_families_that_torch_has_no_forward_mode_for_are_expanded_exactly(family
         differences = work.whole()
     assert found.first_order == pytest.approx(differences.mean("derivative", 1), rel=5e-3, abs=2e-6)
     error = differences.mean("difference") / 6
-    assert found.second_order == pytest.approx(differences.mean("derivative", 2) / 2, abs=error + 1e-6)
+    assert found.second_order == pytest.approx(differences.mean("derivative", 2) / 2, abs=2 * error + 1e-6)
 
 
 class Distances(nn.Module):
@@ -103,7 +103,7 @@ def test_without_forward_mode_differences_give_the_same_expansion_and_their_erro
     right = taylor_diff(exact, base, [batch], ClassifierObjective(), orders=orders, by="tensor")
     assert (found.route, right.route, right.error) == ("differences", "forward", 0.0)
     assert found.first_order == pytest.approx(right.first_order, rel=1e-4)
-    assert 0 < abs(found.second_order - right.second_order) < found.error < 0.2 * abs(right.second_order)
+    assert 0 < abs(found.second_order - right.second_order) < found.error < 0.5 * abs(right.second_order)
     assert found.nonlinearity == pytest.approx(right.nonlinearity, rel=1e-3)
     assert found.regime == right.regime
     assert found.loss_shares == pytest.approx(right.loss_shares, rel=1e-4)
