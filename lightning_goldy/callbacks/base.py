@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 import lightning.pytorch as L
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_goldy.analysis.result import AnalysisResult, Cost, Row
 from lightning_goldy.callbacks.store import AnalysisProgress, ResultStore, log_row, peak_memory_bytes, run_directory
 from lightning_goldy.callbacks.weights import Weights, kind_of_weights, tell_last, weights_in, weights_mark
+from lightning_goldy.core.batches import move_batch
 from lightning_goldy.core.isolation import undisturbed
 from lightning_goldy.core.naming import canonical_name, suggestion
 from lightning_goldy.core.objective import Objective
-from lightning_goldy.core.sharding import Replicas, unshard_guard
+from lightning_goldy.core.sharding import Replicas, is_sharded, unshard_guard
 from lightning_goldy.core.space import ParameterSpace, trainable_parameters
 from lightning_goldy.core.store import Kind, save_vectors
 from lightning_goldy.core.vector import ParameterVector, require_finite
@@ -141,7 +143,8 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         model_attribute: Submodule to analyse; ``model`` by default, or the LightningModule itself.
         probe: Batches to analyse; by default a ``probe_dataloader()``, or the validation set.
         name: Folder and metric prefix; needed when a trainer has two callbacks of one class.
-        check: Whether the objective's loss is held against the model's own before the first step.
+        check: Whether to try on one sample, before the first step, what the analysis will do, and to hold the
+            objective's loss against the model's own.
 
     Raises:
         ValueError: An argument is out of range, or nothing is scheduled.
@@ -168,8 +171,8 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         objective: Objective | None = None,
         model_attribute: str | None = None,
         probe: Iterable[Any] | None = None,
-        name: str | None = None,
         check: bool = True,
+        name: str | None = None,
     ) -> None:
         at = (at,) if isinstance(at, str) else tuple(at)  # type: ignore[assignment]
         for argument, value in (("every_n_steps", every_n_steps), ("every_n_epochs", every_n_epochs)):
@@ -184,8 +187,7 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
             raise ValueError(f"{type(self).__name__} would never run: give every_n_steps, every_n_epochs or at=")
         self.every_n_steps, self.every_n_epochs, self.at = every_n_steps, every_n_epochs, at
         self.on_error = on_error
-        self.objective, self.model_attribute, self.probe = objective, model_attribute, probe
-        self.check = check
+        self.objective, self.model_attribute, self.probe, self.check = objective, model_attribute, probe, check
         self.name = name or default_name(type(self))
         if not self.name.replace("_", "").replace("-", "").isalnum():
             raise ValueError(f"name becomes a folder: letters, digits, '-' and '_' only; got {self.name!r}")
@@ -299,6 +301,9 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
                     model, objective, self._batches, self.probe_samples(), pl_module=pl_module, check=self.check
                 )
         self.prepare(trainer, model)
+        if self.check:
+            with undisturbed(trainer, pl_module):
+                self._try(pl_module, model)
         self._observe_trainable(trainer, model)
         self._left = trainer.global_step, weights_mark(model)
         self._resumed = False
@@ -316,6 +321,32 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         return (
             same and self._store is not None and self._store.folder == folder and self._last_step <= trainer.global_step
         )
+
+    def _try(self, pl_module: L.LightningModule, model: nn.Module) -> None:
+        batches = self.tried_batches()
+        if not batches:
+            return
+        objective = find_objective(pl_module, model, self.objective)
+        device = next(model.parameters()).device
+        sample = move_batch(next(iter(objective.samples(batches[0]))), device)
+        self.try_route(model, objective, sample)
+
+    def tried_batches(self) -> Sequence[Any]:
+        """Where the sample is taken from that the analysis is tried on: the probe."""
+        return self._batches
+
+    def try_route(self, model: nn.Module, objective: Objective, sample: Any) -> None:
+        """Hook for subclasses: does for one sample what the analysis will do, so that what cannot work fails early.
+
+        Called before the first step, on every rank, with the model isolated as for :meth:`compute`; the probe has been
+        run forward by then. It must not call ``backward()`` on a plain model, whose gradients DistributedDataParallel
+        would take for the training's: use :func:`try_gradients`.
+
+        Args:
+            model: The analysed module.
+            objective: How a batch becomes a loss.
+            sample: A batch of one sample, on the model's device.
+        """
 
     def prepare(self, trainer: L.Trainer, model: nn.Module) -> None:
         """Hook for subclasses: checks and preparations right before the first step."""
@@ -522,6 +553,31 @@ def _may_validate(trainer: L.Trainer, batch_idx: int) -> bool:
     every = trainer.val_check_batch
     last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
     return bool(trainer.enable_validation and (last or every is None or (every and (batch_idx + 1) % every == 0)))
+
+
+def try_gradients(model: nn.Module, parameters: Mapping[str, nn.Parameter], objective: Objective, sample: Any) -> None:
+    """A forward and a backward pass of one sample.
+
+    Args:
+        model: The model, isolated.
+        parameters: By name; those whose gradients are wanted.
+        objective: How a batch becomes log-probabilities.
+        sample: A batch of one sample, on the model's device.
+
+    Raises:
+        ValueError: The log-probability depends on none of the parameters.
+    """
+    log_prob, leaves = objective.log_probs(model, sample).mean(), list(parameters.values())
+    if any(map(is_sharded, leaves)):
+        log_prob.backward()  # FSDP2 leaves gradients in the parameters alone
+        unshard_guard(model)
+        return
+    # Not into the parameters, or DistributedDataParallel would see a backward pass.
+    found = torch.autograd.grad(log_prob, leaves, allow_unused=True) if log_prob.requires_grad else [None]
+    if all(gradient is None for gradient in found):
+        raise ValueError(
+            f"the objective depends on none of the {len(leaves)} selected parameters ({next(iter(parameters))}, ...)"
+        )
 
 
 def default_name(callback: type) -> str:

@@ -12,8 +12,9 @@ from torch.optim import Optimizer
 
 from lightning_goldy.analysis.basin import BasinVolumes, Estimator, Selection, VolumeSurvey, adam_preconditioner
 from lightning_goldy.analysis.basin.survey import ONLY_SPLIT, Make, PreconditionerName
-from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
+from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, try_gradients
 from lightning_goldy.core.isolation import undisturbed
+from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.training.subject import check_probe, check_split_names, find_objective, find_splits
 
@@ -134,6 +135,15 @@ class BasinVolume(AnalysisCallback[BasinVolumes]):
                         pl_module=trainer.lightning_module,
                         check=self.check,
                     )
+
+    def tried_batches(self) -> Sequence[Any]:
+        """The probe, or the first split."""
+        return next(iter(self._split_batches.values()), self._batches)
+
+    def try_route(self, model: nn.Module, objective: Objective, sample: Any) -> None:
+        """A backward pass of one sample where the Fisher information is wanted; volumes need forward passes alone."""
+        if self.survey.preconditioner == "kronecker":
+            try_gradients(model, self.survey.space(model).resolve(model), objective, sample)
 
     def compute(self, context: AnalysisContext) -> BasinVolumes:
         """Measures the volumes."""

@@ -18,6 +18,7 @@ from torch import nn
 
 from lightning_goldy.analysis.result import AnalysisResult, Cost, Row
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
+from lightning_goldy.core.batches import sample_count
 from lightning_goldy.core.files import printable
 from lightning_goldy.core.isolation import isolated_rng
 from lightning_goldy.core.mask import ParameterMask

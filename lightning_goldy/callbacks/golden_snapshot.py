@@ -15,9 +15,10 @@ from torch import nn
 from lightning_goldy.analysis.change import SuccessiveUpdates, WeightChange, change_inside, weight_change
 from lightning_goldy.analysis.golden import GoldenResult, ReverseGoldenResult
 from lightning_goldy.analysis.result import Row
-from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
+from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, try_gradients
 from lightning_goldy.core.base import BaseParameters, read_base
 from lightning_goldy.core.mask import ParameterMask
+from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.store import StoreError, fingerprint, load_vectors, save_vectors
 from lightning_goldy.core.vector import ParameterVector
@@ -323,6 +324,10 @@ class MaskCallback(AnalysisCallback[MaskT]):
     @abstractmethod
     def space(self, model: nn.Module) -> ParameterSpace:
         """The parameters whose elements may be marked."""
+
+    def try_route(self, model: nn.Module, objective: Objective, sample: Any) -> None:
+        """A backward pass of one sample, of whose gradients masks are made."""
+        try_gradients(model, self.space(model).resolve(model), objective, sample)
 
     def prepare(self, trainer: L.Trainer, model: nn.Module) -> None:
         """Checks the selection, and takes up the last mask of a run that is resumed."""

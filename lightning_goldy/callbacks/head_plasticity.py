@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,15 @@ class HeadPlasticity(AnalysisCallback[PlasticityResult]):
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         if self._plasticity is not None:
             self._plasticity.zero_gradients()
+
+    def try_route(self, model: nn.Module, objective: Objective, sample: Any) -> None:
+        """Scores heads on one sample; ablation needs forward passes alone."""
+        scoring, regrowth = replace(self.settings.scoring, n_samples=1), self.settings.regrowth
+        strategies = {self.settings.strategy} - {"ablation"}
+        if regrowth.fraction > 0 and regrowth.choice == "gradient":
+            strategies.add("magnitude")
+        for strategy in sorted(strategies):
+            PlasticitySubject(model, self.plasticity.gates, [sample], objective, scoring).scores(strategy, 0)
 
     def compute(self, context: AnalysisContext) -> PlasticityResult:
         """Carries out what is due, and tells decisions, scores, maps and what changed since the last row."""

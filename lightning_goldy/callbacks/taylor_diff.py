@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import lightning.pytorch as L
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_goldy.analysis.divergence import shortened
 from lightning_goldy.analysis.result import Row
-from lightning_goldy.analysis.taylor import By, TaylorDiffResult, check_orders, taylor_diff
+from lightning_goldy.analysis.taylor import By, TaylorDiffResult, check_orders, expansion_route, taylor_diff
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.callbacks.golden_snapshot import find_snapshot
 from lightning_goldy.core.base import BaseParameters, base_of
 from lightning_goldy.core.naming import suggestion
+from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.sharding import unshard_guard
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.store import load_vectors, save_vectors
@@ -99,6 +101,17 @@ class TaylorDiff(AnalysisCallback[TaylorDiffResult]):
         if self._base is not None:
             self._base.grow(ParameterVector.of(model, space.subspace(set(space) - set(self._base.space))))
             self._base_file = None
+
+    def try_route(self, model: nn.Module, objective: Objective, sample: Any) -> None:
+        """Expands one sample around the present weights, and says where that goes by differences."""
+        _, why = expansion_route(
+            model, sample, objective, orders=self.orders, by=self.by, function_space=self.function_space
+        )
+        if why:
+            rank_zero_warn(
+                f"{self.name}: {why}; derivatives along the step are central differences (route 'differences'), whose "
+                "error each row states"
+            )
 
     def compute(self, context: AnalysisContext) -> TaylorDiffResult:
         """Expands around the base."""

@@ -2,41 +2,82 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import TracebackType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
-from lightning_goldy.core.naming import canonical_name, require_at_least
+from lightning_goldy.core.composed import composed_functions, without_checkpoints
+from lightning_goldy.core.composed import nested_derivatives as nested_derivatives
+from lightning_goldy.core.naming import canonical_name, model_class, require_at_least
 from lightning_goldy.core.space import trainable_parameters
 
-# Attention scores held at a time: so many for each element of the queries, and not fewer than the second.
-_SCORES_PER_QUERY = 2
-_SCORES = 1 << 18
+# What torch says where it has no forward mode.
+_NO_FORWARD_MODE = (
+    *("forward AD", "forward mode", "forward-mode", "functorch", "ZeroTensors", "the jvp function"),
+    *("doesn't have storage", "invalid python storage", "(vjp, jvp, grad, etc) transform"),
+)
+# Custom functions whose derivatives through their forward were compared with differences, and agreed.
+_COMPARED: set[tuple[str, str]] = set()
+# Central differences have a step of so much of the parameters' norm where they check, and may be so far from exact.
+_CHECK_STEP, _CHECK_ERROR = 1e-3, 0.05
+
+
+class ForwardModeError(RuntimeError):
+    """A model has no forward-mode derivatives, or wrong ones; says where and why."""
 
 
 @contextmanager
-def nested_derivatives() -> Iterator[None]:
-    """Makes derivatives of any order right inside a ``with`` block.
+def forward_mode(model: nn.Module) -> Iterator[None]:
+    """Says which layer of a model has no forward mode, where one inside has none.
 
-    Fused attention has no forward-mode derivative, so attention runs in its plain form, a piece of the queries at a
-    time, so that its patterns do not fill the memory. The fused normalisations have a derivative that is silently wrong
-    when it is nested, so they are composed of means and square roots, in at least float32 as the fused ones compute.
+    Args:
+        model: Whose layers are named.
+
+    Raises:
+        ForwardModeError: Inside, an operation has no forward-mode derivative.
 
     Example:
-        >>> with nested_derivatives():
-        ...     normalised = F.layer_norm(torch.tensor([1.0, 3.0]), (2,))
-        >>> [round(value, 4) for value in normalised.tolist()]
-        [-1.0, 1.0]
+        >>> class Distances(nn.Module):
+        ...     def forward(self, x):
+        ...         return torch.cdist(x, x)
+        >>> model = nn.Sequential(nn.Identity(), Distances())
+        >>> try:
+        ...     with forward_mode(model):
+        ...         _ = torch.func.jvp(model, (torch.eye(2),), (torch.eye(2),))
+        ... except ForwardModeError as error:
+        ...     print(error)
+        Sequential has no forward-mode derivative in '1' (Distances): torch has none of _cdist_forward
     """
-    with sdpa_kernel(SDPBackend.MATH), _Composed():
+    try:
         yield
+    except (RuntimeError, NotImplementedError) as error:
+        if isinstance(error, (ForwardModeError, torch.OutOfMemoryError)):
+            raise
+        if not any(phrase in str(error) for phrase in _NO_FORWARD_MODE):
+            raise
+        layer = _layer_of(error.__traceback__, model)
+        operation = re.search(r"forward AD with (\S+) that", str(error))
+        told = str(error).splitlines()[0] if operation is None else f"torch has none of {operation[1]}"
+        raise ForwardModeError(f"{model_class(model)} has no forward-mode derivative{layer}: {told}") from error
+
+
+def _layer_of(traceback: TracebackType | None, model: nn.Module) -> str:
+    """The innermost of a model's modules that was running."""
+    names = {id(module): name for name, module in model.named_modules() if name}
+    found = ""
+    while traceback is not None:
+        running = traceback.tb_frame.f_locals.get("self")
+        if id(running) in names:
+            found = f" in {names[id(running)]!r} ({type(running).__name__})"
+        traceback = traceback.tb_next
+    return found
 
 
 def directional_derivatives(
@@ -49,7 +90,9 @@ def directional_derivatives(
 
     .. math:: \frac{d^k}{dt^k} f(\theta + t \Delta) \Big|_{t=0}, \qquad k = 0, \dots, n
 
-    By forward mode nested n times; first order costs about 4 forward passes, second 11, third 35.
+    By forward mode nested n times; first order costs about 4 forward passes, second 11, third 35. Custom functions are
+    differentiated through their forward; the first time that one is met, the first derivative is compared with central
+    differences, which costs 4 forward passes.
 
     Args:
         function: Takes parameters by name, returns a tensor.
@@ -62,6 +105,7 @@ def directional_derivatives(
 
     Raises:
         ValueError: The order is negative, or the direction names what is no parameter.
+        ForwardModeError: A custom function hides its derivative from forward mode.
 
     Example:
         >>> cube = lambda p: p["x"] ** 3
@@ -79,9 +123,116 @@ def directional_derivatives(
         return function({**values, **moved})
 
     # Without gradients some functions, such as SiLU, lose their nested forward derivatives.
-    with nested_derivatives(), torch.enable_grad():
-        found = _derivatives(moving, steps, order)({name: values[name] for name in steps})
-        return tuple(part.detach() for part in found)
+    with nested_derivatives(), torch.enable_grad(), composed_functions() as composed:
+        start = {name: values[name] for name in steps}
+        found = tuple(part.detach() for part in _derivatives(moving, steps, order)(start))
+    if order:
+        require_seen(composed, moving, start, steps, found[1])
+    return found
+
+
+def require_seen(
+    composed: Sequence[str],
+    function: Callable[[dict[str, Tensor]], Tensor],
+    parameters: Mapping[str, Tensor],
+    direction: Mapping[str, Tensor],
+    derivative: Tensor,
+) -> None:
+    """Compares a first derivative with central differences, unless its custom functions are known to be right.
+
+    Args:
+        composed: Names of the custom functions that were differentiated through their forward.
+        function: Of the parameters that the direction names.
+        parameters: Where.
+        direction: Along what.
+        derivative: What forward mode found.
+
+    Raises:
+        ForwardModeError: They differ by more than a twentieth, beyond rounding.
+    """
+    met = {(name, derivative.device.type) for name in composed} - _COMPARED
+    size, length = (float(sum(t.detach().double().square().sum() for t in d.values())) for d in (parameters, direction))
+    if not met or not length:
+        return
+    step = _CHECK_STEP * (size / length) ** 0.5 if size else 1.0
+    slope: Tensor | float = 0.0
+    with torch.no_grad(), nested_derivatives():
+        for place, weight in ((-2, 1 / 12), (-1, -2 / 3), (1, 2 / 3), (2, -1 / 12)):
+            moved = {name: value + (place * step) * direction[name].detach() for name, value in parameters.items()}
+            value = function(moved).double()
+            slope = slope + weight * value
+    noise = 30 * torch.finfo(derivative.dtype).eps * float(value.norm())
+    expected = float(torch.as_tensor(slope).norm())
+    apart = float((step * derivative.detach().double() - slope).norm())
+    if apart > _CHECK_ERROR * expected + noise:
+        names = ", ".join(sorted(name for name, _ in met))
+        raise ForwardModeError(
+            f"the forward-mode derivative through the custom function {names} is not that of its values: it is "
+            f"{apart / max(expected, 1e-300):.2g} of the derivative away from central differences"
+        )
+    if noise <= expected / 2:
+        _COMPARED.update(met)
+
+
+def difference_derivatives(
+    function: Callable[[dict[str, Tensor]], Tensor],
+    parameters: Mapping[str, Tensor],
+    direction: Mapping[str, Tensor],
+    order: int,
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    r"""The same derivatives from values at 7 places along the line, where there is no forward mode.
+
+    .. math:: f^{(k)} \approx \sum_{j=-3}^{3} w_{kj} f(\theta + j h \Delta), \qquad h = \min(0.3, \epsilon^{1/7})
+
+    with the weights that are exact for polynomials of degree 6, and :math:`\epsilon` the precision of the function.
+
+    Args:
+        function: Takes parameters by name, returns a tensor.
+        parameters: Where: theta.
+        direction: Along what: Delta, by the same names; parameters that it lacks stay.
+        order: n, from 0 to 3.
+
+    Returns:
+        n + 1 tensors in float64, and how far off each may be: what the 5 inner places say less what all 7 say, the
+        farther by what rounding adds up to.
+
+    Example:
+        >>> x = {"x": torch.tensor(2.0, dtype=torch.float64)}
+        >>> found, errors = difference_derivatives(lambda p: p["x"] ** 3, x, {"x": torch.ones(())}, 2)
+        >>> [round(float(value), 6) for value in found], max(map(float, errors)) < 1e-6
+        ([8.0, 12.0, 12.0], True)
+    """
+    values = {name: value.detach() for name, value in parameters.items()}
+    steps = {name: step.detach().to(values[name].dtype) for name, step in direction.items()}
+    with torch.no_grad(), nested_derivatives():
+        middle = function(dict(values))
+        step = min(0.3, torch.finfo(middle.dtype).eps ** (1 / 7))
+        wide, narrow = _weights(3, step, order), _weights(2, step, order)
+        found, fewer = ([middle.double() * weights[0] for weights in stencil] for stencil in (wide, narrow))
+        for place in (-3, -2, -1, 1, 2, 3):
+            moved = {name: values[name] + (place * step) * way for name, way in steps.items()}
+            value = function({**values, **moved}).double()
+            for sums, stencil in ((found, wide), (fewer, narrow)):
+                for total, weights in zip(sums, stencil, strict=True):
+                    total.add_(value, alpha=weights.get(place, 0.0))
+    # Rounding inside a network adds up to a few units of its outputs' last place.
+    size = 4 * torch.finfo(middle.dtype).eps * middle.double().abs()
+    errors = []
+    for inner, outer, weights in zip(fewer, found, wide, strict=True):
+        apart = inner - outer
+        errors.append(apart + torch.copysign(size * math.hypot(*weights.values()), apart))
+    return tuple(found), tuple(errors)
+
+
+def _weights(reach: int, step: float, order: int) -> list[dict[int, float]]:
+    """For each derivative at 0 the weights of the values at so many steps to both sides."""
+    places = range(-reach, reach + 1)
+    # A polynomial's coefficients from its values; the k-th derivative is k! of them.
+    powers = torch.linalg.inv(torch.vander(torch.tensor(places, dtype=torch.float64), increasing=True))
+    return [
+        {place: float(weight) * math.factorial(k) / step**k for place, weight in zip(places, powers[k], strict=True)}
+        for k in range(order + 1)
+    ]
 
 
 def polynomial(coefficients: Sequence[Tensor], t: Tensor | float = 1.0) -> Tensor:
@@ -102,6 +253,8 @@ def call_with(
 ) -> Any:
     """Calls a model with other values for some of its parameters, tied ones included.
 
+    Without gradient checkpoints, which would recompute with the model's own values.
+
     Args:
         model: Any module.
         parameters: By canonical name.
@@ -110,7 +263,28 @@ def call_with(
     """
     names = {canonical_name(name): name for name, _ in model.named_parameters()}
     values = {names[name]: value for name, value in parameters.items()}
-    return functional_call(model, values, tuple(args), dict(kwargs), tie_weights=True)
+    with without_checkpoints(), _unscaled(model):
+        return functional_call(model, values, tuple(args), dict(kwargs), tie_weights=True)
+
+
+@contextmanager
+def _unscaled(model: nn.Module) -> Iterator[None]:
+    """Keeps a model from dividing its weights in place at its first call in evaluation mode, as RWKV does."""
+    configs: list[Any] = [module.config for module in model.modules() if hasattr(module, "layers_are_rescaled")]
+    before = [(config, config.rescale_every) for config in configs]
+    for config, every in before:
+        if 0 < every < config.num_hidden_layers:
+            raise ValueError(
+                f"{model_class(model)} divides the weights of its later layers in evaluation mode, so that values of "
+                f"the two modes do not compare: set its config's rescale_every to 0; it is {every}"
+            )
+    try:
+        for config, _ in before:
+            config.rescale_every = 0
+        yield
+    finally:
+        for config, every in before:
+            config.rescale_every = every
 
 
 class Substituted(nn.Module):
@@ -166,95 +340,3 @@ def _derivatives(
         return (*values, tangents[-1])
 
     return higher
-
-
-class _Composed(TorchFunctionMode):
-    """Replaces fused normalisations by what they are made of, and attention by attention in pieces."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _COMPOSED.get(func, func)(*args, **(kwargs or {}))
-
-
-def _layer_norm(
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    cudnn_enable: bool = True,
-) -> Tensor:
-    dims = tuple(range(-len(normalized_shape), 0))
-    wide = input.to(torch.promote_types(input.dtype, torch.float32))
-    centred = wide - wide.mean(dims, keepdim=True)
-    return _scaled(centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps), weight, bias).to(input.dtype)
-
-
-def _rms_norm(
-    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
-) -> Tensor:
-    dims = tuple(range(-len(normalized_shape), 0))
-    wide = input.to(torch.promote_types(input.dtype, torch.float32))
-    small = torch.finfo(input.dtype).eps if eps is None else eps
-    return _scaled(wide * torch.rsqrt(wide.square().mean(dims, keepdim=True) + small), weight, None).to(input.dtype)
-
-
-def _group_norm(
-    input: Tensor,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    cudnn_enabled: bool = True,
-) -> Tensor:
-    wide = input.to(torch.promote_types(input.dtype, torch.float32))
-    groups = wide.reshape(len(input), num_groups, -1)  # [N, C, ...] -> [N, groups, C / groups x ...]
-    centred = groups - groups.mean(-1, keepdim=True)
-    normal = (centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)).reshape(input.shape)
-    each = (1, -1) + (1,) * (input.ndim - 2)  # one weight per channel
-    scale = None if weight is None else weight.view(each)
-    return _scaled(normal, scale, None if bias is None else bias.view(each)).to(input.dtype)
-
-
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    **options: Any,
-) -> Tensor:
-    length, keys = query.shape[-2], key.shape[-2]
-    most = max(_SCORES, _SCORES_PER_QUERY * query.numel())
-    rows = max(1, most * length * query.shape[-1] // max(query.numel() * keys, 1))
-    # A graph would keep every piece; then pieces would only cost.
-    recorded = query.requires_grad or key.requires_grad or value.requires_grad
-    if rows >= length or recorded or dropout_p or (is_causal and attn_mask is not None):
-        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
-    pieces = []
-    for start in range(0, length, rows):
-        piece = query[..., start : start + rows, :]  # [..., rows, D]
-        seen, mask = keys, attn_mask
-        if is_causal:  # later keys are masked for all of the piece
-            seen = min(start + piece.shape[-2], keys)
-            mask = torch.ones(piece.shape[-2], seen, dtype=torch.bool, device=query.device).tril(start)
-        elif mask is not None and mask.shape[-2] > 1:
-            mask = mask[..., start : start + rows, :]  # [..., rows, S]
-        pieces.append(F.scaled_dot_product_attention(piece, key[..., :seen, :], value[..., :seen, :], mask, **options))
-    return torch.cat(pieces, dim=-2)  # [..., L, D]
-
-
-def _scaled(normal: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    normal = normal if weight is None else normal * weight
-    return normal if bias is None else normal + bias
-
-
-_COMPOSED: dict[Any, Callable[..., Tensor]] = {
-    F.scaled_dot_product_attention: _attention,
-    F.layer_norm: _layer_norm,
-    torch.layer_norm: _layer_norm,
-    F.rms_norm: _rms_norm,
-    torch.rms_norm: _rms_norm,
-    F.group_norm: _group_norm,
-    torch.group_norm: _group_norm,
-}

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_goldy.core import autodiff
+from lightning_goldy.core import composed
 from lightning_goldy.core.autodiff import (
     Substituted,
     call_with,
@@ -67,8 +67,8 @@ def without_casts(monkeypatch: pytest.MonkeyPatch) -> None:
 def attention_pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Attention at once, and in pieces of one query."""
     if request.param == "row by row":
-        monkeypatch.setattr(autodiff, "_SCORES_PER_QUERY", 0)
-        monkeypatch.setattr(autodiff, "_SCORES", 1)
+        monkeypatch.setattr(composed, "_SCORES_PER_QUERY", 0)
+        monkeypatch.setattr(composed, "_SCORES", 1)
     return request.param
 
 
@@ -114,8 +114,8 @@ def test_attention_in_pieces_is_attention(call: str, rows: int, monkeypatch: pyt
     query = torch.randn(2, 4, 5, 3, generator=generator, dtype=torch.float64)
     key, value = torch.randn(2, 2, heads, keys, 3, generator=generator, dtype=torch.float64).unbind()
     expected = F.scaled_dot_product_attention(query, key, value, **options)
-    monkeypatch.setattr(autodiff, "_SCORES_PER_QUERY", 0)
-    monkeypatch.setattr(autodiff, "_SCORES", rows * 2 * 4 * keys)
+    monkeypatch.setattr(composed, "_SCORES_PER_QUERY", 0)
+    monkeypatch.setattr(composed, "_SCORES", rows * 2 * 4 * keys)
     calls = []
 
     def counted(*args, **kwargs):
@@ -126,13 +126,13 @@ def test_attention_in_pieces_is_attention(call: str, rows: int, monkeypatch: pyt
     with nested_derivatives():
         nested = attention(query, key, value, **options)
     monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
-    found = autodiff._attention(query, key, value, **options)
+    found = composed._attention(query, key, value, **options)
     torch.testing.assert_close(nested, expected, rtol=1e-12, atol=1e-12)
     assert calls == [rows] * (5 // rows) + [5 % rows] * (5 % rows > 0)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     calls.clear()
     # A graph would hold all pieces.
-    autodiff._attention(query.requires_grad_(), key, value, **options)
+    composed._attention(query.requires_grad_(), key, value, **options)
     assert calls == [5]
 
 
@@ -182,9 +182,9 @@ def test_the_native_layer_norm_is_wrong_and_the_composed_one_is_why_ours_is_righ
     zero = torch.zeros((), dtype=torch.float64)
     native = float(torch.func.jvp(first, (zero,), (torch.ones_like(zero),))[1])
     with nested_derivatives():
-        composed = float(torch.func.jvp(first, (zero,), (torch.ones_like(zero),))[1])
+        found = float(torch.func.jvp(first, (zero,), (torch.ones_like(zero),))[1])
     expected = float(chebyshev_derivatives(lambda t: along(torch.tensor(t, dtype=torch.float64)), 2)[2])
-    assert composed == pytest.approx(expected, rel=1e-9)
+    assert found == pytest.approx(expected, rel=1e-9)
     assert native != pytest.approx(expected, rel=1e-3)
 
 
@@ -202,9 +202,9 @@ def test_composed_normalisations_compute_what_fused_ones_do(dtype: torch.dtype) 
     for call in calls:
         fused = call()
         with nested_derivatives():
-            composed = call()
-        assert composed.dtype == fused.dtype
-        torch.testing.assert_close(composed, fused, rtol=tolerance, atol=tolerance)
+            found = call()
+        assert found.dtype == fused.dtype
+        torch.testing.assert_close(found, fused, rtol=tolerance, atol=tolerance)
 
 
 def test_the_taylor_polynomial_of_a_polynomial_is_itself() -> None:

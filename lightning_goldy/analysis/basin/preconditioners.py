@@ -141,7 +141,7 @@ def optimizer_moments(
     moments = {}
     for name, parameter in parameters.items():
         state = inner.state.get(parameter, {})
-        values = _in_layout_of(parameter, _moment(inner, name, state, order), name)
+        values = _in_layout_of(parameter, _moment(inner, name, parameter, order), name)
         step = state.get("step")
         factor = _bias_correction(inner, name, state, groups[id(parameter)], order)
         moments[name] = Moment(values, factor, step if isinstance(step, Tensor) else None)
@@ -157,15 +157,12 @@ def _unwrapped(optimizer: Any) -> Optimizer:
     return optimizer
 
 
-def _moment(optimizer: Optimizer, name: str, state: Mapping[str, Any], order: Literal[1, 2]) -> Tensor:
-    moment, owner = _MOMENTS[order], type(optimizer).__name__
+def _moment(optimizer: Optimizer, name: str, parameter: nn.Parameter, order: Literal[1, 2]) -> Tensor:
+    moment, owner, state = _MOMENTS[order], type(optimizer).__name__, optimizer.state.get(parameter, {})
     if not any(optimizer.state.values()):
         raise ValueError(f"the {owner} has no state for {name!r} or any other parameter: it has made no step yet")
     if not state:
-        raise ValueError(
-            f"the {owner} has no state for {name!r}, but for others: it never received a gradient; leave it out with "
-            "exclude="
-        )
+        return torch.zeros_like(parameter.detach())  # never a gradient: what the loss does not use
     if moment not in state:
         raise ValueError(
             f"the {owner} keeps no {moment!r} for {name!r}; it has {sorted(map(str, state))}. Use an optimizer of the "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -174,6 +175,7 @@ def golden_parameters(
     One forward and backward pass per sample, in evaluation mode. Each gradient is turned into votes and freed as soon
     as it exists, so beside one sample's largest gradient only the votes (one or two bytes per element) are held. The
     model comes back as it was. On several ranks the samples are shared out and the votes summed; every rank must call.
+    What no sample's objective depends on is not golden, and a warning names it.
 
     Args:
         model: A plain, DistributedDataParallel-unwrapped, or FSDP2-sharded module.
@@ -193,7 +195,7 @@ def golden_parameters(
 
     Raises:
         ValueError: An argument is out of range, there are too few samples, a weight or a gradient is not finite (the
-            tensor is named), or a parameter never received a gradient.
+            tensor is named), or no parameter received a gradient.
 
     Source: "golden parameters" as the intersection of per-sample top-k gradient masks; chance overlap k^n.
 
@@ -343,7 +345,7 @@ class Ballot:
         """One forward and backward pass, whose gradients become votes."""
         before = set(self.seen)
         self.seen.clear()
-        objective.log_probs(model, sample).mean().backward()
+        backward(objective.log_probs(model, sample).mean())
         for group, k in self.groups:
             if group[0] not in self.seen:
                 self._mark(group, k)
@@ -382,9 +384,11 @@ class Ballot:
 
     def totals(self, replicas: Replicas) -> dict[str, Tensor]:
         """Votes summed over the replicas, in the layout of the parameters."""
-        require_gradients(self.parameters, self.seen, replicas)
+        unused = require_gradients(self.parameters, self.seen, replicas)
         totals = {}
         for name, votes in self.votes.items():
+            if name in unused:  # ties at zero are no votes
+                votes.zero_()
             # Process groups do not sum shorts.
             summable = votes.int() if votes.dtype == torch.int16 and replicas.size > 1 else votes
             totals[name] = like(self.parameters[name].detach(), replicas.sum_(summable))
@@ -448,6 +452,12 @@ def only_these_require_gradients(model: nn.Module, parameters: Mapping[str, nn.P
             parameter.requires_grad_(False)
 
 
+def backward(value: Tensor) -> None:
+    """A backward pass, unless the value depends on nothing that requires a gradient: then there is none to make."""
+    if value.requires_grad:
+        value.backward()
+
+
 def taken_gradients(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, Tensor]]:
     """Name and this process's part of each gradient that there is, in at least float32; all gradients are cleared."""
     unshard_guard(model)
@@ -473,17 +483,24 @@ def zeros_like_parts(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def require_gradients(parameters: Mapping[str, Tensor], seen: Collection[str], replicas: Replicas) -> None:
-    """Checks that some sample, of any replica, gave every parameter a gradient.
+def require_gradients(parameters: Mapping[str, Tensor], seen: Collection[str], replicas: Replicas) -> list[str]:
+    """The parameters that no sample, of any replica, gave a gradient: theirs is zero, which a warning says.
 
     Raises:
-        ValueError: A parameter has received none; the first is named.
+        ValueError: No parameter received one.
     """
     device = local(next(iter(parameters.values()))).device
     voted = torch.tensor([name in seen for name in parameters], dtype=torch.int32, device=device)
     missing = [name for name, count in zip(parameters, replicas.sum_(voted).tolist(), strict=True) if not count]
-    if missing:
+    if len(missing) == len(parameters):
         raise ValueError(
-            f"the objective does not depend on {missing[0]} ({len(missing)} such parameters): no sample gave it a "
-            "gradient; leave it out with exclude="
+            f"the objective depends on none of the {len(parameters)} selected parameters ({missing[0]}, ...): no "
+            "sample gave one a gradient"
         )
+    if missing:
+        warnings.warn(
+            f"the objective does not depend on {missing[0]} ({len(missing)} such parameters), whose gradient counts as "
+            "zero; leave it out with exclude=",
+            stacklevel=2,
+        )
+    return missing

@@ -18,6 +18,7 @@ from lightning_goldy.analysis.golden.golden import (
     Budget,
     Mask,
     MaskResult,
+    backward,
     only_these_require_gradients,
     require_gradients,
     taken_gradients,
@@ -216,7 +217,7 @@ def reverse_golden_parameters(
 
     Raises:
         ValueError: An argument is out of range, there is no batch, a weight, a gradient or a divergence is not finite,
-            or a parameter never received a gradient.
+            or no parameter received a gradient.
         TypeError: The objective has no logits, or a setting is unknown.
 
     Example:
@@ -457,14 +458,14 @@ def single_shot_scores(
         Name of a score to name of a parameter to this process's part, in at least float32.
 
     Raises:
-        ValueError: A parameter has received no gradient; it is named.
+        ValueError: No parameter has received a gradient. One that the objective ignores has scores of zero.
     """
     first, second = zeros_like_parts(parameters), zeros_like_parts(parameters)
     own = {} if extra in SINGLE_SHOTS else zeros_like_parts(parameters)
     seen: set[str] = set()
     samples.cost += Cost(forwards=samples.n_samples, backwards=samples.n_samples)
     for piece in samples.pieces:
-        objective.log_probs(model, piece).mean().backward()
+        backward(objective.log_probs(model, piece).mean())
         for name, gradient in taken_gradients(model, parameters):
             seen.add(name)
             first[name] += gradient.abs()

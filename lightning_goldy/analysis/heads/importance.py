@@ -134,7 +134,7 @@ class HeadProbe:
         """Gradient of each sample's loss in its gates, [B, layers, heads] float64, and its number of targets."""
         with self.gates.measured(batch_length(batch)) as leaf:
             log_probs, targets = self._log_probs(batch)
-            (gradient,) = torch.autograd.grad(-log_probs.sum(), [leaf])
+            (gradient,) = torch.autograd.grad(-log_probs.sum(), [leaf], materialize_grads=True)
         self._made += Cost(batch_length(batch), batch_length(batch))
         return gradient.double(), targets
 

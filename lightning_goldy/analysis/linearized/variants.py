@@ -16,8 +16,9 @@ from torch.func import functional_call, jvp
 
 from lightning_goldy.core.architecture import Architecture, Block, UnsupportedArchitectureError, describe_architecture
 from lightning_goldy.core.architecture.kernels import Attended, AttentionCall, AttentionKernelError, eager_attention
-from lightning_goldy.core.autodiff import Substituted, call_with, nested_derivatives
+from lightning_goldy.core.autodiff import Substituted, call_with, forward_mode, nested_derivatives, require_seen
 from lightning_goldy.core.base import Base, base_of
+from lightning_goldy.core.composed import composed_functions, without_checkpoints
 from lightning_goldy.core.naming import model_class, require_choice, suggestion
 from lightning_goldy.core.objective import accepts
 from lightning_goldy.core.sharding import is_sharded
@@ -106,6 +107,7 @@ class TangentModel(BaseRelative):
         SpaceError: The base is of another model.
         TypeError: It cannot be a base.
         ValueError: The model is sharded.
+        ForwardModeError: At a call, a layer has no forward mode.
 
     Source: Jacot et al. 2018 ("Neural Tangent Kernel").
 
@@ -129,8 +131,11 @@ class TangentModel(BaseRelative):
             outputs.append(call_with(self.model, parameters, args, kwargs))
             return outputs[-1] if isinstance(outputs[-1], Tensor) else outputs[-1].logits
 
-        with nested_derivatives():
-            value, change = jvp(logits, (base,), ({name: present[name] - base[name] for name in base},))[:2]
+        delta = {name: present[name] - base[name] for name in base}
+        with forward_mode(self.model), composed_functions() as composed:
+            with nested_derivatives():
+                value, change = jvp(logits, (base,), (delta,))[:2]
+            require_seen(composed, logits, base, delta, change)
         linear = value + change
         return linear if isinstance(outputs[-1], Tensor) else type(outputs[-1])(logits=linear)
 
@@ -161,6 +166,8 @@ class Intervention(BaseRelative, ABC):
         if self._entered is not None:
             raise RuntimeError(f"this {type(self).__name__} is in a with block already")
         with ExitStack() as stack:
+            # A checkpoint would recompute activations after the model is itself again.
+            stack.enter_context(without_checkpoints())
             hook = self.model.register_forward_pre_hook(self._before, with_kwargs=True)
             stack.callback(hook.remove)
             stack.enter_context(self._changed())
@@ -218,12 +225,6 @@ class Intervention(BaseRelative, ABC):
         name = type(self).__name__
         if kwargs.get("past_key_values") is not None:
             raise ValueError(f"{name} needs whole sequences: call the model without past_key_values (use_cache=False)")
-        checkpointed = any(getattr(part, "gradient_checkpointing", False) for part in self.model.modules())
-        if checkpointed and self.model.training and torch.is_grad_enabled():
-            raise ValueError(
-                f"{name} cannot be trained with gradient checkpointing, which recomputes activations after the model "
-                "is itself again; call gradient_checkpointing_disable()"
-            )
 
 
 @contextmanager
@@ -263,7 +264,7 @@ class FrozenAttention(Intervention):
             values.
         SpaceError: The base is of another model.
         TypeError: It cannot be a base.
-        ValueError: The model is sharded; at a call, past keys and values or gradient checkpointing.
+        ValueError: The model is sharded; at a call, past keys and values.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -369,7 +370,8 @@ class LinearizedMLP(Intervention):
         UnsupportedArchitectureError: The MLPs cannot be told apart from the rest, or take more than one input.
         SpaceError: The base is of another model.
         TypeError: It cannot be a base.
-        ValueError: ``at`` is unknown, or the model sharded; at a call, past keys and values or gradient checkpointing.
+        ValueError: ``at`` is unknown, or the model sharded; at a call, past keys and values.
+        ForwardModeError: At a call, an MLP has no forward mode.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -468,7 +470,7 @@ class _Site:
         start = x if self.base_input is None else self.base_input.to(x.dtype)
         self.evaluating = True
         try:
-            with nested_derivatives():
+            with forward_mode(self.chain), nested_derivatives():
                 if self.owner.at == "base":
                     value, change = jvp(self._value, (values, start), (delta, x - start))[:2]
                 elif values:

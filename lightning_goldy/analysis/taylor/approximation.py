@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.core.autodiff import Substituted, call_with, directional_derivatives, polynomial, trainable_values
+from lightning_goldy.core.autodiff import (
+    Substituted,
+    call_with,
+    directional_derivatives,
+    forward_mode,
+    polynomial,
+    trainable_values,
+)
 from lightning_goldy.core.base import Base, base_of
 from lightning_goldy.core.batches import batch_tensors, map_batch
 from lightning_goldy.core.objective import (
@@ -173,6 +180,7 @@ class TaylorApproximation(Substituted):
         ValueError: The order is out of range.
         SpaceError: The base is of another model.
         TypeError: It cannot be a base.
+        ForwardModeError: At a call, a layer has no forward mode.
 
     Example:
         >>> model = nn.Linear(2, 2)
@@ -217,7 +225,8 @@ class TaylorApproximation(Substituted):
                 kinds.append(type(output))
                 return output if isinstance(output, Tensor) else output.logits
 
-            return polynomial(directional_derivatives(logits, dict(base), delta, self.order))
+            with forward_mode(model):
+                return polynomial(directional_derivatives(logits, dict(base), delta, self.order))
 
         found = logits_by_parts(model, expand, args, kwargs, parts_of_order(self.order))
         return found if issubclass(kinds[-1], Tensor) else kinds[-1](logits=found)

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, Literal, get_args
@@ -17,14 +18,18 @@ from lightning_goldy.analysis.divergence import divergence_sum, own_share, preci
 from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.analysis.taylor.approximation import HIGHEST_ORDER, batch_parts, parts_of_order
 from lightning_goldy.core.autodiff import (
+    ForwardModeError,
     Substituted,
+    difference_derivatives,
     directional_derivatives,
+    forward_mode,
     nested_derivatives,
     polynomial,
     trainable_values,
 )
 from lightning_goldy.core.base import Base, base_of
 from lightning_goldy.core.batches import sample_count
+from lightning_goldy.core.composed import functions_by_parts
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import block_of, suggestion
 from lightning_goldy.core.objective import FunctionObjective, Objective, TargetLogits, objective_for
@@ -42,6 +47,7 @@ Kind = Literal[
     "agreed",
     "difference",
 ]
+Route = Literal["forward", "differences"]
 
 
 @dataclass
@@ -54,7 +60,7 @@ class Sums:
             Over the targets: ``function share``, <J Delta_b, J Delta> by tensor; ``function change``, ||f_t - f_0||^2;
             and by order ``residual``, the squared distance of the logits from the prediction, ``divergence``,
             KL(p_t || p_k), nats, and ``agreed``, positions where both prefer the same class. ``difference`` of two
-            estimates of the curvature along the step, times the number of targets.
+            estimates of the curvature along the step, thrice the error of the better one, times the number of targets.
         n_targets: Number of targets (of samples, where an objective has no targets).
         cost: Passes of the model.
         gradient_norm: ||g|| of the mean loss at the base.
@@ -96,7 +102,7 @@ _STEP = 0.2
 
 @dataclass
 class Expansion:
-    """One process's work: :meth:`exact` by forward mode, :meth:`finite` where the model has none.
+    """One process's work: :meth:`whole` on a plain model, :meth:`finite` on a sharded one.
 
     Args:
         model: At the present parameters.
@@ -107,6 +113,7 @@ class Expansion:
         shares: Whether to attribute changes to tensors.
         function_space: Whether to expand logits.
         replicas: The processes that share the batches out.
+        route: How derivatives along the step are taken by :meth:`whole`.
     """
 
     model: nn.Module
@@ -117,6 +124,7 @@ class Expansion:
     shares: bool
     function_space: bool
     replicas: Replicas
+    route: Route = "forward"
 
     def __post_init__(self) -> None:
         # Delta, in at least the parameters' precision.
@@ -126,13 +134,36 @@ class Expansion:
         # Of the loss at the base, times the number of targets; at least float32.
         self.gradient: dict[str, Tensor] = {}
 
-    def exact(self) -> Sums:
-        """Forward mode, nested as often as the highest order asks, and one gradient for the shares; a collective."""
-        count = parts_of_order(max(self.orders), gradients=self.shares)
-        for batch in self.batches:
-            for part in batch_parts(batch, self.objective, count):
-                self.sums.n_targets += self._add_part(part)
+    def whole(self) -> Sums:
+        """Derivatives along the step, as high as the highest order asks, and one gradient for the shares; a collective.
+
+        Raises:
+            ForwardModeError: By ``forward``, on every process, where the model of one has no forward mode.
+        """
+        count, problem = parts_of_order(max(self.orders), gradients=self.shares), None
+        try:
+            for batch in self.batches:
+                for part in batch_parts(batch, self.objective, count):
+                    self.sums.n_targets += self._add_part(part)
+        except ForwardModeError as error:
+            problem = error
+        told = self.replicas.gather_objects(None if problem is None else str(problem))
+        first = next((message for message in told if message is not None), None)
+        if first is not None:
+            raise ForwardModeError(first) from problem
         return self._finished()
+
+    def try_route(self, sample: Any) -> None:
+        """Does for one sample what :meth:`whole` or :meth:`finite` does for all, along the parameters themselves.
+
+        Raises:
+            ForwardModeError: By ``forward``, where the model has no forward mode.
+        """
+        self.step = ParameterVector.of(self.model, self.base.space, clone=False)
+        if any(map(is_sharded, self.model.parameters())):
+            self._backward(self.base, sample)
+        else:
+            self._add_part(sample)
 
     def finite(self) -> Sums:
         """Exact gradients at the base and near it: central differences along the step, extrapolated once."""
@@ -207,14 +238,16 @@ class Expansion:
             return self.objective.loss(model, part)
 
         if self.function_space or not self.own_loss:
-            derivatives = self._along(part, logits)
-            weight, direction = self._add_logits(part, derivatives), derivatives[1]
-            del derivatives
+            derivatives, errors = self._along(part, logits)
+            weight, direction = self._add_logits(part, derivatives, errors), derivatives[1]
+            del derivatives, errors
         if self.own_loss:
             present, rows = self._present(part)
             weight = weight or rows
             self.sums.add("loss", [(None, present)], weight)
-            self.sums.add("derivative", enumerate(map(float, self._along(part, loss))), weight)
+            values, errors = self._along(part, loss)
+            self.sums.add("derivative", enumerate(map(float, values)), weight)
+            self.sums.add("difference", [(None, 3 * abs(float(error))) for error in errors[2:3]], weight)
         if self.function_space and self.shares and direction is not None:
             # <J Delta_b, J Delta> of every tensor from one backward pass: J' v with v = J Delta.
             add = self.sums.add
@@ -224,19 +257,23 @@ class Expansion:
             self._pull_back(part, loss, None, partial(self._add_gradient, weight))
         return weight
 
-    def _along(self, part: Any, output: Callable[[nn.Module], Tensor]) -> tuple[Tensor, ...]:
-        """Derivatives of what a model gives, at the base and along the step."""
-        self._ran(part)
+    def _along(self, part: Any, output: Callable[[nn.Module], Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Derivatives of what a model gives, at the base and along the step, and their errors; none by forward mode."""
         # Without graphs: a parameter outside the base would have one kept for nothing.
         others = trainable_values(self.model)
-        return directional_derivatives(
-            lambda parameters: output(Substituted(self.model, {**others, **parameters})),
-            dict(self.base),
-            dict(self.step),
-            max(self.orders),
-        )
 
-    def _add_logits(self, part: Any, derivatives: Sequence[Tensor]) -> int:
+        def function(parameters: dict[str, Tensor]) -> Tensor:
+            self._ran(part) if self.route == "differences" else None
+            return output(Substituted(self.model, {**others, **parameters}))
+
+        line = dict(self.base), dict(self.step), max(self.orders)
+        if self.route == "differences":
+            return difference_derivatives(function, *line)
+        self._ran(part)
+        with forward_mode(self.model):
+            return directional_derivatives(function, *line), ()
+
+    def _add_logits(self, part: Any, derivatives: Sequence[Tensor], errors: Sequence[Tensor]) -> int:
         """Adds what the logits' expansion says, and that of the loss through them; returns the number of targets."""
         self._ran(part)
         with torch.no_grad():
@@ -253,7 +290,12 @@ class Expansion:
                 if not self.own_loss:
                     weight = len(piece.targets)
                     self.sums.add("loss", [(None, float(piece.loss()))], weight)
-                    self.sums.add("derivative", enumerate(_losses_of_logits(piece, expansion)), weight)
+                    losses = _losses_of_logits(piece, expansion)
+                    self.sums.add("derivative", enumerate(losses), weight)
+                    if errors[2:]:
+                        off = [value + precise(error[rows]) for value, error in zip(expansion, errors, strict=True)]
+                        apart = abs(_losses_of_logits(piece, off)[2] - losses[2])
+                        self.sums.add("difference", [(None, 3 * apart)], weight)
                 if self.function_space:
                     self._compare(expansion, piece.logits)
         return len(present.targets)
@@ -290,11 +332,18 @@ class Expansion:
 
         for name, leaf in leaves.items():
             leaf.register_post_accumulate_grad_hook(taker(name))
-        with torch.enable_grad():
+        with ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())
+            if self.route == "forward":  # the derivative of the values, as along the step
+                stack.enter_context(functions_by_parts(backward=True))
             found = output(Substituted(self.model, {**trainable_values(self.model), **leaves}))
+        if not found.requires_grad:
+            raise _independent(len(leaves))
         torch.autograd.backward(found, None if vector is None else vector.to(found.dtype), inputs=list(leaves.values()))
-        if left:
-            raise _independent(min(left))
+        if len(left) == len(leaves):
+            raise _independent(len(leaves))
+        for name in left:  # what the objective does not depend on has a gradient of zero
+            take(name, torch.zeros_like(leaves[name], requires_grad=False), 0.0)
 
     def _backward(self, place: ParameterVector, batch: Any) -> tuple[float, list[Tensor]]:
         """The loss and its gradients at a place of parameter space."""
@@ -306,17 +355,17 @@ class Expansion:
             value = self.objective.loss(self.model, batch)
             value.backward()
             unshard_guard(self.model)
+            if all(parameter.grad is None for parameter in parameters.values()):
+                raise _independent(len(parameters))
             gradients = []
-            for name, parameter in parameters.items():
-                if parameter.grad is None:
-                    raise _independent(name)
-                gradients.append(parameter.grad)
+            for parameter in parameters.values():
+                gradients.append(torch.zeros_like(parameter.detach()) if parameter.grad is None else parameter.grad)
                 parameter.grad = None
         return float(value.detach()), gradients
 
 
-def _independent(name: str) -> ValueError:
-    return ValueError(f"the objective does not depend on {name}; leave it out of the base")
+def _independent(count: int) -> ValueError:
+    return ValueError(f"the objective depends on none of the {count} parameters that the base holds")
 
 
 def _losses_of_logits(target: TargetLogits, expansion: Sequence[Tensor]) -> list[float]:
@@ -380,8 +429,8 @@ class TaylorDiffResult(AnalysisResult):
         loss_shares: Part of g . Delta of each group of parameters, nats; they add up to ``first_order``.
         function_shares: Part of J Delta of each group, <J Delta_b, J Delta> / ||J Delta||^2, fractions that add up to
             1; empty where only the loss was expanded.
-        route: ``forward`` (exact forward-mode derivatives) or ``differences`` (exact gradients, central differences
-            along the step: what a sharded model allows).
+        route: ``forward`` (exact forward-mode derivatives) or ``differences`` (central differences along the step: what
+            a model without forward mode or a sharded one allows; gradients are exact).
         error: Estimated error of ``second_order`` by the second route, nats; 0 for exact derivatives.
         n_targets: Target positions.
         by: What the groups of parameters are; None without shares.
@@ -486,9 +535,11 @@ def taylor_diff(
     .. math:: f_k = \sum_{j \le k} \frac{1}{j!} \frac{d^j}{dt^j} f(\theta_0 + t \Delta) \Big|_0, \qquad
         L_k \text{ likewise}, \qquad \Delta = \theta_t - \theta_0
 
-    Derivatives are exact: nested forward mode along the step, in evaluation mode. On a sharded model, which has no
-    forward mode, the loss alone is expanded, to order 2, from exact gradients at the base and central differences along
-    the step. The model comes back as it was. On several ranks the batches are shared out; every rank must call.
+    Derivatives are exact: nested forward mode along the step, in evaluation mode. Where an operation of the model has
+    no forward mode, they are central differences of values at 7 places along the step (``route`` and ``error`` say so).
+    On a sharded model the loss alone is expanded, to order 2, from exact gradients at the base and central differences
+    of them. A parameter that the objective does not depend on has a gradient of zero. The model comes back as it was.
+    On several ranks the batches are shared out; every rank must call.
 
     Forward mode holds 2^n values of every activation at order n, so a batch is worked through in so many parts of whole
     samples (twice as many with shares), whose sums are those of the batch. Under a FunctionObjective or an objective of
@@ -510,7 +561,8 @@ def taylor_diff(
         Losses, predictions, shares and the regime.
 
     Raises:
-        ValueError: An order or ``by`` is out of range, there is no batch, or a value is not finite.
+        ValueError: An order or ``by`` is out of range, there is no batch, a value is not finite, or the objective
+            depends on no parameter of the base.
         SpaceError: The base is of another model.
         TypeError: It cannot be a base.
 
@@ -535,12 +587,65 @@ def taylor_diff(
     if sharded and (function_space or max(orders) > 2):
         function_space, orders = False, tuple(order for order in orders if order <= 2) or (1,)
     with preserved(model), replicas.together("taylor_diff"):
-        start = base_of(base, model).vector(model)
-        mine = own_share(list(batches), model, replicas, progress)
-        work = Expansion(model, start, mine, objective, orders, by is not None, function_space, replicas)
-        found = work.finite() if sharded else work.exact()
-        step_norm = work.step.norm()
-    return _result(found, orders, by, start.space.names, step_norm, route="differences" if sharded else "forward")
+        start, samples = base_of(base, model).vector(model), list(batches)
+
+        def work(route: Route) -> Expansion:
+            mine = own_share(samples, model, replicas, progress)
+            return Expansion(model, start, mine, objective, orders, by is not None, function_space, replicas, route)
+
+        expansion = work("differences" if sharded else "forward")
+        try:
+            found = expansion.finite() if sharded else expansion.whole()
+        except ForwardModeError:
+            expansion = work("differences")
+            found = expansion.whole()
+        step_norm = expansion.step.norm()
+    return _result(found, orders, by, start.space.names, step_norm, route=expansion.route)
+
+
+def expansion_route(
+    model: nn.Module,
+    sample: Any,
+    objective: Objective | None = None,
+    *,
+    orders: Sequence[int] = (1, 2),
+    by: By | None = "block",
+    function_space: bool = True,
+) -> tuple[Route, str]:
+    """How :func:`taylor_diff` will take derivatives of a model, found by doing so for one sample at its present values.
+
+    Args:
+        model: The model, plain or sharded.
+        sample: A batch on the model's device; one sample will do.
+        objective: The loss; next-token prediction by default.
+        orders: As for :func:`taylor_diff`.
+        by: Likewise.
+        function_space: Likewise.
+
+    Returns:
+        The route, and why it is not ``forward``; empty where it is.
+
+    Raises:
+        ValueError: The objective depends on no trainable parameter.
+
+    Example:
+        >>> from lightning_goldy.core.objective import ClassifierObjective
+        >>> sample = (torch.ones(1, 2), torch.tensor([0]))
+        >>> expansion_route(nn.Linear(2, 3), sample, ClassifierObjective())
+        ('forward', '')
+    """
+    route: Route = "forward"
+    orders, why = check_orders(orders, by), ""
+    unshard_guard(model)
+    with preserved(model):
+        start = base_of(model, model).vector(model)
+        options = objective_for(model, objective), orders, by is not None, function_space, Replicas()
+        try:
+            Expansion(model, start, (), *options).try_route(sample)
+        except ForwardModeError as error:
+            route, why = "differences", str(error)
+            Expansion(model, start, (), *options, route).try_route(sample)
+    return route, why
 
 
 def check_orders(orders: Sequence[int], by: str | None) -> tuple[int, ...]:

@@ -273,13 +273,23 @@ def test_bad_batches_weights_and_gradients_are_named():
         golden_parameters(nn.Linear(2, 1, bias=False), [torch.ones(1, 2)], infinite)
 
 
-def test_a_parameter_that_the_objective_ignores_is_named():
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+def test_a_parameter_that_the_objective_ignores_is_named_and_not_golden(scope):
     model = nn.ModuleDict({"used": nn.Linear(2, 2), "idle": nn.Linear(2, 2)})
     objective = FunctionObjective(lambda model, x: model["used"](x).square().sum())
-    with pytest.raises(ValueError, match=r"does not depend on idle\.weight .*exclude="):
-        golden_parameters(model, [torch.ones(2, 2)], objective)
+    batches, options = [torch.ones(2, 2)], {"top_k_percent": 80, "scope": scope}
+    with pytest.warns(UserWarning, match=r"does not depend on idle\.weight .*zero.*exclude="):
+        found = golden_parameters(model, batches, objective, **options)
+    assert not found.mask["idle.weight"].any()
+    assert not found.mask["idle.bias"].any()
     space = ParameterSpace.of(model, exclude=["idle*"])
-    assert golden_parameters(model, [torch.ones(2, 2)], objective, space=space).count > 0
+    alone = golden_parameters(model, batches, objective, space=space, **options)
+    assert alone.count > 0
+    if scope == "tensor":
+        assert all(torch.equal(found.mask[name], mask) for name, mask in alone.mask.items())
+    space = ParameterSpace.of(model, include=["idle*"])
+    with pytest.raises(ValueError, match=r"depends on none of the 2 selected parameters \(idle\.weight, \.\.\.\)"):
+        golden_parameters(model, batches, FunctionObjective(lambda model, x: model["used"](x).sum()), space=space)
 
 
 def test_many_samples_need_wider_votes():

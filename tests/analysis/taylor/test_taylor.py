@@ -338,7 +338,7 @@ def test_differences_find_what_forward_mode_finds_and_count_their_passes() -> No
     found = work((1, 2)).finite()
     # The present model; the base and four places near it, each with a gradient.
     assert vars(found.cost) == {"forwards": 30, "backwards": 25} == dict(passes)
-    exact = work((1, 2)).exact()
+    exact = work((1, 2)).whole()
     for order in (0, 1):
         assert found.mean("derivative", order) == pytest.approx(exact.mean("derivative", order), rel=1e-9)
     off = abs(found.mean("derivative", 2) - exact.mean("derivative", 2)) / 2

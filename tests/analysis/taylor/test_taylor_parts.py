@@ -271,7 +271,7 @@ def test_shares_of_some_parameters_leave_no_gradient_on_the_others() -> None:
     assert found.gradient_norm == pytest.approx(math.sqrt(sum(float(g.square().sum()) for g in gradients)), rel=1e-9)
 
 
-def test_a_parameter_that_the_loss_does_not_see_is_named() -> None:
+def test_a_parameter_that_the_loss_does_not_see_has_a_gradient_of_zero() -> None:
     model = nn.ModuleDict({"used": nn.Linear(2, 1), "spare": nn.Linear(2, 1)})
     base = moved(model)
     objective = FunctionObjective(lambda model, x: model(x).square().mean())
@@ -285,7 +285,9 @@ def test_a_parameter_that_the_loss_does_not_see_is_named() -> None:
             return self.used(x)
 
     assert base.space.names[0].startswith("used")
-    with pytest.raises(ValueError, match=r"does not depend on spare.bias; leave it out of the base"):
-        taylor_diff(Part(), base, [torch.ones(2, 2)], objective, function_space=False)
-    alone = taylor_diff(Part(), base, [torch.ones(2, 2)], objective, function_space=False, by=None)
-    assert math.isfinite(alone.first_order)
+    found = taylor_diff(Part(), base, [torch.ones(2, 2)], objective, function_space=False, by="tensor")
+    assert found.loss_shares["spare.weight"] == found.loss_shares["spare.bias"] == 0
+    assert math.fsum(found.loss_shares.values()) == pytest.approx(found.first_order, rel=1e-5)
+    nothing = FunctionObjective(lambda model, x: x.mean() + 0 * model(x).detach().sum())
+    with pytest.raises(ValueError, match=r"depends on none of the 4 parameters that the base holds"):
+        taylor_diff(Part(), base, [torch.ones(2, 2)], nothing, function_space=False)

@@ -1,0 +1,165 @@
+"""Every operation of torch that has a derivative: right in nested forward mode, or refused, never silently wrong."""
+
+from __future__ import annotations
+
+import sys
+import types
+import unittest
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import jvp
+from torch.utils import _pytree as tree
+
+from lightning_goldy.core.composed import nested_derivatives
+
+SAMPLES = 6
+# Of another meaning than a derivative along a line, or of none.
+LEFT_OUT = {
+    **dict.fromkeys(("linalg.cholesky", "linalg.cholesky_ex", "cholesky", "linalg.pinv.hermitian"), "reads a triangle"),
+    **dict.fromkeys(("linalg.eigh", "linalg.eigvalsh"), "reads a triangle"),
+    **dict.fromkeys(("normal", "normal.number_mean"), "draws numbers, which no derivative goes through"),
+}
+# What torch says where it has no derivative; differences take their place.
+REFUSALS = (NotImplementedError, RuntimeError)
+TOLERANCES = {1: 1e-6, 2: 1e-5, 3: 1e-3}
+NODES = np.cos(np.pi * (np.arange(21) + 0.5) / 21)
+
+Line = Callable[[Tensor], Tensor]
+
+
+def derivatives(line: Line, radius: float = 0.02) -> list[float] | None:
+    """Derivatives at 0 up to the third by Chebyshev interpolation; None where the function is not smooth there."""
+    with torch.no_grad():
+        values = np.array([float(line(torch.tensor(radius * node))) for node in NODES])
+    fit = np.polynomial.chebyshev.chebfit(NODES, values, 20)
+    if not np.isfinite(fit).all() or np.abs(fit[-5:]).max() > 1e-11 * np.abs(fit).max():
+        return None
+    found = [float(fit @ np.cos(np.arange(21) * np.pi / 2))]
+    for order in (1, 2, 3):
+        derivative = np.polynomial.chebyshev.chebder(fit, order)
+        found.append(float(np.polynomial.chebyshev.chebval(0.0, derivative)) / radius**order)
+    return found
+
+
+def forward(line: Line, order: int) -> Line:
+    if order == 0:
+        return line
+    lower = forward(line, order - 1)
+    return lambda t: jvp(lower, (t,), (torch.ones_like(t),))[1]
+
+
+def backward_over_forward(line: Line) -> float:
+    t = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    (found,) = torch.autograd.grad(forward(line, 1)(t), [t], materialize_grads=True)
+    return float(found)
+
+
+def forward_over_backward(line: Line) -> float:
+    zero = torch.zeros((), dtype=torch.float64)
+    return float(jvp(torch.func.grad(line), (zero,), (torch.ones_like(zero),))[1])
+
+
+def lines(operation: Any) -> Iterator[Line]:
+    """A scalar of what an operation gives along a line through each of its samples."""
+    for sample in list(operation.sample_inputs("cpu", torch.float64, requires_grad=True))[:SAMPLES]:
+        leaves, spec = tree.tree_flatten((sample.input, sample.args, sample.kwargs))
+        generator = torch.Generator().manual_seed(0)
+        steps = {
+            place: 0.3 * torch.randn(leaf.shape, generator=generator, dtype=leaf.dtype)
+            for place, leaf in enumerate(leaves)
+            if isinstance(leaf, Tensor) and leaf.dtype == torch.float64 and leaf.requires_grad and leaf.numel()
+        }
+
+        def line(t: Tensor, leaves: list[Any] = leaves, spec: Any = spec, steps: dict[int, Tensor] = steps) -> Tensor:
+            plain = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            moved = [leaf + t * steps[place] if place in steps else leaf for place, leaf in enumerate(plain)]
+            first, args, kwargs = tree.tree_unflatten(moved, spec)
+            torch.manual_seed(3)
+            total = torch.zeros((), dtype=torch.float64)
+            for output in tree.tree_leaves(operation.op(first, *args, **kwargs)):
+                if isinstance(output, Tensor) and output.dtype == torch.float64 and output.numel():
+                    weights = torch.linspace(0.5, 2, output.numel(), dtype=torch.float64).view(output.shape)
+                    total = total + (output * weights).sin().sum()
+            return total
+
+        if steps:
+            yield line
+
+
+def wrong(line: Line, compared: list[str] | None = None) -> str | None:
+    """What of the derivatives of a line is wrong, None where all are right or refused; names those that it compared."""
+    try:
+        expected = derivatives(line)
+    except REFUSALS:
+        return None  # the sample is next to where the operation is not defined
+    if expected is None or not np.isfinite(expected).all():
+        return None
+    zero = torch.zeros((), dtype=torch.float64)
+    ways: list[tuple[str, int, Callable[[], float]]] = [
+        (f"forward {order}", order, lambda order=order: float(forward(line, order)(zero))) for order in (1, 2, 3)
+    ]
+    ways.append(("backward over forward", 2, lambda: backward_over_forward(line)))
+    ways.append(("forward over backward", 2, lambda: forward_over_backward(line)))
+    for name, order, way in ways:
+        size = max(abs(expected[order]), 1e-2 * abs(expected[0]), 1e-3)
+        try:
+            with nested_derivatives(), torch.enable_grad():
+                found = way()
+        except REFUSALS:
+            continue
+        if compared is not None:
+            compared.append(name)
+        if not abs(found - expected[order]) <= TOLERANCES[order] * size:
+            return f"{name} is {found:.8g}, not {expected[order]:.8g}"
+    return None
+
+
+@pytest.fixture
+def operations(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Torch's own table of its operations, with samples."""
+    stand_in = types.ModuleType("expecttest")  # what the table's module imports and does not need
+    stand_in.TestCase = unittest.TestCase  # type: ignore[attr-defined]
+    stand_in.assert_expected_inline = None  # type: ignore[attr-defined]
+    if "expecttest" not in sys.modules:
+        monkeypatch.setitem(sys.modules, "expecttest", stand_in)
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    return [each for each in op_db if torch.float64 in each.dtypes and each.supports_autograd]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_no_operation_has_a_derivative_that_is_silently_wrong(operations: list[Any]) -> None:
+    compared: list[str] = []
+    found = {}
+    for operation in operations:
+        name = ".".join(filter(None, (operation.name, operation.variant_test_name)))
+        if name in LEFT_OUT:
+            continue
+        for line in lines(operation):
+            problem = wrong(line, compared)
+            if problem is not None:
+                found[name] = problem
+                break
+    assert found == {}
+    assert len(compared) > 2500
+
+
+def test_the_comparison_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.linspace(-1, 2, 6, dtype=torch.float64).square()
+
+    def line(t: Tensor) -> Tensor:
+        return F.layer_norm(x + t * torch.arange(6), (6,)).sin().sum()
+
+    compared: list[str] = []
+    assert wrong(line, compared) is None, compared
+    assert len(compared) == 5
+    monkeypatch.setattr(sys.modules[__name__], "nested_derivatives", nullcontext)
+    assert str(wrong(line)).startswith("forward 2 is ")
