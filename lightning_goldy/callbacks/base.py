@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 import lightning.pytorch as L
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_goldy.analysis.result import AnalysisResult, Cost, Row
-from lightning_goldy.callbacks.store import AnalysisProgress, ResultStore, log_row, peak_memory_bytes, run_directory
+from lightning_goldy.callbacks.exact_resume import follow_training
+from lightning_goldy.callbacks.run_folder import (
+    find_previous,
+    lock_folder,
+    require_local_run,
+    run_directory,
+    unlock_folder,
+)
+from lightning_goldy.callbacks.store import AnalysisProgress, ResultStore, log_row, peak_memory_bytes
+from lightning_goldy.core.batches import batch_tensors
 from lightning_goldy.core.isolation import undisturbed
 from lightning_goldy.core.naming import suggestion
 from lightning_goldy.core.objective import Objective
-from lightning_goldy.core.sharding import Replicas, unshard_guard
+from lightning_goldy.core.sharding import RankError, Replicas, is_sharded, unshard_guard
 from lightning_goldy.core.space import trainable_parameters
 from lightning_goldy.core.store import Kind, save_vectors
 from lightning_goldy.core.vector import ParameterVector, require_finite
@@ -30,6 +41,8 @@ Trigger = Literal["start", "step", "epoch", "checkpoint", "end"]
 Vectors = dict[str, tuple[ParameterVector, Kind]]
 Histograms = dict[str, tuple[list[float], list[int]]]
 ResultT = TypeVar("ResultT")
+T = TypeVar("T")
+_PATIENCE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -87,7 +100,8 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         every_n_steps: Run after every so many optimizer steps.
         every_n_epochs: Run at the end of every so many training epochs.
         at: Moments of the run: ``start`` (before the first step), ``checkpoint`` (whenever one is written), ``end``.
-        on_error: ``raise``, or ``warn`` to let the training go on when the analysis fails.
+        on_error: ``raise``, or ``warn`` to let the training go on when the analysis fails, on all ranks alike. What
+            cannot work is an error before the first step all the same, and a logger that fails never is one.
         objective: How a batch becomes a loss; by default the LightningModule's ``objective``, or next-token prediction.
         model_attribute: Submodule to analyse; ``model`` by default, or the LightningModule itself.
         probe: Batches to analyse; by default a ``probe_dataloader()``, or the validation set.
@@ -139,6 +153,8 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         self._last_step = -1
         self._seen_step = 0
         self._previous_folder: str | None = None
+        self._previous_identity: str | None = None
+        self._lost: str | None = None
         self._resumed = False
         self._goes_on = False
         self._store: ResultStore | None = None
@@ -182,6 +198,7 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         if stage != "fit":
             return
         names = [callback.name for callback in trainer.callbacks if isinstance(callback, AnalysisCallback)]  # type: ignore[attr-defined]
+        require_local_run(trainer)
         if names.count(self.name) > 1:
             raise ValueError(f"two callbacks are called {self.name!r}; give each of them its own name=")
         if type(trainer.strategy).__name__ == "FSDPStrategy":
@@ -201,14 +218,17 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
 
     def _start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         folder = run_directory(trainer) / "goldy" / self.name
+        if trainer.is_global_zero:
+            lock_folder(folder.parent, trainer)
         again = self._store is not None and self._store.folder == folder and self._last_step <= trainer.global_step
         self._store = ResultStore(folder, write=trainer.is_global_zero)
         if self._resumed and self._previous_folder is not None:
-            self._store.continue_from(Path(self._previous_folder), trainer.global_step)
+            self._continue(trainer, self._store)
         elif not again:
             self._store.start_fresh()
         self._goes_on = self._resumed or again
         self._seen_step = trainer.global_step
+        follow_training(trainer)
         # The sanity check's forward may have left FSDP2's root unsharded.
         unshard_guard(pl_module)
         model = find_model(pl_module, self.model_attribute)
@@ -216,10 +236,32 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         if self.needs_probe:
             with undisturbed(trainer, pl_module):
                 self._batches = find_probe(trainer, pl_module, self.probe)
+                Replicas.world().agree(f"{self.name}: the probe", fingerprint_batches(self._batches))
                 objective = find_objective(pl_module, model, self.objective)
                 check_probe(model, objective, self._batches, self.probe_samples())
         self.prepare(trainer, model)
         self._resumed = False
+
+    def _continue(self, trainer: L.Trainer, store: ResultStore) -> None:
+        """Takes over the rows of the run that is resumed, from where they were or from beside the checkpoint."""
+        former = str(self._previous_folder)
+        found = find_previous(former, self._previous_identity, trainer.ckpt_path) if trainer.is_global_zero else None
+        (place, *_) = Replicas.world().gather_objects(None if found is None else str(found))
+        if self._lost is not None:
+            raise RuntimeError(
+                f"{self.name}: files that a resume needs could not be written when the checkpoint was ({self._lost}): "
+                "resume from another checkpoint, or without this callback"
+            )
+        if place is not None:
+            self._previous_folder = place
+            store.continue_from(Path(place), trainer.global_step)
+            return
+        # What needs a file from there refuses to go on.
+        rank_zero_warn(
+            f"{self.name}: the results before the resume are not taken over: {former} is gone, or another run's, and "
+            f"neither is it beside the checkpoint. Put it back there, or as goldy/{self.name} into the folder that the "
+            "checkpoint lies in, and resume again"
+        )
 
     def prepare(self, trainer: L.Trainer, model: nn.Module) -> None:
         """Hook for subclasses: checks and preparations right before the first step."""
@@ -242,11 +284,29 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         """Runs with the weights that are being saved, and saves the state that it leaves."""
         if self._store is None:
             return
-        if "checkpoint" in self.at:
-            self.run(trainer, pl_module, "checkpoint")
-        self.save_files(trainer, find_model(pl_module, self.model_attribute))
+        if trainer.interrupted:
+            self._save_at_failure(trainer, pl_module)
+        else:
+            if "checkpoint" in self.at:
+                self.run(trainer, pl_module, "checkpoint")
+            model = find_model(pl_module, self.model_attribute)
+            self._lost = self.attempt(
+                trainer, "to write what a resume needs", lambda: self.save_files(trainer, model), otherwise=_reason
+            )
         # The callbacks' states were collected before this hook.
-        checkpoint["callbacks"][self.state_key] = self.state_dict()
+        state = {**self.state_dict(), "folder_identity": self._store.identity, "lost": self._lost}
+        checkpoint["callbacks"][self.state_key] = {**state, "claim": self._store.claim(state, trainer)}
+
+    def _save_at_failure(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Of a run that has failed, on this rank at least, the checkpoint comes first: no analysis, and no error."""
+        if "checkpoint" in self.at and self._last_step != trainer.global_step:
+            rank_zero_warn(f"{self.name} does not run at the checkpoint of a run that has failed")
+        try:
+            self.save_files(trainer, find_model(pl_module, self.model_attribute))
+            self._lost = None
+        except Exception as error:  # noqa: BLE001 - whatever it is, the checkpoint is written
+            self._lost = _reason(error)
+            rank_zero_warn(f"{self.name}: what a resume from this checkpoint needs is not written: {error}")
 
     def save_files(self, trainer: L.Trainer, model: nn.Module) -> None:
         """Hook for subclasses: writes what a resume from this checkpoint needs and ``state_dict`` is too small for."""
@@ -256,19 +316,62 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         if "end" in self.at:
             self.run(trainer, pl_module, "end")
 
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Lets other runs into the folder."""
+        if stage == "fit" and self._store is not None and self._store.write:
+            unlock_folder(self._store.folder.parent)
+
     def run(self, trainer: L.Trainer, pl_module: L.LightningModule, trigger: Trigger) -> None:
         """Computes, writes and logs, unless this step has been analysed already."""
         if self._last_step == trainer.global_step:
             return
+        done = self.attempt(trainer, None, lambda: self._run(trainer, pl_module, trigger))
+        if done is None or not trainer.is_global_zero:
+            return
         try:
-            with Replicas.world().together(self.name):
-                self._run(trainer, pl_module, trigger)
-        except Exception as error:
-            if self.on_error == "raise":
-                raise
-            rank_zero_warn(f"{self.name} failed at step {trainer.global_step} and training goes on: {error}")
+            log_row(trainer, *done)
+        except Exception as error:  # noqa: BLE001 - a service may raise anything
+            # The row is on the disk, and no training ends for want of its copy in a logger.
+            rank_zero_warn(f"{self.name}: the row of step {trainer.global_step} is not logged whole: {error}")
 
-    def _run(self, trainer: L.Trainer, pl_module: L.LightningModule, trigger: Trigger) -> None:
+    def attempt(
+        self,
+        trainer: L.Trainer,
+        work: str | None,
+        act: Callable[[], T],
+        *,
+        otherwise: Callable[[Exception], T | None] = lambda error: None,
+    ) -> T | None:
+        """Does something on every rank, and on every rank or none.
+
+        Where one rank fails, each takes this callback's attributes back to what they were; then they all raise or warn.
+
+        Args:
+            trainer: The trainer.
+            work: What is done, for the message; None for the analysis itself.
+            act: Does it; what it changes inside of an attribute's value stays changed.
+            otherwise: What is given back where it failed and the training goes on.
+        """
+        before = dict(vars(self))
+        pieces = trainer.lightning_module.parameters()
+        patience = _PATIENCE_SECONDS if any(map(is_sharded, pieces)) else None
+        try:
+            with Replicas.world().together(self.name, patience=patience):
+                return act()
+        except BaseException as error:
+            vars(self).clear()
+            vars(self).update(before)
+            final = isinstance(error, RankError) and error.final
+            if self.on_error == "raise" or final or not isinstance(error, Exception):
+                raise
+            failed = f"{self.name} failed {work}" if work else f"{self.name} failed"
+            rank_zero_warn(f"{failed} at step {trainer.global_step} and training goes on: {error}")
+            return otherwise(error)
+
+    def _run(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, trigger: Trigger
+    ) -> tuple[dict[str, Any], Histograms, tuple[Mapping[str, Any], ...]]:
+        """Computes and writes; what is to be logged."""
         start, step = time.perf_counter(), trainer.global_step
         assert self._store is not None
         with (
@@ -297,11 +400,11 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
             files=files,
         )
         earlier = self._store.history
+        # A row is written when no rank can fail any more but the one that writes.
+        Replicas.world().meet(f"{self.name}: the row of step {step}")
         line = self._store.append(row)
-        # The row is there: a logger that fails must not have it written again.
         self._last_step = step
-        if trainer.is_global_zero:
-            log_row(trainer, line, histograms, earlier)
+        return line, histograms, earlier
 
     def _described(self, result: ResultT, context: AnalysisContext) -> tuple[Row, Vectors, Histograms]:
         told = self.describe(result, context)
@@ -326,7 +429,27 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         """Notes what the interrupted run left; it is taken up when training starts."""
         self._last_step = state_dict["last_step"]
         self._previous_folder = state_dict["folder"]
+        self._previous_identity, self._lost = state_dict.get("folder_identity"), state_dict.get("lost")
         self._resumed = True
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def fingerprint_batches(batches: Iterable[Any]) -> str:
+    """Hash of all tensors of some batches.
+
+    Example:
+        >>> first, second = [{"x": torch.zeros(2)}], [{"x": torch.ones(2)}]
+        >>> fingerprint_batches(first) == fingerprint_batches(second)
+        False
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for tensor in batch_tensors(list(batches)):
+        digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def default_name(callback: type) -> str:

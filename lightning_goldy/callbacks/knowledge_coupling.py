@@ -37,6 +37,7 @@ from lightning_goldy.core.isolation import undisturbed
 from lightning_goldy.core.naming import suggestion
 from lightning_goldy.core.objective import CausalLMObjective
 from lightning_goldy.core.pieces import QUESTION_TEMPLATE, KnowledgePiece
+from lightning_goldy.core.sharding import Replicas
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.store import Kind
 from lightning_goldy.core.vector import ParameterVector, substituted
@@ -363,7 +364,7 @@ class KnowledgeCoupling(AnalysisCallback[KnowledgeState]):
         assert self._store is not None
         if self._resumed and self._previous_folder is not None and self._training_base.has_file:
             self._store.carry(Path(self._previous_folder) / BASE_FILE)
-        trainer.strategy.barrier()
+        Replicas.world().meet(self.name)
         self._base = self._training_base.find(trainer, model, ParameterSpace.of(model), self.folder)
         with (
             undisturbed(trainer, trainer.lightning_module),

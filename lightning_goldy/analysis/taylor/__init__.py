@@ -4,9 +4,24 @@ import warnings
 from typing import Any
 
 from lightning_goldy.analysis.taylor.approximation import TaylorApproximation
-from lightning_goldy.analysis.taylor.taylor import By, OrderFit, TaylorDiffResult, check_orders, taylor_diff
+from lightning_goldy.analysis.taylor.taylor import (
+    By,
+    OrderFit,
+    TaylorDiffResult,
+    check_orders,
+    require_differences,
+    taylor_diff,
+)
 
-__all__ = ["By", "OrderFit", "TaylorApproximation", "TaylorDiffResult", "check_orders", "taylor_diff"]
+__all__ = [
+    "By",
+    "OrderFit",
+    "TaylorApproximation",
+    "TaylorDiffResult",
+    "check_orders",
+    "require_differences",
+    "taylor_diff",
+]
 
 
 def __getattr__(name: str) -> Any:
