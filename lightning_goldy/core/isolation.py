@@ -92,7 +92,7 @@ def preserved(module: nn.Module, *, training: bool | None = False) -> Iterator[n
         for name, buffer in child._buffers.items()
     ]
     # A sharded model's forward is a collective: a rank that failed before it tells the others there.
-    guard = module.register_forward_pre_hook(_at_forward) if any(map(is_sharded, parameters)) else None
+    guard = module.register_forward_pre_hook(_at_forward, prepend=True) if any(map(is_sharded, parameters)) else None
     with isolated_rng(), torch.inference_mode(False), torch.enable_grad():
         try:
             for parameter in parameters:
