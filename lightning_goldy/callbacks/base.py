@@ -226,6 +226,7 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
             self._continue(trainer, self._store)
         elif not again:
             self._store.start_fresh()
+        self._store.note()
         self._goes_on = self._resumed or again
         self._seen_step = trainer.global_step
         follow_training(trainer)

@@ -358,6 +358,7 @@ class KnowledgeCoupling(AnalysisCallback[KnowledgeState]):
             )
         watched = find_pieces(trainer, self.pieces, self.edits, self.template)
         self._watched = drawn(watched, self.n_pieces, self.seed)
+        Replicas.world().agree(f"{self.name}: the list of pieces", self._watched.pieces)
         if find_tokenizer(trainer) is None:
             module = type(trainer.lightning_module).__name__
             raise ValueError(f"{self.name} needs a tokenizer: neither {module} nor its data module has one")

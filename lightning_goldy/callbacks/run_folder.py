@@ -190,7 +190,7 @@ def find_previous(recorded: str, identity: str | None, checkpoint: Any) -> Path 
 
     Args:
         recorded: Where it was.
-        identity: What its notes must say; None accepts any folder, as of a checkpoint without it.
+        identity: What its notes must say, if it has any; None accepts any folder, as of a checkpoint without it.
         checkpoint: Path of the checkpoint, if known.
 
     Returns:
@@ -203,7 +203,8 @@ def find_previous(recorded: str, identity: str | None, checkpoint: Any) -> Path 
         for parent in list(Path(checkpoint).absolute().parents)[:5]:
             candidates += [parent.joinpath(*parts[-count:]) for count in range(2, len(parts) + 1)]
     for folder in candidates:
-        if folder.is_dir() and (identity is None or FolderNotes.read(folder).identity == identity):
+        unknown = identity is None or not (folder / _NOTES).is_file()
+        if folder.is_dir() and (unknown or FolderNotes.read(folder).identity == identity):
             return folder
     return None
 

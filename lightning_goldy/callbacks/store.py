@@ -186,6 +186,11 @@ class ResultStore:
         if kept:
             atomic_write(self.rows, "".join(to_json_line(row) + "\n" for row in kept).encode("utf-8", "replace"))
 
+    def note(self) -> None:
+        """Writes down which folder this is, by which a resume knows it again."""
+        if self.write:
+            self._notes.write(self.folder)
+
     def claim(self, state: Mapping[str, Any], trainer: L.Trainer) -> str | None:
         """Notes the files that a checkpoint's state names, and removes those of checkpoints that are no more.
 
@@ -204,7 +209,7 @@ class ResultStore:
         for name in self._notes.released(checkpoint_folders(trainer)) - set(file_names(state)) - self._files_of_rows():
             (self.folder / name).unlink(missing_ok=True)
         token = self._notes.claim(set(file_names(state)))
-        self._notes.write(self.folder)
+        self.note()
         return token
 
     def _files_of_rows(self) -> set[str]:
