@@ -390,3 +390,34 @@ def test_one_of_two_processes_fails_and_both_go_on(tmp_path):
         assert first[name]["rows"] == [every[1:]], name
     for name in ("no row", "no logger", "no file"):
         assert first[name]["rows"] == [every], name
+
+
+@pytest.mark.slow
+def test_every_metric_of_every_callback_is_that_of_one_process(tmp_path):
+    """Same name, same meaning, same value, whole on each of two ranks or sharded over them."""
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    found = {}
+    for strategy in ("single", "ddp", "fsdp2"):
+        command = [sys.executable, "-W", "ignore", "-m", "tests.callbacks.every_metric", strategy, str(tmp_path)]
+        done = subprocess.run(
+            command, cwd=root, env=environment, capture_output=True, text=True, timeout=150, check=False
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        files = sorted((tmp_path / strategy / "run" / "goldy").glob("*/results.jsonl"))
+        found[strategy] = {file.parent.name: json.loads(file.read_text().splitlines()[0]) for file in files}
+    alone = found.pop("single")
+    assert len(alone) == 11
+    assert sum(len(row["metrics"]) for row in alone.values()) > 100
+    for strategy, rows in found.items():
+        assert rows.keys() == alone.keys()
+        for name, row in rows.items():
+            # Second differences in float32, of logits that hardly bend.
+            loose = strategy == "fsdp2" and name.startswith("taylor")
+            tolerance = {"rel": 1e-2, "abs": 1e-5} if loose else {"rel": 1e-4, "abs": 1e-6}
+            mine, wanted = row["metrics"], alone[name]["metrics"]
+            missing = {metric for metric, value in wanted.items() if value is None}
+            assert {metric for metric, value in mine.items() if value is None} == missing, (strategy, name)
+            for metric in (mine.keys() | wanted.keys()) - missing:
+                assert mine[metric] == pytest.approx(wanted[metric], **tolerance), (strategy, name, metric)
+            assert row["result"].get("regime") == alone[name]["result"].get("regime")

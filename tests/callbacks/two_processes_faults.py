@@ -1,4 +1,4 @@
-"""Run by a test: in trainings of two processes one rank fails where the other one waits; each rank writes what it saw."""
+"""Run by a test: in trainings of two processes one rank fails where the other one waits; each writes what it saw."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 import lightning_goldy.callbacks.golden_snapshot as snapshots
+from lightning_goldy.analysis.golden import Search
 from lightning_goldy.callbacks import GoldenParameters, GoldenSnapshot, HeadPlasticity, ReverseGoldenParameters
 from lightning_goldy.callbacks.store import ResultStore
 from lightning_goldy.core.objective import CausalLMObjective
@@ -74,7 +75,7 @@ def main(folder: Path) -> None:
     sharded = run("sharded", [], sharded=True)
     kinds = {
         "golden": lambda **options: GoldenParameters(n_samples=4, quorum=0.5, **options),
-        "reverse": lambda **options: ReverseGoldenParameters(5.0, n_samples=4, **options),
+        "reverse": lambda **options: ReverseGoldenParameters(5.0, n_samples=4, search=Search(chunk_size=1), **options),
     }
     for name, make in kinds.items():
         for layout in (False, True) if name == "golden" else (False,):
