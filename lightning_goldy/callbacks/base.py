@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 import warnings
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
@@ -17,13 +18,21 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_goldy.analysis.result import AnalysisResult, Cost, Row
-from lightning_goldy.callbacks.store import AnalysisProgress, ResultStore, log_row, peak_memory_bytes, run_directory
+from lightning_goldy.callbacks.exact_resume import follow_training
+from lightning_goldy.callbacks.run_folder import (
+    find_previous,
+    lock_folder,
+    require_local_run,
+    run_directory,
+    unlock_folder,
+)
+from lightning_goldy.callbacks.store import AnalysisProgress, ResultStore, log_row, peak_memory_bytes
 from lightning_goldy.callbacks.weights import Weights, kind_of_weights, tell_last, weights_in, weights_mark
-from lightning_goldy.core.batches import move_batch
+from lightning_goldy.core.batches import batch_tensors, move_batch
 from lightning_goldy.core.isolation import undisturbed
 from lightning_goldy.core.naming import canonical_name, suggestion
 from lightning_goldy.core.objective import Objective
-from lightning_goldy.core.sharding import Replicas, is_sharded, unshard_guard
+from lightning_goldy.core.sharding import RankError, Replicas, is_sharded, unshard_guard
 from lightning_goldy.core.space import ParameterSpace, trainable_parameters
 from lightning_goldy.core.store import Kind, save_vectors
 from lightning_goldy.core.vector import ParameterVector, require_finite
@@ -35,6 +44,8 @@ Trigger = Literal["start", "step", "epoch", "checkpoint", "end"]
 Vectors = dict[str, tuple[ParameterVector, Kind]]
 Histograms = dict[str, tuple[list[float], list[int]]]
 ResultT = TypeVar("ResultT")
+T = TypeVar("T")
+_PATIENCE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -138,7 +149,8 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         every_n_epochs: Run at the end of every so many training epochs.
         at: Moments of the run: ``start`` (before the first step), ``checkpoint`` (whenever one is written, also one of
             weights only), ``end``.
-        on_error: ``raise``, or ``warn`` to let the training go on when the analysis fails.
+        on_error: ``raise``, or ``warn`` to let the training go on when the analysis fails, on all ranks alike. What
+            cannot work is an error before the first step all the same, and a logger that fails never is one.
         objective: How a batch becomes a loss; by default the LightningModule's ``objective``, or next-token prediction.
         model_attribute: Submodule to analyse; ``model`` by default, or the LightningModule itself.
         probe: Batches to analyse; by default a ``probe_dataloader()``, or the validation set.
@@ -200,6 +212,8 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         self._analysed: list[str] | None = []
         self._seen_step = 0
         self._previous_folder: str | None = None
+        self._previous_identity: str | None = None
+        self._lost: str | None = None
         self._resumed = False
         self._goes_on = False
         self._run: tuple[Any, Any] | None = None
@@ -253,6 +267,7 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         # Another fit may have other data; what nobody holds is read anew.
         self._batches, self._reading = [], None
         names = [callback.name for callback in trainer.callbacks if isinstance(callback, AnalysisCallback)]  # type: ignore[attr-defined]
+        require_local_run(trainer)
         if names.count(self.name) > 1:
             raise SameNameError(self)
         if type(trainer.strategy).__name__ == "FSDPStrategy":
@@ -273,18 +288,22 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
 
     def _start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         folder = run_directory(trainer) / "goldy" / self.name
+        if trainer.is_global_zero:
+            lock_folder(folder.parent, trainer)
         again = not self._resumed and self._is_same_run(trainer, pl_module, folder)
         if not (self._resumed or again):
             self.forget()
         self._run = weakref.ref(trainer), weakref.ref(pl_module)
         self._store = ResultStore(folder, write=trainer.is_global_zero)
         if self._resumed and self._previous_folder is not None:
-            self._store.continue_from(Path(self._previous_folder), trainer.global_step)
+            self._continue(trainer, self._store)
         elif not again:
             self._store.start_fresh()
+        self._store.note()
         self._goes_on = self._resumed or again
         self._seen_step = trainer.global_step
         self._flags = {}
+        follow_training(trainer)
         # The sanity check's forward may have left FSDP2's root unsharded.
         unshard_guard(pl_module)
         model = find_model(pl_module, self.model_attribute)
@@ -296,6 +315,7 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         if self.needs_probe:
             self._batches = self._read_probe(trainer, pl_module)
             with undisturbed(trainer, pl_module):
+                Replicas.world().agree(f"{self.name}: the probe", fingerprint_batches(self._batches))
                 objective = find_objective(pl_module, model, self.objective)
                 check_probe(
                     model, objective, self._batches, self.probe_samples(), pl_module=pl_module, check=self.check
@@ -347,6 +367,27 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
             objective: How a batch becomes a loss.
             sample: A batch of one sample, on the model's device.
         """
+
+    def _continue(self, trainer: L.Trainer, store: ResultStore) -> None:
+        """Takes over the rows of the run that is resumed, from where they were or from beside the checkpoint."""
+        former = str(self._previous_folder)
+        found = find_previous(former, self._previous_identity, trainer.ckpt_path) if trainer.is_global_zero else None
+        (place, *_) = Replicas.world().gather_objects(None if found is None else str(found))
+        if self._lost is not None:
+            raise RuntimeError(
+                f"{self.name}: files that a resume needs could not be written when the checkpoint was ({self._lost}): "
+                "resume from another checkpoint, or without this callback"
+            )
+        if place is not None:
+            self._previous_folder = place
+            store.continue_from(Path(place), trainer.global_step)
+            return
+        # What needs a file from there refuses to go on.
+        rank_zero_warn(
+            f"{self.name}: the results before the resume are not taken over: {former} is gone, or another run's, and "
+            f"neither is it beside the checkpoint. Put it back there, or as goldy/{self.name} into the folder that the "
+            "checkpoint lies in, and resume again"
+        )
 
     def prepare(self, trainer: L.Trainer, model: nn.Module) -> None:
         """Hook for subclasses: checks and preparations right before the first step."""
@@ -409,15 +450,37 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         """
         if self._store is None or self._run is None or self._run[0]() is not trainer:
             return
+        failed = trainer.interrupted
         try:
-            if "checkpoint" in self.at:
+            if failed and "checkpoint" in self.at and self._last_step != trainer.global_step:
+                rank_zero_warn(f"{self.name} does not run at the checkpoint of a run that has failed")
+            elif not failed and "checkpoint" in self.at:
                 with weights_in(checkpoint, pl_module) as replaced:
                     self.run(trainer, pl_module, "checkpoint", replaced=replaced)
         finally:
             if "callbacks" in checkpoint:
-                self.save_files(trainer, find_model(pl_module, self.model_attribute))
-                # The callbacks' states were collected before.
-                checkpoint["callbacks"][self.state_key] = self.state_dict()
+                self._save_state(trainer, pl_module, checkpoint, failed=failed)
+
+    def _save_state(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any], *, failed: bool
+    ) -> None:
+        """Writes what a resume needs, and this callback's state, which was collected before, once more."""
+        assert self._store is not None
+        model = find_model(pl_module, self.model_attribute)
+        if failed:
+            # Of a run that has failed, on this rank at least, the checkpoint comes first: no collective, and no error.
+            try:
+                self.save_files(trainer, model)
+                self._lost = None
+            except Exception as error:  # noqa: BLE001 - whatever it is, the checkpoint is written
+                self._lost = _reason(error)
+                rank_zero_warn(f"{self.name}: what a resume from this checkpoint needs is not written: {error}")
+        else:
+            self._lost = self.attempt(
+                trainer, "to write what a resume needs", lambda: self.save_files(trainer, model), otherwise=_reason
+            )
+        state = {**self.state_dict(), "folder_identity": self._store.identity, "lost": self._lost}
+        checkpoint["callbacks"][self.state_key] = {**state, "claim": self._store.claim(state, trainer)}
 
     def save_files(self, trainer: L.Trainer, model: nn.Module) -> None:
         """Hook for subclasses: writes what a resume from this checkpoint needs and ``state_dict`` is too small for."""
@@ -426,6 +489,11 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         """Runs at the end of the training, after ``on_train_end`` of all callbacks and of the LightningModule."""
         if "end" in self.at:
             self.run(trainer, pl_module, "end")
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Lets other runs into the folder."""
+        if stage == "fit" and self._store is not None and self._store.write:
+            unlock_folder(self._store.folder.parent)
 
     def run(
         self, trainer: L.Trainer, pl_module: L.LightningModule, trigger: Trigger, *, replaced: bool = False
@@ -449,17 +517,54 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
             self._left = step, mark
         trained = not replaced and self._left[1].partition("/")[0] == mark.partition("/")[0]
         weights = kind_of_weights(trainer, trained=all(Replicas.world().gather_objects(trained)))
+        marks = [*analysed, mark]
+        done = self.attempt(trainer, None, lambda: self._analyse(trainer, pl_module, trigger, weights, marks))
+        if done is None or not trainer.is_global_zero:
+            return
         try:
-            with Replicas.world().together(self.name):
-                self._analyse(trainer, pl_module, trigger, weights, [*analysed, mark])
-        except Exception as error:
-            if self.on_error == "raise":
+            log_row(trainer, *done)
+        except Exception as error:  # noqa: BLE001 - a service may raise anything
+            # The row is on the disk, and no training ends for want of its copy in a logger.
+            rank_zero_warn(f"{self.name}: the row of step {step} is not logged whole: {error}")
+
+    def attempt(
+        self,
+        trainer: L.Trainer,
+        work: str | None,
+        act: Callable[[], T],
+        *,
+        otherwise: Callable[[Exception], T | None] = lambda error: None,
+    ) -> T | None:
+        """Does something on every rank, and on every rank or none.
+
+        Where one rank fails, each takes this callback's attributes back to what they were; then they all raise or warn.
+
+        Args:
+            trainer: The trainer.
+            work: What is done, for the message; None for the analysis itself.
+            act: Does it; what it changes inside of an attribute's value stays changed.
+            otherwise: What is given back where it failed and the training goes on.
+        """
+        before = dict(vars(self))
+        pieces = trainer.lightning_module.parameters()
+        patience = _PATIENCE_SECONDS if any(map(is_sharded, pieces)) else None
+        try:
+            with Replicas.world().together(self.name, patience=patience):
+                return act()
+        except BaseException as error:
+            vars(self).clear()
+            vars(self).update(before)
+            final = isinstance(error, RankError) and error.final
+            if self.on_error == "raise" or final or not isinstance(error, Exception):
                 raise
-            rank_zero_warn(f"{self.name} failed at step {trainer.global_step} and training goes on: {error}")
+            failed = f"{self.name} failed {work}" if work else f"{self.name} failed"
+            rank_zero_warn(f"{failed} at step {trainer.global_step} and training goes on: {error}")
+            return otherwise(error)
 
     def _analyse(
         self, trainer: L.Trainer, pl_module: L.LightningModule, trigger: Trigger, weights: Weights, marks: list[str]
-    ) -> None:
+    ) -> tuple[dict[str, Any], Histograms, tuple[Mapping[str, Any], ...]]:
+        """Computes and writes; what is to be logged."""
         start, step = time.perf_counter(), trainer.global_step
         assert self._store is not None
         with (
@@ -507,11 +612,11 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
             files=files,
         )
         earlier = self._store.history
+        # A row is written when no rank can fail any more but the one that writes.
+        Replicas.world().meet(f"{self.name}: the row of step {step}")
         line = self._store.append(row)
-        # The row is there: a logger that fails must not have it written again.
         self._last_step, self._analysed, self._notes = step, marks, []
-        if trainer.is_global_zero:
-            log_row(trainer, line, histograms, earlier)
+        return line, histograms, earlier
 
     def _described(self, result: ResultT, context: AnalysisContext) -> tuple[Row, Vectors, Histograms]:
         told = self.describe(result, context)
@@ -541,6 +646,7 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         self._analysed = state_dict.get("analysed")
         self._trained = set(state_dict.get("trained", ()))
         self._previous_folder = state_dict["folder"]
+        self._previous_identity, self._lost = state_dict.get("folder_identity"), state_dict.get("lost")
         self._resumed = True
 
     def __getstate__(self) -> dict[str, Any]:
@@ -578,6 +684,25 @@ def try_gradients(model: nn.Module, parameters: Mapping[str, nn.Parameter], obje
         raise ValueError(
             f"the objective depends on none of the {len(leaves)} selected parameters ({next(iter(parameters))}, ...)"
         )
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def fingerprint_batches(batches: Iterable[Any]) -> str:
+    """Hash of all tensors of some batches.
+
+    Example:
+        >>> first, second = [{"x": torch.zeros(2)}], [{"x": torch.ones(2)}]
+        >>> fingerprint_batches(first) == fingerprint_batches(second)
+        False
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for tensor in batch_tensors(list(batches)):
+        digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def default_name(callback: type) -> str:

@@ -12,9 +12,10 @@ from torch.optim import Optimizer
 
 from lightning_goldy.analysis.basin import BasinVolumes, Estimator, Selection, VolumeSurvey, adam_preconditioner
 from lightning_goldy.analysis.basin.survey import ONLY_SPLIT, Make, PreconditionerName
-from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, try_gradients
+from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, fingerprint_batches, try_gradients
 from lightning_goldy.core.isolation import undisturbed
 from lightning_goldy.core.objective import Objective
+from lightning_goldy.core.sharding import Replicas
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.training.subject import check_probe, check_split_names, find_objective, find_splits
 
@@ -126,7 +127,8 @@ class BasinVolume(AnalysisCallback[BasinVolumes]):
             self._split_batches = find_splits(trainer, self.splits, self.survey.n_samples)
             with undisturbed(trainer, trainer.lightning_module):
                 objective = find_objective(trainer.lightning_module, model, self.objective)
-                for batches in self._split_batches.values():
+                for split, batches in self._split_batches.items():
+                    Replicas.world().agree(f"{self.name}: the split {split!r}", fingerprint_batches(batches))
                     check_probe(
                         model,
                         objective,

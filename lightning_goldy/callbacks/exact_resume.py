@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as L
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_goldy.core.isolation import random_states, restore_random_states
 from lightning_goldy.core.sharding import Replicas
+from lightning_goldy.data.base import ResumableDataLoader
+
+_PATIENCE_SECONDS = 10.0
+
+
+def follow_training(trainer: L.Trainer) -> None:
+    """Lets the training loaders that keep their position leave out batches that were fetched and not trained on."""
+    combined = trainer.fit_loop._combined_loader
+    for loader in [] if combined is None else combined.flattened:
+        if isinstance(loader, ResumableDataLoader):
+            loader.ahead = partial(_ahead, weakref.ref(trainer))
+
+
+def _ahead(trainer: weakref.ref[L.Trainer]) -> int:
+    """Batches of this epoch that were fetched, less those that were trained on."""
+    known = trainer()
+    if known is None or known.fit_loop._data_fetcher is None:
+        return 0
+    # Counted before the hooks at the end of a batch, as Lightning does where it resumes from within them.
+    trained = known.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
+    return max(known.fit_loop._data_fetcher.fetched - trained, 0)
 
 
 class ExactResume(L.Callback):
@@ -29,10 +53,17 @@ class ExactResume(L.Callback):
 
     def __init__(self) -> None:
         self._state: dict[str, Any] | None = None
+        self._failed = False
 
     def state_dict(self) -> dict[str, Any]:
-        """The states of every rank; a collective, as Lightning calls it on all of them."""
-        return {"ranks": Replicas.world().gather_objects(random_states())}
+        """The states of every rank; a collective, as Lightning calls it on all of them.
+
+        Once the run has failed, on this rank at least, the others are waited for a short while only.
+        """
+        world, mine = Replicas.world(), random_states()
+        if not self._failed:
+            return {"ranks": world.gather_objects(mine)}
+        return {"ranks": world.gather_soon(mine, _PATIENCE_SECONDS) or [mine]}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restores this rank's states at once, and notes them for the start of the training."""
@@ -42,18 +73,34 @@ class ExactResume(L.Callback):
         self._state = ranks[world.rank] if len(ranks) == world.size else None
         if self._state is not None:
             restore_random_states(self._state)
+        else:
+            rank_zero_warn(
+                f"the checkpoint holds the random states of {len(ranks)} rank(s), the run has {world.size}: random "
+                "numbers are not those of an uninterrupted run"
+            )
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Restores once more: strategies differ in when they load callbacks, and set-up draws random numbers."""
         if self._state is not None:
             restore_random_states(self._state)
 
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Notes that other ranks may not answer any more."""
+        self._failed = True
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Follows loaders that were made anew."""
+        follow_training(trainer)
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begins the epoch's batches from the restored states.
 
-        A loader that shuffles draws its order as its iterator is made, which is during set-up where the learning-rate
+        Loaders that keep their position learn which of their batches were trained on. A loader that shuffles draws its
+        order as its iterator is made, which is during set-up where the learning-rate
         schedule asks for the number of steps. A loader that keeps its position needs no random state.
         """
+        follow_training(trainer)
+        self._failed = False
         state, self._state = self._state, None
         fetcher, loader = trainer.fit_loop._data_fetcher, trainer.fit_loop._combined_loader
         if state is not None and fetcher is not None and loader is not None and not loader._state_dicts():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, tr
 from lightning_goldy.core.base import BaseParameters, read_base
 from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.objective import Objective
+from lightning_goldy.core.sharding import Replicas
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.store import StoreError, fingerprint, load_vectors, save_vectors
 from lightning_goldy.core.vector import ParameterVector
@@ -130,7 +132,7 @@ class GoldenSnapshot(AnalysisCallback[WeightChange]):
             self._files = {}
         for name in (*self._kept.files, *self._files.values()):
             self._store.carry(previous / name)
-        trainer.strategy.barrier()
+        Replicas.world().meet(self.name)
         self._trained |= set(self._kept.read(self.folder, model).space)
         if self.track_updates:
             self._updates.load({key: load_vectors(self.folder / name, model)[0] for key, name in self._files.items()})
@@ -144,6 +146,8 @@ class GoldenSnapshot(AnalysisCallback[WeightChange]):
         if not self.track_updates or context.weights != "training":
             return result.row().extended({"update_cosine": None})
         present = ParameterVector.of(context.model, self.base.space)
+        # A copy, so that an analysis which fails later has observed nothing.
+        self._updates = copy.copy(self._updates)
         return result.row().extended({"update_cosine": self._updates.observe(present)})
 
     def save_files(self, trainer: L.Trainer, model: nn.Module) -> None:
@@ -152,14 +156,12 @@ class GoldenSnapshot(AnalysisCallback[WeightChange]):
         for key, vector in self._updates.vectors().items():
             name = f"{key}-step={step:08d}.safetensors"
             if self._files.get(key) == name:
-                # A second checkpoint of this step; a file's age tells which checkpoints need it.
+                # A second checkpoint of this step.
                 continue
             save_vectors(
                 self.folder / name, vector, kind="values", model=model, step=step, write=trainer.is_global_zero
             )
-            self._files[key] = name
-            if self._store is not None:
-                self._store.prune(key, trainer)
+            self._files = {**self._files, key: name}
 
     def state_dict(self) -> dict[str, Any]:
         """Adds the hash of the base and the names of its files."""
@@ -333,7 +335,7 @@ class MaskCallback(AnalysisCallback[MaskT]):
         """Checks the selection, and takes up the last mask of a run that is resumed."""
         self.space(model)
         if self._resumed and self._mask_files:
-            trainer.strategy.barrier()
+            Replicas.world().meet(self.name)
             self._masks = {key: ParameterMask.load(self.folder / name) for key, name in self._mask_files.items()}
 
     def describe(self, result: MaskT, context: AnalysisContext) -> Row:

@@ -121,7 +121,7 @@ class HeadPlasticity(AnalysisCallback[PlasticityResult]):
             earlier.remove()
             # The same trainer goes on with another fit.
             earlier.save_files(self.folder, write=trainer.is_global_zero)
-            trainer.strategy.barrier()
+            Replicas.world().meet(self.name)
             saved = earlier.state_dict()
         if saved is not None:
             load_gates(gates, saved)
@@ -214,14 +214,13 @@ class HeadPlasticity(AnalysisCallback[PlasticityResult]):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Lets the optimizers go; closed heads stay closed."""
+        super().teardown(trainer, pl_module, stage)
         if stage == "fit" and self._plasticity is not None:
             self._plasticity.remove()
 
     def save_files(self, trainer: L.Trainer, model: nn.Module) -> None:
         """Writes the weights that a cycle may be rolled back to."""
-        assert self._store is not None
-        for kind in self.plasticity.save_files(self.folder, write=trainer.is_global_zero):
-            self._store.prune(f"cycle-{kind}", trainer)
+        self.plasticity.save_files(self.folder, write=trainer.is_global_zero)
 
     def state_dict(self) -> dict[str, Any]:
         """Adds the plan, where it stands, the gates, and the names of the files."""
@@ -238,14 +237,23 @@ class HeadPlasticity(AnalysisCallback[PlasticityResult]):
         return PlasticitySubject(model, self.plasticity.gates, self._batches, objective, self.settings.scoring)
 
     def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        with Replicas.world().together(self.name), undisturbed(trainer, pl_module):
-            model = find_model(pl_module, self.model_attribute)
-            loss = self._subject_of(model, find_objective(pl_module, model, self.objective)).loss()
+        def measured() -> float:
+            with undisturbed(trainer, pl_module):
+                model = find_model(pl_module, self.model_attribute)
+                return self._subject_of(model, find_objective(pl_module, model, self.objective)).loss()
+
+        loss = self.attempt(trainer, "to measure the recovery", measured)
+        if loss is None:
+            return
         step = steps_so_far(trainer)
         self.plasticity.observe(step, loss)
         if trainer.is_global_zero:
             scalars = self.plasticity.result((), loss=loss, step=step, after=step, cost=Cost()).running()
-            log_scalars(trainer.loggers, {f"goldy/{self.name}/{key}": value for key, value in scalars.items()}, step)
+            tagged = {f"goldy/{self.name}/{key}": value for key, value in scalars.items()}
+            try:
+                log_scalars(trainer.loggers, tagged, step)
+            except Exception as error:  # noqa: BLE001 - a service may raise anything
+                rank_zero_warn(f"{self.name}: the loss of step {step} is not logged: {error}")
 
     def _carry(self, trainer: L.Trainer) -> None:
         """Brings the files that the resumed checkpoint needs into this run's folder."""
@@ -254,7 +262,7 @@ class HeadPlasticity(AnalysisCallback[PlasticityResult]):
             copied = self._loaded["copied"] or {"files": {}}
             for name in [*copied["files"].values(), *self._base.files]:
                 self._store.carry(Path(self._previous_folder) / name)
-        trainer.strategy.barrier()
+        Replicas.world().meet(self.name)
 
     def _check(self, trainer: L.Trainer, model: nn.Module) -> None:
         """Tells before the first step what will not happen, and tries what needs the family's help."""

@@ -37,6 +37,7 @@ from lightning_goldy.core.isolation import undisturbed
 from lightning_goldy.core.naming import suggestion
 from lightning_goldy.core.objective import CausalLMObjective
 from lightning_goldy.core.pieces import QUESTION_TEMPLATE, KnowledgePiece
+from lightning_goldy.core.sharding import Replicas
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.store import Kind
 from lightning_goldy.core.vector import ParameterVector, substituted
@@ -361,6 +362,7 @@ class KnowledgeCoupling(AnalysisCallback[KnowledgeState]):
             )
         watched = find_pieces(trainer, self.pieces, self.edits, self.template)
         self._watched = drawn(watched, self.n_pieces, self.seed)
+        Replicas.world().agree(f"{self.name}: the list of pieces", self._watched.pieces)
         if find_tokenizer(trainer) is None:
             module = type(trainer.lightning_module).__name__
             raise ValueError(f"{self.name} needs a tokenizer: neither {module} nor its data module has one")
@@ -368,7 +370,7 @@ class KnowledgeCoupling(AnalysisCallback[KnowledgeState]):
         if self._resumed and self._previous_folder is not None:
             for name in self._training_base.files:
                 self._store.carry(Path(self._previous_folder) / name)
-        trainer.strategy.barrier()
+        Replicas.world().meet(self.name)
         self._base = self._training_base.find(trainer, model, ParameterSpace.of(model), self.folder)
         with undisturbed(trainer, trainer.lightning_module), AnalysisProgress(trainer, self.name) as progress:
             self._measure_base(trainer, model, progress)

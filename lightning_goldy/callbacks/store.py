@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-import os
 import shutil
 import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from tqdm import tqdm
 
 from lightning_goldy.analysis.result import Row
+from lightning_goldy.callbacks.run_folder import FolderNotes, checkpoint_folders, file_names
 from lightning_goldy.core.files import (
     append_row,
     atomic_path,
@@ -37,31 +37,8 @@ from lightning_goldy.report.rendering import RenderError
 from lightning_goldy.report.run import upgraded
 
 ROWS = "results.jsonl"
-_UNLOGGED = "goldy_logs"
 _PATIENCE_SECONDS = 3.0
 _told: set[str] = set()
-
-
-def run_directory(trainer: L.Trainer) -> Path:
-    """The folder of this run: the first logger's, or a numbered one below the default root; the same on all ranks.
-
-    A collective: every rank must call.
-    """
-    if trainer.loggers:
-        logger = trainer.loggers[0]
-        # Loggers of services share one save_dir between runs.
-        own = getattr(logger, "log_dir", None) or os.path.join(
-            logger.save_dir or trainer.default_root_dir, str(logger.name), str(logger.version)
-        )
-        return Path(str(trainer.strategy.broadcast(own)))
-    known = getattr(trainer, "_goldy_run_directory", None)
-    if known is None:
-        root = Path(trainer.default_root_dir) / _UNLOGGED
-        taken = [int(path.name[8:]) for path in root.glob("version_*") if path.name[8:].isdigit()]
-        known = Path(str(trainer.strategy.broadcast(str(root / f"version_{max(taken, default=-1) + 1}"))))
-        # All callbacks of a trainer share one folder.
-        trainer._goldy_run_directory = known  # type: ignore[attr-defined]
-    return known
 
 
 MOST_ROWS = 200
@@ -158,6 +135,8 @@ class ResultStore:
         self.folder = folder
         self.write = write
         self._history: RowHistory | None = None
+        self._row_files: set[str] | None = None
+        self._notes = FolderNotes.read(folder)
         if not write:
             return
         probe = folder / f".{uuid.uuid4().hex}.writable"
@@ -172,6 +151,11 @@ class ResultStore:
         cut = repair_rows(self.rows)
         if cut:
             rank_zero_warn(f"the last line of {self.rows} was torn, {cut} bytes of it; it has been taken away")
+
+    @property
+    def identity(self) -> str:
+        """Differs between folders, and stays when one is moved."""
+        return self._notes.identity
 
     @property
     def rows(self) -> Path:
@@ -194,6 +178,8 @@ class ResultStore:
             history = self._remembered()
             append_row(self.rows, line)
             history.add(line)
+            if self._row_files is not None:
+                self._row_files.update(line["files"].values())
         return line
 
     def start_fresh(self) -> None:
@@ -203,9 +189,10 @@ class ResultStore:
         number = 1
         while (aside := self.folder.with_name(f"{self.folder.name}.{number}")).exists():
             number += 1
-        self._history = None
+        self._history = self._row_files = None
         self.folder.rename(aside)
         self.folder.mkdir()
+        self._notes = FolderNotes.read(self.folder)
         rank_zero_info(f"{self.folder} held an earlier run's results; they are now in {aside}")
 
     def continue_from(self, previous: Path, step: int) -> None:
@@ -220,7 +207,7 @@ class ResultStore:
         """
         if not self.write:
             return
-        self._history = None
+        self._history = self._row_files = None
         if previous.resolve() == self.folder.resolve():
             filter_rows(self.rows, lambda row: row["step"] <= step, check=_resumed_fault)
             return
@@ -231,30 +218,45 @@ class ResultStore:
         if kept:
             atomic_write(self.rows, "".join(to_json_line(row) + "\n" for row in kept).encode("utf-8", "replace"))
 
-    def prune(self, prefix: str, trainer: L.Trainer) -> None:
-        """Removes files that belonged to checkpoints which Lightning has removed since.
+    def note(self) -> None:
+        """Writes down which folder this is, by which a resume knows it again."""
+        if self.write:
+            self._notes.write(self.folder)
 
-        Such a file is written right before its checkpoint. So it is still needed when a checkpoint is as young as the
-        file and older than the next one.
+    def claim(self, state: Mapping[str, Any], trainer: L.Trainer) -> str | None:
+        """Notes the files that a checkpoint's state names, and removes those of checkpoints that are no more.
+
+        Files that rows name stay. A checkpoint counts as removed when it was seen in a folder of Lightning's and is not
+        there any more; one that was never seen there is taken to exist.
 
         Args:
-            prefix: What the files' names start with; they are numbered by step.
-            trainer: Its checkpoint callbacks know the folders. Without one nothing is removed.
+            state: What the checkpoint is to hold.
+            trainer: Its checkpoint callbacks know the folders.
+
+        Returns:
+            The token that the checkpoint is to carry; None where this process does not write.
         """
-        folders = {getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks} - {None}
-        if not (self.write and folders):
-            return
-        saved = [path.stat().st_mtime for folder in folders for path in Path(str(folder)).glob("*.ckpt")]
-        files = sorted(self.folder.glob(f"{prefix}-step=*.safetensors"))
-        for file, following in itertools.pairwise(files):
-            if not any(file.stat().st_mtime <= time < following.stat().st_mtime for time in saved):
-                file.unlink()
+        if not self.write:
+            return None
+        for name in self._notes.released(checkpoint_folders(trainer)) - set(file_names(state)) - self._files_of_rows():
+            (self.folder / name).unlink(missing_ok=True)
+        token = self._notes.claim(set(file_names(state)))
+        self.note()
+        return token
+
+    def _files_of_rows(self) -> set[str]:
+        if self._row_files is None:
+            self._row_files = {name for row in read_rows(self.rows) for name in row.get("files", {}).values()}
+        return self._row_files
 
     def carry(self, source: Path) -> None:
         """Brings a file of an earlier run into this folder."""
         if self.write and not (self.folder / source.name).exists():
             if not source.is_file():
-                raise FileNotFoundError(f"{source}, which the resumed run needs, is gone")
+                raise FileNotFoundError(
+                    f"{source}, which the resumed run needs, is gone: put the folder back there, or as "
+                    f"goldy/{self.folder.name} into the folder that the checkpoint lies in"
+                )
             with atomic_path(self.folder / source.name) as temporary:
                 shutil.copyfile(source, temporary)
 
@@ -307,12 +309,14 @@ def log_row(
     step = steps_so_far(trainer)
     scalars = {f"{prefix}/{name}": value for name, value in row["metrics"].items()}
     scalars.update({f"{prefix}/cost/{name}": value for name, value in row["cost"].items()})
-    log_scalars(trainer.loggers, scalars, step)
+    write = partial(_to_each, trainer.loggers, f"{row['name']} at step {row['step']}")
+    write(lambda loggers: log_scalars(loggers, scalars, step))
     for name, (edges, counts) in histograms.items():
-        log_histogram(trainer.loggers, f"{prefix}/{name}", (edges, counts), step)
+        write(lambda loggers: log_histogram(loggers, f"{prefix}/{name}", (edges, counts), step))  # noqa: B023
     for name, written in TEXTS.items():
         if row["result"].get(name):
-            log_text(trainer.loggers, f"{prefix}/{name}", written(row["result"][name]), step)
+            text = written(row["result"][name])
+            write(lambda loggers: log_text(loggers, f"{prefix}/{name}", text, step))  # noqa: B023
 
     def tell(name: str, error: Exception) -> None:
         # The row holds the numbers; no training ends for want of a picture.
@@ -328,9 +332,20 @@ def log_row(
     for name, figure in figures.items():
         # A tag of their own: TensorBoard shows a tag in one plugin only, and hides the figure behind a scalar.
         try:
-            log_figure(trainer.loggers, f"{prefix}/figure/{name}", figure, step)
+            write(lambda loggers: log_figure(loggers, f"{prefix}/figure/{name}", figure, step))  # noqa: B023
         except RenderError as error:
             tell(name, error)
+
+
+def _to_each(loggers: Sequence[Any], what: str, write: Callable[[list[Any]], object]) -> None:
+    """Writes to one logger after the other; one that fails costs its own entry alone."""
+    for logger in loggers:
+        try:
+            write([logger])
+        except RenderError:
+            raise
+        except Exception as error:  # noqa: BLE001 - a service may raise anything
+            rank_zero_warn(f"{what} is not in {type(logger).__name__}: {type(error).__name__}: {error}")
 
 
 class AnalysisProgress:

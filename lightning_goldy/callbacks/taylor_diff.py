@@ -12,13 +12,20 @@ from torch import nn
 
 from lightning_goldy.analysis.divergence import shortened
 from lightning_goldy.analysis.result import Row
-from lightning_goldy.analysis.taylor import By, TaylorDiffResult, check_orders, expansion_route, taylor_diff
+from lightning_goldy.analysis.taylor import (
+    By,
+    TaylorDiffResult,
+    check_orders,
+    expansion_route,
+    require_differences,
+    taylor_diff,
+)
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.callbacks.golden_snapshot import find_snapshot
 from lightning_goldy.core.base import BaseParameters, base_of
 from lightning_goldy.core.naming import suggestion
 from lightning_goldy.core.objective import Objective
-from lightning_goldy.core.sharding import unshard_guard
+from lightning_goldy.core.sharding import Replicas, is_sharded, unshard_guard
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.store import load_vectors, save_vectors
 from lightning_goldy.core.vector import ParameterVector
@@ -80,6 +87,8 @@ class TaylorDiff(AnalysisCallback[TaylorDiffResult]):
 
     def prepare(self, trainer: L.Trainer, model: nn.Module) -> None:
         """Finds the base, or takes up the one of the run that is resumed."""
+        if any(map(is_sharded, model.parameters())):
+            require_differences(self.orders)
         if self.reset == "never":
             if find_snapshot(trainer) is None:
                 raise ValueError(
@@ -90,7 +99,7 @@ class TaylorDiff(AnalysisCallback[TaylorDiffResult]):
         if self._resumed and self._previous_folder is not None and self._base_file is not None:
             assert self._store is not None
             self._store.carry(Path(self._previous_folder) / self._base_file)
-            trainer.strategy.barrier()
+            Replicas.world().meet(self.name)
             self._base = BaseParameters(load_vectors(self.folder / self._base_file, model)[0])
             self._trained |= set(self._base.space)
         elif self._base is None or not self._goes_on:
@@ -142,7 +151,8 @@ class TaylorDiff(AnalysisCallback[TaylorDiffResult]):
         super().on_train_epoch_end(trainer, pl_module)
         if self.reset == "epoch":
             unshard_guard(pl_module)
-            self._move_base(find_model(pl_module, self.model_attribute), trainer.global_step)
+            model = find_model(pl_module, self.model_attribute)
+            self.attempt(trainer, "to move the base", lambda: self._move_base(model, trainer.global_step))
 
     def save_files(self, trainer: L.Trainer, model: nn.Module) -> None:
         """Writes a base that moves, which a resume goes on from."""
@@ -160,8 +170,6 @@ class TaylorDiff(AnalysisCallback[TaylorDiffResult]):
             write=trainer.is_global_zero,
         )
         self._base_file = name
-        if self._store is not None:
-            self._store.prune("base", trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """Adds where the base was taken."""

@@ -54,6 +54,9 @@ class StoreError(PlainError):
     """A file is not what it should be; the message names the file and the first difference."""
 
 
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)(::|:/)")
+
+
 class RowError(PlainError):
     """A file of JSON lines holds something else; the message names the file and the line."""
 
@@ -132,6 +135,34 @@ def _named(path: Path) -> Iterator[None]:
         raise
 
 
+def require_local(path: str | Path, of: str = "the target") -> Path:
+    """A place as a path of this machine's file system; ``file://`` is one.
+
+    Args:
+        path: A path, or an address as fsspec reads it.
+        of: What lies there, for the message.
+
+    Raises:
+        ValueError: It is an address of another storage.
+
+    Example:
+        >>> require_local("s3://bucket/runs", "the output")
+        Traceback (most recent call last):
+        ValueError: the output is s3://bucket/runs, but files are written to a local file system only: ...
+    """
+    text = str(path)
+    for scheme in ("file://", "local://"):
+        text = text.removeprefix(scheme)
+    # A path has lost one of the slashes; a folder of such a name that is there is one.
+    if (address := _ADDRESS.match(text)) and not Path(address[0].rstrip("/")).is_dir():
+        raise ValueError(
+            f"{of} is {text}, but files are written to a local file system only: give a local folder (for a training, "
+            "a local default_root_dir and first logger; checkpoints and further loggers may be elsewhere), and copy "
+            "it when the work is done"
+        )
+    return Path(os.path.expanduser(text))
+
+
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """A temporary path in the target's folder that becomes the target when the block ends well.
@@ -144,8 +175,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
     Raises:
         OSError: The folder cannot be written, or the disk is full; the message names the file.
+        ValueError: The path is an address of another storage.
     """
-    path = Path(path)
+    path = require_local(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
@@ -235,7 +267,7 @@ def append_row(path: str | Path, row: Mapping[str, Any]) -> None:
         TypeError: The row is not JSON-able; nothing is written.
     """
     # Text can hold half a surrogate pair, which UTF-8 cannot; no row is lost for it.
-    line, path = to_json_line(row).encode("utf-8", "replace") + b"\n", Path(path)
+    line, path = to_json_line(row).encode("utf-8", "replace") + b"\n", require_local(path)
     made = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)

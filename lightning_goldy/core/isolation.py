@@ -8,7 +8,7 @@ import sys
 import sysconfig
 import types
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
 from itertools import repeat
@@ -20,9 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lightning_goldy.core.sharding import local, unshard_guard
+from lightning_goldy.core.sharding import is_sharded, local, meet_within, unshard_guard
 
 SMALL = 2**16
 """Elements of the largest tensor or array that is copied for an object that is no module."""
@@ -304,6 +306,8 @@ def preserved(module: nn.Module, *, training: bool | None = False) -> Iterator[n
     ]
     slots = [(child, set(child._buffers)) for child in module.modules()]
     kept = Kept.of_modules(module)
+    # A sharded model's forward is a collective: a rank that failed before it tells the others there.
+    guard = module.register_forward_pre_hook(_at_forward, prepend=True) if any(map(is_sharded, parameters)) else None
     with isolated_rng(), torch.inference_mode(False), torch.enable_grad():
         try:
             for parameter in parameters:
@@ -312,6 +316,8 @@ def preserved(module: nn.Module, *, training: bool | None = False) -> Iterator[n
                 module.train(training)
             yield module
         finally:
+            if guard is not None:
+                guard.remove()
             unshard_guard(module)
             with torch.no_grad():
                 for child, name, buffer, value in buffers:
@@ -331,12 +337,75 @@ def preserved(module: nn.Module, *, training: bool | None = False) -> Iterator[n
                 child.training = mode
 
 
+def _at_forward(module: nn.Module, inputs: Any) -> None:
+    meet_within("a forward pass of the sharded model")
+
+
+class _UnseenByReducer(TorchFunctionMode):
+    """Lets ``Tensor.backward`` reach the leaves without their hooks, which count for DistributedDataParallel.
+
+    Its reducer hears of every gradient that a leaf accumulates, also outside of its own passes: with ``static_graph``
+    it counts them, with ``find_unused_parameters`` it takes the parameter for used.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.backward:
+            return _accumulate(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _accumulate(
+    loss: Tensor,
+    gradient: Tensor | None = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    inputs: Sequence[Tensor] | None = None,
+) -> None:
+    """What ``loss.backward`` does, to the last bit, with the leaves' own hooks alone."""
+    leaves = list(_leaves(loss) if inputs is None else [inputs] if isinstance(inputs, Tensor) else inputs)
+    if not leaves:
+        raise RuntimeError("the loss does not depend on a parameter, so it has no gradient")
+    found = torch.autograd.grad(
+        loss, leaves, gradient, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True
+    )
+    taken: set[int] = set()
+    for leaf, value in zip(leaves, found, strict=True):
+        if value is not None:
+            # Gradients of a sum are one tensor, and each leaf owns its own.
+            value = value.clone() if value.data_ptr() in taken else value.contiguous()
+            taken.add(value.data_ptr())
+            leaf.grad = value if leaf.grad is None else leaf.grad + value
+            for hook in list((getattr(leaf, "_post_accumulate_grad_hooks", None) or {}).values()):
+                hook(leaf)
+
+
+def _leaves(loss: Tensor) -> Iterator[Tensor]:
+    """The leaves that a loss depends on."""
+    seen, waiting = set(), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            yield node.variable
+        waiting += [following for following, _ in node.next_functions]
+
+
+def _reducer_counts(trainer: Any) -> bool:
+    wrapped = getattr(getattr(trainer, "strategy", None), "model", None)
+    if not isinstance(wrapped, DistributedDataParallel):
+        return False
+    return bool(wrapped.static_graph or wrapped.find_unused_parameters)
+
+
 @contextmanager
 def undisturbed(trainer: Any, pl_module: nn.Module, *, training: bool | None = False) -> Iterator[nn.Module]:
     """The whole isolation of an analysis that runs inside a training loop.
 
     Everything of :func:`preserved`, for the unwrapped LightningModule (so DistributedDataParallel reduces nothing),
-    under the trainer's own autocast, whose cache of low-precision weights is dropped on both sides.
+    under the trainer's own autocast, whose cache of low-precision weights is dropped on both sides. Where
+    DistributedDataParallel takes account of gradients outside of its own passes, it does not see them.
 
     Args:
         trainer: The Lightning trainer.
@@ -351,4 +420,6 @@ def undisturbed(trainer: Any, pl_module: nn.Module, *, training: bool | None = F
         torch.clear_autocast_cache()
         stack.callback(torch.clear_autocast_cache)
         stack.enter_context(trainer.precision_plugin.forward_context())
+        if _reducer_counts(trainer):
+            stack.enter_context(_UnseenByReducer())
         yield pl_module

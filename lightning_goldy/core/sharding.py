@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -82,7 +84,10 @@ def scatter_like(reference: Tensor, full: Tensor) -> Tensor:
 def gather(tensor: Tensor) -> Tensor:
     """The whole tensor on every process; a collective when it is sharded."""
     tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    meet_within(f"the gathering of {tuple(tensor.shape)}")
+    return tensor.full_tensor()
 
 
 def sum_over_shards(partial: Sequence[Tensor], references: Sequence[Tensor]) -> list[Tensor]:
@@ -107,6 +112,7 @@ def sum_over_shards(partial: Sequence[Tensor], references: Sequence[Tensor]) -> 
                 groups[(reference.device_mesh, split)].append(index)
     for (mesh, split), indices in groups.items():
         placements = [Partial() if sharded else Replicate() for sharded in split]
+        meet_within(f"a sum over shards of {len(indices)} tensors")
         stacked = torch.stack([partial[index] for index in indices])
         total = DTensor.from_local(stacked, mesh, placements, run_check=False).full_tensor()
         for index, value in zip(indices, total, strict=True):
@@ -161,6 +167,7 @@ class Replicas:
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sums a tensor over the replicas, in place."""
         if self.size > 1:
+            meet_within(f"the sum of {tuple(tensor.shape)}, {tensor.dtype}")
             dist.all_reduce(tensor)
         return tensor
 
@@ -168,18 +175,161 @@ class Replicas:
         """The small objects of all replicas, in rank order, on every one of them."""
         if self.size == 1:
             return [value]
+        meet_within("an exchange of objects")
         gathered: list[Any] = [None] * self.size
         dist.all_gather_object(gathered, value)
         return gathered
 
+    def gather_soon(self, value: T, seconds: float) -> list[T] | None:
+        """As :meth:`gather_objects`, where a rank may be elsewhere; None when not all come in time."""
+        if self.size == 1:
+            return [value]
+        try:
+            _exchange(_OK, "an exchange of objects in time", timedelta(seconds=seconds))
+        except (RankError, RuntimeError):
+            return None
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, value, group=_group())
+        return gathered
+
+    def agree(self, what: str, value: Any) -> None:
+        """Checks that a value (by its text) is the same on all ranks.
+
+        Raises:
+            ValueError: It is not, on every rank.
+
+        Example:
+            >>> Replicas().agree("the probe", "a1b2")
+        """
+        values = [str(other) for other in self.gather_objects(value)]
+        different = [rank for rank, other in enumerate(values) if other != values[0]]
+        if different:
+            raise ValueError(
+                f"{what} differs between ranks: ranks {different} have another one than rank 0, and every rank must "
+                "have the same; build it from fixed seeds and without a sampler that divides it"
+            )
+
+    def meet(self, place: str) -> None:
+        """Waits until every rank is at this place.
+
+        Raises:
+            RankError: A rank has failed, or is elsewhere.
+        """
+        if self.size > 1:
+            _exchange(_OK, place)
+
     @contextmanager
-    def together(self, work: str) -> Iterator[None]:
-        """A context whose end every replica reaches, so that a failure on one does not leave the others waiting."""
+    def together(self, work: str, *, patience: float | None = None) -> Iterator[None]:
+        """A context that fails on every rank when it fails on one, wherever that rank then is.
+
+        Within it ranks tell each other, before each collective of this file, that they are well and at the same place,
+        on a process group of its own. So a rank that fails leaves no other one waiting, and no collective of one kind
+        is answered by one of another. Collectives of a sharded model's own are not seen.
+
+        Args:
+            work: What is done, for the message.
+            patience: Seconds that a rank which has failed waits for the others, who cannot answer from within a
+                collective of a sharded model; by default as long as the group does.
+
+        Raises:
+            RankError: Another rank has failed, or is elsewhere.
+        """
+        if self.size == 1:
+            yield
+            return
+        _within.append(work)
         try:
             yield
+            self.meet(f"the end of {work}")
         except BaseException as error:
-            self.gather_objects(f"{type(error).__name__}: {error}")
+            if not _told(error):
+                _tell(error, work, patience)
             raise
-        for rank, failure in enumerate(self.gather_objects("")):
-            if failure:
-                raise RuntimeError(f"{work} failed on rank {rank}: {failure}")
+        finally:
+            _within.pop()
+
+
+class RankError(RuntimeError):
+    """Another rank failed, or ranks are at different places.
+
+    Args:
+        message: What happened.
+        final: Whether the ranks cannot go on together.
+    """
+
+    def __init__(self, message: str, *, final: bool = False) -> None:
+        super().__init__(message)
+        self.final = final
+
+
+_OK, _FAILED, _ENDED = 0, 1, 2
+_within: list[str] = []
+_groups: list[tuple[Any, Any]] = []
+
+
+def meet_within(place: str) -> None:
+    """Inside :meth:`Replicas.together`, waits until every rank is at this place; elsewhere nothing happens.
+
+    Raises:
+        RankError: A rank has failed, or is elsewhere.
+
+    Example:
+        >>> meet_within("nowhere")
+    """
+    if _within:
+        Replicas.world().meet(place)
+
+
+def _group() -> Any:
+    """A group of all ranks on the CPU, in which nothing else is sent; made once for each default group."""
+    default = dist.group.WORLD
+    if not _groups or _groups[0][0] is not default:
+        backend = "gloo" if dist.is_gloo_available() else None
+        _groups[:] = [(default, dist.new_group(backend=backend))]
+    return _groups[0][1]
+
+
+def _exchange(state: int, text: str, timeout: timedelta | None = None) -> None:
+    """Tells this rank's state and place to all, and compares with theirs."""
+    group = _group()
+    place = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
+    mine = torch.tensor([state, place])
+    states = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    work = dist.all_gather(states, mine, group=group, async_op=True)
+    _ = work.wait() if timeout is None else work.wait(timeout)
+    found = torch.stack(states).tolist()
+    if all(other == [_OK, place] for other in found):
+        return
+    texts: list[Any] = [None] * len(found)
+    dist.all_gather_object(texts, text, group=group)
+    final = any(other == _ENDED for other, _ in found)
+    failed = [(rank, *texts[rank].partition("\0")) for rank, (other, _) in enumerate(found) if other != _OK]
+    if failed:
+        raise RankError("; ".join(f"{work} failed on rank {rank}: {why}" for rank, work, _, why in failed), final=final)
+    places = "; ".join(f"rank {rank} at {text}" for rank, text in enumerate(texts))
+    raise RankError(f"ranks are at different places, as with different models or probes: {places}")
+
+
+def _tell(error: BaseException, work: str, patience: float | None) -> None:
+    """Tells the others that this rank has failed."""
+    state = _FAILED if isinstance(error, Exception) else _ENDED
+    timeout = None if patience is None else timedelta(seconds=patience)
+    try:
+        _exchange(state, f"{work}\0{type(error).__name__}: {error}", timeout)
+    except RankError:
+        error.__dict__["_told_to_ranks"] = True
+    except RuntimeError as silence:
+        raise RankError(
+            f"{work} failed on this rank ({type(error).__name__}: {error}), and the others have not answered: they may "
+            "wait within a collective of the sharded model, so the run cannot go on",
+            final=True,
+        ) from silence
+
+
+def _told(error: BaseException | None) -> bool:
+    """Whether the ranks know of a failure already."""
+    while error is not None:
+        if isinstance(error, RankError) or getattr(error, "_told_to_ranks", False):
+            return True
+        error = error.__cause__
+    return False

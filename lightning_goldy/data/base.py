@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from itertools import islice
 from typing import Any, cast
@@ -51,13 +51,27 @@ class SeededShuffle(Sampler[int]):
 
 
 class ResumableDataLoader(DataLoader):
-    """A DataLoader that remembers, in checkpoints, how many batches of the epoch it has handed out.
+    """A DataLoader that remembers, in checkpoints, how many batches of the epoch were trained on.
 
-    Loaded in the middle of an epoch it passes over those, so a killed run continues with the very next batch.
+    Loaded in the middle of an epoch it passes over those, so a killed run continues with the very next batch. A batch
+    that was handed out when the run was interrupted comes again: ``ExactResume`` and the analysis callbacks tell how
+    many those are. In a loop of your own all that were handed out count, unless you set ``ahead``.
+
+    Example:
+        >>> loader = ResumableDataLoader([1, 2, 3])
+        >>> batches = iter(loader)
+        >>> _ = next(batches), next(batches)
+        >>> loader.state_dict()
+        {'delivered': 2}
+        >>> loader.ahead = lambda: 1
+        >>> loader.state_dict()
+        {'delivered': 1}
     """
 
     _delivered = 0
     _skip = 0
+    ahead: Callable[[], int] | None = None
+    """Tells how many of the batches that were handed out have not been trained on."""
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         self._delivered, self._skip = self._skip, 0
@@ -67,7 +81,8 @@ class ResumableDataLoader(DataLoader):
 
     def state_dict(self) -> dict[str, int]:
         """The position, as Lightning stores it in a checkpoint."""
-        return {"delivered": self._delivered}
+        ahead = 0 if self.ahead is None else self.ahead()
+        return {"delivered": (self._delivered - ahead) % max(len(self), 1) if ahead else self._delivered}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Start the next pass at the stored position (at the beginning if that epoch was complete)."""

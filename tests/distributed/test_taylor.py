@@ -23,12 +23,22 @@ def test_replicas_share_batches_and_find_the_same() -> None:
 
 
 def test_shards_go_by_differences_and_say_how_far_off_they_are() -> None:
-    exact = compare("replicas", 0.01, False)
+    both = [compare("replicas", 0.01, space) for space in (True, False)]
     for texts in run_processes(compared, 2, "shards"):
-        for text in texts:
+        for text, exact in zip(texts, both, strict=True):
             found = TaylorDiffResult.from_json(text)
             assert found.route == "differences"
-            assert found.orders[0].relative_error is None
+            assert found.metrics().keys() == exact.metrics().keys()
+            assert found.nonlinearity == pytest.approx(exact.nonlinearity, rel=1e-3)
+            assert found.regime == exact.regime
+            assert found.function_shares == pytest.approx(exact.function_shares, rel=1e-3, abs=1e-4)
+            for mine, wanted in zip(found.orders, exact.orders, strict=True):
+                if wanted.relative_error is None:
+                    assert mine.relative_error is None
+                    continue
+                assert mine.relative_error == pytest.approx(wanted.relative_error, rel=1e-2, abs=1e-4)
+                assert mine.kl_divergence == pytest.approx(wanted.kl_divergence, rel=1e-2, abs=1e-7)
+                assert mine.top1_agreement == wanted.top1_agreement
             for name in ("loss", "base_loss", "first_order", "gradient_norm", "step_norm"):
                 assert getattr(found, name) == pytest.approx(getattr(exact, name), rel=1e-5)
             assert found.loss_shares == pytest.approx(exact.loss_shares, rel=1e-4, abs=1e-7)

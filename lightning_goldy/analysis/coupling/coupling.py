@@ -52,7 +52,7 @@ from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import block_of, canonical_name, model_class
 from lightning_goldy.core.objective import Objective, objective_for
 from lightning_goldy.core.pieces import QUESTION_TEMPLATE
-from lightning_goldy.core.sharding import Replicas, gather
+from lightning_goldy.core.sharding import RankError, Replicas, gather
 from lightning_goldy.core.store import available_memory
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ class CouplingRun:
             batch = joined_batch([self.samples[index]], self.capture.device)
             try:
                 return self.capture.probe(batch, self.lengths[index])
-            except (CouplingError, torch.OutOfMemoryError):
+            except (CouplingError, RankError, torch.OutOfMemoryError):
                 raise
             except RECOVERABLE as error:
                 reasons[index] = self.failed(index, str(error), error)

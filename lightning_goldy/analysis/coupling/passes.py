@@ -18,7 +18,7 @@ from lightning_goldy.analysis.result import Cost, counted_passes
 from lightning_goldy.core.naming import canonical_name, require_choice
 from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.outer_products import exact_products, linear_layers
-from lightning_goldy.core.sharding import gather, is_sharded, local, unshard_guard
+from lightning_goldy.core.sharding import RankError, gather, is_sharded, local, unshard_guard
 
 T = TypeVar("T")
 OnError = Literal["raise", "nan"]
@@ -96,7 +96,7 @@ def made_passes(
             on_memory()
             pending += [chunk[len(chunk) // 2 :], chunk[: len(chunk) // 2]]
             continue
-        except CouplingError:
+        except (CouplingError, RankError):
             raise
         except RECOVERABLE as error:
             if len(chunk) > 1:

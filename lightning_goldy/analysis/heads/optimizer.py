@@ -299,7 +299,7 @@ class CycleCopy:
         files = {}
         for kind, parts in self.parts.items():
             name = f"cycle-{kind}-step={self.step:08d}.safetensors"
-            # A second checkpoint of the cycle; the files' age tells which checkpoints need them.
+            # A second checkpoint of the cycle names the same files.
             if self.saved_in != folder:
                 space = ParameterSpace.of(module).subspace(parts)
                 # Each process keeps its own parts: sharded tensors live on their mesh's device.

@@ -76,6 +76,7 @@ class PlasticityRun:
         self._copy: CycleCopy | None = None
         self._copied_closing: list[list[int]] = []
         self._copied: dict[str, Any] | None = None
+        self._regrown_from: tuple[nn.Module, CycleCopy] | None = None
 
     def due(self, step: int) -> Event | None:
         """What is to be done at this step, if anything."""
@@ -114,7 +115,31 @@ class PlasticityRun:
         self._rate.remove()
 
     def carry_out(self, subject: PlasticitySubject, step: int, progress: Any = None) -> list[dict[str, Any]]:
-        """Does everything that is due, and says what was done."""
+        """Does everything that is due, and says what was done; where it fails, heads and plan are as before."""
+        before, self._regrown_from = self._standing(), None
+        try:
+            return self._carry_out(subject, step, progress)
+        except BaseException:
+            self._go_back(before)
+            raise
+        finally:
+            self._regrown_from = None
+
+    def _standing(self) -> dict[str, Any]:
+        shown = None if self.shown is None else {**self.shown, "maps": dict(self.shown["maps"])}
+        kept = {name: getattr(self, name) for name in ("state", "scored", "_copy", "_copied", "_copied_closing")}
+        lists = {"cut_steps": dict(self.cut_steps), "timeline": list(self.timeline), "curve": list(self.curve)}
+        return {**kept, **lists, "shown": shown, "closing": self.gates.closing.tolist()}
+
+    def _go_back(self, before: dict[str, Any]) -> None:
+        closing = before.pop("closing")
+        vars(self).update(before)
+        if self._regrown_from is not None:
+            layers, weights = self._regrown_from
+            weights.restore(layers, self._optimizers)
+        self.gates.load_state_dict({"closing": torch.tensor(closing)})
+
+    def _carry_out(self, subject: PlasticitySubject, step: int, progress: Any) -> list[dict[str, Any]]:
         done = []
         while (event := self.due(step)) is not None:
             act = {"begin": self._begin, "cut": self._cut, "regrow": self._regrow, "finish": self._finish}[event.kind]
@@ -170,6 +195,9 @@ class PlasticityRun:
         wanted = len(self.gates.closed) - event.closed
         heads = subject.to_regrow(wanted, regrowth, self.state.cycle)
         if heads:
+            blocks = self.gates.architecture.blocks
+            layers = nn.ModuleList(blocks[layer].attention for layer in sorted({layer for layer, _ in heads}))
+            self._regrown_from = layers, CycleCopy.take(layers, self._optimizers, step=step)
             regrow_heads(
                 self._model,
                 heads,

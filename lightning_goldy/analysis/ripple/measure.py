@@ -15,7 +15,7 @@ from lightning_goldy.core.batches import split_batch
 from lightning_goldy.core.naming import require_choice
 from lightning_goldy.core.objective import IGNORE_INDEX, CausalLMObjective
 from lightning_goldy.core.pieces import KnowledgePiece, Sample, encode_pieces, padded_batches
-from lightning_goldy.core.sharding import Replicas
+from lightning_goldy.core.sharding import RankError, Replicas
 from lightning_goldy.core.vector import ParameterVector
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def available_route(model: nn.Module, start: ParameterVector, sample: Batch) -> 
     """
     try:
         _forward_slope(model, start, start, sample)
-    except torch.OutOfMemoryError:
+    except (RankError, torch.OutOfMemoryError):
         raise
     except (RuntimeError, NotImplementedError):
         return "gradients"

@@ -10,6 +10,7 @@ from lightning_goldy.analysis.taylor.taylor import (
     TaylorDiffResult,
     check_orders,
     expansion_route,
+    require_differences,
     taylor_diff,
 )
 
@@ -20,6 +21,7 @@ __all__ = [
     "TaylorDiffResult",
     "check_orders",
     "expansion_route",
+    "require_differences",
     "taylor_diff",
 ]
 

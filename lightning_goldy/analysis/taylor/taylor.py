@@ -174,13 +174,16 @@ class Expansion:
             self.sums.add("loss", [(None, loss)], weight)
             value, gradients = self._backward(self.base, batch)
             products = reduce_tensors(gradients, torch.dot, list(self.step.values()))
-            for name, tensor, product in zip(self.base, gradients, products, strict=True):
+            for name, tensor, product in zip(self.base, gradients, products, strict=True) if self.shares else ():
                 self._add_gradient(weight, name, tensor, product)
             for place in slopes:
                 _, gradients = self._backward(self.base + (place * _STEP) * self.step, batch)
                 slopes[place] += weight * math.fsum(reduce_tensors(gradients, torch.dot, list(self.step.values())))
             self.sums.add("derivative", enumerate([value, math.fsum(products)]), weight)
             self.sums.n_targets += weight
+            if self.function_space:
+                for part in batch_parts(batch, self.objective, parts_of_order(max(self.orders), gradients=False)):
+                    self._add_differences(part)
         if second:
             whole, half = (slopes[1.0] - slopes[-1.0]) / (2 * _STEP), (slopes[0.5] - slopes[-0.5]) / _STEP
             self.sums.add("derivative", [(2, (4 * half - whole) / 3)])
@@ -300,6 +303,34 @@ class Expansion:
                     self._compare(expansion, piece.logits)
         return len(present.targets)
 
+    def _add_differences(self, part: Any) -> None:
+        """Adds what the logits' expansion says: central differences along the step, extrapolated once."""
+
+        def logits(place: float) -> Tensor:
+            self._ran(part)
+            with torch.no_grad(), substituted(self.model, self.base + place * self.step):
+                found = self.objective.logits_and_targets(self.model, part).logits
+            return precise(found.clone())
+
+        before, (high, low, near_high, near_low) = logits(0.0), map(logits, (_STEP, -_STEP, _STEP / 2, -_STEP / 2))
+        slope = (8 * (near_high - near_low) - (high - low)) / (6 * _STEP)
+        bend = (16 * (near_high + near_low) - (high + low) - 30 * before) / (3 * _STEP**2)
+        del high, low, near_high, near_low
+        self._ran(part)
+        with torch.no_grad():
+            present = self.objective.logits_and_targets(self.model, part).logits
+            self._compare([before, slope, bend], present)
+        if self.shares:
+            # <J Delta_b, J Delta> of every tensor from one backward pass, as in forward mode.
+            self._ran(part, backward=True)
+            with substituted(self.model, self.base):
+                found = self.objective.logits_and_targets(self.model, part).logits
+                found.backward(slope.to(found.dtype))
+                unshard_guard(self.model)
+                gradients = self._taken(self.base.space.resolve(self.model))
+            products = reduce_tensors(gradients, torch.dot, list(self.step.values()))
+            self.sums.add("function share", zip(self.base, products, strict=True))
+
     def _compare(self, expansion: Sequence[Tensor], present: Tensor) -> None:
         log_probs = torch.log_softmax(precise(present), dim=-1)
         self.sums.add("function change", [(None, _square_distance(present, expansion[0]))])
@@ -355,13 +386,18 @@ class Expansion:
             value = self.objective.loss(self.model, batch)
             value.backward()
             unshard_guard(self.model)
-            if all(parameter.grad is None for parameter in parameters.values()):
-                raise _independent(len(parameters))
-            gradients = []
-            for parameter in parameters.values():
-                gradients.append(torch.zeros_like(parameter.detach()) if parameter.grad is None else parameter.grad)
-                parameter.grad = None
+            gradients = self._taken(parameters)
         return float(value.detach()), gradients
+
+    def _taken(self, parameters: Mapping[str, Tensor]) -> list[Tensor]:
+        """The gradients that a backward pass left, taken off the parameters; zeros where it left none."""
+        if all(parameter.grad is None for parameter in parameters.values()):
+            raise _independent(len(parameters))
+        gradients = []
+        for parameter in parameters.values():
+            gradients.append(torch.zeros_like(parameter.detach()) if parameter.grad is None else parameter.grad)
+            parameter.grad = None
+        return gradients
 
 
 def _independent(count: int) -> ValueError:
@@ -537,9 +573,9 @@ def taylor_diff(
 
     Derivatives are exact: nested forward mode along the step, in evaluation mode. Where an operation of the model has
     no forward mode, they are central differences of values at 7 places along the step (``route`` and ``error`` say so).
-    On a sharded model the loss alone is expanded, to order 2, from exact gradients at the base and central differences
-    of them. A parameter that the objective does not depend on has a gradient of zero. The model comes back as it was.
-    On several ranks the batches are shared out; every rank must call.
+    On a sharded model loss and logits are expanded to order 2, from exact gradients at the base and central differences
+    along the step. A parameter that the objective does not depend on has a gradient of zero. The model comes back as it
+    was. On several ranks the batches are shared out; every rank must call.
 
     Forward mode holds 2^n values of every activation at order n, so a batch is worked through in so many parts of whole
     samples (twice as many with shares), whose sums are those of the batch. Under a FunctionObjective or an objective of
@@ -561,8 +597,8 @@ def taylor_diff(
         Losses, predictions, shares and the regime.
 
     Raises:
-        ValueError: An order or ``by`` is out of range, there is no batch, a value is not finite, or the objective
-            depends on no parameter of the base.
+        ValueError: An order or ``by`` is out of range, the third order is asked of a sharded model, there is no batch,
+            a value is not finite, or the objective depends on no parameter of the base.
         SpaceError: The base is of another model.
         TypeError: It cannot be a base.
 
@@ -584,8 +620,8 @@ def taylor_diff(
     replicas = Replicas.of(model) if split_over_ranks else Replicas()
     unshard_guard(model)
     sharded = any(map(is_sharded, model.parameters()))
-    if sharded and (function_space or max(orders) > 2):
-        function_space, orders = False, tuple(order for order in orders if order <= 2) or (1,)
+    if sharded:
+        require_differences(orders)
     with preserved(model), replicas.together("taylor_diff"):
         start, samples = base_of(base, model).vector(model), list(batches)
 
@@ -663,6 +699,19 @@ def check_orders(orders: Sequence[int], by: str | None) -> tuple[int, ...]:
     if by is not None and by not in get_args(By):
         raise ValueError(f"unknown by={by!r}; {suggestion(str(by), get_args(By))}")
     return found
+
+
+def require_differences(orders: Sequence[int]) -> None:
+    """Checks that a sharded model can be expanded to these orders.
+
+    Raises:
+        ValueError: It cannot.
+    """
+    if max(orders) > 2:
+        raise ValueError(
+            f"orders={list(orders)}: a sharded model has no forward mode, and differences along the step give orders "
+            "1 and 2; leave order 3 out, or keep the model whole on each rank (DDPStrategy)"
+        )
 
 
 def _result(
