@@ -412,12 +412,14 @@ def test_every_metric_of_every_callback_is_that_of_one_process(tmp_path):
     for strategy, rows in found.items():
         assert rows.keys() == alone.keys()
         for name, row in rows.items():
-            # Second differences in float32, of logits that hardly bend.
-            loose = strategy == "fsdp2" and name.startswith("taylor")
-            tolerance = {"rel": 1e-2, "abs": 1e-5} if loose else {"rel": 1e-4, "abs": 1e-6}
+            differences = strategy == "fsdp2" and name.startswith("taylor")
             mine, wanted = row["metrics"], alone[name]["metrics"]
             missing = {metric for metric, value in wanted.items() if value is None}
             assert {metric for metric, value in mine.items() if value is None} == missing, (strategy, name)
             for metric in (mine.keys() | wanted.keys()) - missing:
-                assert mine[metric] == pytest.approx(wanted[metric], **tolerance), (strategy, name, metric)
+                second = "second" in metric or "order2" in metric
+                # What differences along the step leave, as the row's ``error`` tells of the second order.
+                tolerance = (5e-2 if second else 2e-3) if differences else 1e-4
+                place = (strategy, name, metric)
+                assert mine[metric] == pytest.approx(wanted[metric], rel=tolerance, abs=1e-6), place
             assert row["result"].get("regime") == alone[name]["result"].get("regime")
