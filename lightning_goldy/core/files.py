@@ -61,11 +61,12 @@ class RowError(PlainError):
     """A file of JSON lines holds something else; the message names the file and the line."""
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, *, constants: Literal["error", "float"] = "error") -> Any:
     """What strict JSON says, in numbers that a float holds and no deeper than 100 levels.
 
     Args:
         text: The whole document; bytes are UTF-8.
+        constants: Whether NaN and Infinity are an error, or the floats that other writers mean by them.
 
     Raises:
         ValueError: It is no UTF-8 or no JSON, says NaN or infinity, names a key of an object twice, or holds a number
@@ -83,13 +84,14 @@ def parse_json(text: str | bytes) -> Any:
     """
     text = text.decode("utf-8") if isinstance(text, bytes) else text
     hooks: dict[str, Any] = {}
+    constant: Callable[[str], Any] = float if constants == "float" else _no_constant
     if _LONG_NUMBER.search(text):
         hooks = {
             "parse_int": lambda digits: _bounded(digits, int),
             "parse_float": lambda digits: _bounded(digits, float),
         }
     try:
-        value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant, **hooks)
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=constant, **hooks)
     except RecursionError as error:
         raise ValueError(f"nested too deeply, beyond {MOST_DEPTH} levels") from error
     level = [value] if isinstance(value, (dict, list)) else []

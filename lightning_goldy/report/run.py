@@ -346,7 +346,7 @@ def _read_rows(path: Path) -> tuple[AnalysisRows | None, list[str]]:
         if not line.strip():
             continue
         try:
-            row = parse_json(line)
+            row = parse_json(line, constants="float")  # shown as gaps
         except ValueError as error:
             if number == len(lines):
                 # Without a newline after it: the writer was stopped in the middle.

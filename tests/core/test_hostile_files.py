@@ -323,7 +323,11 @@ ROW = {
 @pytest.mark.parametrize(
     "line",
     [
-        *(json.dumps(ROW).replace('"loss": 0.5', f'"loss": {number}') for number in HOSTILE_NUMBERS.values()),
+        *(
+            json.dumps(ROW).replace('"loss": 0.5', f'"loss": {number}')
+            for number in HOSTILE_NUMBERS.values()
+            if "N" not in number and "I" not in number
+        ),
         json.dumps({**ROW, "step": 10**300}),
         json.dumps({**ROW, "step": "3"}),
         json.dumps({**ROW, "epoch": -(2**60)}),
