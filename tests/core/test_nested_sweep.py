@@ -26,6 +26,8 @@ LEFT_OUT = {
     **dict.fromkeys(("linalg.cholesky", "linalg.cholesky_ex", "cholesky", "linalg.pinv.hermitian"), "reads a triangle"),
     **dict.fromkeys(("linalg.eigh", "linalg.eigvalsh"), "reads a triangle"),
     **dict.fromkeys(("normal", "normal.number_mean"), "draws numbers, which no derivative goes through"),
+    # Of their other samples, ``grad``, the indices are unique.
+    **{f"nn.functional.max_unpool{dims}d": "samples write one place several times" for dims in (1, 2, 3)},
 }
 # What torch says where it has no derivative; differences take their place.
 REFUSALS = (NotImplementedError, RuntimeError)
