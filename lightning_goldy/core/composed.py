@@ -519,7 +519,7 @@ _REDUCING = frozenset({"scatter_reduce", "scatter_reduce_"})
 # Rare ones are refused, by name, and the parts of composed ones where they are called themselves.
 _WRONG = frozenset(
     {
-        *("linalg_householder_product", "orgqr", "triangular_solve"),
+        *("linalg_householder_product", "orgqr", "triangular_solve", "as_strided_scatter"),
         *("native_layer_norm", "native_group_norm", "native_batch_norm", "_native_batch_norm_legit"),
         *("_batch_norm_with_update", "_linalg_solve_ex", "_linalg_det", "_linalg_slogdet"),
     }

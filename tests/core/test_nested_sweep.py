@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import types
 import unittest
@@ -25,6 +26,8 @@ LEFT_OUT = {
     **dict.fromkeys(("linalg.cholesky", "linalg.cholesky_ex", "cholesky", "linalg.pinv.hermitian"), "reads a triangle"),
     **dict.fromkeys(("linalg.eigh", "linalg.eigvalsh"), "reads a triangle"),
     **dict.fromkeys(("normal", "normal.number_mean"), "draws numbers, which no derivative goes through"),
+    # Of their other samples, ``grad``, the indices are unique.
+    **{f"nn.functional.max_unpool{dims}d": "samples write one place several times" for dims in (1, 2, 3)},
 }
 # What torch says where it has no derivative; differences take their place.
 REFUSALS = (NotImplementedError, RuntimeError)
@@ -34,8 +37,13 @@ NODES = np.cos(np.pi * (np.arange(21) + 0.5) / 21)
 Line = Callable[[Tensor], Tensor]
 
 
-def derivatives(line: Line, radius: float = 0.02) -> list[float] | None:
+def derivatives(line: Line) -> list[float] | None:
     """Derivatives at 0 up to the third by Chebyshev interpolation; None where the function is not smooth there."""
+    # The wider, the less do rounding errors count.
+    return next((found for found in (interpolated(line, radius) for radius in (0.06, 0.02)) if found), None)
+
+
+def interpolated(line: Line, radius: float) -> list[float] | None:
     with torch.no_grad():
         values = np.array([float(line(torch.tensor(radius * node))) for node in NODES])
     fit = np.polynomial.chebyshev.chebfit(NODES, values, 20)
@@ -116,6 +124,8 @@ def wrong(line: Line, compared: list[str] | None = None) -> str | None:
             continue
         if compared is not None:
             compared.append(name)
+        if not math.isfinite(found):
+            continue  # refused where it is used
         if not abs(found - expected[order]) <= TOLERANCES[order] * size:
             return f"{name} is {found:.8g}, not {expected[order]:.8g}"
     return None
