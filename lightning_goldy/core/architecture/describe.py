@@ -89,8 +89,19 @@ def describe_architecture(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if stack is not None:
+        if "cross" in stack:
+            raise UnsupportedArchitectureError(
+                f"stack={stack!r}: a decoder's attention to its encoder is no part of a description, and neither its "
+                "heads nor its patterns are analysed; stack is 'encoder' or 'decoder'"
+            )
         require_choice("stack", stack, ("encoder", "decoder"))
     modules = canonical_modules(model)
+    wrapped = next((name for name, part in modules.items() if model_class(part).startswith("AdaptedAttention")), None)
+    if wrapped is not None:
+        raise UnsupportedArchitectureError(
+            f"{model_class(model)}: PEFT's adaption prompt adds attention of its own in {wrapped!r}, which is not that "
+            "of the model's heads; describe the model inside `with model.disable_adapter():`, or without the adapter"
+        )
     # Every submodule of a Hugging Face model may carry a configuration; the outermost comes first.
     found = ((name, _configuration(module)) for name, module in modules.items())
     configured = [(name, config) for name, config in found if config is not None]
