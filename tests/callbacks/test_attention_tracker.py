@@ -262,17 +262,17 @@ class SummaryData(L.LightningDataModule):
 class Summarise(Finetune):
     def __init__(self) -> None:
         super().__init__()
-        self.model = build_family("T5")
+        self.model = build_family("T5").train()
 
 
 def test_stacks_of_an_encoder_decoder_are_tracked_by_name(tmp_path):
     encoder = AttentionTracker(stack="encoder", n_samples=3, at=("end",), name="encoder")
-    decoder = AttentionTracker({"words": [5, 6, 7]}, stack="decoder", n_samples=3, at=("end",), name="decoder")
+    decoder = AttentionTracker({"words": [5, 6, 7, 8]}, stack="decoder", n_samples=3, at=("end",), name="decoder")
     shown = AttentionTracker(stack="decoder", n_samples=3, at=("end",), name="shown")
     callbacks = [GoldenSnapshot(every_n_steps=None, at=("end",)), encoder, decoder, shown]
     _, module, _ = fit(tmp_path, callbacks, max_epochs=1, data=SummaryData(), module=Summarise)
     batch = {name: value[None] for name, value in Summaries()[0].items()}
-    words = {"input_ids": batch["input_ids"], "decoder_input_ids": torch.tensor([[5, 6, 7]])}
+    words = {"input_ids": batch["input_ids"], "decoder_input_ids": torch.tensor([[5, 6, 7, 8]])}
     expected = {
         "encoder": attention_maps(module.model, batch, stack="encoder"),
         "shown": attention_maps(module.model, batch, stack="decoder"),
@@ -288,8 +288,8 @@ def test_stacks_of_an_encoder_decoder_are_tracked_by_name(tmp_path):
             values, expected[callback.name].singular_values(4), rtol=0, atol=1e-5, equal_nan=True
         )
     with pytest.raises(ValueError, match="an encoder and a decoder, which attend to different tokens: pass stack="):
-        fit(tmp_path / "unnamed", [AttentionTracker()], max_epochs=1, data=SummaryData(), module=Summarise)
+        fit(tmp_path / "unnamed", [AttentionTracker(n_samples=3)], max_epochs=1, data=SummaryData(), module=Summarise)
     with pytest.raises(ValueError, match="names a part of an encoder-decoder"):
-        fit(tmp_path / "one", [AttentionTracker(stack="decoder")], max_epochs=1)
+        fit(tmp_path / "one", [AttentionTracker(n_samples=3, stack="decoder")], max_epochs=1)
     with pytest.raises(ValueError, match="unknown stack 'decoders'; did you mean 'decoder'"):
         AttentionTracker(stack="decoders")

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
@@ -24,14 +25,23 @@ from tests.references.model_zoo import batch_for, build_family
 STACKS = ["*experts*"]
 
 
+def within_experts(value: nn.Parameter) -> Shard:
+    """Along what divides by three, so that each process has a part of every expert."""
+    return Shard(0 if value.ndim < 3 else 1 if value.shape[1] % 3 == 0 else 2)
+
+
 def build(layout: str) -> Any:
     model = build_family("Mixtral")
     model.set_experts_implementation("eager")
+    model.model.layers = model.model.layers[:1]
     if layout == "alone":
         return model
     options: dict[str, Any] = {"mesh": init_device_mesh("cpu", (dist.get_world_size(),))}
     if layout == "columns":
-        options["shard_placement_fn"] = lambda parameter: Shard(1) if parameter.ndim > 1 else Shard(0)
+        # What divides by three; each process then has a part of every expert.
+        options["shard_placement_fn"] = lambda value: Shard(
+            0 if value.ndim < 3 else 1 if value.shape[1] % 3 == 0 else 2
+        )
     for layer in model.model.layers:
         fully_shard(layer, **options)
     return fully_shard(model, **options)
@@ -48,7 +58,7 @@ def results(layout: str) -> dict[str, Any]:
             parameter.add_(step[name], alpha=1e-2)
     golden = golden_parameters(model, [batch], top_k_percent=10, space=space, quorum=0.5)
     reverse = reverse_golden_parameters(
-        model, [batch], eval_batches=[batch], top_k_percent=10, space=space, strategy="none", rounds=2
+        model, [batch], eval_batches=[batch], top_k_percent=10, space=space, strategy="none", rounds=1
     )
     taylor = taylor_diff(model, base, [batch], function_space=False, orders=(1,), by="tensor")
     return {
@@ -76,7 +86,6 @@ def compare(found: dict[str, Any], expected: dict[str, Any]) -> None:
                 assert value == (other[key] if isinstance(value, str) else pytest.approx(other[key], rel=1e-5)), key
 
 
-def check_all(expected: dict[str, Any]) -> int:
-    for layout in ("rows", "columns"):
-        compare(results(layout), expected)
+def check_all(layout: str, expected: dict[str, Any]) -> int:
+    compare(results(layout), expected)
     return dist.get_rank()
