@@ -9,6 +9,7 @@ import lightning.pytorch as L
 from torch import nn
 
 from lightning_goldy.analysis.attention import Prompt, TrackedAttention, attention_maps, track_attention
+from lightning_goldy.analysis.attention.patterns import describe_stack
 from lightning_goldy.analysis.attention.statistics import check_statistics_arguments
 from lightning_goldy.analysis.attention.tracking import check_prompts, token_namer
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
@@ -80,6 +81,9 @@ class AttentionTracker(AnalysisCallback[TrackedAttention]):
 
     def prepare(self, trainer: L.Trainer, model: nn.Module) -> None:
         """Tries every prompt once, so that a model, token or head that cannot be shown fails before the first step."""
+        if self.stack is not None:
+            with undisturbed(trainer, trainer.lightning_module):
+                describe_stack(model, self.stack)  # refuses a model without it, before its batches are looked into
         self._shown = find_prompts(trainer, model, self.prompts, self._batches, self.max_tokens, stack=self.stack)
         with undisturbed(trainer, trainer.lightning_module):
             for prompt in self._shown:
