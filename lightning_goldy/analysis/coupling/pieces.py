@@ -270,7 +270,7 @@ def selected_parameters(
     if layers is not None:
         assert architecture is not None
         chosen = _in_layers(architecture, layers, chosen, parameters)
-    ordered = expert_names(parameters, {}) if not experts else _in_order(model, experts)
+    ordered = _in_order(model, experts)
     return {name: parameters[name] for name in ordered if name in chosen and expert_of(name)[0] not in chosen - {name}}
 
 
