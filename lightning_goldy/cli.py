@@ -223,7 +223,7 @@ def read_prompts(path: str | Path) -> list[str]:
         # Only at line breaks: str.splitlines also cuts at characters that a prompt may hold.
         lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from error
+        raise ValueError(f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from error
     prompts = [line for line in lines if line.strip()]
     if not prompts:
         raise ValueError(f"{path} holds no prompt; one per line")

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from lightning_goldy.analysis.divergence import jensen_shannon
 from lightning_goldy.analysis.result import AnalysisResult, tensor_rows
+from lightning_goldy.core.architecture.experts import expert_counts, expert_names
 from lightning_goldy.core.base import Base, base_of
 from lightning_goldy.core.directions import fill_direction_
 from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.naming import block_of, require_at_least
 from lightning_goldy.core.sharding import Replicas, gather, is_sharded, local, scatter_like, sum_over_shards
-from lightning_goldy.core.vector import ParameterVector, reduce_tensors
+from lightning_goldy.core.vector import ParameterVector, reduce_rows, reduce_tensors
 
 # log10 |change| from 1e-12 to 10, four bins a decade; what lies outside falls into the outermost bins.
 _LOWEST, _HIGHEST, _PER_DECADE = -12, 1, 4
@@ -78,7 +79,7 @@ class WeightChange(AnalysisResult):
         return {"change_log10": (list(self.edges), list(self.counts))} if any(self.counts) else {}
 
     def rows(self) -> list[dict[str, Any]]:
-        """One JSON-able row per tensor, with the block and the kind that it belongs to."""
+        """One JSON-able row per tensor, or expert of a stack, with the block and the kind that it belongs to."""
         norms = {"base_norm": self.base_norms, "delta_norm": self.delta_norms}
         changes = [norm_ratio((delta,), (base,)) for base, delta in zip(*norms.values(), strict=True)]
         return tensor_rows(self.names, numel=self.numel, **norms, relative_change=changes)
@@ -203,11 +204,15 @@ def weight_change(model: nn.Module, base: Base) -> WeightChange:
     columns = []
     bins = (_HIGHEST - _LOWEST) * _PER_DECADE
     counts = torch.zeros(bins + 1, dtype=torch.int64)
+    experts = expert_counts(model)
     for name, before, delta in base_of(base, model).changes(model):
-        squares = [reduce_tensors([tensor], lambda x: x @ x)[0] for tensor in (before, delta)]
-        if not math.isfinite(squares[1]):
-            raise ValueError(f"{name} has changed to values that are not finite")
-        columns.append((name, delta.numel(), *map(math.sqrt, squares)))
+        stacked = name in experts
+        squares = [_squares(tensor, stacked=stacked) for tensor in (before, delta)]
+        rows = expert_names([name], experts)
+        for row, square, changed in zip(rows, *squares, strict=True):
+            if not math.isfinite(changed):
+                raise ValueError(f"{row} has changed to values that are not finite")
+            columns.append((row, delta.numel() // len(rows), math.sqrt(square), math.sqrt(changed)))
         counts += sum_over_shards([_histogram(local(delta), bins)], [delta])[0].cpu()
     names, numel, base_norms, delta_norms = zip(*columns, strict=True)
     return WeightChange(
@@ -219,6 +224,11 @@ def weight_change(model: nn.Module, base: Base) -> WeightChange:
         counts=tuple(counts[:bins].tolist()),
         unchanged=int(counts[bins]),
     )
+
+
+def _squares(tensor: Tensor, *, stacked: bool) -> list[float]:
+    """Squared norm of a tensor, of stacked experts that of each."""
+    return reduce_rows(tensor, lambda x: x @ x) if stacked else reduce_tensors([tensor], lambda x: x @ x)
 
 
 def change_inside(model: nn.Module, base: Base, mask: ParameterMask) -> float | None:
@@ -258,7 +268,7 @@ _COLUMNS = ("relative_change", "stable_rank", "effective_rank", "histogram_drift
 
 @dataclass(frozen=True)
 class ParameterDistributionResult(AnalysisResult):
-    r"""One row per tensor, in the space's order.
+    r"""One row per tensor, of stacked experts one per expert, in the space's order.
 
     Args:
         rows: Of each tensor: ``name``, ``block``, ``kind``, ``numel``; ``base_norm`` and ``delta_norm``;
@@ -352,7 +362,8 @@ def parameter_distribution(
     """
     check_distribution_arguments(top, exact_below)
     replicas = Replicas.of(model) if split_over_ranks else Replicas()
-    rows: list[tuple[int, dict[str, Any]]] = []
+    rows: list[tuple[int, list[dict[str, Any]]]] = []
+    experts = expert_counts(model)
     with torch.no_grad(), replicas.together("parameter_distribution"):
         start = base_of(base, model)
         total = len(start.space.names)
@@ -360,11 +371,14 @@ def parameter_distribution(
             # Shards are gathered by all; of replicas each takes its own tensors.
             if is_sharded(change.delta) or index % replicas.size == replicas.rank:
                 before, delta = gather(change.base), gather(change.delta)
-                rows.append((index, _row(change.name, before, delta, top, exact_below, seed)))
+                names = expert_names([change.name], experts)
+                slices = zip(before, delta, strict=True) if change.name in experts else [(before, delta)]
+                parts = zip(names, slices, strict=True)
+                rows.append((index, [_row(name, *part, top, exact_below, seed) for name, part in parts]))
             if progress is not None:
                 progress(index + 1, total)
     found = dict(pair for part in replicas.gather_objects(rows) for pair in part)
-    return ParameterDistributionResult(tuple(found[index] for index in sorted(found)), top)
+    return ParameterDistributionResult(tuple(row for index in sorted(found) for row in found[index]), top)
 
 
 def check_distribution_arguments(top: int, exact_below: int) -> None:

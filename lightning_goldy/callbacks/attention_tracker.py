@@ -9,11 +9,13 @@ import lightning.pytorch as L
 from torch import nn
 
 from lightning_goldy.analysis.attention import Prompt, TrackedAttention, attention_maps, track_attention
+from lightning_goldy.analysis.attention.patterns import describe_stack
 from lightning_goldy.analysis.attention.statistics import check_statistics_arguments
 from lightning_goldy.analysis.attention.tracking import check_prompts, token_namer
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.callbacks.golden_snapshot import find_snapshot
 from lightning_goldy.core.isolation import undisturbed
+from lightning_goldy.core.naming import require_choice
 from lightning_goldy.training.subject import find_prompts, find_tokenizer
 
 
@@ -29,6 +31,8 @@ class AttentionTracker(AnalysisCallback[TrackedAttention]):
         heads: The [layer, head] pairs whose patterns are shown, or ``all``; by default the strongest head of each kind
             at the first analysis, for the whole run.
         n_samples: Probe samples used for the statistics.
+        stack: Of an encoder-decoder the ``encoder`` or the ``decoder``; prompts are the tokens of that stack, and the
+            encoder beside a decoder's reads what it reads in the probe's first sample.
         drift: Whether to compare with the base of a ``GoldenSnapshot``, at twice the cost.
         max_tokens: Longer prompts are cut.
         singular_values: How many are kept of each head's pattern.
@@ -46,6 +50,7 @@ class AttentionTracker(AnalysisCallback[TrackedAttention]):
         *,
         heads: Sequence[Sequence[int]] | Literal["all"] | None = None,
         n_samples: int | None = 16,
+        stack: Literal["encoder", "decoder"] | None = None,
         drift: bool = True,
         max_tokens: int = 24,
         singular_values: int = 4,
@@ -59,7 +64,9 @@ class AttentionTracker(AnalysisCallback[TrackedAttention]):
         if prompts is not None:
             check_prompts(prompts)
         self.prompts, self.heads = prompts, _pairs(heads)
-        self.n_samples, self.drift = n_samples, drift
+        if stack is not None:
+            require_choice("stack", stack, ("encoder", "decoder"))
+        self.n_samples, self.stack, self.drift = n_samples, stack, drift
         self.max_tokens, self.singular_values = max_tokens, singular_values
 
     def forget(self) -> None:
@@ -74,10 +81,13 @@ class AttentionTracker(AnalysisCallback[TrackedAttention]):
 
     def prepare(self, trainer: L.Trainer, model: nn.Module) -> None:
         """Tries every prompt once, so that a model, token or head that cannot be shown fails before the first step."""
-        self._shown = find_prompts(trainer, model, self.prompts, self._batches, self.max_tokens)
+        if self.stack is not None:
+            with undisturbed(trainer, trainer.lightning_module):
+                describe_stack(model, self.stack)  # refuses a model without it, before its batches are looked into
+        self._shown = find_prompts(trainer, model, self.prompts, self._batches, self.max_tokens, stack=self.stack)
         with undisturbed(trainer, trainer.lightning_module):
             for prompt in self._shown:
-                known = attention_maps(model, prompt.batch).heads
+                known = attention_maps(model, prompt.batch, stack=self.stack).heads
         for pair in self.heads if isinstance(self.heads, tuple) else ():
             if pair not in known:
                 last = known[-1]
@@ -97,6 +107,7 @@ class AttentionTracker(AnalysisCallback[TrackedAttention]):
             heads=self.heads or self._strongest,
             base=snapshot.base if self.drift and snapshot is not None else None,
             n_samples=self.n_samples,
+            stack=self.stack,
             n_singular_values=self.singular_values,
             name_tokens=token_namer(find_tokenizer(context.trainer)),
             progress=context.progress,

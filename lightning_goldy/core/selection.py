@@ -12,7 +12,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_goldy.core.sharding import is_sharded, local, local_box, sum_over_shards
+from lightning_goldy.core.sharding import (
+    gather,
+    holds_whole_rows,
+    is_sharded,
+    local,
+    local_box,
+    scatter_like,
+    sum_over_shards,
+)
 
 # Elements looked at to bracket the k-th largest. The bracket is checked by counting, so a bad one costs time and never
 # correctness. At 3.3 sigmas one in a thousand is bad; 2^15 probes bracket a 5 % quantile within 0.8 % of the elements.
@@ -60,6 +68,29 @@ def select_largest(scores: Sequence[Tensor], k: int) -> list[Tensor]:
     masks = [flat > threshold for flat in flats]
     _add_ties(masks, flats, threshold, k - sum(int(mask.count_nonzero()) for mask in masks))
     return [mask.view(tensor.shape) for mask, tensor in zip(masks, scores, strict=True)]
+
+
+def select_largest_of_each(scores: Tensor, k: int) -> Tensor:
+    """Marks exactly the k largest elements of every slice along the first dimension, such as each of stacked experts.
+
+    Args:
+        scores: Real, plain or DTensor, without NaN, shape ``[E, ...]``.
+        k: Number of elements of each slice, from 1 to all.
+
+    Returns:
+        This process's part of a boolean mask. Ties go to the smaller index.
+
+    Raises:
+        ValueError: k is out of range.
+
+    Example:
+        >>> select_largest_of_each(torch.tensor([[1.0, 3.0, 3.0], [9.0, 7.0, 8.0]]), 1).tolist()
+        [[False, True, False], [True, False, False]]
+    """
+    if is_sharded(scores) and not holds_whole_rows(scores):
+        return local(scatter_like(scores, select_largest_of_each(gather(scores), k)))
+    rows = local(scores)
+    return torch.stack([select_largest([row], k)[0] for row in rows]) if len(rows) else rows.bool()
 
 
 def kth_largest(values: Tensor, k: int) -> Tensor:

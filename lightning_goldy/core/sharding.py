@@ -49,6 +49,13 @@ def local_box(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(tensor.shape), (0,) * tensor.ndim
 
 
+def holds_whole_rows(tensor: Tensor) -> bool:
+    """Whether every process holds its slices along the first dimension whole, the same answer on every process."""
+    if not isinstance(tensor, DTensor):
+        return True
+    return all(placed.is_replicate() or placed.is_shard(0) for placed in tensor.placements)
+
+
 def like(reference: Tensor, part: Tensor) -> Tensor:
     """Wraps this process's part in the layout of ``reference``, without communication."""
     if not isinstance(reference, DTensor):

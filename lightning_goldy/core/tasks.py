@@ -116,15 +116,23 @@ def virtual_tokens(model: nn.Module) -> int:
     Raises:
         ValueError: The method changes the labels or the loss too, so that logits and labels do not correspond.
     """
+    kind, count = prompt_learning(model)
+    if kind == "CPT":
+        raise ValueError(f"PEFT's {kind} weighs its tokens by a loss of its own; {OWN_LOSS}")
+    # A prefix is a cache, before which there are no queries.
+    return 0 if kind in ("PREFIX_TUNING", "CARTRIDGE") else count
+
+
+def prompt_learning(model: nn.Module) -> tuple[str, int]:
+    """PEFT's method that learns tokens or keys ahead of a batch's own, and their number; empty and 0 without one.
+
+    Within ``disable_adapter()`` there is none.
+    """
     for inner in unwrapped(model):
         config = getattr(inner, "active_peft_config", None) if hasattr(inner, "peft_config") else None
-        if config is not None and getattr(config, "is_prompt_learning", False):
-            kind = getattr(config.peft_type, "value", str(config.peft_type))
-            if kind == "CPT":
-                raise ValueError(f"PEFT's {kind} weighs its tokens by a loss of its own; {OWN_LOSS}")
-            # A prefix is a cache, before which there are no queries.
-            return 0 if kind in ("PREFIX_TUNING", "CARTRIDGE") else int(config.num_virtual_tokens)
-    return 0
+        if config is not None and config.is_prompt_learning and not getattr(inner, "_adapters_disabled", False):
+            return getattr(config.peft_type, "value", str(config.peft_type)), int(config.num_virtual_tokens)
+    return "", 0
 
 
 def accepts(model: nn.Module, argument: str, *, unnamed: bool = False) -> bool:

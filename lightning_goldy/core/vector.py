@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_goldy.core.selection import select_largest
-from lightning_goldy.core.sharding import gather, like, local, sum_over_shards, unshard_guard
+from lightning_goldy.core.sharding import gather, like, local, local_box, sum_over_shards, unshard_guard
 from lightning_goldy.core.space import ParameterSpace, SpaceError
 
 # Elements converted to float64 at a time, so that a reduction needs 8 MB beside the tensor and not a double copy.
@@ -179,6 +179,21 @@ def reduce_tensors(
             total += function(*(flat[start : start + _CHUNK].double() for flat in flats))
         totals.append(total)
     return [float(total) for total in sum_over_shards(totals, tensors)]
+
+
+def reduce_rows(tensor: Tensor, function: Callable[..., Tensor], *others: Tensor) -> list[float]:
+    """As :func:`reduce_tensors`, of every slice of one tensor along its first dimension.
+
+    Example:
+        >>> reduce_rows(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.dot, torch.ones(2, 2))
+        [3.0, 7.0]
+    """
+    parts = [local(part) for part in (tensor, *others)]
+    sums = torch.zeros(tensor.shape[0], dtype=torch.float64, device=parts[0].device)
+    start = local_box(tensor)[1][0]
+    for row, slices in enumerate(zip(*parts, strict=True), start):
+        sums[row] = reduce_tensors([slices[0]], function, *([part] for part in slices[1:]))[0]
+    return sum_over_shards([sums], [tensor])[0].tolist()
 
 
 def require_finite(parameters: Mapping[str, Tensor], what: str) -> None:

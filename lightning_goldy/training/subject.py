@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from lightning_goldy.analysis.attention import Prompt
-from lightning_goldy.analysis.attention.rows import Tokens
-from lightning_goldy.core.batches import move_batch
+from lightning_goldy.analysis.attention.patterns import with_decoder_tokens
+from lightning_goldy.analysis.attention.rows import Stack, Tokens
+from lightning_goldy.core.batches import move_batch, take_samples
 from lightning_goldy.core.isolation import isolated_rng
 from lightning_goldy.core.objective import CausalLMObjective, Objective, check_own_loss, objective_for
 from lightning_goldy.core.tasks import transformers_model
@@ -199,15 +200,28 @@ PromptTexts: TypeAlias = Mapping[str, "str | Sequence[int]"]
 
 
 def find_prompts(
-    trainer: L.Trainer, model: nn.Module, given: PromptTexts | None, probe: Sequence[Any], max_tokens: int
+    trainer: L.Trainer,
+    model: nn.Module,
+    given: PromptTexts | None,
+    probe: Sequence[Any],
+    max_tokens: int,
+    *,
+    stack: Stack | None = None,
 ) -> tuple[Prompt, ...]:
     """The prompts with the run's tokenizer, each cut to its first tokens; by default the probe's first sample.
+
+    Of a ``decoder`` they are its tokens, beside what the encoder reads in the probe's first sample.
 
     Raises:
         ValueError: A text needs a tokenizer and there is none, or a token is unknown to the model.
     """
+    first = with_decoder_tokens(model, probe[0], stack)
+    source = None
+    if stack == "decoder" and isinstance(first, Mapping):
+        inputs = {name: value for name, value in first.items() if name != "labels" and not name.startswith("decoder_")}
+        source = take_samples(inputs, slice(0, 1))
     if given is None:
-        tokens = Tokens.of(probe[0])
+        tokens = Tokens.of(first, stack)
         # Without its padding, which the model does not see either.
         given = {PROBE: tokens.first_document(0).tolist()}
     tokenizer = find_tokenizer(trainer)
@@ -217,4 +231,5 @@ def find_prompts(
                 f"prompt {name!r} is a text, but neither {type(trainer.lightning_module).__name__} nor its data module "
                 "has a tokenizer; give token ids instead"
             )
-    return tuple(Prompt.of(name, content, model, tokenizer, max_tokens) for name, content in given.items())
+    pairs = given.items()
+    return tuple(Prompt.of(name, content, model, tokenizer, max_tokens, source=source) for name, content in pairs)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 
+import lightning.pytorch as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import DataLoader, Dataset
 
 from lightning_goldy.analysis import AttentionStatistics, attention_maps, attention_statistics
 from lightning_goldy.analysis.attention import STATISTICS
@@ -20,6 +22,7 @@ from lightning_goldy.data.tokenization import byte_tokenizer
 from lightning_goldy.report import write_report
 from lightning_goldy.report.topics.attention import spectra
 from tests.callbacks.training import Finetune, TokenData, fit
+from tests.references.model_zoo import build_family
 from tests.references.models import VOCABULARY, build, class_batch
 
 EPOCH = 8  # optimizer steps: 16 samples in batches of 2
@@ -236,3 +239,57 @@ def test_what_cannot_work_is_refused_before_the_first_step(tmp_path, arguments, 
 def test_a_snapshot_that_comes_later_is_told(tmp_path):
     with pytest.raises(RuntimeError, match="list GoldenSnapshot before callbacks that need it"):
         fit(tmp_path, [AttentionTracker(n_samples=2, at=("start",)), GoldenSnapshot()], max_epochs=1)
+
+
+class Summaries(Dataset):
+    """Texts of six tokens with targets of four."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        ids = torch.randint(2, 60, (10,), generator=torch.Generator().manual_seed(index))
+        return {"input_ids": ids[:6], "labels": ids[6:]}
+
+
+class SummaryData(L.LightningDataModule):
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(Summaries(), batch_size=2)
+
+    val_dataloader = probe_dataloader = train_dataloader
+
+
+class Summarise(Finetune):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = build_family("T5").train()
+
+
+def test_stacks_of_an_encoder_decoder_are_tracked_by_name(tmp_path):
+    encoder = AttentionTracker(stack="encoder", n_samples=3, at=("end",), name="encoder")
+    decoder = AttentionTracker({"words": [5, 6, 7, 8]}, stack="decoder", n_samples=3, at=("end",), name="decoder")
+    shown = AttentionTracker(stack="decoder", n_samples=3, at=("end",), name="shown")
+    callbacks = [GoldenSnapshot(every_n_steps=None, at=("end",)), encoder, decoder, shown]
+    _, module, _ = fit(tmp_path, callbacks, max_epochs=1, data=SummaryData(), module=Summarise)
+    batch = {name: value[None] for name, value in Summaries()[0].items()}
+    words = {"input_ids": batch["input_ids"], "decoder_input_ids": torch.tensor([[5, 6, 7, 8]])}
+    expected = {
+        "encoder": attention_maps(module.model, batch, stack="encoder"),
+        "shown": attention_maps(module.model, batch, stack="decoder"),
+        "decoder": attention_maps(module.model, words, stack="decoder"),
+    }
+    for callback in (encoder, decoder, shown):
+        (row,) = rows(callback)
+        assert row["result"]["stack"] == callback.stack
+        assert row["metrics"]["drift"] > 0
+        (prompt,) = row["result"]["prompts"]
+        values = torch.tensor(prompt["singular_values"], dtype=torch.float64)
+        torch.testing.assert_close(
+            values, expected[callback.name].singular_values(4), rtol=0, atol=1e-5, equal_nan=True
+        )
+    with pytest.raises(ValueError, match="an encoder and a decoder, which attend to different tokens: pass stack="):
+        fit(tmp_path / "unnamed", [AttentionTracker(n_samples=3)], max_epochs=1, data=SummaryData(), module=Summarise)
+    with pytest.raises(ValueError, match="names a part of an encoder-decoder"):
+        fit(tmp_path / "one", [AttentionTracker(n_samples=3, stack="decoder")], max_epochs=1)
+    with pytest.raises(ValueError, match="unknown stack 'decoders'; did you mean 'decoder'"):
+        AttentionTracker(stack="decoders")

@@ -447,7 +447,7 @@ def test_bad_options_are_refused(trained, here, capsys):
     (here / "blank.txt").write_text("\n \n")
     assert "blank.txt holds no prompt" in refuse(capsys, trained, "--prompts", "blank.txt")
     (here / "bytes.txt").write_bytes(b"\xff\xfe\x00")
-    assert "bytes.txt is no UTF-8 text" in refuse(capsys, trained, "--prompts", "bytes.txt")
+    assert "bytes.txt is not UTF-8 text" in refuse(capsys, trained, "--prompts", "bytes.txt")
     (here / "taken/goldy/taylor_diff").mkdir(parents=True)
     (here / "taken/goldy/taylor_diff/results.jsonl").write_text("{}\n")
     assert "holds results already" in refuse(capsys, trained, output="taken")

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.attention.rows import Stack, Tokens, row_entropies
+from lightning_goldy.analysis.attention.rows import Stack, Tokens, decoder_mask, row_entropies
 from lightning_goldy.analysis.result import AnalysisResult
 from lightning_goldy.core.architecture import Architecture, UnsupportedArchitectureError, describe_architecture
 from lightning_goldy.core.architecture.gates import BatchMismatchError
 from lightning_goldy.core.architecture.kernels import Attended, AttentionCall, AttentionKernelError, eager_attention
-from lightning_goldy.core.batches import batch_length, map_batch
+from lightning_goldy.core.batches import batch_length, batch_tensors, map_batch
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import model_class
 from lightning_goldy.core.objective import Objective, accepts, left_padding_positions, padding_mask
 from lightning_goldy.core.sharding import Replicas
+from lightning_goldy.core.tasks import prompt_learning, transformers_model, virtual_tokens
 
 NameTokens = Callable[[Sequence[int]], Sequence[str]]
 Sink = Callable[[nn.Module, Tensor, "Tensor | None"], None]
@@ -126,7 +129,8 @@ def attention_maps(
         batch: A dict with ``input_ids`` of shape ``[B, T]`` and optionally ``attention_mask``.
         objective: How the model is called; by default with everything of the batch but its labels.
         layers: Only these blocks; all by default.
-        stack: Of an encoder-decoder the ``encoder`` or the ``decoder``, whose batches have ``decoder_input_ids``.
+        stack: Of an encoder-decoder the ``encoder`` or the ``decoder``, whose batches have ``decoder_input_ids`` or
+            ``labels``.
         name_tokens: Turns a list of token ids into as many labels, such as a tokenizer's ``convert_ids_to_tokens``; by
             default the ids themselves are shown.
 
@@ -153,6 +157,7 @@ def attention_maps(
                 count = len(architecture.blocks)
                 have = "" if len(known) == count else f", with attention {known}"
                 raise ValueError(f"layers: there is no layer {layer}; the model has {count}, from 0{have}")
+        batch = with_decoder_tokens(model, batch, stack)
         tokens = Tokens.of(batch, stack)
         names = []
         for row in tokens.ids.tolist():
@@ -177,13 +182,40 @@ def describe_stack(model: nn.Module, stack: Stack | None) -> Architecture:
     Raises:
         UnsupportedArchitectureError: The model has two stacks, and none is named.
     """
+    kind, count = prompt_learning(model)
+    if kind:
+        raise UnsupportedArchitectureError(
+            f"PEFT's {kind} puts {count} learned keys before a batch's own, for which there are no tokens, so its "
+            "attention patterns cannot be read; read those of the model without them inside "
+            "`with model.disable_adapter():`"
+        )
     architecture = describe_architecture(model, stack=stack)
     if len(architecture.stacks) > 1:
         raise UnsupportedArchitectureError(
             f"{model_class(model)} has an encoder and a decoder, which attend to different tokens: pass "
-            "stack='encoder' or stack='decoder' to attention_statistics or attention_maps"
+            "stack='encoder' or stack='decoder'"
         )
     return architecture
+
+
+def with_decoder_tokens(model: nn.Module, batch: Any, stack: Stack | None) -> Any:
+    """The batch of an encoder-decoder with ``decoder_input_ids``, made by the model's own rule where it has none.
+
+    Args:
+        model: The model.
+        batch: Without them, but with ``labels``; of the ``encoder``, whose attention they do not move, with neither.
+        stack: Which stack is read; None leaves the batch as it is.
+    """
+    if stack is None or not isinstance(batch, Mapping) or batch.get("decoder_input_ids") is not None:
+        return batch
+    inner, labels = transformers_model(model), batch.get("labels")
+    if labels is not None and (shifted := _shifted(inner, labels)) is not None:
+        return {**batch, "decoder_input_ids": shifted}
+    if stack == "decoder" or batch.get("decoder_inputs_embeds") is not None:
+        return batch
+    start = getattr(getattr(inner, "config", None), "decoder_start_token_id", None) or 0
+    first = next(batch_tensors(batch))
+    return {**batch, "decoder_input_ids": torch.full((len(first), 1), start, device=first.device)}
 
 
 class UnreadableAttentionError(UnsupportedArchitectureError):
@@ -309,7 +341,7 @@ def recorded_entropies(model: nn.Module, architecture: Architecture, batch: Any)
         [(1, 2), (1, 2)]
     """
     n_samples, owners = batch_length(batch), _layers(architecture)
-    queries = padding_mask(batch) if isinstance(batch, Mapping) and "input_ids" in batch else None
+    queries = {stack: _queries(model, batch, stack) for stack in ("encoder", "decoder")}
     found: dict[int, Tensor] = {}
     entropies: list[Tensor] = []
 
@@ -318,7 +350,9 @@ def recorded_entropies(model: nn.Module, architecture: Architecture, batch: Any)
         if layer is not None:
             if len(weights) != n_samples:
                 raise BatchMismatchError(f"{n_samples} samples gave attention of shape {tuple(weights.shape)}")
-            found[layer] = row_entropies(weights.detach(), additive, queries)
+            inside = "decoder" in architecture.blocks[layer].name.split(".") and len(architecture.stacks) > 0
+            mask = queries["decoder" if inside else "encoder"]
+            found[layer] = row_entropies(weights.detach(), additive, mask)
 
     with recorded_attention(model, sink):
         yield entropies
@@ -330,6 +364,30 @@ def recorded_entropies(model: nn.Module, architecture: Architecture, batch: Any)
             )
     none = next(iter(found.values()))[:, :0]
     entropies.extend(found.get(block.index, none) for block in architecture.blocks)
+
+
+def _shifted(model: Any, labels: Tensor) -> Tensor | None:
+    """Labels as the decoder reads them, by the method or the function that the family has for it."""
+    method = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if method is not None:
+        return method(labels=labels)
+    function = getattr(sys.modules.get(type(model).__module__), "shift_tokens_right", None)
+    if function is None or labels.ndim != 2:
+        return None
+    return function(labels, model.config.pad_token_id, model.config.decoder_start_token_id)
+
+
+def _queries(model: nn.Module, batch: Any, stack: str) -> Tensor | None:
+    """Which queries of a stack (of a model with one, ``encoder``) are of a batch's tokens and no padding."""
+    if not isinstance(batch, Mapping):
+        return None
+    if stack == "decoder":
+        return decoder_mask(batch)
+    mask = padding_mask(batch) if "input_ids" in batch else None
+    count = virtual_tokens(model)
+    if count and isinstance(ids := batch.get("input_ids"), Tensor):
+        mask = F.pad(torch.ones_like(ids, dtype=torch.bool) if mask is None else mask, (count, 0), value=False)
+    return mask
 
 
 def to_device_of(model: nn.Module, batch: Any) -> Any:

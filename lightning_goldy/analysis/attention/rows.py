@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_goldy.analysis.divergence import jensen_shannon, precise
-from lightning_goldy.core.objective import document_ids, padding_mask, seen
+from lightning_goldy.core.objective import IGNORE_INDEX, document_ids, padding_mask, seen
 
 Stack = Literal["encoder", "decoder"]
 
@@ -66,7 +66,7 @@ class Tokens:
             name = f"{prefix}input_ids"
             raise ValueError(f"attention needs batches that are dicts with {name!r} of shape [B, T]; got {found}")
         if stack == "decoder":
-            batch = {"input_ids": ids, "attention_mask": batch.get("decoder_attention_mask")}
+            batch = {"input_ids": ids, "attention_mask": decoder_mask(batch)}
         mask = batch.get("attention_mask")
         if isinstance(mask, Tensor) and mask.ndim != 4 and mask.shape != ids.shape:
             raise ValueError(
@@ -119,6 +119,24 @@ class Tokens:
         """The samples from ``start`` up to ``stop``."""
         documents = None if self.documents is None else self.documents[start:stop]
         return Tokens(self.ids[start:stop], self.valid[start:stop], documents)
+
+
+def decoder_mask(batch: Mapping[str, Any]) -> Tensor | None:
+    """Which of a decoder's tokens are no padding, by its mask or by labels of -100 at a row's end; None for all.
+
+    Example:
+        >>> decoder_mask({"labels": torch.tensor([[5, -100, 6, -100, -100]])}).tolist()
+        [[True, True, True, True, False]]
+    """
+    mask, labels = batch.get("decoder_attention_mask"), batch.get("labels")
+    if mask is not None or not isinstance(labels, Tensor) or labels.ndim != 2:
+        return mask
+    ids = batch.get("decoder_input_ids")
+    if isinstance(ids, Tensor) and ids.shape != labels.shape:
+        return None
+    # Token t stands before label t, so that it is the label before it.
+    left = (labels != IGNORE_INDEX).flip(1).cummax(dim=1).values.flip(1)  # [B, T]
+    return torch.cat([torch.ones_like(left[:, :1]), left[:, :-1]], dim=1)
 
 
 def visible_keys(weights: Tensor, mask: Tensor | None) -> Tensor:

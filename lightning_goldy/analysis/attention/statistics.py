@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.attention.patterns import describe_stack, show_patterns, to_device_of
+from lightning_goldy.analysis.attention.patterns import describe_stack, show_patterns, to_device_of, with_decoder_tokens
 from lightning_goldy.analysis.attention.rows import STATISTICS, Stack, Tokens, divergence_sums, statistic_sums
 from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.core.architecture import Architecture
@@ -122,7 +122,8 @@ def attention_statistics(
         objective: How the model is called; by default with everything of a batch but its labels.
         base: The base model, for the drift: anything that :func:`~lightning_goldy.core.base.base_of` takes.
         n_samples: Use only the first so many samples; all by default.
-        stack: Of an encoder-decoder the ``encoder`` or the ``decoder``, whose batches have ``decoder_input_ids``.
+        stack: Of an encoder-decoder the ``encoder`` or the ``decoder``, whose batches have ``decoder_input_ids`` or
+            ``labels``.
         memory: Bytes that the base's waiting patterns may take.
         progress: Called with (batches read, batches in all), when there are as many as ``len`` says.
         split_over_ranks: Whether to share pieces out over the ranks of an initialised process group.
@@ -158,6 +159,7 @@ def attention_statistics(
         for index, batch in enumerate(batches, 1):
             if n_samples is not None and done >= n_samples:
                 break
+            batch = with_decoder_tokens(model, batch, stack)
             rows = len(Tokens.of(batch, stack).ids)
             kept = rows if n_samples is None else min(rows, n_samples - done)
             for piece in _pieces(batch, kept, architecture, memory if start is not None else None, stack):
@@ -260,7 +262,7 @@ def _pieces(
     if memory is not None:
         one = Tokens.of(batch, stack).rows(0, 1)
         size = max(1, memory // sum(pattern_bytes(one, block.n_heads) for block in architecture.blocks))
-    if rows == len(Tokens.of(batch).ids) <= size:
+    if rows == len(Tokens.of(batch, stack).ids) <= size:
         yield batch  # whole, with what describes its packed documents
         return
     for start in range(0, rows, size):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_goldy.analysis.attention.patterns import AttentionMaps, NameTokens, attention_maps
-from lightning_goldy.analysis.attention.rows import STATISTICS
+from lightning_goldy.analysis.attention.rows import STATISTICS, Stack
 from lightning_goldy.analysis.attention.statistics import AttentionStatistics, attention_statistics
 from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.core.base import Base, base_of
@@ -31,7 +31,8 @@ class Prompt:
 
     Args:
         name: Part of tags and headings.
-        batch: ``input_ids`` and ``attention_mask`` of shape ``[1, T]``, on the CPU.
+        batch: ``input_ids`` and ``attention_mask`` of shape ``[1, T]``, on the CPU; of a decoder ``decoder_input_ids``
+            and what its encoder reads.
         n_tokens: Length before it was cut.
     """
 
@@ -40,7 +41,16 @@ class Prompt:
     n_tokens: int
 
     @classmethod
-    def of(cls, name: str, content: str | Sequence[int], model: nn.Module, tokenizer: Any, max_tokens: int) -> Prompt:
+    def of(
+        cls,
+        name: str,
+        content: str | Sequence[int],
+        model: nn.Module,
+        tokenizer: Any,
+        max_tokens: int,
+        *,
+        source: Mapping[str, Tensor] | None = None,
+    ) -> Prompt:
         """A prompt from a text or from token ids, cut to its first tokens.
 
         Args:
@@ -49,6 +59,7 @@ class Prompt:
             model: Whose embeddings must know the tokens.
             tokenizer: Of texts; may be None for ids.
             max_tokens: Longer prompts are cut.
+            source: What the encoder reads where the prompt is the decoder's; None for any other.
 
         Raises:
             ValueError: It has no tokens, or one is unknown to the model.
@@ -66,6 +77,8 @@ class Prompt:
         if wrong:
             raise ValueError(f"prompt {name!r}: token {wrong[0]} is unknown to the model, which has {size} tokens")
         kept = torch.tensor([ids[:max_tokens]])
+        if source is not None:
+            return cls(name, {**source, "decoder_input_ids": kept}, len(ids))
         return cls(name, {"input_ids": kept, "attention_mask": torch.ones_like(kept)}, len(ids))
 
 
@@ -116,6 +129,7 @@ class TrackedAttention(AnalysisResult):
         heads: The (layer, head) pairs whose patterns go to the row.
         n_singular_values: How many singular values of each head's pattern go to the row.
         cost: Passes, the base's included.
+        stack: Of an encoder-decoder the one that was read.
     """
 
     analysis: ClassVar[str] = "attention_tracker"
@@ -125,6 +139,7 @@ class TrackedAttention(AnalysisResult):
     heads: tuple[tuple[int, int], ...]
     n_singular_values: int = 4
     cost: Cost = field(default=Cost(), compare=False)
+    stack: Stack | None = None
 
     def metrics(self) -> dict[str, float | None]:
         """Means over heads, the strongest head's values, entropy and drift by layer, the largest singular values."""
@@ -147,6 +162,7 @@ class TrackedAttention(AnalysisResult):
         statistics = self.statistics
         values = [prompt.maps.singular_values(self.n_singular_values) for prompt in self.prompts]
         return {
+            **({} if self.stack is None else {"stack": self.stack}),
             "n_samples": statistics.n_samples,
             "queries": dict(zip(STATISTICS, statistics.queries[0].tolist(), strict=True)),
             "statistics": {name: statistics.statistic(name).tolist() for name in statistics.names},
@@ -183,6 +199,7 @@ def track_attention(
     heads: Heads | None = None,
     base: Base | None = None,
     n_samples: int | None = None,
+    stack: Stack | None = None,
     n_singular_values: int = 4,
     name_tokens: NameTokens | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -199,6 +216,8 @@ def track_attention(
         heads: The (layer, head) pairs that are shown, or ``all``; by default :func:`strongest_heads`.
         base: The base model, for the drift: anything that :func:`~lightning_goldy.core.base.base_of` takes.
         n_samples: Use only the first so many samples; all by default.
+        stack: Of an encoder-decoder the ``encoder`` or the ``decoder``, whose batches have ``decoder_input_ids`` or
+            ``labels``.
         n_singular_values: How many are kept of each head's pattern.
         name_tokens: Turns token ids into labels; the ids themselves by default.
         progress: Called with (batches read, batches in all).
@@ -219,14 +238,15 @@ def track_attention(
         (((0, 0), (0, 1), (1, 0), (1, 1)), 2, 4)
     """
     start = None if base is None else base_of(base, model).vector(model)
-    statistics = attention_statistics(model, batches, objective, base=start, n_samples=n_samples, progress=progress)
+    options: dict[str, Any] = {"base": start, "n_samples": n_samples, "stack": stack, "progress": progress}
+    statistics = attention_statistics(model, batches, objective, **options)
     shown = []
     for prompt in prompts:
         before = None
         if start is not None:
             with substituted(model, start):
-                before = attention_maps(model, prompt.batch, name_tokens=name_tokens)
-        present = attention_maps(model, prompt.batch, name_tokens=name_tokens)
+                before = attention_maps(model, prompt.batch, stack=stack, name_tokens=name_tokens)
+        present = attention_maps(model, prompt.batch, stack=stack, name_tokens=name_tokens)
         shown.append(PromptAttention(prompt.name, prompt.n_tokens, present, before))
     if heads == "all":
         heads = shown[0].maps.heads if shown else ()
@@ -234,7 +254,7 @@ def track_attention(
     # Every process shows all prompts.
     passes = len(shown) * (1 if base is None else 2) * Replicas.of(model).size
     cost = statistics.cost + Cost(forwards=passes)
-    return TrackedAttention(statistics, tuple(shown), chosen, n_singular_values, cost)
+    return TrackedAttention(statistics, tuple(shown), chosen, n_singular_values, cost, stack)
 
 
 def strongest_heads(statistics: AttentionStatistics) -> tuple[tuple[int, int], ...]:

@@ -47,6 +47,7 @@ from lightning_goldy.analysis.coupling.pieces import (
 )
 from lightning_goldy.analysis.coupling.result import ROWS, CouplingResult, cosines_of_gram
 from lightning_goldy.analysis.result import Cost, total_cost
+from lightning_goldy.core.architecture.experts import of_expert
 from lightning_goldy.core.batches import batch_tensors
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import block_of, canonical_name, model_class
@@ -564,7 +565,7 @@ def layer_gradient_norms(
             gradients = torch.autograd.grad(log_prob, list(parameters.values()), materialize_grads=True)
             squares = dict.fromkeys(map(block_of, parameters), 0.0)
             for name, gradient in zip(parameters, gradients, strict=True):
-                squares[block_of(name)] += float(gradient.double().square().sum())
+                squares[block_of(name)] += float(of_expert(name, gradient).double().square().sum())
             for block, square in squares.items():
                 columns.setdefault(block, []).append(square**0.5)
     return {block: torch.tensor(values, dtype=torch.float64) for block, values in columns.items()}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_goldy.analysis.coupling.gram import Rows, accurate, without_empty_rows
 from lightning_goldy.analysis.result import Cost, counted_passes
+from lightning_goldy.core.architecture.experts import of_expert
 from lightning_goldy.core.naming import canonical_name, require_choice
 from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.outer_products import exact_products, linear_layers
@@ -193,7 +194,7 @@ class Capture:
             rows = {}
             for name, parameter in self.parameters.items():
                 tap = self._layers.get(name)
-                rows[name] = _flat_gradient(parameter) if tap is None else tap.gradient(name)
+                rows[name] = _flat_gradient(name, parameter) if tap is None else tap.gradient(name)
             return log_probs, rows
         except NotBatchedError:
             self._batched = False
@@ -375,11 +376,10 @@ def _total(rows: Rows, inputs_first: bool) -> Tensor:
     return a.T @ b if inputs_first else b.T @ a
 
 
-def _flat_gradient(parameter: nn.Parameter) -> Rows:
-    if parameter.grad is None:
-        return Rows(torch.zeros(1, parameter.numel(), dtype=parameter.dtype, device=parameter.device))
-    gradient = parameter.grad.to_dense() if parameter.grad.layout is torch.sparse_coo else parameter.grad
-    return Rows(gradient.detach().reshape(1, -1))
+def _flat_gradient(name: str, parameter: nn.Parameter) -> Rows:
+    gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    gradient = gradient.to_dense() if gradient.layout is torch.sparse_coo else gradient
+    return Rows(of_expert(name, gradient.detach()).reshape(1, -1))
 
 
 @contextmanager

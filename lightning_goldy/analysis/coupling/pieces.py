@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_goldy.core.architecture import Architecture, describe_architecture
 from lightning_goldy.core.architecture.blocks import NamedModule
-from lightning_goldy.core.architecture.experts import output_weight
+from lightning_goldy.core.architecture.experts import expert_counts, expert_names, expert_of, output_weight
 from lightning_goldy.core.batches import batch_tensors, map_batch
 from lightning_goldy.core.naming import canonical_name, suggestion
 from lightning_goldy.core.objective import CausalLMObjective, Objective
@@ -236,12 +236,12 @@ def selected_parameters(
         model: Any module.
         select: ``mlp_output`` or ``attention_output`` for the weight of that projection in every block (under LoRA the
             weight that is adapted; of a mixture the stacks of its experts and the shared experts), patterns of
-            parameter names, or a space.
+            parameter names, or a space. One expert of a stack is named by its number: ``*.experts.down_proj[3]``.
         layers: Only blocks ``(a, b)``, from a up to but not including b, as Python counts; or the ``last:4``.
         sample_batch: What a model of an unregistered family can be called with.
 
     Returns:
-        Parameters by canonical name, in the model's order.
+        Parameters by canonical name, in the model's order; the whole stack under the name of each chosen expert.
 
     Raises:
         ValueError: An argument is malformed, or there are no such layers.
@@ -256,6 +256,9 @@ def selected_parameters(
     """
     check_selection(select, layers)
     parameters = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
+    experts = expert_counts(model)
+    for stack in expert_names(experts, experts):
+        parameters[stack] = parameters[expert_of(stack)[0]]
     architecture = None
     if isinstance(select, str) or layers is not None:
         architecture = describe_architecture(model, sample_batch=sample_batch)
@@ -267,11 +270,18 @@ def selected_parameters(
     if layers is not None:
         assert architecture is not None
         chosen = _in_layers(architecture, layers, chosen, parameters)
-    return {name: parameter for name, parameter in parameters.items() if name in chosen}
+    ordered = _in_order(model, experts)
+    return {name: parameters[name] for name in ordered if name in chosen and expert_of(name)[0] not in chosen - {name}}
+
+
+def _in_order(model: nn.Module, experts: Mapping[str, int]) -> list[str]:
+    """Names of parameters, a stack's own before those of its experts."""
+    names = [canonical_name(name) for name, _ in model.named_parameters()]
+    return [row for name in names for row in (name, *(expert_names([name], experts) if name in experts else ()))]
 
 
 def _outputs(architecture: Architecture, select: str, parameters: dict[str, nn.Parameter]) -> set[str]:
-    names = {id(parameter): name for name, parameter in parameters.items()}
+    names = {id(parameter): name for name, parameter in parameters.items() if expert_of(name)[1] is None}
     chosen = set()
     blocks = architecture.mlp_blocks if select == "mlp_output" else architecture.attention_blocks
     for block in blocks:
@@ -297,11 +307,18 @@ def _matching(
                 raise SpaceError(f"{name} holds {parameters[name].dtype}, which has no gradient")
         return chosen
     floating = [name for name, parameter in parameters.items() if parameter.is_floating_point()]
-    matching = {pattern: {name for name in floating if fnmatch.fnmatchcase(name, pattern)} for pattern in select}
+    matching = {pattern: _named(pattern, floating) for pattern in select}
     for pattern, names in matching.items():
         if not names:
             raise SpaceError(f"pattern {pattern!r} matches no parameter; {suggestion(pattern, floating)}")
     return set().union(*matching.values())
+
+
+def _named(pattern: str, names: Sequence[str]) -> set[str]:
+    """Names that a pattern matches; a stack by its own name, an expert by one that ends in its number."""
+    stem, expert = expert_of(pattern)
+    parts = ((name, *expert_of(name)) for name in names)
+    return {name for name, stack, at in parts if at == expert and fnmatch.fnmatchcase(stack, stem)}
 
 
 def _in_layers(

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from lightning_goldy.analysis.divergence import own_share, precise
 from lightning_goldy.analysis.result import AnalysisResult, Cost, tensor_rows
+from lightning_goldy.core.architecture.experts import expert_counts, expert_names
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.mask import ParameterMask, Scope, check_scope
 from lightning_goldy.core.naming import require_at_least
 from lightning_goldy.core.objective import Objective, objective_for
 from lightning_goldy.core.registry import Registry
-from lightning_goldy.core.selection import select_largest
+from lightning_goldy.core.selection import select_largest, select_largest_of_each
 from lightning_goldy.core.sharding import (
     Replicas,
     align,
@@ -73,9 +74,20 @@ def fisher(gradient: Tensor, value: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class MaskResult(AnalysisResult):
-    """A mask that an analysis found, with its counts by tensor; an analysis's own result adds how it was found."""
+    """A mask that an analysis found, with its counts by tensor; an analysis's own result adds how it was found.
+
+    Args:
+        mask: Boolean, on the CPU.
+        experts: How many experts each stacked parameter holds; counts and rows are of each expert there.
+    """
 
     mask: ParameterMask
+    experts: dict[str, int] = field(default_factory=dict, kw_only=True)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What counts are of: tensors, and single experts of a stack such as ``experts.down_proj[3]``."""
+        return expert_names(self.mask.space.names, self.experts)
 
     def vectors(self) -> dict[str, tuple[ParameterVector, Kind]]:
         """The mask."""
@@ -83,8 +95,7 @@ class MaskResult(AnalysisResult):
 
     def described(self, names: Iterable[str], **columns: Iterable[Any]) -> dict[str, Any]:
         """Fields by name, and of each tensor its size and the columns."""
-        space = self.mask.space
-        rows = tensor_rows(space.names, numel=map(math.prod, space.shapes), **columns)
+        rows = tensor_rows(self.names, numel=_expert_sizes(self.mask.space, self.experts), **columns)
         return {**{name: getattr(self, name) for name in names}, "tensors": rows}
 
 
@@ -94,7 +105,7 @@ class GoldenResult(MaskResult):
 
     Args:
         mask: True where golden; boolean, on the CPU.
-        golden: Golden elements of each tensor, in the mask's order.
+        golden: Golden elements of each tensor (of a stack each expert), in the mask's order.
         marked: Elements of each tensor that one sample marks; its expectation at random under the global scope.
         chance: Elements of each tensor expected to be golden if every sample marked at random.
         n_samples: Samples that voted.
@@ -181,9 +192,10 @@ def golden_parameters(
         model: A plain, DistributedDataParallel-unwrapped, or FSDP2-sharded module.
         batches: Batches that the objective understands, of any size; the same on every rank.
         objective: What to differentiate; next-token prediction by default.
-        top_k_percent: Share that each sample marks, percent in (0, 100]: exactly k elements, ties to the smaller index.
+        top_k_percent: Share that each sample marks, percent in (0, 100]: exactly k elements, ties to the smaller index;
+            of stacked experts k of each expert.
         score: Name of a registered score: ``gradient`` |g|, ``taylor`` |g θ|, ``fisher`` g² θ², or a user's own.
-        scope: Mark the share of each ``tensor``, or of all elements together (``global``).
+        scope: Mark the share of each ``tensor`` and expert, or of all elements together (``global``).
         quorum: Share of the samples that must mark an element, a fraction in (0, 1]; 1 is the intersection.
         n_samples: Use only the first so many samples; all by default.
         space: Which parameters; all trainable ones by default.
@@ -214,18 +226,21 @@ def golden_parameters(
         samples = _first_samples(batches, objective, n_samples)
         parameters = space.resolve(model)
         require_finite(parameters, "weights")
-        ballot = Ballot(parameters, Budget(parameters, top_k_percent, scope), score, len(samples))
+        experts = {name: count for name, count in expert_counts(model).items() if name in space}
+        ballot = Ballot(parameters, Budget(parameters, top_k_percent, scope, experts), score, len(samples))
         with ballot.collecting(model):
             for sample in own_share(samples, model, replicas, progress):
                 ballot.vote(objective, model, sample)
     needed = max(1, math.ceil(quorum * len(samples) - 1e-9))
     golden = {name: gather(votes).cpu() >= needed for name, votes in ballot.totals(replicas).items()}
-    sizes = [math.prod(shape) for shape in space.shapes]
-    # Of each tensor, what a sample marks, or would be expected to mark at random, a fraction.
-    shares = [k / n for (group, k), n in zip(ballot.groups, ballot.budget.numels, strict=True) for _ in group]
+    sizes = _expert_sizes(space, experts)
+    # Of each tensor or expert, what a sample marks, or would be expected to mark at random, a fraction.
+    groups = zip(ballot.groups, ballot.budget.numels, strict=True)
+    shares = [k / n for (group, k, _), n in groups for name in group for _ in range(experts.get(name, 1))]
     return GoldenResult(
         mask=ParameterMask(space, golden),
-        golden=tuple(int(mask.count_nonzero()) for mask in golden.values()),
+        experts=experts,
+        golden=counts_by_expert(golden, experts),
         marked=tuple(round(share * size) for share, size in zip(shares, sizes, strict=True)),
         chance=tuple(
             binomial_tail(len(samples), needed, share) * size for share, size in zip(shares, sizes, strict=True)
@@ -247,6 +262,7 @@ class Budget:
         parameters: Name to parameter.
         top_k_percent: Share of the elements, percent in (0, 100].
         scope: The share of each ``tensor``, or of all elements together (``global``).
+        experts: Tensors that are stacks of so many experts, each of which has the share of its own.
 
     Example:
         >>> budget = Budget({"a": torch.zeros(10), "b": torch.zeros(4)}, 20, "tensor")
@@ -254,13 +270,22 @@ class Budget:
         ([2, 1], [1, 1], [3])
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], top_k_percent: float, scope: Scope) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        top_k_percent: float,
+        scope: Scope,
+        experts: Mapping[str, int] | None = None,
+    ) -> None:
         self.layouts = {name: parameter.detach() for name, parameter in parameters.items()}
         names = list(self.layouts)
         self.groups = [names] if scope == "global" else [[name] for name in names]
         """Names of the tensors that share a budget."""
-        self.numels = [sum(self.layouts[name].numel() for name in group) for group in self.groups]
-        """Elements of each group."""
+        self.stacks = [1] if scope == "global" else [(experts or {}).get(name, 1) for name in names]
+        """Experts of each group, 1 where it is no stack; sizes are of one of them."""
+        elements = [sum(self.layouts[name].numel() for name in group) for group in self.groups]
+        self.numels = [count // stack for count, stack in zip(elements, self.stacks, strict=True)]
+        """Elements of each group, of a stack those of one expert."""
         self._whole = [elements_in(top_k_percent, numel) for numel in self.numels]
 
     def sizes(self, share: float = 1.0) -> list[int]:
@@ -274,10 +299,14 @@ class Budget:
     def largest(self, scores: Mapping[str, Tensor], sizes: list[int]) -> Mask:
         """Marks exactly so many elements of each group, the largest, ties to the smaller index."""
         mask: Mask = {}
-        for group, size in zip(self.groups, sizes, strict=True):
+        for group, size, stack in zip(self.groups, sizes, self.stacks, strict=True):
             laid_out = self.laid_out({name: scores[name] for name in group})
-            mask.update(zip(group, select_largest(list(laid_out.values()), size), strict=True))
+            mask.update(zip(group, _largest(list(laid_out.values()), size, stack), strict=True))
         return mask
+
+    def total(self, sizes: list[int]) -> int:
+        """Elements in all, every expert of a stack counted."""
+        return sum(size * stack for size, stack in zip(sizes, self.stacks, strict=True))
 
     def reselected(self, scores: Mapping[str, Tensor], mask: Mask, sizes: list[int], pools: list[int]) -> Mask:
         """The best of a pool that holds the masked elements and the best others, exactly so many of each group.
@@ -293,9 +322,9 @@ class Budget:
         stay = [size - (pool - count) for size, pool, count in zip(sizes, pools, masked, strict=True)]
         inside = {name: torch.where(mask[name], score, -math.inf) for name, score in scores.items()}
         chosen = {name: torch.where(mask[name], math.inf, scores[name]) for name in scores}
-        for group, count, kept in zip(self.groups, masked, stay, strict=True):
+        for group, count, kept, stack in zip(self.groups, masked, stay, self.stacks, strict=True):
             if 0 < kept < count:
-                best = select_largest([like(self.layouts[name], inside[name]) for name in group], kept)
+                best = _largest([like(self.layouts[name], inside[name]) for name in group], kept, stack)
                 chosen |= {
                     name: torch.where(each, math.inf, scores[name]) for name, each in zip(group, best, strict=True)
                 }
@@ -308,10 +337,11 @@ class Budget:
         return {name: like(self.layouts[name], part) for name, part in parts.items()}
 
     def counts(self, mask: Mask) -> list[int]:
-        """Marked elements of each group."""
+        """Marked elements of each group, of a stack those of one expert: a budget marks equally many of all."""
         parts = [mask[name].count_nonzero() for name in self.layouts]
         counts = dict(zip(self.layouts, sum_over_shards(parts, list(self.layouts.values())), strict=True))
-        return [sum(int(counts[name]) for name in group) for group in self.groups]
+        groups = zip(self.groups, self.stacks, strict=True)
+        return [sum(int(counts[name]) for name in group) // stack for group, stack in groups]
 
 
 class Ballot:
@@ -319,7 +349,7 @@ class Ballot:
 
     def __init__(self, parameters: dict[str, nn.Parameter], budget: Budget, score: str, n_samples: int) -> None:
         self.parameters = parameters
-        self.budget, self.groups = budget, list(zip(budget.groups, budget.sizes(), strict=True))
+        self.budget, self.groups = budget, list(zip(budget.groups, budget.sizes(), budget.stacks, strict=True))
         self.score = SCORES[score]
         # A byte holds the votes of 255 samples, a short those of 32,767.
         dtype = torch.uint8 if n_samples < 256 else torch.int16 if n_samples < 32768 else torch.int32
@@ -331,29 +361,29 @@ class Ballot:
 
         FSDP2 writes sharded gradients without running such hooks, and a global selection needs all gradients at once.
         """
-        stack = ExitStack()
+        hooks = ExitStack()
         only_these_require_gradients(model, self.parameters)
         if any(map(is_sharded, self.parameters.values())):
-            return stack
-        for group, k in self.groups:
+            return hooks
+        for group, k, stack in self.groups:
             if len(group) == 1:
-                hook = partial(self._mark, group, k)
-                stack.callback(self.parameters[group[0]].register_post_accumulate_grad_hook(hook).remove)
-        return stack
+                hook = partial(self._mark, group, k, stack)
+                hooks.callback(self.parameters[group[0]].register_post_accumulate_grad_hook(hook).remove)
+        return hooks
 
     def vote(self, objective: Objective, model: nn.Module, sample: Any) -> None:
         """One forward and backward pass, whose gradients become votes."""
         before = set(self.seen)
         self.seen.clear()
         backward(objective.log_probs(model, sample).mean())
-        for group, k in self.groups:
+        for group, k, stack in self.groups:
             if group[0] not in self.seen:
-                self._mark(group, k)
+                self._mark(group, k, stack)
         self.seen |= before
         for parameter in model.parameters():
             parameter.grad = None
 
-    def _mark(self, names: Sequence[str], k: int, hooked: Tensor | None = None) -> None:
+    def _mark(self, names: Sequence[str], k: int, stack: int, hooked: Tensor | None = None) -> None:
         # A hook also hands its parameter over.
         scores = []
         for name in names:
@@ -366,7 +396,7 @@ class Ballot:
                 part = self.score(gradient_part(gradient, parameter), precise(local(parameter)))
             scores.append(like(parameter.detach(), part))
         self._require_finite(names, scores)
-        for name, mask in zip(names, select_largest(scores, k), strict=True):
+        for name, mask in zip(names, _largest(scores, k, stack), strict=True):
             # Booleans are bytes of 0 and 1; seen as such, the addition is vectorised.
             self.votes[name].add_(mask.view(torch.uint8))
 
@@ -393,6 +423,29 @@ class Ballot:
             summable = votes.int() if votes.dtype == torch.int16 and replicas.size > 1 else votes
             totals[name] = like(self.parameters[name].detach(), replicas.sum_(summable))
         return totals
+
+
+def _largest(scores: Sequence[Tensor], k: int, stack: int) -> list[Tensor]:
+    """The k largest of all tensors together, or of each expert of a single one that is a stack."""
+    return select_largest(scores, k) if stack == 1 else [select_largest_of_each(scores[0], k)]
+
+
+def counts_by_expert(masks: Mapping[str, Tensor], experts: Mapping[str, int]) -> tuple[int, ...]:
+    """Marked elements of each tensor, of a stack those of each expert.
+
+    Example:
+        >>> counts_by_expert({"a": torch.tensor([[True, False], [True, True]])}, {"a": 2})
+        (1, 2)
+    """
+    parts = (mask.reshape(experts.get(name, 1), -1) for name, mask in masks.items())
+    return tuple(count for part in parts for count in part.count_nonzero(dim=1).tolist())
+
+
+def _expert_sizes(space: ParameterSpace, experts: Mapping[str, int]) -> list[int]:
+    """Elements of each tensor, of a stack those of each expert."""
+    counts = [experts.get(name, 1) for name in space.names]
+    numels = map(math.prod, space.shapes)
+    return [numel // count for numel, count in zip(numels, counts, strict=True) for _ in range(count)]
 
 
 def binomial_tail(n: int, needed: int, p: float) -> float:

@@ -19,12 +19,14 @@ from lightning_goldy.analysis.golden.golden import (
     Mask,
     MaskResult,
     backward,
+    counts_by_expert,
     only_these_require_gradients,
     require_gradients,
     taken_gradients,
     zeros_like_parts,
 )
 from lightning_goldy.analysis.result import Cost
+from lightning_goldy.core.architecture.experts import expert_counts
 from lightning_goldy.core.batches import sample_count, take_samples
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.mask import MaskedModel, ParameterMask, Scope, check_scope
@@ -90,7 +92,7 @@ class ReverseGoldenResult(MaskResult):
 
     Args:
         mask: True where zeroing does most; boolean, on the CPU, exactly the budget.
-        masked: Masked elements of each tensor, in the mask's order.
+        masked: Masked elements of each tensor (of a stack each expert), in the mask's order.
         kl_divergence: Of the masked model on the evaluation batches, nats per target, which had no part in the search.
         search_divergence: On the batches that chose, nats per target.
         single_shots: Divergence on the evaluation batches of the masks of the same size that a score of the unmasked
@@ -244,14 +246,16 @@ def reverse_golden_parameters(
             for part in (choosing, measuring)
         )
         with MaskedModel(model, space) as masked:
-            budget = Budget(parameters, top_k_percent, scope)
+            experts = {name: count for name, count in expert_counts(model).items() if name in space}
+            budget = Budget(parameters, top_k_percent, scope, experts)
             course = MaskSearch(masked, samples, budget, search, fluctuation, strategy, progress)
             single, kl_divergence = _run_search(course, held_out, objective)
         assert course.best is not None
         whole = {name: gather(like(parameters[name].detach(), part)).cpu() for name, part in course.best.items()}
     return ReverseGoldenResult(
         mask=ParameterMask(space, whole),
-        masked=tuple(int(part.count_nonzero()) for part in whole.values()),
+        experts=experts,
+        masked=counts_by_expert(whole, experts),
         kl_divergence=kl_divergence,
         search_divergence=course.best_divergence,
         single_shots=single,
@@ -427,7 +431,8 @@ class MaskSearch:
     def _record(
         self, tried: Mapping[str, _Valued], kept: str, sizes: list[int], pools: list[int], factor: float
     ) -> None:
-        place = {"iteration": len(self.history), "passes": self.passes, "size": sum(sizes), "pool": sum(pools)}
+        elements = {"size": self.budget.total(sizes), "pool": self.budget.total(pools)}
+        place = {"iteration": len(self.history), "passes": self.passes, **elements}
         values = {"greedy_kl": tried["greedy"].value, "pool_kl": tried["pool"].value if "pool" in tried else None}
         outcome = {"kl": tried[kept].value, "kept": kept, "accepted": kept == "pool", "best_kl": self.best_divergence}
         self.history.append({**place, "factor": factor, **values, **outcome})

@@ -502,6 +502,19 @@ class _Chain(nn.Module):
         return hidden if self.exit is None else self.exit(self.between[0](hidden))
 
 
+class _Between:
+    """What a block does between two projections: its activation, if it has one, and the dropout after it."""
+
+    def __init__(self, block: nn.Module, activation: str) -> None:
+        self.block, self.activation = block, activation
+
+    def __call__(self, x: Tensor) -> Tensor:
+        activation = getattr(self.block, self.activation, None)
+        hidden: Tensor = x if activation is None else activation(x)
+        rate = getattr(self.block, "activation_dropout", 0.0)
+        return F.dropout(hidden, rate, self.block.training) if activation is not None and rate else hidden
+
+
 def _chain(architecture: Architecture, block: Block) -> _Chain:
     entry, exit_ = block.mlp_input, block.mlp_output
     if block.mlp is not None:
@@ -516,14 +529,14 @@ def _chain(architecture: Architecture, block: Block) -> _Chain:
                 f"{', '.join(taken.name for taken in needed)}: an MLP of more than one input is not linearised"
             )
         return _Chain(entry, None, nn.Identity())
-    if architecture.source != "registry":
+    if architecture.source != "registry" and block.mlp_between is None:
         names = ", ".join(repr(part.name) for part in block.mlp_parts)
         raise UnsupportedArchitectureError(
             f"the MLP of {block.name!r} ({architecture.family}) has the parts {names}, and what lies between them is "
             "unknown: describe the family with @register_architecture"
         )
-    # BERT activates inside its first part, OPT in the block.
-    return _Chain(entry, exit_, getattr(block.module, "activation_fn", nn.Identity()))
+    # BERT activates inside its first part, OPT and BART in the block.
+    return _Chain(entry, exit_, _Between(block.module, block.mlp_between or "activation_fn"))
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lightning_goldy.analysis.divergence import divergence_sum, own_share, precise
 from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.analysis.taylor.approximation import HIGHEST_ORDER, batch_parts, parts_of_order
+from lightning_goldy.core.architecture.experts import expert_counts, expert_names
 from lightning_goldy.core.autodiff import (
     ForwardModeError,
     Substituted,
@@ -34,7 +35,10 @@ from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import block_of, suggestion
 from lightning_goldy.core.objective import FunctionObjective, Objective, TargetLogits, objective_for
 from lightning_goldy.core.sharding import Replicas, is_sharded, unshard_guard
-from lightning_goldy.core.vector import ParameterVector, reduce_tensors, substituted
+from lightning_goldy.core.vector import ParameterVector, reduce_rows, reduce_tensors, substituted
+
+Shares = list[tuple[str, float]]
+"""Products with the step by tensor, and of stacked experts by expert."""
 
 Kind = Literal[
     "loss",
@@ -131,6 +135,7 @@ class Expansion:
         self.step = ParameterVector.of(self.model, self.base.space, clone=False) - self.base
         self.own_loss = isinstance(self.objective, FunctionObjective)  # it need not be that of the targets
         self.sums = Sums()
+        self.experts = expert_counts(self.model)
         # Of the loss at the base, times the number of targets; at least float32.
         self.gradient: dict[str, Tensor] = {}
 
@@ -175,7 +180,8 @@ class Expansion:
             value, gradients = self._backward(self.base, batch)
             products = reduce_tensors(gradients, torch.dot, list(self.step.values()))
             for name, tensor, product in zip(self.base, gradients, products, strict=True) if self.shares else ():
-                self._add_gradient(weight, name, tensor, product)
+                shares = self._products(name, tensor) if name in self.experts else [(name, product)]
+                self._add_gradient(weight, name, tensor, shares)
             for place in slopes:
                 _, gradients = self._backward(self.base + (place * _STEP) * self.step, batch)
                 slopes[place] += weight * math.fsum(reduce_tensors(gradients, torch.dot, list(self.step.values())))
@@ -223,12 +229,19 @@ class Expansion:
             raise ValueError("the loss or one of its derivatives at the base is not finite")
         return total
 
-    def _add_gradient(self, weight: int, name: str, gradient: Tensor, product: float) -> None:
-        """Adds one tensor's gradient of a batch's mean loss, and its product with the step."""
+    def _products(self, name: str, gradient: Tensor) -> Shares:
+        """The product of one tensor's gradient with the step, of stacked experts that of each."""
+        if name not in self.experts:
+            return [(name, reduce_tensors([gradient], torch.dot, [self.step[name]])[0])]
+        products = reduce_rows(gradient, torch.dot, self.step[name])
+        return list(zip(expert_names([name], self.experts), products, strict=True))
+
+    def _add_gradient(self, weight: int, name: str, gradient: Tensor, shares: Shares) -> None:
+        """Adds one tensor's gradient of a batch's mean loss, and its products with the step."""
         if name not in self.gradient:
             self.gradient[name] = torch.zeros_like(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
         self.gradient[name].add_(gradient, alpha=weight)
-        self.sums.add("loss share", [(name, product)], weight)
+        self.sums.add("loss share", shares, weight)
 
     def _add_part(self, part: Any) -> int:
         """Adds what some samples say; returns the number of their targets."""
@@ -254,7 +267,7 @@ class Expansion:
         if self.function_space and self.shares and direction is not None:
             # <J Delta_b, J Delta> of every tensor from one backward pass: J' v with v = J Delta.
             add = self.sums.add
-            self._pull_back(part, logits, direction, lambda name, _, product: add("function share", [(name, product)]))
+            self._pull_back(part, logits, direction, lambda name, _, shares: add("function share", shares))
         del direction
         if self.shares:
             self._pull_back(part, loss, None, partial(self._add_gradient, weight))
@@ -345,9 +358,9 @@ class Expansion:
         part: Any,
         output: Callable[[nn.Module], Tensor],
         vector: Tensor | None,
-        take: Callable[[str, Tensor, float], None],
+        take: Callable[[str, Tensor, Shares], None],
     ) -> None:
-        """J' v of what a model gives at the base; each tensor's is taken with its product with the step, and freed."""
+        """J' v of what a model gives at the base; each tensor's is taken with its products with the step, and freed."""
         self._ran(part, backward=True)
         leaves = {name: value.detach().requires_grad_() for name, value in self.base.items()}
         left = set(leaves)
@@ -357,7 +370,7 @@ class Expansion:
                 assert leaf.grad is not None
                 gradient, leaf.grad = leaf.grad, None
                 left.discard(name)
-                take(name, gradient, reduce_tensors([gradient], torch.dot, [self.step[name]])[0])
+                take(name, gradient, self._products(name, gradient))
 
             return hook
 
@@ -587,8 +600,8 @@ def taylor_diff(
         batches: Batches that the objective understands, the same on every rank.
         objective: The loss; next-token prediction by default.
         orders: Orders of the expansion, from 1 to 3 (2 on a sharded model).
-        by: Report shares by ``block``, by ``tensor``, or not (None), which saves a backward pass or two per batch and
-            leaves the gradient's norm out.
+        by: Report shares by ``block``, by ``tensor`` (of stacked experts by expert), or not (None), which saves a
+            backward pass or two per batch and leaves the gradient's norm out.
         function_space: Whether to expand the logits too, or the loss alone.
         progress: Called with (batches done, batches in all) on this rank.
         split_over_ranks: Whether to share batches out over the ranks of an initialised process group.
@@ -636,7 +649,8 @@ def taylor_diff(
             expansion = work("differences")
             found = expansion.whole()
         step_norm = expansion.step.norm()
-    return _result(found, orders, by, start.space.names, step_norm, route=expansion.route)
+    names = expert_names(start.space.names, expansion.experts)
+    return _result(found, orders, by, names, step_norm, route=expansion.route)
 
 
 def expansion_route(

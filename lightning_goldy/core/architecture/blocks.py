@@ -6,7 +6,7 @@ Every name is a dotted name within the model that was described, without what wr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor, nn
@@ -161,11 +161,14 @@ class MLP:
             ``output`` (with the residual and its norm) in BERT.
         output: What makes its output: the output projection, or the whole mixture where there are experts.
         writers: The projections and the stacks of experts whose weights make that output, shared experts included.
+        between: Of two parts what of the block makes the output projection's input from what the first part gives: the
+            name of its activation, empty where nothing does, None where it is unknown.
     """
 
     parts: tuple[NamedModule, ...]
     output: NamedModule
     writers: tuple[NamedModule, ...]
+    between: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -272,6 +275,11 @@ class Block:
         return self.mlp_output_part.name
 
     @property
+    def mlp_between(self) -> str | None:
+        """What of the block stands between the two parts of an MLP; see :class:`MLP`."""
+        return self._mlp().between
+
+    @property
     def mlp_writers(self) -> tuple[NamedModule, ...]:
         """The projections and stacks of experts whose weights make the MLP's output: all of them, routed and shared."""
         return self._mlp().writers
@@ -344,14 +352,20 @@ class Architecture:
 
     @property
     def attention_blocks(self) -> tuple[Block, ...]:
-        """The blocks that have attention; an UnsupportedArchitectureError where one's could not be told."""
+        """The blocks that have attention; an UnsupportedArchitectureError where none has or one could not be told."""
         blocks = tuple(block for block in self.blocks if block.has_attention)
+        if not blocks:
+            raise UnsupportedArchitectureError(
+                f"no block of this {self.family!r} has attention: it has no heads and no attention patterns"
+            )
         return tuple(block for block in blocks if block.attention is not None)
 
     @property
     def mlp_blocks(self) -> tuple[Block, ...]:
-        """The blocks that have an MLP; an UnsupportedArchitectureError where one's could not be told."""
+        """The blocks that have an MLP; an UnsupportedArchitectureError where none has or one could not be told."""
         blocks = tuple(block for block in self.blocks if block.has_mlp)
+        if not blocks:
+            raise UnsupportedArchitectureError(f"no block of this {self.family!r} has an MLP")
         return tuple(block for block in blocks if block.mlp_output is not None)
 
     def block_of(self, module: nn.Module) -> Block | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -88,8 +89,19 @@ def describe_architecture(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if stack is not None:
+        if "cross" in stack:
+            raise UnsupportedArchitectureError(
+                f"stack={stack!r}: a decoder's attention to its encoder is no part of a description, and neither its "
+                "heads nor its patterns are analysed; stack is 'encoder' or 'decoder'"
+            )
         require_choice("stack", stack, ("encoder", "decoder"))
     modules = canonical_modules(model)
+    wrapped = next((name for name, part in modules.items() if model_class(part).startswith("AdaptedAttention")), None)
+    if wrapped is not None:
+        raise UnsupportedArchitectureError(
+            f"{model_class(model)}: PEFT's adaption prompt adds attention of its own in {wrapped!r}, which is not that "
+            "of the model's heads; describe the model inside `with model.disable_adapter():`, or without the adapter"
+        )
     # Every submodule of a Hugging Face model may carry a configuration; the outermost comes first.
     found = ((name, _configuration(module)) for name, module in modules.items())
     configured = [(name, config) for name, config in found if config is not None]
@@ -207,9 +219,12 @@ def probe_architecture(
             all_counts += counts
             run = partial(call_model, model, batch)
             blocks += [verified(run, block, known=known) for block in _numbered(guesses, len(blocks))]
+    stacks = tuple(name for name in ("encoder", "decoder") if two and stack in (None, name))
+    if not all_counts:
+        _require_mlp(blocks, text)
+        return Architecture(family, "probe", tuple(blocks), 0, 0, 0, stacks)
     first, described = all_counts[0], next(block for block in blocks if block.has_attention)
     groups = described.n_key_value_heads if isinstance(described.attention_part, Attention) else first.n_key_value_heads
-    stacks = tuple(name for name in ("encoder", "decoder") if two and stack in (None, name))
     return Architecture(family, "probe", tuple(blocks), first.n_heads, groups, first.head_dim, stacks)
 
 
@@ -323,10 +338,7 @@ def _guess(
     inside = {name: [event for event in events if name in event.stack[:1]] for name in names}
     attended = [name for name in names if any(event.kind == "attention" for event in inside[name])]
     if not attended:
-        raise UnsupportedArchitectureError(
-            f"no attention function ran in {names[0]!r} (scaled_dot_product_attention or softmax; the attention "
-            f"implementation is {getattr(config, '_attn_implementation', None)!r})"
-        )
+        return [_without_attention(modules, name, inside[name], config) for name in names], []
     guesses: dict[str, Block] = {}
     all_counts, paths = [], set()
     for name in attended:
@@ -345,6 +357,29 @@ def _guess(
                 mlp = Missing("it has no MLP", absent=True)
             guesses[name] = Block(0, name, modules[name], absent, mlp)
     return [guesses[name] for name in names], all_counts
+
+
+def _without_attention(modules: Mapping[str, nn.Module], name: str, events: Sequence[_Event], config: Any) -> Block:
+    """A block of a model in which nothing attends; of its parts the one that is called an MLP is its MLP."""
+    absent = Missing("it computes no attention", absent=True)
+    width = next((size for key in ("hidden_size", "d_model") if (size := getattr(config, key, None))), None)
+    own = [event for event in events if kind_of(f"0.{event.stack[-1][len(name) + 1 :]}.weight") == "mlp"]
+    mlp: MLP | Missing = Missing("it has no MLP", absent=True)
+    if own and isinstance(width, int):
+        mlp = _mlp(modules, name, own, width, attention=None)
+    return Block(0, name, modules[name], absent, mlp)
+
+
+def _require_mlp(blocks: Sequence[Block], config: Any) -> None:
+    """Refuses a model that has neither attention nor an MLP that could be told."""
+    if any(isinstance(block.mlp_part, MLP) for block in blocks):
+        return
+    missing = next(block.mlp_part for block in blocks if isinstance(block.mlp_part, Missing))
+    raise UnsupportedArchitectureError(
+        f"no attention function ran in {blocks[0].name!r} (scaled_dot_product_attention or softmax; the attention "
+        f"implementation is {getattr(config, '_attn_implementation', None)!r}), and no MLP can be told: "
+        f"{missing.reason}. Analyses of parameters need neither, and coupling takes select=[patterns of names]"
+    )
 
 
 @dataclass(frozen=True)
@@ -551,12 +586,26 @@ def verify_attention(run: Callable[[], Any], attention: Attention) -> str:
         return f"{whose}: in what its attention function returns {layout.n_heads} heads cannot be told"
     if len(clean) != 1 or len(closed) != 1 or clean[0].shape[-1] != layout.n_heads * layout.head_dim:
         return f"{whose}: it was called {len(clean)} times, or with another width than {layout.n_heads} heads"
-    before, after = clean[0].double(), closed[0].double()
-    rest = [index for index in range(before.shape[-1]) if not columns.start <= index < columns.stop]
-    scale = _CLOSE * float(before.abs().max())
-    if bool((after[..., columns] != 0).any()) or float((after - before)[..., rest].abs().max() if rest else 0) > scale:
-        return f"{whose}: a head that is closed in the attention function is no slice of {layout.head_dim} of its input"
+    if bool((closed[0][..., columns] != 0).any()) or _moved_elsewhere(run, projection, columns, clean[0], closed[0]):
+        return (
+            f"{whose}: a head that is closed in the attention function is no slice of {layout.head_dim} of its input, "
+            "as where all heads are normalised together before it"
+        )
     return _verify_slices(attention, head, clean[0])
+
+
+def _moved_elsewhere(
+    run: Callable[[], Any], projection: nn.Module, columns: slice, clean: Tensor, closed: Tensor
+) -> bool:
+    """Whether closing a head has changed other columns than its own, by more than two equal passes differ."""
+    rest = torch.ones(clean.shape[-1], dtype=torch.bool, device=clean.device)
+    rest[columns] = False
+    moved = float((closed - clean)[..., rest].double().abs().sum())
+    if not moved:
+        return False
+    with _inputs(projection) as again:
+        run()
+    return moved > 4 * float((again[0] - clean)[..., rest].double().abs().sum())
 
 
 def _verify_slices(attention: Attention, head: int, heads: Tensor) -> str:
@@ -703,6 +752,8 @@ def verified(run: Callable[[], Any], block: Block, *, known: dict[Any, tuple[str
             verify_mlp(run, block, mlp) if isinstance(mlp, MLP) else "",
         )
     wrong_attention, wrong_mlp = known[make]
+    if isinstance(mlp, MLP) and not wrong_mlp and len(mlp.parts) == 2:
+        mlp = dataclasses.replace(mlp, between=_between(run, block, mlp))
     return Block(
         block.index,
         block.name,
@@ -710,6 +761,23 @@ def verified(run: Callable[[], Any], block: Block, *, known: dict[Any, tuple[str
         Missing(wrong_attention) if wrong_attention else attention,
         Missing(wrong_mlp) if wrong_mlp else mlp,
     )
+
+
+_ACTIVATIONS = ("activation_fn", "activation", "act_fn", "act")
+
+
+def _between(run: Callable[[], Any], block: Block, mlp: MLP) -> str | None:
+    """What of the block makes the last projection's input from the first part's output; empty when they are equal."""
+    with _outputs([mlp.parts[0].module]) as first, _inputs(mlp.output.module) as last:
+        run()
+    if len(first) != 1 or len(last) != 1:
+        return None
+    makers = {name: made for name in _ACTIVATIONS if callable(made := getattr(block.module, name, None))}
+    for name, made in {"": nn.Identity(), **makers}.items():
+        value = made(first[0])
+        if isinstance(value, Tensor) and value.shape == last[0].shape and torch.equal(value, last[0]):
+            return name
+    return None
 
 
 def _make(part: Block | Attention | MLP | Missing) -> Any:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_goldy.core.naming import canonical_name
 
@@ -67,3 +67,38 @@ def expert_counts(model: nn.Module) -> Mapping[str, int]:
         for path, module in model.named_modules()
         for name, value in stacked_parameters(module).items()
     }
+
+
+def expert_of(name: str) -> tuple[str, int | None]:
+    """The stack and the number of an expert that is named by it; the name itself and None of anything else.
+
+    Example:
+        >>> expert_of("experts.down_proj[12]"), expert_of("router.weight")
+        (('experts.down_proj', 12), ('router.weight', None))
+    """
+    match = re.fullmatch(r"(.+)\[(\d+)\]", name)
+    return (match[1], int(match[2])) if match else (name, None)
+
+
+def of_expert(name: str, stack: Tensor) -> Tensor:
+    """The part of a parameter that a name means: one expert of a stack, or all of it."""
+    expert = expert_of(name)[1]
+    return stack if expert is None else stack[expert]
+
+
+def expert_names(names: Iterable[str], experts: Mapping[str, int]) -> tuple[str, ...]:
+    """Parameters by name, a stack expert by expert.
+
+    Args:
+        names: Canonical names.
+        experts: What :func:`expert_counts` gave.
+
+    Example:
+        >>> expert_names(["router.weight", "experts.down_proj"], {"experts.down_proj": 2})
+        ('router.weight', 'experts.down_proj[0]', 'experts.down_proj[1]')
+    """
+    return tuple(
+        row
+        for name in names
+        for row in ([f"{name}[{expert}]" for expert in range(experts[name])] if name in experts else [name])
+    )

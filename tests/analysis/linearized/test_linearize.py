@@ -12,6 +12,7 @@ from tests.core.test_autodiff import without_casts  # noqa: F401  a fixture
 from tests.references.architecture_models import REGISTERED
 from tests.references.linearize import linear_mlp_logits, softmax_of_base
 from tests.references.linearized import AT, SERVED, batch, build, eager, logits, moved
+from tests.references.model_zoo import batch_for, build_family
 
 LAST = {"gpt2": "mlp.c_proj", "llama": "mlp.down_proj", "bert": "output.dense"}
 
@@ -149,3 +150,39 @@ def test_a_tangent_is_linear_and_its_gradient_does_not_depend_on_the_step() -> N
     torch.testing.assert_close(values[2] - values[0], 2 * (values[1] - values[0]), rtol=0, atol=1e-10)
     torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=1e-12)
     torch.testing.assert_close(gradients[2], gradients[0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("at", AT)
+@pytest.mark.parametrize("family", ["BART", "Whisper"])
+def test_mlps_of_both_stacks_are_expanded_with_what_the_block_does_between_their_projections(
+    family: str, at: str
+) -> None:
+    model = build_family(family).double()
+    inputs = {
+        name: value.double() if value.is_floating_point() else value
+        for name, value in batch_for(model).items()
+        if name != "labels"
+    }
+    inputs["decoder_input_ids"] = torch.tensor([[1, 5, 6], [1, 7, 8]])
+    base = moved(model, 0.05)
+    found = logits(LinearizedMLP(model, base, at=at), inputs)
+    torch.testing.assert_close(found, linear_mlp_logits(model, base, inputs, at), rtol=0, atol=1e-8)
+    assert not torch.allclose(found, logits(model, inputs), atol=1e-4)
+    torch.testing.assert_close(logits(LinearizedMLP(model, model, at=at), inputs), logits(model, inputs))
+
+
+def test_the_dropout_between_two_projections_is_kept_in_training() -> None:
+    model = build_family("BART")
+    inputs = {**batch_for(model), "decoder_input_ids": torch.tensor([[1, 5, 6], [1, 7, 8]])}
+    inputs.pop("labels")
+    for part in model.modules():
+        if hasattr(part, "activation_dropout"):
+            part.activation_dropout, part.dropout = 0.5, 0.0
+    linear = LinearizedMLP(model.train(), model, at="current")
+    for part in model.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.0
+    torch.manual_seed(0)
+    first = logits(linear, inputs)
+    assert not torch.allclose(first, logits(linear, inputs), atol=1e-3)
+    torch.testing.assert_close(logits(linear.eval(), inputs), logits(model.eval(), inputs))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from lightning_goldy.analysis import attention_maps, attention_statistics, head_importance
+from lightning_goldy.analysis.coupling.pieces import selected_parameters
 from lightning_goldy.core.architecture import (
     Architecture,
     HeadGates,
@@ -33,6 +34,7 @@ from tests.references.architecture_models import (
     check_output_slices,
     lora,
 )
+from tests.references.model_zoo import build_family
 
 
 def probe(model: Any) -> Architecture:
@@ -399,3 +401,61 @@ def test_hybrids_keep_the_attention_that_they_have(family: str) -> None:
     found = attention_statistics(model, [batch])
     assert bool(found.entropy[0].isnan().all() and found.entropy[1].isfinite().all())
     assert attention_maps(model, batch).layers == (1,)
+
+
+@pytest.mark.parametrize("heads", [4, 160])
+def test_heads_that_are_normalised_together_are_refused_and_their_mlps_are_not(heads: int) -> None:
+    torch.manual_seed(0)
+    options = {"hidden_size": 2 * heads, "num_attention_heads": heads, "num_key_value_heads": heads}
+    config = hf.BitNetConfig(**{**COMMON, **options, "num_hidden_layers": 1, "bos_token_id": 1, "eos_token_id": 1})
+    architecture = describe_architecture(hf.BitNetForCausalLM(config).eval())
+    assert architecture.blocks[0].mlp_output_name.endswith("mlp.down_proj")
+    with pytest.raises(UnsupportedArchitectureError, match=r"o_proj' is not verified.*normalised together before it"):
+        _ = architecture.attention_blocks
+
+
+class GatedUnit(nn.Module):
+    """A block without attention: a convolution over positions and an MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixer, self.mix_out = nn.Conv1d(16, 16, 3, padding=1), nn.Linear(16, 16)
+        self.mlp = nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.mix_out(self.mixer(x.transpose(1, 2)).transpose(1, 2))
+        return x + self.mlp(x)
+
+
+class Convolutional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(hidden_size=16, model_type="convolutional")
+        self.layers = nn.ModuleList([GatedUnit(), GatedUnit()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_mlps_of_a_model_without_attention_are_described_and_its_heads_refused_by_name() -> None:
+    model, x = Convolutional().eval(), torch.ones(1, 4, 16)
+    architecture = describe_architecture(model, sample_batch=x)
+    assert [block.mlp_output_name for block in architecture.mlp_blocks] == ["layers.0.mlp.2", "layers.1.mlp.2"]
+    assert list(selected_parameters(model, "mlp_output", sample_batch=x)) == [
+        "layers.0.mlp.2.weight",
+        "layers.1.mlp.2.weight",
+    ]
+    for refused in (
+        lambda: HeadGates(model, sample_batch=x),
+        lambda: selected_parameters(model, "attention_output", sample_batch=x),
+    ):
+        with pytest.raises(UnsupportedArchitectureError, match="no block of this 'convolutional' has attention"):
+            refused()
+
+
+@pytest.mark.parametrize(("family", "why"), [("Mamba 2", "it has no MLP"), ("RWKV", "receptance' do not write")])
+def test_what_has_neither_heads_nor_a_plain_mlp_says_what_can_be_done(family: str, why: str) -> None:
+    with pytest.raises(UnsupportedArchitectureError, match=rf"no attention function ran.*{why}.*select=\[patterns"):
+        describe_architecture(build_family(family))
