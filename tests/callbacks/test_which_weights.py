@@ -29,7 +29,8 @@ from lightning_goldy.callbacks import (
     TaylorDiff,
 )
 from lightning_goldy.core import load_vectors
-from tests.callbacks.training import Finetune, TokenData, differences, fit
+from tests.callbacks.training import Finetune, TokenData, Tokens, differences, fit
+from tests.references.models import build
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*without a model", "ignore:.*no last checkpoint")
 
@@ -461,3 +462,66 @@ def test_merged_adapters_are_analysed_apart(tmp_path):
             assert row["metrics"][name] == pytest.approx(expected["metrics"][name], rel=1e-3, abs=1e-6), name
     masks = [load_vectors(one.folder / rows(one)[0]["files"]["mask"])[0] for one in (apart[0], merged[0])]
     assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[0])
+
+
+class WithTexts(TokenData):
+    """Batches that hold more than the model takes, and several loaders to validate with."""
+
+    probe_dataloader = None
+
+    def rows(self, n_samples, seed):
+        rows = [{**Tokens(n_samples, seed)[index], "text": f"row {index}"} for index in range(n_samples)]
+        return DataLoader(rows, batch_size=2)
+
+    def train_dataloader(self):
+        return self.rows(16, 1)
+
+    def val_dataloader(self):
+        return [self.rows(1, 2), self.rows(3, 3)]
+
+
+class Odd(Finetune):
+    """The model lies deeper, beside a frozen one that it learns from; texts are taken out on the way to the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.ModuleDict({"student": self.model, "teacher": build("gpt2").requires_grad_(False)})
+        del self.model
+
+    @property
+    def model(self):
+        return self.inner["student"]
+
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        return {name: value for name, value in batch.items() if name != "text"}
+
+    def training_step(self, batch, batch_idx):
+        apart = self.inner["teacher"](**batch).logits - self.model(**batch).logits
+        return super().training_step(batch, batch_idx) + 0.1 * apart.pow(2).mean()
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        super().validation_step(batch, batch_idx)
+
+
+@pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
+@pytest.mark.filterwarnings("ignore:You have overridden `on_before_batch_transfer`")
+def test_an_odd_set_up_is_looked_at_and_left_alone(tmp_path):
+    options = {"module": Odd, "max_epochs": 1}
+    looking = watchers()
+    for callback in looking[1::2]:
+        callback.model_attribute = "inner.student"
+    plain = fit(tmp_path / "plain", [], data=WithTexts(), **options)[2]
+    _, module, found = fit(tmp_path / "watched", looking, data=WithTexts(), **options)
+    assert differences(plain, found) == []
+    assert all(rows(callback)[-1]["step"] == 8 for callback in looking)
+    assert {name for name, _ in module.model.named_parameters()} == set(looking[0].base.space)
+
+
+def test_averages_of_what_was_unfrozen_on_the_way(tmp_path):
+    before, looking = start(), watchers()
+    _, module, _ = fit(tmp_path, [Unfreeze(), EMAWeightAveraging(decay=0.9), *looking], module=OfTrainable)
+    row = rows(looking[0])[-1]
+    assert (row["step"], row["trigger"], row["weights"]) == (16, "end", "averaged")
+    true = distance(dict(module.model.named_parameters()), before)
+    assert row["metrics"]["delta_norm"] == pytest.approx(true, rel=1e-6)
+    assert all(rows(callback)[-1]["weights"] == "averaged" for callback in looking)
