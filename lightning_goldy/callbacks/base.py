@@ -27,7 +27,14 @@ from lightning_goldy.callbacks.run_folder import (
     unlock_folder,
 )
 from lightning_goldy.callbacks.store import AnalysisProgress, ResultStore, log_row, peak_memory_bytes
-from lightning_goldy.callbacks.weights import Weights, kind_of_weights, tell_last, weights_in, weights_mark
+from lightning_goldy.callbacks.weights import (
+    Weights,
+    adapters_apart,
+    kind_of_weights,
+    tell_last,
+    weights_in,
+    weights_mark,
+)
 from lightning_goldy.core.batches import batch_tensors, move_batch
 from lightning_goldy.core.isolation import undisturbed
 from lightning_goldy.core.naming import canonical_name, suggestion
@@ -417,6 +424,12 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         """Has the present weights taken for those of the training, after a callback has changed them on purpose."""
         self._left = (-1, "")
 
+    def has_training_weights(self, trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
+        """Whether the model has the weights that training left at this step, as far as was noted; all ranks call."""
+        mark = weights_mark(find_model(pl_module, self.model_attribute))
+        own = self._left[0] != trainer.global_step or self._left[1].partition("/")[0] == mark.partition("/")[0]
+        return all(Replicas.world().gather_objects(own))
+
     def _note_weights(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Remembers the weights that training has left at this step; later ones of the same step are not its own."""
         if self._left[0] != trainer.global_step:
@@ -433,8 +446,8 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
             self._left = step, self._left[1]
         if every and step // every > seen // every:
             self.run(trainer, pl_module, "step")
-        elif "checkpoint" in self.at and _may_validate(trainer, batch_idx):
-            # Whoever swaps weights for a validation may do so before a checkpoint is written in it.
+        elif ("checkpoint" in self.at or self.every_n_epochs) and _may_validate(trainer, batch_idx):
+            # Whoever swaps weights for a validation may do so for a checkpoint in it, or until the epoch's end.
             self._note_weights(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -565,45 +578,24 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         self, trainer: L.Trainer, pl_module: L.LightningModule, trigger: Trigger, weights: Weights, marks: list[str]
     ) -> tuple[dict[str, Any], Histograms, tuple[Mapping[str, Any], ...]]:
         """Computes and writes; what is to be logged."""
-        start, step = time.perf_counter(), trainer.global_step
+        start = time.perf_counter()
         assert self._store is not None
         with (
             undisturbed(trainer, pl_module),
+            adapters_apart(find_model(pl_module, self.model_attribute)) as apart,
             AnalysisProgress(trainer, self.name) as progress,
             peak_memory_bytes(pl_module.device) as peak,
         ):
-            model = find_model(pl_module, self.model_attribute)
-            self._observe_trainable(trainer, model)
-            for name, parameter in model.named_parameters():
-                # What was trained and is frozen again belongs to the change; the isolation freezes it again.
-                if not parameter.requires_grad and canonical_name(name) in self._trained:
-                    parameter.requires_grad_(True)
-            objective = find_objective(pl_module, model, self.objective) if self.needs_probe else None
-            context = AnalysisContext(
-                trainer,
-                pl_module,
-                model,
-                objective,
-                self._batches,
-                step,
-                self._store,
-                progress,
-                weights=weights,
-                repeat=len(marks) - 1,
-            )
+            context = self._context(trainer, pl_module, progress, weights, len(marks) - 1)
             result = self.compute(context)
             row, vectors, histograms = self._described(result, context)
-            files = {}
-            for name, (vector, kind) in vectors.items():
-                path = self.folder / context.file_name(name)
-                save_vectors(path, vector, kind=kind, model=model, step=step, write=self._store.write)
-                files[name] = path.name
-        for note in self._notes:
+            files = self._saved(vectors, context)
+        for note in [*self._notes, *apart]:
             row = row.noted(note)
         row = row.at(
             analysis=self.analysis or row.analysis or default_name(type(self)),
             name=self.name,
-            step=step,
+            step=context.step,
             epoch=trainer.current_epoch,
             trigger=trigger,
             weights=weights,
@@ -613,10 +605,37 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         )
         earlier = self._store.history
         # A row is written when no rank can fail any more but the one that writes.
-        Replicas.world().meet(f"{self.name}: the row of step {step}")
+        Replicas.world().meet(f"{self.name}: the row of step {context.step}")
         line = self._store.append(row)
-        self._last_step, self._analysed, self._notes = step, marks, []
+        self._last_step, self._analysed, self._notes = context.step, marks, []
         return line, histograms, earlier
+
+    def _context(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        progress: AnalysisProgress,
+        weights: Weights,
+        repeat: int,
+    ) -> AnalysisContext:
+        """What there is to analyse, with everything trainable that has been trained; inside the isolation."""
+        assert self._store is not None
+        model = find_model(pl_module, self.model_attribute)
+        self._observe_trainable(trainer, model)
+        for name, parameter in model.named_parameters():
+            # What was trained and is frozen again belongs to the change; the isolation freezes it again.
+            if not parameter.requires_grad and canonical_name(name) in self._trained:
+                parameter.requires_grad_(True)
+        objective = find_objective(pl_module, model, self.objective) if self.needs_probe else None
+        subject = (trainer, pl_module, model, objective, self._batches)
+        return AnalysisContext(*subject, trainer.global_step, self._store, progress, weights=weights, repeat=repeat)
+
+    def _saved(self, vectors: Vectors, context: AnalysisContext) -> dict[str, str]:
+        """Writes the vectors; the names of their files."""
+        for name, (vector, kind) in vectors.items():
+            path, write = self.folder / context.file_name(name), context.store.write
+            save_vectors(path, vector, kind=kind, model=context.model, step=context.step, write=write)
+        return {name: context.file_name(name) for name in vectors}
 
     def _described(self, result: ResultT, context: AnalysisContext) -> tuple[Row, Vectors, Histograms]:
         told = self.describe(result, context)

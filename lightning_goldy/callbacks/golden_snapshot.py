@@ -17,15 +17,13 @@ from lightning_goldy.analysis.change import SuccessiveUpdates, WeightChange, cha
 from lightning_goldy.analysis.golden import GoldenResult, ReverseGoldenResult
 from lightning_goldy.analysis.result import Row
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, try_gradients
-from lightning_goldy.core.base import BaseParameters, read_base
+from lightning_goldy.core.base import BASE_FILE, BaseParameters, read_base
 from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.sharding import Replicas
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.store import StoreError, fingerprint, load_vectors, save_vectors
 from lightning_goldy.core.vector import ParameterVector
-
-BASE_FILE = "base.safetensors"
 
 
 def find_snapshot(trainer: L.Trainer) -> GoldenSnapshot | None:

@@ -225,7 +225,8 @@ class HeadPlasticity(AnalysisCallback[PlasticityResult]):
     def state_dict(self) -> dict[str, Any]:
         """Adds the plan, where it stands, the gates, and the names of the files."""
         run = self._loaded if self._plasticity is None else self._plasticity.state_dict()
-        return {**super().state_dict(), "plasticity": run, "told": self._told, **self._base.state_dict()}
+        told = {"plasticity": run, "told": self._told, "model_attribute": self.model_attribute}
+        return {**super().state_dict(), **told, **self._base.state_dict()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Notes what the interrupted run left."""

@@ -45,8 +45,8 @@ class TaylorDiff(AnalysisCallback[TaylorDiffResult]):
         orders: Orders of the expansion, from 1 to 3.
         by: Attribute the change by ``block``, by ``tensor``, or not (None).
         function_space: Whether to expand the logits too.
-        reset: ``never`` expands around the golden snapshot; ``each`` around where the last analysis was, ``epoch``
-            around where the epoch began.
+        reset: ``never`` expands around the golden snapshot; ``each`` around where the last analysis of the training's
+            own weights was (one of averages leaves the base), ``epoch`` around where the epoch began.
         n_samples: Probe samples used.
         **options: Of :class:`AnalysisCallback`.
 
@@ -140,19 +140,29 @@ class TaylorDiff(AnalysisCallback[TaylorDiffResult]):
         )
 
     def describe(self, result: TaylorDiffResult, context: AnalysisContext) -> Row:
-        """The result's row, with the step of the base; then the base moves with ``reset="each"``."""
+        """The result's row, with the step of the base; then the base moves with ``reset="each"``.
+
+        It stays after an analysis of other weights than the training's, which the training does not go on from.
+        """
         row = result.row().extended(result={"base_step": self._base_step})
-        if self.reset == "each":
+        if self.reset == "each" and context.weights == "training":
             self._move_base(context.model, context.step)
         return row
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Analyses when scheduled, and then moves the base with ``reset="epoch"``."""
         super().on_train_epoch_end(trainer, pl_module)
-        if self.reset == "epoch":
-            unshard_guard(pl_module)
+        if self.reset != "epoch":
+            return
+        unshard_guard(pl_module)
+        if self.has_training_weights(trainer, pl_module):
             model = find_model(pl_module, self.model_attribute)
             self.attempt(trainer, "to move the base", lambda: self._move_base(model, trainer.global_step))
+        else:
+            self._notes.append(
+                f"the base stayed at step {self._base_step}, for epoch {trainer.current_epoch} ended "
+                "with other weights than those of the training"
+            )
 
     def save_files(self, trainer: L.Trainer, model: nn.Module) -> None:
         """Writes a base that moves, which a resume goes on from."""

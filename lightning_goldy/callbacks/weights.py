@@ -9,13 +9,14 @@ from typing import Any, Literal
 
 import lightning.pytorch as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_goldy.core.architecture import HeadGates
 from lightning_goldy.core.naming import canonical_name
-from lightning_goldy.core.sharding import Replicas, is_sharded, local, unshard_guard
+from lightning_goldy.core.sharding import Replicas, align, gather, is_sharded, local, scatter_like, unshard_guard
 
 Weights = Literal["training", "averaged", "replaced"]
 """``training``: as the optimizer left them; ``averaged``: of Lightning's weight averaging; ``replaced``: of others."""
@@ -102,7 +103,8 @@ def weights_in(checkpoint: Mapping[str, Any], pl_module: nn.Module) -> Iterator[
     """Gives the module the weights of a checkpoint that is about to be written, for the length of a ``with`` block.
 
     A callback or the module may have put others into it than the module has, such as averages. What the checkpoint
-    leaves out or holds in another form stays as it is. Sharded weights cannot be replaced and are taken as they are.
+    leaves out or holds in another form stays as it is. Sharded weights are compared one by one with what the checkpoint
+    holds of them, in shards or whole on any of the processes; every process calls.
 
     Args:
         checkpoint: With its final ``state_dict``.
@@ -112,20 +114,19 @@ def weights_in(checkpoint: Mapping[str, Any], pl_module: nn.Module) -> Iterator[
         Whether they differ from the module's own.
     """
     unshard_guard(pl_module)
-    state = {canonical_name(name): value for name, value in (checkpoint.get("state_dict") or {}).items()}
-    other: dict[str, Tensor] = {}
+    state = {
+        canonical_name(name): value
+        for name, value in (checkpoint.get("state_dict") or {}).items()
+        if isinstance(value, Tensor)
+    }
     held = _held(pl_module)
-    for name, own in held.items():
-        saved = state.get(name)
-        if not isinstance(saved, Tensor) or is_sharded(own) or is_sharded(saved) or _same(own, saved):
-            continue
-        if saved.shape == own.shape:
-            other[name] = saved
-        else:
-            rank_zero_warn(
-                f"the checkpoint holds {name} in shape {tuple(saved.shape)}, the module in {tuple(own.shape)}; the "
-                "module's own is analysed"
-            )
+    fitting = {name: state[name] for name, own in held.items() if name in state and _fits(name, own, state[name])}
+    other = {
+        name: saved
+        for name, saved in fitting.items()
+        if not (is_sharded(held[name]) or is_sharded(saved) or _same(held[name], saved))
+    }
+    other |= _other_shards({name: own for name, own in held.items() if is_sharded(own)}, fitting)
     # A collective: the analysis inside is one of all ranks.
     differ = any(Replicas.world().gather_objects(bool(other)))
     before = {name: local(held[name]).clone() for name in other}
@@ -134,6 +135,55 @@ def weights_in(checkpoint: Mapping[str, Any], pl_module: nn.Module) -> Iterator[
         yield differ
     finally:
         _write(held, before)
+
+
+def _fits(name: str, own: Tensor, saved: Tensor) -> bool:
+    if saved.shape != own.shape:
+        rank_zero_warn(
+            f"the checkpoint holds {name} in shape {tuple(saved.shape)}, the module in {tuple(own.shape)}; the "
+            "module's own is analysed"
+        )
+    return saved.shape == own.shape
+
+
+def _other_shards(held: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """This process's parts of what is saved of sharded tensors with other values than they have; a collective.
+
+    Args:
+        held: The sharded tensors, of the same names in the same order on every process.
+        saved: Whole, on some processes or all, or in shards.
+    """
+    if not held:
+        return {}
+    world = Replicas.world()
+    holders = world.gather_objects({name: is_sharded(saved[name]) for name in held if name in saved})
+    parts, differing = {}, set()
+    for name, own in held.items():
+        forms = [rank.get(name) for rank in holders]
+        if all(forms):
+            parts[name] = local(align(saved[name], own))
+            same = _same(local(own), parts[name])
+        else:
+            # One tensor at a time; those that hold it compare.
+            whole = gather(own) if False in forms else own
+            same = name not in saved or is_sharded(saved[name]) or _same(whole, saved[name])
+        if not same:
+            differing.add(name)
+    differing = set().union(*world.gather_objects(differing))
+    for name in (name for name in held if name in differing and name not in parts):
+        parts[name] = _scattered(held[name], saved.get(name), next(i for i, rank in enumerate(holders) if name in rank))
+    return {name: parts[name] for name in held if name in differing}
+
+
+def _scattered(own: Tensor, saved: Tensor | None, source: int) -> Tensor:
+    """This process's part of a tensor that the process ``source`` holds whole; a collective."""
+    device = local(own).device
+    if saved is None or Replicas.world().rank != source:
+        whole = torch.empty(own.shape, dtype=own.dtype, device=device)
+    else:
+        whole = saved.detach().to(device, own.dtype, copy=True)
+    dist.broadcast(whole, source)
+    return local(scatter_like(own.detach(), whole))
 
 
 def _write(held: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
@@ -151,6 +201,35 @@ def _same(own: Tensor, saved: Tensor) -> bool:
         return True
     # A checkpoint in a lower precision holds the same weights, rounded.
     return own.shape == saved.shape and torch.equal(_bits(own.to(saved.device, saved.dtype)), _bits(saved))
+
+
+@contextmanager
+def adapters_apart(model: nn.Module) -> Iterator[list[str]]:
+    """Takes merged adapters of PEFT out of the weights for the length of a ``with`` block.
+
+    The forward of a merged layer does not use its adapters, so no loss would depend on what is trained. Afterwards the
+    merged weights have the bits that they had.
+
+    Args:
+        model: The model.
+
+    Yields:
+        What to say of it; nothing where no adapter is merged.
+    """
+    merged: Any = [child for child in model.modules() if getattr(child, "merged_adapters", None)]
+    merged = [child for child in merged if callable(getattr(child, "unmerge", None))]
+    kept = [(child, list(child.merged_adapters), _held(child.get_base_layer())) for child in merged]
+    before = [{name: local(tensor).clone() for name, tensor in held.items()} for _, _, held in kept]
+    try:
+        with torch.no_grad():
+            for child in merged:
+                child.unmerge()
+        torch.clear_autocast_cache()
+        yield [f"the adapters that are merged in {len(merged)} layers were taken apart"] if merged else []
+    finally:
+        for (child, adapters, held), values in zip(kept, before, strict=True):
+            child.merged_adapters[:] = adapters
+            _write(held, values)
 
 
 def tell_last(trainer: L.Trainer, listener: type) -> None:

@@ -260,6 +260,10 @@ class CheckpointAnalysis(L.Callback):
             objective = find_objective(pl_module, model, None)
             # Before the weights are loaded: the model as it is built may be the base.
             base = find_base(self.given, self.saved, pl_module, model, objective)
+            if base.values is not None:
+                # What was trained in the run may be frozen in the model as it is built.
+                for parameter in base.values.space.resolve(model).values():
+                    parameter.requires_grad_(True)
             self.saved.load_into(pl_module, model)
             subject = self._subject(trainer, pl_module, model, objective, base, status.update)
             self.base_source = base.source

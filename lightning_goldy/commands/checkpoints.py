@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,16 @@ from torch.optim import Optimizer
 
 from lightning_goldy.analysis.basin import adam_curvature_from_state
 from lightning_goldy.analysis.heads import load_gates
-from lightning_goldy.callbacks.golden_snapshot import BASE_FILE
 from lightning_goldy.callbacks.weights import Weights
 from lightning_goldy.core.architecture import HeadGates
-from lightning_goldy.core.base import BaseParameters, read_base, read_checkpoint
+from lightning_goldy.core.base import BASE_FILE, BaseParameters, base_files, read_base, read_checkpoint
 from lightning_goldy.core.objective import CausalLMObjective, MaskedLMObjective, Objective, Seq2SeqObjective
 from lightning_goldy.core.sharding import local
-from lightning_goldy.core.space import ParameterSpace
+from lightning_goldy.core.space import ParameterSpace, SpaceError
 from lightning_goldy.core.store import StoreError, fingerprint, load_vectors, read_header
 from lightning_goldy.core.vector import ParameterVector
 from lightning_goldy.training.module import GoldyModule
+from lightning_goldy.training.subject import find_model
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class SavedModel:
                     local(parameter).copy_(local(values[name]))
             return
         checkpoint = read_checkpoint(self.path)
-        self._close_heads(checkpoint, model)
+        self._close_heads(checkpoint, pl_module, model)
         pl_module.on_load_checkpoint(checkpoint)
         try:
             pl_module.load_state_dict(checkpoint["state_dict"])
@@ -74,15 +74,22 @@ class SavedModel:
         averaged = self.path.is_file() and "averaging_state" in read_checkpoint(self.path)
         return "averaged" if averaged else None
 
-    def _close_heads(self, checkpoint: Mapping[str, Any], model: nn.Module) -> None:
+    def _close_heads(self, checkpoint: Mapping[str, Any], pl_module: L.LightningModule, model: nn.Module) -> None:
         """Closes the heads that were closed as the checkpoint was written, and no others: its weights do not tell."""
-        gates = HeadGates.of(model)
-        if gates is not None:
-            gates.enable(gates.closed)
-        for state in (checkpoint.get("callbacks") or {}).values():
-            plasticity = state.get("plasticity") if isinstance(state, Mapping) else None
-            if plasticity and any(order > 0 for layer in plasticity["closing"] for order in layer):
-                load_gates(gates or HeadGates(model), plasticity)
+        states = [state for state in (checkpoint.get("callbacks") or {}).values() if isinstance(state, Mapping)]
+        closing = []
+        for state in states:
+            if state.get("plasticity"):
+                # Earlier versions did not say of which part.
+                own = find_model(pl_module, state["model_attribute"]) if "model_attribute" in state else model
+                closing.append((own, state["plasticity"]))
+        for part in [model, *(own for own, _ in closing)]:
+            gates = HeadGates.of(part)
+            if gates is not None:
+                gates.enable(gates.closed)
+        for part, plasticity in closing:
+            if any(order > 0 for layer in plasticity["closing"] for order in layer):
+                load_gates(HeadGates.of(part) or HeadGates(part), plasticity)
 
     def callback_states(self) -> dict[str, Any]:
         """What the run's callbacks left in the checkpoint (of a folder: in the checkpoint beside it), by state key.
@@ -212,11 +219,15 @@ class FoundBase:
 
 @dataclass(frozen=True)
 class _Snapshot:
-    """What a checkpoint tells of its run's snapshot; the hash is None where it tells nothing."""
+    """What a checkpoint tells of its run's snapshot; the hash is None where it tells nothing.
+
+    ``added`` are the hashes of the files of what had become trainable by then, by name.
+    """
 
     name: str
     folder: Path | None
     base_hash: str | None
+    added: Mapping[str, str] = field(default_factory=dict)
 
 
 def find_base(
@@ -224,8 +235,9 @@ def find_base(
 ) -> FoundBase:
     """The base of a saved model: what was given, the run's golden snapshot, or the pretrained model.
 
-    A snapshot that the checkpoint knows by its hash must have that hash. The model as the configuration builds it
-    serves where it has that hash, too, or where all of its weights are pretrained ones.
+    A snapshot that the checkpoint knows by its hash must have that hash; it is of what had been trained by then, which
+    may be less than the configuration's model would train, or more. The model as the configuration builds it serves
+    where it has that hash, too, or where all of its weights are pretrained ones.
 
     Args:
         given: A vector file, a folder of ``save_pretrained``, a Lightning checkpoint, a snapshot's folder or that of a
@@ -247,6 +259,8 @@ def find_base(
         # A snapshot's folder also holds vector files that are no base.
         places = (path / BASE_FILE, path / "goldy" / _SNAPSHOT / BASE_FILE)
         path = next((place for place in places if place.is_file()), path)
+        if path.name == BASE_FILE:
+            space = _space_of(base_files(path), model)
         prefix = next((f"{name}." for name, child in pl_module.named_modules() if child is model and name), "")
         return FoundBase(BaseParameters(read_base(path, model, space, prefix=prefix)), str(path))
     known = _told(saved)
@@ -259,7 +273,8 @@ def _told(saved: SavedModel) -> _Snapshot:
         if key.startswith("GoldenSnapshot[") and state.get("base_hash"):
             folder = state.get("folder")
             name = key.removeprefix("GoldenSnapshot[").removesuffix("]")
-            return _Snapshot(name, None if folder is None else Path(folder), state["base_hash"])
+            place = None if folder is None else Path(folder)
+            return _Snapshot(name, place, state["base_hash"], dict(state.get("base_added") or {}))
     return _Snapshot(_SNAPSHOT, None, None)
 
 
@@ -271,18 +286,43 @@ def _of_the_run(saved: SavedModel, known: _Snapshot, model: nn.Module, space: Pa
         header = read_header(file)
         if known.base_hash is not None and header.base_hash != known.base_hash:
             continue
-        vector, _ = load_vectors(file, model)
-        if set(vector.space) != set(space):
-            different = sorted(set(space) ^ set(vector.space))
+        kept = [file, *map(file.parent.joinpath, known.added)] if known.base_hash is not None else base_files(file)
+        own = _space_of(kept, model)
+        if known.base_hash is None and set(own) != set(space):
+            different = sorted(set(space) ^ set(own))
             raise StoreError(f"{file} is no base of this model, which differs in {different[0]!r}; give --base")
-        if fingerprint(vector) != header.base_hash:
-            raise StoreError(f"{file} does not have the hash that it was written with; give --base")
+        _check_hashes(kept, known)
         # The model may have been built in another dtype than it was trained in.
-        values = {name: vector[name].to(parameter.dtype) for name, parameter in space.resolve(model).items()}
-        return FoundBase(BaseParameters(ParameterVector(space, values)), f"the run's golden snapshot, {file}")
+        values = {name: tensor for part in kept for name, tensor in load_vectors(part, model)[0].items()}
+        found = {name: values[name].to(parameter.dtype) for name, parameter in own.resolve(model).items()}
+        return FoundBase(BaseParameters(ParameterVector(own, found)), f"the run's golden snapshot, {file}")
     if files:
         raise StoreError(f"{files[0]} is not the snapshot that {saved.path} was trained with; give --base")
     return None
+
+
+def _space_of(files: Iterable[Path], model: nn.Module) -> ParameterSpace:
+    """The model's parameters that vector files hold, whether the model as it is built trains them or not.
+
+    Raises:
+        StoreError: A file is gone, or of another model.
+    """
+    names = {}
+    for file in files:
+        if not file.is_file():
+            raise StoreError(f"{file}, a part of the run's golden snapshot, is gone; give --base")
+        try:
+            names.update(read_header(file).space().resolve(model))
+        except SpaceError as error:
+            raise StoreError(f"{file} is no base of this model: {error}; give --base") from error
+    return ParameterSpace.of_tensors(names)
+
+
+def _check_hashes(files: Iterable[Path], known: _Snapshot) -> None:
+    for file in files:
+        expected = known.added.get(file.name, read_header(file).base_hash)
+        if fingerprint(load_vectors(file)[0]) != expected:
+            raise StoreError(f"{file} does not have the hash that it was written with; give --base")
 
 
 def _as_built(

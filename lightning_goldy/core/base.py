@@ -15,6 +15,11 @@ from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.store import HEADER_KEY, StoreError, load_vectors, open_tensors
 from lightning_goldy.core.vector import ParameterVector
 
+BASE_FILE = "base.safetensors"
+"""What a golden snapshot calls its base as the training began."""
+ADDED_FILES = "base-added-*.safetensors"
+"""What it calls the files beside it, of parameters that became trainable later."""
+
 
 class Change(NamedTuple):
     """One parameter's change since the base.
@@ -152,7 +157,8 @@ def read_base(
 
     Args:
         source: A file of :func:`~lightning_goldy.core.store.save_vectors`, a Hugging Face folder or ``.safetensors``
-            file, or a Lightning checkpoint (``.ckpt``).
+            file, or a Lightning checkpoint (``.ckpt``). The folder or ``base.safetensors`` of a golden snapshot stands
+            for that file and those beside it of what became trainable later.
         model: The model that they belong to.
         space: The parameters wanted.
         prefix: What a Lightning checkpoint puts before the model's names, such as ``model.``; None to find it: nothing
@@ -169,7 +175,7 @@ def read_base(
     if path.is_file() and path.suffix == ".ckpt":
         tensors = _checkpoint_tensors(path, prefix, space)
     else:
-        files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+        files = base_files(path)
         if not files:
             raise StoreError(
                 f"{path}: neither a vector file, a .ckpt, nor a folder with .safetensors files; "
@@ -177,7 +183,7 @@ def read_base(
             )
         tensors = {}
         for file in files:
-            tensors.update(_read_safetensors(file))
+            tensors = {**_read_safetensors(file), **tensors}
     values = {}
     for name, parameter in space.resolve(model).items():
         if name not in tensors:
@@ -198,6 +204,29 @@ def read_base(
 
 def _is_plain_float(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.element_size() > 1
+
+
+def base_files(path: Path) -> list[Path]:
+    """The files of a base that was saved at a place: of a golden snapshot the first and those of later additions.
+
+    Args:
+        path: A file or a folder.
+
+    Raises:
+        StoreError: Two additions to a snapshot have different values of one parameter.
+    """
+    first = path / BASE_FILE if path.is_dir() else path
+    if first.name != BASE_FILE or not first.is_file():
+        return [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    known: dict[str, tuple[Path, Tensor]] = {}
+    added = sorted(first.parent.glob(ADDED_FILES))
+    # Resumed runs may have added the same parameters at different steps.
+    for file in added:
+        for name, tensor in _read_safetensors(file).items():
+            other, value = known.setdefault(name, (file, tensor))
+            if not torch.equal(value, tensor):
+                raise StoreError(f"{other} and {file} hold different values of {name}; take away those of another run")
+    return [first, *added]
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

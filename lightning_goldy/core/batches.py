@@ -31,6 +31,9 @@ def split_batch(batch: Any) -> Iterator[Any]:
 def batch_length(batch: Any) -> int:
     """Number of samples of a batch: the first dimension of its tensors, but for those of length 1, which serve all.
 
+    Where lists hold tensors, or dicts of tensors, of different sizes, one for each sample (as collated for detection),
+    it is the length of the lists, with which the first dimension of all other tensors must agree.
+
     Raises:
         ValueError: The batch holds no tensor, or tensors of different lengths.
 
@@ -38,16 +41,71 @@ def batch_length(batch: Any) -> int:
         >>> import torch
         >>> batch_length({"input_ids": torch.zeros(4, 7), "position_ids": torch.arange(7)[None]})
         4
+        >>> boxes = [{"boxes": torch.zeros(3, 4)}, {"boxes": torch.zeros(1, 4)}]
+        >>> batch_length(([torch.zeros(3, 8, 8), torch.zeros(3, 6, 8)], boxes))
+        2
     """
-    shapes = [tuple(tensor.shape) for tensor in batch_tensors(batch)]
-    lengths = {shape[:1] for shape in shapes}
-    if len(lengths) > 1:
-        lengths.discard((1,))
-    if len(lengths) != 1 or lengths == {()}:
+    listed, shared = _listed_length(batch), _shared_length(batch)
+    if listed is None and shared is None:
+        shapes = [tuple(tensor.shape) for tensor in batch_tensors(batch)]
         raise ValueError(
             f"a batch's tensors must share their first dimension; found shapes {shapes} in a {type(batch).__name__}"
         )
-    return lengths.pop()[0]
+    return int(shared if listed is None else listed)  # type: ignore[arg-type]
+
+
+def _shared_length(value: Any) -> int | None:
+    """The first dimension of all tensors but those of length 1; None where there is no such one."""
+    lengths = {tuple(tensor.shape[:1]) for tensor in batch_tensors(value)}
+    if len(lengths) > 1:
+        lengths.discard((1,))
+    return lengths.pop()[0] if len(lengths) == 1 and lengths != {()} else None
+
+
+def _listed_length(batch: Any) -> int | None:
+    """The length of lists with an entry for each sample; None where the first dimension of tensors tells."""
+    lists: list[Any] = []
+    others: list[Tensor] = []
+    _collect(batch, lists, others, outermost=True)
+    told = {len(items) for items in lists if not isinstance(items[0], Tensor) or _shared_length(items) is None}
+    if len(told) != 1:
+        return None
+    (length,) = told
+    others += [tensor for items in lists if len(items) != length for tensor in items if isinstance(tensor, Tensor)]
+    if any(tuple(tensor.shape[:1]) not in ((length,), (1,)) for tensor in others):
+        return None
+    if any(len(items) != length and not isinstance(items[0], Tensor) for items in lists):
+        return None
+    shared = _shared_length(batch)
+    if shared is None or (shared != length and any(isinstance(items[0], Tensor) for items in lists)):
+        return length
+    # Views of one batch in a list agree in every tensor; what belongs to single samples seldom does.
+    return None if all(len(tensor) == shared for items in lists for tensor in batch_tensors(items)) else length
+
+
+def _collect(value: Any, lists: list[Any], others: list[Tensor], *, outermost: bool = False) -> None:
+    if isinstance(value, Tensor):
+        others.append(value)
+    elif _is_list_of_samples(value, outermost=outermost):
+        lists.append(value)
+    else:
+        for part in _parts(value) or ():
+            _collect(part, lists, others)
+
+
+def _is_list_of_samples(value: Any, *, outermost: bool) -> bool:
+    """Whether a list could have an entry with tensors for each sample.
+
+    The batch itself is one only where an entry cannot be a batch of its own, as of several loaders.
+    """
+    if not isinstance(value, (list, tuple)) or hasattr(value, "_fields") or not value:
+        return False
+    if all(isinstance(item, Tensor) for item in value):
+        return not outermost
+    held = all(isinstance(item, Mapping) or _attributes(item) is not None for item in value)
+    if not held or any(next(batch_tensors(item), None) is None for item in value):
+        return False
+    return not outermost or any(_shared_length(item) is None for item in value)
 
 
 def is_divisible(batch: Any) -> bool:
@@ -77,7 +135,8 @@ def take_samples(batch: Any, rows: slice | Tensor) -> Any:
     """Some samples of a batch.
 
     Tensors and arrays are indexed along their first dimension, and so is a list or tuple of other values (texts, names)
-    that has one for each sample. A tensor whose first dimension is 1 serves all samples, as do scalars, and stays.
+    that has one for each sample, also one of tensors or dicts where :func:`batch_length` goes by it. A tensor whose
+    first dimension is 1 serves all samples, as do scalars, and stays.
 
     Args:
         batch: The batch, of any nesting.
@@ -91,10 +150,13 @@ def take_samples(batch: Any, rows: slice | Tensor) -> Any:
         >>> take_samples({"x": torch.arange(3), "text": ["a", "b", "c"], "scale": 0.5}, slice(1, None))
         {'x': tensor([1, 2]), 'text': ['b', 'c'], 'scale': 0.5}
     """
-    return _take(batch, rows, batch_length(batch))
+    listed = _listed_length(batch)
+    if listed is not None and _is_list_of_samples(batch, outermost=True):
+        return _indexed(batch, rows)
+    return _take(batch, rows, batch_length(batch), listed=listed is not None)
 
 
-def _take(value: Any, rows: slice | Tensor, length: int) -> Any:
+def _take(value: Any, rows: slice | Tensor, length: int, *, listed: bool) -> Any:
     if isinstance(value, Tensor):
         if len(value) != length:
             return value
@@ -104,9 +166,15 @@ def _take(value: Any, rows: slice | Tensor, length: int) -> Any:
             return value
         return value[rows if isinstance(rows, slice) else rows.cpu().numpy()]
     if _is_per_sample(value, length):
-        indices = range(length)[rows] if isinstance(rows, slice) else rows.tolist()
-        return type(value)([value[index] for index in indices])
-    return _rebuilt(value, lambda part: _take(part, rows, length))
+        return _indexed(value, rows)
+    if listed and _is_list_of_samples(value, outermost=False) and len(value) == length:
+        return _indexed(value, rows)
+    return _rebuilt(value, lambda part: _take(part, rows, length, listed=listed))
+
+
+def _indexed(value: Any, rows: slice | Tensor) -> Any:
+    indices = range(len(value))[rows] if isinstance(rows, slice) else rows.tolist()
+    return type(value)([value[index] for index in indices])
 
 
 def _is_per_sample(value: Any, length: int) -> bool:

@@ -313,7 +313,9 @@ def preserved(module: nn.Module, *, training: bool | None = False) -> Iterator[n
             for parameter in parameters:
                 parameter.grad = None
             if training is not None:
-                module.train(training)
+                # Not by train(), which some layers override to merge adapters into their weights.
+                for child, _ in modes:
+                    child.training = training
             yield module
         finally:
             if guard is not None:

@@ -148,19 +148,18 @@ class CausalLMObjective(Objective):
             raise ValueError(_no_target(labels))
         return _gathered(model, _columns(logits, positions), targets[:, positions], valid[:, positions])
 
-    def own_arguments(self, model: nn.Module, batch: Any, *, padding: bool = False) -> dict[str, Any]:
+    def own_arguments(self, model: nn.Module, batch: Any, *, as_given: bool = False) -> dict[str, Any]:
         """What the model's own loss is to be asked with, so that it is this objective's.
 
         Args:
             model: The model.
             batch: A batch.
-            padding: Whether labels that stand in the padding are handed on as they are.
+            as_given: Whether the model gets the batch as it is, labels that count for it alone and all.
         """
-        labels = self._labels(batch)
-        if padding and batch.get("labels") is not None:
-            mask = padding_mask(batch)
-            labels = labels if mask is None else torch.where(mask, labels, batch["labels"])
-        return {**self._inputs(model, batch), "labels": labels}
+        if not as_given:
+            return {**self._inputs(model, batch), "labels": self._labels(batch)}
+        labels = self._labels(batch) if batch.get("labels") is None else batch["labels"]
+        return {**batch, "labels": labels, **({"use_cache": False} if accepts(model, "use_cache") else {})}
 
     def samples(self, batch: Any) -> Iterator[Any]:
         """The batch cut into batches of one sample; a single row stays whole, with whatever describes its documents."""
@@ -170,10 +169,7 @@ class CausalLMObjective(Objective):
     @staticmethod
     def _inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
         inputs = {key: value for key, value in batch.items() if key != "labels"}
-        mask = inputs.get("attention_mask")
-        if isinstance(mask, Tensor) and "position_ids" not in inputs and accepts(model, "position_ids"):
-            # Virtual tokens shift every position, and PEFT leaves the counting to the model.
-            inputs.update({} if virtual_tokens(model) else left_padding_positions(mask))
+        inputs.update(_missing_positions(model, inputs))
         if accepts(model, "use_cache"):
             inputs["use_cache"] = False
         return inputs
@@ -238,7 +234,7 @@ class TokenObjective(Objective):
         logits = _aligned_logits(self, model, model(**self._inputs(model, batch)).logits, labels)
         return _gathered(model, logits[:, logits.shape[1] - labels.shape[1] :], labels, valid)
 
-    def own_arguments(self, model: nn.Module, batch: Any, *, padding: bool = False) -> dict[str, Any]:
+    def own_arguments(self, model: nn.Module, batch: Any, *, as_given: bool = False) -> dict[str, Any]:
         """What the model's own loss is to be asked with, so that it is this objective's: the batch as it is."""
         return {**batch, **({"use_cache": False} if accepts(model, "use_cache") else {})}
 
@@ -326,7 +322,7 @@ class ClassifierObjective(Objective):
             raise ValueError(f"a batch of {len(labels)} samples has no target: every label is masked (-100)")
         return _gathered(model, logits, labels, kept)
 
-    def own_arguments(self, model: nn.Module, batch: Any, *, padding: bool = False) -> dict[str, Any] | None:
+    def own_arguments(self, model: nn.Module, batch: Any, *, as_given: bool = False) -> dict[str, Any] | None:
         """What the model's own loss is to be asked with: the batch as it is; None for pairs, which have no names."""
         return dict(batch) if isinstance(batch, Mapping) else None
 
@@ -373,7 +369,7 @@ class SpanObjective(Objective):
         n_samples = len(ends[0])
         return TargetLogits(target.logits, target.targets, target.sample % n_samples, n_samples)
 
-    def own_arguments(self, model: nn.Module, batch: Any, *, padding: bool = False) -> dict[str, Any]:
+    def own_arguments(self, model: nn.Module, batch: Any, *, as_given: bool = False) -> dict[str, Any]:
         """What the model's own loss is to be asked with: the batch as it is."""
         return dict(batch)
 
@@ -463,7 +459,7 @@ def objective_for(model: nn.Module, given: Objective | None = None) -> Objective
     return _OBJECTIVES[task]()
 
 
-def check_own_loss(model: nn.Module, objective: Objective, batch: Any, *, padding: bool = False) -> None:
+def check_own_loss(model: nn.Module, objective: Objective, batch: Any, *, as_given: bool = False) -> None:
     """Holds an objective's loss against the one that a transformers model computes by itself, on its first samples.
 
     The routers' auxiliary loss is no part of either. Costs two forward passes over up to two samples.
@@ -472,8 +468,8 @@ def check_own_loss(model: nn.Module, objective: Objective, batch: Any, *, paddin
         model: The model, in evaluation mode; one that gives no loss of its own is not checked.
         objective: The objective; one of the user's own making is taken at its word.
         batch: A batch, on the model's device.
-        padding: Whether labels that stand in the padding count as they do in the model's loss, which is what a training
-            step that takes that loss trains.
+        as_given: Whether the model gets the batch as it is, as from a training step that takes the model's loss; what
+            the objective does otherwise (labels and positions behind padding) is then a difference.
 
     Raises:
         ValueError: The two differ by more than rounding; both numbers are named.
@@ -488,27 +484,37 @@ def check_own_loss(model: nn.Module, objective: Objective, batch: Any, *, paddin
         return
     part = _first_samples(objective, batch)
     called = getattr(model, "_orig_mod", model)  # a call with labels would be compiled anew
-    arguments = objective.own_arguments(called, part, padding=padding)  # type: ignore[attr-defined]
+    arguments = objective.own_arguments(called, part, as_given=as_given)  # type: ignore[attr-defined]
     if arguments is None or not all(accepts(called, name, unnamed=True) for name in arguments if name in _LABELS):
         return
     if getattr(head.config, "output_router_logits", False) and accepts(called, "output_router_logits"):
         arguments["output_router_logits"] = False
-    problem = getattr(head.config, "problem_type", None)
-    try:
-        output = called(**arguments)
-    finally:
-        if hasattr(head.config, "problem_type"):
-            head.config.problem_type = problem  # which a first call with labels fills in
+    output = _called(head, called, arguments)
     own = getattr(output, "loss", None)
     if own is None:
         return
-    found = objective.loss(model, part)
-    if not _agree(own.mean(), found, getattr(output, "logits", own)):
-        raise ValueError(
-            f"{model_class(head)}: its own loss on the probe's first samples is {own.mean().item():.6g}, that of "
-            f"{type(objective).__name__} {found.item():.6g}: labels and logits are read in two ways"
-            f"{_padded_labels(part) if padding else ''}; {OWN_LOSS}, or check=False to analyse with this one"
-        )
+    found, logits = objective.loss(model, part), getattr(output, "logits", own)
+    if _agree(own.mean(), found, logits):
+        return
+    reasons = _labels_behind_padding(part) if as_given else []
+    shift = _missing_positions(called, part) if as_given and isinstance(objective, CausalLMObjective) else {}
+    if shift and not _agree(own.mean(), _called(head, called, {**arguments, **shift}).loss.mean(), logits):
+        reasons.append(_SHIFTED)
+    raise ValueError(
+        f"{model_class(head)}: its own loss on the probe's first samples is {own.mean().item():.6g}, that of "
+        f"{type(objective).__name__} {found.item():.6g}: "
+        f"{'; '.join(reasons) or 'labels and logits are read in two ways'}; {OWN_LOSS}, or check=False to analyse with "
+        "this one"
+    )
+
+
+def _called(head: Any, model: nn.Module, arguments: Mapping[str, Any]) -> Any:
+    problem = getattr(head.config, "problem_type", None)
+    try:
+        return model(**arguments)
+    finally:
+        if hasattr(head.config, "problem_type"):
+            head.config.problem_type = problem  # which a first call with labels fills in
 
 
 def padding_mask(batch: Mapping[str, Any]) -> Tensor | None:
@@ -578,6 +584,10 @@ _OBJECTIVES: dict[Task, type[Objective]] = {
 }
 _CHECKED = (*_OBJECTIVES.values(), MaskedLMObjective, TokenClassifierObjective)
 _LABELS = ("labels", "start_positions", "end_positions")
+_SHIFTED = (
+    "the padding on the left shifts the positions of the tokens, which this objective counts from each sample's first: "
+    "put position_ids into the batch (attention_mask.cumsum(1) - 1, at least 0), or pad on the right"
+)
 # No bias by distance is as low, and no mask that is meant as minus infinity is higher where its type reaches this far.
 _HIDDEN = -1e8
 
@@ -659,13 +669,27 @@ def _first_samples(objective: Objective, batch: Any) -> Any:
     return batch
 
 
-def _padded_labels(part: Mapping[str, Any]) -> str:
+def _labels_behind_padding(part: Any) -> list[str]:
+    """What to do about labels that a model's own loss counts and next-token prediction does not."""
     mask = padding_mask(part) if isinstance(part, Mapping) and "input_ids" in part else None
-    labels = part.get("labels")
+    labels = part.get("labels") if mask is not None else None
     if mask is None or not isinstance(labels, Tensor) or labels.shape != mask.shape:
-        return ""
-    count = int(((labels != IGNORE_INDEX) & ~mask).sum())
-    return f" ({count} labels stand where attention_mask is 0: make them -100)" if count else ""
+        return []
+    counted = labels != IGNORE_INDEX
+    first = counted[:, 1:] & mask[:, 1:] & ~mask[:, :-1]
+    reasons = (
+        (int((counted & ~mask).sum()), "labels stand where attention_mask is 0"),
+        (int(first.sum()), "labels are of first tokens behind padding, which nothing tells"),
+    )
+    return [f"{count} {what}: make them {IGNORE_INDEX}" for count, what in reasons if count]
+
+
+def _missing_positions(model: nn.Module, part: Mapping[str, Any]) -> dict[str, Tensor]:
+    mask = part.get("attention_mask")
+    if not isinstance(mask, Tensor) or "position_ids" in part or not accepts(model, "position_ids"):
+        return {}
+    # Virtual tokens shift every position, and PEFT leaves the counting to the model.
+    return {} if virtual_tokens(model) else left_padding_positions(mask)
 
 
 def _agree(own: Tensor, found: Tensor, logits: Tensor) -> bool:

@@ -79,6 +79,10 @@ class ResumableDataLoader(DataLoader):
             self._delivered += 1
             yield batch
 
+    def rewind(self) -> None:
+        """Start the next pass at the first batch."""
+        self._delivered = self._skip = 0
+
     def state_dict(self) -> dict[str, int]:
         """The position, as Lightning stores it in a checkpoint."""
         ahead = 0 if self.ahead is None else self.ahead()

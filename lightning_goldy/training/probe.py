@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import lightning.pytorch as L
 import numpy as np
 import torch
+import torch.distributed as dist
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities import CombinedLoader
@@ -137,7 +138,8 @@ def read_batches(trainer: L.Trainer, source: Source, n_samples: int | None) -> l
     with preserved(module), _as_validation(trainer):
         _seed()
         try:
-            combined = _combined(source.open(), source)
+            with _as_one_process():
+                combined = _combined(source.open(), source)
             limits = None if source.limits is None else source.limits(combined)
             for limit in [limits, None] if limits is not None and n_samples is not None else [limits]:
                 batches = _read(trainer, combined, source, limit, n_samples)
@@ -170,12 +172,43 @@ def _read(
 
 @torch.no_grad()
 def _fed(trainer: L.Trainer, loaders: CombinedLoader) -> Iterator[Any]:
-    for batch, _, dataloader_idx in loaders:
+    for batch, _, dataloader_idx in _alone(loaders):
         batch = trainer.precision_plugin.convert_input(batch)
         batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=dataloader_idx)
         batch = trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
         # Batches may have been made in inference mode, whose tensors cannot take part in a backward pass.
         yield map_batch(batch, lambda tensor: tensor.detach().cpu().clone())
+
+
+def _alone(loaders: Iterable[Any]) -> Iterator[Any]:
+    with _as_one_process():
+        items = iter(loaders)
+    while True:
+        # The hooks that follow may take part in the communication of the processes.
+        with _as_one_process():
+            item = next(items, None)
+        if item is None:
+            return
+        yield item
+
+
+@contextmanager
+def _as_one_process() -> Iterator[None]:
+    """A data set that asks ``torch.distributed`` for its share of the samples takes them all.
+
+    One that has been given its share before, or asks elsewhere (the environment, a name imported from torch), cannot be
+    known.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        yield
+        return
+    answers = {"get_rank": lambda group=None: 0, "get_world_size": lambda group=None: 1}
+    before = {name: getattr(dist, name) for name in answers}
+    try:
+        vars(dist).update(answers)
+        yield
+    finally:
+        vars(dist).update(before)
 
 
 def _seed() -> None:
@@ -236,6 +269,12 @@ def _for_every_rank(loader: Any) -> Any:
     held: dict[str, Any] = vars(copied)
     # The attributes of a loader that exists cannot be set.
     held.update(persistent_workers=False, _iterator=None)
+    # A loader that is to go on within an epoch is read from its beginning.
+    rewind = getattr(copied, "rewind", None)
+    if callable(rewind):
+        rewind()
+    if "next_iter_state" in held:  # of torchdata's stateful loader
+        held["next_iter_state"] = None
     if loader.num_workers > 0:
         held["prefetch_factor"] = 1
     if isinstance(loader.worker_init_fn, partial) and "rank" in loader.worker_init_fn.keywords:
@@ -269,6 +308,8 @@ def _undivided(sampler: Any, dataset: Any) -> Any:
     if callable(getattr(sampler, "set_epoch", None)):
         # A resumed run reads what the first one read.
         sampler.set_epoch(0)
+    if getattr(sampler, "next_yielded", None) is not None:  # of torchdata's stateful samplers
+        sampler.next_yielded = None
     return sampler
 
 

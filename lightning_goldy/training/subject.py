@@ -118,8 +118,8 @@ def check_probe(
         objective: How its batches are read.
         probe: The batches.
         n_samples: Samples that an analysis needs.
-        pl_module: The LightningModule; unless it trains by this very objective, labels that stand in the padding count
-            as they do in the model's own loss.
+        pl_module: The LightningModule; unless it trains by this very objective, the model's own loss is that of the
+            batch as it is, as its training step would ask for it.
         check: Whether the objective's loss is held against the model's own; two more passes over two samples.
 
     Raises:
@@ -136,8 +136,8 @@ def check_probe(
         if not bool(torch.isfinite(values).all()):
             raise ValueError(f"probe batch {index}: the log-probability is {values.tolist()}, not finite")
         if check and index == 0:
-            padding = pl_module is not None and getattr(pl_module, "objective", None) is not objective
-            check_own_loss(model, objective, placed, padding=padding)
+            as_given = pl_module is not None and getattr(pl_module, "objective", None) is not objective
+            check_own_loss(model, objective, placed, as_given=as_given)
         seen += len(values)
     if n_samples is not None and seen < n_samples:
         raise ValueError(f"n_samples={n_samples}, but the probe holds only {seen} samples")

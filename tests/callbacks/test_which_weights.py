@@ -14,6 +14,8 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.callbacks.weight_averaging import EMAWeightAveraging
+from lightning.pytorch.plugins import MixedPrecision
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -27,7 +29,8 @@ from lightning_goldy.callbacks import (
     TaylorDiff,
 )
 from lightning_goldy.core import load_vectors
-from tests.callbacks.training import Finetune, TokenData, differences, fit
+from tests.callbacks.training import Finetune, TokenData, Tokens, differences, fit
+from tests.references.models import build
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*without a model", "ignore:.*no last checkpoint")
 
@@ -337,3 +340,191 @@ def test_a_batch_norm_alone_does_not_make_weights_others(tmp_path):
     L.Trainer(max_epochs=1, default_root_dir=tmp_path, callbacks=[snapshot, saver], **quiet).fit(Plain())
     assert [entry[0] for entry in told(snapshot)] == [1, 2, 3, 4]
     assert {entry[2] for entry in told(snapshot)} == {"training"}
+
+
+def test_a_base_that_moves_stays_with_the_training(tmp_path):
+    moving = TaylorDiff(
+        [1], n_samples=2, function_space=False, reset="each", every_n_steps=8, at=("checkpoint", "end"), by=None
+    )
+    saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_epochs=1, save_top_k=-1)
+    fit(tmp_path, [EMAWeightAveraging(decay=0.9), moving, saver], enable_checkpointing=True)
+    found = [(row["step"], row["weights"], row["result"]["base_step"]) for row in rows(moving)]
+    assert found == [(8, "training", 0), (8, "averaged", 8), (16, "training", 8), (16, "averaged", 16)]
+    saved = torch.load(tmp_path / "step=16.ckpt", weights_only=True)["current_model_state"]
+    base, _ = load_vectors(moving.folder / "base-step=00000016.safetensors")
+    assert all(torch.equal(value, saved[f"model.{name}"]) for name, value in base.items())
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_base_of_an_epoch_is_of_the_training(tmp_path, first):
+    swap, moving = SwapWhileValidating(), TaylorDiff([1], n_samples=2, reset="epoch", every_n_epochs=1, at=())
+    _, module, _ = fit(tmp_path, [swap, moving] if first else [moving, swap], num_sanity_val_steps=0)
+    found = [(row["step"], row["weights"], row["result"]["base_step"]) for row in rows(moving)]
+    if first:
+        assert found == [(8, "training", 0), (16, "training", 8)]
+        base = moving._base.vector(module.model)
+        assert all(torch.equal(base[name], value.detach()) for name, value in module.model.named_parameters())
+        return
+    # The weights are still the validation's as this callback sees the epoch end.
+    assert found == [(8, "replaced", 0), (16, "replaced", 0)]
+    assert rows(moving)[1]["result"]["notes"] == [
+        "the base stayed at step 0, for epoch 0 ended with other weights than those of the training"
+    ]
+
+
+class Overflowing(Finetune):
+    """Trains in half precision with losses that are scaled, of which those of some batches overflow."""
+
+    overflows = (1, 4)
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss * float("inf") if batch_idx in self.overflows else loss
+
+
+def half() -> MixedPrecision:
+    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**4))
+
+
+def watchers() -> list:
+    return [
+        GoldenSnapshot(every_n_steps=1),
+        AttentionTracker(n_samples=2, every_n_steps=3),
+        ParameterDistribution(every_n_steps=3),
+        GoldenParameters(n_samples=2, every_n_steps=3),
+        TaylorDiff([1], n_samples=2, function_space=False, every_n_steps=3, reset="each", by=None),
+    ]
+
+
+def test_steps_that_a_gradient_scaler_skips_leave_the_weights_where_they_were(tmp_path):
+    options = {"module": Overflowing, "max_epochs": 1}
+    plain, looking = fit(tmp_path / "plain", [], plugins=[half()], **options), watchers()
+    trainer, _, found = fit(tmp_path / "watched", looking, plugins=[half()], **options)
+    # A loss that is not finite stays out of the comparison by its number.
+    assert differences(plain[2], found) == []
+    norms = {row["step"]: row["metrics"]["delta_norm"] for row in rows(looking[0])}
+    assert list(norms) == list(range(1, 9))
+    assert [step for step in norms if step > 1 and norms[step] == norms[step - 1]] == [2, 5]
+    assert {row["weights"] for row in rows(looking[0])} == {"training"}
+    assert plain[0].precision_plugin.scaler.state_dict() == trainer.precision_plugin.scaler.state_dict()
+
+
+def test_accumulated_and_clipped_gradients_are_left_alone(tmp_path):
+    options = {"accumulate_grad_batches": 3, "gradient_clip_val": 0.05, "val_check_interval": 2}
+    looking = watchers()
+    saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    plain = fit(tmp_path / "plain", [], **options)[2]
+    watched = fit(tmp_path / "watched", [*looking, saver], enable_checkpointing=True, **options)
+    assert differences(plain, watched[2]) == []
+    # Three steps for the eight batches of an epoch, the last one with two.
+    assert [row["step"] for row in rows(looking[0])] == list(range(1, 7))
+    for row in rows(looking[0]):
+        if (tmp_path / f"step={row['step']}.ckpt").is_file():
+            saved = torch.load(tmp_path / f"step={row['step']}.ckpt", weights_only=True)["state_dict"]
+            values = {name.removeprefix("model."): value for name, value in saved.items()}
+            assert row["metrics"]["delta_norm"] == pytest.approx(distance(values, start()), rel=1e-6)
+    assert [row["step"] for row in rows(looking[3])] == [3, 6]
+
+
+class Adapted(Finetune):
+    def __init__(self):
+        super().__init__()
+        config = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
+        self.model = get_peft_model(self.model, config)
+
+
+class MergeWhileValidating(L.Callback):
+    """Validates the merged model, as one that is to be deployed, and unmerges it exactly."""
+
+    def on_validation_start(self, trainer, pl_module):
+        self.kept = [parameter.detach().clone() for parameter in pl_module.parameters()]
+        pl_module.model.merge_adapter()
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        pl_module.model.unmerge_adapter()
+        for parameter, value in zip(pl_module.parameters(), self.kept, strict=True):
+            parameter.data.copy_(value)
+
+
+def test_merged_adapters_are_analysed_apart(tmp_path):
+    def looking():
+        options = {"n_samples": 2, "function_space": False, "by": None, "reset": "epoch", "every_n_epochs": 1, "at": ()}
+        return [GoldenParameters(n_samples=2, every_n_epochs=1, at=()), TaylorDiff([1], **options)]
+
+    options = {"module": Adapted, "max_epochs": 1, "num_sanity_val_steps": 0}
+    apart, merged, merging = looking(), looking(), MergeWhileValidating()
+    plain = fit(tmp_path / "plain", apart, **options)[2]
+    # Before the callback that takes the adapters apart again at the end of an epoch.
+    found = fit(tmp_path / "merged", [*merged, merging], **options)[2]
+    assert differences({**plain, "losses": []}, {**found, "losses": []}) == []
+    for one, other in zip(apart, merged, strict=True):
+        (expected,), (row,) = rows(one), rows(other)
+        assert row["result"]["notes"] == ["the adapters that are merged in 2 layers were taken apart"]
+        assert "notes" not in expected["result"]
+        for name in (name for name, value in expected["metrics"].items() if value is not None):
+            assert row["metrics"][name] == pytest.approx(expected["metrics"][name], rel=1e-3, abs=1e-6), name
+    masks = [load_vectors(one.folder / rows(one)[0]["files"]["mask"])[0] for one in (apart[0], merged[0])]
+    assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[0])
+
+
+class WithTexts(TokenData):
+    """Batches that hold more than the model takes, and several loaders to validate with."""
+
+    probe_dataloader = None
+
+    def rows(self, n_samples, seed):
+        rows = [{**Tokens(n_samples, seed)[index], "text": f"row {index}"} for index in range(n_samples)]
+        return DataLoader(rows, batch_size=2)
+
+    def train_dataloader(self):
+        return self.rows(16, 1)
+
+    def val_dataloader(self):
+        return [self.rows(1, 2), self.rows(3, 3)]
+
+
+class Odd(Finetune):
+    """The model lies deeper, beside a frozen one that it learns from; texts are taken out on the way to the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.ModuleDict({"student": self.model, "teacher": build("gpt2").requires_grad_(False)})
+        del self.model
+
+    @property
+    def model(self):
+        return self.inner["student"]
+
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        return {name: value for name, value in batch.items() if name != "text"}
+
+    def training_step(self, batch, batch_idx):
+        apart = self.inner["teacher"](**batch).logits - self.model(**batch).logits
+        return super().training_step(batch, batch_idx) + 0.1 * apart.pow(2).mean()
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        super().validation_step(batch, batch_idx)
+
+
+@pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
+@pytest.mark.filterwarnings("ignore:You have overridden `on_before_batch_transfer`")
+def test_an_odd_set_up_is_looked_at_and_left_alone(tmp_path):
+    options = {"module": Odd, "max_epochs": 1}
+    looking = watchers()
+    for callback in looking[1::2]:
+        callback.model_attribute = "inner.student"
+    plain = fit(tmp_path / "plain", [], data=WithTexts(), **options)[2]
+    _, module, found = fit(tmp_path / "watched", looking, data=WithTexts(), **options)
+    assert differences(plain, found) == []
+    assert all(rows(callback)[-1]["step"] == 8 for callback in looking)
+    assert {name for name, _ in module.model.named_parameters()} == set(looking[0].base.space)
+
+
+def test_averages_of_what_was_unfrozen_on_the_way(tmp_path):
+    before, looking = start(), watchers()
+    _, module, _ = fit(tmp_path, [Unfreeze(), EMAWeightAveraging(decay=0.9), *looking], module=OfTrainable)
+    row = rows(looking[0])[-1]
+    assert (row["step"], row["trigger"], row["weights"]) == (16, "end", "averaged")
+    true = distance(dict(module.model.named_parameters()), before)
+    assert row["metrics"]["delta_norm"] == pytest.approx(true, rel=1e-6)
+    assert all(rows(callback)[-1]["weights"] == "averaged" for callback in looking)

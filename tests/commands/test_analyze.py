@@ -24,8 +24,10 @@ from lightning_goldy.cli import main
 from lightning_goldy.commands.checkpoints import find_base, read_saved
 from lightning_goldy.core import ParameterVector
 from lightning_goldy.core.architecture import HeadGates
-from lightning_goldy.core.base import BaseParameters
+from lightning_goldy.core.base import BaseParameters, base_of
+from lightning_goldy.core.files import StoreError
 from lightning_goldy.core.objective import CausalLMObjective, ClassifierObjective
+from lightning_goldy.core.store import fingerprint, load_vectors, save_vectors
 from lightning_goldy.data import AtlasDataModule
 from lightning_goldy.training.models import build_model, complete_config, write_pretrained
 from lightning_goldy.training.module import GoldyModule
@@ -451,3 +453,80 @@ def test_bad_options_are_refused(trained, here, capsys):
     (here / "taken/goldy/taylor_diff").mkdir(parents=True)
     (here / "taken/goldy/taylor_diff/results.jsonl").write_text("{}\n")
     assert "holds results already" in refuse(capsys, trained, output="taken")
+
+
+@pytest.fixture
+def unfrozen(trained, here):
+    """The run as one that began with its last block frozen: the base in two files; a checkpoint may know only one."""
+    run = here / "unfrozen/version_0"
+    folder = run / "goldy/golden_snapshot"
+    (run / "checkpoints").mkdir(parents=True)
+    folder.mkdir(parents=True)
+    whole, _ = load_vectors(trained / "run/version_0/goldy/golden_snapshot/base.safetensors")
+    late = [name for name in whole if ".h.1." in name]
+    parts = {"base.safetensors": [name for name in whole if name not in late]}
+    parts["base-added-step=00000003-0.safetensors"] = late
+    hashes, model = {}, model_of(trained / "base")
+    for file, names in parts.items():
+        space = whole.space.subspace(names)
+        vector = ParameterVector(space, {name: whole[name] for name in space})
+        hashes[file] = fingerprint(vector)
+        save_vectors(folder / file, vector, kind="values", model=model, step=3, base_hash=hashes[file])
+    # What else lies there is no base.
+    save_vectors(folder / "previous-step=00000003.safetensors", 2 * whole, kind="values", model=model, step=3)
+    first = hashes.pop("base.safetensors")
+    for name, added in (("early", {}), ("late", hashes)):
+        changed(trained, run / f"checkpoints/{name}.ckpt", base_hash=first, base_added=added, folder=str(folder))
+    return run, whole, late
+
+
+def test_what_became_trainable_is_read_with_the_base(trained, here, unfrozen):
+    run, whole, late = unfrozen
+    module = GoldyModule(str(trained / "base"))
+    # The model as it is built may freeze what the run came to train.
+    for parameter in module.model.transformer.h[1].parameters():
+        parameter.requires_grad_(False)
+
+    def found(checkpoint, given=None):
+        saved = read_saved(run / f"checkpoints/{checkpoint}.ckpt")
+        return find_base(given, saved, module, module.model, CausalLMObjective()).values.vector(module.model)
+
+    folder = run / "goldy/golden_snapshot"
+    for base in (
+        found("late"),
+        *(found("early", place) for place in (run, folder, folder / "base.safetensors")),
+        base_of(folder, module.model, whole.space).vector(module.model),
+    ):
+        assert set(base) == set(whole)
+        assert all(torch.equal(base[name], value) for name, value in whole.items())
+    # By the first checkpoint the last block had not been trained.
+    assert set(found("early")) == set(whole) - set(late)
+    early = analyze(trained, checkpoint=run / "checkpoints/early.ckpt", output="early")
+    tensors = row_of(early, "parameter_distribution")["result"]["tensors"]
+    assert {row["name"] for row in tensors} == set(whole) - set(late)
+    added = folder / "base-added-step=00000003-0.safetensors"
+    shutil.copy(folder / "previous-step=00000003.safetensors", folder / "base-added-step=00000004-0.safetensors")
+    with pytest.raises(StoreError, match="hold different values of"):
+        found("early", folder)
+    added.unlink()
+    with pytest.raises(StoreError, match=r"added-step=00000003-0\.safetensors, a part of .* is gone; give --base"):
+        found("late")
+
+
+def test_heads_are_closed_in_the_part_that_they_were_closed_in(trained, here):
+    class Two(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model, self.draft = model_of(trained / "base"), model_of(trained / "base")
+
+    module = Two()
+    state = {
+        "HeadPlasticity[a]": {"plasticity": {"closing": [[0, 1], [0, 0]]}, "model_attribute": "draft"},
+        "HeadPlasticity[b]": {"plasticity": {"closing": [[0, 0], [1, 0]]}, "model_attribute": None},
+    }
+    saved = {"state_dict": module.state_dict(), "callbacks": state, "global_step": 1}
+    torch.save(saved, here / "two.ckpt")
+    for _ in range(2):
+        read_saved(here / "two.ckpt").load_into(module, module.model)
+        assert HeadGates.of(module.draft).closed == ((0, 1),)
+        assert HeadGates.of(module.model).closed == ((1, 0),)

@@ -141,3 +141,59 @@ def test_samples_are_counted_also_where_tensors_disagree() -> None:
     assert sample_count({"position_ids": torch.zeros(1, 2), "ids": torch.zeros(3, 2)}) == 3
     assert sample_count({"ids": torch.zeros(3, 2), "total": torch.tensor(3)}) == 3
     assert sample_count("text") == 1
+
+
+def image(height: int) -> torch.Tensor:
+    return torch.full((3, height, 8), float(height))
+
+
+def target(n_boxes: int) -> dict[str, torch.Tensor]:
+    return {"boxes": torch.full((n_boxes, 4), float(n_boxes)), "labels": torch.arange(n_boxes)}
+
+
+@pytest.mark.parametrize("boxes", [(3, 1), (1, 1), (3, 3), (2, 5), (0, 2)])
+def test_lists_with_tensors_for_each_sample_are_cut(boxes: tuple[int, ...]) -> None:
+    images, targets = [image(4), image(6)], [target(n) for n in boxes]
+    collated = tuple(zip(*zip(images, targets, strict=True), strict=True))
+    for batch in ((images, targets), collated, {"images": images, "targets": targets, "names": ["a", "b"]}):
+        assert batch_length(batch) == sample_count(batch) == 2
+        for index, part in enumerate(split_batch(batch)):
+            inputs, labels = tuple(part.values())[:2] if isinstance(part, dict) else part
+            assert torch.equal(inputs[0], images[index])
+            assert labels[0]["boxes"].tolist() == targets[index]["boxes"].tolist()
+            assert len(inputs) == len(labels) == 1
+            assert not isinstance(part, dict) or part["names"] == ["ab"[index]]
+            assert type(part) is type(batch)
+            # A single sample is one sample still.
+            assert batch_length(part) == 1
+    picked = take_samples((images, targets), torch.tensor([1]))
+    assert torch.equal(picked[0][0], images[1])
+
+
+def test_a_list_beside_a_tensor_of_samples_goes_with_it() -> None:
+    # As DETR is given it.
+    batch = {
+        "pixel_values": torch.arange(4).view(4, 1, 1, 1),
+        "labels": [{"boxes": torch.ones(n, 4), "image_id": torch.tensor([n])} for n in (2, 1, 4, 2)],
+    }
+    part = take_samples(batch, slice(1, 3))
+    assert part["pixel_values"].flatten().tolist() == [1, 2]
+    assert [label["image_id"].item() for label in part["labels"]] == [1, 4]
+    sequences = {"ids": [torch.arange(3), torch.arange(5)], "labels": torch.tensor([0, 1])}
+    assert [part["ids"][0].tolist() for part in split_batch(sequences)] == [[0, 1, 2], [0, 1, 2, 3, 4]]
+    detectron = [{"image": image(4), "boxes": torch.ones(2, 4)}, {"image": image(6), "boxes": torch.ones(1, 4)}]
+    assert [part[0]["image"].shape[1] for part in split_batch(detectron)] == [4, 6]
+
+
+def test_views_and_batches_of_several_loaders_are_no_samples() -> None:
+    views = {"views": [{"x": torch.zeros(2, 3)}, {"x": torch.ones(2, 3)}], "y": torch.arange(2)}
+    part = take_samples(views, slice(1))
+    assert [view["x"].shape for view in part["views"]] == [(1, 3), (1, 3)]
+    crops = [torch.zeros(4, 3), torch.zeros(4, 5), torch.arange(4)]
+    assert [len(tensor) for tensor in take_samples(crops, slice(2))] == [2, 2, 2]
+    for several in (
+        [{"x": torch.zeros(4, 2), "y": torch.zeros(4)}, {"x": torch.zeros(3, 2), "y": torch.zeros(3)}],
+        ([torch.zeros(4, 2), torch.zeros(4)], [torch.zeros(3, 2), torch.zeros(3)]),
+    ):
+        with pytest.raises(ValueError, match="must share their first dimension"):
+            batch_length(several)

@@ -325,16 +325,53 @@ def test_another_loss_than_the_models_own_is_told_with_both_numbers() -> None:
             check_own_loss(model, CausalLMObjective(), TOKENS)
 
 
+def padded(side: str) -> dict[str, Tensor]:
+    mask = torch.ones(4, 7, dtype=torch.long)
+    mask[:, slice(0, 2) if side == "left" else slice(5, 7)] = 0
+    return {**TOKENS, "attention_mask": mask, "labels": TOKENS["input_ids"].masked_fill(mask == 0, -100)}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_rounding_and_padding_are_no_difference(dtype: torch.dtype, side: str) -> None:
-    model = build("gpt2").to(dtype).eval()
-    mask = torch.ones(4, 7, dtype=torch.long)
-    mask[:, slice(0, 2) if side == "left" else slice(5, 7)] = 0
-    labels = TOKENS["input_ids"].masked_fill(mask == 0, -100)
+    model, batch = build("gpt2").to(dtype).eval(), padded(side)
+    if side == "left":
+        batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        batch["labels"][:, 2] = -100
     with torch.no_grad():
-        for batch in ({**TOKENS, "attention_mask": mask}, {**TOKENS, "attention_mask": mask, "labels": labels}):
-            check_own_loss(model, CausalLMObjective(), batch, padding=True)
+        for given in (batch, {name: value for name, value in batch.items() if name != "labels"}):
+            check_own_loss(model, CausalLMObjective(), given, as_given=True)
+
+
+def test_padding_on_the_left_that_a_model_trains_with_otherwise_is_told() -> None:
+    model, batch = build("gpt2").eval(), padded("left")
+    first = {name: value[:2] for name, value in batch.items()}
+    positions, labels = "put position_ids into the batch", "2 labels are of first tokens behind padding"
+    known = {"position_ids": (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)}
+    masked = batch["labels"].clone()
+    masked[:, 2] = -100
+    with torch.no_grad():
+        own, ours = model(**first).loss.item(), CausalLMObjective().loss(model, first).item()
+        assert abs(own - ours) > 1e-3
+        check_own_loss(model, CausalLMObjective(), batch)
+        for given, told in (
+            (batch, {positions, labels}),
+            ({**batch, **known}, {labels}),
+            ({**batch, "labels": masked}, {positions}),
+        ):
+            with pytest.raises(ValueError, match="its own loss on the probe's first samples") as caught:
+                check_own_loss(model, CausalLMObjective(), given, as_given=True)
+            message = str(caught.value)
+            assert {reason for reason in (positions, labels) if reason in message} == told
+            assert "two ways" not in message
+            if given is batch:
+                assert f"is {own:.6g}, that of CausalLMObjective {ours:.6g}: " in message
+        # Positions that are relative do not differ; the first tokens do.
+        rotary = build("llama").eval()
+        check_own_loss(rotary, CausalLMObjective(), {**batch, "labels": masked}, as_given=True)
+        with pytest.raises(ValueError, match=labels) as caught:
+            check_own_loss(rotary, CausalLMObjective(), batch, as_given=True)
+        assert positions not in str(caught.value)
 
 
 def test_labels_in_the_padding_that_the_model_trains_on_are_told() -> None:
@@ -344,7 +381,7 @@ def test_labels_in_the_padding_that_the_model_trains_on_are_told() -> None:
     with torch.no_grad():
         check_own_loss(model, CausalLMObjective(), batch)
         with pytest.raises(ValueError, match="4 labels stand where attention_mask is 0: make them -100"):
-            check_own_loss(model, CausalLMObjective(), batch, padding=True)
+            check_own_loss(model, CausalLMObjective(), batch, as_given=True)
 
 
 def test_the_loss_of_routers_is_no_part() -> None:

@@ -368,3 +368,39 @@ def test_what_objects_hold_is_put_back(tmp_path: Any) -> None:
     assert source.random.random() == first
     assert len(Kept([list("ab"), (x for x in "ab")]).iterators) == 1
     file.close()
+
+
+class Merging(nn.Linear):
+    """A layer that merges its adapter into its weight in evaluation mode, as loralib's do."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+        self.adapter, self.merged = nn.Parameter(torch.ones(2, 2)), False
+
+    def train(self, mode: bool = True) -> Merging:
+        super().train(mode)
+        if mode == self.merged:
+            with torch.no_grad():
+                self.weight.add_(self.adapter if not mode else -self.adapter)
+            self.merged = not mode
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + (0 if self.merged else x @ self.adapter.T)
+
+
+def test_evaluation_mode_merges_nothing() -> None:
+    model = nn.Sequential(Merging(), nn.Dropout(0.5)).train()
+    before = model[0].weight.detach().clone()
+    with preserved(model):
+        assert [child.training for child in model.modules()] == [False] * 3
+        model(torch.ones(1, 2)).sum().backward()
+        assert model[0].adapter.grad.abs().sum() > 0
+    assert torch.equal(model[0].weight, before)
+    assert [child.training for child in model.modules()] == [True] * 3
+    model.eval()
+    assert model[0].merged
+    with preserved(model):
+        pass
+    model.train()
+    assert torch.allclose(model[0].weight, before)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from lightning_goldy.callbacks.weights import weights_in
 from lightning_goldy.core import (
     ParameterSpace,
     ParameterVector,
@@ -253,6 +254,32 @@ def check_finiteness(whole: nn.Module, spread: nn.Module) -> None:
         require_finite(broken, "weights")
 
 
+def check_replaced(whole: nn.Module, spread: nn.Module) -> None:
+    """Weights that a checkpoint holds in place of the module's are put in, whoever holds them in whatever form."""
+    present = ParameterVector.of(spread)
+    other = {name: 2 * tensor.detach() for name, tensor in whole.state_dict().items()}
+    only = next(iter(other))
+    shards = {name: 2 * tensor for name, tensor in present.items()}
+    rank = dist.get_rank()
+    for state, changed in (
+        (other, set(other)),
+        (other if rank == 0 else {}, set(other)),
+        ({only: other[only]} if rank == 1 else {}, {only}),
+        (shards, set(shards)),
+        (dict(present), set()),
+        (dict(whole.state_dict()) if rank == 0 else {}, set()),
+    ):
+        with weights_in({"state_dict": state}, spread) as replaced:
+            assert replaced is bool(changed)
+            expected = {name: 2 * tensor if name in changed else tensor for name, tensor in present.items()}
+            same(
+                ParameterVector.of(spread), ParameterVector(present.space, {n: gather(t) for n, t in expected.items()})
+            )
+        assert all(
+            torch.equal(local(tensor), local(present[name])) for name, tensor in ParameterVector.of(spread).items()
+        )
+
+
 CASES: dict[str, tuple[list, tuple[str, ...] | None, str, str]] = {
     # name: ranks of the mesh, names of its dimensions, model, layout
     "1 process": ([0], None, "odd", "by layer"),
@@ -288,6 +315,8 @@ def check_case(name: str, folder: Path, brief: bool) -> None:
         check_isolation(whole, spread, forward)
         check_base(whole, spread)
         check_finiteness(whole, spread)
+        if len(members) == dist.get_world_size():
+            check_replaced(whole, spread)
         check_files(whole, spread, folder / name.replace(" ", "-"), group)
     except BaseException as error:
         raise AssertionError(f"case {name!r}, rank {dist.get_rank()}") from error

@@ -8,6 +8,7 @@ import lightning.pytorch as L
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -23,6 +24,7 @@ from torch.utils.data import (
 
 from lightning_goldy.callbacks import AnalysisCallback
 from lightning_goldy.core import ClassifierObjective
+from lightning_goldy.data.base import ResumableDataLoader
 from lightning_goldy.training.subject import find_probe, find_splits
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
@@ -321,3 +323,40 @@ def test_splits_are_read_as_the_probe_is(tmp_path):
     (few,), streamed = callback.found["few"], callback.found["streamed"]
     assert (few.x.tolist(), few.texts) == ([0, 1, 2], ["a", "b", "c"])
     assert [batch[0][:, 0].tolist() for batch in streamed] == [[1, 2], [3]]
+
+
+def test_a_loader_that_goes_on_within_an_epoch_is_read_from_its_beginning(tmp_path):
+    loader = ResumableDataLoader(Numbers(8), batch_size=2)
+    loader.load_state_dict({"delivered": 3})
+    callback = Looking(4, probe=loader)
+    fit(tmp_path, [callback])
+    assert callback.values == [[0, 1], [2, 3]]
+    # Its own next pass begins where it was to begin.
+    assert [batch[0][:, 0].tolist() for batch in loader] == [[6, 7]]
+    assert [batch[0][:, 0].tolist() for batch in loader] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+class Shard(IterableDataset):
+    """Every process reads a share of its own, as it asks torch for its rank."""
+
+    def __iter__(self):
+        rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        yield from ((torch.tensor([float(number), 0.0]), 0) for number in range(rank, 8, size))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_data_set_that_asks_for_its_share_is_read_whole(tmp_path, monkeypatch, workers):
+    class Second(Looking):
+        def prepare(self, trainer, model):
+            loader = DataLoader(Shard(), batch_size=2, num_workers=workers)
+            with monkeypatch.context() as patched:
+                for name, answer in (("is_initialized", True), ("get_rank", 1), ("get_world_size", 2)):
+                    patched.setattr(dist, name, lambda group=None, answer=answer: answer)
+                assert next(iter(Shard()))[0][0] == 1
+                reading = find_probe(trainer, trainer.lightning_module, loader, 4)
+                assert (dist.get_rank(), dist.get_world_size()) == (1, 2)
+            self.values = [batch[0][:, 0].tolist() for batch in reading.batches]
+
+    callback = Second(probe=batches(0))
+    fit(tmp_path, [callback])
+    assert callback.values == [[0, 1], [2, 3]]
