@@ -18,7 +18,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_goldy.analysis.result import AnalysisResult, Cost, Row
-from lightning_goldy.callbacks.exact_resume import follow_training
 from lightning_goldy.callbacks.run_folder import (
     find_previous,
     lock_folder,
@@ -43,6 +42,7 @@ from lightning_goldy.core.sharding import RankError, Replicas, is_sharded, unsha
 from lightning_goldy.core.space import ParameterSpace, trainable_parameters
 from lightning_goldy.core.store import Kind, save_vectors
 from lightning_goldy.core.vector import ParameterVector, require_finite
+from lightning_goldy.data.base import follow_training
 from lightning_goldy.training.probe import Reading
 from lightning_goldy.training.subject import check_probe, find_model, find_objective, find_probe
 

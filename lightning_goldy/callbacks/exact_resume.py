@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import lightning.pytorch as L
@@ -12,27 +10,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_goldy.core.isolation import random_states, restore_random_states
 from lightning_goldy.core.sharding import Replicas
-from lightning_goldy.data.base import ResumableDataLoader
+from lightning_goldy.data.base import follow_training
 
 _PATIENCE_SECONDS = 10.0
-
-
-def follow_training(trainer: L.Trainer) -> None:
-    """Lets the training loaders that keep their position leave out batches that were fetched and not trained on."""
-    combined = trainer.fit_loop._combined_loader
-    for loader in [] if combined is None else combined.flattened:
-        if isinstance(loader, ResumableDataLoader):
-            loader.ahead = partial(_ahead, weakref.ref(trainer))
-
-
-def _ahead(trainer: weakref.ref[L.Trainer]) -> int:
-    """Batches of this epoch that were fetched, less those that were trained on."""
-    known = trainer()
-    if known is None or known.fit_loop._data_fetcher is None:
-        return 0
-    # Counted before the hooks at the end of a batch, as Lightning does where it resumes from within them.
-    trained = known.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
-    return max(known.fit_loop._data_fetcher.fetched - trained, 0)
 
 
 class ExactResume(L.Callback):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from functools import partial
 from itertools import islice
 from typing import Any, cast
 
@@ -91,6 +93,24 @@ class ResumableDataLoader(DataLoader):
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Start the next pass at the stored position (at the beginning if that epoch was complete)."""
         self._delivered = self._skip = state["delivered"] % len(self)
+
+
+def follow_training(trainer: L.Trainer) -> None:
+    """Lets the training loaders that keep their position leave out batches that were fetched and not trained on."""
+    combined = trainer.fit_loop._combined_loader
+    for loader in [] if combined is None else combined.flattened:
+        if isinstance(loader, ResumableDataLoader):
+            loader.ahead = partial(_ahead, weakref.ref(trainer))
+
+
+def _ahead(trainer: weakref.ref[L.Trainer]) -> int:
+    """Batches of this epoch that were fetched, less those that were trained on."""
+    known = trainer()
+    if known is None or known.fit_loop._data_fetcher is None:
+        return 0
+    # Counted before the hooks at the end of a batch, as Lightning does where it resumes from within them.
+    trained = known.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
+    return max(known.fit_loop._data_fetcher.fetched - trained, 0)
 
 
 def make_loader(

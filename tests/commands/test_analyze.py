@@ -356,7 +356,11 @@ def test_the_run_is_left_alone(trained, here):
     assert (here / "runs/analyze/version_0/summary.json").is_file()
 
 
-def test_what_one_family_cannot_do_leaves_the_others(trained, here, capsys):
+def test_what_one_analysis_cannot_do_leaves_the_others(trained, here, capsys, monkeypatch):
+    def refuse(*args, **options):
+        raise ValueError("no derivative")
+
+    monkeypatch.setattr("lightning_goldy.commands.analyze.taylor_diff", refuse)
     tokenizer = AtlasDataModule(**DATA).tokenizer
     model = build_model(
         complete_config({"model_type": "bloom", "hidden_size": 8, "n_layer": 1, "n_head": 2}, tokenizer)
@@ -367,7 +371,7 @@ def test_what_one_family_cannot_do_leaves_the_others(trained, here, capsys):
             parameter.mul_(1.01)
     write_pretrained(model, here / "moved", tokenizer=tokenizer)
     words = ["moved", "--config", str(trained / "run.yaml"), "--model.model=bloom", "--output", "out"]
-    # The family's activation has no forward-mode derivative, and its patterns cannot be read.
+    # The family's patterns cannot be read.
     assert main(["analyze", *words, "--prompt", "Chad", "--max-new-tokens", "2"]) == 2
     message = capsys.readouterr().err
     assert "goldy: taylor_diff failed: " in message

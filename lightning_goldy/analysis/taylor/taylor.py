@@ -387,7 +387,8 @@ class Expansion:
         if len(left) == len(leaves):
             raise _independent(len(leaves))
         for name in left:  # what the objective does not depend on has a gradient of zero
-            take(name, torch.zeros_like(leaves[name], requires_grad=False), 0.0)
+            nothing = torch.zeros_like(leaves[name], requires_grad=False)
+            take(name, nothing, self._products(name, nothing))
 
     def _backward(self, place: ParameterVector, batch: Any) -> tuple[float, list[Tensor]]:
         """The loss and its gradients at a place of parameter space."""

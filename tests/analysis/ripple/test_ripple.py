@@ -188,10 +188,18 @@ def test_a_new_fact_can_be_edited_in() -> None:
     torch.testing.assert_close(found.after, by_id.after, rtol=0, atol=0)
 
 
-def test_without_forward_mode_gradients_serve() -> None:
+@pytest.mark.parametrize("route", ["forward", "gradients"])
+def test_functions_of_a_familys_own_go_forward_by_their_parts_or_by_gradients(
+    route: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any) -> Any:
+        raise NotImplementedError("no forward mode")
+
+    if route == "gradients":
+        monkeypatch.setattr("lightning_goldy.analysis.ripple.measure._forward_slope", refuse)
     model = architecture_models.build("bloom").double()
     found = ripple(model, EDITS[:1], learning_rate=1e-4, select=["*dense_4h_to_h.weight"])
-    assert found.settings["route"] == "gradients"
+    assert found.settings["route"] == route
     assert found.agreement()[0].pearson > 0.99
     assert found.agreement()[0].slope == pytest.approx(1.0, abs=0.02)
 
