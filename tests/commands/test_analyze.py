@@ -21,6 +21,7 @@ from lightning_goldy.analysis.continuations import Continuations, continue_promp
 from lightning_goldy.analysis.linearized import ExplainedChange, explain_change
 from lightning_goldy.analysis.taylor import TaylorDiffResult, taylor_diff
 from lightning_goldy.cli import main
+from lightning_goldy.commands.analyze import PARTS
 from lightning_goldy.commands.checkpoints import find_base, read_saved
 from lightning_goldy.core import ParameterVector
 from lightning_goldy.core.architecture import HeadGates
@@ -360,7 +361,7 @@ def test_what_one_analysis_cannot_do_leaves_the_others(trained, here, capsys, mo
     def refuse(*args, **options):
         raise ValueError("no derivative")
 
-    monkeypatch.setattr("lightning_goldy.commands.analyze.taylor_diff", refuse)
+    monkeypatch.setitem(PARTS, "taylor_diff", refuse)
     tokenizer = AtlasDataModule(**DATA).tokenizer
     model = build_model(
         complete_config({"model_type": "bloom", "hidden_size": 8, "n_layer": 1, "n_head": 2}, tokenizer)

@@ -78,7 +78,7 @@ def test_files_of_no_text_are_named(capsys: pytest.CaptureFixture[str], monkeypa
         main(["fit", "--config", "a.yaml", "--ckpt_path", "a.ckpt"])
     monkeypatch.setattr("lightning_goldy.cli.find_recipe", lambda name: Recipe(name, "recipes", Path("a.txt")))
     for words, told in (
-        (["analyze", "a.ckpt", "--config", "a.yaml", "--prompts", "a.txt"], "a.txt is no UTF-8 text: byte 3 is 0xe9"),
+        (["analyze", "a.ckpt", "--config", "a.yaml", "--prompts", "a.txt"], "a.txt is not UTF-8 text: byte 3 is 0xe9"),
         (["analyze", "a.ckpt", "--config", "a.yaml"], "a.ckpt: not a whole checkpoint"),
         (["recipes", "show", "a"], "the recipe a.txt is not UTF-8 text: byte 3 is 0xe9"),
         (["data", "show", "a.txt"], "a.txt is not UTF-8 text: byte 3 is 0xe9"),
