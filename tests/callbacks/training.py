@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_goldy.core.sharding import unshard_guard
 from tests.references.models import build, token_batch
 
 
@@ -113,6 +114,8 @@ def trace(trainer, module) -> dict:
         tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
         return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
+    # An evaluation leaves FSDP2's root unsharded, an analysis does not; the weights are the same.
+    unshard_guard(module)
     optimizer = trainer.optimizers[0]
     state = [
         data(value)

@@ -264,7 +264,7 @@ def check_replaced(whole: nn.Module, spread: nn.Module) -> None:
     for state, changed in (
         (other, set(other)),
         (other if rank == 0 else {}, set(other)),
-        ({only: other[only]} if rank == 1 else {}, {only}),
+        ({only: other[only]} if rank == 1 else {}, {only} if dist.get_world_size() > 1 else set()),
         (shards, set(shards)),
         (dict(present), set()),
         (dict(whole.state_dict()) if rank == 0 else {}, set()),
