@@ -7,6 +7,7 @@ import math
 import pickle
 import shlex
 
+import lightning.pytorch as L
 import pytest
 import torch
 import yaml
@@ -15,6 +16,7 @@ from lightning_goldy.analysis import adam_preconditioner, kronecker_precondition
 from lightning_goldy.analysis.basin import basin_volume
 from lightning_goldy.cli import main
 from lightning_goldy.commands.checkpoints import positions, read_saved
+from lightning_goldy.commands.fit import _OneBatch
 from lightning_goldy.core import ParameterSpace
 from lightning_goldy.data import AtlasDataModule
 from lightning_goldy.training.models import build_model, complete_config, write_pretrained
@@ -95,6 +97,15 @@ def test_rows_are_what_the_function_finds(trained, here, capsys):
     page = (here / "out" / "report.html").read_text()
     assert "The volume over the run" in page
     assert yaml.safe_load((here / "out" / "config.yaml").read_text())["model"]["init_args"]["model"]
+
+
+@pytest.mark.parametrize(("configured", "read"), [(7, 7), (0.5, 0.5), (0, 1.0)])
+def test_the_ignored_evaluation_is_short_and_the_validation_set_is_not(configured, read):
+    trainer = L.Trainer(limit_val_batches=configured, logger=False, enable_checkpointing=False, accelerator="cpu")
+    callback = _OneBatch(trainer)
+    assert trainer.limit_val_batches == 1
+    callback.on_validation_start(trainer, L.LightningModule())
+    assert trainer.limit_val_batches == read
 
 
 def test_a_pretrained_folder_gives_the_volume_of_its_checkpoint(trained, here):
