@@ -322,9 +322,12 @@ def test_a_tensor_that_a_graph_needs_is_not_written_to() -> None:
     model = Remembering()
     model.running = model.layer(torch.ones(1, 2)).exp()
     loss = model.running.square().sum()
+    (expected,) = torch.autograd.grad(loss, model.layer.weight, retain_graph=True)
     with preserved(model):
         pass
     loss.backward()
+    assert model.layer.weight.grad is not None
+    assert torch.equal(model.layer.weight.grad, expected)
 
 
 def test_a_trainer_and_its_callbacks_go_their_own_way() -> None:
