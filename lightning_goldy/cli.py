@@ -458,7 +458,7 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
 
 
 def _data(options: argparse.Namespace) -> None:
-    from lightning_goldy.commands.data import convert_pieces, show_pieces
+    from lightning_goldy.commands.files import convert_pieces, show_pieces
 
     {"convert": convert_pieces, "show": show_pieces}[options.action](options)
 
@@ -482,7 +482,7 @@ def _add_masks(parser: argparse.ArgumentParser) -> None:
 
 
 def _masks(options: argparse.Namespace) -> None:
-    from lightning_goldy.commands.masks import combine_masks, compare_masks, show_masks
+    from lightning_goldy.commands.files import combine_masks, compare_masks, show_masks
 
     {"show": show_masks, "compare": compare_masks, "combine": combine_masks}[options.action](options)
 

@@ -97,6 +97,14 @@ def here(trained, tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture
+def only(monkeypatch):
+    """Leaves of the analyses those that a test looks at."""
+    return lambda *names: monkeypatch.setattr(
+        "lightning_goldy.commands.analyze.PARTS", {name: PARTS[name] for name in names}
+    )
+
+
 def checkpoint_of(trained, step=6):
     return trained / "run/version_0/checkpoints" / f"step={step}.ckpt"
 
@@ -213,7 +221,8 @@ def test_without_a_prompt_the_probe_is_shown_and_nothing_written(trained, here, 
     assert result_of(TaylorDiffResult, out, "taylor_diff").loss == expected.loss
 
 
-def test_drawn_continuations_follow_the_seed(trained, here):
+def test_drawn_continuations_follow_the_seed(trained, here, only):
+    only("continuations")
     words = ["--prompt", "Chad", "--max-new-tokens", "6", "--temperature", "1.5", "--seed"]
     out = analyze(trained, *words, "3")
     data = AtlasDataModule(**DATA)
@@ -258,7 +267,8 @@ def test_a_base_may_be_any_saved_form(trained, base, reference):
     assert all(torch.equal(value, wanted[name]) for name, value in found.values.vector(module.model).items())
 
 
-def test_a_base_may_be_given_for_a_checkpoint_alone(trained, here):
+def test_a_base_may_be_given_for_a_checkpoint_alone(trained, here, only):
+    only("taylor_diff")
     shutil.copy(checkpoint_of(trained), here / "alone.ckpt")
     base = checkpoint_of(trained, 3)
     out = analyze(trained, "--base", base, checkpoint="alone.ckpt")
@@ -267,7 +277,8 @@ def test_a_base_may_be_given_for_a_checkpoint_alone(trained, here):
     assert summary_of(out)["base"] == str(base)
 
 
-def test_a_folder_of_weights_finds_the_snapshot_of_its_run(trained, analyzed, here):
+def test_a_folder_of_weights_finds_the_snapshot_of_its_run(trained, analyzed, here, only):
+    only("taylor_diff")
     one = analyze(trained, checkpoint=checkpoint_of(trained).with_suffix(""), output="one")
     two = analyzed[0]
     assert summary_of(one)["base"] == summary_of(two)["base"]
@@ -286,7 +297,8 @@ def changed(trained, path, **fields):
     return path
 
 
-def test_without_a_snapshot_the_pretrained_model_is_the_base(trained, analyzed, here, capsys):
+def test_without_a_snapshot_the_pretrained_model_is_the_base(trained, analyzed, here, capsys, only):
+    only("taylor_diff")
     out = analyze(trained, checkpoint=changed(trained, here / "alone.ckpt"))
     expected = f"the pretrained model {trained / 'base'} as the configuration builds it"
     assert expected in summary_of(out)["base"]
@@ -408,7 +420,8 @@ def test_what_is_no_checkpoint_or_another_models_is_refused(trained, here, capsy
     assert "has shape" in refuse(capsys, trained, "--base", "other")
 
 
-def test_heads_that_were_closed_are_analysed_closed_by_every_command(trained, here):
+def test_heads_that_were_closed_are_analysed_closed_by_every_command(trained, here, only):
+    only("taylor_diff")
     model = model_of(trained / "base")
     saved = torch.load(checkpoint_of(trained), weights_only=True)
     closing = HeadGates(model)
@@ -485,7 +498,7 @@ def unfrozen(trained, here):
     return run, whole, late
 
 
-def test_what_became_trainable_is_read_with_the_base(trained, here, unfrozen):
+def test_what_became_trainable_is_read_with_the_base(trained, here, unfrozen, only):
     run, whole, late = unfrozen
     module = GoldyModule(str(trained / "base"))
     # The model as it is built may freeze what the run came to train.
@@ -506,6 +519,7 @@ def test_what_became_trainable_is_read_with_the_base(trained, here, unfrozen):
         assert all(torch.equal(base[name], value) for name, value in whole.items())
     # By the first checkpoint the last block had not been trained.
     assert set(found("early")) == set(whole) - set(late)
+    only("parameter_distribution")
     early = analyze(trained, checkpoint=run / "checkpoints/early.ckpt", output="early")
     tensors = row_of(early, "parameter_distribution")["result"]["tensors"]
     assert {row["name"] for row in tensors} == set(whole) - set(late)

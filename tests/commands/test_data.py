@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -136,9 +134,3 @@ def test_the_help_names_every_format(capsys):
         parser.parse_args(["data", "convert", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
     assert all(name in shown for name in FORMATS)
-
-
-def test_the_command_line_itself_does_not_wait_for_torch():
-    code = "import sys, lightning_goldy.commands.data; print('torch' in sys.modules)"
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert shown.strip() == "False"

@@ -10,7 +10,7 @@ import torch
 
 from lightning_goldy import ParameterMask, ParameterSpace
 from lightning_goldy.cli import main
-from lightning_goldy.commands.masks import combined
+from lightning_goldy.commands.files import combined
 
 SPACE = ParameterSpace(
     ("h.0.weight", "h.1.weight", "wte.weight"),
@@ -122,6 +122,6 @@ def test_names_in_brackets_are_shown_as_they_are(files, capsys):
 
 
 def test_the_command_line_itself_does_not_wait_for_torch():
-    code = "import sys, lightning_goldy.commands.masks; print('torch' in sys.modules)"
+    code = "import sys, lightning_goldy.commands.files; print('torch' in sys.modules)"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown.strip() == "False"

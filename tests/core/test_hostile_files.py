@@ -506,7 +506,7 @@ def fault_of(read: Callable[[Path], Any], path: Path) -> str:
 
 
 @pytest.mark.parametrize("name", FILES)
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.data())
 def test_damage_of_any_kind_is_an_error_of_one_plain_line_or_harmless(
     tmp_path_factory: pytest.TempPathFactory, name: str, data: st.DataObject

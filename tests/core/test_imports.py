@@ -1,4 +1,4 @@
-"""The core and the analyses serve people without Lightning."""
+"""The core, the analyses and the report serve people without Lightning."""
 
 from __future__ import annotations
 
@@ -22,6 +22,13 @@ def check(after):
 import lightning_goldy
 check("lightning_goldy")
 assert "torch" not in sys.modules, "the package itself imports nothing"
+
+import lightning_goldy.report
+unwanted = ("lightning_goldy.analysis", "lightning_goldy.callbacks", "matplotlib", "plotly", "altair", "vl_convert")
+found = [name for name in unwanted if name in sys.modules]
+assert not found, ("lightning_goldy.report", found)
+check("lightning_goldy.report")
+
 dir(lightning_goldy)
 lightning_goldy.ParameterSpace, lightning_goldy.CausalLMObjective
 check("its names from the core")
@@ -40,7 +47,7 @@ def run(program: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False)
 
 
-def test_no_module_of_core_or_analysis_imports_lightning() -> None:
+def test_core_analyses_and_report_load_without_what_they_do_not_need() -> None:
     result = run(PROGRAM)
     assert result.returncode == 0, result.stderr
 

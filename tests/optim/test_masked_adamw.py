@@ -15,10 +15,16 @@ from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 from lightning_goldy import MaskedAdamW, ParameterMask, ParameterSpace
 from lightning_goldy.core import SpaceError
 from lightning_goldy.optim import masked_adamw as masked_update
+from tests.references.common import paired
 from tests.references.masked_adamw import element_loop, two_whole_runs
 
 SHAPES = {"weight": (37, 53), "other": (1000,), "scalar": (), "bias": (5,), "empty": (0, 3)}
+DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float64)}
 IMPLEMENTATIONS = {"single": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
+
+
+def named(*values):
+    return {str(value): value for value in values}
 
 
 def subject(shapes=None, dtype=torch.float32, seed=0, density=0.3):
@@ -71,9 +77,13 @@ def small_stretches(monkeypatch):
     monkeypatch.setattr(masked_update, "_BATCHED", 171)
 
 
-@pytest.mark.parametrize("options", [{}, {"amsgrad": True}, {"maximize": True}, {"weight_decay": 0.0}], ids=str)
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@paired(
+    {
+        "dtype": DTYPES,
+        "implementation": {name: name for name in IMPLEMENTATIONS},
+        "options": named({}, {"amsgrad": True}, {"maximize": True}, {"weight_decay": 0.0}),
+    }
+)
 def test_equal_rates_are_torchs_adamw_over_100_steps(implementation, options, dtype):
     starts, masks = subject(dtype=dtype)
     mine, theirs = parameters(starts), parameters(starts)
@@ -88,11 +98,15 @@ def test_equal_rates_are_torchs_adamw_over_100_steps(implementation, options, dt
         assert same_bits(optimizer.state[parameter], reference.state[theirs[name]])
 
 
-@pytest.mark.parametrize("rates", [(1e-2, 0.0), (0.0, 1e-2), (1e-2, 1e-3), (1e-4, 1e-2)], ids=str)
-@pytest.mark.parametrize("options", [{}, {"amsgrad": True, "maximize": True}, {"weight_decay": 0.0}], ids=str)
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("density", [0.05, 0.3], ids=["held as indices", "held as booleans"])
+@paired(
+    {
+        "density": {"held as indices": 0.05, "held as booleans": 0.3},
+        "dtype": DTYPES,
+        "implementation": {name: name for name in IMPLEMENTATIONS},
+        "options": named({}, {"amsgrad": True, "maximize": True}, {"weight_decay": 0.0}),
+        "rates": named((1e-2, 0.0), (0.0, 1e-2), (1e-2, 1e-3), (1e-4, 1e-2)),
+    }
+)
 @pytest.mark.usefixtures("small_stretches")
 def test_each_side_is_torchs_adamw_at_its_rate(implementation, options, rates, dtype, density):
     starts, masks = subject(dtype=dtype, density=density)

@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 import shlex
+import shutil
 
 import pytest
 import yaml
@@ -62,26 +63,32 @@ RECIPES = all_recipes()
 DRAWN = "transformer_from_scratch"
 
 
-@pytest.fixture
-def workplace(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory):
     """A folder with copies of all files, and small stand-ins for what their commands read."""
-    monkeypatch.chdir(tmp_path)
+    folder = tmp_path_factory.mktemp("workplace")
     for recipe in RECIPES:
-        (tmp_path / recipe.kind).mkdir(exist_ok=True)
-        (tmp_path / recipe.kind / recipe.path.name).write_text(recipe.text)
-    (tmp_path / "small.yaml").write_text(yaml.safe_dump(SMALL))
-    (tmp_path / "text.txt").write_text("to be or not to be, that is the question. " * 400)
+        (folder / recipe.kind).mkdir(exist_ok=True)
+        (folder / recipe.kind / recipe.path.name).write_text(recipe.text)
+    (folder / "small.yaml").write_text(yaml.safe_dump(SMALL))
+    (folder / "text.txt").write_text("to be or not to be, that is the question. " * 400)
     pairs = [{"question": f"what is {n} + {n}?", "answer": str(2 * n)} for n in range(60)]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     # A folder of that name goes before the hub.
-    for folder, config, tokenizer in (
+    for name, config, tokenizer in (
         ("gpt2", TINY, byte_tokenizer()),
         ("google/gemma-3-270m", TINY_GEMMA, byte_tokenizer()),
         ("runs/demo/base", TINY, AtlasDataModule().tokenizer),
     ):
-        (tmp_path / folder).parent.mkdir(parents=True, exist_ok=True)
-        write_pretrained(build_model(complete_config(config, tokenizer)), tmp_path / folder, tokenizer=tokenizer)
-    return tmp_path
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_pretrained(build_model(complete_config(config, tokenizer)), folder / name, tokenizer=tokenizer)
+    return folder
+
+
+@pytest.fixture
+def workplace(stand_ins, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return shutil.copytree(stand_ins, tmp_path, dirs_exist_ok=True)
 
 
 def _arguments(recipe):

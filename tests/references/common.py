@@ -5,11 +5,41 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations, product
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
+
+# options in combination
+
+
+def paired(axes: Mapping[str, Mapping[str, Any]]) -> pytest.MarkDecorator:
+    """Every combination of options as a test; fast are as few as hold every two values of different options together.
+
+    Args:
+        axes: The values of each argument, by what they are called.
+    """
+    whole = list(product(*axes.values()))
+    pairs = {chosen: set(combinations(enumerate(chosen), 2)) for chosen in whole}
+    left, fast = set().union(*pairs.values()), set()
+    while left:
+        best = max(whole, key=lambda chosen: len(pairs[chosen] & left))
+        fast.add(best)
+        left -= pairs[best]
+    cases = [
+        pytest.param(
+            *(values[name] for values, name in zip(axes.values(), chosen, strict=True)),
+            marks=() if chosen in fast else pytest.mark.slow,
+            id="-".join(chosen),
+        )
+        for chosen in whole
+    ]
+    return pytest.mark.parametrize(tuple(axes), cases)
+
 
 # core: selection
 

@@ -17,8 +17,6 @@ from lightning_goldy.core import (
     ParameterVector,
 )
 from lightning_goldy.core.objective import split_batch
-from tests.distributed.launch import run_processes
-from tests.distributed.preconditioner_checks import check_kronecker
 from tests.references.kronecker import Mlp, dense_blocks, least_likely, second_moments, split_tensors
 from tests.references.models import FAMILIES, build, class_batch, token_batch
 from tests.references.preconditioner import dense_map
@@ -285,7 +283,3 @@ def test_arguments_out_of_range(options, message):
     batch = (torch.randn(5, 4), torch.zeros(5, dtype=torch.long))
     with pytest.raises(ValueError, match=message):
         kronecker_preconditioner(Mlp(), [batch], ClassifierObjective(), **options)
-
-
-def test_two_processes_equal_one_with_shards_and_with_replicas():
-    assert run_processes(check_kronecker, 2) == [True, True]

@@ -10,8 +10,6 @@ from torch import nn
 from lightning_goldy.analysis import diagonal_preconditioner, tuned_preconditioner
 from lightning_goldy.analysis.basin import local_volume
 from lightning_goldy.core import ParameterSpace, ParameterVector, SpaceError
-from tests.distributed.launch import run_processes
-from tests.distributed.preconditioner_checks import check_diagonal
 from tests.references.preconditioner import Small, dense_map, diagonal_scales
 
 
@@ -167,13 +165,6 @@ def test_arguments_out_of_range(change, message):
 def test_an_unknown_name_is_refused():
     with pytest.raises(SpaceError, match="no parameter 'weight'"):
         diagonal_preconditioner(curvature_of(Small()), eps=0.1).apply("weight", torch.ones(6), 0)
-
-
-# Processes
-
-
-def test_two_processes_with_shards_equal_one():
-    assert run_processes(check_diagonal, 2) == [True, True]
 
 
 # Tuning

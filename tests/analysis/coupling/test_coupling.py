@@ -13,6 +13,7 @@ from lightning_goldy.analysis.coupling import coupling as coupling_run
 from lightning_goldy.analysis.coupling.passes import Capture
 from lightning_goldy.core import ClassifierObjective, FunctionObjective, ParameterSpace, store
 from lightning_goldy.core.space import SpaceError
+from tests.references.common import paired
 from tests.references.coupling import centered, cosines, gradients, log_prob, rows_of
 from tests.references.coupling_models import TinyLM, pieces
 from tests.references.models import CAUSAL, build, class_batch
@@ -38,9 +39,13 @@ def compared(model, result, batch):
 # Against the loop
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("family", CAUSAL)
-@pytest.mark.parametrize("select", SELECTIONS)
+@paired(
+    {
+        "select": {name: name for name in SELECTIONS},
+        "family": {name: name for name in CAUSAL},
+        "dtype": {str(dtype): dtype for dtype in (torch.float32, torch.float64)},
+    }
+)
 def test_every_family_equals_the_loop(family, select, dtype):
     model, batch = build(family).to(dtype), pieces(LENGTHS)
     chosen = SELECTIONS[select]
