@@ -198,9 +198,9 @@ def _nothing_big(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return made(*size, **options)
 
     monkeypatch.setattr(torch, "zeros", zeros)
-    start = time.perf_counter()
+    start = time.process_time()
     yield
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 @pytest.mark.usefixtures("_nothing_big")

@@ -93,7 +93,7 @@ def test_pieces_of_the_logits_add_up_too(monkeypatch: pytest.MonkeyPatch) -> Non
     )
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("without_casts")
 def test_the_loss_by_way_of_logits_has_the_derivatives_of_the_loss_itself(family: str) -> None:
     model = build(family).double().eval()
