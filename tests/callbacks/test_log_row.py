@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
@@ -63,6 +64,29 @@ def test_what_is_missing_is_told_once(trainer: Any, monkeypatch: pytest.MonkeyPa
     # Warnings are errors here.
     store.log_row(trainer, ROW, {})
     assert images_of(trainer) == []
+
+
+@pytest.mark.parametrize(
+    "figure",
+    [
+        lambda row: 1 / 0,
+        lambda row: figures.Figure({"mark": "point"}, {"a": {"b": [1.0]}}, ranges={"x": (float("nan"), 1.0)}),
+        lambda row: {"no": "figure"},
+    ],
+)
+def test_a_faulty_figure_of_a_user_is_told_and_the_others_are_logged(
+    trainer: Any, monkeypatch: pytest.MonkeyPatch, figure: Any
+) -> None:
+    entry = figures.Entry("faulty", "Faulty", "step", (), figure)
+    monkeypatch.setitem(figures.FIGURES["golden_snapshot"], "faulty", entry)
+    with pytest.warns(UserWarning, match="figure 'faulty' of golden_snapshot at step 3 is not logged"):
+        store.log_row(trainer, ROW, {})
+    assert len(images_of(trainer)) == 2
+
+
+def test_numbers_of_numpy_are_drawn() -> None:
+    figure = figures.Figure({"mark": "point"}, {"a": {"b": [np.float32(0.5), np.int64(2), None, np.nan]}})
+    assert figure.spec()["datasets"]["a"] == [{"b": 0.5}, {"b": 2}, {"b": None}, {"b": None}]
 
 
 @pytest.mark.parametrize(
