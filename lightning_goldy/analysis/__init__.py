@@ -13,7 +13,7 @@ from lightning_goldy.analysis.attention import (
     track_attention,
 )
 from lightning_goldy.analysis.attribution import (
-    ChangeAttribution,
+    ChangeAttributionResult,
     GraftCurve,
     apply_change,
     change_attribution,
@@ -113,7 +113,7 @@ __all__ = [
     "AnalysisResult",
     "AttentionMaps",
     "AttentionStatistics",
-    "ChangeAttribution",
+    "ChangeAttributionResult",
     "Compaction",
     "Continuations",
     "Cost",

@@ -26,6 +26,7 @@ import lightning_goldy
 from lightning_goldy.callbacks import (
     AttentionTracker,
     BasinVolume,
+    ChangeAttribution,
     GoldenParameters,
     GoldenSnapshot,
     KnowledgeCoupling,
@@ -86,6 +87,7 @@ def analysis_callbacks(every_n_steps: int) -> list[L.Callback]:
         GoldenSnapshot(every_n_steps=every_n_steps),
         GoldenParameters(every_n_steps=every_n_steps, at=("start", "end")),
         ReverseGoldenParameters(at=("start", "end")),
+        ChangeAttribution(at=("end",)),
         TaylorDiff(every_n_steps=every_n_steps, at=("end",)),
         ParameterDistribution(),
         AttentionTracker(every_n_steps=every_n_steps, at=("start", "end")),

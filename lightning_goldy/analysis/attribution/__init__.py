@@ -1,6 +1,6 @@
 """Change attribution and grafting: which parameters carry what a finetune did, and what a part of them recovers."""
 
-from lightning_goldy.analysis.attribution.attribution import ChangeAttribution, change_attribution
+from lightning_goldy.analysis.attribution.attribution import ChangeAttributionResult, change_attribution
 from lightning_goldy.analysis.attribution.graft import (
     GraftCurve,
     GraftPoint,
@@ -12,7 +12,7 @@ from lightning_goldy.analysis.attribution.graft import (
 from lightning_goldy.analysis.attribution.units import UnitGroup, model_units, unit_mask
 
 __all__ = [
-    "ChangeAttribution",
+    "ChangeAttributionResult",
     "GraftCurve",
     "GraftPoint",
     "UnitGroup",

@@ -209,7 +209,7 @@ class ChangePath:
 
 
 @dataclass(frozen=True)
-class ChangeAttribution(AnalysisResult):
+class ChangeAttributionResult(AnalysisResult):
     r"""What each parameter's change did to a metric.
 
     Args:
@@ -334,7 +334,7 @@ class ChangeAttribution(AnalysisResult):
         """The change, how complete its attribution is, and the share of each kind of parameter."""
         kinds = {f"share/{kind}": value / self.total if self.total else None for kind, value in self.by_kind.items()}
         return {
-            "change": self.change,
+            "effect": self.change,
             "base_value": self.base_value,
             "value": self.value,
             "gap": self.gap,
@@ -418,7 +418,7 @@ def change_attribution(
     keep_scores: bool = False,
     progress: Callable[[int, int], None] | None = None,
     split_over_ranks: bool = True,
-) -> ChangeAttribution:
+) -> ChangeAttributionResult:
     r"""Divides what a finetune did to a metric among the elements that changed.
 
     .. math::
@@ -610,7 +610,7 @@ class _Integration:
         change = float(((self.ends[1] - self.ends[0]) * self.weights).sum())
         return abs(float(self.found.sum()) - change) / abs(change) if self.moved and change else 0.0
 
-    def result(self, tolerance: float, shares: tuple[float, ...], keep_scores: bool) -> ChangeAttribution:
+    def result(self, tolerance: float, shares: tuple[float, ...], keep_scores: bool) -> ChangeAttributionResult:
         """Turns gradients into contributions, in place, and tells what they say."""
         space = self.path.space
         before, now = (float((values * self.weights).sum()) for values in self.ends)
@@ -629,7 +629,7 @@ class _Integration:
             float(gather(like(references[name], self.path.change(name))).double().square().sum()) for name in space
         ]
         metric = self.measure.metric
-        return ChangeAttribution(
+        return ChangeAttributionResult(
             metric=metric if isinstance(metric, str) else "function",
             base_value=before,
             value=now,
@@ -735,7 +735,7 @@ def _unit_row(unit: Mapping[str, Any]) -> dict[str, Any]:
     return {**row, "top": [[place, float(values[place])] for place in top]}
 
 
-def units_of(result: ChangeAttribution, kind: str) -> dict[str, Tensor]:
+def units_of(result: ChangeAttributionResult, kind: str) -> dict[str, Tensor]:
     """What units of one kind contribute, by place.
 
     Args:
@@ -751,6 +751,6 @@ def units_of(result: ChangeAttribution, kind: str) -> dict[str, Tensor]:
     return found
 
 
-def unit_groups(result: ChangeAttribution, model: nn.Module) -> tuple[UnitGroup, ...]:
+def unit_groups(result: ChangeAttributionResult, model: nn.Module) -> tuple[UnitGroup, ...]:
     """The groups that the result's units are of, as they lie in a model of the same shapes."""
     return model_units(model, ParameterSpace.of(model).subspace(result.names))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_goldy.analysis.attribution.attribution import (
-    ChangeAttribution,
+    ChangeAttributionResult,
     ChangePath,
     Measure,
     Metric,
@@ -207,7 +207,7 @@ def _with_interval(point: GraftPoint) -> str:
 def graft_curve(
     model: nn.Module,
     base: Base,
-    attribution: ChangeAttribution,
+    attribution: ChangeAttributionResult,
     batches: Iterable[Any],
     held_out: Iterable[Any],
     collateral: Iterable[Any] | None = None,
@@ -320,7 +320,7 @@ def check_graft(metric: Metric, shares: Sequence[float], baselines: Sequence[str
     return found
 
 
-def _metric_of(attribution: ChangeAttribution, metric: Metric | None) -> Metric:
+def _metric_of(attribution: ChangeAttributionResult, metric: Metric | None) -> Metric:
     if metric is not None:
         return metric
     if attribution.metric == "function":
@@ -426,7 +426,7 @@ class _Grafts:
     def __init__(
         self,
         path: ChangePath,
-        attribution: ChangeAttribution,
+        attribution: ChangeAttributionResult,
         objective: Objective,
         metric: Metric,
         shares: tuple[float, ...],
@@ -491,7 +491,7 @@ class _Grafts:
 
 
 def chosen_masks(
-    attribution: ChangeAttribution, model: nn.Module, pieces: Pieces, shares: Sequence[float]
+    attribution: ChangeAttributionResult, model: nn.Module, pieces: Pieces, shares: Sequence[float]
 ) -> Iterable[tuple[float, ParameterMask]]:
     """Masks of whole units, tensors or blocks, those first that contribute most by element, up to each share.
 

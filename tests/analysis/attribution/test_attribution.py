@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_goldy.analysis import ChangeAttribution, change_attribution
+from lightning_goldy.analysis import ChangeAttributionResult, change_attribution
 from lightning_goldy.analysis.attribution import model_units, unit_mask
 from lightning_goldy.analysis.attribution.attribution import units_of
 from lightning_goldy.core import CausalLMObjective, ClassifierObjective, FunctionObjective, ParameterSpace
@@ -243,7 +243,7 @@ def test_intervals_are_of_resampled_passages():
 def test_the_row_and_the_json_tell_all():
     model, base, batch = pair("gpt2")
     found = change_attribution(model, base, [batch], nodes=2)
-    again = ChangeAttribution.from_json(found.to_json())
+    again = ChangeAttributionResult.from_json(found.to_json())
     assert again.headline() == found.headline()
     row = found.row()
     assert {block["group"] for block in row.result["blocks"]} >= {"transformer.h.0", "transformer.h.1"}

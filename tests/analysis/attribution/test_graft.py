@@ -141,7 +141,7 @@ def test_whole_pieces_are_taken_by_what_they_contribute_per_element(subject, pie
 
 
 def test_the_gradient_baseline_is_the_first_order_at_the_base(subject, curve):
-    model, base, scored, held_out, _, found = subject
+    model, base, scored, held_out, *_ = subject
     first = change_attribution(model, base, [scored], metric="loss", nodes="base", shares=SHARES)
     loss = change_attribution(model, base, [scored], metric="loss", shares=SHARES)
     made = graft_curve(model, base, loss, [scored], [held_out], baselines=["gradient"])
