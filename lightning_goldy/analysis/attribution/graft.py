@@ -411,10 +411,8 @@ def _marked(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         return min(better) >= 0 and max(better) > 0
 
     known = [point for point in points if point.get("harm") is not None and point["recovered"] is not None]
-    return [
-        {**point, "on_frontier": any(point is one for one in known) and not any(beats(o, point) for o in known)}
-        for point in points
-    ]
+    best = [point for point in known if not any(beats(other, point) for other in known)]
+    return [vars(GraftPoint(**point, on_frontier=any(point is one for one in best))) for point in points]
 
 
 Planned = tuple[str, float, float, Callable[[], None]]
