@@ -3,6 +3,12 @@
 import warnings
 from typing import Any
 
+from lightning_goldy.analysis.activations import (
+    ActivationDifferencesResult,
+    SteeredTexts,
+    activation_differences,
+    steer_texts,
+)
 from lightning_goldy.analysis.agreement import Agreement
 from lightning_goldy.analysis.attention import (
     AttentionMaps,
@@ -109,6 +115,7 @@ from lightning_goldy.analysis.taylor import OrderFit, TaylorApproximation, Taylo
 from lightning_goldy.core.architecture.gates import HeadGates
 
 __all__ = [
+    "ActivationDifferencesResult",
     "Agreement",
     "AnalysisResult",
     "AttentionMaps",
@@ -147,6 +154,7 @@ __all__ = [
     "RippleResult",
     "Row",
     "Search",
+    "SteeredTexts",
     "SurvivingChange",
     "TangentModel",
     "TaylorApproximation",
@@ -154,6 +162,7 @@ __all__ = [
     "TrackedAttention",
     "TunedPreconditioner",
     "VolumeResult",
+    "activation_differences",
     "activation_similarity",
     "adam_curvature",
     "adam_curvature_from_state",
@@ -198,6 +207,7 @@ __all__ = [
     "reverse_golden_parameters",
     "ripple_effects",
     "save_change",
+    "steer_texts",
     "taylor_diff",
     "track_attention",
     "tuned_preconditioner",

@@ -1,5 +1,6 @@
 """When and where analyses run: one Lightning callback per question."""
 
+from lightning_goldy.callbacks.activation_differences import ActivationDifferences
 from lightning_goldy.callbacks.attention_tracker import AttentionTracker
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, Findings
 from lightning_goldy.callbacks.basin_volume import BasinVolume
@@ -17,6 +18,7 @@ from lightning_goldy.callbacks.taylor_diff import TaylorDiff
 from lightning_goldy.callbacks.variant_losses import VariantLosses
 
 __all__ = [
+    "ActivationDifferences",
     "AnalysisCallback",
     "AnalysisContext",
     "AttentionTracker",

@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 import lightning_goldy
 from lightning_goldy.callbacks import (
+    ActivationDifferences,
     AttentionTracker,
     BasinVolume,
     ChangeAttribution,
@@ -88,6 +89,7 @@ def analysis_callbacks(every_n_steps: int) -> list[L.Callback]:
         GoldenParameters(every_n_steps=every_n_steps, at=("start", "end")),
         ReverseGoldenParameters(at=("start", "end")),
         ChangeAttribution(at=("end",)),
+        ActivationDifferences(at=("end",)),
         TaylorDiff(every_n_steps=every_n_steps, at=("end",)),
         ParameterDistribution(),
         AttentionTracker(every_n_steps=every_n_steps, at=("start", "end")),

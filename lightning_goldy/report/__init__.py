@@ -16,6 +16,7 @@ from lightning_goldy.report.figures import (
 )
 from lightning_goldy.report.loggers import log_figure, log_histogram, log_scalars
 from lightning_goldy.report.page import write_report
+from lightning_goldy.report.topics.activations import chart_position_cosines, chart_stream_change
 from lightning_goldy.report.topics.attention import (
     chart_attention_differences,
     chart_attention_grid,
@@ -78,8 +79,10 @@ __all__ = [
     "chart_parameter_distribution",
     "chart_plasticity_loss",
     "chart_plasticity_sweep",
+    "chart_position_cosines",
     "chart_ripple_effects",
     "chart_search_history",
+    "chart_stream_change",
     "chart_taylor_prediction",
     "chart_taylor_shares",
     "chart_variant_losses",
