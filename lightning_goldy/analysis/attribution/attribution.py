@@ -157,8 +157,9 @@ class ChangePath:
         start = base_of(base, model, space)
         self.model, self.space = model, start.space
         self.parameters = start.space.resolve(model)
-        # The base stays where it is, so that a GPU need not hold it.
         self.base = start
+        # Placed once: on a GPU the base would be sent there with every gradient.
+        self.starts = {name: local(start.placed(name, parameter)) for name, parameter in self.parameters.items()}
         self.present = {name: local(parameter).clone() for name, parameter in self.parameters.items()}
 
     def __enter__(self) -> ChangePath:
@@ -172,7 +173,7 @@ class ChangePath:
         unshard_guard(self.model)
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                local(parameter).copy_(value(name, local(self.base.placed(name, parameter)), self.present[name]))
+                local(parameter).copy_(value(name, self.starts[name], self.present[name]))
         # Inside autocast a low-precision copy of the old weight may be cached and would be used in its place.
         torch.clear_autocast_cache()
 
@@ -188,14 +189,14 @@ class ChangePath:
 
     def change(self, name: str) -> Tensor:
         """Present value minus base of one parameter, this process's part, at least float32."""
-        return precise(self.present[name]) - precise(local(self.base.placed(name, self.parameters[name])))
+        return precise(self.present[name]) - precise(self.starts[name])
 
     def changes(self, name: str) -> Iterator[tuple[slice, Tensor]]:
         """The change of one parameter, flat, piece by piece with its place."""
-        base = local(self.base.placed(name, self.parameters[name])).reshape(-1)
-        present = self.present[name].reshape(-1)
-        for start in range(0, present.numel(), _CHUNK):
-            piece = slice(start, start + _CHUNK)
+        base, present = self.starts[name].reshape(-1), self.present[name].reshape(-1)
+        size = _CHUNK if present.device.type == "cpu" else max(1, present.numel())
+        for start in range(0, present.numel(), size):
+            piece = slice(start, start + size)
             yield piece, precise(present[piece]) - precise(base[piece])
 
     def norm(self) -> float:
@@ -546,6 +547,8 @@ class _Integration:
         self.ends = torch.zeros(2, len(samples), dtype=torch.float64)
         self.weights = torch.zeros(len(samples), dtype=torch.float64)
         self.contributions = torch.zeros(len(samples), len(path.space), dtype=torch.float64)
+        self.products = torch.zeros(len(path.space), dtype=torch.float64, device=self.device)
+        """Of the present passage, gradient times change of each parameter."""
         self.accumulated = {
             name: torch.zeros_like(part, dtype=torch.promote_types(part.dtype, torch.float32))
             for name, part in path.present.items()
@@ -590,9 +593,12 @@ class _Integration:
             for node, (place, weight) in enumerate(zip((places + 1) / 2, weights / 2, strict=True)):
                 self.path.move_to(float(place))
                 for step, (index, batch) in enumerate(self._batches(), 1):
-                    self.passage, self.scale = index, float(weight) * float(self.weights[index])
+                    self.scale = float(weight) * float(self.weights[index])
+                    self.products.zero_()
                     backward(self.measure.value(self.path.model, index, batch))
                     self._take_all()
+                    # Once per passage, for a GPU would wait at every parameter.
+                    self.contributions[index] += self.scale * self.products.cpu()
                     self.cost += Cost(sample_count(batch), sample_count(batch))
                     if self.progress is not None:
                         self.progress(node * len(self.mine) + step, self.n_nodes * len(self.mine))
@@ -681,11 +687,13 @@ class _Integration:
         parameter = self.path.parameters[name]
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
-        flat, total, product = gradient_part(gradient, parameter).reshape(-1), self.accumulated[name].view(-1), 0.0
+        flat, total = gradient_part(gradient, parameter).reshape(-1), self.accumulated[name].view(-1)
+        products = []
         for piece, change in self.path.changes(name):
-            product += float(torch.dot(flat[piece], change))
+            products.append(torch.dot(flat[piece], change))
             total[piece].add_(flat[piece], alpha=self.scale)
-        self.contributions[self.passage, self.index[name]] += self.scale * product
+        if products:
+            self.products[self.index[name]] += torch.stack(products).sum(dtype=torch.float64)
 
 
 def levels_of(scores: Mapping[str, Tensor], shares: Sequence[float], *, sign: float = 1.0) -> dict[str, Tensor]:
