@@ -91,7 +91,7 @@ class ChangeAttribution(AnalysisCallback[AttributedChange]):
         pieces: What is grafted: ``elements``, ``units``, ``tensors`` or ``blocks``.
         baselines: What stands beside it.
         n_samples: Probe samples used, half of them held out from scoring.
-        samples_per_pass: Samples that go through the model together while scoring; by default so many that there are 16
+        samples_per_pass: Samples that go through the model together while scoring; by default so many that there are 8
             passages.
         collateral: Batches that have nothing to do with the finetune; by default a ``collateral_dataloader()`` of the
             LightningModule or the data module, else harm is not measured.

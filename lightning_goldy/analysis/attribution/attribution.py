@@ -70,12 +70,6 @@ class Measure:
         self.anchors: dict[int, Tensor] = {}
         """Log-probabilities of the base by passage, shape ``[N, V]``."""
 
-    def size(self, model: nn.Module, batch: Any) -> int:
-        """What the mean of a batch counts for: its targets, or its samples."""
-        if self.metric in ("loss", "kl") and not isinstance(self.objective, FunctionObjective):
-            return len(self.objective.logits_and_targets(model, batch).targets)
-        return sample_count(batch)
-
     def value(self, model: nn.Module, index: int, batch: Any) -> Tensor:
         """The metric on one passage, a scalar."""
         if callable(self.metric):
@@ -126,10 +120,10 @@ def passages(
         batches: Batches that the objective understands.
         objective: Cuts batches into samples.
         n_samples: Only the first so many; all by default.
-        samples_per_pass: Samples together; by default as many as leave 16 passages, by which intervals are told.
+        samples_per_pass: Samples together; by default as many as leave 8 passages, by which intervals are told.
     """
     kept = shortened(batches, objective, n_samples, None)
-    together = samples_per_pass or max(1, sum(map(sample_count, kept)) // 16)
+    together = samples_per_pass or max(1, sum(map(sample_count, kept)) // 8)
     return [
         Passage(part) for batch in kept for part in batch_parts(batch, objective, -(-sample_count(batch) // together))
     ]
@@ -199,14 +193,15 @@ class ChangePath:
             piece = slice(start, start + size)
             yield piece, precise(present[piece]) - precise(base[piece])
 
-    def norm(self) -> float:
-        """||Delta|| over all parameters and shards."""
-        squares = []
-        for name in self.parameters:
-            pieces = (change.double().square().sum() for _, change in self.changes(name))
-            device = self.present[name].device
-            squares.append(sum(pieces, torch.zeros((), dtype=torch.float64, device=device)))
-        return math.sqrt(math.fsum(map(float, sum_over_shards(squares, list(self.parameters.values())))))
+    def squares(self) -> list[float]:
+        """||Delta||^2 of each parameter, over all shards."""
+        sums = []
+        for name, present in self.present.items():
+            total = torch.zeros((), dtype=torch.float64, device=present.device)
+            for _, change in self.changes(name):
+                total += torch.dot(change, change)
+            sums.append(total)
+        return list(map(float, sum_over_shards(sums, list(self.parameters.values()))))
 
 
 @dataclass(frozen=True)
@@ -446,7 +441,7 @@ def change_attribution(
         space: Which parameters move; the base's by default. The others stay where they are now.
         n_samples: Only the first so many samples.
         samples_per_pass: Samples that go through the model together; intervals resample such passages. By default as
-            many as leave 16 of them.
+            many as leave 8 of them.
         shares: Shares of all elements whose strongest are to be told, fractions in (0, 1].
         keep_scores: Whether to return what every element contributes.
         progress: Called with (passages done, passages in all) of the present number of nodes, on this rank.
@@ -556,7 +551,8 @@ class _Integration:
         self.found = torch.zeros_like(self.contributions)
         """The contributions that all processes found."""
         self.index = {name: place for place, name in enumerate(path.space.names)}
-        self.moved = path.norm() > 0
+        self.squares = path.squares()
+        self.moved = any(self.squares)
         self.n_nodes = 0
         self.cost = Cost()
 
@@ -564,16 +560,15 @@ class _Integration:
         """The metric now and at the base, and what each passage counts for."""
         sizes = torch.zeros(len(self.samples), dtype=torch.float64)
         with torch.no_grad():
-            self.path.move_to(0.0)
-            for index, batch in self._batches():
-                sizes[index] = self.measure.size(self.path.model, batch)
-                self.measure.keep_anchor(self.path.model, index, batch)
-                self.ends[0, index] = float(self.measure.value(self.path.model, index, batch))
-                self.cost += Cost(forwards=(2 + (self.measure.metric == "kl")) * sample_count(batch))
-            self.path.move_to(1.0)
-            for index, batch in self._batches():
-                self.ends[1, index] = float(self.measure.value(self.path.model, index, batch))
-                self.cost += Cost(forwards=sample_count(batch))
+            for end, place in enumerate((0.0, 1.0)):
+                self.path.move_to(place)
+                for index, batch in self._batches():
+                    if place == 0.0:
+                        self.measure.keep_anchor(self.path.model, index, batch)
+                    sums, counts = self.measure.by_sample(self.path.model, index, batch)
+                    sizes[index] = counts.sum()
+                    self.ends[end, index] = sums.sum() / counts.sum()
+                    self.cost += Cost(forwards=(1 + (self.measure.metric == "kl" and not end)) * sample_count(batch))
         sizes, self.ends = self._summed(sizes), self._summed(self.ends)
         if not bool(torch.isfinite(self.ends).all()):
             raise ValueError("the metric is not finite at the base or at the present parameters")
@@ -631,9 +626,6 @@ class _Integration:
             {"kind": group.kind, "place": group.place, "values": group.sums(margins), "size": group.size(space)}
             for group in model_units(self.path.model, space)
         ]
-        squares = [
-            float(gather(like(references[name], self.path.change(name))).double().square().sum()) for name in space
-        ]
         metric = self.measure.metric
         return ChangeAttributionResult(
             metric=metric if isinstance(metric, str) else "function",
@@ -644,7 +636,7 @@ class _Integration:
             weights=self.weights,
             units=tuple(units),
             numels=tuple(map(math.prod, space.shapes)),
-            squared_changes=tuple(squares),
+            squared_changes=tuple(self.squares),
             n_samples=sum(sample_count(passage.batch) for passage in self.samples),
             n_nodes=self.n_nodes,
             tolerance=tolerance,
@@ -719,7 +711,7 @@ def levels_of(scores: Mapping[str, Tensor], shares: Sequence[float], *, sign: fl
     levels = [torch.full_like(part, len(shares), dtype=torch.uint8) for part in parts]
     for place in reversed(range(len(shares))):
         for level, inside in zip(levels, select_largest(directed, max(1, round(shares[place] * numel))), strict=True):
-            level[inside] = place
+            level.masked_fill_(inside, place)
     if sign < 0:
         for part in parts:
             part.neg_()
