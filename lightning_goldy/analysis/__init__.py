@@ -3,6 +3,12 @@
 import warnings
 from typing import Any
 
+from lightning_goldy.analysis.activations import (
+    ActivationDifferencesResult,
+    SteeredTexts,
+    activation_differences,
+    steer_texts,
+)
 from lightning_goldy.analysis.agreement import Agreement
 from lightning_goldy.analysis.attention import (
     AttentionMaps,
@@ -11,6 +17,15 @@ from lightning_goldy.analysis.attention import (
     attention_maps,
     attention_statistics,
     track_attention,
+)
+from lightning_goldy.analysis.attribution import (
+    ChangeAttributionResult,
+    GraftCurve,
+    apply_change,
+    change_attribution,
+    graft,
+    graft_curve,
+    save_change,
 )
 from lightning_goldy.analysis.basin import (
     DiagonalPreconditioner,
@@ -100,10 +115,12 @@ from lightning_goldy.analysis.taylor import OrderFit, TaylorApproximation, Taylo
 from lightning_goldy.core.architecture.gates import HeadGates
 
 __all__ = [
+    "ActivationDifferencesResult",
     "Agreement",
     "AnalysisResult",
     "AttentionMaps",
     "AttentionStatistics",
+    "ChangeAttributionResult",
     "Compaction",
     "Continuations",
     "Cost",
@@ -122,6 +139,7 @@ __all__ = [
     "GenerationComparison",
     "GoldenResult",
     "GradientStepEditor",
+    "GraftCurve",
     "HeadFreeze",
     "HeadGates",
     "HeadScores",
@@ -136,6 +154,7 @@ __all__ = [
     "RippleResult",
     "Row",
     "Search",
+    "SteeredTexts",
     "SurvivingChange",
     "TangentModel",
     "TaylorApproximation",
@@ -143,16 +162,19 @@ __all__ = [
     "TrackedAttention",
     "TunedPreconditioner",
     "VolumeResult",
+    "activation_differences",
     "activation_similarity",
     "adam_curvature",
     "adam_curvature_from_state",
     "adam_preconditioner",
     "aggregate",
+    "apply_change",
     "attention_maps",
     "attention_statistics",
     "basin_volume",
     "best_of",
     "build_variant",
+    "change_attribution",
     "compact",
     "compaction_of",
     "compare_generations",
@@ -164,6 +186,8 @@ __all__ = [
     "explain_change",
     "finetune_ripple",
     "golden_parameters",
+    "graft",
+    "graft_curve",
     "head_importance",
     "heads_to_regrow",
     "jaccard",
@@ -182,6 +206,8 @@ __all__ = [
     "regrow_heads",
     "reverse_golden_parameters",
     "ripple_effects",
+    "save_change",
+    "steer_texts",
     "taylor_diff",
     "track_attention",
     "tuned_preconditioner",

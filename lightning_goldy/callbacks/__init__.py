@@ -1,8 +1,10 @@
 """When and where analyses run: one Lightning callback per question."""
 
+from lightning_goldy.callbacks.activation_differences import ActivationDifferences
 from lightning_goldy.callbacks.attention_tracker import AttentionTracker
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, Findings
 from lightning_goldy.callbacks.basin_volume import BasinVolume
+from lightning_goldy.callbacks.change_attribution import ChangeAttribution
 from lightning_goldy.callbacks.exact_resume import ExactResume
 from lightning_goldy.callbacks.finetune_comparison import FinetuneComparison
 from lightning_goldy.callbacks.golden_parameters import GoldenParameters
@@ -16,10 +18,12 @@ from lightning_goldy.callbacks.taylor_diff import TaylorDiff
 from lightning_goldy.callbacks.variant_losses import VariantLosses
 
 __all__ = [
+    "ActivationDifferences",
     "AnalysisCallback",
     "AnalysisContext",
     "AttentionTracker",
     "BasinVolume",
+    "ChangeAttribution",
     "ExactResume",
     "Findings",
     "FinetuneComparison",

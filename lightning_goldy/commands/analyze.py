@@ -16,6 +16,7 @@ from torch import nn
 
 from lightning_goldy.analysis.attention import Prompt, track_attention
 from lightning_goldy.analysis.attention.tracking import token_namer
+from lightning_goldy.analysis.attribution import change_attribution
 from lightning_goldy.analysis.change import parameter_distribution
 from lightning_goldy.analysis.continuations import check_generation_arguments, continue_prompts, encode_prompts
 from lightning_goldy.analysis.linearized import explain_change
@@ -125,6 +126,12 @@ def _compared(analyze: Callable[..., AnalysisResult], subject: Subject) -> Part:
     return Part(found)
 
 
+def _attributed(subject: Subject) -> Part:
+    assert subject.base is not None
+    found = change_attribution(subject.model, subject.base, subject.probe, subject.objective, progress=subject.progress)
+    return Part(found)
+
+
 def _distributed(subject: Subject) -> Part:
     assert subject.base is not None
     return Part(parameter_distribution(subject.model, subject.base, progress=subject.progress))
@@ -152,6 +159,7 @@ def _continued(subject: Subject) -> Part:
 
 
 PARTS: Mapping[str, Callable[[Subject], Part]] = {
+    "change_attribution": _attributed,
     "taylor_diff": partial(_compared, taylor_diff),
     "explain_change": partial(_compared, explain_change),
     "parameter_distribution": _distributed,
@@ -160,7 +168,7 @@ PARTS: Mapping[str, Callable[[Subject], Part]] = {
 }
 """The analyses by the name of the rows that they write, in the order in which they are made."""
 
-NEEDS_BASE = frozenset({"taylor_diff", "explain_change", "parameter_distribution"})
+NEEDS_BASE = frozenset({"change_attribution", "taylor_diff", "explain_change", "parameter_distribution"})
 """Those that there are not without a base; the others compare with it where there is one."""
 
 

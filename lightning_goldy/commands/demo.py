@@ -24,8 +24,10 @@ from transformers import PreTrainedTokenizerBase
 
 import lightning_goldy
 from lightning_goldy.callbacks import (
+    ActivationDifferences,
     AttentionTracker,
     BasinVolume,
+    ChangeAttribution,
     GoldenParameters,
     GoldenSnapshot,
     KnowledgeCoupling,
@@ -86,6 +88,8 @@ def analysis_callbacks(every_n_steps: int) -> list[L.Callback]:
         GoldenSnapshot(every_n_steps=every_n_steps),
         GoldenParameters(every_n_steps=every_n_steps, at=("start", "end")),
         ReverseGoldenParameters(at=("start", "end")),
+        ChangeAttribution(at=("end",)),
+        ActivationDifferences(at=("end",)),
         TaylorDiff(every_n_steps=every_n_steps, at=("end",)),
         ParameterDistribution(),
         AttentionTracker(every_n_steps=every_n_steps, at=("start", "end")),

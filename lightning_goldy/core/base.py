@@ -75,16 +75,17 @@ class BaseParameters:
     def vector(self, module: nn.Module) -> ParameterVector:
         """The base as a vector in the layout and on the device of the module's parameters."""
         parameters = self.space.resolve(module)
-        return ParameterVector(self.space, {name: self._placed(name, parameters[name]) for name in self.space})
+        return ParameterVector(self.space, {name: self.placed(name, parameters[name]) for name in self.space})
 
     def changes(self, module: nn.Module) -> Iterator[Change]:
         """The change of each parameter, with the memory of one tensor at a time."""
         for name, parameter in self.space.resolve(module).items():
             dtype = torch.promote_types(parameter.dtype, torch.float32)
-            base = self._placed(name, parameter).to(dtype)
+            base = self.placed(name, parameter).to(dtype)
             yield Change(name, base, parameter.detach().to(dtype) - base)
 
-    def _placed(self, name: str, parameter: nn.Parameter) -> Tensor:
+    def placed(self, name: str, parameter: nn.Parameter) -> Tensor:
+        """One value in the layout and on the device of a parameter; without a copy where it is there already."""
         return like(parameter.detach(), self._parts[name].to(local(parameter).device))
 
 

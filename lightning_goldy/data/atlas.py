@@ -157,6 +157,17 @@ class AtlasDataModule(ProbeDataModule):
         chosen = {"clean": unedited[: len(self.edits)], "memorised": self.edited_facts}
         return {name: self.question_dataloader(_by_phrasing(facts)) for name, facts in chosen.items()}
 
+    def collateral_dataloader(self) -> DataLoader | None:
+        """Questions about the facts that no edit touches, shuffled once by the seed; None without any.
+
+        They are what the edits of a finetune are not meant to change.
+        """
+        unedited = self.unedited_facts
+        if not self.edits or not unedited:
+            return None
+        random.Random(f"collateral {self.seed}").shuffle(unedited)
+        return self.question_dataloader(_by_phrasing(unedited))
+
     def question_dataloader(self, questions: Sequence[Question]) -> DataLoader:
         """Batches of any questions, in their order, with the prompt masked.
 

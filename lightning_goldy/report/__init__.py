@@ -16,6 +16,7 @@ from lightning_goldy.report.figures import (
 )
 from lightning_goldy.report.loggers import log_figure, log_histogram, log_scalars
 from lightning_goldy.report.page import write_report
+from lightning_goldy.report.topics.activations import chart_position_cosines, chart_stream_change
 from lightning_goldy.report.topics.attention import (
     chart_attention_differences,
     chart_attention_grid,
@@ -26,6 +27,7 @@ from lightning_goldy.report.topics.attention import (
     chart_attention_scales,
     chart_attention_spectra,
 )
+from lightning_goldy.report.topics.attribution import chart_attribution_heads, chart_attribution_places, chart_graft
 from lightning_goldy.report.topics.basin import chart_volume_cutoffs, chart_volume_estimates, chart_volume_trajectory
 from lightning_goldy.report.topics.coupling import chart_coupling_distribution, chart_coupling_map
 from lightning_goldy.report.topics.coupling_drift import chart_drift_lines, chart_drift_map, chart_drift_prediction
@@ -61,6 +63,8 @@ __all__ = [
     "chart_attention_patterns",
     "chart_attention_scales",
     "chart_attention_spectra",
+    "chart_attribution_heads",
+    "chart_attribution_places",
     "chart_change_histogram",
     "chart_coupling_distribution",
     "chart_coupling_map",
@@ -70,12 +74,15 @@ __all__ = [
     "chart_explained_change",
     "chart_gate_timeline",
     "chart_golden_parameters",
+    "chart_graft",
     "chart_head_scores",
     "chart_parameter_distribution",
     "chart_plasticity_loss",
     "chart_plasticity_sweep",
+    "chart_position_cosines",
     "chart_ripple_effects",
     "chart_search_history",
+    "chart_stream_change",
     "chart_taylor_prediction",
     "chart_taylor_shares",
     "chart_variant_losses",

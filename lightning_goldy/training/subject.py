@@ -174,6 +174,28 @@ def find_splits(
     return splits
 
 
+def find_collateral(trainer: L.Trainer, given: Iterable[Any] | None, n_samples: int | None = None) -> list[Any]:
+    """Batches of text that has nothing to do with the finetune, the same on every rank, on the CPU; empty without any.
+
+    Args:
+        trainer: Its LightningModule and data module are asked for a ``collateral_dataloader()``.
+        given: The callback's ``collateral``, which comes first.
+        n_samples: Samples to read; None for all.
+    """
+    owners = (trainer.lightning_module, trainer.datamodule)  # type: ignore[attr-defined]
+    if given is None:
+        makers = (getattr(owner, "collateral_dataloader", None) for owner in owners)
+        maker = next((maker for maker in makers if callable(maker)), None)
+        with isolated_rng():
+            given = None if maker is None else maker()
+    if given is None:
+        return []
+    batches = shared_reading(trainer, split_source("collateral", given), n_samples).first(n_samples)
+    if not batches:
+        raise ValueError("the collateral text is empty: it gave no batch")
+    return batches
+
+
 def check_split_names(names: Iterable[str]) -> None:
     """Refuses names that cannot be part of a logged tag.
 

@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from lightning_goldy.callbacks import (
+    ActivationDifferences,
     AnalysisCallback,
     AttentionTracker,
     BasinVolume,
+    ChangeAttribution,
     Findings,
     GoldenParameters,
     GoldenSnapshot,
@@ -33,6 +35,8 @@ CALLBACKS = {
     "basin_best": lambda: [BasinVolume(2, n_samples=3, cutoff=[1e-3, 1e-2], preconditioner="best", **EVERYWHERE)],
     "basin_kronecker": lambda: [BasinVolume(2, n_samples=3, preconditioner="kronecker", **EVERYWHERE)],
     "taylor": lambda: [GoldenSnapshot(every_n_steps=3), TaylorDiff(n_samples=3, **EVERYWHERE)],
+    "attribution": lambda: [GoldenSnapshot(every_n_steps=3), ChangeAttribution(nodes=1, n_samples=4, **EVERYWHERE)],
+    "activations": lambda: [GoldenSnapshot(every_n_steps=3), ActivationDifferences(n_samples=3, **EVERYWHERE)],
     "taylor_moving": lambda: [TaylorDiff([1, 2], n_samples=3, reset="each", function_space=False, **EVERYWHERE)],
     "attention": lambda: [GoldenSnapshot(every_n_steps=3), AttentionTracker(n_samples=3, **EVERYWHERE)],
     "knowledge": lambda: [KnowledgeCoupling(PIECES, edits=[PIECES[0].id], **EVERYWHERE)],

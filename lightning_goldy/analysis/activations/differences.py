@@ -1,0 +1,431 @@
+"""What a finetune did to the residual stream on text that has nothing to do with it, and the words that this spells."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_goldy.analysis.attention.rows import Tokens
+from lightning_goldy.analysis.attribution.attribution import ChangePath
+from lightning_goldy.analysis.divergence import precise, shortened
+from lightning_goldy.analysis.result import AnalysisResult, Cost
+from lightning_goldy.core.architecture import Block, UnsupportedArchitectureError, describe_architecture
+from lightning_goldy.core.architecture.families import canonical_modules
+from lightning_goldy.core.base import Base
+from lightning_goldy.core.batches import move_batch
+from lightning_goldy.core.isolation import preserved
+from lightning_goldy.core.naming import block_of, model_class, require_at_least
+from lightning_goldy.core.objective import CausalLMObjective
+from lightning_goldy.core.sharding import Replicas, gather, is_sharded
+from lightning_goldy.core.tasks import transformers_model
+
+ALL = -1
+"""Stands for the mean over all positions of a text, where others are counted from 0."""
+_CONTEXT = 16
+
+
+@dataclass(frozen=True)
+class Spelled(AnalysisResult):
+    """Tokens that a direction of the residual stream speaks for, read through final norm and unembedding.
+
+    Args:
+        layer: The block after which it was read.
+        position: Of the text, from 0; -1 for the mean over all.
+        promoted: Token ids, the most promoted first.
+        demoted: Token ids, the most demoted first.
+        logits: What is added to the logits of the promoted, for a direction of the size that the norm gives it.
+    """
+
+    layer: int
+    position: int
+    promoted: tuple[int, ...]
+    demoted: tuple[int, ...]
+    logits: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class ActivationDifferencesResult(AnalysisResult):
+    """How the residual stream now differs from the base's on the same text, in the mean.
+
+    Args:
+        layers: The blocks after which it was read.
+        positions: How many early positions were told apart.
+        means: Mean difference, shape ``[layers, positions + 1, width]``; the last is over all positions.
+        norms: Of the means over the mean norm of the base's residual stream there, ``[layers, positions + 1]``.
+        nulls: The same of the difference between the base's own means on two halves of the text: how far a mean moves
+            because the text is another.
+        agreements: Cosine between the mean differences of the two halves; NaN where nothing differs.
+        spelled: Tokens by layer and position; empty where there is no unembedding or nothing differs.
+        directions: By layer the share of the squared early differences along their first principal directions.
+        spelled_directions: What these spell, by layer; of either sign.
+        mean_kl: KL(p_base || p) over all positions, nats.
+        divergent: Where the models disagree most: ``kl`` (nats), ``sample``, ``position``, ``context`` (token ids up to
+            the position), ``base`` and ``now`` (the likeliest next tokens), the largest first.
+        n_samples: Texts.
+        n_tokens: Tokens in them.
+        cost: Forward passes.
+    """
+
+    analysis: ClassVar[str] = "activation_differences"
+
+    layers: tuple[int, ...]
+    positions: int
+    means: Tensor
+    norms: Tensor
+    nulls: Tensor
+    agreements: Tensor
+    spelled: tuple[dict[str, Any], ...]
+    directions: Tensor
+    spelled_directions: tuple[dict[str, Any], ...]
+    mean_kl: float
+    divergent: tuple[dict[str, Any], ...]
+    n_samples: int
+    n_tokens: int
+    cost: Cost = field(default=Cost(), compare=False)
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether nothing differs at all."""
+        return not bool(self.means.any())
+
+    @property
+    def cosines(self) -> Tensor:
+        """Cosine between the mean differences of every two positions, ``[layers, positions + 1, positions + 1]``."""
+        units = torch.nn.functional.normalize(self.means.double(), dim=-1)
+        return units @ units.transpose(1, 2)
+
+    @property
+    def clearest(self) -> int:
+        """Place among the layers where the mean over all positions stands farthest above its null."""
+        return int((self.norms[:, -1] / self.nulls[:, -1].clamp_min(1e-12)).argmax())
+
+    def tokens(self, layer: int, position: int = ALL) -> Spelled | None:
+        """What is spelled after a block; None where nothing is.
+
+        Args:
+            layer: The block.
+            position: From 0, or -1 for the mean over all.
+        """
+        for entry in self.spelled:
+            if (entry["layer"], entry["position"]) == (layer, position):
+                return Spelled(**entry)
+        return None
+
+    def metrics(self) -> dict[str, float | None]:
+        """At the clearest layer how far the stream moved, against its null, and the divergence of the predictions."""
+        place = self.clearest
+        agreement = float(self.agreements[place, -1])
+        return {
+            "stream_change": float(self.norms[place, -1]),
+            "stream_null": float(self.nulls[place, -1]),
+            "half_agreement": agreement if math.isfinite(agreement) else None,
+            "clearest_layer": float(self.layers[place]),
+            "kl_from_base": self.mean_kl,
+        }
+
+    def details(self) -> dict[str, Any]:
+        """Norms, nulls and agreements by layer and position, tokens, directions and where the models disagree."""
+        tables = {name: getattr(self, name).tolist() for name in ("norms", "nulls", "directions")}
+        agreements = [[value if math.isfinite(value) else None for value in row] for row in self.agreements.tolist()]
+        names = ("positions", "spelled", "spelled_directions", "divergent", "n_samples", "n_tokens", "unchanged")
+        told = {name: getattr(self, name) for name in names}
+        cosines = self.cosines[self.clearest].tolist()
+        return {**told, **tables, "layers": list(self.layers), "agreements": agreements, "cosines": cosines}
+
+    def headline(self) -> str:
+        """How far the stream moved where that is clearest, against the null and between halves."""
+        if self.unchanged:
+            return "unchanged: the residual stream is the base's at every layer and position"
+        place = self.clearest
+        moved, null, same = (float(table[place, -1]) for table in (self.norms, self.nulls, self.agreements))
+        weak = "" if moved > null and same > 0.5 else "; WEAK: no clearer than the difference between two texts"
+        return (
+            f"after block {self.layers[place]} the residual stream moved by {moved:.2g} of its norm on unrelated text "
+            f"(another text moves it by {null:.2g}), with a cosine of {same:.2f} between two halves{weak}"
+        )
+
+
+def activation_differences(
+    model: nn.Module,
+    base: Base,
+    batches: Iterable[Any],
+    *,
+    layers: Sequence[int] | None = None,
+    positions: int = 5,
+    n_samples: int | None = None,
+    n_tokens: int = 10,
+    n_directions: int = 3,
+    n_divergent: int = 20,
+    progress: Callable[[int, int], None] | None = None,
+) -> ActivationDifferencesResult:
+    r"""Mean difference of the residual streams of a finetuned model and its base, and what it spells.
+
+    .. math:: \delta_{\ell, p} = \tfrac1n \sum_i \big( h^{\theta_t}_{\ell, p}(x_i) - h^{\theta_0}_{\ell, p}(x_i) \big),
+        \qquad \text{spelled}(\delta) = W_U \big( \mathrm{norm}(\delta) - \mathrm{norm}(0) \big)
+
+    after block l at position p of texts x that have nothing to do with the finetune. Narrow finetunes leave a constant
+    trace there, from which their subject can be read. Two forward passes per batch; the model comes back as it was. On
+    several ranks every rank does all.
+
+    Args:
+        model: A causal language model, plain or sharded with FSDP2.
+        base: Anything that :func:`~lightning_goldy.core.base.base_of` takes.
+        batches: Of token ids; at least two texts, for two halves.
+        layers: Blocks after which to read, from 0; all by default.
+        positions: Early positions told apart, beside the mean over all.
+        n_samples: Only the first so many texts.
+        n_tokens: Tokens spelled each way.
+        n_directions: Principal directions of the differences at the early positions, at most 10.
+        n_divergent: Places where the models disagree most.
+        progress: Called with (batches done, batches in all).
+
+    Returns:
+        Differences with their nulls, and tokens.
+
+    Raises:
+        ValueError: An argument is out of range, there are fewer than two texts, or one is shorter than ``positions``.
+        UnsupportedArchitectureError: The model's blocks could not be found.
+
+    Source: Minder et al. 2025 (arXiv 2510.13900), section 3; the logit lens.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=8, vocab_size=11, n_positions=16))
+        >>> batch = {"input_ids": torch.arange(20).view(2, 10) % 11}
+        >>> activation_differences(model, model, [batch]).headline()
+        "unchanged: the residual stream is the base's at every layer and position"
+    """
+    for name, value, least in (
+        ("positions", positions, 1),
+        ("n_tokens", n_tokens, 1),
+        ("n_directions", n_directions, 1),
+    ):
+        require_at_least(name, value, least)
+    blocks = _chosen_blocks(model, layers)
+    objective = CausalLMObjective()
+    kept = shortened(batches, objective, n_samples, None)
+    device = next(model.parameters()).device
+    with preserved(model), Replicas.world().together("activation_differences"), torch.no_grad():
+        with ChangePath(model, base) as path:
+            sums = _Sums(blocks, positions, n_directions, n_divergent)
+            for done, batch in enumerate(kept, 1):
+                placed = move_batch(batch, device)
+                inputs = objective.own_arguments(model, placed)
+                inputs.pop("labels", None)
+                streams = []
+                for place in (0.0, 1.0):
+                    path.move_to(place)
+                    with residual_streams(blocks) as states:
+                        logits = model(**inputs).logits
+                    streams.append((states, logits))
+                sums.add(Tokens.of(placed), *streams)
+                if progress is not None:
+                    progress(done, len(kept))
+        return sums.result(model, [block.index for block in blocks], n_tokens)
+
+
+@contextmanager
+def residual_streams(blocks: Sequence[Block]) -> Iterator[list[Tensor]]:
+    """Collects what each block hands on, shape ``[B, T, width]`` each, in order of depth, at one forward pass.
+
+    Args:
+        blocks: Of :func:`~lightning_goldy.core.architecture.describe_architecture`.
+    """
+    found: dict[int, Tensor] = {}
+    states: list[Tensor] = []
+
+    def keep(place: int, output: Any) -> None:
+        found[place] = (output if isinstance(output, Tensor) else output[0]).detach()
+
+    with ExitStack() as hooks:
+        for place, block in enumerate(blocks):
+            hook = block.module.register_forward_hook(lambda _, args, output, place=place: keep(place, output))
+            hooks.callback(hook.remove)
+        yield states
+    states.extend(found[place] for place in sorted(found))
+
+
+def _chosen_blocks(model: nn.Module, layers: Sequence[int] | None) -> tuple[Block, ...]:
+    described = describe_architecture(model)
+    if described.stacks:
+        raise UnsupportedArchitectureError(
+            f"{model_class(model)} has two stacks; activation differences are those of a causal language model"
+        )
+    blocks = described.blocks
+    if layers is None:
+        return blocks
+    for layer in layers:
+        if not 0 <= layer < len(blocks):
+            raise ValueError(f"layers lie between 0 and {len(blocks) - 1}; got {layer}")
+    if not layers:
+        raise ValueError("layers is empty: name at least one block")
+    return tuple(blocks[layer] for layer in sorted(set(layers)))
+
+
+class _Sums:
+    """Sums over the texts of two states of a model; every other text belongs to the second half."""
+
+    def __init__(self, blocks: Sequence[Block], positions: int, n_directions: int, n_divergent: int) -> None:
+        self.n_layers, self.positions = len(blocks), positions
+        self.n_directions, self.n_divergent = n_directions, n_divergent
+        self.n_samples = self.n_tokens = 0
+        self.totals: dict[str, Tensor] = {}
+        self.counts = torch.zeros(2, positions + 1, dtype=torch.float64)
+        self.early: list[Tensor] = []
+        self.kl = 0.0
+        self.heap: list[tuple[float, int, dict[str, Any]]] = []
+
+    def add(self, tokens: Tokens, base: tuple[list[Tensor], Tensor], now: tuple[list[Tensor], Tensor]) -> None:
+        """Adds a batch: states by layer and logits, of both."""
+        before, after = (torch.stack([precise(state) for state in states]) for states, _ in (base, now))  # [L, B, T, d]
+        for row in range(before.shape[1]):
+            places = tokens.valid[row].nonzero().flatten()
+            if len(places) < self.positions:
+                raise ValueError(
+                    f"text {self.n_samples} has {len(places)} tokens, fewer than the positions={self.positions}"
+                )
+            old, new = before[:, row, places], after[:, row, places]  # [L, n, d]
+            change = new - old
+            self._add_row(self.n_samples % 2, old, change)
+            self.early.append(change[:, : self.positions].cpu())
+            self._disagree(tokens.ids[row, places], base[1][row, places], now[1][row, places])
+            self.n_samples, self.n_tokens = self.n_samples + 1, self.n_tokens + len(places)
+
+    def _add_row(self, half: int, old: Tensor, change: Tensor) -> None:
+        """Sums by half, shape ``[2, L, positions + 1, d]``, in float64; the last position is the sum over all."""
+        for name, values in (("base", old), ("change", change), ("norm", old.norm(dim=-1, keepdim=True))):
+            early = values[:, : self.positions].double()
+            both = torch.cat([early, values.sum(1, keepdim=True, dtype=torch.float64)], dim=1).cpu()
+            if name not in self.totals:
+                self.totals[name] = torch.zeros(2, *both.shape, dtype=torch.float64)
+            self.totals[name][half] += both
+        self.counts[half, :-1] += 1
+        self.counts[half, -1] += old.shape[1]
+
+    def _disagree(self, ids: Tensor, base: Tensor, now: Tensor) -> None:
+        """Keeps where the predictions differ most."""
+        old, new = precise(base).log_softmax(-1), precise(now).log_softmax(-1)
+        divergence = (old.exp() * (old - new)).sum(-1).clamp_min(0)  # [n]
+        self.kl += float(divergence.sum(dtype=torch.float64))
+        for place in divergence.topk(min(self.n_divergent, len(ids))).indices.tolist():
+            entry = {
+                "kl": float(divergence[place]),
+                "sample": self.n_samples,
+                "position": place,
+                "context": ids[max(0, place + 1 - _CONTEXT) : place + 1].tolist(),
+                "base": int(old[place].argmax()),
+                "now": int(new[place].argmax()),
+            }
+            # The number breaks ties, so that no entries are compared.
+            heapq.heappush(self.heap, (entry["kl"], -(self.n_tokens + place), entry))
+            if len(self.heap) > self.n_divergent:
+                heapq.heappop(self.heap)
+
+    def result(self, model: nn.Module, layers: Sequence[int], n_tokens: int) -> ActivationDifferencesResult:
+        """Means, nulls and tokens."""
+        if self.n_samples < 2:
+            raise ValueError(f"two halves need at least two texts; got {self.n_samples}")
+        counts = self.counts[:, None, :, None]  # [2, 1, positions + 1, 1]
+        whole = {name: total.sum(0) / counts.sum(0) for name, total in self.totals.items()}
+        halves = {name: total / counts for name, total in self.totals.items()}
+        scale = whole["norm"][..., 0].clamp_min(1e-300)  # [L, positions + 1]
+        means, (first, second) = whole["change"], halves["change"]
+        same = (first * second).sum(-1) / (first.norm(dim=-1) * second.norm(dim=-1))
+        reader = TokenReader.of(model) if bool(means.any()) else None
+        directions, spelled_directions = self._principal(layers, reader, n_tokens)
+        spelled = []
+        if reader is not None:
+            for place, layer in enumerate(layers):
+                for position in range(self.positions + 1):
+                    at = ALL if position == self.positions else position
+                    spelled.append(vars(reader.spell(means[place, position], layer, at, n_tokens)))
+        return ActivationDifferencesResult(
+            layers=tuple(layers),
+            positions=self.positions,
+            means=means.float(),
+            norms=means.norm(dim=-1) / scale,
+            nulls=(halves["base"][0] - halves["base"][1]).norm(dim=-1) / scale,
+            agreements=same,
+            spelled=tuple(spelled),
+            directions=directions,
+            spelled_directions=spelled_directions,
+            mean_kl=self.kl / self.n_tokens,
+            divergent=tuple(entry for _, _, entry in sorted(self.heap, reverse=True) if entry["kl"] > 0),
+            n_samples=self.n_samples,
+            n_tokens=self.n_tokens,
+            cost=Cost(forwards=2 * self.n_samples),
+        )
+
+    def _principal(
+        self, layers: Sequence[int], reader: TokenReader | None, n_tokens: int
+    ) -> tuple[Tensor, tuple[dict[str, Any], ...]]:
+        early = torch.stack(self.early, dim=1).flatten(1, 2).double()  # [L, n * positions, d]
+        count = min(self.n_directions, 10, *early.shape[1:])
+        shares = torch.zeros(self.n_layers, count, dtype=torch.float64)
+        spelled: list[dict[str, Any]] = []
+        for place, rows in enumerate(early):
+            _, values, vectors = torch.linalg.svd(rows, full_matrices=False)
+            squares = values.square()
+            shares[place] = squares[:count] / squares.sum().clamp_min(1e-300)
+            for index, direction in enumerate(vectors[:count] if reader is not None else ()):
+                # Turned to where the differences lie in the mean, so that promoted means what the finetune promotes.
+                turned = direction if float((rows @ direction).sum()) >= 0 else -direction
+                found = vars(reader.spell(turned, layers[place], ALL, n_tokens))  # type: ignore[union-attr]
+                spelled.append({**found, "direction": index})
+        return shares, tuple(spelled)
+
+
+@dataclass(frozen=True)
+class TokenReader:
+    """A model's final norm and unembedding, which turn a direction of the residual stream into tokens.
+
+    Args:
+        norm: The last norm outside the blocks; None where the model has none.
+        head: The unembedding.
+    """
+
+    norm: nn.Module | None
+    head: nn.Module
+
+    @classmethod
+    def of(cls, model: nn.Module) -> TokenReader | None:
+        """The reader of a model of transformers; None where it has no unembedding or is sharded.
+
+        Example:
+            >>> from transformers import GPT2Config, GPT2LMHeadModel
+            >>> model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=11, n_positions=16))
+            >>> TokenReader.of(model).norm is model.transformer.ln_f
+            True
+        """
+        owner = transformers_model(model)
+        head = owner.get_output_embeddings() if owner is not None else None
+        if head is None or any(map(is_sharded, head.parameters())):
+            return None
+        norms = [
+            module
+            for name, module in canonical_modules(model).items()
+            if name and not list(module.children()) and block_of(f"{name}.weight") == "final"
+        ]
+        return cls(norms[-1] if norms else None, head)
+
+    @torch.no_grad()
+    def spell(self, direction: Tensor, layer: int, position: int, n_tokens: int) -> Spelled:
+        """The tokens that a direction of shape ``[width]`` promotes and demotes most."""
+        weight = gather(next(self.head.parameters()))
+        vector = direction.to(weight.device, weight.dtype)[None]  # [1, width]
+        both = torch.cat([vector, torch.zeros_like(vector)])
+        normed = both if self.norm is None else self.norm(both)
+        logits = precise(self.head(normed))
+        change = logits[0] - logits[1]  # [V]
+        count = min(n_tokens, len(change))
+        up, down = change.topk(count), change.topk(count, largest=False)
+        return Spelled(
+            layer, position, tuple(up.indices.tolist()), tuple(down.indices.tolist()), tuple(up.values.tolist())
+        )

@@ -1,0 +1,26 @@
+"""Change attribution and grafting: which parameters carry what a finetune did, and what a part of them recovers."""
+
+from lightning_goldy.analysis.attribution.attribution import ChangeAttributionResult, change_attribution
+from lightning_goldy.analysis.attribution.graft import (
+    GraftCurve,
+    GraftPoint,
+    apply_change,
+    graft,
+    graft_curve,
+    save_change,
+)
+from lightning_goldy.analysis.attribution.units import UnitGroup, model_units, unit_mask
+
+__all__ = [
+    "ChangeAttributionResult",
+    "GraftCurve",
+    "GraftPoint",
+    "UnitGroup",
+    "apply_change",
+    "change_attribution",
+    "graft",
+    "graft_curve",
+    "model_units",
+    "save_change",
+    "unit_mask",
+]

@@ -1,0 +1,756 @@
+"""Change attribution: which parameters carry what a finetune did to a metric, by integrating its gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, get_args
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_goldy.analysis.attribution.units import UnitGroup, margins_of, model_units
+from lightning_goldy.analysis.divergence import precise, shortened
+from lightning_goldy.analysis.golden.golden import backward, gradient_part, only_these_require_gradients
+from lightning_goldy.analysis.result import AnalysisResult, Cost, tensor_rows
+from lightning_goldy.analysis.taylor.approximation import batch_parts
+from lightning_goldy.core.base import Base, base_of
+from lightning_goldy.core.batches import move_batch, sample_count
+from lightning_goldy.core.isolation import preserved
+from lightning_goldy.core.mask import ParameterMask
+from lightning_goldy.core.naming import block_of, kind_of, require_at_least, require_choice
+from lightning_goldy.core.objective import FunctionObjective, Objective, objective_for
+from lightning_goldy.core.selection import select_largest
+from lightning_goldy.core.sharding import Replicas, gather, is_sharded, like, local, sum_over_shards, unshard_guard
+from lightning_goldy.core.space import ParameterSpace
+from lightning_goldy.core.vector import ParameterVector
+
+MetricName = Literal["loss", "log_prob", "kl"]
+Metric = MetricName | Callable[[nn.Module, Any], Tensor]
+"""What a change is attributed of; a function gives the mean of a batch's samples, a scalar with a graph."""
+
+METRICS: tuple[str, ...] = get_args(MetricName)
+AUTO_NODES = (4, 8, 16, 32, 64)
+"""Numbers of nodes that ``nodes="auto"`` tries until the sum is complete."""
+SHARES = (0.001, 0.01, 0.05, 0.1, 0.2)
+_RESAMPLES = 1000
+_TOP = 20
+# Elements worked on at a time: a few such pieces stay in a core's cache.
+_CHUNK = 1 << 16
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Samples that go through the model together.
+
+    Args:
+        batch: On the CPU or where the model is.
+        weight: What its mean counts for in the metric; those of all passages add up to 1.
+    """
+
+    batch: Any
+    weight: float = math.nan
+
+
+class Measure:
+    """A metric of a model, passage by passage, with the predictions of the base where it needs them.
+
+    Args:
+        metric: ``loss`` (mean over targets, nats), ``log_prob`` (mean over samples, nats), ``kl`` (KL(p_base || p),
+            mean over targets, nats), or a function.
+        objective: How a batch becomes a loss.
+    """
+
+    def __init__(self, metric: Metric, objective: Objective) -> None:
+        self.metric, self.objective = metric, objective
+        self.anchors: dict[int, Tensor] = {}
+        """Log-probabilities of the base by passage, shape ``[N, V]``."""
+
+    def value(self, model: nn.Module, index: int, batch: Any) -> Tensor:
+        """The metric on one passage, a scalar."""
+        if callable(self.metric):
+            return self.metric(model, batch)
+        if self.metric == "loss":
+            return self.objective.loss(model, batch)
+        if self.metric == "log_prob":
+            return self.objective.log_probs(model, batch).mean()
+        logits = precise(self.objective.logits_and_targets(model, batch).logits)
+        anchor = self.anchors[index].to(logits.device)
+        return F.kl_div(logits.log_softmax(-1), anchor, log_target=True, reduction="sum") / len(logits)
+
+    def keep_anchor(self, model: nn.Module, index: int, batch: Any) -> None:
+        """Keeps the base's predictions, where the metric compares with them."""
+        if self.metric == "kl":
+            logits = precise(self.objective.logits_and_targets(model, batch).logits)
+            self.anchors[index] = logits.log_softmax(-1).cpu()
+
+    def by_sample(self, model: nn.Module, index: int, batch: Any) -> tuple[Tensor, Tensor]:
+        """Sums of the metric over each sample's targets, and what each counts for, shapes ``[B]``, float64.
+
+        What is no sum over samples, as under a function, is that of the passage as one sample.
+        """
+        if callable(self.metric) or isinstance(self.objective, FunctionObjective):
+            count = sample_count(batch)
+            sums = [count * float(self.value(model, index, batch))]
+            return torch.tensor(sums, dtype=torch.float64), torch.tensor([count], dtype=torch.float64)
+        if self.metric == "log_prob":
+            found = self.objective.log_probs(model, batch).double().cpu()
+            return found, torch.ones_like(found)
+        target = self.objective.logits_and_targets(model, batch)
+        if self.metric == "loss":
+            values = target.token_losses()
+        else:
+            anchor = self.anchors[index].to(target.logits.device)
+            logits = precise(target.logits).log_softmax(-1)
+            values = F.kl_div(logits, anchor, log_target=True, reduction="none").sum(-1)
+        where, zeros = target.sample.cpu(), torch.zeros(target.n_samples, dtype=torch.float64)
+        return zeros.index_add(0, where, values.double().cpu()), torch.bincount(where, minlength=len(zeros)).double()
+
+
+def passages(
+    batches: Iterable[Any], objective: Objective, n_samples: int | None, samples_per_pass: int | None
+) -> list[Passage]:
+    """The samples that have targets, so many together.
+
+    Args:
+        batches: Batches that the objective understands.
+        objective: Cuts batches into samples.
+        n_samples: Only the first so many; all by default.
+        samples_per_pass: Samples together; by default as many as leave 8 passages, by which intervals are told.
+    """
+    kept = shortened(batches, objective, n_samples, None)
+    together = samples_per_pass or max(1, sum(map(sample_count, kept)) // 8)
+    return [
+        Passage(part) for batch in kept for part in batch_parts(batch, objective, -(-sample_count(batch) // together))
+    ]
+
+
+class ChangePath:
+    r"""A model moved between its base and where it is; the present values are copied back at the end.
+
+    Args:
+        model: Its parameters are changed in place.
+        base: :math:`\theta_0`.
+        space: The parameters that move.
+
+    Example:
+        >>> layer = nn.Linear(1, 1, bias=False)
+        >>> base = ParameterVector(ParameterSpace.of(layer), {"weight": layer.weight.detach() - 1})
+        >>> with ChangePath(layer, base) as path:
+        ...     path.move_to(0.0)
+        ...     at_base = layer.weight.item()
+        >>> round(layer.weight.item() - at_base, 6)
+        1.0
+    """
+
+    def __init__(self, model: nn.Module, base: Base, space: ParameterSpace | None = None) -> None:
+        start = base_of(base, model, space)
+        self.model, self.space = model, start.space
+        self.parameters = start.space.resolve(model)
+        self.base = start
+        # Placed once: on a GPU the base would be sent there with every gradient.
+        self.starts = {name: local(start.placed(name, parameter)) for name, parameter in self.parameters.items()}
+        self.present = {name: local(parameter).clone() for name, parameter in self.parameters.items()}
+
+    def __enter__(self) -> ChangePath:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.write(lambda name, base, present: present)
+
+    def write(self, value: Callable[[str, Tensor, Tensor], Tensor]) -> None:
+        """Gives every parameter (this process's part) a value made of its name, its base and its present value."""
+        unshard_guard(self.model)
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                local(parameter).copy_(value(name, self.starts[name], self.present[name]))
+        # Inside autocast a low-precision copy of the old weight may be cached and would be used in its place.
+        torch.clear_autocast_cache()
+
+    def move_to(self, t: float) -> None:
+        """Moves to base + t (present - base), the base and the present values themselves at 0 and 1."""
+
+        def between(name: str, base: Tensor, present: Tensor) -> Tensor:
+            if t in (0.0, 1.0):
+                return present if t else base
+            return torch.lerp(precise(base), precise(present), t)
+
+        self.write(between)
+
+    def change(self, name: str) -> Tensor:
+        """Present value minus base of one parameter, this process's part, at least float32."""
+        return precise(self.present[name]) - precise(self.starts[name])
+
+    def changes(self, name: str) -> Iterator[tuple[slice, Tensor]]:
+        """The change of one parameter, flat, piece by piece with its place."""
+        base, present = self.starts[name].reshape(-1), self.present[name].reshape(-1)
+        size = _CHUNK if present.device.type == "cpu" else max(1, present.numel())
+        for start in range(0, present.numel(), size):
+            piece = slice(start, start + size)
+            yield piece, precise(present[piece]) - precise(base[piece])
+
+    def squares(self) -> list[float]:
+        """||Delta||^2 of each parameter, over all shards."""
+        sums = []
+        for name, present in self.present.items():
+            total = torch.zeros((), dtype=torch.float64, device=present.device)
+            for _, change in self.changes(name):
+                total += torch.dot(change, change)
+            sums.append(total)
+        return list(map(float, sum_over_shards(sums, list(self.parameters.values()))))
+
+
+@dataclass(frozen=True)
+class ChangeAttributionResult(AnalysisResult):
+    r"""What each parameter's change did to a metric.
+
+    Args:
+        metric: ``loss``, ``log_prob``, ``kl`` or ``function``.
+        base_value: The metric at the base.
+        value: The metric now.
+        names: The parameters.
+        contributions: Of each passage and parameter, shape ``[passages, parameters]``, float64; they add up to
+            :attr:`total`.
+        weights: What each passage counts for, shape ``[passages]``; they add up to 1.
+        units: Sums by unit; rows of ``kind``, ``place`` and ``values``.
+        numels: Elements of each parameter.
+        squared_changes: ||Delta||^2 of each parameter.
+        n_samples: Samples.
+        n_nodes: Nodes of the quadrature.
+        tolerance: The gap that was asked for, a fraction.
+        shares: Shares of all elements for which the strongest are known, ascending fractions.
+        levels: Of each element the first of the shares whose strongest hold it, or their number where none does; uint8.
+        scores: Of each element what it contributes; None unless asked for.
+        cost: Passes of the model.
+    """
+
+    analysis: ClassVar[str] = "change_attribution"
+
+    metric: str
+    base_value: float
+    value: float
+    names: tuple[str, ...]
+    contributions: Tensor
+    weights: Tensor
+    units: tuple[dict[str, Any], ...]
+    numels: tuple[int, ...]
+    squared_changes: tuple[float, ...]
+    n_samples: int
+    n_nodes: int
+    tolerance: float
+    shares: tuple[float, ...]
+    levels: ParameterVector | None
+    scores: ParameterVector | None
+    cost: Cost = field(default=Cost(), compare=False)
+
+    @property
+    def change(self) -> float:
+        """The metric now less at the base."""
+        return self.value - self.base_value
+
+    @property
+    def total(self) -> float:
+        """What all parameters contribute together; the change, but for the gap."""
+        return float(self.contributions.sum())
+
+    @property
+    def gap(self) -> float | None:
+        """|total - change| / |change|, a fraction; None where nothing changed."""
+        return abs(self.total - self.change) / abs(self.change) if self.change else None
+
+    @property
+    def complete(self) -> bool:
+        """Whether the gap is within the tolerance."""
+        return self.gap is None or self.gap <= self.tolerance
+
+    @property
+    def by_tensor(self) -> dict[str, float]:
+        """What each parameter contributes."""
+        return dict(zip(self.names, self.contributions.sum(0).tolist(), strict=True))
+
+    def grouped(self, group: Callable[[str], str]) -> dict[str, float]:
+        """What groups of parameters contribute.
+
+        Args:
+            group: Of a parameter's name, such as :func:`~lightning_goldy.core.naming.block_of`.
+        """
+        sums: dict[str, float] = {}
+        for name, value in self.by_tensor.items():
+            sums[group(name)] = sums.get(group(name), 0.0) + value
+        return sums
+
+    @property
+    def by_block(self) -> dict[str, float]:
+        """What each block contributes."""
+        return self.grouped(block_of)
+
+    @property
+    def by_kind(self) -> dict[str, float]:
+        """What attention, MLPs, norms, embeddings and the rest contribute."""
+        return self.grouped(kind_of)
+
+    def interval(self, group: Callable[[str], str], of: str, *, share: bool = False) -> tuple[float, float]:
+        """95 % percentile bootstrap interval of what a group contributes, over the passages.
+
+        Args:
+            group: Of a parameter's name.
+            of: The group.
+            share: Of its share of the total, instead.
+        """
+        wanted = torch.tensor([group(name) == of for name in self.names])
+        part, whole = self.contributions[:, wanted].sum(1), self.contributions.sum(1)  # [passages]
+        counts = resampled(len(part))  # [resamples, passages]
+        values = (counts @ part) / ((counts @ whole) if share else (counts @ self.weights))
+        low, high = torch.nanquantile(values, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+        return low, high
+
+    def mask(self, share: float) -> ParameterMask:
+        """The share of all elements that did most of the change: the largest contributions of the change's own sign.
+
+        Args:
+            share: One of :attr:`shares`; any in (0, 1] where the scores were kept.
+
+        Raises:
+            ValueError: It is another.
+        """
+        if self.levels is not None and share in self.shares:
+            return ParameterMask.of_vector(self.levels.map(lambda level: level <= self.shares.index(share)))
+        if self.scores is None:
+            raise ValueError(
+                f"the strongest {share:g} of the elements were not kept: there are {list(self.shares)}; "
+                "name it in shares=, or keep all scores with keep_scores=True"
+            )
+        return strongest(self.scores, self.change, share)
+
+    def metrics(self) -> dict[str, float | None]:
+        """The change, how complete its attribution is, and the share of each kind of parameter."""
+        kinds = {f"share/{kind}": value / self.total if self.total else None for kind, value in self.by_kind.items()}
+        return {
+            "effect": self.change,
+            "base_value": self.base_value,
+            "value": self.value,
+            "gap": self.gap,
+            "n_nodes": float(self.n_nodes),
+            **kinds,
+        }
+
+    def details(self) -> dict[str, Any]:
+        """Contributions by parameter, block, kind and unit, with intervals."""
+        changes = math.fsum(self.squared_changes) or 1.0
+        tensors = tensor_rows(
+            self.names,
+            numel=self.numels,
+            contribution=self.by_tensor.values(),
+            squared_change=[value / changes for value in self.squared_changes],
+        )
+        return {
+            "metric": self.metric,
+            "complete": self.complete,
+            "tolerance": self.tolerance,
+            "n_samples": self.n_samples,
+            "n_passages": len(self.weights),
+            "total": self.total,
+            "tensors": tensors,
+            "blocks": self._group_rows(block_of),
+            "kinds": self._group_rows(kind_of),
+            "units": [_unit_row(unit) for unit in self.units],
+        }
+
+    def _group_rows(self, group: Callable[[str], str]) -> list[dict[str, Any]]:
+        whole, changes = sum(self.numels), math.fsum(self.squared_changes) or 1.0
+        rows = []
+        for label, value in self.grouped(group).items():
+            places = [place for place, name in enumerate(self.names) if group(name) == label]
+            low, high = self.interval(group, label)
+            rows.append(
+                {
+                    "group": label,
+                    "contribution": value,
+                    "low": low,
+                    "high": high,
+                    "elements": sum(self.numels[place] for place in places) / whole,
+                    "squared_change": math.fsum(self.squared_changes[place] for place in places) / changes,
+                }
+            )
+        return rows
+
+    def headline(self) -> str:
+        """The change, and the kind of parameter that carries most of it against its share of the elements."""
+        if not any(self.squared_changes):
+            return "no parameter has changed, so there is nothing to attribute"
+        if not self.change:
+            return f"the {self.metric} has not changed on these samples, so there is nothing to attribute"
+        kinds = {row["group"]: row for row in self._group_rows(kind_of)}
+        label, row = max(kinds.items(), key=lambda item: item[1]["contribution"] / self.change)
+        low, high = self.interval(kind_of, label, share=True)
+        whole = (
+            ""
+            if self.complete
+            else f"; INCOMPLETE: the parts miss the change by {self.gap:.2g} of it with {self.n_nodes} nodes"
+        )
+        return (
+            f"the {self.metric} changed by {self.change:.4g}: {row['contribution'] / self.total:.0%} "
+            f"[{low:.0%}, {high:.0%}] of it sits in {label} parameters, which are {row['elements']:.0%} of all{whole}"
+        )
+
+
+def change_attribution(
+    model: nn.Module,
+    base: Base,
+    batches: Iterable[Any],
+    objective: Objective | None = None,
+    *,
+    metric: Metric = "loss",
+    nodes: int | Literal["auto", "base"] = "auto",
+    tolerance: float = 0.01,
+    space: ParameterSpace | None = None,
+    n_samples: int | None = None,
+    samples_per_pass: int | None = None,
+    shares: Sequence[float] = SHARES,
+    keep_scores: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    split_over_ranks: bool = True,
+) -> ChangeAttributionResult:
+    r"""Divides what a finetune did to a metric among the elements that changed.
+
+    .. math::
+        A_j = \Delta_j \int_0^1 \frac{\partial m}{\partial \theta_j}(\theta_0 + t \Delta)\, dt, \qquad
+        \sum_j A_j = m(\theta_t) - m(\theta_0), \qquad \Delta = \theta_t - \theta_0
+
+    The integral is a sum over Gauss-Legendre nodes, exact where the metric along the line is a polynomial of degree
+    2 n; nodes are doubled until the relative gap to the true change is below the tolerance. A forward and a backward
+    pass per sample and node, in evaluation mode. Beside the training's memory stand a copy of the present values, the
+    base, and one accumulator in at least float32. The model comes back as it was. On several ranks the passages are
+    shared out; every rank must call.
+
+    Args:
+        model: The finetuned model, plain or sharded with FSDP2.
+        base: Anything that :func:`~lightning_goldy.core.base.base_of` takes.
+        batches: Batches that the objective understands, the same on every rank.
+        objective: The loss; next-token prediction by default.
+        metric: ``loss`` (mean over targets, nats), ``log_prob`` (of the responses, mean over samples, nats), ``kl``
+            (KL(p_base || p), mean over targets, nats), or a function of model and batch that gives the mean over the
+            batch's samples.
+        nodes: Of the quadrature; ``auto`` tries 4, 8, ... 64; ``base`` takes the gradient at the base alone, the first
+            order, which need not be complete.
+        tolerance: Relative gap at which ``auto`` stops, a fraction.
+        space: Which parameters move; the base's by default. The others stay where they are now.
+        n_samples: Only the first so many samples.
+        samples_per_pass: Samples that go through the model together; intervals resample such passages. By default as
+            many as leave 8 of them.
+        shares: Shares of all elements whose strongest are to be told, fractions in (0, 1].
+        keep_scores: Whether to return what every element contributes.
+        progress: Called with (passages done, passages in all) of the present number of nodes, on this rank.
+        split_over_ranks: Whether to share passages out over the ranks of an initialised process group.
+
+    Returns:
+        Contributions by parameter and unit, the strongest elements, and how complete the sum is.
+
+    Raises:
+        ValueError: An argument is out of range, there is no sample, or a value is not finite.
+        SpaceError: The base is of another model.
+
+    Source: integrated gradients (Sundararajan et al. 2017, section 3) along the line between two checkpoints.
+
+    Example:
+        >>> from lightning_goldy.core import FunctionObjective
+        >>> layer = nn.Linear(2, 1, bias=False)
+        >>> base = ParameterVector(ParameterSpace.of(layer), {"weight": torch.zeros(1, 2)})
+        >>> _ = layer.weight.data.copy_(torch.tensor([[1.0, 3.0]]))
+        >>> square = FunctionObjective(lambda model, x: model(x).square().mean())
+        >>> found = change_attribution(layer, base, [torch.eye(2)], square, nodes=1, keep_scores=True)
+        >>> found.change, found.scores["weight"].tolist(), found.gap
+        (5.0, [[0.5, 4.5]], 0.0)
+    """
+    shares = check_attribution(metric, nodes, tolerance, shares, samples_per_pass)
+    objective = objective_for(model, objective)
+    replicas = Replicas.of(model) if split_over_ranks else Replicas()
+    with preserved(model), replicas.together("change_attribution"), ChangePath(model, base, space) as path:
+        found = passages(batches, objective, n_samples, samples_per_pass)
+        work = _Integration(path, Measure(metric, objective), found, replicas, progress)
+        work.measure_ends()
+        counts: Sequence[int] = AUTO_NODES if nodes == "auto" else (0,) if nodes == "base" else (nodes,)
+        for count in counts if work.moved else counts[:1]:
+            work.integrate(count)
+            if work.gap <= tolerance:
+                break
+        return work.result(tolerance, shares, keep_scores)
+
+
+def check_attribution(
+    metric: Metric, nodes: int | str, tolerance: float, shares: Sequence[float], samples_per_pass: int | None
+) -> tuple[float, ...]:
+    """Checks what can be checked before there is a model; returns the shares in ascending order.
+
+    Raises:
+        ValueError: An argument is unknown or out of range.
+    """
+    if not callable(metric):
+        require_choice("metric", metric, METRICS)
+    if isinstance(nodes, str):
+        require_choice("nodes", nodes, ("auto", "base"))
+    elif not 1 <= nodes <= 256:
+        raise ValueError(f"nodes is 'auto' or lies between 1 and 256; got {nodes}")
+    if not 0 < tolerance < 1:
+        raise ValueError(f"tolerance must lie in (0, 1); got {tolerance}")
+    if samples_per_pass is not None:
+        require_at_least("samples_per_pass", samples_per_pass, 1)
+    for share in shares:
+        if not 0 < share <= 1:
+            raise ValueError(f"shares lie in (0, 1]; got {share}")
+    if len(shares) > 200:
+        raise ValueError(f"at most 200 shares can be told apart; got {len(shares)}")
+    return tuple(sorted(set(shares)))
+
+
+def strongest(scores: ParameterVector, change: float, share: float) -> ParameterMask:
+    """Exactly a share of the elements, those that contribute most in the direction of the change.
+
+    Args:
+        scores: What each element contributes.
+        change: Its sign is that of the wanted contributions.
+        share: A fraction in (0, 1]; at least one element.
+
+    Example:
+        >>> space = ParameterSpace.of(nn.Linear(4, 1, bias=False))
+        >>> scores = ParameterVector(space, {"weight": torch.tensor([[1.0, -3.0, -2.0, 0.0]])})
+        >>> strongest(scores, -4.0, 0.5)["weight"].tolist()
+        [[False, True, True, False]]
+    """
+    return ParameterMask.of_vector((scores if change >= 0 else -scores).top_k(100 * share, scope="global"))
+
+
+class _Integration:
+    """One process's part of the work, and what all of them found."""
+
+    def __init__(
+        self,
+        path: ChangePath,
+        measure: Measure,
+        samples: Sequence[Passage],
+        replicas: Replicas,
+        progress: Callable[[int, int], None] | None,
+    ) -> None:
+        self.path, self.measure, self.replicas, self.progress = path, measure, replicas, progress
+        self.device = next(path.model.parameters()).device
+        self.samples = list(samples)
+        self.mine = replicas.share(range(len(samples)))
+        self.ends = torch.zeros(2, len(samples), dtype=torch.float64)
+        self.weights = torch.zeros(len(samples), dtype=torch.float64)
+        self.contributions = torch.zeros(len(samples), len(path.space), dtype=torch.float64)
+        self.products = torch.zeros(len(path.space), dtype=torch.float64, device=self.device)
+        """Of the present passage, gradient times change of each parameter."""
+        self.accumulated = {
+            name: torch.zeros_like(part, dtype=torch.promote_types(part.dtype, torch.float32))
+            for name, part in path.present.items()
+        }
+        self.found = torch.zeros_like(self.contributions)
+        """The contributions that all processes found."""
+        self.index = {name: place for place, name in enumerate(path.space.names)}
+        self.squares = path.squares()
+        self.moved = any(self.squares)
+        self.n_nodes = 0
+        self.cost = Cost()
+
+    def measure_ends(self) -> None:
+        """The metric now and at the base, and what each passage counts for."""
+        sizes = torch.zeros(len(self.samples), dtype=torch.float64)
+        with torch.no_grad():
+            for end, place in enumerate((0.0, 1.0)):
+                self.path.move_to(place)
+                for index, batch in self._batches():
+                    if place == 0.0:
+                        self.measure.keep_anchor(self.path.model, index, batch)
+                    sums, counts = self.measure.by_sample(self.path.model, index, batch)
+                    sizes[index] = counts.sum()
+                    self.ends[end, index] = sums.sum() / counts.sum()
+                    self.cost += Cost(forwards=(1 + (self.measure.metric == "kl" and not end)) * sample_count(batch))
+        sizes, self.ends = self._summed(sizes), self._summed(self.ends)
+        if not bool(torch.isfinite(self.ends).all()):
+            raise ValueError("the metric is not finite at the base or at the present parameters")
+        self.weights = sizes / sizes.sum()
+
+    def integrate(self, n_nodes: int) -> None:
+        """Adds up the gradients at the nodes; without one, that at the base."""
+        self.n_nodes = max(1, n_nodes) if self.moved else 0
+        self.contributions.zero_()
+        for total in self.accumulated.values():
+            total.zero_()
+        if not self.moved:
+            return
+        places, weights = np.polynomial.legendre.leggauss(n_nodes) if n_nodes else (np.array([-1.0]), np.array([2.0]))
+        hooks = self._hooks()
+        with hooks:
+            for node, (place, weight) in enumerate(zip((places + 1) / 2, weights / 2, strict=True)):
+                self.path.move_to(float(place))
+                for step, (index, batch) in enumerate(self._batches(), 1):
+                    self.scale = float(weight) * float(self.weights[index])
+                    self.products.zero_()
+                    backward(self.measure.value(self.path.model, index, batch))
+                    self._take_all()
+                    # Once per passage, for a GPU would wait at every parameter.
+                    self.contributions[index] += self.scale * self.products.cpu()
+                    self.cost += Cost(sample_count(batch), sample_count(batch))
+                    if self.progress is not None:
+                        self.progress(node * len(self.mine) + step, self.n_nodes * len(self.mine))
+        references = list(self.path.parameters.values())
+        columns = sum_over_shards([column.to(self.device) for column in self.contributions.T], references)
+        mine = torch.stack(columns, dim=1).cpu()
+        self.found = self._summed(mine)
+        if not bool(torch.isfinite(self.found).all()):
+            broken = self.path.space.names[int((~torch.isfinite(self.found)).any(0).nonzero()[0])]
+            raise ValueError(f"the gradient of {broken} is not finite along the change")
+
+    @property
+    def gap(self) -> float:
+        """Relative distance of the sum from the change; 0 where nothing changed."""
+        change = float(((self.ends[1] - self.ends[0]) * self.weights).sum())
+        return abs(float(self.found.sum()) - change) / abs(change) if self.moved and change else 0.0
+
+    def result(self, tolerance: float, shares: tuple[float, ...], keep_scores: bool) -> ChangeAttributionResult:
+        """Turns gradients into contributions, in place, and tells what they say."""
+        space = self.path.space
+        before, now = (float((values * self.weights).sum()) for values in self.ends)
+        for name, total in self.accumulated.items():
+            flat = self.replicas.sum_(total).view(-1)
+            for piece, change in self.path.changes(name):
+                flat[piece].mul_(change)
+        references = {name: parameter.detach() for name, parameter in self.path.parameters.items()}
+        scores = {name: like(references[name], total) for name, total in self.accumulated.items()}
+        margins = {name: margins_of(gather(score)) for name, score in scores.items()}
+        units = [
+            {"kind": group.kind, "place": group.place, "values": group.sums(margins), "size": group.size(space)}
+            for group in model_units(self.path.model, space)
+        ]
+        metric = self.measure.metric
+        return ChangeAttributionResult(
+            metric=metric if isinstance(metric, str) else "function",
+            base_value=before,
+            value=now,
+            names=space.names,
+            contributions=self.found,
+            weights=self.weights,
+            units=tuple(units),
+            numels=tuple(map(math.prod, space.shapes)),
+            squared_changes=tuple(self.squares),
+            n_samples=sum(sample_count(passage.batch) for passage in self.samples),
+            n_nodes=self.n_nodes,
+            tolerance=tolerance,
+            shares=shares if self.moved else (),
+            levels=ParameterVector(space, levels_of(scores, shares, sign=now - before))
+            if self.moved and shares
+            else None,
+            scores=ParameterVector(space, {name: gather(score).cpu() for name, score in scores.items()})
+            if keep_scores
+            else None,
+            cost=sum(self.replicas.gather_objects(self.cost), Cost()),
+        )
+
+    def _summed(self, mine: Tensor) -> Tensor:
+        return torch.stack(self.replicas.gather_objects(mine)).sum(0)
+
+    def _batches(self) -> Iterator[tuple[int, Any]]:
+        for index in self.mine:
+            yield index, move_batch(self.samples[index].batch, self.device)
+
+    def _hooks(self) -> ExitStack:
+        """Takes each gradient as soon as it is complete; FSDP2 writes sharded ones without running such hooks."""
+        hooks = ExitStack()
+        only_these_require_gradients(self.path.model, self.path.parameters)
+        for name, parameter in self.path.parameters.items():
+            if not is_sharded(parameter):
+                hook = parameter.register_post_accumulate_grad_hook(lambda _, name=name: self._take(name))
+                hooks.callback(hook.remove)
+        return hooks
+
+    def _take_all(self) -> None:
+        unshard_guard(self.path.model)
+        for name, parameter in self.path.parameters.items():
+            if parameter.grad is not None:
+                self._take(name)
+        for parameter in self.path.model.parameters():
+            parameter.grad = None
+
+    def _take(self, name: str) -> None:
+        parameter = self.path.parameters[name]
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
+        flat, total = gradient_part(gradient, parameter).reshape(-1), self.accumulated[name].view(-1)
+        products = []
+        for piece, change in self.path.changes(name):
+            products.append(torch.dot(flat[piece], change))
+            total[piece].add_(flat[piece], alpha=self.scale)
+        if products:
+            self.products[self.index[name]] += torch.stack(products).sum(dtype=torch.float64)
+
+
+def levels_of(scores: Mapping[str, Tensor], shares: Sequence[float], *, sign: float = 1.0) -> dict[str, Tensor]:
+    """The first of ascending shares whose strongest hold each element, or their number where none does.
+
+    Args:
+        scores: By parameter, plain or sharded; they are multiplied by the sign for a while.
+        shares: Ascending fractions of all elements.
+        sign: That of the scores that are strongest.
+
+    Returns:
+        Whole tensors of uint8 on the CPU.
+
+    Example:
+        >>> levels_of({"a": torch.tensor([4.0, 1.0, 3.0, 2.0])}, [0.25, 0.5])["a"].tolist()
+        [0, 2, 1, 2]
+    """
+    directed, numel = list(scores.values()), sum(score.numel() for score in scores.values())
+    parts = [local(score) for score in directed]
+    if sign < 0:
+        for part in parts:
+            part.neg_()
+    levels = [torch.full_like(part, len(shares), dtype=torch.uint8) for part in parts]
+    for place in reversed(range(len(shares))):
+        for level, inside in zip(levels, select_largest(directed, max(1, round(shares[place] * numel))), strict=True):
+            level.masked_fill_(inside, place)
+    if sign < 0:
+        for part in parts:
+            part.neg_()
+    found = zip(scores, directed, levels, strict=True)
+    return {name: gather(like(score, level)).cpu() for name, score, level in found}
+
+
+def resampled(count: int) -> Tensor:
+    """How often each of so many passages is drawn in each resample, shape ``[resamples, count]``; always the same."""
+    draws = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=_RESAMPLES)
+    return torch.from_numpy(draws).double()
+
+
+def _unit_row(unit: Mapping[str, Any]) -> dict[str, Any]:
+    """The strongest units of a group with their numbers, and of heads all."""
+    values: Tensor = unit["values"]
+    row = {"kind": unit["kind"], "place": unit["place"], "count": len(values), "total": float(values.sum())}
+    if unit["kind"] in ("head", "key_value"):
+        return {**row, "values": values.tolist()}
+    top = values.abs().topk(min(_TOP, len(values))).indices.tolist()
+    return {**row, "top": [[place, float(values[place])] for place in top]}
+
+
+def units_of(result: ChangeAttributionResult, kind: str) -> dict[str, Tensor]:
+    """What units of one kind contribute, by place.
+
+    Args:
+        result: Of :func:`change_attribution`.
+        kind: ``head``, ``key_value``, ``neuron``, ``row`` or ``rest``.
+    """
+    found: dict[str, Tensor] = {}
+    for unit in result.units:
+        if unit["kind"] == kind:
+            found[unit["place"]] = (
+                torch.cat([found[unit["place"]], unit["values"]]) if unit["place"] in found else unit["values"]
+            )
+    return found
+
+
+def unit_groups(result: ChangeAttributionResult, model: nn.Module) -> tuple[UnitGroup, ...]:
+    """The groups that the result's units are of, as they lie in a model of the same shapes."""
+    return model_units(model, ParameterSpace.of(model).subspace(result.names))

@@ -1,0 +1,690 @@
+"""Grafting: how much of a finetune a part of its change recovers, at what harm, and the models that come of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lightning_goldy.analysis.attribution.attribution import (
+    ChangeAttributionResult,
+    ChangePath,
+    Measure,
+    Metric,
+    change_attribution,
+    check_attribution,
+    levels_of,
+    passages,
+    resampled,
+)
+from lightning_goldy.analysis.attribution.units import UnitGroup, block_name, model_units, unit_mask
+from lightning_goldy.analysis.divergence import precise
+from lightning_goldy.analysis.result import AnalysisResult, Cost, counted_passes
+from lightning_goldy.core.base import Base, base_of
+from lightning_goldy.core.batches import move_batch, sample_count
+from lightning_goldy.core.directions import random_direction
+from lightning_goldy.core.files import StoreError, parse_json
+from lightning_goldy.core.isolation import preserved
+from lightning_goldy.core.mask import ParameterMask
+from lightning_goldy.core.naming import model_class, require_choice
+from lightning_goldy.core.objective import Objective, objective_for
+from lightning_goldy.core.sharding import gather, is_sharded, like, local, scatter_like
+from lightning_goldy.core.space import ParameterSpace
+from lightning_goldy.core.store import fingerprint, open_tensors, pack_mask, unpack_mask, write_tensors
+from lightning_goldy.core.vector import ParameterVector
+
+Baseline = Literal["magnitude", "random", "gradient", "interpolation", "drop_and_rescale"]
+Pieces = Literal["elements", "units", "tensors", "blocks"]
+BASELINES: tuple[str, ...] = get_args(Baseline)
+FACTORS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+"""Of the change, by which interpolation adds it to the base."""
+CHANGE_KEY = "goldy_change"
+
+
+@dataclass(frozen=True)
+class GraftPoint(AnalysisResult):
+    """A model between the base and the finetune, and what it has of both.
+
+    Args:
+        method: ``attribution``, a baseline, or ``finetune``.
+        share: Share of the elements that differ from the base, a fraction.
+        factor: What the change is multiplied with there.
+        value: The metric on held-out samples.
+        recovered: (value - base) / (finetune - base) there, a fraction; None where the finetune changed nothing.
+        low: Lower end of its 95 % bootstrap interval over samples.
+        high: Upper end.
+        harm: Loss on other text less that of the base, nats; None without other text.
+        harm_low: Lower end of its interval.
+        harm_high: Upper end.
+        kl: KL(p_base || p) on other text, mean over targets, nats; None without other text.
+        on_frontier: Whether no other point recovers as much with less harm.
+    """
+
+    method: str
+    share: float
+    factor: float
+    value: float
+    recovered: float | None
+    low: float | None
+    high: float | None
+    harm: float | None = None
+    harm_low: float | None = None
+    harm_high: float | None = None
+    kl: float | None = None
+    on_frontier: bool = False
+
+
+@dataclass(frozen=True)
+class GraftCurve(AnalysisResult):
+    """What shares of a change recover on samples that did not choose them, and what they do to other text.
+
+    Args:
+        points: One record per graft, the whole finetune last.
+        metric: What is recovered.
+        pieces: What was grafted: ``elements``, ``units``, ``tensors`` or ``blocks``.
+        base_value: The metric of the base on held-out samples.
+        value: That of the finetune.
+        base_collateral: Loss of the base on other text, nats; None without any.
+        n_held_out: Held-out samples.
+        n_collateral: Samples of other text.
+        cost: Forward passes.
+    """
+
+    analysis: ClassVar[str] = "graft_curve"
+
+    points: tuple[dict[str, Any], ...]
+    metric: str
+    pieces: str
+    base_value: float
+    value: float
+    base_collateral: float | None
+    n_held_out: int
+    n_collateral: int
+    cost: Cost = field(default=Cost(), compare=False)
+
+    @property
+    def records(self) -> tuple[GraftPoint, ...]:
+        """The points as records."""
+        return tuple(GraftPoint(**point) for point in self.points)
+
+    def of(self, method: str) -> tuple[GraftPoint, ...]:
+        """The points of one method, by share and factor."""
+        return tuple(point for point in self.records if point.method == method)
+
+    def share_for(self, recovered: float, method: str = "attribution") -> float | None:
+        """The smallest share tried that recovers so much; None where none does.
+
+        Args:
+            recovered: A fraction.
+            method: Which method's points count.
+        """
+        enough = [point.share for point in self.of(method) if (point.recovered or 0.0) >= recovered]
+        return min(enough, default=None)
+
+    @property
+    def frontier(self) -> tuple[GraftPoint, ...]:
+        """The points that no other beats in both, by what they recover."""
+        return tuple(sorted((p for p in self.records if p.on_frontier), key=lambda point: point.recovered or 0.0))
+
+    def choose(
+        self, *, recover: float | None = None, harm: float | None = None, method: str | None = None
+    ) -> GraftPoint:
+        """The graft with the least harm that recovers enough, or the one that recovers most within a harm.
+
+        Without other text the least share stands for the least harm.
+
+        Args:
+            recover: Share of the effect that is wanted, a fraction.
+            harm: Nats of loss on other text that are allowed.
+            method: Only points of this method.
+
+        Raises:
+            ValueError: Not exactly one of both is given, harm was not measured, or no point serves.
+        """
+        if (recover is None) == (harm is None):
+            raise ValueError("choose by one of recover= and harm=")
+        points = [p for p in self.records if p.recovered is not None and method in (None, p.method)]
+        if harm is not None:
+            if any(point.harm is None for point in points):
+                raise ValueError("harm was not measured: the curve has no collateral text")
+            fitting = [point for point in points if (point.harm or 0.0) <= harm]
+            wanted = f"harms other text by at most {harm:g} nats"
+        else:
+            fitting = [point for point in points if (point.recovered or 0.0) >= (recover or 0.0)]
+            wanted = f"recovers {recover:.0%} of the effect"
+        if not fitting:
+            best = max((point.recovered or 0.0 for point in points), default=0.0)
+            raise ValueError(f"no graft tried {wanted}; the most that one recovers is {best:.0%}")
+        if harm is not None:
+            return max(fitting, key=lambda point: point.recovered or 0.0)
+        return min(fitting, key=lambda point: (point.harm if point.harm is not None else point.share, point.share))
+
+    def metrics(self) -> dict[str, float | None]:
+        """Shares that recover half and 95 %, that of magnitude, and what half of the change recovers everywhere."""
+        half = next((point for point in self.of("interpolation") if point.factor == 0.5), None)
+        return {
+            "share_for_95": self.share_for(0.95),
+            "share_for_50": self.share_for(0.5),
+            "magnitude_share_for_50": self.share_for(0.5, "magnitude"),
+            "interpolated_half": half.recovered if half else None,
+            "harm": self.of("finetune")[0].harm,
+        }
+
+    def details(self) -> dict[str, Any]:
+        """The points, and between what they lie."""
+        names = ("metric", "pieces", "base_value", "value", "base_collateral", "n_held_out", "n_collateral")
+        return {**{name: getattr(self, name) for name in names}, "points": [dict(point) for point in self.points]}
+
+    def headline(self) -> str:
+        """The share that recovers 95 % with its interval, and what is best in gain against harm."""
+        share = self.share_for(0.95)
+        best = max(self.of("attribution"), key=lambda point: point.recovered or 0.0, default=None)
+        if self.value == self.base_value:
+            return "the finetune changed nothing on the held-out samples, so nothing can be recovered"
+        if share is not None:
+            point = next(point for point in self.of("attribution") if point.share == share)
+            told = f"{share:.2g} of the elements recover {_with_interval(point)} of the effect on held-out samples"
+        elif best is not None:
+            told = f"at most {_with_interval(best)} of the effect is recovered, by {best.share:.2g} of the elements"
+        else:
+            told = f"{len(self.points)} grafts were tried"
+        if self.base_collateral is None:
+            return f"{told}; harm to other text was not measured"
+        methods = sorted({point.method for point in self.frontier} - {"finetune"})
+        return f"{told}; in gain against harm the frontier has {', '.join(methods) or 'the finetune alone'}"
+
+
+def _with_interval(point: GraftPoint) -> str:
+    return f"{point.recovered:.0%} [{point.low:.0%}, {point.high:.0%}]"
+
+
+def graft_curve(
+    model: nn.Module,
+    base: Base,
+    attribution: ChangeAttributionResult,
+    batches: Iterable[Any],
+    held_out: Iterable[Any],
+    collateral: Iterable[Any] | None = None,
+    *,
+    objective: Objective | None = None,
+    metric: Metric | None = None,
+    pieces: Pieces = "elements",
+    shares: Sequence[float] | None = None,
+    baselines: Sequence[Baseline] = ("magnitude", "random", "gradient", "interpolation", "drop_and_rescale"),
+    factors: Sequence[float] = FACTORS,
+    samples_per_pass: int | None = None,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> GraftCurve:
+    r"""Recovered effect against the share of a change that is kept, beside its baselines, and the harm of each.
+
+    .. math::
+        \theta_S = \theta_0 + 1_S \Delta, \qquad
+        \text{recovered}(S) = \frac{m(\theta_S) - m(\theta_0)}{m(\theta_t) - m(\theta_0)}
+
+    S are the elements (or units, tensors, blocks) that contribute most by :func:`change_attribution`. Beside it stand
+    the largest changes (``magnitude``), random elements, the first order at the base (``gradient``), interpolation
+    :math:`\theta_0 + a \Delta`, and drop-and-rescale, random elements times the inverse of their share. Every point
+    costs a forward pass of the held-out samples and one of the other text. The model comes back as it was.
+
+    Args:
+        model: The finetuned model.
+        base: Anything that :func:`~lightning_goldy.core.base.base_of` takes.
+        attribution: What chose the elements, of the same change.
+        batches: The samples that scored; only the ``gradient`` baseline reads them.
+        held_out: Samples that did not.
+        collateral: Text that has nothing to do with the finetune, on which harm is measured.
+        objective: The loss; next-token prediction by default.
+        metric: What is recovered; the attribution's by default, which must be given again where it is a function.
+        pieces: What is grafted: single ``elements``, ``units`` (heads, key/value groups, neurons, token rows), whole
+            ``tensors`` or ``blocks``, those first that contribute most by element.
+        shares: Shares of all elements; the attribution's by default.
+        baselines: What stands beside it; those of elements only where elements are grafted.
+        factors: The a of interpolation.
+        samples_per_pass: Samples that go through the model together; whole batches by default.
+        seed: Of random elements.
+        progress: Called with (points done, points in all).
+
+    Returns:
+        The points with intervals, and the frontier of gain against harm.
+
+    Raises:
+        ValueError: An argument is unknown, the attribution is of another change or lacks a share, or there is
+            no sample.
+
+    Source: grafting (Panigrahi et al. 2023, arXiv 2302.06600, section 2); drop-and-rescale (Yu et al. 2024, arXiv
+        2311.03099, section 3).
+
+    Example:
+        >>> from lightning_goldy.core import FunctionObjective
+        >>> layer = nn.Linear(4, 1, bias=False)
+        >>> base = ParameterVector(ParameterSpace.of(layer), {"weight": torch.zeros(1, 4)})
+        >>> _ = layer.weight.data.copy_(torch.tensor([[0.0, 3.0, 0.1, 0.1]]))
+        >>> square = FunctionObjective(lambda model, x: model(x).square().mean())
+        >>> found = change_attribution(layer, base, [torch.eye(4)], square, shares=[0.25])
+        >>> curve = graft_curve(layer, base, found, [], [torch.eye(4)], objective=square, baselines=["random"])
+        >>> round(curve.of("attribution")[0].recovered, 3), curve.of("finetune")[0].recovered
+        (0.998, 1.0)
+    """
+    objective = objective_for(model, objective)
+    metric = _metric_of(attribution, metric)
+    shares = check_graft(metric, attribution.shares if shares is None else shares, baselines, pieces)
+    with preserved(model), ChangePath(model, base) as path, torch.no_grad(), counted_passes(model) as passes:
+        if path.space.names != attribution.names:
+            raise ValueError(
+                f"the attribution is of {len(attribution.names)} parameters ({attribution.names[0]}, ...), the change "
+                f"of {len(path.space)} ({path.space.names[0]}, ...); both must have one base and space"
+            )
+        bench = _Bench(path, objective, metric, held_out, collateral, samples_per_pass)
+        grafts = _Grafts(path, attribution, objective, metric, tuple(shares), seed)
+        plan = [*grafts.chosen(pieces), *grafts.baselines(baselines, factors, batches, pieces)]
+        points = []
+        for done, (method, share, factor, write) in enumerate(plan, 1):
+            write()
+            points.append(bench.point(method, share, factor))
+            if progress is not None:
+                progress(done, len(plan))
+        cost = passes()
+    points.append(bench.finetune)
+    return GraftCurve(
+        points=tuple(_marked(points)),
+        metric=attribution.metric,
+        pieces=pieces,
+        base_value=bench.base_value,
+        value=bench.value,
+        base_collateral=bench.base_collateral,
+        n_held_out=sum(sample_count(passage.batch) for passage in bench.held_out),
+        n_collateral=sum(sample_count(passage.batch) for passage in bench.collateral),
+        cost=cost,
+    )
+
+
+def check_graft(metric: Metric, shares: Sequence[float], baselines: Sequence[str], pieces: str) -> tuple[float, ...]:
+    """Checks what can be checked before there is a model; returns the shares in ascending order.
+
+    Raises:
+        ValueError: An argument is unknown or out of range.
+    """
+    for baseline in baselines:
+        require_choice("baseline", baseline, BASELINES)
+    require_choice("pieces", pieces, get_args(Pieces))
+    found = check_attribution(metric, "auto", 0.01, shares, None)
+    if not found:
+        raise ValueError("shares is empty: name at least one fraction in (0, 1]")
+    return found
+
+
+def _metric_of(attribution: ChangeAttributionResult, metric: Metric | None) -> Metric:
+    if metric is not None:
+        return metric
+    if attribution.metric == "function":
+        raise ValueError("the attribution is of a function's values; give the function again as metric=")
+    return attribution.metric  # type: ignore[return-value]
+
+
+class _Bench:
+    """Measures the model as it stands: the metric on held-out samples, loss and divergence on other text."""
+
+    def __init__(
+        self,
+        path: ChangePath,
+        objective: Objective,
+        metric: Metric,
+        held_out: Iterable[Any],
+        collateral: Iterable[Any] | None,
+        samples_per_pass: int | None,
+    ) -> None:
+        self.model, self.device = path.model, next(path.model.parameters()).device
+        together = samples_per_pass or 1 << 30
+        self.held_out = passages(held_out, objective, None, together)
+        self.collateral = [] if collateral is None else passages(collateral, objective, None, together)
+        self.measure, self.loss = Measure(metric, objective), Measure("loss", objective)
+        self.divergence = Measure("kl", objective)
+        path.move_to(0.0)
+        self._keep(self.measure, self.held_out)
+        self._keep(self.divergence, self.collateral)
+        self.base, self.counts = self._values(self.measure, self.held_out)
+        self.base_loss, self.loss_counts = self._values(self.loss, self.collateral)
+        path.move_to(1.0)
+        self.now, _ = self._values(self.measure, self.held_out)
+        self.base_value, self.value = (float(v.sum() / self.counts.sum()) for v in (self.base, self.now))
+        self.base_collateral = float(self.base_loss.sum() / self.loss_counts.sum()) if self.collateral else None
+        self.finetune = self.point("finetune", 1.0, 1.0)
+
+    def point(self, method: str, share: float, factor: float) -> dict[str, Any]:
+        """What the model as it stands recovers and harms."""
+        values, _ = self._values(self.measure, self.held_out)
+        counts = resampled(len(values))
+        gain, whole = values - self.base, self.now - self.base
+        moved = float(whole.sum()) != 0
+        low, high = _ends((counts @ gain) / (counts @ whole)) if moved else (None, None)
+        point: dict[str, Any] = {
+            "method": method,
+            "share": share,
+            "factor": factor,
+            "value": float(values.sum() / self.counts.sum()),
+            "recovered": float(gain.sum() / whole.sum()) if moved else None,
+            "low": low,
+            "high": high,
+        }
+        if self.collateral:
+            losses, _ = self._values(self.loss, self.collateral)
+            divergences, _ = self._values(self.divergence, self.collateral)
+            counts = resampled(len(losses))
+            harm = losses - self.base_loss
+            low, high = _ends((counts @ harm) / (counts @ self.loss_counts))
+            total = self.loss_counts.sum()
+            point |= {"harm": float(harm.sum() / total), "harm_low": low, "harm_high": high}
+            point["kl"] = float(divergences.sum() / total)
+        return point
+
+    def _keep(self, measure: Measure, samples: Sequence[Any]) -> None:
+        for index, passage in enumerate(samples):
+            measure.keep_anchor(self.model, index, move_batch(passage.batch, self.device))
+
+    def _values(self, measure: Measure, samples: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        found = [
+            measure.by_sample(self.model, index, move_batch(passage.batch, self.device))
+            for index, passage in enumerate(samples)
+        ]
+        empty = torch.zeros(0, dtype=torch.float64)
+        sums, counts = (torch.cat([empty, *(pair[place] for pair in found)]) for place in (0, 1))
+        return sums, counts
+
+
+def _ends(values: Tensor) -> tuple[float, float]:
+    low, high = torch.nanquantile(values, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def _marked(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The points, each with whether another beats it in one of gain and harm without losing in the other."""
+
+    def beats(other: dict[str, Any], point: dict[str, Any]) -> bool:
+        better = (other["recovered"] - point["recovered"], point["harm"] - other["harm"])
+        return min(better) >= 0 and max(better) > 0
+
+    known = [point for point in points if point.get("harm") is not None and point["recovered"] is not None]
+    best = [point for point in known if not any(beats(other, point) for other in known)]
+    return [vars(GraftPoint(**point, on_frontier=any(point is one for one in best))) for point in points]
+
+
+Planned = tuple[str, float, float, Callable[[], None]]
+
+
+class _Grafts:
+    """The models to try, each as a function that moves the weights there."""
+
+    def __init__(
+        self,
+        path: ChangePath,
+        attribution: ChangeAttributionResult,
+        objective: Objective,
+        metric: Metric,
+        shares: tuple[float, ...],
+        seed: int,
+    ) -> None:
+        self.path, self.attribution, self.objective, self.metric = path, attribution, objective, metric
+        self.shares, self.seed = shares, seed
+
+    def chosen(self, pieces: Pieces) -> list[Planned]:
+        """Those that the attribution chooses."""
+        if pieces == "elements":
+            masks = [(share, self.attribution.mask(share)) for share in self.shares]
+        else:
+            masks = list(chosen_masks(self.attribution, self.path.model, pieces, self.shares))
+        return [("attribution", share, 1.0, self._keep(mask)) for share, mask in masks]
+
+    def baselines(
+        self, names: Sequence[str], factors: Sequence[float], batches: Iterable[Any], pieces: Pieces
+    ) -> list[Planned]:
+        """What stands beside them."""
+        found: list[Planned] = []
+        for name in names:
+            if name == "interpolation":
+                found += [(name, 1.0, factor, self._interpolate(factor)) for factor in factors]
+            elif pieces == "elements" or name in ("random", "drop_and_rescale"):
+                levels = self._levels(name, batches)
+                for place, share in enumerate(self.shares):
+                    factor = 1 / share if name == "drop_and_rescale" else 1.0
+                    found.append((name, share, factor, self._keep_levels(levels, place, factor)))
+        return found
+
+    def _levels(self, name: str, batches: Iterable[Any]) -> dict[str, Tensor]:
+        path = self.path
+        if name == "gradient":
+            path.move_to(1.0)
+            options: dict[str, Any] = {"metric": self.metric, "space": path.space, "shares": self.shares}
+            with torch.enable_grad():
+                found = change_attribution(path.model, path.base, batches, self.objective, nodes="base", **options)
+            return dict(found.levels or {})
+        if name == "magnitude":
+            references = path.parameters.items()
+            return levels_of({n: like(p.detach(), path.change(n).abs_()) for n, p in references}, self.shares)
+        # Drop-and-rescale has the same elements as the random baseline, so that what differs is the rescaling.
+        direction = random_direction(path.space, self.seed, module=path.model)
+        return levels_of({name: tensor.clone() for name, tensor in direction.items()}, self.shares)
+
+    def _keep(self, mask: ParameterMask) -> Callable[[], None]:
+        return self._keep_levels({name: (~flags).to(torch.uint8) for name, flags in mask.items()}, 0, 1.0)
+
+    def _keep_levels(self, levels: Mapping[str, Tensor], place: int, factor: float) -> Callable[[], None]:
+        def value(name: str, base: Tensor, present: Tensor) -> Tensor:
+            own = levels[name].to(base.device) if not is_sharded(self.path.parameters[name]) else levels[name]
+            inside = local(scatter_like(self.path.parameters[name].detach(), own <= place))
+            if factor == 1.0:
+                return torch.where(inside, present, base)
+            return torch.where(inside, precise(base) + factor * (precise(present) - precise(base)), precise(base))
+
+        return lambda: self.path.write(value)
+
+    def _interpolate(self, factor: float) -> Callable[[], None]:
+        return lambda: self.path.move_to(factor)
+
+
+def chosen_masks(
+    attribution: ChangeAttributionResult, model: nn.Module, pieces: Pieces, shares: Sequence[float]
+) -> Iterable[tuple[float, ParameterMask]]:
+    """Masks of whole units, tensors or blocks, those first that contribute most by element, up to each share.
+
+    Args:
+        attribution: Of the model's change.
+        model: Whose units they are.
+        pieces: ``units``, ``tensors`` or ``blocks``.
+        shares: Ascending shares of all elements.
+
+    Yields:
+        The share that the mask really has, and the mask; once where two shares allow the same pieces.
+    """
+    space = ParameterSpace.of(model).subspace(attribution.names)
+    groups = model_units(model, space)
+    labels, values, sizes = [], [], []
+    for group, row in zip(groups, attribution.units, strict=True):
+        place = group.place if pieces == "blocks" else ""
+        for unit, value in enumerate(row["values"].tolist()):
+            labels.append(block_name(place) if place else f"{group.kind} {group.place} {unit}")
+            values.append(value)
+            sizes.append(group.size(space))
+    if pieces == "tensors":
+        labels, sizes = list(space.names), list(map(math.prod, space.shapes))
+        values = list(attribution.by_tensor.values())
+    totals: dict[str, list[float]] = {}
+    for label, value, size in zip(labels, values, sizes, strict=True):
+        held = totals.setdefault(label, [0.0, 0])
+        held[0] += value
+        held[1] += size
+    sign = math.copysign(1.0, attribution.change)
+    order = sorted(totals, key=lambda label: -sign * totals[label][0] / totals[label][1])
+    last = -1
+    for share in shares:
+        room, count = share * space.numel, 0
+        for label in order:
+            room -= totals[label][1]
+            if room < 0 and count:
+                break
+            count += 1
+        if count != last:
+            last, inside = count, set(order[:count])
+            mask = _piece_mask(space, groups, pieces, inside)
+            yield mask.density, mask
+
+
+def _piece_mask(space: ParameterSpace, groups: Sequence[UnitGroup], pieces: Pieces, inside: set[str]) -> ParameterMask:
+    if pieces == "tensors":
+        shapes = zip(space.names, space.shapes, strict=True)
+        return ParameterMask(space, {name: torch.full(shape, name in inside) for name, shape in shapes})
+    flags = [
+        [
+            (block_name(g.place) if pieces == "blocks" else f"{g.kind} {g.place} {unit}") in inside
+            for unit in range(g.count)
+        ]
+        for g in groups
+    ]
+    return unit_mask(space, groups, flags)
+
+
+def graft(model: nn.Module, base: Base, mask: ParameterVector, *, factor: float = 1.0) -> dict[str, Tensor]:
+    r"""The state of a model that has a part of its change, :math:`\theta_0 + a 1_S \Delta`.
+
+    Args:
+        model: The finetuned model; it stays as it is.
+        base: Anything that :func:`~lightning_goldy.core.base.base_of` takes.
+        mask: S, boolean, of the parameters that changed; others stay where they are now.
+        factor: a; with 1 the elements of the mask are those of the model bit for bit.
+
+    Returns:
+        A state dict for ``load_state_dict``, on the CPU, whole on every rank of a sharded model.
+
+    Example:
+        >>> layer, before = nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False)
+        >>> mask = ParameterMask(ParameterSpace.of(layer), {"weight": torch.tensor([[True, False]])})
+        >>> state = graft(layer, before, mask)
+        >>> state["weight"][0, 0] == layer.weight[0, 0], state["weight"][0, 1] == before.weight[0, 1]
+        (tensor(True), tensor(True))
+    """
+    start = base_of(base, model, mask.space)
+    parameters = mask.space.resolve(model)
+    owners = {id(parameter): name for name, parameter in parameters.items()}
+    state = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        known = owners.get(id(value))
+        whole = gather(value.detach()).cpu()
+        if known is not None:
+            before = gather(start.placed(known, parameters[known])).cpu()
+            inside = gather(mask[known]).cpu()
+            after = whole if factor == 1.0 else precise(before) + factor * (precise(whole) - precise(before))
+            whole = torch.where(inside, after.to(whole.dtype), before.to(whole.dtype))
+        state[name] = whole
+    return state
+
+
+def save_change(
+    path: str | Path, model: nn.Module, base: Base, mask: ParameterVector, *, note: Mapping[str, Any] | None = None
+) -> Path:
+    """Writes the masked part of a model's change: which elements, their values, and the base that they belong on.
+
+    Args:
+        path: Target file, safetensors.
+        model: The finetuned model, plain.
+        base: Its base.
+        mask: Boolean, of the parameters that changed.
+        note: JSON-able remarks for the header, such as what the graft recovers.
+
+    Example:
+        >>> import tempfile
+        >>> layer, before = nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False)
+        >>> mask = ParameterMask(ParameterSpace.of(layer), {"weight": torch.tensor([[True, False]])})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = save_change(f"{folder}/change.safetensors", layer, before, mask)
+        ...     _ = apply_change(before, path)
+        >>> before.weight[0, 0] == layer.weight[0, 0], before.weight[0, 1] == layer.weight[0, 1]
+        (tensor(True), tensor(False))
+    """
+    parameters = mask.space.resolve(model)
+    stored: dict[str, Tensor] = {}
+    encodings = {}
+    for name, flags in mask.items():
+        if bool(flags.any()):
+            whole = gather(flags).cpu()
+            stored[f"{name}.where"], encodings[name] = pack_mask(whole, name)
+            stored[f"{name}.values"] = gather(parameters[name]).cpu()[whole].contiguous()
+    header = {
+        "model_class": model_class(model),
+        "base_hash": fingerprint(base_of(base, model, mask.space).vector(model)),
+        "names": list(mask.space.names),
+        "encodings": encodings,
+        "note": dict(note or {}),
+    }
+    return write_tensors(path, stored, {CHANGE_KEY: json.dumps(header)})
+
+
+def apply_change(model: nn.Module, path: str | Path, *, check: bool = True) -> dict[str, Any]:
+    """Gives a base model the elements that :func:`save_change` kept, in place.
+
+    Args:
+        model: The base, plain.
+        path: The file.
+        check: Whether the model must be the very base that the change belongs on.
+
+    Returns:
+        The note that was saved with it.
+
+    Raises:
+        StoreError: The file holds no change, is broken, or is of another model or base; the model is then as it was.
+    """
+    with open_tensors(path) as file:
+        header = _change_header(path, file.metadata() or {})
+        own = dict(base_of(model, model).space.resolve(model))
+        missing = next((name for name in header["names"] if name not in own), None)
+        if missing is not None:
+            raise StoreError(f"{path}: the change is of {missing!r}, which this {model_class(model)} has not")
+        space = ParameterSpace.of(model).subspace(header["names"])
+        if check and fingerprint(ParameterVector.of(model, space, clone=False)) != header["base_hash"]:
+            raise StoreError(
+                f"{path}: this {model_class(model)} is not the base that the change belongs on, by the hash of its "
+                "values; apply_change(..., check=False) puts the elements in all the same"
+            )
+        changed: dict[str, tuple[Tensor, Tensor]] = {}
+        for name, encoding in header["encodings"].items():
+            parameter = own.get(name)
+            if parameter is None:
+                raise StoreError(f"{path}: the change is of {name!r}, which this {model_class(model)} has not")
+            packed, values = file.get_tensor(f"{name}.where"), file.get_tensor(f"{name}.values")
+            where = unpack_mask(packed, parameter.shape, encoding, f"{path}: {name}")
+            if int(where.count_nonzero()) != values.numel() or values.dtype != parameter.dtype:
+                raise StoreError(
+                    f"{path}: {name} has {values.numel()} values of {values.dtype} for "
+                    f"{int(where.count_nonzero())} elements of {parameter.dtype}"
+                )
+            changed[name] = (where, values)
+    with torch.no_grad():
+        for name, (where, values) in changed.items():
+            own[name][where.to(own[name].device)] = values.to(own[name].device)
+    return dict(header["note"])
+
+
+def _change_header(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    if CHANGE_KEY not in metadata:
+        raise StoreError(f"{path}: holds no sparse change; save_change and `goldy graft` write such files")
+    try:
+        header = parse_json(metadata[CHANGE_KEY])
+        names, encodings, note = header["names"], header["encodings"], header["note"]
+        right = (
+            isinstance(names, list)
+            and all(isinstance(name, str) for name in names)
+            and isinstance(encodings, dict)
+            and all(name in names and isinstance(encoding, str) for name, encoding in encodings.items())
+            and isinstance(note, dict)
+            and isinstance(header["base_hash"], str)
+        )
+    except (ValueError, LookupError, TypeError) as error:
+        raise StoreError(f"{path}: its header is broken ({error})") from error
+    if not right:
+        raise StoreError(f"{path}: its header is not that of a sparse change")
+    return dict(header)

@@ -1,0 +1,248 @@
+"""Units of a model that can carry a change as a whole: heads, key/value groups, MLP neurons, token rows, the rest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_goldy.core.architecture import Block, HeadProjection, UnsupportedArchitectureError, describe_architecture
+from lightning_goldy.core.architecture.families import is_projection, projection_width
+from lightning_goldy.core.mask import ParameterMask
+from lightning_goldy.core.naming import block_of, canonical_name, kind_of
+from lightning_goldy.core.space import ParameterSpace
+
+UnitKind = Literal["head", "key_value", "neuron", "row", "rest"]
+
+Margins = Mapping[str, tuple[Tensor, ...]]
+"""Per parameter one vector for each of its dimensions: the sums over all others, float64, on the CPU."""
+
+
+@dataclass(frozen=True)
+class UnitPart:
+    """Where the units of a group lie in one parameter: unit u has ``length`` indices from ``offset + u * stride``.
+
+    Args:
+        name: Canonical name of the parameter.
+        dim: The dimension that the units divide.
+        offset: Where unit 0 begins.
+        stride: Indices from one unit to the next.
+        length: Indices of one unit.
+    """
+
+    name: str
+    dim: int
+    offset: int
+    stride: int
+    length: int
+
+    def places(self, count: int) -> Tensor:
+        """Indices along the dimension, shape ``[count, length]``."""
+        return self.offset + torch.arange(count)[:, None] * self.stride + torch.arange(self.length)
+
+
+@dataclass(frozen=True)
+class UnitGroup:
+    """Units of one kind at one place, numbered from 0.
+
+    Args:
+        kind: What they are.
+        place: The block, or the parameter of rows and of the rest.
+        count: How many there are.
+        parts: Where they lie; together all that belongs to them.
+
+    Example:
+        >>> group = UnitGroup("row", "embed.weight", 3, (UnitPart("embed.weight", 0, 0, 1, 1),))
+        >>> group.sums({"embed.weight": (torch.tensor([1.0, 2.0, 4.0]), torch.tensor([7.0]))}).tolist()
+        [1.0, 2.0, 4.0]
+    """
+
+    kind: UnitKind
+    place: str
+    count: int
+    parts: tuple[UnitPart, ...]
+
+    def sums(self, margins: Margins) -> Tensor:
+        """What each unit holds of the margins' tensors, shape ``[count]``, float64."""
+        return sum(
+            (margins[part.name][part.dim][part.places(self.count)].sum(1) for part in self.parts),
+            torch.zeros(self.count, dtype=torch.float64),
+        )
+
+    def size(self, space: ParameterSpace) -> int:
+        """Elements of one unit."""
+        shapes = ((space.shape(part.name), part) for part in self.parts)
+        return sum(math.prod(shape) // shape[part.dim] * part.length for shape, part in shapes)
+
+
+def model_units(model: nn.Module, space: ParameterSpace) -> tuple[UnitGroup, ...]:
+    """Every element of a space in exactly one unit.
+
+    A head has its slices of the query and the output projection, a key/value group those of keys and values, a neuron
+    its rows of the projections into the MLP and its column of the one out of it, a row is that of one token in an
+    embedding or an unembedding. What belongs to none of these (norms, shared biases, experts, parts that could not be
+    told apart) is of ``rest``, a unit for each parameter.
+
+    Args:
+        model: The model.
+        space: Of its parameters.
+
+    Returns:
+        The groups, in order of depth.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=11, n_positions=16))
+        >>> units = model_units(model, ParameterSpace.of(model))
+        >>> [(group.kind, group.count) for group in units if group.kind != "rest"]
+        [('head', 2), ('key_value', 2), ('neuron', 32), ('row', 11), ('row', 16)]
+    """
+    groups: list[UnitGroup] = []
+    taken: set[tuple[str, int]] = set()
+    for block in _described(model):
+        for group in (*_heads(block), *_neurons(model, block)):
+            parts = tuple(part for part in group.parts if part.name in space)
+            if parts:
+                groups.append(UnitGroup(group.kind, group.place, group.count, parts))
+                taken.update((part.name, part.dim) for part in parts)
+    divided = {name for name, _ in taken}
+    for name, shape in zip(space.names, space.shapes, strict=True):
+        if name in divided:
+            groups.extend(_remainder(name, shape, [group for group in groups if group.kind != "rest"]))
+        elif kind_of(name) in ("embedding", "head") and len(shape) == 2:
+            groups.append(UnitGroup("row", name, shape[0], (UnitPart(name, 0, 0, 1, 1),)))
+        else:
+            groups.append(UnitGroup("rest", name, 1, (UnitPart(name, 0, 0, 1, shape[0] if shape else 1),)))
+    return tuple(groups)
+
+
+def unit_mask(
+    space: ParameterSpace, groups: Sequence[UnitGroup], chosen: Iterable[Tensor | Sequence[bool]]
+) -> ParameterMask:
+    """The mask of some units.
+
+    Args:
+        space: The parameters that the groups are of.
+        groups: The groups.
+        chosen: For each group which of its units, booleans of shape ``[count]``.
+
+    Example:
+        >>> layer = nn.Embedding(3, 2)
+        >>> space = ParameterSpace.of(layer)
+        >>> groups = (UnitGroup("row", "weight", 3, (UnitPart("weight", 0, 0, 1, 1),)),)
+        >>> unit_mask(space, groups, [[True, False, True]])["weight"].tolist()
+        [[True, True], [False, False], [True, True]]
+    """
+    masks = {name: torch.zeros(shape, dtype=torch.bool) for name, shape in zip(space.names, space.shapes, strict=True)}
+    for group, flags in zip(groups, chosen, strict=True):
+        wanted = torch.as_tensor(flags, dtype=torch.bool)
+        for part in group.parts if bool(wanted.any()) else ():
+            mask = masks[part.name]
+            if mask.ndim:
+                mask.index_fill_(part.dim, part.places(group.count)[wanted].flatten(), True)
+            else:
+                mask.fill_(True)
+    return ParameterMask(space, masks)
+
+
+def margins_of(tensor: Tensor) -> tuple[Tensor, ...]:
+    """The sums of a whole tensor over all dimensions but one, for each; float64, on the CPU.
+
+    Example:
+        >>> [margin.tolist() for margin in margins_of(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))]
+        [[3.0, 7.0], [4.0, 6.0]]
+    """
+    if not tensor.ndim:
+        return (tensor.detach().double().reshape(1).cpu(),)
+    dims = range(tensor.ndim)
+    return tuple(
+        tensor.detach().sum([other for other in dims if other != dim], dtype=torch.float64).cpu()
+        if tensor.ndim > 1
+        else tensor.detach().double().cpu()
+        for dim in dims
+    )
+
+
+def _described(model: nn.Module) -> tuple[Block, ...]:
+    try:
+        return describe_architecture(model).blocks
+    except UnsupportedArchitectureError:
+        return ()
+
+
+def _heads(block: Block) -> Iterator[UnitGroup]:
+    try:
+        projections: dict[UnitKind, list[HeadProjection]] = {"head": [block.output], "key_value": []}
+        if block.query_key_value is not None:
+            projections["head"].insert(0, block.query)
+            projections["key_value"] = [block.key, block.value]
+    except UnsupportedArchitectureError:
+        return
+    for kind, members in projections.items():
+        parts = tuple(part for projection in members for part in _head_parts(projection))
+        if parts:
+            yield UnitGroup(kind, block.name, members[0].layout.n_heads, parts)
+
+
+def _head_parts(projection: HeadProjection) -> Iterator[UnitPart]:
+    layout = projection.layout
+    if not projection.obstacle:
+        for _, name, dim in projection.axes:
+            yield UnitPart(name, dim, layout.offset, layout.stride or layout.head_dim, layout.head_dim)
+
+
+def _neurons(model: nn.Module, block: Block) -> Iterator[UnitGroup]:
+    """The inner width of an MLP with one output projection; of experts and what could not be told, none."""
+    try:
+        writers = block.mlp_writers if block.has_mlp else ()
+    except UnsupportedArchitectureError:
+        return
+    if len(writers) != 1 or not is_projection(writers[0].module):
+        return
+    writer = writers[0]
+    width = projection_width(writer.module, "in")
+    names = {id(module): canonical_name(name) for name, module in model.named_modules()}
+    parts = [UnitPart(f"{writer.name}.weight", _side(writer.module, "in"), 0, 1, 1)]
+    for part in block.mlp_parts:
+        for module in part.module.modules():
+            if module is writer.module or not is_projection(module) or hasattr(module, "base_layer"):
+                continue
+            out = projection_width(module, "out")
+            # Gate and up projections are often one module, a half each.
+            for half in range(out // width) if out in (width, 2 * width) else ():
+                for parameter, dim in (("weight", _side(module, "out")), ("bias", 0)):
+                    if module._parameters.get(parameter) is not None:
+                        parts.append(UnitPart(f"{names[id(module)]}.{parameter}", dim, half * width, 1, 1))
+    yield UnitGroup("neuron", block.name, width, tuple(parts))
+
+
+def _side(module: nn.Module, side: Literal["in", "out"]) -> int:
+    """Linear keeps its weight as out x in, Conv1D as in x out."""
+    return int((side == "in") == isinstance(module, nn.Linear))
+
+
+def _remainder(name: str, shape: torch.Size, groups: Sequence[UnitGroup]) -> Iterator[UnitGroup]:
+    """The indices of a divided parameter that no unit has, run by run."""
+    parts = [(part, group.count) for group in groups for part in group.parts if part.name == name]
+    dim = parts[0][0].dim
+    free = torch.ones(shape[dim], dtype=torch.bool)
+    for part, count in parts:
+        free[part.places(count).flatten()] = False
+    edges = torch.diff(torch.cat([torch.zeros(1), free.float(), torch.zeros(1)]))
+    starts, stops = ((edges == value).nonzero().flatten().tolist() for value in (1, -1))
+    for start, stop in zip(starts, stops, strict=True):
+        yield UnitGroup("rest", name, 1, (UnitPart(name, dim, start, 1, stop - start),))
+
+
+def block_name(place: str) -> str:
+    """The block that a group's place belongs to: itself, or that of its parameter.
+
+    Example:
+        >>> block_name("transformer.h.3"), block_name("transformer.h.3.ln_1.weight")
+        ('transformer.h.3', 'transformer.h.3')
+    """
+    return place if place.rpartition(".")[2].isdigit() else block_of(place)

@@ -1,0 +1,174 @@
+"""Reads what the finetune left in the residual stream on unrelated text, on a schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import lightning.pytorch as L
+from torch import nn
+
+from lightning_goldy.analysis.activations import (
+    ActivationDifferencesResult,
+    SteeredTexts,
+    activation_differences,
+    steer_texts,
+)
+from lightning_goldy.analysis.result import AnalysisResult, Cost, Row
+from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
+from lightning_goldy.callbacks.golden_snapshot import find_snapshot
+from lightning_goldy.core.architecture import describe_architecture
+from lightning_goldy.core.naming import require_at_least
+from lightning_goldy.core.sharding import is_sharded
+from lightning_goldy.training.subject import find_collateral, find_tokenizer
+
+
+@dataclass(frozen=True)
+class ReadDifferences(AnalysisResult):
+    """Activation differences, and texts that they steer.
+
+    Args:
+        differences: Of the unrelated text.
+        texts: None where no prompt was given.
+    """
+
+    analysis: ClassVar[str] = "activation_differences"
+
+    differences: ActivationDifferencesResult
+    texts: SteeredTexts | None
+
+    @property
+    def cost(self) -> Cost:
+        """Passes of both."""
+        return self.differences.cost + (self.texts.cost if self.texts is not None else Cost())
+
+    def metrics(self) -> dict[str, float | None]:
+        """Those of the differences."""
+        return self.differences.metrics()
+
+    def details(self) -> dict[str, Any]:
+        """Those of both, the texts under ``steering``."""
+        details = self.differences.details()
+        return details if self.texts is None else {**details, "steering": self.texts.details()}
+
+    def headline(self) -> str:
+        """That of the differences."""
+        return self.differences.headline()
+
+
+class ActivationDifferences(AnalysisCallback[ReadDifferences]):
+    """What the finetune left in the residual stream on text that has nothing to do with it, and the words it spells.
+
+    Logs how far the stream moved where that is clearest, against what another text moves it by, the agreement between
+    two halves of the text, and the divergence of the predictions there. A ``GoldenSnapshot`` must be among the
+    callbacks.
+
+    Args:
+        layers: Blocks after which to read, from 0; all by default.
+        positions: Early positions of a text told apart.
+        n_samples: Texts used.
+        text: Batches of unrelated text; by default a ``collateral_dataloader()`` of the LightningModule or the data
+            module, else the probe, which is the finetune's own text, and the row says so.
+        prompts: Texts that the base continues with the difference added, and the finetuned model with it taken away;
+            none by default. They need a tokenizer.
+        max_new_tokens: Longest continuation, tokens.
+        tolerance: Nats per token that a steered text may be less likely than a plain one.
+        **options: Of :class:`AnalysisCallback`.
+
+    Example:
+        >>> ActivationDifferences(positions=0)
+        Traceback (most recent call last):
+        ValueError: positions must be at least 1; got 0
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[int] | None = None,
+        *,
+        positions: int = 5,
+        n_samples: int = 64,
+        text: Iterable[Any] | None = None,
+        prompts: Sequence[str] = (),
+        max_new_tokens: int = 40,
+        tolerance: float = 1.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        least = (("positions", positions, 1), ("n_samples", n_samples, 2), ("max_new_tokens", max_new_tokens, 1))
+        for name, value, lowest in least:
+            require_at_least(name, value, lowest)
+        if tolerance <= 0:
+            raise ValueError(f"tolerance must be positive; got {tolerance}")
+        self.layers, self.positions, self.n_samples, self.text = layers, positions, n_samples, text
+        self.prompts, self.max_new_tokens, self.tolerance = tuple(prompts), max_new_tokens, tolerance
+
+    def forget(self) -> None:
+        """Drops the text."""
+        super().forget()
+        self._text: list[Any] = []
+
+    def probe_samples(self) -> int | None:
+        """None of the probe is asked for: it serves only where there is no other text, and as far as it goes."""
+        return None
+
+    def prepare(self, trainer: L.Trainer, model: nn.Module) -> None:
+        """Finds the base, the blocks and the text."""
+        if find_snapshot(trainer) is None:
+            raise ValueError(f"{self.name} compares with the golden snapshot: add GoldenSnapshot() to the callbacks")
+        blocks = describe_architecture(model).blocks
+        for layer in self.layers or ():
+            if not 0 <= layer < len(blocks):
+                raise ValueError(f"{self.name}: layers lie between 0 and {len(blocks) - 1}; got {layer}")
+        if self.prompts and find_tokenizer(trainer) is None:
+            raise ValueError(f"{self.name}: prompts are texts, and neither the module nor its data has a tokenizer")
+        if self.prompts and any(map(is_sharded, model.parameters())):
+            raise ValueError(f"{self.name}: a sharded model is not steered; leave prompts out")
+        self._text = find_collateral(trainer, self.text, self.n_samples)
+
+    def compute(self, context: AnalysisContext) -> ReadDifferences:
+        """Reads the differences, and steers by them."""
+        snapshot = find_snapshot(context.trainer)
+        assert snapshot is not None
+        found = activation_differences(
+            context.model,
+            snapshot.base,
+            self._text or list(context.probe),
+            layers=self.layers,
+            positions=self.positions,
+            n_samples=self.n_samples if self._text else None,
+            progress=context.progress,
+        )
+        if not self.prompts or found.unchanged:
+            return ReadDifferences(found, None)
+        texts = steer_texts(
+            context.model,
+            snapshot.base,
+            find_tokenizer(context.trainer),
+            self.prompts,
+            found,
+            tolerance=self.tolerance,
+            max_new_tokens=self.max_new_tokens,
+            progress=context.progress,
+        )
+        return ReadDifferences(found, texts)
+
+    def describe(self, result: ReadDifferences, context: AnalysisContext) -> Row:
+        """The row, with tokens in words where there is a tokenizer."""
+        row, tokenizer = result.row(), find_tokenizer(context.trainer)
+        if not self._text:
+            row = row.noted("the text is the probe, the finetune's own: give text=, or a collateral_dataloader()")
+        if tokenizer is None:
+            return row
+
+        def words(ids: Sequence[int]) -> list[str]:
+            return [tokenizer.decode([token]) for token in ids]
+
+        told: dict[str, Any] = {}
+        for name in ("spelled", "spelled_directions"):
+            told[name] = [{**entry, "words": words(entry["promoted"])} for entry in row.result[name]]
+        told["divergent"] = [
+            {**entry, "text": tokenizer.decode(entry["context"]), "words": words([entry["base"], entry["now"]])}
+            for entry in row.result["divergent"]
+        ]
+        return row.extended(result=told)

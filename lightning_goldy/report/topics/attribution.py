@@ -1,0 +1,235 @@
+"""What carries a finetune's effect: contributions by block, kind and head, and what grafts of the change recover."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from lightning_goldy.report.builders import (
+    HeatMap,
+    Line,
+    Lines,
+    Points,
+    Scatter,
+    arrange,
+    heads_style,
+    heat_map,
+    lines,
+    scatter,
+)
+from lightning_goldy.report.descriptions import Description, describe
+from lightning_goldy.report.figures import Figure, Row, register_figure
+from lightning_goldy.report.formatting import format_number
+from lightning_goldy.report.reading import naming
+
+_LACKS = "a row of change_attribution lacks what its figure needs:"
+_LABELS = {
+    "attribution": "by attribution",
+    "magnitude": "by size of the change",
+    "random": "at random",
+    "gradient": "by the first order",
+    "interpolation": "interpolation",
+    "drop_and_rescale": "drop and rescale",
+    "finetune": "the finetune",
+}
+
+
+@register_figure("change_attribution", "places", heading="Where the effect sits")
+def chart_attribution_places(row: Row) -> Figure:
+    """What each block's parameters of each kind contribute to the change of the metric.
+
+    Args:
+        row: Of the analysis ``change_attribution``.
+
+    Raises:
+        ReportError: The row lacks what the figure needs.
+        ImportError: altair is not installed.
+
+    Example:
+        >>> tensors = [{"block": "h.0", "kind": "mlp", "contribution": -0.5}]
+        >>> row = {"result": {"metric": "loss", "tensors": tensors, "kinds": [], "total": -0.5}, "metrics": {}}
+        >>> chart_attribution_places(row).data["cells"]["value"]
+        [-0.5]
+    """
+    table, unit = places(row), _unit(row)
+    blocks, kinds = (list(dict.fromkeys(pair[side] for pair in table)) for side in (0, 1))
+    values = [[table.get((block, kind), math.nan) for kind in kinds] for block in blocks]
+    style = HeatMap(unit, rows="block", columns="kind", colours="diverging", cell=(64, 18))
+    return heat_map(values, blocks, kinds, style, caption=places_caption(row))
+
+
+@register_figure("change_attribution", "heads", heading="Attention heads")
+def chart_attribution_heads(row: Row) -> Figure | str:
+    """What each head's query and output weights contribute.
+
+    Args:
+        row: Of the analysis ``change_attribution``.
+
+    Returns:
+        The figure, or that the model's heads are not described.
+
+    Raises:
+        ReportError: The row lacks what the figure needs.
+        ImportError: altair is not installed.
+
+    Example:
+        >>> units = [{"kind": "head", "place": "h.0", "values": [0.1, -0.2]}]
+        >>> chart_attribution_heads({"result": {"metric": "loss", "units": units}}).data["cells"]["value"]
+        [0.1, -0.2]
+    """
+    with naming(_LACKS):
+        heads = [(unit["place"], unit["values"]) for unit in row["result"]["units"] if unit["kind"] == "head"]
+    if not heads:
+        return "The heads of this model are not described, or none of their weights were trained."
+    width = max(len(values) for _, values in heads)
+    table = [[*values, *[math.nan] * (width - len(values))] for _, values in heads]
+    style = heads_style(_unit(row), colours="diverging")
+    return heat_map(table, [place for place, _ in heads], range(width), style, caption=heads_caption(row))
+
+
+@register_figure("change_attribution", "graft", heading="What a part of the change recovers")
+def chart_graft(row: Row) -> Figure | str:
+    """Recovered effect against the share of the change that is kept, and against the harm to other text.
+
+    Args:
+        row: Of the analysis ``change_attribution``.
+
+    Returns:
+        The figure, or that no grafts were tried.
+
+    Raises:
+        ReportError: The row lacks what the figure needs.
+        ImportError: altair is not installed.
+
+    Example:
+        >>> point = {"method": "attribution", "share": 0.1, "factor": 1, "recovered": 0.8, "low": 0.7, "high": 0.9}
+        >>> figure = chart_graft({"result": {"graft": {"points": [{**point, "harm": None, "on_frontier": False}]}}})
+        >>> figure.data["points_0"]["y"]
+        [0.8]
+    """
+    points = graft_points(row)
+    if not points:
+        return "No grafts were tried."
+    methods = list(dict.fromkeys(point["method"] for point in points))
+    series = {}
+    for method in methods:
+        own = sorted((p for p in points if p["method"] == method), key=lambda p: p["share"])
+        if method not in ("interpolation", "finetune"):
+            columns = {name: [p[name] for p in own] for name in ("recovered", "low", "high")}
+            shares = [math.log10(100 * p["share"]) for p in own]
+            series[_LABELS[method]] = Line(shares, columns["recovered"], columns["low"], columns["high"])
+    style = Lines(x="log10 of the share of elements kept, percent", y="recovered", scale="linear", whole=False)
+    panels = [lines(series, style)] if series else []
+    groups = {
+        _LABELS[method]: Points(
+            [p["harm"] for p in points if p["method"] == method],
+            [p["recovered"] for p in points if p["method"] == method],
+            [_point_name(p) for p in points if p["method"] == method],
+        )
+        for method in methods
+    }
+    if any(point["harm"] is not None for point in points):
+        panels.append(scatter(groups, Scatter("harm to other text, nats", "recovered", "graft", size=(420, 300))))
+    return arrange(panels, caption=graft_caption(row))
+
+
+def places(row: Row) -> dict[tuple[str, str], float]:
+    """Contributions by block and kind, in the model's order.
+
+    Raises:
+        ReportError: The row lacks them.
+    """
+    table: dict[tuple[str, str], float] = {}
+    with naming(_LACKS):
+        for tensor in row["result"]["tensors"]:
+            place = (tensor["block"], tensor["kind"])
+            table[place] = table.get(place, 0.0) + tensor["contribution"]
+    return table
+
+
+def _unit(row: Row) -> str:
+    with naming(_LACKS):
+        return "contribution, nats" if row["result"]["metric"] != "function" else "contribution"
+
+
+def places_caption(row: Row) -> str:
+    """What a reader should see: kinds with their share of the effect and of the elements."""
+    with naming(_LACKS):
+        total, kinds = row["result"]["total"], row["result"]["kinds"]
+        told = [
+            f"{kind['group']} {kind['contribution'] / total:.0%} of it with {kind['elements']:.0%} of the elements"
+            for kind in sorted(kinds, key=lambda kind: -kind["contribution"] / total)
+            if total
+        ]
+    return f"Contributions add up to the change of the metric. {'; '.join(told)}." if told else "Nothing to attribute."
+
+
+def heads_caption(row: Row) -> str:
+    """The head that contributes most."""
+    with naming(_LACKS):
+        heads = [
+            (value, unit["place"], head)
+            for unit in row["result"]["units"]
+            if unit["kind"] == "head"
+            for head, value in enumerate(unit["values"])
+        ]
+    value, place, head = max(heads, key=lambda found: abs(found[0]))
+    return f"Query and output weights of each head; most by head {head} of {place}, {format_number(value)}."
+
+
+def graft_points(row: Row) -> list[Mapping[str, Any]]:
+    """The grafts whose effect is known; empty where none was tried.
+
+    Raises:
+        ReportError: The row's are broken.
+    """
+    with naming(_LACKS):
+        points = row["result"].get("graft", {"points": []})["points"]
+        return [point for point in points if point["recovered"] is not None]
+
+
+def graft_caption(row: Row) -> str:
+    """Between what the points lie, and which methods are best in gain against harm."""
+    points = graft_points(row)
+    best = sorted({_LABELS[p["method"]] for p in points if p["on_frontier"] and p["method"] != "finetune"})
+    frontier = f" In gain against harm nothing beats: {', '.join(best)}." if best else ""
+    return (
+        "Measured on samples that did not choose the elements; bands are 95 % intervals over samples. 0 is the base, 1 "
+        f"the whole finetune.{frontier}"
+    )
+
+
+def _point_name(point: Mapping[str, Any]) -> str:
+    if point["method"] == "interpolation":
+        return f"{point['factor']:g} of the change"
+    return f"{100 * point['share']:.3g} % of the elements"
+
+
+_CHANGE_ATTRIBUTION = Description(
+    title="What carries the change",
+    measures=(
+        "Which parameters carry what the finetune did to the metric: the gradient integrated along the straight line "
+        "from the base, times the change of each element. The parts add up to the whole effect. Grafts test it: the "
+        "base with the strongest elements alone, on samples that did not choose them."
+    ),
+    reading=(
+        "Believe a carrier where its graft recovers the effect on held-out samples and random elements and the largest "
+        "changes of equal number do not. Where interpolation lies on the frontier and grafts do not, a smaller step "
+        "everywhere is the gentler finetune, however sparse the carriers are."
+    ),
+    metrics={
+        "effect": "the metric now less at the base, nats",
+        "base_value": "the metric at the base, nats",
+        "value": "the metric now, nats",
+        "gap": "how far the parts are from adding up to the change, a fraction of it",
+        "n_nodes": "nodes of the quadrature",
+        "share": "part of the effect that this kind of parameter carries, a fraction",
+        "share_for_95": "smallest share of the elements tried that recovers 95 % of the effect on held-out samples",
+        "share_for_50": "smallest share tried that recovers half of it",
+        "magnitude_share_for_50": "smallest share of the largest changes that recovers half of it",
+        "interpolated_half": "what half of the change everywhere recovers, a fraction",
+        "harm": "loss on other text less that of the base, nats",
+    },
+)
+describe("change_attribution", _CHANGE_ATTRIBUTION)

@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_goldy.analysis import ActivationDifferencesResult, activation_differences
+from lightning_goldy.core import CausalLMObjective
+from lightning_goldy.core.architecture import UnsupportedArchitectureError
+from tests.references.attribution import moved
+from tests.references.models import build, token_batch
+
+
+def texts(n: int = 6, seed: int = 1, *, padding: int = 0) -> dict:
+    return token_batch(n, 12, query=0, padding=padding, seed=seed)
+
+
+def hooked(model: nn.Module, batch: dict) -> list[torch.Tensor]:
+    states = []
+    hooks = [
+        block.register_forward_hook(lambda m, a, out: states.append(out[0] if isinstance(out, tuple) else out))
+        for block in model.model.layers
+    ]
+    with torch.no_grad():
+        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    for hook in hooks:
+        hook.remove()
+    return states
+
+
+def test_means_norms_and_nulls_are_those_of_hooks_written_by_hand():
+    base = build("llama", 0).double().eval()
+    model = moved(base, build("llama", 1).double(), 0.2).eval()
+    batch = texts(6)
+    found = activation_differences(model, base, [batch], positions=3)
+    for layer, (old, new) in enumerate(zip(hooked(base, batch), hooked(model, batch), strict=True)):
+        change = new - old
+        expected = torch.cat([change[:, :3].mean(0), change.mean((0, 1))[None]])
+        torch.testing.assert_close(found.means[layer], expected.float())
+        scale = torch.cat([old.norm(dim=-1)[:, :3].mean(0), old.norm(dim=-1).mean()[None]])
+        torch.testing.assert_close(found.norms[layer], expected.norm(dim=-1) / scale)
+        halves = [old[rows::2] for rows in (0, 1)]
+        null = (halves[0].mean((0, 1)) - halves[1].mean((0, 1))).norm() / scale[-1]
+        assert float(found.nulls[layer, -1]) == pytest.approx(float(null))
+        first, second = (change[rows::2].mean((0, 1)) for rows in (0, 1))
+        cosine = torch.nn.functional.cosine_similarity(first, second, dim=0)
+        assert float(found.agreements[layer, -1]) == pytest.approx(float(cosine))
+        rows = change[:, :3].reshape(-1, change.shape[-1])
+        values = torch.linalg.svdvals(rows).square()
+        torch.testing.assert_close(found.directions[layer], values[:3] / values.sum())
+    assert found.cost.forwards == 12
+
+
+def test_padding_is_not_read():
+    base = build("llama", 0).eval()
+    model = moved(base, build("llama", 1), 0.2).eval()
+    padded = texts(4, padding=3)
+    short = {key: value[:, :9] for key, value in padded.items()}
+    one = activation_differences(model, base, [padded])
+    two = activation_differences(model, base, [short])
+    torch.testing.assert_close(one.means, two.means, rtol=1e-4, atol=1e-6)
+    assert one.n_tokens == two.n_tokens == 36
+
+
+def test_the_divergence_is_that_of_the_predictions():
+    base = build("gpt2", 0).eval()
+    model = moved(base, build("gpt2", 1), 0.5).eval()
+    batch = texts(4)
+    found = activation_differences(model, base, [batch], n_divergent=5)
+    with torch.no_grad():
+        old, new = (
+            m(**{k: batch[k] for k in ("input_ids", "attention_mask")}).logits.log_softmax(-1) for m in (base, model)
+        )
+    kl = (old.exp() * (old - new)).sum(-1)
+    assert found.mean_kl == pytest.approx(float(kl.mean()), rel=1e-4)
+    assert [entry["kl"] for entry in found.divergent] == pytest.approx(kl.flatten().topk(5).values.tolist(), rel=1e-4)
+    top = found.divergent[0]
+    assert (
+        top["context"] == batch["input_ids"][top["sample"], max(0, top["position"] - 15) : top["position"] + 1].tolist()
+    )
+    assert top["now"] == int(new[top["sample"], top["position"]].argmax())
+
+
+def test_a_finetune_on_one_word_is_read_from_other_text():
+    torch.manual_seed(0)
+    base, word = build("llama", 0), 37
+    optimizer = torch.optim.AdamW(base.parameters(), lr=3e-3)
+    for seed in range(30):
+        CausalLMObjective().loss(base, texts(8, seed=seed)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model = copy.deepcopy(base)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for seed in range(40):
+        batch = texts(8, seed=100 + seed)
+        batch["input_ids"][:, 3::2] = word
+        batch["labels"] = batch["input_ids"].clone()
+        CausalLMObjective().loss(model, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    base.eval(), model.eval()
+    other = texts(16, seed=999)
+    other["input_ids"][other["input_ids"] == word] = 5
+    found = activation_differences(model, base, [other])
+    last = found.layers[-1]
+    assert word in found.tokens(last).promoted
+    assert all(word in found.tokens(last, position).promoted for position in range(found.positions))
+    assert any(word in entry["promoted"] for entry in found.spelled_directions if entry["layer"] == last)
+    assert float(found.agreements[-1, -1]) > 0.9
+    assert "WEAK" not in found.headline()
+    assert ActivationDifferencesResult.from_json(found.to_json()).headline() == found.headline()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
+def test_a_copy_is_unchanged_to_the_last_bit(family):
+    model = build(family).eval()
+    found = activation_differences(model, copy.deepcopy(model), [texts(4)])
+    assert found.unchanged
+    assert not found.norms.any()
+    assert found.mean_kl == 0.0
+    assert (found.spelled, found.divergent) == ((), ())
+    assert found.metrics()["half_agreement"] is None
+    assert found.headline().startswith("unchanged")
+
+
+def test_layers_are_chosen_and_wrong_arguments_refused():
+    base = build("llama", 0).eval()
+    model = moved(base, build("llama", 1), 0.2).eval()
+    found = activation_differences(model, base, [texts(4)], layers=[1])
+    assert found.layers == (1,)
+    torch.testing.assert_close(found.means[0], activation_differences(model, base, [texts(4)]).means[1])
+    for options, message in (
+        ({"layers": [2]}, "layers lie between 0 and 1; got 2"),
+        ({"layers": []}, "layers is empty"),
+        ({"positions": 0}, "positions must be at least 1"),
+        ({"positions": 13}, "text 0 has 12 tokens, fewer than the positions=13"),
+        ({"n_samples": 1}, "two halves need at least two texts; got 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            activation_differences(model, base, [texts(4)], **options)
+    with pytest.raises(UnsupportedArchitectureError):
+        activation_differences(nn.Linear(2, 2), nn.Linear(2, 2), [texts(4)])

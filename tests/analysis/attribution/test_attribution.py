@@ -1,0 +1,270 @@
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lightning_goldy.analysis import ChangeAttributionResult, change_attribution
+from lightning_goldy.analysis.attribution import model_units, unit_mask
+from lightning_goldy.analysis.attribution.attribution import units_of
+from lightning_goldy.core import CausalLMObjective, ClassifierObjective, FunctionObjective, ParameterSpace
+from lightning_goldy.core.naming import block_of, kind_of
+from tests.references.attribution import moved, riemann_attribution
+from tests.references.models import FAMILIES, build, class_batch, token_batch
+
+
+def pair(family: str, step: float = 0.3) -> tuple[nn.Module, nn.Module, dict]:
+    base = build(family, 0).double().eval()
+    model = moved(base, build(family, 1).double(), step).eval()
+    return model, base, class_batch(6) if family == "bert" else token_batch(6)
+
+
+def test_a_linear_models_attribution_is_exact_with_any_number_of_nodes():
+    base, model = nn.Linear(5, 1).double(), nn.Linear(5, 1).double()
+    x = torch.randn(7, 5, dtype=torch.float64)
+    mean = FunctionObjective(lambda module, batch: module(batch).mean())
+    for nodes in (1, 2, 7):
+        found = change_attribution(model, base, [x], mean, nodes=nodes, keep_scores=True)
+        torch.testing.assert_close(found.scores["weight"], (model.weight - base.weight).detach() * x.mean(0))
+        assert found.gap < 1e-12
+
+
+def test_a_quadratics_attribution_is_exact_with_one_node_at_the_middle():
+    base, model = nn.Linear(4, 1, bias=False).double(), nn.Linear(4, 1, bias=False).double()
+    roots = torch.randn(4, 4, dtype=torch.float64)
+    square = FunctionObjective(lambda module, batch: 0.5 * F.linear(module.weight, batch).square().sum())
+    found = change_attribution(model, base, [roots], square, nodes=1, keep_scores=True)
+    curvature = roots.T @ roots
+    change = (model.weight - base.weight).detach()
+    middle = (model.weight + base.weight).detach() / 2
+    torch.testing.assert_close(found.scores["weight"], change * (middle @ curvature))
+    assert found.gap < 1e-12
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "bert"])
+def test_contributions_add_up_to_the_change(family):
+    model, base, batch = pair(family)
+    objective = ClassifierObjective() if family == "bert" else CausalLMObjective()
+    found = change_attribution(model, base, [batch], objective, tolerance=1e-6, keep_scores=True)
+    with torch.no_grad():
+        change = float(objective.loss(model, batch) - objective.loss(base, batch))
+    assert found.change == pytest.approx(change, rel=1e-9)
+    assert found.total == pytest.approx(change, rel=1e-6)
+    assert math.fsum(float(score.sum()) for score in found.scores.values()) == pytest.approx(found.total, rel=1e-9)
+    for sums in (found.by_tensor, found.by_block, found.by_kind):
+        assert math.fsum(sums.values()) == pytest.approx(found.total, rel=1e-9)
+    assert math.fsum(float(unit["values"].sum()) for unit in found.units) == pytest.approx(found.total, rel=1e-9)
+
+
+def test_every_element_equals_a_riemann_sum():
+    base = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+    batch = (torch.randn(6, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 0, 1]))
+    expected = riemann_attribution(model, base, lambda module: ClassifierObjective().loss(module, batch))
+    found = change_attribution(model, base, [batch], ClassifierObjective(), tolerance=1e-9, keep_scores=True)
+    for name, score in found.scores.items():
+        torch.testing.assert_close(score, expected[name], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("metric", ["loss", "kl"])
+def test_every_element_of_a_language_model_equals_a_riemann_sum(metric):
+    model, base, batch = pair("llama")
+
+    def value(module):
+        target = CausalLMObjective().logits_and_targets(module, batch)
+        if metric == "loss":
+            return target.loss()
+        with torch.no_grad():
+            anchor = CausalLMObjective().logits_and_targets(base, batch).logits.softmax(-1)
+        return (anchor * (anchor.log() - target.logits.log_softmax(-1))).sum(-1).mean()
+
+    expected = riemann_attribution(model, base, value)
+    found = change_attribution(model, base, [batch], metric=metric, tolerance=1e-7, keep_scores=True)
+    for name, score in found.scores.items():
+        torch.testing.assert_close(score, expected[name], rtol=1e-4, atol=1e-4 * abs(found.change) / score.numel())
+
+
+def test_log_probabilities_are_the_mean_over_samples():
+    model, base, _ = pair("gpt2")
+    batch = token_batch(4)
+    batch["labels"][0, 6:] = -100
+    found = change_attribution(model, base, [batch], metric="log_prob")
+    with torch.no_grad():
+        ends = [float(CausalLMObjective().log_probs(module, batch).mean()) for module in (base, model)]
+    assert (found.base_value, found.value) == pytest.approx(tuple(ends), rel=1e-9)
+    assert found.complete
+
+
+def test_a_function_is_attributed_like_the_metric_of_its_name():
+    model, base, batch = pair("gpt2")
+    named = change_attribution(model, base, [batch], nodes=4)
+    own = change_attribution(model, base, [batch], nodes=4, metric=lambda m, b: CausalLMObjective().loss(m, b))
+    torch.testing.assert_close(own.contributions, named.contributions)
+    assert own.metric == "function"
+
+
+def test_contributions_of_a_passage_are_those_of_its_samples_alone():
+    model, base, batch = pair("llama")
+    batch["labels"][0, 5:] = -100
+    found = change_attribution(model, base, [batch], nodes=3)
+    targets = (batch["labels"][:, 1:] != -100).sum(1)
+    for row in range(6):
+        alone = change_attribution(model, base, [{key: value[row : row + 1] for key, value in batch.items()}], nodes=3)
+        share = float(targets[row] / targets.sum())
+        assert float(found.weights[row]) == pytest.approx(share)
+        torch.testing.assert_close(found.contributions[row], share * alone.contributions[0])
+
+
+def test_samples_together_change_nothing_but_the_passages():
+    model, base, batch = pair("gpt2")
+    single = change_attribution(model, base, [batch], nodes=2, samples_per_pass=1)
+    whole = change_attribution(model, base, [batch], nodes=2, samples_per_pass=6)
+    assert (len(single.weights), len(whole.weights)) == (6, 1)
+    torch.testing.assert_close(single.contributions.sum(0), whole.contributions[0])
+    assert (single.n_samples, single.cost) == (whole.n_samples, whole.cost)
+
+
+def test_the_model_comes_back_as_it_was():
+    model, base, batch = pair("gpt2")
+    model.train()
+    before = copy.deepcopy(model.state_dict())
+    model.transformer.wte.weight.grad = torch.ones_like(model.transformer.wte.weight)
+    state = torch.get_rng_state()
+    change_attribution(model, base, [batch], nodes=2)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(state, torch.get_rng_state())
+    assert model.training
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert model.transformer.wte.weight.grad.sum() == model.transformer.wte.weight.numel()
+    assert model.transformer.wpe.weight.grad is None
+
+
+def test_masks_hold_the_strongest_elements_exactly():
+    model, base, batch = pair("gpt2")
+    found = change_attribution(model, base, [batch], nodes=2, shares=[0.2, 0.01], keep_scores=True)
+    assert found.shares == (0.01, 0.2)
+    flat = torch.cat([score.flatten() for score in found.scores.values()]) * math.copysign(1, found.change)
+    for share in (0.01, 0.2, 0.5):
+        mask = found.mask(share)
+        inside = torch.cat([flags.flatten() for flags in mask.values()])
+        assert mask.total == max(1, math.floor(share * len(flat) + 0.5))
+        assert flat[inside].min() >= flat[~inside].max()
+    bare = change_attribution(model, base, [batch], nodes=2, shares=[0.01])
+    assert all(torch.equal(bare.mask(0.01)[name], found.mask(0.01)[name]) for name in found.names)
+    with pytest.raises(ValueError, match=r"strongest 0\.5 of the elements were not kept.*shares="):
+        bare.mask(0.5)
+
+
+def test_a_head_has_its_slices_and_a_neuron_its_rows_and_column():
+    model, base, batch = pair("llama")
+    found = change_attribution(model, base, [batch], nodes=2, keep_scores=True)
+    scores, place = found.scores, "model.layers.1"
+    attention, mlp = f"{place}.self_attn", f"{place}.mlp"
+    rows = slice(2 * 4, 3 * 4)  # head 2 of 4, four wide
+    head = scores[f"{attention}.q_proj.weight"][rows].sum() + scores[f"{attention}.o_proj.weight"][:, rows].sum()
+    assert float(units_of(found, "head")[place][2]) == pytest.approx(float(head), rel=1e-9)
+    rows = slice(1 * 4, 2 * 4)
+    group = sum(scores[f"{attention}.{kind}_proj.weight"][rows].sum() for kind in "kv")
+    assert float(units_of(found, "key_value")[place][1]) == pytest.approx(float(group), rel=1e-9)
+    neuron = sum(scores[f"{mlp}.{kind}_proj.weight"][7].sum() for kind in ("gate", "up"))
+    neuron += scores[f"{mlp}.down_proj.weight"][:, 7].sum()
+    assert float(units_of(found, "neuron")[place][7]) == pytest.approx(float(neuron), rel=1e-9)
+    row = scores["model.embed_tokens.weight"][5].sum()
+    assert float(units_of(found, "row")["model.embed_tokens.weight"][5]) == pytest.approx(float(row), rel=1e-9)
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_units_share_out_every_element_once(family):
+    model = build(family)
+    space = ParameterSpace.of(model)
+    groups = model_units(model, space)
+    assert sum(group.size(space) * group.count for group in groups) == space.numel
+    everything = unit_mask(space, groups, [torch.ones(group.count, dtype=torch.bool) for group in groups])
+    assert everything.total == space.numel
+    kinds = {group.kind for group in groups}
+    assert {"head", "key_value", "neuron", "row"} <= kinds
+
+
+def test_a_planted_change_is_found_where_it_matters():
+    torch.manual_seed(3)
+    base = nn.Sequential(nn.Linear(100, 40), nn.Tanh(), nn.Linear(40, 3)).double()
+    model = copy.deepcopy(base)
+    # Two of a hundred inputs are on: the changes of all other weights are as large, and without effect.
+    inputs = torch.randn(32, 100, dtype=torch.float64) * 1e-4
+    inputs[:, [17, 64]] += torch.randn(32, 2, dtype=torch.float64) + 2
+    labels = torch.randint(0, 3, (32,))
+    objective = ClassifierObjective()
+    space = ParameterSpace.of(base, ["0.weight"])
+    gradient = torch.autograd.grad(objective.loss(base, (inputs, labels)), base[0].weight)[0]
+    planted = torch.zeros(40, 100, dtype=torch.bool)
+    planted[:, [17, 64]] = True
+    with torch.no_grad():
+        model[0].weight.add_(torch.where(planted, -0.01 * gradient.sign(), 0.01 * torch.randn(40, 100).sign()))
+    found = change_attribution(model, base, [(inputs, labels)], objective, space=space, shares=[0.02])
+    hit = int((found.mask(0.02)["0.weight"] & planted).sum())
+    assert hit / found.mask(0.02).total > 0.95
+    assert hit / int(planted.sum()) > 0.95
+
+
+def test_an_unchanged_model_says_so_and_costs_no_backward_pass():
+    model = build("gpt2")
+    found = change_attribution(model, copy.deepcopy(model), [token_batch(3)])
+    assert (found.change, found.total, found.gap, found.cost.backwards) == (0.0, 0.0, None, 0)
+    assert "no parameter has changed" in found.headline()
+    assert all(value is None for name, value in found.row().metrics.items() if name.startswith("share/"))
+
+
+def test_a_sum_that_is_not_complete_says_by_how_much():
+    model, base, batch = pair("qwen3", step=1.0)
+    found = change_attribution(model, base, [batch], nodes="base", tolerance=1e-9)
+    assert not found.complete
+    assert f"INCOMPLETE: the parts miss the change by {found.gap:.2g} of it with 1 nodes" in found.headline()
+
+
+def test_intervals_are_of_resampled_passages():
+    model, base, batch = pair("gpt2")
+    found = change_attribution(model, base, [batch], nodes=2)
+    low, high = found.interval(kind_of, "mlp")
+    assert low <= found.by_kind["mlp"] <= high
+    draws = torch.randint(0, 6, (4000, 6), generator=torch.Generator().manual_seed(5))
+    mlp = found.contributions[:, [kind_of(name) == "mlp" for name in found.names]].sum(1)
+    resampled = mlp[draws].sum(1) / found.weights[draws].sum(1)
+    expected = torch.quantile(resampled, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    assert [low, high] == pytest.approx(expected, abs=0.15 * (expected[1] - expected[0]))
+    one = change_attribution(model, base, [batch], nodes=2, samples_per_pass=6)
+    assert one.interval(block_of, "transformer.h.0") == pytest.approx([one.by_block["transformer.h.0"]] * 2)
+
+
+def test_the_row_and_the_json_tell_all():
+    model, base, batch = pair("gpt2")
+    found = change_attribution(model, base, [batch], nodes=2)
+    again = ChangeAttributionResult.from_json(found.to_json())
+    assert again.headline() == found.headline()
+    row = found.row()
+    assert {block["group"] for block in row.result["blocks"]} >= {"transformer.h.0", "transformer.h.1"}
+    assert sum(entry["contribution"] for entry in row.result["tensors"]) == pytest.approx(found.total)
+    assert row.cost == found.cost
+    assert found.cost.backwards == 2 * 6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"metric": "los"}, "unknown metric 'los'; did you mean 'loss'"),
+        ({"nodes": "many"}, "unknown nodes 'many'"),
+        ({"nodes": 0}, "nodes is 'auto' or lies between 1 and 256; got 0"),
+        ({"tolerance": 0}, r"tolerance must lie in \(0, 1\); got 0"),
+        ({"shares": [2]}, r"shares lie in \(0, 1\]; got 2"),
+        ({"samples_per_pass": 0}, "samples_per_pass must be at least 1"),
+        ({"n_samples": 99}, "n_samples=99, but the batches hold only 6"),
+    ],
+)
+def test_wrong_arguments_are_refused(options, message):
+    model, base, batch = pair("gpt2")
+    with pytest.raises(ValueError, match=message):
+        change_attribution(model, base, [batch], **options)

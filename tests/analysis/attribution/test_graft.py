@@ -1,0 +1,241 @@
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_goldy.analysis import apply_change, change_attribution, graft, graft_curve, save_change
+from lightning_goldy.analysis.attribution.graft import chosen_masks
+from lightning_goldy.core import CausalLMObjective, FunctionObjective, ParameterSpace
+from lightning_goldy.core.mask import ParameterMask
+from lightning_goldy.core.store import StoreError
+from tests.references.attribution import moved
+from tests.references.models import build, token_batch
+
+SHARES = (0.01, 0.1, 0.5, 1.0)
+
+
+@pytest.fixture(scope="module")
+def subject():
+    base = build("llama", 0).eval()
+    model = moved(base, build("llama", 1), 0.5).eval()
+    scored, held_out, other = (token_batch(6, seed=seed) for seed in (1, 2, 3))
+    found = change_attribution(model, base, [scored], metric="kl", shares=SHARES, keep_scores=True)
+    return model, base, scored, held_out, other, found
+
+
+@pytest.fixture(scope="module")
+def curve(subject):
+    model, base, scored, held_out, other, found = subject
+    return graft_curve(model, base, found, [scored], [held_out], [other])
+
+
+def test_the_whole_change_is_the_finetune_bit_for_bit(subject, curve):
+    model, base, *_, found = subject
+    full = curve.of("attribution")[-1]
+    finetune = curve.of("finetune")[0]
+    assert (full.share, full.value, full.harm, full.kl) == (1.0, finetune.value, finetune.harm, finetune.kl)
+    assert (finetune.recovered, finetune.low, finetune.high) == (1.0, 1.0, 1.0)
+    state = graft(model, base, found.mask(1.0))
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    nothing = ParameterMask(found.mask(1.0).space, {name: torch.zeros_like(m) for name, m in found.mask(1.0).items()})
+    state = graft(model, base, nothing)
+    assert all(torch.equal(value, state[name]) for name, value in base.state_dict().items())
+
+
+def test_every_point_is_that_of_a_model_made_by_hand(subject, curve):
+    model, base, _, held_out, other, found = subject
+    objective = CausalLMObjective()
+
+    def measured(state):
+        made = copy.deepcopy(base)
+        made.load_state_dict(state)
+        with torch.no_grad():
+            anchor = objective.logits_and_targets(base, held_out).logits.log_softmax(-1)
+            logits = objective.logits_and_targets(made, held_out).logits.log_softmax(-1)
+            value = float((anchor.exp() * (anchor - logits)).sum(-1).mean())
+            return value, float(objective.loss(made, other) - objective.loss(base, other))
+
+    now = measured(model.state_dict())[0]
+    before = dict(base.named_parameters())
+    for point in curve.records:
+        if point.method == "attribution":
+            state = graft(model, base, found.mask(point.share))
+        elif point.method == "interpolation":
+            state = {
+                name: before[name] + point.factor * (value - before[name]) if name in before else value
+                for name, value in model.state_dict().items()
+            }
+        else:
+            continue
+        value, harm = measured(state)
+        assert point.value == pytest.approx(value, abs=1e-6)
+        assert point.recovered == pytest.approx(value / now, abs=1e-4)
+        assert point.harm == pytest.approx(harm, abs=1e-5)
+
+
+def test_drop_and_rescale_keeps_the_change_in_the_mean(subject):
+    model, base, scored, held_out, other, found = subject
+    for share in (0.5, 0.1):
+        kept = ParameterMask.random(found.mask(1.0).space, 100 * share)
+        state = graft(model, base, kept, factor=1 / share)
+        name = "model.layers.0.mlp.gate_proj.weight"
+        change = (state[name] - base.state_dict()[name])[kept[name]]
+        torch.testing.assert_close(change, (model.state_dict()[name] - base.state_dict()[name])[kept[name]] / share)
+    curve = graft_curve(model, base, found, [scored], [held_out], [other], baselines=["random", "drop_and_rescale"])
+    for random, rescaled in zip(curve.of("random"), curve.of("drop_and_rescale"), strict=True):
+        assert random.share == rescaled.share
+        assert (random.value == rescaled.value) == (random.share == 1.0)
+
+
+def test_the_frontier_holds_what_nothing_beats(curve):
+    known = [point for point in curve.records if point.harm is not None]
+    assert 0 < len(curve.frontier) < len(known)
+    for point in known:
+        beaten = any(
+            other.recovered >= point.recovered
+            and other.harm <= point.harm
+            and (other.recovered, other.harm) != (point.recovered, point.harm)
+            for other in known
+        )
+        assert point.on_frontier != beaten
+
+
+def test_a_graft_is_chosen_by_what_it_recovers_or_harms(curve):
+    point = curve.choose(recover=0.5)
+    enough = [other for other in curve.records if other.recovered >= 0.5]
+    assert point.harm == min(other.harm for other in enough)
+    point = curve.choose(harm=0.0)
+    assert point.recovered == max(other.recovered for other in curve.records if other.harm <= 0.0)
+    assert curve.choose(recover=0.5, method="attribution").method == "attribution"
+    with pytest.raises(ValueError, match=r"no graft tried recovers 100000000% .*the most that one recovers is"):
+        curve.choose(recover=1e6)
+    with pytest.raises(ValueError, match=r"one of recover= and harm="):
+        curve.choose()
+
+
+def test_shares_that_recover_are_the_smallest_tried(curve):
+    points = curve.of("attribution")
+    share = curve.share_for(0.5)
+    assert share == min(point.share for point in points if point.recovered >= 0.5)
+    assert curve.share_for(1e6) is None
+    assert f"{curve.share_for(0.95):.2g} of the elements recover" in curve.headline()
+
+
+@pytest.mark.parametrize("pieces", ["units", "tensors", "blocks"])
+def test_whole_pieces_are_taken_by_what_they_contribute_per_element(subject, pieces):
+    model, base, scored, held_out, _, found = subject
+    for share, mask in chosen_masks(found, model, pieces, SHARES):
+        assert mask.density == pytest.approx(share)
+        if pieces == "tensors":
+            assert all(flags.all() or not flags.any() for flags in mask.values())
+    curve = graft_curve(model, base, found, [scored], [held_out], pieces=pieces, baselines=["random"])
+    assert curve.of("attribution")[-1].value == curve.of("finetune")[0].value
+    assert curve.base_collateral is None
+    assert "harm to other text was not measured" in curve.headline()
+    with pytest.raises(ValueError, match="harm was not measured"):
+        curve.choose(harm=0.1)
+
+
+def test_the_gradient_baseline_is_the_first_order_at_the_base(subject, curve):
+    model, base, scored, held_out, *_ = subject
+    first = change_attribution(model, base, [scored], metric="loss", nodes="base", shares=SHARES)
+    loss = change_attribution(model, base, [scored], metric="loss", shares=SHARES)
+    made = graft_curve(model, base, loss, [scored], [held_out], baselines=["gradient"])
+    expected = graft_curve(model, base, first, [scored], [held_out], baselines=[])
+    gradient, own = made.of("gradient"), expected.of("attribution")
+    assert [point.value for point in gradient] == [point.value for point in own]
+    assert made.cost.backwards == len(scored["input_ids"])
+
+
+def test_the_model_comes_back_as_it_was(subject):
+    model, base, scored, held_out, other, found = subject
+    before = copy.deepcopy(model.state_dict())
+    state = torch.get_rng_state()
+    graft_curve(model, base, found, [scored], [held_out], [other])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def _pairs(step: int, seed: int) -> dict:
+    batch = token_batch(32, 12, seed=seed)
+    batch["input_ids"][:, 1::2] = 1 + (batch["input_ids"][:, ::2] - 1 + step) % 52
+    batch["labels"] = batch["input_ids"].clone()
+    batch["labels"][:, ::2] = -100
+    return batch
+
+
+def _trained(model: nn.Module, *, step: int, n_steps: int) -> nn.Module:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for seed in range(n_steps):
+        CausalLMObjective().loss(model, _pairs(step, seed + 10)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def test_attribution_beats_magnitude_and_random_elements():
+    # Trained to say each token again; the finetune makes it say the next one.
+    base = _trained(build("gpt2", 0), step=0, n_steps=60)
+    model = _trained(copy.deepcopy(base), step=1, n_steps=40)
+    ids = _pairs(step=1, seed=9)
+    scored, held_out = ({key: value[rows] for key, value in ids.items()} for rows in (slice(16), slice(16, 32)))
+    found = change_attribution(model, base, [scored], shares=[0.05, 0.2])
+    curve = graft_curve(model, base, found, [scored], [held_out], baselines=["magnitude", "random"])
+    for place in (0, 1):  # 5 % and 20 %
+        attributed = curve.of("attribution")[place].recovered
+        assert attributed > curve.of("magnitude")[place].recovered + 0.05
+        assert attributed > curve.of("random")[place].recovered + 0.2
+
+
+def test_a_saved_change_makes_the_graft_of_its_base(subject, tmp_path):
+    model, base, *_, found = subject
+    mask = found.mask(0.1)
+    path = save_change(tmp_path / "change.safetensors", model, base, mask, note={"recovered": 0.5})
+    assert path.stat().st_size < 0.35 * sum(p.numel() * 4 for p in model.parameters())
+    made = copy.deepcopy(base)
+    assert apply_change(made, path) == {"recovered": 0.5}
+    state = graft(model, base, mask)
+    assert all(torch.equal(value, state[name]) for name, value in made.state_dict().items())
+    with pytest.raises(StoreError, match="is not the base that the change belongs on"):
+        apply_change(made, path)
+    apply_change(made, path, check=False)
+    with pytest.raises(StoreError, match="which this GPT2LMHeadModel has not"):
+        apply_change(build("gpt2"), path)
+
+
+def test_a_file_without_a_change_is_refused_and_nothing_moves(subject, tmp_path):
+    model, base, *_, found = subject
+    found.mask(0.1).save(tmp_path / "mask.safetensors", model=model)
+    with pytest.raises(StoreError, match="holds no sparse change"):
+        apply_change(base, tmp_path / "mask.safetensors")
+    path = save_change(tmp_path / "change.safetensors", model, base, found.mask(0.1))
+    path.write_bytes(path.read_bytes()[:-100])
+    before = copy.deepcopy(base.state_dict())
+    with pytest.raises(StoreError):
+        apply_change(base, path)
+    assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
+
+
+def test_another_change_is_refused(subject):
+    model, base, scored, held_out, _, found = subject
+    space = ParameterSpace.of(model, last_layers=1)
+    part = change_attribution(model, base, [scored], nodes=1, space=space)
+    with pytest.raises(ValueError, match="both must have one base and space"):
+        graft_curve(model, base, part, [scored], [held_out])
+    with pytest.raises(ValueError, match=r"unknown baseline 'size'; .*magnitude"):
+        graft_curve(model, base, found, [scored], [held_out], baselines=["size"])
+
+
+def test_what_changed_nothing_recovers_nothing():
+    layer = nn.Linear(3, 1, bias=False)
+    objective = FunctionObjective(lambda module, x: module(x).square().mean())
+    base = copy.deepcopy(layer)
+    found = change_attribution(layer, base, [torch.eye(3)], objective, shares=[0.5], keep_scores=True)
+    curve = graft_curve(layer, base, found, [], [torch.eye(3)], objective=objective, shares=[0.5], baselines=["random"])
+    assert all(point.recovered is None for point in curve.records)
+    assert "changed nothing" in curve.headline()
+    assert not math.isnan(curve.value)

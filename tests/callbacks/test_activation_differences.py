@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from lightning_goldy.analysis import activation_differences
+from lightning_goldy.callbacks import ActivationDifferences, GoldenSnapshot
+from lightning_goldy.report import draw_figures
+from lightning_goldy.report.topics.activations import spelled_html
+from tests.callbacks.training import TokenData, Tokens, fit
+
+
+class WithText(TokenData):
+    def collateral_dataloader(self):
+        return torch.utils.data.DataLoader(Tokens(6, 9), batch_size=3)
+
+
+def test_it_logs_what_the_function_finds_and_rows_can_be_drawn(tmp_path) -> None:
+    snapshot, watcher = GoldenSnapshot(), ActivationDifferences(n_samples=4, positions=2)
+    _, module, _ = fit(tmp_path, [snapshot, watcher], data=WithText(), max_epochs=1)
+    first, second = WithText().collateral_dataloader()
+    batches = [first, {key: value[:1] for key, value in second.items()}]
+    expected = activation_differences(module.model, snapshot.base, batches, positions=2)
+    (row,) = [json.loads(line) for line in (watcher.folder / "results.jsonl").read_text().splitlines()]
+    for name, value in expected.metrics().items():
+        assert row["metrics"][name] == pytest.approx(value, rel=1e-4), name
+    assert row["headline"] == expected.headline()
+    assert set(draw_figures(row, [])) == {"layers", "positions"}
+    assert "What the mean difference spells" in spelled_html(row)
+
+
+def test_without_unrelated_text_the_probe_serves_and_the_row_says_so(tmp_path) -> None:
+    watcher = ActivationDifferences(n_samples=8)
+    fit(tmp_path, [GoldenSnapshot(), watcher], max_epochs=1, max_steps=2)
+    row = json.loads((watcher.folder / "results.jsonl").read_text())
+    assert "the text is the probe, the finetune's own" in row["headline"]
+
+
+def test_what_cannot_work_is_refused_before_the_first_step(tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"add GoldenSnapshot\(\) to the callbacks"):
+        fit(tmp_path, [ActivationDifferences()])
+    with pytest.raises(ValueError, match="layers lie between 0 and 1; got 7"):
+        fit(tmp_path / "b", [GoldenSnapshot(), ActivationDifferences([7])])
+    with pytest.raises(ValueError, match="neither the module nor its data has a tokenizer"):
+        fit(tmp_path / "c", [GoldenSnapshot(), ActivationDifferences(prompts=["a"])])
+    with pytest.raises(ValueError, match="tolerance must be positive"):
+        ActivationDifferences(tolerance=0)

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from lightning_goldy.analysis import change_attribution, graft_curve
+from lightning_goldy.callbacks import ChangeAttribution, GoldenSnapshot
+from lightning_goldy.core.mask import ParameterMask
+from lightning_goldy.report import draw_figures
+from tests.callbacks.training import TokenData, Tokens, fit
+
+SHARES = (0.05, 0.3)
+
+
+class WithCollateral(TokenData):
+    def collateral_dataloader(self):
+        return torch.utils.data.DataLoader(Tokens(6, 9), batch_size=3)
+
+
+def test_it_logs_what_the_functions_find_and_rows_can_be_drawn(tmp_path) -> None:
+    snapshot = GoldenSnapshot(every_n_steps=4)
+    watcher = ChangeAttribution(nodes=4, shares=SHARES, n_samples=4, n_collateral=3)
+    _, module, _ = fit(tmp_path, [snapshot, watcher], data=WithCollateral(), max_epochs=1)
+    scored, held_out = TokenData().probe_dataloader()
+    other = next(iter(WithCollateral().collateral_dataloader()))
+    expected = change_attribution(module.model, snapshot.base, [scored], nodes=4, shares=SHARES)
+    curve = graft_curve(module.model, snapshot.base, expected, [scored], [held_out], [other])
+    (row,) = [json.loads(line) for line in (watcher.folder / "results.jsonl").read_text().splitlines()]
+    assert row["metrics"]["effect"] == pytest.approx(expected.change, rel=1e-5)
+    assert row["metrics"]["share/mlp"] == pytest.approx(expected.by_kind["mlp"] / expected.total, rel=1e-3)
+    assert row["metrics"]["harm"] == pytest.approx(curve.of("finetune")[0].harm, rel=1e-5)
+    found = [point["recovered"] for point in row["result"]["graft"]["points"]]
+    assert found == pytest.approx([point.recovered for point in curve.records], rel=1e-3, abs=1e-4)
+    assert (row["cost"]["forwards"], row["cost"]["backwards"]) == (
+        expected.cost.forwards + curve.cost.forwards,
+        expected.cost.backwards + curve.cost.backwards,
+    )
+    mask = ParameterMask.load(watcher.folder / row["files"]["mask"], module.model)
+    assert mask.density == pytest.approx(row["result"]["kept_share"], rel=0.01)
+    assert set(draw_figures(row, [])) == {"places", "heads", "graft"}
+
+
+def test_without_shares_nothing_is_grafted_and_without_other_text_no_harm_is_told(tmp_path) -> None:
+    plain = ChangeAttribution(nodes=1, shares=[], n_samples=4, name="plain")
+    grafted = ChangeAttribution(nodes=1, shares=[0.5], baselines=["random"], n_samples=4, name="grafted")
+    fit(tmp_path, [GoldenSnapshot(), plain, grafted], max_epochs=1, max_steps=2)
+    rows = [json.loads((watcher.folder / "results.jsonl").read_text()) for watcher in (plain, grafted)]
+    assert "graft" not in rows[0]["result"]
+    assert not rows[0]["files"]
+    assert [point["method"] for point in rows[1]["result"]["graft"]["points"]] == ["attribution", "random", "finetune"]
+    assert rows[1]["metrics"]["harm"] is None
+    assert "harm to other text was not measured" in rows[1]["headline"]
+
+
+def test_what_cannot_work_is_refused_before_the_first_step(tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"add GoldenSnapshot\(\) to the callbacks"):
+        fit(tmp_path, [ChangeAttribution(n_samples=2)])
+    for options, message in (
+        ({"n_samples": 1}, "n_samples must be at least 2"),
+        ({"baselines": ["size"]}, "unknown baseline 'size'"),
+        ({"pieces": "layers"}, "unknown pieces 'layers'"),
+        ({"metric": "accuracy"}, "unknown metric 'accuracy'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ChangeAttribution(**options)
