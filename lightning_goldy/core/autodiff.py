@@ -261,10 +261,17 @@ def call_with(
         args: Positional arguments of its forward.
         kwargs: Named ones.
     """
-    names = {canonical_name(name): name for name, _ in model.named_parameters()}
-    values = {names[name]: value for name, value in parameters.items()}
+    own = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
+    given = {id(own[name]): value for name, value in parameters.items()}
+    # Once for each module, also where it stands under several names: what is swapped in twice is not all swapped back.
+    values = {
+        f"{path}.{name}" if path else name: given[id(parameter)]
+        for path, module in model.named_modules()
+        for name, parameter in module._parameters.items()
+        if id(parameter) in given
+    }
     with without_checkpoints(), _unscaled(model):
-        return functional_call(model, values, tuple(args), dict(kwargs), tie_weights=True)
+        return functional_call(model, values, tuple(args), dict(kwargs), tie_weights=False)
 
 
 @contextmanager
