@@ -51,7 +51,6 @@ Kind = Literal[
     "divergence",
     "agreed",
     "difference",
-    "slope error",
 ]
 Route = Literal["forward", "differences"]
 
@@ -66,8 +65,7 @@ class Sums:
             Over the targets: ``function share``, <J Delta_b, J Delta> by tensor; ``function change``, ||f_t - f_0||^2;
             and by order ``residual``, the squared distance of the logits from the prediction, ``divergence``,
             KL(p_t || p_k), nats, and ``agreed``, positions where both prefer the same class. ``difference`` of two
-            estimates of the curvature along the step, thrice the error of the better one, and ``slope error``, that of
-            the first derivative, both times the number of targets and only by differences.
+            estimates of the curvature along the step, thrice the error of the better one, times the number of targets.
         n_targets: Number of targets (of samples, where an objective has no targets).
         cost: Passes of the model.
         gradient_norm: ||g|| of the mean loss at the base.
@@ -240,8 +238,8 @@ class Expansion:
         """Refuses shares that do not add up to the first order: the gradient is not the derivative of the values."""
         shares = sums.of("loss share").values()
         first, found = sums.of("derivative").get(1, 0.0), math.fsum(shares)
-        rounding = _ROUNDING * math.fsum(map(abs, shares)) + math.fsum(sums.of("slope error").values())
-        if not shares or not abs(first - found) > _APART * max(abs(first), abs(found)) + rounding:
+        allowed = _APART * max(abs(first), abs(found)) + _ROUNDING * math.fsum(map(abs, shares))
+        if self.route == "differences" or not shares or not abs(first - found) > allowed:
             return
         first, found = (value / (sums.n_targets or 1) for value in (first, found))
         raise ValueError(
@@ -285,7 +283,6 @@ class Expansion:
             values, errors = self._along(part, loss)
             self.sums.add("derivative", enumerate(map(float, values)), weight)
             self.sums.add("difference", [(None, 3 * abs(float(error))) for error in errors[2:3]], weight)
-            self.sums.add("slope error", [(None, abs(float(error))) for error in errors[1:2]], weight)
         if self.function_space and self.shares and direction is not None:
             # <J Delta_b, J Delta> of every tensor from one backward pass: J' v with v = J Delta.
             add = self.sums.add
@@ -330,12 +327,10 @@ class Expansion:
                     self.sums.add("loss", [(None, float(piece.loss()))], weight)
                     losses = _losses_of_logits(piece, expansion)
                     self.sums.add("derivative", enumerate(losses), weight)
-                    if errors:
+                    if errors[2:]:
                         off = [value + precise(error[rows]) for value, error in zip(expansion, errors, strict=True)]
-                        far = _losses_of_logits(piece, off)
-                        apart = [abs(value - other) for value, other in zip(losses, far, strict=True)]
-                        self.sums.add("difference", [(None, 3 * error) for error in apart[2:3]], weight)
-                        self.sums.add("slope error", [(None, error) for error in apart[1:2]], weight)
+                        apart = abs(_losses_of_logits(piece, off)[2] - losses[2])
+                        self.sums.add("difference", [(None, 3 * apart)], weight)
                 if self.function_space:
                     self._compare(expansion, piece.logits)
         return len(present.targets)
@@ -402,11 +397,9 @@ class Expansion:
             leaf.register_post_accumulate_grad_hook(taker(name))
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
-            # The derivative of the values, as along the step.
-            stack.enter_context(undetached())
-            if self.route == "forward":
+            if self.route == "forward":  # the derivative of the values, as along the step
                 stack.enter_context(functions_by_parts(backward=True))
-            found = output(Substituted(self.model, {**trainable_values(self.model), **leaves}))
+            found = output(_Undetached(self.model, {**trainable_values(self.model), **leaves}))
         if not found.requires_grad:
             raise _independent(len(leaves))
         torch.autograd.backward(found, None if vector is None else vector.to(found.dtype), inputs=list(leaves.values()))
@@ -438,6 +431,14 @@ class Expansion:
             gradients.append(torch.zeros_like(parameter.detach()) if parameter.grad is None else parameter.grad)
             parameter.grad = None
         return gradients
+
+
+class _Undetached(Substituted):
+    """Whose values have all of their derivative; what the objective detaches stays detached."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with undetached():
+            return super().forward(*args, **kwargs)
 
 
 def _independent(count: int) -> ValueError:
