@@ -15,7 +15,7 @@ from lightning_goldy.analysis.attention.tracking import check_prompts, token_nam
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.callbacks.golden_snapshot import find_snapshot
 from lightning_goldy.core.isolation import undisturbed
-from lightning_goldy.core.naming import require_choice
+from lightning_goldy.core.naming import require_at_least, require_choice
 from lightning_goldy.training.subject import find_prompts, find_tokenizer
 
 
@@ -59,8 +59,7 @@ class AttentionTracker(AnalysisCallback[TrackedAttention]):
         super().__init__(**options)
         check_statistics_arguments(n_samples)
         for argument, value in (("max_tokens", max_tokens), ("singular_values", singular_values)):
-            if value < 1:
-                raise ValueError(f"{argument} must be at least 1; got {value}")
+            require_at_least(argument, value, 1)
         if prompts is not None:
             check_prompts(prompts)
         self.prompts, self.heads = prompts, _pairs(heads)

@@ -36,7 +36,7 @@ from lightning_goldy.callbacks.weights import (
 )
 from lightning_goldy.core.batches import batch_tensors, move_batch
 from lightning_goldy.core.isolation import undisturbed
-from lightning_goldy.core.naming import canonical_name, suggestion
+from lightning_goldy.core.naming import canonical_name, require_at_least, suggestion
 from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.sharding import RankError, Replicas, is_sharded, unshard_guard
 from lightning_goldy.core.space import ParameterSpace, trainable_parameters
@@ -195,8 +195,8 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
     ) -> None:
         at = (at,) if isinstance(at, str) else tuple(at)  # type: ignore[assignment]
         for argument, value in (("every_n_steps", every_n_steps), ("every_n_epochs", every_n_epochs)):
-            if value is not None and value < 1:
-                raise ValueError(f"{argument} must be at least 1; got {value}")
+            if value is not None:
+                require_at_least(argument, value, 1)
         for moment in at:
             if moment not in ("start", "checkpoint", "end"):
                 raise ValueError(f"unknown moment at={moment!r}; {suggestion(moment, ('start', 'checkpoint', 'end'))}")

@@ -34,7 +34,7 @@ from lightning_goldy.callbacks.store import AnalysisProgress
 from lightning_goldy.core.base import BaseParameters
 from lightning_goldy.core.files import finite
 from lightning_goldy.core.isolation import undisturbed
-from lightning_goldy.core.naming import suggestion
+from lightning_goldy.core.naming import require_number, suggestion
 from lightning_goldy.core.objective import CausalLMObjective
 from lightning_goldy.core.pieces import QUESTION_TEMPLATE, KnowledgePiece
 from lightning_goldy.core.sharding import Replicas
@@ -135,7 +135,10 @@ def _pieces(source: PieceSource, data: Any) -> tuple[KnowledgePiece, ...]:
     if source is not None:
         odd = next((piece for piece in source if not isinstance(piece, KnowledgePiece)), None)
         if odd is not None:
-            raise ValueError(f"pieces is a file, 'atlas', or a list of KnowledgePiece; one of it is {odd!r:.80}")
+            raise ValueError(
+                f"pieces is a file, 'atlas', or a list of KnowledgePiece; one of it is "
+                f"{type(odd).__name__}, {' '.join(repr(odd).split()):.80}"
+            )
         return tuple(source)
     if isinstance(data, AtlasDataModule):
         known = {_id(fact) for fact in data.facts}
@@ -330,6 +333,8 @@ class KnowledgeCoupling(AnalysisCallback[KnowledgeState]):
     ) -> None:
         super().__init__(**options)
         check_selection(select, layers)
+        if n_pieces is not None:
+            require_number("n_pieces", n_pieces, whole=True)
         if n_pieces is not None and n_pieces < 2:
             raise ValueError(f"n_pieces must be at least 2, or None for all pieces; got {n_pieces}")
         if thresholds is not None:

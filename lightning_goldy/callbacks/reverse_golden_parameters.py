@@ -24,6 +24,7 @@ from lightning_goldy.callbacks.base import AnalysisContext
 from lightning_goldy.callbacks.golden_snapshot import MaskCallback
 from lightning_goldy.core.batches import sample_count, take_samples
 from lightning_goldy.core.mask import Scope
+from lightning_goldy.core.naming import require_number
 from lightning_goldy.core.objective import CausalLMObjective, Objective
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.training.subject import find_tokenizer
@@ -100,6 +101,7 @@ class ReverseGoldenParameters(MaskCallback[ReverseGoldenResult]):
     ) -> None:
         super().__init__(**options)
         check_search_arguments(top_k_percent, scope, strategy)
+        require_number("n_samples", n_samples, whole=True)
         if n_samples < 2:
             raise ValueError(f"n_samples must be at least 2, one to choose and one to measure; got {n_samples}")
         self.top_k_percent, self.scope, self.strategy, self.n_samples = top_k_percent, scope, strategy, n_samples

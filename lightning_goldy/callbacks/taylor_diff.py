@@ -18,18 +18,19 @@ from lightning_goldy.analysis.taylor import (
     check_orders,
     expansion_route,
     require_differences,
+    require_logits,
     taylor_diff,
 )
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.callbacks.golden_snapshot import find_snapshot
 from lightning_goldy.core.base import BaseParameters, base_of
-from lightning_goldy.core.naming import suggestion
+from lightning_goldy.core.naming import require_at_least, suggestion
 from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.sharding import Replicas, is_sharded, unshard_guard
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.store import load_vectors, save_vectors
 from lightning_goldy.core.vector import ParameterVector
-from lightning_goldy.training.subject import find_model
+from lightning_goldy.training.subject import find_model, find_objective
 
 Reset = Literal["never", "each", "epoch"]
 
@@ -70,8 +71,8 @@ class TaylorDiff(AnalysisCallback[TaylorDiffResult]):
         self.orders = check_orders(orders, by)
         if reset not in get_args(Reset):
             raise ValueError(f"unknown reset={reset!r}; {suggestion(str(reset), get_args(Reset))}")
-        if n_samples is not None and n_samples < 1:
-            raise ValueError(f"n_samples must be at least 1; got {n_samples}")
+        if n_samples is not None:
+            require_at_least("n_samples", n_samples, 1)
         self.by, self.function_space, self.reset, self.n_samples = by, function_space, reset, n_samples
 
     def forget(self) -> None:
@@ -86,7 +87,8 @@ class TaylorDiff(AnalysisCallback[TaylorDiffResult]):
         return self.n_samples
 
     def prepare(self, trainer: L.Trainer, model: nn.Module) -> None:
-        """Finds the base, or takes up the one of the run that is resumed."""
+        """Checks the objective; finds the base, or takes up the one of the run that is resumed."""
+        require_logits(find_objective(trainer.lightning_module, model, self.objective), self.function_space)
         if any(map(is_sharded, model.parameters())):
             require_differences(self.orders)
         if self.reset == "never":

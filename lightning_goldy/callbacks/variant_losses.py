@@ -13,6 +13,7 @@ from lightning_goldy.analysis.divergence import counted_forwards, own_share, sho
 from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.core.batches import sample_count
+from lightning_goldy.core.naming import require_at_least
 from lightning_goldy.core.objective import FunctionObjective
 from lightning_goldy.core.sharding import Replicas
 from lightning_goldy.training import VariantsModule
@@ -52,8 +53,8 @@ class VariantLosses(AnalysisCallback[VariantLossesResult]):
 
     def __init__(self, *, n_samples: int | None = None, **options: Any) -> None:
         super().__init__(**options)
-        if n_samples is not None and n_samples < 1:
-            raise ValueError(f"n_samples must be at least 1; got {n_samples}")
+        if n_samples is not None:
+            require_at_least("n_samples", n_samples, 1)
         self.n_samples = n_samples
 
     def probe_samples(self) -> int | None:

@@ -15,6 +15,7 @@ from torch.func import functional_call, jvp
 
 from lightning_goldy.core.composed import composed_functions, without_checkpoints
 from lightning_goldy.core.composed import nested_derivatives as nested_derivatives
+from lightning_goldy.core.isolation import require_unscaled
 from lightning_goldy.core.naming import canonical_name, model_class, require_at_least
 from lightning_goldy.core.space import trainable_parameters
 
@@ -261,10 +262,17 @@ def call_with(
         args: Positional arguments of its forward.
         kwargs: Named ones.
     """
-    names = {canonical_name(name): name for name, _ in model.named_parameters()}
-    values = {names[name]: value for name, value in parameters.items()}
+    own = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
+    given = {id(own[name]): value for name, value in parameters.items()}
+    # Once for each module, also where it stands under several names: what is swapped in twice is not all swapped back.
+    values = {
+        f"{path}.{name}" if path else name: given[id(parameter)]
+        for path, module in model.named_modules()
+        for name, parameter in module._parameters.items()
+        if id(parameter) in given
+    }
     with without_checkpoints(), _unscaled(model):
-        return functional_call(model, values, tuple(args), dict(kwargs), tie_weights=True)
+        return functional_call(model, values, tuple(args), dict(kwargs), tie_weights=False)
 
 
 @contextmanager
@@ -272,12 +280,7 @@ def _unscaled(model: nn.Module) -> Iterator[None]:
     """Keeps a model from dividing its weights in place at its first call in evaluation mode, as RWKV does."""
     configs: list[Any] = [module.config for module in model.modules() if hasattr(module, "layers_are_rescaled")]
     before = [(config, config.rescale_every) for config in configs]
-    for config, every in before:
-        if 0 < every < config.num_hidden_layers:
-            raise ValueError(
-                f"{model_class(model)} divides the weights of its later layers in evaluation mode, so that values of "
-                f"the two modes do not compare: set its config's rescale_every to 0; it is {every}"
-            )
+    require_unscaled(model)
     try:
         for config, _ in before:
             config.rescale_every = 0

@@ -29,7 +29,8 @@ def nested_derivatives() -> Iterator[None]:
     when it is nested. All of them are composed of what torch has right, norms in at least float32 as the fused ones
     compute. A custom ``autograd.Function`` is differentiated through the operations of its forward. Gradient
     checkpoints and hooks that ask for gradients of activations (``enable_input_require_grads``) are set aside: they
-    decide what a backward pass keeps and change no value.
+    decide what a backward pass keeps and change no value. What a forward detaches (the norms of DoRA) is differentiated
+    like the rest, for the derivatives are those of the values.
 
     Raises:
         NotImplementedError: Inside, at an operation whose derivative would be silently wrong: one of a library, which
@@ -129,6 +130,30 @@ def composed_functions() -> Iterator[list[str]]:
         del _composed_functions[at:]
 
 
+@contextmanager
+def undetached() -> Iterator[None]:
+    """Has a backward pass go through what a forward detaches, so that its gradient is the derivative of the values.
+
+    Example:
+        >>> x = torch.tensor(2.0, requires_grad=True)
+        >>> with undetached():
+        ...     square = x * x.detach()
+        >>> float(torch.autograd.grad(square, x)[0])
+        4.0
+    """
+    with _Undetached():
+        yield
+
+
+class _Undetached(TorchFunctionMode):
+    """Gives back what was to be detached."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _DETACHING and args[0].requires_grad:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
 class _SignAndLog(NamedTuple):
     sign: Tensor
     logabsdet: Tensor
@@ -163,6 +188,8 @@ class _Composed(TorchFunctionMode):
         if composed is not None:
             return composed(*args, **kwargs)
         if torch._C._are_functorch_transforms_active():
+            if func in _DETACHING:
+                return args[0]
             # Asked by a hook; functorch itself asks where it has allowed it.
             if func is Tensor.requires_grad_ and not torch._C._functorch.get_inplace_requires_grad_allowed():
                 return args[0]
@@ -512,6 +539,8 @@ _COMPOSED: dict[Any, Callable[..., Any]] = {
     },
     **{getattr(torch, name): _without_kernel(getattr(torch, name)) for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")},
 }
+# By these a forward takes out of its derivative what its value depends on.
+_DETACHING = frozenset({torch.detach, Tensor.detach, Tensor.data.__get__})  # type: ignore[attr-defined]
 # What libraries have and forward mode does not see, by what they are made of.
 _OF_LIBRARIES: dict[str | None, Callable[..., Any]] = {"transformers::grouped_mm_fallback": _grouped_mm}
 # Wrong where they multiply.

@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from lightning_goldy.core.naming import model_class
 from lightning_goldy.core.sharding import is_sharded, local, meet_within, unshard_guard
 
 SMALL = 2**16
@@ -272,14 +273,34 @@ def _is_of_the_user(module: str) -> bool:
     return file is None or not any(Path(file).is_relative_to(path) for path in installed)
 
 
+def require_unscaled(module: nn.Module) -> None:
+    """Refuses a model whose forward pass divides weights in place in evaluation mode, as a deep RWKV does.
+
+    Raises:
+        ValueError: It does; the setting that keeps it from that is named.
+    """
+    for child in module.modules():
+        if hasattr(child, "layers_are_rescaled"):
+            config: Any = child.config
+            if 0 < config.rescale_every < config.num_hidden_layers:
+                raise ValueError(
+                    f"{model_class(module)} divides the weights of its later layers in evaluation mode, so that values "
+                    f"of the two modes do not compare: set its config's rescale_every to 0; it is "
+                    f"{config.rescale_every} with {config.num_hidden_layers} layers"
+                )
+
+
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+
+
 @contextmanager
 def preserved(module: nn.Module, *, training: bool | None = False) -> Iterator[nn.Module]:
     """Gives a module to an analysis and takes it back as it was: gradients, modes, buffers, attributes, random states.
 
     Gradients are set aside, not copied; buffers are copied and written back, and so is what the modules keep in
     attributes (counters, caches, lists: see :class:`Kept`); the parameters' values are the business of
-    :func:`~lightning_goldy.core.vector.applied`. Inside, gradients are enabled (Lightning's validation hooks run
-    without) and, by default, the module is in evaluation mode.
+    :func:`~lightning_goldy.core.vector.applied`, but of embeddings with a ``max_norm``. Inside, gradients are enabled
+    (Lightning's validation hooks run without) and, by default, the module is in evaluation mode.
 
     Args:
         module: The model.
@@ -293,6 +314,7 @@ def preserved(module: nn.Module, *, training: bool | None = False) -> Iterator[n
         >>> model[0].weight.grad.sum().item(), model.training
         (4.0, True)
     """
+    require_unscaled(module)
     unshard_guard(module)
     modes = [(child, child.training) for child in module.modules()]
     parameters = list(module.parameters())
@@ -305,6 +327,9 @@ def preserved(module: nn.Module, *, training: bool | None = False) -> Iterator[n
         for name, buffer in child._buffers.items()
     ]
     slots = [(child, set(child._buffers)) for child in module.modules()]
+    # Embeddings that a forward pass shortens in place.
+    renormed = [child.weight for child in module.modules() if isinstance(child, _EMBEDDINGS) and child.max_norm]
+    lengths = [local(weight).detach().clone() for weight in renormed]
     kept = Kept.of_modules(module)
     # A sharded model's forward is a collective: a rank that failed before it tells the others there.
     guard = module.register_forward_pre_hook(_at_forward, prepend=True) if any(map(is_sharded, parameters)) else None
@@ -318,6 +343,10 @@ def preserved(module: nn.Module, *, training: bool | None = False) -> Iterator[n
                     child.training = training
             yield module
         finally:
+            with torch.no_grad():
+                for weight, before in zip(renormed, lengths, strict=True):
+                    if not torch.equal(local(weight), before):
+                        local(weight).copy_(before)
             if guard is not None:
                 guard.remove()
             unshard_guard(module)

@@ -147,20 +147,21 @@ def require_number(name: str, value: object, *, whole: bool = False) -> None:
 
 
 def require_at_least(name: str, value: float, lowest: float) -> None:
-    """Checks that a number is not below the lowest that it may be.
+    """Checks that a setting is a number and not below the lowest that it may be.
 
     Args:
         name: What it is called, for the message.
         value: The number.
-        lowest: The lowest valid one.
+        lowest: The lowest valid one; where it is an int, only whole numbers are valid.
 
     Raises:
-        ValueError: It is lower.
+        ValueError: It is lower, or no such number.
 
     Example:
         >>> require_at_least("n_samples", 0, 1)
         Traceback (most recent call last):
         ValueError: n_samples must be at least 1; got 0
     """
+    require_number(name, value, whole=isinstance(lowest, int))
     if value < lowest:
         raise ValueError(f"{name} must be at least {lowest}; got {value}")

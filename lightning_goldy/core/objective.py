@@ -15,7 +15,7 @@ from lightning_goldy.core.batches import batch_tensors as batch_tensors
 from lightning_goldy.core.batches import map_batch as map_batch
 from lightning_goldy.core.batches import split_batch
 from lightning_goldy.core.naming import model_class
-from lightning_goldy.core.tasks import OWN_LOSS, Task, task_of, transformers_model, virtual_tokens
+from lightning_goldy.core.tasks import OWN_LOSS, Task, task_of, transformers_model, unregularised, virtual_tokens
 from lightning_goldy.core.tasks import accepts as accepts
 
 IGNORE_INDEX = -100
@@ -462,7 +462,8 @@ def objective_for(model: nn.Module, given: Objective | None = None) -> Objective
 def check_own_loss(model: nn.Module, objective: Objective, batch: Any, *, as_given: bool = False) -> None:
     """Holds an objective's loss against the one that a transformers model computes by itself, on its first samples.
 
-    The routers' auxiliary loss is no part of either. Costs two forward passes over up to two samples.
+    The routers' auxiliary loss is no part of either, nor is the regulariser of AdaLoRA. Costs two forward passes over
+    up to two samples.
 
     Args:
         model: The model, in evaluation mode; one that gives no loss of its own is not checked.
@@ -483,7 +484,7 @@ def check_own_loss(model: nn.Module, objective: Objective, batch: Any, *, as_giv
     if head is None or type(objective) not in _CHECKED:
         return
     part = _first_samples(objective, batch)
-    called = getattr(model, "_orig_mod", model)  # a call with labels would be compiled anew
+    called = unregularised(getattr(model, "_orig_mod", model))  # a call with labels would be compiled anew
     arguments = objective.own_arguments(called, part, as_given=as_given)  # type: ignore[attr-defined]
     if arguments is None or not all(accepts(called, name, unnamed=True) for name in arguments if name in _LABELS):
         return

@@ -135,6 +135,13 @@ def prompt_learning(model: nn.Module) -> tuple[str, int]:
     return "", 0
 
 
+def unregularised(model: nn.Module) -> nn.Module:
+    """What a PEFT model calls, adapters included, where PEFT adds to its loss as AdaLoRA does; else the model."""
+    config = getattr(model, "active_peft_config", None) if hasattr(model, "peft_config") else None
+    added: Any = model
+    return added.get_base_model() if getattr(config, "peft_type", None) == "ADALORA" else model
+
+
 def accepts(model: nn.Module, argument: str, *, unnamed: bool = False) -> bool:
     """Whether the model's forward names this argument; looks through PEFT and ``torch.compile`` wrappers.
 

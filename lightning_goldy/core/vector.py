@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_goldy.core.naming import require_number
 from lightning_goldy.core.selection import select_largest
 from lightning_goldy.core.sharding import gather, like, local, local_box, sum_over_shards, unshard_guard
 from lightning_goldy.core.space import ParameterSpace, SpaceError
@@ -162,6 +163,7 @@ def elements_in(percent: float, numel: int) -> int:
         >>> elements_in(5, 100), elements_in(30, 5), elements_in(1, 10)
         (5, 2, 1)
     """
+    require_number("top_k_percent", percent)
     if not 0 < percent <= 100:
         raise ValueError(f"top_k_percent must lie in (0, 100]; got {percent}")
     return max(1, math.floor(numel * percent / 100 + 0.5))

@@ -14,7 +14,7 @@ from lightning_goldy.analysis.attention import Prompt
 from lightning_goldy.analysis.attention.patterns import with_decoder_tokens
 from lightning_goldy.analysis.attention.rows import Stack, Tokens
 from lightning_goldy.core.batches import move_batch, take_samples
-from lightning_goldy.core.isolation import isolated_rng
+from lightning_goldy.core.isolation import isolated_rng, require_unscaled
 from lightning_goldy.core.objective import CausalLMObjective, Objective, check_own_loss, objective_for
 from lightning_goldy.core.tasks import transformers_model
 from lightning_goldy.training.probe import Reading, probe_source, shared_reading, split_source
@@ -28,8 +28,14 @@ def find_model(pl_module: nn.Module, attribute: str | None) -> nn.Module:
         attribute: Dotted name of a submodule; by default ``model`` when there is one, else the whole LightningModule.
 
     Raises:
-        ValueError: There is no such submodule; those that exist are named.
+        ValueError: There is no such submodule; those that exist are named. Or its evaluation mode changes weights.
     """
+    model = _submodule(pl_module, attribute)
+    require_unscaled(model)
+    return model
+
+
+def _submodule(pl_module: nn.Module, attribute: str | None) -> nn.Module:
     if attribute is None:
         model = getattr(pl_module, "model", None)
         return model if isinstance(model, nn.Module) else pl_module

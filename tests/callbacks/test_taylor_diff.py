@@ -7,6 +7,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_goldy.analysis import taylor_diff
 from lightning_goldy.callbacks import ExactResume, GoldenSnapshot, TaylorDiff
+from lightning_goldy.core import FunctionObjective
 from lightning_goldy.report import draw_figures
 from tests.callbacks.training import TokenData, differences, fit
 
@@ -79,10 +80,15 @@ def test_resumed_equals_uninterrupted(tmp_path, reset) -> None:
 def test_what_cannot_work_is_refused_before_the_first_step(tmp_path) -> None:
     with pytest.raises(ValueError, match="add GoldenSnapshot"):
         fit(tmp_path, [TaylorDiff(n_samples=2)])
+    plain = FunctionObjective(lambda model, batch: model(**batch).loss)
+    with pytest.raises(ValueError, match="no logits: give it logits=, or pass function_space=False"):
+        fit(tmp_path, [GoldenSnapshot(), TaylorDiff(n_samples=2, objective=plain, check=False)])
     for options, message in (
         ({"reset": "always"}, "unknown reset='always'"),
         ({"n_samples": 0}, "n_samples must be at least 1"),
         ({"by": "head"}, "unknown by='head'"),
+        ({"orders": 2}, r"orders is a list of whole numbers, as \[1, 2\]; got 2"),
+        ({"orders": [1, 1.5]}, "each of orders must be a whole number; got 1.5"),
     ):
         with pytest.raises(ValueError, match=message):
             TaylorDiff(**options)

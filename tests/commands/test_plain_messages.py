@@ -14,9 +14,20 @@ from rich.console import Console
 from torch import nn
 
 from lightning_goldy import ParameterMask, ParameterSpace
-from lightning_goldy.callbacks import GoldenSnapshot, TaylorDiff
+from lightning_goldy.callbacks import (
+    AttentionTracker,
+    BasinVolume,
+    GoldenParameters,
+    GoldenSnapshot,
+    KnowledgeCoupling,
+    ParameterDistribution,
+    ReverseGoldenParameters,
+    TaylorDiff,
+    VariantLosses,
+)
 from lightning_goldy.callbacks.base import AnalysisCallback
 from lightning_goldy.callbacks.finetune_comparison import Finetune, comparison_table
+from lightning_goldy.callbacks.knowledge_coupling import _pieces
 from lightning_goldy.cli import main
 from lightning_goldy.commands.checkpoints import read_saved
 from lightning_goldy.core import StoreError
@@ -168,6 +179,37 @@ def test_two_callbacks_without_names_are_told_how_to_get_them() -> None:
 def test_settings_that_are_no_numbers(kind: type, settings: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         options_of(kind, "settings", settings)
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting", "whole"),
+    [
+        (AttentionTracker, "n_samples", True),
+        (BasinVolume, "n_directions", True),
+        (GoldenParameters, "n_samples", True),
+        (GoldenParameters, "top_k_percent", False),
+        (GoldenParameters, "quorum", False),
+        (KnowledgeCoupling, "n_pieces", True),
+        (ParameterDistribution, "top", True),
+        (ReverseGoldenParameters, "n_samples", True),
+        (ReverseGoldenParameters, "top_k_percent", False),
+        (TaylorDiff, "every_n_steps", True),
+        (TaylorDiff, "n_samples", True),
+        (VariantLosses, "n_samples", True),
+    ],
+)
+def test_settings_of_callbacks_that_are_no_numbers(kind: type, setting: str, whole: bool) -> None:
+    for value in (math.nan, math.inf, "x", [1], {}, True, *([2.5] if whole else [])):
+        with pytest.raises(ValueError, match=rf"{setting} must be a (whole|finite) number; got ") as error:
+            kind(**{setting: value})
+        assert str(error.value).isprintable()
+
+
+def test_a_piece_that_is_none_is_told_on_one_line() -> None:
+    batch = {"input_ids": torch.zeros(3, 9, dtype=torch.long)}
+    with pytest.raises(ValueError, match=r"list of KnowledgePiece; one of it is dict, \{'input_ids': tensor") as error:
+        _pieces([batch], None)  # type: ignore[list-item]
+    assert str(error.value).isprintable()
 
 
 @pytest.mark.parametrize(

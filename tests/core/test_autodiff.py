@@ -231,6 +231,35 @@ def test_tied_weights_move_together() -> None:
     torch.testing.assert_close(first, (ends[0] - ends[1]) / (2 * step), rtol=1e-5, atol=1e-7)
 
 
+class Twice(nn.Module):
+    """One module under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = self.second = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))
+
+
+def test_a_module_under_two_names_has_its_own_parameters_back() -> None:
+    model = Twice()
+    weight = model.first.weight
+    with torch.no_grad():
+        model.first.bias.zero_()
+        expected = 4 * model(torch.ones(1, 2))
+        values = {name: 2 * value for name, value in model.named_parameters()}
+        torch.testing.assert_close(call_with(model, values, (torch.ones(1, 2),), {}), expected)
+    assert model.first.weight is weight
+
+
+def test_what_a_forward_detaches_is_differentiated() -> None:
+    x = {"x": torch.tensor(2.0, dtype=torch.float64)}
+    for detached in (torch.detach, Tensor.detach, lambda value: value.data):
+        found = directional_derivatives(lambda p, d=detached: p["x"] * d(p["x"]) ** 2, x, {"x": torch.ones(())}, 3)
+        assert [float(value) for value in found] == [8.0, 12.0, 12.0, 6.0]
+
+
 def test_an_objective_sees_a_substituted_model_as_the_model() -> None:
     model, values, direction, inputs = line("llama")
     moved = {name: value + direction[name] for name, value in values.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers as hf
@@ -470,3 +471,15 @@ def test_a_subclass_is_what_its_bases_are(name: str) -> None:
     model.config = hf.T5Config() if name.startswith("T5") else hf.GPT2Config()
     expected = {"XLNetLMHeadModel": "tokens", "T5ForConditionalGeneration": "seq2seq", "GPT2LMHeadModel": "causal_lm"}
     assert task_of(model) == expected[name]
+
+
+def test_the_regulariser_of_adalora_is_no_part_of_the_objective() -> None:
+    config = peft.AdaLoraConfig(
+        init_r=3, target_r=2, total_step=9, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
+    )
+    model = peft.get_peft_model(build("llama"), config).eval()
+    batch = {"input_ids": torch.arange(2, 12).view(2, 5)}
+    with torch.no_grad():
+        own = model(**batch, labels=batch["input_ids"]).loss
+        assert float(own) > float(CausalLMObjective().loss(model, batch)) + 0.1
+        check_own_loss(model, CausalLMObjective(), batch)

@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers as hf
 from torch import Tensor, nn
 
+from lightning_goldy.analysis import golden_parameters, head_importance
 from lightning_goldy.core.isolation import Kept, isolated_rng, preserved, undisturbed
+from lightning_goldy.training.subject import find_model
 
 
 class Model(nn.Module):
@@ -407,3 +410,32 @@ def test_evaluation_mode_merges_nothing() -> None:
         pass
     model.train()
     assert torch.allclose(model[0].weight, before)
+
+
+def test_embeddings_that_a_forward_shortens_come_back() -> None:
+    model = nn.Embedding(4, 2, max_norm=0.1)
+    before = model.weight.detach().clone()
+    with preserved(model):
+        model(torch.tensor([1, 2]))
+        assert not torch.equal(model.weight, before)
+    assert torch.equal(model.weight, before)
+
+
+def test_a_model_whose_evaluation_divides_its_weights_is_refused_before_it_does() -> None:
+    options = {"hidden_size": 8, "attention_hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 3}
+    model = hf.RwkvForCausalLM(hf.RwkvConfig(vocab_size=11, rescale_every=2, **options)).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    batch = {"input_ids": torch.tensor([[1, 2, 3]])}
+    module = nn.Module()
+    module.model = model
+    for attempt in (
+        lambda: golden_parameters(model, [batch]),
+        lambda: head_importance(model, [batch]),
+        lambda: find_model(module, None),
+    ):
+        with pytest.raises(ValueError, match=r"set its config's rescale_every to 0; it is 2 with 3 layers"):
+            attempt()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    model.config.rescale_every = 0
+    assert golden_parameters(model, [batch]).mask.total > 0
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -26,7 +26,7 @@ LEFT_OUT = {
     **dict.fromkeys(("linalg.cholesky", "linalg.cholesky_ex", "cholesky", "linalg.pinv.hermitian"), "reads a triangle"),
     **dict.fromkeys(("linalg.eigh", "linalg.eigvalsh"), "reads a triangle"),
     **dict.fromkeys(("normal", "normal.number_mean"), "draws numbers, which no derivative goes through"),
-    # Of their other samples, ``grad``, the indices are unique.
+    # Those are tested below, and in torch's samples ``grad``, where each place is written once.
     **{f"nn.functional.max_unpool{dims}d": "samples write one place several times" for dims in (1, 2, 3)},
 }
 # What torch says where it has no derivative; differences take their place.
@@ -173,3 +173,16 @@ def test_the_comparison_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(compared) == 5
     monkeypatch.setattr(sys.modules[__name__], "nested_derivatives", nullcontext)
     assert str(wrong(line)).startswith("forward 2 is ")
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_unpooling_is_right_where_each_place_is_written_once(dims: int) -> None:
+    pool, unpool = getattr(F, f"max_pool{dims}d"), getattr(F, f"max_unpool{dims}d")
+    generator = torch.Generator().manual_seed(dims)
+    given = torch.randn(2, 3, *(4,) * dims, generator=generator, dtype=torch.float64)
+    pooled, places = pool(given, 2, return_indices=True)
+    step = 0.3 * torch.randn(pooled.shape, generator=generator, dtype=torch.float64)
+    weights = torch.linspace(0.5, 2, given.numel(), dtype=torch.float64).view(given.shape)
+    compared: list[str] = []
+    assert wrong(lambda t: (unpool(pooled + t * step, places, 2) * weights).sin().sum(), compared) is None
+    assert len(compared) == 5

@@ -8,19 +8,9 @@ from typing import Any
 import torch
 import transformers as hf
 
-VOCABULARY = 67
-_COMMON: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 24,
-    "max_position_embeddings": 32,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 1,
-    "initializer_range": 0.3,
-}
+from tests.references.architecture_models import COMMON, VOCABULARY
+
+_COMMON: dict[str, Any] = {**COMMON, "hidden_size": 16, "intermediate_size": 24, "initializer_range": 0.3}
 _GROUPED = {**_COMMON, "num_key_value_heads": 2}
 _WIDE = {**_GROUPED, "head_dim": 4}
 _ENDS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 1}

@@ -19,7 +19,7 @@ from lightning_goldy.core.architecture import Architecture
 from lightning_goldy.core.base import Base, base_of
 from lightning_goldy.core.batches import take_samples
 from lightning_goldy.core.isolation import preserved
-from lightning_goldy.core.naming import require_choice
+from lightning_goldy.core.naming import require_at_least, require_choice
 from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.sharding import Replicas
 from lightning_goldy.core.vector import ParameterVector, substituted
@@ -182,8 +182,8 @@ def check_statistics_arguments(n_samples: int | None, memory: int = DEFAULT_MEMO
     Raises:
         ValueError: An argument is out of range.
     """
-    if n_samples is not None and n_samples < 1:
-        raise ValueError(f"n_samples must be at least 1; got {n_samples}")
+    if n_samples is not None:
+        require_at_least("n_samples", n_samples, 1)
     if memory < 1:
         raise ValueError(f"memory is a number of bytes, at least 1; got {memory}")
 

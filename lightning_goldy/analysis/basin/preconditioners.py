@@ -383,6 +383,10 @@ def adam_preconditioner(
     return DiagonalPreconditioner(curvature, **settings, moments=moments)
 
 
+class NoLowerBoundError(ValueError):
+    """With every damping the region is unbounded along some direction, as where nothing moves the model so far."""
+
+
 class TunedPreconditioner(NamedTuple):
     """The preconditioner with the highest lower bound, and all that were tried.
 
@@ -422,7 +426,8 @@ def tuned_preconditioner(
         The preconditioner, its damping, and the results; a lower bound of NaN (an unbounded direction) is never chosen.
 
     Raises:
-        ValueError: The candidates are none, negative or repeated, or all lower bounds are NaN.
+        ValueError: The candidates are none, negative or repeated.
+        NoLowerBoundError: All lower bounds are NaN.
     """
     grid = sorted(candidates)
     if not grid or len(set(grid)) < len(grid) or not all(math.isfinite(eps) and eps >= 0 for eps in grid):
@@ -444,7 +449,7 @@ def tuned_preconditioner(
             if worse == _WORSE and best is not None:
                 break
     if best is None:
-        raise ValueError(f"no damping of {grid} gives a lower bound: along each some direction is unbounded")
+        raise NoLowerBoundError(f"no damping of {grid} gives a lower bound: along each some direction is unbounded")
     return TunedPreconditioner(best[1], best[0], results)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias, get_args
@@ -11,7 +12,7 @@ import numpy as np
 from torch import nn
 
 from lightning_goldy.analysis.basin.kronecker import KroneckerPreconditioner, kronecker_fisher
-from lightning_goldy.analysis.basin.preconditioners import tuned_preconditioner
+from lightning_goldy.analysis.basin.preconditioners import NoLowerBoundError, tuned_preconditioner
 from lightning_goldy.analysis.basin.result import VolumeResult
 from lightning_goldy.analysis.basin.volume import Estimator, basin_volume, check_region
 from lightning_goldy.analysis.divergence import shortened
@@ -159,7 +160,8 @@ class VolumeSurvey:
                 make, proposals = work.kronecker(batches), None
             if make is not None and proposals is None:
                 tuned = self._tuned(work, batches, make)
-                proposals = {"none": None, "adam": tuned} if self.preconditioner == "best" else tuned
+                best = self.preconditioner == "best" and tuned is not None
+                proposals = {"none": None, "adam": tuned} if best else tuned
             volumes[split] = tuple(work.volume(batches, cutoff, proposals) for cutoff in self.cutoffs)
         if self.sigma == "first":
             self.kept_sigma = work.sigma
@@ -172,10 +174,17 @@ class VolumeSurvey:
             cost=work.cost,
         )
 
-    def _tuned(self, work: _Work, batches: Sequence[Any], make: Make) -> Preconditioner:
+    def _tuned(self, work: _Work, batches: Sequence[Any], make: Make) -> Preconditioner | None:
+        """The preconditioner with the damping of the first analysis; None where no damping gives a lower bound."""
         if self.kept_eps is not None:
             return make(self.kept_eps)
-        tuned = tuned_preconditioner(make, lambda proposal: work.volume(batches, self.cutoffs[0], proposal, pilot=True))
+        try:
+            tuned = tuned_preconditioner(
+                make, lambda proposal: work.volume(batches, self.cutoffs[0], proposal, pilot=True)
+            )
+        except NoLowerBoundError as error:
+            warnings.warn(f"{error}; the volume is measured without a preconditioner", stacklevel=2)
+            return None
         self.kept_eps = tuned.eps
         return tuned.preconditioner
 

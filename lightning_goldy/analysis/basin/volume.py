@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from numbers import Real
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -318,7 +319,7 @@ def check_region(n_directions: int, cutoff: float, sigma: float | None) -> None:
     """
     require_at_least("n_directions", n_directions, 1)
     for name, value in (("cutoff", cutoff), ("sigma", 1.0 if sigma is None else sigma)):
-        if not (math.isfinite(value) and value > 0):
+        if not isinstance(value, Real) or not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name} must be positive and finite; got {value}")
 
 

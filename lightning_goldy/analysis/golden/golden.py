@@ -18,7 +18,7 @@ from lightning_goldy.analysis.result import AnalysisResult, Cost, tensor_rows
 from lightning_goldy.core.architecture.experts import expert_counts, expert_names
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.mask import ParameterMask, Scope, check_scope
-from lightning_goldy.core.naming import require_at_least
+from lightning_goldy.core.naming import require_at_least, require_number
 from lightning_goldy.core.objective import Objective, objective_for
 from lightning_goldy.core.registry import Registry
 from lightning_goldy.core.selection import select_largest, select_largest_of_each
@@ -489,6 +489,7 @@ def check_golden_arguments(top_k_percent: float, score: str, scope: str, quorum:
     elements_in(top_k_percent, 1)
     SCORES[score]
     check_scope(scope)
+    require_number("quorum", quorum)
     if not 0 < quorum <= 1:
         raise ValueError(f"quorum must lie in (0, 1]; got {quorum}")
     if n_samples is not None:

@@ -4,13 +4,12 @@ import warnings
 from typing import Any
 
 from lightning_goldy.analysis.taylor.approximation import TaylorApproximation
+from lightning_goldy.analysis.taylor.result import By, OrderFit, TaylorDiffResult
 from lightning_goldy.analysis.taylor.taylor import (
-    By,
-    OrderFit,
-    TaylorDiffResult,
     check_orders,
     expansion_route,
     require_differences,
+    require_logits,
     taylor_diff,
 )
 
@@ -22,6 +21,7 @@ __all__ = [
     "check_orders",
     "expansion_route",
     "require_differences",
+    "require_logits",
     "taylor_diff",
 ]
 

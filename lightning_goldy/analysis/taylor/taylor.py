@@ -9,14 +9,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from lightning_goldy.analysis.divergence import divergence_sum, own_share, precise
-from lightning_goldy.analysis.result import AnalysisResult, Cost
+from lightning_goldy.analysis.result import Cost
 from lightning_goldy.analysis.taylor.approximation import HIGHEST_ORDER, batch_parts, parts_of_order
+from lightning_goldy.analysis.taylor.result import By, TaylorDiffResult
 from lightning_goldy.core.architecture.experts import expert_counts, expert_names
 from lightning_goldy.core.autodiff import (
     ForwardModeError,
@@ -30,9 +31,9 @@ from lightning_goldy.core.autodiff import (
 )
 from lightning_goldy.core.base import Base, base_of
 from lightning_goldy.core.batches import sample_count
-from lightning_goldy.core.composed import functions_by_parts
+from lightning_goldy.core.composed import functions_by_parts, undetached
 from lightning_goldy.core.isolation import preserved
-from lightning_goldy.core.naming import block_of, suggestion
+from lightning_goldy.core.naming import block_of, model_class, require_number, suggestion
 from lightning_goldy.core.objective import FunctionObjective, Objective, TargetLogits, objective_for
 from lightning_goldy.core.sharding import Replicas, is_sharded, unshard_guard
 from lightning_goldy.core.vector import ParameterVector, reduce_rows, reduce_tensors, substituted
@@ -102,6 +103,8 @@ _PIECE = 1 << 18
 # Step of the central differences, as a fraction of the finetune's own; the second is half of it. Two of them remove the
 # error of second order, and their difference tells what is left.
 _STEP = 0.2
+# So far from the first order may the sum of the shares be, as a part of either and of the shares' sizes.
+_APART, _ROUNDING = 0.05, 0.02
 
 
 @dataclass
@@ -169,6 +172,7 @@ class Expansion:
             self._backward(self.base, sample)
         else:
             self._add_part(sample)
+            self._require_gradient(self.sums)
 
     def finite(self) -> Sums:
         """Exact gradients at the base and near it: central differences along the step, extrapolated once."""
@@ -217,6 +221,7 @@ class Expansion:
             total.merge(other)
         if not total.n_targets:
             raise ValueError("there is no batch to expand the loss on")
+        self._require_gradient(total)
         if self.shares or self.gradient:
             vectors = []
             for name, value in self.base.items():
@@ -228,6 +233,20 @@ class Expansion:
         if not all(map(math.isfinite, (*total.of("loss").values(), *total.of("derivative").values()))):
             raise ValueError("the loss or one of its derivatives at the base is not finite")
         return total
+
+    def _require_gradient(self, sums: Sums) -> None:
+        """Refuses shares that do not add up to the first order: the gradient is not the derivative of the values."""
+        shares = sums.of("loss share").values()
+        first, found = sums.of("derivative").get(1, 0.0), math.fsum(shares)
+        allowed = _APART * max(abs(first), abs(found)) + _ROUNDING * math.fsum(map(abs, shares))
+        if self.route == "differences" or not shares or not abs(first - found) > allowed:
+            return
+        first, found = (value / (sums.n_targets or 1) for value in (first, found))
+        raise ValueError(
+            f"the gradient of {model_class(self.model)} is not the derivative of its loss: along the step it gives "
+            f"{found:.6g} nats, and the loss changes by {first:.6g}; a part of the forward pass runs without gradients "
+            "(torch.no_grad) or has a backward of its own. Pass by=None to expand the loss without shares of parameters"
+        )
 
     def _products(self, name: str, gradient: Tensor) -> Shares:
         """The product of one tensor's gradient with the step, of stacked experts that of each."""
@@ -380,7 +399,7 @@ class Expansion:
             stack.enter_context(torch.enable_grad())
             if self.route == "forward":  # the derivative of the values, as along the step
                 stack.enter_context(functions_by_parts(backward=True))
-            found = output(Substituted(self.model, {**trainable_values(self.model), **leaves}))
+            found = output(_Undetached(self.model, {**trainable_values(self.model), **leaves}))
         if not found.requires_grad:
             raise _independent(len(leaves))
         torch.autograd.backward(found, None if vector is None else vector.to(found.dtype), inputs=list(leaves.values()))
@@ -414,6 +433,14 @@ class Expansion:
         return gradients
 
 
+class _Undetached(Substituted):
+    """Whose values have all of their derivative; what the objective detaches stays detached."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with undetached():
+            return super().forward(*args, **kwargs)
+
+
 def _independent(count: int) -> ValueError:
     return ValueError(f"the objective depends on none of the {count} parameters that the base holds")
 
@@ -431,141 +458,6 @@ def _losses_of_logits(target: TargetLogits, expansion: Sequence[Tensor]) -> list
 
 def _square_distance(first: Tensor, second: Tensor) -> float:
     return float((first.double() - second.double()).square_().sum())
-
-
-Regime = Literal["unchanged", "lazy", "weakly nonlinear", "nonlinear"]
-By = Literal["block", "tensor"]
-
-LAZY = 0.1
-"""Relative error of the first order below which the step is called lazy."""
-NONLINEAR = 0.5
-"""Relative error of the first order from which on it is called nonlinear."""
-
-
-@dataclass(frozen=True)
-class OrderFit(AnalysisResult):
-    """What the expansion of one order predicts.
-
-    Args:
-        order: k.
-        loss: Predicted loss at the present parameters, nats.
-        residual: Actual minus predicted loss, nats.
-        relative_error: In function space, ||f_t - f_k|| / ||f_t - f_0|| over the logits at target positions; None where
-            only the loss was expanded.
-        kl_divergence: Mean KL(p_t || p_k), nats; None likewise.
-        top1_agreement: Share of the positions where both prefer the same token, a fraction; None likewise.
-    """
-
-    order: int
-    loss: float
-    residual: float
-    relative_error: float | None
-    kl_divergence: float | None
-    top1_agreement: float | None
-
-
-@dataclass(frozen=True)
-class TaylorDiffResult(AnalysisResult):
-    r"""A finetune's step compared with its expansion around the base.
-
-    Args:
-        base_loss: L(theta_0), nats.
-        loss: L(theta_t), nats.
-        fits: By order.
-        first_order: The gradient's share, g . Delta, nats.
-        second_order: Half the curvature along the step, Delta' H Delta / 2, nats; None when only order 1 was asked for.
-        step_norm: ||Delta||, from the base of the expansion, parameter units.
-        gradient_norm: ||g|| at the base, nats per unit; NaN without shares.
-        loss_shares: Part of g . Delta of each group of parameters, nats; they add up to ``first_order``.
-        function_shares: Part of J Delta of each group, <J Delta_b, J Delta> / ||J Delta||^2, fractions that add up to
-            1; empty where only the loss was expanded.
-        route: ``forward`` (exact forward-mode derivatives) or ``differences`` (central differences along the step: what
-            a model without forward mode or a sharded one allows; gradients are exact).
-        error: Estimated error of ``second_order`` by the second route, nats; 0 for exact derivatives.
-        n_targets: Target positions.
-        by: What the groups of parameters are; None without shares.
-        cost: Passes of the model; one that carries derivatives along the step counts once.
-    """
-
-    analysis: ClassVar[str] = "taylor_diff"
-
-    base_loss: float
-    loss: float
-    fits: tuple[dict[str, Any], ...]
-    first_order: float
-    second_order: float | None
-    step_norm: float
-    gradient_norm: float
-    loss_shares: dict[str, float]
-    function_shares: dict[str, float]
-    route: str
-    error: float
-    n_targets: int
-    by: By | None = "block"
-    cost: Cost = field(default=Cost(), compare=False)
-
-    @property
-    def change(self) -> float:
-        """L(theta_t) - L(theta_0), nats."""
-        return self.loss - self.base_loss
-
-    @property
-    def second_to_first(self) -> float | None:
-        """Size of the second-order term over that of the first."""
-        if self.second_order is None or not self.first_order:
-            return None
-        return abs(self.second_order / self.first_order)
-
-    @property
-    def orders(self) -> tuple[OrderFit, ...]:
-        """The fits as records."""
-        return tuple(OrderFit(**fit) for fit in self.fits)
-
-    @property
-    def nonlinearity(self) -> float:
-        """Relative error of the first order: in function space where that was measured, else in the loss's change."""
-        if not self.step_norm:
-            return 0.0
-        first = next(fit for fit in self.orders if fit.order == 1)
-        if first.relative_error is not None:
-            return first.relative_error
-        return abs(first.residual / self.change) if self.change else math.inf
-
-    @property
-    def regime(self) -> Regime:
-        """``lazy`` below a nonlinearity of 0.1, ``nonlinear`` from 0.5 on, ``weakly nonlinear`` between."""
-        if not self.step_norm:
-            return "unchanged"
-        if self.nonlinearity < LAZY:
-            return "lazy"
-        return "weakly nonlinear" if self.nonlinearity < NONLINEAR else "nonlinear"
-
-    def metrics(self) -> dict[str, float | None]:
-        """Losses, the terms, norms and the nonlinearity, and by order what is predicted."""
-        names = (
-            *("base_loss", "loss", "change", "first_order", "second_order", "second_to_first"),
-            *("step_norm", "gradient_norm", "nonlinearity"),
-        )
-        found = {name: getattr(self, name) for name in names}
-        for fit in self.fits:
-            found |= {f"{name}/order{fit['order']}": value for name, value in fit.items() if name != "order"}
-        return found
-
-    def details(self) -> dict[str, Any]:
-        """The fits, the regime with its thresholds, the shares, and how the terms were found."""
-        names = ("regime", "loss_shares", "function_shares", "by", "route", "error", "n_targets")
-        return {
-            "fits": [dict(fit) for fit in self.fits],
-            "thresholds": {"lazy": LAZY, "nonlinear": NONLINEAR},
-            **{name: getattr(self, name) for name in names},
-        }
-
-    def headline(self) -> str:
-        """The regime, and the actual and the predicted change."""
-        return (
-            f"the step is {self.regime} (nonlinearity {self.nonlinearity:.3g}): the loss changed by {self.change:.4g} "
-            f"nats, its first order predicts {self.first_order:.4g}"
-        )
 
 
 def taylor_diff(
@@ -612,7 +504,8 @@ def taylor_diff(
 
     Raises:
         ValueError: An order or ``by`` is out of range, the third order is asked of a sharded model, there is no batch,
-            a value is not finite, or the objective depends on no parameter of the base.
+            a value is not finite, the objective has no logits for ``function_space`` or depends on no parameter of the
+            base, or the model's gradient, from which shares are, is not the derivative of its values.
         SpaceError: The base is of another model.
         TypeError: It cannot be a base.
 
@@ -630,7 +523,7 @@ def taylor_diff(
         (True, 0.25)
     """
     orders = check_orders(orders, by)
-    objective = objective_for(model, objective)
+    objective = require_logits(objective_for(model, objective), function_space)
     replicas = Replicas.of(model) if split_over_ranks else Replicas()
     unshard_guard(model)
     sharded = any(map(is_sharded, model.parameters()))
@@ -690,7 +583,8 @@ def expansion_route(
     unshard_guard(model)
     with preserved(model):
         start = base_of(model, model).vector(model)
-        options = objective_for(model, objective), orders, by is not None, function_space, Replicas()
+        objective = require_logits(objective_for(model, objective), function_space)
+        options = objective, orders, by is not None, function_space, Replicas()
         try:
             Expansion(model, start, (), *options).try_route(sample)
         except ForwardModeError as error:
@@ -705,6 +599,10 @@ def check_orders(orders: Sequence[int], by: str | None) -> tuple[int, ...]:
     Raises:
         ValueError: An argument is out of range.
     """
+    if isinstance(orders, (str, bytes)) or not isinstance(orders, Iterable):
+        raise ValueError(f"orders is a list of whole numbers, as [1, 2]; got {orders!r:.60}")
+    for order in orders:
+        require_number("each of orders", order, whole=True)
     found = tuple(sorted(set(orders)))
     for order in found:
         if not 1 <= order <= HIGHEST_ORDER:
@@ -714,6 +612,20 @@ def check_orders(orders: Sequence[int], by: str | None) -> tuple[int, ...]:
     if by is not None and by not in get_args(By):
         raise ValueError(f"unknown by={by!r}; {suggestion(str(by), get_args(By))}")
     return found
+
+
+def require_logits(objective: Objective, function_space: bool) -> Objective:
+    """Gives back an objective that has logits, or any where none are wanted.
+
+    Raises:
+        ValueError: A FunctionObjective has none.
+    """
+    if function_space and isinstance(objective, FunctionObjective) and objective.logits is None:
+        raise ValueError(
+            "function_space=True expands the logits, and this FunctionObjective has a loss but no logits: give it "
+            "logits=, or pass function_space=False to expand the loss alone"
+        )
+    return objective
 
 
 def require_differences(orders: Sequence[int]) -> None:

@@ -362,12 +362,16 @@ def _guess(
 def _without_attention(modules: Mapping[str, nn.Module], name: str, events: Sequence[_Event], config: Any) -> Block:
     """A block of a model in which nothing attends; of its parts the one that is called an MLP is its MLP."""
     absent = Missing("it computes no attention", absent=True)
-    width = next((size for key in ("hidden_size", "d_model") if (size := getattr(config, key, None))), None)
+    width = _residual_width(config)
     own = [event for event in events if kind_of(f"0.{event.stack[-1][len(name) + 1 :]}.weight") == "mlp"]
     mlp: MLP | Missing = Missing("it has no MLP", absent=True)
     if own and isinstance(width, int):
         mlp = _mlp(modules, name, own, width, attention=None)
     return Block(0, name, modules[name], absent, mlp)
+
+
+def _residual_width(config: Any) -> Any:
+    return next((size for key in ("hidden_size", "d_model", "n_embd") if (size := getattr(config, key, None))), None)
 
 
 def _require_mlp(blocks: Sequence[Block], config: Any) -> None:
@@ -401,7 +405,7 @@ class _BlockProbe:
             )
         before = [event.stack[-1] for event in self.events[:at] if event.kind == "projection"]
         after = [event.stack[-1] for event in self.events[at:] if event.kind == "projection"]
-        output = _attention_output(self.modules, self.block, after, counts)
+        output = _attention_output(self.modules, self.block, after, counts, _residual_width(self.config))
         pairs = zip(caller[-1].split("."), output.split("."), strict=False)
         attention = ".".join(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))  # what holds both
         path = slice(len(self.block) + 1, None)  # what follows the block's own name
@@ -431,10 +435,14 @@ class _BlockProbe:
         ]
 
 
-def _attention_output(modules: Mapping[str, nn.Module], block: str, after: list[str], counts: HeadCounts) -> str:
+def _attention_output(
+    modules: Mapping[str, nn.Module], block: str, after: list[str], counts: HeadCounts, residual: Any
+) -> str:
     width = counts.n_heads * counts.head_dim
-    linear = [name for name in after if is_projection(modules[name])]
-    output = next((name for name in linear if projection_width(modules[name], "in") == width), None)
+    fitting = [n for n in after if is_projection(modules[n]) and projection_width(modules[n], "in") == width]
+    # A gate on the heads or a router may be as wide at its input.
+    writing = [name for name in fitting if projection_width(modules[name], "out") == residual]
+    output = next(iter(writing or fitting), None)
     if output is None:
         raise UnsupportedArchitectureError(
             f"no attention output projection: after attention, {block!r} called no Linear or Conv1D of input width "

@@ -76,6 +76,28 @@ def test_the_cost_is_every_sample_that_passed_through_the_model(preconditioner: 
     handle.remove()
 
 
+@pytest.mark.parametrize("preconditioner", ["adam", "best", "kronecker"])
+def test_where_nothing_leaves_the_region_the_volume_is_missing_and_no_run_ends(preconditioner: Any) -> None:
+    model, optimizer = subject()
+    with torch.no_grad():
+        model[2].weight.mul_(1e-9)  # type: ignore[operator, union-attr]
+        model[2].weight.requires_grad_(False)
+        model[2].bias.requires_grad_(False)
+    space = ParameterSpace.of(model)
+    survey = survey_of(preconditioner=preconditioner)
+    with pytest.warns(UserWarning, match=r"no damping of .* gives a lower bound.*measured without a preconditioner"):
+        found = survey.measure(
+            model,
+            OBJECTIVE,
+            {"a": batches(0)},
+            adam=lambda eps: adam_preconditioner(optimizer, space, module=model, eps=eps),
+        )
+    (result,) = found.volumes["a"]
+    assert result.preconditioner == "none"
+    assert found.eps is None
+    assert len(result.unbounded) == 3
+
+
 def test_kronecker_takes_each_splits_own_fisher_at_the_damping_of_the_first() -> None:
     model, _ = subject()
     survey = survey_of(preconditioner="kronecker", estimator=Estimator(seed=4, rtol=1e-3))

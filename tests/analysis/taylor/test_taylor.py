@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_goldy.analysis import TaylorApproximation, TaylorDiffResult, taylor_diff
 from lightning_goldy.analysis.result import Cost
-from lightning_goldy.analysis.taylor.taylor import Expansion, Sums
+from lightning_goldy.analysis.taylor.taylor import Expansion, Sums, expansion_route
 from lightning_goldy.core import CausalLMObjective, ClassifierObjective, FunctionObjective, ParameterVector
 from lightning_goldy.core.autodiff import trainable_values
 from lightning_goldy.core.base import BaseParameters
@@ -384,3 +384,61 @@ def test_the_former_name_of_the_result_leads_to_it(module: str) -> None:
     assert former is TaylorDiffResult
     with pytest.raises(AttributeError, match="has no attribute 'TaylorDif'"):
         _ = importlib.import_module(module).TaylorDif
+
+
+class Normed(nn.Module):
+    """Divides by a norm that it detaches, as DoRA does, and can take half of its loss without gradients."""
+
+    def __init__(self, hidden: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([[1.0, 2.0], [-1.0, 0.5]], dtype=torch.float64))
+        self.hidden = hidden
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.hidden):
+            factor = self.weight.square().sum()
+        return (x @ self.weight / self.weight.norm().detach()).square().sum() * factor
+
+
+SQUARES = FunctionObjective(lambda model, x: model(x))
+
+
+def test_what_a_model_detaches_is_expanded_and_shared_out() -> None:
+    model, x = Normed(hidden=False), torch.tensor([[1.0, -2.0]], dtype=torch.float64)
+    base = moved(model, 0.1)
+    found = taylor_diff(model, base, [x], SQUARES, by="tensor", function_space=False)
+    step, start = model.weight.detach() - base["weight"], base["weight"].clone()
+
+    def loss(t: float) -> float:
+        weight = start + t * step
+        return float((x @ weight / weight.norm()).square().sum() * weight.square().sum())
+
+    assert found.first_order == pytest.approx((loss(1e-4) - loss(-1e-4)) / 2e-4, rel=1e-6)
+    assert found.second_order == pytest.approx((loss(1e-3) + loss(-1e-3) - 2 * loss(0)) / 2e-6, rel=1e-4)
+    assert found.loss_shares == {"weight": pytest.approx(found.first_order)}
+
+
+def test_shares_of_a_gradient_that_is_not_that_of_the_values_are_refused() -> None:
+    model, x = Normed(hidden=True), torch.tensor([[1.0, -2.0]], dtype=torch.float64)
+    base = moved(model, 0.1)
+    for attempt in (
+        lambda: taylor_diff(model, base, [x], SQUARES, function_space=False),
+        lambda: expansion_route(model, x, SQUARES, function_space=False),
+    ):
+        with pytest.raises(ValueError, match=r"gradient of Normed is not the derivative of its loss.*Pass by=None"):
+            attempt()
+    without = taylor_diff(model, base, [x], SQUARES, by=None, function_space=False)
+    model.hidden = False
+    assert without.first_order == pytest.approx(
+        taylor_diff(model, base, [x], SQUARES, function_space=False).first_order
+    )
+
+
+def test_an_objective_without_logits_is_told_how_to_go_on() -> None:
+    model = Quadratic()
+    for attempt in (
+        lambda: taylor_diff(model, model, [torch.ones(1)], VALUE),
+        lambda: expansion_route(model, torch.ones(1), VALUE),
+    ):
+        with pytest.raises(ValueError, match=r"but no logits: give it logits=, or pass function_space=False"):
+            attempt()

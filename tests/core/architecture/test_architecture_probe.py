@@ -26,7 +26,6 @@ from lightning_goldy.core.architecture.describe import probe_architecture
 from lightning_goldy.core.architecture.families import canonical_modules
 from tests.references.architecture_models import (
     COMMON,
-    GROUPED,
     REGISTERED,
     UNREGISTERED,
     VOCABULARY,
@@ -254,8 +253,7 @@ def test_depths_that_share_one_block_are_refused() -> None:
 
 
 def test_a_mixture_is_its_routed_and_its_shared_experts() -> None:
-    options = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
-    model = hf.Qwen2MoeForCausalLM(hf.Qwen2MoeConfig(**GROUPED, **options, shared_expert_intermediate_size=12))
+    model = build_family("Qwen2-MoE")
     for block, layer in zip(describe_architecture(model).blocks, model.model.layers, strict=True):
         assert block.mlp is block.mlp_output is layer.mlp
         assert [part.module for part in block.mlp_writers] == [layer.mlp.experts, layer.mlp.shared_expert.down_proj]
@@ -334,6 +332,28 @@ def test_heads_that_are_no_slices_of_the_projections_input_are_refused() -> None
         HeadGates(model, architecture=architecture)
 
 
+class GatedAttention(TinyAttention):
+    """A gate per head is made after attention, of the block's input, before the output projection is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).unflatten(-1, (3, 2, 4)).transpose(1, 3).unbind(2)
+        mixed = torch.softmax(query @ key.mT, -1) @ value
+        return self.proj((mixed.transpose(1, 2) * self.gate(x).sigmoid()[..., None]).flatten(2))
+
+
+def test_a_gate_on_the_heads_is_not_taken_for_their_projection() -> None:
+    model = TinyModel()
+    for layer in model.layers:
+        layer.attention = GatedAttention()
+    block = describe_architecture(model, sample_batch=torch.ones(1, 4, 8)).blocks[1]
+    assert block.attention_output is model.layers[1].attention.proj
+    assert block.mlp_output is model.layers[1].down
+
+
 class SideBlock(TinyBlock):
     """After its MLP a small gated path, as of per-layer inputs, writes to the residual stream."""
 
@@ -357,28 +377,9 @@ def test_a_path_beside_the_mlp_is_not_taken_for_it() -> None:
     assert block.mlp_output is model.layers[0].feed_forward.down
 
 
-HYBRIDS = {
-    "jamba": lambda: hf.JambaForCausalLM(
-        hf.JambaConfig(
-            **GROUPED,
-            num_experts=4,
-            attn_layer_period=2,
-            attn_layer_offset=1,
-            expert_layer_period=2,
-            expert_layer_offset=1,
-            use_mamba_kernels=False,
-            mamba_d_state=4,
-            mamba_dt_rank=4,
-        )
-    ),
-    "lfm2": lambda: hf.Lfm2ForCausalLM(hf.Lfm2Config(**GROUPED, layer_types=["conv", "full_attention"])),
-}
-
-
-@pytest.mark.parametrize("family", HYBRIDS)
+@pytest.mark.parametrize("family", ["Jamba", "LFM2"])
 def test_hybrids_keep_the_attention_that_they_have(family: str) -> None:
-    torch.manual_seed(0)
-    model = HYBRIDS[family]().eval()
+    model = build_family(family)
     architecture = describe_architecture(model)
     first, second = architecture.blocks
     assert (first.has_attention, first.n_heads, second.n_heads) == (False, 0, 4)
