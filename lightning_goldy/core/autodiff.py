@@ -15,7 +15,7 @@ from torch.func import functional_call, jvp
 
 from lightning_goldy.core.composed import composed_functions, without_checkpoints
 from lightning_goldy.core.composed import nested_derivatives as nested_derivatives
-from lightning_goldy.core.naming import canonical_name, model_class, require_at_least
+from lightning_goldy.core.naming import bare_name, canonical_name, model_class, require_at_least
 from lightning_goldy.core.space import trainable_parameters
 
 # What torch says where it has no forward mode.
@@ -262,6 +262,8 @@ def call_with(
         kwargs: Named ones.
     """
     names = {canonical_name(name): name for name, _ in model.named_parameters()}
+    for name, own in list(names.items()):
+        names.setdefault(bare_name(name), own)
     values = {names[name]: value for name, value in parameters.items()}
     with without_checkpoints(), _unscaled(model):
         return functional_call(model, values, tuple(args), dict(kwargs), tie_weights=True)

@@ -159,7 +159,9 @@ class CausalLMObjective(Objective):
         if not as_given:
             return {**self._inputs(model, batch), "labels": self._labels(batch)}
         labels = self._labels(batch) if batch.get("labels") is None else batch["labels"]
-        return {**batch, "labels": labels, **({"use_cache": False} if accepts(model, "use_cache") else {})}
+        # By positions alone transformers keeps documents apart where no cache is kept, which is its default.
+        uncached = accepts(model, "use_cache") and not _packed_by_positions(batch)
+        return {**batch, "labels": labels, **({"use_cache": False} if uncached else {})}
 
     def samples(self, batch: Any) -> Iterator[Any]:
         """The batch cut into batches of one sample; a single row stays whole, with whatever describes its documents."""
@@ -497,6 +499,8 @@ def check_own_loss(model: nn.Module, objective: Objective, batch: Any, *, as_giv
     if _agree(own.mean(), found, logits):
         return
     reasons = _labels_behind_padding(part) if as_given else []
+    if as_given and _packed_by_positions(part) and isinstance(objective, CausalLMObjective):
+        reasons.append(_CACHED)
     shift = _missing_positions(called, part) if as_given and isinstance(objective, CausalLMObjective) else {}
     if shift and not _agree(own.mean(), _called(head, called, {**arguments, **shift}).loss.mean(), logits):
         reasons.append(_SHIFTED)
@@ -588,6 +592,10 @@ _SHIFTED = (
     "the padding on the left shifts the positions of the tokens, which this objective counts from each sample's first: "
     "put position_ids into the batch (attention_mask.cumsum(1) - 1, at least 0), or pad on the right"
 )
+_CACHED = (
+    "while the model keeps a cache, its packed documents see each other, and the objective's do not: set its config's "
+    "use_cache to False, or put use_cache=False into the batch"
+)
 # No bias by distance is as low, and no mask that is meant as minus infinity is higher where its type reaches this far.
 _HIDDEN = -1e8
 
@@ -660,6 +668,14 @@ def _gathered(model: nn.Module, logits: Tensor, labels: Tensor, kept: Tensor) ->
             "-100 marks what is no target"
         )
     return target
+
+
+def _packed_by_positions(batch: Any) -> bool:
+    """Whether nothing but its positions tells a batch's documents apart."""
+    if not isinstance(batch, Mapping) or batch.get("attention_mask") is not None or "use_cache" in batch:
+        return False
+    documents = document_ids(batch) if isinstance(batch.get("position_ids"), Tensor) else None
+    return documents is not None and bool(documents.any())
 
 
 def _first_samples(objective: Objective, batch: Any) -> Any:

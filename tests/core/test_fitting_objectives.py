@@ -430,6 +430,26 @@ def test_packed_documents_count_as_they_do_alone(index: int, family: str) -> Non
         check_own_loss(model, objective, batch)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_packed_documents_that_see_each_other_in_the_training_are_told(family: str) -> None:
+    torch.manual_seed(3)
+    model, objective = build(family).eval(), CausalLMObjective()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    batch = {"input_ids": ids(1, 9), "position_ids": POSITIONS, "labels": ids(1, 9)}
+    batch["labels"][0, [0, 3, 7]] = -100
+    with torch.no_grad():
+        own, found = (float(part) for part in (model(**batch).loss, objective.loss(model, batch)))
+    assert abs(own - found) > 1e-2
+    told = rf"first samples is {own:.6g}, that of CausalLMObjective {found:.6g}: while the model keeps a cache"
+    with pytest.raises(ValueError, match=told):
+        check_own_loss(model, objective, batch, as_given=True)
+    check_own_loss(model, objective, {**batch, "use_cache": False}, as_given=True)
+    model.config.use_cache = False
+    check_own_loss(model, objective, batch, as_given=True)
+
+
 def test_a_square_mask_tells_the_padding() -> None:
     kept = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]])
     square = (torch.ones(5, 5).tril() * kept[:, None, None]).bool()
