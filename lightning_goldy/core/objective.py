@@ -293,14 +293,14 @@ class ClassifierObjective(Objective):
     """
 
     def logits_and_targets(self, model: nn.Module, batch: Any) -> TargetLogits:
-        """Logits of shape ``[B, classes]`` and the labels of shape ``[B]``; a label of -100 is no target.
+        """Logits of shape ``[B, classes]`` and the labels of shape ``[B]``, in a dict also ``[B, 1]``; -100 is no target.
 
         Raises:
             ValueError: The batch is neither an (x, y) pair nor a dict with ``labels``, the labels are not class indices
                 of shape ``[B]``, or all are masked.
         """
         if isinstance(batch, Mapping) and "labels" in batch:
-            labels = batch["labels"]
+            labels = _column(batch["labels"])
             output = model(**{key: value for key, value in batch.items() if key != "labels"})
         elif isinstance(batch, (tuple, list)) and len(batch) == 2:
             inputs, labels = batch
@@ -349,13 +349,14 @@ class SpanObjective(Objective):
 
         Args:
             model: A model whose output has ``start_logits`` and ``end_logits`` of shape ``[B, T]``.
-            batch: A dict with ``start_positions`` and ``end_positions`` of shape ``[B]`` and what the model takes.
+            batch: A dict with ``start_positions`` and ``end_positions`` of shape ``[B]`` or ``[B, 1]``, and what the
+                model takes.
 
         Raises:
             ValueError: The batch lacks positions, or they lie outside of the text.
         """
         _require_task(self, model, ("spans",))
-        ends = [_named(batch, f"{which}_positions", "a batch of SpanObjective") for which in ("start", "end")]
+        ends = [_column(_named(batch, f"{end}_positions", "a batch of SpanObjective")) for end in ("start", "end")]
         inputs = {key: value for key, value in batch.items() if key not in ("start_positions", "end_positions")}
         output = model(**inputs)
         logits = [output.start_logits, output.end_logits]
@@ -621,6 +622,11 @@ def _named(batch: Any, name: str, what: str) -> Tensor:
         found = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
         raise ValueError(f"{what} is a dict with {name!r}; this one is {found}")
     return batch[name]
+
+
+def _column(labels: Tensor) -> Tensor:
+    """Labels of single samples, which collating gives as ``[B, 1]`` where each was a list, in shape ``[B]``."""
+    return labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
 
 
 def _attention_mask(batch: Mapping[str, Any]) -> Tensor | None:

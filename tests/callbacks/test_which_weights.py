@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 
 import lightning.pytorch as L
 import pytest
@@ -15,6 +16,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.callbacks.weight_averaging import EMAWeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.tuner import Tuner
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 from torch.utils.data import DataLoader
@@ -307,6 +309,25 @@ def test_a_callback_that_is_used_again_starts_anew_and_one_that_goes_on_does_not
     trainer.fit(other, datamodule=TokenData())
     kept = callbacks[0].base.vector(other.model)
     assert all(torch.equal(kept[name], value) for name, value in other_start.items())
+
+
+def test_a_search_before_the_training_is_no_resume(tmp_path):
+    """Lightning's takes back a checkpoint from before any training; callbacks travel to spawned processes after one."""
+    before = start()
+    callbacks = [GoldenSnapshot(every_n_steps=4), GoldenParameters(n_samples=2, every_n_steps=8, at=["start"])]
+    trainer = L.Trainer(
+        default_root_dir=tmp_path, callbacks=callbacks, max_epochs=1, accelerator="cpu", logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    module = Finetune()
+    module.model.load_state_dict(before, strict=False)
+    Tuner(trainer).lr_find(module, datamodule=TokenData(), num_training=3, update_attr=False)
+    trainer.fit(module, datamodule=TokenData())
+    assert [row["step"] for row in rows(callbacks[0])] == [4, 8]
+    assert [row["step"] for row in rows(callbacks[1])] == [0, 8]
+    moved = distance(dict(module.model.named_parameters()), before)
+    assert rows(callbacks[0])[-1]["metrics"]["delta_norm"] == pytest.approx(moved, rel=1e-5)
+    assert [pickle.loads(pickle.dumps(callback)).name for callback in callbacks] == [each.name for each in callbacks]
 
 
 def test_a_validation_of_a_checkpoint_is_no_resume(tmp_path):

@@ -154,6 +154,17 @@ def test_the_loss_is_the_models_own(name: str) -> None:
     assert getattr(model.config, "problem_type", None) in (None, "single_label_classification")
 
 
+@pytest.mark.parametrize("kind", ["BertForSequenceClassification", "BertForQuestionAnswering"])
+def test_labels_that_were_lists_of_one_are_read_as_by_the_model(kind: str) -> None:
+    model = bert(getattr(hf, kind)).eval()
+    names = ["labels"] if "Sequence" in kind else ["start_positions", "end_positions"]
+    batch = {"input_ids": ids(2, 5), **dict.fromkeys(names, torch.tensor([[1], [0]]))}
+    objective = objective_for(model)
+    assert objective.loss(model, batch).item() == pytest.approx(model(**batch).loss.item(), abs=1e-6)
+    check_own_loss(model, objective, batch)
+    assert len(objective.log_probs(model, batch)) == 2
+
+
 def test_a_check_leaves_the_configuration_as_it_was() -> None:
     make, _, batch = MODELS["sequences"]
     model = make().eval()
