@@ -293,7 +293,7 @@ class ClassifierObjective(Objective):
     """
 
     def logits_and_targets(self, model: nn.Module, batch: Any) -> TargetLogits:
-        """Logits of shape ``[B, classes]`` and the labels of shape ``[B]``, in a dict also ``[B, 1]``; -100 is no target.
+        """Logits of shape ``[B, classes]`` and labels of shape ``[B]``, in a dict also ``[B, 1]``; -100 is no target.
 
         Raises:
             ValueError: The batch is neither an (x, y) pair nor a dict with ``labels``, the labels are not class indices
