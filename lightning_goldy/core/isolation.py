@@ -287,7 +287,6 @@ def _put_back_items(now: Any, held: Any) -> None:
         (now.update if isinstance(now, (dict, set)) else now.extend)(held)
 
 
-@cache
 def _slots(kind: type) -> tuple[str, ...]:
     if issubclass(kind, nn.Module):
         return ()
@@ -343,7 +342,6 @@ def _is_entered(value: Any) -> bool:
     return not _is_of_lightning(type(value)) and _is_of_the_user(type(value).__module__)
 
 
-@cache
 def _is_of_lightning(kind: type) -> bool:
     """Whether it is a trainer or a callback, which goes its own way, or what a trainer is given."""
     return any(base.__module__.partition(".")[0] in _LIGHTNING for base in kind.__mro__)
