@@ -666,11 +666,12 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         self._trained = set(state_dict.get("trained", ()))
         self._previous_folder = state_dict["folder"]
         self._previous_identity, self._lost = state_dict.get("folder_identity"), state_dict.get("lost")
-        self._resumed = True
+        # Lightning's search for a learning rate or batch size takes back what was before any training.
+        self._resumed = self._previous_folder is not None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the run that it belongs to, which only this process knows."""
-        return {**self.__dict__, "_run": None}
+        """Without the run that it belongs to and its source of batches, which only this process knows."""
+        return {**self.__dict__, "_run": None, "_reading": None}
 
 
 def _may_validate(trainer: L.Trainer, batch_idx: int) -> bool:

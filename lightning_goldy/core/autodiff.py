@@ -16,7 +16,7 @@ from torch.func import functional_call, jvp
 from lightning_goldy.core.composed import composed_functions, without_checkpoints
 from lightning_goldy.core.composed import nested_derivatives as nested_derivatives
 from lightning_goldy.core.isolation import require_unscaled
-from lightning_goldy.core.naming import canonical_name, model_class, require_at_least
+from lightning_goldy.core.naming import bare_name, canonical_name, model_class, require_at_least
 from lightning_goldy.core.space import trainable_parameters
 
 # What torch says where it has no forward mode.
@@ -263,6 +263,8 @@ def call_with(
         kwargs: Named ones.
     """
     own = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
+    for name, parameter in list(own.items()):
+        own.setdefault(bare_name(name), parameter)
     given = {id(own[name]): value for name, value in parameters.items()}
     # Once for each module, also where it stands under several names: what is swapped in twice is not all swapped back.
     values = {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dis
 import io
+import math
 import random
 import sys
 import sysconfig
@@ -11,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
-from itertools import repeat
+from itertools import islice, repeat
 from multiprocessing.sharedctypes import SynchronizedBase
 from operator import is_
 from pathlib import Path
@@ -27,12 +29,18 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from lightning_goldy.core.naming import model_class
 from lightning_goldy.core.sharding import is_sharded, local, meet_within, unshard_guard
 
-SMALL = 2**16
+SMALL = 2**20
 """Elements of the largest tensor or array that is copied for an object that is no module."""
-_LOOKED_THROUGH = 256
+_COPIED = 2**24
+"""Elements of all of them together."""
+_FOLLOWED = 2**16
+"""Objects that are looked at, the nearest first."""
 _TRAINER_SLOTS = frozenset({"trainer", "_trainer", "_fabric"})
 _MODULE_SLOTS = _TRAINER_SLOTS | frozenset(vars(nn.Module()))
 _LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")
+_MISSING = object()
+# Of a module, what a batch passes: its other functions belong to the training.
+_ON_THE_WAY = ("forward", "_batch_transfer", "_to_device", "_dataloader")
 
 
 def random_states() -> dict[str, Any]:
@@ -83,9 +91,10 @@ class Kept:
     """What objects hold, to be put back as it was: attributes, containers, counters, generators of random numbers.
 
     An object's attributes and a container's items are noted by reference, and put back where they are others. Through
-    containers of up to 256 items, samplers, datasets, loaders, closures and objects of the user's own classes they are
-    followed; the objects of installed libraries are not entered. Tensors and arrays are copied up to ``limit``
-    elements.
+    containers, samplers, datasets, loaders, closures and objects of the user's own classes they are followed, the
+    nearest 65,536; the objects of installed libraries are not entered. Tensors and arrays are copied up to ``limit``
+    elements each and 16 million in all. What a program shares (globals that a function names, its defaults, attributes
+    of classes) stays bound as it is, for it may count what happens, but generators and objects in it are put back.
 
     Args:
         roots: The objects.
@@ -101,7 +110,7 @@ class Kept:
     """
 
     def __init__(self, roots: Iterable[Any] = (), *, limit: int = SMALL) -> None:
-        self._limit = limit
+        self._limit, self._left, self._waiting = limit, float(_COPIED), _FOLLOWED
         # The objects stay referenced, so that no id is taken twice.
         self._known: dict[int, Any] = {}
         self._storages: set[int] = set()
@@ -114,9 +123,11 @@ class Kept:
     def of_modules(cls, module: nn.Module) -> Kept:
         """What modules keep in attributes, where a forward may put counters and caches; no tensor of a parameter."""
         kept = cls(limit=2**24)
+        kept._left = math.inf
         tensors = [local(tensor) for tensor in (*module.parameters(), *module.buffers())]
         kept._storages = {tensor.untyped_storage().data_ptr() for tensor in tensors if _has_storage(tensor)} - {0}
         for child in module.modules():
+            kept._waiting = _FOLLOWED
             kept._follow(kept._note_attributes(child, _MODULE_SLOTS))
         return kept
 
@@ -130,26 +141,47 @@ class Kept:
         if id(owner) in self._known:
             return []
         self._known[id(owner)] = owner
-        held = {name: value for name, value in vars(owner).items() if name not in leaving}
-        self._undo.append(partial(_put_back_attributes, vars(owner), held, leaving))
-        return list(held.values())
+        held = {name: value for name, value in getattr(owner, "__dict__", {}).items() if name not in leaving}
+        if hasattr(owner, "__dict__"):
+            self._undo.append(partial(_put_back_attributes, vars(owner), dict(held), leaving))
+        for name in _slots(type(owner)):
+            held[name] = getattr(owner, name, _MISSING)
+            self._undo.append(partial(_put_back_slot, owner, name, held[name]))
+        return [*held.values(), type(owner)]
 
-    def _follow(self, waiting: list[Any]) -> None:
-        while waiting:
-            value = waiting.pop()
-            if value is None or isinstance(value, (str, bytes, int, float, complex, type)) or id(value) in self._known:
+    def _follow(self, nearest: Iterable[Any]) -> None:
+        queue = deque(nearest)
+        while queue and self._waiting > 0:
+            value = queue.popleft()
+            if value is None or isinstance(value, (str, bytes, int, float, complex)) or id(value) in self._known:
                 continue
+            self._waiting -= 1
             if isinstance(value, (list, dict, set, tuple, deque)):
-                waiting.extend(self._note_container(value))
+                queue.extend(self._note_container(value))
+            elif isinstance(value, type):
+                queue.extend(self._shared_by_class(value))
             elif isinstance(value, types.FunctionType):
-                waiting.extend(self._note_closure(value))
+                queue.extend(self._note_function(value))
             elif isinstance(value, types.MethodType):
-                waiting.append(value.__self__)
+                queue.extend((value.__self__, value.__func__))
             elif isinstance(value, partial):
-                waiting.extend((value.func, value.args, value.keywords))
+                queue.extend((value.func, value.args, value.keywords))
             elif not self._note_leaf(value) and _is_entered(value):
-                waiting.extend(self._note_attributes(value))
+                queue.extend(self._note_attributes(value))
             self._known[id(value)] = value
+
+    def _shared_by_class(self, kind: type) -> Iterator[Any]:
+        """What a class of the user's holds for all of its objects, and what its functions rest on."""
+        if not _is_of_the_user(kind.__module__) or _goes_its_own_way(kind):
+            return
+        trains = issubclass(kind, nn.Module)
+        for name, value in list(vars(kind).items()):
+            function = getattr(value, "__func__", getattr(value, "fget", value))
+            if not isinstance(function, types.FunctionType):
+                yield from _in_shared(value)
+            elif not trains or name.endswith(_ON_THE_WAY):
+                yield function
+        yield from kind.__bases__
 
     def _note_container(self, value: Any) -> list[Any]:
         attributes = self._note_attributes(value) if _is_entered(value) else []
@@ -157,9 +189,10 @@ class Kept:
             held = next(kind for kind in (dict, list, set, deque) if isinstance(value, kind))(value)
             self._undo.append(partial(_put_back_items, value, held))
         items = value.values() if isinstance(value, dict) else value
-        return attributes + (list(items) if len(value) <= _LOOKED_THROUGH else [])
+        return attributes + list(islice(items, self._waiting))
 
-    def _note_closure(self, function: types.FunctionType) -> Iterable[Any]:
+    def _note_function(self, function: types.FunctionType) -> Iterator[Any]:
+        """Notes the closure; gives what is in it, in the defaults, and in the globals that the function names."""
         if not _is_of_the_user(str(function.__module__)):
             return
         for cell in function.__closure__ or ():
@@ -169,14 +202,17 @@ class Kept:
                 continue
             self._undo.append(partial(setattr, cell, "cell_contents", value))
             yield value
+        shared = [function.__defaults__, function.__kwdefaults__, vars(function), *_named_globally(function)]
+        for value in shared:
+            yield from _in_shared(value)
 
     def _note_leaf(self, value: Any) -> bool:
         """Notes what has a state of its own kind; whether it is of such a kind."""
         if isinstance(value, Tensor):
-            if not isinstance(value, nn.Parameter) and value.numel() <= self._limit:
+            if not isinstance(value, nn.Parameter) and self._may_copy(value.numel()):
                 self._note_tensor(value)
         elif isinstance(value, np.ndarray):
-            if value.size <= self._limit and value.flags.writeable and not value.dtype.hasobject:
+            if value.flags.writeable and not value.dtype.hasobject and self._may_copy(value.size):
                 self._undo.append(partial(np.copyto, value, value.copy()))
         elif isinstance(value, torch.Generator):
             self._undo.append(partial(value.set_state, value.get_state()))
@@ -199,6 +235,11 @@ class Kept:
         else:
             return False
         return True
+
+    def _may_copy(self, size: int) -> bool:
+        fits = size <= min(self._limit, self._left)
+        self._left -= size if fits else 0
+        return fits
 
     def _note_tensor(self, tensor: Tensor) -> None:
         part = local(tensor)
@@ -229,6 +270,12 @@ def _put_back_attributes(now: dict[str, Any], held: Mapping[str, Any], leaving: 
             now[name] = value
 
 
+def _put_back_slot(owner: Any, name: str, held: Any) -> None:
+    if getattr(owner, name, _MISSING) is not held:
+        # Also of frozen classes.
+        object.__delattr__(owner, name) if held is _MISSING else object.__setattr__(owner, name, held)
+
+
 def _put_back_items(now: Any, held: Any) -> None:
     if isinstance(now, dict):
         same = len(now) == len(held) and all(map(is_, now, held)) and all(map(is_, now.values(), held.values()))
@@ -239,6 +286,42 @@ def _put_back_items(now: Any, held: Any) -> None:
     if not same:
         now.clear()
         (now.update if isinstance(now, (dict, set)) else now.extend)(held)
+
+
+def _slots(kind: type) -> tuple[str, ...]:
+    if issubclass(kind, nn.Module):
+        return ()
+    users = [base for base in kind.__mro__ if "__slots__" in vars(base) and _is_of_the_user(base.__module__)]
+    named = [(base.__slots__,) if isinstance(base.__slots__, str) else tuple(base.__slots__) for base in users]  # type: ignore[attr-defined]
+    return tuple(name for names in named for name in names if name not in ("__dict__", "__weakref__"))
+
+
+def _in_shared(value: Any, depth: int = 3) -> Iterator[Any]:
+    """What there is in containers that stay as they are."""
+    if isinstance(value, (list, dict, set, tuple, deque)):
+        for item in islice(value.values() if isinstance(value, dict) else value, _FOLLOWED if depth else 0):
+            yield from _in_shared(item, depth - 1)
+    elif not isinstance(value, (Tensor, np.ndarray)):
+        yield value
+
+
+def _named_globally(function: types.FunctionType) -> Iterator[Any]:
+    """The values of the globals that a function names, also in modules of the user's."""
+    names, attributes = _names_in(function.__code__)
+    for value in (function.__globals__[name] for name in names if name in function.__globals__):
+        if not isinstance(value, types.ModuleType):
+            yield value
+        elif _is_of_the_user(value.__name__):
+            yield from (vars(value)[name] for name in attributes if name in vars(value))
+
+
+@cache
+def _names_in(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
+    """The globals that code names, and its attributes."""
+    inner = [_names_in(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    named = [instruction.argval for instruction in dis.get_instructions(code) if instruction.opname == "LOAD_GLOBAL"]
+    attributes = frozenset(code.co_names).difference(named)
+    return frozenset(named).union(*(names for names, _ in inner)), attributes.union(*(other for _, other in inner))
 
 
 def _has_storage(tensor: Tensor) -> bool:
@@ -253,13 +336,21 @@ def _has_attributes(value: Any) -> bool:
 
 
 def _is_entered(value: Any) -> bool:
-    if not _has_attributes(value):
+    if not _has_attributes(value) and (isinstance(value, (nn.Module, Tensor, type)) or not _slots(type(value))):
         return False
     if isinstance(value, (DataLoader, Dataset, Sampler)):
         return True
-    # A trainer or a callback that is known to a model goes its own way.
-    lightnings = any(base.__module__.partition(".")[0] in _LIGHTNING for base in type(value).__mro__)
-    return not lightnings and _is_of_the_user(type(value).__module__)
+    return not _is_of_lightning(type(value)) and _is_of_the_user(type(value).__module__)
+
+
+def _is_of_lightning(kind: type) -> bool:
+    """Whether it is a trainer or a callback, which goes its own way, or what a trainer is given."""
+    return any(base.__module__.partition(".")[0] in _LIGHTNING for base in kind.__mro__)
+
+
+def _goes_its_own_way(kind: type) -> bool:
+    given = any(".core." in base.__module__ for base in kind.__mro__ if base.__module__.startswith(_LIGHTNING))
+    return _is_of_lightning(kind) and not given
 
 
 @cache

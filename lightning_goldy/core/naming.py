@@ -15,6 +15,7 @@ Kind = Literal["attention", "mlp", "norm", "embedding", "head", "other"]
 
 # Wrappers rename parameters; a vector recorded with one must match a model without it.
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+_ADAPTED = re.compile(r"^base_model\.model\.|(?:^|(?<=\.))base_layer\.")
 _BLOCK = re.compile(r"^(?P<block>.*?\.?(?:^|\.)\d+)\.(?P<rest>.*)$")
 
 # Read from the innermost name outwards, so that the norm inside an attention module counts as a norm.
@@ -35,6 +36,16 @@ def canonical_name(name: str) -> str:
         'h.0.weight'
     """
     return _WRAPPERS.sub("", name)
+
+
+def bare_name(name: str) -> str:
+    """A canonical name without what PEFT adds to it where it wraps the model or a layer.
+
+    Example:
+        >>> bare_name("base_model.model.h.0.c_fc.base_layer.weight"), bare_name("h.0.c_fc.lora_A.default.weight")
+        ('h.0.c_fc.weight', 'h.0.c_fc.lora_A.default.weight')
+    """
+    return _ADAPTED.sub("", name)
 
 
 def block_of(name: str) -> str:

@@ -159,7 +159,9 @@ class CausalLMObjective(Objective):
         if not as_given:
             return {**self._inputs(model, batch), "labels": self._labels(batch)}
         labels = self._labels(batch) if batch.get("labels") is None else batch["labels"]
-        return {**batch, "labels": labels, **({"use_cache": False} if accepts(model, "use_cache") else {})}
+        # By positions alone transformers keeps documents apart where no cache is kept, which is its default.
+        uncached = accepts(model, "use_cache") and not _packed_by_positions(batch)
+        return {**batch, "labels": labels, **({"use_cache": False} if uncached else {})}
 
     def samples(self, batch: Any) -> Iterator[Any]:
         """The batch cut into batches of one sample; a single row stays whole, with whatever describes its documents."""
@@ -291,14 +293,14 @@ class ClassifierObjective(Objective):
     """
 
     def logits_and_targets(self, model: nn.Module, batch: Any) -> TargetLogits:
-        """Logits of shape ``[B, classes]`` and the labels of shape ``[B]``; a label of -100 is no target.
+        """Logits of shape ``[B, classes]`` and labels of shape ``[B]``, in a dict also ``[B, 1]``; -100 is no target.
 
         Raises:
             ValueError: The batch is neither an (x, y) pair nor a dict with ``labels``, the labels are not class indices
                 of shape ``[B]``, or all are masked.
         """
         if isinstance(batch, Mapping) and "labels" in batch:
-            labels = batch["labels"]
+            labels = _column(batch["labels"])
             output = model(**{key: value for key, value in batch.items() if key != "labels"})
         elif isinstance(batch, (tuple, list)) and len(batch) == 2:
             inputs, labels = batch
@@ -347,13 +349,14 @@ class SpanObjective(Objective):
 
         Args:
             model: A model whose output has ``start_logits`` and ``end_logits`` of shape ``[B, T]``.
-            batch: A dict with ``start_positions`` and ``end_positions`` of shape ``[B]`` and what the model takes.
+            batch: A dict with ``start_positions`` and ``end_positions`` of shape ``[B]`` or ``[B, 1]``, and what the
+                model takes.
 
         Raises:
             ValueError: The batch lacks positions, or they lie outside of the text.
         """
         _require_task(self, model, ("spans",))
-        ends = [_named(batch, f"{which}_positions", "a batch of SpanObjective") for which in ("start", "end")]
+        ends = [_column(_named(batch, f"{end}_positions", "a batch of SpanObjective")) for end in ("start", "end")]
         inputs = {key: value for key, value in batch.items() if key not in ("start_positions", "end_positions")}
         output = model(**inputs)
         logits = [output.start_logits, output.end_logits]
@@ -498,6 +501,8 @@ def check_own_loss(model: nn.Module, objective: Objective, batch: Any, *, as_giv
     if _agree(own.mean(), found, logits):
         return
     reasons = _labels_behind_padding(part) if as_given else []
+    if as_given and _packed_by_positions(part) and isinstance(objective, CausalLMObjective):
+        reasons.append(_CACHED)
     shift = _missing_positions(called, part) if as_given and isinstance(objective, CausalLMObjective) else {}
     if shift and not _agree(own.mean(), _called(head, called, {**arguments, **shift}).loss.mean(), logits):
         reasons.append(_SHIFTED)
@@ -589,6 +594,10 @@ _SHIFTED = (
     "the padding on the left shifts the positions of the tokens, which this objective counts from each sample's first: "
     "put position_ids into the batch (attention_mask.cumsum(1) - 1, at least 0), or pad on the right"
 )
+_CACHED = (
+    "while the model keeps a cache, its packed documents see each other, and the objective's do not: set its config's "
+    "use_cache to False, or put use_cache=False into the batch"
+)
 # No bias by distance is as low, and no mask that is meant as minus infinity is higher where its type reaches this far.
 _HIDDEN = -1e8
 
@@ -614,6 +623,11 @@ def _named(batch: Any, name: str, what: str) -> Tensor:
         found = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
         raise ValueError(f"{what} is a dict with {name!r}; this one is {found}")
     return batch[name]
+
+
+def _column(labels: Tensor) -> Tensor:
+    """Labels of single samples, which collating gives as ``[B, 1]`` where each was a list, in shape ``[B]``."""
+    return labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
 
 
 def _attention_mask(batch: Mapping[str, Any]) -> Tensor | None:
@@ -661,6 +675,14 @@ def _gathered(model: nn.Module, logits: Tensor, labels: Tensor, kept: Tensor) ->
             "-100 marks what is no target"
         )
     return target
+
+
+def _packed_by_positions(batch: Any) -> bool:
+    """Whether nothing but its positions tells a batch's documents apart."""
+    if not isinstance(batch, Mapping) or batch.get("attention_mask") is not None or "use_cache" in batch:
+        return False
+    documents = document_ids(batch) if isinstance(batch.get("position_ids"), Tensor) else None
+    return documents is not None and bool(documents.any())
 
 
 def _first_samples(objective: Objective, batch: Any) -> Any:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_goldy.core.files import PlainError
-from lightning_goldy.core.naming import canonical_name, suggestion
+from lightning_goldy.core.naming import bare_name, canonical_name, suggestion
 from lightning_goldy.core.sharding import unshard_guard
 
 
@@ -136,13 +136,13 @@ class ParameterSpace:
         return self._index[name]
 
     def resolve(self, module: nn.Module) -> dict[str, nn.Parameter]:
-        """The module's own parameters of this space, by name.
+        """The module's own parameters of this space, by name, also those of layers that PEFT has wrapped since.
 
         Raises:
             SpaceError: One is missing or has another shape.
         """
         unshard_guard(module)
-        available = {canonical_name(name): parameter for name, parameter in module.named_parameters()}
+        available = known_parameters(module)
         for name, shape in zip(self.names, self.shapes, strict=True):
             if name not in available:
                 raise SpaceError(f"{type(module).__name__} has no parameter {name!r}; {suggestion(name, available)}")
@@ -198,6 +198,20 @@ class ParameterSpace:
             tuple(column[index] for index in keep) for column in (self.names, self.shapes, self.dtypes)
         ]
         return ParameterSpace(*columns)
+
+
+def known_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """All parameters by canonical name, and where PEFT renames one, by the name that it had before, too.
+
+    Example:
+        >>> wrapped = nn.ModuleDict({"layer": nn.ModuleDict({"base_layer": nn.Linear(1, 1, bias=False)})})
+        >>> list(known_parameters(wrapped))
+        ['layer.base_layer.weight', 'layer.weight']
+    """
+    known = {canonical_name(name): parameter for name, parameter in module.named_parameters()}
+    for name, parameter in list(known.items()):
+        known.setdefault(bare_name(name), parameter)
+    return known
 
 
 def trainable_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

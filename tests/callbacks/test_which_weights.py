@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 
 import lightning.pytorch as L
 import pytest
@@ -15,7 +16,8 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.callbacks.weight_averaging import EMAWeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
-from peft import LoraConfig, get_peft_model
+from lightning.pytorch.tuner import Tuner
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -29,6 +31,8 @@ from lightning_goldy.callbacks import (
     TaylorDiff,
 )
 from lightning_goldy.core import load_vectors
+from lightning_goldy.core.isolation import isolated_rng
+from lightning_goldy.core.naming import bare_name
 from tests.callbacks.training import Finetune, TokenData, Tokens, differences, fit
 from tests.references.models import build
 
@@ -307,6 +311,25 @@ def test_a_callback_that_is_used_again_starts_anew_and_one_that_goes_on_does_not
     assert all(torch.equal(kept[name], value) for name, value in other_start.items())
 
 
+def test_a_search_before_the_training_is_no_resume(tmp_path):
+    """Lightning's takes back a checkpoint from before any training; callbacks travel to spawned processes after one."""
+    before = start()
+    callbacks = [GoldenSnapshot(every_n_steps=4), GoldenParameters(n_samples=2, every_n_steps=8, at=["start"])]
+    trainer = L.Trainer(
+        default_root_dir=tmp_path, callbacks=callbacks, max_epochs=1, accelerator="cpu", logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    module = Finetune()
+    module.model.load_state_dict(before, strict=False)
+    Tuner(trainer).lr_find(module, datamodule=TokenData(), num_training=3, update_attr=False)
+    trainer.fit(module, datamodule=TokenData())
+    assert [row["step"] for row in rows(callbacks[0])] == [4, 8]
+    assert [row["step"] for row in rows(callbacks[1])] == [0, 8]
+    moved = distance(dict(module.model.named_parameters()), before)
+    assert rows(callbacks[0])[-1]["metrics"]["delta_norm"] == pytest.approx(moved, rel=1e-5)
+    assert [pickle.loads(pickle.dumps(callback)).name for callback in callbacks] == [each.name for each in callbacks]
+
+
 def test_a_validation_of_a_checkpoint_is_no_resume(tmp_path):
     snapshot = GoldenSnapshot(every_n_epochs=1, every_n_steps=None)
     saver = ModelCheckpoint(tmp_path / "ckpt", filename="{step}", every_n_epochs=1, save_top_k=-1)
@@ -429,6 +452,42 @@ class Adapted(Finetune):
         super().__init__()
         config = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
         self.model = get_peft_model(self.model, config)
+
+
+class AdaptedLater(Finetune):
+    """Trains everything for one epoch, and adapters from then on, in the layers or around the model."""
+
+    around = False
+
+    def on_train_epoch_start(self):
+        if self.current_epoch == 1:
+            config = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
+            with isolated_rng():
+                if self.around:
+                    self.model = get_peft_model(self.model, config)
+                else:
+                    inject_adapter_in_model(config, self.model)
+            adapters = {name: value for name, value in self.model.named_parameters() if "lora" in name}
+            self.trainer.optimizers[0].add_param_group({"params": list(adapters.values())})
+            self.added = {name: value.detach().clone() for name, value in adapters.items()}
+
+
+class AdaptedAround(AdaptedLater):
+    around = True
+
+
+@pytest.mark.parametrize("module", [AdaptedLater, AdaptedAround])
+def test_layers_that_are_wrapped_in_the_middle_of_a_run_stay_what_they_were(tmp_path, module):
+    before = start()
+    options = {"n_samples": 2, "function_space": False, "by": None, "every_n_epochs": 1, "at": ()}
+    snapshot, taylor = GoldenSnapshot(every_n_steps=None, every_n_epochs=1, at=()), TaylorDiff([1], **options)
+    trained = fit(tmp_path, [snapshot, taylor], module=module, max_epochs=2, num_sanity_val_steps=0)[1]
+    now = dict(trained.model.named_parameters())
+    bare = {bare_name(name): value for name, value in now.items()}
+    moved = (distance(bare, before) ** 2 + distance(now, trained.added) ** 2) ** 0.5
+    assert distance(now, trained.added) > 0
+    assert rows(snapshot)[1]["metrics"]["delta_norm"] == pytest.approx(moved, rel=1e-5)
+    assert rows(taylor)[1]["metrics"]["step_norm"] == pytest.approx(moved, rel=1e-5)
 
 
 class MergeWhileValidating(L.Callback):

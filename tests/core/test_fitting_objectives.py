@@ -155,6 +155,17 @@ def test_the_loss_is_the_models_own(name: str) -> None:
     assert getattr(model.config, "problem_type", None) in (None, "single_label_classification")
 
 
+@pytest.mark.parametrize("kind", ["BertForSequenceClassification", "BertForQuestionAnswering"])
+def test_labels_that_were_lists_of_one_are_read_as_by_the_model(kind: str) -> None:
+    model = bert(getattr(hf, kind)).eval()
+    names = ["labels"] if "Sequence" in kind else ["start_positions", "end_positions"]
+    batch = {"input_ids": ids(2, 5), **dict.fromkeys(names, torch.tensor([[1], [0]]))}
+    objective = objective_for(model)
+    assert objective.loss(model, batch).item() == pytest.approx(model(**batch).loss.item(), abs=1e-6)
+    check_own_loss(model, objective, batch)
+    assert len(objective.log_probs(model, batch)) == 2
+
+
 def test_a_check_leaves_the_configuration_as_it_was() -> None:
     make, _, batch = MODELS["sequences"]
     model = make().eval()
@@ -429,6 +440,26 @@ def test_packed_documents_count_as_they_do_alone(index: int, family: str) -> Non
         found = objective.logits_and_targets(model, batch)
         assert found.token_losses().tolist() == pytest.approx(losses, abs=1e-5)
         check_own_loss(model, objective, batch)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_packed_documents_that_see_each_other_in_the_training_are_told(family: str) -> None:
+    torch.manual_seed(3)
+    model, objective = build(family).eval(), CausalLMObjective()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    batch = {"input_ids": ids(1, 9), "position_ids": POSITIONS, "labels": ids(1, 9)}
+    batch["labels"][0, [0, 3, 7]] = -100
+    with torch.no_grad():
+        own, found = (float(part) for part in (model(**batch).loss, objective.loss(model, batch)))
+    assert abs(own - found) > 1e-2
+    told = rf"first samples is {own:.6g}, that of CausalLMObjective {found:.6g}: while the model keeps a cache"
+    with pytest.raises(ValueError, match=told):
+        check_own_loss(model, objective, batch, as_given=True)
+    check_own_loss(model, objective, {**batch, "use_cache": False}, as_given=True)
+    model.config.use_cache = False
+    check_own_loss(model, objective, batch, as_given=True)
 
 
 def test_a_square_mask_tells_the_padding() -> None:

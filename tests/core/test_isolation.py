@@ -395,6 +395,59 @@ class Merging(nn.Linear):
         return super().forward(x) + (0 if self.merged else x @ self.adapter.T)
 
 
+NOISE, COUNTS = {"numpy": [np.random.default_rng(5)], "python": random.Random(3)}, [0]
+
+
+class Packed:
+    """An object without a dictionary of attributes."""
+
+    __slots__ = ("count", "later")
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
+PACKED = Packed()
+
+
+class Shared:
+    """Draws from what the program and the class share, and counts in what it holds itself."""
+
+    generator = torch.Generator().manual_seed(2)
+    calls = 0
+
+    def __init__(self) -> None:
+        self.many = {index: [0] for index in range(1000)}
+        self.long = np.zeros(200_000, dtype=np.int64)
+
+    def draw(self, noise: list[Any] = [np.random.RandomState(4)]) -> list[float]:  # noqa: B006, B008
+        Shared.calls += 1
+        COUNTS.append(1)
+        self.many[900][0] += 1
+        self.long[100_000] += 1
+        PACKED.count += 1
+        PACKED.later = 1
+        drawn = [NOISE["numpy"][0].random(), NOISE["python"].random(), noise[0].random(), drawn_by.generator.random()]
+        return [*drawn, torch.rand(1, generator=self.generator).item()]
+
+
+def drawn_by() -> None:
+    """Holds a generator as an attribute of a function."""
+
+
+drawn_by.generator = random.Random(1)  # type: ignore[attr-defined]
+
+
+def test_what_a_program_shares_draws_again_and_its_counts_stay() -> None:
+    shared = Shared()
+    kept = Kept([shared])
+    first = shared.draw()
+    kept.restore()
+    assert (shared.many[900], shared.long.sum(), PACKED.count, hasattr(PACKED, "later")) == ([0], 0, 0, False)
+    assert shared.draw() == first
+    assert (Shared.calls, len(COUNTS)) == (2, 3)
+
+
 def test_evaluation_mode_merges_nothing() -> None:
     model = nn.Sequential(Merging(), nn.Dropout(0.5)).train()
     before = model[0].weight.detach().clone()
