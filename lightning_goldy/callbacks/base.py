@@ -8,7 +8,7 @@ import warnings
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
+from lightning_goldy.analysis.forecast import Forecast, Plan, Run
 from lightning_goldy.analysis.result import AnalysisResult, Cost, Row
 from lightning_goldy.callbacks.run_folder import (
     find_previous,
@@ -252,6 +253,21 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
     def probe_samples(self) -> int | None:
         """How many probe samples an analysis uses, None for all."""
         return None
+
+    def estimate(self, plan: Plan, run: Run) -> Forecast:
+        """Hook for subclasses: what a firing will cost, from settings and shapes alone; it must allocate nothing.
+
+        Args:
+            plan: Shapes of the model, which may lie on ``meta``, and of the probe.
+            run: The steps of the run.
+        """
+        return Forecast(stated=False)
+
+    def forecast(self, plan: Plan, run: Run) -> Forecast:
+        """What this callback will cost in a run: passes, memory, disk, bytes communicated, firings."""
+        steps = run.firings(every_n_steps=self.every_n_steps, every_n_epochs=self.every_n_epochs, at=self.at)
+        found = self.estimate(plan, run)
+        return replace(found, name=self.name, firings=len(steps), checkpoints=len(run.checkpoint_steps))
 
     @property
     def state_key(self) -> str:

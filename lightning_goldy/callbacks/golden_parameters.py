@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_goldy.analysis.forecast import Forecast, Plan, Run, forecast_golden
 from lightning_goldy.analysis.golden import GoldenResult, check_golden_arguments, golden_parameters
 from lightning_goldy.callbacks.base import AnalysisContext
 from lightning_goldy.callbacks.golden_snapshot import MaskCallback
@@ -63,6 +64,10 @@ class GoldenParameters(MaskCallback[GoldenResult]):
     def space(self, model: nn.Module) -> ParameterSpace:
         """The selected parameters."""
         return ParameterSpace.of(model, self.include, self.exclude, self.last_layers)
+
+    def estimate(self, plan: Plan, run: Run) -> Forecast:
+        """A gradient of each sample, and a selection out of it."""
+        return forecast_golden(plan, self.space(plan.model), self.n_samples, whole=self.scope == "global")
 
     def compute(self, context: AnalysisContext) -> GoldenResult:
         """Finds the golden parameters of the probe."""

@@ -26,6 +26,8 @@ from lightning_goldy.analysis.coupling import (
     coupling_statistics,
     knowledge_coupling,
 )
+from lightning_goldy.analysis.coupling.pieces import selected_parameters
+from lightning_goldy.analysis.forecast import Forecast, Plan, Run, forecast_coupling
 from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.analysis.ripple import UNTOUCHED, FinetuneRipple, check_pieces, finetune_ripple
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
@@ -182,6 +184,9 @@ def _id(fact: Fact) -> str:
     return f"{fact.subject}/{fact.relation}"
 
 
+DEFAULT_PIECES = 256
+"""How many pieces are watched at most unless a number is given."""
+
 # Blocks and pieces in the heat maps, points in the scatter plot, facts in the table.
 _BLOCKS, _PIECES, _POINTS, _MOVED = 64, 40, 2000, 20
 
@@ -320,7 +325,7 @@ class KnowledgeCoupling(AnalysisCallback[KnowledgeState]):
         edits: Sequence[str] | None = None,
         select: str | Sequence[str] = "mlp_output",
         layers: Layers = None,
-        n_pieces: int | None = 256,
+        n_pieces: int | None = DEFAULT_PIECES,
         seed: int = 0,
         template: str | None = None,
         moderate: float = 0.1,
@@ -385,6 +390,12 @@ class KnowledgeCoupling(AnalysisCallback[KnowledgeState]):
             coupling = self._coupling(trainer, model, progress, on_error="raise")
         self._before = coupling, coupling_statistics(coupling, moderate=self.moderate, high=self.high)
         self._unreported, self._grown = coupling.cost, False
+
+    def estimate(self, plan: Plan, run: Run) -> Forecast:
+        """A gradient of each piece now and, once, at the base, and three forward passes for what became of it."""
+        given = plan.pieces or self.n_pieces or DEFAULT_PIECES
+        parameters = ParameterSpace.of_tensors(selected_parameters(plan.model, self.select, self.layers))
+        return forecast_coupling(plan, parameters, min(given, self.n_pieces or given), keeps_base=not plan.base)
 
     def compute(self, context: AnalysisContext) -> KnowledgeState:
         """Takes the present coupling, and what became of each piece since the base."""

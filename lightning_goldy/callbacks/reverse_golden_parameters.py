@@ -12,6 +12,7 @@ from torch import nn
 from lightning_goldy.analysis.basin import Selection
 from lightning_goldy.analysis.continuations import check_generation_arguments, compare_generations
 from lightning_goldy.analysis.divergence import shortened
+from lightning_goldy.analysis.forecast import Forecast, Plan, ReverseSettings, Run, forecast_reverse
 from lightning_goldy.analysis.golden import (
     Fluctuation,
     ReverseGoldenResult,
@@ -119,6 +120,13 @@ class ReverseGoldenParameters(MaskCallback[ReverseGoldenResult]):
         super().prepare(trainer, model)
         if self.generations.prompts:
             _tokenizer(trainer)
+
+    def estimate(self, plan: Plan, run: Run) -> Forecast:
+        """A gradient per round, and the trials of what each proposes."""
+        settings = ReverseSettings.of(
+            self.search.rounds, self.search.score, self.strategy, self.search.cache, self.search.chunk_size
+        )
+        return forecast_reverse(plan, self.space(plan.model), self.n_samples, settings)
 
     def compute(self, context: AnalysisContext) -> ReverseGoldenResult:
         """Searches on one half of the probe and measures on the other."""

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_goldy.analysis.divergence import shortened
+from lightning_goldy.analysis.forecast import Forecast, Plan, Run, forecast_taylor
 from lightning_goldy.analysis.result import Row
 from lightning_goldy.analysis.taylor import (
     By,
@@ -121,6 +122,17 @@ class TaylorDiff(AnalysisCallback[TaylorDiffResult]):
                 f"{self.name}: {why}; derivatives along the step are central differences (route 'differences'), whose "
                 "error each row states"
             )
+
+    def estimate(self, plan: Plan, run: Run) -> Forecast:
+        """Forward mode along the step, the present logits, and a gradient or two for the shares."""
+        return forecast_taylor(
+            plan,
+            self.orders,
+            shares=self.by is not None,
+            function_space=self.function_space,
+            n_samples=self.n_samples,
+            keeps_base=self.reset != "never",
+        )
 
     def compute(self, context: AnalysisContext) -> TaylorDiffResult:
         """Expands around the base."""
