@@ -45,6 +45,8 @@ class AttentionTracker(AnalysisCallback[TrackedAttention]):
         ValueError: max_tokens must be at least 1; got 0
     """
 
+    dials: Mapping[str, int] = {"n_samples": 2}
+
     def __init__(
         self,
         prompts: Mapping[str, str | list[int]] | None = None,

@@ -72,6 +72,8 @@ class BasinVolume(AnalysisCallback[BasinVolumes]):
         ValueError: cutoff must be positive and finite; got 0.0
     """
 
+    dials: Mapping[str, int] = {"survey.n_samples": 2, "survey.n_directions": 2}
+
     def __init__(
         self,
         n_directions: int = 5,

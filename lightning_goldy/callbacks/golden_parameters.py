@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -37,6 +37,8 @@ class GoldenParameters(MaskCallback[GoldenResult]):
         Traceback (most recent call last):
         ValueError: top_k_percent must lie in (0, 100]; got 0
     """
+
+    dials: Mapping[str, int] = {"n_samples": 2}
 
     def __init__(
         self,

@@ -32,6 +32,7 @@ from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.analysis.ripple import UNTOUCHED, FinetuneRipple, check_pieces, finetune_ripple
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.callbacks.golden_snapshot import TrainingBase
+from lightning_goldy.callbacks.preflight import dialled
 from lightning_goldy.callbacks.store import AnalysisProgress
 from lightning_goldy.core.base import BaseParameters
 from lightning_goldy.core.files import finite
@@ -184,6 +185,8 @@ def _id(fact: Fact) -> str:
     return f"{fact.subject}/{fact.relation}"
 
 
+FEW_PIECES = 32
+"""How many are above 100 M parameters, unless large=True or a budget opts in."""
 DEFAULT_PIECES = 256
 """How many pieces are watched at most unless a number is given."""
 
@@ -317,6 +320,7 @@ class KnowledgeCoupling(AnalysisCallback[KnowledgeState]):
 
     needs_probe = False
     analysis = "coupling_drift"
+    dials: Mapping[str, int] = {"n_pieces": 4}
 
     def __init__(
         self,
@@ -380,6 +384,11 @@ class KnowledgeCoupling(AnalysisCallback[KnowledgeState]):
         with undisturbed(trainer, trainer.lightning_module), AnalysisProgress(trainer, self.name) as progress:
             self._measure_base(trainer, model, progress)
 
+    def _known(self, plan: Plan) -> int:
+        """Pieces that there are, as far as that is known before they are read."""
+        listed = len(self.pieces) if isinstance(self.pieces, Sequence) and not isinstance(self.pieces, str) else None
+        return listed or plan.pieces or self.n_pieces or DEFAULT_PIECES
+
     def became_trainable(self, trainer: L.Trainer, model: nn.Module, space: ParameterSpace) -> None:
         """Adds what becomes trainable to the base, whose coupling is taken anew with it before the next comparison."""
         self._training_base.grow(trainer, model, space, self.folder)
@@ -391,9 +400,17 @@ class KnowledgeCoupling(AnalysisCallback[KnowledgeState]):
         self._before = coupling, coupling_statistics(coupling, moderate=self.moderate, high=self.high)
         self._unreported, self._grown = coupling.cost, False
 
+    def limited(self) -> dict[str, Any] | None:
+        """More than 32 pieces are opt-in."""
+        return {"n_pieces": FEW_PIECES} if (self.n_pieces or math.inf) > FEW_PIECES else {}
+
+    def dialled(self, share: float, given: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+        """A share of the pieces."""
+        return dialled(self.dials, share, given, self._known(plan))
+
     def estimate(self, plan: Plan, run: Run) -> Forecast:
         """A gradient of each piece now and, once, at the base, and three forward passes for what became of it."""
-        given = plan.pieces or self.n_pieces or DEFAULT_PIECES
+        given = self._known(plan)
         parameters = ParameterSpace.of_tensors(selected_parameters(plan.model, self.select, self.layers))
         return forecast_coupling(plan, parameters, min(given, self.n_pieces or given), keeps_base=not plan.base)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +86,8 @@ class ReverseGoldenParameters(MaskCallback[ReverseGoldenResult]):
         ValueError: n_samples must be at least 2, one to choose and one to measure; got 1
     """
 
+    dials: Mapping[str, int] = {"n_samples": 2, "search.rounds": 2}
+
     def __init__(
         self,
         top_k_percent: float = 1.0,
@@ -120,6 +122,10 @@ class ReverseGoldenParameters(MaskCallback[ReverseGoldenResult]):
         super().prepare(trainer, model)
         if self.generations.prompts:
             _tokenizer(trainer)
+
+    def limited(self) -> dict[str, Any] | None:
+        """The whole search is opt-in."""
+        return None
 
     def estimate(self, plan: Plan, run: Run) -> Forecast:
         """A gradient per round, and the trials of what each proposes."""

@@ -51,6 +51,8 @@ class VariantLosses(AnalysisCallback[VariantLossesResult]):
         ValueError: n_samples must be at least 1; got 0
     """
 
+    dials: Mapping[str, int] = {"n_samples": 2}
+
     def __init__(self, *, n_samples: int | None = None, **options: Any) -> None:
         super().__init__(**options)
         if n_samples is not None and n_samples < 1:

@@ -289,7 +289,7 @@ def forecast_coupling(plan: Plan, parameters: ParameterSpace, n_pieces: int, *, 
     """
     tokens, batch = plan.piece_tokens, 16
     widths = sum(sum(shape) for shape in parameters.shapes if len(shape) == 2)
-    per_pass = max(1, int((128 << 20) / max(1.0, plan.activations * tokens)))
+    per_pass = min(n_pieces, max(1, int((128 << 20) / max(1.0, plan.activations * tokens))))
     gradients = passes_over(_chunked([(n_pieces, tokens)], per_pass)) + Passes(1, 1, tokens)
     scores = passes_over(_chunked([(n_pieces, tokens)], batch))
     flops = n_pieces * (n_pieces + 1) / 2 * tokens**2 * widths * 2
