@@ -16,6 +16,8 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from lightning_goldy.analysis.forecast import timing
 from lightning_goldy.analysis.golden import Search
 from lightning_goldy.callbacks import (
     AttentionTracker,
@@ -99,34 +102,41 @@ def resident(name: str) -> int:
     return 1024 * int(lines[name].split()[0])
 
 
-def measure(model: str, name: str) -> None:
-    """One run; prints what was forecast and what it took."""
-    forecasts, found = [], {"memory": 0}
+def measure(model: str, names: Sequence[str]) -> None:
+    """A run for each callback; prints what was forecast and what it took."""
+    # Of one thread, so that what else the machine does counts little.
+    timing.clock = time.process_time
+    for name in names:
+        print(json.dumps([name, measured_run(model, name)]), flush=True)
+
+
+def measured_run(model: str, name: str) -> dict[str, tuple[float, float]]:
+    outlooks, found = [], {"memory": 0, "seconds": 0.0}
     watched, tell = callback(name), preflight.Outlook.lines
     analyse = watched._analyse
 
     def kept(outlook: preflight.Outlook) -> list[str]:
-        forecasts.append(outlook)
+        outlooks.append(outlook)
         return tell(outlook)
 
     def measured(*args: Any) -> Any:
         gc.collect()
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-        before = resident("VmRSS")
+        before, start = resident("VmRSS"), time.process_time()
         Path("/proc/self/clear_refs").write_text("5")
         done = analyse(*args)
         found["memory"] = max(found["memory"], resident("VmHWM") - before)
+        found["seconds"] = time.process_time() - start
         return done
 
-    preflight.Outlook.lines = kept
-    watched._analyse = measured
+    preflight.Outlook.lines, watched._analyse = kept, measured  # type: ignore[method-assign]
     ids = torch.randint(3, 8000, (64, LENGTH), generator=torch.Generator().manual_seed(1))
     rows = [{"input_ids": row, "labels": row} for row in ids]
     callbacks = [watched] if name == "snapshot" else [GoldenSnapshot(every_n_steps=None, track_updates=False), watched]
     with tempfile.TemporaryDirectory() as folder:
         trainer = L.Trainer(
             accelerator="cpu",
-            max_steps=3,
+            max_steps=3 if name == "snapshot" else 1,
             default_root_dir=folder,
             callbacks=callbacks,
             logger=False,
@@ -136,50 +146,48 @@ def measure(model: str, name: str) -> None:
             num_sanity_val_steps=0,
             limit_val_batches=4,
         )
-        loaders = [DataLoader(rows, batch_size=ROWS) for _ in range(2)]
-        trainer.fit(Module(built(model)), *loaders)
-        line = json.loads((watched.folder / "results.jsonl").read_text().splitlines()[-1])
+        trainer.fit(Module(built(model)), *(DataLoader(rows, batch_size=ROWS) for _ in range(2)))
         disk = sum(path.stat().st_size for path in watched.folder.glob("*.safetensors"))
-    (outlook,) = forecasts
+    preflight.Outlook.lines = tell  # type: ignore[method-assign]
+    outlook = outlooks[-1]
     (forecast,) = [each for each in outlook.forecasts if each.name == watched.name]
-    transient = forecast.memory
     seconds = forecast.seconds(outlook.speeds) if outlook.speeds else 0.0
-    told = {
-        "seconds": (seconds, line["cost"]["seconds"]),
-        "memory": (transient, found["memory"]),
+    return {
+        "seconds": (seconds, found["seconds"]),
+        "memory": (forecast.memory, found["memory"]),
         "disk": (forecast.disk_total, disk),
     }
-    print(json.dumps(told))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", metavar="FOLDER", help="a folder of save_pretrained, beside the two small models")
+    parser.add_argument(
+        "--model", metavar="FOLDER", help="a folder of save_pretrained, in the place of the small models"
+    )
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
-    parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--run", metavar="MODEL", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run:
-        measure(*options.run)
+        measure(options.run, options.only)
         return
-    print(
-        "| model | callback | seconds | measured | ratio | memory, MB | measured | ratio | disk, MB | measured | ratio |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    kinds = " | ".join(f"{kind} | measured | ratio" for kind in ("seconds", "memory, MB", "disk, MB"))
+    print(f"| model | callback | {kinds} |\n|{'---|' * 11}", flush=True)
     off = 0
     for model in [options.model] if options.model else SMALL:
-        for name in options.only:
-            line = subprocess.run(
-                [sys.executable, __file__, "--run", model, name], capture_output=True, text=True, check=True
-            ).stdout.splitlines()[-1]
-            told = json.loads(line)
-            cells = []
-            for kind, (expected, found) in told.items():
-                scale = 1.0 if kind == "seconds" else 1e6
-                small = max(expected, found) < LEAST[kind]
-                ratio = found / expected if expected else float("inf")
-                off += not small and not 1 / MEANT <= ratio <= MEANT
-                cells += [f"{expected / scale:.3g}", f"{found / scale:.3g}", "-" if small else f"{ratio:.2f}"]
-            print(f"| {Path(model).name} | {name} | {' | '.join(cells)} |", flush=True)
+        command = [sys.executable, __file__, "--run", model, "--only", *options.only]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as running:
+            for line in running.stdout or ():
+                if not line.startswith("["):
+                    continue
+                name, told = json.loads(line)
+                cells = []
+                for kind, (expected, found) in told.items():
+                    scale = 1.0 if kind == "seconds" else 1e6
+                    small = max(expected, found) < LEAST[kind]
+                    ratio = found / expected if expected else float("inf")
+                    off += not small and not 1 / MEANT <= ratio <= MEANT
+                    cells += [f"{expected / scale:.3g}", f"{found / scale:.3g}", "-" if small else f"{ratio:.2f}"]
+                print(f"| {Path(model).name} | {name} | {' | '.join(cells)} |", flush=True)
     print(f"{off} outside of {MEANT} x")
 
 

@@ -86,26 +86,3 @@ def test_a_faulty_figure_of_a_user_is_told_and_the_others_are_logged(
 def test_numbers_of_numpy_are_drawn() -> None:
     figure = figures.Figure({"mark": "point"}, {"a": {"b": [np.float32(0.5), np.int64(2), None, np.nan]}})
     assert figure.spec()["datasets"]["a"] == [{"b": 0.5}, {"b": 2}, {"b": None}, {"b": None}]
-
-
-@pytest.mark.parametrize(
-    "figure",
-    [
-        lambda row: 1 / 0,
-        lambda row: figures.Figure({"mark": "point"}, {"a": {"b": [1.0]}}, ranges={"x": (float("nan"), 1.0)}),
-        lambda row: {"no": "figure"},
-    ],
-)
-def test_a_faulty_figure_of_a_user_is_told_and_the_others_are_logged(
-    trainer: Any, monkeypatch: pytest.MonkeyPatch, figure: Any
-) -> None:
-    entry = figures.Entry("faulty", "Faulty", "step", (), figure)
-    monkeypatch.setitem(figures.FIGURES["golden_snapshot"], "faulty", entry)
-    with pytest.warns(UserWarning, match="figure 'faulty' of golden_snapshot at step 3 is not logged"):
-        store.log_row(trainer, ROW, {})
-    assert len(images_of(trainer)) == 2
-
-
-def test_numbers_of_numpy_are_drawn() -> None:
-    figure = figures.Figure({"mark": "point"}, {"a": {"b": [np.float32(0.5), np.int64(2), None, np.nan]}})
-    assert figure.spec()["datasets"]["a"] == [{"b": 0.5}, {"b": 2}, {"b": None}, {"b": None}]

@@ -183,15 +183,3 @@ def test_a_run_goes_on_from_a_folder_whose_last_row_is_torn(tmp_path: Path) -> N
     store.continue_from(previous, 5)
     assert read_rows(store.rows) == [{"step": 1}]
     assert (previous / "results.jsonl").read_bytes() == before
-
-
-def test_a_run_goes_on_from_a_folder_whose_last_row_is_torn(tmp_path: Path) -> None:
-    previous = tmp_path / "before"
-    append_row(previous / "results.jsonl", {"step": 1})
-    with open(previous / "results.jsonl", "ab") as file:
-        file.write(b'{"step": 2, "met')
-    before = (previous / "results.jsonl").read_bytes()
-    store = ResultStore(tmp_path / "after", write=True)
-    store.continue_from(previous, 5)
-    assert read_rows(store.rows) == [{"step": 1}]
-    assert (previous / "results.jsonl").read_bytes() == before

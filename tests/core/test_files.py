@@ -213,31 +213,3 @@ def test_no_row_is_lost_for_what_json_does_not_know(tmp_path: Path) -> None:
         path, {"text": "half \ud800", "count": np.int64(3), "loss": np.float32(0.5), "nan": torch.tensor(math.nan)}
     )
     assert files.read_rows(path) == [{"text": "half ?", "count": 3, "loss": 0.5, "nan": None}]
-
-
-@pytest.mark.parametrize(
-    "torn", [b'{"step": 2, "lo', b'{"step": 2}}', b"\x00\x00\x00", '{"a": "é'.encode()[:-1], b"[" * 100_000]
-)
-def test_a_torn_last_line_can_be_left_out(tmp_path: Path, torn: bytes) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'{"step": 1}\n' + torn)
-    assert files.read_rows(path, torn="drop") == [{"step": 1}]
-    with pytest.raises(files.RowError, match="line 2: not JSON"):
-        files.read_rows(path)
-    assert files.repair_rows(path) == len(torn)
-    assert path.read_bytes() == b'{"step": 1}\n'
-
-
-def test_blank_lines_are_no_rows(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'{"step": 1}\n\n{"step": 2}\n\n\n')
-    assert files.repair_rows(path) == 0
-    assert files.read_rows(path) == [{"step": 1}, {"step": 2}]
-
-
-def test_no_row_is_lost_for_what_json_does_not_know(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    files.append_row(
-        path, {"text": "half \ud800", "count": np.int64(3), "loss": np.float32(0.5), "nan": torch.tensor(math.nan)}
-    )
-    assert files.read_rows(path) == [{"text": "half ?", "count": 3, "loss": 0.5, "nan": None}]
