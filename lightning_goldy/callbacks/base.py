@@ -179,6 +179,8 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
     """Settings that a budget turns down, and the least of each, by dotted name."""
     needs_probe = True
     """Whether the analysis runs the model on batches."""
+    runs_model = False
+    """Whether it does so on something else than a probe."""
     changes_training = False
     """Whether it intervenes in the training, which a callback that only looks never does."""
     analysis: str | None = None
@@ -382,8 +384,10 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         """Whether settings were derived before, in a run that is resumed or that the trainer goes on with."""
         return self._resumed or (self._run is not None and self._run[0]() is trainer)
 
-    def read_probe(self, trainer: L.Trainer, pl_module: L.LightningModule) -> list[Any]:
-        """The first batches of the probe, which callbacks of a trainer share."""
+    def read_probe(self, trainer: L.Trainer, pl_module: L.LightningModule, n_samples: int | None = None) -> list[Any]:
+        """The first batches of the probe, which callbacks of a trainer share; by default as many as are used."""
+        if n_samples is not None:
+            return find_probe(trainer, pl_module, self.probe, n_samples).first(n_samples)
         sharers = (callback for callback in trainer.callbacks if isinstance(callback, AnalysisCallback))  # type: ignore[attr-defined]
         wanted = [other.probe_samples() for other in sharers if other.needs_probe and other.probe is self.probe]
         self._reading = find_probe(trainer, pl_module, self.probe, self.probe_samples(), wanted=wanted)

@@ -69,7 +69,8 @@ class GoldenParameters(MaskCallback[GoldenResult]):
 
     def estimate(self, plan: Plan, run: Run) -> Forecast:
         """A gradient of each sample, and a selection out of it."""
-        return forecast_golden(plan, self.space(plan.model), self.n_samples, whole=self.scope == "global")
+        options: dict[str, Any] = {"top_k_percent": self.top_k_percent, "whole": self.scope == "global"}
+        return forecast_golden(plan, self.space(plan.model), self.n_samples, **options)
 
     def compute(self, context: AnalysisContext) -> GoldenResult:
         """Finds the golden parameters of the probe."""

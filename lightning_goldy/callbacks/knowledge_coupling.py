@@ -318,7 +318,7 @@ class KnowledgeCoupling(AnalysisCallback[KnowledgeState]):
         ValueError: n_pieces must be at least 2, or None for all pieces; got 1
     """
 
-    needs_probe = False
+    needs_probe, runs_model = False, True
     analysis = "coupling_drift"
     dials: Mapping[str, int] = {"n_pieces": 4}
 

@@ -14,7 +14,16 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
-from lightning_goldy.analysis.forecast import Forecast, Plan, Run, Speeds, graph_bytes, measure_speeds, shape_rows
+from lightning_goldy.analysis.forecast import (
+    Forecast,
+    Plan,
+    Run,
+    Speeds,
+    arithmetic_speeds,
+    graph_bytes,
+    measure_speeds,
+    shape_rows,
+)
 from lightning_goldy.callbacks.run_folder import run_directory
 from lightning_goldy.callbacks.store import training_length
 from lightning_goldy.core.architecture import UnsupportedArchitectureError, describe_architecture
@@ -35,6 +44,8 @@ _SHARE, _WORTH_TELLING = 0.05, 30.0
 # Optimizer steps read and write each parameter and its moments; in elements of the timed arithmetic.
 _OPTIMIZER = 6.0
 _SHRINK = 0.85
+# Samples that are timed where no probe is needed.
+_FEW = 4
 
 
 @dataclass(frozen=True)
@@ -82,8 +93,11 @@ class Budget:
 
     def holds(self, forecast: Forecast, plan: Plan, speeds: Speeds, run: Run) -> bool | None:
         """Whether a forecast keeps to it; None where the length of the run is not known."""
+        one = forecast.seconds(speeds, plan.replicas)
+        if math.isnan(one):
+            return None
         if self.seconds is not None:
-            return forecast.seconds(speeds, plan.replicas) <= self.seconds
+            return one <= self.seconds
         if not run.step_seconds or not run.steps:
             return None
         assert self.share is not None
@@ -163,8 +177,8 @@ def derive(callback: AnalysisCallback[Any], plan: Plan, speeds: Speeds, run: Run
     fits = budget.holds(callback.forecast(plan, run), plan, speeds, run)
     if fits is None:
         rank_zero_warn(
-            f"{callback.name}: budget={budget.share:g} is a share of the run's time, which is not known: give seconds "
-            "per firing, such as '20s'"
+            f"{callback.name}: its budget cannot be kept, for the time of the run or of a pass is not known: without an "
+            "end or a probe give the sampling itself, without an end seconds per firing, such as '20s'"
         )
         return {}
     while not fits and share > 1e-3:
@@ -179,8 +193,8 @@ def derive(callback: AnalysisCallback[Any], plan: Plan, speeds: Speeds, run: Run
     if not fits:
         least = callback.forecast(plan, run).seconds(speeds, plan.replicas)
         rank_zero_warn(
-            f"{callback.name}: even {_listed(values)} take {_time(least)} a firing, more than budget= allows: raise "
-            "it, or let it fire more rarely"
+            f"{callback.name}: even {_listed(values)} take {time_in_words(least)} a firing, more than budget= allows: "
+            "raise it, or let it fire more rarely"
         )
     return {path: value for path, value in values.items() if value != given[path]}
 
@@ -322,22 +336,21 @@ class Outlook:
 
     Args:
         forecasts: Of each callback.
-        speeds: Of the machine; None where the model could not be timed.
+        speeds: Of the machine; passes have no known time where the model could not be timed.
         run: The steps.
         replicas: Ranks that share the work.
     """
 
     forecasts: tuple[Forecast, ...]
-    speeds: Speeds | None
+    speeds: Speeds
     run: Run
     replicas: int = 1
 
     @property
     def seconds(self) -> float | None:
-        """All analyses of the run."""
-        if self.speeds is None:
-            return None
-        return math.fsum(forecast.seconds_total(self.speeds, self.replicas) for forecast in self.forecasts)
+        """All analyses of the run; None where that of one is not known."""
+        found = [forecast.seconds_total(self.speeds, self.replicas) for forecast in self.forecasts]
+        return None if any(map(math.isnan, found)) else math.fsum(found)
 
     @property
     def run_seconds(self) -> float | None:
@@ -356,28 +369,25 @@ class Outlook:
         found = [self._line(forecast) for forecast in self.forecasts]
         seconds, whole = self.seconds, self.run_seconds
         disk = sum(forecast.disk_total for forecast in self.forecasts)
-        told = "" if seconds is None else f"{_time(seconds)} in all"
+        told = "" if seconds is None else f"{time_in_words(seconds)} in all"
         if seconds is not None and whole:
-            told += f", {100 * seconds / whole:.2g} % of the run's {_time(whole)}"
+            told += f", {100 * seconds / whole:.2g} % of the run's {time_in_words(whole)}"
         told = f"{told}; " if told else ""
-        return [*found, f"analyses: {told}memory {_size(self.peak)}, disk {_size(disk)}"]
+        return [*found, f"analyses: {told}memory {size_in_words(self.peak)}, disk {size_in_words(disk)}"]
 
     def _line(self, forecast: Forecast) -> str:
         if not forecast.stated:
             return f"{forecast.name}: states no cost; {forecast.firings} x"
-        speeds = self.speeds
-        if speeds is None:
-            cost = forecast.cost
-            told = f"{cost.forwards} forward and {cost.backwards} backward passes of samples"
-        else:
-            told = _time(forecast.seconds(speeds, self.replicas))
-        whole = "" if speeds is None else f" = {_time(forecast.seconds_total(speeds, self.replicas))}"
-        disk = f"disk {_size(forecast.disk)} a firing"
+        one, whole = (f(self.speeds, self.replicas) for f in (forecast.seconds, forecast.seconds_total))
+        cost, told, total = forecast.cost, time_in_words(one), f" = {time_in_words(whole)}"
+        if math.isnan(whole):
+            told, total = f"{cost.forwards} forward and {cost.backwards} backward passes of samples", ""
+        disk = f"disk {size_in_words(forecast.disk)} a firing"
         if forecast.disk_checkpoint:
-            disk += f" and {_size(forecast.disk_checkpoint)} a checkpoint"
+            disk += f" and {size_in_words(forecast.disk_checkpoint)} a checkpoint"
         return (
-            f"{forecast.name}: {told} x {forecast.firings}{whole}; memory {_size(forecast.peak)}; {disk}, "
-            f"{_size(forecast.disk_total)} in all"
+            f"{forecast.name}: {told} x {forecast.firings}{total}; memory {size_in_words(forecast.peak)}; {disk}, "
+            f"{size_in_words(forecast.disk_total)} in all"
         )
 
     def faults(self, *, free_disk: int, free_memory: int, free_device: int | None) -> str | None:
@@ -393,24 +403,23 @@ class Outlook:
         disk = sum(forecast.disk_total for forecast in self.forecasts)
         if disk > free_disk:
             worst = max(self.forecasts, key=lambda forecast: forecast.disk_total)
+            needed, free, most = map(size_in_words, (disk, free_disk, worst.disk_total))
             return (
-                f"the analyses need {_size(disk)} of disk and {_size(free_disk)} are free; most of it is "
-                f"{worst.name}'s, {_size(worst.disk_total)}: {_less_disk(worst)}"
+                f"the analyses need {needed} of disk and {free} are free; most of it is {worst.name}'s, {most}: "
+                f"{_less_disk(worst)}"
             )
         kept = sum(forecast.kept for forecast in self.forecasts)
         worst = max(self.forecasts, key=lambda forecast: forecast.memory)
         needed = kept if free_device is not None else kept + worst.memory
         if needed > free_memory:
             worst = max(self.forecasts, key=lambda forecast: forecast.kept) if free_device is not None else worst
+            own, whole, free = map(size_in_words, (worst.peak, needed, free_memory))
             return (
-                f"{worst.name} needs {_size(worst.peak)} of memory, {_size(needed)} with what all keep, and "
-                f"{_size(free_memory)} are free: {_LESS_MEMORY}"
+                f"{worst.name} needs {own} of memory, {whole} with what all keep, and {free} are free: {_LESS_MEMORY}"
             )
         if free_device is not None and worst.memory > free_device:
-            return (
-                f"{worst.name} needs {_size(worst.memory)} of the device's memory and {_size(free_device)} are free: "
-                f"{_LESS_MEMORY}"
-            )
+            own, free = size_in_words(worst.memory), size_in_words(free_device)
+            return f"{worst.name} needs {own} of the device's memory and {free} are free: {_LESS_MEMORY}"
         return None
 
 
@@ -453,7 +462,7 @@ def preflight(trainer: L.Trainer, pl_module: L.LightningModule, callbacks: Seque
     run = run_of(trainer, step_seconds)
     forecasts = []
     for callback, plan in zip(told, plans, strict=True):
-        if callback.budget is not None and speeds is not None and not callback.goes_on_with(trainer):
+        if callback.budget is not None and not callback.goes_on_with(trainer):
             callback.derived = {**callback.derived, **derive(callback, plan, speeds, run)}
         if callback.derived:
             rank_zero_info(f"{callback.name}: {_listed(callback.derived)}, by its budget or the model's size")
@@ -464,8 +473,8 @@ def preflight(trainer: L.Trainer, pl_module: L.LightningModule, callbacks: Seque
     seconds, whole = outlook.seconds, outlook.run_seconds
     if seconds is not None and whole and seconds > max(_WORTH_TELLING, _SHARE * whole):
         rank_zero_warn(
-            f"the analyses take about {_time(seconds)}, {100 * seconds / whole:.0f} % of the run's {_time(whole)}: "
-            "budget= of each callback limits it, and callbacks/light.yaml keeps all below 5 %"
+            f"the analyses take about {time_in_words(seconds)}, {100 * seconds / whole:.0f} % of the run's "
+            f"{time_in_words(whole)}: budget= of each callback limits it, and callbacks/light.yaml keeps all below 5 %"
         )
     _refuse(trainer, pl_module, told, outlook)
 
@@ -493,28 +502,30 @@ def _refuse(
 
 def _measured(
     trainer: L.Trainer, pl_module: L.LightningModule, callbacks: Sequence[AnalysisCallback[Any]]
-) -> tuple[list[Plan], Speeds | None, float | None]:
-    """The plan of each callback, and what one sample took, the slowest rank's; None where none could be timed."""
+) -> tuple[list[Plan], Speeds, float | None]:
+    """The plan of each callback, what one sample took, the slowest rank's, and what a training step takes."""
     timed: dict[int, tuple[Speeds, float]] = {}
     plans: list[Plan] = []
+    # A probe is read for those that need none, too, where they run the model on something else.
+    anyhow = not any(callback.needs_probe for callback in callbacks)
     for callback in callbacks:
         model = find_model(pl_module, callback.model_attribute)
         objective, batches = None, []
-        if callback.needs_probe:
+        if callback.needs_probe or (anyhow and callback.runs_model):
             try:
                 with Replicas.world().together("the forecast"):
-                    batches = callback.read_probe(trainer, pl_module)
                     objective = find_objective(pl_module, model, callback.objective)
-                    if id(model) not in timed and batches:
-                        timed[id(model)] = _timed(trainer, pl_module, model, objective, batches[0])
+                    probe = callback.read_probe(trainer, pl_module, None if callback.needs_probe else _FEW)
+                    batches = probe if callback.needs_probe else []
+                    if id(model) not in timed and probe:
+                        timed[id(model)] = _timed(trainer, pl_module, model, objective, probe[0])
             except Exception as error:  # noqa: BLE001 - the callback's own checks raise it, where it is an error
                 rank_zero_info(f"{callback.name}: no forecast of its seconds: {error}")
         activations = timed[id(model)][1] if id(model) in timed else 0.0
         plans.append(plan_of(trainer, model, objective, batches, activations))
     if not timed:
-        return plans, None, None
-    speeds = next(iter(timed.values()))[0]
-    found = Replicas.world().gather_objects(speeds)
+        return plans, arithmetic_speeds(pl_module.device), None
+    found = Replicas.world().gather_objects(next(iter(timed.values()))[0])
     slowest = max(found, key=lambda one: (one.backward[0] + one.backward[1], one.forward))
     return plans, slowest, _step_seconds(trainer, plans, slowest)
 
@@ -547,7 +558,13 @@ def _listed(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{path.rpartition('.')[2]}={value}" for path, value in values.items())
 
 
-def _time(seconds: float) -> str:
+def time_in_words(seconds: float) -> str:
+    """Seconds in words.
+
+    Example:
+        >>> time_in_words(0.25), time_in_words(1500)
+        ('0.25 s', '25 min')
+    """
     if seconds < 1:
         return f"{seconds:.2g} s"
     return (
@@ -559,11 +576,11 @@ def _time(seconds: float) -> str:
     )
 
 
-def _size(count: float) -> str:
+def size_in_words(count: float) -> str:
     """Bytes in words.
 
     Example:
-        >>> _size(0), _size(1_500_000_000), _size(300_000)
+        >>> size_in_words(0), size_in_words(1_500_000_000), size_in_words(300_000)
         ('0', '1.5 GB', '0.3 MB')
     """
     if not count:

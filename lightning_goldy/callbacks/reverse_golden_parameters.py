@@ -130,7 +130,12 @@ class ReverseGoldenParameters(MaskCallback[ReverseGoldenResult]):
     def estimate(self, plan: Plan, run: Run) -> Forecast:
         """A gradient per round, and the trials of what each proposes."""
         settings = ReverseSettings.of(
-            self.search.rounds, self.search.score, self.strategy, self.search.cache, self.search.chunk_size
+            self.search.rounds,
+            self.search.score,
+            self.strategy,
+            cache=self.search.cache,
+            chunk_size=self.search.chunk_size,
+            top_k_percent=self.top_k_percent,
         )
         return forecast_reverse(plan, self.space(plan.model), self.n_samples, settings)
 

@@ -15,7 +15,7 @@ from lightning_goldy.analysis.forecast.analyses import (
     forecast_taylor,
 )
 from lightning_goldy.analysis.forecast.plan import Forecast, Passes, Plan, Run, Speeds, Work
-from lightning_goldy.analysis.forecast.timing import graph_bytes, measure_speeds, shape_rows
+from lightning_goldy.analysis.forecast.timing import arithmetic_speeds, graph_bytes, measure_speeds, shape_rows
 
 __all__ = [
     "BasinSettings",
@@ -26,6 +26,7 @@ __all__ = [
     "Run",
     "Speeds",
     "Work",
+    "arithmetic_speeds",
     "forecast_attention",
     "forecast_basin",
     "forecast_change",

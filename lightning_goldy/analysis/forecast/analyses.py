@@ -10,18 +10,27 @@ from lightning_goldy.analysis.forecast.plan import Forecast, Passes, Plan, Work,
 from lightning_goldy.core.space import ParameterSpace
 
 
-def mask_bytes(numel: int) -> int:
-    """Bytes of a mask in its file, at most: a bit per element."""
-    return numel // 8
+def mask_bytes(numel: int, top_k_percent: float) -> int:
+    """Bytes of a mask in its file, at most: a bit per element, or indices where fewer than 1 in 32 are marked.
+
+    Example:
+        >>> mask_bytes(3200, 5.0), mask_bytes(3200, 1.0)
+        (400, 128)
+    """
+    marked = int(numel * top_k_percent / 100)
+    return 4 * marked if 32 * marked < numel else numel // 8
 
 
-def forecast_golden(plan: Plan, space: ParameterSpace, n_samples: int | None, *, whole: bool = False) -> Forecast:
+def forecast_golden(
+    plan: Plan, space: ParameterSpace, n_samples: int | None, *, top_k_percent: float = 5.0, whole: bool = False
+) -> Forecast:
     """Golden parameters: a gradient per sample, and a selection out of each.
 
     Args:
         plan: The shapes.
         space: The parameters whose elements may be marked.
         n_samples: Samples that vote.
+        top_k_percent: That each marks, percent; no more than that is golden at a quorum of one half or more.
         whole: Whether all gradients of a sample are held at once, as ``scope="global"`` and sharded ones are.
     """
     passes, elements = plan.single(n_samples), plan.elements(space)
@@ -35,7 +44,7 @@ def forecast_golden(plan: Plan, space: ParameterSpace, n_samples: int | None, *,
         parts=max(1, passes.samples),
         memory=memory,
         kept=space.numel,
-        disk=mask_bytes(space.numel),
+        disk=mask_bytes(space.numel, top_k_percent),
         communicated=plan.communicated(work, summed=elements * vote, gathered=space.numel),
         sharded="votes are divided by the shards; the mask, one byte per element, is whole on every rank",
     )
@@ -52,6 +61,7 @@ class ReverseSettings:
         exchanging: Whether elements are exchanged, as by every strategy but ``none``.
         anchored: Passes of one divergence: 2 without a cache.
         chunk_size: Samples of one pass.
+        top_k_percent: The budget of the mask, percent.
     """
 
     rounds: int
@@ -60,14 +70,17 @@ class ReverseSettings:
     exchanging: bool
     anchored: int = 1
     chunk_size: int | None = None
+    top_k_percent: float = 1.0
 
     @classmethod
-    def of(cls, rounds: int, score: str, strategy: str, cache: str, chunk_size: int | None) -> ReverseSettings:
+    def of(
+        cls, rounds: int, score: str, strategy: str, *, cache: str, chunk_size: int | None, top_k_percent: float
+    ) -> ReverseSettings:
         """From those of a search, of which 0.7 of the rounds let the mask grow."""
         exchanging = strategy != "none"
         growing = max(1, math.ceil(_GROWTH * rounds)) if exchanging else rounds
         scores = 3 + (score not in ("gradient", "taylor", "fisher"))
-        return cls(rounds, growing, scores, exchanging, 2 if cache == "none" else 1, chunk_size)
+        return cls(rounds, growing, scores, exchanging, 2 if cache == "none" else 1, chunk_size, top_k_percent)
 
 
 _GROWTH = 0.7
@@ -98,7 +111,7 @@ def forecast_reverse(plan: Plan, space: ParameterSpace, n_samples: int, settings
         parts=max(1, choose.calls),
         memory=4 * _REVERSE_COPIES * elements + logits + plan.graph(widest),
         kept=space.numel,
-        disk=mask_bytes(space.numel),
+        disk=mask_bytes(space.numel, settings.top_k_percent),
         communicated=plan.communicated(work, summed=4 * elements * (settings.rounds + 2), gathered=space.numel),
         sharded="scores are divided by the shards; the mask, one byte per element, is whole on every rank",
         exact=not settings.exchanging,

@@ -48,7 +48,7 @@ class Speeds:
     """How fast a model and its machine are: an affine fit of timed passes, and seconds of arithmetic.
 
     Args:
-        forward: Seconds per forward pass, and per token in it.
+        forward: Seconds per forward pass, and per token in it; NaN where the model was not timed.
         backward: The same of a forward and a backward pass together.
         element: Seconds per element that is read, worked on and summed.
         selected: Seconds per element out of which the largest are selected.
@@ -70,7 +70,8 @@ class Speeds:
         tangent = _TANGENT_FORWARDS[work.order]
         kinds = ((work.forward, self.forward, 1.0), (work.backward, self.backward, 1.0))
         kinds += ((work.tangent, self.forward, tangent),)  # type: ignore[assignment]
-        passes = sum(factor * (call * kind.calls + token * kind.tokens) for kind, (call, token), factor in kinds)
+        made = [entry for entry in kinds if entry[0].calls]
+        passes = sum(factor * (call * kind.calls + token * kind.tokens) for kind, (call, token), factor in made)
         arithmetic = self.element * work.elements + self.selected * work.selected + self.flop * work.flops
         return passes + arithmetic
 

@@ -105,6 +105,11 @@ def measure_speeds(model: nn.Module, objective: Objective, batch: Any, *, gradie
     return Speeds(found[0], found[1], **_arithmetic(device))
 
 
+def arithmetic_speeds(device: torch.device) -> Speeds:
+    """Those of a machine without a model: passes have no known time."""
+    return Speeds((math.nan, math.nan), (math.nan, math.nan), **_arithmetic(device))
+
+
 def _differentiate(model: nn.Module, objective: Objective, batch: Any) -> None:
     leaves = [parameter for _, parameter in trainable_parameters(model)]
     with torch.enable_grad():
