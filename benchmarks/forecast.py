@@ -151,7 +151,7 @@ def measured_run(model: str, name: str) -> dict[str, tuple[float, float]]:
     preflight.Outlook.lines = tell  # type: ignore[method-assign]
     outlook = outlooks[-1]
     (forecast,) = [each for each in outlook.forecasts if each.name == watched.name]
-    seconds = forecast.seconds(outlook.speeds) if outlook.speeds else 0.0
+    seconds = forecast.seconds(outlook.speeds)
     return {
         "seconds": (seconds, found["seconds"]),
         "memory": (forecast.memory, found["memory"]),
@@ -161,9 +161,7 @@ def measured_run(model: str, name: str) -> dict[str, tuple[float, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model", metavar="FOLDER", help="a folder of save_pretrained, in the place of the small models"
-    )
+    parser.add_argument("--model", metavar="FOLDER", help="a folder of save_pretrained, not the small models")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--run", metavar="MODEL", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -430,13 +430,8 @@ def _add_doctor(parser: argparse.ArgumentParser) -> None:
         "passes, time, memory, disk. With --meta or --shape nothing is allocated.",
     )
     parser.add_argument("model", metavar="MODEL", nargs="?", help="a folder of save_pretrained, or a hub name")
-    parser.add_argument(
-        "--config",
-        metavar="FILE",
-        action="append",
-        default=[],
-        help="whose callbacks are planned (default: all readers)",
-    )
+    whose = "whose callbacks are planned (default: all that only look)"
+    parser.add_argument("--config", metavar="FILE", action="append", default=[], help=whose)
     parser.add_argument("--shape", metavar="NAME", help="in the place of a model: 1b, 8b or 70b of the Llama family")
     parser.add_argument("--meta", action="store_true", help="read the model's configuration alone")
     parser.add_argument("--steps", type=int, metavar="N", help="of the run (default: 1000)")

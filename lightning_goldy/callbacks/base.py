@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_goldy.analysis.forecast import Forecast, Plan, Run
+from lightning_goldy.analysis.forecast.timing import try_gradients as try_gradients
 from lightning_goldy.analysis.result import AnalysisResult, Cost, Row
 from lightning_goldy.callbacks.preflight import Budget, apply_settings, dialled, preflight
 from lightning_goldy.callbacks.run_folder import (
@@ -735,31 +736,6 @@ def _may_validate(trainer: L.Trainer, batch_idx: int) -> bool:
     every = trainer.val_check_batch
     last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
     return bool(trainer.enable_validation and (last or every is None or (every and (batch_idx + 1) % every == 0)))
-
-
-def try_gradients(model: nn.Module, parameters: Mapping[str, nn.Parameter], objective: Objective, sample: Any) -> None:
-    """A forward and a backward pass of one sample.
-
-    Args:
-        model: The model, isolated.
-        parameters: By name; those whose gradients are wanted.
-        objective: How a batch becomes log-probabilities.
-        sample: A batch of one sample, on the model's device.
-
-    Raises:
-        ValueError: The log-probability depends on none of the parameters.
-    """
-    log_prob, leaves = objective.log_probs(model, sample).mean(), list(parameters.values())
-    if any(map(is_sharded, leaves)):
-        log_prob.backward()  # FSDP2 leaves gradients in the parameters alone
-        unshard_guard(model)
-        return
-    # Not into the parameters, or DistributedDataParallel would see a backward pass.
-    found = torch.autograd.grad(log_prob, leaves, allow_unused=True) if log_prob.requires_grad else [None]
-    if all(gradient is None for gradient in found):
-        raise ValueError(
-            f"the objective depends on none of the {len(leaves)} selected parameters ({next(iter(parameters))}, ...)"
-        )
 
 
 def _reason(error: Exception) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -177,8 +178,8 @@ def derive(callback: AnalysisCallback[Any], plan: Plan, speeds: Speeds, run: Run
     fits = budget.holds(callback.forecast(plan, run), plan, speeds, run)
     if fits is None:
         rank_zero_warn(
-            f"{callback.name}: its budget cannot be kept, for the time of the run or of a pass is not known: without an "
-            "end or a probe give the sampling itself, without an end seconds per firing, such as '20s'"
+            f"{callback.name}: its budget cannot be kept, for the time of the run or of a pass is not known: give "
+            "the sampling itself, or, where the run has no end, seconds per firing such as '20s'"
         )
         return {}
     while not fits and share > 1e-3:
@@ -226,52 +227,35 @@ def limit_large(callback: AnalysisCallback[Any], numel: int) -> dict[str, Any]:
 def run_of(trainer: L.Trainer, step_seconds: float | None = None) -> Run:
     """The steps of a run, and after which of them checkpoints are written, at most."""
     length = training_length(trainer)
-    steps = int(length) if math.isfinite(length) else 0
-    batches = trainer.num_training_batches
-    accumulated = max(1, trainer.accumulate_grad_batches)
-    epoch = math.ceil(batches / accumulated) if math.isfinite(batches) and batches else None
-    written: set[int] = set()
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, Checkpoint):
-            written |= set(_written(callback, trainer, steps, epoch, accumulated))
-    return Run(
-        steps,
-        epoch_steps=epoch,
-        checkpoint_steps=tuple(sorted(step for step in written if step > trainer.global_step)),
+    batches, accumulated = trainer.num_training_batches, max(1, trainer.accumulate_grad_batches)
+    run = Run(
+        int(length) if math.isfinite(length) else 0,
+        epoch_steps=math.ceil(batches / accumulated) if math.isfinite(batches) and batches else None,
         first_step=trainer.global_step,
         step_seconds=step_seconds,
     )
+    written: set[int] = set()
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, Checkpoint):
+            written |= set(_written(callback, trainer, run, accumulated))
+    return replace(run, checkpoint_steps=tuple(sorted(step for step in written if step > trainer.global_step)))
 
 
-def _written(
-    callback: Checkpoint, trainer: L.Trainer, steps: int, epoch: int | None, accumulated: int
-) -> Sequence[int]:
+def _written(callback: Checkpoint, trainer: L.Trainer, run: Run, accumulated: int) -> Sequence[int]:
     """The steps after which a callback writes a checkpoint."""
     every, epochs = (getattr(callback, name, 0) or 0 for name in ("_every_n_train_steps", "_every_n_epochs"))
     if isinstance(callback, ModelCheckpoint) and callback.save_top_k == 0 and not callback.save_last:
         return ()
     if every:
-        return range(every, steps + 1, every)
-    if not epoch:
-        return ()
-    ends = range(epoch * max(1, epochs), steps + 1, epoch * max(1, epochs))
-    check = getattr(trainer, "val_check_batch", None)
+        return range(every, run.steps + 1, every)
+    check = getattr(trainer, "val_check_batch", None) if trainer.enable_validation else None
     asked = getattr(callback, "_save_on_train_epoch_end", None)
-    if (
-        asked
-        or not check
-        or math.isinf(check)
-        or check >= trainer.num_training_batches
-        or not trainer.enable_validation
-    ):
-        return ends
-    within = [step for start in range(0, steps, epoch) for step in _checks(start, epoch, int(check), accumulated)]
-    return [step for step in within if step <= steps]
-
-
-def _checks(start: int, epoch: int, check: int, accumulated: int) -> list[int]:
-    """The steps of an epoch after which there is a validation."""
-    return [start + min(epoch, batch // accumulated) for batch in range(check, epoch * accumulated + 1, check)]
+    if asked or not check or math.isinf(check) or check >= trainer.num_training_batches or not run.epoch_steps:
+        return run.epoch_ends[max(1, epochs) - 1 :: max(1, epochs)]
+    starts = range(0, run.steps, run.epoch_steps)
+    batches = range(int(check), run.epoch_steps * accumulated + 1, int(check))
+    within = [start + min(run.epoch_steps, batch // accumulated) for start in starts for batch in batches]
+    return [step for step in within if step <= run.steps]
 
 
 def plan_of(
@@ -312,7 +296,7 @@ def plan_of(
     )
 
 
-def shape_of(model: nn.Module) -> dict[str, int]:
+def shape_of(model: nn.Module) -> dict[str, Any]:
     """Classes of a model's logits, its blocks with attention, and their heads, as far as its configuration tells.
 
     Example:
@@ -400,30 +384,29 @@ class Outlook:
         """
         if not self.forecasts:
             return None
-        disk = sum(forecast.disk_total for forecast in self.forecasts)
-        if disk > free_disk:
-            worst = max(self.forecasts, key=lambda forecast: forecast.disk_total)
-            needed, free, most = map(size_in_words, (disk, free_disk, worst.disk_total))
+        written, kept = (sum(getattr(each, name) for each in self.forecasts) for name in ("disk_total", "kept"))
+        on_disk, keeping, firing = (
+            max(self.forecasts, key=operator.attrgetter(name)) for name in ("disk_total", "kept", "memory")
+        )
+        if written > free_disk:
+            needed, free, most = map(size_in_words, (written, free_disk, on_disk.disk_total))
             return (
-                f"the analyses need {needed} of disk and {free} are free; most of it is {worst.name}'s, {most}: "
-                f"{_less_disk(worst)}"
+                f"the analyses need {needed} of disk and {free} are free; most of it is {on_disk.name}'s, {most}: "
+                f"{_less_disk(on_disk)}"
             )
-        kept = sum(forecast.kept for forecast in self.forecasts)
-        worst = max(self.forecasts, key=lambda forecast: forecast.memory)
-        needed = kept if free_device is not None else kept + worst.memory
-        if needed > free_memory:
-            worst = max(self.forecasts, key=lambda forecast: forecast.kept) if free_device is not None else worst
-            own, whole, free = map(size_in_words, (worst.peak, needed, free_memory))
-            return (
-                f"{worst.name} needs {own} of memory, {whole} with what all keep, and {free} are free: {_LESS_MEMORY}"
-            )
-        if free_device is not None and worst.memory > free_device:
-            own, free = size_in_words(worst.memory), size_in_words(free_device)
-            return f"{worst.name} needs {own} of the device's memory and {free} are free: {_LESS_MEMORY}"
+        apart = free_device is not None
+        host = kept if apart else kept + firing.memory
+        for worst, bytes_needed, bytes_free, where in (
+            (keeping if apart else firing, host, free_memory, "memory"),
+            (firing, firing.memory, free_device, "the device's memory"),
+        ):
+            if bytes_free is not None and bytes_needed > bytes_free:
+                needed, free = size_in_words(bytes_needed), size_in_words(bytes_free)
+                return f"{worst.name} needs {needed} of {where}, with what all keep there, and {free} are free: {_LESS}"
         return None
 
 
-_LESS_MEMORY = (
+_LESS = (
     "set fewer n_samples or a selection of parameters (last_layers=, include=), shard the model, analyse a checkpoint "
     "afterwards, or set check=False to try all the same"
 )

@@ -207,8 +207,8 @@ class Run:
         found: set[int] = set()
         if every_n_steps:
             found |= set(range(every_n_steps, self.steps + 1, every_n_steps))
-        if every_n_epochs and self.epoch_steps:
-            found |= set(range(self.epoch_steps * every_n_epochs, self.steps + 1, self.epoch_steps * every_n_epochs))
+        ends = self.epoch_ends
+        found |= {step for epoch, step in enumerate(ends, 1) if every_n_epochs and epoch % every_n_epochs == 0}
         found |= set(self.checkpoint_steps) if "checkpoint" in at else set()
         found |= {self.steps} if "end" in at else set()
         found = {step for step in found if step > self.first_step or step == self.steps}

@@ -87,13 +87,15 @@ def measure_speeds(model: nn.Module, objective: Objective, batch: Any, *, gradie
     sample = next(iter(objective.samples(batch)))
     device = next(model.parameters()).device
     counts = [math.prod(shape_rows([part])[0]) for part in (sample, batch)]
+    leaves = dict(trainable_parameters(model))
 
     def forward(part: Any) -> None:
         with torch.no_grad():
             objective.log_probs(model, part)
 
     def both(part: Any) -> None:
-        _differentiate(model, objective, part)
+        with torch.enable_grad():
+            try_gradients(model, leaves, objective, part)
 
     found = []
     for act in (forward, both) if gradients else (forward,):
@@ -110,20 +112,29 @@ def arithmetic_speeds(device: torch.device) -> Speeds:
     return Speeds((math.nan, math.nan), (math.nan, math.nan), **_arithmetic(device))
 
 
-def _differentiate(model: nn.Module, objective: Objective, batch: Any) -> None:
-    leaves = [parameter for _, parameter in trainable_parameters(model)]
-    with torch.enable_grad():
-        value = objective.log_probs(model, batch).mean()
-        if not value.requires_grad:
-            return
-        if any(map(is_sharded, leaves)):
-            value.backward()
-            unshard_guard(model)
-            for parameter in model.parameters():
-                parameter.grad = None
-        else:
-            # Not into the parameters, or DistributedDataParallel would see a backward pass.
-            torch.autograd.grad(value, leaves, allow_unused=True)
+def try_gradients(model: nn.Module, parameters: Mapping[str, nn.Parameter], objective: Objective, sample: Any) -> None:
+    """A forward and a backward pass of one sample.
+
+    Args:
+        model: The model, isolated.
+        parameters: By name; those whose gradients are wanted.
+        objective: How a batch becomes log-probabilities.
+        sample: A batch of one sample, on the model's device.
+
+    Raises:
+        ValueError: The log-probability depends on none of the parameters.
+    """
+    log_prob, leaves = objective.log_probs(model, sample).mean(), list(parameters.values())
+    if any(map(is_sharded, leaves)):
+        log_prob.backward()  # FSDP2 leaves gradients in the parameters alone
+        unshard_guard(model)
+        return
+    # Not into the parameters, or DistributedDataParallel would see a backward pass.
+    found = torch.autograd.grad(log_prob, leaves, allow_unused=True) if log_prob.requires_grad else [None]
+    if all(gradient is None for gradient in found):
+        raise ValueError(
+            f"the objective depends on none of the {len(leaves)} selected parameters ({next(iter(parameters))}, ...)"
+        )
 
 
 def _affine(counts: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:
