@@ -288,4 +288,3 @@ def test_a_run_with_a_forecast_is_the_run_without(tmp_path: Path) -> None:
     _, _, plain = fit(tmp_path / "plain", [GoldenParameters(n_samples=2, check=False, at=["end"])], max_epochs=1)
     _, _, told = fit(tmp_path / "told", [GoldenParameters(n_samples=2, at=["end"])], max_epochs=1)
     assert not differences(plain, told)
-    assert Finetune is not None

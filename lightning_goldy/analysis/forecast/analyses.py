@@ -34,11 +34,12 @@ def forecast_golden(
         whole: Whether all gradients of a sample are held at once, as ``scope="global"`` and sharded ones are.
     """
     passes, elements = plan.single(n_samples), plan.elements(space)
-    work = Work(backward=passes, elements=4.0 * elements * passes.samples, selected=1.0 * elements * passes.samples)
+    work = Work(backward=passes, elements=2.0 * elements * passes.samples, selected=1.0 * elements * passes.samples)
     vote = 1 if passes.samples < 256 else 2
     tokens = max((length for _, length in plan.batches(n_samples)), default=0)
     scores = 4 * elements if whole or plan.shards > 1 else 0
-    memory = elements * (vote + 1) + scores + 12 * plan.largest(space) // plan.shards + plan.graph(tokens)
+    # Gradients are freed as they come, but not given back to the system.
+    memory = elements * (vote + 1 + 4) + scores + 12 * plan.largest(space) // plan.shards + plan.graph(tokens)
     return Forecast(
         work,
         parts=max(1, passes.samples),
@@ -101,7 +102,7 @@ def forecast_reverse(plan: Plan, space: ParameterSpace, n_samples: int, settings
     work = Work(
         forward=forward,
         backward=(settings.rounds + 1) * choose,
-        elements=elements * (8.0 * (settings.scores + selections) + 6.0 * settings.rounds),
+        elements=elements * (5.0 * (settings.scores + selections) + 6.0 * settings.rounds),
         selected=2.0 * elements * selections,
     )
     logits = plan.logits(choose.tokens + held.tokens) if runs == 1 else plan.bytes()
@@ -171,7 +172,7 @@ def forecast_taylor(
     return Forecast(
         work,
         parts=max(1, len(batches)),
-        memory=plan.bytes() + 4 * elements * (1 + shares) + 2 * carried,
+        memory=plan.bytes() + 4 * elements * (1 + 2 * shares) + 2 * carried,
         kept=plan.bytes() * keeps_base,
         disk_checkpoint=plan.shards * plan.bytes() * keeps_base,
         communicated=plan.communicated(work, summed=4 * elements * shares),
@@ -194,6 +195,10 @@ def _taylor_by_differences(
     backward = whole * (1 + 4 * (highest > 1)) + cut * (function_space and shares)
     elements = 8.0 * plan.elements() * backward.calls
     return Work(forward=whole + 6 * function_space * cut, backward=backward, elements=elements)
+
+
+# What the statistics of one layer's patterns take at least, in elements.
+_LAYER = 2e6
 
 
 def forecast_attention(
@@ -219,7 +224,9 @@ def forecast_attention(
             patterns += piece * plan.n_layers * plan.n_heads * length * length
     length = min([max_tokens, *(tokens for _, tokens in plan.rows)])
     shown = prompts * (1 + drift) * plan.replicas * Passes(1, 1, length)
-    work = Work(forward=forward + shown, elements=(60.0 if drift else 30.0) * patterns)
+    work = Work(
+        forward=forward + shown, elements=(60.0 if drift else 30.0) * patterns + _LAYER * plan.n_layers * forward.calls
+    )
     largest = max((rows * tokens * tokens for rows, tokens in plan.batches(n_samples)), default=0)
     held = min(memory, 4 * plan.n_heads * plan.n_layers * largest) if drift else 0
     return Forecast(
@@ -261,7 +268,7 @@ class BasinSettings:
 # Evaluations per direction, and of the pilot beyond.
 _EVALUATIONS, _PILOT = 2, 3
 # Elements that one evaluation works on per parameter: the direction is drawn, put on, and taken off again.
-_MOVE = 14.0
+_MOVE = 5.0
 
 
 def forecast_basin(plan: Plan, space: ParameterSpace, settings: BasinSettings) -> Forecast:
@@ -280,7 +287,7 @@ def forecast_basin(plan: Plan, space: ParameterSpace, settings: BasinSettings) -
     )
     kept = plan.logits(once.tokens) if settings.cached else plan.bytes()
     widest = max((rows * tokens for rows, tokens in batches), default=0)
-    memory = plan.bytes(space) + kept + 3 * plan.logits(widest) + 8 * plan.largest(space) // plan.shards
+    memory = 3 * plan.bytes(space) // 2 + kept + 3 * plan.logits(widest) + 8 * plan.largest(space) // plan.shards
     return Forecast(
         work,
         parts=settings.n_directions,
@@ -316,7 +323,7 @@ def forecast_coupling(plan: Plan, parameters: ParameterSpace, n_pieces: int, *, 
         work,
         once=once,
         parts=max(1, scores.calls),
-        memory=plan.bytes() + 4 * plan.elements() + rows + plan.graph(per_pass * tokens),
+        memory=plan.bytes() + 8 * plan.elements() + rows + plan.graph(per_pass * tokens),
         kept=plan.bytes() * keeps_base,
         disk=8 * n_pieces * n_pieces,
         disk_once=plan.shards * plan.bytes() * keeps_base,
@@ -335,8 +342,8 @@ def forecast_change(plan: Plan, *, track_updates: bool) -> Forecast:
     elements, size = plan.elements(), plan.bytes()
     kept = size * (1 + 2 * track_updates)
     return Forecast(
-        Work(elements=(20.0 + 8.0 * track_updates) * elements),
-        once=Work(elements=6.0 * elements),
+        Work(elements=(8.0 + 4.0 * track_updates) * elements),
+        once=Work(elements=4.0 * elements),
         memory=2 * size * track_updates + 24 * plan.largest() // plan.shards,
         kept=kept,
         disk_once=plan.shards * size,
@@ -346,7 +353,7 @@ def forecast_change(plan: Plan, *, track_updates: bool) -> Forecast:
 
 
 # Of a symmetric eigendecomposition, in operations of a product per cube of the side.
-_EIGEN = 9 * 8.0
+_EIGEN = 9.0
 _POWER_PASSES = 11
 
 
@@ -372,7 +379,7 @@ def forecast_distribution(plan: Plan, *, top: int, exact_below: int) -> Forecast
     return Forecast(
         work,
         parts=len(space),
-        memory=24 * plan.largest(),
+        memory=40 * plan.largest(),
         communicated=plan.communicated(Work(), gathered=8 * elements),
         sharded="one tensor at a time is whole on every rank",
     )

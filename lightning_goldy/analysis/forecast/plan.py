@@ -202,6 +202,12 @@ class Run:
     first_step: int = 0
     step_seconds: float | None = None
 
+    @property
+    def epoch_ends(self) -> tuple[int, ...]:
+        """The step that each epoch ends with; the last may be cut short by the end of the run."""
+        size = self.epoch_steps
+        return tuple(min(step, self.steps) for step in range(size, self.steps + size, size)) if size else ()
+
     def firings(self, *, every_n_steps: int | None, every_n_epochs: int | None, at: Sequence[str]) -> tuple[int, ...]:
         """The steps at which a schedule fires; one step fires once for the same weights."""
         found: set[int] = set()

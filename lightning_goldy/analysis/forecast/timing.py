@@ -146,10 +146,10 @@ def _affine(counts: Sequence[int], seconds: Sequence[float]) -> tuple[float, flo
     return max(0.0, short - token * few), token
 
 
-def _seconds(act: Callable[[], Any], device: torch.device) -> float:
-    """The shortest of a few runs; of one where that takes long."""
+def _seconds(act: Callable[[], Any], device: torch.device, runs: int = 3) -> float:
+    """The shortest of some runs; of fewer where they take long."""
     best, spent = math.inf, 0.0
-    for _ in range(3):
+    for _ in range(runs):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         start = clock()
@@ -158,7 +158,7 @@ def _seconds(act: Callable[[], Any], device: torch.device) -> float:
             torch.cuda.synchronize(device)
         took = clock() - start
         best, spent = min(best, took), spent + took
-        if spent > 0.01:
+        if spent > 0.004 * runs:
             break
     return best
 
@@ -172,4 +172,4 @@ def _arithmetic(device: torch.device) -> Mapping[str, float]:
         "selected": (lambda: select_largest([wide], _TIMED // 20), _TIMED),
         "flop": (lambda: square @ square, 2.0 * _SIDE**3),
     }
-    return {name: _seconds(act, device) / count for name, (act, count) in jobs.items()}
+    return {name: _seconds(act, device, 12) / count for name, (act, count) in jobs.items()}
