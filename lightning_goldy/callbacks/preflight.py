@@ -194,7 +194,7 @@ def derive(callback: AnalysisCallback[Any], plan: Plan, speeds: Speeds, run: Run
     if not fits:
         least = callback.forecast(plan, run).seconds(speeds, plan.replicas)
         rank_zero_warn(
-            f"{callback.name}: even {_listed(values)} take {time_in_words(least)} a firing, more than budget= allows: "
+            f"{callback.name}: even {_listed({path: values[path] for path in callback.dials}) or 'its passes'} take {time_in_words(least)} a firing, more than budget= allows: "
             "raise it, or let it fire more rarely"
         )
     return {path: value for path, value in values.items() if value != given[path]}
