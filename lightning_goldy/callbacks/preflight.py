@@ -193,9 +193,10 @@ def derive(callback: AnalysisCallback[Any], plan: Plan, speeds: Speeds, run: Run
         fits = budget.holds(callback.forecast(plan, run), plan, speeds, run)
     if not fits:
         least = callback.forecast(plan, run).seconds(speeds, plan.replicas)
+        turned = _listed({path: values[path] for path in callback.dials}) or "the whole of it"
         rank_zero_warn(
-            f"{callback.name}: even {_listed({path: values[path] for path in callback.dials}) or 'its passes'} take {time_in_words(least)} a firing, more than budget= allows: "
-            "raise it, or let it fire more rarely"
+            f"{callback.name}: even {turned} takes {time_in_words(least)} a firing, more than budget= allows: raise it, "
+            "or let it fire more rarely"
         )
     return {path: value for path, value in values.items() if value != given[path]}
 
@@ -568,4 +569,5 @@ def size_in_words(count: float) -> str:
     """
     if not count:
         return "0"
-    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
+    unit, word = next((pair for pair in ((1e12, "TB"), (1e9, "GB")) if count >= pair[0]), (1e6, "MB"))
+    return f"{count / unit:.3g} {word}"

@@ -187,7 +187,7 @@ def test_a_schedule_gives_way_last_and_what_cannot_be_met_is_told() -> None:
     often = GoldenParameters(n_samples=4, every_n_steps=10, at=(), budget=0.05)
     derive(often, plan, SLOW, Run(1000, step_seconds=3.0))
     assert (often.n_samples, often.every_n_steps) == (2, 320)
-    with pytest.warns(UserWarning, match=r"even n_samples=2.* take 48 s a firing, more than budget= allows"):
+    with pytest.warns(UserWarning, match=r"even n_samples=2.* takes 48 s a firing, more than budget= allows"):
         derive(GoldenParameters(budget="1s"), plan, SLOW, Run(1000))
     with pytest.warns(UserWarning, match="its budget cannot be kept"):
         assert derive(GoldenParameters(budget=0.1), plan, SLOW, Run(1000)) == {}

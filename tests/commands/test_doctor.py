@@ -39,18 +39,21 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_model_is_tried_and_the_configured_callbacks_are_planned(folder, capsys):
     assert main(["doctor", "model", "--config", "run.yaml", "--length", "16"]) == 0
     told = capsys.readouterr().out
-    assert torch.__version__ in told and "GPT2LMHeadModel" in told
+    assert torch.__version__ in told
+    assert "GPT2LMHeadModel" in told
     assert "forecast: 40 steps, batches of 3 x 16 tokens" in told
     (line,) = [line for line in told.splitlines() if line.strip().startswith("golden_parameters")]
     # 40 steps, every 10 of them and at the end, which is one of these.
-    assert line.split()[1:3] == ["6", "6"] and line.split()[5] == "4"
-    assert "reverse_golden_parameters" not in told and "analyses:" in told
+    assert (line.split()[1:3], line.split()[5 if line.split()[4] == "s" else 4]) == (["6", "6"], "4")
+    assert "reverse_golden_parameters" not in told
+    assert "analyses:" in told
 
 
 def test_without_values_nothing_is_allocated(folder, capsys):
     assert main(["doctor", "model", "--meta", "--length", "16", "--steps", "100"]) == 0
     told = capsys.readouterr().out
-    assert "2 heads in 1 blocks" in told and "training steps" in told and "reverse_golden_parameters" in told
+    for words in ("2 heads in 1 blocks", "training steps", "reverse_golden_parameters"):
+        assert words in told
 
 
 @pytest.mark.parametrize(
@@ -81,7 +84,8 @@ def test_why_an_analysis_does_not_work_is_told():
             self.layer = torch.nn.Linear(2, 2)
 
     told = works_on(Broken(), CausalLMObjective(), meta=False)
-    assert told["attention"].startswith("does not: ") and told["golden, reverse golden"].startswith("does not: ")
+    assert told["attention"].startswith("does not: ")
+    assert told["golden, reverse golden"].startswith("does not: ")
     assert told["change, distribution"] == "works: 2 trainable tensors"
     assert set(works_on(build("llama").eval(), CausalLMObjective(), meta=False).values()) >= {"works"}
 
@@ -92,7 +96,9 @@ def test_shapes_have_their_parameters():
         assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e9, 2) == billions
         assert all(parameter.is_meta for parameter in model.parameters())
     plan, speeds = planned(build_shape("1b"), CausalLMObjective(), Question(shape="1b", length=64))
-    assert speeds is None and plan.activations > 1e5 and plan.n_layers == 16
+    assert speeds is None
+    assert plan.activations > 1e5
+    assert plan.n_layers == 16
 
 
 def test_the_page_of_scaling_is_what_is_forecast():

@@ -24,17 +24,18 @@ STATE, USABLE = 8, 0.95
 
 _INTRODUCTION = """# Scaling
 
-What an analysis needs at 1, 8 and 70 billion parameters: Llama shapes, planned on the `meta` device without a byte of
-weights, by the same forecast that a run prints before its first step and `goldy doctor` shows. The tables are generated; a
-test holds them against this page (`python -m tests.references.scaling_table` renews it).
+What an analysis needs at 1, 8 and 70 billion parameters: Llama shapes, planned on the `meta` device without a byte
+of weights, by the same forecast that a run prints before its first step and `goldy doctor` shows. The tables are
+generated; a test holds them against this page (`python -m tests.references.scaling_table` renews it).
 
 They are of bfloat16 weights, batches of 4 samples of 512 tokens, the callbacks' defaults (16 samples, 256 pieces, 5
-directions; `large=True`), and FSDP2 over 8 ranks where nothing else is said. *forwards* and *backwards* are samples of one
-firing, over all ranks; *memory* is the device's, on each rank while the analysis runs; *kept* the host's between firings;
-*disk* what a firing writes, after what the beginning of a run does; *sent* what each rank communicates per firing, most of it
-the parameters that every pass gathers. *GPUs* is the smallest number of 80 GB ranks that hold the training (parameters,
-gradients and both moments in bfloat16, activations of a batch without checkpointing) and the analysis beside it; the title
-says what the training takes alone. Passes that depend on the data are what is typical ("about").
+directions; `large=True`), and FSDP2 over 8 ranks where nothing else is said. *forwards* and *backwards* are samples
+of one firing, over all ranks; *memory* is the device's, on each rank while the analysis runs; *kept* the host's
+between firings; *disk* what a firing writes, after what the beginning of a run does; *sent* what each rank
+communicates per firing, most of it the parameters that every pass gathers. *GPUs* is the smallest number of 80 GB
+ranks that hold the training (parameters, gradients and both moments in bfloat16, activations of a batch without
+checkpointing) and the analysis beside it; the title says what the training takes alone. Passes that depend on the
+data are what is typical ("about").
 
 Ask for your own model and callbacks:
 
@@ -46,21 +47,24 @@ goldy doctor MODEL --meta --config recipes/text_finetune.yaml --config callbacks
 
 _END = """## What needs more than one H100
 
-Of the 1 B shape everything fits beside the training on one card. At 8 B and 70 B the column *GPUs* tells where an analysis
-asks for more ranks than the training itself. Those with a large share of it:
+Of the 1 B shape everything fits beside the training on one card. At 8 B and 70 B the column *GPUs* tells where an
+analysis asks for more ranks than the training itself. Those with a large share of it:
 
-- **Reverse golden** holds scores of the size of the parameters in float32: a selection (`last_layers: 0.3`) divides them.
-- **Taylor** holds the base, the step and, with shares, a gradient. `by: null` leaves the gradient out, `orders: [1]` half of
-  the tangents. On shards, differences along the step take the place of forward mode.
-- **Golden** holds one or two bytes of votes per element and a gradient's tensor; its mask is whole on every rank's host.
-- **Parameter distribution** has one tensor at a time whole in float64 on each rank; `exclude` the embedding where it is the
-  largest.
-- **Coupling** needs little memory, but its passes are many: with fewer pieces (`n_pieces`), or `budget`, it stays short.
+- **Reverse golden** holds scores of the size of the parameters in float32: a selection (`last_layers: 0.3`) divides
+  them.
+- **Taylor** holds the base, the step and, with shares, a gradient. `by: null` leaves the gradient out, `orders:
+  [1]` half of the tangents. On shards, differences along the step take the place of forward mode.
+- **Golden** holds one or two bytes of votes per element and a gradient's tensor; its mask is whole on every rank's
+  host.
+- **Parameter distribution** has one tensor at a time whole in float64 on each rank; `exclude` the embedding where
+  it is the largest.
+- **Coupling** needs little memory, but its passes are many: with fewer pieces (`n_pieces`), or `budget`, it stays
+  short.
 
 ## After the fact, from a checkpoint
 
-What does not fit beside the training runs afterwards, where no optimizer takes room: a checkpoint and its base need 2 to 3
-copies of the parameters instead of the 4 and more of a training.
+What does not fit beside the training runs afterwards, where no optimizer takes room: a checkpoint and its base need
+2 to 3 copies of the parameters instead of the 4 and more of a training.
 
 ```
 goldy analyze CHECKPOINT --config runs/NAME/version_0/config.yaml        # attention, Taylor, shape of the change
@@ -68,8 +72,8 @@ goldy basin CHECKPOINT --config runs/NAME/version_0/config.yaml          # volum
 goldy coupling --model runs/NAME/version_0/checkpoints/step=1000 --data pieces.jsonl --projection 8192
 ```
 
-They run on a CPU with enough memory, too. The pure functions of `lightning_goldy.analysis` take a model that is sharded with
-FSDP2, so that a script under `torchrun` can do the same on as many ranks as the training had.
+They run on a CPU with enough memory, too. The pure functions of `lightning_goldy.analysis` take a model that is
+sharded with FSDP2, so that a script under `torchrun` can do the same on as many ranks as the training had.
 """
 
 
@@ -77,7 +81,7 @@ def gpus_needed(plan: Plan, callback: AnalysisCallback[Any] | None = None) -> in
     """Ranks of 80 GB that hold the training, and an analysis beside it; None where the largest number does not."""
     for ranks in RANKS:
         spread = dataclasses.replace(plan, shards=ranks)
-        state = STATE * spread.elements() + spread.graph(4 * 512)
+        state = STATE * spread.elements() + spread.graph(512)
         beside = 0 if callback is None else callback.forecast(spread, Run(1000)).memory
         if state + beside <= USABLE * GPU:
             return ranks
@@ -97,12 +101,14 @@ def render_shape(name: str) -> str:
     ]
     for callback in readers():
         one, many = (callback.forecast(dataclasses.replace(plan, shards=shards), Run(1000)) for shards in (1, SHARDS))
-        about = "" if many.exact else "about "
-        once = f"{size_in_words(many.disk_once)} + " if many.disk_once else ""
+        forwards, backwards = (
+            f"about {count}" if count and not many.exact else str(count) for count in dataclasses.astuple(many.cost)
+        )
+        disk = " + ".join(size_in_words(size) for size in (many.disk_once, many.disk) if size) or "0"
         lines.append(
-            f"| {callback.name.replace('_', ' ')} | {about}{many.cost.forwards} | {about}{many.cost.backwards} | "
+            f"| {callback.name.replace('_', ' ')} | {forwards} | {backwards} | "
             f"{size_in_words(one.memory)} | {size_in_words(many.memory)} | {size_in_words(many.kept)} | "
-            f"{once}{size_in_words(many.disk)} | {size_in_words(many.communicated)} | "
+            f"{disk} | {size_in_words(many.communicated)} | "
             f"{gpus_needed(plan, callback) or 'more than 64'} |"
         )
     return "\n".join([*lines, ""])

@@ -39,7 +39,13 @@ def forecast_golden(
     tokens = max((length for _, length in plan.batches(n_samples)), default=0)
     scores = 4 * elements if whole or plan.shards > 1 else 0
     # Gradients are freed as they come, but not given back to the system.
-    memory = elements * (vote + 1 + 4) + scores + 12 * plan.largest(space) // plan.shards + plan.graph(tokens)
+    memory = (
+        elements * (vote + 1)
+        + plan.bytes(space)
+        + scores
+        + 12 * plan.largest(space) // plan.shards
+        + plan.graph(tokens)
+    )
     return Forecast(
         work,
         parts=max(1, passes.samples),
