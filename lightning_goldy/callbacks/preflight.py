@@ -195,8 +195,8 @@ def derive(callback: AnalysisCallback[Any], plan: Plan, speeds: Speeds, run: Run
         least = callback.forecast(plan, run).seconds(speeds, plan.replicas)
         turned = _listed({path: values[path] for path in callback.dials}) or "the whole of it"
         rank_zero_warn(
-            f"{callback.name}: even {turned} takes {time_in_words(least)} a firing, more than budget= allows: raise it, "
-            "or let it fire more rarely"
+            f"{callback.name}: even {turned} takes {time_in_words(least)} a firing, more than budget= allows: raise "
+            "it, or let it fire more rarely"
         )
     return {path: value for path, value in values.items() if value != given[path]}
 
