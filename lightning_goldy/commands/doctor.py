@@ -92,7 +92,7 @@ class Question:
     Example:
         >>> Question(shape="9b")
         Traceback (most recent call last):
-        ValueError: unknown shape '9b'; did you mean '8b'? Valid: 1b, 8b, 70b
+        ValueError: unknown shape '9b'; Valid: 1b, 8b, 70b
     """
 
     model: str | None = None
@@ -300,7 +300,9 @@ def _model(question: Question) -> nn.Module:
     try:
         config = AutoConfig.from_pretrained(str(Path(question.model).expanduser()))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{question.model!r} has no configuration to plan with: {error}") from error
+        raise ValueError(
+            f"{question.model!r} has no configuration to plan with: {' '.join(str(error).split())}"
+        ) from error
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config).to(getattr(torch, question.dtype))
 
@@ -325,9 +327,8 @@ def _configured(question: Question) -> tuple[list[AnalysisCallback[Any]], Questi
         told |= {name: value for name, value in read.items() if isinstance(value, int) and value > 0}
     callbacks = [found for found in map(_instance, specs) if found is not None]
     if not callbacks:
-        raise ValueError(
-            f"{', '.join(question.configs)} attach no analysis callback; leave --config out to plan them all"
-        )
+        files = ", ".join(question.configs)
+        raise ValueError(f"{files}: no analysis callback is attached; leave --config out to plan them all")
     given = {name: getattr(question, name) or value for name, value in told.items()}
     return callbacks, replace(question, **given)
 

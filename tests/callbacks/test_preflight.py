@@ -225,7 +225,13 @@ def test_what_is_derived_stands_in_the_row_and_survives_a_resume(
     monkeypatch.setattr(preflight, "measure_speeds", lambda *args, **options: Speeds((0.0, 1e-9), (0.0, 1e-9)))
     resumed = made()
     checkpoint = next((tmp_path / "saved").glob("*step=4.ckpt"))
-    _, _, found = fit(tmp_path / "resumed", [resumed], max_epochs=1, ckpt_path=checkpoint)
+    _, _, found = fit(
+        tmp_path / "resumed",
+        [resumed, ModelCheckpoint(tmp_path / "saved", every_n_train_steps=4, save_top_k=-1)],
+        max_epochs=1,
+        ckpt_path=checkpoint,
+        enable_checkpointing=True,
+    )
     assert resumed.n_samples == 2
     assert not differences(expected, found) or set(differences(expected, found)) <= {"losses"}
     anew = fit(tmp_path / "anew", [resumed], max_epochs=1)[0].callbacks[0]

@@ -61,7 +61,7 @@ def test_without_values_nothing_is_allocated(folder, capsys):
     [
         ([], "name a model (a folder, or a name on the hub), or a shape with --shape 8b; one of both"),
         (["model", "--shape", "8b"], "one of both"),
-        (["--shape", "9b"], "unknown shape '9b'; did you mean '8b'?"),
+        (["--shape", "9b"], "unknown shape '9b'; Valid: 1b, 8b, 70b"),
         (["model", "--steps", "0"], "steps must be at least 1; got 0"),
         (["nowhere", "--meta"], "'nowhere' has no configuration to plan with"),
         (["model", "--config", "none.yaml"], "No such file or directory: 'none.yaml'"),
