@@ -192,9 +192,12 @@ def derive(callback: AnalysisCallback[Any], plan: Plan, speeds: Speeds, run: Run
         apply_settings(callback, {"every_n_steps": values["every_n_steps"]})
         fits = budget.holds(callback.forecast(plan, run), plan, speeds, run)
     if not fits:
-        least = callback.forecast(plan, run).seconds(speeds, plan.replicas)
+        found = callback.forecast(plan, run)
+        least, whole = found.seconds(speeds, plan.replicas), found.seconds_total(speeds, plan.replicas)
         turned = _listed({path: values[path] for path in callback.dials}) or "the whole of it"
-        rank_zero_warn(
+        # A run of seconds is not worth a warning.
+        tell = rank_zero_warn if whole > _WORTH_TELLING else rank_zero_info
+        tell(
             f"{callback.name}: even {turned} takes {time_in_words(least)} a firing, more than budget= allows: raise "
             "it, or let it fire more rarely"
         )
