@@ -63,7 +63,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser], n
     Example:
         >>> parser = argparse.ArgumentParser()
         >>> commands = parser.add_subparsers()
-        >>> for name in ("analyze", "basin", "coupling", "data", "masks", "plasticity"):
+        >>> for name in ("analyze", "basin", "coupling", "data", "doctor", "masks", "plasticity"):
         ...     add_command(commands, name)
         >>> parser.parse_args(["analyze", "a.ckpt", "--config", "run.yaml", "--prompt", "1+1="]).prompt
         ['1+1=']
@@ -423,6 +423,34 @@ def parsed_layers(text: str | None) -> tuple[int, int] | str | None:
         ) from None
 
 
+def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    _describe(
+        parser,
+        "Versions and devices, which analyses work on a model and why others do not, and what each callback will cost: "
+        "passes, time, memory, disk. With --meta or --shape nothing is allocated.",
+    )
+    parser.add_argument("model", metavar="MODEL", nargs="?", help="a folder of save_pretrained, or a hub name")
+    whose = "whose callbacks are planned (default: all that only look)"
+    parser.add_argument("--config", metavar="FILE", action="append", default=[], help=whose)
+    parser.add_argument("--shape", metavar="NAME", help="in the place of a model: 1b, 8b or 70b of the Llama family")
+    parser.add_argument("--meta", action="store_true", help="read the model's configuration alone")
+    parser.add_argument("--steps", type=int, metavar="N", help="of the run (default: 1000)")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="samples of a batch (default: 4)")
+    parser.add_argument("--length", type=int, metavar="N", help="tokens of a sample (default: 512)")
+    _add_choice(parser, "--dtype", ("float32", "bfloat16", "float16"), "of the weights")
+    parser.add_argument("--shards", type=int, default=1, metavar="N", help="ranks that share each parameter (FSDP2)")
+    parser.add_argument("--replicas", type=int, default=1, metavar="N", help="ranks that share the samples (DDP)")
+    parser.set_defaults(run=_doctor)
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    # Brings torch, which other commands need not wait for.
+    from lightning_goldy.commands.doctor import Question, run_doctor
+
+    names = ("model", "shape", "meta", "steps", "batch_size", "length", "dtype", "shards", "replicas")
+    run_doctor(Question(configs=tuple(options.config), **{name: getattr(options, name) for name in names}))
+
+
 def _add_data(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True, dest="action")
     convert = actions.add_parser("convert", help="write a source's pieces as JSON lines", allow_abbrev=False)
@@ -551,6 +579,7 @@ COMMANDS = {
     "fit": Command("train: goldy fit --config recipes/NAME.yaml --config callbacks/NAME.yaml", None),
     "validate": Command("evaluate on the validation set: goldy validate --config ... --ckpt_path FILE", None),
     "test": Command("evaluate on the test set", None),
+    "doctor": Command("what works on a model, and what each callback will cost: goldy doctor MODEL", _add_doctor),
     "recipes": Command("list, show or copy recipes and callback overlays", _add_recipes),
     "analyze": Command("analyse a checkpoint against its base: goldy analyze CHECKPOINT --config FILE", _add_analyze),
     "basin": Command("measure the basin volume of checkpoints: goldy basin CHECKPOINT... --config FILE", _add_basin),

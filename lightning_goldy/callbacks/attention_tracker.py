@@ -10,8 +10,9 @@ from torch import nn
 
 from lightning_goldy.analysis.attention import Prompt, TrackedAttention, attention_maps, track_attention
 from lightning_goldy.analysis.attention.patterns import describe_stack
-from lightning_goldy.analysis.attention.statistics import check_statistics_arguments
+from lightning_goldy.analysis.attention.statistics import DEFAULT_MEMORY, check_statistics_arguments
 from lightning_goldy.analysis.attention.tracking import check_prompts, token_namer
+from lightning_goldy.analysis.forecast import Forecast, Plan, Run, forecast_attention
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.callbacks.golden_snapshot import find_snapshot
 from lightning_goldy.core.isolation import undisturbed
@@ -43,6 +44,8 @@ class AttentionTracker(AnalysisCallback[TrackedAttention]):
         Traceback (most recent call last):
         ValueError: max_tokens must be at least 1; got 0
     """
+
+    dials: Mapping[str, int] = {"n_samples": 2}
 
     def __init__(
         self,
@@ -94,6 +97,17 @@ class AttentionTracker(AnalysisCallback[TrackedAttention]):
                     f"heads: there is no head {pair[1]} in layer {pair[0]}; layers go from 0 to {last[0]}, the last "
                     f"one's heads from 0 to {last[1]}"
                 )
+
+    def estimate(self, plan: Plan, run: Run) -> Forecast:
+        """A forward pass over the samples and the prompts, and one with the base's values."""
+        return forecast_attention(
+            plan,
+            n_samples=self.n_samples,
+            prompts=1 if self.prompts is None else len(self.prompts),
+            max_tokens=self.max_tokens,
+            drift=self.drift and plan.base,
+            memory=DEFAULT_MEMORY,
+        )
 
     def compute(self, context: AnalysisContext) -> TrackedAttention:
         """Measures the probe and records the prompts, with the present parameters and with the base's."""

@@ -8,7 +8,7 @@ import warnings
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
@@ -17,7 +17,10 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
+from lightning_goldy.analysis.forecast import Forecast, Plan, Run
+from lightning_goldy.analysis.forecast.timing import try_gradients as try_gradients
 from lightning_goldy.analysis.result import AnalysisResult, Cost, Row
+from lightning_goldy.callbacks.preflight import Budget, apply_settings, dialled, preflight
 from lightning_goldy.callbacks.run_folder import (
     find_previous,
     lock_folder,
@@ -163,15 +166,22 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         probe: Batches to analyse; by default a ``probe_dataloader()``, or the validation set.
         name: Folder and metric prefix; needed when a trainer has two callbacks of one class.
         check: Whether to try on one sample, before the first step, what the analysis will do, and to hold the
-            objective's loss against the model's own.
+            objective's loss against the model's own; and to tell before the first step what it will cost.
+        budget: What it may take: a fraction of the run's time, or seconds per firing as ``"20s"``. Its ``dials`` and
+            then its schedule follow, never above what is given.
+        large: Whether to do above 100 M trainable parameters what takes longest there.
 
     Raises:
         ValueError: An argument is out of range, or nothing is scheduled.
     """
 
     _attached = False
+    dials: Mapping[str, Any] = {}
+    """Settings that a budget turns down, and the least of each, by dotted name."""
     needs_probe = True
     """Whether the analysis runs the model on batches."""
+    runs_model = False
+    """Whether it does so on something else than a probe."""
     changes_training = False
     """Whether it intervenes in the training, which a callback that only looks never does."""
     analysis: str | None = None
@@ -191,6 +201,8 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         model_attribute: str | None = None,
         probe: Iterable[Any] | None = None,
         check: bool = True,
+        budget: float | str | None = None,
+        large: bool = False,
         name: str | None = None,
     ) -> None:
         at = (at,) if isinstance(at, str) else tuple(at)  # type: ignore[assignment]
@@ -207,6 +219,11 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         self.every_n_steps, self.every_n_epochs, self.at = every_n_steps, every_n_epochs, at
         self.on_error = on_error
         self.objective, self.model_attribute, self.probe, self.check = objective, model_attribute, probe, check
+        self.budget, self.large = Budget.of(budget), large
+        # What takes the place of settings that were given, and what was given.
+        self.derived: dict[str, Any] = {}
+        self.explicit: dict[str, Any] = {}
+        self._read_ahead: Reading | None = None
         self.name = name or default_name(type(self))
         if not self.name.replace("_", "").replace("-", "").isalnum():
             raise ValueError(f"name becomes a folder: letters, digits, '-' and '_' only; got {self.name!r}")
@@ -253,6 +270,32 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         """How many probe samples an analysis uses, None for all."""
         return None
 
+    def estimate(self, plan: Plan, run: Run) -> Forecast:
+        """Hook for subclasses: what a firing will cost, from settings and shapes alone; it must allocate nothing.
+
+        Args:
+            plan: Shapes of the model, which may lie on ``meta``, and of the probe.
+            run: The steps of the run.
+        """
+        return Forecast(stated=False)
+
+    def limited(self) -> dict[str, Any] | None:
+        """Hook for subclasses: settings that take the place of those that are opt-in above 100 M parameters.
+
+        None where the whole analysis is.
+        """
+        return {}
+
+    def dialled(self, share: float, given: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+        """Hook for subclasses: the ``dials`` at a share of what was given, each at least its least."""
+        return dialled(self.dials, share, given, plan.n_samples)
+
+    def forecast(self, plan: Plan, run: Run) -> Forecast:
+        """What this callback will cost in a run: passes, memory, disk, bytes communicated, firings."""
+        steps = run.firings(every_n_steps=self.every_n_steps, every_n_epochs=self.every_n_epochs, at=self.at)
+        found = self.estimate(plan, run)
+        return replace(found, name=self.name, firings=len(steps), checkpoints=len(run.checkpoint_steps))
+
     @property
     def state_key(self) -> str:
         """Differs between two callbacks of one class through their names."""
@@ -286,6 +329,9 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Opens the folder, takes up an interrupted run, and tries the probe before the first step."""
         resumed = self._resumed
+        callbacks = [each for each in trainer.callbacks if isinstance(each, AnalysisCallback)]  # type: ignore[attr-defined]
+        if callbacks[:1] == [self]:
+            preflight(trainer, pl_module, callbacks)
         tell_last(trainer, AnalysisCallback)
         with Replicas.world().together(self.name):
             self._start(trainer, pl_module)
@@ -320,7 +366,7 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         if not self._goes_on:
             self._trained |= {name for name, _ in trainable_parameters(model)}
         if self.needs_probe:
-            self._batches = self._read_probe(trainer, pl_module)
+            self._batches = self.read_probe(trainer, pl_module)
             with undisturbed(trainer, pl_module):
                 Replicas.world().agree(f"{self.name}: the probe", fingerprint_batches(self._batches))
                 objective = find_objective(pl_module, model, self.objective)
@@ -335,10 +381,19 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         self._left = trainer.global_step, weights_mark(model)
         self._resumed = False
 
-    def _read_probe(self, trainer: L.Trainer, pl_module: L.LightningModule) -> list[Any]:
+    def goes_on_with(self, trainer: L.Trainer) -> bool:
+        """Whether settings were derived before, in a run that is resumed or that the trainer goes on with."""
+        return self._resumed or (self._run is not None and self._run[0]() is trainer)
+
+    def read_probe(self, trainer: L.Trainer, pl_module: L.LightningModule, n_samples: int | None = None) -> list[Any]:
+        """The first batches of the probe, which callbacks of a trainer share; by default as many as are used."""
+        if n_samples is not None:
+            return find_probe(trainer, pl_module, self.probe, n_samples).first(n_samples)
         sharers = (callback for callback in trainer.callbacks if isinstance(callback, AnalysisCallback))  # type: ignore[attr-defined]
         wanted = [other.probe_samples() for other in sharers if other.needs_probe and other.probe is self.probe]
         self._reading = find_probe(trainer, pl_module, self.probe, self.probe_samples(), wanted=wanted)
+        # Held over the start of the run, which forgets the others.
+        self._read_ahead = None if self._read_ahead is self._reading else self._reading
         return self._reading.first(self.probe_samples())
 
     def _is_same_run(self, trainer: L.Trainer, pl_module: L.LightningModule, folder: Path) -> bool:
@@ -592,6 +647,7 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
             files = self._saved(vectors, context)
         for note in [*self._notes, *apart]:
             row = row.noted(note)
+        row = row.extended(result={"derived": dict(self.derived)}) if self.derived else row
         row = row.at(
             analysis=self.analysis or row.analysis or default_name(type(self)),
             name=self.name,
@@ -655,7 +711,7 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         """Small and picklable under ``weights_only``: where the results are and how far they go."""
         folder = None if self._store is None else str(self._store.folder.absolute())
         state = {"last_step": self._last_step, "folder": folder, "analysed": self._analysed}
-        return {**state, "trained": sorted(self._trained)}
+        return {**state, "trained": sorted(self._trained), "derived": dict(self.derived)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Notes what the interrupted run left; it is taken up when training starts."""
@@ -668,6 +724,8 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         self._previous_identity, self._lost = state_dict.get("folder_identity"), state_dict.get("lost")
         # Lightning's search for a learning rate or batch size takes back what was before any training.
         self._resumed = self._previous_folder is not None
+        self.derived = dict(state_dict.get("derived", {}))
+        apply_settings(self, self.derived)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the run that it belongs to and its source of batches, which only this process knows."""
@@ -679,31 +737,6 @@ def _may_validate(trainer: L.Trainer, batch_idx: int) -> bool:
     every = trainer.val_check_batch
     last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
     return bool(trainer.enable_validation and (last or every is None or (every and (batch_idx + 1) % every == 0)))
-
-
-def try_gradients(model: nn.Module, parameters: Mapping[str, nn.Parameter], objective: Objective, sample: Any) -> None:
-    """A forward and a backward pass of one sample.
-
-    Args:
-        model: The model, isolated.
-        parameters: By name; those whose gradients are wanted.
-        objective: How a batch becomes log-probabilities.
-        sample: A batch of one sample, on the model's device.
-
-    Raises:
-        ValueError: The log-probability depends on none of the parameters.
-    """
-    log_prob, leaves = objective.log_probs(model, sample).mean(), list(parameters.values())
-    if any(map(is_sharded, leaves)):
-        log_prob.backward()  # FSDP2 leaves gradients in the parameters alone
-        unshard_guard(model)
-        return
-    # Not into the parameters, or DistributedDataParallel would see a backward pass.
-    found = torch.autograd.grad(log_prob, leaves, allow_unused=True) if log_prob.requires_grad else [None]
-    if all(gradient is None for gradient in found):
-        raise ValueError(
-            f"the objective depends on none of the {len(leaves)} selected parameters ({next(iter(parameters))}, ...)"
-        )
 
 
 def _reason(error: Exception) -> str:

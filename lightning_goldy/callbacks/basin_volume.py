@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_goldy.analysis.basin import BasinVolumes, Estimator, Selection, VolumeSurvey, adam_preconditioner
 from lightning_goldy.analysis.basin.survey import ONLY_SPLIT, Make, PreconditionerName
+from lightning_goldy.analysis.forecast import BasinSettings, Forecast, Plan, Run, forecast_basin
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, fingerprint_batches, try_gradients
 from lightning_goldy.core.isolation import undisturbed
 from lightning_goldy.core.objective import Objective
@@ -70,6 +71,8 @@ class BasinVolume(AnalysisCallback[BasinVolumes]):
         Traceback (most recent call last):
         ValueError: cutoff must be positive and finite; got 0.0
     """
+
+    dials: Mapping[str, int] = {"survey.n_samples": 2, "survey.n_directions": 2}
 
     def __init__(
         self,
@@ -146,6 +149,22 @@ class BasinVolume(AnalysisCallback[BasinVolumes]):
         """A backward pass of one sample where the Fisher information is wanted; volumes need forward passes alone."""
         if self.survey.preconditioner == "kronecker":
             try_gradients(model, self.survey.space(model).resolve(model), objective, sample)
+
+    def estimate(self, plan: Plan, run: Run) -> Forecast:
+        """The anchor's predictions, and two forward passes or so for each direction."""
+        survey, asked = self.survey, self.survey.preconditioner
+        settings = BasinSettings(
+            n_directions=survey.n_directions,
+            cutoffs=len(survey.cutoffs),
+            splits=len(self.splits) if isinstance(self.splits, Mapping) else 1,
+            proposals=2 if asked == "best" else 1,
+            preconditioned=asked != "none",
+            fisher=asked == "kronecker",
+            n_samples=survey.n_samples,
+            max_tokens=survey.estimator.max_seq_len,
+            cached=survey.estimator.cache != "none",
+        )
+        return forecast_basin(plan, survey.space(plan.model), settings)
 
     def compute(self, context: AnalysisContext) -> BasinVolumes:
         """Measures the volumes."""

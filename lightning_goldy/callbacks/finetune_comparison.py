@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from lightning_goldy.analysis.forecast import Forecast, Passes, Plan, Run, Work
 from lightning_goldy.analysis.result import AnalysisResult, Cost, Row
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.core.batches import sample_count
@@ -289,6 +290,14 @@ class FinetuneComparison(AnalysisCallback[FinetuneComparisonResult]):
             f"{self.name} repeats the training from its start, but {space.names[0]} became trainable at step "
             f"{trainer.global_step}: train all parameters from the start, or leave {type(self).__name__} out"
         )
+
+    def estimate(self, plan: Plan, run: Run) -> Forecast:
+        """A training of the same length for every other way, on one device."""
+        rows, tokens = max(plan.rows, default=(1, 1))
+        calls = len(self.against) * run.steps
+        work = Work(backward=Passes(calls * rows, calls, calls * rows * tokens), elements=8.0 * calls * plan.elements())
+        size = plan.bytes()
+        return Forecast(work, memory=5 * size, disk=len(self.against) * size, disk_once=size, exact=False)
 
     def compute(self, context: AnalysisContext) -> FinetuneComparisonResult:
         """Measures the start and the masked finetune, then trains and measures the others."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
+from lightning_goldy.analysis.forecast import Forecast, Plan, Run, forecast_golden
 from lightning_goldy.analysis.golden import GoldenResult, check_golden_arguments, golden_parameters
 from lightning_goldy.callbacks.base import AnalysisContext
 from lightning_goldy.callbacks.golden_snapshot import MaskCallback
@@ -37,6 +38,8 @@ class GoldenParameters(MaskCallback[GoldenResult]):
         ValueError: top_k_percent must lie in (0, 100]; got 0
     """
 
+    dials: Mapping[str, int] = {"n_samples": 2}
+
     def __init__(
         self,
         top_k_percent: float = 5.0,
@@ -63,6 +66,11 @@ class GoldenParameters(MaskCallback[GoldenResult]):
     def space(self, model: nn.Module) -> ParameterSpace:
         """The selected parameters."""
         return ParameterSpace.of(model, self.include, self.exclude, self.last_layers)
+
+    def estimate(self, plan: Plan, run: Run) -> Forecast:
+        """A gradient of each sample, and a selection out of it."""
+        options: dict[str, Any] = {"top_k_percent": self.top_k_percent, "whole": self.scope == "global"}
+        return forecast_golden(plan, self.space(plan.model), self.n_samples, **options)
 
     def compute(self, context: AnalysisContext) -> GoldenResult:
         """Finds the golden parameters of the probe."""

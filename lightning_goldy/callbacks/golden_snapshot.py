@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_goldy.analysis.change import SuccessiveUpdates, WeightChange, change_inside, weight_change
+from lightning_goldy.analysis.forecast import Forecast, Plan, Run, forecast_change
 from lightning_goldy.analysis.golden import GoldenResult, ReverseGoldenResult
 from lightning_goldy.analysis.result import Row
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, try_gradients
@@ -134,6 +135,10 @@ class GoldenSnapshot(AnalysisCallback[WeightChange]):
         self._trained |= set(self._kept.read(self.folder, model).space)
         if self.track_updates:
             self._updates.load({key: load_vectors(self.folder / name, model)[0] for key, name in self._files.items()})
+
+    def estimate(self, plan: Plan, run: Run) -> Forecast:
+        """Every element is read; no pass of the model."""
+        return forecast_change(plan, track_updates=self.track_updates)
 
     def compute(self, context: AnalysisContext) -> WeightChange:
         """Measures the change since the base."""

@@ -11,6 +11,7 @@ import lightning.pytorch as L
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
+from lightning_goldy.analysis.forecast import Forecast, Plan, Run, forecast_heads
 from lightning_goldy.analysis.heads import (
     PlasticityResult,
     PlasticityRun,
@@ -191,6 +192,19 @@ class HeadPlasticity(AnalysisCallback[PlasticityResult]):
             strategies.add("magnitude")
         for strategy in sorted(strategies):
             PlasticitySubject(model, self.plasticity.gates, [sample], objective, scoring).scores(strategy, 0)
+
+    def estimate(self, plan: Plan, run: Run) -> Forecast:
+        """Scores before each cut and at the regrowth, and losses around both."""
+        settings = self.settings
+        scored = 1 + (settings.regrowth.fraction > 0 and settings.regrowth.choice == "gradient")
+        found = forecast_heads(plan, n_samples=settings.scoring.n_samples, gradients=scored)
+        return replace(found, kept=found.kept * settings.needs_base)
+
+    def forecast(self, plan: Plan, run: Run) -> Forecast:
+        """The plan's cuts and regrowths are firings beside those of the schedule."""
+        found, settings = super().forecast(plan, run), self.settings
+        events = settings.cycles * (settings.schedule.cuts + (settings.regrowth.fraction > 0) + 1)
+        return replace(found, firings=found.firings + events)
 
     def compute(self, context: AnalysisContext) -> PlasticityResult:
         """Carries out what is due, and tells decisions, scores, maps and what changed since the last row."""

@@ -26,10 +26,13 @@ from lightning_goldy.analysis.coupling import (
     coupling_statistics,
     knowledge_coupling,
 )
+from lightning_goldy.analysis.coupling.pieces import selected_parameters
+from lightning_goldy.analysis.forecast import Forecast, Plan, Run, forecast_coupling
 from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.analysis.ripple import UNTOUCHED, FinetuneRipple, check_pieces, finetune_ripple
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.callbacks.golden_snapshot import TrainingBase
+from lightning_goldy.callbacks.preflight import dialled
 from lightning_goldy.callbacks.store import AnalysisProgress
 from lightning_goldy.core.base import BaseParameters
 from lightning_goldy.core.files import finite
@@ -185,6 +188,11 @@ def _id(fact: Fact) -> str:
     return f"{fact.subject}/{fact.relation}"
 
 
+FEW_PIECES = 32
+"""How many are above 100 M parameters, unless large=True or a budget opts in."""
+DEFAULT_PIECES = 256
+"""How many pieces are watched at most unless a number is given."""
+
 # Blocks and pieces in the heat maps, points in the scatter plot, facts in the table.
 _BLOCKS, _PIECES, _POINTS, _MOVED = 64, 40, 2000, 20
 
@@ -313,8 +321,9 @@ class KnowledgeCoupling(AnalysisCallback[KnowledgeState]):
         ValueError: n_pieces must be at least 2, or None for all pieces; got 1
     """
 
-    needs_probe = False
+    needs_probe, runs_model = False, True
     analysis = "coupling_drift"
+    dials: Mapping[str, int] = {"n_pieces": 4}
 
     def __init__(
         self,
@@ -323,7 +332,7 @@ class KnowledgeCoupling(AnalysisCallback[KnowledgeState]):
         edits: Sequence[str] | None = None,
         select: str | Sequence[str] = "mlp_output",
         layers: Layers = None,
-        n_pieces: int | None = 256,
+        n_pieces: int | None = DEFAULT_PIECES,
         seed: int = 0,
         template: str | None = None,
         moderate: float = 0.1,
@@ -380,6 +389,11 @@ class KnowledgeCoupling(AnalysisCallback[KnowledgeState]):
         with undisturbed(trainer, trainer.lightning_module), AnalysisProgress(trainer, self.name) as progress:
             self._measure_base(trainer, model, progress)
 
+    def _known(self, plan: Plan) -> int:
+        """Pieces that there are, as far as that is known before they are read."""
+        listed = len(self.pieces) if isinstance(self.pieces, Sequence) and not isinstance(self.pieces, str) else None
+        return listed or plan.pieces or self.n_pieces or DEFAULT_PIECES
+
     def became_trainable(self, trainer: L.Trainer, model: nn.Module, space: ParameterSpace) -> None:
         """Adds what becomes trainable to the base, whose coupling is taken anew with it before the next comparison."""
         self._training_base.grow(trainer, model, space, self.folder)
@@ -390,6 +404,20 @@ class KnowledgeCoupling(AnalysisCallback[KnowledgeState]):
             coupling = self._coupling(trainer, model, progress, on_error="raise")
         self._before = coupling, coupling_statistics(coupling, moderate=self.moderate, high=self.high)
         self._unreported, self._grown = coupling.cost, False
+
+    def limited(self) -> dict[str, Any] | None:
+        """More than 32 pieces are opt-in."""
+        return {"n_pieces": FEW_PIECES} if (self.n_pieces or math.inf) > FEW_PIECES else {}
+
+    def dialled(self, share: float, given: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+        """A share of the pieces."""
+        return dialled(self.dials, share, given, self._known(plan))
+
+    def estimate(self, plan: Plan, run: Run) -> Forecast:
+        """A gradient of each piece now and, once, at the base, and three forward passes for what became of it."""
+        given = self._known(plan)
+        parameters = ParameterSpace.of_tensors(selected_parameters(plan.model, self.select, self.layers))
+        return forecast_coupling(plan, parameters, min(given, self.n_pieces or given), keeps_base=not plan.base)
 
     def compute(self, context: AnalysisContext) -> KnowledgeState:
         """Takes the present coupling, and what became of each piece since the base."""

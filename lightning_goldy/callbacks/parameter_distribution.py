@@ -12,6 +12,7 @@ from lightning_goldy.analysis.change import (
     check_distribution_arguments,
     parameter_distribution,
 )
+from lightning_goldy.analysis.forecast import Forecast, Plan, Run, forecast_distribution
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.callbacks.golden_snapshot import require_snapshot
 
@@ -45,6 +46,10 @@ class ParameterDistribution(AnalysisCallback[ParameterDistributionResult]):
     def prepare(self, trainer: L.Trainer, model: nn.Module) -> None:
         """Checks that there is a snapshot to compare with."""
         require_snapshot(trainer, self.name)
+
+    def estimate(self, plan: Plan, run: Run) -> Forecast:
+        """Two decompositions of each matrix; no pass of the model."""
+        return forecast_distribution(plan, top=self.top, exact_below=self.exact_below)
 
     def compute(self, context: AnalysisContext) -> ParameterDistributionResult:
         """Describes the change of every tensor."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import nn
 from lightning_goldy.analysis.basin import Selection
 from lightning_goldy.analysis.continuations import check_generation_arguments, compare_generations
 from lightning_goldy.analysis.divergence import shortened
+from lightning_goldy.analysis.forecast import Forecast, Plan, ReverseSettings, Run, forecast_reverse
 from lightning_goldy.analysis.golden import (
     Fluctuation,
     ReverseGoldenResult,
@@ -86,6 +87,8 @@ class ReverseGoldenParameters(MaskCallback[ReverseGoldenResult]):
         ValueError: n_samples must be at least 2, one to choose and one to measure; got 1
     """
 
+    dials: Mapping[str, int] = {"n_samples": 2, "search.rounds": 2}
+
     def __init__(
         self,
         top_k_percent: float = 1.0,
@@ -121,6 +124,22 @@ class ReverseGoldenParameters(MaskCallback[ReverseGoldenResult]):
         super().prepare(trainer, model)
         if self.generations.prompts:
             _tokenizer(trainer)
+
+    def limited(self) -> dict[str, Any] | None:
+        """The whole search is opt-in."""
+        return None
+
+    def estimate(self, plan: Plan, run: Run) -> Forecast:
+        """A gradient per round, and the trials of what each proposes."""
+        settings = ReverseSettings.of(
+            self.search.rounds,
+            self.search.score,
+            self.strategy,
+            cache=self.search.cache,
+            chunk_size=self.search.chunk_size,
+            top_k_percent=self.top_k_percent,
+        )
+        return forecast_reverse(plan, self.space(plan.model), self.n_samples, settings)
 
     def compute(self, context: AnalysisContext) -> ReverseGoldenResult:
         """Searches on one half of the probe and measures on the other."""

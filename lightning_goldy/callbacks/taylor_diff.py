@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_goldy.analysis.divergence import shortened
+from lightning_goldy.analysis.forecast import Forecast, Plan, Run, forecast_taylor
 from lightning_goldy.analysis.result import Row
 from lightning_goldy.analysis.taylor import (
     By,
@@ -23,6 +24,7 @@ from lightning_goldy.analysis.taylor import (
 )
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.callbacks.golden_snapshot import find_snapshot
+from lightning_goldy.callbacks.preflight import dialled
 from lightning_goldy.core.base import BaseParameters, base_of
 from lightning_goldy.core.naming import require_at_least, suggestion
 from lightning_goldy.core.objective import Objective
@@ -56,6 +58,8 @@ class TaylorDiff(AnalysisCallback[TaylorDiffResult]):
         Traceback (most recent call last):
         ValueError: orders lie between 1 and 3; got 4
     """
+
+    dials: Mapping[str, Any] = {"n_samples": 2, "orders": (1,)}
 
     def __init__(
         self,
@@ -123,6 +127,26 @@ class TaylorDiff(AnalysisCallback[TaylorDiffResult]):
                 f"{self.name}: {why}; derivatives along the step are central differences (route 'differences'), whose "
                 "error each row states"
             )
+
+    def limited(self) -> dict[str, Any] | None:
+        """Orders above the first are opt-in."""
+        return {} if max(self.orders) == 1 else {"orders": (1,)}
+
+    def dialled(self, share: float, given: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+        """The first order alone below half of the samples."""
+        samples = dialled({"n_samples": 2}, share, given, plan.n_samples)
+        return {**samples, "orders": given["orders"] if share > 0.5 else (1,)}
+
+    def estimate(self, plan: Plan, run: Run) -> Forecast:
+        """Forward mode along the step, the present logits, and a gradient or two for the shares."""
+        return forecast_taylor(
+            plan,
+            self.orders,
+            shares=self.by is not None,
+            function_space=self.function_space,
+            n_samples=self.n_samples,
+            keeps_base=self.reset != "never",
+        )
 
     def compute(self, context: AnalysisContext) -> TaylorDiffResult:
         """Expands around the base."""

@@ -10,6 +10,7 @@ import lightning.pytorch as L
 import torch
 
 from lightning_goldy.analysis.divergence import counted_forwards, own_share, shortened
+from lightning_goldy.analysis.forecast import Forecast, Plan, Run, forecast_losses
 from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.core.batches import sample_count
@@ -51,6 +52,8 @@ class VariantLosses(AnalysisCallback[VariantLossesResult]):
         ValueError: n_samples must be at least 1; got 0
     """
 
+    dials: Mapping[str, int] = {"n_samples": 2}
+
     def __init__(self, *, n_samples: int | None = None, **options: Any) -> None:
         super().__init__(**options)
         if n_samples is not None:
@@ -69,6 +72,10 @@ class VariantLosses(AnalysisCallback[VariantLossesResult]):
                 f"{self.name} compares the variants of a lightning_goldy.training.variants.VariantsModule; "
                 f"this is a {type(pl_module).__name__}"
             )
+
+    def estimate(self, plan: Plan, run: Run) -> Forecast:
+        """A forward pass of every variant over the samples."""
+        return forecast_losses(plan, self.n_samples, plan.variants)
 
     def compute(self, context: AnalysisContext) -> VariantLossesResult:
         """Takes every variant's loss on the probe."""

@@ -139,8 +139,13 @@ def test_the_sweeps_first_line_runs(workplace):
     assert (run["strategy"], run["heads"], run["open_heads"]) == ("random", 16, 12)
 
 
+PRESETS = ("light", "full")
+
+
 @pytest.mark.parametrize(
-    "recipe", [each for each in RECIPES if each.kind == "callbacks"], ids=lambda recipe: recipe.name
+    "recipe",
+    [each for each in RECIPES if each.kind == "callbacks" and each.name not in PRESETS],
+    ids=lambda recipe: recipe.name,
 )
 def test_an_overlay_adds_the_callback_of_its_name_and_shows_every_option(recipe):
     (callback,) = yaml.safe_load(recipe.text)["trainer"]["callbacks+"]
@@ -150,6 +155,20 @@ def test_an_overlay_adds_the_callback_of_its_name_and_shows_every_option(recipe)
     options = set(ArgumentParser().add_class_arguments(kind, fail_untyped=False))
     needless = set() if getattr(kind, "needs_probe", True) else {"objective", "probe"}
     assert set(callback.get("init_args", {})) == options - needless
+
+
+def test_presets_hold_every_callback_that_only_looks():
+    names = {}
+    for preset in PRESETS:
+        recipe = next(each for each in RECIPES if each.name == preset)
+        found = yaml.safe_load(recipe.text)["trainer"]["callbacks+"]
+        names[preset] = [callback["class_path"].rpartition(".")[2] for callback in found]
+        shares = [callback.get("init_args", {}).get("budget", 0.0) for callback in found]
+        assert (sum(shares) < 0.05 and all(shares)) if preset == "light" else not any(shares)
+    own = "HeadPlasticity", "FinetuneComparison", "ExactResume", "RunReport"
+    overlays = {"".join(map(str.title, each.name.split("_"))) for each in RECIPES if each.kind == "callbacks"}
+    assert set(names["full"]) == overlays - {*own, *map(str.title, PRESETS)}
+    assert set(names["light"]) == set(names["full"]) - {"ReverseGoldenParameters"}
 
 
 def test_recipes_say_where_their_logs_go():

@@ -1,0 +1,193 @@
+"""What callbacks take, over what was forecast before the first step: seconds, memory and disk.
+
+    python benchmarks/forecast.py [--model FOLDER] [--only NAME ...]
+
+One small run for each callback, in a process of its own, on two small models and on that of the folder. Memory is the
+largest resident size while the analysis ran, less that before it; disk what the callback's folder holds at the end.
+A ratio within 1.5 is meant; figures too small to be told from noise are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from lightning_goldy.analysis.forecast import timing
+from lightning_goldy.analysis.golden import Search
+from lightning_goldy.callbacks import (
+    AttentionTracker,
+    BasinVolume,
+    GoldenParameters,
+    GoldenSnapshot,
+    KnowledgeCoupling,
+    ParameterDistribution,
+    ReverseGoldenParameters,
+    TaylorDiff,
+    preflight,
+)
+from lightning_goldy.core.pieces import KnowledgePiece
+from lightning_goldy.data import byte_tokenizer
+
+SMALL = ("gpt2", "llama")
+MEANT = 1.5
+# Below these the machine's own noise is larger.
+LEAST = {"seconds": 0.2, "memory": 20e6, "disk": 1e5}
+LENGTH, ROWS = 32, 4
+
+
+def built(name: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    if name == "gpt2":
+        return GPT2LMHeadModel(
+            GPT2Config(
+                n_layer=6, n_head=8, n_embd=384, n_positions=256, vocab_size=8192, bos_token_id=0, eos_token_id=0
+            )
+        )
+    if name == "llama":
+        config = {"num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 512}
+        return LlamaForCausalLM(LlamaConfig(**config, intermediate_size=1024, vocab_size=8192))
+    return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+
+
+def callback(name: str) -> Any:
+    pieces = [KnowledgePiece(str(n), f"what is {n} + {n} ?", str(2 * n)) for n in range(12)]
+    at = {"at": ("end",), "large": True}
+    return {
+        "snapshot": lambda: GoldenSnapshot(every_n_steps=1, large=True),
+        "golden": lambda: GoldenParameters(n_samples=4, **at),
+        "reverse": lambda: ReverseGoldenParameters(n_samples=4, search=Search(rounds=3), **at),
+        "distribution": lambda: ParameterDistribution(**at),
+        "taylor": lambda: TaylorDiff(n_samples=4, **at),
+        "taylor1": lambda: TaylorDiff((1,), n_samples=8, **at),
+        "attention": lambda: AttentionTracker(n_samples=16, **at),
+        "basin": lambda: BasinVolume(2, n_samples=4, **at),
+        "coupling": lambda: KnowledgeCoupling(pieces, edits=["1"], **at),
+    }[name]()
+
+
+NAMES = ("snapshot", "golden", "reverse", "distribution", "taylor", "taylor1", "attention", "basin", "coupling")
+
+
+class Module(L.LightningModule):
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model, self.tokenizer = model, byte_tokenizer()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.model(**batch).loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        pass
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-4)
+
+
+def resident(name: str) -> int:
+    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024 * int(lines[name].split()[0])
+
+
+def measure(model: str, names: Sequence[str]) -> None:
+    """A run for each callback; prints what was forecast and what it took."""
+    # Of one thread, so that what else the machine does counts little.
+    timing.clock = time.process_time
+    for name in names:
+        print(json.dumps([name, measured_run(model, name)]), flush=True)
+
+
+def measured_run(model: str, name: str) -> dict[str, tuple[float, float]]:
+    outlooks, found = [], {"memory": 0, "seconds": 0.0}
+    watched, tell = callback(name), preflight.Outlook.lines
+    analyse = watched._analyse
+
+    def kept(outlook: preflight.Outlook) -> list[str]:
+        outlooks.append(outlook)
+        return tell(outlook)
+
+    def measured(*args: Any) -> Any:
+        gc.collect()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        before, start = resident("VmRSS"), time.process_time()
+        Path("/proc/self/clear_refs").write_text("5")
+        done = analyse(*args)
+        found["memory"] = max(found["memory"], resident("VmHWM") - before)
+        found["seconds"] = time.process_time() - start
+        return done
+
+    preflight.Outlook.lines, watched._analyse = kept, measured  # type: ignore[method-assign]
+    ids = torch.randint(3, 8000, (64, LENGTH), generator=torch.Generator().manual_seed(1))
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    callbacks = [watched] if name == "snapshot" else [GoldenSnapshot(every_n_steps=None, track_updates=False), watched]
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = L.Trainer(
+            accelerator="cpu",
+            max_steps=3 if name == "snapshot" else 1,
+            default_root_dir=folder,
+            callbacks=callbacks,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            limit_val_batches=4,
+        )
+        trainer.fit(Module(built(model)), *(DataLoader(rows, batch_size=ROWS) for _ in range(2)))
+        disk = sum(path.stat().st_size for path in watched.folder.glob("*.safetensors"))
+    preflight.Outlook.lines = tell  # type: ignore[method-assign]
+    outlook = outlooks[-1]
+    (forecast,) = [each for each in outlook.forecasts if each.name == watched.name]
+    seconds = forecast.seconds(outlook.speeds)
+    return {
+        "seconds": (seconds, found["seconds"]),
+        "memory": (forecast.memory, found["memory"]),
+        "disk": (forecast.disk_total, disk),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", metavar="FOLDER", help="a folder of save_pretrained, not the small models")
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
+    parser.add_argument("--run", metavar="MODEL", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.run:
+        measure(options.run, options.only)
+        return
+    kinds = " | ".join(f"{kind} | measured | ratio" for kind in ("seconds", "memory, MB", "disk, MB"))
+    print(f"| model | callback | {kinds} |\n|{'---|' * 11}", flush=True)
+    off = 0
+    for model in [options.model] if options.model else SMALL:
+        command = [sys.executable, __file__, "--run", model, "--only", *options.only]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as running:
+            for line in running.stdout or ():
+                if not line.startswith("["):
+                    continue
+                name, told = json.loads(line)
+                cells = []
+                for kind, (expected, found) in told.items():
+                    scale = 1.0 if kind == "seconds" else 1e6
+                    small = max(expected, found) < LEAST[kind]
+                    ratio = found / expected if expected else float("inf")
+                    off += not small and not 1 / MEANT <= ratio <= MEANT
+                    cells += [f"{expected / scale:.3g}", f"{found / scale:.3g}", "-" if small else f"{ratio:.2f}"]
+                print(f"| {Path(model).name} | {name} | {' | '.join(cells)} |", flush=True)
+    print(f"{off} outside of {MEANT} x")
+
+
+if __name__ == "__main__":
+    main()

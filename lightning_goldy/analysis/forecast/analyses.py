@@ -1,0 +1,419 @@
+"""The cost of each analysis, from its settings and the shapes alone: nothing is run and nothing allocated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from lightning_goldy.analysis.forecast.plan import Forecast, Passes, Plan, Work, passes_over
+from lightning_goldy.core.space import ParameterSpace
+
+
+def mask_bytes(numel: int, top_k_percent: float) -> int:
+    """Bytes of a mask in its file, at most: a bit per element, or indices where fewer than 1 in 32 are marked.
+
+    Example:
+        >>> mask_bytes(3200, 5.0), mask_bytes(3200, 1.0)
+        (400, 128)
+    """
+    marked = int(numel * top_k_percent / 100)
+    return 4 * marked if 32 * marked < numel else numel // 8
+
+
+def forecast_golden(
+    plan: Plan, space: ParameterSpace, n_samples: int | None, *, top_k_percent: float = 5.0, whole: bool = False
+) -> Forecast:
+    """Golden parameters: a gradient per sample, and a selection out of each.
+
+    Args:
+        plan: The shapes.
+        space: The parameters whose elements may be marked.
+        n_samples: Samples that vote.
+        top_k_percent: That each marks, percent; no more than that is golden at a quorum of one half or more.
+        whole: Whether all gradients of a sample are held at once, as ``scope="global"`` and sharded ones are.
+    """
+    passes, elements = plan.single(n_samples), plan.elements(space)
+    work = Work(backward=passes, elements=2.0 * elements * passes.samples, selected=1.0 * elements * passes.samples)
+    vote = 1 if passes.samples < 256 else 2
+    tokens = max((length for _, length in plan.batches(n_samples)), default=0)
+    scores = 4 * elements if whole or plan.shards > 1 else 0
+    # Gradients are freed as they come, but not given back to the system.
+    memory = (
+        elements * (vote + 1)
+        + plan.bytes(space)
+        + scores
+        + 12 * plan.largest(space) // plan.shards
+        + plan.graph(tokens)
+    )
+    return Forecast(
+        work,
+        parts=max(1, passes.samples),
+        memory=memory,
+        kept=space.numel,
+        disk=mask_bytes(space.numel, top_k_percent),
+        communicated=plan.communicated(work, summed=elements * vote, gathered=space.numel),
+        sharded="votes are divided by the shards; the mask, one byte per element, is whole on every rank",
+    )
+
+
+@dataclass(frozen=True)
+class ReverseSettings:
+    """What of a reverse golden search decides its cost.
+
+    Args:
+        rounds: At most.
+        growing: Rounds in which the mask grows.
+        scores: Single-shot scores.
+        exchanging: Whether elements are exchanged, as by every strategy but ``none``.
+        anchored: Passes of one divergence: 2 without a cache.
+        chunk_size: Samples of one pass.
+        top_k_percent: The budget of the mask, percent.
+    """
+
+    rounds: int
+    growing: int
+    scores: int
+    exchanging: bool
+    anchored: int = 1
+    chunk_size: int | None = None
+    top_k_percent: float = 1.0
+
+    @classmethod
+    def of(
+        cls, rounds: int, score: str, strategy: str, *, cache: str, chunk_size: int | None, top_k_percent: float
+    ) -> ReverseSettings:
+        """From those of a search, of which 0.7 of the rounds let the mask grow."""
+        exchanging = strategy != "none"
+        growing = max(1, math.ceil(_GROWTH * rounds)) if exchanging else rounds
+        scores = 3 + (score not in ("gradient", "taylor", "fisher"))
+        return cls(rounds, growing, scores, exchanging, 2 if cache == "none" else 1, chunk_size, top_k_percent)
+
+
+_GROWTH = 0.7
+# Copies of the parameters, in float32, that a search holds at its largest.
+_REVERSE_COPIES = 8
+
+
+def forecast_reverse(plan: Plan, space: ParameterSpace, n_samples: int, settings: ReverseSettings) -> Forecast:
+    """Reverse golden parameters: rounds of a gradient and of trials on half of the samples."""
+    choosing, measuring = _halves(plan.batches(n_samples))
+    choose, held = (passes_over(_chunked(part, settings.chunk_size)) for part in (choosing, measuring))
+    runs = settings.anchored
+    trials = settings.growing * (2 if settings.exchanging else 1) + (settings.rounds - settings.growing)
+    forward = (1 + runs * (settings.scores + 1 + trials)) * choose + (1 + runs * (settings.scores + 1)) * held
+    forward += (runs - 1) * settings.rounds * choose
+    elements = plan.elements(space)
+    selections = settings.scores + 1 + trials
+    work = Work(
+        forward=forward,
+        backward=(settings.rounds + 1) * choose,
+        elements=elements * (5.0 * (settings.scores + selections) + 6.0 * settings.rounds),
+        selected=2.0 * elements * selections,
+    )
+    logits = plan.logits(choose.tokens + held.tokens) if runs == 1 else plan.bytes()
+    widest = max((rows * tokens for rows, tokens in _chunked(choosing, settings.chunk_size)), default=0)
+    return Forecast(
+        work,
+        parts=max(1, choose.calls),
+        memory=4 * _REVERSE_COPIES * elements + logits + plan.graph(widest),
+        kept=space.numel,
+        disk=mask_bytes(space.numel, settings.top_k_percent),
+        communicated=plan.communicated(work, summed=4 * elements * (settings.rounds + 2), gathered=space.numel),
+        sharded="scores are divided by the shards; the mask, one byte per element, is whole on every rank",
+        exact=not settings.exchanging,
+    )
+
+
+def _halves(batches: Sequence[tuple[int, int]]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    left = (sum(rows for rows, _ in batches) + 1) // 2
+    first, second = [], []
+    for rows, tokens in batches:
+        take = min(rows, left)
+        left -= take
+        first += [(take, tokens)] if take else []
+        second += [(rows - take, tokens)] if take < rows else []
+    return first, second
+
+
+def _chunked(batches: Iterable[tuple[int, int]], size: int | None) -> list[tuple[int, int]]:
+    return [
+        (min(size or rows, rows - start), tokens)
+        for rows, tokens in batches
+        for start in range(0, rows, size or max(1, rows))
+    ]
+
+
+def forecast_taylor(
+    plan: Plan, orders: Sequence[int], *, shares: bool, function_space: bool, n_samples: int | None, keeps_base: bool
+) -> Forecast:
+    """A Taylor expansion: forward mode along the step, or differences where the model is sharded.
+
+    Args:
+        plan: The shapes.
+        orders: Of the expansion.
+        shares: Whether changes are attributed.
+        function_space: Whether logits are expanded.
+        n_samples: Samples of the loss.
+        keeps_base: Whether the callback keeps a base of its own.
+    """
+    batches, highest = plan.batches(n_samples), max(orders)
+    parts = 2 ** (highest + shares) if plan.divisible else 1
+    cut = passes_over([part for rows, tokens in batches for part in _parts(rows, tokens, parts)])
+    if plan.shards > 1:
+        work = _taylor_by_differences(plan, batches, highest, shares=shares, function_space=function_space)
+    else:
+        logits = function_space or not plan.own_loss
+        lines = logits + plan.own_loss
+        work = Work(
+            forward=(logits + plan.own_loss) * cut,
+            tangent=lines * cut,
+            order=highest,
+            backward=(shares * (1 + function_space)) * cut,
+            elements=(6.0 * shares * (1 + function_space)) * plan.elements() * cut.calls,
+        )
+    elements = plan.elements()
+    rows = max((part * tokens for batch, tokens in batches for part, _ in _parts(batch, tokens, parts)), default=0)
+    carried = max(2**highest * plan.logits(rows), plan.graph(rows) if shares else 0)
+    return Forecast(
+        work,
+        parts=max(1, len(batches)),
+        memory=plan.bytes() + 4 * elements * (1 + 2 * shares) + 2 * carried,
+        kept=plan.bytes() * keeps_base,
+        disk_checkpoint=plan.shards * plan.bytes() * keeps_base,
+        communicated=plan.communicated(work, summed=4 * elements * shares),
+        sharded="base, step and gradient are divided by the shards",
+    )
+
+
+def _parts(rows: int, tokens: int, count: int) -> list[tuple[int, int]]:
+    count = min(rows, count)
+    return [(rows // count + (place < rows % count), tokens) for place in range(count)]
+
+
+def _taylor_by_differences(
+    plan: Plan, batches: Sequence[tuple[int, int]], highest: int, *, shares: bool, function_space: bool
+) -> Work:
+    """The present loss, the gradient at the base, four more beside it, and logits at five places."""
+    count = 2**highest if plan.divisible else 1
+    whole = passes_over(batches)
+    cut = passes_over([part for rows, tokens in batches for part in _parts(rows, tokens, count)])
+    backward = whole * (1 + 4 * (highest > 1)) + cut * (function_space and shares)
+    elements = 8.0 * plan.elements() * backward.calls
+    return Work(forward=whole + 6 * function_space * cut, backward=backward, elements=elements)
+
+
+# What the statistics of one layer's patterns take at least, in elements.
+_LAYER = 2e6
+
+
+def forecast_attention(
+    plan: Plan, *, n_samples: int | None, prompts: int, max_tokens: int, drift: bool, memory: int
+) -> Forecast:
+    """Attention statistics of the probe, and the patterns of prompts, with the base's where there is one.
+
+    Args:
+        plan: The shapes.
+        n_samples: Samples of the statistics.
+        prompts: Whose patterns are shown.
+        max_tokens: Of a prompt.
+        drift: Whether the base is compared with.
+        memory: Bytes that the base's patterns may fill.
+    """
+    forward, patterns = Passes(), 0
+    for rows, tokens in plan.batches(n_samples):
+        one = 4 * plan.n_heads * tokens * tokens
+        size = max(1, memory // (one * plan.n_layers)) if drift else rows
+        for piece, length in _chunked([(rows, tokens)], size):
+            groups = -(-plan.n_layers // max(1, memory // (piece * one))) if drift else 1
+            forward += (groups * (1 + drift)) * Passes(piece, 1, piece * length)
+            patterns += piece * plan.n_layers * plan.n_heads * length * length
+    length = min([max_tokens, *(tokens for _, tokens in plan.rows)])
+    shown = prompts * (1 + drift) * plan.replicas * Passes(1, 1, length)
+    work = Work(
+        forward=forward + shown, elements=(60.0 if drift else 30.0) * patterns + _LAYER * plan.n_layers * forward.calls
+    )
+    largest = max((rows * tokens * tokens for rows, tokens in plan.batches(n_samples)), default=0)
+    held = min(memory, 4 * plan.n_heads * plan.n_layers * largest) if drift else 0
+    return Forecast(
+        work,
+        parts=max(1, forward.calls),
+        memory=held + 12 * 4 * plan.n_heads * largest + plan.logits(plan.widest(n_samples)) + plan.bytes() * drift,
+        communicated=plan.communicated(work),
+        sharded="the base is divided by the shards; patterns are whole on every rank",
+    )
+
+
+@dataclass(frozen=True)
+class BasinSettings:
+    """What of a volume estimate decides its cost.
+
+    Args:
+        n_directions: Per volume.
+        cutoffs: Volumes per split.
+        splits: Sets of samples.
+        proposals: Volumes of which the best is taken.
+        preconditioned: Whether directions pass a preconditioner.
+        fisher: Whether Kronecker factors are taken.
+        n_samples: Of each split.
+        max_tokens: Of each sample.
+        cached: Whether the anchor's predictions are kept.
+    """
+
+    n_directions: int
+    cutoffs: int = 1
+    splits: int = 1
+    proposals: int = 1
+    preconditioned: bool = False
+    fisher: bool = False
+    n_samples: int | None = None
+    max_tokens: int | None = None
+    cached: bool = True
+
+
+# Evaluations per direction, and of the pilot beyond.
+_EVALUATIONS, _PILOT = 2, 3
+# Elements that one evaluation works on per parameter: the direction is drawn, put on, and taken off again.
+_MOVE = 5.0
+
+
+def forecast_basin(plan: Plan, space: ParameterSpace, settings: BasinSettings) -> Forecast:
+    """Basin volumes: the anchor's predictions, then two evaluations per direction and some for the first."""
+    batches = [(rows, min(tokens, settings.max_tokens or tokens)) for rows, tokens in plan.batches(settings.n_samples)]
+    once, first = passes_over(batches), passes_over(batches[:1])
+    volumes = settings.cutoffs * settings.splits
+    evaluations = settings.proposals * (_EVALUATIONS * settings.n_directions + _PILOT)
+    runs = 1 if settings.cached else 2
+    forward = volumes * ((1 + runs * evaluations) * once + runs * settings.proposals * first)
+    moves = volumes * evaluations * (2.0 if settings.preconditioned else 1.0)
+    work = Work(
+        forward=forward,
+        backward=settings.splits * settings.fisher * once,
+        elements=moves * _MOVE * plan.elements(space),
+    )
+    kept = plan.logits(once.tokens) if settings.cached else plan.bytes()
+    widest = max((rows * tokens for rows, tokens in batches), default=0)
+    memory = 3 * plan.bytes(space) // 2 + kept + 3 * plan.logits(widest) + 8 * plan.largest(space) // plan.shards
+    return Forecast(
+        work,
+        parts=settings.n_directions,
+        memory=memory + 4 * plan.elements(space) * (settings.preconditioned + settings.fisher),
+        communicated=plan.communicated(work),
+        sharded="the anchor's values are divided by the shards; its predictions are whole on every rank",
+        exact=False,
+    )
+
+
+def forecast_coupling(plan: Plan, parameters: ParameterSpace, n_pieces: int, *, keeps_base: bool) -> Forecast:
+    """Coupling of pieces now and at the base, and what the finetune did to each.
+
+    Args:
+        plan: The shapes.
+        parameters: Whose gradients are compared.
+        n_pieces: Pieces.
+        keeps_base: Whether the callback keeps a base of its own.
+    """
+    tokens, batch = plan.piece_tokens, 16
+    widths = sum(sum(shape) for shape in parameters.shapes if len(shape) == 2)
+    per_pass = min(n_pieces, max(1, int((128 << 20) / max(1.0, plan.activations * tokens))))
+    gradients = passes_over(_chunked([(n_pieces, tokens)], per_pass)) + Passes(1, 1, tokens)
+    scores = passes_over(_chunked([(n_pieces, tokens)], batch))
+    flops = n_pieces * (n_pieces + 1) / 2 * tokens**2 * widths * 2
+    once = Work(backward=gradients, flops=flops / 2)
+    ripple = Work(forward=2 * scores, tangent=scores + Passes(1, 1, tokens), order=1, elements=8.0 * plan.elements())
+    if plan.shards > 1:  # a backward pass per piece in the place of forward mode
+        ripple = Work(forward=2 * scores, backward=n_pieces * Passes(1, 1, tokens), elements=4.0 * plan.elements())
+    work = once + ripple
+    rows = 4 * widths * tokens * n_pieces
+    return Forecast(
+        work,
+        once=once,
+        parts=max(1, scores.calls),
+        memory=plan.bytes() + 8 * plan.elements() + rows + plan.graph(per_pass * tokens),
+        kept=plan.bytes() * keeps_base,
+        disk=8 * n_pieces * n_pieces,
+        disk_once=plan.shards * plan.bytes() * keeps_base,
+        communicated=plan.communicated(work, summed=8 * n_pieces * n_pieces + rows),
+        sharded="base and step are divided by the shards; the pieces' rows are whole on every rank",
+    )
+
+
+def forecast_change(plan: Plan, *, track_updates: bool) -> Forecast:
+    """The base, and the change since: every element is read once, nothing is run.
+
+    Args:
+        plan: The shapes.
+        track_updates: Whether the values and the update before are kept.
+    """
+    elements, size = plan.elements(), plan.bytes()
+    kept = size * (1 + 2 * track_updates)
+    return Forecast(
+        Work(elements=(8.0 + 4.0 * track_updates) * elements),
+        once=Work(elements=4.0 * elements),
+        memory=2 * size * track_updates + 24 * plan.largest() // plan.shards,
+        kept=kept,
+        disk_once=plan.shards * size,
+        disk_checkpoint=2 * plan.shards * size * track_updates,
+        sharded="divided by the shards; the base's file is written whole by rank 0",
+    )
+
+
+# Of a symmetric eigendecomposition, in operations of a product per cube of the side.
+_EIGEN = 9.0
+_POWER_PASSES = 11
+
+
+def forecast_distribution(plan: Plan, *, top: int, exact_below: int) -> Forecast:
+    """The spectrum of each matrix's change, beside the base's leading directions; nothing is run.
+
+    Args:
+        plan: The shapes.
+        top: Singular values kept.
+        exact_below: Largest side of a matrix whose whole spectrum is computed.
+    """
+    space, flops = plan.space, 0.0
+    for shape in space.shapes:
+        if len(shape) < 2 or min(shape[0], math.prod(shape[1:])) < 2:
+            continue
+        short, long = sorted((shape[0], math.prod(shape[1:])))
+        if short <= exact_below:
+            flops += 2 * (2 * short**2 * long + _EIGEN * short**3) + 2.0 * top * short * long
+        else:
+            flops += 2 * _POWER_PASSES * 2 * (top + 8) * short * long
+    elements = space.numel
+    work = Work(elements=16.0 * elements, flops=flops)
+    return Forecast(
+        work,
+        parts=len(space),
+        memory=40 * plan.largest(),
+        communicated=plan.communicated(Work(), gathered=8 * elements),
+        sharded="one tensor at a time is whole on every rank",
+    )
+
+
+def forecast_losses(plan: Plan, n_samples: int | None, variants: int) -> Forecast:
+    """The probe's loss under each of several models."""
+    work = Work(forward=variants * plan.whole(n_samples))
+    parts = max(1, len(plan.batches(n_samples)))
+    return Forecast(work, parts=parts, memory=3 * plan.logits(plan.widest(n_samples)))
+
+
+def forecast_heads(plan: Plan, *, n_samples: int | None, gradients: int) -> Forecast:
+    """Head pruning: scores before each cut, and losses before and after it.
+
+    Args:
+        plan: The shapes.
+        n_samples: Samples of scores and losses.
+        gradients: Backward passes over the samples that each takes.
+    """
+    whole = plan.whole(n_samples)
+    each = Work(forward=4 * whole, backward=gradients * whole)
+    return Forecast(
+        each,
+        parts=max(1, whole.calls),
+        memory=plan.graph(plan.widest(n_samples)),
+        kept=plan.bytes(),
+        disk_checkpoint=plan.shards * plan.bytes(),
+        communicated=plan.communicated(each),
+        exact=False,
+    )

@@ -1,0 +1,175 @@
+"""How fast a model and its machine are, from one timed sample, and how much a graph of it keeps."""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_goldy.analysis.forecast.plan import Speeds
+from lightning_goldy.core.batches import batch_tensors, sample_count
+from lightning_goldy.core.objective import Objective
+from lightning_goldy.core.selection import select_largest
+from lightning_goldy.core.sharding import is_sharded, local, unshard_guard
+from lightning_goldy.core.space import trainable_parameters
+
+# What is timed: elements of a tensor, and the side of a matrix.
+_TIMED, _SIDE = 1 << 21, 256
+clock = time.perf_counter
+"""What tells the time."""
+
+
+def graph_bytes(model: nn.Module, run: Callable[[], Any]) -> int:
+    """Bytes that the graph of a forward pass keeps beside the parameters; a storage counts once, also on ``meta``.
+
+    Args:
+        model: In evaluation mode.
+        run: The pass.
+
+    Example:
+        >>> model, x = nn.Linear(3, 4, device="meta"), torch.ones(2, 3, device="meta")
+        >>> graph_bytes(model, lambda: model(x).square())
+        56
+    """
+    known = {local(parameter).untyped_storage()._cdata for parameter in model.parameters()}
+    held: dict[int, Any] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = local(tensor).untyped_storage()
+        if storage._cdata not in known:
+            held[storage._cdata] = storage
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        value = run()
+    del value
+    return sum(storage.nbytes() for storage in held.values())
+
+
+def shape_rows(batches: Iterable[Any]) -> tuple[tuple[int, int], ...]:
+    """Of each batch the samples, and the tokens of each; 1 where they are no sequences of integers.
+
+    Example:
+        >>> shape_rows([{"input_ids": torch.zeros(2, 7, dtype=torch.long)}, (torch.ones(3, 4), torch.zeros(3))])
+        ((2, 7), (3, 1))
+    """
+    rows = []
+    for batch in batches:
+        sequences = [
+            tensor.shape[1]
+            for tensor in batch_tensors(batch)
+            if tensor.ndim == 2 and not tensor.is_floating_point() and len(tensor) == sample_count(batch)
+        ]
+        rows.append((sample_count(batch), max(sequences, default=1)))
+    return tuple(rows)
+
+
+def measure_speeds(model: nn.Module, objective: Objective, batch: Any, *, gradients: bool = True) -> Speeds:
+    """Times a forward and a forward and backward pass over one sample and over a batch, and arithmetic.
+
+    Args:
+        model: In evaluation mode, isolated.
+        objective: How a batch becomes log-probabilities.
+        batch: On the model's device.
+        gradients: Whether to time the backward pass; else it is taken to be twice a forward pass.
+
+    Example:
+        >>> from lightning_goldy.core.objective import ClassifierObjective
+        >>> speeds = measure_speeds(nn.Linear(3, 2), ClassifierObjective(), (torch.ones(4, 3), torch.zeros(4).long()))
+        >>> speeds.element > 0, min(speeds.forward) >= 0
+        (True, True)
+    """
+    sample = next(iter(objective.samples(batch)))
+    device = next(model.parameters()).device
+    counts = [math.prod(shape_rows([part])[0]) for part in (sample, batch)]
+    leaves = dict(trainable_parameters(model))
+
+    def forward(part: Any) -> None:
+        with torch.no_grad():
+            objective.log_probs(model, part)
+
+    def both(part: Any) -> None:
+        with torch.enable_grad():
+            try_gradients(model, leaves, objective, part)
+
+    found = []
+    for act in (forward, both) if gradients else (forward,):
+        act(sample)  # code and buffers that come into being at the first pass
+        timed = [_seconds(functools.partial(act, part), device) for part in (sample, batch)]
+        found.append(_affine(counts, timed))
+    if not gradients:
+        found.append((3 * found[0][0], 3 * found[0][1]))
+    return Speeds(found[0], found[1], **_arithmetic(device))
+
+
+def arithmetic_speeds(device: torch.device) -> Speeds:
+    """Those of a machine without a model: passes have no known time."""
+    return Speeds((math.nan, math.nan), (math.nan, math.nan), **_arithmetic(device))
+
+
+def try_gradients(model: nn.Module, parameters: Mapping[str, nn.Parameter], objective: Objective, sample: Any) -> None:
+    """A forward and a backward pass of one sample.
+
+    Args:
+        model: The model, isolated.
+        parameters: By name; those whose gradients are wanted.
+        objective: How a batch becomes log-probabilities.
+        sample: A batch of one sample, on the model's device.
+
+    Raises:
+        ValueError: The log-probability depends on none of the parameters.
+    """
+    log_prob, leaves = objective.log_probs(model, sample).mean(), list(parameters.values())
+    if any(map(is_sharded, leaves)):
+        log_prob.backward()  # FSDP2 leaves gradients in the parameters alone
+        unshard_guard(model)
+        return
+    # Not into the parameters, or DistributedDataParallel would see a backward pass.
+    found = torch.autograd.grad(log_prob, leaves, allow_unused=True) if log_prob.requires_grad else [None]
+    if all(gradient is None for gradient in found):
+        raise ValueError(
+            f"the objective depends on none of the {len(leaves)} selected parameters ({next(iter(parameters))}, ...)"
+        )
+
+
+def _affine(counts: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:
+    """Seconds per pass and per token."""
+    (few, many), (short, long) = counts, seconds
+    if many <= few or long <= short:
+        return 0.0, long / many
+    token = min((long - short) / (many - few), long / many)
+    return max(0.0, short - token * few), token
+
+
+def _seconds(act: Callable[[], Any], device: torch.device, runs: int = 3) -> float:
+    """The shortest of some runs; of fewer where they take long."""
+    best, spent = math.inf, 0.0
+    for _ in range(runs):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = clock()
+        act()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        took = clock() - start
+        best, spent = min(best, took), spent + took
+        if spent > 0.004 * runs:
+            break
+    return best
+
+
+@functools.cache
+def _arithmetic(device: torch.device) -> Mapping[str, float]:
+    wide = torch.linspace(-1.0, 1.0, _TIMED, device=device)
+    square = torch.ones(_SIDE, _SIDE, dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
+    jobs: dict[str, tuple[Callable[[], Any], float]] = {
+        "element": (lambda: (wide - 0.5).abs().sum(), _TIMED),
+        "selected": (lambda: select_largest([wide], _TIMED // 20), _TIMED),
+        "flop": (lambda: square @ square, 2.0 * _SIDE**3),
+    }
+    return {name: _seconds(act, device, 12) / count for name, (act, count) in jobs.items()}

@@ -1,0 +1,301 @@
+"""What callbacks will cost is what they then cost, and budgets, limits and refusals follow from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_goldy.analysis.forecast import Forecast, Passes, Plan, Run, Speeds, Work
+from lightning_goldy.analysis.golden import Search
+from lightning_goldy.callbacks import (
+    AttentionTracker,
+    BasinVolume,
+    GoldenParameters,
+    GoldenSnapshot,
+    KnowledgeCoupling,
+    ParameterDistribution,
+    ReverseGoldenParameters,
+    TaylorDiff,
+    preflight,
+)
+from lightning_goldy.callbacks.preflight import Budget, Outlook, derive, limit_large
+from lightning_goldy.commands.doctor import build_shape
+from tests.callbacks.knowledge import PIECES, WordData
+from tests.callbacks.training import TokenData, differences, fit
+from tests.references.models import build
+
+SLOW = Speeds((0.0, 1.0), (0.0, 3.0))
+PLAN_ROWS = ((2, 8), (2, 8))
+
+
+def watchers() -> list[Any]:
+    loss = {"by": None, "function_space": False}
+    return [
+        GoldenSnapshot(every_n_steps=3),
+        GoldenParameters(n_samples=3, every_n_steps=4),
+        ReverseGoldenParameters(5.0, n_samples=4, strategy="none", search=Search(rounds=3)),
+        ReverseGoldenParameters(5.0, n_samples=4, search=Search(rounds=3), name="exchanging"),
+        ParameterDistribution(every_n_epochs=1),
+        TaylorDiff(n_samples=3, by="tensor"),
+        TaylorDiff(n_samples=3, name="taylor_of_loss", **loss),
+        TaylorDiff((1,), n_samples=4, name="first_order"),
+        AttentionTracker(n_samples=3, at=["start", "end"]),
+        BasinVolume(4, n_samples=3, cutoff=[1e-3, 1e-2]),
+        KnowledgeCoupling(PIECES, edits=[PIECES[0].id]),
+    ]
+
+
+@pytest.fixture(scope="module")
+def outlook_and_callbacks(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Of one run with every callback: what was told before it, and the callbacks after it."""
+    told: list[Outlook] = []
+    lines = Outlook.lines
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Outlook, "lines", lambda outlook: told.append(outlook) or lines(outlook))
+        callbacks = watchers()
+        _, module, _ = fit(tmp_path_factory.mktemp("run"), callbacks, data=WordData(), max_epochs=1)
+    (outlook,) = told
+    return outlook, callbacks, module
+
+
+def rows_of(callback: Any) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (callback.folder / "results.jsonl").read_text().splitlines()]
+
+
+def test_counts_are_those_that_the_rows_state(outlook_and_callbacks: Any) -> None:
+    outlook, callbacks, _ = outlook_and_callbacks
+    for forecast, callback in zip(outlook.forecasts, callbacks, strict=True):
+        rows = rows_of(callback)
+        assert forecast.name == callback.name
+        assert forecast.firings == len(rows), forecast.name
+        found = [(row["cost"]["forwards"], row["cost"]["backwards"]) for row in rows]
+        once = forecast.once.cost
+        expected = [dataclasses.astuple(forecast.cost)] * len(rows)
+        expected[0] = expected[0][0] + once.forwards, expected[0][1] + once.backwards
+        if forecast.exact:
+            assert found == expected, forecast.name
+        else:
+            assert all(2 / 3 < given / told < 3 / 2 for given, told in zip(found[0], expected[0], strict=True) if told)
+
+
+def test_disk_is_at_least_what_the_files_take(outlook_and_callbacks: Any) -> None:
+    outlook, callbacks, _ = outlook_and_callbacks
+    for forecast, callback in zip(outlook.forecasts, callbacks, strict=True):
+        # A header of a few hundred bytes per tensor is all that these small files have beside it.
+        found = sum(path.stat().st_size for path in callback.folder.glob("*.safetensors"))
+        assert found <= forecast.disk_total + 8192 * forecast.firings, forecast.name
+
+
+def test_a_plan_of_a_model_without_values_counts_the_same(outlook_and_callbacks: Any) -> None:
+    _, callbacks, module = outlook_and_callbacks
+    with torch.device("meta"):
+        model = build("gpt2")
+    assert all(parameter.is_meta for parameter in model.parameters())
+    real = Plan(module.model, PLAN_ROWS, vocabulary=53, n_layers=2, n_heads=2, base=True)
+    for callback in callbacks:
+        run = Run(8, epoch_steps=8)
+        found, expected = (
+            callback.forecast(dataclasses.replace(real, model=one), run) for one in (model, module.model)
+        )
+        assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("schedule", "options"),
+    [
+        ({"every_n_steps": 3, "at": ("start",)}, {}),
+        ({"every_n_epochs": 2, "at": ("end",)}, {"max_epochs": 3}),
+        ({"every_n_steps": 4, "at": ("start", "end", "checkpoint")}, {"accumulate_grad_batches": 3}),
+        ({"at": ("checkpoint",)}, {"max_steps": 7, "max_epochs": -1}),
+    ],
+)
+@pytest.mark.parametrize("every", [{}, {"every_n_train_steps": 3, "save_top_k": -1}])
+def test_firings_are_those_of_the_run(
+    tmp_path: Path, schedule: Any, options: Any, every: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Outlook] = []
+    monkeypatch.setattr(Outlook, "lines", lambda outlook: told.append(outlook) or [])
+    watcher = GoldenSnapshot(**{"every_n_steps": None, **schedule}, track_updates=False)
+    saver = ModelCheckpoint(tmp_path / "saved", **every)
+    fit(tmp_path, [watcher, saver], data=TokenData(), enable_checkpointing=True, **options)
+    assert told[0].forecasts[0].firings == len(rows_of(watcher))
+
+
+def test_seconds_are_those_of_the_passes() -> None:
+    plan = Plan(torch.nn.Linear(3, 2), PLAN_ROWS, replicas=2)
+    forecast = GoldenParameters(n_samples=3).forecast(plan, Run(10))
+    assert forecast.seconds(SLOW) == 3 * 8 * 3.0
+    assert forecast.seconds(SLOW, replicas=2) == pytest.approx(2 * 8 * 3.0)
+    assert math.isnan(forecast.seconds(Speeds((math.nan, math.nan), (math.nan, math.nan))))
+
+
+def test_eight_billion_are_planned_without_memory() -> None:
+    plan = Plan(
+        build_shape("8b"), ((4, 512),) * 4, activations=1e7, vocabulary=128256, n_layers=32, n_heads=32, base=True
+    )
+    found = {one.name: one.forecast(plan, Run(1000)) for one in watchers()}
+    assert all(parameter.is_meta for parameter in plan.model.parameters())
+    assert found["golden_snapshot"].kept == 3 * 16_060_522_496
+    assert found["golden_parameters"].cost.backwards == 3
+    sharded = dataclasses.replace(plan, shards=8)
+    for callback in watchers():
+        assert callback.forecast(sharded, Run(1000)).peak < found[callback.name].peak or callback.name in (
+            "parameter_distribution",
+            "attention_tracker",
+        )
+
+
+@pytest.mark.parametrize("given", [0, 1, 1.5, -0.1, True, "0.1", "fast", "-3s", "s", "infs"])
+def test_a_budget_is_a_share_or_seconds(given: Any) -> None:
+    if given == "0.1":
+        assert GoldenParameters(budget=given).budget == Budget(share=0.1)
+        return
+    with pytest.raises(ValueError, match=r"budget is a fraction of the run's time in \(0, 1\), or seconds per firing"):
+        GoldenParameters(budget=given)
+
+
+def test_sampling_follows_from_a_budget_and_never_exceeds_what_is_given() -> None:
+    plan = Plan(build("gpt2"), ((2, 8),) * 16, vocabulary=53, n_layers=2, n_heads=2, base=True)
+    for make, step_seconds in (
+        (lambda budget: GoldenParameters(n_samples=16, budget=budget), 3.0),
+        (lambda budget: BasinVolume(8, n_samples=8, budget=budget), 3.0),
+        (lambda budget: TaylorDiff((1, 2), n_samples=16, budget=budget), 3.0),
+        (lambda budget: KnowledgeCoupling(PIECES * 8, n_pieces=40, budget=budget), 12.0),
+        (lambda budget: ReverseGoldenParameters(n_samples=8, budget=budget), 3.0),
+    ):
+        run, allowed = Run(1000, step_seconds=step_seconds), 0.1 * 1000 * step_seconds
+        free, tight = make(0.999), make(0.1)
+        assert derive(free, plan, SLOW, run) == {}
+        changed = derive(tight, plan, SLOW, run)
+        assert changed, tight.name
+        assert tight.forecast(plan, run).seconds_total(SLOW) <= allowed
+        assert free.forecast(plan, run).seconds_total(SLOW) > allowed
+        for path, value in changed.items():
+            assert value == preflight.read_setting(tight, path) < preflight.read_setting(free, path)
+
+
+def test_a_schedule_gives_way_last_and_what_cannot_be_met_is_told() -> None:
+    plan = Plan(build("gpt2"), ((2, 8),) * 8, vocabulary=53)
+    often = GoldenParameters(n_samples=4, every_n_steps=10, at=(), budget=0.05)
+    derive(often, plan, SLOW, Run(1000, step_seconds=3.0))
+    assert (often.n_samples, often.every_n_steps) == (2, 320)
+    with pytest.warns(UserWarning, match=r"even n_samples=2.* takes 48 s a firing, more than budget= allows"):
+        derive(GoldenParameters(budget="1s"), plan, SLOW, Run(1000))
+    with pytest.warns(UserWarning, match="its budget cannot be kept"):
+        assert derive(GoldenParameters(budget=0.1), plan, SLOW, Run(1000)) == {}
+
+
+def test_what_takes_longest_is_opt_in_for_large_models() -> None:
+    with pytest.raises(ValueError, match=r"134 M trainable parameters: large=True opts in above 100 M, and budget="):
+        limit_large(ReverseGoldenParameters(), 134_000_000)
+    taylor, coupling = TaylorDiff(), KnowledgeCoupling()
+    with pytest.warns(UserWarning, match=r"orders=\(1,\) here; large=True opts into what was asked for"):
+        assert limit_large(taylor, 134_000_000) == {"orders": (1,)}
+    with pytest.warns(UserWarning, match="n_pieces=32 here"):
+        limit_large(coupling, 134_000_000)
+    assert (taylor.orders, coupling.n_pieces) == ((1,), 32)
+    for callback in (ReverseGoldenParameters(large=True), TaylorDiff(budget=0.1), GoldenParameters()):
+        assert limit_large(callback, 10**9) == {}
+    assert limit_large(TaylorDiff(), 10**7) == {}
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint")
+def test_what_is_derived_stands_in_the_row_and_survives_a_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made() -> GoldenParameters:
+        return GoldenParameters(n_samples=4, budget=0.2, every_n_steps=4)
+
+    monkeypatch.setattr(preflight, "measure_speeds", lambda *args, **options: SLOW)
+    monkeypatch.setattr(preflight, "_step_seconds", lambda *args: 120.0)
+    monkeypatch.setattr(preflight, "rank_zero_warn", lambda message: None)
+    whole, saver = made(), ModelCheckpoint(tmp_path / "saved", every_n_train_steps=4, save_top_k=-1)
+    fit(tmp_path / "whole", [whole, saver], max_epochs=1, enable_checkpointing=True)
+    (first, *_) = rows_of(whole)
+    assert (whole.n_samples, first["result"]["derived"]) == (2, {"n_samples": 2})
+    assert first["cost"]["forwards"] == 2
+    # Another machine, on which all of it would fit.
+    monkeypatch.setattr(preflight, "measure_speeds", lambda *args, **options: Speeds((0.0, 1e-9), (0.0, 1e-9)))
+    resumed = made()
+    checkpoint = next((tmp_path / "saved").glob("*step=4.ckpt"))
+    fit(
+        tmp_path / "resumed",
+        [resumed, ModelCheckpoint(tmp_path / "saved", every_n_train_steps=4, save_top_k=-1)],
+        max_epochs=1,
+        ckpt_path=checkpoint,
+        enable_checkpointing=True,
+    )
+    assert resumed.n_samples == 2
+    anew = fit(tmp_path / "anew", [resumed], max_epochs=1)[0].callbacks[0]
+    assert anew.n_samples == 4
+
+
+@pytest.mark.parametrize(
+    ("free", "message"),
+    [
+        ({"free_disk": 10}, r"needs? .* of disk and 1e-05 MB are free; most of it is big's.*every_n_steps="),
+        (
+            {"free_memory": 10},
+            r"big needs .* of memory, with what all keep there, and .* are free: set fewer n_samples",
+        ),
+        ({"free_device": 10}, r"big needs .* of the device's memory"),
+    ],
+)
+def test_what_cannot_be_held_is_refused_by_name(free: Any, message: str) -> None:
+    big = Forecast(Work(forward=Passes(1, 1, 1)), memory=10**6, kept=10**6, disk=10**6, name="big", firings=2)
+    small = Forecast(memory=1, kept=1, disk=1, name="small")
+    outlook = Outlook((small, big), SLOW, Run(10))
+    enough = {"free_disk": 10**9, "free_memory": 10**9, "free_device": None}
+    assert outlook.faults(**enough) is None
+    told = outlook.faults(**{**enough, **free})
+    assert told is not None
+    assert re.search(message, told)
+
+
+def test_a_full_disk_ends_the_run_before_its_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = type(preflight.shutil.disk_usage("/"))(10, 10, 0)
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(ValueError, match="of disk and 0 are free; most of it is golden_snapshot's"):
+        fit(tmp_path / "refused", [GoldenSnapshot()], max_epochs=1)
+    assert not list((tmp_path / "refused").rglob("*.safetensors"))
+    fit(tmp_path / "tried", [GoldenSnapshot(check=False)], max_epochs=1)
+    told: list[str] = []
+    monkeypatch.setattr(preflight, "rank_zero_warn", told.append)
+    fit(tmp_path / "warned", [GoldenSnapshot(on_error="warn")], max_epochs=1)
+    assert "of disk and 0 are free" in told[0]
+
+
+def test_more_than_a_twentieth_of_a_long_run_is_warned_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "measure_speeds", lambda *args, **options: SLOW)
+    told: list[str] = []
+    monkeypatch.setattr(preflight, "rank_zero_warn", told.append)
+    fit(tmp_path, [GoldenParameters(n_samples=2)], max_epochs=1)
+    assert re.search(r"% of the run's .*: budget= of each callback limits it, and callbacks/light", told[0])
+
+
+def test_lines_tell_each_callback_and_all() -> None:
+    forecast = Forecast(Work(forward=Passes(8, 2, 64)), memory=2 * 10**9, disk=10**6, firings=3, name="one")
+    lines = Outlook(
+        (forecast, Forecast(stated=False, name="other")), Speeds((0.5, 0.0), (1.0, 0.0)), Run(10, step_seconds=2.0)
+    ).lines()
+    assert lines[0] == "one: 1 s x 3 = 3 s; memory 2 GB; disk 1 MB a firing, 3 MB in all"
+    assert lines[1:] == [
+        "other: states no cost; 1 x",
+        "analyses: 3 s in all, 15 % of the run's 20 s; memory 2 GB, disk 3 MB",
+    ]
+    unknown = Outlook((forecast,), Speeds((math.nan, 0.0), (1.0, 0.0)), Run(10)).lines()
+    assert unknown[0].startswith("one: 8 forward and 0 backward passes of samples x 3; memory")
+
+
+def test_a_run_with_a_forecast_is_the_run_without(tmp_path: Path) -> None:
+    _, _, plain = fit(tmp_path / "plain", [GoldenParameters(n_samples=2, check=False, at=["end"])], max_epochs=1)
+    _, _, told = fit(tmp_path / "told", [GoldenParameters(n_samples=2, at=["end"])], max_epochs=1)
+    assert not differences(plain, told)

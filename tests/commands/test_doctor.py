@@ -1,0 +1,111 @@
+"""``goldy doctor``: versions, what works on a model, and the forecast of each callback."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from lightning_goldy.cli import main
+from lightning_goldy.commands.doctor import SHAPES, Question, build_shape, planned, works_on
+from lightning_goldy.core.objective import CausalLMObjective
+from tests.references.models import build
+from tests.references.scaling_table import PATH, render, render_shape
+
+OVERLAY = """trainer:
+  max_steps: 40
+  callbacks+:
+    - class_path: lightning.pytorch.callbacks.LearningRateMonitor
+    - class_path: lightning_goldy.callbacks.GoldenParameters
+      init_args: {n_samples: 6, every_n_steps: 10}
+    - class_path: lightning_goldy.callbacks.RunReport
+data:
+  init_args: {batch_size: 3}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "300")
+    config = GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=53, n_positions=64, bos_token_id=0, eos_token_id=0)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
+    (tmp_path / "run.yaml").write_text(OVERLAY)
+    return tmp_path
+
+
+def test_a_model_is_tried_and_the_configured_callbacks_are_planned(folder, capsys):
+    assert main(["doctor", "model", "--config", "run.yaml", "--length", "16"]) == 0
+    told = capsys.readouterr().out
+    assert torch.__version__ in told
+    assert "GPT2LMHeadModel" in told
+    assert "forecast: 40 steps, batches of 3 x 16 tokens" in told
+    (line,) = [line for line in told.splitlines() if line.strip().startswith("golden_parameters")]
+    # 40 steps, every 10 of them and at the end, which is one of these.
+    assert (line.split()[1:3], line.split()[5 if line.split()[4] == "s" else 4]) == (["6", "6"], "4")
+    assert "reverse_golden_parameters" not in told
+    assert "analyses:" in told
+
+
+def test_without_values_nothing_is_allocated(folder, capsys):
+    assert main(["doctor", "model", "--meta", "--length", "16", "--steps", "100"]) == 0
+    told = capsys.readouterr().out
+    for words in ("2 heads in 1 blocks", "training steps", "reverse_golden_parameters"):
+        assert words in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "name a model (a folder, or a name on the hub), or a shape with --shape 8b; one of both"),
+        (["model", "--shape", "8b"], "one of both"),
+        (["--shape", "9b"], "unknown shape '9b'; Valid: 1b, 8b, 70b"),
+        (["model", "--steps", "0"], "steps must be at least 1; got 0"),
+        (["nowhere", "--meta"], "'nowhere' has no configuration to plan with"),
+        (["model", "--config", "none.yaml"], "No such file or directory: 'none.yaml'"),
+        (["model", "--config", "empty.yaml"], "empty.yaml: no analysis callback is attached"),
+        (["model", "--config", "odd.yaml"], "lightning_goldy.callbacks.GoldenParameters"),
+    ],
+)
+def test_faults_are_one_line(folder, capsys, arguments, message):
+    (folder / "empty.yaml").write_text("trainer: {}\n")
+    (folder / "odd.yaml").write_text(OVERLAY.replace("n_samples: 6", "n_samples: 0"))
+    assert main(["doctor", *arguments]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert message in line
+
+
+def test_why_an_analysis_does_not_work_is_told():
+    class Broken(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(2, 2)
+
+    told = works_on(Broken(), CausalLMObjective(), meta=False)
+    assert told["attention"].startswith("does not: ")
+    assert told["golden, reverse golden"].startswith("does not: ")
+    assert told["change, distribution"] == "works: 2 trainable tensors"
+    assert set(works_on(build("llama").eval(), CausalLMObjective(), meta=False).values()) >= {"works"}
+
+
+def test_shapes_have_their_parameters():
+    for name, billions in (("1b", 1.24), ("8b", 8.03)):
+        model = build_shape(name)
+        assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e9, 2) == billions
+        assert all(parameter.is_meta for parameter in model.parameters())
+    plan, speeds = planned(build_shape("1b"), CausalLMObjective(), Question(shape="1b", length=64))
+    assert speeds is None
+    assert plan.activations > 1e5
+    assert plan.n_layers == 16
+
+
+def test_the_page_of_scaling_is_what_is_forecast():
+    assert render_shape("1b") in PATH.read_text()
+
+
+@pytest.mark.slow
+def test_the_whole_page_of_scaling_is_what_is_forecast():
+    assert set(SHAPES) == {"1b", "8b", "70b"}
+    assert render() == PATH.read_text()
