@@ -407,3 +407,28 @@ def test_evaluation_mode_merges_nothing() -> None:
         pass
     model.train()
     assert torch.allclose(model[0].weight, before)
+
+
+def test_hooks_that_wait_for_gradients_do_not_hear_of_an_analysis() -> None:
+    """As of an optimizer that steps within the backward pass."""
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    heard: list[str] = []
+
+    def stepped(parameter: Tensor) -> None:
+        heard.append("training")
+        optimizer.step()
+
+    handle = model.weight.register_post_accumulate_grad_hook(stepped)
+    before = model.weight.detach().clone()
+    with preserved(model):
+        own = model.weight.register_post_accumulate_grad_hook(lambda _: heard.append("analysis"))
+        model(torch.ones(1, 2)).sum().backward()
+        own.remove()
+    assert heard == ["analysis"]
+    assert torch.equal(model.weight, before)
+    model(torch.ones(1, 2)).sum().backward()
+    assert heard == ["analysis", "training"]
+    handle.remove()
+    model(torch.ones(1, 2)).sum().backward()
+    assert len(heard) == 2
