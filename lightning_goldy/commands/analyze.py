@@ -31,7 +31,7 @@ from lightning_goldy.core.base import BaseParameters
 from lightning_goldy.core.files import atomic_write, printable, to_json_line
 from lightning_goldy.core.isolation import undisturbed
 from lightning_goldy.core.objective import Objective
-from lightning_goldy.core.sharding import RankError, Replicas
+from lightning_goldy.core.sharding import RankError, Replicas, is_sharded
 from lightning_goldy.core.space import trainable_parameters
 from lightning_goldy.core.vector import require_finite
 from lightning_goldy.report import continuations_table, explanation_table, summary_table
@@ -176,6 +176,8 @@ def left_out(subject: Subject, base_source: str) -> dict[str, str]:
     reasons = {}
     if subject.base is None:
         reasons.update(dict.fromkeys(sorted(NEEDS_BASE), f"there is no base: {base_source}"))
+    elif any(map(is_sharded, subject.model.parameters())):
+        reasons["explain_change"] = "its variants need whole parameters, of which --shard leaves each process a part"
     if not subject.writing.prompts:
         reasons["continuations"] = "no prompt was given (--prompt or --prompts)"
     elif not callable(getattr(subject.model, "generate", None)):

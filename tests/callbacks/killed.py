@@ -135,7 +135,8 @@ def interrupted(folder: Path, kind: Kind, number: signal.Signals, count: int, se
 def outcome(folder: Path) -> tuple[dict, dict[str, list]]:
     """What a run ended with, and its rows with the tensors of the files that they name."""
     final, rows = torch.load(folder / "final", weights_only=False), {}
-    for file in sorted(folder.glob("run/goldy/*/results.jsonl")):
+    # A run that was struck before its first checkpoint begins anew, beside what it had written.
+    for file in sorted(file for file in folder.glob("run/goldy/*/results.jsonl") if "." not in file.parent.name):
         rows[file.parent.name] = [json.loads(line) for line in file.read_text().splitlines()]
         for row in rows[file.parent.name]:
             del row["cost"]

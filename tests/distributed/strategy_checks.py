@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as L
 import torch
@@ -107,18 +107,18 @@ class Subject:
     Args:
         make: Gives it, and those that it needs, itself the last; called with a file of a base and further options.
         module: A module that it needs, other than the strategy's.
-        looks: Whether it must leave the training as it is.
+        manner: Whether it runs together with others; if not, whether it must leave the training as it is too.
         unused: Whether its module has parameters that its loss does not use.
     """
 
     make: Callable[..., Sequence[L.Callback]]
     module: Callable[[], L.LightningModule] | None = None
-    looks: bool = True
+    manner: Literal["together", "looks", "changes"] = "together"
     unused: bool = False
 
 
-def _alone(kind: type, *arguments: Any, **settings: Any) -> Subject:
-    return Subject(lambda base, **at: [kind(*arguments, **settings, **at)])
+def _alone(kind: type, *arguments: Any, manner: Any = "together", **settings: Any) -> Subject:
+    return Subject(lambda base, **at: [kind(*arguments, **settings, **at)], manner=manner)
 
 
 _SCHEDULE = PruningSchedule(warmup_steps=0, steps_per_cycle=4, ramp_steps=1, cuts=1, regrow_at=2)
@@ -137,25 +137,28 @@ SUBJECTS: Mapping[str, Subject] = {
     ),
     "AttentionTracker": _alone(AttentionTracker, n_samples=3),
     "BasinVolume": _alone(BasinVolume, 4, n_samples=3, cutoff=[1e-3, 1e-2]),
-    "BasinVolume, adam": _alone(BasinVolume, 4, n_samples=3, preconditioner="best", name="adam"),
+    "BasinVolume, adam": _alone(BasinVolume, 4, n_samples=3, preconditioner="best", name="adam", manner="looks"),
     "KnowledgeCoupling": Subject(
         lambda base, **at: [
             GoldenSnapshot(base, at=("start",)),
             KnowledgeCoupling(PIECES, edits=[PIECES[0].id], **at),
-        ]
+        ],
+        manner="looks",
     ),
     "HeadPlasticity": Subject(
         lambda base, **at: [HeadPlasticity(pruning_level=0.5, schedule=_SCHEDULE, scoring=Scoring(n_samples=3))],
-        looks=False,
+        manner="changes",
     ),
-    "VariantLosses": Subject(lambda base, **at: [VariantLosses(n_samples=3, **at)], _own(VariantsModule), unused=True),
+    "VariantLosses": Subject(
+        lambda base, **at: [VariantLosses(n_samples=3, **at)], _own(VariantsModule), "looks", unused=True
+    ),
     "FinetuneComparison": Subject(
         lambda base, **at: [GoldenParameters(n_samples=3, quorum=0.5, at=("start",)), FinetuneComparison()],
         _own(GoldyModule, optimizer={"name": "masked_adamw", "mask": "golden"}),
-        looks=False,
+        manner="changes",
     ),
     "RunReport": Subject(lambda base, **at: [GoldenSnapshot(base, **at), RunReport()]),
-    "ExactResume": Subject(lambda base, **at: [ExactResume()], looks=False),
+    "ExactResume": Subject(lambda base, **at: [ExactResume()], manner="changes"),
 }
 
 
@@ -255,11 +258,7 @@ def observe(name: str, folder: Path, base: Path) -> dict[str, Any]:
         base: A file of a base.
     """
     strategy = STRATEGIES[name]
-    together = [
-        key
-        for key, subject in SUBJECTS.items()
-        if subject.looks and subject.module is None and key != "BasinVolume, adam"
-    ]
+    together = [name for name, subject in SUBJECTS.items() if subject.manner == "together"]
     found: dict[str, Any] = {}
     plain: dict[Any, list[dict]] = {}
     groups = [together, *([key] for key in SUBJECTS if key not in together)]
@@ -283,14 +282,14 @@ def _observed(
         return {"ExactResume": _resumed(run, strategy)}
     subjects = [SUBJECTS[name] for name in group]
     # A run at every step, beside the one whose rows are compared.
-    at: dict[str, Any] = {"at": ("start",), **({"every_n_steps": 1} if subjects[0].looks else {})}
+    at: dict[str, Any] = {"at": ("start",), **({} if subjects[0].manner == "changes" else {"every_n_steps": 1})}
     made = [subject.make(base, **at) for subject in subjects]
     known: dict[str, L.Callback] = {}
     for callback in (callback for callbacks in made for callback in callbacks):
         known.setdefault(getattr(callback, "name", type(callback).__name__), callback)
     traces = _train(run, strategy, list(known.values()), subjects[0].module, unused=subjects[0].unused)
     changed: list[str] = []
-    if subjects[0].looks:
+    if subjects[0].manner != "changes":
         key = subjects[0].module
         if key not in plain:
             plain[key] = _train(run.with_name(f"plain-{len(plain)}"), strategy, [], key, unused=subjects[0].unused)

@@ -119,7 +119,8 @@ def test_commands_of_two_processes_find_what_one_finds(tmp_path: Path) -> None:
         assert second[name][1] == ""
         mine = rows_of(tmp_path / "two" / name)
         wanted = rows_of(tmp_path / "one" / ("analyze" if name == "shard" else name))
-        assert mine.keys() == wanted.keys()
+        # Variants of a model need its whole parameters.
+        assert wanted.keys() - mine.keys() == ({"explain_change"} if name == "shard" else set())
         for analysis, row in mine.items():
             tolerance = 2e-3 if (name, analysis) == ("shard", "taylor_diff") else 1e-5
             for metric, value in wanted[analysis]["metrics"].items():

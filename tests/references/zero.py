@@ -65,6 +65,18 @@ class FlatOptimizer(torch.optim.Optimizer):
             self.flat.copy_(torch.cat(parts))
         return loss
 
+    def state_dict(self) -> dict[str, Any]:
+        """The parts of all ranks, which DeepSpeed writes to files of their own."""
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, self.inner.state_dict())
+        return {"parts": parts, "state": {}, "param_groups": []}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.inner.load_state_dict(state_dict["parts"][dist.get_rank()])
+        self.state = self.inner.state
+        start = dist.get_rank() * self.length
+        self.part.data.copy_(self.flat[start : start + self.length])
+
 
 class DeepSpeedStrategy(DDPStrategy):
     """Stages 1 and 2 of ZeRO on the CPU, without mixed precision.

@@ -126,13 +126,14 @@ class CouplingRun:
         with self.capture.attached() as passes:
             with replicas.together("a first piece"):
                 footprint = self.probe()
+            common = passes()
             store, blocks = self._planned(footprint)
             with replicas.together("the passes over the pieces"):
                 self.fill(store, blocks)
         store.exchange(len(blocks), replicas)
         summaries = [store.summary(number) for number in range(len(blocks))]
         with replicas.together("the products of gradients"):
-            for number in replicas.share(range(len(blocks) - 1, -1, -1)):
+            for number in replicas.deal(range(len(blocks) - 1, -1, -1)):
                 if not store.has_products(number):
                     store.put_products(number, self._products(store, summaries, number))
         with replicas.together("the products of gradients"):
@@ -141,7 +142,7 @@ class CouplingRun:
         if not store.shared and replicas.size > 1:
             matrix = replicas.sum_(result.matrix.to(self.capture.device))
             result = result._replace(matrix=matrix.cpu())
-        return result._replace(cost=total_cost(replicas, passes()))
+        return result._replace(cost=total_cost(replicas, passes(), common))
 
     def probe(self) -> Footprint:
         """Tries pieces until one runs; says what the others will need.
@@ -258,7 +259,9 @@ class CouplingRun:
         elif total <= limit:
             free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
             store = MemoryBlocks(device if total <= 0.4 * free else torch.device("cpu"), device)
-            size = min(_BLOCK_SIZE, math.ceil(len(order) / self.replicas.size))
+            # A block is multiplied with all before it, so that several for each rank divide the products evenly.
+            shares = 4 * self.replicas.size if self.replicas.size > 1 else 1
+            size = min(_BLOCK_SIZE, math.ceil(len(order) / shares))
         else:
             raise CouplingError(
                 f"the gradients of {len(order)} pieces need about {total / 2**30:.3g} GiB, more than the "
