@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[2])
     parser.add_argument("--width", type=int, default=128, help="of the model")
     parser.add_argument("--directions", type=int, default=41)
-    parser.add_argument("--pieces", type=int, default=256)
+    parser.add_argument("--pieces", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=2)
     options = parser.parse_args()
     print(f"{os.cpu_count()} cores; load {os.getloadavg()[0]:.1f}")

@@ -188,6 +188,13 @@ class Replicas:
             dist.all_reduce(tensor)
         return tensor
 
+    def send_(self, tensor: Tensor, source: int) -> Tensor:
+        """Gives every replica the tensor of one of them, in place."""
+        if self.size > 1:
+            meet_within(f"the sending of {tuple(tensor.shape)}, {tensor.dtype}")
+            dist.broadcast(tensor, source)
+        return tensor
+
     def gather_objects(self, value: T) -> list[T]:
         """The small objects of all replicas, in rank order, on every one of them."""
         if self.size == 1:
