@@ -43,6 +43,7 @@ class Compiled(Finetune):
         self.model = torch.compile(self.model, backend="eager")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*LeafSpec", "ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_analyses_compile_nothing(tmp_path: Path) -> None:
     """Dynamo gives up on a model that is compiled anew too often."""

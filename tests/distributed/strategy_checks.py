@@ -347,7 +347,7 @@ def observe_all(names: Sequence[str], folder: str, base: str) -> dict:
     if size == 1:
         dist.destroy_process_group()
     found = {name: observe(name, Path(folder) / name.replace(" ", "-"), Path(base)) for name in names}
-    if size == 1:
+    if not dist.is_initialized():
         store = dist.FileStore(f"{folder}/again", 1)
         dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     return found
