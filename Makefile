@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format bench docs models build clean
+.PHONY: help demo test test-slow lint format bench docs models strategies build clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -47,6 +47,9 @@ build: $(READY)  ## Build the wheel into dist/
 
 models: $(READY)  ## Renew docs/models.md, the table of what works on which family
 	$(BIN)/python -m tests.references.models_table
+
+strategies: $(READY)  ## Renew docs/strategies.md, the table of what works under which strategy (some minutes)
+	$(BIN)/python -m tests.references.strategies_table
 
 clean:  ## Remove the environment and everything generated
 	rm -rf $(VENV) dist build site .pytest_cache .mypy_cache .ruff_cache .hypothesis

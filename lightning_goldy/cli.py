@@ -180,6 +180,11 @@ def _add_analyze(parser: argparse.ArgumentParser) -> None:
     )
     _add_seed(parser, "the draws")
     parser.add_argument("--n-samples", type=int, help="samples of the probe (default: at most 16)")
+    parser.add_argument(
+        "--shard",
+        action="store_true",
+        help="spread the model over the processes that torchrun started, when it is too large for one device",
+    )
     _add_folder(parser, "everything goes", "analyze")
     parser.set_defaults(run=_analyze)
 
@@ -196,6 +201,7 @@ def _analyze(options: argparse.Namespace) -> None:
         writing=Writing(tuple(prompts), options.max_new_tokens, options.temperature, options.seed),
         n_samples=options.n_samples,
         output=options.output,
+        shard=options.shard,
     )
 
 

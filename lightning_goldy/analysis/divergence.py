@@ -75,6 +75,8 @@ class AnchoredDivergence:
         """Number of target positions."""
         self.forwards = 0
         """Samples that forward passes held so far, those that made the anchor's predictions among them."""
+        self.divided = 0
+        """Those of them that other processes do not make, as far as whoever shares out the work has noted."""
         self._kept: list[Tensor] = []
         # At the anchor, of all batches but the first: what rounding adds to the sum.
         self._rounding = 0.0
@@ -91,6 +93,15 @@ class AnchoredDivergence:
         total = 0.0
         for index in range(len(self.batches)):
             total += self._from_anchor(model, index)
+        return total / self.positions
+
+    def divide(self, model: nn.Module, replicas: Replicas) -> float:
+        """The value at one place, of whose batches each replica takes a share; with the bits that one process finds."""
+        own = [self._from_anchor(model, index) for index in replicas.share(range(len(self.batches)))]
+        parts = replicas.gather_objects(own)
+        total = 0.0
+        for index in range(len(self.batches)):
+            total += parts[index % replicas.size][index // replicas.size]
         return total / self.positions
 
     def at_anchor(self, model: nn.Module) -> float:

@@ -84,9 +84,21 @@ def counted_passes(model: nn.Module, n_samples: Callable[[], int] | None = None)
         yield lambda: Cost(*made)
 
 
-def total_cost(replicas: Replicas, mine: Cost) -> Cost:
-    """The passes of all replicas; a collective."""
-    return sum(replicas.gather_objects(mine), Cost())
+def total_cost(replicas: Replicas, mine: Cost, common: Cost = Cost()) -> Cost:
+    """The passes of all replicas, those that each of them made alike counted once; a collective.
+
+    Args:
+        replicas: Those that shared the work.
+        mine: The passes of this one.
+        common: Those among them that all made, such as of a first try.
+
+    Example:
+        >>> total_cost(Replicas(), Cost(forwards=3, backwards=1), Cost(forwards=1))
+        Cost(forwards=3, backwards=1)
+    """
+    again = replicas.size - 1
+    total = sum(replicas.gather_objects(mine), Cost())
+    return Cost(total.forwards - again * common.forwards, total.backwards - again * common.backwards)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -47,7 +47,7 @@ from lightning_goldy.core.store import Kind, save_vectors
 from lightning_goldy.core.vector import ParameterVector, require_finite
 from lightning_goldy.data.base import follow_training
 from lightning_goldy.training.probe import Reading
-from lightning_goldy.training.subject import check_probe, find_model, find_objective, find_probe
+from lightning_goldy.training.subject import check_probe, check_strategy, find_model, find_objective, find_probe
 
 At = Literal["start", "checkpoint", "end"]
 Trigger = Literal["start", "step", "epoch", "checkpoint", "end"]
@@ -320,11 +320,7 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         require_local_run(trainer)
         if names.count(self.name) > 1:
             raise SameNameError(self)
-        if type(trainer.strategy).__name__ == "FSDPStrategy":
-            raise ValueError(
-                f"{type(self).__name__} cannot work with FSDPStrategy (FSDP1), whose flat parameters merge weights "
-                "across layers; use ModelParallelStrategy with fully_shard (FSDP2), DDPStrategy or a single device"
-            )
+        check_strategy(trainer.strategy, type(self).__name__, changes_training=self.changes_training)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Opens the folder, takes up an interrupted run, and tries the probe before the first step."""

@@ -1,15 +1,17 @@
-"""Random states in checkpoints, so that a resumed run is the uninterrupted one."""
+"""Random states and waiting gradients in checkpoints, so that a resumed run is the uninterrupted one."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as L
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_goldy.core.isolation import random_states, restore_random_states
-from lightning_goldy.core.sharding import Replicas
+from lightning_goldy.core.sharding import Replicas, like, local, unshard_guard
 from lightning_goldy.data.base import follow_training
 
 _PATIENCE_SECONDS = 10.0
@@ -19,7 +21,8 @@ class ExactResume(L.Callback):
     """Saves the random states of all ranks in checkpoints and restores them on resume, as Lightning does not.
 
     Resumed from the end of an epoch, a run then ends with the bits of an uninterrupted one. In the middle of an epoch
-    the data loader must keep its position as well, as those of :mod:`lightning_goldy.data` do.
+    the data loader must keep its position as well, as those of :mod:`lightning_goldy.data` do. A checkpoint in the
+    middle of an accumulation of gradients holds what has been accumulated, too: one more copy of the trained weights.
 
     Example:
         >>> import torch
@@ -34,13 +37,14 @@ class ExactResume(L.Callback):
     def __init__(self) -> None:
         self._state: dict[str, Any] | None = None
         self._failed = False
+        self._trainer: weakref.ref[L.Trainer] | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """The states of every rank; a collective, as Lightning calls it on all of them.
 
         Once the run has failed, on this rank at least, the others are waited for a short while only.
         """
-        world, mine = Replicas.world(), random_states()
+        world, mine = Replicas.world(), {**random_states(), "gradients": self._accumulated()}
         if not self._failed:
             return {"ranks": world.gather_objects(mine)}
         return {"ranks": world.gather_soon(mine, _PATIENCE_SECONDS) or [mine]}
@@ -59,8 +63,20 @@ class ExactResume(L.Callback):
                 "numbers are not those of an uninterrupted run"
             )
 
+    def _accumulated(self) -> dict[str, torch.Tensor]:
+        """This rank's part of gradients that wait for further batches."""
+        trainer = None if self._trainer is None else self._trainer()
+        if trainer is None or not trainer.training or not trainer.lightning_module.automatic_optimization:
+            return {}
+        if not trainer.fit_loop.epoch_loop._should_accumulate():
+            return {}
+        unshard_guard(trainer.lightning_module)
+        named = trainer.lightning_module.named_parameters()
+        return {name: local(own.grad).cpu().clone() for name, own in named if own.grad is not None}
+
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Restores once more: strategies differ in when they load callbacks, and set-up draws random numbers."""
+        self._trainer = weakref.ref(trainer)
         if self._state is not None:
             restore_random_states(self._state)
 
@@ -82,6 +98,10 @@ class ExactResume(L.Callback):
         follow_training(trainer)
         self._failed = False
         state, self._state = self._state, None
+        parameters = dict(pl_module.named_parameters())
+        for name, gradient in ({} if state is None else state.get("gradients", {})).items():
+            parameter = parameters[name]
+            parameter.grad = like(parameter.detach(), gradient.to(local(parameter).device))
         fetcher, loader = trainer.fit_loop._data_fetcher, trainer.fit_loop._combined_loader
         if state is not None and fetcher is not None and loader is not None and not loader._state_dicts():
             restore_random_states(state)

@@ -211,6 +211,8 @@ class ResultStore:
         if previous.resolve() == self.folder.resolve():
             filter_rows(self.rows, lambda row: row["step"] <= step, check=_resumed_fault)
             return
+        # What another run has left here is no part of this one.
+        self.start_fresh()
         # The process that wrote there may have been killed within a row.
         kept = [row for row in read_rows(previous / ROWS, torn="drop", check=_resumed_fault) if row["step"] <= step]
         for name in sorted({name for row in kept for name in row.get("files", {}).values()}):

@@ -26,11 +26,13 @@ from lightning_goldy.callbacks.store import ROWS, ResultStore, peak_memory_bytes
 from lightning_goldy.commands.checkpoints import FoundBase, SavedModel, find_base, read_saved
 from lightning_goldy.commands.fit import check_configs, run_configured
 from lightning_goldy.commands.output import output_folder, print_report
+from lightning_goldy.commands.ranks import PATIENCE_SECONDS, joined_ranks
 from lightning_goldy.core.architecture import UnsupportedArchitectureError
 from lightning_goldy.core.base import BaseParameters
 from lightning_goldy.core.files import atomic_write, printable, to_json_line
 from lightning_goldy.core.isolation import undisturbed
 from lightning_goldy.core.objective import Objective
+from lightning_goldy.core.sharding import RankError, Replicas, is_sharded
 from lightning_goldy.core.space import trainable_parameters
 from lightning_goldy.core.vector import require_finite
 from lightning_goldy.report import continuations_table, explanation_table, summary_table
@@ -182,6 +184,8 @@ def left_out(subject: Subject, base_source: str) -> dict[str, str]:
     reasons = {}
     if subject.base is None:
         reasons.update(dict.fromkeys(sorted(NEEDS_BASE), f"there is no base: {base_source}"))
+    elif any(map(is_sharded, subject.model.parameters())):
+        reasons["explain_change"] = "its variants need whole parameters, of which --shard leaves each process a part"
     if not subject.writing.prompts:
         reasons["continuations"] = "no prompt was given (--prompt or --prompts)"
     elif not callable(getattr(subject.model, "generate", None)):
@@ -202,8 +206,11 @@ def analyze_checkpoint(
     writing: Writing = Writing(),
     n_samples: int | None = None,
     output: str | Path | None = None,
+    shard: bool = False,
 ) -> Path:
     """Analyses a saved model, prints a summary and writes rows, whole results, figures and a report.
+
+    Processes that torchrun started share out the samples, or each holds a part of the model.
 
     Args:
         checkpoint: A Lightning checkpoint or a folder of ``save_pretrained``.
@@ -212,6 +219,7 @@ def analyze_checkpoint(
         writing: Prompts to continue.
         n_samples: Samples of the probe; by default at most 16.
         output: A folder without results; by default the next free ``runs/analyze/version_N``.
+        shard: Whether the processes share the model (FSDP2), for one that is too large for one device.
 
     Returns:
         The folder.
@@ -220,7 +228,7 @@ def analyze_checkpoint(
         FileNotFoundError: There is no such checkpoint or base.
         ValueError: The checkpoint or the base is not one, does not fit the model, or the configuration names no data.
         FileExistsError: The folder holds results already.
-        RuntimeError: An analysis failed; what the others found has been written.
+        RuntimeError: An analysis failed; what the others found has been written. A process of several failed.
     """
     check_configs(settings)
     if n_samples is not None and n_samples < 1:
@@ -228,10 +236,14 @@ def analyze_checkpoint(
     saved = read_saved(checkpoint)
     if output is not None and (found := next(Path(output).expanduser().glob(f"goldy/*/{ROWS}"), None)) is not None:
         raise FileExistsError(f"{output} holds results already, {found}; give another --output")
-    folder = output_folder(output, "attention_tracker", "analyze")
-    walk = run_configured(lambda: CheckpointAnalysis(saved, base, writing, n_samples, folder), settings, folder)
-    walk.show(Console())
-    print_report(folder)
+    with joined_ranks("goldy analyze") as ranks:
+        folder = output_folder(output, "attention_tracker", "analyze")
+        walk = run_configured(
+            lambda: CheckpointAnalysis(saved, base, writing, n_samples, folder), settings, folder, shard=shard
+        )
+        if not ranks.rank:
+            walk.show(Console())
+            print_report(folder)
     if walk.failed:
         reasons = "; ".join(f"{name} failed: {reason}" for name, reason in walk.failed.items())
         raise RuntimeError(f"{reasons}. What the others found is in {folder}")
@@ -280,7 +292,8 @@ class CheckpointAnalysis(L.Callback):
                 if name not in self.left_out:
                     status.update(name)
                     self._analyze(name, subject)
-        self._write_summary()
+        if trainer.is_global_zero:
+            self._write_summary()
 
     def show(self, console: Console) -> None:
         """Prints what was found and what was left out."""
@@ -325,17 +338,22 @@ class CheckpointAnalysis(L.Callback):
     def _analyze(self, name: str, subject: Subject) -> None:
         start = time.perf_counter()
         try:
-            with peak_memory_bytes(next(subject.model.parameters()).device) as peak:
+            with (
+                peak_memory_bytes(next(subject.model.parameters()).device) as peak,
+                Replicas.world().together(name, patience=PATIENCE_SECONDS),
+            ):
                 part = PARTS[name](subject)
         except UnsupportedArchitectureError as error:
             self.left_out[name] = str(error)
             return
         except (ValueError, RuntimeError) as error:
             # What the others find is worth its time; the command tells at its end, and fails.
+            if isinstance(error, RankError) and error.final:
+                raise
             self.failed[name] = str(error)
             return
-        store = ResultStore(self.folder / "goldy" / name, write=True)
-        for file, result in {"result": part.result, **part.more}.items():
+        store = ResultStore(self.folder / "goldy" / name, write=not Replicas.world().rank)
+        for file, result in {"result": part.result, **part.more}.items() if store.write else ():
             atomic_write(store.folder / f"{file}.json", result.to_json())
         row = part.row or part.result.row()
         row = row.extended(result={"checkpoint": str(self.saved.path), "base": self.base_source}).at(
@@ -348,7 +366,8 @@ class CheckpointAnalysis(L.Callback):
         )
         line = store.append(row)
         self.rows.append(line)
-        self._draw(line)
+        if store.write:
+            self._draw(line)
 
     def _draw(self, row: dict[str, Any]) -> None:
         def tell(name: str, error: Exception) -> None:

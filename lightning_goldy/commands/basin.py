@@ -20,8 +20,10 @@ from lightning_goldy.callbacks.store import ResultStore, peak_memory_bytes
 from lightning_goldy.commands.checkpoints import SavedModel, positions, read_saved
 from lightning_goldy.commands.fit import check_configs, run_configured
 from lightning_goldy.commands.output import output_folder, print_report
+from lightning_goldy.commands.ranks import joined_ranks
 from lightning_goldy.core.files import printable, read_rows
 from lightning_goldy.core.isolation import undisturbed
+from lightning_goldy.core.sharding import Replicas
 from lightning_goldy.report.formatting import format_number
 from lightning_goldy.training.subject import check_probe, find_model, find_objective, find_probe, find_splits
 
@@ -37,6 +39,8 @@ def measure_checkpoints(
     output: str | Path | None = None,
 ) -> Path:
     """Measures the volume around each checkpoint, prints a table and writes rows and a report.
+
+    Processes that torchrun started share out the directions.
 
     Args:
         checkpoints: Lightning checkpoints or folders of ``save_pretrained``, in any order; rows are ordered by step.
@@ -55,11 +59,13 @@ def measure_checkpoints(
     """
     check_configs(settings)
     saved = [read_saved(path, with_optimizer=survey.needs_adam) for path in checkpoints]
-    folder = output_folder(output, _NAME, "basin")
-    walk = run_configured(lambda: CheckpointVolumes(saved, survey, splits=splits, folder=folder), settings, folder)
-    Console().print(walk.table())
-    print(printable(f"rows: {walk.store.rows}"))
-    print_report(folder)
+    with joined_ranks("goldy basin") as ranks:
+        folder = output_folder(output, _NAME, "basin")
+        walk = run_configured(lambda: CheckpointVolumes(saved, survey, splits=splits, folder=folder), settings, folder)
+        if not ranks.rank:
+            Console().print(walk.table())
+            print(printable(f"rows: {walk.store.rows}"))
+            print_report(folder)
     return folder
 
 
@@ -75,7 +81,7 @@ class CheckpointVolumes(L.Callback):
 
     def __init__(self, saved: Sequence[SavedModel], survey: VolumeSurvey, *, splits: bool, folder: Path) -> None:
         self.saved, self.survey, self.splits = positions(saved), survey, splits
-        self.store = ResultStore(folder / "goldy" / _NAME, write=True)
+        self.store = ResultStore(folder / "goldy" / _NAME, write=not Replicas.world().rank)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Loads and measures one checkpoint after the other."""

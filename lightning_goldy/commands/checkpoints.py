@@ -19,7 +19,7 @@ from lightning_goldy.callbacks.weights import Weights
 from lightning_goldy.core.architecture import HeadGates
 from lightning_goldy.core.base import BASE_FILE, BaseParameters, base_files, read_base, read_checkpoint
 from lightning_goldy.core.objective import CausalLMObjective, MaskedLMObjective, Objective, Seq2SeqObjective
-from lightning_goldy.core.sharding import local
+from lightning_goldy.core.sharding import is_sharded, local, scatter_like
 from lightning_goldy.core.space import ParameterSpace, SpaceError
 from lightning_goldy.core.store import StoreError, fingerprint, load_vectors, read_header
 from lightning_goldy.core.vector import ParameterVector
@@ -61,8 +61,13 @@ class SavedModel:
         checkpoint = read_checkpoint(self.path)
         self._close_heads(checkpoint, pl_module, model)
         pl_module.on_load_checkpoint(checkpoint)
+        own = pl_module.state_dict()
+        state = {
+            name: scatter_like(own[name], value) if name in own and is_sharded(own[name]) else value
+            for name, value in checkpoint["state_dict"].items()
+        }
         try:
-            pl_module.load_state_dict(checkpoint["state_dict"])
+            pl_module.load_state_dict(state)
         except RuntimeError as error:
             raise StoreError(
                 f"{self.path} does not fit the configuration's {type(pl_module).__name__}: {error}"
@@ -151,6 +156,11 @@ def read_saved(path: str | Path, *, with_optimizer: bool = False) -> SavedModel:
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}")
     if path.is_dir():
+        if (path / ".metadata").is_file():
+            raise StoreError(
+                f"{path} is a checkpoint in shards, whose index is code to run; make a file of it first with: "
+                f"python -m lightning.pytorch.utilities.consolidate_checkpoint {path}"
+            )
         if not any(path.glob("*.safetensors")):
             raise StoreError(f"{path}: a folder of save_pretrained holds .safetensors files; this one has none")
         if with_optimizer:

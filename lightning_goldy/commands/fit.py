@@ -14,6 +14,7 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from lightning_goldy.commands.ranks import trainer_words
 from lightning_goldy.core.files import PlainError, atomic_write, printable
 from lightning_goldy.training.quiet import progress_only, without_known_warnings
 from lightning_goldy.training.recipes import all_recipes
@@ -134,11 +135,8 @@ def command_line(arguments: Sequence[str]) -> Iterator[None]:
 
 CallbackT = TypeVar("CallbackT", bound=L.Callback)
 
-# One device and nothing that belongs to a training, whatever the configuration says.
-_ALONE = (
-    "--trainer.devices=1",
-    "--trainer.num_nodes=1",
-    "--trainer.strategy=auto",
+# Nothing that belongs to a training, whatever the configuration says.
+_UNTRAINED = (
     "--trainer.logger=false",
     "--trainer.callbacks=null",
     "--trainer.enable_checkpointing=false",
@@ -147,13 +145,18 @@ _ALONE = (
 )
 
 
-def run_configured(make: Callable[[], CallbackT], settings: Sequence[str], folder: Path) -> CallbackT:
+def run_configured(
+    make: Callable[[], CallbackT], settings: Sequence[str], folder: Path, *, shard: bool = False
+) -> CallbackT:
     """Sets up model and data and calls a callback's ``on_validation_start``; what is evaluated after it is ignored.
+
+    On one device, or on those of the processes that torchrun started, whatever the configuration says.
 
     Args:
         make: Gives the callback that does the work, once the configuration has been read.
         settings: The words that ``goldy fit`` would be given: ``--config FILE`` and changes to it.
         folder: Takes the whole configuration, as ``config.yaml``.
+        shard: Whether each process holds a part of the model.
 
     Returns:
         The callback.
@@ -161,13 +164,14 @@ def run_configured(make: Callable[[], CallbackT], settings: Sequence[str], folde
     Raises:
         ValueError: The configuration names no data, or a module that cannot be set up this way.
     """
-    with command_line([*settings, *_ALONE]), without_known_warnings(), progress_only():
+    with command_line([*settings, *trainer_words(shard=shard), *_UNTRAINED]), without_known_warnings(), progress_only():
         cli = _SetupCLI(run=False)
         if cli.datamodule is None:
             raise ValueError("the configuration names no data module, so there is nothing to compare predictions on")
         if not is_overridden("validation_step", cli.model):
             raise ValueError(f"{type(cli.model).__name__} has no validation_step, without which it cannot be set up")
-        atomic_write(folder / "config.yaml", cli.parser.dump(cli.config, skip_none=False))
+        if cli.trainer.is_global_zero:
+            atomic_write(folder / "config.yaml", cli.parser.dump(cli.config, skip_none=False))
         callback = make()
         cli.trainer.callbacks = [_OneBatch(cli.trainer), callback]  # type: ignore[attr-defined]
         cli.trainer.validate(cli.model, cli.datamodule, verbose=False)

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from lightning_goldy.callbacks.store import ROWS
 from lightning_goldy.core.files import printable
+from lightning_goldy.core.sharding import Replicas
 
 
 def output_folder(output: str | Path | None, analysis: str, runs: str) -> Path:
-    """The folder that was asked for, or a numbered one of its own.
+    """The folder that was asked for, or a numbered one of its own, the same on all processes.
 
     Args:
         output: What was asked for; None for ``runs/<runs>/version_<n>``.
@@ -23,11 +24,23 @@ def output_folder(output: str | Path | None, analysis: str, runs: str) -> Path:
         folder = Path(output).expanduser()
         if (folder / "goldy" / analysis / ROWS).exists():
             raise FileExistsError(f"{folder} holds rows of {analysis} already; give another --output")
+        # Before any process writes there.
+        Replicas.world().meet("the folder of the results")
         return folder
+    return next_version(Path("runs") / runs)
+
+
+def next_version(folder: Path) -> Path:
+    """The next free ``version_<n>`` below a folder, as the first process sees it.
+
+    Example:
+        >>> next_version(Path("nowhere"))
+        PosixPath('nowhere/version_0')
+    """
     number = 0
-    while (folder := Path("runs") / runs / f"version_{number}").exists():
+    while (folder / f"version_{number}").exists():
         number += 1
-    return folder
+    return folder / f"version_{Replicas.world().gather_objects(number)[0]}"
 
 
 def print_report(folder: Path) -> None:

@@ -11,7 +11,7 @@ import sysconfig
 import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cache, partial
 from itertools import islice, repeat
 from multiprocessing.sharedctypes import SynchronizedBase
@@ -364,6 +364,19 @@ def _is_of_the_user(module: str) -> bool:
     return file is None or not any(Path(file).is_relative_to(path) for path in installed)
 
 
+def uncompiled(module: nn.Module) -> AbstractContextManager[Any]:
+    """A context in which nothing of a module is compiled, nor what was compiled of it is used.
+
+    Modes, shapes and derivatives of an analysis would use up the times that dynamo compiles a function anew.
+
+    Example:
+        >>> with uncompiled(nn.Linear(1, 1)):
+        ...     pass
+    """
+    compiled = any("_orig_mod" in part._modules or part._compiled_call_impl is not None for part in module.modules())
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+
+
 def require_unscaled(module: nn.Module) -> None:
     """Refuses a model whose forward pass divides weights in place in evaluation mode, as a deep RWKV does.
 
@@ -388,10 +401,11 @@ _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 def preserved(module: nn.Module, *, training: bool | None = False) -> Iterator[nn.Module]:
     """Gives a module to an analysis and takes it back as it was: gradients, modes, buffers, attributes, random states.
 
-    Gradients are set aside, not copied; buffers are copied and written back, and so is what the modules keep in
-    attributes (counters, caches, lists: see :class:`Kept`); the parameters' values are the business of
-    :func:`~lightning_goldy.core.vector.applied`, but of embeddings with a ``max_norm``. Inside, gradients are enabled
-    (Lightning's validation hooks run without) and, by default, the module is in evaluation mode.
+    Gradients are set aside, not copied, and so are hooks that wait for them; buffers are copied and written back, and
+    so is what the modules keep in attributes (counters, caches, lists: see :class:`Kept`); the parameters' values are
+    the business of :func:`~lightning_goldy.core.vector.applied`, but of embeddings with a ``max_norm``. Inside,
+    gradients are enabled (Lightning's validation hooks run without), a compiled module runs uncompiled and, by default,
+    the module is in evaluation mode.
 
     Args:
         module: The model.
@@ -411,6 +425,9 @@ def preserved(module: nn.Module, *, training: bool | None = False) -> Iterator[n
     parameters = list(module.parameters())
     gradients = [parameter.grad for parameter in parameters]
     requires = [parameter.requires_grad for parameter in parameters]
+    # Whoever trains within such hooks (an optimizer in the backward pass, stages of ZeRO) would take these gradients.
+    waiting = [held for parameter in parameters if (held := parameter._post_accumulate_grad_hooks)]
+    hooks = [(held, dict(held)) for held in waiting]
     # By owner, because a forward may put a new tensor in a buffer's place.
     buffers = [
         (child, name, buffer, None if buffer is None else local(buffer).clone())
@@ -424,10 +441,12 @@ def preserved(module: nn.Module, *, training: bool | None = False) -> Iterator[n
     kept = Kept.of_modules(module)
     # A sharded model's forward is a collective: a rank that failed before it tells the others there.
     guard = module.register_forward_pre_hook(_at_forward, prepend=True) if any(map(is_sharded, parameters)) else None
-    with isolated_rng(), torch.inference_mode(False), torch.enable_grad():
+    with isolated_rng(), torch.inference_mode(False), torch.enable_grad(), uncompiled(module):
         try:
             for parameter in parameters:
                 parameter.grad = None
+            for held, _ in hooks:
+                held.clear()
             if training is not None:
                 # Not by train(), which some layers override to merge adapters into their weights.
                 for child, _ in modes:
@@ -451,6 +470,9 @@ def preserved(module: nn.Module, *, training: bool | None = False) -> Iterator[n
                     for name in set(child._buffers) - names:
                         del child._buffers[name]
             kept.restore()
+            for held, owned in hooks:
+                held.clear()
+                held.update(owned)
             for parameter, gradient, needed in zip(parameters, gradients, requires, strict=True):
                 if parameter.requires_grad is not needed:
                     parameter.requires_grad_(needed)
@@ -515,7 +537,11 @@ def _leaves(loss: Tensor) -> Iterator[Tensor]:
 
 
 def _reducer_counts(trainer: Any) -> bool:
-    wrapped = getattr(getattr(trainer, "strategy", None), "model", None)
+    strategy = getattr(trainer, "strategy", None)
+    if any(base.__name__ == "DeepSpeedStrategy" for base in type(strategy).__mro__):
+        # Its stages hook the nodes that accumulate.
+        return True
+    wrapped = getattr(strategy, "model", None)
     if not isinstance(wrapped, DistributedDataParallel):
         return False
     return bool(wrapped.static_graph or wrapped.find_unused_parameters)

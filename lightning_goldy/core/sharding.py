@@ -171,11 +171,28 @@ class Replicas:
         """Every ``size``-th item, starting with the ``rank``-th."""
         return list(items[self.rank :: self.size])
 
+    def deal(self, items: Sequence[T]) -> list[T]:
+        """This replica's share of items that go from the most work to the least, dealt to and fro.
+
+        Example:
+            >>> [Replicas(rank, 2).deal([7, 6, 5, 4, 3, 2, 1, 0]) for rank in range(2)]
+            [[7, 4, 3, 0], [6, 5, 2, 1]]
+        """
+        turns = (self.rank, 2 * self.size - 1 - self.rank)
+        return [item for place, item in enumerate(items) if place % (2 * self.size) in turns]
+
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sums a tensor over the replicas, in place."""
         if self.size > 1:
             meet_within(f"the sum of {tuple(tensor.shape)}, {tensor.dtype}")
             dist.all_reduce(tensor)
+        return tensor
+
+    def send_(self, tensor: Tensor, source: int) -> Tensor:
+        """Gives every replica the tensor of one of them, in place."""
+        if self.size > 1:
+            meet_within(f"the sending of {tuple(tensor.shape)}, {tensor.dtype}")
+            dist.broadcast(tensor, source)
         return tensor
 
     def gather_objects(self, value: T) -> list[T]:

@@ -48,6 +48,42 @@ def _submodule(pl_module: nn.Module, attribute: str | None) -> nn.Module:
         ) from error
 
 
+def check_strategy(strategy: Any, who: str, *, changes_training: bool = False) -> None:
+    """Refuses strategies whose parameters are no tensors of the model's own, those of a user's own subclasses too.
+
+    Args:
+        strategy: The trainer's.
+        who: What cannot work with it.
+        changes_training: Whether it changes parameters and what the optimizer keeps of them.
+
+    Raises:
+        ValueError: It is FSDP1, or DeepSpeed at a stage of ZeRO that takes parameters apart; or DeepSpeed at any, for
+            what changes parameters.
+
+    Example:
+        >>> class DeepSpeedStrategy:
+        ...     config = {"zero_optimization": {"stage": 3}}
+        >>> check_strategy(DeepSpeedStrategy(), "GoldenSnapshot")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ValueError: GoldenSnapshot cannot work with DeepSpeedStrategy at ZeRO stage 3, which keeps parameters in ...
+    """
+    kinds = {base.__name__ for base in type(strategy).__mro__}
+    name, why = type(strategy).__name__, None
+    if kinds & {"FSDPStrategy", "XLAFSDPStrategy"}:
+        why = f"{name} (FSDP1), whose flat parameters merge weights across layers"
+    elif "DeepSpeedStrategy" in kinds:
+        stage = ((getattr(strategy, "config", None) or {}).get("zero_optimization") or {}).get("stage", 0)
+        if stage not in (0, 1, 2):
+            why = f"{name} at ZeRO stage {stage}, which keeps parameters in parts that only its own passes join"
+        elif changes_training:
+            why = f"{name}, whose optimizer steps on flat copies of the parameters and would undo its changes"
+    if why is not None:
+        raise ValueError(
+            f"{who} cannot work with {why}; use ModelParallelStrategy with fully_shard (FSDP2), DDPStrategy or a "
+            "single device"
+        )
+
+
 def find_objective(pl_module: nn.Module, model: nn.Module, given: Objective | None) -> Objective:
     """The given objective, the LightningModule's own ``objective``, or the one that the model's class was made for.
 

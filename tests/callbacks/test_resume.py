@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from lightning_goldy import GoldyModule
 from lightning_goldy.callbacks import ExactResume, GoldenParameters, GoldenSnapshot
 from lightning_goldy.core import StoreError, load_vectors, save_vectors
+from tests.callbacks.killed import Ordered
 from tests.callbacks.training import Finetune, TokenData, Tokens, differences, fit
 from tests.references.models import build
 
@@ -186,3 +187,44 @@ def test_a_loader_that_shuffles_goes_on_in_the_same_order(tmp_path, schedule):
     # The schedule asks for the number of steps, for which Lightning begins the loader during set-up.
     resumed = trained(tmp_path / "resumed", ckpt_path=tmp_path / "whole" / "epoch=0.ckpt")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+class SavedAt(L.Callback):
+    """Saves after a batch, whether or not an optimizer has stepped for it."""
+
+    def __init__(self, path, batch: int) -> None:
+        self.path, self.batch = path, batch
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if (trainer.current_epoch, batch_idx) == (0, self.batch):
+            trainer.save_checkpoint(self.path)
+
+
+def test_what_was_accumulated_goes_on_to_be(tmp_path):
+    def trained(name, callbacks, **options):
+        options = {"data": Ordered(), "accumulate_grad_batches": 3, "max_epochs": 1, **options}
+        return fit(tmp_path / name, [ExactResume(), *callbacks], **options)[2]
+
+    whole = trained("whole", [SavedAt(tmp_path / "waiting.ckpt", 4), SavedAt(tmp_path / "stepped.ckpt", 5)])
+    held = {
+        name: torch.load(tmp_path / f"{name}.ckpt", weights_only=True)["callbacks"]["ExactResume"]["ranks"][0]
+        for name in ("waiting", "stepped")
+    }
+    assert held["waiting"]["gradients"].keys() == dict(Finetune().named_parameters()).keys()
+    assert held["stepped"]["gradients"] == {}
+    again = trained("again", [], ckpt_path=tmp_path / "waiting.ckpt")
+    assert again.pop("losses") == whole.pop("losses")[5:]
+    assert differences(whole, again) == []
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
+def test_rows_of_another_run_in_the_new_folder_are_put_aside(tmp_path):
+    fit(tmp_path, [GoldenSnapshot(at=("end",))], max_epochs=1)
+    # A checkpoint before whose step the resumed run has no row.
+    watcher = GoldenSnapshot(every_n_steps=20)
+    saver = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=4, save_top_k=-1, filename="{step}")
+    fit(tmp_path / "first", [watcher, saver], max_epochs=1, enable_checkpointing=True)
+    again = GoldenSnapshot(every_n_steps=6, at=())
+    fit(tmp_path, [again], max_epochs=1, ckpt_path=tmp_path / "saved" / "step=4.ckpt")
+    assert [row["step"] for row in results([again])["golden_snapshot"]] == [6]
+    assert (again.folder.parent / "golden_snapshot.1" / "results.jsonl").exists()

@@ -492,3 +492,28 @@ def test_a_model_whose_evaluation_divides_its_weights_is_refused_before_it_does(
     model.config.rescale_every = 0
     assert golden_parameters(model, [batch]).mask.total > 0
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_hooks_that_wait_for_gradients_do_not_hear_of_an_analysis() -> None:
+    """As of an optimizer that steps within the backward pass."""
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    heard: list[str] = []
+
+    def stepped(parameter: Tensor) -> None:
+        heard.append("training")
+        optimizer.step()
+
+    handle = model.weight.register_post_accumulate_grad_hook(stepped)
+    before = model.weight.detach().clone()
+    with preserved(model):
+        own = model.weight.register_post_accumulate_grad_hook(lambda _: heard.append("analysis"))
+        model(torch.ones(1, 2)).sum().backward()
+        own.remove()
+    assert heard == ["analysis"]
+    assert torch.equal(model.weight, before)
+    model(torch.ones(1, 2)).sum().backward()
+    assert heard == ["analysis", "training"]
+    handle.remove()
+    model(torch.ones(1, 2)).sum().backward()
+    assert len(heard) == 2

@@ -15,7 +15,6 @@ from lightning_goldy.analysis.attention.statistics import AttentionStatistics, a
 from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.core.base import Base, base_of
 from lightning_goldy.core.objective import Objective
-from lightning_goldy.core.sharding import Replicas
 from lightning_goldy.core.vector import substituted
 
 Heads = Sequence[tuple[int, int]] | Literal["all"]
@@ -251,8 +250,8 @@ def track_attention(
     if heads == "all":
         heads = shown[0].maps.heads if shown else ()
     chosen = strongest_heads(statistics) if heads is None else tuple(heads)
-    # Every process shows all prompts.
-    passes = len(shown) * (1 if base is None else 2) * Replicas.of(model).size
+    # Every process shows all prompts, which counts once.
+    passes = len(shown) * (1 if base is None else 2)
     cost = statistics.cost + Cost(forwards=passes)
     return TrackedAttention(statistics, tuple(shown), chosen, n_singular_values, cost, stack)
 

@@ -26,7 +26,7 @@ from lightning_goldy.analysis.basin.result import (
     best_of,
 )
 from lightning_goldy.analysis.divergence import AnchoredDivergence, Cache, check_cache, own_share, shortened
-from lightning_goldy.analysis.result import Cost
+from lightning_goldy.analysis.result import Cost, total_cost
 from lightning_goldy.core.directions import Preconditioner, Proposal, Ray, direction_seed
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import require_at_least, require_choice
@@ -300,7 +300,8 @@ def basin_volume(
             spent = sum(numbers["evaluations"] for numbers in result.proposals.values())
             # What the other proposals cost belongs to the choice.
             result = dataclasses.replace(result, extra_evaluations=spent - int(result.evaluations.sum()))
-    return dataclasses.replace(result, cost=Cost(forwards=sum(replicas.gather_objects(divergence.forwards))))
+    common = Cost(forwards=divergence.forwards - divergence.divided)
+    return dataclasses.replace(result, cost=total_cost(replicas, Cost(forwards=divergence.forwards), common))
 
 
 def _one_of(whole: Estimator | None, named: Estimator) -> Estimator:
@@ -352,13 +353,24 @@ class _Walk:
     def share(
         self, seeds: list[int], replicas: Replicas, tell: Callable[[int, int], None]
     ) -> list[tuple[int, tuple[Proposal, Crossing]]]:
-        """This rank's part of the directions, and the pilot, which all walk, so that all start from the same radius."""
+        """This rank's part of the directions, and the pilot, from whose radius all start.
+
+        All walk the pilot, each with a share of the batches where the cost can be divided.
+        """
+        whole = self.cost
+        divided = whole if isinstance(whole, AnchoredDivergence) and replicas.size > 1 else None
+        before = 0 if divided is None else divided.forwards
+        if divided is not None:
+            self.cost = partial(divided.divide, replicas=replicas)
         pilot = self.trace(seeds[0])
+        self.cost = whole
         mine = replicas.share(seeds[1:])
         traces = [(seeds[0], pilot)]
         for own in mine:
             tell(len(traces), len(mine) + 1)
             traces.append((own, self.trace(own, pilot)))
+        if divided is not None:
+            divided.divided += divided.forwards - before
         tell(len(traces), len(mine) + 1)
         return traces
 

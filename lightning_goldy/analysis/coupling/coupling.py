@@ -126,22 +126,27 @@ class CouplingRun:
         with self.capture.attached() as passes:
             with replicas.together("a first piece"):
                 footprint = self.probe()
+            common = passes()
             store, blocks = self._planned(footprint)
             with replicas.together("the passes over the pieces"):
                 self.fill(store, blocks)
-        store.exchange(len(blocks), replicas)
+        # By tensor each gradient is built once in all; of a folder, whose products are of whole pieces, by block.
+        by_tensor = not store.shared and len(self.names) >= replicas.size > 1
+        names = replicas.deal(self._by_size()) if by_tensor else self.names
+        store.exchange(len(blocks), replicas, names)
         summaries = [store.summary(number) for number in range(len(blocks))]
+        numbers = range(len(blocks) - 1, -1, -1)
         with replicas.together("the products of gradients"):
-            for number in replicas.share(range(len(blocks) - 1, -1, -1)):
+            for number in numbers if by_tensor else replicas.deal(numbers):
                 if not store.has_products(number):
-                    store.put_products(number, self._products(store, summaries, number))
+                    store.put_products(number, self._products(store, summaries, number, names))
         with replicas.together("the products of gradients"):
             result = self._assembled(store, summaries, vectors_only=not footprint.rows)
         store.finish(len(blocks))
         if not store.shared and replicas.size > 1:
             matrix = replicas.sum_(result.matrix.to(self.capture.device))
             result = result._replace(matrix=matrix.cpu())
-        return result._replace(cost=total_cost(replicas, passes()))
+        return result._replace(cost=total_cost(replicas, passes(), common))
 
     def probe(self) -> Footprint:
         """Tries pieces until one runs; says what the others will need.
@@ -281,10 +286,15 @@ class CouplingRun:
                     )
         return folder
 
-    def _products(self, store: BlockStore, summaries: Sequence[Block], number: int) -> Tensor:
+    def _by_size(self) -> list[str]:
+        """The tensors, the largest first."""
+        parameters = self.capture.parameters
+        return sorted(self.names, key=lambda name: -parameters[name].numel() if name in parameters else 0)
+
+    def _products(self, store: BlockStore, summaries: Sequence[Block], number: int, names: Sequence[str]) -> Tensor:
         sizes = [len(block.indices) for block in summaries[: number + 1]]
         total = torch.zeros(sizes[-1], sum(sizes), dtype=torch.float64, device=self.capture.device)
-        for name in self.names if sizes[-1] else ():
+        for name in names if sizes[-1] else ():
             own = store.part(number, name)
             for other, target in enumerate(total.split(sizes, dim=1)):
                 if other == number:

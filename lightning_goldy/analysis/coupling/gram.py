@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -373,24 +373,35 @@ class MemoryBlocks:
         """Keeps a block."""
         self._blocks[number] = block
 
-    def exchange(self, n_blocks: int, replicas: Replicas) -> None:
-        """Makes the blocks of every replica known to all; every replica must call, when all have put theirs."""
+    def exchange(self, n_blocks: int, replicas: Replicas, names: Collection[str]) -> None:
+        """Makes the blocks of every replica known to all; every replica must call, when all have put theirs.
+
+        Args:
+            n_blocks: Of all replicas.
+            replicas: Those that have put blocks.
+            names: Tensors whose rows this replica needs, and keeps.
+        """
         if replicas.size == 1:
             return
         layouts = {
             number: ({name: _layout(rows) for name, rows in block.parts.items()}, summary_of(block))
             for number, block in self._blocks.items()
         }
-        known = {number: layout for part in replicas.gather_objects(layouts) for number, layout in part.items()}
+        known = {
+            number: (rank, *layout)
+            for rank, part in enumerate(replicas.gather_objects(layouts))
+            for number, layout in part.items()
+        }
         for number in range(n_blocks):
-            layout, summary = known[number]
+            source, layout, summary = known[number]
             own = self._blocks.get(number)
             parts = {}
             for name, kinds in layout.items():
                 rows = (None, None) if own is None else own.parts[name]
-                gradients, inputs = (self._shared(*pair, replicas) for pair in zip(rows, kinds, strict=True))
+                gradients, inputs = (self._shared(*pair, replicas, source) for pair in zip(rows, kinds, strict=True))
                 assert gradients is not None
-                parts[name] = Rows(gradients, inputs)
+                if name in names:
+                    parts[name] = Rows(gradients, inputs)
             self._blocks[number] = Block(**summary, parts=parts)
 
     def summary(self, number: int) -> Block:
@@ -417,15 +428,17 @@ class MemoryBlocks:
         """Frees what only an unfinished run needs."""
         self._blocks.clear()
 
-    def _shared(self, tensor: Tensor | None, kind: tuple[Any, ...] | None, replicas: Replicas) -> Tensor | None:
+    def _shared(
+        self, tensor: Tensor | None, kind: tuple[Any, ...] | None, replicas: Replicas, source: int
+    ) -> Tensor | None:
         if kind is None:
             return None
         shape, dtype = kind
-        # A sum with zeros changes nothing, and every backend can sum float32.
-        sent = torch.zeros(shape, dtype=torch.promote_types(dtype, torch.float32), device=self.compute)
+        # Every backend can send float32.
+        sent = torch.empty(shape, dtype=torch.promote_types(dtype, torch.float32), device=self.compute)
         if tensor is not None:
             sent.copy_(tensor)
-        return (replicas.sum_(sent) if sent.numel() else sent).to(self.kept, dtype)
+        return (replicas.send_(sent, source) if sent.numel() else sent).to(self.kept, dtype)
 
 
 def _layout(rows: Rows) -> list[tuple[Any, ...] | None]:
@@ -485,7 +498,7 @@ class FolderBlocks:
         # Last, as the sign that the rows are there.
         atomic_write(self._path("summary", number), json.dumps({"run": self._run, **summary_of(block)}))
 
-    def exchange(self, n_blocks: int, replicas: Replicas) -> None:
+    def exchange(self, n_blocks: int, replicas: Replicas, names: Collection[str]) -> None:
         """See :class:`MemoryBlocks`."""
         with replicas.together("reading the workspace"):
             for number in range(n_blocks):

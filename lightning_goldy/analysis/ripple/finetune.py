@@ -221,9 +221,9 @@ def finetune_ripple(
         with replicas.together("finetune_ripple"):
             batches = encoding.batches(encoding.samples(pieces))
             start = base_of(base, model).vector(model)
-            delta_norm, route, mine = _measure_batches(model, start, batches, replicas, progress)
+            delta_norm, route, common, mine = _measure_batches(model, start, batches, replicas, progress, passes)
         parts = zip(*gathered(replicas, mine, len(batches)), strict=True)
-        cost = total_cost(replicas, passes())
+        cost = total_cost(replicas, passes(), common)
     before, after = (PieceScores.joined(next(parts)) for _ in range(2))
     return FinetuneRipple(
         pieces=tuple(piece.id for piece in pieces),
@@ -243,14 +243,17 @@ def _measure_batches(
     batches: list[Batch],
     replicas: Replicas,
     progress: Callable[[int, int], None] | None,
-) -> tuple[float, str, list[tuple[PieceScores, PieceScores, Tensor]]]:
-    """||Delta||, the route, and of each batch of this rank the scores at the base, those now, the predicted changes."""
+    passes: Callable[[], Cost],
+) -> tuple[float, str, Cost, list[tuple[PieceScores, PieceScores, Tensor]]]:
+    """||Delta||, the route, what trying it cost; of each own batch the scores at the base and now, and predictions."""
     now = [score_pieces(model, [batch]) for batch in replicas.share(batches)]
     unit, size = unit_change(model, start)
     rows = []
     with substituted(model, start):
         sharded = any(map(is_sharded, start.values()))
+        tried = passes()
         route = "gradients" if sharded else available_route(model, start, next(split_batch(batches[0])))
+        common = Cost(passes().forwards - tried.forwards, passes().backwards - tried.backwards)
         for batch, after in zip(own_share(batches, model, replicas, progress), now, strict=True):
             before = score_pieces(model, [batch])
             if sharded:
@@ -258,7 +261,7 @@ def _measure_batches(
             else:
                 along = slopes(model, start, (unit,), [batch], route)[0]
             rows.append((before, after, along * size))
-    return size, route, rows
+    return size, route, common, rows
 
 
 def _sharded_slopes(model: nn.Module, unit: ParameterVector, batch: Batch) -> Tensor:

@@ -460,9 +460,10 @@ def ripple_effects(
     with preserved(model), counted_passes(model) as passes:
         with replicas.together("ripple_effects"):
             work = _RippleWork(model, chosen, encoding, pieces)
+            common = passes()
             mine = work.gradient_norms(replicas), work.outcomes(replicas.share(rows), progress)
         norms, outcomes = gathered(replicas, mine[0], len(pieces)), gathered(replicas, mine[1], len(rows))
-        cost = total_cost(replicas, passes())
+        cost = total_cost(replicas, passes(), common)
     found = {name: torch.stack([outcome[name] for outcome in outcomes]) for name in outcomes[0]}
     along_delta, along_gradient = found.pop("along_delta"), found.pop("along_gradient")  # [E, N]
     size, own = found["delta_norm"], torch.tensor(norms, dtype=torch.float64)

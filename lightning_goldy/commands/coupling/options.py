@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_goldy.analysis.coupling import Layers, RunOptions, Select, check_selection
 from lightning_goldy.analysis.ripple.editors import make_editor
+from lightning_goldy.commands.ranks import Launch
 from lightning_goldy.core.pieces import QUESTION_TEMPLATE
 from lightning_goldy.data.tokenization import load_tokenizer
 from lightning_goldy.training.models import WeightDtype, check_vocabulary, load_model
@@ -27,7 +28,7 @@ class Model:
         name: A folder or a name on the hub.
         tokenizer: Likewise, or ``bytes``; None for the model's.
         dtype: Of the weights.
-        device: None for a GPU where there is one.
+        device: None for a GPU where there is one, each process its own.
     """
 
     name: str
@@ -42,7 +43,9 @@ class Model:
         Raises:
             ValueError: A GPU is asked for and there is none.
         """
-        device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        launch = Launch.of()
+        own = "cuda" if launch is None else f"cuda:{launch.local_rank}"
+        device = torch.device(self.device or (own if torch.cuda.is_available() else "cpu"))
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"--device {self.device}: PyTorch finds no GPU; leave it out, or give cpu")
         return device

@@ -41,6 +41,7 @@ from lightning_goldy.core.files import RowError, atomic_write, read_rows
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import suggestion
 from lightning_goldy.core.pieces import KnowledgePiece
+from lightning_goldy.core.sharding import Replicas
 from lightning_goldy.data.readers import PieceSet, load_pieces
 
 if TYPE_CHECKING:
@@ -131,17 +132,17 @@ def measure(
     method, chosen = options.method, material.chosen
     encode = {"tokenizer": tokenizer, "template": options.pieces.prompt}
     part: dict[str, Any] = {"select": method.select, "layers": method.layers, **encode}
-    here: dict[str, Any] = {"progress": clock.progress, "split_over_ranks": False}
+    here: dict[str, Any] = {"progress": clock.progress, "split_over_ranks": clock.ranks.size > 1}
     with clock.phase("coupling"):
         result = knowledge_coupling(model, chosen, center=method.center, **part, **here, **vars(method.options))
     with clock.phase("statistics"):
         statistics = coupling_statistics(result, moderate=method.moderate, high=method.high)
     good = result.valid.nonzero().flatten().tolist()
     with clock.phase("answers"):
-        scores = _scores(model, tokenizer, options.pieces.prompt, chosen, good)
+        scores = _scores(model, tokenizer, options.pieces.prompt, chosen, good, clock.ranks)
     with clock.phase("layers"):
         layered = tuple(good[place] for place in spaced_places(len(good), _LAYERED))
-        layers = layer_gradient_norms(model, [chosen[index] for index in layered], **part)
+        layers = _layers(model, [chosen[index] for index in layered], clock.ranks, part)
     activation = ripple = None
     if method.activation:
         with clock.phase("activation"):
@@ -176,8 +177,21 @@ def _ripple(
         select=None if own or editing.editor == "rank_one" else result.parameters,
         template=options.pieces.prompt,
         progress=clock.progress,
-        split_over_ranks=False,
+        split_over_ranks=clock.ranks.size > 1,
     )
+
+
+def _layers(
+    model: nn.Module, pieces: Sequence[KnowledgePiece], ranks: Replicas, options: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """Norms by block, a share of the pieces on each process."""
+    share = ranks.share(pieces)
+    parts = ranks.gather_objects(layer_gradient_norms(model, share, **options) if share else {})
+    columns = {block: torch.empty(len(pieces), dtype=torch.float64) for block in parts[0]}
+    for rank, part in enumerate(parts):
+        for block, values in part.items():
+            columns[block][rank :: ranks.size] = values
+    return columns
 
 
 def _scores(
@@ -186,11 +200,16 @@ def _scores(
     template: str,
     chosen: Sequence[KnowledgePiece],
     good: Sequence[int],
+    ranks: Replicas,
 ) -> PieceScores:
     # Without the end: a model that was never taught to stop knows its answers all the same.
     encoding = Encoding(tokenizer, template, "answer", _BATCH_SIZE, next(model.parameters()).device)
+    batches = encoding.batches(encoding.samples([chosen[index] for index in good]))
+    # Whole batches, so that each is padded as by one process.
+    start, end = (rank * len(batches) // ranks.size for rank in (ranks.rank, ranks.rank + 1))
     with preserved(model):
-        scores = score_pieces(model, encoding.batches(encoding.samples([chosen[index] for index in good])))
+        own = score_pieces(model, batches[start:end]) if end > start else None
+    scores = PieceScores.joined([part for part in ranks.gather_objects(own) if part is not None])
     log_prob = torch.full((len(chosen),), math.nan, dtype=torch.float64)
     rank, exact = torch.zeros(len(chosen), dtype=torch.int64), torch.zeros(len(chosen), dtype=torch.bool)
     for target, value in ((log_prob, scores.log_prob), (rank, scores.rank), (exact, scores.exact)):
@@ -312,10 +331,12 @@ class Clock:
 
     Args:
         status: Of the console; None says nothing.
+        ranks: This process among those that share the work.
         seconds: By phase.
     """
 
     status: Status | None = None
+    ranks: Replicas = field(default_factory=Replicas)
     seconds: dict[str, float] = field(default_factory=dict)
     _phase: str = ""
 

@@ -41,6 +41,8 @@ from lightning_goldy.commands.coupling.run import (
     strong_pairs,
     write_pairs,
 )
+from lightning_goldy.commands.output import next_version
+from lightning_goldy.commands.ranks import joined_ranks
 from lightning_goldy.core import store
 from lightning_goldy.core.files import atomic_write, finite, printable
 from lightning_goldy.core.naming import model_class
@@ -425,6 +427,8 @@ _PICTURES = {
 def run_coupling(options: Options) -> Path:
     """Measures the coupling of a model's knowledge and writes everything about it into a folder.
 
+    Processes that torchrun started share out the pieces.
+
     Returns:
         The folder.
 
@@ -432,41 +436,52 @@ def run_coupling(options: Options) -> Path:
         FileExistsError: The folder holds something.
         ValueError: Model, pieces or options do not work.
     """
-    folder = _folder(options)
-    console = Console()
-    with (
-        without_known_warnings(),
-        progress_only(),
-        console.status("") as status,
-        peak_memory_bytes(options.model.placed) as peak,
-    ):
-        clock = Clock(status)
-        with clock.phase("pieces"):
-            material = read_material(options)
-        with clock.phase("model"):
-            model, tokenizer = options.model.load()
-        found = measure(model, tokenizer, material, options, clock)
-    prompt = options.pieces.prompt
-    unknown = _unknown_tokens(tokenizer, [prompt.replace("{question}", piece.question) for piece in material.chosen])
-    settings = {"template": prompt, "form": options.pieces.form, "unknown_tokens": unknown}
-    pairs = strong_pairs(found.result, found.statistics.thresholds["high"])
-    parts: dict[str, Any] = {
-        "metadata": _metadata(options, model, tokenizer),
+    with joined_ranks("goldy coupling") as ranks:
+        folder = _folder(options)
+        ranks.meet("the folder of the results")
+        console = Console()
+        with (
+            without_known_warnings(),
+            progress_only(),
+            console.status("") as status,
+            peak_memory_bytes(options.model.placed) as peak,
+        ):
+            clock = Clock(status, ranks)
+            with clock.phase("pieces"):
+                material = read_material(options)
+            with clock.phase("model"):
+                model, tokenizer = options.model.load()
+            found = measure(model, tokenizer, material, options, clock)
+        if not ranks.rank:
+            prompt = options.pieces.prompt
+            texts = [prompt.replace("{question}", piece.question) for piece in material.chosen]
+            unknown = _unknown_tokens(tokenizer, texts)
+            pairs = strong_pairs(found.result, found.statistics.thresholds["high"])
+            settings = {"template": prompt, "form": options.pieces.form, "unknown_tokens": unknown}
+            parts = _parts(found, pairs, settings)
+            parts["metadata"] = _metadata(options, model, tokenizer)
+            parts["performance"] = _performance(found, model, clock, peak())
+            parts["generated_files"] = _write_files(found, pairs, parts, folder, clock)
+            # A number that is not finite becomes null.
+            text = json.dumps(finite(parts), indent=1, ensure_ascii=False, allow_nan=False)
+            atomic_write(folder / SUMMARY, (text + "\n").encode("utf-8", "replace"))
+            _print(console, found, parts, folder)
+    return folder
+
+
+def _parts(found: Findings, pairs: StrongPairs, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts of the summary, in its order; those of the run itself are still empty."""
+    return {
+        "metadata": None,
         "knowledge_pieces": knowledge_pieces(found, settings),
         "gradient_analysis": gradient_analysis(found),
         "coupling_analysis": coupling_analysis(found),
         "high_coupling_pairs": high_coupling_pairs(found, pairs, PAIRS),
         "cross_question_analysis": cross_question_analysis(found),
         "generated_files": None,
-        "performance": _performance(found, model, clock, peak()),
-        "readiness": readiness(found, unknown),
+        "performance": None,
+        "readiness": readiness(found, settings["unknown_tokens"]),
     }
-    parts["generated_files"] = _write_files(found, pairs, parts, folder, clock)
-    # A number that is not finite becomes null.
-    text = json.dumps(finite(parts), indent=1, ensure_ascii=False, allow_nan=False)
-    atomic_write(folder / SUMMARY, (text + "\n").encode("utf-8", "replace"))
-    _print(console, found, parts, folder)
-    return folder
 
 
 def _write_files(
@@ -577,10 +592,7 @@ def write_pictures(rows: list[dict[str, Any]], folder: Path) -> tuple[dict[str, 
 
 def _folder(options: Options) -> Path:
     if options.out is None:
-        number = 0
-        while (folder := Path("runs") / "coupling" / f"version_{number}").exists():
-            number += 1
-        return folder
+        return next_version(Path("runs") / "coupling")
     folder, workspace = Path(options.out).expanduser(), options.method.workspace
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"--out {folder} is a file; give a folder")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import product, takewhile
@@ -208,7 +208,7 @@ def probe_architecture(
     text = config.get_text_config() if hasattr(config, "get_text_config") and not two else config
     blocks: list[Block] = []
     # Compiled code would not call hooks that it was not traced with.
-    with preserved(model), torch.no_grad(), _uncompiled(model):
+    with preserved(model), torch.no_grad():
         with _recording(modules, block_lists) as recorder:
             call_model(model, batch)
         known: dict[Any, tuple[str, str]] = {}
@@ -231,11 +231,6 @@ def probe_architecture(
 def _numbered(guesses: Sequence[Block], start: int) -> Iterator[Block]:
     for number, block in enumerate(guesses, start):
         yield Block(number, block.name, block.module, block.attention_part, block.mlp_part)
-
-
-def _uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
-    compiled = any("_orig_mod" in part._modules or part._compiled_call_impl is not None for part in model.modules())
-    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 def has_two_stacks(modules: Mapping[str, nn.Module], owner: str, config: Any) -> bool:
