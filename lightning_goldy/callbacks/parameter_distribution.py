@@ -25,7 +25,7 @@ class ParameterDistribution(AnalysisCallback[ParameterDistributionResult]):
 
     Args:
         top: Singular values and directions kept of each matrix.
-        exact_below: Largest smaller side of a matrix whose whole spectrum is computed.
+        exact_below: Largest smaller side of a matrix whose whole spectrum is computed; None computes it of all.
         seed: Of the randomised decomposition of larger ones.
         **options: Of :class:`AnalysisCallback`.
 
@@ -37,7 +37,7 @@ class ParameterDistribution(AnalysisCallback[ParameterDistributionResult]):
 
     needs_probe = False
 
-    def __init__(self, top: int = 8, *, exact_below: int = 1024, seed: int = 0, **options: Any) -> None:
+    def __init__(self, top: int = 8, *, exact_below: int | None = 256, seed: int = 0, **options: Any) -> None:
         super().__init__(**options)
         check_distribution_arguments(top, exact_below)
         self.top, self.exact_below, self.seed = top, exact_below, seed

@@ -327,7 +327,8 @@ class PackedMask(Mapping[str, Tensor]):
         for name, part in parts:
             count = int(part.count_nonzero())
             if _FEW * count < part.numel():
-                packed = _positions(part)
+                positions = flat_positions({name: part}, name)
+                packed = positions.int() if part.numel() < 1 << 31 else positions
                 self._positions.add(name)
             elif part.device.type == "cpu":
                 packed = torch.from_numpy(np.packbits(part.reshape(-1).numpy()))
@@ -369,11 +370,17 @@ def _picked(part: Tensor, mask: PackedMask, name: str) -> tuple[Tensor, Tensor]:
     return (part.view(-1), index) if part.is_contiguous() else (part, mask[name])
 
 
-def _positions(part: Tensor) -> Tensor:
-    """Flat positions of the marked elements, ascending."""
-    flat = part.reshape(-1)
-    whole = torch.from_numpy(true_positions(flat.numpy())) if flat.device.type == "cpu" else flat.nonzero().flatten()
-    return whole.int() if flat.numel() < 1 << 31 else whole
+def flat_positions(mask: Mapping[str, Tensor], name: str) -> Tensor:
+    """Flat positions of the marked elements of one tensor of a mask, ascending, int64.
+
+    Example:
+        >>> flat_positions({"w": torch.tensor([[True, False], [False, True]])}, "w").tolist()
+        [0, 3]
+    """
+    if isinstance(mask, PackedMask) and (index := mask.index(name)).dtype != torch.bool:
+        return index
+    flat = mask[name].reshape(-1)
+    return torch.from_numpy(true_positions(flat.numpy())) if flat.device.type == "cpu" else flat.nonzero().flatten()
 
 
 class MaskedModel:

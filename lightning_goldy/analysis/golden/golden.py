@@ -17,7 +17,7 @@ from lightning_goldy.analysis.divergence import own_share, precise
 from lightning_goldy.analysis.result import AnalysisResult, Cost, tensor_rows
 from lightning_goldy.core.architecture.experts import expert_counts, expert_names
 from lightning_goldy.core.isolation import preserved
-from lightning_goldy.core.mask import PackedMask, ParameterMask, Scope, check_scope
+from lightning_goldy.core.mask import PackedMask, ParameterMask, Scope, check_scope, flat_positions
 from lightning_goldy.core.naming import require_at_least
 from lightning_goldy.core.objective import Objective, objective_for
 from lightning_goldy.core.registry import Registry
@@ -337,14 +337,19 @@ class Budget:
             chosen = [scores[name] for name in group]
             # At most pool - count others come in, so the best of the masked stay whatever happens.
             kept = size - (pool - count)
-            if kept > 0:
+            if kept <= 0:
+                yield from self._chosen(group, chosen, size, stack)
+            elif stack == 1 and not any(map(is_sharded, map(self.layouts.__getitem__, group))):
+                held = [flat_positions(mask, name) for name in group]
+                yield from zip(group, _reselected(chosen, held, size, kept), strict=True)
+            else:
                 stay = [mask[name] for name in group]
                 if kept < count:
                     inside = [part.where(held, -math.inf) for part, held in zip(chosen, stay, strict=True)]
                     stay = [best for _, best in self._chosen(group, inside, kept, stack)]
                     del inside
                 chosen = [part.masked_fill(held, math.inf) for part, held in zip(chosen, stay, strict=True)]
-            yield from self._chosen(group, chosen, size, stack)
+                yield from self._chosen(group, chosen, size, stack)
 
     def laid_out(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This process's parts in the layouts of their parameters."""
@@ -445,6 +450,34 @@ class Ballot:
 def _largest(scores: Sequence[Tensor], k: int, stack: int) -> list[Tensor]:
     """The k largest of all tensors together, or of each expert of a single one that is a stack."""
     return select_largest(scores, k) if stack == 1 else [select_largest_of_each(scores[0], k)]
+
+
+def _reselected(scores: Sequence[Tensor], held: Sequence[Tensor], size: int, kept: int) -> list[Tensor]:
+    """The largest of all tensors together, among them whatever their value the best so many of those held.
+
+    Args:
+        scores: Plain tensors, which come back as they were.
+        held: Flat positions in each, ascending.
+        size: Elements to mark.
+        kept: How many of those held are marked in any case.
+    """
+    flats = [part.reshape(-1) for part in scores]
+    inside = [flat[where] for flat, where in zip(flats, held, strict=True)]
+    stay = list(held)
+    if kept < sum(map(len, held)):
+        best = select_largest(inside, kept)
+        stay, inside = (
+            [part[mask] for part, mask in zip(parts, best, strict=True)] for parts in (stay, inside)
+        )
+    # Their values are set aside rather than written to a copy of all scores.
+    try:
+        for flat, where in zip(flats, stay, strict=True):
+            flat[where] = math.inf
+        masks = select_largest(flats, size)
+    finally:
+        for flat, where, values in zip(flats, stay, inside, strict=True):
+            flat[where] = values
+    return [mask.view(part.shape) for mask, part in zip(masks, scores, strict=True)]
 
 
 def counts_by_expert(masks: Mapping[str, Tensor], experts: Mapping[str, int]) -> tuple[int, ...]:
