@@ -277,10 +277,11 @@ class ParameterDistributionResult(AnalysisResult):
             Jensen-Shannon divergence between the histograms of its elements now and in the base (nats, at most log 2).
             Of matrices that changed also ``singular_values``, the largest of Delta; ``stable_rank``, \|Delta\|_F^2 /
             \|Delta\|_2^2; ``effective_rank``, the exponential of the entropy of the normalised singular values (None
-            where only the largest were computed); ``singular_value_error``, so near, as a fraction of it, lies a
-            singular value to each of the largest (0 where all were computed); ``alignment``, the share of \|Delta\|_F^2 that lies between the
-            base's top left and right singular directions, ``alignment_chance``, what a random Delta would have, and
-            ``alignment_over_chance`` (of other tensors None); ``exact``, whether all singular values were computed.
+            where only the largest were computed); ``singular_value_error``, how near a singular value lies to each of
+            the largest at least, as a fraction of it (0 where all were computed); ``alignment``, the share of
+            \|Delta\|_F^2 that lies between the base's top left and right singular directions, ``alignment_chance``,
+            what a random Delta would have, and ``alignment_over_chance`` (of other tensors None); ``exact``, whether
+            all singular values were computed.
         top: Number of singular values and directions.
     """
 
@@ -341,8 +342,8 @@ def parameter_distribution(
     whose values are never above the true ones, and whose residual :math:`\|A v_i - \sigma_i u_i\| / \sqrt2` bounds how
     far the nearest singular value of A is from :math:`\sigma_i`. Of a matrix of independent elements, the hardest
     case, the largest value comes out within 1 % and the others of the top 8 within 2 %; a change with a few strong
-    directions is found to rounding. On several replicas the tensors are shared out; sharded tensors are gathered one at
-    a time. Every rank must call.
+    directions is found to rounding. On several replicas the tensors are shared out; sharded tensors are gathered one
+    at a time. Every rank must call.
 
     Args:
         model: The finetuned model, plain or sharded.
@@ -361,7 +362,8 @@ def parameter_distribution(
         SpaceError: The base is of another model.
 
     Source: stable rank: Rudelson and Vershynin 2007; effective rank: Roy and Vetterli 2007; randomised decomposition:
-    Halko, Martinsson and Tropp 2011, algorithm 4.4, and Musco and Musco 2015 (all powers in the basis); Delta's directions: Hu et al. 2022 ("LoRA"), section 7.3.
+    Halko, Martinsson and Tropp 2011, algorithm 4.4, and Musco and Musco 2015 (all powers in the basis); Delta's
+    directions: Hu et al. 2022 ("LoRA"), section 7.3.
 
     Example:
         >>> layer = nn.Linear(4, 4, bias=False)
@@ -476,9 +478,7 @@ def _spectrum(matrix: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().flip(0)
 
 
-def _leading(
-    matrix: Tensor, top: int, name: str, seed: int, *, exact: bool
-) -> tuple[Tensor, Tensor, Tensor, float]:
+def _leading(matrix: Tensor, top: int, name: str, seed: int, *, exact: bool) -> tuple[Tensor, Tensor, Tensor, float]:
     """The largest singular values with left and right directions, and the largest relative error among them."""
     count = min(top, *matrix.shape)
     if exact:

@@ -91,9 +91,10 @@ def directional_derivatives(
 
     .. math:: \frac{d^k}{dt^k} f(\theta + t \Delta) \Big|_{t=0}, \qquad k = 0, \dots, n
 
-    From the second order on tensors carry all n derivatives through the model (see :class:`Jet`), which costs about
-    (n + 1)(n + 2) / 2 products for each of the model's; where an operation cannot, and at first order, by forward mode
-    nested n times: about 4 forward passes, 11, and 35 at third order. Custom functions are differentiated through their forward; the first time that one is met, the first derivative is compared with central
+    From the second order on, tensors carry all n derivatives through the model (see :class:`Jet`), which costs about
+    (n + 1)(n + 2) / 2 products for each of the model's. At first order, and where an operation cannot carry them, by
+    forward mode nested n times: about 4 forward passes, 11 at second order, 35 at third. Custom functions are
+    differentiated through their forward; the first time that one is met, the first derivative is compared with central
     differences, which costs 4 forward passes.
 
     Args:
@@ -348,7 +349,7 @@ def _derivatives(
 def _carried_derivatives(
     function: Callable[[dict[str, Tensor]], Tensor], start: dict[str, Tensor], steps: dict[str, Tensor], order: int
 ) -> tuple[Tensor, ...] | None:
-    """The derivatives by :class:`Jet`; None where an operation cannot carry them, of which nested forward mode tells."""
+    """The derivatives by :class:`Jet`; None where an operation cannot carry them, as nested forward mode may tell."""
     higher = (None,) * (order - 1)
     try:
         found = function({name: Jet((value, steps[name], *higher)) for name, value in start.items()})
@@ -383,6 +384,7 @@ class Jet(Tensor):
 
     @staticmethod
     def __new__(cls, parts: Sequence[Tensor | None]) -> Jet:
+        """A tensor of the value's shape, dtype and device, without memory of its own."""
         value = parts[0]
         assert value is not None
         made: Jet = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
@@ -414,7 +416,12 @@ class Jet(Tensor):
         raise NotImplementedError(f"{func} does not see the derivatives that a tensor carries")
 
 
-_CHANGING = {"__setitem__", "__set__", "__delete__", *(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "mod"))}
+_CHANGING = {
+    "__setitem__",
+    "__set__",
+    "__delete__",
+    *(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "mod")),
+}
 # The same operation on every derivative: linear in the first argument, and the others carry none.
 _LINEAR = {
     *("view", "reshape", "flatten", "unflatten", "transpose", "permute", "t", "swapaxes", "movedim", "contiguous"),

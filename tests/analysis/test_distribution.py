@@ -121,7 +121,7 @@ def test_a_base_is_given_in_any_form(function, tmp_path) -> None:
 @pytest.mark.parametrize("shape", [(300, 120), (120, 300)])
 @pytest.mark.parametrize("spectrum", ["flat", "decaying"])
 def test_a_randomised_spectrum_is_as_near_to_the_exact_one_as_it_says(shape: tuple[int, int], spectrum: str) -> None:
-    """Noise has the flattest spectrum, the hardest case; every value has one of the matrix's within the stated error."""
+    """Noise, whose spectrum is flat, is hardest; every value has one of the matrix's within the stated error."""
     generator = torch.Generator().manual_seed(2)
     delta = torch.randn(shape, generator=generator)
     if spectrum == "decaying":

@@ -358,9 +358,7 @@ class Budget:
     def counts(self, mask: Mapping[str, Tensor]) -> list[int]:
         """Marked elements of each group, of a stack those of one expert: a budget marks equally many of all."""
         held = mask if isinstance(mask, PackedMask) else PackedMask(mask.items())
-        parts = [
-            torch.tensor(held.count(name), device=local(layout).device) for name, layout in self.layouts.items()
-        ]
+        parts = [torch.tensor(held.count(name), device=local(layout).device) for name, layout in self.layouts.items()]
         counts = dict(zip(self.layouts, sum_over_shards(parts, list(self.layouts.values())), strict=True))
         groups = zip(self.groups, self.stacks, strict=True)
         return [sum(int(counts[name]) for name in group) // stack for group, stack in groups]
@@ -466,9 +464,7 @@ def _reselected(scores: Sequence[Tensor], held: Sequence[Tensor], size: int, kep
     stay = list(held)
     if kept < sum(map(len, held)):
         best = select_largest(inside, kept)
-        stay, inside = (
-            [part[mask] for part, mask in zip(parts, best, strict=True)] for parts in (stay, inside)
-        )
+        stay, inside = ([part[mask] for part, mask in zip(parts, best, strict=True)] for parts in (stay, inside))
     # Their values are set aside rather than written to a copy of all scores.
     try:
         for flat, where in zip(flats, stay, strict=True):
@@ -562,9 +558,7 @@ def backward(value: Tensor) -> None:
 
 
 @contextmanager
-def streamed_gradients(
-    parameters: Mapping[str, nn.Parameter], take: Callable[[str, Tensor], object]
-) -> Iterator[None]:
+def streamed_gradients(parameters: Mapping[str, nn.Parameter], take: Callable[[str, Tensor], object]) -> Iterator[None]:
     """Hands each gradient over as soon as it is complete, and frees it; FSDP2 does not run such hooks.
 
     What has no hook is left for :func:`taken_gradients`.

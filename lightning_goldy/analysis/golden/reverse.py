@@ -242,7 +242,9 @@ def reverse_golden_parameters(
         require_finite(parameters, "weights")
         only_these_require_gradients(model, parameters)
         samples, held_out = (
-            SharedDivergence(model, pieces_of(part, search.chunk_size), objective, replicas, cache=search.cache)
+            SharedDivergence(
+                model, pieces_of(part, search.chunk_size), objective, replicas, cache=search.cache, anchored=False
+            )
             for part in (choosing, measuring)
         )
         with MaskedModel(model, space) as masked:
@@ -309,6 +311,9 @@ def _run_search(course: MaskSearch, held_out: SharedDivergence, objective: Objec
     scores = single_shot_scores(
         masked.model, course.divergence, objective, masked.parameters, score, value=masked.value
     )
+    # Not before: they fill memory beside the sums of the scores.
+    for divergence in (course.divergence, held_out):
+        divergence.anchor(masked.model)
     single = {}
     for name in dict.fromkeys((*SINGLE_SHOTS, *scores)):
         course.offer(budget.selections(_finite(scores[name], f"{name} scores", budget), budget.sizes()))
@@ -441,7 +446,8 @@ class MaskSearch:
     def _gains(self, mask: PackedMask) -> Mapping[str, Tensor]:
         """What masking each element adds, to first order, nats."""
         self.masked.zero(mask)
-        _, gradients = self.divergence.gradients(self.masked.model, self.masked.parameters)
+        # The value is known.
+        _, gradients = self.divergence.gradients(self.masked.model, self.masked.parameters, measured=False)
         self.passes += 1
         if self.progress is not None:
             self.progress(self.passes, self.settings.rounds)
@@ -542,14 +548,15 @@ def single_shot_scores(
 
 
 class SharedDivergence:
-    r"""Mean divergence of the model from itself as it was when this was made, its samples shared out over replicas.
+    r"""Mean divergence of the model from itself as it was at the anchor, its samples shared out over replicas.
 
     Args:
-        model: The module at the anchor, in evaluation mode.
+        model: The module, in evaluation mode.
         pieces: Batches, each one forward pass; the same on every rank.
         objective: Where the targets are.
         replicas: The ranks that share the pieces out.
         cache: Where the anchor's log-probabilities are kept.
+        anchored: Whether the module is at the anchor at present; otherwise :meth:`anchor` is called before all else.
 
     Example:
         >>> from lightning_goldy.core.objective import ClassifierObjective
@@ -566,10 +573,11 @@ class SharedDivergence:
         replicas: Replicas,
         *,
         cache: Cache = "auto",
+        anchored: bool = True,
     ) -> None:
         self.n_samples = sum(map(sample_count, pieces))
         """Samples of all ranks."""
-        self.cost = Cost(forwards=self.n_samples)
+        self.cost = Cost()
         """Passes made so far."""
         # Without a cache the anchor runs again beside the model.
         self._runs = 2 if cache == "none" else 1
@@ -577,10 +585,19 @@ class SharedDivergence:
         """This rank's share, on the model's device."""
         self.replicas = replicas
         self._device = next(model.parameters()).device
-        # A rank may have no piece, and then only takes part in the sums.
-        self._held = _Held(model, self.pieces, objective, cache=cache) if self.pieces else None
-        self.positions = round(self._sum(self._held.positions if self._held else 0))
+        self._objective, self._cache = objective, cache
+        self._held: _Held | None = None
+        self.positions = 0
         """Target positions of all ranks."""
+        if anchored:
+            self.anchor(model)
+
+    def anchor(self, model: nn.Module) -> None:
+        """Takes the present model for the one that divergences are from."""
+        self.cost += Cost(forwards=self.n_samples)
+        # A rank may have no piece, and then only takes part in the sums.
+        self._held = _Held(model, self.pieces, self._objective, cache=self._cache) if self.pieces else None
+        self.positions = round(self._sum(self._held.positions if self._held else 0))
 
     def __call__(self, model: nn.Module) -> float:
         """The mean divergence, nats.
@@ -591,14 +608,16 @@ class SharedDivergence:
         self.cost += Cost(forwards=self._runs * self.n_samples)
         return self._mean(self._held(model) * self._held.positions if self._held else 0.0)
 
-    def gradients(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> tuple[float, dict[str, Tensor]]:
-        """The mean divergence, nats, and its gradient, this process's part of each in float32.
+    def gradients(
+        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], *, measured: bool = True
+    ) -> tuple[float, dict[str, Tensor]]:
+        """The mean divergence, nats (0 where it need not be measured), and its gradient, this process's part of each.
 
         Raises:
             ValueError: One of them is not finite.
         """
         self.cost += Cost(forwards=self._runs * self.n_samples, backwards=self.n_samples)
-        sums, total = self._summed(model, parameters)
+        sums, total = self._summed(model, parameters, measured)
         for gradient in sums.values():
             self.replicas.sum_(gradient)
         laid_out = {name: like(parameters[name].detach(), part) for name, part in sums.items()}
@@ -606,15 +625,17 @@ class SharedDivergence:
         return self._mean(total), {name: gradient.div_(self.positions) for name, gradient in sums.items()}
 
     def _summed(
-        self, model: nn.Module, parameters: Mapping[str, nn.Parameter]
+        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], measured: bool
     ) -> tuple[dict[str, Tensor], float]:
         """This process's summed gradient, and its sum."""
-        pieces, total = self._held.backward(model) if self._held else iter(()), 0.0
+        pieces, total = self._held.backward(model, measured=measured) if self._held else iter(()), 0.0
         if not any(is_sharded(part) or part.dtype.itemsize < 4 for part in parameters.values()):
             # Gradients add up where they arise, and are held once.
             total = sum(pieces, 0.0)
             found = dict(taken_gradients(model, parameters))
-            return {name: found[name] if name in found else torch.zeros_like(p) for name, p in parameters.items()}, total
+            return {
+                name: found[name] if name in found else torch.zeros_like(p) for name, p in parameters.items()
+            }, total
         sums = zeros_like_parts(parameters)
 
         def add(name: str, gradient: Tensor) -> None:
@@ -683,12 +704,17 @@ def pieces_of(batches: Sequence[Any], size: int | None) -> list[Any]:
 class _Held(AnchoredDivergence):
     """Adds the backward pass."""
 
-    def backward(self, model: nn.Module) -> Iterator[float]:
-        """Leaves the gradient of each batch's summed divergence in the parameters, and gives that sum, nats."""
+    def backward(self, model: nn.Module, *, measured: bool = True) -> Iterator[float]:
+        """Leaves the gradient of each batch's summed divergence in the parameters, and gives that sum, nats.
+
+        Args:
+            model: The module, moved from the anchor.
+            measured: Whether the sums are wanted; otherwise they are 0.
+        """
         for index, batch in enumerate(self.batches):
             # Before the forward pass, because without a cache the anchor's weights take the model's place meanwhile.
             with torch.no_grad():
                 anchor = self._anchor_log_probs(model, index)
             logits = self.objective.logits_and_targets(model, batch).logits
             logits.backward(divergence_gradient(anchor, logits))
-            yield divergence_sum(anchor, logits.detach())
+            yield divergence_sum(anchor, logits.detach()) if measured else 0.0
