@@ -264,6 +264,9 @@ _BINS = 256
 _HISTOGRAM_CHUNK = 1 << 16
 _OVERSAMPLED = 8
 _POWER_ITERATIONS = 4
+Directions = dict[str, tuple[Tensor, ...]]
+"""Left and right singular directions by tensor."""
+
 _COLUMNS = ("relative_change", "stable_rank", "effective_rank", "histogram_drift", "alignment_over_chance")
 
 
@@ -330,6 +333,7 @@ def parameter_distribution(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
     split_over_ranks: bool = True,
+    directions: Directions | None = None,
 ) -> ParameterDistributionResult:
     r"""Describes the change :math:`\Delta = \theta_t - \theta_0` of every tensor.
 
@@ -353,6 +357,8 @@ def parameter_distribution(
         seed: Of the randomised decomposition.
         progress: Called with (tensors done, tensors in all) on this rank.
         split_over_ranks: Whether to share tensors out over the ranks of an initialised process group.
+        directions: The base's singular directions by tensor, which are taken from here and, where they lack, put here;
+            to be used again with the same base, ``top``, ``exact_below`` and ``seed`` alone.
 
     Returns:
         One row per tensor.
@@ -386,11 +392,12 @@ def parameter_distribution(
                 names = expert_names([change.name], experts)
                 slices = zip(before, delta, strict=True) if change.name in experts else [(before, delta)]
                 parts = zip(names, slices, strict=True)
-                rows.append((index, [_row(name, *part, top, exact_below, seed) for name, part in parts]))
+                found = [_row(name, *part, top, exact_below, seed, directions) for name, part in parts]
+                rows.append((index, found))
             if progress is not None:
                 progress(index + 1, total)
-    found = dict(pair for part in replicas.gather_objects(rows) for pair in part)
-    return ParameterDistributionResult(tuple(row for index in sorted(found) for row in found[index]), top)
+    whole = dict(pair for part in replicas.gather_objects(rows) for pair in part)
+    return ParameterDistributionResult(tuple(row for index in sorted(whole) for row in whole[index]), top)
 
 
 def check_distribution_arguments(top: int, exact_below: int | None) -> None:
@@ -404,7 +411,15 @@ def check_distribution_arguments(top: int, exact_below: int | None) -> None:
         require_at_least("exact_below", exact_below, 1)
 
 
-def _row(name: str, base: Tensor, delta: Tensor, top: int, exact_below: int | None, seed: int) -> dict[str, Any]:
+def _row(
+    name: str,
+    base: Tensor,
+    delta: Tensor,
+    top: int,
+    exact_below: int | None,
+    seed: int,
+    directions: Directions | None,
+) -> dict[str, Any]:
     size, changed = (math.sqrt(square) for square in reduce_tensors([base, delta], lambda x: x @ x))
     columns = {
         "base_norm": size,
@@ -418,13 +433,18 @@ def _row(name: str, base: Tensor, delta: Tensor, top: int, exact_below: int | No
         return row
     matrix, before = delta.reshape(len(delta), -1), base.reshape(len(base), -1)  # [out, in ...] -> [out, in]
     exact = exact_below is None or min(matrix.shape) <= exact_below
-    values, left, right, _ = _leading(before, top, name, seed, exact=exact)
+    known = {} if directions is None else directions
+    if name not in known:
+        known[name] = tuple(
+            side.to(precise(base).dtype) for side in _leading(before, top, name, seed, exact=exact)[1:3]
+        )
+    left, right = known[name]
     if exact:
         spectrum, error = _spectrum(matrix), 0.0
     else:
         spectrum, _, _, error = _leading(matrix, top, f"{name}/delta", seed, exact=False)
     inside = (left.t() @ matrix.to(left) @ right).double()  # [top, top]
-    alignment, chance = float(inside.square().sum()) / changed**2, len(values) ** 2 / matrix.numel()
+    alignment, chance = float(inside.square().sum()) / changed**2, left.shape[1] ** 2 / matrix.numel()
     return {
         **row,
         "singular_values": tuple(spectrum[:top].tolist()),
@@ -481,11 +501,11 @@ def _spectrum(matrix: Tensor) -> Tensor:
 def _leading(matrix: Tensor, top: int, name: str, seed: int, *, exact: bool) -> tuple[Tensor, Tensor, Tensor, float]:
     """The largest singular values with left and right directions, and the largest relative error among them."""
     count = min(top, *matrix.shape)
+    if matrix.shape[0] > matrix.shape[1]:
+        values, right, left, error = _leading(matrix.t(), top, name, seed, exact=exact)
+        return values, left, right, error
     if exact:
         wide = matrix.double()
-        if matrix.shape[0] > matrix.shape[1]:
-            values, right, left, error = _leading(matrix.t(), top, name, seed, exact=True)
-            return values, left, right, error
         squares, vectors = torch.linalg.eigh(wide @ wide.t())
         values, left = squares.clamp(min=0).sqrt().flip(0)[:count], vectors.flip(1)[:, :count]
         return values, left, wide.t() @ left / values.clamp(min=1e-300), 0.0

@@ -8,6 +8,7 @@ import lightning.pytorch as L
 from torch import nn
 
 from lightning_goldy.analysis.change import (
+    Directions,
     ParameterDistributionResult,
     check_distribution_arguments,
     parameter_distribution,
@@ -42,6 +43,11 @@ class ParameterDistribution(AnalysisCallback[ParameterDistributionResult]):
         check_distribution_arguments(top, exact_below)
         self.top, self.exact_below, self.seed = top, exact_below, seed
 
+    def forget(self) -> None:
+        """Drops the base's singular directions, which later analyses of a run use again."""
+        super().forget()
+        self._directions: Directions = {}
+
     def prepare(self, trainer: L.Trainer, model: nn.Module) -> None:
         """Checks that there is a snapshot to compare with."""
         require_snapshot(trainer, self.name)
@@ -55,4 +61,5 @@ class ParameterDistribution(AnalysisCallback[ParameterDistributionResult]):
             exact_below=self.exact_below,
             seed=self.seed,
             progress=context.progress,
+            directions=self._directions,
         )

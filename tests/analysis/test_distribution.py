@@ -8,6 +8,7 @@ import torch
 from scipy.spatial.distance import jensenshannon
 from torch import Tensor, nn
 
+from lightning_goldy.analysis import change as change_module
 from lightning_goldy.analysis.change import histogram_drift, parameter_distribution, weight_change
 from lightning_goldy.core import ParameterVector
 from lightning_goldy.core.base import BaseParameters
@@ -161,3 +162,18 @@ def test_the_histogram_of_a_range_that_overflows_its_width_is_finite() -> None:
     assert histogram_drift(torch.tensor([-largest, largest]), torch.tensor([0.0, largest])) == pytest.approx(
         jensenshannon([0.5, 0.0, 0.5], [0.0, 0.5, 0.5]) ** 2
     )
+
+
+def test_the_base_s_directions_are_found_once_and_give_the_same_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, base = build("gpt2"), BaseParameters(ParameterVector.of(build("gpt2", seed=7)))
+    held: change_module.Directions = {}
+    first = parameter_distribution(model, base, exact_below=4, directions=held)
+    decomposed: list[str] = []
+    leading = change_module._leading
+    monkeypatch.setattr(
+        change_module, "_leading", lambda *args, **options: decomposed.append(args[2]) or leading(*args, **options)
+    )
+    assert parameter_distribution(model, base, exact_below=4, directions=held) == first
+    assert decomposed
+    assert not {name for name in decomposed if not name.endswith("/delta")}
+    assert parameter_distribution(model, base, exact_below=4) == first

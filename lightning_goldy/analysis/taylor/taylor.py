@@ -162,9 +162,8 @@ class Expansion:
         except ForwardModeError as error:
             problem = error
         told = self.replicas.gather_objects(None if problem is None else str(problem))
-        first = next((message for message in told if message is not None), None)
-        if first is not None:
-            raise ForwardModeError(first) from problem
+        if any(first := [message for message in told if message is not None]):
+            raise ForwardModeError(first[0]) from problem
         for name in self.gradient:
             self._add_products("loss share", name, self.gradient[name])
         return self._finished()
@@ -573,11 +572,8 @@ class TaylorDiffResult(AnalysisResult):
 
     def metrics(self) -> dict[str, float | None]:
         """Losses, the terms, norms and the nonlinearity, and by order what is predicted."""
-        names = (
-            *("base_loss", "loss", "change", "first_order", "second_order", "second_to_first"),
-            *("step_norm", "gradient_norm", "nonlinearity"),
-        )
-        found = {name: getattr(self, name) for name in names}
+        terms = ("base_loss", "loss", "change", "first_order", "second_order", "second_to_first")
+        found = {name: getattr(self, name) for name in (*terms, "step_norm", "gradient_norm", "nonlinearity")}
         for fit in self.fits:
             found |= {f"{name}/order{fit['order']}": value for name, value in fit.items() if name != "order"}
         return found
