@@ -2,11 +2,11 @@
 
     python benchmarks/real_size.py MODEL [--text FILE] [--only TaylorDiff ...] [--block 32] [--batch 4]
 
-MODEL is a folder of `save_pretrained`, such as that of a model of 135 M parameters; without one it says so and ends. Each
-callback runs at its defaults in a process of its own, after the second, fourth and sixth training step, on one thread.
-The processor time of the later two is divided by the median of the training steps of the same process, so that a busy
-machine disturbs both alike. The memory is the largest resident size while it runs above the largest of the training
-steps, which a snapshot of the base is part of.
+MODEL is a folder of `save_pretrained`, such as that of a model of 135 M parameters; without one it says so and ends.
+Each callback runs at its defaults in a process of its own, after the second, fourth and sixth training step, on one
+thread. The processor time of the later two is divided by the median of the training steps of the same process, so that
+a busy machine disturbs both alike. The memory is the largest resident size while it runs above the largest of the
+training steps, which a snapshot of the base is part of.
 """
 
 from __future__ import annotations
