@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.divergence import jensen_shannon
+from lightning_goldy.analysis.divergence import jensen_shannon, precise
 from lightning_goldy.analysis.result import AnalysisResult, tensor_rows
 from lightning_goldy.core.architecture.experts import expert_counts, expert_names
 from lightning_goldy.core.base import Base, base_of
@@ -261,8 +261,12 @@ def _histogram(delta: Tensor, bins: int) -> Tensor:
 
 
 _BINS = 256
+_HISTOGRAM_CHUNK = 1 << 16
 _OVERSAMPLED = 8
 _POWER_ITERATIONS = 4
+Directions = dict[str, tuple[Tensor, ...]]
+"""Left and right singular directions by tensor."""
+
 _COLUMNS = ("relative_change", "stable_rank", "effective_rank", "histogram_drift", "alignment_over_chance")
 
 
@@ -276,9 +280,11 @@ class ParameterDistributionResult(AnalysisResult):
             Jensen-Shannon divergence between the histograms of its elements now and in the base (nats, at most log 2).
             Of matrices that changed also ``singular_values``, the largest of Delta; ``stable_rank``, \|Delta\|_F^2 /
             \|Delta\|_2^2; ``effective_rank``, the exponential of the entropy of the normalised singular values (None
-            where only the largest were computed); ``alignment``, the share of \|Delta\|_F^2 that lies between the
-            base's top left and right singular directions, ``alignment_chance``, what a random Delta would have, and
-            ``alignment_over_chance`` (of other tensors None); ``exact``, whether all singular values were computed.
+            where only the largest were computed); ``singular_value_error``, how near a singular value lies to each of
+            the largest at least, as a fraction of it (0 where all were computed); ``alignment``, the share of
+            \|Delta\|_F^2 that lies between the base's top left and right singular directions, ``alignment_chance``,
+            what a random Delta would have, and ``alignment_over_chance`` (of other tensors None); ``exact``, whether
+            all singular values were computed.
         top: Number of singular values and directions.
     """
 
@@ -323,25 +329,36 @@ def parameter_distribution(
     base: Base,
     *,
     top: int = 8,
-    exact_below: int = 1024,
+    exact_below: int | None = 256,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
     split_over_ranks: bool = True,
+    directions: Directions | None = None,
 ) -> ParameterDistributionResult:
     r"""Describes the change :math:`\Delta = \theta_t - \theta_0` of every tensor.
 
     Singular values come from the eigenvalues of the smaller Gram matrix in float64 where its side is at most
-    ``exact_below``, and from a randomised decomposition with power iterations above. On several replicas the tensors
-    are shared out; sharded tensors are gathered one at a time. Every rank must call.
+    ``exact_below``, and above from a randomised decomposition: with orthonormal Q of the range of
+
+    .. math:: [A \Omega, \; (A A^T) A \Omega, \; \dots, \; (A A^T)^4 A \Omega], \qquad
+        A \approx Q (Q^T A) = U \Sigma V^T
+
+    whose values are never above the true ones, and whose residual :math:`\|A v_i - \sigma_i u_i\| / \sqrt2` bounds how
+    far the nearest singular value of A is from :math:`\sigma_i`. Of a matrix of independent elements, the hardest
+    case, the largest value comes out within 1 % and the others of the top 8 within 2 %; a change with a few strong
+    directions is found to rounding. On several replicas the tensors are shared out; sharded tensors are gathered one
+    at a time. Every rank must call.
 
     Args:
         model: The finetuned model, plain or sharded.
         base: Its parameters before: anything that :func:`~lightning_goldy.core.base.base_of` takes.
         top: Singular values and directions to keep.
-        exact_below: Largest smaller side of a matrix whose whole spectrum is computed.
+        exact_below: Largest smaller side of a matrix whose whole spectrum is computed; None computes it of all.
         seed: Of the randomised decomposition.
         progress: Called with (tensors done, tensors in all) on this rank.
         split_over_ranks: Whether to share tensors out over the ranks of an initialised process group.
+        directions: The base's singular directions by tensor, which are taken from here and, where they lack, put here;
+            to be used again with the same base, ``top``, ``exact_below`` and ``seed`` alone.
 
     Returns:
         One row per tensor.
@@ -351,7 +368,8 @@ def parameter_distribution(
         SpaceError: The base is of another model.
 
     Source: stable rank: Rudelson and Vershynin 2007; effective rank: Roy and Vetterli 2007; randomised decomposition:
-    Halko, Martinsson and Tropp 2011, algorithm 4.4; Delta's directions: Hu et al. 2022 ("LoRA"), section 7.3.
+    Halko, Martinsson and Tropp 2011, algorithm 4.4, and Musco and Musco 2015 (all powers in the basis); Delta's
+    directions: Hu et al. 2022 ("LoRA"), section 7.3.
 
     Example:
         >>> layer = nn.Linear(4, 4, bias=False)
@@ -374,25 +392,35 @@ def parameter_distribution(
                 names = expert_names([change.name], experts)
                 slices = zip(before, delta, strict=True) if change.name in experts else [(before, delta)]
                 parts = zip(names, slices, strict=True)
-                rows.append((index, [_row(name, *part, top, exact_below, seed) for name, part in parts]))
+                found = [_row(name, *part, top, exact_below, seed, directions) for name, part in parts]
+                rows.append((index, found))
             if progress is not None:
                 progress(index + 1, total)
-    found = dict(pair for part in replicas.gather_objects(rows) for pair in part)
-    return ParameterDistributionResult(tuple(row for index in sorted(found) for row in found[index]), top)
+    whole = dict(pair for part in replicas.gather_objects(rows) for pair in part)
+    return ParameterDistributionResult(tuple(row for index in sorted(whole) for row in whole[index]), top)
 
 
-def check_distribution_arguments(top: int, exact_below: int) -> None:
+def check_distribution_arguments(top: int, exact_below: int | None) -> None:
     """Checks what can be checked before there is a model.
 
     Raises:
         ValueError: An argument is below 1.
     """
     require_at_least("top", top, 1)
-    require_at_least("exact_below", exact_below, 1)
+    if exact_below is not None:
+        require_at_least("exact_below", exact_below, 1)
 
 
-def _row(name: str, base: Tensor, delta: Tensor, top: int, exact_below: int, seed: int) -> dict[str, Any]:
-    size, changed = float(base.double().norm()), float(delta.double().norm())
+def _row(
+    name: str,
+    base: Tensor,
+    delta: Tensor,
+    top: int,
+    exact_below: int | None,
+    seed: int,
+    directions: Directions | None,
+) -> dict[str, Any]:
+    size, changed = (math.sqrt(square) for square in reduce_tensors([base, delta], lambda x: x @ x))
     columns = {
         "base_norm": size,
         "delta_norm": changed,
@@ -404,14 +432,23 @@ def _row(name: str, base: Tensor, delta: Tensor, top: int, exact_below: int, see
     if base.ndim < 2 or min(base.shape) < 2 or not changed:
         return row
     matrix, before = delta.reshape(len(delta), -1), base.reshape(len(base), -1)  # [out, in ...] -> [out, in]
-    exact = min(matrix.shape) <= exact_below
-    values, left, right = _leading(before, top, exact_below, name, seed)
-    spectrum = _spectrum(matrix) if exact else _leading(matrix, top, exact_below, f"{name}/delta", seed)[0]
-    inside = left.t() @ matrix.double() @ right  # [top, top]
-    alignment, chance = float(inside.square().sum()) / changed**2, len(values) ** 2 / matrix.numel()
+    exact = exact_below is None or min(matrix.shape) <= exact_below
+    known = {} if directions is None else directions
+    if name not in known:
+        known[name] = tuple(
+            side.to(precise(base).dtype) for side in _leading(before, top, name, seed, exact=exact)[1:3]
+        )
+    left, right = known[name]
+    if exact:
+        spectrum, error = _spectrum(matrix), 0.0
+    else:
+        spectrum, _, _, error = _leading(matrix, top, f"{name}/delta", seed, exact=False)
+    inside = (left.t() @ matrix.to(left) @ right).double()  # [top, top]
+    alignment, chance = float(inside.square().sum()) / changed**2, left.shape[1] ** 2 / matrix.numel()
     return {
         **row,
         "singular_values": tuple(spectrum[:top].tolist()),
+        "singular_value_error": error,
         "stable_rank": changed**2 / float(spectrum[0]) ** 2,
         "effective_rank": effective_rank(spectrum) if exact else None,
         "alignment": alignment,
@@ -440,11 +477,18 @@ def histogram_drift(first: Tensor, second: Tensor) -> float:
     high = max(float(first.max()), float(second.max()))
     if low == high:
         return 0.0
-    shares = [
-        torch.histc(each.float().reshape(-1).cpu(), _BINS, low, high).double() / each.numel()
-        for each in (first, second)
-    ]
-    return float(jensen_shannon(*shares))
+    return float(jensen_shannon(*(_binned(each, low, high).double() / each.numel() for each in (first, second))))
+
+
+def _binned(tensor: Tensor, low: float, high: float) -> Tensor:
+    """Elements in each of 256 equal bins, by bytes and a piece at a time, which is twice as fast as ``histc``."""
+    counts, flat = torch.zeros(_BINS, dtype=torch.int64), tensor.reshape(-1)
+    # Halved, because the width of the range of two finite numbers may not be finite.
+    scale = _BINS / 2 / (high / 2 - low / 2)
+    for start in range(0, flat.numel(), _HISTOGRAM_CHUNK):
+        place = flat[start : start + _HISTOGRAM_CHUNK].float().cpu().sub(low).mul_(scale).clamp_(0, _BINS - 1)
+        counts += torch.bincount(place.to(torch.uint8), minlength=_BINS)
+    return counts
 
 
 def _spectrum(matrix: Tensor) -> Tensor:
@@ -454,26 +498,30 @@ def _spectrum(matrix: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().flip(0)
 
 
-def _leading(matrix: Tensor, top: int, exact_below: int, name: str, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The largest singular values with their left and right directions, float64."""
-    wide, short = matrix.double(), min(matrix.shape)
-    count = min(top, short)
-    if short <= exact_below:
-        if matrix.shape[0] > matrix.shape[1]:
-            values, right, left = _leading(matrix.t(), top, exact_below, name, seed)
-            return values, left, right
+def _leading(matrix: Tensor, top: int, name: str, seed: int, *, exact: bool) -> tuple[Tensor, Tensor, Tensor, float]:
+    """The largest singular values with left and right directions, and the largest relative error among them."""
+    count = min(top, *matrix.shape)
+    if matrix.shape[0] > matrix.shape[1]:
+        values, right, left, error = _leading(matrix.t(), top, name, seed, exact=exact)
+        return values, left, right, error
+    if exact:
+        wide = matrix.double()
         squares, vectors = torch.linalg.eigh(wide @ wide.t())
         values, left = squares.clamp(min=0).sqrt().flip(0)[:count], vectors.flip(1)[:, :count]
-        right = wide.t() @ left / values.clamp(min=1e-300)
-        return values, left, right
+        return values, left, wide.t() @ left / values.clamp(min=1e-300), 0.0
+    wide = precise(matrix)
     # A start that is the same on every machine, and draws from no random state.
-    probe = torch.empty(matrix.shape[1], min(short, count + _OVERSAMPLED), dtype=torch.float32)
-    basis = wide @ fill_direction_(probe, name, seed).to(wide)
-    for _ in range(_POWER_ITERATIONS):
-        basis = wide @ torch.linalg.qr(wide.t() @ torch.linalg.qr(basis).Q).Q
-    orthogonal = torch.linalg.qr(basis).Q  # [out, count + oversampled]
-    inner, values, right = torch.linalg.svd(orthogonal.t() @ wide, full_matrices=False)
-    return values[:count], (orthogonal @ inner)[:, :count], right[:count].t()
+    probe = torch.empty(matrix.shape[1], min(*matrix.shape, count + _OVERSAMPLED), dtype=torch.float32)
+    block = torch.linalg.qr(wide @ fill_direction_(probe, name, seed).to(wide)).Q
+    blocks = [block]  # of every power, not of the last alone
+    for _ in range(min(_POWER_ITERATIONS, min(matrix.shape) // block.shape[1] - 1)):
+        block = torch.linalg.qr(wide @ (wide.t() @ block)).Q
+        blocks.append(block)
+    basis = torch.linalg.qr(torch.cat(blocks, dim=1)).Q  # [out, powers x (count + oversampled)]
+    inner, values, right = torch.linalg.svd(basis.t() @ wide, full_matrices=False)
+    values, left, right = values[:count], (basis @ inner)[:, :count], right[:count].t()
+    residuals = (wide @ right - left * values).norm(dim=0) / math.sqrt(2)
+    return values.double(), left, right, float((residuals / values.clamp(min=torch.finfo(wide.dtype).tiny)).max())
 
 
 def effective_rank(spectrum: Tensor) -> float:

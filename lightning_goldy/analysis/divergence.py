@@ -23,6 +23,8 @@ CACHE_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
 
 # Elements of [rows, vocabulary] that are worked on at a time.
 _CHUNK = 1 << 22
+# Below this difference of log-probabilities no exponential overflows.
+_FAR = 80.0
 
 
 class AnchoredDivergence:
@@ -168,7 +170,12 @@ def divergence_sum(log_probs: Tensor, logits: Tensor) -> float:
         found = torch.log_softmax(precise(logits[start : start + rows]), dim=-1)
         anchor = log_probs[start : start + rows].to(found.device, found.dtype)
         probability = anchor.exp()
-        difference = torch.where(torch.isneginf(anchor), 0.0, found - anchor)
+        difference = found - anchor
+        low, high = map(float, difference.aminmax())
+        if -math.inf < low and high < _FAR:
+            total += difference.expm1().sub_(difference).mul_(probability).sum(dtype=torch.float64)
+            continue
+        difference = torch.where(torch.isneginf(anchor), 0.0, difference)
         # Far away the exponential may overflow where the probability vanishes, and there is nothing to cancel.
         near = probability * (torch.expm1(difference) - difference)
         far = found.exp() - probability - torch.where(probability == 0, 0.0, probability * difference)

@@ -8,6 +8,7 @@ import lightning.pytorch as L
 from torch import nn
 
 from lightning_goldy.analysis.change import (
+    Directions,
     ParameterDistributionResult,
     check_distribution_arguments,
     parameter_distribution,
@@ -26,7 +27,7 @@ class ParameterDistribution(AnalysisCallback[ParameterDistributionResult]):
 
     Args:
         top: Singular values and directions kept of each matrix.
-        exact_below: Largest smaller side of a matrix whose whole spectrum is computed.
+        exact_below: Largest smaller side of a matrix whose whole spectrum is computed; None computes it of all.
         seed: Of the randomised decomposition of larger ones.
         **options: Of :class:`AnalysisCallback`.
 
@@ -38,10 +39,15 @@ class ParameterDistribution(AnalysisCallback[ParameterDistributionResult]):
 
     needs_probe = False
 
-    def __init__(self, top: int = 8, *, exact_below: int = 1024, seed: int = 0, **options: Any) -> None:
+    def __init__(self, top: int = 8, *, exact_below: int | None = 256, seed: int = 0, **options: Any) -> None:
         super().__init__(**options)
         check_distribution_arguments(top, exact_below)
         self.top, self.exact_below, self.seed = top, exact_below, seed
+
+    def forget(self) -> None:
+        """Drops the base's singular directions, which later analyses of a run use again."""
+        super().forget()
+        self._directions: Directions = {}
 
     def prepare(self, trainer: L.Trainer, model: nn.Module) -> None:
         """Checks that there is a snapshot to compare with."""
@@ -60,4 +66,5 @@ class ParameterDistribution(AnalysisCallback[ParameterDistributionResult]):
             exact_below=self.exact_below,
             seed=self.seed,
             progress=context.progress,
+            directions=self._directions,
         )

@@ -46,7 +46,7 @@ def nested_derivatives() -> Iterator[None]:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(without_checkpoints())
         stack.enter_context(functions_by_parts())
-        stack.enter_context(_Composed())
+        stack.enter_context(Composed())
         yield
 
 
@@ -97,7 +97,8 @@ def functions_by_parts(*, backward: bool = False) -> Iterator[None]:
     own = function.__dict__["apply"]
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        plain = not (backward or torch._C._are_functorch_transforms_active())
+        carried = any(getattr(value, "carries_derivatives", False) for value in args)
+        plain = not (backward or carried or torch._C._are_functorch_transforms_active())
         if plain or cls.jvp is not function.jvp:
             return own.__get__(None, cls)(*args, **kwargs)
         _composed_functions.append(f"{cls.__module__}.{cls.__qualname__}")
@@ -179,7 +180,7 @@ class _Context:
         """Says nothing that matters to forward mode."""
 
 
-class _Composed(TorchFunctionMode):
+class Composed(TorchFunctionMode):
     """Replaces operations by what they are made of, and refuses those whose derivative would be silently wrong."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lightning_goldy.core.directions import random_direction
 from lightning_goldy.core.files import StoreError
 from lightning_goldy.core.naming import block_of, require_choice
-from lightning_goldy.core.selection import select_largest
+from lightning_goldy.core.selection import select_largest, true_positions
 from lightning_goldy.core.sharding import gather, like, local, unshard_guard
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.store import load_vectors, read_header, require_boolean, save_vectors
@@ -300,8 +301,92 @@ class ParameterMask(ParameterVector):
         return {name: tensor.to_sparse_coo().coalesce() for name, tensor in self.to_dense().items()}
 
 
+# Where fewer than 1 in so many elements are marked, their positions fill less than a bit for every element.
+_FEW = 32
+
+
+class PackedMask(Mapping[str, Tensor]):
+    """Boolean tensors by name that fill a bit per element, or their positions where few are marked.
+
+    Each is unpacked when it is asked for, so that a search can hold many masks and only one tensor of them in full. On
+    an accelerator those with many marks stay as they are.
+
+    Args:
+        parts: Name and boolean tensor, one after the other; none is held.
+
+    Example:
+        >>> packed = PackedMask([("w", torch.tensor([[True, False], [False, True]]))])
+        >>> packed["w"].tolist(), packed.count("w")
+        ([[True, False], [False, True]], 2)
+    """
+
+    def __init__(self, parts: Iterable[tuple[str, Tensor]]) -> None:
+        self._parts: dict[str, tuple[Tensor, torch.Size, torch.device, int]] = {}
+        self._bits: set[str] = set()
+        self._positions: set[str] = set()
+        for name, part in parts:
+            count = int(part.count_nonzero())
+            if _FEW * count < part.numel():
+                positions = flat_positions({name: part}, name)
+                packed = positions.int() if part.numel() < 1 << 31 else positions
+                self._positions.add(name)
+            elif part.device.type == "cpu":
+                packed = torch.from_numpy(np.packbits(part.reshape(-1).numpy()))
+                self._bits.add(name)
+            else:
+                packed = part
+            self._parts[name] = packed, part.shape, part.device, count
+
+    def __getitem__(self, name: str) -> Tensor:
+        packed, shape, device, _ = self._parts[name]
+        if name in self._bits:
+            return torch.from_numpy(np.unpackbits(packed.numpy(), count=math.prod(shape)).view(np.bool_)).view(shape)
+        if name in self._positions:
+            flat = torch.zeros(math.prod(shape), dtype=torch.bool, device=device)
+            flat[packed.long()] = True
+            return flat.view(shape)
+        return packed
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def count(self, name: str) -> int:
+        """Marked elements of one tensor."""
+        return self._parts[name][3]
+
+    def index(self, name: str) -> Tensor:
+        """What picks the marked elements: their flat positions where they are few, else the boolean tensor."""
+        return self._parts[name][0].long() if name in self._positions else self[name]
+
+
+def _picked(part: Tensor, mask: PackedMask, name: str) -> tuple[Tensor, Tensor]:
+    """A view of a tensor and what picks its marked elements there."""
+    index = mask.index(name)
+    if index.dtype == torch.bool:
+        return part, index
+    return (part.view(-1), index) if part.is_contiguous() else (part, mask[name])
+
+
+def flat_positions(mask: Mapping[str, Tensor], name: str) -> Tensor:
+    """Flat positions of the marked elements of one tensor of a mask, ascending, int64.
+
+    Example:
+        >>> flat_positions({"w": torch.tensor([[True, False], [False, True]])}, "w").tolist()
+        [0, 3]
+    """
+    if isinstance(mask, PackedMask) and (index := mask.index(name)).dtype != torch.bool:
+        return index
+    flat = mask[name].reshape(-1)
+    return torch.from_numpy(true_positions(flat.numpy())) if flat.device.type == "cpu" else flat.nonzero().flatten()
+
+
 class MaskedModel:
     """Sets masked elements to zero in place, and copies the values back at the end of the ``with`` block.
+
+    Only the values of masked elements are kept meanwhile.
 
     Args:
         model: Its parameters are changed.
@@ -320,20 +405,41 @@ class MaskedModel:
     def __init__(self, model: nn.Module, space: ParameterSpace) -> None:
         self.model, self.space = model, space
         self.parameters = space.resolve(model)
-        self.values = {name: local(parameter).clone() for name, parameter in self.parameters.items()}
-        """The parameters as they were, this process's part of each."""
+        # By tensor the mask that is in force and the values under it.
+        self._kept: dict[str, tuple[PackedMask, Tensor]] = {}
 
+    @torch.no_grad()
     def zero(self, mask: Mapping[str, Tensor] | None) -> None:
         """Sets to zero what the mask (this process's part of each tensor) marks, and nothing else; None for nothing."""
         unshard_guard(self.model)
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                part = local(parameter)
-                part.copy_(self.values[name])
-                if mask is not None:
-                    part.masked_fill_(mask[name], 0)
+        wanted = mask if mask is None or isinstance(mask, PackedMask) else PackedMask(mask.items())
+        for name, parameter in self.parameters.items():
+            part = local(parameter)
+            self._restore(name, part)
+            if wanted is None:
+                self._kept.pop(name, None)
+                continue
+            target, index = _picked(part, wanted, name)
+            # Kept before they are zeroed, so that an interruption between the two loses nothing.
+            self._kept[name] = wanted, target[index]
+            target[index] = 0
         # Inside autocast a low-precision copy of the old weight may be cached and would be used in its place.
         torch.clear_autocast_cache()
+
+    def value(self, name: str) -> Tensor:
+        """A parameter as it was, this process's part; a copy where elements of it are zero at present."""
+        part = local(self.parameters[name])
+        if name not in self._kept:
+            return part
+        whole = part.clone()
+        self._restore(name, whole)
+        return whole
+
+    def _restore(self, name: str, part: Tensor) -> None:
+        if name in self._kept:
+            mask, values = self._kept[name]
+            target, index = _picked(part, mask, name)
+            target[index] = values
 
     def __enter__(self) -> MaskedModel:
         return self

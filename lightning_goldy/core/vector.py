@@ -15,8 +15,9 @@ from lightning_goldy.core.selection import select_largest
 from lightning_goldy.core.sharding import gather, like, local, local_box, sum_over_shards, unshard_guard
 from lightning_goldy.core.space import ParameterSpace, SpaceError
 
-# Elements converted to float64 at a time, so that a reduction needs 8 MB beside the tensor and not a double copy.
-_CHUNK = 1 << 20
+# Elements converted to float64 at a time: on the CPU so few that they stay in its cache, elsewhere so many that a
+# reduction needs 8 MB beside the tensor and not a double copy.
+_CACHED, _CHUNK = 1 << 15, 1 << 20
 
 
 class ParameterVector(Mapping[str, Tensor]):
@@ -177,8 +178,9 @@ def reduce_tensors(
     for group in zip(tensors, *others, strict=True):
         flats = [local(tensor).reshape(-1) for tensor in group]
         total = torch.zeros((), dtype=torch.float64, device=flats[0].device)
-        for start in range(0, flats[0].numel(), _CHUNK):
-            total += function(*(flat[start : start + _CHUNK].double() for flat in flats))
+        size = _CACHED if flats[0].device.type == "cpu" else _CHUNK
+        for start in range(0, flats[0].numel(), size):
+            total += function(*(flat[start : start + size].double() for flat in flats))
         totals.append(total)
     return [float(total) for total in sum_over_shards(totals, tensors)]
 

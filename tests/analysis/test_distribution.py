@@ -8,6 +8,7 @@ import torch
 from scipy.spatial.distance import jensenshannon
 from torch import Tensor, nn
 
+from lightning_goldy.analysis import change as change_module
 from lightning_goldy.analysis.change import histogram_drift, parameter_distribution, weight_change
 from lightning_goldy.core import ParameterVector
 from lightning_goldy.core.base import BaseParameters
@@ -116,3 +117,63 @@ def test_a_base_is_given_in_any_form(function, tmp_path) -> None:
         assert function(model, base) == expected
     with pytest.raises(TypeError, match=r"a base is a module, .*; got NoneType"):
         function(model, None)
+
+
+@pytest.mark.parametrize("shape", [(300, 120), (120, 300)])
+@pytest.mark.parametrize("spectrum", ["flat", "decaying"])
+def test_a_randomised_spectrum_is_as_near_to_the_exact_one_as_it_says(shape: tuple[int, int], spectrum: str) -> None:
+    """Noise, whose spectrum is flat, is hardest; every value has one of the matrix's within the stated error."""
+    generator = torch.Generator().manual_seed(2)
+    delta = torch.randn(shape, generator=generator)
+    if spectrum == "decaying":
+        delta *= torch.logspace(0, -2, shape[1])
+    layer = nn.Linear(shape[1], shape[0], bias=False)
+    base = BaseParameters(ParameterVector.of(layer))
+    layer.weight.data += delta
+    row = parameter_distribution(layer, base, exact_below=64).rows[0]
+    forced = parameter_distribution(layer, base, exact_below=None).rows[0]
+    exact = np.linalg.svd((layer.weight.detach() - base.vector(layer)["weight"]).double().numpy(), compute_uv=False)
+    assert not row["exact"]
+    assert forced["exact"]
+    assert forced["singular_values"] == pytest.approx(exact[:8].tolist(), rel=1e-9)
+    assert forced["singular_value_error"] == 0.0
+    values = np.array(row["singular_values"])
+    assert values[0] == pytest.approx(exact[0], rel=1e-2)
+    assert values == pytest.approx(exact[:8], rel=2e-2)
+    assert (values <= exact[:8] * (1 + 1e-6)).all()
+    assert 0 < row["singular_value_error"] < 0.1
+    nearest = np.abs(values[:, None] - exact[None]).min(axis=1)
+    assert (nearest <= (row["singular_value_error"] + 1e-6) * values).all()
+    assert row["stable_rank"] == pytest.approx(forced["stable_rank"], rel=2e-2)
+
+
+def test_a_randomised_spectrum_is_a_function_of_seed_and_name_alone() -> None:
+    delta = torch.randn(40, 60, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    layer, base = changed((40, 60), delta)
+    random = torch.get_rng_state()
+    found = [parameter_distribution(layer, base, exact_below=4, seed=seed).rows[0] for seed in (0, 0, 1)]
+    assert torch.equal(random, torch.get_rng_state())
+    assert found[0] == found[1]
+    assert found[0]["singular_values"] != found[2]["singular_values"]
+
+
+def test_the_histogram_of_a_range_that_overflows_its_width_is_finite() -> None:
+    largest = torch.finfo(torch.float32).max
+    assert histogram_drift(torch.tensor([-largest, largest]), torch.tensor([0.0, largest])) == pytest.approx(
+        jensenshannon([0.5, 0.0, 0.5], [0.0, 0.5, 0.5]) ** 2
+    )
+
+
+def test_the_base_s_directions_are_found_once_and_give_the_same_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, base = build("gpt2"), BaseParameters(ParameterVector.of(build("gpt2", seed=7)))
+    held: change_module.Directions = {}
+    first = parameter_distribution(model, base, exact_below=4, directions=held)
+    decomposed: list[str] = []
+    leading = change_module._leading
+    monkeypatch.setattr(
+        change_module, "_leading", lambda *args, **options: decomposed.append(args[2]) or leading(*args, **options)
+    )
+    assert parameter_distribution(model, base, exact_below=4, directions=held) == first
+    assert decomposed
+    assert not {name for name in decomposed if not name.endswith("/delta")}
+    assert parameter_distribution(model, base, exact_below=4) == first

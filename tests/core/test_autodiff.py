@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_goldy.core import composed
+from lightning_goldy.core import autodiff, composed
 from lightning_goldy.core.autodiff import (
+    Jet,
     Substituted,
     call_with,
     directional_derivatives,
@@ -280,3 +281,87 @@ def test_errors_and_math() -> None:
     with pytest.raises(ValueError, match="'y', which is no parameter"):
         directional_derivatives(lambda p: p["x"], x, {"y": torch.ones(())}, 1)
     assert float(polynomial([torch.tensor(1.0)] * 9)) == pytest.approx(math.e, rel=1e-5)
+
+
+def nested(function, values: dict[str, Tensor], direction: dict[str, Tensor], order: int) -> tuple[Tensor, ...]:
+    """By forward mode nested around the whole function."""
+    with nested_derivatives(), torch.enable_grad():
+        return autodiff._derivatives(function, direction, order)(values)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.usefixtures("without_casts")
+def test_carried_derivatives_are_those_of_nested_forward_mode(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, values, direction, batch = line(family)
+
+    def logits(parameters: dict[str, Tensor]) -> Tensor:
+        return call_with(model, parameters, (), batch).logits
+
+    expected = nested(logits, values, direction, 3)
+
+    def refused(*args):
+        raise AssertionError("an operation did not carry its derivatives")
+
+    monkeypatch.setattr(autodiff, "_derivatives", refused)
+    found = directional_derivatives(logits, values, direction, 3)
+    assert torch.equal(found[0], expected[0])
+    for carried, reference in zip(found, expected, strict=True):
+        assert float((carried - reference).norm() / reference.norm()) < 1e-12
+
+
+OPERATIONS = {
+    "sums": lambda x, w: (
+        1.5 - (x + 2 * w) - torch.add(x, w, alpha=3) + (w - x) / 4 + x.sum(0) + w.mean(-1, keepdim=True)
+    ),
+    "products": lambda x, w: (
+        (x * w) @ w.T + torch.addmm(w, x, w) + F.linear(x, w, w[0]) + x**2 + torch.bmm(x[None], w[None])[0]
+    ),
+    "shapes": lambda x, w: (
+        torch.cat([x[:1], torch.stack([w[0], x[1]])]).transpose(0, 1).reshape(9)[::2] * w.T.flatten()[4:]
+    ),
+    "splits": lambda x, w: sum((a * b for a, b in zip(x.chunk(3), w.unbind(0), strict=True)), torch.zeros(())),
+    "any": lambda x, w: F.softmax(x, -1) / w.cosh() + F.silu(x * w) + torch.maximum(x, w) + x.max(dim=0).values,
+    "constants": lambda x, w: (
+        torch.where(x > w, x, w.detach()) * torch.ones_like(x) + F.embedding(torch.tensor([2, 0, 2]), x)
+    ),
+    "one side": lambda x, w: (
+        F.linear(torch.ones(3, 3).double(), torch.eye(3).double(), w[1]) + F.linear(x, torch.eye(3).double())
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(OPERATIONS))
+def test_each_operation_carries_its_derivatives(name: str) -> None:
+    generator = torch.Generator().manual_seed(4)
+    parts = [torch.randn(2, 3, 3, generator=generator, dtype=torch.float64) for _ in range(2)]
+    values, direction = ({"x": part[0], "w": part[1]} for part in parts)
+
+    def function(parameters: dict[str, Tensor]) -> Tensor:
+        return OPERATIONS[name](parameters["x"], parameters["w"])
+
+    with nested_derivatives(), torch.enable_grad():
+        found = function({key: Jet((values[key], direction[key], None, None)) for key in values}).parts
+    for carried, reference in zip(found, nested(function, values, direction, 3), strict=True):
+        carried = torch.zeros_like(reference) if carried is None else carried
+        torch.testing.assert_close(carried, reference, rtol=1e-11, atol=1e-12)
+
+
+def test_what_changes_a_tensor_in_place_goes_another_way() -> None:
+    def function(parameters: dict[str, Tensor]) -> Tensor:
+        y = parameters["x"] * 1.0
+        y += parameters["x"] ** 3
+        y[0] = y[1] * y[2]
+        return y
+
+    values, direction = {"x": torch.tensor([1.0, 2.0, 3.0])}, {"x": torch.ones(3)}
+    with pytest.raises(NotImplementedError, match="changes a tensor that carries derivatives"):
+        function({"x": Jet((values["x"], direction["x"], None))})
+    found = directional_derivatives(function, values, direction, 2)
+    for carried, reference in zip(found, nested(function, values, direction, 2), strict=True):
+        assert torch.equal(carried, reference)
+
+
+def test_what_does_not_ask_for_derivatives_is_refused() -> None:
+    jet = Jet((torch.ones(2), torch.ones(2), None))
+    with torch._C.DisableTorchFunctionSubclass(), pytest.raises(NotImplementedError, match="does not see the derivat"):
+        torch.mul(jet, 2)

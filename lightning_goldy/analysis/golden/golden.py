@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
@@ -17,7 +17,7 @@ from lightning_goldy.analysis.divergence import own_share, precise
 from lightning_goldy.analysis.result import AnalysisResult, Cost, tensor_rows
 from lightning_goldy.core.architecture.experts import expert_counts, expert_names
 from lightning_goldy.core.isolation import preserved
-from lightning_goldy.core.mask import ParameterMask, Scope, check_scope
+from lightning_goldy.core.mask import PackedMask, ParameterMask, Scope, check_scope, flat_positions
 from lightning_goldy.core.naming import require_at_least, require_number
 from lightning_goldy.core.objective import Objective, objective_for
 from lightning_goldy.core.registry import Registry
@@ -298,17 +298,26 @@ class Budget:
 
     def largest(self, scores: Mapping[str, Tensor], sizes: list[int]) -> Mask:
         """Marks exactly so many elements of each group, the largest, ties to the smaller index."""
-        mask: Mask = {}
+        return dict(self.selections(scores, sizes))
+
+    def selections(self, scores: Mapping[str, Tensor], sizes: list[int]) -> Iterator[tuple[str, Tensor]]:
+        """As :meth:`largest`, tensor by tensor; scores are asked for one group at a time."""
         for group, size, stack in zip(self.groups, sizes, self.stacks, strict=True):
-            laid_out = self.laid_out({name: scores[name] for name in group})
-            mask.update(zip(group, _largest(list(laid_out.values()), size, stack), strict=True))
-        return mask
+            yield from self._chosen(group, [scores[name] for name in group], size, stack)
+
+    def _chosen(
+        self, group: Sequence[str], scores: Sequence[Tensor], size: int, stack: int
+    ) -> Iterator[tuple[str, Tensor]]:
+        laid_out = [like(self.layouts[name], part) for name, part in zip(group, scores, strict=True)]
+        return zip(group, _largest(laid_out, size, stack), strict=True)
 
     def total(self, sizes: list[int]) -> int:
         """Elements in all, every expert of a stack counted."""
         return sum(size * stack for size, stack in zip(sizes, self.stacks, strict=True))
 
-    def reselected(self, scores: Mapping[str, Tensor], mask: Mask, sizes: list[int], pools: list[int]) -> Mask:
+    def reselected(
+        self, scores: Mapping[str, Tensor], mask: Mapping[str, Tensor], sizes: list[int], pools: list[int]
+    ) -> Mask:
         """The best of a pool that holds the masked elements and the best others, exactly so many of each group.
 
         Args:
@@ -317,28 +326,39 @@ class Budget:
             sizes: Elements to mark of each group.
             pools: Elements of each pool, at least the size to be marked.
         """
-        # At most pool - masked others come in, so the best size - (pool - masked) of the masked stay whatever happens.
+        return dict(self.reselections(scores, mask, sizes, pools))
+
+    def reselections(
+        self, scores: Mapping[str, Tensor], mask: Mapping[str, Tensor], sizes: list[int], pools: list[int]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """As :meth:`reselected`, tensor by tensor; scores and mask are asked for one group at a time."""
         masked = self.counts(mask)
-        stay = [size - (pool - count) for size, pool, count in zip(sizes, pools, masked, strict=True)]
-        inside = {name: torch.where(mask[name], score, -math.inf) for name, score in scores.items()}
-        chosen = {name: torch.where(mask[name], math.inf, scores[name]) for name in scores}
-        for group, count, kept, stack in zip(self.groups, masked, stay, self.stacks, strict=True):
-            if 0 < kept < count:
-                best = _largest([like(self.layouts[name], inside[name]) for name in group], kept, stack)
-                chosen |= {
-                    name: torch.where(each, math.inf, scores[name]) for name, each in zip(group, best, strict=True)
-                }
-            elif kept <= 0:
-                chosen |= {name: scores[name] for name in group}
-        return self.largest(chosen, sizes)
+        for group, size, pool, count, stack in zip(self.groups, sizes, pools, masked, self.stacks, strict=True):
+            chosen = [scores[name] for name in group]
+            # At most pool - count others come in, so the best of the masked stay whatever happens.
+            kept = size - (pool - count)
+            if kept <= 0:
+                yield from self._chosen(group, chosen, size, stack)
+            elif stack == 1 and not any(map(is_sharded, map(self.layouts.__getitem__, group))):
+                held = [flat_positions(mask, name) for name in group]
+                yield from zip(group, _reselected(chosen, held, size, kept), strict=True)
+            else:
+                stay = [mask[name] for name in group]
+                if kept < count:
+                    inside = [part.where(held, -math.inf) for part, held in zip(chosen, stay, strict=True)]
+                    stay = [best for _, best in self._chosen(group, inside, kept, stack)]
+                    del inside
+                chosen = [part.masked_fill(held, math.inf) for part, held in zip(chosen, stay, strict=True)]
+                yield from self._chosen(group, chosen, size, stack)
 
     def laid_out(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This process's parts in the layouts of their parameters."""
         return {name: like(self.layouts[name], part) for name, part in parts.items()}
 
-    def counts(self, mask: Mask) -> list[int]:
+    def counts(self, mask: Mapping[str, Tensor]) -> list[int]:
         """Marked elements of each group, of a stack those of one expert: a budget marks equally many of all."""
-        parts = [mask[name].count_nonzero() for name in self.layouts]
+        held = mask if isinstance(mask, PackedMask) else PackedMask(mask.items())
+        parts = [torch.tensor(held.count(name), device=local(layout).device) for name, layout in self.layouts.items()]
         counts = dict(zip(self.layouts, sum_over_shards(parts, list(self.layouts.values())), strict=True))
         groups = zip(self.groups, self.stacks, strict=True)
         return [sum(int(counts[name]) for name in group) // stack for group, stack in groups]
@@ -430,6 +450,32 @@ def _largest(scores: Sequence[Tensor], k: int, stack: int) -> list[Tensor]:
     return select_largest(scores, k) if stack == 1 else [select_largest_of_each(scores[0], k)]
 
 
+def _reselected(scores: Sequence[Tensor], held: Sequence[Tensor], size: int, kept: int) -> list[Tensor]:
+    """The largest of all tensors together, among them whatever their value the best so many of those held.
+
+    Args:
+        scores: Plain tensors, which come back as they were.
+        held: Flat positions in each, ascending.
+        size: Elements to mark.
+        kept: How many of those held are marked in any case.
+    """
+    flats = [part.reshape(-1) for part in scores]
+    inside = [flat[where] for flat, where in zip(flats, held, strict=True)]
+    stay = list(held)
+    if kept < sum(map(len, held)):
+        best = select_largest(inside, kept)
+        stay, inside = ([part[mask] for part, mask in zip(parts, best, strict=True)] for parts in (stay, inside))
+    # Their values are set aside rather than written to a copy of all scores.
+    try:
+        for flat, where in zip(flats, stay, strict=True):
+            flat[where] = math.inf
+        masks = select_largest(flats, size)
+    finally:
+        for flat, where, values in zip(flats, stay, inside, strict=True):
+            flat[where] = values
+    return [mask.view(part.shape) for mask, part in zip(masks, scores, strict=True)]
+
+
 def counts_by_expert(masks: Mapping[str, Tensor], experts: Mapping[str, int]) -> tuple[int, ...]:
     """Marked elements of each tensor, of a stack those of each expert.
 
@@ -510,6 +556,31 @@ def backward(value: Tensor) -> None:
     """A backward pass, unless the value depends on nothing that requires a gradient: then there is none to make."""
     if value.requires_grad:
         value.backward()
+
+
+@contextmanager
+def streamed_gradients(parameters: Mapping[str, nn.Parameter], take: Callable[[str, Tensor], object]) -> Iterator[None]:
+    """Hands each gradient over as soon as it is complete, and frees it; FSDP2 does not run such hooks.
+
+    What has no hook is left for :func:`taken_gradients`.
+
+    Args:
+        parameters: Name to parameter.
+        take: Called with the name and this process's part of the gradient, in at least float32.
+    """
+
+    def taker(name: str) -> Callable[[Tensor], None]:
+        def hook(parameter: Tensor) -> None:
+            gradient, parameter.grad = parameter.grad, None
+            assert gradient is not None
+            take(name, gradient_part(gradient, parameter))
+
+        return hook
+
+    with ExitStack() as hooks:
+        for name, parameter in parameters.items() if not any(map(is_sharded, parameters.values())) else ():
+            hooks.callback(parameter.register_post_accumulate_grad_hook(taker(name)).remove)
+        yield
 
 
 def taken_gradients(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, Tensor]]:

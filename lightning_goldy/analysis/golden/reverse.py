@@ -16,12 +16,12 @@ from lightning_goldy.analysis.golden.fluctuation import STRATEGIES, Fluctuation
 from lightning_goldy.analysis.golden.golden import (
     SCORES,
     Budget,
-    Mask,
     MaskResult,
     backward,
     counts_by_expert,
     only_these_require_gradients,
     require_gradients,
+    streamed_gradients,
     taken_gradients,
     zeros_like_parts,
 )
@@ -29,10 +29,10 @@ from lightning_goldy.analysis.result import Cost
 from lightning_goldy.core.architecture.experts import expert_counts
 from lightning_goldy.core.batches import sample_count, take_samples
 from lightning_goldy.core.isolation import preserved
-from lightning_goldy.core.mask import MaskedModel, ParameterMask, Scope, check_scope
+from lightning_goldy.core.mask import MaskedModel, PackedMask, ParameterMask, Scope, check_scope
 from lightning_goldy.core.naming import require_at_least, suggestion
 from lightning_goldy.core.objective import Objective, objective_for
-from lightning_goldy.core.sharding import Replicas, gather, like, local
+from lightning_goldy.core.sharding import Replicas, gather, is_sharded, like, local
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.vector import elements_in, require_finite
 
@@ -242,7 +242,9 @@ def reverse_golden_parameters(
         require_finite(parameters, "weights")
         only_these_require_gradients(model, parameters)
         samples, held_out = (
-            SharedDivergence(model, pieces_of(part, search.chunk_size), objective, replicas, cache=search.cache)
+            SharedDivergence(
+                model, pieces_of(part, search.chunk_size), objective, replicas, cache=search.cache, anchored=False
+            )
             for part in (choosing, measuring)
         )
         with MaskedModel(model, space) as masked:
@@ -306,22 +308,55 @@ def check_search_arguments(top_k_percent: float, scope: str, strategy: str) -> N
 def _run_search(course: MaskSearch, held_out: SharedDivergence, objective: Objective) -> tuple[dict[str, float], float]:
     """Held-out divergences of the single-shot masks, which all compete, and of the best mask that was found."""
     masked, budget, score = course.masked, course.budget, course.settings.score
-    scores = single_shot_scores(masked.model, course.divergence, objective, masked.parameters, score)
+    scores = single_shot_scores(
+        masked.model, course.divergence, objective, masked.parameters, score, value=masked.value
+    )
+    # Not before: they fill memory beside the sums of the scores.
+    for divergence in (course.divergence, held_out):
+        divergence.anchor(masked.model)
     single = {}
     for name in dict.fromkeys((*SINGLE_SHOTS, *scores)):
-        require_finite(budget.laid_out(scores[name]), f"{name} scores")
-        course.offer(budget.largest(scores[name], budget.sizes()))
+        course.offer(budget.selections(_finite(scores[name], f"{name} scores", budget), budget.sizes()))
         single[name] = held_out(masked.model)
-    start = scores.pop(score)
+    course.start(scores[score])
     # The search needs their memory.
     scores.clear()
-    course.run(start)
+    course.run()
     masked.zero(course.best)
     return single, held_out(masked.model)
 
 
+class _Computed(Mapping[str, Tensor]):
+    """Tensors by name that are computed each time that they are asked for, so that only one of them exists."""
+
+    def __init__(self, names: Iterable[str], compute: Callable[[str], Tensor]) -> None:
+        self._names, self._compute = dict.fromkeys(names), compute
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._compute(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _finite(scores: Mapping[str, Tensor], what: str, budget: Budget) -> Mapping[str, Tensor]:
+    """The same scores, each held against what is no number when it is asked for."""
+
+    def checked(name: str) -> Tensor:
+        part = scores[name]
+        require_finite(budget.laid_out({name: part}), what)
+        return part
+
+    return _Computed(scores, checked)
+
+
 class _Valued(NamedTuple):
-    mask: Mask
+    mask: PackedMask
     value: float
 
 
@@ -354,7 +389,7 @@ class MaskSearch:
     fluctuation: Fluctuation
     strategy: str
     progress: Callable[[int, int], None] | None = None
-    best: Mask | None = field(default=None, init=False)
+    best: PackedMask | None = field(default=None, init=False)
     """The best mask of the whole budget so far."""
     best_divergence: float = field(default=-math.inf, init=False)
     passes: int = field(default=0, init=False)
@@ -363,22 +398,31 @@ class MaskSearch:
     """Forward passes made for themselves."""
     history: list[dict[str, Any]] = field(default_factory=list, init=False)
 
-    def offer(self, mask: Mask) -> None:
+    def __post_init__(self) -> None:
+        self._greedy, rounds = self.strategy == "none", self.settings.rounds
+        self._steps = rounds if self._greedy else max(1, math.ceil(_GROWTH * rounds))
+        self._started: PackedMask | None = None
+
+    def offer(self, mask: Iterable[tuple[str, Tensor]]) -> None:
         """Measures a mask of the whole budget by one forward pass, and keeps it if it is the best so far."""
         self._keep(self._measure(mask))
 
-    def run(self, scores: Mapping[str, Tensor]) -> None:
-        """Searches from the scores of the unmasked model until the rounds are spent or nothing improves.
+    def start(self, scores: Mapping[str, Tensor]) -> None:
+        """Takes the first and smallest mask from the scores of the unmasked model, which need not be held after it.
 
         Args:
-            scores: Where to start, this process's part of each tensor.
+            scores: This process's part of each tensor.
         """
-        rounds, greedy = self.settings.rounds, self.strategy == "none"
+        self._started = PackedMask(self.budget.selections(scores, self.budget.sizes(1 / (self._steps + 1))))
+
+    def run(self) -> None:
+        """Searches from where it was started until the rounds are spent or nothing improves."""
+        assert self._started is not None
+        rounds, greedy, steps = self.settings.rounds, self._greedy, self._steps
         pool_factor = self.fluctuation.strategy(self.strategy, self.settings.seed)
-        steps = rounds if greedy else max(1, math.ceil(_GROWTH * rounds))
-        now = self._measure(self.budget.largest(scores, self.budget.sizes(1 / (steps + 1))))
+        now = self._measure(self._started)
         improvement, stagnant, failures = 0.0, 0, 0
-        gain: Mask | None = None
+        gain: Mapping[str, Tensor] | None = None
         for step in itertools.count(1):
             spent = gain is None and self.passes == rounds
             if spent or stagnant == self.settings.max_stagnant_iterations or (greedy and step > steps):
@@ -399,30 +443,33 @@ class MaskSearch:
             failures = max(0, failures - 1) if moved else min(failures + 1, _MOST_FAILURES)
             gain = None if moved else gain
 
-    def _gains(self, mask: Mask) -> Mask:
+    def _gains(self, mask: PackedMask) -> Mapping[str, Tensor]:
         """What masking each element adds, to first order, nats."""
         self.masked.zero(mask)
-        _, gradients = self.divergence.gradients(self.masked.model, self.masked.parameters)
+        # The value is known.
+        _, gradients = self.divergence.gradients(self.masked.model, self.masked.parameters, measured=False)
         self.passes += 1
         if self.progress is not None:
             self.progress(self.passes, self.settings.rounds)
-        values = self.masked.values
-        return {name: gradient.mul_(values[name]).neg_() for name, gradient in gradients.items()}
+        return {name: gradient.mul_(self.masked.value(name)).neg_() for name, gradient in gradients.items()}
 
-    def _try(self, gain: Mask, now: _Valued, sizes: list[int], pools: list[int], *, fill: bool) -> dict[str, _Valued]:
-        grows = self.budget.counts(now.mask) != sizes
-        tried = {"greedy": self._measure(self.budget.reselected(gain, now.mask, sizes, sizes)) if grows else now}
+    def _try(
+        self, gain: Mapping[str, Tensor], now: _Valued, sizes: list[int], pools: list[int], *, fill: bool
+    ) -> dict[str, _Valued]:
+        grows, reselections = self.budget.counts(now.mask) != sizes, self.budget.reselections
+        tried = {"greedy": self._measure(reselections(gain, now.mask, sizes, sizes)) if grows else now}
         if pools != sizes:
-            tried["pool"] = self._measure(self.budget.reselected(gain, now.mask, sizes, pools))
+            tried["pool"] = self._measure(reselections(gain, now.mask, sizes, pools))
         if fill and grows and max(each.value for each in tried.values()) < now.value:
-            smallest = {name: -part.abs().to(gain[name].dtype) for name, part in self.masked.values.items()}
-            tried["smallest"] = self._measure(self.budget.reselected(smallest, now.mask, sizes, sizes))
+            smallest = _Computed(gain, lambda name: -self.masked.value(name).abs().to(gain[name].dtype))
+            tried["smallest"] = self._measure(reselections(smallest, now.mask, sizes, sizes))
         return tried
 
-    def _measure(self, mask: Mask) -> _Valued:
-        self.masked.zero(mask)
+    def _measure(self, mask: PackedMask | Iterable[tuple[str, Tensor]]) -> _Valued:
+        packed = mask if isinstance(mask, PackedMask) else PackedMask(mask)
+        self.masked.zero(packed)
         self.evaluations += 1
-        return _Valued(mask, self.divergence(self.masked.model))
+        return _Valued(packed, self.divergence(self.masked.model))
 
     def _keep(self, found: _Valued) -> None:
         if found.value > self.best_divergence:
@@ -444,7 +491,9 @@ def single_shot_scores(
     objective: Objective,
     parameters: Mapping[str, nn.Parameter],
     extra: str,
-) -> dict[str, dict[str, Tensor]]:
+    *,
+    value: Callable[[str], Tensor] | None = None,
+) -> dict[str, Mapping[str, Tensor]]:
     r"""Sums of scores over the forward and backward passes of all pieces, by name of the score.
 
     .. math:: \sum_i |g_i|, \qquad \sum_i |g_i \theta|, \qquad \sum_i g_i^2 \theta^2
@@ -458,9 +507,11 @@ def single_shot_scores(
         objective: Gives the log-probabilities to differentiate.
         parameters: Name to parameter.
         extra: Another registered score to sum; may be one of the three.
+        value: This process's part of an unmasked weight by name; by default what the parameters are when asked.
 
     Returns:
-        Name of a score to name of a parameter to this process's part, in at least float32.
+        Name of a score to name of a parameter to this process's part, in at least float32; ``taylor`` and ``fisher``
+        are computed from the sums when a tensor is asked for.
 
     Raises:
         ValueError: No parameter has received a gradient. One that the objective ignores has scores of zero.
@@ -469,36 +520,43 @@ def single_shot_scores(
     own = {} if extra in SINGLE_SHOTS else zeros_like_parts(parameters)
     seen: set[str] = set()
     samples.cost += Cost(forwards=samples.n_samples, backwards=samples.n_samples)
-    for piece in samples.pieces:
-        backward(objective.log_probs(model, piece).mean())
-        for name, gradient in taken_gradients(model, parameters):
-            seen.add(name)
-            first[name] += gradient.abs()
-            second[name].addcmul_(gradient, gradient)
-            if own:
-                value = local(parameters[name])
-                own[name] += SCORES[extra](gradient.clone(), value.to(gradient.dtype))
+
+    def unmasked(name: str) -> Tensor:
+        return (local(parameters[name]) if value is None else value(name)).to(first[name].dtype)
+
+    def add(name: str, gradient: Tensor) -> None:
+        seen.add(name)
+        if own:
+            own[name] += SCORES[extra](gradient.clone(), unmasked(name))
+        second[name].addcmul_(gradient, gradient)
+        first[name] += gradient.abs_()
+
+    with streamed_gradients(parameters, add):
+        for piece in samples.pieces:
+            backward(objective.log_probs(model, piece).mean())
+            for name, gradient in taken_gradients(model, parameters):
+                add(name, gradient)
     require_gradients(parameters, seen, samples.replicas)
     for part in (*first.values(), *second.values(), *own.values()):
         samples.replicas.sum_(part)
-    values = {name: local(parameter).to(first[name].dtype) for name, parameter in parameters.items()}
     scores = {
         "gradient": first,
-        "taylor": {name: first[name] * value.abs() for name, value in values.items()},
-        "fisher": {name: second[name].mul_(value.square()) for name, value in values.items()},
+        "taylor": _Computed(first, lambda name: first[name] * unmasked(name).abs()),
+        "fisher": _Computed(second, lambda name: second[name] * unmasked(name).square()),
     }
     return scores | ({extra: own} if own else {})
 
 
 class SharedDivergence:
-    r"""Mean divergence of the model from itself as it was when this was made, its samples shared out over replicas.
+    r"""Mean divergence of the model from itself as it was at the anchor, its samples shared out over replicas.
 
     Args:
-        model: The module at the anchor, in evaluation mode.
+        model: The module, in evaluation mode.
         pieces: Batches, each one forward pass; the same on every rank.
         objective: Where the targets are.
         replicas: The ranks that share the pieces out.
         cache: Where the anchor's log-probabilities are kept.
+        anchored: Whether the module is at the anchor at present; otherwise :meth:`anchor` is called before all else.
 
     Example:
         >>> from lightning_goldy.core.objective import ClassifierObjective
@@ -515,10 +573,11 @@ class SharedDivergence:
         replicas: Replicas,
         *,
         cache: Cache = "auto",
+        anchored: bool = True,
     ) -> None:
         self.n_samples = sum(map(sample_count, pieces))
         """Samples of all ranks."""
-        self.cost = Cost(forwards=self.n_samples)
+        self.cost = Cost()
         """Passes made so far."""
         # Without a cache the anchor runs again beside the model.
         self._runs = 2 if cache == "none" else 1
@@ -526,10 +585,19 @@ class SharedDivergence:
         """This rank's share, on the model's device."""
         self.replicas = replicas
         self._device = next(model.parameters()).device
-        # A rank may have no piece, and then only takes part in the sums.
-        self._held = _Held(model, self.pieces, objective, cache=cache) if self.pieces else None
-        self.positions = round(self._sum(self._held.positions if self._held else 0))
+        self._objective, self._cache = objective, cache
+        self._held: _Held | None = None
+        self.positions = 0
         """Target positions of all ranks."""
+        if anchored:
+            self.anchor(model)
+
+    def anchor(self, model: nn.Module) -> None:
+        """Takes the present model for the one that divergences are from."""
+        self.cost += Cost(forwards=self.n_samples)
+        # A rank may have no piece, and then only takes part in the sums.
+        self._held = _Held(model, self.pieces, self._objective, cache=self._cache) if self.pieces else None
+        self.positions = round(self._sum(self._held.positions if self._held else 0))
 
     def __call__(self, model: nn.Module) -> float:
         """The mean divergence, nats.
@@ -540,23 +608,45 @@ class SharedDivergence:
         self.cost += Cost(forwards=self._runs * self.n_samples)
         return self._mean(self._held(model) * self._held.positions if self._held else 0.0)
 
-    def gradients(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> tuple[float, dict[str, Tensor]]:
-        """The mean divergence, nats, and its gradient, this process's part of each in float32.
+    def gradients(
+        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], *, measured: bool = True
+    ) -> tuple[float, dict[str, Tensor]]:
+        """The mean divergence, nats (0 where it need not be measured), and its gradient, this process's part of each.
 
         Raises:
             ValueError: One of them is not finite.
         """
         self.cost += Cost(forwards=self._runs * self.n_samples, backwards=self.n_samples)
-        sums, total = zeros_like_parts(parameters), 0.0
-        for value in self._held.backward(model) if self._held else ():
-            total += value
-            for name, gradient in taken_gradients(model, parameters):
-                sums[name] += gradient
+        sums, total = self._summed(model, parameters, measured)
         for gradient in sums.values():
             self.replicas.sum_(gradient)
         laid_out = {name: like(parameters[name].detach(), part) for name, part in sums.items()}
         require_finite(laid_out, "gradients of the divergence")
         return self._mean(total), {name: gradient.div_(self.positions) for name, gradient in sums.items()}
+
+    def _summed(
+        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], measured: bool
+    ) -> tuple[dict[str, Tensor], float]:
+        """This process's summed gradient, and its sum."""
+        pieces, total = self._held.backward(model, measured=measured) if self._held else iter(()), 0.0
+        if not any(is_sharded(part) or part.dtype.itemsize < 4 for part in parameters.values()):
+            # Gradients add up where they arise, and are held once.
+            total = sum(pieces, 0.0)
+            found = dict(taken_gradients(model, parameters))
+            return {
+                name: found[name] if name in found else torch.zeros_like(p) for name, p in parameters.items()
+            }, total
+        sums = zeros_like_parts(parameters)
+
+        def add(name: str, gradient: Tensor) -> None:
+            sums[name] += gradient
+
+        with streamed_gradients(parameters, add):
+            for value in pieces:
+                total += value
+                for name, gradient in taken_gradients(model, parameters):
+                    add(name, gradient)
+        return sums, total
 
     def _mean(self, total: float) -> float:
         mean = self._sum(total) / self.positions
@@ -614,12 +704,17 @@ def pieces_of(batches: Sequence[Any], size: int | None) -> list[Any]:
 class _Held(AnchoredDivergence):
     """Adds the backward pass."""
 
-    def backward(self, model: nn.Module) -> Iterator[float]:
-        """Leaves the gradient of each batch's summed divergence in the parameters, and gives that sum, nats."""
+    def backward(self, model: nn.Module, *, measured: bool = True) -> Iterator[float]:
+        """Leaves the gradient of each batch's summed divergence in the parameters, and gives that sum, nats.
+
+        Args:
+            model: The module, moved from the anchor.
+            measured: Whether the sums are wanted; otherwise they are 0.
+        """
         for index, batch in enumerate(self.batches):
             # Before the forward pass, because without a cache the anchor's weights take the model's place meanwhile.
             with torch.no_grad():
                 anchor = self._anchor_log_probs(model, index)
             logits = self.objective.logits_and_targets(model, batch).logits
             logits.backward(divergence_gradient(anchor, logits))
-            yield divergence_sum(anchor, logits.detach())
+            yield divergence_sum(anchor, logits.detach()) if measured else 0.0

@@ -1,11 +1,12 @@
 """The Taylor approximation as a model, worked through in parts of a batch.
 
-Order n carries 2^n values of every activation, and about as many on the way to the next, so :func:`parts_of_order`
-cuts a batch into 2^n.
+Order n carries n + 1 values of every activation (2^n where forward mode is nested), and about as many on the way to the
+next, so :func:`parts_of_order` cuts a batch into 2^n.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import itemgetter
@@ -29,6 +30,7 @@ from lightning_goldy.core.objective import (
     CausalLMObjective,
     ClassifierObjective,
     Objective,
+    TargetLogits,
     TokenObjective,
 )
 from lightning_goldy.core.sharding import is_sharded
@@ -230,3 +232,27 @@ class TaylorApproximation(Substituted):
 
         found = logits_by_parts(model, expand, args, kwargs, parts_of_order(self.order))
         return found if issubclass(kinds[-1], Tensor) else kinds[-1](logits=found)
+
+
+def losses_of_logits(target: TargetLogits, expansion: Sequence[Tensor]) -> list[float]:
+    """Derivatives of the loss along the step from those of the logits, by the chain rule on their polynomial."""
+
+    def loss(where: dict[str, Tensor]) -> Tensor:
+        return dataclasses.replace(target, logits=polynomial(expansion, where["t"])).loss()
+
+    zero = {"t": torch.zeros((), dtype=expansion[0].dtype, device=expansion[0].device)}
+    found = directional_derivatives(loss, zero, {"t": torch.ones_like(zero["t"])}, len(expansion) - 1)
+    return [float(value) for value in found]
+
+
+def require_differences(orders: Sequence[int]) -> None:
+    """Checks that a sharded model can be expanded to these orders.
+
+    Raises:
+        ValueError: It cannot.
+    """
+    if max(orders) > 2:
+        raise ValueError(
+            f"orders={list(orders)}: a sharded model has no forward mode, and differences along the step give orders "
+            "1 and 2; leave order 3 out, or keep the model whole on each rank (DDPStrategy)"
+        )

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 
 from lightning_goldy.analysis.divergence import divergence_sum, own_share, precise
 from lightning_goldy.analysis.result import Cost
-from lightning_goldy.analysis.taylor.approximation import HIGHEST_ORDER, batch_parts, parts_of_order
+from lightning_goldy.analysis.taylor.approximation import (
+    HIGHEST_ORDER,
+    batch_parts,
+    losses_of_logits,
+    parts_of_order,
+    require_differences,
+)
 from lightning_goldy.analysis.taylor.result import By, TaylorDiffResult
 from lightning_goldy.core.architecture.experts import expert_counts, expert_names
 from lightning_goldy.core.autodiff import (
@@ -30,7 +36,7 @@ from lightning_goldy.core.autodiff import (
     trainable_values,
 )
 from lightning_goldy.core.base import Base, base_of
-from lightning_goldy.core.batches import sample_count
+from lightning_goldy.core.batches import batch_tensors, sample_count
 from lightning_goldy.core.composed import functions_by_parts, undetached
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import block_of, model_class, require_number, suggestion
@@ -100,6 +106,8 @@ class Sums:
 # Logits are compared a piece at a time, in float64: so many pieces, of at least so many elements.
 _PIECES = 16
 _PIECE = 1 << 18
+# Elements of a batch's largest tensor below which a part is not worth another pass over the weights.
+_PART = 256
 # Step of the central differences, as a fraction of the finetune's own; the second is half of it. Two of them remove the
 # error of second order, and their difference tells what is left.
 _STEP = 0.2
@@ -151,14 +159,15 @@ class Expansion:
         count, problem = parts_of_order(max(self.orders), gradients=self.shares), None
         try:
             for batch in self.batches:
-                for part in batch_parts(batch, self.objective, count):
+                size = max((tensor.numel() for tensor in batch_tensors(batch)), default=0)
+                for part in batch_parts(batch, self.objective, min(count, max(1, size // _PART))):
                     self.sums.n_targets += self._add_part(part)
         except ForwardModeError as error:
             problem = error
         told = self.replicas.gather_objects(None if problem is None else str(problem))
-        first = next((message for message in told if message is not None), None)
-        if first is not None:
-            raise ForwardModeError(first) from problem
+        if any(first := [message for message in told if message is not None]):
+            raise ForwardModeError(first[0]) from problem
+        self._add_shares()
         return self._finished()
 
     def try_route(self, sample: Any) -> None:
@@ -172,6 +181,7 @@ class Expansion:
             self._backward(self.base, sample)
         else:
             self._add_part(sample)
+            self._add_shares()
             self._require_gradient(self.sums)
 
     def finite(self) -> Sums:
@@ -185,7 +195,8 @@ class Expansion:
             products = reduce_tensors(gradients, torch.dot, list(self.step.values()))
             for name, tensor, product in zip(self.base, gradients, products, strict=True) if self.shares else ():
                 shares = self._products(name, tensor) if name in self.experts else [(name, product)]
-                self._add_gradient(weight, name, tensor, shares)
+                self._add_gradient(weight, name, tensor)
+                self.sums.add("loss share", shares, weight)
             for place in slopes:
                 _, gradients = self._backward(self.base + (place * _STEP) * self.step, batch)
                 slopes[place] += weight * math.fsum(reduce_tensors(gradients, torch.dot, list(self.step.values())))
@@ -248,6 +259,14 @@ class Expansion:
             "(torch.no_grad) or has a backward of its own. Pass by=None to expand the loss without shares of parameters"
         )
 
+    def _add_shares(self) -> None:
+        """Turns the gradient of all batches into the products of each tensor with the step."""
+        for name in self.gradient:
+            self._add_products("loss share", name, self.gradient[name])
+
+    def _add_products(self, kind: Kind, name: str, gradient: Tensor) -> None:
+        self.sums.add(kind, self._products(name, gradient))
+
     def _products(self, name: str, gradient: Tensor) -> Shares:
         """The product of one tensor's gradient with the step, of stacked experts that of each."""
         if name not in self.experts:
@@ -255,12 +274,11 @@ class Expansion:
         products = reduce_rows(gradient, torch.dot, self.step[name])
         return list(zip(expert_names([name], self.experts), products, strict=True))
 
-    def _add_gradient(self, weight: int, name: str, gradient: Tensor, shares: Shares) -> None:
-        """Adds one tensor's gradient of a batch's mean loss, and its products with the step."""
+    def _add_gradient(self, weight: int, name: str, gradient: Tensor) -> None:
+        """Adds one tensor's gradient of a batch's mean loss."""
         if name not in self.gradient:
             self.gradient[name] = torch.zeros_like(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
         self.gradient[name].add_(gradient, alpha=weight)
-        self.sums.add("loss share", shares, weight)
 
     def _add_part(self, part: Any) -> int:
         """Adds what some samples say; returns the number of their targets."""
@@ -283,13 +301,19 @@ class Expansion:
             values, errors = self._along(part, loss)
             self.sums.add("derivative", enumerate(map(float, values)), weight)
             self.sums.add("difference", [(None, 3 * abs(float(error))) for error in errors[2:3]], weight)
-        if self.function_space and self.shares and direction is not None:
-            # <J Delta_b, J Delta> of every tensor from one backward pass: J' v with v = J Delta.
-            add = self.sums.add
-            self._pull_back(part, logits, direction, lambda name, _, shares: add("function share", shares))
+        # <J Delta_b, J Delta> of every tensor from one backward pass: J' v with v = J Delta.
+        through = self.shares and self.function_space and direction is not None
+        share, gradient = partial(self._add_products, "function share"), partial(self._add_gradient, weight)
+        if through and not self.own_loss and type(self.objective).loss is Objective.loss:
+            # The loss is that of the same logits.
+            whole = partial(self.objective.logits_and_targets, batch=part)
+            self._pull_back(part, whole, [(direction, share), (None, gradient)])
+            return weight
+        if through:
+            self._pull_back(part, logits, [(direction, share)])
         del direction
         if self.shares:
-            self._pull_back(part, loss, None, partial(self._add_gradient, weight))
+            self._pull_back(part, loss, [(None, gradient)])
         return weight
 
     def _along(self, part: Any, output: Callable[[nn.Module], Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -325,11 +349,11 @@ class Expansion:
                 if not self.own_loss:
                     weight = len(piece.targets)
                     self.sums.add("loss", [(None, float(piece.loss()))], weight)
-                    losses = _losses_of_logits(piece, expansion)
+                    losses = losses_of_logits(piece, expansion)
                     self.sums.add("derivative", enumerate(losses), weight)
                     if errors[2:]:
                         off = [value + precise(error[rows]) for value, error in zip(expansion, errors, strict=True)]
-                        apart = abs(_losses_of_logits(piece, off)[2] - losses[2])
+                        apart = abs(losses_of_logits(piece, off)[2] - losses[2])
                         self.sums.add("difference", [(None, 3 * apart)], weight)
                 if self.function_space:
                     self._compare(expansion, piece.logits)
@@ -375,13 +399,42 @@ class Expansion:
     def _pull_back(
         self,
         part: Any,
-        output: Callable[[nn.Module], Tensor],
-        vector: Tensor | None,
-        take: Callable[[str, Tensor, Shares], None],
+        output: Callable[[nn.Module], Tensor | TargetLogits],
+        passes: Sequence[tuple[Tensor | None, Callable[[str, Tensor], None]]],
     ) -> None:
-        """J' v of what a model gives at the base; each tensor's is taken with its products with the step, and freed."""
-        self._ran(part, backward=True)
+        """J' v of what a model gives at the base, for one vector after the other; each tensor's is taken and freed.
+
+        Args:
+            part: The samples.
+            output: Gives a scalar, logits, or logits with their targets.
+            passes: v, and who takes the gradients by name; None is 1 for a scalar, and for targets asks for their loss.
+        """
+        self._ran(part)
         leaves = {name: value.detach().requires_grad_() for name, value in self.base.items()}
+        with ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())
+            if self.route == "forward":  # the derivative of the values, as along the step
+                stack.enter_context(functions_by_parts(backward=True))
+            found = output(_Undetached(self.model, {**trainable_values(self.model), **leaves}))
+            logits = found.logits if isinstance(found, TargetLogits) else found
+            loss = found.loss() if isinstance(found, TargetLogits) else found
+        if not logits.requires_grad:
+            raise _independent(len(leaves))
+        for number, (vector, take) in enumerate(passes, 1):
+            self.sums.cost += Cost(backwards=sample_count(part))
+            value, seed = (loss, None) if vector is None else (logits, vector.to(logits.dtype))
+            self._take_back(leaves, value, seed, take, retain=number < len(passes))
+
+    def _take_back(
+        self,
+        leaves: Mapping[str, Tensor],
+        value: Tensor,
+        seed: Tensor | None,
+        take: Callable[[str, Tensor], None],
+        *,
+        retain: bool,
+    ) -> None:
+        """One backward pass, whose gradients are taken as soon as they are complete."""
         left = set(leaves)
 
         def taker(name: str) -> Callable[[Tensor], None]:
@@ -389,25 +442,18 @@ class Expansion:
                 assert leaf.grad is not None
                 gradient, leaf.grad = leaf.grad, None
                 left.discard(name)
-                take(name, gradient, self._products(name, gradient))
+                take(name, gradient)
 
             return hook
 
-        for name, leaf in leaves.items():
-            leaf.register_post_accumulate_grad_hook(taker(name))
-        with ExitStack() as stack:
-            stack.enter_context(torch.enable_grad())
-            if self.route == "forward":  # the derivative of the values, as along the step
-                stack.enter_context(functions_by_parts(backward=True))
-            found = output(_Undetached(self.model, {**trainable_values(self.model), **leaves}))
-        if not found.requires_grad:
-            raise _independent(len(leaves))
-        torch.autograd.backward(found, None if vector is None else vector.to(found.dtype), inputs=list(leaves.values()))
+        hooks = [leaf.register_post_accumulate_grad_hook(taker(name)) for name, leaf in leaves.items()]
+        torch.autograd.backward(value, seed, inputs=list(leaves.values()), retain_graph=retain)
+        for hook in hooks:
+            hook.remove()
         if len(left) == len(leaves):
             raise _independent(len(leaves))
         for name in left:  # what the objective does not depend on has a gradient of zero
-            nothing = torch.zeros_like(leaves[name], requires_grad=False)
-            take(name, nothing, self._products(name, nothing))
+            take(name, torch.zeros_like(leaves[name], requires_grad=False))
 
     def _backward(self, place: ParameterVector, batch: Any) -> tuple[float, list[Tensor]]:
         """The loss and its gradients at a place of parameter space."""
@@ -445,17 +491,6 @@ def _independent(count: int) -> ValueError:
     return ValueError(f"the objective depends on none of the {count} parameters that the base holds")
 
 
-def _losses_of_logits(target: TargetLogits, expansion: Sequence[Tensor]) -> list[float]:
-    """Derivatives of the loss along the step from those of the logits, by the chain rule on their polynomial."""
-
-    def loss(where: dict[str, Tensor]) -> Tensor:
-        return dataclasses.replace(target, logits=polynomial(expansion, where["t"])).loss()
-
-    zero = {"t": torch.zeros((), dtype=expansion[0].dtype, device=expansion[0].device)}
-    found = directional_derivatives(loss, zero, {"t": torch.ones_like(zero["t"])}, len(expansion) - 1)
-    return [float(value) for value in found]
-
-
 def _square_distance(first: Tensor, second: Tensor) -> float:
     return float((first.double() - second.double()).square_().sum())
 
@@ -483,8 +518,9 @@ def taylor_diff(
     along the step. A parameter that the objective does not depend on has a gradient of zero. The model comes back as it
     was. On several ranks the batches are shared out; every rank must call.
 
-    Forward mode holds 2^n values of every activation at order n, so a batch is worked through in so many parts of whole
-    samples (twice as many with shares), whose sums are those of the batch. Under a FunctionObjective or an objective of
+    At order n every activation has n + 1 values and as many again while they are made, so a batch is worked through in
+    2^n parts of whole samples (twice as many with shares) while these hold 256 tokens, whose sums are those of the
+    batch. Under a FunctionObjective or an objective of
     your own a batch stays whole, because its loss need not be a sum over samples: give small batches there.
 
     Args:
@@ -626,19 +662,6 @@ def require_logits(objective: Objective, function_space: bool) -> Objective:
             "logits=, or pass function_space=False to expand the loss alone"
         )
     return objective
-
-
-def require_differences(orders: Sequence[int]) -> None:
-    """Checks that a sharded model can be expanded to these orders.
-
-    Raises:
-        ValueError: It cannot.
-    """
-    if max(orders) > 2:
-        raise ValueError(
-            f"orders={list(orders)}: a sharded model has no forward mode, and differences along the step give orders "
-            "1 and 2; leave order 3 out, or keep the model whole on each rank (DDPStrategy)"
-        )
 
 
 def _result(

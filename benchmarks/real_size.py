@@ -1,0 +1,210 @@
+"""What every analysis costs at real size: training steps of processor time, and memory beside the training.
+
+    python benchmarks/real_size.py MODEL [--text FILE] [--only TaylorDiff ...] [--block 32] [--batch 4]
+
+MODEL is a folder of `save_pretrained`, such as that of a model of 135 M parameters; without one it says so and ends.
+Each callback runs at its defaults in a process of its own, after the second, fourth and sixth training step, on one
+thread. The processor time of the later two is divided by the median of the training steps of the same process, so that
+a busy machine disturbs both alike. The memory is the largest resident size while it runs above the largest of the
+training steps, which a snapshot of the base is part of.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+STEPS, EVERY = 6, 2
+WORDS = (
+    "the",
+    "a",
+    "small",
+    "red",
+    "cat",
+    "dog",
+    "tree",
+    "house",
+    "sees",
+    "likes",
+    "finds",
+    "under",
+    "of",
+    "and",
+    "never",
+)
+# What the callbacks need beside their defaults; the others change the training, or only read what these write.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "GoldenSnapshot": {},
+    "AttentionTracker": {},
+    "GoldenParameters": {},
+    "ParameterDistribution": {},
+    "TaylorDiff": {},
+    "ReverseGoldenParameters": {},
+    "BasinVolume": {},
+    "KnowledgeCoupling": {},
+}
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    import os
+
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+class Peak(threading.Thread):
+    """Looks at the resident size a hundred times a second."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.largest = 0
+        self.start()
+
+    def run(self) -> None:
+        while True:
+            self.largest = max(self.largest, resident())
+            time.sleep(0.01)
+
+    def since(self) -> int:
+        """The largest since it was last asked."""
+        largest, self.largest = max(self.largest, resident()), 0
+        return largest
+
+
+def token_batches(tokenizer: Any, text: Path | None, block: int, batch: int, count: int) -> list[dict[str, Any]]:
+    """Blocks of a text, or of words in a fixed order without one."""
+    import torch
+
+    content = text.read_text() if text else " ".join(WORDS[(7 * k + k // 11) % len(WORDS)] for k in range(60_000))
+    needed = block * batch * count
+    ids = torch.tensor(tokenizer(content[: 12 * needed])["input_ids"][:needed])
+    return [{"input_ids": part.view(batch, block)} for part in ids.split(block * batch) if len(part) == block * batch]
+
+
+def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Trains with one callback, in this process."""
+    import lightning.pytorch as L
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from lightning_goldy import callbacks
+    from lightning_goldy.core.pieces import KnowledgePiece
+
+    torch.set_num_threads(1)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    batches = token_batches(tokenizer, options.text, options.block, options.batch, STEPS + -(-16 // options.batch))
+    probe, training = batches[STEPS:], batches[:STEPS]
+
+    class Finetune(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+            self.tokenizer = tokenizer
+
+        def training_step(self, batch: Any, index: int) -> Any:
+            return self.model(**batch, labels=batch["input_ids"], use_cache=False).loss
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.model.parameters(), 2e-5)
+
+        def train_dataloader(self) -> Any:
+            return torch.utils.data.DataLoader(training, batch_size=None)
+
+        def probe_dataloader(self) -> Any:
+            return torch.utils.data.DataLoader(probe, batch_size=None)
+
+    peak, steps, analyses, memory = Peak(), [], [], [0, 0]
+
+    class Watch(L.Callback):
+        def on_train_start(self, *_: Any) -> None:
+            peak.since()
+
+        def on_train_batch_start(self, *_: Any) -> None:
+            self.began = time.process_time()
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            steps.append(time.process_time() - self.began)
+            memory[0] = max(memory[0], peak.since())
+
+    settings = dict(SETTINGS[name])
+    if name == "KnowledgeCoupling":
+        pieces = [
+            KnowledgePiece(f"p{k}", f"What is {k} and {3 * k + 1}?", str(4 * k + 1)) for k in range(options.pieces)
+        ]
+        settings |= {"pieces": pieces, "n_pieces": options.pieces, "template": "{question}"}
+    callback = getattr(callbacks, name)(every_n_steps=EVERY, at=(), **settings)
+    run = callback.run
+
+    def timed(*args: Any, **kwargs: Any) -> None:
+        began = time.process_time()
+        run(*args, **kwargs)
+        analyses.append(time.process_time() - began)
+        memory[1] = max(memory[1], peak.since())
+
+    callback.run = timed
+    snapshot = (
+        [] if name == "GoldenSnapshot" else [callbacks.GoldenSnapshot(every_n_steps=10**6, at=(), track_updates=False)]
+    )
+    module = Finetune()
+    size = 4 * sum(parameter.numel() for parameter in module.model.parameters())
+    with tempfile.TemporaryDirectory() as folder:
+        quiet = {
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+        }
+        watched = [Watch(), *snapshot, callback]
+        L.Trainer(max_steps=STEPS, accelerator="cpu", default_root_dir=folder, callbacks=watched, **quiet).fit(module)
+    step = statistics.median(steps[1:])
+    return {
+        "name": name,
+        "steps": statistics.median(analyses[1:]) / step,
+        "step_seconds": step,
+        "training_bytes": memory[0],
+        "beside_bytes": max(0, memory[1] - memory[0]),
+        "copies": max(0, memory[1] - memory[0]) / size,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--only", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), metavar="CALLBACK")
+    parser.add_argument("--block", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--pieces", type=int, default=256)
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if not (options.model / "config.json").is_file():
+        print(f"skipped: {options.model} is no folder of save_pretrained, and nothing of this size is made up here")
+        return
+    if options.here:
+        print(json.dumps(measure(options, options.only[0])))
+        return
+    print("| callback | training steps | memory beside the training, GB | in copies of the parameters |")
+    print("|---|---|---|---|")
+    for name in options.only:
+        arguments = [str(options.model), "--only", name, "--here", "--pieces", str(options.pieces)]
+        arguments += ["--block", str(options.block), "--batch", str(options.batch)]
+        arguments += ["--text", str(options.text)] if options.text else []
+        told = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True)
+        if told.returncode:
+            print(f"| `{name}` | failed: {told.stderr.strip().splitlines()[-1]} | | |", flush=True)
+            continue
+        found = json.loads(told.stdout.strip().splitlines()[-1])
+        beside = found["beside_bytes"] / 1e9
+        print(f"| `{name}` | {found['steps']:.1f} | {beside:.2f} | {found['copies']:.1f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
