@@ -180,6 +180,13 @@ def _add_analyze(parser: argparse.ArgumentParser) -> None:
     )
     _add_seed(parser, "the draws")
     parser.add_argument("--n-samples", type=int, help="samples of the probe (default: at most 16)")
+    parser.add_argument(
+        "--space",
+        choices=["merged", "adapters"],
+        default="merged",
+        help="of a model with adapters: the change of the weights that they come to, or of the adapters "
+        "(default: %(default)s)",
+    )
     _add_folder(parser, "everything goes", "analyze")
     parser.set_defaults(run=_analyze)
 
@@ -196,6 +203,7 @@ def _analyze(options: argparse.Namespace) -> None:
         writing=Writing(tuple(prompts), options.max_new_tokens, options.temperature, options.seed),
         n_samples=options.n_samples,
         output=options.output,
+        space=options.space,
     )
 
 

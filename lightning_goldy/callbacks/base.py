@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
+from lightning_goldy.analysis.precision import with_precision
 from lightning_goldy.analysis.result import AnalysisResult, Cost, Row
 from lightning_goldy.callbacks.run_folder import (
     find_previous,
@@ -589,6 +590,7 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
             context = self._context(trainer, pl_module, progress, weights, len(marks) - 1)
             result = self.compute(context)
             row, vectors, histograms = self._described(result, context)
+            row = with_precision(row, context.model)
             files = self._saved(vectors, context)
         for note in [*self._notes, *apart]:
             row = row.noted(note)

@@ -14,6 +14,7 @@ from lightning_goldy.analysis.change import (
 )
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.callbacks.golden_snapshot import require_snapshot
+from lightning_goldy.core.architecture.adapters import WeightSpace, check_space, require_merged
 
 
 class ParameterDistribution(AnalysisCallback[ParameterDistributionResult]):
@@ -27,6 +28,7 @@ class ParameterDistribution(AnalysisCallback[ParameterDistributionResult]):
         top: Singular values and directions kept of each matrix.
         exact_below: Largest smaller side of a matrix whose whole spectrum is computed.
         seed: Of the randomised decomposition of larger ones.
+        space: Of a model with adapters ``merged``, the change of the weights that they come to, or ``adapters``.
         **options: Of :class:`AnalysisCallback`.
 
     Example:
@@ -37,14 +39,24 @@ class ParameterDistribution(AnalysisCallback[ParameterDistributionResult]):
 
     needs_probe = False
 
-    def __init__(self, top: int = 8, *, exact_below: int = 1024, seed: int = 0, **options: Any) -> None:
+    def __init__(
+        self,
+        top: int = 8,
+        *,
+        exact_below: int = 1024,
+        seed: int = 0,
+        space: WeightSpace = "merged",
+        **options: Any,
+    ) -> None:
         super().__init__(**options)
         check_distribution_arguments(top, exact_below)
-        self.top, self.exact_below, self.seed = top, exact_below, seed
+        check_space(space)
+        self.top, self.exact_below, self.seed, self.space = top, exact_below, seed, space
 
     def prepare(self, trainer: L.Trainer, model: nn.Module) -> None:
         """Checks that there is a snapshot to compare with."""
         require_snapshot(trainer, self.name)
+        require_merged(model, self.space)
 
     def compute(self, context: AnalysisContext) -> ParameterDistributionResult:
         """Describes the change of every tensor."""
@@ -54,5 +66,6 @@ class ParameterDistribution(AnalysisCallback[ParameterDistributionResult]):
             top=self.top,
             exact_below=self.exact_below,
             seed=self.seed,
+            space=self.space,
             progress=context.progress,
         )

@@ -28,11 +28,14 @@ class Change(NamedTuple):
         name: Canonical name.
         base: Its value in the base, at least float32, in the parameter's layout.
         delta: Present value minus base, likewise.
+        factors: Of a delta of low rank that is known exactly: left [rows, R] and right [columns, R], float64, with
+            delta = left @ right.T; None of any other.
     """
 
     name: str
     base: Tensor
     delta: Tensor
+    factors: tuple[Tensor, Tensor] | None = None
 
 
 class BaseParameters:
@@ -75,16 +78,21 @@ class BaseParameters:
     def vector(self, module: nn.Module) -> ParameterVector:
         """The base as a vector in the layout and on the device of the module's parameters."""
         parameters = self.space.resolve(module)
-        return ParameterVector(self.space, {name: self._placed(name, parameters[name]) for name in self.space})
+        return ParameterVector(self.space, {name: self.placed(name, parameters[name]) for name in self.space})
 
     def changes(self, module: nn.Module) -> Iterator[Change]:
         """The change of each parameter, with the memory of one tensor at a time."""
         for name, parameter in self.space.resolve(module).items():
-            dtype = torch.promote_types(parameter.dtype, torch.float32)
-            base = self._placed(name, parameter).to(dtype)
-            yield Change(name, base, parameter.detach().to(dtype) - base)
+            yield self.change(name, parameter)
 
-    def _placed(self, name: str, parameter: nn.Parameter) -> Tensor:
+    def change(self, name: str, parameter: nn.Parameter) -> Change:
+        """The change of one parameter."""
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        base = self.placed(name, parameter).to(dtype)
+        return Change(name, base, parameter.detach().to(dtype) - base)
+
+    def placed(self, name: str, parameter: nn.Parameter) -> Tensor:
+        """The base's value of one parameter, in its layout and on its device."""
         return like(parameter.detach(), self._parts[name].to(local(parameter).device))
 
 

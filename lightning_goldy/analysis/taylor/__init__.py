@@ -3,16 +3,8 @@
 import warnings
 from typing import Any
 
-from lightning_goldy.analysis.taylor.approximation import TaylorApproximation
-from lightning_goldy.analysis.taylor.taylor import (
-    By,
-    OrderFit,
-    TaylorDiffResult,
-    check_orders,
-    expansion_route,
-    require_differences,
-    taylor_diff,
-)
+from lightning_goldy.analysis.taylor.approximation import By, TaylorApproximation, check_orders, require_differences
+from lightning_goldy.analysis.taylor.taylor import OrderFit, TaylorDiffResult, expansion_route, taylor_diff
 
 __all__ = [
     "By",
