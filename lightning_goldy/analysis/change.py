@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_goldy.analysis.divergence import jensen_shannon
 from lightning_goldy.analysis.precision import low_precision, rounding_of
 from lightning_goldy.analysis.result import AnalysisResult, tensor_rows
-from lightning_goldy.core.architecture.adapters import changes_in, chosen_space, merged_name
+from lightning_goldy.core.architecture.adapters import LowRankChange, changes_in, chosen_space, merged_name
 from lightning_goldy.core.architecture.experts import expert_counts, expert_names
 from lightning_goldy.core.base import Base, BaseParameters, base_of
 from lightning_goldy.core.directions import fill_direction_
@@ -257,7 +257,7 @@ def weight_change(model: nn.Module, base: Base, *, space: str = "merged") -> Wei
     precision, rounded = low_precision(model), torch.zeros(2, dtype=torch.float64)
     chosen = chosen_space(model, space)
     experts = _expert_counts(model, chosen)
-    for name, before, delta, _ in changes_in(model, base_of(base, model), space):
+    for name, before, delta in changes_in(model, base_of(base, model), space):
         stacked = name in experts
         squares = [_squares(tensor, stacked=stacked) for tensor in (before, delta)]
         rows = expert_names([name], experts)
@@ -307,7 +307,7 @@ def change_inside(model: nn.Module, base: Base, mask: ParameterMask) -> float | 
         mask: On any device; its parameters must be among the base's.
     """
     inside = total = 0.0
-    for name, _, delta, _ in base_of(base, model).changes(model):
+    for name, _, delta in base_of(base, model).changes(model):
         total += reduce_tensors([delta], lambda x: x @ x)[0]
         if name in mask.space:
             marked = scatter_like(delta, gather(mask[name]))
@@ -447,7 +447,8 @@ def parameter_distribution(
                 before, delta = gather(change.base), gather(change.delta)
                 names = expert_names([change.name], experts)
                 slices = zip(before, delta, strict=True) if change.name in experts else [(before, delta)]
-                parts, factors = zip(names, slices, strict=True), change.factors
+                parts = zip(names, slices, strict=True)
+                factors = change.factors if isinstance(change, LowRankChange) else None
                 rows.append((index, [_row(name, *part, top, exact_below, seed, factors) for name, part in parts]))
             if progress is not None:
                 progress(index + 1, total)

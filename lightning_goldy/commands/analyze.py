@@ -266,7 +266,8 @@ class CheckpointAnalysis(L.Callback):
         """Finds the base, loads the saved weights, and analyses."""
         with undisturbed(trainer, pl_module), Console().status("") as status:
             model = find_model(pl_module, None)
-            objective = find_objective(pl_module, model, None)
+            probe = find_probe(trainer, pl_module, None, self.n_samples or _SAMPLES).batches
+            objective = find_objective(pl_module, model, None, probe)
             # Before the weights are loaded: the model as it is built may be the base.
             base = find_base(self.given, self.saved, pl_module, model, objective, self.space)
             if base.values is not None:

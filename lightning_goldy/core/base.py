@@ -28,14 +28,11 @@ class Change(NamedTuple):
         name: Canonical name.
         base: Its value in the base, at least float32, in the parameter's layout.
         delta: Present value minus base, likewise.
-        factors: Of a delta of low rank that is known exactly: left [rows, R] and right [columns, R], float64, with
-            delta = left @ right.T; None of any other.
     """
 
     name: str
     base: Tensor
     delta: Tensor
-    factors: tuple[Tensor, Tensor] | None = None
 
 
 class BaseParameters:

@@ -118,7 +118,7 @@ def changes_in(model: nn.Module, base: BaseParameters, space: str = "merged") ->
 
     Yields:
         Changes under merged names: of every layer with an adapter among what was trained its weight, and of all else
-        that was trained the parameters. Those of plain LoRA come with their exact ``factors``.
+        that was trained the parameters. Those of plain LoRA are a :class:`LowRankChange`.
 
     Raises:
         AdapterError: The merged weights of a layer cannot be told.
@@ -191,6 +191,13 @@ def _require_plain(path: str, wrapped: nn.Module) -> None:
 Factors = tuple[Tensor, Tensor]
 
 
+class LowRankChange(Change):
+    """A change whose factors are known exactly."""
+
+    factors: Factors
+    """Left [rows, R] and right [columns, R], float64; delta is left @ right.T."""
+
+
 def _low_rank(layer: nn.Module, values: Mapping[str, Tensor]) -> Factors | None:
     """Left [out, R] and right [in, R], float64, whose product is what plain LoRA adds; None for any other adapter."""
     kind = type(layer).__name__ if type(layer).__module__ == "peft.tuners.lora.layer" else ""
@@ -227,8 +234,9 @@ def _low_rank_change(path: str, wrapped: nn.Module, now: Factors, was: Factors) 
         before = before + was[0] @ was[1].t()
         now = torch.cat([now[0], -was[0]], dim=1), torch.cat([now[1], was[1]], dim=1)
     delta = (now[0] @ now[1].t()).to(dtype)
-    name = merged_name(f"{path}.weight" if path else "weight")
-    return Change(name, before.to(dtype), delta, now)
+    change = LowRankChange(merged_name(f"{path}.weight" if path else "weight"), before.to(dtype), delta)
+    change.factors = now
+    return change
 
 
 def _merged(path: str, layer: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
