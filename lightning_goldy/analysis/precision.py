@@ -52,10 +52,12 @@ def low_precision(model: nn.Module) -> dict[str, Any] | None:
 
 def _dtype_of_shards(model: nn.Module) -> torch.dtype | None:
     """What FSDP2 casts parameters to for a pass; None where it leaves them as they are."""
-    states = (child._get_fsdp_state() for child in model.modules() if callable(getattr(child, "_get_fsdp_state", None)))
-    policies = (getattr(state, "_mp_policy", None) for state in states)  # type: ignore[var-annotated]
-    found = (getattr(policy, "param_dtype", None) for policy in policies)
-    return next((dtype for dtype in found if dtype is not None), None)
+    for child in model.modules():
+        state_of: Any = getattr(child, "_get_fsdp_state", None)
+        policy = getattr(state_of(), "_mp_policy", None) if callable(state_of) else None
+        if getattr(policy, "param_dtype", None) is not None:
+            return policy.param_dtype  # type: ignore[union-attr]
+    return None
 
 
 def rounding_of(base: Tensor, delta: Tensor, precision: Mapping[str, Any]) -> Tensor:
@@ -160,7 +162,10 @@ def in_float32(model: nn.Module) -> Iterator[bool]:
     narrow = [value for value in model.parameters() if _is_narrow(value)]
     kept = [value.data for value in narrow]
     buffers = [
-        (child, name, value) for child in model.modules() for name, value in child._buffers.items() if _is_narrow(value)
+        (child, name, value)
+        for child in model.modules()
+        for name, value in child._buffers.items()
+        if value is not None and _is_narrow(value)
     ]
     default = torch.get_default_dtype()
     try:
@@ -184,8 +189,8 @@ def widened(batch: Any) -> Any:
     return map_batch(batch, lambda tensor: tensor.float() if _is_narrow(tensor) else tensor)
 
 
-def _is_narrow(value: Tensor | None) -> bool:
-    return value is not None and value.is_floating_point() and 1 < value.element_size() < 4
+def _is_narrow(value: Tensor) -> bool:
+    return value.is_floating_point() and 1 < value.element_size() < 4
 
 
 def _fits(model: nn.Module) -> bool:

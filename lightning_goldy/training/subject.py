@@ -97,8 +97,7 @@ def _no_classifier(pl_module: nn.Module, model: nn.Module, batches: Sequence[Any
     for name, child in pl_module.named_modules():
         if isinstance(child, _Loss) and not isinstance(child, (nn.CrossEntropyLoss, nn.NLLLoss)):
             return f"its loss {name} is {type(child).__name__}"
-        weights = getattr(child, "weight", None) if isinstance(child, _Loss) else None
-        if isinstance(child, _Loss) and (weights is not None or getattr(child, "label_smoothing", 0.0)):
+        if isinstance(child, _Loss) and (child.weight is not None or getattr(child, "label_smoothing", None)):
             return f"its loss {name} has weights or smooths labels"
     sample = move_batch(take_samples(batch, slice(0, 1)), next(model.parameters()).device)
     output = model(sample[0])
