@@ -128,7 +128,9 @@ def test_derivatives_along_merged_weights_are_those_of_merged_models(kind: str) 
     assert sum(found.loss_shares.values()) == pytest.approx(found.first_order, rel=1e-5)
     in_adapters = taylor_diff(model, base, batches, orders=[1], by=None, function_space=False, space="adapters")
     assert in_adapters.space == "adapters"
-    assert in_adapters.first_order != pytest.approx(found.first_order, rel=1e-3)
+    # The weights of IA3 are linear in it; B A is quadratic, and DoRA has a norm.
+    same = in_adapters.first_order == pytest.approx(found.first_order, rel=1e-6)
+    assert same == (kind == "IA3")
     assert not any("goldy" in name for name, _ in model.named_parameters())
 
 
