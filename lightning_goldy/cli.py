@@ -185,6 +185,13 @@ def _add_analyze(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="spread the model over the processes that torchrun started, when it is too large for one device",
     )
+    parser.add_argument(
+        "--space",
+        choices=["merged", "adapters"],
+        default="merged",
+        help="of a model with adapters: the change of the weights that they come to, or of the adapters "
+        "(default: %(default)s)",
+    )
     _add_folder(parser, "everything goes", "analyze")
     parser.set_defaults(run=_analyze)
 
@@ -202,6 +209,7 @@ def _analyze(options: argparse.Namespace) -> None:
         n_samples=options.n_samples,
         output=options.output,
         shard=options.shard,
+        space=options.space,
     )
 
 

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_goldy.analysis.divergence import jensen_shannon, precise
+from lightning_goldy.analysis.precision import low_precision, rounding_of
 from lightning_goldy.analysis.result import AnalysisResult, tensor_rows
+from lightning_goldy.core.architecture.adapters import LowRankChange, changes_in, chosen_space, merged_name
 from lightning_goldy.core.architecture.experts import expert_counts, expert_names
-from lightning_goldy.core.base import Base, base_of
+from lightning_goldy.core.base import Base, BaseParameters, base_of
 from lightning_goldy.core.directions import fill_direction_
 from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.naming import block_of, require_at_least
@@ -37,6 +39,10 @@ class WeightChange(AnalysisResult):
         edges: Bin edges, log10 of an element's absolute change.
         counts: Elements in each bin.
         unchanged: Elements that have not changed at all.
+        space: ``merged`` or ``adapters``; None of a model without adapters.
+        rounding: Where the model computes below float32, what :func:`~lightning_goldy.analysis.precision.low_precision`
+            tells, ``relative_change``, that which rounding alone makes, and ``lost_share``, the elements whose change
+            is below half of the gap between neighbouring numbers, a fraction of those that changed.
     """
 
     analysis: ClassVar[str] = "golden_snapshot"
@@ -48,6 +54,8 @@ class WeightChange(AnalysisResult):
     edges: tuple[float, ...]
     counts: tuple[int, ...]
     unchanged: int
+    space: str | None = None
+    rounding: dict[str, Any] | None = None
 
     @property
     def delta_norm(self) -> float:
@@ -66,13 +74,28 @@ class WeightChange(AnalysisResult):
             "delta_norm": self.delta_norm,
             "relative_change": self.relative_change,
             "unchanged_share": self.unchanged / sum(self.numel),
+            **(
+                {}
+                if self.rounding is None
+                else {"rounding_floor": self.rounding["relative_change"], "lost_share": self.rounding["lost_share"]}
+            ),
             **{f"relative_change/{block}": value for block, value in self.by_block().items()},
         }
 
     def details(self) -> dict[str, Any]:
         """The tensors' rows, and the distribution of the elements' changes."""
         histogram = {"edges": list(self.edges), "counts": list(self.counts), "zero": self.unchanged}
-        return {"tensors": self.rows(), "histogram": histogram}
+        return {"tensors": self.rows(), "histogram": histogram, **_told(self.space), **self._precision()}
+
+    def _precision(self) -> dict[str, Any]:
+        return {} if self.rounding is None else {"precision": self.rounding}
+
+    def headline(self) -> str:
+        """How far the weights have moved, and what rounding alone would have made."""
+        told = super().headline()
+        if self.rounding is None:
+            return told
+        return f"{told}; rounding to {self.rounding['dtype']} alone makes {self.rounding['relative_change']:.2g}"
 
     def histograms(self) -> dict[str, tuple[list[float], list[int]]]:
         """log10 of the elements' absolute changes, where there is one."""
@@ -91,6 +114,11 @@ class WeightChange(AnalysisResult):
             norms.setdefault(block_of(name), []).append((delta, base))
         ratios = {block: norm_ratio(*zip(*pairs, strict=True)) for block, pairs in norms.items()}
         return {block: ratio for block, ratio in ratios.items() if ratio is not None}
+
+
+def _told(space: str | None) -> dict[str, str]:
+    """What a row says of the space; nothing where there is only one."""
+    return {} if space is None else {"space": space}
 
 
 def norm_ratio(delta_norms: Sequence[float], base_norms: Sequence[float]) -> float | None:
@@ -134,16 +162,24 @@ class SuccessiveUpdates:
         self._previous: ParameterVector | None = None
         self._update: ParameterVector | None = None
 
-    def observe(self, values: ParameterVector) -> float | None:
+    def observe(self, values: ParameterVector, model: nn.Module | None = None, space: str = "merged") -> float | None:
         """Takes in present values (a copy, not views) and returns the cosine; None while there is none.
 
         A cosine with an update of zero is None as well.
+
+        Args:
+            values: Of what is trained.
+            model: Which has them; with adapters the cosine is that of the merged weights' updates.
+            space: ``merged`` or ``adapters``.
         """
         current = offloaded(values)
-        update, before = None if self._previous is None else current - self._previous, self._update
+        previous, before = self._previous, self._update
+        update = None if previous is None else current - previous
         self._previous, self._update = current, update
-        if update is None or before is None:
+        if update is None or before is None or previous is None:
             return None
+        if model is not None and chosen_space(model, space) == "merged":
+            return _merged_cosine(model, previous, previous - before)
         scale = update.norm() * before.norm()
         return update.dot(before) / scale if scale else None
 
@@ -167,6 +203,18 @@ class SuccessiveUpdates:
         )
 
 
+def _merged_cosine(model: nn.Module, previous: ParameterVector, earlier: ParameterVector) -> float | None:
+    """Cosine of the merged weights' last two updates, with the memory of a few tensors at a time."""
+    sums = [0.0, 0.0, 0.0]
+    places = [changes_in(model, BaseParameters(vector, copy=False)) for vector in (previous, earlier)]
+    for last, both in zip(*places, strict=True):
+        pairs = [last.delta, both.delta - last.delta]
+        for index, (one, other) in enumerate(((0, 1), (0, 0), (1, 1))):
+            sums[index] += reduce_tensors([pairs[one]], torch.dot, [pairs[other]])[0]
+    scale = math.sqrt(sums[1] * sums[2])
+    return sums[0] / scale if scale else None
+
+
 def _joined(first: ParameterVector, second: ParameterVector) -> ParameterVector:
     return ParameterVector(first.space.joined(second.space), {**first, **second})
 
@@ -176,7 +224,7 @@ def offloaded(vector: ParameterVector) -> ParameterVector:
     return vector.map(lambda tensor: tensor if is_sharded(tensor) else tensor.cpu())
 
 
-def weight_change(model: nn.Module, base: Base) -> WeightChange:
+def weight_change(model: nn.Module, base: Base, *, space: str = "merged") -> WeightChange:
     r"""Measures the change of every parameter since the base.
 
     .. math:: \Delta = \theta_t - \theta_0, \qquad \text{relative change} = \lVert\Delta\rVert / \lVert\theta_0\rVert
@@ -186,12 +234,14 @@ def weight_change(model: nn.Module, base: Base) -> WeightChange:
     Args:
         model: The model as it is now.
         base: What it is compared with: anything that :func:`~lightning_goldy.core.base.base_of` takes.
+        space: Of a model with adapters ``merged``, the change of the weights that they come to, or ``adapters``.
 
     Returns:
         Norms by tensor and the histogram of the elements' changes.
 
     Raises:
-        ValueError: A parameter is no longer finite; it is named.
+        ValueError: A parameter is no longer finite; it is named. Or the space is unknown.
+        AdapterError: The merged weights of a layer cannot be told.
 
     Example:
         >>> layer = nn.Linear(2, 1, bias=False)
@@ -204,8 +254,10 @@ def weight_change(model: nn.Module, base: Base) -> WeightChange:
     columns = []
     bins = (_HIGHEST - _LOWEST) * _PER_DECADE
     counts = torch.zeros(bins + 1, dtype=torch.int64)
-    experts = expert_counts(model)
-    for name, before, delta in base_of(base, model).changes(model):
+    precision, rounded = low_precision(model), torch.zeros(2, dtype=torch.float64)
+    chosen = chosen_space(model, space)
+    experts = _expert_counts(model, chosen)
+    for name, before, delta in changes_in(model, base_of(base, model), space):
         stacked = name in experts
         squares = [_squares(tensor, stacked=stacked) for tensor in (before, delta)]
         rows = expert_names([name], experts)
@@ -214,6 +266,8 @@ def weight_change(model: nn.Module, base: Base) -> WeightChange:
                 raise ValueError(f"{row} has changed to values that are not finite")
             columns.append((row, delta.numel() // len(rows), math.sqrt(square), math.sqrt(changed)))
         counts += sum_over_shards([_histogram(local(delta), bins)], [delta])[0].cpu()
+        if precision is not None:
+            rounded += sum_over_shards([rounding_of(before, delta, precision)], [delta])[0].cpu()
     names, numel, base_norms, delta_norms = zip(*columns, strict=True)
     return WeightChange(
         names=names,
@@ -223,7 +277,20 @@ def weight_change(model: nn.Module, base: Base) -> WeightChange:
         edges=tuple(_LOWEST + index / _PER_DECADE for index in range(bins + 1)),
         counts=tuple(counts[:bins].tolist()),
         unchanged=int(counts[bins]),
+        space=chosen,
+        rounding=None if precision is None else precision | _floor(rounded, base_norms, sum(numel) - int(counts[bins])),
     )
+
+
+def _floor(rounded: Tensor, base_norms: Sequence[float], changed: int) -> dict[str, float]:
+    square, lost = rounded.tolist()
+    size = math.hypot(*base_norms)
+    return {"relative_change": math.sqrt(square) / size if size else 0.0, "lost_share": lost / max(changed, 1)}
+
+
+def _expert_counts(model: nn.Module, space: str | None) -> dict[str, int]:
+    counts = expert_counts(model)
+    return {merged_name(name) if space == "merged" else name: count for name, count in counts.items()}
 
 
 def _squares(tensor: Tensor, *, stacked: bool) -> list[float]:
@@ -286,12 +353,14 @@ class ParameterDistributionResult(AnalysisResult):
             what a random Delta would have, and ``alignment_over_chance`` (of other tensors None); ``exact``, whether
             all singular values were computed.
         top: Number of singular values and directions.
+        space: ``merged`` or ``adapters``; None of a model without adapters.
     """
 
     analysis: ClassVar[str] = "parameter_distribution"
 
     rows: tuple[dict[str, Any], ...]
     top: int
+    space: str | None = None
 
     def metrics(self) -> dict[str, float | None]:
         """Of the model and by block: the relative change, and means weighted by the tensors' elements."""
@@ -303,7 +372,7 @@ class ParameterDistributionResult(AnalysisResult):
 
     def details(self) -> dict[str, Any]:
         """The tensors' rows."""
-        return {"tensors": list(self.rows), "top": self.top}
+        return {"tensors": list(self.rows), "top": self.top, **_told(self.space)}
 
     def by_block(self, column: str) -> dict[str, float]:
         """Mean of a column over each block's tensors, weighted by their elements; tensors without it are left out.
@@ -320,7 +389,7 @@ class ParameterDistributionResult(AnalysisResult):
         return {block: value for block, value in found.items() if value is not None}
 
     def whole(self, column: str) -> float | None:
-        """As :meth:`by_block`, of the whole model; None where no tensor has it."""
+        """As :meth:`by_block`, of all tensors together; None where no tensor has it."""
         return _pooled(self.rows, column)
 
 
@@ -331,13 +400,15 @@ def parameter_distribution(
     top: int = 8,
     exact_below: int | None = 256,
     seed: int = 0,
+    space: str = "merged",
     progress: Callable[[int, int], None] | None = None,
     split_over_ranks: bool = True,
     directions: Directions | None = None,
 ) -> ParameterDistributionResult:
     r"""Describes the change :math:`\Delta = \theta_t - \theta_0` of every tensor.
 
-    Singular values come from the eigenvalues of the smaller Gram matrix in float64 where its side is at most
+    Of LoRA singular values are exact whatever the size: those of B A come from QR decompositions of both factors.
+    Others come from the eigenvalues of the smaller Gram matrix in float64 where its side is at most
     ``exact_below``, and above from a randomised decomposition: with orthonormal Q of the range of
 
     .. math:: [A \Omega, \; (A A^T) A \Omega, \; \dots, \; (A A^T)^4 A \Omega], \qquad
@@ -355,6 +426,7 @@ def parameter_distribution(
         top: Singular values and directions to keep.
         exact_below: Largest smaller side of a matrix whose whole spectrum is computed; None computes it of all.
         seed: Of the randomised decomposition.
+        space: Of a model with adapters ``merged``, the change of the weights that they come to, or ``adapters``.
         progress: Called with (tensors done, tensors in all) on this rank.
         split_over_ranks: Whether to share tensors out over the ranks of an initialised process group.
         directions: The base's singular directions by tensor, which are taken from here and, where they lack, put here;
@@ -364,8 +436,9 @@ def parameter_distribution(
         One row per tensor.
 
     Raises:
-        ValueError: ``top`` or ``exact_below`` is below 1.
+        ValueError: ``top`` or ``exact_below`` is below 1, or the space is unknown.
         SpaceError: The base is of another model.
+        AdapterError: The merged weights of a layer cannot be told.
 
     Source: stable rank: Rudelson and Vershynin 2007; effective rank: Roy and Vetterli 2007; randomised decomposition:
     Halko, Martinsson and Tropp 2011, algorithm 4.4, and Musco and Musco 2015 (all powers in the basis); Delta's
@@ -381,23 +454,27 @@ def parameter_distribution(
     check_distribution_arguments(top, exact_below)
     replicas = Replicas.of(model) if split_over_ranks else Replicas()
     rows: list[tuple[int, list[dict[str, Any]]]] = []
-    experts = expert_counts(model)
+    chosen = chosen_space(model, space)
+    experts = _expert_counts(model, chosen)
     with torch.no_grad(), replicas.together("parameter_distribution"):
         start = base_of(base, model)
         total = len(start.space.names)
-        for index, change in enumerate(start.changes(model)):
+        for index, change in enumerate(changes_in(model, start, space)):
             # Shards are gathered by all; of replicas each takes its own tensors.
             if is_sharded(change.delta) or index % replicas.size == replicas.rank:
                 before, delta = gather(change.base), gather(change.delta)
                 names = expert_names([change.name], experts)
                 slices = zip(before, delta, strict=True) if change.name in experts else [(before, delta)]
                 parts = zip(names, slices, strict=True)
-                found = [_row(name, *part, top, exact_below, seed, directions) for name, part in parts]
+                factors = change.factors if isinstance(change, LowRankChange) else None
+                found = [_row(name, *part, top, exact_below, seed, directions, factors) for name, part in parts]
                 rows.append((index, found))
             if progress is not None:
                 progress(index + 1, total)
+        if progress is not None:
+            progress(total, total)  # adapters of one layer are one change
     whole = dict(pair for part in replicas.gather_objects(rows) for pair in part)
-    return ParameterDistributionResult(tuple(row for index in sorted(whole) for row in whole[index]), top)
+    return ParameterDistributionResult(tuple(row for index in sorted(whole) for row in whole[index]), top, chosen)
 
 
 def check_distribution_arguments(top: int, exact_below: int | None) -> None:
@@ -419,6 +496,7 @@ def _row(
     exact_below: int | None,
     seed: int,
     directions: Directions | None,
+    factors: tuple[Tensor, Tensor] | None = None,
 ) -> dict[str, Any]:
     size, changed = (math.sqrt(square) for square in reduce_tensors([base, delta], lambda x: x @ x))
     columns = {
@@ -439,7 +517,9 @@ def _row(
             side.to(precise(base).dtype) for side in _leading(before, top, name, seed, exact=exact)[1:3]
         )
     left, right = known[name]
-    if exact:
+    if factors is not None:
+        spectrum, error, exact = product_spectrum(*factors), 0.0, True
+    elif exact:
         spectrum, error = _spectrum(matrix), 0.0
     else:
         spectrum, _, _, error = _leading(matrix, top, f"{name}/delta", seed, exact=False)
@@ -496,6 +576,26 @@ def _spectrum(matrix: Tensor) -> Tensor:
     wide = matrix.double()
     gram = wide @ wide.t() if matrix.shape[0] <= matrix.shape[1] else wide.t() @ wide
     return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().flip(0)
+
+
+def product_spectrum(left: Tensor, right: Tensor) -> Tensor:
+    r"""Singular values of a product of low rank, descending, without the product.
+
+    .. math:: L R^\top = Q_L (R_L R_R^\top) Q_R^\top
+
+    Args:
+        left: L, shape ``[rows, rank]``.
+        right: R, shape ``[columns, rank]``.
+
+    Returns:
+        At most ``rank`` values.
+
+    Example:
+        >>> product_spectrum(torch.tensor([[2.0], [0.0]]), torch.tensor([[0.0], [3.0]])).tolist()
+        [6.0]
+    """
+    triangles = [torch.linalg.qr(side.double(), mode="r").R for side in (left, right)]
+    return torch.linalg.svdvals(triangles[0] @ triangles[1].t())
 
 
 def _leading(matrix: Tensor, top: int, name: str, seed: int, *, exact: bool) -> tuple[Tensor, Tensor, Tensor, float]:

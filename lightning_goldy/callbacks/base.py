@@ -14,11 +14,12 @@ from typing import Any, Generic, Literal, TypeVar
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lightning_goldy.analysis.forecast import Forecast, Plan, Run
 from lightning_goldy.analysis.forecast.timing import try_gradients as try_gradients
+from lightning_goldy.analysis.precision import with_precision
 from lightning_goldy.analysis.result import AnalysisResult, Cost, Row
 from lightning_goldy.callbacks.preflight import Budget, apply_settings, dialled, preflight
 from lightning_goldy.callbacks.run_folder import (
@@ -44,6 +45,7 @@ from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.sharding import RankError, Replicas, is_sharded, unshard_guard
 from lightning_goldy.core.space import ParameterSpace, trainable_parameters
 from lightning_goldy.core.store import Kind, save_vectors
+from lightning_goldy.core.tasks import transformers_model
 from lightning_goldy.core.vector import ParameterVector, require_finite
 from lightning_goldy.data.base import follow_training
 from lightning_goldy.training.probe import Reading
@@ -243,6 +245,7 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         self._run: tuple[Any, Any] | None = None
         self._batches: list[Any] = []
         self._reading: Reading | None = None
+        self._task: Objective | None = None
         # Step and hash of the weights as training left them, and what has ever been trained.
         self._left = (-1, "")
         self._trained: set[str] = set()
@@ -315,7 +318,7 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         if stage != "fit":
             return
         # Another fit may have other data; what nobody holds is read anew.
-        self._batches, self._reading = [], None
+        self._batches, self._reading, self._task = [], None, None
         names = [callback.name for callback in trainer.callbacks if isinstance(callback, AnalysisCallback)]  # type: ignore[attr-defined]
         require_local_run(trainer)
         if names.count(self.name) > 1:
@@ -365,7 +368,14 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
             self._batches = self.read_probe(trainer, pl_module)
             with undisturbed(trainer, pl_module):
                 Replicas.world().agree(f"{self.name}: the probe", fingerprint_batches(self._batches))
-                objective = find_objective(pl_module, model, self.objective)
+                self._task = find_objective(pl_module, model, self.objective, self._batches)
+                unasked = self.objective is None and self._task is not getattr(pl_module, "objective", None)
+                if unasked and transformers_model(model, anywhere=False) is None:
+                    rank_zero_info(
+                        f"{self.name}: {type(model).__name__} is analysed by {type(self._task).__name__}; "
+                        "objective= takes another loss"
+                    )
+                objective = self._task
                 check_probe(
                     model, objective, self._batches, self.probe_samples(), pl_module=pl_module, check=self.check
                 )
@@ -404,10 +414,14 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         batches = self.tried_batches()
         if not batches:
             return
-        objective = find_objective(pl_module, model, self.objective)
+        objective = self.task(pl_module, model)
         device = next(model.parameters()).device
         sample = move_batch(next(iter(objective.samples(batches[0]))), device)
         self.try_route(model, objective, sample)
+
+    def task(self, pl_module: L.LightningModule, model: nn.Module) -> Objective:
+        """How a batch becomes a loss: the callback's objective, the module's, or what model and probe ask for."""
+        return self._task or find_objective(pl_module, model, self.objective, self._batches)
 
     def tried_batches(self) -> Sequence[Any]:
         """Where the sample is taken from that the analysis is tried on: the probe."""
@@ -640,6 +654,7 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
             context = self._context(trainer, pl_module, progress, weights, len(marks) - 1)
             result = self.compute(context)
             row, vectors, histograms = self._described(result, context)
+            row = with_precision(row, context.model)
             files = self._saved(vectors, context)
         for note in [*self._notes, *apart]:
             row = row.noted(note)
@@ -678,7 +693,7 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
             # What was trained and is frozen again belongs to the change; the isolation freezes it again.
             if not parameter.requires_grad and canonical_name(name) in self._trained:
                 parameter.requires_grad_(True)
-        objective = find_objective(pl_module, model, self.objective) if self.needs_probe else None
+        objective = self.task(pl_module, model) if self.needs_probe else None
         subject = (trainer, pl_module, model, objective, self._batches)
         return AnalysisContext(*subject, trainer.global_step, self._store, progress, weights=weights, repeat=repeat)
 

@@ -18,7 +18,7 @@ from lightning_goldy.core.isolation import undisturbed
 from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.sharding import Replicas
 from lightning_goldy.core.space import ParameterSpace
-from lightning_goldy.training.subject import check_probe, check_split_names, find_objective, find_splits
+from lightning_goldy.training.subject import check_probe, check_split_names, find_splits
 
 
 def find_adam(trainer: L.Trainer, space: ParameterSpace, model: nn.Module) -> Optimizer:
@@ -129,7 +129,7 @@ class BasinVolume(AnalysisCallback[BasinVolumes]):
         if self.splits is not None:
             self._split_batches = find_splits(trainer, self.splits, self.survey.n_samples)
             with undisturbed(trainer, trainer.lightning_module):
-                objective = find_objective(trainer.lightning_module, model, self.objective)
+                objective = self.task(trainer.lightning_module, model)
                 for split, batches in self._split_batches.items():
                     Replicas.world().agree(f"{self.name}: the split {split!r}", fingerprint_batches(batches))
                     check_probe(
@@ -168,7 +168,7 @@ class BasinVolume(AnalysisCallback[BasinVolumes]):
 
     def compute(self, context: AnalysisContext) -> BasinVolumes:
         """Measures the volumes."""
-        objective = context.objective or find_objective(context.pl_module, context.model, self.objective)
+        objective = context.objective or self.task(context.pl_module, context.model)
         return self.survey.measure(
             context.model,
             objective,

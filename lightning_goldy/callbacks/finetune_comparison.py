@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +20,8 @@ from torch import nn
 from lightning_goldy.analysis.forecast import Forecast, Passes, Plan, Run, Work
 from lightning_goldy.analysis.result import AnalysisResult, Cost, Row
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
+from lightning_goldy.core.architecture.adapters import WeightSpace, changes_in, check_space, chosen_space
+from lightning_goldy.core.base import BaseParameters
 from lightning_goldy.core.batches import sample_count
 from lightning_goldy.core.files import printable
 from lightning_goldy.core.isolation import isolated_rng
@@ -60,6 +63,7 @@ class FinetuneComparisonResult(AnalysisResult):
         finetunes: What was measured, the start first.
         numel: Elements of the model.
         cost: Passes of the other trainings and of all measurements.
+        space: Of the changes: ``merged`` or ``adapters``; None of a model without adapters.
     """
 
     analysis: ClassVar[str] = "finetune_comparison"
@@ -67,6 +71,7 @@ class FinetuneComparisonResult(AnalysisResult):
     finetunes: tuple[Finetune, ...]
     numel: int
     cost: Cost = field(default=Cost(), compare=False)
+    space: str | None = None
 
     def metrics(self) -> dict[str, float | None]:
         """Of each finetune the norm of the change, and its losses."""
@@ -78,7 +83,8 @@ class FinetuneComparisonResult(AnalysisResult):
 
     def details(self) -> dict[str, Any]:
         """The finetunes."""
-        return {"numel": self.numel, "rows": [vars(row) for row in self.finetunes]}
+        told = {} if self.space is None else {"space": self.space}
+        return {"numel": self.numel, "rows": [vars(row) for row in self.finetunes], **told}
 
 
 class _Watch(L.Callback):
@@ -118,13 +124,20 @@ class Rerun:
         start: The weights to start from.
         modes: Training mode of each submodule, by name.
         seed: Of the random numbers drawn.
+        space: Where changes are measured: ``merged`` or ``adapters``.
     """
 
     def __init__(
-        self, trainer: L.Trainer, pl_module: GoldyModule, start: ParameterVector, modes: Mapping[str, bool], seed: int
+        self,
+        trainer: L.Trainer,
+        pl_module: GoldyModule,
+        start: ParameterVector,
+        modes: Mapping[str, bool],
+        seed: int,
+        space: WeightSpace = "merged",
     ) -> None:
         self._trainer, self._module, self._start = trainer, pl_module, start
-        self._modes, self._seed = modes, seed
+        self._modes, self._seed, self._space = modes, seed, space
         self.cost = Cost()
         """Passes made so far."""
 
@@ -180,8 +193,9 @@ class Rerun:
             on_training = self._new_trainer(limit_val_batches=self._trainer.limit_train_batches)
             (seen,) = on_training.validate(module, data.train_dataloader(), verbose=False)
         losses = {"train/loss": float(seen["val/loss"]), **{key: float(value) for key, value in found.items()}}
-        start = self._start.to(next(iter(weights.values())).device)
-        return Finetune(name, elements, (weights - start).norm(), losses)
+        start = BaseParameters(self._start.to(next(iter(weights.values())).device), copy=False)
+        squares = [change.delta.double().square().sum() for change in changes_in(module.model, start, self._space)]
+        return Finetune(name, elements, math.sqrt(sum(map(float, squares))), losses)
 
     def _module_with(self, weights: ParameterVector, options: OptimizerOptions) -> GoldyModule:
         model: nn.Module = copy.deepcopy(self._module.model)
@@ -235,9 +249,11 @@ class FinetuneComparison(AnalysisCallback[FinetuneComparisonResult]):
             random. Both at the masked training's rate inside.
         seed: Decides the random mask, and the random numbers of the other trainings.
         name: Folder and metric prefix.
+        space: Of a model with adapters, where changes are measured: ``merged``, the weights that they come to, or
+            ``adapters``.
 
     Raises:
-        ValueError: A way is unknown, or none is given.
+        ValueError: A way or the space is unknown, or no way is given.
 
     Example:
         >>> FinetuneComparison(["fall"])
@@ -248,9 +264,16 @@ class FinetuneComparison(AnalysisCallback[FinetuneComparisonResult]):
     needs_probe = False
 
     def __init__(
-        self, against: Sequence[Contender] = ("full", "random"), *, seed: int = 0, name: str | None = None
+        self,
+        against: Sequence[Contender] = ("full", "random"),
+        *,
+        seed: int = 0,
+        name: str | None = None,
+        space: WeightSpace = "merged",
     ) -> None:
         super().__init__(at=("end",), name=name)
+        check_space(space)
+        self.space = space
         against = (against,) if isinstance(against, str) else tuple(against)  # type: ignore[assignment]
         for contender in against:
             require_choice("finetune", contender, get_args(Contender))
@@ -308,7 +331,7 @@ class FinetuneComparison(AnalysisCallback[FinetuneComparisonResult]):
         assert held is not None
         space = ParameterSpace.of(context.model)
         mask = ParameterMask.from_dense(space, held.to_dense())
-        rerun = Rerun(context.trainer, context.pl_module, start, self._modes, self.seed)
+        rerun = Rerun(context.trainer, context.pl_module, start, self._modes, self.seed, self.space)
         found = [
             rerun.measured("start", 0, start),
             rerun.measured("masked", mask.total, ParameterVector.of(context.model)),
@@ -321,7 +344,8 @@ class FinetuneComparison(AnalysisCallback[FinetuneComparisonResult]):
                 elements, file = chosen.total, chosen.save(self.folder / RANDOM_FILE, model=context.model)
             found.append(rerun.measured(contender, elements, rerun.trained(file)))
             context.progress(done, len(self.against))
-        return FinetuneComparisonResult(tuple(found), space.numel, rerun.cost)
+        told = chosen_space(context.model, self.space)
+        return FinetuneComparisonResult(tuple(found), space.numel, rerun.cost, told)
 
     def describe(self, result: FinetuneComparisonResult, context: AnalysisContext) -> Row:
         """Prints the table, too."""

@@ -18,6 +18,7 @@ from lightning_goldy.analysis.forecast import Forecast, Plan, Run, forecast_chan
 from lightning_goldy.analysis.golden import GoldenResult, ReverseGoldenResult
 from lightning_goldy.analysis.result import Row
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, try_gradients
+from lightning_goldy.core.architecture.adapters import WeightSpace, check_space, chosen_space, require_merged
 from lightning_goldy.core.base import BASE_FILE, BaseParameters, read_base
 from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.objective import Objective
@@ -60,6 +61,7 @@ class GoldenSnapshot(AnalysisCallback[WeightChange]):
             the parameters as training starts.
         every_n_steps: Run after every so many optimizer steps.
         track_updates: Whether to keep the previous values and update on the CPU (twice the parameters) for the cosine.
+        space: Of a model with adapters ``merged``, the change of the weights that they come to, or ``adapters``.
         **options: Of :class:`AnalysisCallback`.
 
     Example:
@@ -75,10 +77,12 @@ class GoldenSnapshot(AnalysisCallback[WeightChange]):
         *,
         every_n_steps: int | None = 50,
         track_updates: bool = True,
+        space: WeightSpace = "merged",
         **options: Any,
     ) -> None:
         super().__init__(every_n_steps=every_n_steps, **options)
-        self.source, self.track_updates = source, track_updates
+        check_space(space)
+        self.source, self.track_updates, self.space = source, track_updates, space
 
     def forget(self) -> None:
         """Drops the base and the updates."""
@@ -102,6 +106,7 @@ class GoldenSnapshot(AnalysisCallback[WeightChange]):
 
     def prepare(self, trainer: L.Trainer, model: nn.Module) -> None:
         """Takes the snapshot, or takes up the one of the run that is resumed."""
+        require_merged(model, self.space)
         if self._resumed and self._previous_folder is not None:
             self._resume(trainer, model, Path(self._previous_folder))
             return
@@ -142,7 +147,7 @@ class GoldenSnapshot(AnalysisCallback[WeightChange]):
 
     def compute(self, context: AnalysisContext) -> WeightChange:
         """Measures the change since the base."""
-        return weight_change(context.model, self.base)
+        return weight_change(context.model, self.base, space=self.space)
 
     def describe(self, result: WeightChange, context: AnalysisContext) -> Row:
         """Adds the cosine between the last two updates of the training; averaged weights are no update of it."""
@@ -151,7 +156,8 @@ class GoldenSnapshot(AnalysisCallback[WeightChange]):
         present = ParameterVector.of(context.model, self.base.space)
         # A copy, so that an analysis which fails later has observed nothing.
         self._updates = copy.copy(self._updates)
-        return result.row().extended({"update_cosine": self._updates.observe(present)})
+        cosine = self._updates.observe(present, context.model, self.space)
+        return result.row().extended({"update_cosine": cosine})
 
     def save_files(self, trainer: L.Trainer, model: nn.Module) -> None:
         """Writes the previous values and the last update, from which the next cosine follows after a resume."""
@@ -347,12 +353,15 @@ class MaskCallback(AnalysisCallback[MaskT]):
         share = None if snapshot is None else change_inside(context.model, snapshot.base, result.mask)
         before = self._masks.get(context.weights)
         overlap = None if before is None else shared_jaccard(result.mask, before)
+        # Masks are of what is trained, and of adapters there are no elements of merged weights.
+        told = {"space": "adapters"} if chosen_space(context.model, "adapters") else {}
         row = result.row().extended(
             {
                 "jaccard_previous": None if overlap is None else overlap.value,
                 "delta_share": share,
                 "delta_share_over_density": share / result.density if share is not None and result.count else None,
-            }
+            },
+            told,
         )
         self._masks[context.weights] = result.mask
         self._mask_files[context.weights] = context.file_name("mask")

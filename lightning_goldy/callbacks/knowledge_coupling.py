@@ -34,6 +34,8 @@ from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.callbacks.golden_snapshot import TrainingBase
 from lightning_goldy.callbacks.preflight import dialled
 from lightning_goldy.callbacks.store import AnalysisProgress
+from lightning_goldy.callbacks.weights import adapters_apart
+from lightning_goldy.core.architecture.adapters import WeightSpace, check_space, require_line
 from lightning_goldy.core.base import BaseParameters
 from lightning_goldy.core.files import finite
 from lightning_goldy.core.isolation import undisturbed
@@ -313,6 +315,7 @@ class KnowledgeCoupling(AnalysisCallback[KnowledgeState]):
         moderate: Cosine from which a pair is moderately coupled.
         high: Cosine from which it is highly coupled.
         thresholds: Deprecated: the two in one list, in either order.
+        space: Of a model with adapters, whose Delta counts: ``merged``, the weights that they come to, or ``adapters``.
         **options: Of :class:`AnalysisCallback`.
 
     Example:
@@ -338,8 +341,11 @@ class KnowledgeCoupling(AnalysisCallback[KnowledgeState]):
         moderate: float = 0.1,
         high: float = 0.4,
         thresholds: Sequence[float] | None = None,
+        space: WeightSpace = "merged",
         **options: Any,
     ) -> None:
+        check_space(space)
+        self.space = space
         super().__init__(**options)
         check_selection(select, layers)
         if n_pieces is not None:
@@ -369,6 +375,8 @@ class KnowledgeCoupling(AnalysisCallback[KnowledgeState]):
     def prepare(self, trainer: L.Trainer, model: nn.Module) -> None:
         """Finds the pieces and the base, and takes the base's coupling, so that what cannot work fails here."""
         objective = find_objective(trainer.lightning_module, model, self.objective)
+        with adapters_apart(model):
+            require_line(model, self.space)
         if not isinstance(objective, CausalLMObjective):
             raise ValueError(
                 f"{self.name} asks a causal language model; the objective of {type(model).__name__} is "
@@ -435,6 +443,7 @@ class KnowledgeCoupling(AnalysisCallback[KnowledgeState]):
             tokenizer=find_tokenizer(context.trainer),
             classes=self._watched.classes,
             template=self._watched.template,
+            space=self.space,
             progress=_half(context.progress, 1),
         )
         base, base_statistics = self._before

@@ -16,6 +16,7 @@ from lightning_goldy.analysis.change import (
 from lightning_goldy.analysis.forecast import Forecast, Plan, Run, forecast_distribution
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.callbacks.golden_snapshot import require_snapshot
+from lightning_goldy.core.architecture.adapters import WeightSpace, check_space, require_merged
 
 
 class ParameterDistribution(AnalysisCallback[ParameterDistributionResult]):
@@ -29,6 +30,7 @@ class ParameterDistribution(AnalysisCallback[ParameterDistributionResult]):
         top: Singular values and directions kept of each matrix.
         exact_below: Largest smaller side of a matrix whose whole spectrum is computed; None computes it of all.
         seed: Of the randomised decomposition of larger ones.
+        space: Of a model with adapters ``merged``, the change of the weights that they come to, or ``adapters``.
         **options: Of :class:`AnalysisCallback`.
 
     Example:
@@ -39,10 +41,19 @@ class ParameterDistribution(AnalysisCallback[ParameterDistributionResult]):
 
     needs_probe = False
 
-    def __init__(self, top: int = 8, *, exact_below: int | None = 256, seed: int = 0, **options: Any) -> None:
+    def __init__(
+        self,
+        top: int = 8,
+        *,
+        exact_below: int | None = 256,
+        seed: int = 0,
+        space: WeightSpace = "merged",
+        **options: Any,
+    ) -> None:
         super().__init__(**options)
         check_distribution_arguments(top, exact_below)
-        self.top, self.exact_below, self.seed = top, exact_below, seed
+        check_space(space)
+        self.top, self.exact_below, self.seed, self.space = top, exact_below, seed, space
 
     def forget(self) -> None:
         """Drops the base's singular directions, which later analyses of a run use again."""
@@ -52,6 +63,7 @@ class ParameterDistribution(AnalysisCallback[ParameterDistributionResult]):
     def prepare(self, trainer: L.Trainer, model: nn.Module) -> None:
         """Checks that there is a snapshot to compare with."""
         require_snapshot(trainer, self.name)
+        require_merged(model, self.space)
 
     def estimate(self, plan: Plan, run: Run) -> Forecast:
         """Two decompositions of each matrix; no pass of the model."""
@@ -65,6 +77,7 @@ class ParameterDistribution(AnalysisCallback[ParameterDistributionResult]):
             top=self.top,
             exact_below=self.exact_below,
             seed=self.seed,
+            space=self.space,
             progress=context.progress,
             directions=self._directions,
         )

@@ -25,6 +25,8 @@ from lightning_goldy.analysis.taylor import (
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.callbacks.golden_snapshot import find_snapshot
 from lightning_goldy.callbacks.preflight import dialled
+from lightning_goldy.callbacks.weights import adapters_apart
+from lightning_goldy.core.architecture.adapters import WeightSpace, check_space, require_line
 from lightning_goldy.core.base import BaseParameters, base_of
 from lightning_goldy.core.naming import require_at_least, suggestion
 from lightning_goldy.core.objective import Objective
@@ -51,6 +53,7 @@ class TaylorDiff(AnalysisCallback[TaylorDiffResult]):
         reset: ``never`` expands around the golden snapshot; ``each`` around where the last analysis of the training's
             own weights was (one of averages leaves the base), ``epoch`` around where the epoch began.
         n_samples: Probe samples used.
+        space: Of a model with adapters ``merged``, along the weights that they come to, or ``adapters``.
         **options: Of :class:`AnalysisCallback`.
 
     Example:
@@ -69,9 +72,12 @@ class TaylorDiff(AnalysisCallback[TaylorDiffResult]):
         function_space: bool = True,
         reset: Reset = "never",
         n_samples: int | None = 16,
+        space: WeightSpace = "merged",
         **options: Any,
     ) -> None:
         super().__init__(**options)
+        check_space(space)
+        self.space = space
         self.orders = check_orders(orders, by)
         if reset not in get_args(Reset):
             raise ValueError(f"unknown reset={reset!r}; {suggestion(str(reset), get_args(Reset))}")
@@ -95,6 +101,9 @@ class TaylorDiff(AnalysisCallback[TaylorDiffResult]):
         require_logits(find_objective(trainer.lightning_module, model, self.objective), self.function_space)
         if any(map(is_sharded, model.parameters())):
             require_differences(self.orders)
+        # In a model whose adapters are merged at the time they are taken apart for the analysis.
+        with adapters_apart(model):
+            require_line(model, self.space)
         if self.reset == "never":
             if find_snapshot(trainer) is None:
                 raise ValueError(
@@ -120,7 +129,13 @@ class TaylorDiff(AnalysisCallback[TaylorDiffResult]):
     def try_route(self, model: nn.Module, objective: Objective, sample: Any) -> None:
         """Expands one sample around the present weights, and says where that goes by differences."""
         _, why = expansion_route(
-            model, sample, objective, orders=self.orders, by=self.by, function_space=self.function_space
+            model,
+            sample,
+            objective,
+            orders=self.orders,
+            by=self.by,
+            function_space=self.function_space,
+            space=self.space,
         )
         if why:
             rank_zero_warn(
@@ -162,6 +177,7 @@ class TaylorDiff(AnalysisCallback[TaylorDiffResult]):
             orders=self.orders,
             by=self.by,
             function_space=self.function_space,
+            space=self.space,
             progress=context.progress,
         )
 

@@ -20,6 +20,7 @@ from lightning_goldy.analysis.attribution import change_attribution
 from lightning_goldy.analysis.change import parameter_distribution
 from lightning_goldy.analysis.continuations import check_generation_arguments, continue_prompts, encode_prompts
 from lightning_goldy.analysis.linearized import explain_change
+from lightning_goldy.analysis.precision import with_precision
 from lightning_goldy.analysis.result import AnalysisResult, Row
 from lightning_goldy.analysis.taylor import taylor_diff
 from lightning_goldy.callbacks.store import ROWS, ResultStore, peak_memory_bytes
@@ -28,6 +29,7 @@ from lightning_goldy.commands.fit import check_configs, run_configured
 from lightning_goldy.commands.output import output_folder, print_report
 from lightning_goldy.commands.ranks import PATIENCE_SECONDS, joined_ranks
 from lightning_goldy.core.architecture import UnsupportedArchitectureError
+from lightning_goldy.core.architecture.adapters import WeightSpace, check_space
 from lightning_goldy.core.base import BaseParameters
 from lightning_goldy.core.files import atomic_write, printable, to_json_line
 from lightning_goldy.core.isolation import undisturbed
@@ -96,6 +98,7 @@ class Subject:
         writing: Prompts to continue.
         tokenizer: Of the run; None where it has none.
         progress: Called with (done, total).
+        space: Of a model with adapters, where its change is looked at: ``merged`` or ``adapters``.
     """
 
     model: nn.Module
@@ -106,6 +109,7 @@ class Subject:
     writing: Writing
     tokenizer: Any
     progress: Callable[[int, int], None]
+    space: WeightSpace = "merged"
 
 
 @dataclass(frozen=True)
@@ -124,8 +128,8 @@ class Part:
 
 
 def _compared(analyze: Callable[..., AnalysisResult], subject: Subject) -> Part:
-    found = analyze(subject.model, subject.base, subject.probe, subject.objective, progress=subject.progress)
-    return Part(found)
+    options = {"space": subject.space, "progress": subject.progress}
+    return Part(analyze(subject.model, subject.base, subject.probe, subject.objective, **options))
 
 
 def _attributed(subject: Subject) -> Part:
@@ -136,7 +140,7 @@ def _attributed(subject: Subject) -> Part:
 
 def _distributed(subject: Subject) -> Part:
     assert subject.base is not None
-    return Part(parameter_distribution(subject.model, subject.base, progress=subject.progress))
+    return Part(parameter_distribution(subject.model, subject.base, space=subject.space, progress=subject.progress))
 
 
 def _attended(subject: Subject) -> Part:
@@ -207,6 +211,7 @@ def analyze_checkpoint(
     n_samples: int | None = None,
     output: str | Path | None = None,
     shard: bool = False,
+    space: WeightSpace = "merged",
 ) -> Path:
     """Analyses a saved model, prints a summary and writes rows, whole results, figures and a report.
 
@@ -220,6 +225,7 @@ def analyze_checkpoint(
         n_samples: Samples of the probe; by default at most 16.
         output: A folder without results; by default the next free ``runs/analyze/version_N``.
         shard: Whether the processes share the model (FSDP2), for one that is too large for one device.
+        space: Of a model with adapters ``merged``, the change of the weights that they come to, or ``adapters``.
 
     Returns:
         The folder.
@@ -231,6 +237,7 @@ def analyze_checkpoint(
         RuntimeError: An analysis failed; what the others found has been written. A process of several failed.
     """
     check_configs(settings)
+    check_space(space)
     if n_samples is not None and n_samples < 1:
         raise ValueError(f"n_samples must be at least 1; got {n_samples}")
     saved = read_saved(checkpoint)
@@ -239,7 +246,7 @@ def analyze_checkpoint(
     with joined_ranks("goldy analyze") as ranks:
         folder = output_folder(output, "attention_tracker", "analyze")
         walk = run_configured(
-            lambda: CheckpointAnalysis(saved, base, writing, n_samples, folder), settings, folder, shard=shard
+            lambda: CheckpointAnalysis(saved, base, writing, n_samples, folder, space), settings, folder, shard=shard
         )
         if not ranks.rank:
             walk.show(Console())
@@ -260,6 +267,7 @@ class CheckpointAnalysis(L.Callback):
         writing: Prompts to continue.
         n_samples: Samples of the probe.
         folder: Where everything goes.
+        space: Where the change of a model with adapters is looked at.
     """
 
     saved: SavedModel
@@ -267,6 +275,7 @@ class CheckpointAnalysis(L.Callback):
     writing: Writing
     n_samples: int | None
     folder: Path
+    space: WeightSpace = "merged"
     rows: list[dict[str, Any]] = field(default_factory=list, init=False)
     left_out: dict[str, str] = field(default_factory=dict, init=False)
     failed: dict[str, str] = field(default_factory=dict, init=False)
@@ -277,9 +286,10 @@ class CheckpointAnalysis(L.Callback):
         """Finds the base, loads the saved weights, and analyses."""
         with undisturbed(trainer, pl_module), Console().status("") as status:
             model = find_model(pl_module, None)
-            objective = find_objective(pl_module, model, None)
+            probe = find_probe(trainer, pl_module, None, self.n_samples or _SAMPLES).batches
+            objective = find_objective(pl_module, model, None, probe)
             # Before the weights are loaded: the model as it is built may be the base.
-            base = find_base(self.given, self.saved, pl_module, model, objective)
+            base = find_base(self.given, self.saved, pl_module, model, objective, self.space)
             if base.values is not None:
                 # What was trained in the run may be frozen in the model as it is built.
                 for parameter in base.values.space.resolve(model).values():
@@ -333,7 +343,7 @@ class CheckpointAnalysis(L.Callback):
         def tell(done: int, total: int) -> None:
             say(f"{done} of {total}")
 
-        return Subject(model, objective, probe, base.values, shown, self.writing, tokenizer, tell)
+        return Subject(model, objective, probe, base.values, shown, self.writing, tokenizer, tell, self.space)
 
     def _analyze(self, name: str, subject: Subject) -> None:
         start = time.perf_counter()
@@ -355,7 +365,7 @@ class CheckpointAnalysis(L.Callback):
         store = ResultStore(self.folder / "goldy" / name, write=not Replicas.world().rank)
         for file, result in {"result": part.result, **part.more}.items() if store.write else ():
             atomic_write(store.folder / f"{file}.json", result.to_json())
-        row = part.row or part.result.row()
+        row = with_precision(part.row or part.result.row(), subject.model)
         row = row.extended(result={"checkpoint": str(self.saved.path), "base": self.base_source}).at(
             step=self.saved.step or 0,
             epoch=self.saved.epoch,

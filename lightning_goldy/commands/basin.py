@@ -16,6 +16,7 @@ from torch import nn
 
 from lightning_goldy.analysis.basin import VolumeSurvey, diagonal_preconditioner
 from lightning_goldy.analysis.basin.survey import ONLY_SPLIT, Make
+from lightning_goldy.analysis.precision import with_precision
 from lightning_goldy.callbacks.store import ResultStore, peak_memory_bytes
 from lightning_goldy.commands.checkpoints import SavedModel, positions, read_saved
 from lightning_goldy.commands.fit import check_configs, run_configured
@@ -90,12 +91,12 @@ class CheckpointVolumes(L.Callback):
             trainer.fit_loop.max_epochs = 1000 if trainer.max_steps == -1 else -1
         with undisturbed(trainer, pl_module), Console().status("") as status:
             model = find_model(pl_module, None)
-            objective = find_objective(pl_module, model, None)
             batches = (
                 find_splits(trainer, True, self.survey.n_samples)
                 if self.splits
                 else {ONLY_SPLIT: find_probe(trainer, pl_module, None, self.survey.n_samples).batches}
             )
+            objective = find_objective(pl_module, model, None, next(iter(batches.values())))
             for number, (step, saved) in enumerate(self.saved, 1):
                 status.update(f"{saved.path} ({number} of {len(self.saved)})")
                 saved.load_into(pl_module, model)
@@ -105,7 +106,7 @@ class CheckpointVolumes(L.Callback):
                 start = time.perf_counter()
                 with peak_memory_bytes(next(model.parameters()).device) as peak:
                     volumes = self.survey.measure(model, objective, batches, adam=adam)
-                row = volumes.row().extended(result={"checkpoint": str(saved.path)})
+                row = with_precision(volumes.row(), model).extended(result={"checkpoint": str(saved.path)})
                 place = {"step": step, "epoch": saved.epoch, "trigger": "checkpoint", "weights": saved.weights}
                 seconds = time.perf_counter() - start
                 self.store.append(row.at(**place, seconds=seconds, peak_memory_bytes=peak()))

@@ -17,6 +17,7 @@ from lightning_goldy.analysis.basin import adam_curvature_from_state
 from lightning_goldy.analysis.heads import load_gates
 from lightning_goldy.callbacks.weights import Weights
 from lightning_goldy.core.architecture import HeadGates
+from lightning_goldy.core.architecture.adapters import WeightSpace
 from lightning_goldy.core.base import BASE_FILE, BaseParameters, base_files, read_base, read_checkpoint
 from lightning_goldy.core.objective import CausalLMObjective, MaskedLMObjective, Objective, Seq2SeqObjective
 from lightning_goldy.core.sharding import is_sharded, local, scatter_like
@@ -241,13 +242,19 @@ class _Snapshot:
 
 
 def find_base(
-    given: str | Path | None, saved: SavedModel, pl_module: L.LightningModule, model: nn.Module, objective: Objective
+    given: str | Path | None,
+    saved: SavedModel,
+    pl_module: L.LightningModule,
+    model: nn.Module,
+    objective: Objective,
+    space_of_change: WeightSpace = "adapters",
 ) -> FoundBase:
     """The base of a saved model: what was given, the run's golden snapshot, or the pretrained model.
 
     A snapshot that the checkpoint knows by its hash must have that hash; it is of what had been trained by then, which
     may be less than the configuration's model would train, or more. The model as the configuration builds it serves
-    where it has that hash, too, or where all of its weights are pretrained ones.
+    where it has that hash, too, or where all of its weights are pretrained ones; new adapters, which add nothing to the
+    pretrained weights, leave it the base in merged weights alone.
 
     Args:
         given: A vector file, a folder of ``save_pretrained``, a Lightning checkpoint, a snapshot's folder or that of a
@@ -256,6 +263,7 @@ def find_base(
         pl_module: As the configuration builds it, before any saved weights are loaded.
         model: The part that is analysed, likewise.
         objective: What the model is trained for.
+        space_of_change: Where the change of a model with adapters is looked at, ``merged`` or ``adapters``.
 
     Raises:
         FileNotFoundError: Nothing is at the place given.
@@ -275,7 +283,7 @@ def find_base(
         return FoundBase(BaseParameters(read_base(path, model, space, prefix=prefix)), str(path))
     known = _told(saved)
     found = _of_the_run(saved, known, model, space)
-    return found or _as_built(known, pl_module, model, space, objective)
+    return found or _as_built(known, pl_module, model, space, objective, space_of_change)
 
 
 def _told(saved: SavedModel) -> _Snapshot:
@@ -336,7 +344,12 @@ def _check_hashes(files: Iterable[Path], known: _Snapshot) -> None:
 
 
 def _as_built(
-    known: _Snapshot, pl_module: L.LightningModule, model: nn.Module, space: ParameterSpace, objective: Objective
+    known: _Snapshot,
+    pl_module: L.LightningModule,
+    model: nn.Module,
+    space: ParameterSpace,
+    objective: Objective,
+    space_of_change: WeightSpace,
 ) -> FoundBase:
     vector = ParameterVector.of(model, space)
     if known.base_hash is not None:
@@ -346,20 +359,20 @@ def _as_built(
         gone = "the run's golden snapshot is gone, and what the configuration builds has another hash; give --base"
         return FoundBase(None, gone)
     alone = "no golden snapshot lies beside the checkpoint"
-    random = _random_part(pl_module, objective)
+    random = _random_part(pl_module, objective, space_of_change)
     if random:
         return FoundBase(None, f"{alone}, and {random}; give --base")
     name = pl_module.hparams["model"]
     return FoundBase(BaseParameters(vector), f"the pretrained model {name} as the configuration builds it, for {alone}")
 
 
-def _random_part(pl_module: L.LightningModule, objective: Objective) -> str:
+def _random_part(pl_module: L.LightningModule, objective: Objective, space: WeightSpace) -> str:
     """Why the model as it is built cannot be the base; nothing where all of its weights are pretrained ones."""
     if not isinstance(pl_module, GoldyModule):
         return f"nothing tells whether {type(pl_module).__name__} begins with pretrained weights"
     if not isinstance(pl_module.hparams.get("model"), str):
         return "the configuration names no pretrained model"
-    if pl_module.lora_options is not None:
+    if pl_module.lora_options is not None and space == "adapters":
         return "new adapters begin at random"
     if not isinstance(objective, (CausalLMObjective, Seq2SeqObjective, MaskedLMObjective)):
         return "a new head begins at random"

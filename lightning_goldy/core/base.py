@@ -80,12 +80,16 @@ class BaseParameters:
     def changes(self, module: nn.Module) -> Iterator[Change]:
         """The change of each parameter, with the memory of one tensor at a time."""
         for name, parameter in self.space.resolve(module).items():
-            dtype = torch.promote_types(parameter.dtype, torch.float32)
-            base = self.placed(name, parameter).to(dtype)
-            yield Change(name, base, parameter.detach().to(dtype) - base)
+            yield self.change(name, parameter)
+
+    def change(self, name: str, parameter: nn.Parameter) -> Change:
+        """The change of one parameter."""
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        base = self.placed(name, parameter).to(dtype)
+        return Change(name, base, parameter.detach().to(dtype) - base)
 
     def placed(self, name: str, parameter: nn.Parameter) -> Tensor:
-        """One value in the layout and on the device of a parameter; without a copy where it is there already."""
+        """The base's value of one parameter, in its layout and on its device."""
         return like(parameter.detach(), self._parts[name].to(local(parameter).device))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any, Literal
 
@@ -184,3 +184,36 @@ def script_json(value: Any) -> str:
     """
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+SPACES = {
+    "merged": "Of the weights that the adapters come to (space: merged), not of the adapters themselves.",
+    "adapters": "Of the adapters themselves (space: adapters), not of the weights that they come to.",
+}
+"""What a space of a row means."""
+
+
+def remarks(row: Mapping[str, Any]) -> list[str]:
+    """What to know before the numbers of a row are read: the space they are of, their precision, and its notes.
+
+    Example:
+        >>> remarks({"result": {"precision": {"dtype": "bfloat16", "by": "weights", "relative_change": 0.0017}}})
+        ['Computed in bfloat16 (weights), by whose rounding alone weights change by 0.17 % of their norm.']
+        >>> remarks({"result": {"precision": {"dtype": "float32", "by": "autocast", "training": "bfloat16"}}})
+        ['Computed in float32, while the training computes in bfloat16 (autocast).']
+    """
+    result = row.get("result") or {}
+    told = [SPACES[result["space"]]] if result.get("space") in SPACES else []
+    precision = result.get("precision") or {}
+    if precision.get("training"):
+        by = precision.get("by", MISSING)
+        told.append(f"Computed in {precision['dtype']}, while the training computes in {precision['training']} ({by}).")
+    elif precision:
+        words = f"Computed in {precision.get('dtype', MISSING)} ({precision.get('by', MISSING)})"
+        if precision.get("relative_change") is not None:
+            share = format_percent(precision["relative_change"])
+            words += f", by whose rounding alone weights change by {share} of their norm"
+        if precision.get("loss_floor") is not None:
+            words += f"; differences of the loss below {format_number(precision['loss_floor'])} nats may be rounding"
+        told.append(f"{words}.")
+    return [*told, *(note for note in result.get("notes", ()) if not str(note).startswith("computed in "))]

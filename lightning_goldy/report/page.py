@@ -34,6 +34,7 @@ from lightning_goldy.report.formatting import (
     format_number,
     format_percent,
     format_seconds,
+    remarks,
     script_json,
     table_html,
 )
@@ -286,6 +287,7 @@ def analysis_html(analysis: AnalysisRows, anchor: str) -> str:
     name = "" if analysis.name == analysis.analysis else f' <span class="name">{escape(analysis.name)}</span>'
     parts = [f'<section id="{escape(anchor)}"><h2>{escape(description.title)}{name}</h2>']
     parts += [f"<p>{escape(text)}</p>" for text in (description.measures, description.reading) if text]
+    parts += [f'<p class="note">{escape(text)}</p>' for text in remarks(analysis.rows[-1])]
     parts.append(_figures(analysis))
     parts += [table(analysis.rows[-1]) for table in TABLES]
     charts = [_lines_html(heading, series) for heading, series in _grouped_series(analysis.rows).items()]

@@ -8,14 +8,21 @@ from typing import Any, TypeAlias
 
 import lightning.pytorch as L
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.loss import _Loss
 
 from lightning_goldy.analysis.attention import Prompt
 from lightning_goldy.analysis.attention.patterns import with_decoder_tokens
 from lightning_goldy.analysis.attention.rows import Stack, Tokens
 from lightning_goldy.core.batches import move_batch, take_samples
 from lightning_goldy.core.isolation import isolated_rng, require_unscaled
-from lightning_goldy.core.objective import CausalLMObjective, Objective, check_own_loss, objective_for
+from lightning_goldy.core.objective import (
+    CausalLMObjective,
+    ClassifierObjective,
+    Objective,
+    check_own_loss,
+    objective_for,
+)
 from lightning_goldy.core.tasks import transformers_model
 from lightning_goldy.training.probe import Reading, probe_source, shared_reading, split_source
 
@@ -84,11 +91,22 @@ def check_strategy(strategy: Any, who: str, *, changes_training: bool = False) -
         )
 
 
-def find_objective(pl_module: nn.Module, model: nn.Module, given: Objective | None) -> Objective:
-    """The given objective, the LightningModule's own ``objective``, or the one that the model's class was made for.
+def find_objective(
+    pl_module: nn.Module, model: nn.Module, given: Objective | None, batches: Sequence[Any] = ()
+) -> Objective:
+    """The given objective, the LightningModule's own ``objective``, or the one that the model and its batches ask for.
+
+    Of a transformers model its class decides. Another one is a classifier where its batches are pairs (x, y), y class
+    indices of shape ``[B]``, for which it gives logits of shape ``[B, classes]``.
+
+    Args:
+        pl_module: The LightningModule.
+        model: The part that is analysed; it is run on one sample where nothing else tells.
+        given: What was asked for.
+        batches: The probe.
 
     Raises:
-        ValueError: None of them applies.
+        ValueError: None of them applies; the message says what to pass and where to import it from.
     """
     if given is not None:
         return given
@@ -99,10 +117,37 @@ def find_objective(pl_module: nn.Module, model: nn.Module, given: Objective | No
         return objective_for(model)
     if callable(getattr(model, "prepare_inputs_for_generation", None)):
         return CausalLMObjective()
+    why = _no_classifier(pl_module, model, batches)
+    if not why:
+        return ClassifierObjective()
     raise ValueError(
-        f"{type(model).__name__} is no causal language model, so the task is not known: pass "
-        "objective=ClassifierObjective(), FunctionObjective(...) or an object with the methods of Objective"
+        f"{type(model).__name__} is no causal language model, and {why}, so the task is not known: pass "
+        "objective=ClassifierObjective() (from lightning_goldy import ClassifierObjective), for any other loss "
+        "objective=FunctionObjective(lambda model, batch: ...) (from lightning_goldy import FunctionObjective), or an "
+        "object with the methods of lightning_goldy.core.Objective; or set self.objective in the LightningModule"
     )
+
+
+@torch.no_grad()
+def _no_classifier(pl_module: nn.Module, model: nn.Module, batches: Sequence[Any]) -> str:
+    """Why a model is not taken for a classifier; empty where it is."""
+    batch = next(iter(batches), None)
+    pair = isinstance(batch, (tuple, list)) and len(batch) == 2
+    labels = batch[1] if pair and batch is not None else None
+    if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.is_floating_point() or labels.dtype == torch.bool:
+        return "its batches are no pairs (x, y) with class indices y of shape [B]"
+    for name, child in pl_module.named_modules():
+        if isinstance(child, _Loss) and not isinstance(child, (nn.CrossEntropyLoss, nn.NLLLoss)):
+            return f"its loss {name} is {type(child).__name__}"
+        if isinstance(child, _Loss) and (child.weight is not None or getattr(child, "label_smoothing", None)):
+            return f"its loss {name} has weights or smooths labels"
+    sample = move_batch(take_samples(batch, slice(0, 1)), next(model.parameters()).device)
+    output = model(sample[0])
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or int(labels.max()) >= logits.shape[1]:
+        return f"it gives {shape} for one sample, not logits of shape [1, classes] for labels up to {int(labels.max())}"
+    return ""
 
 
 def find_probe(

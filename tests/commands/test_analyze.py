@@ -16,7 +16,7 @@ import yaml
 from torch import nn
 
 from lightning_goldy.analysis.attention import AttentionMaps, AttentionStatistics, attention_maps, attention_statistics
-from lightning_goldy.analysis.change import ParameterDistributionResult, parameter_distribution
+from lightning_goldy.analysis.change import ParameterDistributionResult, parameter_distribution, weight_change
 from lightning_goldy.analysis.continuations import Continuations, continue_prompts
 from lightning_goldy.analysis.linearized import ExplainedChange, explain_change
 from lightning_goldy.analysis.taylor import TaylorDiffResult, taylor_diff
@@ -350,6 +350,11 @@ def test_what_begins_at_random_is_no_base(trained, here):
 
     adapted = GoldyModule(str(trained / "base"), lora={"rank": 2})
     assert "new adapters begin at random" in source(adapted, CausalLMObjective())
+    # In merged weights they add nothing, so that the pretrained model is the base.
+    merged = find_base(None, saved, adapted, adapted.model, CausalLMObjective(), "merged")
+    assert merged.values is not None
+    assert "the pretrained model" in merged.source
+    assert weight_change(adapted.model, GoldyModule(str(trained / "base"), lora={"rank": 2}).model).delta_norm == 0
     classifier = GoldyModule(str(trained / "base"), objective="classifier")
     assert "a new head begins at random" in source(classifier, ClassifierObjective())
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from lightning_goldy.analysis.change import parameter_distribution, weight_change
 from lightning_goldy.callbacks.weights import weights_in
 from lightning_goldy.core import (
     ParameterSpace,
@@ -26,6 +27,7 @@ from lightning_goldy.core import (
     save_vectors,
     substituted,
 )
+from lightning_goldy.core.architecture.adapters import AdapterError, require_line
 from lightning_goldy.core.base import BaseParameters, base_of, read_base
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.selection import select_largest
@@ -241,6 +243,36 @@ def check_base(whole: nn.Module, spread: nn.Module) -> None:
         close(deltas.norm(), ParameterVector(space, {c.name: c.delta for c in kept_whole.changes(whole)}).norm())
 
 
+def check_adapters(mesh: DeviceMesh) -> None:
+    """The change of merged weights under shards is that of one process; derivatives along them are refused there."""
+    peft = pytest.importorskip("peft")
+    models = []
+    for _ in range(2):
+        plain, _ = build("gpt2")
+        torch.manual_seed(5)
+        options = {"r": 2, "fan_in_fan_out": True, "init_lora_weights": False}
+        model = peft.get_peft_model(plain, peft.LoraConfig(target_modules=["c_attn", "wte"], **options))
+        model.add_adapter("dora", peft.LoraConfig(target_modules=["c_fc"], use_dora=True, **options))
+        model.base_model.set_adapter(["default", "dora"])
+        models.append(model.eval())
+    whole, spread = models[0], shard(models[1], "whole", mesh)
+    bases = [BaseParameters(ParameterVector.of(model)) for model in (whole, spread)]
+    space = bases[0].space
+    direction = random_direction(space, 6)
+    with applied(whole, direction, 0.1), applied(spread, random_direction(space, 6, module=spread), 0.1):
+        for analyze in (weight_change, parameter_distribution):
+            found, expected = analyze(spread, bases[1]), analyze(whole, bases[0], **_ALONE.get(analyze, {}))
+            for row, other in zip(found.details()["tensors"], expected.details()["tensors"], strict=True):
+                assert row["name"] == other["name"]
+                close(row["delta_norm"], other["delta_norm"])
+                close(row.get("stable_rank") or 0.0, other.get("stable_rank") or 0.0)
+        with pytest.raises(AdapterError, match="each process to hold the whole model"):
+            require_line(spread)
+
+
+_ALONE: dict[Any, dict[str, Any]] = {parameter_distribution: {"split_over_ranks": False}}
+
+
 def check_finiteness(whole: nn.Module, spread: nn.Module) -> None:
     parameters = ParameterSpace.of(spread).resolve(spread)
     require_finite(parameters, "weights")
@@ -314,6 +346,8 @@ def check_case(name: str, folder: Path, brief: bool) -> None:
         check_applied(whole, spread, forward)
         check_isolation(whole, spread, forward)
         check_base(whole, spread)
+        if kind == "gpt2" and len(members) == 2:
+            check_adapters(mesh)
         check_finiteness(whole, spread)
         if len(members) == dist.get_world_size():
             check_replaced(whole, spread)

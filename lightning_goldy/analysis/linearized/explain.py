@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_goldy.analysis.divergence import counted_forwards, divergence_sum, own_share
 from lightning_goldy.analysis.linearized.variants import FrozenAttention, Intervention, TangentModel, variant_parts
 from lightning_goldy.analysis.result import AnalysisResult, Cost
+from lightning_goldy.core.architecture.adapters import Line, line_from
 from lightning_goldy.core.architecture.kernels import eager_attention
 from lightning_goldy.core.autodiff import Substituted
 from lightning_goldy.core.base import Base, base_of
@@ -74,6 +75,7 @@ class ExplainedChange(AnalysisResult):
         step_norm: ||Delta||, parameter units.
         n_targets: Target positions.
         cost: Passes of the model, those of its variants and of the base included.
+        space: ``merged`` or ``adapters``; None of a model without adapters.
     """
 
     analysis: ClassVar[str] = "explain_change"
@@ -84,6 +86,7 @@ class ExplainedChange(AnalysisResult):
     step_norm: float
     n_targets: int
     cost: Cost = dataclasses.field(default=Cost(), compare=False)
+    space: str | None = None
 
     @property
     def change(self) -> float:
@@ -118,7 +121,8 @@ class ExplainedChange(AnalysisResult):
     def details(self) -> dict[str, Any]:
         """The variants, the losses and the length of the step."""
         numbers = {name: getattr(self, name) for name in ("step_norm", "base_loss", "loss", "n_targets")}
-        return {"variants": [dict(variant) for variant in self.variants], **numbers}
+        told = {} if self.space is None else {"space": self.space}
+        return {"variants": [dict(variant) for variant in self.variants], **numbers, **told}
 
     def table(self) -> str:
         """The variants as lines of text: loss in nats, shares of the change in percent.
@@ -149,6 +153,7 @@ def explain_change(
     objective: Objective | None = None,
     *,
     variants: Sequence[Explanation] = ("frozen_attention", "linear_mlp", "both"),
+    space: str = "merged",
     progress: Callable[[int, int], None] | None = None,
     split_over_ranks: bool = True,
 ) -> ExplainedChange:
@@ -169,6 +174,7 @@ def explain_change(
         objective: The loss; next-token prediction by default.
         variants: ``frozen_attention``, ``linear_mlp`` (at the base's inputs), ``linear_mlp_current`` (at the present
             inputs), ``both`` (the first two together), ``tangent`` (everything linear).
+        space: Of a model with adapters ``merged``, linear in the weights that they come to, or ``adapters``.
         progress: Called with (batches done, batches in all) on this rank.
         split_over_ranks: Whether to share batches out over the ranks of an initialised process group.
 
@@ -177,8 +183,10 @@ def explain_change(
 
     Raises:
         UnsupportedArchitectureError: A variant of this family cannot be made; the message names the part.
-        ValueError: A variant is unknown or named twice, the model sharded, there is no batch, or a value is not finite.
+        ValueError: A variant is unknown or named twice, the model sharded, there is no batch, a value is not finite, or
+            the space is unknown.
         SpaceError: The base is of another model.
+        AdapterError: There is no line through the model's merged weights.
         TypeError: It cannot be a base.
 
     Example:
@@ -195,10 +203,13 @@ def explain_change(
     check_variants(variants)
     objective = objective_for(model, objective)
     replicas = Replicas.of(model) if split_over_ranks else Replicas()
-    with preserved(model), replicas.together("explain_change"):
-        start = base_of(base, model).vector(model)
+    with (
+        preserved(model),
+        replicas.together("explain_change"),
+        line_from(model, base_of(base, model), space) as line,
+    ):
+        start = line.start
         made = {name: variant_parts(name, model, start) for name in variants}
-        step_norm = (ParameterVector.of(model, start.space, clone=False) - start).norm()
         frozen = any(isinstance(part, FrozenAttention) for parts in made.values() for part in parts)
         sums: dict[str, float] = defaultdict(float)
         with torch.no_grad(), counted_forwards(model, sums), eager_attention(model) if frozen else nullcontext():
@@ -208,7 +219,7 @@ def explain_change(
         for part in replicas.gather_objects(dict(sums)):
             for name, value in part.items():
                 total[name] += value
-    return _result(total, variants, step_norm)
+    return _result(total, variants, line)
 
 
 def check_variants(variants: Sequence[str]) -> None:
@@ -271,7 +282,7 @@ def _add_batch(sums: dict[str, float], measure: _Measured, made: Mapping[Explana
         sums[f"agreed/{name}"] += int((logits.argmax(-1) == predicted.argmax(-1)).sum())
 
 
-def _result(sums: Mapping[str, float], variants: Sequence[Explanation], step_norm: float) -> ExplainedChange:
+def _result(sums: Mapping[str, float], variants: Sequence[Explanation], line: Line) -> ExplainedChange:
     count = int(sums["n_targets"])
     if not count:
         raise ValueError("there is no batch to explain a change on")
@@ -285,7 +296,7 @@ def _result(sums: Mapping[str, float], variants: Sequence[Explanation], step_nor
         share = (own - base_loss) / (loss - base_loss) if loss != base_loss else None
         records.append({"variant": name, "loss": own, "loss_share": share, **_in_logits(sums, name)})
     cost = Cost(forwards=int(sums["forwards"]))
-    return ExplainedChange(base_loss, loss, tuple(records), step_norm, count, cost)
+    return ExplainedChange(base_loss, loss, tuple(records), line.step_norm, count, cost, line.space)
 
 
 def _in_logits(sums: Mapping[str, float], name: Explanation) -> dict[str, float | None]:

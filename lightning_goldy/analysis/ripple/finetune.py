@@ -25,6 +25,7 @@ from lightning_goldy.analysis.ripple.measure import (
     slopes,
     unit_change,
 )
+from lightning_goldy.core.architecture.adapters import line_from
 from lightning_goldy.core.base import Base, base_of
 from lightning_goldy.core.batches import split_batch
 from lightning_goldy.core.files import finite
@@ -63,6 +64,7 @@ class FinetuneRipple(AnalysisResult):
         route: ``forward`` (derivatives along Delta by forward mode) or ``gradients`` (inner products with gradients,
             where a model has no forward mode).
         cost: Passes of the model on all ranks.
+        space: ``merged`` or ``adapters``; None of a model without adapters.
     """
 
     pieces: tuple[str, ...]
@@ -77,6 +79,7 @@ class FinetuneRipple(AnalysisResult):
     delta_norm: float
     route: str
     cost: Cost = field(default=Cost(), compare=False)
+    space: str | None = None
 
     @property
     def measured(self) -> Tensor:
@@ -148,6 +151,7 @@ class FinetuneRipple(AnalysisResult):
             "n_pieces": len(self.pieces),
             "classes": {name: len(self.places(name)) for name in self.groups},
             "route": self.route,
+            **({} if self.space is None else {"space": self.space}),
             "points": points,
             "agreement": [entry.details() for entry in self.agreement()],
         }
@@ -163,6 +167,7 @@ def finetune_ripple(
     measure: Measure = "answer_with_end",
     template: str = QUESTION_TEMPLATE,
     batch_size: int = 16,
+    space: str = "merged",
     progress: Callable[[int, int], None] | None = None,
     split_over_ranks: bool = True,
 ) -> FinetuneRipple:
@@ -186,6 +191,7 @@ def finetune_ripple(
         measure: Which tokens count: ``answer_with_end``, ``answer`` or ``first_token``.
         template: The prompt, with ``{question}`` where the question goes.
         batch_size: Pieces per forward pass.
+        space: Of a model with adapters ``merged``, along the weights that they come to, or ``adapters``.
         progress: Called with (batches done, batches in all) on this rank.
         split_over_ranks: Whether to share batches out over the ranks of an initialised process group.
 
@@ -195,6 +201,7 @@ def finetune_ripple(
     Raises:
         ValueError: An argument is out of range, or a piece cannot be encoded.
         SpaceError: The base is of another model.
+        AdapterError: There is no line through the model's merged weights.
         StoreError: The file of the base cannot be read.
 
     Source: the gradient's first-order prediction as in Pruthi et al., "Estimating Training Data Influence by Tracing
@@ -220,8 +227,8 @@ def finetune_ripple(
     with preserved(model), counted_passes(model) as passes:
         with replicas.together("finetune_ripple"):
             batches = encoding.batches(encoding.samples(pieces))
-            start = base_of(base, model).vector(model)
-            delta_norm, route, common, mine = _measure_batches(model, start, batches, replicas, progress, passes)
+            with line_from(model, base_of(base, model), space) as line:
+                route, common, mine = _measure_batches(model, line.start, batches, replicas, progress, passes)
         parts = zip(*gathered(replicas, mine, len(batches)), strict=True)
         cost = total_cost(replicas, passes(), common)
     before, after = (PieceScores.joined(next(parts)) for _ in range(2))
@@ -231,9 +238,10 @@ def finetune_ripple(
         predicted=torch.cat(next(parts)),
         **before.named("before"),
         **after.named("after"),
-        delta_norm=delta_norm,
+        delta_norm=line.step_norm,
         route=route,
         cost=cost,
+        space=line.space,
     )
 
 
@@ -244,8 +252,8 @@ def _measure_batches(
     replicas: Replicas,
     progress: Callable[[int, int], None] | None,
     passes: Callable[[], Cost],
-) -> tuple[float, str, Cost, list[tuple[PieceScores, PieceScores, Tensor]]]:
-    """||Delta||, the route, what trying it cost; of each own batch the scores at the base and now, and predictions."""
+) -> tuple[str, Cost, list[tuple[PieceScores, PieceScores, Tensor]]]:
+    """The route, what trying it cost; of each batch of this rank the scores at the base and now, and predictions."""
     now = [score_pieces(model, [batch]) for batch in replicas.share(batches)]
     unit, size = unit_change(model, start)
     rows = []
@@ -261,7 +269,7 @@ def _measure_batches(
             else:
                 along = slopes(model, start, (unit,), [batch], route)[0]
             rows.append((before, after, along * size))
-    return size, route, common, rows
+    return route, common, rows
 
 
 def _sharded_slopes(model: nn.Module, unit: ParameterVector, batch: Batch) -> Tensor:

@@ -3,15 +3,9 @@
 import warnings
 from typing import Any
 
-from lightning_goldy.analysis.taylor.approximation import TaylorApproximation
+from lightning_goldy.analysis.taylor.approximation import TaylorApproximation, check_orders, require_differences
 from lightning_goldy.analysis.taylor.result import By, OrderFit, TaylorDiffResult
-from lightning_goldy.analysis.taylor.taylor import (
-    check_orders,
-    expansion_route,
-    require_differences,
-    require_logits,
-    taylor_diff,
-)
+from lightning_goldy.analysis.taylor.taylor import expansion_route, require_logits, taylor_diff
 
 __all__ = [
     "By",

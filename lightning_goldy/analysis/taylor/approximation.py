@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from lightning_goldy.core.autodiff import (
 )
 from lightning_goldy.core.base import Base, base_of
 from lightning_goldy.core.batches import batch_tensors, map_batch
+from lightning_goldy.core.naming import require_number, suggestion
 from lightning_goldy.core.objective import (
     IGNORE_INDEX,
     CausalLMObjective,
@@ -161,6 +162,42 @@ def _cut(name: str, value: Any, rows: int, part: slice) -> Any:
 
 
 HIGHEST_ORDER = 3
+By = Literal["block", "tensor"]
+"""What a step is attributed to."""
+
+
+def check_orders(orders: Sequence[int], by: str | None) -> tuple[int, ...]:
+    """Checks what can be checked before there is a model.
+
+    Raises:
+        ValueError: An argument is out of range.
+    """
+    if isinstance(orders, (str, bytes)) or not isinstance(orders, Iterable):
+        raise ValueError(f"orders is a list of whole numbers, as [1, 2]; got {orders!r:.60}")
+    for order in orders:
+        require_number("each of orders", order, whole=True)
+    found = tuple(sorted(set(orders)))
+    for order in found:
+        if not 1 <= order <= HIGHEST_ORDER:
+            raise ValueError(f"orders lie between 1 and {HIGHEST_ORDER}; got {order}")
+    if 1 not in found:
+        raise ValueError(f"orders must hold 1, by which the regime is told; got {list(orders)}")
+    if by is not None and by not in get_args(By):
+        raise ValueError(f"unknown by={by!r}; {suggestion(str(by), get_args(By))}")
+    return found
+
+
+def require_differences(orders: Sequence[int]) -> None:
+    """Checks that a sharded model can be expanded to these orders.
+
+    Raises:
+        ValueError: It cannot.
+    """
+    if max(orders) > 2:
+        raise ValueError(
+            f"orders={list(orders)}: a sharded model has no forward mode, and differences along the step give orders "
+            "1 and 2; leave order 3 out, or keep the model whole on each rank (DDPStrategy)"
+        )
 
 
 class TaylorApproximation(Substituted):
@@ -243,16 +280,3 @@ def losses_of_logits(target: TargetLogits, expansion: Sequence[Tensor]) -> list[
     zero = {"t": torch.zeros((), dtype=expansion[0].dtype, device=expansion[0].device)}
     found = directional_derivatives(loss, zero, {"t": torch.ones_like(zero["t"])}, len(expansion) - 1)
     return [float(value) for value in found]
-
-
-def require_differences(orders: Sequence[int]) -> None:
-    """Checks that a sharded model can be expanded to these orders.
-
-    Raises:
-        ValueError: It cannot.
-    """
-    if max(orders) > 2:
-        raise ValueError(
-            f"orders={list(orders)}: a sharded model has no forward mode, and differences along the step give orders "
-            "1 and 2; leave order 3 out, or keep the model whole on each rank (DDPStrategy)"
-        )

@@ -50,7 +50,8 @@ class TaylorDiffResult(AnalysisResult):
         first_order: The gradient's share, g . Delta, nats.
         second_order: Half the curvature along the step, Delta' H Delta / 2, nats; None when only order 1 was asked for.
         step_norm: ||Delta||, from the base of the expansion, parameter units.
-        gradient_norm: ||g|| at the base, nats per unit; NaN without shares.
+        gradient_norm: ||g|| at the base, nats per unit; NaN without shares, and along merged weights, whose gradient
+            is never made.
         loss_shares: Part of g . Delta of each group of parameters, nats; they add up to ``first_order``.
         function_shares: Part of J Delta of each group, <J Delta_b, J Delta> / ||J Delta||^2, fractions that add up to
             1; empty where only the loss was expanded.
@@ -60,6 +61,9 @@ class TaylorDiffResult(AnalysisResult):
         n_targets: Target positions.
         by: What the groups of parameters are; None without shares.
         cost: Passes of the model; one that carries derivatives along the step counts once.
+        space: ``merged`` or ``adapters``; None of a model without adapters.
+        precision: Of a model that computes below float32: its ``dtype``, or float32 where memory allowed the expansion
+            to be made in that; ``training`` then tells the model's own.
     """
 
     analysis: ClassVar[str] = "taylor_diff"
@@ -78,6 +82,8 @@ class TaylorDiffResult(AnalysisResult):
     n_targets: int
     by: By | None = "block"
     cost: Cost = field(default=Cost(), compare=False)
+    space: str | None = None
+    precision: dict[str, Any] | None = None
 
     @property
     def change(self) -> float:
@@ -133,6 +139,7 @@ class TaylorDiffResult(AnalysisResult):
             "fits": [dict(fit) for fit in self.fits],
             "thresholds": {"lazy": LAZY, "nonlinear": NONLINEAR},
             **{name: getattr(self, name) for name in names},
+            **{name: told for name in ("space", "precision") if (told := getattr(self, name)) is not None},
         }
 
     def headline(self) -> str:

@@ -9,21 +9,23 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lightning_goldy.analysis.divergence import divergence_sum, own_share, precise
+from lightning_goldy.analysis.precision import in_float32, low_precision, widened
 from lightning_goldy.analysis.result import Cost
 from lightning_goldy.analysis.taylor.approximation import (
-    HIGHEST_ORDER,
     batch_parts,
+    check_orders,
     losses_of_logits,
     parts_of_order,
     require_differences,
 )
 from lightning_goldy.analysis.taylor.result import By, TaylorDiffResult
+from lightning_goldy.core.architecture.adapters import Line, line_from
 from lightning_goldy.core.architecture.experts import expert_counts, expert_names
 from lightning_goldy.core.autodiff import (
     ForwardModeError,
@@ -39,7 +41,7 @@ from lightning_goldy.core.base import Base, base_of
 from lightning_goldy.core.batches import batch_tensors, sample_count
 from lightning_goldy.core.composed import functions_by_parts, undetached
 from lightning_goldy.core.isolation import preserved
-from lightning_goldy.core.naming import block_of, model_class, require_number, suggestion
+from lightning_goldy.core.naming import block_of, model_class
 from lightning_goldy.core.objective import FunctionObjective, Objective, TargetLogits, objective_for
 from lightning_goldy.core.sharding import Replicas, is_sharded, unshard_guard
 from lightning_goldy.core.vector import ParameterVector, reduce_rows, reduce_tensors, substituted
@@ -504,6 +506,7 @@ def taylor_diff(
     orders: Sequence[int] = (1, 2),
     by: By | None = "block",
     function_space: bool = True,
+    space: str = "merged",
     progress: Callable[[int, int], None] | None = None,
     split_over_ranks: bool = True,
 ) -> TaylorDiffResult:
@@ -517,6 +520,13 @@ def taylor_diff(
     On a sharded model loss and logits are expanded to order 2, from exact gradients at the base and central differences
     along the step. A parameter that the objective does not depend on has a gradient of zero. The model comes back as it
     was. On several ranks the batches are shared out; every rank must call.
+
+    With adapters the line from base to present is that of the merged weights, in which the loss need not be the same
+    function of t as along the adapters: B A is quadratic in them. Shares are exact and no merged weight is made
+    (:class:`~lightning_goldy.core.architecture.adapters.Line`).
+
+    A model that computes in bfloat16 or float16, by its weights or by autocast, is expanded in float32 where memory has
+    room for its weights in it; ``precision`` says so.
 
     At order n every activation has n + 1 values and as many again while they are made, so a batch is worked through in
     2^n parts of whole samples (twice as many with shares) while these hold 256 tokens, whose sums are those of the
@@ -532,6 +542,7 @@ def taylor_diff(
         by: Report shares by ``block``, by ``tensor`` (of stacked experts by expert), or not (None), which saves a
             backward pass or two per batch and leaves the gradient's norm out.
         function_space: Whether to expand the logits too, or the loss alone.
+        space: Of a model with adapters ``merged``, along the weights that they come to, or ``adapters``.
         progress: Called with (batches done, batches in all) on this rank.
         split_over_ranks: Whether to share batches out over the ranks of an initialised process group.
 
@@ -541,8 +552,10 @@ def taylor_diff(
     Raises:
         ValueError: An order or ``by`` is out of range, the third order is asked of a sharded model, there is no batch,
             a value is not finite, the objective has no logits for ``function_space`` or depends on no parameter of the
-            base, or the model's gradient, from which shares are, is not the derivative of its values.
+            base, or the model's gradient, from which shares are, is not the derivative of its values, or the space
+            is unknown.
         SpaceError: The base is of another model.
+        AdapterError: There is no line through the model's merged weights, as where it is sharded.
         TypeError: It cannot be a base.
 
     Source: linearisation as in Jacot et al. 2018 ("Neural Tangent Kernel"), Chizat et al. 2019 ("On Lazy Training").
@@ -565,11 +578,17 @@ def taylor_diff(
     sharded = any(map(is_sharded, model.parameters()))
     if sharded:
         require_differences(orders)
-    with preserved(model), replicas.together("taylor_diff"):
-        start, samples = base_of(base, model).vector(model), list(batches)
+    precision = low_precision(model)
+    with (
+        preserved(model),
+        replicas.together("taylor_diff"),
+        in_float32(model) as raised,
+        line_from(model, base_of(base, model), space) as line,
+    ):
+        samples = [widened(batch) if raised else batch for batch in batches]
 
         def work(route: Route) -> Expansion:
-            mine = own_share(samples, model, replicas, progress)
+            mine, start = own_share(samples, model, replicas, progress), line.start
             return Expansion(model, start, mine, objective, orders, by is not None, function_space, replicas, route)
 
         expansion = work("differences" if sharded else "forward")
@@ -578,9 +597,13 @@ def taylor_diff(
         except ForwardModeError:
             expansion = work("differences")
             found = expansion.whole()
-        step_norm = expansion.step.norm()
-    names = expert_names(start.space.names, expansion.experts)
-    return _result(found, orders, by, names, step_norm, route=expansion.route)
+    names = expert_names(line.start.space.names, expansion.experts)
+    made = _result(found, orders, by, names, line, route=expansion.route)
+    if precision is None:
+        return made
+    above = {"dtype": "float32", "training": precision["dtype"], "epsilon": torch.finfo(torch.float32).eps}
+    precision = precision | (above if raised else {"loss_floor": precision["epsilon"] * abs(made.loss)})
+    return dataclasses.replace(made, precision=precision)
 
 
 def expansion_route(
@@ -591,6 +614,7 @@ def expansion_route(
     orders: Sequence[int] = (1, 2),
     by: By | None = "block",
     function_space: bool = True,
+    space: str = "merged",
 ) -> tuple[Route, str]:
     """How :func:`taylor_diff` will take derivatives of a model, found by doing so for one sample at its present values.
 
@@ -601,12 +625,14 @@ def expansion_route(
         orders: As for :func:`taylor_diff`.
         by: Likewise.
         function_space: Likewise.
+        space: Likewise.
 
     Returns:
         The route, and why it is not ``forward``; empty where it is.
 
     Raises:
         ValueError: The objective depends on no trainable parameter.
+        AdapterError: There is no line through the model's merged weights.
 
     Example:
         >>> from lightning_goldy.core.objective import ClassifierObjective
@@ -617,8 +643,8 @@ def expansion_route(
     route: Route = "forward"
     orders, why = check_orders(orders, by), ""
     unshard_guard(model)
-    with preserved(model):
-        start = base_of(model, model).vector(model)
+    with preserved(model), line_from(model, base_of(model, model), space) as line:
+        start = line.start
         objective = require_logits(objective_for(model, objective), function_space)
         options = objective, orders, by is not None, function_space, Replicas()
         try:
@@ -627,27 +653,6 @@ def expansion_route(
             route, why = "differences", str(error)
             Expansion(model, start, (), *options, route).try_route(sample)
     return route, why
-
-
-def check_orders(orders: Sequence[int], by: str | None) -> tuple[int, ...]:
-    """Checks what can be checked before there is a model.
-
-    Raises:
-        ValueError: An argument is out of range.
-    """
-    if isinstance(orders, (str, bytes)) or not isinstance(orders, Iterable):
-        raise ValueError(f"orders is a list of whole numbers, as [1, 2]; got {orders!r:.60}")
-    for order in orders:
-        require_number("each of orders", order, whole=True)
-    found = tuple(sorted(set(orders)))
-    for order in found:
-        if not 1 <= order <= HIGHEST_ORDER:
-            raise ValueError(f"orders lie between 1 and {HIGHEST_ORDER}; got {order}")
-    if 1 not in found:
-        raise ValueError(f"orders must hold 1, by which the regime is told; got {list(orders)}")
-    if by is not None and by not in get_args(By):
-        raise ValueError(f"unknown by={by!r}; {suggestion(str(by), get_args(By))}")
-    return found
 
 
 def require_logits(objective: Objective, function_space: bool) -> Objective:
@@ -665,7 +670,7 @@ def require_logits(objective: Objective, function_space: bool) -> Objective:
 
 
 def _result(
-    sums: Sums, orders: tuple[int, ...], by: By | None, names: Sequence[str], step_norm: float, *, route: str
+    sums: Sums, orders: tuple[int, ...], by: By | None, names: Sequence[str], line: Line, *, route: str
 ) -> TaylorDiffResult:
     loss, predicted, factor = sums.mean("loss"), sums.mean("derivative", 0), 1.0
     fits = []
@@ -685,15 +690,17 @@ def _result(
         fits=tuple(fits),
         first_order=sums.mean("derivative", 1),
         second_order=sums.mean("derivative", 2) / 2 if max(orders) > 1 else None,
-        step_norm=step_norm,
-        gradient_norm=sums.gradient_norm,
-        loss_shares=_grouped(of_loss, by, names),
-        function_shares=_grouped({name: share / whole for name, share in shares.items() if whole}, by, names),
+        step_norm=line.step_norm,
+        # Of places on the line it would be another quantity.
+        gradient_norm=math.nan if line.space == "merged" else sums.gradient_norm,
+        loss_shares=_grouped(of_loss, by, names, line),
+        function_shares=_grouped({name: share / whole for name, share in shares.items() if whole}, by, names, line),
         route=route,
         error=abs(sums.mean("difference")) / 3 / 2 if sums.of("difference") else 0.0,
         n_targets=sums.n_targets,
         by=by,
         cost=sums.cost,
+        space=line.space,
     )
 
 
@@ -708,11 +715,11 @@ def _function_fit(sums: Sums, order: int) -> dict[str, float | None]:
     }
 
 
-def _grouped(shares: Mapping[str, float], by: By | None, names: Sequence[str]) -> dict[str, float]:
+def _grouped(shares: Mapping[str, float], by: By | None, names: Sequence[str], line: Line) -> dict[str, float]:
     """Shares by tensor or by block, in the order of the model: a backward pass finds the last one first."""
     groups: dict[str, float] = {}
     for name in names if by else ():
         if name in shares:
-            group = name if by == "tensor" else block_of(name)
+            group = line.told(name) if by == "tensor" else block_of(line.told(name))
             groups[group] = groups.get(group, 0.0) + shares[name]
     return groups

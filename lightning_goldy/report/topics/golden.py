@@ -341,15 +341,26 @@ def golden_caption(row: Row) -> str:
 
 
 def change_caption(row: Row) -> str:
-    """How far the whole model has moved.
+    """How far everything that was trained has moved.
 
     Example:
         >>> change_caption({"metrics": {"relative_change": 0.01, "delta_norm": 2.5}})
         'the whole model moved by 1 % of its base norm (||Delta|| = 2.5)'
+        >>> change_caption({"metrics": {"relative_change": 0.01, "delta_norm": 2.5}, "result": {"space": "merged"}})
+        'the weights with adapters moved by 1 % of their base norm (||Delta|| = 2.5)'
     """
     metrics = row["metrics"]
     relative, norm = format_percent(metrics.get("relative_change")), format_number(metrics.get("delta_norm"))
-    return f"the whole model moved by {relative} of its base norm (||Delta|| = {norm})"
+    what = _MOVED.get(row.get("result", {}).get("space"), "the whole model moved by {} of its")
+    floor = metrics.get("rounding_floor")
+    beside = "" if floor is None else f"; rounding alone makes {format_percent(floor)}"
+    return f"{what.format(relative)} base norm (||Delta|| = {norm}{beside})"
+
+
+_MOVED = {
+    "merged": "the weights with adapters moved by {} of their",
+    "adapters": "the adapters moved by {} of their",
+}
 
 
 def histogram_caption(row: Row) -> str:
@@ -405,6 +416,8 @@ _GOLDEN_SNAPSHOT = Description(
         "delta_norm": "||Delta||; the distance from the snapshot",
         "relative_change": "||Delta|| / ||base||; by block, of all that the block holds",
         "update_cosine": "cosine between this update and the one before",
+        "rounding_floor": "||Delta|| / ||base|| that rounding to the training's precision alone makes",
+        "lost_share": "share of the changed elements whose change is below half a step of that precision",
     },
 )
 describe("golden_snapshot", _GOLDEN_SNAPSHOT)

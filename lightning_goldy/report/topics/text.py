@@ -167,6 +167,12 @@ def summary_table(rows: Sequence[Row]) -> Table:
 
 def _quantities(row: Row) -> Iterator[tuple[str, str]]:
     metrics = row["metrics"]
+    if (space := row["result"].get("space")) is not None:
+        yield "adapters are looked at as", "merged weights" if space == "merged" else "adapters"
+    if (precision := row["result"].get("precision")) is not None:
+        yield "computed in", f"{precision['dtype']}" + ("" if precision.get("training") else f" ({precision['by']})")
+        if (floor := precision.get("loss_floor")) is not None:
+            yield "differences of the loss that may be rounding, nats", format_number(floor)
     if row["name"] == "taylor_diff":
         yield from _of_the_expansion(row)
     for name, quantity in _QUANTITIES.get(row["name"], {}).items():

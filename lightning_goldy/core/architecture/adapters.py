@@ -1,0 +1,423 @@
+r"""Adapters of PEFT as what they do to the weights: their merged change, tensor by tensor, and the line along it.
+
+A merged weight is what the forward of an adapted layer multiplies with:
+
+.. math:: W' = W + \sum_a s_a B_a A_a \ (\text{LoRA, rsLoRA}), \qquad
+    W' = m \frac{W + s B A}{\lVert W + s B A \rVert} \ (\text{DoRA}), \qquad W' = W \odot l \ (\text{IA3})
+
+and so on for whatever PEFT can merge; of several active adapters the sum, of ``modules_to_save`` the copy that trains.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lightning_goldy.core.architecture.experts import is_experts, without_adapters
+from lightning_goldy.core.base import BaseParameters, Change
+from lightning_goldy.core.files import PlainError
+from lightning_goldy.core.naming import canonical_name, model_class, require_choice
+from lightning_goldy.core.sharding import gather, is_sharded
+from lightning_goldy.core.space import ParameterSpace
+from lightning_goldy.core.vector import ParameterVector, reduce_tensors
+
+WeightSpace = Literal["merged", "adapters"]
+"""Where the change of an adapted model is looked at: in the weights that it comes to, or in the adapters themselves."""
+
+# What PEFT puts between a model's own names.
+_OF_PEFT = re.compile(
+    r"(?:^|(?<=\.))(?:base_model\.model|base_layer|token_adapter|original_module|modules_to_save\.[^.]+)\."
+)
+_PLACE = "goldy_place"
+
+
+class AdapterError(PlainError):
+    """Merged weights of this model cannot be told; the message names the layer and the way out."""
+
+
+def is_adapter(module: nn.Module) -> bool:
+    """Whether a module is a layer of PEFT around one of the model's own, with which it can be merged."""
+    wraps = isinstance(getattr(module, "base_layer", None), nn.Module) and hasattr(module, "merged_adapters")
+    return wraps and callable(getattr(module, "merge", None))
+
+
+def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The outermost adapter layers of a model by canonical name.
+
+    Example:
+        >>> adapted_layers(nn.Linear(2, 2))
+        {}
+    """
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        path = canonical_name(f"{name}.").removesuffix(".")
+        if is_adapter(module) and not any(path.startswith(f"{outer}.") for outer in found):
+            found[path] = module
+    return found
+
+
+def chosen_space(model: nn.Module, space: str) -> WeightSpace | None:
+    """The space in which a model's change is looked at; None where the model has no adapters, and there is only one.
+
+    Args:
+        model: With adapters or without.
+        space: ``merged`` or ``adapters``.
+
+    Raises:
+        ValueError: The space is neither.
+
+    Example:
+        >>> chosen_space(nn.Linear(2, 2), "merged") is None
+        True
+        >>> chosen_space(nn.Linear(2, 2), "adapter")
+        Traceback (most recent call last):
+        ValueError: unknown space 'adapter'; did you mean 'adapters'? Valid: merged, adapters
+    """
+    check_space(space)
+    return space if adapted_layers(model) else None  # type: ignore[return-value]
+
+
+def check_space(space: str) -> None:
+    """Checks what can be checked before there is a model.
+
+    Raises:
+        ValueError: The space is unknown.
+    """
+    require_choice("space", space, get_args(WeightSpace))
+
+
+def merged_name(name: str) -> str:
+    """What a parameter is called in the model that ``merge_and_unload()`` gives.
+
+    Example:
+        >>> merged_name("base_model.model.transformer.h.0.attn.c_attn.base_layer.weight")
+        'transformer.h.0.attn.c_attn.weight'
+        >>> merged_name("base_model.model.score.modules_to_save.default.weight")
+        'score.weight'
+    """
+    return _OF_PEFT.sub("", name)
+
+
+def changes_in(model: nn.Module, base: BaseParameters, space: str = "merged") -> Iterator[Change]:
+    """The change of each weight since the base, with the memory of one layer's weights in float64 at a time.
+
+    On sharded models merged weights come whole, the same on every process, which must all go through.
+
+    Args:
+        model: As it is now; its base weights may be frozen, its adapters must not be merged into them.
+        base: What was trained, as it was; adapters that it lacks count as unchanged.
+        space: ``merged`` (for a model without adapters this is the plain change) or ``adapters``.
+
+    Yields:
+        Changes under merged names: of every layer with an adapter among what was trained its weight, and of all else
+        that was trained the parameters. Those of plain LoRA are a :class:`LowRankChange`.
+
+    Raises:
+        AdapterError: The merged weights of a layer cannot be told.
+        ValueError: The space is unknown.
+    """
+    if chosen_space(model, space) != "merged":
+        yield from base.changes(model)
+        return
+    layers, done = adapted_layers(model), set()
+    parameters = base.space.resolve(model)
+    owners = _owners(base.space, layers)
+    for name, owner in owners.items():
+        if owner is None:
+            yield base.change(name, parameters[name])._replace(name=merged_name(name))
+        elif owner not in done:
+            done.add(owner)
+            yield from _layer_changes(owner, layers[owner], base)
+
+
+def _owners(space: ParameterSpace, layers: Mapping[str, nn.Module]) -> dict[str, str | None]:
+    """The adapter layer that each parameter lies in; None outside of all."""
+    owners: dict[str, str | None] = {}
+    for name in space:
+        parts = name.split(".")
+        paths = (".".join(parts[:length]) for length in range(len(parts) - 1, 0, -1))
+        owners[name] = next((path for path in paths if path in layers), "" if "" in layers else None)
+    return owners
+
+
+def _inside(path: str, layer: nn.Module) -> dict[str, tuple[str, nn.Parameter]]:
+    """A layer's parameters by their name in the model, each with that in the layer."""
+    prefix = f"{path}." if path else ""
+    return {f"{prefix}{canonical_name(name)}": (name, value) for name, value in layer.named_parameters()}
+
+
+def _layer_changes(path: str, layer: nn.Module, base: BaseParameters) -> Iterator[Change]:
+    inside = _inside(path, layer)
+    before = {name: base.placed(full, own) for full, (name, own) in inside.items() if full in base.space}
+    wrapped = without_adapters(layer)
+    _require_plain(path, wrapped)
+    own = set(map(id, wrapped.parameters()))
+    factors = None
+    if not any(id(inside_own) in own for full, (_, inside_own) in inside.items() if full in base.space):
+        factors = _low_rank(layer, {}), _low_rank(layer, before)
+    if factors is not None and factors[0] is not None and factors[1] is not None:
+        yield _low_rank_change(path, wrapped, factors[0], factors[1])
+        return
+    was, now = _merged(path, layer, before), _merged(path, layer, {})
+    targets = {getattr(child, "parameter_name", "weight") for child in layer.modules() if is_adapter(child)}
+    # Some adapters have a bias, too, which is merged into that below.
+    if any(name.endswith(".bias") and id(value) not in own for name, value in inside.values()):
+        targets.add("bias")
+    trained = {merged_name(full) for full, (_, value) in inside.items() if full in base.space and id(value) in own}
+    for name, value in was.items():
+        told = merged_name(f"{path}.{name}" if path else name)
+        if name in targets or told in trained:
+            dtype = torch.promote_types(wrapped.get_parameter(name).dtype, torch.float32)
+            yield Change(told, value.to(dtype), (now[name] - value).to(dtype))
+
+
+def _require_plain(path: str, wrapped: nn.Module) -> None:
+    for parameter in wrapped.parameters():
+        if not parameter.is_floating_point() or parameter.element_size() < 2:
+            raise AdapterError(
+                f"{path}: the weight below the adapter is quantised ({str(parameter.dtype).removeprefix('torch.')}), "
+                "so there is no merged weight; use space='adapters'"
+            )
+
+
+Factors = tuple[Tensor, Tensor]
+
+
+class LowRankChange(Change):
+    """A change whose factors are known exactly."""
+
+    factors: Factors
+    """Left [rows, R] and right [columns, R], float64; delta is left @ right.T."""
+
+
+def _low_rank(layer: nn.Module, values: Mapping[str, Tensor]) -> Factors | None:
+    """Left [out, R] and right [in, R], float64, whose product is what plain LoRA adds; None for any other adapter."""
+    kind = type(layer).__name__ if type(layer).__module__ == "peft.tuners.lora.layer" else ""
+    if kind not in ("Linear", "Embedding") or getattr(layer, "merged", False):
+        return None
+    parts: Any = layer
+    held = ("lora_A", "lora_B") if kind == "Linear" else ("lora_embedding_A", "lora_embedding_B")
+    left, right = [], []
+    for adapter in parts.active_adapters:
+        if adapter not in getattr(parts, held[0]):
+            continue
+        if adapter in parts.lora_variant or parts.lora_bias.get(adapter):
+            return None
+        suffix = ".weight" if kind == "Linear" else ""
+        names = [f"{name}.{adapter}{suffix}" for name in held]
+        inner, outer = (
+            gather(values.get(name, layer.get_parameter(name))).double() for name in names
+        )  # [r, in], [out, r]
+        # Conv1D keeps its weight, and an embedding its rows, the other way round.
+        turned = kind == "Embedding" or parts.fan_in_fan_out
+        scaled = outer * parts.scaling[adapter]
+        left.append(inner.t() if turned else scaled)
+        right.append(scaled if turned else inner.t())
+    if not left:
+        return None
+    return torch.cat(left, dim=1), torch.cat(right, dim=1)
+
+
+def _low_rank_change(path: str, wrapped: nn.Module, now: Factors, was: Factors) -> Change:
+    weight = gather(wrapped.get_parameter("weight"))
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    before = weight.double()
+    if bool(was[0].any()) and bool(was[1].any()):
+        before = before + was[0] @ was[1].t()
+        now = torch.cat([now[0], -was[0]], dim=1), torch.cat([now[1], was[1]], dim=1)
+    delta = (now[0] @ now[1].t()).to(dtype)
+    change = LowRankChange(merged_name(f"{path}.weight" if path else "weight"), before.to(dtype), delta)
+    change.factors = now
+    return change
+
+
+def _merged(path: str, layer: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters below an adapter layer, with the adapters merged as PEFT merges them, float64."""
+    memo: dict[int, Any] = {}
+    for child in layer.modules():
+        # Hooks belong to the layer that runs, and may hold the whole model.
+        memo.update({id(held): type(held)() for name, held in vars(child).items() if name.endswith("hooks")})
+    for name, parameter in layer.named_parameters():
+        # A copy always, because merging writes into it.
+        whole = gather(values.get(name, parameter)).to(torch.float64, copy=True)
+        memo[id(parameter)] = nn.Parameter(whole, requires_grad=False)
+    try:
+        made = copy.deepcopy(layer, memo).double()
+        with torch.no_grad(), torch.autocast(next(iter(made.parameters())).device.type, enabled=False):
+            for child in reversed([child for child in made.modules() if is_adapter(child)]):
+                part: Any = child
+                if part.merged:
+                    part.unmerge()
+                part.merge()
+    except (NotImplementedError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+        raise AdapterError(
+            f"{path}: {model_class(layer)} of PEFT cannot be merged ({type(error).__name__}: {error}); use "
+            "space='adapters'"
+        ) from error
+    return {name: value.detach() for name, value in without_adapters(made).named_parameters()}
+
+
+@dataclass(frozen=True)
+class Line:
+    r"""The straight line in weights from a base to the present model, as something that can be differentiated along.
+
+    With merged adapters each adapted layer has a place t on it, a parameter of one element, between
+
+    .. math:: W(t) = (1 - t) W'_0 + t W'_1, \qquad \frac{\partial L}{\partial t} = \langle \nabla_W L, \Delta W \rangle
+
+    and no merged weight is ever made: a layer that is linear in its weight mixes its two outputs.
+
+    Args:
+        start: The base: places of 0, and the values of all else that was trained.
+        step_norm: ||Delta||, in the space that is looked at.
+        space: Which space that is; None without adapters.
+    """
+
+    start: ParameterVector
+    step_norm: float
+    space: WeightSpace | None
+
+    def told(self, name: str) -> str:
+        """What a parameter of the line is called in results."""
+        if self.space != "merged":
+            return name
+        return merged_name(re.sub(rf"{_PLACE}$", "weight", name))
+
+
+@contextmanager
+def line_from(model: nn.Module, base: BaseParameters, space: str = "merged") -> Iterator[Line]:
+    """Puts a model on the line from its base, for the length of a ``with`` block.
+
+    Inside, the model computes what it did, bit for bit. Outside it is as it was.
+
+    Args:
+        model: In evaluation mode.
+        base: theta_0.
+        space: ``merged`` or ``adapters``.
+
+    Raises:
+        AdapterError: A layer's merged weights cannot be told, or the model is sharded.
+        ValueError: The space is unknown.
+    """
+    chosen = chosen_space(model, space)
+    if chosen != "merged":
+        start = base.vector(model)
+        present = base.space.resolve(model)
+        start = ParameterVector(base.space, {name: _as_wide(value, present[name]) for name, value in start.items()})
+        step = ParameterVector.of(model, start.space, clone=False) - start
+        yield Line(start, step.norm(), chosen)
+        return
+    require_line(model, space)
+    squares = [reduce_tensors([change.delta], lambda x: x @ x)[0] for change in changes_in(model, base, space)]
+    owners, layers = _owners(base.space, adapted_layers(model)), adapted_layers(model)
+    with ExitStack() as stack:
+        tensors: dict[str, Tensor] = {}
+        parameters = base.space.resolve(model)
+        for name, owner in owners.items():
+            own = parameters[name]
+            outside = owner is None or any(own is part for part in without_adapters(layers[owner]).parameters())
+            if outside:
+                tensors[name] = _as_wide(base.placed(name, own), own)
+                continue
+            place = f"{owner}.{_PLACE}" if owner else _PLACE
+            if place not in tensors:
+                layer = layers[str(owner)]
+                before = {
+                    inside: _as_wide(base.placed(full, value), value)
+                    for full, (inside, value) in _inside(str(owner), layer).items()
+                    if full in base.space and not any(value is part for part in without_adapters(layer).parameters())
+                }
+                tensors[place] = stack.enter_context(_placed_between(layer, before))
+        line = ParameterVector(ParameterSpace.of_tensors(tensors), tensors)
+        yield Line(line, math.sqrt(math.fsum(squares)), chosen)
+
+
+def _as_wide(value: Tensor, present: Tensor) -> Tensor:
+    """A value in at least the present dtype, which may be wider for the time of an analysis."""
+    return value.to(torch.promote_types(value.dtype, present.dtype))
+
+
+def require_merged(model: nn.Module, space: str = "merged") -> None:
+    """Tries the merging of one layer of each kind, so that what cannot be merged is refused early; all ranks call.
+
+    Raises:
+        AdapterError: A layer cannot be merged.
+        ValueError: The space is unknown.
+    """
+    if chosen_space(model, space) != "merged":
+        return
+    tried: set[type] = set()
+    for path, layer in adapted_layers(model).items():
+        _require_plain(path, without_adapters(layer))
+        if type(layer) not in tried:
+            tried.add(type(layer))
+            _merged(path, layer, {})
+
+
+def require_line(model: nn.Module, space: str = "merged") -> None:
+    """Checks that a model can be put on the line through its merged weights.
+
+    Raises:
+        AdapterError: It is sharded, its adapters are merged, or an adapted layer is not linear in its weights.
+        ValueError: The space is unknown.
+    """
+    if chosen_space(model, space) != "merged":
+        return
+    if any(map(is_sharded, model.parameters())):
+        raise AdapterError(
+            "derivatives along merged weights need each process to hold the whole model, and this one is sharded: use "
+            "space='adapters', or DDPStrategy"
+        )
+    for path, layer in adapted_layers(model).items():
+        wrapped = without_adapters(layer)
+        if getattr(layer, "merged", False):
+            raise AdapterError(f"{path}: the adapter is merged; take it apart first, with unmerge_adapter()")
+        if is_experts(layer) or next(wrapped.children(), None) is not None:
+            raise AdapterError(
+                f"{path}: {model_class(wrapped)} is no single layer that is linear in its weights, so there are no "
+                "exact derivatives along its merged weights; use space='adapters'"
+            )
+
+
+@contextmanager
+def _placed_between(layer: nn.Module, before: Mapping[str, Tensor]) -> Iterator[Tensor]:
+    """Lets a layer compute between its base and its present state; gives the place of the base."""
+    plain, patched = layer.forward, "forward" in vars(layer)
+    own = next(layer.parameters())
+    entries: list[tuple[dict[str, Any], str, Tensor]] = []
+    for name, value in before.items():
+        module, _, leaf = name.rpartition(".")
+        entries.append((vars(layer.get_submodule(module))["_parameters"], leaf, value))
+
+    def mixed(*args: Any, **kwargs: Any) -> Tensor:
+        now = plain(*args, **kwargs)
+        kept = [held[leaf] for held, leaf, _ in entries]
+        try:
+            for held, leaf, value in entries:
+                held[leaf] = value
+            start = plain(*args, **kwargs)
+        finally:
+            for (held, leaf, _), present in zip(entries, kept, strict=True):
+                held[leaf] = present
+        place = getattr(layer, _PLACE)
+        return (1 - place) * start + place * now
+
+    dtype = torch.promote_types(own.dtype, torch.float32)
+    layer.register_parameter(_PLACE, nn.Parameter(torch.ones((), dtype=dtype, device=own.device)))
+    layer.forward = mixed
+    try:
+        yield torch.zeros((), dtype=dtype, device=own.device)
+    finally:
+        if patched:
+            layer.forward = plain
+        else:
+            del layer.forward
+        del layer._parameters[_PLACE]

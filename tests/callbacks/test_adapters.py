@@ -1,0 +1,107 @@
+"""Callbacks on a model with adapters: merged weights by default, the adapters by option, the training undisturbed."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_goldy.analysis import taylor_diff
+from lightning_goldy.analysis.change import weight_change
+from lightning_goldy.callbacks import (
+    FinetuneComparison,
+    GoldenParameters,
+    GoldenSnapshot,
+    KnowledgeCoupling,
+    ParameterDistribution,
+    RunReport,
+    TaylorDiff,
+)
+from lightning_goldy.report.formatting import SPACES
+from tests.callbacks.training import Finetune, TokenData, differences, fit
+from tests.core.architecture.test_merged_adapters import unloaded
+from tests.references.models import build
+
+peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
+
+
+class Adapted(Finetune):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = peft.get_peft_model(build("gpt2"), peft.LoraConfig(r=2, target_modules=["c_attn", "c_fc"]))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW([own for own in self.parameters() if own.requires_grad], lr=1e-2)
+
+
+def last_row(callback: Any) -> dict[str, Any]:
+    return json.loads((callback.folder / "results.jsonl").read_text().splitlines()[-1])
+
+
+def test_rows_are_of_merged_weights_and_say_so_while_nothing_is_disturbed(tmp_path) -> None:
+    short = {"module": Adapted, "max_epochs": 1, "limit_train_batches": 3}
+    _, _, plain = fit(tmp_path / "plain", **short)
+    merged = GoldenSnapshot(every_n_steps=1)
+    apart = GoldenSnapshot(every_n_steps=None, space="adapters", name="apart")
+    shape, taylor = ParameterDistribution(), TaylorDiff(orders=[1], n_samples=2)
+    golden = GoldenParameters(n_samples=2, quorum=0.5)
+    callbacks = [merged, apart, shape, taylor, golden, RunReport()]
+    _, module, watched = fit(tmp_path / "watched", callbacks, **short)
+    assert differences(plain, watched) == []
+
+    before = Adapted()
+    space = merged.base.space
+    with torch.no_grad():
+        for name, parameter in space.resolve(before.model).items():
+            parameter.copy_(merged.base.vector(module.model)[name])
+    now, base = unloaded(module.model), unloaded(before.model)
+    expected = weight_change(now, base)
+    row = last_row(merged)
+    assert row["result"]["space"] == "merged"
+    assert row["metrics"]["delta_norm"] == pytest.approx(expected.delta_norm, rel=1e-5)
+    assert -1 <= row["metrics"]["update_cosine"] <= 1
+    assert {tensor["name"] for tensor in row["result"]["tensors"]} <= set(expected.names)
+    assert last_row(apart)["result"]["space"] == "adapters"
+    assert last_row(apart)["metrics"]["delta_norm"] != pytest.approx(expected.delta_norm, rel=1e-2)
+    assert all(tensor["stable_rank"] <= 2 + 1e-6 for tensor in last_row(shape)["result"]["tensors"])
+    batches = next(iter(TokenData().probe_dataloader()))
+    along = taylor_diff(now, base, [batches], orders=[1])
+    assert last_row(taylor)["metrics"]["first_order"] == pytest.approx(along.first_order, rel=1e-3)
+    assert set(last_row(taylor)["result"]["loss_shares"]) <= set(along.loss_shares)
+    assert last_row(golden)["result"]["space"] == "adapters"
+
+    page = next(tmp_path.glob("watched/**/report.html")).read_text()
+    assert SPACES["merged"] in page
+    assert SPACES["adapters"] in page
+    assert "the weights with adapters moved by" in page
+    assert "the adapters moved by" in page
+    assert "the whole model" not in page
+
+
+@pytest.mark.parametrize(
+    "make", [GoldenSnapshot, ParameterDistribution, TaylorDiff, KnowledgeCoupling, FinetuneComparison]
+)
+def test_an_unknown_space_is_refused(make: Any) -> None:
+    with pytest.raises(ValueError, match="unknown space 'weights'"):
+        make(space="weights")
+
+
+def test_low_precision_is_told_by_every_row(tmp_path) -> None:
+    snapshot, taylor = GoldenSnapshot(every_n_steps=None), TaylorDiff(orders=[1], by=None, n_samples=2)
+    golden = GoldenParameters(n_samples=2)
+    callbacks = [snapshot, taylor, golden, RunReport()]
+    fit(tmp_path, callbacks, module=Adapted, max_epochs=1, precision="bf16-mixed", limit_train_batches=3)
+    floor = last_row(snapshot)
+    assert floor["result"]["precision"]["dtype"] == "bfloat16"
+    assert 1e-3 < floor["metrics"]["rounding_floor"] < 3e-3  # about 2^-8 / sqrt(12), relative
+    assert 0 < floor["metrics"]["lost_share"] <= 1
+    assert floor["headline"].endswith(f"rounding to bfloat16 alone makes {floor['metrics']['rounding_floor']:.2g}")
+    assert last_row(taylor)["result"]["precision"]["training"] == "bfloat16"
+    assert last_row(golden)["result"]["precision"] == {"dtype": "bfloat16", "by": "autocast", "epsilon": 2**-7}
+    assert "computed in bfloat16 (autocast)" in last_row(golden)["headline"]
+    page = next(tmp_path.glob("**/report.html")).read_text()
+    assert "Computed in float32, while the training computes in bfloat16 (autocast)." in page
+    assert "by whose rounding alone weights change by" in page
