@@ -61,9 +61,12 @@ def attempt(folder: Path, kind: Kind) -> None:
     """Trains from the last checkpoint on, or from the start; what it ends with is in ``final``."""
     torch.set_num_threads(1)
     options = {"accumulate_grad_batches": 3 if kind == "accumulated" else 1, "max_epochs": EPOCHS}
-    _, _, found = fit(
+    trainer, _, found = fit(
         folder, _callbacks(folder, kind), data=Ordered(), enable_checkpointing=True, ckpt_path=saved(folder), **options
     )
+    if trainer.received_sigterm:
+        # Lightning has ended the training early, and in order.
+        os._exit(1)
     # A resumed module has seen the losses of its own part alone.
     del found["losses"]
     found["seconds"] = time.process_time()

@@ -137,6 +137,22 @@ def test_seconds_are_those_of_the_passes() -> None:
     assert math.isnan(forecast.seconds(Speeds((math.nan, math.nan), (math.nan, math.nan))))
 
 
+def test_passes_on_ranks_are_those_that_rows_stated_there() -> None:
+    # Of three samples and five pieces, as runs of two processes have counted them.
+    plan = Plan(build("gpt2"), ((2, 8), (1, 8)), vocabulary=53, n_layers=2, n_heads=2, base=True)
+    loss = {"by": None, "function_space": False}
+    callbacks = TaylorDiff(n_samples=3), TaylorDiff(n_samples=3, **loss), AttentionTracker(n_samples=3)
+    for ranks, expected in (
+        ({"replicas": 2}, [(12, 6), (6, 0), (10, 0), (31, 14)]),
+        ({"shards": 2}, [(39, 18), (18, 15), (8, 0), (27, 17)]),
+    ):
+        spread = dataclasses.replace(plan, **ranks)
+        told = [callback.forecast(spread, Run(1)).cost for callback in callbacks]
+        coupling = KnowledgeCoupling(PIECES).forecast(spread, Run(1))
+        found = [*told, coupling.cost + coupling.once.cost]
+        assert [dataclasses.astuple(cost) for cost in found] == expected
+
+
 def test_eight_billion_are_planned_without_memory() -> None:
     plan = Plan(
         build_shape("8b"), ((4, 512),) * 4, activations=1e7, vocabulary=128256, n_layers=32, n_heads=32, base=True

@@ -103,7 +103,8 @@ def fit(folder: Path, callbacks=(), *, module=Finetune, data=None, ckpt_path=Non
     }
     trainer = L.Trainer(default_root_dir=folder, callbacks=list(callbacks), **settings)
     trainer.fit(lightning_module, datamodule=data or TokenData(), ckpt_path=ckpt_path)
-    return trainer, lightning_module, trace(trainer, lightning_module)
+    # A training in spawned processes leaves nothing of itself in this one.
+    return trainer, lightning_module, trace(trainer, lightning_module) if trainer.optimizers else {}
 
 
 def trace(trainer, module) -> dict:

@@ -316,11 +316,13 @@ def forecast_coupling(plan: Plan, parameters: ParameterSpace, n_pieces: int, *, 
     tokens, batch = plan.piece_tokens, 16
     widths = sum(sum(shape) for shape in parameters.shapes if len(shape) == 2)
     per_pass = min(n_pieces, max(1, int((128 << 20) / max(1.0, plan.activations * tokens))))
-    gradients = passes_over(_chunked([(n_pieces, tokens)], per_pass)) + Passes(1, 1, tokens)
+    # Every replica tries a first piece.
+    tried = plan.replicas * Passes(1, 1, tokens)
+    gradients = passes_over(_chunked([(n_pieces, tokens)], per_pass)) + tried
     scores = passes_over(_chunked([(n_pieces, tokens)], batch))
     flops = n_pieces * (n_pieces + 1) / 2 * tokens**2 * widths * 2
     once = Work(backward=gradients, flops=flops / 2)
-    ripple = Work(forward=2 * scores, tangent=scores + Passes(1, 1, tokens), order=1, elements=8.0 * plan.elements())
+    ripple = Work(forward=2 * scores, tangent=scores + tried, order=1, elements=8.0 * plan.elements())
     if plan.shards > 1:  # a backward pass per piece in the place of forward mode
         ripple = Work(forward=2 * scores, backward=n_pieces * Passes(1, 1, tokens), elements=4.0 * plan.elements())
     work = once + ripple
