@@ -363,7 +363,9 @@ def _carried_derivatives(
         raise
     except Exception:  # noqa: BLE001 - whatever it is, the other way meets it too, or has none
         return None
-    return tuple(torch.zeros_like(parts[0]) if part is None else part.detach() for part in parts)
+    value = parts[0]
+    assert value is not None
+    return tuple(torch.zeros_like(value) if part is None else part.detach() for part in parts)
 
 
 class Jet(Tensor):
@@ -392,7 +394,7 @@ class Jet(Tensor):
         """A tensor of the value's shape, dtype and device, without memory of its own."""
         value = parts[0]
         assert value is not None
-        made: Jet = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: Jet = Tensor._make_wrapper_subclass(
             cls, value.size(), strides=value.stride(), dtype=value.dtype, device=value.device
         )
         made.parts = tuple(parts)
@@ -410,13 +412,20 @@ class Jet(Tensor):
             inplace = name.endswith("_") and not name.startswith("_")
             if inplace or name in _CHANGING or kwargs.get("out") is not None:
                 raise NotImplementedError(f"{name} changes a tensor that carries derivatives")
-            if name in ("detach", "item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__"):
+            if name == "detach":
+                # The derivative is that of the values.
+                return args[0]
+            if name in ("item", "tolist", "numpy", "__float__", "__int__"):
+                raise NotImplementedError(f"{name} takes a number out of a tensor, without its derivatives")
+            if name in ("__bool__", "__index__"):
                 return func(args[0].parts[0], *args[1:], **kwargs)
             rule = _rule(name, args, kwargs)
             return _through(func, args, kwargs) if rule is None else rule(func, args, kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Refuses what reaches below torch's functions, and would not see the derivatives."""
         raise NotImplementedError(f"{func} does not see the derivatives that a tensor carries")
 
@@ -470,8 +479,10 @@ def _attribute(getter: Any, jet: Jet) -> Any:
     name = getattr(getter.__self__, "__name__", "")
     if name in ("T", "mT"):
         return Jet([None if part is None else getattr(part, name) for part in jet.parts])
+    if name == "data":
+        return jet
     found = getter(jet.parts[0])
-    if isinstance(found, Tensor) and name != "data":
+    if isinstance(found, Tensor):
         raise NotImplementedError(f"the attribute {name} of a tensor that carries derivatives")
     return found
 
@@ -485,7 +496,7 @@ def _order(*values: Any) -> int:
 
 
 def _linear_map(func: Any, args: Any, kwargs: Any) -> Any:
-    found = [None if part is None else func(part, *args[1:], **kwargs) for part in args[0].parts]
+    found: list[Any] = [None if part is None else func(part, *args[1:], **kwargs) for part in args[0].parts]
     if isinstance(found[0], Tensor):
         return Jet(found) if found[0].is_floating_point() else found[0]
     count = len(found[0])
@@ -499,7 +510,7 @@ def _embedded(func: Any, args: Any, kwargs: Any) -> Jet:
 def _joined(func: Any, args: Any, kwargs: Any) -> Jet:
     order = _order(*args[0])
     rows = [_parts(value, order) for value in args[0]]
-    found = []
+    found: list[Tensor | None] = []
     for k in range(order + 1):
         if all(row[k] is None for row in rows):
             found.append(None)

@@ -365,20 +365,20 @@ _EIGEN = 9.0
 _POWER_PASSES = 11
 
 
-def forecast_distribution(plan: Plan, *, top: int, exact_below: int) -> Forecast:
+def forecast_distribution(plan: Plan, *, top: int, exact_below: int | None) -> Forecast:
     """The spectrum of each matrix's change, beside the base's leading directions; nothing is run.
 
     Args:
         plan: The shapes.
         top: Singular values kept.
-        exact_below: Largest side of a matrix whose whole spectrum is computed.
+        exact_below: Largest side of a matrix whose whole spectrum is computed; None for all.
     """
     space, flops = plan.space, 0.0
     for shape in space.shapes:
         if len(shape) < 2 or min(shape[0], math.prod(shape[1:])) < 2:
             continue
         short, long = sorted((shape[0], math.prod(shape[1:])))
-        if short <= exact_below:
+        if exact_below is None or short <= exact_below:
             flops += 2 * (2 * short**2 * long + _EIGEN * short**3) + 2.0 * top * short * long
         else:
             flops += 2 * _POWER_PASSES * 2 * (top + 8) * short * long
