@@ -29,7 +29,7 @@ generated: a slow test runs every cell and holds it against this page, and `make
 with the callback ends with the bits (weights, optimizer, buffers, random states) of one without it. **rounding 1e-6**:
 the training likewise; metrics agree up to this relative difference, which sums in another order make. **other passes**:
 the analysis goes another way where the model is in shards, so its passes are others. **refused**: it ends before the
-first step with a message of its own, the note.
+first step with a message of its own, the note. A cell that nobody has run yet says so.
 
 `HeadPlasticity` and `FinetuneComparison` change or repeat the training, so of them the rows alone are compared. Of
 `ExactResume` it is told whether a training that goes on from a checkpoint is the one that did not stop. DeepSpeed and
