@@ -18,8 +18,8 @@ _PATIENCE_SECONDS = 10.0
 class ExactResume(L.Callback):
     """Saves the random states of all ranks in checkpoints and restores them on resume, as Lightning does not.
 
-    Resumed from the end of an epoch, a run then ends with the bits of an uninterrupted one. In the middle of an epoch
-    the data loader must keep its position as well, as those of :mod:`lightning_goldy.data` do.
+    Resumed from the end of an epoch, a run then ends with the bits of an uninterrupted one, and from the middle of one
+    where the data loader keeps its position as well, as those of :mod:`lightning_goldy.data` do.
 
     Example:
         >>> import torch
@@ -75,14 +75,16 @@ class ExactResume(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begins the epoch's batches from the restored states.
 
-        Loaders that keep their position learn which of their batches were trained on. A loader that shuffles draws its
-        order as its iterator is made, which is during set-up where the learning-rate
-        schedule asks for the number of steps. A loader that keeps its position needs no random state.
+        Loaders that keep their position begin there, and learn which of their batches were trained on; they need no
+        random state. A loader that shuffles draws its order as its iterator is made, which is during set-up where the
+        learning-rate schedule asks for the number of steps.
         """
         follow_training(trainer)
         self._failed = False
         state, self._state = self._state, None
         fetcher, loader = trainer.fit_loop._data_fetcher, trainer.fit_loop._combined_loader
-        if state is not None and fetcher is not None and loader is not None and not loader._state_dicts():
-            restore_random_states(state)
+        if state is None or fetcher is None or loader is None:
+            return
+        restore_random_states(state)
+        if not loader._state_dicts():
             iter(fetcher)  # makes the iterators anew, as every epoch does

@@ -30,6 +30,7 @@ from lightning_goldy.core.objective import (
 )
 from lightning_goldy.core.sharding import gather
 from lightning_goldy.core.store import StoreError, pack_mask, read_header, unpack_mask
+from lightning_goldy.data.base import follow_training
 from lightning_goldy.data.tokenization import load_tokenizer
 from lightning_goldy.optim.masked_adamw import MaskedAdamW
 from lightning_goldy.optim.schedules import (
@@ -297,7 +298,11 @@ class GoldyModule(GoldyMixin, L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
 
     def on_train_start(self) -> None:
-        """Gives a masked optimizer the mask that a callback has just made, or that of the resumed checkpoint."""
+        """Has a resumed epoch go on with its next batch, and gives a masked optimizer its mask.
+
+        The mask is that which a callback has just made, or that of the resumed checkpoint.
+        """
+        follow_training(self.trainer)
         self._masked_training.start(self.trainer, self.model)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
