@@ -114,7 +114,8 @@ def norm_ratio(delta_norms: Sequence[float], base_norms: Sequence[float]) -> flo
 class SuccessiveUpdates:
     """Cosine between the update since the last observation and the update before it.
 
-    Holds two vectors: the values last seen and the last update.
+    Holds two vectors: the values last seen and the last update. The latter is in bfloat16 where parameters are wider: the
+    cosine only asks for its direction.
 
     Example:
         >>> layer = nn.Linear(1, 1, bias=False)
@@ -141,7 +142,7 @@ class SuccessiveUpdates:
         """
         current = offloaded(values)
         update, before = None if self._previous is None else current - self._previous, self._update
-        self._previous, self._update = current, update
+        self._previous, self._update = current, None if update is None else update.map(_halved)
         if update is None or before is None:
             return None
         scale = update.norm() * before.norm()
@@ -153,7 +154,7 @@ class SuccessiveUpdates:
         if self._previous is not None:
             self._previous = _joined(self._previous, grown)
         if self._update is not None:
-            self._update = _joined(self._update, grown.map(torch.zeros_like))
+            self._update = _joined(self._update, grown.map(torch.zeros_like).map(_halved))
 
     def vectors(self) -> dict[str, ParameterVector]:
         """What is held, by name, for :meth:`load` after a resume."""
@@ -165,6 +166,10 @@ class SuccessiveUpdates:
         self._previous, self._update = (
             offloaded(vectors[name]) if name in vectors else None for name in ("previous", "update")
         )
+
+
+def _halved(tensor: Tensor) -> Tensor:
+    return tensor.bfloat16() if tensor.element_size() > 2 else tensor
 
 
 def _joined(first: ParameterVector, second: ParameterVector) -> ParameterVector:

@@ -222,6 +222,7 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         self._previous_identity: str | None = None
         self._lost: str | None = None
         self._resumed = False
+        self._starts = False
         self._goes_on = False
         self._run: tuple[Any, Any] | None = None
         self._batches: list[Any] = []
@@ -287,10 +288,27 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         """Opens the folder, takes up an interrupted run, and tries the probe before the first step."""
         resumed = self._resumed
         tell_last(trainer, AnalysisCallback)
-        with Replicas.world().together(self.name):
-            self._start(trainer, pl_module)
+        callbacks = [each for each in trainer.callbacks if isinstance(each, AnalysisCallback)]  # type: ignore[attr-defined]
+        try:
+            with Replicas.world().together(self.name):
+                self._start(trainer, pl_module)
+        except BaseException:
+            # Nothing is left of a run that never began.
+            for callback in reversed(callbacks[: callbacks.index(self) + 1]):
+                if callback._store is not None:
+                    callback._store.withdraw()
+                callback._run = None
+            raise
         # A run that goes on has started before.
-        if "start" in self.at and not resumed:
+        self._starts = "start" in self.at and not resumed
+        if self is callbacks[-1]:
+            # What cannot work in any callback has been told by then.
+            for callback in callbacks:
+                callback.begin(trainer, pl_module)
+
+    def begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Analyses the start where that is scheduled, once all callbacks have checked what they need."""
+        if self._starts:
             self.run(trainer, pl_module, "start")
 
     def _start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -148,9 +148,9 @@ class HeadPlasticity(AnalysisCallback[PlasticityResult]):
             self._plasticity.load_state_dict(saved, self.folder)
         self._check(trainer, model)
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begins the first cycle when there is no warm-up."""
-        super().on_train_start(trainer, pl_module)
+        super().begin(trainer, pl_module)
         self._loaded = None
         self._act(trainer, pl_module, "start")
         self.plasticity.prepare_step(steps_so_far(trainer))

@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from tqdm import tqdm
 
 from lightning_goldy.analysis.result import Row
-from lightning_goldy.callbacks.run_folder import FolderNotes, checkpoint_folders, file_names
+from lightning_goldy.callbacks.run_folder import FolderNotes, checkpoint_folders, file_names, unlock_folder
 from lightning_goldy.core.files import (
     append_row,
     atomic_path,
@@ -137,8 +137,11 @@ class ResultStore:
         self._history: RowHistory | None = None
         self._row_files: set[str] | None = None
         self._notes = FolderNotes.read(folder)
+        self._aside: Path | None = None
         if not write:
             return
+        self._before = {path.name for path in folder.iterdir()} if folder.is_dir() else None
+        self._rows_before = self.rows.read_bytes() if self.rows.is_file() else None
         probe = folder / f".{uuid.uuid4().hex}.writable"
         try:
             atomic_write(probe, "")
@@ -192,8 +195,28 @@ class ResultStore:
         self._history = self._row_files = None
         self.folder.rename(aside)
         self.folder.mkdir()
+        self._aside = aside
         self._notes = FolderNotes.read(self.folder)
         rank_zero_info(f"{self.folder} held an earlier run's results; they are now in {aside}")
+
+    def withdraw(self) -> None:
+        """Takes back what was written since the folder was opened, for a run that does not begin after all."""
+        if not self.write or not self.folder.is_dir():
+            return
+        if self._aside is not None:
+            shutil.rmtree(self.folder)
+            self._aside.rename(self.folder)
+            return
+        for path in self.folder.iterdir():
+            if path.name not in (self._before or ()) and path.is_file():
+                path.unlink()
+        if self._rows_before is not None and self.rows.read_bytes() != self._rows_before:
+            atomic_write(self.rows, self._rows_before)
+        if self._before is None:
+            unlock_folder(self.folder.parent)
+            for made in (self.folder, self.folder.parent):
+                if not any(made.iterdir()):
+                    made.rmdir()
 
     def continue_from(self, previous: Path, step: int) -> None:
         """Keeps what an uninterrupted run would have at ``step``: earlier rows with their files, no later ones.

@@ -1,4 +1,4 @@
-"""Trains through GoldyModule with any data module and resumes at a step; run as a module it does so on two processes."""
+"""Trains through GoldyModule with any data module and resumes at a step; as a program it does so on two processes."""
 
 from __future__ import annotations
 
@@ -97,7 +97,5 @@ if __name__ == "__main__":
     for accumulation in (1, 3):
         for name in ("text", "atlas"):
             spread: dict[str, Any] = {"devices": 2, "strategy": "ddp", "max_epochs": 1}
-            check_resumed(
-                place / f"{name}-{accumulation}", name, {"name": "cosine"}, accumulate=accumulation, **spread
-            )
+            check_resumed(place / f"{name}-{accumulation}", name, {"name": "cosine"}, accumulate=accumulation, **spread)
     (place / "done").touch()
