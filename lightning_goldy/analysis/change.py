@@ -114,8 +114,8 @@ def norm_ratio(delta_norms: Sequence[float], base_norms: Sequence[float]) -> flo
 class SuccessiveUpdates:
     """Cosine between the update since the last observation and the update before it.
 
-    Holds two vectors: the values last seen and the last update. The latter is in bfloat16 where parameters are wider: the
-    cosine only asks for its direction.
+    Holds two vectors: the values last seen and the last update. The latter is in bfloat16 where parameters are wider:
+    the cosine only asks for its direction.
 
     Example:
         >>> layer = nn.Linear(1, 1, bias=False)

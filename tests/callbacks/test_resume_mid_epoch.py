@@ -44,9 +44,8 @@ def test_with_plasticity(tmp_path):
 def test_also_without_the_random_states(tmp_path):
     """The module alone goes on with the next batch, and so does any other loader that keeps its position."""
     first, _ = train(tmp_path, "text", SCHEDULES["cosine"])
-    again, _ = train(
-        tmp_path / "again", "text", SCHEDULES["cosine"], exact=False, ckpt_path=tmp_path / "saved/step=2.ckpt"
-    )
+    checkpoint = tmp_path / "saved/step=2.ckpt"
+    again, _ = train(tmp_path / "again", "text", SCHEDULES["cosine"], exact=False, ckpt_path=checkpoint)
     assert again == [pair for pair in first if pair[0] >= 2]
 
 
