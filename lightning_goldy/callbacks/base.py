@@ -36,7 +36,7 @@ from lightning_goldy.callbacks.weights import (
 )
 from lightning_goldy.core.batches import batch_tensors, move_batch
 from lightning_goldy.core.isolation import undisturbed
-from lightning_goldy.core.naming import canonical_name, suggestion
+from lightning_goldy.core.naming import canonical_name, require_choice, suggestion
 from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.sharding import RankError, Replicas, is_sharded, unshard_guard
 from lightning_goldy.core.space import ParameterSpace, trainable_parameters
@@ -164,6 +164,8 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         name: Folder and metric prefix; needed when a trainer has two callbacks of one class.
         check: Whether to try on one sample, before the first step, what the analysis will do, and to hold the
             objective's loss against the model's own.
+        log_scalars: Which metrics go to the loggers as scalars: the analysis's ``headline``, or ``all``, also those of
+            every block and layer and of the cost. Rows and the report have all of them.
 
     Raises:
         ValueError: An argument is out of range, or nothing is scheduled.
@@ -191,6 +193,7 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         model_attribute: str | None = None,
         probe: Iterable[Any] | None = None,
         check: bool = True,
+        log_scalars: Literal["headline", "all"] = "headline",
         name: str | None = None,
     ) -> None:
         at = (at,) if isinstance(at, str) else tuple(at)  # type: ignore[assignment]
@@ -207,6 +210,8 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         self.every_n_steps, self.every_n_epochs, self.at = every_n_steps, every_n_epochs, at
         self.on_error = on_error
         self.objective, self.model_attribute, self.probe, self.check = objective, model_attribute, probe, check
+        require_choice("log_scalars", log_scalars, ("headline", "all"))
+        self.log_scalars = log_scalars
         self.name = name or default_name(type(self))
         if not self.name.replace("_", "").replace("-", "").isalnum():
             raise ValueError(f"name becomes a folder: letters, digits, '-' and '_' only; got {self.name!r}")
@@ -227,6 +232,7 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         self._run: tuple[Any, Any] | None = None
         self._batches: list[Any] = []
         self._reading: Reading | None = None
+        self.probe_size = 0
         # Step and hash of the weights as training left them, and what has ever been trained.
         self._left = (-1, "")
         self._trained: set[str] = set()
@@ -342,9 +348,8 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
             with undisturbed(trainer, pl_module):
                 Replicas.world().agree(f"{self.name}: the probe", fingerprint_batches(self._batches))
                 objective = find_objective(pl_module, model, self.objective)
-                check_probe(
-                    model, objective, self._batches, self.probe_samples(), pl_module=pl_module, check=self.check
-                )
+                wanted, own = self.probe_samples(), {"pl_module": pl_module, "check": self.check}
+                self.probe_size = check_probe(model, objective, self._batches, wanted, lacking="warn", **own)  # type: ignore[arg-type]
         self.prepare(trainer, model)
         if self.check:
             with undisturbed(trainer, pl_module):
@@ -553,7 +558,7 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         if done is None or not trainer.is_global_zero:
             return
         try:
-            log_row(trainer, *done)
+            log_row(trainer, *done, scalars=self.log_scalars)
         except Exception as error:  # noqa: BLE001 - a service may raise anything
             # The row is on the disk, and no training ends for want of its copy in a logger.
             rank_zero_warn(f"{self.name}: the row of step {step} is not logged whole: {error}")

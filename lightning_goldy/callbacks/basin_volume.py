@@ -17,6 +17,7 @@ from lightning_goldy.core.isolation import undisturbed
 from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.sharding import Replicas
 from lightning_goldy.core.space import ParameterSpace
+from lightning_goldy.optim.schedules import options_of
 from lightning_goldy.training.subject import check_probe, check_split_names, find_objective, find_splits
 
 
@@ -91,8 +92,8 @@ class BasinVolume(AnalysisCallback[BasinVolumes]):
             preconditioner=preconditioner,
             sigma=sigma,
             n_samples=n_samples,
-            selection=selection,
-            estimator=estimator,
+            selection=options_of(Selection, "selection", selection),
+            estimator=options_of(Estimator, "estimator", estimator),
         )
         if isinstance(splits, Mapping):
             check_split_names(splits)
@@ -136,6 +137,7 @@ class BasinVolume(AnalysisCallback[BasinVolumes]):
                         self.survey.n_samples,
                         pl_module=trainer.lightning_module,
                         check=self.check,
+                        lacking="warn",
                     )
 
     def tried_batches(self) -> Sequence[Any]:

@@ -33,6 +33,7 @@ from lightning_goldy.core.isolation import undisturbed
 from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.sharding import Replicas
 from lightning_goldy.core.space import ParameterSpace
+from lightning_goldy.optim.schedules import options_of
 from lightning_goldy.report.loggers import log_scalars
 from lightning_goldy.training.subject import find_model, find_objective
 
@@ -82,7 +83,14 @@ class HeadPlasticity(AnalysisCallback[PlasticityResult]):
     ) -> None:
         super().__init__(**options)
         self.settings = PlasticitySettings(
-            strategy, pruning_level, cycles, min_heads_per_layer, scoring, schedule, regrowth, recovery
+            strategy,
+            pruning_level,
+            cycles,
+            min_heads_per_layer,
+            options_of(Scoring, "scoring", scoring),
+            options_of(PruningSchedule, "schedule", schedule),
+            options_of(Regrowth, "regrowth", regrowth),
+            options_of(Recovery, "recovery", recovery),
         )
 
     def forget(self) -> None:

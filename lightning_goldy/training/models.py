@@ -545,7 +545,7 @@ def keep_weights_alone(path: str | os.PathLike[str]) -> None:
     checkpoint = read_checkpoint(Path(path))
     for name in ("optimizer_states", "lr_schedulers"):
         checkpoint.pop(name, None)
-    with atomic_path(path) as temporary:
+    with atomic_path(Path(path)) as temporary:
         torch.save(checkpoint, temporary)
 
 
@@ -556,7 +556,8 @@ def save_final(trainer: L.Trainer) -> None:
     """
     savers: list[Any] = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
     step = trainer.global_step
-    if not savers or trainer.fast_dev_run or not step or any(each._last_global_step_saved == step for each in savers):
+    trial = trainer.fast_dev_run  # type: ignore[attr-defined]
+    if not savers or trial or not step or any(each._last_global_step_saved == step for each in savers):
         return
     saver = savers[0]
     name = saver._get_metric_interpolated_filepath_name(saver._monitor_candidates(trainer), trainer)
