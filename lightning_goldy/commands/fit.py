@@ -44,6 +44,9 @@ class _PlainParser(LightningArgumentParser):
     """Tells an error in one line: what is wrong, of all that was tried to read a value."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:
+            # Of a parser that tries one of several types.
+            super().error(message, ex)
         print(f"goldy: {plain_reason(message)}", file=sys.stderr)
         self.exit(2)
 

@@ -138,7 +138,6 @@ class Frozen(Never):
 @pytest.mark.parametrize(
     ("callback", "module", "data", "message"),
     [
-        
         (lambda: GoldenParameters(n_samples=2), Never, EmptyProbe(), "the probe is empty: EmptyProbe.probe_dataloader"),
         (lambda: GoldenParameters(n_samples=2), Never, Masked(), "every label is masked"),
         (

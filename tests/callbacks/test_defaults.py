@@ -70,7 +70,7 @@ def test_settings_may_be_dicts_and_others_are_refused(kind, options):
 @pytest.mark.parametrize("kind", [GoldenParameters, ReverseGoldenParameters, BasinVolume])
 def test_fewer_samples_than_wanted_are_used_and_told(tmp_path, kind):
     options = {"n_directions": 1} if kind is BasinVolume else {}
-    with pytest.warns(UserWarning, match="n_samples=16, but the probe holds only 4 samples: those are used"):  # noqa: PT031
+    with pytest.warns(UserWarning, match="n_samples=16, but the probe holds only 4 samples: those are used"):
         fit(tmp_path, [kind(at=["end"], **options)], max_epochs=1)
 
 
