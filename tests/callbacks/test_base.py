@@ -251,8 +251,8 @@ def test_on_error_warn_lets_training_go_on(tmp_path):
 def test_tensorboard_receives_scalars_figures_and_histograms(tmp_path):
     logger = TensorBoardLogger(tmp_path, name=None, version="tb")
     watchers = [
-        GoldenSnapshot(track_updates=True, every_n_steps=4),
-        GoldenParameters(n_samples=3, quorum=0.5, every_n_steps=4),
+        GoldenSnapshot(track_updates=True, every_n_steps=4, log_scalars="all"),
+        GoldenParameters(n_samples=3, quorum=0.5, every_n_steps=4, log_scalars="all"),
     ]
     fit(tmp_path, watchers, logger=logger, max_epochs=1)
     events = EventAccumulator(str(tmp_path / "tb"), size_guidance={"scalars": 0, "images": 0, "histograms": 0})
