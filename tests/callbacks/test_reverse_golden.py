@@ -209,13 +209,6 @@ def test_a_search_that_cannot_be_is_refused(options, message):
         Search(**options)
 
 
-def test_too_few_probe_samples_are_told_and_used(tmp_path):
-    watcher = ReverseGoldenParameters(at=["end"])
-    with pytest.warns(UserWarning, match="n_samples=16, but the probe holds only 4 samples: those are used"):
-        fit(tmp_path, [watcher], max_epochs=1)
-    assert watcher.probe_size == 4
-
-
 def test_the_space_is_the_selected_one(tmp_path):
     selection = Selection(include=["*mlp*weight"], last_layers=1)
     watcher = ReverseGoldenParameters(selection=selection, **QUICK)
