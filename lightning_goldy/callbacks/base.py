@@ -261,6 +261,12 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         return None
 
     @property
+    def used_samples(self) -> int | None:
+        """How many of them there are; None for all."""
+        wanted = self.probe_samples()
+        return None if wanted is None else min(wanted, self.probe_size)
+
+    @property
     def state_key(self) -> str:
         """Differs between two callbacks of one class through their names."""
         key = f"{type(self).__qualname__}[{self.name}]"

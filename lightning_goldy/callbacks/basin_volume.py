@@ -117,6 +117,8 @@ class BasinVolume(AnalysisCallback[BasinVolumes]):
     def prepare(self, trainer: L.Trainer, model: nn.Module) -> None:
         """Checks the selection and the optimizer, and tries every split."""
         space = self.survey.space(model)
+        if self.needs_probe:
+            self.survey.n_samples = self.used_samples
         if self.survey.needs_adam:
             find_adam(trainer, space, model)
         if self.survey.sigma is None:
