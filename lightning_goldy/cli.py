@@ -170,7 +170,9 @@ def _add_analyze(parser: argparse.ArgumentParser) -> None:
         help="what the model was before: a .ckpt, a folder of save_pretrained, a vector file, a run with a snapshot "
         "(default: the snapshot of the checkpoint's run, else the pretrained model of the configuration)",
     )
-    parser.add_argument("--prompt", metavar="TEXT", action="append", default=[], help="to continue; may be repeated")
+    parser.add_argument(
+        "--prompt", metavar="TEXT", action="append", default=[], help=r"to continue, \n is a new line; may be repeated"
+    )
     parser.add_argument("--prompts", metavar="FILE", help="more of them, one per line; empty lines are passed over")
     parser.add_argument(
         "--max-new-tokens", type=int, default=50, help="longest continuation, tokens (default: %(default)s)"
@@ -200,7 +202,9 @@ def _analyze(options: argparse.Namespace) -> None:
     # Brings torch and Lightning, which other commands need not wait for.
     from lightning_goldy.commands.analyze import Writing, analyze_checkpoint
 
-    prompts = [*options.prompt, *(read_prompts(options.prompts) if options.prompts else ())]
+    # A shell hands over a backslash and an n.
+    told = [prompt.replace("\\n", "\n") for prompt in options.prompt]
+    prompts = [*told, *(read_prompts(options.prompts) if options.prompts else ())]
     analyze_checkpoint(
         options.checkpoint,
         _settings(options.config, options.more),

@@ -142,7 +142,8 @@ def norm_ratio(delta_norms: Sequence[float], base_norms: Sequence[float]) -> flo
 class SuccessiveUpdates:
     """Cosine between the update since the last observation and the update before it.
 
-    Holds two vectors: the values last seen and the last update.
+    Holds two vectors: the values last seen and the last update. The latter is in bfloat16 where parameters are wider:
+    the cosine only asks for its direction.
 
     Example:
         >>> layer = nn.Linear(1, 1, bias=False)
@@ -175,7 +176,7 @@ class SuccessiveUpdates:
         current = offloaded(values)
         previous, before = self._previous, self._update
         update = None if previous is None else current - previous
-        self._previous, self._update = current, update
+        self._previous, self._update = current, None if update is None else update.map(_halved)
         if update is None or before is None or previous is None:
             return None
         if model is not None and chosen_space(model, space) == "merged":
@@ -189,7 +190,7 @@ class SuccessiveUpdates:
         if self._previous is not None:
             self._previous = _joined(self._previous, grown)
         if self._update is not None:
-            self._update = _joined(self._update, grown.map(torch.zeros_like))
+            self._update = _joined(self._update, grown.map(torch.zeros_like).map(_halved))
 
     def vectors(self) -> dict[str, ParameterVector]:
         """What is held, by name, for :meth:`load` after a resume."""
@@ -213,6 +214,10 @@ def _merged_cosine(model: nn.Module, previous: ParameterVector, earlier: Paramet
             sums[index] += reduce_tensors([pairs[one]], torch.dot, [pairs[other]])[0]
     scale = math.sqrt(sums[1] * sums[2])
     return sums[0] / scale if scale else None
+
+
+def _halved(tensor: Tensor) -> Tensor:
+    return tensor.bfloat16() if tensor.element_size() > 2 else tensor
 
 
 def _joined(first: ParameterVector, second: ParameterVector) -> ParameterVector:

@@ -119,7 +119,7 @@ class AttentionTracker(AnalysisCallback[TrackedAttention]):
             prompts=self._shown,
             heads=self.heads or self._strongest,
             base=snapshot.base if self.drift and snapshot is not None else None,
-            n_samples=self.n_samples,
+            n_samples=self.used_samples,
             stack=self.stack,
             n_singular_values=self.singular_values,
             name_tokens=token_namer(find_tokenizer(context.trainer)),

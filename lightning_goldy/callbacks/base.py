@@ -40,7 +40,7 @@ from lightning_goldy.callbacks.weights import (
 )
 from lightning_goldy.core.batches import batch_tensors, move_batch
 from lightning_goldy.core.isolation import undisturbed
-from lightning_goldy.core.naming import canonical_name, require_at_least, suggestion
+from lightning_goldy.core.naming import canonical_name, require_at_least, require_choice, suggestion
 from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.sharding import RankError, Replicas, is_sharded, unshard_guard
 from lightning_goldy.core.space import ParameterSpace, trainable_parameters
@@ -172,6 +172,8 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         budget: What it may take: a fraction of the run's time, or seconds per firing as ``"20s"``. Its ``dials`` and
             then its schedule follow, never above what is given.
         large: Whether to do above 100 M trainable parameters what takes longest there.
+        log_scalars: Which metrics go to the loggers as scalars: the analysis's ``headline``, or ``all``, also those of
+            every block and layer and of the cost. Rows and the report have all of them.
 
     Raises:
         ValueError: An argument is out of range, or nothing is scheduled.
@@ -205,6 +207,7 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         check: bool = True,
         budget: float | str | None = None,
         large: bool = False,
+        log_scalars: Literal["headline", "all"] = "headline",
         name: str | None = None,
     ) -> None:
         at = (at,) if isinstance(at, str) else tuple(at)  # type: ignore[assignment]
@@ -226,6 +229,8 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         self.derived: dict[str, Any] = {}
         self.explicit: dict[str, Any] = {}
         self._read_ahead: Reading | None = None
+        require_choice("log_scalars", log_scalars, ("headline", "all"))
+        self.log_scalars = log_scalars
         self.name = name or default_name(type(self))
         if not self.name.replace("_", "").replace("-", "").isalnum():
             raise ValueError(f"name becomes a folder: letters, digits, '-' and '_' only; got {self.name!r}")
@@ -241,11 +246,13 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         self._previous_identity: str | None = None
         self._lost: str | None = None
         self._resumed = False
+        self._starts = False
         self._goes_on = False
         self._run: tuple[Any, Any] | None = None
         self._batches: list[Any] = []
         self._reading: Reading | None = None
         self._task: Objective | None = None
+        self.probe_size = 0
         # Step and hash of the weights as training left them, and what has ever been trained.
         self._left = (-1, "")
         self._trained: set[str] = set()
@@ -300,6 +307,12 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         return replace(found, name=self.name, firings=len(steps), checkpoints=len(run.checkpoint_steps))
 
     @property
+    def used_samples(self) -> int | None:
+        """How many of them there are; None for all."""
+        wanted = self.probe_samples()
+        return None if wanted is None else min(wanted, self.probe_size)
+
+    @property
     def state_key(self) -> str:
         """Differs between two callbacks of one class through their names."""
         key = f"{type(self).__qualname__}[{self.name}]"
@@ -332,10 +345,27 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         if callbacks[:1] == [self]:
             preflight(trainer, pl_module, callbacks)
         tell_last(trainer, AnalysisCallback)
-        with Replicas.world().together(self.name):
-            self._start(trainer, pl_module)
+        callbacks = [each for each in trainer.callbacks if isinstance(each, AnalysisCallback)]  # type: ignore[attr-defined]
+        try:
+            with Replicas.world().together(self.name):
+                self._start(trainer, pl_module)
+        except BaseException:
+            # Nothing is left of a run that never began.
+            for callback in reversed(callbacks[: callbacks.index(self) + 1]):
+                if callback._store is not None:
+                    callback._store.withdraw()
+                callback._run = None
+            raise
         # A run that goes on has started before.
-        if "start" in self.at and not resumed:
+        self._starts = "start" in self.at and not resumed
+        if self is callbacks[-1]:
+            # What cannot work in any callback has been told by then.
+            for callback in callbacks:
+                callback.begin(trainer, pl_module)
+
+    def begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Analyses the start where that is scheduled, once all callbacks have checked what they need."""
+        if self._starts:
             self.run(trainer, pl_module, "start")
 
     def _start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -376,9 +406,8 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
                         "objective= takes another loss"
                     )
                 objective = self._task
-                check_probe(
-                    model, objective, self._batches, self.probe_samples(), pl_module=pl_module, check=self.check
-                )
+                wanted, own = self.probe_samples(), {"pl_module": pl_module, "check": self.check}
+                self.probe_size = check_probe(model, objective, self._batches, wanted, lacking="warn", **own)  # type: ignore[arg-type]
         self.prepare(trainer, model)
         if self.check:
             with undisturbed(trainer, pl_module):
@@ -600,7 +629,7 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         if done is None or not trainer.is_global_zero:
             return
         try:
-            log_row(trainer, *done)
+            log_row(trainer, *done, scalars=self.log_scalars)
         except Exception as error:  # noqa: BLE001 - a service may raise anything
             # The row is on the disk, and no training ends for want of its copy in a logger.
             rank_zero_warn(f"{self.name}: the row of step {step} is not logged whole: {error}")

@@ -18,6 +18,7 @@ from lightning_goldy.core.isolation import undisturbed
 from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.sharding import Replicas
 from lightning_goldy.core.space import ParameterSpace
+from lightning_goldy.optim.schedules import options_of
 from lightning_goldy.training.subject import check_probe, check_split_names, find_splits
 
 
@@ -94,8 +95,8 @@ class BasinVolume(AnalysisCallback[BasinVolumes]):
             preconditioner=preconditioner,
             sigma=sigma,
             n_samples=n_samples,
-            selection=selection,
-            estimator=estimator,
+            selection=options_of(Selection, "selection", selection),
+            estimator=options_of(Estimator, "estimator", estimator),
         )
         if isinstance(splits, Mapping):
             check_split_names(splits)
@@ -119,6 +120,8 @@ class BasinVolume(AnalysisCallback[BasinVolumes]):
     def prepare(self, trainer: L.Trainer, model: nn.Module) -> None:
         """Checks the selection and the optimizer, and tries every split."""
         space = self.survey.space(model)
+        if self.needs_probe:
+            self.survey.n_samples = self.used_samples
         if self.survey.needs_adam:
             find_adam(trainer, space, model)
         if self.survey.sigma is None:
@@ -139,6 +142,7 @@ class BasinVolume(AnalysisCallback[BasinVolumes]):
                         self.survey.n_samples,
                         pl_module=trainer.lightning_module,
                         check=self.check,
+                        lacking="warn",
                     )
 
     def tried_batches(self) -> Sequence[Any]:

@@ -20,8 +20,8 @@ _PATIENCE_SECONDS = 10.0
 class ExactResume(L.Callback):
     """Saves the random states of all ranks in checkpoints and restores them on resume, as Lightning does not.
 
-    Resumed from the end of an epoch, a run then ends with the bits of an uninterrupted one. In the middle of an epoch
-    the data loader must keep its position as well, as those of :mod:`lightning_goldy.data` do. A checkpoint in the
+    Resumed from the end of an epoch, a run then ends with the bits of an uninterrupted one, and from the middle of one
+    where the data loader keeps its position as well, as those of :mod:`lightning_goldy.data` do. A checkpoint in the
     middle of an accumulation of gradients holds what has been accumulated, too: one more copy of the trained weights.
 
     Example:
@@ -91,9 +91,9 @@ class ExactResume(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begins the epoch's batches from the restored states.
 
-        Loaders that keep their position learn which of their batches were trained on. A loader that shuffles draws its
-        order as its iterator is made, which is during set-up where the learning-rate
-        schedule asks for the number of steps. A loader that keeps its position needs no random state.
+        Loaders that keep their position begin there, and learn which of their batches were trained on; they need no
+        random state. A loader that shuffles draws its order as its iterator is made, which is during set-up where the
+        learning-rate schedule asks for the number of steps.
         """
         follow_training(trainer)
         self._failed = False
@@ -103,6 +103,8 @@ class ExactResume(L.Callback):
             parameter = parameters[name]
             parameter.grad = like(parameter.detach(), gradient.to(local(parameter).device))
         fetcher, loader = trainer.fit_loop._data_fetcher, trainer.fit_loop._combined_loader
-        if state is not None and fetcher is not None and loader is not None and not loader._state_dicts():
-            restore_random_states(state)
+        if state is None or fetcher is None or loader is None:
+            return
+        restore_random_states(state)
+        if not loader._state_dicts():
             iter(fetcher)  # makes the iterators anew, as every epoch does

@@ -18,13 +18,16 @@ from lightning_goldy.analysis.forecast import Forecast, Plan, Run, forecast_chan
 from lightning_goldy.analysis.golden import GoldenResult, ReverseGoldenResult
 from lightning_goldy.analysis.result import Row
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, try_gradients
+from lightning_goldy.callbacks.run_folder import run_root
 from lightning_goldy.core.architecture.adapters import WeightSpace, check_space, chosen_space, require_merged
 from lightning_goldy.core.base import BASE_FILE, BaseParameters, read_base
+from lightning_goldy.core.files import link_file
 from lightning_goldy.core.mask import ParameterMask
+from lightning_goldy.core.naming import model_class
 from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.sharding import Replicas
 from lightning_goldy.core.space import ParameterSpace
-from lightning_goldy.core.store import StoreError, fingerprint, load_vectors, save_vectors
+from lightning_goldy.core.store import Kind, StoreError, fingerprint, load_vectors, read_header, save_vectors
 from lightning_goldy.core.vector import ParameterVector
 
 
@@ -53,14 +56,18 @@ def require_snapshot(trainer: L.Trainer, name: str) -> GoldenSnapshot:
 class GoldenSnapshot(AnalysisCallback[WeightChange]):
     """Keeps theta_0, which the other callbacks compare with, and logs the change since then.
 
-    Logs the norm of the change, the change relative to the base, the cosine between successive updates (from one
-    analysis to the next), the relative change by block, and the distribution of the elements' changes.
+    Logs the norm of the change, the change relative to the base, the relative change by block, the distribution of the
+    elements' changes, and on demand the cosine between successive updates (from one analysis to the next).
+
+    The base is a file of the model's size, which all runs below one folder that begin with the same weights share. With
+    ``track_updates`` one and a half times the model's size lies beside the newest checkpoint.
 
     Args:
         source: Where the base comes from: a vector file, a Hugging Face folder or a Lightning checkpoint. By default
             the parameters as training starts.
         every_n_steps: Run after every so many optimizer steps.
-        track_updates: Whether to keep the previous values and update on the CPU (twice the parameters) for the cosine.
+        track_updates: Whether to keep the previous values and update on the CPU (one and a half times the parameters)
+            for the cosine, and in files from which a resumed run goes on.
         space: Of a model with adapters ``merged``, the change of the weights that they come to, or ``adapters``.
         **options: Of :class:`AnalysisCallback`.
 
@@ -76,7 +83,7 @@ class GoldenSnapshot(AnalysisCallback[WeightChange]):
         source: str | Path | None = None,
         *,
         every_n_steps: int | None = 50,
-        track_updates: bool = True,
+        track_updates: bool = False,
         space: WeightSpace = "merged",
         **options: Any,
     ) -> None:
@@ -161,16 +168,18 @@ class GoldenSnapshot(AnalysisCallback[WeightChange]):
 
     def save_files(self, trainer: L.Trainer, model: nn.Module) -> None:
         """Writes the previous values and the last update, from which the next cosine follows after a resume."""
-        step = trainer.global_step
+        step, write = trainer.global_step, trainer.is_global_zero
         for key, vector in self._updates.vectors().items():
-            name = f"{key}-step={step:08d}.safetensors"
-            if self._files.get(key) == name:
+            name, kind = f"{key}-step={step:08d}.safetensors", _KINDS[key]
+            earlier = self._files.get(key)
+            if earlier == name:
                 # A second checkpoint of this step.
                 continue
-            save_vectors(
-                self.folder / name, vector, kind="values", model=model, step=step, write=trainer.is_global_zero
-            )
+            save_vectors(self.folder / name, vector, kind=kind, model=model, step=step, write=write)
             self._files = {**self._files, key: name}
+            if earlier is not None and write:
+                # One copy lives: without it a run that is resumed from an older checkpoint lacks two cosines.
+                (self.folder / earlier).unlink(missing_ok=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Adds the hash of the base and the names of its files."""
@@ -183,7 +192,11 @@ class GoldenSnapshot(AnalysisCallback[WeightChange]):
         self._files = dict(state_dict["files"])
 
 
+POOL = ".goldy_bases"
+"""The folder beside the runs in which each base lies once; runs that begin with it have a hard link to it."""
+
 _OF_SNAPSHOT = "snapshot"
+_KINDS: dict[str, Kind] = {"previous": "values", "update": "direction"}
 
 
 class KeptBase:
@@ -302,8 +315,24 @@ class TrainingBase:
 def _write(vector: ParameterVector, path: Path, trainer: L.Trainer, model: nn.Module) -> str:
     """The fingerprint of a base, once its file is written."""
     found, step, write = fingerprint(vector), trainer.global_step, trainer.is_global_zero
-    save_vectors(path, vector, kind="values", model=model, step=step, base_hash=found, write=write)
+    pool = run_root(trainer) / POOL / f"{found}-{model_class(model)}-step={step:08d}.safetensors"
+    known = write and _is_base(pool, found) and link_file(pool, path)
+    if not any(Replicas.world().gather_objects(known)):
+        save_vectors(path, vector, kind="values", model=model, step=step, base_hash=found, write=write)
+        if write:
+            link_file(path, pool)
+    for file in pool.parent.glob("*.safetensors") if write else ():
+        if file.stat().st_nlink == 1:
+            # No run has it any more.
+            file.unlink()
     return found
+
+
+def _is_base(path: Path, expected: str) -> bool:
+    try:
+        return path.is_file() and read_header(path).base_hash == expected
+    except StoreError:
+        return False
 
 
 def _read(path: Path, model: nn.Module, expected: str | None) -> ParameterVector:

@@ -34,6 +34,7 @@ from lightning_goldy.core.isolation import undisturbed
 from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.sharding import Replicas
 from lightning_goldy.core.space import ParameterSpace
+from lightning_goldy.optim.schedules import options_of
 from lightning_goldy.report.loggers import log_scalars
 from lightning_goldy.training.subject import find_model, find_objective
 
@@ -83,7 +84,14 @@ class HeadPlasticity(AnalysisCallback[PlasticityResult]):
     ) -> None:
         super().__init__(**options)
         self.settings = PlasticitySettings(
-            strategy, pruning_level, cycles, min_heads_per_layer, scoring, schedule, regrowth, recovery
+            strategy,
+            pruning_level,
+            cycles,
+            min_heads_per_layer,
+            options_of(Scoring, "scoring", scoring),
+            options_of(PruningSchedule, "schedule", schedule),
+            options_of(Regrowth, "regrowth", regrowth),
+            options_of(Recovery, "recovery", recovery),
         )
 
     def forget(self) -> None:
@@ -149,9 +157,9 @@ class HeadPlasticity(AnalysisCallback[PlasticityResult]):
             self._plasticity.load_state_dict(saved, self.folder)
         self._check(trainer, model)
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begins the first cycle when there is no warm-up."""
-        super().on_train_start(trainer, pl_module)
+        super().begin(trainer, pl_module)
         self._loaded = None
         self._act(trainer, pl_module, "start")
         self.plasticity.prepare_step(steps_so_far(trainer))

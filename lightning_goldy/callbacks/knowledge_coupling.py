@@ -49,7 +49,7 @@ from lightning_goldy.core.vector import ParameterVector, substituted
 from lightning_goldy.data import AtlasDataModule
 from lightning_goldy.data.readers import load_pieces
 from lightning_goldy.data.relations import Fact
-from lightning_goldy.training.subject import find_objective, find_tokenizer
+from lightning_goldy.training.subject import find_model, find_objective, find_tokenizer
 
 PieceSource = str | Path | Sequence[KnowledgePiece] | None
 EDITED = "edited"
@@ -373,7 +373,7 @@ class KnowledgeCoupling(AnalysisCallback[KnowledgeState]):
         self._unreported, self._grown = Cost(), False
 
     def prepare(self, trainer: L.Trainer, model: nn.Module) -> None:
-        """Finds the pieces and the base, and takes the base's coupling, so that what cannot work fails here."""
+        """Finds the pieces and the base, so that what cannot work fails here."""
         objective = find_objective(trainer.lightning_module, model, self.objective)
         with adapters_apart(model):
             require_line(model, self.space)
@@ -394,8 +394,17 @@ class KnowledgeCoupling(AnalysisCallback[KnowledgeState]):
                 self._store.carry(Path(self._previous_folder) / name)
         Replicas.world().meet(self.name)
         self._base = self._training_base.find(trainer, model, ParameterSpace.of(model), self.folder)
-        with undisturbed(trainer, trainer.lightning_module), AnalysisProgress(trainer, self.name) as progress:
+
+    def begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Takes the base's coupling."""
+        model = find_model(pl_module, self.model_attribute)
+        with (
+            Replicas.world().together(self.name),
+            undisturbed(trainer, pl_module),
+            AnalysisProgress(trainer, self.name) as progress,
+        ):
             self._measure_base(trainer, model, progress)
+        super().begin(trainer, pl_module)
 
     def _known(self, plan: Plan) -> int:
         """Pieces that there are, as far as that is known before they are read."""

@@ -28,6 +28,7 @@ from lightning_goldy.core.mask import Scope
 from lightning_goldy.core.naming import require_number
 from lightning_goldy.core.objective import CausalLMObjective, Objective
 from lightning_goldy.core.space import ParameterSpace
+from lightning_goldy.optim.schedules import options_of
 from lightning_goldy.training.subject import find_tokenizer
 
 
@@ -108,8 +109,10 @@ class ReverseGoldenParameters(MaskCallback[ReverseGoldenResult]):
         if n_samples < 2:
             raise ValueError(f"n_samples must be at least 2, one to choose and one to measure; got {n_samples}")
         self.top_k_percent, self.scope, self.strategy, self.n_samples = top_k_percent, scope, strategy, n_samples
-        self.search, self.fluctuation, self.selection = search, fluctuation, selection
-        self.generations = generations
+        self.search = options_of(Search, "search", search)
+        self.fluctuation = options_of(Fluctuation, "fluctuation", fluctuation)
+        self.selection = options_of(Selection, "selection", selection)
+        self.generations = options_of(Generations, "generations", generations)
 
     def probe_samples(self) -> int | None:
         """The samples that choose and those that measure."""
@@ -144,7 +147,7 @@ class ReverseGoldenParameters(MaskCallback[ReverseGoldenResult]):
     def compute(self, context: AnalysisContext) -> ReverseGoldenResult:
         """Searches on one half of the probe and measures on the other."""
         objective = context.objective or CausalLMObjective()
-        choosing, measuring = halves(context.probe, objective, self.n_samples)
+        choosing, measuring = halves(context.probe, objective, min(self.n_samples, self.probe_size))
         return reverse_golden_parameters(
             context.model,
             choosing,

@@ -44,6 +44,11 @@ def require_local_run(trainer: L.Trainer) -> None:
     require_local(trainer.default_root_dir, "default_root_dir")
 
 
+def run_root(trainer: L.Trainer) -> Path:
+    """The local folder that the runs of the first logger, or of the default root, lie in."""
+    return Path((trainer.loggers[0].save_dir if trainer.loggers else None) or trainer.default_root_dir)
+
+
 def run_directory(trainer: L.Trainer) -> Path:
     """The folder of this run: the first logger's, or a numbered one below the default root; the same on all ranks.
 

@@ -9,11 +9,14 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_goldy.callbacks.base import AnalysisCallback
 from lightning_goldy.callbacks.run_folder import run_directory
+from lightning_goldy.callbacks.store import ROWS
 from lightning_goldy.report.rendering import require_drawing
 
 
 class RunReport(L.Callback):
-    """Writes the report page of the run, on rank 0, after all other callbacks have finished.
+    """Writes the report page of the run, on rank 0: at the end, before each analysis at the end, and when a run fails.
+
+    So there is a page also of a run that is killed in its last analysis.
 
     Args:
         output: File to write; ``report.html`` in the run directory by default.
@@ -25,6 +28,8 @@ class RunReport(L.Callback):
 
     def __init__(self, output: str | Path | None = None) -> None:
         self.output = None if output is None else Path(output)
+        self._folder: Path | None = None
+        self._seen: dict[str, int] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuses a run whose report could not be written, before it starts.
@@ -41,15 +46,35 @@ class RunReport(L.Callback):
             )
         require_drawing()
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Notes the folder, which all ranks ask for."""
+        self._folder, self._seen = run_directory(trainer), {}
+
+    def write_page(self, trainer: L.Trainer) -> None:
+        """Writes the page where there are rows that it does not have; on rank 0, the others have nothing to do."""
+        if self._folder is None or not trainer.is_global_zero:
+            return
+        rows = {str(path): path.stat().st_size for path in self._folder.glob(f"goldy/*/{ROWS}")}
+        if rows != self._seen:
+            self._write(self._folder)
+            self._seen = rows
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Writes the page with what a failed or interrupted run has found."""
+        self.write_page(trainer)
+
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Writes the page."""
+        folder = run_directory(trainer)
+        if trainer.is_global_zero and (path := self._write(folder)) is not None:
+            rank_zero_info(f"report: {path}")
+
+    def _write(self, folder: Path) -> Path | None:
         from lightning_goldy.report.page import ReportError, write_report
 
-        folder = run_directory(trainer)
-        if not trainer.is_global_zero:
-            return
         try:
-            rank_zero_info(f"report: {write_report(folder, self.output)}")
+            return write_report(folder, self.output)
         except (ReportError, OSError) as error:
-            # The training is over and saved; a page can be made again from the files at any time.
+            # A page can be made again from the files at any time.
             rank_zero_warn(f"the report could not be written: {error}; try `goldy report {folder}`")
+            return None

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as L
 import torch
@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from tqdm import tqdm
 
 from lightning_goldy.analysis.result import Row
-from lightning_goldy.callbacks.run_folder import FolderNotes, checkpoint_folders, file_names
+from lightning_goldy.callbacks.run_folder import FolderNotes, checkpoint_folders, file_names, unlock_folder
 from lightning_goldy.core.files import (
     append_row,
     atomic_path,
@@ -31,6 +31,7 @@ from lightning_goldy.core.files import (
     repair_rows,
     to_json_line,
 )
+from lightning_goldy.report.descriptions import description_of
 from lightning_goldy.report.figures import TEXTS, draw_figures, reads_of
 from lightning_goldy.report.loggers import log_figure, log_histogram, log_scalars, log_text
 from lightning_goldy.report.rendering import RenderError
@@ -38,6 +39,7 @@ from lightning_goldy.report.run import upgraded
 
 ROWS = "results.jsonl"
 _PATIENCE_SECONDS = 3.0
+_LINE_SECONDS = 30.0
 _told: set[str] = set()
 
 
@@ -137,8 +139,11 @@ class ResultStore:
         self._history: RowHistory | None = None
         self._row_files: set[str] | None = None
         self._notes = FolderNotes.read(folder)
+        self._aside: Path | None = None
         if not write:
             return
+        self._before = {path.name for path in folder.iterdir()} if folder.is_dir() else None
+        self._rows_before = self.rows.read_bytes() if self.rows.is_file() else None
         probe = folder / f".{uuid.uuid4().hex}.writable"
         try:
             atomic_write(probe, "")
@@ -192,8 +197,28 @@ class ResultStore:
         self._history = self._row_files = None
         self.folder.rename(aside)
         self.folder.mkdir()
+        self._aside = aside
         self._notes = FolderNotes.read(self.folder)
         rank_zero_info(f"{self.folder} held an earlier run's results; they are now in {aside}")
+
+    def withdraw(self) -> None:
+        """Takes back what was written since the folder was opened, for a run that does not begin after all."""
+        if not self.write or not self.folder.is_dir():
+            return
+        if self._aside is not None:
+            shutil.rmtree(self.folder)
+            self._aside.rename(self.folder)
+            return
+        for path in self.folder.iterdir():
+            if path.name not in (self._before or ()) and path.is_file():
+                path.unlink()
+        if self._rows_before is not None and self.rows.read_bytes() != self._rows_before:
+            atomic_write(self.rows, self._rows_before)
+        if self._before is None:
+            unlock_folder(self.folder.parent)
+            for made in (self.folder, self.folder.parent):
+                if not any(made.iterdir()):
+                    made.rmdir()
 
     def continue_from(self, previous: Path, step: int) -> None:
         """Keeps what an uninterrupted run would have at ``step``: earlier rows with their files, no later ones.
@@ -294,6 +319,8 @@ def log_row(
     row: Mapping[str, Any],
     histograms: Mapping[str, tuple[list[float], list[int]]],
     earlier: Sequence[Mapping[str, Any]] = (),
+    *,
+    scalars: Literal["headline", "all"] = "all",
 ) -> None:
     """Logs a row's metrics and cost, its figures and its histograms under ``goldy/<name>/``.
 
@@ -302,6 +329,7 @@ def log_row(
         row: A row of ``results.jsonl``.
         histograms: Bin edges and counts by name.
         earlier: Rows of the same analysis before it, for the figures over the run.
+        scalars: ``all`` metrics and costs, or those that the analysis's description calls its headline, and seconds.
     """
     if not trainer.loggers:
         return
@@ -309,10 +337,14 @@ def log_row(
     # Lightning draws its own metrics over batches that stepped. So the loss at x is the one of the weights that an
     # analysis at x has seen.
     step = steps_so_far(trainer)
-    scalars = {f"{prefix}/{name}": value for name, value in row["metrics"].items()}
-    scalars.update({f"{prefix}/cost/{name}": value for name, value in row["cost"].items()})
+    whole, description = scalars == "all", description_of(row["analysis"])
+    numbers = {
+        **{name: value for name, value in row["metrics"].items() if whole or description.is_headline(name)},
+        **{f"cost/{name}": value for name, value in row["cost"].items() if whole or name == "seconds"},
+    }
+    tagged = {f"{prefix}/{name}": value for name, value in numbers.items()}
     write = partial(_to_each, trainer.loggers, f"{row['name']} at step {row['step']}")
-    write(lambda loggers: log_scalars(loggers, scalars, step))
+    write(lambda loggers: log_scalars(loggers, tagged, step))
     for name, (edges, counts) in histograms.items():
         write(lambda loggers: log_histogram(loggers, f"{prefix}/{name}", (edges, counts), step))  # noqa: B023
     for name, written in TEXTS.items():
@@ -353,6 +385,8 @@ def _to_each(loggers: Sequence[Any], what: str, write: Callable[[list[Any]], obj
 class AnalysisProgress:
     """Called with (done, total); shows itself only when the work turns out to be long.
 
+    In a terminal it is a bar, from the first analysis on; elsewhere a line every 30 seconds.
+
     Args:
         trainer: Its progress bar decides the style; without one nothing is shown.
         label: Text beside the bar.
@@ -361,23 +395,28 @@ class AnalysisProgress:
     def __init__(self, trainer: L.Trainer, label: str) -> None:
         self._bar = trainer.progress_bar_callback if trainer.is_global_zero else None
         self._label = label
-        self._start = time.monotonic()
+        self._start = self._told = time.monotonic()
         self._tqdm: Any = None
         self._task: Any = None
 
     def __call__(self, done: int, total: int) -> None:
         """Reports that ``done`` of ``total`` parts are finished."""
-        if self._bar is None or time.monotonic() - self._start < _PATIENCE_SECONDS:
+        now = time.monotonic()
+        if self._bar is None or now - self._start < _PATIENCE_SECONDS:
             return
-        if isinstance(self._bar, RichProgressBar):
-            rich = self._bar.progress
-            if rich is None:
-                return
+        if not sys.stderr.isatty():
+            # A bar that is drawn over itself would be one long line of a file.
+            if now - self._told >= _LINE_SECONDS:
+                self._told = now
+                print(f"{self._label}: {done} of {total} after {now - self._start:.0f} s", file=sys.stderr, flush=True)
+            return
+        # Lightning's bar begins with the first batch, after the analyses of the start.
+        if isinstance(self._bar, RichProgressBar) and (rich := self._bar.progress) is not None:
             if self._task is None:
                 # Lightning's columns read these fields of every task.
                 self._task = rich.add_task(self._label, total=total, visible=True)
             rich.update(self._task, completed=done)
-        elif isinstance(self._bar, TQDMProgressBar):
+        elif isinstance(self._bar, (RichProgressBar, TQDMProgressBar)):
             if self._tqdm is None:
                 self._tqdm = tqdm(total=total, desc=self._label, position=2, leave=False)
             self._tqdm.update(done - self._tqdm.n)

@@ -172,7 +172,7 @@ class TaylorDiff(AnalysisCallback[TaylorDiffResult]):
         return taylor_diff(
             context.model,
             base,
-            shortened(context.probe, context.objective, self.n_samples, None),
+            shortened(context.probe, context.objective, self.used_samples, None),
             context.objective,
             orders=self.orders,
             by=self.by,

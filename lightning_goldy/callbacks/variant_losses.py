@@ -83,7 +83,7 @@ class VariantLosses(AnalysisCallback[VariantLossesResult]):
         assert isinstance(module, VariantsModule)
         assert objective is not None
         replicas = Replicas.world()
-        batches = shortened(context.probe, objective, self.n_samples, None)
+        batches = shortened(context.probe, objective, self.used_samples, None)
         trained = module.trained_models()
         totals: dict[str, float] = dict.fromkeys(module.variants, 0.0)
         count, passes = 0, {"forwards": 0.0}

@@ -232,6 +232,13 @@ def adapters_apart(model: nn.Module) -> Iterator[list[str]]:
             _write(held, values)
 
 
+def write_pages(trainer: L.Trainer) -> None:
+    """Has the reports of a trainer written with what there is, before work that may not come to its end."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if callable(write := getattr(callback, "write_page", None)):
+            write(trainer)
+
+
 def tell_last(trainer: L.Trainer, listener: type) -> None:
     """Has a trainer tell its callbacks of every checkpoint and of the end when nobody else changes weights any more.
 
@@ -267,6 +274,8 @@ def tell_last(trainer: L.Trainer, listener: type) -> None:
 
     def on_train_end() -> None:
         for callback in callbacks():
+            if "end" in callback.at:
+                write_pages(trainer)
             callback.when_finished(trainer, trainer.lightning_module)
         end()
 

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
+import os
+import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, NoReturn, TypeVar
 
 import lightning.pytorch as L
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_goldy.commands.ranks import trainer_words
 from lightning_goldy.core.files import PlainError, atomic_write, printable
+from lightning_goldy.core.naming import suggestion
 from lightning_goldy.training.quiet import progress_only, without_known_warnings
 from lightning_goldy.training.recipes import all_recipes
 
@@ -35,10 +42,56 @@ class SaveRunConfig(SaveConfigCallback):
 
 
 class _PlainParser(LightningArgumentParser):
-    """Spells out control characters of the values that its errors quote."""
+    """Tells an error in one line: what is wrong, of all that was tried to read a value."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        super().error("\n".join(map(printable, message.split("\n"))), ex)
+        if not self.exit_on_error:
+            # Of a parser that tries one of several types.
+            super().error(message, ex)
+        print(f"goldy: {plain_reason(message)}", file=sys.stderr)
+        self.exit(2)
+
+
+# What jsonargparse says around the reasons: types that were tried, and the value again, whole.
+_AROUND = (
+    "Does not validate against any of the Union subtypes",
+    "Subtypes:",
+    "Errors:",
+    "Given value",
+    "Expected a <class 'NoneType'>",
+    "Expected a typing.Literal",
+    "Problem with given class_path",
+    "Parser key",
+)
+
+
+def plain_reason(message: str) -> str:
+    r"""The line of a parser's message that tells what to do, with the option that it is about.
+
+    Args:
+        message: Of several lines: for a value that may be of several types one says what is wrong with each.
+
+    Example:
+        >>> lines = ['Parser key "model":', '  Problem with given class_path \'A\':', "  Errors:", "    - no folder x"]
+        >>> plain_reason("\n".join([*lines, "    - Expected a <class 'NoneType'>", "  Given value: Namespace(a=1)"]))
+        'model: no folder x'
+        >>> plain_reason("Unrecognized arguments: --trainr")
+        'Unrecognized arguments: --trainr'
+    """
+    for kind, option in re.findall(r"class_path '([\w.]+)':\s+Option '([\w.]+)' is not accepted", message):
+        parameters = inspect.signature(resolve_name(kind)).parameters
+        message = message.replace(
+            f"Option {option!r} is not accepted", f"unknown {option!r}; {suggestion(option, parameters)}"
+        )
+    lines = [line.strip().removeprefix("- ").strip() for line in message.split("\n")]
+    nested = re.findall(r"NestedArg\(key='([\w.]+)'", message)
+    key = next(iter(re.findall(r'(?:Parser key|Validation failed: Key) "([\w.\[\]]+)"', message)), "")
+    reasons = [line for line in lines if line and not line.startswith(_AROUND)]
+    # The most specific reason stands deepest; a plain mismatch of types says least.
+    told = [line for line in reasons if not line.startswith(("Expected ", "Not a valid subclass"))] or reasons or lines
+    where = ".".join([key, *nested[:1]]) if nested and not key.endswith(nested[0]) else key
+    reason = printable(" ".join(told[:1] if len(told) > 1 and "Errors:" in message else told))
+    return f"{where}: {reason}" if where and where not in reason else reason
 
 
 class GoldyCLI(LightningCLI):
@@ -61,9 +114,87 @@ class GoldyCLI(LightningCLI):
         """The Trainer's methods that are commands, with the arguments that the command line does not offer."""
         return {name: LightningCLI.subcommands()[name] for name in ("fit", "validate", "test")}
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Takes ``--callbacks.NAME.OPTION VALUE``, too, which changes one option of one of the callbacks."""
+        words, changes = callback_changes(sys.argv[1:] if args is None else args)
+        with command_line(words):
+            super().parse_arguments(parser, None if args is None else words)
+        if changes:
+            config = self.config[self.config["subcommand"]] if "subcommand" in self.config else self.config
+            change_callbacks(config["trainer"].get("callbacks") or [], changes)
+            self.config = parser.parse_object(self.config)
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Makes GoldyModule what ``--model`` is unless a class path says otherwise."""
         parser.set_defaults({"model": {"class_path": "lightning_goldy.GoldyModule"}})
+
+
+def callback_changes(words: Sequence[str]) -> tuple[list[str], list[tuple[str, str, Any]]]:
+    """Takes the options of single callbacks out of a command line.
+
+    Args:
+        words: ``--callbacks.NAME.OPTION VALUE`` or ``--callbacks.NAME.OPTION=VALUE`` among others.
+
+    Returns:
+        The other words, and name, option and value, as YAML reads it, of each change.
+
+    Raises:
+        ValueError: A name, an option or a value is missing.
+
+    Example:
+        >>> callback_changes(["fit", "--callbacks.taylor_diff.orders=[1]", "--trainer.max_steps", "3"])
+        (['fit', '--trainer.max_steps', '3'], [('taylor_diff', 'orders', [1])])
+    """
+    rest, changes, following = [], [], iter(words)
+    for word in following:
+        if not word.startswith("--callbacks."):
+            rest.append(word)
+            continue
+        path, equals, value = word.removeprefix("--callbacks.").partition("=")
+        name, _, option = path.partition(".")
+        given = value if equals else next(following, None)
+        if not name or not option or given is None:
+            raise ValueError(f"{word}: write --callbacks.NAME.OPTION VALUE, as in --callbacks.taylor_diff.n_samples 4")
+        changes.append((name, option, yaml.safe_load(given)))
+    return rest, changes
+
+
+def change_callbacks(callbacks: Sequence[Any], changes: Iterable[tuple[str, str, Any]]) -> None:
+    """Changes options of single callbacks of a configuration.
+
+    Args:
+        callbacks: Each with ``class_path`` and ``init_args``.
+        changes: Name of the callback (its ``name``, class name, or class name in snake case), option, value.
+
+    Raises:
+        ValueError: No callback has that name, or several have.
+    """
+    for name, option, value in changes:
+        known = [_names_of(callback) for callback in callbacks]
+        found = [callback for callback, names in zip(callbacks, known, strict=True) if name in names]
+        if len(found) != 1:
+            told = ", ".join(names[0] for names in known) or "none"
+            raise ValueError(
+                f"--callbacks.{name}.{option}: {len(found) or 'no'} callbacks are called {name!r}; there are: {told}"
+            )
+        found[0][f"init_args.{option}"] = value
+
+
+def _names_of(callback: Any) -> list[str]:
+    kind = callback["class_path"].rpartition(".")[2]
+    snake = re.sub(r"(?<!^)(?=[A-Z])", "_", kind).lower()
+    given = (callback.get("init_args") or {}).get("name")
+    return [given, kind] if given else [snake, kind]
+
+
+# What is told in a line before the training begins; a fault of the code shows where it is.
+_TOLD = (ValueError, OSError, ImportError, RuntimeError, MisconfigurationException)
+
+
+def _in_training(error: BaseException) -> bool:
+    """Whether an error comes from within the training itself."""
+    frames = (frame.filename for frame in traceback.extract_tb(error.__traceback__))
+    return any(name.endswith("training_epoch_loop.py") for name in frames)
 
 
 def run_trainer(arguments: Sequence[str]) -> int:
@@ -73,7 +204,8 @@ def run_trainer(arguments: Sequence[str]) -> int:
         arguments: Words after the program's name, the command first.
 
     Returns:
-        0; what goes wrong is raised, or exits as argument errors do.
+        0, or 2 when it failed before its first batch for a reason that one line tells; the environment's
+        ``GOLDY_TRACEBACK=1`` has it raised. What goes wrong later is raised, and argument errors exit.
 
     Raises:
         FileNotFoundError: A recipe that the package carries was named but is not in this folder.
@@ -81,7 +213,13 @@ def run_trainer(arguments: Sequence[str]) -> int:
     check_configs(arguments)
     # LightningCLI takes sys.argv: distributed strategies start their other processes from it.
     with command_line(arguments), without_known_warnings():
-        GoldyCLI()
+        try:
+            GoldyCLI()
+        except _TOLD as error:
+            if os.environ.get("GOLDY_TRACEBACK") or _in_training(error):
+                raise
+            print(f"goldy: {plain_reason(str(error))}", file=sys.stderr)
+            return 2
     return 0
 
 

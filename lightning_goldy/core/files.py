@@ -197,6 +197,33 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             _sync(path.parent)
 
 
+def link_file(source: str | Path, target: str | Path) -> bool:
+    """Gives a file a second name, under which it stays when the first one goes.
+
+    Args:
+        source: The file.
+        target: Replaced when it exists; its folder is made when missing.
+
+    Returns:
+        Whether it has; not where there is no such file, or the file system has no such links.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     first, second = Path(folder, "a"), Path(folder, "b", "c")
+        ...     link_file(first, second), atomic_write(first, "text") and link_file(first, second), second.read_text()
+        (False, True, 'text')
+    """
+    if not Path(source).is_file():
+        return False
+    try:
+        with atomic_path(target) as temporary:
+            os.link(source, temporary)
+    except OSError:
+        return False
+    return True
+
+
 def atomic_write(path: str | Path, data: bytes | str) -> Path:
     """Writes a whole file at once.
 

@@ -96,8 +96,17 @@ class ResumableDataLoader(DataLoader):
 
 
 def follow_training(trainer: L.Trainer) -> None:
-    """Lets the training loaders that keep their position leave out batches that were fetched and not trained on."""
-    combined = trainer.fit_loop._combined_loader
+    """Lets the training loaders that keep their position leave out batches that were fetched and not trained on.
+
+    Whoever asks during set-up how long the training is (``trainer.estimated_stepping_batches``, as most learning-rate
+    schedules do) has Lightning make the loaders before it reads their positions from the checkpoint, and it reads them
+    only as it makes loaders. So they are told here, and begin there.
+    """
+    loop = trainer.fit_loop
+    if getattr(loop, "_combined_loader_states_to_load", None) and loop._data_fetcher is not None:
+        loop._load_combined_loader_states()
+        iter(loop._data_fetcher)
+    combined = loop._combined_loader
     for loader in [] if combined is None else combined.flattened:
         if isinstance(loader, ResumableDataLoader):
             loader.ahead = partial(_ahead, weakref.ref(trainer))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
 
 @dataclass(frozen=True)
@@ -15,12 +16,29 @@ class Description:
         measures: A sentence that says what is measured.
         reading: A sentence that says how to read the numbers.
         metrics: Meaning of each metric; for names with a slash, of the part before the last slash.
+        headline: The few metrics that loggers get as scalars by default, names or patterns of them; none are all
+            without a slash.
     """
 
     title: str
     measures: str
     reading: str
     metrics: Mapping[str, str] = field(default_factory=dict)
+    headline: tuple[str, ...] = ()
+
+    def is_headline(self, metric: str) -> bool:
+        """Whether a metric is among the few.
+
+        Example:
+            >>> described = Description("", "", "", headline=("loss", "error/*"))
+            >>> [described.is_headline(name) for name in ("loss", "change", "error/order1")]
+            [True, False, True]
+            >>> Description("", "", "").is_headline("change"), Description("", "", "").is_headline("change/h.0")
+            (True, False)
+        """
+        if not self.headline:
+            return "/" not in metric
+        return any(fnmatchcase(metric, pattern) for pattern in self.headline)
 
     def meaning(self, metric: str) -> str:
         """Meaning of a metric, or nothing where none is known.

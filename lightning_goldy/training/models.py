@@ -9,11 +9,12 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import lightning.pytorch as L
 import torch
 from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from transformers import (
@@ -31,8 +32,9 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_goldy.analysis.heads import gated_state, gates_card
 from lightning_goldy.core.architecture import HeadGates, UnsupportedArchitectureError
-from lightning_goldy.core.files import atomic_write
-from lightning_goldy.core.naming import require_number, suggestion
+from lightning_goldy.core.base import read_checkpoint
+from lightning_goldy.core.files import atomic_path, atomic_write
+from lightning_goldy.core.naming import require_choice, require_number, suggestion
 from lightning_goldy.core.sharding import gather, is_sharded
 from lightning_goldy.training.quiet import without_transformers_bars
 
@@ -410,6 +412,42 @@ def write_pretrained(
     return folder
 
 
+Kept = Literal["all", "newest", "none"]
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """What checkpoints hold, and which are written beside those of the trainer's ``ModelCheckpoint``.
+
+    For AdamW in float32 the optimizer's state is twice the weights: a checkpoint takes three times the model's size,
+    and the folder in Hugging Face format once more.
+
+    Args:
+        pretrained: Beside which checkpoints a folder in Hugging Face format stands: ``all``, the ``newest``, ``none``.
+        optimizer: Which checkpoints of a run hold the optimizer's state, with which a training can be resumed: ``all``,
+            or the ``newest``; when one is written, older ones of the run become weights alone.
+        final: Whether the model is saved when the training ends, before analyses at the end, unless a checkpoint of
+            that step exists. It needs a ``ModelCheckpoint``, whose folder and file name it takes.
+
+    Raises:
+        ValueError: A value is unknown.
+
+    Example:
+        >>> CheckpointOptions(optimizer="newest").pretrained
+        'all'
+    """
+
+    pretrained: Kept = "all"
+    optimizer: Literal["all", "newest"] = "all"
+    final: bool = True
+
+    def __post_init__(self) -> None:
+        require_choice("checkpoints.pretrained", self.pretrained, get_args(Kept))
+        require_choice("checkpoints.optimizer", self.optimizer, ("all", "newest"))
+        if not isinstance(self.final, bool):
+            raise ValueError(f"checkpoints.final is true or false; got {self.final!r}")
+
+
 class PretrainedExport(CheckpointIO):
     """Saves, loads and removes checkpoints through another ``CheckpointIO``, and keeps a folder beside each.
 
@@ -419,15 +457,39 @@ class PretrainedExport(CheckpointIO):
     Args:
         inner: The plugin that does the saving.
         trainer: Whose module is exported: its ``goldy_model``, with its ``export_tokenizer()``.
+        options: What older checkpoints keep.
     """
 
-    def __init__(self, inner: CheckpointIO, trainer: L.Trainer) -> None:
+    def __init__(
+        self,
+        inner: CheckpointIO,
+        trainer: L.Trainer,
+        options: CheckpointOptions = CheckpointOptions(),
+    ) -> None:
         self.inner = inner
         self.trainer = trainer
+        self.options = options
+        # Local checkpoints of this run that hold more than older ones shall, with their steps.
+        self._whole: dict[str, int] = {}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Saves the checkpoint, then the folder."""
+        """Saves the checkpoint, then the folder, then takes from older ones what only the newest keeps."""
         self.inner.save_checkpoint(checkpoint, path, storage_options=storage_options)
+        if self.options.pretrained != "none":
+            self._export(checkpoint, path)
+        if "://" in str(path):
+            return
+        step = int(checkpoint.get("global_step", 0))
+        for older, at in [*self._whole.items()]:
+            if at < step:
+                del self._whole[older]
+                if self.options.pretrained == "newest":
+                    _remove_folder(pretrained_folder(older))
+                if self.options.optimizer == "newest" and Path(older).is_file():
+                    keep_weights_alone(older)
+        self._whole[str(path)] = step
+
+    def _export(self, checkpoint: Mapping[str, Any], path: Any) -> None:
         module = self.trainer.lightning_module
         if not getattr(module, "exports_pretrained", False):
             return
@@ -452,9 +514,8 @@ class PretrainedExport(CheckpointIO):
     def remove_checkpoint(self, path: Any) -> None:
         """Removes the folder, then the checkpoint."""
         if "://" not in str(path):
-            folder = pretrained_folder(path)
-            if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
-                shutil.rmtree(folder)
+            _remove_folder(pretrained_folder(path))
+        self._whole.pop(str(path), None)
         self.inner.remove_checkpoint(path)
 
     def teardown(self) -> None:
@@ -462,19 +523,69 @@ class PretrainedExport(CheckpointIO):
         self.inner.teardown()
 
 
-def attach_export(trainer: L.Trainer) -> None:
+def _remove_folder(folder: Path) -> None:
+    if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
+        shutil.rmtree(folder)
+
+
+def keep_weights_alone(path: str | os.PathLike[str]) -> None:
+    """Takes the optimizer's state out of a Lightning checkpoint, which then loads as one of ``save_weights_only``.
+
+    Args:
+        path: The file; it is replaced at once.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save({"state_dict": {}, "optimizer_states": [1], "lr_schedulers": []}, f"{folder}/a.ckpt")
+        ...     keep_weights_alone(f"{folder}/a.ckpt")
+        ...     sorted(torch.load(f"{folder}/a.ckpt"))
+        ['state_dict']
+    """
+    checkpoint = read_checkpoint(Path(path))
+    for name in ("optimizer_states", "lr_schedulers"):
+        checkpoint.pop(name, None)
+    with atomic_path(Path(path)) as temporary:
+        torch.save(checkpoint, temporary)
+
+
+def save_final(trainer: L.Trainer) -> None:
+    """Has the trainer's first ``ModelCheckpoint`` save the model as training leaves it; every rank calls.
+
+    Nothing happens where there is none, where nothing was trained, or where one of them saved at this step.
+    """
+    savers: list[Any] = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
+    step = trainer.global_step
+    trial = trainer.fast_dev_run  # type: ignore[attr-defined]
+    if not savers or trial or not step or any(each._last_global_step_saved == step for each in savers):
+        return
+    saver = savers[0]
+    name = saver._get_metric_interpolated_filepath_name(saver._monitor_candidates(trainer), trainer)
+    saver._save_checkpoint(trainer, name)
+
+
+def attach_export(
+    trainer: L.Trainer,
+    options: CheckpointOptions = CheckpointOptions(),
+) -> None:
     """Makes a trainer write a pretrained folder beside each checkpoint; again on the same trainer is harmless.
 
     Sharded checkpoints, which are folders with one part per process, get none: a warning says so.
+
+    Args:
+        trainer: Whose checkpoints they are.
+        options: What older checkpoints keep.
     """
     strategy = trainer.strategy
+    if options.pretrained == "none" and options.optimizer == "all":
+        return
     if getattr(strategy, "_save_distributed_checkpoint", False):
         rank_zero_warn(
             f"{type(strategy).__name__} saves sharded checkpoints, beside which no pretrained folder is written; use "
             "save_distributed_checkpoint=False, or call GoldyModule.save_pretrained(folder) on every process"
         )
     elif not isinstance(strategy.checkpoint_io, PretrainedExport):
-        strategy.checkpoint_io = PretrainedExport(strategy.checkpoint_io, trainer)
+        strategy.checkpoint_io = PretrainedExport(strategy.checkpoint_io, trainer, options)
 
 
 def _with_ties(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -30,6 +30,7 @@ from lightning_goldy.core.objective import (
 )
 from lightning_goldy.core.sharding import gather
 from lightning_goldy.core.store import StoreError, pack_mask, read_header, unpack_mask
+from lightning_goldy.data.base import follow_training
 from lightning_goldy.data.tokenization import load_tokenizer
 from lightning_goldy.optim.masked_adamw import MaskedAdamW
 from lightning_goldy.optim.schedules import (
@@ -43,6 +44,7 @@ from lightning_goldy.optim.schedules import (
 )
 from lightning_goldy.training.metrics import StageMetrics
 from lightning_goldy.training.models import (
+    CheckpointOptions,
     Head,
     LoraOptions,
     WeightDtype,
@@ -56,6 +58,7 @@ from lightning_goldy.training.models import (
     full_state_dict,
     load_model,
     position_limit,
+    save_final,
     shard_blocks,
     write_pretrained,
 )
@@ -213,6 +216,7 @@ class GoldyModule(GoldyMixin, L.LightningModule):
         lora: Trains low-rank adapters in place of the weights.
         gradient_checkpointing: Recomputes activations in the backward pass.
         dtype: The weights' type. For mixed precision keep float32 and set the trainer's ``precision``.
+        checkpoints: What checkpoints hold, and whether the model is saved when the training ends.
         mask: For ``masked_adamw``, in place of ``optimizer.mask``.
 
     Raises:
@@ -240,6 +244,7 @@ class GoldyModule(GoldyMixin, L.LightningModule):
         lora: LoraOptions | None = None,
         gradient_checkpointing: bool = False,
         dtype: WeightDtype = "float32",
+        checkpoints: CheckpointOptions = CheckpointOptions(),  # noqa: B008 - frozen
         mask: str | Path | None = None,
     ) -> None:
         super().__init__()
@@ -248,6 +253,7 @@ class GoldyModule(GoldyMixin, L.LightningModule):
         self.schedule_options = options_of(ScheduleOptions, "schedule", schedule)
         self.lora_options = None if lora is None else options_of(LoraOptions, "lora", lora)
         self.objective: Objective = _objective(objective, model)
+        self.checkpoint_options = options_of(CheckpointOptions, "checkpoints", checkpoints)
         self.gradient_checkpointing = gradient_checkpointing
         if dtype not in get_args(WeightDtype):
             raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(get_args(WeightDtype))}")
@@ -286,7 +292,7 @@ class GoldyModule(GoldyMixin, L.LightningModule):
         if stage == "fit":
             self._masked_training.check(self.trainer)
         if stage == "fit" and self.exports_pretrained:
-            attach_export(self.trainer)
+            attach_export(self.trainer, self.checkpoint_options)
 
     def configure_optimizers(self) -> Any:
         """AdamW with decay groups, and a learning rate that moves at every optimizer step."""
@@ -297,8 +303,17 @@ class GoldyModule(GoldyMixin, L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
 
     def on_train_start(self) -> None:
-        """Gives a masked optimizer the mask that a callback has just made, or that of the resumed checkpoint."""
+        """Has a resumed epoch go on with its next batch, and gives a masked optimizer its mask.
+
+        The mask is that which a callback has just made, or that of the resumed checkpoint.
+        """
+        follow_training(self.trainer)
         self._masked_training.start(self.trainer, self.model)
+
+    def on_train_end(self) -> None:
+        """Saves the model, before the analyses at the end, unless a checkpoint of this step holds it."""
+        if self.checkpoint_options.final:
+            save_final(self.trainer)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the mask that the training runs with."""
@@ -410,6 +425,7 @@ class GoldyModule(GoldyMixin, L.LightningModule):
                 "lora": None if self.lora_options is None else dataclasses.asdict(self.lora_options),
                 "gradient_checkpointing": self.gradient_checkpointing,
                 "dtype": self.dtype_name,
+                "checkpoints": dataclasses.asdict(self.checkpoint_options),
             }
         )
 

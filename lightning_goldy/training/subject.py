@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 
@@ -197,7 +198,8 @@ def check_probe(
     *,
     pl_module: Any = None,
     check: bool = True,
-) -> None:
+    lacking: Literal["error", "warn"] = "error",
+) -> int:
     """One forward pass over the probe, so that a batch that cannot work fails before the first step.
 
     Args:
@@ -208,16 +210,20 @@ def check_probe(
         pl_module: The LightningModule; unless it trains by this very objective, the model's own loss is that of the
             batch as it is, as its training step would ask for it.
         check: Whether the objective's loss is held against the model's own; two more passes over two samples.
+        lacking: What fewer samples than ``n_samples`` are.
+
+    Returns:
+        The samples that an analysis has.
 
     Raises:
-        ValueError: There are fewer samples than ``n_samples``, a sample's log-probability is not finite, or the model's
-            own loss is another one.
+        ValueError: There are fewer samples than ``n_samples``, a sample's log-probability is not finite, or the
+            model's own loss is another one.
     """
     device = next(model.parameters()).device
     seen = 0
     for index, batch in enumerate(probe):
         if n_samples is not None and seen >= n_samples:
-            return
+            return n_samples
         placed = move_batch(batch, device)
         values = objective.log_probs(model, placed)
         if not bool(torch.isfinite(values).all()):
@@ -227,7 +233,11 @@ def check_probe(
             check_own_loss(model, objective, placed, as_given=as_given)
         seen += len(values)
     if n_samples is not None and seen < n_samples:
-        raise ValueError(f"n_samples={n_samples}, but the probe holds only {seen} samples")
+        told = f"n_samples={n_samples}, but the probe holds only {seen} samples"
+        if lacking == "error":
+            raise ValueError(told)
+        rank_zero_warn(f"{told}: those are used")
+    return seen if n_samples is None else min(seen, n_samples)
 
 
 def find_splits(

@@ -221,7 +221,6 @@ def test_bad_arguments_are_named(arguments, message):
         ({"prompts": {"a": "text"}}, "prompt 'a' is a text, but neither Watched nor its data module has a tokenizer"),
         ({"prompts": {"a": [1, VOCABULARY]}}, f"prompt 'a': token {VOCABULARY} is unknown to the model, which has"),
         ({"heads": [[0, 1], [2, 0]]}, "there is no head 0 in layer 2; layers go from 0 to 1"),
-        ({"n_samples": 99}, "n_samples=99, but the probe holds only 4"),
     ],
 )
 def test_what_cannot_work_is_refused_before_the_first_step(tmp_path, arguments, message):

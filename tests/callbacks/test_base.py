@@ -138,7 +138,6 @@ class Frozen(Never):
 @pytest.mark.parametrize(
     ("callback", "module", "data", "message"),
     [
-        (lambda: GoldenParameters(), Never, TokenData(), "n_samples=16, but the probe holds only 4"),
         (lambda: GoldenParameters(n_samples=2), Never, EmptyProbe(), "the probe is empty: EmptyProbe.probe_dataloader"),
         (lambda: GoldenParameters(n_samples=2), Never, Masked(), "every label is masked"),
         (
@@ -251,7 +250,10 @@ def test_on_error_warn_lets_training_go_on(tmp_path):
 
 def test_tensorboard_receives_scalars_figures_and_histograms(tmp_path):
     logger = TensorBoardLogger(tmp_path, name=None, version="tb")
-    watchers = [GoldenSnapshot(every_n_steps=4), GoldenParameters(n_samples=3, quorum=0.5, every_n_steps=4)]
+    watchers = [
+        GoldenSnapshot(track_updates=True, every_n_steps=4, log_scalars="all"),
+        GoldenParameters(n_samples=3, quorum=0.5, every_n_steps=4, log_scalars="all"),
+    ]
     fit(tmp_path, watchers, logger=logger, max_epochs=1)
     events = EventAccumulator(str(tmp_path / "tb"), size_guidance={"scalars": 0, "images": 0, "histograms": 0})
     events.Reload()
@@ -303,7 +305,7 @@ def test_the_metrics_of_a_known_change(tmp_path):
             return torch.optim.SGD(self.parameters(), lr=0.25)
 
     module = Linear()
-    snapshot = GoldenSnapshot(every_n_steps=1, model_attribute="net")
+    snapshot = GoldenSnapshot(track_updates=True, every_n_steps=1, model_attribute="net")
     golden = GoldenParameters(
         25.0,
         n_samples=1,

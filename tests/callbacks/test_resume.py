@@ -11,8 +11,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from lightning_goldy import GoldyModule
-from lightning_goldy.callbacks import ExactResume, GoldenParameters, GoldenSnapshot
+from lightning_goldy.callbacks import ExactResume, GoldenParameters, GoldenSnapshot, TaylorDiff
 from lightning_goldy.core import StoreError, load_vectors, save_vectors
+from lightning_goldy.data.base import ResumableDataLoader, SeededShuffle
 from tests.callbacks.killed import Ordered
 from tests.callbacks.training import Finetune, TokenData, Tokens, differences, fit
 from tests.references.models import build
@@ -103,21 +104,35 @@ def test_a_missing_or_exchanged_base_is_an_error(uninterrupted, tmp_path):
 
 
 def test_files_of_removed_checkpoints_go_and_those_of_kept_ones_stay(tmp_path):
-    snapshot = GoldenSnapshot(every_n_steps=1)
+    watcher = TaylorDiff(orders=[1], reset="each", function_space=False, n_samples=1, every_n_steps=1, at=())
     saver = ModelCheckpoint(
         tmp_path / "ckpt", filename="{step}", monitor="train_loss", every_n_train_steps=1, save_top_k=2, save_last=True
     )
-    fit(tmp_path, [snapshot, saver], max_epochs=2, enable_checkpointing=True)
+    fit(tmp_path, [watcher, saver], max_epochs=2, enable_checkpointing=True)
     kept = {path.stem.removeprefix("step=") for path in (tmp_path / "ckpt").glob("step=*.ckpt")}
     assert len(kept) == 2
-    needed = {f"previous-step={int(step):08d}.safetensors" for step in {*kept, "16"}}
-    left = {path.name for path in snapshot.folder.glob("previous-*")}
+    needed = {f"base-step={int(step):08d}.safetensors" for step in {*kept, "16"}}
+    left = {path.name for path in watcher.folder.glob("base-*")}
     # The last save prunes before Lightning removes what that save has replaced.
     assert needed <= left
     assert len(left) <= 5
     for path in [*(tmp_path / "ckpt").glob("*.ckpt")]:
-        state = torch.load(path, weights_only=True)["callbacks"]["GoldenSnapshot[golden_snapshot]"]
-        assert all((snapshot.folder / name).is_file() for name in state["files"].values())
+        state = torch.load(path, weights_only=True)["callbacks"]["TaylorDiff[taylor_diff]"]
+        assert (watcher.folder / state["base_file"]).is_file()
+
+
+@pytest.mark.filterwarnings("ignore:.*the first two cosines will be missing")
+def test_one_copy_of_the_updates_lives_with_which_the_newest_checkpoint_goes_on(tmp_path):
+    def cosines(place, **options):
+        saver = ModelCheckpoint(tmp_path / "ckpt", filename="{step}", every_n_train_steps=3, save_top_k=-1)
+        watchers = [ExactResume(), GoldenSnapshot(every_n_steps=1, track_updates=True), saver]
+        fit(tmp_path / place, watchers, data=Resumable(), max_epochs=1, enable_checkpointing=True, **options)
+        return [row["metrics"]["update_cosine"] for row in results(watchers)["golden_snapshot"]]
+
+    whole = cosines("whole")
+    assert cosines("newest", ckpt_path=tmp_path / "ckpt/step=6.ckpt") == whole
+    older = cosines("older", ckpt_path=tmp_path / "ckpt/step=3.ckpt")
+    assert [index for index, value in enumerate(older) if value is None] == [0, 3, 4]
 
 
 def test_checkpoint_state_is_small_and_loads_without_pickle(uninterrupted):
@@ -156,6 +171,14 @@ def test_a_run_that_goes_on_does_not_start_again(tmp_path):
     fit(tmp_path / "resumed", [resumed], max_epochs=2, ckpt_path=tmp_path / f"step={EPOCH}.ckpt")
     steps = [[row["step"] for row in results([each])["golden_parameters"]] for each in (whole, resumed)]
     assert steps == [[0, EPOCH, 2 * EPOCH]] * 2
+
+
+class Resumable(TokenData):
+    """Rows in an order that is the seed's, from a loader that keeps its place."""
+
+    def train_dataloader(self):
+        sampler, own = SeededShuffle(self.n_train, 0), torch.Generator()
+        return ResumableDataLoader(Tokens(self.n_train, 1), batch_size=2, sampler=sampler, generator=own)
 
 
 class Shuffled(TokenData):

@@ -209,11 +209,6 @@ def test_a_search_that_cannot_be_is_refused(options, message):
         Search(**options)
 
 
-def test_too_few_probe_samples_are_refused_before_the_first_step(tmp_path):
-    with pytest.raises(ValueError, match="n_samples=16, but the probe holds only 4 samples"):
-        fit(tmp_path, [ReverseGoldenParameters()])
-
-
 def test_the_space_is_the_selected_one(tmp_path):
     selection = Selection(include=["*mlp*weight"], last_layers=1)
     watcher = ReverseGoldenParameters(selection=selection, **QUICK)

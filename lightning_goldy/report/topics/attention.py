@@ -545,5 +545,6 @@ _ATTENTION_TRACKER = Description(
         "drift_max": "drift of the head that moved most, nats",
         "largest_singular_value": "of the patterns on a prompt, mean over heads; 1 for a permutation",
     },
+    headline=("entropy", "induction_max", "drift"),
 )
 describe("attention_tracker", _ATTENTION_TRACKER)

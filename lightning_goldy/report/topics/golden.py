@@ -419,6 +419,7 @@ _GOLDEN_SNAPSHOT = Description(
         "rounding_floor": "||Delta|| / ||base|| that rounding to the training's precision alone makes",
         "lost_share": "share of the changed elements whose change is below half a step of that precision",
     },
+    headline=("delta_norm", "relative_change", "update_cosine"),
 )
 describe("golden_snapshot", _GOLDEN_SNAPSHOT)
 _GOLDEN_PARAMETERS = Description(
@@ -441,6 +442,7 @@ _GOLDEN_PARAMETERS = Description(
         "delta_share": "share of ||Delta||^2 inside the mask",
         "delta_share_over_density": "that share divided by the density; 1 = no more than their number",
     },
+    headline=("density_over_chance", "jaccard_previous", "delta_share"),
 )
 describe("golden_parameters", _GOLDEN_PARAMETERS)
 _REVERSE_GOLDEN_PARAMETERS = Description(
@@ -473,6 +475,7 @@ _REVERSE_GOLDEN_PARAMETERS = Description(
         "delta_share": "share of ||Delta||^2 inside the mask",
         "delta_share_over_density": "that share divided by the density; 1 = no more than their number",
     },
+    headline=("kl_divergence", "over_gradient", "jaccard_previous"),
 )
 describe("reverse_golden_parameters", _REVERSE_GOLDEN_PARAMETERS)
 _PARAMETER_DISTRIBUTION = Description(
@@ -493,5 +496,6 @@ _PARAMETER_DISTRIBUTION = Description(
         "histogram_drift": "Jensen-Shannon divergence of the weights' histograms, nats; by block",
         "relative_change": "||Delta|| / ||base||; by block, of all that the block holds",
     },
+    headline=("stable_rank", "effective_rank", "alignment_over_chance"),
 )
 describe("parameter_distribution", _PARAMETER_DISTRIBUTION)

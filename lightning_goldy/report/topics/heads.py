@@ -461,6 +461,7 @@ _HEAD_PLASTICITY = Description(
         "finish": "of the probe as the cycle began (before) and as it ended",
         "rolled_back": "1 when the cycle cost too much and was undone",
     },
+    headline=("loss", "active_heads", "closed_share"),
 )
 describe("head_plasticity", _HEAD_PLASTICITY)
 _PLASTICITY_SWEEP = Description(

@@ -244,6 +244,7 @@ _TAYLOR_DIFF = Description(
         "gradient_norm": "||g|| at the base",
         "nonlinearity": "relative error of the first order, by which the regime is told",
     },
+    headline=("loss", "relative_error/*"),
 )
 describe("taylor_diff", _TAYLOR_DIFF)
 _VARIANT_LOSSES = Description(
@@ -257,5 +258,6 @@ _VARIANT_LOSSES = Description(
         "between them is what it is worth."
     ),
     metrics={"loss": "mean loss of the model as it is, nats; over the probe's targets, of each variant"},
+    headline=("loss/*",),
 )
 describe("variant_losses", _VARIANT_LOSSES)

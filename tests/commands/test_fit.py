@@ -1,0 +1,83 @@
+"""``goldy fit``: an error is a line, and one option of one callback can be changed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+
+from lightning_goldy.cli import main
+from lightning_goldy.commands.fit import callback_changes, change_callbacks
+
+SHAPE = {"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 2, "n_positions": 32}
+
+
+@pytest.fixture
+def words(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("to be or not to be, that is the question. " * 20)
+    (tmp_path / "bad.jsonl").write_text('{"question": "a?", "answer": "b"}\n{"question": 3}\n')
+    callback = "lightning_goldy.callbacks.GoldenSnapshot"
+    run = {
+        "seed_everything": 0,
+        "model": {"class_path": "lightning_goldy.GoldyModule", "init_args": {"model": SHAPE}},
+        "data": {
+            "class_path": "lightning_goldy.data.TextDataModule",
+            "init_args": {"source": "text.txt", "tokenizer": "bytes", "block_size": 16, "probe_size": 2},
+        },
+        "trainer": {
+            "accelerator": "cpu",
+            "max_steps": 2,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "logger": False,
+            "callbacks": [
+                {"class_path": callback, "init_args": {"name": name, "every_n_steps": 1}}
+                for name in ("first", "second")
+            ],
+        },
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    return ["fit", "--config", "run.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--model.optimizer.learnin_rate=3"], "'learnin_rate'; did you mean 'learning_rate'"),
+        (["--trainer.nothing=3"], "nothing"),
+        (["--model.model=./nowhere"], "model './nowhere' is no local folder"),
+        (["--model.lora={rank: 2, target_modules: [nope]}"], "its linear layers are named"),
+        (
+            ["--data=lightning_goldy.data.KnowledgeDataModule", "--data.path=bad.jsonl", "--data.tokenizer=bytes"],
+            "bad.jsonl",
+        ),
+        (["--callbacks.third.at=[start]"], "no callbacks are called 'third'; there are: first, second"),
+    ],
+)
+def test_an_error_is_a_line(words, capsys, more, told):
+    try:
+        code = main([*words, *more])
+    except SystemExit as exit_:
+        code = exit_.code
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("goldy: ")]
+    assert code == 2
+    assert len(lines) == 1
+    assert told in lines[0]
+    assert len(lines[0]) < 400
+
+
+def test_one_option_of_one_of_several_callbacks(words, tmp_path):
+    assert main([*words, "--callbacks.second.every_n_steps", "2", "--callbacks.second.at=[start]"]) == 0
+    steps = {}
+    for path in tmp_path.glob("goldy_logs/version_0/goldy/*/results.jsonl"):
+        steps[path.parent.name] = [json.loads(line)["step"] for line in path.read_text().splitlines()]
+    assert steps == {"first": [1, 2], "second": [0, 2]}
+
+
+def test_what_the_option_of_a_callback_must_be():
+    with pytest.raises(ValueError, match=r"write --callbacks\.NAME\.OPTION VALUE"):
+        callback_changes(["--callbacks.taylor_diff"])
+    with pytest.raises(ValueError, match="2 callbacks are called 'A'"):
+        change_callbacks([{"class_path": "x.A"}, {"class_path": "y.A"}], [("A", "at", [])])
