@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,6 +15,8 @@ from lightning_goldy.analysis.activations import (
     activation_differences,
     steer_texts,
 )
+from lightning_goldy.analysis.forecast import Forecast, Plan, Run
+from lightning_goldy.analysis.forecast.analyses import forecast_activations
 from lightning_goldy.analysis.result import AnalysisResult, Cost, Row
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.callbacks.golden_snapshot import find_snapshot
@@ -82,6 +84,8 @@ class ActivationDifferences(AnalysisCallback[ReadDifferences]):
         ValueError: positions must be at least 1; got 0
     """
 
+    dials: Mapping[str, Any] = {"n_samples": 8}
+
     def __init__(
         self,
         layers: Sequence[int] | None = None,
@@ -107,6 +111,12 @@ class ActivationDifferences(AnalysisCallback[ReadDifferences]):
         """Drops the text."""
         super().forget()
         self._text: list[Any] = []
+
+    def estimate(self, plan: Plan, run: Run) -> Forecast:
+        """Two forward passes over the text, and the texts that are steered."""
+        return forecast_activations(
+            plan, n_samples=self.n_samples, prompts=len(self.prompts), new_tokens=self.max_new_tokens
+        )
 
     def probe_samples(self) -> int | None:
         """None of the probe is asked for: it serves only where there is no other text, and as far as it goes."""
@@ -136,7 +146,6 @@ class ActivationDifferences(AnalysisCallback[ReadDifferences]):
             self._text or list(context.probe),
             layers=self.layers,
             positions=self.positions,
-            n_samples=self.n_samples if self._text else None,
             progress=context.progress,
         )
         if not self.prompts or found.unchanged:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 import warnings
 import weakref
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 import lightning.pytorch as L
-import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
@@ -38,7 +36,7 @@ from lightning_goldy.callbacks.weights import (
     weights_in,
     weights_mark,
 )
-from lightning_goldy.core.batches import batch_tensors, move_batch
+from lightning_goldy.core.batches import move_batch
 from lightning_goldy.core.isolation import undisturbed
 from lightning_goldy.core.naming import canonical_name, require_at_least, require_choice, suggestion
 from lightning_goldy.core.objective import Objective
@@ -49,6 +47,7 @@ from lightning_goldy.core.tasks import transformers_model
 from lightning_goldy.core.vector import ParameterVector, require_finite
 from lightning_goldy.data.base import follow_training
 from lightning_goldy.training.probe import Reading
+from lightning_goldy.training.probe import fingerprint_batches as fingerprint_batches
 from lightning_goldy.training.subject import check_probe, check_strategy, find_model, find_objective, find_probe
 
 At = Literal["start", "checkpoint", "end"]
@@ -781,21 +780,6 @@ def _may_validate(trainer: L.Trainer, batch_idx: int) -> bool:
 
 def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
-
-
-def fingerprint_batches(batches: Iterable[Any]) -> str:
-    """Hash of all tensors of some batches.
-
-    Example:
-        >>> first, second = [{"x": torch.zeros(2)}], [{"x": torch.ones(2)}]
-        >>> fingerprint_batches(first) == fingerprint_batches(second)
-        False
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    for tensor in batch_tensors(list(batches)):
-        digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def default_name(callback: type) -> str:

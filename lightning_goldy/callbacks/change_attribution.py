@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -10,8 +10,10 @@ import lightning.pytorch as L
 from torch import nn
 
 from lightning_goldy.analysis.attribution import ChangeAttributionResult, GraftCurve, change_attribution, graft_curve
-from lightning_goldy.analysis.attribution.attribution import SHARES, Metric, check_attribution
+from lightning_goldy.analysis.attribution.attribution import AUTO_NODES, SHARES, Metric, check_attribution
 from lightning_goldy.analysis.attribution.graft import BASELINES, FACTORS, Baseline, Pieces, check_graft
+from lightning_goldy.analysis.forecast import Forecast, Plan, Run
+from lightning_goldy.analysis.forecast.analyses import forecast_attribution
 from lightning_goldy.analysis.result import AnalysisResult, Cost, Row
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, try_gradients
 from lightning_goldy.callbacks.golden_snapshot import find_snapshot
@@ -104,6 +106,8 @@ class ChangeAttribution(AnalysisCallback[AttributedChange]):
         ValueError: shares lie in (0, 1]; got 2.0
     """
 
+    dials: Mapping[str, Any] = {"n_samples": 4}
+
     def __init__(
         self,
         metric: Literal["loss", "log_prob", "kl"] = "loss",
@@ -135,6 +139,22 @@ class ChangeAttribution(AnalysisCallback[AttributedChange]):
         super().forget()
         self._collateral: list[Any] = []
 
+    def estimate(self, plan: Plan, run: Run) -> Forecast:
+        """The nodes of the quadrature, and a graft for each share, method and factor."""
+        elementwise = self.pieces == "elements"
+        named = [name for name in self.baselines if name != "interpolation"]
+        masked = [name for name in named if elementwise or name in ("random", "drop_and_rescale")]
+        return forecast_attribution(
+            plan,
+            n_samples=self.n_samples,
+            nodes=AUTO_NODES[0] if self.nodes == "auto" else int(self.nodes),
+            n_shares=len(self.shares),
+            masked=1 + len(masked),
+            factors=len(FACTORS) if "interpolation" in self.baselines else 0,
+            first="gradient" in masked,
+            n_collateral=self.n_collateral,
+        )
+
     def probe_samples(self) -> int | None:
         """The samples that score, and those that are held out."""
         return self.n_samples
@@ -157,7 +177,8 @@ class ChangeAttribution(AnalysisCallback[AttributedChange]):
         assert context.objective is not None
         snapshot = find_snapshot(context.trainer)
         assert snapshot is not None
-        scored, held_out = _halves(context.probe, self.n_samples) if self.shares else (list(context.probe), [])
+        used = self.used_samples or 0
+        scored, held_out = _halves(context.probe, used) if self.shares else (list(context.probe), [])
         attribution = change_attribution(
             context.model,
             snapshot.base,

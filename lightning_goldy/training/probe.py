@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler
 
-from lightning_goldy.core.batches import is_divisible, map_batch, sample_count, take_samples
+from lightning_goldy.core.batches import batch_tensors, is_divisible, map_batch, sample_count, take_samples
 from lightning_goldy.core.isolation import Kept, preserved
 
 _SEED = 0
@@ -373,3 +374,18 @@ def probe_source(trainer: L.Trainer, pl_module: Any, given: Any) -> Source:
 def split_source(name: str, batches: Any) -> Source:
     """Batches that were given under a name."""
     return Source(f"the split {name!r}", ("split", id(batches)), lambda: batches, owned=isinstance(batches, Iterator))
+
+
+def fingerprint_batches(batches: Iterable[Any]) -> str:
+    """Hash of all tensors of some batches.
+
+    Example:
+        >>> first, second = [{"x": torch.zeros(2)}], [{"x": torch.ones(2)}]
+        >>> fingerprint_batches(first) == fingerprint_batches(second)
+        False
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for tensor in batch_tensors(list(batches)):
+        digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -144,6 +144,68 @@ def _chunked(batches: Iterable[tuple[int, int]], size: int | None) -> list[tuple
     ]
 
 
+def forecast_attribution(
+    plan: Plan, *, n_samples: int, nodes: int, n_shares: int, masked: int, factors: int, first: bool, n_collateral: int
+) -> Forecast:
+    """Change attribution with ``auto`` nodes at their least, and the grafts that test it.
+
+    Args:
+        plan: The shapes.
+        n_samples: Half of which score, half are held out where anything is grafted.
+        nodes: Of the quadrature.
+        n_shares: Shares that are grafted; none for no grafts.
+        masked: Methods that graft each share, attribution among them.
+        factors: Interpolations.
+        first: Whether the first order at the base is among the methods.
+        n_collateral: Samples of other text, taken to be as long as the probe's.
+    """
+    elements, batches = plan.elements(), plan.batches(n_samples)
+    scored, held = _halves(batches) if n_shares else (batches, [])
+    score, hold = passes_over(scored), passes_over(held)
+    other = passes_over(plan.batches(n_collateral)) if n_shares else passes_over([])
+    points = n_shares * masked + factors if n_shares else 0
+    work = Work(
+        forward=(2 + 2 * first) * score + (3 + points) * hold + (4 + 2 * points) * other,
+        backward=(nodes + first) * score,
+        elements=elements * (6.0 * nodes * max(8, score.calls) + 4.0 * points),
+        selected=2.0 * elements * n_shares * masked,
+    )
+    widest = max((rows * tokens for rows, tokens in batches), default=0)
+    return Forecast(
+        work,
+        parts=max(1, score.calls),
+        memory=plan.bytes() + 4 * elements + 2 * elements + plan.graph(widest),
+        kept=0,
+        disk=plan.space.numel // 8,
+        communicated=plan.communicated(work, summed=4 * elements, gathered=plan.space.numel),
+        sharded="values and the accumulator are divided by the shards; one byte per element is whole on every rank",
+        exact=False,
+    )
+
+
+def forecast_activations(plan: Plan, *, n_samples: int, prompts: int, new_tokens: int) -> Forecast:
+    """Two forward passes over the unrelated text, taken to be as long as the probe's, and steered texts.
+
+    Args:
+        plan: The shapes.
+        n_samples: Texts.
+        prompts: That are continued, each by up to 8 strengths of two models.
+        new_tokens: Of a continuation.
+    """
+    passes = 2 * passes_over(plan.batches(n_samples))
+    written = passes_over([(1, 1)] * (16 * prompts * new_tokens))
+    widest = max((rows * tokens for rows, tokens in plan.batches(n_samples)), default=0)
+    work = Work(forward=passes + written, elements=2.0 * plan.elements() * max(1, passes.calls))
+    return Forecast(
+        work,
+        parts=max(1, passes.calls),
+        memory=plan.bytes() + 2 * plan.logits(widest) + plan.graph(widest),
+        communicated=plan.communicated(work),
+        sharded="values are divided by the shards; residual streams are whole on every rank",
+        exact=False,
+    )
+
+
 def forecast_taylor(
     plan: Plan, orders: Sequence[int], *, shares: bool, function_space: bool, n_samples: int | None, keeps_base: bool
 ) -> Forecast:
