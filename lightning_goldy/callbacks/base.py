@@ -19,16 +19,16 @@ from lightning_goldy.analysis.forecast import Forecast, Plan, Run
 from lightning_goldy.analysis.forecast.timing import try_gradients as try_gradients
 from lightning_goldy.analysis.precision import with_precision
 from lightning_goldy.analysis.result import AnalysisResult, Cost, Row
-from lightning_goldy.callbacks.preflight import Budget, apply_settings, dialled, preflight
-from lightning_goldy.callbacks.run_folder import (
+from lightning_goldy.callbacks.engine.preflight import Budget, apply_settings, dialled, preflight
+from lightning_goldy.callbacks.engine.run_folder import (
     find_previous,
     lock_folder,
     require_local_run,
     run_directory,
     unlock_folder,
 )
-from lightning_goldy.callbacks.store import AnalysisProgress, ResultStore, log_row, peak_memory_bytes
-from lightning_goldy.callbacks.weights import (
+from lightning_goldy.callbacks.engine.store import AnalysisProgress, ResultStore, log_row, peak_memory_bytes
+from lightning_goldy.callbacks.engine.weights import (
     Weights,
     adapters_apart,
     kind_of_weights,

@@ -18,7 +18,7 @@ from lightning_goldy.analysis.forecast import Forecast, Plan, Run, forecast_chan
 from lightning_goldy.analysis.golden import GoldenResult, ReverseGoldenResult
 from lightning_goldy.analysis.result import Row
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, try_gradients
-from lightning_goldy.callbacks.run_folder import run_root
+from lightning_goldy.callbacks.engine.run_folder import run_root
 from lightning_goldy.core.architecture.adapters import WeightSpace, check_space, chosen_space, require_merged
 from lightning_goldy.core.base import BASE_FILE, BaseParameters, read_base
 from lightning_goldy.core.files import link_file

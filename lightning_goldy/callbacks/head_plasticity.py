@@ -27,8 +27,8 @@ from lightning_goldy.analysis.heads import (
 from lightning_goldy.analysis.heads.schedule import check_regrowth, plan_from
 from lightning_goldy.analysis.result import Cost
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, Trigger
+from lightning_goldy.callbacks.engine.store import steps_so_far, training_length
 from lightning_goldy.callbacks.golden_snapshot import TrainingBase
-from lightning_goldy.callbacks.store import steps_so_far, training_length
 from lightning_goldy.core.architecture import HeadGates, UnsupportedArchitectureError
 from lightning_goldy.core.isolation import undisturbed
 from lightning_goldy.core.objective import Objective

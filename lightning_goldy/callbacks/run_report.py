@@ -8,8 +8,8 @@ import lightning.pytorch as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_goldy.callbacks.base import AnalysisCallback
-from lightning_goldy.callbacks.run_folder import run_directory
-from lightning_goldy.callbacks.store import ROWS
+from lightning_goldy.callbacks.engine.run_folder import run_directory
+from lightning_goldy.callbacks.engine.store import ROWS
 from lightning_goldy.report.rendering import require_drawing
 
 

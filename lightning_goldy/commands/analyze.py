@@ -23,7 +23,7 @@ from lightning_goldy.analysis.linearized import explain_change
 from lightning_goldy.analysis.precision import with_precision
 from lightning_goldy.analysis.result import AnalysisResult, Row
 from lightning_goldy.analysis.taylor import taylor_diff
-from lightning_goldy.callbacks.store import ROWS, ResultStore, peak_memory_bytes
+from lightning_goldy.callbacks.engine.store import ROWS, ResultStore, peak_memory_bytes
 from lightning_goldy.commands.checkpoints import FoundBase, SavedModel, find_base, read_saved
 from lightning_goldy.commands.fit import check_configs, run_configured
 from lightning_goldy.commands.output import output_folder, print_report

@@ -17,7 +17,7 @@ from torch import nn
 from lightning_goldy.analysis.basin import VolumeSurvey, diagonal_preconditioner
 from lightning_goldy.analysis.basin.survey import ONLY_SPLIT, Make
 from lightning_goldy.analysis.precision import with_precision
-from lightning_goldy.callbacks.store import ResultStore, peak_memory_bytes
+from lightning_goldy.callbacks.engine.store import ResultStore, peak_memory_bytes
 from lightning_goldy.commands.checkpoints import SavedModel, positions, read_saved
 from lightning_goldy.commands.fit import check_configs, run_configured
 from lightning_goldy.commands.output import output_folder, print_report

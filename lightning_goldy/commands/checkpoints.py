@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_goldy.analysis.basin import adam_curvature_from_state
 from lightning_goldy.analysis.heads import load_gates
-from lightning_goldy.callbacks.weights import Weights
+from lightning_goldy.callbacks.engine.weights import Weights
 from lightning_goldy.core.architecture import HeadGates
 from lightning_goldy.core.architecture.adapters import WeightSpace
 from lightning_goldy.core.base import BASE_FILE, BaseParameters, base_files, read_base, read_checkpoint

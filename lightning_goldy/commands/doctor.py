@@ -23,7 +23,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from lightning_goldy.analysis.attention import attention_statistics
 from lightning_goldy.analysis.coupling.pieces import selected_parameters
-from lightning_goldy.analysis.forecast import Plan, Run, Speeds, graph_bytes, measure_speeds
+from lightning_goldy.analysis.forecast import Plan, Run, Speeds
+from lightning_goldy.analysis.forecast.timing import graph_bytes, measure_speeds
 from lightning_goldy.analysis.taylor import expansion_route
 from lightning_goldy.callbacks import (
     AnalysisCallback,
@@ -37,7 +38,7 @@ from lightning_goldy.callbacks import (
     TaylorDiff,
 )
 from lightning_goldy.callbacks.base import try_gradients
-from lightning_goldy.callbacks.preflight import Outlook, shape_of, size_in_words, time_in_words
+from lightning_goldy.callbacks.engine.preflight import Outlook, shape_of, size_in_words, time_in_words
 from lightning_goldy.core.architecture import HeadGates, describe_architecture
 from lightning_goldy.core.files import printable
 from lightning_goldy.core.isolation import preserved

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lightning_goldy.callbacks.store import ROWS
+from lightning_goldy.callbacks.engine.store import ROWS
 from lightning_goldy.core.files import printable
 from lightning_goldy.core.sharding import Replicas
 

@@ -22,7 +22,7 @@ from rich.text import Text
 from lightning_goldy.analysis.heads import HEAD_SCORES, compact
 from lightning_goldy.analysis.result import Cost, Row
 from lightning_goldy.callbacks import HeadPlasticity
-from lightning_goldy.callbacks.store import ROWS, ResultStore, peak_memory_bytes
+from lightning_goldy.callbacks.engine.store import ROWS, ResultStore, peak_memory_bytes
 from lightning_goldy.commands.fit import GoldyCLI, check_configs, command_line
 from lightning_goldy.commands.output import output_folder, print_report
 from lightning_goldy.core.architecture import HeadGates

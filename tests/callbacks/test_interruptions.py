@@ -23,7 +23,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 
 from lightning_goldy.analysis.heads import PruningSchedule, Recovery, Scoring
 from lightning_goldy.callbacks import ExactResume, GoldenSnapshot, HeadPlasticity, TaylorDiff
-from lightning_goldy.callbacks.run_folder import FolderNotes, lock_folder
+from lightning_goldy.callbacks.engine.run_folder import FolderNotes, lock_folder
 from lightning_goldy.core.files import append_row, atomic_write, require_local
 from lightning_goldy.core.pieces import PadCollator
 from lightning_goldy.data.base import make_loader

@@ -10,7 +10,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_goldy.callbacks import store
+from lightning_goldy.callbacks.engine import store
 from lightning_goldy.report import figures, rendering
 
 HISTOGRAM = {"edges": [-3.0, -2.0, -1.0], "counts": [4, 1], "zero": 5}

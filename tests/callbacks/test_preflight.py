@@ -26,7 +26,7 @@ from lightning_goldy.callbacks import (
     TaylorDiff,
     preflight,
 )
-from lightning_goldy.callbacks.preflight import Budget, Outlook, derive, limit_large
+from lightning_goldy.callbacks.engine.preflight import Budget, Outlook, derive, limit_large
 from lightning_goldy.commands.doctor import build_shape
 from tests.callbacks.knowledge import PIECES, WordData
 from tests.callbacks.training import TokenData, differences, fit

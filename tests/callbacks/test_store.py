@@ -11,7 +11,7 @@ import torch
 
 from lightning_goldy.analysis import Cost, Row
 from lightning_goldy.callbacks import AttentionTracker, BasinVolume, GoldenParameters, GoldenSnapshot, TaylorDiff
-from lightning_goldy.callbacks.store import MOST_ROWS, ResultStore, RowHistory
+from lightning_goldy.callbacks.engine.store import MOST_ROWS, ResultStore, RowHistory
 from lightning_goldy.core.files import append_row, read_rows
 from lightning_goldy.report.figures import reads_of
 from lightning_goldy.report.topics.attention import spectra

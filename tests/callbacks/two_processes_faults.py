@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 import lightning_goldy.callbacks.golden_snapshot as snapshots
 from lightning_goldy.analysis.golden import Search
 from lightning_goldy.callbacks import GoldenParameters, GoldenSnapshot, HeadPlasticity, ReverseGoldenParameters
-from lightning_goldy.callbacks.store import ResultStore
+from lightning_goldy.callbacks.engine.store import ResultStore
 from lightning_goldy.core.objective import CausalLMObjective
 from tests.callbacks.knowledge import WordData
 from tests.callbacks.test_interruptions import plasticity

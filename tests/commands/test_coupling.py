@@ -22,7 +22,7 @@ from lightning_goldy.analysis.coupling import (
     layer_gradient_norms,
 )
 from lightning_goldy.analysis.ripple import ripple_effects
-from lightning_goldy.callbacks.store import peak_memory_bytes
+from lightning_goldy.callbacks.engine.store import peak_memory_bytes
 from lightning_goldy.cli import add_command, main
 from lightning_goldy.commands.coupling.options import Model
 from lightning_goldy.commands.coupling.run import chosen_pieces, codes_of, drawn_edits, read_edits, strong_pairs

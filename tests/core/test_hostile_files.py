@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lightning_goldy.analysis.coupling.gram import FolderBlocks
 from lightning_goldy.analysis.result import AnalysisResult
-from lightning_goldy.callbacks.store import ResultStore
+from lightning_goldy.callbacks.engine.store import ResultStore
 from lightning_goldy.core import ParameterMask, ParameterSpace, ParameterVector, StoreError, files, load_vectors, store
 from lightning_goldy.core.base import read_base, read_checkpoint
 from lightning_goldy.core.files import PlainError, RowError, append_row, atomic_write, parse_json, read_rows

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from lightning_goldy.analysis.change import parameter_distribution, weight_change
-from lightning_goldy.callbacks.weights import weights_in
+from lightning_goldy.callbacks.engine.weights import weights_in
 from lightning_goldy.core import (
     ParameterSpace,
     ParameterVector,

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lightning_goldy.callbacks.store import RowHistory
+from lightning_goldy.callbacks.engine.store import RowHistory
 from lightning_goldy.core.files import to_json_line
 from lightning_goldy.report.figures import Figure, ReportError, draw_figures, figures_of, reads_of
 from lightning_goldy.report.topics.heads import (

@@ -14,7 +14,7 @@ from torch import nn
 from lightning_goldy import GoldyModule
 from lightning_goldy.analysis.linearized import build_variant
 from lightning_goldy.callbacks import VariantLosses
-from lightning_goldy.callbacks.store import RowHistory
+from lightning_goldy.callbacks.engine.store import RowHistory
 from lightning_goldy.core import CausalLMObjective, ParameterVector
 from lightning_goldy.core.architecture import UnsupportedArchitectureError
 from lightning_goldy.core.files import read_rows

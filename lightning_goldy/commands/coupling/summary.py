@@ -25,7 +25,7 @@ from lightning_goldy.analysis.agreement import EVERYTHING, Agreement, agreement_
 from lightning_goldy.analysis.coupling import CouplingResult, coupling_picture
 from lightning_goldy.analysis.coupling.statistics import codes_of
 from lightning_goldy.analysis.ripple import EDITED, Predictor, RippleResult
-from lightning_goldy.callbacks.store import ResultStore, peak_memory_bytes
+from lightning_goldy.callbacks.engine.store import ResultStore, peak_memory_bytes
 from lightning_goldy.commands.coupling.options import Options
 from lightning_goldy.commands.coupling.run import (
     Clock,

@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from tqdm import tqdm
 
 from lightning_goldy.analysis.result import Row
-from lightning_goldy.callbacks.run_folder import FolderNotes, checkpoint_folders, file_names, unlock_folder
+from lightning_goldy.callbacks.engine.run_folder import FolderNotes, checkpoint_folders, file_names, unlock_folder
 from lightning_goldy.core.files import (
     append_row,
     atomic_path,

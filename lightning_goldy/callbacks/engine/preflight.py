@@ -15,18 +15,10 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
-from lightning_goldy.analysis.forecast import (
-    Forecast,
-    Plan,
-    Run,
-    Speeds,
-    arithmetic_speeds,
-    graph_bytes,
-    measure_speeds,
-    shape_rows,
-)
-from lightning_goldy.callbacks.run_folder import run_directory
-from lightning_goldy.callbacks.store import training_length
+from lightning_goldy.analysis.forecast import Forecast, Plan, Run, Speeds
+from lightning_goldy.analysis.forecast.timing import arithmetic_speeds, graph_bytes, measure_speeds, shape_rows
+from lightning_goldy.callbacks.engine.run_folder import run_directory
+from lightning_goldy.callbacks.engine.store import training_length
 from lightning_goldy.core.architecture import UnsupportedArchitectureError, describe_architecture
 from lightning_goldy.core.batches import move_batch
 from lightning_goldy.core.isolation import undisturbed
