@@ -74,7 +74,7 @@ class GoldenParameters(MaskCallback[GoldenResult]):
             score=self.score,
             scope=self.scope,
             quorum=self.quorum,
-            n_samples=min(self.n_samples, self.probe_size),
+            n_samples=self.used_samples,
             space=self.space(context.model),
             progress=context.progress,
         )

@@ -58,7 +58,6 @@ _AROUND = (
     "Errors:",
     "Given value",
     "Expected a <class 'NoneType'>",
-    "Expected a typing.Literal",
     "Problem with given class_path",
     "Parser key",
 )
