@@ -142,7 +142,6 @@ class BasinVolume(AnalysisCallback[BasinVolumes]):
                         self.survey.n_samples,
                         pl_module=trainer.lightning_module,
                         check=self.check,
-                        lacking="warn",
                     )
 
     def tried_batches(self) -> Sequence[Any]:

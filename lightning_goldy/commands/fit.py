@@ -59,7 +59,6 @@ _AROUND = (
     "Errors:",
     "Given value",
     "Expected a <class 'NoneType'>",
-    "Expected a typing.Literal",
     "Problem with given class_path",
     "Parser key",
 )
