@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import lightning.pytorch as L
 from torch import nn
 
+from lightning_goldy.analysis.activations import SteeredTexts, steer_texts
 from lightning_goldy.analysis.activations.differences import ActivationDifferencesResult, activation_differences
-from lightning_goldy.analysis.activations.steering import SteeredTexts, steer_texts
 from lightning_goldy.analysis.forecast import Forecast, Plan, Run
 from lightning_goldy.analysis.forecast.analyses import forecast_activations
 from lightning_goldy.analysis.result import AnalysisResult, Cost, Row

@@ -19,7 +19,6 @@ from lightning_goldy.analysis.forecast import Forecast, Plan, Run
 from lightning_goldy.analysis.forecast.timing import try_gradients as try_gradients
 from lightning_goldy.analysis.precision import with_precision
 from lightning_goldy.analysis.result import AnalysisResult, Cost, Row
-from lightning_goldy.callbacks.engine.preflight import Budget, apply_settings, dialled, preflight
 from lightning_goldy.callbacks.engine.run_folder import (
     find_previous,
     lock_folder,
@@ -36,6 +35,7 @@ from lightning_goldy.callbacks.engine.weights import (
     weights_in,
     weights_mark,
 )
+from lightning_goldy.callbacks.preflight import Budget, apply_settings, dialled, preflight
 from lightning_goldy.core.batches import move_batch
 from lightning_goldy.core.isolation import undisturbed
 from lightning_goldy.core.naming import canonical_name, require_at_least, require_choice, suggestion

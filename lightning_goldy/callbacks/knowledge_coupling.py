@@ -31,10 +31,10 @@ from lightning_goldy.analysis.forecast import Forecast, Plan, Run, forecast_coup
 from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.analysis.ripple import UNTOUCHED, FinetuneRipple, check_pieces, finetune_ripple
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
-from lightning_goldy.callbacks.engine.preflight import dialled
 from lightning_goldy.callbacks.engine.store import AnalysisProgress
 from lightning_goldy.callbacks.engine.weights import adapters_apart
 from lightning_goldy.callbacks.golden_snapshot import TrainingBase
+from lightning_goldy.callbacks.preflight import dialled
 from lightning_goldy.core.architecture.adapters import WeightSpace, check_space, require_line
 from lightning_goldy.core.base import BaseParameters
 from lightning_goldy.core.files import finite

@@ -22,9 +22,9 @@ from lightning_goldy.analysis.taylor import (
 )
 from lightning_goldy.analysis.taylor.result import By, TaylorDiffResult
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
-from lightning_goldy.callbacks.engine.preflight import dialled
 from lightning_goldy.callbacks.engine.weights import adapters_apart
 from lightning_goldy.callbacks.golden_snapshot import find_snapshot
+from lightning_goldy.callbacks.preflight import dialled
 from lightning_goldy.core.architecture.adapters import WeightSpace, check_space, require_line
 from lightning_goldy.core.base import BaseParameters, base_of
 from lightning_goldy.core.naming import require_at_least, suggestion

@@ -38,7 +38,7 @@ from lightning_goldy.callbacks import (
     TaylorDiff,
 )
 from lightning_goldy.callbacks.base import try_gradients
-from lightning_goldy.callbacks.engine.preflight import Outlook, shape_of, size_in_words, time_in_words
+from lightning_goldy.callbacks.preflight import Outlook, shape_of, size_in_words, time_in_words
 from lightning_goldy.core.architecture import HeadGates, describe_architecture
 from lightning_goldy.core.files import printable
 from lightning_goldy.core.isolation import preserved

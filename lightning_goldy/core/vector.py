@@ -164,7 +164,8 @@ def elements_in(percent: float, numel: int) -> int:
         >>> elements_in(5, 100), elements_in(30, 5), elements_in(1, 10)
         (5, 2, 1)
     """
-    require_number("top_k_percent", percent)
+    if isinstance(percent, bool) or not isinstance(percent, float):
+        require_number("top_k_percent", percent)
     if not 0 < percent <= 100:
         raise ValueError(f"top_k_percent must lie in (0, 100]; got {percent}")
     return max(1, math.floor(numel * percent / 100 + 0.5))

@@ -44,7 +44,7 @@ def last_row(callback: Any) -> dict[str, Any]:
 def test_rows_are_of_merged_weights_and_say_so_while_nothing_is_disturbed(tmp_path) -> None:
     short = {"module": Adapted, "max_epochs": 1, "limit_train_batches": 3}
     _, _, plain = fit(tmp_path / "plain", **short)
-    merged = GoldenSnapshot(every_n_steps=1)
+    merged = GoldenSnapshot(every_n_steps=1, track_updates=True)
     apart = GoldenSnapshot(every_n_steps=None, space="adapters", name="apart")
     shape, taylor = ParameterDistribution(), TaylorDiff(orders=[1], n_samples=2)
     golden = GoldenParameters(n_samples=2, quorum=0.5)

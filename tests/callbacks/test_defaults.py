@@ -16,7 +16,7 @@ from lightning_goldy.report.descriptions import Description
 from lightning_goldy.training.recipes import all_recipes
 from tests.callbacks.training import fit
 
-OVERLAYS = [recipe for recipe in all_recipes() if recipe.kind == "callbacks"]
+OVERLAYS = [recipe for recipe in all_recipes() if recipe.kind == "callbacks" and recipe.name not in ("light", "full")]
 
 
 def defaults(kind) -> dict:

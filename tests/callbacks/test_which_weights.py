@@ -479,8 +479,11 @@ class AdaptedAround(AdaptedLater):
 @pytest.mark.parametrize("module", [AdaptedLater, AdaptedAround])
 def test_layers_that_are_wrapped_in_the_middle_of_a_run_stay_what_they_were(tmp_path, module):
     before = start()
-    options = {"n_samples": 2, "function_space": False, "by": None, "every_n_epochs": 1, "at": ()}
-    snapshot, taylor = GoldenSnapshot(every_n_steps=None, every_n_epochs=1, at=()), TaylorDiff([1], **options)
+    options = {"n_samples": 2, "function_space": False, "by": None, "every_n_epochs": 1, "at": (), "space": "adapters"}
+    snapshot, taylor = (
+        GoldenSnapshot(every_n_steps=None, every_n_epochs=1, at=(), space="adapters"),
+        TaylorDiff([1], **options),
+    )
     trained = fit(tmp_path, [snapshot, taylor], module=module, max_epochs=2, num_sanity_val_steps=0)[1]
     now = dict(trained.model.named_parameters())
     bare = {bare_name(name): value for name, value in now.items()}

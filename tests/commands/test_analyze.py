@@ -35,7 +35,14 @@ from lightning_goldy.training.module import GoldyModule
 
 TINY = {"model_type": "gpt2", "n_layer": 2, "n_embd": 8, "n_head": 2, "n_positions": 64}
 DATA = {"edits": 5, "batch_size": 8, "probe_size": 8}
-NAMES = ("taylor_diff", "explain_change", "parameter_distribution", "attention_tracker", "continuations")
+NAMES = (
+    "change_attribution",
+    "taylor_diff",
+    "explain_change",
+    "parameter_distribution",
+    "attention_tracker",
+    "continuations",
+)
 PROMPTS = ["The capital of <b>France", "Chad"]
 # Two short runs in one process share a folder for checkpoints.
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
@@ -190,6 +197,8 @@ def test_figures_and_page_show_them(analyzed):
         "attention_tracker-patterns.png",
         "attention_tracker-scales.png",
         "attention_tracker-singular_values.png",
+        "change_attribution-heads.png",
+        "change_attribution-places.png",
         "explain_change-survival.png",
         "parameter_distribution-blocks.png",
         "taylor_diff-prediction.png",
@@ -314,7 +323,7 @@ def test_a_snapshot_that_is_gone_is_recognised_by_its_hash_or_missed(trained, he
         trained, f"--model.model={checkpoint_of(trained, 3).with_suffix('')}", checkpoint=lost, output="other"
     )
     reasons = summary_of(other)["left_out"]
-    assert set(reasons) == {"taylor_diff", "explain_change", "parameter_distribution", "continuations"}
+    assert set(reasons) == set(NAMES) - {"attention_tracker"}
     assert all("has another hash; give --base" in reasons[name] for name in reasons if name != "continuations")
     assert not (other / "goldy/taylor_diff").exists()
     assert "left out: taylor_diff, because there is no base" in capsys.readouterr().out
@@ -398,7 +407,7 @@ def test_what_one_analysis_cannot_do_leaves_the_others(trained, here, capsys, mo
     assert set(summary["failed"]) == {"taylor_diff"}
     assert set(summary["left_out"]) == {"attention_tracker", "explain_change"}
     assert "Bloom" in summary["left_out"]["attention_tracker"]
-    assert set(summary["metrics"]) == {"parameter_distribution", "continuations"}
+    assert set(summary["metrics"]) == {"change_attribution", "parameter_distribution", "continuations"}
     assert (here / "out/report.html").is_file()
 
 
@@ -435,7 +444,7 @@ def test_heads_that_were_closed_are_analysed_closed_by_every_command(trained, he
         saved["callbacks"]["HeadPlasticity[head_plasticity]"] = {"plasticity": {"closing": heads}}
         torch.save(saved, here / f"{name}.ckpt")
     # One after the other into one module, as `goldy basin` does: the second opens what the first has closed.
-    module = SimpleNamespace(on_load_checkpoint=lambda _: None, load_state_dict=lambda _: None)
+    module = SimpleNamespace(on_load_checkpoint=lambda _: None, load_state_dict=lambda _: None, state_dict=dict)
     for name, heads in (("closed", ((0, 1), (1, 0))), ("open", ()), ("closed", ((0, 1), (1, 0)))):
         read_saved(here / f"{name}.ckpt").load_into(module, model)
         assert HeadGates.of(model).closed == heads

@@ -13,7 +13,7 @@ import torch
 
 from lightning_goldy.analysis.forecast import Plan, Run
 from lightning_goldy.callbacks import AnalysisCallback
-from lightning_goldy.callbacks.engine.preflight import size_in_words
+from lightning_goldy.callbacks.preflight import size_in_words
 from lightning_goldy.commands.doctor import SHAPES, Question, build_shape, planned, readers
 
 PATH = Path(__file__).parents[2] / "docs" / "scaling.md"

@@ -92,7 +92,7 @@ class ReverseSettings:
 
 _GROWTH = 0.7
 # Copies of the parameters, in float32, that a search holds at its largest.
-_REVERSE_COPIES = 8
+_REVERSE_COPIES = 3
 
 
 def forecast_reverse(plan: Plan, space: ParameterSpace, n_samples: int, settings: ReverseSettings) -> Forecast:
@@ -206,6 +206,10 @@ def forecast_activations(plan: Plan, *, n_samples: int, prompts: int, new_tokens
     )
 
 
+# Elements of a batch below which an expansion cuts it no further.
+_TAYLOR_PART = 256
+
+
 def forecast_taylor(
     plan: Plan, orders: Sequence[int], *, shares: bool, function_space: bool, n_samples: int | None, keeps_base: bool
 ) -> Forecast:
@@ -221,7 +225,8 @@ def forecast_taylor(
     """
     batches, highest = plan.batches(n_samples), max(orders)
     parts = 2 ** (highest + shares) if plan.divisible else 1
-    cut = passes_over([part for rows, tokens in batches for part in _parts(rows, tokens, parts)])
+    pieces = [part for rows, tokens in batches for part in _worthwhile(rows, tokens, parts)]
+    cut, shared = passes_over(pieces), shares and function_space and not plan.own_loss
     if plan.shards > 1:
         work = _taylor_by_differences(plan, batches, highest, shares=shares, function_space=function_space)
     else:
@@ -231,11 +236,13 @@ def forecast_taylor(
             forward=(logits + plan.own_loss) * cut,
             tangent=lines * cut,
             order=highest,
-            backward=(shares * (1 + function_space)) * cut,
+            # Both gradients are of one forward pass where the loss is that of the logits.
+            backward=(shares * (1 + function_space - shared)) * cut,
+            again=int(shared) * cut,
             elements=(6.0 * shares * (1 + function_space)) * plan.elements() * cut.calls,
         )
     elements = plan.elements()
-    rows = max((part * tokens for batch, tokens in batches for part, _ in _parts(batch, tokens, parts)), default=0)
+    rows = max((part * tokens for part, tokens in pieces), default=0)
     carried = max(2**highest * plan.logits(rows), plan.graph(rows) if shares else 0)
     return Forecast(
         work,
@@ -246,6 +253,11 @@ def forecast_taylor(
         communicated=plan.communicated(work, summed=4 * elements * shares),
         sharded="base, step and gradient are divided by the shards",
     )
+
+
+def _worthwhile(rows: int, tokens: int, count: int) -> list[tuple[int, int]]:
+    """The parts of a batch that are not too small to pay for another pass over the weights."""
+    return _parts(rows, tokens, min(count, max(1, rows * tokens // _TAYLOR_PART)))
 
 
 def _parts(rows: int, tokens: int, count: int) -> list[tuple[int, int]]:
@@ -410,14 +422,16 @@ def forecast_change(plan: Plan, *, track_updates: bool) -> Forecast:
         track_updates: Whether the values and the update before are kept.
     """
     elements, size = plan.elements(), plan.bytes()
-    kept = size * (1 + 2 * track_updates)
+    # The update before is held in bfloat16, or in the parameters' own dtype where that is no wider.
+    update = min(size, 2 * elements)
+    kept = size + (size + update) * track_updates
     return Forecast(
         Work(elements=(8.0 + 4.0 * track_updates) * elements),
         once=Work(elements=4.0 * elements),
-        memory=2 * size * track_updates + 24 * plan.largest() // plan.shards,
+        memory=(size + update) * track_updates + 24 * plan.largest() // plan.shards,
         kept=kept,
         disk_once=plan.shards * size,
-        disk_checkpoint=2 * plan.shards * size * track_updates,
+        disk_checkpoint=plan.shards * (size + update) * track_updates,
         sharded="divided by the shards; the base's file is written whole by rank 0",
     )
 

@@ -69,7 +69,8 @@ class Speeds:
         """What some work takes on one process."""
         tangent = _TANGENT_FORWARDS[work.order]
         kinds = ((work.forward, self.forward, 1.0), (work.backward, self.backward, 1.0))
-        kinds += ((work.tangent, self.forward, tangent),)  # type: ignore[assignment]
+        again = (self.backward[0] - self.forward[0], self.backward[1] - self.forward[1])
+        kinds += ((work.tangent, self.forward, tangent), (work.again, again, 1.0))  # type: ignore[assignment]
         made = [entry for entry in kinds if entry[0].calls]
         passes = sum(factor * (call * kind.calls + token * kind.tokens) for kind, (call, token), factor in made)
         arithmetic = self.element * work.elements + self.selected * work.selected + self.flop * work.flops
@@ -83,6 +84,7 @@ class Work:
     Args:
         forward: Forward passes that no backward pass follows.
         backward: Forward passes that one follows.
+        again: Further backward passes of a forward pass that has had one.
         tangent: Forward passes that carry derivatives along a direction.
         order: Of these derivatives.
         elements: Of parameters, each time that they are worked on.
@@ -96,6 +98,7 @@ class Work:
 
     forward: Passes = Passes()
     backward: Passes = Passes()
+    again: Passes = Passes()
     tangent: Passes = Passes()
     order: int = 0
     elements: float = 0.0
@@ -105,7 +108,8 @@ class Work:
     @property
     def cost(self) -> Cost:
         """The passes as an analysis counts them."""
-        return Cost(self.forward.samples + self.backward.samples + self.tangent.samples, self.backward.samples)
+        forwards = self.forward.samples + self.backward.samples + self.tangent.samples
+        return Cost(forwards, self.backward.samples + self.again.samples)
 
     def __add__(self, other: Work) -> Work:
         names = [field.name for field in dataclasses.fields(self) if field.name != "order"]
@@ -324,7 +328,7 @@ class Plan:
             summed: Bytes that replicas add up.
             gathered: Bytes that shards gather, whole.
         """
-        calls = work.forward.calls + work.tangent.calls + 3 * work.backward.calls
+        calls = work.forward.calls + work.tangent.calls + 3 * work.backward.calls + 2 * work.again.calls
         whole = self.shards * self.bytes()
         over_shards = (calls * whole + gathered) * (self.shards - 1) / self.shards
         return int(over_shards + 2 * summed * (self.replicas - 1) / self.replicas)

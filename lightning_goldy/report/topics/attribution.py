@@ -157,10 +157,10 @@ def places_caption(row: Row) -> str:
     """What a reader should see: kinds with their share of the effect and of the elements."""
     with naming(_LACKS):
         total, kinds = row["result"]["total"], row["result"]["kinds"]
+        shown = sorted(kinds, key=lambda kind: -kind["contribution"] / total) if total else []
         told = [
             f"{kind['group']} {kind['contribution'] / total:.0%} of it with {kind['elements']:.0%} of the elements"
-            for kind in sorted(kinds, key=lambda kind: -kind["contribution"] / total)
-            if total
+            for kind in shown
         ]
     return f"Contributions add up to the change of the metric. {'; '.join(told)}." if told else "Nothing to attribute."
 

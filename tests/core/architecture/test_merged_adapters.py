@@ -176,7 +176,7 @@ def test_cosines_of_updates_are_those_of_merged_models() -> None:
         found = adapters.observe(ParameterVector.of(model), model)
         expected = merged.observe(ParameterVector.of(unloaded(model)))
         move(model)
-    assert found == pytest.approx(expected, rel=1e-9)
+    assert found == pytest.approx(expected, abs=2e-3)  # the update before is kept in bfloat16
 
 
 def test_a_classifier_of_linear_layers_is_expanded_exactly() -> None:
