@@ -371,7 +371,7 @@ def test_bfloat16_updates_are_scaled_too():
 
 
 def test_logs_scalars_figures_and_the_course_of_the_loss(tmp_path):
-    callback = plasticity(recovery=Recovery(measure_every_n_steps=1, within=10.0))
+    callback = plasticity(log_scalars="all", recovery=Recovery(measure_every_n_steps=1, within=10.0))
     logger = TensorBoardLogger(tmp_path, name=None, version="run")
     fit(tmp_path, [callback], module=Llama, max_epochs=2, logger=logger)
     logged = EventAccumulator(str(tmp_path / "run"), size_guidance={"scalars": 0, "images": 0}).Reload()
