@@ -532,6 +532,7 @@ def check_golden_arguments(top_k_percent: float, score: str, scope: str, quorum:
     Raises:
         ValueError: An argument is unknown or out of range.
     """
+    require_number("top_k_percent", top_k_percent)
     elements_in(top_k_percent, 1)
     SCORES[score]
     check_scope(scope)

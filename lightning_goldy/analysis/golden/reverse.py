@@ -30,7 +30,7 @@ from lightning_goldy.core.architecture.experts import expert_counts
 from lightning_goldy.core.batches import sample_count, take_samples
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.mask import MaskedModel, PackedMask, ParameterMask, Scope, check_scope
-from lightning_goldy.core.naming import require_at_least, suggestion
+from lightning_goldy.core.naming import require_at_least, require_number, suggestion
 from lightning_goldy.core.objective import Objective, objective_for
 from lightning_goldy.core.sharding import Replicas, gather, is_sharded, like, local
 from lightning_goldy.core.space import ParameterSpace
@@ -300,6 +300,7 @@ def check_search_arguments(top_k_percent: float, scope: str, strategy: str) -> N
     Raises:
         ValueError: An argument is unknown or out of range.
     """
+    require_number("top_k_percent", top_k_percent)
     elements_in(top_k_percent, 1)
     STRATEGIES[strategy]
     check_scope(scope)
