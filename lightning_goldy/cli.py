@@ -217,6 +217,48 @@ def _analyze(options: argparse.Namespace) -> None:
     )
 
 
+def _add_graft(parser: argparse.ArgumentParser) -> None:
+    _describe(
+        parser,
+        "Divides a checkpoint's effect among its elements, tries parts of the change on held-out samples, and writes "
+        "the one that is wanted. Further options change the configuration.",
+    )
+    _add_checkpoint(parser, "checkpoint")
+    _add_configuration(parser)
+    parser.add_argument("--base", metavar="PATH", help="what the model was before (default: as for goldy analyze)")
+    parser.add_argument("--keep", type=float, metavar="SHARE", help="of the elements, those that carry most")
+    parser.add_argument(
+        "--recover", type=float, metavar="SHARE", help="of the effect, with the least harm to other text"
+    )
+    parser.add_argument("--harm", type=float, metavar="NATS", help="allowed on other text, for the most effect")
+    _add_choice(
+        parser,
+        "--method",
+        ("best", "attribution", "interpolation"),
+        "attribution: the strongest elements; interpolation: a part of the change everywhere; best: whichever serves",
+    )
+    parser.add_argument("--sparse", action="store_true", help="write the change alone, as elements and values")
+    parser.add_argument("--n-samples", type=int, default=32, help="of the probe, half held out (default: %(default)s)")
+    parser.add_argument("--n-collateral", type=int, default=16, help="samples of other text (default: %(default)s)")
+    _add_folder(parser, "everything goes", "graft")
+    parser.set_defaults(run=_graft)
+
+
+def _graft(options: argparse.Namespace) -> None:
+    # Brings torch and Lightning, which other commands need not wait for.
+    from lightning_goldy.commands.graft import Wanted, graft_checkpoint
+
+    graft_checkpoint(
+        options.checkpoint,
+        _settings(options.config, options.more),
+        Wanted(options.keep, options.recover, options.harm, options.method, options.sparse),
+        base=options.base,
+        n_samples=options.n_samples,
+        n_collateral=options.n_collateral,
+        output=options.output,
+    )
+
+
 def read_prompts(path: str | Path) -> list[str]:
     r"""The prompts of a file, one per line.
 
@@ -603,6 +645,7 @@ COMMANDS = {
     "basin": Command("measure the basin volume of checkpoints: goldy basin CHECKPOINT... --config FILE", _add_basin),
     "coupling": Command("which answers learn together: goldy coupling --model MODEL --data FILE", _add_coupling),
     "data": Command("convert question sets to knowledge pieces, or show them", _add_data),
+    "graft": Command("write the part of a finetune that carries it: goldy graft CHECKPOINT --keep 0.1", _add_graft),
     "masks": Command("show, compare or combine mask files: goldy masks show FILE...", _add_masks),
     "plasticity": Command(
         "compare strategies of head pruning: goldy plasticity --data FILE --strategies taylor random", _add_plasticity

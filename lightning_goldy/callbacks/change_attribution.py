@@ -17,7 +17,7 @@ from lightning_goldy.analysis.forecast.analyses import forecast_attribution
 from lightning_goldy.analysis.result import AnalysisResult, Cost, Row
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, try_gradients
 from lightning_goldy.callbacks.golden_snapshot import find_snapshot
-from lightning_goldy.core.batches import sample_count, take_samples
+from lightning_goldy.callbacks.reverse_golden_parameters import halves
 from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.naming import require_at_least
 from lightning_goldy.core.objective import Objective
@@ -178,7 +178,8 @@ class ChangeAttribution(AnalysisCallback[AttributedChange]):
         snapshot = find_snapshot(context.trainer)
         assert snapshot is not None
         used = self.used_samples or 0
-        scored, held_out = _halves(context.probe, used) if self.shares else (list(context.probe), [])
+        whole: tuple[list[Any], list[Any]] = (list(context.probe), [])
+        scored, held_out = halves(context.probe, context.objective, used) if self.shares else whole
         attribution = change_attribution(
             context.model,
             snapshot.base,
@@ -220,21 +221,3 @@ class ChangeAttribution(AnalysisCallback[AttributedChange]):
             for unit in row.result["units"]
         ]
         return row.extended(result={"units": units})
-
-
-def _halves(batches: Iterable[Any], n_samples: int) -> tuple[list[Any], list[Any]]:
-    """The first samples and as many after them; a batch across the middle is cut."""
-    first: list[Any] = []
-    second: list[Any] = []
-    seen, half = 0, n_samples // 2
-    for batch in batches:
-        size = min(sample_count(batch), n_samples - seen)
-        inside = max(0, min(size, half - seen))
-        if inside:
-            first.append(take_samples(batch, slice(inside)) if inside < sample_count(batch) else batch)
-        if size > inside:
-            second.append(take_samples(batch, slice(inside, size)) if inside else batch)
-        seen += size
-        if seen >= n_samples:
-            break
-    return first, second

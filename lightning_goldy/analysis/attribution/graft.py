@@ -133,7 +133,7 @@ class GraftCurve(AnalysisResult):
         return tuple(sorted((p for p in self.records if p.on_frontier), key=lambda point: point.recovered or 0.0))
 
     def choose(
-        self, *, recover: float | None = None, harm: float | None = None, method: str | None = None
+        self, *, recover: float | None = None, harm: float | None = None, methods: Sequence[str] | None = None
     ) -> GraftPoint:
         """The graft with the least harm that recovers enough, or the one that recovers most within a harm.
 
@@ -142,14 +142,14 @@ class GraftCurve(AnalysisResult):
         Args:
             recover: Share of the effect that is wanted, a fraction.
             harm: Nats of loss on other text that are allowed.
-            method: Only points of this method.
+            methods: Only points of these.
 
         Raises:
             ValueError: Not exactly one of both is given, harm was not measured, or no point serves.
         """
         if (recover is None) == (harm is None):
             raise ValueError("choose by one of recover= and harm=")
-        points = [p for p in self.records if p.recovered is not None and method in (None, p.method)]
+        points = [p for p in self.records if p.recovered is not None and (methods is None or p.method in methods)]
         if harm is not None:
             if any(point.harm is None for point in points):
                 raise ValueError("harm was not measured: the curve has no collateral text")

@@ -110,7 +110,7 @@ def test_a_graft_is_chosen_by_what_it_recovers_or_harms(curve):
     assert point.harm == min(other.harm for other in enough)
     point = curve.choose(harm=0.0)
     assert point.recovered == max(other.recovered for other in curve.records if other.harm <= 0.0)
-    assert curve.choose(recover=0.5, method="attribution").method == "attribution"
+    assert curve.choose(recover=0.5, methods=["attribution"]).method == "attribution"
     with pytest.raises(ValueError, match=r"no graft tried recovers 100000000% .*the most that one recovers is"):
         curve.choose(recover=1e6)
     with pytest.raises(ValueError, match=r"one of recover= and harm="):

@@ -1,0 +1,262 @@
+"""``goldy graft``: a smaller or gentler finetune, the part of a change that recovers its effect or does no harm."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as L
+import torch
+from rich.console import Console
+from torch import nn
+
+from lightning_goldy.analysis.attribution import (
+    GraftCurve,
+    GraftPoint,
+    change_attribution,
+    graft,
+    graft_curve,
+    save_change,
+)
+from lightning_goldy.analysis.attribution.attribution import SHARES, check_attribution
+from lightning_goldy.callbacks.change_attribution import AttributedChange
+from lightning_goldy.callbacks.engine.store import ResultStore
+from lightning_goldy.callbacks.reverse_golden_parameters import halves
+from lightning_goldy.commands.checkpoints import SavedModel, find_base, read_saved
+from lightning_goldy.commands.fit import check_configs, run_configured
+from lightning_goldy.commands.output import output_folder, print_report
+from lightning_goldy.core.base import BaseParameters
+from lightning_goldy.core.files import atomic_write, finite, printable
+from lightning_goldy.core.isolation import undisturbed
+from lightning_goldy.core.mask import ParameterMask
+from lightning_goldy.core.sharding import is_sharded
+from lightning_goldy.report.formatting import console_table, format_number, format_percent
+from lightning_goldy.training.models import write_pretrained
+from lightning_goldy.training.subject import find_collateral, find_model, find_objective, find_probe, find_tokenizer
+
+Method = Literal["best", "attribution", "interpolation"]
+MODEL, CHANGE = "model", "change.safetensors"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the graft is to be; one of the first three is given.
+
+    Args:
+        keep: Share of the elements that keep their change, a fraction.
+        recover: Share of the effect that is to be recovered on held-out samples, a fraction, with the least harm.
+        harm: Nats of loss on other text that are allowed, for the most effect.
+        method: ``attribution`` keeps the strongest elements, ``interpolation`` a part of the change everywhere,
+            ``best`` takes whichever serves better.
+        sparse: Whether the change is written as a mask with values, rather than as a model.
+
+    Raises:
+        ValueError: Not exactly one is given, it is out of range, or interpolation is asked to be sparse.
+
+    Example:
+        >>> Wanted(keep=0.1, recover=0.9)
+        Traceback (most recent call last):
+        ValueError: give one of keep, recover and harm; got keep=0.1, recover=0.9
+    """
+
+    keep: float | None = None
+    recover: float | None = None
+    harm: float | None = None
+    method: Method = "best"
+    sparse: bool = False
+
+    def __post_init__(self) -> None:
+        named = {name: getattr(self, name) for name in ("keep", "recover", "harm")}
+        given = {name: value for name, value in named.items() if value is not None}
+        if len(given) != 1:
+            told = ", ".join(f"{name}={value:g}" for name, value in given.items()) or "none of them"
+            raise ValueError(f"give one of keep, recover and harm; got {told}")
+        for name in ("keep", "recover"):
+            if name in given and not 0 < given[name] <= 1:
+                raise ValueError(f"{name} must lie in (0, 1]; got {given[name]:g}")
+        if self.sparse and self.method == "interpolation":
+            raise ValueError("interpolation changes every element, so it cannot be written sparse")
+        if self.keep is not None and self.method == "interpolation":
+            raise ValueError("keep is a share of elements, and interpolation changes all: choose by recover or harm")
+
+    def of(self, curve: GraftCurve) -> GraftPoint:
+        """The graft that is wanted."""
+        if self.keep is not None:
+            return next(point for point in curve.of("attribution") if point.share == self.keep)
+        methods = {"best": ("attribution", "interpolation", "finetune")}.get(self.method, (self.method,))
+        return curve.choose(recover=self.recover, harm=self.harm, methods=methods[:1] if self.sparse else methods)
+
+
+def graft_checkpoint(
+    checkpoint: str | Path,
+    settings: Sequence[str],
+    wanted: Wanted,
+    *,
+    base: str | Path | None = None,
+    n_samples: int = 32,
+    n_collateral: int = 16,
+    output: str | Path | None = None,
+) -> Path:
+    """Attributes a checkpoint's change, tries grafts of it on held-out samples, and writes the one that is wanted.
+
+    Args:
+        checkpoint: A Lightning checkpoint, or a folder of ``save_pretrained``.
+        settings: The words that ``goldy fit`` would be given: ``--config FILE`` and changes to it.
+        wanted: Which graft.
+        base: What the model was before; looked for as by ``goldy analyze``.
+        n_samples: Samples of the probe, half of them held out from scoring.
+        n_collateral: Samples of the data module's ``collateral_dataloader()``, on which harm is measured.
+        output: A folder without results; by default the next free ``runs/graft/version_N``.
+
+    Returns:
+        The folder, with ``model`` (or ``change.safetensors``), its card, the row and the report.
+
+    Raises:
+        ValueError: The checkpoint or the base is not one or does not fit, there is no base, or no graft is as wanted.
+        FileExistsError: The folder holds results already.
+    """
+    check_configs(settings)
+    if n_samples < 2:
+        raise ValueError(f"n_samples must be at least 2, half of which are held out; got {n_samples}")
+    saved = read_saved(checkpoint)
+    folder = output_folder(output, "change_attribution", "graft")
+    walk = run_configured(lambda: _Graft(saved, base, wanted, n_samples, n_collateral, folder), settings, folder)
+    walk.show(Console())
+    print_report(folder)
+    return folder
+
+
+@dataclass(eq=False)
+class _Graft(L.Callback):
+    """Loads, attributes, grafts and writes once the trainer has set up model and data."""
+
+    saved: SavedModel
+    given: str | Path | None
+    wanted: Wanted
+    n_samples: int
+    n_collateral: int
+    folder: Path
+    found: AttributedChange | None = field(default=None, init=False)
+    point: GraftPoint | None = field(default=None, init=False)
+    base_source: str = field(default="", init=False)
+    written: Path | None = field(default=None, init=False)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Does all of it."""
+        with undisturbed(trainer, pl_module), Console().status("") as status:
+            model = find_model(pl_module, None)
+            probe = find_probe(trainer, pl_module, None, self.n_samples).batches
+            objective = find_objective(pl_module, model, None, probe)
+            base = find_base(self.given, self.saved, pl_module, model, objective)
+            if base.values is None:
+                raise ValueError(f"there is no base to graft on: {base.source}; give --base PATH")
+            if any(map(is_sharded, model.parameters())):
+                raise ValueError("goldy graft works on whole models: run it in one process")
+            for parameter in base.values.space.resolve(model).values():
+                parameter.requires_grad_(True)
+            self.saved.load_into(pl_module, model)
+            self.base_source = base.source
+            scored, held_out = halves(probe, objective, min(self.n_samples, _count(probe, objective)))
+            collateral = find_collateral(trainer, None, self.n_collateral)
+            shares = sorted({*SHARES, *([self.wanted.keep] if self.wanted.keep else ()), 0.5})
+            check_attribution("loss", "auto", 0.01, shares, None)
+
+            def tell(done: int, total: int) -> None:
+                status.update(f"{done} of {total}")
+
+            attribution = change_attribution(model, base.values, scored, objective, shares=shares, progress=tell)
+            if attribution.levels is None:
+                raise ValueError(f"{self.saved.path}: nothing differs from the base ({base.source})")
+            curve = graft_curve(
+                model,
+                base.values,
+                attribution,
+                scored,
+                held_out,
+                collateral or None,
+                objective=objective,
+                progress=tell,
+            )
+            self.found, self.point = AttributedChange(attribution, curve), self.wanted.of(curve)
+            self._write(model, base.values, find_tokenizer(trainer))
+
+    def show(self, console: Console) -> None:
+        """Prints the grafts, the one that was taken, and where it is."""
+        assert self.found is not None
+        assert self.found.curve is not None
+        assert self.point is not None
+        print(printable(f"base: {self.base_source}"))
+        rows = [
+            (
+                point.method + (" *" if point == self.point else ""),
+                format_percent(point.share),
+                f"{point.factor:g}",
+                f"{point.recovered:.3f} [{point.low:.3f}, {point.high:.3f}]",
+                "" if point.harm is None else f"{point.harm:+.4f}",
+                "yes" if point.on_frontier else "",
+            )
+            for point in self.found.curve.records
+            if point.recovered is not None
+        ]
+        headings = ("method", "elements", "times", "recovered", "harm, nats", "frontier")
+        console.print(console_table("Grafts on held-out samples; * is written", headings, rows))
+        print(printable(self.found.headline()))
+        print(printable(f"graft: {self.written}"))
+
+    def _write(self, model: nn.Module, base: BaseParameters, tokenizer: Any) -> None:
+        assert self.found is not None
+        assert self.point is not None
+        point, curve = self.point, self.found.curve
+        assert curve is not None
+        space = base.space
+        if point.method == "attribution":
+            mask = self.found.attribution.mask(point.share)
+        else:
+            mask = ParameterMask(
+                space, {n: torch.ones(s, dtype=torch.bool) for n, s in zip(space.names, space.shapes, strict=True)}
+            )
+        card = self._card(point, curve)
+        if self.wanted.sparse:
+            note = {key: finite(value) for key, value in vars(point).items()}
+            self.written = save_change(self.folder / CHANGE, model, base, mask, note=note)
+            atomic_write(self.folder / "README.md", card)
+        else:
+            state = graft(model, base, mask, factor=point.factor)
+            self.written = write_pretrained(model, self.folder / MODEL, state=state, tokenizer=tokenizer)
+            atomic_write(self.written / "README.md", card)
+        store = ResultStore(self.folder / "goldy" / "change_attribution", write=True)
+        row = self.found.row().extended(result={"checkpoint": str(self.saved.path), "base": self.base_source})
+        store.append(row.at(name="change_attribution", step=self.saved.step or 0, trigger="checkpoint"))
+        summary = {"base": self.base_source, "taken": vars(point), "points": list(curve.points)}
+        atomic_write(self.folder / "summary.json", json.dumps(finite(summary), indent=2) + "\n")
+
+    def _card(self, point: GraftPoint, curve: GraftCurve) -> str:
+        """What was kept, what it recovers and what is lost, in words."""
+        kept = (
+            f"{point.share:.3g} of the elements, those that carry the effect by change attribution"
+            if point.method == "attribution"
+            else f"{point.factor:g} times the change, everywhere"
+        )
+        harm, recovered = "was not measured: the data has no collateral text", "nothing: the finetune changed nothing"
+        if point.harm is not None:
+            whole = curve.of("finetune")[0].harm
+            interval = f"[{point.harm_low:+.4g}, {point.harm_high:+.4g}]"
+            harm = f"{point.harm:+.4g} nats of loss {interval} against the base; the whole finetune has {whole:+.4g}"
+        if point.recovered is not None:
+            interval = f"[{point.low:.1%}, {point.high:.1%}]"
+            recovered = f"{point.recovered:.1%} {interval} of the effect on {curve.n_held_out} held-out samples"
+        return (
+            "# A grafted finetune\n\n"
+            f"The base with a part of a finetune's change: {kept}.\n\n"
+            f"- finetune: `{printable(str(self.saved.path))}`\n- base: {printable(self.base_source)}\n"
+            f"- recovers: {recovered} (loss {format_number(point.value)}; base {format_number(curve.base_value)}, "
+            f"finetune {format_number(curve.value)} nats)\n"
+            f"- harm to other text: {harm}\n"
+        )
+
+
+def _count(batches: Sequence[Any], objective: Any) -> int:
+    return sum(1 for batch in batches for _ in objective.samples(batch))

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from lightning_goldy.analysis import apply_change
+from lightning_goldy.cli import main
+from lightning_goldy.commands.graft import Wanted
+from lightning_goldy.data import AtlasDataModule
+from lightning_goldy.training.models import build_model, complete_config, write_pretrained
+
+TINY = {"model_type": "gpt2", "n_layer": 2, "n_embd": 8, "n_head": 2, "n_positions": 64}
+DATA = {"edits": 5, "batch_size": 8, "probe_size": 8}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finetune of a few steps as a folder of ``save_pretrained``, beside the base and a configuration."""
+    folder = tmp_path_factory.mktemp("graft")
+    torch.manual_seed(0)
+    data = AtlasDataModule(**DATA)
+    model = build_model(complete_config(TINY, data.tokenizer))
+    write_pretrained(model, folder / "base", tokenizer=data.tokenizer)
+    data.setup("fit")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for batch in list(data.train_dataloader())[:12]:
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    write_pretrained(model, folder / "finetune", tokenizer=data.tokenizer)
+    config = {
+        "seed_everything": 0,
+        "model": {"class_path": "lightning_goldy.GoldyModule", "init_args": {"model": str(folder / "base")}},
+        "data": {"class_path": "lightning_goldy.data.AtlasDataModule", "init_args": DATA},
+        "trainer": {"accelerator": "cpu"},
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def run(trained, *options: str, output: str) -> int:
+    words = ["graft", str(trained / "finetune"), "--config", str(trained / "run.yaml"), "--n-samples", "8"]
+    return main([*words, "--base", str(trained / "base"), "--output", str(trained / output), *options])
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def test_a_share_of_the_elements_is_written_as_a_model_and_as_a_sparse_change(trained, capsys):
+    assert run(trained, "--keep", "0.1", output="model") == 0
+    told = capsys.readouterr().out
+    assert "Grafts on held-out samples" in told
+    base, now, made = (weights(trained / name) for name in ("base", "finetune", "model/model"))
+    moved = {name: (made[name] != base[name]) for name in base}
+    kept = sum(int(flags.sum()) for name, flags in moved.items() if name != "lm_head.weight")
+    numel = sum(value.numel() for name, value in base.items() if name != "lm_head.weight")
+    assert kept == pytest.approx(0.1 * numel, rel=0.02)
+    assert all(torch.equal(made[name][flags], now[name][flags]) for name, flags in moved.items())
+    card = (trained / "model" / "model" / "README.md").read_text()
+    summary = json.loads((trained / "model" / "summary.json").read_text())
+    assert f"recovers: {summary['taken']['recovered']:.1%}" in card
+    assert "nats of loss" in card
+    assert summary["taken"]["share"] == 0.1
+    assert (trained / "model" / "report.html").is_file()
+
+    assert run(trained, "--keep", "0.1", "--sparse", output="sparse") == 0
+    again = AutoModelForCausalLM.from_pretrained(trained / "base")
+    apply_change(again, trained / "sparse" / "change.safetensors")
+    assert all(torch.equal(value, made[name]) for name, value in again.state_dict().items())
+
+
+def test_the_effect_wanted_is_recovered_with_the_least_harm(trained, capsys):
+    assert run(trained, "--recover", "0.5", "--method", "interpolation", output="half") == 0
+    taken = json.loads((trained / "half" / "summary.json").read_text())["taken"]
+    assert taken["method"] == "interpolation"
+    assert taken["recovered"] >= 0.5
+    base, now, made = (weights(trained / name) for name in ("base", "finetune", "half/model"))
+    name = "transformer.h.0.mlp.c_fc.weight"
+    torch.testing.assert_close(made[name], base[name] + taken["factor"] * (now[name] - base[name]))
+    assert run(trained, "--recover", "0.99999", "--method", "interpolation", output="none") != 0
+    assert "no graft tried recovers" in capsys.readouterr().err
+
+
+def test_what_is_wanted_is_one_thing_and_in_range():
+    for options, message in (
+        ({}, "give one of keep, recover and harm; got none of them"),
+        ({"keep": 0.1, "harm": 0.0}, r"got keep=0.1, harm=0"),
+        ({"recover": 2.0}, r"recover must lie in \(0, 1\]; got 2"),
+        ({"recover": 0.5, "method": "interpolation", "sparse": True}, "cannot be written sparse"),
+        ({"keep": 0.5, "method": "interpolation"}, "choose by recover or harm"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Wanted(**options)
