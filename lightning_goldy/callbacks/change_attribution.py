@@ -9,7 +9,13 @@ from typing import Any, ClassVar, Literal
 import lightning.pytorch as L
 from torch import nn
 
-from lightning_goldy.analysis.attribution import ChangeAttributionResult, GraftCurve, change_attribution, graft_curve
+from lightning_goldy.analysis.attribution import (
+    ChangeAttributionResult,
+    GraftCurve,
+    change_attribution,
+    graft_curve,
+    interleaved,
+)
 from lightning_goldy.analysis.attribution.attribution import AUTO_NODES, SHARES, Metric, check_attribution
 from lightning_goldy.analysis.attribution.graft import BASELINES, FACTORS, Baseline, Pieces, check_graft
 from lightning_goldy.analysis.forecast import Forecast, Plan, Run
@@ -17,7 +23,6 @@ from lightning_goldy.analysis.forecast.analyses import forecast_attribution
 from lightning_goldy.analysis.result import AnalysisResult, Cost, Row
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, try_gradients
 from lightning_goldy.callbacks.golden_snapshot import find_snapshot
-from lightning_goldy.callbacks.reverse_golden_parameters import halves
 from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.naming import require_at_least
 from lightning_goldy.core.objective import Objective
@@ -80,7 +85,7 @@ class AttributedChange(AnalysisResult):
 class ChangeAttribution(AnalysisCallback[AttributedChange]):
     """Which parameters carry what the finetune did, found by integrating the gradient, and tested by grafting them.
 
-    Half of the samples score, the other half tell what the strongest elements recover when they alone are changed,
+    Every other sample scores, those between tell what the strongest elements recover when they alone are changed,
     beside the largest and random changes, interpolation and drop-and-rescale; on ``collateral`` text what each harms.
     Logs the share of each kind of parameter and the smallest shares that recover half and 95 %. Saves the mask of that
     share. A ``GoldenSnapshot`` must be among the callbacks.
@@ -92,7 +97,7 @@ class ChangeAttribution(AnalysisCallback[AttributedChange]):
         shares: Shares of all elements that are grafted, fractions in (0, 1]; none for no grafts.
         pieces: What is grafted: ``elements``, ``units``, ``tensors`` or ``blocks``.
         baselines: What stands beside it.
-        n_samples: Probe samples used, half of them held out from scoring.
+        n_samples: Probe samples used, every other one of them held out from scoring.
         samples_per_pass: Samples that go through the model together while scoring; by default so many that there are 8
             passages.
         collateral: Batches that have nothing to do with the finetune; by default a ``collateral_dataloader()`` of the
@@ -179,7 +184,7 @@ class ChangeAttribution(AnalysisCallback[AttributedChange]):
         assert snapshot is not None
         used = self.used_samples or 0
         whole: tuple[list[Any], list[Any]] = (list(context.probe), [])
-        scored, held_out = halves(context.probe, context.objective, used) if self.shares else whole
+        scored, held_out = interleaved(context.probe, used) if self.shares else whole
         attribution = change_attribution(
             context.model,
             snapshot.base,

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -82,14 +82,19 @@ def run_demo(directory: str | Path = "runs/demo", *, fast: bool = False, seed: i
     return report
 
 
-def analysis_callbacks(every_n_steps: int) -> list[L.Callback]:
-    """Every callback of the package that watches a training, and the report."""
+def analysis_callbacks(every_n_steps: int, edited: Iterable[Any] | None = None) -> list[L.Callback]:
+    """Every callback of the package that watches a training, and the report.
+
+    Args:
+        every_n_steps: How often most of them look.
+        edited: Batches of what the finetune is about, on which its effect is attributed; by default the probe.
+    """
     return [
         GoldenSnapshot(every_n_steps=every_n_steps),
         GoldenParameters(every_n_steps=every_n_steps, at=("start", "end")),
         ReverseGoldenParameters(at=("start", "end")),
-        ChangeAttribution(at=("end",)),
-        ActivationDifferences(at=("end",)),
+        ChangeAttribution(probe=edited, n_samples=64),
+        ActivationDifferences(),
         TaylorDiff(every_n_steps=every_n_steps, at=("end",)),
         ParameterDistribution(),
         AttentionTracker(every_n_steps=every_n_steps, at=("start", "end")),
@@ -109,9 +114,10 @@ def _finetune(settings: DemoSettings, base: Path, directory: Path) -> tuple[L.Tr
         schedule=ScheduleOptions("linear", warmup_fraction=0.1),
     )
     checkpoint = ModelCheckpoint(filename="{step}", every_n_epochs=settings.finetuning_epochs)
+    edited = data.question_dataloader(one_hop_questions(data.edited_facts))
     trainer = _trainer(
         TensorBoardLogger(directory, name="finetune"),
-        [knowledge, *analysis_callbacks(settings.every_n_steps), checkpoint],
+        [knowledge, *analysis_callbacks(settings.every_n_steps, edited), checkpoint],
         max_epochs=settings.finetuning_epochs,
     )
     trainer.fit(module, data)

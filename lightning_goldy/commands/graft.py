@@ -19,12 +19,12 @@ from lightning_goldy.analysis.attribution import (
     change_attribution,
     graft,
     graft_curve,
+    interleaved,
     save_change,
 )
 from lightning_goldy.analysis.attribution.attribution import SHARES, check_attribution
 from lightning_goldy.callbacks.change_attribution import AttributedChange
 from lightning_goldy.callbacks.engine.store import ResultStore
-from lightning_goldy.callbacks.reverse_golden_parameters import halves
 from lightning_goldy.commands.checkpoints import SavedModel, find_base, read_saved
 from lightning_goldy.commands.fit import check_configs, run_configured
 from lightning_goldy.commands.output import output_folder, print_report
@@ -159,7 +159,7 @@ class _Graft(L.Callback):
                 parameter.requires_grad_(True)
             self.saved.load_into(pl_module, model)
             self.base_source = base.source
-            scored, held_out = halves(probe, objective, min(self.n_samples, _count(probe, objective)))
+            scored, held_out = interleaved(probe, self.n_samples)
             collateral = find_collateral(trainer, None, self.n_collateral)
             shares = sorted({*SHARES, *([self.wanted.keep] if self.wanted.keep else ()), 0.5})
             check_attribution("loss", "auto", 0.01, shares, None)
@@ -256,7 +256,3 @@ class _Graft(L.Callback):
             f"finetune {format_number(curve.value)} nats)\n"
             f"- harm to other text: {harm}\n"
         )
-
-
-def _count(batches: Sequence[Any], objective: Any) -> int:
-    return sum(1 for batch in batches for _ in objective.samples(batch))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lightning_goldy.analysis import change_attribution, graft_curve
+from lightning_goldy.analysis.attribution import interleaved
 from lightning_goldy.callbacks import ChangeAttribution, GoldenSnapshot
 from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.report import draw_figures
@@ -23,10 +24,10 @@ def test_it_logs_what_the_functions_find_and_rows_can_be_drawn(tmp_path) -> None
     snapshot = GoldenSnapshot(every_n_steps=4)
     watcher = ChangeAttribution(nodes=4, shares=SHARES, n_samples=4, n_collateral=3)
     _, module, _ = fit(tmp_path, [snapshot, watcher], data=WithCollateral(), max_epochs=1)
-    scored, held_out = TokenData().probe_dataloader()
+    scored, held_out = interleaved(TokenData().probe_dataloader(), 4)
     other = next(iter(WithCollateral().collateral_dataloader()))
-    expected = change_attribution(module.model, snapshot.base, [scored], nodes=4, shares=SHARES)
-    curve = graft_curve(module.model, snapshot.base, expected, [scored], [held_out], [other])
+    expected = change_attribution(module.model, snapshot.base, scored, nodes=4, shares=SHARES)
+    curve = graft_curve(module.model, snapshot.base, expected, scored, held_out, [other])
     (row,) = [json.loads(line) for line in (watcher.folder / "results.jsonl").read_text().splitlines()]
     assert row["metrics"]["effect"] == pytest.approx(expected.change, rel=1e-5)
     assert row["metrics"]["share/mlp"] == pytest.approx(expected.by_kind["mlp"] / expected.total, rel=1e-3)

@@ -7,6 +7,7 @@ from lightning_goldy.analysis.attribution.graft import (
     apply_change,
     graft,
     graft_curve,
+    interleaved,
     save_change,
 )
 from lightning_goldy.analysis.attribution.units import UnitGroup, model_units, unit_mask
@@ -20,6 +21,7 @@ __all__ = [
     "change_attribution",
     "graft",
     "graft_curve",
+    "interleaved",
     "model_units",
     "save_change",
     "unit_mask",

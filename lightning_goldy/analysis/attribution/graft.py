@@ -27,7 +27,7 @@ from lightning_goldy.analysis.attribution.units import UnitGroup, block_name, mo
 from lightning_goldy.analysis.divergence import precise
 from lightning_goldy.analysis.result import AnalysisResult, Cost, counted_passes
 from lightning_goldy.core.base import Base, base_of
-from lightning_goldy.core.batches import move_batch, sample_count
+from lightning_goldy.core.batches import move_batch, sample_count, take_samples
 from lightning_goldy.core.directions import random_direction
 from lightning_goldy.core.files import StoreError, parse_json
 from lightning_goldy.core.isolation import preserved
@@ -44,6 +44,8 @@ Pieces = Literal["elements", "units", "tensors", "blocks"]
 BASELINES: tuple[str, ...] = get_args(Baseline)
 FACTORS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Of the change, by which interpolation adds it to the base."""
+# Width of an interval of the recovered effect from which on nothing is told.
+_UNCERTAIN = 0.5
 CHANGE_KEY = "goldy_change"
 
 
@@ -194,6 +196,8 @@ class GraftCurve(AnalysisResult):
             told = f"at most {_with_interval(best)} of the effect is recovered, by {best.share:.2g} of the elements"
         else:
             told = f"{len(self.points)} grafts were tried"
+        if best is not None and (best.high or 0.0) - (best.low or 0.0) > _UNCERTAIN:
+            told = f"{told}; WEAK: {self.n_held_out} held-out samples tell the effect too roughly"
         if self.base_collateral is None:
             return f"{told}; harm to other text was not measured"
         methods = sorted({point.method for point in self.frontier} - {"finetune"})
@@ -547,6 +551,32 @@ def _piece_mask(space: ParameterSpace, groups: Sequence[UnitGroup], pieces: Piec
         for g in groups
     ]
     return unit_mask(space, groups, flags)
+
+
+def interleaved(batches: Iterable[Any], n_samples: int) -> tuple[list[Any], list[Any]]:
+    """Every other one of the first samples, and the ones between; both have the mixture that the batches have.
+
+    Args:
+        batches: That can be cut into samples.
+        n_samples: Of both together, at most.
+
+    Example:
+        >>> first, second = interleaved([{"x": torch.arange(3)}, {"x": torch.arange(3, 7)}], 6)
+        >>> [part["x"].tolist() for part in first], [part["x"].tolist() for part in second]
+        ([[0, 2], [4]], [[1], [3, 5]])
+    """
+    parts: tuple[list[Any], list[Any]] = ([], [])
+    seen = 0
+    for batch in batches:
+        size = min(sample_count(batch), n_samples - seen)
+        for half in (0, 1):
+            rows = torch.arange((seen + half) % 2, size, 2)
+            if len(rows):
+                parts[half].append(take_samples(batch, rows))
+        seen += size
+        if seen >= n_samples:
+            break
+    return parts
 
 
 def graft(model: nn.Module, base: Base, mask: ParameterVector, *, factor: float = 1.0) -> dict[str, Tensor]:
