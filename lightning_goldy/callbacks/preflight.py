@@ -493,8 +493,8 @@ def _measured(
         if callback.needs_probe or (anyhow and callback.runs_model):
             try:
                 with Replicas.world().together("the forecast"):
-                    objective = find_objective(pl_module, model, callback.objective)
                     probe = callback.read_probe(trainer, pl_module, None if callback.needs_probe else _FEW)
+                    objective = find_objective(pl_module, model, callback.objective, probe)
                     batches = probe if callback.needs_probe else []
                     if id(model) not in timed and probe:
                         timed[id(model)] = _timed(trainer, pl_module, model, objective, probe[0])

@@ -33,7 +33,7 @@ from lightning_goldy.core.sharding import Replicas, is_sharded, unshard_guard
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.store import load_vectors, save_vectors
 from lightning_goldy.core.vector import ParameterVector
-from lightning_goldy.training.subject import find_model, find_objective
+from lightning_goldy.training.subject import find_model
 
 Reset = Literal["never", "each", "epoch"]
 
@@ -97,7 +97,7 @@ class TaylorDiff(AnalysisCallback[TaylorDiffResult]):
 
     def prepare(self, trainer: L.Trainer, model: nn.Module) -> None:
         """Checks the objective; finds the base, or takes up the one of the run that is resumed."""
-        require_logits(find_objective(trainer.lightning_module, model, self.objective), self.function_space)
+        require_logits(self.task(trainer.lightning_module, model), self.function_space)
         if any(map(is_sharded, model.parameters())):
             require_differences(self.orders)
         # In a model whose adapters are merged at the time they are taken apart for the analysis.
