@@ -407,7 +407,7 @@ def test_every_metric_of_every_callback_is_that_of_one_process(tmp_path):
         files = sorted((tmp_path / strategy / "run" / "goldy").glob("*/results.jsonl"))
         found[strategy] = {file.parent.name: json.loads(file.read_text().splitlines()[0]) for file in files}
     alone = found.pop("single")
-    assert len(alone) == 11
+    assert len(alone) == 13
     assert sum(len(row["metrics"]) for row in alone.values()) > 100
     for strategy, rows in found.items():
         assert rows.keys() == alone.keys()

@@ -124,18 +124,26 @@ def test_commands_of_two_processes_find_what_one_finds(tmp_path: Path) -> None:
         # Variants of a model need its whole parameters.
         assert wanted.keys() - mine.keys() == ({"explain_change"} if name == "shard" else set())
         for analysis, row in mine.items():
-            # On shards by differences along the step, whose second order is coarse.
+            # On shards by differences along the step: the second order as far off as the row states.
             differences = (name, analysis) == ("shard", "taylor_diff")
+            error = row["result"]["error"] if differences else 0.0
+            stated = dict.fromkeys(("second_order", "loss/order2", "residual/order2"), error)
+            stated["second_to_first"] = error / abs(wanted[analysis]["metrics"].get("first_order") or 1.0)
             for metric, value in wanted[analysis]["metrics"].items():
-                coarse = 0.15 if "second" in metric or "order2" in metric else 2e-3
-                place, tolerance = (name, analysis, metric), coarse if differences else 1e-5
-                assert row["metrics"][metric] == pytest.approx(value, rel=tolerance, abs=1e-6), place
+                of_logits = metric.startswith(("relative_error", "kl_divergence", "nonlinearity", "top1"))
+                tolerance = (2e-2 if of_logits else 2e-3) if differences else 1e-5
+                off = 1e-6 + (stated.get(metric, 0.0) if differences else 0.0)
+                assert row["metrics"][metric] == pytest.approx(value, rel=tolerance, abs=off), (name, analysis, metric)
             if not differences:
                 for part in ("forwards", "backwards"):
                     assert row["cost"][part] == wanted[analysis]["cost"][part], (name, analysis)
     one, two = (json.loads((tmp_path / each / "coupling/coupling.json").read_text()) for each in ("one", "two"))
     for found, expected in zip(*(each["gradient_analysis"]["by_layer"] for each in (two, one)), strict=True):
-        assert found == pytest.approx(expected, rel=1e-6)
+        numbers = [
+            {key: value for key, value in part.items() if isinstance(value, float)} for part in (found, expected)
+        ]
+        assert numbers[0] == pytest.approx(numbers[1], rel=1e-6)
+        assert numbers[0]
     assert two["knowledge_pieces"] == one["knowledge_pieces"]
     assert first["failure"] == "RankError: the work failed on rank 1: ValueError: planted"
     assert second["failure"] == "ValueError: planted"

@@ -111,8 +111,9 @@ _PIECE = 1 << 18
 # Elements of a batch's largest tensor below which a part is not worth another pass over the weights.
 _PART = 256
 # Step of the central differences, as a fraction of the finetune's own; the second is half of it. Two of them remove the
-# error of second order, and their difference tells what is left.
-_STEP = 0.2
+# error of second order, and their difference tells what is left. Where weights are rounded below float32, a short step
+# would be lost in the rounding.
+_STEP, _COARSE_STEP = 0.05, 0.2
 # So far from the first order may the sum of the shares be, as a part of either and of the shares' sizes.
 _APART, _ROUNDING = 0.05, 0.02
 
@@ -147,6 +148,8 @@ class Expansion:
         # Delta, in at least the parameters' precision.
         self.step = ParameterVector.of(self.model, self.base.space, clone=False) - self.base
         self.own_loss = isinstance(self.objective, FunctionObjective)  # it need not be that of the targets
+        rounded = any(value.dtype.itemsize < 4 for value in self.base.values())
+        self.place = _COARSE_STEP if rounded else _STEP
         self.sums = Sums()
         self.experts = expert_counts(self.model)
         # Of the loss at the base, times the number of targets; at least float32.
@@ -200,7 +203,7 @@ class Expansion:
                 self._add_gradient(weight, name, tensor)
                 self.sums.add("loss share", shares, weight)
             for place in slopes:
-                _, gradients = self._backward(self.base + (place * _STEP) * self.step, batch)
+                _, gradients = self._backward(self.base + (place * self.place) * self.step, batch)
                 slopes[place] += weight * math.fsum(reduce_tensors(gradients, torch.dot, list(self.step.values())))
             self.sums.add("derivative", enumerate([value, math.fsum(products)]), weight)
             self.sums.n_targets += weight
@@ -208,7 +211,7 @@ class Expansion:
                 for part in batch_parts(batch, self.objective, parts_of_order(max(self.orders), gradients=False)):
                     self._add_differences(part)
         if second:
-            whole, half = (slopes[1.0] - slopes[-1.0]) / (2 * _STEP), (slopes[0.5] - slopes[-0.5]) / _STEP
+            whole, half = (slopes[1.0] - slopes[-1.0]) / (2 * self.place), (slopes[0.5] - slopes[-0.5]) / self.place
             self.sums.add("derivative", [(2, (4 * half - whole) / 3)])
             self.sums.add("difference", [(None, half - whole)])
         return self._finished()
@@ -370,9 +373,10 @@ class Expansion:
                 found = self.objective.logits_and_targets(self.model, part).logits
             return precise(found.clone())
 
-        before, (high, low, near_high, near_low) = logits(0.0), map(logits, (_STEP, -_STEP, _STEP / 2, -_STEP / 2))
-        slope = (8 * (near_high - near_low) - (high - low)) / (6 * _STEP)
-        bend = (16 * (near_high + near_low) - (high + low) - 30 * before) / (3 * _STEP**2)
+        places = (self.place, -self.place, self.place / 2, -self.place / 2)
+        before, (high, low, near_high, near_low) = logits(0.0), map(logits, places)
+        slope = (8 * (near_high - near_low) - (high - low)) / (6 * self.place)
+        bend = (16 * (near_high + near_low) - (high + low) - 30 * before) / (3 * self.place**2)
         del high, low, near_high, near_low
         self._ran(part)
         with torch.no_grad():
