@@ -13,7 +13,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_goldy.analysis.forecast import Forecast, Passes, Plan, Run, Speeds, Work
+from lightning_goldy.analysis.forecast import Forecast, Passes, Plan, Run, Speeds, Work, timing
 from lightning_goldy.analysis.golden import Search
 from lightning_goldy.callbacks import (
     AttentionTracker,
@@ -315,3 +315,13 @@ def test_a_run_with_a_forecast_is_the_run_without(tmp_path: Path) -> None:
     _, _, plain = fit(tmp_path / "plain", [GoldenParameters(n_samples=2, check=False, at=["end"])], max_epochs=1)
     _, _, told = fit(tmp_path / "told", [GoldenParameters(n_samples=2, at=["end"])], max_epochs=1)
     assert not differences(plain, told)
+
+
+def test_ranks_make_the_same_number_of_timed_passes_whatever_their_clocks_say(monkeypatch) -> None:
+    made: list[int] = []
+    timing._seconds(lambda: made.append(1), torch.device("cpu"), 3)
+    assert len(made) > 1
+    monkeypatch.setattr(timing.Replicas, "world", lambda: timing.Replicas(0, 2))
+    made.clear()
+    timing._seconds(lambda: made.append(1), torch.device("cpu"), 3)
+    assert len(made) == 1
