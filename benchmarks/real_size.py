@@ -46,10 +46,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "AttentionTracker": {},
     "GoldenParameters": {},
     "ParameterDistribution": {},
-    "TaylorDiff": {},
-    "ReverseGoldenParameters": {},
+    "TaylorDiff": {"large": True},
+    "ReverseGoldenParameters": {"large": True},
     "BasinVolume": {},
-    "KnowledgeCoupling": {},
+    "KnowledgeCoupling": {"large": True},
+    "ChangeAttribution": {},
+    "ActivationDifferences": {},
 }
 
 
@@ -177,7 +179,7 @@ def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
+    parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("--text", type=Path)
     parser.add_argument("--only", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), metavar="CALLBACK")
     parser.add_argument("--block", type=int, default=32)
@@ -185,7 +187,7 @@ def main() -> None:
     parser.add_argument("--pieces", type=int, default=256)
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if not (options.model / "config.json").is_file():
+    if options.model is None or not (options.model / "config.json").is_file():
         print(f"skipped: {options.model} is no folder of save_pretrained, and nothing of this size is made up here")
         return
     if options.here:
