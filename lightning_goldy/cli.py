@@ -327,7 +327,7 @@ def _add_basin(parser: argparse.ArgumentParser) -> None:
 def _basin(options: argparse.Namespace) -> None:
     # Brings torch and Lightning, which other commands need not wait for.
     from lightning_goldy.analysis.basin import Estimator, VolumeSurvey
-    from lightning_goldy.commands.basin import measure_checkpoints
+    from lightning_goldy.commands.analyze import measure_checkpoints
 
     survey = VolumeSurvey(
         n_directions=options.n_directions,
