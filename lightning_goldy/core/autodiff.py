@@ -377,7 +377,7 @@ class Jet(Tensor):
     Nested forward mode of a whole model holds every first derivative n times and multiplies it as often; here products
     with weights are made once each. What changes a tensor in place is refused.
 
-    Args:
+    Attributes:
         parts: Value and derivatives of order 1 to n; None for zero.
 
     Example:
