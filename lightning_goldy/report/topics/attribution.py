@@ -24,6 +24,8 @@ from lightning_goldy.report.formatting import format_number
 from lightning_goldy.report.reading import naming
 
 _LACKS = "a row of change_attribution lacks what its figure needs:"
+# Recovered effects that are drawn; thinning to a thousandth and rescaling ends far outside.
+_FARTHEST = (-0.5, 2.0)
 _LABELS = {
     "attribution": "by attribution",
     "magnitude": "by size of the change",
@@ -108,7 +110,7 @@ def chart_graft(row: Row) -> Figure | str:
         >>> figure.data["points_0"]["y"]
         [0.8]
     """
-    points = graft_points(row)
+    points = [point for point in graft_points(row) if _is_shown(point)]
     if not points:
         return "No grafts were tried."
     methods = list(dict.fromkeys(point["method"] for point in points))
@@ -189,14 +191,22 @@ def graft_points(row: Row) -> list[Mapping[str, Any]]:
         return [point for point in points if point["recovered"] is not None]
 
 
+def _is_shown(point: Mapping[str, Any]) -> bool:
+    """Whether a graft is near enough to base and finetune to share a figure with the others."""
+    return _FARTHEST[0] <= float(point["recovered"]) <= _FARTHEST[1]
+
+
 def graft_caption(row: Row) -> str:
     """Between what the points lie, and which methods are best in gain against harm."""
     points = graft_points(row)
     best = sorted({_LABELS[p["method"]] for p in points if p["on_frontier"] and p["method"] != "finetune"})
+    far = [point for point in points if not _is_shown(point)]
+    told = ", ".join(f"{_LABELS[p['method']]} of {_point_name(p)} ({p['recovered']:.3g})" for p in far)
+    left = f" Too far off to be drawn: {told}." if far else ""
     frontier = f" In gain against harm nothing beats: {', '.join(best)}." if best else ""
     return (
         "Measured on samples that did not choose the elements; bands are 95 % intervals over samples. 0 is the base, 1 "
-        f"the whole finetune.{frontier}"
+        f"the whole finetune.{frontier}{left}"
     )
 
 
