@@ -18,6 +18,7 @@ class Description:
         metrics: Meaning of each metric; for names with a slash, of the part before the last slash.
         headline: The few metrics that loggers get as scalars by default, names or patterns of them; none are all
             without a slash.
+        method: A sentence for a paper that says how the numbers were obtained, with its source.
     """
 
     title: str
@@ -25,6 +26,7 @@ class Description:
     reading: str
     metrics: Mapping[str, str] = field(default_factory=dict)
     headline: tuple[str, ...] = ()
+    method: str = ""
 
     def is_headline(self, metric: str) -> bool:
         """Whether a metric is among the few.
@@ -54,21 +56,24 @@ _DESCRIPTIONS: dict[str, Description] = {}
 
 # Of the sections on the page.
 _ORDER = (
+    "change_attribution",
     "golden_snapshot",
+    "parameter_distribution",
     "golden_parameters",
     "reverse_golden_parameters",
-    "basin_volume",
     "taylor_diff",
-    "head_plasticity",
-    "plasticity_sweep",
-    "parameter_distribution",
+    "explain_change",
+    "variant_losses",
+    "activation_differences",
     "attention_tracker",
+    "circuit_tracker",
+    "basin_volume",
+    "coupling_drift",
     "knowledge_coupling",
     "ripple_effects",
-    "coupling_drift",
-    "explain_change",
     "continuations",
-    "variant_losses",
+    "head_plasticity",
+    "plasticity_sweep",
 )
 
 

@@ -98,4 +98,56 @@
   dark.addEventListener("change", redraw);
   window.addEventListener("beforeprint", () => { printing = true; elements.forEach(draw); });
   window.addEventListener("afterprint", () => { printing = false; redraw(); });
+
+  // Numbers are shown with thousands separators and units; a cell without one sorts last.
+  const numberOf = (cell) => {
+    const match = cell.textContent.replace(/,/g, "").match(/-?\d+(\.\d+)?(e[+-]?\d+)?/i);
+    return match ? Number(match[0]) : NaN;
+  };
+  const textOf = (cell) => cell.textContent.trim();
+  const sort = (table, column, head) => {
+    const falling = head.getAttribute("aria-sort") === "ascending";
+    const numbers = head.classList.contains("number");
+    const rows = [...table.tBodies[0].rows];
+    const order = (first, second) => {
+      const [a, b] = [first.cells[column], second.cells[column]];
+      if (!numbers) return textOf(a).localeCompare(textOf(b), "en", { numeric: true }) * (falling ? -1 : 1);
+      const [x, y] = [numberOf(a), numberOf(b)];
+      if (Number.isNaN(x) || Number.isNaN(y)) return Number.isNaN(x) - Number.isNaN(y);
+      return (x - y) * (falling ? -1 : 1);
+    };
+    for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
+    head.setAttribute("aria-sort", falling ? "descending" : "ascending");
+    table.tBodies[0].append(...rows.sort(order));
+  };
+  // A spreadsheet would run a cell that begins like a formula.
+  const quoted = (cell) => {
+    const text = textOf(cell);
+    const plain = /^[=+@\t\r]|^-(?!\d)/.test(text) ? `'${text}` : text;
+    return `"${plain.replace(/"/g, '""')}"`;
+  };
+  const csv = (table) => [...table.rows].map((row) => [...row.cells].map(quoted).join(",")).join("\r\n");
+  const titleOf = (element) => {
+    const section = element.closest("section");
+    return (section && section.querySelector("h2") || document.querySelector("h1")).textContent;
+  };
+  for (const table of document.querySelectorAll(".table > table")) {
+    [...table.tHead.rows[0].cells].forEach((head, column) => {
+      const button = document.createElement("button");
+      button.type = "button";
+      button.append(...head.childNodes);
+      button.addEventListener("click", () => sort(table, column, head));
+      head.append(button);
+    });
+    const download = document.createElement("button");
+    Object.assign(download, { type: "button", className: "download", textContent: "Download as CSV" });
+    download.addEventListener("click", () => {
+      const link = document.createElement("a");
+      link.href = URL.createObjectURL(new Blob(["\ufeff", csv(table)], { type: "text/csv" }));
+      link.download = `${titleOf(table).toLowerCase().replace(/[^a-z0-9]+/g, "-")}.csv`;
+      link.click();
+      URL.revokeObjectURL(link.href);
+    });
+    table.parentElement.after(download);
+  }
 })();

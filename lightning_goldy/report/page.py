@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from lightning_goldy import __version__
 from lightning_goldy.core.store import atomic_write
+from lightning_goldy.report.answers import QUESTIONS, Answer, Bar, answers_of, question_of
 from lightning_goldy.report.builders import Lines, Series, lines
 from lightning_goldy.report.descriptions import Description, description_of
 from lightning_goldy.report.figures import (
@@ -122,6 +124,8 @@ def _short(values: Sequence[Any]) -> Sequence[Any] | Mapping[str, Any]:
     return {"of": list(places), "at": [places[text] for text in values]}
 
 
+# Figures that an analysis shows at once; the others are folded under its details.
+_MOST_FIGURES = 3
 # Every frame of a slider is in the page, so their number decides its size.
 _MOST_FRAMES = 40
 # Points of a line over the training.
@@ -176,13 +180,18 @@ def _asset(name: str) -> str:
 
 
 def _body(run: Run) -> str:
-    sections = {"training": ("Training", _training(run.training))}
-    for index, analysis in enumerate(run.analyses, 1):
-        anchor = f"analysis-{index}"
+    sections = {}
+    anchors = {analysis.name: f"analysis-{index}" for index, analysis in enumerate(run.analyses, 1)}
+    answers = answers_of((analysis.name, analysis.analysis, analysis.rows) for analysis in run.analyses)
+    for analysis in run.analyses:
+        anchor = anchors[analysis.name]
         title = description_of(analysis.analysis).title
         if analysis.name != analysis.analysis:
             title = f"{title} ({analysis.name})"
         sections[anchor] = title, analysis_html(analysis, anchor)
+    sections["training"] = "Training", _training(run.training)
+    if methods := methods_html(run):
+        sections["methods"] = "Methods", methods
     sections["cost"] = "What the analyses cost", _cost(run)
     if run.settings:
         files = "".join(
@@ -191,10 +200,111 @@ def _body(run: Run) -> str:
         )
         page = f'<section id="settings"><h2>Settings of the run</h2>{files}</section>'
         sections["settings"] = "Settings of the run", page
-    contents = "".join(f'<li><a href="#{anchor}">{escape(title)}</a></li>' for anchor, (title, _) in sections.items())
+    contents = _contents(run, {anchor: title for anchor, (title, _) in sections.items()})
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in run.notes)
-    parts = (_summary(run), notes, f'<nav aria-label="Contents"><ul>{contents}</ul></nav>')
+    parts = (answers_html(answers, anchors), _summary(run), notes, f'<nav aria-label="Contents">{contents}</nav>')
     return "\n".join([*parts, *(section for _, section in sections.values())])
+
+
+def _contents(run: Run, titles: Mapping[str, str]) -> str:
+    """Links to the sections, those of analyses under the question that they serve."""
+    asked: dict[str, list[str]] = {question.title: [] for question in QUESTIONS.values()}
+    for index, analysis in enumerate(run.analyses, 1):
+        question = question_of(analysis.analysis)
+        heading = QUESTIONS[question].title if question else "Other analyses"
+        asked.setdefault(heading, []).append(f"analysis-{index}")
+    listed = {anchor for anchors in asked.values() for anchor in anchors}
+    asked["The run"] = [anchor for anchor in titles if anchor not in listed]
+    groups = []
+    for heading, anchors in asked.items():
+        links = "".join(f'<li><a href="#{anchor}">{escape(titles[anchor])}</a></li>' for anchor in anchors)
+        groups += [f'<div><p class="group">{escape(heading)}</p><ul>{links}</ul></div>'] if links else []
+    return "".join(groups)
+
+
+def answers_html(answers: Sequence[Answer], anchors: Mapping[str, str]) -> str:
+    """The answers, each with its interval, its null, its trust and a picture of its number.
+
+    Args:
+        answers: In the order of the page.
+        anchors: Name of an instance to the identifier of its section.
+
+    Example:
+        >>> page = answers_html(answers_of([]), {})
+        >>> page.count("Not measured"), page.count('class="answer"')
+        (5, 5)
+    """
+    cards = []
+    for answer in answers:
+        finding = answer.finding
+        interval = f"{finding.interval[:1].upper()}{finding.interval[1:]}"
+        small = [f"{interval}." if interval else "", f"Null: {finding.null}." if finding.null else ""]
+        small += [f"Doubt: {'; '.join(finding.doubts)}."] if finding.doubts else []
+        small += [f"Step {answer.step:,}."] if answer.step is not None else []
+        told = escape(" ".join(filter(None, small)))
+        links = [(name, name) for name in (answer.analysis, *answer.more) if name in anchors]
+        more = ", ".join(f'<a href="#{anchors[name]}">{escape(label)}</a>' for name, label in links)
+        picture = _bar_svg(finding.bar) if finding.bar else _course_svg(answer.course)
+        mark = answer.trust.replace(" ", "-")
+        cards.append(
+            f'<div class="answer"><div class="asked"><h3>{escape(answer.title)}</h3>'
+            f'<span class="trust {mark}">{escape(answer.trust)}</span></div>'
+            f'<div class="told"><p class="sentence">{escape(finding.sentence)}</p>'
+            f'<p class="small">{told}{f" See {more}." if more else ""}</p></div>'
+            f'<div class="picture">{picture}</div></div>'
+        )
+    return f'<section id="answers" aria-label="Answers">{"".join(cards)}</section>'
+
+
+def _bar_svg(bar: Bar) -> str:
+    """A share as a bar from 0 to 1, its interval as a line and its null as a tick."""
+
+    def at(share: float) -> str:
+        return f"{2 + 156 * min(1.0, max(0.0, share)):.1f}"
+
+    words = [f"{format_percent(bar.value)}"]
+    parts = ['<rect class="ground" x="2" y="10" width="156" height="12"/>']
+    parts.append(f'<rect class="value" x="2" y="10" width="{float(at(bar.value)) - 2:.1f}" height="12"/>')
+    if bar.low is not None and bar.high is not None:
+        low, high = at(bar.low), at(bar.high)
+        parts.append(f'<path class="interval" d="M{low} 16H{high}M{low} 12v8M{high} 12v8"/>')
+        words.append(f"interval {format_percent(bar.low)} to {format_percent(bar.high)}")
+    if bar.null is not None:
+        parts.append(f'<path class="null" d="M{at(bar.null)} 5v22"/>')
+        words.append(f"null {format_percent(bar.null)}")
+    return (
+        f'<svg viewBox="0 0 160 44" role="img" aria-label="{escape(", ".join(words))}">{"".join(parts)}'
+        '<text x="2" y="40">0</text><text x="158" y="40" text-anchor="end">100 %</text></svg>'
+    )
+
+
+def _course_svg(course: Sequence[tuple[int, float]]) -> str:
+    """The course of a number over the run; nothing for fewer than three points."""
+    if len(course) < 3:
+        return ""
+    course = [course[place] for place in _spaced(len(course), 60)]
+    steps, values = ([point[side] for point in course] for side in (0, 1))
+    width, height = max(steps) - min(steps) or 1, max(values) - min(values) or 1.0
+    points = " ".join(
+        f"{2 + 156 * (step - min(steps)) / width:.1f},{28 - 24 * (value - min(values)) / height:.1f}"
+        for step, value in course
+    )
+    words = f"from {format_number(values[0])} at step {steps[0]:,} to {format_number(values[-1])} at step {steps[-1]:,}"
+    ends = f'<text x="2" y="40">{steps[0]:,}</text><text x="158" y="40" text-anchor="end">step {steps[-1]:,}</text>'
+    return f'<svg viewBox="0 0 160 44" role="img" aria-label="{words}"><polyline points="{points}"/>{ends}</svg>'
+
+
+def methods_html(run: Run) -> str:
+    """How the numbers were obtained, as a paragraph with its sources that can be pasted into a paper."""
+    said: dict[str, str] = {}
+    for analysis in run.analyses:
+        method = description_of(analysis.analysis).method
+        if method:
+            said.setdefault(analysis.analysis, method)
+    if not said:
+        return ""
+    text = f"We analysed the finetune with lightning_goldy {__version__}. {' '.join(said.values())}"
+    return f'<section id="methods"><h2>Methods</h2><p class="methods">{escape(text)}</p></section>'
 
 
 def _summary(run: Run) -> str:
@@ -288,11 +398,21 @@ def analysis_html(analysis: AnalysisRows, anchor: str) -> str:
     parts = [f'<section id="{escape(anchor)}"><h2>{escape(description.title)}{name}</h2>']
     parts += [f"<p>{escape(text)}</p>" for text in (description.measures, description.reading) if text]
     parts += [f'<p class="note">{escape(text)}</p>' for text in remarks(analysis.rows[-1])]
-    parts.append(_figures(analysis))
+    shown, folded = _figures(analysis)
+    parts.append(shown)
     parts += [table(analysis.rows[-1]) for table in TABLES]
-    charts = [_lines_html(heading, series) for heading, series in _grouped_series(analysis.rows).items()]
-    parts.append(f'<h3>Over the training</h3><div class="charts">{"".join(charts)}</div>' if charts else "")
-    parts.append(_metric_table(analysis.rows, description))
+    series, constant = _told_apart(_grouped_series(analysis.rows))
+    charts = [_lines_html(heading, drawn) for heading, drawn in series.items()]
+    details = [folded, f'<h3>Over the training</h3><div class="charts">{"".join(charts)}</div>' if charts else ""]
+    if constant:
+        told = ", ".join(f"{name} ({format_number(value)})" for name, value in constant.items())
+        details.append(f'<p class="note">The same at every step: {escape(told)}.</p>')
+    details.append(_metric_table(analysis.rows, description))
+    content = "\n".join(filter(None, details))
+    if content:
+        count = len(_metric_names(analysis.rows))
+        summary = f"Details: {count} metric{'s' if count != 1 else ''} at {len(analysis.rows)} steps"
+        parts.append(f'<details class="more"><summary>{summary}</summary>{content}</details>')
     return "\n".join([*filter(None, parts), "</section>"])
 
 
@@ -309,19 +429,22 @@ def label_of(row: Row) -> str:
     return f"step {row['step']:,}" + (f" ({', '.join(words)})" if words else "")
 
 
-def _figures(analysis: AnalysisRows) -> str:
+def _figures(analysis: AnalysisRows) -> tuple[str, str]:
+    """The figures that carry the answer, and those that are folded."""
     count = len(analysis.rows)
     shown = _spaced(count, _MOST_FRAMES)
-    parts = [_figure(analysis, entry, shown) for entry in figures_of(analysis.analysis)]
-    if not any(parts):
-        return ""
+    parts = [part for entry in figures_of(analysis.analysis) if (part := _figure(analysis, entry, shown))]
+    if not parts:
+        return "", ""
     note = ""
     if len(shown) < count:
         note = (
             f'<p class="note">The figures show {len(shown)} of {count} results, evenly spaced; '
             f"the lines show {min(count, _MOST_POINTS)}.</p>"
         )
-    return f'{note}<div class="figures">{"".join(parts)}</div>'
+    first, rest = parts[:_MOST_FIGURES], parts[_MOST_FIGURES:]
+    folded = f'<div class="figures">{"".join(rest)}</div>' if rest else ""
+    return f'{note}<div class="figures">{"".join(first)}</div>', folded
 
 
 def _figure(analysis: AnalysisRows, entry: Entry, shown: Sequence[int]) -> str:
@@ -354,6 +477,21 @@ def _grouped_series(rows: Sequence[Row]) -> dict[str, dict[str, Series]]:
         alone = not heading or headings.count(heading) == 1
         groups.setdefault(name if alone else heading, {})[name if alone else label] = series
     return groups
+
+
+def _told_apart(
+    groups: Mapping[str, Mapping[str, Series]],
+) -> tuple[dict[str, dict[str, Series]], dict[str, float | None]]:
+    """Series that move, by heading, and the value of those that are the same at every step."""
+    moving: dict[str, dict[str, Series]] = {}
+    constant: dict[str, float | None] = {}
+    for heading, series in groups.items():
+        for label, (steps, values) in series.items():  # type: ignore[misc]
+            if len(set(values)) == 1:
+                constant[label if label == heading else f"{heading}/{label}"] = values[0]  # type: ignore[assignment]
+            else:
+                moving.setdefault(heading, {})[label] = (steps, values)
+    return moving, constant
 
 
 def _spaced(count: int, most: int) -> list[int]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from lightning_goldy.report import ReportError, write_report
+from lightning_goldy.report.answers import QUESTIONS
 from lightning_goldy.report.builders import lines
 from lightning_goldy.report.descriptions import Description, describe
 from lightning_goldy.report.figures import FIGURES, register_figure
@@ -26,15 +27,17 @@ def test_the_page_has_a_section_for_everything(run: Path, page_of: PageOf) -> No
     page = page_of(run)
     assert page.text("h1") == ["What did this finetune change?"]
     assert page.text("h2") == [
-        "Training",
         "Change since the snapshot",
         "Golden parameters",
+        "Training",
         "What the analyses cost",
         "Settings of the run",
     ]
-    ids = ["training", "analysis-1", "analysis-2", "cost", "settings"]
-    assert page.values("id") == ids
-    assert page.values("src", "href") == [f"#{name}" for name in ids]
+    ids = ["analysis-1", "analysis-2", "training", "cost", "settings"]
+    assert page.values("id") == ["answers", *ids]
+    # The answer to the first question refers to its analysis.
+    assert page.values("src", "href") == ["#analysis-1", *(f"#{name}" for name in ids)]
+    assert page.text("h3")[:5] == [question.title for question in QUESTIONS.values()]
     assert "learning_rate: 0.1\n" in page.text("pre")
     summary = dict(zip(page.text("dt"), page.text("dd"), strict=True))
     assert summary["Run"] == "version_0"
@@ -92,7 +95,14 @@ def test_many_rows_are_thinned_in_the_figures_but_not_in_the_lines(
     page = page_of(tmp_path)
     assert "The figures show 40 of 100 results, evenly spaced; the lines show 100." in page.text("p")
     assert [frame["label"] for frame in page.charts[0]["frames"]][::39] == ["step 0", "step 99"]
-    assert max(len(page.table(place, "points")["x"]) for place in range(1, len(page.charts))) == 100
+    # None of the metrics moves, so that they are told in a line and not drawn.
+    assert len(page.charts) == 1
+    assert any("The same at every step: count (" in text for text in page.text("p"))
+    rows = [golden_row(step) for step in range(100)]
+    for row in rows:
+        row["metrics"]["density"] = row["step"]
+    write_rows(tmp_path, *rows)
+    assert len(page_of(tmp_path).table(1, "points")["x"]) == 100
 
 
 def test_the_latest_numbers_stand_beside_the_first_with_their_meaning(run: Path, page_of: PageOf) -> None:
@@ -145,7 +155,12 @@ def test_unknown_analyses_get_their_numbers_and_lines(
 ) -> None:
     rows = [golden_row(step) | {"analysis": "of_somebody_else", "name": "volume"} for step in (1, 2)]
     for row in rows:
-        row["metrics"] = {"log_volume": -1e6 * row["step"], "share/h.0": 1.0, "share/h.1": 0.5, "once": None}
+        row["metrics"] = {
+            "log_volume": -1e6 * row["step"],
+            "share/h.0": 1.0 / row["step"],
+            "share/h.1": 0.5 / row["step"],
+            "once": None,
+        }
         row["result"] = {}
     rows[1]["metrics"]["once"] = 3.25
     write_rows(tmp_path, *rows)
@@ -175,7 +190,7 @@ def test_later_analyses_can_add_figures_and_words(
     row = golden_row(1) | {"analysis": "tiny", "name": "tiny", "metrics": {"value": 2}, "result": {"value": 2.0}}
     path = write_rows(tmp_path, row)
     page = page_of(tmp_path)
-    assert page.text("h2")[1] == "Tiny analysis"
+    assert page.text("h2")[0] == "Tiny analysis"
     assert page.text("h4") == ["A line", "All rows"]
     assert page.table(1, "points") == {"x": [1], "y": [2.0], "line": ["a"]}
     assert "It measures a value." in page.text("p")
@@ -226,5 +241,4 @@ def test_numbers_that_are_not_finite_are_gaps(
     rows = [golden_row(step) for step in (1, 2, 3)]
     rows[1]["metrics"]["density"] = float("nan")
     write_rows(tmp_path, *rows)
-    found = [page_of(tmp_path).table(place, "points")["y"] for place in range(1, 4)]
-    assert [0.02, None, 0.02] in found
+    assert page_of(tmp_path).table(1, "points")["y"] == [0.02, None, 0.02]

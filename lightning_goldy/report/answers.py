@@ -1,0 +1,659 @@
+"""What the finetune changed, in five sentences that its rows support.
+
+Each of the five questions is answered by the analysis that answers it best of those that a run has. A sentence is
+computed from the numbers of rows, with its interval, with what would have been seen without an effect (the null), and
+with a mark of trust; it says no more than its interval does. Functions of rows, and of nothing else:
+:func:`register_answer` adds one.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias, get_args
+
+from lightning_goldy.report.figures import Row
+from lightning_goldy.report.formatting import format_number, format_percent, remarks
+
+QuestionName: TypeAlias = Literal["carries", "kind", "robust", "touched", "needs"]
+Trust: TypeAlias = Literal["solid", "weak", "not measured"]
+# Of Student's t with 1, 2, ... degrees of freedom, for an interval of 95 %.
+_STUDENT = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.16, 2.145, 2.131)
+_NORMAL = 1.96
+# Fewer samples than this tell a share or a mean too roughly to be trusted.
+_FEW_SAMPLES = 16
+_FEW_EFFECTIVE = 2.0
+
+
+@dataclass(frozen=True)
+class Question:
+    """One of the questions that unfold "what did this finetune change?".
+
+    Args:
+        title: As the page asks it.
+        callbacks: What would measure it, the best first.
+    """
+
+    title: str
+    callbacks: tuple[str, ...]
+
+
+QUESTIONS: dict[QuestionName, Question] = {
+    "carries": Question("Which parameters carry it?", ("ChangeAttribution", "GoldenSnapshot")),
+    "kind": Question("What kind of change is it?", ("TaylorDiff", "ActivationDifferences", "AttentionTracker")),
+    "robust": Question("How robust is it?", ("BasinVolume",)),
+    "touched": Question("What else did it touch?", ("KnowledgeCoupling", "ActivationDifferences", "ChangeAttribution")),
+    "needs": Question("Which heads does it need?", ("HeadPlasticity",)),
+}
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A share beside its interval and its null, all fractions; what lies outside of 0 to 1 is drawn at the edge."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    null: float | None = None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the rows of one analysis say to a question.
+
+    Args:
+        sentence: The answer, with its number.
+        interval: Of the number, in words with its unit, or that there is none.
+        null: What would have been seen without an effect, in words.
+        doubts: Why the sentence must not be trusted as it stands; none for a solid one.
+        bar: The number as a picture, where it is a share.
+        course: Name of the metric whose course over the run belongs to the sentence.
+    """
+
+    sentence: str
+    interval: str = ""
+    null: str = ""
+    doubts: tuple[str, ...] = ()
+    bar: Bar | None = None
+    course: str = ""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answered, or unanswered, question.
+
+    Args:
+        question: Which.
+        finding: Of the best analysis of it; for one that is not measured a sentence that says what would.
+        trust: ``solid``, ``weak`` (there are doubts), or ``not measured``.
+        analysis: Name of the instance whose rows speak, or nothing.
+        step: Of the row, or None.
+        course: (step, value) of the metric over the run.
+        more: What other analyses say to the same question, by their names.
+    """
+
+    question: QuestionName
+    finding: Finding
+    trust: Trust
+    analysis: str = ""
+    step: int | None = None
+    course: tuple[tuple[int, float], ...] = ()
+    more: Mapping[str, Finding] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """The question as the page asks it."""
+        return QUESTIONS[self.question].title
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the pictures.
+
+        Example:
+            >>> unanswered = answers_of([])[2].to_json()
+            >>> unanswered["title"], unanswered["trust"]
+            ('How robust is it?', 'not measured')
+        """
+        told = {name: getattr(self.finding, name) for name in ("sentence", "interval", "null")}
+        told |= {"doubts": list(self.finding.doubts), "trust": self.trust, "analysis": self.analysis, "step": self.step}
+        more = {name: finding.sentence for name, finding in self.more.items()}
+        return {"question": self.question, "title": self.title, **told, "more": more}
+
+
+Speaker: TypeAlias = Callable[[Sequence[Row]], "Finding | None"]
+_SPEAKERS: dict[QuestionName, dict[str, Speaker]] = {name: {} for name in QUESTIONS}
+
+
+def register_answer(analysis: str, question: QuestionName) -> Callable[[Speaker], Speaker]:
+    """Registers a function of the rows of an analysis, ascending by step, as an answer to a question.
+
+    It returns None where the rows hold nothing that answers it. Of several analyses the first registered speaks.
+
+    Args:
+        analysis: The ``analysis`` field of its rows.
+        question: Which of the five.
+
+    Raises:
+        ValueError: The question is unknown, or the analysis answers it already.
+
+    Example:
+        >>> register_answer("taylor_diff", "kind")(lambda rows: None)
+        Traceback (most recent call last):
+        ValueError: taylor_diff answers 'kind' already: answer_by_expansion
+    """
+    if question not in _SPEAKERS:
+        raise ValueError(f"question must be one of {', '.join(get_args(QuestionName))}, got {question!r}")
+
+    def register(speaker: Speaker) -> Speaker:
+        speakers = _SPEAKERS[question]
+        if analysis in speakers:
+            raise ValueError(f"{analysis} answers {question!r} already: {speakers[analysis].__name__}")
+        speakers[analysis] = speaker
+        return speaker
+
+    return register
+
+
+def question_of(analysis: str) -> QuestionName | None:
+    """The question under which the page shows an analysis: the first that it answers, or that it belongs to.
+
+    Example:
+        >>> question_of("basin_volume"), question_of("golden_parameters"), question_of("some_analysis")
+        ('robust', 'carries', None)
+    """
+    answered = next((name for name, speakers in _SPEAKERS.items() if analysis in speakers), None)
+    return _BELONGS.get(analysis, answered)
+
+
+# Analyses that no sentence is made of, or of another question than the one that they mostly serve.
+_BELONGS: dict[str, QuestionName] = {
+    "golden_snapshot": "carries",
+    "golden_parameters": "carries",
+    "reverse_golden_parameters": "carries",
+    "parameter_distribution": "carries",
+    "explain_change": "kind",
+    "variant_losses": "kind",
+    "continuations": "touched",
+    "knowledge_coupling": "touched",
+    "ripple_effects": "touched",
+}
+
+
+def answers_of(analyses: Iterable[tuple[str, str, Sequence[Row]]]) -> tuple[Answer, ...]:
+    """The five questions, answered by what a run has measured.
+
+    Args:
+        analyses: Name, analysis and rows (ascending by step) of each instance.
+
+    Returns:
+        One answer to each question, in their order.
+
+    Example:
+        >>> rows = [{"step": 4, "metrics": {"nonlinearity": 0.03}, "result": {"regime": "lazy", "n_targets": 40}}]
+        >>> answers_of([("taylor", "taylor_diff", rows)])[1].finding.sentence
+        'It is a small step: the first order explains all but 3 % of the change in logits.'
+    """
+    instances = [(name, analysis, rows) for name, analysis, rows in analyses if rows]
+    return tuple(_answer(question, instances) for question in QUESTIONS)
+
+
+def _answer(question: QuestionName, instances: Sequence[tuple[str, str, Sequence[Row]]]) -> Answer:
+    said: dict[str, tuple[Finding, Sequence[Row]]] = {}
+    for analysis, speaker in _SPEAKERS[question].items():
+        for name, of, rows in instances:
+            finding = speaker(rows) if of == analysis else None
+            if finding is not None and name not in said:
+                said[name] = finding, rows
+    if not said:
+        wanted = " or ".join(QUESTIONS[question].callbacks)
+        return Answer(question, Finding(f"Not measured; {wanted} would tell."), "not measured")
+    (name, (finding, rows)), *others = said.items()
+    points = ((row["step"], row["metrics"].get(finding.course)) for row in rows)
+    course = tuple((step, value) for step, value in points if value is not None and math.isfinite(value))
+    more = {other: finding for other, (finding, _) in others}
+    return Answer(question, finding, "weak" if finding.doubts else "solid", name, rows[-1]["step"], course, more)
+
+
+def interval_of_mean(values: Sequence[float]) -> tuple[float, float]:
+    """Student's 95 % interval of a mean; infinite for a single value.
+
+    Example:
+        >>> [round(end, 2) for end in interval_of_mean([1.0, 2.0, 3.0])]
+        [-0.48, 4.48]
+    """
+    count = len(values)
+    if count < 2:
+        return -math.inf, math.inf
+    quantile = _STUDENT[count - 2] if count - 2 < len(_STUDENT) else _NORMAL
+    half = quantile * statistics.stdev(values) / math.sqrt(count)
+    mean = statistics.fmean(values)
+    return mean - half, mean + half
+
+
+def interval_of_share(share: float, count: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share of so many samples.
+
+    Example:
+        >>> [round(end, 2) for end in interval_of_share(1.0, 10)]
+        [0.72, 1.0]
+    """
+    square = _NORMAL**2 / count
+    centre, half = share + square / 2, _NORMAL * math.sqrt(share * (1 - share) / count + square / (4 * count))
+    return max(0.0, (centre - half) / (1 + square)), min(1.0, (centre + half) / (1 + square))
+
+
+@register_answer("change_attribution", "carries")
+def answer_by_attribution(rows: Sequence[Row]) -> Finding | None:
+    """Which share of the elements recovers the effect, beside as many at random, and where the effect sits."""
+    row = rows[-1]
+    result, graft = row["result"], row["result"].get("graft") or {}
+    effect, metric = _metric(row, "effect"), result.get("metric", "loss")
+    if effect is None:
+        return None
+    if effect == 0:
+        return Finding(f"No parameter carries anything: the {metric} has not changed on the samples that score.")
+    doubts = [] if result.get("complete", True) else [f"the parts miss the change by {_percent(_metric(row, 'gap'))}"]
+    place = _largest_part(result, effect)
+    points = [point for point in graft.get("points", ()) if point["method"] == "attribution"]
+    points = [point for point in points if point.get("recovered") is not None]
+    share = _metric(row, "share_for_95")
+    point = next((point for point in points if share is not None and point["share"] == share), None)
+    point = point or max(points, key=lambda other: other["recovered"], default=None)
+    if point is None:
+        sentence = f"{place[0].upper()}{place[1:]}; how few elements recover the effect was not measured."
+        return Finding(sentence, null="", doubts=(*doubts, "no sample was held out"))
+    chance = _recovered(graft, "random", point["share"])
+    enough = "recover" if share is not None else "recover no more than"
+    sentence = (
+        f"{_percent(point['share'])} of the elements {enough} {_percent(point['recovered'])} of the change in {metric} "
+        f"on samples that did not score; {place}."
+    )
+    doubts += _doubts_of_graft(graft, point, chance)
+    null = "" if chance is None else f"as many elements at random recover {_percent(chance)}"
+    held_out = graft.get("n_held_out", 0)
+    told = f"95 % interval {_percent(point['low'])} to {_percent(point['high'])} over {held_out} held-out samples"
+    bar = Bar(point["recovered"], point["low"], point["high"], chance)
+    return Finding(sentence, told, null, (*doubts, *_marks(row)), bar, "effect")
+
+
+def _doubts_of_graft(graft: Mapping[str, Any], point: Mapping[str, Any], chance: float | None) -> list[str]:
+    doubts = []
+    if graft.get("n_held_out", 0) < _FEW_SAMPLES:
+        doubts.append(f"only {graft.get('n_held_out', 0)} held-out samples")
+    if chance is not None and point["low"] is not None and point["low"] <= chance:
+        doubts.append("as many elements at random lie within the interval")
+    if point["high"] is not None and point["low"] is not None and point["high"] - point["low"] > 0.5:
+        doubts.append("the interval is wider than half of the effect")
+    return doubts
+
+
+def _recovered(graft: Mapping[str, Any], method: str, share: float) -> float | None:
+    points = (point for point in graft.get("points", ()) if point["method"] == method and point["share"] == share)
+    return next((point["recovered"] for point in points), None)
+
+
+def _largest_part(result: Mapping[str, Any], effect: float) -> str:
+    """The kind of parameter that carries most of the effect, with its interval and its share of the elements."""
+    kinds = result.get("kinds") or []
+    if not kinds:
+        return "no part of it is told apart"
+    total = result.get("total") or effect
+    kind = max(kinds, key=lambda row: row["contribution"] / total)
+    ends = sorted(kind[end] / total for end in ("low", "high")) if kind.get("low") is not None else []
+    span = f" [{_percent(ends[0])}, {_percent(ends[1])}]" if ends else ""
+    share = _percent(kind["contribution"] / total)
+    return f"{share}{span} of it sits in the {kind['group']} parameters, {_percent(kind['elements'])} of all"
+
+
+@register_answer("golden_snapshot", "carries")
+def answer_by_norms(rows: Sequence[Row]) -> Finding | None:
+    """How far the weights moved, and where most: not what carries the effect."""
+    row = rows[-1]
+    moved = _metric(row, "relative_change")
+    if moved is None:
+        return None
+    if moved == 0:
+        return Finding("No parameter has moved.", null="0 without training", course="relative_change")
+    blocks = {
+        name.partition("/")[2]: value
+        for name, value in row["metrics"].items()
+        if name.startswith("relative_change/") and value is not None
+    }
+    most = max(blocks, key=lambda name: blocks[name], default="")
+    where = f", {most} most ({_percent(blocks[most])})" if most else ""
+    doubts = ("how far weights moved does not tell what carries the effect; ChangeAttribution does",)
+    sentence = f"The weights moved by {_percent(moved)} of their norm{where}."
+    return Finding(
+        sentence, "exact, no sample", "0 without training", (*doubts, *_marks(row)), course="relative_change"
+    )
+
+
+@register_answer("taylor_diff", "kind")
+def answer_by_expansion(rows: Sequence[Row]) -> Finding | None:
+    """How much of the change in logits the first order leaves unexplained."""
+    row = rows[-1]
+    left, change = _metric(row, "nonlinearity"), _metric(row, "change")
+    if left is None or change == 0:
+        return Finding("The loss has not changed, so there is no change to expand.") if change == 0 else None
+    regime = row["result"].get("regime", "")
+    if left >= 1:
+        sentence = "It is no small step: the first order explains nothing of the change in logits"
+    elif regime == "lazy":
+        sentence = f"It is a small step: the first order explains all but {_percent(left)} of the change in logits"
+    else:
+        sentence = (
+            f"It is {regime or 'curved'}: the first order leaves {_percent(left)} of the change in logits unexplained"
+        )
+    first = _metric(row, "first_order")
+    if first is not None and change is not None:
+        sentence += f" and predicts {first:+.3g} nats of loss where {change:+.3g} are measured"
+    doubts = _doubts_of_expansion(row)
+    count = row["result"].get("n_targets")
+    told = f"over {count:,} target tokens; no interval" if count else "no interval"
+    return Finding(
+        f"{sentence}.",
+        told,
+        "0 % for a linear change, 100 % where the first order predicts nothing",
+        (*doubts, *_marks(row)),
+        Bar(left),
+        "nonlinearity",
+    )
+
+
+def _doubts_of_expansion(row: Row) -> list[str]:
+    doubts, base = [], _metric(row, "base_loss")
+    for order in (1, 2):
+        predicted = _metric(row, f"loss/order{order}")
+        if predicted is not None and predicted < 0 and base is not None:
+            name = ("first", "second")[order - 1]
+            doubts.append(f"the {name} order predicts a loss of {predicted:.3g} nats, which no loss can be")
+    count = row["result"].get("n_targets") or 0
+    if count < _FEW_SAMPLES:
+        doubts.append(f"only {count} target tokens")
+    return doubts
+
+
+@register_answer("activation_differences", "kind")
+def answer_by_streams(rows: Sequence[Row]) -> Finding | None:
+    """How far the residual stream moved on unrelated text, beside another half of that text."""
+    row = rows[-1]
+    moved, null = _metric(row, "stream_change"), _metric(row, "stream_null")
+    if row["result"].get("unchanged"):
+        return Finding("Nothing has changed: the activations are those of the base to the last bit.")
+    if moved is None:
+        return None
+    layer = _metric(row, "clearest_layer")
+    after = "" if layer is None else f", after block {layer:.0f},"
+    doubts = []
+    if null is not None and moved <= null:
+        doubts.append("another half of the text moves it as much")
+    if row["result"].get("n_samples", 0) < _FEW_SAMPLES:
+        doubts.append(f"only {row['result'].get('n_samples', 0)} samples")
+    verb = "is within the noise" if null is not None and moved <= null else "is readable"
+    sentence = f"On unrelated text the residual stream{after} moved by {_percent(moved)} of its norm, which {verb}."
+    told = "" if null is None else f"two halves of the text differ by {_percent(null)}"
+    agreement = _metric(row, "half_agreement")
+    interval = "" if agreement is None else f"two halves agree on its direction to a cosine of {agreement:.2f}"
+    return Finding(sentence, interval, told, (*doubts, *_marks(row)), Bar(moved, null=null), "stream_change")
+
+
+@register_answer("attention_tracker", "kind")
+def answer_by_attention(rows: Sequence[Row]) -> Finding | None:
+    """How far attention drifted from the base's."""
+    row = rows[-1]
+    drift, most = _metric(row, "drift"), _metric(row, "drift_max")
+    if drift is None:
+        return None
+    if drift == 0:
+        return Finding("Attention has not moved from the base's.", course="drift")
+    farthest = "" if most is None else f", the farthest head's by {most:.3g}"
+    doubts = ("no interval, and no null of another seed",)
+    sentence = f"Attention patterns drifted by {drift:.3g} from the base's on average{farthest} (Jensen-Shannon, nats)."
+    return Finding(sentence, "no interval", "0 without training", (*doubts, *_marks(row)), course="drift")
+
+
+@register_answer("basin_volume", "robust")
+def answer_by_volume(rows: Sequence[Row]) -> Finding | None:
+    """The volume of the basin, and whether it has grown or shrunk by paired directions."""
+    row = rows[-1]
+    volumes = row["result"].get("volumes") or []
+    if not volumes or volumes[0].get("log_volume") is None:
+        return None
+    volume = volumes[0]
+    split, metrics = volume.get("split", ""), row["metrics"]
+    course = f"log_volume/{split}" if f"log_volume/{split}" in metrics else "log_volume"
+    compared = _compared_volumes(rows, volume)
+    bridge = volume.get("method") in ("bridge", "importance")
+    error = volume.get("error")
+    size = f"{format_number(_whole(volume['log_volume']))} nats"
+    if bridge and error is not None:
+        sentence = f"The region that stays within {volume['cutoff']:g} nats of it has a log volume of {size}"
+        told = f"one standard error {format_number(error)} nats"
+    else:
+        low = volume.get("lower_bound", volume["log_volume"])
+        sentence = (
+            f"The region that stays within {volume['cutoff']:g} nats of it has a log volume of at least "
+            f"{format_number(_whole(low))} nats, which is a lower bound along straight rays"
+        )
+        told = "the bound holds with 95 % confidence; the volume itself may lie far above"
+    doubts = [f"{volume['weak']}"] if volume.get("weak") else []
+    effective = volume.get("effective_sample_size")
+    if not bridge and effective is not None and effective < _FEW_EFFECTIVE and compared is None:
+        doubts.append(f"it rests on an effective {effective:.2g} of {len(volume.get('estimates', ()))} directions")
+    if compared is not None:
+        words, difference, doubt = compared
+        sentence, told = f"{words}; {sentence[0].lower()}{sentence[1:]}", f"{difference}; {told}"
+        doubts += doubt
+    null = "0 between two checkpoints of equal basins" if compared is not None else "no checkpoint to compare with"
+    if compared is None and not bridge:
+        doubts.append("one bound of one checkpoint compares with nothing")
+    return Finding(f"{sentence}.", told, null, (*doubts, *_marks(row)), course=course)
+
+
+def _compared_volumes(rows: Sequence[Row], last: Mapping[str, Any]) -> tuple[str, str, list[str]] | None:
+    """The paired difference to the first row that has the same directions, as words, interval and doubts."""
+    alike = ("split", "sigma", "cutoff", "measure", "preconditioner", "seed", "dimension")
+    for row in rows[:-1]:
+        for volume in row["result"].get("volumes") or []:
+            if any(volume.get(name) != last.get(name) for name in alike):
+                continue
+            pairs = zip(volume.get("estimates") or (), last.get("estimates") or (), strict=False)
+            values = [after - before for before, after in pairs if before is not None and after is not None]
+            if len(values) < 2:
+                return None
+            low, high = interval_of_mean(values)
+            mean = statistics.fmean(values)
+            if low <= 0 <= high:
+                spread = f"the spread of {len(values)} directions"
+                words = f"The basin has not changed beyond {spread} since step {row['step']:,}"
+                return words, _between(low, high), ["the interval of the difference includes 0"]
+            verb = "widened" if mean > 0 else "narrowed"
+            words = f"The basin {verb} by {format_number(_whole(abs(mean)))} nats since step {row['step']:,}"
+            return words, _between(low, high), []
+    return None
+
+
+def _between(low: float, high: float) -> str:
+    ends = (format_number(_whole(end)) for end in (low, high))
+    return "95 % interval of the paired difference {} to {} nats".format(*ends)
+
+
+@register_answer("coupling_drift", "touched")
+def answer_by_facts(rows: Sequence[Row]) -> Finding | None:
+    """How many of the untouched facts are still known."""
+    row = rows[-1]
+    classes, metrics = row["result"].get("classes") or {}, row["metrics"]
+    known = {name: (metrics.get(f"exact_before/{name}"), metrics.get(f"exact/{name}")) for name in classes}
+    name = "untouched" if "untouched" in known else next(iter(known), "")
+    before, after = known.get(name, (None, None))
+    count = int(classes.get(name, 0))
+    change = metrics.get(f"measured_change/{name}")
+    if before is None or after is None or not count:
+        return _answer_by_log_probability(row, name, change, count)
+    low, high = interval_of_share(after, count)
+    if after == before:
+        words = f"{_percent(after)} of the {name} facts are known, as before"
+    elif low <= before <= high:
+        words = f"{_percent(after)} of the {name} facts are known, from {_percent(before)}: no change beyond noise"
+    else:
+        verb = "only " if after < before else ""
+        words = f"{verb}{_percent(after)} of the {name} facts are still known, from {_percent(before)}"
+    more = "" if change is None else f"; their log probability moved by {change:+.3g} nats on average"
+    doubts = [f"only {count} {name} facts"] if count < _FEW_SAMPLES else []
+    if after != before and low <= before <= high:
+        doubts.append("the interval includes the share before")
+    told = f"95 % interval {_percent(low)} to {_percent(high)} over {count} facts"
+    return Finding(
+        f"{words[0].upper()}{words[1:]}{more}.",
+        told,
+        f"{_percent(before)} before the finetune",
+        (*doubts, *_marks(row)),
+        Bar(after, low, high, before),
+        f"exact/{name}",
+    )
+
+
+def _answer_by_log_probability(row: Row, name: str, change: float | None, count: int) -> Finding | None:
+    if change is None or not name:
+        return None
+    sentence = f"The log probability of the {name} facts moved by {change:+.3g} nats on average."
+    doubts = ("no interval",)
+    return Finding(sentence, f"over {count} facts; no interval", "0 without training", (*doubts, *_marks(row)))
+
+
+@register_answer("activation_differences", "touched")
+def answer_by_divergence(rows: Sequence[Row]) -> Finding | None:
+    """How far the predictions on unrelated text moved."""
+    row = rows[-1]
+    divergence = _metric(row, "kl_from_base")
+    if divergence is None:
+        return None
+    if divergence == 0:
+        return Finding("Predictions on unrelated text have not moved.", null="0 without training")
+    count = row["result"].get("n_samples", 0)
+    sentence = f"On unrelated text the predictions moved by a KL divergence of {divergence:.3g} nats per token."
+    doubts = ("no interval",)
+    told = f"over {count} samples; no interval"
+    return Finding(sentence, told, "0 without training", (*doubts, *_marks(row)), course="kl_from_base")
+
+
+@register_answer("change_attribution", "touched")
+def answer_by_harm(rows: Sequence[Row]) -> Finding | None:
+    """What the finetune costs on other text."""
+    row = rows[-1]
+    graft = row["result"].get("graft") or {}
+    whole = next((point for point in graft.get("points", ()) if point["method"] == "finetune"), None)
+    if whole is None or whole.get("harm") is None:
+        return None
+    harm, low, high = whole["harm"], whole.get("harm_low"), whole.get("harm_high")
+    known = low is not None and high is not None
+    noise = known and low <= 0 <= high
+    verb = "has not changed beyond noise" if noise else f"{'rose' if harm > 0 else 'fell'} by {abs(harm):.3g} nats"
+    doubts = ["the interval includes 0"] if noise else []
+    if graft.get("n_collateral", 0) < _FEW_SAMPLES:
+        doubts.append(f"only {graft.get('n_collateral', 0)} samples of other text")
+    told = f"95 % interval {low:+.3g} to {high:+.3g} nats over {graft.get('n_collateral', 0)} samples" if known else ""
+    return Finding(f"The loss on other text {verb}.", told, "0 without training", (*doubts, *_marks(row)))
+
+
+@register_answer("ripple_effects", "touched")
+def answer_by_ripples(rows: Sequence[Row]) -> Finding | None:
+    """Whether gradients predict what an edit does to other pieces."""
+    row = rows[-1]
+    correlation = _metric(row, "spearman")
+    if correlation is None:
+        correlation = _metric(row, "pearson")
+    if correlation is None:
+        return None
+    sentence = f"What an edit does to other facts follows their gradients with a correlation of {correlation:.2f}."
+    return Finding(sentence, "no interval", "0 for pairs that are shuffled", ("no interval", *_marks(row)))
+
+
+@register_answer("plasticity_sweep", "needs")
+def answer_by_sweep(rows: Sequence[Row]) -> Finding | None:
+    """Whether a score of heads beats closing them at random, over seeds."""
+    costs: dict[str, list[float]] = {}
+    runs = rows[-1]["result"].get("runs") or []
+    level = max((run["level"] for run in runs if run.get("cost") is not None), default=None)
+    for run in runs:
+        if run["level"] == level and run.get("cost") is not None:
+            costs.setdefault(run["strategy"], []).append(run["cost"])
+    chance = costs.pop("random", [])
+    if not costs:
+        return None
+    best = min(costs, key=lambda name: statistics.fmean(costs[name]))
+    mean, low, high = statistics.fmean(costs[best]), *interval_of_mean(costs[best])
+    sentence = f"Closing {_percent(level)} of the heads by {best} costs {mean:+.3g} nats"
+    null, doubts = "not compared with random heads", ["no random heads beside it"]
+    if chance:
+        null, doubts = f"random heads cost {statistics.fmean(chance):+.3g} nats", []
+        if min(chance) <= max(costs[best]):
+            doubts = ["it is within the range of random heads"]
+            sentence += ", no less than random heads beyond the seeds' noise"
+        else:
+            sentence += f", {statistics.fmean(chance) - mean:.3g} less than random heads"
+    if len(costs[best]) < 2:
+        return Finding(f"{sentence}.", "one seed, no interval", null, (*doubts, "one seed"))
+    told = f"95 % interval {low:+.3g} to {high:+.3g} nats over {len(costs[best])} seeds"
+    return Finding(f"{sentence}.", told, null, tuple(doubts))
+
+
+@register_answer("head_plasticity", "needs")
+def answer_by_cycle(rows: Sequence[Row]) -> Finding | None:
+    """What closing heads cost at the last cut, and what was left when training had gone on."""
+    row, metrics = rows[-1], rows[-1]["metrics"]
+    heads = sum(row["result"].get("heads_per_layer") or ())
+    opened = _metric(row, "active_heads")
+    if not heads or opened is None:
+        return None
+    pairs = [
+        (name, metrics.get(f"{name}/loss_before"), metrics.get(f"{name}/loss_after")) for name in ("finish", "cut")
+    ]
+    known = [pair for pair in pairs if pair[1] is not None and pair[2] is not None]
+    latest = next((r for r in reversed(rows) if r["metrics"].get("cut/loss_after") is not None), None)
+    if not known and latest is not None:
+        known = [("cut", latest["metrics"].get("cut/loss_before"), latest["metrics"]["cut/loss_after"])]
+    if not known:
+        sentence = f"{opened:.0f} of {heads} heads are open; none has been closed yet."
+        return Finding(sentence, doubts=("nothing was cut",), course="loss")
+    kind, before, after = known[0]
+    strategy = row["result"].get("strategy", "")
+    what = "a whole cycle of closing and regrowing heads" if kind == "finish" else "the last cut of heads"
+    sentence = (
+        f"{what[0].upper()}{what[1:]} by {strategy} moved the loss by {after - before:+.3g} nats; "
+        f"{opened:.0f} of {heads} heads are open"
+    )
+    doubts = ["no interval", "not compared with heads closed at random"]
+    if strategy == "random":
+        doubts = ["no interval", "heads closed at random are the null, not the answer"]
+    return Finding(f"{sentence}.", "no interval", "compare with the strategy random", tuple(doubts), course="loss")
+
+
+def _metric(row: Row, name: str) -> float | None:
+    value = row["metrics"].get(name)
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+def _percent(share: float | None) -> str:
+    r"""Two significant digits, as an interval allows no more; full percent above ten.
+
+    Example:
+        >>> [_percent(share) for share in (0.001, 0.0312, 0.954, 1.0, None)]
+        ['0.1 %', '3.1 %', '95 %', '100 %', '\u2013']
+    """
+    if share is None or abs(share) < 0.1:
+        return format_percent(None if share is None else float(f"{share:.2g}"))
+    return f"{100 * share:.0f} %"
+
+
+def _whole(value: float) -> float:
+    """Rounded to a whole number from 100 on, where no estimate tells more."""
+    return float(round(value)) if abs(value) >= 100 else value
+
+
+def _marks(row: Row) -> tuple[str, ...]:
+    """What the row itself says must be known before its numbers are read, where it is a doubt."""
+    notes = (row.get("result") or {}).get("notes", ())
+    floors = [text for text in remarks(row) if "may be rounding" in text]
+    return (*(str(note) for note in notes if "WEAK" in str(note)), *floors)

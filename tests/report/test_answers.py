@@ -1,0 +1,305 @@
+"""Each branch of each sentence: rises, falls, nothing beyond noise, undefined, contradictory, not measured."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_goldy.report.answers import (
+    QUESTIONS,
+    Answer,
+    Finding,
+    answer_by_attribution,
+    answer_by_cycle,
+    answer_by_expansion,
+    answer_by_facts,
+    answer_by_harm,
+    answer_by_norms,
+    answer_by_streams,
+    answer_by_sweep,
+    answer_by_volume,
+    answers_of,
+    interval_of_mean,
+    interval_of_share,
+    register_answer,
+)
+from tests.report.heads_rows import plasticity_row, sweep_row
+
+Row = dict[str, Any]
+
+
+def row_of(metrics: Row, result: Row | None = None, step: int = 10) -> Row:
+    return {"step": step, "trigger": "end", "metrics": metrics, "result": result or {}}
+
+
+def point(method: str, share: float, recovered: float | None, half: float = 0.02, **more: float) -> Row:
+    ends = {"low": None, "high": None} if recovered is None else {"low": recovered - half, "high": recovered + half}
+    return {"method": method, "share": share, "recovered": recovered, **ends, **more}
+
+
+def attribution_row(*points: Row, share: float | None = 0.2, effect: float = -4.0, n_held_out: int = 32) -> Row:
+    kinds = [
+        {"group": "attention", "contribution": -1.0, "low": -1.2, "high": -0.8, "elements": 0.25},
+        {"group": "mlp", "contribution": -3.0, "low": -3.4, "high": -2.6, "elements": 0.5},
+    ]
+    graft = {"points": list(points), "n_held_out": n_held_out, "n_collateral": 16}
+    result = {"metric": "loss", "complete": True, "total": -4.0, "kinds": kinds, "graft": graft}
+    return row_of({"effect": effect, "share_for_95": share, "gap": 0.002}, result)
+
+
+def told(finding: Finding | None) -> Finding:
+    assert finding is not None
+    return finding
+
+
+def test_the_share_that_recovers_the_effect_stands_beside_as_many_at_random() -> None:
+    finding = told(answer_by_attribution([attribution_row(point("attribution", 0.2, 0.96), point("random", 0.2, 0.3))]))
+    assert finding.sentence == (
+        "20 % of the elements recover 96 % of the change in loss on samples that did not score; "
+        "75 % [65 %, 85 %] of it sits in the mlp parameters, 50 % of all."
+    )
+    assert finding.null == "as many elements at random recover 30 %"
+    assert finding.doubts == ()
+    assert finding.bar is not None
+    assert finding.bar.null == 0.3
+
+
+def test_a_share_is_doubted_for_chance_few_samples_and_a_wide_interval() -> None:
+    like_chance = attribution_row(point("attribution", 0.2, 0.5, 0.4), point("random", 0.2, 0.3), n_held_out=4)
+    doubts = told(answer_by_attribution([like_chance])).doubts
+    assert doubts == (
+        "only 4 held-out samples",
+        "as many elements at random lie within the interval",
+        "the interval is wider than half of the effect",
+    )
+
+
+def test_where_no_share_recovers_the_effect_the_most_is_told() -> None:
+    points = (point("attribution", 0.1, 0.4), point("attribution", 0.2, 0.6), point("attribution", 0.5, None))
+    finding = told(answer_by_attribution([attribution_row(*points, share=None)]))
+    assert finding.sentence.startswith("20 % of the elements recover no more than 60 % of the change in loss")
+
+
+def test_an_attribution_without_held_out_samples_or_without_effect_says_so() -> None:
+    without = told(answer_by_attribution([attribution_row()]))
+    assert without.sentence.endswith("how few elements recover the effect was not measured.")
+    assert without.doubts == ("no sample was held out",)
+    nothing = told(answer_by_attribution([attribution_row(effect=0.0)]))
+    assert nothing.sentence.startswith("No parameter carries anything")
+    assert answer_by_attribution([row_of({})]) is None
+
+
+def test_an_incomplete_attribution_is_doubted() -> None:
+    row = attribution_row(point("attribution", 0.2, 0.96))
+    row["result"]["complete"] = False
+    row["metrics"]["gap"] = 0.3
+    assert "the parts miss the change by 30 %" in told(answer_by_attribution([row])).doubts
+
+
+def test_norms_answer_only_weakly() -> None:
+    row = row_of({"relative_change": 0.08, "relative_change/h.0": 0.02, "relative_change/h.1": 0.12})
+    finding = told(answer_by_norms([row]))
+    assert finding.sentence == "The weights moved by 8 % of their norm, h.1 most (12 %)."
+    assert "does not tell what carries the effect" in finding.doubts[0]
+    assert told(answer_by_norms([row_of({"relative_change": 0.0})])).sentence == "No parameter has moved."
+
+
+@pytest.mark.parametrize(
+    ("nonlinearity", "regime", "sentence"),
+    [
+        (0.03, "lazy", "It is a small step: the first order explains all but 3 % of the change in logits."),
+        (
+            0.3,
+            "weakly nonlinear",
+            "It is weakly nonlinear: the first order leaves 30 % of the change in logits unexplained.",
+        ),
+        (0.7, "nonlinear", "It is nonlinear: the first order leaves 70 % of the change in logits unexplained."),
+        (1.4, "nonlinear", "It is no small step: the first order explains nothing of the change in logits."),
+    ],
+)
+def test_the_kind_of_change_by_its_regime(nonlinearity: float, regime: str, sentence: str) -> None:
+    finding = told(answer_by_expansion([row_of({"nonlinearity": nonlinearity}, {"regime": regime, "n_targets": 64})]))
+    assert finding.sentence == sentence
+    assert finding.doubts == ()
+
+
+def test_an_expansion_that_predicts_an_impossible_loss_is_doubted() -> None:
+    metrics = {"nonlinearity": 0.6, "base_loss": 2.0, "loss/order1": 0.1, "loss/order2": -1.9, "change": -1.0}
+    doubts = told(answer_by_expansion([row_of(metrics, {"n_targets": 64})])).doubts
+    assert doubts == ("the second order predicts a loss of -1.9 nats, which no loss can be",)
+    few = told(answer_by_expansion([row_of({"nonlinearity": 0.6}, {"n_targets": 3})])).doubts
+    assert few == ("only 3 target tokens",)
+    unchanged = told(answer_by_expansion([row_of({"change": 0.0, "nonlinearity": None})]))
+    assert unchanged.sentence.startswith("The loss has not changed")
+    assert answer_by_expansion([row_of({"nonlinearity": math.nan})]) is None
+
+
+def volume_row(estimates: list[float], step: int, **more: Any) -> Row:
+    volume = {
+        "split": "clean",
+        "sigma": 0.1,
+        "cutoff": 0.01,
+        "measure": "gaussian",
+        "preconditioner": "none",
+        "seed": 0,
+        "dimension": 100,
+        "log_volume": max(estimates),
+        "lower_bound": min(estimates),
+        "effective_sample_size": 1.0,
+        "estimates": estimates,
+        **more,
+    }
+    return row_of({"log_volume/clean": max(estimates)}, {"volumes": [volume]}, step)
+
+
+@pytest.mark.parametrize(
+    ("after", "words", "doubts"),
+    [
+        ([-200.0, -210.0, -220.0], "The basin narrowed by 50 nats since step 0", 0),
+        ([-100.0, -110.0, -120.0], "The basin widened by 50 nats since step 0", 0),
+        ([-150.0, -250.0, -80.0], "The basin has not changed beyond the spread of 3 directions since step 0", 1),
+    ],
+)
+def test_a_basin_is_compared_by_paired_directions(after: list[float], words: str, doubts: int) -> None:
+    before = [-150.0, -160.0, -170.0]
+    if doubts == 0:
+        # The same difference in every direction, but for a nat.
+        after = [value + noise for value, noise in zip(after, (0.5, -0.5, 0.0), strict=True)]
+    finding = told(answer_by_volume([volume_row(before, 0), volume_row(after, 10)]))
+    assert finding.sentence.startswith(words)
+    assert len(finding.doubts) == doubts
+
+
+def test_volumes_of_other_directions_are_not_compared_and_a_single_bound_is_doubted() -> None:
+    first, last = volume_row([-150.0, -160.0], 0, sigma=0.2), volume_row([-100.0, -110.0], 10)
+    finding = told(answer_by_volume([first, last]))
+    assert finding.sentence.startswith(
+        "The region that stays within 0.01 nats of it has a log volume of at least -110 nats"
+    )
+    assert finding.doubts == (
+        "it rests on an effective 1 of 2 directions",
+        "one bound of one checkpoint compares with nothing",
+    )
+    assert answer_by_volume([row_of({}, {"volumes": []})]) is None
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "start", "doubted"),
+    [
+        (0.99, 0.82, "Only 82 % of the untouched facts are still known, from 99 %; ", False),
+        (0.80, 0.82, "82 % of the untouched facts are known, from 80 %: no change beyond noise; ", True),
+        (0.82, 0.82, "82 % of the untouched facts are known, as before; ", False),
+        (0.50, 0.82, "82 % of the untouched facts are still known, from 50 %; ", False),
+    ],
+)
+def test_untouched_facts_before_and_after(before: float, after: float, start: str, doubted: bool) -> None:
+    metrics = {"exact_before/untouched": before, "exact/untouched": after, "measured_change/untouched": -0.3}
+    finding = told(answer_by_facts([row_of(metrics, {"classes": {"edited": 4, "untouched": 98}})]))
+    assert finding.sentence.startswith(start)
+    assert bool(finding.doubts) is doubted
+    assert "over 98 facts" in finding.interval
+
+
+def test_facts_without_exact_answers_tell_their_log_probability() -> None:
+    row = row_of({"measured_change/untouched": -0.25}, {"classes": {"untouched": 30}})
+    finding = told(answer_by_facts([row]))
+    assert finding.sentence == "The log probability of the untouched facts moved by -0.25 nats on average."
+    assert finding.doubts == ("no interval",)
+    assert answer_by_facts([row_of({}, {"classes": {}})]) is None
+
+
+@pytest.mark.parametrize(
+    ("harm", "half", "sentence"),
+    [
+        (0.3, 0.1, "The loss on other text rose by 0.3 nats."),
+        (-0.3, 0.1, "The loss on other text fell by 0.3 nats."),
+        (0.05, 0.1, "The loss on other text has not changed beyond noise."),
+    ],
+)
+def test_harm_to_other_text(harm: float, half: float, sentence: str) -> None:
+    whole = point("finetune", 1.0, 1.0, harm=harm, harm_low=harm - half, harm_high=harm + half)
+    assert told(answer_by_harm([attribution_row(whole)])).sentence == sentence
+
+
+def test_streams_within_the_null_are_noise() -> None:
+    result = {"n_samples": 64}
+    moved = told(answer_by_streams([row_of({"stream_change": 0.2, "stream_null": 0.05, "clearest_layer": 3}, result)]))
+    assert moved.sentence == (
+        "On unrelated text the residual stream, after block 3, moved by 20 % of its norm, which is readable."
+    )
+    noise = told(answer_by_streams([row_of({"stream_change": 0.02, "stream_null": 0.05}, result)]))
+    assert noise.sentence.endswith("which is within the noise.")
+    assert noise.doubts == ("another half of the text moves it as much",)
+    same = told(answer_by_streams([row_of({"stream_change": None}, {"unchanged": True})]))
+    assert same.sentence.startswith("Nothing has changed")
+
+
+def test_heads_of_a_sweep_against_random_ones() -> None:
+    within = told(answer_by_sweep([sweep_row()]))
+    assert within.sentence == "Closing 50 % of the heads by taylor costs +0.3 nats, 0.7 less than random heads."
+    row = sweep_row()
+    for run in row["result"]["runs"]:
+        if run["strategy"] == "random":
+            run["cost"] = 0.3
+    alike = told(answer_by_sweep([row]))
+    assert "no less than random heads beyond the seeds' noise" in alike.sentence
+    assert alike.doubts == ("it is within the range of random heads",)
+
+
+def test_one_run_of_head_plasticity_has_no_null() -> None:
+    row = plasticity_row()
+    row["metrics"] |= {"cut/loss_before": 2.25, "cut/loss_after": 2.5}
+    finding = told(answer_by_cycle([row]))
+    assert finding.sentence == "The last cut of heads by taylor moved the loss by +0.25 nats; 3 of 4 heads are open."
+    assert "not compared with heads closed at random" in finding.doubts
+    fresh = plasticity_row(cut=False)
+    fresh["metrics"] = {"loss": 2.25, "active_heads": 4.0}
+    assert told(answer_by_cycle([fresh])).doubts == ("nothing was cut",)
+
+
+def test_the_first_registered_analysis_speaks_and_the_others_stand_beside_it() -> None:
+    snapshot = row_of({"relative_change": 0.08})
+    attribution = attribution_row(point("attribution", 0.2, 0.96), point("random", 0.2, 0.3))
+    answers = answers_of(
+        [("norms", "golden_snapshot", [snapshot]), ("carriers", "change_attribution", [attribution]), ("none", "x", [])]
+    )
+    assert [answer.question for answer in answers] == list(QUESTIONS)
+    assert (answers[0].analysis, answers[0].trust, list(answers[0].more)) == ("carriers", "solid", ["norms"])
+    assert answers[2].trust == "not measured"
+    assert "BasinVolume" in answers[2].finding.sentence
+    weak = answers_of([("norms", "golden_snapshot", [snapshot])])[0]
+    assert (weak.trust, weak.analysis) == ("weak", "norms")
+    json.dumps([answer.to_json() for answer in answers], allow_nan=False)
+
+
+def test_an_answer_has_the_course_of_its_metric() -> None:
+    rows = [row_of({"relative_change": value}, step=step) for step, value in ((0, 0.0), (5, math.nan), (9, 0.2))]
+    answer: Answer = answers_of([("norms", "golden_snapshot", rows)])[0]
+    assert answer.course == ((0, 0.0), (9, 0.2))
+
+
+def test_an_unknown_question_names_the_choices() -> None:
+    with pytest.raises(ValueError, match="question must be one of carries, kind, robust, touched, needs, got 'why'"):
+        register_answer("mine", "why")  # type: ignore[arg-type]
+
+
+@given(st.floats(0, 1), st.integers(1, 10_000))
+def test_an_interval_of_a_share_holds_the_share_and_stays_a_share(share: float, count: int) -> None:
+    low, high = interval_of_share(share, count)
+    assert 0 <= low <= share + 1e-12
+    assert share - 1e-12 <= high <= 1
+    wider = interval_of_share(share, max(1, count // 2))
+    assert wider[1] - wider[0] >= high - low - 1e-12
+
+
+def test_intervals_of_means_by_hand() -> None:
+    # n = 5, sd = sqrt(2.5), t = 2.776: half width 2.776 * sqrt(0.5).
+    low, high = interval_of_mean([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert low == pytest.approx(3 - 2.776 * math.sqrt(0.5), abs=1e-9)
+    assert high == pytest.approx(3 + 2.776 * math.sqrt(0.5), abs=1e-9)
+    assert interval_of_mean([1.0]) == (-math.inf, math.inf)
