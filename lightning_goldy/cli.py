@@ -605,14 +605,18 @@ def _recipes(options: argparse.Namespace) -> None:
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_directory", metavar="RUN", help="a run's log directory, or a folder with several runs")
-    parser.add_argument("--output", metavar="FILE", help="default: report.html in the run directory")
+    written = parser.add_mutually_exclusive_group()
+    written.add_argument("--output", metavar="FILE", help="default: report.html in the run directory")
+    written.add_argument(
+        "--json", action="store_true", help="print the answers and headlines as JSON, and write no page"
+    )
     parser.set_defaults(run=_report)
 
 
 def _report(options: argparse.Namespace) -> None:
-    from lightning_goldy.report.page import write_report
+    from lightning_goldy.report.page import answers_json, write_report
 
-    print(write_report(options.run_directory, options.output))
+    print(answers_json(options.run_directory) if options.json else write_report(options.run_directory, options.output))
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:

@@ -6,11 +6,16 @@ from pathlib import Path
 
 import lightning.pytorch as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from rich.console import Console
 
 from lightning_goldy.callbacks.base import AnalysisCallback
 from lightning_goldy.callbacks.engine.run_folder import run_directory
-from lightning_goldy.callbacks.engine.store import ROWS
+from lightning_goldy.callbacks.engine.store import ROWS, steps_so_far
+from lightning_goldy.report.answers import answers_table, answers_text
+from lightning_goldy.report.loggers import log_text
+from lightning_goldy.report.page import answers_of_run
 from lightning_goldy.report.rendering import require_drawing
+from lightning_goldy.report.run import read_run
 
 
 class RunReport(L.Callback):
@@ -67,7 +72,20 @@ class RunReport(L.Callback):
         """Writes the page."""
         folder = run_directory(trainer)
         if trainer.is_global_zero and (path := self._write(folder)) is not None:
+            self._tell(trainer, folder)
             rank_zero_info(f"report: {path}")
+
+    def _tell(self, trainer: L.Trainer, folder: Path) -> None:
+        """The answers for the console and for loggers that take text."""
+        run = read_run(folder)
+        answers = answers_of_run(run)
+        text = answers_text(answers)
+        for logger in trainer.loggers:
+            try:
+                log_text([logger], "goldy/answers", text, steps_so_far(trainer))
+            except Exception as error:  # noqa: BLE001 - a service may raise anything
+                rank_zero_warn(f"the answers are not in {type(logger).__name__}: {type(error).__name__}: {error}")
+        Console().print(answers_table(answers))
 
     def _write(self, folder: Path) -> Path | None:
         from lightning_goldy.report.page import ReportError, write_report

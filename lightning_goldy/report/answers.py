@@ -12,10 +12,13 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from typing import Any, Literal, TypeAlias, get_args
 
+from rich.table import Table
+
 from lightning_goldy.report.figures import Row
-from lightning_goldy.report.formatting import format_number, format_percent, remarks
+from lightning_goldy.report.formatting import console_table, format_number, format_percent, remarks
 
 QuestionName: TypeAlias = Literal["carries", "kind", "robust", "touched", "needs"]
 Trust: TypeAlias = Literal["solid", "weak", "not measured"]
@@ -196,6 +199,43 @@ def answers_of(analyses: Iterable[tuple[str, str, Sequence[Row]]]) -> tuple[Answ
     """
     instances = [(name, analysis, rows) for name, analysis, rows in analyses if rows]
     return tuple(_answer(question, instances) for question in QUESTIONS)
+
+
+def answers_text(answers: Iterable[Answer]) -> str:
+    """Markdown for loggers that take text: what is measured, with its interval, its null and its trust.
+
+    Example:
+        >>> rows = [{"step": 4, "metrics": {"relative_change": 0.0}, "result": {}}]
+        >>> print(answers_text(answers_of([("norms", "golden_snapshot", rows)])))
+        **Which parameters carry it?** No parameter has moved. *(solid. Null: 0 without training.)*
+    """
+    lines = []
+    for answer in answers:
+        if answer.trust == "not measured":
+            continue
+        words = escape(answer.finding.sentence).replace("*", "&#42;").replace("_", "&#95;").replace("`", "&#96;")
+        small = " ".join([f"{answer.trust}.", *small_print(answer.finding)])
+        lines.append(f"**{answer.title}** {words} *({escape(small).replace('*', '&#42;')})*")
+    return "\n\n".join(lines)
+
+
+def small_print(finding: Finding) -> list[str]:
+    """Interval, null and doubts as sentences."""
+    interval = f"{finding.interval[:1].upper()}{finding.interval[1:]}."
+    told = [interval] if finding.interval else []
+    told += [f"Null: {finding.null}."] if finding.null else []
+    return told + ([f"Doubt: {'; '.join(finding.doubts)}."] if finding.doubts else [])
+
+
+def answers_table(answers: Iterable[Answer]) -> Table:
+    """The answers for the console.
+
+    Example:
+        >>> answers_table(answers_of([])).row_count
+        5
+    """
+    rows = [(answer.title, answer.finding.sentence, answer.trust) for answer in answers]
+    return console_table("What did this finetune change?", ["question", "answer", "trust"], rows)
 
 
 def _answer(question: QuestionName, instances: Sequence[tuple[str, str, Sequence[Row]]]) -> Answer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import string
 from collections.abc import Mapping, Sequence
@@ -14,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from lightning_goldy import __version__
+from lightning_goldy.core.files import finite
 from lightning_goldy.core.store import atomic_write
-from lightning_goldy.report.answers import QUESTIONS, Answer, Bar, answers_of, question_of
+from lightning_goldy.report.answers import QUESTIONS, Answer, Bar, answers_of, question_of, small_print
 from lightning_goldy.report.builders import Lines, Series, lines
 from lightning_goldy.report.descriptions import Description, description_of
 from lightning_goldy.report.figures import (
@@ -175,6 +177,38 @@ def write_report(run_directory: str | os.PathLike[str], output: str | os.PathLik
     return atomic_write(target, page.encode("utf-8", "replace"))
 
 
+def answers_json(run_directory: str | os.PathLike[str]) -> str:
+    """The answers to the five questions, and the latest headline and metrics of every analysis, as JSON.
+
+    Args:
+        run_directory: As :func:`write_report` takes it.
+
+    Returns:
+        An object with ``run``, ``answers`` (question, sentence, interval, null, doubts, trust) and ``analyses`` (name,
+        analysis, step, headline, metrics; a metric that is not finite is null).
+
+    Raises:
+        ReportError: As :func:`write_report` does.
+    """
+    run = read_run(run_directory)
+    analyses = [
+        {
+            "name": analysis.name,
+            **{field: analysis.rows[-1].get(field) for field in ("analysis", "step", "trigger", "headline")},
+            "metrics": {name: finite(value) for name, value in analysis.rows[-1]["metrics"].items()},
+        }
+        for analysis in run.analyses
+    ]
+    answers = [answer.to_json() for answer in answers_of_run(run)]
+    told = {"run": str(run.directory), "version": __version__, "answers": answers, "analyses": analyses}
+    return json.dumps(told, indent=2, allow_nan=False)
+
+
+def answers_of_run(run: Run) -> tuple[Answer, ...]:
+    """The five questions, answered by a run."""
+    return answers_of((analysis.name, analysis.analysis, analysis.rows) for analysis in run.analyses)
+
+
 def _asset(name: str) -> str:
     return resources.files("lightning_goldy.report").joinpath(name).read_text(encoding="utf-8")
 
@@ -182,7 +216,7 @@ def _asset(name: str) -> str:
 def _body(run: Run) -> str:
     sections = {}
     anchors = {analysis.name: f"analysis-{index}" for index, analysis in enumerate(run.analyses, 1)}
-    answers = answers_of((analysis.name, analysis.analysis, analysis.rows) for analysis in run.analyses)
+    answers = answers_of_run(run)
     for analysis in run.analyses:
         anchor = anchors[analysis.name]
         title = description_of(analysis.analysis).title
@@ -237,11 +271,8 @@ def answers_html(answers: Sequence[Answer], anchors: Mapping[str, str]) -> str:
     cards = []
     for answer in answers:
         finding = answer.finding
-        interval = f"{finding.interval[:1].upper()}{finding.interval[1:]}"
-        small = [f"{interval}." if interval else "", f"Null: {finding.null}." if finding.null else ""]
-        small += [f"Doubt: {'; '.join(finding.doubts)}."] if finding.doubts else []
-        small += [f"Step {answer.step:,}."] if answer.step is not None else []
-        told = escape(" ".join(filter(None, small)))
+        small = [*small_print(finding), *([f"Step {answer.step:,}."] if answer.step is not None else [])]
+        told = escape(" ".join(small))
         links = [(name, name) for name in (answer.analysis, *answer.more) if name in anchors]
         more = ", ".join(f'<a href="#{anchors[name]}">{escape(label)}</a>' for name, label in links)
         picture = _bar_svg(finding.bar) if finding.bar else _course_svg(answer.course)
@@ -486,9 +517,9 @@ def _told_apart(
     moving: dict[str, dict[str, Series]] = {}
     constant: dict[str, float | None] = {}
     for heading, series in groups.items():
-        for label, (steps, values) in series.items():  # type: ignore[misc]
+        for label, (steps, values) in series.items():
             if len(set(values)) == 1:
-                constant[label if label == heading else f"{heading}/{label}"] = values[0]  # type: ignore[assignment]
+                constant[label if label == heading else f"{heading}/{label}"] = values[0]
             else:
                 moving.setdefault(heading, {})[label] = (steps, values)
     return moving, constant

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -15,6 +16,7 @@ from lightning_goldy.report.builders import lines
 from lightning_goldy.report.descriptions import Description, describe
 from lightning_goldy.report.figures import FIGURES, register_figure
 from lightning_goldy.report.formatting import MISSING
+from lightning_goldy.report.page import answers_json
 
 Build = Callable[..., dict[str, Any]]
 Write = Callable[..., Path]
@@ -242,3 +244,41 @@ def test_numbers_that_are_not_finite_are_gaps(
     rows[1]["metrics"]["density"] = float("nan")
     write_rows(tmp_path, *rows)
     assert page_of(tmp_path).table(1, "points")["y"] == [0.02, None, 0.02]
+
+
+def test_answers_come_first_with_their_small_print(run: Path, page_of: PageOf) -> None:
+    page = page_of(run)
+    assert "The weights moved by 8 % of their norm." in page.text("p")
+    assert page.text("span")[:2] == ["weak", "not measured"]
+    assert any("Doubt: how far weights moved does not tell" in text for text in page.text("p"))
+    # Questions stand above the sections that answer them.
+    groups = [attributes for tag, attributes in page.tags if tag == "p" and attributes.get("class") == "group"]
+    assert len(groups) == 2
+
+
+def test_numbers_are_folded_and_drawn_only_when_opened(run: Path, page_of: PageOf) -> None:
+    page = page_of(run)
+    summaries = page.text("summary")
+    assert summaries[-2:] == ["Details: 3 metrics at 2 steps", "Details: 7 metrics at 3 steps"]
+
+
+def test_methods_name_what_was_done_and_the_version(
+    tmp_path: Path, golden_row: Build, write_rows: Write, monkeypatch: pytest.MonkeyPatch, page_of: PageOf
+) -> None:
+    from lightning_goldy import __version__
+    from lightning_goldy.report import descriptions
+
+    monkeypatch.setattr(descriptions, "_DESCRIPTIONS", {})
+    describe("tiny", Description("Tiny", "", "", method="Values follow Someone (2020)."))
+    write_rows(tmp_path, golden_row(1) | {"analysis": "tiny", "name": "tiny"})
+    text = f"We analysed the finetune with lightning_goldy {__version__}. Values follow Someone (2020)."
+    assert text in page_of(tmp_path).text("p")
+
+
+def test_answers_as_json(run: Path) -> None:
+    told = json.loads(answers_json(run))
+    assert [answer["trust"] for answer in told["answers"]] == ["weak", *["not measured"] * 4]
+    assert told["answers"][0]["sentence"] == "The weights moved by 8 % of their norm."
+    golden = next(analysis for analysis in told["analyses"] if analysis["name"] == "golden_parameters")
+    assert (golden["step"], golden["metrics"]["count"]) == (30, 109)
+    assert golden["metrics"]["jaccard_previous"] is None

@@ -31,6 +31,7 @@ from lightning_goldy.core.files import (
     repair_rows,
     to_json_line,
 )
+from lightning_goldy.report.answers import answers_of, answers_text
 from lightning_goldy.report.descriptions import description_of
 from lightning_goldy.report.figures import TEXTS, draw_figures, reads_of
 from lightning_goldy.report.loggers import log_figure, log_histogram, log_scalars, log_text
@@ -347,6 +348,9 @@ def log_row(
     write(lambda loggers: log_scalars(loggers, tagged, step))
     for name, (edges, counts) in histograms.items():
         write(lambda loggers: log_histogram(loggers, f"{prefix}/{name}", (edges, counts), step))  # noqa: B023
+    sentences = answers_text(answers_of([(row["name"], row["analysis"], [*earlier, row])]))
+    if sentences:
+        write(lambda loggers: log_text(loggers, f"goldy/answers/{row['name']}", sentences, step))
     for name, written in TEXTS.items():
         if row["result"].get(name):
             text = written(row["result"][name])
