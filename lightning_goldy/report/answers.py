@@ -16,14 +16,13 @@ from html import escape
 from typing import Any, Literal, TypeAlias, get_args
 
 from rich.table import Table
+from scipy.special import stdtrit
 
 from lightning_goldy.report.figures import Row
 from lightning_goldy.report.formatting import console_table, format_number, format_percent, remarks
 
 QuestionName: TypeAlias = Literal["carries", "kind", "robust", "touched", "needs"]
 Trust: TypeAlias = Literal["solid", "weak", "not measured"]
-# Of Student's t with 1, 2, ... degrees of freedom, for an interval of 95 %.
-_STUDENT = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.16, 2.145, 2.131)
 _NORMAL = 1.96
 # Fewer samples than this tell a share or a mean too roughly to be trusted.
 _FEW_SAMPLES = 16
@@ -265,8 +264,7 @@ def interval_of_mean(values: Sequence[float]) -> tuple[float, float]:
     count = len(values)
     if count < 2:
         return -math.inf, math.inf
-    quantile = _STUDENT[count - 2] if count - 2 < len(_STUDENT) else _NORMAL
-    half = quantile * statistics.stdev(values) / math.sqrt(count)
+    half = float(stdtrit(count - 1, 0.975)) * statistics.stdev(values) / math.sqrt(count)
     mean = statistics.fmean(values)
     return mean - half, mean + half
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from lightning_goldy import __version__
 from lightning_goldy.core.files import finite
@@ -344,10 +345,14 @@ def _summary(run: Run) -> str:
     results = sum(len(analysis.rows) for analysis in run.analyses)
     last = max(row["step"] for analysis in run.analyses for row in analysis.rows)
     steps = max([last, *(curve.steps[-1] for curve in run.training.curves.values())])
+    base, data = _named_settings(run.settings)
+    size = _size(run)
     facts = (
-        ("Run", run.directory.name, ""),
+        ("Run", run.directory.name, f"data: {data}" if data else ""),
         ("Training steps", format_number(steps), f"last analysis at step {last:,}"),
         ("Model", run.model_class or MISSING, "" if run.model_class else "no tensor file names it"),
+        ("Base", base or MISSING, "" if base else "the settings do not name it"),
+        ("Trained parameters", format_number(size), "" if size else "no analysis counts them"),
         ("Analyses", format_number(len(run.analyses)), f"{results:,} results"),
         ("Time of the analyses", format_seconds(seconds), share),
     )
@@ -356,6 +361,40 @@ def _summary(run: Run) -> str:
         for name, value, more in facts
     )
     return f'<dl class="summary">{cells}</dl>'
+
+
+def _named_settings(settings: Mapping[str, str]) -> tuple[str, str]:
+    """The base model and the data, as far as the files of settings name them."""
+    base = data = ""
+    for text in settings.values():
+        try:
+            # Everything is text to this loader, whatever its tag.
+            told = yaml.load(text, Loader=yaml.BaseLoader)
+        except yaml.YAMLError:
+            continue
+        if not isinstance(told, Mapping):
+            continue
+        model, module = told.get("model"), told.get("data")
+        options = model.get("init_args") if isinstance(model, Mapping) else None
+        model = options.get("model", model) if isinstance(options, Mapping) else model
+        if isinstance(model, Mapping):
+            model = model.get("class_path") or model.get("model_type") or ""
+        base = base or "/".join(Path(str(model or "")).parts[-2:])
+        name = module.get("class_path") if isinstance(module, Mapping) else module
+        data = data or str(name or "").rpartition(".")[2]
+    return base, data
+
+
+def _size(run: Run) -> int | None:
+    """How many parameters train, by an analysis that lists all their tensors."""
+    for wanted in ("golden_snapshot", "change_attribution", "parameter_distribution"):
+        for analysis in run.analyses:
+            tensors = analysis.rows[-1]["result"].get("tensors")
+            if analysis.analysis == wanted and isinstance(tensors, list):
+                counts = [tensor.get("numel") for tensor in tensors if isinstance(tensor, Mapping)]
+                if counts and all(isinstance(count, int) for count in counts):
+                    return sum(counts)
+    return None
 
 
 def _training(training: TrainingCurves) -> str:

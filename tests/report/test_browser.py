@@ -1,0 +1,146 @@
+"""The page in a real browser: nothing fails, everything opens, and hostile texts stay texts."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_goldy.report import write_report
+
+Build = Callable[..., dict[str, Any]]
+EVIL = "<script>window.evil = 1</script><img src=x onerror='window.evil = 2'>"
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
+)
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """One browser for all pages."""
+    if not CHROMIUM:
+        pytest.skip("no Chromium is installed")
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with api.sync_playwright() as driver:
+        started = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def opened(browser: Any) -> Iterator[Callable[..., Any]]:
+    """Opens a page file; at the end no error may have been told, and nothing asked of a network."""
+    told: list[str] = []
+    contexts = []
+
+    def open_file(path: Path, width: int = 1280, height: int = 900, **options: Any) -> Any:
+        context = browser.new_context(viewport={"width": width, "height": height}, **options)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: told.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: told.append(str(error)))
+        page.on("request", lambda asked: told.append(asked.url) if asked.url.startswith("http") else None)
+        page.goto(path.as_uri())
+        return page
+
+    yield open_file
+    for context in contexts:
+        context.close()
+    assert told == []
+
+
+@pytest.fixture
+def hostile(tmp_path: Path, golden_row: Build, snapshot_row: Build, write_rows: Callable[..., Path]) -> Path:
+    """A run whose names and texts try to run."""
+    rows = [golden_row(step, blocks=["h.0", EVIL]) for step in (1, 2, 3)]
+    for row in rows:
+        row["metrics"] |= {"count": row["step"], EVIL: row["step"]}
+    write_rows(tmp_path, *rows, name="a'b")
+    write_rows(tmp_path, *(snapshot_row(step, blocks=["h.0", EVIL]) for step in (1, 2)))
+    (tmp_path / "config.yaml").write_text(f"prompt: {EVIL}\n")
+    return write_report(tmp_path)
+
+
+def test_answers_stand_on_the_first_screen(hostile: Path, opened: Callable[..., Any]) -> None:
+    page = opened(hostile)
+    answers = page.locator("#answers .answer")
+    assert answers.count() == 5
+    ends = [answers.nth(place).bounding_box() for place in range(5)]
+    assert max(box["y"] + box["height"] for box in ends) <= 900
+    assert page.evaluate("window.evil") is None
+    assert page.locator("img").count() == 0
+
+
+def test_details_open_and_are_drawn_then(hostile: Path, opened: Callable[..., Any]) -> None:
+    page = opened(hostile)
+    details = page.locator("section", has_text="Golden parameters").last.locator("details.more")
+    assert details.locator(".plot svg, .plot canvas").count() == 0
+    details.locator("summary").click()
+    details.locator(".plot svg, .plot canvas").first.wait_for()
+    assert page.evaluate("window.evil") is None
+
+
+def test_a_tooltip_shows_the_value(hostile: Path, opened: Callable[..., Any]) -> None:
+    page = opened(hostile)
+    chart = page.locator("figure.chart").first
+    chart.scroll_into_view_if_needed()
+    cell = chart.locator(".mark-rect path").first
+    cell.wait_for()
+    # A number stands in the middle of the cell.
+    cell.hover(position={"x": 3, "y": 3})
+    tooltip = page.locator("#vg-tooltip-element.visible")
+    tooltip.wait_for()
+    assert any(letter.isdigit() for letter in tooltip.inner_text())
+
+
+def test_a_table_sorts_and_downloads(hostile: Path, opened: Callable[..., Any]) -> None:
+    page = opened(hostile)
+    cost = page.locator("#cost")
+    names = lambda: cost.locator("tbody th").all_inner_texts()  # noqa: E731
+    before = names()
+    head = cost.locator("thead th button").first
+    head.click()
+    assert names() == sorted(before)
+    head.click()
+    assert names() == sorted(before, reverse=True)
+    assert cost.locator("thead th").first.get_attribute("aria-sort") == "descending"
+    with page.expect_download() as download:
+        cost.locator("button.download").click()
+    lines = Path(download.value.path()).read_text(encoding="utf-8-sig").splitlines()
+    assert len(lines) == len(before) + 2
+    assert lines[1].startswith(f'"{names()[0]}"')
+
+
+def test_numbers_sort_by_value_and_missing_ones_last(
+    tmp_path: Path, golden_row: Build, write_rows: Callable[..., Path], opened: Callable[..., Any]
+) -> None:
+    row = golden_row(1) | {"analysis": "tiny"}
+    row["metrics"] = {"a": 1200.0, "b": None, "c": -3e-7, "d": 90.0}
+    write_rows(tmp_path, row, name="tiny")
+    page = opened(write_report(tmp_path))
+    page.locator("#analysis-1 summary").click()
+    page.locator("#analysis-1 thead th.number button").click()
+    assert page.locator("#analysis-1 tbody th").all_inner_texts() == ["c", "d", "a", "b"]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_narrow_window_does_not_scroll_sideways(hostile: Path, opened: Callable[..., Any], scheme: str) -> None:
+    page = opened(hostile, width=400, color_scheme=scheme)
+    page.locator("figure.chart").first.scroll_into_view_if_needed()
+    page.locator("figure.chart .plot svg").first.wait_for()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 400
+    ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert ground == {"light": "rgb(246, 247, 249)", "dark": "rgb(20, 24, 29)"}[scheme]
+
+
+def test_everything_is_reached_by_the_keyboard(hostile: Path, opened: Callable[..., Any]) -> None:
+    page = opened(hostile)
+    reached = set()
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        reached.add(page.evaluate("document.activeElement.tagName"))
+    assert {"A", "SUMMARY", "INPUT", "BUTTON"} <= reached
