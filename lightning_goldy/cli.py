@@ -605,6 +605,9 @@ def _recipes(options: argparse.Namespace) -> None:
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_directory", metavar="RUN", help="a run's log directory, or a folder with several runs")
+    parser.add_argument(
+        "--compare", nargs="+", default=[], metavar="RUN", help="other runs: one page with a column for each"
+    )
     written = parser.add_mutually_exclusive_group()
     written.add_argument("--output", metavar="FILE", help="default: report.html in the run directory")
     written.add_argument(
@@ -614,8 +617,12 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
+    from lightning_goldy.report.comparison import write_comparison
     from lightning_goldy.report.page import answers_json, write_report
 
+    if options.compare and not options.json:
+        print(write_comparison([options.run_directory, *options.compare], options.output))
+        return
     print(answers_json(options.run_directory) if options.json else write_report(options.run_directory, options.output))
 
 

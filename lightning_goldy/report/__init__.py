@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+from lightning_goldy.report.answers import Answer, Finding, answers_of, register_answer
+from lightning_goldy.report.comparison import write_comparison
 from lightning_goldy.report.descriptions import Description, describe
 from lightning_goldy.report.figures import (
     Figure,
@@ -51,9 +53,12 @@ from lightning_goldy.report.topics.taylor import chart_taylor_prediction, chart_
 from lightning_goldy.report.topics.text import continuations_table, generations_table, summary_table
 
 __all__ = [
+    "Answer",
     "Description",
     "Figure",
+    "Finding",
     "ReportError",
+    "answers_of",
     "chart_attention_differences",
     "chart_attention_grid",
     "chart_attention_heads",
@@ -99,8 +104,10 @@ __all__ = [
     "log_histogram",
     "log_scalars",
     "reads_of",
+    "register_answer",
     "register_figure",
     "summary_table",
+    "write_comparison",
     "write_report",
 ]
 

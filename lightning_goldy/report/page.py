@@ -159,15 +159,29 @@ def write_report(run_directory: str | os.PathLike[str], output: str | os.PathLik
         ...     write_report(folder).name
         'report.html'
     """
-    require_drawing()
     run = read_run(run_directory)
     target = run.directory / "report.html" if output is None else Path(output)
     if target.is_dir():
         raise ReportError(f"output {target} is a directory; give the file to write, such as {target / 'report.html'}")
-    body = _body(run)
+    title = f"{run.directory.name}: what did this finetune change?"
+    return atomic_write(target, page_html(title, f"{run.directory.parent.name}/{run.directory.name}", _body(run)))
+
+
+def page_html(title: str, name: str, body: str) -> bytes:
+    """A whole page around its body, with everything that it needs.
+
+    Args:
+        title: Of the window, as text.
+        name: Below the heading, as text.
+        body: HTML.
+
+    Raises:
+        ImportError: altair or vl-convert is not installed.
+    """
+    require_drawing()
     page = string.Template(_asset("page.html")).substitute(
-        title=escape(f"{run.directory.name}: what did this finetune change?"),
-        run=escape(f"{run.directory.parent.name}/{run.directory.name}"),
+        title=escape(title),
+        run=escape(name),
         style=_asset("style.css"),
         body=body,
         themes=script_json(THEMES),
@@ -175,7 +189,7 @@ def write_report(run_directory: str | os.PathLike[str], output: str | os.PathLik
         script=_asset("figures.js"),
     )
     # JSON can hold half a surrogate pair, which UTF-8 cannot.
-    return atomic_write(target, page.encode("utf-8", "replace"))
+    return page.encode("utf-8", "replace")
 
 
 def answers_json(run_directory: str | os.PathLike[str]) -> str:

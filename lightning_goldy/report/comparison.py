@@ -1,0 +1,187 @@
+"""Several runs beside each other: the same five questions, one column per run, and differences where they are fair."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from lightning_goldy.core.store import atomic_write
+from lightning_goldy.report.answers import QUESTIONS, Answer, interval_of_mean, small_print
+from lightning_goldy.report.descriptions import description_of
+from lightning_goldy.report.figures import ReportError, Row
+from lightning_goldy.report.formatting import MISSING, format_number, table_html
+from lightning_goldy.report.page import answers_of_run, page_html
+from lightning_goldy.report.run import AnalysisRows, Run, read_run
+
+# What two volumes must have in common, so that their directions are the same vectors.
+_VOLUME_SETTINGS = ("sigma", "measure", "cutoff", "preconditioner", "seed", "first_direction", "dimension")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What one run has more than another.
+
+    Args:
+        what: The quantity, with its unit.
+        value: The difference, or None where the two must not be compared.
+        low: Lower end of its 95 % interval, or None.
+        high: Upper end, or None.
+        remark: How it was taken, or why it was not.
+    """
+
+    what: str
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    remark: str = ""
+
+
+def write_comparison(
+    run_directories: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str] | None = None
+) -> Path:
+    """Writes one self-contained page about several runs: the five answers of each, and differences to the first.
+
+    Args:
+        run_directories: At least two, each as :func:`~lightning_goldy.report.write_report` takes it.
+        output: Target file; by default ``comparison.html`` in the log directory of the first run.
+
+    Returns:
+        The file, written whole or not at all.
+
+    Raises:
+        ReportError: Fewer than two different runs are given, or one cannot be read.
+        ImportError: altair or vl-convert is not installed.
+    """
+    runs = [read_run(directory) for directory in run_directories]
+    if len({run.directory for run in runs}) < len(runs) or len(runs) < 2:
+        raise ReportError(f"a comparison needs at least two different runs, got {[str(run.directory) for run in runs]}")
+    target = runs[0].directory / "comparison.html" if output is None else Path(output)
+    if target.is_dir():
+        raise ReportError(f"output {target} is a directory; give the file to write, such as {target / 'runs.html'}")
+    names = names_of(runs)
+    body = "\n".join(
+        [_answers(runs, names), *(_differences(runs[0], run, names, at) for at, run in enumerate(runs) if at)]
+    )
+    title = f"{', '.join(names)}: what did these finetunes change?"
+    return atomic_write(target, page_html(title, ", ".join(names), body))
+
+
+def names_of(runs: Sequence[Run]) -> list[str]:
+    """The shortest ends of the runs' paths that tell them apart.
+
+    Example:
+        >>> runs = [Run(Path(f"/logs/{name}/version_0"), (), None, {}, None, ()) for name in ("a", "b")]
+        >>> names_of(runs)
+        ['a/version_0', 'b/version_0']
+    """
+    for depth in range(1, max(len(run.directory.parts) for run in runs) + 1):
+        names = ["/".join(run.directory.parts[-depth:]) for run in runs]
+        if len(set(names)) == len(names):
+            return names
+    return [str(run.directory) for run in runs]
+
+
+def differences(first: Run, second: Run) -> list[Difference]:
+    """What the second run has more than the first, by the latest row of each analysis that both have.
+
+    Metrics are subtracted where both rows saw as many samples; a volume is compared direction by direction, and only
+    where both have the same prior, cutoff, measure, preconditioner and seed.
+
+    Args:
+        first: Subtracted.
+        second: Of which it is subtracted.
+    """
+    told: list[Difference] = []
+    known = {analysis.name: analysis for analysis in first.analyses}
+    for analysis in second.analyses:
+        other = known.get(analysis.name)
+        if other is None or other.analysis != analysis.analysis:
+            continue
+        if analysis.analysis == "basin_volume":
+            told += _volume_differences(other.rows[-1], analysis.rows[-1])
+        else:
+            told += _metric_differences(other, analysis)
+    return told
+
+
+def _metric_differences(first: AnalysisRows, second: AnalysisRows) -> list[Difference]:
+    description, before, after = description_of(second.analysis), first.rows[-1], second.rows[-1]
+    counts = [row["result"].get("n_samples") for row in (before, after)]
+    fair = counts[0] == counts[1]
+    remark = "no interval" if fair else f"{counts[0]} against {counts[1]} samples"
+    told = []
+    for name, value in after["metrics"].items():
+        if not description.is_headline(name) or value is None or before["metrics"].get(name) is None:
+            continue
+        what = f"{second.name}: {name}"
+        told.append(Difference(what, value - before["metrics"][name] if fair else None, remark=remark))
+    return told
+
+
+def _volume_differences(first: Row, second: Row) -> list[Difference]:
+    told = []
+    before = {volume.get("split"): volume for volume in first["result"].get("volumes") or ()}
+    for after in second["result"].get("volumes") or ():
+        other = before.get(after.get("split"))
+        if other is not None:
+            told.append(_volume_difference(other, after))
+    return told
+
+
+def _volume_difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> Difference:
+    what = f"log volume, nats ({second.get('split', MISSING)})"
+    unequal = [name for name in _VOLUME_SETTINGS if first.get(name) != second.get(name)]
+    if unequal:
+        pairs = ", ".join(f"{name} {first.get(name)} against {second.get(name)}" for name in unequal)
+        return Difference(what, None, remark=f"not comparable: {pairs}")
+    pairs_of = zip(first.get("estimates") or (), second.get("estimates") or (), strict=False)
+    values = [after - before for before, after in pairs_of if before is not None and after is not None]
+    if len(values) < 2:
+        return Difference(what, None, remark="fewer than two directions in common")
+    low, high = interval_of_mean(values)
+    remark = f"paired over {len(values)} directions"
+    if low <= 0 <= high:
+        remark += "; the interval includes 0"
+    return Difference(what, statistics.fmean(values), low, high, remark)
+
+
+def _answers(runs: Sequence[Run], names: Sequence[str]) -> str:
+    told = [answers_of_run(run) for run in runs]
+    body = [
+        [escape(QUESTIONS[question].title), *(_cell(answers[place]) for answers in told)]
+        for place, question in enumerate(QUESTIONS)
+    ]
+    table = table_html(["question", *map(escape, names)], body)
+    return f'<section id="answers"><h2>Answers</h2>{table}</section>'
+
+
+def _cell(answer: Answer) -> str:
+    mark = answer.trust.replace(" ", "-")
+    small = escape(" ".join(small_print(answer.finding)))
+    return (
+        f'<span class="trust {mark}">{escape(answer.trust)}</span> {escape(answer.finding.sentence)}'
+        f'<p class="small">{small}</p>'
+    )
+
+
+def _differences(first: Run, second: Run, names: Sequence[str], place: int) -> str:
+    heading = f"{names[place]} minus {names[0]}"
+    body = [
+        [escape(difference.what), format_number(difference.value), _interval(difference), escape(difference.remark)]
+        for difference in differences(first, second)
+    ]
+    content = "<p>The two runs have no analysis in common.</p>"
+    if body:
+        content = table_html(["quantity", "#difference", "#95 % interval", "remark"], body)
+    return f"<section><h2>{escape(heading)}</h2>{content}</section>"
+
+
+def _interval(difference: Difference) -> str:
+    if difference.low is None or difference.high is None:
+        return MISSING
+    return f"{format_number(difference.low)} to {format_number(difference.high)}"

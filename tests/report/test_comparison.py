@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_goldy.report import ReportError, write_comparison
+from lightning_goldy.report.comparison import differences
+from lightning_goldy.report.run import read_run
+from tests.report.conftest import Page
+
+Build = Callable[..., dict[str, Any]]
+Write = Callable[..., Path]
+EVIL = "<script>alert('x')</script>"
+
+
+def volumes(row: dict[str, Any], estimates: list[float], **settings: Any) -> dict[str, Any]:
+    volume = {"split": "clean", "sigma": 0.1, "cutoff": 0.01, "measure": "gaussian", "preconditioner": "none"}
+    volume |= {"seed": 0, "first_direction": 0, "dimension": 10, "log_volume": max(estimates), "estimates": estimates}
+    named = {"analysis": "basin_volume", "name": "basin_volume"}
+    return row | named | {"metrics": {}, "result": {"volumes": [volume | settings]}}
+
+
+@pytest.fixture
+def two(tmp_path: Path, snapshot_row: Build, golden_row: Build, write_rows: Write) -> tuple[Path, Path]:
+    """Two runs with the same analyses; the second moved more, and its volume has another direction of difference."""
+    runs = tmp_path / "a" / "version_0", tmp_path / "b" / "version_0"
+    for run, moved, estimates in zip(runs, (0.08, 0.12), ([-5.0, -6.0, -7.0], [-8.0, -9.5, -10.0]), strict=True):
+        row = snapshot_row(10)
+        row["metrics"]["relative_change"] = moved
+        write_rows(run, row)
+        write_rows(run, volumes(golden_row(10), estimates))
+    return runs
+
+
+def test_a_column_for_each_run_and_paired_differences(two: tuple[Path, Path]) -> None:
+    target = write_comparison(two)
+    assert target == two[0] / "comparison.html"
+    page = Page(target.read_text(encoding="utf-8"))
+    assert page.text("h2") == ["Answers", "b/version_0 minus a/version_0"]
+    assert page.text("th")[:3] == ["question", "a/version_0", "b/version_0"]
+    told = {difference.what: difference for difference in differences(*map(read_run, two))}
+    moved = told["golden_snapshot: relative_change"]
+    assert moved.value == pytest.approx(0.04)
+    volume = told["log volume, nats (clean)"]
+    # Differences -3, -3.5, -3: their mean, and Student's interval with two degrees of freedom by hand.
+    assert volume.value == pytest.approx(-19 / 6)
+    half = 4.302653 * (1 / 12) ** 0.5 / 3**0.5
+    assert volume.low == pytest.approx(-19 / 6 - half, abs=1e-5)
+    assert volume.high == pytest.approx(-19 / 6 + half, abs=1e-5)
+    assert volume.remark == "paired over 3 directions"
+
+
+def test_volumes_of_other_priors_are_not_subtracted(
+    two: tuple[Path, Path], golden_row: Build, write_rows: Write
+) -> None:
+    write_rows(two[1], volumes(golden_row(10), [-8.0, -9.0], sigma=0.2))
+    volume = next(told for told in differences(*map(read_run, two)) if "volume" in told.what)
+    assert volume.value is None
+    assert volume.remark == "not comparable: sigma 0.1 against 0.2"
+    assert "not comparable: sigma 0.1 against 0.2" in write_comparison(two).read_text(encoding="utf-8")
+
+
+def test_other_numbers_of_samples_are_not_subtracted(
+    two: tuple[Path, Path], golden_row: Build, write_rows: Write
+) -> None:
+    rows = [golden_row(10), golden_row(10)]
+    rows[1]["result"]["n_samples"] = 9
+    for run, row in zip(two, rows, strict=True):
+        write_rows(run, row)
+    golden = next(told for told in differences(*map(read_run, two)) if told.what.startswith("golden_parameters"))
+    assert (golden.value, golden.remark) == (None, "2 against 9 samples")
+
+
+def test_a_comparison_needs_two_runs(two: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(ReportError, match="at least two different runs"):
+        write_comparison([two[0], two[0]])
+    with pytest.raises(ReportError, match="is a directory; give the file"):
+        write_comparison(two, tmp_path)
+
+
+def test_hostile_names_stay_text(tmp_path: Path, golden_row: Build, write_rows: Write) -> None:
+    runs = tmp_path / "a&<b>", tmp_path / "c"
+    for run in runs:
+        row = golden_row(1) | {"analysis": EVIL, "name": "x"}
+        row["metrics"] = {EVIL: 1.0}
+        write_rows(run, row)
+    text = write_comparison(runs).read_text(encoding="utf-8")
+    assert "<script>alert" not in text
+    assert "a&amp;&lt;b&gt;" in text
