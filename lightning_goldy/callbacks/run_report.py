@@ -8,11 +8,11 @@ import lightning.pytorch as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.console import Console
 
-from lightning_goldy.callbacks.base import AnalysisCallback
+from lightning_goldy.callbacks.base import AnalysisCallback, default_name
 from lightning_goldy.callbacks.engine.run_folder import run_directory
 from lightning_goldy.callbacks.engine.store import ROWS, steps_so_far
-from lightning_goldy.report.answers import answers_table, answers_text
-from lightning_goldy.report.loggers import log_text
+from lightning_goldy.report.answers import answers_table, answers_text, scalar_layout
+from lightning_goldy.report.loggers import log_layout, log_text
 from lightning_goldy.report.page import answers_of_run
 from lightning_goldy.report.rendering import require_drawing
 from lightning_goldy.report.run import read_run
@@ -52,8 +52,19 @@ class RunReport(L.Callback):
         require_drawing()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Notes the folder, which all ranks ask for."""
+        """Notes the folder, which all ranks ask for, and arranges TensorBoard's scalars by question."""
         self._folder, self._seen = run_directory(trainer), {}
+        if not trainer.is_global_zero:
+            return
+        callbacks = [callback for callback in trainer.callbacks if isinstance(callback, AnalysisCallback)]  # type: ignore[attr-defined]
+        layout = scalar_layout(
+            (callback.name, callback.analysis or default_name(type(callback))) for callback in callbacks
+        )
+        for logger in trainer.loggers:
+            try:
+                log_layout([logger], layout)
+            except Exception as error:  # noqa: BLE001 - a service may raise anything
+                rank_zero_warn(f"no layout for {type(logger).__name__}: {type(error).__name__}: {error}")
 
     def write_page(self, trainer: L.Trainer) -> None:
         """Writes the page where there are rows that it does not have; on rank 0, the others have nothing to do."""

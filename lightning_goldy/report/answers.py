@@ -9,6 +9,7 @@ with a mark of trust; it says no more than its interval does. Functions of rows,
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -198,6 +199,24 @@ def answers_of(analyses: Iterable[tuple[str, str, Sequence[Row]]]) -> tuple[Answ
     """
     instances = [(name, analysis, rows) for name, analysis, rows in analyses if rows]
     return tuple(_answer(question, instances) for question in QUESTIONS)
+
+
+def scalar_layout(instances: Iterable[tuple[str, str]]) -> dict[str, dict[str, list[Any]]]:
+    """TensorBoard's custom scalars: the questions as categories, each with one chart per analysis.
+
+    Args:
+        instances: Name and analysis of each.
+
+    Example:
+        >>> scalar_layout([("taylor", "taylor_diff")])
+        {'What kind of change is it?': {'taylor': ['Multiline', ['goldy/taylor/(?!cost/)']]}}
+    """
+    layout: dict[str, dict[str, list[Any]]] = {}
+    for name, analysis in instances:
+        question = question_of(analysis)
+        title = QUESTIONS[question].title if question else "Other analyses"
+        layout.setdefault(title, {})[name] = ["Multiline", [f"goldy/{re.escape(name)}/(?!cost/)"]]
+    return layout
 
 
 def answers_text(answers: Iterable[Answer]) -> str:

@@ -134,6 +134,22 @@ def log_text(loggers: Iterable[Any], tag: str, text: str, step: int) -> list[str
     return _refusing(loggers, "text", take)
 
 
+def log_layout(loggers: Iterable[Any], layout: Mapping[str, Mapping[str, Any]]) -> None:
+    """Arranges custom scalars in the loggers that can (TensorBoard); the others show their scalars by name anyway.
+
+    Args:
+        loggers: Those of the run.
+        layout: Category to chart to its kind and its tags.
+
+    Example:
+        >>> log_layout([object()], {})
+    """
+    for logger in loggers:
+        writer: Any = getattr(logger, "experiment", None)
+        if layout and hasattr(writer, "add_custom_scalars"):
+            writer.add_custom_scalars(layout)
+
+
 def _refusing(loggers: Iterable[Any], what: str, take: Callable[[Any], bool]) -> list[str]:
     refused = [type(logger).__name__ for logger in loggers if not take(logger)]
     for name in refused:

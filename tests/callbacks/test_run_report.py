@@ -1,0 +1,46 @@
+"""What the report says outside of its page: on the console and in TensorBoard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning.pytorch as L
+import pytest
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+
+from lightning_goldy.callbacks import GoldenSnapshot, RunReport
+from tests.callbacks.training import Finetune, TokenData
+
+
+def test_answers_are_told_on_the_console_and_in_tensorboard(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    logger = TensorBoardLogger(tmp_path, name="run", version="a")
+    trainer = L.Trainer(
+        max_steps=4,
+        logger=logger,
+        callbacks=[GoldenSnapshot(every_n_steps=2), RunReport()],
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+    trainer.fit(Finetune(), datamodule=TokenData())
+    told = capsys.readouterr().out
+    assert "What did this finetune change?" in told
+    assert "not measured" in told
+    events = EventAccumulator(logger.log_dir, size_guidance={"tensors": 0}).Reload()
+    texts = {tag: [event.tensor_proto.string_val[0].decode() for event in events.Tensors(tag)] for tag in TEXTS}
+    (whole,) = texts["goldy/answers/text_summary"]
+    assert whole.startswith("**Which parameters carry it?** The weights moved by ")
+    assert "*(weak. " in whole
+    each = texts["goldy/answers/golden_snapshot/text_summary"]
+    assert len(each) == 2
+    assert each[0] != each[1] == whole
+    (config,) = events.Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(config.tensor_proto.string_val[0])
+    assert [category.title for category in layout.category] == ["Which parameters carry it?"]
+    assert layout.category[0].chart[0].multiline.tag == ["goldy/golden_snapshot/(?!cost/)"]
+
+
+TEXTS = ("goldy/answers/text_summary", "goldy/answers/golden_snapshot/text_summary")
