@@ -60,12 +60,13 @@ class Frame:
     figure: Figure | str
 
 
-def figure_html(heading: str, frames: Sequence[Frame]) -> str:
+def figure_html(heading: str, frames: Sequence[Frame], note: str = "") -> str:
     """A figure of the page; with several frames it has a slider that starts at the last.
 
     Args:
         heading: Text above the figure.
         frames: At least one, in the order of the slider.
+        note: Beside the heading, in small type.
 
     Example:
         >>> from lightning_goldy.report.builders import lines
@@ -83,9 +84,10 @@ def figure_html(heading: str, frames: Sequence[Frame]) -> str:
             f'<label class="steps"><span>Analysis</span><input type="range" min="0" max="{last}" value="{last}" '
             f'step="1" aria-label="Step of {escape(heading)}"><output>{escape(frames[-1].label)}</output></label>'
         )
+    small = f' <small class="soft">{escape(note)}</small>' if note else ""
     caption = f"<figcaption>{escape(captions[-1])}</figcaption>" if any(captions) else ""
     return (
-        f'<figure class="chart"><h4>{escape(heading)}</h4>{slider}<div class="plot"></div>{caption}'
+        f'<figure class="chart"><h4>{escape(heading)}{small}</h4>{slider}<div class="plot"></div>{caption}'
         f'<script type="application/json">{script_json(_packed(frames))}</script></figure>'
     )
 
@@ -131,6 +133,8 @@ def _short(values: Sequence[Any]) -> Sequence[Any] | Mapping[str, Any]:
 _MOST_FIGURES = 3
 # Every frame of a slider is in the page, so their number decides its size.
 _MOST_FRAMES = 40
+# A model of many layers and heads has large frames, of which fewer are kept.
+_MOST_BYTES = 400_000
 # Points of a line over the training.
 _MOST_POINTS = 400
 
@@ -532,8 +536,12 @@ def _figures(analysis: AnalysisRows) -> tuple[str, str]:
 
 
 def _figure(analysis: AnalysisRows, entry: Entry, shown: Sequence[int]) -> str:
-    frames = []
-    for index in shown if entry.over == "step" else shown[-1:]:
+    frames: list[Frame] = []
+    kept = places = list(shown if entry.over == "step" else shown[-1:])
+    # The last first: its size tells how many there is room for.
+    for index in reversed(places):
+        if index not in kept:
+            continue
         row = analysis.rows[index]
         try:
             drawn = entry.draw([row] if entry.over == "step" else analysis.rows)
@@ -542,7 +550,12 @@ def _figure(analysis: AnalysisRows, entry: Entry, shown: Sequence[int]) -> str:
             raise ReportError(f"{where}: cannot be drawn: {error}") from error
         if drawn is not None:
             frames.append(Frame(label_of(row), drawn))
-    return figure_html(entry.heading, frames) if frames else ""
+            if len(frames) == 1:
+                room = max(2, _MOST_BYTES // len(script_json(_packed(frames))))
+                kept = [places[place] for place in _spaced(len(places), room)]
+    frames.reverse()
+    note = f"{len(frames)} of {len(analysis.rows)} steps" if len(kept) < len(places) else ""
+    return figure_html(entry.heading, frames, note) if frames else ""
 
 
 def _grouped_series(rows: Sequence[Row]) -> dict[str, dict[str, Series]]:

@@ -282,3 +282,18 @@ def test_answers_as_json(run: Path) -> None:
     golden = next(analysis for analysis in told["analyses"] if analysis["name"] == "golden_parameters")
     assert (golden["step"], golden["metrics"]["count"]) == (30, 109)
     assert golden["metrics"]["jaccard_previous"] is None
+
+
+def test_large_frames_leave_room_for_fewer(
+    tmp_path: Path, golden_row: Build, write_rows: Write, monkeypatch: pytest.MonkeyPatch, page_of: PageOf
+) -> None:
+    from lightning_goldy.report import page as pages
+
+    write_rows(tmp_path, *(golden_row(step, golden=step) for step in range(9)))
+    one = len(json.dumps(page_of(tmp_path).charts[0])) / 9
+    monkeypatch.setattr(pages, "_MOST_BYTES", int(5 * one))
+    page = page_of(tmp_path)
+    labels = [frame["label"] for frame in page.charts[0]["frames"]]
+    assert 2 <= len(labels) < 9
+    assert (labels[0], labels[-1]) == ("step 0", "step 8")
+    assert f"{len(labels)} of 9 steps" in page.text("small")
