@@ -410,6 +410,8 @@ def _add_method(group: argparse._ArgumentGroup) -> None:
     words = "mlp_output, attention_output, or patterns of parameter names"
     _add_several(group, "--select", "NAME", ["mlp_output"], words)
     group.add_argument("--layers", metavar="RANGE", help="a:b without b, or last:4 (default: all)")
+    words = "of an answer that count: answer, answer_with_end (the end of the text too), first_token"
+    group.add_argument("--tokens", default="answer", metavar="WHICH", help=f"{words} (default: %(default)s)")
     group.add_argument("--center", action="store_true", help="subtract the mean gradient first")
     group.add_argument("--projection", type=int, metavar="K", help="random combinations of each gradient to keep")
     group.add_argument(
@@ -442,7 +444,7 @@ def _coupling(options: argparse.Namespace) -> None:
 
     words = options.select
     select: Any = words[0] if len(words) == 1 and not set("*.?[") & set(words[0]) else words
-    method = told("center", "projection", "workspace", "activation", "moderate", "high", "seed")
+    method = told("tokens", "center", "projection", "workspace", "activation", "moderate", "high", "seed")
     # A shell hands over a backslash and an n.
     template = None if options.template is None else str(options.template).replace("\\n", "\n")
     editing = None
