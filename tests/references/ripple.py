@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -170,6 +169,4 @@ EDITS = [("capital of Peru", "Vientiane"), ("money of Chad", "kip"), ("area of L
 def ripple(model: nn.Module, edits: Any = EDITS, **options: Any) -> RippleResult:
     """The analysis of the facts, the end of their answers among the tokens that count."""
     settings = {"tokenizer": WORDS, "template": TEMPLATE, "batch_size": 5, "measure": "answer_with_end"}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "ripple_effects: .*no small steps")
-        return ripple_effects(model, facts(), edits, **{**settings, **options})
+    return ripple_effects(model, facts(), edits, **{**settings, **options})

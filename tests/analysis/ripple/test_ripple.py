@@ -269,10 +269,11 @@ def steep() -> nn.Module:
     return model
 
 
+@pytest.mark.filterwarnings("error:ripple_effects")
 def test_a_step_without_a_rate_is_halved_until_what_it_does_is_linear() -> None:
     model, (low, high) = steep(), LINEAR_RANGE
     settings = {"tokenizer": WORDS, "template": TEMPLATE}
-    found = ripple_effects(model, facts(), EDITS, **settings)  # a warning would be an error
+    found = ripple_effects(model, facts(), EDITS, **settings)
     with pytest.warns(
         UserWarning, match=r"the slope of measured on predicted changes is .*, outside \[0.8, 1.25\]"
     ) as told:
