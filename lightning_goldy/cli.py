@@ -350,8 +350,10 @@ def _add_plasticity(parser: argparse.ArgumentParser) -> None:
     _add_configuration(parser, otherwise=" (default: a small model)")
     parser.add_argument("--model", metavar="NAME", help="a hub name or a folder, with its tokenizer")
     parser.add_argument("--data", metavar="FILE", help="a text file or a folder of them")
-    strategies = ["first_order", "entropy", "magnitude", "random"]
-    words = "scores of heads, also taylor, combined, ablation and your own; random with several seeds draws its band"
+    strategies = ["taylor", "entropy", "magnitude", "random"]
+    words = (
+        "scores of heads, also first_order, combined, ablation and your own; random with several seeds draws its band"
+    )
     _add_several(parser, "--strategies", "NAME", strategies, words)
     _add_several(parser, "--levels", "SHARE", [0.1, 0.3, 0.5], "shares of all heads to cut, above 0 and below 1")
     _add_several(parser, "--cycles", "N", [1], "numbers of cycles")

@@ -232,4 +232,5 @@ class _Uncast(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = [torch.float64 if value is torch.float32 else value for value in args]
         named = {name: torch.float64 if value is torch.float32 else value for name, value in (kwargs or {}).items()}
-        return (Tensor.double if func is Tensor.float else func)(*given, **named)
+        wide: Any = Tensor.double if func is Tensor.float else func
+        return wide(*given, **named)

@@ -51,7 +51,7 @@ class HeadPlasticity(AnalysisCallback[PlasticityResult]):
     Unlike the other callbacks it changes the training. Scoring and measuring leave no trace all the same.
 
     Args:
-        strategy: How heads are scored: ``first_order``, ``taylor``, ``magnitude``, ``entropy``, ``combined``,
+        strategy: How heads are scored: ``taylor``, ``first_order``, ``magnitude``, ``entropy``, ``combined``,
             ``ablation``, ``random``, or a registered score of yours.
         pruning_level: Share of all heads that is closed after the last cut of a cycle, a fraction in (0, 1).
         cycles: Number of cycles.
