@@ -350,8 +350,11 @@ def _add_plasticity(parser: argparse.ArgumentParser) -> None:
     _add_configuration(parser, otherwise=" (default: a small model)")
     parser.add_argument("--model", metavar="NAME", help="a hub name or a folder, with its tokenizer")
     parser.add_argument("--data", metavar="FILE", help="a text file or a folder of them")
-    strategies = ["entropy", "magnitude", "combined", "random"]
-    _add_several(parser, "--strategies", "NAME", strategies, "scores of heads, also taylor, ablation and your own")
+    strategies = ["taylor", "entropy", "magnitude", "random"]
+    words = (
+        "scores of heads, also first_order, combined, ablation and your own; random with several seeds draws its band"
+    )
+    _add_several(parser, "--strategies", "NAME", strategies, words)
     _add_several(parser, "--levels", "SHARE", [0.1, 0.3, 0.5], "shares of all heads to cut, above 0 and below 1")
     _add_several(parser, "--cycles", "N", [1], "numbers of cycles")
     _add_several(parser, "--seeds", "SEED", [0], "one run each, one after another")
@@ -410,6 +413,8 @@ def _add_method(group: argparse._ArgumentGroup) -> None:
     words = "mlp_output, attention_output, or patterns of parameter names"
     _add_several(group, "--select", "NAME", ["mlp_output"], words)
     group.add_argument("--layers", metavar="RANGE", help="a:b without b, or last:4 (default: all)")
+    words = "of an answer that count: answer, answer_with_end (the end of the text too), first_token"
+    group.add_argument("--tokens", default="answer", metavar="WHICH", help=f"{words} (default: %(default)s)")
     group.add_argument("--center", action="store_true", help="subtract the mean gradient first")
     group.add_argument("--projection", type=int, metavar="K", help="random combinations of each gradient to keep")
     group.add_argument(
@@ -442,7 +447,7 @@ def _coupling(options: argparse.Namespace) -> None:
 
     words = options.select
     select: Any = words[0] if len(words) == 1 and not set("*.?[") & set(words[0]) else words
-    method = told("center", "projection", "workspace", "activation", "moderate", "high", "seed")
+    method = told("tokens", "center", "projection", "workspace", "activation", "moderate", "high", "seed")
     # A shell hands over a backslash and an n.
     template = None if options.template is None else str(options.template).replace("\\n", "\n")
     editing = None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lightning_goldy.analysis.result import Row
 from lightning_goldy.core.batches import map_batch
@@ -197,3 +198,39 @@ def _fits(model: nn.Module) -> bool:
     device = next(model.parameters()).device
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
     return sum(4 * value.numel() for value in model.parameters() if _is_narrow(value)) <= _SHARE_OF_MEMORY * free
+
+
+@contextmanager
+def float64_throughout(model: nn.Module) -> Iterator[bool]:
+    """Keeps what a float64 model computes in float64 inside a ``with`` block, where its code asks for float32.
+
+    Families compute norms, softmax and positions in float32 whatever the weights are. Beside float64 weights such casts
+    are rounding of 1e-7 that values at two close places do not share: a second difference through them is noise. A
+    model of any other precision computes as ever.
+
+    Args:
+        model: Whose parameters say whether it is one of float64.
+
+    Yields:
+        Whether it is.
+
+    Example:
+        >>> with float64_throughout(nn.Linear(2, 2).double()) as wide:
+        ...     inside = torch.softmax(torch.zeros(2, dtype=torch.float64).float(), dim=0, dtype=torch.float32).dtype
+        >>> wide, inside
+        (True, torch.float64)
+    """
+    dtypes = {value.dtype for value in model.parameters() if value.is_floating_point()}
+    wide = dtypes == {torch.float64}
+    with _Uncast() if wide else nullcontext():
+        yield wide
+
+
+class _Uncast(TorchFunctionMode):
+    """Reads float64 where an operation is asked for float32."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [torch.float64 if value is torch.float32 else value for value in args]
+        named = {name: torch.float64 if value is torch.float32 else value for name, value in (kwargs or {}).items()}
+        wide: Any = Tensor.double if func is Tensor.float else func
+        return wide(*given, **named)

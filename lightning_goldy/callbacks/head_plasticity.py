@@ -24,6 +24,7 @@ from lightning_goldy.analysis.heads import (
     first_samples,
     load_gates,
 )
+from lightning_goldy.analysis.heads.importance import DEFAULT_STRATEGY
 from lightning_goldy.analysis.heads.schedule import check_regrowth, plan_from
 from lightning_goldy.analysis.result import Cost
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, Trigger
@@ -50,8 +51,8 @@ class HeadPlasticity(AnalysisCallback[PlasticityResult]):
     Unlike the other callbacks it changes the training. Scoring and measuring leave no trace all the same.
 
     Args:
-        strategy: How heads are scored: ``combined``, ``entropy``, ``magnitude``, ``taylor``, ``ablation``, ``random``,
-            or a registered score of yours.
+        strategy: How heads are scored: ``taylor``, ``first_order``, ``magnitude``, ``entropy``, ``combined``,
+            ``ablation``, ``random``, or a registered score of yours.
         pruning_level: Share of all heads that is closed after the last cut of a cycle, a fraction in (0, 1).
         cycles: Number of cycles.
         min_heads_per_layer: Heads that stay open in every layer.
@@ -71,7 +72,7 @@ class HeadPlasticity(AnalysisCallback[PlasticityResult]):
 
     def __init__(
         self,
-        strategy: str = "combined",
+        strategy: str = DEFAULT_STRATEGY,
         *,
         pruning_level: float = 0.2,
         cycles: int = 1,

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import lightning.pytorch as L
 from lightning.pytorch.utilities import rank_zero_deprecation
@@ -39,9 +39,9 @@ from lightning_goldy.core.architecture.adapters import WeightSpace, check_space,
 from lightning_goldy.core.base import BaseParameters
 from lightning_goldy.core.files import finite
 from lightning_goldy.core.isolation import undisturbed
-from lightning_goldy.core.naming import require_number, suggestion
+from lightning_goldy.core.naming import require_choice, require_number, suggestion
 from lightning_goldy.core.objective import CausalLMObjective
-from lightning_goldy.core.pieces import QUESTION_TEMPLATE, KnowledgePiece
+from lightning_goldy.core.pieces import QUESTION_TEMPLATE, AnswerTokens, KnowledgePiece
 from lightning_goldy.core.sharding import Replicas
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.store import Kind
@@ -211,6 +211,7 @@ class KnowledgeState(AnalysisResult):
         statistics: Of it.
         drift: From the base.
         ripple: What the finetune did to each piece.
+        tokens: Which tokens of an answer count.
         cost: Passes of the model.
     """
 
@@ -223,6 +224,7 @@ class KnowledgeState(AnalysisResult):
     statistics: CouplingStatistics
     drift: CouplingDrift
     ripple: FinetuneRipple
+    tokens: AnswerTokens
     cost: Cost
 
     def metrics(self) -> dict[str, float | None]:
@@ -248,6 +250,7 @@ class KnowledgeState(AnalysisResult):
                 "failed": coupling.failed,
                 "parameters": coupling.parameters,
                 "template": self.watched.template,
+                "tokens": self.tokens,
                 "base_statistics": self.base_statistics.metrics(),
                 "measure": coupling.measure,
                 "moved": [self._moved(place) for place in ripple.most_moved(_MOVED)],
@@ -312,6 +315,8 @@ class KnowledgeCoupling(AnalysisCallback[KnowledgeState]):
         n_pieces: At most so many pieces, half of them edited where there are enough; None for all.
         seed: Decides which pieces.
         template: The prompt, with ``{question}``; by default the data module's.
+        tokens: Which tokens of an answer count: ``answer`` all of it, ``answer_with_end`` the end-of-text token too,
+            ``first_token`` the first.
         moderate: Cosine from which a pair is moderately coupled.
         high: Cosine from which it is highly coupled.
         thresholds: Deprecated: the two in one list, in either order.
@@ -338,6 +343,7 @@ class KnowledgeCoupling(AnalysisCallback[KnowledgeState]):
         n_pieces: int | None = DEFAULT_PIECES,
         seed: int = 0,
         template: str | None = None,
+        tokens: AnswerTokens = "answer",
         moderate: float = 0.1,
         high: float = 0.4,
         thresholds: Sequence[float] | None = None,
@@ -348,6 +354,7 @@ class KnowledgeCoupling(AnalysisCallback[KnowledgeState]):
         self.space = space
         super().__init__(**options)
         check_selection(select, layers)
+        require_choice("tokens", tokens, get_args(AnswerTokens))
         if n_pieces is not None:
             require_number("n_pieces", n_pieces, whole=True)
         if n_pieces is not None and n_pieces < 2:
@@ -361,7 +368,7 @@ class KnowledgeCoupling(AnalysisCallback[KnowledgeState]):
             raise ValueError(f"edits is a list of ids; got the text {edits!r}, write [{edits!r}]")
         self.pieces, self.edits, self.select, self.layers = pieces, edits, select, layers
         self.n_pieces, self.seed, self.template = n_pieces, seed, template
-        self.moderate, self.high = moderate, high
+        self.tokens, self.moderate, self.high = tokens, moderate, high
 
     def forget(self) -> None:
         """Drops the pieces, the base and its coupling."""
@@ -452,6 +459,7 @@ class KnowledgeCoupling(AnalysisCallback[KnowledgeState]):
             tokenizer=find_tokenizer(context.trainer),
             classes=self._watched.classes,
             template=self._watched.template,
+            measure=self.tokens,
             space=self.space,
             progress=_half(context.progress, 1),
         )
@@ -465,6 +473,7 @@ class KnowledgeCoupling(AnalysisCallback[KnowledgeState]):
             statistics=coupling_statistics(coupling, moderate=self.moderate, high=self.high),
             drift=coupling_drift(base, coupling, self._watched.classes),
             ripple=ripple,
+            tokens=self.tokens,
             cost=unreported + coupling.cost + ripple.cost,
         )
 
@@ -485,6 +494,7 @@ class KnowledgeCoupling(AnalysisCallback[KnowledgeState]):
             self._watched.pieces,
             tokenizer=find_tokenizer(trainer),
             template=self._watched.template,
+            tokens=self.tokens,
             select=self.select,
             layers=self.layers,
             on_error=on_error,

@@ -156,8 +156,10 @@ def require_seen(
         ForwardModeError: They differ by more than a twentieth, beyond rounding.
     """
     met = {(name, derivative.device.type) for name in composed} - _COMPARED
+    if not met:
+        return
     size, length = (float(sum(t.detach().double().square().sum() for t in d.values())) for d in (parameters, direction))
-    if not met or not length:
+    if not length:
         return
     step = _CHECK_STEP * (size / length) ** 0.5 if size else 1.0
     slope: Tensor | float = 0.0

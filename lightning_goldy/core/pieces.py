@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from lightning_goldy.core.naming import require_choice
 from lightning_goldy.core.objective import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -180,31 +181,48 @@ class KnowledgePiece:
     supporting_fact: str | None = None
 
 
+AnswerTokens = Literal["answer_with_end", "answer", "first_token"]
+"""Which tokens of an answer count: all and the end-of-text token, all without it, or the first."""
+
+
 def encode_pieces(
-    pieces: Sequence[KnowledgePiece], tokenizer: PreTrainedTokenizerBase, *, template: str = QUESTION_TEMPLATE
+    pieces: Sequence[KnowledgePiece],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    template: str = QUESTION_TEMPLATE,
+    tokens: AnswerTokens = "answer_with_end",
 ) -> list[Sample]:
-    """Tokenise pieces, the prompt masked and the whole answer a target; see ``encode_pairs``.
+    """Tokenise pieces, the prompt masked and the answer a target; see ``encode_pairs``.
 
     Args:
         pieces: The pieces.
         tokenizer: With an eos token.
         template: The prompt, with ``{question}`` where the question goes.
+        tokens: Which are targets; the sample holds all of them.
 
     Returns:
         One sample per piece, unpadded, in the order given.
 
     Raises:
-        ValueError: The template has not exactly one ``{question}``, or a piece cannot be tokenised.
+        ValueError: The template has not exactly one ``{question}``, ``tokens`` is unknown, or a piece cannot be
+            tokenised.
 
     Example:
         >>> from lightning_goldy.data import byte_tokenizer
         >>> piece = KnowledgePiece("1", "Q?", "A")
         >>> encode_pieces([piece], byte_tokenizer(), template="{question}")[0]["labels"].tolist()
         [-100, -100, 32, 65, 256]
+        >>> encode_pieces([piece], byte_tokenizer(), template="{question}", tokens="answer")[0]["labels"].tolist()
+        [-100, -100, 32, 65, -100]
     """
+    require_choice("tokens", tokens, get_args(AnswerTokens))
     if template.count("{question}") != 1:
         raise ValueError(f"template={template!r} must contain '{{question}}' exactly once")
-    return encode_pairs(tokenizer, [(template.replace("{question}", each.question), each.answer) for each in pieces])
+    samples = encode_pairs(tokenizer, [(template.replace("{question}", each.question), each.answer) for each in pieces])
+    for sample in samples if tokens != "answer_with_end" else ():
+        places = (sample["labels"] != IGNORE_INDEX).nonzero().flatten()
+        sample["labels"][places[-1:] if tokens == "answer" else places[1:]] = IGNORE_INDEX
+    return samples
 
 
 def padded_batches(samples: Sequence[Sample], pad_token_id: int, batch_size: int) -> Iterator[dict[str, Tensor]]:

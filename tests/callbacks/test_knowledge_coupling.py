@@ -39,9 +39,10 @@ class WordFinetune(Finetune):
     tokenizer = WORDS
 
 
-@pytest.mark.parametrize("snapshot", [False, True])
-def test_it_logs_what_the_functions_find(tmp_path, snapshot) -> None:
-    knowledge = KnowledgeCoupling(PIECES, edits=[PIECES[1].id], every_n_steps=4, moderate=0.0, high=0.2)
+@pytest.mark.parametrize(("snapshot", "tokens"), [(False, "answer"), (True, "answer_with_end")])
+def test_it_logs_what_the_functions_find(tmp_path, snapshot, tokens) -> None:
+    options = {"every_n_steps": 4, "moderate": 0.0, "high": 0.2} | ({} if tokens == "answer" else {"tokens": tokens})
+    knowledge = KnowledgeCoupling(PIECES, edits=[PIECES[1].id], **options)
     callbacks = [GoldenSnapshot(every_n_epochs=1), knowledge] if snapshot else [knowledge]
     _, module, _ = fit(tmp_path, callbacks, data=WordData(), max_epochs=1)
     assert (knowledge.folder / "base.safetensors").is_file() is not snapshot
@@ -49,15 +50,16 @@ def test_it_logs_what_the_functions_find(tmp_path, snapshot) -> None:
     base = load_vectors((callbacks[0] if snapshot else knowledge).folder / "base.safetensors", module.model)[0]
     classes = [("untouched", "edited")[place == 1] for place in range(len(PIECES))]
     with substituted(module.model, base):
-        before = knowledge_coupling(module.model, PIECES, tokenizer=WORDS)
-    now = knowledge_coupling(module.model, PIECES, tokenizer=WORDS)
+        before = knowledge_coupling(module.model, PIECES, tokenizer=WORDS, tokens=tokens)
+    now = knowledge_coupling(module.model, PIECES, tokenizer=WORDS, tokens=tokens)
     drift = coupling_drift(before, now, classes)
-    ripple = finetune_ripple(module.model, base, PIECES, tokenizer=WORDS, classes=classes)
+    ripple = finetune_ripple(module.model, base, PIECES, tokenizer=WORDS, classes=classes, measure=tokens)
     statistics = coupling_statistics(now, moderate=0.0, high=0.2)
 
     rows = rows_of(knowledge)
     assert [row["step"] for row in rows] == [4, 8]
     metrics, result = rows[-1]["metrics"], rows[-1]["result"]
+    assert result["tokens"] == tokens
     expected = {
         "mean_absolute_difference": drift.mean_absolute_difference,
         "correlation": drift.correlation,

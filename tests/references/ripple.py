@@ -167,7 +167,6 @@ EDITS = [("capital of Peru", "Vientiane"), ("money of Chad", "kip"), ("area of L
 
 
 def ripple(model: nn.Module, edits: Any = EDITS, **options: Any) -> RippleResult:
-    """The analysis of the facts."""
-    return ripple_effects(
-        model, facts(), edits, **{"tokenizer": WORDS, "template": TEMPLATE, "batch_size": 5, **options}
-    )
+    """The analysis of the facts, the end of their answers among the tokens that count."""
+    settings = {"tokenizer": WORDS, "template": TEMPLATE, "batch_size": 5, "measure": "answer_with_end"}
+    return ripple_effects(model, facts(), edits, **{**settings, **options})

@@ -162,3 +162,31 @@ def test_a_row_that_lacks_something_says_so(change: dict[str, Any], function: An
     row["result"] |= change
     with pytest.raises(ReportError, match=message):
         function([row] if function in (chart_gate_timeline, chart_plasticity_loss) else row)
+
+
+def test_the_caption_tells_how_well_the_samples_know_the_scores() -> None:
+    row = plasticity_row()
+    scores = row["result"]["scores"]
+    assert "known to" not in score_caption(row)
+    scores |= {
+        "values": [[0.1, 0.2, 0.9]],
+        "errors": [[0.01, 0.06, 0.02]],
+        "cut": [[0, 0], [0, 1]],
+        "closed_before": [],
+    }
+    assert "known to +- 0.02 (median), 0 of 2 cut heads within two standard errors" in score_caption(row)
+    scores["errors"] = [[0.01, 0.4, 0.02]]
+    assert "1 of 2 cut heads within two standard errors of the first kept one" in score_caption(row)
+    scores["errors"] = [[None, None, None]]
+    assert "known to" not in score_caption(row)
+
+
+def test_random_heads_of_several_seeds_make_a_band() -> None:
+    row = saved(sweep_row())
+    band = chart_plasticity_sweep(row).data["band"]
+    # Of the dearer level one seed has no cost.
+    assert (band["x"], band["low"][0], band["high"][0]) == ([0.1, 0.5], 0.1, 0.3)
+    assert sweep_caption(row).endswith("the band is what heads chosen at random cost")
+    row["result"]["runs"] = [run for run in row["result"]["runs"] if run["strategy"] != "random"]
+    assert chart_plasticity_sweep(row).data["band"]["x"] == []
+    assert "band" not in sweep_caption(row)

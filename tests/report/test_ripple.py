@@ -79,8 +79,9 @@ def test_points_are_the_pairs_and_lie_where_they_should(saved: bool) -> None:
     )
     assert figure.caption == (
         f"{ripple_caption(row)} Over all classes r = 1.00, Spearman 1.00 by the first order; r = -1.00, Spearman -1.00 "
-        "by the coupling."
+        f"by the coupling. {found.warning().capitalize()}."
     )
+    assert "the slope of measured on predicted changes is 2, outside [0.8, 1.25]" in found.warning()
 
 
 def test_the_first_class_lies_on_top_of_the_many_points_of_the_others() -> None:

@@ -30,7 +30,7 @@ from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import require_choice
 from lightning_goldy.core.objective import IGNORE_INDEX, Objective, objective_for
 from lightning_goldy.core.outer_products import linear_layers
-from lightning_goldy.core.pieces import QUESTION_TEMPLATE
+from lightning_goldy.core.pieces import QUESTION_TEMPLATE, AnswerTokens
 from lightning_goldy.core.sharding import Replicas
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ def activation_similarity(
     tokenizer: PreTrainedTokenizerBase | None = None,
     objective: Objective | None = None,
     template: str = QUESTION_TEMPLATE,
+    tokens: AnswerTokens = "answer",
     select: Select = "mlp_output",
     layers: Layers = None,
     pooling: Pooling = "last",
@@ -72,6 +73,8 @@ def activation_similarity(
         tokenizer: The model's, for knowledge pieces.
         objective: How the model is called; next-token prediction by default.
         template: The prompt of a knowledge piece.
+        tokens: Which tokens of a knowledge piece's answer count: ``answer`` all of it, ``answer_with_end`` the
+            end-of-text token too, ``first_token`` the first. Of batches their labels decide.
         select: As for ``knowledge_coupling``; weights of linear layers, whose outputs are compared.
         layers: As for ``knowledge_coupling``.
         pooling: ``last``, the token that the answer's first one is predicted from, or ``mean``, over all tokens before
@@ -107,7 +110,7 @@ def activation_similarity(
     model = getattr(model, "_orig_mod", model)
     objective = objective_for(model, objective)
     replicas = Replicas.of(model) if split_over_ranks else Replicas()
-    samples = piece_samples(pieces, tokenizer=tokenizer, objective=objective, template=template)
+    samples = piece_samples(pieces, tokenizer=tokenizer, objective=objective, template=template, tokens=tokens)
     with preserved(model), torch.no_grad():
         parameters = selected_parameters(model, select, layers, sample_batch=samples.example(model))
         recorder = _Recorder(model, objective, list(parameters), pooling)

@@ -52,7 +52,7 @@ from lightning_goldy.core.batches import batch_tensors
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import block_of, canonical_name, model_class
 from lightning_goldy.core.objective import Objective, objective_for
-from lightning_goldy.core.pieces import QUESTION_TEMPLATE
+from lightning_goldy.core.pieces import QUESTION_TEMPLATE, AnswerTokens
 from lightning_goldy.core.sharding import RankError, Replicas, gather
 from lightning_goldy.core.store import available_memory
 
@@ -377,6 +377,7 @@ def knowledge_coupling(
     tokenizer: PreTrainedTokenizerBase | None = None,
     objective: Objective | None = None,
     template: str = QUESTION_TEMPLATE,
+    tokens: AnswerTokens = "answer",
     select: Select = "mlp_output",
     layers: Layers = None,
     normalize: bool = True,
@@ -412,6 +413,8 @@ def knowledge_coupling(
         tokenizer: The model's, for knowledge pieces.
         objective: What to differentiate; next-token prediction by default.
         template: The prompt of a knowledge piece.
+        tokens: Which tokens of a knowledge piece's answer count: ``answer`` all of it, ``answer_with_end`` the
+            end-of-text token too, ``first_token`` the first. Of batches their labels decide.
         select: ``mlp_output`` or ``attention_output`` (the weight of that projection in every block), patterns of
             parameter names, or a space. Frozen parameters count too; under LoRA the first two mean the adapted weights,
             and ``["*lora_*"]`` the adapters.
@@ -459,7 +462,7 @@ def knowledge_coupling(
     model = getattr(model, "_orig_mod", model)  # a compiled graph does not call hooks
     objective = objective_for(model, objective)
     replicas = Replicas.of(model) if split_over_ranks else Replicas()
-    samples = piece_samples(pieces, tokenizer=tokenizer, objective=objective, template=template)
+    samples = piece_samples(pieces, tokenizer=tokenizer, objective=objective, template=template, tokens=tokens)
     with preserved(model):
         parameters = selected_parameters(model, select, layers, sample_batch=samples.example(model))
         capture = Capture(model, objective, parameters)
@@ -524,6 +527,7 @@ def layer_gradient_norms(
     tokenizer: PreTrainedTokenizerBase | None = None,
     objective: Objective | None = None,
     template: str = QUESTION_TEMPLATE,
+    tokens: AnswerTokens = "answer",
     select: Select = "mlp_output",
     layers: Layers = None,
 ) -> dict[str, Tensor]:
@@ -540,6 +544,8 @@ def layer_gradient_norms(
         tokenizer: The model's, for knowledge pieces.
         objective: What to differentiate; next-token prediction by default.
         template: The prompt of a knowledge piece.
+        tokens: Which tokens of a knowledge piece's answer count: ``answer`` all of it, ``answer_with_end`` the
+            end-of-text token too, ``first_token`` the first. Of batches their labels decide.
         select: As for ``knowledge_coupling``.
         layers: As for ``knowledge_coupling``.
 
@@ -559,7 +565,7 @@ def layer_gradient_norms(
     """
     check_selection(select, layers)
     objective = objective_for(model, objective)
-    samples = piece_samples(pieces, tokenizer=tokenizer, objective=objective, template=template)
+    samples = piece_samples(pieces, tokenizer=tokenizer, objective=objective, template=template, tokens=tokens)
     for index, reason in samples.failures.items():
         raise ValueError(f"{samples.name(index)}: {reason}")
     columns: dict[str, list[float]] = {}

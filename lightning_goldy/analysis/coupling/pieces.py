@@ -14,9 +14,16 @@ from lightning_goldy.core.architecture import Architecture, describe_architectur
 from lightning_goldy.core.architecture.blocks import NamedModule
 from lightning_goldy.core.architecture.experts import expert_counts, expert_names, expert_of, output_weight
 from lightning_goldy.core.batches import batch_tensors, map_batch
-from lightning_goldy.core.naming import canonical_name, suggestion
+from lightning_goldy.core.naming import canonical_name, require_choice, suggestion
 from lightning_goldy.core.objective import CausalLMObjective, Objective
-from lightning_goldy.core.pieces import QUESTION_TEMPLATE, KnowledgePiece, PadCollator, Sample, encode_pieces
+from lightning_goldy.core.pieces import (
+    QUESTION_TEMPLATE,
+    AnswerTokens,
+    KnowledgePiece,
+    PadCollator,
+    Sample,
+    encode_pieces,
+)
 from lightning_goldy.core.space import ParameterSpace, SpaceError
 
 if TYPE_CHECKING:
@@ -71,6 +78,7 @@ def piece_samples(
     tokenizer: PreTrainedTokenizerBase | None = None,
     objective: Objective,
     template: str = QUESTION_TEMPLATE,
+    tokens: AnswerTokens = "answer",
 ) -> PieceSamples:
     """One sample per piece, in the order given; padding on either side is taken off.
 
@@ -79,6 +87,7 @@ def piece_samples(
         tokenizer: For knowledge pieces.
         objective: Decides how a batch is cut into samples.
         template: The prompt of a knowledge piece.
+        tokens: Which of its answer's tokens count.
 
     Raises:
         ValueError: There is no piece, knowledge pieces lack a tokenizer, or a batch is malformed.
@@ -98,7 +107,8 @@ def piece_samples(
         odd = next(i for i, piece in enumerate(given) if isinstance(piece, KnowledgePiece) != first)
         raise ValueError(f"pieces mixes knowledge pieces and batches: number {odd} is a {type(given[odd]).__name__}")
     if True in kinds:
-        return _encoded(given, tokenizer, template)
+        require_choice("tokens", tokens, get_args(AnswerTokens))
+        return _encoded(given, tokenizer, {"template": template, "tokens": tokens})
     samples = [sample for batch in given for sample in _rows(batch, objective)]
     descriptions = tuple({"id": str(number), **_NOTHING} for number in range(len(samples)))
     return PieceSamples(descriptions, tuple(samples), {})
@@ -148,20 +158,22 @@ def is_bare(sample: Any) -> bool:
     return isinstance(sample, Mapping) and set(sample) == _KEYS and sample["input_ids"].ndim == 1
 
 
-def _encoded(pieces: list[KnowledgePiece], tokenizer: PreTrainedTokenizerBase | None, template: str) -> PieceSamples:
+def _encoded(
+    pieces: list[KnowledgePiece], tokenizer: PreTrainedTokenizerBase | None, options: dict[str, Any]
+) -> PieceSamples:
     if tokenizer is None:
         raise ValueError("knowledge pieces need the model's tokenizer: pass tokenizer=")
     samples: list[Sample | None]
     failures: dict[int, str] = {}
     try:
-        samples = list(encode_pieces(pieces, tokenizer, template=template))
+        samples = list(encode_pieces(pieces, tokenizer, **options))
     except ValueError as error:
-        if template.count("{question}") != 1:
+        if options["template"].count("{question}") != 1:
             raise
         samples = []
         for number, piece in enumerate(pieces):
             try:
-                samples += encode_pieces([piece], tokenizer, template=template)
+                samples += encode_pieces([piece], tokenizer, **options)
             except ValueError as reason:
                 samples.append(None)
                 failures[number] = str(reason)

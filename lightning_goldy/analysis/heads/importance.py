@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,19 @@ from lightning_goldy.core.registry import Registry
 from lightning_goldy.core.sharding import Replicas, is_sharded
 
 Progress = Callable[[int, int], None]
+
+
+class Table:
+    """One measurement of N samples.
+
+    Args:
+        values: Shape ``[N, ...]``, float64, on the CPU.
+        weights: Likewise, or what broadcasts to it: how much each counts.
+    """
+
+    def __init__(self, values: Tensor, weights: Tensor) -> None:
+        self.values, self.weights = values, weights
+        self.total, self.weight = (values * weights).sum(dim=0), weights.sum(dim=0)
 
 
 class HeadProbe:
@@ -64,6 +78,7 @@ class HeadProbe:
             self._batches, self.n_samples = _share(batches, replicas, self._device)
         self.measured: dict[str, Tensor] = {}
         self.cost = self._made = Cost()
+        self._left: int | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -72,11 +87,11 @@ class HeadProbe:
 
     def magnitude(self) -> Tensor:
         r"""Mean magnitude of the gate's gradient, :math:`\mathbb E_i |\partial L_i / \partial \xi_h|`, nats."""
-        return self._keep("magnitude", self._gradient_moments[1])
+        return self._keep("magnitude", self._mean(self._gradient_moments)[1])
 
     def gradient(self) -> Tensor:
         r"""Mean gradient of the gate, :math:`\mathbb E_i\, \partial L_i / \partial \xi_h`, nats."""
-        return self._keep("gradient", self._gradient_moments[0])
+        return self._keep("gradient", self._mean(self._gradient_moments)[0])
 
     def curvature(self) -> Tensor:
         r"""Second derivative in the gate by the empirical Fisher information of the mean loss per token, nats.
@@ -85,7 +100,7 @@ class HeadProbe:
 
         where T_i is the number of the sample's targets, whose terms are taken for independent.
         """
-        return self._keep("curvature", self._gradient_moments[2])
+        return self._keep("curvature", self._mean(self._gradient_moments)[2])
 
     def entropy(self) -> Tensor:
         """Mean entropy of attention rows over the logarithm of the visible length, a fraction in [0, 1].
@@ -94,29 +109,36 @@ class HeadProbe:
             UnsupportedArchitectureError: The family's attention patterns cannot be read.
             ValueError: No sample has a row that sees two keys.
         """
-        return self._keep("entropy", self._entropy)
+        return self._keep("entropy", self._mean(self._entropy))
 
     def ablation(self) -> Tensor:
         """What the mean loss gains when a head alone is closed (of a closed head: loses when it alone is opened), nats.
 
         One forward pass over all samples per head.
         """
-        return self._keep("ablation", self._ablation)
+        return self._keep("ablation", self._mean(self._ablation))
 
     def loss(self) -> float:
         """Mean loss of the samples with the present gates, nats."""
-        return float(self._mean(((losses, torch.ones_like(losses)) for losses in self._losses()), ()))
+        return float(self._mean(self._table((losses, torch.ones_like(losses)) for losses in self._losses())))
+
+    def without(self, sample: int) -> HeadProbe:
+        """What has been measured, without one sample; nothing else can be measured."""
+        rest = copy.copy(self)
+        rest.measured, rest._left = {}, sample
+        del rest.model, rest.objective, rest._batches
+        return rest
 
     @cached_property
-    def _gradient_moments(self) -> Tensor:
-        """Mean gradient, mean magnitude, and mean square times the number of targets: [3, layers, heads]."""
+    def _gradient_moments(self) -> Table:
+        """Gradients, magnitudes, and squares times the number of targets: [N, 3, layers, heads]."""
 
         def rows() -> Iterator[tuple[Tensor, Tensor]]:
             for done, batch in enumerate(self._batches, 1):
                 for gradient, targets in self._in_parts(batch, self._gradients):
                     square = targets[:, None, None] * gradient.square()
                     moments = torch.stack([gradient, gradient.abs(), square], dim=1)  # [B, 3, layers, heads]
-                    yield moments, torch.ones_like(moments)
+                    yield moments, torch.ones_like(moments[:, :1, :1, :1])
                 self._progress(done, len(self._batches))
 
         frozen = [parameter for parameter in self.model.parameters() if not is_sharded(parameter)]
@@ -125,7 +147,7 @@ class HeadProbe:
             # Only gradients of activations are needed; FSDP2 decides for itself what to differentiate.
             for parameter in frozen:
                 parameter.requires_grad_(False)
-            return self._mean(rows(), (3, *self.shape))
+            return self._table(rows())
         finally:
             for parameter, before in zip(frozen, needed, strict=True):
                 parameter.requires_grad_(before)
@@ -159,7 +181,7 @@ class HeadProbe:
         return target.log_probs(), torch.bincount(target.sample, minlength=target.n_samples).double()
 
     @cached_property
-    def _entropy(self) -> Tensor:
+    def _entropy(self) -> Table:
         def measure(batch: Any) -> list[Tensor]:
             with recorded_entropies(self.model, self.gates.architecture, batch) as layers, torch.no_grad():
                 self.objective.log_probs(self.model, batch)
@@ -175,28 +197,27 @@ class HeadProbe:
                     yield found.nan_to_num(nan=0.0), (~found.isnan()).double()
                 self._progress(done, len(self._batches))
 
-        entropy = self._mean(rows(), self.shape)
+        table = self._table(rows())
+        entropy = self._mean(table)
         if any(bool(entropy[layer, :size].isnan().any()) for layer, size in enumerate(self.gates.heads_per_layer)):
             raise ValueError("entropy needs a sample of at least two tokens: no attention row sees two keys")
-        return entropy
+        return table
 
     @cached_property
-    def _ablation(self) -> Tensor:
+    def _ablation(self) -> Table:
         present, heads = set(self.gates.closed), self.gates.heads
-        # One table more than layers, so that the number of samples travels with the sums.
-        sums = torch.zeros(self.shape[0] + 1, self.shape[1], dtype=torch.float64)
-        with self._replicas.together("measuring heads"):
-            kept, sums[-1, 0] = self._total_loss(), sum(map(batch_length, self._batches))
-            for done, head in enumerate(heads, 1):
-                with self.gates.closing_only(sorted(present ^ {head})):
-                    changed = self._total_loss()
-                sums[head] = kept - changed if head in present else changed - kept
-                self._progress(done, len(heads))
-        sums = self._sum(sums.to(self._device)).cpu()
-        return sums[:-1] / sums[-1, 0]
 
-    def _total_loss(self) -> float:
-        return sum(float(losses.sum()) for losses in self._losses())
+        def rows() -> Iterator[tuple[Tensor, Tensor]]:
+            kept = torch.cat([*self._losses(), torch.zeros(0, dtype=torch.float64, device=self._device)])
+            gained = kept.new_zeros(len(kept), *self.shape)
+            for done, (layer, head) in enumerate(heads, 1):
+                with self.gates.closing_only(sorted(present ^ {(layer, head)})):
+                    changed = torch.cat([*self._losses(), kept[:0]])
+                gained[:, layer, head] = kept - changed if (layer, head) in present else changed - kept
+                self._progress(done, len(heads))
+            yield gained, torch.ones_like(gained[:, :1, :1])
+
+        return self._table(rows())
 
     def _losses(self) -> Iterator[Tensor]:
         for batch in self._batches:
@@ -205,24 +226,25 @@ class HeadProbe:
             self._made += Cost(batch_length(batch))
             yield losses
 
-    def _mean(self, rows: Iterable[tuple[Tensor, Tensor]], shape: tuple[int, ...]) -> Tensor:
-        """Weighted mean over the samples of all ranks, from (values, weights) whose first dimension is samples."""
-        total = torch.zeros((2, *shape), dtype=torch.float64, device=self._device)
-        # What fails on one rank must not leave the others waiting in the sum.
+    def _table(self, rows: Iterable[tuple[Tensor, Tensor]]) -> Table:
+        """Measurements of the samples of all ranks, from (values, weights) whose first dimension is samples."""
+        # What fails on one rank must not leave the others waiting for its measurements.
         with self._replicas.together("measuring heads"):
-            for values, weights in rows:
-                total[0] += (values * weights).sum(dim=0)
-                total[1] += weights.sum(dim=0)
-        self._sum(total)
-        return (total[0] / total[1]).cpu()
-
-    def _sum(self, total: Tensor) -> Tensor:
-        """Sums over the ranks, in place, and with it the passes that they have made since the sum before."""
-        self._replicas.sum_(total)
-        passes = torch.tensor([self._made.forwards, self._made.backwards], device=total.device)
+            mine = [(values.cpu(), weights.cpu()) for values, weights in rows]
+        parts = [part for rank in self._replicas.gather_objects(mine) for part in rank]
+        # And the passes that the ranks have made since the measurement before.
+        passes = torch.tensor([self._made.forwards, self._made.backwards], device=self._device)
         self.cost += Cost(*self._replicas.sum_(passes).tolist())
         self._made = Cost()
-        return total
+        return Table(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+    def _mean(self, table: Table) -> Tensor:
+        """Weighted mean over the samples, but for one that may be left out."""
+        total, weight = table.total, table.weight
+        if self._left is not None:
+            weight = weight - table.weights[self._left]
+            total = total - table.values[self._left] * table.weights[self._left]
+        return total / weight
 
     def _keep(self, name: str, value: Tensor) -> Tensor:
         self.measured[name] = value
@@ -251,6 +273,8 @@ HeadScore = Callable[[HeadProbe], Tensor]
 HEAD_SCORES: Registry[HeadScore] = Registry("head score")
 register_head_score = HEAD_SCORES.register
 
+DEFAULT_STRATEGY = "taylor"
+"""The score by which a fifth of a real model's heads could be closed at the least cost."""
 DEFAULT_WEIGHTS = {"entropy": 0.5, "magnitude": 0.5}
 """What ``combined`` weighs its two scores with, fractions."""
 
@@ -292,6 +316,20 @@ def random(probe: HeadProbe) -> Tensor:
     return torch.rand(probe.shape, dtype=torch.float64, generator=generator)
 
 
+@register_head_score("first_order")
+def first_order(probe: HeadProbe) -> Tensor:
+    r"""The loss that closing the head costs, to first order in its gate, nats.
+
+    .. math:: L(\xi_h = 0) - L(\xi_h = 1) \approx -\frac{\partial L}{\partial \xi_h}
+
+    Of all scores it orders heads most as ``ablation`` of each alone does. Heads that gain most alone interact, though:
+    closed together they cost more than those of ``taylor`` (docs/head_plasticity.md).
+
+    Source: Molchanov et al. 2019, "Importance Estimation for Neural Network Pruning", section 3.1.
+    """
+    return -probe.gradient()
+
+
 @register_head_score("taylor")
 def taylor(probe: HeadProbe) -> Tensor:
     r"""The loss that closing the head costs, to second order in its gate, nats.
@@ -299,7 +337,8 @@ def taylor(probe: HeadProbe) -> Tensor:
     .. math:: L(\xi_h = 0) - L(\xi_h = 1) \approx -\frac{\partial L}{\partial \xi_h} + \frac12 F_{hh}
 
     with the empirical Fisher information F in the place of the second derivative, so one backward pass serves all
-    heads. Near a minimum the gradient vanishes and the curvature decides.
+    heads. It takes the terms of a sample's tokens for independent, and so orders single heads less as ``ablation`` does
+    than ``first_order``; but it spares heads with large gradients, which is what counts where many are closed at once.
 
     Source: LeCun et al. 1990, "Optimal Brain Damage"; Molchanov et al. 2019, "Importance Estimation for Neural Network
     Pruning", section 3.1.
@@ -361,6 +400,8 @@ class HeadScores(AnalysisResult):
         strategy: Name of the strategy.
         n_samples: Samples measured.
         cost: Passes made.
+        errors: Standard error of each score over the samples, of the scores' shape; NaN where it is not known: of a
+            single sample, and of a score that measures the model by itself.
     """
 
     analysis = "head_importance"
@@ -373,6 +414,7 @@ class HeadScores(AnalysisResult):
     strategy: str
     n_samples: int
     cost: Cost = field(default=Cost(), compare=False)
+    errors: Tensor | None = None
 
     def metrics(self) -> dict[str, float | None]:
         """Heads, closed ones, and the smallest and largest score."""
@@ -387,6 +429,8 @@ class HeadScores(AnalysisResult):
     def details(self) -> dict[str, Any]:
         """Everything that the scores rest on, by layer."""
         tables = {"values": self.scores, **self.measured}
+        if self.errors is not None:
+            tables["standard_errors"] = self.errors
         return {
             "strategy": self.strategy,
             "n_samples": self.n_samples,
@@ -457,7 +501,7 @@ def head_importance(
     batches: Iterable[Any],
     objective: Objective | None = None,
     *,
-    strategy: str = "entropy",
+    strategy: str = DEFAULT_STRATEGY,
     weights: dict[str, float] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -472,8 +516,8 @@ def head_importance(
         model: A plain, DistributedDataParallel-unwrapped, or FSDP2-sharded module, with or without :class:`HeadGates`.
         batches: Batches that the objective understands, of any size; the same on every rank.
         objective: What to differentiate; next-token prediction by default.
-        strategy: ``entropy`` (one forward pass), ``magnitude`` and ``taylor`` (one forward and backward pass),
-            ``combined`` (both), ``random``, ``ablation`` (one forward pass per head), or a user's own.
+        strategy: ``taylor``, ``first_order`` and ``magnitude`` (one forward and backward pass), ``entropy`` (one
+            forward pass), ``combined`` (both), ``random``, ``ablation`` (one forward pass per head), or a user's own.
         weights: For ``combined``: strategies and their weights, fractions; entropy and magnitude 0.5 each by default.
         seed: Of ``random``.
         progress: Called with (passes done, passes in all) of each measurement on this rank.
@@ -503,9 +547,11 @@ def head_importance(
             objective = objective_for(model, objective)
             options: dict[str, Any] = {"seed": seed, "weights": weights, "progress": progress}
             probe = HeadProbe(model, batches, objective, gates=gates, replicas=replicas, **options)
-            scores = _masked(HEAD_SCORES[strategy](probe).double(), gates)
+            score = HEAD_SCORES[strategy]
+            scores = _masked(score(probe).double(), gates)
             measured = {name: _masked(value, gates) for name, value in probe.measured.items()}
             _require_finite(scores, strategy, gates)
+            errors = _masked(standard_errors(score, probe), gates)
         return HeadScores(
             scores=scores,
             measured=measured,
@@ -515,7 +561,30 @@ def head_importance(
             strategy=strategy,
             n_samples=probe.n_samples,
             cost=probe.cost,
+            errors=errors,
         )
+
+
+def standard_errors(score: HeadScore, probe: HeadProbe) -> Tensor:
+    r"""Standard error of each head's score over the samples, by leaving out one after the other (jackknife).
+
+    .. math:: \sigma_h^2 = \frac{N - 1}{N} \sum_i (s_{h, -i} - \bar s_{h, -})^2
+
+    Of a mean over samples it is their standard deviation over the root of N. No pass is made.
+
+    Args:
+        score: Made of the probe's measurements; one that looks at the model itself has NaN.
+        probe: Has measured what the score is made of.
+
+    Source: Efron and Stein 1981, "The Jackknife Estimate of Variance".
+    """
+    count = probe.n_samples
+    try:
+        left = torch.stack([score(probe.without(sample)).double() for sample in range(count)])  # [N, layers, heads]
+    except AttributeError:
+        return torch.full(probe.shape, math.nan, dtype=torch.float64)
+    spread = (left - left.mean(dim=0)).square().sum(dim=0)
+    return (spread * (count - 1) / count).sqrt() if count > 1 else torch.full_like(spread, math.nan)
 
 
 def heads_to_regrow(

@@ -181,6 +181,7 @@ class PlasticityRun:
             "strategy": scores.strategy,
             "n_samples": scores.n_samples,
             "values": scores.scores.tolist(),
+            "errors": None if scores.errors is None else scores.errors.tolist(),
             "closed_before": _pairs(scores.closed),
             "cut": _pairs(heads),
         }

@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
@@ -17,7 +17,7 @@ from lightning_goldy.core.architecture import UnsupportedArchitectureError, desc
 from lightning_goldy.core.architecture.blocks import NamedModule
 from lightning_goldy.core.architecture.experts import is_experts, output_weight
 from lightning_goldy.core.architecture.families import is_projection
-from lightning_goldy.core.naming import model_class, suggestion
+from lightning_goldy.core.naming import model_class, require_at_least, require_number, suggestion
 from lightning_goldy.core.objective import IGNORE_INDEX, CausalLMObjective
 from lightning_goldy.core.pieces import Sample
 from lightning_goldy.core.registry import Registry
@@ -97,7 +97,7 @@ def make_editor(editor: str | Editor, settings: Mapping[str, Any]) -> Editor:
         0.5
         >>> make_editor("gradient_step", {"steps": 3})
         Traceback (most recent call last):
-        ValueError: editor 'gradient_step' has no setting 'steps'; Valid: learning_rate, select
+        ValueError: editor 'gradient_step' has no setting 'steps'; Valid: learning_rate, select, halvings
     """
     given = {name: value for name, value in settings.items() if value is not None}
     if not isinstance(editor, str):
@@ -152,6 +152,26 @@ def mlp_output_space(model: nn.Module, select: Sequence[str] | None = None) -> P
     return ParameterSpace.of(model).subspace(names)
 
 
+def attempts(editor: Editor) -> tuple[Editor, ...]:
+    """The editors to try in turn, the largest step first, until what an edit does is linear in it.
+
+    Args:
+        editor: One with a method ``attempts`` names them; of any other there is the editor alone.
+
+    Example:
+        >>> [attempt.learning_rate for attempt in attempts(GradientStepEditor(halvings=2))]
+        [0.01, 0.005, 0.0025]
+        >>> len(attempts(GradientStepEditor(learning_rate=0.1)))
+        1
+    """
+    named = getattr(editor, "attempts", None)
+    return (editor,) if named is None else tuple(named())
+
+
+LARGEST_STEP = 1e-2
+"""The first learning rate that ``gradient_step`` tries, squared parameter units per nat."""
+
+
 @register_editor("gradient_step")
 @dataclass(frozen=True)
 class GradientStepEditor:
@@ -160,11 +180,13 @@ class GradientStepEditor:
     .. math:: \delta = \eta \, \nabla_\theta \log p_\theta(a' \mid q)
 
     Args:
-        learning_rate: eta, squared parameter units per nat.
+        learning_rate: eta, squared parameter units per nat; None for the largest of 0.01, 0.005, 0.0025 and so on with
+            which the measured changes are linear in the step (see ``ripple_effects``), edit by edit.
         select: Glob patterns of the parameters; every MLP output projection by default.
+        halvings: How often the rate may be halved at most where none is given.
 
     Raises:
-        ValueError: The learning rate is not a positive number.
+        ValueError: The learning rate is not a positive number, or ``halvings`` not a whole one.
 
     Example:
         >>> GradientStepEditor(learning_rate=0.0)
@@ -172,11 +194,21 @@ class GradientStepEditor:
         ValueError: learning_rate must be a positive number; got 0.0
     """
 
-    learning_rate: float = 1e-2
+    learning_rate: float | None = None
     select: Sequence[str] | None = None
+    halvings: int = 14
 
     def __post_init__(self) -> None:
-        _check_positive("learning_rate", self.learning_rate)
+        if self.learning_rate is not None:
+            _check_positive("learning_rate", self.learning_rate)
+        require_number("halvings", self.halvings, whole=True)
+        require_at_least("halvings", self.halvings, 0)
+
+    def attempts(self) -> tuple[GradientStepEditor, ...]:
+        """With the rates to try; the editor itself where it has one."""
+        if self.learning_rate is not None:
+            return (self,)
+        return tuple(replace(self, learning_rate=LARGEST_STEP / 2**halved) for halved in range(self.halvings + 1))
 
     def space(self, model: nn.Module) -> ParameterSpace:
         """The selected parameters."""
@@ -189,7 +221,8 @@ class GradientStepEditor:
         with torch.no_grad():
             for parameter, gradient in zip(parameters.values(), gradients, strict=True):
                 wide = torch.promote_types(parameter.dtype, torch.float32)
-                parameter.copy_(parameter.to(wide).add(gradient.to(wide), alpha=self.learning_rate))
+                rate = self.learning_rate or LARGEST_STEP
+                parameter.copy_(parameter.to(wide).add(gradient.to(wide), alpha=rate))
 
 
 @register_editor("finetune")

@@ -164,7 +164,7 @@ def finetune_ripple(
     *,
     tokenizer: PreTrainedTokenizerBase,
     classes: Sequence[str] | None = None,
-    measure: Measure = "answer_with_end",
+    measure: Measure = "answer",
     template: str = QUESTION_TEMPLATE,
     batch_size: int = 16,
     space: str = "merged",
@@ -188,7 +188,7 @@ def finetune_ripple(
         pieces: What is measured; ids must differ.
         tokenizer: Of the model.
         classes: A class per piece; ``untouched`` for all by default.
-        measure: Which tokens count: ``answer_with_end``, ``answer`` or ``first_token``.
+        measure: Which tokens count: ``answer``, ``answer_with_end`` (the end-of-text token too) or ``first_token``.
         template: The prompt, with ``{question}`` where the question goes.
         batch_size: Pieces per forward pass.
         space: Of a model with adapters ``merged``, along the weights that they come to, or ``adapters``.

@@ -14,7 +14,7 @@ from lightning_goldy.core.autodiff import Substituted, directional_derivatives
 from lightning_goldy.core.batches import split_batch
 from lightning_goldy.core.naming import require_choice
 from lightning_goldy.core.objective import IGNORE_INDEX, CausalLMObjective
-from lightning_goldy.core.pieces import KnowledgePiece, Sample, encode_pieces, padded_batches
+from lightning_goldy.core.pieces import AnswerTokens, KnowledgePiece, Sample, encode_pieces, padded_batches
 from lightning_goldy.core.sharding import RankError, Replicas
 from lightning_goldy.core.vector import ParameterVector
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-Measure = Literal["answer_with_end", "answer", "first_token"]
+Measure = AnswerTokens
 Batch = Mapping[str, Tensor]
 Route = Literal["forward", "gradients"]
 
@@ -66,18 +66,12 @@ class Encoding:
         Raises:
             ValueError: A piece cannot be encoded, or nothing predicts its first token, for the prompt is empty.
         """
-        samples = encode_pieces(pieces, self.tokenizer, template=self.template)
+        samples = encode_pieces(pieces, self.tokenizer, template=self.template, tokens=self.measure)
         for sample, piece in zip(samples, pieces, strict=True):
-            labels = sample["labels"] = sample["labels"].clone()
-            places = (labels != IGNORE_INDEX).nonzero().flatten()
-            if int(places[0]) == 0:
+            if int(sample["labels"][0]) != IGNORE_INDEX:
                 raise ValueError(
                     f"the prompt of piece {piece.id!r} is empty, so nothing predicts its answer's first token"
                 )
-            if self.measure == "answer":
-                labels[places[-1]] = IGNORE_INDEX
-            elif self.measure == "first_token":
-                labels[places[1:]] = IGNORE_INDEX
         return samples
 
     def batches(self, samples: Sequence[Sample], size: int | None = None) -> list[Batch]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
@@ -14,10 +16,11 @@ from torch import Tensor, nn
 
 from lightning_goldy.analysis.agreement import EVERYTHING, Agreement, agreement_of, spaced_places
 from lightning_goldy.analysis.result import AnalysisResult, Cost, counted_passes, total_cost
-from lightning_goldy.analysis.ripple.editors import Editor, EditRequest, make_editor
+from lightning_goldy.analysis.ripple.editors import Editor, EditRequest, attempts, make_editor
 from lightning_goldy.analysis.ripple.measure import (
     Encoding,
     Measure,
+    PieceScores,
     available_route,
     check_pieces,
     gathered,
@@ -215,6 +218,9 @@ def _as_word(text: str) -> re.Pattern[str]:
 
 Predictor = Literal["first_order", "coupling"]
 
+LINEAR_RANGE = (0.8, 1.25)
+"""Slopes of measured on predicted changes within which an edit counts as a small step."""
+
 # Pairs in a row of results.jsonl; more than a scatter plot can show.
 _MOST_POINTS = 2000
 
@@ -249,6 +255,10 @@ class RippleResult(AnalysisResult):
         settings: ``editor``, ``measure``, and ``route``: ``forward`` (derivatives along delta by forward mode) or
             ``gradients`` (inner products with gradients, where a model has no forward mode).
         cost: Passes of the model on all ranks, with those that the editor made.
+        learning_rate: Of the editor in each row, ``[E]``; NaN where it has none.
+        slope: Of measured on predicted changes in each row, ``[E]``: of the least-squares line over the pieces that it
+            does not edit; where they have none, the new answer's measured over its predicted change.
+        scaled: Whether the learning rate was halved until the slope lay within 0.8 and 1.25.
     """
 
     analysis: ClassVar[str] = "ripple_effects"
@@ -272,6 +282,9 @@ class RippleResult(AnalysisResult):
     gradient_norm: Tensor
     settings: dict[str, str]
     cost: Cost = field(default=Cost(), compare=False)
+    learning_rate: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
+    slope: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
+    scaled: bool = False
 
     @property
     def measured(self) -> Tensor:
@@ -336,6 +349,28 @@ class RippleResult(AnalysisResult):
             for chosen in (self.pairs(group, edit=edit),)
         )
 
+    @property
+    def linear(self) -> Tensor:
+        """Which rows of edits are small steps, whose slope lies in the linear range, bool, ``[E]``."""
+        return (self.slope >= LINEAR_RANGE[0]) & (self.slope <= LINEAR_RANGE[1])
+
+    def warning(self) -> str:
+        """What to know of slopes outside the linear range; empty where there is none.
+
+        The slope over all pairs is looked at, and those of the edits where none is defined.
+        """
+        slope, wrong = self.agreement()[0].slope, [float(value) for value in self.slope[~self.linear]]
+        low, high = LINEAR_RANGE
+        over_all = low <= slope <= high or not np.isfinite(slope)
+        if over_all and not wrong:
+            return ""
+        told = "" if over_all else f"the slope of measured on predicted changes is {slope:.3g}, outside [{low}, {high}]"
+        if wrong:
+            least, most = (f"{end:.3g}" for end in (min(wrong), max(wrong)))
+            several = least if least == most else f"{least} to {most}"
+            told += f"{'; ' if told else ''}{len(wrong)} of {len(self.slope)} edits have slopes outside ({several})"
+        return f"{told}: no small steps, so gradients do not tell the size of what they do; lower the learning rate"
+
     def metrics(self) -> dict[str, float | None]:
         """Scalars by name, None where undefined: agreement of both predictions, and what the edits did."""
         found: dict[str, float | None] = {}
@@ -347,6 +382,8 @@ class RippleResult(AnalysisResult):
             found[f"measured_change/{group.replace(' ', '_')}"] = finite(float(change))
         found["new_answers_exact"] = float(self.new_exact.double().mean())
         found["new_answer_change"] = finite(float((self.new_after - self.new_before).mean()))
+        if len(self.slope):
+            found["smallest_slope"], found["largest_slope"] = map(finite, map(float, self.slope.aminmax()))
         return found
 
     def details(self) -> dict[str, Any]:
@@ -367,6 +404,11 @@ class RippleResult(AnalysisResult):
             "n_pairs": len(pairs),
             "points": points,
             "agreement": [entry.details() for entry in self._agreements()],
+            "linear_range": list(LINEAR_RANGE),
+            "slopes": finite(self.slope.tolist()),
+            "learning_rates": finite(self.learning_rate.tolist()),
+            "scaled": self.scaled,
+            "warning": self.warning(),
         }
 
     def _agreements(self) -> list[Agreement]:
@@ -378,7 +420,7 @@ class RippleResult(AnalysisResult):
         for entry in self._agreements():
             numbers = f"{entry.pearson:8.3f} {entry.spearman:8.3f} {100 * entry.sign_agreement:7.1f} {entry.slope:8.3g}"
             lines.append(f"{entry.predictor:12} {entry.group:16} {entry.n:6} {numbers}  {entry.reason}".rstrip())
-        return "\n".join(lines)
+        return "\n".join([*lines, *filter(None, [self.warning()])])
 
 
 def ripple_effects(
@@ -391,7 +433,7 @@ def ripple_effects(
     learning_rate: float | None = None,
     steps: int | None = None,
     select: Sequence[str] | None = None,
-    measure: Measure = "answer_with_end",
+    measure: Measure = "answer",
     together: bool = False,
     template: str = QUESTION_TEMPLATE,
     batch_size: int = 16,
@@ -408,8 +450,11 @@ def ripple_effects(
 
     delta is the change of the parameters that the editor really made, g_e the gradient of the new answer's
     log-probability. Both predictions are made at the unedited model, by forward-mode derivatives along delta and g_e.
-    They are first order: what an edit does beyond that is in the measured change alone. The model works in evaluation
-    mode and comes back bit for bit. On several ranks the edits are shared out; every rank must call.
+    They are first order: what an edit does beyond that is in the measured change alone. ``gradient_step`` without a
+    learning rate makes a step that its first order describes: the rate is halved, edit by edit, until the slope of
+    measured on predicted changes lies in [0.8, 1.25], or the halvings are used up and the slope nearest to 1 stands.
+    Slopes outside are warned of, whatever the editor. The model works in evaluation mode and comes back bit for bit.
+    On several ranks the edits are shared out; every rank must call.
 
     Args:
         model: A plain or DistributedDataParallel-unwrapped causal language model, with adapters or without.
@@ -417,11 +462,11 @@ def ripple_effects(
         edits: New answers, as :class:`KnowledgeEdit` or pairs of a piece (or its id) and an answer.
         tokenizer: Of the model.
         editor: ``gradient_step``, ``finetune``, ``rank_one``, another registered name, or an editor.
-        learning_rate: Of the named editor; its own default where None.
+        learning_rate: Of the named editor; its own default where None, which for ``gradient_step`` follows the slope.
         steps: Likewise.
         select: Glob patterns of the parameters that the named editor changes; every MLP output projection by default.
-        measure: Which tokens count, for the edit as for the pieces: ``answer_with_end`` all of the answer and the
-            end-of-text token, ``answer`` without the latter, ``first_token`` the answer's first.
+        measure: Which tokens count, for the edit as for the pieces: ``answer`` all of the answer, ``answer_with_end``
+            the end-of-text token too, ``first_token`` the answer's first.
         together: Make all edits at once, not each alone.
         template: The prompt, with ``{question}`` where the question goes.
         batch_size: Pieces per forward pass.
@@ -470,7 +515,7 @@ def ripple_effects(
     # A gradient of zero has no direction.
     angled = (found.pop("edit_gradient_norm") > 0)[:, None] & (own > 0)
     name = editor if isinstance(editor, str) else type(editor).__name__
-    return RippleResult(
+    result = RippleResult(
         pieces=tuple(piece.id for piece in pieces),
         edits=tuple(
             {"pieces": tuple(edit.piece.id for edit in row), "answers": tuple(edit.wanted.answer for edit in row)}
@@ -485,7 +530,11 @@ def ripple_effects(
         gradient_norm=own,
         settings={"editor": name, "measure": measure, "route": work.route},
         cost=cost,
+        scaled=len(attempts(chosen)) > 1,
     )
+    if replicas.rank == 0 and result.warning():
+        warnings.warn(f"ripple_effects: {result.warning()}", stacklevel=2)
+    return result
 
 
 def _require_whole(model: nn.Module) -> None:
@@ -498,11 +547,34 @@ def _require_whole(model: nn.Module) -> None:
         )
 
 
+@dataclass(frozen=True)
+class _Attempt:
+    """One edit as it was made, and what it did; its slope is as if it had moved along the new answer's gradient."""
+
+    delta: ParameterVector
+    size: float
+    scores: PieceScores
+    new: PieceScores
+    learning_rate: float
+    others: NDArray[np.bool_]
+    slope: float = math.nan
+
+    @property
+    def off(self) -> float:
+        """How far the slope is from 1, as a logarithm."""
+        return abs(math.log(self.slope)) if self.slope > 0 else math.inf
+
+    def slope_along(self, along: Tensor, before: PieceScores) -> float:
+        """Of measured on predicted changes of the pieces that are not edited; NaN where there is none."""
+        change = (self.scores.log_prob - before.log_prob).numpy()
+        return agreement_of((along * self.size).numpy()[self.others], change[self.others]).slope
+
+
 class _RippleWork:
     """The model before any edit, the batches and scores of the pieces, and how derivatives are found."""
 
     def __init__(self, model: nn.Module, editor: Editor, encoding: Encoding, pieces: Sequence[KnowledgePiece]) -> None:
-        self.model, self.editor, self.encoding = model, editor, encoding
+        self.model, self.editor, self.encoding, self.pieces = model, editor, encoding, pieces
         space = editor.space(model)
         for name, parameter in model.named_parameters():
             require_finite({name: parameter}, "weights")
@@ -537,26 +609,56 @@ class _RippleWork:
         """Makes edits, measures, undoes them, predicts: fields of the result, and slopes along unit vectors."""
         request = self._request(row)
         new_before = score_pieces(self.model, [request.batch])
+        gradient = piece_gradient(self.model, self.start, request.batch)
+        length = normalise_(gradient)
+        (along_gradient,) = slopes(self.model, self.start, (gradient,), self.batches, self.route)
+        del gradient
+        edited = {edit.piece.id for edit in row}
+        others = np.array([piece.id not in edited for piece in self.pieces])
+        best: _Attempt | None = None
+        for editor in attempts(self.editor):
+            made = self._attempt(editor, request, others, along_gradient)
+            if best is None or made.off < best.off:
+                best = made
+            # Where nothing is left of a step in the weights' rounding, half of it leaves no more.
+            if LINEAR_RANGE[0] <= made.slope <= LINEAR_RANGE[1] or not made.size:
+                break
+            del made
+        assert best is not None
+        (along_delta,) = slopes(self.model, self.start, (best.delta,), self.batches, self.route)
+        slope = best.slope_along(along_delta, self.scores)
+        if not math.isfinite(slope) and best.size:
+            (own,) = slopes(self.model, self.start, (best.delta,), [request.batch], self.route)
+            predicted = float(own.mean()) * best.size
+            slope = float((best.new.log_prob - new_before.log_prob).mean()) / predicted if predicted else math.nan
+        numbers = {"learning_rate": best.learning_rate, "slope": slope, "delta_norm": best.size}
+        return {
+            **best.scores.named("after"),
+            "new_before": new_before.log_prob.mean(),
+            "new_after": best.new.log_prob.mean(),
+            "new_exact": best.new.exact.all(),
+            "edit_gradient_norm": torch.tensor(length, dtype=torch.float64),
+            **{name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()},
+            "along_delta": along_delta,
+            "along_gradient": along_gradient,
+        }
+
+    def _attempt(
+        self, editor: Editor, request: EditRequest, others: NDArray[np.bool_], along_gradient: Tensor
+    ) -> _Attempt:
+        """Makes an edit, measures, and undoes it."""
         # On its own, so that an edit leaves nothing to the next, such as another mode.
         with preserved(self.model), substituted(self.model, self.start):
-            self.editor.edit(self.model, request)
+            editor.edit(self.model, request)
             self.model.eval()
             # Inside autocast a low-precision copy of a weight may be older than the edit.
             torch.clear_autocast_cache()
             delta, size = unit_change(self.model, self.start)
             scores = score_pieces(self.model, self.batches)
-            new_after = score_pieces(self.model, [request.batch])
-        gradient = piece_gradient(self.model, self.start, request.batch)
-        sizes = torch.tensor([size, normalise_(gradient)], dtype=torch.float64)
-        along = slopes(self.model, self.start, (delta, gradient), self.batches, self.route)
-        return {
-            **scores.named("after"),
-            "new_before": new_before.log_prob.mean(),
-            "new_after": new_after.log_prob.mean(),
-            "new_exact": new_after.exact.all(),
-            **dict(zip(("delta_norm", "edit_gradient_norm"), sizes, strict=True)),
-            **dict(zip(("along_delta", "along_gradient"), along, strict=True)),
-        }
+            new = score_pieces(self.model, [request.batch])
+        rate = getattr(editor, "learning_rate", None)
+        made = _Attempt(delta, size, scores, new, math.nan if rate is None else float(rate), others)
+        return replace(made, slope=made.slope_along(along_gradient, self.scores))
 
     def _request(self, row: Sequence[PlannedEdit]) -> EditRequest:
         samples = self.encoding.samples([edit.wanted for edit in row])

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from lightning_goldy.analysis.precision import float64_throughout
 from lightning_goldy.core.autodiff import (
     Substituted,
     call_with,
@@ -264,7 +265,7 @@ class TaylorApproximation(Substituted):
                 kinds.append(type(output))
                 return output if isinstance(output, Tensor) else output.logits
 
-            with forward_mode(model):
+            with float64_throughout(model), forward_mode(model):
                 return polynomial(directional_derivatives(logits, dict(base), delta, self.order))
 
         found = logits_by_parts(model, expand, args, kwargs, parts_of_order(self.order))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_goldy.analysis.divergence import divergence_sum, own_share, precise
-from lightning_goldy.analysis.precision import in_float32, low_precision, widened
+from lightning_goldy.analysis.precision import float64_throughout, in_float32, low_precision, widened
 from lightning_goldy.analysis.result import Cost
 from lightning_goldy.analysis.taylor.approximation import (
     batch_parts,
@@ -530,7 +530,8 @@ def taylor_diff(
     (:class:`~lightning_goldy.core.architecture.adapters.Line`).
 
     A model that computes in bfloat16 or float16, by its weights or by autocast, is expanded in float32 where memory has
-    room for its weights in it; ``precision`` says so.
+    room for its weights in it; ``precision`` says so. One of float64 weights is expanded in float64, also where its
+    code casts to float32 (:func:`~lightning_goldy.analysis.precision.float64_throughout`).
 
     At order n every activation has n + 1 values and as many again while they are made, so a batch is worked through in
     2^n parts of whole samples (twice as many with shares) while these hold 256 tokens, whose sums are those of the
@@ -587,6 +588,7 @@ def taylor_diff(
         preserved(model),
         replicas.together("taylor_diff"),
         in_float32(model) as raised,
+        float64_throughout(model),
         line_from(model, base_of(base, model), space) as line,
     ):
         samples = [widened(batch) if raised else batch for batch in batches]
@@ -647,7 +649,7 @@ def expansion_route(
     route: Route = "forward"
     orders, why = check_orders(orders, by), ""
     unshard_guard(model)
-    with preserved(model), line_from(model, base_of(model, model), space) as line:
+    with preserved(model), float64_throughout(model), line_from(model, base_of(model, model), space) as line:
         start = line.start
         objective = require_logits(objective_for(model, objective), function_space)
         options = objective, orders, by is not None, function_space, Replicas()

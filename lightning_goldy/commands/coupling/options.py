@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import nn
@@ -12,7 +12,8 @@ from torch import nn
 from lightning_goldy.analysis.coupling import Layers, RunOptions, Select, check_selection
 from lightning_goldy.analysis.ripple.editors import make_editor
 from lightning_goldy.commands.ranks import Launch
-from lightning_goldy.core.pieces import QUESTION_TEMPLATE
+from lightning_goldy.core.naming import require_choice
+from lightning_goldy.core.pieces import QUESTION_TEMPLATE, AnswerTokens
 from lightning_goldy.data.tokenization import load_tokenizer
 from lightning_goldy.training.models import WeightDtype, check_vocabulary, load_model
 
@@ -115,9 +116,11 @@ class Method:
     moderate: float = 0.1
     high: float = 0.4
     seed: int = 0
+    tokens: AnswerTokens = "answer"
 
     def __post_init__(self) -> None:
         check_selection(self.select, self.layers)
+        require_choice("--tokens", self.tokens, get_args(AnswerTokens))
         # It checks itself when it is made.
         RunOptions(projection=self.projection)
         if not -1 <= self.moderate <= self.high <= 1:

@@ -7,6 +7,7 @@ import io
 import math
 import random
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -130,7 +131,7 @@ def measure(
         clock: Times the phases.
     """
     method, chosen = options.method, material.chosen
-    encode = {"tokenizer": tokenizer, "template": options.pieces.prompt}
+    encode = {"tokenizer": tokenizer, "template": options.pieces.prompt, "tokens": method.tokens}
     part: dict[str, Any] = {"select": method.select, "layers": method.layers, **encode}
     here: dict[str, Any] = {"progress": clock.progress, "split_over_ranks": clock.ranks.size > 1}
     with clock.phase("coupling"):
@@ -166,19 +167,23 @@ def _ripple(
     kept = [piece for piece, good in zip(material.chosen, result.valid.tolist(), strict=True) if good]
     # The editor's own default is what the default of the coupling selects too.
     own = method.select == "mlp_output" and method.layers is None
-    return ripple_effects(
-        model,
-        kept,
-        material.edits or drawn_edits(kept, int(editing.edits), method.seed),
-        tokenizer=tokenizer,
-        editor=editing.editor,
-        learning_rate=editing.learning_rate,
-        steps=editing.steps,
-        select=None if own or editing.editor == "rank_one" else result.parameters,
-        template=options.pieces.prompt,
-        progress=clock.progress,
-        split_over_ranks=clock.ranks.size > 1,
-    )
+    # Readiness tells it, with what to do.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "ripple_effects: ")
+        return ripple_effects(
+            model,
+            kept,
+            material.edits or drawn_edits(kept, int(editing.edits), method.seed),
+            tokenizer=tokenizer,
+            editor=editing.editor,
+            learning_rate=editing.learning_rate,
+            steps=editing.steps,
+            select=None if own or editing.editor == "rank_one" else result.parameters,
+            template=options.pieces.prompt,
+            measure=method.tokens,
+            progress=clock.progress,
+            split_over_ranks=clock.ranks.size > 1,
+        )
 
 
 def _layers(
@@ -637,6 +642,14 @@ def _ripple_checks(found: Findings) -> list[dict[str, Any]]:
             meaning="Whether gradients predict what an edit did to the other pieces.",
             next_step=_MEASURE if ripple is None else "Try a smaller --learning-rate: if the correlation rises, the "
             "edits were no small steps, and cosines do not describe them.",
+        ),
+        _check(
+            "share of edits that are small steps", None if ripple is None else float(ripple.linear.double().mean()),
+            "at least", 0.9,
+            meaning="Edits whose measured changes have a slope of 0.8 to 1.25 on the predicted ones"
+            f"{f': {ripple.warning()}' if ripple is not None and ripple.warning() else ''}.",
+            next_step=_MEASURE if ripple is None else "Lower --learning-rate, or leave it out: gradient_step halves "
+            "its own until the slope is within.",
         ),
         _check(
             "share of edits that were learned", None if ripple is None else float(ripple.new_exact.double().mean()),

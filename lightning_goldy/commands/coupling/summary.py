@@ -269,12 +269,12 @@ def size_of_change(found: Findings, ripple: RippleResult) -> list[dict[str, Any]
 
 
 def _ripple(found: Findings, ripple: RippleResult) -> dict[str, Any]:
-    pieces = {piece["id"]: piece for piece in found.result.pieces}
+    pieces, told = {piece["id"]: piece for piece in found.result.pieces}, ripple.details()
     return {
         **ripple.settings,
         "n_edits": len(ripple.edits),
         "n_pieces": len(ripple.pieces),
-        "agreement": ripple.details()["agreement"],
+        **{name: told[name] for name in ("agreement", "linear_range", "slopes", "learning_rates", "scaled")},
         "size_of_change": size_of_change(found, ripple),
         "edits": [_edit(pieces, ripple, row) for row in range(len(ripple.edits))],
     }

@@ -239,8 +239,12 @@ def chart_plasticity_sweep(row: Row) -> Figure:
         for label, by_level in ordered.items()
         for level, costs in by_level.items()
     ]
-    columns = columns_of(("line", "x", "low", "high"), ranges)
-    return layered(lines(means, style, caption=sweep_caption(row)), _range_layers(), data={"ranges": columns})
+    # What choosing at random costs, as a band from the cheapest to the dearest seed: the null of every other line.
+    band = [each for each in ranges if each[0].partition(",")[0] == "random"]
+    columns = {
+        name: columns_of(("line", "x", "low", "high"), rows) for name, rows in (("ranges", ranges), ("band", band))
+    }
+    return layered(lines(means, style, caption=sweep_caption(row)), _range_layers(), data=columns)
 
 
 @functools.lru_cache(maxsize=16)
@@ -340,7 +344,12 @@ def _range_layers() -> list[dict[str, Any]]:
         ],
     }
     zero = {"data": {"values": [{}]}, "mark": {"type": "rule", "strokeDash": [2, 3]}, "encoding": {"y": {"datum": 0}}}
-    return [{"data": {"name": "ranges"}, "mark": {"type": "rule", "strokeWidth": 1.5}, "encoding": encoding}, zero]
+    band = {name: encoding[name] for name in ("x", "y", "y2", "color")}
+    return [
+        {"data": {"name": "band"}, "mark": {"type": "area", "opacity": 0.15}, "encoding": band},
+        {"data": {"name": "ranges"}, "mark": {"type": "rule", "strokeWidth": 1.5}, "encoding": encoding},
+        zero,
+    ]
 
 
 def plasticity_caption(row: Row) -> str:
@@ -372,8 +381,29 @@ def score_caption(row: Row) -> str:
         return "no head has been scored yet"
     return (
         f"{scores['strategy']} scores of {scores['n_samples']} samples at step {scores['step']}; boxes are heads "
-        "that were cut then, crosses closed before"
+        f"that were cut then, crosses closed before{_certainty(scores)}"
     )
+
+
+def _certainty(scores: Mapping[str, Any]) -> str:
+    """How well the samples know the scores, and how many cut heads they do not tell from the first that was kept."""
+    values, errors = scores.get("values") or [], scores.get("errors") or []
+    pairs = [
+        ((layer, head), value, error)
+        for layer, (row, spreads) in enumerate(zip(values, errors, strict=False))
+        for head, (value, error) in enumerate(zip(row, spreads, strict=False))
+        if value is not None and error is not None and math.isfinite(value) and math.isfinite(error)
+    ]
+    if not pairs:
+        return ""
+    told = f"; a score is known to +- {format_number(float(np.median([error for *_, error in pairs])))} (median)"
+    cut, before = ({tuple(head) for head in scores.get(name, ())} for name in ("cut", "closed_before"))
+    kept = [(value, error) for head, value, error in pairs if head not in cut | before]
+    if not cut or not kept:
+        return told
+    border, spread = min(kept)
+    near = sum(border - value < 2 * math.hypot(error, spread) for head, value, error in pairs if head in cut)
+    return f"{told}, {near} of {len(cut)} cut heads within two standard errors of the first kept one"
 
 
 def sweep_runs(row: Row) -> list[Mapping[str, Any]]:
@@ -408,9 +438,11 @@ def sweep_caption(row: Row) -> str:
     """
     runs = sweep_runs(row)
     seeds = len({run["seed"] for run in runs})
+    random = {run["seed"] for run in runs if run["strategy"] == "random"}
+    band = "; the band is what heads chosen at random cost" if len(random) > 1 else ""
     return (
         f"{len(runs)} run{'s' if len(runs) > 1 else ''} with {seeds} seed{'s' if seeds > 1 else ''}; points are means "
-        "over seeds, bars their range; 0 is the same seed without pruning"
+        f"over seeds, bars their range; 0 is the same seed without pruning{band}"
     )
 
 

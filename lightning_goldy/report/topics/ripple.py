@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_goldy.report.builders import Points, Scatter, arrange, scatter
@@ -41,7 +41,8 @@ def chart_ripple_effects(row: Row) -> Figure:
         panels.append(scatter(scatters(row, predictor), style))
     overall = "; ".join(f"{overall_agreement(row, predictor)} by the {predictor}" for predictor in PREDICTORS)
     caption = f"{ripple_caption(row)} Over all classes {overall.replace('_', ' ')}."
-    return arrange(panels, columns=2, caption=caption)
+    warning = row["result"].get("warning")
+    return arrange(panels, columns=2, caption=f"{caption} {_sentence(warning)}" if warning else caption)
 
 
 def scatters(row: Row, predictor: str) -> dict[str, Points]:
@@ -111,8 +112,37 @@ def ripple_caption(row: Row) -> str:
     part = "" if drawn == pairs else f"; {drawn} of {format_number(pairs)} pairs drawn"
     return (
         f"{edits} by {result.get('editor', '?')}, each measured on {pieces}{learned}{part}. "
-        "Points on the line are predicted exactly; off it, the edit did what the first order does not know."
-    )
+        "Points on the line are predicted exactly; off it, the edit did what the first order does not know. "
+        f"{slopes_told(row)}"
+    ).strip()
+
+
+def slopes_told(row: Row) -> str:
+    """Learning rates and slopes of the edits, with the range in which an edit is a small step; empty without them.
+
+    Example:
+        >>> result = {"slopes": [0.9, 1.1], "learning_rates": [0.01, 0.005], "linear_range": [0.8, 1.25]}
+        >>> slopes_told({"result": {**result, "scaled": True}})
+        'Learning rate 0.005 to 0.01, halved until linear; slopes 0.9 to 1.1 (a small step: 0.8 to 1.25).'
+    """
+    result = row.get("result", {})
+    slopes, rates = _ends(result.get("slopes", ())), _ends(result.get("learning_rates", ()))
+    if not slopes:
+        return ""
+    halved = ", halved until linear" if result.get("scaled") else ""
+    low, high = result["linear_range"]
+    steps = f"Learning rate {rates}{halved}; slopes" if rates else "Slopes"
+    return f"{steps} {slopes} (a small step: {low} to {high})."
+
+
+def _ends(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    ends = dict.fromkeys(f"{end:.3g}" for end in (min(known), max(known))) if known else ()
+    return " to ".join(ends)
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _counted(count: int | None, name: str) -> str:
@@ -143,12 +173,14 @@ _RIPPLE_EFFECTS = Description(
     ),
     reading=(
         "Look at Pearson and Spearman together: a few pieces with large changes make a high Pearson even where the "
-        "order of the others is not predicted. A slope far from 1 means that the edit is no small step."
+        "order of the others is not predicted. A slope outside 0.8 to 1.25 means that the edit is no small step."
     ),
     metrics={
         **{f"first_order_{name}": f"g . delta: {meaning}" for name, meaning in _MEANINGS.items()},
         **{f"coupling_{name}": f"cosine x norms: {meaning}" for name, meaning in _MEANINGS.items()},
         "measured_change": "mean measured change of log p, nats; by distance class",
+        "smallest_slope": "of measured on predicted changes, the least of the edits'; small steps: 0.8 to 1.25",
+        "largest_slope": "the same of the edit where it is largest",
         "new_answers_exact": "share of the edits after which the new answer is the most probable one",
         "new_answer_change": "mean change of the new answers' log p, nats",
     },

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 
 from lightning_goldy.analysis import CouplingError, knowledge_coupling
 from lightning_goldy.core.objective import CausalLMObjective
-from lightning_goldy.core.pieces import KnowledgePiece, encode_pieces
+from lightning_goldy.core.pieces import AnswerTokens, KnowledgePiece, encode_pieces
 from lightning_goldy.data import byte_tokenizer
 from lightning_goldy.training.models import build_model, complete_config
 from tests.references.coupling import cosines, gradients
@@ -30,12 +32,22 @@ def subject():
     return build_model(complete_config(CONFIG, tokenizer)).eval(), tokenizer
 
 
-def test_knowledge_pieces_are_asked_by_the_template_and_described(subject):
+@pytest.mark.parametrize("tokens", [None, *get_args(AnswerTokens)])
+def test_knowledge_pieces_are_asked_by_the_template_and_described(subject, tokens):
     model, tokenizer = subject
-    result = knowledge_coupling(model, KNOWLEDGE, tokenizer=tokenizer, template="Q: {question}\n")
-    rows = [
-        (each["input_ids"], each["labels"]) for each in encode_pieces(KNOWLEDGE, tokenizer, template="Q: {question}\n")
-    ]
+    chosen = {} if tokens is None else {"tokens": tokens}
+    template = "Q: {question}\n"
+    result = knowledge_coupling(model, KNOWLEDGE, tokenizer=tokenizer, template=template, **chosen)
+    rows = []
+    for sample in encode_pieces(KNOWLEDGE, tokenizer, template=template):
+        labels = sample["labels"].clone()
+        answer = (labels >= 0).nonzero().flatten()
+        if tokens in (None, "answer"):  # the end of the text counts only where it is asked for
+            assert labels[answer[-1]] == tokenizer.eos_token_id
+            labels[answer[-1]] = -100
+        if tokens == "first_token":
+            labels[answer[1:]] = -100
+        rows.append((sample["input_ids"], labels))
     flat = gradients(model, rows, result.parameters)
     torch.testing.assert_close(result.matrix.double(), cosines(flat), rtol=1e-5, atol=1e-6)
     assert result.ids == ("a", "b", "c", "d")
@@ -53,6 +65,8 @@ def test_pieces_that_cannot_be_had(subject):
         knowledge_coupling(model, KNOWLEDGE)
     with pytest.raises(ValueError, match="number 1 is a dict"):
         knowledge_coupling(model, [KNOWLEDGE[0], {"input_ids": torch.ones(1, 2)}], tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="unknown tokens 'all'; Valid: answer_with_end, answer, first_token"):
+        knowledge_coupling(model, KNOWLEDGE, tokenizer=tokenizer, tokens="all")
     with pytest.raises(ValueError, match="exactly once"):
         knowledge_coupling(model, KNOWLEDGE, tokenizer=tokenizer, template="nothing")
     with pytest.raises(ValueError, match="'input_ids' of shape"):

@@ -55,6 +55,52 @@ def test_taylor_equals_the_slow_reference(family: str) -> None:
     torch.testing.assert_close(found.scores, taylor_reference(model, batch), rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])
+def test_the_first_order_is_what_taylor_says_without_its_curvature(family: str) -> None:
+    model, batch, objective = subject(family)
+    found = head_importance(model, [batch], objective, strategy="first_order")
+    taylor = head_importance(model, [batch], objective)
+    assert taylor.strategy == "taylor"
+    torch.testing.assert_close(found.scores, -taylor.measured["gradient"], rtol=0, atol=0)
+    curvature = taylor_reference(model, batch) - taylor.measured["curvature"] / 2
+    torch.testing.assert_close(found.scores, curvature, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("strategy", ["first_order", "magnitude", "entropy", "ablation", "taylor", "combined"])
+def test_standard_errors_are_those_of_leaving_samples_out(strategy: str) -> None:
+    model, batch, objective = subject("llama")
+    found = head_importance(model, [batch], objective, strategy=strategy)
+
+    def scored(rows: list[int]) -> Tensor:
+        part = {name: tensor[rows] for name, tensor in batch.items()}
+        return head_importance(model, [part], objective, strategy=strategy).scores
+
+    left = torch.stack([scored([row for row in range(4) if row != out]) for out in range(4)])
+    expected = (left - left.mean(dim=0)).square().sum(dim=0).mul(3 / 4).sqrt()
+    torch.testing.assert_close(found.errors, expected, rtol=1e-3, atol=1e-7)
+    assert (found.errors > 0).all()
+    if strategy not in ("combined", "entropy"):  # a mean over samples
+        alone = torch.stack([scored([row]) for row in range(4)])
+        torch.testing.assert_close(found.errors, alone.std(dim=0) / 2, rtol=1e-3, atol=1e-7)
+    assert found.row().result["standard_errors"] == found.errors.tolist()
+
+
+def test_standard_errors_that_are_not_known_are_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch, _ = subject("gpt2")
+    one = {name: tensor[:1] for name, tensor in batch.items()}
+    assert head_importance(model, [one]).errors.isnan().all()
+    assert (head_importance(model, [batch], strategy="random").errors == 0).all()
+    seen = []
+
+    def own(probe: Any) -> Tensor:
+        seen.append(next(probe.model.parameters()).sum())
+        return probe.magnitude()
+
+    monkeypatch.setitem(HEAD_SCORES, "by itself", own)
+    assert head_importance(model, [batch], strategy="by itself").errors.isnan().all()
+    assert len(seen) == 1
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "bert"])
 def test_ablation_equals_the_slow_reference(family: str) -> None:
     model, batch, objective = subject(family)
@@ -91,7 +137,7 @@ def test_uniform_attention_has_entropy_one() -> None:
     for block in describe_architecture(model).blocks:
         for part in block.query.head_slice(2):
             part.of(part.parameter.data).zero_()
-    scores = head_importance(model, [batch]).scores
+    scores = head_importance(model, [batch], strategy="entropy").scores
     torch.testing.assert_close(scores[:, 2], torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-6)
     assert (scores[:, [0, 1, 3]] > 1e-4).all()
 
@@ -169,7 +215,7 @@ def test_a_sliding_window_shortens_what_a_row_sees() -> None:
     )
     model = hf.MistralForCausalLM(config).eval()
     batch = subject("mistral")[1]
-    found = head_importance(model, [batch]).measured["entropy"]
+    found = head_importance(model, [batch], strategy="entropy").measured["entropy"]
     torch.testing.assert_close(found, entropy_reference(model, batch, window=3), **CLOSE)
 
 
@@ -183,11 +229,11 @@ def test_a_row_that_sees_one_key_does_not_count() -> None:
     objective = FunctionObjective(
         lambda model, batch: model(**batch).logits.mean(),
     )
-    expected = head_importance(model, [single], objective).scores
-    torch.testing.assert_close(head_importance(model, [with_one], objective).scores, expected)
+    expected = head_importance(model, [single], objective, strategy="entropy").scores
+    torch.testing.assert_close(head_importance(model, [with_one], objective, strategy="entropy").scores, expected)
     lonely = {"input_ids": torch.tensor([[7, 0]]), "attention_mask": torch.tensor([[1, 0]])}
     with pytest.raises(ValueError, match="at least two tokens"):
-        head_importance(model, [lonely], objective)
+        head_importance(model, [lonely], objective, strategy="entropy")
 
 
 @pytest.mark.parametrize("strategy", ["entropy", "magnitude", "taylor", "ablation"])

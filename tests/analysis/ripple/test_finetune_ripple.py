@@ -46,7 +46,7 @@ def test_every_number_is_that_of_models_read_piece_by_piece(family: str) -> None
     names = [name for name, _ in base.named_parameters()]
     was, now = dict(base.named_parameters()), dict(model.named_parameters())
     delta = torch.cat([(now[name] - was[name]).detach().flatten() for name in names])
-    predicted = torch.stack([gradient(base, WORDS, piece, names, "answer_with_end") @ delta for piece in facts()])
+    predicted = torch.stack([gradient(base, WORDS, piece, names, "answer") @ delta for piece in facts()])
     torch.testing.assert_close(found.predicted, predicted, rtol=1e-9, atol=1e-12)
     assert found.delta_norm == pytest.approx(float(delta.norm()), rel=1e-12)
     assert found.route == "forward"
@@ -55,7 +55,7 @@ def test_every_number_is_that_of_models_read_piece_by_piece(family: str) -> None
         (model, found.after, found.rank_after, found.exact_after),
     ):
         with torch.no_grad():
-            readings = [read(each, WORDS, piece, "answer_with_end") for piece in facts()]
+            readings = [read(each, WORDS, piece, "answer") for piece in facts()]
         torch.testing.assert_close(log_prob, torch.stack([one.log_prob for one in readings]), rtol=1e-10, atol=0)
         assert rank.tolist() == [max(one.ranks) for one in readings]
         assert exact.tolist() == [one.exact for one in readings]
@@ -184,7 +184,7 @@ def test_a_part_of_the_parameters_can_be_the_base() -> None:
     names = [name for name, _ in base.named_parameters() if "mlp" in name]
     was, now = dict(base.named_parameters()), dict(model.named_parameters())
     delta = torch.cat([(now[name] - was[name]).detach().flatten() for name in names])
-    predicted = torch.stack([gradient(base, WORDS, piece, names, "answer_with_end") @ delta for piece in facts()])
+    predicted = torch.stack([gradient(base, WORDS, piece, names, "answer") @ delta for piece in facts()])
     torch.testing.assert_close(found.predicted, predicted, rtol=1e-6, atol=1e-8)
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -11,13 +12,21 @@ import torch
 from torch import nn
 
 from lightning_goldy.analysis.result import Cost
-from lightning_goldy.analysis.ripple import FinetuneEditor, GradientStepEditor, KnowledgeEdit, RankOneEditor
+from lightning_goldy.analysis.ripple import (
+    FinetuneEditor,
+    GradientStepEditor,
+    KnowledgeEdit,
+    RankOneEditor,
+    ripple_effects,
+)
+from lightning_goldy.analysis.ripple.editors import LARGEST_STEP
 from lightning_goldy.analysis.ripple.measure import Measure
+from lightning_goldy.analysis.ripple.ripple import LINEAR_RANGE
 from lightning_goldy.core.pieces import KnowledgePiece
 from tests.core.test_autodiff import without_casts  # noqa: F401
 from tests.references import architecture_models
 from tests.references.models import build
-from tests.references.ripple import EDITS, WORDS, double, effects, facts, gradient, read, ripple, seen_samples
+from tests.references.ripple import EDITS, TEMPLATE, WORDS, double, effects, facts, gradient, read, ripple, seen_samples
 
 EDITORS_IN_SHORT: dict[str, Any] = {
     "gradient_step": GradientStepEditor(learning_rate=0.1),
@@ -248,3 +257,66 @@ def test_the_cost_is_what_the_model_saw(editor: str, backwards: int, forwards: i
     )
     assert found.cost == found.row().cost == expected
     assert seen == [expected.forwards, expected.backwards]
+
+
+def steep() -> nn.Module:
+    """A model whose gradients are so large that a step of 0.01 is no small one."""
+    model = double("gpt2")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "mlp.c_fc" in name or "wte" in name:
+                parameter.mul_(6)
+    return model
+
+
+@pytest.mark.filterwarnings("error:ripple_effects")
+def test_a_step_without_a_rate_is_halved_until_what_it_does_is_linear() -> None:
+    model, (low, high) = steep(), LINEAR_RANGE
+    settings = {"tokenizer": WORDS, "template": TEMPLATE}
+    found = ripple_effects(model, facts(), EDITS, **settings)
+    with pytest.warns(
+        UserWarning, match=r"the slope of measured on predicted changes is .*, outside \[0.8, 1.25\]"
+    ) as told:
+        fixed = ripple_effects(model, facts(), EDITS, learning_rate=LARGEST_STEP, **settings)
+    assert f"is {fixed.agreement()[0].slope:.3g}, outside" in str(told[0].message)
+    assert fixed.details()["warning"] in str(told[0].message)
+    assert not fixed.linear.all()
+    assert fixed.learning_rate.tolist() == [LARGEST_STEP] * 3
+
+    assert found.scaled
+    assert found.warning() == ""
+    assert bool(found.linear.all())
+    assert all(low <= slope <= high for slope in found.slope.tolist())
+    halvings = [math.log2(LARGEST_STEP / rate) for rate in found.learning_rate.tolist()]
+    assert all(halving == round(halving) for halving in halvings)
+    assert max(halvings) >= 1
+    for row, (edit, rate) in enumerate(zip(EDITS, found.learning_rate.tolist(), strict=True)):
+        same = ripple(model, [edit], learning_rate=rate, measure="answer", batch_size=16)
+        assert torch.equal(same.after[0], found.after[row])
+        assert float(same.slope[0]) == pytest.approx(same.agreement()[0].slope)
+        if halvings[row]:  # the largest that will do
+            assert not ripple(model, [edit], learning_rate=2 * rate, measure="answer").linear.any()
+    details = found.details()
+    assert (details["slopes"], details["learning_rates"]) == (found.slope.tolist(), found.learning_rate.tolist())
+    assert (details["linear_range"], details["scaled"]) == ([low, high], True)
+    assert found.metrics()["smallest_slope"] == min(found.slope.tolist())
+
+
+def test_halvings_are_bounded_and_the_slope_nearest_to_one_stands() -> None:
+    model = steep()
+    tried = [ripple(model, EDITS[:1], learning_rate=LARGEST_STEP / 2**halved) for halved in range(2)]
+    found = ripple(model, EDITS[:1], editor=GradientStepEditor(halvings=1))
+    nearest = min(tried, key=lambda each: abs(math.log(s)) if (s := float(each.slope[0])) > 0 else math.inf)
+    assert found.learning_rate.tolist() == nearest.learning_rate.tolist()
+    assert "1 of 1 edits" in found.warning()
+    with pytest.raises(ValueError, match="halvings must be at least 0; got -1"):
+        GradientStepEditor(halvings=-1)
+
+
+def test_a_single_other_piece_has_no_line_and_the_new_answer_tells_the_slope() -> None:
+    model, pieces = double("gpt2"), facts()[:2]
+    found = ripple_effects(model, pieces, [(pieces[0], "Vientiane")], tokenizer=WORDS, template=TEMPLATE)
+    rate = float(found.learning_rate[0])
+    assert float(found.delta_norm[0]) > 0
+    predicted = float(found.delta_norm[0]) ** 2 / rate
+    assert float(found.slope[0]) == pytest.approx(float(found.new_after[0] - found.new_before[0]) / predicted, rel=1e-6)
