@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
@@ -14,29 +13,31 @@ import torch
 from torch import Tensor, nn
 
 from lightning_goldy.analysis.divergence import own_share, precise
+from lightning_goldy.analysis.golden.budget import Budget, counts_by_expert, expert_sizes, largest_of
+from lightning_goldy.analysis.gradients import (
+    backward,
+    gradient_part,
+    only_these_require_gradients,
+    require_gradients,
+)
 from lightning_goldy.analysis.result import AnalysisResult, Cost, tensor_rows
 from lightning_goldy.core.architecture.experts import expert_counts, expert_names
 from lightning_goldy.core.isolation import preserved
-from lightning_goldy.core.mask import PackedMask, ParameterMask, Scope, check_scope, flat_positions
+from lightning_goldy.core.mask import ParameterMask, Scope, check_scope
 from lightning_goldy.core.naming import require_at_least, require_number
 from lightning_goldy.core.objective import Objective, objective_for
 from lightning_goldy.core.registry import Registry
-from lightning_goldy.core.selection import select_largest, select_largest_of_each
 from lightning_goldy.core.sharding import (
     Replicas,
-    align,
     gather,
     is_sharded,
     like,
     local,
     sum_over_shards,
-    unshard_guard,
 )
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.store import Kind
 from lightning_goldy.core.vector import ParameterVector, elements_in, require_finite
-
-Mask = dict[str, Tensor]
 
 Score = Callable[[Tensor, Tensor], Tensor]
 """``score(gradient, value)``: both in at least float32, the gradient free to be overwritten; larger is stronger."""
@@ -95,7 +96,7 @@ class MaskResult(AnalysisResult):
 
     def described(self, names: Iterable[str], **columns: Iterable[Any]) -> dict[str, Any]:
         """Fields by name, and of each tensor its size and the columns."""
-        rows = tensor_rows(self.names, numel=_expert_sizes(self.mask.space, self.experts), **columns)
+        rows = tensor_rows(self.names, numel=expert_sizes(self.mask.space, self.experts), **columns)
         return {**{name: getattr(self, name) for name in names}, "tensors": rows}
 
 
@@ -233,7 +234,7 @@ def golden_parameters(
                 ballot.vote(objective, model, sample)
     needed = max(1, math.ceil(quorum * len(samples) - 1e-9))
     golden = {name: gather(votes).cpu() >= needed for name, votes in ballot.totals(replicas).items()}
-    sizes = _expert_sizes(space, experts)
+    sizes = expert_sizes(space, experts)
     # Of each tensor or expert, what a sample marks, or would be expected to mark at random, a fraction.
     groups = zip(ballot.groups, ballot.budget.numels, strict=True)
     shares = [k / n for (group, k, _), n in groups for name in group for _ in range(experts.get(name, 1))]
@@ -253,115 +254,6 @@ def golden_parameters(
         quorum=quorum,
         cost=Cost(forwards=len(samples), backwards=len(samples)),
     )
-
-
-class Budget:
-    """How many elements a mask may have, by tensor or in all, and the selections within it.
-
-    Args:
-        parameters: Name to parameter.
-        top_k_percent: Share of the elements, percent in (0, 100].
-        scope: The share of each ``tensor``, or of all elements together (``global``).
-        experts: Tensors that are stacks of so many experts, each of which has the share of its own.
-
-    Example:
-        >>> budget = Budget({"a": torch.zeros(10), "b": torch.zeros(4)}, 20, "tensor")
-        >>> budget.sizes(), budget.sizes(0.5), Budget({"a": torch.zeros(10), "b": torch.zeros(4)}, 20, "global").sizes()
-        ([2, 1], [1, 1], [3])
-    """
-
-    def __init__(
-        self,
-        parameters: Mapping[str, Tensor],
-        top_k_percent: float,
-        scope: Scope,
-        experts: Mapping[str, int] | None = None,
-    ) -> None:
-        self.layouts = {name: parameter.detach() for name, parameter in parameters.items()}
-        names = list(self.layouts)
-        self.groups = [names] if scope == "global" else [[name] for name in names]
-        """Names of the tensors that share a budget."""
-        self.stacks = [1] if scope == "global" else [(experts or {}).get(name, 1) for name in names]
-        """Experts of each group, 1 where it is no stack; sizes are of one of them."""
-        elements = [sum(self.layouts[name].numel() for name in group) for group in self.groups]
-        self.numels = [count // stack for count, stack in zip(elements, self.stacks, strict=True)]
-        """Elements of each group, of a stack those of one expert."""
-        self._whole = [elements_in(top_k_percent, numel) for numel in self.numels]
-
-    def sizes(self, share: float = 1.0) -> list[int]:
-        """Elements of each group at this share of the budget, rounded half up, at least one."""
-        return [max(1, math.floor(share * size + 0.5)) for size in self._whole]
-
-    def pools(self, sizes: list[int], factor: float) -> list[int]:
-        """Elements of each group's pool, rounded up; at most all."""
-        return [min(numel, math.ceil(factor * size - 1e-9)) for size, numel in zip(sizes, self.numels, strict=True)]
-
-    def largest(self, scores: Mapping[str, Tensor], sizes: list[int]) -> Mask:
-        """Marks exactly so many elements of each group, the largest, ties to the smaller index."""
-        return dict(self.selections(scores, sizes))
-
-    def selections(self, scores: Mapping[str, Tensor], sizes: list[int]) -> Iterator[tuple[str, Tensor]]:
-        """As :meth:`largest`, tensor by tensor; scores are asked for one group at a time."""
-        for group, size, stack in zip(self.groups, sizes, self.stacks, strict=True):
-            yield from self._chosen(group, [scores[name] for name in group], size, stack)
-
-    def _chosen(
-        self, group: Sequence[str], scores: Sequence[Tensor], size: int, stack: int
-    ) -> Iterator[tuple[str, Tensor]]:
-        laid_out = [like(self.layouts[name], part) for name, part in zip(group, scores, strict=True)]
-        return zip(group, _largest(laid_out, size, stack), strict=True)
-
-    def total(self, sizes: list[int]) -> int:
-        """Elements in all, every expert of a stack counted."""
-        return sum(size * stack for size, stack in zip(sizes, self.stacks, strict=True))
-
-    def reselected(
-        self, scores: Mapping[str, Tensor], mask: Mapping[str, Tensor], sizes: list[int], pools: list[int]
-    ) -> Mask:
-        """The best of a pool that holds the masked elements and the best others, exactly so many of each group.
-
-        Args:
-            scores: Larger is better; finite.
-            mask: The present one.
-            sizes: Elements to mark of each group.
-            pools: Elements of each pool, at least the size to be marked.
-        """
-        return dict(self.reselections(scores, mask, sizes, pools))
-
-    def reselections(
-        self, scores: Mapping[str, Tensor], mask: Mapping[str, Tensor], sizes: list[int], pools: list[int]
-    ) -> Iterator[tuple[str, Tensor]]:
-        """As :meth:`reselected`, tensor by tensor; scores and mask are asked for one group at a time."""
-        masked = self.counts(mask)
-        for group, size, pool, count, stack in zip(self.groups, sizes, pools, masked, self.stacks, strict=True):
-            chosen = [scores[name] for name in group]
-            # At most pool - count others come in, so the best of the masked stay whatever happens.
-            kept = size - (pool - count)
-            if kept <= 0:
-                yield from self._chosen(group, chosen, size, stack)
-            elif stack == 1 and not any(map(is_sharded, map(self.layouts.__getitem__, group))):
-                held = [flat_positions(mask, name) for name in group]
-                yield from zip(group, _reselected(chosen, held, size, kept), strict=True)
-            else:
-                stay = [mask[name] for name in group]
-                if kept < count:
-                    inside = [part.where(held, -math.inf) for part, held in zip(chosen, stay, strict=True)]
-                    stay = [best for _, best in self._chosen(group, inside, kept, stack)]
-                    del inside
-                chosen = [part.masked_fill(held, math.inf) for part, held in zip(chosen, stay, strict=True)]
-                yield from self._chosen(group, chosen, size, stack)
-
-    def laid_out(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """This process's parts in the layouts of their parameters."""
-        return {name: like(self.layouts[name], part) for name, part in parts.items()}
-
-    def counts(self, mask: Mapping[str, Tensor]) -> list[int]:
-        """Marked elements of each group, of a stack those of one expert: a budget marks equally many of all."""
-        held = mask if isinstance(mask, PackedMask) else PackedMask(mask.items())
-        parts = [torch.tensor(held.count(name), device=local(layout).device) for name, layout in self.layouts.items()]
-        counts = dict(zip(self.layouts, sum_over_shards(parts, list(self.layouts.values())), strict=True))
-        groups = zip(self.groups, self.stacks, strict=True)
-        return [sum(int(counts[name]) for name in group) // stack for group, stack in groups]
 
 
 class Ballot:
@@ -416,7 +308,7 @@ class Ballot:
                 part = self.score(gradient_part(gradient, parameter), precise(local(parameter)))
             scores.append(like(parameter.detach(), part))
         self._require_finite(names, scores)
-        for name, mask in zip(names, _largest(scores, k, stack), strict=True):
+        for name, mask in zip(names, largest_of(scores, k, stack), strict=True):
             # Booleans are bytes of 0 and 1; seen as such, the addition is vectorised.
             self.votes[name].add_(mask.view(torch.uint8))
 
@@ -443,55 +335,6 @@ class Ballot:
             summable = votes.int() if votes.dtype == torch.int16 and replicas.size > 1 else votes
             totals[name] = like(self.parameters[name].detach(), replicas.sum_(summable))
         return totals
-
-
-def _largest(scores: Sequence[Tensor], k: int, stack: int) -> list[Tensor]:
-    """The k largest of all tensors together, or of each expert of a single one that is a stack."""
-    return select_largest(scores, k) if stack == 1 else [select_largest_of_each(scores[0], k)]
-
-
-def _reselected(scores: Sequence[Tensor], held: Sequence[Tensor], size: int, kept: int) -> list[Tensor]:
-    """The largest of all tensors together, among them whatever their value the best so many of those held.
-
-    Args:
-        scores: Plain tensors, which come back as they were.
-        held: Flat positions in each, ascending.
-        size: Elements to mark.
-        kept: How many of those held are marked in any case.
-    """
-    flats = [part.reshape(-1) for part in scores]
-    inside = [flat[where] for flat, where in zip(flats, held, strict=True)]
-    stay = list(held)
-    if kept < sum(map(len, held)):
-        best = select_largest(inside, kept)
-        stay, inside = ([part[mask] for part, mask in zip(parts, best, strict=True)] for parts in (stay, inside))
-    # Their values are set aside rather than written to a copy of all scores.
-    try:
-        for flat, where in zip(flats, stay, strict=True):
-            flat[where] = math.inf
-        masks = select_largest(flats, size)
-    finally:
-        for flat, where, values in zip(flats, stay, inside, strict=True):
-            flat[where] = values
-    return [mask.view(part.shape) for mask, part in zip(masks, scores, strict=True)]
-
-
-def counts_by_expert(masks: Mapping[str, Tensor], experts: Mapping[str, int]) -> tuple[int, ...]:
-    """Marked elements of each tensor, of a stack those of each expert.
-
-    Example:
-        >>> counts_by_expert({"a": torch.tensor([[True, False], [True, True]])}, {"a": 2})
-        (1, 2)
-    """
-    parts = (mask.reshape(experts.get(name, 1), -1) for name, mask in masks.items())
-    return tuple(count for part in parts for count in part.count_nonzero(dim=1).tolist())
-
-
-def _expert_sizes(space: ParameterSpace, experts: Mapping[str, int]) -> list[int]:
-    """Elements of each tensor, of a stack those of each expert."""
-    counts = [experts.get(name, 1) for name in space.names]
-    numels = map(math.prod, space.shapes)
-    return [numel // count for numel, count in zip(numels, counts, strict=True) for _ in range(count)]
 
 
 def binomial_tail(n: int, needed: int, p: float) -> float:
@@ -541,92 +384,3 @@ def check_golden_arguments(top_k_percent: float, score: str, scope: str, quorum:
         raise ValueError(f"quorum must lie in (0, 1]; got {quorum}")
     if n_samples is not None:
         require_at_least("n_samples", n_samples, 1)
-
-
-def only_these_require_gradients(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Spares the backward pass the gradients that nobody asks for; FSDP2 needs uniform groups and is left as it is."""
-    if any(is_sharded(parameter) for parameter in model.parameters()):
-        return
-    chosen = {id(parameter) for parameter in parameters.values()}
-    for parameter in model.parameters():
-        if id(parameter) not in chosen:
-            parameter.requires_grad_(False)
-
-
-def backward(value: Tensor) -> None:
-    """A backward pass, unless the value depends on nothing that requires a gradient: then there is none to make."""
-    if value.requires_grad:
-        value.backward()
-
-
-@contextmanager
-def streamed_gradients(parameters: Mapping[str, nn.Parameter], take: Callable[[str, Tensor], object]) -> Iterator[None]:
-    """Hands each gradient over as soon as it is complete, and frees it; FSDP2 does not run such hooks.
-
-    What has no hook is left for :func:`taken_gradients`.
-
-    Args:
-        parameters: Name to parameter.
-        take: Called with the name and this process's part of the gradient, in at least float32.
-    """
-
-    def taker(name: str) -> Callable[[Tensor], None]:
-        def hook(parameter: Tensor) -> None:
-            gradient, parameter.grad = parameter.grad, None
-            assert gradient is not None
-            take(name, gradient_part(gradient, parameter))
-
-        return hook
-
-    with ExitStack() as hooks:
-        for name, parameter in parameters.items() if not any(map(is_sharded, parameters.values())) else ():
-            hooks.callback(parameter.register_post_accumulate_grad_hook(taker(name)).remove)
-        yield
-
-
-def taken_gradients(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, Tensor]]:
-    """Name and this process's part of each gradient that there is, in at least float32; all gradients are cleared."""
-    unshard_guard(model)
-    for name, parameter in parameters.items():
-        gradient, parameter.grad = parameter.grad, None
-        if gradient is not None:
-            yield name, gradient_part(gradient, parameter)
-    for parameter in model.parameters():
-        parameter.grad = None
-
-
-def gradient_part(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """This process's part of a gradient of any layout, in at least float32."""
-    dense = gradient.to_dense() if gradient.layout is torch.sparse_coo else gradient
-    return precise(local(align(dense, parameter)))
-
-
-def zeros_like_parts(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Zeros of the shape of this process's part of each parameter, in at least float32."""
-    return {
-        name: torch.zeros_like(local(parameter), dtype=torch.promote_types(parameter.dtype, torch.float32))
-        for name, parameter in parameters.items()
-    }
-
-
-def require_gradients(parameters: Mapping[str, Tensor], seen: Collection[str], replicas: Replicas) -> list[str]:
-    """The parameters that no sample, of any replica, gave a gradient: theirs is zero, which a warning says.
-
-    Raises:
-        ValueError: No parameter received one.
-    """
-    device = local(next(iter(parameters.values()))).device
-    voted = torch.tensor([name in seen for name in parameters], dtype=torch.int32, device=device)
-    missing = [name for name, count in zip(parameters, replicas.sum_(voted).tolist(), strict=True) if not count]
-    if len(missing) == len(parameters):
-        raise ValueError(
-            f"the objective depends on none of the {len(parameters)} selected parameters ({missing[0]}, ...): no "
-            "sample gave one a gradient"
-        )
-    if missing:
-        warnings.warn(
-            f"the objective does not depend on {missing[0]} ({len(missing)} such parameters), whose gradient counts as "
-            "zero; leave it out with exclude=",
-            stacklevel=2,
-        )
-    return missing

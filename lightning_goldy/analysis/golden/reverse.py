@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.divergence import AnchoredDivergence, Cache, check_cache, divergence_sum, own_share
+from lightning_goldy.analysis.divergence import Cache, check_cache
+from lightning_goldy.analysis.golden.budget import Budget, counts_by_expert
 from lightning_goldy.analysis.golden.fluctuation import STRATEGIES, Fluctuation
-from lightning_goldy.analysis.golden.golden import (
-    SCORES,
-    Budget,
-    MaskResult,
+from lightning_goldy.analysis.golden.golden import SCORES, MaskResult
+from lightning_goldy.analysis.gradients import (
+    SharedDivergence,
     backward,
-    counts_by_expert,
     only_these_require_gradients,
+    pieces_of,
     require_gradients,
     streamed_gradients,
     taken_gradients,
@@ -27,12 +26,11 @@ from lightning_goldy.analysis.golden.golden import (
 )
 from lightning_goldy.analysis.result import Cost
 from lightning_goldy.core.architecture.experts import expert_counts
-from lightning_goldy.core.batches import sample_count, take_samples
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.mask import MaskedModel, PackedMask, ParameterMask, Scope, check_scope
 from lightning_goldy.core.naming import require_at_least, require_number, suggestion
 from lightning_goldy.core.objective import Objective, objective_for
-from lightning_goldy.core.sharding import Replicas, gather, is_sharded, like, local
+from lightning_goldy.core.sharding import Replicas, gather, like, local
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.vector import elements_in, require_finite
 
@@ -46,8 +44,6 @@ _GROWTH = 0.7
 # What a pool exceeds the budget by is divided by this after an exchange that brought nothing.
 _SHRINKAGE = 4
 _MOST_FAILURES = 8
-# Elements of [rows, vocabulary] that are worked on at a time.
-_CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -546,176 +542,3 @@ def single_shot_scores(
         "fisher": _Computed(second, lambda name: second[name] * unmasked(name).square()),
     }
     return scores | ({extra: own} if own else {})
-
-
-class SharedDivergence:
-    r"""Mean divergence of the model from itself as it was at the anchor, its samples shared out over replicas.
-
-    Args:
-        model: The module, in evaluation mode.
-        pieces: Batches, each one forward pass; the same on every rank.
-        objective: Where the targets are.
-        replicas: The ranks that share the pieces out.
-        cache: Where the anchor's log-probabilities are kept.
-        anchored: Whether the module is at the anchor at present; otherwise :meth:`anchor` is called before all else.
-
-    Example:
-        >>> from lightning_goldy.core.objective import ClassifierObjective
-        >>> piece = (torch.ones(1, 2), torch.tensor([0]))
-        >>> SharedDivergence(nn.Linear(2, 3), [piece], ClassifierObjective(), Replicas()).positions
-        1
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        pieces: Sequence[Any],
-        objective: Objective,
-        replicas: Replicas,
-        *,
-        cache: Cache = "auto",
-        anchored: bool = True,
-    ) -> None:
-        self.n_samples = sum(map(sample_count, pieces))
-        """Samples of all ranks."""
-        self.cost = Cost()
-        """Passes made so far."""
-        # Without a cache the anchor runs again beside the model.
-        self._runs = 2 if cache == "none" else 1
-        self.pieces = list(own_share(pieces, model, replicas, None))
-        """This rank's share, on the model's device."""
-        self.replicas = replicas
-        self._device = next(model.parameters()).device
-        self._objective, self._cache = objective, cache
-        self._held: _Held | None = None
-        self.positions = 0
-        """Target positions of all ranks."""
-        if anchored:
-            self.anchor(model)
-
-    def anchor(self, model: nn.Module) -> None:
-        """Takes the present model for the one that divergences are from."""
-        self.cost += Cost(forwards=self.n_samples)
-        # A rank may have no piece, and then only takes part in the sums.
-        self._held = _Held(model, self.pieces, self._objective, cache=self._cache) if self.pieces else None
-        self.positions = round(self._sum(self._held.positions if self._held else 0))
-
-    def __call__(self, model: nn.Module) -> float:
-        """The mean divergence, nats.
-
-        Raises:
-            ValueError: It is not finite.
-        """
-        self.cost += Cost(forwards=self._runs * self.n_samples)
-        return self._mean(self._held(model) * self._held.positions if self._held else 0.0)
-
-    def gradients(
-        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], *, measured: bool = True
-    ) -> tuple[float, dict[str, Tensor]]:
-        """The mean divergence, nats (0 where it need not be measured), and its gradient, this process's part of each.
-
-        Raises:
-            ValueError: One of them is not finite.
-        """
-        self.cost += Cost(forwards=self._runs * self.n_samples, backwards=self.n_samples)
-        sums, total = self._summed(model, parameters, measured)
-        for gradient in sums.values():
-            self.replicas.sum_(gradient)
-        laid_out = {name: like(parameters[name].detach(), part) for name, part in sums.items()}
-        require_finite(laid_out, "gradients of the divergence")
-        return self._mean(total), {name: gradient.div_(self.positions) for name, gradient in sums.items()}
-
-    def _summed(
-        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], measured: bool
-    ) -> tuple[dict[str, Tensor], float]:
-        """This process's summed gradient, and its sum."""
-        pieces, total = self._held.backward(model, measured=measured) if self._held else iter(()), 0.0
-        if not any(is_sharded(part) or part.dtype.itemsize < 4 for part in parameters.values()):
-            # Gradients add up where they arise, and are held once.
-            total = sum(pieces, 0.0)
-            found = dict(taken_gradients(model, parameters))
-            return {
-                name: found[name] if name in found else torch.zeros_like(p) for name, p in parameters.items()
-            }, total
-        sums = zeros_like_parts(parameters)
-
-        def add(name: str, gradient: Tensor) -> None:
-            sums[name] += gradient
-
-        with streamed_gradients(parameters, add):
-            for value in pieces:
-                total += value
-                for name, gradient in taken_gradients(model, parameters):
-                    add(name, gradient)
-        return sums, total
-
-    def _mean(self, total: float) -> float:
-        mean = self._sum(total) / self.positions
-        if not abs(mean) < float("inf"):
-            raise ValueError(f"the divergence of the masked model is {mean} nats: its outputs are not finite")
-        return mean
-
-    def _sum(self, value: float) -> float:
-        # Backends of accelerators without float64 still take part in sums on their own terms.
-        dtype = torch.float32 if self._device.type == "mps" else torch.float64
-        return float(self.replicas.sum_(torch.tensor(value, dtype=dtype, device=self._device)))
-
-
-def divergence_gradient(log_probs: Tensor, logits: Tensor) -> Tensor:
-    r"""Gradient of the sum over rows of KL(p || softmax(logits)) with respect to the logits, which is q - p.
-
-    Args:
-        log_probs: log p, shape ``[rows, vocabulary]``, any device and dtype.
-        logits: Shape ``[rows, vocabulary]``.
-
-    Returns:
-        Shape and dtype of the logits.
-
-    Example:
-        >>> logits = torch.tensor([[0.0, 0.0]])
-        >>> divergence_gradient(torch.tensor([[1.0, 0.0]]).log(), logits).tolist()
-        [[-0.5, 0.5]]
-    """
-    found = torch.empty_like(logits)
-    rows = max(1, _CHUNK // logits.shape[-1])
-    for start in range(0, len(logits), rows):
-        part = logits[start : start + rows].detach()
-        dtype = torch.promote_types(part.dtype, torch.float32)
-        q = torch.softmax(part, dim=-1, dtype=dtype)
-        found[start : start + rows] = q - log_probs[start : start + rows].to(part.device, dtype).exp()
-    return found
-
-
-def pieces_of(batches: Sequence[Any], size: int | None) -> list[Any]:
-    """Cuts batches into pieces of at most ``size`` samples, which never span two batches.
-
-    Example:
-        >>> [len(piece["x"]) for piece in pieces_of([{"x": torch.zeros(5, 2)}], 2)]
-        [2, 2, 1]
-    """
-    if size is None:
-        return list(batches)
-    return [
-        take_samples(batch, slice(start, start + size))
-        for batch in batches
-        for start in range(0, sample_count(batch), size)
-    ]
-
-
-class _Held(AnchoredDivergence):
-    """Adds the backward pass."""
-
-    def backward(self, model: nn.Module, *, measured: bool = True) -> Iterator[float]:
-        """Leaves the gradient of each batch's summed divergence in the parameters, and gives that sum, nats.
-
-        Args:
-            model: The module, moved from the anchor.
-            measured: Whether the sums are wanted; otherwise they are 0.
-        """
-        for index, batch in enumerate(self.batches):
-            # Before the forward pass, because without a cache the anchor's weights take the model's place meanwhile.
-            with torch.no_grad():
-                anchor = self._anchor_log_probs(model, index)
-            logits = self.objective.logits_and_targets(model, batch).logits
-            logits.backward(divergence_gradient(anchor, logits))
-            yield divergence_sum(anchor, logits.detach()) if measured else 0.0

@@ -11,7 +11,8 @@ from lightning_goldy.analysis import Fluctuation, ReverseGoldenResult, Search, r
 from lightning_goldy.analysis.divergence import divergence_sum
 from lightning_goldy.analysis.golden.fluctuation import STRATEGIES
 from lightning_goldy.analysis.golden.golden import Budget
-from lightning_goldy.analysis.golden.reverse import SharedDivergence, divergence_gradient, pieces_of, single_shot_scores
+from lightning_goldy.analysis.golden.reverse import single_shot_scores
+from lightning_goldy.analysis.gradients import SharedDivergence, divergence_gradient, pieces_of
 from lightning_goldy.core import (
     CausalLMObjective,
     ClassifierObjective,
