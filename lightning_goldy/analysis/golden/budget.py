@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_goldy.core.mask import PackedMask, Scope, flat_positions
 from lightning_goldy.core.selection import select_largest, select_largest_of_each
-from lightning_goldy.core.sharding import is_sharded, like, local, sum_over_shards
+from lightning_goldy.core.sharding import gather, is_sharded, like, local, scatter_like, sum_over_shards
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.vector import elements_in
 
 Mask = dict[str, Tensor]
+
+
+class Element(NamedTuple):
+    """One element of a parameter: its flat position in the whole tensor."""
+
+    name: str
+    position: int
+
+
+class Scored(NamedTuple):
+    """An element and its score."""
+
+    element: Element
+    score: float
 
 
 class Budget:
@@ -45,6 +61,7 @@ class Budget:
         """Names of the tensors that share a budget."""
         self.stacks = [1] if scope == "global" else [(experts or {}).get(name, 1) for name in names]
         """Experts of each group, 1 where it is no stack; sizes are of one of them."""
+        self._group_of = {name: index for index, group in enumerate(self.groups) for name in group}
         elements = [sum(self.layouts[name].numel() for name in group) for group in self.groups]
         self.numels = [count // stack for count, stack in zip(elements, self.stacks, strict=True)]
         """Elements of each group, of a stack those of one expert."""
@@ -112,6 +129,128 @@ class Budget:
                     del inside
                 chosen = [part.masked_fill(held, math.inf) for part, held in zip(chosen, stay, strict=True)]
                 yield from self._chosen(group, chosen, size, stack)
+
+    def exchanges(
+        self, scores: Mapping[str, Tensor], mask: Mapping[str, Tensor], most: list[int], total: int
+    ) -> list[int]:
+        """How many elements each group should exchange, so that those exchanges are made that promise most.
+
+        An exchange takes the best element outside the mask for the worst inside of the same group, the second best for
+        the second worst, and so on; it promises the difference of their scores, which must be positive.
+
+        Args:
+            scores: Larger is better; finite.
+            mask: The present one.
+            most: Exchanges of each group at most.
+            total: Of all groups together, of a stack counted for one expert; stacks get their share whatever they
+                promise, for all experts exchange alike.
+
+        Example:
+            >>> budget = Budget({"a": torch.zeros(4), "b": torch.zeros(4)}, 25, "tensor")
+            >>> scores = {"a": torch.tensor([1.0, 2.0, 0.0, 0.0]), "b": torch.tensor([1.0, 9.0, 0.0, 0.0])}
+            >>> first = torch.tensor([True, False, False, False])
+            >>> budget.exchanges(scores, {"a": first, "b": first}, [1, 1], 1)
+            [0, 1]
+        """
+        if total >= sum(most):
+            return most
+        if len(self.groups) == 1:
+            return [total]
+        promised: list[Tensor | None] = []
+        for group, limit, stack in zip(self.groups, most, self.stacks, strict=True):
+            count = min(limit, total)
+            if stack > 1 or not count:
+                promised.append(None)
+                continue
+            flat, held = self.whole(group[0], scores[group[0]]).reshape(-1), self.positions(mask, group[0])
+            worst = flat[held].sort().values[:count]
+            outside = flat.index_fill(0, held, -math.inf)
+            best = outside.topk(min(count, flat.numel() - len(held), len(worst))).values
+            promised.append((best - worst[: len(best)]).clamp(min=0))
+        known = [each for each in promised if each is not None and len(each)]
+        joined = torch.cat(known) if known else torch.zeros(1)
+        least = joined.topk(min(total, len(joined))).values[-1]
+        return [
+            int(limit * total / sum(most))
+            if stack > 1
+            else 0
+            if each is None
+            else int(((each >= least) & (each > 0)).sum())
+            for each, limit, stack in zip(promised, most, self.stacks, strict=True)
+        ]
+
+    def whole(self, name: str, part: Tensor) -> Tensor:
+        """A tensor of which this is this process's part; a collective where it is sharded."""
+        return gather(like(self.layouts[name], part))
+
+    def positions(self, mask: Mapping[str, Tensor], name: str) -> Tensor:
+        """Flat positions of the marked elements in the whole tensor, ascending."""
+        if is_sharded(self.layouts[name]):
+            return self.whole(name, mask[name]).reshape(-1).nonzero().flatten()
+        return flat_positions(mask, name)
+
+    def slot(self, element: Element) -> tuple[int, int]:
+        """The group, and in a stack the expert, whose budget an element is of."""
+        index = self._group_of[element.name]
+        stack = self.stacks[index]
+        return index, element.position // self.numels[index] if stack > 1 else 0
+
+    def strongest(
+        self, scores: Mapping[str, Tensor], count: int, mask: Mapping[str, Tensor] | None = None
+    ) -> list[Scored]:
+        """So many elements with the largest scores of every tensor, without those of a mask; the largest first."""
+        found = []
+        for name in self.layouts:
+            flat = self.whole(name, scores[name]).reshape(-1)
+            if mask is not None:
+                flat = flat.index_fill(0, self.positions(mask, name), -math.inf)
+            best = flat.topk(min(count, flat.numel()))
+            pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            found += [Scored(Element(name, place), value) for place, value in pairs if value > -math.inf]
+        return sorted(found, key=lambda each: -each.score)
+
+    def pairs(
+        self, scores: Mapping[str, Tensor], mask: Mapping[str, Tensor], count: int
+    ) -> list[tuple[Element, Element]]:
+        """Exchanges of single elements that promise most: the best outside for the worst inside of the same slot."""
+        worst: dict[tuple[int, int], list[Scored]] = {}
+        for held in self.marked(scores, mask):
+            worst.setdefault(self.slot(held.element), []).append(held)
+        taken: Counter[tuple[int, int]] = Counter()
+        found = []
+        for best in self.strongest(scores, count, mask):
+            slot = self.slot(best.element)
+            if taken[slot] < len(worst[slot]):
+                held = worst[slot][taken[slot]]
+                taken[slot] += 1
+                if best.score > held.score:
+                    found.append((best.score - held.score, best.element, held.element))
+        return [(best, held) for _, best, held in sorted(found, key=lambda each: -each[0])[:count]]
+
+    def marked(self, scores: Mapping[str, Tensor], mask: Mapping[str, Tensor]) -> list[Scored]:
+        """The elements of a mask, those with the smallest scores first."""
+        found = []
+        for name in self.layouts:
+            where = self.positions(mask, name)
+            values = self.whole(name, scores[name]).reshape(-1)[where]
+            pairs = zip(where.tolist(), values.tolist(), strict=True)
+            found += [Scored(Element(name, place), value) for place, value in pairs]
+        return sorted(found, key=lambda each: each.score)
+
+    def changed(self, mask: PackedMask, added: Iterable[Element], removed: Iterable[Element] = ()) -> PackedMask:
+        """The mask with some elements more and others less."""
+        wanted: dict[str, list[tuple[int, bool]]] = {}
+        for elements, value in ((removed, False), (added, True)):
+            for element in elements:
+                wanted.setdefault(element.name, []).append((element.position, value))
+        parts = {}
+        for name, places in wanted.items():
+            layout = self.layouts[name]
+            whole = self.whole(name, mask[name]).reshape(-1).clone()
+            for place, value in places:
+                whole[place] = value
+            parts[name] = local(scatter_like(layout, whole.view(layout.shape)))
+        return mask.replaced(parts)
 
     def laid_out(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This process's parts in the layouts of their parameters."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from lightning_goldy.analysis.divergence import Cache, check_cache
-from lightning_goldy.analysis.golden.budget import Budget, counts_by_expert
+from lightning_goldy.analysis.golden.budget import Budget, Element, Scored, counts_by_expert
 from lightning_goldy.analysis.golden.fluctuation import STRATEGIES, Fluctuation
 from lightning_goldy.analysis.golden.golden import SCORES, MaskResult
 from lightning_goldy.analysis.gradients import (
@@ -39,8 +41,17 @@ SINGLE_SHOTS = ("gradient", "taylor", "fisher")
 
 # A forward and a backward pass in units of forward passes.
 _PASS = 3
-# Share of the rounds in which the mask grows to the whole budget; in the others its elements are exchanged.
-_GROWTH = 0.7
+# Share of the rounds in which the mask grows to the whole budget, and their number at most; in the others its elements
+# are exchanged.
+_GROWTH, _GROWING = 0.7, 11
+# Exchanges tried for each round at most.
+_TRIALS = 3
+# Rounds where none are given; the second above so many elements, where a round takes minutes.
+_ROUNDS, _LARGE_ROUNDS, _LARGE = 40, 8, 100_000_000
+# The largest mask of which single elements are measured.
+_FINE = 1 << 14
+# Channels of each end of a matrix whose crossings may make the largest activations.
+_CHANNELS = 4
 # What a pool exceeds the budget by is divided by this after an exchange that brought nothing.
 _SHRINKAGE = 4
 _MOST_FAILURES = 8
@@ -52,7 +63,9 @@ class Search:
 
     Args:
         score: Registered score of the unmasked model to start from.
-        rounds: Forward and backward passes under the masked model at most; one more scores the unmasked one.
+        rounds: Forward and backward passes under the masked model at most; one more scores the unmasked one. By default
+            40, and 8 where more than 100 M elements may be masked.
+        exact: Elements that are measured one by one, by a forward pass each; none where a mask has more than 16,384.
         chunk_size: Samples of one forward and backward pass, to bound the memory; the batches' own size by default.
         max_stagnant_iterations: Iterations without an improvement at the full budget, after which the search ends.
         seed: Decides the strategies that draw numbers.
@@ -68,7 +81,8 @@ class Search:
     """
 
     score: str = "fisher"
-    rounds: int = 11
+    rounds: int | None = None
+    exact: int = 64
     chunk_size: int | None = None
     max_stagnant_iterations: int = 5
     seed: int = 0
@@ -80,6 +94,20 @@ class Search:
         for name in ("rounds", "chunk_size", "max_stagnant_iterations"):
             if getattr(self, name) is not None:
                 require_at_least(name, getattr(self, name), 1)
+        require_at_least("exact", self.exact, 0)
+
+    def rounds_for(self, elements: int) -> int:
+        """The rounds that are given, or that so many elements to choose among allow.
+
+        Example:
+            >>> Search().rounds_for(10_000), Search().rounds_for(135_000_000), Search(rounds=3).rounds_for(10_000)
+            (40, 8, 3)
+        """
+        return self.rounds or (_LARGE_ROUNDS if elements > _LARGE else _ROUNDS)
+
+    def exact_for(self, budget: int) -> int:
+        """The elements that are measured one by one where so many are masked."""
+        return self.exact if budget <= _FINE else 0
 
 
 @dataclass(frozen=True)
@@ -308,19 +336,93 @@ def _run_search(course: MaskSearch, held_out: SharedDivergence, objective: Objec
     scores = single_shot_scores(
         masked.model, course.divergence, objective, masked.parameters, score, value=masked.value
     )
-    # Not before: they fill memory beside the sums of the scores.
-    for divergence in (course.divergence, held_out):
-        divergence.anchor(masked.model)
-    single = {}
+    shots = {}
     for name in dict.fromkeys((*SINGLE_SHOTS, *scores)):
-        course.offer(budget.selections(_finite(scores[name], f"{name} scores", budget), budget.sizes()))
+        checked = _finite(scores[name], f"{name} scores", budget)
+        shots[name] = PackedMask(budget.selections(checked, budget.sizes()))
+        if name == score:
+            course.start(checked)
+        if course.exact:
+            course.note(each.element for each in budget.strongest(checked, course.exact))
+        # Each sum is freed once no score needs it.
+        del scores[name], checked
+    # Not before: they fill memory beside the sums of the scores.
+    with largest_activations(masked.model, masked.parameters) as seen:
+        course.divergence.anchor(masked.model)
+    if course.exact:
+        course.note(crossings(seen, masked.parameters, course.divergence.replicas))
+    held_out.anchor(masked.model)
+    single = {}
+    for name, mask in shots.items():
+        course.offer(mask)
         single[name] = held_out(masked.model)
-    course.start(scores[score])
-    # The search needs their memory.
-    scores.clear()
     course.run()
     masked.zero(course.best)
     return single, held_out(masked.model)
+
+
+@contextmanager
+def largest_activations(
+    model: nn.Module, parameters: Mapping[str, Tensor]
+) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """The largest magnitude of every channel that goes into a matrix, and of every one that comes out, over all passes.
+
+    Args:
+        model: Its passes in the ``with`` block are watched.
+        parameters: Name to parameter; those that layers multiply their input by are looked at.
+
+    Yields:
+        By name the channels of the matrix's first dimension, and of its second.
+    """
+    names = {id(parameter): name for name, parameter in parameters.items() if parameter.ndim == 2}
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def noting(name: str, shape: tuple[int, int], first_is_output: bool) -> Callable[..., None]:
+        def note(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            ends = (output, *inputs[:1]) if first_is_output else (*inputs[:1], output)
+            plain = all(isinstance(end, Tensor) and end.ndim and end.numel() for end in ends)
+            if plain and tuple(end.shape[-1] for end in ends) == shape:
+                sizes = [end.detach().abs().reshape(-1, end.shape[-1]).amax(dim=0).float() for end in ends]
+                before = found.get(name, sizes)
+                found[name] = torch.maximum(before[0], sizes[0]), torch.maximum(before[1], sizes[1])
+
+        return note
+
+    with ExitStack() as hooks:
+        for module in model.modules():
+            weight = getattr(module, "weight", None)
+            name = names.get(id(weight))
+            if isinstance(weight, Tensor) and name is not None and not isinstance(module, nn.Embedding):
+                shape = (weight.shape[0], weight.shape[1])
+                hook = noting(name, shape, isinstance(module, nn.Linear))
+                hooks.callback(module.register_forward_hook(hook).remove)
+        yield found
+
+
+def crossings(
+    seen: Mapping[str, tuple[Tensor, Tensor]], parameters: Mapping[str, Tensor], replicas: Replicas
+) -> list[Element]:
+    """Elements that carry the largest inputs to the largest outputs, those with the largest share in one first.
+
+    Args:
+        seen: What :func:`largest_activations` saw on this replica.
+        parameters: Name to parameter.
+        replicas: Whose samples count together.
+    """
+    parts = replicas.gather_objects({name: tuple(end.cpu() for end in ends) for name, ends in seen.items()})
+    found = []
+    for name, parameter in parameters.items():
+        ends = [part[name] for part in parts if name in part]
+        if not ends:
+            continue
+        first, second = (torch.stack(end).amax(dim=0) for end in zip(*ends, strict=True))
+        rows, columns = (end.topk(min(_CHANNELS, len(end))).indices for end in (first, second))
+        weights = gather(parameter)[rows.to(parameter.device)][:, columns.to(parameter.device)].abs().float().cpu()
+        shares = weights * (first[rows] / first.median())[:, None] * (second[columns] / second.median())
+        for row, line in zip(rows.tolist(), shares.tolist(), strict=True):
+            for column, share in zip(columns.tolist(), line, strict=True):
+                found.append(Scored(Element(name, row * parameter.shape[1] + column), share))
+    return [each.element for each in sorted(found, key=lambda each: -each.score) if math.isfinite(each.score)]
 
 
 class _Computed(Mapping[str, Tensor]):
@@ -350,6 +452,22 @@ def _finite(scores: Mapping[str, Tensor], what: str, budget: Budget) -> Mapping[
         return part
 
     return _Computed(scores, checked)
+
+
+class _Zeros(Mapping[str, Tensor]):
+    """Scores of zero in the shapes of a mask."""
+
+    def __init__(self, mask: PackedMask) -> None:
+        self._mask = mask
+
+    def __getitem__(self, name: str) -> Tensor:
+        return torch.zeros_like(self._mask[name], dtype=torch.float32)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._mask)
+
+    def __len__(self) -> int:
+        return len(self._mask)
 
 
 class _Valued(NamedTuple):
@@ -396,13 +514,25 @@ class MaskSearch:
     history: list[dict[str, Any]] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
-        self._greedy, rounds = self.strategy == "none", self.settings.rounds
-        self._steps = rounds if self._greedy else max(1, math.ceil(_GROWTH * rounds))
+        self._greedy, self.rounds = self.strategy == "none", self.settings.rounds_for(sum(self.budget.numels))
+        self._steps = min(_GROWING, self.rounds if self._greedy else max(1, math.ceil(_GROWTH * self.rounds)))
+        self._pool_factor = self.fluctuation.strategy(self.strategy, self.settings.seed)
         self._started: PackedMask | None = None
+        self._notable: list[list[Element]] = []
+        self._alone: dict[Element, float] = {}
 
-    def offer(self, mask: Iterable[tuple[str, Tensor]]) -> None:
+    @property
+    def exact(self) -> int:
+        """Elements to be measured one by one; none where the budget is so large that they do not matter."""
+        return 0 if self._greedy else self.settings.exact_for(self.budget.total(self.budget.sizes()))
+
+    def offer(self, mask: Mapping[str, Tensor]) -> None:
         """Measures a mask of the whole budget by one forward pass, and keeps it if it is the best so far."""
         self._keep(self._measure(mask))
+
+    def note(self, candidates: Iterable[Element]) -> None:
+        """Takes elements, the most promising first, among which those to be measured one by one are chosen."""
+        self._notable.append(list(candidates))
 
     def start(self, scores: Mapping[str, Tensor]) -> None:
         """Takes the first and smallest mask from the scores of the unmasked model, which need not be held after it.
@@ -413,32 +543,145 @@ class MaskSearch:
         self._started = PackedMask(self.budget.selections(scores, self.budget.sizes(1 / (self._steps + 1))))
 
     def run(self) -> None:
-        """Searches from where it was started until the rounds are spent or nothing improves."""
+        """Searches from where it was started until the rounds are spent or no exchange brings anything."""
+        if self.budget.total(self.budget.sizes()) < self.exact:
+            self._measure_alone()
+        self._grow()
+        if not self._greedy:
+            gain = self._exchange()
+            if self.exact:
+                self._exchange_one_by_one(self._exchange_pairs(gain))
+
+    def _grow(self) -> None:
+        """Masks of growing size up to the whole budget, scored anew under each."""
         assert self._started is not None
-        rounds, greedy, steps = self.settings.rounds, self._greedy, self._steps
-        pool_factor = self.fluctuation.strategy(self.strategy, self.settings.seed)
-        now = self._measure(self._started)
-        improvement, stagnant, failures = 0.0, 0, 0
+        now, improvement, failures = self._measure(self._started), 0.0, 0
         gain: Mapping[str, Tensor] | None = None
-        for step in itertools.count(1):
-            spent = gain is None and self.passes == rounds
-            if spent or stagnant == self.settings.max_stagnant_iterations or (greedy and step > steps):
+        for step in range(1, self._steps + 1):
+            if gain is None and self.passes == self.rounds:
                 return
             gain = self._gains(now.mask) if gain is None else gain
-            sizes = self.budget.sizes(min(1.0, (step + 1) / (steps + 1)))
-            factor = 1 + (pool_factor(len(self.history), improvement) - 1) / _SHRINKAGE**failures
+            sizes = self.budget.sizes((step + 1) / (self._steps + 1))
+            factor = 1 + (self._pool_factor(len(self.history), improvement) - 1) / _SHRINKAGE**failures
             pools = self.budget.pools(sizes, factor)
-            tried = self._try(gain, now, sizes, pools, fill=not greedy)
+            tried = self._try(gain, now, sizes, pools, fill=not self._greedy)
             # The first of equals: nothing is exchanged for nothing.
             kept = max(tried, key=lambda name: tried[name].value)
             improvement, moved = tried[kept].value - now.value, tried[kept].mask is not now.mask
             now = tried[kept]
-            if step >= steps:
-                stagnant = 0 if now.value - self.best_divergence > self.fluctuation.min_delta else stagnant + 1
+            if step == self._steps:
                 self._keep(now)
             self._record(tried, kept, sizes, pools, factor)
             failures = max(0, failures - 1) if moved else min(failures + 1, _MOST_FAILURES)
             gain = None if moved else gain
+
+    def _exchange(self) -> Mapping[str, Tensor] | None:
+        """Exchanges of elements until the single best one to first order brings nothing; the scores at the end."""
+        assert self.best is not None
+        sizes, now = self.budget.sizes(), _Valued(self.best, self.best_divergence)
+        gain: Mapping[str, Tensor] | None = None
+        improvement, failures, stagnant, before = 0.0, 0, 0, now.value
+        trials = self.evaluations + _TRIALS * self.rounds
+        while self.evaluations < trials:
+            if gain is None:
+                stagnant = 0 if now.value - before > self.fluctuation.min_delta or self.passes == 0 else stagnant + 1
+                if self.passes == self.rounds or stagnant > self.settings.max_stagnant_iterations:
+                    return None
+                before, gain = now.value, self._gains(now.mask)
+            factor = self._pool_factor(len(self.history), improvement)
+            most = [pool - size for pool, size in zip(self.budget.pools(sizes, factor), sizes, strict=True)]
+            total = max(1, sum(most) // _SHRINKAGE**failures)
+            counts = self.budget.exchanges(gain, now.mask, most, total)
+            if not any(counts):
+                return gain
+            pools = [size + count for size, count in zip(sizes, counts, strict=True)]
+            tried = {"greedy": now, "pool": self._measure(self.budget.reselections(gain, now.mask, sizes, pools))}
+            kept = max(tried, key=lambda name: tried[name].value)
+            improvement, moved = tried[kept].value - now.value, kept == "pool"
+            now = tried[kept]
+            self._keep(now)
+            self._record(tried, kept, sizes, pools, factor)
+            if not moved and total == 1:
+                return gain
+            failures = max(0, failures - 1) if moved else failures + 1
+            gain = None if moved else gain
+        return gain
+
+    def _candidates(self, first: Iterable[Element], mask: PackedMask | None) -> list[Element]:
+        """The elements to be measured: the first of every list in turn, none twice and none that is masked."""
+        held = set() if mask is None else {each.element for each in self.budget.marked(_Zeros(mask), mask)}
+        turns = itertools.zip_longest(first, *self._notable)
+        order = dict.fromkeys(element for turn in turns for element in turn if element is not None)
+        return [element for element in order if element not in held][: self.exact]
+
+    def _measure_alone(self) -> None:
+        """Measures the most promising elements one at a time, and offers the mask of the best."""
+        assert self.best is not None
+        empty = PackedMask((name, torch.zeros_like(self.best[name])) for name in self.best)
+        for element in self._candidates((), None):
+            self._alone[element] = self._measure(self.budget.changed(empty, [element])).value
+        slots: dict[tuple[int, int], list[Element]] = {}
+        for element in sorted(self._alone, key=lambda each: -self._alone[each]):
+            slots.setdefault(self.budget.slot(element), []).append(element)
+        held = [each.element for each in self.budget.marked(_Zeros(self.best), self.best)]
+        added, removed = [], []
+        for slot, elements in slots.items():
+            present = [element for element in held if self.budget.slot(element) == slot]
+            wanted = elements[: len(present)]
+            wanted += [element for element in present if element not in wanted][: len(present) - len(wanted)]
+            added += [element for element in wanted if element not in present]
+            removed += [element for element in present if element not in wanted]
+        self.offer(self.budget.changed(self.best, added, removed))
+
+    def _exchange_pairs(self, gain: Mapping[str, Tensor] | None) -> Mapping[str, Tensor] | None:
+        """Exchanges of the best pairs, halved where they do not help, round after round until none does."""
+        assert self.best is not None
+        now, sizes = _Valued(self.best, self.best_divergence), self.budget.sizes()
+        while True:
+            if gain is None:
+                if self.passes == self.rounds:
+                    return None
+                gain = self._gains(now.mask)
+            before, queue = now, [self.budget.pairs(gain, now.mask, self.exact)]
+            while queue:
+                pairs = queue.pop()
+                added, removed = zip(*pairs, strict=True) if pairs else ((), ())
+                if not pairs:
+                    continue
+                tried = self._measure(self.budget.changed(now.mask, added, removed))
+                if tried.value > now.value:
+                    now = tried
+                elif len(pairs) > 1:
+                    half = len(pairs) // 2
+                    queue += [pairs[half:], pairs[:half]]
+            self._keep(now)
+            self._record({"greedy": before, "pairs": now}, "pairs", sizes, sizes, 1.0)
+            if now.value - before.value <= self.fluctuation.min_delta:
+                return gain if now is before else None
+            gain = None
+
+    def _exchange_one_by_one(self, gain: Mapping[str, Tensor] | None) -> None:
+        """Measures exchanges of single elements, each promising one for the worst of its slot, and keeps what helps."""
+        assert self.best is not None
+        now = start = _Valued(self.best, self.best_divergence)
+        gain = self._gains(now.mask) if gain is None else gain
+        worst: dict[tuple[int, int], list[Scored]] = {}
+        for held in self.budget.marked(gain, now.mask):
+            worst.setdefault(self.budget.slot(held.element), []).append(held)
+        outside = self.budget.strongest(gain, self.exact, now.mask)
+        promised = [(each.score - worst[self.budget.slot(each.element)][0].score, each.element) for each in outside]
+        ranked = [element for _, element in sorted(promised, key=lambda each: -each[0])]
+        for element in self._candidates(ranked, now.mask):
+            row = worst[self.budget.slot(element)]
+            if not row or (self.budget.total(self.budget.sizes()) == 1 and element in self._alone):
+                continue
+            tried = self._measure(self.budget.changed(now.mask, [element], [row[0].element]))
+            if tried.value > now.value:
+                now = tried
+                del row[0]
+        self._keep(now)
+        sizes = self.budget.sizes()
+        self._record({"greedy": start, "exact": now}, "exact", sizes, sizes, 1.0)
 
     def _gains(self, mask: PackedMask) -> Mapping[str, Tensor]:
         """What masking each element adds, to first order, nats."""
@@ -447,7 +690,7 @@ class MaskSearch:
         _, gradients = self.divergence.gradients(self.masked.model, self.masked.parameters, measured=False)
         self.passes += 1
         if self.progress is not None:
-            self.progress(self.passes, self.settings.rounds)
+            self.progress(self.passes, self.rounds)
         return {name: gradient.mul_(self.masked.value(name)).neg_() for name, gradient in gradients.items()}
 
     def _try(
@@ -462,8 +705,10 @@ class MaskSearch:
             tried["smallest"] = self._measure(reselections(smallest, now.mask, sizes, sizes))
         return tried
 
-    def _measure(self, mask: PackedMask | Iterable[tuple[str, Tensor]]) -> _Valued:
-        packed = mask if isinstance(mask, PackedMask) else PackedMask(mask)
+    def _measure(self, mask: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> _Valued:
+        packed = (
+            mask if isinstance(mask, PackedMask) else PackedMask(mask.items() if isinstance(mask, Mapping) else mask)
+        )
         self.masked.zero(packed)
         self.evaluations += 1
         return _Valued(packed, self.divergence(self.masked.model))
@@ -491,7 +736,7 @@ def single_shot_scores(
     *,
     value: Callable[[str], Tensor] | None = None,
 ) -> dict[str, Mapping[str, Tensor]]:
-    r"""Sums of scores over the forward and backward passes of all pieces, by name of the score.
+    r"""Sums of scores over samples, a forward and backward pass each, by name of the score.
 
     .. math:: \sum_i |g_i|, \qquad \sum_i |g_i \theta|, \qquad \sum_i g_i^2 \theta^2
 
@@ -500,7 +745,7 @@ def single_shot_scores(
 
     Args:
         model: The unmasked module.
-        samples: The pieces; each is one pass.
+        samples: The pieces, whose samples are taken one by one.
         objective: Gives the log-probabilities to differentiate.
         parameters: Name to parameter.
         extra: Another registered score to sum; may be one of the three.
@@ -529,8 +774,9 @@ def single_shot_scores(
         first[name] += gradient.abs_()
 
     with streamed_gradients(parameters, add):
-        for piece in samples.pieces:
-            backward(objective.log_probs(model, piece).mean())
+        # Sample by sample, so that the scores do not depend on how samples were batched.
+        for sample in (sample for piece in samples.pieces for sample in objective.samples(piece)):
+            backward(objective.log_probs(model, sample).mean())
             for name, gradient in taken_gradients(model, parameters):
                 add(name, gradient)
     require_gradients(parameters, seen, samples.replicas)

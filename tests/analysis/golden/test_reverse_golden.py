@@ -186,7 +186,7 @@ def test_plain_greedy_only_adds():
     result = reverse_golden_parameters(
         model, [BATCH], eval_batches=[BATCH], top_k_percent=2, strategy="none", rounds=3, max_stagnant_iterations=9
     )
-    start = single_shot_reference(model, [BATCH], loss)["fisher"]
+    start = single_shot_reference(model, pieces_of([BATCH], 1), loss)["fisher"]
     masks = top_share(start, {name: torch.zeros_like(each, dtype=torch.bool) for name, each in start.items()}, 1 / 4)
     values = []
     for share in (2 / 4, 3 / 4, 1.0):
