@@ -22,7 +22,13 @@ def mask_bytes(numel: int, top_k_percent: float) -> int:
 
 
 def forecast_golden(
-    plan: Plan, space: ParameterSpace, n_samples: int | None, *, top_k_percent: float = 5.0, whole: bool = False
+    plan: Plan,
+    space: ParameterSpace,
+    n_samples: int | None,
+    *,
+    top_k_percent: float = 5.0,
+    whole: bool = False,
+    control: bool = False,
 ) -> Forecast:
     """Golden parameters: a gradient per sample, and a selection out of each.
 
@@ -32,8 +38,9 @@ def forecast_golden(
         n_samples: Samples that vote.
         top_k_percent: That each marks, percent; no more than that is golden at a quorum of one half or more.
         whole: Whether all gradients of a sample are held at once, as ``scope="global"`` and sharded ones are.
+        control: Whether random tokens are looked at too.
     """
-    passes, elements = plan.single(n_samples), plan.elements(space)
+    passes, elements = (2 if control else 1) * plan.single(n_samples), plan.elements(space)
     work = Work(backward=passes, elements=2.0 * elements * passes.samples, selected=1.0 * elements * passes.samples)
     vote = 1 if passes.samples < 256 else 2
     tokens = max((length for _, length in plan.batches(n_samples)), default=0)

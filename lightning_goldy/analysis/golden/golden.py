@@ -290,7 +290,7 @@ def golden_parameters(
     replicas = Replicas.of(model) if split_over_ranks else Replicas()
     with preserved(model), replicas.together("golden_parameters"):
         samples = _first_samples(batches, objective, n_samples)
-        size = _vocabulary(model)
+        size = vocabulary_of(model)
         drawn = [random_tokens(sample, size, seed) for sample in samples] if control and size else []
         drawn = [] if any(sample is None for sample in drawn) else drawn
         parameters = space.resolve(model)
@@ -557,7 +557,7 @@ def random_tokens(sample: Any, vocabulary: int, seed: int = 0) -> Any:
     return {**sample, **{name: tensor.to(device) for name, tensor in changed.items()}}
 
 
-def _vocabulary(model: nn.Module) -> int | None:
+def vocabulary_of(model: nn.Module) -> int | None:
     """Tokens that a model knows; None where nothing tells."""
     config = getattr(model, "config", None)
     for holder in (config, getattr(config, "text_config", None)):

@@ -50,6 +50,8 @@ _TRIALS = 3
 _ROUNDS, _LARGE_ROUNDS, _LARGE = 40, 8, 100_000_000
 # The largest mask of which single elements are measured.
 _FINE = 1 << 14
+# Elements of a small mask that each candidate is tried for at most.
+_PARTNERS = 8
 # Channels of each end of a matrix whose crossings may make the largest activations.
 _CHANNELS = 4
 # What a pool exceeds the budget by is divided by this after an exchange that brought nothing.
@@ -67,7 +69,7 @@ class Search:
             40, and 8 where more than 100 M elements may be masked.
         exact: Elements that are measured one by one, by a forward pass each; none where a mask has more than 16,384.
         chunk_size: Samples of one forward and backward pass, to bound the memory; the batches' own size by default.
-        max_stagnant_iterations: Iterations without an improvement at the full budget, after which the search ends.
+        max_stagnant_iterations: Rounds of exchanges without an improvement, after which single ones are measured.
         seed: Decides the strategies that draw numbers.
         cache: Where the unmasked model's log-probabilities are kept: ``device``, ``cpu``, ``none``, or ``auto``.
 
@@ -123,8 +125,8 @@ class ReverseGoldenResult(MaskResult):
             model gives without a search, nats per target, by name of the score.
         history: One entry per iteration: ``iteration``, ``passes`` (forward and backward passes so far), ``size`` and
             ``pool`` (elements), ``factor``, ``greedy_kl``, ``pool_kl`` (None without a pool) and ``kl`` of what was
-            ``kept`` (``greedy``, ``pool``, or ``smallest``, filled with the smallest weights), ``accepted`` (whether
-            that was the pool's mask), ``best_kl`` (of the whole budget so far).
+            ``kept`` (``greedy``, ``pool``, ``smallest``, filled with the smallest weights, or at the end ``pairs`` and
+            ``exact``), ``accepted`` (whether that was the pool's mask), ``best_kl`` (of the whole budget so far).
         passes: Forward and backward passes over the scoring samples.
         evaluations: Everything in forward passes over the scoring or the evaluation samples.
         n_samples: Samples that chose.
@@ -218,9 +220,11 @@ def reverse_golden_parameters(
     zeroes a part of the budget, and scores again with the gradient of F itself at the masked weights,
     :math:`s = -\nabla F \odot \theta`; round after round the mask grows to the budget. In each round the strategy
     sizes a pool somewhat larger than what is wanted, in which masked elements may lose their place; its best mask is
-    kept when a forward pass shows it better than the greedy one. What is returned is the best mask of the whole budget
-    that was measured, the masks of all single-shot scores among them. The model comes back as it was, to the bit. On
-    several ranks the samples are shared out; every rank must call.
+    kept when a forward pass shows it better than the greedy one. At the whole budget elements are exchanged until the
+    single best exchange to first order brings nothing. In masks of up to 16,384 elements pairs and single candidates,
+    those that carry the largest activations among them, are then exchanged where a measurement shows that it helps.
+    What is returned is the best mask of the whole budget that was measured, the masks of all single-shot scores among
+    them. The model comes back as it was, to the bit. On several ranks the samples are shared out; every rank must call.
 
     Args:
         model: A plain, DistributedDataParallel-unwrapped, or FSDP2-sharded module.
@@ -546,20 +550,19 @@ class MaskSearch:
         """Searches from where it was started until the rounds are spent or no exchange brings anything."""
         if self.budget.total(self.budget.sizes()) < self.exact:
             self._measure_alone()
-        self._grow()
+        grown = self._grow()
         if not self._greedy:
-            gain = self._exchange()
+            # Not from the best mask so far: that of a single shot may lead nowhere, and it is not forgotten.
+            gain = self._exchange(grown)
             if self.exact:
                 self._exchange_one_by_one(self._exchange_pairs(gain))
 
-    def _grow(self) -> None:
+    def _grow(self) -> _Valued:
         """Masks of growing size up to the whole budget, scored anew under each."""
         assert self._started is not None
         now, improvement, failures = self._measure(self._started), 0.0, 0
         gain: Mapping[str, Tensor] | None = None
         for step in range(1, self._steps + 1):
-            if gain is None and self.passes == self.rounds:
-                return
             gain = self._gains(now.mask) if gain is None else gain
             sizes = self.budget.sizes((step + 1) / (self._steps + 1))
             factor = 1 + (self._pool_factor(len(self.history), improvement) - 1) / _SHRINKAGE**failures
@@ -574,11 +577,11 @@ class MaskSearch:
             self._record(tried, kept, sizes, pools, factor)
             failures = max(0, failures - 1) if moved else min(failures + 1, _MOST_FAILURES)
             gain = None if moved else gain
+        return now
 
-    def _exchange(self) -> Mapping[str, Tensor] | None:
+    def _exchange(self, now: _Valued) -> Mapping[str, Tensor] | None:
         """Exchanges of elements until the single best one to first order brings nothing; the scores at the end."""
-        assert self.best is not None
-        sizes, now = self.budget.sizes(), _Valued(self.best, self.best_divergence)
+        sizes = self.budget.sizes()
         gain: Mapping[str, Tensor] | None = None
         improvement, failures, stagnant, before = 0.0, 0, 0, now.value
         trials = self.evaluations + _TRIALS * self.rounds
@@ -593,7 +596,7 @@ class MaskSearch:
             total = max(1, sum(most) // _SHRINKAGE**failures)
             counts = self.budget.exchanges(gain, now.mask, most, total)
             if not any(counts):
-                return gain
+                break
             pools = [size + count for size, count in zip(sizes, counts, strict=True)]
             tried = {"greedy": now, "pool": self._measure(self.budget.reselections(gain, now.mask, sizes, pools))}
             kept = max(tried, key=lambda name: tried[name].value)
@@ -602,10 +605,10 @@ class MaskSearch:
             self._keep(now)
             self._record(tried, kept, sizes, pools, factor)
             if not moved and total == 1:
-                return gain
+                break
             failures = max(0, failures - 1) if moved else failures + 1
             gain = None if moved else gain
-        return gain
+        return gain if now.mask is self.best else None
 
     def _candidates(self, first: Iterable[Element], mask: PackedMask | None) -> list[Element]:
         """The elements to be measured: the first of every list in turn, none twice and none that is masked."""
@@ -671,14 +674,25 @@ class MaskSearch:
         outside = self.budget.strongest(gain, self.exact, now.mask)
         promised = [(each.score - worst[self.budget.slot(each.element)][0].score, each.element) for each in outside]
         ranked = [element for _, element in sorted(promised, key=lambda each: -each[0])]
-        for element in self._candidates(ranked, now.mask):
-            row = worst[self.budget.slot(element)]
-            if not row or (self.budget.total(self.budget.sizes()) == 1 and element in self._alone):
-                continue
-            tried = self._measure(self.budget.changed(now.mask, [element], [row[0].element]))
-            if tried.value > now.value:
-                now = tried
-                del row[0]
+        total = self.budget.total(self.budget.sizes())
+        # Of small masks each candidate is tried for several elements, for a first order says little of them.
+        partners = max(1, min(_PARTNERS, self.exact // total))
+        while True:
+            before = now
+            for element in self._candidates(ranked, now.mask):
+                row = worst[self.budget.slot(element)]
+                if total == 1 and element in self._alone:
+                    continue
+                for index in range(min(partners, len(row))):
+                    tried = self._measure(self.budget.changed(now.mask, [element], [row[index].element]))
+                    if tried.value > now.value:
+                        now = tried
+                        # An element that has come in goes out last.
+                        ranked.append(row[index].element)
+                        row[index:] = [*row[index + 1 :], Scored(element, math.inf)]
+                        break
+            if partners == 1 or now is before:
+                break
         self._keep(now)
         sizes = self.budget.sizes()
         self._record({"greedy": start, "exact": now}, "exact", sizes, sizes, 1.0)
