@@ -214,7 +214,7 @@ class Budget:
     ) -> list[tuple[Element, Element]]:
         """Exchanges of single elements that promise most: the best outside for the worst inside of the same slot."""
         worst: dict[tuple[int, int], list[Scored]] = {}
-        for held in self.marked(scores, mask):
+        for held in self.marked(mask, scores):
             worst.setdefault(self.slot(held.element), []).append(held)
         taken: Counter[tuple[int, int]] = Counter()
         found = []
@@ -227,13 +227,14 @@ class Budget:
                     found.append((best.score - held.score, best.element, held.element))
         return [(best, held) for _, best, held in sorted(found, key=lambda each: -each[0])[:count]]
 
-    def marked(self, scores: Mapping[str, Tensor], mask: Mapping[str, Tensor]) -> list[Scored]:
-        """The elements of a mask, those with the smallest scores first."""
+    def marked(self, mask: Mapping[str, Tensor], scores: Mapping[str, Tensor] | None = None) -> list[Scored]:
+        """The elements of a mask, those with the smallest scores first; without scores in their order."""
         found = []
         for name in self.layouts:
             where = self.positions(mask, name)
-            values = self.whole(name, scores[name]).reshape(-1)[where]
-            pairs = zip(where.tolist(), values.tolist(), strict=True)
+            flat = None if scores is None else self.whole(name, scores[name]).reshape(-1)
+            values = [0.0] * len(where) if flat is None else flat[where].tolist()
+            pairs = zip(where.tolist(), values, strict=True)
             found += [Scored(Element(name, place), value) for place, value in pairs]
         return sorted(found, key=lambda each: each.score)
 

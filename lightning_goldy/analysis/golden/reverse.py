@@ -458,22 +458,6 @@ def _finite(scores: Mapping[str, Tensor], what: str, budget: Budget) -> Mapping[
     return _Computed(scores, checked)
 
 
-class _Zeros(Mapping[str, Tensor]):
-    """Scores of zero in the shapes of a mask."""
-
-    def __init__(self, mask: PackedMask) -> None:
-        self._mask = mask
-
-    def __getitem__(self, name: str) -> Tensor:
-        return torch.zeros_like(self._mask[name], dtype=torch.float32)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._mask)
-
-    def __len__(self) -> int:
-        return len(self._mask)
-
-
 class _Valued(NamedTuple):
     mask: PackedMask
     value: float
@@ -548,14 +532,17 @@ class MaskSearch:
 
     def run(self) -> None:
         """Searches from where it was started until the rounds are spent or no exchange brings anything."""
-        if self.budget.total(self.budget.sizes()) < self.exact:
-            self._measure_alone()
+        alone = self._measure_alone() if self.budget.total(self.budget.sizes()) < self.exact else None
         grown = self._grow()
         if not self._greedy:
             # Not from the best mask so far: that of a single shot may lead nowhere, and it is not forgotten.
             gain = self._exchange(grown)
             if self.exact:
-                self._exchange_one_by_one(self._exchange_pairs(gain))
+                gain = self._exchange_pairs(gain)
+                assert self.best is not None
+                self._exchange_one_by_one(_Valued(self.best, self.best_divergence), gain)
+                if alone is not None:
+                    self._exchange_one_by_one(alone, None)
 
     def _grow(self) -> _Valued:
         """Masks of growing size up to the whole budget, scored anew under each."""
@@ -612,12 +599,12 @@ class MaskSearch:
 
     def _candidates(self, first: Iterable[Element], mask: PackedMask | None) -> list[Element]:
         """The elements to be measured: the first of every list in turn, none twice and none that is masked."""
-        held = set() if mask is None else {each.element for each in self.budget.marked(_Zeros(mask), mask)}
+        held = set() if mask is None else {each.element for each in self.budget.marked(mask)}
         turns = itertools.zip_longest(first, *self._notable)
         order = dict.fromkeys(element for turn in turns for element in turn if element is not None)
         return [element for element in order if element not in held][: self.exact]
 
-    def _measure_alone(self) -> None:
+    def _measure_alone(self) -> _Valued:
         """Measures the most promising elements one at a time, and offers the mask of the best."""
         assert self.best is not None
         empty = PackedMask((name, torch.zeros_like(self.best[name])) for name in self.best)
@@ -626,7 +613,7 @@ class MaskSearch:
         slots: dict[tuple[int, int], list[Element]] = {}
         for element in sorted(self._alone, key=lambda each: -self._alone[each]):
             slots.setdefault(self.budget.slot(element), []).append(element)
-        held = [each.element for each in self.budget.marked(_Zeros(self.best), self.best)]
+        held = [each.element for each in self.budget.marked(self.best)]
         added, removed = [], []
         for slot, elements in slots.items():
             present = [element for element in held if self.budget.slot(element) == slot]
@@ -634,7 +621,9 @@ class MaskSearch:
             wanted += [element for element in present if element not in wanted][: len(present) - len(wanted)]
             added += [element for element in wanted if element not in present]
             removed += [element for element in present if element not in wanted]
-        self.offer(self.budget.changed(self.best, added, removed))
+        found = self._measure(self.budget.changed(self.best, added, removed))
+        self._keep(found)
+        return found
 
     def _exchange_pairs(self, gain: Mapping[str, Tensor] | None) -> Mapping[str, Tensor] | None:
         """Exchanges of the best pairs, halved where they do not help, round after round until none does."""
@@ -663,13 +652,14 @@ class MaskSearch:
                 return gain if now is before else None
             gain = None
 
-    def _exchange_one_by_one(self, gain: Mapping[str, Tensor] | None) -> None:
+    def _exchange_one_by_one(self, now: _Valued, gain: Mapping[str, Tensor] | None) -> None:
         """Measures exchanges of single elements, each promising one for the worst of its slot, and keeps what helps."""
-        assert self.best is not None
-        now = start = _Valued(self.best, self.best_divergence)
+        if gain is None and self.passes == self.rounds:
+            return
+        start = now
         gain = self._gains(now.mask) if gain is None else gain
         worst: dict[tuple[int, int], list[Scored]] = {}
-        for held in self.budget.marked(gain, now.mask):
+        for held in self.budget.marked(now.mask, gain):
             worst.setdefault(self.budget.slot(held.element), []).append(held)
         outside = self.budget.strongest(gain, self.exact, now.mask)
         promised = [(each.score - worst[self.budget.slot(each.element)][0].score, each.element) for each in outside]
