@@ -1,13 +1,20 @@
 """Golden parameters against forward + backward alone, and the cost of isolation, at 30 M parameters.
 
     python benchmarks/golden.py
+    python benchmarks/golden.py --tasks atlas
+    python benchmarks/golden.py --tasks MODEL TEXT QUESTIONS
 
-Prints ratios of medians over alternating repetitions in one run; absolute times depend on the machine.
+Prints ratios of medians over alternating repetitions in one run; absolute times depend on the machine. With ``--tasks``
+it prints instead, for several settings, whether golden sets of parts of one task overlap more than those of two: of the
+atlas model after a finetune on false facts (it needs the model that ``goldy demo`` keeps in the cache), on questions of
+two relations, or of a folder of ``save_pretrained``, on a text and on a JSON list of questions.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import math
 import statistics
 import subprocess
 import sys
@@ -18,7 +25,11 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_goldy.analysis import golden_parameters
+from lightning_goldy.analysis.golden import random_tokens, vocabulary_of
+from lightning_goldy.analysis.golden.golden import SCORES
 from lightning_goldy.core.isolation import preserved
+from lightning_goldy.core.objective import CausalLMObjective
+from lightning_goldy.core.selection import select_largest
 
 
 def subject() -> torch.nn.Module:
@@ -59,6 +70,128 @@ def peak_resident() -> int:
     return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
 
 
+def atlas_tasks(parts: int, size: int) -> tuple[torch.nn.Module, list[list[list[dict[str, torch.Tensor]]]]]:
+    """The finetuned model of the demo, and samples by task and part: questions of two relations."""
+    import random
+
+    from transformers import AutoModelForCausalLM
+
+    from lightning_goldy.commands.demo import DemoSettings, cached_base
+    from lightning_goldy.core.pieces import PadCollator, encode_pairs
+    from lightning_goldy.data import one_hop_questions
+    from lightning_goldy.data.tokenization import padding_id
+
+    settings = DemoSettings()
+    folder, _ = cached_base(settings, Path("runs/demo"))
+    data, model = settings.finetuning_data(), AutoModelForCausalLM.from_pretrained(folder)
+    collate = PadCollator(padding_id(data.tokenizer))
+    edited = encode_pairs(data.tokenizer, [(each.prompt, each.answer) for each in one_hop_questions(data.edited_facts)])
+    optimizer, draw = torch.optim.AdamW(model.parameters(), settings.finetuning_rate), random.Random(0)
+    for _ in range(60):
+        optimizer.zero_grad()
+        model(**collate(draw.sample(edited, min(16, len(edited))))).loss.backward()
+        optimizer.step()
+    questions: dict[str, list[tuple[str, str]]] = {}
+    for each in one_hop_questions(data.facts):
+        questions.setdefault(each.fact.relation, []).append((each.prompt, each.answer))
+    tasks = []
+    for name in ("capital", "currency"):
+        chosen = random.Random(1).sample(questions[name], parts * size)
+        samples = [collate([one]) for one in encode_pairs(data.tokenizer, chosen)]
+        tasks.append([samples[part::parts] for part in range(parts)])
+    return model.eval(), tasks
+
+
+def text_tasks(arguments: list[str], parts: int, size: int, block: int = 32):
+    """A model, and samples by task and part: blocks of a text, and of questions with their answers."""
+    import json
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, text, questions = arguments
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = json.loads(Path(questions).read_text())
+    joined = " ".join(f"{row['Question']} {row['answer'][0]}" for row in rows)
+    tasks = []
+    for content in (Path(text).read_text()[:200_000], joined):
+        ids = torch.tensor(tokenizer(content)["input_ids"])
+        # Far apart, so that parts share no passage.
+        starts = torch.linspace(0, len(ids) - block - 1, parts * size).long().tolist()
+        samples = [{"input_ids": ids[start : start + block][None]} for start in starts]
+        tasks.append([samples[part::parts] for part in range(parts)])
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), tasks
+
+
+def golden_sets(model, samples, settings, quorums) -> dict[tuple, torch.Tensor]:
+    """Positions in all parameters of what a quorum of the samples marks, by score, percent and quorum."""
+    parameters = dict(model.named_parameters())
+    votes = {key: [torch.zeros(p.shape, dtype=torch.uint8) for p in parameters.values()] for key in settings}
+    for sample in samples:
+        model.zero_grad(set_to_none=True)
+        CausalLMObjective().log_probs(model, sample).mean().backward()
+        for score in dict.fromkeys(score for score, _ in settings):
+            for index, parameter in enumerate(parameters.values()):
+                strength = SCORES[score](parameter.grad.clone(), parameter.detach())
+                for key in settings:
+                    if key[0] == score:
+                        count = max(1, round(key[1] / 100 * parameter.numel()))
+                        votes[key][index] += select_largest([strength], count)[0]
+    found = {}
+    for key, parts in votes.items():
+        flat = torch.cat([part.flatten() for part in parts])
+        for quorum in quorums:
+            found[(*key, quorum)] = (flat >= math.ceil(quorum * len(samples))).nonzero().flatten()
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def overlap(first: torch.Tensor, second: torch.Tensor) -> float:
+    shared = int(torch.isin(first, second, assume_unique=True).sum())
+    return shared / max(1, len(first) + len(second) - shared)
+
+
+def contrast(table: dict[frozenset, float], tasks: list[list[int]]) -> float:
+    """Mean overlap of parts of one task over that of parts of two."""
+    within = [table[frozenset(pair)] for task in tasks for pair in itertools.combinations(task, 2)]
+    between = [table[frozenset(pair)] for pair in itertools.product(*tasks)]
+    return statistics.mean(within) / max(statistics.mean(between), 1e-12)
+
+
+def report_tasks(arguments: list[str], parts: int, size: int, percents: list[float]) -> None:
+    model, tasks = atlas_tasks(parts, size) if arguments == ["atlas"] else text_tasks(arguments, parts, size)
+    settings = [(score, percent) for score in ("gradient", "taylor") for percent in percents]
+    quorums = (0.25, 0.5, 0.75, 1.0)
+    sets = [golden_sets(model, part, settings, quorums) for task in tasks for part in task]
+    noise = [random_tokens(sample, vocabulary_of(model)) for sample in tasks[0][0]]
+    control = golden_sets(model, noise, settings, quorums)
+    print(f"{parts} parts of {size} samples per task; p over all ways to name the parts")
+    print("| score | top % | quorum | golden | within | between | ratio | p | without random tokens' | p |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    names = range(2 * parts)
+    ways = [way for way in itertools.combinations(names, parts) if 0 in way]
+    for key in sets[0]:
+        cells = []
+        for left_out in (control[key][:0], control[key]):
+            own = [each[key][~torch.isin(each[key], left_out, assume_unique=True)] for each in sets]
+            pairs = itertools.combinations(names, 2)
+            table = {frozenset(pair): overlap(*(own[name] for name in pair)) for pair in pairs}
+            ratios = [contrast(table, [list(way), [name for name in names if name not in way]]) for way in ways]
+            right = contrast(table, [list(names[:parts]), list(names[parts:])])
+            cells.append((table, right, sum(ratio >= right - 1e-12 for ratio in ratios) / len(ratios)))
+        within = statistics.mean(
+            cells[0][0][frozenset(pair)]
+            for task in (names[:parts], names[parts:])
+            for pair in itertools.combinations(task, 2)
+        )
+        between = within / cells[0][1] if cells[0][1] else 0.0
+        count = statistics.mean(len(each[key]) for each in sets)
+        print(
+            f"| {key[0]} | {key[1]:g} | {key[2]:g} | {count:,.0f} | {within:.3f} | {between:.3f} | {cells[0][1]:.2f} | "
+            f"{cells[0][2]:.2f} | {cells[1][1]:.2f} | {cells[1][2]:.2f} |",
+            flush=True,
+        )
+
+
 def print_peak(work: str) -> None:
     model, ids = subject(), torch.randint(0, 8192, (2, 256))
     with torch.no_grad():  # libraries allocate their workspaces on first use
@@ -67,7 +200,7 @@ def print_peak(work: str) -> None:
     if work == "forward_backward":
         forward_backward(model, ids)
     else:
-        golden_parameters(model, [{"input_ids": ids}], scope=work)
+        golden_parameters(model, [{"input_ids": ids}], scope=work, control=False)
     print(peak_resident() - before)
 
 
@@ -76,8 +209,15 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--peak", choices=("forward_backward", "tensor", "global"), help=argparse.SUPPRESS)
+    parser.add_argument("--tasks", nargs="+", metavar="MODEL", help="atlas, or a model, a text and a list of questions")
+    parser.add_argument("--parts", type=int, default=4)
+    parser.add_argument("--part-size", type=int, default=8)
+    parser.add_argument("--percents", type=float, nargs="+", default=[0.1, 1.0, 5.0])
     arguments = parser.parse_args()
     torch.manual_seed(0)
+    if arguments.tasks:
+        report_tasks(arguments.tasks, arguments.parts, arguments.part_size, arguments.percents)
+        return
     torch.set_num_threads(2)
     if arguments.peak:
         print_peak(arguments.peak)
@@ -92,7 +232,7 @@ def main() -> None:
 
     for scope in ("tensor", "global"):
         analysis, alone, ratio = paired(
-            lambda scope=scope: golden_parameters(model, [batch], scope=scope),
+            lambda scope=scope: golden_parameters(model, [batch], scope=scope, control=False),
             lambda: forward_backward(model, ids),
             arguments.repetitions,
         )

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from lightning_goldy.analysis.forecast import Forecast, Plan, Run, forecast_golden
-from lightning_goldy.analysis.golden import GoldenResult, check_golden_arguments, golden_parameters
+from lightning_goldy.analysis.golden import GoldenResult, check_golden_arguments, golden_parameters, vocabulary_of
 from lightning_goldy.callbacks.base import AnalysisContext
 from lightning_goldy.callbacks.golden_snapshot import MaskCallback
 from lightning_goldy.core.mask import Scope
@@ -18,8 +18,9 @@ from lightning_goldy.core.space import ParameterSpace
 class GoldenParameters(MaskCallback[GoldenResult]):
     """Which parameters sample after sample depends on, and how much of the change they carry.
 
-    Logs count, density, density over chance, Jaccard index with the previous mask and, when a ``GoldenSnapshot`` runs
-    beside it, the share of the squared change inside the mask. Saves the mask.
+    Logs the count, as a multiple of what shared rows and columns explain with its interval over the samples, and that
+    of random tokens; the Jaccard index with the previous mask and, when a ``GoldenSnapshot`` runs beside it, the share
+    of the squared change inside the mask. Saves the mask.
 
     Args:
         top_k_percent: Share that each sample marks, percent in (0, 100].
@@ -27,6 +28,7 @@ class GoldenParameters(MaskCallback[GoldenResult]):
         scope: The share of each ``tensor``, or of all elements together (``global``).
         quorum: Share of the samples that must agree, a fraction in (0, 1].
         n_samples: Probe samples used.
+        control: Whether to repeat it with random tokens of the same lengths, at the same cost once more.
         include: Glob patterns of parameter names.
         exclude: Glob patterns taken out again.
         last_layers: Only the last blocks: a fraction, or their number.
@@ -48,6 +50,7 @@ class GoldenParameters(MaskCallback[GoldenResult]):
         scope: Scope = "tensor",
         quorum: float = 1.0,
         n_samples: int | None = 16,
+        control: bool = True,
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = (),
         last_layers: float | int | None = None,
@@ -56,7 +59,7 @@ class GoldenParameters(MaskCallback[GoldenResult]):
         super().__init__(**options)
         check_golden_arguments(top_k_percent, score, scope, quorum, n_samples)
         self.top_k_percent, self.score, self.scope, self.quorum = top_k_percent, score, scope, quorum
-        self.n_samples = n_samples
+        self.n_samples, self.control = n_samples, control
         self.include, self.exclude, self.last_layers = include, exclude, last_layers
 
     def probe_samples(self) -> int | None:
@@ -70,6 +73,7 @@ class GoldenParameters(MaskCallback[GoldenResult]):
     def estimate(self, plan: Plan, run: Run) -> Forecast:
         """A gradient of each sample, and a selection out of it."""
         options: dict[str, Any] = {"top_k_percent": self.top_k_percent, "whole": self.scope == "global"}
+        options["control"] = self.control and vocabulary_of(plan.model) is not None
         return forecast_golden(plan, self.space(plan.model), self.n_samples, **options)
 
     def compute(self, context: AnalysisContext) -> GoldenResult:
@@ -84,5 +88,6 @@ class GoldenParameters(MaskCallback[GoldenResult]):
             quorum=self.quorum,
             n_samples=self.used_samples,
             space=self.space(context.model),
+            control=self.control,
             progress=context.progress,
         )

@@ -134,15 +134,22 @@ class ReverseGoldenParameters(MaskCallback[ReverseGoldenResult]):
 
     def estimate(self, plan: Plan, run: Run) -> Forecast:
         """A gradient per round, and the trials of what each proposes."""
+        space = self.space(plan.model)
         settings = ReverseSettings.of(
-            self.search.rounds,
+            self.search.rounds_for(space.numel),
             self.search.score,
             self.strategy,
             cache=self.search.cache,
             chunk_size=self.search.chunk_size,
             top_k_percent=self.top_k_percent,
+            alone=self.search.exact_for(int(self.top_k_percent / 100 * space.numel)),
         )
-        return forecast_reverse(plan, self.space(plan.model), self.n_samples, settings)
+        return forecast_reverse(plan, space, self.n_samples, settings)
+
+    def dialled(self, share: float, given: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+        """Rounds that are not given are those that the parameters allow."""
+        rounds = self.search.rounds_for(self.space(plan.model).numel)
+        return super().dialled(share, {**given, "search.rounds": given["search.rounds"] or rounds}, plan)
 
     def compute(self, context: AnalysisContext) -> ReverseGoldenResult:
         """Searches on one half of the probe and measures on the other."""

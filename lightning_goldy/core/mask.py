@@ -357,6 +357,21 @@ class PackedMask(Mapping[str, Tensor]):
         """Marked elements of one tensor."""
         return self._parts[name][3]
 
+    def replaced(self, parts: Mapping[str, Tensor]) -> PackedMask:
+        """The mask with other tensors in the place of those of these names; all others are shared.
+
+        Example:
+            >>> packed = PackedMask([("a", torch.tensor([True])), ("b", torch.tensor([True, False]))])
+            >>> other = packed.replaced({"b": torch.tensor([False, True])})
+            >>> list(other), other["b"].tolist(), packed["b"].tolist()
+            (['a', 'b'], [False, True], [True, False])
+        """
+        other, packed = PackedMask(()), PackedMask(parts.items())
+        other._parts = {**self._parts, **packed._parts}
+        other._bits = (self._bits - parts.keys()) | packed._bits
+        other._positions = (self._positions - parts.keys()) | packed._positions
+        return other
+
     def index(self, name: str) -> Tensor:
         """What picks the marked elements: their flat positions where they are few, else the boolean tensor."""
         return self._parts[name][0].long() if name in self._positions else self[name]

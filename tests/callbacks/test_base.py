@@ -258,7 +258,7 @@ def test_tensorboard_receives_scalars_figures_and_histograms(tmp_path):
     events = EventAccumulator(str(tmp_path / "tb"), size_guidance={"scalars": 0, "images": 0, "histograms": 0})
     events.Reload()
     tags = events.Tags()
-    golden = {"count", "density", "chance_density", "density_over_chance", "jaccard_previous", "delta_share"}
+    golden = {"count", "density", "null_count", "over_null", "control_count", "jaccard_previous", "delta_share"}
     expected = {f"goldy/golden_parameters/{name}" for name in golden}
     expected |= {f"goldy/golden_snapshot/{name}" for name in ("delta_norm", "relative_change", "update_cosine")}
     expected |= {"goldy/golden_snapshot/relative_change/transformer.h.0", "goldy/golden_parameters/cost/seconds"}

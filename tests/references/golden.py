@@ -44,3 +44,32 @@ def golden_masks(model, samples, loss, *, percent, score="gradient", scope="tens
     model.zero_grad(set_to_none=True)
     needed = max(1, math.ceil(quorum * len(samples) - 1e-9))
     return {name: vote >= needed for name, vote in votes.items()}
+
+
+def row_column_null_reference(votes, n_samples, needed):
+    """Golden elements expected when rates of rows and columns multiply: fitted by bisection, summed one by one."""
+    rows, columns = ((votes.sum(dim=axis).double() / n_samples).tolist() for axis in (1, 0))
+    total = sum(rows)
+    first, second = [row / total for row in rows], list(columns)
+
+    def solved(target, others):
+        low, high = 0.0, 1e5
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if sum(min(1.0, middle * other) for other in others) < target else (low, middle)
+        return high if target else 0.0
+
+    for _ in range(30):
+        if max(first) * max(second) <= 1 + 1e-9:
+            break
+        first = [solved(target, second) for target in rows]
+        second = [solved(target, first) for target in columns]
+
+    def tail(p):
+        terms = (math.comb(n_samples, m) * p**m * (1 - p) ** (n_samples - m) for m in range(needed, n_samples + 1))
+        return sum(terms)
+
+    rates = (torch.tensor(first)[:, None] * torch.tensor(second)).clamp(max=1).double().flatten()
+    return sum(
+        tail(p) * count for p, count in zip(*map(torch.Tensor.tolist, rates.unique(return_counts=True)), strict=True)
+    )

@@ -242,3 +242,13 @@ def test_the_shape_of_the_change_has_a_panel_for_each_column():
     assert figure.png().startswith(PNG)
     with pytest.raises(ReportError, match="'numel'"):
         chart_parameter_distribution({"result": {"tensors": [{"block": "h.0", "stable_rank": 1.0}]}})
+
+
+def test_the_caption_says_what_rows_and_columns_explain_and_what_random_tokens_give(golden_row: Build) -> None:
+    row = golden_row()
+    row["metrics"] = {"count": 9, "density": 0.02, "over_null": 0.5, "over_null_low": 0.4, "over_null_high": 0.625}
+    row["metrics"]["control_count"] = 12
+    assert chart_golden_parameters(row).caption.endswith(
+        "density 2 %, in matrices 0.5 times what shared rows and columns explain (95 % over samples: 0.4 to 0.625); "
+        "random tokens: 12 against 9"
+    )

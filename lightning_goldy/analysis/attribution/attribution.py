@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_goldy.analysis.attribution.units import UnitGroup, margins_of, model_units
 from lightning_goldy.analysis.divergence import precise, shortened
-from lightning_goldy.analysis.golden.golden import backward, gradient_part, only_these_require_gradients
+from lightning_goldy.analysis.gradients import backward, gradient_part, only_these_require_gradients
 from lightning_goldy.analysis.result import AnalysisResult, Cost, tensor_rows
 from lightning_goldy.analysis.taylor.approximation import batch_parts
 from lightning_goldy.core.base import Base, base_of

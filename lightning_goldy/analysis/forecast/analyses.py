@@ -22,7 +22,13 @@ def mask_bytes(numel: int, top_k_percent: float) -> int:
 
 
 def forecast_golden(
-    plan: Plan, space: ParameterSpace, n_samples: int | None, *, top_k_percent: float = 5.0, whole: bool = False
+    plan: Plan,
+    space: ParameterSpace,
+    n_samples: int | None,
+    *,
+    top_k_percent: float = 5.0,
+    whole: bool = False,
+    control: bool = False,
 ) -> Forecast:
     """Golden parameters: a gradient per sample, and a selection out of each.
 
@@ -32,8 +38,9 @@ def forecast_golden(
         n_samples: Samples that vote.
         top_k_percent: That each marks, percent; no more than that is golden at a quorum of one half or more.
         whole: Whether all gradients of a sample are held at once, as ``scope="global"`` and sharded ones are.
+        control: Whether random tokens are looked at too.
     """
-    passes, elements = plan.single(n_samples), plan.elements(space)
+    passes, elements = (2 if control else 1) * plan.single(n_samples), plan.elements(space)
     work = Work(backward=passes, elements=2.0 * elements * passes.samples, selected=1.0 * elements * passes.samples)
     vote = 1 if passes.samples < 256 else 2
     tokens = max((length for _, length in plan.batches(n_samples)), default=0)
@@ -69,6 +76,7 @@ class ReverseSettings:
         anchored: Passes of one divergence: 2 without a cache.
         chunk_size: Samples of one pass.
         top_k_percent: The budget of the mask, percent.
+        alone: Elements that are measured one by one.
     """
 
     rounds: int
@@ -78,19 +86,30 @@ class ReverseSettings:
     anchored: int = 1
     chunk_size: int | None = None
     top_k_percent: float = 1.0
+    alone: int = 0
 
     @classmethod
     def of(
-        cls, rounds: int, score: str, strategy: str, *, cache: str, chunk_size: int | None, top_k_percent: float
+        cls,
+        rounds: int,
+        score: str,
+        strategy: str,
+        *,
+        cache: str,
+        chunk_size: int | None,
+        top_k_percent: float,
+        alone: int = 0,
     ) -> ReverseSettings:
-        """From those of a search, of which 0.7 of the rounds let the mask grow."""
+        """From those of a search, of which 0.7 of the rounds, and 11 at most, let the mask grow."""
         exchanging = strategy != "none"
-        growing = max(1, math.ceil(_GROWTH * rounds)) if exchanging else rounds
+        growing = min(_GROWING, max(1, math.ceil(_GROWTH * rounds)) if exchanging else rounds)
         scores = 3 + (score not in ("gradient", "taylor", "fisher"))
-        return cls(rounds, growing, scores, exchanging, 2 if cache == "none" else 1, chunk_size, top_k_percent)
+        anchored = 2 if cache == "none" else 1
+        rounds = rounds if exchanging else growing
+        return cls(rounds, growing, scores, exchanging, anchored, chunk_size, top_k_percent, alone if exchanging else 0)
 
 
-_GROWTH = 0.7
+_GROWTH, _GROWING = 0.7, 11
 # Copies of the parameters, in float32, that a search holds at its largest.
 _REVERSE_COPIES = 3
 
@@ -99,15 +118,17 @@ def forecast_reverse(plan: Plan, space: ParameterSpace, n_samples: int, settings
     """Reverse golden parameters: rounds of a gradient and of trials on half of the samples."""
     choosing, measuring = _halves(plan.batches(n_samples))
     choose, held = (passes_over(_chunked(part, settings.chunk_size)) for part in (choosing, measuring))
+    scored = passes_over(_chunked(choosing, 1))
     runs = settings.anchored
-    trials = settings.growing * (2 if settings.exchanging else 1) + (settings.rounds - settings.growing)
+    trials = settings.growing * (2 if settings.exchanging else 1) + 2 * (settings.rounds - settings.growing)
+    trials += settings.alone
     forward = (1 + runs * (settings.scores + 1 + trials)) * choose + (1 + runs * (settings.scores + 1)) * held
     forward += (runs - 1) * settings.rounds * choose
     elements = plan.elements(space)
-    selections = settings.scores + 1 + trials
+    selections = settings.scores + 1 + trials - settings.alone
     work = Work(
         forward=forward,
-        backward=(settings.rounds + 1) * choose,
+        backward=settings.rounds * choose + scored,
         elements=elements * (5.0 * (settings.scores + selections) + 6.0 * settings.rounds),
         selected=2.0 * elements * selections,
     )

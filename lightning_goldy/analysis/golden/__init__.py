@@ -5,7 +5,10 @@ from lightning_goldy.analysis.golden.golden import (
     GoldenResult,
     check_golden_arguments,
     golden_parameters,
+    random_tokens,
     register_score,
+    row_column_null,
+    vocabulary_of,
 )
 from lightning_goldy.analysis.golden.reverse import (
     ReverseGoldenResult,
@@ -24,7 +27,10 @@ __all__ = [
     "check_search_arguments",
     "golden_parameters",
     "jaccard",
+    "random_tokens",
     "register_score",
     "register_strategy",
     "reverse_golden_parameters",
+    "row_column_null",
+    "vocabulary_of",
 ]

@@ -4,39 +4,51 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lightning_goldy.analysis.divergence import own_share, precise
+from lightning_goldy.analysis.golden.budget import Budget, Mask, counts_by_expert, expert_sizes, largest_of
+from lightning_goldy.analysis.gradients import (
+    backward,
+    gradient_part,
+    only_these_require_gradients,
+    require_gradients,
+)
 from lightning_goldy.analysis.result import AnalysisResult, Cost, tensor_rows
 from lightning_goldy.core.architecture.experts import expert_counts, expert_names
 from lightning_goldy.core.isolation import preserved
-from lightning_goldy.core.mask import PackedMask, ParameterMask, Scope, check_scope, flat_positions
+from lightning_goldy.core.mask import ParameterMask, Scope, check_scope
 from lightning_goldy.core.naming import require_at_least, require_number
-from lightning_goldy.core.objective import Objective, objective_for
+from lightning_goldy.core.objective import IGNORE_INDEX, Objective, objective_for
 from lightning_goldy.core.registry import Registry
-from lightning_goldy.core.selection import select_largest, select_largest_of_each
 from lightning_goldy.core.sharding import (
     Replicas,
-    align,
     gather,
     is_sharded,
     like,
     local,
     sum_over_shards,
-    unshard_guard,
 )
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.store import Kind
 from lightning_goldy.core.vector import ParameterVector, elements_in, require_finite
 
-Mask = dict[str, Tensor]
+# Half the width of a 95 % interval in standard errors.
+_NORMAL = 1.96
+# Marks of single samples that are kept of a matrix, over all of them, and of one sample at least.
+_WATCHED, _LEAST_WATCHED = 1 << 20, 1 << 12
+# Steps of the tables of binomial tails, elements of a matrix worked on at a time, rounds of a fit.
+_STEPS, _PIECE, _FITS = 1 << 13, 1 << 20, 30
 
 Score = Callable[[Tensor, Tensor], Tensor]
 """``score(gradient, value)``: both in at least float32, the gradient free to be overwritten; larger is stronger."""
@@ -95,33 +107,43 @@ class MaskResult(AnalysisResult):
 
     def described(self, names: Iterable[str], **columns: Iterable[Any]) -> dict[str, Any]:
         """Fields by name, and of each tensor its size and the columns."""
-        rows = tensor_rows(self.names, numel=_expert_sizes(self.mask.space, self.experts), **columns)
+        rows = tensor_rows(self.names, numel=expert_sizes(self.mask.space, self.experts), **columns)
         return {**{name: getattr(self, name) for name in names}, "tensors": rows}
 
 
 @dataclass(frozen=True)
 class GoldenResult(MaskResult):
-    """Which parameters are golden, and how many would be by chance.
+    """Which parameters are golden, how many would be if samples shared only rows and columns, and with random tokens.
 
     Args:
         mask: True where golden; boolean, on the CPU.
         golden: Golden elements of each tensor (of a stack each expert), in the mask's order.
         marked: Elements of each tensor that one sample marks; its expectation at random under the global scope.
-        chance: Elements of each tensor expected to be golden if every sample marked at random.
+        expected: Golden elements of each tensor under the null of :func:`row_column_null`; None where there are no rows
+            and columns.
+        error: Of the logarithm of ``over_null``, one standard error over the samples (jackknife); None where there are
+            too few of them, or nothing is golden.
+        control: Golden elements of each tensor when the samples' tokens are random; None where they have none.
+        control_expected: As ``expected``, with random tokens.
+        shared: Elements that are golden in both, of matrices; None without a control.
         n_samples: Samples that voted.
         needed: Votes that make an element golden.
         top_k_percent: Share that each sample marked, percent.
         score: Name of the score.
         scope: ``tensor`` or ``global``.
         quorum: Share of the samples that must agree.
-        cost: A forward and a backward pass of every sample.
+        cost: A forward and a backward pass of every sample, and of every one with random tokens.
     """
 
     analysis: ClassVar[str] = "golden_parameters"
 
     golden: tuple[int, ...]
     marked: tuple[int, ...]
-    chance: tuple[float, ...]
+    expected: tuple[float | None, ...]
+    error: float | None
+    control: tuple[int, ...] | None
+    control_expected: tuple[float | None, ...] | None
+    shared: int | None
     n_samples: int
     needed: int
     top_k_percent: float
@@ -141,24 +163,61 @@ class GoldenResult(MaskResult):
         return self.count / self.mask.space.numel
 
     @property
-    def chance_density(self) -> float:
-        """Share expected if every sample marked at random, a fraction; k^n at a quorum of 1."""
-        return math.fsum(self.chance) / self.mask.space.numel
+    def null_count(self) -> float:
+        """Golden elements of matrices that shared rows and columns explain."""
+        return math.fsum(value for value in self.expected if value is not None)
 
     @property
-    def density_over_chance(self) -> float:
-        """How many times more are golden than by chance."""
-        return self.density / self.chance_density if self.chance_density else math.inf
+    def over_null(self) -> float | None:
+        """Golden elements of matrices, as a multiple of what shared rows and columns explain; None where that is 0."""
+        return _over_null(self.golden, self.expected)
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % interval of ``over_null`` over samples; None where it is not known."""
+        if self.over_null is None or self.error is None:
+            return None
+        return self.over_null * math.exp(-_NORMAL * self.error), self.over_null * math.exp(_NORMAL * self.error)
+
+    @property
+    def shared_with_control(self) -> float | None:
+        """Share of the golden elements of matrices that are golden with random tokens, too, a fraction."""
+        count = _in_matrices(self.golden, self.expected)
+        return None if self.shared is None or not count else self.shared / count
 
     def metrics(self) -> dict[str, float | None]:
-        """Count and density, against chance."""
-        names = ("count", "density", "chance_density", "density_over_chance")
-        return {name: getattr(self, name) for name in names}
+        """The count against what rows and columns explain, with its interval, and against random tokens."""
+        low, high = self.interval or (None, None)
+        control = self.control
+        return {
+            "count": self.count,
+            "density": self.density,
+            "null_count": self.null_count,
+            "over_null": self.over_null,
+            "over_null_low": low,
+            "over_null_high": high,
+            "control_count": None if control is None else sum(control),
+            "control_over_null": None if control is None else _over_null(control, self.control_expected or ()),
+            "shared_with_control": self.shared_with_control,
+        }
+
+    def headline(self) -> str:
+        """How many are golden, against the null and against random tokens."""
+        told = f"golden parameters: {self.count:,}"
+        if self.over_null is not None:
+            within = "" if self.interval is None else " (95 % over samples: {:.3g} to {:.3g})".format(*self.interval)
+            told += f", in matrices {self.over_null:.3g}{within} times what shared rows and columns explain"
+        if self.control is not None:
+            shared = self.shared_with_control
+            common = "" if shared is None else f", {100 * shared:.0f} % of these among them"
+            told += f"; random tokens of the same lengths give {sum(self.control):,}{common}"
+        return told
 
     def details(self) -> dict[str, Any]:
         """A JSON-able description without the mask: the settings, and counts by tensor."""
         settings = ("top_k_percent", "score", "scope", "quorum", "n_samples")
-        return self.described(settings, k=self.marked, golden=self.golden, chance=self.chance)
+        columns: dict[str, Any] = {"k": self.marked, "golden": self.golden, "expected": self.expected}
+        return self.described(settings, **columns, **({} if self.control is None else {"control": self.control}))
 
     summary = details
 
@@ -174,6 +233,8 @@ def golden_parameters(
     quorum: float = 1.0,
     n_samples: int | None = None,
     space: ParameterSpace | None = None,
+    control: bool = True,
+    seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
     split_over_ranks: bool = True,
 ) -> GoldenResult:
@@ -184,8 +245,10 @@ def golden_parameters(
         \text{golden} = \Big\{ j : \tfrac1n \sum_i [\, j \in \mathrm{top}_k\, s(g_i, \theta) ] \ge \text{quorum} \Big\}
 
     One forward and backward pass per sample, in evaluation mode. Each gradient is turned into votes and freed as soon
-    as it exists, so beside one sample's largest gradient only the votes (one or two bytes per element) are held. The
-    model comes back as it was. On several ranks the samples are shared out and the votes summed; every rank must call.
+    as it exists, so beside one sample's largest gradient only the votes (one or two bytes per element) are held. Two
+    things stand beside the count: what shared rows and columns alone would make (:func:`row_column_null`), and the same
+    for random tokens of the same lengths. The model comes back as it was. On several ranks the samples are shared out
+    and the votes summed; every rank must call.
     What no sample's objective depends on is not golden, and a warning names it.
 
     Args:
@@ -199,6 +262,9 @@ def golden_parameters(
         quorum: Share of the samples that must mark an element, a fraction in (0, 1]; 1 is the intersection.
         n_samples: Use only the first so many samples; all by default.
         space: Which parameters; all trainable ones by default.
+        control: Whether to repeat it with random tokens (:func:`random_tokens`), where samples have tokens; it doubles
+            the cost.
+        seed: Of the random tokens.
         progress: Called with (samples done, samples in all) on this rank.
         split_over_ranks: Whether to share samples out over the ranks of an initialised process group.
 
@@ -209,7 +275,7 @@ def golden_parameters(
         ValueError: An argument is out of range, there are too few samples, a weight or a gradient is not finite (the
             tensor is named), or no parameter received a gradient.
 
-    Source: "golden parameters" as the intersection of per-sample top-k gradient masks; chance overlap k^n.
+    Source: "golden parameters" as the intersection of per-sample top-k gradient masks.
 
     Example:
         >>> from lightning_goldy.core.objective import ClassifierObjective
@@ -224,150 +290,295 @@ def golden_parameters(
     replicas = Replicas.of(model) if split_over_ranks else Replicas()
     with preserved(model), replicas.together("golden_parameters"):
         samples = _first_samples(batches, objective, n_samples)
+        size = vocabulary_of(model)
+        drawn = [random_tokens(sample, size, seed) for sample in samples] if control and size else []
+        drawn = [] if any(sample is None for sample in drawn) else drawn
         parameters = space.resolve(model)
         require_finite(parameters, "weights")
         experts = {name: count for name, count in expert_counts(model).items() if name in space}
-        ballot = Ballot(parameters, Budget(parameters, top_k_percent, scope, experts), score, len(samples))
-        with ballot.collecting(model):
-            for sample in own_share(samples, model, replicas, progress):
-                ballot.vote(objective, model, sample)
-    needed = max(1, math.ceil(quorum * len(samples) - 1e-9))
-    golden = {name: gather(votes).cpu() >= needed for name, votes in ballot.totals(replicas).items()}
-    sizes = _expert_sizes(space, experts)
+        budget = Budget(parameters, top_k_percent, scope, experts)
+        needed = max(1, math.ceil(quorum * len(samples) - 1e-9))
+        polls = []
+        for done, part in enumerate((samples, drawn) if drawn else (samples,)):
+            ballot = Ballot(parameters, budget, score, len(samples), experts)
+            told = _shifted(progress, done, 2 if drawn else 1)
+            with ballot.collecting(model), warnings.catch_warnings():
+                if done:
+                    # Of parameters that nothing depends on the samples have told.
+                    warnings.simplefilter("ignore")
+                for index, sample in zip(
+                    replicas.share(range(len(part))), own_share(part, model, replicas, told), strict=True
+                ):
+                    ballot.vote(objective, model, sample, index)
+                polls.append(_Poll.of(ballot, replicas, quorum, needed))
+    poll, other = polls[0], polls[1] if drawn else None
+    sizes = expert_sizes(space, experts)
     # Of each tensor or expert, what a sample marks, or would be expected to mark at random, a fraction.
-    groups = zip(ballot.groups, ballot.budget.numels, strict=True)
+    groups = zip(ballot.groups, budget.numels, strict=True)
     shares = [k / n for (group, k, _), n in groups for name in group for _ in range(experts.get(name, 1))]
     return GoldenResult(
-        mask=ParameterMask(space, golden),
+        mask=ParameterMask(space, poll.golden),
         experts=experts,
-        golden=counts_by_expert(golden, experts),
+        golden=counts_by_expert(poll.golden, experts),
         marked=tuple(round(share * size) for share, size in zip(shares, sizes, strict=True)),
-        chance=tuple(
-            binomial_tail(len(samples), needed, share) * size for share, size in zip(shares, sizes, strict=True)
-        ),
+        expected=poll.expected,
+        error=poll.error,
+        control=None if other is None else counts_by_expert(other.golden, experts),
+        control_expected=None if other is None else other.expected,
+        shared=None if other is None else poll.shared(other),
         n_samples=len(samples),
         needed=needed,
         top_k_percent=top_k_percent,
         score=score,
         scope=scope,
         quorum=quorum,
-        cost=Cost(forwards=len(samples), backwards=len(samples)),
+        cost=Cost(forwards=len(samples) + len(drawn), backwards=len(samples) + len(drawn)),
     )
 
 
-class Budget:
-    """How many elements a mask may have, by tensor or in all, and the selections within it.
+def _shifted(progress: Callable[[int, int], None] | None, part: int, parts: int) -> Callable[[int, int], None] | None:
+    return progress and (lambda done, total: progress(part * total + done, parts * total))
+
+
+def _in_matrices(counts: Sequence[int], expected: Sequence[float | None]) -> int:
+    return sum(count for count, value in zip(counts, expected, strict=True) if value is not None)
+
+
+def _over_null(counts: Sequence[int], expected: Sequence[float | None]) -> float | None:
+    null = math.fsum(value for value in expected if value is not None)
+    return _in_matrices(counts, expected) / null if null > 0 else None
+
+
+@dataclass(frozen=True)
+class _Poll:
+    """What the votes of one set of samples say."""
+
+    golden: Mask
+    expected: tuple[float | None, ...]
+    error: float | None
+
+    @classmethod
+    def of(cls, ballot: Ballot, replicas: Replicas, quorum: float, needed: int) -> _Poll:
+        golden: Mask = {}
+        expected: list[float | None] = []
+        table = _tail_table(ballot.n_samples, needed)
+        observed = np.zeros(ballot.n_samples)
+        # Of the null without each sample, and with all, over what was watched.
+        nulls = np.zeros(ballot.n_samples)
+        fewer = max(1, math.ceil(quorum * (ballot.n_samples - 1) - 1e-9))
+        without = _tail_table(ballot.n_samples - 1, fewer) if ballot.n_samples > 2 else None
+        for name, laid_out in ballot.totals(replicas):
+            votes = gather(laid_out).cpu()
+            golden[name] = votes >= needed
+            for number, part in enumerate(votes.reshape(ballot.experts.get(name, 1), -1)):
+                watched = ballot.watched.get((name, number))
+                if watched is None:
+                    expected.append(None)
+                    continue
+                matrix = part.view(watched.shape)
+                rates = fitted_rates(matrix.sum(dim=1), matrix.sum(dim=0), ballot.n_samples)
+                expected.append(_expected_tail(*rates, table))
+                if without is not None:
+                    found = watched.without_each(matrix, fewer, without, replicas, local(laid_out).device)
+                    observed, nulls = observed + found[0], nulls + found[1]
+        return cls(golden, tuple(expected), _jackknife(observed, nulls) if without is not None else None)
+
+    def shared(self, other: _Poll) -> int:
+        """Elements of matrices that are golden in both."""
+        names = [name for name, mask in self.golden.items() if mask.ndim > 1]
+        return sum(int((self.golden[name] & other.golden[name]).sum()) for name in names)
+
+
+def _jackknife(observed: NDArray[np.float64], nulls: NDArray[np.float64]) -> float | None:
+    """Standard error of the logarithm of a ratio whose values without each sample are given."""
+    if not (observed > 0).all() or not (nulls > 0).all():
+        return None
+    logarithms, n = np.log(observed) - np.log(nulls), len(observed)
+    return float(math.sqrt((n - 1) / n * ((logarithms - logarithms.mean()) ** 2).sum()))
+
+
+class _Watched:
+    """Marks of single samples at some elements of a matrix, and their sums over its rows and columns."""
+
+    def __init__(self, name: str, shape: tuple[int, int], n_samples: int) -> None:
+        self.shape = shape
+        count = min(shape[0] * shape[1], max(_LEAST_WATCHED, _WATCHED // n_samples))
+        whole = count == shape[0] * shape[1]
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        drawn = torch.randint(shape[0] * shape[1], (count,), generator=generator)
+        self.positions = torch.arange(count) if whole else drawn
+        self.marks = torch.zeros(n_samples, -(-count // 8), dtype=torch.uint8)
+        self.rows = torch.zeros(n_samples, shape[0], dtype=torch.int32)
+        self.columns = torch.zeros(n_samples, shape[1], dtype=torch.int32)
+
+    def add(self, index: int, mask: Tensor) -> None:
+        """Takes what one sample marks."""
+        matrix = mask.reshape(self.shape).cpu()
+        self.rows[index], self.columns[index] = matrix.sum(dim=1), matrix.sum(dim=0)
+        self.marks[index] = torch.from_numpy(np.packbits(matrix.reshape(-1)[self.positions].numpy()))
+
+    def without_each(
+        self, votes: Tensor, needed: int, table: Tensor, replicas: Replicas, device: torch.device
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Golden elements among the watched without each sample, and how many the null explains."""
+        marks, rows, columns = (replicas.sum_(part.to(device)).cpu() for part in (self.marks, self.rows, self.columns))
+        total, n = votes.reshape(-1)[self.positions].int(), len(marks)
+        row, column = self.positions // self.shape[1], self.positions % self.shape[1]
+        observed, nulls = np.zeros(n), np.zeros(n)
+        for index in range(n):
+            mark = torch.from_numpy(np.unpackbits(marks[index].numpy(), count=len(self.positions)))
+            observed[index] = int((total - mark >= needed).sum())
+            sums = votes.sum(dim=1) - rows[index], votes.sum(dim=0) - columns[index]
+            first, second = fitted_rates(*sums, n - 1)
+            nulls[index] = float(_interpolated(table, first[row] * second[column]).sum(dtype=torch.float64))
+        return observed, nulls
+
+
+def row_column_null(votes: Tensor, n_samples: int, needed: int) -> float:
+    r"""Elements of a matrix that would be golden if samples shared no more than its rows and columns.
+
+    .. math:: \sum_{ab} P\big(\mathrm{Bin}(n, \min(1, r_a c_b)) \ge \text{needed}\big), \qquad
+        \sum_b \min(1, r_a c_b) = \tfrac1n \sum_b v_{ab}, \quad \sum_a \min(1, r_a c_b) = \tfrac1n \sum_a v_{ab}
+
+    Every sample marks an element on its own, with the product of a rate of its row and one of its column, which are
+    fitted so that rows and columns get as many votes as they did.
 
     Args:
-        parameters: Name to parameter.
-        top_k_percent: Share of the elements, percent in (0, 100].
-        scope: The share of each ``tensor``, or of all elements together (``global``).
-        experts: Tensors that are stacks of so many experts, each of which has the share of its own.
+        votes: How many samples marked each element, shape ``[rows, columns]``.
+        n_samples: Samples that voted.
+        needed: Votes that make an element golden.
 
     Example:
-        >>> budget = Budget({"a": torch.zeros(10), "b": torch.zeros(4)}, 20, "tensor")
-        >>> budget.sizes(), budget.sizes(0.5), Budget({"a": torch.zeros(10), "b": torch.zeros(4)}, 20, "global").sizes()
-        ([2, 1], [1, 1], [3])
+        >>> row_column_null(torch.tensor([[2, 2], [2, 2]]), 2, 2)
+        4.0
+        >>> round(row_column_null(torch.tensor([[2, 0], [0, 2]]), 2, 2), 6)
+        1.0
     """
+    rates = fitted_rates(votes.sum(dim=1), votes.sum(dim=0), n_samples)
+    return _expected_tail(*rates, _tail_table(n_samples, needed))
 
-    def __init__(
-        self,
-        parameters: Mapping[str, Tensor],
-        top_k_percent: float,
-        scope: Scope,
-        experts: Mapping[str, int] | None = None,
-    ) -> None:
-        self.layouts = {name: parameter.detach() for name, parameter in parameters.items()}
-        names = list(self.layouts)
-        self.groups = [names] if scope == "global" else [[name] for name in names]
-        """Names of the tensors that share a budget."""
-        self.stacks = [1] if scope == "global" else [(experts or {}).get(name, 1) for name in names]
-        """Experts of each group, 1 where it is no stack; sizes are of one of them."""
-        elements = [sum(self.layouts[name].numel() for name in group) for group in self.groups]
-        self.numels = [count // stack for count, stack in zip(elements, self.stacks, strict=True)]
-        """Elements of each group, of a stack those of one expert."""
-        self._whole = [elements_in(top_k_percent, numel) for numel in self.numels]
 
-    def sizes(self, share: float = 1.0) -> list[int]:
-        """Elements of each group at this share of the budget, rounded half up, at least one."""
-        return [max(1, math.floor(share * size + 0.5)) for size in self._whole]
+def fitted_rates(rows: Tensor, columns: Tensor, n_samples: int) -> tuple[Tensor, Tensor]:
+    """Rates of rows and columns whose products, cut at 1, have these sums.
 
-    def pools(self, sizes: list[int], factor: float) -> list[int]:
-        """Elements of each group's pool, rounded up; at most all."""
-        return [min(numel, math.ceil(factor * size - 1e-9)) for size, numel in zip(sizes, self.numels, strict=True)]
+    Args:
+        rows: Votes in each row.
+        columns: Votes in each column, as many in all.
+        n_samples: Samples that voted; sums are divided by their number.
 
-    def largest(self, scores: Mapping[str, Tensor], sizes: list[int]) -> Mask:
-        """Marks exactly so many elements of each group, the largest, ties to the smaller index."""
-        return dict(self.selections(scores, sizes))
+    Example:
+        >>> first, second = fitted_rates(torch.tensor([4, 1]), torch.tensor([2, 2, 1]), 2)
+        >>> torch.allclose((first[:, None] * second).clamp(max=1).sum(1), torch.tensor([2, 0.5]).double(), atol=1e-4)
+        True
+    """
+    first, second = rows.double() / n_samples, columns.double() / n_samples
+    targets, total = (first, second), float(first.sum())
+    if total == 0:
+        return first, second
+    first = first / total
+    for _ in range(_FITS):
+        if float(first.max() * second.max()) <= 1 + 1e-9:
+            break
+        first = _cut_rates(targets[0], second)
+        second = _cut_rates(targets[1], first)
+    return first, second
 
-    def selections(self, scores: Mapping[str, Tensor], sizes: list[int]) -> Iterator[tuple[str, Tensor]]:
-        """As :meth:`largest`, tensor by tensor; scores are asked for one group at a time."""
-        for group, size, stack in zip(self.groups, sizes, self.stacks, strict=True):
-            yield from self._chosen(group, [scores[name] for name in group], size, stack)
 
-    def _chosen(
-        self, group: Sequence[str], scores: Sequence[Tensor], size: int, stack: int
-    ) -> Iterator[tuple[str, Tensor]]:
-        laid_out = [like(self.layouts[name], part) for name, part in zip(group, scores, strict=True)]
-        return zip(group, _largest(laid_out, size, stack), strict=True)
+def _cut_rates(sums: Tensor, other: Tensor) -> Tensor:
+    """The rates r with sum_b min(1, r other_b) = sums, of each sum one, by the pieces in which that is linear."""
+    ordered = other[other > 0].sort(descending=True).values
+    # With the first m of them cut, r = (sum - m) / (what is left of the others).
+    left = ordered.flip(0).cumsum(0).flip(0)
+    # The sum that a rate reaches at which exactly the first m are cut: m + left_m / ordered_{m-1}, ascending in m.
+    cut = torch.arange(1, len(ordered), dtype=other.dtype)
+    reached = torch.cat([left[:1] / ordered[:1], cut + left[1:] / ordered[1:]]) if len(ordered) else left
+    m = torch.searchsorted(reached, sums.clamp(max=len(ordered))).clamp(max=max(0, len(ordered) - 1))
+    return (sums - m) / left[m] if len(ordered) else torch.zeros_like(sums)
 
-    def total(self, sizes: list[int]) -> int:
-        """Elements in all, every expert of a stack counted."""
-        return sum(size * stack for size, stack in zip(sizes, self.stacks, strict=True))
 
-    def reselected(
-        self, scores: Mapping[str, Tensor], mask: Mapping[str, Tensor], sizes: list[int], pools: list[int]
-    ) -> Mask:
-        """The best of a pool that holds the masked elements and the best others, exactly so many of each group.
+@lru_cache(maxsize=8)
+def _tail_table(n: int, needed: int) -> Tensor:
+    """The binomial tail at equidistant probabilities from 0 to 1, float64."""
+    return binomial_tail(n, needed, torch.linspace(0, 1, _STEPS + 1, dtype=torch.float64))
 
-        Args:
-            scores: Larger is better; finite.
-            mask: The present one.
-            sizes: Elements to mark of each group.
-            pools: Elements of each pool, at least the size to be marked.
-        """
-        return dict(self.reselections(scores, mask, sizes, pools))
 
-    def reselections(
-        self, scores: Mapping[str, Tensor], mask: Mapping[str, Tensor], sizes: list[int], pools: list[int]
-    ) -> Iterator[tuple[str, Tensor]]:
-        """As :meth:`reselected`, tensor by tensor; scores and mask are asked for one group at a time."""
-        masked = self.counts(mask)
-        for group, size, pool, count, stack in zip(self.groups, sizes, pools, masked, self.stacks, strict=True):
-            chosen = [scores[name] for name in group]
-            # At most pool - count others come in, so the best of the masked stay whatever happens.
-            kept = size - (pool - count)
-            if kept <= 0:
-                yield from self._chosen(group, chosen, size, stack)
-            elif stack == 1 and not any(map(is_sharded, map(self.layouts.__getitem__, group))):
-                held = [flat_positions(mask, name) for name in group]
-                yield from zip(group, _reselected(chosen, held, size, kept), strict=True)
-            else:
-                stay = [mask[name] for name in group]
-                if kept < count:
-                    inside = [part.where(held, -math.inf) for part, held in zip(chosen, stay, strict=True)]
-                    stay = [best for _, best in self._chosen(group, inside, kept, stack)]
-                    del inside
-                chosen = [part.masked_fill(held, math.inf) for part, held in zip(chosen, stay, strict=True)]
-                yield from self._chosen(group, chosen, size, stack)
+def _interpolated(table: Tensor, probabilities: Tensor) -> Tensor:
+    places = probabilities.clamp(max=1.0) * _STEPS
+    below = places.int().clamp(max=_STEPS - 1)
+    low = table[below]
+    return low + (places - below) * (table[below + 1] - low)
 
-    def laid_out(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """This process's parts in the layouts of their parameters."""
-        return {name: like(self.layouts[name], part) for name, part in parts.items()}
 
-    def counts(self, mask: Mapping[str, Tensor]) -> list[int]:
-        """Marked elements of each group, of a stack those of one expert: a budget marks equally many of all."""
-        held = mask if isinstance(mask, PackedMask) else PackedMask(mask.items())
-        parts = [torch.tensor(held.count(name), device=local(layout).device) for name, layout in self.layouts.items()]
-        counts = dict(zip(self.layouts, sum_over_shards(parts, list(self.layouts.values())), strict=True))
-        groups = zip(self.groups, self.stacks, strict=True)
-        return [sum(int(counts[name]) for name in group) // stack for group, stack in groups]
+def _expected_tail(first: Tensor, second: Tensor, table: Tensor) -> float:
+    """Sum of the tail over all products of a row's and a column's rate."""
+    (rows, times), (columns, often) = (part.float().unique(return_counts=True) for part in (first, second))
+    small, total = table.float(), 0.0
+    for start in range(0, len(rows), max(1, _PIECE // max(1, len(columns)))):
+        stop = start + max(1, _PIECE // max(1, len(columns)))
+        tails = _interpolated(small, rows[start:stop, None] * columns)
+        total += float((tails.double() @ often.double()) @ times[start:stop].double())
+    return total
+
+
+def random_tokens(sample: Any, vocabulary: int, seed: int = 0) -> Any:
+    """A sample of the same shape with tokens drawn uniformly, a function of both arguments; None without tokens.
+
+    Padding stays; labels that repeat the tokens repeat the new ones, others are drawn too, -100 stays.
+
+    Args:
+        sample: A batch, with ``input_ids`` among its fields.
+        vocabulary: Tokens are below it.
+        seed: Another one draws other tokens.
+
+    Example:
+        >>> drawn = random_tokens({"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([[-100, 6, 7]])}, 9)
+        >>> drawn["labels"][0, 0].item(), torch.equal(drawn["labels"][0, 1:], drawn["input_ids"][0, 1:])
+        (-100, True)
+    """
+    if not isinstance(sample, Mapping) or not isinstance(sample.get("input_ids"), Tensor):
+        return None
+    ids = sample["input_ids"].cpu()
+    found = zlib.crc32(ids.contiguous().numpy().tobytes(), seed)
+    generator = torch.Generator().manual_seed(found)
+    drawn, kept = (
+        torch.randint(vocabulary, ids.shape, generator=generator, dtype=ids.dtype),
+        sample.get("attention_mask"),
+    )
+    if isinstance(kept, Tensor) and kept.shape == ids.shape:
+        drawn = torch.where(kept.cpu() != 0, drawn, ids)
+    changed = {"input_ids": drawn}
+    labels = sample.get("labels")
+    if isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point():
+        labels = labels.cpu()
+        others = torch.randint(vocabulary, labels.shape, generator=generator, dtype=labels.dtype)
+        follow = torch.where(labels == ids, drawn.to(labels.dtype), others) if labels.shape == ids.shape else others
+        changed["labels"] = torch.where(labels == IGNORE_INDEX, labels, follow)
+    device = sample["input_ids"].device
+    return {**sample, **{name: tensor.to(device) for name, tensor in changed.items()}}
+
+
+def vocabulary_of(model: nn.Module) -> int | None:
+    """Tokens that a model knows; None where nothing tells."""
+    config = getattr(model, "config", None)
+    for holder in (config, getattr(config, "text_config", None)):
+        size = getattr(holder, "vocab_size", None)
+        if isinstance(size, int) and size > 0:
+            return size
+    return None
 
 
 class Ballot:
     """Votes per element, filled while gradients are produced."""
 
-    def __init__(self, parameters: dict[str, nn.Parameter], budget: Budget, score: str, n_samples: int) -> None:
+    def __init__(
+        self,
+        parameters: dict[str, nn.Parameter],
+        budget: Budget,
+        score: str,
+        n_samples: int,
+        experts: Mapping[str, int] | None = None,
+    ) -> None:
+        self.n_samples, self.experts = n_samples, experts or {}
         self.parameters = parameters
         self.budget, self.groups = budget, list(zip(budget.groups, budget.sizes(), budget.stacks, strict=True))
         self.score = SCORES[score]
@@ -375,6 +586,14 @@ class Ballot:
         dtype = torch.uint8 if n_samples < 256 else torch.int16 if n_samples < 32768 else torch.int32
         self.votes = {name: torch.zeros_like(local(p), dtype=dtype) for name, p in parameters.items()}
         self.seen: set[str] = set()
+        self._index = 0
+        self.watched: dict[tuple[str, int], _Watched] = {}
+        for name, parameter in parameters.items():
+            stack = self.experts.get(name, 1)
+            shape = parameter.shape[1:] if stack > 1 else parameter.shape
+            if len(shape) > 1 and min(shape) > 0:
+                size = (shape[0], math.prod(shape[1:]))
+                self.watched |= {(name, part): _Watched(f"{name}[{part}]", size, n_samples) for part in range(stack)}
 
     def collecting(self, model: nn.Module) -> ExitStack:
         """Hooks that turn each gradient into votes as soon as it is complete, where that is possible.
@@ -391,8 +610,9 @@ class Ballot:
                 hooks.callback(self.parameters[group[0]].register_post_accumulate_grad_hook(hook).remove)
         return hooks
 
-    def vote(self, objective: Objective, model: nn.Module, sample: Any) -> None:
-        """One forward and backward pass, whose gradients become votes."""
+    def vote(self, objective: Objective, model: nn.Module, sample: Any, index: int = 0) -> None:
+        """One forward and backward pass of the sample of this number, whose gradients become votes."""
+        self._index = index
         before = set(self.seen)
         self.seen.clear()
         backward(objective.log_probs(model, sample).mean())
@@ -416,9 +636,13 @@ class Ballot:
                 part = self.score(gradient_part(gradient, parameter), precise(local(parameter)))
             scores.append(like(parameter.detach(), part))
         self._require_finite(names, scores)
-        for name, mask in zip(names, _largest(scores, k, stack), strict=True):
+        for name, mask in zip(names, largest_of(scores, k, stack), strict=True):
             # Booleans are bytes of 0 and 1; seen as such, the addition is vectorised.
             self.votes[name].add_(mask.view(torch.uint8))
+            if (name, 0) in self.watched:
+                whole = gather(like(self.parameters[name].detach(), mask))
+                for number, marks in enumerate(whole.reshape(self.experts.get(name, 1), -1)):
+                    self.watched[name, number].add(self._index, marks)
 
     def _require_finite(self, names: Sequence[str], scores: Sequence[Tensor]) -> None:
         # The largest element is NaN when any is: one pass, and no second tensor.
@@ -432,85 +656,35 @@ class Ballot:
             if broken:
                 raise ValueError(f"the gradient of {name} is not finite; its elements cannot be ranked")
 
-    def totals(self, replicas: Replicas) -> dict[str, Tensor]:
+    def totals(self, replicas: Replicas) -> Iterator[tuple[str, Tensor]]:
         """Votes summed over the replicas, in the layout of the parameters."""
         unused = require_gradients(self.parameters, self.seen, replicas)
-        totals = {}
         for name, votes in self.votes.items():
             if name in unused:  # ties at zero are no votes
                 votes.zero_()
+                self.watched = {key: watched for key, watched in self.watched.items() if key[0] != name}
             # Process groups do not sum shorts.
             summable = votes.int() if votes.dtype == torch.int16 and replicas.size > 1 else votes
-            totals[name] = like(self.parameters[name].detach(), replicas.sum_(summable))
-        return totals
+            yield name, like(self.parameters[name].detach(), replicas.sum_(summable))
 
 
-def _largest(scores: Sequence[Tensor], k: int, stack: int) -> list[Tensor]:
-    """The k largest of all tensors together, or of each expert of a single one that is a stack."""
-    return select_largest(scores, k) if stack == 1 else [select_largest_of_each(scores[0], k)]
-
-
-def _reselected(scores: Sequence[Tensor], held: Sequence[Tensor], size: int, kept: int) -> list[Tensor]:
-    """The largest of all tensors together, among them whatever their value the best so many of those held.
-
-    Args:
-        scores: Plain tensors, which come back as they were.
-        held: Flat positions in each, ascending.
-        size: Elements to mark.
-        kept: How many of those held are marked in any case.
-    """
-    flats = [part.reshape(-1) for part in scores]
-    inside = [flat[where] for flat, where in zip(flats, held, strict=True)]
-    stay = list(held)
-    if kept < sum(map(len, held)):
-        best = select_largest(inside, kept)
-        stay, inside = ([part[mask] for part, mask in zip(parts, best, strict=True)] for parts in (stay, inside))
-    # Their values are set aside rather than written to a copy of all scores.
-    try:
-        for flat, where in zip(flats, stay, strict=True):
-            flat[where] = math.inf
-        masks = select_largest(flats, size)
-    finally:
-        for flat, where, values in zip(flats, stay, inside, strict=True):
-            flat[where] = values
-    return [mask.view(part.shape) for mask, part in zip(masks, scores, strict=True)]
-
-
-def counts_by_expert(masks: Mapping[str, Tensor], experts: Mapping[str, int]) -> tuple[int, ...]:
-    """Marked elements of each tensor, of a stack those of each expert.
+def binomial_tail(n: int, needed: int, p: Tensor) -> Tensor:
+    """Probabilities that at least ``needed`` of ``n`` independent events happen, each with probability ``p``; float64.
 
     Example:
-        >>> counts_by_expert({"a": torch.tensor([[True, False], [True, True]])}, {"a": 2})
-        (1, 2)
-    """
-    parts = (mask.reshape(experts.get(name, 1), -1) for name, mask in masks.items())
-    return tuple(count for part in parts for count in part.count_nonzero(dim=1).tolist())
-
-
-def _expert_sizes(space: ParameterSpace, experts: Mapping[str, int]) -> list[int]:
-    """Elements of each tensor, of a stack those of each expert."""
-    counts = [experts.get(name, 1) for name in space.names]
-    numels = map(math.prod, space.shapes)
-    return [numel // count for numel, count in zip(numels, counts, strict=True) for _ in range(count)]
-
-
-def binomial_tail(n: int, needed: int, p: float) -> float:
-    """Probability that at least ``needed`` of ``n`` independent events of probability ``p`` happen.
-
-    Example:
-        >>> binomial_tail(3, 3, 0.5), round(binomial_tail(2, 1, 0.5), 12)
+        >>> binomial_tail(3, 3, torch.tensor(0.5)).item(), round(binomial_tail(2, 1, torch.tensor(0.5)).item(), 12)
         (0.125, 0.75)
     """
-    if p >= 1:
-        return 1.0
+    p = p.double()
     if needed == n:
-        return float(p**n)
-    whole, happens, fails = math.lgamma(n + 1), math.log(p), math.log1p(-p)
-    terms = (
-        math.exp(whole - math.lgamma(m + 1) - math.lgamma(n - m + 1) + m * happens + (n - m) * fails)
-        for m in range(needed, n + 1)
-    )
-    return min(1.0, math.fsum(terms))
+        return p**n
+    whole, happens, fails = math.lgamma(n + 1), p.log(), torch.log1p(-p)
+    total = torch.zeros_like(p)
+    for m in range(needed, n + 1):
+        ways = whole - math.lgamma(m + 1) - math.lgamma(n - m + 1)
+        # At 1 no event fails, and nothing times an infinite logarithm is nothing.
+        total += (ways + m * happens + ((n - m) * fails if m < n else 0.0)).exp()
+    return total.clamp(max=1.0)
 
 
 def _first_samples(batches: Iterable[Any], objective: Objective, n_samples: int | None) -> list[Any]:
@@ -541,92 +715,3 @@ def check_golden_arguments(top_k_percent: float, score: str, scope: str, quorum:
         raise ValueError(f"quorum must lie in (0, 1]; got {quorum}")
     if n_samples is not None:
         require_at_least("n_samples", n_samples, 1)
-
-
-def only_these_require_gradients(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Spares the backward pass the gradients that nobody asks for; FSDP2 needs uniform groups and is left as it is."""
-    if any(is_sharded(parameter) for parameter in model.parameters()):
-        return
-    chosen = {id(parameter) for parameter in parameters.values()}
-    for parameter in model.parameters():
-        if id(parameter) not in chosen:
-            parameter.requires_grad_(False)
-
-
-def backward(value: Tensor) -> None:
-    """A backward pass, unless the value depends on nothing that requires a gradient: then there is none to make."""
-    if value.requires_grad:
-        value.backward()
-
-
-@contextmanager
-def streamed_gradients(parameters: Mapping[str, nn.Parameter], take: Callable[[str, Tensor], object]) -> Iterator[None]:
-    """Hands each gradient over as soon as it is complete, and frees it; FSDP2 does not run such hooks.
-
-    What has no hook is left for :func:`taken_gradients`.
-
-    Args:
-        parameters: Name to parameter.
-        take: Called with the name and this process's part of the gradient, in at least float32.
-    """
-
-    def taker(name: str) -> Callable[[Tensor], None]:
-        def hook(parameter: Tensor) -> None:
-            gradient, parameter.grad = parameter.grad, None
-            assert gradient is not None
-            take(name, gradient_part(gradient, parameter))
-
-        return hook
-
-    with ExitStack() as hooks:
-        for name, parameter in parameters.items() if not any(map(is_sharded, parameters.values())) else ():
-            hooks.callback(parameter.register_post_accumulate_grad_hook(taker(name)).remove)
-        yield
-
-
-def taken_gradients(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, Tensor]]:
-    """Name and this process's part of each gradient that there is, in at least float32; all gradients are cleared."""
-    unshard_guard(model)
-    for name, parameter in parameters.items():
-        gradient, parameter.grad = parameter.grad, None
-        if gradient is not None:
-            yield name, gradient_part(gradient, parameter)
-    for parameter in model.parameters():
-        parameter.grad = None
-
-
-def gradient_part(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """This process's part of a gradient of any layout, in at least float32."""
-    dense = gradient.to_dense() if gradient.layout is torch.sparse_coo else gradient
-    return precise(local(align(dense, parameter)))
-
-
-def zeros_like_parts(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Zeros of the shape of this process's part of each parameter, in at least float32."""
-    return {
-        name: torch.zeros_like(local(parameter), dtype=torch.promote_types(parameter.dtype, torch.float32))
-        for name, parameter in parameters.items()
-    }
-
-
-def require_gradients(parameters: Mapping[str, Tensor], seen: Collection[str], replicas: Replicas) -> list[str]:
-    """The parameters that no sample, of any replica, gave a gradient: theirs is zero, which a warning says.
-
-    Raises:
-        ValueError: No parameter received one.
-    """
-    device = local(next(iter(parameters.values()))).device
-    voted = torch.tensor([name in seen for name in parameters], dtype=torch.int32, device=device)
-    missing = [name for name, count in zip(parameters, replicas.sum_(voted).tolist(), strict=True) if not count]
-    if len(missing) == len(parameters):
-        raise ValueError(
-            f"the objective depends on none of the {len(parameters)} selected parameters ({missing[0]}, ...): no "
-            "sample gave one a gradient"
-        )
-    if missing:
-        warnings.warn(
-            f"the objective does not depend on {missing[0]} ({len(missing)} such parameters), whose gradient counts as "
-            "zero; leave it out with exclude=",
-            stacklevel=2,
-        )
-    return missing

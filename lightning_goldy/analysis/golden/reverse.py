@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.divergence import AnchoredDivergence, Cache, check_cache, divergence_sum, own_share
+from lightning_goldy.analysis.divergence import Cache, check_cache
+from lightning_goldy.analysis.golden.budget import Budget, Element, Scored, counts_by_expert
 from lightning_goldy.analysis.golden.fluctuation import STRATEGIES, Fluctuation
-from lightning_goldy.analysis.golden.golden import (
-    SCORES,
-    Budget,
-    MaskResult,
+from lightning_goldy.analysis.golden.golden import SCORES, MaskResult
+from lightning_goldy.analysis.gradients import (
+    SharedDivergence,
     backward,
-    counts_by_expert,
     only_these_require_gradients,
+    pieces_of,
     require_gradients,
     streamed_gradients,
     taken_gradients,
@@ -27,12 +28,11 @@ from lightning_goldy.analysis.golden.golden import (
 )
 from lightning_goldy.analysis.result import Cost
 from lightning_goldy.core.architecture.experts import expert_counts
-from lightning_goldy.core.batches import sample_count, take_samples
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.mask import MaskedModel, PackedMask, ParameterMask, Scope, check_scope
 from lightning_goldy.core.naming import require_at_least, require_number, suggestion
 from lightning_goldy.core.objective import Objective, objective_for
-from lightning_goldy.core.sharding import Replicas, gather, is_sharded, like, local
+from lightning_goldy.core.sharding import Replicas, gather, like, local
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.vector import elements_in, require_finite
 
@@ -41,13 +41,22 @@ SINGLE_SHOTS = ("gradient", "taylor", "fisher")
 
 # A forward and a backward pass in units of forward passes.
 _PASS = 3
-# Share of the rounds in which the mask grows to the whole budget; in the others its elements are exchanged.
-_GROWTH = 0.7
+# Share of the rounds in which the mask grows to the whole budget, and their number at most; in the others its elements
+# are exchanged.
+_GROWTH, _GROWING = 0.7, 11
+# Exchanges tried for each round at most.
+_TRIALS = 3
+# Rounds where none are given; the second above so many elements, where a round takes minutes.
+_ROUNDS, _LARGE_ROUNDS, _LARGE = 40, 8, 100_000_000
+# The largest mask of which single elements are measured.
+_FINE = 1 << 14
+# Elements of a small mask that each candidate is tried for at most.
+_PARTNERS = 8
+# Channels of each end of a matrix whose crossings may make the largest activations.
+_CHANNELS = 4
 # What a pool exceeds the budget by is divided by this after an exchange that brought nothing.
 _SHRINKAGE = 4
 _MOST_FAILURES = 8
-# Elements of [rows, vocabulary] that are worked on at a time.
-_CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -56,9 +65,11 @@ class Search:
 
     Args:
         score: Registered score of the unmasked model to start from.
-        rounds: Forward and backward passes under the masked model at most; one more scores the unmasked one.
+        rounds: Forward and backward passes under the masked model at most; one more scores the unmasked one. By default
+            40, and 8 where more than 100 M elements may be masked.
+        exact: Elements that are measured one by one, by a forward pass each; none where a mask has more than 16,384.
         chunk_size: Samples of one forward and backward pass, to bound the memory; the batches' own size by default.
-        max_stagnant_iterations: Iterations without an improvement at the full budget, after which the search ends.
+        max_stagnant_iterations: Rounds of exchanges without an improvement, after which single ones are measured.
         seed: Decides the strategies that draw numbers.
         cache: Where the unmasked model's log-probabilities are kept: ``device``, ``cpu``, ``none``, or ``auto``.
 
@@ -72,7 +83,8 @@ class Search:
     """
 
     score: str = "fisher"
-    rounds: int = 11
+    rounds: int | None = None
+    exact: int = 64
     chunk_size: int | None = None
     max_stagnant_iterations: int = 5
     seed: int = 0
@@ -84,6 +96,20 @@ class Search:
         for name in ("rounds", "chunk_size", "max_stagnant_iterations"):
             if getattr(self, name) is not None:
                 require_at_least(name, getattr(self, name), 1)
+        require_at_least("exact", self.exact, 0)
+
+    def rounds_for(self, elements: int) -> int:
+        """The rounds that are given, or that so many elements to choose among allow.
+
+        Example:
+            >>> Search().rounds_for(10_000), Search().rounds_for(135_000_000), Search(rounds=3).rounds_for(10_000)
+            (40, 8, 3)
+        """
+        return self.rounds or (_LARGE_ROUNDS if elements > _LARGE else _ROUNDS)
+
+    def exact_for(self, budget: int) -> int:
+        """The elements that are measured one by one where so many are masked."""
+        return self.exact if budget <= _FINE else 0
 
 
 @dataclass(frozen=True)
@@ -99,8 +125,8 @@ class ReverseGoldenResult(MaskResult):
             model gives without a search, nats per target, by name of the score.
         history: One entry per iteration: ``iteration``, ``passes`` (forward and backward passes so far), ``size`` and
             ``pool`` (elements), ``factor``, ``greedy_kl``, ``pool_kl`` (None without a pool) and ``kl`` of what was
-            ``kept`` (``greedy``, ``pool``, or ``smallest``, filled with the smallest weights), ``accepted`` (whether
-            that was the pool's mask), ``best_kl`` (of the whole budget so far).
+            ``kept`` (``greedy``, ``pool``, ``smallest``, filled with the smallest weights, or at the end ``pairs`` and
+            ``exact``), ``accepted`` (whether that was the pool's mask), ``best_kl`` (of the whole budget so far).
         passes: Forward and backward passes over the scoring samples.
         evaluations: Everything in forward passes over the scoring or the evaluation samples.
         n_samples: Samples that chose.
@@ -194,9 +220,11 @@ def reverse_golden_parameters(
     zeroes a part of the budget, and scores again with the gradient of F itself at the masked weights,
     :math:`s = -\nabla F \odot \theta`; round after round the mask grows to the budget. In each round the strategy
     sizes a pool somewhat larger than what is wanted, in which masked elements may lose their place; its best mask is
-    kept when a forward pass shows it better than the greedy one. What is returned is the best mask of the whole budget
-    that was measured, the masks of all single-shot scores among them. The model comes back as it was, to the bit. On
-    several ranks the samples are shared out; every rank must call.
+    kept when a forward pass shows it better than the greedy one. At the whole budget elements are exchanged until the
+    single best exchange to first order brings nothing. In masks of up to 16,384 elements pairs and single candidates,
+    those that carry the largest activations among them, are then exchanged where a measurement shows that it helps.
+    What is returned is the best mask of the whole budget that was measured, the masks of all single-shot scores among
+    them. The model comes back as it was, to the bit. On several ranks the samples are shared out; every rank must call.
 
     Args:
         model: A plain, DistributedDataParallel-unwrapped, or FSDP2-sharded module.
@@ -312,19 +340,93 @@ def _run_search(course: MaskSearch, held_out: SharedDivergence, objective: Objec
     scores = single_shot_scores(
         masked.model, course.divergence, objective, masked.parameters, score, value=masked.value
     )
-    # Not before: they fill memory beside the sums of the scores.
-    for divergence in (course.divergence, held_out):
-        divergence.anchor(masked.model)
-    single = {}
+    shots = {}
     for name in dict.fromkeys((*SINGLE_SHOTS, *scores)):
-        course.offer(budget.selections(_finite(scores[name], f"{name} scores", budget), budget.sizes()))
+        checked = _finite(scores[name], f"{name} scores", budget)
+        shots[name] = PackedMask(budget.selections(checked, budget.sizes()))
+        if name == score:
+            course.start(checked)
+        if course.exact:
+            course.note(each.element for each in budget.strongest(checked, course.exact))
+        # Each sum is freed once no score needs it.
+        del scores[name], checked
+    # Not before: they fill memory beside the sums of the scores.
+    with largest_activations(masked.model, masked.parameters) as seen:
+        course.divergence.anchor(masked.model)
+    if course.exact:
+        course.note(crossings(seen, masked.parameters, course.divergence.replicas))
+    held_out.anchor(masked.model)
+    single = {}
+    for name, mask in shots.items():
+        course.offer(mask)
         single[name] = held_out(masked.model)
-    course.start(scores[score])
-    # The search needs their memory.
-    scores.clear()
     course.run()
     masked.zero(course.best)
     return single, held_out(masked.model)
+
+
+@contextmanager
+def largest_activations(
+    model: nn.Module, parameters: Mapping[str, Tensor]
+) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """The largest magnitude of every channel that goes into a matrix, and of every one that comes out, over all passes.
+
+    Args:
+        model: Its passes in the ``with`` block are watched.
+        parameters: Name to parameter; those that layers multiply their input by are looked at.
+
+    Yields:
+        By name the channels of the matrix's first dimension, and of its second.
+    """
+    names = {id(parameter): name for name, parameter in parameters.items() if parameter.ndim == 2}
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def noting(name: str, shape: tuple[int, int], first_is_output: bool) -> Callable[..., None]:
+        def note(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            ends = (output, *inputs[:1]) if first_is_output else (*inputs[:1], output)
+            plain = all(isinstance(end, Tensor) and end.ndim and end.numel() for end in ends)
+            if plain and tuple(end.shape[-1] for end in ends) == shape:
+                sizes = [end.detach().abs().reshape(-1, end.shape[-1]).amax(dim=0).float() for end in ends]
+                before = found.get(name, sizes)
+                found[name] = torch.maximum(before[0], sizes[0]), torch.maximum(before[1], sizes[1])
+
+        return note
+
+    with ExitStack() as hooks:
+        for module in model.modules():
+            weight = getattr(module, "weight", None)
+            name = names.get(id(weight))
+            if isinstance(weight, Tensor) and name is not None and not isinstance(module, nn.Embedding):
+                shape = (weight.shape[0], weight.shape[1])
+                hook = noting(name, shape, isinstance(module, nn.Linear))
+                hooks.callback(module.register_forward_hook(hook).remove)
+        yield found
+
+
+def crossings(
+    seen: Mapping[str, tuple[Tensor, Tensor]], parameters: Mapping[str, Tensor], replicas: Replicas
+) -> list[Element]:
+    """Elements that carry the largest inputs to the largest outputs, those with the largest share in one first.
+
+    Args:
+        seen: What :func:`largest_activations` saw on this replica.
+        parameters: Name to parameter.
+        replicas: Whose samples count together.
+    """
+    parts = replicas.gather_objects({name: tuple(end.cpu() for end in ends) for name, ends in seen.items()})
+    found = []
+    for name, parameter in parameters.items():
+        ends = [part[name] for part in parts if name in part]
+        if not ends:
+            continue
+        first, second = (torch.stack(end).amax(dim=0) for end in zip(*ends, strict=True))
+        rows, columns = (end.topk(min(_CHANNELS, len(end))).indices for end in (first, second))
+        weights = gather(parameter)[rows.to(parameter.device)][:, columns.to(parameter.device)].abs().float().cpu()
+        shares = weights * (first[rows] / first.median())[:, None] * (second[columns] / second.median())
+        for row, line in zip(rows.tolist(), shares.tolist(), strict=True):
+            for column, share in zip(columns.tolist(), line, strict=True):
+                found.append(Scored(Element(name, row * parameter.shape[1] + column), share))
+    return [each.element for each in sorted(found, key=lambda each: -each.score) if math.isfinite(each.score)]
 
 
 class _Computed(Mapping[str, Tensor]):
@@ -400,13 +502,25 @@ class MaskSearch:
     history: list[dict[str, Any]] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
-        self._greedy, rounds = self.strategy == "none", self.settings.rounds
-        self._steps = rounds if self._greedy else max(1, math.ceil(_GROWTH * rounds))
+        self._greedy, self.rounds = self.strategy == "none", self.settings.rounds_for(sum(self.budget.numels))
+        self._steps = min(_GROWING, self.rounds if self._greedy else max(1, math.ceil(_GROWTH * self.rounds)))
+        self._pool_factor = self.fluctuation.strategy(self.strategy, self.settings.seed)
         self._started: PackedMask | None = None
+        self._notable: list[list[Element]] = []
+        self._alone: dict[Element, float] = {}
 
-    def offer(self, mask: Iterable[tuple[str, Tensor]]) -> None:
+    @property
+    def exact(self) -> int:
+        """Elements to be measured one by one; none where the budget is so large that they do not matter."""
+        return 0 if self._greedy else self.settings.exact_for(self.budget.total(self.budget.sizes()))
+
+    def offer(self, mask: Mapping[str, Tensor]) -> None:
         """Measures a mask of the whole budget by one forward pass, and keeps it if it is the best so far."""
         self._keep(self._measure(mask))
+
+    def note(self, candidates: Iterable[Element]) -> None:
+        """Takes elements, the most promising first, among which those to be measured one by one are chosen."""
+        self._notable.append(list(candidates))
 
     def start(self, scores: Mapping[str, Tensor]) -> None:
         """Takes the first and smallest mask from the scores of the unmasked model, which need not be held after it.
@@ -417,32 +531,161 @@ class MaskSearch:
         self._started = PackedMask(self.budget.selections(scores, self.budget.sizes(1 / (self._steps + 1))))
 
     def run(self) -> None:
-        """Searches from where it was started until the rounds are spent or nothing improves."""
+        """Searches from where it was started until the rounds are spent or no exchange brings anything."""
+        alone = self._measure_alone() if self.budget.total(self.budget.sizes()) < self.exact else None
+        grown = self._grow()
+        if not self._greedy:
+            # Not from the best mask so far: that of a single shot may lead nowhere, and it is not forgotten.
+            gain = self._exchange(grown)
+            if self.exact:
+                gain = self._exchange_pairs(gain)
+                assert self.best is not None
+                self._exchange_one_by_one(_Valued(self.best, self.best_divergence), gain)
+                if alone is not None:
+                    self._exchange_one_by_one(alone, None)
+
+    def _grow(self) -> _Valued:
+        """Masks of growing size up to the whole budget, scored anew under each."""
         assert self._started is not None
-        rounds, greedy, steps = self.settings.rounds, self._greedy, self._steps
-        pool_factor = self.fluctuation.strategy(self.strategy, self.settings.seed)
-        now = self._measure(self._started)
-        improvement, stagnant, failures = 0.0, 0, 0
+        now, improvement, failures = self._measure(self._started), 0.0, 0
         gain: Mapping[str, Tensor] | None = None
-        for step in itertools.count(1):
-            spent = gain is None and self.passes == rounds
-            if spent or stagnant == self.settings.max_stagnant_iterations or (greedy and step > steps):
-                return
+        for step in range(1, self._steps + 1):
             gain = self._gains(now.mask) if gain is None else gain
-            sizes = self.budget.sizes(min(1.0, (step + 1) / (steps + 1)))
-            factor = 1 + (pool_factor(len(self.history), improvement) - 1) / _SHRINKAGE**failures
+            sizes = self.budget.sizes((step + 1) / (self._steps + 1))
+            factor = 1 + (self._pool_factor(len(self.history), improvement) - 1) / _SHRINKAGE**failures
             pools = self.budget.pools(sizes, factor)
-            tried = self._try(gain, now, sizes, pools, fill=not greedy)
+            tried = self._try(gain, now, sizes, pools, fill=not self._greedy)
             # The first of equals: nothing is exchanged for nothing.
             kept = max(tried, key=lambda name: tried[name].value)
             improvement, moved = tried[kept].value - now.value, tried[kept].mask is not now.mask
             now = tried[kept]
-            if step >= steps:
-                stagnant = 0 if now.value - self.best_divergence > self.fluctuation.min_delta else stagnant + 1
+            if step == self._steps:
                 self._keep(now)
             self._record(tried, kept, sizes, pools, factor)
             failures = max(0, failures - 1) if moved else min(failures + 1, _MOST_FAILURES)
             gain = None if moved else gain
+        return now
+
+    def _exchange(self, now: _Valued) -> Mapping[str, Tensor] | None:
+        """Exchanges of elements until the single best one to first order brings nothing; the scores at the end."""
+        sizes = self.budget.sizes()
+        gain: Mapping[str, Tensor] | None = None
+        improvement, failures, stagnant, before = 0.0, 0, 0, now.value
+        trials = self.evaluations + _TRIALS * self.rounds
+        while self.evaluations < trials:
+            if gain is None:
+                stagnant = 0 if now.value - before > self.fluctuation.min_delta or self.passes == 0 else stagnant + 1
+                if self.passes == self.rounds or stagnant > self.settings.max_stagnant_iterations:
+                    return None
+                before, gain = now.value, self._gains(now.mask)
+            factor = self._pool_factor(len(self.history), improvement)
+            most = [pool - size for pool, size in zip(self.budget.pools(sizes, factor), sizes, strict=True)]
+            total = max(1, sum(most) // _SHRINKAGE**failures)
+            counts = self.budget.exchanges(gain, now.mask, most, total)
+            if not any(counts):
+                break
+            pools = [size + count for size, count in zip(sizes, counts, strict=True)]
+            tried = {"greedy": now, "pool": self._measure(self.budget.reselections(gain, now.mask, sizes, pools))}
+            kept = max(tried, key=lambda name: tried[name].value)
+            improvement, moved = tried[kept].value - now.value, kept == "pool"
+            now = tried[kept]
+            self._keep(now)
+            self._record(tried, kept, sizes, pools, factor)
+            if not moved and total == 1:
+                break
+            failures = max(0, failures - 1) if moved else failures + 1
+            gain = None if moved else gain
+        return gain if now.mask is self.best else None
+
+    def _candidates(self, first: Iterable[Element], mask: PackedMask | None) -> list[Element]:
+        """The elements to be measured: the first of every list in turn, none twice and none that is masked."""
+        held = set() if mask is None else {each.element for each in self.budget.marked(mask)}
+        turns = itertools.zip_longest(first, *self._notable)
+        order = dict.fromkeys(element for turn in turns for element in turn if element is not None)
+        return [element for element in order if element not in held][: self.exact]
+
+    def _measure_alone(self) -> _Valued:
+        """Measures the most promising elements one at a time, and offers the mask of the best."""
+        assert self.best is not None
+        empty = PackedMask((name, torch.zeros_like(self.best[name])) for name in self.best)
+        for element in self._candidates((), None):
+            self._alone[element] = self._measure(self.budget.changed(empty, [element])).value
+        slots: dict[tuple[int, int], list[Element]] = {}
+        for element in sorted(self._alone, key=lambda each: -self._alone[each]):
+            slots.setdefault(self.budget.slot(element), []).append(element)
+        held = [each.element for each in self.budget.marked(self.best)]
+        added, removed = [], []
+        for slot, elements in slots.items():
+            present = [element for element in held if self.budget.slot(element) == slot]
+            wanted = elements[: len(present)]
+            wanted += [element for element in present if element not in wanted][: len(present) - len(wanted)]
+            added += [element for element in wanted if element not in present]
+            removed += [element for element in present if element not in wanted]
+        found = self._measure(self.budget.changed(self.best, added, removed))
+        self._keep(found)
+        return found
+
+    def _exchange_pairs(self, gain: Mapping[str, Tensor] | None) -> Mapping[str, Tensor] | None:
+        """Exchanges of the best pairs, halved where they do not help, round after round until none does."""
+        assert self.best is not None
+        now, sizes = _Valued(self.best, self.best_divergence), self.budget.sizes()
+        while True:
+            if gain is None:
+                if self.passes == self.rounds:
+                    return None
+                gain = self._gains(now.mask)
+            before, queue = now, [self.budget.pairs(gain, now.mask, self.exact)]
+            while queue:
+                pairs = queue.pop()
+                added, removed = zip(*pairs, strict=True) if pairs else ((), ())
+                if not pairs:
+                    continue
+                tried = self._measure(self.budget.changed(now.mask, added, removed))
+                if tried.value > now.value:
+                    now = tried
+                elif len(pairs) > 1:
+                    half = len(pairs) // 2
+                    queue += [pairs[half:], pairs[:half]]
+            self._keep(now)
+            self._record({"greedy": before, "pairs": now}, "pairs", sizes, sizes, 1.0)
+            if now.value - before.value <= self.fluctuation.min_delta:
+                return gain if now is before else None
+            gain = None
+
+    def _exchange_one_by_one(self, now: _Valued, gain: Mapping[str, Tensor] | None) -> None:
+        """Measures exchanges of single elements, each promising one for the worst of its slot, and keeps what helps."""
+        if gain is None and self.passes == self.rounds:
+            return
+        start = now
+        gain = self._gains(now.mask) if gain is None else gain
+        worst: dict[tuple[int, int], list[Scored]] = {}
+        for held in self.budget.marked(now.mask, gain):
+            worst.setdefault(self.budget.slot(held.element), []).append(held)
+        outside = self.budget.strongest(gain, self.exact, now.mask)
+        promised = [(each.score - worst[self.budget.slot(each.element)][0].score, each.element) for each in outside]
+        ranked = [element for _, element in sorted(promised, key=lambda each: -each[0])]
+        total = self.budget.total(self.budget.sizes())
+        # Of small masks each candidate is tried for several elements, for a first order says little of them.
+        partners = max(1, min(_PARTNERS, self.exact // total))
+        while True:
+            before = now
+            for element in self._candidates(ranked, now.mask):
+                row = worst[self.budget.slot(element)]
+                if total == 1 and element in self._alone:
+                    continue
+                for index in range(min(partners, len(row))):
+                    tried = self._measure(self.budget.changed(now.mask, [element], [row[index].element]))
+                    if tried.value > now.value:
+                        now = tried
+                        # An element that has come in goes out last.
+                        ranked.append(row[index].element)
+                        row[index:] = [*row[index + 1 :], Scored(element, math.inf)]
+                        break
+            if partners == 1 or now is before:
+                break
+        self._keep(now)
+        sizes = self.budget.sizes()
+        self._record({"greedy": start, "exact": now}, "exact", sizes, sizes, 1.0)
 
     def _gains(self, mask: PackedMask) -> Mapping[str, Tensor]:
         """What masking each element adds, to first order, nats."""
@@ -451,7 +694,7 @@ class MaskSearch:
         _, gradients = self.divergence.gradients(self.masked.model, self.masked.parameters, measured=False)
         self.passes += 1
         if self.progress is not None:
-            self.progress(self.passes, self.settings.rounds)
+            self.progress(self.passes, self.rounds)
         return {name: gradient.mul_(self.masked.value(name)).neg_() for name, gradient in gradients.items()}
 
     def _try(
@@ -466,8 +709,10 @@ class MaskSearch:
             tried["smallest"] = self._measure(reselections(smallest, now.mask, sizes, sizes))
         return tried
 
-    def _measure(self, mask: PackedMask | Iterable[tuple[str, Tensor]]) -> _Valued:
-        packed = mask if isinstance(mask, PackedMask) else PackedMask(mask)
+    def _measure(self, mask: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> _Valued:
+        packed = (
+            mask if isinstance(mask, PackedMask) else PackedMask(mask.items() if isinstance(mask, Mapping) else mask)
+        )
         self.masked.zero(packed)
         self.evaluations += 1
         return _Valued(packed, self.divergence(self.masked.model))
@@ -495,7 +740,7 @@ def single_shot_scores(
     *,
     value: Callable[[str], Tensor] | None = None,
 ) -> dict[str, Mapping[str, Tensor]]:
-    r"""Sums of scores over the forward and backward passes of all pieces, by name of the score.
+    r"""Sums of scores over samples, a forward and backward pass each, by name of the score.
 
     .. math:: \sum_i |g_i|, \qquad \sum_i |g_i \theta|, \qquad \sum_i g_i^2 \theta^2
 
@@ -504,7 +749,7 @@ def single_shot_scores(
 
     Args:
         model: The unmasked module.
-        samples: The pieces; each is one pass.
+        samples: The pieces, whose samples are taken one by one.
         objective: Gives the log-probabilities to differentiate.
         parameters: Name to parameter.
         extra: Another registered score to sum; may be one of the three.
@@ -533,8 +778,9 @@ def single_shot_scores(
         first[name] += gradient.abs_()
 
     with streamed_gradients(parameters, add):
-        for piece in samples.pieces:
-            backward(objective.log_probs(model, piece).mean())
+        # Sample by sample, so that the scores do not depend on how samples were batched.
+        for sample in (sample for piece in samples.pieces for sample in objective.samples(piece)):
+            backward(objective.log_probs(model, sample).mean())
             for name, gradient in taken_gradients(model, parameters):
                 add(name, gradient)
     require_gradients(parameters, seen, samples.replicas)
@@ -546,176 +792,3 @@ def single_shot_scores(
         "fisher": _Computed(second, lambda name: second[name] * unmasked(name).square()),
     }
     return scores | ({extra: own} if own else {})
-
-
-class SharedDivergence:
-    r"""Mean divergence of the model from itself as it was at the anchor, its samples shared out over replicas.
-
-    Args:
-        model: The module, in evaluation mode.
-        pieces: Batches, each one forward pass; the same on every rank.
-        objective: Where the targets are.
-        replicas: The ranks that share the pieces out.
-        cache: Where the anchor's log-probabilities are kept.
-        anchored: Whether the module is at the anchor at present; otherwise :meth:`anchor` is called before all else.
-
-    Example:
-        >>> from lightning_goldy.core.objective import ClassifierObjective
-        >>> piece = (torch.ones(1, 2), torch.tensor([0]))
-        >>> SharedDivergence(nn.Linear(2, 3), [piece], ClassifierObjective(), Replicas()).positions
-        1
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        pieces: Sequence[Any],
-        objective: Objective,
-        replicas: Replicas,
-        *,
-        cache: Cache = "auto",
-        anchored: bool = True,
-    ) -> None:
-        self.n_samples = sum(map(sample_count, pieces))
-        """Samples of all ranks."""
-        self.cost = Cost()
-        """Passes made so far."""
-        # Without a cache the anchor runs again beside the model.
-        self._runs = 2 if cache == "none" else 1
-        self.pieces = list(own_share(pieces, model, replicas, None))
-        """This rank's share, on the model's device."""
-        self.replicas = replicas
-        self._device = next(model.parameters()).device
-        self._objective, self._cache = objective, cache
-        self._held: _Held | None = None
-        self.positions = 0
-        """Target positions of all ranks."""
-        if anchored:
-            self.anchor(model)
-
-    def anchor(self, model: nn.Module) -> None:
-        """Takes the present model for the one that divergences are from."""
-        self.cost += Cost(forwards=self.n_samples)
-        # A rank may have no piece, and then only takes part in the sums.
-        self._held = _Held(model, self.pieces, self._objective, cache=self._cache) if self.pieces else None
-        self.positions = round(self._sum(self._held.positions if self._held else 0))
-
-    def __call__(self, model: nn.Module) -> float:
-        """The mean divergence, nats.
-
-        Raises:
-            ValueError: It is not finite.
-        """
-        self.cost += Cost(forwards=self._runs * self.n_samples)
-        return self._mean(self._held(model) * self._held.positions if self._held else 0.0)
-
-    def gradients(
-        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], *, measured: bool = True
-    ) -> tuple[float, dict[str, Tensor]]:
-        """The mean divergence, nats (0 where it need not be measured), and its gradient, this process's part of each.
-
-        Raises:
-            ValueError: One of them is not finite.
-        """
-        self.cost += Cost(forwards=self._runs * self.n_samples, backwards=self.n_samples)
-        sums, total = self._summed(model, parameters, measured)
-        for gradient in sums.values():
-            self.replicas.sum_(gradient)
-        laid_out = {name: like(parameters[name].detach(), part) for name, part in sums.items()}
-        require_finite(laid_out, "gradients of the divergence")
-        return self._mean(total), {name: gradient.div_(self.positions) for name, gradient in sums.items()}
-
-    def _summed(
-        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], measured: bool
-    ) -> tuple[dict[str, Tensor], float]:
-        """This process's summed gradient, and its sum."""
-        pieces, total = self._held.backward(model, measured=measured) if self._held else iter(()), 0.0
-        if not any(is_sharded(part) or part.dtype.itemsize < 4 for part in parameters.values()):
-            # Gradients add up where they arise, and are held once.
-            total = sum(pieces, 0.0)
-            found = dict(taken_gradients(model, parameters))
-            return {
-                name: found[name] if name in found else torch.zeros_like(p) for name, p in parameters.items()
-            }, total
-        sums = zeros_like_parts(parameters)
-
-        def add(name: str, gradient: Tensor) -> None:
-            sums[name] += gradient
-
-        with streamed_gradients(parameters, add):
-            for value in pieces:
-                total += value
-                for name, gradient in taken_gradients(model, parameters):
-                    add(name, gradient)
-        return sums, total
-
-    def _mean(self, total: float) -> float:
-        mean = self._sum(total) / self.positions
-        if not abs(mean) < float("inf"):
-            raise ValueError(f"the divergence of the masked model is {mean} nats: its outputs are not finite")
-        return mean
-
-    def _sum(self, value: float) -> float:
-        # Backends of accelerators without float64 still take part in sums on their own terms.
-        dtype = torch.float32 if self._device.type == "mps" else torch.float64
-        return float(self.replicas.sum_(torch.tensor(value, dtype=dtype, device=self._device)))
-
-
-def divergence_gradient(log_probs: Tensor, logits: Tensor) -> Tensor:
-    r"""Gradient of the sum over rows of KL(p || softmax(logits)) with respect to the logits, which is q - p.
-
-    Args:
-        log_probs: log p, shape ``[rows, vocabulary]``, any device and dtype.
-        logits: Shape ``[rows, vocabulary]``.
-
-    Returns:
-        Shape and dtype of the logits.
-
-    Example:
-        >>> logits = torch.tensor([[0.0, 0.0]])
-        >>> divergence_gradient(torch.tensor([[1.0, 0.0]]).log(), logits).tolist()
-        [[-0.5, 0.5]]
-    """
-    found = torch.empty_like(logits)
-    rows = max(1, _CHUNK // logits.shape[-1])
-    for start in range(0, len(logits), rows):
-        part = logits[start : start + rows].detach()
-        dtype = torch.promote_types(part.dtype, torch.float32)
-        q = torch.softmax(part, dim=-1, dtype=dtype)
-        found[start : start + rows] = q - log_probs[start : start + rows].to(part.device, dtype).exp()
-    return found
-
-
-def pieces_of(batches: Sequence[Any], size: int | None) -> list[Any]:
-    """Cuts batches into pieces of at most ``size`` samples, which never span two batches.
-
-    Example:
-        >>> [len(piece["x"]) for piece in pieces_of([{"x": torch.zeros(5, 2)}], 2)]
-        [2, 2, 1]
-    """
-    if size is None:
-        return list(batches)
-    return [
-        take_samples(batch, slice(start, start + size))
-        for batch in batches
-        for start in range(0, sample_count(batch), size)
-    ]
-
-
-class _Held(AnchoredDivergence):
-    """Adds the backward pass."""
-
-    def backward(self, model: nn.Module, *, measured: bool = True) -> Iterator[float]:
-        """Leaves the gradient of each batch's summed divergence in the parameters, and gives that sum, nats.
-
-        Args:
-            model: The module, moved from the anchor.
-            measured: Whether the sums are wanted; otherwise they are 0.
-        """
-        for index, batch in enumerate(self.batches):
-            # Before the forward pass, because without a cache the anchor's weights take the model's place meanwhile.
-            with torch.no_grad():
-                anchor = self._anchor_log_probs(model, index)
-            logits = self.objective.logits_and_targets(model, batch).logits
-            logits.backward(divergence_gradient(anchor, logits))
-            yield divergence_sum(anchor, logits.detach()) if measured else 0.0

@@ -324,20 +324,36 @@ def distribution_caption(row: Row) -> str:
 
 
 def golden_caption(row: Row) -> str:
-    """Settings of the analysis, the density found, and the density expected by chance.
+    """Settings of the analysis, the density found, and what it stands against: in older rows chance.
 
     Example:
         >>> result = {"top_k_percent": 5, "score": "taylor", "scope": "tensor", "quorum": 1.0, "n_samples": 2}
         >>> golden_caption({"metrics": {"density": 0.02, "chance_density": 0.0025}, "result": result})
         'top 5 % by taylor score per tensor, marked by 100 % of 2 samples: density 2 %, by chance 0.25 %'
+        >>> golden_caption({"metrics": {"density": 0.02, "over_null": 0.5}, "result": result}).partition(": ")[2]
+        'density 2 %, in matrices 0.5 times what shared rows and columns explain'
     """
     metrics, result = row["metrics"], row["result"]
     scope = {"tensor": "per tensor", "global": "over all tensors"}.get(result.get("scope"), MISSING)
     return (
         f"top {format_number(result.get('top_k_percent'))} % by {result.get('score', MISSING)} score {scope}, "
         f"marked by {format_percent(result.get('quorum'))} of {format_number(result.get('n_samples'))} samples: "
-        f"density {format_percent(metrics.get('density'))}, by chance {format_percent(metrics.get('chance_density'))}"
+        f"density {format_percent(metrics.get('density'))}, {_against(metrics)}"
     )
+
+
+def _against(metrics: Mapping[str, Any]) -> str:
+    if "over_null" not in metrics:
+        return f"by chance {format_percent(metrics.get('chance_density'))}"
+    told = f"in matrices {format_number(metrics['over_null'])} times what shared rows and columns explain"
+    if metrics.get("over_null_low") is not None:
+        ends = (format_number(metrics[f"over_null_{end}"]) for end in ("low", "high"))
+        told += f" (95 % over samples: {' to '.join(ends)})"
+    if metrics.get("control_count") is not None:
+        told += (
+            f"; random tokens: {format_number(metrics['control_count'])} against {format_number(metrics.get('count'))}"
+        )
+    return told
 
 
 def change_caption(row: Row) -> str:
@@ -429,20 +445,28 @@ _GOLDEN_PARAMETERS = Description(
         "parameter is golden when enough of the samples mark it."
     ),
     reading=(
-        "Compare the density with the one expected by chance: far above it, the samples share parameters. A delta "
-        "share above the density (a ratio above 1) means that the finetune moved the golden parameters more than "
-        "the others; a Jaccard index near 1 that the set is stable."
+        "Gradients are large in whole rows and columns, those of active channels, so many elements are golden whatever "
+        "the samples say. Near 1 over the null, and with as many golden for random tokens, the set tells of the model "
+        "and not of the samples. A delta share above the density (a ratio above 1) means that the finetune moved the "
+        "golden parameters more than the others; a Jaccard index near 1 that the set is stable."
     ),
     metrics={
         "count": "parameters in the mask; the golden ones",
         "density": "parameters in the mask divided by all",
+        "null_count": "golden elements of matrices that shared rows and columns explain",
+        "over_null": "golden elements of matrices, as a multiple of those; 1 = nothing but rows and columns is shared",
+        "over_null_low": "lower end of its 95 % interval over samples",
+        "over_null_high": "upper end of that interval",
+        "control_count": "golden elements when the tokens are random, of the same lengths",
+        "control_over_null": "over the null, with random tokens",
+        "shared_with_control": "share of the golden elements of matrices that are golden with random tokens, too",
         "chance_density": "density expected if samples marked parameters independently",
         "density_over_chance": "density divided by the one expected by chance",
         "jaccard_previous": "overlap with the mask of the analysis before (intersection over union)",
         "delta_share": "share of ||Delta||^2 inside the mask",
         "delta_share_over_density": "that share divided by the density; 1 = no more than their number",
     },
-    headline=("density_over_chance", "jaccard_previous", "delta_share"),
+    headline=("over_null", "control_count", "jaccard_previous", "delta_share"),
 )
 describe("golden_parameters", _GOLDEN_PARAMETERS)
 _REVERSE_GOLDEN_PARAMETERS = Description(

@@ -9,7 +9,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_goldy.analysis import GoldenResult, golden_parameters, jaccard, register_score
-from lightning_goldy.analysis.golden.golden import SCORES, binomial_tail
+from lightning_goldy.analysis.golden.golden import (
+    SCORES,
+    binomial_tail,
+    fitted_rates,
+    random_tokens,
+    row_column_null,
+)
 from lightning_goldy.core import (
     CausalLMObjective,
     ClassifierObjective,
@@ -20,7 +26,7 @@ from lightning_goldy.core import (
 )
 from lightning_goldy.core.mask import jaccard as mask_jaccard
 from lightning_goldy.core.objective import split_batch
-from tests.references.golden import golden_masks
+from tests.references.golden import golden_masks, row_column_null_reference
 from tests.references.models import CAUSAL, FAMILIES, build, class_batch, token_batch
 
 
@@ -130,7 +136,7 @@ def test_a_planted_two_percent_is_found():
     result = golden_parameters(model, [batch], objective, top_k_percent=2)
     assert set(result.mask["weight"][0].nonzero().flatten().tolist()) == set(planted.tolist())
     assert result.density == pytest.approx(0.02)
-    assert result.density_over_chance > 1e40
+    assert result.over_null == pytest.approx(1.0)  # a row of votes is one of shared columns
 
 
 def test_noise_agrees_no_more_than_chance():
@@ -141,11 +147,9 @@ def test_noise_agrees_no_more_than_chance():
     model = nn.Linear(40_000, 1, bias=False)
     result = golden_parameters(model, [batch], objective, top_k_percent=20)
     expected = 40_000 * 0.2**3
-    assert math.fsum(result.chance) == pytest.approx(expected)
     assert abs(result.count - expected) < 4 * math.sqrt(expected)
     loose = golden_parameters(model, [batch], objective, top_k_percent=20, quorum=0.5)
     expected = 40_000 * (3 * 0.2**2 * 0.8 + 0.2**3)
-    assert math.fsum(loose.chance) == pytest.approx(expected)
     assert abs(loose.count - expected) < 4 * math.sqrt(expected)
 
 
@@ -197,7 +201,11 @@ def test_selection_and_progress():
     model, batch = build("gpt2"), token_batch(4)
     seen = []
     space = ParameterSpace.of(model, include=["*mlp*weight"], last_layers=1)
-    result = golden_parameters(model, [batch], n_samples=3, space=space, progress=lambda *at: seen.append(at))
+    options = {"n_samples": 3, "space": space}
+    golden_parameters(model, [batch], **options, progress=lambda *at: seen.append(at))
+    assert seen == [(done, 6) for done in range(1, 7)]
+    seen.clear()
+    result = golden_parameters(model, [batch], **options, control=False, progress=lambda *at: seen.append(at))
     assert set(result.mask) == {"transformer.h.1.mlp.c_fc.weight", "transformer.h.1.mlp.c_proj.weight"}
     assert seen == [(1, 3), (2, 3), (3, 3)]
     assert result.n_samples == 3
@@ -210,7 +218,8 @@ def test_result_goes_to_json_and_back():
     assert again.mask.space == result.mask.space
     assert type(result.mask) is type(again.mask) is ParameterMask
     assert again.mask.density == result.density
-    assert (again.golden, again.chance, again.score) == (result.golden, result.chance, result.score)
+    assert again.metrics() == result.metrics()
+    assert (again.golden, again.expected, again.score) == (result.golden, result.expected, result.score)
     with pytest.raises(ValueError, match="unexpected or missing field"):
         GoldenResult.from_json('{"mask": 1}')
 
@@ -302,4 +311,126 @@ def test_many_samples_need_wider_votes():
 @pytest.mark.parametrize(("n", "needed", "p"), [(5, 5, 0.05), (7, 3, 0.2), (40, 20, 0.4), (3, 1, 1.0)])
 def test_binomial_tail_is_the_sum_of_its_terms(n, needed, p):
     exact = sum(math.comb(n, m) * p**m * (1 - p) ** (n - m) for m in range(needed, n + 1))
-    assert binomial_tail(n, needed, p) == pytest.approx(exact, rel=1e-12)
+    assert float(binomial_tail(n, needed, torch.tensor(p, dtype=torch.float64))) == pytest.approx(exact, rel=1e-12)
+
+
+class Marking(nn.Module):
+    """A matrix whose gradient is the sample itself, so that a test decides what is marked."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(rows, columns))
+
+
+MARKING = FunctionObjective(lambda model, x: (model.weight * x).sum())
+
+
+def votes_of(rates: torch.Tensor, n_samples: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(n_samples, *rates.shape, generator=generator) < rates
+
+
+@pytest.mark.parametrize("needed", [2, 5, 8])
+def test_independent_rows_and_columns_are_what_the_null_expects(needed):
+    """Votes of products of rates give a ratio of 1, within four standard errors of the count."""
+    torch.manual_seed(0)
+    rates = torch.rand(90).square()[:, None] * torch.rand(80).sqrt()
+    votes = votes_of(rates, 8).sum(dim=0)
+    found, expected = int((votes >= needed).sum()), row_column_null(votes, 8, needed)
+    assert abs(found - expected) < 4 * math.sqrt(expected)
+    assert expected == pytest.approx(row_column_null_reference(votes, 8, needed), rel=1e-4)
+
+
+def test_a_planted_interaction_gives_its_ratio():
+    """Elements that all samples mark, one in every row and column, are more than their rows and columns explain."""
+    torch.manual_seed(1)
+    rates = torch.full((200, 200), 0.3)
+    plain = votes_of(rates, 6)
+    planted = plain | torch.eye(200, dtype=torch.bool)
+    background = 0.3**6 * (200 * 200 - 200)
+    # Each row has its mean rate of (199 x 0.3 + 1) / 200.
+    ratio = (200 + background) / (200 * 200 * ((199 * 0.3 + 1) / 200) ** 6)
+    votes = planted.sum(dim=0)
+    assert int((votes >= 6).sum()) / row_column_null(votes, 6, 6) == pytest.approx(ratio, rel=0.05)
+
+
+def test_at_a_quorum_of_one_the_null_has_a_closed_form():
+    votes = votes_of(torch.rand(40, 30, generator=torch.Generator().manual_seed(2)) * 0.3, 4).sum(dim=0)
+    rows, columns = votes.sum(dim=1).double() / 4, votes.sum(dim=0).double() / 4
+    total = rows.sum()
+    expected = (rows**4).sum() * (columns**4).sum() / total**4
+    assert row_column_null(votes, 4, 4) == pytest.approx(float(expected), rel=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rates_that_would_exceed_one_are_cut_and_the_sums_still_match(seed):
+    generator = torch.Generator().manual_seed(seed)
+    votes = torch.zeros(12, 9, dtype=torch.long)
+    votes[:3] = torch.randint(2, 6, (3, 9), generator=generator)
+    votes[:, :2] += torch.randint(0, 3, (12, 2), generator=generator)
+    votes.clamp_(max=5)
+    rows, columns = votes.sum(dim=1), votes.sum(dim=0)
+    first, second = fitted_rates(rows, columns, 5)
+    assert float(first.max() * second.max()) > 1
+    rates = (first[:, None] * second).clamp(max=1)
+    assert torch.allclose(rates.sum(dim=0), columns / 5.0, atol=1e-6, check_dtype=False) or torch.allclose(
+        rates.sum(dim=0), columns.double() / 5, rtol=0.01
+    )
+    assert row_column_null(votes, 5, 4) == pytest.approx(row_column_null_reference(votes, 5, 4), rel=1e-3)
+
+
+def test_the_result_holds_the_null_of_its_votes_and_the_interval_of_a_plain_jackknife():
+    """Every element is watched here, so the interval is that of leaving out one sample after the other."""
+    torch.manual_seed(3)
+    samples = torch.rand(7, 1, 30, 20) + 0.5 * torch.rand(30, 1) + 0.5 * torch.rand(20)
+    model, options = Marking(30, 20), {"top_k_percent": 30, "quorum": 0.5}
+    batches = list(samples)
+    result = golden_parameters(model, batches, MARKING, **options)
+    marks = [golden_parameters(model, [sample], MARKING, **options).mask["weight"] for sample in batches]
+    ratios = []
+    for left_out in (None, *range(7)):
+        votes = torch.stack([mark for index, mark in enumerate(marks) if index != left_out])
+        needed = math.ceil(0.5 * len(votes))
+        null = row_column_null_reference(votes.sum(dim=0), len(votes), needed)
+        ratios.append(int((votes.sum(dim=0) >= needed).sum()) / null)
+    assert result.over_null == pytest.approx(ratios[0], rel=1e-4)
+    logarithms = torch.tensor(ratios[1:]).log()
+    error = math.sqrt(6 / 7 * float((logarithms - logarithms.mean()).square().sum()))
+    assert result.error == pytest.approx(error, rel=1e-3)
+    low, high = result.interval
+    assert low < result.over_null < high
+    assert result.control is None
+    assert "times what shared rows and columns explain" in result.headline()
+    again = golden_parameters(model, batches[::-1], MARKING, **options)
+    assert torch.equal(again.mask["weight"], result.mask["weight"])
+    assert again.metrics() == pytest.approx(result.metrics(), nan_ok=True)
+
+
+def test_vectors_have_no_null_and_few_samples_no_interval():
+    result = golden_parameters(build("gpt2"), [token_batch(2)], quorum=0.5, control=False)
+    matrices = [len(shape) > 1 for shape in result.mask.space.shapes]
+    assert [value is not None for value in result.expected] == matrices
+    assert result.interval is None
+    assert result.metrics()["control_count"] is None
+
+
+def test_random_tokens_are_the_control():
+    """Same lengths and padding, other tokens, whatever the order; what is golden is what a run of their own finds."""
+    model, batch = build("gpt2"), token_batch(4)
+    result = golden_parameters(model, [batch], quorum=0.5, seed=3)
+    drawn = [random_tokens(sample, model.config.vocab_size, 3) for sample in split_batch(batch)]
+    for sample, other in zip(split_batch(batch), drawn, strict=True):
+        assert not torch.equal(sample["input_ids"], other["input_ids"])
+        assert torch.equal(sample["labels"] == -100, other["labels"] == -100)
+        kept = other["labels"] != -100
+        assert torch.equal(other["labels"][kept], other["input_ids"][kept])
+        assert torch.equal(other["attention_mask"], sample["attention_mask"])
+    alone = golden_parameters(model, drawn, quorum=0.5, control=False)
+    assert result.control == alone.golden
+    both = result.mask & alone.mask
+    shared = sum(int(part.sum()) for part in both.values() if part.ndim > 1)
+    assert result.shared == shared
+    assert result.cost.backwards == 8
+    other = golden_parameters(model, list(split_batch(batch))[::-1], quorum=0.5, seed=3)
+    assert (other.control, other.shared) == (result.control, result.shared)
+    assert golden_parameters(model, [batch], quorum=0.5, seed=4).control != result.control

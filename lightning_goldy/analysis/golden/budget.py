@@ -1,0 +1,315 @@
+"""How many elements a mask may have, and the exact selections within that."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_goldy.core.mask import PackedMask, Scope, flat_positions
+from lightning_goldy.core.selection import select_largest, select_largest_of_each
+from lightning_goldy.core.sharding import gather, is_sharded, like, local, scatter_like, sum_over_shards
+from lightning_goldy.core.space import ParameterSpace
+from lightning_goldy.core.vector import elements_in
+
+Mask = dict[str, Tensor]
+
+
+class Element(NamedTuple):
+    """One element of a parameter: its flat position in the whole tensor."""
+
+    name: str
+    position: int
+
+
+class Scored(NamedTuple):
+    """An element and its score."""
+
+    element: Element
+    score: float
+
+
+class Budget:
+    """How many elements a mask may have, by tensor or in all, and the selections within it.
+
+    Args:
+        parameters: Name to parameter.
+        top_k_percent: Share of the elements, percent in (0, 100].
+        scope: The share of each ``tensor``, or of all elements together (``global``).
+        experts: Tensors that are stacks of so many experts, each of which has the share of its own.
+
+    Example:
+        >>> budget = Budget({"a": torch.zeros(10), "b": torch.zeros(4)}, 20, "tensor")
+        >>> budget.sizes(), budget.sizes(0.5), Budget({"a": torch.zeros(10), "b": torch.zeros(4)}, 20, "global").sizes()
+        ([2, 1], [1, 1], [3])
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        top_k_percent: float,
+        scope: Scope,
+        experts: Mapping[str, int] | None = None,
+    ) -> None:
+        self.layouts = {name: parameter.detach() for name, parameter in parameters.items()}
+        names = list(self.layouts)
+        self.groups = [names] if scope == "global" else [[name] for name in names]
+        """Names of the tensors that share a budget."""
+        self.stacks = [1] if scope == "global" else [(experts or {}).get(name, 1) for name in names]
+        """Experts of each group, 1 where it is no stack; sizes are of one of them."""
+        self._group_of = {name: index for index, group in enumerate(self.groups) for name in group}
+        elements = [sum(self.layouts[name].numel() for name in group) for group in self.groups]
+        self.numels = [count // stack for count, stack in zip(elements, self.stacks, strict=True)]
+        """Elements of each group, of a stack those of one expert."""
+        self._whole = [elements_in(top_k_percent, numel) for numel in self.numels]
+
+    def sizes(self, share: float = 1.0) -> list[int]:
+        """Elements of each group at this share of the budget, rounded half up, at least one."""
+        return [max(1, math.floor(share * size + 0.5)) for size in self._whole]
+
+    def pools(self, sizes: list[int], factor: float) -> list[int]:
+        """Elements of each group's pool, rounded up; at most all."""
+        return [min(numel, math.ceil(factor * size - 1e-9)) for size, numel in zip(sizes, self.numels, strict=True)]
+
+    def largest(self, scores: Mapping[str, Tensor], sizes: list[int]) -> Mask:
+        """Marks exactly so many elements of each group, the largest, ties to the smaller index."""
+        return dict(self.selections(scores, sizes))
+
+    def selections(self, scores: Mapping[str, Tensor], sizes: list[int]) -> Iterator[tuple[str, Tensor]]:
+        """As :meth:`largest`, tensor by tensor; scores are asked for one group at a time."""
+        for group, size, stack in zip(self.groups, sizes, self.stacks, strict=True):
+            yield from self._chosen(group, [scores[name] for name in group], size, stack)
+
+    def _chosen(
+        self, group: Sequence[str], scores: Sequence[Tensor], size: int, stack: int
+    ) -> Iterator[tuple[str, Tensor]]:
+        laid_out = [like(self.layouts[name], part) for name, part in zip(group, scores, strict=True)]
+        return zip(group, largest_of(laid_out, size, stack), strict=True)
+
+    def total(self, sizes: list[int]) -> int:
+        """Elements in all, every expert of a stack counted."""
+        return sum(size * stack for size, stack in zip(sizes, self.stacks, strict=True))
+
+    def reselected(
+        self, scores: Mapping[str, Tensor], mask: Mapping[str, Tensor], sizes: list[int], pools: list[int]
+    ) -> Mask:
+        """The best of a pool that holds the masked elements and the best others, exactly so many of each group.
+
+        Args:
+            scores: Larger is better; finite.
+            mask: The present one.
+            sizes: Elements to mark of each group.
+            pools: Elements of each pool, at least the size to be marked.
+        """
+        return dict(self.reselections(scores, mask, sizes, pools))
+
+    def reselections(
+        self, scores: Mapping[str, Tensor], mask: Mapping[str, Tensor], sizes: list[int], pools: list[int]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """As :meth:`reselected`, tensor by tensor; scores and mask are asked for one group at a time."""
+        masked = self.counts(mask)
+        for group, size, pool, count, stack in zip(self.groups, sizes, pools, masked, self.stacks, strict=True):
+            chosen = [scores[name] for name in group]
+            # At most pool - count others come in, so the best of the masked stay whatever happens.
+            kept = size - (pool - count)
+            if kept <= 0:
+                yield from self._chosen(group, chosen, size, stack)
+            elif stack == 1 and not any(map(is_sharded, map(self.layouts.__getitem__, group))):
+                held = [flat_positions(mask, name) for name in group]
+                yield from zip(group, _reselected(chosen, held, size, kept), strict=True)
+            else:
+                stay = [mask[name] for name in group]
+                if kept < count:
+                    inside = [part.where(held, -math.inf) for part, held in zip(chosen, stay, strict=True)]
+                    stay = [best for _, best in self._chosen(group, inside, kept, stack)]
+                    del inside
+                chosen = [part.masked_fill(held, math.inf) for part, held in zip(chosen, stay, strict=True)]
+                yield from self._chosen(group, chosen, size, stack)
+
+    def exchanges(
+        self, scores: Mapping[str, Tensor], mask: Mapping[str, Tensor], most: list[int], total: int
+    ) -> list[int]:
+        """How many elements each group should exchange, so that those exchanges are made that promise most.
+
+        An exchange takes the best element outside the mask for the worst inside of the same group, the second best for
+        the second worst, and so on; it promises the difference of their scores, which must be positive.
+
+        Args:
+            scores: Larger is better; finite.
+            mask: The present one.
+            most: Exchanges of each group at most.
+            total: Of all groups together, of a stack counted for one expert; stacks get their share whatever they
+                promise, for all experts exchange alike.
+
+        Example:
+            >>> budget = Budget({"a": torch.zeros(4), "b": torch.zeros(4)}, 25, "tensor")
+            >>> scores = {"a": torch.tensor([1.0, 2.0, 0.0, 0.0]), "b": torch.tensor([1.0, 9.0, 0.0, 0.0])}
+            >>> first = torch.tensor([True, False, False, False])
+            >>> budget.exchanges(scores, {"a": first, "b": first}, [1, 1], 1)
+            [0, 1]
+        """
+        if total >= sum(most):
+            return most
+        if len(self.groups) == 1:
+            return [total]
+        promised: list[Tensor | None] = []
+        for group, limit, stack in zip(self.groups, most, self.stacks, strict=True):
+            count = min(limit, total)
+            if stack > 1 or not count:
+                promised.append(None)
+                continue
+            flat, held = self.whole(group[0], scores[group[0]]).reshape(-1), self.positions(mask, group[0])
+            worst = flat[held].sort().values[:count]
+            outside = flat.index_fill(0, held, -math.inf)
+            best = outside.topk(min(count, flat.numel() - len(held), len(worst))).values
+            promised.append((best - worst[: len(best)]).clamp(min=0))
+        known = [each for each in promised if each is not None and len(each)]
+        joined = torch.cat(known) if known else torch.zeros(1)
+        least = joined.topk(min(total, len(joined))).values[-1]
+        return [
+            int(limit * total / sum(most))
+            if stack > 1
+            else 0
+            if each is None
+            else int(((each >= least) & (each > 0)).sum())
+            for each, limit, stack in zip(promised, most, self.stacks, strict=True)
+        ]
+
+    def whole(self, name: str, part: Tensor) -> Tensor:
+        """A tensor of which this is this process's part; a collective where it is sharded."""
+        return gather(like(self.layouts[name], part))
+
+    def positions(self, mask: Mapping[str, Tensor], name: str) -> Tensor:
+        """Flat positions of the marked elements in the whole tensor, ascending."""
+        if is_sharded(self.layouts[name]):
+            return self.whole(name, mask[name]).reshape(-1).nonzero().flatten()
+        return flat_positions(mask, name)
+
+    def slot(self, element: Element) -> tuple[int, int]:
+        """The group, and in a stack the expert, whose budget an element is of."""
+        index = self._group_of[element.name]
+        stack = self.stacks[index]
+        return index, element.position // self.numels[index] if stack > 1 else 0
+
+    def strongest(
+        self, scores: Mapping[str, Tensor], count: int, mask: Mapping[str, Tensor] | None = None
+    ) -> list[Scored]:
+        """So many elements with the largest scores of every tensor, without those of a mask; the largest first."""
+        found = []
+        for name in self.layouts:
+            flat = self.whole(name, scores[name]).reshape(-1)
+            if mask is not None:
+                flat = flat.index_fill(0, self.positions(mask, name), -math.inf)
+            best = flat.topk(min(count, flat.numel()))
+            pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            found += [Scored(Element(name, place), value) for place, value in pairs if value > -math.inf]
+        return sorted(found, key=lambda each: -each.score)
+
+    def pairs(
+        self, scores: Mapping[str, Tensor], mask: Mapping[str, Tensor], count: int
+    ) -> list[tuple[Element, Element]]:
+        """Exchanges of single elements that promise most: the best outside for the worst inside of the same slot."""
+        worst: dict[tuple[int, int], list[Scored]] = {}
+        for held in self.marked(mask, scores):
+            worst.setdefault(self.slot(held.element), []).append(held)
+        taken: Counter[tuple[int, int]] = Counter()
+        found = []
+        for best in self.strongest(scores, count, mask):
+            slot = self.slot(best.element)
+            if taken[slot] < len(worst[slot]):
+                held = worst[slot][taken[slot]]
+                taken[slot] += 1
+                if best.score > held.score:
+                    found.append((best.score - held.score, best.element, held.element))
+        return [(best, held) for _, best, held in sorted(found, key=lambda each: -each[0])[:count]]
+
+    def marked(self, mask: Mapping[str, Tensor], scores: Mapping[str, Tensor] | None = None) -> list[Scored]:
+        """The elements of a mask, those with the smallest scores first; without scores in their order."""
+        found = []
+        for name in self.layouts:
+            where = self.positions(mask, name)
+            flat = None if scores is None else self.whole(name, scores[name]).reshape(-1)
+            values = [0.0] * len(where) if flat is None else flat[where].tolist()
+            pairs = zip(where.tolist(), values, strict=True)
+            found += [Scored(Element(name, place), value) for place, value in pairs]
+        return sorted(found, key=lambda each: each.score)
+
+    def changed(self, mask: PackedMask, added: Iterable[Element], removed: Iterable[Element] = ()) -> PackedMask:
+        """The mask with some elements more and others less."""
+        wanted: dict[str, list[tuple[int, bool]]] = {}
+        for elements, value in ((removed, False), (added, True)):
+            for element in elements:
+                wanted.setdefault(element.name, []).append((element.position, value))
+        parts = {}
+        for name, places in wanted.items():
+            layout = self.layouts[name]
+            whole = self.whole(name, mask[name]).reshape(-1).clone()
+            for place, value in places:
+                whole[place] = value
+            parts[name] = local(scatter_like(layout, whole.view(layout.shape)))
+        return mask.replaced(parts)
+
+    def laid_out(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This process's parts in the layouts of their parameters."""
+        return {name: like(self.layouts[name], part) for name, part in parts.items()}
+
+    def counts(self, mask: Mapping[str, Tensor]) -> list[int]:
+        """Marked elements of each group, of a stack those of one expert: a budget marks equally many of all."""
+        held = mask if isinstance(mask, PackedMask) else PackedMask(mask.items())
+        parts = [torch.tensor(held.count(name), device=local(layout).device) for name, layout in self.layouts.items()]
+        counts = dict(zip(self.layouts, sum_over_shards(parts, list(self.layouts.values())), strict=True))
+        groups = zip(self.groups, self.stacks, strict=True)
+        return [sum(int(counts[name]) for name in group) // stack for group, stack in groups]
+
+
+def largest_of(scores: Sequence[Tensor], k: int, stack: int) -> list[Tensor]:
+    """The k largest of all tensors together, or of each expert of a single one that is a stack."""
+    return select_largest(scores, k) if stack == 1 else [select_largest_of_each(scores[0], k)]
+
+
+def _reselected(scores: Sequence[Tensor], held: Sequence[Tensor], size: int, kept: int) -> list[Tensor]:
+    """The largest of all tensors together, among them whatever their value the best so many of those held.
+
+    Args:
+        scores: Plain tensors, which come back as they were.
+        held: Flat positions in each, ascending.
+        size: Elements to mark.
+        kept: How many of those held are marked in any case.
+    """
+    flats = [part.reshape(-1) for part in scores]
+    inside = [flat[where] for flat, where in zip(flats, held, strict=True)]
+    stay = list(held)
+    if kept < sum(map(len, held)):
+        best = select_largest(inside, kept)
+        stay, inside = ([part[mask] for part, mask in zip(parts, best, strict=True)] for parts in (stay, inside))
+    # Their values are set aside rather than written to a copy of all scores.
+    try:
+        for flat, where in zip(flats, stay, strict=True):
+            flat[where] = math.inf
+        masks = select_largest(flats, size)
+    finally:
+        for flat, where, values in zip(flats, stay, inside, strict=True):
+            flat[where] = values
+    return [mask.view(part.shape) for mask, part in zip(masks, scores, strict=True)]
+
+
+def counts_by_expert(masks: Mapping[str, Tensor], experts: Mapping[str, int]) -> tuple[int, ...]:
+    """Marked elements of each tensor, of a stack those of each expert.
+
+    Example:
+        >>> counts_by_expert({"a": torch.tensor([[True, False], [True, True]])}, {"a": 2})
+        (1, 2)
+    """
+    parts = (mask.reshape(experts.get(name, 1), -1) for name, mask in masks.items())
+    return tuple(count for part in parts for count in part.count_nonzero(dim=1).tolist())
+
+
+def expert_sizes(space: ParameterSpace, experts: Mapping[str, int]) -> list[int]:
+    """Elements of each tensor, of a stack those of each expert."""
+    counts = [experts.get(name, 1) for name in space.names]
+    numels = map(math.prod, space.shapes)
+    return [numel // count for numel, count in zip(numels, counts, strict=True) for _ in range(count)]
