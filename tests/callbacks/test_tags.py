@@ -25,6 +25,7 @@ from lightning_goldy.callbacks import (
 from lightning_goldy.core.pieces import KnowledgePiece
 from lightning_goldy.data import byte_tokenizer
 from lightning_goldy.report import figures
+from lightning_goldy.report.descriptions import description_of
 
 PIECES = [KnowledgePiece(f"p{n}", f"{n} + {n}?", str(2 * n), group=f"g{n % 2}") for n in range(6)]
 
@@ -47,13 +48,13 @@ class Deep(L.LightningModule):
 def everything():
     few = {"n_samples": 4}
     return [
-        GoldenSnapshot(track_updates=True),
-        GoldenParameters(**few),
-        ReverseGoldenParameters(**few, search={"rounds": 1}),
+        GoldenSnapshot(track_updates=True, every_n_steps=1),
+        GoldenParameters(**few, every_n_steps=1),
+        ReverseGoldenParameters(**few, search={"rounds": 1}, every_n_steps=1),
         ParameterDistribution(),
         TaylorDiff(**few),
         AttentionTracker(**few),
-        BasinVolume(2, **few, cutoff=[1e-3, 1e-2]),
+        BasinVolume(2, **few),
         ChangeAttribution(nodes=1, **few),
         ActivationDifferences(**few),
         KnowledgeCoupling(PIECES, edits=["p0"], template="{question}"),
@@ -73,12 +74,26 @@ def tags(folder, layers):
     return sorted(tag for tag in found if tag.startswith("goldy/"))
 
 
+def test_headlines_are_few():
+    """Of metrics that there is one of for each block, or each kind of pair, none is a headline."""
+    for analysis, metrics in {
+        "golden_snapshot": ("relative_change/model.layers.3", "delta_norm/model.layers.3"),
+        "golden_parameters": ("density/model.layers.3", "count"),
+        "attention_tracker": ("entropy/layer3", "drift/layer3"),
+        "parameter_distribution": ("stable_rank/model.layers.3",),
+        "change_attribution": ("share/model.layers.3", "share/mlp"),
+        "coupling_drift": ("measured_change/same_subject", "exact/same_relation", "slope"),
+        "activation_differences": ("clearest_layer", "stream_null"),
+        "basin_volume": ("bits_per_parameter", "eps"),
+    }.items():
+        assert not any(description_of(analysis).is_headline(name) for name in metrics), analysis
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_of_thirty_layers_there_are_as_many_as_of_four_and_few(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "FIGURES", {})
     few = tags(tmp_path / "few", 4)
-    print(*few, sep="\n")
     assert tags(tmp_path / "many", 30) == few
     assert len({tag.split("/")[1] for tag in few}) == len(everything())
     assert len(few) <= 40, few
