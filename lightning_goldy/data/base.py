@@ -101,8 +101,14 @@ def follow_training(trainer: L.Trainer) -> None:
     Whoever asks during set-up how long the training is (``trainer.estimated_stepping_batches``, as most learning-rate
     schedules do) has Lightning make the loaders before it reads their positions from the checkpoint, and it reads them
     only as it makes loaders. So they are told here, and begin there.
+
+    A checkpoint of an epoch's last batch is taken for one within that epoch; Lightning then counts no beginning of the
+    next, and a further resume from within it would begin it anew. So it is counted here.
     """
     loop = trainer.fit_loop
+    epochs = loop.epoch_progress.current
+    if loop.restarted_mid_epoch and epochs.ready == epochs.completed:
+        loop.reset_restart_stage()
     if getattr(loop, "_combined_loader_states_to_load", None) and loop._data_fetcher is not None:
         loop._load_combined_loader_states()
         iter(loop._data_fetcher)
