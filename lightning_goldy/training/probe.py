@@ -367,12 +367,12 @@ def _has_end(loader: Any) -> bool:
 def _backwards(loader: Any) -> Any:
     """A loader's copy that begins with the last samples of its data set; nothing is read before it is asked for."""
     if not isinstance(loader, DataLoader):
-        batches = loader.batches if isinstance(loader, _Batches) else loader
+        batches: Any = loader.batches if isinstance(loader, _Batches) else loader
         return _Batches(batches[place] for place in reversed(range(len(batches))))
     held: dict[str, Any] = vars(loader)
     sampler: Any = _FromEnd(loader.sampler, loader.dataset)
     if loader.batch_sampler is not None:
-        size = getattr(loader.batch_sampler, "batch_size", None)
+        size: Any = getattr(loader.batch_sampler, "batch_size", None)
         plain = type(loader.batch_sampler) is BatchSampler and isinstance(size, int)
         batches = BatchSampler(sampler, size, drop_last=False) if plain else _FromEnd(loader.batch_sampler, None)
         held["batch_sampler"] = batches
