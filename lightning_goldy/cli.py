@@ -370,7 +370,7 @@ def _plasticity(options: argparse.Namespace) -> None:
 
     settings = _settings(options.config or [find_recipe("head_plasticity_sweep").path], ())
     if options.model is not None:
-        settings += [f"--model.model={options.model}", f"--data.tokenizer={options.model}"]
+        settings += [f"--model.model={options.model}"]
     if options.data is not None:
         settings += [f"--data.source={options.data}"]
     sweep = Sweep(**{name: tuple(getattr(options, name)) for name in ("strategies", "levels", "cycles", "seeds")})

@@ -47,6 +47,9 @@ class Cost:
     def __add__(self, other: Cost) -> Cost:
         return Cost(self.forwards + other.forwards, self.backwards + other.backwards)
 
+    def __sub__(self, other: Cost) -> Cost:
+        return Cost(self.forwards - other.forwards, self.backwards - other.backwards)
+
 
 @contextmanager
 def counted_passes(model: nn.Module, n_samples: Callable[[], int] | None = None) -> Iterator[Callable[[], Cost]]:

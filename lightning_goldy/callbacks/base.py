@@ -164,7 +164,7 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
             cannot work is an error before the first step all the same, and a logger that fails never is one.
         objective: How a batch becomes a loss; by default the LightningModule's ``objective``, or next-token prediction.
         model_attribute: Submodule to analyse; ``model`` by default, or the LightningModule itself.
-        probe: Batches to analyse; by default a ``probe_dataloader()``, or the validation set.
+        probe: Batches to analyse; by default a ``probe_dataloader()``, the validation set, or the training set's end.
         name: Folder and metric prefix; needed when a trainer has two callbacks of one class.
         check: Whether to try on one sample, before the first step, what the analysis will do, and to hold the
             objective's loss against the model's own; and to tell before the first step what it will cost.

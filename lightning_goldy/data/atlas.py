@@ -53,7 +53,8 @@ class AtlasDataModule(ProbeDataModule):
             number of random ones (their choice depends on ``seed``). None pretrains on the true facts.
         rehearsal: With edits, the share of unedited facts that stay in the training set, in [0, 1].
         two_hop: Adds two-hop questions to the training set; with edits, among the facts rehearsed.
-        tokenizer: ``"words"`` for the atlas's own words, ``"bytes"``, a local folder, a hub name, or a tokenizer.
+        tokenizer: ``"words"`` for the atlas's own words, ``"bytes"``, a local folder, a hub name, or a tokenizer; by
+            default that of the pretrained model that is trained, and ``"words"`` for one that is trained from scratch.
         mask_query: False trains on the words of the questions too. Validation and probe always mask them.
         probe_size: Samples in the probe.
         seed: Decides random edits, rehearsal, the probe and the order of training samples.
@@ -78,7 +79,7 @@ class AtlasDataModule(ProbeDataModule):
         *,
         rehearsal: float = 0.0,
         two_hop: bool = False,
-        tokenizer: str | PreTrainedTokenizerBase = "words",
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
         mask_query: bool = True,
         probe_size: int = 32,
         seed: int = 0,
@@ -176,8 +177,10 @@ class AtlasDataModule(ProbeDataModule):
         """
         return self._loader(self._encode(questions))
 
-    def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """Make or load the tokenizer; ``"words"`` gives the same one whatever the edits."""
+    made_tokenizer = "words"
+
+    def make_tokenizer(self, choice: str | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+        """The tokenizer of a name; ``"words"`` gives the same one whatever the edits."""
         facts = country_facts()
         texts = (
             text
@@ -186,7 +189,7 @@ class AtlasDataModule(ProbeDataModule):
             for question in ask(facts, phrasing)
             for text in (question.prompt, question.answer)
         )
-        return load_tokenizer(self._tokenizer_choice, corpus=texts)
+        return load_tokenizer(choice, corpus=texts)
 
     def build_splits(self) -> Splits:
         """Tokenise the training, validation and probe questions."""

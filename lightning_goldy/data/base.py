@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 from transformers import PreTrainedTokenizerBase
 
 from lightning_goldy.core.pieces import PadCollator, Sample, SampleSet
-from lightning_goldy.data.tokenization import load_tokenizer, padding_id
+from lightning_goldy.data.tokenization import load_own_tokenizer, load_tokenizer, own_tokenizer, padding_id
 
 
 class SeededShuffle(Sampler[int]):
@@ -101,8 +101,14 @@ def follow_training(trainer: L.Trainer) -> None:
     Whoever asks during set-up how long the training is (``trainer.estimated_stepping_batches``, as most learning-rate
     schedules do) has Lightning make the loaders before it reads their positions from the checkpoint, and it reads them
     only as it makes loaders. So they are told here, and begin there.
+
+    A checkpoint of an epoch's last batch is taken for one within that epoch; Lightning then counts no beginning of the
+    next, and a further resume from within it would begin it anew. So it is counted here.
     """
     loop = trainer.fit_loop
+    epochs = loop.epoch_progress.current
+    if loop.restarted_mid_epoch and epochs.ready == epochs.completed:
+        loop.reset_restart_stage()
     if getattr(loop, "_combined_loader_states_to_load", None) and loop._data_fetcher is not None:
         loop._load_combined_loader_states()
         iter(loop._data_fetcher)
@@ -170,7 +176,7 @@ class ProbeDataModule(L.LightningDataModule, ABC):
     the arguments alone. With more than one process Lightning shuffles and shards the training samples itself.
 
     Args:
-        tokenizer: What ``load_tokenizer`` takes.
+        tokenizer: What ``load_tokenizer`` takes; None for the own one of the model that the trainer has.
         batch_size: Samples per batch.
         probe_size: Samples in the probe.
         seed: Decides the split and the order of training samples.
@@ -178,9 +184,11 @@ class ProbeDataModule(L.LightningDataModule, ABC):
 
     num_workers: int = 0
     """Processes per loader; the samples lie in memory, so 0 is the fastest choice for most."""
+    made_tokenizer: str = "bytes"
+    """What takes the place of a model's own tokenizer where there is no model, or one that was loaded from nowhere."""
 
     def __init__(
-        self, *, tokenizer: str | PreTrainedTokenizerBase, batch_size: int, probe_size: int, seed: int
+        self, *, tokenizer: str | PreTrainedTokenizerBase | None, batch_size: int, probe_size: int, seed: int
     ) -> None:
         super().__init__()
         for name, value, least in (("batch_size", batch_size, 1), ("probe_size", probe_size, 1), ("seed", seed, 0)):
@@ -191,6 +199,7 @@ class ProbeDataModule(L.LightningDataModule, ABC):
         self.seed = seed
         self._tokenizer_choice = tokenizer
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._tokenizer_of: Any = None
         self._splits: Splits | None = None
 
     @abstractmethod
@@ -198,19 +207,37 @@ class ProbeDataModule(L.LightningDataModule, ABC):
         """Make the samples of all three splits."""
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """Make or load the tokenizer."""
-        return load_tokenizer(self._tokenizer_choice)
+        """Make or load the tokenizer that was chosen, or the model's own."""
+        owner = self._tokenizer_owner()
+        return (
+            self.make_tokenizer(self._tokenizer_choice or self.made_tokenizer)
+            if owner is None
+            else load_own_tokenizer(owner)
+        )
+
+    def make_tokenizer(self, choice: str | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+        """Hook for subclasses: the tokenizer of a name."""
+        return load_tokenizer(choice)
+
+    def _tokenizer_owner(self) -> str | PreTrainedTokenizerBase | None:
+        """What gives the model's own tokenizer; None where one was chosen, or there is no such model."""
+        if self._tokenizer_choice is not None or self.trainer is None:
+            return None
+        return own_tokenizer(self.trainer.lightning_module)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, loaded on first use."""
-        if self._tokenizer is None:
-            self._tokenizer = self.load_tokenizer()
+        """The tokenizer, loaded on first use; another trainer's model may have another one of its own."""
+        owner = self._tokenizer_owner()
+        if self._tokenizer is None or (self.trainer is not None and owner != self._tokenizer_of):
+            self._splits = None
+            self._tokenizer, self._tokenizer_of = self.load_tokenizer(), owner
         return self._tokenizer
 
     @property
     def splits(self) -> Splits:
         """The samples, built on first use."""
+        _ = self.tokenizer
         if self._splits is None:
             splits = self.build_splits()
             for field in fields(splits):

@@ -49,7 +49,8 @@ class KnowledgeDataModule(ProbeDataModule):
 
     Args:
         path: A file of any known format, ``"atlas"``, or another source that ``load_pieces`` takes.
-        tokenizer: ``"bytes"``, a local folder, a hub name, or a tokenizer.
+        tokenizer: ``"bytes"``, a local folder, a hub name, or a tokenizer; by default that of the pretrained model
+            that is trained, and ``"bytes"`` for one that is trained from scratch.
         template: The prompt, with ``{question}`` where the question goes; the answer follows after a space.
         batch_size: Samples per batch.
         val_share: The share of pieces for validation, in (0, 1); at least one piece.
@@ -74,7 +75,7 @@ class KnowledgeDataModule(ProbeDataModule):
     def __init__(
         self,
         path: str | Path,
-        tokenizer: str | PreTrainedTokenizerBase,
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
         *,
         template: str = "Question: {question}\nAnswer:",
         batch_size: int = 8,

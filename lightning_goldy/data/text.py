@@ -113,7 +113,8 @@ class TextDataModule(ProbeDataModule):
     Args:
         source: A text file, a folder of text files, a dataset saved in a folder, or a dataset's name on the hub
             (``name`` or ``name:config``; the column ``text`` of its split ``train``).
-        tokenizer: ``"bytes"``, a local folder, a hub name, or a tokenizer.
+        tokenizer: ``"bytes"``, a local folder, a hub name, or a tokenizer; by default that of the pretrained model
+            that is trained, and ``"bytes"`` for one that is trained from scratch.
         block_size: Tokens per block.
         batch_size: Blocks per batch.
         last_block: ``keep`` pads a short block at the end (labels -100), ``drop`` leaves it out.
@@ -138,7 +139,7 @@ class TextDataModule(ProbeDataModule):
     def __init__(
         self,
         source: str | Path,
-        tokenizer: str | PreTrainedTokenizerBase = "bytes",
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
         *,
         block_size: int = 256,
         batch_size: int = 8,

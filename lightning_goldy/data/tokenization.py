@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lightning_goldy.core.files import PlainError
+from lightning_goldy.core.tasks import transformers_model
 from lightning_goldy.data.names import unknown_name
 
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
@@ -98,6 +101,47 @@ def load_tokenizer(
     return loaded
 
 
+def own_tokenizer(module: Any) -> str | PreTrainedTokenizerBase | None:
+    """What ``load_tokenizer`` takes for a model's own tokenizer.
+
+    Args:
+        module: A LightningModule or a model: its ``tokenizer``, or the folder or the name that it was loaded from.
+
+    Returns:
+        None where it was loaded from nowhere, as a model that is trained from scratch.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=4))
+        >>> own_tokenizer(model) is None
+        True
+        >>> model.name_or_path = "gpt2"
+        >>> own_tokenizer(model)
+        'gpt2'
+    """
+    given = getattr(module, "tokenizer", None)
+    if isinstance(given, PreTrainedTokenizerBase):
+        return given
+    model = transformers_model(module) if isinstance(module, nn.Module) else None
+    return str(getattr(model, "name_or_path", None) or "") or None
+
+
+def load_own_tokenizer(owner: str | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer that ``own_tokenizer`` tells.
+
+    Raises:
+        PlainError: The model's folder, or its name on the hub, has none.
+    """
+    try:
+        return load_tokenizer(owner)
+    except PlainError as error:
+        reason = error.__cause__ or "there is no such folder"
+        raise PlainError(
+            f"no tokenizer is given, and the model's own cannot be loaded from {owner!r}: save one there "
+            f"(save_pretrained), or give tokenizer=, a folder, a name on the hub or bytes. {reason}"
+        ) from error
+
+
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id to pad with: the pad token's, else the eos token's (padding is masked, so any id serves)."""
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
@@ -112,9 +156,13 @@ def _load(name: str, corpus: Iterable[str] | None) -> PreTrainedTokenizerBase:
     built_in = ["bytes"] if corpus is None else ["bytes", "words"]
     folder = Path(name).expanduser()
     if not folder.is_dir() and (folder.is_absolute() or name.startswith(".")):
-        raise ValueError(f"{unknown_name('tokenizer', name, built_in)}, a local folder or a name on the hub")
+        raise PlainError(f"{unknown_name('tokenizer', name, built_in)}, a local folder or a name on the hub")
     try:
-        return AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else name)
+        loaded = AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else name)
+        # The library makes an empty one of a model's configuration alone.
+        if set(loaded.get_vocab()) <= set(loaded.all_special_tokens):
+            raise ValueError("there are no files of one")
+        return loaded
     except Exception as error:  # the library raises bare exceptions for a file that it cannot read
         what = (
             "holds no tokenizer that can be loaded" if folder.is_dir() else "is neither a local folder nor on the hub"

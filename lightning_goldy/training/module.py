@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -31,7 +32,7 @@ from lightning_goldy.core.objective import (
 from lightning_goldy.core.sharding import gather
 from lightning_goldy.core.store import StoreError, pack_mask, read_header, unpack_mask
 from lightning_goldy.data.base import follow_training
-from lightning_goldy.data.tokenization import load_tokenizer
+from lightning_goldy.data.tokenization import load_tokenizer, own_tokenizer
 from lightning_goldy.optim.masked_adamw import MaskedAdamW
 from lightning_goldy.optim.schedules import (
     OptimizerName,
@@ -207,7 +208,8 @@ class GoldyModule(GoldyMixin, L.LightningModule):
         model: A name on the Hugging Face hub, a local folder, the keys of a configuration for random weights
             (``{"model_type": "gpt2", "n_layer": 2}``; a missing ``vocab_size`` and the special tokens come from the
             tokenizer), or any ``torch.nn.Module``, taken in the training or evaluation mode that it is in.
-        tokenizer: Saved beside the model; an object, a name or a folder. By default the trainer's data module's.
+        tokenizer: Saved beside the model; an object, a name or a folder. By default the trainer's data module's, or the
+            pretrained model's own.
         objective: ``causal_lm``, ``classifier``, ``seq2seq``, ``masked_lm``, ``token_classifier``,
             ``question_answering`` or an object; by default what a given model's class was made for, and ``causal_lm``
             for a model to be built. A named model gets the head that belongs to it.
@@ -368,11 +370,21 @@ class GoldyModule(GoldyMixin, L.LightningModule):
         return Path(folder)
 
     def export_tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The given tokenizer, or the trainer's data module's; None when there is neither."""
+        """The given tokenizer, or the trainer's data module's, or the pretrained model's own; None without any."""
         if self.tokenizer is not None:
             return self.tokenizer
         datamodule = getattr(self._trainer, "datamodule", None)
-        return getattr(datamodule, "tokenizer", None)
+        fed = getattr(datamodule, "tokenizer", None)
+        return self._own_tokenizer if fed is None else fed
+
+    @functools.cached_property
+    def _own_tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """That of the folder or name that the model was loaded from; not all have one."""
+        owner = own_tokenizer(self)
+        try:
+            return None if owner is None else load_tokenizer(owner)
+        except ValueError:
+            return None
 
     @property
     def exports_pretrained(self) -> bool:

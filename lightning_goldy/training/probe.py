@@ -18,16 +18,28 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
-from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
 
 from lightning_goldy.core.batches import batch_tensors, is_divisible, map_batch, sample_count, take_samples
 from lightning_goldy.core.isolation import Kept, preserved
+from lightning_goldy.data.base import SeededShuffle
 
 _SEED = 0
 """Of every reading: a sampler or an augmentation that draws gives the same on every rank and after a resume."""
+_OF_TRAINING = 64
+"""Samples of a training set where all of the probe are asked for."""
+_WHOLE = (SequentialSampler, RandomSampler, DistributedSampler, SeededShuffle)
+"""Samplers that give each item of their data set its number."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +52,9 @@ class Source:
         open: Gives what is to be read: batches, a loader, or several.
         limits: Batches that Lightning takes of each loader; None for all.
         owned: Whether it was given for this alone, so that an iterator may be used up.
+        most: Samples that are read where all are asked for; None for all.
+        backwards: Whether loaders are read from their end, as far as that can be reached.
+        warning: What to say when it is read.
     """
 
     name: str
@@ -47,6 +62,9 @@ class Source:
     open: Callable[[], Any]
     limits: Callable[[CombinedLoader], list[float]] | None = None
     owned: bool = False
+    most: int | None = None
+    backwards: bool = False
+    warning: Callable[[CombinedLoader], str] | None = None
 
 
 @dataclass(eq=False)
@@ -68,7 +86,7 @@ class Reading:
 
     def first(self, n_samples: int | None) -> list[Any]:
         """The batches of the first samples, the last one cut; those of all samples where there are fewer."""
-        return list(first_batches(self.batches, n_samples))
+        return list(first_batches(self.batches, self.source.most if n_samples is None else n_samples))
 
 
 _READINGS: WeakKeyDictionary[L.Trainer, WeakValueDictionary[tuple[Any, ...], Reading]] = WeakKeyDictionary()
@@ -89,12 +107,12 @@ def shared_reading(
         ValueError: The source cannot be read.
     """
     readings = _READINGS.setdefault(trainer, WeakValueDictionary())
-    needs = [n_samples, *wanted]
+    needs = [source.most if need is None else need for need in (n_samples, *wanted)]
     if None in needs:
         whole = readings.get((source.key, None))
         if whole is None:
             whole = readings[source.key, None] = Reading(source, read_batches(trainer, source, None))
-        if n_samples is None or whole.n_samples >= n_samples:
+        if needs[0] is None or whole.n_samples >= needs[0]:
             return whole
     most = max(need for need in needs if need is not None)
     reading = readings.get((source.key, most))
@@ -141,6 +159,8 @@ def read_batches(trainer: L.Trainer, source: Source, n_samples: int | None) -> l
         try:
             with _as_one_process():
                 combined = _combined(source.open(), source)
+            if source.warning is not None:
+                rank_zero_warn(source.warning(combined))
             limits = None if source.limits is None else source.limits(combined)
             for limit in [limits, None] if limits is not None and n_samples is not None else [limits]:
                 batches = _read(trainer, combined, source, limit, n_samples)
@@ -161,7 +181,10 @@ def _read(
             f"{source.name} rests on a {type(used_up[0]).__name__}, which reading the probe would move on for the "
             "training: pass probe=[...] (batches or a DataLoader)"
         )
-    copies = CombinedLoader([_for_every_rank(loader) for loader in combined.flattened], combined._mode)
+    loaders = [_for_every_rank(loader) for loader in combined.flattened]
+    if source.backwards:
+        loaders = [_backwards(loader) if _has_end(loader) else loader for loader in loaders]
+    copies = CombinedLoader(loaders, combined._mode)
     copies._spec, copies.limits = combined._spec, limits
     _seed()
     try:
@@ -314,11 +337,91 @@ def _undivided(sampler: Any, dataset: Any) -> Any:
     return sampler
 
 
+class _FromEnd:
+    """What a sampler gives, the last first: of one that gives every item, the last items of the data set."""
+
+    def __init__(self, sampler: Any, dataset: Any) -> None:
+        self.sampler, self.dataset = sampler, dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset) if type(self.sampler) in _WHOLE else len(self.sampler)
+
+    def __iter__(self) -> Iterator[Any]:
+        whole = type(self.sampler) in _WHOLE
+        return iter(reversed(range(len(self.dataset)) if whole else list(self.sampler)))
+
+
+def _has_end(loader: Any) -> bool:
+    """Whether a loader's last samples can be had without reading the others."""
+    if not isinstance(loader, DataLoader):
+        batches = loader.batches if isinstance(loader, _Batches) else loader
+        return hasattr(batches, "__len__") and hasattr(batches, "__getitem__")
+    if isinstance(loader.dataset, IterableDataset):
+        return False
+    try:
+        return len(loader) >= 0
+    except (TypeError, NotImplementedError):  # of a sampler without a length
+        return False
+
+
+def _backwards(loader: Any) -> Any:
+    """A loader's copy that begins with the last samples of its data set; nothing is read before it is asked for."""
+    if not isinstance(loader, DataLoader):
+        batches: Any = loader.batches if isinstance(loader, _Batches) else loader
+        return _Batches(batches[place] for place in reversed(range(len(batches))))
+    held: dict[str, Any] = vars(loader)
+    sampler: Any = _FromEnd(loader.sampler, loader.dataset)
+    if loader.batch_sampler is not None:
+        size: Any = getattr(loader.batch_sampler, "batch_size", None)
+        plain = type(loader.batch_sampler) is BatchSampler and isinstance(size, int)
+        batches = BatchSampler(sampler, size, drop_last=False) if plain else _FromEnd(loader.batch_sampler, None)
+        held["batch_sampler"] = batches
+    held["sampler"] = sampler
+    return loader
+
+
+def training_source(trainer: L.Trainer, why: str) -> Source | None:
+    """The last samples of the training set, the last one first, where nothing else can be a probe; None without one.
+
+    Of an iterable, and of a sampler without a length, they are the first, since its end lies behind all the others.
+
+    Args:
+        trainer: Its training loaders are set up or not yet.
+        why: Nothing else can.
+    """
+    loop = trainer.fit_loop
+    if loop._combined_loader is None and (loop._data_source.instance is None or not loop._data_source.is_defined()):
+        return None
+
+    def open_loaders() -> Any:
+        if loop._combined_loader is not None:
+            return loop._combined_loader
+        loaders = loop._data_source.dataloader()
+        return loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, "max_size_cycle")
+
+    def warning(combined: CombinedLoader) -> str:
+        ends = all(map(_has_end, combined.flattened))
+        taken = "last" if ends else "first, as an iterable's last ones lie behind all the others,"
+        return (
+            f"the probe is taken from the training set, its {taken} samples ({why}): what analyses say of them is not "
+            "what they would say of held-out samples. Pass probe=[...], or give a validation loader"
+        )
+
+    return Source(
+        "the training set",
+        ("training", id(loop)),
+        open_loaders,
+        most=_OF_TRAINING,
+        backwards=True,
+        warning=warning,
+    )
+
+
 def validation_source(trainer: L.Trainer) -> Source:
-    """The validation loaders of the trainer, set up or not yet.
+    """The validation loaders of the trainer, set up or not yet; its training set where it validates nothing.
 
     Raises:
-        ValueError: There is none, or the trainer validates nothing.
+        ValueError: There is neither.
     """
     loop = trainer.validate_loop if trainer.state.fn == TrainerFn.VALIDATING else trainer.fit_loop.epoch_loop.val_loop
     defined = loop._data_source.instance is not None and loop._data_source.is_defined()
@@ -330,6 +433,9 @@ def validation_source(trainer: L.Trainer) -> Source:
     elif loop._combined_loader is None and not defined:
         why = "there is no validation loader"
     if why is not None:
+        training = training_source(trainer, why)
+        if training is not None:
+            return training
         raise ValueError(
             f"no probe batches ({why}): pass probe=[...] (batches or a DataLoader), or give the data module or the "
             "LightningModule a probe_dataloader(), or the trainer a validation loader"
@@ -358,6 +464,8 @@ def _batch_limit(loader: Any, limit: float | None) -> float:
 
 def probe_source(trainer: L.Trainer, pl_module: Any, given: Any) -> Source:
     """The callback's ``probe``, a ``probe_dataloader()`` of the LightningModule or data module, or the validation set.
+
+    Without a validation set it is the training set's end.
 
     Raises:
         ValueError: There is none of them.

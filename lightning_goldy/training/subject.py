@@ -162,8 +162,8 @@ def find_probe(
     """The batches that analyses use: the first that Lightning would feed, the same on every rank, on the CPU.
 
     Looked for in this order: the callback's ``probe``, a ``probe_dataloader()`` of the LightningModule or of the data
-    module, and the validation set. Every batch passes the hooks of a batch's transfer; no more batches are read than
-    ``n_samples`` asks for, and whatever they come from stays as it was.
+    module, the validation set, and with a warning the end of the training set. Every batch passes the hooks of a
+    batch's transfer; no more batches are read than ``n_samples`` asks for, and whatever they come from stays as it was.
 
     Args:
         trainer: The trainer.
@@ -183,10 +183,12 @@ def find_probe(
 
 
 def find_tokenizer(trainer: L.Trainer) -> Any:
-    """The ``tokenizer`` of the LightningModule, or of the data module; None when neither has one."""
+    """The ``tokenizer`` of the LightningModule, or of the data module, or the pretrained model's; None without any."""
     owners = (trainer.lightning_module, trainer.datamodule)  # type: ignore[attr-defined]
     tokenizers = (getattr(owner, "tokenizer", None) for owner in owners)
-    return next((tokenizer for tokenizer in tokenizers if callable(tokenizer)), None)
+    found = next((tokenizer for tokenizer in tokenizers if callable(tokenizer)), None)
+    export = getattr(trainer.lightning_module, "export_tokenizer", None)
+    return export() if found is None and callable(export) else found
 
 
 @torch.no_grad()

@@ -98,8 +98,11 @@ def cpu_seconds(pid: int) -> float:
     return 0.0
 
 
-def struck(process: Any, number: signal.Signals, after: float) -> bool:
-    """Sends a signal once a process has used so many seconds; whether it came before the end."""
+def struck(process: Any, number: signal.Signals, after: float, final: Path) -> bool:
+    """Sends a signal once a process has used so many seconds; whether it came before ``final`` was written.
+
+    Lightning has a process that was asked to end exit as one that has done its work.
+    """
     while process.is_alive() and cpu_seconds(process.pid) < after:
         time.sleep(0.005)
     alive = process.is_alive()
@@ -107,7 +110,7 @@ def struck(process: Any, number: signal.Signals, after: float) -> bool:
         os.kill(process.pid, number)
     process.join(120)
     assert not process.is_alive(), "the process goes on after the signal"
-    return alive and process.exitcode != 0
+    return alive and not final.exists()
 
 
 def interrupted(folder: Path, kind: Kind, number: signal.Signals, count: int, seconds: float) -> Iterator[Path]:
@@ -128,7 +131,7 @@ def interrupted(folder: Path, kind: Kind, number: signal.Signals, count: int, se
         while not (run / "final").exists():
             process = started(run, kind)
             if left:
-                left -= struck(process, number, drawn.uniform(0.0, seconds))
+                left -= struck(process, number, drawn.uniform(0.0, seconds), run / "final")
                 continue
             process.join()
             assert process.exitcode == 0, (run / "console").read_text()[-3000:]

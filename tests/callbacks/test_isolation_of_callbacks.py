@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_goldy import GoldyModule
 from lightning_goldy.callbacks import (
     ActivationDifferences,
     AnalysisCallback,
@@ -21,10 +23,13 @@ from lightning_goldy.callbacks import (
     GoldenParameters,
     GoldenSnapshot,
     KnowledgeCoupling,
+    ParameterDistribution,
+    ReverseGoldenParameters,
     TaylorDiff,
 )
 from tests.callbacks.knowledge import PIECES, WordData
-from tests.callbacks.training import Finetune, differences, fit
+from tests.callbacks.training import Finetune, Tokens, differences, fit
+from tests.references.models import build
 
 EVERYWHERE = {"every_n_steps": 3, "every_n_epochs": 1, "at": ("start", "checkpoint", "end")}
 CALLBACKS = {
@@ -65,6 +70,66 @@ def test_single_device(plain, tmp_path, callbacks):
     for callback in trainer.callbacks:
         if isinstance(callback, AnalysisCallback):
             assert len((callback.folder / "results.jsonl").read_text().splitlines()) >= 5
+
+
+class Unvalidated(WordData):
+    """Training rows alone, from a data set or from a stream of them."""
+
+    val_dataloader = probe_dataloader = None
+
+    def __init__(self, streamed: bool) -> None:
+        super().__init__()
+        self.streamed = streamed
+
+    def train_dataloader(self):
+        rows = Tokens(16, 1)
+        return DataLoader(Stream(rows) if self.streamed else rows, batch_size=2, shuffle=not self.streamed)
+
+
+class Stream(IterableDataset):
+    """Draws for each row, so that whoever reads one more moves the others."""
+
+    def __init__(self, rows) -> None:
+        self.rows, self.read = rows, 0
+
+    def __iter__(self):
+        for index in range(len(self.rows)):
+            self.read += 1
+            yield self.rows[(index + int(torch.randint(3, ()))) % len(self.rows)]
+
+
+@pytest.mark.filterwarnings("ignore:the probe is taken from the training set", "ignore:You defined a `validation_step`")
+@pytest.mark.parametrize(
+    ("streamed", "everything"),
+    [
+        (False, False),
+        pytest.param(False, True, marks=pytest.mark.slow),
+        pytest.param(True, True, marks=pytest.mark.slow),
+    ],
+    ids=["few", "rows", "stream"],
+)
+def test_a_probe_out_of_the_training_set(tmp_path, streamed, everything):
+    def watched():
+        if not everything:
+            return [GoldenSnapshot(), GoldenParameters(n_samples=3), AttentionTracker(n_samples=2)]
+        kept = [ReverseGoldenParameters(n_samples=3), ParameterDistribution()]
+        made = [make() for name, make in CALLBACKS.items() if "_" not in name and name not in ("both", "snapshot")]
+        first = GoldenSnapshot(every_n_steps=3)
+        return [first, *(each for group in made for each in group if not isinstance(each, GoldenSnapshot)), *kept]
+
+    def own():
+        module = GoldyModule(build("gpt2"), schedule={"name": "constant"})
+        module.losses = []
+        return module
+
+    for module in (Finetune, own) if streamed else (own,):
+        place = tmp_path / module.__name__
+        runs = [fit(place / str(len(these)), these, module=module, data=Unvalidated(streamed), max_epochs=1)
+                for these in ([], watched())]  # fmt: skip
+        assert differences(runs[0][2], runs[1][2]) == []
+        if streamed:
+            sets = [trainer.fit_loop._combined_loader.flattened[0].dataset for trainer, *_ in runs]
+            assert sets[0].read == sets[1].read
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from lightning_goldy.analysis.heads import Regrowth, Scoring
 from lightning_goldy.callbacks import HeadPlasticity
@@ -74,3 +75,18 @@ def test_of_two_processes(tmp_path):
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "done").exists()
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_again_in_the_epoch_after_a_resume_from_the_last_batch_of_one(tmp_path, exact):
+    """The epoch that begins with the resume is counted, so that the next resume goes on within it."""
+    whole, weights = train(tmp_path, "text", SCHEDULES["cosine"])
+    last = (whole[-1][0] + 1) // 2
+    options = {"schedule": SCHEDULES["cosine"], "exact": exact}
+    for number, step in enumerate((last, last + 2)):
+        place = tmp_path / f"resume{number}"
+        checkpoint = (tmp_path if number == 0 else tmp_path / "resume0") / f"saved/step={step}.ckpt"
+        found, resumed = train(place, "text", ckpt_path=checkpoint, **options)
+        assert found == [pair for pair in whole if pair[0] >= step]
+        # Without the random states dropout is another.
+        assert not exact or all(torch.equal(weights[name], resumed[name]) for name in weights), number

@@ -20,10 +20,6 @@ def test_replicas_share_edits_and_find_the_same() -> None:
                 mine = getattr(found, name)
                 if isinstance(value, torch.Tensor):
                     torch.testing.assert_close(mine, value, rtol=1e-4, atol=1e-6, msg=name)
-                elif name == "cost":
-                    # What every rank measures before its first edit is measured once more on each.
-                    assert mine.backwards == value.backwards
-                    assert value.forwards <= mine.forwards < 2 * value.forwards
                 else:
                     assert mine == value, name
 

@@ -37,7 +37,7 @@ def _fit(folder, module, **options):
         callbacks=[checkpoint],
         **options,
     )
-    trainer.fit(module, AtlasDataModule(batch_size=8))
+    trainer.fit(module, AtlasDataModule(batch_size=8, tokenizer="words"))
     return trainer
 
 

@@ -24,7 +24,7 @@ from torch.utils.data import (
 
 from lightning_goldy.callbacks import AnalysisCallback
 from lightning_goldy.core import ClassifierObjective
-from lightning_goldy.data.base import ResumableDataLoader
+from lightning_goldy.data.base import ResumableDataLoader, SeededShuffle
 from lightning_goldy.training.subject import find_probe, find_splits
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
@@ -106,7 +106,7 @@ def fit(folder, callbacks, val=None, *, module=None, train=None, **options):
     settings |= {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
     trainer = L.Trainer(default_root_dir=folder, callbacks=callbacks, **settings | options)
     module = module or Module()
-    trainer.fit(module, train or DataLoader(Numbers(4), batch_size=2), val)
+    trainer.fit(module, DataLoader(Numbers(4), batch_size=2) if train is None else train, val)
     return trainer, module
 
 
@@ -278,11 +278,91 @@ def test_what_is_no_iterable_of_batches_is_refused(tmp_path, probe, message):
         fit(tmp_path, [Looking(2, probe=probe)])
 
 
-def test_a_trainer_that_validates_nothing_says_why(tmp_path):
-    with pytest.raises(ValueError, match=r"no probe batches \(limit_val_batches=0\): pass probe="):
-        fit(tmp_path, [Looking(2)], DataLoader(Numbers(4)), limit_val_batches=0)
-    with pytest.raises(ValueError, match="there is no validation loader"):
-        fit(tmp_path, [Looking(2)])
+class Rows(IterableDataset):
+    """Begins anew with every pass."""
+
+    def __iter__(self):
+        return ((torch.tensor([float(number), 0.0]), 0) for number in range(1, 8))
+
+
+class Endless(Sampler):
+    """Has no length."""
+
+    def __iter__(self):
+        return iter([3, 1, 2, 0])
+
+
+class Pairs(Sampler):
+    """Batches of its own making."""
+
+    def __len__(self):
+        return 2
+
+    def __iter__(self):
+        return iter([[4, 0], [1, 2, 3]])
+
+
+@pytest.mark.parametrize(
+    ("make", "expected", "taken"),
+    [
+        (lambda: DataLoader(Numbers(7), batch_size=2, shuffle=True), [[6, 5], [4]], "last samples"),
+        (lambda: DataLoader(Numbers(7), batch_size=2, drop_last=True), [[6, 5], [4]], "last samples"),
+        (lambda: DataLoader(Numbers(7), batch_size=2, sampler=Backwards()), [[0, 1], [2]], "last samples"),
+        (lambda: DataLoader(Numbers(5), batch_sampler=Pairs()), [[1, 2, 3]], "last samples"),
+        (lambda: DataLoader(batches(0, 2, 4), batch_size=None), [[4, 5], [2]], "last samples"),
+        (lambda: DataLoader(Numbers(4), batch_size=2, sampler=Endless()), [[3, 1], [2]], "first, as an iterable"),
+        (lambda: DataLoader(Rows(), batch_size=2), [[1, 2], [3]], "first, as an iterable"),
+        # What keeps its place goes on from where the training's own iterator has taken it.
+        (lambda: DataLoader(Stream(), batch_size=2), [[3, 4], [5]], "first, as an iterable"),
+        (lambda: ResumableDataLoader(Numbers(7), sampler=SeededShuffle(7, 1)), [[6], [5], [4]], "last samples"),
+    ],
+    ids=[
+        "shuffled",
+        "drop_last",
+        "sampler",
+        "batch_sampler",
+        "unbatched",
+        "endless",
+        "iterable",
+        "stream",
+        "resumable",
+    ],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_without_a_validation_set_the_end_of_the_training_set_is_taken(tmp_path, make, expected, taken):
+    few, more = Looking(3), Looking(4, name="more")
+    losses = fit(tmp_path / "plain", [], train=make())[1].losses
+    with pytest.warns(UserWarning, match=rf"from the training set, its {taken}.*\(there is no validation loader\)"):
+        module = fit(tmp_path / "watched", [few, more], train=make())[1]
+    assert few.values == expected
+    # How much others need does not matter, and no step sees other samples for it.
+    assert np.concatenate(more.values)[:3].tolist() == np.concatenate(expected).tolist()
+    assert module.losses == losses != []
+
+
+@pytest.mark.filterwarnings("ignore:the probe is taken from the training set")
+def test_of_a_training_set_not_all_is_taken_and_nothing_of_it_moves_on(tmp_path):
+    def run(watched, **options):
+        data, generator = Numbers(100), torch.Generator().manual_seed(5)
+        train = DataLoader(data, batch_size=8, shuffle=True, generator=generator, num_workers=0)
+        callbacks = [Looking(), Looking(70, name="seventy")][:watched]
+        _, module = fit(tmp_path, callbacks, train=train, max_epochs=2, **options)
+        return callbacks, (module.losses, data.seen, data.log, generator.get_state().tolist(), torch.rand(1).item())
+
+    assert [run(watched)[1] for watched in (1, 2)] == [run(0)[1]] * 2
+    (callback,), _ = run(1)
+    assert [np.concatenate(callback.values)[place] for place in (0, -1)] == [99, 36]
+    (callback, most), _ = run(2)
+    assert [each.values[-1][-1] for each in (callback, most)] == [36, 30]
+    assert run(1, limit_val_batches=0)[0][0].values[0][0] == 99
+
+
+def test_a_run_without_any_loader_says_why(tmp_path):
+    trainer = L.Trainer(default_root_dir=tmp_path, accelerator="cpu", logger=False)
+    module = Module()
+    trainer.strategy.connect(module)
+    with pytest.raises(ValueError, match=r"no probe batches \(there is no validation loader\): pass probe="):
+        find_probe(trainer, module, None)
 
 
 def test_a_validation_set_that_is_set_up_later(tmp_path):

@@ -7,11 +7,12 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from lightning_goldy.analysis.result import Cost
 from lightning_goldy.analysis.ripple.measure import log_prob_gradient, require_count
 from lightning_goldy.core.architecture import UnsupportedArchitectureError, describe_architecture
 from lightning_goldy.core.architecture.blocks import NamedModule
@@ -25,6 +26,8 @@ from lightning_goldy.core.space import ParameterSpace, SpaceError, trainable_par
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ class EditRequest:
         context: The batches of all pieces of the run, with their own answers, on the model's device.
         tokenizer: Made the samples.
         kept: Empty at the first edit of a run; what an editor puts there it finds again at the next.
+        passes: Gives the passes of the model so far.
+        repeated: Takes those that :meth:`once` made.
     """
 
     prompts: tuple[str, ...]
@@ -50,6 +55,21 @@ class EditRequest:
     context: tuple[Mapping[str, Tensor], ...]
     tokenizer: PreTrainedTokenizerBase
     kept: dict[str, Any] = field(default_factory=dict)
+    passes: Callable[[], Cost] = Cost
+    repeated: list[Cost] = field(default_factory=list)
+
+    def once(self, name: str, make: Callable[[], T]) -> T:
+        """What is kept under a name, made at this rank's first edit; over all ranks its passes count once.
+
+        Args:
+            name: Of the editor's choice.
+            make: Gives it, from what all ranks have alike.
+        """
+        if name not in self.kept:
+            before = self.passes()
+            self.kept[name] = make()
+            self.repeated.append(self.passes() - before)
+        return self.kept[name]
 
     def log_prob(self, model: nn.Module) -> Tensor:
         """Mean over the prompts of the new answer's mean log-probability, a scalar, nats."""
@@ -501,16 +521,15 @@ class RankOneEditor:
     def edit(self, model: nn.Module, request: EditRequest) -> None:
         """Finds keys and values and changes the weight, rounded once."""
         module = self.projection(model).module
-        if "factor" not in request.kept:
-            batches = request.context if self.batches is None else self.batches
-            request.kept["factor"] = _cholesky(key_covariance(model, module, batches, damping=self.damping))
+        batches = request.context if self.batches is None else self.batches
+        factor = request.once("factor", lambda: _cholesky(key_covariance(model, module, batches, damping=self.damping)))
         rows = torch.arange(len(request.samples))
         places = rows, torch.tensor([key_position(request, index) for index in range(len(request.samples))])
         with torch.no_grad(), seen_by(module) as seen:
             CausalLMObjective().log_probs(model, request.batch)
         given, made = (by_token(part, request.batch)[places].double() for part in seen)  # [n, d_in], [n, d_out]
         changes = self._changes(model, module, request, places, made)
-        update = _update(given, changes, request.kept["factor"])
+        update = _update(given, changes, factor)
         (weight,) = request.space.resolve(model).values()
         if not isinstance(getattr(module, "base_layer", module), nn.Linear):
             update = update.T  # Conv1D keeps its weight as in x out

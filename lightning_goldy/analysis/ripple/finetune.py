@@ -261,7 +261,7 @@ def _measure_batches(
         sharded = any(map(is_sharded, start.values()))
         tried = passes()
         route = "gradients" if sharded else available_route(model, start, next(split_batch(batches[0])))
-        common = Cost(passes().forwards - tried.forwards, passes().backwards - tried.backwards)
+        common = passes() - tried
         for batch, after in zip(own_share(batches, model, replicas, progress), now, strict=True):
             before = score_pieces(model, [batch])
             if sharded:

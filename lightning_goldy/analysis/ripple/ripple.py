@@ -504,11 +504,14 @@ def ripple_effects(
     classes = tuple(classes_of(row, pieces, distance) for row in rows)
     with preserved(model), counted_passes(model) as passes:
         with replicas.together("ripple_effects"):
-            work = _RippleWork(model, chosen, encoding, pieces)
+            work = _RippleWork(model, chosen, encoding, pieces, passes)
             common = passes()
             mine = work.gradient_norms(replicas), work.outcomes(replicas.share(rows), progress)
         norms, outcomes = gathered(replicas, mine[0], len(pieces)), gathered(replicas, mine[1], len(rows))
-        cost = total_cost(replicas, passes(), common)
+        repeated = sum(work.repeated, Cost())
+        # A rank without an edit has made none of it.
+        once = max(replicas.gather_objects(repeated), key=lambda cost: cost.forwards)
+        cost = total_cost(replicas, passes() - repeated, common) + once
     found = {name: torch.stack([outcome[name] for outcome in outcomes]) for name in outcomes[0]}
     along_delta, along_gradient = found.pop("along_delta"), found.pop("along_gradient")  # [E, N]
     size, own = found["delta_norm"], torch.tensor(norms, dtype=torch.float64)
@@ -573,8 +576,16 @@ class _Attempt:
 class _RippleWork:
     """The model before any edit, the batches and scores of the pieces, and how derivatives are found."""
 
-    def __init__(self, model: nn.Module, editor: Editor, encoding: Encoding, pieces: Sequence[KnowledgePiece]) -> None:
-        self.model, self.editor, self.encoding, self.pieces = model, editor, encoding, pieces
+    def __init__(
+        self,
+        model: nn.Module,
+        editor: Editor,
+        encoding: Encoding,
+        pieces: Sequence[KnowledgePiece],
+        passes: Callable[[], Cost],
+    ) -> None:
+        self.model, self.editor, self.encoding = model, editor, encoding
+        self.pieces, self.passes = pieces, passes
         space = editor.space(model)
         for name, parameter in model.named_parameters():
             require_finite({name: parameter}, "weights")
@@ -588,6 +599,7 @@ class _RippleWork:
         self.scores = score_pieces(model, self.batches)
         self.route = available_route(model, self.start, next(split_batch(self.batches[0])))
         self.kept: dict[str, Any] = {}
+        self.repeated: list[Cost] = []
 
     def gradient_norms(self, replicas: Replicas) -> list[float]:
         """||g_j|| of this process's share of the pieces."""
@@ -672,4 +684,6 @@ class _RippleWork:
             context=tuple(self.batches),
             tokenizer=self.encoding.tokenizer,
             kept=self.kept,
+            passes=self.passes,
+            repeated=self.repeated,
         )

@@ -139,5 +139,6 @@ _ACTIVATION_DIFFERENCES = Description(
         "clearest_layer": "block after which the difference stands farthest above its null",
         "kl_from_base": "KL(p_base || p) on the unrelated text, nats",
     },
+    headline=("stream_change", "kl_from_base"),
 )
 describe("activation_differences", _ACTIVATION_DIFFERENCES)

@@ -228,7 +228,7 @@ _CHANGE_ATTRIBUTION = Description(
         "changes of equal number do not. Where interpolation lies on the frontier and grafts do not, a smaller step "
         "everywhere is the gentler finetune, however sparse the carriers are."
     ),
-    headline=("effect", "gap", "share/*", "share_for_95", "share_for_50", "harm"),
+    headline=("effect", "gap", "share_for_95", "harm"),
     metrics={
         "effect": "the metric now less at the base, nats",
         "base_value": "the metric at the base, nats",

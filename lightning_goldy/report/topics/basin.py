@@ -399,6 +399,6 @@ _BASIN_VOLUME = Description(
         "sigma": "standard deviation of the Gaussian measure",
         "eps": "damping of the preconditioner",
     },
-    headline=("log_volume", "log_volume/*", "bits_per_parameter"),
+    headline=("log_volume", "log_volume/*"),
 )
 describe("basin_volume", _BASIN_VOLUME)

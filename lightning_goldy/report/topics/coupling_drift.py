@@ -371,6 +371,6 @@ _COUPLING_DRIFT = Description(
         **CONTRASTS,
         "n_failed": "pieces that failed; such as those without a gradient left",
     },
-    headline=("mean_absolute_difference", "pearson", "measured_change/*", "exact/*"),
+    headline=("pearson", "measured_change/untouched", "exact/edited", "exact/untouched"),
 )
 describe("coupling_drift", _COUPLING_DRIFT)
