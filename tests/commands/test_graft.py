@@ -102,7 +102,7 @@ def test_a_learned_mask_is_grafted_and_written_for_masked_training(trained, caps
 def test_adapters_are_grafted_as_the_weights_that_they_come_to(trained, tmp_path, capsys):
     peft = pytest.importorskip("peft")
     config = yaml.safe_load((trained / "run.yaml").read_text())
-    config["model"]["init_args"]["lora"] = {"r": 2, "target_modules": ["c_attn", "c_fc"]}
+    config["model"]["init_args"]["lora"] = {"rank": 2, "target_modules": ["c_attn", "c_fc"]}
     config["trainer"] |= {"max_epochs": 1, "limit_train_batches": 4, "logger": False, "enable_progress_bar": False}
     config["trainer"]["default_root_dir"] = str(tmp_path / "run")
     (tmp_path / "lora.yaml").write_text(yaml.safe_dump(config))

@@ -331,9 +331,10 @@ def _intruders_told(row: Row) -> str:
     most = max(found, key=found.__getitem__)
     if not any(found.values()):
         return "No top direction is an intruder, one that resembles none of the base's."
+    share, chance = format_percent(found[most]), format_percent(null[most])
     return (
-        f"Intruders, top directions that resemble none of the base's, are most in {most}, {format_percent(found[most])} "
-        f"of them; a random change of its size makes {format_percent(null[most])}."
+        f"Intruders, top directions that resemble none of the base's, are most in {most}, {share} of them; a random "
+        f"change of its size makes {chance}."
     )
 
 
