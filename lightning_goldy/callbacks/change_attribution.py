@@ -13,13 +13,13 @@ from torch import nn
 from lightning_goldy.analysis.attribution import (
     ChangeAttributionResult,
     GraftCurve,
-    LearnOptions,
     change_attribution,
     graft_curve,
     interleaved,
 )
 from lightning_goldy.analysis.attribution.attribution import AUTO_NODES, SHARES, check_attribution
 from lightning_goldy.analysis.attribution.graft import BASELINES, FACTORS, Baseline, Pieces, check_graft
+from lightning_goldy.analysis.attribution.learned import LearnOptions
 from lightning_goldy.analysis.attribution.path import Metric
 from lightning_goldy.analysis.forecast import Forecast, Plan, Run
 from lightning_goldy.analysis.forecast.analyses import forecast_attribution
@@ -112,7 +112,8 @@ class ChangeAttribution(AnalysisCallback[AttributedChange]):
         tolerance: Relative gap at which ``auto`` stops, a fraction.
         shares: Shares of all elements that are grafted, fractions in (0, 1]; none for no grafts.
         pieces: What is grafted: ``elements``, ``units``, ``tensors`` or ``blocks``.
-        baselines: What stands beside it; ``learned`` too, which costs 32 backward passes for each share.
+        baselines: What stands beside it; ``learned`` too, which costs backward passes for each share.
+        learn: How masks are learned.
         keep: The share whose mask is saved; by default the smallest that recovers 95 %.
         interactions: Whether to measure each block's change alone, and all others' without it.
         masks: Mask files that the contributions are compared with, by name, beside the masks of the run.
@@ -142,6 +143,7 @@ class ChangeAttribution(AnalysisCallback[AttributedChange]):
         shares: Sequence[float] = SHARES,
         pieces: Pieces = "elements",
         baselines: Sequence[Baseline] = BASELINES,
+        learn: LearnOptions = LearnOptions(),  # noqa: B008 - frozen
         keep: float | None = None,
         interactions: bool = False,
         masks: Mapping[str, str] | None = None,
@@ -160,6 +162,7 @@ class ChangeAttribution(AnalysisCallback[AttributedChange]):
         check_space(space)
         if keep is not None:
             check_attribution(metric, nodes, tolerance, [keep], samples_per_pass)
+        self.learn = learn
         self.keep, self.interactions, self.masks, self.space = keep, interactions, dict(masks or {}), space
         require_at_least("n_samples", n_samples, 2 if self.shares else 1)
         require_at_least("n_collateral", n_collateral, 1)
@@ -183,7 +186,7 @@ class ChangeAttribution(AnalysisCallback[AttributedChange]):
             nodes=AUTO_NODES[0] if self.nodes == "auto" else int(self.nodes),
             n_shares=len(self.shares),
             masked=1 + len(masked),
-            learned=LearnOptions().steps if "learned" in masked else 0,
+            learned=self.learn.steps if "learned" in masked else 0,
             blocks=len({block_of(name) for name in plan.space}) if self.interactions else 0,
             factors=len(FACTORS) if "interpolation" in self.baselines else 0,
             first="gradient" in masked,
@@ -251,6 +254,7 @@ class ChangeAttribution(AnalysisCallback[AttributedChange]):
             shares=self.shares,
             baselines=self.baselines,
             factors=FACTORS,
+            learn=self.learn,
             progress=context.progress,
         )
         return AttributedChange(attribution, curve, self.keep, left_out)

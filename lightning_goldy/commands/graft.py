@@ -21,10 +21,10 @@ from lightning_goldy.analysis.attribution import (
     graft,
     graft_curve,
     interleaved,
-    learn_mask,
     save_change,
 )
 from lightning_goldy.analysis.attribution.attribution import SHARES, check_attribution
+from lightning_goldy.analysis.attribution.learned import learn_mask
 from lightning_goldy.callbacks.change_attribution import AttributedChange
 from lightning_goldy.callbacks.engine.store import ResultStore
 from lightning_goldy.commands.checkpoints import SavedModel, find_base, read_saved

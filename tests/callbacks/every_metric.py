@@ -53,7 +53,7 @@ def main(strategy: str, folder: Path) -> None:
         ReverseGoldenParameters(5.0, n_samples=4, **at),
         ParameterDistribution(**at),
         TaylorDiff((1, 2), n_samples=3, by="tensor", **at),
-        ChangeAttribution(nodes=2, shares=[0.1, 0.5], n_samples=4, **at),
+        ChangeAttribution(nodes=2, shares=[0.1, 0.5], n_samples=4, interactions=True, **at),
         ChangeAttribution("kl", nodes=2, shares=[0.5], pieces="units", n_samples=4, name="attributed_units", **at),
         TaylorDiff((1, 2), n_samples=3, by=None, function_space=False, name="taylor_of_loss", **at),
         AttentionTracker(n_samples=3, **at),
