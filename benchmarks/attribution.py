@@ -3,8 +3,9 @@
     python benchmarks/attribution.py [--model FOLDER --base FOLDER --text FILE --other FILE]
     python benchmarks/attribution.py --shape 1b --device cuda --dtype bfloat16 --nodes 8
 
-Prints ratios of medians over alternating repetitions in one run; absolute times depend on the machine. With folders of
-a finetuned model and its base, and texts, the curve of grafts is printed too.
+Prints medians of ratios over alternating repetitions in one run; absolute times depend on the machine. A node is what
+one more of them costs; the ends (two forward passes) and the selection of the strongest elements come once. With
+folders of a finetuned model and its base, and texts, the curve of grafts is printed too.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from lightning_goldy.analysis import change_attribution, graft_curve
+from lightning_goldy.analysis import ChangeAttributionResult, change_attribution, graft_curve
 from lightning_goldy.core import BaseParameters, ParameterVector
 
 SHAPES = {
@@ -52,10 +54,9 @@ def seconds(function: Callable[[], object], device: str) -> float:
     return (time.process_time() if device == "cpu" else time.perf_counter()) - start
 
 
-def compare(first: Callable[[], object], second: Callable[[], object], count: int, device: str) -> list[float]:
-    """Medians of both and of their ratios, pair by pair; on a CPU in the process's own time."""
-    pairs = [(seconds(first, device), seconds(second, device)) for _ in range(count + 1)][1:]
-    return [statistics.median(column) for column in (*zip(*pairs, strict=True), [a / b for a, b in pairs])]
+def compare(functions: Sequence[Callable[[], object]], count: int, device: str) -> list[list[float]]:
+    """Seconds of each function, in turns, after one that does not count; on a CPU in the process's own time."""
+    return [[seconds(function, device) for function in functions] for _ in range(count + 1)][1:]
 
 
 def peak(device: str) -> int:
@@ -108,21 +109,25 @@ def main() -> None:
             for sample in scored.split(1):
                 step(sample)
 
-    def attributed() -> object:
-        return change_attribution(model, base, [{"input_ids": scored}], nodes=arguments.nodes)
+    def attributed(nodes: int) -> ChangeAttributionResult:
+        return change_attribution(model, base, [{"input_ids": scored}], nodes=nodes)
 
-    step(scored[:1])
+    step(scored[:2])
     before = peak(arguments.device)
-    found = attributed()
+    found = attributed(arguments.nodes)
     grown = peak(arguments.device) - before
     print(
         f"memory beyond a step's: {grown / 2**20:.0f} MiB, {grown / size:.2f} x the parameters, "
         f"{grown / (size + 4 * elements):.2f} x (base + a float32 accumulator)"
     )
-    took, plain, ratio = compare(attributed, alone, arguments.repetitions, arguments.device)
+    whole, single = partial(attributed, 1 + arguments.nodes), partial(attributed, 1)
+    times = compare([whole, alone, single], arguments.repetitions, arguments.device)
+    ratio = statistics.median((many - one) / plain for many, plain, one in times)
+    took, plain = (statistics.median(row[place] for row in times) for place in (0, 1))
+    once = statistics.median(one - (many - one) / arguments.nodes for many, _, one in times)
     print(
-        f"{arguments.nodes} nodes: {took:.2f} s, forward + backward per sample and node {plain:.2f} s: "
-        f"ratio {ratio:.3f} (<= 1.1); gap {found.gap:.2g}"
+        f"{arguments.nodes} more nodes against forward + backward of each sample alone, {plain:.2f} s: "
+        f"ratio {ratio:.3f} (<= 1.1); ends and selection, once: {once:.2f} s of {took:.2f}; gap {found.gap:.2g}"
     )
     if not arguments.text:
         return

@@ -187,6 +187,12 @@ def _add_analyze(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="spread the model over the processes that torchrun started, when it is too large for one device",
     )
+    _add_space(parser)
+    _add_folder(parser, "everything goes", "analyze")
+    parser.set_defaults(run=_analyze)
+
+
+def _add_space(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--space",
         choices=["merged", "adapters"],
@@ -194,8 +200,6 @@ def _add_analyze(parser: argparse.ArgumentParser) -> None:
         help="of a model with adapters: the change of the weights that they come to, or of the adapters "
         "(default: %(default)s)",
     )
-    _add_folder(parser, "everything goes", "analyze")
-    parser.set_defaults(run=_analyze)
 
 
 def _analyze(options: argparse.Namespace) -> None:
@@ -234,12 +238,14 @@ def _add_graft(parser: argparse.ArgumentParser) -> None:
     _add_choice(
         parser,
         "--method",
-        ("best", "attribution", "interpolation"),
-        "attribution: the strongest elements; interpolation: a part of the change everywhere; best: whichever serves",
+        ("best", "attribution", "interpolation", "learned"),
+        "attribution: the strongest elements; learned: elements found by gradients of the graft itself; interpolation: "
+        "a part of the change everywhere; best: attribution or interpolation, whichever serves",
     )
     parser.add_argument("--sparse", action="store_true", help="write the change alone, as elements and values")
     parser.add_argument("--n-samples", type=int, default=32, help="of the probe, half held out (default: %(default)s)")
     parser.add_argument("--n-collateral", type=int, default=16, help="samples of other text (default: %(default)s)")
+    _add_space(parser)
     _add_folder(parser, "everything goes", "graft")
     parser.set_defaults(run=_graft)
 
@@ -256,6 +262,7 @@ def _graft(options: argparse.Namespace) -> None:
         n_samples=options.n_samples,
         n_collateral=options.n_collateral,
         output=options.output,
+        space=options.space,
     )
 
 

@@ -21,10 +21,13 @@ from lightning_goldy.analysis.attention import (
 from lightning_goldy.analysis.attribution import (
     ChangeAttributionResult,
     GraftCurve,
+    LearnOptions,
     apply_change,
     change_attribution,
     graft,
     graft_curve,
+    learn_mask,
+    mask_links,
     save_change,
 )
 from lightning_goldy.analysis.basin import (
@@ -146,6 +149,7 @@ __all__ = [
     "KnowledgeEdit",
     "KroneckerFisher",
     "KroneckerPreconditioner",
+    "LearnOptions",
     "LinearizedMLP",
     "OrderFit",
     "ParameterDistributionResult",
@@ -194,7 +198,9 @@ __all__ = [
     "knowledge_coupling",
     "kronecker_fisher",
     "kronecker_preconditioner",
+    "learn_mask",
     "local_volume",
+    "mask_links",
     "parameter_distribution",
     "prune_heads",
     "rank_one_update",

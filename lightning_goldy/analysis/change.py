@@ -339,7 +339,17 @@ _POWER_ITERATIONS = 4
 Directions = dict[str, tuple[Tensor, ...]]
 """Left and right singular directions by tensor."""
 
-_COLUMNS = ("relative_change", "stable_rank", "effective_rank", "histogram_drift", "alignment_over_chance")
+_COLUMNS = (
+    "relative_change",
+    "stable_rank",
+    "effective_rank",
+    "histogram_drift",
+    "alignment_over_chance",
+    "intruder_share",
+    "intruder_share_null",
+)
+# Base directions that the present weight's are compared with, as a multiple of those, where not all are computed.
+_COMPARED = 4
 
 
 @dataclass(frozen=True)
@@ -356,7 +366,11 @@ class ParameterDistributionResult(AnalysisResult):
             the largest at least, as a fraction of it (0 where all were computed); ``alignment``, the share of
             \|Delta\|_F^2 that lies between the base's top left and right singular directions, ``alignment_chance``,
             what a random Delta would have, and ``alignment_over_chance`` (of other tensors None); ``exact``, whether
-            all singular values were computed.
+            all singular values were computed. Where intruders are looked for also ``resemblances``, of each of the
+            present weight's leading left singular vectors the largest cosine with any of the base's (where not all of
+            those were computed, with any of the leading ones: a lower bound); ``intruders``, how many of them are below
+            the threshold, ``intruder_share``, that divided by their number, and ``intruder_share_null``, what a random
+            change of the same norm and rank makes.
         top: Number of singular values and directions.
         space: ``merged`` or ``adapters``; None of a model without adapters.
     """
@@ -409,6 +423,7 @@ def parameter_distribution(
     progress: Callable[[int, int], None] | None = None,
     split_over_ranks: bool = True,
     directions: Directions | None = None,
+    intruders_below: float | None = 0.5,
 ) -> ParameterDistributionResult:
     r"""Describes the change :math:`\Delta = \theta_t - \theta_0` of every tensor.
 
@@ -422,8 +437,13 @@ def parameter_distribution(
     whose values are never above the true ones, and whose residual :math:`\|A v_i - \sigma_i u_i\| / \sqrt2` bounds how
     far the nearest singular value of A is from :math:`\sigma_i`. Of a matrix of independent elements, the hardest
     case, the largest value comes out within 1 % and the others of the top 8 within 2 %; a change with a few strong
-    directions is found to rounding. On several replicas the tensors are shared out; sharded tensors are gathered one
-    at a time. Every rank must call.
+    directions is found to rounding. An intruder is one of the ``top`` left singular vectors (of the rows' side) of the
+    present weight that resembles none of the base's,
+
+    .. math:: \max_i |\langle u^0_i, u_j \rangle| < \tau
+
+    beside those that a random change makes. On several replicas the tensors are shared out; sharded tensors are
+    gathered one at a time. Every rank must call.
 
     Args:
         model: The finetuned model, plain or sharded.
@@ -435,19 +455,21 @@ def parameter_distribution(
         progress: Called with (tensors done, tensors in all) on this rank.
         split_over_ranks: Whether to share tensors out over the ranks of an initialised process group.
         directions: The base's singular directions by tensor, which are taken from here and, where they lack, put here;
-            to be used again with the same base, ``top``, ``exact_below`` and ``seed`` alone.
+            to be used again with the same base and the same other arguments alone.
+        intruders_below: Cosine below which a direction resembles another no more; None looks for no intruders.
 
     Returns:
         One row per tensor.
 
     Raises:
-        ValueError: ``top`` or ``exact_below`` is below 1, or the space is unknown.
+        ValueError: ``top`` or ``exact_below`` is below 1, ``intruders_below`` outside (0, 1), or the space is unknown.
         SpaceError: The base is of another model.
         AdapterError: The merged weights of a layer cannot be told.
 
     Source: stable rank: Rudelson and Vershynin 2007; effective rank: Roy and Vetterli 2007; randomised decomposition:
     Halko, Martinsson and Tropp 2011, algorithm 4.4, and Musco and Musco 2015 (all powers in the basis); Delta's
-    directions: Hu et al. 2022 ("LoRA"), section 7.3.
+    directions: Hu et al. 2022 ("LoRA"), section 7.3; intruders: Shuttleworth et al. 2024, arXiv 2410.21228,
+    algorithm 1.
 
     Example:
         >>> layer = nn.Linear(4, 4, bias=False)
@@ -456,7 +478,9 @@ def parameter_distribution(
         >>> round(parameter_distribution(layer, base).rows[0]["stable_rank"], 4)
         1.0
     """
-    check_distribution_arguments(top, exact_below)
+    check_distribution_arguments(top, exact_below, intruders_below)
+    known: Directions = {} if directions is None else directions
+    settings = _Settings(top, exact_below, seed, intruders_below)
     replicas = Replicas.of(model) if split_over_ranks else Replicas()
     rows: list[tuple[int, list[dict[str, Any]]]] = []
     chosen = chosen_space(model, space)
@@ -472,7 +496,7 @@ def parameter_distribution(
                 slices = zip(before, delta, strict=True) if change.name in experts else [(before, delta)]
                 parts = zip(names, slices, strict=True)
                 factors = change.factors if isinstance(change, LowRankChange) else None
-                found = [_row(name, *part, top, exact_below, seed, directions, factors) for name, part in parts]
+                found = [_row(name, *part, settings, known, factors) for name, part in parts]
                 rows.append((index, found))
             if progress is not None:
                 progress(index + 1, total)
@@ -482,25 +506,33 @@ def parameter_distribution(
     return ParameterDistributionResult(tuple(row for index in sorted(whole) for row in whole[index]), top, chosen)
 
 
-def check_distribution_arguments(top: int, exact_below: int | None) -> None:
+def check_distribution_arguments(top: int, exact_below: int | None, intruders_below: float | None = None) -> None:
     """Checks what can be checked before there is a model.
 
     Raises:
-        ValueError: An argument is below 1.
+        ValueError: An argument is out of range.
     """
     require_at_least("top", top, 1)
     if exact_below is not None:
         require_at_least("exact_below", exact_below, 1)
+    if intruders_below is not None and not 0 < intruders_below < 1:
+        raise ValueError(f"intruders_below is a cosine in (0, 1), or None; got {intruders_below}")
+
+
+@dataclass(frozen=True)
+class _Settings:
+    top: int
+    exact_below: int | None
+    seed: int
+    intruders_below: float | None
 
 
 def _row(
     name: str,
     base: Tensor,
     delta: Tensor,
-    top: int,
-    exact_below: int | None,
-    seed: int,
-    directions: Directions | None,
+    settings: _Settings,
+    known: Directions,
     factors: tuple[Tensor, Tensor] | None = None,
 ) -> dict[str, Any]:
     size, changed = (math.sqrt(square) for square in reduce_tensors([base, delta], lambda x: x @ x))
@@ -514,24 +546,22 @@ def _row(
     row = tensor_rows([name], numel=[base.numel()])[0] | columns
     if base.ndim < 2 or min(base.shape) < 2 or not changed:
         return row
+    top, seed = settings.top, settings.seed
     matrix, before = delta.reshape(len(delta), -1), base.reshape(len(base), -1)  # [out, in ...] -> [out, in]
-    exact = exact_below is None or min(matrix.shape) <= exact_below
-    known = {} if directions is None else directions
+    small = settings.exact_below is None or min(matrix.shape) <= settings.exact_below
     if name not in known:
-        known[name] = tuple(
-            side.to(precise(base).dtype) for side in _leading(before, top, name, seed, exact=exact)[1:3]
-        )
-    left, right = known[name]
+        known[name] = _base_directions(before, settings, name, exact=small)
+    left, right, compared = known[name]
+    exact = small or factors is not None
     if factors is not None:
-        spectrum, error, exact = product_spectrum(*factors), 0.0, True
-    elif exact:
+        spectrum, error = product_spectrum(*factors), 0.0
+    elif small:
         spectrum, error = _spectrum(matrix), 0.0
     else:
         spectrum, _, _, error = _leading(matrix, top, f"{name}/delta", seed, exact=False)
     inside = (left.t() @ matrix.to(left) @ right).double()  # [top, top]
     alignment, chance = float(inside.square().sum()) / changed**2, left.shape[1] ** 2 / matrix.numel()
-    return {
-        **row,
+    row |= {
         "singular_values": tuple(spectrum[:top].tolist()),
         "singular_value_error": error,
         "stable_rank": changed**2 / float(spectrum[0]) ** 2,
@@ -541,6 +571,57 @@ def _row(
         "alignment_over_chance": alignment / chance,
         "exact": exact,
     }
+    if settings.intruders_below is None or not size:
+        return row
+    null = _random_change(matrix, name, seed, None if factors is None else factors[0].shape[1]) * changed
+    found, chances = (
+        resemblances(_leading(before + part, top, f"{name}/present", seed, exact=small)[1], compared)
+        for part in (matrix, null.to(matrix))
+    )
+    below = [[value < settings.intruders_below for value in cosines] for cosines in (found, chances)]
+    return row | {
+        "resemblances": tuple(found),
+        "intruders": sum(below[0]),
+        "intruder_share": sum(below[0]) / len(found),
+        "intruder_share_null": sum(below[1]) / len(chances),
+    }
+
+
+def _base_directions(matrix: Tensor, settings: _Settings, name: str, *, exact: bool) -> tuple[Tensor, ...]:
+    """The base's top left and right directions, and the left ones that others are compared with."""
+    top, dtype = settings.top, precise(matrix).dtype
+    count = top if settings.intruders_below is None else min(matrix.shape) if exact else _COMPARED * top
+    values, left, right, _ = _leading(matrix, count, name, settings.seed, exact=exact)
+    # A direction in which the base does nothing is none of its own, and only rounding tells which one it is.
+    own = values > 1e-6 * values[:1]
+    return left[:, :top].to(dtype), right[:, :top].to(dtype), left[:, own].to(dtype)
+
+
+def _random_change(matrix: Tensor, name: str, seed: int, rank: int | None) -> Tensor:
+    """A random matrix of norm 1, of a matrix's shape and of a rank; a function of seed and name."""
+
+    def gaussian(rows: int, columns: int, side: str) -> Tensor:
+        return fill_direction_(torch.empty(rows, columns, dtype=torch.float32), f"{name}/null{side}", seed)
+
+    if rank is None:
+        made = gaussian(*matrix.shape, "")
+    else:
+        made = gaussian(matrix.shape[0], rank, "/left") @ gaussian(matrix.shape[1], rank, "/right").t()
+    return made.to(matrix.device) / made.norm()
+
+
+def resemblances(directions: Tensor, base: Tensor) -> list[float]:
+    r"""Of each direction the largest absolute cosine with any of the base's.
+
+    Args:
+        directions: Unit columns, shape ``[rows, n]``.
+        base: Unit columns, shape ``[rows, m]``.
+
+    Example:
+        >>> resemblances(torch.eye(3)[:, 1:], torch.eye(3)[:, :2])
+        [1.0, 0.0]
+    """
+    return [float(value) for value in (base.double().t() @ directions.double()).abs().amax(dim=0)]
 
 
 def _pooled(rows: Sequence[dict[str, Any]], column: str) -> float | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as L
@@ -16,18 +17,26 @@ from lightning_goldy.analysis.attribution import (
     graft_curve,
     interleaved,
 )
-from lightning_goldy.analysis.attribution.attribution import AUTO_NODES, SHARES, Metric, check_attribution
+from lightning_goldy.analysis.attribution.attribution import AUTO_NODES, SHARES, check_attribution
 from lightning_goldy.analysis.attribution.graft import BASELINES, FACTORS, Baseline, Pieces, check_graft
+from lightning_goldy.analysis.attribution.learned import LearnOptions
+from lightning_goldy.analysis.attribution.path import Metric
 from lightning_goldy.analysis.forecast import Forecast, Plan, Run
 from lightning_goldy.analysis.forecast.analyses import forecast_attribution
 from lightning_goldy.analysis.result import AnalysisResult, Cost, Row
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, try_gradients
-from lightning_goldy.callbacks.golden_snapshot import find_snapshot
+from lightning_goldy.callbacks.golden_snapshot import MaskCallback, find_snapshot
+from lightning_goldy.core.architecture.adapters import (
+    WeightSpace,
+    check_space,
+    chosen_space,
+    require_merged_parameters,
+)
 from lightning_goldy.core.mask import ParameterMask
-from lightning_goldy.core.naming import require_at_least
+from lightning_goldy.core.naming import block_of, require_at_least
 from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.space import ParameterSpace
-from lightning_goldy.core.store import Kind
+from lightning_goldy.core.store import Kind, StoreError, read_header
 from lightning_goldy.core.vector import ParameterVector
 from lightning_goldy.training.subject import find_collateral, find_tokenizer
 
@@ -39,12 +48,16 @@ class AttributedChange(AnalysisResult):
     Args:
         attribution: Of the samples that scored.
         curve: Of the held-out ones; None where no graft was tried.
+        keep: The share whose mask is kept, where it is not left to the curve.
+        left_out: Why masks of the run are not among the links, by name.
     """
 
     analysis: ClassVar[str] = "change_attribution"
 
     attribution: ChangeAttributionResult
     curve: GraftCurve | None
+    keep: float | None = None
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def cost(self) -> Cost:
@@ -53,7 +66,9 @@ class AttributedChange(AnalysisResult):
 
     @property
     def kept_share(self) -> float | None:
-        """The share whose mask is kept: the smallest that recovers 95 %, or the one that recovers most."""
+        """The share whose mask is kept: by default the smallest that recovers 95 %, or the one that recovers most."""
+        if self.keep is not None:
+            return self.keep if self.attribution.shares else None
         if self.curve is None or self.curve.pieces != "elements":
             return self.attribution.shares[-1] if self.attribution.shares else None
         points = self.curve.of("attribution")
@@ -66,7 +81,7 @@ class AttributedChange(AnalysisResult):
 
     def details(self) -> dict[str, Any]:
         """Those of the attribution, and of the grafts under ``graft``."""
-        details = {**self.attribution.details(), "kept_share": self.kept_share}
+        details = {**self.attribution.details(), "kept_share": self.kept_share, "left_out": dict(self.left_out)}
         return details if self.curve is None else {**details, "graft": self.curve.details()}
 
     def headline(self) -> str:
@@ -87,8 +102,9 @@ class ChangeAttribution(AnalysisCallback[AttributedChange]):
 
     Every other sample scores, those between tell what the strongest elements recover when they alone are changed,
     beside the largest and random changes, interpolation and drop-and-rescale; on ``collateral`` text what each harms.
-    Logs the share of each kind of parameter and the smallest shares that recover half and 95 %. Saves the mask of that
-    share. A ``GoldenSnapshot`` must be among the callbacks.
+    Logs the share of each kind of parameter and the smallest shares that recover half and 95 %, and where other
+    callbacks have found masks, such as golden ones, how much of the effect lies inside. Saves the mask of that share. A
+    ``GoldenSnapshot`` must be among the callbacks.
 
     Args:
         metric: ``loss``, ``log_prob`` or ``kl``.
@@ -96,7 +112,12 @@ class ChangeAttribution(AnalysisCallback[AttributedChange]):
         tolerance: Relative gap at which ``auto`` stops, a fraction.
         shares: Shares of all elements that are grafted, fractions in (0, 1]; none for no grafts.
         pieces: What is grafted: ``elements``, ``units``, ``tensors`` or ``blocks``.
-        baselines: What stands beside it.
+        baselines: What stands beside it; ``learned`` too, which costs backward passes for each share.
+        learn: How masks are learned.
+        keep: The share whose mask is saved; by default the smallest that recovers 95 %.
+        interactions: Whether to measure each block's change alone, and all others' without it.
+        masks: Mask files that the contributions are compared with, by name, beside the masks of the run.
+        space: Of a model with adapters ``merged``, the weights that they come to, or ``adapters``.
         n_samples: Probe samples used, every other one of them held out from scoring.
         samples_per_pass: Samples that go through the model together while scoring; by default so many that there are 8
             passages.
@@ -121,7 +142,12 @@ class ChangeAttribution(AnalysisCallback[AttributedChange]):
         tolerance: float = 0.01,
         shares: Sequence[float] = SHARES,
         pieces: Pieces = "elements",
-        baselines: Sequence[Baseline] = BASELINES,  # type: ignore[assignment]
+        baselines: Sequence[Baseline] = BASELINES,
+        learn: LearnOptions = LearnOptions(),  # noqa: B008 - frozen
+        keep: float | None = None,
+        interactions: bool = False,
+        masks: Mapping[str, str] | None = None,
+        space: WeightSpace = "merged",
         n_samples: int = 32,
         samples_per_pass: int | None = None,
         collateral: Iterable[Any] | None = None,
@@ -133,6 +159,11 @@ class ChangeAttribution(AnalysisCallback[AttributedChange]):
         self.shares = check_attribution(metric, nodes, tolerance, shares, samples_per_pass)
         if self.shares:
             check_graft(metric, self.shares, baselines, pieces)
+        check_space(space)
+        if keep is not None:
+            check_attribution(metric, nodes, tolerance, [keep], samples_per_pass)
+        self.learn = learn
+        self.keep, self.interactions, self.masks, self.space = keep, interactions, dict(masks or {}), space
         require_at_least("n_samples", n_samples, 2 if self.shares else 1)
         require_at_least("n_collateral", n_collateral, 1)
         self.nodes, self.tolerance, self.pieces, self.baselines = nodes, tolerance, pieces, tuple(baselines)
@@ -155,6 +186,8 @@ class ChangeAttribution(AnalysisCallback[AttributedChange]):
             nodes=AUTO_NODES[0] if self.nodes == "auto" else int(self.nodes),
             n_shares=len(self.shares),
             masked=1 + len(masked),
+            learned=self.learn.steps if "learned" in masked else 0,
+            blocks=len({block_of(name) for name in plan.space}) if self.interactions else 0,
             factors=len(FACTORS) if "interpolation" in self.baselines else 0,
             first="gradient" in masked,
             n_collateral=self.n_collateral,
@@ -170,6 +203,12 @@ class ChangeAttribution(AnalysisCallback[AttributedChange]):
             raise ValueError(
                 f"{self.name} attributes the change since the golden snapshot: add GoldenSnapshot() to the callbacks"
             )
+        require_merged_parameters(model, self.space)
+        for path in self.masks.values():
+            if not Path(path).is_file():
+                raise FileNotFoundError(f"{self.name}: there is no mask file at {path}")
+            if (kind := read_header(path).kind) != "mask":
+                raise StoreError(f"{path}: holds {kind}, not a mask")
         if self.shares:
             self._collateral = find_collateral(trainer, self.collateral, self.n_collateral)
 
@@ -185,6 +224,7 @@ class ChangeAttribution(AnalysisCallback[AttributedChange]):
         used = self.used_samples or 0
         whole: tuple[list[Any], list[Any]] = (list(context.probe), [])
         scored, held_out = interleaved(context.probe, used) if self.shares else whole
+        masks, left_out = self._find_masks(context)
         attribution = change_attribution(
             context.model,
             snapshot.base,
@@ -193,12 +233,15 @@ class ChangeAttribution(AnalysisCallback[AttributedChange]):
             metric=self.metric,
             nodes=self.nodes,
             tolerance=self.tolerance,
+            space=self.space,
             samples_per_pass=self.samples_per_pass,
-            shares=self.shares,
+            shares=self.shares if self.keep is None else (*self.shares, self.keep),
+            interactions=self.interactions,
+            masks=masks,
             progress=context.progress,
         )
         if not self.shares or attribution.levels is None:
-            return AttributedChange(attribution, None)
+            return AttributedChange(attribution, None, self.keep, left_out)
         curve = graft_curve(
             context.model,
             snapshot.base,
@@ -208,11 +251,30 @@ class ChangeAttribution(AnalysisCallback[AttributedChange]):
             self._collateral or None,
             objective=context.objective,
             pieces=self.pieces,
+            shares=self.shares,
             baselines=self.baselines,
             factors=FACTORS,
+            learn=self.learn,
             progress=context.progress,
         )
-        return AttributedChange(attribution, curve)
+        return AttributedChange(attribution, curve, self.keep, left_out)
+
+    def _find_masks(self, context: AnalysisContext) -> tuple[dict[str, ParameterMask], dict[str, str]]:
+        """The masks of files and the last ones of the run's callbacks, and why others of these are left out."""
+        masks = {name: ParameterMask.load(path) for name, path in self.masks.items()}
+        snapshot, left_out = find_snapshot(context.trainer), {}
+        assert snapshot is not None
+        for callback in context.trainer.callbacks:  # type: ignore[attr-defined]
+            mask = callback.last_mask(context.weights) if isinstance(callback, MaskCallback) else None
+            if mask is None or callback.name in masks:
+                continue
+            if chosen_space(context.model, self.space) == "merged":
+                left_out[callback.name] = "its mask is of adapters, the contributions of merged weights"
+            elif any(name not in snapshot.base.space for name in mask.space):
+                left_out[callback.name] = "its mask is of parameters that the snapshot has not"
+            else:
+                masks[callback.name] = mask
+        return masks, left_out
 
     def describe(self, result: AttributedChange, context: AnalysisContext) -> Row:
         """The row, with the tokens of embedding rows in words where there is a tokenizer."""

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from lightning_goldy.analysis.attribution import change_attribution
 from lightning_goldy.analysis.forecast import Forecast, Passes, Plan, Run, Work
 from lightning_goldy.analysis.result import AnalysisResult, Cost, Row
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
@@ -26,7 +27,7 @@ from lightning_goldy.core.batches import sample_count
 from lightning_goldy.core.files import printable
 from lightning_goldy.core.isolation import isolated_rng
 from lightning_goldy.core.mask import ParameterMask
-from lightning_goldy.core.naming import require_choice
+from lightning_goldy.core.naming import require_at_least, require_choice
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.store import load_vectors, save_vectors
 from lightning_goldy.core.vector import ParameterVector
@@ -35,7 +36,7 @@ from lightning_goldy.optim.schedules import OptimizerOptions
 from lightning_goldy.training.module import GoldyModule
 from lightning_goldy.training.quiet import progress_only
 
-Contender = Literal["full", "random"]
+Contender = Literal["full", "random", "attribution"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class Finetune:
         name: How it was trained.
         elements: How many elements it trained.
         change: Norm of the difference to the start.
-        losses: ``train/loss`` and ``val/loss`` in nats, in evaluation mode, and the other validation metrics.
+        losses: ``train/loss`` and ``val/loss`` in nats, in evaluation mode, the other validation metrics, and where the
+            data module has a ``collateral_dataloader()``, ``other/loss``, that on text which the finetune is not about.
     """
 
     name: str
@@ -192,10 +194,19 @@ class Rerun:
             (found,) = on_validation.validate(module, datamodule=data, verbose=False)
             on_training = self._new_trainer(limit_val_batches=self._trainer.limit_train_batches)
             (seen,) = on_training.validate(module, data.train_dataloader(), verbose=False)
+            other = getattr(data, "collateral_dataloader", lambda: None)()
+            if other is not None:
+                (harmed,) = self._new_trainer().validate(module, other, verbose=False)
         losses = {"train/loss": float(seen["val/loss"]), **{key: float(value) for key, value in found.items()}}
+        if other is not None:
+            losses["other/loss"] = float(harmed["val/loss"])
         start = BaseParameters(self._start.to(next(iter(weights.values())).device), copy=False)
         squares = [change.delta.double().square().sum() for change in changes_in(module.model, start, self._space)]
         return Finetune(name, elements, math.sqrt(sum(map(float, squares))), losses)
+
+    def model_with(self, weights: ParameterVector) -> nn.Module:
+        """A copy of the model with some weights."""
+        return self._module_with(weights, OptimizerOptions()).model
 
     def _module_with(self, weights: ParameterVector, options: OptimizerOptions) -> GoldyModule:
         model: nn.Module = copy.deepcopy(self._module.model)
@@ -234,7 +245,7 @@ class Rerun:
 
 
 START_FILE = "start.safetensors"
-RANDOM_FILE = "random.safetensors"
+RANDOM_FILE, ATTRIBUTION_FILE = "random.safetensors", "attribution.safetensors"
 
 
 class FinetuneComparison(AnalysisCallback[FinetuneComparisonResult]):
@@ -246,7 +257,9 @@ class FinetuneComparison(AnalysisCallback[FinetuneComparisonResult]):
 
     Args:
         against: Other ways: ``full`` trains all elements, ``random`` as many of each tensor as the mask holds, drawn at
-            random. Both at the masked training's rate inside.
+            random, ``attribution`` as many as the mask holds of those that carried most of a full finetune's effect on
+            the probe. All at the masked training's rate inside.
+        n_samples: Samples of the probe on which the effect is attributed.
         seed: Decides the random mask, and the random numbers of the other trainings.
         name: Folder and metric prefix.
         space: Of a model with adapters, where changes are measured: ``merged``, the weights that they come to, or
@@ -258,7 +271,7 @@ class FinetuneComparison(AnalysisCallback[FinetuneComparisonResult]):
     Example:
         >>> FinetuneComparison(["fall"])
         Traceback (most recent call last):
-        ValueError: unknown finetune 'fall'; did you mean 'full'? Valid: full, random
+        ValueError: unknown finetune 'fall'; did you mean 'full'? Valid: full, random, attribution
     """
 
     needs_probe = False
@@ -267,13 +280,16 @@ class FinetuneComparison(AnalysisCallback[FinetuneComparisonResult]):
         self,
         against: Sequence[Contender] = ("full", "random"),
         *,
+        n_samples: int = 16,
         seed: int = 0,
         name: str | None = None,
         space: WeightSpace = "merged",
     ) -> None:
         super().__init__(at=("end",), name=name)
         check_space(space)
-        self.space = space
+        require_at_least("n_samples", n_samples, 1)
+        self.space, self.n_samples = space, n_samples
+        self.needs_probe = "attribution" in against
         against = (against,) if isinstance(against, str) else tuple(against)  # type: ignore[assignment]
         for contender in against:
             require_choice("finetune", contender, get_args(Contender))
@@ -297,6 +313,10 @@ class FinetuneComparison(AnalysisCallback[FinetuneComparisonResult]):
             raise ValueError("FinetuneComparison needs a data module, from which each training takes its data anew")
         if trainer.world_size != 1:
             raise ValueError(f"FinetuneComparison repeats trainings on one device; got {trainer.world_size}")
+
+    def probe_samples(self) -> int | None:
+        """The samples on which the effect is attributed."""
+        return self.n_samples
 
     def prepare(self, trainer: L.Trainer, model: nn.Module) -> None:
         """Keeps the start in a file, or brings it from the run that is resumed."""
@@ -336,16 +356,34 @@ class FinetuneComparison(AnalysisCallback[FinetuneComparisonResult]):
             rerun.measured("start", 0, start),
             rerun.measured("masked", mask.total, ParameterVector.of(context.model)),
         ]
+        whole = rerun.trained(None) if {"full", "attribution"} & {*self.against} else None
+        cost = Cost()
         for done, contender in enumerate(self.against, 1):
-            elements, file = space.numel, None
-            if contender == "random":
-                counts = dict(zip(space.names, mask.count(), strict=True))
-                chosen = ParameterMask.random(space, counts, seed=self.seed)
-                elements, file = chosen.total, chosen.save(self.folder / RANDOM_FILE, model=context.model)
-            found.append(rerun.measured(contender, elements, rerun.trained(file)))
+            elements, weights = space.numel, whole
+            if contender != "full":
+                if contender == "random":
+                    counts = dict(zip(space.names, mask.count(), strict=True))
+                    chosen, file = ParameterMask.random(space, counts, seed=self.seed), RANDOM_FILE
+                else:
+                    assert whole is not None
+                    chosen, spent = self._carriers(context, rerun.model_with(whole), start, mask.total)
+                    cost, file = cost + spent, ATTRIBUTION_FILE
+                elements = chosen.total
+                weights = rerun.trained(chosen.save(self.folder / file, model=context.model))
+            assert weights is not None
+            found.append(rerun.measured(contender, elements, weights))
             context.progress(done, len(self.against))
         told = chosen_space(context.model, self.space)
-        return FinetuneComparisonResult(tuple(found), space.numel, rerun.cost, told)
+        return FinetuneComparisonResult(tuple(found), space.numel, rerun.cost + cost, told)
+
+    def _carriers(
+        self, context: AnalysisContext, model: nn.Module, start: ParameterVector, count: int
+    ) -> tuple[ParameterMask, Cost]:
+        """So many elements that carried most of a finetune's effect on the probe, and what that cost."""
+        share = count / start.space.numel
+        options: dict[str, Any] = {"shares": [share], "space": start.space, "n_samples": self.used_samples}
+        found = change_attribution(model, start, context.probe, context.objective, **options)
+        return found.mask(share), found.cost
 
     def describe(self, result: FinetuneComparisonResult, context: AnalysisContext) -> Row:
         """Prints the table, too."""

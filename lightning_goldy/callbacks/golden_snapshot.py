@@ -361,6 +361,10 @@ class MaskCallback(AnalysisCallback[MaskT]):
         self._masks: dict[str, ParameterMask] = {}
         self._mask_files: dict[str, str] = {}
 
+    def last_mask(self, weights: str) -> ParameterMask | None:
+        """The last mask that was found with such weights (``training`` or ``averaged``); None before the first."""
+        return self._masks.get(weights)
+
     @abstractmethod
     def space(self, model: nn.Module) -> ParameterSpace:
         """The parameters whose elements may be marked."""

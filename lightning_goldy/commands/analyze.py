@@ -141,8 +141,7 @@ def _compared(analyze: Callable[..., AnalysisResult], subject: Subject) -> Part:
 
 def _attributed(subject: Subject) -> Part:
     assert subject.base is not None
-    found = change_attribution(subject.model, subject.base, subject.probe, subject.objective, progress=subject.progress)
-    return Part(found)
+    return _compared(change_attribution, subject)
 
 
 def _distributed(subject: Subject) -> Part:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,22 +24,25 @@ from lightning_goldy.analysis.attribution import (
     save_change,
 )
 from lightning_goldy.analysis.attribution.attribution import SHARES, check_attribution
+from lightning_goldy.analysis.attribution.learned import learn_mask
 from lightning_goldy.callbacks.change_attribution import AttributedChange
 from lightning_goldy.callbacks.engine.store import ResultStore
 from lightning_goldy.commands.checkpoints import SavedModel, find_base, read_saved
 from lightning_goldy.commands.fit import check_configs, run_configured
 from lightning_goldy.commands.output import output_folder, print_report
+from lightning_goldy.core.architecture.adapters import WeightSpace, check_space
 from lightning_goldy.core.base import BaseParameters
 from lightning_goldy.core.files import atomic_write, finite, printable
 from lightning_goldy.core.isolation import undisturbed
 from lightning_goldy.core.mask import ParameterMask
+from lightning_goldy.core.naming import model_class
 from lightning_goldy.core.sharding import is_sharded
 from lightning_goldy.report.formatting import console_table, format_number, format_percent
 from lightning_goldy.training.models import write_pretrained
 from lightning_goldy.training.subject import find_collateral, find_model, find_objective, find_probe, find_tokenizer
 
-Method = Literal["best", "attribution", "interpolation"]
-MODEL, CHANGE = "model", "change.safetensors"
+Method = Literal["best", "attribution", "interpolation", "learned"]
+MODEL, CHANGE, MASK = "model", "change.safetensors", "mask.safetensors"
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,9 @@ class Wanted:
         keep: Share of the elements that keep their change, a fraction.
         recover: Share of the effect that is to be recovered on held-out samples, a fraction, with the least harm.
         harm: Nats of loss on other text that are allowed, for the most effect.
-        method: ``attribution`` keeps the strongest elements, ``interpolation`` a part of the change everywhere,
-            ``best`` takes whichever serves better.
+        method: ``attribution`` keeps the strongest elements, ``learned`` those of a mask that is learned,
+            ``interpolation`` a part of the change everywhere, ``best`` takes the first or the last, whichever serves
+            better.
         sparse: Whether the change is written as a mask with values, rather than as a model.
 
     Raises:
@@ -85,7 +90,8 @@ class Wanted:
     def of(self, curve: GraftCurve) -> GraftPoint:
         """The graft that is wanted."""
         if self.keep is not None:
-            return next(point for point in curve.of("attribution") if point.share == self.keep)
+            own = curve.of("learned" if self.method == "learned" else "attribution")
+            return min(own, key=lambda point: abs(point.share - float(self.keep or 0)))
         methods = {"best": ("attribution", "interpolation", "finetune")}.get(self.method, (self.method,))
         return curve.choose(recover=self.recover, harm=self.harm, methods=methods[:1] if self.sparse else methods)
 
@@ -99,6 +105,7 @@ def graft_checkpoint(
     n_samples: int = 32,
     n_collateral: int = 16,
     output: str | Path | None = None,
+    space: WeightSpace = "merged",
 ) -> Path:
     """Attributes a checkpoint's change, tries grafts of it on held-out samples, and writes the one that is wanted.
 
@@ -110,20 +117,24 @@ def graft_checkpoint(
         n_samples: Samples of the probe, half of them held out from scoring.
         n_collateral: Samples of the data module's ``collateral_dataloader()``, on which harm is measured.
         output: A folder without results; by default the next free ``runs/graft/version_N``.
+        space: Of a model with adapters ``merged``, which grafts the weights that they come to and writes full ones, or
+            ``adapters``.
 
     Returns:
-        The folder, with ``model`` (or ``change.safetensors``), its card, the row and the report.
+        The folder, with ``model`` (or ``change.safetensors``), its card, the mask where elements were chosen
+        (``mask.safetensors``, which ``MaskedAdamW`` takes), the row and the report.
 
     Raises:
         ValueError: The checkpoint or the base is not one or does not fit, there is no base, or no graft is as wanted.
         FileExistsError: The folder holds results already.
     """
     check_configs(settings)
+    check_space(space)
     if n_samples < 2:
         raise ValueError(f"n_samples must be at least 2, half of which are held out; got {n_samples}")
     saved = read_saved(checkpoint)
     folder = output_folder(output, "change_attribution", "graft")
-    walk = run_configured(lambda: _Graft(saved, base, wanted, n_samples, n_collateral, folder), settings, folder)
+    walk = run_configured(lambda: _Graft(saved, base, wanted, n_samples, n_collateral, folder, space), settings, folder)
     walk.show(Console())
     print_report(folder)
     return folder
@@ -139,6 +150,8 @@ class _Graft(L.Callback):
     n_samples: int
     n_collateral: int
     folder: Path
+    space: WeightSpace = "merged"
+    learned: list[ParameterMask] = field(default_factory=list, init=False)
     found: AttributedChange | None = field(default=None, init=False)
     point: GraftPoint | None = field(default=None, init=False)
     base_source: str = field(default="", init=False)
@@ -150,7 +163,7 @@ class _Graft(L.Callback):
             model = find_model(pl_module, None)
             probe = find_probe(trainer, pl_module, None, self.n_samples).batches
             objective = find_objective(pl_module, model, None, probe)
-            base = find_base(self.given, self.saved, pl_module, model, objective)
+            base = find_base(self.given, self.saved, pl_module, model, objective, self.space)
             if base.values is None:
                 raise ValueError(f"there is no base to graft on: {base.source}; give --base PATH")
             if any(map(is_sharded, model.parameters())):
@@ -167,9 +180,19 @@ class _Graft(L.Callback):
             def tell(done: int, total: int) -> None:
                 status.update(f"{done} of {total}")
 
-            attribution = change_attribution(model, base.values, scored, objective, shares=shares, progress=tell)
+            learns = self.wanted.method == "learned"
+            options: dict[str, Any] = {"space": self.space, "shares": shares, "keep_scores": learns, "progress": tell}
+            attribution = change_attribution(model, base.values, scored, objective, **options)
             if attribution.levels is None:
                 raise ValueError(f"{self.saved.path}: nothing differs from the base ({base.source})")
+            teaching: list[Any] = []
+            if learns:
+                collateral, teaching = interleaved(collateral, self.n_collateral)
+                for share in [self.wanted.keep] if self.wanted.keep is not None else shares:
+                    found = learn_mask(
+                        model, base.values, attribution, scored, teaching or None, share=share, objective=objective
+                    )
+                    self.learned.append(found.mask)
             curve = graft_curve(
                 model,
                 base.values,
@@ -178,6 +201,7 @@ class _Graft(L.Callback):
                 held_out,
                 collateral or None,
                 objective=objective,
+                masks={"learned": self.learned} if learns else None,
                 progress=tell,
             )
             self.found, self.point = AttributedChange(attribution, curve), self.wanted.of(curve)
@@ -211,13 +235,19 @@ class _Graft(L.Callback):
         assert self.point is not None
         point, curve = self.point, self.found.curve
         assert curve is not None
-        space = base.space
+        attribution = self.found.attribution
         if point.method == "attribution":
-            mask = self.found.attribution.mask(point.share)
+            mask = attribution.mask(point.share)
+        elif point.method == "learned":
+            mask = next(held for held in self.learned if held.density == point.share)
         else:
-            mask = ParameterMask(
-                space, {n: torch.ones(s, dtype=torch.bool) for n, s in zip(space.names, space.shapes, strict=True)}
+            assert attribution.levels is not None
+            mask = ParameterMask.of_vector(
+                attribution.levels.map(lambda level: torch.ones_like(level, dtype=torch.bool))
             )
+        shell = _unadapted(model) if attribution.space == "merged" and not self.wanted.sparse else model
+        if point.method in ("attribution", "learned"):
+            mask.save(self.folder / MASK, model=model_class(shell), step=self.saved.step)
         card = self._card(point, curve)
         if self.wanted.sparse:
             note = {key: finite(value) for key, value in vars(point).items()}
@@ -225,7 +255,7 @@ class _Graft(L.Callback):
             atomic_write(self.folder / "README.md", card)
         else:
             state = graft(model, base, mask, factor=point.factor)
-            self.written = write_pretrained(model, self.folder / MODEL, state=state, tokenizer=tokenizer)
+            self.written = write_pretrained(shell, self.folder / MODEL, state=state, tokenizer=tokenizer)
             atomic_write(self.written / "README.md", card)
         store = ResultStore(self.folder / "goldy" / "change_attribution", write=True)
         row = self.found.row().extended(result={"checkpoint": str(self.saved.path), "base": self.base_source})
@@ -235,11 +265,10 @@ class _Graft(L.Callback):
 
     def _card(self, point: GraftPoint, curve: GraftCurve) -> str:
         """What was kept, what it recovers and what is lost, in words."""
-        kept = (
-            f"{point.share:.3g} of the elements, those that carry the effect by change attribution"
-            if point.method == "attribution"
-            else f"{point.factor:g} times the change, everywhere"
-        )
+        kept = {
+            "attribution": f"{point.share:.3g} of the elements, those that carry the effect by change attribution",
+            "learned": f"{point.share:.3g} of the elements, those of a mask that was learned",
+        }.get(point.method, f"{point.factor:g} times the change, everywhere")
         harm, recovered = "was not measured: the data has no collateral text", "nothing: the finetune changed nothing"
         if point.harm is not None:
             whole = curve.of("finetune")[0].harm
@@ -256,3 +285,14 @@ class _Graft(L.Callback):
             f"finetune {format_number(curve.value)} nats)\n"
             f"- harm to other text: {harm}\n"
         )
+
+
+def _unadapted(model: nn.Module) -> nn.Module:
+    """A copy of a model with adapters that has none, to be written with other weights."""
+    made: Any = copy.deepcopy(model)
+    if not callable(getattr(made, "merge_and_unload", None)):
+        raise ValueError(
+            f"{model_class(model)} has adapters but no merge_and_unload, so its merged weights cannot be written as a "
+            "model; use --sparse, or --space adapters"
+        )
+    return made.merge_and_unload()  # type: ignore[no-any-return]

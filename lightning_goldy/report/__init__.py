@@ -29,7 +29,13 @@ from lightning_goldy.report.topics.attention import (
     chart_attention_scales,
     chart_attention_spectra,
 )
-from lightning_goldy.report.topics.attribution import chart_attribution_heads, chart_attribution_places, chart_graft
+from lightning_goldy.report.topics.attribution import (
+    chart_attribution_heads,
+    chart_attribution_places,
+    chart_graft,
+    chart_interactions,
+    chart_links,
+)
 from lightning_goldy.report.topics.basin import chart_volume_cutoffs, chart_volume_estimates, chart_volume_trajectory
 from lightning_goldy.report.topics.coupling import chart_coupling_distribution, chart_coupling_map
 from lightning_goldy.report.topics.coupling_drift import chart_drift_lines, chart_drift_map, chart_drift_prediction
@@ -81,6 +87,8 @@ __all__ = [
     "chart_golden_parameters",
     "chart_graft",
     "chart_head_scores",
+    "chart_interactions",
+    "chart_links",
     "chart_parameter_distribution",
     "chart_plasticity_loss",
     "chart_plasticity_sweep",

@@ -175,5 +175,62 @@ def test_the_base_s_directions_are_found_once_and_give_the_same_again(monkeypatc
     )
     assert parameter_distribution(model, base, exact_below=4, directions=held) == first
     assert decomposed
-    assert not {name for name in decomposed if not name.endswith("/delta")}
+    assert not {name for name in decomposed if not name.endswith(("/delta", "/present"))}
     assert parameter_distribution(model, base, exact_below=4) == first
+
+
+def slow_resemblances(base: Tensor, present: Tensor, top: int) -> list[float]:
+    """Whole decompositions of both, and every cosine."""
+    before, after = (np.linalg.svd(matrix.double().numpy())[0] for matrix in (base, present))
+    return [max(abs(float(before[:, own] @ after[:, j])) for own in range(min(base.shape))) for j in range(top)]
+
+
+def with_spectrum(rows: int, columns: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    left, right = (
+        torch.linalg.qr(torch.randn(side, 20, generator=generator, dtype=torch.float64)).Q for side in (rows, columns)
+    )
+    return left @ torch.diag(1.3 ** -torch.arange(20.0, dtype=torch.float64)) @ right.t()
+
+
+@pytest.mark.parametrize("shape", [(30, 50), (50, 30)])
+@pytest.mark.parametrize("exact_below", [1024, 4])
+def test_planted_intruders_are_found_and_what_the_base_had_is_none(shape: tuple[int, int], exact_below: int) -> None:
+    base = with_spectrum(*shape, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    sides = [torch.linalg.qr(torch.randn(side, 2, generator=generator, dtype=torch.float64)).Q for side in shape]
+    planted = 0.9 * sides[0] @ sides[1].t()
+    options = {"top": 6, "exact_below": exact_below}
+    row = parameter_distribution(*changed(shape, planted, base), **options).rows[0]
+    expected = slow_resemblances(base, base + planted, 6)
+    assert row["resemblances"] == pytest.approx(expected, abs=1e-6 if exact_below == 1024 else 1e-2)
+    assert row["intruders"] == sum(value < 0.5 for value in expected) > 0
+    assert row["intruder_share"] == row["intruders"] / 6
+    amplified = parameter_distribution(*changed(shape, 0.5 * base, base), **options).rows[0]
+    assert amplified["intruders"] == 0
+    assert min(amplified["resemblances"]) > 1 - 1e-6
+    small = parameter_distribution(*changed(shape, 1e-3 * torch.randn(shape, dtype=torch.float64), base), **options)
+    assert (small.rows[0]["intruders"], small.rows[0]["intruder_share_null"]) == (0, 0.0)
+    assert small.metrics()["intruder_share"] == 0.0
+    other = parameter_distribution(*changed(shape, planted, base), top=6, intruders_below=None).rows[0]
+    assert "resemblances" not in other
+
+
+def test_the_null_of_intruders_is_a_random_change_of_equal_norm_and_rank() -> None:
+    base = with_spectrum(30, 50, seed=0)
+    seen = {}
+    for rank in (None, 2):
+        null = change_module._random_change(base, "w", 0, rank)
+        assert float(null.norm()) == pytest.approx(1.0, rel=1e-6)
+        assert int(torch.linalg.matrix_rank(null)) == (rank or 30)
+        seen[rank] = slow_resemblances(base, base + 3.0 * null.double(), 8)
+    generator = torch.Generator().manual_seed(2)
+    delta = torch.randn(30, 50, generator=generator, dtype=torch.float64)
+    layer, start = changed((30, 50), 3.0 * delta / delta.norm(), base)
+    null = change_module._random_change(base, "weight", 0, None)
+    expected = slow_resemblances(base, base + 3.0 * null.double(), 8)
+    row = parameter_distribution(layer, start).rows[0]
+    assert row["intruder_share_null"] == sum(value < 0.5 for value in expected) / 8 > 0
+    assert min(seen[2][:2]) < 0.5
+    with pytest.raises(ValueError, match=r"intruders_below is a cosine in \(0, 1\), or None; got 1.5"):
+        parameter_distribution(layer, start, intruders_below=1.5)

@@ -53,8 +53,9 @@ def main(strategy: str, folder: Path) -> None:
         ReverseGoldenParameters(5.0, n_samples=4, **at),
         ParameterDistribution(**at),
         TaylorDiff((1, 2), n_samples=3, by="tensor", **at),
-        ChangeAttribution(nodes=2, shares=[0.1, 0.5], n_samples=4, **at),
-        ChangeAttribution("kl", nodes=2, shares=[0.5], pieces="units", n_samples=4, name="attributed_units", **at),
+        ChangeAttribution("kl", nodes=2, shares=[0.1, 0.5], n_samples=4, interactions=True, **at),
+        # The loss of more of these samples changes by next to nothing, of which shares are noise.
+        ChangeAttribution(nodes=2, shares=[0.5], pieces="units", n_samples=2, name="attributed_units", **at),
         TaylorDiff((1, 2), n_samples=3, by=None, function_space=False, name="taylor_of_loss", **at),
         AttentionTracker(n_samples=3, **at),
         BasinVolume(4, n_samples=3, cutoff=[1e-3, 1e-2], **at),

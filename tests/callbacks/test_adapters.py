@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_goldy.analysis import taylor_diff
+from lightning_goldy import ParameterMask
+from lightning_goldy.analysis import change_attribution, taylor_diff
+from lightning_goldy.analysis.attribution import interleaved
 from lightning_goldy.analysis.change import weight_change
 from lightning_goldy.callbacks import (
+    ChangeAttribution,
     FinetuneComparison,
     GoldenParameters,
     GoldenSnapshot,
@@ -37,6 +40,9 @@ class Adapted(Finetune):
         return torch.optim.AdamW([own for own in self.parameters() if own.requires_grad], lr=1e-2)
 
 
+LEFT_OUT = "its mask is of adapters, the contributions of merged weights"
+
+
 def last_row(callback: Any) -> dict[str, Any]:
     return json.loads((callback.folder / "results.jsonl").read_text().splitlines()[-1])
 
@@ -48,7 +54,9 @@ def test_rows_are_of_merged_weights_and_say_so_while_nothing_is_disturbed(tmp_pa
     apart = GoldenSnapshot(every_n_steps=None, space="adapters", name="apart")
     shape, taylor = ParameterDistribution(), TaylorDiff(orders=[1], n_samples=2)
     golden = GoldenParameters(n_samples=2, quorum=0.5)
-    callbacks = [merged, apart, shape, taylor, golden, RunReport()]
+    carried = ChangeAttribution(nodes=4, shares=[0.2, 1.0], baselines=["magnitude", "random", "gradient"], n_samples=4)
+    inner = ChangeAttribution(nodes=4, shares=[], n_samples=4, space="adapters", name="inner")
+    callbacks = [merged, apart, shape, taylor, golden, carried, inner, RunReport()]
     _, module, watched = fit(tmp_path / "watched", callbacks, **short)
     assert differences(plain, watched) == []
 
@@ -72,6 +80,22 @@ def test_rows_are_of_merged_weights_and_say_so_while_nothing_is_disturbed(tmp_pa
     assert last_row(taylor)["metrics"]["first_order"] == pytest.approx(along.first_order, rel=1e-3)
     assert set(last_row(taylor)["result"]["loss_shares"]) <= set(along.loss_shares)
     assert last_row(golden)["result"]["space"] == "adapters"
+
+    row = last_row(carried)
+    assert row["result"]["space"] == "merged"
+    scored, _ = interleaved(TokenData().probe_dataloader(), 4)
+    found = change_attribution(now, base, scored, nodes=4, shares=[0.2, 1.0])
+    assert row["metrics"]["effect"] == pytest.approx(found.change, rel=1e-3)
+    told = {entry["name"]: entry["contribution"] for entry in row["result"]["tensors"]}
+    for name, value in told.items():
+        assert value == pytest.approx(found.by_tensor[name], rel=1e-2, abs=1e-4 * abs(found.change))
+    points = row["result"]["graft"]["points"]
+    assert [point["recovered"] for point in points if point["share"] == 1.0] == pytest.approx([1.0] * 5)
+    mask = ParameterMask.load(carried.folder / row["files"]["mask"])
+    assert "transformer.h.0.attn.c_attn.weight" in mask.space
+    assert row["result"]["left_out"] == {"golden_parameters": LEFT_OUT}
+    assert last_row(inner)["result"]["space"] == "adapters"
+    assert [link["mask"] for link in last_row(inner)["result"]["links"]] == ["golden_parameters"]
 
     page = next(tmp_path.glob("watched/**/report.html")).read_text()
     assert SPACES["merged"] in page

@@ -7,7 +7,7 @@ import torch
 
 from lightning_goldy.analysis import change_attribution, graft_curve
 from lightning_goldy.analysis.attribution import interleaved
-from lightning_goldy.callbacks import ChangeAttribution, GoldenSnapshot
+from lightning_goldy.callbacks import ChangeAttribution, GoldenParameters, GoldenSnapshot
 from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.report import draw_figures
 from tests.callbacks.training import TokenData, Tokens, fit
@@ -66,3 +66,28 @@ def test_what_cannot_work_is_refused_before_the_first_step(tmp_path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             ChangeAttribution(**options)
+
+
+def test_links_with_the_runs_masks_interactions_and_the_kept_share_are_in_the_row(tmp_path) -> None:
+    golden = GoldenParameters(n_samples=2, quorum=0.5, at=["end"])
+    options = {"nodes": 2, "shares": [0.3], "baselines": ["random", "learned"], "n_samples": 4}
+    watcher = ChangeAttribution(interactions=True, keep=0.1, **options)
+    _, module, _ = fit(tmp_path, [GoldenSnapshot(), golden, watcher], data=WithCollateral(), max_epochs=1, max_steps=2)
+    row = json.loads((watcher.folder / "results.jsonl").read_text())
+    mask = ParameterMask.load(next(golden.folder.glob("mask-*.safetensors")), module.model)
+    (link,) = row["result"]["links"]
+    assert link["mask"] == "golden_parameters"
+    assert link["elements"] == pytest.approx(mask.density)
+    assert row["metrics"]["inside/golden_parameters"] == link["attribution"]
+    assert {entry["block"] for entry in row["result"]["interactions"]} >= {"transformer.h.0", "transformer.h.1"}
+    assert ParameterMask.load(watcher.folder / row["files"]["mask"], module.model).density == pytest.approx(0.1, 1e-2)
+    assert {point["method"] for point in row["result"]["graft"]["points"]} >= {"random", "learned"}
+    assert set(draw_figures(row, [])) == {"places", "heads", "graft", "interactions", "links"}
+    assert "the golden_parameters mask holds" in row["headline"]
+
+    file = watcher.folder / row["files"]["mask"]
+    again = ChangeAttribution(nodes=1, shares=[], masks={"before": str(file)}, n_samples=2, name="again")
+    fit(tmp_path / "again", [GoldenSnapshot(), again], max_epochs=1, max_steps=1)
+    assert json.loads((again.folder / "results.jsonl").read_text())["result"]["links"][0]["mask"] == "before"
+    with pytest.raises(FileNotFoundError, match="there is no mask file at nowhere"):
+        fit(tmp_path / "none", [GoldenSnapshot(), ChangeAttribution(masks={"x": "nowhere"}, n_samples=2)])

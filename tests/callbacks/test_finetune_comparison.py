@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_goldy import GoldyModule, ParameterMask, ParameterVector
+from lightning_goldy import GoldyModule, ParameterMask, ParameterSpace, ParameterVector
+from lightning_goldy.analysis import change_attribution
 from lightning_goldy.callbacks import FinetuneComparison, GoldenParameters
 from lightning_goldy.callbacks.finetune_comparison import Finetune, comparison_table
 from lightning_goldy.core import load_vectors
@@ -111,6 +112,32 @@ def test_the_comparison_leaves_the_training_as_it_was(tmp_path, compared):
 def test_the_start_is_that_of_the_run(compared):
     start, _ = load_vectors(compared[3] / "start.safetensors")
     assert all(torch.equal(start[name], value) for name, value in build("gpt2").named_parameters())
+
+
+def test_what_carried_a_full_finetune_is_trained_again(tmp_path):
+    scores = GoldenParameters(n_samples=3, quorum=0.5, at=("start",))
+    comparison = FinetuneComparison(["attribution", "full"], seed=3, n_samples=4)
+    short = {"max_epochs": 1, "limit_train_batches": 4}
+    trainer, _, data = train(tmp_path, MASKED, [scores, comparison], **short)
+    (line,) = (comparison.folder / "results.jsonl").read_text().splitlines()
+    row = json.loads(line)
+    rows = {each["name"]: each for each in row["result"]["rows"]}
+    options = {"learning_rate": 1e-2, "weight_decay": 0.1}
+    full = train(tmp_path / "full", options, **short)[1].model
+    space = ParameterSpace.of(full)
+    golden = ParameterMask.from_dense(space, trainer.optimizers[0].mask.to_dense())
+    share = golden.total / space.numel
+    batches = list(data.probe_dataloader())
+    start = ParameterVector.of(build("gpt2"), space)
+    expected = change_attribution(full, start, batches, n_samples=4, shares=[share])
+    chosen = ParameterMask.load(comparison.folder / "attribution.safetensors")
+    assert chosen.total == golden.total == rows["attribution"]["elements"]
+    assert all(torch.equal(chosen[name], expected.mask(share)[name]) for name in space)
+    path = str(comparison.folder / "attribution.safetensors")
+    again = train(tmp_path / "again", options | {"name": "masked_adamw", "mask": path}, **short)[1].model
+    losses = (rows["attribution"]["losses"]["train/loss"], rows["attribution"]["losses"]["val/loss"])
+    assert losses[1] == pytest.approx(measured(again)[1], rel=1e-5)
+    assert "other/loss" not in rows["full"]["losses"]
 
 
 def test_a_resumed_run_compares_from_the_first_start(tmp_path, compared):

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from lightning_goldy.analysis import apply_change
 from lightning_goldy.cli import main
 from lightning_goldy.commands.graft import Wanted
+from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.data import AtlasDataModule
 from lightning_goldy.training.models import build_model, complete_config, write_pretrained
 
@@ -84,6 +85,43 @@ def test_the_effect_wanted_is_recovered_with_the_least_harm(trained, capsys):
     torch.testing.assert_close(made[name], base[name] + taken["factor"] * (now[name] - base[name]))
     assert run(trained, "--recover", "0.99999", "--method", "interpolation", output="none") != 0
     assert "no graft tried recovers" in capsys.readouterr().err
+
+
+def test_a_learned_mask_is_grafted_and_written_for_masked_training(trained, capsys):
+    assert run(trained, "--keep", "0.2", "--method", "learned", output="learned") == 0
+    taken = json.loads((trained / "learned" / "summary.json").read_text())["taken"]
+    assert taken["method"] == "learned"
+    mask = ParameterMask.load(trained / "learned" / "mask.safetensors")
+    assert mask.density == pytest.approx(0.2, rel=1e-3)
+    base, now, made = (weights(trained / name) for name in ("base", "finetune", "learned/model"))
+    for name, flags in mask.items():
+        assert torch.equal(made[name], torch.where(flags, now[name], base[name]))
+    assert "those of a mask that was learned" in (trained / "learned" / "model" / "README.md").read_text()
+
+
+def test_adapters_are_grafted_as_the_weights_that_they_come_to(trained, tmp_path, capsys):
+    peft = pytest.importorskip("peft")
+    config = yaml.safe_load((trained / "run.yaml").read_text())
+    config["model"]["init_args"]["lora"] = {"rank": 2, "target_modules": ["c_attn", "c_fc"]}
+    config["trainer"] |= {"max_epochs": 1, "limit_train_batches": 4, "logger": False, "enable_progress_bar": False}
+    config["trainer"]["default_root_dir"] = str(tmp_path / "run")
+    (tmp_path / "lora.yaml").write_text(yaml.safe_dump(config))
+    assert main(["fit", "--config", str(tmp_path / "lora.yaml"), "--model.optimizer.learning_rate", "1e-2"]) == 0
+    (checkpoint,) = tmp_path.glob("run/**/*.ckpt")
+    words = ["graft", str(checkpoint), "--config", str(tmp_path / "lora.yaml"), "--n-samples", "8", "--keep", "0.1"]
+    assert main([*words, "--output", str(tmp_path / "out")]) == 0
+    made, base = weights(tmp_path / "out" / "model"), weights(trained / "base")
+    adapter = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(trained / "base"), checkpoint.with_suffix("")
+    )
+    merged = adapter.merge_and_unload().state_dict()
+    mask = ParameterMask.load(tmp_path / "out" / "mask.safetensors")
+    assert "transformer.h.0.attn.c_attn.weight" in mask.space
+    for name, value in made.items():
+        if name in mask.space:
+            torch.testing.assert_close(value, torch.where(mask[name], merged[name], base[name]))
+        else:
+            assert torch.equal(value, base[name])
 
 
 def test_what_is_wanted_is_one_thing_and_in_range():

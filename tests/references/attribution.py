@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import torch
 from torch import nn
+
+from lightning_goldy.core import CausalLMObjective
+from tests.references.models import build, token_batch
 
 
 def riemann_attribution(model: nn.Module, base: nn.Module, value, points: int = 512) -> dict[str, torch.Tensor]:
@@ -33,3 +37,31 @@ def moved(base: nn.Module, other: nn.Module, step: float) -> nn.Module:
         for parameter, target in zip(model.parameters(), other.parameters(), strict=True):
             parameter.lerp_(target, step)
     return model
+
+
+def pairs_of_tokens(step: int, seed: int) -> dict:
+    """Tokens in pairs, of which the second, the only target, is the first moved on by a step."""
+    batch = token_batch(32, 12, seed=seed)
+    batch["input_ids"][:, 1::2] = 1 + (batch["input_ids"][:, ::2] - 1 + step) % 52
+    batch["labels"] = batch["input_ids"].clone()
+    batch["labels"][:, ::2] = -100
+    return batch
+
+
+def _trained(model: nn.Module, *, step: int, n_steps: int) -> nn.Module:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for seed in range(n_steps):
+        CausalLMObjective().loss(model, pairs_of_tokens(step, seed + 10)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+@functools.cache
+def finetuned_pair() -> tuple[nn.Module, nn.Module, dict, dict]:
+    """A model that says the next token, its base that says each again, samples that score, and samples held out."""
+    base = _trained(build("gpt2", 0), step=0, n_steps=60)
+    model = _trained(copy.deepcopy(base), step=1, n_steps=40)
+    ids = pairs_of_tokens(step=1, seed=9)
+    scored, held_out = ({key: value[rows] for key, value in ids.items()} for rows in (slice(16), slice(16, 32)))
+    return model, base, scored, held_out

@@ -10,18 +10,24 @@ from lightning_goldy.analysis.attribution.graft import (
     interleaved,
     save_change,
 )
+from lightning_goldy.analysis.attribution.learned import LearnedMask, LearnOptions, learn_mask
+from lightning_goldy.analysis.attribution.strongest import mask_links
 from lightning_goldy.analysis.attribution.units import UnitGroup, model_units, unit_mask
 
 __all__ = [
     "ChangeAttributionResult",
     "GraftCurve",
     "GraftPoint",
+    "LearnOptions",
+    "LearnedMask",
     "UnitGroup",
     "apply_change",
     "change_attribution",
     "graft",
     "graft_curve",
     "interleaved",
+    "learn_mask",
+    "mask_links",
     "model_units",
     "save_change",
     "unit_mask",

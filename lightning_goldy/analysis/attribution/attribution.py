@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -10,28 +11,28 @@ from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_goldy.analysis.attribution.path import ChangePath, Measure, Metric, MetricName, Passage, passages
+from lightning_goldy.analysis.attribution.strongest import levels_of, mask_links, strongest
 from lightning_goldy.analysis.attribution.units import UnitGroup, margins_of, model_units
-from lightning_goldy.analysis.divergence import precise, shortened
-from lightning_goldy.analysis.gradients import backward, gradient_part, only_these_require_gradients
+from lightning_goldy.analysis.gradients import (
+    backward,
+    gradient_part,
+    only_these_require_gradients,
+    zeros_like_parts,
+)
 from lightning_goldy.analysis.result import AnalysisResult, Cost, tensor_rows
-from lightning_goldy.analysis.taylor.approximation import batch_parts
-from lightning_goldy.core.base import Base, base_of
+from lightning_goldy.core.architecture.adapters import WeightSpace
+from lightning_goldy.core.base import Base
 from lightning_goldy.core.batches import move_batch, sample_count
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.naming import block_of, kind_of, require_at_least, require_choice
-from lightning_goldy.core.objective import FunctionObjective, Objective, objective_for
-from lightning_goldy.core.selection import select_largest
-from lightning_goldy.core.sharding import Replicas, gather, is_sharded, like, local, sum_over_shards, unshard_guard
+from lightning_goldy.core.objective import Objective, objective_for
+from lightning_goldy.core.sharding import Replicas, gather, is_sharded, like, sum_over_shards, unshard_guard
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.vector import ParameterVector
-
-MetricName = Literal["loss", "log_prob", "kl"]
-Metric = MetricName | Callable[[nn.Module, Any], Tensor]
-"""What a change is attributed of; a function gives the mean of a batch's samples, a scalar with a graph."""
 
 METRICS: tuple[str, ...] = get_args(MetricName)
 AUTO_NODES = (4, 8, 16, 32, 64)
@@ -39,169 +40,6 @@ AUTO_NODES = (4, 8, 16, 32, 64)
 SHARES = (0.001, 0.01, 0.05, 0.1, 0.2)
 _RESAMPLES = 1000
 _TOP = 20
-# Elements worked on at a time: a few such pieces stay in a core's cache.
-_CHUNK = 1 << 16
-
-
-@dataclass(frozen=True)
-class Passage:
-    """Samples that go through the model together.
-
-    Args:
-        batch: On the CPU or where the model is.
-        weight: What its mean counts for in the metric; those of all passages add up to 1.
-    """
-
-    batch: Any
-    weight: float = math.nan
-
-
-class Measure:
-    """A metric of a model, passage by passage, with the predictions of the base where it needs them.
-
-    Args:
-        metric: ``loss`` (mean over targets, nats), ``log_prob`` (mean over samples, nats), ``kl`` (KL(p_base || p),
-            mean over targets, nats), or a function.
-        objective: How a batch becomes a loss.
-    """
-
-    def __init__(self, metric: Metric, objective: Objective) -> None:
-        self.metric, self.objective = metric, objective
-        self.anchors: dict[int, Tensor] = {}
-        """Log-probabilities of the base by passage, shape ``[N, V]``."""
-
-    def value(self, model: nn.Module, index: int, batch: Any) -> Tensor:
-        """The metric on one passage, a scalar."""
-        if callable(self.metric):
-            return self.metric(model, batch)
-        if self.metric == "loss":
-            return self.objective.loss(model, batch)
-        if self.metric == "log_prob":
-            return self.objective.log_probs(model, batch).mean()
-        logits = precise(self.objective.logits_and_targets(model, batch).logits)
-        anchor = self.anchors[index].to(logits.device)
-        return F.kl_div(logits.log_softmax(-1), anchor, log_target=True, reduction="sum") / len(logits)
-
-    def keep_anchor(self, model: nn.Module, index: int, batch: Any) -> None:
-        """Keeps the base's predictions, where the metric compares with them."""
-        if self.metric == "kl":
-            logits = precise(self.objective.logits_and_targets(model, batch).logits)
-            self.anchors[index] = logits.log_softmax(-1).cpu()
-
-    def by_sample(self, model: nn.Module, index: int, batch: Any) -> tuple[Tensor, Tensor]:
-        """Sums of the metric over each sample's targets, and what each counts for, shapes ``[B]``, float64.
-
-        What is no sum over samples, as under a function, is that of the passage as one sample.
-        """
-        if callable(self.metric) or isinstance(self.objective, FunctionObjective):
-            count = sample_count(batch)
-            sums = [count * float(self.value(model, index, batch))]
-            return torch.tensor(sums, dtype=torch.float64), torch.tensor([count], dtype=torch.float64)
-        if self.metric == "log_prob":
-            found = self.objective.log_probs(model, batch).double().cpu()
-            return found, torch.ones_like(found)
-        target = self.objective.logits_and_targets(model, batch)
-        if self.metric == "loss":
-            values = target.token_losses()
-        else:
-            anchor = self.anchors[index].to(target.logits.device)
-            logits = precise(target.logits).log_softmax(-1)
-            values = F.kl_div(logits, anchor, log_target=True, reduction="none").sum(-1)
-        where, zeros = target.sample.cpu(), torch.zeros(target.n_samples, dtype=torch.float64)
-        return zeros.index_add(0, where, values.double().cpu()), torch.bincount(where, minlength=len(zeros)).double()
-
-
-def passages(
-    batches: Iterable[Any], objective: Objective, n_samples: int | None, samples_per_pass: int | None
-) -> list[Passage]:
-    """The samples that have targets, so many together.
-
-    Args:
-        batches: Batches that the objective understands.
-        objective: Cuts batches into samples.
-        n_samples: Only the first so many; all by default.
-        samples_per_pass: Samples together; by default as many as leave 8 passages, by which intervals are told.
-    """
-    kept = shortened(batches, objective, n_samples, None)
-    together = samples_per_pass or max(1, sum(map(sample_count, kept)) // 8)
-    return [
-        Passage(part) for batch in kept for part in batch_parts(batch, objective, -(-sample_count(batch) // together))
-    ]
-
-
-class ChangePath:
-    r"""A model moved between its base and where it is; the present values are copied back at the end.
-
-    Args:
-        model: Its parameters are changed in place.
-        base: :math:`\theta_0`.
-        space: The parameters that move.
-
-    Example:
-        >>> layer = nn.Linear(1, 1, bias=False)
-        >>> base = ParameterVector(ParameterSpace.of(layer), {"weight": layer.weight.detach() - 1})
-        >>> with ChangePath(layer, base) as path:
-        ...     path.move_to(0.0)
-        ...     at_base = layer.weight.item()
-        >>> round(layer.weight.item() - at_base, 6)
-        1.0
-    """
-
-    def __init__(self, model: nn.Module, base: Base, space: ParameterSpace | None = None) -> None:
-        start = base_of(base, model, space)
-        self.model, self.space = model, start.space
-        self.parameters = start.space.resolve(model)
-        self.base = start
-        # Placed once: on a GPU the base would be sent there with every gradient.
-        self.starts = {name: local(start.placed(name, parameter)) for name, parameter in self.parameters.items()}
-        self.present = {name: local(parameter).clone() for name, parameter in self.parameters.items()}
-
-    def __enter__(self) -> ChangePath:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.write(lambda name, base, present: present)
-
-    def write(self, value: Callable[[str, Tensor, Tensor], Tensor]) -> None:
-        """Gives every parameter (this process's part) a value made of its name, its base and its present value."""
-        unshard_guard(self.model)
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                local(parameter).copy_(value(name, self.starts[name], self.present[name]))
-        # Inside autocast a low-precision copy of the old weight may be cached and would be used in its place.
-        torch.clear_autocast_cache()
-
-    def move_to(self, t: float) -> None:
-        """Moves to base + t (present - base), the base and the present values themselves at 0 and 1."""
-
-        def between(name: str, base: Tensor, present: Tensor) -> Tensor:
-            if t in (0.0, 1.0):
-                return present if t else base
-            return torch.lerp(precise(base), precise(present), t)
-
-        self.write(between)
-
-    def change(self, name: str) -> Tensor:
-        """Present value minus base of one parameter, this process's part, at least float32."""
-        return precise(self.present[name]) - precise(self.starts[name])
-
-    def changes(self, name: str) -> Iterator[tuple[slice, Tensor]]:
-        """The change of one parameter, flat, piece by piece with its place."""
-        base, present = self.starts[name].reshape(-1), self.present[name].reshape(-1)
-        size = _CHUNK if present.device.type == "cpu" else max(1, present.numel())
-        for start in range(0, present.numel(), size):
-            piece = slice(start, start + size)
-            yield piece, precise(present[piece]) - precise(base[piece])
-
-    def squares(self) -> list[float]:
-        """||Delta||^2 of each parameter, over all shards."""
-        sums = []
-        for name, present in self.present.items():
-            total = torch.zeros((), dtype=torch.float64, device=present.device)
-            for _, change in self.changes(name):
-                total += torch.dot(change, change)
-            sums.append(total)
-        return list(map(float, sum_over_shards(sums, list(self.parameters.values()))))
 
 
 @dataclass(frozen=True)
@@ -225,6 +63,11 @@ class ChangeAttributionResult(AnalysisResult):
         shares: Shares of all elements for which the strongest are known, ascending fractions.
         levels: Of each element the first of the shares whose strongest hold it, or their number where none does; uint8.
         scores: Of each element what it contributes; None unless asked for.
+        interactions: Of each block, where asked for, its ``contribution``, the exact effect of its change ``alone``,
+            and what goes where it is ``removed`` from the whole change, each of both with ``_low`` and ``_high``, its
+            95 % interval over passages. All three agree where blocks do not interact.
+        links: Of each mask that was given what it has to do with the contributions; see :func:`mask_links`.
+        space: ``merged`` or ``adapters``; None of a model without adapters.
         cost: Passes of the model.
     """
 
@@ -245,6 +88,9 @@ class ChangeAttributionResult(AnalysisResult):
     shares: tuple[float, ...]
     levels: ParameterVector | None
     scores: ParameterVector | None
+    interactions: tuple[dict[str, Any], ...] = ()
+    links: tuple[dict[str, Any], ...] = ()
+    space: str | None = None
     cost: Cost = field(default=Cost(), compare=False)
 
     @property
@@ -271,6 +117,13 @@ class ChangeAttributionResult(AnalysisResult):
     def by_tensor(self) -> dict[str, float]:
         """What each parameter contributes."""
         return dict(zip(self.names, self.contributions.sum(0).tolist(), strict=True))
+
+    @property
+    def interaction(self) -> float | None:
+        """Share of the change that no block makes alone, (change - sum of all alone) / change; None if not measured."""
+        if not self.interactions or not self.change:
+            return None
+        return 1 - math.fsum(row["alone"] for row in self.interactions) / self.change
 
     def grouped(self, group: Callable[[str], str]) -> dict[str, float]:
         """What groups of parameters contribute.
@@ -304,9 +157,7 @@ class ChangeAttributionResult(AnalysisResult):
         wanted = torch.tensor([group(name) == of for name in self.names])
         part, whole = self.contributions[:, wanted].sum(1), self.contributions.sum(1)  # [passages]
         counts = resampled(len(part))  # [resamples, passages]
-        values = (counts @ part) / ((counts @ whole) if share else (counts @ self.weights))
-        low, high = torch.nanquantile(values, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-        return low, high
+        return interval_of((counts @ part) / ((counts @ whole) if share else (counts @ self.weights)))
 
     def mask(self, share: float) -> ParameterMask:
         """The share of all elements that did most of the change: the largest contributions of the change's own sign.
@@ -336,6 +187,9 @@ class ChangeAttributionResult(AnalysisResult):
             "gap": self.gap,
             "n_nodes": float(self.n_nodes),
             **kinds,
+            **({"interaction": self.interaction} if self.interactions else {}),
+            **{f"inside/{row['mask']}": row["attribution"] for row in self.links},
+            **{f"inside_null/{row['mask']}": row["null"] for row in self.links},
         }
 
     def details(self) -> dict[str, Any]:
@@ -358,6 +212,9 @@ class ChangeAttributionResult(AnalysisResult):
             "blocks": self._group_rows(block_of),
             "kinds": self._group_rows(kind_of),
             "units": [_unit_row(unit) for unit in self.units],
+            "interactions": list(self.interactions),
+            "links": list(self.links),
+            **({} if self.space is None else {"space": self.space}),
         }
 
     def _group_rows(self, group: Callable[[str], str]) -> list[dict[str, Any]]:
@@ -394,8 +251,18 @@ class ChangeAttributionResult(AnalysisResult):
         )
         return (
             f"the {self.metric} changed by {self.change:.4g}: {row['contribution'] / self.total:.0%} "
-            f"[{low:.0%}, {high:.0%}] of it sits in {label} parameters, which are {row['elements']:.0%} of all{whole}"
+            f"[{low:.0%}, {high:.0%}] of it sits in {label} parameters, which are {row['elements']:.0%} of all"
+            f"{whole}{self._told_parts()}"
         )
+
+    def _told_parts(self) -> str:
+        alone = "" if self.interaction is None else f"; alone, blocks make {1 - self.interaction:.0%} of it"
+        inside = "".join(
+            f"; the {link['mask']} mask holds {link['attribution']:.0%}, a random one of its size {link['null']:.0%} "
+            f"[{link['null_low']:.0%}, {link['null_high']:.0%}]"
+            for link in self.links
+        )
+        return alone + inside
 
 
 def change_attribution(
@@ -407,11 +274,13 @@ def change_attribution(
     metric: Metric = "loss",
     nodes: int | Literal["auto", "base"] = "auto",
     tolerance: float = 0.01,
-    space: ParameterSpace | None = None,
+    space: ParameterSpace | WeightSpace | None = None,
     n_samples: int | None = None,
     samples_per_pass: int | None = None,
     shares: Sequence[float] = SHARES,
     keep_scores: bool = False,
+    interactions: bool = False,
+    masks: Mapping[str, ParameterVector] | None = None,
     progress: Callable[[int, int], None] | None = None,
     split_over_ranks: bool = True,
 ) -> ChangeAttributionResult:
@@ -423,9 +292,9 @@ def change_attribution(
 
     The integral is a sum over Gauss-Legendre nodes, exact where the metric along the line is a polynomial of degree
     2 n; nodes are doubled until the relative gap to the true change is below the tolerance. A forward and a backward
-    pass per sample and node, in evaluation mode. Beside the training's memory stand a copy of the present values, the
-    base, and one accumulator in at least float32. The model comes back as it was. On several ranks the passages are
-    shared out; every rank must call.
+    pass per sample and node, in evaluation mode. Beside the training's memory stand the base, the change, and one
+    accumulator in at least float32. The model comes back as it was. On several ranks the passages are shared out; every
+    rank must call.
 
     Args:
         model: The finetuned model, plain or sharded with FSDP2.
@@ -438,12 +307,16 @@ def change_attribution(
         nodes: Of the quadrature; ``auto`` tries 4, 8, ... 64; ``base`` takes the gradient at the base alone, the first
             order, which need not be complete.
         tolerance: Relative gap at which ``auto`` stops, a fraction.
-        space: Which parameters move; the base's by default. The others stay where they are now.
+        space: Which parameters move; the base's by default. The others stay where they are now. Or of a model with
+            adapters ``merged`` (the default), the weights that they come to, or ``adapters``.
         n_samples: Only the first so many samples.
         samples_per_pass: Samples that go through the model together; intervals resample such passages. By default as
             many as leave 8 of them.
         shares: Shares of all elements whose strongest are to be told, fractions in (0, 1].
         keep_scores: Whether to return what every element contributes.
+        interactions: Whether to measure each block's change alone, and all others' without it: two forward passes of
+            the samples for every block.
+        masks: Masks by name that the contributions are compared with, such as golden ones.
         progress: Called with (passages done, passages in all) of the present number of nodes, on this rank.
         split_over_ranks: Whether to share passages out over the ranks of an initialised process group.
 
@@ -452,7 +325,8 @@ def change_attribution(
 
     Raises:
         ValueError: An argument is out of range, there is no sample, or a value is not finite.
-        SpaceError: The base is of another model.
+        SpaceError: The base or a mask is of another model.
+        AdapterError: Merged weights cannot be told, or the model is sharded.
 
     Source: integrated gradients (Sundararajan et al. 2017, section 3) along the line between two checkpoints.
 
@@ -467,18 +341,38 @@ def change_attribution(
         (5.0, [[0.5, 4.5]], 0.0)
     """
     shares = check_attribution(metric, nodes, tolerance, shares, samples_per_pass)
-    objective = objective_for(model, objective)
     replicas = Replicas.of(model) if split_over_ranks else Replicas()
     with preserved(model), replicas.together("change_attribution"), ChangePath(model, base, space) as path:
-        found = passages(batches, objective, n_samples, samples_per_pass)
-        work = _Integration(path, Measure(metric, objective), found, replicas, progress)
+        work = _Integration(
+            path, objective_for(model, objective), metric, batches, n_samples, samples_per_pass, replicas
+        )
+        work.progress = progress
         work.measure_ends()
-        counts: Sequence[int] = AUTO_NODES if nodes == "auto" else (0,) if nodes == "base" else (nodes,)
-        for count in counts if work.moved else counts[:1]:
-            work.integrate(count)
-            if work.gap <= tolerance:
-                break
-        return work.result(tolerance, shares, keep_scores)
+        effects = work.measure_blocks() if interactions and work.moved else None
+        work.integrate_until(nodes, tolerance)
+        return work.result(tolerance, shares, keep_scores, effects, masks or {})
+
+
+def attribute_first_order(
+    path: ChangePath, batches: Iterable[Any], objective: Objective, metric: Metric, shares: Sequence[float]
+) -> dict[str, Tensor]:
+    """The levels of the first order at the base, gradient times change; the model is left at the base.
+
+    Args:
+        path: From the base to the finetune, entered.
+        batches: Samples that score.
+        objective: The loss.
+        metric: What is attributed.
+        shares: Ascending fractions.
+
+    Returns:
+        As :func:`levels_of`.
+    """
+    work = _Integration(path, objective, metric, batches, None, None, Replicas())
+    work.measure_ends()
+    work.integrate(0)
+    ends = (work.ends * work.weights).sum(1)
+    return levels_of(work.scores(), shares, sign=float(ends[1] - ends[0]))
 
 
 def check_attribution(
@@ -507,47 +401,31 @@ def check_attribution(
     return tuple(sorted(set(shares)))
 
 
-def strongest(scores: ParameterVector, change: float, share: float) -> ParameterMask:
-    """Exactly a share of the elements, those that contribute most in the direction of the change.
-
-    Args:
-        scores: What each element contributes.
-        change: Its sign is that of the wanted contributions.
-        share: A fraction in (0, 1]; at least one element.
-
-    Example:
-        >>> space = ParameterSpace.of(nn.Linear(4, 1, bias=False))
-        >>> scores = ParameterVector(space, {"weight": torch.tensor([[1.0, -3.0, -2.0, 0.0]])})
-        >>> strongest(scores, -4.0, 0.5)["weight"].tolist()
-        [[False, True, True, False]]
-    """
-    return ParameterMask.of_vector((scores if change >= 0 else -scores).top_k(100 * share, scope="global"))
-
-
 class _Integration:
     """One process's part of the work, and what all of them found."""
 
     def __init__(
         self,
         path: ChangePath,
-        measure: Measure,
-        samples: Sequence[Passage],
+        objective: Objective,
+        metric: Metric,
+        batches: Iterable[Any],
+        n_samples: int | None,
+        samples_per_pass: int | None,
         replicas: Replicas,
-        progress: Callable[[int, int], None] | None,
     ) -> None:
-        self.path, self.measure, self.replicas, self.progress = path, measure, replicas, progress
+        self.path, self.measure, self.replicas = path, Measure(metric, objective), replicas
+        self.progress: Callable[[int, int], None] | None = None
         self.device = next(path.model.parameters()).device
-        self.samples = list(samples)
+        samples: list[Passage] = passages(batches, objective, n_samples, samples_per_pass)
+        self.samples = samples
         self.mine = replicas.share(range(len(samples)))
         self.ends = torch.zeros(2, len(samples), dtype=torch.float64)
         self.weights = torch.zeros(len(samples), dtype=torch.float64)
         self.contributions = torch.zeros(len(samples), len(path.space), dtype=torch.float64)
         self.products = torch.zeros(len(path.space), dtype=torch.float64, device=self.device)
         """Of the present passage, gradient times change of each parameter."""
-        self.accumulated = {
-            name: torch.zeros_like(part, dtype=torch.promote_types(part.dtype, torch.float32))
-            for name, part in path.present.items()
-        }
+        self.accumulated = zeros_like_parts(path.parameters)
         self.found = torch.zeros_like(self.contributions)
         """The contributions that all processes found."""
         self.index = {name: place for place, name in enumerate(path.space.names)}
@@ -573,6 +451,36 @@ class _Integration:
         if not bool(torch.isfinite(self.ends).all()):
             raise ValueError("the metric is not finite at the base or at the present parameters")
         self.weights = sizes / sizes.sum()
+
+    def measure_blocks(self) -> Tensor:
+        """The metric with each block's change alone, and without it, shape ``[2, blocks, passages]``."""
+        blocks = self.blocks()
+        found = torch.zeros(2, len(blocks), len(self.samples), dtype=torch.float64)
+        with torch.no_grad():
+            for kind, (row, inside) in itertools.product((0, 1), enumerate(blocks.values())):
+                # The block's change alone, then all changes but the block's.
+                changed = inside if kind == 0 else set(self.path.space) - inside
+                self.path.write(lambda name, base, present, changed=changed: present if name in changed else base)
+                for index, batch in self._batches():
+                    sums, counts = self.measure.by_sample(self.path.model, index, batch)
+                    found[kind, row, index] = sums.sum() / counts.sum()
+                    self.cost += Cost(forwards=sample_count(batch))
+        return self._summed(found)
+
+    def blocks(self) -> dict[str, set[str]]:
+        """The names of each block's parameters, in the model's order."""
+        blocks: dict[str, set[str]] = {}
+        for name in self.path.space:
+            blocks.setdefault(block_of(name), set()).add(name)
+        return blocks
+
+    def integrate_until(self, nodes: int | Literal["auto", "base"], tolerance: float) -> None:
+        """Integrates with the nodes that are asked for, or with more and more of them until the sum is complete."""
+        counts: Sequence[int] = AUTO_NODES if nodes == "auto" else (0,) if nodes == "base" else (nodes,)
+        for count in counts if self.moved else counts[:1]:
+            self.integrate(count)
+            if self.gap <= tolerance:
+                break
 
     def integrate(self, n_nodes: int) -> None:
         """Adds up the gradients at the nodes; without one, that at the base."""
@@ -611,16 +519,41 @@ class _Integration:
         change = float(((self.ends[1] - self.ends[0]) * self.weights).sum())
         return abs(float(self.found.sum()) - change) / abs(change) if self.moved and change else 0.0
 
-    def result(self, tolerance: float, shares: tuple[float, ...], keep_scores: bool) -> ChangeAttributionResult:
-        """Turns gradients into contributions, in place, and tells what they say."""
-        space = self.path.space
-        before, now = (float((values * self.weights).sum()) for values in self.ends)
+    def scores(self) -> dict[str, Tensor]:
+        """The contribution of each element, of all processes; the accumulators become them, in place."""
         for name, total in self.accumulated.items():
             flat = self.replicas.sum_(total).view(-1)
             for piece, change in self.path.changes(name):
                 flat[piece].mul_(change)
-        references = {name: parameter.detach() for name, parameter in self.path.parameters.items()}
-        scores = {name: like(references[name], total) for name, total in self.accumulated.items()}
+        return {name: like(self.path.parameters[name].detach(), total) for name, total in self.accumulated.items()}
+
+    def interactions(self, effects: Tensor) -> tuple[dict[str, Any], ...]:
+        """What :meth:`measure_blocks` found, as effects with intervals, beside the contributions."""
+        changes = torch.stack([effects[0] - self.ends[0], self.ends[1] - effects[1]])  # [2, blocks, passages]
+        counts = resampled(len(self.weights))
+        rows = []
+        for place, (block, names) in enumerate(self.blocks().items()):
+            columns = [self.index[name] for name in names]
+            row: dict[str, Any] = {"block": block, "contribution": float(self.found[:, columns].sum())}
+            for kind, told in enumerate(("alone", "removed")):
+                parts = changes[kind, place] * self.weights
+                low, high = interval_of((counts @ parts) / (counts @ self.weights))
+                row |= {told: float(parts.sum()), f"{told}_low": low, f"{told}_high": high}
+            rows.append(row)
+        return tuple(rows)
+
+    def result(
+        self,
+        tolerance: float,
+        shares: tuple[float, ...],
+        keep_scores: bool,
+        effects: Tensor | None,
+        masks: Mapping[str, ParameterVector],
+    ) -> ChangeAttributionResult:
+        """Turns gradients into contributions, in place, and tells what they say."""
+        space = self.path.space
+        before, now = (float((values * self.weights).sum()) for values in self.ends)
+        scores = self.scores()
         margins = {name: margins_of(gather(score)) for name, score in scores.items()}
         units = [
             {"kind": group.kind, "place": group.place, "values": group.sums(margins), "size": group.size(space)}
@@ -647,6 +580,9 @@ class _Integration:
             scores=ParameterVector(space, {name: gather(score).cpu() for name, score in scores.items()})
             if keep_scores
             else None,
+            interactions=self.interactions(effects) if effects is not None else (),
+            links=mask_links(ParameterVector(space, scores), masks, change=now - before) if self.moved else (),
+            space=self.path.weight_space,
             cost=sum(self.replicas.gather_objects(self.cost), Cost()),
         )
 
@@ -682,47 +618,23 @@ class _Integration:
         flat, total = gradient_part(gradient, parameter).reshape(-1), self.accumulated[name].view(-1)
         products = []
         for piece, change in self.path.changes(name):
-            products.append(torch.dot(flat[piece], change))
-            total[piece].add_(flat[piece], alpha=self.scale)
+            part = flat[piece]
+            products.append(torch.dot(part, change))
+            total[piece].add_(part, alpha=self.scale)
         if products:
             self.products[self.index[name]] += torch.stack(products).sum(dtype=torch.float64)
-
-
-def levels_of(scores: Mapping[str, Tensor], shares: Sequence[float], *, sign: float = 1.0) -> dict[str, Tensor]:
-    """The first of ascending shares whose strongest hold each element, or their number where none does.
-
-    Args:
-        scores: By parameter, plain or sharded; they are multiplied by the sign for a while.
-        shares: Ascending fractions of all elements.
-        sign: That of the scores that are strongest.
-
-    Returns:
-        Whole tensors of uint8 on the CPU.
-
-    Example:
-        >>> levels_of({"a": torch.tensor([4.0, 1.0, 3.0, 2.0])}, [0.25, 0.5])["a"].tolist()
-        [0, 2, 1, 2]
-    """
-    directed, numel = list(scores.values()), sum(score.numel() for score in scores.values())
-    parts = [local(score) for score in directed]
-    if sign < 0:
-        for part in parts:
-            part.neg_()
-    levels = [torch.full_like(part, len(shares), dtype=torch.uint8) for part in parts]
-    for place in reversed(range(len(shares))):
-        for level, inside in zip(levels, select_largest(directed, max(1, round(shares[place] * numel))), strict=True):
-            level.masked_fill_(inside, place)
-    if sign < 0:
-        for part in parts:
-            part.neg_()
-    found = zip(scores, directed, levels, strict=True)
-    return {name: gather(like(score, level)).cpu() for name, score, level in found}
 
 
 def resampled(count: int) -> Tensor:
     """How often each of so many passages is drawn in each resample, shape ``[resamples, count]``; always the same."""
     draws = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=_RESAMPLES)
     return torch.from_numpy(draws).double()
+
+
+def interval_of(values: Tensor) -> tuple[float, float]:
+    """The middle 95 % of resampled values."""
+    low, high = torch.nanquantile(values, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
 
 
 def _unit_row(unit: Mapping[str, Any]) -> dict[str, Any]:
@@ -753,4 +665,10 @@ def units_of(result: ChangeAttributionResult, kind: str) -> dict[str, Tensor]:
 
 def unit_groups(result: ChangeAttributionResult, model: nn.Module) -> tuple[UnitGroup, ...]:
     """The groups that the result's units are of, as they lie in a model of the same shapes."""
-    return model_units(model, ParameterSpace.of(model).subspace(result.names))
+    return model_units(model, element_space(result, model))
+
+
+def element_space(result: ChangeAttributionResult, model: nn.Module) -> ParameterSpace:
+    """The space of the result's elements."""
+    held = result.levels or result.scores
+    return held.space if held is not None else ParameterSpace.of(model).subspace(result.names)

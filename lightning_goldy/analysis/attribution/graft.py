@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -14,18 +16,19 @@ from torch import Tensor, nn
 
 from lightning_goldy.analysis.attribution.attribution import (
     ChangeAttributionResult,
-    ChangePath,
-    Measure,
-    Metric,
-    change_attribution,
+    attribute_first_order,
     check_attribution,
-    levels_of,
-    passages,
+    element_space,
+    interval_of,
     resampled,
 )
+from lightning_goldy.analysis.attribution.learned import LearnOptions, learn_along, metric_of
+from lightning_goldy.analysis.attribution.path import ChangePath, Measure, Metric, passages
+from lightning_goldy.analysis.attribution.strongest import levels_of
 from lightning_goldy.analysis.attribution.units import UnitGroup, block_name, model_units, unit_mask
 from lightning_goldy.analysis.divergence import precise
 from lightning_goldy.analysis.result import AnalysisResult, Cost, counted_passes
+from lightning_goldy.core.architecture.adapters import WeightSpace, adapted_layers, merged_state
 from lightning_goldy.core.base import Base, base_of
 from lightning_goldy.core.batches import move_batch, sample_count, take_samples
 from lightning_goldy.core.directions import random_direction
@@ -35,13 +38,14 @@ from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.naming import model_class, require_choice
 from lightning_goldy.core.objective import Objective, objective_for
 from lightning_goldy.core.sharding import gather, is_sharded, like, local, scatter_like
-from lightning_goldy.core.space import ParameterSpace
+from lightning_goldy.core.space import ParameterSpace, trainable_parameters
 from lightning_goldy.core.store import fingerprint, open_tensors, pack_mask, unpack_mask, write_tensors
 from lightning_goldy.core.vector import ParameterVector
 
-Baseline = Literal["magnitude", "random", "gradient", "interpolation", "drop_and_rescale"]
+Baseline = Literal["magnitude", "random", "gradient", "interpolation", "drop_and_rescale", "learned"]
 Pieces = Literal["elements", "units", "tensors", "blocks"]
-BASELINES: tuple[str, ...] = get_args(Baseline)
+BASELINES: tuple[Baseline, ...] = ("magnitude", "random", "gradient", "interpolation", "drop_and_rescale")
+"""What stands beside attribution by default; a mask that is learned costs many backward passes."""
 FACTORS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Of the change, by which interpolation adds it to the base."""
 # Width of an interval of the recovered effect from which on nothing is told.
@@ -220,8 +224,10 @@ def graft_curve(
     metric: Metric | None = None,
     pieces: Pieces = "elements",
     shares: Sequence[float] | None = None,
-    baselines: Sequence[Baseline] = ("magnitude", "random", "gradient", "interpolation", "drop_and_rescale"),
+    baselines: Sequence[Baseline] = BASELINES,
     factors: Sequence[float] = FACTORS,
+    masks: Mapping[str, Sequence[ParameterVector]] | None = None,
+    learn: LearnOptions = LearnOptions(),  # noqa: B008 - frozen
     samples_per_pass: int | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
@@ -234,16 +240,18 @@ def graft_curve(
 
     S are the elements (or units, tensors, blocks) that contribute most by :func:`change_attribution`. Beside it stand
     the largest changes (``magnitude``), random elements, the first order at the base (``gradient``), interpolation
-    :math:`\theta_0 + a \Delta`, and drop-and-rescale, random elements times the inverse of their share. Every point
-    costs a forward pass of the held-out samples and one of the other text. The model comes back as it was.
+    :math:`\theta_0 + a \Delta`, and drop-and-rescale, random elements times the inverse of their share; where asked
+    for masks that are ``learned`` (:func:`~lightning_goldy.analysis.attribution.learned.learn_mask`). Every point costs
+    a forward pass of the held-out samples and two of the other text. The model comes back as it was.
 
     Args:
         model: The finetuned model.
         base: Anything that :func:`~lightning_goldy.core.base.base_of` takes.
         attribution: What chose the elements, of the same change.
-        batches: The samples that scored; only the ``gradient`` baseline reads them.
+        batches: The samples that scored; only ``gradient`` and ``learned`` read them.
         held_out: Samples that did not.
-        collateral: Text that has nothing to do with the finetune, on which harm is measured.
+        collateral: Text that has nothing to do with the finetune, on which harm is measured; where a mask is learned
+            every other sample of it teaches and is not measured.
         objective: The loss; next-token prediction by default.
         metric: What is recovered; the attribution's by default, which must be given again where it is a function.
         pieces: What is grafted: single ``elements``, ``units`` (heads, key/value groups, neurons, token rows), whole
@@ -251,6 +259,8 @@ def graft_curve(
         shares: Shares of all elements; the attribution's by default.
         baselines: What stands beside it; those of elements only where elements are grafted.
         factors: The a of interpolation.
+        masks: Further masks to graft, by the name of their method, such as golden ones.
+        learn: How masks are learned.
         samples_per_pass: Samples that go through the model together; whole batches by default.
         seed: Of random elements.
         progress: Called with (points done, points in all).
@@ -266,6 +276,7 @@ def graft_curve(
         2311.03099, section 3).
 
     Example:
+        >>> from lightning_goldy.analysis import change_attribution
         >>> from lightning_goldy.core import FunctionObjective
         >>> layer = nn.Linear(4, 1, bias=False)
         >>> base = ParameterVector(ParameterSpace.of(layer), {"weight": torch.zeros(1, 4)})
@@ -277,9 +288,13 @@ def graft_curve(
         (0.998, 1.0)
     """
     objective = objective_for(model, objective)
-    metric = _metric_of(attribution, metric)
+    metric = metric_of(attribution, metric)
     shares = check_graft(metric, attribution.shares if shares is None else shares, baselines, pieces)
-    with preserved(model), ChangePath(model, base) as path, torch.no_grad(), counted_passes(model) as passes:
+    teaching: Sequence[Any] = ()
+    if collateral is not None and "learned" in baselines:
+        collateral, teaching = interleaved(collateral, sys.maxsize)
+    within = attribution.space
+    with preserved(model), ChangePath(model, base, within) as path, torch.no_grad(), counted_passes(model) as passes:
         if path.space.names != attribution.names:
             raise ValueError(
                 f"the attribution is of {len(attribution.names)} parameters ({attribution.names[0]}, ...), the change "
@@ -288,6 +303,9 @@ def graft_curve(
         bench = _Bench(path, objective, metric, held_out, collateral, samples_per_pass)
         grafts = _Grafts(path, attribution, objective, metric, tuple(shares), seed)
         plan = [*grafts.chosen(pieces), *grafts.baselines(baselines, factors, batches, pieces)]
+        plan += grafts.of_masks(masks or {})
+        if "learned" in baselines:
+            plan += grafts.learned(list(batches), list(teaching) or None, learn)
         points = []
         for done, (method, share, factor, write) in enumerate(plan, 1):
             write()
@@ -316,20 +334,12 @@ def check_graft(metric: Metric, shares: Sequence[float], baselines: Sequence[str
         ValueError: An argument is unknown or out of range.
     """
     for baseline in baselines:
-        require_choice("baseline", baseline, BASELINES)
+        require_choice("baseline", baseline, get_args(Baseline))
     require_choice("pieces", pieces, get_args(Pieces))
     found = check_attribution(metric, "auto", 0.01, shares, None)
     if not found:
         raise ValueError("shares is empty: name at least one fraction in (0, 1]")
     return found
-
-
-def _metric_of(attribution: ChangeAttributionResult, metric: Metric | None) -> Metric:
-    if metric is not None:
-        return metric
-    if attribution.metric == "function":
-        raise ValueError("the attribution is of a function's values; give the function again as metric=")
-    return attribution.metric  # type: ignore[return-value]
 
 
 class _Bench:
@@ -367,7 +377,7 @@ class _Bench:
         counts = resampled(len(values))
         gain, whole = values - self.base, self.now - self.base
         moved = float(whole.sum()) != 0
-        low, high = _ends((counts @ gain) / (counts @ whole)) if moved else (None, None)
+        low, high = interval_of((counts @ gain) / (counts @ whole)) if moved else (None, None)
         point: dict[str, Any] = {
             "method": method,
             "share": share,
@@ -382,7 +392,7 @@ class _Bench:
             divergences, _ = self._values(self.divergence, self.collateral)
             counts = resampled(len(losses))
             harm = losses - self.base_loss
-            low, high = _ends((counts @ harm) / (counts @ self.loss_counts))
+            low, high = interval_of((counts @ harm) / (counts @ self.loss_counts))
             total = self.loss_counts.sum()
             point |= {"harm": float(harm.sum() / total), "harm_low": low, "harm_high": high}
             point["kl"] = float(divergences.sum() / total)
@@ -400,11 +410,6 @@ class _Bench:
         empty = torch.zeros(0, dtype=torch.float64)
         sums, counts = (torch.cat([empty, *(pair[place] for pair in found)]) for place in (0, 1))
         return sums, counts
-
-
-def _ends(values: Tensor) -> tuple[float, float]:
-    low, high = torch.nanquantile(values, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high
 
 
 def _marked(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -453,26 +458,42 @@ class _Grafts:
         for name in names:
             if name == "interpolation":
                 found += [(name, 1.0, factor, self._interpolate(factor)) for factor in factors]
-            elif pieces == "elements" or name in ("random", "drop_and_rescale"):
+            elif name != "learned" and (pieces == "elements" or name in ("random", "drop_and_rescale")):
                 levels = self._levels(name, batches)
                 for place, share in enumerate(self.shares):
                     factor = 1 / share if name == "drop_and_rescale" else 1.0
                     found.append((name, share, factor, self._keep_levels(levels, place, factor)))
         return found
 
+    def of_masks(self, masks: Mapping[str, Sequence[ParameterVector]]) -> list[Planned]:
+        """Those of masks that are given."""
+        found: list[Planned] = []
+        for method, held in masks.items():
+            for mask in map(ParameterMask.of_vector, held):
+                self.path.space.require_same(mask.space)
+                found.append((method, mask.density, 1.0, self._keep(mask)))
+        return found
+
+    def learned(self, batches: Sequence[Any], teaching: Sequence[Any] | None, options: LearnOptions) -> list[Planned]:
+        """A mask for each share, learned when its turn comes."""
+
+        def write(share: float) -> None:
+            args = self.path, self.attribution, batches, teaching, share, self.objective, self.metric, options
+            self._keep(learn_along(*args).mask)()
+
+        return [("learned", share, 1.0, partial(write, share)) for share in self.shares]
+
     def _levels(self, name: str, batches: Iterable[Any]) -> dict[str, Tensor]:
         path = self.path
         if name == "gradient":
-            path.move_to(1.0)
-            options: dict[str, Any] = {"metric": self.metric, "space": path.space, "shares": self.shares}
             with torch.enable_grad():
-                found = change_attribution(path.model, path.base, batches, self.objective, nodes="base", **options)
-            return dict(found.levels or {})
+                return attribute_first_order(path, batches, self.objective, self.metric, self.shares)
         if name == "magnitude":
             references = path.parameters.items()
-            return levels_of({n: like(p.detach(), path.change(n).abs_()) for n, p in references}, self.shares)
+            return levels_of({n: like(p.detach(), path.change(n).abs()) for n, p in references}, self.shares)
         # Drop-and-rescale has the same elements as the random baseline, so that what differs is the rescaling.
-        direction = random_direction(path.space, self.seed, module=path.model)
+        module = None if path.weight_space == "merged" else path.model
+        direction = random_direction(path.space, self.seed, module=module)
         return levels_of({name: tensor.clone() for name, tensor in direction.items()}, self.shares)
 
     def _keep(self, mask: ParameterMask) -> Callable[[], None]:
@@ -506,7 +527,7 @@ def chosen_masks(
     Yields:
         The share that the mask really has, and the mask; once where two shares allow the same pieces.
     """
-    space = ParameterSpace.of(model).subspace(attribution.names)
+    space = element_space(attribution, model)
     groups = model_units(model, space)
     labels, values, sizes = [], [], []
     for group, row in zip(groups, attribution.units, strict=True):
@@ -585,11 +606,13 @@ def graft(model: nn.Module, base: Base, mask: ParameterVector, *, factor: float 
     Args:
         model: The finetuned model; it stays as it is.
         base: Anything that :func:`~lightning_goldy.core.base.base_of` takes.
-        mask: S, boolean, of the parameters that changed; others stay where they are now.
+        mask: S, boolean, of the parameters that changed, or of the weights that adapters come to; others stay where
+            they are now.
         factor: a; with 1 the elements of the mask are those of the model bit for bit.
 
     Returns:
-        A state dict for ``load_state_dict``, on the CPU, whole on every rank of a sharded model.
+        A state dict for ``load_state_dict``, on the CPU, whole on every rank of a sharded model; of merged weights that
+        of the model that ``merge_and_unload()`` gives.
 
     Example:
         >>> layer, before = nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False)
@@ -598,20 +621,28 @@ def graft(model: nn.Module, base: Base, mask: ParameterVector, *, factor: float 
         >>> state["weight"][0, 0] == layer.weight[0, 0], state["weight"][0, 1] == before.weight[0, 1]
         (tensor(True), tensor(True))
     """
-    start = base_of(base, model, mask.space)
-    parameters = mask.space.resolve(model)
-    owners = {id(parameter): name for name, parameter in parameters.items()}
     state = {}
-    for name, value in model.state_dict(keep_vars=True).items():
-        known = owners.get(id(value))
-        whole = gather(value.detach()).cpu()
-        if known is not None:
-            before = gather(start.placed(known, parameters[known])).cpu()
-            inside = gather(mask[known]).cpu()
-            after = whole if factor == 1.0 else precise(before) + factor * (precise(whole) - precise(before))
-            whole = torch.where(inside, after.to(whole.dtype), before.to(whole.dtype))
-        state[name] = whole
+    with ChangePath(model, base, _within(model, mask)) as path:
+        path.space.subspace(mask.space.names)  # names what is unknown
+        owners = {id(path.parameters[name]): name for name in mask.space}
+        merged = path.weight_space == "merged"
+        for name, value in (merged_state(model) if merged else model.state_dict(keep_vars=True)).items():
+            known = owners.get(id(value))
+            whole = gather(value.detach()).cpu()
+            if known is not None:
+                before = gather(like(value.detach(), path.starts[known])).cpu()
+                inside = gather(mask[known]).cpu()
+                after = whole if factor == 1.0 else precise(before) + factor * (precise(whole) - precise(before))
+                whole = torch.where(inside, after.to(whole.dtype), before.to(whole.dtype))
+            # A copy, for the model's own values stay where they are.
+            state[name] = whole.clone()
     return state
+
+
+def _within(model: nn.Module, mask: ParameterVector) -> ParameterSpace | WeightSpace:
+    """The mask's space where it is of what is trained, and else that of merged weights."""
+    trained = dict(trainable_parameters(model))
+    return mask.space if all(name in trained for name in mask.space) or not adapted_layers(model) else "merged"
 
 
 def save_change(
@@ -636,17 +667,20 @@ def save_change(
         >>> before.weight[0, 0] == layer.weight[0, 0], before.weight[0, 1] == layer.weight[0, 1]
         (tensor(True), tensor(False))
     """
-    parameters = mask.space.resolve(model)
     stored: dict[str, Tensor] = {}
     encodings = {}
-    for name, flags in mask.items():
-        if bool(flags.any()):
-            whole = gather(flags).cpu()
-            stored[f"{name}.where"], encodings[name] = pack_mask(whole, name)
-            stored[f"{name}.values"] = gather(parameters[name]).cpu()[whole].contiguous()
+    with ChangePath(model, base, _within(model, mask)) as way:
+        way.space.subspace(mask.space.names)  # names what is unknown
+        for name, flags in mask.items():
+            if bool(flags.any()):
+                whole = gather(flags).cpu()
+                stored[f"{name}.where"], encodings[name] = pack_mask(whole, name)
+                stored[f"{name}.values"] = gather(way.parameters[name]).cpu()[whole].contiguous()
+        starts = {name: like(way.parameters[name].detach(), way.starts[name]) for name in mask.space}
+        base_hash = fingerprint(ParameterVector(mask.space, starts))
     header = {
         "model_class": model_class(model),
-        "base_hash": fingerprint(base_of(base, model, mask.space).vector(model)),
+        "base_hash": base_hash,
         "names": list(mask.space.names),
         "encodings": encodings,
         "note": dict(note or {}),

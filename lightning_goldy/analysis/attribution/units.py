@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from lightning_goldy.core.architecture import Block, HeadProjection, UnsupportedArchitectureError, describe_architecture
+from lightning_goldy.core.architecture.adapters import merged_name
 from lightning_goldy.core.architecture.families import is_projection, projection_width
 from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.naming import block_of, canonical_name, kind_of
@@ -105,9 +106,14 @@ def model_units(model: nn.Module, space: ParameterSpace) -> tuple[UnitGroup, ...
     taken: set[tuple[str, int]] = set()
     for block in _described(model):
         for group in (*_heads(block), *_neurons(model, block)):
-            parts = tuple(part for part in group.parts if part.name in space)
+            # A space of merged weights has the names that they have without adapters.
+            told = [
+                replace(part, name=part.name if part.name in space else merged_name(part.name)) for part in group.parts
+            ]
+            parts = tuple(part for part in told if part.name in space)
             if parts:
-                groups.append(UnitGroup(group.kind, group.place, group.count, parts))
+                place = merged_name(f"{group.place}.").removesuffix(".")
+                groups.append(UnitGroup(group.kind, place, group.count, parts))
                 taken.update((part.name, part.dim) for part in parts)
     divided = {name for name, _ in taken}
     for name, shape in zip(space.names, space.shapes, strict=True):

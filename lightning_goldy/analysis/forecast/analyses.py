@@ -166,7 +166,17 @@ def _chunked(batches: Iterable[tuple[int, int]], size: int | None) -> list[tuple
 
 
 def forecast_attribution(
-    plan: Plan, *, n_samples: int, nodes: int, n_shares: int, masked: int, factors: int, first: bool, n_collateral: int
+    plan: Plan,
+    *,
+    n_samples: int,
+    nodes: int,
+    n_shares: int,
+    masked: int,
+    factors: int,
+    first: bool,
+    n_collateral: int,
+    learned: int = 0,
+    blocks: int = 0,
 ) -> Forecast:
     """Change attribution with ``auto`` nodes at their least, and the grafts that test it.
 
@@ -179,17 +189,22 @@ def forecast_attribution(
         factors: Interpolations.
         first: Whether the first order at the base is among the methods.
         n_collateral: Samples of other text, taken to be as long as the probe's.
+        learned: Steps in which the mask of each share is learned; 0 where none is.
+        blocks: Whose change is measured alone, and left out of the whole; 0 where none is.
     """
     elements, batches = plan.elements(), plan.batches(n_samples)
     scored, held = _halves(batches) if n_shares else (batches, [])
     score, hold = passes_over(scored), passes_over(held)
     other = passes_over(plan.batches(n_collateral)) if n_shares else passes_over([])
     points = n_shares * masked + factors if n_shares else 0
+    # A step of learning takes an eighth of the samples, and of the other text; it is tried in full five times.
+    taught = n_shares * learned / 8
+    tried = 5 * n_shares * bool(learned)
     work = Work(
-        forward=(2 + 2 * first) * score + (3 + points) * hold + (4 + 2 * points) * other,
-        backward=(nodes + first) * score,
-        elements=elements * (6.0 * nodes * max(8, score.calls) + 4.0 * points),
-        selected=2.0 * elements * n_shares * masked,
+        forward=(2 + 2 * first + 2 * blocks + tried) * score + (3 + points) * hold + (4 + 2 * points + tried) * other,
+        backward=(nodes + first + round(taught)) * score + round(taught) * other,
+        elements=elements * (6.0 * nodes * max(8, score.calls) + 4.0 * points + 12.0 * n_shares * learned),
+        selected=2.0 * elements * n_shares * (masked + learned),
     )
     widest = max((rows * tokens for rows, tokens in batches), default=0)
     return Forecast(
@@ -462,23 +477,26 @@ _EIGEN = 9.0
 _POWER_PASSES = 11
 
 
-def forecast_distribution(plan: Plan, *, top: int, exact_below: int | None) -> Forecast:
+def forecast_distribution(plan: Plan, *, top: int, exact_below: int | None, intruders: bool = True) -> Forecast:
     """The spectrum of each matrix's change, beside the base's leading directions; nothing is run.
 
     Args:
         plan: The shapes.
         top: Singular values kept.
         exact_below: Largest side of a matrix whose whole spectrum is computed; None for all.
+        intruders: Whether intruder directions are looked for.
     """
     space, flops = plan.space, 0.0
     for shape in space.shapes:
         if len(shape) < 2 or min(shape[0], math.prod(shape[1:])) < 2:
             continue
         short, long = sorted((shape[0], math.prod(shape[1:])))
+        # The change, the base, and where intruders are looked for the weight as it is and a random change.
+        count = 4 if intruders else 2
         if exact_below is None or short <= exact_below:
-            flops += 2 * (2 * short**2 * long + _EIGEN * short**3) + 2.0 * top * short * long
+            flops += count * (2 * short**2 * long + _EIGEN * short**3) + 2.0 * top * short * long
         else:
-            flops += 2 * _POWER_PASSES * 2 * (top + 8) * short * long
+            flops += count * _POWER_PASSES * 2 * (top + 8) * short * long
     elements = space.numel
     work = Work(elements=16.0 * elements, flops=flops)
     return Forecast(

@@ -388,6 +388,114 @@ def require_line(model: nn.Module, space: str = "merged") -> None:
 
 
 @contextmanager
+def merged_weights(model: nn.Module, base: BaseParameters) -> Iterator[tuple[BaseParameters, dict[str, nn.Parameter]]]:
+    """Lets adapted layers compute with one merged weight each, for the length of a ``with`` block.
+
+    Inside, the merged weights are parameters that can be moved and differentiated like any others. Outside the model
+    is as it was. Beside it stand a copy of the adapted weights and one of their base.
+
+    Args:
+        model: In evaluation mode, plain.
+        base: theta_0, of what was trained; adapters that it lacks count as unchanged.
+
+    Yields:
+        The base and the parameters of all that was trained, both under merged names.
+
+    Raises:
+        AdapterError: The model is sharded, or a layer's merged weights cannot be told.
+    """
+    require_merged_parameters(model)
+    layers, parameters = adapted_layers(model), base.space.resolve(model)
+    starts: dict[str, Tensor] = {}
+    found: dict[str, nn.Parameter] = {}
+    with ExitStack() as stack:
+        for name, owner in _owners(base.space, layers).items():
+            if owner is None:
+                starts[merged_name(name)] = base.placed(name, parameters[name])
+                found[merged_name(name)] = parameters[name]
+            elif owner in layers:
+                layer = layers.pop(owner)
+                changes = {change.name: change for change in _layer_changes(owner, layer, base)}
+                held = {_below(owner, name): change.base + change.delta for name, change in changes.items()}
+                made = stack.enter_context(_merged_layer(layer, held))
+                found.update({name: made[_below(owner, name)] for name in changes})
+                starts.update({name: change.base.to(found[name].dtype) for name, change in changes.items()})
+        for path, layer in layers.items():  # that were not trained
+            stack.enter_context(_merged_layer(layer, _merged(path, layer, {})))
+        yield BaseParameters(ParameterVector(ParameterSpace.of_tensors(found), starts), copy=False), found
+
+
+def require_merged_parameters(model: nn.Module, space: str = "merged") -> None:
+    """Checks that a model's merged weights can be made parameters, one layer of each kind for all; all ranks call.
+
+    Raises:
+        AdapterError: It is sharded, its adapters are merged already, or a layer cannot be merged.
+        ValueError: The space is unknown.
+    """
+    if chosen_space(model, space) != "merged":
+        return
+    if any(map(is_sharded, model.parameters())):
+        raise AdapterError(
+            "gradients of merged weights need each process to hold the whole model, and this one is sharded: use "
+            "space='adapters', or DDPStrategy"
+        )
+    for path, layer in adapted_layers(model).items():
+        if getattr(layer, "merged", False):
+            raise AdapterError(f"{path}: the adapter is merged; take it apart first, with unmerge_adapter()")
+    require_merged(model, space)
+
+
+def _below(path: str, name: str) -> str:
+    """A merged name as it is called inside the layer at a path."""
+    return name.removeprefix(f"{merged_name(f'{path}.')}" if path else "")
+
+
+@contextmanager
+def _merged_layer(layer: nn.Module, values: Mapping[str, Tensor]) -> Iterator[dict[str, nn.Parameter]]:
+    """Lets a layer compute as the one below its adapters with other values of that one's parameters."""
+    wrapped = without_adapters(layer)
+    plain, patched = layer.forward, "forward" in vars(layer)
+    kept: list[tuple[dict[str, Any], str, nn.Parameter]] = []
+    made: dict[str, nn.Parameter] = {}
+    try:
+        for name, value in values.items():
+            module, _, leaf = name.rpartition(".")
+            held = vars(wrapped.get_submodule(module))["_parameters"]
+            kept.append((held, leaf, held[leaf]))
+            made[name] = held[leaf] = nn.Parameter(value.to(held[leaf].dtype))
+        layer.forward = wrapped.__call__
+        yield made
+    finally:
+        for held, leaf, parameter in kept:
+            held[leaf] = parameter
+        if patched:
+            layer.forward = plain
+        else:
+            vars(layer).pop("forward", None)
+
+
+def merged_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state inside :func:`merged_weights` under the names of ``merge_and_unload()``, without adapters.
+
+    Example:
+        >>> list(merged_state(nn.Linear(1, 1)))
+        ['weight', 'bias']
+    """
+    layers = adapted_layers(model)
+    own = {
+        id(value) for layer in layers.values() for value in without_adapters(layer).state_dict(keep_vars=True).values()
+    }
+    state = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        path = canonical_name(name)
+        inside = any(path.startswith(f"{layer}." if layer else "") for layer in layers)
+        # Of a module that is trained beside adapters the copy counts, not the one that it was made of.
+        if (not inside or id(value) in own) and ".original_module." not in f".{path}":
+            state[merged_name(path)] = value
+    return state
+
+
+@contextmanager
 def _placed_between(layer: nn.Module, before: Mapping[str, Tensor]) -> Iterator[Tensor]:
     """Lets a layer compute between its base and its present state; gives the place of the base."""
     plain, patched = layer.forward, "forward" in vars(layer)

@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning_goldy.report.builders import (
+    Bars,
     HeatMap,
     Line,
     Lines,
     Points,
     Scatter,
     arrange,
+    bars,
     heads_style,
     heat_map,
     lines,
@@ -20,7 +22,7 @@ from lightning_goldy.report.builders import (
 )
 from lightning_goldy.report.descriptions import Description, describe
 from lightning_goldy.report.figures import Figure, Row, register_figure
-from lightning_goldy.report.formatting import format_number
+from lightning_goldy.report.formatting import format_number, format_percent
 from lightning_goldy.report.reading import naming
 
 _LACKS = "a row of change_attribution lacks what its figure needs:"
@@ -33,6 +35,7 @@ _LABELS = {
     "gradient": "by the first order",
     "interpolation": "interpolation",
     "drop_and_rescale": "drop and rescale",
+    "learned": "a learned mask",
     "finetune": "the finetune",
 }
 
@@ -120,11 +123,11 @@ def chart_graft(row: Row) -> Figure | str:
         if method not in ("interpolation", "finetune"):
             columns = {name: [p[name] for p in own] for name in ("recovered", "low", "high")}
             shares = [math.log10(100 * p["share"]) for p in own]
-            series[_LABELS[method]] = Line(shares, columns["recovered"], columns["low"], columns["high"])
+            series[_label(method)] = Line(shares, columns["recovered"], columns["low"], columns["high"])
     style = Lines(x="log10 of the share of elements kept, percent", y="recovered", scale="linear", whole=False)
     panels = [lines(series, style)] if series else []
     groups = {
-        _LABELS[method]: Points(
+        _label(method): Points(
             [p["harm"] for p in points if p["method"] == method],
             [p["recovered"] for p in points if p["method"] == method],
             [_point_name(p) for p in points if p["method"] == method],
@@ -134,6 +137,106 @@ def chart_graft(row: Row) -> Figure | str:
     if any(point["harm"] is not None for point in points):
         panels.append(scatter(groups, Scatter("harm to other text, nats", "recovered", "graft", size=(420, 300))))
     return arrange(panels, caption=graft_caption(row))
+
+
+@register_figure("change_attribution", "interactions", heading="Blocks alone and left out")
+def chart_interactions(row: Row) -> Figure | str:
+    """The exact effect of each block's change alone, and of leaving it out, beside its contribution.
+
+    Args:
+        row: Of the analysis ``change_attribution``.
+
+    Returns:
+        The figure, or that it was not measured.
+
+    Raises:
+        ReportError: The row lacks what the figure needs.
+        ImportError: altair is not installed.
+
+    Example:
+        >>> block = {"block": "h.0", "contribution": -0.2, "alone": -0.1, "removed": -0.3}
+        >>> result = {"metric": "loss", "total": -0.2, "interactions": [block]}
+        >>> chart_interactions({"result": result, "metrics": {"interaction": 0.5}}).data["bars_1"]["value"]
+        [-0.2]
+    """
+    with naming(_LACKS):
+        blocks = row["result"].get("interactions", [])
+        columns = {
+            name: {block["block"]: block[name] for block in blocks} for name in ("alone", "contribution", "removed")
+        }
+    if not blocks:
+        return "Blocks were not measured alone: interactions: true does."
+    unit = "nats" if row["result"]["metric"] != "function" else "value"
+    labels = {"alone": "its change alone", "contribution": "contribution", "removed": "lost without it"}
+    panels = [
+        bars(columns[name], Bars(f"{label}, {unit}", colour=place, labels=place == 0))
+        for place, (name, label) in enumerate(labels.items())
+    ]
+    return arrange(panels, columns=len(panels), width=600, caption=interactions_caption(row))
+
+
+@register_figure("change_attribution", "links", heading="What other masks hold of it")
+def chart_links(row: Row) -> Figure | str:
+    """The share of the effect inside other masks, beside that inside random masks of their size.
+
+    Args:
+        row: Of the analysis ``change_attribution``.
+
+    Returns:
+        The figure, or that there were no masks.
+
+    Raises:
+        ReportError: The row lacks what the figure needs.
+        ImportError: altair is not installed.
+
+    Example:
+        >>> link = {"mask": "golden", "elements": 0.05, "attribution": 0.2, "null": 0.05, "jaccard": 0.1}
+        >>> link |= {"null_low": 0.04, "null_high": 0.06, "jaccard_null": 0.03}
+        >>> chart_links({"result": {"links": [link]}}).data["bars_0"]["value"]
+        [20.0]
+    """
+    with naming(_LACKS):
+        links = row["result"].get("links", [])
+        inside = {link["mask"]: 100 * link["attribution"] for link in links}
+        null = {link["mask"]: 100 * link["null"] for link in links}
+        overlap = {link["mask"]: 100 * link["jaccard"] for link in links}
+    if not links:
+        return "No other callback found a mask that could be compared."
+    panels = [
+        bars(inside, Bars("effect inside, %")),
+        bars(null, Bars("inside a random mask, %", colour=1, labels=False)),
+        bars(overlap, Bars("Jaccard with the strongest, %", colour=2, labels=False)),
+    ]
+    return arrange(panels, columns=len(panels), width=600, caption=links_caption(row))
+
+
+def interactions_caption(row: Row) -> str:
+    """How much of the change no block makes alone, and where blocks need others most."""
+    with naming(_LACKS):
+        blocks, share = row["result"]["interactions"], row["metrics"].get("interaction")
+        most = max(blocks, key=lambda block: abs(block["removed"] - block["alone"]))
+        gap = most["removed"] - most["alone"]
+    whole = "" if share is None else f"{format_percent(share)} of the change is made by no block alone. "
+    return (
+        f"{whole}Where blocks do not interact the three agree; most apart in {most['block']}, by {format_number(gap)}, "
+        "what its change and those of other blocks do only together."
+    )
+
+
+def links_caption(row: Row) -> str:
+    """Each mask against chance."""
+    with naming(_LACKS):
+        told = []
+        for link in row["result"]["links"]:
+            inside, null, low, high = (
+                format_percent(link[name]) for name in ("attribution", "null", "null_low", "null_high")
+            )
+            shared, chance = format_number(link["jaccard"]), format_number(link["jaccard_null"])
+            told.append(
+                f"{link['mask']} ({format_percent(link['elements'])} of the elements): {inside}, at random {null} "
+                f"[{low}, {high}]; Jaccard {shared}, at random {chance}"
+            )
+    return f"Share of the effect inside. {'. '.join(told)}. Random masks have as many elements of each tensor."
 
 
 def places(row: Row) -> dict[tuple[str, str], float]:
@@ -199,15 +302,20 @@ def _is_shown(point: Mapping[str, Any]) -> bool:
 def graft_caption(row: Row) -> str:
     """Between what the points lie, and which methods are best in gain against harm."""
     points = graft_points(row)
-    best = sorted({_LABELS[p["method"]] for p in points if p["on_frontier"] and p["method"] != "finetune"})
+    best = sorted({_label(p["method"]) for p in points if p["on_frontier"] and p["method"] != "finetune"})
     far = [point for point in points if not _is_shown(point)]
-    told = ", ".join(f"{_LABELS[p['method']]} of {_point_name(p)} ({p['recovered']:.3g})" for p in far)
+    told = ", ".join(f"{_label(p['method'])} of {_point_name(p)} ({p['recovered']:.3g})" for p in far)
     left = f" Too far off to be drawn: {told}." if far else ""
     frontier = f" In gain against harm nothing beats: {', '.join(best)}." if best else ""
     return (
         "Measured on samples that did not choose the elements; bands are 95 % intervals over samples. 0 is the base, 1 "
         f"the whole finetune.{frontier}{left}"
     )
+
+
+def _label(method: str) -> str:
+    """A method in words; of a mask that was given, its name."""
+    return _LABELS.get(method, f"the {method} mask")
 
 
 def _point_name(point: Mapping[str, Any]) -> str:
@@ -235,6 +343,9 @@ _CHANGE_ATTRIBUTION = Description(
         "value": "the metric now, nats",
         "gap": "how far the parts are from adding up to the change, a fraction of it",
         "n_nodes": "nodes of the quadrature",
+        "interaction": "part of the effect that no block's change makes alone, a fraction; 0 where blocks add up",
+        "inside": "part of the effect inside this callback's mask, a fraction",
+        "inside_null": "the same inside a random mask with as many elements of each tensor",
         "share": "part of the effect that this kind of parameter carries, a fraction",
         "share_for_95": "smallest share of the elements tried that recovers 95 % of the effect on held-out samples",
         "share_for_50": "smallest share tried that recovers half of it",

@@ -139,13 +139,14 @@ PANELS = {
     "stable_rank": "stable rank",
     "alignment_over_chance": "alignment over chance",
     "histogram_drift": "histogram drift, nats",
+    "intruder_share": "intruders, share",
 }
 """Columns of a parameter distribution that are drawn, with their labels."""
 
 
 @register_figure("parameter_distribution", "blocks", heading="Shape of the change by block")
 def chart_parameter_distribution(row: Row) -> Figure:
-    """Stable rank, alignment over chance and histogram drift of each block.
+    """Stable rank, alignment over chance, histogram drift and intruder directions of each block.
 
     Args:
         row: Of the analysis ``parameter_distribution``.
@@ -319,7 +320,21 @@ def distribution_caption(row: Row) -> str:
     lowest = min(ranks, key=ranks.__getitem__)
     return (
         f"The change of {lowest} has the fewest directions, a stable rank of {format_number(ranks[lowest])}. An "
-        "alignment over chance far above 1 amplifies directions that the base had; near 1 the change has its own."
+        "alignment over chance far above 1 amplifies directions that the base had; near 1 the change has its own. "
+        f"{_intruders_told(row)}"
+    )
+
+
+def _intruders_told(row: Row) -> str:
+    """How many directions resemble none of the base's, against chance."""
+    found, null = (by_block(row, column) for column in ("intruder_share", "intruder_share_null"))
+    most = max(found, key=found.__getitem__)
+    if not any(found.values()):
+        return "No top direction is an intruder, one that resembles none of the base's."
+    share, chance = format_percent(found[most]), format_percent(null[most])
+    return (
+        f"Intruders, top directions that resemble none of the base's, are most in {most}, {share} of them; a random "
+        f"change of its size makes {chance}."
     )
 
 
@@ -506,12 +521,14 @@ _PARAMETER_DISTRIBUTION = Description(
     title="Shape of the change",
     measures=(
         "What the change of each matrix looks like: how many directions it has, whether it lies along the base's "
-        "strongest directions, and how far the distribution of the weights has drifted."
+        "strongest directions, how far the distribution of the weights has drifted, and how many of its own top "
+        "directions resemble none of the base's."
     ),
     reading=(
         "A stable rank near 1 means that the change is one direction, as of a low-rank adapter. An alignment over "
         "chance near 1 means that the finetune found directions of its own; far above, that it amplified those "
-        "that the base had."
+        "that the base had. Intruders beyond what a random change of that size makes are new directions that the "
+        "finetune put above the base's own."
     ),
     metrics={
         "stable_rank": "||Delta||_F^2 / ||Delta||_2^2, mean over the matrices weighted by size; by block",
@@ -519,7 +536,9 @@ _PARAMETER_DISTRIBUTION = Description(
         "alignment_over_chance": "share of ||Delta||^2 along the base's top directions, over chance",
         "histogram_drift": "Jensen-Shannon divergence of the weights' histograms, nats; by block",
         "relative_change": "||Delta|| / ||base||; by block, of all that the block holds",
+        "intruder_share": "share of the weights' top singular directions that resemble none of the base's; by block",
+        "intruder_share_null": "the same after a random change of equal norm and rank",
     },
-    headline=("stable_rank", "effective_rank", "alignment_over_chance"),
+    headline=("stable_rank", "effective_rank", "alignment_over_chance", "intruder_share"),
 )
 describe("parameter_distribution", _PARAMETER_DISTRIBUTION)

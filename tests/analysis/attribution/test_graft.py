@@ -9,10 +9,16 @@ from torch import nn
 
 from lightning_goldy.analysis import apply_change, change_attribution, graft, graft_curve, save_change
 from lightning_goldy.analysis.attribution.graft import chosen_masks
-from lightning_goldy.core import CausalLMObjective, FunctionObjective, ParameterSpace
+from lightning_goldy.core import (
+    CausalLMObjective,
+    ClassifierObjective,
+    FunctionObjective,
+    ParameterSpace,
+    ParameterVector,
+)
 from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.store import StoreError
-from tests.references.attribution import moved
+from tests.references.attribution import finetuned_pair, moved
 from tests.references.models import build, token_batch
 
 SHARES = (0.01, 0.1, 0.5, 1.0)
@@ -160,35 +166,40 @@ def test_the_model_comes_back_as_it_was(subject):
     assert torch.equal(state, torch.get_rng_state())
 
 
-def _pairs(step: int, seed: int) -> dict:
-    batch = token_batch(32, 12, seed=seed)
-    batch["input_ids"][:, 1::2] = 1 + (batch["input_ids"][:, ::2] - 1 + step) % 52
-    batch["labels"] = batch["input_ids"].clone()
-    batch["labels"][:, ::2] = -100
-    return batch
-
-
-def _trained(model: nn.Module, *, step: int, n_steps: int) -> nn.Module:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for seed in range(n_steps):
-        CausalLMObjective().loss(model, _pairs(step, seed + 10)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model.eval()
-
-
 def test_attribution_beats_magnitude_and_random_elements():
-    # Trained to say each token again; the finetune makes it say the next one.
-    base = _trained(build("gpt2", 0), step=0, n_steps=60)
-    model = _trained(copy.deepcopy(base), step=1, n_steps=40)
-    ids = _pairs(step=1, seed=9)
-    scored, held_out = ({key: value[rows] for key, value in ids.items()} for rows in (slice(16), slice(16, 32)))
+    model, base, scored, held_out = finetuned_pair()
     found = change_attribution(model, base, [scored], shares=[0.05, 0.2])
     curve = graft_curve(model, base, found, [scored], [held_out], baselines=["magnitude", "random"])
     for place in (0, 1):  # 5 % and 20 %
         attributed = curve.of("attribution")[place].recovered
         assert attributed > curve.of("magnitude")[place].recovered + 0.05
         assert attributed > curve.of("random")[place].recovered + 0.2
+
+
+def test_the_planted_set_recovers_the_whole_effect():
+    torch.manual_seed(3)
+    base = nn.Sequential(nn.Linear(100, 40), nn.Tanh(), nn.Linear(40, 3)).double()
+    model = copy.deepcopy(base)
+    inputs = torch.randn(64, 100, dtype=torch.float64) * 1e-4
+    inputs[:, [17, 64]] += torch.randn(64, 2, dtype=torch.float64) + 2
+    labels = (inputs[:, [17, 64]] > 2).sum(1)
+    halves = [(inputs[rows], labels[rows]) for rows in (slice(32), slice(32, 64))]
+    objective, space = ClassifierObjective(), ParameterSpace.of(base, ["0.weight"])
+    gradient = torch.autograd.grad(objective.loss(base, (inputs, labels)), base[0].weight)[0]
+    planted = torch.zeros(40, 100, dtype=torch.bool)
+    planted[:, [17, 64]] = True
+    with torch.no_grad():
+        noise = torch.randn(40, 100, dtype=torch.float64).sign()
+        model[0].weight.add_(0.01 * torch.where(planted, -gradient.sign(), noise))
+    start = ParameterVector.of(base, space)
+    found = change_attribution(model, start, [halves[0]], objective, shares=[0.02])
+    given = {"planted": [ParameterMask(space, {"0.weight": planted})]}
+    options = {"objective": objective, "baselines": ["magnitude", "random"], "masks": given}
+    curve = graft_curve(model, start, found, [], [halves[1]], **options)
+    assert curve.of("planted")[0].share == 0.02
+    assert curve.of("planted")[0].recovered > 0.99
+    assert curve.of("attribution")[0].recovered > 0.99
+    assert max(abs(curve.of(name)[0].recovered) for name in ("magnitude", "random")) < 0.2
 
 
 def test_a_saved_change_makes_the_graft_of_its_base(subject, tmp_path):

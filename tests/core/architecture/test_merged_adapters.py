@@ -97,7 +97,7 @@ def test_changes_are_those_of_merged_models(kind: str) -> None:
         assert row["delta_norm"] == pytest.approx(rows[row["name"]]["delta_norm"], rel=1e-9)
     shapes = {row["name"]: row for row in parameter_distribution(after, before).rows}
     for row in parameter_distribution(model, base).rows:
-        for column in ("stable_rank", "effective_rank", "alignment", "histogram_drift"):
+        for column in ("stable_rank", "effective_rank", "alignment", "histogram_drift", "intruder_share"):
             value, other = row.get(column), shapes[row["name"]].get(column)
             assert (value is None) == (other is None)
             assert value is None or value == pytest.approx(other, rel=1e-4, abs=1e-9), column

@@ -1,0 +1,245 @@
+"""The straight line between a base and a finetune: models moved along it, and what is measured of them there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_goldy.analysis.divergence import precise, shortened
+from lightning_goldy.analysis.taylor.approximation import batch_parts
+from lightning_goldy.core.architecture.adapters import WeightSpace, chosen_space, merged_weights
+from lightning_goldy.core.base import Base, base_of
+from lightning_goldy.core.batches import sample_count
+from lightning_goldy.core.objective import FunctionObjective, Objective
+from lightning_goldy.core.sharding import local, sum_over_shards, unshard_guard
+from lightning_goldy.core.space import ParameterSpace
+
+MetricName = Literal["loss", "log_prob", "kl"]
+Metric = MetricName | Callable[[nn.Module, Any], Tensor]
+"""What a change is attributed of; a function gives the mean of a batch's samples, a scalar with a graph."""
+
+# Elements worked on at a time: on a CPU few enough to stay in a core's cache and for float32 sums, on a GPU few enough
+# for the memory.
+_CPU_CHUNK, _GPU_CHUNK = 1 << 18, 1 << 24
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Samples that go through the model together.
+
+    Args:
+        batch: On the CPU or where the model is.
+        weight: What its mean counts for in the metric; those of all passages add up to 1.
+    """
+
+    batch: Any
+    weight: float = math.nan
+
+
+class Measure:
+    """A metric of a model, passage by passage, with the predictions of the base where it needs them.
+
+    Args:
+        metric: ``loss`` (mean over targets, nats), ``log_prob`` (mean over samples, nats), ``kl`` (KL(p_base || p),
+            mean over targets, nats), or a function.
+        objective: How a batch becomes a loss.
+    """
+
+    def __init__(self, metric: Metric, objective: Objective) -> None:
+        self.metric, self.objective = metric, objective
+        self.anchors: dict[int, Tensor] = {}
+        """Log-probabilities of the base by passage, shape ``[N, V]``."""
+
+    def value(self, model: nn.Module, index: int, batch: Any) -> Tensor:
+        """The metric on one passage, a scalar."""
+        if callable(self.metric):
+            return self.metric(model, batch)
+        if self.metric == "loss":
+            return self.objective.loss(model, batch)
+        if self.metric == "log_prob":
+            return self.objective.log_probs(model, batch).mean()
+        logits = precise(self.objective.logits_and_targets(model, batch).logits)
+        anchor = self.anchors[index].to(logits.device)
+        return F.kl_div(logits.log_softmax(-1), anchor, log_target=True, reduction="sum") / len(logits)
+
+    def keep_anchor(self, model: nn.Module, index: int, batch: Any) -> None:
+        """Keeps the base's predictions, where the metric compares with them."""
+        if self.metric == "kl":
+            logits = precise(self.objective.logits_and_targets(model, batch).logits)
+            self.anchors[index] = logits.log_softmax(-1).cpu()
+
+    def by_sample(self, model: nn.Module, index: int, batch: Any) -> tuple[Tensor, Tensor]:
+        """Sums of the metric over each sample's targets, and what each counts for, shapes ``[B]``, float64.
+
+        What is no sum over samples, as under a function, is that of the passage as one sample.
+        """
+        if callable(self.metric) or isinstance(self.objective, FunctionObjective):
+            count = sample_count(batch)
+            sums = [count * float(self.value(model, index, batch))]
+            return torch.tensor(sums, dtype=torch.float64), torch.tensor([count], dtype=torch.float64)
+        if self.metric == "log_prob":
+            found = self.objective.log_probs(model, batch).double().cpu()
+            return found, torch.ones_like(found)
+        target = self.objective.logits_and_targets(model, batch)
+        if self.metric == "loss":
+            values = target.token_losses()
+        else:
+            anchor = self.anchors[index].to(target.logits.device)
+            logits = precise(target.logits).log_softmax(-1)
+            values = F.kl_div(logits, anchor, log_target=True, reduction="none").sum(-1)
+        where, zeros = target.sample.cpu(), torch.zeros(target.n_samples, dtype=torch.float64)
+        return zeros.index_add(0, where, values.double().cpu()), torch.bincount(where, minlength=len(zeros)).double()
+
+
+def passages(
+    batches: Iterable[Any], objective: Objective, n_samples: int | None, samples_per_pass: int | None
+) -> list[Passage]:
+    """The samples that have targets, so many together.
+
+    Args:
+        batches: Batches that the objective understands.
+        objective: Cuts batches into samples.
+        n_samples: Only the first so many; all by default.
+        samples_per_pass: Samples together; by default as many as leave 8 passages, by which intervals are told.
+    """
+    kept = shortened(batches, objective, n_samples, None)
+    together = samples_per_pass or max(1, sum(map(sample_count, kept)) // 8)
+    return [
+        Passage(part) for batch in kept for part in batch_parts(batch, objective, -(-sample_count(batch) // together))
+    ]
+
+
+class ChangePath:
+    r"""A model moved between its base and where it is; the present values are copied back at the end.
+
+    Beside the model stand the base (a copy only where it is on another device) and its change; of parameters below
+    float32, whose change would be larger than they are, their present values in place of it.
+
+    Args:
+        model: Its parameters are changed in place.
+        base: :math:`\theta_0`.
+        within: The parameters that move, or of a model with adapters ``merged``, the weights that they come to, under
+            the names that ``merge_and_unload()`` gives them, or ``adapters``.
+
+    Raises:
+        AdapterError: Merged weights cannot be told, or the model is sharded.
+
+    Example:
+        >>> from lightning_goldy.core.vector import ParameterVector
+        >>> layer = nn.Linear(1, 1, bias=False)
+        >>> base = ParameterVector(ParameterSpace.of(layer), {"weight": layer.weight.detach() - 1})
+        >>> with ChangePath(layer, base) as path:
+        ...     path.move_to(0.0)
+        ...     at_base = layer.weight.item()
+        >>> round(layer.weight.item() - at_base, 6)
+        1.0
+    """
+
+    def __init__(self, model: nn.Module, base: Base, within: ParameterSpace | WeightSpace | None = None) -> None:
+        self.model, self._given = model, base
+        self._space = within if isinstance(within, ParameterSpace) else None
+        named = "adapters" if self._space is not None else within or "merged"
+        assert isinstance(named, str)
+        self.weight_space = chosen_space(model, named)
+        """``merged`` or ``adapters``; None of a model without adapters."""
+
+    def __enter__(self) -> ChangePath:
+        start = base_of(self._given, self.model, self._space)
+        with ExitStack() as stack:
+            if self.weight_space == "merged":
+                start, self.parameters = stack.enter_context(merged_weights(self.model, start))
+            else:
+                self.parameters = start.space.resolve(self.model)
+            self.space: ParameterSpace = start.space
+            # Placed once: on a GPU the base would be sent there with every gradient.
+            self.starts = {name: local(start.placed(name, own)) for name, own in self.parameters.items()}
+            self._steps: dict[str, Tensor] = {}
+            self._mended: dict[str, tuple[Tensor, Tensor]] = {}
+            self._ends: dict[str, Tensor] = {}
+            for name, parameter in self.parameters.items():
+                self._keep(name, local(parameter))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with self._stack:
+            self.write(lambda name, base, present: present)
+
+    def _keep(self, name: str, present: Tensor) -> None:
+        """Keeps a change, and the values of the elements that base and change do not add up to."""
+        base = self.starts[name]
+        if present.dtype != base.dtype or present.dtype not in (torch.float32, torch.float64):
+            self._ends[name] = present.clone()
+            return
+        step = present - base
+        spoiled = (base + step != present).reshape(-1).nonzero().flatten()
+        self._steps[name] = step
+        self._mended[name] = spoiled.int() if step.numel() < 1 << 31 else spoiled, present.reshape(-1)[spoiled]
+
+    def present(self, name: str) -> Tensor:
+        """The value that a parameter came with, this process's part, to the last bit; not to be written to."""
+        if name in self._ends:
+            return self._ends[name]
+        value, (places, kept) = self.starts[name] + self._steps[name], self._mended[name]
+        value.view(-1)[places.long()] = kept
+        return value
+
+    def write(self, value: Callable[[str, Tensor, Tensor], Tensor]) -> None:
+        """Gives every parameter (this process's part) a value made of its name, its base and its present value."""
+        unshard_guard(self.model)
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                local(parameter).copy_(value(name, self.starts[name], self.present(name)))
+        # Inside autocast a low-precision copy of the old weight may be cached and would be used in its place.
+        torch.clear_autocast_cache()
+
+    def move_to(self, t: float) -> None:
+        """Moves to base + t (present - base), the base and the present values themselves at 0 and 1."""
+        if t in (0.0, 1.0):
+            self.write(lambda name, base, present: present if t else base)
+            return
+        unshard_guard(self.model)
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                part, base = local(parameter), self.starts[name]
+                if name in self._steps:
+                    torch.add(base, self._steps[name], alpha=t, out=part)
+                else:
+                    part.copy_(torch.lerp(precise(base), precise(self._ends[name]).to(precise(base)), t))
+        torch.clear_autocast_cache()
+
+    def change(self, name: str) -> Tensor:
+        """Present value minus base of one parameter, this process's part, at least float32; not to be written to."""
+        if name in self._steps:
+            return self._steps[name]
+        return precise(self._ends[name]) - precise(self.starts[name])
+
+    def changes(self, name: str) -> Iterator[tuple[slice, Tensor]]:
+        """The change of one parameter, flat, piece by piece with its place, in at least float32."""
+        base, step = self.starts[name].reshape(-1), self._steps.get(name)
+        size = _CPU_CHUNK if base.device.type == "cpu" else _GPU_CHUNK
+        for start in range(0, base.numel(), size):
+            piece = slice(start, start + size)
+            if step is not None:
+                yield piece, step.view(-1)[piece]
+            else:
+                present = self._ends[name].view(-1)[piece]
+                wide = torch.promote_types(present.dtype, torch.float32)
+                yield piece, present.to(wide) - base[piece].to(wide)
+
+    def squares(self) -> list[float]:
+        """||Delta||^2 of each parameter, over all shards."""
+        sums = []
+        for name, base in self.starts.items():
+            total = torch.zeros((), dtype=torch.float64, device=base.device)
+            for _, change in self.changes(name):
+                total += torch.dot(change, change)
+            sums.append(total)
+        return list(map(float, sum_over_shards(sums, list(self.parameters.values()))))
