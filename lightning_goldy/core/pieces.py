@@ -65,7 +65,7 @@ def encode_pairs(
     rows = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast, verbose=False)
     queries = tokenizer(prompts, add_special_tokens=False, verbose=False)["input_ids"]
     offsets = rows["offset_mapping"] if tokenizer.is_fast else [None] * len(texts)
-    bos = _leading_bos(tokenizer)
+    bos = leading_bos(tokenizer)
     samples = []
     for ids, query, spans, prompt, text in zip(rows["input_ids"], queries, offsets, prompts, texts, strict=True):
         start = answer_start(ids, query, spans, len(prompt))
@@ -121,7 +121,7 @@ def _check_answer(tokenizer: PreTrainedTokenizerBase, answer_ids: Sequence[int],
         )
 
 
-def _leading_bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def leading_bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The bos token where the tokenizer begins its texts with one; models trained so need it."""
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -77,7 +78,8 @@ def test_greedy_circuits_grow_from_the_output_without_dead_ends(seed: int):
 
 def test_dead_ends_change_nothing():
     model, pairs = build("llama").double(), prompts(2)
-    found = find_circuits(model, pairs, n_edges=60)
+    found = find_circuits(model, pairs, method="eap", n_edges=1)
+    found = replace(found, kept=random_circuits(found.graph, 40, 1)[0])
     pruned = found.pruned()
     assert pruned.n_edges < found.n_edges
     values = [faithfulness(model, one, pairs, n_random=0).value for one in (found, pruned)]
