@@ -63,6 +63,7 @@ _ORDER = (
     "plasticity_sweep",
     "parameter_distribution",
     "attention_tracker",
+    "circuit_tracker",
     "knowledge_coupling",
     "ripple_effects",
     "coupling_drift",

@@ -12,11 +12,11 @@ TOKENS = 12
 _PLACES, _HEAD = 12, 16
 _TOKEN, _PLACE, _PREVIOUS, _OUT = (slice(start, start + 12) for start in (0, 12, 24, 36))
 KNOWN = ("input->a0.h0.v", "a0.h0->a1.h1.k", "a1.h1->output")
-"""Edges that carry which token follows: a head copies the token before, another looks for it and copies what is there."""
+"""Edges that carry which token follows: a head copies the token before, another looks for it and copies its place."""
 
 
 def built() -> Any:
-    """A GPT-2 without norms whose head a0.h0 copies the token before and a1.h1 looks for it; all else is small noise."""
+    """A GPT-2 without norms: head a0.h0 copies the token before, a1.h1 looks for it; all else is small noise."""
     torch.manual_seed(0)
     config = hf.GPT2Config(
         vocab_size=TOKENS, n_embd=48, n_layer=2, n_head=3, n_positions=_PLACES, bos_token_id=0, eos_token_id=0,

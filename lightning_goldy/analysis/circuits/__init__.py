@@ -10,6 +10,7 @@ from lightning_goldy.analysis.circuits.circuit import (
 from lightning_goldy.analysis.circuits.faithfulness import Faithfulness, faithfulness
 from lightning_goldy.analysis.circuits.graph import CircuitGraph
 from lightning_goldy.analysis.circuits.scores import CircuitOptions
+from lightning_goldy.analysis.circuits.tracking import TrackedCircuit, TrackingOptions, track_circuit
 from lightning_goldy.core.pieces import PromptPairs
 
 __all__ = [
@@ -19,8 +20,11 @@ __all__ = [
     "CircuitOverlap",
     "Faithfulness",
     "PromptPairs",
+    "TrackedCircuit",
+    "TrackingOptions",
     "circuit_overlap",
     "faithfulness",
     "find_circuits",
     "node_effects",
+    "track_circuit",
 ]

@@ -7,12 +7,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, get_args
+from xml.etree import ElementTree
 
 import torch
 from torch import Tensor, nn
 
 from lightning_goldy.analysis.agreement import agreement_of
-from lightning_goldy.analysis.circuits.graph import INPUT, CircuitGraph
+from lightning_goldy.analysis.circuits.graph import INPUT, OUTPUT, CircuitGraph
 from lightning_goldy.analysis.circuits.scores import (
     Ablation,
     CircuitOptions,
@@ -75,11 +76,11 @@ class Circuit(AnalysisResult):
 
     @property
     def nodes(self) -> tuple[str, ...]:
-        """The writers that have a chosen edge, in the order of the forward pass."""
+        """The writers with a chosen edge, their own or into one of their inputs, in the order of the forward pass."""
         used = self.kept.any(0)
         for row, places in enumerate(self.graph.owners):
-            if bool(self.kept[row].any()) and len(places) == 1:
-                used[places[0]] = True
+            for place in places:
+                used[place] |= self.kept[row].any()
         return tuple(name for name, used_ in zip(self.graph.writers, used.tolist(), strict=True) if used_)
 
     def node_scores(self) -> dict[str, float]:
@@ -127,6 +128,34 @@ class Circuit(AnalysisResult):
         """
         return replace(self, kept=prune(self.graph, self.kept))
 
+    def to_graphml(self) -> str:
+        """The chosen edges between nodes as GraphML, for Gephi, yEd or networkx; heads' inputs are edge attributes."""
+        root = ElementTree.Element("graphml", xmlns="http://graphml.graphdrawing.org/xmlns")
+        for key, of, kind in (
+            ("layer", "node", "int"),
+            ("score", "node", "double"),
+            ("weight", "edge", "double"),
+            ("reader", "edge", "string"),
+        ):
+            ElementTree.SubElement(root, "key", {"id": f"{of}_{key}", "for": of, "attr.name": key, "attr.type": kind})
+        graph = ElementTree.SubElement(root, "graph", id="circuit", edgedefault="directed")
+        told = self.details()
+        last = max(self.graph.layers) + 1
+        output = {"name": OUTPUT, "layer": last, "score": 0.0, "kept": True}
+        for node in (*told["nodes"], output):
+            if node["kept"]:
+                element = ElementTree.SubElement(graph, "node", id=node["name"])
+                for key in ("layer", "score"):
+                    ElementTree.SubElement(element, "data", key=f"node_{key}").text = repr(node[key])
+        kept = {node["name"] for node in (*told["nodes"], output) if node["kept"]}
+        for edge in told["edges"]:
+            for target in edge["targets"]:
+                if target in kept:
+                    element = ElementTree.SubElement(graph, "edge", source=edge["source"], target=target)
+                    ElementTree.SubElement(element, "data", key="edge_weight").text = repr(edge["score"])
+                    ElementTree.SubElement(element, "data", key="edge_reader").text = edge["reader"]
+        return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+
     def metrics(self) -> dict[str, float | None]:
         """Size and the two ends of the metric."""
         return {
@@ -146,7 +175,7 @@ class Circuit(AnalysisResult):
         ]
         edges = []
         for row, column in self.kept.nonzero().tolist():
-            ends = [self.graph.writers[place] for place in self.graph.owners[row]] or ["output"]
+            ends = [self.graph.writers[place] for place in self.graph.owners[row]] or [OUTPUT]
             edges.append(
                 {
                     "source": self.graph.writers[column],
