@@ -10,10 +10,17 @@ import lightning.pytorch as L
 from torch import nn
 
 from lightning_goldy.analysis.attribution.attribution import ChangePath
+from lightning_goldy.analysis.circuits import (
+    Ablation,
+    CircuitGraph,
+    CircuitOptions,
+    Method,
+    Metric,
+    TrackedCircuit,
+    TrackingOptions,
+    track_circuit,
+)
 from lightning_goldy.analysis.circuits.circuit import Circuit, Rank, Selection
-from lightning_goldy.analysis.circuits.graph import CircuitGraph
-from lightning_goldy.analysis.circuits.scores import Ablation, CircuitOptions, Method, Metric
-from lightning_goldy.analysis.circuits.tracking import TrackedCircuit, TrackingOptions, track_circuit
 from lightning_goldy.analysis.forecast import Forecast, Plan, Run
 from lightning_goldy.analysis.forecast.analyses import forecast_circuits
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, Vectors
@@ -23,7 +30,7 @@ from lightning_goldy.core.isolation import undisturbed
 from lightning_goldy.core.naming import require_at_least
 from lightning_goldy.core.pieces import PromptPairs
 from lightning_goldy.core.tasks import transformers_model
-from lightning_goldy.data.prompt_pairs import PairTask, pairs_of_task
+from lightning_goldy.data import PairTask, pairs_of_task
 from lightning_goldy.training.subject import find_tokenizer
 
 

@@ -7,6 +7,7 @@ from lightning_goldy.data.atlas import AtlasDataModule, Edit, apply_edits, rando
 from lightning_goldy.data.base import ProbeDataModule, ResumableDataLoader, SeededShuffle, Splits
 from lightning_goldy.data.knowledge import KnowledgeDataModule, KnowledgePiece, read_pieces
 from lightning_goldy.data.prompt_pairs import (
+    PairTask,
     TextPair,
     atlas_pairs,
     greater_than_pairs,
@@ -40,6 +41,7 @@ __all__ = [
     "KnowledgePiece",
     "PackedBlocks",
     "PadCollator",
+    "PairTask",
     "PieceSet",
     "ProbeDataModule",
     "Question",

@@ -14,17 +14,8 @@ from torch import Tensor, nn
 
 from lightning_goldy.analysis.agreement import agreement_of
 from lightning_goldy.analysis.circuits.graph import INPUT, OUTPUT, CircuitGraph
-from lightning_goldy.analysis.circuits.scores import (
-    Ablation,
-    CircuitOptions,
-    Method,
-    Metric,
-    Progress,
-    edge_scores,
-    measure,
-    node_scores,
-    wired,
-)
+from lightning_goldy.analysis.circuits.runs import Ablation, CircuitOptions, Metric, Progress, measure, wired
+from lightning_goldy.analysis.circuits.scores import Method, edge_scores, node_scores
 from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.core.naming import require_at_least, require_choice
 from lightning_goldy.core.pieces import PromptPairs

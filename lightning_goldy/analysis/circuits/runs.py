@@ -1,4 +1,4 @@
-r"""Forward passes of a wired decoder: recorded, with gradients at every reader, or with single edges patched.
+r"""Passes of a wired decoder over pairs of prompts: recorded, with gradients at every reader, or with edges patched.
 
 In a patched run every reader is given
 
@@ -11,17 +11,28 @@ whole graph is the clean run and the empty one the other, bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
 from lightning_goldy.analysis.circuits.graph import Reader, Stage, Wiring, linear_map, stream_of
 from lightning_goldy.analysis.divergence import precise
+from lightning_goldy.analysis.result import Cost
+from lightning_goldy.core.isolation import preserved
+from lightning_goldy.core.naming import require_at_least, require_choice
+from lightning_goldy.core.pieces import PromptPairs
+
+Ablation = Literal["counterfactual", "mean", "zero"]
+MetricName = Literal["logit_difference", "kl", "probability", "probability_difference"]
+MetricFunction: TypeAlias = Callable[[Tensor, PromptPairs, Tensor], Tensor]
+"""``metric(logits [B, V], the B pairs, logits of the clean run [B, V])``: a value of each pair, shape ``[B]``."""
+Metric: TypeAlias = "MetricName | MetricFunction"
+Progress: TypeAlias = Callable[[int, int], None]
 
 
 class Taps:
@@ -408,3 +419,182 @@ def patched_logits(wiring: Wiring, ids: Tensor, kept: Tensor, other: Recorded) -
         other: The run that is patched in.
     """
     return _Patching(wiring, kept, other).logits(ids)
+
+
+@dataclass(frozen=True)
+class CircuitOptions:
+    """How edges are patched and what that is measured by.
+
+    Args:
+        metric: Higher is better. ``logit_difference``: log-odds of the right against the wrong answers, nats;
+            ``probability`` of the right ones, ``probability_difference`` less that of the wrong ones; ``kl``: minus
+            KL(p_clean || p), nats; or a function of (logits ``[B, V]``, pairs, clean logits ``[B, V]``).
+        ablation: What a patched edge brings: what its writer writes on the ``counterfactual`` prompt, its ``mean`` over
+            the clean prompts of the same length at each position, or ``zero``.
+        batch_size: Pairs per pass.
+
+    Raises:
+        ValueError: A choice is unknown or the batch size below 1.
+
+    Example:
+        >>> CircuitOptions(ablation="means")
+        Traceback (most recent call last):
+        ValueError: unknown ablation 'means'; did you mean 'mean'? Valid: counterfactual, mean, zero
+    """
+
+    metric: Metric = "logit_difference"
+    ablation: Ablation = "counterfactual"
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        require_choice("ablation", self.ablation, get_args(Ablation))
+        require_at_least("batch_size", self.batch_size, 1)
+        if not callable(self.metric):
+            require_choice("metric", self.metric, get_args(MetricName))
+
+    @property
+    def metric_name(self) -> str:
+        """What the metric is called."""
+        return getattr(self.metric, "__name__", "metric") if callable(self.metric) else self.metric
+
+    def check(self, pairs: PromptPairs) -> None:
+        """Checks that pairs have what metric and ablation need.
+
+        Raises:
+            ValueError: They have not; the prompt is named.
+        """
+        if self.metric in ("logit_difference", "probability_difference"):
+            lacking = next((name for name, wrong in zip(pairs.names, pairs.wrong, strict=True) if not wrong), None)
+            if lacking is not None:
+                raise ValueError(f"metric {self.metric!r} needs wrong answers, of which prompt {lacking!r} has none")
+        if self.ablation == "mean":
+            for group in pairs.batches(len(pairs)):
+                if len(group) == 1:
+                    raise ValueError(
+                        f"ablation 'mean' takes the mean over prompts of one length, and {pairs.names[group[0]]!r} is "
+                        f"the only one of {len(pairs.clean[group[0]])} tokens"
+                    )
+
+    def value(self, logits: Tensor, pairs: PromptPairs, clean: Tensor) -> Tensor:
+        """The metric of each pair, shape ``[B]``."""
+        if callable(self.metric):
+            return self.metric(logits, pairs, clean)
+        logs = precise(logits).log_softmax(-1)
+        if self.metric == "kl":
+            before = precise(clean).detach().log_softmax(-1)
+            return -(before.exp() * (before - logs)).sum(-1)
+        right = _sums(logs, pairs.answers)
+        if self.metric == "probability":
+            return right.exp()
+        wrong = _sums(logs, pairs.wrong)
+        return right - wrong if self.metric == "logit_difference" else right.exp() - wrong.exp()
+
+
+def _sums(logs: Tensor, tokens: Sequence[Sequence[int]]) -> Tensor:
+    """Log-probabilities of sets of tokens, shape ``[B]``."""
+    return torch.stack([row[list(ids)].logsumexp(0) for row, ids in zip(logs, tokens, strict=True)])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pairs of one length, their clean tokens, and the run that is patched in."""
+
+    places: list[int]
+    pairs: PromptPairs
+    ids: Tensor
+    other: Recorded
+
+
+@contextmanager
+def wired(model: nn.Module, pairs: PromptPairs, options: CircuitOptions) -> Iterator[Wiring]:
+    """The wiring of a model that is put back as it was, with parameters that ask for no gradient."""
+    options.check(pairs)
+    device = next(model.parameters()).device
+    wiring = Wiring.of(model, torch.tensor(pairs.clean[0], device=device)[None])
+    with preserved(model):
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        yield wiring
+
+
+def batches(wiring: Wiring, pairs: PromptPairs, options: CircuitOptions, done: list[Cost]) -> Iterator[Batch]:
+    """The pairs in batches with what is patched in.
+
+    Args:
+        wiring: Of the model.
+        pairs: The pairs.
+        options: Ablation and batch size.
+        done: The cost of the passes is added.
+    """
+    device = next(wiring.model.parameters()).device
+    means: dict[int, Recorded] = {}
+    for places in pairs.batches(options.batch_size):
+        chosen = pairs.take(places)
+        ids = torch.tensor(chosen.clean, device=device)
+        length = ids.shape[1]
+        if options.ablation == "counterfactual":
+            other = record(wiring, torch.tensor(chosen.corrupted, device=device))
+            done.append(Cost(forwards=len(places)))
+        else:
+            if length not in means:
+                means[length] = _constant(wiring, pairs, length, options, done)
+            other = means[length].expanded(len(places))
+        yield Batch(places, chosen, ids, other)
+
+
+def _constant(wiring: Wiring, pairs: PromptPairs, length: int, options: CircuitOptions, done: list[Cost]) -> Recorded:
+    """The mean run over all clean prompts of a length, or nothing at all, as the run of one sample."""
+    device = next(wiring.model.parameters()).device
+    group = [ids for ids in pairs.clean if len(ids) == length]
+    if options.ablation == "zero":
+        shown = record(wiring, torch.tensor(group[:1], device=device))
+        done.append(Cost(forwards=1))
+        return Recorded(torch.zeros_like(shown.writes), [torch.zeros_like(one) for one in shown.streams])
+    writes: Tensor | None = None
+    streams: list[Tensor] = []
+    for start in range(0, len(group), options.batch_size):
+        shown = record(wiring, torch.tensor(group[start : start + options.batch_size], device=device))
+        sums = shown.writes.sum(1, keepdim=True)
+        parts = [precise(one).sum(0, keepdim=True) for one in shown.streams]
+        writes = sums if writes is None else writes + sums
+        streams = parts if not streams else [old + new for old, new in zip(streams, parts, strict=True)]
+        done.append(Cost(forwards=len(shown.logits)))
+    assert writes is not None
+    return Recorded(writes / len(group), [one / len(group) for one in streams])
+
+
+def measure(
+    wiring: Wiring,
+    pairs: PromptPairs,
+    options: CircuitOptions,
+    circuits: Sequence[Tensor],
+    *,
+    progress: Progress | None = None,
+) -> tuple[Tensor, Cost]:
+    """The metric of patched runs, one per circuit and pair.
+
+    Args:
+        wiring: Of the model, within :func:`wired`.
+        pairs: The pairs.
+        options: Metric and ablation.
+        circuits: True where an edge is kept, each of shape ``[readers, writers]``.
+        progress: Called with (runs done, runs in all).
+
+    Returns:
+        Values, shape ``[circuits, pairs]``, float64, and the passes.
+    """
+    values = torch.empty(len(circuits), len(pairs), dtype=torch.float64)
+    done: list[Cost] = []
+    whole, finished = wiring.graph.edges(), 0
+    with torch.no_grad():
+        for batch in batches(wiring, pairs, options, done):
+            clean = patched_logits(wiring, batch.ids, whole, batch.other)
+            for row, kept in enumerate(circuits):
+                logits = clean if torch.equal(kept, whole) else patched_logits(wiring, batch.ids, kept, batch.other)
+                values[row, batch.places] = options.value(logits, batch.pairs, clean).double().cpu()
+                finished += len(batch.places)
+                if progress is not None:
+                    progress(finished, len(pairs) * len(circuits))
+            runs = 1 + sum(not torch.equal(kept, whole) for kept in circuits)
+            done.append(Cost(forwards=len(batch.places) * runs))
+    return values, sum(done, Cost())

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning_goldy.report.builders import HeatMap, Line, Lines, heat_map, lines, plain_spec, rounded
 from lightning_goldy.report.descriptions import Description, describe
-from lightning_goldy.report.figures import Figure, Row, bounds, register_figure, require
+from lightning_goldy.report.figures import Figure, Row, register_figure, require
 from lightning_goldy.report.formatting import format_number
 from lightning_goldy.report.reading import naming
 
@@ -33,17 +33,17 @@ def chart_circuit(row: Row) -> Figure:
         ...          (("input", -1), ("a0.h0", 0), ("m0", 0))]
         >>> edge = {"source": "input", "reader": "a0.h0.v", "targets": ["a0.h0"], "score": -0.5}
         >>> figure = chart_circuit({"result": {"nodes": nodes, "edges": [edge], "n_edges_all": 8}})
-        >>> figure.data["edges"]["edge"], figure.ranges["score"]
-        (['input -> a0.h0.v'], (-0.5, 0.5))
+        >>> figure.data["edges"]["edge"], figure.data["edges"]["does"]
+        (['input -> a0.h0.v'], ['works against it'])
     """
     with naming(_LACKS):
         result = row["result"]
         nodes, edges, whole = result["nodes"], result["edges"], result["n_edges_all"]
-        places = _places(nodes)
         strongest = sorted(edges, key=lambda edge: -abs(edge["score"]))[:_EDGES]
-        ends = [(edge, target) for edge in strongest for target in edge["targets"] if target in places]
+        ends = [(edge, target) for edge in strongest for target in edge["targets"]]
         drawn = {"input", "output", *(edge["source"] for edge, _ in ends), *(target for _, target in ends)}
-        told: dict[str, list[Any]] = {name: [] for name in ("x", "y", "x2", "y2", "edge", "score", "size")}
+        places = _places(nodes, drawn)
+        told: dict[str, list[Any]] = {name: [] for name in ("x", "y", "x2", "y2", "edge", "score", "does", "size")}
         largest = max((abs(edge["score"]) for edge in strongest), default=0.0) or 1.0
         for edge, target in ends:
             for name, value in zip(("x", "y"), places[edge["source"]], strict=True):
@@ -52,27 +52,26 @@ def chart_circuit(row: Row) -> Figure:
                 told[name].append(value)
             told["edge"].append(f"{edge['source']} -> {edge['reader']}")
             told["score"].append(edge["score"])
+            told["does"].append("supports the behaviour" if edge["score"] > 0 else "works against it")
             told["size"].append(abs(edge["score"]) / largest)
         scores = {node["name"]: node["score"] for node in nodes}
-    names = [name for name in places if name in drawn]
     points: dict[str, list[Any]] = {
-        "x": [places[name][0] for name in names],
-        "y": [places[name][1] for name in names],
-        "node": names,
-        "score": rounded([scores.get(name, 0.0) for name in names]),
+        "x": [across for across, _ in places.values()],
+        "y": [up for _, up in places.values()],
+        "node": list(places),
+        "score": rounded([scores.get(name, 0.0) for name in places]),
     }
-    top = float(f"{largest:.6g}")
     caption = (
-        f"The {len(strongest)} strongest of {len(edges)} chosen edges, of {whole} in all. Red edges support the "
-        "behaviour, blue ones work against it. The input is below, the output above; heads of a block are in a row, "
-        "its MLP on the right."
+        f"The {len(strongest)} strongest of {len(edges)} chosen edges, of {whole} in all, as wide as what the "
+        "behaviour loses without them. The input is below, the output above; heads of a block are in a row, its MLP on "
+        "the right; blocks without such an edge are left out."
     )
     told = {**told, "score": rounded(told["score"]), "size": rounded(told["size"])}
-    return Figure(_graph_chart(), {"edges": told, "nodes": points}, caption, ranges={"score": (-top, top)})
+    return Figure(_graph_chart(), {"edges": told, "nodes": points}, caption)
 
 
-def _places(nodes: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
-    """Where each node is drawn: across and up."""
+def _places(nodes: Sequence[Mapping[str, Any]], drawn: set[str]) -> dict[str, tuple[float, float]]:
+    """Where each node that is drawn lies: across, and up in rows without gaps."""
     heads: dict[int, list[str]] = {}
     for node in nodes:
         if node["name"].startswith("a"):
@@ -87,7 +86,9 @@ def _places(nodes: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]
             # Between the heads of its block and those of the next, which it may read and write.
             places[name] = (widest + 0.5, layer + 0.5)
     places["output"] = ((widest - 1) / 2, max((node["layer"] for node in nodes), default=0) + 1.5)
-    return places
+    shown = {name: place for name, place in places.items() if name in drawn}
+    rows = sorted({up for _, up in shown.values()})
+    return {name: (across, float(rows.index(up))) for name, (across, up) in shown.items()}
 
 
 @functools.lru_cache(maxsize=1)
@@ -95,17 +96,17 @@ def _graph_chart() -> dict[str, Any]:
     alt = require("altair")
     plain: dict[str, Any] = {"axis": None, "scale": alt.Scale(zero=False, nice=False, padding=24)}
     across, up = (alt.X("x:Q", **plain), alt.X("x2:Q")), (alt.Y("y:Q", **plain), alt.Y("y2:Q"))
-    scale = alt.Scale(scheme="redblue", domain=bounds("score"), reverse=True, clamp=True, nice=False)
+    signs = alt.Scale(domain=["supports the behaviour", "works against it"], range=["#c0392b", "#2f74b5"])
     edges = (
         alt.Chart(alt.NamedData("edges"))
-        .mark_rule(opacity=0.75)
+        .mark_rule(opacity=0.6)
         .encode(
             x=across[0],
             y=up[0],
             x2="x2:Q",
             y2="y2:Q",
-            color=alt.Color("score:Q", scale=scale, legend=alt.Legend(title="score", gradientLength=80)),
-            strokeWidth=alt.StrokeWidth("size:Q", scale=alt.Scale(domain=[0, 1], range=[0.4, 5]), legend=None),
+            color=alt.Color("does:N", scale=signs, legend=alt.Legend(title=None, orient="top")),
+            strokeWidth=alt.StrokeWidth("size:Q", scale=alt.Scale(domain=[0, 1], range=[0.5, 6]), legend=None),
             tooltip=[alt.Tooltip("edge:N"), alt.Tooltip("score:Q", format=".4~g")],
         )
     )

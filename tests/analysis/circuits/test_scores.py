@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lightning_goldy.analysis.circuits import CircuitGraph, PromptPairs, faithfulness, find_circuits, node_effects
 from lightning_goldy.analysis.circuits.circuit import random_circuits
-from lightning_goldy.analysis.circuits.scores import CircuitOptions, edge_scores, measure, wired
+from lightning_goldy.analysis.circuits.runs import CircuitOptions, measure, wired
+from lightning_goldy.analysis.circuits.scores import edge_scores
 from lightning_goldy.core.architecture import UnsupportedArchitectureError
 from tests.references.architecture_models import REGISTERED, UNREGISTERED, VOCABULARY, build, lora
 from tests.references.circuits import FAMILIES, in_float64, patched_by_hand, slope_by_hand
