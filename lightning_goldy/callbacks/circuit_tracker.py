@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import lightning.pytorch as L
 from torch import nn
@@ -27,7 +27,7 @@ from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, Ve
 from lightning_goldy.callbacks.golden_snapshot import find_snapshot
 from lightning_goldy.core.files import atomic_write, finite
 from lightning_goldy.core.isolation import undisturbed
-from lightning_goldy.core.naming import require_at_least
+from lightning_goldy.core.naming import require_at_least, require_choice
 from lightning_goldy.core.pieces import PromptPairs
 from lightning_goldy.core.tasks import transformers_model
 from lightning_goldy.data import PairTask, pairs_of_task
@@ -43,7 +43,7 @@ class CircuitTracker(AnalysisCallback[TrackedCircuit]):
     Args:
         task: Prompts made on the spot: ``indirect_object``, ``greater_than``, ``atlas`` (with the run's tokenizer) or
             ``induction`` (with none).
-        pairs: Pairs of prompts instead.
+        pairs: Pairs of prompts, which take the task's place.
         n_pairs: Pairs of a task.
         metric: ``logit_difference``, ``probability``, ``probability_difference``, ``kl``, or a function.
         method: How edges are scored: ``eap``, ``eap_ig_inputs``, ``eap_ig_activations``, ``nodes`` or ``exact``.
@@ -59,16 +59,16 @@ class CircuitTracker(AnalysisCallback[TrackedCircuit]):
         **options: Of :class:`AnalysisCallback`.
 
     Example:
-        >>> CircuitTracker()
+        >>> CircuitTracker(share=0)
         Traceback (most recent call last):
-        ValueError: CircuitTracker needs one of task= and pairs=; got neither
+        ValueError: share is a share of all edges, above 0 and at most 1; got 0
     """
 
     dials: Mapping[str, Any] = {"n_pairs": 4}
 
     def __init__(
         self,
-        task: PairTask | None = None,
+        task: PairTask = "induction",
         *,
         pairs: PromptPairs | None = None,
         n_pairs: int = 32,
@@ -86,10 +86,7 @@ class CircuitTracker(AnalysisCallback[TrackedCircuit]):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        if (task is None) == (pairs is None):
-            raise ValueError(
-                f"CircuitTracker needs one of task= and pairs=; got {'neither' if task is None else 'both'}"
-            )
+        require_choice("task", task, get_args(PairTask))
         require_at_least("n_pairs", n_pairs, 1)
         self.task_name, self.pairs, self.n_pairs, self.seed = task, pairs, n_pairs, seed
         self.tracking = TrackingOptions(
@@ -129,7 +126,6 @@ class CircuitTracker(AnalysisCallback[TrackedCircuit]):
         vocabulary = 0 if config is None else config.get_text_config().vocab_size
         pairs = self.pairs
         if pairs is None:
-            assert self.task_name is not None
             tokenizer = find_tokenizer(trainer)
             pairs = pairs_of_task(
                 self.task_name, self.n_pairs, tokenizer=tokenizer, vocabulary=vocabulary, seed=self.seed

@@ -168,6 +168,21 @@ def test_a_model_is_left_as_it_was():
     assert (states[2] == np.random.get_state()[1]).all()
 
 
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "gpt_neox"])
+def test_models_of_low_precision_have_the_circuits_of_full_precision(family: str):
+    pairs, model = prompts(4), build(family).bfloat16()
+    low = find_circuits(model, pairs, n_edges=20)
+    full = find_circuits(copy.deepcopy(model).float(), pairs, n_edges=20)
+    correlation = torch.corrcoef(torch.stack([low.scores.flatten(), full.scores.flatten()]))[0, 1]
+    assert float(correlation) > 0.95
+    ends = faithfulness(model, low, pairs, sizes=[0, low.graph.n_edges], n_random=0).values
+    assert ends == (0.0, 1.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = find_circuits(copy.deepcopy(model).float(), pairs, n_edges=20)
+    correlation = torch.corrcoef(torch.stack([mixed.scores.flatten(), full.scores.flatten()]))[0, 1]
+    assert float(correlation) > 0.95
+
+
 def test_adapters_count_as_the_weights_that_they_come_to():
     model, pairs = lora("llama", ["q_proj", "v_proj", "o_proj"]).double(), prompts(2)
     options = CircuitOptions()
