@@ -22,6 +22,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from lightning_goldy.analysis.attention import attention_statistics
+from lightning_goldy.analysis.circuits import CircuitGraph
 from lightning_goldy.analysis.coupling.pieces import selected_parameters
 from lightning_goldy.analysis.forecast import Plan, Run, Speeds
 from lightning_goldy.analysis.forecast.timing import graph_bytes, measure_speeds
@@ -229,6 +230,10 @@ def _trials(model: nn.Module, objective: Objective, batch: Any) -> dict[str, Cal
             HeadGates(model).remove()
         return ""
 
+    def circuits() -> str:
+        graph = CircuitGraph.of(model)
+        return f"{graph.n_edges} edges between {len(graph.writers)} nodes"
+
     return {
         "golden, reverse golden": gradients,
         "change, distribution": lambda: f"{len(ParameterSpace.of(model))} trainable tensors",
@@ -237,6 +242,7 @@ def _trials(model: nn.Module, objective: Objective, batch: Any) -> dict[str, Cal
         "basin": lambda: f"{objective.logits_and_targets(model, batch).logits.shape[-1]} classes",
         "coupling": lambda: f"{len(selected_parameters(model, 'mlp_output'))} MLP output projections",
         "heads": heads,
+        "circuits": circuits,
     }
 
 

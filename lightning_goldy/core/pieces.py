@@ -66,7 +66,7 @@ def encode_pairs(
     rows = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast, verbose=False)
     queries = tokenizer(prompts, add_special_tokens=False, verbose=False)["input_ids"]
     offsets = rows["offset_mapping"] if tokenizer.is_fast else [None] * len(texts)
-    bos = _leading_bos(tokenizer)
+    bos = leading_bos(tokenizer)
     samples = []
     for ids, query, spans, prompt, text in zip(rows["input_ids"], queries, offsets, prompts, texts, strict=True):
         start = answer_start(ids, query, spans, len(prompt))
@@ -122,7 +122,7 @@ def _check_answer(tokenizer: PreTrainedTokenizerBase, answer_ids: Sequence[int],
         )
 
 
-def _leading_bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def leading_bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The bos token where the tokenizer begins its texts with one; models trained so need it."""
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
@@ -245,3 +245,73 @@ def padded_batches(samples: Sequence[Sample], pad_token_id: int, batch_size: int
     collate = PadCollator(pad_token_id)
     for start in range(0, len(samples), batch_size):
         yield collate(samples[start : start + batch_size])
+
+
+@dataclass(frozen=True)
+class PromptPairs:
+    """Prompts in two versions of equal length, of which the second lacks what the answer of the first rests on.
+
+    Args:
+        clean: Token ids of each prompt; the answer is the token behind the last.
+        corrupted: Token ids of the other version.
+        answers: For each prompt the tokens that are right.
+        wrong: For each prompt the tokens that they are held against, such as the answer to the corrupted version; may
+            be empty.
+        names: What each prompt is called in messages; its place by default.
+
+    Raises:
+        ValueError: There is no pair, or one has versions of different lengths, no answer, or an answer that is wrong;
+            it is named.
+
+    Example:
+        >>> pairs = PromptPairs(((5, 6, 5), (7, 8)), ((5, 9, 5), (7, 9)), ((6,), (1,)), ((9,), ()))
+        >>> len(pairs), pairs.batches(8)
+        (2, [[1], [0]])
+        >>> PromptPairs(((5, 6),), ((5,),), ((6,),), ((),), names=("When Ada",))
+        Traceback (most recent call last):
+        ValueError: prompt 'When Ada' has 2 tokens and its corrupted version 1: both need the same number
+    """
+
+    clean: tuple[tuple[int, ...], ...]
+    corrupted: tuple[tuple[int, ...], ...]
+    answers: tuple[tuple[int, ...], ...]
+    wrong: tuple[tuple[int, ...], ...]
+    names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.clean:
+            raise ValueError("there is no pair of prompts")
+        if not self.names:
+            object.__setattr__(self, "names", tuple(map(str, range(len(self.clean)))))
+        columns = {name: len(getattr(self, name)) for name in ("clean", "corrupted", "answers", "wrong", "names")}
+        if len(set(columns.values())) > 1:
+            raise ValueError(f"of each prompt there must be one entry everywhere; got {columns}")
+        for name, clean, corrupted, right, wrong in zip(
+            self.names, self.clean, self.corrupted, self.answers, self.wrong, strict=True
+        ):
+            if len(clean) != len(corrupted):
+                raise ValueError(
+                    f"prompt {name!r} has {len(clean)} tokens and its corrupted version {len(corrupted)}: both need "
+                    "the same number"
+                )
+            if not clean or not right or set(right) & set(wrong):
+                raise ValueError(f"prompt {name!r} needs tokens, and answers that are not among the wrong ones")
+
+    def __len__(self) -> int:
+        return len(self.clean)
+
+    def take(self, places: Sequence[int]) -> PromptPairs:
+        """Some of the pairs, in the given order."""
+        return PromptPairs(
+            clean=tuple(self.clean[place] for place in places),
+            corrupted=tuple(self.corrupted[place] for place in places),
+            answers=tuple(self.answers[place] for place in places),
+            wrong=tuple(self.wrong[place] for place in places),
+            names=tuple(self.names[place] for place in places),
+        )
+
+    def batches(self, size: int) -> list[list[int]]:
+        """Places of the pairs in batches of one length each, the shortest first, so that nothing is padded."""
+        lengths = sorted({len(ids) for ids in self.clean})
+        groups = ([place for place, ids in enumerate(self.clean) if len(ids) == length] for length in lengths)
+        return [group[start : start + size] for group in groups for start in range(0, len(group), size)]

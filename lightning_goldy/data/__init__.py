@@ -6,6 +6,16 @@ from lightning_goldy.core.pieces import PadCollator, encode_pairs
 from lightning_goldy.data.atlas import AtlasDataModule, Edit, apply_edits, random_edits
 from lightning_goldy.data.base import ProbeDataModule, ResumableDataLoader, SeededShuffle, Splits
 from lightning_goldy.data.knowledge import KnowledgeDataModule, KnowledgePiece, read_pieces
+from lightning_goldy.data.prompt_pairs import (
+    PairTask,
+    TextPair,
+    atlas_pairs,
+    greater_than_pairs,
+    indirect_object_pairs,
+    induction_pairs,
+    pairs_of_task,
+    text_pairs,
+)
 from lightning_goldy.data.readers import PieceSet, load_pieces, write_pieces
 from lightning_goldy.data.relations import (
     RELATIONS,
@@ -31,6 +41,7 @@ __all__ = [
     "KnowledgePiece",
     "PackedBlocks",
     "PadCollator",
+    "PairTask",
     "PieceSet",
     "ProbeDataModule",
     "Question",
@@ -39,17 +50,24 @@ __all__ = [
     "SeededShuffle",
     "Splits",
     "TextDataModule",
+    "TextPair",
     "apply_edits",
+    "atlas_pairs",
     "byte_tokenizer",
     "country_facts",
     "encode_pairs",
+    "greater_than_pairs",
+    "indirect_object_pairs",
+    "induction_pairs",
     "load_countries",
     "load_pieces",
     "load_tokenizer",
     "one_hop_questions",
     "pack",
+    "pairs_of_task",
     "random_edits",
     "read_pieces",
+    "text_pairs",
     "two_hop_questions",
     "word_tokenizer",
     "write_pieces",

@@ -37,6 +37,7 @@ from lightning_goldy.report.topics.attribution import (
     chart_links,
 )
 from lightning_goldy.report.topics.basin import chart_volume_cutoffs, chart_volume_estimates, chart_volume_trajectory
+from lightning_goldy.report.topics.circuits import chart_circuit, chart_emergence, chart_faithfulness
 from lightning_goldy.report.topics.coupling import chart_coupling_distribution, chart_coupling_map
 from lightning_goldy.report.topics.coupling_drift import chart_drift_lines, chart_drift_map, chart_drift_prediction
 from lightning_goldy.report.topics.golden import (
@@ -77,12 +78,15 @@ __all__ = [
     "chart_attribution_heads",
     "chart_attribution_places",
     "chart_change_histogram",
+    "chart_circuit",
     "chart_coupling_distribution",
     "chart_coupling_map",
     "chart_drift_lines",
     "chart_drift_map",
     "chart_drift_prediction",
+    "chart_emergence",
     "chart_explained_change",
+    "chart_faithfulness",
     "chart_gate_timeline",
     "chart_golden_parameters",
     "chart_graft",

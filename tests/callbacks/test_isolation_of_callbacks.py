@@ -19,6 +19,7 @@ from lightning_goldy.callbacks import (
     AttentionTracker,
     BasinVolume,
     ChangeAttribution,
+    CircuitTracker,
     Findings,
     GoldenParameters,
     GoldenSnapshot,
@@ -44,6 +45,10 @@ CALLBACKS = {
     "activations": lambda: [GoldenSnapshot(every_n_steps=3), ActivationDifferences(n_samples=3, **EVERYWHERE)],
     "taylor_moving": lambda: [TaylorDiff([1, 2], n_samples=3, reset="each", function_space=False, **EVERYWHERE)],
     "attention": lambda: [GoldenSnapshot(every_n_steps=3), AttentionTracker(n_samples=3, **EVERYWHERE)],
+    "circuits": lambda: [
+        GoldenSnapshot(**EVERYWHERE),
+        CircuitTracker("induction", n_pairs=2, sizes=[0.1], **EVERYWHERE),
+    ],
     "knowledge": lambda: [KnowledgeCoupling(PIECES, edits=[PIECES[0].id], **EVERYWHERE)],
     "both": lambda: [GoldenSnapshot(**EVERYWHERE), GoldenParameters(n_samples=3, score="taylor", **EVERYWHERE)],
 }

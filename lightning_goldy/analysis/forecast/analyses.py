@@ -534,3 +534,31 @@ def forecast_heads(plan: Plan, *, n_samples: int | None, gradients: int) -> Fore
         communicated=plan.communicated(each),
         exact=False,
     )
+
+
+def forecast_circuits(
+    plan: Plan, *, n_pairs: int, tokens: int, gradients: int, circuits: int, batch_size: int
+) -> Forecast:
+    """Circuits: passes over pairs of prompts for the scores, and a patched pass per circuit that is measured.
+
+    Args:
+        plan: The shapes.
+        n_pairs: Pairs of prompts.
+        tokens: Of a prompt.
+        gradients: Gradient passes per pair.
+        circuits: That are measured.
+        batch_size: Pairs per pass.
+    """
+    rows = [min(batch_size, n_pairs - start) for start in range(0, n_pairs, batch_size)]
+    once = passes_over([(size, tokens) for size in rows])
+    # Both prompts for the scores, and both with everything patched for the two ends of each measurement.
+    work = Work(forward=(2 + 3 + 3 + circuits) * once, backward=gradients * once)
+    widest = tokens * min(batch_size, n_pairs)
+    return Forecast(
+        work,
+        parts=1,
+        memory=3 * plan.graph(widest),
+        communicated=plan.communicated(work),
+        sharded="a sharded model's circuits are not found",
+        exact=False,
+    )

@@ -1,0 +1,397 @@
+"""How much of a behaviour a circuit keeps when everything outside of it is patched: at any size, and step by step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, ClassVar, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lightning_goldy.analysis.circuits.circuit import (
+    Circuit,
+    CircuitOverlap,
+    Rank,
+    Selection,
+    circuit_overlap,
+    find_circuits,
+    random_circuits,
+)
+from lightning_goldy.analysis.circuits.runs import Ablation, CircuitOptions, Metric, Progress, measure, wired
+from lightning_goldy.analysis.circuits.scores import Method
+from lightning_goldy.analysis.result import AnalysisResult, Cost
+from lightning_goldy.core.naming import require_at_least, require_choice
+from lightning_goldy.core.pieces import PromptPairs
+
+SHARES = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+"""Sizes of a curve, as shares of all edges; none and all are known."""
+
+
+@dataclass(frozen=True)
+class Faithfulness(AnalysisResult):
+    """What circuits of one ranking keep of a behaviour.
+
+    Args:
+        sizes: Numbers of edges, ascending.
+        n_edges: Of the whole graph.
+        values: By size the share of the metric's span between everything patched (0) and nothing (1) that is kept.
+        complements: By size the same of all edges but the circuit's: near 0 where the circuit is complete.
+        random: By size of random circuits as large, shape ``[sizes, circuits]``; ``[sizes, 0]`` without.
+        clean: The metric of the whole model, mean over the pairs.
+        patched: The metric with every edge patched.
+        cost: Passes.
+    """
+
+    analysis: ClassVar[str] = "faithfulness"
+
+    sizes: tuple[int, ...]
+    n_edges: int
+    values: tuple[float, ...]
+    complements: tuple[float, ...]
+    random: Tensor
+    clean: float
+    patched: float
+    cost: Cost = field(default=Cost(), compare=False)
+
+    @property
+    def value(self) -> float:
+        """That of the largest circuit."""
+        return self.values[-1]
+
+    @property
+    def completeness(self) -> float:
+        """One less what the complement of the largest circuit keeps: 1 where nothing is left outside of it."""
+        return 1 - self.complements[-1]
+
+    @property
+    def area(self) -> float:
+        r"""Area under the curve over the share of edges, from none (0) to all (1), by trapezoids.
+
+        .. math:: A = \int_0^1 f(k) \, dk
+
+        Above 1 where small circuits do better than the model.
+        """
+        return self._area(self.values, lambda value: value)
+
+    @property
+    def distance(self) -> float:
+        r"""Area between the curve and 1, :math:`\int_0^1 |1 - f(k)| \, dk`: 0 where no edge is needed."""
+        return self._area(self.values, lambda value: abs(1 - value))
+
+    @property
+    def random_area(self) -> float:
+        """Area of the random circuits' mean; NaN without."""
+        return self._area(self.random.mean(1).tolist(), lambda value: value) if self.random.numel() else math.nan
+
+    def band(self, share: float = 0.9) -> list[tuple[float, float]]:
+        """By size the range that holds a share of the random circuits; empty without."""
+        if not self.random.numel():
+            return []
+        edges = torch.tensor([(1 - share) / 2, (1 + share) / 2], dtype=torch.float64)
+        return [(low, high) for low, high in self.random.double().quantile(edges, dim=1).T.tolist()]
+
+    def _area(self, values: Sequence[float], of: Any) -> float:
+        known = {0: of(0.0), **{size: of(value) for size, value in zip(self.sizes, values, strict=True)}}
+        known[self.n_edges] = of(1.0)
+        places = sorted(known)
+        steps = pairwise(places)
+        return sum((b - a) * (known[a] + known[b]) / 2 for a, b in steps) / self.n_edges
+
+    def metrics(self) -> dict[str, float | None]:
+        """Faithfulness and completeness of the largest circuit, areas, and the random circuits' mean."""
+        return {
+            "faithfulness": self.value,
+            "faithfulness_random": float(self.random[-1].mean()) if self.random.numel() else None,
+            "completeness": self.completeness,
+            "area": self.area,
+            "area_random": self.random_area if self.random.numel() else None,
+            "distance": self.distance,
+        }
+
+    def details(self) -> dict[str, Any]:
+        """The curve with the band of random circuits."""
+        lists = {name: list(getattr(self, name)) for name in ("sizes", "values", "complements")}
+        means = self.random.mean(1).tolist() if self.random.numel() else []
+        told = {"n_edges": self.n_edges, "clean": self.clean, "patched": self.patched}
+        return {**lists, **told, "random": means, "band": [list(pair) for pair in self.band()]}
+
+    def headline(self) -> str:
+        """What the largest circuit keeps, beside random ones."""
+        chance = f", random ones {float(self.random[-1].mean()):.2f}" if self.random.numel() else ""
+        return (
+            f"{self.sizes[-1]} of {self.n_edges} edges keep {self.value:.2f} of the behaviour{chance}; without them "
+            f"{self.complements[-1]:.2f} is left"
+        )
+
+
+def faithfulness(
+    model: nn.Module,
+    circuit: Circuit,
+    pairs: PromptPairs,
+    metric: Metric = "logit_difference",
+    *,
+    sizes: Sequence[int | float] | None = (),
+    select: Selection = "top",
+    rank: Rank = "magnitude",
+    ablation: Ablation = "counterfactual",
+    n_random: int = 10,
+    seed: int = 0,
+    batch_size: int = 8,
+    progress: Progress | None = None,
+) -> Faithfulness:
+    r"""Runs the model with every edge outside a circuit patched, and says what remains of a behaviour.
+
+    .. math:: f(C) = \frac{m(C) - m(\varnothing)}{m(\text{all}) - m(\varnothing)}
+
+    of metrics averaged over the pairs: 1 for the whole graph and 0 for the empty one, exactly. Not bounded: edges that
+    work against the behaviour, left out, give more than 1. Random circuits of the same size stand beside it.
+
+    Args:
+        model: A causal language model; it comes back as it was.
+        circuit: Of :func:`find_circuits`.
+        pairs: Clean and corrupted prompts; best others than the circuit was found on.
+        metric: See :class:`CircuitOptions`.
+        sizes: Of a curve: numbers of edges, or shares of all below 1, chosen by the circuit's scores; None for
+            ``SHARES``; empty for the circuit itself alone.
+        select: How a curve's edges are chosen.
+        rank: By which order.
+        ablation: What patched edges bring.
+        n_random: Random circuits per size; 0 for none.
+        seed: Of these.
+        batch_size: Pairs per pass.
+        progress: Called with (runs done, runs in all).
+
+    Returns:
+        The share that is kept, by size.
+
+    Raises:
+        ValueError: A size is out of range, the circuit is of another graph, or the metric is the same with everything
+            and with nothing patched, so that nothing can be told.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from lightning_goldy.analysis.circuits import find_circuits
+        >>> model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=8, vocab_size=11, n_positions=16))
+        >>> pairs = PromptPairs(((3, 4, 5),), ((3, 6, 5),), ((4,),), ((6,),))
+        >>> circuit = find_circuits(model, pairs, n_edges=46)
+        >>> faithfulness(model, circuit, pairs, n_random=0).value
+        1.0
+    """
+    require_at_least("n_random", n_random, 0)
+    options = CircuitOptions(metric, ablation, batch_size)
+    counts = _counts(circuit, sizes)
+    ranked = [circuit.chosen(n_edges=count, select=select, rank=rank) for count in counts] if counts else [circuit]
+    whole = circuit.graph.edges()
+    tried = [whole, torch.zeros_like(whole)]
+    for one in ranked:
+        tried += [one.kept, whole & ~one.kept, *random_circuits(circuit.graph, one.n_edges, n_random, seed)]
+    with wired(model, pairs, options) as wiring:
+        if wiring.graph != circuit.graph:
+            raise ValueError(
+                f"the circuit is of another graph, of {circuit.graph.n_edges} edges; the model has "
+                f"{wiring.graph.n_edges}"
+            )
+        values, cost = measure(wiring, pairs, options, tried, progress=progress)
+    clean, patched, *means = values.mean(1).tolist()
+    if clean == patched:
+        raise ValueError(
+            f"{options.metric_name} is {clean:.4g} with nothing and with everything patched: the pairs do not tell the "
+            "behaviour from its absence"
+        )
+    shares = torch.tensor(means, dtype=torch.float64).sub(patched).div(clean - patched).view(len(ranked), n_random + 2)
+    return Faithfulness(
+        sizes=tuple(one.n_edges for one in ranked),
+        n_edges=circuit.graph.n_edges,
+        values=tuple(shares[:, 0].tolist()),
+        complements=tuple(shares[:, 1].tolist()),
+        random=shares[:, 2:].clone(),
+        clean=clean,
+        patched=patched,
+        cost=cost,
+    )
+
+
+def _counts(circuit: Circuit, sizes: Sequence[int | float] | None) -> list[int]:
+    whole = circuit.graph.n_edges
+    counts = []
+    for size in SHARES if sizes is None else sizes:
+        count = round(size * whole) if isinstance(size, float) else size
+        if size < 0 or not 0 <= count <= whole or (isinstance(size, float) and size > 1):
+            raise ValueError(f"sizes are numbers of edges up to {whole}, or shares between 0 and 1; got {size!r}")
+        counts.append(max(1, count) if size else 0)
+    return sorted(set(counts))
+
+
+@dataclass(frozen=True)
+class TrackingOptions:
+    """How a circuit is found and measured, the same at every step of a run.
+
+    Args:
+        metric: See :class:`CircuitOptions`.
+        method: See :func:`find_circuits`.
+        steps: Nodes of the line.
+        ablation: What patched edges bring.
+        share: Of all edges that the circuit has, in (0, 1].
+        sizes: Shares of all edges at which faithfulness is measured.
+        n_random: Random circuits per size.
+        select: ``top`` or ``greedy``.
+        rank: ``magnitude`` or ``signed``.
+        batch_size: Pairs per pass.
+
+    Raises:
+        ValueError: A setting is out of range; it is named.
+
+    Example:
+        >>> TrackingOptions(sizes=(0.0, 0.5))
+        Traceback (most recent call last):
+        ValueError: sizes are shares of all edges, above 0 and at most 1; got 0.0
+    """
+
+    metric: Metric = "logit_difference"
+    method: Method = "eap_ig_inputs"
+    steps: int = 5
+    ablation: Ablation = "counterfactual"
+    share: float = 0.05
+    sizes: tuple[float, ...] = (0.01, 0.03, 0.1)
+    n_random: int = 3
+    select: Selection = "top"
+    rank: Rank = "magnitude"
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        CircuitOptions(self.metric, self.ablation, self.batch_size)
+        for what, value, valid in (
+            ("method", self.method, get_args(Method)),
+            ("select", self.select, get_args(Selection)),
+            ("rank", self.rank, get_args(Rank)),
+        ):
+            require_choice(what, value, valid)
+        require_at_least("steps", self.steps, 1)
+        require_at_least("n_random", self.n_random, 0)
+        for name, shares in (("share is a share", (self.share,)), ("sizes are shares", self.sizes)):
+            for share in shares:
+                if not 0 < share <= 1:
+                    raise ValueError(f"{name} of all edges, above 0 and at most 1; got {share!r}")
+        if not self.sizes:
+            raise ValueError("sizes is empty: name at least one share of the edges")
+        if self.metric == "kl" and self.method in ("eap", "nodes"):
+            raise ValueError(f"kl has no slope at the clean run, where method {self.method!r} takes it")
+
+    def find(self, model: nn.Module, pairs: PromptPairs, progress: Callable[[int, int], None] | None = None) -> Circuit:
+        """The circuit of a model; see :func:`find_circuits`."""
+        scored = find_circuits(
+            model,
+            pairs,
+            self.metric,
+            method=self.method,
+            steps=self.steps,
+            n_edges=0,
+            ablation=self.ablation,
+            batch_size=self.batch_size,
+            progress=progress,
+        )
+        count = max(1, round(self.share * scored.graph.n_edges))
+        chosen = scored.chosen(n_edges=count, select=self.select, rank=self.rank)
+        return Circuit(**{**vars(chosen), "cost": scored.cost})
+
+
+@dataclass(frozen=True)
+class TrackedCircuit(AnalysisResult):
+    """The circuit of one step.
+
+    Args:
+        circuit: Its edges and the scores of all.
+        curve: Faithfulness at the sizes.
+        shares: The sizes, as shares of all edges.
+        overlap: With the base's circuit; None without a base.
+    """
+
+    analysis: ClassVar[str] = "circuit_tracker"
+
+    circuit: Circuit
+    curve: Faithfulness
+    shares: tuple[float, ...]
+    overlap: CircuitOverlap | None
+
+    @property
+    def cost(self) -> Cost:
+        """Passes of the search and of the measurement."""
+        return self.circuit.cost + self.curve.cost
+
+    def metrics(self) -> dict[str, float | None]:
+        """Faithfulness by size, completeness and area, the overlap, and each node's score below ``node/``."""
+        told: dict[str, float | None] = {}
+        for share, value in zip(self.shares, self.curve.values, strict=True):
+            told[f"faithfulness_{100 * share:g}_percent".replace(".", "_")] = value
+        curve, overlap = self.curve.metrics(), {} if self.overlap is None else self.overlap.metrics()
+        told |= {name: curve[name] for name in ("faithfulness_random", "completeness", "area", "area_random")}
+        told |= {"metric_clean": self.circuit.clean, "metric_patched": self.circuit.patched}
+        told |= {name: overlap[name] for name in ("overlap", "overlap_by_chance", "rank_correlation") if overlap}
+        return told | {f"node/{name}": score for name, score in self.circuit.node_scores().items()}
+
+    def details(self) -> dict[str, Any]:
+        """The circuit, the curve and the overlap."""
+        overlap = None if self.overlap is None else {**self.overlap.details(), **self.overlap.metrics()}
+        return {**self.circuit.details(), "curve": self.curve.details(), "overlap": overlap}
+
+    def headline(self) -> str:
+        """What the largest size keeps, and of which circuit."""
+        weak = ""
+        if self.curve.random.numel() and self.curve.value <= float(self.curve.random[-1].max()):
+            weak = "; WEAK: no more than a random circuit"
+        kept = "" if self.overlap is None else f"; overlap with the base's {self.overlap.intersection_over_union:.2f}"
+        return f"{self.curve.headline()}; {self.circuit.headline()}{kept}{weak}"
+
+
+def track_circuit(
+    model: nn.Module,
+    pairs: PromptPairs,
+    options: TrackingOptions = TrackingOptions(),
+    *,
+    base: Circuit | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> TrackedCircuit:
+    """Finds a model's circuit, measures what it keeps, and compares it with an earlier one.
+
+    Args:
+        model: A causal language model; it comes back as it was.
+        pairs: Clean and corrupted prompts.
+        options: The same at every step.
+        base: The circuit of what the model was.
+        progress: Called with (pairs done, pairs in all).
+
+    Returns:
+        The circuit, its faithfulness and its overlap.
+
+    Raises:
+        ValueError: The pairs do not tell the behaviour from its absence.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=8, vocab_size=11, n_positions=16))
+        >>> pairs = PromptPairs(((3, 4, 5),), ((3, 6, 5),), ((4,),), ((6,),))
+        >>> found = track_circuit(model, pairs, TrackingOptions(sizes=(1.0,)))
+        >>> found.metrics()["faithfulness_100_percent"]
+        1.0
+    """
+    circuit = options.find(model, pairs, progress)
+    n_edges = circuit.graph.n_edges
+    counts = sorted({max(1, round(share * n_edges)) for share in options.sizes})
+    curve = faithfulness(
+        model,
+        circuit,
+        pairs,
+        options.metric,
+        sizes=counts,
+        select=options.select,
+        rank=options.rank,
+        ablation=options.ablation,
+        n_random=options.n_random,
+        batch_size=options.batch_size,
+    )
+    shares = {max(1, round(share * n_edges)): share for share in sorted(options.sizes, reverse=True)}
+    overlap = None if base is None else circuit_overlap(base, circuit)
+    return TrackedCircuit(circuit, curve, tuple(shares[count] for count in counts), overlap)

@@ -1,0 +1,395 @@
+"""Tasks for circuits: prompts in two versions of equal length, made on the spot for any tokenizer."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, get_args
+
+from lightning_goldy.core.naming import require_at_least, require_choice
+from lightning_goldy.core.pieces import PromptPairs, leading_bos
+from lightning_goldy.data.names import unknown_name
+from lightning_goldy.data.relations import RELATIONS, Fact, country_facts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PairTask = Literal["indirect_object", "greater_than", "induction", "atlas"]
+
+_NAMES = (
+    *("Mary", "John", "Anna", "Paul", "Sarah", "David", "Emma", "James", "Laura", "Peter", "Alice", "Mark", "Kate"),
+    *(
+        "Tom",
+        "Lisa",
+        "Robert",
+        "Jane",
+        "Simon",
+        "Rachel",
+        "Daniel",
+        "Julia",
+        "Martin",
+        "Helen",
+        "George",
+        "Amy",
+        "Jack",
+    ),
+)
+_SCENES = (
+    "When {A} and {B} went to the {place}, {C} gave the {thing} to",
+    "After {A} and {B} had met at the {place}, {C} handed the {thing} to",
+    "While {A} and {B} were working at the {place}, {C} passed the {thing} to",
+    "Then {A} and {B} had lunch at the {place}, and {C} offered the {thing} to",
+    "When {B} and {A} came home from the {place}, {C} showed the {thing} to",
+    "After {B} and {A} had left the {place}, {C} sent the {thing} to",
+)
+_PLACES = ("store", "garden", "school", "station", "library", "hospital", "office", "market")
+_THINGS = ("book", "letter", "ring", "bottle", "ball", "key", "picture", "basket")
+_EVENTS = ("war", "journey", "siege", "project", "dispute", "reign", "famine", "exile")
+
+
+@dataclass(frozen=True)
+class TextPair:
+    """A prompt in two versions, with what may follow the first.
+
+    Args:
+        clean: The prompt.
+        corrupted: The version that lacks what the answer rests on.
+        answers: What is right behind the prompt, without the space before it.
+        wrong: What it is held against.
+        spaced: Whether a space stands between prompt and answer.
+    """
+
+    clean: str
+    corrupted: str
+    answers: tuple[str, ...]
+    wrong: tuple[str, ...] = ()
+    spaced: bool = True
+
+
+def text_pairs(tokenizer: PreTrainedTokenizerBase, texts: Sequence[TextPair]) -> PromptPairs:
+    """Prompts in words as pairs of token ids; of an answer its first token counts.
+
+    Args:
+        tokenizer: Of the model; where it puts a bos token first, so does this.
+        texts: The prompts.
+
+    Raises:
+        ValueError: The versions of a prompt have different numbers of tokens, or its right and wrong answers begin with
+            the same token; the prompt is named.
+
+    Example:
+        >>> from lightning_goldy.data import byte_tokenizer
+        >>> pair = TextPair("Ada saw Bo. Bo saw", "Ada saw Bo. Cy saw", ("Ada",), ("Bo",))
+        >>> pairs = text_pairs(byte_tokenizer(), [pair])
+        >>> len(pairs.clean[0]), pairs.answers
+        (19, ((65,),))
+        >>> text_pairs(byte_tokenizer(), [TextPair("Ada saw", "Eve met", ("A",)), TextPair("a", "be", ("c",))])
+        Traceback (most recent call last):
+        ValueError: 'a' has 2 tokens and its corrupted version 'be' 3: both need the same number
+    """
+    encoded = [_encoded(tokenizer, text) for text in texts]
+    clean, corrupted, rights, wrongs = zip(*encoded, strict=True) if encoded else ((), (), (), ())
+    return PromptPairs(clean, corrupted, rights, wrongs, tuple(text.clean for text in texts))
+
+
+_Ids = tuple[int, ...]
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, text: TextPair) -> tuple[_Ids, _Ids, _Ids, _Ids]:
+    bos = tuple(leading_bos(tokenizer))
+    space = " " if text.spaced else ""
+    whole = {word: _ids(tokenizer, f"{text.clean}{space}{word}") for word in (*text.answers, *text.wrong)}
+    # The space before an answer is a token of the prompt's where it is one of its own.
+    ends = [end for end in dict.fromkeys((space, "")) if _begin(whole.values(), _ids(tokenizer, f"{text.clean}{end}"))]
+    if not ends:
+        words = ", ".join(map(repr, whole))
+        raise ValueError(f"the tokens of {text.clean!r} change when one of {words} follows: choose other answers")
+    prompt, other = (_ids(tokenizer, f"{version}{ends[0]}") for version in (text.clean, text.corrupted))
+    if len(prompt) != len(other):
+        raise ValueError(
+            f"{text.clean!r} has {len(prompt)} tokens and its corrupted version {text.corrupted!r} {len(other)}: both "
+            "need the same number"
+        )
+    first = {word: ids[len(prompt)] for word, ids in whole.items()}
+    unknown = next((word for word, token in first.items() if token == tokenizer.unk_token_id), None)
+    if unknown is not None:
+        raise ValueError(f"the tokenizer does not know {unknown!r}, which follows {text.clean!r}")
+    right, wrong = (tuple(dict.fromkeys(first[word] for word in words)) for words in (text.answers, text.wrong))
+    if set(right) & set(wrong):
+        raise ValueError(f"right and wrong answers to {text.clean!r} begin with the same token")
+    return (*bos, *prompt), (*bos, *other), right, wrong
+
+
+def _begin(texts: Iterable[_Ids], start: _Ids) -> bool:
+    """Whether all go on from the same beginning."""
+    return all(ids[: len(start)] == start and len(ids) > len(start) for ids in texts)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> _Ids:
+    return tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def indirect_object_pairs(
+    tokenizer: PreTrainedTokenizerBase,
+    n: int = 32,
+    *,
+    names: Sequence[str] | None = None,
+    corrupted: Literal["flip", "third"] = "flip",
+    seed: int = 0,
+) -> PromptPairs:
+    """Two people and who is given something: "When Mary and John went to the store, John gave the book to", Mary.
+
+    Args:
+        tokenizer: Of the model.
+        n: Prompts.
+        names: To choose from; by default those of 26 of which the tokenizer makes equally many tokens.
+        corrupted: Who acts in the other version: ``flip``, the other of the two, so that the wrong answer is right
+            there; ``third``, somebody else, so that neither is.
+        seed: Decides names and scenes.
+
+    Raises:
+        ValueError: Two versions differ in length, as names of different lengths do; the prompt is named.
+
+    Example:
+        >>> from lightning_goldy.data import byte_tokenizer
+        >>> pairs = indirect_object_pairs(byte_tokenizer(), 2)
+        >>> [len(a) == len(b) for a, b in zip(pairs.clean, pairs.corrupted)]
+        [True, True]
+    """
+    require_at_least("n", n, 1)
+    require_choice("corrupted", corrupted, ("flip", "third"))
+    chosen = _equally_long(tokenizer, _NAMES) if names is None else list(names)
+    if len(set(chosen)) < 3:
+        raise ValueError(f"three names are needed, of equally many tokens; there are {chosen}")
+    draw, texts = random.Random(f"indirect object {seed}"), []
+    for _ in range(n):
+        scene, place, thing = draw.choice(_SCENES), draw.choice(_PLACES), draw.choice(_THINGS)
+        first, second, third = _unlike(tokenizer, chosen, draw)
+        filled = [
+            scene.format(A=first, B=second, C=actor, place=place, thing=thing)
+            for actor in (second, first if corrupted == "flip" else third)
+        ]
+        texts.append(TextPair(filled[0], filled[1], (first,), (second,)))
+    return text_pairs(tokenizer, texts)
+
+
+def _equally_long(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> list[str]:
+    """The largest set of words of which the tokenizer makes equally many tokens, the shorter of two."""
+    lengths = {word: len(_ids(tokenizer, f" {word}")) for word in words}
+    unknown = {word for word in words if tokenizer.unk_token_id in _ids(tokenizer, word)}
+    sets = [
+        [word for word in words if lengths[word] == length and word not in unknown] for length in (1, 2, 3, 4, 5, 6)
+    ]
+    return max(sets, key=len)
+
+
+def _unlike(tokenizer: PreTrainedTokenizerBase, words: Sequence[str], draw: random.Random) -> list[str]:
+    """Three words of which the first two begin with different tokens."""
+    for _ in range(100):
+        drawn = draw.sample(list(dict.fromkeys(words)), 3)
+        if _ids(tokenizer, f" {drawn[0]}!")[:1] != _ids(tokenizer, f" {drawn[1]}!")[:1] or drawn[0][0] != drawn[1][0]:
+            return drawn
+    raise ValueError(f"all of {', '.join(words)} begin with the same token")
+
+
+def greater_than_pairs(tokenizer: PreTrainedTokenizerBase, n: int = 32, *, seed: int = 0) -> PromptPairs:
+    """Years that come later: "The war lasted from the year 1732 to the year 17" goes on with 33 to 99, not 00 to 32.
+
+    The other version begins in a year 01. Where a tokenizer makes a token of each digit, the next digit counts, and the
+    one that may be either is left out.
+
+    Args:
+        tokenizer: Of the model.
+        n: Prompts.
+        seed: Decides events and years.
+
+    Raises:
+        ValueError: The tokenizer joins the digits of a year in a way that no answer can follow; the prompt is named.
+
+    Example:
+        >>> from lightning_goldy.data import byte_tokenizer
+        >>> pairs = greater_than_pairs(byte_tokenizer(), 1)
+        >>> byte_tokenizer().decode(pairs.clean[0])
+        'The famine lasted from the year 1826 to the year 18'
+        >>> byte_tokenizer().decode(pairs.answers[0]), byte_tokenizer().decode(pairs.wrong[0])
+        ('3456789', '01')
+    """
+    require_at_least("n", n, 1)
+    draw, texts = random.Random(f"greater than {seed}"), []
+    for _ in range(n):
+        event, century, year = draw.choice(_EVENTS), draw.randrange(11, 19), draw.randrange(15, 85)
+        clean, other = (f"The {event} lasted from the year {century}{y:02} to the year {century}" for y in (year, 1))
+        firsts = {y: _first_digits(tokenizer, clean, y) for y in range(100)}
+        later, earlier = ({firsts[y] for y in years} for years in (range(year + 1, 100), range(year + 1)))
+        right = tuple(f"{y:02}" for y in range(year + 1, 100) if firsts[y] not in earlier)
+        wrong = tuple(f"{y:02}" for y in range(year + 1) if firsts[y] not in later)
+        if not right or not wrong:
+            raise ValueError(f"the tokenizer tells no year after {clean!r} from one before it by its next token")
+        texts.append(TextPair(clean, other, right, wrong, spaced=False))
+    return text_pairs(tokenizer, texts)
+
+
+def _first_digits(tokenizer: PreTrainedTokenizerBase, prompt: str, year: int) -> int:
+    ids, whole = _ids(tokenizer, prompt), _ids(tokenizer, f"{prompt}{year:02}")
+    if whole[: len(ids)] != ids or len(whole) == len(ids):
+        raise ValueError(
+            f"the tokenizer joins the digits of {prompt!r} with those that follow: greater-than prompts need a token "
+            "between century and year"
+        )
+    return whole[len(ids)]
+
+
+def induction_pairs(
+    vocabulary: int | Sequence[int], n: int = 32, *, length: int = 8, start: Sequence[int] = (), seed: int = 0
+) -> PromptPairs:
+    """Random tokens, repeated: what followed the last token the first time is right.
+
+    In the other version two tokens of the first round have changed places, so that another one follows there, which is
+    the wrong answer.
+
+    Args:
+        vocabulary: The tokens to draw from, or their number, from 0.
+        n: Prompts.
+        length: Tokens of a round, at least 5.
+        start: Tokens put first, such as bos.
+        seed: Decides the tokens.
+
+    Raises:
+        ValueError: ``length`` is below 5, or there are fewer tokens than a round has.
+
+    Example:
+        >>> pairs = induction_pairs(20, 1, length=5)
+        >>> pairs.clean[0], pairs.answers[0]
+        ((19, 17, 3, 1, 5, 19, 17, 3), (1,))
+        >>> pairs.corrupted[0], pairs.wrong[0]
+        ((3, 17, 19, 1, 5, 19, 17, 3), (17,))
+    """
+    require_at_least("n", n, 1)
+    require_at_least("length", length, 5)
+    tokens = list(range(vocabulary)) if isinstance(vocabulary, int) else list(dict.fromkeys(vocabulary))
+    if len(tokens) < length:
+        raise ValueError(f"a round of {length} needs as many different tokens; there are {len(tokens)}")
+    draw = random.Random(f"induction {seed}")
+    last = length // 2
+    rows = []
+    for _ in range(n):
+        drawn = draw.sample(tokens, length)
+        other = draw.choice([place for place in range(length - 1) if abs(place - last) > 1])
+        changed = list(drawn)
+        changed[last], changed[other] = drawn[other], drawn[last]
+        again = drawn[: last + 1]
+        rows.append(((*start, *drawn, *again), (*start, *changed, *again), (drawn[last + 1],), (changed[other + 1],)))
+    clean, corrupted, answers, wrong = zip(*rows, strict=True)
+    return PromptPairs(clean, corrupted, answers, wrong)
+
+
+def atlas_pairs(
+    tokenizer: PreTrainedTokenizerBase,
+    n: int | None = 32,
+    *,
+    relations: Sequence[str] = ("capital",),
+    facts: Sequence[Fact] | None = None,
+    seed: int = 0,
+) -> PromptPairs:
+    """Facts, and the same of another country of equally many tokens, whose answer is the wrong one.
+
+    Args:
+        tokenizer: Of the model.
+        n: Facts, drawn by the seed from those that have such a partner; None for all of them.
+        relations: Of the atlas.
+        facts: To choose from instead, such as the edited ones of a data module; each must have a partner among all
+            countries.
+        seed: Decides facts and partners.
+
+    Raises:
+        ValueError: A relation is unknown, or a given fact has no partner; its prompt is named.
+
+    Example:
+        >>> from lightning_goldy.data import AtlasDataModule
+        >>> tokenizer = AtlasDataModule().load_tokenizer()
+        >>> pairs = atlas_pairs(tokenizer, 4)
+        >>> len(pairs), all(len(a) == len(b) for a, b in zip(pairs.clean, pairs.corrupted))
+        (4, True)
+    """
+    known = {relation.name for relation in RELATIONS}
+    for relation in relations:
+        if relation not in known:
+            raise ValueError(unknown_name("relation", relation, sorted(known)))
+    draw = random.Random(f"atlas {seed}")
+    others = [fact for fact in country_facts() if fact.relation in relations or facts is not None]
+    drawn = list(others if facts is None else facts)
+    draw.shuffle(drawn)
+    made = {fact: _size_and_first(tokenizer, fact) for fact in dict.fromkeys((*others, *drawn))}
+    texts: list[TextPair] = []
+    for fact in drawn:
+        (size, first), prompt = made[fact], fact.prompts[0]
+        fitting = [
+            other
+            for other in others
+            if (other.relation, made[other][0]) == (fact.relation, size)
+            and other.subject != fact.subject
+            and made[other][1] != first
+        ]
+        if fitting:
+            other = draw.choice(fitting)
+            texts.append(TextPair(prompt, other.prompts[0], (fact.answer,), (other.answer,)))
+        elif facts is not None:
+            raise ValueError(
+                f"{prompt!r} has {size} tokens, as has no other country's whose answer begins with another token"
+            )
+        if len(texts) == n:
+            break
+    if not texts or (n is not None and facts is None and len(texts) < n):
+        raise ValueError(f"{len(texts)} facts have a partner of equally many tokens; {n} are asked for")
+    return text_pairs(tokenizer, texts)
+
+
+def _size_and_first(tokenizer: PreTrainedTokenizerBase, fact: Fact) -> tuple[int, int | None]:
+    """Tokens of a fact's prompt, and the first of its answer that is not the space."""
+    text = TextPair(fact.prompts[0], fact.prompts[0], (fact.answer,))
+    try:
+        prompt, _, right, _ = _encoded(tokenizer, text)
+    except ValueError:  # nothing that the tokenizer can ask for
+        return -1, None
+    return len(prompt), right[0]
+
+
+_BUILDERS: dict[str, Callable[..., PromptPairs]] = {
+    "indirect_object": indirect_object_pairs,
+    "greater_than": greater_than_pairs,
+    "atlas": atlas_pairs,
+}
+
+
+def pairs_of_task(
+    task: PairTask,
+    n: int = 32,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    vocabulary: int = 0,
+    seed: int = 0,
+) -> PromptPairs:
+    """The pairs of a task by its name.
+
+    Args:
+        task: ``indirect_object``, ``greater_than``, ``atlas``, which need a tokenizer, or ``induction``, which needs
+            the size of the vocabulary.
+        n: Prompts.
+        tokenizer: Of the model.
+        vocabulary: Number of tokens.
+        seed: Decides the prompts.
+
+    Raises:
+        ValueError: The task is unknown, or lacks what it needs.
+
+    Example:
+        >>> len(pairs_of_task("induction", 4, vocabulary=30))
+        4
+    """
+    require_choice("task", task, get_args(PairTask))
+    if task == "induction":
+        return induction_pairs(vocabulary, n, seed=seed)
+    if tokenizer is None:
+        raise ValueError(f"task {task!r} is made of words and needs a tokenizer; induction needs none")
+    return _BUILDERS[task](tokenizer, n, seed=seed)

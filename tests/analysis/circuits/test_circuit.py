@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_goldy.analysis.circuits import Circuit, CircuitGraph, circuit_overlap, faithfulness, find_circuits
+from lightning_goldy.analysis.circuits.circuit import overlap_of, prune, random_circuits
+from lightning_goldy.analysis.circuits.faithfulness import Faithfulness
+from tests.analysis.circuits.test_scores import prompts
+from tests.references.architecture_models import build
+
+GRAPH = CircuitGraph(
+    writers=("input", "a0.h0", "m0", "a1.h0", "m1"),
+    readers=("a0.h0.q", "a0.h0.k", "a0.h0.v", "m0", "a1.h0.q", "a1.h0.k", "a1.h0.v", "m1", "output"),
+    seen=(1, 1, 1, 2, 3, 3, 3, 4, 5),
+    owners=((1,), (1,), (1,), (2,), (3,), (3,), (3,), (4,), ()),
+    layers=(-1, 0, 0, 1, 1),
+)
+
+
+def circuit(seed: int = 0) -> Circuit:
+    scores = torch.randn(9, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * GRAPH.edges()
+    return Circuit(GRAPH, scores, GRAPH.edges() & False, "eap", "kl", "zero", 1.0, 0.0, 4)
+
+
+def paths(kept: Tensor) -> set[tuple[int, int]]:
+    """All edges on a path from the input to the output, by walking every path."""
+    found: set[tuple[int, int]] = set()
+
+    def walk(writer: int, trail: tuple[tuple[int, int], ...]) -> None:
+        for row in range(len(GRAPH.readers)):
+            if kept[row, writer]:
+                longer = (*trail, (row, writer))
+                if not GRAPH.owners[row]:
+                    found.update(longer)
+                for owner in GRAPH.owners[row]:
+                    walk(owner, longer)
+
+    walk(0, ())
+    return found
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_pruning_leaves_what_lies_on_a_path(seed: int):
+    (kept,) = random_circuits(GRAPH, 12, 1, seed)
+    assert {tuple(place) for place in prune(GRAPH, kept).nonzero().tolist()} == paths(kept)
+
+
+def test_edges_are_chosen_by_number_threshold_magnitude_and_sign():
+    found = circuit()
+    values = sorted((float(value) for value in found.scores[GRAPH.edges()]), key=abs, reverse=True)
+    five = found.chosen(n_edges=5)
+    assert [score for _, score in five.edges()] == values[:5]
+    assert torch.equal(found.chosen(threshold=abs(values[4])).kept, five.kept)
+    signed = [score for _, score in found.chosen(n_edges=5, rank="signed").edges()]
+    assert sorted(signed) == sorted(sorted(values)[-5:])
+    assert found.chosen(n_edges=0).n_edges == 0
+    assert found.chosen(n_edges=GRAPH.n_edges).share == 1.0
+    assert GRAPH.n_edges == 23
+    with pytest.raises(ValueError, match="threshold is a score of at least 0; got -1"):
+        found.chosen(threshold=-1)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_greedy_circuits_grow_from_the_output_without_dead_ends(seed: int):
+    found = circuit(seed).chosen(n_edges=8, select="greedy")
+    assert {tuple(place) for place in found.kept.nonzero().tolist()} == paths(found.kept)
+    assert found.n_edges <= 8
+    # The strongest edge into the output comes first, whenever what writes it is reached.
+    one = circuit(seed).chosen(n_edges=GRAPH.n_edges, select="greedy")
+    assert torch.equal(one.kept, GRAPH.edges())
+
+
+def test_dead_ends_change_nothing():
+    model, pairs = build("llama").double(), prompts(2)
+    found = find_circuits(model, pairs, method="eap", n_edges=1)
+    found = replace(found, kept=random_circuits(found.graph, 40, 1)[0])
+    pruned = found.pruned()
+    assert pruned.n_edges < found.n_edges
+    values = [faithfulness(model, one, pairs, n_random=0).value for one in (found, pruned)]
+    assert values[0] == pytest.approx(values[1], abs=1e-9)
+
+
+def test_overlap_against_chance_and_seeds():
+    first = circuit(0).chosen(n_edges=8)
+    second = circuit(1).chosen(n_edges=8)
+    found = circuit_overlap(first, second, seed=first)
+    names = {name for name, _ in first.edges()}, {name for name, _ in second.edges()}
+    assert set(found.kept) == names[0] & names[1]
+    assert set(found.created) == names[1] - names[0]
+    assert set(found.removed) == names[0] - names[1]
+    assert found.intersection_over_union == len(names[0] & names[1]) / len(names[0] | names[1])
+    assert found.noise == found.intersection_over_union
+    # Of 8 edges out of 23 the mean overlap of two draws, counted out.
+    ways = [math.comb(8, k) * math.comb(15, 8 - k) for k in range(9)]
+    mean = sum(way * k / (16 - k) for k, way in enumerate(ways)) / sum(ways)
+    many = circuit_overlap(first, second, n_random=3000)
+    assert many.by_chance == pytest.approx(mean, abs=0.01)
+    same = circuit_overlap(first, first)
+    assert (same.intersection_over_union, same.rank_correlation, same.created) == (1.0, pytest.approx(1.0), ())
+    assert math.isnan(overlap_of(first.kept & False, first.kept & False))
+    with pytest.raises(ValueError, match="of different graphs"):
+        circuit_overlap(first, find_circuits(build("gpt2"), prompts(1), method="eap"))
+
+
+def test_areas_are_those_of_trapezoids():
+    random = torch.tensor([[0.0, 0.2], [0.4, 0.8]], dtype=torch.float64)
+    curve = Faithfulness((10, 50), 100, (0.5, 1.5), (0.4, 0.1), random, 2.0, 1.0)
+    points = [(0, 0), (0.1, 0.5), (0.5, 1.5), (1, 1)]
+    assert curve.area == pytest.approx(sum((b - a) * (x + y) / 2 for (a, x), (b, y) in itertools.pairwise(points)))
+    away = [(a, abs(1 - x)) for a, x in points]
+    assert curve.distance == pytest.approx(sum((b - a) * (x + y) / 2 for (a, x), (b, y) in itertools.pairwise(away)))
+    assert curve.random_area == pytest.approx(0.005 + 0.4 * 0.35 + 0.5 * 0.8)
+    assert curve.completeness == 0.9
+    assert curve.band(1.0) == [(0.0, 0.2), (0.4, 0.8)]
+
+
+def test_results_go_to_json_and_come_back():
+    model, pairs = build("gpt2"), prompts(2)
+    found = find_circuits(model, pairs, method="nodes", n_edges=20)
+    again = Circuit.from_json(found.to_json())
+    assert again.graph == found.graph
+    assert torch.equal(again.kept, found.kept)
+    assert torch.equal(again.scores, found.scores)
+    curve = faithfulness(model, found, pairs, sizes=[0.1, 5], n_random=3)
+    assert Faithfulness.from_json(curve.to_json()).metrics() == curve.metrics()
+    # By nodes: whatever two kept ends share is kept before an edge of a weaker node.
+    weakest = min(abs(score) for _, score in found.edges())
+    assert all(abs(value) <= weakest for value in found.scores[~found.kept].tolist())
+    assert found.row().result["n_edges_all"] == found.graph.n_edges

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import json
+from xml.etree import ElementTree
+
+import pytest
+
+from lightning_goldy.analysis import PromptPairs, TrackingOptions, track_circuit
+from lightning_goldy.callbacks import CircuitTracker, GoldenSnapshot
+from lightning_goldy.data import induction_pairs
+from lightning_goldy.report import draw_figures
+from tests.callbacks.training import fit
+
+
+def test_it_logs_and_writes_what_the_function_finds(tmp_path) -> None:
+    tracker = CircuitTracker("induction", n_pairs=3, sizes=[0.05, 0.3], at=["start", "end"])
+    _, module, _ = fit(tmp_path, [GoldenSnapshot(), tracker], max_epochs=1)
+    first, last = [json.loads(line) for line in (tracker.folder / "results.jsonl").read_text().splitlines()]
+    pairs = induction_pairs(module.model.config.vocab_size, 3)
+    expected = track_circuit(module.model, pairs, TrackingOptions(sizes=(0.05, 0.3)))
+    assert {"faithfulness_5_percent", "faithfulness_30_percent", "completeness", "overlap"} <= set(last["metrics"])
+    for name, value in expected.metrics().items():
+        assert last["metrics"][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+    # At the start the model is its base.
+    assert first["metrics"]["overlap"] == 1.0
+    assert set(draw_figures(last, [first, last])) == {"graph", "faithfulness", "emergence", "run"}
+    told = json.loads((tracker.folder / last["files"]["json"]).read_text())
+    assert len(told["edges"]) == expected.circuit.n_edges
+    root = ElementTree.fromstring((tracker.folder / last["files"]["graphml"]).read_text())
+    space = "{http://graphml.graphdrawing.org/xmlns}"
+    nodes = {node.get("id") for node in root.iter(f"{space}node")}
+    edges = [(edge.get("source"), edge.get("target")) for edge in root.iter(f"{space}edge")]
+    assert len(edges) == sum(len(edge["targets"]) for edge in told["edges"])
+    assert {end for edge in edges for end in edge} <= nodes
+
+
+def test_what_cannot_work_is_refused_before_the_first_step(tmp_path) -> None:
+    with pytest.raises(ValueError, match="unknown task 'fact'"):
+        CircuitTracker("fact")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="task 'atlas' is made of words and needs a tokenizer"):
+        fit(tmp_path, [CircuitTracker("atlas")])
+    far = PromptPairs(((3, 10_000),), ((3, 4),), ((5,),), ((6,),), names=("too far",))
+    with pytest.raises(ValueError, match="prompt 'too far' has tokens beyond the model's"):
+        fit(tmp_path / "b", [CircuitTracker(pairs=far)])
+    with pytest.raises(ValueError, match="unknown method 'eig'"):
+        CircuitTracker("induction", method="eig")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no slope at the clean run"):
+        CircuitTracker("induction", metric="kl", method="eap")

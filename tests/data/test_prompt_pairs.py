@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import pytest
+
+from lightning_goldy.data import AtlasDataModule, byte_tokenizer, country_facts, word_tokenizer
+from lightning_goldy.data.prompt_pairs import (
+    _NAMES,
+    _SCENES,
+    atlas_pairs,
+    greater_than_pairs,
+    indirect_object_pairs,
+    induction_pairs,
+    pairs_of_task,
+)
+
+
+def scenes_tokenizer():
+    words = [*_NAMES, "store garden school station library hospital office market", "00 1 2 book letter ring"]
+    words += ["bottle ball key picture basket", *(scene.replace("{", "").replace("}", "") for scene in _SCENES)]
+    return word_tokenizer(words)
+
+
+@pytest.mark.parametrize("corrupted", ["flip", "third"])
+def test_indirect_objects_differ_in_who_acts(corrupted):
+    tokenizer = scenes_tokenizer()
+    pairs = indirect_object_pairs(tokenizer, 20, corrupted=corrupted)
+    for clean, other, right, wrong in zip(pairs.clean, pairs.corrupted, pairs.answers, pairs.wrong, strict=True):
+        apart = [place for place, (a, b) in enumerate(zip(clean, other, strict=True)) if a != b]
+        assert len(apart) == 1
+        assert clean[apart[0]] == wrong[0]
+        assert (other[apart[0]] == right[0]) == (corrupted == "flip")
+        assert clean.count(right[0]) == 1
+        assert clean.count(wrong[0]) == 2
+    assert tokenizer.unk_token_id not in {token for ids in pairs.clean for token in ids}
+    assert pairs == indirect_object_pairs(tokenizer, 20, corrupted=corrupted)
+    assert pairs != indirect_object_pairs(tokenizer, 20, corrupted=corrupted, seed=1)
+
+
+def test_names_of_other_lengths_are_named():
+    with pytest.raises(ValueError, match=r"'.*(Al|Bernard).*' has \d+ tokens and its corrupted version '.*' \d+"):
+        indirect_object_pairs(byte_tokenizer(), 20, names=["Al", "Bernard", "Christina"])
+    with pytest.raises(ValueError, match="three names are needed"):
+        indirect_object_pairs(byte_tokenizer(), 2, names=["Al", "Bo"])
+
+
+def test_years_are_told_by_the_next_token():
+    tokenizer = byte_tokenizer()
+    pairs = greater_than_pairs(tokenizer, 10)
+    for name, right, wrong in zip(pairs.names, pairs.answers, pairs.wrong, strict=True):
+        year, ones = map(int, name.split("year ")[1][2:4])
+        assert sorted(tokenizer.decode(right)) == [str(digit) for digit in range(year + 1, 10)]
+        assert sorted(tokenizer.decode(wrong)) == [str(digit) for digit in range(year + (ones == 9))]
+    with pytest.raises(ValueError, match="joins the digits of 'The"):
+        greater_than_pairs(word_tokenizer(["The war lasted from the year 1732 to the year 17"]), 1)
+
+
+def test_induction_pairs_exchange_what_the_last_token_followed():
+    for pairs in (induction_pairs(40, 30), induction_pairs(range(5, 30), 10, length=5, start=(1,))):
+        for clean, other, right, wrong in zip(pairs.clean, pairs.corrupted, pairs.answers, pairs.wrong, strict=True):
+            for ids, answer in ((clean, right), (other, wrong)):
+                assert ids[ids.index(ids[-1]) + 1] == answer[0]
+            assert sorted(clean) == sorted(other)
+    with pytest.raises(ValueError, match="there are 4"):
+        induction_pairs(4, 1, length=5)
+
+
+def test_atlas_pairs_ask_of_another_country():
+    data = AtlasDataModule(edits=3)
+    tokenizer = data.load_tokenizer()
+    facts = {fact.prompts[0]: fact for fact in country_facts()}
+    pairs = atlas_pairs(tokenizer, None, relations=("capital", "currency"))
+    assert len(pairs) > 100
+    assert {facts[name].relation for name in pairs.names} == {"capital", "currency"}
+    for name, right in zip(pairs.names, pairs.answers, strict=True):
+        assert tokenizer.decode(right).split()[0] == facts[name].answer.split()[0]
+    edited = atlas_pairs(tokenizer, None, facts=data.edited_facts)
+    assert sorted(edited.names) == sorted(fact.prompts[0] for fact in data.edited_facts)
+    with pytest.raises(ValueError, match="unknown relation 'captial'; did you mean 'capital'"):
+        atlas_pairs(tokenizer, 4, relations=("captial",))
+    with pytest.raises(ValueError, match=r"'What is the capital of .*' has \d+ tokens, as has no other"):
+        atlas_pairs(byte_tokenizer(), None, facts=country_facts())
+
+
+def test_tasks_by_name():
+    assert pairs_of_task("indirect_object", 3, tokenizer=byte_tokenizer()) == indirect_object_pairs(byte_tokenizer(), 3)
+    with pytest.raises(ValueError, match="needs a tokenizer"):
+        pairs_of_task("atlas")
+    with pytest.raises(ValueError, match="did you mean 'induction'"):
+        pairs_of_task("inductions")  # type: ignore[arg-type]
