@@ -100,9 +100,9 @@ class AnchoredDivergence:
         return total / self.positions
 
     def backward(self, model: nn.Module) -> float:
-        """The mean divergence, and its gradient added to ``grad`` of the parameters; nats.
+        r"""The mean divergence, and its gradient added to ``grad`` of the parameters; nats.
 
-        The gradient at the logits is known in closed form, :math:`(p_\\theta - p_A) / |T|`.
+        The gradient at the logits is known in closed form, :math:`(p_\theta - p_A) / |T|`.
         """
         total = 0.0
         for index, batch in enumerate(self.batches):

@@ -213,7 +213,9 @@ class Tilt:
     def mean_cost(self) -> float:
         """Mean of the quadratic cost under the Gaussian at t = 0, nats."""
         precision = (self.curvature.double() * self.b).add_(self.kappa)
-        return 0.5 * float((self.curvature.double() * (1 / precision + (self.pull.double() / precision).square())).sum())
+        return 0.5 * float(
+            (self.curvature.double() * (1 / precision + (self.pull.double() / precision).square())).sum()
+        )
 
     def solved(self, cutoff: float) -> Tilt:
         """The same at the inverse temperature at which the mean quadratic cost is the cutoff; hardly tilted without."""
@@ -223,6 +225,23 @@ class Tilt:
             above = self.at(b=math.exp(middle)).mean_cost() > cutoff
             low, high = (middle, high) if above else (low, middle)
         return self.at(b=math.exp(low))
+
+
+def central_hessian(field: Any, dimension: int, scale: float, **place: Any) -> Tensor:
+    """The Hessian at the anchor by central differences of gradients, two for each element, shape ``[D, D]``.
+
+    Args:
+        field: The cost in the parameters' own basis; see :class:`~lightning_goldy.analysis.basin.sampling.Field`.
+        dimension: D.
+        scale: A typical size of a parameter.
+        place: ``device`` and ``dtype`` of points.
+    """
+    step = scale * torch.finfo(place["dtype"]).eps ** (1 / 3)
+    rows = []
+    for part in (torch.eye(dimension, **place) * step).split(64):
+        rows.append((field.slopes(part)[1] - field.slopes(-part)[1]) / (2 * step))
+    whole = torch.cat(rows)
+    return (whole + whole.T) / 2
 
 
 def squares(x: Tensor, weights: Tensor | None = None) -> Tensor:
