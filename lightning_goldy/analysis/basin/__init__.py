@@ -16,7 +16,7 @@ from lightning_goldy.analysis.basin.preconditioners import (
     diagonal_preconditioner,
     tuned_preconditioner,
 )
-from lightning_goldy.analysis.basin.result import VolumeResult, aggregate, best_of
+from lightning_goldy.analysis.basin.result import VolumeResult, aggregate, best_of, paired_difference
 from lightning_goldy.analysis.basin.saddle import BridgeResult
 from lightning_goldy.analysis.basin.survey import BasinVolumes, Selection, VolumeSurvey, fit_exponents
 from lightning_goldy.analysis.basin.volume import Estimator, Method, basin_volume, local_volume
@@ -46,5 +46,6 @@ __all__ = [
     "kronecker_fisher",
     "kronecker_preconditioner",
     "local_volume",
+    "paired_difference",
     "tuned_preconditioner",
 ]

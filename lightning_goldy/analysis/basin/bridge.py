@@ -144,7 +144,9 @@ class Bridge:
         self.variance = 1 / tilt.kappa
         self.numbers = replicas.share(range(settings.chains))
         self.taken = 0
+        # What was learnt at each place of the tether: curvature, and steps.
         self.learned: dict[float, Tensor] = {}
+        self.steps: dict[float, Tensor] = {}
         self.weak: list[str] = []
 
     # Numbers of all chains, in their order, on every rank.
@@ -234,13 +236,19 @@ class Bridge:
             for place, kappa in enumerate(stages):
                 end = 0.4 * budget * (place + 1) / len(stages)
                 target = self._round(target.at(kappa=float(kappa)), end, gain=0.3, cooling=None)
-                self.learned[float(kappa)] = target.learned
+                self._keep(target)
         target, left = target.at(kappa=low), budget - self.taken
         for number, share in enumerate((0.15, 0.35, 0.6, 1.0)):
             end = budget - left * (1 - share)
             target = self._round(target, end, gain=0.3 / (1 + number), cooling=number)
-        self.learned[low] = target.learned
+        self._keep(target)
         return target
+
+    def _keep(self, target: Tilt) -> None:
+        self.learned[target.kappa], self.steps[target.kappa] = target.learned, self.chains.steps
+
+    def _nearest(self, kappa: float) -> float:
+        return min(self.learned, key=lambda known: abs(math.log(known / kappa)))
 
     def _round(self, target: Tilt, end: float, *, gain: float, cooling: int | None) -> Tilt:
         """Moves the chains until so many gradients are taken, and learns the curvature from them.
@@ -252,15 +260,16 @@ class Bridge:
             cooling: Which of the rounds that seek the inverse temperature; None leaves it.
         """
         sums = [torch.zeros_like(target.pull, dtype=torch.float64) for _ in range(4)]
-        count, logs = 0, [math.log(target.b)]
+        count, logs, variates = 0, [math.log(target.b)], []
         while self.taken < end:
             self._move(target, max(1, int(end - self.taken) // self.settings.chains), gain=gain)
             slope = target.slope(self.chains.x, self.chains.gradients)
             if cooling is not None:
                 costs = self.chains.costs
-                if cooling > 1:  # the curvature is known well enough to take off what its fluctuation explains
-                    costs = costs - _identity(target, self.chains.x, slope, target.learned).cpu()
                 mean = float(self._all(costs).mean())
+                if cooling > 1:  # the curvature is known well enough to take off what its fluctuation explains
+                    variates.append(self._all(_identity(target, self.chains.x, slope, target.learned)).mean())
+                    mean -= variates[-1] if _around_zero(np.array(variates)) else 0.0
                 shift = max(-1.0, min(1.0, math.log(mean / self.cutoff))) if math.isfinite(mean) and mean > 0 else 1.0
                 rate = 0.5 if cooling < 2 else 1 / (2 + count)
                 target = target.at(b=max(target.b * math.exp(rate * shift), 1e-9 / self.cutoff))
@@ -274,7 +283,7 @@ class Bridge:
         return target.at(learned=self._learned(target, sums, count))
 
     def _learned(self, target: Tilt, sums: Sequence[Tensor], count: int) -> Tensor:
-        r"""Curvature of the cost from how gradients vary beside points: :math:`\sqrt{\mathrm{Var}\, g / \mathrm{Var}\, x}`."""
+        r"""Curvature of the cost, from :math:`\sqrt{\mathrm{Var}\, g / \mathrm{Var}\, x}` over gradients and points."""
         total = count * self.settings.chains
         if total < 6:
             return target.learned
@@ -293,11 +302,12 @@ class Bridge:
         high, low = self.kappas
 
         def node(leg: Literal["cost", "tether"], place: float, kappa: float, scale: float = 1.0) -> _Node:
-            near = min(self.learned, key=lambda known: abs(math.log(known / kappa)))
             t = place if leg == "cost" else 1.0
-            return _Node(leg, place, target.at(t=t, kappa=kappa, learned=self.learned[near]), scale)
+            return _Node(leg, place, target.at(t=t, kappa=kappa, learned=self.learned[self._nearest(kappa)]), scale)
 
-        nodes, rules = [node("cost", place, high) for place in places.tolist()], [(fine, coarse)]
+        # Where the tether holds nearly all, the cost is a small thing to add.
+        few = nested_rule(max(2, self.nodes // 2)) if high > low else (places, fine, coarse)
+        nodes, rules = [node("cost", place, high) for place in few[0].tolist()], [few[1:]]
         if high > low:
             length = math.log(high / low)
             nodes += [node("tether", place, high * math.exp(-place * length), length) for place in places.tolist()]
@@ -307,10 +317,12 @@ class Bridge:
     def _visit(self, node: _Node, share: float, *, fresh: bool) -> _Visit:
         """Lets the chains settle at a node, then watches them."""
         tilt, chains = node.tilt, self.chains
+        if not fresh:
+            chains.steps = self.steps[self._nearest(tilt.kappa)]
         gradients = int(share * (self.settings.max_gradients - self.taken))
         model = tilt.at(floor=0.0)
         count, longest = self._spend(gradients)
-        settling = 0 if fresh else max(1, count // 4)
+        settling = 0 if fresh else max(1, count // 3)
         records: list[Tensor] = []
         acceptance: list[float] = []
         for turn in range(settling + max(2, count - settling)):
@@ -335,7 +347,7 @@ class Bridge:
         )
 
     def _observed(self, node: _Node, model: Tilt) -> Tensor:
-        """Cost, integrand, their control variates by Stein's identity, and half the squared distance, ``[chains, 5]``."""
+        """Cost, integrand, the control variates of both, and half the squared distance, ``[chains, 5]``."""
         tilt, x = node.tilt, self.chains.x
         slope = tilt.slope(x, self.chains.gradients)
         cost, half = self.chains.costs.to(x.device), squares(x) / 2
@@ -447,7 +459,11 @@ class Bridge:
         self, target: Tilt, passes: list[dict[int, _Visit]], last: int, level: float
     ) -> tuple[Saddle, float, float, float]:
         """The saddle, the mean and the variance of the cost, and the error that they bring, by leaving out chains."""
-        rows = [(row, centred) for found in passes for row, centred in zip(found[last].costs, found[last].centred)]
+        rows = [
+            (row, centred)
+            for found in passes
+            for row, centred in zip(found[last].costs, found[last].centred, strict=True)
+        ]
 
         def point(without: int | None = None) -> tuple[Saddle, float, float]:
             kept = [pair for place, pair in enumerate(rows) if place != without]
@@ -549,6 +565,11 @@ def _identity(model: Tilt, x: Tensor, slope: Tensor, weights: Tensor | float) ->
     centre = -model.pull / precision
     term = ((x - centre) * slope - 1) / 2 + centre * slope
     return (term * (weights / precision)).sum(-1, dtype=torch.float64)
+
+
+def _around_zero(means: Array) -> bool:
+    """Whether what has mean 0 in equilibrium does, as far as so many of its values tell."""
+    return len(means) < 4 or abs(means.mean()) <= 2 * means.std(ddof=1)
 
 
 def _part(table: Array, part: slice | None) -> Array:

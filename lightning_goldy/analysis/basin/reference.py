@@ -1,4 +1,4 @@
-"""The Gaussian that a bridge starts from: a curvature in its eigenbasis, tilted by a cost, tethered, shifted by a prior."""
+"""The Gaussian that a bridge starts from: a curvature in its eigenbasis, tethered, and shifted by a prior."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ class Tilt:
         return slope.add_(gradient, alpha=self.t * self.b) if self.t > 0 else slope
 
     def log_normaliser(self, variance: float) -> float:
-        r"""Log of the integral of prior times :math:`e^{-\frac b2 x'\hat Fx - \frac12 (\kappa - 1/\sigma^2)|x|^2}`, at t = 0.
+        r"""Logarithm of the integral at t = 0, of the prior times the tilt and the tether.
 
         .. math:: \log Z_0 = -\tfrac12 \sum_i \log(\sigma^2 \Lambda_i)
             + \tfrac12 \sum_i \frac{(a_i / \sigma^2)^2}{\Lambda_i} - \frac{|a|^2}{2\sigma^2},

@@ -57,8 +57,6 @@ class BridgeResult(AnalysisResult):
         cost: Passes of the model, in samples.
     """
 
-    analysis = "basin_bridge"
-
     log_volume: float
     error: float
     method: Literal["bridge", "importance"]
@@ -95,6 +93,19 @@ class BridgeResult(AnalysisResult):
     def bits_per_parameter(self) -> float:
         """Bits that it takes to name a point of the region, per parameter: minus the log-volume / (D log 2)."""
         return -self.log_volume / (self.dimension * math.log(2))
+
+    def metrics(self) -> dict[str, float | None]:
+        """The numbers that describe the result; ``weak`` is 1 where something speaks against it."""
+        names = ("log_volume", "error", "bits_per_parameter", "scaling_exponent", "learning_coefficient")
+        numbers: dict[str, float | None] = {name: getattr(self, name) for name in names}
+        if self.sgld:
+            numbers["sgld_learning_coefficient"] = self.sgld["learning_coefficient"]
+        return numbers | {"weak": float(bool(self.weak)), "gradients": self.gradients}
+
+    def details(self) -> dict[str, Any]:
+        """Everything but the time."""
+        derived = {name: getattr(self, name) for name in ("scaling_exponent", "bits_per_parameter")}
+        return {name: value for name, value in vars(self).items() if name not in ("seconds", "cost")} | derived
 
     def interval(self) -> tuple[float, float]:
         """95 % interval of the log-volume: 1.96 errors to either side, nats."""
@@ -223,10 +234,20 @@ def effective_share(logs: Array) -> float:
 
 
 def controlled(values: Array, control: Array) -> Array:
-    """Values with a control variate of mean 0 taken off, by the factor that the samples ask for, drawn towards 1."""
+    """Values with a control variate of mean 0 taken off, by the factor that the samples ask for, drawn towards 1.
+
+    Where its mean is not 0 the chains have not settled, and nothing is taken off.
+
+    Args:
+        values: Shape ``[chains, samples]``.
+        control: The same.
+    """
     spread = control - control.mean()
     square = float((spread**2).mean())
-    if not (square > 0 and math.isfinite(square)):
+    chains = control.mean(axis=1)
+    # Samples of one chain depend on each other, so its mean may stray by as much as a few of them.
+    noise = max(4 * chains.std(ddof=1), 2 * math.sqrt(square)) / math.sqrt(len(chains))
+    if not (square > 0 and math.isfinite(square)) or abs(chains.mean()) > noise:
         return values
     asked = float((spread * (values - values.mean())).mean())
     factor = (values.size * asked + 10 * square) / (square * (values.size + 10))
