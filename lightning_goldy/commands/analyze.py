@@ -522,7 +522,7 @@ def _cells(row: dict[str, Any], volume: dict[str, Any]) -> list[str]:
     effective = f"{format_number(volume['effective_sample_size'])} of {len(volume['estimates'])}"
     unbounded = f"{volume['unbounded']} unbounded" if volume["unbounded"] else volume["preconditioner"]
     bridged = [
-        f"{format_number(bridge['log_volume'])}\n+- {format_number(bridge['error'])}{'; weak' if bridge['weak'] else ''}"
+        f"{format_number(bridge['log_volume'])}\n+- {format_number(bridge['error'])}" + "; weak" * bool(bridge["weak"])
         for bridge in row["result"].get("bridges", ())
         if bridge["label"] == volume["label"]
     ]

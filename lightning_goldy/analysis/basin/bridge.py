@@ -23,6 +23,7 @@ from lightning_goldy.analysis.basin.saddle import (
     nested_rule,
     saddle,
     student,
+    trusted,
     weighted_volume,
 )
 from lightning_goldy.analysis.basin.sampling import Chains, Field, langevin_coefficient
@@ -37,6 +38,8 @@ _EFFECTIVE = 0.25
 _CURVED = 0.02
 # Share of the gradients that finds the inverse temperature and lets the chains settle.
 _SETTLING = 0.35
+# By how much a stretch of the chains may raise their cost.
+_STEEP = 3.0
 # Places of the tether at which the curvature is learnt.
 _STAGES = 7
 # Where the mean cost is farther from the quadratic one than this, the Gaussian is tethered closer.
@@ -147,6 +150,7 @@ class Bridge:
         # What was learnt at each place of the tether: curvature, and steps.
         self.learned: dict[float, Tensor] = {}
         self.steps: dict[float, Tensor] = {}
+        self.here: Tilt | None = None
         self.weak: list[str] = []
 
     # Numbers of all chains, in their order, on every rank.
@@ -227,6 +231,23 @@ class Bridge:
         self.taken += length * self.settings.chains
         self.tell(min(self.taken, self.settings.max_gradients), self.settings.max_gradients)
 
+    def _carry(self, old: Tilt, new: Tilt) -> None:
+        """Stretches the chains from one density to the next as the Gaussians that are like them are stretched.
+
+        Otherwise they arrive far from equilibrium, where trajectories that spread are refused and those that contract
+        are not. A chain that the stretch puts on a slope stays where it was.
+        """
+        chains, old = self.chains, old.at(learned=new.learned)
+        before = chains.x, chains.costs, chains.gradients
+        chains.x = new.centre + (chains.x - old.centre) * (old.precision / new.precision).sqrt()
+        chains.look()
+        self.taken += self.settings.chains
+        kept = chains.costs <= _STEEP * before[1].clamp(min=0.1 * self.cutoff)
+        where = kept.to(chains.x.device)[:, None]
+        chains.x = torch.where(where, chains.x, before[0])
+        chains.costs = torch.where(kept, chains.costs, before[1])
+        chains.gradients = torch.where(where, chains.gradients, before[2])
+
     def _settled(self, target: Tilt) -> Tilt:
         """The target with the inverse temperature of the cutoff and the curvature learnt from the chains there."""
         high, low = self.kappas
@@ -235,8 +256,13 @@ class Bridge:
             stages = np.geomspace(high, low, _STAGES)[:-1]
             for place, kappa in enumerate(stages):
                 end = 0.4 * budget * (place + 1) / len(stages)
-                target = self._round(target.at(kappa=float(kappa)), end, gain=0.3, cooling=None)
+                stage = target.at(kappa=float(kappa))
+                if place:
+                    self._carry(target, stage)
+                target = self._round(stage, end, gain=0.3, cooling=None)
                 self._keep(target)
+        if high > low:
+            self._carry(target, target.at(kappa=low))
         target, left = target.at(kappa=low), budget - self.taken
         for number, share in enumerate((0.15, 0.35, 0.6, 1.0)):
             end = budget - left * (1 - share)
@@ -260,16 +286,20 @@ class Bridge:
             cooling: Which of the rounds that seek the inverse temperature; None leaves it.
         """
         sums = [torch.zeros_like(target.pull, dtype=torch.float64) for _ in range(4)]
-        count, logs, variates = 0, [math.log(target.b)], []
+        count, logs = 0, [math.log(target.b)]
+        means: list[float] = []
+        variates: list[float] = []
         while self.taken < end:
             self._move(target, max(1, int(end - self.taken) // self.settings.chains), gain=gain)
             slope = target.slope(self.chains.x, self.chains.gradients)
             if cooling is not None:
                 costs = self.chains.costs
-                mean = float(self._all(costs).mean())
+                means.append(float(self._all(costs).mean()))
+                mean = means[-1]
                 if cooling > 1:  # the curvature is known well enough to take off what its fluctuation explains
                     variates.append(self._all(_identity(target, self.chains.x, slope, target.learned)).mean())
-                    mean -= variates[-1] if _around_zero(np.array(variates)) else 0.0
+                    sure = len(means) < 4 or trusted(np.array([means]), np.array([variates]))
+                    mean -= variates[-1] if sure else 0.0
                 shift = max(-1.0, min(1.0, math.log(mean / self.cutoff))) if math.isfinite(mean) and mean > 0 else 1.0
                 rate = 0.5 if cooling < 2 else 1 / (2 + count)
                 target = target.at(b=max(target.b * math.exp(rate * shift), 1e-9 / self.cutoff))
@@ -319,6 +349,9 @@ class Bridge:
         tilt, chains = node.tilt, self.chains
         if not fresh:
             chains.steps = self.steps[self._nearest(tilt.kappa)]
+            if tilt.t > 0 and self.here is not None:
+                self._carry(self.here, tilt)
+        self.here = tilt
         gradients = int(share * (self.settings.max_gradients - self.taken))
         model = tilt.at(floor=0.0)
         count, longest = self._spend(gradients)
@@ -565,11 +598,6 @@ def _identity(model: Tilt, x: Tensor, slope: Tensor, weights: Tensor | float) ->
     centre = -model.pull / precision
     term = ((x - centre) * slope - 1) / 2 + centre * slope
     return (term * (weights / precision)).sum(-1, dtype=torch.float64)
-
-
-def _around_zero(means: Array) -> bool:
-    """Whether what has mean 0 in equilibrium does, as far as so many of its values tell."""
-    return len(means) < 4 or abs(means.mean()) <= 2 * means.std(ddof=1)
 
 
 def _part(table: Array, part: slice | None) -> Array:
