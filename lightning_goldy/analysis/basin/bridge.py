@@ -38,6 +38,8 @@ _EFFECTIVE = 0.25
 _CURVED = 0.02
 # Share of the gradients that finds the inverse temperature and lets the chains settle.
 _SETTLING = 0.35
+# Error of half of the log-variance of the cost, over that of one independent value from each visit of a chain.
+_DEPENDENT = 0.3
 # By how much a stretch of the chains may raise their cost.
 _STEEP = 3.0
 # Places of the tether at which the curvature is learnt.
@@ -231,18 +233,26 @@ class Bridge:
         self.taken += length * self.settings.chains
         self.tell(min(self.taken, self.settings.max_gradients), self.settings.max_gradients)
 
-    def _carry(self, old: Tilt, new: Tilt) -> None:
+    def _carry(self, old: Tilt, new: Tilt, *, halvings: int = 3) -> None:
         """Stretches the chains from one density to the next as the Gaussians that are like them are stretched.
 
         Otherwise they arrive far from equilibrium, where trajectories that spread are refused and those that contract
-        are not. A chain that the stretch puts on a slope stays where it was.
+        are not. Where the stretch puts a chain on a slope, half of it is made first; in the end such a chain stays.
         """
-        chains, old = self.chains, old.at(learned=new.learned)
+        chains, like = self.chains, old.at(learned=new.learned)
         before = chains.x, chains.costs, chains.gradients
-        chains.x = new.centre + (chains.x - old.centre) * (old.precision / new.precision).sqrt()
+        chains.x = new.centre + (chains.x - like.centre) * (like.precision / new.precision).sqrt()
         chains.look()
         self.taken += self.settings.chains
         kept = chains.costs <= _STEEP * before[1].clamp(min=0.1 * self.cutoff)
+        if halvings and not self._all(kept.double()).all():
+            chains.x, chains.costs, chains.gradients = before
+            middle = new.at(t=(old.t + new.t) / 2, kappa=math.sqrt(old.kappa * new.kappa))
+            self._carry(old, middle, halvings=halvings - 1)
+            for _ in range(2):
+                self._move(middle, chains.longest, gain=0.3)
+            self._carry(middle, new, halvings=halvings - 1)
+            return
         where = kept.to(chains.x.device)[:, None]
         chains.x = torch.where(where, chains.x, before[0])
         chains.costs = torch.where(kept, chains.costs, before[1])
@@ -512,7 +522,9 @@ class Bridge:
         others = np.array([point(block)[0].log_volume for block in range(blocks)])
         found, mean, variance = point()
         spread = float(others.std()) * math.sqrt(blocks - 1) * student(blocks)
-        return found, mean, variance, math.hypot(spread, 1 / (8 * max(found.width, 0.5) ** 2))
+        # Chains that depend on themselves know their variance worse than leaving one out tells.
+        widened = math.hypot(spread, _DEPENDENT * math.sqrt(2 / blocks))
+        return found, mean, variance, math.hypot(widened, 1 / (8 * max(found.width, 0.5) ** 2))
 
     def _doubt(
         self,

@@ -185,7 +185,7 @@ class VolumeSurvey:
                 proposals = next(iter(found.values()), None)
             volumes[split] = tuple(work.volume(batches, cutoff, proposals) for cutoff in self.cutoffs)
             if bridged and self.method != "rays":
-                walked = [work.bridge(batches, cutoff, fisher) for cutoff in self.cutoffs]
+                walked = [work.bridge(batches, cutoff) for cutoff in self.cutoffs]
                 bridges |= {split: kept} if (kept := tuple(one for one in walked if one is not None)) else {}
         if self.sigma == "first":
             self.kept_sigma = work.sigma
@@ -268,7 +268,7 @@ class _Work:
             self.sigma = result.sigma
         return result
 
-    def bridge(self, batches: Sequence[Any], cutoff: float, fisher: KroneckerFisher | None) -> BridgeResult | None:
+    def bridge(self, batches: Sequence[Any], cutoff: float) -> BridgeResult | None:
         """None where ``auto`` finds that no bridge can be walked here."""
         result = basin_volume(
             self.model,
@@ -280,7 +280,6 @@ class _Work:
             estimator=self.survey.estimator,
             space=self.space,
             method=self.survey.method,
-            curvature=fisher,
             bridge=self.survey.bridge,
             progress=self.progress,
         )

@@ -32,6 +32,7 @@ from lightning_goldy.analysis.basin.saddle import BridgeResult
 from lightning_goldy.analysis.basin.sampling import AddedTether, Field, ModuleField, PointField, StarField
 from lightning_goldy.analysis.divergence import AnchoredDivergence, Cache, check_cache, own_share, shortened
 from lightning_goldy.analysis.result import Cost, total_cost
+from lightning_goldy.core.batches import sample_count
 from lightning_goldy.core.directions import Preconditioner, Proposal, Ray, direction_seed
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import require_at_least, require_choice
@@ -327,12 +328,14 @@ def basin_volume(
     bridged, spent = _bridges(method, estimator, model, several or preconditioner), Cost()
     if bridged and curvature is None:
         options: dict[str, Any] = {"space": space, "n_draws": _FISHER_DRAWS, "seed": estimator.seed}
-        fisher = kronecker_fisher(model, chosen, objective, split_over_ranks=split_over_ranks, **options)
+        # On every rank by itself: an eigenbasis may turn by any angle when its matrix changes in the last digit.
+        fisher = kronecker_fisher(model, chosen, objective, split_over_ranks=False, **options)
         curvature, spent = fisher, fisher.cost
     with preserved(model):
         divergence = AnchoredDivergence(model, chosen, objective, cache=estimator.cache, cache_dtype=cache_dtype)
         if bridged:
-            common = Cost(forwards=divergence.forwards)
+            # Every rank makes the anchor's predictions, and checks them on the first batch.
+            common = Cost(forwards=divergence.forwards + sample_count(chosen[0]))
             result = local_volume(
                 model, divergence, method="bridge", curvature=curvature, bridge=bridge, **region, **shared
             )
