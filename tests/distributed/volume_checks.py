@@ -68,7 +68,7 @@ def bridged() -> dict:
     before = [local_clone(parameter) for parameter in model.parameters()]
     passed: list[int] = []
     model.register_forward_hook(lambda module, args, output: passed.append(len(output.logits)))
-    options = {"method": "bridge", "bridge": BridgeSettings(chains=3, nodes=2, max_gradients=120)}
+    options = {"method": "bridge", "bridge": BridgeSettings(chains=3, nodes=2, max_gradients=300)}
     result = basin_volume(model, [token_batch(3, 10)], CausalLMObjective(), **options)
     return {
         "numbers": [result.log_volume, result.error, result.inverse_temperature],

@@ -40,6 +40,8 @@ _CURVED = 0.02
 _SETTLING = 0.35
 # Error of half of the log-variance of the cost, over that of one independent value from each visit of a chain.
 _DEPENDENT = 0.3
+# Gradients that half a stretch takes more, of each chain.
+_BETWEEN = 27
 # By how much a stretch of the chains may raise their cost.
 _STEEP = 3.0
 # Places of the tether at which the curvature is learnt.
@@ -96,7 +98,7 @@ class BridgeSettings:
     @property
     def least(self) -> int:
         """Gradients that the shortest bridge takes."""
-        return self.chains * 40
+        return self.chains * 100
 
 
 class _Node(NamedTuple):
@@ -245,7 +247,9 @@ class Bridge:
         chains.look()
         self.taken += self.settings.chains
         kept = chains.costs <= _STEEP * before[1].clamp(min=0.1 * self.cutoff)
-        if halvings and not self._all(kept.double()).all():
+        # Two trajectories between two halves must be a small part of what there is.
+        affordable = _BETWEEN * self.settings.chains < 0.02 * (self.settings.max_gradients - self.taken)
+        if halvings and affordable and not self._all(kept.double()).all():
             chains.x, chains.costs, chains.gradients = before
             middle = new.at(t=(old.t + new.t) / 2, kappa=math.sqrt(old.kappa * new.kappa))
             self._carry(old, middle, halvings=halvings - 1)
@@ -461,7 +465,9 @@ class Bridge:
         }
         value = point.log_volume
         acceptance = float(np.mean([found[place].acceptance for found in passes for place in found]))
-        self._doubt(drift, drift_noise, loop, loop_noise, mean, acceptance, value, passes[-1][last])
+        ways = (halves[1] - halves[0]).mean(axis=1)  # of either pass
+        sure = bool((ways > 0).all() or (ways < 0).all())
+        self._doubt(drift, drift_noise, loop, loop_noise, mean, acceptance, value, passes[-1][last], sure)
         return {
             "log_volume": value,
             "error": math.sqrt(math.fsum(part**2 for part in parts.values())),
@@ -536,11 +542,12 @@ class Bridge:
         acceptance: float,
         value: float,
         visit: _Visit,
+        sure: bool,
     ) -> None:
-        """Notes what speaks against the number."""
+        """Notes what speaks against the number, and where both ways drift alike, on which side it lies."""
         if abs(drift) > max(2 * noise, 1.0, 2e-3 * abs(value)):
-            way = "too low" if drift > 0 else "too high"
-            self.weak.append(f"the chains still drift, by {drift:+.3g} nats between halves: the volume is {way}")
+            way = f": the volume is {'too low' if drift > 0 else 'too high'}" if sure else ""
+            self.weak.append(f"the chains still drift, by {drift:+.3g} nats between halves{way}")
         if abs(loop) > max(2 * loop_noise, 1.0, 5e-3 * abs(value)):
             self.weak.append(f"the way back differs from the way there by {loop:+.3g} nats")
         if not 0.5 < mean / self.cutoff < 2:

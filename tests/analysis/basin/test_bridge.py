@@ -228,7 +228,7 @@ def test_a_small_budget_gives_an_honest_number_and_the_model_comes_back() -> Non
     result = basin_volume(model, [batch], ClassifierObjective(), **options)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not model[0].bias.requires_grad
-    assert result.gradients <= 200 + 2 * 2
+    assert result.gradients <= 200 + 2 * 6
     assert "max_gradients=200 allow 2 intervals" in result.weak
     assert math.isfinite(result.log_volume)
     assert result.error > 0.1
@@ -261,7 +261,7 @@ def test_what_cannot_be_bridged_is_refused(options: Any, message: str) -> None:
     [
         ({"chains": 1}, "chains must be at least 2; got 1"),
         ({"nodes": 3}, "nodes must be a power of 2, at least 2; got 3"),
-        ({"max_gradients": 10}, "max_gradients must be at least 160 for 4 chains; got 10"),
+        ({"max_gradients": 10}, "max_gradients must be at least 400 for 4 chains; got 10"),
         ({"region": "stra"}, "unknown region 'stra'.*star"),
         ({"floor": -1.0}, "floor must be at least 0"),
     ],
