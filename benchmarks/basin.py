@@ -1,4 +1,4 @@
-"""Basin volume against a plain doubling-and-bisection reference: evaluations, seconds, memory.
+"""Basin volume: bridges against exact volumes; rays against doubling and bisection: evaluations, seconds, memory.
 
     python benchmarks/basin.py
 
@@ -19,9 +19,10 @@ from pathlib import Path
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lightning_goldy.analysis import adam_preconditioner, basin_volume, kronecker_preconditioner
+from lightning_goldy.analysis import adam_preconditioner, basin_volume, kronecker_preconditioner, local_volume
+from lightning_goldy.analysis.basin import BridgeResult, BridgeSettings
 from lightning_goldy.analysis.divergence import AnchoredDivergence, Cache
-from lightning_goldy.core import CausalLMObjective, ParameterSpace
+from lightning_goldy.core import CausalLMObjective, ParameterSpace, ParameterVector
 from lightning_goldy.core.directions import Ray, direction_seed
 
 WORDS = ("the", "a", "small", "large", "red", "blue", "cat", "dog", "tree", "house", "sees", "likes", "finds", "under")
@@ -137,15 +138,67 @@ def compare(model: torch.nn.Module, data: list, n_directions: int) -> None:
         )
 
 
+def bridges(seeds: int) -> None:
+    """Prints how bridges meet quadratics whose curvature is known up to lognormal noise, and how often errors cover."""
+    # Of the tests: the exact volumes, by inverting the tilted characteristic function.
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from tests.references.volume import quadratic_volume_reference
+
+    for dimension in (50, 200, 1000, 2000):
+        misses, inside, gradients, began = [], 0, 0, time.perf_counter()
+        for seed in range(seeds):
+            generator = torch.Generator().manual_seed(1000 + seed)
+            curvature = torch.logspace(-3, 3, dimension, dtype=torch.float64)
+            anchor = torch.randn(dimension, generator=generator, dtype=torch.float64)
+            noise = torch.randn(dimension, generator=generator, dtype=torch.float64).exp()
+            truth = quadratic_volume_reference(curvature, anchor, 1e-2)
+            result = quadratic_bridge(anchor, curvature, curvature * noise, seed)
+            misses.append(result.log_volume - truth)
+            gradients += result.gradients
+            low, high = result.interval()
+            inside += low <= truth <= high
+            assert abs(misses[-1]) < 3 + 2 * result.error
+        print(
+            f"bridge, quadratic of {dimension}: {seeds} seeds, largest miss {max(map(abs, misses)):.2f} nats "
+            f"(<= 3 + 2 errors), {inside} of {seeds} intervals hold the truth (>= 90 %), "
+            f"{gradients // seeds} gradients and {(time.perf_counter() - began) / seeds:.1f} s each",
+            flush=True,
+        )
+        assert inside >= 0.9 * seeds
+
+
+def quadratic_bridge(anchor: torch.Tensor, curvature: torch.Tensor, believed: torch.Tensor, seed: int) -> BridgeResult:
+    """The bridge around a quadratic, with a curvature that is believed."""
+
+    class Quadratic:
+        def of_points(self, points: torch.Tensor) -> torch.Tensor:
+            return 0.5 * (curvature * (points - anchor).square()).sum(-1)
+
+        def __call__(self, module: torch.nn.Module) -> torch.Tensor:
+            return self.of_points(next(module.parameters())[None])[0]
+
+    module = torch.nn.ParameterDict({"point": torch.nn.Parameter(anchor.clone())})
+    vector = ParameterVector(ParameterSpace.of(module), {"point": believed})
+    settings = BridgeSettings(chains=8, max_gradients=6000)
+    options = {"cutoff": 1e-2, "sigma": 1.0, "curvature": vector, "seed": seed}
+    return local_volume(module, Quadratic(), method="bridge", bridge=settings, **options)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--directions", type=int, default=20)
     parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--seeds", type=int, default=20, help="of each quadratic that a bridge is walked around")
+    parser.add_argument("--only", choices=("rays", "bridge"), help="one of the two methods")
     parser.add_argument("--memory", choices=("forward", "implicit", "explicit"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(2)
     if arguments.memory:
         print_memory(arguments.memory)
+        return
+    if arguments.only != "rays":
+        bridges(arguments.seeds)
+    if arguments.only == "bridge":
         return
     model, optimizer = trained(4, 128, arguments.steps)
     data, space = batches(), ParameterSpace.of(model)

@@ -316,8 +316,16 @@ def _add_basin(parser: argparse.ArgumentParser) -> None:
         parser,
         "--preconditioner",
         ("none", "adam", "best", "kronecker"),
-        "adam: from the checkpoint's optimizer; best: the better of both; kronecker: from the samples' Fisher "
-        "information",
+        "adam: from the checkpoint's optimizer; kronecker: from the samples' Fisher information; best: the best of all",
+    )
+    _add_choice(
+        parser,
+        "--method",
+        ("rays", "bridge", "auto"),
+        "rays: a lower bound; bridge: the volume with its error too; auto: the bridge where it can be walked",
+    )
+    parser.add_argument(
+        "--max-gradients", type=int, default=20_000, help="of each bridge, over all samples (default: %(default)s)"
     )
     parser.add_argument(
         "--sigma", type=float, help="of the Gaussian measure (default: the root mean square of the earliest checkpoint)"
@@ -333,7 +341,7 @@ def _add_basin(parser: argparse.ArgumentParser) -> None:
 
 def _basin(options: argparse.Namespace) -> None:
     # Brings torch and Lightning, which other commands need not wait for.
-    from lightning_goldy.analysis.basin import Estimator, VolumeSurvey
+    from lightning_goldy.analysis.basin import BridgeSettings, Estimator, VolumeSurvey
     from lightning_goldy.commands.analyze import measure_checkpoints
 
     survey = VolumeSurvey(
@@ -343,6 +351,8 @@ def _basin(options: argparse.Namespace) -> None:
         sigma="first" if options.sigma is None else options.sigma,
         n_samples=options.n_samples,
         estimator=Estimator(seed=options.seed),
+        method=options.method,
+        bridge=BridgeSettings(max_gradients=options.max_gradients),
     )
     settings = _settings(options.config, options.more)
     measure_checkpoints(options.checkpoints, settings, survey, splits=options.splits, output=options.output)

@@ -77,6 +77,8 @@ class AnchoredDivergence:
         """Number of target positions."""
         self.forwards = 0
         """Samples that forward passes held so far, those that made the anchor's predictions among them."""
+        self.backwards = 0
+        """Samples that backward passes held so far."""
         self.divided = 0
         """Those of them that other processes do not make, as far as whoever shares out the work has noted."""
         self._kept: list[Tensor] = []
@@ -95,6 +97,22 @@ class AnchoredDivergence:
         total = 0.0
         for index in range(len(self.batches)):
             total += self._from_anchor(model, index)
+        return total / self.positions
+
+    def backward(self, model: nn.Module) -> float:
+        r"""The mean divergence, and its gradient added to ``grad`` of the parameters; nats.
+
+        The gradient at the logits is known in closed form, :math:`(p_\theta - p_A) / |T|`.
+        """
+        total = 0.0
+        for index, batch in enumerate(self.batches):
+            logits = self._logits(model, batch)
+            self.backwards += sample_count(batch)
+            found = logits.detach()
+            anchor = self._anchor_log_probs(model, index)
+            total += divergence_sum(anchor, found)
+            slope = torch.softmax(precise(found), dim=-1).sub_(anchor.to(found.device, precise(found).dtype).exp())
+            logits.backward(slope.div_(self.positions).to(logits.dtype))
         return total / self.positions
 
     def divide(self, model: nn.Module, replicas: Replicas) -> float:

@@ -10,10 +10,24 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_goldy.analysis.basin import BasinVolumes, Estimator, Selection, VolumeSurvey, adam_preconditioner
+from lightning_goldy.analysis.basin import (
+    BasinVolumes,
+    BridgeSettings,
+    Estimator,
+    Method,
+    Selection,
+    VolumeSurvey,
+    adam_preconditioner,
+)
 from lightning_goldy.analysis.basin.survey import ONLY_SPLIT, Make, PreconditionerName
 from lightning_goldy.analysis.forecast import BasinSettings, Forecast, Plan, Run, forecast_basin
-from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, fingerprint_batches, try_gradients
+from lightning_goldy.callbacks.base import (
+    AnalysisCallback,
+    AnalysisContext,
+    Trigger,
+    fingerprint_batches,
+    try_gradients,
+)
 from lightning_goldy.core.isolation import undisturbed
 from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.sharding import Replicas
@@ -48,16 +62,17 @@ def find_adam(trainer: L.Trainer, space: ParameterSpace, model: nn.Module) -> Op
 class BasinVolume(AnalysisCallback[BasinVolumes]):
     """How robust the model is: the volume of the region around it in which its predictions stay the same.
 
-    Logs the log-volume with its bootstrap interval, bits per parameter, spread, effective sample size, scaling
+    Logs a lower bound of the log-volume along rays, bits per parameter, spread, effective sample size, scaling
     exponent, tolerance, unbounded directions and evaluations, for each split and cutoff; with several cutoffs, the
-    slope over them. A volume takes two to three forward passes over the samples per direction.
+    slope over them. A bound takes two to three forward passes over the samples per direction. With ``method="bridge"``
+    the volume itself with its standard error at the start, at checkpoints and at the end.
 
     Args:
         n_directions: Directions per volume.
         cutoff: Mean divergence at the boundary, nats per target, or several.
-        preconditioner: ``none``; ``adam``, from the optimizer's second moments; ``best``, the better of both, at twice
-            the cost; ``kronecker``, from the Fisher information of the samples, for one forward and backward pass more.
-            The damping is chosen once, by a pilot.
+        preconditioner: ``none``; ``adam``, from the optimizer's second moments; ``kronecker``, from the Fisher
+            information of the samples, for one forward and backward pass more; ``best``, the best of all of them, at
+            three times the cost. The damping is chosen once, by a pilot.
         sigma: Standard deviation of the Gaussian measure: a number, ``first`` to keep the root mean square of the
             first analysis for the whole run, or None to take it anew each time, so that volumes do not compare.
         splits: Sets of samples by name, True for those of the data module's ``analysis_splits()``, or None for the
@@ -65,6 +80,9 @@ class BasinVolume(AnalysisCallback[BasinVolumes]):
         n_samples: Samples used of the probe, or of each split.
         selection: Which parameters move.
         estimator: How a volume is estimated.
+        method: ``rays``, a lower bound; ``bridge``, the volume too, in thousands of gradients; ``auto``, the bridge
+            where it can be walked. It is walked at the moments of ``at``, never between them.
+        bridge: How it is walked, and its budget of gradients.
         **options: Of :class:`AnalysisCallback`.
 
     Example:
@@ -86,6 +104,8 @@ class BasinVolume(AnalysisCallback[BasinVolumes]):
         n_samples: int | None = 16,
         selection: Selection = Selection(),  # noqa: B008 - frozen
         estimator: Estimator = Estimator(),  # noqa: B008 - frozen
+        method: Method = "rays",
+        bridge: BridgeSettings = BridgeSettings(),  # noqa: B008 - frozen
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -97,7 +117,10 @@ class BasinVolume(AnalysisCallback[BasinVolumes]):
             n_samples=n_samples,
             selection=options_of(Selection, "selection", selection),
             estimator=options_of(Estimator, "estimator", estimator),
+            method=method,
+            bridge=options_of(BridgeSettings, "bridge", bridge),
         )
+        self._walks = False
         if isinstance(splits, Mapping):
             check_split_names(splits)
         self.splits = splits or None
@@ -150,7 +173,7 @@ class BasinVolume(AnalysisCallback[BasinVolumes]):
 
     def try_route(self, model: nn.Module, objective: Objective, sample: Any) -> None:
         """A backward pass of one sample where the Fisher information is wanted; volumes need forward passes alone."""
-        if self.survey.preconditioner == "kronecker":
+        if self.survey.preconditioner in ("kronecker", "best") or self.survey.method != "rays":
             try_gradients(model, self.survey.space(model).resolve(model), objective, sample)
 
     def estimate(self, plan: Plan, run: Run) -> Forecast:
@@ -160,14 +183,18 @@ class BasinVolume(AnalysisCallback[BasinVolumes]):
             n_directions=survey.n_directions,
             cutoffs=len(survey.cutoffs),
             splits=len(self.splits) if isinstance(self.splits, Mapping) else 1,
-            proposals=2 if asked == "best" else 1,
+            proposals=3 if asked == "best" else 1,
             preconditioned=asked != "none",
-            fisher=asked == "kronecker",
+            fisher=asked in ("kronecker", "best"),
             n_samples=survey.n_samples,
             max_tokens=survey.estimator.max_seq_len,
             cached=survey.estimator.cache != "none",
         )
         return forecast_basin(plan, survey.space(plan.model), settings)
+
+    def _analyse(self, trainer: L.Trainer, pl_module: L.LightningModule, trigger: Trigger, *rest: Any) -> Any:
+        self._walks = trigger not in ("step", "epoch")
+        return super()._analyse(trainer, pl_module, trigger, *rest)
 
     def compute(self, context: AnalysisContext) -> BasinVolumes:
         """Measures the volumes."""
@@ -177,6 +204,7 @@ class BasinVolume(AnalysisCallback[BasinVolumes]):
             objective,
             self._split_batches or {ONLY_SPLIT: list(context.probe)},
             adam=self._adam(context),
+            bridged=self._walks,
             progress=context.progress,
         )
 

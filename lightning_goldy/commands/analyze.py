@@ -500,10 +500,10 @@ class CheckpointVolumes(L.Callback):
 
     def table(self) -> Table:
         """The volumes, one line per checkpoint, split and cutoff."""
-        table = Table(title="Basin volume, nats: a lower bound in expectation", title_justify="left", box=SIMPLE_HEAD)
+        table = Table(title="Basin volume, nats: a lower bound along rays", title_justify="left", box=SIMPLE_HEAD)
         for heading in ("checkpoint", "samples"):
             table.add_column(heading, overflow="fold")
-        for heading in ("log V", "95 % from\nto", "bits per\nparameter", "rests on\ndirections"):
+        for heading in ("log V\nat least", "by a bridge\n+- error", "bits per\nparameter", "rests on\ndirections"):
             table.add_column(heading, justify="right", no_wrap=True)
         for row in read_rows(self.store.rows):
             for volume in row["result"]["volumes"]:
@@ -520,11 +520,16 @@ class CheckpointVolumes(L.Callback):
 def _cells(row: dict[str, Any], volume: dict[str, Any]) -> list[str]:
     effective = f"{format_number(volume['effective_sample_size'])} of {len(volume['estimates'])}"
     unbounded = f"{volume['unbounded']} unbounded" if volume["unbounded"] else volume["preconditioner"]
+    bridged = [
+        f"{format_number(bridge['log_volume'])}\n+- {format_number(bridge['error'])}" + "; weak" * bool(bridge["weak"])
+        for bridge in row["result"].get("bridges", ())
+        if bridge["label"] == volume["label"]
+    ]
     return [
         printable(Path(row["result"]["checkpoint"]).name),
         printable(volume["label"]),
         format_number(volume["log_volume"]),
-        f"{format_number(volume['interval_low'])}\n{format_number(volume['interval_high'])}",
+        *(bridged or [""]),
         format_number(volume["bits_per_parameter"]),
         f"{effective}\n({unbounded})",
     ]

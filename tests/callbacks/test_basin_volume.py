@@ -13,10 +13,16 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_goldy.analysis import adam_preconditioner
-from lightning_goldy.analysis.basin import Estimator, Selection, basin_volume, kronecker_preconditioner
+from lightning_goldy.analysis.basin import (
+    BridgeSettings,
+    Estimator,
+    Selection,
+    basin_volume,
+    kronecker_preconditioner,
+)
 from lightning_goldy.callbacks import BasinVolume, ExactResume
 from lightning_goldy.core import CausalLMObjective, ClassifierObjective, ParameterSpace
-from lightning_goldy.report.topics.basin import trajectories
+from lightning_goldy.report.topics.basin import trajectories, trajectory_caption
 from tests.callbacks.training import Finetune, TokenData, fit
 
 EPOCH = 8  # optimizer steps: 16 samples in batches of 2
@@ -53,7 +59,8 @@ def test_the_row_is_what_the_function_finds(tmp_path):
         assert torch.equal(torch.tensor(volume[name], dtype=getattr(expected, name).dtype), getattr(expected, name))
     for name in ("log_volume", "spread", "bits_per_parameter", "scaling_exponent", "tolerance", "lower_bound"):
         assert row["metrics"][name] == pytest.approx(getattr(expected, name), rel=1e-12)
-    assert (row["metrics"]["interval_low"], row["metrics"]["interval_high"]) == expected.interval()
+    # Nothing that a reader would take for an interval of the volume.
+    assert not [name for name in row["metrics"] if "interval" in name]
     assert row["metrics"]["evaluations"] == expected.total_evaluations
     assert (volume["sigma"], volume["cutoff"], volume["dimension"]) == (expected.sigma, 1e-2, expected.dimension)
     # In samples, as they were counted; three lie in two batches.
@@ -141,15 +148,37 @@ def test_kronecker_is_the_function_with_the_preconditioner_made_by_hand(tmp_path
 
 
 @START
-def test_the_best_carries_both_proposals(tmp_path):
+def test_the_best_carries_all_proposals(tmp_path):
     callback = BasinVolume(2, n_samples=2, preconditioner="best", at=("end",))
     fit(tmp_path, [callback], max_epochs=1)
     (volume,) = rows(callback)[0]["result"]["volumes"]
     bounds = {name: numbers["lower_bound"] for name, numbers in volume["proposals"].items()}
-    assert set(bounds) == {"none", "adam"}
+    assert set(bounds) == {"none", "adam", "kronecker"}
     assert volume["preconditioner"] == max(bounds, key=bounds.__getitem__)
     assert volume["lower_bound"] == max(bounds.values())
     assert volume["total_evaluations"] == sum(each["evaluations"] for each in volume["proposals"].values())
+
+
+def test_a_bridge_is_walked_at_the_end_and_not_between(tmp_path):
+    settings = BridgeSettings(chains=2, nodes=2, max_gradients=200)
+    callback = BasinVolume(1, n_samples=2, method="bridge", bridge=settings, every_n_steps=5, at=("end",))
+    _, module, _ = fit(tmp_path, [callback], max_epochs=1)
+    between, end = rows(callback)
+    assert between["result"]["bridges"] == []
+    assert "bridge_log_volume" not in between["metrics"]
+    (bridge,) = end["result"]["bridges"]
+    batches = list(TokenData().probe_dataloader())
+    options = {"n_samples": 2, "sigma": end["metrics"]["sigma"], "method": "bridge", "bridge": settings}
+    expected = basin_volume(module.model, batches, **options)
+    assert end["metrics"]["bridge_log_volume"] == pytest.approx(expected.log_volume, rel=1e-9)
+    assert end["metrics"]["bridge_error"] == pytest.approx(expected.error, rel=1e-6)
+    assert end["metrics"]["bridge_weak"] == 1.0
+    assert bridge["weak"] == expected.weak
+    assert bridge["gradients"] == expected.gradients <= 200 + 6 * settings.chains
+    # Each gradient is a pass of both samples there and back.
+    assert end["cost"]["backwards"] >= 2 * expected.gradients
+    page = trajectory_caption([end])
+    assert "by a bridge" in page
 
 
 @START
@@ -241,6 +270,7 @@ def test_resumed_equals_uninterrupted(tmp_path, same_folder):
     state = torch.load(checkpoint, weights_only=True)["callbacks"]["BasinVolume[basin_volume]"]
     assert state["sigma"] == found[0]["metrics"]["sigma"]
     assert state["eps"] == found[0]["metrics"]["eps"]
+    assert state["kronecker_eps"] == found[0]["metrics"]["kronecker_eps"]
 
 
 @pytest.mark.parametrize(
@@ -250,6 +280,8 @@ def test_resumed_equals_uninterrupted(tmp_path, same_folder):
         ({"cutoff": [1e-2, -1.0]}, "cutoff must be positive and finite; got -1.0"),
         ({"cutoff": []}, "cutoff must be a number or a list of different ones"),
         ({"cutoff": [0.1, 0.1]}, "cutoff must be a number or a list of different ones"),
+        ({"method": "bridges"}, "unknown method 'bridges'.*bridge"),
+        ({"method": "bridge", "estimator": Estimator(measure="uniform")}, "measure='gaussian'"),
         ({"preconditioner": "adm"}, "unknown preconditioner 'adm'.*adam"),
         ({"sigma": "last"}, "sigma is a number, 'first' or None; got 'last'"),
         ({"sigma": -1.0}, "sigma must be positive and finite; got -1.0"),

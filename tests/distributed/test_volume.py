@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.distributed.launch import run_processes
-from tests.distributed.volume_checks import all_cases
+from tests.distributed.volume_checks import all_cases, bridged, replicas_cases
 
 
 @pytest.mark.parametrize(
@@ -14,7 +14,16 @@ from tests.distributed.volume_checks import all_cases
 )
 def test_any_number_of_processes_gives_the_estimates_of_one(layout: str, world_size: int) -> None:
     expected = all_cases("replicas")
-    processes = run_processes(all_cases, world_size, layout)
+    if layout == "replicas":
+        processes, bridges = zip(*run_processes(replicas_cases, world_size), strict=True)
+        one = bridged()
+        for bridge in bridges:
+            assert bridge["numbers"] == pytest.approx(one["numbers"], rel=1e-3)
+            assert (bridge["gradients"], bridge["cost"], bridge["same"]) == (one["gradients"], one["cost"], True)
+        assert one["cost"][0] == one["passed"]
+        assert max(bridge["passed"] for bridge in bridges) < 0.9 * one["passed"]
+    else:
+        processes = run_processes(all_cases, world_size, layout)
     for found in processes:
         for mine, alone in zip(found, expected, strict=True):
             assert mine["same"]

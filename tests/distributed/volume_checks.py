@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from lightning_goldy.analysis import basin_volume
+from lightning_goldy.analysis.basin import BridgeSettings
 from lightning_goldy.core import CausalLMObjective, ParameterSpace
 from tests.references.models import build, token_batch
 
@@ -58,6 +59,29 @@ def local_clone(parameter: nn.Parameter) -> Tensor:
 def all_cases(layout: str) -> list[dict]:
     """Every combination that a single process is compared with."""
     return [estimates(layout, dict(options)) for options in CASES]
+
+
+def bridged() -> dict:
+    """A short bridge around one small model, its chains shared out over the processes."""
+    torch.manual_seed(0)
+    model = build("llama").eval()
+    before = [local_clone(parameter) for parameter in model.parameters()]
+    passed: list[int] = []
+    model.register_forward_hook(lambda module, args, output: passed.append(len(output.logits)))
+    options = {"method": "bridge", "bridge": BridgeSettings(chains=3, nodes=2, max_gradients=300)}
+    result = basin_volume(model, [token_batch(3, 10)], CausalLMObjective(), **options)
+    return {
+        "numbers": [result.log_volume, result.error, result.inverse_temperature],
+        "gradients": result.gradients,
+        "cost": (result.cost.forwards, result.cost.backwards),
+        "passed": sum(passed),
+        "same": all(map(torch.equal, before, [local_clone(parameter) for parameter in model.parameters()])),
+    }
+
+
+def replicas_cases() -> tuple[list[dict], dict]:
+    """All that replicas are compared in, in one world."""
+    return all_cases("replicas"), bridged()
 
 
 CASES: list[dict] = [

@@ -113,3 +113,35 @@ def divergence_reference(logits: Tensor, moved: Tensor) -> float:
     """Mean over rows of KL(softmax(logits) || softmax(moved)), by its definition in float64."""
     log_p, log_q = (torch.log_softmax(each.double(), dim=-1) for each in (logits, moved))
     return float((log_p.exp() * (log_p - log_q)).sum(dim=-1).mean())
+
+
+def quadratic_volume_reference(curvature: Tensor, anchor: Tensor, cutoff: float, sigma: float = 1.0) -> float:
+    """log P(sum h x^2 / 2 <= cutoff) for x ~ N(-anchor, sigma^2), by inverting the tilted characteristic function."""
+    h, a, variance = curvature.double().numpy(), anchor.double().numpy(), sigma**2
+
+    def log_transform(s: complex) -> complex:
+        scale = 1 + s * h * variance
+        return complex(-0.5 * np.log(scale).sum() - 0.5 * (a * a * s * h / scale).sum())
+
+    def mean(b: float) -> float:
+        scale = 1 + b * h * variance
+        return float((0.5 * h * variance / scale + 0.5 * a * a * h / scale**2).sum())
+
+    low, high = math.log(1e-9 / cutoff), math.log(len(h) / cutoff) + 2
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if mean(math.exp(middle)) > cutoff else (low, middle)
+    b = math.exp(low)
+    scale = 1 + b * h * variance
+    deviation = math.sqrt(float((0.5 * (h * variance / scale) ** 2 + a * a * h * h * variance / scale**3).sum()))
+    steps = np.linspace(-15, 15, 1501) / deviation
+    values = [np.exp(log_transform(b + 1j * u) - log_transform(b) + 1j * u * cutoff) / (b + 1j * u) for u in steps]
+    total = float(np.real(values).sum()) * (steps[1] - steps[0]) / (2 * math.pi)
+    return log_transform(b).real + b * cutoff + math.log(total)
+
+
+def radial_volume_reference(radius: float, dimension: int, sigma: float = 1.0) -> float:
+    """log P(|x| <= radius) for x ~ N(0, sigma^2) in D dimensions."""
+    with mp.workdps(40):
+        inside = mp.gammainc(mpf(dimension) / 2, 0, mpf(radius / sigma) ** 2 / 2, regularized=True)
+        return float(mp.log(inside))

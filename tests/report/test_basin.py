@@ -45,14 +45,16 @@ def several() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("back", [dict, saved], ids=["as logged", "from the file"])
-def test_the_trajectory_has_a_line_per_split_with_its_intervals(rows: Any, back: Any) -> None:
+def test_the_trajectory_has_a_line_per_split(rows: Any, back: Any) -> None:
     lines = trajectories(list(map(back, rows)))
     assert [(label, line.x) for label, line in lines.items()] == [("clean", (0, 5)), ("memorised", (0, 5))]
     line, expected = lines["clean"], volume([-11.0, -12.0, -20.0])
     assert line.y[1] == pytest.approx(expected.log_volume, abs=1e-12)
     assert line.low is not None
     assert line.high is not None
-    assert (line.low[1], line.high[1]) == pytest.approx(expected.interval(), abs=1e-12)
+    # The resampled directions tell nothing of where the volume lies.
+    assert math.isnan(line.low[1])
+    assert math.isnan(line.high[1])
     assert list(line.notes) == ["none, sigma 0.1"] * 2
 
 
@@ -65,11 +67,24 @@ def test_the_trajectory_is_drawn_with_the_same_points(rows: Any) -> None:
     for column, values in (("y", "y"), ("low", "low"), ("high", "high")):
         expected = [value for line in lines for value in getattr(line, values)]
         # The figure has six significant digits.
-        assert points[column] == pytest.approx(expected, rel=1e-5)
+        assert [math.nan if value is None else value for value in points[column]] == pytest.approx(
+            expected, rel=1e-5, nan_ok=True
+        )
     marks = [layer["mark"]["type"] for layer in figure.bare()["layer"]]
     assert {"area", "line"} <= set(marks)
     assert figure.bare()["layer"][1]["encoding"]["y"]["title"] == "log-volume, nats"
     assert "below the true log-volume" in figure.caption
+
+
+def test_a_bridge_is_drawn_with_its_error_and_told_with_what_speaks_against_it(rows: Any) -> None:
+    walked = {"split": "clean", "label": "clean", "log_volume": -3.0, "error": 0.5, "method": "bridge", "weak": "few"}
+    rows[1]["result"]["bridges"] = [walked]
+    line = trajectories(list(map(saved, rows)))["clean by a bridge"]
+    assert (line.x, line.y, line.low, line.high) == ((5,), (-3.0,), (-3.98,), (-2.02,))
+    assert line.notes == ("by a bridge; weak: few",)
+    caption = trajectory_caption(rows)
+    assert "The volume of clean by a bridge is -3 +- 0.5 nats (one standard error). Do not rely on it: few." in caption
+    assert "bootstrap" not in caption
 
 
 def test_an_unbounded_volume_is_a_gap_not_a_number() -> None:

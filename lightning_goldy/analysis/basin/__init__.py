@@ -1,5 +1,6 @@
 """How robust it is: the volume of the basin around a model."""
 
+from lightning_goldy.analysis.basin.bridge import Bridge, BridgeSettings
 from lightning_goldy.analysis.basin.kronecker import (
     KroneckerFisher,
     KroneckerPreconditioner,
@@ -15,16 +16,21 @@ from lightning_goldy.analysis.basin.preconditioners import (
     diagonal_preconditioner,
     tuned_preconditioner,
 )
-from lightning_goldy.analysis.basin.result import VolumeResult, aggregate, best_of
+from lightning_goldy.analysis.basin.result import VolumeResult, aggregate, best_of, paired_difference
+from lightning_goldy.analysis.basin.saddle import BridgeResult
 from lightning_goldy.analysis.basin.survey import BasinVolumes, Selection, VolumeSurvey, fit_exponents
-from lightning_goldy.analysis.basin.volume import Estimator, basin_volume, local_volume
+from lightning_goldy.analysis.basin.volume import Estimator, Method, basin_volume, local_volume
 
 __all__ = [
     "BasinVolumes",
+    "Bridge",
+    "BridgeResult",
+    "BridgeSettings",
     "DiagonalPreconditioner",
     "Estimator",
     "KroneckerFisher",
     "KroneckerPreconditioner",
+    "Method",
     "Selection",
     "TunedPreconditioner",
     "VolumeResult",
@@ -40,5 +46,6 @@ __all__ = [
     "kronecker_fisher",
     "kronecker_preconditioner",
     "local_volume",
+    "paired_difference",
     "tuned_preconditioner",
 ]

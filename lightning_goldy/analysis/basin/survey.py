@@ -6,15 +6,18 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 from torch import nn
 
-from lightning_goldy.analysis.basin.kronecker import KroneckerPreconditioner, kronecker_fisher
+from lightning_goldy.analysis.basin.bridge import BridgeSettings
+from lightning_goldy.analysis.basin.kronecker import KroneckerFisher, KroneckerPreconditioner, kronecker_fisher
 from lightning_goldy.analysis.basin.preconditioners import NoLowerBoundError, tuned_preconditioner
 from lightning_goldy.analysis.basin.result import VolumeResult
-from lightning_goldy.analysis.basin.volume import Estimator, basin_volume, check_region
+from lightning_goldy.analysis.basin.saddle import BridgeResult
+from lightning_goldy.analysis.basin.volume import Estimator, Method, basin_volume, check_region
 from lightning_goldy.analysis.divergence import shortened
 from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.core.directions import Preconditioner
@@ -69,12 +72,14 @@ class VolumeSurvey:
     Args:
         n_directions: Directions per volume.
         cutoffs: Mean divergences at the boundary, nats per target; kept in ascending order.
-        preconditioner: ``none``, ``adam`` for the optimizer's second moments, ``best`` for the better of both,
-            ``kronecker`` for the Fisher information of each split's own samples in Kronecker factors.
+        preconditioner: ``none``, ``adam`` for the optimizer's second moments, ``kronecker`` for the Fisher information
+            of each split's own samples in Kronecker factors, ``best`` for the best of all that there are.
         sigma: A number, ``first`` to keep the root mean square of the first analysis, or None to take it anew.
         n_samples: Samples used of each split; all without.
         selection: Which parameters move.
         estimator: How a volume is estimated.
+        method: ``rays``, or ``bridge`` or ``auto`` for the volume itself beside that lower bound.
+        bridge: How the bridge is walked.
 
     Raises:
         ValueError: An argument is unknown or out of range.
@@ -87,8 +92,11 @@ class VolumeSurvey:
     n_samples: int | None = None
     selection: Selection = Selection()
     estimator: Estimator = Estimator()  # noqa: RUF009 - frozen
+    method: Method = "rays"
+    bridge: BridgeSettings = BridgeSettings()  # noqa: RUF009 - frozen
     kept_sigma: float | None = field(default=None, init=False)
     kept_eps: float | None = field(default=None, init=False)
+    kept_kronecker_eps: float | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         if not self.cutoffs or len(set(self.cutoffs)) < len(self.cutoffs):
@@ -101,6 +109,9 @@ class VolumeSurvey:
         require_choice("preconditioner", self.preconditioner, get_args(PreconditionerName))
         if self.preconditioner != "none" and self.estimator.measure == "sphere":
             raise ValueError(f"measure='sphere' takes no preconditioner; got preconditioner={self.preconditioner!r}")
+        require_choice("method", self.method, get_args(Method))
+        if self.method == "bridge" and self.estimator.measure != "gaussian":
+            raise ValueError(f"method='bridge' needs measure='gaussian'; got measure={self.estimator.measure!r}")
         if self.n_samples is not None:
             require_at_least("n_samples", self.n_samples, 1)
         self.cutoffs = tuple(sorted(self.cutoffs))
@@ -133,6 +144,7 @@ class VolumeSurvey:
         splits: Mapping[str, Sequence[Any]],
         *,
         adam: Make | None = None,
+        bridged: bool = True,
         progress: Callable[[int, int], None] | None = None,
     ) -> BasinVolumes:
         """Measures every split at every cutoff.
@@ -142,61 +154,82 @@ class VolumeSurvey:
             objective: Where the targets are.
             splits: Batches by name.
             adam: Makes the optimizer's preconditioner from a damping; None measures without one.
+            bridged: Whether a bridge that ``method`` asks for is walked this time.
             progress: Called with (directions done, directions in all).
 
         Raises:
             ValueError: An estimate is not possible; see :func:`~lightning_goldy.analysis.basin_volume`.
         """
         make = adam if self.needs_adam else None
-        proposals: Proposals = None
-        walks = 2 if make and self.preconditioner == "best" else 1
+        space = self.space(model)
+        layered = any(name in space for name in linear_layers(model))
+        fisher_too = self.preconditioner == "kronecker" or (self.preconditioner == "best" and layered)
+        walks = 1 + (make is not None) + layered if self.preconditioner == "best" else 1
         count = len(splits) * len(self.cutoffs) * self.n_directions * walks
-        work = _Work(self, model, objective, self.space(model), count, progress, sigma=self.kept_sigma)
+        work = _Work(self, model, objective, space, count, progress, sigma=self.kept_sigma)
         length = self.estimator.max_seq_len
         samples = {split: shortened(batches, objective, self.n_samples, length) for split, batches in splits.items()}
         volumes: dict[str, tuple[VolumeResult, ...]] = {}
+        bridges: dict[str, tuple[BridgeResult, ...]] = {}
+        found: dict[str, Preconditioner] = {}
         for split, batches in samples.items():
-            if self.preconditioner == "kronecker":
-                make, proposals = work.kronecker(batches), None
-            if make is not None and proposals is None:
-                tuned = self._tuned(work, batches, make)
-                best = self.preconditioner == "best" and tuned is not None
-                proposals = {"none": None, "adam": tuned} if best else tuned
+            fisher = work.fisher(batches) if fisher_too else None
+            if make is not None and "adam" not in found:
+                found |= self._tuned(work, batches, make, "adam")
+            if fisher is not None:
+                own = partial(KroneckerPreconditioner, fisher)
+                found = {name: made for name, made in found.items() if name != "kronecker"}
+                found |= self._tuned(work, batches, lambda eps, own=own: own(eps=eps), "kronecker")
+            proposals: Proposals = {"none": None, **found}
+            if not found or self.preconditioner != "best":
+                proposals = next(iter(found.values()), None)
             volumes[split] = tuple(work.volume(batches, cutoff, proposals) for cutoff in self.cutoffs)
+            if bridged and self.method != "rays":
+                walked = [work.bridge(batches, cutoff) for cutoff in self.cutoffs]
+                bridges |= {split: kept} if (kept := tuple(one for one in walked if one is not None)) else {}
         if self.sigma == "first":
             self.kept_sigma = work.sigma
+        adam_eps = self.kept_eps if self.preconditioner != "kronecker" else self.kept_kronecker_eps
         return BasinVolumes(
             volumes=volumes,
             batches={split: len(batches) for split, batches in samples.items()},
             preconditioner=self.preconditioner,
-            eps=None if proposals is None else self.kept_eps,
+            eps=adam_eps if self.preconditioner in (*found, "best") else None,
+            kronecker_eps=self.kept_kronecker_eps if self.preconditioner == "best" else None,
             n_samples=self.n_samples,
+            bridges=bridges,
             cost=work.cost,
         )
 
-    def _tuned(self, work: _Work, batches: Sequence[Any], make: Make) -> Preconditioner | None:
-        """The preconditioner with the damping of the first analysis; None where no damping gives a lower bound."""
-        if self.kept_eps is not None:
-            return make(self.kept_eps)
+    def _tuned(self, work: _Work, batches: Sequence[Any], make: Make, name: str) -> dict[str, Preconditioner]:
+        """The preconditioner with the damping of the first analysis; none where no damping gives a lower bound."""
+        kept = self.kept_kronecker_eps if name == "kronecker" else self.kept_eps
+        if kept is not None:
+            return {name: make(kept)}
         try:
             tuned = tuned_preconditioner(
                 make, lambda proposal: work.volume(batches, self.cutoffs[0], proposal, pilot=True)
             )
         except NoLowerBoundError as error:
             warnings.warn(f"{error}; the volume is measured without a preconditioner", stacklevel=2)
-            return None
-        self.kept_eps = tuned.eps
-        return tuned.preconditioner
+            return {}
+        if name == "kronecker":
+            self.kept_kronecker_eps = tuned.eps
+        else:
+            self.kept_eps = tuned.eps
+        return {name: tuned.preconditioner}
 
     def state(self) -> dict[str, float | None]:
         """What later analyses must keep, for a checkpoint."""
-        return {"sigma": self.kept_sigma, "eps": self.kept_eps}
+        return {"sigma": self.kept_sigma, "eps": self.kept_eps, "kronecker_eps": self.kept_kronecker_eps}
 
     def load(self, state: Mapping[str, float | None]) -> None:
         """Takes up the state of an interrupted run; a sigma that was given stays."""
         if self.sigma == "first":
             self.kept_sigma = state["sigma"]
-        self.kept_eps = state["eps"]
+        self.kept_eps, self.kept_kronecker_eps = state["eps"], state.get("kronecker_eps")
+        if self.preconditioner == "kronecker" and "kronecker_eps" not in state:  # of a checkpoint from before
+            self.kept_kronecker_eps = self.kept_eps
 
 
 @dataclass
@@ -235,11 +268,29 @@ class _Work:
             self.sigma = result.sigma
         return result
 
-    def kronecker(self, batches: Sequence[Any]) -> Make:
+    def bridge(self, batches: Sequence[Any], cutoff: float) -> BridgeResult | None:
+        """None where ``auto`` finds that no bridge can be walked here."""
+        result = basin_volume(
+            self.model,
+            batches,
+            self.objective,
+            n_directions=1,
+            cutoff=cutoff,
+            sigma=self.sigma,
+            estimator=self.survey.estimator,
+            space=self.space,
+            method=self.survey.method,
+            bridge=self.survey.bridge,
+            progress=self.progress,
+        )
+        self.cost += result.cost
+        return result if isinstance(result, BridgeResult) else None
+
+    def fisher(self, batches: Sequence[Any]) -> KroneckerFisher:
         seed = self.survey.estimator.seed
         fisher = kronecker_fisher(self.model, batches, self.objective, space=self.space, seed=seed)
         self.cost += fisher.cost
-        return lambda eps: KroneckerPreconditioner(fisher, eps=eps)
+        return fisher
 
     def _tell(self, done: int, total: int) -> None:
         self.done += 1
@@ -257,6 +308,8 @@ class BasinVolumes(AnalysisResult):
         preconditioner: What was asked for.
         eps: Damping of the preconditioner, in units of the mean; None as long as there was none.
         n_samples: Samples asked for of each split; None for all.
+        kronecker_eps: With ``best`` that of the Kronecker factors, ``eps`` being that of the optimizer's moments.
+        bridges: By split, the volumes by a bridge, one for each cutoff; empty where none was walked.
         cost: Passes of the model, in samples, with those of the pilot, of the anchor and of the Fisher information.
     """
 
@@ -267,6 +320,8 @@ class BasinVolumes(AnalysisResult):
     preconditioner: PreconditionerName
     eps: float | None = None
     n_samples: int | None = None
+    kronecker_eps: float | None = None
+    bridges: Mapping[str, tuple[BridgeResult, ...]] = field(default_factory=dict)
     cost: Cost = field(default=Cost(), compare=False)
 
     @property
@@ -290,9 +345,13 @@ class BasinVolumes(AnalysisResult):
         metrics: dict[str, float | None] = {}
         for split, label, result in self._labelled():
             metrics |= {_tag(name, split, label): value for name, value in result.metrics().items()}
+        for split, label, bridge in self._labelled_bridges():
+            metrics |= {_tag(f"bridge_{name}", split, label): value for name, value in bridge.metrics().items()}
         for fit in self.fits:
             for name in ("scaling_exponent_fit", "learning_coefficient_slope"):
                 metrics[_tag(name, fit["split"], fit["split"])] = fit[name]
+        if self.kronecker_eps is not None:
+            metrics["kronecker_eps"] = self.kronecker_eps
         return metrics | {"sigma": self.sigma, "eps": self.eps}
 
     def details(self) -> dict[str, Any]:
@@ -313,6 +372,10 @@ class BasinVolumes(AnalysisResult):
                 for split, label, result in labelled
             ],
             "fits": self.fits,
+            "bridges": [
+                {"split": split, "label": label, **bridge.details()}
+                for split, label, bridge in self._labelled_bridges()
+            ],
         }
 
     @property
@@ -321,6 +384,11 @@ class BasinVolumes(AnalysisResult):
 
     def _labelled(self) -> Iterator[tuple[str, str, VolumeResult]]:
         for split, results in self.volumes.items():
+            for result in results:
+                yield split, split if len(results) == 1 else f"{split}-{float(result.cutoff)!r}", result
+
+    def _labelled_bridges(self) -> Iterator[tuple[str, str, BridgeResult]]:
+        for split, results in self.bridges.items():
             for result in results:
                 yield split, split if len(results) == 1 else f"{split}-{float(result.cutoff)!r}", result
 

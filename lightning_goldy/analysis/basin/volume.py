@@ -16,6 +16,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from lightning_goldy.analysis.basin.bridge import Bridge, BridgeSettings
+from lightning_goldy.analysis.basin.kronecker import kronecker_fisher
+from lightning_goldy.analysis.basin.reference import Curvature, Eigenbasis, Tilt, central_hessian
 from lightning_goldy.analysis.basin.result import (
     COLUMNS,
     GaussianMeasure,
@@ -25,17 +28,25 @@ from lightning_goldy.analysis.basin.result import (
     VolumeResult,
     best_of,
 )
+from lightning_goldy.analysis.basin.saddle import BridgeResult
+from lightning_goldy.analysis.basin.sampling import AddedTether, Field, ModuleField, PointField, StarField
 from lightning_goldy.analysis.divergence import AnchoredDivergence, Cache, check_cache, own_share, shortened
 from lightning_goldy.analysis.result import Cost, total_cost
+from lightning_goldy.core.batches import sample_count
 from lightning_goldy.core.directions import Preconditioner, Proposal, Ray, direction_seed
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import require_at_least, require_choice
 from lightning_goldy.core.objective import Objective, objective_for
 from lightning_goldy.core.sharding import Replicas, is_sharded, local, unshard_guard
 from lightning_goldy.core.space import ParameterSpace
-from lightning_goldy.core.vector import require_finite
+from lightning_goldy.core.vector import ParameterVector, require_finite
 
+Method = Literal["rays", "bridge", "auto"]
+"""Rays: a cheap lower bound. Bridge: the volume, with an error. Auto: the bridge where it can be walked, else rays."""
 Directions = Literal["auto", "implicit", "explicit"]
+
+# Largest space whose Hessian is measured, and labels drawn for each target where a Fisher information is.
+_MEASURED, _FISHER_DRAWS = 512, 4
 
 # A direction of this many bytes is held rather than drawn again at every move.
 _SMALL = 32 << 20
@@ -107,9 +118,12 @@ def local_volume(
     directions: Directions = "auto",
     estimator: Estimator | None = None,
     space: ParameterSpace | None = None,
+    method: Method = "rays",
+    curvature: Curvature | None = None,
+    bridge: BridgeSettings = BridgeSettings(),  # noqa: B008 - frozen
     progress: Callable[[int, int], None] | None = None,
     split_over_ranks: bool = True,
-) -> VolumeResult:
+) -> Any:
     r"""Estimates the volume of the region around a module's parameters where a cost stays below a cutoff.
 
     .. math:: V = \int_B \rho(\theta)\, d\theta, \qquad
@@ -117,8 +131,13 @@ def local_volume(
 
     Directions u are uniform on the unit sphere; along each, the radius where the cost reaches the cutoff is searched,
     and the density integrated up to it. The estimate is unbiased for V, so its logarithm is a lower bound on average;
-    with few directions in many dimensions it may lie far below. The module comes back bit for bit. On several ranks the
-    directions are shared out; on a sharded module all ranks walk each one together.
+    in many dimensions it lies far below, however many directions there are. The module comes back bit for bit. On
+    several ranks the directions are shared out; on a sharded module all ranks walk each one together.
+
+    With ``method="bridge"`` no rays are walked: a Gaussian with the cost's curvature is carried over to the cost itself
+    by chains (:class:`~lightning_goldy.analysis.basin.Bridge`), and the result states a standard error. The cost must
+    then be differentiable. One with a method ``of_points(points)``, which takes flat parameters ``[points, D]`` and
+    gives ``[points]``, is asked for many points at once.
 
     Args:
         module: Any module, plain or sharded with FSDP2, whose parameters are the anchor.
@@ -139,11 +158,15 @@ def local_volume(
         directions: Whether they are held.
         estimator: All of these settings at once, instead of by name.
         space: Which parameters; all trainable ones by default.
-        progress: Called with (directions done, directions in all) on this rank.
-        split_over_ranks: Whether to share directions out over the ranks of an initialised process group.
+        method: ``rays``, ``bridge``, or ``auto`` for the bridge under the Gaussian measure around whole parameters.
+        curvature: The Hessian at the anchor, for the bridge: a Fisher information in Kronecker factors, its diagonal as
+            a vector, or whole, shape ``[D, D]``; measured for up to 512 parameters where it is not given.
+        bridge: How the bridge is walked.
+        progress: Called with (directions done, directions in all), or gradients, on this rank.
+        split_over_ranks: Whether to share directions, or chains, out over the ranks of an initialised process group.
 
     Returns:
-        The estimates, direction by direction.
+        The estimates, direction by direction, as a :class:`VolumeResult`; a :class:`BridgeResult` of a bridge.
 
     Raises:
         ValueError: An argument is out of range, a weight is not finite, the cost at the anchor is not about 0, or a
@@ -169,6 +192,9 @@ def local_volume(
     began = time.perf_counter()
     space = space or ParameterSpace.of(module)
     replicas = Replicas.of(module) if split_over_ranks else Replicas()
+    if _bridges(method, estimator, module, preconditioner):
+        crossing = _Crossing(module, cost, cutoff, sigma, estimator, bridge, space, replicas)
+        return crossing.result(curvature, progress)
     with preserved(module), torch.no_grad(), replicas.together("local_volume"):
         parameters = space.resolve(module)
         require_finite(parameters, "weights")
@@ -219,10 +245,13 @@ def basin_volume(
     cache_dtype: torch.dtype | None = None,
     n_samples: int | None = None,
     space: ParameterSpace | None = None,
+    method: Method = "rays",
+    curvature: Curvature | None = None,
+    bridge: BridgeSettings = BridgeSettings(),  # noqa: B008 - frozen
     progress: Callable[[int, int], None] | None = None,
     split_over_ranks: bool = True,
     val_size: int | None = None,
-) -> VolumeResult:
+) -> Any:
     r"""Estimates the log-volume of the region around a model where its predictions stay within a KL divergence.
 
     .. math:: B = \Big\{\theta : \tfrac{1}{|T|} \sum_{t \in T}
@@ -256,12 +285,17 @@ def basin_volume(
             divergence.
         n_samples: Use only the first so many samples.
         space: Which parameters; all trainable ones by default.
-        progress: Called with (directions done, directions in all) on this rank.
-        split_over_ranks: Whether to share directions out over the ranks of an initialised process group.
+        method: ``rays`` for a lower bound; ``bridge`` for the volume itself, at thousands of gradients; ``auto`` for
+            the bridge where it can be walked. See :func:`~lightning_goldy.analysis.local_volume`.
+        curvature: For the bridge; the samples' own Fisher information in Kronecker factors by default.
+        bridge: How the bridge is walked.
+        progress: Called with (directions done, directions in all), or gradients, on this rank.
+        split_over_ranks: Whether to share directions, or chains, out over the ranks of an initialised process group.
         val_size: Former name of ``n_samples``.
 
     Returns:
-        The estimates, direction by direction, in nats; the cost is that of all ranks.
+        The estimates, direction by direction, in nats, as a :class:`VolumeResult`, or a :class:`BridgeResult`; the cost
+        is that of all ranks.
 
     Raises:
         ValueError: An argument is out of range, there is no sample, or a weight is not finite.
@@ -290,18 +324,146 @@ def basin_volume(
     chosen = list(own_share(chosen, model, Replicas(), None))
     region: dict[str, Any] = {"n_directions": n_directions, "cutoff": cutoff, "sigma": sigma, "space": space}
     shared: dict[str, Any] = {"estimator": estimator, "progress": progress, "split_over_ranks": split_over_ranks}
+    several = preconditioner if isinstance(preconditioner, Mapping) else None
+    bridged, spent = _bridges(method, estimator, model, several or preconditioner), Cost()
+    if bridged and curvature is None:
+        options: dict[str, Any] = {"space": space, "n_draws": _FISHER_DRAWS, "seed": estimator.seed}
+        # On every rank by itself: an eigenbasis may turn by any angle when its matrix changes in the last digit.
+        fisher = kronecker_fisher(model, chosen, objective, split_over_ranks=False, **options)
+        curvature, spent = fisher, fisher.cost
     with preserved(model):
         divergence = AnchoredDivergence(model, chosen, objective, cache=estimator.cache, cache_dtype=cache_dtype)
+        if bridged:
+            # Every rank makes the anchor's predictions, and checks them on the first batch.
+            common = Cost(forwards=divergence.forwards + sample_count(chosen[0]))
+            result = local_volume(
+                model, divergence, method="bridge", curvature=curvature, bridge=bridge, **region, **shared
+            )
+            mine = Cost(divergence.forwards, divergence.backwards)
+            return dataclasses.replace(result, cost=total_cost(replicas, mine, common) + spent)
         volume = partial(local_volume, model, divergence, **region, **shared)
         if not isinstance(preconditioner, Mapping):
             result = volume(preconditioner=preconditioner)
         else:
             result = best_of({name: volume(preconditioner=proposal) for name, proposal in preconditioner.items()})
-            spent = sum(numbers["evaluations"] for numbers in result.proposals.values())
+            walked_all = sum(numbers["evaluations"] for numbers in result.proposals.values())
             # What the other proposals cost belongs to the choice.
-            result = dataclasses.replace(result, extra_evaluations=spent - int(result.evaluations.sum()))
+            result = dataclasses.replace(result, extra_evaluations=walked_all - int(result.evaluations.sum()))
     common = Cost(forwards=divergence.forwards - divergence.divided)
     return dataclasses.replace(result, cost=total_cost(replicas, Cost(forwards=divergence.forwards), common))
+
+
+def _bridges(method: Method, estimator: Estimator, module: nn.Module, preconditioner: Any) -> bool:
+    """Whether a bridge is walked; refuses what it cannot do where it was asked for."""
+    require_choice("method", method, get_args(Method))
+    if method == "rays":
+        return False
+    against = None
+    if estimator.measure != "gaussian":
+        against = f"needs the Gaussian measure; got measure={estimator.measure!r}"
+    elif any(map(is_sharded, module.parameters())):
+        against = "turns whole parameters into an eigenbasis, which a sharded model does not hold"
+    elif preconditioner is not None:
+        against = "takes no preconditioner; give curvature="
+    if against is not None and method == "bridge":
+        raise ValueError(f"method='bridge' {against}; or use method='rays', a lower bound")
+    return against is None
+
+
+@dataclass
+class _Crossing:
+    """A bridge around one module."""
+
+    module: nn.Module
+    cost: Callable[[nn.Module], float | torch.Tensor]
+    cutoff: float
+    sigma: float | None
+    estimator: Estimator
+    settings: BridgeSettings
+    space: ParameterSpace
+    replicas: Replicas
+
+    def result(self, curvature: Curvature | None, progress: Callable[[int, int], None] | None) -> BridgeResult:
+        began = time.perf_counter()
+        with preserved(self.module), torch.no_grad(), self.replicas.together("local_volume"):
+            parameters = self.space.resolve(self.module)
+            require_finite(parameters, "weights")
+            for parameter in self.module.parameters():
+                parameter.requires_grad_(False)
+            for parameter in parameters.values():
+                parameter.requires_grad_(True)
+            flat = torch.cat([parameter.detach().reshape(-1) for parameter in parameters.values()])
+            flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
+            scale = float(flat.square().mean(dtype=torch.float64).sqrt()) if self.sigma is None else self.sigma
+            if not scale:
+                raise ValueError(
+                    "the selected parameters are all zero, so their root mean square is no sigma: give sigma="
+                )
+            anchor = float(getattr(self.cost, "at_anchor", self.cost)(self.module))
+            if not abs(anchor) < self.cutoff / 2:
+                raise ValueError(
+                    f"the cost at the anchor is {anchor:g} nats and must be about 0, well below the cutoff "
+                    f"{self.cutoff:g}; is it a difference from the present model, without dropout?"
+                )
+            modules: list[ModuleField] = []
+            try:
+                basis, cost, measured = self._field(curvature, flat, scale, modules)
+                pull = basis.inward(flat[None])[0] / scale**2
+                tilt = Tilt(1.0, 0.0, 1 / scale**2, basis.values, basis.values, pull)
+                options: dict[str, Any] = {"seed": self.estimator.seed, "replicas": self.replicas, "progress": progress}
+                found = Bridge(cost, tilt, self.cutoff, self.settings, **options).run()
+            finally:
+                for module in modules:
+                    module.restore()
+        counts = [
+            sum(pair)
+            for pair in zip(*self.replicas.gather_objects((cost.gradients + measured, cost.evaluations)), strict=True)
+        ]
+        return BridgeResult(
+            **found,
+            region=self.settings.region,
+            gradients=counts[0],
+            evaluations=counts[1],
+            chains=self.settings.chains,
+            dimension=self.space.numel,
+            sigma=scale,
+            cutoff=self.cutoff,
+            seed=self.estimator.seed,
+            seconds=time.perf_counter() - began,
+        )
+
+    def _field(
+        self, curvature: Curvature | None, flat: torch.Tensor, scale: float, modules: list[ModuleField]
+    ) -> tuple[Eigenbasis, Field, int]:
+        """The cost in the eigenbasis of its curvature, and the gradients that measuring that took."""
+        place: dict[str, Any] = {"device": flat.device, "dtype": flat.dtype}
+
+        def field_in(basis: Eigenbasis) -> Field:
+            if hasattr(self.cost, "of_points"):
+                return self._bounded(PointField(self.cost.of_points, flat, basis))
+            modules.append(ModuleField(self.module, self.cost, basis))
+            return self._bounded(modules[-1])
+
+        dimension, measured = self.space.numel, 0
+        if curvature is None:
+            if dimension > _MEASURED:
+                raise ValueError(
+                    f"method='bridge' measures the curvature of at most {_MEASURED} parameters itself; for {dimension} "
+                    "give curvature=: a KroneckerFisher, a ParameterVector (the diagonal), or a matrix"
+                )
+            ones = {name: torch.ones(shape) for name, shape in zip(self.space.names, self.space.shapes, strict=True)}
+            inner = field_in(Eigenbasis(self.space, ParameterVector(self.space, ones), **place))
+            curvature = central_hessian(inner, dimension, scale, **place)
+            measured = 2 * dimension if self.replicas.rank == 0 else 0  # every rank measures it for itself
+            for module in modules:
+                module.restore()
+        basis = Eigenbasis(self.space, curvature, **place)
+        return basis, field_in(basis), measured
+
+    def _bounded(self, cost: Field) -> Field:
+        if self.estimator.l2_reg:
+            cost = AddedTether(cost, self.estimator.l2_reg)
+        return StarField(cost, self.settings.ray_points) if self.settings.region == "star" else cost
 
 
 def _one_of(whole: Estimator | None, named: Estimator) -> Estimator:

@@ -18,8 +18,8 @@ from lightning_goldy.report.formatting import MISSING, format_number
 from lightning_goldy.report.reading import number, objects_of, text_of
 
 _LOWER_BOUND = (
-    "Each value is in expectation below the true log-volume, and a few directions dominate it. Only volumes of one "
-    "measure, sigma and cutoff compare."
+    "Each value along rays is a lower bound, in expectation below the true log-volume and in many dimensions far below "
+    "it. Only volumes of one measure, sigma and cutoff compare."
 )
 _NUMBER = ".6~g"
 _WHOLE = "datum.value % 1 ? '' : datum.value"
@@ -27,7 +27,7 @@ _WHOLE = "datum.value % 1 ? '' : datum.value"
 
 @register_figure("basin_volume", "trajectory", heading="The volume over the run", over="run", reads=("volumes",))
 def chart_volume_trajectory(rows: Sequence[Row]) -> Figure:
-    """The log-volume over the run with its bootstrap intervals, one line per split and cutoff.
+    """The lower bound over the run, one line per split and cutoff, and the volumes by a bridge with their errors.
 
     Args:
         rows: Of the analysis ``basin_volume``, ascending.
@@ -197,7 +197,9 @@ class CutoffCurve:
 
 
 def trajectories(rows: Sequence[Row]) -> dict[str, Line]:
-    """The log-volumes with their intervals over the run, by split and cutoff; notes tell proposal and sigma.
+    """The bounds over the run, by split and cutoff, and the volumes by a bridge, 1.96 errors to either side.
+
+    Notes tell proposal and sigma; rows that still hold a bootstrap interval of the bound keep it.
 
     Args:
         rows: Of the analysis ``basin_volume``, ascending.
@@ -217,6 +219,12 @@ def trajectories(rows: Sequence[Row]) -> dict[str, Line]:
             *numbers, sigma = _numbers(volume, ("log_volume", "interval_low", "interval_high", "sigma"), where)
             note = f"{volume.get('preconditioner', MISSING)}, sigma {format_number(_known(sigma))}"
             points.setdefault(text_of(volume, "label", where), []).append((row["step"], *numbers, note))
+        for bridge, where in _bridges(row):
+            value, error = _numbers(bridge, ("log_volume", "error"), where)
+            note = "by a bridge" + (f"; weak: {bridge['weak']}" if bridge.get("weak") else "")
+            ends = (value - 1.96 * error, value + 1.96 * error)
+            label = f"{text_of(bridge, 'label', where)} by a bridge"
+            points.setdefault(label, []).append((row["step"], value, *ends, note))
     columns = {label: zip(*line, strict=True) for label, line in points.items()}
     return {label: Line(x, y, low, high, notes=notes) for label, (x, y, low, high, notes) in columns.items()}
 
@@ -299,15 +307,29 @@ def trajectory_caption(rows: Sequence[Row]) -> str:
     used = {volume.get("preconditioner") for volume in volumes}
     measure = str(rows[-1]["result"].get("measure", MISSING)).replace("gaussian", "Gaussian")
     text = (
-        f"Log-volume of the region where the model says the same, under the {measure} measure, over "
-        f"{format_number(rows[-1]['result'].get('n_directions'))} directions, with 95 % bootstrap intervals: upwards "
-        f"is a wider basin. {_LOWER_BOUND}"
+        f"Log-volume of the region where the model says the same, under the {measure} measure, at least, over "
+        f"{format_number(rows[-1]['result'].get('n_directions'))} directions: upwards is a wider basin. {_LOWER_BOUND}"
     )
+    told = [bridge_sentence(bridge) for bridge, _ in _bridges(rows[-1])]
+    text = " ".join([text, *told])
     if len(sigmas) > 1:
         text += " The points here were measured at different sigmas, so they do not compare."
     if "none" in used and len(used) > 1:
         text += " Points without a preconditioner lie lower for that reason alone."
     return text
+
+
+def bridge_sentence(bridge: Mapping[str, Any]) -> str:
+    """What a bridge found, with its error, and what speaks against it.
+
+    Example:
+        >>> bridge_sentence({"label": "clean", "log_volume": -100.0, "error": 2.0, "method": "bridge", "weak": ""})
+        'The volume of clean by a bridge is -100 +- 2 nats (one standard error).'
+    """
+    how = "by weighted draws" if bridge.get("method") == "importance" else "by a bridge"
+    value, error = (format_number(bridge.get(name)) for name in ("log_volume", "error"))
+    text = f"The volume of {bridge.get('label')} {how} is {value} +- {error} nats (one standard error)."
+    return f"{text} Do not rely on it: {bridge['weak']}." if bridge.get("weak") else text
 
 
 def estimates_caption(row: Row) -> str:
@@ -362,6 +384,14 @@ def _volumes(row: Row) -> list[tuple[Mapping[str, Any], str]]:
     return [(volume, f"result.volumes[{index}]") for index, volume in enumerate(volumes)]
 
 
+def _bridges(row: Row) -> list[tuple[Mapping[str, Any], str]]:
+    """The volumes by a bridge, of which most rows have none."""
+    if "bridges" not in row["result"]:
+        return []
+    bridges = objects_of(row, "bridges", "a list of at least 0 objects", least=0)
+    return [(bridge, f"result.bridges[{index}]") for index, bridge in enumerate(bridges)]
+
+
 def _numbers(record: Mapping[str, Any], names: Sequence[str], where: str) -> list[float]:
     """Numbers of a record; missing ones are NaN."""
     return [number(record.get(name), f"{where}.{name}") for name in names]
@@ -374,17 +404,26 @@ _BASIN_VOLUME = Description(
         "probe stay within a Kullback-Leibler divergence of the cutoff, as a log-probability under the measure."
     ),
     reading=(
-        "A larger log-volume is a wider basin: more of the parameter space says the same. Every number is a lower "
-        "bound that a few directions dominate, so differences within the intervals mean nothing, and only volumes "
+        "A larger log-volume is a wider basin: more of the parameter space says the same. Every number along rays is "
+        "a lower bound, far below the volume where there are many parameters, so that only differences between "
+        "checkpoints along common directions mean something; a bridge states the volume with its error. Only volumes "
         "of one measure, sigma and cutoff compare. A large negative number is normal: it grows with the number of "
         "parameters, as bits per parameter does not."
     ),
     metrics={
         "log_volume": "log-mean-exp of the directions' estimates, nats; a lower bound in expectation",
         "lower_bound": "mean of the estimates, nats; by Jensen below the log-volume",
-        "interval_low": "lower end of the 95 % bootstrap interval of the log-volume, nats",
-        "interval_high": "upper end of that interval, nats",
-        "bits_per_parameter": "bits per parameter that it takes to name a point of the region",
+        "interval_low": "lower end of the bound's bootstrap interval over directions, nats; of earlier runs",
+        "interval_high": "upper end of that, nats; no interval of the volume",
+        "bits_per_parameter": "bits per parameter that name a point of the region, at most",
+        "bridge_log_volume": "the log-volume itself by a bridge, nats",
+        "bridge_error": "its standard error, nats",
+        "bridge_bits_per_parameter": "bits per parameter that it takes to name a point of the region",
+        "bridge_scaling_exponent": "d log V / d log cutoff at the saddle",
+        "bridge_learning_coefficient": "local learning coefficient from the same samples",
+        "bridge_sgld_learning_coefficient": "the same by Langevin dynamics at a fixed step",
+        "bridge_weak": "1 where something speaks against the bridge's number",
+        "bridge_gradients": "gradients that the bridge took",
         "spread": "standard deviation of the estimates, nats; a narrow one is no proof of accuracy",
         "effective_sample_size": "how many directions the volume rests on",
         "scaling_exponent": "d log V / d log cutoff, from slopes along the directions; D/2 at a regular minimum",
@@ -398,7 +437,8 @@ _BASIN_VOLUME = Description(
         "evaluations": "evaluations of the divergence, each one forward pass over the samples",
         "sigma": "standard deviation of the Gaussian measure",
         "eps": "damping of the preconditioner",
+        "kronecker_eps": "damping of the Kronecker factors beside the optimizer's moments",
     },
-    headline=("log_volume", "log_volume/*"),
+    headline=("bridge_log_volume", "log_volume", "log_volume/*"),
 )
 describe("basin_volume", _BASIN_VOLUME)

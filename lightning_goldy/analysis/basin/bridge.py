@@ -1,0 +1,634 @@
+"""The volume by a bridge from a Gaussian to the true cost, or by importance sampling where that Gaussian is good."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_goldy.analysis.basin.reference import Tilt, squares
+from lightning_goldy.analysis.basin.saddle import (
+    COUNTED,
+    Array,
+    Region,
+    Saddle,
+    controlled,
+    counted,
+    effective_share,
+    nested_rule,
+    saddle,
+    student,
+    trusted,
+    weighted_volume,
+)
+from lightning_goldy.analysis.basin.sampling import Chains, Field, langevin_coefficient
+from lightning_goldy.core.naming import require_at_least, require_choice
+from lightning_goldy.core.sharding import Replicas
+
+# Draws of the importance sampler: a first look, and all of them where that look is good.
+_LOOK, _DRAWS = 16, 128
+# Share of the draws that the weights must leave, or a chain is needed.
+_EFFECTIVE = 0.25
+# Share of the elements that the curvature, not the tether, may hold where a tethered walk begins.
+_CURVED = 0.02
+# Share of the gradients that finds the inverse temperature and lets the chains settle.
+_SETTLING = 0.35
+# Error of half of the log-variance of the cost, over that of one independent value from each visit of a chain.
+_DEPENDENT = 0.3
+# Gradients that half a stretch takes more, of each chain.
+_BETWEEN = 27
+# By how much a stretch of the chains may raise their cost.
+_STEEP = 3.0
+# Places of the tether at which the curvature is learnt.
+_STAGES = 7
+# Where the mean cost is farther from the quadratic one than this, the Gaussian is tethered closer.
+_FAR = 3.0
+
+
+@dataclass(frozen=True)
+class BridgeSettings:
+    """How a bridge is walked.
+
+    Args:
+        chains: Chains, at least 2: their spread is part of the error.
+        nodes: Intervals of each leg, 2, 4, 8, ...; the estimate with half of them is part of the error.
+        max_gradients: Gradients of the cost in all, each of the whole probe, over all chains; the best estimate within
+            them is returned.
+        region: ``connected``, all that can be reached at no more than the cost, or ``star``, what is seen from the
+            anchor along straight lines.
+        ray_points: Places on each line that ``star`` looks at, a forward pass each beside every gradient.
+        sgld_draws: Draws of Langevin dynamics that are compared with, beside ``max_gradients``, for each chain.
+        floor: Least curvature that masses are made for, as a share of the mean curvature.
+
+    Raises:
+        ValueError: A value is unknown or out of range.
+
+    Example:
+        >>> BridgeSettings(nodes=6)
+        Traceback (most recent call last):
+        ValueError: nodes must be a power of 2, at least 2; got 6
+    """
+
+    chains: int = 4
+    nodes: int = 8
+    max_gradients: int = 20_000
+    region: Region = "connected"
+    ray_points: int = 8
+    floor: float = 0.002
+    sgld_draws: int = 0
+
+    def __post_init__(self) -> None:
+        require_at_least("chains", self.chains, 2)
+        require_at_least("ray_points", self.ray_points, 1)
+        require_choice("region", self.region, get_args(Region))
+        if self.nodes < 2 or self.nodes & (self.nodes - 1):
+            raise ValueError(f"nodes must be a power of 2, at least 2; got {self.nodes}")
+        if not self.floor >= 0:
+            raise ValueError(f"floor must be at least 0; got {self.floor}")
+        if self.max_gradients < self.least:
+            raise ValueError(
+                f"max_gradients must be at least {self.least} for {self.chains} chains; got {self.max_gradients}"
+            )
+
+    @property
+    def least(self) -> int:
+        """Gradients that the shortest bridge takes."""
+        return self.chains * 100
+
+
+class _Node(NamedTuple):
+    leg: Literal["cost", "tether"]
+    place: float
+    tilt: Tilt
+    scale: float
+    """What the integrand of the leg is multiplied by: the length of its interval."""
+
+
+class _Visit(NamedTuple):
+    """What chains found at one node; every array of shape ``[chains, trajectories]``."""
+
+    costs: Array
+    integrand: Array
+    centred: Array
+    """The cost with its control variate taken off."""
+    distance: Array
+    acceptance: float
+
+
+class Bridge:
+    """Walks from a Gaussian to the true cost and back.
+
+    Args:
+        cost: The field.
+        tilt: At t = 0 with κ = 1/σ², any b; its curvature is the Gaussian's.
+        cutoff: c, nats.
+        settings: How.
+        seed: Decides all noise.
+        replicas: Ranks that share out the chains; the noise and the result do not depend on their number.
+        progress: Called with (gradients taken, gradients in all) on this rank.
+    """
+
+    def __init__(
+        self,
+        cost: Field,
+        tilt: Tilt,
+        cutoff: float,
+        settings: BridgeSettings,
+        *,
+        seed: int = 0,
+        replicas: Replicas = Replicas(),  # noqa: B008 - frozen
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.field, self.cutoff, self.settings, self.seed, self.replicas = cost, cutoff, settings, seed, replicas
+        self.tell = progress or (lambda done, total: None)
+        mean = float(tilt.curvature.mean(dtype=torch.float64))
+        self.start = tilt.at(floor=settings.floor * mean).solved(cutoff)
+        self.variance = 1 / tilt.kappa
+        self.numbers = replicas.share(range(settings.chains))
+        self.taken = 0
+        # What was learnt at each place of the tether: curvature, and steps.
+        self.learned: dict[float, Tensor] = {}
+        self.steps: dict[float, Tensor] = {}
+        self.here: Tilt | None = None
+        self.weak: list[str] = []
+
+    # Numbers of all chains, in their order, on every rank.
+    def _all(self, mine: Tensor) -> Array:
+        parts = self.replicas.gather_objects(dict(zip(self.numbers, mine.tolist(), strict=True)))
+        joined = {number: value for part in parts for number, value in part.items()}
+        return np.array([joined[number] for number in range(self.settings.chains)], dtype=np.float64)
+
+    def importance(self) -> tuple[Array, Array, float]:
+        """Costs and log-weights of draws of the Gaussian, and the share of them that the weights leave."""
+        costs: list[Array] = []
+        quadratic: list[Array] = []
+        chains = self._chains()
+        share = 0.0
+        for wanted in (_LOOK, _DRAWS):
+            while sum(map(len, costs)) < wanted:
+                x = chains.noise() * self.start.precision.rsqrt() + self.start.centre
+                costs.append(self._all(self.field.values(x)))
+                quadratic.append(self._all(squares(x, self.start.curvature).cpu() / 2))
+            weights = self.start.b * (np.concatenate(quadratic) - np.concatenate(costs))
+            share = effective_share(weights)
+            if share < _EFFECTIVE:
+                break
+        return np.concatenate(costs), np.concatenate(quadratic), share
+
+    def _chains(self) -> Chains:
+        mine = torch.empty(len(self.numbers), len(self.start.pull), device=self.start.pull.device)
+        return Chains(self.field, self.numbers, self.seed, mine.to(self.start.pull.dtype))
+
+    def tether(self) -> float:
+        """κ where the walk begins, per squared parameter unit.
+
+        The prior's own where the Gaussian's draws cost about what it says. Else so large that the curvature, which is
+        then wrong somewhere, hardly matters: the tether's own Gaussian is exact.
+        """
+        start, chains = self.start, self._chains()
+        x = torch.cat([chains.noise() * start.precision.rsqrt() + start.centre for _ in range(4)])
+        costs = np.mean([self._all(part).mean() for part in self.field.values(x).chunk(4)])
+        if 1 / _FAR <= costs / self.cutoff <= _FAR:
+            return start.kappa
+        kappa, least = start.kappa, max(_CURVED * len(start.pull), 3.0)
+        while start.b * start.at(kappa=kappa).mean_cost() > least:
+            kappa *= 2
+        return kappa
+
+    def run(self) -> dict[str, Any]:
+        """The fields of the result that a walk fills."""
+        costs, quadratic, share = self.importance()
+        if share >= _EFFECTIVE:
+            return self._by_importance(costs, quadratic, share)
+        self.chains = self._chains()
+        kappa = self.tether()
+        self.kappas = (kappa, self.start.kappa)
+        self.nodes = self._affordable(kappa > self.start.kappa)
+        self.chains.draw(self.start.at(kappa=kappa))
+        target = self._settled(self.start.at(t=1.0))
+        return self._walked(target) | {"effective_sample_size": share, "tether": kappa / self.start.kappa}
+
+    def _affordable(self, tethered: bool) -> int:
+        """Intervals of each leg: fewer where the budget does not give each node three trajectories and steps."""
+        nodes = self.settings.nodes
+        while nodes > 2 and self.settings.max_gradients < 2 * self.settings.chains * 24 * nodes * (1 + tethered):
+            nodes //= 2
+        if nodes < self.settings.nodes:
+            self.weak.append(f"max_gradients={self.settings.max_gradients} allow {nodes} intervals of each leg")
+        return nodes
+
+    def _spend(self, gradients: int) -> tuple[int, int]:
+        """Trajectories and their mean length that a number of gradients of all chains allows."""
+        step = math.exp(float(self._all(self.chains.steps).mean()))
+        length = max(1, min(self.chains.longest, round(math.pi / 2 / step), gradients // (2 * self.settings.chains)))
+        return max(1, gradients // (self.settings.chains * length)), length
+
+    def _move(self, tilt: Tilt, longest: int, gain: float = 0.0) -> None:
+        step = math.exp(float(self._all(self.chains.steps).mean()))
+        length = min(longest, self.chains.length(step))
+        self.chains.move(tilt, length, gain=gain)
+        self.taken += length * self.settings.chains
+        self.tell(min(self.taken, self.settings.max_gradients), self.settings.max_gradients)
+
+    def _carry(self, old: Tilt, new: Tilt, *, halvings: int = 3) -> None:
+        """Stretches the chains from one density to the next as the Gaussians that are like them are stretched.
+
+        Otherwise they arrive far from equilibrium, where trajectories that spread are refused and those that contract
+        are not. Where the stretch puts a chain on a slope, half of it is made first; in the end such a chain stays.
+        """
+        chains, like = self.chains, old.at(learned=new.learned)
+        before = chains.x, chains.costs, chains.gradients
+        chains.x = new.centre + (chains.x - like.centre) * (like.precision / new.precision).sqrt()
+        chains.look()
+        self.taken += self.settings.chains
+        kept = chains.costs <= _STEEP * before[1].clamp(min=0.1 * self.cutoff)
+        # Two trajectories between two halves must be a small part of what there is.
+        affordable = _BETWEEN * self.settings.chains < 0.02 * (self.settings.max_gradients - self.taken)
+        if halvings and affordable and not self._all(kept.double()).all():
+            chains.x, chains.costs, chains.gradients = before
+            middle = new.at(t=(old.t + new.t) / 2, kappa=math.sqrt(old.kappa * new.kappa))
+            self._carry(old, middle, halvings=halvings - 1)
+            for _ in range(2):
+                self._move(middle, chains.longest, gain=0.3)
+            self._carry(middle, new, halvings=halvings - 1)
+            return
+        where = kept.to(chains.x.device)[:, None]
+        chains.x = torch.where(where, chains.x, before[0])
+        chains.costs = torch.where(kept, chains.costs, before[1])
+        chains.gradients = torch.where(where, chains.gradients, before[2])
+
+    def _settled(self, target: Tilt) -> Tilt:
+        """The target with the inverse temperature of the cutoff and the curvature learnt from the chains there."""
+        high, low = self.kappas
+        budget = int(_SETTLING * self.settings.max_gradients)
+        if high > low:
+            stages = np.geomspace(high, low, _STAGES)[:-1]
+            for place, kappa in enumerate(stages):
+                end = 0.4 * budget * (place + 1) / len(stages)
+                stage = target.at(kappa=float(kappa))
+                if place:
+                    self._carry(target, stage)
+                target = self._round(stage, end, gain=0.3, cooling=None)
+                self._keep(target)
+        if high > low:
+            self._carry(target, target.at(kappa=low))
+        target, left = target.at(kappa=low), budget - self.taken
+        for number, share in enumerate((0.15, 0.35, 0.6, 1.0)):
+            end = budget - left * (1 - share)
+            target = self._round(target, end, gain=0.3 / (1 + number), cooling=number)
+        self._keep(target)
+        return target
+
+    def _keep(self, target: Tilt) -> None:
+        self.learned[target.kappa], self.steps[target.kappa] = target.learned, self.chains.steps
+
+    def _nearest(self, kappa: float) -> float:
+        return min(self.learned, key=lambda known: abs(math.log(known / kappa)))
+
+    def _round(self, target: Tilt, end: float, *, gain: float, cooling: int | None) -> Tilt:
+        """Moves the chains until so many gradients are taken, and learns the curvature from them.
+
+        Args:
+            target: The density.
+            end: Gradients.
+            gain: How strongly steps follow the acceptance.
+            cooling: Which of the rounds that seek the inverse temperature; None leaves it.
+        """
+        sums = [torch.zeros_like(target.pull, dtype=torch.float64) for _ in range(4)]
+        count, logs = 0, [math.log(target.b)]
+        means: list[float] = []
+        variates: list[float] = []
+        while self.taken < end:
+            self._move(target, max(1, int(end - self.taken) // self.settings.chains), gain=gain)
+            slope = target.slope(self.chains.x, self.chains.gradients)
+            if cooling is not None:
+                costs = self.chains.costs
+                means.append(float(self._all(costs).mean()))
+                mean = means[-1]
+                if cooling > 1:  # the curvature is known well enough to take off what its fluctuation explains
+                    variates.append(self._all(_identity(target, self.chains.x, slope, target.learned)).mean())
+                    sure = len(means) < 4 or trusted(np.array([means]), np.array([variates]))
+                    mean -= variates[-1] if sure else 0.0
+                shift = max(-1.0, min(1.0, math.log(mean / self.cutoff))) if math.isfinite(mean) and mean > 0 else 1.0
+                rate = 0.5 if cooling < 2 else 1 / (2 + count)
+                target = target.at(b=max(target.b * math.exp(rate * shift), 1e-9 / self.cutoff))
+                logs.append(math.log(target.b))
+            for row, grad in zip(self.chains.x.double(), slope.double(), strict=True):
+                for total, value in zip(sums, (row, row * row, grad, grad * grad), strict=True):
+                    total += value
+            count += 1
+        if cooling == 3:
+            target = target.at(b=math.exp(float(np.mean(logs[len(logs) // 2 :]))))
+        return target.at(learned=self._learned(target, sums, count))
+
+    def _learned(self, target: Tilt, sums: Sequence[Tensor], count: int) -> Tensor:
+        r"""Curvature of the cost, from :math:`\sqrt{\mathrm{Var}\, g / \mathrm{Var}\, x}` over gradients and points."""
+        total = count * self.settings.chains
+        if total < 6:
+            return target.learned
+        first, second, slope, slopes = (self.replicas.sum_(value) / total for value in sums)
+        points, gradients = second - first.square(), slopes - slope.square()
+        precision = (gradients.clamp(min=0) / points.clamp(min=1e-300)).sqrt()
+        found = ((precision - target.kappa) / target.b).clamp(min=0)
+        # In logarithms above the floor, drawn towards what was believed before as by some draws of its own.
+        floor = 0.1 * target.floor + 1e-300
+        logs = torch.lerp((target.learned.double() + floor).log(), (found + floor).log(), total / (total + 6.0))
+        return (logs.exp() - floor).clamp(min=0).to(torch.float32).to(target.pull.dtype)
+
+    def _path(self, target: Tilt) -> tuple[list[_Node], list[tuple[Array, Array]]]:
+        """The nodes from the Gaussian to the target, and the weights of each, fine and coarse."""
+        places, fine, coarse = nested_rule(self.nodes)
+        high, low = self.kappas
+
+        def node(leg: Literal["cost", "tether"], place: float, kappa: float, scale: float = 1.0) -> _Node:
+            t = place if leg == "cost" else 1.0
+            return _Node(leg, place, target.at(t=t, kappa=kappa, learned=self.learned[self._nearest(kappa)]), scale)
+
+        # Where the tether holds nearly all, the cost is a small thing to add.
+        few = nested_rule(max(2, self.nodes // 2)) if high > low else (places, fine, coarse)
+        nodes, rules = [node("cost", place, high) for place in few[0].tolist()], [few[1:]]
+        if high > low:
+            length = math.log(high / low)
+            nodes += [node("tether", place, high * math.exp(-place * length), length) for place in places.tolist()]
+            rules.append((fine, coarse))
+        return nodes, rules
+
+    def _visit(self, node: _Node, share: float, *, fresh: bool) -> _Visit:
+        """Lets the chains settle at a node, then watches them."""
+        tilt, chains = node.tilt, self.chains
+        if not fresh:
+            chains.steps = self.steps[self._nearest(tilt.kappa)]
+            if tilt.t > 0 and self.here is not None:
+                self._carry(self.here, tilt)
+        self.here = tilt
+        gradients = int(share * (self.settings.max_gradients - self.taken))
+        model = tilt.at(floor=0.0)
+        count, longest = self._spend(gradients)
+        settling = 0 if fresh else max(1, count // 3)
+        records: list[Tensor] = []
+        acceptance: list[float] = []
+        for turn in range(settling + max(2, count - settling)):
+            if tilt.t == 0:
+                chains.draw(tilt)
+                self.taken += self.settings.chains
+                if turn >= 2 * self.settings.nodes:
+                    break
+            else:
+                self._move(tilt, longest, gain=0.2 if turn < settling else 0.0)
+            if turn >= settling:
+                records.append(self._observed(node, model))
+                acceptance.append(float(self._all(chains.acceptance).mean()))
+        table = self._all(torch.stack(records, dim=1))  # [chains, trajectories, 5]
+        costs, integrand, control, cost_control, distance = np.moveaxis(table, -1, 0)
+        return _Visit(
+            costs,
+            controlled(integrand, control),
+            controlled(costs, cost_control),
+            distance,
+            1.0 if tilt.t == 0 else float(np.mean(acceptance)),
+        )
+
+    def _observed(self, node: _Node, model: Tilt) -> Tensor:
+        """Cost, integrand, the control variates of both, and half the squared distance, ``[chains, 5]``."""
+        tilt, x = node.tilt, self.chains.x
+        slope = tilt.slope(x, self.chains.gradients)
+        cost, half = self.chains.costs.to(x.device), squares(x) / 2
+        of_cost = _identity(model, x, slope, model.learned)
+        if node.leg == "tether":
+            integrand, control = half * tilt.kappa, _identity(model, x, slope, tilt.kappa)
+            integrand, control = integrand * node.scale, control * node.scale
+        else:
+            integrand = tilt.b * (squares(x, tilt.curvature) / 2 - cost)
+            control = tilt.b * (_identity(model, x, slope, tilt.curvature) - of_cost)
+        return torch.stack([cost, integrand, control, of_cost, half], dim=-1).cpu()
+
+    def _walked(self, target: Tilt) -> dict[str, Any]:
+        nodes, rules = self._path(target)
+        weights = np.concatenate([fine for fine, _ in rules])
+        coarse = np.concatenate([rule for _, rule in rules])
+        last = len(nodes) - 1
+        # The target's moments make the saddle, so it is watched for longer.
+        tethered = self.kappas[0] > self.kappas[1]
+        shares = np.array([1 + 3 * node.place if node.leg == "tether" else 1 - 0.7 * tethered for node in nodes])
+        shares[last] = 4.0
+        passes: list[dict[int, _Visit]] = []
+        total, done = 2 * shares.sum(), 0.0
+        for order in (range(last, -1, -1), range(last + 1)):
+            found = {}
+            for turn, place in enumerate(order):
+                share = shares[place] / (total - done)
+                found[place] = self._visit(nodes[place], share, fresh=place == last and turn == 0)
+                done += shares[place]
+            passes.append(found)
+        base = target.at(t=0.0, kappa=self.kappas[0]).log_normaliser(self.variance)
+        return self._summed(target, nodes, passes, weights, coarse, base)
+
+    def _summed(
+        self,
+        target: Tilt,
+        nodes: list[_Node],
+        passes: list[dict[int, _Visit]],
+        weights: Array,
+        coarse: Array,
+        base: float,
+    ) -> dict[str, Any]:
+        last = len(nodes) - 1
+
+        def integral(rule: Array, part: slice | None = None) -> Array:  # [passes, chains]
+            means = [
+                np.stack([_part(found[place].integrand, part).mean(axis=1) for place in range(last + 1)])
+                for found in passes
+            ]
+            return np.stack([rule @ mean for mean in means])
+
+        whole = integral(weights)
+        chains = whole.shape[1]
+        spread = whole.mean(axis=0).std(ddof=1) / math.sqrt(chains) * student(chains)
+        halves = integral(weights, slice(0, 1)), integral(weights, slice(1, 2))
+        drift, drift_noise = _difference(*halves)
+        there, back = whole
+        loop, loop_noise = _difference(there[None], back[None])
+        schedule = float(abs((weights - coarse) @ self._means(passes, last)))
+        level = base + float(whole.mean())
+        point, mean, variance, noise = self._crossed(target, passes, last, level)
+        parts = {
+            "chains": float(spread),
+            "halves": max(0.0, abs(drift) - drift_noise),
+            "directions": max(0.0, abs(loop) - loop_noise) / 2,
+            "schedule": schedule,
+            "saddle": noise,
+        }
+        value = point.log_volume
+        acceptance = float(np.mean([found[place].acceptance for found in passes for place in found]))
+        ways = (halves[1] - halves[0]).mean(axis=1)  # of either pass
+        sure = bool((ways > 0).all() or (ways < 0).all())
+        self._doubt(drift, drift_noise, loop, loop_noise, mean, acceptance, value, passes[-1][last], sure)
+        return {
+            "log_volume": value,
+            "error": math.sqrt(math.fsum(part**2 for part in parts.values())),
+            "method": "bridge",
+            "inverse_temperature": point.b,
+            "log_normaliser": point.log_normaliser,
+            "mean_cost": mean,
+            "cost_deviation": math.sqrt(variance),
+            "learning_coefficient": target.b * mean,
+            "sgld": self._langevin(target),
+            "parts": parts,
+            "trace": self._trace(nodes, passes),
+            "acceptance": acceptance,
+            "nodes": self.nodes,
+            "weak": "; ".join(self.weak),
+        }
+
+    def _langevin(self, tilt: Tilt) -> dict[str, float]:
+        """What Langevin dynamics from the anchor says, with its spread and its drift."""
+        draws = self.settings.sgld_draws
+        if not draws:
+            return {}
+        chains = self._chains()
+        chains.x = torch.zeros_like(chains.x)
+        found = self._all(langevin_coefficient(chains, tilt.at(t=1.0, kappa=self.start.kappa), draws=draws))
+        middle = draws // 2
+        return {
+            "learning_coefficient": float(found[:, middle:].mean()),
+            "chain_spread": float(found[:, middle:].mean(axis=1).std(ddof=1)),
+            "drift": float(found[:, middle:].mean() - found[:, :middle].mean()) if middle else math.nan,
+            "draws": draws,
+        }
+
+    def _means(self, passes: list[dict[int, _Visit]], last: int) -> Array:
+        return np.array([np.mean([found[place].integrand.mean() for found in passes]) for place in range(last + 1)])
+
+    def _crossed(
+        self, target: Tilt, passes: list[dict[int, _Visit]], last: int, level: float
+    ) -> tuple[Saddle, float, float, float]:
+        """The saddle, the mean and the variance of the cost, and the error that they bring, by leaving out chains."""
+        rows = [
+            (row, centred)
+            for found in passes
+            for row, centred in zip(found[last].costs, found[last].centred, strict=True)
+        ]
+
+        def point(without: int | None = None) -> tuple[Saddle, float, float]:
+            kept = [pair for place, pair in enumerate(rows) if place != without]
+            costs, centred = (np.concatenate(column) for column in zip(*kept, strict=True))
+            mean, variance = float(centred.mean()), float(costs.var(ddof=1))
+            found = saddle(level, target.b, mean, variance, self.cutoff)
+            if found.width < COUNTED:
+                inside = counted(level, target.b, costs, self.cutoff)
+                found = found._replace(log_volume=inside, b=target.b, log_normaliser=level)
+            return found, mean, variance
+
+        blocks = len(rows)
+        others = np.array([point(block)[0].log_volume for block in range(blocks)])
+        found, mean, variance = point()
+        spread = float(others.std()) * math.sqrt(blocks - 1) * student(blocks)
+        # Chains that depend on themselves know their variance worse than leaving one out tells.
+        widened = math.hypot(spread, _DEPENDENT * math.sqrt(2 / blocks))
+        return found, mean, variance, math.hypot(widened, 1 / (8 * max(found.width, 0.5) ** 2))
+
+    def _doubt(
+        self,
+        drift: float,
+        noise: float,
+        loop: float,
+        loop_noise: float,
+        mean: float,
+        acceptance: float,
+        value: float,
+        visit: _Visit,
+        sure: bool,
+    ) -> None:
+        """Notes what speaks against the number, and where both ways drift alike, on which side it lies."""
+        if abs(drift) > max(2 * noise, 1.0, 2e-3 * abs(value)):
+            way = f": the volume is {'too low' if drift > 0 else 'too high'}" if sure else ""
+            self.weak.append(f"the chains still drift, by {drift:+.3g} nats between halves{way}")
+        if abs(loop) > max(2 * loop_noise, 1.0, 5e-3 * abs(value)):
+            self.weak.append(f"the way back differs from the way there by {loop:+.3g} nats")
+        if not 0.5 < mean / self.cutoff < 2:
+            self.weak.append(f"the samples cost {mean:.3g} nats on average where the cutoff is {self.cutoff:g}")
+        if acceptance < 0.3:
+            self.weak.append(f"only {acceptance:.0%} of the trajectories were accepted")
+        if visit.costs.size < 32:
+            self.weak.append(f"only {visit.costs.size} samples at the cutoff")
+
+    def _trace(self, nodes: list[_Node], passes: list[dict[int, _Visit]]) -> list[dict[str, Any]]:
+        rows = []
+        for number, found in enumerate(passes):
+            for place, visit in found.items():
+                numbers = {
+                    "mean_cost": float(visit.costs.mean()),
+                    "distance": float(visit.distance.mean()),
+                    "integrand": float(visit.integrand.mean()),
+                    "acceptance": visit.acceptance,
+                }
+                node = nodes[place]
+                rows.append(
+                    {"way": ("there", "back")[number], "leg": node.leg, "place": node.place, "kappa": node.tilt.kappa}
+                    | numbers
+                    | {"samples": visit.costs.size}
+                )
+        return rows
+
+    def _by_importance(self, costs: Array, quadratic: Array, share: float) -> dict[str, Any]:
+        """The volume from weighted draws; its error by leaving out one after the other."""
+        base = self.start.log_normaliser(self.variance)
+        whole = weighted_volume(costs, quadratic, self.start.b, base, self.cutoff)
+        count = len(costs)
+        others = [
+            weighted_volume(np.delete(costs, place), np.delete(quadratic, place), self.start.b, base, self.cutoff)[0]
+            for place in range(count)
+        ]
+        value, b, mean, deviation, log_normaliser = whole
+        noise = float(np.std(others) * math.sqrt(count - 1))
+        parts = {"draws": noise, "saddle": 1 / (8 * max(b * deviation, 0.5) ** 2)}
+        return {
+            "log_volume": value,
+            "error": math.hypot(*parts.values()),
+            "method": "importance",
+            "inverse_temperature": b,
+            "log_normaliser": log_normaliser,
+            "mean_cost": mean,
+            "cost_deviation": deviation,
+            "learning_coefficient": b * mean,
+            "sgld": self._langevin(self.start.at(b=b)),
+            "parts": parts,
+            "trace": [],
+            "acceptance": 1.0,
+            "nodes": 0,
+            "weak": "",
+            "effective_sample_size": share,
+            "tether": 1.0,
+        }
+
+
+def _identity(model: Tilt, x: Tensor, slope: Tensor, weights: Tensor | float) -> Tensor:
+    """What Stein's identity knows to have mean 0, shape ``[chains]``, float64.
+
+    Where the density is the model's Gaussian it is half of the weighted squares less their mean; where it is not, its
+    mean is 0 all the same.
+    """
+    precision = model.precision
+    centre = -model.pull / precision
+    term = ((x - centre) * slope - 1) / 2 + centre * slope
+    return (term * (weights / precision)).sum(-1, dtype=torch.float64)
+
+
+def _part(table: Array, part: slice | None) -> Array:
+    if part is None:
+        return table
+    middle = table.shape[1] // 2
+    return table[:, middle:] if part.start else table[:, : max(middle, 1)]
+
+
+def _difference(first: Array, second: Array) -> tuple[float, float]:
+    """Second less first over chains, and the error of that."""
+    difference = (second - first).mean(axis=0)
+    return float(difference.mean()), float(difference.std(ddof=1) / math.sqrt(len(difference))) * student(
+        len(difference)
+    )

@@ -1,0 +1,326 @@
+"""Chains that sample a tilted density: preconditioned Hamiltonian Monte Carlo, corrected by Metropolis."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lightning_goldy.analysis.basin.reference import Eigenbasis, Tilt, squares
+from lightning_goldy.analysis.divergence import AnchoredDivergence
+from lightning_goldy.core.directions import derived_seed
+
+# Acceptance that steps are adapted to.
+_ACCEPTANCE = 0.75
+# A trajectory turns by about a quarter of a period of a Gaussian, jittered so that none is periodic.
+_QUARTER = math.pi / 2
+
+
+class Field(Protocol):
+    """A cost at displacements from an anchor, in an eigenbasis.
+
+    Attributes:
+        gradients: Gradients taken so far, one for each point.
+        evaluations: Costs taken without a gradient so far, one for each point.
+    """
+
+    gradients: int
+    evaluations: int
+
+    def values(self, points: Tensor) -> Tensor:
+        """Costs of ``[points, D]``, shape ``[points]``, float64, nats; infinite where it is not finite."""
+
+    def slopes(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """The same with the gradients, shape ``[points, D]``."""
+
+
+class PointField:
+    """The field of a cost that takes many points at once.
+
+    Args:
+        cost: ``cost(points)``, of flat parameters ``[points, D]`` shape ``[points]``, nats; differentiable.
+        anchor: Flat parameters, shape ``[D]``.
+        basis: Of the points.
+    """
+
+    def __init__(self, cost: Callable[[Tensor], Tensor], anchor: Tensor, basis: Eigenbasis) -> None:
+        self.cost, self.anchor, self.basis = cost, anchor, basis
+        self.gradients = self.evaluations = 0
+
+    def values(self, points: Tensor) -> Tensor:
+        """Costs of the points, nats."""
+        self.evaluations += len(points)
+        with torch.no_grad():
+            return _finite(self.cost(self.anchor + self.basis.outward(points)).double())
+
+    def slopes(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Costs and gradients."""
+        self.gradients += len(points)
+        with torch.enable_grad():
+            moved = (self.anchor + self.basis.outward(points)).requires_grad_()
+            costs = self.cost(moved)
+            (gradient,) = torch.autograd.grad(costs.sum(), moved)
+        return _finite(costs.detach().double()), self.basis.inward(gradient)
+
+
+class ModuleField:
+    """The field of a cost of a module, one point after the other; the caller puts the parameters back.
+
+    Args:
+        module: The module at the anchor, in the mode in which the cost is taken.
+        cost: ``cost(module)``, nats: an :class:`~lightning_goldy.analysis.divergence.AnchoredDivergence`, or a function
+            whose value can be differentiated.
+        basis: Of the points; names the parameters.
+    """
+
+    def __init__(self, module: nn.Module, cost: Callable[[nn.Module], Any], basis: Eigenbasis) -> None:
+        self.module, self.cost, self.basis = module, cost, basis
+        self.parameters = basis.space.resolve(module)
+        self.anchor = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        self.gradients = self.evaluations = 0
+
+    def values(self, points: Tensor) -> Tensor:
+        """Costs of the points, nats."""
+        self.evaluations += len(points)
+        costs = []
+        with torch.no_grad():
+            for row in self.basis.outward(points):
+                self._move(row)
+                costs.append(float(self.cost(self.module)))
+        return _finite(torch.tensor(costs, dtype=torch.float64))
+
+    def slopes(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Costs and gradients."""
+        self.gradients += len(points)
+        costs, gradients = [], torch.empty_like(points)
+        for place, row in enumerate(self.basis.outward(points)):
+            self._move(row)
+            with torch.enable_grad():
+                if isinstance(self.cost, AnchoredDivergence):
+                    costs.append(self.cost.backward(self.module))
+                else:
+                    value = self.cost(self.module)
+                    value.backward()
+                    costs.append(float(value.detach()))
+            flat = [
+                torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                for parameter in self.parameters.values()
+            ]
+            gradients[place] = torch.cat([gradient.reshape(-1).to(points.dtype) for gradient in flat])
+            for parameter in self.module.parameters():
+                parameter.grad = None
+        return _finite(torch.tensor(costs, dtype=torch.float64)), self.basis.inward(gradients)
+
+    def _move(self, row: Tensor) -> None:
+        with torch.no_grad():
+            for part, (name, parameter) in zip(row.split(self.basis.sizes), self.parameters.items(), strict=True):
+                parameter.copy_(self.anchor[name] + part.view(parameter.shape))
+        # Inside autocast a low-precision copy of the old weight may be cached and would be used in its place.
+        torch.clear_autocast_cache()
+
+    def restore(self) -> None:
+        """Puts the anchor's parameters back, bit for bit."""
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(self.anchor[name])
+        torch.clear_autocast_cache()
+
+
+class StarField:
+    r"""The largest cost along the way from the anchor, so that what lies behind a ridge is outside.
+
+    .. math:: K^*(x) = \max_{j = 1 \dots m} K(\tfrac jm x)
+
+    Args:
+        inner: The field of the cost.
+        points: m, places looked at on each way.
+    """
+
+    def __init__(self, inner: Field, points: int = 8) -> None:
+        self.inner, self.points = inner, points
+
+    @property
+    def gradients(self) -> int:
+        """Gradients taken so far."""
+        return self.inner.gradients
+
+    @property
+    def evaluations(self) -> int:
+        """Costs taken without a gradient so far."""
+        return self.inner.evaluations
+
+    def _shares(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        shares = torch.arange(1, self.points + 1, device=points.device) / self.points
+        costs = torch.stack([self.inner.values(points * share) for share in shares.to(points.dtype)])  # [m, points]
+        highest, place = costs.max(dim=0)
+        return highest, shares[place.to(shares.device)].to(points.dtype)
+
+    def values(self, points: Tensor) -> Tensor:
+        """Largest costs, nats."""
+        return self._shares(points)[0]
+
+    def slopes(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Largest costs and their gradients, which are those at the place times its share of the way."""
+        share = self._shares(points)[1][:, None]
+        costs, gradients = self.inner.slopes(points * share)
+        return costs, gradients * share
+
+
+class AddedTether:
+    """A field with half of a weight times the squared distance added.
+
+    Args:
+        inner: The field of the cost.
+        weight: Nats per squared parameter unit.
+    """
+
+    def __init__(self, inner: Field, weight: float) -> None:
+        self.inner, self.weight = inner, weight
+
+    @property
+    def gradients(self) -> int:
+        """Gradients taken so far."""
+        return self.inner.gradients
+
+    @property
+    def evaluations(self) -> int:
+        """Costs taken without a gradient so far."""
+        return self.inner.evaluations
+
+    def values(self, points: Tensor) -> Tensor:
+        """Costs, nats."""
+        return self.inner.values(points) + self.weight / 2 * squares(points).cpu()
+
+    def slopes(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Costs and gradients."""
+        costs, gradients = self.inner.slopes(points)
+        return costs + self.weight / 2 * squares(points).cpu(), gradients + self.weight * points
+
+
+def _finite(costs: Tensor) -> Tensor:
+    return torch.nan_to_num(costs.cpu(), nan=math.inf, posinf=math.inf)
+
+
+@dataclass
+class Chains:
+    """Several chains of one density, each with noise and a step of its own.
+
+    Args:
+        field: The cost.
+        numbers: Which chains these are, of all; decides their noise.
+        seed: Decides the noise.
+        x: Where they are, shape ``[chains, D]``.
+        longest: Leapfrog steps of a trajectory at most.
+
+    Attributes:
+        costs: There, shape ``[chains]``, nats.
+        gradients: There, of the cost.
+        steps: Log of each chain's step, shape ``[chains]``; in units of the masses' natural time.
+    """
+
+    field: Field
+    numbers: Sequence[int]
+    seed: int
+    x: Tensor
+    longest: int = 12
+    costs: Tensor = field(init=False)
+    gradients: Tensor = field(init=False)
+    steps: Tensor = field(init=False)
+    acceptance: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.generators = [
+            torch.Generator("cpu").manual_seed(derived_seed(self.seed, "chain", number)) for number in self.numbers
+        ]
+        self.turns = torch.Generator("cpu").manual_seed(derived_seed(self.seed, "turns"))
+        first = math.log(1.5) - 0.25 * math.log(self.x.shape[-1])
+        self.steps = torch.full((len(self.numbers),), first, dtype=torch.float64)
+        self.acceptance = torch.full_like(self.steps, _ACCEPTANCE)
+
+    def look(self) -> None:
+        """Takes cost and gradient where the chains are."""
+        self.costs, self.gradients = self.field.slopes(self.x)
+
+    def noise(self) -> Tensor:
+        """Standard normal numbers, shape ``[chains, D]``, the same on every device and however chains are shared."""
+        size = self.x.shape[-1]
+        drawn = [torch.randn(size, generator=own, device="cpu") for own in self.generators]
+        return torch.stack(drawn).to(self.x.device, self.x.dtype) if drawn else torch.empty_like(self.x)
+
+    def draw(self, tilt: Tilt) -> None:
+        """Puts the chains at independent draws of the Gaussian at t = 0."""
+        self.x = _drawn(tilt, self.noise())
+        self.look()
+
+    def length(self, step: float) -> int:
+        """Leapfrog steps of the next trajectory, jittered."""
+        jitter = 0.7 + 0.6 * float(torch.rand((), generator=self.turns, device="cpu"))
+        return max(1, min(self.longest, round(jitter * _QUARTER / step)))
+
+    def move(self, tilt: Tilt, length: int, *, gain: float = 0.0) -> None:
+        """One trajectory of every chain, accepted or not.
+
+        Args:
+            tilt: The density.
+            length: Leapfrog steps.
+            gain: How strongly steps follow the acceptance; 0 leaves them.
+        """
+        mass = tilt.mass
+        step = self.steps.exp().to(self.x.device, self.x.dtype)[:, None]
+        p = self.noise() * mass.sqrt()
+        x, costs, gradients = self.x, self.costs, self.gradients
+        before = tilt.energy(x, costs.to(x.device)) + squares(p, 1 / mass) / 2
+        slope = tilt.slope(x, gradients)
+        for _ in range(length):
+            p = p - 0.5 * step * slope
+            x = x + step * p / mass
+            costs, gradients = self.field.slopes(x)
+            slope = tilt.slope(x, gradients)
+            p = p - 0.5 * step * slope
+        after = tilt.energy(x, costs.to(x.device)) + squares(p, 1 / mass) / 2
+        change = torch.nan_to_num(after - before, nan=math.inf).cpu()
+        uniform = [float(torch.rand((), generator=own, device="cpu", dtype=torch.float64)) for own in self.generators]
+        self.acceptance = (-change).clamp(max=0).exp()
+        accepted = self.acceptance > torch.tensor(uniform, dtype=torch.float64)
+        where = accepted.to(x.device)[:, None]
+        self.x = torch.where(where, x, self.x)
+        self.gradients = torch.where(where, gradients, self.gradients)
+        self.costs = torch.where(accepted, costs, self.costs)
+        if gain:
+            self.steps = self.steps + gain * (self.acceptance - _ACCEPTANCE)
+
+
+def langevin_coefficient(chains: Chains, tilt: Tilt, *, draws: int = 100, step: float = 0.5) -> Tensor:
+    r"""The learning coefficient by Langevin dynamics with a fixed step and no correction, as is usual in the field.
+
+    .. math:: x \leftarrow x - \tfrac\epsilon2 \big(b \nabla K(x) + \kappa x\big) + \sqrt\epsilon\, \eta,
+        \qquad \hat\lambda = b\, \langle K \rangle
+
+    Args:
+        chains: Where it starts; moved.
+        tilt: Gives b, κ (the localisation) and the largest curvature.
+        draws: Steps of each chain.
+        step: ε in units of the steepest direction's variance.
+
+    Returns:
+        b K of every draw, shape ``[chains, draws]``.
+
+    Source: Lau et al., "The Local Learning Coefficient: A Singularity-Aware Complexity Measure" (2023).
+    """
+    epsilon = step / (tilt.b * float(tilt.curvature.max()) + tilt.kappa)
+    chains.look()
+    costs = []
+    for _ in range(draws):
+        slope = chains.gradients * tilt.b + chains.x * tilt.kappa
+        chains.x = chains.x - epsilon / 2 * slope + math.sqrt(epsilon) * chains.noise()
+        chains.look()
+        costs.append(chains.costs)
+    return tilt.b * torch.stack(costs, dim=1)
+
+
+def _drawn(tilt: Tilt, noise: Tensor) -> Tensor:
+    return noise * tilt.precision.rsqrt() + tilt.centre

@@ -1,0 +1,286 @@
+"""The bridge: exact volumes, errors that cover, what it refuses, and what it leaves behind."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_goldy.analysis import basin_volume, local_volume
+from lightning_goldy.analysis.basin import BridgeResult, BridgeSettings, paired_difference
+from lightning_goldy.analysis.basin.reference import Eigenbasis, Tilt
+from lightning_goldy.analysis.basin.saddle import controlled, counted, saddle
+from lightning_goldy.analysis.divergence import AnchoredDivergence
+from lightning_goldy.core import CausalLMObjective, ClassifierObjective, ParameterSpace, ParameterVector
+from tests.references.models import build, token_batch
+from tests.references.volume import quadratic_volume_reference, radial_volume_reference
+
+CUTOFF = 1e-2
+
+
+class Flat(nn.Module):
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self.value = nn.Parameter(values.clone())
+
+
+class Quadratic:
+    """Half the weighted squared distance from where the anchor is, of one module or of many points."""
+
+    def __init__(self, anchor: Tensor, curvature: Tensor, turn: Tensor | None = None) -> None:
+        self.anchor, self.curvature, self.turn = anchor, curvature, turn
+
+    def of_points(self, points: Tensor) -> Tensor:
+        x = points - self.anchor
+        x = x if self.turn is None else x @ self.turn
+        return 0.5 * (self.curvature * x * x).sum(-1)
+
+    def __call__(self, module: nn.Module) -> Tensor:
+        return self.of_points(next(module.parameters())[None])[0]
+
+
+def quadratic(dimension: int, seed: int = 0) -> tuple[Flat, Quadratic, Tensor, float]:
+    """A wide spectrum around a random anchor, a curvature known up to a factor, and the true log-volume."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    curvature = torch.logspace(-3, 3, dimension, dtype=torch.float64)
+    anchor = torch.randn(dimension, generator=generator, dtype=torch.float64)
+    noise = torch.randn(dimension, generator=generator, dtype=torch.float64).exp()
+    truth = quadratic_volume_reference(curvature, anchor, CUTOFF)
+    return Flat(anchor), Quadratic(anchor, curvature), curvature * noise, truth
+
+
+def vector(module: nn.Module, values: Tensor) -> ParameterVector:
+    return ParameterVector(ParameterSpace.of(module), {"value": values})
+
+
+def bridge(module: nn.Module, cost: Any, curvature: Any, seed: int = 0, **options: Any) -> BridgeResult:
+    settings = BridgeSettings(**{"chains": 8, "max_gradients": 3200} | options)
+    options = {"method": "bridge", "cutoff": CUTOFF, "sigma": 1.0, "seed": seed}
+    return local_volume(module, cost, curvature=curvature, bridge=settings, **options)
+
+
+@pytest.mark.parametrize("dimension", [20, 200])
+def test_a_quadratic_of_badly_known_curvature_has_its_volume(dimension: int) -> None:
+    module, cost, noisy, truth = quadratic(dimension)
+    result = bridge(module, cost, vector(module, noisy))
+    assert result.method == "bridge"
+    assert abs(result.log_volume - truth) < min(3.0, 2 * result.error + 0.2)
+    assert result.error < 1
+    assert result.weak == ""
+    assert result.gradients <= 3200 + 8 * 12
+    rays = local_volume(module, cost, cutoff=CUTOFF, sigma=1.0, n_directions=20)
+    assert rays.log_volume < truth - 10
+    assert result.scaling_exponent == pytest.approx(dimension / 2, rel=0.05)
+    assert result.learning_coefficient == pytest.approx(result.scaling_exponent, rel=0.1)
+
+
+@pytest.mark.parametrize("dimension", [30, 2000])
+def test_where_curvature_is_good_draws_are_enough(dimension: int) -> None:
+    module, cost, _, truth = quadratic(dimension)
+    result = bridge(module, cost, vector(module, cost.curvature))
+    assert (result.method, result.gradients, result.evaluations) == ("importance", 0, 128)
+    assert abs(result.log_volume - truth) < 2 * result.error + 0.1
+    assert 0.01 < result.error < 0.3
+
+
+def test_curvature_is_measured_where_it_is_not_given_and_may_be_turned() -> None:
+    _, cost, _, truth = quadratic(16)
+    generator = torch.Generator().manual_seed(3)
+    turn = torch.linalg.qr(torch.randn(16, 16, generator=generator, dtype=torch.float64))[0]
+    turned = Quadratic(cost.anchor @ turn.T, cost.curvature, turn)
+    result = bridge(Flat(turned.anchor), turned, None)
+    assert (result.method, result.gradients) == ("importance", 32)
+    assert abs(result.log_volume - truth) < 3 * result.error
+    whole = bridge(Flat(turned.anchor), turned, turn @ torch.diag(cost.curvature) @ turn.T)
+    assert whole.log_volume == pytest.approx(result.log_volume, abs=1e-3)
+    with pytest.raises(ValueError, match="at most 512 parameters itself; for 600 give curvature="):
+        bridge(*quadratic(600)[:2], None)
+
+
+def saturating(dimension: int, seed: int) -> BridgeResult:
+    """Around an anchor at 0 a cost that flattens: 1 - exp(-|x|^2 / 2 s^2)."""
+    module, level = Flat(torch.zeros(dimension, dtype=torch.float64)), 0.3
+
+    class Saturating(Quadratic):
+        def of_points(self, points: Tensor) -> Tensor:
+            return -torch.expm1(-points.square().sum(-1) / (2 * level**2 * dimension))
+
+    cost = Saturating(module.value.detach(), torch.ones(dimension))
+    curvature = vector(module, torch.full((dimension,), 1 / (level**2 * dimension), dtype=torch.float64))
+    options = {"method": "bridge", "cutoff": 0.5, "sigma": 1.0, "seed": seed, "curvature": curvature}
+    return local_volume(module, cost, bridge=BridgeSettings(chains=8, max_gradients=3200), **options)
+
+
+def test_a_saturating_cost_has_the_volume_of_its_ball() -> None:
+    radius = math.sqrt(2 * 0.3**2 * 200 * math.log(2))
+    truth = radial_volume_reference(radius, 200)
+    result = saturating(200, 0)
+    assert abs(result.log_volume - truth) < 3
+    assert abs(result.log_volume - truth) < 3 * result.error + 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dimension", [50, 200, 1000])
+def test_the_stated_errors_cover(dimension: int) -> None:
+    inside = []
+    for seed in range(20):
+        module, cost, noisy, truth = quadratic(dimension, seed)
+        result = bridge(module, cost, vector(module, noisy), seed, max_gradients=12_000)
+        assert abs(result.log_volume - truth) < 3 + 2 * result.error
+        low, high = result.interval()
+        inside.append(low <= truth <= high)
+    assert sum(inside) >= 18
+
+
+def test_a_star_leaves_out_what_lies_behind_a_ridge() -> None:
+    module = Flat(torch.zeros(2, dtype=torch.float64))
+
+    class Ridge(Quadratic):
+        """Round, with a ring of cost between the radii 1 and 2."""
+
+        def of_points(self, points: Tensor) -> Tensor:
+            r = points.square().sum(-1)
+            return 0.05 * r + 2 * torch.exp(-4 * (r - 2.0) ** 2)
+
+    ridge, flat = Ridge(module.value.detach(), torch.ones(2)), torch.full((2,), 0.1, dtype=torch.float64)
+    found = {}
+    for region in ("star", "connected"):
+        settings = BridgeSettings(region=region, chains=8, max_gradients=8000, ray_points=12)
+        options = {"method": "bridge", "cutoff": 0.2, "sigma": 1.0, "curvature": vector(module, flat)}
+        found[region] = local_volume(module, ridge, bridge=settings, **options)
+    r = np.linspace(0, 6, 600_001)
+    cost = 0.05 * r**2 + 2 * np.exp(-4 * (r**2 - 2.0) ** 2)
+    density = r * np.exp(-(r**2) / 2) * (r[1] - r[0])
+    whole = math.log(density[cost <= 0.2].sum())
+    star = math.log(density[np.maximum.accumulate(cost) <= 0.2].sum())
+    assert star < whole - 0.05
+    assert found["star"].log_volume == pytest.approx(star, abs=3 * found["star"].error + 0.1)
+    assert found["connected"].log_volume == pytest.approx(whole, abs=3 * found["connected"].error + 0.1)
+
+
+def test_the_saddle_is_stirlings_and_counting_agrees_in_few_dimensions() -> None:
+    # Under a flat measure K ~ Gamma(k, b), and V = c^k / k!.
+    k, c = 30.0, 0.4
+    b = 1.1 * k / c
+    found = saddle(-k * math.log(b), b, k / b, k / b**2, c)
+    assert found.log_volume == pytest.approx(k * math.log(c) - math.lgamma(k + 1), abs=1 / (6 * k))
+    draws = np.random.default_rng(0).gamma(2.0, 1 / 5.0, 200_000)
+    assert counted(-2 * math.log(5.0), 5.0, draws, c) == pytest.approx(2 * math.log(c) - math.log(2), abs=0.02)
+    assert counted(0.0, 1.0, draws, -1.0) == -math.inf
+
+
+def test_the_gaussians_normaliser_is_the_integral() -> None:
+    curvature, anchor = torch.tensor([0.7], dtype=torch.float64), torch.tensor([1.3], dtype=torch.float64)
+    tilt = Tilt(3.0, 0.0, 5.0, curvature, curvature, anchor / 0.25)
+    x = np.linspace(-30, 30, 2_000_001)
+    prior = np.exp(-((x + 1.3) ** 2) / (2 * 0.25)) / math.sqrt(2 * math.pi * 0.25)
+    total = (prior * np.exp(-1.5 * 0.7 * x**2 - 0.5 * (5.0 - 4.0) * x**2)).sum() * (x[1] - x[0])
+    assert tilt.log_normaliser(0.25) == pytest.approx(math.log(total), abs=1e-9)
+
+
+def test_a_control_variate_is_taken_off_only_where_chains_have_settled() -> None:
+    generator = np.random.default_rng(0)
+    control = generator.normal(size=(4, 50))
+    values = 7 + control
+    assert controlled(values, control).mean() == pytest.approx(7, abs=1e-9)
+    drifting = control + 10
+    assert np.array_equal(controlled(values, drifting), values)
+
+
+def test_turning_in_and_out_of_a_kronecker_eigenbasis_is_the_identity_and_the_divergence_has_its_gradient() -> None:
+    from lightning_goldy.analysis import kronecker_fisher
+
+    model, batches = build("gpt2").eval(), [token_batch(3, 12)]
+    fisher = kronecker_fisher(model, batches, CausalLMObjective())
+    basis = Eigenbasis(ParameterSpace.of(model), fisher, device="cpu", dtype=torch.float32)
+    points = torch.randn(2, len(basis.values), generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(basis.inward(basis.outward(points)), points, atol=1e-4)
+    assert float(basis.values.mean()) == pytest.approx(fisher.mean, rel=1e-4)
+    divergence = AnchoredDivergence(model, batches, CausalLMObjective())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.02)
+    value = divergence.backward(model)
+    slope = sum(float((p.grad * p.detach()).sum()) for p in model.parameters() if p.grad is not None)
+    assert value == divergence(model)
+    values = []
+    for factor in (1 + 1e-3, (1 - 1e-3) / (1 + 1e-3)):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(factor)
+        values.append(divergence(model))
+    assert slope == pytest.approx((values[0] - values[1]) / 2e-3, rel=0.02)
+
+
+def test_a_small_budget_gives_an_honest_number_and_the_model_comes_back() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    model[0].bias.requires_grad_(False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    batch = (torch.randn(12, 6), torch.zeros(12, dtype=torch.long))
+    told: list[tuple[int, int]] = []
+    settings = BridgeSettings(chains=2, max_gradients=200)
+    options = {"method": "bridge", "bridge": settings, "progress": lambda *pair: told.append(pair)}
+    result = basin_volume(model, [batch], ClassifierObjective(), **options)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not model[0].bias.requires_grad
+    assert result.gradients <= 200 + 2 * 6
+    assert "max_gradients=200 allow 2 intervals" in result.weak
+    assert math.isfinite(result.log_volume)
+    assert result.error > 0.1
+    assert result.cost.backwards >= 12 * result.gradients
+    assert told[-1][1] == 200
+    assert BridgeResult.from_json(result.to_json()).log_volume == result.log_volume
+    again = basin_volume(model, [batch], ClassifierObjective(), method="bridge", bridge=settings)
+    assert again.log_volume == result.log_volume
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "bridge", "measure": "uniform"}, "needs the Gaussian measure; got measure='uniform'"),
+        ({"method": "bridges"}, "unknown method 'bridges'.*bridge"),
+        ({"method": "bridge", "curvature": 3.0}, "a curvature is a KroneckerFisher, a ParameterVector"),
+        ({"method": "bridge", "curvature": torch.ones(2, 2)}, r"has the shape \[4, 4\]; got \[2, 2\]"),
+    ],
+)
+def test_what_cannot_be_bridged_is_refused(options: Any, message: str) -> None:
+    module = Flat(torch.ones(4, dtype=torch.float64))
+    with pytest.raises((ValueError, TypeError), match=message):
+        local_volume(module, Quadratic(module.value.detach(), torch.ones(4)), **options)
+    uniform = local_volume(module, Quadratic(module.value.detach(), torch.ones(4)), method="auto", measure="uniform")
+    assert not isinstance(uniform, BridgeResult)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"chains": 1}, "chains must be at least 2; got 1"),
+        ({"nodes": 3}, "nodes must be a power of 2, at least 2; got 3"),
+        ({"max_gradients": 10}, "max_gradients must be at least 400 for 4 chains; got 10"),
+        ({"region": "stra"}, "unknown region 'stra'.*star"),
+        ({"floor": -1.0}, "floor must be at least 0"),
+    ],
+)
+def test_bad_settings_are_named(options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        BridgeSettings(**options)
+
+
+def test_the_paired_difference_is_narrower_than_the_bounds() -> None:
+    model = build("gpt2").eval()
+    batches = [token_batch(3, 12)]
+    first = basin_volume(model, batches, n_directions=6, sigma=0.1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.01)
+    second = basin_volume(model, batches, n_directions=6, sigma=0.1)
+    difference, error = paired_difference(first, second)
+    assert difference == pytest.approx(second.lower_bound - first.lower_bound)
+    assert error < 0.5 * math.hypot(first.spread, second.spread) / math.sqrt(6)
+    with pytest.raises(ValueError, match="agree in seed; got 0 and 1"):
+        paired_difference(first, basin_volume(model, batches, n_directions=6, sigma=0.1, seed=1))
