@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import lightning.pytorch as L
@@ -12,6 +13,8 @@ from lightning_goldy.callbacks.base import AnalysisCallback, default_name
 from lightning_goldy.callbacks.engine.run_folder import run_directory
 from lightning_goldy.callbacks.engine.store import ROWS, steps_so_far
 from lightning_goldy.report.answers import answers_table, answers_text, scalar_layout
+from lightning_goldy.report.comparison import write_comparison
+from lightning_goldy.report.figures import ReportError
 from lightning_goldy.report.loggers import log_layout, log_text
 from lightning_goldy.report.page import answers_of_run
 from lightning_goldy.report.rendering import require_drawing
@@ -25,14 +28,22 @@ class RunReport(L.Callback):
 
     Args:
         output: File to write; ``report.html`` in the run directory by default.
+        compare: Directories of earlier runs; at the end ``comparison.html`` beside the page sets this run beside them.
+
+    Raises:
+        ValueError: A directory to compare with does not exist.
 
     Example:
         >>> RunReport("report.html").output
         PosixPath('report.html')
     """
 
-    def __init__(self, output: str | Path | None = None) -> None:
+    def __init__(self, output: str | Path | None = None, compare: Sequence[str | Path] = ()) -> None:
         self.output = None if output is None else Path(output)
+        self.compare = [Path(directory) for directory in ([compare] if isinstance(compare, (str, Path)) else compare)]
+        for directory in self.compare:
+            if not directory.is_dir():
+                raise ValueError(f"compare names {directory}, which is no directory of a run")
         self._folder: Path | None = None
         self._seen: dict[str, int] = {}
 
@@ -85,6 +96,18 @@ class RunReport(L.Callback):
         if trainer.is_global_zero and (path := self._write(folder)) is not None:
             self._tell(trainer, folder)
             rank_zero_info(f"report: {path}")
+            self._set_beside(folder, path)
+
+    def _set_beside(self, folder: Path, page: Path) -> None:
+        """Writes the comparison, where one is wanted."""
+        if not self.compare:
+            return
+        try:
+            target = write_comparison([*self.compare, folder], page.with_name("comparison.html"))
+        except (ReportError, OSError) as error:
+            rank_zero_warn(f"the comparison could not be written: {error}")
+        else:
+            rank_zero_info(f"comparison: {target}")
 
     def _tell(self, trainer: L.Trainer, folder: Path) -> None:
         """The answers for the console and for loggers that take text."""
@@ -99,7 +122,7 @@ class RunReport(L.Callback):
         Console().print(answers_table(answers))
 
     def _write(self, folder: Path) -> Path | None:
-        from lightning_goldy.report.page import ReportError, write_report
+        from lightning_goldy.report.page import write_report
 
         try:
             return write_report(folder, self.output)

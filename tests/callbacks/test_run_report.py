@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 
 from lightning_goldy.callbacks import GoldenSnapshot, RunReport
-from tests.callbacks.training import Finetune, TokenData
+from tests.callbacks.training import Finetune, TokenData, fit
 
 
 def test_answers_are_told_on_the_console_and_in_tensorboard(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -41,6 +41,16 @@ def test_answers_are_told_on_the_console_and_in_tensorboard(tmp_path: Path, caps
     layout = layout_pb2.Layout.FromString(config.tensor_proto.string_val[0])
     assert [category.title for category in layout.category] == ["Which parameters carry it?"]
     assert layout.category[0].chart[0].multiline.tag == ["goldy/golden_snapshot/(?!cost/)"]
+
+
+def test_a_run_is_set_beside_earlier_ones(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"compare names .*nowhere, which is no directory of a run"):
+        RunReport(compare=[tmp_path / "nowhere"])
+    fit(tmp_path / "a", [GoldenSnapshot(), RunReport()], max_epochs=1)
+    fit(tmp_path / "b", [GoldenSnapshot(), RunReport(compare=[tmp_path / "a" / "run"])], max_epochs=1)
+    page = (tmp_path / "b" / "run" / "comparison.html").read_text(encoding="utf-8")
+    assert "b/run minus a/run" in page
+    assert not (tmp_path / "a" / "run" / "comparison.html").exists()
 
 
 TEXTS = ("goldy/answers/text_summary", "goldy/answers/golden_snapshot/text_summary")
