@@ -482,6 +482,23 @@ def _slogdet(matrix: Tensor, *, out: Any = None) -> Any:
     return _SignAndLog(sign.detach(), diagonal.abs().log().sum(-1))
 
 
+def _cumprod(values: Tensor, dim: int, *, dtype: torch.dtype | None = None, out: Any = None) -> Tensor:
+    """Products of spans that double in length."""
+    values = values if dtype is None else values.to(dtype)
+    if not values.is_floating_point() or not values.dim():
+        return values.cumprod(dim)
+    length, span = values.shape[dim], 1
+    while span < length:
+        rest = values.narrow(dim, span, length - span) * values.narrow(dim, 0, length - span)
+        values, span = torch.cat([values.narrow(dim, 0, span), rest], dim), 2 * span
+    return values.clone() if length < 2 else values
+
+
+def _cholesky_inverse(factor: Tensor, upper: bool = False, *, out: Any = None) -> Tensor:
+    unit = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+    return torch.cholesky_solve(unit.expand(factor.shape), factor, upper=upper)
+
+
 def _without_kernel(recurrent: Callable[..., Any]) -> Callable[..., Any]:
     """A recurrent layer without the kernels that have no forward mode."""
 
@@ -528,6 +545,8 @@ _COMPOSED: dict[Any, Callable[..., Any]] = {
     Tensor.slogdet: _slogdet,
     **dict.fromkeys((torch.linalg.det, torch.det, Tensor.det), _det),
     **dict.fromkeys((torch.logdet, Tensor.logdet), _logdet),
+    **dict.fromkeys((torch.cumprod, Tensor.cumprod), _cumprod),
+    **dict.fromkeys((torch.cholesky_inverse, Tensor.cholesky_inverse), _cholesky_inverse),
     # Not in every version of torch.
     **{
         getattr(module, name): function
@@ -549,7 +568,8 @@ _REDUCING = frozenset({"scatter_reduce", "scatter_reduce_"})
 # Rare ones are refused, by name, and the parts of composed ones where they are called themselves.
 _WRONG = frozenset(
     {
-        *("linalg_householder_product", "orgqr", "triangular_solve", "as_strided_scatter"),
+        *("linalg_householder_product", "orgqr", "triangular_solve", "as_strided_scatter", "cumprod_"),
+        "special_i1",  # at zero
         *("native_layer_norm", "native_group_norm", "native_batch_norm", "_native_batch_norm_legit"),
         *("_batch_norm_with_update", "_linalg_solve_ex", "_linalg_det", "_linalg_slogdet"),
     }

@@ -46,6 +46,10 @@ OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "slogdet": lambda x: torch.linalg.slogdet(x[:, :, :4]).logabsdet,
     "det": lambda x: x[:, :, :4].det(),
     "logdet": lambda x: torch.logdet(x[:, :, :4].mT @ x[:, :, :4]),
+    "cumprod": lambda x: torch.where(x.abs() < 0.3, 0.0, x).cumprod(dim=-1),
+    "cumprod, one": lambda x: torch.cumprod(x[:1], 0),
+    "cholesky_inverse": lambda x: torch.cholesky_inverse(x[:, :, :4].tril() + 4 * torch.eye(4)),
+    "cholesky_inverse, upper": lambda x: torch.cholesky_inverse(x[:, :, :4].triu() + 4 * torch.eye(4), upper=True),
     "grouped_mm": lambda x: F.grouped_mm(x[0], numbers(3, 6, 5), offs=torch.tensor([1, 1, 3], dtype=torch.int32))[:3],
 }
 WITHOUT_KERNEL = ("grouped_mm",)  # for this precision

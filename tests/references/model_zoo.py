@@ -82,6 +82,28 @@ ZOO: dict[str, Callable[[], Any]] = {
     ),
     "OLMoE": lambda: hf.OlmoeForCausalLM(hf.OlmoeConfig(**_GROUPED, **_EXPERTS)),
     "GPT-OSS": lambda: hf.GptOssForCausalLM(hf.GptOssConfig(**_WIDE, num_local_experts=4, num_experts_per_tok=2)),
+    "EXAONE-MoE": lambda: hf.ExaoneMoeForCausalLM(
+        hf.ExaoneMoeConfig(
+            **_WIDE,
+            **_FINE,
+            num_shared_experts=1,
+            n_group=1,
+            topk_group=1,
+            sliding_window=4,
+            layer_types=["sliding_attention", "full_attention"],
+            mlp_layer_types=["dense", "sparse"],
+        )
+    ),
+    "Granite-MoE": lambda: hf.GraniteMoeForCausalLM(
+        hf.GraniteMoeConfig(**_GROUPED, num_local_experts=4, num_experts_per_tok=2)
+    ),
+    "Granite-MoE, shared": lambda: hf.GraniteMoeSharedForCausalLM(
+        hf.GraniteMoeSharedConfig(**_GROUPED, num_local_experts=4, num_experts_per_tok=2, shared_intermediate_size=12)
+    ),
+    "Aria": lambda: hf.AriaTextForCausalLM(
+        hf.AriaTextConfig(**_GROUPED, moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1)
+    ),
+    "HRM": lambda: hf.HrmTextForCausalLM(hf.HrmTextConfig(**_COMMON)),
     "Gemma 2": lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**_WIDE)),
     "Gemma 3": lambda: hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**_WIDE)),
     "Gemma 3n": lambda: hf.Gemma3nForCausalLM(

@@ -132,8 +132,12 @@ def _manner(error: BaseException) -> str:
 
 
 def _short(message: str) -> str:
-    """The first clause or two of a message, on one line, without numbers that torch makes up."""
-    line = re.sub(r"0x[0-9a-f]+", "", " ".join(message.split())).partition(". Registered:")[0].replace("|", "/")
+    """The first clause or two of a message, on one line, without addresses and measured numbers."""
+    line = (
+        re.sub(r"0x[0-9a-f]+|-?\d+\.\d{4,}(e-\d+)?", "", " ".join(message.split()))
+        .partition(". Registered:")[0]
+        .replace("|", "/")
+    )
     return line if len(line) <= 200 else f"{line[:197].rstrip()}..."
 
 

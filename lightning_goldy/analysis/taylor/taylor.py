@@ -116,6 +116,8 @@ _PART = 256
 _STEP, _COARSE_STEP = 0.05, 0.2
 # So far from the first order may the sum of the shares be, as a part of either and of the shares' sizes.
 _APART, _ROUNDING = 0.05, 0.02
+# By differences, further by so many units of the loss's last place.
+_ROUNDED_UNITS = 100
 
 
 @dataclass
@@ -255,7 +257,10 @@ class Expansion:
         shares = sums.of("loss share").values()
         first, found = sums.of("derivative").get(1, 0.0), math.fsum(shares)
         allowed = _APART * max(abs(first), abs(found)) + _ROUNDING * math.fsum(map(abs, shares))
-        if self.route == "differences" or not shares or not abs(first - found) > allowed:
+        if self.route == "differences":  # those of values that are rounded
+            rounding = max((torch.finfo(value.dtype).eps for value in self.base.values()), default=0.0)
+            allowed += _ROUNDED_UNITS * rounding * abs(sums.of("derivative").get(0, 0.0))
+        if not shares or not abs(first - found) > allowed:
             return
         first, found = (value / (sums.n_targets or 1) for value in (first, found))
         raise ValueError(

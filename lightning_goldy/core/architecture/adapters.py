@@ -515,8 +515,8 @@ def _placed_between(layer: nn.Module, before: Mapping[str, Tensor]) -> Iterator[
         finally:
             for (held, leaf, _), present in zip(entries, kept, strict=True):
                 held[leaf] = present
-        place = getattr(layer, _PLACE)
-        return (1 - place) * start + place * now
+        # Exact at either end, and its derivative by the place is the difference, not one of two sums that cancel.
+        return torch.lerp(start, now, getattr(layer, _PLACE).to(start.dtype))
 
     dtype = torch.promote_types(own.dtype, torch.float32)
     layer.register_parameter(_PLACE, nn.Parameter(torch.ones((), dtype=dtype, device=own.device)))

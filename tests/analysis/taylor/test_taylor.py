@@ -20,6 +20,7 @@ from lightning_goldy.core.autodiff import trainable_values
 from lightning_goldy.core.base import BaseParameters
 from lightning_goldy.core.sharding import Replicas
 from tests.core.test_autodiff import without_casts  # noqa: F401  a fixture
+from tests.references.model_zoo import batch_for, build_family
 from tests.references.models import build, class_batch, token_batch
 
 
@@ -433,6 +434,17 @@ def test_shares_of_a_gradient_that_is_not_that_of_the_values_are_refused() -> No
     assert without.first_order == pytest.approx(
         taylor_diff(model, base, [x], SQUARES, function_space=False).first_order
     )
+
+
+def test_shares_beside_differences_are_held_against_them() -> None:
+    model, base = (build_family("HRM").float() for _ in range(2))
+    with torch.no_grad():
+        for place, parameter in enumerate(model.parameters()):
+            parameter.add_(1e-2 * torch.sin(torch.arange(parameter.numel()) + place).view(parameter.shape))
+    batch = batch_for(model)
+    with pytest.raises(ValueError, match=r"gradient of HrmTextForCausalLM is not the derivative of its loss"):
+        taylor_diff(model, base, [batch], by="tensor", function_space=False)
+    assert taylor_diff(model, base, [batch], by=None, function_space=False).route == "differences"
 
 
 def test_an_objective_without_logits_is_told_how_to_go_on() -> None:

@@ -134,6 +134,15 @@ def test_derivatives_along_merged_weights_are_those_of_merged_models(kind: str) 
     assert not any("goldy" in name for name, _ in model.named_parameters())
 
 
+def test_shares_of_a_small_step_do_not_cancel() -> None:
+    model = peft.get_peft_model(build_family("Llama"), peft.TrainableTokensConfig(token_indices=[3, 4])).eval()
+    base = BaseParameters(ParameterVector.of(model))
+    with torch.no_grad():
+        next(parameter for parameter in model.parameters() if parameter.requires_grad).mul_(1 - 1e-5)
+    found = taylor_diff(model, base, [{"input_ids": torch.tensor([[3, 4, 5, 3, 6, 7, 8]])}], by="tensor")
+    assert sum(found.loss_shares.values()) == pytest.approx(found.first_order, rel=1e-3)
+
+
 def test_variants_and_predictions_of_facts_are_those_of_merged_models() -> None:
     model, base, before, after = trained("LoRA")
     batches = [{"input_ids": torch.randint(0, 20, (2, 7))}]
