@@ -604,7 +604,7 @@ def _random_change(matrix: Tensor, name: str, seed: int, rank: int | None) -> Te
         return fill_direction_(torch.empty(rows, columns, dtype=torch.float32), f"{name}/null{side}", seed)
 
     if rank is None:
-        made = gaussian(*matrix.shape, "")
+        made = gaussian(matrix.shape[0], matrix.shape[1], "")
     else:
         made = gaussian(matrix.shape[0], rank, "/left") @ gaussian(matrix.shape[1], rank, "/right").t()
     return made.to(matrix.device) / made.norm()

@@ -295,4 +295,4 @@ def _unadapted(model: nn.Module) -> nn.Module:
             f"{model_class(model)} has adapters but no merge_and_unload, so its merged weights cannot be written as a "
             "model; use --sparse, or --space adapters"
         )
-    return made.merge_and_unload()  # type: ignore[no-any-return]
+    return made.merge_and_unload()

@@ -459,13 +459,15 @@ class _Integration:
         with torch.no_grad():
             for kind, (row, inside) in itertools.product((0, 1), enumerate(blocks.values())):
                 # The block's change alone, then all changes but the block's.
-                changed = inside if kind == 0 else set(self.path.space) - inside
-                self.path.write(lambda name, base, present, changed=changed: present if name in changed else base)
+                self._change_only(inside if kind == 0 else set(self.path.space) - inside)
                 for index, batch in self._batches():
                     sums, counts = self.measure.by_sample(self.path.model, index, batch)
                     found[kind, row, index] = sums.sum() / counts.sum()
                     self.cost += Cost(forwards=sample_count(batch))
         return self._summed(found)
+
+    def _change_only(self, names: set[str]) -> None:
+        self.path.write(lambda name, base, present: present if name in names else base)
 
     def blocks(self) -> dict[str, set[str]]:
         """The names of each block's parameters, in the model's order."""

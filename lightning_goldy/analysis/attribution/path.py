@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_goldy.analysis.divergence import precise, shortened
 from lightning_goldy.analysis.taylor.approximation import batch_parts
-from lightning_goldy.core.architecture.adapters import WeightSpace, chosen_space, merged_weights
+from lightning_goldy.core.architecture.adapters import chosen_space, merged_weights
 from lightning_goldy.core.base import Base, base_of
 from lightning_goldy.core.batches import sample_count
 from lightning_goldy.core.objective import FunctionObjective, Objective
@@ -142,11 +142,10 @@ class ChangePath:
         1.0
     """
 
-    def __init__(self, model: nn.Module, base: Base, within: ParameterSpace | WeightSpace | None = None) -> None:
+    def __init__(self, model: nn.Module, base: Base, within: ParameterSpace | str | None = None) -> None:
         self.model, self._given = model, base
         self._space = within if isinstance(within, ParameterSpace) else None
-        named = "adapters" if self._space is not None else within or "merged"
-        assert isinstance(named, str)
+        named = within if isinstance(within, str) else "merged" if within is None else "adapters"
         self.weight_space = chosen_space(model, named)
         """``merged`` or ``adapters``; None of a model without adapters."""
 
