@@ -191,7 +191,7 @@ class SharedDivergence:
         self, model: nn.Module, parameters: Mapping[str, nn.Parameter], measured: bool
     ) -> tuple[dict[str, Tensor], float]:
         """This process's summed gradient, and its sum."""
-        pieces, total = self._held.backward(model, measured=measured) if self._held else iter(()), 0.0
+        pieces, total = self._held.each_backward(model, measured=measured) if self._held else iter(()), 0.0
         if not any(is_sharded(part) or part.dtype.itemsize < 4 for part in parameters.values()):
             # Gradients add up where they arise, and are held once.
             total = sum(pieces, 0.0)
@@ -265,9 +265,9 @@ def pieces_of(batches: Sequence[Any], size: int | None) -> list[Any]:
 
 
 class _Held(AnchoredDivergence):
-    """Adds the backward pass."""
+    """Adds backward passes batch by batch."""
 
-    def backward(self, model: nn.Module, *, measured: bool = True) -> Iterator[float]:
+    def each_backward(self, model: nn.Module, *, measured: bool = True) -> Iterator[float]:
         """Leaves the gradient of each batch's summed divergence in the parameters, and gives that sum, nats.
 
         Args:

@@ -410,8 +410,9 @@ def _size(run: Run) -> int | None:
             tensors = analysis.rows[-1]["result"].get("tensors")
             if analysis.analysis == wanted and isinstance(tensors, list):
                 counts = [tensor.get("numel") for tensor in tensors if isinstance(tensor, Mapping)]
-                if counts and all(isinstance(count, int) for count in counts):
-                    return sum(counts)
+                known = [count for count in counts if isinstance(count, int)]
+                if known and len(known) == len(tensors):
+                    return sum(known)
     return None
 
 

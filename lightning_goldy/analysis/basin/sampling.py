@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -227,10 +228,10 @@ class Chains:
     seed: int
     x: Tensor
     longest: int = 12
-    costs: Tensor = field(init=False)
-    gradients: Tensor = field(init=False)
-    steps: Tensor = field(init=False)
-    acceptance: Tensor = field(init=False)
+    costs: Tensor = dataclasses.field(init=False)
+    gradients: Tensor = dataclasses.field(init=False)
+    steps: Tensor = dataclasses.field(init=False)
+    acceptance: Tensor = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
         self.generators = [

@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -177,9 +176,12 @@ class VolumeSurvey:
             if make is not None and "adam" not in found:
                 found |= self._tuned(work, batches, make, "adam")
             if fisher is not None:
-                own = partial(KroneckerPreconditioner, fisher)
+
+                def damped(eps: float, fisher: KroneckerFisher = fisher) -> Preconditioner:
+                    return KroneckerPreconditioner(fisher, eps=eps)
+
                 found = {name: made for name, made in found.items() if name != "kronecker"}
-                found |= self._tuned(work, batches, lambda eps, own=own: own(eps=eps), "kronecker")
+                found |= self._tuned(work, batches, damped, "kronecker")
             proposals: Proposals = {"none": None, **found}
             if not found or self.preconditioner != "best":
                 proposals = next(iter(found.values()), None)

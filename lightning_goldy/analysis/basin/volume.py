@@ -461,9 +461,8 @@ class _Crossing:
         return basis, field_in(basis), measured
 
     def _bounded(self, cost: Field) -> Field:
-        if self.estimator.l2_reg:
-            cost = AddedTether(cost, self.estimator.l2_reg)
-        return StarField(cost, self.settings.ray_points) if self.settings.region == "star" else cost
+        bounded: Field = AddedTether(cost, self.estimator.l2_reg) if self.estimator.l2_reg else cost
+        return StarField(bounded, self.settings.ray_points) if self.settings.region == "star" else bounded
 
 
 def _one_of(whole: Estimator | None, named: Estimator) -> Estimator:
