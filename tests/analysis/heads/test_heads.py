@@ -96,7 +96,7 @@ def test_standard_errors_that_are_not_known_are_nan(monkeypatch: pytest.MonkeyPa
         seen.append(next(probe.model.parameters()).sum())
         return probe.magnitude()
 
-    monkeypatch.setitem(HEAD_SCORES, "by itself", own)
+    monkeypatch.setattr("lightning_goldy.analysis.heads.importance.HEAD_SCORES", {"by itself": own})
     assert head_importance(model, [batch], strategy="by itself").errors.isnan().all()
     assert len(seen) == 1
 
