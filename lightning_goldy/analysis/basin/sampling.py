@@ -29,8 +29,13 @@ class Field(Protocol):
         evaluations: Costs taken without a gradient so far, one for each point.
     """
 
-    gradients: int
-    evaluations: int
+    @property
+    def gradients(self) -> int:
+        """Gradients taken so far."""
+
+    @property
+    def evaluations(self) -> int:
+        """Costs taken without a gradient so far."""
 
     def values(self, points: Tensor) -> Tensor:
         """Costs of ``[points, D]``, shape ``[points]``, float64, nats; infinite where it is not finite."""
