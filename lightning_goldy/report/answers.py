@@ -470,6 +470,28 @@ def answer_by_attention(rows: Sequence[Row]) -> Finding | None:
     return Finding(sentence, "no interval", "0 without training", (*doubts, *_marks(row)), course="drift")
 
 
+@register_answer("circuit_tracker", "kind")
+def answer_by_circuit(rows: Sequence[Row]) -> Finding | None:
+    """Whether the circuit of a behaviour is still the base's, and how faithful it is beside random circuits."""
+    row = rows[-1]
+    curve, overlap = row["result"].get("curve") or {}, _metric(row, "overlap")
+    if not curve.get("values"):
+        return None
+    kept, size, whole = curve["values"][-1], curve["sizes"][-1], curve["n_edges"]
+    band = (curve.get("band") or [None])[-1]
+    sentence = f"A circuit of {size:,} of {whole:,} edges keeps {_percent(kept)} of the behaviour"
+    doubts = []
+    if overlap is not None:
+        sentence += f", and shares {_percent(overlap)} of its edges with the base's"
+    if band and kept <= band[1]:
+        doubts.append("random circuits of its size keep as much")
+    by_chance = _metric(row, "overlap_by_chance")
+    null = "" if not band else f"random circuits of its size keep {_percent(band[0])} to {_percent(band[1])}"
+    if overlap is not None and by_chance is not None:
+        null += f"{'; ' if null else ''}by chance they would share {_percent(by_chance)}"
+    return Finding(f"{sentence}.", "no interval over prompts", null, (*doubts, "no interval"), course="area")
+
+
 @register_answer("basin_volume", "robust")
 def answer_by_volume(rows: Sequence[Row]) -> Finding | None:
     """The volume of the basin, and whether it has grown or shrunk by paired directions."""
@@ -481,12 +503,12 @@ def answer_by_volume(rows: Sequence[Row]) -> Finding | None:
     split, metrics = volume.get("split", ""), row["metrics"]
     course = f"log_volume/{split}" if f"log_volume/{split}" in metrics else "log_volume"
     compared = _compared_volumes(rows, volume)
-    bridge = volume.get("method") in ("bridge", "importance")
-    error = volume.get("error")
-    size = f"{format_number(_whole(volume['log_volume']))} nats"
-    if bridge and error is not None:
+    bridges = row["result"].get("bridges") or ()
+    bridge = next((one for one in bridges if one.get("split", "") == split and one.get("log_volume") is not None), None)
+    if bridge is not None:
+        size = f"{format_number(_whole(bridge['log_volume']))} nats"
         sentence = f"The region that stays within {volume['cutoff']:g} nats of it has a log volume of {size}"
-        told = f"one standard error {format_number(error)} nats"
+        told = f"one standard error {format_number(bridge.get('error'))} nats"
     else:
         low = volume.get("lower_bound", volume["log_volume"])
         sentence = (
@@ -494,16 +516,16 @@ def answer_by_volume(rows: Sequence[Row]) -> Finding | None:
             f"{format_number(_whole(low))} nats, which is a lower bound along straight rays"
         )
         told = "the bound holds with 95 % confidence; the volume itself may lie far above"
-    doubts = [f"{volume['weak']}"] if volume.get("weak") else []
+    doubts = [f"the bridge is weak: {bridge['weak']}"] if bridge is not None and bridge.get("weak") else []
     effective = volume.get("effective_sample_size")
-    if not bridge and effective is not None and effective < _FEW_EFFECTIVE and compared is None:
+    if bridge is None and effective is not None and effective < _FEW_EFFECTIVE and compared is None:
         doubts.append(f"it rests on an effective {effective:.2g} of {len(volume.get('estimates', ()))} directions")
     if compared is not None:
         words, difference, doubt = compared
         sentence, told = f"{words}; {sentence[0].lower()}{sentence[1:]}", f"{difference}; {told}"
         doubts += doubt
     null = "0 between two checkpoints of equal basins" if compared is not None else "no checkpoint to compare with"
-    if compared is None and not bridge:
+    if compared is None and bridge is None:
         doubts.append("one bound of one checkpoint compares with nothing")
     return Finding(f"{sentence}.", told, null, (*doubts, *_marks(row)), course=course)
 

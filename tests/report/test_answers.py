@@ -15,6 +15,7 @@ from lightning_goldy.report.answers import (
     Answer,
     Finding,
     answer_by_attribution,
+    answer_by_circuit,
     answer_by_cycle,
     answer_by_expansion,
     answer_by_facts,
@@ -186,6 +187,29 @@ def test_volumes_of_other_directions_are_not_compared_and_a_single_bound_is_doub
         "one bound of one checkpoint compares with nothing",
     )
     assert answer_by_volume([row_of({}, {"volumes": []})]) is None
+
+
+def test_a_bridge_states_the_volume_and_its_doubt() -> None:
+    row = volume_row([-150.0, -160.0], 10)
+    row["result"]["bridges"] = [{"split": "clean", "log_volume": -90.0, "error": 2.0, "weak": "chains still drift"}]
+    finding = told(answer_by_volume([row]))
+    assert finding.sentence == "The region that stays within 0.01 nats of it has a log volume of -90 nats."
+    assert finding.interval == "one standard error 2 nats"
+    assert finding.doubts == ("the bridge is weak: chains still drift",)
+
+
+def test_a_circuit_beside_random_ones_and_the_bases() -> None:
+    curve = {"values": [0.5, 0.9], "sizes": [10, 100], "n_edges": 1000, "band": [[0.0, 0.1], [0.0, 0.2]]}
+    metrics = {"overlap": 0.83, "overlap_by_chance": 0.01}
+    finding = told(answer_by_circuit([row_of(metrics, {"curve": curve})]))
+    assert finding.sentence == (
+        "A circuit of 100 of 1,000 edges keeps 90 % of the behaviour, and shares 83 % of its edges with the base's."
+    )
+    assert finding.null == "random circuits of its size keep 0 % to 20 %; by chance they would share 1 %"
+    assert finding.doubts == ("no interval",)
+    curve["values"] = [0.1, 0.2]
+    assert "random circuits of its size keep as much" in told(answer_by_circuit([row_of({}, {"curve": curve})])).doubts
+    assert answer_by_circuit([row_of({}, {})]) is None
 
 
 @pytest.mark.parametrize(

@@ -29,3 +29,9 @@ def test_a_name_means_the_same_in_every_analysis() -> None:
 def test_two_meanings_are_noticed(second: str, found: dict[str, set[str]]) -> None:
     described = [Description("", "", "", {"x": text}) for text in ("a ratio", second)]
     assert differing(dict(zip("ab", described, strict=True))) == found
+
+
+def test_every_analysis_says_how_it_was_done() -> None:
+    silent = {name for name, described in descriptions._DESCRIPTIONS.items() if not described.method}
+    # What these tell is in their rows: differences of weights, texts, and losses of models that others describe.
+    assert silent == {"golden_snapshot", "continuations", "variant_losses"}

@@ -140,5 +140,9 @@ _ACTIVATION_DIFFERENCES = Description(
         "kl_from_base": "KL(p_base || p) on the unrelated text, nats",
     },
     headline=("stream_change", "kl_from_base"),
+    method=(
+        "Mean differences of the residual stream to the base on unrelated text were read through the unembedding "
+        "(Minder et al. 2025, arXiv 2510.13900), beside the differences of two halves of that text."
+    ),
 )
 describe("activation_differences", _ACTIVATION_DIFFERENCES)

@@ -440,5 +440,10 @@ _BASIN_VOLUME = Description(
         "kronecker_eps": "damping of the Kronecker factors beside the optimizer's moments",
     },
     headline=("bridge_log_volume", "log_volume", "log_volume/*"),
+    method=(
+        "The volume of the region within a KL divergence of the checkpoint was bounded from below along random "
+        "directions (Scherlis and Belrose 2025, arXiv 2501.18812); where a bridge is stated, it was estimated by "
+        "thermodynamic integration from a Gaussian of the curvature."
+    ),
 )
 describe("basin_volume", _BASIN_VOLUME)

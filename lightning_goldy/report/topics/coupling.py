@@ -396,5 +396,9 @@ _KNOWLEDGE_COUPLING = Description(
         "is small, nor what a large edit does."
     ),
     metrics={**STATISTICS, **CONTRASTS},
+    method=(
+        "Coupling of two pieces of knowledge is the cosine of the gradients of their answers' log probabilities "
+        "(compare Qin et al. 2024, arXiv 2407.12828)."
+    ),
 )
 describe("knowledge_coupling", _KNOWLEDGE_COUPLING)

@@ -482,6 +482,10 @@ _GOLDEN_PARAMETERS = Description(
         "delta_share_over_density": "that share divided by the density; 1 = no more than their number",
     },
     headline=("over_null", "control_count", "jaccard_previous", "delta_share"),
+    method=(
+        "Golden parameters are those that a quorum of samples each rank among the strongest by gradient score; their "
+        "count stands against a null of row and column rates fitted to each tensor, and against random tokens."
+    ),
 )
 describe("golden_parameters", _GOLDEN_PARAMETERS)
 _REVERSE_GOLDEN_PARAMETERS = Description(
@@ -515,6 +519,10 @@ _REVERSE_GOLDEN_PARAMETERS = Description(
         "delta_share_over_density": "that share divided by the density; 1 = no more than their number",
     },
     headline=("kl_divergence", "over_gradient", "jaccard_previous"),
+    method=(
+        "Reverse golden parameters are the mask of a given size, found by exchanging elements by first-order scores, "
+        "whose zeroing moves the predictions most, as a KL divergence on samples that did not choose."
+    ),
 )
 describe("reverse_golden_parameters", _REVERSE_GOLDEN_PARAMETERS)
 _PARAMETER_DISTRIBUTION = Description(
@@ -540,5 +548,9 @@ _PARAMETER_DISTRIBUTION = Description(
         "intruder_share_null": "the same after a random change of equal norm and rank",
     },
     headline=("stable_rank", "effective_rank", "alignment_over_chance", "intruder_share"),
+    method=(
+        "The shape of each matrix's change was told by its singular values, its stable rank and its intruder "
+        "directions (Shuttleworth et al. 2024, arXiv 2410.21228)."
+    ),
 )
 describe("parameter_distribution", _PARAMETER_DISTRIBUTION)

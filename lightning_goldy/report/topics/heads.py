@@ -494,6 +494,10 @@ _HEAD_PLASTICITY = Description(
         "rolled_back": "1 when the cycle cost too much and was undone",
     },
     headline=("loss", "active_heads", "closed_share"),
+    method=(
+        "Heads were scored, closed along a schedule and opened again by the gradient of their gates at zero (scores "
+        "after Michel et al. 2019, arXiv 1905.10650)."
+    ),
 )
 describe("head_plasticity", _HEAD_PLASTICITY)
 _PLASTICITY_SWEEP = Description(
@@ -511,5 +515,9 @@ _PLASTICITY_SWEEP = Description(
         "best_cost": "smallest mean rise of the loss over the run without pruning, nats",
         "worst_cost": "largest mean rise of the loss, nats",
     },
+    method=(
+        "Strategies of closing heads were compared at equal levels and seeds with the same run without closing, and "
+        "with heads closed at random."
+    ),
 )
 describe("plasticity_sweep", _PLASTICITY_SWEEP)

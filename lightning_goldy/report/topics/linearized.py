@@ -172,5 +172,9 @@ _EXPLAIN_CHANGE = Description(
         "kl_divergence": "mean KL(model || what stands in for it), nats per target; the variant",
         "top1_agreement": "share of the positions where both prefer the same token",
     },
+    method=(
+        "The finetuned model was run with the base's attention patterns and with MLPs linearised around the base, to "
+        "see how much of the change survives."
+    ),
 )
 describe("explain_change", _EXPLAIN_CHANGE)

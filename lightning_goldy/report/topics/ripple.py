@@ -184,5 +184,9 @@ _RIPPLE_EFFECTS = Description(
         "new_answers_exact": "share of the edits after which the new answer is the most probable one",
         "new_answer_change": "mean change of the new answers' log p, nats",
     },
+    method=(
+        "The effect of an edit on other pieces was predicted to first order by gradients and measured by making the "
+        "edit and undoing it (queries after Cohen et al. 2023, arXiv 2307.12976)."
+    ),
 )
 describe("ripple_effects", _RIPPLE_EFFECTS)

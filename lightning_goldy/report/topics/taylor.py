@@ -245,6 +245,10 @@ _TAYLOR_DIFF = Description(
         "nonlinearity": "relative error of the first order, by which the regime is told",
     },
     headline=("loss", "relative_error/*"),
+    method=(
+        "The loss and the logits of the finetuned model were expanded around the base in the change of the weights, "
+        "by exact directional derivatives (the lazy regime: Chizat et al. 2019, arXiv 1812.07956)."
+    ),
 )
 describe("taylor_diff", _TAYLOR_DIFF)
 _VARIANT_LOSSES = Description(
