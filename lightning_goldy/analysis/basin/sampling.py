@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -21,15 +22,15 @@ _QUARTER = math.pi / 2
 
 
 class Field(Protocol):
-    """A cost at displacements from an anchor, in an eigenbasis.
+    """A cost at displacements from an anchor, in an eigenbasis."""
 
-    Attributes:
-        gradients: Gradients taken so far, one for each point.
-        evaluations: Costs taken without a gradient so far, one for each point.
-    """
+    @property
+    def gradients(self) -> int:
+        """Gradients taken so far, one for each point."""
 
-    gradients: int
-    evaluations: int
+    @property
+    def evaluations(self) -> int:
+        """Costs taken without a gradient so far, one for each point."""
 
     def values(self, points: Tensor) -> Tensor:
         """Costs of ``[points, D]``, shape ``[points]``, float64, nats; infinite where it is not finite."""
@@ -227,10 +228,10 @@ class Chains:
     seed: int
     x: Tensor
     longest: int = 12
-    costs: Tensor = field(init=False)
-    gradients: Tensor = field(init=False)
-    steps: Tensor = field(init=False)
-    acceptance: Tensor = field(init=False)
+    costs: Tensor = dataclasses.field(init=False)
+    gradients: Tensor = dataclasses.field(init=False)
+    steps: Tensor = dataclasses.field(init=False)
+    acceptance: Tensor = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
         self.generators = [

@@ -177,9 +177,8 @@ class VolumeSurvey:
             if make is not None and "adam" not in found:
                 found |= self._tuned(work, batches, make, "adam")
             if fisher is not None:
-                own = partial(KroneckerPreconditioner, fisher)
                 found = {name: made for name, made in found.items() if name != "kronecker"}
-                found |= self._tuned(work, batches, lambda eps, own=own: own(eps=eps), "kronecker")
+                found |= self._tuned(work, batches, partial(_damped, fisher), "kronecker")
             proposals: Proposals = {"none": None, **found}
             if not found or self.preconditioner != "best":
                 proposals = next(iter(found.values()), None)
@@ -391,6 +390,10 @@ class BasinVolumes(AnalysisResult):
         for split, results in self.bridges.items():
             for result in results:
                 yield split, split if len(results) == 1 else f"{split}-{float(result.cutoff)!r}", result
+
+
+def _damped(fisher: KroneckerFisher, eps: float) -> Preconditioner:
+    return KroneckerPreconditioner(fisher, eps=eps)
 
 
 def _tag(name: str, split: str, label: str) -> str:
