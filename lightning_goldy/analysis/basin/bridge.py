@@ -550,6 +550,8 @@ class Bridge:
             self.weak.append(f"the chains still drift, by {drift:+.3g} nats between halves{way}")
         if abs(loop) > max(2 * loop_noise, 1.0, 5e-3 * abs(value)):
             self.weak.append(f"the way back differs from the way there by {loop:+.3g} nats")
+        if value > 0:
+            self.weak.append(f"the logarithm of a probability cannot be {value:.3g}")
         if not 0.5 < mean / self.cutoff < 2:
             self.weak.append(f"the samples cost {mean:.3g} nats on average where the cutoff is {self.cutoff:g}")
         if acceptance < 0.3:
