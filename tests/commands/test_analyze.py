@@ -429,7 +429,7 @@ def test_what_is_no_checkpoint_or_another_models_is_refused(trained, here, capsy
     data = AtlasDataModule(**DATA)
     write_pretrained(build_model(complete_config({**TINY, "n_embd": 4}, data.tokenizer)), "other")
     assert "does not fit the configuration's GoldyModule" in refuse(
-        capsys, trained, "--model.model=other", "--base", here / "other"
+        capsys, trained, "--model.model=other", "--data.tokenizer=words", "--base", here / "other"
     )
     assert "has shape" in refuse(capsys, trained, "--base", "other")
 

@@ -42,7 +42,7 @@ def test_a_sweep_writes_rows_models_a_table_and_a_report(here, capsys):
         ("taylor", 0), ("random", 0), ("taylor", 1), ("random", 1),
     ]  # fmt: skip
     for run in runs:
-        assert (run["heads"], run["open_heads"], len(run["closed"])) == (8, 6, 2)
+        assert (run["heads"], run["open_heads"], len(run["closed"])) == (8, 4, 4)
         assert run["cost"] == pytest.approx(run["loss"] - run["loss_unpruned"], abs=1e-12)
         assert math.isfinite(run["loss_after_cut"])
     # One training without pruning per seed.

@@ -249,6 +249,7 @@ _CIRCUITS = Description(
         "rank_correlation": "Spearman's, of the magnitudes of all edges' scores now and in the base",
         "node": "what the behaviour loses when all that the node tells is patched, estimated",
     },
+    headline=("area", "overlap"),
     method=(
         "Circuits are edges with the largest scores of attribution patching with integrated gradients (Hanna et al. "
         "2024, arXiv 2403.17806); their faithfulness was measured with everything outside patched."
