@@ -50,6 +50,8 @@ _TRIALS = 3
 _ROUNDS, _LARGE_ROUNDS, _LARGE = 40, 8, 100_000_000
 # The largest mask of which single elements are measured.
 _FINE = 1 << 14
+# Trials of pairs at most, for each element that may be measured alone.
+_PAIR_TRIALS = 4
 # Elements of a small mask that each candidate is tried for at most.
 _PARTNERS = 8
 # Channels of each end of a matrix whose crossings may make the largest activations.
@@ -67,7 +69,8 @@ class Search:
         score: Registered score of the unmasked model to start from.
         rounds: Forward and backward passes under the masked model at most; one more scores the unmasked one. By default
             40, and 8 where more than 100 M elements may be masked.
-        exact: Elements that are measured one by one, by a forward pass each; none where a mask has more than 16,384.
+        exact: Elements that are measured one by one, by a forward pass each, after at most four times as many trials of
+            pairs; none where a mask has more than 16,384.
         chunk_size: Samples of one forward and backward pass, to bound the memory; the batches' own size by default.
         max_stagnant_iterations: Rounds of exchanges without an improvement, after which single ones are measured.
         seed: Decides the strategies that draw numbers.
@@ -629,13 +632,14 @@ class MaskSearch:
         """Exchanges of the best pairs, halved where they do not help, round after round until none does."""
         assert self.best is not None
         now, sizes = _Valued(self.best, self.best_divergence), self.budget.sizes()
+        trials = self.evaluations + _PAIR_TRIALS * self.exact
         while True:
             if gain is None:
-                if self.passes == self.rounds:
+                if self.passes == self.rounds or self.evaluations >= trials:
                     return None
                 gain = self._gains(now.mask)
             before, queue = now, [self.budget.pairs(gain, now.mask, self.exact)]
-            while queue:
+            while queue and self.evaluations < trials:
                 pairs = queue.pop()
                 added, removed = zip(*pairs, strict=True) if pairs else ((), ())
                 if not pairs:
