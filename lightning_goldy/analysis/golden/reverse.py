@@ -51,7 +51,7 @@ _ROUNDS, _LARGE_ROUNDS, _LARGE = 40, 8, 100_000_000
 # The largest mask of which single elements are measured.
 _FINE = 1 << 14
 # Trials of pairs at most, for each element that may be measured alone.
-_PAIR_TRIALS = 4
+_PAIR_TRIALS = 16
 # Elements of a small mask that each candidate is tried for at most.
 _PARTNERS = 8
 # Channels of each end of a matrix whose crossings may make the largest activations.
@@ -69,7 +69,7 @@ class Search:
         score: Registered score of the unmasked model to start from.
         rounds: Forward and backward passes under the masked model at most; one more scores the unmasked one. By default
             40, and 8 where more than 100 M elements may be masked.
-        exact: Elements that are measured one by one, by a forward pass each, after at most four times as many trials of
+        exact: Elements that are measured one by one, by a forward pass each, after at most sixteen times as many trials of
             pairs; none where a mask has more than 16,384.
         chunk_size: Samples of one forward and backward pass, to bound the memory; the batches' own size by default.
         max_stagnant_iterations: Rounds of exchanges without an improvement, after which single ones are measured.
