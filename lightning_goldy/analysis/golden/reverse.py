@@ -69,8 +69,8 @@ class Search:
         score: Registered score of the unmasked model to start from.
         rounds: Forward and backward passes under the masked model at most; one more scores the unmasked one. By default
             40, and 8 where more than 100 M elements may be masked.
-        exact: Elements that are measured one by one, by a forward pass each, after at most sixteen times as many trials of
-            pairs; none where a mask has more than 16,384.
+        exact: Elements that are measured one by one, by a forward pass each, after at most sixteen times as many trials
+            of pairs; none where a mask has more than 16,384.
         chunk_size: Samples of one forward and backward pass, to bound the memory; the batches' own size by default.
         max_stagnant_iterations: Rounds of exchanges without an improvement, after which single ones are measured.
         seed: Decides the strategies that draw numbers.
