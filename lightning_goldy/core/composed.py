@@ -74,6 +74,37 @@ def without_checkpoints() -> Iterator[None]:
         module.CheckpointFunction, module._checkpoint_without_reentrant_generator = before
 
 
+@contextmanager
+def without_reentrant_checkpoints() -> Iterator[None]:
+    """Has reentrant gradient checkpoints run as the others, which give gradients of single tensors, too.
+
+    Example:
+        >>> from torch.utils.checkpoint import checkpoint
+        >>> x = torch.tensor(2.0, requires_grad=True)
+        >>> with without_reentrant_checkpoints():
+        ...     (gradient,) = torch.autograd.grad(checkpoint(torch.square, x, use_reentrant=True), [x])
+        >>> float(gradient)
+        4.0
+    """
+    module: Any = torch.utils.checkpoint
+    before = module.CheckpointFunction
+    module.CheckpointFunction = _PlainCheckpoint
+    try:
+        yield
+    finally:
+        module.CheckpointFunction = before
+
+
+class _PlainCheckpoint:
+    """In the place of a reentrant checkpoint, one that is not."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        return torch.utils.checkpoint.checkpoint(
+            function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state
+        )
+
+
 class _NoCheckpoint:
     """In the place of a reentrant checkpoint."""
 

@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from lightning_goldy.core.composed import without_reentrant_checkpoints
 from lightning_goldy.core.naming import model_class
 from lightning_goldy.core.sharding import is_sharded, local, meet_within, unshard_guard
 
@@ -39,6 +40,7 @@ _TRAINER_SLOTS = frozenset({"trainer", "_trainer", "_fabric"})
 _MODULE_SLOTS = _TRAINER_SLOTS | frozenset(vars(nn.Module()))
 _LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")
 _MISSING = object()
+_BACKWARD_HOOKS = ("_backward_pre_hooks", "_backward_hooks")
 # Of a module, what a batch passes: its other functions belong to the training.
 _ON_THE_WAY = ("forward", "_batch_transfer", "_to_device", "_dataloader")
 
@@ -129,6 +131,9 @@ class Kept:
         for child in module.modules():
             kept._waiting = _FOLLOWED
             kept._follow(kept._note_attributes(child, _MODULE_SLOTS))
+            kept._follow(hook for hooks in _hooks_of(child) for hook in list(hooks.values()))
+        for parameter in module.parameters():
+            kept._follow((getattr(parameter, "_backward_hooks", None) or {}).values())
         return kept
 
     def restore(self) -> None:
@@ -245,12 +250,14 @@ class Kept:
         part = local(tensor)
         if not _has_storage(part) or part.untyped_storage().data_ptr() in self._storages:
             return
-        held, version = part.clone(), None if tensor.is_inference() else tensor._version
+        held, version = part.detach().clone(), None if tensor.is_inference() else tensor._version
+        recorded = tensor.requires_grad
 
         def put_back() -> None:
             # Only what was written to, because a graph may have saved the tensor.
             if version is None or tensor._version != version:
                 local(tensor).copy_(held)
+                _leave_graph(tensor, recorded)
 
         self._undo.append(put_back)
 
@@ -260,6 +267,17 @@ class Kept:
         except (OSError, ValueError):  # it is closed, or has no places, as a pipe
             if not file.closed and file.readable():
                 self.iterators.append(file)
+
+
+def _leave_graph(tensor: Tensor, recorded: bool) -> None:
+    """Takes a tensor that was written to out of the graph that it came into by that."""
+    if tensor.requires_grad and not recorded and not tensor._is_view():
+        tensor.detach_()
+
+
+def _hooks_of(module: nn.Module) -> Iterator[dict[Any, Any]]:
+    for name in ("_forward_pre_hooks", "_forward_hooks", *_BACKWARD_HOOKS):
+        yield getattr(module, name)
 
 
 def _put_back_attributes(now: dict[str, Any], held: Mapping[str, Any], leaving: frozenset[str]) -> None:
@@ -394,6 +412,12 @@ def require_unscaled(module: nn.Module) -> None:
                 )
 
 
+@contextmanager
+def _run_plainly(module: nn.Module) -> Iterator[None]:
+    with uncompiled(module), without_reentrant_checkpoints():
+        yield
+
+
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 
@@ -401,10 +425,11 @@ _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 def preserved(module: nn.Module, *, training: bool | None = False) -> Iterator[nn.Module]:
     """Gives a module to an analysis and takes it back as it was: gradients, modes, buffers, attributes, random states.
 
-    Gradients are set aside, not copied, and so are hooks that wait for them; buffers are copied and written back, and
-    so is what the modules keep in attributes (counters, caches, lists: see :class:`Kept`); the parameters' values are
-    the business of :func:`~lightning_goldy.core.vector.applied`, but of embeddings with a ``max_norm``. Inside,
-    gradients are enabled (Lightning's validation hooks run without), a compiled module runs uncompiled and, by default,
+    Gradients are set aside, not copied, and so are hooks that wait for them, backward hooks of modules too; buffers are
+    copied and written back, and so is what the modules and their hooks keep (counters, caches, lists: see
+    :class:`Kept`); the parameters' values are the business of :func:`~lightning_goldy.core.vector.applied`, but of
+    embeddings with a ``max_norm``. Inside, gradients are enabled (Lightning's validation hooks run without), a compiled
+    module runs uncompiled, a reentrant checkpoint as one that is not, and, by default,
     the module is in evaluation mode.
 
     Args:
@@ -427,10 +452,12 @@ def preserved(module: nn.Module, *, training: bool | None = False) -> Iterator[n
     requires = [parameter.requires_grad for parameter in parameters]
     # Whoever trains within such hooks (an optimizer in the backward pass, stages of ZeRO) would take these gradients.
     waiting = [held for parameter in parameters if (held := parameter._post_accumulate_grad_hooks)]
+    # Those of modules hear of the training's passes alone, too, and forward mode cannot pass them.
+    waiting += [held for child in module.modules() for name in _BACKWARD_HOOKS if (held := getattr(child, name))]
     hooks = [(held, dict(held)) for held in waiting]
     # By owner, because a forward may put a new tensor in a buffer's place.
     buffers = [
-        (child, name, buffer, None if buffer is None else local(buffer).clone())
+        (child, name, buffer, None if buffer is None else (local(buffer).detach().clone(), buffer.requires_grad))
         for child in module.modules()
         for name, buffer in child._buffers.items()
     ]
@@ -441,7 +468,7 @@ def preserved(module: nn.Module, *, training: bool | None = False) -> Iterator[n
     kept = Kept.of_modules(module)
     # A sharded model's forward is a collective: a rank that failed before it tells the others there.
     guard = module.register_forward_pre_hook(_at_forward, prepend=True) if any(map(is_sharded, parameters)) else None
-    with isolated_rng(), torch.inference_mode(False), torch.enable_grad(), uncompiled(module):
+    with isolated_rng(), torch.inference_mode(False), torch.enable_grad(), _run_plainly(module):
         try:
             for parameter in parameters:
                 parameter.grad = None
@@ -464,7 +491,8 @@ def preserved(module: nn.Module, *, training: bool | None = False) -> Iterator[n
                 for child, name, buffer, value in buffers:
                     if buffer is not None and value is not None:
                         # Detached, also a buffer made in inference mode can be written to.
-                        local(buffer).copy_(value)
+                        local(buffer).copy_(value[0])
+                        _leave_graph(buffer, value[1])
                     child._buffers[name] = buffer
                 for child, names in slots:
                     for name in set(child._buffers) - names:

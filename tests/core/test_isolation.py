@@ -11,8 +11,11 @@ import pytest
 import torch
 import transformers as hf
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_goldy.analysis import golden_parameters, head_importance
+from lightning_goldy.core.autodiff import call_with, directional_derivatives
+from lightning_goldy.core.composed import undetached
 from lightning_goldy.core.isolation import Kept, isolated_rng, preserved, undisturbed
 from lightning_goldy.training.subject import find_model
 
@@ -517,3 +520,63 @@ def test_hooks_that_wait_for_gradients_do_not_hear_of_an_analysis() -> None:
     handle.remove()
     model(torch.ones(1, 2)).sum().backward()
     assert len(heard) == 2
+
+
+class Averaging(nn.Module):
+    """Moves averages of its activations in place, in evaluation mode too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.register_buffer("mean", torch.zeros(2))
+        self.other = torch.zeros(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        for average in (self.mean, self.other):
+            average.mul_(0.9).add_(y.detach().mean(0), alpha=0.1)
+        return y
+
+
+def test_what_a_forward_writes_to_comes_back_without_the_graph_of_an_analysis() -> None:
+    model, x = Averaging(), torch.ones(3, 2)
+    with preserved(model), undetached():
+        model(x).sum().backward()
+        assert model.mean.requires_grad
+    assert (model.mean.requires_grad, model.other.requires_grad) == (False, False)
+    assert not model.mean.any()
+    assert not model.other.any()
+    # The training goes on, whose loss may depend on them.
+    (model(x).sum() * model.mean.sum() * model.other.sum()).backward()
+
+
+def test_what_hooks_keep_comes_back_and_backward_hooks_hear_nothing_of_an_analysis() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    heard: dict[str, int] = {"forward": 0, "backward": 0, "gradient": 0}
+
+    def hear(name: str) -> None:
+        heard[name] += 1
+
+    model[0].register_forward_hook(lambda *_: hear("forward"))
+    model[1].register_full_backward_hook(lambda *_: hear("backward"))
+    model[1].weight.register_hook(lambda _: hear("gradient"))
+    x = torch.ones(1, 2)
+    values = {name: value.detach().clone() for name, value in model.named_parameters()}
+    with preserved(model):
+        model(x).sum().backward()
+        directional_derivatives(lambda p: call_with(model, p, (x,), {}).sum(), values, values, 1)
+        assert heard["backward"] == 0
+    assert heard == {"forward": 0, "backward": 0, "gradient": 0}
+    model(x).sum().backward()
+    assert heard == {"forward": 1, "backward": 1, "gradient": 1}
+
+
+def test_a_reentrant_checkpoint_gives_gradients_of_what_is_asked_for() -> None:
+    model = nn.Linear(2, 2)
+    x = torch.ones(1, 2, requires_grad=True)
+    before = torch.utils.checkpoint.CheckpointFunction
+    with preserved(model):
+        loss = checkpoint(lambda y: model(y).square(), x, use_reentrant=True).sum()
+        (found,) = torch.autograd.grad(loss, [model.weight])
+    assert torch.equal(found, torch.autograd.grad(model(x).square().sum(), [model.weight])[0])
+    assert torch.utils.checkpoint.CheckpointFunction is before

@@ -147,9 +147,7 @@ def _owners(parameters: Mapping[str, nn.Parameter], layers: Mapping[str, nn.Modu
     return {name: holders.get(id(parameter), []) for name, parameter in parameters.items()}
 
 
-def _inside(
-    path: str, layer: nn.Module, parameters: Mapping[str, nn.Parameter]
-) -> dict[str, tuple[str, nn.Parameter]]:
+def _inside(path: str, layer: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, tuple[str, nn.Parameter]]:
     """A layer's parameters by their name in the model, each with that in the layer.
 
     One that several layers share has one name in the model, which may be that of another layer.
