@@ -51,6 +51,14 @@ OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "cholesky_inverse": lambda x: torch.cholesky_inverse(x[:, :, :4].tril() + 4 * torch.eye(4)),
     "cholesky_inverse, upper": lambda x: torch.cholesky_inverse(x[:, :, :4].triu() + 4 * torch.eye(4), upper=True),
     "grouped_mm": lambda x: F.grouped_mm(x[0], numbers(3, 6, 5), offs=torch.tensor([1, 1, 3], dtype=torch.int32))[:3],
+    "fft, as FNet mixes tokens": lambda x: torch.fft.fftn(x, dim=(1, 2)).real,
+    "rfft and irfft": lambda x: torch.fft.irfft(torch.fft.rfft(x) * torch.arange(4), n=6),
+    "absolute value of a spectrum": lambda x: torch.fft.fft(x).abs(),
+    "rotation of complex pairs": lambda x: torch.view_as_real(
+        torch.view_as_complex(x.view(3, 4, 3, 2)) * torch.polar(torch.ones(4, 3).double(), numbers(4, 3))
+    ),
+    "made complex": lambda x: (x.to(torch.complex128) * (1 + 2j) + x).square().imag,
+    "product of complex matrices": lambda x: (torch.complex(x, x.square()) @ torch.complex(x, x).mH).real,
 }
 WITHOUT_KERNEL = ("grouped_mm",)  # for this precision
 
