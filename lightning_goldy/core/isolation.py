@@ -9,7 +9,8 @@ import random
 import sys
 import sysconfig
 import types
-from collections import deque
+from array import array
+from collections import UserDict, UserList, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cache, partial
@@ -17,6 +18,7 @@ from itertools import islice, repeat
 from multiprocessing.sharedctypes import SynchronizedBase
 from operator import is_
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
+from torch.quasirandom import SobolEngine
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_goldy.core.composed import without_reentrant_checkpoints
@@ -40,6 +43,9 @@ _TRAINER_SLOTS = frozenset({"trainer", "_trainer", "_fabric"})
 _MODULE_SLOTS = _TRAINER_SLOTS | frozenset(vars(nn.Module()))
 _LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")
 _MISSING = object()
+_BOXES = (types.SimpleNamespace, UserDict, UserList, Queue)
+# Their generators are theirs alone.
+_COLLATORS = "transformers.data."
 _BACKWARD_HOOKS = ("_backward_pre_hooks", "_backward_hooks")
 # Of a module, what a batch passes: its other functions belong to the training.
 _ON_THE_WAY = ("forward", "_batch_transfer", "_to_device", "_dataloader")
@@ -93,10 +99,11 @@ class Kept:
     """What objects hold, to be put back as it was: attributes, containers, counters, generators of random numbers.
 
     An object's attributes and a container's items are noted by reference, and put back where they are others. Through
-    containers, samplers, datasets, loaders, closures and objects of the user's own classes they are followed, the
-    nearest 65,536; the objects of installed libraries are not entered. Tensors and arrays are copied up to ``limit``
-    elements each and 16 million in all. What a program shares (globals that a function names, its defaults, attributes
-    of classes) stays bound as it is, for it may count what happens, but generators and objects in it are put back.
+    containers, samplers, datasets, loaders, transformers' collators, closures and objects of the user's own classes
+    they are followed, the nearest 65,536; other objects of installed libraries are not entered. Tensors and arrays
+    are copied up to ``limit`` elements each and 16 million in all. What a program shares (globals that a function
+    names, its defaults, attributes of classes) stays bound as it is, for it may count what happens, but generators
+    and objects in it are put back.
 
     Args:
         roots: The objects.
@@ -219,6 +226,9 @@ class Kept:
         elif isinstance(value, np.ndarray):
             if value.flags.writeable and not value.dtype.hasobject and self._may_copy(value.size):
                 self._undo.append(partial(np.copyto, value, value.copy()))
+        elif isinstance(value, (bytearray, array)):
+            if self._may_copy(len(value)):
+                self._undo.append(partial(_put_back_numbers, value, value[:]))
         elif isinstance(value, torch.Generator):
             self._undo.append(partial(value.set_state, value.get_state()))
         elif isinstance(value, random.Random):
@@ -227,6 +237,8 @@ class Kept:
             self._undo.append(partial(value.set_state, value.get_state()))
         elif isinstance(value, np.random.Generator):
             self._undo.append(partial(setattr, value.bit_generator, "state", value.bit_generator.state))
+        elif isinstance(value, np.random.BitGenerator):
+            self._undo.append(partial(setattr, value, "state", value.state))
         elif isinstance(value, SynchronizedBase) and hasattr(value, "value"):
             self._undo.append(partial(setattr, value, "value", value.value))
         elif isinstance(value, io.IOBase):
@@ -306,6 +318,11 @@ def _put_back_items(now: Any, held: Any) -> None:
         (now.update if isinstance(now, (dict, set)) else now.extend)(held)
 
 
+def _put_back_numbers(now: Any, held: Any) -> None:
+    if now != held:
+        now[:] = held
+
+
 def _slots(kind: type) -> tuple[str, ...]:
     if issubclass(kind, nn.Module):
         return ()
@@ -356,7 +373,9 @@ def _has_attributes(value: Any) -> bool:
 def _is_entered(value: Any) -> bool:
     if not _has_attributes(value) and (isinstance(value, (nn.Module, Tensor, type)) or not _slots(type(value))):
         return False
-    if isinstance(value, (DataLoader, Dataset, Sampler)):
+    if isinstance(value, (DataLoader, Dataset, Sampler, SobolEngine, *_BOXES)):
+        return True
+    if type(value).__module__.startswith(_COLLATORS):
         return True
     return not _is_of_lightning(type(value)) and _is_of_the_user(type(value).__module__)
 

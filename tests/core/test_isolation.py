@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import random
+from array import array
+from collections import UserDict, UserList
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from queue import Queue
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -580,3 +585,56 @@ def test_a_reentrant_checkpoint_gives_gradients_of_what_is_asked_for() -> None:
         (found,) = torch.autograd.grad(loss, [model.weight])
     assert torch.equal(found, torch.autograd.grad(model(x).square().sum(), [model.weight])[0])
     assert torch.utils.checkpoint.CheckpointFunction is before
+
+
+class Masking:
+    """A collator of the user's around what libraries draw with."""
+
+    def __init__(self) -> None:
+        tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a")))
+        tokenizer.add_special_tokens({"mask_token": "[MASK]", "pad_token": "[PAD]"})
+        self.inner = hf.DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.5, seed=3)
+        self.points = torch.quasirandom.SobolEngine(2, scramble=True, seed=1)
+        self.bits = np.random.PCG64(1)
+
+    def draw(self) -> tuple[list[float], list[int], int]:
+        masked = self.inner([{"input_ids": torch.zeros(64, dtype=torch.long)}])["labels"]
+        return self.points.draw(1).flatten().tolist(), masked.flatten().tolist(), int(self.bits.random_raw())
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_what_libraries_draw_with_is_put_back(used: bool) -> None:
+    expected, masking = Masking(), Masking()
+    if used:
+        expected.draw()
+        masking.draw()
+    kept = Kept([masking])
+    masking.draw()
+    kept.restore()
+    assert masking.draw() == expected.draw()
+
+
+class Boxes:
+    """Containers of Python that are no list, dict or set."""
+
+    def __init__(self) -> None:
+        self.space, self.named = SimpleNamespace(n=0), UserDict(n=0)
+        self.listed, self.waiting = UserList([0]), Queue[int]()
+        self.raw, self.numbers = bytearray(1), array("l", [0])
+        for number in range(4):
+            self.waiting.put(number)
+
+    def draw(self) -> list[int]:
+        self.space.n += 1
+        for box, place in ((self.named, "n"), (self.listed, 0), (self.raw, 0), (self.numbers, 0)):
+            box[place] += 1
+        self.raw.append(1)
+        return [self.space.n, self.named["n"], self.listed[0], self.waiting.get(), *self.raw, *self.numbers]
+
+
+def test_containers_of_other_kinds_are_put_back() -> None:
+    boxes = Boxes()
+    kept = Kept([boxes])
+    first = boxes.draw()
+    kept.restore()
+    assert boxes.draw() == first
