@@ -479,7 +479,7 @@ def _rule(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Rule | 
 
 def _attribute(getter: Any, jet: Jet) -> Any:
     name = getattr(getter.__self__, "__name__", "")
-    if name in ("T", "mT"):
+    if name in ("T", "mT", "H", "mH", "real", "imag"):
         return Jet([None if part is None else getattr(part, name) for part in jet.parts])
     if name == "data":
         return jet
@@ -497,10 +497,14 @@ def _order(*values: Any) -> int:
     return max(len(value.parts) for value in values if isinstance(value, Jet)) - 1
 
 
+def _is_smooth(value: Tensor) -> bool:
+    return value.is_floating_point() or value.is_complex()
+
+
 def _linear_map(func: Any, args: Any, kwargs: Any) -> Any:
     found: list[Any] = [None if part is None else func(part, *args[1:], **kwargs) for part in args[0].parts]
     if isinstance(found[0], Tensor):
-        return Jet(found) if found[0].is_floating_point() else found[0]
+        return Jet(found) if _is_smooth(found[0]) else found[0]
     count = len(found[0])
     return tuple(Jet([None if part is None else part[index] for part in found]) for index in range(count))
 
@@ -598,7 +602,7 @@ def _through(func: Any, args: Any, kwargs: Any) -> Any:
     with Composed():
         values = tuple(leaves[index].parts[0] for index in places)
         results, layout = pytree.tree_flatten(call(values))
-        smooth = [index for index, leaf in enumerate(results) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        smooth = [index for index, leaf in enumerate(results) if isinstance(leaf, Tensor) and _is_smooth(leaf)]
         if not smooth:
             return pytree.tree_unflatten(results, layout)
 

@@ -74,6 +74,37 @@ def without_checkpoints() -> Iterator[None]:
         module.CheckpointFunction, module._checkpoint_without_reentrant_generator = before
 
 
+@contextmanager
+def without_reentrant_checkpoints() -> Iterator[None]:
+    """Has reentrant gradient checkpoints run as the others, which give gradients of single tensors, too.
+
+    Example:
+        >>> from torch.utils.checkpoint import checkpoint
+        >>> x = torch.tensor(2.0, requires_grad=True)
+        >>> with without_reentrant_checkpoints():
+        ...     (gradient,) = torch.autograd.grad(checkpoint(torch.square, x, use_reentrant=True), [x])
+        >>> float(gradient)
+        4.0
+    """
+    module: Any = torch.utils.checkpoint
+    before = module.CheckpointFunction
+    module.CheckpointFunction = _PlainCheckpoint
+    try:
+        yield
+    finally:
+        module.CheckpointFunction = before
+
+
+class _PlainCheckpoint:
+    """In the place of a reentrant checkpoint, one that is not."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        return torch.utils.checkpoint.checkpoint(
+            function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state
+        )
+
+
 class _NoCheckpoint:
     """In the place of a reentrant checkpoint."""
 
@@ -226,6 +257,16 @@ def _differentiable(value: Any) -> bool:
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
+def _layout(input: Tensor) -> torch.memory_format:
+    last = input.ndim == 4 and not input.is_contiguous() and input.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def _wide(input: Tensor, layout: torch.memory_format) -> Tensor:
+    """A copy in at least float32, laid out as the fused operation lays out its result, which what follows may view."""
+    return input.to(torch.promote_types(input.dtype, torch.float32)).contiguous(memory_format=layout)
+
+
 def _layer_norm(
     input: Tensor,
     normalized_shape: Sequence[int],
@@ -235,7 +276,7 @@ def _layer_norm(
     cudnn_enable: bool = True,
 ) -> Tensor:
     dims = tuple(range(-len(normalized_shape), 0))
-    wide = input.to(torch.promote_types(input.dtype, torch.float32))
+    wide = _wide(input, torch.contiguous_format)
     centred = wide - wide.mean(dims, keepdim=True)
     return _scaled(centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps), weight, bias).to(input.dtype)
 
@@ -244,7 +285,7 @@ def _rms_norm(
     input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
     dims = tuple(range(-len(normalized_shape), 0))
-    wide = input.to(torch.promote_types(input.dtype, torch.float32))
+    wide = _wide(input, _layout(input))
     small = torch.finfo(input.dtype).eps if eps is None else eps
     return _scaled(wide * torch.rsqrt(wide.square().mean(dims, keepdim=True) + small), weight, None).to(input.dtype)
 
@@ -257,10 +298,11 @@ def _group_norm(
     eps: float = 1e-5,
     cudnn_enabled: bool = True,
 ) -> Tensor:
-    wide = input.to(torch.promote_types(input.dtype, torch.float32))
+    wide = _wide(input, _layout(input))
     groups = wide.reshape(len(input), num_groups, -1)  # [N, C, ...] -> [N, groups, C / groups x ...]
     centred = groups - groups.mean(-1, keepdim=True)
     normal = (centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)).reshape(input.shape)
+    normal = normal.contiguous(memory_format=_layout(input))
     each = (1, -1) + (1,) * (input.ndim - 2)  # one weight per channel
     scale = None if weight is None else weight.view(each)
     return _scaled(normal, scale, None if bias is None else bias.view(each)).to(input.dtype)
@@ -277,7 +319,7 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     each = (1, -1) + (1,) * (input.ndim - 2)  # one of each per channel
-    wide = input.to(torch.promote_types(input.dtype, torch.float32))
+    wide = _wide(input, _layout(input))
     if training or running_mean is None or running_var is None:
         if running_mean is not None and momentum is not None:
             # The fused one moves the running statistics, which carry no derivative.
@@ -319,7 +361,7 @@ def _instance_norm(
         return _batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
     if running_mean is not None:
         F.instance_norm(input.detach(), running_mean, running_var, None, None, True, momentum, eps)
-    return _group_norm(input, input.shape[1], weight, bias, eps)
+    return _group_norm(input.contiguous(), input.shape[1], weight, bias, eps)
 
 
 def _torch_instance_norm(
@@ -356,7 +398,8 @@ def _attention(
     # A graph would keep every piece; then pieces would only cost.
     recorded = query.requires_grad or key.requires_grad or value.requires_grad
     if rows >= length or recorded or dropout_p or (is_causal and attn_mask is not None):
-        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
+        whole = F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
+        return _by_position(whole, query)
     pieces = []
     for start in range(0, length, rows):
         piece = query[..., start : start + rows, :]  # [..., rows, D]
@@ -367,7 +410,13 @@ def _attention(
         elif mask is not None and mask.shape[-2] > 1:
             mask = mask[..., start : start + rows, :]  # [..., rows, S]
         pieces.append(F.scaled_dot_product_attention(piece, key[..., :seen, :], value[..., :seen, :], mask, **options))
-    return torch.cat(pieces, dim=-2)  # [..., L, D]
+    return _by_position(torch.cat(pieces, dim=-2), query)  # [..., L, D]
+
+
+def _by_position(output: Tensor, query: Tensor) -> Tensor:
+    """Laid out as fused attention lays out its output where heads lie inside of positions: as the queries."""
+    inside = query.ndim == 4 and not query.is_contiguous() and query.transpose(1, 2).is_contiguous()
+    return output.transpose(1, 2).contiguous().transpose(1, 2) if inside else output
 
 
 def _grouped_mm(

@@ -9,7 +9,8 @@ import random
 import sys
 import sysconfig
 import types
-from collections import deque
+from array import array
+from collections import UserDict, UserList, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cache, partial
@@ -17,6 +18,7 @@ from itertools import islice, repeat
 from multiprocessing.sharedctypes import SynchronizedBase
 from operator import is_
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import numpy as np
@@ -24,8 +26,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
+from torch.quasirandom import SobolEngine
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from lightning_goldy.core.composed import without_reentrant_checkpoints
 from lightning_goldy.core.naming import model_class
 from lightning_goldy.core.sharding import is_sharded, local, meet_within, unshard_guard
 
@@ -39,6 +43,10 @@ _TRAINER_SLOTS = frozenset({"trainer", "_trainer", "_fabric"})
 _MODULE_SLOTS = _TRAINER_SLOTS | frozenset(vars(nn.Module()))
 _LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")
 _MISSING = object()
+_BOXES = (types.SimpleNamespace, UserDict, UserList, Queue)
+# Their generators are theirs alone.
+_COLLATORS = "transformers.data."
+_BACKWARD_HOOKS = ("_backward_pre_hooks", "_backward_hooks")
 # Of a module, what a batch passes: its other functions belong to the training.
 _ON_THE_WAY = ("forward", "_batch_transfer", "_to_device", "_dataloader")
 
@@ -91,10 +99,11 @@ class Kept:
     """What objects hold, to be put back as it was: attributes, containers, counters, generators of random numbers.
 
     An object's attributes and a container's items are noted by reference, and put back where they are others. Through
-    containers, samplers, datasets, loaders, closures and objects of the user's own classes they are followed, the
-    nearest 65,536; the objects of installed libraries are not entered. Tensors and arrays are copied up to ``limit``
-    elements each and 16 million in all. What a program shares (globals that a function names, its defaults, attributes
-    of classes) stays bound as it is, for it may count what happens, but generators and objects in it are put back.
+    containers, samplers, datasets, loaders, transformers' collators, closures and objects of the user's own classes
+    they are followed, the nearest 65,536; other objects of installed libraries are not entered. Tensors and arrays
+    are copied up to ``limit`` elements each and 16 million in all. What a program shares (globals that a function
+    names, its defaults, attributes of classes) stays bound as it is, for it may count what happens, but generators
+    and objects in it are put back.
 
     Args:
         roots: The objects.
@@ -129,6 +138,9 @@ class Kept:
         for child in module.modules():
             kept._waiting = _FOLLOWED
             kept._follow(kept._note_attributes(child, _MODULE_SLOTS))
+            kept._follow(hook for hooks in _hooks_of(child) for hook in list(hooks.values()))
+        for parameter in module.parameters():
+            kept._follow((getattr(parameter, "_backward_hooks", None) or {}).values())
         return kept
 
     def restore(self) -> None:
@@ -214,6 +226,9 @@ class Kept:
         elif isinstance(value, np.ndarray):
             if value.flags.writeable and not value.dtype.hasobject and self._may_copy(value.size):
                 self._undo.append(partial(np.copyto, value, value.copy()))
+        elif isinstance(value, (bytearray, array)):
+            if self._may_copy(len(value)):
+                self._undo.append(partial(_put_back_numbers, value, value[:]))
         elif isinstance(value, torch.Generator):
             self._undo.append(partial(value.set_state, value.get_state()))
         elif isinstance(value, random.Random):
@@ -222,6 +237,8 @@ class Kept:
             self._undo.append(partial(value.set_state, value.get_state()))
         elif isinstance(value, np.random.Generator):
             self._undo.append(partial(setattr, value.bit_generator, "state", value.bit_generator.state))
+        elif isinstance(value, np.random.BitGenerator):
+            self._undo.append(partial(setattr, value, "state", value.state))
         elif isinstance(value, SynchronizedBase) and hasattr(value, "value"):
             self._undo.append(partial(setattr, value, "value", value.value))
         elif isinstance(value, io.IOBase):
@@ -245,12 +262,14 @@ class Kept:
         part = local(tensor)
         if not _has_storage(part) or part.untyped_storage().data_ptr() in self._storages:
             return
-        held, version = part.clone(), None if tensor.is_inference() else tensor._version
+        held, version = part.detach().clone(), None if tensor.is_inference() else tensor._version
+        recorded = tensor.requires_grad
 
         def put_back() -> None:
             # Only what was written to, because a graph may have saved the tensor.
             if version is None or tensor._version != version:
                 local(tensor).copy_(held)
+                _leave_graph(tensor, recorded)
 
         self._undo.append(put_back)
 
@@ -260,6 +279,17 @@ class Kept:
         except (OSError, ValueError):  # it is closed, or has no places, as a pipe
             if not file.closed and file.readable():
                 self.iterators.append(file)
+
+
+def _leave_graph(tensor: Tensor, recorded: bool) -> None:
+    """Takes a tensor that was written to out of the graph that it came into by that."""
+    if tensor.requires_grad and not recorded and not tensor._is_view():
+        tensor.detach_()
+
+
+def _hooks_of(module: nn.Module) -> Iterator[dict[Any, Any]]:
+    for name in ("_forward_pre_hooks", "_forward_hooks", *_BACKWARD_HOOKS):
+        yield getattr(module, name)
 
 
 def _put_back_attributes(now: dict[str, Any], held: Mapping[str, Any], leaving: frozenset[str]) -> None:
@@ -286,6 +316,11 @@ def _put_back_items(now: Any, held: Any) -> None:
     if not same:
         now.clear()
         (now.update if isinstance(now, (dict, set)) else now.extend)(held)
+
+
+def _put_back_numbers(now: Any, held: Any) -> None:
+    if now != held:
+        now[:] = held
 
 
 def _slots(kind: type) -> tuple[str, ...]:
@@ -338,7 +373,9 @@ def _has_attributes(value: Any) -> bool:
 def _is_entered(value: Any) -> bool:
     if not _has_attributes(value) and (isinstance(value, (nn.Module, Tensor, type)) or not _slots(type(value))):
         return False
-    if isinstance(value, (DataLoader, Dataset, Sampler)):
+    if isinstance(value, (DataLoader, Dataset, Sampler, SobolEngine, *_BOXES)):
+        return True
+    if type(value).__module__.startswith(_COLLATORS):
         return True
     return not _is_of_lightning(type(value)) and _is_of_the_user(type(value).__module__)
 
@@ -394,6 +431,12 @@ def require_unscaled(module: nn.Module) -> None:
                 )
 
 
+@contextmanager
+def _run_plainly(module: nn.Module) -> Iterator[None]:
+    with uncompiled(module), without_reentrant_checkpoints():
+        yield
+
+
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 
@@ -401,10 +444,11 @@ _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 def preserved(module: nn.Module, *, training: bool | None = False) -> Iterator[nn.Module]:
     """Gives a module to an analysis and takes it back as it was: gradients, modes, buffers, attributes, random states.
 
-    Gradients are set aside, not copied, and so are hooks that wait for them; buffers are copied and written back, and
-    so is what the modules keep in attributes (counters, caches, lists: see :class:`Kept`); the parameters' values are
-    the business of :func:`~lightning_goldy.core.vector.applied`, but of embeddings with a ``max_norm``. Inside,
-    gradients are enabled (Lightning's validation hooks run without), a compiled module runs uncompiled and, by default,
+    Gradients are set aside, not copied, and so are hooks that wait for them, backward hooks of modules too; buffers are
+    copied and written back, and so is what the modules and their hooks keep (counters, caches, lists: see
+    :class:`Kept`); the parameters' values are the business of :func:`~lightning_goldy.core.vector.applied`, but of
+    embeddings with a ``max_norm``. Inside, gradients are enabled (Lightning's validation hooks run without), a compiled
+    module runs uncompiled, a reentrant checkpoint as one that is not, and, by default,
     the module is in evaluation mode.
 
     Args:
@@ -427,10 +471,12 @@ def preserved(module: nn.Module, *, training: bool | None = False) -> Iterator[n
     requires = [parameter.requires_grad for parameter in parameters]
     # Whoever trains within such hooks (an optimizer in the backward pass, stages of ZeRO) would take these gradients.
     waiting = [held for parameter in parameters if (held := parameter._post_accumulate_grad_hooks)]
+    # Those of modules hear of the training's passes alone, too, and forward mode cannot pass them.
+    waiting += [held for child in module.modules() for name in _BACKWARD_HOOKS if (held := getattr(child, name))]
     hooks = [(held, dict(held)) for held in waiting]
     # By owner, because a forward may put a new tensor in a buffer's place.
     buffers = [
-        (child, name, buffer, None if buffer is None else local(buffer).clone())
+        (child, name, buffer, None if buffer is None else (local(buffer).detach().clone(), buffer.requires_grad))
         for child in module.modules()
         for name, buffer in child._buffers.items()
     ]
@@ -441,7 +487,7 @@ def preserved(module: nn.Module, *, training: bool | None = False) -> Iterator[n
     kept = Kept.of_modules(module)
     # A sharded model's forward is a collective: a rank that failed before it tells the others there.
     guard = module.register_forward_pre_hook(_at_forward, prepend=True) if any(map(is_sharded, parameters)) else None
-    with isolated_rng(), torch.inference_mode(False), torch.enable_grad(), uncompiled(module):
+    with isolated_rng(), torch.inference_mode(False), torch.enable_grad(), _run_plainly(module):
         try:
             for parameter in parameters:
                 parameter.grad = None
@@ -464,7 +510,8 @@ def preserved(module: nn.Module, *, training: bool | None = False) -> Iterator[n
                 for child, name, buffer, value in buffers:
                     if buffer is not None and value is not None:
                         # Detached, also a buffer made in inference mode can be written to.
-                        local(buffer).copy_(value)
+                        local(buffer).copy_(value[0])
+                        _leave_graph(buffer, value[1])
                     child._buffers[name] = buffer
                 for child, names in slots:
                     for name in set(child._buffers) - names:

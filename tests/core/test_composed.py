@@ -51,8 +51,38 @@ OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "cholesky_inverse": lambda x: torch.cholesky_inverse(x[:, :, :4].tril() + 4 * torch.eye(4)),
     "cholesky_inverse, upper": lambda x: torch.cholesky_inverse(x[:, :, :4].triu() + 4 * torch.eye(4), upper=True),
     "grouped_mm": lambda x: F.grouped_mm(x[0], numbers(3, 6, 5), offs=torch.tensor([1, 1, 3], dtype=torch.int32))[:3],
+    "fft, as FNet mixes tokens": lambda x: torch.fft.fftn(x, dim=(1, 2)).real,
+    "rfft and irfft": lambda x: torch.fft.irfft(torch.fft.rfft(x) * torch.arange(4), n=6),
+    "absolute value of a spectrum": lambda x: torch.fft.fft(x).abs(),
+    "rotation of complex pairs": lambda x: torch.view_as_real(
+        torch.view_as_complex(x.view(3, 4, 3, 2)) * torch.polar(torch.ones(4, 3).double(), numbers(4, 3))
+    ),
+    "made complex": lambda x: (x.to(torch.complex128) * (1 + 2j) + x).square().imag,
+    "product of complex matrices": lambda x: (torch.complex(x, x.square()) @ torch.complex(x, x).mH).real,
 }
 WITHOUT_KERNEL = ("grouped_mm",)  # for this precision
+
+
+LAID_OUT: dict[str, Callable[[Tensor], Tensor]] = {
+    "layer_norm": lambda x: F.layer_norm(x, x.shape[-1:]),
+    "rms_norm": lambda x: F.rms_norm(x, x.shape[-1:]),
+    "group_norm": lambda x: F.group_norm(x, 2),
+    "batch_norm, training": lambda x: F.batch_norm(x, None, None, training=True),
+    "batch_norm, evaluation": lambda x: F.batch_norm(x, **STATISTICS),
+    "instance_norm": F.instance_norm,
+    "attention": lambda x: F.scaled_dot_product_attention(x, x, x) if x.ndim == 4 else x,
+}
+
+
+@pytest.mark.parametrize("name", list(LAID_OUT))
+def test_what_is_composed_lies_in_the_memory_as_the_original(name: str) -> None:
+    turned = numbers(2, 6, 4).mT, numbers(2, 6, 4, 8).transpose(1, 2), numbers(2, 5, 6, 4).permute(0, 3, 1, 2)
+    for x in turned:
+        original = LAID_OUT[name](x)
+        with nested_derivatives():
+            composed = LAID_OUT[name](x)
+        # What follows may view it: a crash, or not, that another number of samples would not have shown.
+        assert composed.stride() == original.stride(), x.stride()
 
 
 @pytest.mark.parametrize("name", list(OPERATIONS))

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import random
+from array import array
+from collections import UserDict, UserList
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from queue import Queue
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,9 +13,14 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_goldy.analysis import golden_parameters, head_importance
+from lightning_goldy.core.autodiff import call_with, directional_derivatives
+from lightning_goldy.core.composed import undetached
 from lightning_goldy.core.isolation import Kept, isolated_rng, preserved, undisturbed
 from lightning_goldy.training.subject import find_model
 
@@ -517,3 +525,116 @@ def test_hooks_that_wait_for_gradients_do_not_hear_of_an_analysis() -> None:
     handle.remove()
     model(torch.ones(1, 2)).sum().backward()
     assert len(heard) == 2
+
+
+class Averaging(nn.Module):
+    """Moves averages of its activations in place, in evaluation mode too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.register_buffer("mean", torch.zeros(2))
+        self.other = torch.zeros(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        for average in (self.mean, self.other):
+            average.mul_(0.9).add_(y.detach().mean(0), alpha=0.1)
+        return y
+
+
+def test_what_a_forward_writes_to_comes_back_without_the_graph_of_an_analysis() -> None:
+    model, x = Averaging(), torch.ones(3, 2)
+    with preserved(model), undetached():
+        model(x).sum().backward()
+        assert model.mean.requires_grad
+    assert (model.mean.requires_grad, model.other.requires_grad) == (False, False)
+    assert not model.mean.any()
+    assert not model.other.any()
+    # The training goes on, whose loss may depend on them.
+    (model(x).sum() * model.mean.sum() * model.other.sum()).backward()
+
+
+def test_what_hooks_keep_comes_back_and_backward_hooks_hear_nothing_of_an_analysis() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    heard: dict[str, int] = {"forward": 0, "backward": 0, "gradient": 0}
+
+    def hear(name: str) -> None:
+        heard[name] += 1
+
+    model[0].register_forward_hook(lambda *_: hear("forward"))
+    model[1].register_full_backward_hook(lambda *_: hear("backward"))
+    model[1].weight.register_hook(lambda _: hear("gradient"))
+    x = torch.ones(1, 2)
+    values = {name: value.detach().clone() for name, value in model.named_parameters()}
+    with preserved(model):
+        model(x).sum().backward()
+        directional_derivatives(lambda p: call_with(model, p, (x,), {}).sum(), values, values, 1)
+        assert heard["backward"] == 0
+    assert heard == {"forward": 0, "backward": 0, "gradient": 0}
+    model(x).sum().backward()
+    assert heard == {"forward": 1, "backward": 1, "gradient": 1}
+
+
+def test_a_reentrant_checkpoint_gives_gradients_of_what_is_asked_for() -> None:
+    model = nn.Linear(2, 2)
+    x = torch.ones(1, 2, requires_grad=True)
+    before = torch.utils.checkpoint.CheckpointFunction
+    with preserved(model):
+        loss = checkpoint(lambda y: model(y).square(), x, use_reentrant=True).sum()
+        (found,) = torch.autograd.grad(loss, [model.weight])
+    assert torch.equal(found, torch.autograd.grad(model(x).square().sum(), [model.weight])[0])
+    assert torch.utils.checkpoint.CheckpointFunction is before
+
+
+class Masking:
+    """A collator of the user's around what libraries draw with."""
+
+    def __init__(self) -> None:
+        tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a")))
+        tokenizer.add_special_tokens({"mask_token": "[MASK]", "pad_token": "[PAD]"})
+        self.inner = hf.DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.5, seed=3)
+        self.points = torch.quasirandom.SobolEngine(2, scramble=True, seed=1)
+        self.bits = np.random.PCG64(1)
+
+    def draw(self) -> tuple[list[float], list[int], int]:
+        masked = self.inner([{"input_ids": torch.zeros(64, dtype=torch.long)}])["labels"]
+        return self.points.draw(1).flatten().tolist(), masked.flatten().tolist(), int(self.bits.random_raw())
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_what_libraries_draw_with_is_put_back(used: bool) -> None:
+    expected, masking = Masking(), Masking()
+    if used:
+        expected.draw()
+        masking.draw()
+    kept = Kept([masking])
+    masking.draw()
+    kept.restore()
+    assert masking.draw() == expected.draw()
+
+
+class Boxes:
+    """Containers of Python that are no list, dict or set."""
+
+    def __init__(self) -> None:
+        self.space, self.named = SimpleNamespace(n=0), UserDict(n=0)
+        self.listed, self.waiting = UserList([0]), Queue[int]()
+        self.raw, self.numbers = bytearray(1), array("l", [0])
+        for number in range(4):
+            self.waiting.put(number)
+
+    def draw(self) -> list[int]:
+        self.space.n += 1
+        for box, place in ((self.named, "n"), (self.listed, 0), (self.raw, 0), (self.numbers, 0)):
+            box[place] += 1
+        self.raw.append(1)
+        return [self.space.n, self.named["n"], self.listed[0], self.waiting.get(), *self.raw, *self.numbers]
+
+
+def test_containers_of_other_kinds_are_put_back() -> None:
+    boxes = Boxes()
+    kept = Kept([boxes])
+    first = boxes.draw()
+    kept.restore()
+    assert boxes.draw() == first

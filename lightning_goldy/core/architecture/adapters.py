@@ -129,33 +129,41 @@ def changes_in(model: nn.Module, base: BaseParameters, space: str = "merged") ->
         return
     layers, done = adapted_layers(model), set()
     parameters = base.space.resolve(model)
-    owners = _owners(base.space, layers)
-    for name, owner in owners.items():
-        if owner is None:
+    for name, owners in _owners(parameters, layers).items():
+        if not owners:
             yield base.change(name, parameters[name])._replace(name=merged_name(name))
-        elif owner not in done:
-            done.add(owner)
-            yield from _layer_changes(owner, layers[owner], base)
+        for owner in owners:
+            if owner not in done:
+                done.add(owner)
+                yield from _layer_changes(owner, layers[owner], base, parameters)
 
 
-def _owners(space: ParameterSpace, layers: Mapping[str, nn.Module]) -> dict[str, str | None]:
-    """The adapter layer that each parameter lies in; None outside of all."""
-    owners: dict[str, str | None] = {}
-    for name in space:
-        parts = name.split(".")
-        paths = (".".join(parts[:length]) for length in range(len(parts) - 1, 0, -1))
-        owners[name] = next((path for path in paths if path in layers), "" if "" in layers else None)
-    return owners
+def _owners(parameters: Mapping[str, nn.Parameter], layers: Mapping[str, nn.Module]) -> dict[str, list[str]]:
+    """The adapter layers that hold each parameter, more than one where they share it; none outside of all."""
+    holders: dict[int, list[str]] = {}
+    for path, layer in layers.items():
+        for parameter in layer.parameters():
+            holders.setdefault(id(parameter), []).append(path)
+    return {name: holders.get(id(parameter), []) for name, parameter in parameters.items()}
 
 
-def _inside(path: str, layer: nn.Module) -> dict[str, tuple[str, nn.Parameter]]:
-    """A layer's parameters by their name in the model, each with that in the layer."""
+def _inside(path: str, layer: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, tuple[str, nn.Parameter]]:
+    """A layer's parameters by their name in the model, each with that in the layer.
+
+    One that several layers share has one name in the model, which may be that of another layer.
+    """
     prefix = f"{path}." if path else ""
-    return {f"{prefix}{canonical_name(name)}": (name, value) for name, value in layer.named_parameters()}
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    return {
+        names.get(id(value), f"{prefix}{canonical_name(name)}"): (name, value)
+        for name, value in layer.named_parameters()
+    }
 
 
-def _layer_changes(path: str, layer: nn.Module, base: BaseParameters) -> Iterator[Change]:
-    inside = _inside(path, layer)
+def _layer_changes(
+    path: str, layer: nn.Module, base: BaseParameters, parameters: Mapping[str, nn.Parameter]
+) -> Iterator[Change]:
+    inside = _inside(path, layer, parameters)
     before = {name: base.placed(full, own) for full, (name, own) in inside.items() if full in base.space}
     wrapped = without_adapters(layer)
     _require_plain(path, wrapped)
@@ -317,22 +325,22 @@ def line_from(model: nn.Module, base: BaseParameters, space: str = "merged") -> 
         return
     require_line(model, space)
     squares = [reduce_tensors([change.delta], lambda x: x @ x)[0] for change in changes_in(model, base, space)]
-    owners, layers = _owners(base.space, adapted_layers(model)), adapted_layers(model)
+    layers, parameters = adapted_layers(model), base.space.resolve(model)
     with ExitStack() as stack:
         tensors: dict[str, Tensor] = {}
-        parameters = base.space.resolve(model)
-        for name, owner in owners.items():
+        for name, owners in _owners(parameters, layers).items():
             own = parameters[name]
-            outside = owner is None or any(own is part for part in without_adapters(layers[owner]).parameters())
-            if outside:
+            if not owners or any(own is part for part in without_adapters(layers[owners[0]]).parameters()):
                 tensors[name] = _as_wide(base.placed(name, own), own)
                 continue
-            place = f"{owner}.{_PLACE}" if owner else _PLACE
-            if place not in tensors:
-                layer = layers[str(owner)]
+            for owner in owners:
+                place = f"{owner}.{_PLACE}" if owner else _PLACE
+                if place in tensors:
+                    continue
+                layer = layers[owner]
                 before = {
                     inside: _as_wide(base.placed(full, value), value)
-                    for full, (inside, value) in _inside(str(owner), layer).items()
+                    for full, (inside, value) in _inside(owner, layer, parameters).items()
                     if full in base.space and not any(value is part for part in without_adapters(layer).parameters())
                 }
                 tensors[place] = stack.enter_context(_placed_between(layer, before))
@@ -409,13 +417,15 @@ def merged_weights(model: nn.Module, base: BaseParameters) -> Iterator[tuple[Bas
     starts: dict[str, Tensor] = {}
     found: dict[str, nn.Parameter] = {}
     with ExitStack() as stack:
-        for name, owner in _owners(base.space, layers).items():
-            if owner is None:
+        for name, owners in _owners(parameters, layers).items():
+            if not owners:
                 starts[merged_name(name)] = base.placed(name, parameters[name])
                 found[merged_name(name)] = parameters[name]
-            elif owner in layers:
-                layer = layers.pop(owner)
-                changes = {change.name: change for change in _layer_changes(owner, layer, base)}
+            for owner in owners:
+                layer = layers.pop(owner, None)
+                if layer is None:
+                    continue
+                changes = {change.name: change for change in _layer_changes(owner, layer, base, parameters)}
                 held = {_below(owner, name): change.base + change.delta for name, change in changes.items()}
                 made = stack.enter_context(_merged_layer(layer, held))
                 found.update({name: made[_below(owner, name)] for name in changes})

@@ -54,6 +54,10 @@ CASES = {
         lambda: build_family("Llama"),
         lambda: peft.IA3Config(target_modules=["v_proj", "down_proj"], feedforward_modules=["down_proj"]),
     ),
+    "VB-LoRA, whose layers share a bank": (
+        lambda: build_family("Llama"),
+        lambda: peft.VBLoRAConfig(r=2, num_vectors=8, vector_length=8, topk=2, target_modules=["q_proj"]),
+    ),
 }
 
 
@@ -111,6 +115,7 @@ def test_changes_are_those_of_merged_models(kind: str) -> None:
         "DoRA",
         *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("rsLoRA of nn.Linear", "embeddings", "IA3", "VeRA")),
         pytest.param("modules_to_save", marks=pytest.mark.slow),
+        "VB-LoRA, whose layers share a bank",
     ],
 )
 def test_derivatives_along_merged_weights_are_those_of_merged_models(kind: str) -> None:
