@@ -68,10 +68,11 @@ def test_what_cannot_work_is_refused_before_the_first_step(tmp_path) -> None:
             ChangeAttribution(**options)
 
 
+@pytest.mark.filterwarnings("ignore:n_samples=2, but the probe holds only 1")
 def test_grafts_of_a_probe_without_a_held_out_sample_are_refused_before_the_first_step(tmp_path) -> None:
-    probe = [{"input_ids": torch.zeros(1, 8, dtype=torch.long)}]
+    probe = [{"input_ids": torch.ones(1, 8, dtype=torch.long)}]
     with pytest.raises(ValueError, match=r"the probe has 1 sample, and grafts need 2.*shares=\[\]"):
-        fit(tmp_path, [GoldenSnapshot(), ChangeAttribution(probe=probe, on_error="warn")], max_steps=1)
+        fit(tmp_path, [GoldenSnapshot(), ChangeAttribution(probe=probe, n_samples=2)], max_steps=1)
 
 
 def test_the_gradient_at_the_base_alone_is_taken_by_option(tmp_path) -> None:
