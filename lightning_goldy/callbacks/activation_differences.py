@@ -10,13 +10,18 @@ import lightning.pytorch as L
 from torch import nn
 
 from lightning_goldy.analysis.activations import SteeredTexts, steer_texts
-from lightning_goldy.analysis.activations.differences import ActivationDifferencesResult, activation_differences
+from lightning_goldy.analysis.activations.differences import (
+    ActivationDifferencesResult,
+    activation_differences,
+    check_texts,
+)
 from lightning_goldy.analysis.forecast import Forecast, Plan, Run
 from lightning_goldy.analysis.forecast.analyses import forecast_activations
 from lightning_goldy.analysis.result import AnalysisResult, Cost, Row
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.callbacks.golden_snapshot import find_snapshot
 from lightning_goldy.core.architecture import describe_architecture
+from lightning_goldy.core.batches import sample_count
 from lightning_goldy.core.naming import require_at_least
 from lightning_goldy.core.sharding import is_sharded
 from lightning_goldy.training.subject import find_collateral, find_tokenizer
@@ -98,6 +103,8 @@ class ActivationDifferences(AnalysisCallback[ReadDifferences]):
         least = (("positions", positions, 1), ("n_samples", n_samples, 2), ("max_new_tokens", max_new_tokens, 1))
         for name, value, lowest in least:
             require_at_least(name, value, lowest)
+        if layers is not None and not layers:
+            raise ValueError("layers is empty: name at least one block")
         if tolerance <= 0:
             raise ValueError(f"tolerance must be positive; got {tolerance}")
         self.layers, self.positions, self.n_samples, self.text = layers, positions, n_samples, text
@@ -131,22 +138,25 @@ class ActivationDifferences(AnalysisCallback[ReadDifferences]):
         if self.prompts and any(map(is_sharded, model.parameters())):
             raise ValueError(f"{self.name}: a sharded model is not steered; leave prompts out")
         self._text = find_collateral(trainer, self.text, self.n_samples)
+        check_texts(self._text or self._batches, self.positions)
 
     def compute(self, context: AnalysisContext) -> ReadDifferences:
         """Reads the differences, and steers by them."""
         snapshot = find_snapshot(context.trainer)
         assert snapshot is not None
+        texts = self._text or list(context.probe)
         found = activation_differences(
             context.model,
             snapshot.base,
-            self._text or list(context.probe),
+            texts,
             layers=self.layers,
             positions=self.positions,
+            n_samples=min(self.n_samples, sum(map(sample_count, texts))),
             progress=context.progress,
         )
         if not self.prompts or found.unchanged:
             return ReadDifferences(found, None)
-        texts = steer_texts(
+        steered = steer_texts(
             context.model,
             snapshot.base,
             find_tokenizer(context.trainer),
@@ -156,7 +166,7 @@ class ActivationDifferences(AnalysisCallback[ReadDifferences]):
             max_new_tokens=self.max_new_tokens,
             progress=context.progress,
         )
-        return ReadDifferences(found, texts)
+        return ReadDifferences(found, steered)
 
     def describe(self, result: ReadDifferences, context: AnalysisContext) -> Row:
         """The row, with tokens in words where there is a tokenizer."""

@@ -32,6 +32,7 @@ from lightning_goldy.core.architecture.adapters import (
     chosen_space,
     require_merged_parameters,
 )
+from lightning_goldy.core.batches import sample_count
 from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.naming import block_of, require_at_least
 from lightning_goldy.core.objective import Objective
@@ -108,7 +109,8 @@ class ChangeAttribution(AnalysisCallback[AttributedChange]):
 
     Args:
         metric: ``loss``, ``log_prob`` or ``kl``.
-        nodes: Of the quadrature, or ``auto``: until the sum is complete.
+        nodes: Of the quadrature; ``auto``: until the sum is complete; ``base``: the gradient at the base alone, the
+            first order.
         tolerance: Relative gap at which ``auto`` stops, a fraction.
         shares: Shares of all elements that are grafted, fractions in (0, 1]; none for no grafts.
         pieces: What is grafted: ``elements``, ``units``, ``tensors`` or ``blocks``.
@@ -138,7 +140,7 @@ class ChangeAttribution(AnalysisCallback[AttributedChange]):
         self,
         metric: Literal["loss", "log_prob", "kl"] = "loss",
         *,
-        nodes: int | Literal["auto"] = "auto",
+        nodes: int | Literal["auto", "base"] = "auto",
         tolerance: float = 0.01,
         shares: Sequence[float] = SHARES,
         pieces: Pieces = "elements",
@@ -183,7 +185,7 @@ class ChangeAttribution(AnalysisCallback[AttributedChange]):
         return forecast_attribution(
             plan,
             n_samples=self.n_samples,
-            nodes=AUTO_NODES[0] if self.nodes == "auto" else int(self.nodes),
+            nodes={"auto": AUTO_NODES[0], "base": 1}.get(str(self.nodes)) or int(self.nodes),
             n_shares=len(self.shares),
             masked=1 + len(masked),
             learned=self.learn.steps if "learned" in masked else 0,
@@ -209,6 +211,12 @@ class ChangeAttribution(AnalysisCallback[AttributedChange]):
                 raise FileNotFoundError(f"{self.name}: there is no mask file at {path}")
             if (kind := read_header(path).kind) != "mask":
                 raise StoreError(f"{path}: holds {kind}, not a mask")
+        held = sum(map(sample_count, self._batches))
+        if self.shares and held < 2:
+            raise ValueError(
+                f"{self.name}: the probe has {held} sample, and grafts need 2, for every other one is held out from "
+                "scoring; give more, or shares=[] for no grafts"
+            )
         if self.shares:
             self._collateral = find_collateral(trainer, self.collateral, self.n_collateral)
 

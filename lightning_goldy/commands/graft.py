@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +36,7 @@ from lightning_goldy.core.base import BaseParameters
 from lightning_goldy.core.files import atomic_write, finite, printable
 from lightning_goldy.core.isolation import undisturbed
 from lightning_goldy.core.mask import ParameterMask
-from lightning_goldy.core.naming import model_class
+from lightning_goldy.core.naming import model_class, require_at_least
 from lightning_goldy.core.sharding import is_sharded
 from lightning_goldy.report.formatting import console_table, format_number, format_percent
 from lightning_goldy.training.models import write_pretrained
@@ -82,6 +83,8 @@ class Wanted:
         for name in ("keep", "recover"):
             if name in given and not 0 < given[name] <= 1:
                 raise ValueError(f"{name} must lie in (0, 1]; got {given[name]:g}")
+        if "harm" in given and not math.isfinite(given["harm"]):
+            raise ValueError(f"harm must be a finite number of nats; got {given['harm']:g}")
         if self.sparse and self.method == "interpolation":
             raise ValueError("interpolation changes every element, so it cannot be written sparse")
         if self.keep is not None and self.method == "interpolation":
@@ -132,6 +135,7 @@ def graft_checkpoint(
     check_space(space)
     if n_samples < 2:
         raise ValueError(f"n_samples must be at least 2, half of which are held out; got {n_samples}")
+    require_at_least("n_collateral", n_collateral, 1)
     saved = read_saved(checkpoint)
     folder = output_folder(output, "change_attribution", "graft")
     walk = run_configured(lambda: _Graft(saved, base, wanted, n_samples, n_collateral, folder, space), settings, folder)

@@ -36,6 +36,10 @@ def test_without_unrelated_text_the_probe_serves_and_the_row_says_so(tmp_path) -
     fit(tmp_path, [GoldenSnapshot(), watcher], max_epochs=1, max_steps=2)
     row = json.loads((watcher.folder / "results.jsonl").read_text())
     assert "the text is the probe, the finetune's own" in row["headline"]
+    assert row["result"]["n_samples"] == 4  # all that the probe has
+    few = ActivationDifferences(n_samples=3)
+    fit(tmp_path / "few", [GoldenSnapshot(), few], max_epochs=1, max_steps=2)
+    assert json.loads((few.folder / "results.jsonl").read_text())["result"]["n_samples"] == 3
 
 
 def test_what_cannot_work_is_refused_before_the_first_step(tmp_path) -> None:
@@ -45,5 +49,16 @@ def test_what_cannot_work_is_refused_before_the_first_step(tmp_path) -> None:
         fit(tmp_path / "b", [GoldenSnapshot(), ActivationDifferences([7])])
     with pytest.raises(ValueError, match="neither the module nor its data has a tokenizer"):
         fit(tmp_path / "c", [GoldenSnapshot(), ActivationDifferences(prompts=["a"])])
+    short, one = torch.zeros(2, 3, dtype=torch.long), torch.zeros(1, 8, dtype=torch.long)
+    for text, message in (
+        ([{"input_ids": short}], "text 0 has 3 tokens, fewer than the positions=5"),
+        ([{"input_ids": one}], "two halves need at least two texts; got 1"),
+        ([short], r"needs batches that are dicts with 'input_ids' of shape \[B, T\]; got Tensor"),
+    ):
+        watcher = ActivationDifferences(text=text, n_samples=2, on_error="warn")
+        with pytest.raises(ValueError, match=message):
+            fit(tmp_path / "d", [GoldenSnapshot(), watcher], max_steps=1)
+    with pytest.raises(ValueError, match="layers is empty"):
+        ActivationDifferences([])
     with pytest.raises(ValueError, match="tolerance must be positive"):
         ActivationDifferences(tolerance=0)

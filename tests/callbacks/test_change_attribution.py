@@ -68,6 +68,19 @@ def test_what_cannot_work_is_refused_before_the_first_step(tmp_path) -> None:
             ChangeAttribution(**options)
 
 
+@pytest.mark.filterwarnings("ignore:n_samples=2, but the probe holds only 1")
+def test_grafts_of_a_probe_without_a_held_out_sample_are_refused_before_the_first_step(tmp_path) -> None:
+    probe = [{"input_ids": torch.ones(1, 8, dtype=torch.long)}]
+    with pytest.raises(ValueError, match=r"the probe has 1 sample, and grafts need 2.*shares=\[\]"):
+        fit(tmp_path, [GoldenSnapshot(), ChangeAttribution(probe=probe, n_samples=2)], max_steps=1)
+
+
+def test_the_gradient_at_the_base_alone_is_taken_by_option(tmp_path) -> None:
+    watcher = ChangeAttribution(nodes="base", shares=[], n_samples=4)
+    fit(tmp_path, [GoldenSnapshot(), watcher], max_epochs=1, max_steps=2)
+    assert json.loads((watcher.folder / "results.jsonl").read_text())["metrics"]["n_nodes"] == 1
+
+
 def test_links_with_the_runs_masks_interactions_and_the_kept_share_are_in_the_row(tmp_path) -> None:
     golden = GoldenParameters(n_samples=2, quorum=0.5, at=["end"])
     options = {"nodes": 2, "shares": [0.3], "baselines": ["random", "learned"], "n_samples": 4}

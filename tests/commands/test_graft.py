@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from lightning_goldy.analysis import apply_change
 from lightning_goldy.cli import main
-from lightning_goldy.commands.graft import Wanted
+from lightning_goldy.commands.graft import Wanted, graft_checkpoint
 from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.data import AtlasDataModule
 from lightning_goldy.training.models import build_model, complete_config, write_pretrained
@@ -128,9 +128,12 @@ def test_what_is_wanted_is_one_thing_and_in_range():
     for options, message in (
         ({}, "give one of keep, recover and harm; got none of them"),
         ({"keep": 0.1, "harm": 0.0}, r"got keep=0.1, harm=0"),
+        ({"harm": float("nan")}, "harm must be a finite number of nats; got nan"),
         ({"recover": 2.0}, r"recover must lie in \(0, 1\]; got 2"),
         ({"recover": 0.5, "method": "interpolation", "sparse": True}, "cannot be written sparse"),
         ({"keep": 0.5, "method": "interpolation"}, "choose by recover or harm"),
     ):
         with pytest.raises(ValueError, match=message):
             Wanted(**options)
+    with pytest.raises(ValueError, match="n_collateral must be at least 1; got 0"):
+        graft_checkpoint("unread", [], Wanted(keep=0.1), n_collateral=0)

@@ -190,7 +190,8 @@ def activation_differences(
         Differences with their nulls, and tokens.
 
     Raises:
-        ValueError: An argument is out of range, there are fewer than two texts, or one is shorter than ``positions``.
+        ValueError: An argument is out of range, there are fewer than two texts, one is shorter than ``positions``, or
+            a residual stream is not finite.
         UnsupportedArchitectureError: The model's blocks could not be found.
 
     Source: Minder et al. 2025 (arXiv 2510.13900), section 3; the logit lens.
@@ -206,11 +207,13 @@ def activation_differences(
         ("positions", positions, 1),
         ("n_tokens", n_tokens, 1),
         ("n_directions", n_directions, 1),
+        ("n_divergent", n_divergent, 0),
     ):
         require_at_least(name, value, least)
     blocks = _chosen_blocks(model, layers)
     objective = CausalLMObjective()
     kept = shortened(batches, objective, n_samples, None)
+    check_texts(kept, positions)
     device = next(model.parameters()).device
     with preserved(model), Replicas.world().together("activation_differences"), torch.no_grad():
         with ChangePath(model, base) as path:
@@ -229,6 +232,29 @@ def activation_differences(
                 if progress is not None:
                     progress(done, len(kept))
         return sums.result(model, [block.index for block in blocks], n_tokens)
+
+
+def check_texts(batches: Iterable[Any], positions: int) -> None:
+    """Checks that texts can be compared, before there is a pass of the model.
+
+    Args:
+        batches: Of token ids.
+        positions: Early positions told apart.
+
+    Raises:
+        ValueError: There are fewer than two texts, one is shorter than ``positions``, or a batch has no token ids.
+
+    Example:
+        >>> check_texts([{"input_ids": torch.ones(2, 3, dtype=torch.long)}], 5)
+        Traceback (most recent call last):
+        ValueError: text 0 has 3 tokens, fewer than the positions=5
+    """
+    lengths = [length for batch in batches for length in Tokens.of(batch).valid.sum(1).tolist()]
+    short = next((text for text, length in enumerate(lengths) if length < positions), None)
+    if short is not None:
+        raise ValueError(f"text {short} has {lengths[short]} tokens, fewer than the positions={positions}")
+    if len(lengths) < 2:
+        raise ValueError(f"two halves need at least two texts; got {len(lengths)}")
 
 
 @contextmanager
@@ -287,10 +313,6 @@ class _Sums:
         before, after = (torch.stack([precise(state) for state in states]) for states, _ in (base, now))  # [L, B, T, d]
         for row in range(before.shape[1]):
             places = tokens.valid[row].nonzero().flatten()
-            if len(places) < self.positions:
-                raise ValueError(
-                    f"text {self.n_samples} has {len(places)} tokens, fewer than the positions={self.positions}"
-                )
             old, new = before[:, row, places], after[:, row, places]  # [L, n, d]
             change = new - old
             self._add_row(self.n_samples % 2, old, change)
@@ -330,8 +352,11 @@ class _Sums:
 
     def result(self, model: nn.Module, layers: Sequence[int], n_tokens: int) -> ActivationDifferencesResult:
         """Means, nulls and tokens."""
-        if self.n_samples < 2:
-            raise ValueError(f"two halves need at least two texts; got {self.n_samples}")
+        for name, where in (("base", "base"), ("change", "present parameters")):
+            finite = self.totals[name].isfinite().all(-1).all(-1).all(0)  # [L]
+            if not bool(finite.all()):
+                layer = layers[int(finite.int().argmin())]
+                raise ValueError(f"after block {layer} the residual stream is not finite at the {where}")
         counts = self.counts[:, None, :, None]  # [2, 1, positions + 1, 1]
         whole = {name: total.sum(0) / counts.sum(0) for name, total in self.totals.items()}
         halves = {name: total / counts for name, total in self.totals.items()}

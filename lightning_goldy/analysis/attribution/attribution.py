@@ -170,6 +170,8 @@ class ChangeAttributionResult(AnalysisResult):
         """
         if self.levels is not None and share in self.shares:
             return ParameterMask.of_vector(self.levels.map(lambda level: level <= self.shares.index(share)))
+        if self.scores is None and not any(self.squared_changes):
+            raise ValueError("no parameter has changed, so none of the elements is strongest")
         if self.scores is None:
             raise ValueError(
                 f"the strongest {share:g} of the elements were not kept: there are {list(self.shares)}; "
@@ -387,7 +389,7 @@ def check_attribution(
         require_choice("metric", metric, METRICS)
     if isinstance(nodes, str):
         require_choice("nodes", nodes, ("auto", "base"))
-    elif not 1 <= nodes <= 256:
+    elif not isinstance(nodes, int) or isinstance(nodes, bool) or not 1 <= nodes <= 256:
         raise ValueError(f"nodes is 'auto' or lies between 1 and 256; got {nodes}")
     if not 0 < tolerance < 1:
         raise ValueError(f"tolerance must lie in (0, 1); got {tolerance}")

@@ -22,20 +22,20 @@ from lightning_goldy.analysis.attribution.attribution import (
     interval_of,
     resampled,
 )
-from lightning_goldy.analysis.attribution.learned import LearnOptions, learn_along, metric_of
+from lightning_goldy.analysis.attribution.learned import LearnOptions, learn_along, metric_of, require_same_change
 from lightning_goldy.analysis.attribution.path import ChangePath, Measure, Metric, passages
 from lightning_goldy.analysis.attribution.strongest import levels_of
 from lightning_goldy.analysis.attribution.units import UnitGroup, block_name, model_units, unit_mask
 from lightning_goldy.analysis.divergence import precise
 from lightning_goldy.analysis.result import AnalysisResult, Cost, counted_passes
 from lightning_goldy.core.architecture.adapters import WeightSpace, adapted_layers, merged_state
-from lightning_goldy.core.base import Base, base_of
+from lightning_goldy.core.base import Base
 from lightning_goldy.core.batches import move_batch, sample_count, take_samples
 from lightning_goldy.core.directions import random_direction
 from lightning_goldy.core.files import StoreError, parse_json
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.mask import ParameterMask
-from lightning_goldy.core.naming import model_class, require_choice
+from lightning_goldy.core.naming import canonical_name, model_class, require_choice
 from lightning_goldy.core.objective import Objective, objective_for
 from lightning_goldy.core.sharding import gather, is_sharded, like, local, scatter_like
 from lightning_goldy.core.space import ParameterSpace, trainable_parameters
@@ -289,17 +289,15 @@ def graft_curve(
     """
     objective = objective_for(model, objective)
     metric = metric_of(attribution, metric)
+    if attribution.scores is None and not any(attribution.squared_changes):
+        raise ValueError("no parameter has changed, so there is nothing to graft")
     shares = check_graft(metric, attribution.shares if shares is None else shares, baselines, pieces)
     teaching: Sequence[Any] = ()
     if collateral is not None and "learned" in baselines:
         collateral, teaching = interleaved(collateral, sys.maxsize)
     within = attribution.space
     with preserved(model), ChangePath(model, base, within) as path, torch.no_grad(), counted_passes(model) as passes:
-        if path.space.names != attribution.names:
-            raise ValueError(
-                f"the attribution is of {len(attribution.names)} parameters ({attribution.names[0]}, ...), the change "
-                f"of {len(path.space)} ({path.space.names[0]}, ...); both must have one base and space"
-            )
+        require_same_change(attribution, path)
         bench = _Bench(path, objective, metric, held_out, collateral, samples_per_pass)
         grafts = _Grafts(path, attribution, objective, metric, tuple(shares), seed)
         plan = [*grafts.chosen(pieces), *grafts.baselines(baselines, factors, batches, pieces)]
@@ -704,11 +702,11 @@ def apply_change(model: nn.Module, path: str | Path, *, check: bool = True) -> d
     """
     with open_tensors(path) as file:
         header = _change_header(path, file.metadata() or {})
-        own = dict(base_of(model, model).space.resolve(model))
+        own = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
         missing = next((name for name in header["names"] if name not in own), None)
         if missing is not None:
             raise StoreError(f"{path}: the change is of {missing!r}, which this {model_class(model)} has not")
-        space = ParameterSpace.of(model).subspace(header["names"])
+        space = ParameterSpace.of_tensors({name: own[name] for name in header["names"]})
         if check and fingerprint(ParameterVector.of(model, space, clone=False)) != header["base_hash"]:
             raise StoreError(
                 f"{path}: this {model_class(model)} is not the base that the change belongs on, by the hash of its "

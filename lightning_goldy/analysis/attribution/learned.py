@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -123,8 +124,8 @@ def learn_mask(
         The mask.
 
     Raises:
-        ValueError: The share is out of range, the attribution is of a function that is not given again, or there is no
-            sample.
+        ValueError: The share is out of range, the attribution is of another change or of a function that is not given
+            again, or there is no sample.
 
     Source: masks of a finetune's change by gradients: Panigrahi et al. 2023, arXiv 2302.06600, section 2; straight
         through: Bengio et al. 2013, arXiv 1308.3432.
@@ -158,6 +159,7 @@ def learn_along(
     """As :func:`learn_mask`, of a path that is entered; the model stays where the last graft put it."""
     if not 0 < share <= 1:
         raise ValueError(f"share must lie in (0, 1]; got {share}")
+    require_same_change(attribution, path)
     learner = _Learner(path, attribution, share, options)
     learner.read(batches, collateral, objective, metric_of(attribution, metric))
     best, values = learner.flags(), [learner.value(learner.flags())]
@@ -184,6 +186,25 @@ def metric_of(attribution: ChangeAttributionResult, metric: Metric | None) -> Me
     if attribution.metric == "function":
         raise ValueError("the attribution is of a function's values; give the function again as metric=")
     return attribution.metric  # type: ignore[return-value]
+
+
+def require_same_change(attribution: ChangeAttributionResult, path: ChangePath) -> None:
+    """Checks that an attribution is of the change that a path is along.
+
+    Raises:
+        ValueError: They have other parameters, or ||Delta|| differs by more than a thousandth.
+    """
+    if path.space.names != attribution.names:
+        raise ValueError(
+            f"the attribution is of {len(attribution.names)} parameters ({attribution.names[0]}, ...), the change "
+            f"of {len(path.space)} ({path.space.names[0]}, ...); both must have one base and space"
+        )
+    norms = [math.sqrt(math.fsum(squares)) for squares in (attribution.squared_changes, path.squares())]
+    if not math.isclose(*norms, rel_tol=1e-3):
+        raise ValueError(
+            f"the attribution is of a change of norm {norms[0]:.6g}, the change here has norm {norms[1]:.6g}; both "
+            "must have one base and space"
+        )
 
 
 class _Learner:

@@ -212,10 +212,11 @@ def _neurons(model: nn.Module, block: Block) -> Iterator[UnitGroup]:
     writer = writers[0]
     width = projection_width(writer.module, "in")
     names = {id(module): canonical_name(name) for name, module in model.named_modules()}
+    writing = set(writer.module.modules())
     parts = [UnitPart(f"{writer.name}.weight", _side(writer.module, "in"), 0, 1, 1)]
     for part in block.mlp_parts:
         for module in part.module.modules():
-            if module is writer.module or not is_projection(module) or hasattr(module, "base_layer"):
+            if module in writing or not is_projection(module) or hasattr(module, "base_layer"):
                 continue
             out = projection_width(module, "out")
             # Gate and up projections are often one module, a half each.
@@ -228,7 +229,8 @@ def _neurons(model: nn.Module, block: Block) -> Iterator[UnitGroup]:
 
 def _side(module: nn.Module, side: Literal["in", "out"]) -> int:
     """Linear keeps its weight as out x in, Conv1D as in x out."""
-    return int((side == "in") == isinstance(module, nn.Linear))
+    base = getattr(module, "base_layer", module)
+    return int((side == "in") == isinstance(base, nn.Linear))
 
 
 def _remainder(name: str, shape: torch.Size, groups: Sequence[UnitGroup]) -> Iterator[UnitGroup]:

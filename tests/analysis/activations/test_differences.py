@@ -136,9 +136,19 @@ def test_layers_are_chosen_and_wrong_arguments_refused():
         ({"layers": []}, "layers is empty"),
         ({"positions": 0}, "positions must be at least 1"),
         ({"positions": 13}, "text 0 has 12 tokens, fewer than the positions=13"),
+        ({"n_divergent": -1}, "n_divergent must be at least 0"),
         ({"n_samples": 1}, "two halves need at least two texts; got 1"),
     ):
         with pytest.raises(ValueError, match=message):
             activation_differences(model, base, [texts(4)], **options)
     with pytest.raises(UnsupportedArchitectureError):
         activation_differences(nn.Linear(2, 2), nn.Linear(2, 2), [texts(4)])
+
+
+@pytest.mark.parametrize("broken", ["base", "present parameters"])
+def test_streams_that_are_not_finite_are_told_with_their_block(broken):
+    models = {"base": build("llama", 0).eval(), "present parameters": build("llama", 1).eval()}
+    with torch.no_grad():
+        models[broken].model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=f"after block 1 the residual stream is not finite at the {broken}"):
+        activation_differences(models["present parameters"], models["base"], [texts(4)])

@@ -258,6 +258,7 @@ def test_the_row_and_the_json_tell_all():
         ({"metric": "los"}, "unknown metric 'los'; did you mean 'loss'"),
         ({"nodes": "many"}, "unknown nodes 'many'"),
         ({"nodes": 0}, "nodes is 'auto' or lies between 1 and 256; got 0"),
+        ({"nodes": 1.5}, "nodes is 'auto' or lies between 1 and 256; got 1.5"),
         ({"tolerance": 0}, r"tolerance must lie in \(0, 1\); got 0"),
         ({"shares": [2]}, r"shares lie in \(0, 1\]; got 2"),
         ({"samples_per_pass": 0}, "samples_per_pass must be at least 1"),

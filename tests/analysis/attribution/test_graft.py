@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_goldy.analysis import apply_change, change_attribution, graft, graft_curve, save_change
+from lightning_goldy.analysis import apply_change, change_attribution, graft, graft_curve, learn_mask, save_change
 from lightning_goldy.analysis.attribution.graft import chosen_masks
 from lightning_goldy.core import (
     CausalLMObjective,
@@ -214,6 +214,9 @@ def test_a_saved_change_makes_the_graft_of_its_base(subject, tmp_path):
     with pytest.raises(StoreError, match="is not the base that the change belongs on"):
         apply_change(made, path)
     apply_change(made, path, check=False)
+    frozen = copy.deepcopy(base).requires_grad_(False)
+    apply_change(frozen, path)
+    assert all(torch.equal(value, state[name]) for name, value in frozen.state_dict().items())
     with pytest.raises(StoreError, match="which this GPT2LMHeadModel has not"):
         apply_change(build("gpt2"), path)
 
@@ -237,6 +240,10 @@ def test_another_change_is_refused(subject):
     part = change_attribution(model, base, [scored], nodes=1, space=space)
     with pytest.raises(ValueError, match="both must have one base and space"):
         graft_curve(model, base, part, [scored], [held_out])
+    with pytest.raises(ValueError, match="both must have one base and space"):
+        graft_curve(model, build("llama", 2).eval(), found, [scored], [held_out])
+    with pytest.raises(ValueError, match="both must have one base and space"):
+        learn_mask(model, build("llama", 2).eval(), found, [scored], share=0.1)
     with pytest.raises(ValueError, match=r"unknown baseline 'size'; .*magnitude"):
         graft_curve(model, base, found, [scored], [held_out], baselines=["size"])
 
@@ -250,3 +257,8 @@ def test_what_changed_nothing_recovers_nothing():
     assert all(point.recovered is None for point in curve.records)
     assert "changed nothing" in curve.headline()
     assert not math.isnan(curve.value)
+    found = change_attribution(layer, base, [torch.eye(3)], objective, shares=[0.5])
+    with pytest.raises(ValueError, match="no parameter has changed"):
+        graft_curve(layer, base, found, [], [torch.eye(3)], objective=objective)
+    with pytest.raises(ValueError, match="no parameter has changed"):
+        found.mask(0.5)

@@ -9,13 +9,17 @@ import pytest
 import torch
 
 from lightning_goldy.analysis import apply_change, change_attribution, graft, graft_curve, save_change
+from lightning_goldy.analysis.attribution.attribution import units_of
 from lightning_goldy.core import CausalLMObjective
 from lightning_goldy.core.architecture.adapters import AdapterError, merged_weights
+from lightning_goldy.core.base import BaseParameters
 from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.sharding import local
-from tests.core.architecture.test_merged_adapters import trained
+from lightning_goldy.core.vector import ParameterVector
+from tests.core.architecture.test_merged_adapters import move, trained, unloaded
+from tests.references.models import build
 
-pytest.importorskip("peft")
+peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
 KINDS = ["LoRA", "DoRA", "modules_to_save", "embeddings"]
 OTHERS = ["rsLoRA of nn.Linear", "IA3", "VeRA", "biases", "biases of LoRA"]
@@ -114,3 +118,21 @@ def test_what_has_no_merged_weights_is_refused_and_errors_leave_no_trace() -> No
         change_attribution(model, base, [ids(1)], nodes=1, progress=stop)
     assert not any("forward" in vars(module) for module in model.modules())
     assert math.isfinite(change_attribution(model, base, [ids(1)], nodes=1).total)
+
+
+def test_adapters_around_both_sides_of_an_mlp_leave_the_units_where_they_are() -> None:
+    plain = build("llama").double().eval()
+    targets = ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    model = peft.get_peft_model(copy.deepcopy(plain), peft.LoraConfig(r=2, target_modules=targets)).double().eval()
+    base = BaseParameters(ParameterVector.of(model))
+    move(model)
+    options = {"nodes": 2, "shares": [0.1]}
+    found = change_attribution(model, base, [ids(1)], **options)
+    expected = change_attribution(unloaded(model), plain, [ids(1)], **options)
+    for kind in ("head", "key_value", "neuron"):
+        units, dense = units_of(found, kind), units_of(expected, kind)
+        assert list(units) == list(dense)
+        for place, values in units.items():
+            torch.testing.assert_close(values, dense[place], rtol=1e-6, atol=1e-12)
+    own = change_attribution(model, base, [ids(1)], space="adapters", **options)
+    assert math.fsum(float(unit["values"].sum()) for unit in own.units) == pytest.approx(own.total, rel=1e-9)
