@@ -149,7 +149,9 @@ def test_rows_of_a_run_hold_no_history(tmp_path):
             assert [means for _, means in courses] == [list(course) for course in zip(*values, strict=True)]
 
 
-def test_the_cost_of_golden_parameters_is_what_ran(tmp_path):
+@pytest.mark.parametrize(("control", "expected"), [(False, 3), (True, 6)])
+def test_the_cost_of_golden_parameters_is_what_ran(tmp_path, control, expected):
+    """A pass of every sample, and of every sample of random tokens."""
     passes = []
 
     class Counted(GoldenParameters):
@@ -160,11 +162,11 @@ def test_the_cost_of_golden_parameters_is_what_ran(tmp_path):
             finally:
                 forward.remove()
 
-    watcher = Counted(n_samples=3)
+    watcher = Counted(n_samples=3, control=control)
     fit(tmp_path, [watcher], max_epochs=1)
     (row,) = read_rows(watcher.folder / "results.jsonl")
     assert row["analysis"] == "golden_parameters"
-    assert len(passes) == row["cost"]["forwards"] == row["cost"]["backwards"] == 3
+    assert len(passes) == row["cost"]["forwards"] == row["cost"]["backwards"] == expected
 
 
 def test_what_figures_over_the_run_read_is_known_by_the_analysis():

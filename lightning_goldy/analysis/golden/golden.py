@@ -441,7 +441,9 @@ def row_column_null(votes: Tensor, n_samples: int, needed: int) -> float:
         \sum_b \min(1, r_a c_b) = \tfrac1n \sum_b v_{ab}, \quad \sum_a \min(1, r_a c_b) = \tfrac1n \sum_a v_{ab}
 
     Every sample marks an element on its own, with the product of a rate of its row and one of its column, which are
-    fitted so that rows and columns get as many votes as they did.
+    fitted so that rows and columns get as many votes as they did. Fitted rates scatter with those votes, so where rates
+    are small the null is above that of the true rates, by a factor of about ``1 + needed (needed - 1) / 2 * (1 / votes
+    of a row + 1 / votes of a column)``: few votes make it cautious.
 
     Args:
         votes: How many samples marked each element, shape ``[rows, columns]``.

@@ -207,13 +207,14 @@ def top_share(scores, mask, share):
 
 
 def test_planted_elements_are_found_and_the_divergence_is_that_of_the_closed_form():
-    """Only 5 of 400 weights say anything; without them the prediction is uniform."""
+    """Only 5 of 400 weights say anything, all for the first class; without them the prediction is uniform."""
     torch.manual_seed(1)
     linear = nn.Linear(200, 2, bias=False)
     planted = torch.randperm(400)[:5]
+    assert 0 < int((planted < 200).sum()) < 5
     with torch.no_grad():
         linear.weight.zero_()
-        linear.weight.view(-1)[planted] = 3.0
+        linear.weight.view(-1)[planted] = torch.where(planted < 200, 3.0, -3.0)
     inputs = torch.rand(8, 200) + 0.5
     batch = (inputs, torch.randint(0, 2, (8,)))
     result = reverse_golden_parameters(
@@ -223,6 +224,28 @@ def test_planted_elements_are_found_and_the_divergence_is_that_of_the_closed_for
     p = linear(inputs).detach().double().softmax(-1)
     entropy = -(p * p.log()).sum(-1).mean()
     assert result.kl_divergence == pytest.approx(math.log(2) - float(entropy), rel=1e-5)
+
+
+def test_what_holds_the_prediction_back_is_not_masked():
+    """Of 5 weights that say anything one speaks against the other four: alone it turns the prediction around."""
+    torch.manual_seed(1)
+    linear = nn.Linear(200, 2, bias=False)
+    planted = torch.randperm(400)[:5]
+    (against,) = planted[planted >= 200].tolist()
+    with torch.no_grad():
+        linear.weight.zero_()
+        linear.weight.view(-1)[planted] = 3.0
+    inputs = torch.rand(8, 200) + 0.5
+    batch = (inputs, torch.randint(0, 2, (8,)))
+    result = reverse_golden_parameters(
+        linear, [batch], ClassifierObjective(), eval_batches=[batch], top_k_percent=1.25, scope="global"
+    )
+    chosen = set(result.mask["weight"].view(-1).nonzero().flatten().tolist())
+    assert set(planted.tolist()) - chosen == {against}
+    left = 3 * inputs[:, against - 200].double()
+    turned = torch.stack([torch.zeros_like(left), left], dim=-1)
+    expected = divergence_reference(linear(inputs).detach(), turned)
+    assert result.kl_divergence == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -320,11 +343,11 @@ def test_under_autocast_the_zeroed_weights_are_the_ones_that_run():
 class Counting(CausalLMObjective):
     def __init__(self) -> None:
         self.calls = {True: 0, False: 0}
-        self.samples = {True: 0, False: 0}
+        self.sizes = {True: 0, False: 0}
 
     def logits_and_targets(self, model, batch):
         self.calls[torch.is_grad_enabled()] += 1
-        self.samples[torch.is_grad_enabled()] += len(batch["input_ids"])
+        self.sizes[torch.is_grad_enabled()] += len(batch["input_ids"])
         return super().logits_and_targets(model, batch)
 
 
@@ -344,7 +367,7 @@ def test_passes_and_evaluations_are_counted(strategy):
     )
     # The four samples are scored one by one.
     assert objective.calls[True] - 3 == result.passes <= 6
-    assert objective.samples[True] == 4 * result.passes
+    assert objective.sizes[True] == 4 * result.passes
     assert objective.calls[False] == result.evaluations - 3 * result.passes
     assert seen == [(done, 5) for done in range(1, result.passes)]
 
@@ -354,8 +377,8 @@ def test_the_cost_counts_every_sample_of_every_pass(cache):
     objective = Counting()
     options = {"top_k_percent": 2, "rounds": 3, "min_delta": 0, "chunk_size": 1, "cache": cache}
     result = reverse_golden_parameters(sharp("gpt2"), [BATCH], objective, eval_batches=[HELD_OUT], **options)
-    assert result.cost.backwards == objective.samples[True]
-    assert result.cost.forwards == objective.samples[True] + objective.samples[False]
+    assert result.cost.backwards == objective.sizes[True]
+    assert result.cost.forwards == objective.sizes[True] + objective.sizes[False]
 
 
 @pytest.mark.parametrize("cache", ["auto", "none"])

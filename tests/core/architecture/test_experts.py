@@ -61,7 +61,7 @@ def test_one_sample_marks_its_share_of_each_expert(model: Any, scope: Any) -> No
     result = golden_parameters(model, [sample], top_k_percent=10, scope=scope)
     rows, scores = by_name(result.details()["tensors"]), gradients(model, sample)[STACK].abs()
     assert STACK not in rows
-    assert len(result.golden) == len(rows) == len(result.chance)
+    assert len(result.golden) == len(rows) == len(result.expected)
     assert sum(result.golden) == result.mask.total
     for expert, (score, marked) in enumerate(zip(scores, result.mask[STACK], strict=True)):
         row = rows[f"{STACK}[{expert}]"]
