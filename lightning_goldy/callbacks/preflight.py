@@ -128,7 +128,7 @@ def _replaced(owner: Any, path: str, value: Any) -> Any:
 
 
 def dialled(dials: Mapping[str, int], share: float, given: Mapping[str, Any], n_samples: int) -> dict[str, Any]:
-    """Dials at a share of what was given, each at least its least and at most what was given.
+    """Dials at a share of what was given, each at least its least and at most what was given, which then stays as it is.
 
     Args:
         dials: The least of each.
@@ -143,7 +143,8 @@ def dialled(dials: Mapping[str, int], share: float, given: Mapping[str, Any], n_
     found = {}
     for path, least in dials.items():
         most = n_samples if given[path] is None else given[path]
-        found[path] = min(most, max(least, int(share * most)))
+        value = min(most, max(least, int(share * most)))
+        found[path] = given[path] if value == most else value
     return found
 
 

@@ -147,9 +147,10 @@ class ReverseGoldenParameters(MaskCallback[ReverseGoldenResult]):
         return forecast_reverse(plan, space, self.n_samples, settings)
 
     def dialled(self, share: float, given: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
-        """Rounds that are not given are those that the parameters allow."""
+        """Rounds that are not given are those that the parameters allow, and none are derived that equal them."""
         rounds = self.search.rounds_for(self.space(plan.model).numel)
-        return super().dialled(share, {**given, "search.rounds": given["search.rounds"] or rounds}, plan)
+        found = super().dialled(share, {**given, "search.rounds": rounds}, plan)
+        return {**found, "search.rounds": given["search.rounds"]} if found["search.rounds"] == rounds else found
 
     def compute(self, context: AnalysisContext) -> ReverseGoldenResult:
         """Searches on one half of the probe and measures on the other."""

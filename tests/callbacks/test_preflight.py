@@ -160,7 +160,7 @@ def test_eight_billion_are_planned_without_memory() -> None:
     found = {one.name: one.forecast(plan, Run(1000)) for one in watchers()}
     assert all(parameter.is_meta for parameter in plan.model.parameters())
     assert found["golden_snapshot"].kept == 16_060_522_496
-    assert found["golden_parameters"].cost.backwards == 3
+    assert found["golden_parameters"].cost.backwards == 2 * 3  # each sample and its control of random tokens
     sharded = dataclasses.replace(plan, shards=8)
     for callback in watchers():
         assert callback.forecast(sharded, Run(1000)).peak < found[callback.name].peak or callback.name in (
@@ -185,7 +185,7 @@ def test_sampling_follows_from_a_budget_and_never_exceeds_what_is_given() -> Non
         (lambda budget: BasinVolume(8, n_samples=8, budget=budget), 3.0),
         (lambda budget: TaylorDiff((1, 2), n_samples=16, budget=budget), 3.0),
         (lambda budget: KnowledgeCoupling(PIECES * 8, n_pieces=40, budget=budget), 12.0),
-        (lambda budget: ReverseGoldenParameters(n_samples=8, budget=budget), 3.0),
+        (lambda budget: ReverseGoldenParameters(n_samples=8, budget=budget), 12.0),
     ):
         run, allowed = Run(1000, step_seconds=step_seconds), 0.1 * 1000 * step_seconds
         free, tight = make(0.999), make(0.1)
@@ -195,15 +195,18 @@ def test_sampling_follows_from_a_budget_and_never_exceeds_what_is_given() -> Non
         assert tight.forecast(plan, run).seconds_total(SLOW) <= allowed
         assert free.forecast(plan, run).seconds_total(SLOW) > allowed
         for path, value in changed.items():
-            assert value == preflight.read_setting(tight, path) < preflight.read_setting(free, path)
+            most = preflight.read_setting(free, path)
+            if path == "search.rounds":  # None: those that the parameters allow
+                most = free.search.rounds_for(free.space(plan.model).numel)
+            assert value == preflight.read_setting(tight, path) < most
 
 
 def test_a_schedule_gives_way_last_and_what_cannot_be_met_is_told() -> None:
     plan = Plan(build("gpt2"), ((2, 8),) * 8, vocabulary=53)
     often = GoldenParameters(n_samples=4, every_n_steps=10, at=(), budget=0.05)
     derive(often, plan, SLOW, Run(1000, step_seconds=3.0))
-    assert (often.n_samples, often.every_n_steps) == (2, 320)
-    with pytest.warns(UserWarning, match=r"even n_samples=2.* takes 48 s a firing, more than budget= allows"):
+    assert (often.n_samples, often.every_n_steps) == (2, 640)
+    with pytest.warns(UserWarning, match=r"even n_samples=2.* takes 96 s a firing, more than budget= allows"):
         derive(GoldenParameters(budget="1s"), plan, SLOW, Run(1000))
     with pytest.warns(UserWarning, match="its budget cannot be kept"):
         assert derive(GoldenParameters(budget=0.1), plan, SLOW, Run(1000)) == {}
@@ -231,13 +234,13 @@ def test_what_is_derived_stands_in_the_row_and_survives_a_resume(
         return GoldenParameters(n_samples=4, budget=0.2, every_n_steps=4)
 
     monkeypatch.setattr(preflight, "measure_speeds", lambda *args, **options: SLOW)
-    monkeypatch.setattr(preflight, "_step_seconds", lambda *args: 120.0)
+    monkeypatch.setattr(preflight, "_step_seconds", lambda *args: 240.0)
     monkeypatch.setattr(preflight, "rank_zero_warn", lambda message: None)
     whole, saver = made(), ModelCheckpoint(tmp_path / "saved", every_n_train_steps=4, save_top_k=-1)
     fit(tmp_path / "whole", [whole, saver], max_epochs=1, enable_checkpointing=True)
     (first, *_) = rows_of(whole)
     assert (whole.n_samples, first["result"]["derived"]) == (2, {"n_samples": 2})
-    assert first["cost"]["forwards"] == 2
+    assert first["cost"]["forwards"] == 2 * 2  # with the control of random tokens
     # Another machine, on which all of it would fit.
     monkeypatch.setattr(preflight, "measure_speeds", lambda *args, **options: Speeds((0.0, 1e-9), (0.0, 1e-9)))
     resumed = made()

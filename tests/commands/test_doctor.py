@@ -43,8 +43,8 @@ def test_a_model_is_tried_and_the_configured_callbacks_are_planned(folder, capsy
     assert "GPT2LMHeadModel" in told
     assert "forecast: 40 steps, batches of 3 x 16 tokens" in told
     (line,) = [line for line in told.splitlines() if line.strip().startswith("golden_parameters")]
-    # 40 steps, every 10 of them and at the end, which is one of these.
-    assert (line.split()[1:3], line.split()[5 if line.split()[4] == "s" else 4]) == (["6", "6"], "4")
+    # 40 steps, every 10 of them and at the end, which is one of these; each sample with its control of random tokens.
+    assert (line.split()[1:3], line.split()[5 if line.split()[4] == "s" else 4]) == (["12", "12"], "4")
     assert "reverse_golden_parameters" not in told
     assert "analyses:" in told
 

@@ -106,7 +106,9 @@ class ReverseSettings:
         scores = 3 + (score not in ("gradient", "taylor", "fisher"))
         anchored = 2 if cache == "none" else 1
         rounds = rounds if exchanging else growing
-        return cls(rounds, growing, scores, exchanging, anchored, chunk_size, top_k_percent, alone if exchanging else 0)
+        # Measuring one by one starts from a gradient, which growth leaves no round for where it takes them all.
+        alone = alone if exchanging and rounds > growing else 0
+        return cls(rounds, growing, scores, exchanging, anchored, chunk_size, top_k_percent, alone)
 
 
 _GROWTH, _GROWING = 0.7, 11

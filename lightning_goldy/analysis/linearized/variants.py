@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
+from lightning_goldy.analysis.precision import float64_throughout
 from lightning_goldy.core.architecture import Architecture, Block, UnsupportedArchitectureError, describe_architecture
 from lightning_goldy.core.architecture.kernels import Attended, AttentionCall, AttentionKernelError, eager_attention
 from lightning_goldy.core.autodiff import Substituted, call_with, forward_mode, nested_derivatives, require_seen
@@ -97,7 +98,9 @@ class TangentModel(BaseRelative):
 
     A module with the model's parameters that can be trained in its place: the gradient is that of the linear model,
     :math:`J(\theta_0)^\top v`. Without training,
-    :class:`~lightning_goldy.analysis.taylor.taylor.TaylorApproximation` of order 1 gives the same logits.
+    :class:`~lightning_goldy.analysis.taylor.taylor.TaylorApproximation` of order 1 gives the same logits. A float64 model
+    is float64 throughout, also where its code casts to float32
+    (:func:`~lightning_goldy.analysis.precision.float64_throughout`).
 
     Args:
         model: Any model that returns a tensor or an output with ``logits``.
@@ -132,7 +135,7 @@ class TangentModel(BaseRelative):
             return outputs[-1] if isinstance(outputs[-1], Tensor) else outputs[-1].logits
 
         delta = {name: present[name] - base[name] for name in base}
-        with forward_mode(self.model), composed_functions() as composed:
+        with float64_throughout(self.model), forward_mode(self.model), composed_functions() as composed:
             with nested_derivatives():
                 value, change = jvp(logits, (base,), (delta,))[:2]
             require_seen(composed, logits, base, delta, change)

@@ -118,6 +118,8 @@ _STEP, _COARSE_STEP = 0.05, 0.2
 _APART, _ROUNDING = 0.05, 0.02
 # By differences, further by so many units of the loss's last place.
 _ROUNDED_UNITS = 100
+# Where a gradient is not what they say, slopes are taken so many times closer to the base than this part of the step.
+_CLOSE, _CLOSER = 0.1, (4, 16, 64)
 
 
 @dataclass
@@ -156,6 +158,8 @@ class Expansion:
         self.experts = expert_counts(self.model)
         # Of the loss at the base, times the number of targets; at least float32.
         self.gradient: dict[str, Tensor] = {}
+        # With the number of their targets, where a slope may have to be taken closer to the base.
+        self.parts: list[tuple[Any, int]] = []
 
     def whole(self) -> Sums:
         """Derivatives along the step, as high as the highest order asks, and one gradient for the shares; a collective.
@@ -168,7 +172,10 @@ class Expansion:
             for batch in self.batches:
                 size = max((tensor.numel() for tensor in batch_tensors(batch)), default=0)
                 for part in batch_parts(batch, self.objective, min(count, max(1, size // _PART))):
-                    self.sums.n_targets += self._add_part(part)
+                    weight = self._add_part(part)
+                    self.sums.n_targets += weight
+                    if self.route == "differences" and self.shares:
+                        self.parts.append((part, weight))
         except ForwardModeError as error:
             problem = error
         told = self.replicas.gather_objects(None if problem is None else str(problem))
@@ -187,7 +194,7 @@ class Expansion:
         if any(map(is_sharded, self.model.parameters())):
             self._backward(self.base, sample)
         else:
-            self._add_part(sample)
+            self.parts.append((sample, self._add_part(sample)))
             self._add_shares()
             self._require_gradient(self.sums)
 
@@ -253,14 +260,20 @@ class Expansion:
         return total
 
     def _require_gradient(self, sums: Sums) -> None:
-        """Refuses shares that do not add up to the first order: the gradient is not the derivative of the values."""
+        """Refuses shares that do not add up to the first order: the gradient is not the derivative of the values.
+
+        Where it is only that differences are too coarse for the derivative, the gradient's takes its place.
+        """
         shares = sums.of("loss share").values()
         first, found = sums.of("derivative").get(1, 0.0), math.fsum(shares)
-        allowed = _APART * max(abs(first), abs(found)) + _ROUNDING * math.fsum(map(abs, shares))
+        cancelled, rounded = _ROUNDING * math.fsum(map(abs, shares)), 0.0
         if self.route == "differences":  # those of values that are rounded
             rounding = max((torch.finfo(value.dtype).eps for value in self.base.values()), default=0.0)
-            allowed += _ROUNDED_UNITS * rounding * abs(sums.of("derivative").get(0, 0.0))
-        if not shares or not abs(first - found) > allowed:
+            rounded = _ROUNDED_UNITS * rounding * abs(sums.of("derivative").get(0, 0.0))
+        if not shares or _near(first, found, cancelled + rounded):
+            return
+        if self.route == "differences" and self._is_slope(sums, found, cancelled, rounded):
+            sums.kinds["derivative"][1] = found
             return
         first, found = (value / (sums.n_targets or 1) for value in (first, found))
         raise ValueError(
@@ -268,6 +281,31 @@ class Expansion:
             f"{found:.6g} nats, and the loss changes by {first:.6g}; a part of the forward pass runs without gradients "
             "(torch.no_grad) or has a backward of its own. Pass by=None to expand the loss without shares of parameters"
         )
+
+    def _is_slope(self, sums: Sums, found: float, cancelled: float, rounded: float) -> bool:
+        """Whether a gradient is the slope of values that are closer to the base than those of the expansion.
+
+        Where the loss bends within a small part of the step, differences over more of it are no derivative. Rounding
+        grows as the places come closer, and ends the search where it would hide what is wrong.
+        """
+        for closer in _CLOSER:
+            if closer * rounded > _APART * abs(found) + cancelled:
+                return False
+            if _near(self._slope(sums, _CLOSE / closer), found, cancelled + closer * rounded):
+                return True
+        return False
+
+    def _slope(self, sums: Sums, step: float) -> float:
+        """Of the loss at the base from values at four places along the step, times the number of targets."""
+        slope, before = 0.0, self.sums.cost
+        for place, factor in ((-2, 1 / 12), (-1, -2 / 3), (1, 2 / 3), (2, -1 / 12)):
+            with substituted(self.model, self.base + (place * step) * self.step):
+                slope += factor / step * math.fsum(self._present(part)[0] * weight for part, weight in self.parts)
+        told = self.replicas.gather_objects((slope, self.sums.cost - before))
+        if sums is not self.sums:  # a copy of all processes' sums
+            for _, cost in told:
+                sums.cost += cost
+        return math.fsum(slope for slope, _ in told)
 
     def _add_shares(self) -> None:
         """Turns the gradient of all batches into the products of each tensor with the step."""
@@ -664,6 +702,11 @@ def expansion_route(
             route, why = "differences", str(error)
             Expansion(model, start, (), *options, route).try_route(sample)
     return route, why
+
+
+def _near(slope: float, found: float, beyond: float) -> bool:
+    """Whether two slopes are apart by no more than a part of the larger, and so much beyond; so is what is no number."""
+    return not abs(slope - found) > _APART * max(abs(slope), abs(found)) + beyond
 
 
 def require_logits(objective: Objective, function_space: bool) -> Objective:

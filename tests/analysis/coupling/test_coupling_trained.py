@@ -89,7 +89,7 @@ def test_a_step_along_one_gradient_moves_the_others_as_they_are_coupled(atlas: A
     pieces = atlas.pieces[::5]
     before = knowledge_coupling(atlas.model, pieces, normalize=False, **atlas.options)
     space = ParameterSpace.of(atlas.model).subspace(before.parameters)
-    batch = PadCollator(0)(encode_pieces(pieces[:1], atlas.options["tokenizer"], template="{question}"))
+    batch = PadCollator(0)(encode_pieces(pieces[:1], **atlas.options, tokens="answer"))
     log_prob = CausalLMObjective().log_probs(atlas.model, batch).sum()
     gradient = torch.autograd.grad(log_prob, list(space.resolve(atlas.model).values()))
     step = 1e-3 / float(before.norms[0]) ** 2
