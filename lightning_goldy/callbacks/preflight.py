@@ -128,7 +128,7 @@ def _replaced(owner: Any, path: str, value: Any) -> Any:
 
 
 def dialled(dials: Mapping[str, int], share: float, given: Mapping[str, Any], n_samples: int) -> dict[str, Any]:
-    """Dials at a share of what was given, each at least its least and at most what was given, which then stays as it is.
+    """Dials at a share of what was given, each at least its least and at most what was given, which stays as it is.
 
     Args:
         dials: The least of each.

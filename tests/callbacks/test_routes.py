@@ -77,6 +77,21 @@ class Distances(Finetune):
         self.model = Ranked(self.model)
 
 
+class Hidden(Distances):
+    """Whose gradient lacks what the distances say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model.register_forward_hook(self.without_distances)
+
+    @staticmethod
+    def without_distances(model, args, found):
+        with torch.no_grad():
+            distances = torch.cdist(found.logits, model.table)
+        found.logits = found.logits + 3 * distances
+        return found
+
+
 # Its value has no gradient, which no forward pass tells.
 FLAT = FunctionObjective(lambda model, batch: model(input_ids=batch["input_ids"]).logits.detach().square().mean())
 
@@ -139,3 +154,9 @@ def test_differences_are_announced_at_the_start_and_stand_in_the_row(tmp_path) -
     assert result["error"] > 0
     # The loss bends within a tenth of this step, so that differences over it are no derivative, and the gradient is.
     assert math.fsum(result["loss_shares"].values()) == pytest.approx(metrics["first_order"])
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec")
+def test_a_gradient_that_is_none_of_the_values_is_refused_also_where_the_loss_bends(tmp_path) -> None:
+    with pytest.raises(ValueError, match="gradient of Ranked is not the derivative of its loss"):
+        fit(tmp_path, [GoldenSnapshot(), TaylorDiff(n_samples=2, check=False)], module=Hidden, max_epochs=1)

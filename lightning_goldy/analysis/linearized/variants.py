@@ -98,8 +98,8 @@ class TangentModel(BaseRelative):
 
     A module with the model's parameters that can be trained in its place: the gradient is that of the linear model,
     :math:`J(\theta_0)^\top v`. Without training,
-    :class:`~lightning_goldy.analysis.taylor.taylor.TaylorApproximation` of order 1 gives the same logits. A float64 model
-    is float64 throughout, also where its code casts to float32
+    :class:`~lightning_goldy.analysis.taylor.taylor.TaylorApproximation` of order 1 gives the same logits. A float64
+    model is float64 throughout, also where its code casts to float32
     (:func:`~lightning_goldy.analysis.precision.float64_throughout`).
 
     Args:

@@ -291,7 +291,8 @@ class Expansion:
         for closer in _CLOSER:
             if closer * rounded > _APART * abs(found) + cancelled:
                 return False
-            if _near(self._slope(sums, _CLOSE / closer), found, cancelled + closer * rounded):
+            slope = self._slope(sums, _CLOSE / closer)
+            if math.isfinite(slope) and _near(slope, found, cancelled + closer * rounded):
                 return True
         return False
 
@@ -705,7 +706,7 @@ def expansion_route(
 
 
 def _near(slope: float, found: float, beyond: float) -> bool:
-    """Whether two slopes are apart by no more than a part of the larger, and so much beyond; so is what is no number."""
+    """Whether two slopes are apart by no more than a part of the larger and so much beyond; so is what is no number."""
     return not abs(slope - found) > _APART * max(abs(slope), abs(found)) + beyond
 
 
