@@ -20,7 +20,7 @@ demo: $(READY)  ## Pretrain, finetune, analyse and report on a small language mo
 	$(BIN)/goldy demo
 
 test: $(READY)  ## Run the fast tests and all doctests
-	$(BIN)/python -m pytest -n 2 --dist loadfile -q $(ARGS)
+	$(BIN)/python -m pytest -n 3 --dist loadfile -q $(ARGS)
 
 test-slow: $(READY)  ## Run the tests that take longer
 	$(BIN)/python -m pytest -q -m slow $(ARGS)

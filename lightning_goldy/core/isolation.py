@@ -12,9 +12,9 @@ import types
 from array import array
 from collections import UserDict, UserList, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import cache, partial
-from itertools import islice, repeat
+from itertools import chain, islice, repeat
 from multiprocessing.sharedctypes import SynchronizedBase
 from operator import is_
 from pathlib import Path
@@ -138,9 +138,12 @@ class Kept:
         for child in module.modules():
             kept._waiting = _FOLLOWED
             kept._follow(kept._note_attributes(child, _MODULE_SLOTS))
-            kept._follow(hook for hooks in _hooks_of(child) for hook in list(hooks.values()))
+            kept._follow(
+                chain.from_iterable(_held_by(hook) for hooks in _hooks_of(child) for hook in [*hooks.values()])
+            )
         for parameter in module.parameters():
-            kept._follow((getattr(parameter, "_backward_hooks", None) or {}).values())
+            hooks = getattr(parameter, "_backward_hooks", None) or {}
+            kept._follow(chain.from_iterable(map(_held_by, [*hooks.values()])))
         return kept
 
     def restore(self) -> None:
@@ -285,6 +288,17 @@ def _leave_graph(tensor: Tensor, recorded: bool) -> None:
     """Takes a tensor that was written to out of the graph that it came into by that."""
     if tensor.requires_grad and not recorded and not tensor._is_view():
         tensor.detach_()
+
+
+def _held_by(hook: Any, depth: int = 3) -> Iterator[Any]:
+    """What a hook keeps: the object that it is of. What a function counts stays, as what a program shares does."""
+    if not isinstance(hook, types.FunctionType):
+        yield hook
+        return
+    for cell in (hook.__closure__ or ()) if depth else ():
+        with suppress(ValueError):  # not assigned yet
+            for value in _in_shared(cell.cell_contents):
+                yield from _held_by(value, depth - 1)
 
 
 def _hooks_of(module: nn.Module) -> Iterator[dict[Any, Any]]:

@@ -555,16 +555,30 @@ def test_what_a_forward_writes_to_comes_back_without_the_graph_of_an_analysis() 
     (model(x).sum() * model.mean.sum() * model.other.sum()).backward()
 
 
+class Listener:
+    """Hooks that count."""
+
+    def __init__(self) -> None:
+        self.heard = {"forward": 0, "backward": 0, "gradient": 0}
+
+    def forward(self, *_: object) -> None:
+        self.heard["forward"] += 1
+
+    def backward(self, *_: object) -> None:
+        self.heard["backward"] += 1
+
+    def gradient(self, _: object) -> None:
+        self.heard["gradient"] += 1
+
+
 def test_what_hooks_keep_comes_back_and_backward_hooks_hear_nothing_of_an_analysis() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
-    heard: dict[str, int] = {"forward": 0, "backward": 0, "gradient": 0}
-
-    def hear(name: str) -> None:
-        heard[name] += 1
-
-    model[0].register_forward_hook(lambda *_: hear("forward"))
-    model[1].register_full_backward_hook(lambda *_: hear("backward"))
-    model[1].weight.register_hook(lambda _: hear("gradient"))
+    listener, passes = Listener(), []
+    heard = listener.heard
+    model[0].register_forward_hook(listener.forward)
+    model[0].register_forward_hook(lambda *_: passes.append(1))
+    model[1].register_full_backward_hook(listener.backward)
+    model[1].weight.register_hook(listener.gradient)
     x = torch.ones(1, 2)
     values = {name: value.detach().clone() for name, value in model.named_parameters()}
     with preserved(model):
@@ -572,6 +586,8 @@ def test_what_hooks_keep_comes_back_and_backward_hooks_hear_nothing_of_an_analys
         directional_derivatives(lambda p: call_with(model, p, (x,), {}).sum(), values, values, 1)
         assert heard["backward"] == 0
     assert heard == {"forward": 0, "backward": 0, "gradient": 0}
+    # A function may count what an analysis costs.
+    assert passes == [1, 1]
     model(x).sum().backward()
     assert heard == {"forward": 1, "backward": 1, "gradient": 1}
 
