@@ -119,18 +119,24 @@ def test_the_costs_of_the_rows_are_what_ran(tmp_path):
     class Counting(HeadPlasticity):
         def compute(self, context):
             passes.append([0, 0])
-            forwards = context.model.register_forward_hook(self.count, with_kwargs=True)
-            backwards = context.model.model.norm.register_full_backward_hook(self.count_back)
+            forwards = context.model.register_forward_hook(count, with_kwargs=True)
+            # A backward hook of the module would hear nothing of an analysis.
+            backwards = context.model.model.norm.register_forward_hook(watch)
             result = super().compute(context)
             forwards.remove()
             backwards.remove()
             return result
 
-        def count(self, module, args, options, output):
-            passes[-1][0] += len(options["input_ids"])
+    # Functions, for what the object of a hook keeps is put back after an analysis.
+    def count(module, args, options, output):
+        passes[-1][0] += len(options["input_ids"])
 
-        def count_back(self, module, into, out):
-            passes[-1][1] += len(out[0])
+    def watch(module, args, output):
+        if output.requires_grad:
+            output.register_hook(count_back)
+
+    def count_back(gradient):
+        passes[-1][1] += len(gradient)
 
     callback = Counting("combined", pruning_level=0.5, cycles=2, schedule=SHORT, scoring=PROBE, at=("end",))
     fit(tmp_path, [callback], module=Llama, data=TokenData(40), max_epochs=1)

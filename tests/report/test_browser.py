@@ -77,7 +77,7 @@ def test_answers_stand_on_the_first_screen(hostile: Path, opened: Callable[..., 
 
 def test_details_open_and_are_drawn_then(hostile: Path, opened: Callable[..., Any]) -> None:
     page = opened(hostile)
-    details = page.locator("section", has_text="Golden parameters").last.locator("details.more")
+    details = page.locator("#analysis-2 details.more")
     assert details.locator(".plot svg, .plot canvas").count() == 0
     details.locator("summary").click()
     details.locator(".plot svg, .plot canvas").first.wait_for()

@@ -32,10 +32,11 @@ def test_the_page_has_a_section_for_everything(run: Path, page_of: PageOf) -> No
         "Change since the snapshot",
         "Golden parameters",
         "Training",
+        "Methods",
         "What the analyses cost",
         "Settings of the run",
     ]
-    ids = ["analysis-1", "analysis-2", "training", "cost", "settings"]
+    ids = ["analysis-1", "analysis-2", "training", "methods", "cost", "settings"]
     assert page.values("id") == ["answers", *ids]
     # The answer to the first question refers to its analysis.
     assert page.values("src", "href") == ["#analysis-1", *(f"#{name}" for name in ids)]

@@ -295,12 +295,17 @@ def counted(model: nn.Module) -> Iterator[list[int]]:
     def forward(module: nn.Module, args: Any, options: Any, output: Any) -> None:
         passes[0] += len(options["input_ids"] if "input_ids" in options else args[0])
 
-    def backward(module: nn.Module, into: Any, out: Any) -> None:
-        passes[1] += len(out[0])
+    def backward(gradient: Tensor) -> None:
+        passes[1] += len(gradient)
+
+    def watch(module: nn.Module, args: Any, output: Tensor) -> None:
+        # A backward hook of the module would hear nothing of an analysis.
+        if output.requires_grad:
+            output.register_hook(backward)
 
     handles = [
         model.register_forward_hook(forward, with_kwargs=True),
-        model.transformer.ln_f.register_full_backward_hook(backward),  # type: ignore[union-attr, operator]
+        model.transformer.ln_f.register_forward_hook(watch),  # type: ignore[union-attr, operator]
     ]
     yield passes
     for handle in handles:
