@@ -334,7 +334,7 @@ def votes_of(rates: torch.Tensor, n_samples: int, seed: int = 0) -> torch.Tensor
 def test_independent_rows_and_columns_are_what_the_null_expects(needed):
     """Votes of products of rates give a ratio of 1, within four standard errors of the count."""
     torch.manual_seed(0)
-    rates = torch.rand(90).square()[:, None] * torch.rand(80).sqrt()
+    rates = torch.rand(48).square()[:, None] * torch.rand(40).sqrt()
     votes = votes_of(rates, 8).sum(dim=0)
     found, expected = int((votes >= needed).sum()), row_column_null(votes, 8, needed)
     assert abs(found - expected) < 4 * math.sqrt(expected)
