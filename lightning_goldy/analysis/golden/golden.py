@@ -425,11 +425,11 @@ class _Watched:
         total, n = votes.reshape(-1)[self.positions].int(), len(marks)
         row, column = self.positions // self.shape[1], self.positions % self.shape[1]
         observed, nulls = np.zeros(n), np.zeros(n)
+        every = votes.sum(dim=1), votes.sum(dim=0)
         for index in range(n):
             mark = torch.from_numpy(np.unpackbits(marks[index].numpy(), count=len(self.positions)))
             observed[index] = int((total - mark >= needed).sum())
-            sums = votes.sum(dim=1) - rows[index], votes.sum(dim=0) - columns[index]
-            first, second = fitted_rates(*sums, n - 1)
+            first, second = fitted_rates(every[0] - rows[index], every[1] - columns[index], n - 1)
             nulls[index] = float(_interpolated(table, first[row] * second[column]).sum(dtype=torch.float64))
         return observed, nulls
 
