@@ -532,13 +532,11 @@ def answer_by_volume(rows: Sequence[Row]) -> Finding | None:
 
 def _compared_volumes(rows: Sequence[Row], last: Mapping[str, Any]) -> tuple[str, str, list[str]] | None:
     """The paired difference to the first row that has the same directions, as words, interval and doubts."""
-    alike = ("split", "sigma", "cutoff", "measure", "preconditioner", "seed", "dimension")
     for row in rows[:-1]:
         for volume in row["result"].get("volumes") or []:
-            if any(volume.get(name) != last.get(name) for name in alike):
+            if volume.get("split") != last.get("split") or unequal_settings(volume, last):
                 continue
-            pairs = zip(volume.get("estimates") or (), last.get("estimates") or (), strict=False)
-            values = [after - before for before, after in pairs if before is not None and after is not None]
+            values = paired_differences(volume, last)
             if len(values) < 2:
                 return None
             low, high = interval_of_mean(values)
@@ -551,6 +549,28 @@ def _compared_volumes(rows: Sequence[Row], last: Mapping[str, Any]) -> tuple[str
             words = f"The basin {verb} by {format_number(_whole(abs(mean)))} nats since step {row['step']:,}"
             return words, _between(low, high), []
     return None
+
+
+def unequal_settings(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    """What two volumes of rows differ in that must be one for their directions to be the same vectors.
+
+    Example:
+        >>> unequal_settings({"sigma": 0.1, "seed": 0}, {"sigma": 0.2, "seed": 0})
+        ['sigma']
+    """
+    names = ("sigma", "measure", "cutoff", "preconditioner", "seed", "first_direction", "dimension")
+    return [name for name in names if first.get(name) != second.get(name)]
+
+
+def paired_differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[float]:
+    """Second less first along each direction that both volumes of rows have an estimate of, nats.
+
+    Example:
+        >>> paired_differences({"estimates": [-5.0, None, -7.0]}, {"estimates": [-8.0, -9.0, -9.0]})
+        [-3.0, -2.0]
+    """
+    pairs = zip(first.get("estimates") or (), second.get("estimates") or (), strict=False)
+    return [after - before for before, after in pairs if before is not None and after is not None]
 
 
 def _between(low: float, high: float) -> str:

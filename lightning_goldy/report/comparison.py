@@ -11,15 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from lightning_goldy.core.store import atomic_write
-from lightning_goldy.report.answers import QUESTIONS, Answer, interval_of_mean, small_print
+from lightning_goldy.report.answers import (
+    QUESTIONS,
+    Answer,
+    interval_of_mean,
+    paired_differences,
+    small_print,
+    unequal_settings,
+)
 from lightning_goldy.report.descriptions import description_of
 from lightning_goldy.report.figures import ReportError, Row
 from lightning_goldy.report.formatting import MISSING, format_number, table_html
 from lightning_goldy.report.page import answers_of_run, page_html
 from lightning_goldy.report.run import AnalysisRows, Run, read_run
-
-# What two volumes must have in common, so that their directions are the same vectors.
-_VOLUME_SETTINGS = ("sigma", "measure", "cutoff", "preconditioner", "seed", "first_direction", "dimension")
 
 
 @dataclass(frozen=True)
@@ -135,12 +139,11 @@ def _volume_differences(first: Row, second: Row) -> list[Difference]:
 
 def _volume_difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> Difference:
     what = f"log volume, nats ({second.get('split', MISSING)})"
-    unequal = [name for name in _VOLUME_SETTINGS if first.get(name) != second.get(name)]
+    unequal = unequal_settings(first, second)
     if unequal:
         pairs = ", ".join(f"{name} {first.get(name)} against {second.get(name)}" for name in unequal)
         return Difference(what, None, remark=f"not comparable: {pairs}")
-    pairs_of = zip(first.get("estimates") or (), second.get("estimates") or (), strict=False)
-    values = [after - before for before, after in pairs_of if before is not None and after is not None]
+    values = paired_differences(first, second)
     if len(values) < 2:
         return Difference(what, None, remark="fewer than two directions in common")
     low, high = interval_of_mean(values)
