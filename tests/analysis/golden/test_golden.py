@@ -6,6 +6,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from lightning_goldy.analysis import GoldenResult, golden_parameters, jaccard, register_score
@@ -13,6 +15,8 @@ from lightning_goldy.analysis.golden.golden import (
     SCORES,
     binomial_tail,
     fitted_rates,
+    marks_by_column,
+    marks_by_row,
     random_tokens,
     row_column_null,
 )
@@ -379,8 +383,24 @@ def test_rates_that_would_exceed_one_are_cut_and_the_sums_still_match(seed):
     assert float(first.max() * second.max()) > 1
     rates = (first[:, None] * second).clamp(max=1)
     assert torch.allclose(rates.sum(dim=0), columns.double() / 5, rtol=0, atol=1e-6)
-    assert torch.allclose(rates.sum(dim=1), rows.double() / 5, rtol=0.01)
+    assert torch.allclose(rates.sum(dim=1), rows.double() / 5, rtol=0, atol=1e-6)
     assert row_column_null(votes, 5, 4) == pytest.approx(row_column_null_reference(votes, 5, 4), rel=1e-3)
+    # Several at once are those one by one, an empty one among them.
+    both = fitted_rates(torch.stack([rows, 0 * rows, rows]), torch.stack([columns, 0 * columns, columns]), 5)
+    assert all(
+        torch.equal(part[2], alone) and not part[1].any() for part, alone in zip(both, (first, second), strict=True)
+    )
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 9), st.integers(0, 2**31))
+@settings(max_examples=25, deadline=None)
+def test_marks_are_counted_by_row_and_column(rows, columns, offset, seed):
+    """Also where words of eight marks would begin between words, and where a byte of 255 would overflow."""
+    generator = torch.Generator().manual_seed(seed)
+    flat = torch.rand(offset + rows * columns, generator=generator) < torch.rand(1, generator=generator) * 1.5
+    marks = flat[offset:].view(rows, columns)
+    assert torch.equal(marks_by_row(marks), marks.sum(dim=1).int())
+    assert torch.equal(marks_by_column(marks), marks.sum(dim=0).int())
 
 
 def test_the_result_holds_the_null_of_its_votes_and_the_interval_of_a_plain_jackknife():
