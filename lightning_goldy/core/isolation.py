@@ -461,7 +461,7 @@ def preserved(module: nn.Module, *, training: bool | None = False) -> Iterator[n
     Gradients are set aside, not copied, and so are hooks that wait for them, backward hooks of modules too; buffers are
     copied and written back, and so is what the modules and their hooks keep (counters, caches, lists: see
     :class:`Kept`); the parameters' values are the business of :func:`~lightning_goldy.core.vector.applied`, but of
-    embeddings with a ``max_norm``. Inside, gradients are enabled (Lightning's validation hooks run without), a compiled
+    embeddings with a ``max_norm``. Inside, gradients are enabled and those of embeddings dense (Lightning's validation hooks run without), a compiled
     module runs uncompiled, a reentrant checkpoint as one that is not, and, by default,
     the module is in evaluation mode.
 
@@ -499,6 +499,10 @@ def preserved(module: nn.Module, *, training: bool | None = False) -> Iterator[n
     renormed = [child.weight for child in module.modules() if isinstance(child, _EMBEDDINGS) and child.max_norm]
     lengths = [local(weight).detach().clone() for weight in renormed]
     kept = Kept.of_modules(module)
+    for child in module.modules():
+        if isinstance(child, _EMBEDDINGS):
+            # Analyses calculate with gradients, which they want dense.
+            child.sparse = False
     # A sharded model's forward is a collective: a rank that failed before it tells the others there.
     guard = module.register_forward_pre_hook(_at_forward, prepend=True) if any(map(is_sharded, parameters)) else None
     with isolated_rng(), torch.inference_mode(False), torch.enable_grad(), _run_plainly(module):
