@@ -45,6 +45,7 @@ class AttentionTracker(AnalysisCallback[TrackedAttention]):
         ValueError: max_tokens must be at least 1; got 0
     """
 
+    compares = True
     dials: Mapping[str, int] = {"n_samples": 2}
 
     def __init__(
