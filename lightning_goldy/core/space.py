@@ -147,7 +147,9 @@ class ParameterSpace:
             if name not in available:
                 made = name.endswith(("_orig", "_g", "_v")) or ".parametrizations." in f".{name}"
                 why = " (was a pruning or a norm of weights made permanent?)" if made else ""
-                raise SpaceError(f"{type(module).__name__} has no parameter {name!r}{why}; {suggestion(name, available)}")
+                raise SpaceError(
+                    f"{type(module).__name__} has no parameter {name!r}{why}; {suggestion(name, available)}"
+                )
             found = tuple(available[name].shape)
             if found != tuple(shape):
                 raise SpaceError(f"{name}: shape {found} in the module, {tuple(shape)} in the space")

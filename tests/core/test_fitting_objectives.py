@@ -536,7 +536,11 @@ def test_answers_outside_of_the_text_count_as_in_the_models_own_loss(starts: Any
 @pytest.mark.parametrize(
     ("start", "end", "message"),
     [
-        (1, 3, r"sample 1: of its answer, at positions 1 to 3, one end alone lies inside of the text of 3 tokens.*at 3"),
+        (
+            1,
+            3,
+            r"sample 1: of its answer, at positions 1 to 3, one end alone lies inside of the text of 3 tokens.*at 3",
+        ),
         (4, 7, r"samples \[1\] of a batch of 2 have no target: .*leave them out"),
     ],
 )
@@ -547,7 +551,9 @@ def test_answers_that_have_no_probability_are_told(start: int, end: int, message
             bert(hf.BertForQuestionAnswering), {"input_ids": torch.tensor([[1, 2, 3], [3, 4, 5]]), **ends}
         )
     outside = {name: torch.full((2,), 3) for name in ends}
-    with pytest.raises(ValueError, match="no target: every answer lies outside of the text, whose positions go from 0 to 2"):
+    with pytest.raises(
+        ValueError, match="no target: every answer lies outside of the text, whose positions go from 0 to 2"
+    ):
         SpanObjective().loss(
             bert(hf.BertForQuestionAnswering), {"input_ids": torch.tensor([[1, 2, 3], [3, 4, 5]]), **outside}
         )

@@ -562,7 +562,8 @@ def _farthest(targets: Tensor, expansion: Sequence[Tensor], errors: Sequence[Ten
     steep = probs * (slope - (probs * slope).sum(-1, keepdim=True))
     residual = probs.scatter_add(-1, targets[:, None], -torch.ones_like(probs[:, :1]))
     slope, bend = (
-        part + error.abs() * way.sign() for part, error, way in zip((slope, bend), errors[1:], (steep, residual), strict=False)
+        part + error.abs() * way.sign()
+        for part, error, way in zip((slope, bend), errors[1:], (steep, residual), strict=False)
     )
     return [value, slope, bend, *others]
 

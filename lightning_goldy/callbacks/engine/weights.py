@@ -376,9 +376,13 @@ class Frozen:
                     "such weights, and space='adapters' looks at the adapters alone"
                 )
         if below and merged:
-            notes.append(f"{_some(below)} changed although frozen, below adapters: the change is from the values at the start")
+            notes.append(
+                f"{_some(below)} changed although frozen, below adapters: the change is from the values at the start"
+            )
         if others:
-            notes.append(f"{_some(others)} changed although not trained: no part of the change, and the base has it as it is")
+            notes.append(
+                f"{_some(others)} changed although not trained: no part of the change, and the base has it as it is"
+            )
         return notes
 
 
