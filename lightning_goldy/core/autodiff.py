@@ -27,8 +27,8 @@ _NO_FORWARD_MODE = (
 )
 # Custom functions whose derivatives through their forward were compared with differences, and agreed.
 _COMPARED: set[tuple[str, str]] = set()
-# The second step of derivatives from values is so many times shorter, and of two that differ in the derivative above by x
-# times the inverse of the first, so much of x may be hidden in the one below.
+# The second step of derivatives from values is so many times shorter; where the two differ by x in the derivative
+# above, so much of x times the first step may be hidden in the one below.
 _FINER, _HIDDEN_BEND = 4, 0.25
 # Central differences have a step of so much of the parameters' norm where they check, and may be so far from exact.
 _CHECK_STEP, _CHECK_ERROR = 1e-3, 0.05
@@ -210,8 +210,8 @@ def difference_derivatives(
         order: n, from 0 to 3.
 
     Returns:
-        n + 1 tensors in float64, and how far off each may be, with the sign of what the 5 inner places say less what all 7
-        say: that, what rounding adds up to, and twice what the two steps differ by beyond rounding, also in the
+        n + 1 tensors in float64, and how far off each may be, with the sign of what the 5 inner places say less what
+        all 7 say: that, what rounding adds up to, and twice what the two steps differ by beyond rounding, also in the
         derivative above, whose bend this one cannot see.
 
     Example:

@@ -557,8 +557,8 @@ def preserved(module: nn.Module, *, training: bool | None = False) -> Iterator[n
     Gradients are set aside, not copied, and so are hooks that wait for them, backward hooks of modules too; buffers are
     copied and written back, and so is what the modules and their hooks keep (counters, caches, lists: see
     :class:`Kept`); the parameters' values are the business of :func:`~lightning_goldy.core.vector.applied`, but of
-    embeddings with a ``max_norm``. Inside, gradients are enabled and those of embeddings dense (Lightning's validation hooks run without), a compiled
-    module runs uncompiled, a reentrant checkpoint as one that is not, and, by default,
+    embeddings with a ``max_norm``. Inside, gradients are enabled (Lightning's validation hooks run without) and those
+    of embeddings dense, a compiled module runs uncompiled, a reentrant checkpoint as one that is not, and, by default,
     the module is in evaluation mode.
 
     Args:

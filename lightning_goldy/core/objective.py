@@ -59,7 +59,8 @@ class TargetLogits:
         empty = (counts == 0).nonzero().flatten().tolist()
         if empty:
             raise ValueError(
-                f"samples {empty[:5]} of a batch of {self.n_samples} have no target: every label is masked; leave them out"
+                f"samples {empty[:5]} of a batch of {self.n_samples} have no target: every label is masked; leave them "
+                "out"
             )
         total = losses.new_zeros(self.n_samples).index_add(0, self.sample, losses)
         return -total / counts
@@ -687,14 +688,14 @@ def _require_whole_answers(starts: Tensor, ends: Tensor, length: int) -> None:
     if halves:
         at = halves[0]
         raise ValueError(
-            f"sample {at}: of its answer, at positions {int(starts[at])} to {int(ends[at])}, one end alone lies inside of "
-            f"the text of {length} tokens, and the model's own loss would weigh such ends by their batch: put both at "
-            f"{length} or above, where they are no targets, or leave the sample out"
+            f"sample {at}: of its answer, at positions {int(starts[at])} to {int(ends[at])}, one end alone lies inside "
+            f"of the text of {length} tokens, and the model's own loss would weigh such ends by their batch: put both "
+            f"at {length} or above, where they are no targets, or leave the sample out"
         )
     if not bool((starts < length).any()):
         raise ValueError(
-            f"a batch of {len(starts)} samples has no target: every answer lies outside of the text, whose positions go "
-            f"from 0 to {length - 1}"
+            f"a batch of {len(starts)} samples has no target: every answer lies outside of the text, whose positions "
+            f"go from 0 to {length - 1}"
         )
 
 

@@ -170,8 +170,8 @@ def read_batches(trainer: L.Trainer, source: Source, n_samples: int | None) -> l
             kept.restore()
     for kind, count in kept.replayed.items():
         rank_zero_info(
-            f"{source.name}: {count} items of a {kind} that cannot go back were read for the probe; the training gets them "
-            "again"
+            f"{source.name}: {count} items of a {kind} that cannot go back were read for the probe; the training gets "
+            "them again"
         )
     return batches
 

@@ -150,7 +150,7 @@ class Renewed(Adapted):
 
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint", "ignore:.*dataloader is not resumable")
 def test_weights_that_move_below_adapters_are_part_of_the_change(tmp_path) -> None:
-    def watching(**options: Any) -> list[Any]:
+    def watching() -> list[Any]:
         snapshot, taylor = GoldenSnapshot(every_n_steps=1, track_updates=True), TaylorDiff(orders=[1], n_samples=2)
         apart = GoldenSnapshot(every_n_steps=None, space="adapters", name="apart")
         return [
@@ -203,7 +203,7 @@ def test_weights_that_move_below_adapters_and_are_not_kept_are_refused_by_name(t
     apart = GoldenSnapshot(every_n_steps=None, space="adapters", name="apart", frozen=False)
     with pytest.warns(UserWarning, match=r"base_layer.weight and 3 more, which adapters lie on, changed .*frozen=True"):
         fit(tmp_path, [snapshot, apart], **options)
-    assert last_row(snapshot)["step"] == 2 and last_row(apart)["step"] == 3
+    assert (last_row(snapshot)["step"], last_row(apart)["step"]) == (2, 3)
 
 
 def test_what_moves_beside_the_training_is_told(tmp_path) -> None:

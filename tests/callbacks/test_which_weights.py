@@ -631,7 +631,5 @@ def test_parameters_that_come_to_be_computed_of_others_are_what_they_come_to(tmp
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:n_samples=16")
 def test_who_changes_parameters_refuses_those_that_are_computed_of_others(tmp_path):
     plasticity = HeadPlasticity(every_n_steps=3, on_error="warn")
-    with pytest.warns(
-        UserWarning, match=r"head_plasticity changes parameters, and transformer.h.0.mlp.c_\w+.weight has"
-    ):
+    with pytest.warns(UserWarning, match=r"head_plasticity changes parameters, and transformer.h.0.mlp.c_\w+.w"):
         fit(tmp_path, [plasticity], module=Pruned, max_epochs=1, limit_train_batches=4, limit_val_batches=0)

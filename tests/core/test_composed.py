@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -338,7 +339,9 @@ def test_differences_tell_an_error_that_covers_bends_and_rounding(place: float, 
     ]
     for function, right in known:
         zero = {"x": torch.zeros((), dtype=dtype)}
-        found, errors = difference_derivatives(lambda p: function(p["x"]), zero, {"x": torch.ones((), dtype=dtype)}, 2)
+        found, errors = difference_derivatives(
+            lambda p, f=function: f(p["x"]), zero, {"x": torch.ones((), dtype=dtype)}, 2
+        )
         for value, error, wanted in zip(found, errors, right, strict=True):
             assert abs(float(value) - wanted) <= abs(float(error)) + 1e-12
     # Where nothing bends the error stays small.

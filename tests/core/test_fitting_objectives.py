@@ -551,9 +551,7 @@ def test_answers_that_have_no_probability_are_told(start: int, end: int, message
             bert(hf.BertForQuestionAnswering), {"input_ids": torch.tensor([[1, 2, 3], [3, 4, 5]]), **ends}
         )
     outside = {name: torch.full((2,), 3) for name in ends}
-    with pytest.raises(
-        ValueError, match="no target: every answer lies outside of the text, whose positions go from 0 to 2"
-    ):
+    with pytest.raises(ValueError, match=r"no target: every answer lies outside of the text, .* from 0 to 2"):
         SpanObjective().loss(
             bert(hf.BertForQuestionAnswering), {"input_ids": torch.tensor([[1, 2, 3], [3, 4, 5]]), **outside}
         )

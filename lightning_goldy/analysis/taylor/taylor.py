@@ -289,8 +289,8 @@ class Expansion:
         raise ValueError(
             f"the gradient of {model_class(self.model)} is not the derivative of its loss: along the step it gives "
             f"{found:.6g} nats, and the loss changes by {first:.6g}; a part of the forward pass runs without gradients "
-            "(torch.no_grad) or has a backward of its own, or numbers are taken out of tensors (item, numpy). Pass by=None to "
-            "expand the loss without shares of parameters"
+            "(torch.no_grad) or has a backward of its own, or numbers are taken out of tensors (item, numpy). Pass "
+            "by=None to expand the loss without shares of parameters"
         )
 
     def _is_slope(self, sums: Sums, found: float, cancelled: float, rounded: float) -> bool:
@@ -561,11 +561,8 @@ def _farthest(targets: Tensor, expansion: Sequence[Tensor], errors: Sequence[Ten
     probs = torch.softmax(value, dim=-1)
     steep = probs * (slope - (probs * slope).sum(-1, keepdim=True))
     residual = probs.scatter_add(-1, targets[:, None], -torch.ones_like(probs[:, :1]))
-    slope, bend = (
-        part + error.abs() * way.sign()
-        for part, error, way in zip((slope, bend), errors[1:], (steep, residual), strict=False)
-    )
-    return [value, slope, bend, *others]
+    moved = [slope + errors[1].abs() * steep.sign(), bend + errors[2].abs() * residual.sign()]
+    return [value, *moved, *others]
 
 
 def _square_distance(first: Tensor, second: Tensor) -> float:
@@ -591,7 +588,8 @@ def taylor_diff(
         L_k \text{ likewise}, \qquad \Delta = \theta_t - \theta_0
 
     Derivatives are exact: nested forward mode along the step, in evaluation mode. Where an operation of the model has
-    no forward mode, they are central differences of values at 13 places along the step (``route`` and ``error`` say so).
+    no forward mode, they are central differences of values at 13 places along the step (``route`` and ``error`` say
+    so).
     On a sharded model loss and logits are expanded to order 2, from exact gradients at the base and central differences
     along the step. A parameter that the objective does not depend on has a gradient of zero. The model comes back as it
     was. On several ranks the batches are shared out; every rank must call.

@@ -38,7 +38,8 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16:
 _CHUNK = 1 << 20
 KEPT_FROZEN = 1 << 24
 """Elements of frozen weights below adapters that a base keeps without being asked to."""
-# So many units of its last place may a weight's sum and square move by rounding, as when adapters are merged and taken out.
+# So many units of its last place may a weight's sum and square move by rounding, as where adapters are merged and taken
+# out.
 _ROUNDED = 2
 
 
@@ -371,9 +372,9 @@ class Frozen:
                 grow(source(space))
             else:
                 raise AdapterError(
-                    f"{who}: {_some(below)}, which adapters lie on, changed although frozen (adapters were merged into it, "
-                    "as in ReLoRA?), so the change of merged weights cannot be told: GoldenSnapshot(frozen=True) keeps "
-                    "such weights, and space='adapters' looks at the adapters alone"
+                    f"{who}: {_some(below)}, which adapters lie on, changed although frozen (adapters were merged into "
+                    "it, as in ReLoRA?), so the change of merged weights cannot be told: GoldenSnapshot(frozen=True) "
+                    "keeps such weights, and space='adapters' looks at the adapters alone"
                 )
         if below and merged:
             notes.append(

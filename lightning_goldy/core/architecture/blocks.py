@@ -11,6 +11,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from lightning_goldy.core.naming import require_choice
+
 
 class UnsupportedArchitectureError(ValueError):
     """The parts of a model could not be told apart; the message says which, and how to register them."""

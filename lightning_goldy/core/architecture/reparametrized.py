@@ -133,8 +133,8 @@ def _told(asked: list[Reparametrized]) -> list[str]:
         return []
     more, kinds = f" and {len(asked) - 1} more" if len(asked) > 1 else "", sorted({found.kind for found in asked})
     return [
-        f"{asked[0].plain}{more} {'are' if more else 'is'} computed of other parameters ({', '.join(kinds)}): its values "
-        "are those that the module computes with"
+        f"{asked[0].plain}{more} {'are' if more else 'is'} computed of other parameters ({', '.join(kinds)}): its "
+        "values are those that the module computes with"
     ]
 
 
