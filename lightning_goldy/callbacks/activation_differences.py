@@ -85,6 +85,7 @@ class ActivationDifferences(AnalysisCallback[ReadDifferences]):
         ValueError: positions must be at least 1; got 0
     """
 
+    compares = True
     dials: Mapping[str, Any] = {"n_samples": 8}
 
     def __init__(

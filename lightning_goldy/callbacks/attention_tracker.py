@@ -15,8 +15,9 @@ from lightning_goldy.analysis.attention.tracking import check_prompts, token_nam
 from lightning_goldy.analysis.forecast import Forecast, Plan, Run, forecast_attention
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.callbacks.golden_snapshot import find_snapshot
+from lightning_goldy.core.architecture.blocks import require_stack
 from lightning_goldy.core.isolation import undisturbed
-from lightning_goldy.core.naming import require_at_least, require_choice
+from lightning_goldy.core.naming import require_at_least
 from lightning_goldy.training.subject import find_prompts, find_tokenizer
 
 
@@ -45,6 +46,7 @@ class AttentionTracker(AnalysisCallback[TrackedAttention]):
         ValueError: max_tokens must be at least 1; got 0
     """
 
+    compares = True
     dials: Mapping[str, int] = {"n_samples": 2}
 
     def __init__(
@@ -67,7 +69,7 @@ class AttentionTracker(AnalysisCallback[TrackedAttention]):
             check_prompts(prompts)
         self.prompts, self.heads = prompts, _pairs(heads)
         if stack is not None:
-            require_choice("stack", stack, ("encoder", "decoder"))
+            require_stack(stack)
         self.n_samples, self.stack, self.drift = n_samples, stack, drift
         self.max_tokens, self.singular_values = max_tokens, singular_values
 

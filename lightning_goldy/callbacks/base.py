@@ -29,13 +29,14 @@ from lightning_goldy.callbacks.engine.run_folder import (
 from lightning_goldy.callbacks.engine.store import AnalysisProgress, ResultStore, log_row, peak_memory_bytes
 from lightning_goldy.callbacks.engine.weights import (
     Weights,
-    adapters_apart,
+    as_compared,
     kind_of_weights,
     tell_last,
     weights_in,
     weights_mark,
 )
 from lightning_goldy.callbacks.preflight import Budget, apply_settings, dialled, preflight
+from lightning_goldy.core.architecture.reparametrized import hidden_parts, plain_parameters, reparametrized
 from lightning_goldy.core.batches import move_batch
 from lightning_goldy.core.isolation import undisturbed
 from lightning_goldy.core.naming import canonical_name, require_at_least, require_choice, suggestion
@@ -185,6 +186,8 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
     """Whether the analysis runs the model on batches."""
     runs_model = False
     """Whether it does so on something else than a probe."""
+    compares = False
+    """Whether it compares with the golden snapshot's base."""
     changes_training = False
     """Whether it intervenes in the training, which a callback that only looks never does."""
     analysis: str | None = None
@@ -390,6 +393,7 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         model = find_model(pl_module, self.model_attribute)
         require_finite(dict(trainable_parameters(model)), "weights")
         known = {canonical_name(name) for name, _ in model.named_parameters()}
+        known |= {found.plain for found in reparametrized(model)}
         self._trained = {name for name in self._trained if name in known}
         if not self._goes_on:
             self._trained |= {name for name, _ in trainable_parameters(model)}
@@ -407,7 +411,8 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
                 objective = self._task
                 wanted, own = self.probe_samples(), {"pl_module": pl_module, "check": self.check}
                 self.probe_size = check_probe(model, objective, self._batches, wanted, lacking="warn", **own)  # type: ignore[arg-type]
-        self.prepare(trainer, model)
+        with plain_parameters(model, self._trained if self._resumed else ()):
+            self.prepare(trainer, model)
         if self.check:
             with undisturbed(trainer, pl_module):
                 self._try(pl_module, model)
@@ -503,7 +508,8 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
             self._observe_trainable(trainer, find_model(pl_module, self.model_attribute))
 
     def _observe_trainable(self, trainer: L.Trainer, model: nn.Module) -> None:
-        trainable = {name: parameter for name, parameter in trainable_parameters(model) if name not in self._trained}
+        known = self._trained | hidden_parts(model, self._trained)
+        trainable = {name: parameter for name, parameter in trainable_parameters(model) if name not in known}
         if not trainable:
             return
         unshard_guard(model)
@@ -675,7 +681,7 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         assert self._store is not None
         with (
             undisturbed(trainer, pl_module),
-            adapters_apart(find_model(pl_module, self.model_attribute)) as apart,
+            as_compared(trainer, self, find_model(pl_module, self.model_attribute)) as told,
             AnalysisProgress(trainer, self.name) as progress,
             peak_memory_bytes(pl_module.device) as peak,
         ):
@@ -684,7 +690,7 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
             row, vectors, histograms = self._described(result, context)
             row = with_precision(row, context.model)
             files = self._saved(vectors, context)
-        for note in [*self._notes, *apart]:
+        for note in [*self._notes, *told]:
             row = row.noted(note)
         row = row.extended(result={"derived": dict(self.derived)}) if self.derived else row
         row = row.at(

@@ -134,6 +134,7 @@ class ChangeAttribution(AnalysisCallback[AttributedChange]):
         ValueError: shares lie in (0, 1]; got 2.0
     """
 
+    compares = True
     dials: Mapping[str, Any] = {"n_samples": 4}
 
     def __init__(

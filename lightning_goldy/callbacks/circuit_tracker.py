@@ -64,6 +64,7 @@ class CircuitTracker(AnalysisCallback[TrackedCircuit]):
         ValueError: share is a share of all edges, above 0 and at most 1; got 0
     """
 
+    compares = True
     dials: Mapping[str, Any] = {"n_pairs": 4}
 
     def __init__(

@@ -6,6 +6,7 @@ import copy
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ from lightning_goldy.analysis.golden import GoldenResult, ReverseGoldenResult
 from lightning_goldy.analysis.result import Row
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, try_gradients
 from lightning_goldy.callbacks.engine.run_folder import run_root
+from lightning_goldy.callbacks.engine.weights import Frozen
 from lightning_goldy.core.architecture.adapters import WeightSpace, check_space, chosen_space, require_merged
 from lightning_goldy.core.base import BASE_FILE, BaseParameters, read_base
 from lightning_goldy.core.files import link_file
@@ -29,6 +31,7 @@ from lightning_goldy.core.sharding import Replicas
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.store import Kind, StoreError, fingerprint, load_vectors, read_header, save_vectors
 from lightning_goldy.core.vector import ParameterVector
+from lightning_goldy.training.subject import find_model
 
 
 def find_snapshot(trainer: L.Trainer) -> GoldenSnapshot | None:
@@ -69,6 +72,9 @@ class GoldenSnapshot(AnalysisCallback[WeightChange]):
         track_updates: Whether to keep the previous values and update on the CPU (one and a half times the parameters)
             for the cosine, and in files from which a resumed run goes on.
         space: Of a model with adapters ``merged``, the change of the weights that they come to, or ``adapters``.
+        frozen: Whether to keep the frozen weights that adapters lie on, too, so that merged weights compare with the
+            true base after adapters have been merged into them and begun anew (ReLoRA); by default up to 16.8 M
+            elements. Where they have moved and are not kept, analyses of merged weights are refused by name.
         **options: Of :class:`AnalysisCallback`.
 
     Example:
@@ -77,6 +83,7 @@ class GoldenSnapshot(AnalysisCallback[WeightChange]):
     """
 
     needs_probe = False
+    compares = True
 
     def __init__(
         self,
@@ -85,11 +92,12 @@ class GoldenSnapshot(AnalysisCallback[WeightChange]):
         every_n_steps: int | None = 50,
         track_updates: bool = False,
         space: WeightSpace = "merged",
+        frozen: bool | None = None,
         **options: Any,
     ) -> None:
         super().__init__(every_n_steps=every_n_steps, **options)
         check_space(space)
-        self.source, self.track_updates, self.space = source, track_updates, space
+        self.source, self.track_updates, self.space, self.frozen = source, track_updates, space, frozen
 
     def forget(self) -> None:
         """Drops the base and the updates."""
@@ -97,6 +105,8 @@ class GoldenSnapshot(AnalysisCallback[WeightChange]):
         self._kept = KeptBase()
         self._updates = SuccessiveUpdates()
         self._files: dict[str, str] = {}
+        self._frozen: Frozen | None = None
+        self._frozen_hash: str | None = None
 
     @property
     def base(self) -> BaseParameters:
@@ -121,8 +131,37 @@ class GoldenSnapshot(AnalysisCallback[WeightChange]):
             return
         space = ParameterSpace.of(model)
         self._kept.take(self._start_values(trainer, model, space), self.folder, trainer, model)
+        self._frozen = Frozen.of(model, keep=self.frozen)
+        if self._frozen.kept is not None:
+            self._frozen_hash = _write(self._frozen.kept.vector(model), self.folder / _FROZEN_FILE, trainer, model)
         if self.track_updates:
             self._updates.observe(ParameterVector.of(model, space))
+
+    def follow(self, trainer: L.Trainer, model: nn.Module, callback: AnalysisCallback[Any]) -> list[str]:
+        """Adds to the base what has moved below adapters although it was frozen, for a callback that compares with it.
+
+        Args:
+            trainer: The trainer.
+            model: The one that the callback analyses.
+            callback: Which is about to.
+
+        Returns:
+            What to say of it.
+
+        Raises:
+            AdapterError: Its values at the start are not known.
+        """
+        own = find_model(trainer.lightning_module, self.model_attribute)
+        if self._frozen is None or not callback.compares or own is not model or self is not find_snapshot(trainer):
+            return []
+
+        def grow(values: ParameterVector) -> None:
+            self._kept.grow(values, self.folder, trainer, model)
+            self._updates.grow(values)
+
+        source = None if self.source is None else partial(self._start_values, trainer, model)
+        merged = getattr(callback, "space", "merged") == "merged"
+        return self._frozen.follow(model, self.base, grow, merged=merged, who=callback.name, source=source)
 
     def became_trainable(self, trainer: L.Trainer, model: nn.Module, space: ParameterSpace) -> None:
         """Adds what becomes trainable to the base, and to the vectors that updates are told by."""
@@ -141,10 +180,13 @@ class GoldenSnapshot(AnalysisCallback[WeightChange]):
         if not all((previous / name).is_file() for name in self._files.values()):
             rank_zero_warn(f"{previous} lacks {sorted(self._files.values())}: the first two cosines will be missing")
             self._files = {}
-        for name in (*self._kept.files, *self._files.values()):
+        kept_frozen = () if self._frozen_hash is None else (_FROZEN_FILE,)
+        for name in (*self._kept.files, *self._files.values(), *kept_frozen):
             self._store.carry(previous / name)
         Replicas.world().meet(self.name)
-        self._trained |= set(self._kept.read(self.folder, model).space)
+        self._trained |= {name for name in self._kept.read(self.folder, model).space if name not in self._below}
+        if self._frozen is not None and self._frozen_hash is not None:
+            self._frozen.kept = BaseParameters(_read(self.folder / _FROZEN_FILE, model, self._frozen_hash), copy=False)
         if self.track_updates:
             self._updates.load({key: load_vectors(self.folder / name, model)[0] for key, name in self._files.items()})
 
@@ -183,19 +225,32 @@ class GoldenSnapshot(AnalysisCallback[WeightChange]):
 
     def state_dict(self) -> dict[str, Any]:
         """Adds the hash of the base and the names of its files."""
-        return {**super().state_dict(), **self._kept.state_dict(), "files": dict(self._files)}
+        state = {**super().state_dict(), **self._kept.state_dict(), "files": dict(self._files)}
+        if self._frozen is not None:
+            sums = {name: list(pair) for name, pair in self._frozen.sums.items()}
+            state |= {"frozen": {"sums": sums, "below": list(self._frozen.below), "hash": self._frozen_hash}}
+        return state
+
+    @property
+    def _below(self) -> tuple[str, ...]:
+        return () if self._frozen is None else self._frozen.below
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Notes what the interrupted run left."""
         super().load_state_dict(state_dict)
         self._kept = KeptBase(state_dict)
         self._files = dict(state_dict["files"])
+        frozen = state_dict.get("frozen")
+        if frozen is not None:
+            sums = {name: (total, square) for name, (total, square) in frozen["sums"].items()}
+            self._frozen, self._frozen_hash = Frozen(sums, tuple(frozen["below"])), frozen["hash"]
 
 
 POOL = ".goldy_bases"
 """The folder beside the runs in which each base lies once; runs that begin with it have a hard link to it."""
 
 _OF_SNAPSHOT = "snapshot"
+_FROZEN_FILE = "frozen.safetensors"
 _KINDS: dict[str, Kind] = {"previous": "values", "update": "direction"}
 
 

@@ -41,6 +41,7 @@ class ParameterDistribution(AnalysisCallback[ParameterDistributionResult]):
         ValueError: top must be at least 1; got 0
     """
 
+    compares = True
     needs_probe = False
 
     def __init__(

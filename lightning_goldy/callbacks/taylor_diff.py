@@ -22,7 +22,7 @@ from lightning_goldy.analysis.taylor import (
 )
 from lightning_goldy.analysis.taylor.result import By, TaylorDiffResult
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
-from lightning_goldy.callbacks.engine.weights import adapters_apart
+from lightning_goldy.callbacks.engine.weights import Frozen, adapters_apart
 from lightning_goldy.callbacks.golden_snapshot import find_snapshot
 from lightning_goldy.callbacks.preflight import dialled
 from lightning_goldy.core.architecture.adapters import WeightSpace, check_space, require_line
@@ -61,6 +61,7 @@ class TaylorDiff(AnalysisCallback[TaylorDiffResult]):
         ValueError: orders lie between 1 and 3; got 4
     """
 
+    compares = True
     dials: Mapping[str, Any] = {"n_samples": 2, "orders": (1,)}
 
     def __init__(
@@ -83,6 +84,7 @@ class TaylorDiff(AnalysisCallback[TaylorDiffResult]):
         if n_samples is not None:
             require_at_least("n_samples", n_samples, 1)
         self.by, self.function_space, self.reset, self.n_samples = by, function_space, reset, n_samples
+        self.compares = reset == "never"
 
     def forget(self) -> None:
         """Drops a base that moves."""
@@ -90,6 +92,7 @@ class TaylorDiff(AnalysisCallback[TaylorDiffResult]):
         self._base: BaseParameters | None = None
         self._base_step = 0
         self._base_file: str | None = None
+        self._frozen: Frozen | None = None
 
     def probe_samples(self) -> int | None:
         """The samples that the loss is taken over."""
@@ -118,6 +121,24 @@ class TaylorDiff(AnalysisCallback[TaylorDiffResult]):
             self._trained |= set(self._base.space)
         elif self._base is None or not self._goes_on:
             self._move_base(model, trainer.global_step)
+
+    def follow(self, trainer: L.Trainer, model: nn.Module, callback: AnalysisCallback[Any]) -> list[str]:
+        """Adds to a base that moves what has moved below adapters although it was frozen.
+
+        Args:
+            trainer: The trainer.
+            model: The one that is analysed.
+            callback: Which is about to; others do not compare with this base.
+
+        Returns:
+            What to say of it.
+        """
+        if callback is not self or self._base is None or self._frozen is None:
+            return []
+        merged = self.space == "merged"
+        notes = self._frozen.follow(model, self._base, self._base.grow, merged=merged, who=self.name)
+        self._base_file = None if notes else self._base_file
+        return notes
 
     def became_trainable(self, trainer: L.Trainer, model: nn.Module, space: ParameterSpace) -> None:
         """Adds what becomes trainable to a base that moves: it has been where it is since the base was taken."""
@@ -234,3 +255,4 @@ class TaylorDiff(AnalysisCallback[TaylorDiffResult]):
     def _move_base(self, model: nn.Module, step: int) -> None:
         space = ParameterSpace.of(model) if self._base is None else self._base.space
         self._base, self._base_step = base_of(model, model, space), step
+        self._frozen = Frozen.of(model)

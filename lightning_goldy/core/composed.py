@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
@@ -149,9 +152,11 @@ _composed_functions: list[str] = []
 
 @contextmanager
 def composed_functions() -> Iterator[list[str]]:
-    """Gathers the names of the custom functions that were differentiated through their forward.
+    """Gathers the names of the custom functions that were differentiated through their forward, and where numbers left.
 
-    Their derivatives are right where the forward consists of torch's operations; a kernel of its own hides them.
+    Their derivatives are right where the forward consists of torch's operations; a kernel of its own hides them. So do
+    numbers that are taken out of a tensor (``item``, ``numpy``), told by function and line, unless they only serve to
+    look at.
     """
     names: list[str] = []
     at = len(_composed_functions)
@@ -183,6 +188,9 @@ class _Undetached(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _DETACHING and args[0].requires_grad:
             return args[0]
+        if func in _OUT_OF_TORCH and args[0].requires_grad:
+            # It may have been detached, and to numbers that makes no difference.
+            args = (args[0].detach(), *args[1:])
         return func(*args, **(kwargs or {}))
 
 
@@ -222,6 +230,8 @@ class Composed(TorchFunctionMode):
         if torch._C._are_functorch_transforms_active():
             if func in _DETACHING:
                 return args[0]
+            if func in _OUT_OF_TORCH and _differentiable(args[0]):
+                return _taken_out(func, *args, **kwargs)
             # Asked by a hook; functorch itself asks where it has allowed it.
             if func is Tensor.requires_grad_ and not torch._C._functorch.get_inplace_requires_grad_allowed():
                 return args[0]
@@ -234,6 +244,18 @@ class Composed(TorchFunctionMode):
             if name in _WRONG or (name in _REDUCING and _multiplies(*args, **kwargs)):
                 raise NotImplementedError(f"torch's nested forward-mode derivative of {name} is wrong")
         return func(*args, **kwargs)
+
+
+def _taken_out(func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Numbers of a tensor's values; whether the derivative misses them is told as of a custom function."""
+    carried: Any = torch._C._functorch
+    if carried.is_functorch_wrapped_tensor(tensor):
+        frame = sys._getframe(2)
+        _composed_functions.append(f"{frame.f_code.co_name} ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})")
+    while carried.is_functorch_wrapped_tensor(tensor):
+        tensor = carried.get_unwrapped(tensor)
+    with temporarily_clear_interpreter_stack():
+        return func(tensor.detach(), *args, **kwargs)
 
 
 def _library_operation(func: Any) -> str | None:
@@ -610,6 +632,10 @@ _COMPOSED: dict[Any, Callable[..., Any]] = {
 }
 # By these a forward takes out of its derivative what its value depends on.
 _DETACHING = frozenset({torch.detach, Tensor.detach, Tensor.data.__get__})  # type: ignore[attr-defined]
+# By these it takes numbers, which no derivative follows.
+_OUT_OF_TORCH = frozenset(
+    {Tensor.numpy, Tensor.tolist, Tensor.item, Tensor.__array__, Tensor.__float__, Tensor.__complex__}
+)
 # What libraries have and forward mode does not see, by what they are made of.
 _OF_LIBRARIES: dict[str | None, Callable[..., Any]] = {"transformers::grouped_mm_fallback": _grouped_mm}
 # Wrong where they multiply.

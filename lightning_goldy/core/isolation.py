@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dis
 import io
 import math
@@ -95,6 +96,57 @@ def isolated_rng() -> Iterator[None]:
         restore_random_states(states)
 
 
+class Replayed(Iterator[Any]):
+    """An iterator that cannot go back, and gives again what was taken of it while :meth:`record` was on.
+
+    Args:
+        source: A generator, a count, a file that has been read from: anything that only goes on.
+
+    Example:
+        >>> counted = Replayed(iter([1, 2, 3]))
+        >>> counted.record()
+        >>> next(counted), next(counted), counted.replay(), list(counted)
+        (1, 2, 2, [1, 2, 3])
+    """
+
+    __slots__ = ("_again", "_source", "_taken")
+
+    def __init__(self, source: Iterator[Any]) -> None:
+        self._source = source
+        self._again: deque[Any] = deque()
+        self._taken: list[list[Any]] = []
+
+    def __next__(self) -> Any:
+        item = self._again.popleft() if self._again else next(self._source)
+        if self._taken:
+            try:
+                # What is done to an item is not done to the one that is given again.
+                self._taken[-1].append(copy.deepcopy(item))
+            except Exception:  # noqa: BLE001 - what cannot be copied
+                self._taken[-1].append(item)
+        return item
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.__slots__ or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self._source, name)
+
+    def record(self) -> None:
+        """From here on, what is taken is to be given again; recordings nest."""
+        self._taken.append([])
+
+    def replay(self) -> int:
+        """Ends the last recording; how many items of it will be given again."""
+        taken = self._taken.pop()
+        self._again.extendleft(reversed(taken))
+        return len(taken)
+
+    @property
+    def source(self) -> Iterator[Any] | Replayed:
+        """What stands in a place from here on: the source itself where nothing of it is to be given again."""
+        return self if self._again or self._taken else self._source
+
+
 class Kept:
     """What objects hold, to be put back as it was: attributes, containers, counters, generators of random numbers.
 
@@ -105,9 +157,16 @@ class Kept:
     names, its defaults, attributes of classes) stays bound as it is, for it may count what happens, but generators
     and objects in it are put back.
 
+    An iterator that cannot go back (a generator, ``itertools.count()``, a pipe) is followed through attributes, lists,
+    dicts and closures: until :meth:`restore` a :class:`Replayed` stands in its place, which gives again what was taken.
+
     Args:
         roots: The objects.
         limit: Elements of the largest tensor or array to copy.
+
+    Attributes:
+        iterators: Those that it met, in such places or others.
+        replayed: By kind, how many items of them will be given again; filled by :meth:`restore`.
 
     Example:
         >>> counts, generator = {"read": 0}, torch.Generator().manual_seed(0)
@@ -125,6 +184,8 @@ class Kept:
         self._storages: set[int] = set()
         self._undo: list[Callable[[], Any]] = []
         self.iterators: list[Any] = []
+        self.replayed: dict[str, int] = {}
+        self._stands: dict[int, Replayed] = {}
         for root in roots:
             self._follow(self._note_attributes(root) if _has_attributes(root) else [root])
 
@@ -148,9 +209,27 @@ class Kept:
 
     def restore(self) -> None:
         """Puts everything back."""
+        for stand in {id(stand): stand for stand in self._stands.values()}.values():
+            if count := stand.replay():
+                kind = type(stand._source).__name__
+                self.replayed[kind] = self.replayed.get(kind, 0) + count
         with torch.no_grad():
             for undo in reversed(self._undo):
                 undo()
+
+    def _stand_in(self, items: Iterable[tuple[Any, Any]], put: Callable[[Any, Any], Any]) -> None:
+        """Puts something that gives again into the places of iterators that cannot go back."""
+        for place, value in [(place, value) for place, value in items if _is_one_way(value)]:
+            stand = self._stands.get(id(value))
+            if stand is None:
+                stand = value if isinstance(value, Replayed) else Replayed(value)
+                stand.record()
+                self._stands[id(value)] = self._stands[id(stand)] = stand
+                self._known[id(value)], self._known[id(stand)] = value, stand
+                self.iterators.append(value)
+            put(place, stand)
+            # The last to be undone here, when the place has its old value back.
+            self._undo.append(lambda place=place, stand=stand: put(place, stand.source))
 
     def _note_attributes(self, owner: Any, leaving: frozenset[str] = _TRAINER_SLOTS) -> list[Any]:
         if id(owner) in self._known:
@@ -158,9 +237,11 @@ class Kept:
         self._known[id(owner)] = owner
         held = {name: value for name, value in getattr(owner, "__dict__", {}).items() if name not in leaving}
         if hasattr(owner, "__dict__"):
+            self._stand_in(held.items(), vars(owner).__setitem__)
             self._undo.append(partial(_put_back_attributes, vars(owner), dict(held), leaving))
         for name in _slots(type(owner)):
             held[name] = getattr(owner, name, _MISSING)
+            self._stand_in([(name, held[name])], partial(object.__setattr__, owner))
             self._undo.append(partial(_put_back_slot, owner, name, held[name]))
         return [*held.values(), type(owner)]
 
@@ -202,6 +283,9 @@ class Kept:
         attributes = self._note_attributes(value) if _is_entered(value) else []
         if not isinstance(value, tuple):
             held = next(kind for kind in (dict, list, set, deque) if isinstance(value, kind))(value)
+            if not isinstance(value, set):
+                pairs = held.items() if isinstance(held, dict) else enumerate(list(held))
+                self._stand_in(pairs, value.__setitem__)
             self._undo.append(partial(_put_back_items, value, held))
         items = value.values() if isinstance(value, dict) else value
         return attributes + list(islice(items, self._waiting))
@@ -215,6 +299,7 @@ class Kept:
                 value = cell.cell_contents
             except ValueError:  # not assigned yet
                 continue
+            self._stand_in([("cell_contents", value)], partial(setattr, cell))
             self._undo.append(partial(setattr, cell, "cell_contents", value))
             yield value
         shared = [function.__defaults__, function.__kwdefaults__, vars(function), *_named_globally(function)]
@@ -282,6 +367,17 @@ class Kept:
         except (OSError, ValueError):  # it is closed, or has no places, as a pipe
             if not file.closed and file.readable():
                 self.iterators.append(file)
+
+
+def _is_one_way(value: Any) -> bool:
+    """Whether an iterator cannot be put back to where it is."""
+    if isinstance(value, io.IOBase):
+        try:
+            value.tell()
+        except (OSError, ValueError):  # it is closed, a pipe, or has been read by lines
+            return not value.closed and value.readable()
+        return False
+    return isinstance(value, Iterator) and not hasattr(value, "__dict__") and not isinstance(value, repeat)
 
 
 def _leave_graph(tensor: Tensor, recorded: bool) -> None:
@@ -461,8 +557,8 @@ def preserved(module: nn.Module, *, training: bool | None = False) -> Iterator[n
     Gradients are set aside, not copied, and so are hooks that wait for them, backward hooks of modules too; buffers are
     copied and written back, and so is what the modules and their hooks keep (counters, caches, lists: see
     :class:`Kept`); the parameters' values are the business of :func:`~lightning_goldy.core.vector.applied`, but of
-    embeddings with a ``max_norm``. Inside, gradients are enabled (Lightning's validation hooks run without), a compiled
-    module runs uncompiled, a reentrant checkpoint as one that is not, and, by default,
+    embeddings with a ``max_norm``. Inside, gradients are enabled (Lightning's validation hooks run without) and those
+    of embeddings dense, a compiled module runs uncompiled, a reentrant checkpoint as one that is not, and, by default,
     the module is in evaluation mode.
 
     Args:
@@ -499,6 +595,10 @@ def preserved(module: nn.Module, *, training: bool | None = False) -> Iterator[n
     renormed = [child.weight for child in module.modules() if isinstance(child, _EMBEDDINGS) and child.max_norm]
     lengths = [local(weight).detach().clone() for weight in renormed]
     kept = Kept.of_modules(module)
+    for child in module.modules():
+        if isinstance(child, _EMBEDDINGS):
+            # Analyses calculate with gradients, which they want dense.
+            child.sparse = False
     # A sharded model's forward is a collective: a rank that failed before it tells the others there.
     guard = module.register_forward_pre_hook(_at_forward, prepend=True) if any(map(is_sharded, parameters)) else None
     with isolated_rng(), torch.inference_mode(False), torch.enable_grad(), _run_plainly(module):

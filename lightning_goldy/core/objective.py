@@ -59,7 +59,8 @@ class TargetLogits:
         empty = (counts == 0).nonzero().flatten().tolist()
         if empty:
             raise ValueError(
-                f"samples {empty[:5]} of a batch of {self.n_samples} have no target: every label is masked"
+                f"samples {empty[:5]} of a batch of {self.n_samples} have no target: every label is masked; leave them "
+                "out"
             )
         total = losses.new_zeros(self.n_samples).index_add(0, self.sample, losses)
         return -total / counts
@@ -334,6 +335,8 @@ class SpanObjective(Objective):
 
     .. math:: \log p = \tfrac12 \left( \log p_{\text{start}}(s) + \log p_{\text{end}}(e) \right)
 
+    As in transformers' own losses, positions from the text's length T on are no targets, and those below 0 are 0.
+
     Example:
         >>> from transformers import BertConfig, BertForQuestionAnswering
         >>> sizes = dict(num_hidden_layers=1, num_attention_heads=2, hidden_size=8, intermediate_size=8, vocab_size=11)
@@ -353,7 +356,7 @@ class SpanObjective(Objective):
                 model takes.
 
         Raises:
-            ValueError: The batch lacks positions, or they lie outside of the text.
+            ValueError: The batch lacks positions, has none inside of the text, or one end of an answer alone inside.
         """
         _require_task(self, model, ("spans",))
         ends = [_column(_named(batch, f"{end}_positions", "a batch of SpanObjective")) for end in ("start", "end")]
@@ -367,9 +370,11 @@ class SpanObjective(Objective):
                     f"{tuple(scores.shape)} that {model_class(model)} gives"
                 )
         # Virtual tokens ahead shift the positions, for PEFT's own loss too.
+        length, n_samples = logits[0].shape[1], len(ends[0])
+        starts, stops = ends = [given.clamp(min=0) for given in ends]
+        _require_whole_answers(starts, stops, length)
         targets = torch.cat(ends)
-        target = _gathered(model, torch.cat(logits), targets, torch.ones_like(targets, dtype=torch.bool))
-        n_samples = len(ends[0])
+        target = _gathered(model, torch.cat(logits), targets, targets < length)
         return TargetLogits(target.logits, target.targets, target.sample % n_samples, n_samples)
 
     def own_arguments(self, model: nn.Module, batch: Any, *, as_given: bool = False) -> dict[str, Any]:
@@ -675,6 +680,23 @@ def _gathered(model: nn.Module, logits: Tensor, labels: Tensor, kept: Tensor) ->
             "-100 marks what is no target"
         )
     return target
+
+
+def _require_whole_answers(starts: Tensor, ends: Tensor, length: int) -> None:
+    """Refuses answers of which one end is a target, and batches without any."""
+    halves = ((starts < length) != (ends < length)).nonzero().flatten().tolist()
+    if halves:
+        at = halves[0]
+        raise ValueError(
+            f"sample {at}: of its answer, at positions {int(starts[at])} to {int(ends[at])}, one end alone lies inside "
+            f"of the text of {length} tokens, and the model's own loss would weigh such ends by their batch: put both "
+            f"at {length} or above, where they are no targets, or leave the sample out"
+        )
+    if not bool((starts < length).any()):
+        raise ValueError(
+            f"a batch of {len(starts)} samples has no target: every answer lies outside of the text, whose positions "
+            f"go from 0 to {length - 1}"
+        )
 
 
 def _packed_by_positions(batch: Any) -> bool:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import math
+import signal
+import threading
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -248,7 +251,8 @@ class Replicas:
 
         Within it ranks tell each other, before each collective of this file, that they are well and at the same place,
         on a process group of its own. So a rank that fails leaves no other one waiting, and no collective of one kind
-        is answered by one of another. Collectives of a sharded model's own are not seen.
+        is answered by one of another. Collectives of a sharded model's own are not seen. A SIGTERM waits for the end of
+        the work, where all ranks take it at one place: Lightning's handler of it communicates, too.
 
         Args:
             work: What is done, for the message.
@@ -261,16 +265,17 @@ class Replicas:
         if self.size == 1:
             yield
             return
-        _within.append(work)
-        try:
-            yield
-            self.meet(f"the end of {work}")
-        except BaseException as error:
-            if not _told(error):
-                _tell(error, work, patience)
-            raise
-        finally:
-            _within.pop()
+        with _signal_waits() if not _within else nullcontext():
+            _within.append(work)
+            try:
+                yield
+                self.meet(f"the end of {work}")
+            except BaseException as error:
+                if not _told(error):
+                    _tell(error, work, patience)
+                raise
+            finally:
+                _within.pop()
 
 
 class RankError(RuntimeError):
@@ -287,6 +292,8 @@ class RankError(RuntimeError):
 
 
 _OK, _FAILED, _ENDED = 0, 1, 2
+_SIGNAL_SECONDS = 10.0
+"""So long does a rank wait for a signal that rank 0 has had."""
 _within: list[str] = []
 _groups: list[tuple[Any, Any]] = []
 
@@ -302,6 +309,44 @@ def meet_within(place: str) -> None:
     """
     if _within:
         Replicas.world().meet(place)
+
+
+@contextmanager
+def _signal_waits() -> Iterator[None]:
+    """Keeps a SIGTERM back until all ranks are through, and then has its handler called on all of them at one place.
+
+    A handler that communicates would cut into what this rank sends, and not into what the others do.
+    """
+    handler = signal.getsignal(signal.SIGTERM)
+    mine = threading.current_thread() is threading.main_thread() and callable(handler)
+    came: list[int] = []
+    if mine:
+        signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
+    final = False
+    try:
+        yield
+    except BaseException as error:
+        final = not isinstance(error, Exception) or (isinstance(error, RankError) and error.final)
+        raise
+    finally:
+        try:
+            if mine and not final:
+                _wait_for_signal(came)
+        finally:
+            if mine:
+                signal.signal(signal.SIGTERM, handler)
+            if came:
+                signal.raise_signal(signal.SIGTERM)
+
+
+def _wait_for_signal(came: Sequence[int]) -> None:
+    """Where rank 0 has been signalled, whose handler passes the signal on, the others wait for it."""
+    flags = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(flags, torch.tensor([len(came)]), group=_group())
+    if int(flags[0]) and dist.get_rank():
+        until = time.monotonic() + _SIGNAL_SECONDS
+        while not came and time.monotonic() < until:
+            time.sleep(0.01)
 
 
 def _group() -> Any:

@@ -145,7 +145,11 @@ class ParameterSpace:
         available = known_parameters(module)
         for name, shape in zip(self.names, self.shapes, strict=True):
             if name not in available:
-                raise SpaceError(f"{type(module).__name__} has no parameter {name!r}; {suggestion(name, available)}")
+                made = name.endswith(("_orig", "_g", "_v")) or ".parametrizations." in f".{name}"
+                why = " (was a pruning or a norm of weights made permanent?)" if made else ""
+                raise SpaceError(
+                    f"{type(module).__name__} has no parameter {name!r}{why}; {suggestion(name, available)}"
+                )
             found = tuple(available[name].shape)
             if found != tuple(shape):
                 raise SpaceError(f"{name}: shape {found} in the module, {tuple(shape)} in the space")

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
-from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import (
@@ -168,6 +168,11 @@ def read_batches(trainer: L.Trainer, source: Source, n_samples: int | None) -> l
                     break
         finally:
             kept.restore()
+    for kind, count in kept.replayed.items():
+        rank_zero_info(
+            f"{source.name}: {count} items of a {kind} that cannot go back were read for the probe; the training gets "
+            "them again"
+        )
     return batches
 
 
@@ -177,6 +182,7 @@ def _read(
     kept = Kept(loader.batches if isinstance(loader, _Batches) else loader for loader in combined.flattened)
     used_up = [kind for kind in kept.iterators if not source.owned]
     if used_up:
+        kept.restore()
         raise ValueError(
             f"{source.name} rests on a {type(used_up[0]).__name__}, which reading the probe would move on for the "
             "training: pass probe=[...] (batches or a DataLoader)"

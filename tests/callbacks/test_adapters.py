@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import lightning.pytorch as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_goldy import ParameterMask
 from lightning_goldy.analysis import change_attribution, taylor_diff
@@ -129,3 +131,94 @@ def test_low_precision_is_told_by_every_row(tmp_path) -> None:
     page = next(tmp_path.glob("**/report.html")).read_text()
     assert "Computed in float32, while the training computes in bfloat16 (autocast)." in page
     assert "by whose rounding alone weights change by" in page
+
+
+class Renewed(Adapted):
+    """Merges its adapters into the frozen weights in the middle and begins them anew, as ReLoRA does."""
+
+    merges = 2
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        if self.trainer.global_step % self.merges:
+            return
+        for layer in self.model.modules():
+            if hasattr(layer, "merged_adapters"):
+                layer.merge()
+                layer.merged_adapters.clear()
+                layer.reset_lora_parameters("default", True)
+
+
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint", "ignore:.*dataloader is not resumable")
+def test_weights_that_move_below_adapters_are_part_of_the_change(tmp_path) -> None:
+    def watching() -> list[Any]:
+        snapshot, taylor = GoldenSnapshot(every_n_steps=1, track_updates=True), TaylorDiff(orders=[1], n_samples=2)
+        apart = GoldenSnapshot(every_n_steps=None, space="adapters", name="apart")
+        return [
+            snapshot,
+            taylor,
+            apart,
+            TaylorDiff(n_samples=2, reset="each", every_n_steps=1, name="moving"),
+            *options,
+        ]
+
+    L.seed_everything(7, verbose=False)
+    first = unloaded(Renewed().model)
+    options = {"module": Renewed, "max_epochs": 1, "limit_train_batches": 5, "limit_val_batches": 0}
+    plain = fit(tmp_path / "plain", **options)[2]
+    callbacks = watching()
+    _, module, watched = fit(tmp_path / "watched", callbacks, **options)
+    assert differences(plain, watched) == []
+    now, row = unloaded(module.model), last_row(callbacks[0])
+    expected = weight_change(now, first)
+    changed = {tensor["name"]: tensor["delta_norm"] for tensor in row["result"]["tensors"]}
+    right = dict(zip(expected.names, expected.delta_norms, strict=True))
+    assert changed == pytest.approx({name: right[name] for name in changed}, rel=1e-4)
+    assert row["metrics"]["delta_norm"] == pytest.approx(expected.delta_norm, rel=1e-4)
+    assert "base_layer.weight and 3 more changed although frozen" in row["result"]["notes"][0]
+    batches = [next(iter(TokenData().probe_dataloader()))]
+    along = taylor_diff(now, first, batches, orders=[1])
+    told = last_row(callbacks[1])["metrics"]
+    assert (told["base_loss"], told["first_order"]) == pytest.approx((along.base_loss, along.first_order), rel=1e-3)
+    assert last_row(callbacks[2])["result"].get("notes", []) == []
+    # A base that moves with the adapters.
+    assert last_row(callbacks[3])["metrics"]["step_norm"] < told["step_norm"]
+
+    # Killed after the first merge and resumed, it tells the same.
+    saving = {**options, "enable_checkpointing": True}
+    kept = ModelCheckpoint(tmp_path / "kept", every_n_train_steps=3, save_top_k=-1, filename="{step}")
+    fit(tmp_path / "cut", [*watching(), kept], **{**saving, "limit_train_batches": 5})
+    again = watching()
+    _, module, _ = fit(tmp_path / "again", again, ckpt_path=tmp_path / "kept" / "step=3.ckpt", **options)
+    assert (again[0].folder / "frozen.safetensors").is_file()
+    row = last_row(again[0])
+    assert "changed although frozen" in row["result"]["notes"][0]
+    expected = weight_change(unloaded(module.model), first)
+    assert row["metrics"]["delta_norm"] == pytest.approx(expected.delta_norm, rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_weights_that_move_below_adapters_and_are_not_kept_are_refused_by_name(tmp_path) -> None:
+    options = {"module": Renewed, "max_epochs": 1, "limit_train_batches": 3, "limit_val_batches": 0}
+    snapshot = GoldenSnapshot(frozen=False, on_error="warn", every_n_steps=1)
+    apart = GoldenSnapshot(every_n_steps=None, space="adapters", name="apart", frozen=False)
+    with pytest.warns(UserWarning, match=r"base_layer.weight and 3 more, which adapters lie on, changed .*frozen=True"):
+        fit(tmp_path, [snapshot, apart], **options)
+    assert (last_row(snapshot)["step"], last_row(apart)["step"]) == (2, 3)
+
+
+def test_what_moves_beside_the_training_is_told(tmp_path) -> None:
+    class Taught(Finetune):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model.teacher = torch.nn.Linear(2, 2).requires_grad_(False)
+            self.model.norm = torch.nn.BatchNorm1d(2)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.model.teacher.weight.mul_(0.9)
+            return super().training_step(batch, batch_idx) + 0 * self.model.norm(torch.rand(4, 2)).sum()
+
+    snapshot = GoldenSnapshot(every_n_steps=None)
+    fit(tmp_path, [snapshot], module=Taught, max_epochs=1, limit_train_batches=2, limit_val_batches=0)
+    assert last_row(snapshot)["result"]["notes"] == [
+        "norm.running_mean and 2 more changed although not trained: no part of the change, and the base has it as it is"
+    ]

@@ -19,6 +19,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.tuner import Tuner
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 from torch.utils.data import DataLoader
 
 from lightning_goldy.analysis.heads import Scoring
@@ -588,3 +589,47 @@ def test_averages_of_what_was_unfrozen_on_the_way(tmp_path):
     true = distance(dict(module.model.named_parameters()), before)
     assert row["metrics"]["delta_norm"] == pytest.approx(true, rel=1e-6)
     assert all(rows(callback)[-1]["weights"] == "averaged" for callback in looking)
+
+
+class Pruned(Finetune):
+    """Prunes a layer in the middle of the training, and gives another one a norm of its own."""
+
+    def on_train_batch_end(self, *args):
+        if self.global_step == 2:
+            block = self.model.transformer.h[0]
+            prune.l1_unstructured(block.mlp.c_fc, "weight", 0.5)
+            parametrizations.weight_norm(block.mlp.c_proj, "weight")
+        if self.global_step == 3:
+            prune.l1_unstructured(self.model.transformer.h[0].mlp.c_fc, "weight", 0.2)
+
+
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
+def test_parameters_that_come_to_be_computed_of_others_are_what_they_come_to(tmp_path):
+    def watching():
+        return [GoldenSnapshot(every_n_steps=1, track_updates=True), TaylorDiff(orders=[1], n_samples=2), *masks()]
+
+    def masks():
+        return [GoldenParameters(n_samples=2, quorum=0.5), ParameterDistribution()]
+
+    options = {"module": Pruned, "max_epochs": 1, "limit_train_batches": 4, "limit_val_batches": 0}
+    before, plain, callbacks = start(), fit(tmp_path / "plain", **options)[2], watching()
+    _, module, watched = fit(tmp_path / "watched", callbacks, **options)
+    assert differences(plain, watched) == []
+    effective = {name: value for name, value in module.model.named_parameters() if name in before}
+    mlp = module.model.transformer.h[0].mlp
+    # What a pruned layer has as its weight is that of its last forward pass.
+    values = {"c_fc": mlp.c_fc.weight_orig * mlp.c_fc.weight_mask, "c_proj": mlp.c_proj.weight}
+    computed = {f"transformer.h.0.mlp.{name}.weight": value for name, value in values.items()}
+    assert not set(computed) & set(effective)
+    row = rows(callbacks[0])[-1]
+    assert row["metrics"]["delta_norm"] == pytest.approx(distance({**effective, **computed}, before), rel=1e-6)
+    assert "computed of other parameters (parametrize, prune)" in row["result"]["notes"][-1]
+    assert rows(callbacks[1])[-1]["metrics"]["step_norm"] == pytest.approx(row["metrics"]["delta_norm"], rel=1e-6)
+    assert all(len(rows(callback)) == 1 for callback in callbacks[2:])
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:n_samples=16")
+def test_who_changes_parameters_refuses_those_that_are_computed_of_others(tmp_path):
+    plasticity = HeadPlasticity(every_n_steps=3, on_error="warn")
+    with pytest.warns(UserWarning, match=r"head_plasticity changes parameters, and transformer.h.0.mlp.c_\w+.w"):
+        fit(tmp_path, [plasticity], module=Pruned, max_epochs=1, limit_train_batches=4, limit_val_batches=0)

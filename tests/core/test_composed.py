@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -320,3 +321,72 @@ def test_differences_are_exact_for_polynomials_and_tell_their_error() -> None:
     wild, errors = difference_derivatives(lambda p: (p["x"] * 40).sin(), x, {"x": torch.ones(())}, 2)
     right = directional_derivatives(lambda p: (p["x"] * 40).sin(), x, {"x": torch.ones_like(x["x"])}, 2)
     assert bool(((wild[2] - right[2]).abs() <= errors[2].abs() + 1e-6).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("place", [0.003, 0.02, 0.1, 0.5])
+def test_differences_tell_an_error_that_covers_bends_and_rounding(place: float, dtype: torch.dtype) -> None:
+    """Functions of one number whose derivatives at 0 are known: bends beside the base, and waves that are too short."""
+    ramp = torch.relu
+    known: list[tuple[Callable[[Tensor], Tensor], tuple[float, float, float]]] = [
+        (lambda x: ramp(x - place), (0, 0, 0)),
+        (lambda x: (x - place).abs(), (place, -1, 0)),
+        (lambda x: ramp(x - place).square() + x * x, (0, 0, 2)),
+        (lambda x: 0.1 * (x > place).to(dtype) + x, (0, 1, 0)),
+        (lambda x: (x / place).sin(), (0, 1 / place, 0)) if place > 0.02 else (lambda x: x, (0, 1, 0)),
+        (lambda x: torch.tanh(x / max(place, 0.02)), (0, 1 / max(place, 0.02), 0)),
+        (lambda x: x * x, (0, 0, 2)),
+    ]
+    for function, right in known:
+        zero = {"x": torch.zeros((), dtype=dtype)}
+        found, errors = difference_derivatives(
+            lambda p, f=function: f(p["x"]), zero, {"x": torch.ones((), dtype=dtype)}, 2
+        )
+        for value, error, wanted in zip(found, errors, right, strict=True):
+            assert abs(float(value) - wanted) <= abs(float(error)) + 1e-12
+    # Where nothing bends the error stays small.
+    assert max(float(error.abs()) for error in errors) < (1e-2 if dtype is torch.float32 else 1e-6)
+
+
+class TakesNumbers(nn.Module):
+    """Takes numbers out of its activations, and scales by them or only looks."""
+
+    def __init__(self, take: Callable[[Tensor], Any], *, used: bool) -> None:
+        super().__init__()
+        self.first, self.take, self.used = nn.Linear(3, 3), take, used
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.first(x))
+        number = torch.as_tensor(self.take(hidden)).sum()
+        return hidden * number if self.used else hidden + 0 * number
+
+
+TAKING: list[Callable[[Tensor], Any]] = [
+    lambda hidden: hidden.std().item(),
+    lambda hidden: hidden.detach().cpu().numpy().copy(),
+    lambda hidden: float(hidden.mean()),
+    lambda hidden: hidden.tolist(),
+]
+
+
+@pytest.mark.parametrize("take", TAKING, ids=["item", "numpy", "float", "tolist"])
+def test_numbers_that_leave_torch_are_no_constants(take: Callable[[Tensor], Any]) -> None:
+    torch.manual_seed(0)
+    x, tried = numbers(4, 3).float(), {}
+    for used in (False, True):
+        model = TakesNumbers(take, used=used)
+        values = {name: value.detach() for name, value in model.named_parameters()}
+
+        def function(p: dict[str, Tensor], model: nn.Module = model) -> Tensor:
+            return call_with(model, p, (x,), {})
+
+        def derive(order: int, values: Any = values, function: Any = function) -> tuple[Tensor, ...]:
+            return directional_derivatives(function, values, values, order)
+
+        tried[used] = derive, difference_derivatives(function, values, values, 2)[0]
+    derive, right = tried[False]
+    for value, wanted in zip(derive(2), right, strict=True):
+        torch.testing.assert_close(value.double(), wanted, rtol=1e-2, atol=1e-2)
+    for order in (1, 2):
+        with pytest.raises(ForwardModeError, match=r"item\(\) or numpy\(\), in .*test_composed.py:\d+\) is not"):
+            tried[True][0](order)

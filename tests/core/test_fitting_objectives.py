@@ -514,3 +514,44 @@ def test_the_regulariser_of_adalora_is_no_part_of_the_objective() -> None:
         own = model(**batch, labels=batch["input_ids"]).loss
         assert float(own) > float(CausalLMObjective().loss(model, batch)) + 0.1
         check_own_loss(model, CausalLMObjective(), batch)
+
+
+@pytest.mark.parametrize(
+    ("starts", "ends"), [((3, 1), (3, 2)), ((99, 1), (5, 2)), ((-100, 1), (-1, 2)), ((0, 1), (0, 2))], ids=str
+)
+def test_answers_outside_of_the_text_count_as_in_the_models_own_loss(starts: Any, ends: Any) -> None:
+    model = bert(hf.BertForQuestionAnswering).eval()
+    batch = {
+        "input_ids": torch.tensor([[1, 2, 3], [3, 4, 5]]),
+        "start_positions": torch.tensor(starts),
+        "end_positions": torch.tensor(ends),
+    }
+    objective = SpanObjective()
+    torch.testing.assert_close(objective.loss(model, batch), model(**batch).loss)
+    check_own_loss(model, objective, batch)
+    counted = objective.logits_and_targets(model, batch)
+    assert len(counted.targets) == 2 * sum(start < 3 for start in starts)
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "message"),
+    [
+        (
+            1,
+            3,
+            r"sample 1: of its answer, at positions 1 to 3, one end alone lies inside of the text of 3 tokens.*at 3",
+        ),
+        (4, 7, r"samples \[1\] of a batch of 2 have no target: .*leave them out"),
+    ],
+)
+def test_answers_that_have_no_probability_are_told(start: int, end: int, message: str) -> None:
+    ends = {"start_positions": torch.tensor([0, start]), "end_positions": torch.tensor([1, end])}
+    with pytest.raises(ValueError, match=message):
+        SpanObjective().log_probs(
+            bert(hf.BertForQuestionAnswering), {"input_ids": torch.tensor([[1, 2, 3], [3, 4, 5]]), **ends}
+        )
+    outside = {name: torch.full((2,), 3) for name in ends}
+    with pytest.raises(ValueError, match=r"no target: every answer lies outside of the text, .* from 0 to 2"):
+        SpanObjective().loss(
+            bert(hf.BertForQuestionAnswering), {"input_ids": torch.tensor([[1, 2, 3], [3, 4, 5]]), **outside}
+        )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import random
 from array import array
 from collections import UserDict, UserList
@@ -654,3 +655,39 @@ def test_containers_of_other_kinds_are_put_back() -> None:
     first = boxes.draw()
     kept.restore()
     assert boxes.draw() == first
+
+
+class Numbered(nn.Module):
+    """A module whose forward takes from iterators that cannot go back, one of them through a closure."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.count, self.rest = nn.Linear(1, 1), itertools.count(), [iter("abcdef")]
+        hidden = (number for number in range(99))
+        self.draw = lambda: next(hidden)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen = next(self.count), next(self.rest[0]), self.draw()
+        return self.layer(x)
+
+
+def test_iterators_that_cannot_go_back_give_again_what_an_analysis_took() -> None:
+    model = Numbered()
+    x, given = torch.ones(1, 1), (model.count, model.rest[0])
+    with preserved(model):
+        pass
+    assert (model.count, model.rest[0]) == given  # nothing was taken
+    for times in (2, 0, 3):
+        with preserved(model):
+            for _ in range(times):
+                model(x)
+            with preserved(model):
+                model(x)
+    found = []
+    for _ in range(4):
+        model(x)
+        found.append(model.seen)
+    assert found == [(0, "a", 0), (1, "b", 1), (2, "c", 2), (3, "d", 3)]
+    with preserved(model):
+        pass
+    assert (model.count, model.rest[0]) == given  # all of it has been given again

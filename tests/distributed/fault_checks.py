@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -38,6 +40,7 @@ def survived() -> dict[str, object]:
     seen: dict[str, object] = {name: _failing(world, model, place) for name, place in places.items()}
     seen["elsewhere"] = _elsewhere(world)
     seen["another value"] = _disagreement(world)
+    seen["a signal"] = _signalled(world)
     seen["in time"] = world.gather_soon(world.rank, 20.0)
     started = time.monotonic()
     seen["alone"] = world.gather_soon(0, 1.0) if world.rank == 0 else None
@@ -74,6 +77,29 @@ def _disagreement(world: Replicas) -> str:
     with pytest.raises(ValueError, match="differs") as caught:
         world.agree("the probe", world.rank)
     return str(caught.value)
+
+
+def _signalled(world: Replicas) -> list[str]:
+    """Rank 0 is told to end in the middle of common work, and its handler tells the other one and communicates."""
+    pids, log = world.gather_objects(os.getpid()), []
+
+    def handler(number: int, frame: object) -> None:
+        if world.rank == 0:
+            os.kill(pids[1], number)
+        dist.broadcast(torch.ones(1), 0)
+        log.append("heard")
+
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        with world.together("the work"):
+            world.sum_(torch.ones(1))
+            if world.rank == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+            log.append(str(float(world.sum_(torch.ones(1)))))
+        log.append(str(float(world.sum_(torch.ones(1)))))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return log
 
 
 class _Parts(nn.Module):

@@ -28,5 +28,6 @@ def test_the_others_hear_of_a_failure_and_go_on_together() -> None:
         assert "rank 1 at the sum of (2,)" in rank["elsewhere"]
         assert "the probe differs between ranks: ranks [1]" in rank["another value"]
         assert rank["in time"] == [0, 1]
+    assert first["a signal"] == second["a signal"] == ["2.0", "heard", "2.0"]
     assert first["alone"] is None
     assert first["waited"] < 15

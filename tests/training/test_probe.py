@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import lightning.pytorch as L
@@ -440,3 +441,39 @@ def test_a_data_set_that_asks_for_its_share_is_read_whole(tmp_path, monkeypatch,
     callback = Second(probe=batches(0))
     fit(tmp_path, [callback])
     assert callback.values == [[0, 1], [2, 3]]
+
+
+@pytest.mark.parametrize("kind", ["count", "generator", "lines", "cycle"])
+def test_an_iterator_behind_a_bound_function_gives_again_what_the_probe_took(tmp_path, kind):
+    (tmp_path / "lines").write_text("".join(f"{line}\n" for line in range(99)))
+
+    class Counting(L.LightningDataModule):
+        def __init__(self, file):
+            super().__init__()
+            made = {"count": itertools.count(), "generator": (number for number in range(99)), "lines": file}
+            made["cycle"] = itertools.cycle(range(7))
+            next(made[kind])  # and from here on no place can be asked for in a file
+            self.held, self.taken = {"numbers": made[kind]}, []
+
+        def collate(self, samples):
+            x, y = torch.utils.data.default_collate(samples)
+            self.taken.append(int(next(self.held["numbers"])))
+            return x + self.taken[-1], y
+
+        def train_dataloader(self):
+            return DataLoader(Numbers(8), batch_size=2, collate_fn=self.collate)
+
+        val_dataloader = train_dataloader
+
+    def losses(*callbacks):
+        torch.manual_seed(0)
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        quiet |= {"enable_model_summary": False, "num_sanity_val_steps": 0, "accelerator": "cpu"}
+        trainer = L.Trainer(default_root_dir=tmp_path, callbacks=list(callbacks), max_epochs=2, **quiet)
+        module = Module()
+        with open(tmp_path / "lines") as file:
+            data = Counting(file)
+            trainer.fit(module, datamodule=data)
+            return module.losses, data.taken, int(next(data.held["numbers"]))
+
+    assert losses(Looking(3, every_n_epochs=1)) == losses()

@@ -116,6 +116,9 @@ _PART = 256
 _STEP, _COARSE_STEP = 0.05, 0.2
 # So far from the first order may the sum of the shares be, as a part of either and of the shares' sizes.
 _APART, _ROUNDING = 0.05, 0.02
+# In the curvature from slopes at five places, a bend between them may be so many of their fourth differences, thrice;
+# rounding moves a slope by so many units of the last place of its terms.
+_BEND, _ROUNDED_SLOPE = 1.2, 4
 # By differences, further by so many units of the loss's last place.
 _ROUNDED_UNITS = 100
 # Where a gradient is not what they say, slopes are taken so many times closer to the base than this part of the step.
@@ -202,6 +205,8 @@ class Expansion:
         """Exact gradients at the base and near it: central differences along the step, extrapolated once."""
         second = max(self.orders) > 1
         slopes = dict.fromkeys((-1.0, -0.5, 0.5, 1.0) if second else (), 0.0)
+        middle = rounding = 0.0
+        unit = max((torch.finfo(value.dtype).eps for value in self.base.values()), default=0.0)
         for batch in self.batches:
             loss, weight = self._present(batch)
             self.sums.add("loss", [(None, loss)], weight)
@@ -215,6 +220,8 @@ class Expansion:
                 _, gradients = self._backward(self.base + (place * self.place) * self.step, batch)
                 slopes[place] += weight * math.fsum(reduce_tensors(gradients, torch.dot, list(self.step.values())))
             self.sums.add("derivative", enumerate([value, math.fsum(products)]), weight)
+            middle += weight * math.fsum(products)
+            rounding += weight * _ROUNDED_SLOPE * unit * math.fsum(map(abs, products))
             self.sums.n_targets += weight
             if self.function_space:
                 for part in batch_parts(batch, self.objective, parts_of_order(max(self.orders), gradients=False)):
@@ -222,7 +229,10 @@ class Expansion:
         if second:
             whole, half = (slopes[1.0] - slopes[-1.0]) / (2 * self.place), (slopes[0.5] - slopes[-0.5]) / self.place
             self.sums.add("derivative", [(2, (4 * half - whole) / 3)])
-            self.sums.add("difference", [(None, half - whole)])
+            # A bend between the places shows in their fourth difference, which is next to nothing without one.
+            bend = slopes[1.0] + slopes[-1.0] - 4 * (slopes[0.5] + slopes[-0.5]) + 6 * middle
+            beyond = (_BEND * abs(bend) + 3 * rounding) / self.place
+            self.sums.add("difference", [(None, abs(half - whole) + beyond)])
         return self._finished()
 
     def _ran(self, part: Any, *, backward: bool = False) -> None:
@@ -279,7 +289,8 @@ class Expansion:
         raise ValueError(
             f"the gradient of {model_class(self.model)} is not the derivative of its loss: along the step it gives "
             f"{found:.6g} nats, and the loss changes by {first:.6g}; a part of the forward pass runs without gradients "
-            "(torch.no_grad) or has a backward of its own. Pass by=None to expand the loss without shares of parameters"
+            "(torch.no_grad) or has a backward of its own, or numbers are taken out of tensors (item, numpy). Pass "
+            "by=None to expand the loss without shares of parameters"
         )
 
     def _is_slope(self, sums: Sums, found: float, cancelled: float, rounded: float) -> bool:
@@ -401,7 +412,7 @@ class Expansion:
                     losses = losses_of_logits(piece, expansion)
                     self.sums.add("derivative", enumerate(losses), weight)
                     if errors[2:]:
-                        off = [value + precise(error[rows]) for value, error in zip(expansion, errors, strict=True)]
+                        off = _farthest(piece.targets, expansion, [precise(error[rows]) for error in errors])
                         apart = abs(losses_of_logits(piece, off)[2] - losses[2])
                         self.sums.add("difference", [(None, 3 * apart)], weight)
                 if self.function_space:
@@ -541,6 +552,19 @@ def _independent(count: int) -> ValueError:
     return ValueError(f"the objective depends on none of the {count} parameters that the base holds")
 
 
+def _farthest(targets: Tensor, expansion: Sequence[Tensor], errors: Sequence[Tensor]) -> list[Tensor]:
+    """The expansion of logits that lies within the errors and is worst for the second derivative of their loss.
+
+    With the probabilities p and the targets y it is f1' (diag p - p p') f1 + (p - y)' f2.
+    """
+    value, slope, bend, *others = expansion
+    probs = torch.softmax(value, dim=-1)
+    steep = probs * (slope - (probs * slope).sum(-1, keepdim=True))
+    residual = probs.scatter_add(-1, targets[:, None], -torch.ones_like(probs[:, :1]))
+    moved = [slope + errors[1].abs() * steep.sign(), bend + errors[2].abs() * residual.sign()]
+    return [value, *moved, *others]
+
+
 def _square_distance(first: Tensor, second: Tensor) -> float:
     return float((first.double() - second.double()).square_().sum())
 
@@ -564,7 +588,8 @@ def taylor_diff(
         L_k \text{ likewise}, \qquad \Delta = \theta_t - \theta_0
 
     Derivatives are exact: nested forward mode along the step, in evaluation mode. Where an operation of the model has
-    no forward mode, they are central differences of values at 7 places along the step (``route`` and ``error`` say so).
+    no forward mode, they are central differences of values at 13 places along the step (``route`` and ``error`` say
+    so).
     On a sharded model loss and logits are expanded to order 2, from exact gradients at the base and central differences
     along the step. A parameter that the objective does not depend on has a gradient of zero. The model comes back as it
     was. On several ranks the batches are shared out; every rank must call.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import lightning.pytorch as L
@@ -15,8 +16,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_goldy.core.architecture import HeadGates
+from lightning_goldy.core.architecture.adapters import AdapterError, adapted_layers
+from lightning_goldy.core.architecture.experts import without_adapters
+from lightning_goldy.core.architecture.reparametrized import plain_parameters
+from lightning_goldy.core.base import BaseParameters
 from lightning_goldy.core.naming import canonical_name
 from lightning_goldy.core.sharding import Replicas, align, gather, is_sharded, local, scatter_like, unshard_guard
+from lightning_goldy.core.space import ParameterSpace, known_parameters
+from lightning_goldy.core.vector import ParameterVector, reduce_tensors
 
 Weights = Literal["training", "averaged", "replaced"]
 """``training``: as the optimizer left them; ``averaged``: of Lightning's weight averaging; ``replaced``: of others."""
@@ -29,6 +36,11 @@ _AVERAGING: tuple[type, ...] = tuple(
 )
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
 _CHUNK = 1 << 20
+KEPT_FROZEN = 1 << 24
+"""Elements of frozen weights below adapters that a base keeps without being asked to."""
+# So many units of its last place may a weight's sum and square move by rounding, as where adapters are merged and taken
+# out.
+_ROUNDED = 2
 
 
 def weights_mark(model: nn.Module) -> str:
@@ -230,6 +242,164 @@ def adapters_apart(model: nn.Module) -> Iterator[list[str]]:
         for (child, adapters, held), values in zip(kept, before, strict=True):
             child.merged_adapters[:] = adapters
             _write(held, values)
+
+
+@contextmanager
+def as_compared(trainer: L.Trainer, callback: Any, model: nn.Module) -> Iterator[list[str]]:
+    """Gives an analysis the weights that the model computes with under the names that they had, for a ``with`` block.
+
+    Bases follow what has moved although it was frozen; merged adapters are taken apart; parameters that have come to
+    be computed of others (pruning, weight norm) are plain.
+
+    Args:
+        trainer: Its callbacks may keep bases.
+        callback: Whose analysis it is.
+        model: Of the analysis.
+
+    Yields:
+        What to say of it.
+    """
+    notes: list[str] = []
+    for keeper in trainer.callbacks:  # type: ignore[attr-defined]
+        if callable(follow := getattr(keeper, "follow", None)):
+            notes += follow(trainer, model, callback)
+    changes = callback.name if callback.changes_training else ""
+    with adapters_apart(model) as apart, plain_parameters(model, callback._trained, changes=changes) as plain:
+        yield [*notes, *apart, *plain]
+
+
+@dataclass
+class Frozen:
+    """What is not trained, as it was when a base was taken.
+
+    Of weights that adapters lie on the merged weights are made. Who merges adapters into them and begins adapters anew
+    (ReLoRA) moves the base of those.
+
+    Args:
+        sums: Sum and sum of squares of every frozen parameter and of every saved buffer of numbers, by canonical name.
+        below: Those that adapters lie on.
+        kept: Their values; None where they are too many to keep.
+    """
+
+    sums: dict[str, tuple[float, float]]
+    below: tuple[str, ...]
+    kept: BaseParameters | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module, *, keep: bool | None = None) -> Frozen:
+        """Looks at a model; all ranks call.
+
+        Args:
+            model: As a base of it is taken.
+            keep: Whether to keep the weights that adapters lie on; None where they are few.
+
+        Example:
+            >>> layer = nn.Linear(2, 1).requires_grad_(False)
+            >>> Frozen.of(layer).moved(layer)
+            ((), ())
+        """
+        unshard_guard(model)
+        held = _frozen_tensors(model)
+        ids = {
+            id(parameter)
+            for layer in adapted_layers(model).values()
+            if not getattr(layer, "merged_adapters", None)
+            for parameter in without_adapters(layer).parameters()
+        }
+        below = {name: tensor for name, tensor in held.items() if id(tensor) in ids}
+        few = sum(tensor.numel() for tensor in below.values()) <= KEPT_FROZEN
+        kept = None
+        if below and (few if keep is None else keep):
+            kept = BaseParameters(ParameterVector.of(model, ParameterSpace.of_tensors(below)))
+        return cls({name: _sums(tensor) for name, tensor in held.items()}, tuple(below), kept)
+
+    def moved(self, model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """What has other values by more than rounding, of what adapters lie on and of the rest; all ranks call.
+
+        Weights that adapters are merged into for the time being are left out.
+        """
+        unshard_guard(model)
+        present = _frozen_tensors(model)
+        merged = {
+            id(parameter)
+            for layer in adapted_layers(model).values()
+            if any(getattr(part, "merged_adapters", None) for part in layer.modules())
+            for parameter in layer.parameters()
+        }
+        names = set()
+        for name, (total, square) in self.sums.items():
+            if name in present and id(present[name]) not in merged:
+                now, unit = _sums(present[name]), _ROUNDED * torch.finfo(present[name].dtype).eps
+                if abs(now[0] - total) > unit * square**0.5 or abs(now[1] - square) > unit * square:
+                    names.add(name)
+        names = set().union(*Replicas.world().gather_objects(names))
+        return tuple(name for name in self.below if name in names), tuple(sorted(names.difference(self.below)))
+
+    def follow(
+        self,
+        model: nn.Module,
+        base: BaseParameters,
+        grow: Callable[[ParameterVector], Any],
+        *,
+        merged: bool,
+        who: str,
+        source: Callable[[ParameterSpace], ParameterVector] | None = None,
+    ) -> list[str]:
+        """Has a base hold what adapters lie on as soon as it has moved; all ranks call.
+
+        Args:
+            model: As it is now.
+            base: Which was taken with this.
+            grow: Adds values to it.
+            merged: Whether merged weights are asked for; else nothing that adapters lie on matters.
+            who: Who asks, for the message.
+            source: Reads values of the base from elsewhere.
+
+        Returns:
+            What to say of it.
+
+        Raises:
+            AdapterError: It has moved, and its base is not known.
+        """
+        below, others = self.moved(model)
+        notes = []
+        lacking = [name for name in self.below if name not in base.space] if below and merged else []
+        if lacking:
+            space = ParameterSpace.of_tensors({name: known_parameters(model)[name] for name in lacking})
+            if self.kept is not None:
+                grow(ParameterVector(space, {n: v for n, v in self.kept.vector(model).items() if n in space}))
+            elif source is not None:
+                grow(source(space))
+            else:
+                raise AdapterError(
+                    f"{who}: {_some(below)}, which adapters lie on, changed although frozen (adapters were merged into "
+                    "it, as in ReLoRA?), so the change of merged weights cannot be told: GoldenSnapshot(frozen=True) "
+                    "keeps such weights, and space='adapters' looks at the adapters alone"
+                )
+        if below and merged:
+            notes.append(
+                f"{_some(below)} changed although frozen, below adapters: the change is from the values at the start"
+            )
+        if others:
+            notes.append(
+                f"{_some(others)} changed although not trained: no part of the change, and the base has it as it is"
+            )
+        return notes
+
+
+def _some(names: Sequence[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def _frozen_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters that are not trained and saved buffers, as far as they are of numbers with a point."""
+    held = {name: tensor for name, tensor in _held(model).items() if not tensor.requires_grad}
+    return {name: tensor for name, tensor in held.items() if tensor.is_floating_point() and tensor.element_size() > 1}
+
+
+def _sums(tensor: Tensor) -> tuple[float, float]:
+    value = tensor.detach()
+    return reduce_tensors([value], torch.sum)[0], reduce_tensors([value], lambda x: x @ x)[0]
 
 
 def write_pages(trainer: L.Trainer) -> None:

@@ -11,6 +11,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from lightning_goldy.core.naming import require_choice
+
 
 class UnsupportedArchitectureError(ValueError):
     """The parts of a model could not be told apart; the message says which, and how to register them."""
@@ -371,3 +373,18 @@ class Architecture:
     def block_of(self, module: nn.Module) -> Block | None:
         """The block that contains a module (by identity), None for modules outside all blocks."""
         return next((block for block in self.blocks if any(part is module for part in block.module.modules())), None)
+
+
+def require_stack(stack: str) -> None:
+    """Checks the name of a stack.
+
+    Raises:
+        UnsupportedArchitectureError: It means a decoder's attention to its encoder.
+        ValueError: It is no stack.
+    """
+    if "cross" in stack:
+        raise UnsupportedArchitectureError(
+            f"stack={stack!r}: a decoder's attention to its encoder is no part of a description, and neither its "
+            "heads nor its patterns are analysed; stack is 'encoder' or 'decoder'"
+        )
+    require_choice("stack", stack, ("encoder", "decoder"))

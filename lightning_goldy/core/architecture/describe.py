@@ -25,6 +25,7 @@ from lightning_goldy.core.architecture.blocks import (
     Missing,
     NamedModule,
     UnsupportedArchitectureError,
+    require_stack,
 )
 from lightning_goldy.core.architecture.experts import is_experts
 from lightning_goldy.core.architecture.families import (
@@ -42,7 +43,7 @@ from lightning_goldy.core.architecture.families import (
     read_registered,
 )
 from lightning_goldy.core.isolation import isolated_rng, preserved
-from lightning_goldy.core.naming import kind_of, model_class, require_choice
+from lightning_goldy.core.naming import kind_of, model_class
 from lightning_goldy.core.sharding import is_sharded
 
 _USUAL_NAMES = (
@@ -89,12 +90,7 @@ def describe_architecture(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if stack is not None:
-        if "cross" in stack:
-            raise UnsupportedArchitectureError(
-                f"stack={stack!r}: a decoder's attention to its encoder is no part of a description, and neither its "
-                "heads nor its patterns are analysed; stack is 'encoder' or 'decoder'"
-            )
-        require_choice("stack", stack, ("encoder", "decoder"))
+        require_stack(stack)
     modules = canonical_modules(model)
     wrapped = next((name for name, part in modules.items() if model_class(part).startswith("AdaptedAttention")), None)
     if wrapped is not None:

@@ -164,3 +164,27 @@ def test_the_usual_lora_set_up_is_expanded() -> None:
     found = taylor_diff(model, base, [token_batch(2, 6)])
     assert found.route == "forward"
     assert math.fsum(found.loss_shares.values()) == pytest.approx(found.first_order, rel=1e-3)
+
+
+def test_sparse_gradients_of_embeddings_are_those_of_dense_ones() -> None:
+    class Counted(nn.Module):
+        def __init__(self, *, sparse: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.embedding = nn.Embedding(5, 4, sparse=sparse)
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.embedding(tokens)).mean(dim=1))
+
+    batch = (torch.tensor([[0, 1, 1], [2, 3, 1]]), torch.tensor([0, 2]))
+    found = []
+    for sparse in (True, False):
+        model = Counted(sparse=sparse)
+        base = ParameterVector.of(model)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1)
+        found.append(taylor_diff(model, base, [batch], ClassifierObjective(), by="tensor"))
+        assert model.embedding.sparse is sparse
+    assert found[0] == found[1]
