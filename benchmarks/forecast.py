@@ -2,8 +2,8 @@
 
     python benchmarks/forecast.py [--model FOLDER] [--only NAME ...]
 
-One small run of two firings for each callback, on two small models or on that of the folder; all seconds of the run
-are told, processor time of one thread. What the machine's speed is measured from is timed again before each firing, since
+One small run of two firings for each callback, on two small models or on that of the folder; all its seconds are told,
+processor time of one thread. What the machine's speed is measured from is timed again before each firing, since
 others use the machine, too. Memory is the largest resident size while the analysis ran, less that before it; disk what
 the callback's folder holds at the end.
 A ratio within 1.5 is meant; figures too small to be told from noise are left out.

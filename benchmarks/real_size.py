@@ -3,9 +3,9 @@
     python benchmarks/real_size.py MODEL [--text FILE] [--only TaylorDiff ...] [--block 32] [--batch 4]
 
 MODEL is a folder of `save_pretrained`, such as that of a model of 135 M parameters; without one it says so and ends.
-Each callback runs at its defaults in a process of its own, after every second training step, on one
-thread. The processor time of all but the first is divided by the median of the training steps of the same process, so that
-a busy machine disturbs both alike. The memory is the largest resident size while it runs above the largest of the
+Each callback runs at its defaults in a process of its own, after every second training step, on one thread. The
+processor time of all but the first is divided by the median of the training steps of the same process, so that a busy
+machine disturbs both alike. The memory is the largest resident size while it runs above the largest of the
 training steps, which a snapshot of the base is part of.
 """
 
@@ -166,7 +166,9 @@ def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
             "enable_model_summary": False,
         }
         watched = [Watch(), *snapshot, callback]
-        L.Trainer(max_steps=steps_made, accelerator="cpu", default_root_dir=folder, callbacks=watched, **quiet).fit(module)
+        L.Trainer(max_steps=steps_made, accelerator="cpu", default_root_dir=folder, callbacks=watched, **quiet).fit(
+            module
+        )
     step = statistics.median(steps[1:])
     return {
         "name": name,

@@ -693,7 +693,9 @@ def product_spectrum(left: Tensor, right: Tensor) -> Tensor:
     return torch.linalg.svdvals(triangles[0] @ triangles[1].t())
 
 
-def leading_directions(matrix: Tensor, top: int, name: str, seed: int, *, exact: bool) -> tuple[Tensor, Tensor, Tensor, float]:
+def leading_directions(
+    matrix: Tensor, top: int, name: str, seed: int, *, exact: bool
+) -> tuple[Tensor, Tensor, Tensor, float]:
     """The largest singular values with left and right directions, and the largest relative error among them."""
     count = min(top, *matrix.shape)
     if matrix.shape[0] > matrix.shape[1]:
@@ -720,7 +722,7 @@ def leading_directions(matrix: Tensor, top: int, name: str, seed: int, *, exact:
 
 
 def randomised_operations(rows: int, columns: int, top: int) -> float:
-    """Of a randomised decomposition about so many floating-point operations, those of factorisations as slow as they are.
+    """Operations of a randomised decomposition, about; those of factorisations count as much as they take longer.
 
     Example:
         >>> round(randomised_operations(1024, 512, 8) / randomised_operations(512, 256, 8), 1)

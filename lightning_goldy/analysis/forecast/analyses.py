@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from lightning_goldy.analysis.change import randomised_operations
 from lightning_goldy.analysis.forecast.plan import VOTED, Forecast, Passes, Plan, Work, passes_over
 from lightning_goldy.analysis.golden.golden import watched_elements
+from lightning_goldy.analysis.golden.reverse import SINGLE_SHOTS, scoring_rounds
 from lightning_goldy.core.space import ParameterSpace
 
 
@@ -131,7 +132,7 @@ class ReverseSettings:
 
 
 _GROWTH, _GROWING = 0.7, 11
-# Copies of the parameters, in float32, that a search holds at its largest.
+# Copies of the parameters, in float32, that a search holds at its largest; one less where scores are summed in turn.
 _REVERSE_COPIES = 3
 
 
@@ -139,8 +140,9 @@ def forecast_reverse(plan: Plan, space: ParameterSpace, n_samples: int, settings
     """Reverse golden parameters: rounds of a gradient and of trials on half of the samples."""
     choosing, measuring = _halves(plan.batches(n_samples))
     choose, held = (passes_over(_chunked(part, settings.chunk_size)) for part in (choosing, measuring))
-    scored = passes_over(_chunked(choosing, 1))
-    runs = settings.anchored
+    names = (*SINGLE_SHOTS, *("another",) * (settings.scores - len(SINGLE_SHOTS)))
+    sums = len(scoring_rounds(space.numel, names))
+    scored, runs = sums * passes_over(_chunked(choosing, 1)), settings.anchored
     trials = settings.growing * (2 if settings.exchanging else 1) + 2 * (settings.rounds - settings.growing)
     trials += settings.alone
     forward = (1 + runs * (settings.scores + 1 + trials)) * choose + (1 + runs * (settings.scores + 1)) * held
@@ -158,7 +160,7 @@ def forecast_reverse(plan: Plan, space: ParameterSpace, n_samples: int, settings
     return Forecast(
         work,
         parts=max(1, choose.calls),
-        memory=4 * _REVERSE_COPIES * elements + logits + plan.graph(widest),
+        memory=4 * (_REVERSE_COPIES - (sums > 1)) * elements + logits + plan.graph(widest),
         kept=space.numel,
         disk=mask_bytes(space.numel, settings.top_k_percent),
         communicated=plan.communicated(work, summed=4 * elements * (settings.rounds + 2), gathered=space.numel),
@@ -456,7 +458,7 @@ def forecast_bridge(plan: Plan, space: ParameterSpace, settings: BasinSettings, 
     """
     batches = [(rows, min(tokens, settings.max_tokens or tokens)) for rows, tokens in plan.batches(settings.n_samples)]
     once, walks = passes_over(batches), settings.cutoffs * settings.splits
-    sides = [(shape[0], math.prod(shape[1:])) for shape in space.shapes if len(shape) > 1]
+    sides = [(shape[0], shape[1]) for shape in space.shapes if len(shape) == 2 and max(shape) < plan.vocabulary]
     # In and out of the eigenbasis, in the precision of the weights, which is twice as fast as what is timed.
     turned = sum(2.0 * rows * columns * (rows + columns) for rows, columns in sides)
     return Work(

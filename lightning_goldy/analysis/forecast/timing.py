@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-import warnings
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
