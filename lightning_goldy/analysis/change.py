@@ -726,7 +726,7 @@ def randomised_operations(rows: int, columns: int, top: int) -> float:
 
     Example:
         >>> round(randomised_operations(1024, 512, 8) / randomised_operations(512, 256, 8), 1)
-        3.6
+        3.4
     """
     short, long = sorted((rows, columns))
     width = min(short, top + _OVERSAMPLED)

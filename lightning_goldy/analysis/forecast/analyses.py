@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 from lightning_goldy.analysis.change import randomised_operations
 from lightning_goldy.analysis.forecast.plan import VOTED, Forecast, Passes, Plan, Work, passes_over
-from lightning_goldy.analysis.golden.golden import watched_elements
-from lightning_goldy.analysis.golden.reverse import SINGLE_SHOTS, scoring_rounds
+from lightning_goldy.analysis.golden import SINGLE_SHOTS, scoring_rounds, watched_elements
 from lightning_goldy.core.space import ParameterSpace
 
 

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from lightning_goldy.analysis.change import leading_directions, log_histogram, randomised_operations
 from lightning_goldy.analysis.forecast.plan import VOTED, Speeds
-from lightning_goldy.analysis.golden import golden_parameters
-from lightning_goldy.analysis.golden.golden import row_column_null, watched_elements
+from lightning_goldy.analysis.golden import golden_parameters, row_column_null, watched_elements
 from lightning_goldy.core.batches import batch_tensors, sample_count
 from lightning_goldy.core.directions import direction_blocks
 from lightning_goldy.core.objective import FunctionObjective, Objective
@@ -192,7 +191,7 @@ def _arithmetic(device: torch.device) -> Mapping[str, float]:
         "cube": (lambda: torch.linalg.eigh((matrix @ matrix.t()).to(exact)), _SIDE**3),
         "factored": (
             lambda: leading_directions(matrix, 8, "timed", 0, exact=False),
-            randomised_operations(*matrix.shape, 8),
+            randomised_operations(matrix.shape[0], matrix.shape[1], 8),
         ),
         "null": (lambda: row_column_null(votes, _VOTERS, _VOTERS), votes.numel()),
     }
