@@ -3,9 +3,9 @@
     python benchmarks/real_size.py MODEL [--text FILE] [--only TaylorDiff ...] [--block 32] [--batch 4]
 
 MODEL is a folder of `save_pretrained`, such as that of a model of 135 M parameters; without one it says so and ends.
-Each callback runs at its defaults in a process of its own, after the second, fourth and sixth training step, on one
-thread. The processor time of the later two is divided by the median of the training steps of the same process, so that
-a busy machine disturbs both alike. The memory is the largest resident size while it runs above the largest of the
+Each callback runs at its defaults in a process of its own, after every second training step, on one thread. The
+processor time of all but the first is divided by the median of the training steps of the same process, so that a busy
+machine disturbs both alike. The memory is the largest resident size while it runs above the largest of the
 training steps, which a snapshot of the base is part of.
 """
 
@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-STEPS, EVERY = 6, 2
+EVERY = 2
 WORDS = (
     "the",
     "a",
@@ -102,8 +102,9 @@ def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    batches = token_batches(tokenizer, options.text, options.block, options.batch, STEPS + -(-16 // options.batch))
-    probe, training = batches[STEPS:], batches[:STEPS]
+    steps_made = EVERY * options.firings
+    batches = token_batches(tokenizer, options.text, options.block, options.batch, steps_made + -(-16 // options.batch))
+    probe, training = batches[steps_made:], batches[:steps_made]
 
     class Finetune(L.LightningModule):
         def __init__(self) -> None:
@@ -165,7 +166,9 @@ def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
             "enable_model_summary": False,
         }
         watched = [Watch(), *snapshot, callback]
-        L.Trainer(max_steps=STEPS, accelerator="cpu", default_root_dir=folder, callbacks=watched, **quiet).fit(module)
+        L.Trainer(max_steps=steps_made, accelerator="cpu", default_root_dir=folder, callbacks=watched, **quiet).fit(
+            module
+        )
     step = statistics.median(steps[1:])
     return {
         "name": name,
@@ -185,6 +188,7 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=32)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--pieces", type=int, default=256)
+    parser.add_argument("--firings", type=int, default=3, help="at least 2; the first is left out")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.model is None or not (options.model / "config.json").is_file():
@@ -199,6 +203,7 @@ def main() -> None:
         arguments = [str(options.model), "--only", name, "--here", "--pieces", str(options.pieces)]
         arguments += ["--block", str(options.block), "--batch", str(options.batch)]
         arguments += ["--text", str(options.text)] if options.text else []
+        arguments += ["--firings", str(options.firings)]
         told = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True)
         if told.returncode:
             print(f"| `{name}` | failed: {told.stderr.strip().splitlines()[-1]} | | |", flush=True)

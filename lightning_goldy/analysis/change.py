@@ -270,7 +270,7 @@ def weight_change(model: nn.Module, base: Base, *, space: str = "merged") -> Wei
             if not math.isfinite(changed):
                 raise ValueError(f"{row} has changed to values that are not finite")
             columns.append((row, delta.numel() // len(rows), math.sqrt(square), math.sqrt(changed)))
-        counts += sum_over_shards([_histogram(local(delta), bins)], [delta])[0].cpu()
+        counts += sum_over_shards([log_histogram(local(delta))], [delta])[0].cpu()
         if precision is not None:
             rounded += sum_over_shards([rounding_of(before, delta, precision)], [delta])[0].cpu()
     names, numel, base_norms, delta_norms = zip(*columns, strict=True)
@@ -320,8 +320,15 @@ def change_inside(model: nn.Module, base: Base, mask: ParameterMask) -> float | 
     return inside / total if total else None
 
 
-def _histogram(delta: Tensor, bins: int) -> Tensor:
-    """Counts by log10 of the absolute value; the last entry counts exact zeros."""
+def log_histogram(delta: Tensor) -> Tensor:
+    """Counts by log10 of the absolute value, four bins a decade; the last entry counts exact zeros.
+
+    Example:
+        >>> counts = log_histogram(torch.tensor([0.0, 1e-3, 1e-3]))
+        >>> int(counts[-1]), int(counts.max())
+        (1, 2)
+    """
+    bins = (_HIGHEST - _LOWEST) * _PER_DECADE
     counts = torch.zeros(bins + 1, dtype=torch.int64, device=delta.device)
     flat = delta.reshape(-1)
     for start in range(0, flat.numel(), _CHUNK):
@@ -336,6 +343,8 @@ _BINS = 256
 _HISTOGRAM_CHUNK = 1 << 16
 _OVERSAMPLED = 8
 _POWER_ITERATIONS = 4
+# Operations of a product that factorising a thin matrix takes as long as, per row and squared column.
+_FACTORISED = 5.0
 Directions = dict[str, tuple[Tensor, ...]]
 """Left and right singular directions by tensor."""
 
@@ -558,7 +567,7 @@ def _row(
     elif small:
         spectrum, error = _spectrum(matrix), 0.0
     else:
-        spectrum, _, _, error = _leading(matrix, top, f"{name}/delta", seed, exact=False)
+        spectrum, _, _, error = leading_directions(matrix, top, f"{name}/delta", seed, exact=False)
     inside = (left.t() @ matrix.to(left) @ right).double()  # [top, top]
     alignment, chance = float(inside.square().sum()) / changed**2, left.shape[1] ** 2 / matrix.numel()
     row |= {
@@ -575,7 +584,7 @@ def _row(
         return row
     null = _random_change(matrix, name, seed, None if factors is None else factors[0].shape[1]) * changed
     found, chances = (
-        resemblances(_leading(before + part, top, f"{name}/present", seed, exact=small)[1], compared)
+        resemblances(leading_directions(before + part, top, f"{name}/present", seed, exact=small)[1], compared)
         for part in (matrix, null.to(matrix))
     )
     below = [[value < settings.intruders_below for value in cosines] for cosines in (found, chances)]
@@ -591,7 +600,7 @@ def _base_directions(matrix: Tensor, settings: _Settings, name: str, *, exact: b
     """The base's top left and right directions, and the left ones that others are compared with."""
     top, dtype = settings.top, precise(matrix).dtype
     count = top if settings.intruders_below is None else min(matrix.shape) if exact else _COMPARED * top
-    values, left, right, _ = _leading(matrix, count, name, settings.seed, exact=exact)
+    values, left, right, _ = leading_directions(matrix, count, name, settings.seed, exact=exact)
     # A direction in which the base does nothing is none of its own, and only rounding tells which one it is.
     own = values > 1e-6 * values[:1]
     return left[:, :top].to(dtype), right[:, :top].to(dtype), left[:, own].to(dtype)
@@ -684,11 +693,13 @@ def product_spectrum(left: Tensor, right: Tensor) -> Tensor:
     return torch.linalg.svdvals(triangles[0] @ triangles[1].t())
 
 
-def _leading(matrix: Tensor, top: int, name: str, seed: int, *, exact: bool) -> tuple[Tensor, Tensor, Tensor, float]:
+def leading_directions(
+    matrix: Tensor, top: int, name: str, seed: int, *, exact: bool
+) -> tuple[Tensor, Tensor, Tensor, float]:
     """The largest singular values with left and right directions, and the largest relative error among them."""
     count = min(top, *matrix.shape)
     if matrix.shape[0] > matrix.shape[1]:
-        values, right, left, error = _leading(matrix.t(), top, name, seed, exact=exact)
+        values, right, left, error = leading_directions(matrix.t(), top, name, seed, exact=exact)
         return values, left, right, error
     if exact:
         wide = matrix.double()
@@ -708,6 +719,21 @@ def _leading(matrix: Tensor, top: int, name: str, seed: int, *, exact: bool) -> 
     values, left, right = values[:count], (basis @ inner)[:, :count], right[:count].t()
     residuals = (wide @ right - left * values).norm(dim=0) / math.sqrt(2)
     return values.double(), left, right, float((residuals / values.clamp(min=torch.finfo(wide.dtype).tiny)).max())
+
+
+def randomised_operations(rows: int, columns: int, top: int) -> float:
+    """Operations of a randomised decomposition, about; those of factorisations count as much as they take longer.
+
+    Example:
+        >>> round(randomised_operations(1024, 512, 8) / randomised_operations(512, 256, 8), 1)
+        3.4
+    """
+    short, long = sorted((rows, columns))
+    width = min(short, top + _OVERSAMPLED)
+    powers = min(_POWER_ITERATIONS, short // width - 1)
+    basis = width * (powers + 1)
+    products = 2.0 * short * long * (width * (1 + 2 * powers) + basis + top)
+    return products + _FACTORISED * basis**2 * (short + long)
 
 
 def effective_rank(spectrum: Tensor) -> float:

@@ -110,6 +110,10 @@ def require_gradients(parameters: Mapping[str, Tensor], seen: Collection[str], r
     return missing
 
 
+class NotDifferentiableError(ValueError):
+    """A gradient of a divergence is not finite."""
+
+
 class SharedDivergence:
     r"""Mean divergence of the model from itself as it was at the anchor, its samples shared out over replicas.
 
@@ -177,14 +181,18 @@ class SharedDivergence:
         """The mean divergence, nats (0 where it need not be measured), and its gradient, this process's part of each.
 
         Raises:
-            ValueError: One of them is not finite.
+            NotDifferentiableError: The gradient is not finite, on every rank.
+            ValueError: The divergence is not.
         """
         self.cost += Cost(forwards=self._runs * self.n_samples, backwards=self.n_samples)
         sums, total = self._summed(model, parameters, measured)
         for gradient in sums.values():
             self.replicas.sum_(gradient)
         laid_out = {name: like(parameters[name].detach(), part) for name, part in sums.items()}
-        require_finite(laid_out, "gradients of the divergence")
+        try:
+            require_finite(laid_out, "gradients of the divergence")
+        except ValueError as error:
+            raise NotDifferentiableError(str(error)) from None
         return self._mean(total), {name: gradient.div_(self.positions) for name, gradient in sums.items()}
 
     def _summed(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import lightning.pytorch as L
@@ -20,7 +21,7 @@ from lightning_goldy.analysis.basin import (
     adam_preconditioner,
 )
 from lightning_goldy.analysis.basin.survey import ONLY_SPLIT, Make, PreconditionerName
-from lightning_goldy.analysis.forecast import BasinSettings, Forecast, Plan, Run, forecast_basin
+from lightning_goldy.analysis.forecast import BasinSettings, Forecast, Plan, Run, Work, forecast_basin, forecast_bridge
 from lightning_goldy.callbacks.base import (
     AnalysisCallback,
     AnalysisContext,
@@ -178,8 +179,22 @@ class BasinVolume(AnalysisCallback[BasinVolumes]):
 
     def estimate(self, plan: Plan, run: Run) -> Forecast:
         """The anchor's predictions, and two forward passes or so for each direction."""
+        return forecast_basin(plan, self.survey.space(plan.model), self._settings())
+
+    def forecast(self, plan: Plan, run: Run) -> Forecast:
+        """Bridges are walked at the moments of ``at`` alone."""
+        found = super().forecast(plan, run)
+        if self.survey.method == "rays" or (plan.shards > 1 and self.survey.method == "auto"):
+            return found
+        walk = forecast_bridge(plan, self.survey.space(plan.model), self._settings(), self.survey.bridge.max_gradients)
+        moments = len(run.firings(every_n_steps=None, every_n_epochs=None, at=self.at))
+        # Beside the anchor the chains of all replicas are of one size, so that memory is that of one gradient.
+        memory = found.memory + plan.graph(plan.widest(self.survey.n_samples)) + 8 * plan.bytes()
+        return replace(found, once=sum((walk for _ in range(moments)), Work()), memory=memory)
+
+    def _settings(self) -> BasinSettings:
         survey, asked = self.survey, self.survey.preconditioner
-        settings = BasinSettings(
+        return BasinSettings(
             n_directions=survey.n_directions,
             cutoffs=len(survey.cutoffs),
             splits=len(self.splits) if isinstance(self.splits, Mapping) else 1,
@@ -190,7 +205,6 @@ class BasinVolume(AnalysisCallback[BasinVolumes]):
             max_tokens=survey.estimator.max_seq_len,
             cached=survey.estimator.cache != "none",
         )
-        return forecast_basin(plan, survey.space(plan.model), settings)
 
     def _analyse(self, trainer: L.Trainer, pl_module: L.LightningModule, trigger: Trigger, *rest: Any) -> Any:
         self._walks = trigger not in ("step", "epoch")

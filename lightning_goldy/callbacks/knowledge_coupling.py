@@ -41,7 +41,7 @@ from lightning_goldy.core.files import finite
 from lightning_goldy.core.isolation import undisturbed
 from lightning_goldy.core.naming import require_choice, require_number, suggestion
 from lightning_goldy.core.objective import CausalLMObjective
-from lightning_goldy.core.pieces import QUESTION_TEMPLATE, AnswerTokens, KnowledgePiece
+from lightning_goldy.core.pieces import QUESTION_TEMPLATE, AnswerTokens, KnowledgePiece, encode_pieces
 from lightning_goldy.core.sharding import Replicas
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.store import Kind
@@ -190,6 +190,8 @@ def _id(fact: Fact) -> str:
     return f"{fact.subject}/{fact.relation}"
 
 
+# Pieces whose tokens are counted for a forecast.
+_COUNTED = 16
 FEW_PIECES = 32
 """How many are above 100 M parameters, unless large=True or a budget opts in."""
 DEFAULT_PIECES = 256
@@ -417,6 +419,16 @@ class KnowledgeCoupling(AnalysisCallback[KnowledgeState]):
         """Pieces that there are, as far as that is known before they are read."""
         listed = len(self.pieces) if isinstance(self.pieces, Sequence) and not isinstance(self.pieces, str) else None
         return listed or plan.pieces or self.n_pieces or DEFAULT_PIECES
+
+    def piece_tokens(self, trainer: L.Trainer) -> int | None:
+        """Tokens of a piece in its template, on average over the first; None where a check will tell what is wrong."""
+        tokenizer = find_tokenizer(trainer)
+        try:
+            watched = find_pieces(trainer, self.pieces, self.edits, self.template)
+            samples = encode_pieces(watched.pieces[:_COUNTED], tokenizer, template=watched.template)
+        except Exception:  # noqa: BLE001 - whatever it is, the callback's own checks raise it
+            return None
+        return round(sum(len(sample["input_ids"]) for sample in samples) / len(samples))
 
     def became_trainable(self, trainer: L.Trainer, model: nn.Module, space: ParameterSpace) -> None:
         """Adds what becomes trainable to the base, whose coupling is taken anew with it before the next comparison."""

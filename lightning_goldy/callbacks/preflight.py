@@ -502,7 +502,9 @@ def _measured(
             except Exception as error:  # noqa: BLE001 - the callback's own checks raise it, where it is an error
                 rank_zero_info(f"{callback.name}: no forecast of its seconds: {error}")
         activations = timed[id(model)][1] if id(model) in timed else 0.0
-        plans.append(plan_of(trainer, model, objective, batches, activations))
+        plan = plan_of(trainer, model, objective, batches, activations)
+        told = getattr(callback, "piece_tokens", None)
+        plans.append(replace(plan, piece_tokens=told(trainer) or plan.piece_tokens) if told else plan)
     if not timed:
         return plans, arithmetic_speeds(pl_module.device), None
     found = Replicas.world().gather_objects(next(iter(timed.values()))[0])

@@ -169,9 +169,11 @@ def test_the_base_s_directions_are_found_once_and_give_the_same_again(monkeypatc
     held: change_module.Directions = {}
     first = parameter_distribution(model, base, exact_below=4, directions=held)
     decomposed: list[str] = []
-    leading = change_module._leading
+    leading = change_module.leading_directions
     monkeypatch.setattr(
-        change_module, "_leading", lambda *args, **options: decomposed.append(args[2]) or leading(*args, **options)
+        change_module,
+        "leading_directions",
+        lambda *args, **options: decomposed.append(args[2]) or leading(*args, **options),
     )
     assert parameter_distribution(model, base, exact_below=4, directions=held) == first
     assert decomposed

@@ -13,6 +13,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lightning_goldy.analysis.basin.bridge import BridgeSettings
 from lightning_goldy.analysis.forecast import Forecast, Passes, Plan, Run, Speeds, Work, timing
 from lightning_goldy.analysis.golden import Search
 from lightning_goldy.callbacks import (
@@ -28,6 +29,7 @@ from lightning_goldy.callbacks import (
 )
 from lightning_goldy.callbacks.preflight import Budget, Outlook, derive, limit_large
 from lightning_goldy.commands.doctor import build_shape
+from lightning_goldy.core.pieces import QUESTION_TEMPLATE
 from tests.callbacks.knowledge import PIECES, WordData
 from tests.callbacks.training import TokenData, differences, fit
 from tests.references.models import build
@@ -328,3 +330,61 @@ def test_ranks_make_the_same_number_of_timed_passes_whatever_their_clocks_say(mo
     made.clear()
     timing._seconds(lambda: made.append(1), torch.device("cpu"), 3)
     assert len(made) == 1
+
+
+def test_each_kind_of_work_is_told_in_its_own_seconds() -> None:
+    matrix = torch.nn.Linear(300, 300, bias=False)
+    plan = dataclasses.replace(Plan(matrix, PLAN_ROWS, vocabulary=53, n_layers=2, n_heads=2), base=True)
+
+    def amounts(callback: Any) -> Any:
+        return callback.forecast(plan, Run(10)).work
+
+    alone, controlled = (amounts(GoldenParameters(n_samples=4, control=control)) for control in (False, True))
+    assert (alone.nulls, alone.watched) == (90_000, 4 * 90_000)
+    # A layer without a vocabulary has no random tokens, so there is no control either.
+    assert (controlled.nulls, controlled.watched) == (alone.nulls, alone.watched)
+    assert amounts(GoldenSnapshot()).binned == 90_000
+    assert amounts(ParameterDistribution()).factored > 0
+    assert amounts(ParameterDistribution(exact_below=None)).cubes >= 300**3
+    assert amounts(BasinVolume(4, n_samples=2)).normals > 4 * 2 * 90_000
+    for unit, amount in (("null", "nulls"), ("watched", "watched"), ("normal", "normals"), ("cube", "cubes")):
+        speeds = Speeds((0.0, 0.0), (0.0, 0.0), **{unit: 2.0})
+        assert speeds.seconds(Work(**{amount: 3.0})) == 6.0
+
+
+def test_a_bridge_is_told_at_the_moments_at_which_it_is_walked() -> None:
+    plan = Plan(torch.nn.Linear(3, 2), PLAN_ROWS)
+    settings: dict[str, Any] = {"n_samples": 4, "method": "bridge", "every_n_steps": 2}
+    rays, never, twice = (
+        BasinVolume(4, **options).forecast(plan, Run(10))
+        for options in (
+            {**settings, "method": "rays", "at": ("start", "end")},
+            {**settings, "at": ()},
+            {**settings, "at": ("start", "end"), "bridge": BridgeSettings(max_gradients=400)},
+        )
+    )
+    assert rays.once.cost.backwards == never.once.cost.backwards == 0
+    assert twice.once.cost.backwards == 2 * (400 + 4) * 4
+    assert twice.work == rays.work
+
+
+def test_what_is_timed_takes_time_and_leaves_random_states_alone() -> None:
+    timing._arithmetic.cache_clear()
+    before = torch.get_rng_state()
+    found = timing.arithmetic_speeds(torch.device("cpu"))
+    assert torch.equal(torch.get_rng_state(), before)
+    units = ("element", "selected", "flop", "normal", "binned", "cube", "factored", "null")
+    assert all(0 < getattr(found, unit) < 1e-5 for unit in units)
+    assert 0 <= found.watched < 1e-5
+
+
+def test_pieces_are_as_long_as_their_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans: list[Plan] = []
+    estimate = KnowledgeCoupling.estimate
+    monkeypatch.setattr(
+        KnowledgeCoupling, "estimate", lambda self, plan, run: plans.append(plan) or estimate(self, plan, run)
+    )
+    fit(tmp_path, [KnowledgeCoupling(PIECES)], data=WordData(), max_epochs=1)
+    asked = [QUESTION_TEMPLATE.replace("{question}", piece.question) + piece.answer for piece in PIECES]
+    lengths = [len(WordData.tokenizer(text)["input_ids"]) for text in asked]
+    assert abs(plans[0].piece_tokens - sum(lengths) / len(lengths)) <= 1.5  # the end token is one more

@@ -392,15 +392,20 @@ class MemoryBlocks:
             for rank, part in enumerate(replicas.gather_objects(layouts))
             for number, layout in part.items()
         }
+        wanted = replicas.gather_objects(set(names))
         for number in range(n_blocks):
             source, layout, summary = known[number]
             own = self._blocks.get(number)
             parts = {}
             for name, kinds in layout.items():
-                rows = (None, None) if own is None else own.parts[name]
-                gradients, inputs = (self._shared(*pair, replicas, source) for pair in zip(rows, kinds, strict=True))
-                assert gradients is not None
+                if any(name in asked for rank, asked in enumerate(wanted) if rank != source):
+                    rows = (None, None) if own is None else own.parts[name]
+                    made = [self._shared(*pair, replicas, source) for pair in zip(rows, kinds, strict=True)]
+                elif own is not None:  # nobody else works on it
+                    made = list(own.parts[name])
                 if name in names:
+                    gradients, inputs = made
+                    assert gradients is not None
                     parts[name] = Rows(gradients, inputs)
             self._blocks[number] = Block(**summary, parts=parts)
 
@@ -435,9 +440,11 @@ class MemoryBlocks:
             return None
         shape, dtype = kind
         # Every backend can send float32.
-        sent = torch.empty(shape, dtype=torch.promote_types(dtype, torch.float32), device=self.compute)
-        if tensor is not None:
-            sent.copy_(tensor)
+        wide = torch.promote_types(dtype, torch.float32)
+        if tensor is None:
+            sent = torch.empty(shape, dtype=wide, device=self.compute)
+        else:
+            sent = tensor.to(self.compute, wide).contiguous()
         return (replicas.send_(sent, source) if sent.numel() else sent).to(self.kept, dtype)
 
 

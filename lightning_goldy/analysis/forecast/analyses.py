@@ -6,7 +6,9 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from lightning_goldy.analysis.forecast.plan import Forecast, Passes, Plan, Work, passes_over
+from lightning_goldy.analysis.change import randomised_operations
+from lightning_goldy.analysis.forecast.plan import VOTED, Forecast, Passes, Plan, Work, passes_over
+from lightning_goldy.analysis.golden import SINGLE_SHOTS, scoring_rounds, watched_elements
 from lightning_goldy.core.space import ParameterSpace
 
 
@@ -21,6 +23,10 @@ def mask_bytes(numel: int, top_k_percent: float) -> int:
     return 4 * marked if 32 * marked < numel else numel // 8
 
 
+# Bytes of a watched element while samples are left out of its votes.
+_LEFT_OUT = 80
+
+
 def forecast_golden(
     plan: Plan,
     space: ParameterSpace,
@@ -30,7 +36,7 @@ def forecast_golden(
     whole: bool = False,
     control: bool = False,
 ) -> Forecast:
-    """Golden parameters: a gradient per sample, and a selection out of each.
+    """Golden parameters: a gradient per sample, a selection out of each, and the null of every matrix.
 
     Args:
         plan: The shapes.
@@ -41,15 +47,28 @@ def forecast_golden(
         control: Whether random tokens are looked at too.
     """
     passes, elements = (2 if control else 1) * plan.single(n_samples), plan.elements(space)
-    work = Work(backward=passes, elements=2.0 * elements * passes.samples, selected=1.0 * elements * passes.samples)
+    voters = passes.samples // (2 if control else 1)
+    matrices = [math.prod(shape) for shape in space.shapes if len(shape) > 1]
+    work = Work(
+        backward=passes,
+        elements=VOTED * elements * passes.samples,
+        selected=1.0 * elements * passes.samples,
+        nulls=(2.0 if control else 1.0) * sum(matrices),
+        watched=1.0 * passes.samples * sum(watched_elements(numel, max(1, voters)) for numel in matrices),
+    )
     vote = 1 if passes.samples < 256 else 2
     tokens = max((length for _, length in plan.batches(n_samples)), default=0)
     scores = 4 * elements if whole or plan.shards > 1 else 0
+    polls = 2 if control else 1
+    # Positions and marks of what is watched, and what leaving one sample out makes of one tensor's.
+    watched = [watched_elements(numel, max(1, voters)) for numel in matrices]
+    seen = polls * sum(watched) * (8 + voters // 8) + _LEFT_OUT * max(watched, default=0)
     # Gradients are freed as they come, but not given back to the system.
     memory = (
-        elements * (vote + 1)
+        elements * polls * (vote + 1)
         + plan.bytes(space)
         + scores
+        + seen
         + 12 * plan.largest(space) // plan.shards
         + plan.graph(tokens)
     )
@@ -112,7 +131,7 @@ class ReverseSettings:
 
 
 _GROWTH, _GROWING = 0.7, 11
-# Copies of the parameters, in float32, that a search holds at its largest.
+# Copies of the parameters, in float32, that a search holds at its largest; one less where scores are summed in turn.
 _REVERSE_COPIES = 3
 
 
@@ -120,8 +139,9 @@ def forecast_reverse(plan: Plan, space: ParameterSpace, n_samples: int, settings
     """Reverse golden parameters: rounds of a gradient and of trials on half of the samples."""
     choosing, measuring = _halves(plan.batches(n_samples))
     choose, held = (passes_over(_chunked(part, settings.chunk_size)) for part in (choosing, measuring))
-    scored = passes_over(_chunked(choosing, 1))
-    runs = settings.anchored
+    names = (*SINGLE_SHOTS, *("another",) * (settings.scores - len(SINGLE_SHOTS)))
+    sums = len(scoring_rounds(space.numel, names))
+    scored, runs = sums * passes_over(_chunked(choosing, 1)), settings.anchored
     trials = settings.growing * (2 if settings.exchanging else 1) + 2 * (settings.rounds - settings.growing)
     trials += settings.alone
     forward = (1 + runs * (settings.scores + 1 + trials)) * choose + (1 + runs * (settings.scores + 1)) * held
@@ -139,7 +159,7 @@ def forecast_reverse(plan: Plan, space: ParameterSpace, n_samples: int, settings
     return Forecast(
         work,
         parts=max(1, choose.calls),
-        memory=4 * _REVERSE_COPIES * elements + logits + plan.graph(widest),
+        memory=4 * (_REVERSE_COPIES - (sums > 1)) * elements + logits + plan.graph(widest),
         kept=space.numel,
         disk=mask_bytes(space.numel, settings.top_k_percent),
         communicated=plan.communicated(work, summed=4 * elements * (settings.rounds + 2), gathered=space.numel),
@@ -317,6 +337,8 @@ def _taylor_by_differences(
 
 # What the statistics of one layer's patterns take at least, in elements.
 _LAYER = 2e6
+# Elements that one parameter takes as long as when another model's values take its place and give it back.
+_SWAP = 2.0
 
 
 def forecast_attention(
@@ -343,7 +365,10 @@ def forecast_attention(
     length = min([max_tokens, *(tokens for _, tokens in plan.rows)])
     shown = prompts * (1 + drift) * plan.replicas * Passes(1, 1, length)
     work = Work(
-        forward=forward + shown, elements=(60.0 if drift else 30.0) * patterns + _LAYER * plan.n_layers * forward.calls
+        forward=forward + shown,
+        elements=(60.0 if drift else 30.0) * patterns
+        + _LAYER * plan.n_layers * forward.calls
+        + drift * _SWAP * plan.elements() * (forward.calls + shown.calls) / 2,
     )
     largest = max((rows * tokens * tokens for rows, tokens in plan.batches(n_samples)), default=0)
     held = min(memory, 4 * plan.n_heads * plan.n_layers * largest) if drift else 0
@@ -385,8 +410,8 @@ class BasinSettings:
 
 # Evaluations per direction, and of the pilot beyond.
 _EVALUATIONS, _PILOT = 2, 3
-# Elements that one evaluation works on per parameter: the direction is drawn, put on, and taken off again.
-_MOVE = 5.0
+# Elements that one parameter takes as long as when a direction is put on it, and when one is turned to.
+_MOVE, _TURN = 2.0, 4.0
 
 
 def forecast_basin(plan: Plan, space: ParameterSpace, settings: BasinSettings) -> Forecast:
@@ -397,11 +422,12 @@ def forecast_basin(plan: Plan, space: ParameterSpace, settings: BasinSettings) -
     evaluations = settings.proposals * (_EVALUATIONS * settings.n_directions + _PILOT)
     runs = 1 if settings.cached else 2
     forward = volumes * ((1 + runs * evaluations) * once + runs * settings.proposals * first)
-    moves = volumes * evaluations * (2.0 if settings.preconditioned else 1.0)
+    heavier, turns = (2.0 if settings.preconditioned else 1.0), settings.proposals * settings.n_directions
     work = Work(
         forward=forward,
         backward=settings.splits * settings.fisher * once,
-        elements=moves * _MOVE * plan.elements(space),
+        elements=volumes * heavier * (_MOVE * evaluations + _TURN * turns) * plan.elements(space),
+        normals=1.0 * volumes * (evaluations + turns) * plan.elements(space),
     )
     kept = plan.logits(once.tokens) if settings.cached else plan.bytes()
     widest = max((rows * tokens for rows, tokens in batches), default=0)
@@ -413,6 +439,33 @@ def forecast_basin(plan: Plan, space: ParameterSpace, settings: BasinSettings) -
         communicated=plan.communicated(work),
         sharded="the anchor's values are divided by the shards; its predictions are whole on every rank",
         exact=False,
+    )
+
+
+# Draws of the labels that the curvature of a bridge is of, and timed elements per parameter of a chain's step.
+_FISHER_DRAWS, _STEPPED = 4, 20.0
+
+
+def forecast_bridge(plan: Plan, space: ParameterSpace, settings: BasinSettings, max_gradients: int) -> Work:
+    """What bridges take beside the rays of one firing: the curvature, and gradients of the whole probe on all chains.
+
+    Args:
+        plan: The shapes.
+        space: The parameters that move.
+        settings: Of the volumes, one bridge each.
+        max_gradients: Of each, which it makes where its Gaussian alone is not good enough.
+    """
+    batches = [(rows, min(tokens, settings.max_tokens or tokens)) for rows, tokens in plan.batches(settings.n_samples)]
+    once, walks = passes_over(batches), settings.cutoffs * settings.splits
+    sides = [(shape[0], shape[1]) for shape in space.shapes if len(shape) == 2 and max(shape) < plan.vocabulary]
+    # In and out of the eigenbasis, in the precision of the weights, which is twice as fast as what is timed.
+    turned = sum(2.0 * rows * columns * (rows + columns) for rows, columns in sides)
+    return Work(
+        forward=2 * walks * once,
+        backward=walks * (max_gradients + _FISHER_DRAWS) * once,
+        elements=_STEPPED * walks * max_gradients * space.numel,
+        flops=walks * max_gradients * turned,
+        cubes=1.0 * walks * sum(rows**3 + columns**3 for rows, columns in sides),
     )
 
 
@@ -464,7 +517,7 @@ def forecast_change(plan: Plan, *, track_updates: bool) -> Forecast:
     update = min(size, 2 * elements)
     kept = size + (size + update) * track_updates
     return Forecast(
-        Work(elements=(8.0 + 4.0 * track_updates) * elements),
+        Work(elements=(4.0 + 4.0 * track_updates) * elements, binned=1.0 * elements),
         once=Work(elements=4.0 * elements),
         memory=(size + update) * track_updates + 24 * plan.largest() // plan.shards,
         kept=kept,
@@ -474,13 +527,12 @@ def forecast_change(plan: Plan, *, track_updates: bool) -> Forecast:
     )
 
 
-# Of a symmetric eigendecomposition, in operations of a product per cube of the side.
-_EIGEN = 9.0
-_POWER_PASSES = 11
+# Of an eigendecomposition without vectors, the part of one with them; timed elements per parameter that is read.
+_VALUES, _READ = 0.5, 12.0
 
 
 def forecast_distribution(plan: Plan, *, top: int, exact_below: int | None, intruders: bool = True) -> Forecast:
-    """The spectrum of each matrix's change, beside the base's leading directions; nothing is run.
+    """The spectrum of each matrix's change, beside the base's leading directions, found once; nothing is run.
 
     Args:
         plan: The shapes.
@@ -488,21 +540,34 @@ def forecast_distribution(plan: Plan, *, top: int, exact_below: int | None, intr
         exact_below: Largest side of a matrix whose whole spectrum is computed; None for all.
         intruders: Whether intruder directions are looked for.
     """
-    space, flops = plan.space, 0.0
+    space, once = plan.space, Work()
+    flops = cubes = factored = matrices = 0.0
     for shape in space.shapes:
         if len(shape) < 2 or min(shape[0], math.prod(shape[1:])) < 2:
             continue
         short, long = sorted((shape[0], math.prod(shape[1:])))
-        # The change, the base, and where intruders are looked for the weight as it is and a random change.
-        count = 4 if intruders else 2
+        matrices += short * long
+        # The change, and where intruders are looked for the weight as it is and a random change; the base once.
         if exact_below is None or short <= exact_below:
-            flops += count * (2 * short**2 * long + _EIGEN * short**3) + 2.0 * top * short * long
+            of_base = min(short, long) if intruders else top
+            flops += 2.0 * long * (3 * short**2 + 2 * top * short) if intruders else 2.0 * long * short**2
+            cubes += (2 + _VALUES if intruders else _VALUES) * short**3
+            once += Work(flops=2.0 * long * (short**2 + of_base * short), cubes=1.0 * short**3)
         else:
-            flops += count * _POWER_PASSES * 2 * (top + 8) * short * long
+            factored += (3 if intruders else 1) * randomised_operations(short, long, top)
+            once += Work(factored=randomised_operations(short, long, (4 if intruders else 1) * top))
     elements = space.numel
-    work = Work(elements=16.0 * elements, flops=flops)
+    work = Work(
+        elements=_READ * elements,
+        binned=1.0 * elements,
+        normals=1.0 * intruders * matrices,
+        flops=flops,
+        cubes=cubes,
+        factored=factored,
+    )
     return Forecast(
         work,
+        once=once,
         parts=len(space),
         memory=40 * plan.largest(),
         communicated=plan.communicated(Work(), gathered=8 * elements),

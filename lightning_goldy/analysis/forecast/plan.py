@@ -12,6 +12,20 @@ from torch import nn
 from lightning_goldy.analysis.result import Cost
 from lightning_goldy.core.space import ParameterSpace
 
+# What a second is told per, and the amount of it that some work has.
+_ARITHMETIC = {
+    "element": "elements",
+    "selected": "selected",
+    "flop": "flops",
+    "normal": "normals",
+    "binned": "binned",
+    "cube": "cubes",
+    "factored": "factored",
+    "null": "nulls",
+    "watched": "watched",
+}
+# Timed elements that one element of a gradient takes as long as until it is a vote, beside its selection.
+VOTED = 2.0
 # Evaluation forwards that a pass of nested forward mode takes as long as, by order.
 _TANGENT_FORWARDS = {0: 1.0, 1: 4.0, 2: 11.0, 3: 35.0}
 
@@ -53,6 +67,12 @@ class Speeds:
         element: Seconds per element that is read, worked on and summed.
         selected: Seconds per element out of which the largest are selected.
         flop: Seconds per floating-point operation of a float64 matrix product.
+        normal: Seconds per element of a random direction.
+        binned: Seconds per element that is counted in a histogram.
+        cube: Seconds of a symmetric eigendecomposition in float64 per cube of the side.
+        factored: Seconds of a randomised decomposition per operation (:func:`randomised_operations`).
+        null: Seconds per element of a matrix whose golden elements are held against its rows and columns.
+        watched: Seconds per element whose mark by one sample is kept, and left out once.
 
     Example:
         >>> Speeds((0.25, 0.0), (0.5, 0.125)).seconds(Work(forward=Passes(4, 2, 8), backward=Passes(1, 1, 10)))
@@ -64,6 +84,12 @@ class Speeds:
     element: float = 0.0
     selected: float = 0.0
     flop: float = 0.0
+    normal: float = 0.0
+    binned: float = 0.0
+    cube: float = 0.0
+    factored: float = 0.0
+    null: float = 0.0
+    watched: float = 0.0
 
     def seconds(self, work: Work) -> float:
         """What some work takes on one process."""
@@ -73,8 +99,7 @@ class Speeds:
         kinds += ((work.tangent, self.forward, tangent), (work.again, again, 1.0))  # type: ignore[assignment]
         made = [entry for entry in kinds if entry[0].calls]
         passes = sum(factor * (call * kind.calls + token * kind.tokens) for kind, (call, token), factor in made)
-        arithmetic = self.element * work.elements + self.selected * work.selected + self.flop * work.flops
-        return passes + arithmetic
+        return passes + sum(getattr(self, unit) * getattr(work, amount) for unit, amount in _ARITHMETIC.items())
 
 
 @dataclass(frozen=True)
@@ -90,6 +115,12 @@ class Work:
         elements: Of parameters, each time that they are worked on.
         selected: Of scores, each time that the largest are selected out of them.
         flops: Of matrix products in float64.
+        normals: Elements of random directions, each time that they are drawn.
+        binned: Elements that histograms count.
+        cubes: Of the sides of matrices that are decomposed in float64.
+        factored: Operations of randomised decompositions.
+        nulls: Elements of matrices that are held against their rows and columns.
+        watched: Elements whose marks are kept, once for each sample.
 
     Example:
         >>> (Work(forward=Passes(4, 2, 8)) + Work(backward=Passes(1, 1, 2))).cost
@@ -104,6 +135,12 @@ class Work:
     elements: float = 0.0
     selected: float = 0.0
     flops: float = 0.0
+    normals: float = 0.0
+    binned: float = 0.0
+    cubes: float = 0.0
+    factored: float = 0.0
+    nulls: float = 0.0
+    watched: float = 0.0
 
     @property
     def cost(self) -> Cost:
@@ -123,7 +160,7 @@ class Forecast:
 
     Args:
         work: Of one firing.
-        once: Of the beginning of a run, beside it.
+        once: Beside it, of the beginning of a run or of single firings that do more.
         parts: How many pieces replicas can share the work of a firing in.
         memory: Bytes on the model's device that it needs while it fires, at most, on each rank.
         kept: Bytes of the host's memory that it holds between firings, on each rank.

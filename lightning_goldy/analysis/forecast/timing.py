@@ -5,21 +5,27 @@ from __future__ import annotations
 import functools
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.forecast.plan import Speeds
+from lightning_goldy.analysis.change import leading_directions, log_histogram, randomised_operations
+from lightning_goldy.analysis.forecast.plan import VOTED, Speeds
+from lightning_goldy.analysis.golden import golden_parameters, row_column_null, watched_elements
 from lightning_goldy.core.batches import batch_tensors, sample_count
-from lightning_goldy.core.objective import Objective
+from lightning_goldy.core.directions import direction_blocks
+from lightning_goldy.core.objective import FunctionObjective, Objective
 from lightning_goldy.core.selection import select_largest
 from lightning_goldy.core.sharding import Replicas, is_sharded, local, unshard_guard
 from lightning_goldy.core.space import trainable_parameters
 
 # What is timed: elements of a tensor, and the side of a matrix.
 _TIMED, _SIDE = 1 << 21, 256
+# Samples that vote where voting is timed.
+_VOTERS = 8
 clock = time.perf_counter
 """What tells the time."""
 
@@ -167,11 +173,61 @@ def _seconds(act: Callable[[], Any], device: torch.device, runs: int = 3, *, alo
 
 @functools.cache
 def _arithmetic(device: torch.device) -> Mapping[str, float]:
-    wide = torch.linspace(-1.0, 1.0, _TIMED, device=device)
-    square = torch.ones(_SIDE, _SIDE, dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
+    wide, exact = (
+        torch.linspace(-1.0, 1.0, _TIMED, device=device),
+        torch.float64 if device.type != "mps" else torch.float32,
+    )
+    square = torch.ones(_SIDE, _SIDE, dtype=exact, device=device)
+    ramp = torch.linspace(0.0, 1.0, _SIDE, device=device)
+    matrix = (ramp[:, None] + 7.0 * ramp.repeat(3)).sin()  # [side, 3 side]
+    heights = torch.linspace(0.0, 1.0, 2 * _SIDE)
+    votes = (_VOTERS * heights[:, None] * heights.repeat_interleave(2)).round().to(torch.uint8)
     jobs: dict[str, tuple[Callable[[], Any], float]] = {
         "element": (lambda: (wide - 0.5).abs().sum(), _TIMED),
         "selected": (lambda: select_largest([wide], _TIMED // 20), _TIMED),
         "flop": (lambda: square @ square, 2.0 * _SIDE**3),
+        "normal": (lambda: sum(len(block) for _, block in direction_blocks(matrix, "timed", 0)), matrix.numel()),
+        "binned": (lambda: log_histogram(matrix), matrix.numel()),
+        "cube": (lambda: torch.linalg.eigh((matrix @ matrix.t()).to(exact)), _SIDE**3),
+        "factored": (
+            lambda: leading_directions(matrix, 8, "timed", 0, exact=False),
+            randomised_operations(matrix.shape[0], matrix.shape[1], 8),
+        ),
+        "null": (lambda: row_column_null(votes, _VOTERS, _VOTERS), votes.numel()),
     }
-    return {name: _seconds(act, device, 12, alone=True) / count for name, (act, count) in jobs.items()}
+    found = {name: _seconds(act, device, 12, alone=True) / count for name, (act, count) in jobs.items()}
+    return {**found, "watched": _watching(device, found)}
+
+
+class _Timed(nn.Module):
+    """A matrix whose gradient is the input of its sample."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        ramp = torch.linspace(0.0, 1.0, 2 * _SIDE, device=device)
+        self.weight = nn.Parameter((3.0 * ramp[:, None] + ramp).cos())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.weight).sum(dim=(1, 2))
+
+
+def _watching(device: torch.device, known: Mapping[str, float]) -> float:
+    """Seconds per element whose mark by one sample is kept and left out, from votes over a whole matrix."""
+    model = _Timed(device)
+    numel = model.weight.numel()
+    frequencies = torch.arange(1.0, 1.0 + _VOTERS, device=device)[:, None]
+    samples = (frequencies * torch.linspace(0.0, 60.0, numel, device=device)).sin_().view(_VOTERS, *model.weight.shape)
+    objective = FunctionObjective(lambda module, batch: module(batch).mean())
+
+    def vote() -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            golden_parameters(model, [samples], objective, control=False, split_over_ranks=False)
+
+    def passes() -> None:
+        for sample in samples:
+            torch.autograd.grad(model(sample[None]).mean(), model.weight)
+
+    took, alone = (_seconds(act, device, 2, alone=True) for act in (vote, passes))
+    rest = took - alone - numel * (known["null"] + _VOTERS * (known["selected"] + VOTED * known["element"]))
+    return max(0.0, rest) / (_VOTERS * watched_elements(numel, _VOTERS))

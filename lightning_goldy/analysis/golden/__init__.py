@@ -9,16 +9,20 @@ from lightning_goldy.analysis.golden.golden import (
     register_score,
     row_column_null,
     vocabulary_of,
+    watched_elements,
 )
 from lightning_goldy.analysis.golden.reverse import (
+    SINGLE_SHOTS,
     ReverseGoldenResult,
     Search,
     check_search_arguments,
     reverse_golden_parameters,
+    scoring_rounds,
 )
 from lightning_goldy.core.mask import jaccard
 
 __all__ = [
+    "SINGLE_SHOTS",
     "Fluctuation",
     "GoldenResult",
     "ReverseGoldenResult",
@@ -32,5 +36,7 @@ __all__ = [
     "register_strategy",
     "reverse_golden_parameters",
     "row_column_null",
+    "scoring_rounds",
     "vocabulary_of",
+    "watched_elements",
 ]

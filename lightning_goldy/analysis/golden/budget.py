@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_goldy.core.mask import PackedMask, Scope, flat_positions
 from lightning_goldy.core.selection import select_largest, select_largest_of_each
-from lightning_goldy.core.sharding import gather, is_sharded, like, local, scatter_like, sum_over_shards
+from lightning_goldy.core.sharding import Replicas, gather, is_sharded, like, local, scatter_like, sum_over_shards
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.vector import elements_in
 
 Mask = dict[str, Tensor]
+
+# Channels of each end of a matrix whose crossings may make the largest activations.
+_CHANNELS = 4
 
 
 class Element(NamedTuple):
@@ -313,3 +317,67 @@ def expert_sizes(space: ParameterSpace, experts: Mapping[str, int]) -> list[int]
     counts = [experts.get(name, 1) for name in space.names]
     numels = map(math.prod, space.shapes)
     return [numel // count for numel, count in zip(numels, counts, strict=True) for _ in range(count)]
+
+
+@contextmanager
+def largest_activations(
+    model: nn.Module, parameters: Mapping[str, Tensor]
+) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """The largest magnitude of every channel that goes into a matrix, and of every one that comes out, over all passes.
+
+    Args:
+        model: Its passes in the ``with`` block are watched.
+        parameters: Name to parameter; those that layers multiply their input by are looked at.
+
+    Yields:
+        By name the channels of the matrix's first dimension, and of its second.
+    """
+    names = {id(parameter): name for name, parameter in parameters.items() if parameter.ndim == 2}
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def noting(name: str, shape: tuple[int, int], first_is_output: bool) -> Callable[..., None]:
+        def note(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            ends = (output, *inputs[:1]) if first_is_output else (*inputs[:1], output)
+            plain = all(isinstance(end, Tensor) and end.ndim and end.numel() for end in ends)
+            if plain and tuple(end.shape[-1] for end in ends) == shape:
+                sizes = [end.detach().abs().reshape(-1, end.shape[-1]).amax(dim=0).float() for end in ends]
+                before = found.get(name, sizes)
+                found[name] = torch.maximum(before[0], sizes[0]), torch.maximum(before[1], sizes[1])
+
+        return note
+
+    with ExitStack() as hooks:
+        for module in model.modules():
+            weight = getattr(module, "weight", None)
+            name = names.get(id(weight))
+            if isinstance(weight, Tensor) and name is not None and not isinstance(module, nn.Embedding):
+                shape = (weight.shape[0], weight.shape[1])
+                hook = noting(name, shape, isinstance(module, nn.Linear))
+                hooks.callback(module.register_forward_hook(hook).remove)
+        yield found
+
+
+def crossings(
+    seen: Mapping[str, tuple[Tensor, Tensor]], parameters: Mapping[str, Tensor], replicas: Replicas
+) -> list[Element]:
+    """Elements that carry the largest inputs to the largest outputs, those with the largest share in one first.
+
+    Args:
+        seen: What :func:`largest_activations` saw on this replica.
+        parameters: Name to parameter.
+        replicas: Whose samples count together.
+    """
+    parts = replicas.gather_objects({name: tuple(end.cpu() for end in ends) for name, ends in seen.items()})
+    found = []
+    for name, parameter in parameters.items():
+        ends = [part[name] for part in parts if name in part]
+        if not ends:
+            continue
+        first, second = (torch.stack(end).amax(dim=0) for end in zip(*ends, strict=True))
+        rows, columns = (end.topk(min(_CHANNELS, len(end))).indices for end in (first, second))
+        weights = gather(parameter)[rows.to(parameter.device)][:, columns.to(parameter.device)].abs().float().cpu()
+        shares = weights * (first[rows] / first.median())[:, None] * (second[columns] / second.median())
+        for row, line in zip(rows.tolist(), shares.tolist(), strict=True):
+            for column, share in zip(columns.tolist(), line, strict=True):
+                found.append(Scored(Element(name, row * parameter.shape[1] + column), share))
+    return [each.element for each in sorted(found, key=lambda each: -each.score) if math.isfinite(each.score)]

@@ -399,12 +399,22 @@ def _jackknife(observed: NDArray[np.float64], nulls: NDArray[np.float64]) -> flo
     return float(math.sqrt((n - 1) / n * ((logarithms - logarithms.mean()) ** 2).sum()))
 
 
+def watched_elements(numel: int, n_samples: int) -> int:
+    """Elements of a matrix whose marks by single samples are kept.
+
+    Example:
+        >>> watched_elements(1000, 16), watched_elements(1_000_000, 16)
+        (1000, 65536)
+    """
+    return min(numel, max(_LEAST_WATCHED, _WATCHED // n_samples))
+
+
 class _Watched:
     """Marks of single samples at some elements of a matrix, and their sums over its rows and columns."""
 
     def __init__(self, name: str, shape: tuple[int, int], n_samples: int) -> None:
         self.shape = shape
-        count = min(shape[0] * shape[1], max(_LEAST_WATCHED, _WATCHED // n_samples))
+        count = watched_elements(shape[0] * shape[1], n_samples)
         whole = count == shape[0] * shape[1]
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         drawn = torch.randint(shape[0] * shape[1], (count,), generator=generator)

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.divergence import Cache, check_cache
-from lightning_goldy.analysis.golden.budget import Budget, Element, Scored, counts_by_expert
+from lightning_goldy.analysis.divergence import Cache, check_cache, precise
+from lightning_goldy.analysis.golden.budget import (
+    Budget,
+    Element,
+    Scored,
+    counts_by_expert,
+    crossings,
+    largest_activations,
+)
 from lightning_goldy.analysis.golden.fluctuation import STRATEGIES, Fluctuation
 from lightning_goldy.analysis.golden.golden import SCORES, MaskResult
 from lightning_goldy.analysis.gradients import (
+    NotDifferentiableError,
     SharedDivergence,
     backward,
     only_these_require_gradients,
@@ -54,8 +62,6 @@ _FINE = 1 << 14
 _PAIR_TRIALS = 16
 # Elements of a small mask that each candidate is tried for at most.
 _PARTNERS = 8
-# Channels of each end of a matrix whose crossings may make the largest activations.
-_CHANNELS = 4
 # What a pool exceeds the budget by is divided by this after an exchange that brought nothing.
 _SHRINKAGE = 4
 _MOST_FAILURES = 8
@@ -282,7 +288,7 @@ def reverse_golden_parameters(
             experts = {name: count for name, count in expert_counts(model).items() if name in space}
             budget = Budget(parameters, top_k_percent, scope, experts)
             course = MaskSearch(masked, samples, budget, search, fluctuation, strategy, progress)
-            single, kl_divergence = _run_search(course, held_out, objective)
+            single, kl_divergence, scored = _run_search(course, held_out, objective)
         assert course.best is not None
         whole = {name: gather(like(parameters[name].detach(), part)).cpu() for name, part in course.best.items()}
     return ReverseGoldenResult(
@@ -293,8 +299,8 @@ def reverse_golden_parameters(
         search_divergence=course.best_divergence,
         single_shots=single,
         history=tuple(course.history),
-        passes=course.passes + 1,
-        evaluations=_PASS * (course.passes + 1) + course.evaluations + len(single) + 3,
+        passes=course.passes + scored,
+        evaluations=_PASS * (course.passes + scored) + course.evaluations + len(single) + 3,
         n_samples=samples.n_samples,
         n_eval_samples=held_out.n_samples,
         top_k_percent=top_k_percent,
@@ -337,22 +343,26 @@ def check_search_arguments(top_k_percent: float, scope: str, strategy: str) -> N
     check_scope(scope)
 
 
-def _run_search(course: MaskSearch, held_out: SharedDivergence, objective: Objective) -> tuple[dict[str, float], float]:
-    """Held-out divergences of the single-shot masks, which all compete, and of the best mask that was found."""
+def _run_search(
+    course: MaskSearch, held_out: SharedDivergence, objective: Objective
+) -> tuple[dict[str, float], float, int]:
+    """Held-out divergences of the single-shot masks, which all compete, and of the best mask; passes of the scores."""
     masked, budget, score = course.masked, course.budget, course.settings.score
-    scores = single_shot_scores(
-        masked.model, course.divergence, objective, masked.parameters, score, value=masked.value
-    )
-    shots = {}
-    for name in dict.fromkeys((*SINGLE_SHOTS, *scores)):
-        checked = _finite(scores[name], f"{name} scores", budget)
-        shots[name] = PackedMask(budget.selections(checked, budget.sizes()))
-        if name == score:
-            course.start(checked)
-        if course.exact:
-            course.note(each.element for each in budget.strongest(checked, course.exact))
-        # Each sum is freed once no score needs it.
-        del scores[name], checked
+    names = tuple(dict.fromkeys((*SINGLE_SHOTS, score)))
+    shots, rounds = {}, scoring_rounds(masked.space.numel, names)
+    for wanted in rounds:
+        scores = single_shot_scores(
+            masked.model, course.divergence, objective, masked.parameters, wanted, value=masked.value
+        )
+        for name in wanted:
+            checked = _finite(scores[name], f"{name} scores", budget)
+            shots[name] = PackedMask(budget.selections(checked, budget.sizes()))
+            if name == score:
+                course.start(checked)
+            if course.exact:
+                course.note(each.element for each in budget.strongest(checked, course.exact))
+            # Each sum is freed once no score needs it.
+            del scores[name], checked
     # Not before: they fill memory beside the sums of the scores.
     with largest_activations(masked.model, masked.parameters) as seen:
         course.divergence.anchor(masked.model)
@@ -365,71 +375,20 @@ def _run_search(course: MaskSearch, held_out: SharedDivergence, objective: Objec
         single[name] = held_out(masked.model)
     course.run()
     masked.zero(course.best)
-    return single, held_out(masked.model)
+    return single, held_out(masked.model), len(rounds)
 
 
-@contextmanager
-def largest_activations(
-    model: nn.Module, parameters: Mapping[str, Tensor]
-) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """The largest magnitude of every channel that goes into a matrix, and of every one that comes out, over all passes.
+def scoring_rounds(elements: int, names: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    """The scores that one pass over the samples sums: all, or of large models those of one sum, so that one is held.
 
-    Args:
-        model: Its passes in the ``with`` block are watched.
-        parameters: Name to parameter; those that layers multiply their input by are looked at.
-
-    Yields:
-        By name the channels of the matrix's first dimension, and of its second.
+    Example:
+        >>> scoring_rounds(10_000, ("gradient", "taylor", "fisher")), scoring_rounds(135_000_000, ("taylor", "fisher"))
+        ((('gradient', 'taylor', 'fisher'),), (('taylor',), ('fisher',)))
     """
-    names = {id(parameter): name for name, parameter in parameters.items() if parameter.ndim == 2}
-    found: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def noting(name: str, shape: tuple[int, int], first_is_output: bool) -> Callable[..., None]:
-        def note(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            ends = (output, *inputs[:1]) if first_is_output else (*inputs[:1], output)
-            plain = all(isinstance(end, Tensor) and end.ndim and end.numel() for end in ends)
-            if plain and tuple(end.shape[-1] for end in ends) == shape:
-                sizes = [end.detach().abs().reshape(-1, end.shape[-1]).amax(dim=0).float() for end in ends]
-                before = found.get(name, sizes)
-                found[name] = torch.maximum(before[0], sizes[0]), torch.maximum(before[1], sizes[1])
-
-        return note
-
-    with ExitStack() as hooks:
-        for module in model.modules():
-            weight = getattr(module, "weight", None)
-            name = names.get(id(weight))
-            if isinstance(weight, Tensor) and name is not None and not isinstance(module, nn.Embedding):
-                shape = (weight.shape[0], weight.shape[1])
-                hook = noting(name, shape, isinstance(module, nn.Linear))
-                hooks.callback(module.register_forward_hook(hook).remove)
-        yield found
-
-
-def crossings(
-    seen: Mapping[str, tuple[Tensor, Tensor]], parameters: Mapping[str, Tensor], replicas: Replicas
-) -> list[Element]:
-    """Elements that carry the largest inputs to the largest outputs, those with the largest share in one first.
-
-    Args:
-        seen: What :func:`largest_activations` saw on this replica.
-        parameters: Name to parameter.
-        replicas: Whose samples count together.
-    """
-    parts = replicas.gather_objects({name: tuple(end.cpu() for end in ends) for name, ends in seen.items()})
-    found = []
-    for name, parameter in parameters.items():
-        ends = [part[name] for part in parts if name in part]
-        if not ends:
-            continue
-        first, second = (torch.stack(end).amax(dim=0) for end in zip(*ends, strict=True))
-        rows, columns = (end.topk(min(_CHANNELS, len(end))).indices for end in (first, second))
-        weights = gather(parameter)[rows.to(parameter.device)][:, columns.to(parameter.device)].abs().float().cpu()
-        shares = weights * (first[rows] / first.median())[:, None] * (second[columns] / second.median())
-        for row, line in zip(rows.tolist(), shares.tolist(), strict=True):
-            for column, share in zip(columns.tolist(), line, strict=True):
-                found.append(Scored(Element(name, row * parameter.shape[1] + column), share))
-    return [each.element for each in sorted(found, key=lambda each: -each.score) if math.isfinite(each.score)]
+    if elements <= _LARGE:
+        return (tuple(names),)
+    of_one_sum = (tuple(name for name in names if name in ("gradient", "taylor")),)
+    return of_one_sum + tuple((name,) for name in names if name not in of_one_sum[0])
 
 
 class _Computed(Mapping[str, Tensor]):
@@ -555,6 +514,13 @@ class MaskSearch:
         for step in range(1, self._steps + 1):
             gain = self._gains(now.mask) if gain is None else gain
             sizes = self.budget.sizes((step + 1) / (self._steps + 1))
+            if gain is None:
+                tried = {"greedy": now, "smallest": self._measure(self._filled(now.mask, sizes))}
+                now = tried["smallest"]
+                self._record(tried, "smallest", sizes, sizes, 1.0)
+                if step == self._steps:
+                    self._keep(now)
+                continue
             factor = 1 + (self._pool_factor(len(self.history), improvement) - 1) / _SHRINKAGE**failures
             pools = self.budget.pools(sizes, factor)
             tried = self._try(gain, now, sizes, pools, fill=not self._greedy)
@@ -581,6 +547,8 @@ class MaskSearch:
                 if self.passes == self.rounds or stagnant > self.settings.max_stagnant_iterations:
                     return None
                 before, gain = now.value, self._gains(now.mask)
+                if gain is None:
+                    return None
             factor = self._pool_factor(len(self.history), improvement)
             most = [pool - size for pool, size in zip(self.budget.pools(sizes, factor), sizes, strict=True)]
             total = max(1, sum(most) // _SHRINKAGE**failures)
@@ -638,6 +606,8 @@ class MaskSearch:
                 if self.passes == self.rounds or self.evaluations >= trials:
                     return None
                 gain = self._gains(now.mask)
+                if gain is None:
+                    return None
             before, queue = now, [self.budget.pairs(gain, now.mask, self.exact)]
             while queue and self.evaluations < trials:
                 pairs = queue.pop()
@@ -662,6 +632,8 @@ class MaskSearch:
             return
         start = now
         gain = self._gains(now.mask) if gain is None else gain
+        if gain is None:
+            return
         worst: dict[tuple[int, int], list[Scored]] = {}
         for held in self.budget.marked(now.mask, gain):
             worst.setdefault(self.budget.slot(held.element), []).append(held)
@@ -691,15 +663,28 @@ class MaskSearch:
         sizes = self.budget.sizes()
         self._record({"greedy": start, "exact": now}, "exact", sizes, sizes, 1.0)
 
-    def _gains(self, mask: PackedMask) -> Mapping[str, Tensor]:
-        """What masking each element adds, to first order, nats."""
+    def _gains(self, mask: PackedMask) -> Mapping[str, Tensor] | None:
+        """What masking each element adds, to first order, nats; None where nothing is known of it."""
         self.masked.zero(mask)
-        # The value is known.
-        _, gradients = self.divergence.gradients(self.masked.model, self.masked.parameters, measured=False)
         self.passes += 1
+        try:
+            # The value is known.
+            _, gradients = self.divergence.gradients(self.masked.model, self.masked.parameters, measured=False)
+        except NotDifferentiableError as error:
+            # As where all of a token's embedding is masked: what every layer normalises is zero there.
+            count = sum(map(mask.count, mask))
+            warnings.warn(f"with {count:,} elements masked {error}: no score says what to add", stacklevel=2)
+            gradients = None
         if self.progress is not None:
             self.progress(self.passes, self.rounds)
+        if gradients is None:
+            return None
         return {name: gradient.mul_(self.masked.value(name)).neg_() for name, gradient in gradients.items()}
+
+    def _filled(self, mask: PackedMask, sizes: list[int]) -> Iterator[tuple[str, Tensor]]:
+        """A mask that grows by the smallest weights, which change next to nothing."""
+        smallest = _Computed(self.masked.parameters, lambda name: -precise(self.masked.value(name)).abs())
+        return self.budget.reselections(smallest, mask, sizes, sizes)
 
     def _try(
         self, gain: Mapping[str, Tensor], now: _Valued, sizes: list[int], pools: list[int], *, fill: bool
@@ -709,8 +694,7 @@ class MaskSearch:
         if pools != sizes:
             tried["pool"] = self._measure(reselections(gain, now.mask, sizes, pools))
         if fill and grows and max(each.value for each in tried.values()) < now.value:
-            smallest = _Computed(gain, lambda name: -self.masked.value(name).abs().to(gain[name].dtype))
-            tried["smallest"] = self._measure(reselections(smallest, now.mask, sizes, sizes))
+            tried["smallest"] = self._measure(self._filled(now.mask, sizes))
         return tried
 
     def _measure(self, mask: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> _Valued:
@@ -740,7 +724,7 @@ def single_shot_scores(
     samples: SharedDivergence,
     objective: Objective,
     parameters: Mapping[str, nn.Parameter],
-    extra: str,
+    wanted: Sequence[str],
     *,
     value: Callable[[str], Tensor] | None = None,
 ) -> dict[str, Mapping[str, Tensor]]:
@@ -756,7 +740,7 @@ def single_shot_scores(
         samples: The pieces, whose samples are taken one by one.
         objective: Gives the log-probabilities to differentiate.
         parameters: Name to parameter.
-        extra: Another registered score to sum; may be one of the three.
+        wanted: Registered scores; what none of them needs is not summed. At most one is none of the three.
         value: This process's part of an unmasked weight by name; by default what the parameters are when asked.
 
     Returns:
@@ -766,20 +750,25 @@ def single_shot_scores(
     Raises:
         ValueError: No parameter has received a gradient. One that the objective ignores has scores of zero.
     """
-    first, second = zeros_like_parts(parameters), zeros_like_parts(parameters)
-    own = {} if extra in SINGLE_SHOTS else zeros_like_parts(parameters)
+    extra = next((name for name in wanted if name not in SINGLE_SHOTS), "")
+    first, second, own = (
+        zeros_like_parts(parameters) if needed else {}
+        for needed in ({"gradient", "taylor"} & set(wanted), "fisher" in wanted, extra)
+    )
     seen: set[str] = set()
     samples.cost += Cost(forwards=samples.n_samples, backwards=samples.n_samples)
 
     def unmasked(name: str) -> Tensor:
-        return (local(parameters[name]) if value is None else value(name)).to(first[name].dtype)
+        return precise(local(parameters[name]) if value is None else value(name))
 
     def add(name: str, gradient: Tensor) -> None:
         seen.add(name)
         if own:
             own[name] += SCORES[extra](gradient.clone(), unmasked(name))
-        second[name].addcmul_(gradient, gradient)
-        first[name] += gradient.abs_()
+        if second:
+            second[name].addcmul_(gradient, gradient)
+        if first:
+            first[name] += gradient.abs_()
 
     with streamed_gradients(parameters, add):
         # Sample by sample, so that the scores do not depend on how samples were batched.
@@ -795,4 +784,4 @@ def single_shot_scores(
         "taylor": _Computed(first, lambda name: first[name] * unmasked(name).abs()),
         "fisher": _Computed(second, lambda name: second[name] * unmasked(name).square()),
     }
-    return scores | ({extra: own} if own else {})
+    return {name: {**scores, extra: own}[name] for name in wanted}

@@ -9,9 +9,10 @@ from torch import nn
 
 from lightning_goldy.analysis import Fluctuation, ReverseGoldenResult, Search, reverse_golden_parameters
 from lightning_goldy.analysis.divergence import divergence_sum
+from lightning_goldy.analysis.golden import reverse
 from lightning_goldy.analysis.golden.fluctuation import STRATEGIES
 from lightning_goldy.analysis.golden.golden import Budget
-from lightning_goldy.analysis.golden.reverse import crossings, single_shot_scores
+from lightning_goldy.analysis.golden.reverse import SINGLE_SHOTS, crossings, single_shot_scores
 from lightning_goldy.analysis.gradients import SharedDivergence, divergence_gradient, pieces_of
 from lightning_goldy.core import (
     CausalLMObjective,
@@ -108,7 +109,7 @@ def test_single_shot_scores_and_their_masks_equal_the_reference(scope):
     model = sharp("gpt2")
     parameters = dict(model.named_parameters())
     divergence = SharedDivergence(model, pieces_of([BATCH], 1), CausalLMObjective(), Replicas())
-    found = single_shot_scores(model, divergence, CausalLMObjective(), parameters, "fisher")
+    found = single_shot_scores(model, divergence, CausalLMObjective(), parameters, SINGLE_SHOTS)
     expected = single_shot_reference(model, pieces_of([BATCH], 1), loss)
     budget = Budget(parameters, 3.0, scope)
     result = reverse_golden_parameters(
@@ -523,7 +524,7 @@ def test_batches_of_one_and_of_all_give_the_same_scores_and_the_same_mask():
     scores = []
     for size in (1, 3, None):
         divergence = SharedDivergence(model, pieces_of([BATCH], size), objective, Replicas())
-        scores.append(single_shot_scores(model, divergence, objective, parameters, "fisher"))
+        scores.append(single_shot_scores(model, divergence, objective, parameters, SINGLE_SHOTS))
     for name in scores[0]:
         for parameter, each in scores[0][name].items():
             assert all(torch.equal(each, other[name][parameter]) for other in scores[1:])
@@ -609,3 +610,39 @@ def test_the_exchanges_that_promise_most_are_made_first(seed):
     pairs = budget.pairs(scores, mask, 5)
     values = [float(scores[one.name][one.position] - scores[other.name][other.position]) for one, other in pairs]
     assert values == pytest.approx([value for value, _ in ranked[:5]])
+
+
+class Normed(nn.Module):
+    """The norm of a vector, which has no slope at zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([3.0, 2.0, 0.5]))
+        self.bias = nn.Parameter(torch.linspace(0.001, 0.006, 6))
+
+    def forward(self, x):
+        return torch.stack([self.weight.square().sum().sqrt() * x, (x * self.bias.sum() + 1)], dim=-1)
+
+
+def test_where_nothing_is_known_of_a_gradient_the_mask_grows_by_the_smallest_weights():
+    batch = (torch.ones(2), torch.tensor([0, 1]))
+    options = {"eval_batches": [batch], "top_k_percent": 44, "scope": "global", "rounds": 6, "score": "taylor"}
+    with pytest.warns(UserWarning, match=r"elements masked the gradients of the divergence of weight are not finite"):
+        result = reverse_golden_parameters(Normed(), [batch], ClassifierObjective(), **options)
+    assert result.count == 4
+    assert "smallest" in {entry["kept"] for entry in result.history}
+    assert result.mask["weight"].all()
+    assert result.kl_divergence >= max(result.single_shots.values())
+
+
+def test_sums_of_scores_one_after_the_other_find_the_same_mask(monkeypatch):
+    options = {"eval_batches": [HELD_OUT], "top_k_percent": 2, "rounds": 3, "score": "taylor"}
+    whole = reverse_golden_parameters(sharp("gpt2"), [BATCH], **options)
+    monkeypatch.setattr(reverse, "_LARGE", 0)
+    held, zeros = [], reverse.zeros_like_parts
+    monkeypatch.setattr(reverse, "zeros_like_parts", lambda parts: held.append(len(parts)) or zeros(parts))
+    single = reverse_golden_parameters(sharp("gpt2"), [BATCH], **options)
+    assert len(held) == 2
+    assert single.single_shots == whole.single_shots
+    assert all(torch.equal(single.mask[name], whole.mask[name]) for name in whole.mask)
+    assert (single.passes, single.cost.backwards) == (whole.passes + 1, whole.cost.backwards + whole.n_samples)
