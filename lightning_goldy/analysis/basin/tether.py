@@ -15,7 +15,7 @@ settle and lags behind κ, while what the cost pulls at settles within a traject
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,11 +37,13 @@ _DOUBLINGS = 60
 _PLACES, _MEMORY = 8, 0.1
 # Leapfrog steps of a trajectory at most, and trajectories of a way at least, where the budget has them.
 _LONGEST, _LEAST = 32, 24
-# How much longer the loose end of a way takes than the tight one, by equal shares of log κ.
-_DWELL = 6.0
+# Time goes as u + 4 u^4 over the share u of log κ: chains take long to settle where the tether is loose.
+_DWELL, _POWER = 4.0, 4
 # Shares of the gradients: the first way, the search for the inverse temperature, and for each round its ways and its
 # rest at the loose end. The second round is slower, so that their difference tells what speed does.
-_SETTLING, _SEEKING, _ROUNDS = 0.15, 0.15, ((0.08, 0.04), (0.2, 0.1))
+_SETTLING, _SEEKING, _ROUNDS = 0.15, 0.2, ((0.07, 0.03), (0.19, 0.1))
+# How strongly steps follow the acceptance while chains settle, and while they are watched.
+_GAIN, _SLOW_GAIN = 0.3, 0.1
 # By how much masses are rounded in their logarithms: sums over ranks differ in their last digits.
 _ROUNDING = 16 / math.log(2)
 
@@ -69,23 +71,24 @@ class TetherWalk(Bridge):
     def walked(self) -> dict[str, Any]:
         """The fields of the result, but the share of the importance sampler's draws."""
         self.chains = self._chains()
-        self.low, self.quota = self.start.kappa, self.settings.max_gradients / self.settings.chains
-        self.nodes, self.turn, self.odd = 0, 0.0, False
-        self.high, _, _ = self._tight(self.start, 2 * self.low)
+        self.low, self.nodes, self.turn, self.odd = self.start.kappa, 0, 0.0, False
+        self.high, _, _ = self._tight(self.start)
+        # Where curvature and steps are kept, however tight the tether has to be at the temperature that is found.
+        self.kept = self.high
         self.chains.draw(self.start.at(kappa=self.high))
         self.taken += self.settings.chains
         target = self._sought(self._loosened(self.start.at(t=1.0)))
-        self.high, base, base_noise = self._tight(target, self.high)
-        rounds = []
+        self.high, base, base_noise = self._tight(target)
+        rounds: list[tuple[_Way, ...]] = []
         for way, rest in _ROUNDS:
-            up, down = (self._watched(target, self._stages(way, up=up)) for up in (True, False))
-            stay = [(self.low, length) for _, length in self._stages(rest, up=False)]
-            rounds.append((up, down, self._watched(target, stay)))
+            back = self._watched(target, self.low, self.high, way)
+            there = self._watched(target, self.high, self.low, way)
+            rounds.append((back, there, self._watched(target, self.low, self.low, rest)))
         return self._concluded(target, rounds, base, base_noise)
 
-    def _tight(self, tilt: Tilt, kappa: float) -> tuple[float, float, float]:
+    def _tight(self, tilt: Tilt) -> tuple[float, float, float]:
         """The least doubling of κ whose Gaussian is exact but for weights, log Z there, and its error."""
-        chains = self._chains()
+        chains, kappa = self._chains(), 2 * self.low
         for _ in range(_DOUBLINGS):
             gaussian = tilt.at(t=0.0, kappa=kappa)
             logs: list[Array] = []
@@ -108,21 +111,25 @@ class TetherWalk(Bridge):
         )
 
     def _place(self, kappa: float) -> int:
-        share = math.log(self.high / kappa) / math.log(self.high / self.low)
+        share = math.log(self.kept / kappa) / math.log(self.kept / self.low)
         return min(max(round((_PLACES - 1) * share), 0), _PLACES - 1)
 
-    def _stages(self, share: float, *, up: bool) -> list[tuple[float, int]]:
-        """κ and the mean length of each trajectory of a way that takes a share of the gradients."""
-        quota = share * self.quota
-        step = math.exp(float(self._all(self.chains.steps).mean()))
-        length = max(1, min(_LONGEST, round(math.pi / 2 / step), int(quota / _LEAST)))
-        passed = np.linspace(0, 1, max(2, int(quota / length)))
-        # Time goes as u + A u^2 over the share u of log κ that is left behind.
-        rise = (_DWELL - 1) / 2
-        left = (np.sqrt(1 + 4 * rise * passed * (1 + rise)) - 1) / (2 * rise)
-        kappas = (self.high * (self.low / self.high) ** left).tolist()
-        kappas[-1] = self.low
-        return [(kappa, length) for kappa in (kappas[::-1] if up else kappas)]
+    def _stages(self, begin: float, end: float, share: float) -> Iterator[tuple[float, int]]:
+        """κ and the mean length of each trajectory, from one end to the other in a share of the gradients."""
+        quota, first = share * self.settings.max_gradients, self.taken
+        grid = np.linspace(0, 1, 513)
+        passed = (grid + _DWELL * grid**_POWER) / (1 + _DWELL)
+        down = end <= begin
+        while True:
+            step = math.exp(float(self._all(self.chains.steps).mean()))
+            length = max(1, min(_LONGEST, round(math.pi / 2 / step), int(quota / self.settings.chains / _LEAST)))
+            spent, rest = self.taken - first, quota - 1.5 * length * self.settings.chains
+            if spent >= rest:
+                break
+            share = spent / rest
+            left = float(np.interp(share if down else 1 - share, passed, grid))
+            yield max(begin, end) * (min(begin, end) / max(begin, end)) ** left, length
+        yield end, length
 
     def _step(self, tilt: Tilt, mean_length: int, gain: float) -> None:
         """One trajectory of every chain, of a jittered length that the budget has."""
@@ -146,11 +153,12 @@ class TetherWalk(Bridge):
         """A first way out, on which curvature and steps are learnt at each place."""
         self.learned: list[Tensor] = []
         self.steps_at: list[Tensor] = []
-        for kappa, length in self._stages(_SETTLING, up=False):
-            tilt = tilt.at(kappa=kappa)
-            self._step(tilt, length, 0.3)
+        for kappa, length in self._stages(self.high, self.low, _SETTLING):
+            tilt, place = tilt.at(kappa=kappa), self._place(kappa)
+            self._step(tilt, length, _GAIN)
             tilt = self._learned_from(tilt)
-            place = self._place(kappa)
+            if place >= _PLACES - 2:
+                tilt = self._cooled(tilt, 0.1)
             del self.learned[place:], self.steps_at[place:]
             missing = place + 1 - len(self.learned)
             self.learned += missing * [tilt.learned]
@@ -160,33 +168,39 @@ class TetherWalk(Bridge):
     def _sought(self, target: Tilt) -> Tilt:
         """The target with the inverse temperature at which the mean cost is the cutoff."""
         begin, logs, late = self.taken, [math.log(target.b)], 0
-        budget = int(_SEEKING * self.settings.max_gradients)
-        length = max(1, min(_LONGEST, budget // self.settings.chains // _LEAST))
-        while self.taken < begin + budget:
-            self._step(target, length, 0.2)
+        for _, length in self._stages(self.low, self.low, _SEEKING):
+            self._step(target, length, _GAIN)
             target = self._learned_from(target)
-            mean = float(self._all(self.chains.costs).mean())
-            shift = max(-1.0, min(1.0, math.log(mean / self.cutoff))) if math.isfinite(mean) and mean > 0 else 1.0
-            late += self.taken > begin + 0.4 * budget
-            rate = 1 / (3 + late) if late else 0.3
-            target = target.at(b=max(target.b * math.exp(rate * shift), 1e-9 / self.cutoff))
+            late += self.taken > begin + 0.4 * _SEEKING * self.settings.max_gradients
+            target = self._cooled(target, 1 / (3 + late) if late else 0.3)
             logs.append(math.log(target.b))
         self.learned[-1], self.steps_at[-1] = target.learned, self.chains.steps
         return target.at(b=math.exp(float(np.mean(logs[len(logs) // 2 :]))))
 
-    def _watched(self, target: Tilt, stages: list[tuple[float, int]]) -> _Way:
-        chains, rows, acceptance, here = self.chains, [], [], None
-        for kappa, length in stages:
+    def _cooled(self, tilt: Tilt, rate: float) -> Tilt:
+        """A step of the inverse temperature towards that at which the mean cost is the cutoff."""
+        mean = float(self._all(self.chains.costs).mean())
+        shift = max(-1.0, min(1.0, math.log(mean / self.cutoff))) if math.isfinite(mean) and mean > 0 else 1.0
+        return tilt.at(b=max(tilt.b * math.exp(rate * shift), 1e-9 / self.cutoff))
+
+    def _watched(self, target: Tilt, begin: float, end: float, share: float) -> _Way:
+        """Lets the tether go from one end to the other and watches the chains."""
+        chains, here = self.chains, None
+        kappas: list[float] = []
+        rows: list[Tensor] = []
+        acceptance: list[float] = []
+        for kappa, length in self._stages(begin, end, share):
             place = self._place(kappa)
             if place != here:
                 chains.steps, here = self.steps_at[place], place
             tilt = target.at(kappa=kappa, learned=self.learned[place])
-            self._step(tilt, length, 0.05)
+            self._step(tilt, length, _SLOW_GAIN)
+            kappas.append(kappa)
             self.steps_at[place] = chains.steps
             rows.append(self._observed_on(tilt))
             acceptance.append(float(self._all(chains.acceptance).mean()))
         integrand, plain, costs = np.moveaxis(self._all(torch.stack(rows, dim=1)), -1, 0)
-        return _Way(np.array([kappa for kappa, _ in stages]), integrand, plain, costs, np.array(acceptance))
+        return _Way(np.array(kappas), integrand, plain, costs, np.array(acceptance))
 
     def _observed_on(self, tilt: Tilt) -> Tensor:
         """The integrand by Stein's identity, as it is, and the cost, ``[chains, 3]``."""
@@ -196,7 +210,7 @@ class TetherWalk(Bridge):
         return torch.stack([plain - known, plain, self.chains.costs.to(x.device)], dim=-1).cpu()
 
     def _concluded(
-        self, target: Tilt, rounds: list[tuple[_Way, _Way, _Way]], base: float, base_noise: float
+        self, target: Tilt, rounds: list[tuple[_Way, ...]], base: float, base_noise: float
     ) -> dict[str, Any]:
         ups, downs = (np.stack([found[way].integral() for found in rounds]) for way in (0, 1))  # [rounds, chains]
         both = (ups + downs) / 2
@@ -242,7 +256,7 @@ class TetherWalk(Bridge):
                 f"the chains have spread to {spread:.0%} of the squared distance at which they would be settled"
             )
 
-    def _told(self, rounds: list[tuple[_Way, _Way, _Way]]) -> list[dict[str, Any]]:
+    def _told(self, rounds: list[tuple[_Way, ...]]) -> list[dict[str, Any]]:
         """A row for every place of every way."""
         rows = []
         for number, found in enumerate(rounds, 1):
