@@ -14,10 +14,11 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from lightning_goldy.analysis import adam_preconditioner, basin_volume, kronecker_preconditioner, local_volume
 from lightning_goldy.analysis.basin import BridgeResult, BridgeSettings
@@ -138,15 +139,15 @@ def compare(model: torch.nn.Module, data: list, n_directions: int) -> None:
         )
 
 
-def bridges(seeds: int) -> None:
+def bridges(seeds: range, dimensions: Sequence[int]) -> None:
     """Prints how bridges meet quadratics whose curvature is known up to lognormal noise, and how often errors cover."""
     # Of the tests: the exact volumes, by inverting the tilted characteristic function.
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from tests.references.volume import quadratic_volume_reference
 
-    for dimension in (50, 200, 1000, 2000):
+    for dimension in dimensions:
         misses, inside, gradients, began = [], 0, 0, time.perf_counter()
-        for seed in range(seeds):
+        for seed in seeds:
             generator = torch.Generator().manual_seed(1000 + seed)
             curvature = torch.logspace(-3, 3, dimension, dtype=torch.float64)
             anchor = torch.randn(dimension, generator=generator, dtype=torch.float64)
@@ -159,12 +160,12 @@ def bridges(seeds: int) -> None:
             inside += low <= truth <= high
             assert abs(misses[-1]) < 3 + 2 * result.error
         print(
-            f"bridge, quadratic of {dimension}: {seeds} seeds, largest miss {max(map(abs, misses)):.2f} nats "
-            f"(<= 3 + 2 errors), {inside} of {seeds} intervals hold the truth (>= 90 %), "
-            f"{gradients // seeds} gradients and {(time.perf_counter() - began) / seeds:.1f} s each",
+            f"bridge, quadratic of {dimension}: {len(seeds)} seeds, largest miss {max(map(abs, misses)):.2f} nats "
+            f"(<= 3 + 2 errors), {inside} of {len(seeds)} intervals hold the truth (>= 90 %), "
+            f"{gradients // len(seeds)} gradients and {(time.perf_counter() - began) / len(seeds):.1f} s each",
             flush=True,
         )
-        assert inside >= 0.9 * seeds
+        assert inside >= 0.9 * len(seeds)
 
 
 def quadratic_bridge(anchor: torch.Tensor, curvature: torch.Tensor, believed: torch.Tensor, seed: int) -> BridgeResult:
@@ -184,20 +185,85 @@ def quadratic_bridge(anchor: torch.Tensor, curvature: torch.Tensor, believed: to
     return local_volume(module, Quadratic(), method="bridge", bridge=settings, **options)
 
 
+def sentences(count: int, length: int, seed: int) -> torch.Tensor:
+    """Word by word: two articles, adjectives, nouns and a verb, each any of its kind, and a full stop."""
+    generator = torch.Generator().manual_seed(seed)
+    kinds = ((0, 2), (2, 4), (6, 4), (10, 4), (0, 2), (2, 4), (6, 4), (14, 1))
+    wanted = [kinds[place % len(kinds)] for place in range(length)]
+    columns = [first + torch.randint(many, (count,), generator=generator) for first, many in wanted]
+    return torch.stack(columns, dim=1)
+
+
+def small_network(family: str, width: int, steps: int) -> torch.nn.Module:
+    """Two trained blocks on a vocabulary of 16: a Llama of width 24 has 13,560 parameters."""
+    torch.manual_seed(0)
+    names = {"vocab_size": 16, "bos_token_id": 0, "eos_token_id": 0}
+    if family == "gpt2":
+        off = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+        config = GPT2Config(n_layer=2, n_head=4, n_embd=width, n_positions=64, **names, **off)
+        model: torch.nn.Module = GPT2LMHeadModel(config)
+    else:
+        sizes = {"hidden_size": width, "intermediate_size": width * 7 // 3, "max_position_embeddings": 64}
+        heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
+        config = LlamaConfig(**sizes, **heads, **names, tie_word_embeddings=False)
+        model = LlamaForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps, pct_start=0.1)
+    for step in range(steps):
+        ids = sentences(16, 32, step)
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        schedule.step()
+    return model.eval()
+
+
+def network(family: str, width: int, gradients: Sequence[int], seeds: range, samples: int) -> None:
+    """Prints bridges around a small trained network by seed and budget, beside rays on the same samples."""
+    model, data = small_network(family, width, 600), [{"input_ids": sentences(samples, 32, 99_999)}]
+    proposals = {"none": None} | {
+        f"kronecker {eps:g}": kronecker_preconditioner(model, data, eps=eps) for eps in (1e-3, 1e-2, 1e-1)
+    }
+    for name, proposal in proposals.items():
+        rays = basin_volume(model, data, n_directions=8, preconditioner=proposal)
+        print(f"{family}, {rays.dimension} parameters, rays, {name}: {rays.log_volume:.0f}", flush=True)
+    for budget in gradients:
+        for seed in seeds:
+            options = {"method": "bridge", "bridge": BridgeSettings(max_gradients=budget), "seed": seed}
+            found = basin_volume(model, data, **options)
+            parts = ", ".join(f"{name} {value:.1f}" for name, value in found.parts.items())
+            print(
+                f"{family}, bridge, seed {seed}: {found.log_volume:.0f} +- {found.error:.0f} ({parts}), exponent "
+                f"{found.scaling_exponent:.0f}, {found.gradients} gradients, {found.seconds:.0f} s, "
+                f"tether from {found.tether:g}, weak: {found.weak or 'no'}",
+                flush=True,
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--directions", type=int, default=20)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seeds", type=int, default=20, help="of each quadratic that a bridge is walked around")
-    parser.add_argument("--only", choices=("rays", "bridge"), help="one of the two methods")
+    parser.add_argument("--first-seed", type=int, default=0, help="of those")
+    parser.add_argument("--dimensions", type=int, nargs="+", default=[50, 200, 1000, 2000], help="of the quadratics")
+    parser.add_argument("--only", choices=("rays", "bridge", "network"), help="one of the two methods, or networks")
+    parser.add_argument("--family", choices=("llama", "gpt2"), default="llama", help="of the network")
+    parser.add_argument("--width", type=int, default=24, help="of the network")
+    parser.add_argument("--samples", type=int, default=4, help="that the network is looked at on")
+    parser.add_argument("--gradients", type=int, nargs="+", default=[10_000, 20_000], help="of each of its bridges")
     parser.add_argument("--memory", choices=("forward", "implicit", "explicit"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(2)
     if arguments.memory:
         print_memory(arguments.memory)
         return
+    seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
+    if arguments.only == "network":
+        network(arguments.family, arguments.width, arguments.gradients, seeds, arguments.samples)
+        return
     if arguments.only != "rays":
-        bridges(arguments.seeds)
+        bridges(seeds, arguments.dimensions)
     if arguments.only == "bridge":
         return
     model, optimizer = trained(4, 128, arguments.steps)

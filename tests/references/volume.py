@@ -145,3 +145,32 @@ def radial_volume_reference(radius: float, dimension: int, sigma: float = 1.0) -
     with mp.workdps(40):
         inside = mp.gammainc(mpf(dimension) / 2, 0, mpf(radius / sigma) ** 2 / 2, regularized=True)
         return float(mp.log(inside))
+
+
+def splitting_volume_reference(
+    cost: Callable[[Tensor], Tensor], dimension: int, cutoff: float, *, sigma: float = 1.0, particles: int = 1000
+) -> tuple[float, float]:
+    """log P(cost <= cutoff) under N(0, sigma^2), and its error, by splitting: half of the points survive each level.
+
+    Survivors are copied and moved by steps that leave the prior as it is and are refused where they leave the level.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def normal() -> Tensor:
+        return torch.randn(particles, dimension, generator=generator, dtype=torch.float64) * sigma
+
+    points, total, levels, size = normal(), 0.0, 0, 0.5
+    costs = cost(points)
+    while (level := float(costs.median())) > cutoff:
+        total, levels = total + math.log(float((costs <= level).double().mean())), levels + 1
+        kept = (costs <= level).nonzero().flatten()
+        chosen = kept[torch.randint(len(kept), (particles,), generator=generator)]
+        points, costs = points[chosen], costs[chosen]
+        for _ in range(15):
+            moved = math.sqrt(1 - size**2) * points + size * normal()
+            at = cost(moved)
+            inside = at <= level
+            points, costs = torch.where(inside[:, None], moved, points), torch.where(inside, at, costs)
+            size = min(1.0, max(1e-3, size * math.exp(0.2 * (float(inside.double().mean()) - 0.3))))
+    share = float((costs <= cutoff).double().mean())
+    return total + math.log(share), math.sqrt((levels + (1 - share) / share) / particles)

@@ -1,6 +1,6 @@
 """How robust it is: the volume of the basin around a model."""
 
-from lightning_goldy.analysis.basin.bridge import Bridge, BridgeSettings
+from lightning_goldy.analysis.basin.bridge import Bridge, BridgeSettings, bridge_gradients
 from lightning_goldy.analysis.basin.kronecker import (
     KroneckerFisher,
     KroneckerPreconditioner,
@@ -41,6 +41,7 @@ __all__ = [
     "aggregate",
     "basin_volume",
     "best_of",
+    "bridge_gradients",
     "diagonal_preconditioner",
     "fit_exponents",
     "kronecker_fisher",

@@ -26,16 +26,16 @@ from lightning_goldy.analysis.basin.saddle import (
     trusted,
     weighted_volume,
 )
-from lightning_goldy.analysis.basin.sampling import Chains, Field, langevin_coefficient
+from lightning_goldy.analysis.basin.sampling import LONGEST, Chains, Field, langevin_coefficient
 from lightning_goldy.core.naming import require_at_least, require_choice
 from lightning_goldy.core.sharding import Replicas
+
+Path = Literal["auto", "cost", "tether"]
 
 # Draws of the importance sampler: a first look, and all of them where that look is good.
 _LOOK, _DRAWS = 16, 128
 # Share of the draws that the weights must leave, or a chain is needed.
 _EFFECTIVE = 0.25
-# Share of the elements that the curvature, not the tether, may hold where a tethered walk begins.
-_CURVED = 0.02
 # Share of the gradients that finds the inverse temperature and lets the chains settle.
 _SETTLING = 0.35
 # Error of half of the log-variance of the cost, over that of one independent value from each visit of a chain.
@@ -44,9 +44,7 @@ _DEPENDENT = 0.3
 _BETWEEN = 27
 # By how much a stretch of the chains may raise their cost.
 _STEEP = 3.0
-# Places of the tether at which the curvature is learnt.
-_STAGES = 7
-# Where the mean cost is farther from the quadratic one than this, the Gaussian is tethered closer.
+# Where the mean cost is farther from the quadratic one than this, the Gaussian is no place to begin.
 _FAR = 3.0
 
 
@@ -56,7 +54,8 @@ class BridgeSettings:
 
     Args:
         chains: Chains, at least 2: their spread is part of the error.
-        nodes: Intervals of each leg, 2, 4, 8, ...; the estimate with half of them is part of the error.
+        nodes: Intervals of the path from the Gaussian to the cost, 2, 4, 8, ...; the estimate with half of them is part
+            of the error. A tether has a place for every trajectory.
         max_gradients: Gradients of the cost in all, each of the whole probe, over all chains; the best estimate within
             them is returned.
         region: ``connected``, all that can be reached at no more than the cost, or ``star``, what is seen from the
@@ -64,6 +63,9 @@ class BridgeSettings:
         ray_points: Places on each line that ``star`` looks at, a forward pass each beside every gradient.
         sgld_draws: Draws of Langevin dynamics that are compared with, beside ``max_gradients``, for each chain.
         floor: Least curvature that masses are made for, as a share of the mean curvature.
+        path: ``cost`` adds what the true cost has beyond the quadratic one; ``tether``, for networks, begins where a
+            tether holds all and loosens it to the prior; ``auto`` takes ``cost`` where the Gaussian's own draws cost
+            about what it says.
 
     Raises:
         ValueError: A value is unknown or out of range.
@@ -81,11 +83,13 @@ class BridgeSettings:
     ray_points: int = 8
     floor: float = 0.002
     sgld_draws: int = 0
+    path: Path = "auto"
 
     def __post_init__(self) -> None:
         require_at_least("chains", self.chains, 2)
         require_at_least("ray_points", self.ray_points, 1)
         require_choice("region", self.region, get_args(Region))
+        require_choice("path", self.path, get_args(Path))
         if self.nodes < 2 or self.nodes & (self.nodes - 1):
             raise ValueError(f"nodes must be a power of 2, at least 2; got {self.nodes}")
         if not self.floor >= 0:
@@ -101,12 +105,22 @@ class BridgeSettings:
         return self.chains * 100
 
 
+def bridge_gradients(settings: BridgeSettings) -> int:
+    """Gradients that a bridge takes at most: its budget, a last trajectory, and the Langevin dynamics beside it.
+
+    Not counted are two for each element where the curvature of up to 512 parameters has to be measured.
+
+    Example:
+        >>> bridge_gradients(BridgeSettings(chains=4, max_gradients=1000, sgld_draws=50))
+        1256
+    """
+    langevin = settings.sgld_draws + 1 if settings.sgld_draws else 0
+    return settings.max_gradients + settings.chains * (LONGEST + 1 + langevin)
+
+
 class _Node(NamedTuple):
-    leg: Literal["cost", "tether"]
     place: float
     tilt: Tilt
-    scale: float
-    """What the integrand of the leg is multiplied by: the length of its interval."""
 
 
 class _Visit(NamedTuple):
@@ -151,9 +165,6 @@ class Bridge:
         self.variance = 1 / tilt.kappa
         self.numbers = replicas.share(range(settings.chains))
         self.taken = 0
-        # What was learnt at each place of the tether: curvature, and steps.
-        self.learned: dict[float, Tensor] = {}
-        self.steps: dict[float, Tensor] = {}
         self.here: Tilt | None = None
         self.weak: list[str] = []
 
@@ -184,42 +195,38 @@ class Bridge:
         mine = torch.empty(len(self.numbers), len(self.start.pull), device=self.start.pull.device)
         return Chains(self.field, self.numbers, self.seed, mine.to(self.start.pull.dtype))
 
-    def tether(self) -> float:
-        """κ where the walk begins, per squared parameter unit.
-
-        The prior's own where the Gaussian's draws cost about what it says. Else so large that the curvature, which is
-        then wrong somewhere, hardly matters: the tether's own Gaussian is exact.
-        """
+    def near(self) -> bool:
+        """Whether the Gaussian's own draws cost about what it says."""
         start, chains = self.start, self._chains()
         x = torch.cat([chains.noise() * start.precision.rsqrt() + start.centre for _ in range(4)])
         costs = np.mean([self._all(part).mean() for part in self.field.values(x).chunk(4)])
-        if 1 / _FAR <= costs / self.cutoff <= _FAR:
-            return start.kappa
-        kappa, least = start.kappa, max(_CURVED * len(start.pull), 3.0)
-        while start.b * start.at(kappa=kappa).mean_cost() > least:
-            kappa *= 2
-        return kappa
+        return bool(1 / _FAR <= costs / self.cutoff <= _FAR)
+
+    def drawn(self) -> tuple[dict[str, Any] | None, float]:
+        """The fields of the result where draws of the Gaussian are enough, else None; and the share that is left."""
+        costs, quadratic, share = self.importance()
+        return (self._by_importance(costs, quadratic) if share >= _EFFECTIVE else None), share
 
     def run(self) -> dict[str, Any]:
-        """The fields of the result that a walk fills."""
-        costs, quadratic, share = self.importance()
-        if share >= _EFFECTIVE:
-            return self._by_importance(costs, quadratic, share)
-        self.chains = self._chains()
-        kappa = self.tether()
-        self.kappas = (kappa, self.start.kappa)
-        self.nodes = self._affordable(kappa > self.start.kappa)
-        self.chains.draw(self.start.at(kappa=kappa))
-        target = self._settled(self.start.at(t=1.0))
-        return self._walked(target) | {"effective_sample_size": share, "tether": kappa / self.start.kappa}
+        """The fields of the result: from draws where they are enough, else from chains."""
+        found, share = self.drawn()
+        return (self.walked() if found is None else found) | {"effective_sample_size": share}
 
-    def _affordable(self, tethered: bool) -> int:
-        """Intervals of each leg: fewer where the budget does not give each node three trajectories and steps."""
+    def walked(self) -> dict[str, Any]:
+        """The same from chains, but the share of the draws."""
+        self.chains = self._chains()
+        self.nodes = self._affordable()
+        self.chains.draw(self.start)
+        target = self._settled(self.start.at(t=1.0))
+        return self._summed(target, *self._passes(target))
+
+    def _affordable(self) -> int:
+        """Intervals: fewer where the budget does not give each node three trajectories and steps."""
         nodes = self.settings.nodes
-        while nodes > 2 and self.settings.max_gradients < 2 * self.settings.chains * 24 * nodes * (1 + tethered):
+        while nodes > 2 and self.settings.max_gradients < 2 * self.settings.chains * 24 * nodes:
             nodes //= 2
         if nodes < self.settings.nodes:
-            self.weak.append(f"max_gradients={self.settings.max_gradients} allow {nodes} intervals of each leg")
+            self.weak.append(f"max_gradients={self.settings.max_gradients} allow {nodes} intervals of the path")
         return nodes
 
     def _spend(self, gradients: int) -> tuple[int, int]:
@@ -251,7 +258,7 @@ class Bridge:
         affordable = _BETWEEN * self.settings.chains < 0.02 * (self.settings.max_gradients - self.taken)
         if halvings and affordable and not self._all(kept.double()).all():
             chains.x, chains.costs, chains.gradients = before
-            middle = new.at(t=(old.t + new.t) / 2, kappa=math.sqrt(old.kappa * new.kappa))
+            middle = new.at(t=(old.t + new.t) / 2)
             self._carry(old, middle, halvings=halvings - 1)
             for _ in range(2):
                 self._move(middle, chains.longest, gain=0.3)
@@ -264,40 +271,22 @@ class Bridge:
 
     def _settled(self, target: Tilt) -> Tilt:
         """The target with the inverse temperature of the cutoff and the curvature learnt from the chains there."""
-        high, low = self.kappas
         budget = int(_SETTLING * self.settings.max_gradients)
-        if high > low:
-            stages = np.geomspace(high, low, _STAGES)[:-1]
-            for place, kappa in enumerate(stages):
-                end = 0.4 * budget * (place + 1) / len(stages)
-                stage = target.at(kappa=float(kappa))
-                if place:
-                    self._carry(target, stage)
-                target = self._round(stage, end, gain=0.3, cooling=None)
-                self._keep(target)
-        if high > low:
-            self._carry(target, target.at(kappa=low))
-        target, left = target.at(kappa=low), budget - self.taken
+        left = budget - self.taken
         for number, share in enumerate((0.15, 0.35, 0.6, 1.0)):
             end = budget - left * (1 - share)
             target = self._round(target, end, gain=0.3 / (1 + number), cooling=number)
-        self._keep(target)
+        self.steps = self.chains.steps
         return target
 
-    def _keep(self, target: Tilt) -> None:
-        self.learned[target.kappa], self.steps[target.kappa] = target.learned, self.chains.steps
-
-    def _nearest(self, kappa: float) -> float:
-        return min(self.learned, key=lambda known: abs(math.log(known / kappa)))
-
-    def _round(self, target: Tilt, end: float, *, gain: float, cooling: int | None) -> Tilt:
+    def _round(self, target: Tilt, end: float, *, gain: float, cooling: int) -> Tilt:
         """Moves the chains until so many gradients are taken, and learns the curvature from them.
 
         Args:
             target: The density.
             end: Gradients.
             gain: How strongly steps follow the acceptance.
-            cooling: Which of the rounds that seek the inverse temperature; None leaves it.
+            cooling: Which of the rounds that seek the inverse temperature.
         """
         sums = [torch.zeros_like(target.pull, dtype=torch.float64) for _ in range(4)]
         count, logs = 0, [math.log(target.b)]
@@ -306,18 +295,17 @@ class Bridge:
         while self.taken < end:
             self._move(target, max(1, int(end - self.taken) // self.settings.chains), gain=gain)
             slope = target.slope(self.chains.x, self.chains.gradients)
-            if cooling is not None:
-                costs = self.chains.costs
-                means.append(float(self._all(costs).mean()))
-                mean = means[-1]
-                if cooling > 1:  # the curvature is known well enough to take off what its fluctuation explains
-                    variates.append(self._all(_identity(target, self.chains.x, slope, target.learned)).mean())
-                    sure = len(means) < 4 or trusted(np.array([means]), np.array([variates]))
-                    mean -= variates[-1] if sure else 0.0
-                shift = max(-1.0, min(1.0, math.log(mean / self.cutoff))) if math.isfinite(mean) and mean > 0 else 1.0
-                rate = 0.5 if cooling < 2 else 1 / (2 + count)
-                target = target.at(b=max(target.b * math.exp(rate * shift), 1e-9 / self.cutoff))
-                logs.append(math.log(target.b))
+            costs = self.chains.costs
+            means.append(float(self._all(costs).mean()))
+            mean = means[-1]
+            if cooling > 1:  # the curvature is known well enough to take off what its fluctuation explains
+                variates.append(self._all(_identity(target, self.chains.x, slope, target.learned)).mean())
+                sure = len(means) < 4 or trusted(np.array([means]), np.array([variates]))
+                mean -= variates[-1] if sure else 0.0
+            shift = max(-1.0, min(1.0, math.log(mean / self.cutoff))) if math.isfinite(mean) and mean > 0 else 1.0
+            rate = 0.5 if cooling < 2 else 1 / (2 + count)
+            target = target.at(b=max(target.b * math.exp(rate * shift), 1e-9 / self.cutoff))
+            logs.append(math.log(target.b))
             for row, grad in zip(self.chains.x.double(), slope.double(), strict=True):
                 for total, value in zip(sums, (row, row * row, grad, grad * grad), strict=True):
                     total += value
@@ -340,29 +328,11 @@ class Bridge:
         logs = torch.lerp((target.learned.double() + floor).log(), (found + floor).log(), total / (total + 6.0))
         return (logs.exp() - floor).clamp(min=0).to(torch.float32).to(target.pull.dtype)
 
-    def _path(self, target: Tilt) -> tuple[list[_Node], list[tuple[Array, Array]]]:
-        """The nodes from the Gaussian to the target, and the weights of each, fine and coarse."""
-        places, fine, coarse = nested_rule(self.nodes)
-        high, low = self.kappas
-
-        def node(leg: Literal["cost", "tether"], place: float, kappa: float, scale: float = 1.0) -> _Node:
-            t = place if leg == "cost" else 1.0
-            return _Node(leg, place, target.at(t=t, kappa=kappa, learned=self.learned[self._nearest(kappa)]), scale)
-
-        # Where the tether holds nearly all, the cost is a small thing to add.
-        few = nested_rule(max(2, self.nodes // 2)) if high > low else (places, fine, coarse)
-        nodes, rules = [node("cost", place, high) for place in few[0].tolist()], [few[1:]]
-        if high > low:
-            length = math.log(high / low)
-            nodes += [node("tether", place, high * math.exp(-place * length), length) for place in places.tolist()]
-            rules.append((fine, coarse))
-        return nodes, rules
-
     def _visit(self, node: _Node, share: float, *, fresh: bool) -> _Visit:
         """Lets the chains settle at a node, then watches them."""
         tilt, chains = node.tilt, self.chains
         if not fresh:
-            chains.steps = self.steps[self._nearest(tilt.kappa)]
+            chains.steps = self.steps
             if tilt.t > 0 and self.here is not None:
                 self._carry(self.here, tilt)
         self.here = tilt
@@ -399,22 +369,17 @@ class Bridge:
         slope = tilt.slope(x, self.chains.gradients)
         cost, half = self.chains.costs.to(x.device), squares(x) / 2
         of_cost = _identity(model, x, slope, model.learned)
-        if node.leg == "tether":
-            integrand, control = half * tilt.kappa, _identity(model, x, slope, tilt.kappa)
-            integrand, control = integrand * node.scale, control * node.scale
-        else:
-            integrand = tilt.b * (squares(x, tilt.curvature) / 2 - cost)
-            control = tilt.b * (_identity(model, x, slope, tilt.curvature) - of_cost)
+        integrand = tilt.b * (squares(x, tilt.curvature) / 2 - cost)
+        control = tilt.b * (_identity(model, x, slope, tilt.curvature) - of_cost)
         return torch.stack([cost, integrand, control, of_cost, half], dim=-1).cpu()
 
-    def _walked(self, target: Tilt) -> dict[str, Any]:
-        nodes, rules = self._path(target)
-        weights = np.concatenate([fine for fine, _ in rules])
-        coarse = np.concatenate([rule for _, rule in rules])
+    def _passes(self, target: Tilt) -> tuple[list[_Node], list[dict[int, _Visit]], Array, Array]:
+        """The nodes, what was found at them on both ways, and their weights, fine and coarse."""
+        places, weights, coarse = nested_rule(self.nodes)
+        nodes = [_Node(place, target.at(t=place)) for place in places.tolist()]
         last = len(nodes) - 1
         # The target's moments make the saddle, so it is watched for longer.
-        tethered = self.kappas[0] > self.kappas[1]
-        shares = np.array([1 + 3 * node.place if node.leg == "tether" else 1 - 0.7 * tethered for node in nodes])
+        shares = np.ones(len(nodes))
         shares[last] = 4.0
         passes: list[dict[int, _Visit]] = []
         total, done = 2 * shares.sum(), 0.0
@@ -425,17 +390,10 @@ class Bridge:
                 found[place] = self._visit(nodes[place], share, fresh=place == last and turn == 0)
                 done += shares[place]
             passes.append(found)
-        base = target.at(t=0.0, kappa=self.kappas[0]).log_normaliser(self.variance)
-        return self._summed(target, nodes, passes, weights, coarse, base)
+        return nodes, passes, weights, coarse
 
     def _summed(
-        self,
-        target: Tilt,
-        nodes: list[_Node],
-        passes: list[dict[int, _Visit]],
-        weights: Array,
-        coarse: Array,
-        base: float,
+        self, target: Tilt, nodes: list[_Node], passes: list[dict[int, _Visit]], weights: Array, coarse: Array
     ) -> dict[str, Any]:
         last = len(nodes) - 1
 
@@ -454,8 +412,13 @@ class Bridge:
         there, back = whole
         loop, loop_noise = _difference(there[None], back[None])
         schedule = float(abs((weights - coarse) @ self._means(passes, last)))
-        level = base + float(whole.mean())
-        point, mean, variance, noise = self._crossed(target, passes, last, level)
+        level = target.at(t=0.0).log_normaliser(self.variance) + float(whole.mean())
+        rows = [
+            (row, centred)
+            for found in passes
+            for row, centred in zip(found[last].costs, found[last].centred, strict=True)
+        ]
+        point, mean, variance, noise = self._crossed(target, rows, level)
         parts = {
             "chains": float(spread),
             "halves": max(0.0, abs(drift) - drift_noise),
@@ -471,6 +434,17 @@ class Bridge:
         return {
             "log_volume": value,
             "error": math.sqrt(math.fsum(part**2 for part in parts.values())),
+            **self._moments(target, point, mean, variance),
+            "parts": parts,
+            "tether": 1.0,
+            "trace": self._trace(nodes, passes),
+            "acceptance": acceptance,
+            "nodes": self.nodes,
+            "weak": "; ".join(self.weak),
+        }
+
+    def _moments(self, target: Tilt, point: Saddle, mean: float, variance: float) -> dict[str, Any]:
+        return {
             "method": "bridge",
             "inverse_temperature": point.b,
             "log_normaliser": point.log_normaliser,
@@ -478,11 +452,6 @@ class Bridge:
             "cost_deviation": math.sqrt(variance),
             "learning_coefficient": target.b * mean,
             "sgld": self._langevin(target),
-            "parts": parts,
-            "trace": self._trace(nodes, passes),
-            "acceptance": acceptance,
-            "nodes": self.nodes,
-            "weak": "; ".join(self.weak),
         }
 
     def _langevin(self, tilt: Tilt) -> dict[str, float]:
@@ -505,14 +474,15 @@ class Bridge:
         return np.array([np.mean([found[place].integrand.mean() for found in passes]) for place in range(last + 1)])
 
     def _crossed(
-        self, target: Tilt, passes: list[dict[int, _Visit]], last: int, level: float
+        self, target: Tilt, rows: list[tuple[Array, Array]], level: float
     ) -> tuple[Saddle, float, float, float]:
-        """The saddle, the mean and the variance of the cost, and the error that they bring, by leaving out chains."""
-        rows = [
-            (row, centred)
-            for found in passes
-            for row, centred in zip(found[last].costs, found[last].centred, strict=True)
-        ]
+        """The saddle, the mean and the variance of the cost, and the error that they bring, by leaving out chains.
+
+        Args:
+            target: The density that the rows are samples of.
+            rows: Costs of one chain in a row each, and the same with a control variate taken off.
+            level: log Z there, nats.
+        """
 
         def point(without: int | None = None) -> tuple[Saddle, float, float]:
             kept = [pair for place, pair in enumerate(rows) if place != without]
@@ -550,14 +520,17 @@ class Bridge:
             self.weak.append(f"the chains still drift, by {drift:+.3g} nats between halves{way}")
         if abs(loop) > max(2 * loop_noise, 1.0, 5e-3 * abs(value)):
             self.weak.append(f"the way back differs from the way there by {loop:+.3g} nats")
+        self._doubt_samples(mean, acceptance, value, visit.costs.size)
+
+    def _doubt_samples(self, mean: float, acceptance: float, value: float, samples: int) -> None:
         if value > 0:
             self.weak.append(f"the logarithm of a probability cannot be {value:.3g}")
         if not 0.5 < mean / self.cutoff < 2:
             self.weak.append(f"the samples cost {mean:.3g} nats on average where the cutoff is {self.cutoff:g}")
         if acceptance < 0.3:
             self.weak.append(f"only {acceptance:.0%} of the trajectories were accepted")
-        if visit.costs.size < 32:
-            self.weak.append(f"only {visit.costs.size} samples at the cutoff")
+        if samples < 32:
+            self.weak.append(f"only {samples} samples at the cutoff")
 
     def _trace(self, nodes: list[_Node], passes: list[dict[int, _Visit]]) -> list[dict[str, Any]]:
         rows = []
@@ -571,13 +544,13 @@ class Bridge:
                 }
                 node = nodes[place]
                 rows.append(
-                    {"way": ("there", "back")[number], "leg": node.leg, "place": node.place, "kappa": node.tilt.kappa}
+                    {"way": ("there", "back")[number], "leg": "cost", "place": node.place, "kappa": node.tilt.kappa}
                     | numbers
                     | {"samples": visit.costs.size}
                 )
         return rows
 
-    def _by_importance(self, costs: Array, quadratic: Array, share: float) -> dict[str, Any]:
+    def _by_importance(self, costs: Array, quadratic: Array) -> dict[str, Any]:
         """The volume from weighted draws; its error by leaving out one after the other."""
         base = self.start.log_normaliser(self.variance)
         whole = weighted_volume(costs, quadratic, self.start.b, base, self.cutoff)
@@ -604,7 +577,6 @@ class Bridge:
             "acceptance": 1.0,
             "nodes": 0,
             "weak": "",
-            "effective_sample_size": share,
             "tether": 1.0,
         }
 

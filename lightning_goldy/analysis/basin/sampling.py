@@ -17,6 +17,8 @@ from lightning_goldy.core.directions import derived_seed
 
 # Acceptance that steps are adapted to.
 _ACCEPTANCE = 0.75
+# Leapfrog steps of a trajectory at most, where nothing else is said.
+LONGEST = 12
 # A trajectory turns by about a quarter of a period of a Gaussian, jittered so that none is periodic.
 _QUARTER = math.pi / 2
 
@@ -232,7 +234,7 @@ class Chains:
     numbers: Sequence[int]
     seed: int
     x: Tensor
-    longest: int = 12
+    longest: int = LONGEST
     costs: Tensor = dataclasses.field(init=False)
     gradients: Tensor = dataclasses.field(init=False)
     steps: Tensor = dataclasses.field(init=False)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lightning_goldy.analysis.basin.bridge import Bridge, BridgeSettings
+from lightning_goldy.analysis.basin.bridge import BridgeSettings
 from lightning_goldy.analysis.basin.kronecker import kronecker_fisher
 from lightning_goldy.analysis.basin.reference import Curvature, Eigenbasis, Tilt, central_hessian
 from lightning_goldy.analysis.basin.result import (
@@ -30,6 +30,7 @@ from lightning_goldy.analysis.basin.result import (
 )
 from lightning_goldy.analysis.basin.saddle import BridgeResult
 from lightning_goldy.analysis.basin.sampling import AddedTether, Field, ModuleField, PointField, StarField
+from lightning_goldy.analysis.basin.tether import crossed
 from lightning_goldy.analysis.divergence import AnchoredDivergence, Cache, check_cache, own_share, shortened
 from lightning_goldy.analysis.result import Cost, total_cost
 from lightning_goldy.core.batches import sample_count
@@ -411,7 +412,7 @@ class _Crossing:
                 pull = basis.inward(flat[None])[0] / scale**2
                 tilt = Tilt(1.0, 0.0, 1 / scale**2, basis.values, basis.values, pull)
                 options: dict[str, Any] = {"seed": self.estimator.seed, "replicas": self.replicas, "progress": progress}
-                found = Bridge(cost, tilt, self.cutoff, self.settings, **options).run()
+                found = crossed(cost, tilt, self.cutoff, self.settings, **options)
             finally:
                 for module in modules:
                     module.restore()

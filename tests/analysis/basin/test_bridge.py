@@ -11,13 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from lightning_goldy.analysis import basin_volume, local_volume
-from lightning_goldy.analysis.basin import BridgeResult, BridgeSettings, paired_difference
+from lightning_goldy.analysis.basin import BridgeResult, BridgeSettings, bridge_gradients, paired_difference
 from lightning_goldy.analysis.basin.reference import Eigenbasis, Tilt
 from lightning_goldy.analysis.basin.saddle import controlled, counted, saddle
+from lightning_goldy.analysis.basin.sampling import PointField
+from lightning_goldy.analysis.basin.tether import TetherWalk
 from lightning_goldy.analysis.divergence import AnchoredDivergence
 from lightning_goldy.core import CausalLMObjective, ClassifierObjective, ParameterSpace, ParameterVector
 from tests.references.models import build, token_batch
-from tests.references.volume import quadratic_volume_reference, radial_volume_reference
+from tests.references.volume import (
+    quadratic_volume_reference,
+    radial_volume_reference,
+    splitting_volume_reference,
+)
 
 CUTOFF = 1e-2
 
@@ -134,6 +140,66 @@ def test_the_stated_errors_cover(dimension: int) -> None:
         low, high = result.interval()
         inside.append(low <= truth <= high)
     assert sum(inside) >= 18
+
+
+class Softmax:
+    """The divergence of a linear classifier of 9 inputs and a bias into 3 classes: 30 parameters, a convex region."""
+
+    def __init__(self, anchor: Tensor, inputs: Tensor) -> None:
+        self.inputs = inputs
+        self.logs = self.predicted(anchor[None])[0]
+
+    def predicted(self, points: Tensor) -> Tensor:
+        return (self.inputs @ points.view(-1, 3, 10).mT).log_softmax(-1)
+
+    def of_points(self, points: Tensor) -> Tensor:
+        return (self.logs.exp() * (self.logs - self.predicted(points))).sum(-1).mean(-1)
+
+    def __call__(self, module: nn.Module) -> Tensor:
+        return self.of_points(next(module.parameters())[None])[0]
+
+
+def classifier() -> tuple[Flat, Softmax]:
+    generator = torch.Generator().manual_seed(5)
+    inputs = torch.randn(12, 9, generator=generator, dtype=torch.float64)
+    anchor = 2 * torch.randn(30, generator=generator, dtype=torch.float64)
+    return Flat(anchor), Softmax(anchor, torch.cat([inputs, torch.ones(12, 1, dtype=torch.float64)], dim=1))
+
+
+def test_a_classifier_of_30_parameters_has_the_volume_that_splitting_finds() -> None:
+    module, cost = classifier()
+    truth, noise = splitting_volume_reference(cost.of_points, 30, 0.3, sigma=2.0)
+    settings = BridgeSettings(chains=8, max_gradients=1600, path="tether")
+    result = local_volume(module, cost, method="bridge", cutoff=0.3, sigma=2.0, bridge=settings)
+    assert abs(result.log_volume - truth) < 1.96 * math.hypot(result.error, noise)
+    assert result.error < 0.15 * abs(truth)
+    assert noise < 0.2
+    assert result.tether > 1
+    assert {row["leg"] for row in result.trace} == {"tether"}
+
+
+def test_a_tether_does_not_ask_where_the_chains_lag() -> None:
+    """Where nothing costs anything the derivative of log Z is known, wherever the chains are."""
+    curvature, pull = torch.full((6,), 0.5, dtype=torch.float64), torch.linspace(-1, 2, 6, dtype=torch.float64)
+    basis = Eigenbasis(ParameterSpace.of(Flat(pull)), vector(Flat(pull), curvature), device="cpu", dtype=pull.dtype)
+    field = PointField(lambda points: 0 * points.sum(-1), torch.zeros(6, dtype=torch.float64), basis)
+    walk = TetherWalk(field, Tilt(1.0, 0.0, 4.0, curvature, curvature, pull), CUTOFF, BridgeSettings())
+    walk.chains = walk._chains()
+    walk.chains.x[:] = torch.linspace(-9, 5, 6)
+    walk.chains.look()
+    found = walk._observed_on(walk.start.at(t=1.0, kappa=20.0))
+    assert found[:, 0].tolist() == pytest.approx([3 + float(pull.square().sum()) / 40] * 4)
+    assert found[0, 1] > 1000
+
+
+@pytest.mark.parametrize("options", [{"path": "tether"}, {"path": "cost"}, {"path": "tether", "sgld_draws": 5}])
+def test_a_bridge_takes_no_more_gradients_than_it_says(options: Any) -> None:
+    module, cost = classifier()
+    for budget in (200, 700):
+        settings = BridgeSettings(chains=2, max_gradients=budget, **options)
+        flat = vector(module, torch.full((30,), 1e-3, dtype=torch.float64))
+        result = local_volume(module, cost, method="bridge", cutoff=0.1, sigma=2.0, bridge=settings, curvature=flat)
+        assert 0.8 * budget < result.gradients <= bridge_gradients(settings)
 
 
 def test_a_star_leaves_out_what_lies_behind_a_ridge() -> None:
@@ -267,6 +333,7 @@ def test_what_cannot_be_bridged_is_refused(options: Any, message: str) -> None:
         ({"max_gradients": 10}, "max_gradients must be at least 400 for 4 chains; got 10"),
         ({"region": "stra"}, "unknown region 'stra'.*star"),
         ({"floor": -1.0}, "floor must be at least 0"),
+        ({"path": "rope"}, "unknown path 'rope'.*tether"),
     ],
 )
 def test_bad_settings_are_named(options: Any, message: str) -> None:

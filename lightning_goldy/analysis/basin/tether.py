@@ -1,0 +1,311 @@
+r"""The bridge of a network: from a tether so tight that a Gaussian is exact, loosened to the prior, and back.
+
+Around a network no Gaussian is like the region that a cutoff leaves: which directions cost anything changes within a
+small part of the prior's width. But under a tether :math:`\tfrac\kappa2 |x|^2` that is tight enough one is, and from
+there κ is lowered in many small steps to 1/σ², with
+
+.. math:: \frac{d \log Z}{d \log \kappa} = -\Big\langle \tfrac\kappa2 |x|^2 \Big\rangle
+    = -\tfrac D2 + \tfrac12 \Big\langle b\, x^\top \nabla K
+    - \frac{a^\top (a / \sigma^2 + b \nabla K)}{\kappa \sigma^2} \Big\rangle
+
+The second form, by Stein's identity, is what is integrated: :math:`|x|^2` takes as long as the slowest direction to
+settle and lags behind κ, while what the cost pulls at settles within a trajectory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_goldy.analysis.basin.bridge import Bridge, BridgeSettings
+from lightning_goldy.analysis.basin.reference import Tilt, squares
+from lightning_goldy.analysis.basin.saddle import Array, effective_share, student
+from lightning_goldy.analysis.basin.sampling import Field
+from lightning_goldy.core.sharding import Replicas
+
+# Draws that show whether a Gaussian is exact enough, those that its normaliser is then corrected by, and the share of
+# them that the weights must leave.
+_LOOK, _DRAWS, _EFFECTIVE = 16, 128, 0.5
+# How often the tether is doubled before there is none that is tight enough.
+_DOUBLINGS = 60
+# Places of the tether at which curvature and steps are kept, and the share of a trajectory in what is learnt.
+_PLACES, _MEMORY = 8, 0.1
+# Leapfrog steps of a trajectory at most, and trajectories of a way at least, where the budget has them.
+_LONGEST, _LEAST = 32, 24
+# Time goes as u + 4 u^4 over the share u of log κ: chains take long to settle where the tether is loose.
+_DWELL, _POWER = 4.0, 4
+# Shares of the gradients: the first way, the search for the inverse temperature, and for each round its ways and its
+# rest at the loose end. The second round is slower, so that their difference tells what speed does.
+_SETTLING, _SEEKING, _ROUNDS = 0.15, 0.2, ((0.07, 0.03), (0.19, 0.1))
+# How strongly steps follow the acceptance while chains settle, and while they are watched.
+_GAIN, _SLOW_GAIN = 0.3, 0.1
+# By how much masses are rounded in their logarithms: sums over ranks differ in their last digits.
+_ROUNDING = 16 / math.log(2)
+
+
+class _Way(NamedTuple):
+    """What chains found while the tether went from one end to the other; arrays of shape ``[chains, trajectories]``."""
+
+    kappas: Array
+    integrand: Array
+    plain: Array
+    """Half of κ |x|^2, whose mean is the integrand's where chains have settled."""
+    costs: Array
+    acceptance: Array
+
+    def integral(self, every: int = 1) -> Array:
+        """Over log κ by the trapezoidal rule, of each chain, nats."""
+        chosen = np.unique(np.append(np.arange(0, len(self.kappas), every), len(self.kappas) - 1))
+        logs = np.log(self.kappas[chosen])
+        return np.abs(np.diff(logs)) @ ((self.integrand[:, chosen[1:]] + self.integrand[:, chosen[:-1]]) / 2).T
+
+
+class TetherWalk(Bridge):
+    """A bridge whose chains are let out on a tether; see :class:`~lightning_goldy.analysis.basin.Bridge`."""
+
+    def walked(self) -> dict[str, Any]:
+        """The fields of the result, but the share of the importance sampler's draws."""
+        self.chains = self._chains()
+        self.low, self.nodes, self.turn, self.odd = self.start.kappa, 0, 0.0, False
+        self.high, _, _ = self._tight(self.start)
+        # Where curvature and steps are kept, however tight the tether has to be at the temperature that is found.
+        self.kept = self.high
+        self.chains.draw(self.start.at(kappa=self.high))
+        self.taken += self.settings.chains
+        target = self._sought(self._loosened(self.start.at(t=1.0)))
+        self.high, base, base_noise = self._tight(target)
+        rounds: list[tuple[_Way, ...]] = []
+        for way, rest in _ROUNDS:
+            back = self._watched(target, self.low, self.high, way)
+            there = self._watched(target, self.high, self.low, way)
+            rounds.append((back, there, self._watched(target, self.low, self.low, rest)))
+        return self._concluded(target, rounds, base, base_noise)
+
+    def _tight(self, tilt: Tilt) -> tuple[float, float, float]:
+        """The least doubling of κ whose Gaussian is exact but for weights, log Z there, and its error."""
+        chains, kappa = self._chains(), 2 * self.low
+        for _ in range(_DOUBLINGS):
+            gaussian = tilt.at(t=0.0, kappa=kappa)
+            logs: list[Array] = []
+            for wanted in (_LOOK, _DRAWS):
+                while sum(map(len, logs)) < wanted:
+                    x = chains.noise() * gaussian.precision.rsqrt() + gaussian.centre
+                    logs.append(tilt.b * self._all(squares(x, tilt.curvature).cpu() / 2 - self.field.values(x)))
+                joined = np.concatenate(logs)
+                if effective_share(joined) < _EFFECTIVE:
+                    break
+            else:
+                weights = np.exp(joined - joined.max())
+                level = float(joined.max()) + math.log(weights.mean())
+                noise = float(weights.std() / weights.mean()) / math.sqrt(len(joined))
+                return kappa, gaussian.log_normaliser(self.variance) + level, noise
+            kappa *= 2
+        raise ValueError(
+            f"no tether makes the cost a quadratic one, not even {kappa / self.low:g} / sigma^2: is it smooth at the "
+            "anchor?"
+        )
+
+    def _place(self, kappa: float) -> int:
+        share = math.log(self.kept / kappa) / math.log(self.kept / self.low)
+        return min(max(round((_PLACES - 1) * share), 0), _PLACES - 1)
+
+    def _stages(self, begin: float, end: float, share: float) -> Iterator[tuple[float, int]]:
+        """κ and the mean length of each trajectory, from one end to the other in a share of the gradients."""
+        quota, first = share * self.settings.max_gradients, self.taken
+        grid = np.linspace(0, 1, 513)
+        passed = (grid + _DWELL * grid**_POWER) / (1 + _DWELL)
+        down = end <= begin
+        while True:
+            step = math.exp(float(self._all(self.chains.steps).mean()))
+            length = max(1, min(_LONGEST, round(math.pi / 2 / step), int(quota / self.settings.chains / _LEAST)))
+            spent, rest = self.taken - first, quota - 1.5 * length * self.settings.chains
+            if spent >= rest:
+                break
+            share = spent / rest
+            left = float(np.interp(share if down else 1 - share, passed, grid))
+            yield max(begin, end) * (min(begin, end) / max(begin, end)) ** left, length
+        yield end, length
+
+    def _step(self, tilt: Tilt, mean_length: int, gain: float) -> None:
+        """One trajectory of every chain, of a jittered length that the budget has."""
+        # Of every two trajectories one is as much longer as the other is shorter, so that a way takes its share.
+        self.turn = 1 - self.turn if self.odd else float(torch.rand((), generator=self.chains.turns, device="cpu"))
+        self.odd, jitter = not self.odd, 0.7 + 0.6 * self.turn
+        affordable = max(1, (self.settings.max_gradients - self.taken) // self.settings.chains)
+        length = max(1, min(round(jitter * mean_length), affordable))
+        self.chains.move(tilt, length, gain=gain)
+        self.taken += length * self.settings.chains
+        self.tell(min(self.taken, self.settings.max_gradients), self.settings.max_gradients)
+
+    def _learned_from(self, tilt: Tilt) -> Tilt:
+        r"""Curvature from :math:`b \langle (\partial_i K)^2 \rangle`, which in equilibrium is that of b K."""
+        found = self.replicas.sum_(self.chains.gradients.double().square().sum(dim=0)) * (tilt.b / self.settings.chains)
+        learned = torch.lerp(tilt.learned, found.to(tilt.learned.dtype), _MEMORY)
+        rounded = (learned.clamp(min=1e-30).log() * _ROUNDING).round().div(_ROUNDING).exp()
+        return tilt.at(learned=torch.where(torch.isfinite(rounded), rounded, tilt.learned))
+
+    def _loosened(self, tilt: Tilt) -> Tilt:
+        """A first way out, on which curvature and steps are learnt at each place."""
+        self.learned: list[Tensor] = []
+        self.steps_at: list[Tensor] = []
+        for kappa, length in self._stages(self.high, self.low, _SETTLING):
+            tilt, place = tilt.at(kappa=kappa), self._place(kappa)
+            self._step(tilt, length, _GAIN)
+            tilt = self._learned_from(tilt)
+            if place >= _PLACES - 2:
+                tilt = self._cooled(tilt, 0.1)
+            del self.learned[place:], self.steps_at[place:]
+            missing = place + 1 - len(self.learned)
+            self.learned += missing * [tilt.learned]
+            self.steps_at += missing * [self.chains.steps]
+        return tilt
+
+    def _sought(self, target: Tilt) -> Tilt:
+        """The target with the inverse temperature at which the mean cost is the cutoff."""
+        begin, logs, late = self.taken, [math.log(target.b)], 0
+        for _, length in self._stages(self.low, self.low, _SEEKING):
+            self._step(target, length, _GAIN)
+            target = self._learned_from(target)
+            late += self.taken > begin + 0.4 * _SEEKING * self.settings.max_gradients
+            target = self._cooled(target, 1 / (3 + late) if late else 0.3)
+            logs.append(math.log(target.b))
+        self.learned[-1], self.steps_at[-1] = target.learned, self.chains.steps
+        return target.at(b=math.exp(float(np.mean(logs[len(logs) // 2 :]))))
+
+    def _cooled(self, tilt: Tilt, rate: float) -> Tilt:
+        """A step of the inverse temperature towards that at which the mean cost is the cutoff."""
+        mean = float(self._all(self.chains.costs).mean())
+        shift = max(-1.0, min(1.0, math.log(mean / self.cutoff))) if math.isfinite(mean) and mean > 0 else 1.0
+        return tilt.at(b=max(tilt.b * math.exp(rate * shift), 1e-9 / self.cutoff))
+
+    def _watched(self, target: Tilt, begin: float, end: float, share: float) -> _Way:
+        """Lets the tether go from one end to the other and watches the chains."""
+        chains, here = self.chains, None
+        kappas: list[float] = []
+        rows: list[Tensor] = []
+        acceptance: list[float] = []
+        for kappa, length in self._stages(begin, end, share):
+            place = self._place(kappa)
+            if place != here:
+                chains.steps, here = self.steps_at[place], place
+            tilt = target.at(kappa=kappa, learned=self.learned[place])
+            self._step(tilt, length, _SLOW_GAIN)
+            kappas.append(kappa)
+            self.steps_at[place] = chains.steps
+            rows.append(self._observed_on(tilt))
+            acceptance.append(float(self._all(chains.acceptance).mean()))
+        integrand, plain, costs = np.moveaxis(self._all(torch.stack(rows, dim=1)), -1, 0)
+        return _Way(np.array(kappas), integrand, plain, costs, np.array(acceptance))
+
+    def _observed_on(self, tilt: Tilt) -> Tensor:
+        """The integrand by Stein's identity, as it is, and the cost, ``[chains, 3]``."""
+        x, plain = self.chains.x, squares(self.chains.x) * (tilt.kappa / 2)
+        slope, centre = tilt.slope(x, self.chains.gradients), tilt.pull / -tilt.kappa
+        known = (((x - centre) * slope - 1) / 2 + centre * slope).sum(-1, dtype=torch.float64)
+        return torch.stack([plain - known, plain, self.chains.costs.to(x.device)], dim=-1).cpu()
+
+    def _concluded(
+        self, target: Tilt, rounds: list[tuple[_Way, ...]], base: float, base_noise: float
+    ) -> dict[str, Any]:
+        ups, downs = (np.stack([found[way].integral() for found in rounds]) for way in (0, 1))  # [rounds, chains]
+        both = (ups + downs) / 2
+        values, chains = both.mean(axis=1), both.shape[1]
+        widened = student(chains) / math.sqrt(chains)
+        noise, loop_noise = both[-1].std(ddof=1) * widened, (ups - downs)[-1].std(ddof=1) * widened
+        loop, moved = float((ups - downs)[-1].mean()), float(values[-1] - values[0])
+        coarse = np.mean([way.integral(2).mean() for way in rounds[-1][:2]]) - values[-1]
+        rows = [(row, row) for found in rounds for row in found[2].costs]
+        point, mean, variance, saddle_noise = self._crossed(target, rows, base + float(values[-1]))
+        parts = {
+            "chains": float(noise),
+            "directions": float(max(0.0, abs(loop) - loop_noise)) / 2,
+            "schedule": math.hypot(moved, coarse / 3),
+            "start": base_noise,
+            "saddle": saddle_noise,
+        }
+        last = rounds[-1][2]
+        acceptance = float(np.mean([way.acceptance.mean() for way in rounds[-1]]))
+        self.nodes = len(rounds[-1][0].kappas)
+        error = math.sqrt(math.fsum(part**2 for part in parts.values()))
+        self._doubt_walk(error, moved, float(last.plain.mean() / last.integrand.mean()), point.log_volume)
+        self._doubt_samples(mean, acceptance, point.log_volume, sum(row.size for row, _ in rows))
+        return {
+            "log_volume": point.log_volume,
+            "error": error,
+            **self._moments(target, point, mean, variance),
+            "parts": parts,
+            "trace": self._told(rounds),
+            "acceptance": acceptance,
+            "nodes": self.nodes,
+            "weak": "; ".join(self.weak),
+            "tether": self.high / self.low,
+        }
+
+    def _doubt_walk(self, error: float, moved: float, spread: float, value: float) -> None:
+        if error > max(1.0, 0.25 * abs(value)):
+            self.weak.append(f"the error is {error / abs(value):.0%} of the number")
+        if abs(moved) > max(1.0, 0.25 * abs(value)):
+            self.weak.append(f"the slower walk moved the number by {moved:+.3g} nats")
+        if not 0.5 < spread < 1.5:
+            self.weak.append(
+                f"the chains have spread to {spread:.0%} of the squared distance at which they would be settled"
+            )
+
+    def _told(self, rounds: list[tuple[_Way, ...]]) -> list[dict[str, Any]]:
+        """A row for every place of every way."""
+        rows = []
+        for number, found in enumerate(rounds, 1):
+            for name, way in zip(("back", "there", "rest"), found, strict=True):
+                places = np.array([self._place(kappa) for kappa in way.kappas])
+                for place in dict.fromkeys(places.tolist()):
+                    here = places == place
+                    numbers = {
+                        "kappa": float(np.exp(np.log(way.kappas[here]).mean())),
+                        "mean_cost": float(way.costs[:, here].mean()),
+                        "distance": float((way.plain[:, here] / way.kappas[here]).mean()),
+                        "integrand": float(way.integrand[:, here].mean()),
+                        "acceptance": float(way.acceptance[here].mean()),
+                        "samples": int(here.sum()) * len(way.costs),
+                    }
+                    where = {"round": number, "way": name, "leg": "tether", "place": place / (_PLACES - 1)}
+                    rows.append(where | numbers)
+        return rows
+
+
+def crossed(
+    cost: Field,
+    tilt: Tilt,
+    cutoff: float,
+    settings: BridgeSettings,
+    *,
+    seed: int = 0,
+    replicas: Replicas = Replicas(),  # noqa: B008 - frozen
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """The fields of the result by the path that the settings name, or by the one that the cost asks for.
+
+    Args:
+        cost: The field.
+        tilt: As for :class:`~lightning_goldy.analysis.basin.Bridge`, like the others.
+        cutoff: c, nats.
+        settings: How.
+        seed: Decides all noise.
+        replicas: Ranks that share out the chains.
+        progress: Called with (gradients taken, gradients in all).
+    """
+    options: dict[str, Any] = {"seed": seed, "replicas": replicas, "progress": progress}
+    bridge = Bridge(cost, tilt, cutoff, settings, **options)
+    if settings.path == "cost":
+        return bridge.run()
+    tethered = TetherWalk(cost, tilt, cutoff, settings, **options)
+    if settings.path == "tether":
+        return tethered.walked() | {"effective_sample_size": bridge.importance()[2]}
+    found, share = bridge.drawn()
+    if found is None:
+        found = (bridge if bridge.near() else tethered).walked()
+    return found | {"effective_sample_size": share}
