@@ -40,7 +40,9 @@ def word_tokenizer(corpus: Iterable[str]) -> PreTrainedTokenizerFast:
     splitter = pre_tokenizers.Sequence(
         [pre_tokenizers.Metaspace(prepend_scheme="always"), pre_tokenizers.Split(Regex(r"[?!.,:;]"), "isolated")]
     )
-    words = sorted({word for text in corpus for word, _ in splitter.pre_tokenize_str(text)})
+    # Texts share most of their words, and what stands between single spaces is cut by itself.
+    parts = {part for text in corpus for part in ([text] if "  " in f" {text} " else text.split(" "))}
+    words = sorted({word for part in parts for word, _ in splitter.pre_tokenize_str(part)})
     if not words:
         raise ValueError("a word-level tokenizer needs a corpus with at least one word")
     vocabulary = {word: index for index, word in enumerate([PAD, EOS, UNK, *words])}

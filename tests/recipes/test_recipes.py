@@ -13,7 +13,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from lightning_goldy.cli import main
-from lightning_goldy.data import AtlasDataModule, byte_tokenizer
+from lightning_goldy.data import AtlasDataModule, byte_tokenizer, load_countries, relations
 from lightning_goldy.report.rendering import png_of
 from lightning_goldy.training.models import build_model, complete_config, write_pretrained
 from lightning_goldy.training.recipes import all_recipes
@@ -42,7 +42,12 @@ REDUCED = {
         "query_pre_attn_scalar": 4,
     },
     "transformer_from_scratch": {"n_layer": 2, "n_embd": 16},
+    "text_from_scratch": {"n_layer": 2, "n_embd": 16},
+    "head_plasticity": {"n_layer": 2, "n_embd": 16},
 }
+# Texts in short blocks, and questions about every eighth country: what runs on them is the same.
+SHORT_TEXT = ("--data.block_size=64", "--data.batch_size=4")
+COUNTRIES = load_countries()[::8]
 SMALL = {
     "trainer": {
         "accelerator": "cpu",
@@ -64,7 +69,14 @@ DRAWN = "transformer_from_scratch"
 
 
 @pytest.fixture(scope="module")
-def stand_ins(tmp_path_factory):
+def few_countries():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(relations, "load_countries", lambda: COUNTRIES)
+        yield
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory, few_countries):
     """A folder with copies of all files, and small stand-ins for what their commands read."""
     folder = tmp_path_factory.mktemp("workplace")
     for recipe in RECIPES:
@@ -97,7 +109,8 @@ def _arguments(recipe):
     assert f"{recipe.kind}/{recipe.path.name}" in words
     stand_in = "pairs.jsonl" if "--data.path" in words else "text.txt"
     reduced = [f"--model.model.{key}={value}" for key, value in REDUCED.get(recipe.name, {}).items()]
-    return [*(stand_in if word == "FILE" else word for word in words[1:]), "--config", "small.yaml", *reduced]
+    short = SHORT_TEXT if "--data.source" in words else ()
+    return [*(stand_in if word == "FILE" else word for word in words[1:]), "--config", "small.yaml", *reduced, *short]
 
 
 @pytest.mark.parametrize(
@@ -133,7 +146,7 @@ def test_the_sweeps_first_line_runs(workplace):
     assert words[:4] == ["goldy", "plasticity", "--config", "recipes/head_plasticity_sweep.yaml"]
     arguments = ["text.txt" if word == "FILE" else word for word in words[1:]]
     reduced = ["--config", "small.yaml", "--trainer.limit_train_batches=8", "--strategies", "random", "--levels", "0.5"]
-    reduced += ["--seeds", "0"]
+    reduced += ["--seeds", "0", "--model.model.n_embd=16", "--data.block_size=32"]
     assert main([*arguments, *reduced]) == 0
     (row,) = (workplace / "runs/plasticity/version_0/goldy/plasticity_sweep/results.jsonl").read_text().splitlines()
     (run,) = json.loads(row)["result"]["runs"]

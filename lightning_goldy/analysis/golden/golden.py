@@ -426,11 +426,14 @@ class _Watched:
         row, column = self.positions // self.shape[1], self.positions % self.shape[1]
         observed, nulls = np.zeros(n), np.zeros(n)
         every = votes.sum(dim=1), votes.sum(dim=0)
-        for index in range(n):
-            mark = torch.from_numpy(np.unpackbits(marks[index].numpy(), count=len(self.positions)))
-            observed[index] = int((total - mark >= needed).sum())
-            first, second = fitted_rates(every[0] - rows[index], every[1] - columns[index], n - 1)
-            nulls[index] = float(_interpolated(table, first[row] * second[column]).sum(dtype=torch.float64))
+        together = max(1, _PIECE // sum(self.shape))
+        for start in range(0, n, together):
+            fewer = slice(start, start + together)
+            fits = zip(*fitted_rates(every[0] - rows[fewer], every[1] - columns[fewer], n - 1), strict=True)
+            for index, (first, second) in enumerate(fits, start):
+                mark = torch.from_numpy(np.unpackbits(marks[index].numpy(), count=len(self.positions)))
+                observed[index] = int((total - mark >= needed).sum())
+                nulls[index] = float(_interpolated(table, first[row] * second[column]).sum(dtype=torch.float64))
         return observed, nulls
 
 
@@ -464,8 +467,8 @@ def fitted_rates(rows: Tensor, columns: Tensor, n_samples: int) -> tuple[Tensor,
     """Rates of rows and columns whose products, cut at 1, have these sums.
 
     Args:
-        rows: Votes in each row.
-        columns: Votes in each column, as many in all.
+        rows: Votes in each row, shape ``[..., rows]``: those of several matrices are fitted together.
+        columns: Votes in each column, as many in all, shape ``[..., columns]``.
         n_samples: Samples that voted; sums are divided by their number.
 
     Example:
@@ -474,28 +477,28 @@ def fitted_rates(rows: Tensor, columns: Tensor, n_samples: int) -> tuple[Tensor,
         True
     """
     first, second = rows.double() / n_samples, columns.double() / n_samples
-    targets, total = (first, second), float(first.sum())
-    if total == 0:
-        return first, second
-    first = first / total
+    targets, total = (first, second), first.sum(dim=-1, keepdim=True)
+    first = first / total.where(total > 0, 1.0)
     for _ in range(_FITS):
-        if float(first.max() * second.max()) <= 1 + 1e-9:
+        cut = first.amax(dim=-1, keepdim=True) * second.amax(dim=-1, keepdim=True) > 1 + 1e-9
+        if not cut.any():
             break
-        first = _cut_rates(targets[0], second)
-        second = _cut_rates(targets[1], first)
+        first = torch.where(cut, _cut_rates(targets[0], second), first)
+        second = torch.where(cut, _cut_rates(targets[1], first), second)
     return first, second
 
 
 def _cut_rates(sums: Tensor, other: Tensor) -> Tensor:
     """The rates r with sum_b min(1, r other_b) = sums, of each sum one, by the pieces in which that is linear."""
-    ordered = other[other > 0].sort(descending=True).values
+    ordered = other.sort(dim=-1, descending=True).values
+    count = (ordered > 0).sum(dim=-1, keepdim=True)
     # With the first m of them cut, r = (sum - m) / (what is left of the others).
-    left = ordered.flip(0).cumsum(0).flip(0)
-    # The sum that a rate reaches at which exactly the first m are cut: m + left_m / ordered_{m-1}, ascending in m.
-    cut = torch.arange(1, len(ordered), dtype=other.dtype)
-    reached = torch.cat([left[:1] / ordered[:1], cut + left[1:] / ordered[1:]]) if len(ordered) else left
-    m = torch.searchsorted(reached, sums.clamp(max=len(ordered))).clamp(max=max(0, len(ordered) - 1))
-    return (sums - m) / left[m] if len(ordered) else torch.zeros_like(sums)
+    left = ordered.flip(-1).cumsum(dim=-1).flip(-1)
+    # The sum that a rate reaches at which exactly the first m are cut, ascending in m; none where others are 0.
+    numbers = torch.arange(ordered.shape[-1], dtype=other.dtype)
+    reached = (numbers + left / ordered).where(ordered > 0, math.inf)
+    m = torch.searchsorted(reached, torch.minimum(sums, count)).minimum((count - 1).clamp(min=0))
+    return (sums - m) / left.gather(-1, m)
 
 
 @lru_cache(maxsize=8)
