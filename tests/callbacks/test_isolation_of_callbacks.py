@@ -32,7 +32,7 @@ from tests.callbacks.knowledge import PIECES, WordData
 from tests.callbacks.training import Finetune, Tokens, differences, fit
 from tests.references.models import build
 
-EVERYWHERE = {"every_n_steps": 3, "every_n_epochs": 1, "at": ("start", "checkpoint", "end")}
+EVERYWHERE = {"every_n_steps": 5, "every_n_epochs": 1, "at": ("start", "checkpoint", "end")}
 CALLBACKS = {
     "snapshot": lambda: [GoldenSnapshot(**EVERYWHERE)],
     "golden": lambda: [GoldenParameters(n_samples=3, **EVERYWHERE)],
@@ -40,11 +40,11 @@ CALLBACKS = {
     "basin": lambda: [BasinVolume(1, n_samples=2, **EVERYWHERE)],
     "basin_best": lambda: [BasinVolume(1, n_samples=2, cutoff=[1e-3, 1e-2], preconditioner="best", **EVERYWHERE)],
     "basin_kronecker": lambda: [BasinVolume(1, n_samples=2, preconditioner="kronecker", **EVERYWHERE)],
-    "taylor": lambda: [GoldenSnapshot(every_n_steps=3), TaylorDiff(n_samples=3, **EVERYWHERE)],
-    "attribution": lambda: [GoldenSnapshot(every_n_steps=3), ChangeAttribution(nodes=1, n_samples=4, **EVERYWHERE)],
-    "activations": lambda: [GoldenSnapshot(every_n_steps=3), ActivationDifferences(n_samples=3, **EVERYWHERE)],
+    "taylor": lambda: [GoldenSnapshot(every_n_steps=5), TaylorDiff(n_samples=3, **EVERYWHERE)],
+    "attribution": lambda: [GoldenSnapshot(every_n_steps=5), ChangeAttribution(nodes=1, n_samples=4, **EVERYWHERE)],
+    "activations": lambda: [GoldenSnapshot(every_n_steps=5), ActivationDifferences(n_samples=3, **EVERYWHERE)],
     "taylor_moving": lambda: [TaylorDiff([1, 2], n_samples=3, reset="each", function_space=False, **EVERYWHERE)],
-    "attention": lambda: [GoldenSnapshot(every_n_steps=3), AttentionTracker(n_samples=3, **EVERYWHERE)],
+    "attention": lambda: [GoldenSnapshot(every_n_steps=5), AttentionTracker(n_samples=3, **EVERYWHERE)],
     "circuits": lambda: [
         GoldenSnapshot(**EVERYWHERE),
         CircuitTracker("induction", n_pairs=2, sizes=[0.1], **EVERYWHERE),

@@ -113,10 +113,39 @@ def _arguments(recipe):
     return [*(stand_in if word == "FILE" else word for word in words[1:]), "--config", "small.yaml", *reduced, *short]
 
 
+def _callbacks_of(recipe):
+    found = yaml.safe_load(recipe.text)["trainer"].get("callbacks+", [])
+    return {callback["class_path"].rpartition(".")[2] for callback in found}
+
+
+# One run has their callbacks all at once.
+TOGETHER = _callbacks_of(next(each for each in RECIPES if each.name == "full"))
+OF_ONE = [
+    each for each in RECIPES if each.kind == "callbacks" and each.name != "light" and _callbacks_of(each) < TOGETHER
+]
+
+
+@pytest.mark.parametrize("recipe", OF_ONE, ids=lambda recipe: recipe.name)
+def test_the_first_line_of_a_callback_gives_a_run_with_it(recipe, workplace, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([*_arguments(recipe), "--print_config"])
+    assert ended.value.code in (None, 0)
+    shown = yaml.safe_load(capsys.readouterr().out)
+    attached = {callback["class_path"].rpartition(".")[2] for callback in shown["trainer"]["callbacks"]}
+    assert _callbacks_of(recipe) <= attached
+
+
 @pytest.mark.parametrize(
     "recipe",
-    [each for each in RECIPES if each.name != "head_plasticity_sweep"],
-    ids=lambda recipe: f"{recipe.kind}/{recipe.name}",
+    [
+        pytest.param(
+            each,
+            id=f"{each.kind}/{each.name}",
+            marks=pytest.mark.slow if each in OF_ONE else (),
+        )
+        for each in RECIPES
+        if each.name != "head_plasticity_sweep"
+    ],
 )
 def test_the_first_line_runs(recipe, workplace, monkeypatch):
     arguments = _arguments(recipe)
@@ -166,9 +195,12 @@ def test_an_overlay_adds_the_callback_of_its_name_and_shows_every_option(recipe)
     module, _, name = callback["class_path"].rpartition(".")
     assert "_".join(re.findall("[A-Z][a-z]*", name)).lower() == recipe.name
     kind = getattr(importlib.import_module(module), name)
-    options = set(ArgumentParser().add_class_arguments(kind, fail_untyped=False))
+    parser = ArgumentParser()
+    options = {name.rpartition(".")[2] for name in parser.add_class_arguments(kind, "made", fail_untyped=False)}
     needless = set() if getattr(kind, "needs_probe", True) else {"objective", "probe"}
-    assert set(callback.get("init_args", {})) == options - needless
+    given = callback.get("init_args", {})
+    assert set(given) == options - needless
+    assert isinstance(parser.instantiate_classes(parser.parse_object({"made": given})).made, kind)
 
 
 def test_presets_hold_every_callback_that_only_looks():

@@ -17,14 +17,15 @@ from torch import Tensor, nn
 # options in combination
 
 
-def paired(axes: Mapping[str, Mapping[str, Any]]) -> pytest.MarkDecorator:
+def paired(axes: Mapping[str, Mapping[str, Any]], *, strength: int = 2) -> pytest.MarkDecorator:
     """Every combination of options as a test; fast are as few as hold every two values of different options together.
 
     Args:
         axes: The values of each argument, by what they are called.
+        strength: How many values the fast ones hold together; 1 for every value at least once.
     """
     whole = list(product(*axes.values()))
-    pairs = {chosen: set(combinations(enumerate(chosen), 2)) for chosen in whole}
+    pairs = {chosen: set(combinations(enumerate(chosen), strength)) for chosen in whole}
     left, fast = set().union(*pairs.values()), set()
     while left:
         best = max(whole, key=lambda chosen: len(pairs[chosen] & left))
