@@ -11,8 +11,8 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lightning_goldy.core.files import PlainError
+from lightning_goldy.core.naming import unknown_name
 from lightning_goldy.core.tasks import transformers_model
-from lightning_goldy.data.names import unknown_name
 
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 

@@ -14,9 +14,9 @@ from jsonargparse import ArgumentParser
 
 from lightning_goldy.cli import main
 from lightning_goldy.data import AtlasDataModule, byte_tokenizer, load_countries, relations
-from lightning_goldy.report.rendering import png_of
 from lightning_goldy.training.models import build_model, complete_config, write_pretrained
 from lightning_goldy.training.recipes import all_recipes
+from tests.references.common import one_pixel
 
 TINY = {"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 2, "n_positions": 512}
 TINY_GEMMA = {
@@ -150,8 +150,7 @@ def test_the_first_line_of_a_callback_gives_a_run_with_it(recipe, workplace, cap
 def test_the_first_line_runs(recipe, workplace, monkeypatch):
     arguments = _arguments(recipe)
     if recipe.name != DRAWN:
-        one_pixel = png_of({"mark": "point", "width": 1, "height": 1})
-        monkeypatch.setattr("lightning_goldy.report.figures.png_of", lambda spec, scale=1.0: one_pixel)
+        monkeypatch.setattr("lightning_goldy.report.figures.png_of", one_pixel)
     assert main(arguments) == 0
     run = next((workplace / "runs").glob("*/version_0"))
     assert list(run.glob("events.out.tfevents.*"))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import json
 import math
+import struct
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations, product
 from typing import Any
@@ -40,6 +43,20 @@ def paired(axes: Mapping[str, Mapping[str, Any]], *, strength: int = 2) -> pytes
         for chosen in whole
     ]
     return pytest.mark.parametrize(tuple(axes), cases)
+
+
+# figures
+
+
+def one_pixel(spec: Mapping[str, Any], scale: float = 1.0) -> bytes:
+    """A picture in the place of what a specification, which must be JSON, shows."""
+    json.dumps(spec, allow_nan=False)
+    data = zlib.compress(bytes(5))
+    chunks = ((b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 6, 0, 0, 0)), (b"IDAT", data), (b"IEND", b""))
+    parts = (
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
 # core: selection
