@@ -19,8 +19,9 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## Pretrain, finetune, analyse and report on a small language model (about 4 minutes)
 	$(BIN)/goldy demo
 
+# Workers, and the processes that tests start, read the bytecode that one of them compiled.
 test: $(READY)  ## Run the fast tests and all doctests
-	$(BIN)/python -m pytest -n 3 --dist loadfile -q $(ARGS)
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 3 --dist loadfile -q $(ARGS)
 
 test-slow: $(READY)  ## Run the tests that take longer
 	$(BIN)/python -m pytest -q -m slow $(ARGS)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.references.model_zoo import ZOO
-from tests.references.models_table import ANALYSES, PATH, read, render, run_cell
+from tests.references.models_table import ANALYSES, PATH, render, run_cell
+from tests.references.noted_table import read
 
 
 def test_the_table_is_whole_and_reads_as_it_was_written() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -189,12 +190,12 @@ class Rerun:
         """
         module = self._module_with(weights, OptimizerOptions())
         with isolated_rng(), progress_only():
-            data = self._data()
+            data = self._read
             on_validation = self._new_trainer(limit_val_batches=self._trainer.limit_val_batches)
             (found,) = on_validation.validate(module, datamodule=data, verbose=False)
             on_training = self._new_trainer(limit_val_batches=self._trainer.limit_train_batches)
             (seen,) = on_training.validate(module, data.train_dataloader(), verbose=False)
-            other = getattr(data, "collateral_dataloader", lambda: None)()
+            other = self._other
             if other is not None:
                 (harmed,) = self._new_trainer().validate(module, other, verbose=False)
         losses = {"train/loss": float(seen["val/loss"]), **{key: float(value) for key, value in found.items()}}
@@ -222,6 +223,16 @@ class Rerun:
             optimizer=options,
             schedule=self._module.schedule_options,
         )
+
+    @functools.cached_property
+    def _read(self) -> Any:
+        """The data that every measurement reads: its samples are made once."""
+        return self._data()
+
+    @functools.cached_property
+    def _other(self) -> Any:
+        """What the finetune is not meant to change; None where the data has none. A trainer holds the data by then."""
+        return getattr(self._read, "collateral_dataloader", lambda: None)()
 
     def _data(self) -> Any:
         # A copy, because a trainer writes itself into its data module.

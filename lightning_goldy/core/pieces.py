@@ -66,12 +66,13 @@ def encode_pairs(
     rows = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast, verbose=False)
     queries = tokenizer(prompts, add_special_tokens=False, verbose=False)["input_ids"]
     offsets = rows["offset_mapping"] if tokenizer.is_fast else [None] * len(texts)
-    bos = leading_bos(tokenizer)
+    bos, eos, unknown = leading_bos(tokenizer), tokenizer.eos_token_id, tokenizer.unk_token_id
     samples = []
     for ids, query, spans, prompt, text in zip(rows["input_ids"], queries, offsets, prompts, texts, strict=True):
         start = answer_start(ids, query, spans, len(prompt))
-        _check_answer(tokenizer, ids[start:], prompt, text[len(prompt) :].strip())
-        tokens = torch.tensor([*bos, *ids, tokenizer.eos_token_id], dtype=torch.int64)
+        if start >= len(ids) or unknown in ids[start:]:
+            raise ValueError(_fault_of_answer(tokenizer, ids[start:], prompt, text[len(prompt) :].strip()))
+        tokens = torch.tensor([*bos, *ids, eos], dtype=torch.int64)
         labels = tokens.clone()
         if mask_query:
             labels[: len(bos) + start] = IGNORE_INDEX
@@ -111,15 +112,14 @@ def answer_start(
     return next((index for index, (_, end) in enumerate(spans) if end > prompt_length), len(ids))
 
 
-def _check_answer(tokenizer: PreTrainedTokenizerBase, answer_ids: Sequence[int], prompt: str, answer: str) -> None:
+def _fault_of_answer(tokenizer: PreTrainedTokenizerBase, answer_ids: Sequence[int], prompt: str, answer: str) -> str:
     if not answer_ids:
-        raise ValueError(f"the tokenizer makes no token of the answer {answer!r} to {prompt!r}: all targets masked")
-    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in answer_ids:
-        unknown = [word for word in answer.split() if tokenizer.unk_token_id in tokenizer.encode(word)]
-        raise ValueError(
-            f"the tokenizer does not know {', '.join(map(repr, unknown or [answer]))} in the answer {answer!r} to"
-            f" {prompt!r}: choose an answer of known words, or another tokenizer"
-        )
+        return f"the tokenizer makes no token of the answer {answer!r} to {prompt!r}: all targets masked"
+    unknown = [word for word in answer.split() if tokenizer.unk_token_id in tokenizer.encode(word)]
+    return (
+        f"the tokenizer does not know {', '.join(map(repr, unknown or [answer]))} in the answer {answer!r} to"
+        f" {prompt!r}: choose an answer of known words, or another tokenizer"
+    )
 
 
 def leading_bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:

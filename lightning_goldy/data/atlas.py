@@ -10,9 +10,9 @@ from typing import get_args
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from lightning_goldy.core.naming import unknown_name
 from lightning_goldy.core.pieces import SampleSet, encode_pairs
 from lightning_goldy.data.base import ProbeDataModule, Splits
-from lightning_goldy.data.names import unknown_name
 from lightning_goldy.data.relations import (
     Fact,
     Phrasing,

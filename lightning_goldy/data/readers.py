@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lightning_goldy.core.files import PlainError, atomic_write, parse_json, to_json_line
+from lightning_goldy.core.naming import unknown_name
 from lightning_goldy.core.pieces import KnowledgePiece
 from lightning_goldy.data.formats import (
     FORMATS,
@@ -28,7 +29,6 @@ from lightning_goldy.data.formats import (
     shown,
     word,
 )
-from lightning_goldy.data.names import unknown_name
 from lightning_goldy.data.relations import load_countries
 from lightning_goldy.data.sources import datasets_library, is_dataset_name, is_saved_dataset, load_from_hub, read_text
 

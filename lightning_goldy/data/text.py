@@ -12,10 +12,10 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from lightning_goldy.core.naming import unknown_name
 from lightning_goldy.core.objective import IGNORE_INDEX
 from lightning_goldy.core.pieces import Sample
 from lightning_goldy.data.base import ProbeDataModule, Splits
-from lightning_goldy.data.names import unknown_name
 from lightning_goldy.data.sources import check_source, read_documents
 from lightning_goldy.data.tokenization import padding_id
 

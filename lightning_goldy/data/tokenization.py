@@ -11,8 +11,8 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lightning_goldy.core.files import PlainError
+from lightning_goldy.core.naming import unknown_name
 from lightning_goldy.core.tasks import transformers_model
-from lightning_goldy.data.names import unknown_name
 
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 
@@ -40,7 +40,9 @@ def word_tokenizer(corpus: Iterable[str]) -> PreTrainedTokenizerFast:
     splitter = pre_tokenizers.Sequence(
         [pre_tokenizers.Metaspace(prepend_scheme="always"), pre_tokenizers.Split(Regex(r"[?!.,:;]"), "isolated")]
     )
-    words = sorted({word for text in corpus for word, _ in splitter.pre_tokenize_str(text)})
+    # Texts share most of their words, and what stands between single spaces is cut by itself.
+    parts = {part for text in corpus for part in ([text] if "  " in f" {text} " else text.split(" "))}
+    words = sorted({word for part in parts for word, _ in splitter.pre_tokenize_str(part)})
     if not words:
         raise ValueError("a word-level tokenizer needs a corpus with at least one word")
     vocabulary = {word: index for index, word in enumerate([PAD, EOS, UNK, *words])}

@@ -69,6 +69,30 @@ def log_figure(loggers: Iterable[Any], tag: str, figure: Figure, step: int) -> l
     return _refusing(loggers, "figures", lambda logger: _take_figure(logger, tag, draw, step))
 
 
+def figure_loggers(loggers: Iterable[Any]) -> list[Any]:
+    """The loggers that can take figures; each of the others is told once in the log.
+
+    Args:
+        loggers: Those of the run.
+
+    Example:
+        >>> figure_loggers([object()])
+        []
+    """
+
+    def takes(logger: Any) -> bool:
+        try:
+            places = logger, getattr(logger, "experiment", None)
+        except Exception:  # noqa: BLE001 - a service may raise anything, and is told of when it is written to
+            return True
+        names = "_get_file_writer", "add_image", "log_image"
+        return hasattr(places[0], "log_image") or any(hasattr(places[1], name) for name in names)
+
+    taking = [(logger, takes(logger)) for logger in loggers]
+    _refusing([logger for logger, able in taking if not able], "figures", lambda logger: False)
+    return [logger for logger, able in taking if able]
+
+
 def log_histogram(
     loggers: Iterable[Any], tag: str, values: ArrayLike | tuple[ArrayLike, ArrayLike], step: int
 ) -> list[str]:

@@ -32,14 +32,14 @@ from tests.callbacks.knowledge import PIECES, WordData
 from tests.callbacks.training import Finetune, Tokens, differences, fit
 from tests.references.models import build
 
-EVERYWHERE = {"every_n_steps": 3, "every_n_epochs": 1, "at": ("start", "checkpoint", "end")}
+EVERYWHERE = {"every_n_steps": 5, "every_n_epochs": 1, "at": ("start", "checkpoint", "end")}
 CALLBACKS = {
     "snapshot": lambda: [GoldenSnapshot(**EVERYWHERE)],
     "golden": lambda: [GoldenParameters(n_samples=3, **EVERYWHERE)],
     "golden_global": lambda: [GoldenParameters(n_samples=3, scope="global", last_layers=1, **EVERYWHERE)],
-    "basin": lambda: [BasinVolume(2, n_samples=3, **EVERYWHERE)],
-    "basin_best": lambda: [BasinVolume(2, n_samples=3, cutoff=[1e-3, 1e-2], preconditioner="best", **EVERYWHERE)],
-    "basin_kronecker": lambda: [BasinVolume(2, n_samples=3, preconditioner="kronecker", **EVERYWHERE)],
+    "basin": lambda: [BasinVolume(1, n_samples=2, **EVERYWHERE)],
+    "basin_best": lambda: [BasinVolume(1, n_samples=2, cutoff=[1e-3, 1e-2], preconditioner="best", **EVERYWHERE)],
+    "basin_kronecker": lambda: [BasinVolume(1, n_samples=2, preconditioner="kronecker", **EVERYWHERE)],
     "taylor": lambda: [GoldenSnapshot(every_n_steps=3), TaylorDiff(n_samples=3, **EVERYWHERE)],
     "attribution": lambda: [GoldenSnapshot(every_n_steps=3), ChangeAttribution(nodes=1, n_samples=4, **EVERYWHERE)],
     "activations": lambda: [GoldenSnapshot(every_n_steps=3), ActivationDifferences(n_samples=3, **EVERYWHERE)],

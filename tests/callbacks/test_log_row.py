@@ -54,6 +54,16 @@ def test_a_figure_that_cannot_be_drawn_is_told_and_ends_nothing(trainer: Any, mo
     assert images_of(trainer) == []
 
 
+def test_nothing_is_drawn_for_loggers_that_take_no_figures(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr(store, "draw_figures", lambda *_, **__: drawn.append(1) or {})
+    table = SimpleNamespace(experiment=None, log_metrics=lambda metrics, step: None)
+    store.log_row(SimpleNamespace(loggers=[table], global_step=3, optimizers=[None]), ROW, {})
+    assert drawn == []
+    store.log_row(SimpleNamespace(loggers=[table, *trainer.loggers], global_step=3, optimizers=[None]), ROW, {})
+    assert drawn == [1]
+
+
 @pytest.mark.parametrize("module", ["altair", "vl_convert"])
 def test_what_is_missing_is_told_once(trainer: Any, monkeypatch: pytest.MonkeyPatch, module: str) -> None:
     monkeypatch.setattr(store, "_told", set())

@@ -30,7 +30,7 @@ from tests.callbacks.training import Finetune, TokenData, differences, fit
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using", "ignore:.*exists and is not empty")
 
 QUICK = {"n_samples": 4, "search": Search(rounds=3)}
-EVERYWHERE = {"every_n_steps": 3, "every_n_epochs": 1, "at": ("start", "checkpoint", "end")}
+EVERYWHERE = {"every_n_steps": 5, "every_n_epochs": 1, "at": ("start", "checkpoint", "end")}
 
 
 def rows_of(callback) -> list[dict]:

@@ -17,7 +17,7 @@ from lightning_goldy.report.figures import reads_of
 from lightning_goldy.report.topics.attention import spectra
 from lightning_goldy.report.topics.basin import trajectories
 from lightning_goldy.report.topics.taylor import prediction
-from tests.callbacks.training import fit
+from tests.callbacks.training import TokenData, fit
 
 
 def row_at(step: int) -> Row:
@@ -128,14 +128,14 @@ def test_rows_of_a_run_hold_no_history(tmp_path):
         GoldenParameters(n_samples=2, every_n_steps=1),
         TaylorDiff(orders=[1], every_n_steps=1, n_samples=2),
         AttentionTracker(every_n_steps=1, n_samples=2),
-        BasinVolume(2, every_n_steps=1, n_samples=2, sigma=0.1),
+        BasinVolume(1, every_n_steps=1, n_samples=2, sigma=0.1),
     ]
-    fit(tmp_path, watchers, max_epochs=2)
+    fit(tmp_path, watchers, data=TokenData(12), max_epochs=2)
     for watcher in watchers:
         rows = read_rows(watcher.folder / "results.jsonl")
         sizes = [len(json.dumps(row)) for row in rows]
-        assert len(rows) == 16
-        assert max(sizes[8:]) < 1.15 * max(sizes[:8]), watcher.name
+        assert len(rows) == 12
+        assert max(sizes[6:]) < 1.15 * max(sizes[:6]), watcher.name
         history = RowHistory(rows[:-1])
         if watcher.name == "taylor_diff":
             found, _ = prediction([*history.rows, rows[-1]])

@@ -26,6 +26,13 @@ def test_words_do_not_depend_on_the_order_of_the_corpus() -> None:
     assert word_tokenizer(CORPUS).get_vocab() == word_tokenizer(reversed(CORPUS)).get_vocab()
 
 
+def test_spaces_in_any_number_and_place_are_words_too() -> None:
+    texts = ["a  b", " c", "d ", "", "e,f  g? h", "a b\nc d"]
+    vocabulary = set(word_tokenizer(texts).get_vocab()) - {"<pad>", "<eos>", "<unk>"}
+    splitter = word_tokenizer(texts).backend_tokenizer.pre_tokenizer
+    assert vocabulary == {word for text in texts for word, _ in splitter.pre_tokenize_str(text)}
+
+
 def test_word_special_tokens() -> None:
     tokenizer = word_tokenizer(CORPUS)
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (0, 1, 2)

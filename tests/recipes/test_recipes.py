@@ -13,10 +13,10 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from lightning_goldy.cli import main
-from lightning_goldy.data import AtlasDataModule, byte_tokenizer
-from lightning_goldy.report.rendering import png_of
+from lightning_goldy.data import AtlasDataModule, byte_tokenizer, load_countries, relations
 from lightning_goldy.training.models import build_model, complete_config, write_pretrained
 from lightning_goldy.training.recipes import all_recipes
+from tests.references.common import one_pixel
 
 TINY = {"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 2, "n_positions": 512}
 TINY_GEMMA = {
@@ -42,7 +42,12 @@ REDUCED = {
         "query_pre_attn_scalar": 4,
     },
     "transformer_from_scratch": {"n_layer": 2, "n_embd": 16},
+    "text_from_scratch": {"n_layer": 2, "n_embd": 16},
+    "head_plasticity": {"n_layer": 2, "n_embd": 16},
 }
+# Texts in short blocks, and questions about every eighth country: what runs on them is the same.
+SHORT_TEXT = ("--data.block_size=64", "--data.batch_size=4")
+COUNTRIES = load_countries()[::8]
 SMALL = {
     "trainer": {
         "accelerator": "cpu",
@@ -64,7 +69,14 @@ DRAWN = "transformer_from_scratch"
 
 
 @pytest.fixture(scope="module")
-def stand_ins(tmp_path_factory):
+def few_countries():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(relations, "load_countries", lambda: COUNTRIES)
+        yield
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory, few_countries):
     """A folder with copies of all files, and small stand-ins for what their commands read."""
     folder = tmp_path_factory.mktemp("workplace")
     for recipe in RECIPES:
@@ -97,19 +109,48 @@ def _arguments(recipe):
     assert f"{recipe.kind}/{recipe.path.name}" in words
     stand_in = "pairs.jsonl" if "--data.path" in words else "text.txt"
     reduced = [f"--model.model.{key}={value}" for key, value in REDUCED.get(recipe.name, {}).items()]
-    return [*(stand_in if word == "FILE" else word for word in words[1:]), "--config", "small.yaml", *reduced]
+    short = SHORT_TEXT if "--data.source" in words else ()
+    return [*(stand_in if word == "FILE" else word for word in words[1:]), "--config", "small.yaml", *reduced, *short]
+
+
+def _callbacks_of(recipe):
+    found = yaml.safe_load(recipe.text)["trainer"].get("callbacks+", [])
+    return {callback["class_path"].rpartition(".")[2] for callback in found}
+
+
+# One run has their callbacks all at once.
+TOGETHER = _callbacks_of(next(each for each in RECIPES if each.name == "full"))
+OF_ONE = [
+    each for each in RECIPES if each.kind == "callbacks" and each.name != "light" and _callbacks_of(each) < TOGETHER
+]
+
+
+@pytest.mark.parametrize("recipe", OF_ONE, ids=lambda recipe: recipe.name)
+def test_the_first_line_of_a_callback_gives_a_run_with_it(recipe, workplace, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([*_arguments(recipe), "--print_config"])
+    assert ended.value.code in (None, 0)
+    shown = yaml.safe_load(capsys.readouterr().out)
+    attached = {callback["class_path"].rpartition(".")[2] for callback in shown["trainer"]["callbacks"]}
+    assert _callbacks_of(recipe) <= attached
 
 
 @pytest.mark.parametrize(
     "recipe",
-    [each for each in RECIPES if each.name != "head_plasticity_sweep"],
-    ids=lambda recipe: f"{recipe.kind}/{recipe.name}",
+    [
+        pytest.param(
+            each,
+            id=f"{each.kind}/{each.name}",
+            marks=pytest.mark.slow if each in OF_ONE else (),
+        )
+        for each in RECIPES
+        if each.name != "head_plasticity_sweep"
+    ],
 )
 def test_the_first_line_runs(recipe, workplace, monkeypatch):
     arguments = _arguments(recipe)
     if recipe.name != DRAWN:
-        one_pixel = png_of({"mark": "point", "width": 1, "height": 1})
-        monkeypatch.setattr("lightning_goldy.report.figures.png_of", lambda spec, scale=1.0: one_pixel)
+        monkeypatch.setattr("lightning_goldy.report.figures.png_of", one_pixel)
     assert main(arguments) == 0
     run = next((workplace / "runs").glob("*/version_0"))
     assert list(run.glob("events.out.tfevents.*"))
@@ -133,7 +174,7 @@ def test_the_sweeps_first_line_runs(workplace):
     assert words[:4] == ["goldy", "plasticity", "--config", "recipes/head_plasticity_sweep.yaml"]
     arguments = ["text.txt" if word == "FILE" else word for word in words[1:]]
     reduced = ["--config", "small.yaml", "--trainer.limit_train_batches=8", "--strategies", "random", "--levels", "0.5"]
-    reduced += ["--seeds", "0"]
+    reduced += ["--seeds", "0", "--model.model.n_embd=16", "--data.block_size=32"]
     assert main([*arguments, *reduced]) == 0
     (row,) = (workplace / "runs/plasticity/version_0/goldy/plasticity_sweep/results.jsonl").read_text().splitlines()
     (run,) = json.loads(row)["result"]["runs"]
@@ -153,9 +194,12 @@ def test_an_overlay_adds_the_callback_of_its_name_and_shows_every_option(recipe)
     module, _, name = callback["class_path"].rpartition(".")
     assert "_".join(re.findall("[A-Z][a-z]*", name)).lower() == recipe.name
     kind = getattr(importlib.import_module(module), name)
-    options = set(ArgumentParser().add_class_arguments(kind, fail_untyped=False))
+    parser = ArgumentParser()
+    options = {name.rpartition(".")[2] for name in parser.add_class_arguments(kind, "made", fail_untyped=False)}
     needless = set() if getattr(kind, "needs_probe", True) else {"objective", "probe"}
-    assert set(callback.get("init_args", {})) == options - needless
+    given = callback.get("init_args", {})
+    assert set(given) == options - needless
+    assert isinstance(parser.instantiate_classes(parser.parse_object({"made": given})).made, kind)
 
 
 def test_presets_hold_every_callback_that_only_looks():

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import json
 import math
+import struct
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations, product
 from typing import Any
@@ -17,14 +20,15 @@ from torch import Tensor, nn
 # options in combination
 
 
-def paired(axes: Mapping[str, Mapping[str, Any]]) -> pytest.MarkDecorator:
+def paired(axes: Mapping[str, Mapping[str, Any]], *, strength: int = 2) -> pytest.MarkDecorator:
     """Every combination of options as a test; fast are as few as hold every two values of different options together.
 
     Args:
         axes: The values of each argument, by what they are called.
+        strength: How many values the fast ones hold together; 1 for every value at least once.
     """
     whole = list(product(*axes.values()))
-    pairs = {chosen: set(combinations(enumerate(chosen), 2)) for chosen in whole}
+    pairs = {chosen: set(combinations(enumerate(chosen), strength)) for chosen in whole}
     left, fast = set().union(*pairs.values()), set()
     while left:
         best = max(whole, key=lambda chosen: len(pairs[chosen] & left))
@@ -39,6 +43,20 @@ def paired(axes: Mapping[str, Mapping[str, Any]]) -> pytest.MarkDecorator:
         for chosen in whole
     ]
     return pytest.mark.parametrize(tuple(axes), cases)
+
+
+# figures
+
+
+def one_pixel(spec: Mapping[str, Any], scale: float = 1.0) -> bytes:
+    """A picture in the place of what a specification, which must be JSON, shows."""
+    json.dumps(spec, allow_nan=False)
+    data = zlib.compress(bytes(5))
+    chunks = ((b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 6, 0, 0, 0)), (b"IDAT", data), (b"IEND", b""))
+    parts = (
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
 # core: selection

@@ -29,6 +29,7 @@ from lightning_goldy.analysis import (
 )
 from lightning_goldy.core.objective import ClassifierObjective, Objective
 from lightning_goldy.training.subject import find_objective
+from tests.references import noted_table
 from tests.references.model_zoo import ZOO, batch_for, build_family
 from tests.references.ripple import TEMPLATE, facts, tokenizer
 
@@ -142,30 +143,8 @@ def _short(message: str) -> str:
 
 
 def render(cells: Mapping[tuple[str, str], str]) -> str:
-    """The page: a table whose cells carry the numbers of notes below it."""
-    notes: dict[str, int] = {}
-    rows = []
-    for family in ZOO:
-        row = [family]
-        for analysis in ANALYSES:
-            manner, _, message = cells[family, analysis].partition(": ")
-            row.append(f"{manner} [{notes.setdefault(message, len(notes) + 1)}]" if message else manner)
-        rows.append(f"| {' | '.join(row)} |")
-    head = f"| family | {' | '.join(ANALYSES)} |\n|{'---|' * (len(ANALYSES) + 1)}"
-    below = "\n".join(f"{number}. {message}" for message, number in notes.items())
-    return "\n".join([_INTRODUCTION, head, *rows, "", "## Notes", "", below, ""])
-
-
-def read(page: str) -> dict[tuple[str, str], str]:
-    """The cells of a page, with their notes written out."""
-    notes = {match[1]: match[2] for match in re.finditer(r"^(\d+)\. (.*)$", page, re.MULTILINE)}
-    lines = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
-    found = {}
-    for family, *row in lines[1:]:
-        for analysis, cell in zip(lines[0][1:], row, strict=True):
-            manner, _, note = cell.partition(" [")
-            found[family, analysis] = f"{manner}: {notes[note.rstrip(']')]}" if note else manner
-    return found
+    """The page, of cells by family and analysis."""
+    return noted_table.render(_INTRODUCTION, "family", ZOO, ANALYSES, cells)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from typing import Any
 
 from tests.distributed.launch import run_processes
 from tests.distributed.strategy_checks import SPAWNED, STRATEGIES, SUBJECTS, observe_all, write_base
+from tests.references import noted_table
 
 PATH = Path(__file__).parents[2] / "docs" / "strategies.md"
 _INTRODUCTION = """# Strategies
@@ -92,35 +92,13 @@ def _short(message: str, kind: str) -> str:
 
 
 def cells_of(seen: Mapping[tuple[str, str], Mapping[str, Any]]) -> dict[tuple[str, str], str]:
-    """The words of all cells."""
-    return {place: told(found, seen[place[0], "single"]) for place, found in seen.items()}
+    """The words of all cells, by strategy and callback."""
+    return {(name, subject): told(found, seen[subject, "single"]) for (subject, name), found in seen.items()}
 
 
 def render(cells: Mapping[tuple[str, str], str]) -> str:
-    """The page: a table whose cells carry the numbers of notes below it."""
-    notes: dict[str, int] = {}
-    rows = []
-    for name in STRATEGIES:
-        row = [name]
-        for subject in SUBJECTS:
-            manner, _, message = cells[subject, name].partition(": ")
-            row.append(f"{manner} [{notes.setdefault(message, len(notes) + 1)}]" if message else manner)
-        rows.append(f"| {' | '.join(row)} |")
-    head = f"| strategy | {' | '.join(SUBJECTS)} |\n|{'---|' * (len(SUBJECTS) + 1)}"
-    below = "\n".join(f"{number}. {message}" for message, number in notes.items())
-    return "\n".join([_INTRODUCTION, head, *rows, "", "## Notes", "", below, ""])
-
-
-def read(page: str) -> dict[tuple[str, str], str]:
-    """The cells of a page, with their notes written out."""
-    notes = {match[1]: match[2] for match in re.finditer(r"^(\d+)\. (.*)$", page, re.MULTILINE)}
-    lines = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
-    found = {}
-    for name, *row in lines[1:]:
-        for subject, cell in zip(lines[0][1:], row, strict=True):
-            manner, _, note = cell.partition(" [")
-            found[subject, name] = f"{manner}: {notes[note.rstrip(']')]}" if note else manner
-    return found
+    """The page, of cells by strategy and callback."""
+    return noted_table.render(_INTRODUCTION, "strategy", STRATEGIES, SUBJECTS, cells)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,25 @@ SPEC = {
 }
 
 
+# Its engine takes seconds of each helper to start, and how helpers live and die does not depend on it.
+STUB = """
+def get_vegalite_versions():
+    return ["5.20", "6.1"]
+def vegalite_to_png(spec, **options):
+    return bytes([137]) + b"PNG\\r\\n\\x1a\\n" + repr(spec).encode()
+"""
+
+
+@pytest.fixture
+def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Helpers that draw with a library without an engine."""
+    (tmp_path / "vl_convert.py").write_text(STUB)
+    rendering._RENDERER.close()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path
+    rendering._RENDERER.close()
+
+
 def helper() -> subprocess.Popen[bytes]:
     process = rendering._RENDERER._process
     assert process is not None
@@ -34,9 +54,10 @@ def test_a_specification_becomes_an_image_of_its_size() -> None:
     assert widths[1] == pytest.approx(2 * widths[0], abs=2)
 
 
-def test_one_process_serves_all_and_the_parent_loads_nothing() -> None:
+def test_one_process_serves_all_and_the_parent_loads_nothing(stub: Path) -> None:
     code = (
         "import sys, threading\n"
+        f"sys.path.insert(0, {str(stub)!r})\n"
         "from lightning_goldy.report import rendering\n"
         f"rendering.png_of({SPEC!r})\n"
         "first = rendering._RENDERER._process.pid\n"
@@ -60,6 +81,7 @@ def test_the_helper_loads_neither_torch_nor_this_package() -> None:
     assert "torch" not in loaded
 
 
+@pytest.mark.usefixtures("stub")
 def test_a_helper_that_was_killed_is_replaced() -> None:
     png_of(SPEC)
     killed = helper().pid
@@ -104,6 +126,7 @@ def test_nothing_is_fetched() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
+@pytest.mark.usefixtures("stub")
 def test_a_forked_child_draws_with_a_helper_of_its_own() -> None:
     png_of(SPEC)
     own = helper().pid
@@ -139,6 +162,7 @@ def test_threads_take_turns() -> None:
     assert set(images) == {png_of(SPEC)}
 
 
+@pytest.mark.usefixtures("stub")
 def test_a_closed_helper_is_started_again_as_a_second_fit_needs() -> None:
     png_of(SPEC)
     process = helper()

@@ -16,6 +16,7 @@ from lightning_goldy.core import StoreError
 from lightning_goldy.optim import OptimizerOptions, build_optimizer
 from lightning_goldy.training.module import MASK_CALLBACKS, MaskedTraining
 from tests.callbacks.training import TokenData, Tokens
+from tests.references.common import paired
 from tests.references.models import build
 
 pytestmark = pytest.mark.filterwarnings(
@@ -117,8 +118,13 @@ def test_equal_rates_train_as_adamw_does(tmp_path):
     assert all(map(torch.equal, plain.parameters(), masked.parameters()))
 
 
-@pytest.mark.parametrize("stop", [EPOCH, EPOCH + 3], ids=["stopped at the checkpoint", "trained past it"])
-@pytest.mark.parametrize("lr_outside", [0.0, 1e-3])
+@paired(
+    {
+        "lr_outside": {"still": 0.0, "slow": 1e-3},
+        "stop": {"stopped at the checkpoint": EPOCH, "trained past it": EPOCH + 3},
+    },
+    strength=1,
+)
 def test_resumed_equals_uninterrupted(tmp_path, lr_outside, stop):
     options = {**GOLDEN, "lr_outside": lr_outside}
 

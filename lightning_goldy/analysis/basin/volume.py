@@ -311,11 +311,7 @@ def basin_volume(
         >>> result.log_volume < 0, len(result.estimates)
         (True, 4)
     """
-    if val_size is not None:
-        warnings.warn("basin_volume: val_size has become n_samples", DeprecationWarning, stacklevel=2)
-        if n_samples is not None:
-            raise ValueError(f"give n_samples= alone; got n_samples={n_samples} and val_size={val_size}")
-        n_samples = val_size
+    n_samples = _by_former_name(n_samples, val_size)
     walked = (max_radius, l2_reg, first_direction, directions)
     estimator = _one_of(estimator, Estimator(measure, seed, rtol, max_evaluations, max_seq_len, cache, *walked))
     check_cache(estimator.cache, cache_dtype)
@@ -323,8 +319,6 @@ def basin_volume(
     unshard_guard(model)
     chosen = shortened(batches, objective, n_samples, estimator.max_seq_len)
     chosen = list(own_share(chosen, model, Replicas(), None))
-    region: dict[str, Any] = {"n_directions": n_directions, "cutoff": cutoff, "sigma": sigma, "space": space}
-    shared: dict[str, Any] = {"estimator": estimator, "progress": progress, "split_over_ranks": split_over_ranks}
     several = preconditioner if isinstance(preconditioner, Mapping) else None
     bridged, spent = _bridges(method, estimator, model, several or preconditioner), Cost()
     if bridged and curvature is None:
@@ -332,26 +326,35 @@ def basin_volume(
         # On every rank by itself: an eigenbasis may turn by any angle when its matrix changes in the last digit.
         fisher = kronecker_fisher(model, chosen, objective, split_over_ranks=False, **options)
         curvature, spent = fisher, fisher.cost
+    region: dict[str, Any] = {"n_directions": n_directions, "cutoff": cutoff, "sigma": sigma, "space": space}
+    shared: dict[str, Any] = {"estimator": estimator, "progress": progress, "split_over_ranks": split_over_ranks}
     with preserved(model):
         divergence = AnchoredDivergence(model, chosen, objective, cache=estimator.cache, cache_dtype=cache_dtype)
-        if bridged:
-            # Every rank makes the anchor's predictions, and checks them on the first batch.
-            common = Cost(forwards=divergence.forwards + sample_count(chosen[0]))
-            result = local_volume(
-                model, divergence, method="bridge", curvature=curvature, bridge=bridge, **region, **shared
-            )
-            mine = Cost(divergence.forwards, divergence.backwards)
-            return dataclasses.replace(result, cost=total_cost(replicas, mine, common) + spent)
         volume = partial(local_volume, model, divergence, **region, **shared)
-        if not isinstance(preconditioner, Mapping):
+        # Every rank makes the anchor's predictions, and checks a bridge's on the first batch.
+        common = divergence.forwards + (sample_count(chosen[0]) if bridged else 0)
+        if bridged:
+            result = volume(method="bridge", curvature=curvature, bridge=bridge)
+        elif several is None:
             result = volume(preconditioner=preconditioner)
         else:
-            result = best_of({name: volume(preconditioner=proposal) for name, proposal in preconditioner.items()})
+            result = best_of({name: volume(preconditioner=proposal) for name, proposal in several.items()})
             walked_all = sum(numbers["evaluations"] for numbers in result.proposals.values())
             # What the other proposals cost belongs to the choice.
             result = dataclasses.replace(result, extra_evaluations=walked_all - int(result.evaluations.sum()))
-    common = Cost(forwards=divergence.forwards - divergence.divided)
-    return dataclasses.replace(result, cost=total_cost(replicas, Cost(forwards=divergence.forwards), common))
+    if not bridged:
+        common = divergence.forwards - divergence.divided
+    mine = Cost(divergence.forwards, divergence.backwards)
+    return dataclasses.replace(result, cost=total_cost(replicas, mine, Cost(forwards=common)) + spent)
+
+
+def _by_former_name(n_samples: int | None, val_size: int | None) -> int | None:
+    if val_size is None:
+        return n_samples
+    warnings.warn("basin_volume: val_size has become n_samples", DeprecationWarning, stacklevel=3)
+    if n_samples is not None:
+        raise ValueError(f"give n_samples= alone; got n_samples={n_samples} and val_size={val_size}")
+    return val_size
 
 
 def _bridges(method: Method, estimator: Estimator, module: nn.Module, preconditioner: Any) -> bool:

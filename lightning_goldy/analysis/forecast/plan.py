@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -304,7 +305,7 @@ class Plan:
     base: bool = False
     variants: int = 1
 
-    @property
+    @functools.cached_property
     def space(self) -> ParameterSpace:
         """All trainable parameters."""
         return ParameterSpace.of(self.model)

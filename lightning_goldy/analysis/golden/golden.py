@@ -540,15 +540,14 @@ def fitted_rates(rows: Tensor, columns: Tensor, n_samples: int) -> tuple[Tensor,
     first, second = rows.double() / n_samples, columns.double() / n_samples
     targets = first, second
     first = first / first.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(first.dtype).tiny)
+    moving = first.amax(-1, keepdim=True) * second.amax(-1, keepdim=True) > 1 + 1e-9
     for _ in range(_FITS):
-        # What is not cut anywhere is fitted already, and a round leaves it as it is.
-        if float((first.amax(-1) * second.amax(-1)).amax()) <= 1 + 1e-9:
+        if not moving.any():
             break
         before = first
-        first = _cut_rates(targets[0], second)
-        second = _cut_rates(targets[1], first)
-        if torch.allclose(first, before, rtol=_FITTED, atol=0):
-            break
+        first = _cut_rates(targets[0], second).where(moving, first)
+        second = _cut_rates(targets[1], first).where(moving, second)
+        moving = ((first - before).abs() > _FITTED * before).any(-1, keepdim=True)
     return first, second
 
 

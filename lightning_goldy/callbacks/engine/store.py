@@ -33,8 +33,8 @@ from lightning_goldy.core.files import (
 )
 from lightning_goldy.report.answers import answers_of, answers_text
 from lightning_goldy.report.descriptions import description_of
-from lightning_goldy.report.figures import TEXTS, draw_figures, reads_of
-from lightning_goldy.report.loggers import log_figure, log_histogram, log_scalars, log_text
+from lightning_goldy.report.figures import TEXTS, draw_figures, figures_of, reads_of
+from lightning_goldy.report.loggers import figure_loggers, log_figure, log_histogram, log_scalars, log_text
 from lightning_goldy.report.rendering import RenderError
 from lightning_goldy.report.run import upgraded
 
@@ -360,6 +360,9 @@ def log_row(
         # The row holds the numbers; no training ends for want of a picture.
         rank_zero_warn(f"figure {name!r} of {row['name']} at step {row['step']} is not logged: {error}")
 
+    takers = figure_loggers(trainer.loggers) if figures_of(row["analysis"]) else []
+    if not takers:
+        return
     try:
         figures = draw_figures(row, earlier, failed=tell)
     except ImportError as error:
@@ -370,7 +373,8 @@ def log_row(
     for name, figure in figures.items():
         # A tag of their own: TensorBoard shows a tag in one plugin only, and hides the figure behind a scalar.
         try:
-            write(lambda loggers: log_figure(loggers, f"{prefix}/figure/{name}", figure, step))  # noqa: B023
+            draw = partial(log_figure, tag=f"{prefix}/figure/{name}", figure=figure, step=step)
+            _to_each(takers, f"{row['name']} at step {row['step']}", draw)
         except RenderError as error:
             tell(name, error)
 

@@ -173,7 +173,7 @@ class Flat(nn.Module):
 
 def grid_probability(toy: Callable[[np.ndarray], np.ndarray], anchor: list[float], cutoff: float) -> float:
     # The region of the toy in four dimensions is small, and its grid must be coarse.
-    points, reach = {1: (200_001, 2.5), 2: (2001, 2.5), 3: (201, 2.5), 4: (61, 0.8)}[len(anchor)]
+    points, reach = {1: (200_001, 2.5), 2: (2001, 2.5), 3: (201, 2.5), 4: (41, 0.75)}[len(anchor)]
     axis = np.linspace(-reach, reach, points)
     grid = np.stack(np.meshgrid(*[axis] * len(anchor), indexing="ij"))  # [D, points, ...]
     place = grid + np.array(anchor).reshape(-1, *[1] * len(anchor))

@@ -403,6 +403,18 @@ def test_marks_are_counted_by_row_and_column(rows, columns, offset, seed):
     assert torch.equal(marks_by_column(marks), marks.sum(dim=0).int())
 
 
+def test_rates_of_several_matrices_are_those_of_each_alone():
+    generator = torch.Generator().manual_seed(0)
+    rare = [torch.randint(0, 4, (4, 12, 9), generator=generator) // 3, torch.zeros(1, 12, 9, dtype=torch.long)]
+    votes = torch.cat([*rare, torch.randint(0, 6, (3, 12, 9), generator=generator)])
+    votes[5:, :2] = 5
+    together = fitted_rates(votes.sum(dim=2), votes.sum(dim=1), 5)
+    for index, matrix in enumerate(votes):
+        for found, expected in zip(together, fitted_rates(matrix.sum(dim=1), matrix.sum(dim=0), 5), strict=True):
+            assert torch.allclose(found[index], expected, rtol=1e-12, atol=0)
+            assert found[index].isfinite().all()
+
+
 def test_the_result_holds_the_null_of_its_votes_and_the_interval_of_a_plain_jackknife():
     """Every element is watched here, so the interval is that of leaving out one sample after the other."""
     torch.manual_seed(3)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 
@@ -140,13 +141,25 @@ def test_a_pool_is_all_masked_and_the_best_others_and_of_it_the_best_stay(seed):
         assert int((mask & ~found).sum()) <= pool - size
 
 
+@functools.cache
+def searched(strategy, scope):
+    """A search by a strategy; several tests look at it."""
+    return reverse_golden_parameters(
+        sharp("gpt2"),
+        [BATCH],
+        eval_batches=[HELD_OUT],
+        top_k_percent=2,
+        scope=scope,
+        strategy=strategy,
+        min_delta=0,
+        exact=4,
+    )
+
+
 @pytest.mark.parametrize("strategy", list(STRATEGIES))
 @pytest.mark.parametrize("scope", ["tensor", "global"])
 def test_every_strategy_keeps_its_promises(strategy, scope):
-    model = sharp("gpt2")
-    result = reverse_golden_parameters(
-        model, [BATCH], eval_batches=[HELD_OUT], top_k_percent=2, scope=scope, strategy=strategy, min_delta=0, exact=4
-    )
+    model, result = sharp("gpt2"), searched(strategy, scope)
     sizes = [parameter.numel() for parameter in model.parameters()]
     if scope == "tensor":
         assert result.masked == tuple(budget_of(2, size) for size in sizes)
@@ -167,13 +180,7 @@ def test_every_strategy_keeps_its_promises(strategy, scope):
 
 def test_the_strategy_is_not_ignored():
     """Two strategies take different ways, and most come to different masks."""
-    model = sharp("gpt2")
-    results = [
-        reverse_golden_parameters(
-            model, [BATCH], eval_batches=[HELD_OUT], top_k_percent=2, strategy=strategy, min_delta=0, exact=4
-        )
-        for strategy in STRATEGIES
-    ]
+    results = [searched(strategy, "tensor") for strategy in STRATEGIES]
     for first, second in itertools.combinations(results, 2):
         ways = [[entry["pool"] for entry in each.history] for each in (first, second)]
         assert ways[0] != ways[1]
