@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
-from lightning_goldy.core.naming import require_at_least, require_choice
+from lightning_goldy.core.naming import require_at_least, require_choice, unknown_name
 from lightning_goldy.core.pieces import PromptPairs, leading_bos
-from lightning_goldy.data.names import unknown_name
 from lightning_goldy.data.relations import RELATIONS, Fact, country_facts
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from functools import lru_cache
 from importlib import resources
 from typing import Literal, get_args
 
-from lightning_goldy.data.names import unknown_name
+from lightning_goldy.core.naming import unknown_name
 
 Phrasing = Literal["train", "held_out"]
 

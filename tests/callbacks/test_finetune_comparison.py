@@ -28,7 +28,7 @@ class InOrder(TokenData):
         return DataLoader(Tokens(self.n_train, 1), batch_size=2)
 
 
-def train(folder, optimizer, callbacks=(), **options):
+def train(folder, optimizer, callbacks=(), *, data=None, **options):
     L.seed_everything(7, verbose=False)
     module = GoldyModule(build("gpt2").eval(), optimizer=optimizer, schedule={"name": "linear"})
     settings = {"max_epochs": 2, "gradient_clip_val": 0.5, "accumulate_grad_batches": 2, **options}
@@ -43,7 +43,7 @@ def train(folder, optimizer, callbacks=(), **options):
         enable_model_summary=False,
         **settings,
     )
-    data = InOrder()
+    data = data or InOrder()
     trainer.fit(module, datamodule=data)
     return trainer, module, data
 
@@ -100,6 +100,24 @@ def test_the_cost_is_that_of_the_other_trainings_and_of_all_measurements(compare
     row = compared[4]
     trained, measured = 2 * 2 * 16, 4 * (16 + 4)
     assert (row["cost"]["forwards"], row["cost"]["backwards"]) == (trained + measured, trained)
+
+
+def test_what_every_measurement_reads_is_made_once(tmp_path):
+    made = []
+
+    class WithOther(InOrder):
+        def collateral_dataloader(self):
+            made.append(self.trainer)
+            return DataLoader(Tokens(4, 5), batch_size=2)
+
+    comparison = FinetuneComparison(["full"])
+    callbacks = [GoldenParameters(n_samples=2, at=("start",)), comparison]
+    trainer, *_ = train(tmp_path, MASKED, callbacks, data=WithOther(), max_epochs=1)
+    (line,) = (comparison.folder / "results.jsonl").read_text().splitlines()
+    assert len({row["losses"]["other/loss"] for row in json.loads(line)["result"]["rows"]}) == 3
+    # By the copy that is measured with, which has a trainer of its own.
+    assert len(made) == 1
+    assert made[0] not in (None, trainer)
 
 
 def test_the_comparison_leaves_the_training_as_it_was(tmp_path, compared):

@@ -319,8 +319,7 @@ def basin_volume(
     unshard_guard(model)
     chosen = shortened(batches, objective, n_samples, estimator.max_seq_len)
     chosen = list(own_share(chosen, model, Replicas(), None))
-    several = preconditioner if isinstance(preconditioner, Mapping) else None
-    bridged, spent = _bridges(method, estimator, model, several or preconditioner), Cost()
+    bridged, spent = _bridges(method, estimator, model, preconditioner), Cost()
     if bridged and curvature is None:
         options: dict[str, Any] = {"space": space, "n_draws": _FISHER_DRAWS, "seed": estimator.seed}
         # On every rank by itself: an eigenbasis may turn by any angle when its matrix changes in the last digit.
@@ -335,10 +334,10 @@ def basin_volume(
         common = divergence.forwards + (sample_count(chosen[0]) if bridged else 0)
         if bridged:
             result = volume(method="bridge", curvature=curvature, bridge=bridge)
-        elif several is None:
+        elif not isinstance(preconditioner, Mapping):
             result = volume(preconditioner=preconditioner)
         else:
-            result = best_of({name: volume(preconditioner=proposal) for name, proposal in several.items()})
+            result = best_of({name: volume(preconditioner=proposal) for name, proposal in preconditioner.items()})
             walked_all = sum(numbers["evaluations"] for numbers in result.proposals.values())
             # What the other proposals cost belongs to the choice.
             result = dataclasses.replace(result, extra_evaluations=walked_all - int(result.evaluations.sum()))
