@@ -22,7 +22,7 @@ from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.callbacks.golden_snapshot import find_snapshot
 from lightning_goldy.core.architecture import describe_architecture
 from lightning_goldy.core.batches import sample_count
-from lightning_goldy.core.naming import require_at_least
+from lightning_goldy.core.naming import require_at_least, require_positive
 from lightning_goldy.core.sharding import is_sharded
 from lightning_goldy.training.subject import find_collateral, find_tokenizer
 
@@ -105,8 +105,7 @@ class ActivationDifferences(AnalysisCallback[ReadDifferences]):
             require_at_least(name, value, lowest)
         if layers is not None and not layers:
             raise ValueError("layers is empty: name at least one block")
-        if tolerance <= 0:
-            raise ValueError(f"tolerance must be positive; got {tolerance}")
+        require_positive("tolerance", [tolerance])
         self.layers, self.positions, self.n_samples, self.text = layers, positions, n_samples, text
         self.prompts, self.max_new_tokens, self.tolerance = tuple(prompts), max_new_tokens, tolerance
 
@@ -173,17 +172,25 @@ class ActivationDifferences(AnalysisCallback[ReadDifferences]):
         row, tokenizer = result.row(), find_tokenizer(context.trainer)
         if not self._text:
             row = row.noted("the text is the probe, the finetune's own: give text=, or a collateral_dataloader()")
-        if tokenizer is None:
-            return row
+        return row if tokenizer is None else in_words(row, tokenizer)
 
-        def words(ids: Sequence[int]) -> list[str]:
-            return [tokenizer.decode([token]) for token in ids]
 
-        told: dict[str, Any] = {}
-        for name in ("spelled", "spelled_directions"):
-            told[name] = [{**entry, "words": words(entry["promoted"])} for entry in row.result[name]]
-        told["divergent"] = [
-            {**entry, "text": tokenizer.decode(entry["context"]), "words": words([entry["base"], entry["now"]])}
-            for entry in row.result["divergent"]
-        ]
-        return row.extended(result=told)
+def in_words(row: Row, tokenizer: Any) -> Row:
+    """A row of activation differences with its tokens in words, too.
+
+    Args:
+        row: Of :class:`~lightning_goldy.analysis.activations.ActivationDifferencesResult`.
+        tokenizer: Of the model.
+    """
+
+    def words(ids: Sequence[int]) -> list[str]:
+        return [tokenizer.decode([token]) for token in ids]
+
+    told: dict[str, Any] = {}
+    for name in ("spelled", "spelled_directions"):
+        told[name] = [{**entry, "words": words(entry["promoted"])} for entry in row.result[name]]
+    told["divergent"] = [
+        {**entry, "text": tokenizer.decode(entry["context"]), "words": words([entry["base"], entry["now"]])}
+        for entry in row.result["divergent"]
+    ]
+    return row.extended(result=told)

@@ -16,7 +16,12 @@ from lightning_goldy.analysis.attention.rows import Tokens
 from lightning_goldy.analysis.attribution.attribution import ChangePath
 from lightning_goldy.analysis.divergence import precise, shortened
 from lightning_goldy.analysis.result import AnalysisResult, Cost
-from lightning_goldy.core.architecture import Block, UnsupportedArchitectureError, describe_architecture
+from lightning_goldy.core.architecture import (
+    Block,
+    UnsupportedArchitectureError,
+    describe_architecture,
+    require_next_tokens,
+)
 from lightning_goldy.core.architecture.families import canonical_modules
 from lightning_goldy.core.base import Base
 from lightning_goldy.core.batches import move_batch
@@ -227,6 +232,7 @@ def activation_differences(
                     path.move_to(place)
                     with residual_streams(blocks) as states:
                         logits = model(**inputs).logits
+                    require_next_tokens(model, inputs["input_ids"], logits, "activation differences")
                     streams.append((states, logits))
                 sums.add(Tokens.of(placed), *streams)
                 if progress is not None:
@@ -249,12 +255,28 @@ def check_texts(batches: Iterable[Any], positions: int) -> None:
         Traceback (most recent call last):
         ValueError: text 0 has 3 tokens, fewer than the positions=5
     """
-    lengths = [length for batch in batches for length in Tokens.of(batch).valid.sum(1).tolist()]
+    lengths = text_lengths(batches)
     short = next((text for text, length in enumerate(lengths) if length < positions), None)
     if short is not None:
         raise ValueError(f"text {short} has {lengths[short]} tokens, fewer than the positions={positions}")
     if len(lengths) < 2:
         raise ValueError(f"two halves need at least two texts; got {len(lengths)}")
+
+
+def text_lengths(batches: Iterable[Any]) -> list[int]:
+    """Tokens of each text, without padding.
+
+    Args:
+        batches: Of token ids.
+
+    Raises:
+        ValueError: A batch has no token ids.
+
+    Example:
+        >>> text_lengths([{"input_ids": torch.ones(2, 3, dtype=torch.long)}])
+        [3, 3]
+    """
+    return [length for batch in batches for length in Tokens.of(batch).valid.sum(1).tolist()]
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,7 +29,7 @@ from lightning_goldy.core.base import Base
 from lightning_goldy.core.batches import move_batch, sample_count
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.mask import ParameterMask
-from lightning_goldy.core.naming import block_of, kind_of, require_at_least, require_choice
+from lightning_goldy.core.naming import block_of, kind_of, require_at_least, require_choice, require_fractions
 from lightning_goldy.core.objective import Objective, objective_for
 from lightning_goldy.core.sharding import Replicas, gather, is_sharded, like, sum_over_shards, unshard_guard
 from lightning_goldy.core.space import ParameterSpace
@@ -225,12 +226,16 @@ class ChangeAttributionResult(AnalysisResult):
         for label, value in self.grouped(group).items():
             places = [place for place, name in enumerate(self.names) if group(name) == label]
             low, high = self.interval(group, label)
+            share_low, share_high = self.interval(group, label, share=True)
             rows.append(
                 {
                     "group": label,
                     "contribution": value,
                     "low": low,
                     "high": high,
+                    "share": value / self.total if self.total else None,
+                    "share_low": share_low,
+                    "share_high": share_high,
                     "elements": sum(self.numels[place] for place in places) / whole,
                     "squared_change": math.fsum(self.squared_changes[place] for place in places) / changes,
                 }
@@ -245,7 +250,6 @@ class ChangeAttributionResult(AnalysisResult):
             return f"the {self.metric} has not changed on these samples, so there is nothing to attribute"
         kinds = {row["group"]: row for row in self._group_rows(kind_of)}
         label, row = max(kinds.items(), key=lambda item: item[1]["contribution"] / self.change)
-        low, high = self.interval(kind_of, label, share=True)
         whole = (
             ""
             if self.complete
@@ -253,7 +257,7 @@ class ChangeAttributionResult(AnalysisResult):
         )
         return (
             f"the {self.metric} changed by {self.change:.4g}: {row['contribution'] / self.total:.0%} "
-            f"[{low:.0%}, {high:.0%}] of it sits in {label} parameters, which are {row['elements']:.0%} of all"
+            f"[{row['share_low']:.0%}, {row['share_high']:.0%}] of it sits in {label} parameters, which are {row['elements']:.0%} of all"
             f"{whole}{self._told_parts()}"
         )
 
@@ -395,12 +399,10 @@ def check_attribution(
         raise ValueError(f"tolerance must lie in (0, 1); got {tolerance}")
     if samples_per_pass is not None:
         require_at_least("samples_per_pass", samples_per_pass, 1)
-    for share in shares:
-        if not 0 < share <= 1:
-            raise ValueError(f"shares lie in (0, 1]; got {share}")
-    if len(shares) > 200:
-        raise ValueError(f"at most 200 shares can be told apart; got {len(shares)}")
-    return tuple(sorted(set(shares)))
+    found = require_fractions("shares", shares)
+    if len(found) > 200:
+        raise ValueError(f"at most 200 shares can be told apart; got {len(found)}")
+    return found
 
 
 class _Integration:
@@ -629,6 +631,7 @@ class _Integration:
             self.products[self.index[name]] += torch.stack(products).sum(dtype=torch.float64)
 
 
+@functools.lru_cache(maxsize=4)
 def resampled(count: int) -> Tensor:
     """How often each of so many passages is drawn in each resample, shape ``[resamples, count]``; always the same."""
     draws = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=_RESAMPLES)

@@ -240,6 +240,19 @@ def test_intervals_are_of_resampled_passages():
     assert one.interval(block_of, "transformer.h.0") == pytest.approx([one.by_block["transformer.h.0"]] * 2)
 
 
+def test_kinds_and_blocks_have_shares_with_intervals():
+    model, base, batch = pair("llama")
+    found = change_attribution(model, base, [batch], samples_per_pass=1)
+    kinds = {row["group"]: row for row in found.details()["kinds"]}
+    for label, row in kinds.items():
+        assert row["share"] == pytest.approx(found.by_kind[label] / found.total)
+        assert (row["share_low"], row["share_high"]) == found.interval(kind_of, label, share=True)
+        assert row["share_low"] <= row["share"] <= row["share_high"]
+    assert any(row["share_low"] < row["share"] < row["share_high"] for row in kinds.values())
+    (told,) = [row for label, row in kinds.items() if f"sits in {label} " in found.headline()]
+    assert f"[{told['share_low']:.0%}, {told['share_high']:.0%}]" in found.headline()
+
+
 def test_the_row_and_the_json_tell_all():
     model, base, batch = pair("gpt2")
     found = change_attribution(model, base, [batch], nodes=2)
@@ -261,6 +274,13 @@ def test_the_row_and_the_json_tell_all():
         ({"nodes": 1.5}, "nodes is 'auto' or lies between 1 and 256; got 1.5"),
         ({"tolerance": 0}, r"tolerance must lie in \(0, 1\); got 0"),
         ({"shares": [2]}, r"shares lie in \(0, 1\]; got 2"),
+        ({"shares": ["a"]}, r"shares lie in \(0, 1\]; got 'a'"),
+        ({"shares": [math.nan]}, r"shares lie in \(0, 1\]; got nan"),
+        ({"shares": [-math.inf]}, r"shares lie in \(0, 1\]; got -inf"),
+        ({"shares": [True]}, r"shares lie in \(0, 1\]; got True"),
+        ({"shares": [0.1, 0.1]}, "shares name 0.1 twice"),
+        ({"shares": 0.1}, r"shares is a list of fractions in \(0, 1\]; got 0.1"),
+        ({"shares": "0.1"}, r"shares is a list of fractions in \(0, 1\]; got '0.1'"),
         ({"samples_per_pass": 0}, "samples_per_pass must be at least 1"),
         ({"n_samples": 99}, "n_samples=99, but the batches hold only 6"),
     ],
