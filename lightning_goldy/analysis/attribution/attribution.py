@@ -250,6 +250,7 @@ class ChangeAttributionResult(AnalysisResult):
             return f"the {self.metric} has not changed on these samples, so there is nothing to attribute"
         kinds = {row["group"]: row for row in self._group_rows(kind_of)}
         label, row = max(kinds.items(), key=lambda item: item[1]["contribution"] / self.change)
+        low, high = row["share_low"], row["share_high"]
         whole = (
             ""
             if self.complete
@@ -257,7 +258,7 @@ class ChangeAttributionResult(AnalysisResult):
         )
         return (
             f"the {self.metric} changed by {self.change:.4g}: {row['contribution'] / self.total:.0%} "
-            f"[{row['share_low']:.0%}, {row['share_high']:.0%}] of it sits in {label} parameters, which are {row['elements']:.0%} of all"
+            f"[{low:.0%}, {high:.0%}] of it sits in {label} parameters, which are {row['elements']:.0%} of all"
             f"{whole}{self._told_parts()}"
         )
 

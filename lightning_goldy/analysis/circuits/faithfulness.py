@@ -180,7 +180,7 @@ def faithfulness(
         seed: Of these.
         batch_size: Pairs per pass.
         progress: Called with (runs done, runs in all).
-        split_over_ranks: Whether to share pairs out over the ranks of an initialised process group; every rank must call.
+        split_over_ranks: Whether to share pairs out over the ranks of an initialised process group, which all must call.
 
     Returns:
         The share that is kept, by size, with its interval over the pairs.

@@ -34,7 +34,7 @@ from lightning_goldy.core.architecture.families import canonical_modules, inside
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import model_class
 from lightning_goldy.core.sharding import is_sharded
-from lightning_goldy.core.tasks import accepts, prompt_learning
+from lightning_goldy.core.tasks import accepts, prompt_learning, transformers_model
 
 INPUT, OUTPUT = "input", "output"
 Part = Literal["query", "key", "value", "mlp", "output"]
@@ -273,13 +273,8 @@ class Wiring:
             raise UnsupportedArchitectureError(f"{model_class(model)} has two stacks; circuits are those of a decoder")
         device = next(model.parameters()).device
         if ids is None:
-            config: Any = next((part.config for part in model.modules() if hasattr(part, "config")), None)
-            vocabulary = None if config is None else getattr(config.get_text_config(), "vocab_size", None)
-            if vocabulary is None:
-                raise UnsupportedArchitectureError(
-                    f"{model_class(model)} takes no tokens; circuits are those of a decoder"
-                )
-            ids = torch.arange(3, 11)[None] % vocabulary
+            config: Any = next(part.config for part in model.modules() if hasattr(part, "config"))
+            ids = torch.arange(3, 11)[None] % config.get_text_config().vocab_size
         with preserved(model), torch.no_grad():
             seen, logits = _Seen.of(model, ids.to(device))
             wiring = _wire(model, described.blocks, seen)
@@ -301,8 +296,14 @@ def call(model: nn.Module, ids: Tensor, **options: Any) -> Tensor:
 
 
 def _require_decoder(model: nn.Module) -> None:
+    inner = transformers_model(model)
+    if inner is not None and not accepts(inner, "input_ids"):
+        raise UnsupportedArchitectureError(f"{model_class(model)} takes no tokens; circuits are those of a decoder")
     if any(map(is_sharded, model.parameters())):
-        raise UnsupportedArchitectureError("a sharded model's circuits are not found: gather its weights first")
+        raise UnsupportedArchitectureError(
+            "a sharded model's circuits are not found, for each process must hold the whole model: use DDPStrategy or "
+            "one device, or `goldy analyze CHECKPOINT --circuits TASK` afterwards"
+        )
     method, count = prompt_learning(model)
     if count:
         raise UnsupportedArchitectureError(

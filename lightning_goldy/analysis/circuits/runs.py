@@ -488,7 +488,8 @@ class CircuitOptions:
             shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             if shape != (len(pairs),):
                 raise ValueError(
-                    f"metric {self.metric_name} gives one value per pair, a tensor of shape ({len(pairs)},); got {shape}"
+                    f"metric {self.metric_name} gives one value per pair, a tensor of shape ({len(pairs)},); got "
+                    f"{shape}"
                 )
             return found
         logs = precise(logits).log_softmax(-1)
@@ -557,7 +558,7 @@ def shared_places(pairs: PromptPairs, options: CircuitOptions, replicas: Replica
 
 
 def batches(
-    wiring: Wiring, pairs: PromptPairs, options: CircuitOptions, done: list[Cost], replicas: Replicas = Replicas()
+    wiring: Wiring, pairs: PromptPairs, options: CircuitOptions, done: list[Cost], replicas: Replicas
 ) -> Iterator[Batch]:
     """A replica's pairs in batches with what is patched in.
 
@@ -612,7 +613,7 @@ def measure(
     circuits: Sequence[Tensor],
     *,
     progress: Progress | None = None,
-    replicas: Replicas = Replicas(),
+    replicas: Replicas = Replicas(),  # noqa: B008 - frozen
 ) -> tuple[Tensor, Cost]:
     """The metric of patched runs, one per circuit and pair.
 

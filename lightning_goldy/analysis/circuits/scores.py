@@ -36,7 +36,7 @@ def edge_scores(
     method: Method = "eap_ig_inputs",
     steps: int = 5,
     progress: Progress | None = None,
-    replicas: Replicas = Replicas(),
+    replicas: Replicas = Replicas(),  # noqa: B008 - frozen
 ) -> tuple[Tensor, Cost]:
     """Scores of all edges, the mean over the pairs; see :func:`~lightning_goldy.analysis.circuits.find_circuits`.
 

@@ -185,7 +185,7 @@ def test_thresholds_and_prompts_that_a_model_cannot_take_are_told() -> None:
     for threshold, message in ((-0.1, "at least 0; got -0.1"), (math.nan, "finite number; got nan"), ("a", "got 'a'")):
         with pytest.raises(ValueError, match=message):
             find_circuits(model, pairs, threshold=threshold)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="n_edges must be a whole number; got 0.05"):
+    with pytest.raises(ValueError, match=r"n_edges must be a whole number; got 0\.05"):
         find_circuits(model, pairs, n_edges=0.05)  # type: ignore[arg-type]
     for ids, message in (
         ((3, 10_000), "prompt 'odd' has tokens beyond the model's 67: from 3 to 10000"),
