@@ -330,6 +330,8 @@ def answer_by_attribution(rows: Sequence[Row]) -> Finding | None:
     null = "" if chance is None else f"as many elements at random recover {_percent(chance)}"
     held_out = graft.get("n_held_out", 0)
     told = f"95 % interval {_percent(point['low'])} to {_percent(point['high'])} over {held_out} held-out samples"
+    if point["low"] is None:
+        told = "no interval: one held-out sample"
     bar = Bar(point["recovered"], point["low"], point["high"], chance)
     return Finding(sentence, told, null, (*doubts, *_marks(row)), bar, "effect")
 

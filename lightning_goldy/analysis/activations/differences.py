@@ -151,6 +151,8 @@ class ActivationDifferencesResult(AnalysisResult):
         place = self.clearest
         moved, null, same = (float(table[place, -1]) for table in (self.norms, self.nulls, self.agreements))
         weak = "" if moved > null and same > 0.5 else "; WEAK: no clearer than the difference between two texts"
+        if null == 0:
+            weak = "; WEAK: both halves are the same text, so there is no null"
         return (
             f"after block {self.layers[place]} the residual stream moved by {moved:.2g} of its norm on unrelated text "
             f"(another text moves it by {null:.2g}), with a cosine of {same:.2f} between two halves{weak}"

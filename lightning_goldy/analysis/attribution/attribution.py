@@ -148,7 +148,7 @@ class ChangeAttributionResult(AnalysisResult):
         return self.grouped(kind_of)
 
     def interval(self, group: Callable[[str], str], of: str, *, share: bool = False) -> tuple[float, float]:
-        """95 % percentile bootstrap interval of what a group contributes, over the passages.
+        """95 % percentile bootstrap interval of what a group contributes, over the passages; of one passage a point.
 
         Args:
             group: Of a parameter's name.
@@ -225,8 +225,10 @@ class ChangeAttributionResult(AnalysisResult):
         rows = []
         for label, value in self.grouped(group).items():
             places = [place for place, name in enumerate(self.names) if group(name) == label]
-            low, high = self.interval(group, label)
-            share_low, share_high = self.interval(group, label, share=True)
+            low, high, share_low, share_high = (None,) * 4
+            if len(self.weights) > 1:
+                low, high = self.interval(group, label)
+                share_low, share_high = self.interval(group, label, share=True)
             rows.append(
                 {
                     "group": label,
@@ -251,6 +253,7 @@ class ChangeAttributionResult(AnalysisResult):
         kinds = {row["group"]: row for row in self._group_rows(kind_of)}
         label, row = max(kinds.items(), key=lambda item: item[1]["contribution"] / self.change)
         low, high = row["share_low"], row["share_high"]
+        interval = f"[{low:.0%}, {high:.0%}]" if len(self.weights) > 1 else "(no interval: one passage)"
         whole = (
             ""
             if self.complete
@@ -258,7 +261,7 @@ class ChangeAttributionResult(AnalysisResult):
         )
         return (
             f"the {self.metric} changed by {self.change:.4g}: {row['contribution'] / self.total:.0%} "
-            f"[{low:.0%}, {high:.0%}] of it sits in {label} parameters, which are {row['elements']:.0%} of all"
+            f"{interval} of it sits in {label} parameters, which are {row['elements']:.0%} of all"
             f"{whole}{self._told_parts()}"
         )
 
@@ -544,7 +547,9 @@ class _Integration:
             row: dict[str, Any] = {"block": block, "contribution": float(self.found[:, columns].sum())}
             for kind, told in enumerate(("alone", "removed")):
                 parts = changes[kind, place] * self.weights
-                low, high = interval_of((counts @ parts) / (counts @ self.weights))
+                low, high = math.nan, math.nan
+                if len(self.weights) > 1:
+                    low, high = interval_of((counts @ parts) / (counts @ self.weights))
                 row |= {told: float(parts.sum()), f"{told}_low": low, f"{told}_high": high}
             rows.append(row)
         return tuple(rows)

@@ -64,7 +64,7 @@ class GraftPoint(AnalysisResult):
         factor: What the change is multiplied with there.
         value: The metric on held-out samples.
         recovered: (value - base) / (finetune - base) there, a fraction; None where the finetune changed nothing.
-        low: Lower end of its 95 % bootstrap interval over samples.
+        low: Lower end of its 95 % bootstrap interval over samples; None of a single one.
         high: Upper end.
         harm: Loss on other text less that of the base, nats; None without other text.
         harm_low: Lower end of its interval.
@@ -213,6 +213,8 @@ class GraftCurve(AnalysisResult):
 
 
 def _with_interval(point: GraftPoint) -> str:
+    if point.low is None:
+        return f"{point.recovered:.0%} (no interval: one sample)"
     return f"{point.recovered:.0%} [{point.low:.0%}, {point.high:.0%}]"
 
 
@@ -394,7 +396,7 @@ class _Bench:
         counts = resampled(len(values))
         gain, whole = values - self.base, self.now - self.base
         moved = float(whole.sum()) != 0
-        low, high = interval_of((counts @ gain) / (counts @ whole)) if moved else (None, None)
+        low, high = interval_of((counts @ gain) / (counts @ whole)) if moved and len(values) > 1 else (None, None)
         point: dict[str, Any] = {
             "method": method,
             "share": share,
@@ -409,7 +411,7 @@ class _Bench:
             divergences, _ = self._values(self.divergence, self.collateral)
             counts = resampled(len(losses))
             harm = losses - self.base_loss
-            low, high = interval_of((counts @ harm) / (counts @ self.loss_counts))
+            low, high = interval_of((counts @ harm) / (counts @ self.loss_counts)) if len(harm) > 1 else (None, None)
             total = self.loss_counts.sum()
             point |= {"harm": float(harm.sum() / total), "harm_low": low, "harm_high": high}
             point["kl"] = float(divergences.sum() / total)

@@ -250,7 +250,7 @@ def find_circuits(
         ablation: What a patched edge brings.
         batch_size: Pairs per pass.
         progress: Called with (pairs done, pairs in all); of ``exact`` with runs.
-        split_over_ranks: Whether to share pairs out over the ranks of an initialised process group, which all must call.
+        split_over_ranks: Whether to share pairs out over the ranks of an initialised process group; all must call.
 
     Returns:
         The circuit with the scores of all edges.
@@ -321,7 +321,7 @@ def node_effects(
         ablation: What patched edges bring.
         batch_size: Pairs per pass.
         progress: Called with (runs done, runs in all).
-        split_over_ranks: Whether to share pairs out over the ranks of an initialised process group, which all must call.
+        split_over_ranks: Whether to share pairs out over the ranks of an initialised process group; all must call.
 
     Returns:
         The mean over the pairs by node.
@@ -434,7 +434,7 @@ class CircuitOverlap(AnalysisResult):
         """Numbers of edges, overlap with its nulls, rank correlation."""
         return {
             "overlap": _known(self.intersection_over_union),
-            "overlap_by_chance": self.by_chance,
+            "overlap_by_chance": _known(self.by_chance),
             "overlap_noise": self.noise,
             "rank_correlation": _known(self.rank_correlation),
             "kept": float(len(self.kept)),

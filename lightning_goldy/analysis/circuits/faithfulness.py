@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from numbers import Real
 from typing import Any, ClassVar, get_args
 
 import torch
@@ -180,7 +181,7 @@ def faithfulness(
         seed: Of these.
         batch_size: Pairs per pass.
         progress: Called with (runs done, runs in all).
-        split_over_ranks: Whether to share pairs out over the ranks of an initialised process group, which all must call.
+        split_over_ranks: Whether to share pairs out over the ranks of an initialised process group; all must call.
 
     Returns:
         The share that is kept, by size, with its interval over the pairs.
@@ -311,7 +312,7 @@ class TrackingOptions:
         require_at_least("n_random", self.n_random, 0)
         for name, shares in (("share is a share", (self.share,)), ("sizes are shares", self.sizes)):
             for share in shares:
-                if not 0 < share <= 1:
+                if isinstance(share, bool) or not isinstance(share, Real) or not 0 < share <= 1:
                     raise ValueError(f"{name} of all edges, above 0 and at most 1; got {share!r}")
         if not self.sizes:
             raise ValueError("sizes is empty: name at least one share of the edges")

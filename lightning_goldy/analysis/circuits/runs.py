@@ -292,6 +292,8 @@ class Gradients(_Recording):
             differences: Shape ``[writers, B, T, width]``.
             columns: Only of these writers; all by default.
         """
+        if not total.requires_grad:
+            raise ValueError("the metric has no gradient: make it of the logits it is given, or take method='exact'")
         graph, stages = self.wiring.graph, self.wiring.stages
         # A stage whose output was replaced may decide nothing.
         wanted = [*{id(one): one for one in (*self.projected.values(), *self.given.values())}.values()]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 
 import pytest
@@ -8,11 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_goldy.analysis import ChangeAttributionResult, change_attribution
+from lightning_goldy.analysis import ChangeAttributionResult, change_attribution, graft_curve
 from lightning_goldy.analysis.attribution import model_units, unit_mask
 from lightning_goldy.analysis.attribution.attribution import units_of
 from lightning_goldy.core import CausalLMObjective, ClassifierObjective, FunctionObjective, ParameterSpace
+from lightning_goldy.core.files import to_json_line
 from lightning_goldy.core.naming import block_of, kind_of
+from lightning_goldy.report import draw_figures
+from lightning_goldy.report.answers import answer_by_attribution
 from tests.references.attribution import moved, riemann_attribution
 from tests.references.models import FAMILIES, build, class_batch, token_batch
 
@@ -238,6 +242,23 @@ def test_intervals_are_of_resampled_passages():
     assert [low, high] == pytest.approx(expected, abs=0.15 * (expected[1] - expected[0]))
     one = change_attribution(model, base, [batch], nodes=2, samples_per_pass=6)
     assert one.interval(block_of, "transformer.h.0") == pytest.approx([one.by_block["transformer.h.0"]] * 2)
+
+
+def test_one_passage_has_no_interval_and_says_so():
+    model, base, batch = pair("llama")
+    one = {name: value[:1] for name, value in batch.items()}
+    found = change_attribution(model, base, [one], interactions=True)
+    assert "(no interval: one passage)" in found.headline()
+    line = json.loads(to_json_line(found.row().to_dict()))
+    assert {row[end] for row in line["result"]["kinds"] for end in ("low", "high", "share_low", "share_high")} == {None}
+    assert {row["alone_low"] for row in line["result"]["interactions"]} == {None}
+    assert set(draw_figures(line, [line])) >= {"places", "interactions"}
+    curve = graft_curve(model, base, found, [one], [one], [one], baselines=["random"], factors=[0.5])
+    assert {point.low for point in curve.records} == {None} == {point.harm_high for point in curve.records}
+    assert "(no interval: one sample)" in curve.headline()
+    row = {**line, "result": {**line["result"], "graft": curve.details()}, "metrics": {**line["metrics"]}}
+    assert answer_by_attribution([row]).interval == "no interval: one held-out sample"  # type: ignore[union-attr]
+    assert "graft" in draw_figures(row, [row])
 
 
 def test_kinds_and_blocks_have_shares_with_intervals():

@@ -200,6 +200,37 @@ def test_thresholds_and_prompts_that_a_model_cannot_take_are_told() -> None:
     assert find_circuits(model, pairs, threshold=1e9).n_edges == 0
 
 
+def test_a_metric_without_a_gradient_and_shares_that_are_no_numbers_are_told() -> None:
+    with pytest.raises(ValueError, match="the metric has no gradient: make it of the logits"):
+        find_circuits(build("gpt2"), prompts(2), lambda logits, pairs, clean: logits[:, 0].detach())
+    for options in ({"sizes": ("a",)}, {"share": "a"}, {"sizes": (math.nan,)}, {"share": True}):
+        with pytest.raises(ValueError, match="of all edges, above 0 and at most 1; got"):
+            TrackingOptions(**options)  # type: ignore[arg-type]
+    circuit = find_circuits(build("gpt2"), prompts(2), method="eap", n_edges=0)
+    assert circuit_overlap(circuit, circuit).metrics()["overlap_by_chance"] is None
+
+
+@pytest.mark.parametrize("find", [find_circuits, node_effects, TrackingOptions().find])
+def test_an_interrupted_search_leaves_the_model_as_it_was(find: Callable[..., Any]) -> None:
+    model, pairs = build("gpt2").train(), prompts(3)
+    base = ParameterVector.of(build("gpt2"), ParameterSpace.of(model)).map(lambda value: value + 0.1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    searches = [lambda: find(model, pairs, progress=interrupt)]
+    searches.append(lambda: TrackingOptions().find_at_base(model, base, pairs, interrupt))
+    for search in searches:
+        with pytest.raises(KeyboardInterrupt):
+            search()
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+        assert model.training
+        assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
 def test_weights_that_are_not_finite_and_models_without_tokens_are_told() -> None:
     model = build("llama")
     with torch.no_grad():
