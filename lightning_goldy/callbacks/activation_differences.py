@@ -13,6 +13,7 @@ from lightning_goldy.analysis.activations import SteeredTexts, steer_texts
 from lightning_goldy.analysis.activations.differences import (
     ActivationDifferencesResult,
     activation_differences,
+    check_layers,
     check_texts,
 )
 from lightning_goldy.analysis.forecast import Forecast, Plan, Run
@@ -103,8 +104,8 @@ class ActivationDifferences(AnalysisCallback[ReadDifferences]):
         least = (("positions", positions, 1), ("n_samples", n_samples, 2), ("max_new_tokens", max_new_tokens, 1))
         for name, value, lowest in least:
             require_at_least(name, value, lowest)
-        if layers is not None and not layers:
-            raise ValueError("layers is empty: name at least one block")
+        if layers is not None:
+            check_layers(layers)
         require_positive("tolerance", [tolerance])
         self.layers, self.positions, self.n_samples, self.text = layers, positions, n_samples, text
         self.prompts, self.max_new_tokens, self.tolerance = tuple(prompts), max_new_tokens, tolerance
@@ -129,9 +130,8 @@ class ActivationDifferences(AnalysisCallback[ReadDifferences]):
         if find_snapshot(trainer) is None:
             raise ValueError(f"{self.name} compares with the golden snapshot: add GoldenSnapshot() to the callbacks")
         blocks = describe_architecture(model).blocks
-        for layer in self.layers or ():
-            if not 0 <= layer < len(blocks):
-                raise ValueError(f"{self.name}: layers lie between 0 and {len(blocks) - 1}; got {layer}")
+        if self.layers is not None:
+            check_layers(self.layers, len(blocks))
         if self.prompts and find_tokenizer(trainer) is None:
             raise ValueError(f"{self.name}: prompts are texts, and neither the module nor its data has a tokenizer")
         if self.prompts and any(map(is_sharded, model.parameters())):

@@ -34,7 +34,7 @@ from lightning_goldy.core.architecture.adapters import (
 )
 from lightning_goldy.core.batches import sample_count
 from lightning_goldy.core.mask import ParameterMask
-from lightning_goldy.core.naming import block_of, require_at_least, require_fractions
+from lightning_goldy.core.naming import block_of, require_at_least, require_number
 from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.store import Kind, StoreError, read_header
@@ -163,7 +163,9 @@ class ChangeAttribution(AnalysisCallback[AttributedChange]):
             check_graft(metric, self.shares, baselines, pieces)
         check_space(space)
         if keep is not None:
-            require_fractions("keep", [keep])
+            require_number("keep", keep)
+            if not 0 < keep <= 1:
+                raise ValueError(f"keep must lie in (0, 1]; got {keep}")
         self.learn = learn
         self.keep, self.interactions, self.masks, self.space = keep, interactions, dict(masks or {}), space
         require_at_least("n_samples", n_samples, 2 if self.shares else 1)

@@ -499,7 +499,8 @@ def answer_by_circuit(rows: Sequence[Row]) -> Finding | None:
         return Finding(f"{sentence}.", "no interval over prompts", null, (*doubts, "no interval"), course="area")
     told = f"95 % interval {_percent(interval[0])} to {_percent(interval[1])} over {curve['n_pairs']} prompts"
     chance = curve["random"][-1] if curve.get("random") else None
-    return Finding(f"{sentence}.", told, null, (*doubts, *_marks(row)), Bar(kept, *interval, chance), "area")
+    bar = Bar(kept, interval[0], interval[1], chance)
+    return Finding(f"{sentence}.", told, null, (*doubts, *_marks(row)), bar, "area")
 
 
 @register_answer("basin_volume", "robust")

@@ -311,12 +311,34 @@ def _chosen_blocks(model: nn.Module, layers: Sequence[int] | None) -> tuple[Bloc
     blocks = described.blocks
     if layers is None:
         return blocks
-    for layer in layers:
-        if not 0 <= layer < len(blocks):
-            raise ValueError(f"layers lie between 0 and {len(blocks) - 1}; got {layer}")
+    check_layers(layers, len(blocks))
+    return tuple(blocks[layer] for layer in sorted(set(layers)))
+
+
+def check_layers(layers: Sequence[int], n_blocks: int | None = None) -> None:
+    """Checks the numbers of blocks.
+
+    Args:
+        layers: As they were given.
+        n_blocks: The model's; None where there is no model yet.
+
+    Raises:
+        ValueError: It is no list of whole numbers, is empty, or names a block that there is not.
+
+    Example:
+        >>> check_layers([0.5])
+        Traceback (most recent call last):
+        ValueError: layers are numbers of blocks, from 0; got 0.5
+    """
+    if isinstance(layers, str) or not isinstance(layers, Sequence):
+        raise ValueError(f"layers is a list of numbers of blocks; got {layers!r}")
     if not layers:
         raise ValueError("layers is empty: name at least one block")
-    return tuple(blocks[layer] for layer in sorted(set(layers)))
+    for layer in layers:
+        if isinstance(layer, bool) or not isinstance(layer, int) or (layer < 0 and n_blocks is None):
+            raise ValueError(f"layers are numbers of blocks, from 0; got {layer!r}")
+        if n_blocks is not None and not 0 <= layer < n_blocks:
+            raise ValueError(f"layers lie between 0 and {n_blocks - 1}; got {layer}")
 
 
 class _Sums:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from numbers import Real
@@ -255,6 +255,8 @@ def _intervals(ends: Tensor, kept: Tensor) -> tuple[tuple[float, float], ...]:
 def _counts(circuit: Circuit, sizes: Sequence[int | float] | None) -> list[int]:
     whole = circuit.graph.n_edges
     counts = []
+    if isinstance(sizes, (str, int, float)):
+        raise ValueError(f"sizes is a list of numbers of edges or of shares; got {sizes!r}")
     for size in SHARES if sizes is None else sizes:
         require_number("a size", size)
         count = round(size * whole) if isinstance(size, float) else size
@@ -310,6 +312,8 @@ class TrackingOptions:
             require_choice(what, value, valid)
         require_at_least("steps", self.steps, 1)
         require_at_least("n_random", self.n_random, 0)
+        if isinstance(self.sizes, str) or not isinstance(self.sizes, Iterable):
+            raise ValueError(f"sizes is a list of shares of all edges; got {self.sizes!r}")
         for name, shares in (("share is a share", (self.share,)), ("sizes are shares", self.sizes)):
             for share in shares:
                 if isinstance(share, bool) or not isinstance(share, Real) or not 0 < share <= 1:
