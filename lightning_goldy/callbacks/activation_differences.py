@@ -15,6 +15,7 @@ from lightning_goldy.analysis.activations.differences import (
     activation_differences,
     check_layers,
     check_texts,
+    in_words,
 )
 from lightning_goldy.analysis.forecast import Forecast, Plan, Run
 from lightning_goldy.analysis.forecast.analyses import forecast_activations
@@ -173,24 +174,3 @@ class ActivationDifferences(AnalysisCallback[ReadDifferences]):
         if not self._text:
             row = row.noted("the text is the probe, the finetune's own: give text=, or a collateral_dataloader()")
         return row if tokenizer is None else in_words(row, tokenizer)
-
-
-def in_words(row: Row, tokenizer: Any) -> Row:
-    """A row of activation differences with its tokens in words, too.
-
-    Args:
-        row: Of :class:`~lightning_goldy.analysis.activations.ActivationDifferencesResult`.
-        tokenizer: Of the model.
-    """
-
-    def words(ids: Sequence[int]) -> list[str]:
-        return [tokenizer.decode([token]) for token in ids]
-
-    told: dict[str, Any] = {}
-    for name in ("spelled", "spelled_directions"):
-        told[name] = [{**entry, "words": words(entry["promoted"])} for entry in row.result[name]]
-    told["divergent"] = [
-        {**entry, "text": tokenizer.decode(entry["context"]), "words": words([entry["base"], entry["now"]])}
-        for entry in row.result["divergent"]
-    ]
-    return row.extended(result=told)

@@ -18,7 +18,7 @@ from rich.text import Text
 from torch import nn
 
 from lightning_goldy.analysis.activations import activation_differences
-from lightning_goldy.analysis.activations.differences import check_texts, text_lengths
+from lightning_goldy.analysis.activations.differences import check_texts, in_words, text_lengths
 from lightning_goldy.analysis.attention import Prompt, track_attention
 from lightning_goldy.analysis.attention.tracking import token_namer
 from lightning_goldy.analysis.attribution import change_attribution
@@ -32,7 +32,6 @@ from lightning_goldy.analysis.linearized import explain_change
 from lightning_goldy.analysis.precision import with_precision
 from lightning_goldy.analysis.result import AnalysisResult, Row
 from lightning_goldy.analysis.taylor import taylor_diff
-from lightning_goldy.callbacks.activation_differences import in_words
 from lightning_goldy.callbacks.engine.store import ROWS, ResultStore, peak_memory_bytes
 from lightning_goldy.commands.checkpoints import FoundBase, SavedModel, find_base, positions, read_saved
 from lightning_goldy.commands.fit import check_configs, run_configured

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_goldy.analysis.attention.rows import Tokens
 from lightning_goldy.analysis.attribution.attribution import ChangePath
 from lightning_goldy.analysis.divergence import precise, shortened
-from lightning_goldy.analysis.result import AnalysisResult, Cost
+from lightning_goldy.analysis.result import AnalysisResult, Cost, Row
 from lightning_goldy.core.architecture import (
     Block,
     UnsupportedArchitectureError,
@@ -500,3 +500,24 @@ class TokenReader:
         return Spelled(
             layer, position, tuple(up.indices.tolist()), tuple(down.indices.tolist()), tuple(up.values.tolist())
         )
+
+
+def in_words(row: Row, tokenizer: Any) -> Row:
+    """A row of activation differences with its tokens in words, too.
+
+    Args:
+        row: Of :class:`ActivationDifferencesResult`.
+        tokenizer: Of the model.
+    """
+
+    def words(ids: Sequence[int]) -> list[str]:
+        return [tokenizer.decode([token]) for token in ids]
+
+    told: dict[str, Any] = {}
+    for name in ("spelled", "spelled_directions"):
+        told[name] = [{**entry, "words": words(entry["promoted"])} for entry in row.result[name]]
+    told["divergent"] = [
+        {**entry, "text": tokenizer.decode(entry["context"]), "words": words([entry["base"], entry["now"]])}
+        for entry in row.result["divergent"]
+    ]
+    return row.extended(result=told)
