@@ -94,7 +94,7 @@ class CircuitTracker(AnalysisCallback[TrackedCircuit]):
             steps=steps,
             ablation=ablation,
             share=share,
-            sizes=tuple(sizes) if isinstance(sizes, (list, tuple)) else sizes,
+            sizes=tuple(sizes) if isinstance(sizes, (list, tuple)) else sizes,  # type: ignore[arg-type]
             n_random=n_random,
             select=select,
             rank=rank,
