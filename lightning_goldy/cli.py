@@ -187,6 +187,14 @@ def _add_analyze(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="spread the model over the processes that torchrun started, when it is too large for one device",
     )
+    parser.add_argument(
+        "--circuits",
+        choices=["induction", "indirect_object", "greater_than", "atlas"],
+        help="look for the circuit of this task, and measure what it keeps (default: none)",
+    )
+    parser.add_argument(
+        "--circuit-pairs", type=int, default=32, metavar="N", help="pairs of prompts of the task (default: %(default)s)"
+    )
     _add_space(parser)
     _add_folder(parser, "everything goes", "analyze")
     parser.set_defaults(run=_analyze)
@@ -204,7 +212,7 @@ def _add_space(parser: argparse.ArgumentParser) -> None:
 
 def _analyze(options: argparse.Namespace) -> None:
     # Brings torch and Lightning, which other commands need not wait for.
-    from lightning_goldy.commands.analyze import Writing, analyze_checkpoint
+    from lightning_goldy.commands.analyze import CircuitTask, Writing, analyze_checkpoint
 
     # A shell hands over a backslash and an n.
     told = [prompt.replace("\\n", "\n") for prompt in options.prompt]
@@ -218,6 +226,7 @@ def _analyze(options: argparse.Namespace) -> None:
         output=options.output,
         shard=options.shard,
         space=options.space,
+        circuits=options.circuits and CircuitTask(options.circuits, options.circuit_pairs, options.seed),
     )
 
 

@@ -13,7 +13,9 @@ from lightning_goldy.analysis.activations import SteeredTexts, steer_texts
 from lightning_goldy.analysis.activations.differences import (
     ActivationDifferencesResult,
     activation_differences,
+    check_layers,
     check_texts,
+    in_words,
 )
 from lightning_goldy.analysis.forecast import Forecast, Plan, Run
 from lightning_goldy.analysis.forecast.analyses import forecast_activations
@@ -22,7 +24,7 @@ from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.callbacks.golden_snapshot import find_snapshot
 from lightning_goldy.core.architecture import describe_architecture
 from lightning_goldy.core.batches import sample_count
-from lightning_goldy.core.naming import require_at_least
+from lightning_goldy.core.naming import require_at_least, require_positive
 from lightning_goldy.core.sharding import is_sharded
 from lightning_goldy.training.subject import find_collateral, find_tokenizer
 
@@ -104,10 +106,9 @@ class ActivationDifferences(AnalysisCallback[ReadDifferences]):
         least = (("positions", positions, 1), ("n_samples", n_samples, 2), ("max_new_tokens", max_new_tokens, 1))
         for name, value, lowest in least:
             require_at_least(name, value, lowest)
-        if layers is not None and not layers:
-            raise ValueError("layers is empty: name at least one block")
-        if tolerance <= 0:
-            raise ValueError(f"tolerance must be positive; got {tolerance}")
+        if layers is not None:
+            check_layers(layers)
+        require_positive("tolerance", [tolerance])
         self.layers, self.positions, self.n_samples, self.text = layers, positions, n_samples, text
         self.prompts, self.max_new_tokens, self.tolerance = tuple(prompts), max_new_tokens, tolerance
 
@@ -131,9 +132,8 @@ class ActivationDifferences(AnalysisCallback[ReadDifferences]):
         if find_snapshot(trainer) is None:
             raise ValueError(f"{self.name} compares with the golden snapshot: add GoldenSnapshot() to the callbacks")
         blocks = describe_architecture(model).blocks
-        for layer in self.layers or ():
-            if not 0 <= layer < len(blocks):
-                raise ValueError(f"{self.name}: layers lie between 0 and {len(blocks) - 1}; got {layer}")
+        if self.layers is not None:
+            check_layers(self.layers, len(blocks))
         if self.prompts and find_tokenizer(trainer) is None:
             raise ValueError(f"{self.name}: prompts are texts, and neither the module nor its data has a tokenizer")
         if self.prompts and any(map(is_sharded, model.parameters())):
@@ -174,17 +174,4 @@ class ActivationDifferences(AnalysisCallback[ReadDifferences]):
         row, tokenizer = result.row(), find_tokenizer(context.trainer)
         if not self._text:
             row = row.noted("the text is the probe, the finetune's own: give text=, or a collateral_dataloader()")
-        if tokenizer is None:
-            return row
-
-        def words(ids: Sequence[int]) -> list[str]:
-            return [tokenizer.decode([token]) for token in ids]
-
-        told: dict[str, Any] = {}
-        for name in ("spelled", "spelled_directions"):
-            told[name] = [{**entry, "words": words(entry["promoted"])} for entry in row.result[name]]
-        told["divergent"] = [
-            {**entry, "text": tokenizer.decode(entry["context"]), "words": words([entry["base"], entry["now"]])}
-            for entry in row.result["divergent"]
-        ]
-        return row.extended(result=told)
+        return row if tokenizer is None else in_words(row, tokenizer)

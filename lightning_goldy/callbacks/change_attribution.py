@@ -18,7 +18,7 @@ from lightning_goldy.analysis.attribution import (
     interleaved,
 )
 from lightning_goldy.analysis.attribution.attribution import AUTO_NODES, SHARES, check_attribution
-from lightning_goldy.analysis.attribution.graft import BASELINES, FACTORS, Baseline, Pieces, check_graft
+from lightning_goldy.analysis.attribution.graft import BASELINES, CANDIDATES, FACTORS, Baseline, Pieces, check_graft
 from lightning_goldy.analysis.attribution.learned import LearnOptions
 from lightning_goldy.analysis.attribution.path import Metric
 from lightning_goldy.analysis.forecast import Forecast, Plan, Run
@@ -34,7 +34,7 @@ from lightning_goldy.core.architecture.adapters import (
 )
 from lightning_goldy.core.batches import sample_count
 from lightning_goldy.core.mask import ParameterMask
-from lightning_goldy.core.naming import block_of, require_at_least
+from lightning_goldy.core.naming import block_of, require_at_least, require_number
 from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.store import Kind, StoreError, read_header
@@ -164,7 +164,9 @@ class ChangeAttribution(AnalysisCallback[AttributedChange]):
             check_graft(metric, self.shares, baselines, pieces)
         check_space(space)
         if keep is not None:
-            check_attribution(metric, nodes, tolerance, [keep], samples_per_pass)
+            require_number("keep", keep)
+            if not 0 < keep <= 1:
+                raise ValueError(f"keep must lie in (0, 1]; got {keep}")
         self.learn = learn
         self.keep, self.interactions, self.masks, self.space = keep, interactions, dict(masks or {}), space
         require_at_least("n_samples", n_samples, 2 if self.shares else 1)
@@ -180,7 +182,7 @@ class ChangeAttribution(AnalysisCallback[AttributedChange]):
 
     def estimate(self, plan: Plan, run: Run) -> Forecast:
         """The nodes of the quadrature, and a graft for each share, method and factor."""
-        elementwise = self.pieces == "elements"
+        elementwise, n_blocks = self.pieces == "elements", len({block_of(name) for name in plan.space})
         named = [name for name in self.baselines if name != "interpolation"]
         masked = [name for name in named if elementwise or name in ("random", "drop_and_rescale")]
         return forecast_attribution(
@@ -190,7 +192,8 @@ class ChangeAttribution(AnalysisCallback[AttributedChange]):
             n_shares=len(self.shares),
             masked=1 + len(masked),
             learned=self.learn.steps if "learned" in masked else 0,
-            blocks=len({block_of(name) for name in plan.space}) if self.interactions else 0,
+            blocks=n_blocks if self.interactions else 0,
+            searched=sum(min(CANDIDATES, left) for left in range(1, n_blocks + 1)) if self.pieces == "blocks" else 0,
             factors=len(FACTORS) if "interpolation" in self.baselines else 0,
             first="gradient" in masked,
             n_collateral=self.n_collateral,
@@ -244,7 +247,7 @@ class ChangeAttribution(AnalysisCallback[AttributedChange]):
             tolerance=self.tolerance,
             space=self.space,
             samples_per_pass=self.samples_per_pass,
-            shares=self.shares if self.keep is None else (*self.shares, self.keep),
+            shares=self.shares if self.keep is None else sorted({*self.shares, self.keep}),
             interactions=self.interactions,
             masks=masks,
             progress=context.progress,

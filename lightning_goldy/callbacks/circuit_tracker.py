@@ -9,11 +9,9 @@ from typing import Any, get_args
 import lightning.pytorch as L
 from torch import nn
 
-from lightning_goldy.analysis.attribution.attribution import ChangePath
 from lightning_goldy.analysis.circuits import (
     Ablation,
     CircuitGraph,
-    CircuitOptions,
     Method,
     Metric,
     TrackedCircuit,
@@ -21,6 +19,7 @@ from lightning_goldy.analysis.circuits import (
     track_circuit,
 )
 from lightning_goldy.analysis.circuits.circuit import Circuit, Rank, Selection
+from lightning_goldy.analysis.circuits.runs import check_tokens
 from lightning_goldy.analysis.forecast import Forecast, Plan, Run
 from lightning_goldy.analysis.forecast.analyses import forecast_circuits
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, Vectors
@@ -96,7 +95,7 @@ class CircuitTracker(AnalysisCallback[TrackedCircuit]):
             steps=steps,
             ablation=ablation,
             share=share,
-            sizes=tuple(sizes),
+            sizes=tuple(sizes) if isinstance(sizes, (list, tuple)) else sizes,  # type: ignore[arg-type]
             n_random=n_random,
             select=select,
             rank=rank,
@@ -131,11 +130,8 @@ class CircuitTracker(AnalysisCallback[TrackedCircuit]):
             pairs = pairs_of_task(
                 self.task_name, self.n_pairs, tokenizer=tokenizer, vocabulary=vocabulary, seed=self.seed
             )
-        CircuitOptions(self.tracking.metric, self.tracking.ablation).check(pairs)
-        rows = zip(pairs.names, pairs.clean, pairs.corrupted, pairs.answers, pairs.wrong, strict=True)
-        for name, *sets in rows:
-            if vocabulary and max(max(ids, default=0) for ids in sets) >= vocabulary:
-                raise ValueError(f"{self.name}: prompt {name!r} has tokens beyond the model's {vocabulary}")
+        self.tracking.patching.check(pairs)
+        check_tokens(model, pairs)
         with undisturbed(trainer, trainer.lightning_module):
             CircuitGraph.of(model)
         self._pairs = pairs
@@ -145,9 +141,7 @@ class CircuitTracker(AnalysisCallback[TrackedCircuit]):
         assert self._pairs is not None
         snapshot = find_snapshot(context.trainer)
         if self._base is None and snapshot is not None:
-            with ChangePath(context.model, snapshot.base) as path:
-                path.move_to(0.0)
-                self._base = self.tracking.find(context.model, self._pairs, context.progress)
+            self._base = self.tracking.find_at_base(context.model, snapshot.base, self._pairs, context.progress)
         self._found = track_circuit(
             context.model, self._pairs, self.tracking, base=self._base, progress=context.progress
         )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import lightning.pytorch as L
 from rich.box import SIMPLE_HEAD
@@ -17,12 +17,16 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from lightning_goldy.analysis.activations import activation_differences
+from lightning_goldy.analysis.activations.differences import check_texts, in_words, text_lengths
 from lightning_goldy.analysis.attention import Prompt, track_attention
 from lightning_goldy.analysis.attention.tracking import token_namer
 from lightning_goldy.analysis.attribution import change_attribution
 from lightning_goldy.analysis.basin import VolumeSurvey, diagonal_preconditioner
 from lightning_goldy.analysis.basin.survey import ONLY_SPLIT, Make
 from lightning_goldy.analysis.change import parameter_distribution
+from lightning_goldy.analysis.circuits import TrackingOptions, track_circuit
+from lightning_goldy.analysis.circuits.runs import check_tokens
 from lightning_goldy.analysis.continuations import check_generation_arguments, continue_prompts, encode_prompts
 from lightning_goldy.analysis.linearized import explain_change
 from lightning_goldy.analysis.precision import with_precision
@@ -38,16 +42,21 @@ from lightning_goldy.core.architecture.adapters import WeightSpace, check_space
 from lightning_goldy.core.base import BaseParameters
 from lightning_goldy.core.files import atomic_write, printable, read_rows, to_json_line
 from lightning_goldy.core.isolation import undisturbed
+from lightning_goldy.core.naming import require_at_least, require_choice
 from lightning_goldy.core.objective import Objective
+from lightning_goldy.core.pieces import PromptPairs
 from lightning_goldy.core.sharding import RankError, Replicas, is_sharded
 from lightning_goldy.core.space import trainable_parameters
+from lightning_goldy.core.tasks import transformers_model
 from lightning_goldy.core.vector import require_finite
+from lightning_goldy.data import PairTask, pairs_of_task
 from lightning_goldy.report import continuations_table, explanation_table, summary_table
 from lightning_goldy.report.figures import draw_figures
 from lightning_goldy.report.formatting import format_number
 from lightning_goldy.report.rendering import RenderError
 from lightning_goldy.training.subject import (
     check_probe,
+    find_collateral,
     find_model,
     find_objective,
     find_probe,
@@ -93,6 +102,45 @@ class Writing:
 
 
 @dataclass(frozen=True)
+class CircuitTask:
+    """Whose circuit is looked for.
+
+    Args:
+        task: ``induction``, or ``indirect_object``, ``greater_than`` or ``atlas``, which need the run's tokenizer.
+        n_pairs: Pairs of prompts.
+        seed: Decides the prompts.
+
+    Raises:
+        ValueError: There is no pair.
+
+    Example:
+        >>> CircuitTask("induction", 0)
+        Traceback (most recent call last):
+        ValueError: n_pairs must be at least 1; got 0
+    """
+
+    task: PairTask
+    n_pairs: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_choice("task", self.task, get_args(PairTask))
+        require_at_least("n_pairs", self.n_pairs, 1)
+
+    def pairs(self, model: nn.Module, tokenizer: Any) -> PromptPairs:
+        """The prompts, which the model can take.
+
+        Raises:
+            ValueError: The task lacks a tokenizer, or a prompt does not fit; it is named.
+        """
+        config = getattr(transformers_model(model), "config", None)
+        vocabulary = 0 if config is None else getattr(config.get_text_config(), "vocab_size", 0)
+        found = pairs_of_task(self.task, self.n_pairs, tokenizer=tokenizer, vocabulary=vocabulary, seed=self.seed)
+        check_tokens(model, found)
+        return found
+
+
+@dataclass(frozen=True)
 class Subject:
     """A checkpoint that is loaded.
 
@@ -106,6 +154,8 @@ class Subject:
         tokenizer: Of the run; None where it has none.
         progress: Called with (done, total).
         space: Of a model with adapters, where its change is looked at: ``merged`` or ``adapters``.
+        texts: Texts that have nothing to do with the finetune; the probe where there are none.
+        pairs: Prompts of a task whose circuit is looked for; None where none was asked for.
     """
 
     model: nn.Module
@@ -117,6 +167,8 @@ class Subject:
     tokenizer: Any
     progress: Callable[[int, int], None]
     space: WeightSpace = "merged"
+    texts: Sequence[Any] = ()
+    pairs: PromptPairs | None = None
 
 
 @dataclass(frozen=True)
@@ -127,11 +179,13 @@ class Part:
         result: Of the pure function.
         row: What it says of itself, without its place; the result's own by default.
         more: Further results, by the name of their file.
+        files: Further texts, by the whole name of their file.
     """
 
     result: AnalysisResult
     row: Row | None = None
     more: Mapping[str, AnalysisResult] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
 
 
 def _compared(analyze: Callable[..., AnalysisResult], subject: Subject) -> Part:
@@ -147,6 +201,27 @@ def _attributed(subject: Subject) -> Part:
 def _distributed(subject: Subject) -> Part:
     assert subject.base is not None
     return Part(parameter_distribution(subject.model, subject.base, space=subject.space, progress=subject.progress))
+
+
+def _read(subject: Subject) -> Part:
+    assert subject.base is not None
+    texts = subject.texts or subject.probe
+    positions = min(_POSITIONS, *text_lengths(texts))
+    found = activation_differences(subject.model, subject.base, texts, positions=positions, progress=subject.progress)
+    row = found.row()
+    if not subject.texts:
+        row = row.noted("the text is the probe, the finetune's own: the data has no collateral_dataloader()")
+    return Part(found, row if subject.tokenizer is None else in_words(row, subject.tokenizer))
+
+
+def _wired(subject: Subject) -> Part:
+    assert subject.pairs is not None
+    options = TrackingOptions()
+    base = None
+    if subject.base is not None:
+        base = options.find_at_base(subject.model, subject.base, subject.pairs, subject.progress)
+    found = track_circuit(subject.model, subject.pairs, options, base=base, progress=subject.progress)
+    return Part(found, files={"circuit.graphml": found.circuit.to_graphml()})
 
 
 def _attended(subject: Subject) -> Part:
@@ -175,13 +250,20 @@ PARTS: Mapping[str, Callable[[Subject], Part]] = {
     "taylor_diff": partial(_compared, taylor_diff),
     "explain_change": partial(_compared, explain_change),
     "parameter_distribution": _distributed,
+    "activation_differences": _read,
     "attention_tracker": _attended,
+    "circuit_tracker": _wired,
     "continuations": _continued,
 }
 """The analyses by the name of the rows that they write, in the order in which they are made."""
 
-NEEDS_BASE = frozenset({"change_attribution", "taylor_diff", "explain_change", "parameter_distribution"})
+NEEDS_BASE = frozenset(
+    {"change_attribution", "taylor_diff", "explain_change", "parameter_distribution", "activation_differences"}
+)
 """Those that there are not without a base; the others compare with it where there is one."""
+
+BY_REQUEST = "circuit_tracker"
+"""What is made only where a task is named, and else is not said to be left out."""
 
 
 def left_out(subject: Subject, base_source: str) -> dict[str, str]:
@@ -196,6 +278,11 @@ def left_out(subject: Subject, base_source: str) -> dict[str, str]:
         reasons.update(dict.fromkeys(sorted(NEEDS_BASE), f"there is no base: {base_source}"))
     elif any(map(is_sharded, subject.model.parameters())):
         reasons["explain_change"] = "its variants need whole parameters, of which --shard leaves each process a part"
+    if subject.base is not None:
+        try:
+            check_texts(subject.texts or subject.probe, 1)
+        except ValueError as error:
+            reasons["activation_differences"] = str(error)
     if not subject.writing.prompts:
         reasons["continuations"] = "no prompt was given (--prompt or --prompts)"
     elif not callable(getattr(subject.model, "generate", None)):
@@ -204,6 +291,7 @@ def left_out(subject: Subject, base_source: str) -> dict[str, str]:
 
 
 _SAMPLES = 16
+_TEXTS, _POSITIONS = 64, 5
 _SHOWN_TOKENS = 24
 SUMMARY, FIGURES = "summary.json", "figures"
 
@@ -218,6 +306,7 @@ def analyze_checkpoint(
     output: str | Path | None = None,
     shard: bool = False,
     space: WeightSpace = "merged",
+    circuits: CircuitTask | None = None,
 ) -> Path:
     """Analyses a saved model, prints a summary and writes rows, whole results, figures and a report.
 
@@ -232,6 +321,7 @@ def analyze_checkpoint(
         output: A folder without results; by default the next free ``runs/analyze/version_N``.
         shard: Whether the processes share the model (FSDP2), for one that is too large for one device.
         space: Of a model with adapters ``merged``, the change of the weights that they come to, or ``adapters``.
+        circuits: The task whose circuit is looked for; none by default.
 
     Returns:
         The folder.
@@ -252,7 +342,10 @@ def analyze_checkpoint(
     with joined_ranks("goldy analyze") as ranks:
         folder = output_folder(output, "attention_tracker", "analyze")
         walk = run_configured(
-            lambda: CheckpointAnalysis(saved, base, writing, n_samples, folder, space), settings, folder, shard=shard
+            lambda: CheckpointAnalysis(saved, base, writing, n_samples, folder, space, circuits),
+            settings,
+            folder,
+            shard=shard,
         )
         if not ranks.rank:
             walk.show(Console())
@@ -274,6 +367,7 @@ class CheckpointAnalysis(L.Callback):
         n_samples: Samples of the probe.
         folder: Where everything goes.
         space: Where the change of a model with adapters is looked at.
+        circuits: The task whose circuit is looked for; None for none.
     """
 
     saved: SavedModel
@@ -282,6 +376,7 @@ class CheckpointAnalysis(L.Callback):
     n_samples: int | None
     folder: Path
     space: WeightSpace = "merged"
+    circuits: CircuitTask | None = None
     rows: list[dict[str, Any]] = field(default_factory=list, init=False)
     left_out: dict[str, str] = field(default_factory=dict, init=False)
     failed: dict[str, str] = field(default_factory=dict, init=False)
@@ -305,7 +400,7 @@ class CheckpointAnalysis(L.Callback):
             self.base_source = base.source
             self.left_out = left_out(subject, base.source)
             for name in PARTS:
-                if name not in self.left_out:
+                if name not in self.left_out and (name != BY_REQUEST or subject.pairs is not None):
                     status.update(name)
                     self._analyze(name, subject)
         if trainer.is_global_zero:
@@ -349,7 +444,19 @@ class CheckpointAnalysis(L.Callback):
         def tell(done: int, total: int) -> None:
             say(f"{done} of {total}")
 
-        return Subject(model, objective, probe, base.values, shown, self.writing, tokenizer, tell, self.space)
+        return Subject(
+            model=model,
+            objective=objective,
+            probe=probe,
+            base=base.values,
+            shown=shown,
+            writing=self.writing,
+            tokenizer=tokenizer,
+            progress=tell,
+            space=self.space,
+            texts=find_collateral(trainer, None, _TEXTS),
+            pairs=None if self.circuits is None else self.circuits.pairs(model, tokenizer),
+        )
 
     def _analyze(self, name: str, subject: Subject) -> None:
         start = time.perf_counter()
@@ -371,6 +478,8 @@ class CheckpointAnalysis(L.Callback):
         store = ResultStore(self.folder / "goldy" / name, write=not Replicas.world().rank)
         for file, result in {"result": part.result, **part.more}.items() if store.write else ():
             atomic_write(store.folder / f"{file}.json", result.to_json())
+        for file, text in part.files.items() if store.write else ():
+            atomic_write(store.folder / file, text)
         row = with_precision(part.row or part.result.row(), subject.model)
         row = row.extended(result={"checkpoint": str(self.saved.path), "base": self.base_source}).at(
             step=self.saved.step or 0,

@@ -28,9 +28,12 @@ from lightning_goldy.analysis.forecast import Plan, Run, Speeds
 from lightning_goldy.analysis.forecast.timing import graph_bytes, measure_speeds
 from lightning_goldy.analysis.taylor import expansion_route
 from lightning_goldy.callbacks import (
+    ActivationDifferences,
     AnalysisCallback,
     AttentionTracker,
     BasinVolume,
+    ChangeAttribution,
+    CircuitTracker,
     GoldenParameters,
     GoldenSnapshot,
     KnowledgeCoupling,
@@ -188,7 +191,8 @@ def planned(model: nn.Module, objective: Objective | None, question: Question) -
 def readers() -> list[AnalysisCallback[Any]]:
     """Every callback that only looks, with its defaults."""
     kinds = (GoldenSnapshot, AttentionTracker, GoldenParameters, ParameterDistribution, BasinVolume, TaylorDiff)
-    return [*(kind() for kind in kinds), KnowledgeCoupling(), ReverseGoldenParameters()]
+    others = (KnowledgeCoupling, ReverseGoldenParameters, ChangeAttribution, ActivationDifferences, CircuitTracker)
+    return [*(kind() for kind in kinds), *(kind() for kind in others)]
 
 
 def works_on(model: nn.Module, objective: Objective, *, meta: bool) -> dict[str, str]:

@@ -222,7 +222,7 @@ class _Graft(L.Callback):
                 point.method + (" *" if point == self.point else ""),
                 format_percent(point.share),
                 f"{point.factor:g}",
-                f"{point.recovered:.3f} [{point.low:.3f}, {point.high:.3f}]",
+                f"{point.recovered:.3f}{_interval(point.low, point.high, '.3f')}",
                 "" if point.harm is None else f"{point.harm:+.4f}",
                 "yes" if point.on_frontier else "",
             )
@@ -276,11 +276,11 @@ class _Graft(L.Callback):
         harm, recovered = "was not measured: the data has no collateral text", "nothing: the finetune changed nothing"
         if point.harm is not None:
             whole = curve.of("finetune")[0].harm
-            interval = f"[{point.harm_low:+.4g}, {point.harm_high:+.4g}]"
-            harm = f"{point.harm:+.4g} nats of loss {interval} against the base; the whole finetune has {whole:+.4g}"
+            interval = _interval(point.harm_low, point.harm_high, "+.4g")
+            harm = f"{point.harm:+.4g} nats of loss{interval} against the base; the whole finetune has {whole:+.4g}"
         if point.recovered is not None:
-            interval = f"[{point.low:.1%}, {point.high:.1%}]"
-            recovered = f"{point.recovered:.1%} {interval} of the effect on {curve.n_held_out} held-out samples"
+            interval = _interval(point.low, point.high, ".1%")
+            recovered = f"{point.recovered:.1%}{interval} of the effect on {curve.n_held_out} held-out samples"
         return (
             "# A grafted finetune\n\n"
             f"The base with a part of a finetune's change: {kept}.\n\n"
@@ -289,6 +289,11 @@ class _Graft(L.Callback):
             f"finetune {format_number(curve.value)} nats)\n"
             f"- harm to other text: {harm}\n"
         )
+
+
+def _interval(low: float | None, high: float | None, form: str) -> str:
+    """An interval behind its number; nothing where there is none, as of a single sample."""
+    return "" if low is None or high is None else f" [{low:{form}}, {high:{form}}]"
 
 
 def _unadapted(model: nn.Module) -> nn.Module:

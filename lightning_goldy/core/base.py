@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.core.naming import canonical_name, suggestion
+from lightning_goldy.core.naming import bare_name, canonical_name, suggestion
 from lightning_goldy.core.sharding import gather, is_sharded, like, local, scatter_like
-from lightning_goldy.core.space import ParameterSpace
+from lightning_goldy.core.space import ParameterSpace, SpaceError, known_parameters
 from lightning_goldy.core.store import HEADER_KEY, StoreError, load_vectors, open_tensors
 from lightning_goldy.core.vector import ParameterVector
 
@@ -113,8 +113,8 @@ def base_of(base: Base, model: nn.Module, space: ParameterSpace | None = None) -
 
     Raises:
         TypeError: It is none of these.
-        SpaceError: It is of another model, or lacks a parameter of the space.
-        StoreError: The file is none of these, or lacks a parameter, or holds it in another shape.
+        SpaceError: It is of another model, lacks a parameter of the space, or has more blocks than the model.
+        StoreError: The file is none of these, lacks a parameter, holds it in another shape, or has more blocks.
 
     Example:
         >>> layer, before = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
@@ -130,6 +130,8 @@ def base_of(base: Base, model: nn.Module, space: ParameterSpace | None = None) -
             return base
         base = base.vector(model)
     if isinstance(base, ParameterVector):
+        if (more := _further_blocks(base.space.names, model)) is not None:
+            raise SpaceError(f"the base is of another model: {more}")
         space = base.space if space is None else base.space.subspace(space.names)
         vector = ParameterVector(space, {name: _fit(base[name], own) for name, own in space.resolve(model).items()})
         return BaseParameters(vector, copy=False)
@@ -141,11 +143,39 @@ def base_of(base: Base, model: nn.Module, space: ParameterSpace | None = None) -
     space = space or ParameterSpace.of(model)
     if not isinstance(base, nn.Module):
         return BaseParameters(read_base(base, model, space, prefix=None), copy=False)
+    if (more := _further_blocks(known_parameters(base), model)) is not None:
+        raise SpaceError(f"the base is of another model: {more}")
     parameters = space.resolve(model)
     values = ParameterVector.of(base, space, clone=False)
     return BaseParameters(
         ParameterVector(space, {name: _fit(values[name], own).to(own.dtype) for name, own in parameters.items()})
     )
+
+
+def _further_blocks(names: Iterable[str], model: nn.Module) -> str | None:
+    """What a base has more of than a model, in words: entries of a list that both have, such as blocks."""
+    own, there = _list_lengths(known_parameters(model)), _list_lengths(names)
+    for place, count in there.items():
+        if place in own and count > own[place]:
+            return f"it has {count} of {place!r}, {type(model).__name__} has {own[place]}"
+    return None
+
+
+def _list_lengths(names: Iterable[str]) -> dict[str, int]:
+    """The number of entries of each list of modules, by its name, where parameters are called so.
+
+    Example:
+        >>> _list_lengths(["h.0.weight", "h.1.experts.3.weight"])
+        {'h': 2, 'h.1.experts': 4}
+    """
+    found: dict[str, int] = {}
+    for name in names:
+        parts = bare_name(canonical_name(name)).split(".")
+        for place, part in enumerate(parts[:-1]):
+            if place and part.isdigit():
+                key = ".".join(parts[:place])
+                found[key] = max(found.get(key, 0), int(part) + 1)
+    return found
 
 
 def _fit(tensor: Tensor, parameter: nn.Parameter) -> Tensor:
@@ -173,8 +203,8 @@ def read_base(
         The values, in the layout of the model's parameters and in their dtypes.
 
     Raises:
-        StoreError: The source is none of these, or lacks a parameter, or holds it in another shape, or has all of them
-            in several places.
+        StoreError: The source is none of these, lacks a parameter, holds it in another shape, has all of them in
+            several places, or has more blocks than the model.
     """
     path = Path(source)
     if path.is_file() and path.suffix == ".ckpt":
@@ -189,6 +219,8 @@ def read_base(
         tensors = {}
         for file in files:
             tensors = {**_read_safetensors(file), **tensors}
+    if (more := _further_blocks(tensors, model)) is not None:
+        raise StoreError(f"{path}: the base is of another model: {more}")
     values = {}
     for name, parameter in space.resolve(model).items():
         if name not in tensors:

@@ -181,6 +181,72 @@ def require_number(name: str, value: object, *, whole: bool = False) -> None:
         raise ValueError(f"{name} must be a {'whole' if whole else 'finite'} number; got {value!r:.60}")
 
 
+def require_fractions(name: str, values: Iterable[float]) -> tuple[float, ...]:
+    """Checks a list of fractions.
+
+    Args:
+        name: What it is called, for the message.
+        values: As they were read.
+
+    Returns:
+        The fractions, ascending.
+
+    Raises:
+        ValueError: It is no list, or one of them is no number in (0, 1], or there twice.
+
+    Example:
+        >>> require_fractions("shares", [0.1, 0.01])
+        (0.01, 0.1)
+        >>> require_fractions("shares", ["a"])
+        Traceback (most recent call last):
+        ValueError: shares lie in (0, 1]; got 'a'
+    """
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise ValueError(f"{name} is a list of fractions in (0, 1]; got {values!r}")
+    found: list[float] = []
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= 1:
+            raise ValueError(f"{name} lie in (0, 1]; got {value!r}")
+        if value in found:
+            raise ValueError(f"{name} name {value!r} twice")
+        found.append(float(value))
+    return tuple(sorted(found))
+
+
+def require_positive(name: str, values: Iterable[float]) -> tuple[float, ...]:
+    """Checks a list of positive numbers, or one number as a list of one.
+
+    Args:
+        name: What it is called, for the message.
+        values: As they were read.
+
+    Returns:
+        The numbers, ascending.
+
+    Raises:
+        ValueError: It is no list or empty, or one of them is no positive finite number, or there twice.
+
+    Example:
+        >>> require_positive("strengths", [2, 1.0])
+        (1.0, 2.0)
+        >>> require_positive("tolerance", [float("nan")])
+        Traceback (most recent call last):
+        ValueError: tolerance must be positive and finite; got nan
+    """
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise ValueError(f"{name} is a list of positive numbers; got {values!r}")
+    found: list[float] = []
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= sys.float_info.max:
+            raise ValueError(f"{name} must be positive and finite; got {value!r}")
+        if value in found:
+            raise ValueError(f"{name} name {value!r} twice")
+        found.append(float(value))
+    if not found:
+        raise ValueError(f"{name} is empty: name at least one positive number")
+    return tuple(sorted(found))
+
+
 def require_at_least(name: str, value: float, lowest: float) -> None:
     """Checks that a setting is a number and not below the lowest that it may be.
 

@@ -330,6 +330,8 @@ def answer_by_attribution(rows: Sequence[Row]) -> Finding | None:
     null = "" if chance is None else f"as many elements at random recover {_percent(chance)}"
     held_out = graft.get("n_held_out", 0)
     told = f"95 % interval {_percent(point['low'])} to {_percent(point['high'])} over {held_out} held-out samples"
+    if point["low"] is None:
+        told = "no interval: one held-out sample"
     bar = Bar(point["recovered"], point["low"], point["high"], chance)
     return Finding(sentence, told, null, (*doubts, *_marks(row)), bar, "effect")
 
@@ -357,7 +359,9 @@ def _largest_part(result: Mapping[str, Any], effect: float) -> str:
         return "no part of it is told apart"
     total = result.get("total") or effect
     kind = max(kinds, key=lambda row: row["contribution"] / total)
-    ends = sorted(kind[end] / total for end in ("low", "high")) if kind.get("low") is not None else []
+    ends = [kind[end] for end in ("share_low", "share_high") if kind.get(end) is not None]
+    if len(ends) < 2:  # of rows that tell only the contribution's
+        ends = sorted(kind[end] / total for end in ("low", "high")) if kind.get("low") is not None else []
     span = f" [{_percent(ends[0])}, {_percent(ends[1])}]" if ends else ""
     share = _percent(kind["contribution"] / total)
     return f"{share}{span} of it sits in the {kind['group']} parameters, {_percent(kind['elements'])} of all"
@@ -478,18 +482,25 @@ def answer_by_circuit(rows: Sequence[Row]) -> Finding | None:
     if not curve.get("values"):
         return None
     kept, size, whole = curve["values"][-1], curve["sizes"][-1], curve["n_edges"]
-    band = (curve.get("band") or [None])[-1]
+    band, interval = ((curve.get(name) or [None])[-1] for name in ("band", "intervals"))
     sentence = f"A circuit of {size:,} of {whole:,} edges keeps {_percent(kept)} of the behaviour"
     doubts = []
     if overlap is not None:
         sentence += f", and shares {_percent(overlap)} of its edges with the base's"
     if band and kept <= band[1]:
         doubts.append("random circuits of its size keep as much")
+    elif band and interval and None not in interval and interval[0] <= band[1]:
+        doubts.append("its interval reaches what random circuits keep")
     by_chance = _metric(row, "overlap_by_chance")
     null = "" if not band else f"random circuits of its size keep {_percent(band[0])} to {_percent(band[1])}"
     if overlap is not None and by_chance is not None:
         null += f"{'; ' if null else ''}by chance they would share {_percent(by_chance)}"
-    return Finding(f"{sentence}.", "no interval over prompts", null, (*doubts, "no interval"), course="area")
+    if not interval or None in interval:
+        return Finding(f"{sentence}.", "no interval over prompts", null, (*doubts, "no interval"), course="area")
+    told = f"95 % interval {_percent(interval[0])} to {_percent(interval[1])} over {curve['n_pairs']} prompts"
+    chance = curve["random"][-1] if curve.get("random") else None
+    bar = Bar(kept, interval[0], interval[1], chance)
+    return Finding(f"{sentence}.", told, null, (*doubts, *_marks(row)), bar, "area")
 
 
 @register_answer("basin_volume", "robust")

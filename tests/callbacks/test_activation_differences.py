@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -60,5 +61,16 @@ def test_what_cannot_work_is_refused_before_the_first_step(tmp_path) -> None:
             fit(tmp_path / "d", [GoldenSnapshot(), watcher], max_steps=1)
     with pytest.raises(ValueError, match="layers is empty"):
         ActivationDifferences([])
+    for layers, message in (
+        ([0.5], "numbers of blocks, from 0; got 0.5"),
+        ([-1], "numbers of blocks, from 0; got -1"),
+        ("a", "layers is a list of numbers of blocks; got 'a'"),
+        ([], "layers is empty"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ActivationDifferences(layers)  # type: ignore[arg-type]
+    for tolerance in (math.nan, math.inf, "a"):
+        with pytest.raises(ValueError, match="tolerance must be positive and finite; got"):
+            ActivationDifferences(tolerance=tolerance)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="tolerance must be positive"):
         ActivationDifferences(tolerance=0)

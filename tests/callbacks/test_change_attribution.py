@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -66,6 +67,25 @@ def test_what_cannot_work_is_refused_before_the_first_step(tmp_path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             ChangeAttribution(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shares": ["a"]}, r"shares lie in \(0, 1\]; got 'a'"),
+        ({"shares": [math.inf]}, r"shares lie in \(0, 1\]; got inf"),
+        ({"shares": [-0.1]}, r"shares lie in \(0, 1\]; got -0.1"),
+        ({"shares": [0.1, 0.1]}, "shares name 0.1 twice"),
+        ({"shares": 0.1}, "shares is a list of fractions"),
+        ({"keep": math.nan}, "keep must be a finite number; got nan"),
+        ({"keep": 2}, r"keep must lie in \(0, 1\]; got 2"),
+        ({"tolerance": "a"}, r"tolerance must lie in \(0, 1\); got a"),
+        ({"baselines": ["random", "random"]}, "baselines name 'random' twice"),
+    ],
+)
+def test_wrong_settings_are_told_as_they_are_given(options, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        ChangeAttribution(**options)
 
 
 @pytest.mark.filterwarnings("ignore:n_samples=2, but the probe holds only 1")

@@ -46,3 +46,6 @@ def test_what_cannot_work_is_refused_before_the_first_step(tmp_path) -> None:
         CircuitTracker("induction", method="eig")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no slope at the clean run"):
         CircuitTracker("induction", metric="kl", method="eap")
+    for sizes in (0.1, "0.1"):
+        with pytest.raises(ValueError, match="sizes is a list of shares of all edges; got"):
+            CircuitTracker("induction", sizes=sizes)  # type: ignore[arg-type]

@@ -15,8 +15,10 @@ import torch
 import yaml
 from torch import nn
 
+from lightning_goldy.analysis.activations import activation_differences
 from lightning_goldy.analysis.attention import AttentionMaps, AttentionStatistics, attention_maps, attention_statistics
 from lightning_goldy.analysis.change import ParameterDistributionResult, parameter_distribution, weight_change
+from lightning_goldy.analysis.circuits import TrackedCircuit, TrackingOptions, track_circuit
 from lightning_goldy.analysis.continuations import Continuations, continue_prompts
 from lightning_goldy.analysis.linearized import ExplainedChange, explain_change
 from lightning_goldy.analysis.taylor import TaylorDiffResult, taylor_diff
@@ -29,7 +31,7 @@ from lightning_goldy.core.base import BaseParameters, base_of
 from lightning_goldy.core.files import StoreError
 from lightning_goldy.core.objective import CausalLMObjective, ClassifierObjective
 from lightning_goldy.core.store import fingerprint, load_vectors, save_vectors
-from lightning_goldy.data import AtlasDataModule
+from lightning_goldy.data import AtlasDataModule, pairs_of_task
 from lightning_goldy.training.models import build_model, complete_config, write_pretrained
 from lightning_goldy.training.module import GoldyModule
 
@@ -40,6 +42,7 @@ NAMES = (
     "taylor_diff",
     "explain_change",
     "parameter_distribution",
+    "activation_differences",
     "attention_tracker",
     "continuations",
 )
@@ -192,6 +195,8 @@ def test_figures_and_page_show_them(analyzed):
     out, _ = analyzed
     figures = sorted(path.name for path in (out / "figures").iterdir())
     assert figures == [
+        "activation_differences-layers.png",
+        "activation_differences-positions.png",
         "attention_tracker-differences.png",
         "attention_tracker-heads.png",
         "attention_tracker-patterns.png",
@@ -228,6 +233,36 @@ def test_without_a_prompt_the_probe_is_shown_and_nothing_written(trained, here, 
         model_of(checkpoint_of(trained).with_suffix("")), ParameterVector.of(model_of(trained / "base")), [cut]
     )
     assert result_of(TaylorDiffResult, out, "taylor_diff").loss == expected.loss
+
+
+def test_the_circuit_of_a_task_is_found_beside_the_bases(trained, here, only, capsys):
+    only("circuit_tracker", "parameter_distribution")
+    out = analyze(trained, "--circuits", "atlas", "--circuit-pairs", "4")
+    data, model = AtlasDataModule(**DATA), model_of(checkpoint_of(trained).with_suffix(""))
+    pairs = pairs_of_task("atlas", 4, tokenizer=data.tokenizer)
+    expected = track_circuit(model, pairs, base=TrackingOptions().find(model_of(trained / "base"), pairs))
+    assert result_of(TrackedCircuit, out, "circuit_tracker").metrics() == expected.metrics()
+    assert row_of(out, "circuit_tracker")["metrics"]["overlap"] < 1
+    assert (out / "goldy/circuit_tracker/circuit.graphml").read_text() == expected.circuit.to_graphml()
+    assert "<h2>The circuit that carries the behaviour" in (out / "report.html").read_text()
+    assert "1 % of the edges keep of the behaviour" in capsys.readouterr().out
+    # Nothing is made, and nothing said to be left out, where none was asked for.
+    assert not (analyze(trained, output="none") / "goldy/circuit_tracker").exists()
+    assert "left out: circuit_tracker" not in capsys.readouterr().out
+
+
+def test_traces_in_the_activations_are_those_of_the_function_in_words(trained, here, only):
+    only("activation_differences")
+    out = analyze(trained)
+    data, model = AtlasDataModule(**DATA), model_of(checkpoint_of(trained).with_suffix(""))
+    other, tokenizer = list(data.collateral_dataloader()), data.tokenizer
+    held = [{name: value[:64] for name, value in batch.items()} for batch in other]
+    expected = activation_differences(model, ParameterVector.of(model_of(trained / "base")), held, n_samples=64)
+    row = row_of(out, "activation_differences")
+    assert row["metrics"]["stream_change"] == pytest.approx(expected.metrics()["stream_change"], rel=1e-5)
+    assert row["result"]["n_samples"] == 64
+    told = row["result"]["spelled"][0]
+    assert told["words"] == [tokenizer.decode([token]) for token in expected.spelled[0]["promoted"]]
 
 
 def test_drawn_continuations_follow_the_seed(trained, here, only):
@@ -407,7 +442,9 @@ def test_what_one_analysis_cannot_do_leaves_the_others(trained, here, capsys, mo
     assert set(summary["failed"]) == {"taylor_diff"}
     assert set(summary["left_out"]) == {"attention_tracker", "explain_change"}
     assert "Bloom" in summary["left_out"]["attention_tracker"]
-    assert set(summary["metrics"]) == {"change_attribution", "parameter_distribution", "continuations"}
+    assert set(summary["metrics"]) == {
+        *("change_attribution", "parameter_distribution", "activation_differences", "continuations")
+    }
     assert (here / "out/report.html").is_file()
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_goldy.core import ParameterSpace, ParameterVector, SpaceError, StoreError, base_of, save_vectors
 from lightning_goldy.core.base import BaseParameters, read_base
@@ -290,6 +291,19 @@ def write_state(folder: Path, model: nn.Module, *prefixes: str) -> Path:
     state = {f"{prefix}{name}": value for prefix in prefixes for name, value in model.state_dict().items()}
     torch.save({"state_dict": state}, folder / "last.ckpt")
     return folder / "last.ckpt"
+
+
+@pytest.mark.parametrize("write", [None, *SOURCES])
+def test_a_base_with_more_blocks_is_refused(tmp_path: Path, write: Callable[[nn.Module, Path], Path] | None) -> None:
+    def made(layers: int) -> nn.Module:
+        return GPT2LMHeadModel(GPT2Config(n_layer=layers, n_head=1, n_embd=16, vocab_size=7, n_positions=4))
+
+    model, deeper = made(2), made(3)
+    given = deeper if write is None else write(deeper, tmp_path)
+    for base in (given, *([ParameterVector.of(deeper)] if write is None else [])):
+        with pytest.raises((SpaceError, StoreError), match=r"it has 3 of 'transformer\.h', GPT2LMHeadModel has 2"):
+            base_of(base, model, ParameterSpace.of(model))
+    assert base_of(made(2), model).space == ParameterSpace.of(model)
 
 
 def test_several_models_in_a_checkpoint(base: nn.Module, now: nn.Module, tmp_path: Path) -> None:

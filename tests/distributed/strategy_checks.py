@@ -27,8 +27,11 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from lightning_goldy import GoldyModule
 from lightning_goldy.analysis.heads import PruningSchedule, Scoring
 from lightning_goldy.callbacks import (
+    ActivationDifferences,
     AttentionTracker,
     BasinVolume,
+    ChangeAttribution,
+    CircuitTracker,
     ExactResume,
     FinetuneComparison,
     GoldenParameters,
@@ -143,6 +146,22 @@ SUBJECTS: Mapping[str, Subject] = {
         lambda base, **at: [
             GoldenSnapshot(base, at=("start",)),
             KnowledgeCoupling(PIECES, edits=[PIECES[0].id], **at),
+        ],
+        manner="looks",
+    ),
+    "ChangeAttribution": Subject(
+        lambda base, **at: [
+            GoldenSnapshot(base, at=("start",)),
+            ChangeAttribution(n_samples=4, shares=[0.1, 0.5], baselines=["random", "gradient"], **at),
+        ],
+    ),
+    "ActivationDifferences": Subject(
+        lambda base, **at: [GoldenSnapshot(base, at=("start",)), ActivationDifferences(positions=2, **at)],
+    ),
+    "CircuitTracker": Subject(
+        lambda base, **at: [
+            GoldenSnapshot(base, at=("start",)),
+            CircuitTracker(n_pairs=3, sizes=[0.1, 0.5], n_random=1, **at),
         ],
         manner="looks",
     ),

@@ -26,10 +26,14 @@ from lightning_goldy.analysis import (
     reverse_golden_parameters,
     ripple_effects,
     taylor_diff,
+    track_circuit,
 )
+from lightning_goldy.analysis.circuits import TrackingOptions
 from lightning_goldy.core.objective import ClassifierObjective, Objective
+from lightning_goldy.data import induction_pairs
 from lightning_goldy.training.subject import find_objective
 from tests.references import noted_table
+from tests.references.architecture_models import VOCABULARY
 from tests.references.model_zoo import ZOO, batch_for, build_family
 from tests.references.ripple import TEMPLATE, facts, tokenizer
 
@@ -88,6 +92,15 @@ def _attention(subject: Subject) -> Any:
     return attention_statistics(subject.model, [batch], stack="decoder")
 
 
+def _circuits(subject: Subject) -> Any:
+    """Found, measured, and compared with the base's."""
+    config = subject.model.config.get_text_config()
+    vocabulary = getattr(config, "vocab_size", VOCABULARY)
+    pairs = induction_pairs(range(3, min(vocabulary, VOCABULARY)), 2)
+    options = TrackingOptions(steps=1, sizes=(0.2,), n_random=1)
+    return track_circuit(subject.model, pairs, options, base=options.find_at_base(subject.model, subject.base, pairs))
+
+
 def _linearized(variant: Any) -> Callable[[Subject], Any]:
     return lambda s: explain_change(s.model, s.base, [s.batch], s.objective, variants=(variant,))
 
@@ -105,6 +118,7 @@ ANALYSES: dict[str, Callable[[Subject], Any]] = {
     "heads": lambda s: head_importance(s.model, [s.batch], s.objective, strategy="magnitude"),
     "coupling": lambda s: knowledge_coupling(s.model, [s.batch], objective=s.objective),
     "ripple": _ripple,
+    "circuits": _circuits,
     "basin": lambda s: basin_volume(s.model, [s.batch], s.objective, n_directions=2),
 }
 

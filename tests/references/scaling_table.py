@@ -58,6 +58,11 @@ analysis asks for more ranks than the training itself. Those with a large share 
   host.
 - **Parameter distribution** has one tensor at a time whole in float64 on each rank; `exclude` the embedding where
   it is the largest.
+- **Change attribution** holds the base, a float32 accumulator of every element and a byte per element; with `shares:
+  []` it grafts nothing.
+- **Circuits** keep what every head and MLP writes on a batch of prompts; of a sharded model none are found, so where
+  one rank does not hold the model the row is of what it would take. `goldy analyze --circuits` works on one device
+  afterwards.
 - **Coupling** needs little memory, but its passes are many: with fewer pieces (`n_pieces`), or `budget`, it stays
   short.
 
@@ -67,7 +72,7 @@ What does not fit beside the training runs afterwards, where no optimizer takes 
 2 to 3 copies of the parameters instead of the 4 and more of a training.
 
 ```
-goldy analyze CHECKPOINT --config runs/NAME/version_0/config.yaml        # attention, Taylor, shape of the change
+goldy analyze CHECKPOINT --config runs/NAME/version_0/config.yaml        # attribution, Taylor, attention, traces
 goldy basin CHECKPOINT --config runs/NAME/version_0/config.yaml          # volumes
 goldy coupling --model runs/NAME/version_0/checkpoints/step=1000 --data pieces.jsonl --projection 8192
 ```

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from lightning_goldy.report.answers import (
     QUESTIONS,
     Answer,
+    Bar,
     Finding,
     answer_by_attribution,
     answer_by_circuit,
@@ -210,6 +211,13 @@ def test_a_circuit_beside_random_ones_and_the_bases() -> None:
     curve["values"] = [0.1, 0.2]
     assert "random circuits of its size keep as much" in told(answer_by_circuit([row_of({}, {"curve": curve})])).doubts
     assert answer_by_circuit([row_of({}, {})]) is None
+    curve |= {"values": [0.5, 0.9], "intervals": [[0.4, 0.6], [0.7, 1.0]], "n_pairs": 20, "random": [0.0, 0.1]}
+    finding = told(answer_by_circuit([row_of(metrics, {"curve": curve})]))
+    assert finding.interval == "95 % interval 70 % to 100 % over 20 prompts"
+    assert (finding.bar, finding.doubts) == (Bar(0.9, 0.7, 1.0, 0.1), ())
+    curve["intervals"][-1] = [0.15, 1.0]
+    doubts = told(answer_by_circuit([row_of({}, {"curve": curve})])).doubts
+    assert doubts == ("its interval reaches what random circuits keep",)
 
 
 @pytest.mark.parametrize(

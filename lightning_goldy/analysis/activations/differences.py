@@ -15,8 +15,13 @@ from torch import Tensor, nn
 from lightning_goldy.analysis.attention.rows import Tokens
 from lightning_goldy.analysis.attribution.attribution import ChangePath
 from lightning_goldy.analysis.divergence import precise, shortened
-from lightning_goldy.analysis.result import AnalysisResult, Cost
-from lightning_goldy.core.architecture import Block, UnsupportedArchitectureError, describe_architecture
+from lightning_goldy.analysis.result import AnalysisResult, Cost, Row
+from lightning_goldy.core.architecture import (
+    Block,
+    UnsupportedArchitectureError,
+    describe_architecture,
+    require_next_tokens,
+)
 from lightning_goldy.core.architecture.families import canonical_modules
 from lightning_goldy.core.base import Base
 from lightning_goldy.core.batches import move_batch
@@ -146,6 +151,8 @@ class ActivationDifferencesResult(AnalysisResult):
         place = self.clearest
         moved, null, same = (float(table[place, -1]) for table in (self.norms, self.nulls, self.agreements))
         weak = "" if moved > null and same > 0.5 else "; WEAK: no clearer than the difference between two texts"
+        if null == 0:
+            weak = "; WEAK: both halves are the same text, so there is no null"
         return (
             f"after block {self.layers[place]} the residual stream moved by {moved:.2g} of its norm on unrelated text "
             f"(another text moves it by {null:.2g}), with a cosine of {same:.2f} between two halves{weak}"
@@ -227,6 +234,7 @@ def activation_differences(
                     path.move_to(place)
                     with residual_streams(blocks) as states:
                         logits = model(**inputs).logits
+                    require_next_tokens(model, inputs["input_ids"], logits, "activation differences")
                     streams.append((states, logits))
                 sums.add(Tokens.of(placed), *streams)
                 if progress is not None:
@@ -249,12 +257,28 @@ def check_texts(batches: Iterable[Any], positions: int) -> None:
         Traceback (most recent call last):
         ValueError: text 0 has 3 tokens, fewer than the positions=5
     """
-    lengths = [length for batch in batches for length in Tokens.of(batch).valid.sum(1).tolist()]
+    lengths = text_lengths(batches)
     short = next((text for text, length in enumerate(lengths) if length < positions), None)
     if short is not None:
         raise ValueError(f"text {short} has {lengths[short]} tokens, fewer than the positions={positions}")
     if len(lengths) < 2:
         raise ValueError(f"two halves need at least two texts; got {len(lengths)}")
+
+
+def text_lengths(batches: Iterable[Any]) -> list[int]:
+    """Tokens of each text, without padding.
+
+    Args:
+        batches: Of token ids.
+
+    Raises:
+        ValueError: A batch has no token ids.
+
+    Example:
+        >>> text_lengths([{"input_ids": torch.ones(2, 3, dtype=torch.long)}])
+        [3, 3]
+    """
+    return [length for batch in batches for length in Tokens.of(batch).valid.sum(1).tolist()]
 
 
 @contextmanager
@@ -287,12 +311,34 @@ def _chosen_blocks(model: nn.Module, layers: Sequence[int] | None) -> tuple[Bloc
     blocks = described.blocks
     if layers is None:
         return blocks
-    for layer in layers:
-        if not 0 <= layer < len(blocks):
-            raise ValueError(f"layers lie between 0 and {len(blocks) - 1}; got {layer}")
+    check_layers(layers, len(blocks))
+    return tuple(blocks[layer] for layer in sorted(set(layers)))
+
+
+def check_layers(layers: Sequence[int], n_blocks: int | None = None) -> None:
+    """Checks the numbers of blocks.
+
+    Args:
+        layers: As they were given.
+        n_blocks: The model's; None where there is no model yet.
+
+    Raises:
+        ValueError: It is no list of whole numbers, is empty, or names a block that there is not.
+
+    Example:
+        >>> check_layers([0.5])
+        Traceback (most recent call last):
+        ValueError: layers are numbers of blocks, from 0; got 0.5
+    """
+    if isinstance(layers, str) or not isinstance(layers, Sequence):
+        raise ValueError(f"layers is a list of numbers of blocks; got {layers!r}")
     if not layers:
         raise ValueError("layers is empty: name at least one block")
-    return tuple(blocks[layer] for layer in sorted(set(layers)))
+    for layer in layers:
+        if isinstance(layer, bool) or not isinstance(layer, int) or (layer < 0 and n_blocks is None):
+            raise ValueError(f"layers are numbers of blocks, from 0; got {layer!r}")
+        if n_blocks is not None and not 0 <= layer < n_blocks:
+            raise ValueError(f"layers lie between 0 and {n_blocks - 1}; got {layer}")
 
 
 class _Sums:
@@ -454,3 +500,24 @@ class TokenReader:
         return Spelled(
             layer, position, tuple(up.indices.tolist()), tuple(down.indices.tolist()), tuple(up.values.tolist())
         )
+
+
+def in_words(row: Row, tokenizer: Any) -> Row:
+    """A row of activation differences with its tokens in words, too.
+
+    Args:
+        row: Of :class:`ActivationDifferencesResult`.
+        tokenizer: Of the model.
+    """
+
+    def words(ids: Sequence[int]) -> list[str]:
+        return [tokenizer.decode([token]) for token in ids]
+
+    told: dict[str, Any] = {}
+    for name in ("spelled", "spelled_directions"):
+        told[name] = [{**entry, "words": words(entry["promoted"])} for entry in row.result[name]]
+    told["divergent"] = [
+        {**entry, "text": tokenizer.decode(entry["context"]), "words": words([entry["base"], entry["now"]])}
+        for entry in row.result["divergent"]
+    ]
+    return row.extended(result=told)

@@ -18,6 +18,7 @@ from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.core.architecture import describe_architecture
 from lightning_goldy.core.base import Base
 from lightning_goldy.core.isolation import preserved
+from lightning_goldy.core.naming import require_positive
 from lightning_goldy.core.objective import CausalLMObjective
 
 State = Literal["base", "present"]
@@ -108,8 +109,10 @@ def steer_texts(
     .. math:: h_\ell \leftarrow h_\ell \pm a\, \delta_\ell, \qquad
         \tfrac1T \log p(y^{\text{plain}}) - \tfrac1T \log p(y^{(a)}) \le \text{tolerance}
 
-    a is the largest of the strengths whose text the same model, unsteered, still finds about as likely as its own; so
-    strengths are no free choice, and what is shown is not noise. The model comes back as it was.
+    Strengths are tried in ascending order until the first whose text the same model, unsteered, no longer finds about
+    as likely as its own; a is the one before it, or 0, the plain text, where already the first is too strong. So
+    strengths are no free choice, and what is shown is not noise. The difference is the mean over all positions, and is
+    added at every position. The model comes back as it was.
 
     Args:
         model: The finetuned model, a causal language model of transformers.
@@ -131,8 +134,8 @@ def steer_texts(
 
     Source: Minder et al. 2025 (arXiv 2510.13900), section 4.
     """
-    if tolerance <= 0 or not strengths or min(strengths) <= 0:
-        raise ValueError(f"tolerance and strengths must be positive; got {tolerance} and {list(strengths)}")
+    require_positive("tolerance and strengths", [tolerance])
+    strengths = require_positive("strengths", strengths)
     layer = differences.layers[differences.clearest] if layer is None else layer
     if layer not in differences.layers:
         raise ValueError(f"layer {layer} was not measured; there are {list(differences.layers)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,7 +29,7 @@ from lightning_goldy.core.base import Base
 from lightning_goldy.core.batches import move_batch, sample_count
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.mask import ParameterMask
-from lightning_goldy.core.naming import block_of, kind_of, require_at_least, require_choice
+from lightning_goldy.core.naming import block_of, kind_of, require_at_least, require_choice, require_fractions
 from lightning_goldy.core.objective import Objective, objective_for
 from lightning_goldy.core.sharding import Replicas, gather, is_sharded, like, sum_over_shards, unshard_guard
 from lightning_goldy.core.space import ParameterSpace
@@ -147,7 +148,7 @@ class ChangeAttributionResult(AnalysisResult):
         return self.grouped(kind_of)
 
     def interval(self, group: Callable[[str], str], of: str, *, share: bool = False) -> tuple[float, float]:
-        """95 % percentile bootstrap interval of what a group contributes, over the passages.
+        """95 % percentile bootstrap interval of what a group contributes, over the passages; of one passage a point.
 
         Args:
             group: Of a parameter's name.
@@ -224,13 +225,19 @@ class ChangeAttributionResult(AnalysisResult):
         rows = []
         for label, value in self.grouped(group).items():
             places = [place for place, name in enumerate(self.names) if group(name) == label]
-            low, high = self.interval(group, label)
+            low, high, share_low, share_high = (None,) * 4
+            if len(self.weights) > 1:
+                low, high = self.interval(group, label)
+                share_low, share_high = self.interval(group, label, share=True)
             rows.append(
                 {
                     "group": label,
                     "contribution": value,
                     "low": low,
                     "high": high,
+                    "share": value / self.total if self.total else None,
+                    "share_low": share_low,
+                    "share_high": share_high,
                     "elements": sum(self.numels[place] for place in places) / whole,
                     "squared_change": math.fsum(self.squared_changes[place] for place in places) / changes,
                 }
@@ -245,7 +252,8 @@ class ChangeAttributionResult(AnalysisResult):
             return f"the {self.metric} has not changed on these samples, so there is nothing to attribute"
         kinds = {row["group"]: row for row in self._group_rows(kind_of)}
         label, row = max(kinds.items(), key=lambda item: item[1]["contribution"] / self.change)
-        low, high = self.interval(kind_of, label, share=True)
+        low, high = row["share_low"], row["share_high"]
+        interval = f"[{low:.0%}, {high:.0%}]" if len(self.weights) > 1 else "(no interval: one passage)"
         whole = (
             ""
             if self.complete
@@ -253,7 +261,7 @@ class ChangeAttributionResult(AnalysisResult):
         )
         return (
             f"the {self.metric} changed by {self.change:.4g}: {row['contribution'] / self.total:.0%} "
-            f"[{low:.0%}, {high:.0%}] of it sits in {label} parameters, which are {row['elements']:.0%} of all"
+            f"{interval} of it sits in {label} parameters, which are {row['elements']:.0%} of all"
             f"{whole}{self._told_parts()}"
         )
 
@@ -391,16 +399,14 @@ def check_attribution(
         require_choice("nodes", nodes, ("auto", "base"))
     elif not isinstance(nodes, int) or isinstance(nodes, bool) or not 1 <= nodes <= 256:
         raise ValueError(f"nodes is 'auto' or lies between 1 and 256; got {nodes}")
-    if not 0 < tolerance < 1:
+    if isinstance(tolerance, str) or not 0 < tolerance < 1:
         raise ValueError(f"tolerance must lie in (0, 1); got {tolerance}")
     if samples_per_pass is not None:
         require_at_least("samples_per_pass", samples_per_pass, 1)
-    for share in shares:
-        if not 0 < share <= 1:
-            raise ValueError(f"shares lie in (0, 1]; got {share}")
-    if len(shares) > 200:
-        raise ValueError(f"at most 200 shares can be told apart; got {len(shares)}")
-    return tuple(sorted(set(shares)))
+    found = require_fractions("shares", shares)
+    if len(found) > 200:
+        raise ValueError(f"at most 200 shares can be told apart; got {len(found)}")
+    return found
 
 
 class _Integration:
@@ -541,7 +547,9 @@ class _Integration:
             row: dict[str, Any] = {"block": block, "contribution": float(self.found[:, columns].sum())}
             for kind, told in enumerate(("alone", "removed")):
                 parts = changes[kind, place] * self.weights
-                low, high = interval_of((counts @ parts) / (counts @ self.weights))
+                low, high = math.nan, math.nan
+                if len(self.weights) > 1:
+                    low, high = interval_of((counts @ parts) / (counts @ self.weights))
                 row |= {told: float(parts.sum()), f"{told}_low": low, f"{told}_high": high}
             rows.append(row)
         return tuple(rows)
@@ -629,6 +637,7 @@ class _Integration:
             self.products[self.index[name]] += torch.stack(products).sum(dtype=torch.float64)
 
 
+@functools.lru_cache(maxsize=4)
 def resampled(count: int) -> Tensor:
     """How often each of so many passages is drawn in each resample, shape ``[resamples, count]``; always the same."""
     draws = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=_RESAMPLES)

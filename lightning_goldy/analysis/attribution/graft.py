@@ -25,7 +25,7 @@ from lightning_goldy.analysis.attribution.attribution import (
 from lightning_goldy.analysis.attribution.learned import LearnOptions, learn_along, metric_of, require_same_change
 from lightning_goldy.analysis.attribution.path import ChangePath, Measure, Metric, passages
 from lightning_goldy.analysis.attribution.strongest import levels_of
-from lightning_goldy.analysis.attribution.units import UnitGroup, block_name, model_units, unit_mask
+from lightning_goldy.analysis.attribution.units import Pieces, chosen_masks
 from lightning_goldy.analysis.divergence import precise
 from lightning_goldy.analysis.result import AnalysisResult, Cost, counted_passes
 from lightning_goldy.core.architecture.adapters import WeightSpace, adapted_layers, merged_state
@@ -35,7 +35,7 @@ from lightning_goldy.core.directions import random_direction
 from lightning_goldy.core.files import StoreError, parse_json
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.mask import ParameterMask
-from lightning_goldy.core.naming import canonical_name, model_class, require_choice
+from lightning_goldy.core.naming import block_of, canonical_name, model_class, require_choice, require_fractions
 from lightning_goldy.core.objective import Objective, objective_for
 from lightning_goldy.core.sharding import gather, is_sharded, like, local, scatter_like
 from lightning_goldy.core.space import ParameterSpace, trainable_parameters
@@ -43,11 +43,12 @@ from lightning_goldy.core.store import fingerprint, open_tensors, pack_mask, unp
 from lightning_goldy.core.vector import ParameterVector
 
 Baseline = Literal["magnitude", "random", "gradient", "interpolation", "drop_and_rescale", "learned"]
-Pieces = Literal["elements", "units", "tensors", "blocks"]
 BASELINES: tuple[Baseline, ...] = ("magnitude", "random", "gradient", "interpolation", "drop_and_rescale")
 """What stands beside attribution by default; a mask that is learned costs many backward passes."""
 FACTORS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Of the change, by which interpolation adds it to the base."""
+# Blocks that a step of the greedy search tries, those that contribute most of what fits.
+CANDIDATES = 12
 # Width of an interval of the recovered effect from which on nothing is told.
 _UNCERTAIN = 0.5
 CHANGE_KEY = "goldy_change"
@@ -58,12 +59,12 @@ class GraftPoint(AnalysisResult):
     """A model between the base and the finetune, and what it has of both.
 
     Args:
-        method: ``attribution``, a baseline, or ``finetune``.
+        method: ``attribution``, a baseline, ``greedy`` of whole blocks, or ``finetune``.
         share: Share of the elements that differ from the base, a fraction.
         factor: What the change is multiplied with there.
         value: The metric on held-out samples.
         recovered: (value - base) / (finetune - base) there, a fraction; None where the finetune changed nothing.
-        low: Lower end of its 95 % bootstrap interval over samples.
+        low: Lower end of its 95 % bootstrap interval over samples; None of a single one.
         high: Upper end.
         harm: Loss on other text less that of the base, nats; None without other text.
         harm_low: Lower end of its interval.
@@ -189,13 +190,16 @@ class GraftCurve(AnalysisResult):
 
     def headline(self) -> str:
         """The share that recovers 95 % with its interval, and what is best in gain against harm."""
-        share = self.share_for(0.95)
-        best = max(self.of("attribution"), key=lambda point: point.recovered or 0.0, default=None)
+        tried = (*self.of("attribution"), *self.of("greedy"))
+        best = max(tried, key=lambda point: point.recovered or 0.0, default=None)
+        enough = [point for point in tried if (point.recovered or 0.0) >= 0.95]
         if self.value == self.base_value:
             return "the finetune changed nothing on the held-out samples, so nothing can be recovered"
-        if share is not None:
-            point = next(point for point in self.of("attribution") if point.share == share)
-            told = f"{share:.2g} of the elements recover {_with_interval(point)} of the effect on held-out samples"
+        if enough:
+            point = min(enough, key=lambda point: point.share)
+            told = (
+                f"{point.share:.2g} of the elements recover {_with_interval(point)} of the effect on held-out samples"
+            )
         elif best is not None:
             told = f"at most {_with_interval(best)} of the effect is recovered, by {best.share:.2g} of the elements"
         else:
@@ -209,6 +213,8 @@ class GraftCurve(AnalysisResult):
 
 
 def _with_interval(point: GraftPoint) -> str:
+    if point.low is None:
+        return f"{point.recovered:.0%} (no interval: one sample)"
     return f"{point.recovered:.0%} [{point.low:.0%}, {point.high:.0%}]"
 
 
@@ -248,14 +254,16 @@ def graft_curve(
         model: The finetuned model.
         base: Anything that :func:`~lightning_goldy.core.base.base_of` takes.
         attribution: What chose the elements, of the same change.
-        batches: The samples that scored; only ``gradient`` and ``learned`` read them.
+        batches: The samples that scored; only ``gradient``, ``learned`` and the search of blocks read them.
         held_out: Samples that did not.
         collateral: Text that has nothing to do with the finetune, on which harm is measured; where a mask is learned
             every other sample of it teaches and is not measured.
         objective: The loss; next-token prediction by default.
         metric: What is recovered; the attribution's by default, which must be given again where it is a function.
         pieces: What is grafted: single ``elements``, ``units`` (heads, key/value groups, neurons, token rows), whole
-            ``tensors`` or ``blocks``, those first that contribute most by element.
+            ``tensors`` or ``blocks``, those first that contribute most by element. Of blocks also a ``greedy`` search:
+            one after the other the block that recovers most of the effect on the samples that score, as the model
+            itself says, of those that fit into the largest share; a step tries 12 at most, those that contribute most.
         shares: Shares of all elements; the attribution's by default.
         baselines: What stands beside it; those of elements only where elements are grafted.
         factors: The a of interpolation.
@@ -291,7 +299,7 @@ def graft_curve(
     metric = metric_of(attribution, metric)
     if attribution.scores is None and not any(attribution.squared_changes):
         raise ValueError("no parameter has changed, so there is nothing to graft")
-    shares = check_graft(metric, attribution.shares if shares is None else shares, baselines, pieces)
+    shares = check_graft(metric, attribution.shares if shares is None else shares, baselines, pieces, factors)
     teaching: Sequence[Any] = ()
     if collateral is not None and "learned" in baselines:
         collateral, teaching = interleaved(collateral, sys.maxsize)
@@ -300,10 +308,12 @@ def graft_curve(
         require_same_change(attribution, path)
         bench = _Bench(path, objective, metric, held_out, collateral, samples_per_pass)
         grafts = _Grafts(path, attribution, objective, metric, tuple(shares), seed)
-        plan = [*grafts.chosen(pieces), *grafts.baselines(baselines, factors, batches, pieces)]
+        batches = list(batches)
+        plan = [*grafts.chosen(pieces), *(grafts.greedy(batches) if pieces == "blocks" else ())]
+        plan += grafts.baselines(baselines, factors, batches, pieces)
         plan += grafts.of_masks(masks or {})
         if "learned" in baselines:
-            plan += grafts.learned(list(batches), list(teaching) or None, learn)
+            plan += grafts.learned(batches, list(teaching) or None, learn)
         points = []
         for done, (method, share, factor, write) in enumerate(plan, 1):
             write()
@@ -325,7 +335,13 @@ def graft_curve(
     )
 
 
-def check_graft(metric: Metric, shares: Sequence[float], baselines: Sequence[str], pieces: str) -> tuple[float, ...]:
+def check_graft(
+    metric: Metric,
+    shares: Sequence[float],
+    baselines: Sequence[str],
+    pieces: str,
+    factors: Sequence[float] = FACTORS,
+) -> tuple[float, ...]:
     """Checks what can be checked before there is a model; returns the shares in ascending order.
 
     Raises:
@@ -334,6 +350,11 @@ def check_graft(metric: Metric, shares: Sequence[float], baselines: Sequence[str
     for baseline in baselines:
         require_choice("baseline", baseline, get_args(Baseline))
     require_choice("pieces", pieces, get_args(Pieces))
+    twice = next((name for place, name in enumerate(baselines) if name in baselines[:place]), None)
+    if twice is not None:
+        raise ValueError(f"baselines name {twice!r} twice")
+    if not require_fractions("factors", factors) and "interpolation" in baselines:
+        raise ValueError("factors is empty: name at least one fraction in (0, 1], or leave interpolation out")
     found = check_attribution(metric, "auto", 0.01, shares, None)
     if not found:
         raise ValueError("shares is empty: name at least one fraction in (0, 1]")
@@ -375,7 +396,7 @@ class _Bench:
         counts = resampled(len(values))
         gain, whole = values - self.base, self.now - self.base
         moved = float(whole.sum()) != 0
-        low, high = interval_of((counts @ gain) / (counts @ whole)) if moved else (None, None)
+        low, high = interval_of((counts @ gain) / (counts @ whole)) if moved and len(values) > 1 else (None, None)
         point: dict[str, Any] = {
             "method": method,
             "share": share,
@@ -390,7 +411,7 @@ class _Bench:
             divergences, _ = self._values(self.divergence, self.collateral)
             counts = resampled(len(losses))
             harm = losses - self.base_loss
-            low, high = interval_of((counts @ harm) / (counts @ self.loss_counts))
+            low, high = interval_of((counts @ harm) / (counts @ self.loss_counts)) if len(harm) > 1 else (None, None)
             total = self.loss_counts.sum()
             point |= {"harm": float(harm.sum() / total), "harm_low": low, "harm_high": high}
             point["kl"] = float(divergences.sum() / total)
@@ -422,6 +443,31 @@ def _marked(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [vars(GraftPoint(**point, on_frontier=any(point is one for one in best))) for point in points]
 
 
+class _Worth:
+    """The metric, on some samples, of models that have some parameters' change and the base's values of all others."""
+
+    def __init__(self, path: ChangePath, objective: Objective, metric: Metric, batches: Iterable[Any]) -> None:
+        self.path, self.measure = path, Measure(metric, objective)
+        self.samples = passages(batches, objective, None, 1 << 30)
+        self.device = next(path.model.parameters()).device
+        path.move_to(0.0)
+        for index, passage in enumerate(self.samples):
+            self.measure.keep_anchor(path.model, index, move_batch(passage.batch, self.device))
+
+    def move(self, names: set[str]) -> None:
+        """Moves the model there."""
+        self.path.write(lambda name, base, present: present if name in names else base)
+
+    def of(self, names: set[str]) -> float:
+        """The metric there."""
+        self.move(names)
+        total = count = 0.0
+        for index, passage in enumerate(self.samples):
+            sums, counts = self.measure.by_sample(self.path.model, index, move_batch(passage.batch, self.device))
+            total, count = total + float(sums.sum()), count + float(counts.sum())
+        return total / count
+
+
 Planned = tuple[str, float, float, Callable[[], None]]
 
 
@@ -445,8 +491,30 @@ class _Grafts:
         if pieces == "elements":
             masks = [(share, self.attribution.mask(share)) for share in self.shares]
         else:
-            masks = list(chosen_masks(self.attribution, self.path.model, pieces, self.shares))
+            space = element_space(self.attribution, self.path.model)
+            masks = list(chosen_masks(self.attribution, space, self.path.model, pieces, self.shares))
         return [("attribution", share, 1.0, self._keep(mask)) for share, mask in masks]
+
+    def greedy(self, batches: Sequence[Any]) -> list[Planned]:
+        """Whole blocks, one after the other the one with which the model recovers most on the samples that score."""
+        path, sizes = self.path, dict(zip(self.path.space, map(math.prod, self.path.space.shapes), strict=True))
+        blocks: dict[str, set[str]] = {}
+        for name in path.space:
+            blocks.setdefault(block_of(name), set()).add(name)
+        numel = {block: sum(sizes[name] for name in names) for block, names in blocks.items()}
+        sign, part = math.copysign(1.0, self.attribution.change), self.attribution.by_block
+        left = sorted(blocks, key=lambda block: -sign * part[block] / numel[block])
+        room, inside = self.shares[-1] * path.space.numel, set[str]()
+        worth = _Worth(path, self.objective, self.metric, batches)
+        found: list[Planned] = []
+        while fitting := [block for block in left if numel[block] <= room] or ([] if found else left):
+            tried = {block: sign * worth.of(inside | blocks[block]) for block in fitting[:CANDIDATES]}
+            best = max(tried, key=lambda block: tried[block])
+            left.remove(best)
+            inside, room = inside | blocks[best], room - numel[best]
+            share = sum(sizes[name] for name in inside) / path.space.numel
+            found.append(("greedy", share, 1.0, partial(worth.move, inside)))
+        return found
 
     def baselines(
         self, names: Sequence[str], factors: Sequence[float], batches: Iterable[Any], pieces: Pieces
@@ -509,67 +577,6 @@ class _Grafts:
 
     def _interpolate(self, factor: float) -> Callable[[], None]:
         return lambda: self.path.move_to(factor)
-
-
-def chosen_masks(
-    attribution: ChangeAttributionResult, model: nn.Module, pieces: Pieces, shares: Sequence[float]
-) -> Iterable[tuple[float, ParameterMask]]:
-    """Masks of whole units, tensors or blocks, those first that contribute most by element, up to each share.
-
-    Args:
-        attribution: Of the model's change.
-        model: Whose units they are.
-        pieces: ``units``, ``tensors`` or ``blocks``.
-        shares: Ascending shares of all elements.
-
-    Yields:
-        The share that the mask really has, and the mask; once where two shares allow the same pieces.
-    """
-    space = element_space(attribution, model)
-    groups = model_units(model, space)
-    labels, values, sizes = [], [], []
-    for group, row in zip(groups, attribution.units, strict=True):
-        place = group.place if pieces == "blocks" else ""
-        for unit, value in enumerate(row["values"].tolist()):
-            labels.append(block_name(place) if place else f"{group.kind} {group.place} {unit}")
-            values.append(value)
-            sizes.append(group.size(space))
-    if pieces == "tensors":
-        labels, sizes = list(space.names), list(map(math.prod, space.shapes))
-        values = list(attribution.by_tensor.values())
-    totals: dict[str, list[float]] = {}
-    for label, value, size in zip(labels, values, sizes, strict=True):
-        held = totals.setdefault(label, [0.0, 0])
-        held[0] += value
-        held[1] += size
-    sign = math.copysign(1.0, attribution.change)
-    order = sorted(totals, key=lambda label: -sign * totals[label][0] / totals[label][1])
-    last = -1
-    for share in shares:
-        room, count = share * space.numel, 0
-        for label in order:
-            room -= totals[label][1]
-            if room < 0 and count:
-                break
-            count += 1
-        if count != last:
-            last, inside = count, set(order[:count])
-            mask = _piece_mask(space, groups, pieces, inside)
-            yield mask.density, mask
-
-
-def _piece_mask(space: ParameterSpace, groups: Sequence[UnitGroup], pieces: Pieces, inside: set[str]) -> ParameterMask:
-    if pieces == "tensors":
-        shapes = zip(space.names, space.shapes, strict=True)
-        return ParameterMask(space, {name: torch.full(shape, name in inside) for name, shape in shapes})
-    flags = [
-        [
-            (block_name(g.place) if pieces == "blocks" else f"{g.kind} {g.place} {unit}") in inside
-            for unit in range(g.count)
-        ]
-        for g in groups
-    ]
-    return unit_mask(space, groups, flags)
 
 
 def interleaved(batches: Iterable[Any], n_samples: int) -> tuple[list[Any], list[Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,11 @@ from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.naming import block_of, canonical_name, kind_of
 from lightning_goldy.core.space import ParameterSpace
 
+if TYPE_CHECKING:
+    from lightning_goldy.analysis.attribution.attribution import ChangeAttributionResult
+
 UnitKind = Literal["head", "key_value", "neuron", "row", "rest"]
+Pieces = Literal["elements", "units", "tensors", "blocks"]
 
 Margins = Mapping[str, tuple[Tensor, ...]]
 """Per parameter one vector for each of its dimensions: the sums over all others, float64, on the CPU."""
@@ -254,3 +258,68 @@ def block_name(place: str) -> str:
         ('transformer.h.3', 'transformer.h.3')
     """
     return place if place.rpartition(".")[2].isdigit() else block_of(place)
+
+
+def chosen_masks(
+    attribution: ChangeAttributionResult,
+    space: ParameterSpace,
+    model: nn.Module,
+    pieces: Pieces,
+    shares: Sequence[float],
+) -> Iterable[tuple[float, ParameterMask]]:
+    """Masks of whole units, tensors or blocks, those first that contribute most by element, up to each share.
+
+    Args:
+        attribution: Of the model's change.
+        space: Of its elements.
+        model: Whose units they are.
+        pieces: ``units``, ``tensors`` or ``blocks``.
+        shares: Ascending shares of all elements.
+
+    Yields:
+        The share that the mask really has, and the mask; once where two shares allow the same pieces.
+    """
+    groups = model_units(model, space)
+    labels, values, sizes = [], [], []
+    for group, row in zip(groups, attribution.units, strict=True):
+        place = group.place if pieces == "blocks" else ""
+        for unit, value in enumerate(row["values"].tolist()):
+            labels.append(block_name(place) if place else f"{group.kind} {group.place} {unit}")
+            values.append(value)
+            sizes.append(group.size(space))
+    if pieces == "tensors":
+        labels, sizes = list(space.names), list(map(math.prod, space.shapes))
+        values = list(attribution.by_tensor.values())
+    totals: dict[str, list[float]] = {}
+    for label, value, size in zip(labels, values, sizes, strict=True):
+        held = totals.setdefault(label, [0.0, 0])
+        held[0] += value
+        held[1] += size
+    sign = math.copysign(1.0, attribution.change)
+    order = sorted(totals, key=lambda label: -sign * totals[label][0] / totals[label][1])
+    last = -1
+    for share in shares:
+        room, count = share * space.numel, 0
+        for label in order:
+            room -= totals[label][1]
+            if room < 0 and count:
+                break
+            count += 1
+        if count != last:
+            last, inside = count, set(order[:count])
+            mask = _piece_mask(space, groups, pieces, inside)
+            yield mask.density, mask
+
+
+def _piece_mask(space: ParameterSpace, groups: Sequence[UnitGroup], pieces: Pieces, inside: set[str]) -> ParameterMask:
+    if pieces == "tensors":
+        shapes = zip(space.names, space.shapes, strict=True)
+        return ParameterMask(space, {name: torch.full(shape, name in inside) for name, shape in shapes})
+    flags = [
+        [
+            (block_name(g.place) if pieces == "blocks" else f"{g.kind} {g.place} {unit}") in inside
+            for unit in range(g.count)
+        ]
+        for g in groups
+    ]
+    return unit_mask(space, groups, flags)

@@ -17,8 +17,9 @@ from lightning_goldy.analysis.circuits.graph import INPUT, OUTPUT, CircuitGraph
 from lightning_goldy.analysis.circuits.runs import Ablation, CircuitOptions, Metric, Progress, measure, wired
 from lightning_goldy.analysis.circuits.scores import Method, edge_scores, node_scores
 from lightning_goldy.analysis.result import AnalysisResult, Cost
-from lightning_goldy.core.naming import require_at_least, require_choice
+from lightning_goldy.core.naming import require_at_least, require_choice, require_number
 from lightning_goldy.core.pieces import PromptPairs
+from lightning_goldy.core.sharding import Replicas
 
 Selection = Literal["top", "greedy"]
 Rank = Literal["magnitude", "signed"]
@@ -199,6 +200,8 @@ def check_selection(n_edges: int | None, threshold: float | None, select: str, r
         raise ValueError(f"give one of n_edges= and threshold=; got n_edges={n_edges!r} and threshold={threshold!r}")
     if n_edges is not None:
         require_at_least("n_edges", n_edges, 0)
+    if threshold is not None:
+        require_number("threshold", threshold)
     if threshold is not None and not threshold >= 0:
         raise ValueError(f"threshold is a score of at least 0; got {threshold!r}")
 
@@ -217,6 +220,7 @@ def find_circuits(
     ablation: Ablation = "counterfactual",
     batch_size: int = 8,
     progress: Progress | None = None,
+    split_over_ranks: bool = True,
 ) -> Circuit:
     r"""Scores every edge of a decoder by what the behaviour loses when it is patched, and chooses the strongest.
 
@@ -246,6 +250,7 @@ def find_circuits(
         ablation: What a patched edge brings.
         batch_size: Pairs per pass.
         progress: Called with (pairs done, pairs in all); of ``exact`` with runs.
+        split_over_ranks: Whether to share pairs out over the ranks of an initialised process group; all must call.
 
     Returns:
         The circuit with the scores of all edges.
@@ -275,10 +280,12 @@ def find_circuits(
         )
     given = n_edges is not None or threshold is not None
     check_selection(n_edges if given else 0, threshold, select, rank)
-    with wired(model, pairs, options) as wiring:
+    replicas = Replicas.of(model) if split_over_ranks else Replicas()
+    with replicas.together("find_circuits"), wired(model, pairs, options) as wiring:
         whole = wiring.graph.edges()
-        scores, cost = edge_scores(wiring, pairs, options, method=method, steps=steps, progress=progress)
-        ends, more = measure(wiring, pairs, options, [whole, torch.zeros_like(whole)])
+        shared: dict[str, Any] = {"progress": progress, "replicas": replicas}
+        scores, cost = edge_scores(wiring, pairs, options, method=method, steps=steps, **shared)
+        ends, more = measure(wiring, pairs, options, [whole, torch.zeros_like(whole)], replicas=replicas)
     clean, patched = ends.mean(1).tolist()
     found = Circuit(
         graph=wiring.graph,
@@ -303,6 +310,7 @@ def node_effects(
     ablation: Ablation = "counterfactual",
     batch_size: int = 8,
     progress: Progress | None = None,
+    split_over_ranks: bool = True,
 ) -> dict[str, float]:
     """What the metric loses when all that a node tells is patched: a forward pass per node.
 
@@ -313,6 +321,7 @@ def node_effects(
         ablation: What patched edges bring.
         batch_size: Pairs per pass.
         progress: Called with (runs done, runs in all).
+        split_over_ranks: Whether to share pairs out over the ranks of an initialised process group; all must call.
 
     Returns:
         The mean over the pairs by node.
@@ -324,14 +333,16 @@ def node_effects(
         ['input', 'a0.h0', 'a0.h1', 'm0']
     """
     options = CircuitOptions(metric, ablation, batch_size)
-    with wired(model, pairs, options) as wiring:
+    replicas = Replicas.of(model) if split_over_ranks else Replicas()
+    with replicas.together("node_effects"), wired(model, pairs, options) as wiring:
         whole = wiring.graph.edges()
         circuits = [whole]
         for column in range(len(wiring.graph.writers)):
             circuits.append(whole.clone())
             circuits[-1][:, column] = False
-        values = measure(wiring, pairs, options, circuits, progress=progress)[0].mean(1)
-    return dict(zip(wiring.graph.writers, (values[0] - values[1:]).tolist(), strict=True))
+        values, _ = measure(wiring, pairs, options, circuits, progress=progress, replicas=replicas)
+        means = values.mean(1)
+    return dict(zip(wiring.graph.writers, (means[0] - means[1:]).tolist(), strict=True))
 
 
 def _top(graph: CircuitGraph, values: Tensor, count: int, least: float) -> Tensor:
@@ -423,7 +434,7 @@ class CircuitOverlap(AnalysisResult):
         """Numbers of edges, overlap with its nulls, rank correlation."""
         return {
             "overlap": _known(self.intersection_over_union),
-            "overlap_by_chance": self.by_chance,
+            "overlap_by_chance": _known(self.by_chance),
             "overlap_noise": self.noise,
             "rank_correlation": _known(self.rank_correlation),
             "kept": float(len(self.kept)),

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from numbers import Real
 from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
 
+from lightning_goldy.analysis.attribution.attribution import interval_of, resampled
+from lightning_goldy.analysis.attribution.path import ChangePath
 from lightning_goldy.analysis.circuits.circuit import (
     Circuit,
     CircuitOverlap,
@@ -23,8 +26,10 @@ from lightning_goldy.analysis.circuits.circuit import (
 from lightning_goldy.analysis.circuits.runs import Ablation, CircuitOptions, Metric, Progress, measure, wired
 from lightning_goldy.analysis.circuits.scores import Method
 from lightning_goldy.analysis.result import AnalysisResult, Cost
-from lightning_goldy.core.naming import require_at_least, require_choice
+from lightning_goldy.core.base import Base
+from lightning_goldy.core.naming import require_at_least, require_choice, require_number
 from lightning_goldy.core.pieces import PromptPairs
+from lightning_goldy.core.sharding import Replicas
 
 SHARES = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 """Sizes of a curve, as shares of all edges; none and all are known."""
@@ -42,6 +47,8 @@ class Faithfulness(AnalysisResult):
         random: By size of random circuits as large, shape ``[sizes, circuits]``; ``[sizes, 0]`` without.
         clean: The metric of the whole model, mean over the pairs.
         patched: The metric with every edge patched.
+        n_pairs: Pairs of prompts.
+        intervals: By size the 95 % bootstrap interval of its value over the pairs; none where there is one pair.
         cost: Passes.
     """
 
@@ -54,6 +61,8 @@ class Faithfulness(AnalysisResult):
     random: Tensor
     clean: float
     patched: float
+    n_pairs: int = 1
+    intervals: tuple[tuple[float, float], ...] = ()
     cost: Cost = field(default=Cost(), compare=False)
 
     @property
@@ -102,8 +111,11 @@ class Faithfulness(AnalysisResult):
 
     def metrics(self) -> dict[str, float | None]:
         """Faithfulness and completeness of the largest circuit, areas, and the random circuits' mean."""
+        low, high = self.intervals[-1] if self.intervals else (None, None)
         return {
             "faithfulness": self.value,
+            "faithfulness_low": low,
+            "faithfulness_high": high,
             "faithfulness_random": float(self.random[-1].mean()) if self.random.numel() else None,
             "completeness": self.completeness,
             "area": self.area,
@@ -115,15 +127,20 @@ class Faithfulness(AnalysisResult):
         """The curve with the band of random circuits."""
         lists = {name: list(getattr(self, name)) for name in ("sizes", "values", "complements")}
         means = self.random.mean(1).tolist() if self.random.numel() else []
-        told = {"n_edges": self.n_edges, "clean": self.clean, "patched": self.patched}
-        return {**lists, **told, "random": means, "band": [list(pair) for pair in self.band()]}
+        told = {name: getattr(self, name) for name in ("n_edges", "clean", "patched", "n_pairs")}
+        ranges = {"band": [list(pair) for pair in self.band()], "intervals": [list(pair) for pair in self.intervals]}
+        return {**lists, **told, "random": means, **ranges}
 
     def headline(self) -> str:
-        """What the largest circuit keeps, beside random ones."""
+        """What the largest circuit keeps, with its interval over the pairs, beside random ones."""
         chance = f", random ones {float(self.random[-1].mean()):.2f}" if self.random.numel() else ""
+        told = f"{self.value:.2f} of the behaviour (no interval: one pair)"
+        if self.intervals:
+            low, high = self.intervals[-1]
+            told = f"{self.value:.2f} [{low:.2f}, {high:.2f}] of the behaviour over {self.n_pairs} pairs"
         return (
-            f"{self.sizes[-1]} of {self.n_edges} edges keep {self.value:.2f} of the behaviour{chance}; without them "
-            f"{self.complements[-1]:.2f} is left"
+            f"{self.sizes[-1]} of {self.n_edges} edges keep {told}{chance}; without them {self.complements[-1]:.2f} is "
+            "left"
         )
 
 
@@ -141,6 +158,7 @@ def faithfulness(
     seed: int = 0,
     batch_size: int = 8,
     progress: Progress | None = None,
+    split_over_ranks: bool = True,
 ) -> Faithfulness:
     r"""Runs the model with every edge outside a circuit patched, and says what remains of a behaviour.
 
@@ -163,9 +181,10 @@ def faithfulness(
         seed: Of these.
         batch_size: Pairs per pass.
         progress: Called with (runs done, runs in all).
+        split_over_ranks: Whether to share pairs out over the ranks of an initialised process group; all must call.
 
     Returns:
-        The share that is kept, by size.
+        The share that is kept, by size, with its interval over the pairs.
 
     Raises:
         ValueError: A size is out of range, the circuit is of another graph, or the metric is the same with everything
@@ -188,20 +207,23 @@ def faithfulness(
     tried = [whole, torch.zeros_like(whole)]
     for one in ranked:
         tried += [one.kept, whole & ~one.kept, *random_circuits(circuit.graph, one.n_edges, n_random, seed)]
-    with wired(model, pairs, options) as wiring:
+    replicas = Replicas.of(model) if split_over_ranks else Replicas()
+    with replicas.together("faithfulness"), wired(model, pairs, options) as wiring:
         if wiring.graph != circuit.graph:
             raise ValueError(
                 f"the circuit is of another graph, of {circuit.graph.n_edges} edges; the model has "
                 f"{wiring.graph.n_edges}"
             )
-        values, cost = measure(wiring, pairs, options, tried, progress=progress)
+        values, cost = measure(wiring, pairs, options, tried, progress=progress, replicas=replicas)
     clean, patched, *means = values.mean(1).tolist()
     if clean == patched:
         raise ValueError(
             f"{options.metric_name} is {clean:.4g} with nothing and with everything patched: the pairs do not tell the "
             "behaviour from its absence"
         )
-    shares = torch.tensor(means, dtype=torch.float64).sub(patched).div(clean - patched).view(len(ranked), n_random + 2)
+    # The added 0 makes a 0 of -0.
+    shares = torch.tensor(means, dtype=torch.float64).sub(patched).div(clean - patched).add(0.0)
+    shares = shares.view(len(ranked), n_random + 2)
     return Faithfulness(
         sizes=tuple(one.n_edges for one in ranked),
         n_edges=circuit.graph.n_edges,
@@ -210,14 +232,33 @@ def faithfulness(
         random=shares[:, 2:].clone(),
         clean=clean,
         patched=patched,
+        n_pairs=len(pairs),
+        intervals=_intervals(values[:2], values[2 :: n_random + 2]),
         cost=cost,
     )
+
+
+def _intervals(ends: Tensor, kept: Tensor) -> tuple[tuple[float, float], ...]:
+    """The middle 95 % of what circuits keep when the pairs are drawn anew; none of a single pair.
+
+    Args:
+        ends: The metric of the whole and of the empty graph, shape ``[2, pairs]``.
+        kept: Of the circuits, shape ``[circuits, pairs]``.
+    """
+    if kept.shape[1] < 2:
+        return ()
+    counts, (clean, patched) = resampled(kept.shape[1]), ends
+    spans = counts @ (clean - patched)
+    return tuple(interval_of((counts @ (one - patched)) / spans + 0.0) for one in kept)
 
 
 def _counts(circuit: Circuit, sizes: Sequence[int | float] | None) -> list[int]:
     whole = circuit.graph.n_edges
     counts = []
+    if isinstance(sizes, (str, int, float)):
+        raise ValueError(f"sizes is a list of numbers of edges or of shares; got {sizes!r}")
     for size in SHARES if sizes is None else sizes:
+        require_number("a size", size)
         count = round(size * whole) if isinstance(size, float) else size
         if size < 0 or not 0 <= count <= whole or (isinstance(size, float) and size > 1):
             raise ValueError(f"sizes are numbers of edges up to {whole}, or shares between 0 and 1; got {size!r}")
@@ -262,7 +303,7 @@ class TrackingOptions:
     batch_size: int = 8
 
     def __post_init__(self) -> None:
-        CircuitOptions(self.metric, self.ablation, self.batch_size)
+        _ = self.patching
         for what, value, valid in (
             ("method", self.method, get_args(Method)),
             ("select", self.select, get_args(Selection)),
@@ -271,14 +312,21 @@ class TrackingOptions:
             require_choice(what, value, valid)
         require_at_least("steps", self.steps, 1)
         require_at_least("n_random", self.n_random, 0)
+        if isinstance(self.sizes, str) or not isinstance(self.sizes, Iterable):
+            raise ValueError(f"sizes is a list of shares of all edges; got {self.sizes!r}")
         for name, shares in (("share is a share", (self.share,)), ("sizes are shares", self.sizes)):
             for share in shares:
-                if not 0 < share <= 1:
+                if isinstance(share, bool) or not isinstance(share, Real) or not 0 < share <= 1:
                     raise ValueError(f"{name} of all edges, above 0 and at most 1; got {share!r}")
         if not self.sizes:
             raise ValueError("sizes is empty: name at least one share of the edges")
         if self.metric == "kl" and self.method in ("eap", "nodes"):
             raise ValueError(f"kl has no slope at the clean run, where method {self.method!r} takes it")
+
+    @property
+    def patching(self) -> CircuitOptions:
+        """What edges are patched with, and what that is measured by."""
+        return CircuitOptions(self.metric, self.ablation, self.batch_size)
 
     def find(self, model: nn.Module, pairs: PromptPairs, progress: Callable[[int, int], None] | None = None) -> Circuit:
         """The circuit of a model; see :func:`find_circuits`."""
@@ -296,6 +344,25 @@ class TrackingOptions:
         count = max(1, round(self.share * scored.graph.n_edges))
         chosen = scored.chosen(n_edges=count, select=self.select, rank=self.rank)
         return Circuit(**{**vars(chosen), "cost": scored.cost})
+
+    def find_at_base(
+        self,
+        model: nn.Module,
+        base: Base,
+        pairs: PromptPairs,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Circuit:
+        """The circuit of a model's base, of the merged weights where it has adapters; the model comes back as it was.
+
+        Args:
+            model: The finetuned model.
+            base: Anything that :func:`~lightning_goldy.core.base.base_of` takes.
+            pairs: Clean and corrupted prompts.
+            progress: Called with (pairs done, pairs in all).
+        """
+        with ChangePath(model, base) as path:
+            path.move_to(0.0)
+            return self.find(model, pairs, progress)
 
 
 @dataclass(frozen=True)
@@ -327,7 +394,8 @@ class TrackedCircuit(AnalysisResult):
         for share, value in zip(self.shares, self.curve.values, strict=True):
             told[f"faithfulness_{100 * share:g}_percent".replace(".", "_")] = value
         curve, overlap = self.curve.metrics(), {} if self.overlap is None else self.overlap.metrics()
-        told |= {name: curve[name] for name in ("faithfulness_random", "completeness", "area", "area_random")}
+        names = ("faithfulness_low", "faithfulness_high", "faithfulness_random", "completeness", "area", "area_random")
+        told |= {name: curve[name] for name in names}
         told |= {"metric_clean": self.circuit.clean, "metric_patched": self.circuit.patched}
         told |= {name: overlap[name] for name in ("overlap", "overlap_by_chance", "rank_correlation") if overlap}
         return told | {f"node/{name}": score for name, score in self.circuit.node_scores().items()}
@@ -339,9 +407,11 @@ class TrackedCircuit(AnalysisResult):
 
     def headline(self) -> str:
         """What the largest size keeps, and of which circuit."""
-        weak = ""
-        if self.curve.random.numel() and self.curve.value <= float(self.curve.random[-1].max()):
+        weak, most = "", float(self.curve.random[-1].max()) if self.curve.random.numel() else -math.inf
+        if self.curve.value <= most:
             weak = "; WEAK: no more than a random circuit"
+        elif self.curve.intervals and self.curve.intervals[-1][0] <= most:
+            weak = "; WEAK: the interval reaches what a random circuit keeps"
         kept = "" if self.overlap is None else f"; overlap with the base's {self.overlap.intersection_over_union:.2f}"
         return f"{self.curve.headline()}; {self.circuit.headline()}{kept}{weak}"
 

@@ -22,13 +22,19 @@ from torch import Tensor, nn
 
 from lightning_goldy.analysis.divergence import precise
 from lightning_goldy.analysis.result import AnalysisResult
-from lightning_goldy.core.architecture import Block, HeadProjection, UnsupportedArchitectureError, describe_architecture
+from lightning_goldy.core.architecture import (
+    Block,
+    HeadProjection,
+    UnsupportedArchitectureError,
+    describe_architecture,
+    require_next_tokens,
+)
 from lightning_goldy.core.architecture.blocks import MLP, Attention
 from lightning_goldy.core.architecture.families import canonical_modules, inside_prefix
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import model_class
 from lightning_goldy.core.sharding import is_sharded
-from lightning_goldy.core.tasks import accepts, prompt_learning
+from lightning_goldy.core.tasks import accepts, prompt_learning, transformers_model
 
 INPUT, OUTPUT = "input", "output"
 Part = Literal["query", "key", "value", "mlp", "output"]
@@ -270,8 +276,10 @@ class Wiring:
             config: Any = next(part.config for part in model.modules() if hasattr(part, "config"))
             ids = torch.arange(3, 11)[None] % config.get_text_config().vocab_size
         with preserved(model), torch.no_grad():
-            seen = _Seen.of(model, described.blocks, ids.to(device))
-            return _wire(model, described.blocks, seen)
+            seen, logits = _Seen.of(model, ids.to(device))
+            wiring = _wire(model, described.blocks, seen)
+        require_next_tokens(model, ids, logits, "circuits")
+        return wiring
 
     def logits(self, ids: Tensor) -> Tensor:
         """Logits at the last position, shape ``[B, V]``."""
@@ -288,8 +296,14 @@ def call(model: nn.Module, ids: Tensor, **options: Any) -> Tensor:
 
 
 def _require_decoder(model: nn.Module) -> None:
+    inner = transformers_model(model)
+    if inner is not None and not accepts(inner, "input_ids"):
+        raise UnsupportedArchitectureError(f"{model_class(model)} takes no tokens; circuits are those of a decoder")
     if any(map(is_sharded, model.parameters())):
-        raise UnsupportedArchitectureError("a sharded model's circuits are not found: gather its weights first")
+        raise UnsupportedArchitectureError(
+            "a sharded model's circuits are not found, for each process must hold the whole model: use DDPStrategy or "
+            "one device, or `goldy analyze CHECKPOINT --circuits TASK` afterwards"
+        )
     method, count = prompt_learning(model)
     if count:
         raise UnsupportedArchitectureError(
@@ -308,7 +322,8 @@ class _Seen:
     modules: Mapping[str, nn.Module]
 
     @classmethod
-    def of(cls, model: nn.Module, blocks: tuple[Block, ...], ids: Tensor) -> _Seen:
+    def of(cls, model: nn.Module, ids: Tensor) -> tuple[_Seen, Tensor]:
+        """What was seen, and the logits."""
         modules = canonical_modules(model)
         seen = cls({}, {}, [], modules)
         places = {id(module): name for name, module in reversed(modules.items())}
@@ -317,8 +332,8 @@ class _Seen:
                 name = places[id(module)]
                 hooks.callback(module.register_forward_pre_hook(partial(seen._enter, name), with_kwargs=True).remove)
                 hooks.callback(module.register_forward_hook(partial(seen._leave, name)).remove)
-            call(model, ids)
-        return seen
+            logits = call(model, ids)
+        return seen, logits
 
     def _enter(self, name: str, module: nn.Module, args: Any, options: Any) -> None:
         found = stream_of(args, options)
@@ -394,6 +409,8 @@ def _wire(model: nn.Module, blocks: tuple[Block, ...], seen: _Seen) -> Wiring:
     names, stages = _Names(), []
     stream = seen.given[blocks[0].name]
     for block in blocks:
+        if not bool(seen.gave[block.name].isfinite().all()):
+            raise ValueError(f"after {block.name} the residual stream is not finite")
         if not same(seen.given.get(block.name), stream):
             raise _no_sum(block.name, "it is not given what the block before it gave")
         found, after = _block_stages(block, seen, names, stream), seen.gave[block.name]

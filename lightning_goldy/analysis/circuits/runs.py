@@ -22,10 +22,12 @@ from torch import Tensor, nn
 
 from lightning_goldy.analysis.circuits.graph import Reader, Stage, Wiring, linear_map, stream_of
 from lightning_goldy.analysis.divergence import precise
-from lightning_goldy.analysis.result import Cost
+from lightning_goldy.analysis.result import Cost, total_cost
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import require_at_least, require_choice
 from lightning_goldy.core.pieces import PromptPairs
+from lightning_goldy.core.sharding import Replicas
+from lightning_goldy.core.tasks import transformers_model
 
 Ablation = Literal["counterfactual", "mean", "zero"]
 MetricName = Literal["logit_difference", "kl", "probability", "probability_difference"]
@@ -290,6 +292,8 @@ class Gradients(_Recording):
             differences: Shape ``[writers, B, T, width]``.
             columns: Only of these writers; all by default.
         """
+        if not total.requires_grad:
+            raise ValueError("the metric has no gradient: make it of the logits it is given, or take method='exact'")
         graph, stages = self.wiring.graph, self.wiring.stages
         # A stage whose output was replaced may decide nothing.
         wanted = [*{id(one): one for one in (*self.projected.values(), *self.given.values())}.values()]
@@ -476,9 +480,20 @@ class CircuitOptions:
                     )
 
     def value(self, logits: Tensor, pairs: PromptPairs, clean: Tensor) -> Tensor:
-        """The metric of each pair, shape ``[B]``."""
+        """The metric of each pair, shape ``[B]``.
+
+        Raises:
+            ValueError: A function gives something else.
+        """
         if callable(self.metric):
-            return self.metric(logits, pairs, clean)
+            found = self.metric(logits, pairs, clean)
+            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            if shape != (len(pairs),):
+                raise ValueError(
+                    f"metric {self.metric_name} gives one value per pair, a tensor of shape ({len(pairs)},); got "
+                    f"{shape}"
+                )
+            return found
         logs = precise(logits).log_softmax(-1)
         if self.metric == "kl":
             before = precise(clean).detach().log_softmax(-1)
@@ -495,6 +510,27 @@ def _sums(logs: Tensor, tokens: Sequence[Sequence[int]]) -> Tensor:
     return torch.stack([row[list(ids)].logsumexp(0) for row, ids in zip(logs, tokens, strict=True)])
 
 
+def check_tokens(model: nn.Module, pairs: PromptPairs) -> None:
+    """Checks that a model knows the tokens of prompts and answers, and has positions for all of them.
+
+    Raises:
+        ValueError: It has not; the prompt is named.
+    """
+    config: Any = getattr(transformers_model(model), "config", None)
+    if config is None:
+        return
+    text = config.get_text_config()
+    vocabulary, longest = (getattr(text, name, None) for name in ("vocab_size", "max_position_embeddings"))
+    for name, *sets in zip(pairs.names, pairs.clean, pairs.corrupted, pairs.answers, pairs.wrong, strict=True):
+        ids = [token for tokens in sets for token in tokens]
+        if vocabulary and not 0 <= min(ids) <= max(ids) < vocabulary:
+            raise ValueError(
+                f"prompt {name!r} has tokens beyond the model's {vocabulary}: from {min(ids)} to {max(ids)}"
+            )
+        if longest and len(sets[0]) > longest:
+            raise ValueError(f"prompt {name!r} has {len(sets[0])} tokens, more than the model's {longest} positions")
+
+
 @dataclass(frozen=True)
 class Batch:
     """Pairs of one length, their clean tokens, and the run that is patched in."""
@@ -509,6 +545,7 @@ class Batch:
 def wired(model: nn.Module, pairs: PromptPairs, options: CircuitOptions) -> Iterator[Wiring]:
     """The wiring of a model that is put back as it was, with parameters that ask for no gradient."""
     options.check(pairs)
+    check_tokens(model, pairs)
     device = next(model.parameters()).device
     wiring = Wiring.of(model, torch.tensor(pairs.clean[0], device=device)[None])
     with preserved(model):
@@ -517,18 +554,26 @@ def wired(model: nn.Module, pairs: PromptPairs, options: CircuitOptions) -> Iter
         yield wiring
 
 
-def batches(wiring: Wiring, pairs: PromptPairs, options: CircuitOptions, done: list[Cost]) -> Iterator[Batch]:
-    """The pairs in batches with what is patched in.
+def shared_places(pairs: PromptPairs, options: CircuitOptions, replicas: Replicas) -> list[list[int]]:
+    """The places of a replica's pairs in batches of one length each, so that every replica has about as many."""
+    return replicas.share(pairs.batches(min(options.batch_size, -(-len(pairs) // replicas.size))))
+
+
+def batches(
+    wiring: Wiring, pairs: PromptPairs, options: CircuitOptions, done: list[Cost], replicas: Replicas
+) -> Iterator[Batch]:
+    """A replica's pairs in batches with what is patched in.
 
     Args:
         wiring: Of the model.
         pairs: The pairs.
         options: Ablation and batch size.
         done: The cost of the passes is added.
+        replicas: That share out the pairs.
     """
     device = next(wiring.model.parameters()).device
     means: dict[int, Recorded] = {}
-    for places in pairs.batches(options.batch_size):
+    for places in shared_places(pairs, options, replicas):
         chosen = pairs.take(places)
         ids = torch.tensor(chosen.clean, device=device)
         length = ids.shape[1]
@@ -570,6 +615,7 @@ def measure(
     circuits: Sequence[Tensor],
     *,
     progress: Progress | None = None,
+    replicas: Replicas = Replicas(),  # noqa: B008 - frozen
 ) -> tuple[Tensor, Cost]:
     """The metric of patched runs, one per circuit and pair.
 
@@ -578,23 +624,32 @@ def measure(
         pairs: The pairs.
         options: Metric and ablation.
         circuits: True where an edge is kept, each of shape ``[readers, writers]``.
-        progress: Called with (runs done, runs in all).
+        progress: Called with (runs done, runs in all), on this rank.
+        replicas: That share out the pairs; each gets all values.
 
     Returns:
-        Values, shape ``[circuits, pairs]``, float64, and the passes.
+        Values, shape ``[circuits, pairs]``, float64, and the passes of all replicas.
+
+    Raises:
+        ValueError: A value is not finite; the prompt is named.
     """
-    values = torch.empty(len(circuits), len(pairs), dtype=torch.float64)
+    values = torch.zeros(len(circuits), len(pairs), dtype=torch.float64)
     done: list[Cost] = []
     whole, finished = wiring.graph.edges(), 0
+    total = len(circuits) * sum(map(len, shared_places(pairs, options, replicas)))
     with torch.no_grad():
-        for batch in batches(wiring, pairs, options, done):
+        for batch in batches(wiring, pairs, options, done, replicas):
             clean = patched_logits(wiring, batch.ids, whole, batch.other)
             for row, kept in enumerate(circuits):
                 logits = clean if torch.equal(kept, whole) else patched_logits(wiring, batch.ids, kept, batch.other)
                 values[row, batch.places] = options.value(logits, batch.pairs, clean).double().cpu()
                 finished += len(batch.places)
                 if progress is not None:
-                    progress(finished, len(pairs) * len(circuits))
+                    progress(finished, total)
             runs = 1 + sum(not torch.equal(kept, whole) for kept in circuits)
             done.append(Cost(forwards=len(batch.places) * runs))
-    return values, sum(done, Cost())
+    values = torch.stack(replicas.gather_objects(values)).sum(0)
+    broken = (~values.isfinite()).any(0).nonzero().flatten().tolist()
+    if broken:
+        raise ValueError(f"{options.metric_name} of prompt {pairs.names[broken[0]]!r} is not finite")
+    return values, total_cost(replicas, sum(done, Cost()))

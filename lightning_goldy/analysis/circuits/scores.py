@@ -19,9 +19,11 @@ from lightning_goldy.analysis.circuits.runs import (
     batches,
     measure,
     record,
+    shared_places,
 )
-from lightning_goldy.analysis.result import Cost
+from lightning_goldy.analysis.result import Cost, total_cost
 from lightning_goldy.core.pieces import PromptPairs
+from lightning_goldy.core.sharding import Replicas
 
 Method = Literal["eap", "eap_ig_inputs", "eap_ig_activations", "nodes", "exact"]
 
@@ -34,19 +36,23 @@ def edge_scores(
     method: Method = "eap_ig_inputs",
     steps: int = 5,
     progress: Progress | None = None,
+    replicas: Replicas = Replicas(),  # noqa: B008 - frozen
 ) -> tuple[Tensor, Cost]:
     """Scores of all edges, the mean over the pairs; see :func:`~lightning_goldy.analysis.circuits.find_circuits`.
 
     Returns:
-        Shape ``[readers, writers]``, float64, 0 where there is no edge, and the passes.
+        Shape ``[readers, writers]``, float64, 0 where there is no edge, and the passes, both of all replicas.
+
+    Raises:
+        ValueError: A score is not finite; the edge is named.
     """
     if method == "exact":
-        return _exact(wiring, pairs, options, progress)
+        return _exact(wiring, pairs, options, progress, replicas)
     total = torch.zeros(len(wiring.graph.readers), len(wiring.graph.writers), dtype=torch.float64)
     done: list[Cost] = []
     estimate = _eap_ig_activations if method == "eap_ig_activations" else _eap_ig_inputs
-    finished = 0
-    for batch in batches(wiring, pairs, options, done):
+    finished, mine = 0, sum(map(len, shared_places(pairs, options, replicas)))
+    for batch in batches(wiring, pairs, options, done, replicas):
         size = len(batch.places)
         if method in ("eap", "nodes"):
             total += _eap(wiring, batch, options).cpu()
@@ -57,9 +63,15 @@ def edge_scores(
             done.append(Cost(size * (passes + 1), size * passes))
         finished += size
         if progress is not None:
-            progress(finished, len(pairs))
-    scores = total / len(pairs)
-    return (by_nodes(wiring.graph.owners, scores) if method == "nodes" else scores), sum(done, Cost())
+            progress(finished, mine)
+    scores = torch.stack(replicas.gather_objects(total)).sum(0) / len(pairs)
+    broken = (~scores.isfinite()).nonzero().tolist()
+    if broken:
+        raise ValueError(
+            f"the score of {wiring.graph.name(*broken[0])} is not finite: {options.metric_name} has no finite gradient"
+        )
+    cost = total_cost(replicas, sum(done, Cost()))
+    return (by_nodes(wiring.graph.owners, scores) if method == "nodes" else scores), cost
 
 
 def node_scores(scores: Tensor) -> Tensor:
@@ -146,7 +158,7 @@ def _eap_ig_activations(wiring: Wiring, batch: Batch, options: CircuitOptions, s
 
 
 def _exact(
-    wiring: Wiring, pairs: PromptPairs, options: CircuitOptions, progress: Progress | None
+    wiring: Wiring, pairs: PromptPairs, options: CircuitOptions, progress: Progress | None, replicas: Replicas
 ) -> tuple[Tensor, Cost]:
     whole = wiring.graph.edges()
     places = whole.nonzero().tolist()
@@ -154,7 +166,7 @@ def _exact(
     for row, column in places:
         circuits.append(whole.clone())
         circuits[-1][row, column] = False
-    values, cost = measure(wiring, pairs, options, circuits, progress=progress)
+    values, cost = measure(wiring, pairs, options, circuits, progress=progress, replicas=replicas)
     scores = torch.zeros(whole.shape, dtype=torch.float64)
     lost = (values[:1] - values[1:]).mean(1)
     scores[whole] = lost

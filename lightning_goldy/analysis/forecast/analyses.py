@@ -199,6 +199,7 @@ def forecast_attribution(
     n_collateral: int,
     learned: int = 0,
     blocks: int = 0,
+    searched: int = 0,
 ) -> Forecast:
     """Change attribution with ``auto`` nodes at their least, and the grafts that test it.
 
@@ -213,6 +214,7 @@ def forecast_attribution(
         n_collateral: Samples of other text, taken to be as long as the probe's.
         learned: Steps in which the mask of each share is learned; 0 where none is.
         blocks: Whose change is measured alone, and left out of the whole; 0 where none is.
+        searched: Grafts that the greedy search of blocks tries; 0 where none is made.
     """
     elements, batches = plan.elements(), plan.batches(n_samples)
     scored, held = _halves(batches) if n_shares else (batches, [])
@@ -223,7 +225,9 @@ def forecast_attribution(
     taught = n_shares * learned / 8
     tried = 5 * n_shares * bool(learned)
     work = Work(
-        forward=(2 + 2 * first + 2 * blocks + tried) * score + (3 + points) * hold + (4 + 2 * points + tried) * other,
+        forward=(2 + 2 * first + 2 * blocks + tried + searched) * score
+        + (3 + points) * hold
+        + (4 + 2 * points + tried) * other,
         backward=(nodes + first + round(taught)) * score + round(taught) * other,
         elements=elements * (6.0 * nodes * max(8, score.calls) + 4.0 * points + 12.0 * n_shares * learned),
         selected=2.0 * elements * n_shares * (masked + learned),

@@ -6,6 +6,7 @@ from lightning_goldy.core.architecture.blocks import (
     HeadProjection,
     ParameterSlice,
     UnsupportedArchitectureError,
+    require_next_tokens,
 )
 from lightning_goldy.core.architecture.describe import describe_architecture
 from lightning_goldy.core.architecture.families import (
@@ -32,4 +33,5 @@ __all__ = [
     "available_architectures",
     "describe_architecture",
     "register_architecture",
+    "require_next_tokens",
 ]

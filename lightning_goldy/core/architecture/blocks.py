@@ -11,11 +11,35 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from lightning_goldy.core.naming import require_choice
+from lightning_goldy.core.naming import model_class, require_choice
 
 
 class UnsupportedArchitectureError(ValueError):
     """The parts of a model could not be told apart; the message says which, and how to register them."""
+
+
+def require_next_tokens(model: nn.Module, ids: Tensor, logits: Tensor, what: str) -> None:
+    """Checks that a model has logits at every token, as a causal language model.
+
+    Args:
+        model: For the message.
+        ids: Token ids, shape ``[B, T]``.
+        logits: What it made of them.
+        what: Whose need it is, for the message.
+
+    Raises:
+        UnsupportedArchitectureError: They are of another shape, such as a classifier's.
+
+    Example:
+        >>> require_next_tokens(nn.Linear(1, 1), Tensor([[1]]), Tensor([[1]]), "circuits")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        lightning_goldy.core.architecture.blocks.UnsupportedArchitectureError: circuits are those of a causal ...
+    """
+    if logits.ndim != 3 or logits.shape[:2] != ids.shape:
+        raise UnsupportedArchitectureError(
+            f"{what} are those of a causal language model; {model_class(model)} gives logits of shape "
+            f"{tuple(logits.shape)} for tokens of shape {tuple(ids.shape)}"
+        )
 
 
 @dataclass(frozen=True)

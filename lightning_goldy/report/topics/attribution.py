@@ -36,6 +36,7 @@ _LABELS = {
     "interpolation": "interpolation",
     "drop_and_rescale": "drop and rescale",
     "learned": "a learned mask",
+    "greedy": "greedy search of blocks",
     "finetune": "the finetune",
 }
 
@@ -264,10 +265,17 @@ def places_caption(row: Row) -> str:
         total, kinds = row["result"]["total"], row["result"]["kinds"]
         shown = sorted(kinds, key=lambda kind: -kind["contribution"] / total) if total else []
         told = [
-            f"{kind['group']} {kind['contribution'] / total:.0%} of it with {kind['elements']:.0%} of the elements"
+            f"{kind['group']} {kind['contribution'] / total:.0%}{_span(kind)} of it with {kind['elements']:.0%} of the "
+            "elements"
             for kind in shown
         ]
     return f"Contributions add up to the change of the metric. {'; '.join(told)}." if told else "Nothing to attribute."
+
+
+def _span(kind: Mapping[str, Any]) -> str:
+    """The interval of a kind's share, where the row has one."""
+    low, high = kind.get("share_low"), kind.get("share_high")
+    return "" if low is None or high is None else f" [{low:.0%}, {high:.0%}]"
 
 
 def heads_caption(row: Row) -> str:

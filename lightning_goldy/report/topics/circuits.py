@@ -139,7 +139,7 @@ def chart_faithfulness(row: Row) -> Figure:
         curve = row["result"]["curve"]
         places = [0, *(100 * size / curve["n_edges"] for size in curve["sizes"]), 100]
         drawn = {
-            "the circuit": Line(places, [0.0, *curve["values"], 1.0]),
+            "the circuit": Line(places, [0.0, *curve["values"], 1.0], *_ends(curve)),
             "without it": Line(places, [1.0, *curve["complements"], 0.0], shape="dashed"),
         }
         if curve["random"]:
@@ -147,10 +147,19 @@ def chart_faithfulness(row: Row) -> Figure:
             drawn["random circuits"] = Line(places, [0.0, *curve["random"], 1.0], low, high)
     style = Lines(x="edges, % of all", y="of the behaviour", scale="linear", zero=True, whole=False)
     caption = (
-        "1 is the whole model, 0 the model with every edge patched. The band holds 90 % of the random circuits of the "
-        "same size."
+        "1 is the whole model, 0 the model with every edge patched. The circuit's band is its 95 % interval over the "
+        "prompts; that of random circuits of the same size holds 90 % of them."
     )
     return lines(drawn, style, caption=caption)
+
+
+def _ends(curve: Mapping[str, Any]) -> tuple[list[float] | None, list[float] | None]:
+    """The lower and upper ends of the intervals, with those of none and of all edges; None where there is none."""
+    pairs = curve.get("intervals") or []
+    if not pairs or any(None in pair for pair in pairs):
+        return None, None
+    low, high = ([0.0, *(pair[end] for pair in pairs), 1.0] for end in (0, 1))
+    return low, high
 
 
 @register_figure("circuit_tracker", "emergence", heading="How nodes came to matter", over="run", reads=("nodes",))
@@ -238,6 +247,8 @@ _CIRCUITS = Description(
         "without it. Scores alone say little."
     ),
     metrics={
+        "faithfulness_low": "lower end of what the largest circuit keeps, of its 95 % interval over the prompts",
+        "faithfulness_high": "upper end of the same",
         "faithfulness_random": "what random circuits of the largest size keep, a fraction",
         "completeness": "1 less what is kept without the largest circuit",
         "area": "area under the curve of faithfulness over the share of edges",

@@ -147,7 +147,7 @@ def summary_table(rows: Sequence[Row]) -> Table:
     """The numbers to look at first, one line each.
 
     Args:
-        rows: Of ``taylor_diff``, ``parameter_distribution`` and ``attention_tracker``; others have no line here.
+        rows: Of the analyses of ``goldy analyze``; continuations and variants have tables of their own.
 
     Example:
         >>> row = {"name": "attention_tracker", "metrics": {"entropy": 1.5, "drift": None}, "result": {}}
@@ -194,6 +194,19 @@ def _of_the_expansion(row: Row) -> Iterator[tuple[str, str]]:
 
 
 _QUANTITIES = {
+    "change_attribution": {"effect": "change of the loss, nats", "gap": "its parts miss it by, a fraction"},
+    "activation_differences": {
+        "stream_change": "residual stream moved by, of its norm",
+        "stream_null": "another text moves it by",
+        "kl_from_base": "divergence on that text, nats",
+    },
+    "circuit_tracker": {
+        "faithfulness_1_percent": "1 % of the edges keep of the behaviour",
+        "faithfulness_10_percent": "10 % of the edges keep",
+        "faithfulness_random": "as many random edges keep",
+        "overlap": "edges shared with the base's circuit",
+        "overlap_by_chance": "by chance",
+    },
     "parameter_distribution": {
         "relative_change": "||Delta|| / ||base||",
         "stable_rank": "stable rank of the change",

@@ -152,3 +152,17 @@ def test_streams_that_are_not_finite_are_told_with_their_block(broken):
         models[broken].model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match=f"after block 1 the residual stream is not finite at the {broken}"):
         activation_differences(models["present parameters"], models["base"], [texts(4)])
+
+
+def test_the_same_text_twice_is_no_null():
+    base = build("gpt2", 0).eval()
+    model = moved(base, build("gpt2", 1), 0.1).eval()
+    text = {name: value[:1] for name, value in token_batch(2).items()}
+    found = activation_differences(model, base, [text, text])
+    assert found.headline().endswith("; WEAK: both halves are the same text, so there is no null")
+
+
+def test_a_classifier_is_refused_by_name():
+    model = build("bert").eval()
+    with pytest.raises(UnsupportedArchitectureError, match="those of a causal language model; BertFor"):
+        activation_differences(model, copy.deepcopy(model), [token_batch(2)])

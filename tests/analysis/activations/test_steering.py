@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -74,6 +75,13 @@ def test_wrong_arguments_are_refused(subject):
     for options, message in (
         ({"layer": 9}, r"layer 9 was not measured; there are \[0, 1\]"),
         ({"tolerance": 0.0}, "tolerance and strengths must be positive"),
+        ({"tolerance": math.nan}, "must be positive and finite; got nan"),
+        ({"strengths": [math.nan]}, "strengths must be positive and finite; got nan"),
+        ({"strengths": [math.inf]}, "strengths must be positive and finite; got inf"),
+        ({"strengths": [1.0, -1.0]}, "strengths must be positive and finite; got -1.0"),
+        ({"strengths": [1.0, 1.0]}, "strengths name 1.0 twice"),
+        ({"strengths": []}, "strengths is empty"),
+        ({"strengths": 2.0}, "strengths is a list of positive numbers; got 2.0"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
     ):
         with pytest.raises(ValueError, match=message):

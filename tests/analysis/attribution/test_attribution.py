@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 
 import pytest
@@ -8,11 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_goldy.analysis import ChangeAttributionResult, change_attribution
+from lightning_goldy.analysis import ChangeAttributionResult, change_attribution, graft_curve
 from lightning_goldy.analysis.attribution import model_units, unit_mask
 from lightning_goldy.analysis.attribution.attribution import units_of
 from lightning_goldy.core import CausalLMObjective, ClassifierObjective, FunctionObjective, ParameterSpace
+from lightning_goldy.core.files import to_json_line
 from lightning_goldy.core.naming import block_of, kind_of
+from lightning_goldy.report import draw_figures
+from lightning_goldy.report.answers import answer_by_attribution
 from tests.references.attribution import moved, riemann_attribution
 from tests.references.models import FAMILIES, build, class_batch, token_batch
 
@@ -240,6 +244,36 @@ def test_intervals_are_of_resampled_passages():
     assert one.interval(block_of, "transformer.h.0") == pytest.approx([one.by_block["transformer.h.0"]] * 2)
 
 
+def test_one_passage_has_no_interval_and_says_so():
+    model, base, batch = pair("llama")
+    one = {name: value[:1] for name, value in batch.items()}
+    found = change_attribution(model, base, [one], interactions=True)
+    assert "(no interval: one passage)" in found.headline()
+    line = json.loads(to_json_line(found.row().to_dict()))
+    assert {row[end] for row in line["result"]["kinds"] for end in ("low", "high", "share_low", "share_high")} == {None}
+    assert {row["alone_low"] for row in line["result"]["interactions"]} == {None}
+    assert set(draw_figures(line, [line])) >= {"places", "interactions"}
+    curve = graft_curve(model, base, found, [one], [one], [one], baselines=["random"], factors=[0.5])
+    assert {point.low for point in curve.records} == {None} == {point.harm_high for point in curve.records}
+    assert "(no interval: one sample)" in curve.headline()
+    row = {**line, "result": {**line["result"], "graft": curve.details()}, "metrics": {**line["metrics"]}}
+    assert answer_by_attribution([row]).interval == "no interval: one held-out sample"  # type: ignore[union-attr]
+    assert "graft" in draw_figures(row, [row])
+
+
+def test_kinds_and_blocks_have_shares_with_intervals():
+    model, base, batch = pair("llama")
+    found = change_attribution(model, base, [batch], samples_per_pass=1)
+    kinds = {row["group"]: row for row in found.details()["kinds"]}
+    for label, row in kinds.items():
+        assert row["share"] == pytest.approx(found.by_kind[label] / found.total)
+        assert (row["share_low"], row["share_high"]) == found.interval(kind_of, label, share=True)
+        assert row["share_low"] <= row["share"] <= row["share_high"]
+    assert any(row["share_low"] < row["share"] < row["share_high"] for row in kinds.values())
+    (told,) = [row for label, row in kinds.items() if f"sits in {label} " in found.headline()]
+    assert f"[{told['share_low']:.0%}, {told['share_high']:.0%}]" in found.headline()
+
+
 def test_the_row_and_the_json_tell_all():
     model, base, batch = pair("gpt2")
     found = change_attribution(model, base, [batch], nodes=2)
@@ -261,6 +295,13 @@ def test_the_row_and_the_json_tell_all():
         ({"nodes": 1.5}, "nodes is 'auto' or lies between 1 and 256; got 1.5"),
         ({"tolerance": 0}, r"tolerance must lie in \(0, 1\); got 0"),
         ({"shares": [2]}, r"shares lie in \(0, 1\]; got 2"),
+        ({"shares": ["a"]}, r"shares lie in \(0, 1\]; got 'a'"),
+        ({"shares": [math.nan]}, r"shares lie in \(0, 1\]; got nan"),
+        ({"shares": [-math.inf]}, r"shares lie in \(0, 1\]; got -inf"),
+        ({"shares": [True]}, r"shares lie in \(0, 1\]; got True"),
+        ({"shares": [0.1, 0.1]}, "shares name 0.1 twice"),
+        ({"shares": 0.1}, r"shares is a list of fractions in \(0, 1\]; got 0.1"),
+        ({"shares": "0.1"}, r"shares is a list of fractions in \(0, 1\]; got '0.1'"),
         ({"samples_per_pass": 0}, "samples_per_pass must be at least 1"),
         ({"n_samples": 99}, "n_samples=99, but the batches hold only 6"),
     ],

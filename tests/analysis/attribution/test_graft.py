@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 
 import pytest
 import torch
 from torch import nn
 
 from lightning_goldy.analysis import apply_change, change_attribution, graft, graft_curve, learn_mask, save_change
-from lightning_goldy.analysis.attribution.graft import chosen_masks
+from lightning_goldy.analysis.attribution.attribution import element_space
+from lightning_goldy.analysis.attribution.units import chosen_masks
 from lightning_goldy.core import (
     CausalLMObjective,
     ClassifierObjective,
@@ -17,6 +19,7 @@ from lightning_goldy.core import (
     ParameterVector,
 )
 from lightning_goldy.core.mask import ParameterMask
+from lightning_goldy.core.naming import block_of
 from lightning_goldy.core.store import StoreError
 from tests.references.attribution import finetuned_pair, moved
 from tests.references.models import build, token_batch
@@ -134,7 +137,7 @@ def test_shares_that_recover_are_the_smallest_tried(curve):
 @pytest.mark.parametrize("pieces", ["units", "tensors", "blocks"])
 def test_whole_pieces_are_taken_by_what_they_contribute_per_element(subject, pieces):
     model, base, scored, held_out, _, found = subject
-    for share, mask in chosen_masks(found, model, pieces, SHARES):
+    for share, mask in chosen_masks(found, element_space(found, model), model, pieces, SHARES):
         assert mask.density == pytest.approx(share)
         if pieces == "tensors":
             assert all(flags.all() or not flags.any() for flags in mask.values())
@@ -144,6 +147,65 @@ def test_whole_pieces_are_taken_by_what_they_contribute_per_element(subject, pie
     assert "harm to other text was not measured" in curve.headline()
     with pytest.raises(ValueError, match="harm was not measured"):
         curve.choose(harm=0.1)
+
+
+def test_blocks_are_searched_for_greedily_on_the_samples_that_score(subject, monkeypatch):
+    model, base, scored, held_out, _, found = subject
+    objective, space = CausalLMObjective(), found.levels.space
+    blocks = {}
+    for name in space:
+        blocks.setdefault(block_of(name), set()).add(name)
+    start, end = (dict(one.named_parameters()) for one in (base, model))
+
+    def divergence(batch, names):
+        made = copy.deepcopy(base)
+        with torch.no_grad():
+            for name, parameter in made.named_parameters():
+                parameter.copy_((end if name in names else start)[name])
+            now, before = (objective.logits_and_targets(one, batch).logits.log_softmax(-1) for one in (made, base))
+        return float((before.exp() * (before - now)).sum(-1).mean())
+
+    inside, expected, tries = set(), [], 0
+    while len(expected) < len(blocks):
+        left = [block for block in blocks if not blocks[block] <= inside]
+        tries += len(left)
+        inside |= blocks[max(left, key=lambda block: divergence(scored, inside | blocks[block]))]
+        expected.append((sum(space.shape(name).numel() for name in inside) / space.numel, divergence(held_out, inside)))
+    curve = graft_curve(model, base, found, [scored], [held_out], pieces="blocks", baselines=[])
+    points = curve.of("greedy")
+    assert [(point.share, point.value) for point in points] == [pytest.approx(pair, rel=1e-4) for pair in expected]
+    assert points[-1].value == curve.of("finetune")[0].value
+    # The base's predictions on either half, base, finetune and every point on the held-out one, and what was tried.
+    assert curve.cost.forwards == 6 * (2 + 2 + len(curve.points) + tries)
+    # What exceeds the largest share is not tried, and no more blocks at a step than the cap.
+    monkeypatch.setattr(sys.modules["lightning_goldy.analysis.attribution.graft"], "CANDIDATES", 1)
+    first = graft_curve(model, base, found, [scored], [held_out], pieces="blocks", baselines=[], shares=[0.4])
+    own = first.of("greedy")
+    assert 0 < len(own) < len(blocks)
+    assert max(point.share for point in own) <= 0.4
+    assert first.cost.forwards == 6 * (2 + 2 + len(first.points) + len(own))
+    with pytest.raises(ValueError, match="there is no sample: the batches are empty"):
+        graft_curve(model, base, found, [], [held_out], pieces="blocks")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"factors": [math.nan]}, r"factors lie in \(0, 1\]; got nan"),
+        ({"factors": [-0.5]}, r"factors lie in \(0, 1\]; got -0.5"),
+        ({"factors": [math.inf]}, r"factors lie in \(0, 1\]; got inf"),
+        ({"factors": ["half"]}, r"factors lie in \(0, 1\]; got 'half'"),
+        ({"factors": [0.5, 0.5]}, "factors name 0.5 twice"),
+        ({"factors": []}, "factors is empty"),
+        ({"shares": []}, "shares is empty"),
+        ({"shares": [0.1, math.nan]}, r"shares lie in \(0, 1\]; got nan"),
+        ({"baselines": ["random", "random"]}, "baselines name 'random' twice"),
+    ],
+)
+def test_wrong_arguments_are_refused(subject, options, message):
+    model, base, scored, held_out, _, found = subject
+    with pytest.raises(ValueError, match=message):
+        graft_curve(model, base, found, [scored], [held_out], **options)
 
 
 def test_the_gradient_baseline_is_the_first_order_at_the_base(subject, curve):

@@ -1,0 +1,242 @@
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_goldy.analysis.circuits import (
+    CircuitGraph,
+    PromptPairs,
+    TrackedCircuit,
+    TrackingOptions,
+    circuit_overlap,
+    faithfulness,
+    find_circuits,
+    node_effects,
+    track_circuit,
+)
+from lightning_goldy.analysis.circuits.faithfulness import Faithfulness
+from lightning_goldy.analysis.circuits.graph import Wiring
+from lightning_goldy.analysis.circuits.runs import measure, wired
+from lightning_goldy.core.architecture import UnsupportedArchitectureError
+from lightning_goldy.core.space import ParameterSpace
+from lightning_goldy.core.vector import ParameterVector
+from lightning_goldy.data import induction_pairs
+from tests.analysis.circuits.test_scores import prompts
+from tests.references.architecture_models import build, lora
+from tests.references.model_zoo import ZOO, build_family
+
+FAST = ("GPT-J", "Mixtral", "Cohere 2")
+DECODERS = (
+    *("GPT-2", "Llama", "Mistral", "Qwen2", "Qwen2-MoE", "Qwen3", "Qwen3-MoE", "OLMoE", "GPT-OSS", "EXAONE-MoE"),
+    *("Granite-MoE", "Aria", "Phi-3", "GPT-Neo", "GPT-NeoX", "OPT"),
+)
+
+
+def patched_node(model: Any, module: nn.Module, columns: slice | None, pairs: PromptPairs) -> Tensor:
+    """Logits of the clean prompts with what a head or MLP makes taken from the other prompts, by plain hooks."""
+    kept: dict[str, Tensor] = {}
+
+    def first(output: Any) -> Tensor:
+        return output if isinstance(output, Tensor) else output[0]
+
+    def changed(given: Tensor) -> Tensor:
+        given = given.clone()
+        given[..., columns] = kept["other"][..., columns]
+        return given
+
+    def hooked(act: Callable[[Any], Any], prompts: Any) -> Tensor:
+        if columns is None:
+            hook = module.register_forward_hook(lambda _, args, output: act(output))
+        else:
+            hook = module.register_forward_pre_hook(lambda _, args: act(args[0]))
+        with hook, torch.no_grad():
+            return model(input_ids=torch.tensor(prompts), use_cache=False).logits[:, -1]
+
+    hooked(lambda given: kept.update(other=first(given).clone()), pairs.corrupted)
+    if columns is not None:
+        return hooked(lambda given: (changed(given),), pairs.clean)
+    put = lambda given: kept["other"] if isinstance(given, Tensor) else (kept["other"], *given[1:])  # noqa: E731
+    return hooked(put, pairs.clean)
+
+
+@pytest.mark.parametrize("family", [*FAST, *(pytest.param(family, marks=pytest.mark.slow) for family in DECODERS)])
+def test_nodes_of_every_family_do_what_plain_hooks_say(family: str) -> None:
+    model = build_family(family).eval()
+    pairs = induction_pairs(range(3, model.config.vocab_size), 3)
+
+    def value(logits: Tensor) -> float:
+        rows = zip(logits.double(), pairs.answers, pairs.wrong, strict=True)
+        return float(sum(row[right[0]] - row[wrong[0]] for row, right, wrong in rows)) / len(pairs)
+
+    effects = node_effects(model, pairs)
+    with torch.no_grad():
+        clean = value(model(input_ids=torch.tensor(pairs.clean), use_cache=False).logits[:, -1])
+    wiring = Wiring.of(model)
+    for stage in wiring.stages:
+        for place, column in enumerate(stage.writers):
+            width = stage.block.output.layout.head_dim
+            columns = slice(place * width, (place + 1) * width) if stage.is_attention else None
+            expected = clean - value(patched_node(model, stage.output, columns, pairs))
+            assert effects[wiring.graph.writers[column]] == pytest.approx(expected, abs=2e-5)
+    assert max(map(abs, effects.values())) > 1e-3
+
+
+def test_intervals_are_of_resampled_pairs() -> None:
+    model, pairs = build("gpt2"), prompts(6)
+    found = find_circuits(model, pairs, method="eap", n_edges=40)
+    curve = faithfulness(model, found, pairs, sizes=[0, 40, found.graph.n_edges], n_random=2)
+    assert (curve.intervals[0], curve.intervals[-1]) == ((0.0, 0.0), (1.0, 1.0))
+    with wired(model, pairs, TrackingOptions().patching) as wiring:
+        whole = found.graph.edges()
+        values, _ = measure(wiring, pairs, TrackingOptions().patching, [whole, whole & False, found.kept])
+    draws = torch.randint(6, (20_000, 6), generator=torch.Generator().manual_seed(1))
+    clean, patched, kept = (row[draws].mean(1) for row in values)
+    expected = ((kept - patched) / (clean - patched)).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
+    low, high = curve.intervals[1]
+    spread = float(expected[1] - expected[0])
+    assert [low, high] == pytest.approx(expected.tolist(), abs=0.15 * spread)
+    assert low < curve.values[1] < high
+    metrics = faithfulness(model, found, pairs, n_random=2).metrics()
+    assert (metrics["faithfulness_low"], metrics["faithfulness_high"]) == pytest.approx((low, high))
+
+
+def test_the_headline_has_interval_and_null_and_one_pair_is_told() -> None:
+    model = build("llama")
+    found = track_circuit(model, prompts(4), TrackingOptions(method="eap", sizes=(0.5,)))
+    (low, high), random = found.curve.intervals[-1], float(found.curve.random[-1].mean())
+    told = f"{found.curve.value:.2f} [{low:.2f}, {high:.2f}] of the behaviour over 4 pairs, random ones {random:.2f}"
+    assert told in found.headline()
+    row = json.loads(json.dumps(found.row().result))
+    assert row["curve"]["intervals"] == [[low, high]]
+    assert row["curve"]["n_pairs"] == 4
+    alone = track_circuit(model, prompts(1), TrackingOptions(method="eap", sizes=(0.5,)))
+    assert alone.curve.intervals == ()
+    assert "(no interval: one pair)" in alone.headline()
+    assert alone.metrics()["faithfulness_low"] is None
+    assert Faithfulness.from_json(found.curve.to_json()).intervals == found.curve.intervals
+
+
+def test_an_interval_that_reaches_random_circuits_is_weak() -> None:
+    circuit = find_circuits(build("gpt2"), prompts(2), method="eap", n_edges=3)
+    for value, interval, doubt in (
+        (0.1, (0.0, 0.4), "; WEAK: no more than a random circuit"),
+        (0.5, (0.1, 0.8), "; WEAK: the interval reaches what a random circuit keeps"),
+        (0.9, (0.7, 1.0), ""),
+    ):
+        random = torch.tensor([[0.1, 0.2]], dtype=torch.float64)
+        curve = Faithfulness((3,), 9, (value,), (0.0,), random, 1.0, 0.0, n_pairs=2, intervals=(interval,))
+        headline = TrackedCircuit(circuit, curve, (0.5,), None).headline()
+        assert headline.endswith(doubt) if doubt else "WEAK" not in headline
+
+
+def test_the_bases_circuit_is_that_of_the_base() -> None:
+    options, pairs = TrackingOptions(method="eap"), prompts(3)
+    model = lora("llama", ["q_proj", "o_proj", "down_proj"])
+    with model.disable_adapter():
+        expected = find_circuits(model, pairs, method="eap", n_edges=0)
+    base = build_base(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = options.find_at_base(model, base, pairs)
+    torch.testing.assert_close(found.scores, expected.scores, rtol=1e-3, atol=1e-6)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert circuit_overlap(found, options.find(model, pairs)).intersection_over_union < 1
+
+
+def build_base(model: Any) -> Any:
+    """The adapters as they begin: they add nothing."""
+    space = ParameterSpace.of(model)
+    values = {name: value.detach().clone() for name, value in space.resolve(model).items()}
+    return ParameterVector(
+        space, {name: torch.zeros_like(value) if "lora_B" in name else value for name, value in values.items()}
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sizes": [math.nan]}, "a size must be a finite number; got nan"),
+        ({"sizes": ["1 %"]}, "a size must be a finite number; got '1 %'"),
+        ({"sizes": [1.5]}, "shares between 0 and 1; got 1.5"),
+        ({"sizes": [-1]}, "sizes are numbers of edges up to 110"),
+        (
+            {"metric": "logits"},
+            "unknown metric 'logits'; Valid: logit_difference, kl, probability, probability_difference",
+        ),
+        ({"ablation": "resample"}, "unknown ablation 'resample'; Valid: counterfactual, mean, zero"),
+        ({"metric": lambda logits, pairs, clean: logits[:, 0].mean()}, r"one value per pair, .* \(3,\); got \(\)"),
+        ({"metric": lambda logits, pairs, clean: logits[:, 0] / 0}, "of prompt '0' is not finite"),
+    ],
+)
+def test_wrong_arguments_are_told_in_one_line(options: dict[str, Any], message: str) -> None:
+    model = build_family("GPT-2")
+    circuit = find_circuits(model, prompts(3), method="eap", n_edges=4)
+    with pytest.raises(ValueError, match=message):
+        faithfulness(model, circuit, prompts(3), **options)
+
+
+def test_thresholds_and_prompts_that_a_model_cannot_take_are_told() -> None:
+    model, pairs = build_family("GPT-2"), prompts(2)
+    for threshold, message in ((-0.1, "at least 0; got -0.1"), (math.nan, "finite number; got nan"), ("a", "got 'a'")):
+        with pytest.raises(ValueError, match=message):
+            find_circuits(model, pairs, threshold=threshold)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"n_edges must be a whole number; got 0\.05"):
+        find_circuits(model, pairs, n_edges=0.05)  # type: ignore[arg-type]
+    for ids, message in (
+        ((3, 10_000), "prompt 'odd' has tokens beyond the model's 67: from 3 to 10000"),
+        ((3, -1), "prompt 'odd' has tokens beyond the model's 67: from -1 to 5"),
+        ((3,) * 40, "prompt 'odd' has 40 tokens, more than the model's 32 positions"),
+    ):
+        odd = PromptPairs((ids,), ((4,) * len(ids),), ((5,),), ((4,),), ("odd",))
+        with pytest.raises(ValueError, match=message):
+            find_circuits(model, odd)
+    with pytest.raises(ValueError, match="prompt 'odd' has 2 tokens and its corrupted version 3"):
+        PromptPairs(((3, 4),), ((3, 4, 5),), ((5,),), ((4,),), ("odd",))
+    assert find_circuits(model, pairs, threshold=1e9).n_edges == 0
+
+
+def test_a_metric_without_a_gradient_and_shares_that_are_no_numbers_are_told() -> None:
+    with pytest.raises(ValueError, match="the metric has no gradient: make it of the logits"):
+        find_circuits(build("gpt2"), prompts(2), lambda logits, pairs, clean: logits[:, 0].detach())
+    for options in ({"sizes": ("a",)}, {"share": "a"}, {"sizes": (math.nan,)}, {"share": True}):
+        with pytest.raises(ValueError, match="of all edges, above 0 and at most 1; got"):
+            TrackingOptions(**options)  # type: ignore[arg-type]
+    circuit = find_circuits(build("gpt2"), prompts(2), method="eap", n_edges=0)
+    assert circuit_overlap(circuit, circuit).metrics()["overlap_by_chance"] is None
+
+
+@pytest.mark.parametrize("find", [find_circuits, node_effects, TrackingOptions().find])
+def test_an_interrupted_search_leaves_the_model_as_it_was(find: Callable[..., Any]) -> None:
+    model, pairs = build("gpt2").train(), prompts(3)
+    base = ParameterVector.of(build("gpt2"), ParameterSpace.of(model)).map(lambda value: value + 0.1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    searches = [lambda: find(model, pairs, progress=interrupt)]
+    searches.append(lambda: TrackingOptions().find_at_base(model, base, pairs, interrupt))
+    for search in searches:
+        with pytest.raises(KeyboardInterrupt):
+            search()
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+        assert model.training
+        assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+def test_weights_that_are_not_finite_and_models_without_tokens_are_told() -> None:
+    model = build("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = math.nan
+    with pytest.raises(ValueError, match=r"after model\.layers\.1 the residual stream is not finite"):
+        CircuitGraph.of(model)
+    assert "ViT" in ZOO
+    with pytest.raises(UnsupportedArchitectureError, match="ViTForImageClassification takes no tokens"):
+        CircuitGraph.of(build_family("ViT"))

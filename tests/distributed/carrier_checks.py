@@ -1,0 +1,146 @@
+"""Run in several processes by test_carriers: attribution, grafts, circuits and traces are those of one process."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from lightning_goldy.analysis import (
+    activation_differences,
+    change_attribution,
+    faithfulness,
+    find_circuits,
+    graft_curve,
+    node_effects,
+)
+from lightning_goldy.analysis.circuits import PromptPairs
+from lightning_goldy.core.architecture import UnsupportedArchitectureError
+from lightning_goldy.core.architecture.adapters import AdapterError
+from lightning_goldy.core.sharding import RankError, Replicas
+from lightning_goldy.core.space import ParameterSpace
+from lightning_goldy.core.vector import ParameterVector
+from tests.analysis.circuits.test_scores import prompts
+from tests.references.architecture_models import lora
+from tests.references.attribution import moved
+from tests.references.models import build, token_batch
+
+SHARES = (0.05, 0.6)
+
+
+def subject() -> tuple[Any, Any]:
+    torch.manual_seed(11)
+    base = build("llama", 0).eval()
+    return moved(base, build("llama", 1), 0.5).eval(), base
+
+
+def shard(model: Any) -> Any:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def odd_pairs() -> PromptPairs:
+    """Five pairs of two lengths: some processes have one less, or none of a length."""
+    sets = [prompts(4), prompts(1, 7)]
+    clean, corrupted, answers, wrong = (
+        tuple(row for one in sets for row in getattr(one, name)) for name in ("clean", "corrupted", "answers", "wrong")
+    )
+    small = [tuple(tuple(token % 50 for token in ids) for ids in column) for column in (clean, corrupted)]
+    return PromptPairs(small[0], small[1], answers, wrong)
+
+
+def same_everywhere(value: Any) -> None:
+    everyone = Replicas.world().gather_objects(value)
+    assert all(other == everyone[0] for other in everyone)
+
+
+def check_circuits(model: nn.Module) -> None:
+    pairs = odd_pairs()
+    for method in ("eap_ig_inputs", "nodes"):
+        options: dict[str, Any] = {"method": method, "n_edges": 20, "steps": 2}
+        found = find_circuits(model, pairs, **options)
+        alone = find_circuits(model, pairs, **options, split_over_ranks=False)
+        torch.testing.assert_close(found.scores, alone.scores, rtol=1e-4, atol=1e-6)
+        assert (found.clean, found.patched) == pytest.approx((alone.clean, alone.patched), rel=1e-5)
+        assert found.cost == alone.cost
+        same_everywhere(found.to_json())
+    curve, expected = (faithfulness(model, alone, pairs, n_random=2, split_over_ranks=split) for split in (True, False))
+    assert curve.metrics() == pytest.approx(expected.metrics(), rel=1e-4)
+    assert curve.intervals[0] == pytest.approx(expected.intervals[0], rel=1e-4)
+    assert curve.cost == expected.cost
+    effects, expected_effects = (node_effects(model, pairs, split_over_ranks=split) for split in (True, False))
+    assert effects == pytest.approx(expected_effects, abs=1e-5)
+
+    def broken(logits: Tensor, some: PromptPairs, clean: Tensor) -> Tensor:
+        if dist.get_rank() == 1:
+            raise LookupError("a planted failure")
+        return logits[:, 0]
+
+    with pytest.raises((LookupError, RankError), match="a planted failure"):
+        find_circuits(model, pairs, broken)
+
+
+def check_attribution(model: nn.Module, plain: nn.Module, base: ParameterVector) -> None:
+    """``model`` may be in shards; ``plain`` is measured by one process."""
+    scored, held_out = (token_batch(5, seed=seed) for seed in (1, 2))
+    options: dict[str, Any] = {"shares": SHARES, "interactions": True}
+    found = change_attribution(model, base, [scored], **options)
+    expected = change_attribution(plain, base, [scored], **options, split_over_ranks=False)
+    assert found.metrics() == pytest.approx(expected.metrics(), rel=1e-4, abs=1e-7)
+    torch.testing.assert_close(found.contributions, expected.contributions, rtol=1e-3, atol=1e-7)
+    assert found.cost == expected.cost
+    same_everywhere(found.metrics())
+    if model is plain:
+        return
+    options = {"baselines": ["random", "interpolation"], "factors": [0.5]}
+    for pieces in ("elements", "blocks"):
+        curves = [
+            graft_curve(one, base, attribution, [scored], [held_out], [held_out], pieces=pieces, **options)
+            for one, attribution in ((model, found), (plain, expected))
+        ]
+        for point, wanted in zip(curves[0].points, curves[1].points, strict=True):
+            assert point["method"] == wanted["method"]
+            for name in ("share", "value", "recovered", "low", "high", "harm", "kl"):
+                assert point[name] == pytest.approx(wanted[name], rel=1e-3, abs=1e-5), (point["method"], name)
+        assert curves[0].of("greedy") or pieces == "elements"
+
+
+def check_activations(model: nn.Module, plain: nn.Module, base: ParameterVector) -> None:
+    found, expected = (activation_differences(one, base, [token_batch(4)]) for one in (model, plain))
+    assert found.metrics() == pytest.approx(expected.metrics(), rel=1e-4, abs=1e-7)
+    torch.testing.assert_close(found.means, expected.means, rtol=1e-4, atol=1e-6)
+    assert [entry["kl"] for entry in found.divergent] == pytest.approx([entry["kl"] for entry in expected.divergent])
+
+
+def check_refusals(sharded: nn.Module) -> None:
+    with pytest.raises(UnsupportedArchitectureError, match="a sharded model's circuits are not found"):
+        find_circuits(sharded, odd_pairs())
+    adapted = lora("llama", ["q_proj"])
+    base = ParameterVector.of(adapted, ParameterSpace.of(adapted))
+    with pytest.raises(AdapterError, match="this one is sharded: use space='adapters', or DDPStrategy"):
+        change_attribution(shard_adapted(adapted), base, [token_batch(4)])
+
+
+def shard_adapted(adapted: Any) -> Any:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    return fully_shard(adapted, mesh=mesh)
+
+
+def check_all() -> int:
+    model, base = subject()
+    before = ParameterVector.of(base)
+    check_circuits(model)
+    check_attribution(model, model, before)
+    sharded = shard(copy.deepcopy(model))
+    check_attribution(sharded, model, before)
+    check_activations(sharded, model, before)
+    check_refusals(sharded)
+    return dist.get_rank()
