@@ -68,7 +68,7 @@ def reparametrized(model: nn.Module) -> list[Reparametrized]:
                 value = _call(hook.compute_weight, module, do_power_iteration=False)
                 found.append(Reparametrized(module, path, hook.name, "spectral_norm", (f"{hook.name}_orig",), value))
         if parametrize.is_parametrized(module):
-            for name, parts in module.parametrizations.items():  # type: ignore[union-attr]
+            for name, parts in module.parametrizations.items():
                 inner = tuple(f"parametrizations.{name}.{part}" for part, _ in parts.named_parameters())
                 found.append(Reparametrized(module, path, name, "parametrize", inner, _call(getattr, module, name)))
     return found
@@ -141,7 +141,7 @@ def _told(asked: list[Reparametrized]) -> list[str]:
 def _replace(found: Reparametrized, value: Tensor) -> Callable[[], None]:
     """Puts a plain parameter in the place of a computed one; gives what undoes it."""
     module, kind = found.module, type(found.module)
-    held: list[dict[str, Any]] = [vars(module)[slot] for slot in ("_parameters", "_modules", "_forward_pre_hooks")]
+    held: list[dict[Any, Any]] = [vars(module)[slot] for slot in ("_parameters", "_modules", "_forward_pre_hooks")]
     held.append(vars(module))
     if found.kind == "parametrize":
         held.append(module.parametrizations._modules)  # type: ignore[union-attr]
