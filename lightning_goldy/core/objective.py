@@ -690,8 +690,8 @@ def _require_whole_answers(starts: Tensor, ends: Tensor, length: int) -> None:
         raise ValueError(
             f"labels from {int(positions.min())} to {int(positions.max())} are none of the {length} that the model "
             f"predicts: sample {at} has its answer at positions {int(starts[at])} to {int(ends[at])}, of which one end "
-            f"alone lies inside of the text of {length} tokens, and the model's own loss would weigh such ends by their "
-            f"batch: put both at {length} or above, where they are no targets, or leave the sample out"
+            f"alone lies inside of the text of {length} tokens, and the model's own loss would weigh such ends by "
+            f"their batch: put both at {length} or above, where they are no targets, or leave the sample out"
         )
     if not bool((starts < length).any()):
         raise ValueError(
