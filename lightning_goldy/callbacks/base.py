@@ -36,13 +36,12 @@ from lightning_goldy.callbacks.engine.weights import (
     weights_mark,
 )
 from lightning_goldy.callbacks.preflight import Budget, apply_settings, dialled, preflight
-from lightning_goldy.core.architecture.reparametrized import hidden_parts, plain_parameters, reparametrized
 from lightning_goldy.core.batches import move_batch
 from lightning_goldy.core.isolation import undisturbed
 from lightning_goldy.core.naming import canonical_name, require_at_least, require_choice, suggestion
 from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.sharding import RankError, Replicas, is_sharded, unshard_guard
-from lightning_goldy.core.space import ParameterSpace, trainable_parameters
+from lightning_goldy.core.space import ParameterSpace, newly_trainable, parameter_names, plain_parameters
 from lightning_goldy.core.store import Kind, save_vectors
 from lightning_goldy.core.tasks import transformers_model
 from lightning_goldy.core.vector import ParameterVector, require_finite
@@ -391,12 +390,10 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         # The sanity check's forward may have left FSDP2's root unsharded.
         unshard_guard(pl_module)
         model = find_model(pl_module, self.model_attribute)
-        require_finite(dict(trainable_parameters(model)), "weights")
-        known = {canonical_name(name) for name, _ in model.named_parameters()}
-        known |= {found.plain for found in reparametrized(model)}
-        self._trained = {name for name in self._trained if name in known}
+        require_finite(newly_trainable(model, ()), "weights")
+        self._trained &= parameter_names(model)
         if not self._goes_on:
-            self._trained |= {name for name, _ in trainable_parameters(model)}
+            self._trained |= set(newly_trainable(model, ()))
         if self.needs_probe:
             self._batches = self.read_probe(trainer, pl_module)
             with undisturbed(trainer, pl_module):
@@ -508,8 +505,7 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
             self._observe_trainable(trainer, find_model(pl_module, self.model_attribute))
 
     def _observe_trainable(self, trainer: L.Trainer, model: nn.Module) -> None:
-        known = self._trained | hidden_parts(model, self._trained)
-        trainable = {name: parameter for name, parameter in trainable_parameters(model) if name not in known}
+        trainable = newly_trainable(model, self._trained)
         if not trainable:
             return
         unshard_guard(model)

@@ -225,12 +225,12 @@ def difference_derivatives(
     with torch.no_grad(), nested_derivatives():
         middle = function(dict(values))
         step = min(0.3, torch.finfo(middle.dtype).eps ** (1 / 7))
-        stencils = [_Stencil(middle, scale, order) for scale in (step, step / _FINER)]
-        for stencil in stencils:
+        coarse, fine = (_Stencil(middle, scale, order) for scale in (step, step / _FINER))
+        for stencil in (coarse, fine):
             for place in (-3, -2, -1, 1, 2, 3):
                 moved = {name: values[name] + (place * stencil.step) * way for name, way in steps.items()}
                 stencil.add(place, function({**values, **moved}))
-    return _agreed(*stencils, order)
+    return _agreed(coarse, fine, order)
 
 
 class _Stencil:

@@ -229,7 +229,7 @@ class Kept:
                 self.iterators.append(value)
             put(place, stand)
             # The last to be undone here, when the place has its old value back.
-            self._undo.append(lambda place=place, stand=stand: put(place, stand.source))
+            self._undo.append(partial(_put_source, put, place, stand))
 
     def _note_attributes(self, owner: Any, leaving: frozenset[str] = _TRAINER_SLOTS) -> list[Any]:
         if id(owner) in self._known:
@@ -367,6 +367,10 @@ class Kept:
         except (OSError, ValueError):  # it is closed, or has no places, as a pipe
             if not file.closed and file.readable():
                 self.iterators.append(file)
+
+
+def _put_source(put: Callable[[Any, Any], Any], place: Any, stand: Replayed) -> None:
+    put(place, stand.source)
 
 
 def _is_one_way(value: Any) -> bool:

@@ -686,11 +686,12 @@ def _require_whole_answers(starts: Tensor, ends: Tensor, length: int) -> None:
     """Refuses answers of which one end is a target, and batches without any."""
     halves = ((starts < length) != (ends < length)).nonzero().flatten().tolist()
     if halves:
-        at = halves[0]
+        at, positions = halves[0], torch.cat([starts, ends])
         raise ValueError(
-            f"sample {at}: of its answer, at positions {int(starts[at])} to {int(ends[at])}, one end alone lies inside "
-            f"of the text of {length} tokens, and the model's own loss would weigh such ends by their batch: put both "
-            f"at {length} or above, where they are no targets, or leave the sample out"
+            f"labels from {int(positions.min())} to {int(positions.max())} are none of the {length} that the model "
+            f"predicts: sample {at} has its answer at positions {int(starts[at])} to {int(ends[at])}, of which one end "
+            f"alone lies inside of the text of {length} tokens, and the model's own loss would weigh such ends by "
+            f"their batch: put both at {length} or above, where they are no targets, or leave the sample out"
         )
     if not bool((starts < length).any()):
         raise ValueError(

@@ -539,7 +539,7 @@ def test_answers_outside_of_the_text_count_as_in_the_models_own_loss(starts: Any
         (
             1,
             3,
-            r"sample 1: of its answer, at positions 1 to 3, one end alone lies inside of the text of 3 tokens.*at 3",
+            r"sample 1 has its answer at positions 1 to 3, of which one end alone lies inside of .*put both at 3 or",
         ),
         (4, 7, r"samples \[1\] of a batch of 2 have no target: .*leave them out"),
     ],

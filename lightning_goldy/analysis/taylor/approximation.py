@@ -281,3 +281,16 @@ def losses_of_logits(target: TargetLogits, expansion: Sequence[Tensor]) -> list[
     zero = {"t": torch.zeros((), dtype=expansion[0].dtype, device=expansion[0].device)}
     found = directional_derivatives(loss, zero, {"t": torch.ones_like(zero["t"])}, len(expansion) - 1)
     return [float(value) for value in found]
+
+
+def farthest_within(targets: Tensor, expansion: Sequence[Tensor], errors: Sequence[Tensor]) -> list[Tensor]:
+    """The expansion of logits that lies within the errors and is worst for the second derivative of their loss.
+
+    With the probabilities p and the targets y it is f1' (diag p - p p') f1 + (p - y)' f2.
+    """
+    value, slope, bend, *others = expansion
+    probs = torch.softmax(value, dim=-1)
+    steep = probs * (slope - (probs * slope).sum(-1, keepdim=True))
+    residual = probs.scatter_add(-1, targets[:, None], -torch.ones_like(probs[:, :1]))
+    moved = [slope + errors[1].abs() * steep.sign(), bend + errors[2].abs() * residual.sign()]
+    return [value, *moved, *others]

@@ -20,6 +20,7 @@ from lightning_goldy.analysis.result import Cost
 from lightning_goldy.analysis.taylor.approximation import (
     batch_parts,
     check_orders,
+    farthest_within,
     losses_of_logits,
     parts_of_order,
     require_differences,
@@ -412,7 +413,7 @@ class Expansion:
                     losses = losses_of_logits(piece, expansion)
                     self.sums.add("derivative", enumerate(losses), weight)
                     if errors[2:]:
-                        off = _farthest(piece.targets, expansion, [precise(error[rows]) for error in errors])
+                        off = farthest_within(piece.targets, expansion, [precise(error[rows]) for error in errors])
                         apart = abs(losses_of_logits(piece, off)[2] - losses[2])
                         self.sums.add("difference", [(None, 3 * apart)], weight)
                 if self.function_space:
@@ -550,19 +551,6 @@ class _Undetached(Substituted):
 
 def _independent(count: int) -> ValueError:
     return ValueError(f"the objective depends on none of the {count} parameters that the base holds")
-
-
-def _farthest(targets: Tensor, expansion: Sequence[Tensor], errors: Sequence[Tensor]) -> list[Tensor]:
-    """The expansion of logits that lies within the errors and is worst for the second derivative of their loss.
-
-    With the probabilities p and the targets y it is f1' (diag p - p p') f1 + (p - y)' f2.
-    """
-    value, slope, bend, *others = expansion
-    probs = torch.softmax(value, dim=-1)
-    steep = probs * (slope - (probs * slope).sum(-1, keepdim=True))
-    residual = probs.scatter_add(-1, targets[:, None], -torch.ones_like(probs[:, :1]))
-    moved = [slope + errors[1].abs() * steep.sign(), bend + errors[2].abs() * residual.sign()]
-    return [value, *moved, *others]
 
 
 def _square_distance(first: Tensor, second: Tensor) -> float:

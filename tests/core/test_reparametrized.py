@@ -9,8 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
-from lightning_goldy.core.architecture.reparametrized import hidden_parts, plain_parameters
-from lightning_goldy.core.space import ParameterSpace, SpaceError
+from lightning_goldy.core.space import ParameterSpace, SpaceError, hidden_parts, plain_parameters
 
 
 def pruned_twice(layer: nn.Linear) -> None:
