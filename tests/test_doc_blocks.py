@@ -182,8 +182,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             shutil.copytree(run / "checkpoints" / "step=2", run / "checkpoints" / "step=1000")
         shutil.copy(trained / "config.yaml", here)
         shutil.copy(trained / "checkpoints" / "step=2.ckpt", here / "last.ckpt")
-        for name in ("gpt2", "MODEL", "BASE", "runs/demo/base"):
+        for name in ("gpt2", "MODEL", "runs/demo/base"):
             shutil.copytree(trained / "checkpoints" / "step=2", here / name)
+        shutil.copy(next(trained.rglob("base.safetensors")), here / "base.safetensors")
         yield here
 
 
@@ -191,6 +192,7 @@ def concrete(words: list[str], here: Path, number: int) -> list[str]:
     """The words with files that there are in the place of names in capitals."""
     mask = next((here / "runs" / "a").rglob("mask-*.safetensors"))
     names = {
+        "BASE": "base.safetensors",
         "CHECKPOINT": "last.ckpt",
         "CHECKPOINT...": "last.ckpt",
         "FILE...": f"{mask} {next((here / 'runs' / 'b').rglob('mask-*.safetensors'))}",
