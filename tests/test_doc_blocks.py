@@ -163,7 +163,11 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         for name in ("recipes", "callbacks"):
             shutil.copytree(ROOT / name, here / name)
         (here / "prompts.txt").write_text("to be\n")
-        (here / "pieces.jsonl").write_text(PIECES)
+        more = (
+            PIECES.replace('{"id": "', f'{{"id": "{n} ').replace('"question": "', f'"question": "{n} ')
+            for n in range(3)
+        )
+        (here / "pieces.jsonl").write_text("".join(more))
         (here / "text.txt").write_text("to be or not to be, that is the question. " * 60)
         recipe = yaml.safe_load((here / "recipes" / "text_from_scratch.yaml").read_text())
         recipe["trainer"] |= {"max_steps": 2, "val_check_interval": 2, "limit_val_batches": 1}

@@ -118,11 +118,12 @@ def test_the_correlation_of_ripples(n_edits: int) -> None:
     )
     told: dict[str, Any] = RippleResult._interval(found)  # type: ignore[arg-type, assignment]
     axis = 0 if n_edits == 3 else 1
+    first, second = predicted.numpy(), found.measured.numpy()
     left = [
-        stats.spearmanr(np.delete(predicted, i, axis).ravel(), np.delete(found.measured, i, axis).ravel()).statistic
+        stats.spearmanr(np.delete(first, i, axis).ravel(), np.delete(second, i, axis).ravel()).statistic
         for i in range(predicted.shape[axis])
     ]
-    whole = stats.spearmanr(predicted.ravel(), found.measured.ravel()).statistic
+    whole = stats.spearmanr(first.ravel(), second.ravel()).statistic
     low, high = around(math.atanh(whole), [math.atanh(value) for value in left])
     assert told["over"] == ("3 edits" if n_edits == 3 else "6 pieces")
     assert told["spearman"] == pytest.approx([math.tanh(low), math.tanh(high)])
