@@ -667,7 +667,7 @@ class _Computed(_Slotted):
 
     @property
     def value(self) -> tuple[int, ...]:  # type: ignore[override]
-        return tuple([1, 2])
+        return (int("1"), 2)  # another tuple each time
 
 
 def test_a_property_in_a_slots_place_is_left_alone() -> None:
