@@ -119,7 +119,7 @@ def _meant(word: str, choices: Sequence[str]) -> str:
     return f"did you mean {close[0]}? " if close else ""
 
 
-def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str) -> None:
+def add_command(commands: argparse._SubParsersAction[Any], name: str) -> None:
     """Adds a command to those of ``goldy``.
 
     Args:
