@@ -738,7 +738,7 @@ def _add_completion(parser: argparse.ArgumentParser) -> None:
 
 
 def _completion(options: argparse.Namespace) -> None:
-    from lightning_goldy.commands.completion import completion_script
+    from lightning_goldy.commands.output import completion_script
 
     configured = [f"--{section}." for section in _CONFIGURATION[:-1]]
     words = ["--config", "--ckpt_path", "--print_config", "--help", "--debug", "--callbacks.", *configured]

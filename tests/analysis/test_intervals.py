@@ -12,7 +12,7 @@ import torch
 from scipy import stats
 
 from lightning_goldy.analysis import activation_differences, attention_statistics, taylor_diff
-from lightning_goldy.analysis.intervals import correlation_interval, ratio_interval
+from lightning_goldy.analysis.agreement import correlation_interval, ratio_interval
 from lightning_goldy.analysis.ripple.ripple import RippleResult
 from lightning_goldy.core import ParameterVector
 from tests.analysis.taylor.test_taylor import moved

@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lightning_goldy.analysis.agreement import ratio_interval
 from lightning_goldy.analysis.attention.rows import Tokens
 from lightning_goldy.analysis.attribution.attribution import ChangePath
 from lightning_goldy.analysis.divergence import precise, shortened
-from lightning_goldy.analysis.intervals import ratio_interval
 from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.core.architecture import Block, UnsupportedArchitectureError, describe_architecture
 from lightning_goldy.core.architecture.families import canonical_modules

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_goldy.analysis.agreement import ratio_interval
 from lightning_goldy.analysis.attention.patterns import describe_stack, show_patterns, to_device_of, with_decoder_tokens
 from lightning_goldy.analysis.attention.rows import STATISTICS, Stack, Tokens, divergence_sums, statistic_sums
-from lightning_goldy.analysis.intervals import ratio_interval
 from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.core.architecture import Architecture
 from lightning_goldy.core.base import Base, base_of

@@ -14,8 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.agreement import EVERYTHING, Agreement, agreement_of, spaced_places
-from lightning_goldy.analysis.intervals import correlation_interval
+from lightning_goldy.analysis.agreement import EVERYTHING, Agreement, agreement_of, correlation_interval, spaced_places
 from lightning_goldy.analysis.result import AnalysisResult, Cost, counted_passes, total_cost
 from lightning_goldy.analysis.ripple.editors import Editor, EditRequest, attempts, make_editor
 from lightning_goldy.analysis.ripple.measure import (

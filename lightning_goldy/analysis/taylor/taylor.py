@@ -14,8 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_goldy.analysis.agreement import ratio_interval
 from lightning_goldy.analysis.divergence import divergence_sum, own_share, precise
-from lightning_goldy.analysis.intervals import ratio_interval
 from lightning_goldy.analysis.precision import float64_throughout, in_float32, low_precision, widened
 from lightning_goldy.analysis.result import Cost
 from lightning_goldy.analysis.taylor.approximation import (
