@@ -1,7 +1,7 @@
 """The sentences that answer each question, one function of rows per analysis, and runs set beside each other by them.
 
-No sentence claims more than its interval does; every branch has a test. Several runs beside each other have the same five
-questions, one column per run, and differences where they are fair.
+No sentence claims more than its interval does; every branch has a test. Several runs beside each other have the
+same five questions, one column per run, and differences where they are fair.
 """
 
 from __future__ import annotations
