@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import lightning_goldy
 from lightning_goldy.training.recipes import all_recipes, copy_recipe, find_recipe
@@ -24,28 +26,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Words after the program's name; those of this process by default.
 
     Returns:
-        The exit code: 0, or 2 when a command other than training failed for a reason that its message tells.
+        The exit code: 0, or 2 when a command failed for a reason that its message tells; wrong words exit with 2, too.
+        ``--debug`` among the words, or ``GOLDY_TRACEBACK=1`` in the environment, has the error raised instead.
 
     Example:
         >>> main(["recipes", "show", "no_such_recipe"])
         2
     """
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    arguments = [word for word in words if word != "--debug"]
+    before = os.environ.get("GOLDY_TRACEBACK")
+    if len(arguments) < len(words):
+        # Processes that a distributed strategy starts inherit it.
+        os.environ["GOLDY_TRACEBACK"] = "1"
+    try:
+        return _run(arguments)
+    finally:
+        if before is None:
+            os.environ.pop("GOLDY_TRACEBACK", None)
+
+
+def _run(arguments: Sequence[str]) -> int:
     if arguments and arguments[0] in COMMANDS and COMMANDS[arguments[0]].add is None:
         from lightning_goldy.commands.fit import run_trainer
 
         return run_trainer(arguments)
-    parser = argparse.ArgumentParser(prog="goldy", description=lightning_goldy.__doc__, allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"lightning_goldy {lightning_goldy.__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name in COMMANDS:
-        add_command(commands, name)
+    parser = command_parser()
     options, more = parser.parse_known_args(arguments)
-    _check_more(parser, getattr(options, "configured", None), more)
+    _check_more(getattr(options, "chosen", parser), getattr(options, "configured", None), more)
     options.more = more
     try:
         options.run(options)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
+        if os.environ.get("GOLDY_TRACEBACK"):
+            raise
         from lightning_goldy.core.files import printable  # brings torch, which a command without a fault need not
 
         print("\n".join(map(printable, f"goldy: {error}".expandtabs().split("\n"))), file=sys.stderr)
@@ -53,7 +67,59 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str) -> None:
+class _Parser(argparse.ArgumentParser):
+    """Names the nearest choice to a misspelt one."""
+
+    def error(self, message: str) -> NoReturn:
+        misspelt = re.search(r"argument (?:COMMAND|ACTION): invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        if misspelt:
+            word, choices = misspelt[1], [choice.strip(" '") for choice in misspelt[2].split(",")]
+            message = f"unknown {word!r}; {_meant(word, choices)}there are: {', '.join(choices)}"
+        super().error(message)
+
+
+class _MainParser(_Parser):
+    """Of ``goldy`` itself, whose help lists the commands by what they are for, on one screen."""
+
+    def format_help(self) -> str:
+        width = max(map(len, COMMANDS))
+        lines = [f"{'goldy COMMAND --help':{width + 21}}the options of a command; goldy --version", ""]
+        for group in dict.fromkeys(command.group for command in COMMANDS.values()):
+            listed = [(name, command.help) for name, command in COMMANDS.items() if command.group == group]
+            lines += [group, *(f"  {name:{width}}  {told}" for name, told in listed)]
+        return "\n".join([*lines, "", "--debug with any command shows the trace of an error", ""])
+
+
+def command_parser() -> argparse.ArgumentParser:
+    """The parser of ``goldy`` with all commands but those that LightningCLI parses, which have a name only."""
+    parser = _MainParser(prog="goldy", description=lightning_goldy.__doc__, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"lightning_goldy {lightning_goldy.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
+    for name in COMMANDS:
+        add_command(commands, name)
+    return parser
+
+
+def option_strings(parser: argparse.ArgumentParser) -> list[str]:
+    """The options of a parser and of its sub-commands, in their order.
+
+    Example:
+        >>> option_strings(argparse.ArgumentParser(add_help=False))
+        []
+    """
+    found = [option for action in parser._actions for option in action.option_strings]
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            found += [option for below in action.choices.values() for option in option_strings(below)]
+    return list(dict.fromkeys(found))
+
+
+def _meant(word: str, choices: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, choices, n=1)
+    return f"did you mean {close[0]}? " if close else ""
+
+
+def add_command(commands: argparse._SubParsersAction[Any], name: str) -> None:
     """Adds a command to those of ``goldy``.
 
     Args:
@@ -81,6 +147,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser], n
     """
     command = COMMANDS[name]
     parser = commands.add_parser(name, help=command.help)
+    parser.set_defaults(chosen=parser)
     if command.add is not None:
         command.add(parser)
 
@@ -89,16 +156,17 @@ def _check_more(parser: argparse.ArgumentParser, configured: argparse.ArgumentPa
     """Exits when words are neither the command's nor, for a ``configured`` one, changes of its configuration."""
     if configured is None:
         if more:
-            parser.error(f"unrecognized arguments: {' '.join(more)}")
+            meant = _meant(more[0].partition("=")[0], option_strings(parser)).strip()
+            parser.error(f"unrecognized arguments: {' '.join(more)}{'; ' if meant else ''}{meant}")
         return
-    own = [option for action in configured._actions for option in action.option_strings]
+    own = option_strings(configured)
     for word in more:
         option = word.partition("=")[0]
         if option.startswith("--") and option[2:].partition(".")[0] not in _CONFIGURATION:
-            close = difflib.get_close_matches(option, own, n=1)
-            meant = f"did you mean {close[0]}? " if close else ""
             sections = ", ".join(f"--{section}" for section in _CONFIGURATION)
-            configured.error(f"unrecognized option {option}; {meant}Options of the configuration: {sections}")
+            configured.error(
+                f"unrecognized option {option}; {_meant(option, own)}Options of the configuration: {sections}"
+            )
 
 
 def _add_configuration(parser: argparse.ArgumentParser, *, otherwise: str = "") -> None:
@@ -670,30 +738,48 @@ def _demo(options: argparse.Namespace) -> None:
     run_demo(Path(options.directory), fast=options.fast, seed=options.seed)
 
 
-class Command(NamedTuple):
-    """A command: what the list says of it, and what adds its options; None for those that LightningCLI parses."""
+def _add_completion(parser: argparse.ArgumentParser) -> None:
+    _describe(
+        parser, 'Prints a script for the shell: eval "$(goldy completion bash)" in ~/.bashrc, or zsh in ~/.zshrc.'
+    )
+    parser.add_argument("shell", choices=["bash", "zsh"])
+    parser.set_defaults(run=_completion)
 
+
+def _completion(options: argparse.Namespace) -> None:
+    from lightning_goldy.commands.output import completion_script
+
+    configured = [f"--{section}." for section in _CONFIGURATION[:-1]]
+    words = ["--config", "--ckpt_path", "--print_config", "--help", "--debug", "--callbacks.", *configured]
+    print(completion_script(command_parser(), options.shell, {"fit": words, "validate": words, "test": words}), end="")
+
+
+class Command(NamedTuple):
+    """A command: its group and what the list says of it, and what adds its options; None where LightningCLI parses."""
+
+    group: str
     help: str
     add: Callable[[argparse.ArgumentParser], None] | None
 
 
+_TRAIN, _LOOK, _MEASURE = "Train", "Look at what a run found", "Measure checkpoints and models"
+_BEFORE = "Find out what is there"
 COMMANDS = {
-    "fit": Command("train: goldy fit --config recipes/NAME.yaml --config callbacks/NAME.yaml", None),
-    "validate": Command("evaluate on the validation set: goldy validate --config ... --ckpt_path FILE", None),
-    "test": Command("evaluate on the test set", None),
-    "doctor": Command("what works on a model, and what each callback will cost: goldy doctor MODEL", _add_doctor),
-    "recipes": Command("list, show or copy recipes and callback overlays", _add_recipes),
-    "analyze": Command("analyse a checkpoint against its base: goldy analyze CHECKPOINT --config FILE", _add_analyze),
-    "basin": Command("measure the basin volume of checkpoints: goldy basin CHECKPOINT... --config FILE", _add_basin),
-    "coupling": Command("which answers learn together: goldy coupling --model MODEL --data FILE", _add_coupling),
-    "data": Command("convert question sets to knowledge pieces, or show them", _add_data),
-    "graft": Command("write the part of a finetune that carries it: goldy graft CHECKPOINT --keep 0.1", _add_graft),
-    "masks": Command("show, compare or combine mask files: goldy masks show FILE...", _add_masks),
-    "plasticity": Command(
-        "compare strategies of head pruning: goldy plasticity --data FILE --strategies taylor random", _add_plasticity
-    ),
-    "report": Command("turn a run directory into one HTML page", _add_report),
-    "demo": Command("pretrain a small model, finetune it with every callback, write the report", _add_demo),
+    "demo": Command(_TRAIN, "pretrain and finetune a small model with every callback", _add_demo),
+    "fit": Command(_TRAIN, "--config recipes/NAME.yaml --config callbacks/NAME.yaml", None),
+    "validate": Command(_TRAIN, "evaluate on the validation set: --config FILE --ckpt_path FILE", None),
+    "test": Command(_TRAIN, "evaluate on the test set", None),
+    "report": Command(_LOOK, "a run as one HTML page; several by --compare; --json", _add_report),
+    "masks": Command(_LOOK, "show, compare or combine mask files", _add_masks),
+    "analyze": Command(_MEASURE, "a checkpoint against its base: CHECKPOINT --config FILE", _add_analyze),
+    "graft": Command(_MEASURE, "write the part of a finetune that carries it: --keep 0.1", _add_graft),
+    "basin": Command(_MEASURE, "basin volumes of checkpoints: CHECKPOINT... --config FILE", _add_basin),
+    "coupling": Command(_MEASURE, "which answers learn together: --model MODEL --data FILE", _add_coupling),
+    "plasticity": Command(_MEASURE, "compare strategies of head pruning: --data FILE", _add_plasticity),
+    "doctor": Command(_BEFORE, "what works on a model, what each callback will cost: MODEL", _add_doctor),
+    "recipes": Command(_BEFORE, "list, show or copy recipes and callback overlays", _add_recipes),
+    "data": Command(_BEFORE, "convert question sets to knowledge pieces, or show them", _add_data),
+    "completion": Command(_BEFORE, "a script that completes commands and options in the shell", _add_completion),
 }
 """The commands by name, as the list has them."""
 

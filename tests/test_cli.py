@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,7 @@ import torch
 import yaml
 
 import lightning_goldy
-from lightning_goldy.cli import main
+from lightning_goldy.cli import COMMANDS, main
 from lightning_goldy.training import recipes as bundle
 from lightning_goldy.training.recipes import all_recipes, find_recipe
 
@@ -46,6 +48,65 @@ def test_help_names_every_command(capsys):
         f" {name} " in shown
         for name in ("fit", "validate", "test", "analyze", "basin", "plasticity", "recipes", "report", "demo")
     )
+
+
+def test_help_fits_on_one_screen_and_tells_every_command_once(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 80
+    listed = [line.split()[0] for line in lines if line.startswith("  ")]
+    assert sorted(listed) == sorted(COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["reprot", "run"], "unknown 'reprot'; did you mean report? there are: demo, fit,"),
+        (["masks", "shwo", "a"], "unknown 'shwo'; did you mean show? there are: show, compare, combine"),
+        (["report", "run", "--jsn"], "unrecognized arguments: --jsn; did you mean --json?"),
+        (["masks", "compare", "a", "b", "--scopes", "global"], "--scopes global; did you mean --scope?"),
+        (["recipes", "list", "--zzz"], "unrecognized arguments: --zzz\n"),
+        (["fit", "--trainer.max_stepz", "3"], "--trainer.max_stepz 3; did you mean --trainer.max_steps?"),
+    ],
+)
+def test_a_misspelt_word_names_the_nearest(capsys, words, told):
+    with pytest.raises(SystemExit) as exit_:
+        main(words)
+    assert exit_.value.code == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_misspelt_callback_names_the_nearest(here, capsys):
+    callback = {"class_path": "lightning_goldy.callbacks.GoldenSnapshoot"}
+    (here / "run.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [callback]}}))
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit", "--config", "run.yaml"])
+    assert exit_.value.code == 2
+    told = capsys.readouterr().err
+    assert "lightning_goldy.callbacks has no 'GoldenSnapshoot'; did you mean 'GoldenSnapshot'? Valid: Act" in told
+    assert len(told.splitlines()) == 1
+
+
+def test_exit_codes_are_those_that_the_docs_tell(here):
+    """0: done; 1: an error that nobody foresaw, with its trace; 2: a reason in one line."""
+    assert main(["recipes"]) == 0
+    assert main(["report", "nowhere"]) == 2
+    words = [sys.executable, "-m", "lightning_goldy.cli", "report", "nowhere", "--debug"]
+    ended = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert "Traceback" in ended.stderr
+    page = (Path(__file__).parents[1] / "docs" / "command_line.md").read_text()
+    assert set(re.findall(r"^\| (\d+) \|", page, re.M)) == {"0", "1", "2"}
+
+
+def test_debug_raises_and_leaves_no_trace_in_the_environment(here, monkeypatch):
+    monkeypatch.delenv("GOLDY_TRACEBACK", raising=False)
+    with pytest.raises(ValueError, match="nowhere"):
+        main(["report", "nowhere", "--debug"])
+    assert "GOLDY_TRACEBACK" not in os.environ
+    assert main(["report", "nowhere"]) == 2
 
 
 def test_version(capsys):

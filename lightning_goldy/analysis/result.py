@@ -324,9 +324,16 @@ class AnalysisResult:
             fields = parse_json(text)
         except ValueError as error:
             raise PlainError(f"not a {cls.__name__}: {error}") from error
-        known = {field.name for field in dataclasses.fields(cls)}
-        if not isinstance(fields, dict) or set(fields) != known:
-            wrong = sorted(set(fields) ^ known)[0] if isinstance(fields, dict) else type(fields).__name__
+        known = {field.name: field for field in dataclasses.fields(cls)}
+        # A file of before an entry with a default was added does not have it.
+        needed = {
+            name
+            for name, field in known.items()
+            if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        }
+        if not isinstance(fields, dict) or not needed <= set(fields) <= set(known):
+            differing = (set(fields) - set(known)) | (needed - set(fields)) if isinstance(fields, dict) else set()
+            wrong = min(differing) if differing else type(fields).__name__
             raise PlainError(
                 f"not a {cls.__name__}: unexpected or missing field {wrong!r}; its fields are {sorted(known)}"
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -14,8 +15,9 @@ from lightning_goldy.callbacks.engine.run_folder import run_directory
 from lightning_goldy.callbacks.engine.store import ROWS, steps_so_far
 from lightning_goldy.report.answers import answers_table, answers_text, scalar_layout
 from lightning_goldy.report.comparison import write_comparison
+from lightning_goldy.report.descriptions import description_of
 from lightning_goldy.report.figures import ReportError
-from lightning_goldy.report.loggers import log_layout, log_text
+from lightning_goldy.report.loggers import log_hyperparameters, log_layout, log_text
 from lightning_goldy.report.page import answers_of_run
 from lightning_goldy.report.rendering import require_drawing
 from lightning_goldy.report.run import read_run
@@ -61,16 +63,17 @@ class RunReport(L.Callback):
                 "RunReport has nothing to report: the trainer has no analysis callback, such as GoldenSnapshot()"
             )
         require_drawing()
+        # All ranks agree on the folder before rank 0 makes it.
+        folder = run_directory(trainer) if trainer.loggers else None
+        if folder is not None and trainer.is_global_zero:
+            _declare_hyperparameters(trainer, pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Notes the folder, which all ranks ask for, and arranges TensorBoard's scalars by question."""
         self._folder, self._seen = run_directory(trainer), {}
         if not trainer.is_global_zero:
             return
-        callbacks = [callback for callback in trainer.callbacks if isinstance(callback, AnalysisCallback)]  # type: ignore[attr-defined]
-        layout = scalar_layout(
-            (callback.name, callback.analysis or default_name(type(callback))) for callback in callbacks
-        )
+        layout = scalar_layout(_instances(trainer))
         for logger in trainer.loggers:
             try:
                 log_layout([logger], layout)
@@ -130,3 +133,39 @@ class RunReport(L.Callback):
             # A page can be made again from the files at any time.
             rank_zero_warn(f"the report could not be written: {error}; try `goldy report {folder}`")
             return None
+
+
+def _instances(trainer: L.Trainer) -> list[tuple[str, str]]:
+    """Name and analysis of each callback that analyses."""
+    callbacks = [callback for callback in trainer.callbacks if isinstance(callback, AnalysisCallback)]  # type: ignore[attr-defined]
+    return [(callback.name, callback.analysis or default_name(type(callback))) for callback in callbacks]
+
+
+def _declare_hyperparameters(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    """Base, data and precision for the loggers, and the headline scalars as what runs are sorted by."""
+    own: dict[str, Any] = {}
+    for part in (pl_module, trainer.datamodule):  # type: ignore[attr-defined]
+        if part is not None and getattr(part, "_log_hyperparams", False):
+            own |= {name: value for name, value in part.hparams_initial.items() if name != "_class_path"}
+    data, model = trainer.datamodule, getattr(pl_module, "model", pl_module)  # type: ignore[attr-defined]
+    config = getattr(model, "config", None)
+    source = getattr(data, "source", None)
+    told = {
+        "goldy/base": str(getattr(config, "name_or_path", "") or own.get("model") or type(model).__name__),
+        "goldy/data": " ".join(
+            [type(data).__name__ if data is not None else "data loaders", *([str(source)] if source else [])]
+        ),
+        "goldy/precision": str(trainer.precision),
+    }
+    # Only rows tell which names a pattern stands for.
+    columns = [
+        f"goldy/{name}/{metric}"
+        for name, analysis in _instances(trainer)
+        for metric in description_of(analysis).headline
+        if "*" not in metric
+    ]
+    for logger in trainer.loggers:
+        try:
+            log_hyperparameters([logger], told, own, columns)
+        except Exception as error:  # noqa: BLE001 - a service may raise anything
+            rank_zero_warn(f"no hyperparameters for {type(logger).__name__}: {type(error).__name__}: {error}")

@@ -167,9 +167,15 @@ def planned(model: nn.Module, objective: Objective | None, question: Question) -
         model: In evaluation mode, on any device.
         objective: Of it.
         question: The probe's batch size and length, and the ranks.
+
+    Raises:
+        ValueError: The samples are longer than the model's positions.
     """
     device = next(model.parameters()).device
-    rows, length = question.batch_size or 4, question.length or 512
+    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    rows, length = question.batch_size or 4, question.length or min(512, longest or 512)
+    if longest and length > longest:
+        raise ValueError(f"samples of {length} tokens do not fit {type(model).__name__}, which has {longest} positions")
     one = {"input_ids": torch.zeros(1, length, dtype=torch.long, device=device)}
     kept, speeds = graph_bytes(model, lambda: model(**one).logits), None
     if device.type != "meta" and objective is not None:

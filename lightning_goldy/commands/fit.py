@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import difflib
 import inspect
 import os
 import re
@@ -48,8 +50,20 @@ class _PlainParser(LightningArgumentParser):
         if not self.exit_on_error:
             # Of a parser that tries one of several types.
             super().error(message, ex)
-        print(f"goldy: {plain_reason(message)}", file=sys.stderr)
+        if os.environ.get("GOLDY_TRACEBACK") and ex is not None:
+            raise ex
+        print(f"goldy: {plain_reason(message)}{self._meant(message)}", file=sys.stderr)
         self.exit(2)
+
+    def _meant(self, message: str) -> str:
+        """The option that is nearest to one that is not known."""
+        unknown = re.match(r"unrecognized arguments: (--[\w.]+)", message, re.IGNORECASE)
+        known = [option for action in self._actions for option in action.option_strings]
+        for action in self._actions:
+            for below in (action.choices or {}).values() if isinstance(action, argparse._SubParsersAction) else ():
+                known += [option for inner in below._actions for option in inner.option_strings]
+        close = difflib.get_close_matches(unknown[1], known, n=1) if unknown else []
+        return f"; did you mean {close[0]}?" if close else ""
 
 
 # What jsonargparse says around the reasons: types that were tried, and the value again, whole.
@@ -81,6 +95,11 @@ def plain_reason(message: str) -> str:
         parameters = inspect.signature(resolve_name(kind)).parameters
         message = message.replace(
             f"Option {option!r} is not accepted", f"unknown {option!r}; {suggestion(option, parameters)}"
+        )
+    for place, name in re.findall(r"module '([\w.]+)' has no attribute '(\w+)'", message):
+        classes = getattr(resolve_name(place), "__all__", ())
+        message = message.replace(
+            f"module {place!r} has no attribute {name!r}", f"{place} has no {name!r}; {suggestion(name, classes)}"
         )
     lines = [line.strip().removeprefix("- ").strip() for line in message.split("\n")]
     nested = re.findall(r"NestedArg\(key='([\w.]+)'", message)
@@ -173,8 +192,10 @@ def change_callbacks(callbacks: Sequence[Any], changes: Iterable[tuple[str, str,
         found = [callback for callback, names in zip(callbacks, known, strict=True) if name in names]
         if len(found) != 1:
             told = ", ".join(names[0] for names in known) or "none"
+            close = difflib.get_close_matches(name, [one for names in known for one in names], n=1)
+            meant = f"did you mean {close[0]}? There are" if close and not found else "there are"
             raise ValueError(
-                f"--callbacks.{name}.{option}: {len(found) or 'no'} callbacks are called {name!r}; there are: {told}"
+                f"--callbacks.{name}.{option}: {len(found) or 'no'} callbacks are called {name!r}; {meant}: {told}"
             )
         found[0][f"init_args.{option}"] = value
 
@@ -203,8 +224,8 @@ def run_trainer(arguments: Sequence[str]) -> int:
         arguments: Words after the program's name, the command first.
 
     Returns:
-        0, or 2 when it failed before its first batch for a reason that one line tells; the environment's
-        ``GOLDY_TRACEBACK=1`` has it raised. What goes wrong later is raised, and argument errors exit.
+        0, or 2 when it failed before its first batch for a reason that one line tells; ``goldy --debug``, or the
+        environment's ``GOLDY_TRACEBACK=1``, has it raised. What goes wrong later is raised, and argument errors exit.
 
     Raises:
         FileNotFoundError: A recipe that the package carries was named but is not in this folder.

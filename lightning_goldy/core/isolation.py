@@ -442,7 +442,9 @@ def _slots(kind: type) -> tuple[str, ...]:
         return ()
     users = [base for base in kind.__mro__ if "__slots__" in vars(base) and _is_of_the_user(base.__module__)]
     named = [(base.__slots__,) if isinstance(base.__slots__, str) else tuple(base.__slots__) for base in users]  # type: ignore[attr-defined]
-    return tuple(name for names in named for name in names if name not in ("__dict__", "__weakref__"))
+    # A subclass may put a property in a slot's place.
+    slots = types.MemberDescriptorType
+    return tuple(name for names in named for name in names if isinstance(getattr(kind, name, None), slots))
 
 
 def _in_shared(value: Any, depth: int = 3) -> Iterator[Any]:
@@ -512,7 +514,10 @@ def _is_of_the_user(module: str) -> bool:
         return False
     file = getattr(sys.modules.get(module), "__file__", None)
     installed = [sysconfig.get_path(name) for name in ("purelib", "platlib", "stdlib")]
-    return file is None or not any(Path(file).is_relative_to(path) for path in installed)
+    if file is None or any(Path(file).is_relative_to(path) for path in installed):
+        return file is None
+    # Of the system, or of a path file.
+    return not {"site-packages", "dist-packages"} & set(Path(file).parts)
 
 
 def uncompiled(module: nn.Module) -> AbstractContextManager[Any]:

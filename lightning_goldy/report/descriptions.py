@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from importlib import metadata
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,7 @@ class Description:
         headline: The few metrics that loggers get as scalars by default, names or patterns of them; none are all
             without a slash.
         method: A sentence for a paper that says how the numbers were obtained, with its source.
+        page: Of the documentation, where the definition stands; by default that of :data:`PAGES`.
     """
 
     title: str
@@ -27,6 +30,7 @@ class Description:
     metrics: Mapping[str, str] = field(default_factory=dict)
     headline: tuple[str, ...] = ()
     method: str = ""
+    page: str = ""
 
     def is_headline(self, metric: str) -> bool:
         """Whether a metric is among the few.
@@ -116,3 +120,47 @@ def position_of(analysis: str) -> int:
     """
     order = [*_ORDER, *(name for name in _DESCRIPTIONS if name not in _ORDER)]
     return order.index(analysis) if analysis in order else len(order)
+
+
+PAGES = {
+    "change_attribution": "change_attribution.md",
+    "golden_snapshot": "golden_snapshot.md",
+    "parameter_distribution": "golden_snapshot.md",
+    "golden_parameters": "golden_parameters.md",
+    "reverse_golden_parameters": "reverse_golden_parameters.md",
+    "taylor_diff": "taylor_diff.md",
+    "explain_change": "linearized.md",
+    "variant_losses": "linearized.md",
+    "activation_differences": "activation_differences.md",
+    "attention_tracker": "attention.md",
+    "circuit_tracker": "circuits.md",
+    "basin_volume": "basin_volume.md",
+    "coupling_drift": "knowledge_coupling.md",
+    "knowledge_coupling": "knowledge_coupling.md",
+    "ripple_effects": "ripple_effects.md",
+    "continuations": "analyze.md",
+    "head_plasticity": "head_plasticity.md",
+    "plasticity_sweep": "head_plasticity.md",
+}
+"""The page of the documentation that defines each analysis."""
+
+
+def page_of(analysis: str) -> str:
+    """The page of the documentation that defines an analysis, or nothing.
+
+    Example:
+        >>> page_of("taylor_diff"), page_of("some_analysis")
+        ('taylor_diff.md', '')
+    """
+    return description_of(analysis).page or PAGES.get(analysis, "")
+
+
+@functools.cache
+def documentation() -> str:
+    """Address of the documentation, as the installed distribution states it; empty where it does not."""
+    try:
+        stated = metadata.metadata("lightning-goldy").get_all("Project-URL") or []
+    except metadata.PackageNotFoundError:
+        return ""
+    addresses = dict(entry.split(", ", 1) for entry in stated if ", " in entry)
+    return addresses.get("Documentation", "").rstrip("/")

@@ -93,10 +93,70 @@ def format_bytes(count: float | None) -> str:
     return f"{size:.3g} TiB"
 
 
+GLOSSARY: dict[str, str] = {
+    "": "pass, warn, fail, or not measured",
+    "#95 % interval": "of the difference, in the unit of the quantity, by Student's t over pairs",
+    "KL, nats": "KL(base || now) of the next token's distribution, nats",
+    "analysis": "name of the callback's instance, and of its folder",
+    "answer": "the text whose tokens are scored",
+    "asked for": "what the value is held against",
+    "base": "what the base model writes",
+    "base says": "the base's most probable next token",
+    "block": "number of the transformer block, from 0",
+    "check": "what must hold before the coupling is read",
+    "checkpoint": "what the checkpoint writes",
+    "cosine": "cosine of the two answers' gradients, -1 to 1",
+    "difference": "of the two runs, in the unit of the quantity, paired where they saw the same samples",
+    "each": "wall-clock time of one firing, on average",
+    "evaluations": "model evaluations as rows of an older format counted them",
+    "fact": "identifier of the piece of knowledge",
+    "forward": "forward passes, each counted once per sample",
+    "backward": "backward passes, each counted once per sample",
+    "log p before": "mean log probability of the answer's tokens at the base, nats",
+    "log p now": "mean log probability of the answer's tokens now, nats",
+    "masked model": "what the model writes with the mask's elements set to zero",
+    "meaning": "definition of the metric, and its unit",
+    "metric": "name in rows, and in loggers after goldy/<analysis>/",
+    "model": "whose activations were steered",
+    "most promoted tokens": "tokens that the mean difference raises most, read through the unembedding",
+    "nats per token": "KL divergence between the two models' predictions, nats per token",
+    "now says": "the present model's most probable next token",
+    "of all analyses": "share of the time of all analyses, a percentage",
+    "of the run": "share of the run's time, from its first to its last logged scalar, a percentage",
+    "peak memory": "largest memory beside the training's, in binary units",
+    "plain": "what is written without steering",
+    "predicted": "change of the log probability to first order at the base, nats",
+    "prompt": "what was continued",
+    "quantity": "what is compared",
+    "question": "what was asked",
+    "rank before": "worst rank of the answer's tokens in the vocabulary at the base; 1 is the most probable",
+    "rank now": "worst rank of the answer's tokens in the vocabulary now; 1 is the most probable",
+    "remark": "what to know before the difference is read",
+    "same": "whether both answers are of one group",
+    "same tokens": "share of the tokens on which both models agree, a percentage",
+    "steered": "what is written with the mean difference added",
+    "strength": "times the mean difference that was added",
+    "text": "the tokens before the prediction",
+    "time": "wall-clock time of all firings",
+    "times": "how often it was measured",
+    "value": "what was found",
+    "what it means": "what to do about it",
+    "whole model": "what the model writes with all of its elements",
+}
+"""Unit and definition of the columns of the page's tables, which a heading tells when a pointer rests on it."""
+
+
+def _told(heading: str) -> str:
+    """The heading's definition as an attribute; a step, or a run, that names a column speaks for itself."""
+    meaning = GLOSSARY.get(heading) or GLOSSARY.get(f"#{heading}", "")
+    meaning = meaning or ("value at that step, in the metric's unit" if heading.startswith("step ") else "")
+    return f' title="{escape(meaning)}"' if meaning else ""
+
+
 def table_html(header: Sequence[str], body: Sequence[Sequence[str]], footer: Sequence[str] = ()) -> str:
     """A table whose first column names its rows; the cells are HTML already.
 
-    A column whose heading begins with ``#`` holds numbers.
+    A column whose heading begins with ``#`` holds numbers; :data:`GLOSSARY` tells unit and definition of a heading.
 
     Example:
         >>> table_html(["metric", "#latest"], [["count", "3"]]).count('class="number"')
@@ -113,7 +173,7 @@ def table_html(header: Sequence[str], body: Sequence[Sequence[str]], footer: Seq
 
 
 def _table_html(marks: Sequence[str], header: Sequence[str], lines: Iterable[str], foot: str = "") -> str:
-    head = "".join(f'<th scope="col"{mark}>{text}</th>' for mark, text in zip(marks, header, strict=True))
+    head = "".join(f'<th scope="col"{mark}{_told(text)}>{text}</th>' for mark, text in zip(marks, header, strict=True))
     body = "".join(lines)
     return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody>{foot}</table></div>'
 

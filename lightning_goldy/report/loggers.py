@@ -133,7 +133,7 @@ def log_histogram(
 
 
 def log_text(loggers: Iterable[Any], tag: str, text: str, step: int) -> list[str]:
-    """Logs Markdown to the loggers that can take text (TensorBoard).
+    """Logs Markdown to the loggers that can take text (TensorBoard, Weights & Biases, MLflow).
 
     Args:
         loggers: Those of the run.
@@ -153,9 +153,63 @@ def log_text(loggers: Iterable[Any], tag: str, text: str, step: int) -> list[str
         writer: Any = getattr(logger, "experiment", None)
         if hasattr(writer, "add_text"):
             writer.add_text(tag, text, global_step=step)
-        return hasattr(writer, "add_text")
+        elif hasattr(logger, "log_text"):
+            # Weights & Biases shows tables.
+            logger.log_text(tag, columns=["text"], data=[[text]], step=step)
+        elif hasattr(writer, "log_text") and getattr(logger, "run_id", None) is not None:
+            writer.log_text(logger.run_id, text, artifact_file=f"{tag}/step={step:08d}.md")
+        else:
+            return False
+        return True
 
     return _refusing(loggers, "text", take)
+
+
+def log_hyperparameters(
+    loggers: Iterable[Any], told: Mapping[str, str], own: Mapping[str, Any], columns: Iterable[str]
+) -> None:
+    """Tells loggers what a run is, so that runs can be sorted by it and by their latest numbers.
+
+    TensorBoard's table of hyperparameters gets the run's own as well, and a column for each scalar that is named; it
+    keeps the first table of a run, so this has to come before Lightning's, which has the one column ``hp_metric``,
+    always -1. Other loggers have the run's own already and show every scalar.
+
+    Args:
+        loggers: Those of the run.
+        told: What is added: base, data, precision.
+        own: The run's hyperparameters, nested as Lightning has them.
+        columns: Tags of scalars that are logged later.
+
+    Example:
+        >>> log_hyperparameters([object()], {"goldy/precision": "32-true"}, {}, ["goldy/taylor_diff/loss"])
+    """
+    for logger in loggers:
+        writer: Any = getattr(logger, "experiment", None)
+        if hasattr(writer, "_get_file_writer"):
+            _declare_to_tensorboard(logger, writer, {**_flat(own), **told}, list(columns))
+        elif hasattr(logger, "log_hyperparams"):
+            logger.log_hyperparams(dict(told))
+
+
+def _declare_to_tensorboard(logger: Any, writer: Any, params: Mapping[str, Any], columns: list[str]) -> None:
+    from torch.utils.tensorboard.summary import hparams
+
+    for summary in hparams(dict(params), dict.fromkeys(columns, 0.0)):
+        writer._get_file_writer().add_summary(summary)
+    if hasattr(logger, "_default_hp_metric"):
+        # Or Lightning writes the constant as a scalar of the run.
+        logger._default_hp_metric = False
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by paths of names; what is no number or text as it is printed."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}/")
+        else:
+            flat[f"{prefix}{name}"] = value if isinstance(value, (bool, int, float, str)) else str(value)
+    return flat
 
 
 def log_layout(loggers: Iterable[Any], layout: Mapping[str, Mapping[str, Any]]) -> None:
@@ -241,4 +295,11 @@ def _moments(edges: NDArray[np.float64], counts: NDArray[np.float64]) -> dict[st
 
 @functools.cache
 def _tell_once(logger: str, what: str) -> None:
-    _messages.warning("%s cannot take %s; they are left out there. The result files hold the numbers.", logger, what)
+    # A warning per logger, however many kinds it cannot take.
+    level = logging.INFO if logger in _warned else logging.WARNING
+    _warned.add(logger)
+    told = "%s cannot take %s; they are left out there. The result files hold the numbers."
+    _messages.log(level, told, logger, what)
+
+
+_warned: set[str] = set()

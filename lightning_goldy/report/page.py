@@ -20,7 +20,7 @@ from lightning_goldy.core.files import finite
 from lightning_goldy.core.store import atomic_write
 from lightning_goldy.report.answers import QUESTIONS, Answer, Bar, answers_of, question_of, small_print
 from lightning_goldy.report.builders import Lines, Series, lines
-from lightning_goldy.report.descriptions import Description, description_of
+from lightning_goldy.report.descriptions import Description, description_of, documentation, page_of
 from lightning_goldy.report.figures import (
     TABLES,
     THEMES,
@@ -486,6 +486,7 @@ def analysis_html(analysis: AnalysisRows, anchor: str) -> str:
     name = "" if analysis.name == analysis.analysis else f' <span class="name">{escape(analysis.name)}</span>'
     parts = [f'<section id="{escape(anchor)}"><h2>{escape(description.title)}{name}</h2>']
     parts += [f"<p>{escape(text)}</p>" for text in (description.measures, description.reading) if text]
+    parts.append(_reference(page_of(analysis.analysis)))
     parts += [f'<p class="note">{escape(text)}</p>' for text in remarks(analysis.rows[-1])]
     shown, folded = _figures(analysis)
     parts.append(shown)
@@ -503,6 +504,16 @@ def analysis_html(analysis: AnalysisRows, anchor: str) -> str:
         summary = f"Details: {count} metric{'s' if count != 1 else ''} at {len(analysis.rows)} steps"
         parts.append(f'<details class="more"><summary>{summary}</summary>{content}</details>')
     return "\n".join([*filter(None, parts), "</section>"])
+
+
+def _reference(page: str) -> str:
+    """Where an analysis is defined: a link where the documentation has an address, else the name of its file."""
+    if not page:
+        return ""
+    told = f"<code>docs/{escape(page)}</code>"
+    if documentation():
+        told = f'<a href="{escape(documentation())}/{escape(page.removesuffix(".md"))}/">{escape(page)}</a>'
+    return f'<p class="small">Definition, cost, and when not to believe it: {told}</p>'
 
 
 def label_of(row: Row) -> str:
@@ -608,7 +619,9 @@ def _metric_table(rows: Sequence[Row], description: Description) -> str:
     body = []
     for name in names:
         values = [escape(format_number(row["metrics"].get(name))) for row in (*compared, latest)]
-        body.append([escape(name), *values, *([escape(description.meaning(name))] if meanings else [])])
+        meaning = escape(description.meaning(name))
+        named = f'<span title="{meaning}">{escape(name)}</span>' if meaning else escape(name)
+        body.append([named, *values, *([meaning] if meanings else [])])
     return f"<h3>Latest numbers</h3>{table_html([escape(text) for text in header], body)}"
 
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as L
 import pytest
-from lightning.pytorch.loggers import TensorBoardLogger
+import yaml
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from lightning_goldy.callbacks import GoldenSnapshot, RunReport
+from lightning_goldy.report.loggers import _tell_once, _warned
 from tests.callbacks.training import Finetune, TokenData, fit
 
 
@@ -53,4 +59,95 @@ def test_a_run_is_set_beside_earlier_ones(tmp_path: Path) -> None:
     assert not (tmp_path / "a" / "run" / "comparison.html").exists()
 
 
+def table_of_hyperparameters(folder: str) -> tuple[dict[str, Any], list[str], dict[str, float]]:
+    """Parameters, columns and the latest scalars, as TensorBoard's table reads a run."""
+    events = EventAccumulator(folder).Reload()
+    start = HParamsPluginData.FromString(events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content)
+    whole = HParamsPluginData.FromString(events.SummaryMetadata("_hparams_/experiment").plugin_data.content)
+    params = {
+        name: getattr(value, value.WhichOneof("kind")) for name, value in start.session_start_info.hparams.items()
+    }
+    columns = [metric.name.tag for metric in whole.experiment.metric_infos]
+    return params, columns, {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"]}
+
+
+def test_runs_can_be_sorted_by_their_headlines_in_tensorboard(tmp_path: Path) -> None:
+    module = Finetune()
+    module.save_hyperparameters({"optimizer": {"learning_rate": 0.01}})
+    loggers = [TensorBoardLogger(tmp_path, name="run", version="a"), CSVLogger(tmp_path, name="csv", version="a")]
+    trainer = L.Trainer(
+        max_steps=2,
+        logger=loggers,
+        callbacks=[GoldenSnapshot(every_n_steps=1), RunReport()],
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+    trainer.fit(module, datamodule=TokenData())
+    params, columns, latest = table_of_hyperparameters(loggers[0].log_dir)
+    assert params == {
+        "optimizer/learning_rate": 0.01,
+        "goldy/base": "GPT2LMHeadModel",
+        "goldy/data": "TokenData",
+        "goldy/precision": "32-true",
+    }
+    assert columns == [f"goldy/golden_snapshot/{name}" for name in ("delta_norm", "relative_change", "update_cosine")]
+    row = json.loads(next(Path(loggers[0].log_dir).rglob("results.jsonl")).read_text().splitlines()[-1])
+    for name in columns[:2]:
+        assert latest[name] == pytest.approx(row["metrics"][name.rpartition("/")[2]])
+    assert "hp_metric" not in latest
+    settings = yaml.safe_load((tmp_path / "csv" / "a" / "hparams.yaml").read_text())
+    assert settings["goldy/data"] == "TokenData"
+    assert settings["optimizer"] == {"learning_rate": 0.01}
+
+
 TEXTS = ("goldy/answers/text_summary", "goldy/answers/golden_snapshot/text_summary")
+
+
+def logged_by(tmp_path: Path, logger: Any, caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Warnings of a run that two analyses log to one logger."""
+    _tell_once.cache_clear()
+    _warned.clear()
+    with caplog.at_level(logging.WARNING, logger="lightning_goldy"):
+        trainer = L.Trainer(
+            max_steps=2,
+            default_root_dir=tmp_path,
+            logger=logger,
+            callbacks=[GoldenSnapshot(every_n_steps=1), RunReport()],
+            accelerator="cpu",
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+        )
+        trainer.fit(Finetune(), datamodule=TokenData())
+    return [record.getMessage() for record in caplog.records if "cannot take" in record.getMessage()]
+
+
+def test_a_logger_that_takes_only_numbers_is_told_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert len(logged_by(tmp_path, CSVLogger(tmp_path), caplog)) == 1
+
+
+def test_weights_and_biases_gets_what_it_can_show(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: Any
+) -> None:
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    from lightning.pytorch.loggers import WandbLogger
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    logger = WandbLogger(save_dir=tmp_path, offline=True)
+    assert len(logged_by(tmp_path, logger, caplog)) <= 1
+    assert logger.experiment.config["goldy/precision"] == "32-true"
+    assert logger.experiment.summary["goldy/golden_snapshot/delta_norm"] > 0
+
+
+def test_mlflow_gets_what_it_can_show(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("mlflow", reason="mlflow is not installed")
+    from lightning.pytorch.loggers import MLFlowLogger
+
+    logger = MLFlowLogger(tracking_uri=f"file:{tmp_path}/mlruns")
+    assert len(logged_by(tmp_path, logger, caplog)) <= 1
+    run = logger.experiment.get_run(logger.run_id)
+    assert run.data.params["goldy/precision"] == "32-true"
+    assert run.data.metrics["goldy/golden_snapshot/delta_norm"] > 0
+    assert list(tmp_path.rglob("goldy/answers/step=*.md"))

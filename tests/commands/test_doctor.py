@@ -56,6 +56,13 @@ def test_without_values_nothing_is_allocated(folder, capsys):
         assert words in told
 
 
+def test_samples_are_no_longer_than_the_models_positions(folder, capsys):
+    assert main(["doctor", "model", "--meta"]) == 0
+    assert "x 64 tokens" in capsys.readouterr().out
+    assert main(["doctor", "model", "--meta", "--length", "65"]) == 2
+    assert "samples of 65 tokens do not fit GPT2LMHeadModel, which has 64 positions" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

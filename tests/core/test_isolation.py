@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import importlib
 import itertools
 import random
 from array import array
 from collections import UserDict, UserList
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from queue import Queue
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_goldy.analysis import golden_parameters, head_importance
 from lightning_goldy.core.autodiff import call_with, directional_derivatives
 from lightning_goldy.core.composed import undetached
-from lightning_goldy.core.isolation import Kept, isolated_rng, preserved, undisturbed
+from lightning_goldy.core.isolation import Kept, _is_of_the_user, isolated_rng, preserved, undisturbed
 from lightning_goldy.training.subject import find_model
 
 
@@ -691,3 +693,34 @@ def test_iterators_that_cannot_go_back_give_again_what_an_analysis_took() -> Non
     with preserved(model):
         pass
     assert (model.count, model.rest[0]) == given  # all of it has been given again
+
+
+class _Slotted:
+    __slots__ = ("value",)
+
+
+class _Computed(_Slotted):
+    """As mpmath's constants: a property in the place of the slot that its base has."""
+
+    @property
+    def value(self) -> tuple[int, ...]:  # type: ignore[override]
+        return (int("1"), 2)  # another tuple each time
+
+
+def test_a_property_in_a_slots_place_is_left_alone() -> None:
+    model = nn.Linear(1, 1)
+    model.held = _Computed()  # type: ignore[assignment]
+    with preserved(model):
+        pass
+    assert model.held.value == (1, 2)
+
+
+def test_libraries_elsewhere_are_not_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a virtual environment that sees the system's packages."""
+    for place, own in (("site-packages", False), ("dist-packages", False), ("project", True)):
+        name = f"module_of_{place.replace('-', '_')}"
+        (tmp_path / place).mkdir()
+        (tmp_path / place / f"{name}.py").touch()
+        monkeypatch.syspath_prepend(tmp_path / place)
+        importlib.import_module(name)
+        assert _is_of_the_user(name) is own

@@ -10,25 +10,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_goldy.report.answers import (
-    QUESTIONS,
-    Answer,
-    Bar,
-    Finding,
+from lightning_goldy.report.answers import QUESTIONS, Answer, Bar, Finding, answers_of, register_answer
+from lightning_goldy.report.comparison import (
+    answer_by_attention,
     answer_by_attribution,
     answer_by_circuit,
     answer_by_cycle,
+    answer_by_divergence,
     answer_by_expansion,
     answer_by_facts,
     answer_by_harm,
     answer_by_norms,
+    answer_by_ripples,
     answer_by_streams,
     answer_by_sweep,
     answer_by_volume,
-    answers_of,
     interval_of_mean,
     interval_of_share,
-    register_answer,
 )
 from tests.report.heads_rows import plasticity_row, sweep_row
 
@@ -335,3 +333,67 @@ def test_intervals_of_means_by_hand() -> None:
     assert low == pytest.approx(3 - 2.776445 * math.sqrt(0.5), abs=1e-5)
     assert high == pytest.approx(3 + 2.776445 * math.sqrt(0.5), abs=1e-5)
     assert interval_of_mean([1.0]) == (-math.inf, math.inf)
+
+
+def expansion_row(left: float, *, interval: Any = None, n_samples: int | None = 32, **metrics: float) -> Row:
+    result = {"regime": "nonlinear", "n_targets": 900, "thresholds": {"lazy": 0.1, "nonlinear": 0.5}}
+    result |= {"interval": interval, "n_samples": n_samples}
+    return row_of({"nonlinearity": left, "change": -1.0, "base_loss": 3.0, **metrics}, result)
+
+
+def test_an_expansion_with_an_interval_clear_of_the_borders_is_solid() -> None:
+    finding = told(answer_by_expansion([expansion_row(0.7, interval=[0.62, 0.79])]))
+    assert finding.interval == "95 % interval 62 % to 79 % over 32 samples"
+    assert finding.doubts == ()
+    assert (finding.bar.low, finding.bar.high) == (0.62, 0.79)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("row", "doubt"),
+    [
+        (expansion_row(0.52, interval=[0.44, 0.61]), "the interval includes the border of 50 %"),
+        (expansion_row(0.7, interval=[0.6, 0.8], n_samples=4), "only 4 samples"),
+        (expansion_row(0.7), "no interval"),
+    ],
+)
+def test_an_expansion_is_doubted_by_its_interval(row: Row, doubt: str) -> None:
+    assert doubt in told(answer_by_expansion([row])).doubts
+
+
+def test_drift_has_an_interval() -> None:
+    result = {"drift_interval": [0.01, 0.03], "n_samples": 32}
+    finding = told(answer_by_attention([row_of({"drift": 0.02, "drift_max": 0.3}, result)]))
+    assert finding.interval == "95 % interval 0.01 to 0.03 nats over 32 samples"
+    assert finding.doubts == ()
+    few = told(answer_by_attention([row_of({"drift": 0.02, "drift_max": 0.3}, {"n_samples": 4})]))
+    assert few.doubts == ("no interval", "only 4 samples")
+    assert told(answer_by_attention([row_of({"drift": 0.0})])).sentence == "Attention has not moved from the base's."
+
+
+def test_a_divergence_has_an_interval() -> None:
+    row = row_of({"kl_from_base": 0.2}, {"kl_interval": [0.1, 0.4], "n_samples": 16})
+    finding = told(answer_by_divergence([row]))
+    assert (finding.interval, finding.doubts) == ("95 % interval 0.1 to 0.4 nats over 16 samples", ())
+    assert told(answer_by_divergence([row_of({"kl_from_base": 0.2})])).doubts == ("no interval", "only 0 samples")
+
+
+@pytest.mark.parametrize(("error", "noise"), [(0.1, False), (0.5, True)])
+def test_the_mean_change_of_facts_has_an_interval(error: float, noise: bool) -> None:
+    result = {"classes": {"untouched": 20}, "errors": {"untouched": error}}
+    finding = told(answer_by_facts([row_of({"measured_change/untouched": -0.6}, result)]))
+    half = 2.093 * error
+    assert finding.interval == f"95 % interval {-0.6 - half:+.3g} to {-0.6 + half:+.3g} nats over 20 facts"
+    assert ("beyond noise" in finding.sentence) == noise == ("the interval includes 0" in finding.doubts)
+
+
+def test_ripples_speak_with_the_interval_of_their_correlation() -> None:
+    row = row_of({"first_order_spearman": 0.8}, {"interval": {"spearman": [0.7, 0.9], "over": "10 edits"}})
+    finding = told(answer_by_ripples([row]))
+    assert finding.sentence.endswith("with a correlation of 0.80.")
+    assert (finding.interval, finding.doubts) == ("95 % interval 0.70 to 0.90 over 10 edits", ())
+    row = row_of({"first_order_spearman": 0.1}, {"interval": {"spearman": [-0.2, 0.4], "over": "10 edits"}})
+    finding = told(answer_by_ripples([row]))
+    assert "no better than noise" in finding.sentence
+    assert finding.doubts == ("the interval includes 0",)
+    assert told(answer_by_ripples([row_of({"first_order_spearman": 0.8})])).doubts == ("no interval",)
+    assert answer_by_ripples([row_of({})]) is None

@@ -144,3 +144,34 @@ def test_everything_is_reached_by_the_keyboard(hostile: Path, opened: Callable[.
         page.keyboard.press("Tab")
         reached.add(page.evaluate("document.activeElement.tagName"))
     assert {"A", "SUMMARY", "INPUT", "BUTTON"} <= reached
+
+
+def test_the_keyboard_goes_down_the_page(hostile: Path, opened: Callable[..., Any]) -> None:
+    page = opened(hostile)
+    page.evaluate("window.last = null")
+    for _ in range(25):
+        page.keyboard.press("Tab")
+        forward = page.evaluate(
+            "() => { const now = document.activeElement, before = window.last; window.last = now;"
+            " return !before || now === document.body || Boolean(before.compareDocumentPosition(now) & 4); }"
+        )
+        assert forward
+    visible = page.evaluate("() => getComputedStyle(document.activeElement).outlineStyle")
+    assert visible != "none"
+
+
+def test_paper_is_white_and_has_no_controls(hostile: Path, opened: Callable[..., Any]) -> None:
+    page = opened(hostile, color_scheme="dark")
+    page.emulate_media(media="print", color_scheme="dark")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert page.evaluate("getComputedStyle(document.body).color") == "rgb(0, 0, 0)"
+    assert not page.locator("nav").is_visible()
+    assert not page.locator(".download").first.is_visible()
+
+
+def test_a_heading_tells_its_definition(hostile: Path, opened: Callable[..., Any]) -> None:
+    page = opened(hostile)
+    heads = page.locator("#cost thead th")
+    told = [heads.nth(place).get_attribute("title") for place in range(heads.count())]
+    assert all(told)
+    assert "docs/golden_parameters.md" in page.locator("main").inner_text()

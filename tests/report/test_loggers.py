@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_goldy.report.figures import Figure
-from lightning_goldy.report.loggers import _tell_once, log_figure, log_histogram, log_scalars
+from lightning_goldy.report.loggers import _tell_once, _warned, log_figure, log_histogram, log_scalars, log_text
 from lightning_goldy.report.topics.golden import chart_golden_parameters
 
 Build = Callable[..., dict[str, Any]]
@@ -96,6 +96,7 @@ class PixelLogger(TableLogger):
 @pytest.fixture(autouse=True)
 def _told_nothing() -> None:
     _tell_once.cache_clear()
+    _warned.clear()
 
 
 @pytest.fixture
@@ -173,6 +174,24 @@ def test_loggers_without_figures_are_named_and_told_once(caplog: pytest.LogCaptu
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == 2
     assert told[0].startswith("TableLogger cannot take figures")
+
+
+def test_a_logger_is_warned_of_once_for_all_that_it_cannot_take(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        log_figure([TableLogger()], "goldy/density", Figure({"mark": "point"}), 1)
+        log_histogram([TableLogger()], "goldy/change", [1.0], 1)
+        log_text([TableLogger()], "goldy/answers", "text", 1)
+    levels = [record.levelname for record in caplog.records]
+    assert levels == ["WARNING", "INFO", "INFO"]
+
+
+def test_texts_reach_loggers_that_keep_tables_or_files() -> None:
+    tables, files = ImageLogger(), ArtifactLogger()
+    kept: list[Any] = []
+    tables.log_text = lambda key, columns, data, step: kept.append((key, data, step))  # type: ignore[attr-defined]
+    files.experiment.log_text = lambda run_id, text, artifact_file: kept.append((run_id, text, artifact_file))
+    assert log_text([tables, files, TableLogger()], "goldy/answers", "**moved**", 7) == ["TableLogger"]
+    assert kept == [("goldy/answers", [["**moved**"]], 7), ("abc", "**moved**", "goldy/answers/step=00000007.md")]
 
 
 def test_a_histogram_of_bins_keeps_its_counts(board: BoardLogger) -> None:

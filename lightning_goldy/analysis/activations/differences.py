@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lightning_goldy.analysis.agreement import ratio_interval
 from lightning_goldy.analysis.attention.rows import Tokens
 from lightning_goldy.analysis.attribution.attribution import ChangePath
 from lightning_goldy.analysis.divergence import precise, shortened
@@ -71,6 +72,7 @@ class ActivationDifferencesResult(AnalysisResult):
         directions: By layer the share of the squared early differences along their first principal directions.
         spelled_directions: What these spell, by layer; of either sign.
         mean_kl: KL(p_base || p) over all positions, nats.
+        kl_interval: Its 95 % interval over texts, by the jackknife; None where nothing differs.
         divergent: Where the models disagree most: ``kl`` (nats), ``sample``, ``position``, ``context`` (token ids up to
             the position), ``base`` and ``now`` (the likeliest next tokens), the largest first.
         n_samples: Texts.
@@ -94,6 +96,7 @@ class ActivationDifferencesResult(AnalysisResult):
     n_samples: int
     n_tokens: int
     cost: Cost = field(default=Cost(), compare=False)
+    kl_interval: tuple[float, float] | None = None
 
     @property
     def unchanged(self) -> bool:
@@ -142,6 +145,7 @@ class ActivationDifferencesResult(AnalysisResult):
         names = ("positions", "spelled", "spelled_directions", "divergent", "n_samples", "n_tokens", "unchanged")
         told = {name: getattr(self, name) for name in names}
         cosines = self.cosines[self.clearest].tolist()
+        told |= {} if self.kl_interval is None else {"kl_interval": list(self.kl_interval)}
         return {**told, **tables, "layers": list(self.layers), "agreements": agreements, "cosines": cosines}
 
     def headline(self) -> str:
@@ -351,7 +355,8 @@ class _Sums:
         self.totals: dict[str, Tensor] = {}
         self.counts = torch.zeros(2, positions + 1, dtype=torch.float64)
         self.early: list[Tensor] = []
-        self.kl = 0.0
+        # Of each text its divergence and its number of tokens.
+        self.kl: list[tuple[float, int]] = []
         self.heap: list[tuple[float, int, dict[str, Any]]] = []
 
     def add(self, tokens: Tokens, base: tuple[list[Tensor], Tensor], now: tuple[list[Tensor], Tensor]) -> None:
@@ -381,7 +386,7 @@ class _Sums:
         """Keeps where the predictions differ most."""
         old, new = precise(base).log_softmax(-1), precise(now).log_softmax(-1)
         divergence = (old.exp() * (old - new)).sum(-1).clamp_min(0)  # [n]
-        self.kl += float(divergence.sum(dtype=torch.float64))
+        self.kl.append((float(divergence.sum(dtype=torch.float64)), len(ids)))
         for place in divergence.topk(min(self.n_divergent, len(ids))).indices.tolist():
             entry = {
                 "kl": float(divergence[place]),
@@ -427,7 +432,8 @@ class _Sums:
             spelled=tuple(spelled),
             directions=directions,
             spelled_directions=spelled_directions,
-            mean_kl=self.kl / self.n_tokens,
+            mean_kl=sum(kl for kl, _ in self.kl) / self.n_tokens,
+            kl_interval=ratio_interval(*zip(*self.kl, strict=True)),
             divergent=tuple(entry for _, _, entry in sorted(self.heap, reverse=True) if entry["kl"] > 0),
             n_samples=self.n_samples,
             n_tokens=self.n_tokens,

@@ -273,7 +273,7 @@ def statistic_sums(weights: Tensor, mask: Tensor | None, tokens: Tokens) -> tupl
 
 
 def divergence_sums(first: Tensor, second: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """Jensen-Shannon divergences between two patterns, summed over the queries that are no padding.
+    """Jensen-Shannon divergences between two patterns, summed over each sample's queries that are no padding.
 
     What an attention sink takes is one more place to look at, whether its column is there or left out.
 
@@ -283,13 +283,13 @@ def divergence_sums(first: Tensor, second: Tensor, tokens: Tokens) -> tuple[Tens
         tokens: The batch.
 
     Returns:
-        Sums, shape ``[H]``, nats, and the number of queries, a scalar; both float64.
+        Sums, shape ``[B, H]``, nats, and the numbers of queries, shape ``[B]``; both float64.
     """
-    total = torch.zeros(first.shape[1], dtype=torch.float64, device=first.device)
+    total = torch.zeros(first.shape[:2], dtype=torch.float64, device=first.device)
     for start, stop in chunks(first):
         values = jensen_shannon(*_with_sinks(first[start:stop], second[start:stop]))  # [B, H, T]
-        total += torch.where(tokens.valid[start:stop, None], values, 0.0).sum(dim=(0, 2), dtype=torch.float64)
-    return total, tokens.valid.sum(dtype=torch.float64)
+        total[start:stop] = torch.where(tokens.valid[start:stop, None], values, 0.0).sum(dim=2, dtype=torch.float64)
+    return total, tokens.valid.sum(dim=1, dtype=torch.float64)
 
 
 def _with_sinks(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:

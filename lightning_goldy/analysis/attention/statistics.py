@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_goldy.analysis.agreement import ratio_interval
 from lightning_goldy.analysis.attention.patterns import describe_stack, show_patterns, to_device_of, with_decoder_tokens
 from lightning_goldy.analysis.attention.rows import STATISTICS, Stack, Tokens, divergence_sums, statistic_sums
 from lightning_goldy.analysis.result import AnalysisResult, Cost
@@ -48,6 +49,7 @@ class AttentionStatistics(AnalysisResult):
         queries: Queries that each statistic is a mean over, shape ``[layers, statistics]``, int64.
         n_samples: Samples.
         cost: Passes, the base's included.
+        drift_interval: 95 % interval of the mean drift over samples, by the jackknife; None without a base or drift.
     """
 
     entropy: Tensor
@@ -62,6 +64,7 @@ class AttentionStatistics(AnalysisResult):
     queries: Tensor
     n_samples: int
     cost: Cost = field(default=Cost(), compare=False)
+    drift_interval: tuple[float, float] | None = None
 
     @property
     def passes(self) -> int:
@@ -200,11 +203,14 @@ class _Sums:
         self.sums = torch.zeros(*shape, max(self.heads), dtype=torch.float64, device=device)
         self.counts = torch.zeros(shape, dtype=torch.float64, device=device)
         self.forwards = torch.zeros(1, dtype=torch.float64, device=device)
+        # Of each piece the samples' drift, summed over layers, heads and queries, and their numbers of queries.
+        self.samples: list[Tensor] = []
 
     def add(
         self, model: nn.Module, batch: Any, objective: Objective | None, base: ParameterVector | None, memory: int
     ) -> None:
         tokens, n_layers = Tokens.of(batch, self.stack), len(self.heads)
+        self.samples.append(torch.zeros(2, len(tokens.ids), dtype=torch.float64, device=self.sums.device))
         per_group = n_layers if base is None else max(1, memory // pattern_bytes(tokens, max(self.heads)))
         for start in range(0, n_layers, per_group):
             layers = range(start, min(start + per_group, n_layers))
@@ -225,8 +231,10 @@ class _Sums:
         self.counts[layer, : len(STATISTICS)] += counts
         if before is not None:
             drift, count = divergence_sums(weights, before, tokens)
-            self.sums[layer, -1, : len(drift)] += drift
-            self.counts[layer, -1] += count
+            self.sums[layer, -1, : drift.shape[1]] += drift.sum(dim=0)
+            self.counts[layer, -1] += count.sum()
+            self.samples[-1][0] += drift.sum(dim=1)
+            self.samples[-1][1] += count * drift.shape[1]
 
     def result(self, replicas: Replicas, n_samples: int) -> AttentionStatistics:
         sums, counts = replicas.sum_(self.sums).cpu(), replicas.sum_(self.counts).cpu()
@@ -241,7 +249,16 @@ class _Sums:
         drift = means[:, -1].clone() if self.with_drift else None
         queries = counts[:, : len(STATISTICS)].long()
         cost = Cost(forwards=int(replicas.sum_(self.forwards)))
-        return AttentionStatistics(**named, drift=drift, queries=queries, n_samples=n_samples, cost=cost)
+        interval = None
+        if self.with_drift:
+            gathered = replicas.gather_objects([piece.tolist() for piece in self.samples])
+            moved, over = (
+                [value for pieces in gathered for piece in pieces for value in piece[side]] for side in (0, 1)
+            )
+            interval = ratio_interval(moved, over)
+        return AttentionStatistics(
+            **named, drift=drift, queries=queries, n_samples=n_samples, cost=cost, drift_interval=interval
+        )
 
 
 def _keep(waiting: dict[int, Tensor], layer: int, weights: Tensor, mask: Tensor | None) -> None:

@@ -121,6 +121,11 @@ class FinetuneRipple(AnalysisResult):
         size = self.measured.abs().nan_to_num(nan=math.inf).tolist()
         return tuple(sorted(places, key=lambda place: (-size[place], place))[:count])
 
+    def _error(self, group: str) -> float:
+        """Standard error of a class's mean change over its pieces, nats; NaN for a single piece."""
+        measured = self.measured[self.places(group)]
+        return float(measured.std() / math.sqrt(len(measured))) if len(measured) > 1 else math.nan
+
     def metrics(self) -> dict[str, float | None]:
         """Every number worth a curve, by name; None where it is undefined."""
         found: dict[str, float | None] = {"delta_norm": self.delta_norm}
@@ -150,6 +155,7 @@ class FinetuneRipple(AnalysisResult):
         return {
             "n_pieces": len(self.pieces),
             "classes": {name: len(self.places(name)) for name in self.groups},
+            "errors": {name: finite(self._error(name)) for name in self.groups},
             "route": self.route,
             **({} if self.space is None else {"space": self.space}),
             "points": points,

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.agreement import EVERYTHING, Agreement, agreement_of, spaced_places
+from lightning_goldy.analysis.agreement import EVERYTHING, Agreement, agreement_of, correlation_interval, spaced_places
 from lightning_goldy.analysis.result import AnalysisResult, Cost, counted_passes, total_cost
 from lightning_goldy.analysis.ripple.editors import Editor, EditRequest, attempts, make_editor
 from lightning_goldy.analysis.ripple.measure import (
@@ -223,6 +223,8 @@ LINEAR_RANGE = (0.8, 1.25)
 
 # Pairs in a row of results.jsonl; more than a scatter plot can show.
 _MOST_POINTS = 2000
+# Fewer edits tell no spread; more groups than this are not left out one by one.
+_FEW_EDITS, _MOST_GROUPS = 3, 20
 
 
 @dataclass(frozen=True)
@@ -386,6 +388,23 @@ class RippleResult(AnalysisResult):
             found["smallest_slope"], found["largest_slope"] = map(finite, map(float, self.slope.aminmax()))
         return found
 
+    def _interval(self) -> dict[str, Any] | None:
+        """95 % interval of the first order's rank correlation, over edits, or over pieces where edits are few."""
+        kept, over = self.pairs(), "edits" if len(self.edits) >= _FEW_EDITS else "pieces"
+        first, measured = self.predicted("first_order").numpy(), self.measured.numpy()
+
+        def correlation(chosen: NDArray[np.bool_]) -> float:
+            return agreement_of(first[chosen], measured[chosen]).spearman
+
+        count = kept.shape[0 if over == "edits" else 1]
+        without = []
+        for group in np.array_split(np.arange(count), min(count, _MOST_GROUPS)):
+            left = kept.copy()
+            left[(group, slice(None)) if over == "edits" else (slice(None), group)] = False
+            without.append(correlation(left))
+        ends = correlation_interval(correlation(kept), without)
+        return None if ends is None else {"spearman": list(ends), "over": f"{count} {over}"}
+
     def details(self) -> dict[str, Any]:
         """Predictions, measured changes and how they agree; of more than 2,000 pairs, so many evenly spaced."""
         pairs = np.argwhere(self.pairs())
@@ -404,6 +423,7 @@ class RippleResult(AnalysisResult):
             "n_pairs": len(pairs),
             "points": points,
             "agreement": [entry.details() for entry in self._agreements()],
+            "interval": self._interval(),
             "linear_range": list(LINEAR_RANGE),
             "slopes": finite(self.slope.tolist()),
             "learning_rates": finite(self.learning_rate.tolist()),

@@ -64,6 +64,9 @@ class TaylorDiffResult(AnalysisResult):
         space: ``merged`` or ``adapters``; None of a model without adapters.
         precision: Of a model that computes below float32: its ``dtype``, or float32 where memory allowed the expansion
             to be made in that; ``training`` then tells the model's own.
+        interval: 95 % interval of the nonlinearity over samples, by the jackknife; None where only the loss was
+            expanded, there are fewer than two samples, or nothing changed.
+        n_samples: How many samples the interval is over; None where only the loss was expanded.
     """
 
     analysis: ClassVar[str] = "taylor_diff"
@@ -84,6 +87,8 @@ class TaylorDiffResult(AnalysisResult):
     cost: Cost = field(default=Cost(), compare=False)
     space: str | None = None
     precision: dict[str, Any] | None = None
+    interval: tuple[float, float] | None = None
+    n_samples: int | None = None
 
     @property
     def change(self) -> float:
@@ -134,17 +139,19 @@ class TaylorDiffResult(AnalysisResult):
 
     def details(self) -> dict[str, Any]:
         """The fits, the regime with its thresholds, the shares, and how the terms were found."""
+        optional = ("space", "precision", "interval", "n_samples")
         names = ("regime", "loss_shares", "function_shares", "by", "route", "error", "n_targets")
         return {
             "fits": [dict(fit) for fit in self.fits],
             "thresholds": {"lazy": LAZY, "nonlinear": NONLINEAR},
             **{name: getattr(self, name) for name in names},
-            **{name: told for name in ("space", "precision") if (told := getattr(self, name)) is not None},
+            **{name: told for name in optional if (told := getattr(self, name)) is not None},
         }
 
     def headline(self) -> str:
         """The regime, and the actual and the predicted change."""
+        told = "" if self.interval is None else f", 95 % interval {self.interval[0]:.3g} to {self.interval[1]:.3g}"
         return (
-            f"the step is {self.regime} (nonlinearity {self.nonlinearity:.3g}): the loss changed by {self.change:.4g} "
-            f"nats, its first order predicts {self.first_order:.4g}"
+            f"the step is {self.regime} (nonlinearity {self.nonlinearity:.3g}{told}): the loss changed by "
+            f"{self.change:.4g} nats, its first order predicts {self.first_order:.4g}"
         )

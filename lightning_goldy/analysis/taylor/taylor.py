@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_goldy.analysis.agreement import ratio_interval
 from lightning_goldy.analysis.divergence import divergence_sum, own_share, precise
 from lightning_goldy.analysis.precision import float64_throughout, in_float32, low_precision, widened
 from lightning_goldy.analysis.result import Cost
@@ -78,12 +79,14 @@ class Sums:
         n_targets: Number of targets (of samples, where an objective has no targets).
         cost: Passes of the model.
         gradient_norm: ||g|| of the mean loss at the base.
+        samples: Of each sample the squared distance of its logits from the first order's, and from the base's.
     """
 
     kinds: dict[Kind, defaultdict[Any, float]] = field(default_factory=dict)
     n_targets: int = 0
     cost: Cost = field(default_factory=Cost)
     gradient_norm: float = math.nan
+    samples: list[list[float]] = field(default_factory=list)
 
     def of(self, kind: Kind) -> dict[Any, float]:
         """The sums of a kind by tensor or order; empty where there are none."""
@@ -104,6 +107,7 @@ class Sums:
         for kind, sums in other.kinds.items():
             self.add(kind, sums.items())
         self.n_targets, self.cost = self.n_targets + other.n_targets, self.cost + other.cost
+        self.samples += other.samples
 
 
 # Logits are compared a piece at a time, in float64: so many pieces, of at least so many elements.
@@ -401,6 +405,7 @@ class Expansion:
                 present = self.objective.logits_and_targets(self.model, part)
             n_rows, n_classes = present.logits.shape
             size = max(-(-n_rows // _PIECES), _PIECE // n_classes, 1)
+            samples = torch.zeros(present.n_samples, 2, dtype=torch.float64, device=present.logits.device)
             for start in range(0, n_rows, size):
                 rows = slice(start, start + size)
                 piece = dataclasses.replace(
@@ -417,7 +422,8 @@ class Expansion:
                         apart = abs(losses_of_logits(piece, off)[2] - losses[2])
                         self.sums.add("difference", [(None, 3 * apart)], weight)
                 if self.function_space:
-                    self._compare(expansion, piece.logits)
+                    self._compare(expansion, piece, samples)
+            self.sums.samples += samples.tolist() if self.function_space else ()
         return len(present.targets)
 
     def _add_differences(self, part: Any) -> None:
@@ -436,8 +442,10 @@ class Expansion:
         del high, low, near_high, near_low
         self._ran(part)
         with torch.no_grad():
-            present = self.objective.logits_and_targets(self.model, part).logits
-            self._compare([before, slope, bend], present)
+            present = self.objective.logits_and_targets(self.model, part)
+            samples = torch.zeros(present.n_samples, 2, dtype=torch.float64, device=present.logits.device)
+            self._compare([before, slope, bend], present, samples)
+            self.sums.samples += samples.tolist()
         if self.shares:
             # <J Delta_b, J Delta> of every tensor from one backward pass, as in forward mode.
             self._ran(part, backward=True)
@@ -449,12 +457,18 @@ class Expansion:
             products = reduce_tensors(gradients, torch.dot, list(self.step.values()))
             self.sums.add("function share", zip(self.base, products, strict=True))
 
-    def _compare(self, expansion: Sequence[Tensor], present: Tensor) -> None:
+    def _compare(self, expansion: Sequence[Tensor], target: TargetLogits, samples: Tensor) -> None:
+        present = target.logits
         log_probs = torch.log_softmax(precise(present), dim=-1)
-        self.sums.add("function change", [(None, _square_distance(present, expansion[0]))])
+        change, by_row = _square_distance(present, expansion[0])
+        samples[:, 1].index_add_(0, target.sample, by_row)
+        self.sums.add("function change", [(None, change)])
         for order in self.orders:
             predicted = polynomial(expansion[: order + 1])
-            self.sums.add("residual", [(order, _square_distance(present, predicted))])
+            residual, by_row = _square_distance(present, predicted)
+            self.sums.add("residual", [(order, residual)])
+            if order == 1:
+                samples[:, 0].index_add_(0, target.sample, by_row)
             self.sums.add("divergence", [(order, divergence_sum(log_probs, predicted))])
             self.sums.add("agreed", [(order, int((present.argmax(-1) == predicted.argmax(-1)).sum()))])
 
@@ -553,8 +567,9 @@ def _independent(count: int) -> ValueError:
     return ValueError(f"the objective depends on none of the {count} parameters that the base holds")
 
 
-def _square_distance(first: Tensor, second: Tensor) -> float:
-    return float((first.double() - second.double()).square_().sum())
+def _square_distance(first: Tensor, second: Tensor) -> tuple[float, Tensor]:
+    squares = (first.double() - second.double()).square_()
+    return float(squares.sum()), squares.sum(dim=-1)
 
 
 def taylor_diff(
@@ -769,6 +784,8 @@ def _result(
         by=by,
         cost=sums.cost,
         space=line.space,
+        interval=ratio_interval(*zip(*sums.samples, strict=True), power=0.5) if sums.samples and 1 in orders else None,
+        n_samples=len(sums.samples) or None,
     )
 
 

@@ -244,7 +244,7 @@ _TAYLOR_DIFF = Description(
         "gradient_norm": "||g|| at the base",
         "nonlinearity": "relative error of the first order, by which the regime is told",
     },
-    headline=("loss", "relative_error/*"),
+    headline=("loss", "nonlinearity", "relative_error/*"),
     method=(
         "The loss and the logits of the finetuned model were expanded around the base in the change of the weights, "
         "by exact directional derivatives (the lazy regime: Chizat et al. 2019, arXiv 1812.07956)."

@@ -1,0 +1,116 @@
+"""Colours that everybody can read, definitions under every heading, and paper."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from lightning_goldy.report.descriptions import _ORDER, documentation, page_of
+from lightning_goldy.report.formatting import GLOSSARY, table_html, texts_html
+from lightning_goldy.report.page import _asset, _reference
+from lightning_goldy.report.topics import coupling, coupling_drift, text
+from tests.house import ROOT
+
+CSS = _asset("style.css")
+PAIRS = [(ink, paper, 4.5) for ink in ("text", "soft", "accent", "good") for paper in ("page", "card")]
+# What is drawn, not read.
+PAIRS += [("bar", "card", 3.0), ("bar", "line", 3.0)]
+
+
+def colours() -> dict[str, dict[str, str]]:
+    """Variables by scheme; what a scheme does not set is the light one's."""
+    found = re.findall(r"(@media [^{]*\{\s*)?:root \{([^}]*)\}", CSS)
+    schemes = {}
+    for media, body in found:
+        name = "dark" if "dark" in media else "print" if "print" in media else "light"
+        schemes[name] = dict(re.findall(r"--([\w]+): (#[0-9a-f]{3,6})", body))
+    return {name: {**schemes["light"], **own} for name, own in schemes.items()}
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance, WCAG 2.1."""
+    digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
+    parts = [int(digits[place : place + 2], 16) / 255 for place in (0, 2, 4)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(first: str, second: str) -> float:
+    dark, light = sorted((luminance(first), luminance(second)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_contrast_is_computed_as_the_standard_says() -> None:
+    assert contrast("#000", "#ffffff") == pytest.approx(21.0)
+    assert contrast("#777777", "#fff") == pytest.approx(4.48, abs=0.01)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark", "print"])
+def test_texts_stand_out_from_their_ground(scheme: str) -> None:
+    known = colours()[scheme]
+    for ink, paper, least in PAIRS:
+        assert contrast(known[ink], known[paper]) >= least, (scheme, ink, paper)
+
+
+def test_paper_has_no_controls_and_cuts_no_figure() -> None:
+    (body,) = re.findall(r"@media print \{(.*)\}\s*\Z", CSS, re.S)
+    (hidden,) = re.findall(r"([^}]*)\{ display: none; \}", body)
+    assert {"nav", ".download", ".steps input"} <= {part.strip() for part in hidden.split(",")}
+    assert re.search(r"figure, tr, \.answer.*break-inside: avoid", body)
+
+
+class Headings(HTMLParser):
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.titles: list[str | None] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "th" and dict(attrs).get("scope") == "col":
+            self.titles.append(dict(attrs).get("title"))
+
+
+TABLES = {
+    "cost": ["analysis", "#times", "#time", "#each", "#forward", "#backward", "#evaluations", "#peak memory"],
+    "shares": ["analysis", "#of all analyses", "#of the run"],
+    "metrics": ["metric", "#step 10", "#step 1,200 (end)", "meaning"],
+    "comparison": ["quantity", "#difference", "#95 % interval", "remark"],
+    "facts": list(coupling_drift._MOVED),
+    "checks": list(coupling._CHECKS),
+    "pairs": list(coupling._PAIRS),
+    "generations": list(text._GENERATIONS.values()),
+    "continuations": list(text._CONTINUATIONS.values()),
+    "activations": [
+        *("block", "most promoted tokens", "text", "base says", "now says", "KL, nats"),
+        *("model", "prompt", "plain", "steered", "strength"),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_column_tells_its_unit_and_definition(name: str) -> None:
+    headings = TABLES[name]
+    assert headings
+    cells = ["x"] * len(headings)
+    pages = [table_html(headings, [cells]), texts_html([heading.removeprefix("#") for heading in headings], [cells])]
+    for page in pages:
+        told = Headings(page).titles
+        assert len(told) == len(headings)
+        assert all(told), dict(zip(headings, told, strict=True))
+
+
+def test_the_glossary_has_no_word_to_spare() -> None:
+    used = {heading.removeprefix("#") for headings in TABLES.values() for heading in headings}
+    assert {word.removeprefix("#") for word in GLOSSARY} <= used
+
+
+def test_every_analysis_leads_to_its_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    for analysis in _ORDER:
+        assert (ROOT / "docs" / page_of(analysis)).is_file(), analysis
+    assert documentation() == ""
+    assert "<code>docs/attention.md</code>" in _reference("attention.md")
+    monkeypatch.setattr("lightning_goldy.report.page.documentation", lambda: "https://example.org/goldy")
+    assert 'href="https://example.org/goldy/attention/"' in _reference("attention.md")
+    assert _reference("") == ""
