@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from lightning_goldy.report import comparison as comparison
 from lightning_goldy.report.answers import Answer, Finding, answers_of, register_answer
 from lightning_goldy.report.comparison import write_comparison
 from lightning_goldy.report.descriptions import Description, describe

@@ -3,7 +3,7 @@
 Each of the five questions is answered by the analysis that answers it best of those that a run has. A sentence is
 computed from the numbers of rows, with its interval, with what would have been seen without an effect (the null), and
 with a mark of trust; it says no more than its interval does. The sentences are functions of rows, and of nothing else
-(:mod:`lightning_goldy.report.comparison`); :func:`register_answer` adds one.
+(:mod:`lightning_goldy.report.sentences`); :func:`register_answer` adds one.
 """
 
 from __future__ import annotations

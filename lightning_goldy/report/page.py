@@ -18,6 +18,7 @@ import yaml
 from lightning_goldy import __version__
 from lightning_goldy.core.files import finite
 from lightning_goldy.core.store import atomic_write
+from lightning_goldy.report import sentences as sentences  # what answers are made of, by analysis
 from lightning_goldy.report.answers import QUESTIONS, Answer, Bar, answers_of, question_of, small_print
 from lightning_goldy.report.builders import Lines, Series, lines
 from lightning_goldy.report.descriptions import Description, description_of, documentation, page_of

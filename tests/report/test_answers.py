@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_goldy.report.answers import QUESTIONS, Answer, Bar, Finding, answers_of, register_answer
-from lightning_goldy.report.comparison import (
+from lightning_goldy.report.sentences import (
     answer_by_attention,
     answer_by_attribution,
     answer_by_circuit,

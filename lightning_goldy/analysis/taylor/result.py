@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from lightning_goldy.analysis.agreement import ratio_interval
 from lightning_goldy.analysis.result import AnalysisResult, Cost
+from lightning_goldy.core.architecture.adapters import Line
+from lightning_goldy.core.naming import block_of
 
 Regime = Literal["unchanged", "lazy", "weakly nonlinear", "nonlinear"]
 By = Literal["block", "tensor"]
+Kind = Literal[
+    "loss",
+    "derivative",
+    "loss share",
+    "function share",
+    "function change",
+    "residual",
+    "divergence",
+    "agreed",
+    "difference",
+]
 
 LAZY = 0.1
 """Relative error of the first order below which the step is called lazy."""
@@ -155,3 +171,107 @@ class TaylorDiffResult(AnalysisResult):
             f"the step is {self.regime} (nonlinearity {self.nonlinearity:.3g}{told}): the loss changed by "
             f"{self.change:.4g} nats, its first order predicts {self.first_order:.4g}"
         )
+
+
+@dataclass
+class Sums:
+    """Sums over the batches of one process or of all.
+
+    Args:
+        kinds: By kind and by tensor or order. Times the number of targets: ``loss``, at the present parameters, nats;
+            ``derivative``, of the loss along the step at the base, by order; ``loss share``, g . Delta by tensor.
+            Over the targets: ``function share``, <J Delta_b, J Delta> by tensor; ``function change``, ||f_t - f_0||^2;
+            and by order ``residual``, the squared distance of the logits from the prediction, ``divergence``,
+            KL(p_t || p_k), nats, and ``agreed``, positions where both prefer the same class. ``difference`` of two
+            estimates of the curvature along the step, thrice the error of the better one, times the number of targets.
+        n_targets: Number of targets (of samples, where an objective has no targets).
+        cost: Passes of the model.
+        gradient_norm: ||g|| of the mean loss at the base.
+        samples: Of each sample the squared distance of its logits from the first order's, and from the base's.
+    """
+
+    kinds: dict[Kind, defaultdict[Any, float]] = field(default_factory=dict)
+    n_targets: int = 0
+    cost: Cost = field(default_factory=Cost)
+    gradient_norm: float = math.nan
+    samples: list[list[float]] = field(default_factory=list)
+
+    def of(self, kind: Kind) -> dict[Any, float]:
+        """The sums of a kind by tensor or order; empty where there are none."""
+        return dict(self.kinds.get(kind, {}))
+
+    def mean(self, kind: Kind, key: Any = None) -> float:
+        """One sum per target."""
+        return self.kinds[kind][key] / self.n_targets
+
+    def add(self, kind: Kind, values: Iterable[tuple[Any, float]], weight: float = 1) -> None:
+        """Adds values by tensor or order, each times the weight."""
+        sums = self.kinds.setdefault(kind, defaultdict(float))
+        for key, value in values:
+            sums[key] += weight * value
+
+    def merge(self, other: Sums) -> None:
+        """Adds what another process found."""
+        for kind, sums in other.kinds.items():
+            self.add(kind, sums.items())
+        self.n_targets, self.cost = self.n_targets + other.n_targets, self.cost + other.cost
+        self.samples += other.samples
+
+
+def result_of(
+    sums: Sums, orders: tuple[int, ...], by: By | None, names: Sequence[str], line: Line, *, route: str
+) -> TaylorDiffResult:
+    """The result that sums over all samples make."""
+    loss, predicted, factor = sums.mean("loss"), sums.mean("derivative", 0), 1.0
+    fits = []
+    for order in range(1, max(orders) + 1):
+        factor *= order
+        predicted += sums.mean("derivative", order) / factor
+        if order in orders:
+            fit = {"order": order, "loss": predicted, "residual": loss - predicted}
+            fits.append({**fit, **_function_fit(sums, order)})
+    # The backward pass of the logits gives <J Delta_b, J Delta>, whose sum is ||J Delta||^2.
+    shares = sums.of("function share")
+    whole = math.fsum(shares.values())
+    of_loss = {name: share / sums.n_targets for name, share in sums.of("loss share").items()}
+    return TaylorDiffResult(
+        base_loss=sums.mean("derivative", 0),
+        loss=loss,
+        fits=tuple(fits),
+        first_order=sums.mean("derivative", 1),
+        second_order=sums.mean("derivative", 2) / 2 if max(orders) > 1 else None,
+        step_norm=line.step_norm,
+        # Of places on the line it would be another quantity.
+        gradient_norm=math.nan if line.space == "merged" else sums.gradient_norm,
+        loss_shares=_grouped(of_loss, by, names, line),
+        function_shares=_grouped({name: share / whole for name, share in shares.items() if whole}, by, names, line),
+        route=route,
+        error=abs(sums.mean("difference")) / 3 / 2 if sums.of("difference") else 0.0,
+        n_targets=sums.n_targets,
+        by=by,
+        cost=sums.cost,
+        space=line.space,
+        interval=ratio_interval(*zip(*sums.samples, strict=True), power=0.5) if sums.samples and 1 in orders else None,
+        n_samples=len(sums.samples) or None,
+    )
+
+
+def _function_fit(sums: Sums, order: int) -> dict[str, float | None]:
+    if order not in sums.of("residual"):
+        return dict.fromkeys(("relative_error", "kl_divergence", "top1_agreement"))
+    residual, change = sums.of("residual")[order], sums.of("function change")[None]
+    return {
+        "relative_error": math.sqrt(residual / change) if change else 0.0,
+        "kl_divergence": sums.mean("divergence", order),
+        "top1_agreement": sums.mean("agreed", order),
+    }
+
+
+def _grouped(shares: Mapping[str, float], by: By | None, names: Sequence[str], line: Line) -> dict[str, float]:
+    """Shares by tensor or by block, in the order of the model: a backward pass finds the last one first."""
+    groups: dict[str, float] = {}
+    for name in names if by else ():
+        if name in shares:
+            group = line.told(name) if by == "tensor" else block_of(line.told(name))
+            groups[group] = groups.get(group, 0.0) + shares[name]
+    return groups

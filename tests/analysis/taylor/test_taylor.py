@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from lightning_goldy.analysis import TaylorApproximation, TaylorDiffResult, taylor_diff
 from lightning_goldy.analysis.result import Cost
-from lightning_goldy.analysis.taylor.taylor import Expansion, Sums, expansion_route
+from lightning_goldy.analysis.taylor.result import Sums
+from lightning_goldy.analysis.taylor.taylor import Expansion, expansion_route
 from lightning_goldy.core import CausalLMObjective, ClassifierObjective, FunctionObjective, ParameterVector
 from lightning_goldy.core.autodiff import trainable_values
 from lightning_goldy.core.base import BaseParameters

@@ -1,0 +1,558 @@
+"""The sentences that answer each question, one function of rows per analysis.
+
+No sentence claims more than its interval does; every branch has a test.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from scipy.special import stdtrit
+
+from lightning_goldy.report.answers import Bar, Finding, register_answer
+from lightning_goldy.report.figures import Row
+from lightning_goldy.report.formatting import format_number, format_percent, remarks
+
+_NORMAL = 1.96
+# Fewer samples than this tell a share or a mean too roughly to be trusted.
+_FEW_SAMPLES = 16
+_FEW_EFFECTIVE = 2.0
+
+
+def interval_of_mean(values: Sequence[float]) -> tuple[float, float]:
+    """Student's 95 % interval of a mean; infinite for a single value.
+
+    Example:
+        >>> [round(end, 2) for end in interval_of_mean([1.0, 2.0, 3.0])]
+        [-0.48, 4.48]
+    """
+    count = len(values)
+    if count < 2:
+        return -math.inf, math.inf
+    half = float(stdtrit(count - 1, 0.975)) * statistics.stdev(values) / math.sqrt(count)
+    mean = statistics.fmean(values)
+    return mean - half, mean + half
+
+
+def interval_of_share(share: float, count: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share of so many samples.
+
+    Example:
+        >>> [round(end, 2) for end in interval_of_share(1.0, 10)]
+        [0.72, 1.0]
+    """
+    square = _NORMAL**2 / count
+    centre, half = share + square / 2, _NORMAL * math.sqrt(share * (1 - share) / count + square / (4 * count))
+    return max(0.0, (centre - half) / (1 + square)), min(1.0, (centre + half) / (1 + square))
+
+
+@register_answer("change_attribution", "carries")
+def answer_by_attribution(rows: Sequence[Row]) -> Finding | None:
+    """Which share of the elements recovers the effect, beside as many at random, and where the effect sits."""
+    row = rows[-1]
+    result, graft = row["result"], row["result"].get("graft") or {}
+    effect, metric = _metric(row, "effect"), result.get("metric", "loss")
+    if effect is None:
+        return None
+    if effect == 0:
+        return Finding(f"No parameter carries anything: the {metric} has not changed on the samples that score.")
+    doubts = [] if result.get("complete", True) else [f"the parts miss the change by {_percent(_metric(row, 'gap'))}"]
+    place = _largest_part(result, effect)
+    points = [point for point in graft.get("points", ()) if point["method"] == "attribution"]
+    points = [point for point in points if point.get("recovered") is not None]
+    share = _metric(row, "share_for_95")
+    point = next((point for point in points if share is not None and point["share"] == share), None)
+    point = point or max(points, key=lambda other: other["recovered"], default=None)
+    if point is None:
+        sentence = f"{place[0].upper()}{place[1:]}; how few elements recover the effect was not measured."
+        return Finding(sentence, null="", doubts=(*doubts, "no sample was held out"))
+    chance = _recovered(graft, "random", point["share"])
+    enough = "recover" if share is not None else "recover no more than"
+    sentence = (
+        f"{_percent(point['share'])} of the elements {enough} {_percent(point['recovered'])} of the change in {metric} "
+        f"on samples that did not score; {place}."
+    )
+    doubts += _doubts_of_graft(graft, point, chance)
+    null = "" if chance is None else f"as many elements at random recover {_percent(chance)}"
+    held_out = graft.get("n_held_out", 0)
+    told = f"95 % interval {_percent(point['low'])} to {_percent(point['high'])} over {held_out} held-out samples"
+    if point["low"] is None:
+        told = "no interval: one held-out sample"
+    bar = Bar(point["recovered"], point["low"], point["high"], chance)
+    return Finding(sentence, told, null, (*doubts, *_marks(row)), bar, "effect")
+
+
+def _doubts_of_graft(graft: Mapping[str, Any], point: Mapping[str, Any], chance: float | None) -> list[str]:
+    doubts = []
+    if graft.get("n_held_out", 0) < _FEW_SAMPLES:
+        doubts.append(f"only {graft.get('n_held_out', 0)} held-out samples")
+    if chance is not None and point["low"] is not None and point["low"] <= chance:
+        doubts.append("as many elements at random lie within the interval")
+    if point["high"] is not None and point["low"] is not None and point["high"] - point["low"] > 0.5:
+        doubts.append("the interval is wider than half of the effect")
+    return doubts
+
+
+def _recovered(graft: Mapping[str, Any], method: str, share: float) -> float | None:
+    points = (point for point in graft.get("points", ()) if point["method"] == method and point["share"] == share)
+    return next((point["recovered"] for point in points), None)
+
+
+def _largest_part(result: Mapping[str, Any], effect: float) -> str:
+    """The kind of parameter that carries most of the effect, with its interval and its share of the elements."""
+    kinds = result.get("kinds") or []
+    if not kinds:
+        return "no part of it is told apart"
+    total = result.get("total") or effect
+    kind = max(kinds, key=lambda row: row["contribution"] / total)
+    ends = [kind[end] for end in ("share_low", "share_high") if kind.get(end) is not None]
+    if len(ends) < 2:  # of rows that tell only the contribution's
+        ends = sorted(kind[end] / total for end in ("low", "high")) if kind.get("low") is not None else []
+    span = f" [{_percent(ends[0])}, {_percent(ends[1])}]" if ends else ""
+    share = _percent(kind["contribution"] / total)
+    return f"{share}{span} of it sits in the {kind['group']} parameters, {_percent(kind['elements'])} of all"
+
+
+@register_answer("golden_snapshot", "carries")
+def answer_by_norms(rows: Sequence[Row]) -> Finding | None:
+    """How far the weights moved, and where most: not what carries the effect."""
+    row = rows[-1]
+    moved = _metric(row, "relative_change")
+    if moved is None:
+        return None
+    if moved == 0:
+        return Finding("No parameter has moved.", null="0 without training", course="relative_change")
+    blocks = {
+        name.partition("/")[2]: value
+        for name, value in row["metrics"].items()
+        if name.startswith("relative_change/") and value is not None
+    }
+    most = max(blocks, key=lambda name: blocks[name], default="")
+    where = f", {most} most ({_percent(blocks[most])})" if most else ""
+    doubts = ("how far weights moved does not tell what carries the effect; ChangeAttribution does",)
+    sentence = f"The weights moved by {_percent(moved)} of their norm{where}."
+    return Finding(
+        sentence, "exact, no sample", "0 without training", (*doubts, *_marks(row)), course="relative_change"
+    )
+
+
+@register_answer("taylor_diff", "kind")
+def answer_by_expansion(rows: Sequence[Row]) -> Finding | None:
+    """How much of the change in logits the first order leaves unexplained."""
+    row = rows[-1]
+    left, change = _metric(row, "nonlinearity"), _metric(row, "change")
+    if left is None or change == 0:
+        return Finding("The loss has not changed, so there is no change to expand.") if change == 0 else None
+    regime = row["result"].get("regime", "")
+    if left >= 1:
+        sentence = "It is no small step: the first order explains nothing of the change in logits"
+    elif regime == "lazy":
+        sentence = f"It is a small step: the first order explains all but {_percent(left)} of the change in logits"
+    else:
+        sentence = (
+            f"It is {regime or 'curved'}: the first order leaves {_percent(left)} of the change in logits unexplained"
+        )
+    first = _metric(row, "first_order")
+    if first is not None and change is not None:
+        sentence += f" and predicts {first:+.3g} nats of loss where {change:+.3g} are measured"
+    count, samples = row["result"].get("n_targets"), row["result"].get("n_samples")
+    ends = _ends(row["result"].get("interval"))
+    told = f"over {count:,} target tokens; no interval" if count else "no interval"
+    if ends:
+        told = f"95 % interval {_percent(ends[0])} to {_percent(ends[1])} over {samples} samples"
+    return Finding(
+        f"{sentence}.",
+        told,
+        "0 % for a linear change, 100 % where the first order predicts nothing",
+        (*_doubts_of_expansion(row, left, ends), *_marks(row)),
+        Bar(left, *(ends or (None, None))),
+        "nonlinearity",
+    )
+
+
+def _doubts_of_expansion(row: Row, left: float, ends: tuple[float, float] | None) -> list[str]:
+    doubts, base = [], _metric(row, "base_loss")
+    for order in (1, 2):
+        predicted = _metric(row, f"loss/order{order}")
+        if predicted is not None and predicted < 0 and base is not None:
+            name = ("first", "second")[order - 1]
+            doubts.append(f"the {name} order predicts a loss of {predicted:.3g} nats, which no loss can be")
+    count = row["result"].get("n_targets") or 0
+    if count < _FEW_SAMPLES:
+        doubts.append(f"only {count} target tokens")
+    samples = row["result"].get("n_samples")
+    if ends is None and left and samples:
+        doubts.append("no interval")
+    elif ends is not None:
+        borders = (row["result"].get("thresholds") or {}).values()
+        doubts += [f"the interval includes the border of {_percent(x)}" for x in borders if ends[0] < x < ends[1]]
+        doubts += [f"only {samples} samples"] if (samples or 0) < _FEW_SAMPLES else []
+    return doubts
+
+
+@register_answer("activation_differences", "kind")
+def answer_by_streams(rows: Sequence[Row]) -> Finding | None:
+    """How far the residual stream moved on unrelated text, beside another half of that text."""
+    row = rows[-1]
+    moved, null = _metric(row, "stream_change"), _metric(row, "stream_null")
+    if row["result"].get("unchanged"):
+        return Finding("Nothing has changed: the activations are those of the base to the last bit.")
+    if moved is None:
+        return None
+    layer = _metric(row, "clearest_layer")
+    after = "" if layer is None else f", after block {layer:.0f},"
+    doubts = []
+    if null is not None and moved <= null:
+        doubts.append("another half of the text moves it as much")
+    if row["result"].get("n_samples", 0) < _FEW_SAMPLES:
+        doubts.append(f"only {row['result'].get('n_samples', 0)} samples")
+    verb = "is within the noise" if null is not None and moved <= null else "is readable"
+    sentence = f"On unrelated text the residual stream{after} moved by {_percent(moved)} of its norm, which {verb}."
+    told = "" if null is None else f"two halves of the text differ by {_percent(null)}"
+    agreement = _metric(row, "half_agreement")
+    interval = "" if agreement is None else f"two halves agree on its direction to a cosine of {agreement:.2f}"
+    return Finding(sentence, interval, told, (*doubts, *_marks(row)), Bar(moved, null=null), "stream_change")
+
+
+@register_answer("attention_tracker", "kind")
+def answer_by_attention(rows: Sequence[Row]) -> Finding | None:
+    """How far attention drifted from the base's."""
+    row = rows[-1]
+    drift, most = _metric(row, "drift"), _metric(row, "drift_max")
+    if drift is None:
+        return None
+    if drift == 0:
+        return Finding("Attention has not moved from the base's.", course="drift")
+    farthest = "" if most is None else f", the farthest head's by {most:.3g}"
+    ends, samples = _ends(row["result"].get("drift_interval")), row["result"].get("n_samples", 0)
+    doubts = [] if ends else ["no interval"]
+    if samples < _FEW_SAMPLES:
+        doubts.append(f"only {samples} samples")
+    told = f"95 % interval {ends[0]:.3g} to {ends[1]:.3g} nats over {samples} samples" if ends else "no interval"
+    sentence = f"Attention patterns drifted by {drift:.3g} from the base's on average{farthest} (Jensen-Shannon, nats)."
+    return Finding(sentence, told, "0 without training", (*doubts, *_marks(row)), course="drift")
+
+
+@register_answer("circuit_tracker", "kind")
+def answer_by_circuit(rows: Sequence[Row]) -> Finding | None:
+    """Whether the circuit of a behaviour is still the base's, and how faithful it is beside random circuits."""
+    row = rows[-1]
+    curve, overlap = row["result"].get("curve") or {}, _metric(row, "overlap")
+    if not curve.get("values"):
+        return None
+    kept, size, whole = curve["values"][-1], curve["sizes"][-1], curve["n_edges"]
+    band, interval = ((curve.get(name) or [None])[-1] for name in ("band", "intervals"))
+    sentence = f"A circuit of {size:,} of {whole:,} edges keeps {_percent(kept)} of the behaviour"
+    doubts = []
+    if overlap is not None:
+        sentence += f", and shares {_percent(overlap)} of its edges with the base's"
+    if band and kept <= band[1]:
+        doubts.append("random circuits of its size keep as much")
+    elif band and interval and None not in interval and interval[0] <= band[1]:
+        doubts.append("its interval reaches what random circuits keep")
+    by_chance = _metric(row, "overlap_by_chance")
+    null = "" if not band else f"random circuits of its size keep {_percent(band[0])} to {_percent(band[1])}"
+    if overlap is not None and by_chance is not None:
+        null += f"{'; ' if null else ''}by chance they would share {_percent(by_chance)}"
+    if not interval or None in interval:
+        return Finding(f"{sentence}.", "no interval over prompts", null, (*doubts, "no interval"), course="area")
+    told = f"95 % interval {_percent(interval[0])} to {_percent(interval[1])} over {curve['n_pairs']} prompts"
+    chance = curve["random"][-1] if curve.get("random") else None
+    bar = Bar(kept, interval[0], interval[1], chance)
+    return Finding(f"{sentence}.", told, null, (*doubts, *_marks(row)), bar, "area")
+
+
+@register_answer("basin_volume", "robust")
+def answer_by_volume(rows: Sequence[Row]) -> Finding | None:
+    """The volume of the basin, and whether it has grown or shrunk by paired directions."""
+    row = rows[-1]
+    volumes = row["result"].get("volumes") or []
+    if not volumes or volumes[0].get("log_volume") is None:
+        return None
+    volume = volumes[0]
+    split, metrics = volume.get("split", ""), row["metrics"]
+    course = f"log_volume/{split}" if f"log_volume/{split}" in metrics else "log_volume"
+    compared = _compared_volumes(rows, volume)
+    bridges = row["result"].get("bridges") or ()
+    bridge = next((one for one in bridges if one.get("split", "") == split and one.get("log_volume") is not None), None)
+    if bridge is not None:
+        size = f"{format_number(_whole(bridge['log_volume']))} nats"
+        sentence = f"The region that stays within {volume['cutoff']:g} nats of it has a log volume of {size}"
+        told = f"one standard error {format_number(bridge.get('error'))} nats"
+    else:
+        low = volume.get("lower_bound", volume["log_volume"])
+        sentence = (
+            f"The region that stays within {volume['cutoff']:g} nats of it has a log volume of at least "
+            f"{format_number(_whole(low))} nats, which is a lower bound along straight rays"
+        )
+        told = "the bound holds with 95 % confidence; the volume itself may lie far above"
+    doubts = [f"the bridge is weak: {bridge['weak']}"] if bridge is not None and bridge.get("weak") else []
+    effective = volume.get("effective_sample_size")
+    if bridge is None and effective is not None and effective < _FEW_EFFECTIVE and compared is None:
+        doubts.append(f"it rests on an effective {effective:.2g} of {len(volume.get('estimates', ()))} directions")
+    if compared is not None:
+        words, difference, doubt = compared
+        sentence, told = f"{words}; {sentence[0].lower()}{sentence[1:]}", f"{difference}; {told}"
+        doubts += doubt
+    null = "0 between two checkpoints of equal basins" if compared is not None else "no checkpoint to compare with"
+    if compared is None and bridge is None:
+        doubts.append("one bound of one checkpoint compares with nothing")
+    return Finding(f"{sentence}.", told, null, (*doubts, *_marks(row)), course=course)
+
+
+def _compared_volumes(rows: Sequence[Row], last: Mapping[str, Any]) -> tuple[str, str, list[str]] | None:
+    """The paired difference to the first row that has the same directions, as words, interval and doubts."""
+    for row in rows[:-1]:
+        for volume in row["result"].get("volumes") or []:
+            if volume.get("split") != last.get("split") or unequal_settings(volume, last):
+                continue
+            values = paired_differences(volume, last)
+            if len(values) < 2:
+                return None
+            low, high = interval_of_mean(values)
+            mean = statistics.fmean(values)
+            if low <= 0 <= high:
+                spread = f"the spread of {len(values)} directions"
+                words = f"The basin has not changed beyond {spread} since step {row['step']:,}"
+                return words, _between(low, high), ["the interval of the difference includes 0"]
+            verb = "widened" if mean > 0 else "narrowed"
+            words = f"The basin {verb} by {format_number(_whole(abs(mean)))} nats since step {row['step']:,}"
+            return words, _between(low, high), []
+    return None
+
+
+def unequal_settings(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    """What two volumes of rows differ in that must be one for their directions to be the same vectors.
+
+    Example:
+        >>> unequal_settings({"sigma": 0.1, "seed": 0}, {"sigma": 0.2, "seed": 0})
+        ['sigma']
+    """
+    names = ("sigma", "measure", "cutoff", "preconditioner", "seed", "first_direction", "dimension")
+    return [name for name in names if first.get(name) != second.get(name)]
+
+
+def paired_differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[float]:
+    """Second less first along each direction that both volumes of rows have an estimate of, nats.
+
+    Example:
+        >>> paired_differences({"estimates": [-5.0, None, -7.0]}, {"estimates": [-8.0, -9.0, -9.0]})
+        [-3.0, -2.0]
+    """
+    pairs = zip(first.get("estimates") or (), second.get("estimates") or (), strict=False)
+    return [after - before for before, after in pairs if before is not None and after is not None]
+
+
+def _between(low: float, high: float) -> str:
+    ends = (format_number(_whole(end)) for end in (low, high))
+    return "95 % interval of the paired difference {} to {} nats".format(*ends)
+
+
+@register_answer("coupling_drift", "touched")
+def answer_by_facts(rows: Sequence[Row]) -> Finding | None:
+    """How many of the untouched facts are still known."""
+    row = rows[-1]
+    classes, metrics = row["result"].get("classes") or {}, row["metrics"]
+    known = {name: (metrics.get(f"exact_before/{name}"), metrics.get(f"exact/{name}")) for name in classes}
+    name = "untouched" if "untouched" in known else next(iter(known), "")
+    before, after = known.get(name, (None, None))
+    count = int(classes.get(name, 0))
+    change = metrics.get(f"measured_change/{name}")
+    if before is None or after is None or not count:
+        return _answer_by_log_probability(row, name, change, count)
+    low, high = interval_of_share(after, count)
+    if after == before:
+        words = f"{_percent(after)} of the {name} facts are known, as before"
+    elif low <= before <= high:
+        words = f"{_percent(after)} of the {name} facts are known, from {_percent(before)}: no change beyond noise"
+    else:
+        verb = "only " if after < before else ""
+        words = f"{verb}{_percent(after)} of the {name} facts are still known, from {_percent(before)}"
+    more = "" if change is None else f"; their log probability moved by {change:+.3g} nats on average"
+    doubts = [f"only {count} {name} facts"] if count < _FEW_SAMPLES else []
+    if after != before and low <= before <= high:
+        doubts.append("the interval includes the share before")
+    told = f"95 % interval {_percent(low)} to {_percent(high)} over {count} facts"
+    return Finding(
+        f"{words[0].upper()}{words[1:]}{more}.",
+        told,
+        f"{_percent(before)} before the finetune",
+        (*doubts, *_marks(row)),
+        Bar(after, low, high, before),
+        f"exact/{name}",
+    )
+
+
+def _answer_by_log_probability(row: Row, name: str, change: float | None, count: int) -> Finding | None:
+    if change is None or not name:
+        return None
+    error = (row["result"].get("errors") or {}).get(name)
+    sentence = f"The log probability of the {name} facts moved by {change:+.3g} nats on average."
+    doubts = [f"only {count} {name} facts"] if count < _FEW_SAMPLES else []
+    if error is None or count < 2:
+        told = f"over {count} facts; no interval"
+        return Finding(sentence, told, "0 without training", ("no interval", *doubts, *_marks(row)))
+    half = float(stdtrit(count - 1, 0.975)) * error
+    if abs(change) <= half:
+        sentence = f"The log probability of the {name} facts has not moved beyond noise ({change:+.3g} nats)."
+        doubts.append("the interval includes 0")
+    told = f"95 % interval {change - half:+.3g} to {change + half:+.3g} nats over {count} facts"
+    return Finding(sentence, told, "0 without training", (*doubts, *_marks(row)))
+
+
+@register_answer("activation_differences", "touched")
+def answer_by_divergence(rows: Sequence[Row]) -> Finding | None:
+    """How far the predictions on unrelated text moved."""
+    row = rows[-1]
+    divergence = _metric(row, "kl_from_base")
+    if divergence is None:
+        return None
+    if divergence == 0:
+        return Finding("Predictions on unrelated text have not moved.", null="0 without training")
+    count = row["result"].get("n_samples", 0)
+    sentence = f"On unrelated text the predictions moved by a KL divergence of {divergence:.3g} nats per token."
+    ends = _ends(row["result"].get("kl_interval"))
+    doubts = [] if ends else ["no interval"]
+    if count < _FEW_SAMPLES:
+        doubts.append(f"only {count} samples")
+    told = f"over {count} samples; no interval"
+    if ends:
+        told = f"95 % interval {ends[0]:.3g} to {ends[1]:.3g} nats over {count} samples"
+    return Finding(sentence, told, "0 without training", (*doubts, *_marks(row)), course="kl_from_base")
+
+
+@register_answer("change_attribution", "touched")
+def answer_by_harm(rows: Sequence[Row]) -> Finding | None:
+    """What the finetune costs on other text."""
+    row = rows[-1]
+    graft = row["result"].get("graft") or {}
+    whole = next((point for point in graft.get("points", ()) if point["method"] == "finetune"), None)
+    if whole is None or whole.get("harm") is None:
+        return None
+    harm, low, high = whole["harm"], whole.get("harm_low"), whole.get("harm_high")
+    known = low is not None and high is not None
+    noise = known and low <= 0 <= high
+    verb = "has not changed beyond noise" if noise else f"{'rose' if harm > 0 else 'fell'} by {abs(harm):.3g} nats"
+    doubts = ["the interval includes 0"] if noise else []
+    if graft.get("n_collateral", 0) < _FEW_SAMPLES:
+        doubts.append(f"only {graft.get('n_collateral', 0)} samples of other text")
+    told = f"95 % interval {low:+.3g} to {high:+.3g} nats over {graft.get('n_collateral', 0)} samples" if known else ""
+    return Finding(f"The loss on other text {verb}.", told, "0 without training", (*doubts, *_marks(row)))
+
+
+@register_answer("ripple_effects", "touched")
+def answer_by_ripples(rows: Sequence[Row]) -> Finding | None:
+    """Whether gradients predict what an edit does to other pieces."""
+    row = rows[-1]
+    names = ("first_order_spearman", "spearman", "pearson")
+    correlation = next((value for name in names if (value := _metric(row, name)) is not None), None)
+    if correlation is None:
+        return None
+    interval = row["result"].get("interval") or {}
+    ends, null = _ends(interval.get("spearman")), "0 for pairs that are shuffled"
+    sentence = f"What an edit does to other facts follows their gradients with a correlation of {correlation:.2f}."
+    if ends is None:
+        return Finding(sentence, "no interval", null, ("no interval", *_marks(row)))
+    doubts = []
+    if ends[0] <= 0 <= ends[1]:
+        sentence = f"What an edit does follows gradients no better than noise: a correlation of {correlation:.2f}."
+        doubts.append("the interval includes 0")
+    told = f"95 % interval {ends[0]:.2f} to {ends[1]:.2f} over {interval['over']}"
+    return Finding(sentence, told, null, (*doubts, *_marks(row)))
+
+
+@register_answer("plasticity_sweep", "needs")
+def answer_by_sweep(rows: Sequence[Row]) -> Finding | None:
+    """Whether a score of heads beats closing them at random, over seeds."""
+    costs: dict[str, list[float]] = {}
+    runs = rows[-1]["result"].get("runs") or []
+    level = max((run["level"] for run in runs if run.get("cost") is not None), default=None)
+    for run in runs:
+        if run["level"] == level and run.get("cost") is not None:
+            costs.setdefault(run["strategy"], []).append(run["cost"])
+    chance = costs.pop("random", [])
+    if not costs:
+        return None
+    best = min(costs, key=lambda name: statistics.fmean(costs[name]))
+    mean, low, high = statistics.fmean(costs[best]), *interval_of_mean(costs[best])
+    sentence = f"Closing {_percent(level)} of the heads by {best} costs {mean:+.3g} nats"
+    null, doubts = "not compared with random heads", ["no random heads beside it"]
+    if chance:
+        null, doubts = f"random heads cost {statistics.fmean(chance):+.3g} nats", []
+        if min(chance) <= max(costs[best]):
+            doubts = ["it is within the range of random heads"]
+            sentence += ", no less than random heads beyond the seeds' noise"
+        else:
+            sentence += f", {statistics.fmean(chance) - mean:.3g} less than random heads"
+    if len(costs[best]) < 2:
+        return Finding(f"{sentence}.", "one seed, no interval", null, (*doubts, "one seed"))
+    told = f"95 % interval {low:+.3g} to {high:+.3g} nats over {len(costs[best])} seeds"
+    return Finding(f"{sentence}.", told, null, tuple(doubts))
+
+
+@register_answer("head_plasticity", "needs")
+def answer_by_cycle(rows: Sequence[Row]) -> Finding | None:
+    """What closing heads cost at the last cut, and what was left when training had gone on."""
+    row, metrics = rows[-1], rows[-1]["metrics"]
+    heads = sum(row["result"].get("heads_per_layer") or ())
+    opened = _metric(row, "active_heads")
+    if not heads or opened is None:
+        return None
+    pairs = [
+        (name, metrics.get(f"{name}/loss_before"), metrics.get(f"{name}/loss_after")) for name in ("finish", "cut")
+    ]
+    known = [pair for pair in pairs if pair[1] is not None and pair[2] is not None]
+    latest = next((r for r in reversed(rows) if r["metrics"].get("cut/loss_after") is not None), None)
+    if not known and latest is not None:
+        known = [("cut", latest["metrics"].get("cut/loss_before"), latest["metrics"]["cut/loss_after"])]
+    if not known:
+        sentence = f"{opened:.0f} of {heads} heads are open; none has been closed yet."
+        return Finding(sentence, doubts=("nothing was cut",), course="loss")
+    kind, before, after = known[0]
+    strategy = row["result"].get("strategy", "")
+    what = "a whole cycle of closing and regrowing heads" if kind == "finish" else "the last cut of heads"
+    sentence = (
+        f"{what[0].upper()}{what[1:]} by {strategy} moved the loss by {after - before:+.3g} nats; "
+        f"{opened:.0f} of {heads} heads are open"
+    )
+    doubts = ["no interval", "not compared with heads closed at random"]
+    if strategy == "random":
+        doubts = ["no interval", "heads closed at random are the null, not the answer"]
+    return Finding(f"{sentence}.", "no interval", "compare with the strategy random", tuple(doubts), course="loss")
+
+
+def _metric(row: Row, name: str) -> float | None:
+    value = row["metrics"].get(name)
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+def _ends(interval: Sequence[float] | None) -> tuple[float, float] | None:
+    """Both ends of a row's interval, where it has one."""
+    return (float(interval[0]), float(interval[1])) if interval else None
+
+
+def _percent(share: float | None) -> str:
+    r"""Two significant digits, as an interval allows no more; full percent above ten.
+
+    Example:
+        >>> [_percent(share) for share in (0.001, 0.0312, 0.954, 1.0, None)]
+        ['0.1 %', '3.1 %', '95 %', '100 %', '\u2013']
+    """
+    if share is None or abs(share) < 0.1:
+        return format_percent(None if share is None else float(f"{share:.2g}"))
+    return f"{100 * share:.0f} %"
+
+
+def _whole(value: float) -> float:
+    """Rounded to a whole number from 100 on, where no estimate tells more."""
+    return float(round(value)) if abs(value) >= 100 else value
+
+
+def _marks(row: Row) -> tuple[str, ...]:
+    """What the row itself says must be known before its numbers are read, where it is a doubt."""
+    notes = (row.get("result") or {}).get("notes", ())
+    floors = [text for text in remarks(row) if "may be rounding" in text]
+    return (*(str(note) for note in notes if "WEAK" in str(note)), *floors)
