@@ -38,15 +38,16 @@ class BridgeResult(AnalysisResult):
         log_normaliser: log Z(b), nats.
         mean_cost: Mean cost of the samples, nats; near the cutoff.
         cost_deviation: Standard deviation of the cost, nats.
-        tether: κ at the end of the Gaussian in units of 1/σ²; 1 without a tether.
+        tether: κ where a tethered walk begins, in units of 1/σ²; 1 without a tether.
         effective_sample_size: Of the importance weights, as a share of the draws.
         parts: What the error is made of, nats, by name.
-        trace: Nodes of the walk: the leg, its place, κ, mean cost, mean of half the squared distance, acceptance.
+        trace: Nodes of the walk: the leg, its place, κ, mean cost, mean of half the squared distance, acceptance; on a
+            tether by round, way and place of κ.
         acceptance: Mean acceptance of the trajectories.
         gradients: Gradients taken, of the whole probe.
         evaluations: Costs taken without a gradient.
         chains: Their number.
-        nodes: Intervals of each leg.
+        nodes: Intervals of the path; on a tether the trajectories of its last way back.
         dimension: D.
         sigma: Standard deviation of the measure, parameter units.
         cutoff: The cost at the region's boundary, nats.

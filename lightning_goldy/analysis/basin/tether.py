@@ -32,7 +32,7 @@ from lightning_goldy.core.sharding import Replicas
 # them that the weights must leave.
 _LOOK, _DRAWS, _EFFECTIVE = 16, 128, 0.5
 # How often the tether is doubled before there is none that is tight enough.
-_DOUBLINGS = 60
+_DOUBLINGS = 40
 # Places of the tether at which curvature and steps are kept, and the share of a trajectory in what is learnt.
 _PLACES, _MEMORY = 8, 0.1
 # Leapfrog steps of a trajectory at most, and trajectories of a way at least, where the budget has them.
@@ -89,6 +89,7 @@ class TetherWalk(Bridge):
     def _tight(self, tilt: Tilt) -> tuple[float, float, float]:
         """The least doubling of κ whose Gaussian is exact but for weights, log Z there, and its error."""
         chains, kappa = self._chains(), 2 * self.low
+        best, found = 0.0, (math.nan, math.nan, math.nan)
         for _ in range(_DOUBLINGS):
             gaussian = tilt.at(t=0.0, kappa=kappa)
             logs: list[Array] = []
@@ -97,18 +98,24 @@ class TetherWalk(Bridge):
                     x = chains.noise() * gaussian.precision.rsqrt() + gaussian.centre
                     logs.append(tilt.b * self._all(squares(x, tilt.curvature).cpu() / 2 - self.field.values(x)))
                 joined = np.concatenate(logs)
-                if effective_share(joined) < _EFFECTIVE:
+                share = effective_share(joined)
+                if share > best or share >= _EFFECTIVE:
+                    weights = np.exp(joined - joined.max())
+                    level = gaussian.log_normaliser(self.variance) + float(joined.max()) + math.log(weights.mean())
+                    noise = float(weights.std() / weights.mean()) / math.sqrt(len(joined))
+                    best, found = share, (kappa, level, noise)
+                if share < _EFFECTIVE:
                     break
             else:
-                weights = np.exp(joined - joined.max())
-                level = float(joined.max()) + math.log(weights.mean())
-                noise = float(weights.std() / weights.mean()) / math.sqrt(len(joined))
-                return kappa, gaussian.log_normaliser(self.variance) + level, noise
+                return found
             kappa *= 2
-        raise ValueError(
-            f"no tether makes the cost a quadratic one, not even {kappa / self.low:g} / sigma^2: is it smooth at the "
-            "anchor?"
-        )
+        if not best > 1 / _LOOK:
+            raise ValueError(
+                f"no tether makes the cost a quadratic one, not even {kappa / self.low:g} / sigma^2: is it smooth at "
+                "the anchor?"
+            )
+        self.weak.append(f"weights leave only {best:.0%} of the draws at the tightest tether")
+        return found
 
     def _place(self, kappa: float) -> int:
         share = math.log(self.kept / kappa) / math.log(self.kept / self.low)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis import basin_volume, local_volume
+from lightning_goldy.analysis import basin_volume, kronecker_preconditioner, local_volume
 from lightning_goldy.analysis.basin import BridgeResult, BridgeSettings, bridge_gradients, paired_difference
 from lightning_goldy.analysis.basin.reference import Eigenbasis, Tilt
 from lightning_goldy.analysis.basin.saddle import controlled, counted, saddle
@@ -169,7 +169,7 @@ def classifier() -> tuple[Flat, Softmax]:
 def test_a_classifier_of_30_parameters_has_the_volume_that_splitting_finds() -> None:
     module, cost = classifier()
     truth, noise = splitting_volume_reference(cost.of_points, 30, 0.3, sigma=2.0)
-    settings = BridgeSettings(chains=8, max_gradients=1600, path="tether")
+    settings = BridgeSettings(chains=8, max_gradients=4000, path="tether")
     result = local_volume(module, cost, method="bridge", cutoff=0.3, sigma=2.0, bridge=settings)
     assert abs(result.log_volume - truth) < 1.96 * math.hypot(result.error, noise)
     assert result.error < 0.15 * abs(truth)
@@ -354,3 +354,23 @@ def test_the_paired_difference_is_narrower_than_the_bounds() -> None:
     assert error < 0.5 * math.hypot(first.spread, second.spread) / math.sqrt(6)
     with pytest.raises(ValueError, match="agree in seed; got 0 and 1"):
         paired_difference(first, basin_volume(model, batches, n_directions=6, sigma=0.1, seed=1))
+
+
+@pytest.mark.slow
+def test_two_bridges_around_a_trained_llama_agree_and_lie_above_rays() -> None:
+    from benchmarks.basin import sentences, small_network
+
+    model, batches = small_network("llama", 24, 300), [{"input_ids": sentences(2, 32, 99_999)}]
+    rays = [
+        basin_volume(model, batches, n_directions=4, preconditioner=proposal).log_volume
+        for proposal in (None, kronecker_preconditioner(model, batches, eps=1e-2))
+    ]
+    first, second = (
+        basin_volume(model, batches, method="bridge", bridge=BridgeSettings(max_gradients=4000), seed=seed)
+        for seed in (0, 1)
+    )
+    assert abs(first.log_volume - second.log_volume) < 1.96 * math.hypot(first.error, second.error)
+    for result in (first, second):
+        assert result.tether > 100
+        assert result.error < 0.5 * abs(result.log_volume)
+        assert max(rays) + 3 * result.error < result.log_volume < 0
