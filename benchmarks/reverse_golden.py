@@ -18,7 +18,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_goldy.analysis import reverse_golden_parameters
-from lightning_goldy.analysis.golden.fluctuation import STRATEGIES
+from lightning_goldy.analysis.golden.budget import STRATEGIES
 from lightning_goldy.core import CausalLMObjective
 
 LENGTH = 128

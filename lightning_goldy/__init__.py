@@ -35,7 +35,8 @@ _EXPORTS = {
 
 _MOVED = {
     "analysis.compact": "analysis.heads.compaction",
-    "analysis.fluctuation": "analysis.golden.fluctuation",
+    "analysis.fluctuation": "analysis.golden.budget",
+    "analysis.golden.fluctuation": "analysis.golden.budget",
     "analysis.head_surgery": "analysis.heads.surgery",
     "core.ray": "core.directions",
     "export": "training.models",

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_goldy import CausalLMObjective, ParameterMask, ParameterSpace, ParameterVector
-from lightning_goldy.analysis.golden.fluctuation import STRATEGIES
+from lightning_goldy.analysis.golden.budget import STRATEGIES
 from lightning_goldy.analysis.golden.golden import SCORES
 from lightning_goldy.analysis.ripple.editors import EDITORS
 from lightning_goldy.core.store import save_vectors

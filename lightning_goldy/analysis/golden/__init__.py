@@ -1,6 +1,6 @@
 """Which parameters carry the finetune: golden and reverse golden parameters."""
 
-from lightning_goldy.analysis.golden.fluctuation import Fluctuation, register_strategy
+from lightning_goldy.analysis.golden.budget import Fluctuation, register_strategy
 from lightning_goldy.analysis.golden.golden import (
     GoldenResult,
     check_golden_arguments,

@@ -14,14 +14,15 @@ from torch import Tensor, nn
 
 from lightning_goldy.analysis.divergence import Cache, check_cache, precise
 from lightning_goldy.analysis.golden.budget import (
+    STRATEGIES,
     Budget,
     Element,
+    Fluctuation,
     Scored,
     counts_by_expert,
     crossings,
     largest_activations,
 )
-from lightning_goldy.analysis.golden.fluctuation import STRATEGIES, Fluctuation
 from lightning_goldy.analysis.golden.golden import SCORES, MaskResult
 from lightning_goldy.analysis.gradients import (
     NotDifferentiableError,

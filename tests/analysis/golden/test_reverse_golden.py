@@ -11,7 +11,7 @@ from torch import nn
 from lightning_goldy.analysis import Fluctuation, ReverseGoldenResult, Search, reverse_golden_parameters
 from lightning_goldy.analysis.divergence import divergence_sum
 from lightning_goldy.analysis.golden import reverse
-from lightning_goldy.analysis.golden.fluctuation import STRATEGIES
+from lightning_goldy.analysis.golden.budget import STRATEGIES
 from lightning_goldy.analysis.golden.golden import Budget
 from lightning_goldy.analysis.golden.reverse import SINGLE_SHOTS, crossings, single_shot_scores
 from lightning_goldy.analysis.gradients import SharedDivergence, divergence_gradient, pieces_of

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from lightning_goldy.analysis import Fluctuation, register_strategy
-from lightning_goldy.analysis.golden.fluctuation import STRATEGIES
+from lightning_goldy.analysis.golden.budget import STRATEGIES
 
 FIVE = ("adaptive_sinusoidal", "momentum_based", "exploration_decay", "harmonic_oscillator", "chaos_driven")
 IMPROVEMENTS = [0.0, 1.0, 0.5, 0.0, -0.2, 0.0, 0.3, 0.0, 0.0, 2.0]
