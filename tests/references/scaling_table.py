@@ -39,7 +39,7 @@ data are what is typical ("about").
 
 Ask for your own model and callbacks:
 
-```
+```bash
 goldy doctor --shape 8b --dtype bfloat16 --shards 8
 goldy doctor MODEL --meta --config recipes/text_finetune.yaml --config callbacks/light.yaml
 ```
@@ -71,7 +71,7 @@ analysis asks for more ranks than the training itself. Those with a large share 
 What does not fit beside the training runs afterwards, where no optimizer takes room: a checkpoint and its base need
 2 to 3 copies of the parameters instead of the 4 and more of a training.
 
-```
+```bash
 goldy analyze CHECKPOINT --config runs/NAME/version_0/config.yaml        # attribution, Taylor, attention, traces
 goldy basin CHECKPOINT --config runs/NAME/version_0/config.yaml          # volumes
 goldy coupling --model runs/NAME/version_0/checkpoints/step=1000 --data pieces.jsonl --projection 8192
