@@ -144,7 +144,7 @@ def test_the_expansion_goes_by_forward_mode(tmp_path, module) -> None:
     assert differences(expected, found) == []
 
 
-@pytest.mark.filterwarnings("ignore:.*LeafSpec")
+@pytest.mark.filterwarnings("ignore:.*LeafSpec", "ignore:.*torch.jit.script.* is deprecated")
 def test_differences_are_announced_at_the_start_and_stand_in_the_row(tmp_path) -> None:
     taylor = TaylorDiff(n_samples=2)
     with pytest.warns(UserWarning, match=r"taylor_diff: Ranked has no forward-mode.*torch has none of _.*differences"):

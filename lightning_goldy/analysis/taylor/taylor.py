@@ -63,6 +63,8 @@ _PART = 256
 _STEP, _COARSE_STEP = 0.05, 0.2
 # So far from the first order may the sum of the shares be, as a part of either and of the shares' sizes.
 _APART, _ROUNDING = 0.05, 0.02
+# By differences, a first order that is farther from the sum of the shares is looked at from closer to the base.
+_SAME = 0.01
 # In the curvature from slopes at five places, a bend between them may be so many of their fourth differences, thrice;
 # rounding moves a slope by so many units of the last place of its terms.
 _BEND, _ROUNDED_SLOPE = 1.2, 4
@@ -227,10 +229,14 @@ class Expansion:
         if self.route == "differences":  # those of values that are rounded
             rounding = max((torch.finfo(value.dtype).eps for value in self.base.values()), default=0.0)
             rounded = _ROUNDED_UNITS * rounding * abs(sums.of("derivative").get(0, 0.0))
-        if not shares or _near(first, found, cancelled + rounded):
+        agrees = not shares or _near(first, found, cancelled + rounded)
+        same = abs(first - found) <= _SAME * max(abs(first), abs(found)) + rounded
+        if agrees and (not shares or same or self.route == "forward"):
             return
         if self.route == "differences" and self._is_slope(sums, found, cancelled, rounded):
             sums.kinds["derivative"][1] = found
+            return
+        if agrees:
             return
         first, found = (value / (sums.n_targets or 1) for value in (first, found))
         raise ValueError(
