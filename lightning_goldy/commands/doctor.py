@@ -177,7 +177,8 @@ def planned(model: nn.Module, objective: Objective | None, question: Question) -
     if longest and length > longest:
         raise ValueError(f"samples of {length} tokens do not fit {type(model).__name__}, which has {longest} positions")
     one = {"input_ids": torch.zeros(1, length, dtype=torch.long, device=device)}
-    kept, speeds = graph_bytes(model, lambda: model(**one).logits), None
+    with _unpadded(model):
+        kept, speeds = graph_bytes(model, lambda: model(**one).logits), None
     if device.type != "meta" and objective is not None:
         ids = torch.randint(0, shape_of(model)["vocabulary"], (rows, length), device=device)
         with preserved(model):
@@ -192,6 +193,21 @@ def planned(model: nn.Module, objective: Objective | None, question: Question) -
         **shape_of(model),
     )
     return plan, speeds
+
+
+@contextmanager
+def _unpadded(model: nn.Module) -> Iterator[None]:
+    """No padding token meanwhile: models look for it among the tokens, which have no values on ``meta``."""
+    config = getattr(model, "config", None)
+    token = getattr(config, "pad_token_id", None)
+    if config is None or token is None:
+        yield
+        return
+    config.pad_token_id = None
+    try:
+        yield
+    finally:
+        config.pad_token_id = token
 
 
 def readers() -> list[AnalysisCallback[Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,13 @@ def test_without_values_nothing_is_allocated(folder, capsys):
     told = capsys.readouterr().out
     for words in ("2 heads in 1 blocks", "training steps", "reverse_golden_parameters"):
         assert words in told
+
+
+def test_a_padding_token_is_not_looked_for_where_there_are_no_values(folder, capsys):
+    config = folder / "model/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"pad_token_id": 1}))
+    assert main(["doctor", "model", "--meta", "--length", "16"]) == 0
+    assert "forecast" in capsys.readouterr().out
 
 
 def test_samples_are_no_longer_than_the_models_positions(folder, capsys):
