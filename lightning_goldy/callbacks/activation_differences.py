@@ -24,7 +24,7 @@ from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.callbacks.golden_snapshot import find_snapshot
 from lightning_goldy.core.architecture import describe_architecture
 from lightning_goldy.core.batches import sample_count
-from lightning_goldy.core.naming import require_at_least, require_positive
+from lightning_goldy.core.naming import require_at_least, require_kinds, require_positive
 from lightning_goldy.core.sharding import is_sharded
 from lightning_goldy.training.subject import find_collateral, find_tokenizer
 
@@ -102,6 +102,7 @@ class ActivationDifferences(AnalysisCallback[ReadDifferences]):
         tolerance: float = 1.0,
         **options: Any,
     ) -> None:
+        require_kinds(ActivationDifferences.__init__, locals())
         super().__init__(**options)
         least = (("positions", positions, 1), ("n_samples", n_samples, 2), ("max_new_tokens", max_new_tokens, 1))
         for name, value, lowest in least:

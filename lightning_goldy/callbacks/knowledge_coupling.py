@@ -39,7 +39,7 @@ from lightning_goldy.core.architecture.adapters import WeightSpace, check_space,
 from lightning_goldy.core.base import BaseParameters
 from lightning_goldy.core.files import finite
 from lightning_goldy.core.isolation import undisturbed
-from lightning_goldy.core.naming import require_choice, require_number, suggestion
+from lightning_goldy.core.naming import require_choice, require_kinds, require_number, suggestion
 from lightning_goldy.core.objective import CausalLMObjective
 from lightning_goldy.core.pieces import QUESTION_TEMPLATE, AnswerTokens, KnowledgePiece, encode_pieces
 from lightning_goldy.core.sharding import Replicas
@@ -352,6 +352,7 @@ class KnowledgeCoupling(AnalysisCallback[KnowledgeState]):
         space: WeightSpace = "merged",
         **options: Any,
     ) -> None:
+        require_kinds(KnowledgeCoupling.__init__, locals())
         check_space(space)
         self.space = space
         super().__init__(**options)

@@ -27,7 +27,7 @@ from lightning_goldy.callbacks.golden_snapshot import find_snapshot
 from lightning_goldy.callbacks.preflight import dialled
 from lightning_goldy.core.architecture.adapters import WeightSpace, check_space, require_line
 from lightning_goldy.core.base import BaseParameters, base_of
-from lightning_goldy.core.naming import require_at_least, suggestion
+from lightning_goldy.core.naming import require_at_least, require_kinds, suggestion
 from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.sharding import Replicas, is_sharded, unshard_guard
 from lightning_goldy.core.space import ParameterSpace
@@ -75,6 +75,7 @@ class TaylorDiff(AnalysisCallback[TaylorDiffResult]):
         space: WeightSpace = "merged",
         **options: Any,
     ) -> None:
+        require_kinds(TaylorDiff.__init__, locals())
         super().__init__(**options)
         check_space(space)
         self.space = space

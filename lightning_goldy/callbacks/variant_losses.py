@@ -14,7 +14,7 @@ from lightning_goldy.analysis.forecast import Forecast, Plan, Run, forecast_loss
 from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.core.batches import sample_count
-from lightning_goldy.core.naming import require_at_least
+from lightning_goldy.core.naming import require_at_least, require_kinds
 from lightning_goldy.core.objective import FunctionObjective
 from lightning_goldy.core.sharding import Replicas
 from lightning_goldy.training import VariantsModule
@@ -55,6 +55,7 @@ class VariantLosses(AnalysisCallback[VariantLossesResult]):
     dials: Mapping[str, int] = {"n_samples": 2}
 
     def __init__(self, *, n_samples: int | None = None, **options: Any) -> None:
+        require_kinds(VariantLosses.__init__, locals())
         super().__init__(**options)
         if n_samples is not None:
             require_at_least("n_samples", n_samples, 1)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_goldy.analysis.coupling.gram import Rows, accurate, without_empty_rows
 from lightning_goldy.analysis.result import Cost, counted_passes
 from lightning_goldy.core.architecture.experts import of_expert
-from lightning_goldy.core.naming import canonical_name, require_at_least, require_choice
+from lightning_goldy.core.naming import canonical_name, require_at_least, require_choice, require_kinds
 from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.outer_products import exact_products, linear_layers
 from lightning_goldy.core.sharding import RankError, gather, is_sharded, local, unshard_guard
@@ -44,6 +44,7 @@ class RunOptions:
     on_error: OnError = "raise"
 
     def __post_init__(self) -> None:
+        require_kinds(type(self), vars(self))
         if self.chunk_size != "auto" and (not isinstance(self.chunk_size, int) or self.chunk_size < 1):
             raise ValueError(f"chunk_size is 'auto' or a number of pieces, at least 1; got {self.chunk_size!r}")
         for name, least in (("projection", 2), ("memory_limit", 1)):

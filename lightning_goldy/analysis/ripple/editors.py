@@ -18,7 +18,7 @@ from lightning_goldy.core.architecture import UnsupportedArchitectureError, desc
 from lightning_goldy.core.architecture.blocks import NamedModule
 from lightning_goldy.core.architecture.experts import is_experts, output_weight
 from lightning_goldy.core.architecture.families import is_projection
-from lightning_goldy.core.naming import model_class, require_at_least, require_number, suggestion
+from lightning_goldy.core.naming import model_class, require_at_least, require_kinds, require_number, suggestion
 from lightning_goldy.core.objective import IGNORE_INDEX, CausalLMObjective
 from lightning_goldy.core.pieces import Sample
 from lightning_goldy.core.registry import Registry
@@ -219,6 +219,7 @@ class GradientStepEditor:
     halvings: int = 14
 
     def __post_init__(self) -> None:
+        require_kinds(type(self), vars(self))
         if self.learning_rate is not None:
             _check_positive("learning_rate", self.learning_rate)
         require_number("halvings", self.halvings, whole=True)
@@ -273,6 +274,7 @@ class FinetuneEditor:
     select: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
+        require_kinds(type(self), vars(self))
         _check_positive("learning_rate", self.learning_rate)
         require_count("steps", self.steps)
         _check_weight_decay(self.weight_decay)
@@ -487,6 +489,7 @@ class RankOneEditor:
     batches: Sequence[Mapping[str, Tensor]] | None = None
 
     def __post_init__(self) -> None:
+        require_kinds(type(self), vars(self))
         for name in ("learning_rate", "largest", "damping"):
             _check_positive(name, getattr(self, name))
         require_count("steps", self.steps)
