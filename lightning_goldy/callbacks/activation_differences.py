@@ -102,7 +102,6 @@ class ActivationDifferences(AnalysisCallback[ReadDifferences]):
         tolerance: float = 1.0,
         **options: Any,
     ) -> None:
-        require_kinds(ActivationDifferences.__init__, locals())
         super().__init__(**options)
         least = (("positions", positions, 1), ("n_samples", n_samples, 2), ("max_new_tokens", max_new_tokens, 1))
         for name, value, lowest in least:
@@ -110,6 +109,7 @@ class ActivationDifferences(AnalysisCallback[ReadDifferences]):
         if layers is not None:
             check_layers(layers)
         require_positive("tolerance", [tolerance])
+        require_kinds(ActivationDifferences.__init__, locals())
         self.layers, self.positions, self.n_samples, self.text = layers, positions, n_samples, text
         self.prompts, self.max_new_tokens, self.tolerance = tuple(prompts), max_new_tokens, tolerance
 

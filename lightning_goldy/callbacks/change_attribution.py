@@ -158,7 +158,8 @@ class ChangeAttribution(AnalysisCallback[AttributedChange]):
         n_collateral: int = 16,
         **options: Any,
     ) -> None:
-        require_kinds(ChangeAttribution.__init__, locals())
+        told = {"baselines": baselines, "interactions": interactions, "masks": masks, "collateral": collateral}
+        require_kinds(ChangeAttribution.__init__, told)
         super().__init__(**options)
         self.metric: Metric = metric
         self.shares = check_attribution(metric, nodes, tolerance, shares, samples_per_pass)

@@ -85,7 +85,6 @@ class CircuitTracker(AnalysisCallback[TrackedCircuit]):
         seed: int = 0,
         **options: Any,
     ) -> None:
-        require_kinds(CircuitTracker.__init__, locals())
         super().__init__(**options)
         require_choice("task", task, get_args(PairTask))
         require_at_least("n_pairs", n_pairs, 1)
@@ -104,6 +103,7 @@ class CircuitTracker(AnalysisCallback[TrackedCircuit]):
             rank=rank,
             batch_size=batch_size,
         )
+        require_kinds(CircuitTracker.__init__, locals())
 
     def forget(self) -> None:
         """Drops the prompts and the base's circuit."""

@@ -352,6 +352,8 @@ class KnowledgeCoupling(AnalysisCallback[KnowledgeState]):
         space: WeightSpace = "merged",
         **options: Any,
     ) -> None:
+        if isinstance(edits, str):
+            raise ValueError(f"edits is a list of ids; got the text {edits!r}, write [{edits!r}]")
         require_kinds(KnowledgeCoupling.__init__, locals())
         check_space(space)
         self.space = space
@@ -367,8 +369,6 @@ class KnowledgeCoupling(AnalysisCallback[KnowledgeState]):
                 raise ValueError(f"thresholds cannot be given beside moderate and high; got {thresholds}")
             moderate, high = _in_order(thresholds)
         check_thresholds(moderate=moderate, high=high)
-        if isinstance(edits, str):
-            raise ValueError(f"edits is a list of ids; got the text {edits!r}, write [{edits!r}]")
         self.pieces, self.edits, self.select, self.layers = pieces, edits, select, layers
         self.n_pieces, self.seed, self.template = n_pieces, seed, template
         self.tokens, self.moderate, self.high = tokens, moderate, high

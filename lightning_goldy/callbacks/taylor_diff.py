@@ -75,7 +75,6 @@ class TaylorDiff(AnalysisCallback[TaylorDiffResult]):
         space: WeightSpace = "merged",
         **options: Any,
     ) -> None:
-        require_kinds(TaylorDiff.__init__, locals())
         super().__init__(**options)
         check_space(space)
         self.space = space
@@ -84,6 +83,7 @@ class TaylorDiff(AnalysisCallback[TaylorDiffResult]):
             raise ValueError(f"unknown reset={reset!r}; {suggestion(str(reset), get_args(Reset))}")
         if n_samples is not None:
             require_at_least("n_samples", n_samples, 1)
+        require_kinds(TaylorDiff.__init__, locals())
         self.by, self.function_space, self.reset, self.n_samples = by, function_space, reset, n_samples
         self.compares = reset == "never"
 

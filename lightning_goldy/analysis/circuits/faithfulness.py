@@ -27,7 +27,7 @@ from lightning_goldy.analysis.circuits.runs import Ablation, CircuitOptions, Met
 from lightning_goldy.analysis.circuits.scores import Method
 from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.core.base import Base
-from lightning_goldy.core.naming import require_at_least, require_choice, require_kinds, require_number
+from lightning_goldy.core.naming import require_at_least, require_choice, require_number
 from lightning_goldy.core.pieces import PromptPairs
 from lightning_goldy.core.sharding import Replicas
 
@@ -303,7 +303,6 @@ class TrackingOptions:
     batch_size: int = 8
 
     def __post_init__(self) -> None:
-        require_kinds(type(self), vars(self))
         _ = self.patching
         for what, value, valid in (
             ("method", self.method, get_args(Method)),

@@ -24,7 +24,7 @@ from lightning_goldy.analysis.circuits.graph import Reader, Stage, Wiring, linea
 from lightning_goldy.analysis.divergence import precise
 from lightning_goldy.analysis.result import Cost, total_cost
 from lightning_goldy.core.isolation import preserved
-from lightning_goldy.core.naming import require_at_least, require_choice, require_kinds
+from lightning_goldy.core.naming import require_at_least, require_choice
 from lightning_goldy.core.pieces import PromptPairs
 from lightning_goldy.core.sharding import Replicas
 from lightning_goldy.core.tasks import transformers_model
@@ -451,7 +451,6 @@ class CircuitOptions:
     batch_size: int = 8
 
     def __post_init__(self) -> None:
-        require_kinds(type(self), vars(self))
         require_choice("ablation", self.ablation, get_args(Ablation))
         require_at_least("batch_size", self.batch_size, 1)
         if not callable(self.metric):

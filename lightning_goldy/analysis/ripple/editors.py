@@ -219,11 +219,11 @@ class GradientStepEditor:
     halvings: int = 14
 
     def __post_init__(self) -> None:
-        require_kinds(type(self), vars(self))
         if self.learning_rate is not None:
             _check_positive("learning_rate", self.learning_rate)
         require_number("halvings", self.halvings, whole=True)
         require_at_least("halvings", self.halvings, 0)
+        require_kinds(type(self), vars(self))
 
     def attempts(self) -> tuple[GradientStepEditor, ...]:
         """With the rates to try; the editor itself where it has one."""
@@ -274,10 +274,10 @@ class FinetuneEditor:
     select: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        require_kinds(type(self), vars(self))
         _check_positive("learning_rate", self.learning_rate)
         require_count("steps", self.steps)
         _check_weight_decay(self.weight_decay)
+        require_kinds(type(self), vars(self))
 
     def space(self, model: nn.Module) -> ParameterSpace:
         """The selected parameters."""
@@ -489,7 +489,6 @@ class RankOneEditor:
     batches: Sequence[Mapping[str, Tensor]] | None = None
 
     def __post_init__(self) -> None:
-        require_kinds(type(self), vars(self))
         for name in ("learning_rate", "largest", "damping"):
             _check_positive(name, getattr(self, name))
         require_count("steps", self.steps)
