@@ -212,6 +212,7 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         name: str | None = None,
     ) -> None:
         at = (at,) if isinstance(at, str) else at  # type: ignore[assignment]
+        self.budget, self.large = Budget.of(budget), large
         require_kinds(AnalysisCallback.__init__, locals())
         at = tuple(at)
         for argument, value in (("every_n_steps", every_n_steps), ("every_n_epochs", every_n_epochs)):
@@ -227,7 +228,6 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         self.every_n_steps, self.every_n_epochs, self.at = every_n_steps, every_n_epochs, at
         self.on_error = on_error
         self.objective, self.model_attribute, self.probe, self.check = objective, model_attribute, probe, check
-        self.budget, self.large = Budget.of(budget), large
         # What takes the place of settings that were given, and what was given.
         self.derived: dict[str, Any] = {}
         self.explicit: dict[str, Any] = {}

@@ -22,7 +22,13 @@ from lightning_goldy.training import VariantsModule
 
 @dataclass(frozen=True)
 class VariantLossesResult(AnalysisResult):
-    """Mean loss over the probe's targets by variant, nats, the number of targets, and what it cost."""
+    """What each variant loses on the probe.
+
+    Args:
+        losses: Mean over the targets by variant, nats.
+        n_targets: Number of targets.
+        cost: Passes of the variants.
+    """
 
     analysis: ClassVar[str] = "variant_losses"
 

@@ -30,7 +30,15 @@ RECOVERABLE = (ValueError, IndexError, RuntimeError)
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a coupling is computed; see ``knowledge_coupling``.
+    """How a coupling is computed.
+
+    Args:
+        chunk_size: Pieces in one pass; ``auto`` as many as their activations have room for.
+        projection: Keep so many random combinations of each gradient only; all of it by default.
+        seed: Of the projection.
+        workspace: A folder for blocks of gradients that memory has no room for.
+        memory_limit: Bytes that gradients may take in memory; half of what is available by default.
+        on_error: ``raise``, or ``nan`` to list pieces that fail and leave their rows NaN.
 
     Raises:
         ValueError: An option is unknown or out of range.
