@@ -39,6 +39,7 @@ _MOVED = {
     "analysis.golden.fluctuation": "analysis.golden.budget",
     "analysis.head_surgery": "analysis.heads.surgery",
     "core.ray": "core.directions",
+    "demo": "commands.demo",
     "export": "training.models",
     "masked_training": "training.module",
     "metrics": "training.metrics",
@@ -47,6 +48,9 @@ _MOVED = {
     "module": "training.module",
     "options": "optim.schedules",
     "saved": "commands.checkpoints",
+    "training.export": "training.models",
+    "training.masks": "training.module",
+    "training.mixin": "training.module",
     "variants": "training.variants",
 }
 """Modules by their former names, which users' code and configurations may hold."""

@@ -37,11 +37,15 @@ AT_ROOT = {"__init__", "cli", "compat"}
 
 @dataclass(frozen=True)
 class Import:
-    """One module that imports another; ``at_top`` where that happens when it is imported itself."""
+    """One module that imports another; ``at_top`` where that happens when it is imported itself.
+
+    ``typed`` where it never happens, as only the types of annotations are imported.
+    """
 
     importer: str
     imported: str
     at_top: bool
+    typed: bool = False
 
 
 def modules() -> dict[str, Path]:
@@ -52,13 +56,18 @@ def modules() -> dict[str, Path]:
 
 def imports(known: dict[str, Path]) -> list[Import]:
     """Every import of a module of the package by another."""
-    edges: set[tuple[str, str, bool]] = set()
+    edges: set[tuple[str, str, bool, bool]] = set()
     for name, path in known.items():
         tree = ast.parse(path.read_text(encoding="utf-8"))
+        typed = {node for block in ast.walk(tree) if _is_for_types(block) for node in ast.walk(block)}
         for node in ast.walk(tree):
             for target in _targets(node, known):
-                edges.add((name, target, node in tree.body))
+                edges.add((name, target, node in tree.body, node in typed))
     return [Import(*edge) for edge in sorted(edges) if edge[0] != edge[1]]
+
+
+def _is_for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
 def _targets(node: ast.AST, known: dict[str, Path]) -> list[str]:
@@ -108,6 +117,22 @@ def cycles(edges: list[Import], known: dict[str, Path]) -> list[list[str]]:
         if known[edge.importer].name != "__init__.py" and len(ends) == 2 and PACKAGE not in ends:
             graph[folder(edge.importer)].add(folder(edge.imported))
     return [group for group in _components(graph) if len(group) > 1]
+
+
+def circles(edges: list[Import]) -> list[list[str]]:
+    """Groups of modules that import one another when they are imported or run; imports for annotations do not count."""
+    graph: dict[str, set[str]] = defaultdict(set)
+    for edge in edges:
+        if not edge.typed and edge.imported != PACKAGE:
+            graph[edge.importer].add(edge.imported)
+    return [group for group in _components(graph) if len(group) > 1]
+
+
+def strays() -> list[str]:
+    """Files in the package's folders that are none of it, such as what a merge leaves behind."""
+    own = {".py", ".css", ".csv", ".html", ".js"}
+    paths = (path for path in (ROOT / PACKAGE).rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    return sorted(str(path.relative_to(ROOT)) for path in paths if path.suffix not in own and path.name != "py.typed")
 
 
 def _components(graph: dict[str, set[str]]) -> list[list[str]]:
@@ -168,7 +193,8 @@ def main() -> int:
             f"{target} {count}" for (source, target), count in sorted(arrows.items()) if source == layer != target
         ]
         print(f"{layer} -> {', '.join(targets) or 'nothing'}")
-    problems = [*wrong_arrows(edges), *(" <-> ".join(group) for group in cycles(edges, known))]
+    problems = [*wrong_arrows(edges), *(" <-> ".join(group) for group in (*cycles(edges, known), *circles(edges)))]
+    problems += strays()
     for problem in problems:
         print(f"wrong: {problem}")
     return 1 if problems else 0

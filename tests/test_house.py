@@ -29,6 +29,17 @@ def test_no_folders_import_one_another(edges: list[Import], known: dict[str, Pat
     assert house.cycles(edges, known) == []
 
 
+def test_no_modules_import_one_another(edges: list[Import]) -> None:
+    assert house.circles(edges) == []
+    one, back = Import("p.a", "p.b", False), Import("p.b", "p.a", True)
+    assert house.circles([one, back]) == [["p.a", "p.b"]]
+    assert house.circles([Import("p.a", "p.b", False, typed=True), back]) == []
+
+
+def test_the_package_holds_nothing_else() -> None:
+    assert house.strays() == []
+
+
 def test_a_wrong_arrow_is_seen() -> None:
     edges = [Import("lightning_goldy.core.space", "lightning_goldy.analysis.change", True)]
     assert house.wrong_arrows(edges) == ["lightning_goldy.core.space imports lightning_goldy.analysis.change"]

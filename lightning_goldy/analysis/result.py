@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, TypeVar
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_goldy.core.batches import batch_tensors
-from lightning_goldy.core.files import PlainError, parse_json
+from lightning_goldy.core.files import PlainError, finite, parse_json
 from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.naming import block_of, kind_of
 from lightning_goldy.core.sharding import Replicas
@@ -208,10 +209,21 @@ class Row:
         wrong = sorted(set(place) - _PLACE)
         if wrong:
             raise TypeError(f"{wrong[0]!r} is no place of a row; it has {', '.join(sorted(_PLACE))}")
-        return dataclasses.replace(self, **place)
+        moved = dataclasses.replace(self, **place)
+        # A row that takes its name here is called so in a headline that nobody wrote.
+        plain = plain_headline(self.analysis, self.metrics)
+        if self.analysis or not f"{self.headline};".startswith(f"{plain};"):
+            return moved
+        renamed = plain_headline(moved.analysis, self.metrics) + self.headline[len(plain) :]
+        return dataclasses.replace(moved, headline=renamed)
 
     def to_dict(self) -> dict[str, Any]:
-        """The line of ``results.jsonl``, format 2."""
+        """The line of ``results.jsonl``, format 2, as it is read back: what is not finite is None, tuples are lists.
+
+        Example:
+            >>> Row("tiny", {}, {"values": (1.0, float("nan"))}).to_dict()["result"]
+            {'values': [1.0, None]}
+        """
         return {
             "format": ROW_FORMAT,
             "analysis": self.analysis,
@@ -221,7 +233,7 @@ class Row:
             "trigger": self.trigger,
             **({} if self.weights is None else {"weights": self.weights}),
             "metrics": dict(self.metrics),
-            "result": dict(self.result),
+            "result": finite(self.result),
             "headline": self.headline,
             "cost": {"seconds": self.seconds, **vars(self.cost), "peak_memory_bytes": self.peak_memory_bytes},
             "files": dict(self.files),
@@ -242,7 +254,7 @@ def plain_headline(analysis: str, metrics: Mapping[str, float | None], most: int
     """
     known = [(name, value) for name, value in metrics.items() if value is not None and math.isfinite(value)][:most]
     told = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in known)
-    return f"{analysis.replace('_', ' ')}: {told}" if told else analysis.replace("_", " ")
+    return ": ".join(part for part in (analysis.replace("_", " "), told) if part)
 
 
 def tensor_rows(names: Iterable[str], **columns: Iterable[Any]) -> list[dict[str, Any]]:
@@ -294,8 +306,9 @@ class AnalysisResult:
         return {}
 
     def headline(self) -> str:
-        """One sentence that says what was found."""
-        return plain_headline(self.analysis, self.metrics())
+        """One sentence that says what was found; by default the analysis's name, or the class's, and first metrics."""
+        own = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(self).__name__).lower().removesuffix("_result")
+        return plain_headline(self.analysis or own, self.metrics())
 
     def vectors(self) -> dict[str, tuple[ParameterVector, Kind]]:
         """Parameter vectors to save beside the row, by name, with their kind."""

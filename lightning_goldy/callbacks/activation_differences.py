@@ -24,7 +24,7 @@ from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.callbacks.golden_snapshot import find_snapshot
 from lightning_goldy.core.architecture import describe_architecture
 from lightning_goldy.core.batches import sample_count
-from lightning_goldy.core.naming import require_at_least, require_positive
+from lightning_goldy.core.naming import require_at_least, require_kinds, require_positive
 from lightning_goldy.core.sharding import is_sharded
 from lightning_goldy.training.subject import find_collateral, find_tokenizer
 
@@ -109,6 +109,7 @@ class ActivationDifferences(AnalysisCallback[ReadDifferences]):
         if layers is not None:
             check_layers(layers)
         require_positive("tolerance", [tolerance])
+        require_kinds(ActivationDifferences.__init__, locals())
         self.layers, self.positions, self.n_samples, self.text = layers, positions, n_samples, text
         self.prompts, self.max_new_tokens, self.tolerance = tuple(prompts), max_new_tokens, tolerance
 

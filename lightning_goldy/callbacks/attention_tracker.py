@@ -17,7 +17,7 @@ from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.callbacks.golden_snapshot import find_snapshot
 from lightning_goldy.core.architecture.blocks import require_stack
 from lightning_goldy.core.isolation import undisturbed
-from lightning_goldy.core.naming import require_at_least
+from lightning_goldy.core.naming import require_at_least, require_kinds
 from lightning_goldy.training.subject import find_prompts, find_tokenizer
 
 
@@ -61,6 +61,7 @@ class AttentionTracker(AnalysisCallback[TrackedAttention]):
         singular_values: int = 4,
         **options: Any,
     ) -> None:
+        require_kinds(AttentionTracker.__init__, locals())
         super().__init__(**options)
         check_statistics_arguments(n_samples)
         for argument, value in (("max_tokens", max_tokens), ("singular_values", singular_values)):

@@ -38,7 +38,7 @@ from lightning_goldy.callbacks.engine.weights import (
 from lightning_goldy.callbacks.preflight import Budget, apply_settings, dialled, preflight
 from lightning_goldy.core.batches import move_batch
 from lightning_goldy.core.isolation import undisturbed
-from lightning_goldy.core.naming import canonical_name, require_at_least, require_choice, suggestion
+from lightning_goldy.core.naming import canonical_name, require_at_least, require_choice, require_kinds, suggestion
 from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.sharding import RankError, Replicas, is_sharded, unshard_guard
 from lightning_goldy.core.space import ParameterSpace, newly_trainable, parameter_names, plain_parameters
@@ -185,8 +185,8 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
     """Whether the analysis runs the model on batches."""
     runs_model = False
     """Whether it does so on something else than a probe."""
-    compares = False
-    """Whether it compares with the golden snapshot's base."""
+    compares, keeps_base = False, False
+    """Whether it compares with the golden snapshot's base, and whether it is the one that keeps it."""
     changes_training = False
     """Whether it intervenes in the training, which a callback that only looks never does."""
     analysis: str | None = None
@@ -211,7 +211,10 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         log_scalars: Literal["headline", "all"] = "headline",
         name: str | None = None,
     ) -> None:
-        at = (at,) if isinstance(at, str) else tuple(at)  # type: ignore[assignment]
+        at = (at,) if isinstance(at, str) else at  # type: ignore[assignment]
+        self.budget, self.large = Budget.of(budget), large
+        require_kinds(AnalysisCallback.__init__, locals())
+        at = tuple(at)
         for argument, value in (("every_n_steps", every_n_steps), ("every_n_epochs", every_n_epochs)):
             if value is not None:
                 require_at_least(argument, value, 1)
@@ -225,7 +228,6 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         self.every_n_steps, self.every_n_epochs, self.at = every_n_steps, every_n_epochs, at
         self.on_error = on_error
         self.objective, self.model_attribute, self.probe, self.check = objective, model_attribute, probe, check
-        self.budget, self.large = Budget.of(budget), large
         # What takes the place of settings that were given, and what was given.
         self.derived: dict[str, Any] = {}
         self.explicit: dict[str, Any] = {}

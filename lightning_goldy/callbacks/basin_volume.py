@@ -30,6 +30,7 @@ from lightning_goldy.callbacks.base import (
     try_gradients,
 )
 from lightning_goldy.core.isolation import undisturbed
+from lightning_goldy.core.naming import require_kinds
 from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.sharding import Replicas
 from lightning_goldy.core.space import ParameterSpace
@@ -109,6 +110,7 @@ class BasinVolume(AnalysisCallback[BasinVolumes]):
         bridge: BridgeSettings = BridgeSettings(),  # noqa: B008 - frozen
         **options: Any,
     ) -> None:
+        require_kinds(BasinVolume.__init__, locals())
         super().__init__(**options)
         self.survey = VolumeSurvey(
             n_directions=n_directions,

@@ -34,11 +34,12 @@ from lightning_goldy.core.architecture.adapters import (
 )
 from lightning_goldy.core.batches import sample_count
 from lightning_goldy.core.mask import ParameterMask
-from lightning_goldy.core.naming import block_of, require_at_least, require_number
+from lightning_goldy.core.naming import block_of, require_at_least, require_kinds, require_number
 from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.store import Kind, StoreError, read_header
 from lightning_goldy.core.vector import ParameterVector
+from lightning_goldy.optim.schedules import options_of
 from lightning_goldy.training.subject import find_collateral, find_tokenizer
 
 
@@ -157,6 +158,8 @@ class ChangeAttribution(AnalysisCallback[AttributedChange]):
         n_collateral: int = 16,
         **options: Any,
     ) -> None:
+        told = {"baselines": baselines, "interactions": interactions, "masks": masks, "collateral": collateral}
+        require_kinds(ChangeAttribution.__init__, told)
         super().__init__(**options)
         self.metric: Metric = metric
         self.shares = check_attribution(metric, nodes, tolerance, shares, samples_per_pass)
@@ -167,7 +170,7 @@ class ChangeAttribution(AnalysisCallback[AttributedChange]):
             require_number("keep", keep)
             if not 0 < keep <= 1:
                 raise ValueError(f"keep must lie in (0, 1]; got {keep}")
-        self.learn = learn
+        self.learn = options_of(LearnOptions, "learn", learn)
         self.keep, self.interactions, self.masks, self.space = keep, interactions, dict(masks or {}), space
         require_at_least("n_samples", n_samples, 2 if self.shares else 1)
         require_at_least("n_collateral", n_collateral, 1)

@@ -26,7 +26,7 @@ from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, Ve
 from lightning_goldy.callbacks.golden_snapshot import find_snapshot
 from lightning_goldy.core.files import atomic_write, finite
 from lightning_goldy.core.isolation import undisturbed
-from lightning_goldy.core.naming import require_at_least, require_choice
+from lightning_goldy.core.naming import require_at_least, require_choice, require_kinds
 from lightning_goldy.core.pieces import PromptPairs
 from lightning_goldy.core.tasks import transformers_model
 from lightning_goldy.data import PairTask, pairs_of_task
@@ -88,6 +88,8 @@ class CircuitTracker(AnalysisCallback[TrackedCircuit]):
         super().__init__(**options)
         require_choice("task", task, get_args(PairTask))
         require_at_least("n_pairs", n_pairs, 1)
+        if not isinstance(pairs, (PromptPairs, type(None))):
+            raise TypeError(f"pairs are PromptPairs or None; got {type(pairs).__name__}")
         self.task_name, self.pairs, self.n_pairs, self.seed = task, pairs, n_pairs, seed
         self.tracking = TrackingOptions(
             metric=metric,
@@ -101,6 +103,7 @@ class CircuitTracker(AnalysisCallback[TrackedCircuit]):
             rank=rank,
             batch_size=batch_size,
         )
+        require_kinds(CircuitTracker.__init__, locals())
 
     def forget(self) -> None:
         """Drops the prompts and the base's circuit."""

@@ -28,7 +28,7 @@ from lightning_goldy.core.batches import sample_count
 from lightning_goldy.core.files import printable
 from lightning_goldy.core.isolation import isolated_rng
 from lightning_goldy.core.mask import ParameterMask
-from lightning_goldy.core.naming import require_at_least, require_choice
+from lightning_goldy.core.naming import require_at_least, require_choice, require_kinds
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.store import load_vectors, save_vectors
 from lightning_goldy.core.vector import ParameterVector
@@ -41,7 +41,7 @@ Contender = Literal["full", "random", "attribution"]
 
 
 @dataclass(frozen=True)
-class Finetune:
+class Finetune(AnalysisResult):
     """What one finetune came to.
 
     Args:
@@ -296,6 +296,7 @@ class FinetuneComparison(AnalysisCallback[FinetuneComparisonResult]):
         name: str | None = None,
         space: WeightSpace = "merged",
     ) -> None:
+        require_kinds(FinetuneComparison.__init__, locals())
         super().__init__(at=("end",), name=name)
         check_space(space)
         require_at_least("n_samples", n_samples, 1)

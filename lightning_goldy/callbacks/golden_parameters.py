@@ -12,7 +12,8 @@ from lightning_goldy.analysis.golden import GoldenResult, check_golden_arguments
 from lightning_goldy.callbacks.base import AnalysisContext
 from lightning_goldy.callbacks.golden_snapshot import MaskCallback
 from lightning_goldy.core.mask import Scope
-from lightning_goldy.core.space import ParameterSpace
+from lightning_goldy.core.naming import require_kinds
+from lightning_goldy.core.space import ParameterSpace, Selection
 
 
 class GoldenParameters(MaskCallback[GoldenResult]):
@@ -56,11 +57,12 @@ class GoldenParameters(MaskCallback[GoldenResult]):
         last_layers: float | int | None = None,
         **options: Any,
     ) -> None:
+        require_kinds(GoldenParameters.__init__, locals())
         super().__init__(**options)
         check_golden_arguments(top_k_percent, score, scope, quorum, n_samples)
         self.top_k_percent, self.score, self.scope, self.quorum = top_k_percent, score, scope, quorum
         self.n_samples, self.control = n_samples, control
-        self.include, self.exclude, self.last_layers = include, exclude, last_layers
+        self.selection = Selection(include, exclude, last_layers)
 
     def probe_samples(self) -> int | None:
         """The samples that vote."""
@@ -68,7 +70,7 @@ class GoldenParameters(MaskCallback[GoldenResult]):
 
     def space(self, model: nn.Module) -> ParameterSpace:
         """The selected parameters."""
-        return ParameterSpace.of(model, self.include, self.exclude, self.last_layers)
+        return self.selection.space(model)
 
     def estimate(self, plan: Plan, run: Run) -> Forecast:
         """A gradient of each sample, and a selection out of it."""

@@ -25,7 +25,7 @@ from lightning_goldy.core.architecture.adapters import WeightSpace, check_space,
 from lightning_goldy.core.base import BASE_FILE, BaseParameters, read_base
 from lightning_goldy.core.files import link_file
 from lightning_goldy.core.mask import ParameterMask
-from lightning_goldy.core.naming import model_class
+from lightning_goldy.core.naming import model_class, require_kinds
 from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.sharding import Replicas
 from lightning_goldy.core.space import ParameterSpace
@@ -83,7 +83,7 @@ class GoldenSnapshot(AnalysisCallback[WeightChange]):
     """
 
     needs_probe = False
-    compares = True
+    compares, keeps_base = True, True
 
     def __init__(
         self,
@@ -95,6 +95,7 @@ class GoldenSnapshot(AnalysisCallback[WeightChange]):
         frozen: bool | None = None,
         **options: Any,
     ) -> None:
+        require_kinds(GoldenSnapshot.__init__, locals())
         super().__init__(every_n_steps=every_n_steps, **options)
         check_space(space)
         self.source, self.track_updates, self.space, self.frozen = source, track_updates, space, frozen

@@ -32,6 +32,7 @@ from lightning_goldy.callbacks.engine.store import steps_so_far, training_length
 from lightning_goldy.callbacks.golden_snapshot import TrainingBase
 from lightning_goldy.core.architecture import HeadGates, UnsupportedArchitectureError
 from lightning_goldy.core.isolation import undisturbed
+from lightning_goldy.core.naming import require_kinds
 from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.sharding import Replicas
 from lightning_goldy.core.space import ParameterSpace
@@ -83,6 +84,7 @@ class HeadPlasticity(AnalysisCallback[PlasticityResult]):
         recovery: Recovery = Recovery(),  # noqa: B008 - frozen
         **options: Any,
     ) -> None:
+        require_kinds(HeadPlasticity.__init__, locals())
         super().__init__(**options)
         self.settings = PlasticitySettings(
             strategy,

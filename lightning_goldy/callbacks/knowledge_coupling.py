@@ -39,7 +39,7 @@ from lightning_goldy.core.architecture.adapters import WeightSpace, check_space,
 from lightning_goldy.core.base import BaseParameters
 from lightning_goldy.core.files import finite
 from lightning_goldy.core.isolation import undisturbed
-from lightning_goldy.core.naming import require_choice, require_number, suggestion
+from lightning_goldy.core.naming import require_choice, require_kinds, require_number, suggestion
 from lightning_goldy.core.objective import CausalLMObjective
 from lightning_goldy.core.pieces import QUESTION_TEMPLATE, AnswerTokens, KnowledgePiece, encode_pieces
 from lightning_goldy.core.sharding import Replicas
@@ -352,6 +352,9 @@ class KnowledgeCoupling(AnalysisCallback[KnowledgeState]):
         space: WeightSpace = "merged",
         **options: Any,
     ) -> None:
+        if isinstance(edits, str):
+            raise ValueError(f"edits is a list of ids; got the text {edits!r}, write [{edits!r}]")
+        require_kinds(KnowledgeCoupling.__init__, locals())
         check_space(space)
         self.space = space
         super().__init__(**options)
@@ -366,8 +369,6 @@ class KnowledgeCoupling(AnalysisCallback[KnowledgeState]):
                 raise ValueError(f"thresholds cannot be given beside moderate and high; got {thresholds}")
             moderate, high = _in_order(thresholds)
         check_thresholds(moderate=moderate, high=high)
-        if isinstance(edits, str):
-            raise ValueError(f"edits is a list of ids; got the text {edits!r}, write [{edits!r}]")
         self.pieces, self.edits, self.select, self.layers = pieces, edits, select, layers
         self.n_pieces, self.seed, self.template = n_pieces, seed, template
         self.tokens, self.moderate, self.high = tokens, moderate, high

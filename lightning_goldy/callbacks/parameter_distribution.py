@@ -17,6 +17,7 @@ from lightning_goldy.analysis.forecast import Forecast, Plan, Run, forecast_dist
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.callbacks.golden_snapshot import require_snapshot
 from lightning_goldy.core.architecture.adapters import WeightSpace, check_space, require_merged
+from lightning_goldy.core.naming import require_kinds
 
 
 class ParameterDistribution(AnalysisCallback[ParameterDistributionResult]):
@@ -54,6 +55,7 @@ class ParameterDistribution(AnalysisCallback[ParameterDistributionResult]):
         space: WeightSpace = "merged",
         **options: Any,
     ) -> None:
+        require_kinds(ParameterDistribution.__init__, locals())
         super().__init__(**options)
         check_distribution_arguments(top, exact_below, intruders_below)
         check_space(space)

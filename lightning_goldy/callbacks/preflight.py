@@ -267,8 +267,6 @@ def plan_of(
         batches: The probe.
         activations: Bytes that a graph keeps per token.
     """
-    from lightning_goldy.callbacks.golden_snapshot import GoldenSnapshot
-
     parameters = list(model.parameters())
     sharded = [parameter for parameter in parameters if is_sharded(parameter)]
     shards = 1
@@ -287,7 +285,7 @@ def plan_of(
         own_loss=isinstance(objective, FunctionObjective),
         divisible=isinstance(objective, (CausalLMObjective, ClassifierObjective, TokenObjective)),
         pieces=len(pieces) if isinstance(pieces, Sequence) and pieces else None,
-        base=any(isinstance(callback, GoldenSnapshot) for callback in trainer.callbacks),  # type: ignore[attr-defined]
+        base=any(getattr(callback, "keeps_base", False) for callback in trainer.callbacks),  # type: ignore[attr-defined]
         variants=len(getattr(trainer.lightning_module, "variants", ())) or 1,
         **shape_of(model),
     )

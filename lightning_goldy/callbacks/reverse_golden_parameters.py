@@ -25,7 +25,7 @@ from lightning_goldy.callbacks.base import AnalysisContext
 from lightning_goldy.callbacks.golden_snapshot import MaskCallback
 from lightning_goldy.core.batches import sample_count, take_samples
 from lightning_goldy.core.mask import Scope
-from lightning_goldy.core.naming import require_number
+from lightning_goldy.core.naming import require_kinds, require_number
 from lightning_goldy.core.objective import CausalLMObjective, Objective
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.optim.schedules import options_of
@@ -59,6 +59,7 @@ class Generations:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        require_kinds(type(self), vars(self))
         if isinstance(self.prompts, str):
             raise ValueError(f"prompts is a list of texts; got the string {self.prompts!r}, write [{self.prompts!r}]")
         check_generation_arguments(self.max_new_tokens, self.temperature)
@@ -103,6 +104,7 @@ class ReverseGoldenParameters(MaskCallback[ReverseGoldenResult]):
         generations: Generations = Generations(),
         **options: Any,
     ) -> None:
+        require_kinds(ReverseGoldenParameters.__init__, locals())
         super().__init__(**options)
         check_search_arguments(top_k_percent, scope, strategy)
         require_number("n_samples", n_samples, whole=True)

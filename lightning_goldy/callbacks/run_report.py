@@ -13,6 +13,7 @@ from rich.console import Console
 from lightning_goldy.callbacks.base import AnalysisCallback, default_name
 from lightning_goldy.callbacks.engine.run_folder import run_directory
 from lightning_goldy.callbacks.engine.store import ROWS, steps_so_far
+from lightning_goldy.core.naming import require_kinds
 from lightning_goldy.report.answers import answers_table, answers_text, scalar_layout
 from lightning_goldy.report.comparison import write_comparison
 from lightning_goldy.report.descriptions import description_of
@@ -41,6 +42,7 @@ class RunReport(L.Callback):
     """
 
     def __init__(self, output: str | Path | None = None, compare: Sequence[str | Path] = ()) -> None:
+        require_kinds(RunReport.__init__, locals())
         self.output = None if output is None else Path(output)
         self.compare = [Path(directory) for directory in ([compare] if isinstance(compare, (str, Path)) else compare)]
         for directory in self.compare:

@@ -27,7 +27,7 @@ from lightning_goldy.callbacks.golden_snapshot import find_snapshot
 from lightning_goldy.callbacks.preflight import dialled
 from lightning_goldy.core.architecture.adapters import WeightSpace, check_space, require_line
 from lightning_goldy.core.base import BaseParameters, base_of
-from lightning_goldy.core.naming import require_at_least, suggestion
+from lightning_goldy.core.naming import require_at_least, require_kinds, suggestion
 from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.sharding import Replicas, is_sharded, unshard_guard
 from lightning_goldy.core.space import ParameterSpace
@@ -83,6 +83,7 @@ class TaylorDiff(AnalysisCallback[TaylorDiffResult]):
             raise ValueError(f"unknown reset={reset!r}; {suggestion(str(reset), get_args(Reset))}")
         if n_samples is not None:
             require_at_least("n_samples", n_samples, 1)
+        require_kinds(TaylorDiff.__init__, locals())
         self.by, self.function_space, self.reset, self.n_samples = by, function_space, reset, n_samples
         self.compares = reset == "never"
 

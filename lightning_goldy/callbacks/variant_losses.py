@@ -14,7 +14,7 @@ from lightning_goldy.analysis.forecast import Forecast, Plan, Run, forecast_loss
 from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.core.batches import sample_count
-from lightning_goldy.core.naming import require_at_least
+from lightning_goldy.core.naming import require_at_least, require_kinds
 from lightning_goldy.core.objective import FunctionObjective
 from lightning_goldy.core.sharding import Replicas
 from lightning_goldy.training import VariantsModule
@@ -22,7 +22,13 @@ from lightning_goldy.training import VariantsModule
 
 @dataclass(frozen=True)
 class VariantLossesResult(AnalysisResult):
-    """Mean loss over the probe's targets by variant, nats, the number of targets, and what it cost."""
+    """What each variant loses on the probe.
+
+    Args:
+        losses: Mean over the targets by variant, nats.
+        n_targets: Number of targets.
+        cost: Passes of the variants.
+    """
 
     analysis: ClassVar[str] = "variant_losses"
 
@@ -55,6 +61,7 @@ class VariantLosses(AnalysisCallback[VariantLossesResult]):
     dials: Mapping[str, int] = {"n_samples": 2}
 
     def __init__(self, *, n_samples: int | None = None, **options: Any) -> None:
+        require_kinds(VariantLosses.__init__, locals())
         super().__init__(**options)
         if n_samples is not None:
             require_at_least("n_samples", n_samples, 1)

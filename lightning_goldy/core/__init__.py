@@ -16,7 +16,7 @@ from lightning_goldy.core.objective import (
     TokenObjective,
     objective_for,
 )
-from lightning_goldy.core.space import ParameterSpace, SpaceError
+from lightning_goldy.core.space import ParameterSpace, Selection, SpaceError
 from lightning_goldy.core.store import StoreError, load_vectors, save_vectors
 from lightning_goldy.core.vector import ParameterVector, applied, substituted
 
@@ -33,6 +33,7 @@ __all__ = [
     "ParameterMask",
     "ParameterSpace",
     "ParameterVector",
+    "Selection",
     "Seq2SeqObjective",
     "SpaceError",
     "SpanObjective",

@@ -367,6 +367,11 @@ def filter_rows(
 ) -> None:
     """Drops the rows that ``keep`` refuses; the file is left alone when it keeps all.
 
+    Args:
+        path: The file.
+        keep: Whether a row stays.
+        check: What is wrong with a row, in words; None where nothing is.
+
     Raises:
         RowError: A line is not a JSON object, or ``check`` finds a fault in one.
     """

@@ -1,13 +1,17 @@
-"""Canonical parameter names, and what part of a model a name belongs to."""
+"""Names and values: canonical parameter names, what part of a model one belongs to, and checks of settings."""
 
 from __future__ import annotations
 
 import difflib
+import functools
+import math
 import re
 import sys
-from collections.abc import Iterable
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
-from typing import Any, Literal, cast
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
 
 from torch import nn
 
@@ -176,9 +180,16 @@ def require_number(name: str, value: object, *, whole: bool = False) -> None:
         Traceback (most recent call last):
         ValueError: optimizer.learning_rate must be a finite number; got '1e-4'
     """
-    kind, number, most = Integral if whole else Real, cast(Any, value), sys.float_info.max
-    if isinstance(value, bool) or not isinstance(value, kind) or not -most <= number <= most:
+    kind = Integral if whole else Real
+    if isinstance(value, bool) or not isinstance(value, kind) or not _is_finite(value):
         raise ValueError(f"{name} must be a {'whole' if whole else 'finite'} number; got {value!r:.60}")
+
+
+def _is_finite(number: Any) -> bool:
+    try:
+        return math.isfinite(float(number))
+    except OverflowError:
+        return False
 
 
 def require_fractions(name: str, values: Iterable[float]) -> tuple[float, ...]:
@@ -266,3 +277,82 @@ def require_at_least(name: str, value: float, lowest: float) -> None:
     require_number(name, value, whole=isinstance(lowest, int))
     if value < lowest:
         raise ValueError(f"{name} must be at least {lowest}; got {value}")
+
+
+def require_kinds(owner: Callable[..., Any], values: Mapping[str, Any]) -> None:
+    """Checks that settings are of the kinds that their annotations state, before anything is done with them.
+
+    Numbers are finite and no truth values, and whole where an int is stated; a sequence is no text, and its items are
+    of their kind. A text passes for any choice of texts, which its own check names; so do groups of settings and what
+    is annotated otherwise.
+
+    Args:
+        owner: A function, or a dataclass.
+        values: By name, such as ``locals()`` or ``vars(settings)``; those without an annotation are passed over.
+
+    Raises:
+        ValueError: One is of another kind; the message has its name, its value, and what it may be.
+
+    Example:
+        >>> require_kinds(require_choice, {"what": None})
+        Traceback (most recent call last):
+        ValueError: what must be text; got None
+    """
+    for name, kind in _kinds(owner).items():
+        if name in values and not _is_kind(values[name], kind):
+            raise ValueError(f"{name} must be {_kind_in_words(kind)}; got {values[name]!r:.60}")
+
+
+@functools.cache
+def _kinds(owner: Callable[..., Any]) -> dict[str, Any]:
+    """The annotations of a function's arguments or a dataclass's fields; those that name nothing are left out."""
+    holders = reversed(owner.__mro__) if isinstance(owner, type) else (owner,)
+    kinds = {}
+    for holder in holders:
+        known = vars(sys.modules[holder.__module__])
+        for name, told in getattr(holder, "__annotations__", {}).items():
+            try:
+                kinds[name] = eval(told, known) if isinstance(told, str) else told
+            except NameError:
+                continue
+    return {name: kind for name, kind in kinds.items() if name != "return"}
+
+
+def _is_kind(value: Any, kind: Any) -> bool:
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return any(_is_kind(value, one) for one in inner)
+    if kind is None or kind is type(None):
+        return value is None
+    if origin is Literal:
+        return any(type(value) is type(choice) and (isinstance(value, str) or value == choice) for choice in inner)
+    if kind in (int, float):
+        try:
+            require_number("", value, whole=kind is int)
+        except ValueError:
+            return False
+        return True
+    if origin in (Sequence, list):
+        listed = isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping))
+        return listed and all(_is_kind(item, inner[0]) for item in value if isinstance(value, Sequence))
+    if origin is tuple:
+        return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+    if origin is Iterable:
+        return not isinstance(value, (str, bytes)) and (hasattr(value, "__iter__") or hasattr(value, "__getitem__"))
+    if origin in (Mapping, dict):
+        return isinstance(value, Mapping)
+    return kind not in (bool, str, Path) or isinstance(value, kind)
+
+
+def _kind_in_words(kind: Any) -> str:
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(_kind_in_words(one) for one in inner))
+    if origin is Literal:
+        return ", ".join(map(repr, inner))
+    if origin in (Sequence, list):
+        return f"a list (items: {_kind_in_words(inner[0])})"
+    words = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text", type(None): "None"}
+    if origin in (Mapping, dict, Iterable, tuple):
+        return {Iterable: "batches", tuple: "a list"}.get(origin, "a mapping")
+    return words.get(kind) or getattr(kind, "__name__", str(kind))

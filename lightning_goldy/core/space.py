@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from lightning_goldy.core.files import PlainError
-from lightning_goldy.core.naming import bare_name, canonical_name, suggestion
+from lightning_goldy.core.naming import bare_name, canonical_name, require_kinds, suggestion
 from lightning_goldy.core.sharding import unshard_guard
 
 
@@ -206,6 +206,45 @@ class ParameterSpace:
             tuple(column[index] for index in keep) for column in (self.names, self.shapes, self.dtypes)
         ]
         return ParameterSpace(*columns)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which parameters move.
+
+    Args:
+        include: Glob patterns of parameter names.
+        exclude: Glob patterns taken out again.
+        last_layers: Only the last blocks: a fraction, or their number.
+
+    Example:
+        >>> Selection(exclude=["bias"]).space(nn.Linear(2, 1)).names
+        ('weight',)
+    """
+
+    include: Sequence[str] = ("*",)
+    exclude: Sequence[str] = ()
+    last_layers: float | int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("include", "exclude"):
+            if isinstance(value := getattr(self, name), str):
+                raise ValueError(f"{name} is a list of patterns; got the string {value!r}, write [{value!r}]")
+        require_kinds(type(self), vars(self))
+        if self.last_layers is not None and not (
+            0 < self.last_layers <= 1 or (self.last_layers > 1 and isinstance(self.last_layers, int))
+        ):
+            raise ValueError(
+                f"last_layers is a fraction in (0, 1] or a number of blocks, at least 1; got {self.last_layers!r}"
+            )
+
+    def space(self, model: nn.Module) -> ParameterSpace:
+        """The selected part of a model.
+
+        Raises:
+            SpaceError: It is empty, or a pattern matches nothing.
+        """
+        return ParameterSpace.of(model, self.include, self.exclude, self.last_layers)
 
 
 def known_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -162,7 +162,13 @@ def _generator(seed: int, epoch: int) -> torch.Generator:
 
 @dataclass(frozen=True)
 class Splits:
-    """The samples to train on, to validate on, and the fixed probe that analyses use (disjoint from training)."""
+    """The samples of a data module, disjoint.
+
+    Args:
+        train: To train on.
+        val: To validate on.
+        probe: Those that analyses use, the same all along.
+    """
 
     train: SampleSet
     val: SampleSet

@@ -417,7 +417,11 @@ def _without_history(analysis: str, result: Mapping[str, Any]) -> dict[str, Any]
     if analysis in ("taylor_diff", "basin_volume", "coupling_drift", "variant_losses"):
         return {name: value for name, value in result.items() if name != "trajectory"}
     if analysis == "attention_tracker" and "spectra" in result:
-        latest = [{"prompt": line["prompt"], "values": line["values"][-1]} for line in result["spectra"]]
+        try:
+            latest = [{"prompt": line["prompt"], "values": line["values"][-1]} for line in result["spectra"]]
+        except (TypeError, LookupError):
+            # The figure that needs them says what is wrong with them.
+            return dict(result)
         return {**result, "spectra": latest}
     # The parts of head plasticity are put together by their steps, so those that hold the whole run do no harm.
     return dict(result)

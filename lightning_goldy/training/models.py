@@ -34,7 +34,7 @@ from lightning_goldy.analysis.heads import gated_state, gates_card
 from lightning_goldy.core.architecture import HeadGates, UnsupportedArchitectureError
 from lightning_goldy.core.base import read_checkpoint
 from lightning_goldy.core.files import atomic_path, atomic_write
-from lightning_goldy.core.naming import require_choice, require_number, suggestion
+from lightning_goldy.core.naming import require_choice, require_kinds, require_number, suggestion
 from lightning_goldy.core.sharding import gather, is_sharded
 from lightning_goldy.training.quiet import without_transformers_bars
 
@@ -87,6 +87,7 @@ class LoraOptions:
     target_modules: list[str] | str | None = None
 
     def __post_init__(self) -> None:
+        require_kinds(type(self), vars(self))
         for name in ("rank", "alpha", "dropout"):
             require_number(f"lora.{name}", getattr(self, name), whole=name == "rank")
         if self.rank < 1:

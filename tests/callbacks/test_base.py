@@ -441,6 +441,7 @@ def test_findings_still_work(tmp_path):
     (row,) = rows(callback)
     assert (row["format"], row["analysis"], row["metrics"], row["result"]) == (2, "older", {"steps": 8.0}, {"more": 1})
     assert (row["cost"]["forwards"], row["cost"]["backwards"]) == (5, 0)
+    assert row["headline"] == "older: steps 8"
     assert (callback.folder / row["files"]["weights"]).is_file()
     events = EventAccumulator(str(tmp_path / "tb"), size_guidance={"histograms": 0}).Reload()
     assert events.Tags()["histograms"] == ["goldy/older/sizes"]

@@ -10,7 +10,14 @@ import warnings
 import pytest
 import yaml
 
-from lightning_goldy.callbacks import BasinVolume, GoldenParameters, HeadPlasticity, ReverseGoldenParameters
+from lightning_goldy import callbacks
+from lightning_goldy.callbacks import (
+    BasinVolume,
+    ChangeAttribution,
+    GoldenParameters,
+    HeadPlasticity,
+    ReverseGoldenParameters,
+)
 from lightning_goldy.callbacks.base import AnalysisCallback
 from lightning_goldy.report.descriptions import Description
 from lightning_goldy.training.recipes import all_recipes
@@ -56,6 +63,7 @@ def test_overlays_and_python_have_the_same_defaults(overlay):
     [
         (HeadPlasticity, {"scoring": {"n_samples": 2}, "regrowth": {"fraction": 0.0}}),
         (BasinVolume, {"estimator": {"seed": 3}, "selection": {"include": ["*mlp*"]}}),
+        (ChangeAttribution, {"learn": {"steps": 3}}),
         (ReverseGoldenParameters, {"search": {"rounds": 3}, "generations": {"prompts": ["a"]}}),
     ],
 )
@@ -83,3 +91,29 @@ def test_log_scalars_is_checked():
         GoldenParameters(log_scalars="few")
     assert issubclass(GoldenParameters, AnalysisCallback)
     assert Description("", "", "", headline=("loss",)).is_headline("loss")
+
+
+ALL = [getattr(callbacks, name) for name in callbacks.__all__ if name not in ("AnalysisContext", "Findings")]
+ANYTHING = ("objective", "source", "pieces")  # Their forms are many, and read when the training starts.
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ALL if kind is not AnalysisCallback], ids=lambda kind: kind.__name__)
+def test_what_no_option_can_be_is_refused_by_name(kind):
+    for option in inspect.signature(kind.__init__).parameters:
+        if option in ("self", "options", *ANYTHING):
+            continue
+        for wrong in (object(), float("nan")):
+            with pytest.raises((ValueError, TypeError), match=option.split("_")[0]):
+                kind(**{option: wrong})
+
+
+@pytest.mark.parametrize(
+    ("option", "wrong"),
+    [
+        ("control", "no"), ("include", "mlp"), ("exclude", "bias"), ("last_layers", 0), ("last_layers", 1.5),
+        ("last_layers", "2"), ("check", 1), ("large", "yes"), ("name", 3), ("model_attribute", 3), ("probe", "a.txt"),
+    ],
+)  # fmt: skip
+def test_options_are_checked_when_they_are_given(option, wrong):
+    with pytest.raises(ValueError, match=rf"{option} (must be|is a) .*; got .*{wrong}"):
+        GoldenParameters(**{option: wrong})

@@ -1,12 +1,20 @@
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from torch import nn
+from torch.utils.data import DataLoader
 
-from lightning_goldy.core.naming import block_of, canonical_name, kind_of, model_class, suggestion
+from lightning_goldy.core.naming import block_of, canonical_name, kind_of, model_class, require_kinds, suggestion
 from tests.references.models import build
 
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
@@ -88,3 +96,42 @@ def test_suggestions_put_the_closest_first_and_cut_long_lists() -> None:
     long = suggestion("name7", (f"name{index}x" for index in range(50)))
     assert long.startswith("did you mean 'name7x'? Valid: name0x, ")
     assert long.endswith("name39x, ... (50 in all)")
+
+
+@dataclass(frozen=True)
+class Settings:
+    count: int = 1
+    share: float | None = None
+    on: bool = True
+    names: Sequence[str] = ()
+    order: Literal["up", "down"] | int = "up"
+    texts: Iterable[Any] | None = None
+    by_name: Mapping[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        require_kinds(type(self), vars(self))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"count": 2.5}, "count must be a whole number; got 2.5"),
+        ({"count": True}, "count must be a whole number; got True"),
+        ({"share": "0.1"}, "share must be a finite number or None; got '0.1'"),
+        ({"share": math.nan}, "share must be a finite number or None; got nan"),
+        ({"on": "no"}, "on must be true or false; got 'no'"),
+        ({"names": "h.0"}, "names must be a list (items: text); got 'h.0'"),
+        ({"names": [1]}, "names must be a list (items: text); got [1]"),
+        ({"order": 0.5}, "order must be 'up', 'down' or a whole number; got 0.5"),
+        ({"texts": "a.txt"}, "texts must be batches or None; got 'a.txt'"),
+        ({"by_name": ["a"]}, "by_name must be a mapping or None; got ['a']"),
+    ],
+)
+def test_settings_of_another_kind_are_told(wrong: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(told)):
+        Settings(**wrong)
+
+
+def test_settings_of_their_kinds_pass() -> None:
+    Settings(np.int64(3), np.float32(0.5), False, ["a"], 3, [torch.ones(1)], {"a": "b"})
+    Settings(share=1, names=(name for name in "ab"), texts=DataLoader([1]))

@@ -11,7 +11,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 from lightning_goldy.analysis import golden_parameters
 from lightning_goldy.core.objective import ClassifierObjective
-from lightning_goldy.core.space import ParameterSpace, SpaceError, block_list, trainable_parameters
+from lightning_goldy.core.space import ParameterSpace, Selection, SpaceError, block_list, trainable_parameters
 from lightning_goldy.core.vector import ParameterVector
 from tests.references.common import selected_reference
 from tests.references.models import build
@@ -267,3 +267,12 @@ def test_a_parameter_without_elements_is_no_part_of_a_space() -> None:
     del module._parameters["weight"], module._parameters["bias"]
     with pytest.raises(SpaceError, match=r"Linear has no trainable parameter.*or all are empty"):
         ParameterSpace.of(module)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"include": "*mlp*"}, {"exclude": [3]}, {"last_layers": -1}, {"last_layers": True}, {"last_layers": 2.5}]
+)
+def test_a_selection_is_checked_before_there_is_a_model(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Selection(**wrong)
+    assert Selection(last_layers=2).last_layers == 2

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lightning_goldy.report.figures import draw_figures
+from lightning_goldy.report.figures import FIGURES, ReportError, draw_figures
 from lightning_goldy.report.run import AnalysisRows, read_run, upgraded
 from lightning_goldy.report.topics.attention import spectra
 from lightning_goldy.report.topics.basin import trajectories
@@ -98,3 +98,12 @@ def test_every_figure_is_drawn_and_the_page_is_written(
     total = sum(row["cost"]["model_evaluations"] for row in written("taylor_diff"))
     assert cells[start + 5] == str(total)
     assert any("a unit that differs between analyses" in text for text in page.text("p"))
+
+
+@pytest.mark.parametrize("wrong", [3, [3], [{"prompt": "a"}], None])
+def test_spectra_that_are_none_are_told_by_their_figure(wrong: Any) -> None:
+    row = next(row for row in written("attention_tracker") if "spectra" in row["result"])
+    row = upgraded({**row, "result": {**row["result"], "spectra": wrong}})
+    assert (row["format"], row["result"]["spectra"]) == (2, wrong)
+    with pytest.raises(ReportError):
+        FIGURES["attention_tracker"]["singular_values"].draw([row])

@@ -24,7 +24,7 @@ from lightning_goldy.core.base import Base
 from lightning_goldy.core.batches import move_batch, sample_count
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.mask import ParameterMask
-from lightning_goldy.core.naming import require_at_least, require_choice
+from lightning_goldy.core.naming import require_at_least, require_choice, require_kinds
 from lightning_goldy.core.objective import Objective, objective_for
 from lightning_goldy.core.selection import kth_largest, select_largest
 from lightning_goldy.core.sharding import gather, is_sharded, like, local, scatter_like
@@ -63,6 +63,7 @@ class LearnOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        require_kinds(type(self), vars(self))
         require_at_least("steps", self.steps, 1)
         require_choice("relaxation", self.relaxation, get_args(Relaxation))
         require_choice("pieces", self.pieces, ("elements", "units"))

@@ -27,7 +27,7 @@ from lightning_goldy.analysis.basin.saddle import (
     weighted_volume,
 )
 from lightning_goldy.analysis.basin.sampling import LONGEST, Chains, Field, langevin_coefficient
-from lightning_goldy.core.naming import require_at_least, require_choice
+from lightning_goldy.core.naming import require_at_least, require_choice, require_kinds
 from lightning_goldy.core.sharding import Replicas
 
 Path = Literal["auto", "cost", "tether"]
@@ -86,6 +86,7 @@ class BridgeSettings:
     path: Path = "auto"
 
     def __post_init__(self) -> None:
+        require_kinds(type(self), vars(self))
         require_at_least("chains", self.chains, 2)
         require_at_least("ray_points", self.ray_points, 1)
         require_choice("region", self.region, get_args(Region))
@@ -437,7 +438,7 @@ class Bridge:
             **self._moments(target, point, mean, variance),
             "parts": parts,
             "tether": 1.0,
-            "trace": self._trace(nodes, passes),
+            "trace": tuple(self._trace(nodes, passes)),
             "acceptance": acceptance,
             "nodes": self.nodes,
             "weak": "; ".join(self.weak),
@@ -573,7 +574,7 @@ class Bridge:
             "learning_coefficient": b * mean,
             "sgld": self._langevin(self.start.at(b=b)),
             "parts": parts,
-            "trace": [],
+            "trace": (),
             "acceptance": 1.0,
             "nodes": 0,
             "weak": "",

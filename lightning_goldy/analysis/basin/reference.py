@@ -234,7 +234,7 @@ def central_hessian(field: Any, dimension: int, scale: float, **place: Any) -> T
         field: The cost in the parameters' own basis; see :class:`~lightning_goldy.analysis.basin.sampling.Field`.
         dimension: D.
         scale: A typical size of a parameter.
-        place: ``device`` and ``dtype`` of points.
+        **place: ``device`` and ``dtype`` of points.
     """
     step = scale * torch.finfo(place["dtype"]).eps ** (1 / 3)
     rows = []

@@ -70,7 +70,7 @@ class BridgeResult(AnalysisResult):
     tether: float
     effective_sample_size: float
     parts: dict[str, float]
-    trace: list[dict[str, Any]]
+    trace: tuple[dict[str, Any], ...]
     acceptance: float
     gradients: int
     evaluations: int

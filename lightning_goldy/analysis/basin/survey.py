@@ -23,7 +23,7 @@ from lightning_goldy.core.directions import Preconditioner
 from lightning_goldy.core.naming import require_at_least, require_choice
 from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.outer_products import linear_layers
-from lightning_goldy.core.space import ParameterSpace
+from lightning_goldy.core.space import ParameterSpace, Selection
 
 PreconditionerName = Literal["none", "adam", "best", "kronecker"]
 Make: TypeAlias = Callable[[float], Preconditioner]
@@ -35,33 +35,6 @@ ONLY_SPLIT = "probe"
 
 # Few, and not those of the volume itself: the damping must not be chosen by the directions that it is judged by.
 _PILOT_DIRECTIONS = 2
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which parameters move.
-
-    Args:
-        include: Glob patterns of parameter names.
-        exclude: Glob patterns taken out again.
-        last_layers: Only the last blocks: a fraction, or their number.
-
-    Example:
-        >>> Selection(exclude=["bias"]).space(nn.Linear(2, 1)).names
-        ('weight',)
-    """
-
-    include: Sequence[str] = ("*",)
-    exclude: Sequence[str] = ()
-    last_layers: float | int | None = None
-
-    def space(self, model: nn.Module) -> ParameterSpace:
-        """The selected part of a model.
-
-        Raises:
-            SpaceError: It is empty, or a pattern matches nothing.
-        """
-        return ParameterSpace.of(model, self.include, self.exclude, self.last_layers)
 
 
 @dataclass(kw_only=True)
@@ -89,7 +62,7 @@ class VolumeSurvey:
     preconditioner: PreconditionerName = "none"
     sigma: float | Literal["first"] | None = "first"
     n_samples: int | None = None
-    selection: Selection = Selection()
+    selection: Selection = Selection()  # noqa: RUF009 - frozen
     estimator: Estimator = Estimator()  # noqa: RUF009 - frozen
     method: Method = "rays"
     bridge: BridgeSettings = BridgeSettings()  # noqa: RUF009 - frozen

@@ -246,7 +246,7 @@ class TetherWalk(Bridge):
             "error": error,
             **self._moments(target, point, mean, variance),
             "parts": parts,
-            "trace": self._told(rounds),
+            "trace": tuple(self._told(rounds)),
             "acceptance": acceptance,
             "nodes": self.nodes,
             "weak": "; ".join(self.weak),

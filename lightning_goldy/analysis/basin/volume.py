@@ -36,7 +36,7 @@ from lightning_goldy.analysis.result import Cost, total_cost
 from lightning_goldy.core.batches import sample_count
 from lightning_goldy.core.directions import Preconditioner, Proposal, Ray, direction_seed
 from lightning_goldy.core.isolation import preserved
-from lightning_goldy.core.naming import require_at_least, require_choice
+from lightning_goldy.core.naming import require_at_least, require_choice, require_kinds
 from lightning_goldy.core.objective import Objective, objective_for
 from lightning_goldy.core.sharding import Replicas, is_sharded, local, unshard_guard
 from lightning_goldy.core.space import ParameterSpace
@@ -93,6 +93,7 @@ class Estimator:
     directions: Directions = "auto"
 
     def __post_init__(self) -> None:
+        require_kinds(type(self), vars(self))
         require_at_least("max_evaluations", self.max_evaluations, 1)
         require_choice("measure", self.measure, get_args(Measure))
         require_choice("directions", self.directions, get_args(Directions))

@@ -435,7 +435,7 @@ class CircuitOverlap(AnalysisResult):
         return {
             "overlap": _known(self.intersection_over_union),
             "overlap_by_chance": _known(self.by_chance),
-            "overlap_noise": self.noise,
+            "overlap_noise": _known(self.noise),
             "rank_correlation": _known(self.rank_correlation),
             "kept": float(len(self.kept)),
             "created": float(len(self.created)),
@@ -449,11 +449,14 @@ class CircuitOverlap(AnalysisResult):
 
     def headline(self) -> str:
         """What remained of the circuit, beside chance and noise."""
-        noise = "" if self.noise is None else f", {self.noise:.2f} between two seeds"
+        noise = "" if _known(self.noise) is None else f", {self.noise:.2f} between two seeds"
+        overlap = f"overlap {self.intersection_over_union:.2f} ({self.by_chance:.2f} by chance{noise})"
+        if _known(self.intersection_over_union) is None:
+            overlap = "neither circuit has an edge"
+        rank = _known(self.rank_correlation)
+        scores = "" if rank is None else f", rank correlation of the scores {rank:.2f}"
         return (
-            f"{len(self.kept)} edges kept, {len(self.created)} created, {len(self.removed)} removed: overlap "
-            f"{self.intersection_over_union:.2f} ({self.by_chance:.2f} by chance{noise}), rank correlation of the "
-            f"scores {self.rank_correlation:.2f}"
+            f"{len(self.kept)} edges kept, {len(self.created)} created, {len(self.removed)} removed: {overlap}{scores}"
         )
 
 
@@ -541,5 +544,5 @@ def _named(graph: CircuitGraph, kept: Tensor) -> tuple[str, ...]:
     return tuple(graph.name(row, column) for row, column in places)
 
 
-def _known(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _known(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_goldy.analysis.coupling.gram import Rows, accurate, without_empty_rows
 from lightning_goldy.analysis.result import Cost, counted_passes
 from lightning_goldy.core.architecture.experts import of_expert
-from lightning_goldy.core.naming import canonical_name, require_at_least, require_choice
+from lightning_goldy.core.naming import canonical_name, require_at_least, require_choice, require_kinds
 from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.outer_products import exact_products, linear_layers
 from lightning_goldy.core.sharding import RankError, gather, is_sharded, local, unshard_guard
@@ -30,7 +30,15 @@ RECOVERABLE = (ValueError, IndexError, RuntimeError)
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a coupling is computed; see ``knowledge_coupling``.
+    """How a coupling is computed.
+
+    Args:
+        chunk_size: Pieces in one pass; ``auto`` as many as their activations have room for.
+        projection: Keep so many random combinations of each gradient only; all of it by default.
+        seed: Of the projection.
+        workspace: A folder for blocks of gradients that memory has no room for.
+        memory_limit: Bytes that gradients may take in memory; half of what is available by default.
+        on_error: ``raise``, or ``nan`` to list pieces that fail and leave their rows NaN.
 
     Raises:
         ValueError: An option is unknown or out of range.
@@ -44,6 +52,7 @@ class RunOptions:
     on_error: OnError = "raise"
 
     def __post_init__(self) -> None:
+        require_kinds(type(self), vars(self))
         if self.chunk_size != "auto" and (not isinstance(self.chunk_size, int) or self.chunk_size < 1):
             raise ValueError(f"chunk_size is 'auto' or a number of pieces, at least 1; got {self.chunk_size!r}")
         for name, least in (("projection", 2), ("memory_limit", 1)):

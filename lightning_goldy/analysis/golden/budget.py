@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_goldy.core.mask import PackedMask, Scope, flat_positions
+from lightning_goldy.core.naming import require_kinds
 from lightning_goldy.core.registry import Registry
 from lightning_goldy.core.selection import select_largest, select_largest_of_each
 from lightning_goldy.core.sharding import Replicas, gather, is_sharded, like, local, scatter_like, sum_over_shards
@@ -424,6 +425,7 @@ class Fluctuation:
     min_delta: float = 0.01
 
     def __post_init__(self) -> None:
+        require_kinds(type(self), vars(self))
         ranges = {
             "amplitude": (self.amplitude >= 0, ">= 0"),
             "frequency": (self.frequency >= 0, ">= 0"),

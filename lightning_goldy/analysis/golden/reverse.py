@@ -39,7 +39,7 @@ from lightning_goldy.analysis.result import Cost
 from lightning_goldy.core.architecture.experts import expert_counts
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.mask import MaskedModel, PackedMask, ParameterMask, Scope, check_scope
-from lightning_goldy.core.naming import require_at_least, require_number, suggestion
+from lightning_goldy.core.naming import require_at_least, require_kinds, require_number, suggestion
 from lightning_goldy.core.objective import Objective, objective_for
 from lightning_goldy.core.sharding import Replicas, gather, like, local
 from lightning_goldy.core.space import ParameterSpace
@@ -101,6 +101,7 @@ class Search:
     cache: Cache = "auto"
 
     def __post_init__(self) -> None:
+        require_kinds(type(self), vars(self))
         SCORES[self.score]
         check_cache(self.cache, None)
         for name in ("rounds", "chunk_size", "max_stagnant_iterations"):

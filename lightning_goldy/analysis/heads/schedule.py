@@ -11,7 +11,7 @@ from lightning_goldy.analysis.heads.importance import DEFAULT_WEIGHTS, RegrowCho
 from lightning_goldy.analysis.heads.optimizer import head_rows
 from lightning_goldy.analysis.heads.surgery import Initialisation, Moments
 from lightning_goldy.core.architecture import HeadError, HeadGates
-from lightning_goldy.core.naming import require_at_least, require_choice
+from lightning_goldy.core.naming import require_at_least, require_choice, require_kinds
 
 Shape = Literal["cubic", "linear", "one_shot"]
 WhenExceeded = Literal["ignore", "stop", "roll_back"]
@@ -45,6 +45,7 @@ class Scoring:
     attention_maps: bool = True
 
     def __post_init__(self) -> None:
+        require_kinds(type(self), vars(self))
         if self.n_samples is not None:
             require_at_least("n_samples", self.n_samples, 1)
         require_choice("unit", self.unit, ("head", "group"))
@@ -80,6 +81,7 @@ class PruningSchedule:
     regrow_at: int | float = 0.6
 
     def __post_init__(self) -> None:
+        require_kinds(type(self), vars(self))
         Ramp(self.shape, cuts=self.cuts)
         for name in ("warmup_steps", "ramp_steps", "regrow_at"):
             value = getattr(self, name)
@@ -146,6 +148,7 @@ class Regrowth:
     noise_scale: float = 1.0
 
     def __post_init__(self) -> None:
+        require_kinds(type(self), vars(self))
         if not 0 <= self.fraction <= 1:
             raise ValueError(f"regrow fraction is a share of the closed heads, in [0, 1]; got {self.fraction}")
         require_choice("choice", self.choice, get_args(RegrowChoice))
@@ -187,6 +190,7 @@ class Recovery:
     when_exceeded: WhenExceeded = "roll_back"
 
     def __post_init__(self) -> None:
+        require_kinds(type(self), vars(self))
         if not 0 < self.learning_rate_multiplier < math.inf:
             raise ValueError(
                 f"learning_rate_multiplier must be positive and finite; got {self.learning_rate_multiplier}"
@@ -259,6 +263,7 @@ class PlasticitySettings:
     recovery: Recovery
 
     def __post_init__(self) -> None:
+        require_kinds(type(self), vars(self))
         check_weights(self.strategy, self.scoring.weights)
         if not 0 < self.pruning_level < 1:
             raise ValueError(

@@ -18,7 +18,7 @@ from lightning_goldy.core.architecture import UnsupportedArchitectureError, desc
 from lightning_goldy.core.architecture.blocks import NamedModule
 from lightning_goldy.core.architecture.experts import is_experts, output_weight
 from lightning_goldy.core.architecture.families import is_projection
-from lightning_goldy.core.naming import model_class, require_at_least, require_number, suggestion
+from lightning_goldy.core.naming import model_class, require_at_least, require_kinds, require_number, suggestion
 from lightning_goldy.core.objective import IGNORE_INDEX, CausalLMObjective
 from lightning_goldy.core.pieces import Sample
 from lightning_goldy.core.registry import Registry
@@ -223,6 +223,7 @@ class GradientStepEditor:
             _check_positive("learning_rate", self.learning_rate)
         require_number("halvings", self.halvings, whole=True)
         require_at_least("halvings", self.halvings, 0)
+        require_kinds(type(self), vars(self))
 
     def attempts(self) -> tuple[GradientStepEditor, ...]:
         """With the rates to try; the editor itself where it has one."""
@@ -276,6 +277,7 @@ class FinetuneEditor:
         _check_positive("learning_rate", self.learning_rate)
         require_count("steps", self.steps)
         _check_weight_decay(self.weight_decay)
+        require_kinds(type(self), vars(self))
 
     def space(self, model: nn.Module) -> ParameterSpace:
         """The selected parameters."""

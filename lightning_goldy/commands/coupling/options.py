@@ -12,7 +12,7 @@ from torch import nn
 from lightning_goldy.analysis.coupling import Layers, RunOptions, Select, check_selection
 from lightning_goldy.analysis.ripple.editors import make_editor
 from lightning_goldy.commands.ranks import Launch
-from lightning_goldy.core.naming import require_choice
+from lightning_goldy.core.naming import require_choice, require_kinds
 from lightning_goldy.core.pieces import QUESTION_TEMPLATE, AnswerTokens
 from lightning_goldy.data.tokenization import load_tokenizer
 from lightning_goldy.training.models import WeightDtype, check_vocabulary, load_model
@@ -119,6 +119,7 @@ class Method:
     tokens: AnswerTokens = "answer"
 
     def __post_init__(self) -> None:
+        require_kinds(type(self), vars(self))
         check_selection(self.select, self.layers)
         require_choice("--tokens", self.tokens, get_args(AnswerTokens))
         # It checks itself when it is made.

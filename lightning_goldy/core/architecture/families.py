@@ -41,7 +41,13 @@ class FusedProjection:
 
 @dataclass(frozen=True)
 class HeadCounts:
-    """Query heads, key/value groups, and the width of a head at the input of the output projection."""
+    """How many heads an attention module has, and how wide they are.
+
+    Args:
+        n_heads: Query heads.
+        n_key_value_heads: Key/value groups.
+        head_dim: Width of a head at the input of the output projection.
+    """
 
     n_heads: int
     n_key_value_heads: int

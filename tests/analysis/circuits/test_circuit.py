@@ -104,6 +104,10 @@ def test_overlap_against_chance_and_seeds():
     same = circuit_overlap(first, first)
     assert (same.intersection_over_union, same.rank_correlation, same.created) == (1.0, pytest.approx(1.0), ())
     assert math.isnan(overlap_of(first.kept & False, first.kept & False))
+    empty = replace(first, kept=first.kept & False)
+    told = circuit_overlap(empty, empty).headline()
+    assert told.startswith("0 edges kept, 0 created, 0 removed: neither circuit has an edge")
+    assert "nan" not in told
     with pytest.raises(ValueError, match="of different graphs"):
         circuit_overlap(first, find_circuits(build("gpt2"), prompts(1), method="eap"))
 
