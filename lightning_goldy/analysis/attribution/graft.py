@@ -23,7 +23,7 @@ from lightning_goldy.analysis.attribution.attribution import (
     resampled,
 )
 from lightning_goldy.analysis.attribution.learned import LearnOptions, learn_along, metric_of, require_same_change
-from lightning_goldy.analysis.attribution.path import ChangePath, Measure, Metric, passages
+from lightning_goldy.analysis.attribution.path import ChangePath, Measure, Metric, passages, tells_distributions
 from lightning_goldy.analysis.attribution.strongest import levels_of
 from lightning_goldy.analysis.attribution.units import Pieces, chosen_masks
 from lightning_goldy.analysis.divergence import precise
@@ -69,7 +69,7 @@ class GraftPoint(AnalysisResult):
         harm: Loss on other text less that of the base, nats; None without other text.
         harm_low: Lower end of its interval.
         harm_high: Upper end.
-        kl: KL(p_base || p) on other text, mean over targets, nats; None without other text.
+        kl: KL(p_base || p) on other text, mean over targets, nats; None without other text or logits.
         on_frontier: Whether no other point recovers as much with less harm.
     """
 
@@ -378,10 +378,11 @@ class _Bench:
         self.held_out = passages(held_out, objective, None, together)
         self.collateral = [] if collateral is None else passages(collateral, objective, None, together)
         self.measure, self.loss = Measure(metric, objective), Measure("loss", objective)
-        self.divergence = Measure("kl", objective)
+        self.divergence = Measure("kl", objective) if tells_distributions(objective) else None
         path.move_to(0.0)
         self._keep(self.measure, self.held_out)
-        self._keep(self.divergence, self.collateral)
+        if self.divergence is not None:
+            self._keep(self.divergence, self.collateral)
         self.base, self.counts = self._values(self.measure, self.held_out)
         self.base_loss, self.loss_counts = self._values(self.loss, self.collateral)
         path.move_to(1.0)
@@ -408,13 +409,14 @@ class _Bench:
         }
         if self.collateral:
             losses, _ = self._values(self.loss, self.collateral)
-            divergences, _ = self._values(self.divergence, self.collateral)
             counts = resampled(len(losses))
             harm = losses - self.base_loss
             low, high = interval_of((counts @ harm) / (counts @ self.loss_counts)) if len(harm) > 1 else (None, None)
             total = self.loss_counts.sum()
             point |= {"harm": float(harm.sum() / total), "harm_low": low, "harm_high": high}
-            point["kl"] = float(divergences.sum() / total)
+            if self.divergence is not None:
+                divergences, _ = self._values(self.divergence, self.collateral)
+                point["kl"] = float(divergences.sum() / total)
         return point
 
     def _keep(self, measure: Measure, samples: Sequence[Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,7 +16,8 @@ from lightning_goldy.analysis.divergence import precise, shortened
 from lightning_goldy.analysis.taylor.approximation import batch_parts
 from lightning_goldy.core.architecture.adapters import chosen_space, merged_weights
 from lightning_goldy.core.base import Base, base_of
-from lightning_goldy.core.batches import sample_count
+from lightning_goldy.core.batches import move_batch, sample_count
+from lightning_goldy.core.naming import model_class
 from lightning_goldy.core.objective import FunctionObjective, Objective
 from lightning_goldy.core.sharding import local, sum_over_shards, unshard_guard
 from lightning_goldy.core.space import ParameterSpace
@@ -60,7 +61,11 @@ class Measure:
     def value(self, model: nn.Module, index: int, batch: Any) -> Tensor:
         """The metric on one passage, a scalar."""
         if callable(self.metric):
-            return self.metric(model, batch)
+            found = self.metric(model, batch)
+            if not isinstance(found, Tensor) or found.ndim:
+                told = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+                raise ValueError(f"a metric that is a function must return a scalar tensor; got {told}")
+            return found
         if self.metric == "loss":
             return self.objective.loss(model, batch)
         if self.metric == "log_prob":
@@ -114,6 +119,48 @@ def passages(
     return [
         Passage(part) for batch in kept for part in batch_parts(batch, objective, -(-sample_count(batch) // together))
     ]
+
+
+def tells_distributions(objective: Objective) -> bool:
+    """Whether an objective has logits, by which divergences are told; one that is a function may have none.
+
+    Example:
+        >>> tells_distributions(FunctionObjective(lambda model, batch: model(batch).mean()))
+        False
+    """
+    return not isinstance(objective, FunctionObjective) or objective.logits is not None
+
+
+@torch.no_grad()
+def try_metric(metric: Metric, model: nn.Module, objective: Objective, batches: Sequence[Any], told: str) -> None:
+    """Measures batches once, so that what cannot be measured fails before there is anything to lose.
+
+    Args:
+        metric: As for :class:`Measure`.
+        model: In evaluation mode.
+        objective: How a batch becomes a loss.
+        batches: That are to be measured later.
+        told: What the batches are called in messages.
+
+    Raises:
+        ValueError: A batch cannot go through the model, has no target, or its metric is not finite.
+
+    Example:
+        >>> square = FunctionObjective(lambda model, batch: model(batch).square().mean())
+        >>> try_metric("loss", nn.Linear(2, 1), square, [torch.ones(1, 3)], "collateral")
+        Traceback (most recent call last):
+        ValueError: collateral batch 0 cannot be measured by Linear: mat1 and mat2 shapes cannot be multiplied (1x3 and 2x1)
+    """
+    measure, device = Measure(metric, objective), next(model.parameters()).device
+    for index, batch in enumerate(batches):
+        try:
+            placed = move_batch(batch, device)
+            measure.keep_anchor(model, index, placed)
+            sums, _ = measure.by_sample(model, index, placed)
+        except (LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"{told} batch {index} cannot be measured by {model_class(model)}: {error}") from error
+        if not bool(sums.isfinite().all()):
+            raise ValueError(f"{told} batch {index}: the {metric} is {sums.tolist()}, not finite")
 
 
 class ChangePath:
