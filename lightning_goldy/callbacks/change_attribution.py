@@ -167,6 +167,8 @@ class ChangeAttribution(AnalysisCallback[AttributedChange]):
             require_number("keep", keep)
             if not 0 < keep <= 1:
                 raise ValueError(f"keep must lie in (0, 1]; got {keep}")
+        if not isinstance(learn, LearnOptions):
+            raise ValueError(f"learn is a LearnOptions; got {learn!r}")
         self.learn = learn
         self.keep, self.interactions, self.masks, self.space = keep, interactions, dict(masks or {}), space
         require_at_least("n_samples", n_samples, 2 if self.shares else 1)

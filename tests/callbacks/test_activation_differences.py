@@ -89,8 +89,8 @@ def test_texts_that_the_model_cannot_read_or_continue_fail_before_the_first_step
         data, steps = WithText(), []
         data.tokenizer = byte_tokenizer()
         watcher = ActivationDifferences(n_samples=2, **options)
+        counting = LambdaCallback(on_train_batch_end=lambda *args, steps=steps: steps.append(args))
         with pytest.raises(ValueError, match=message):
-            counting = LambdaCallback(on_train_batch_end=lambda *args, steps=steps: steps.append(args))
             fit(tmp_path / str(place), [GoldenSnapshot(), watcher, counting], data=data)
         assert not steps
     with pytest.raises(ValueError, match="prompts is a list of texts; got one text, 'My favourite'"):

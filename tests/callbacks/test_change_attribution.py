@@ -86,6 +86,8 @@ def test_what_cannot_work_is_refused_before_the_first_step(tmp_path) -> None:
         ({"keep": 2}, r"keep must lie in \(0, 1\]; got 2"),
         ({"tolerance": "a"}, r"tolerance must lie in \(0, 1\); got a"),
         ({"baselines": ["random", "random"]}, "baselines name 'random' twice"),
+        ({"baselines": "random"}, "baselines is a list of methods; got 'random'"),
+        ({"learn": {"steps": 3}}, "learn is a LearnOptions; got {'steps': 3}"),
     ],
 )
 def test_wrong_settings_are_told_as_they_are_given(options, message) -> None:
@@ -171,5 +173,5 @@ def test_a_mask_file_of_another_model_is_refused_before_the_first_step(tmp_path)
     mask = ParameterMask(space, ones)
     mask.save(tmp_path / "other.safetensors", model=other)
     watcher = ChangeAttribution(n_samples=2, shares=[], masks={"other": str(tmp_path / "other.safetensors")})
-    with pytest.raises(StoreError, match="other.safetensors"):
+    with pytest.raises(StoreError, match=r"other\.safetensors"):
         fit(tmp_path / "run", [GoldenSnapshot(), watcher], max_steps=1, max_epochs=1)

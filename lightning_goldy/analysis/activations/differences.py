@@ -150,6 +150,11 @@ class ActivationDifferencesResult(AnalysisResult):
 
     def headline(self) -> str:
         """How far the stream moved where that is clearest, against the null and between halves."""
+        if self.unchanged and self.mean_kl > 0:
+            return (
+                f"unchanged after the blocks read ({', '.join(map(str, self.layers))}), while the predictions are "
+                f"{self.mean_kl:.2g} nats from the base's: what changed lies behind them"
+            )
         if self.unchanged:
             return "unchanged: the residual stream is the base's at every layer and position"
         place = self.clearest

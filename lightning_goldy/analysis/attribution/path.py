@@ -16,7 +16,7 @@ from lightning_goldy.analysis.divergence import precise, shortened
 from lightning_goldy.analysis.taylor.approximation import batch_parts
 from lightning_goldy.core.architecture.adapters import chosen_space, merged_weights
 from lightning_goldy.core.base import Base, base_of
-from lightning_goldy.core.batches import move_batch, sample_count
+from lightning_goldy.core.batches import move_batch, sample_count, take_samples
 from lightning_goldy.core.naming import model_class
 from lightning_goldy.core.objective import FunctionObjective, Objective
 from lightning_goldy.core.sharding import local, sum_over_shards, unshard_guard
@@ -121,6 +121,32 @@ def passages(
     ]
 
 
+def interleaved(batches: Iterable[Any], n_samples: int) -> tuple[list[Any], list[Any]]:
+    """Every other one of the first samples, and the ones between; both have the mixture that the batches have.
+
+    Args:
+        batches: That can be cut into samples.
+        n_samples: Of both together, at most.
+
+    Example:
+        >>> first, second = interleaved([{"x": torch.arange(3)}, {"x": torch.arange(3, 7)}], 6)
+        >>> [part["x"].tolist() for part in first], [part["x"].tolist() for part in second]
+        ([[0, 2], [4]], [[1], [3, 5]])
+    """
+    parts: tuple[list[Any], list[Any]] = ([], [])
+    seen = 0
+    for batch in batches:
+        size = min(sample_count(batch), n_samples - seen)
+        for half in (0, 1):
+            rows = torch.arange((seen + half) % 2, size, 2)
+            if len(rows):
+                parts[half].append(take_samples(batch, rows))
+        seen += size
+        if seen >= n_samples:
+            break
+    return parts
+
+
 def tells_distributions(objective: Objective) -> bool:
     """Whether an objective has logits, by which divergences are told; one that is a function may have none.
 
@@ -146,10 +172,10 @@ def try_metric(metric: Metric, model: nn.Module, objective: Objective, batches: 
         ValueError: A batch cannot go through the model, has no target, or its metric is not finite.
 
     Example:
-        >>> square = FunctionObjective(lambda model, batch: model(batch).square().mean())
-        >>> try_metric("loss", nn.Linear(2, 1), square, [torch.ones(1, 3)], "collateral")
+        >>> square, layer = FunctionObjective(lambda model, batch: model(batch).square().mean()), nn.Linear(1, 1)
+        >>> try_metric("loss", layer, square, [torch.ones(1, 1), torch.full((1, 1), math.inf)], "collateral")
         Traceback (most recent call last):
-        ValueError: collateral batch 0 cannot be measured by Linear: mat1 and mat2 shapes cannot be multiplied (1x3 and 2x1)
+        ValueError: collateral batch 1: the loss is [inf], not finite
     """
     measure, device = Measure(metric, objective), next(model.parameters()).device
     for index, batch in enumerate(batches):
