@@ -16,7 +16,7 @@ from lightning_goldy.core import CausalLMObjective, ClassifierObjective, Functio
 from lightning_goldy.core.files import to_json_line
 from lightning_goldy.core.naming import block_of, kind_of
 from lightning_goldy.report import draw_figures
-from lightning_goldy.report.answers import answer_by_attribution
+from lightning_goldy.report.sentences import answer_by_attribution
 from tests.references.attribution import moved, riemann_attribution
 from tests.references.models import FAMILIES, build, class_batch, token_batch
 
