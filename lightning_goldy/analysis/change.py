@@ -524,7 +524,7 @@ def check_distribution_arguments(top: int, exact_below: int | None, intruders_be
     require_at_least("top", top, 1)
     if exact_below is not None:
         require_at_least("exact_below", exact_below, 1)
-    if intruders_below is not None and not 0 < intruders_below < 1:
+    if intruders_below is not None and (isinstance(intruders_below, str) or not 0 < intruders_below < 1):
         raise ValueError(f"intruders_below is a cosine in (0, 1), or None; got {intruders_below}")
 
 

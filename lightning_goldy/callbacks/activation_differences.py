@@ -15,16 +15,19 @@ from lightning_goldy.analysis.activations.differences import (
     activation_differences,
     check_layers,
     check_texts,
+    chosen_blocks,
     in_words,
+    try_texts,
 )
+from lightning_goldy.analysis.continuations import encode_prompts
 from lightning_goldy.analysis.forecast import Forecast, Plan, Run
 from lightning_goldy.analysis.forecast.analyses import forecast_activations
 from lightning_goldy.analysis.result import AnalysisResult, Cost, Row
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.callbacks.golden_snapshot import find_snapshot
-from lightning_goldy.core.architecture import describe_architecture
 from lightning_goldy.core.batches import sample_count
 from lightning_goldy.core.naming import require_at_least, require_kinds, require_positive
+from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.sharding import is_sharded
 from lightning_goldy.training.subject import find_collateral, find_tokenizer
 
@@ -109,6 +112,8 @@ class ActivationDifferences(AnalysisCallback[ReadDifferences]):
         if layers is not None:
             check_layers(layers)
         require_positive("tolerance", [tolerance])
+        if isinstance(prompts, str):
+            raise ValueError(f"prompts is a list of texts; got one text, {prompts!r}")
         require_kinds(ActivationDifferences.__init__, locals())
         self.layers, self.positions, self.n_samples, self.text = layers, positions, n_samples, text
         self.prompts, self.max_new_tokens, self.tolerance = tuple(prompts), max_new_tokens, tolerance
@@ -132,15 +137,19 @@ class ActivationDifferences(AnalysisCallback[ReadDifferences]):
         """Finds the base, the blocks and the text."""
         if find_snapshot(trainer) is None:
             raise ValueError(f"{self.name} compares with the golden snapshot: add GoldenSnapshot() to the callbacks")
-        blocks = describe_architecture(model).blocks
-        if self.layers is not None:
-            check_layers(self.layers, len(blocks))
+        chosen_blocks(model, self.layers)
         if self.prompts and find_tokenizer(trainer) is None:
             raise ValueError(f"{self.name}: prompts are texts, and neither the module nor its data has a tokenizer")
         if self.prompts and any(map(is_sharded, model.parameters())):
             raise ValueError(f"{self.name}: a sharded model is not steered; leave prompts out")
+        if self.prompts:
+            encode_prompts(model, find_tokenizer(trainer), self.prompts, self.max_new_tokens, 1.0)
         self._text = find_collateral(trainer, self.text, self.n_samples)
         check_texts(self._text or self._batches, self.positions)
+
+    def try_route(self, model: nn.Module, objective: Objective, sample: Any) -> None:
+        """A forward pass of the text; where that is the probe, of the sample."""
+        try_texts(model, self._text or [sample])
 
     def compute(self, context: AnalysisContext) -> ReadDifferences:
         """Reads the differences, and steers by them."""

@@ -20,7 +20,7 @@ from lightning_goldy.analysis.attribution import (
 from lightning_goldy.analysis.attribution.attribution import AUTO_NODES, SHARES, check_attribution
 from lightning_goldy.analysis.attribution.graft import BASELINES, CANDIDATES, FACTORS, Baseline, Pieces, check_graft
 from lightning_goldy.analysis.attribution.learned import LearnOptions
-from lightning_goldy.analysis.attribution.path import Metric
+from lightning_goldy.analysis.attribution.path import Metric, tells_distributions, try_metric
 from lightning_goldy.analysis.forecast import Forecast, Plan, Run
 from lightning_goldy.analysis.forecast.analyses import forecast_attribution
 from lightning_goldy.analysis.result import AnalysisResult, Cost, Row
@@ -213,11 +213,14 @@ class ChangeAttribution(AnalysisCallback[AttributedChange]):
                 f"{self.name} attributes the change since the golden snapshot: add GoldenSnapshot() to the callbacks"
             )
         require_merged_parameters(model, self.space)
+        merged = chosen_space(model, self.space) == "merged"
         for path in self.masks.values():
             if not Path(path).is_file():
                 raise FileNotFoundError(f"{self.name}: there is no mask file at {path}")
             if (kind := read_header(path).kind) != "mask":
                 raise StoreError(f"{path}: holds {kind}, not a mask")
+            if not merged:
+                ParameterMask.load(path, model)
         held = sum(map(sample_count, self._batches))
         if self.shares and held < 2:
             raise ValueError(
@@ -228,8 +231,12 @@ class ChangeAttribution(AnalysisCallback[AttributedChange]):
             self._collateral = find_collateral(trainer, self.collateral, self.n_collateral)
 
     def try_route(self, model: nn.Module, objective: Objective, sample: Any) -> None:
-        """One backward pass, and a forward pass of the other text."""
+        """One backward pass, the metric of the sample, and the loss and divergence of the other text."""
         try_gradients(model, ParameterSpace.of(model).resolve(model), objective, sample)
+        try_metric(self.metric, model, objective, [sample], "probe")
+        try_metric("loss", model, objective, self._collateral, "collateral")
+        if tells_distributions(objective) or "learned" in self.baselines:
+            try_metric("kl", model, objective, self._collateral[:1], "collateral")
 
     def compute(self, context: AnalysisContext) -> AttributedChange:
         """Attributes, and grafts."""

@@ -18,6 +18,7 @@ from torch import nn
 from lightning_goldy.analysis.attribution import (
     GraftCurve,
     GraftPoint,
+    baseline_mask,
     change_attribution,
     graft,
     graft_curve,
@@ -42,7 +43,10 @@ from lightning_goldy.report.formatting import console_table, format_number, form
 from lightning_goldy.training.models import write_pretrained
 from lightning_goldy.training.subject import find_collateral, find_model, find_objective, find_probe, find_tokenizer
 
-Method = Literal["best", "attribution", "interpolation", "learned"]
+Method = Literal["best", "attribution", "interpolation", "learned", "magnitude", "random", "drop_and_rescale"]
+# What `best` chooses from, and of it what keeps values as they are and so can be written sparse.
+BEST = ("attribution", "magnitude", "random", "interpolation", "drop_and_rescale", "finetune")
+SPARSE = ("attribution", "magnitude", "random")
 MODEL, CHANGE, MASK = "model", "change.safetensors", "mask.safetensors"
 
 
@@ -55,12 +59,13 @@ class Wanted:
         recover: Share of the effect that is to be recovered on held-out samples, a fraction, with the least harm.
         harm: Nats of loss on other text that are allowed, for the most effect.
         method: ``attribution`` keeps the strongest elements, ``learned`` those of a mask that is learned,
-            ``interpolation`` a part of the change everywhere, ``best`` takes the first or the last, whichever serves
-            better.
+            ``magnitude`` those that changed most, ``random`` any, ``drop_and_rescale`` any times the inverse of their
+            share, ``interpolation`` a part of the change everywhere. ``best`` takes the one of these, but for
+            ``learned``, that serves best; of a share to ``keep``, ``attribution``.
         sparse: Whether the change is written as a mask with values, rather than as a model.
 
     Raises:
-        ValueError: Not exactly one is given, it is out of range, or interpolation is asked to be sparse.
+        ValueError: Not exactly one is given, it is out of range, or what changes other values is asked to be sparse.
 
     Example:
         >>> Wanted(keep=0.1, recover=0.9)
@@ -87,16 +92,20 @@ class Wanted:
             raise ValueError(f"harm must be a finite number of nats; got {given['harm']:g}")
         if self.sparse and self.method == "interpolation":
             raise ValueError("interpolation changes every element, so it cannot be written sparse")
+        if self.sparse and self.method == "drop_and_rescale":
+            raise ValueError("drop_and_rescale changes the values that it keeps, so it cannot be written sparse")
         if self.keep is not None and self.method == "interpolation":
             raise ValueError("keep is a share of elements, and interpolation changes all: choose by recover or harm")
 
     def of(self, curve: GraftCurve) -> GraftPoint:
         """The graft that is wanted."""
         if self.keep is not None:
-            own = curve.of("learned" if self.method == "learned" else "attribution")
+            own = curve.of("attribution" if self.method == "best" else self.method)
             return min(own, key=lambda point: abs(point.share - float(self.keep or 0)))
-        methods = {"best": ("attribution", "interpolation", "finetune")}.get(self.method, (self.method,))
-        return curve.choose(recover=self.recover, harm=self.harm, methods=methods[:1] if self.sparse else methods)
+        best = SPARSE if self.sparse else BEST
+        return curve.choose(
+            recover=self.recover, harm=self.harm, methods=best if self.method == "best" else (self.method,)
+        )
 
 
 def graft_checkpoint(
@@ -189,6 +198,9 @@ class _Graft(L.Callback):
             attribution = change_attribution(model, base.values, scored, objective, **options)
             if attribution.levels is None:
                 raise ValueError(f"{self.saved.path}: nothing differs from the base ({base.source})")
+            numel = sum(attribution.numels)
+            if self.wanted.keep is not None and self.wanted.keep * numel < 1:
+                raise ValueError(f"keep={self.wanted.keep:g} is less than one of the {numel:,} elements")
             teaching: list[Any] = []
             if learns:
                 collateral, teaching = interleaved(collateral, self.n_collateral)
@@ -244,13 +256,15 @@ class _Graft(L.Callback):
             mask = attribution.mask(point.share)
         elif point.method == "learned":
             mask = next(held for held in self.learned if held.density == point.share)
+        elif point.method in ("magnitude", "random", "drop_and_rescale"):
+            mask = baseline_mask(model, base, attribution, point.method, point.share)
         else:
             assert attribution.levels is not None
             mask = ParameterMask.of_vector(
                 attribution.levels.map(lambda level: torch.ones_like(level, dtype=torch.bool))
             )
         shell = _unadapted(model) if attribution.space == "merged" and not self.wanted.sparse else model
-        if point.method in ("attribution", "learned"):
+        if point.method not in ("interpolation", "finetune"):
             mask.save(self.folder / MASK, model=model_class(shell), step=self.saved.step)
         card = self._card(point, curve)
         if self.wanted.sparse:
@@ -272,15 +286,24 @@ class _Graft(L.Callback):
         kept = {
             "attribution": f"{point.share:.3g} of the elements, those that carry the effect by change attribution",
             "learned": f"{point.share:.3g} of the elements, those of a mask that was learned",
+            "magnitude": f"{point.share:.3g} of the elements, those that changed most",
+            "random": f"{point.share:.3g} of the elements, drawn at random",
+            "drop_and_rescale": f"{point.share:.3g} of the elements, drawn at random, times {point.factor:g}",
         }.get(point.method, f"{point.factor:g} times the change, everywhere")
         harm, recovered = "was not measured: the data has no collateral text", "nothing: the finetune changed nothing"
         if point.harm is not None:
             whole = curve.of("finetune")[0].harm
             interval = _interval(point.harm_low, point.harm_high, "+.4g")
             harm = f"{point.harm:+.4g} nats of loss{interval} against the base; the whole finetune has {whole:+.4g}"
+        others = "".join(
+            f"; {told} {other.recovered:.1%}"
+            for name, told in (("random", "as many random ones"), ("magnitude", "those that changed most"))
+            for other in curve.of(name)
+            if point.method in ("attribution", "learned") and other.recovered is not None and _same_share(other, point)
+        )
         if point.recovered is not None:
             interval = _interval(point.low, point.high, ".1%")
-            recovered = f"{point.recovered:.1%}{interval} of the effect on {curve.n_held_out} held-out samples"
+            recovered = f"{point.recovered:.1%}{interval} of the effect on {curve.n_held_out} held-out samples{others}"
         return (
             "# A grafted finetune\n\n"
             f"The base with a part of a finetune's change: {kept}.\n\n"
@@ -289,6 +312,11 @@ class _Graft(L.Callback):
             f"finetune {format_number(curve.value)} nats)\n"
             f"- harm to other text: {harm}\n"
         )
+
+
+def _same_share(first: GraftPoint, second: GraftPoint) -> bool:
+    """Whether two grafts have as many elements, but for whole units."""
+    return math.isclose(first.share, second.share, rel_tol=0.01)
 
 
 def _interval(low: float | None, high: float | None, form: str) -> str:

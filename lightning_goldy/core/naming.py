@@ -25,10 +25,15 @@ _BLOCK = re.compile(r"^(?P<block>.*?\.?(?:^|\.)\d+)\.(?P<rest>.*)$")
 # Read from the innermost name outwards, so that the norm inside an attention module counts as a norm.
 _KINDS: tuple[tuple[Kind, re.Pattern[str]], ...] = (
     ("norm", re.compile(r"norm|(^|_)ln(_|\d|$)")),
-    ("embedding", re.compile(r"embed(?!_out$)|^wte$|^wpe$")),
+    ("embedding", re.compile(r"embed(?!_out$)|^wte$|^wpe$|^shared$")),
     ("head", re.compile(r"^lm_head$|^classifier$|^score$|^embed_out$|^cls$")),
     ("attention", re.compile(r"attn|attention|^[qkvo]_proj$|query|key|value")),
-    ("mlp", re.compile(r"mlp|ffn|feed_forward|^fc\d?$|^c_fc$|intermediate|^output$|expert|moe")),
+    (
+        "mlp",
+        re.compile(
+            r"mlp|ffn|feed_forward|^fc\d?$|^c_fc$|intermediate|^output$|expert|moe|densereludense|densegateddense"
+        ),
+    ),
 )
 
 
@@ -79,6 +84,8 @@ def kind_of(name: str) -> Kind:
         ['attention', 'mlp', 'norm']
         >>> kind_of("model.layers.0.self_attn.q_norm.weight"), kind_of("bert.encoder.layer.1.output.dense.weight")
         ('norm', 'mlp')
+        >>> kind_of("shared.weight"), kind_of("encoder.block.0.layer.1.DenseReluDense.wi.weight")
+        ('embedding', 'mlp')
     """
     # A LoRA adapter is called after the module that it adapts.
     parts = [part for part in name.lower().split(".") if not part.startswith("lora_") and not part.isdigit()]

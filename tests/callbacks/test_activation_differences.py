@@ -5,9 +5,11 @@ import math
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import LambdaCallback
 
 from lightning_goldy.analysis import activation_differences
 from lightning_goldy.callbacks import ActivationDifferences, GoldenSnapshot
+from lightning_goldy.data.tokenization import byte_tokenizer
 from lightning_goldy.report import draw_figures
 from lightning_goldy.report.topics.activations import spelled_html
 from tests.callbacks.training import TokenData, Tokens, fit
@@ -74,3 +76,22 @@ def test_what_cannot_work_is_refused_before_the_first_step(tmp_path) -> None:
             ActivationDifferences(tolerance=tolerance)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="tolerance must be positive"):
         ActivationDifferences(tolerance=0)
+
+
+def test_texts_that_the_model_cannot_read_or_continue_fail_before_the_first_step(tmp_path) -> None:
+    words = torch.ones(2, 9, dtype=torch.long)
+    for place, (options, message) in enumerate(
+        (
+            ({"text": [{"input_ids": 10**6 * words}]}, "batch 0 of the text cannot go through GPT2LMHeadModel"),
+            ({"prompts": ["a"], "max_new_tokens": 1000}, "that exceeds the model's 32 positions"),
+        )
+    ):
+        data, steps = WithText(), []
+        data.tokenizer = byte_tokenizer()
+        watcher = ActivationDifferences(n_samples=2, **options)
+        counting = LambdaCallback(on_train_batch_end=lambda *args, steps=steps: steps.append(args))
+        with pytest.raises(ValueError, match=message):
+            fit(tmp_path / str(place), [GoldenSnapshot(), watcher, counting], data=data)
+        assert not steps
+    with pytest.raises(ValueError, match="prompts is a list of texts; got one text, 'My favourite'"):
+        ActivationDifferences(prompts="My favourite")

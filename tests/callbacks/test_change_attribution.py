@@ -5,13 +5,18 @@ import math
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import LambdaCallback
 
 from lightning_goldy.analysis import change_attribution, graft_curve
 from lightning_goldy.analysis.attribution import interleaved
 from lightning_goldy.callbacks import ChangeAttribution, GoldenParameters, GoldenSnapshot
 from lightning_goldy.core.mask import ParameterMask
+from lightning_goldy.core.objective import FunctionObjective
+from lightning_goldy.core.space import ParameterSpace
+from lightning_goldy.core.store import StoreError
 from lightning_goldy.report import draw_figures
 from tests.callbacks.training import TokenData, Tokens, fit
+from tests.references.models import build
 
 SHARES = (0.05, 0.3)
 
@@ -81,6 +86,8 @@ def test_what_cannot_work_is_refused_before_the_first_step(tmp_path) -> None:
         ({"keep": 2}, r"keep must lie in \(0, 1\]; got 2"),
         ({"tolerance": "a"}, r"tolerance must lie in \(0, 1\); got a"),
         ({"baselines": ["random", "random"]}, "baselines name 'random' twice"),
+        ({"baselines": "random"}, "baselines is a list of methods; got 'random'"),
+        ({"learn": {"steps": 3}}, "learn is a LearnOptions; got {'steps': 3}"),
     ],
 )
 def test_wrong_settings_are_told_as_they_are_given(options, message) -> None:
@@ -124,3 +131,47 @@ def test_links_with_the_runs_masks_interactions_and_the_kept_share_are_in_the_ro
     assert json.loads((again.folder / "results.jsonl").read_text())["result"]["links"][0]["mask"] == "before"
     with pytest.raises(FileNotFoundError, match="there is no mask file at nowhere"):
         fit(tmp_path / "none", [GoldenSnapshot(), ChangeAttribution(masks={"x": "nowhere"}, n_samples=2)])
+
+
+def test_other_text_and_metrics_that_cannot_be_measured_fail_before_the_first_step(tmp_path) -> None:
+    tokens = torch.ones(1, 5, dtype=torch.long)
+    for place, (options, message) in enumerate(
+        (
+            (
+                {"collateral": [{"x": tokens}]},
+                "collateral batch 0 cannot be measured by GPT2LMHeadModel: .*'input_ids'",
+            ),
+            ({"collateral": [{"input_ids": 10**6 * tokens}]}, "collateral batch 0 cannot be measured .*out of range"),
+            ({"collateral": [{"input_ids": tokens, "labels": -100 * tokens}]}, "has no target"),
+            ({"metric": "kl", "objective": FunctionObjective(own_loss)}, "probe batch 0 .* has a loss but no logits"),
+        )
+    ):
+        watcher, steps = ChangeAttribution(n_samples=2, shares=[0.5], baselines=[], **options), []
+        counting = LambdaCallback(on_train_batch_end=lambda *args, steps=steps: steps.append(args))
+        with pytest.raises(ValueError, match=message):
+            fit(tmp_path / str(place), [GoldenSnapshot(), watcher, counting])
+        assert not steps
+
+
+def own_loss(model, batch):
+    return model(input_ids=batch["input_ids"], labels=batch["input_ids"]).loss
+
+
+def test_a_loss_without_logits_has_harm_and_no_divergence(tmp_path) -> None:
+    watcher = ChangeAttribution(n_samples=4, nodes=2, shares=[0.5], baselines=[], objective=FunctionObjective(own_loss))
+    fit(tmp_path, [GoldenSnapshot(), watcher], data=WithCollateral(), max_epochs=1, max_steps=2)
+    row = json.loads((watcher.folder / "results.jsonl").read_text())
+    for point in row["result"]["graft"]["points"]:
+        assert math.isfinite(point["harm"])
+        assert point["kl"] is None
+
+
+def test_a_mask_file_of_another_model_is_refused_before_the_first_step(tmp_path) -> None:
+    other = build("llama")
+    space = ParameterSpace.of(other)
+    ones = {name: torch.ones(shape, dtype=torch.bool) for name, shape in zip(space.names, space.shapes, strict=True)}
+    mask = ParameterMask(space, ones)
+    mask.save(tmp_path / "other.safetensors", model=other)
+    watcher = ChangeAttribution(n_samples=2, shares=[], masks={"other": str(tmp_path / "other.safetensors")})
+    with pytest.raises(StoreError, match=r"other\.safetensors"):
+        fit(tmp_path / "run", [GoldenSnapshot(), watcher], max_steps=1, max_epochs=1)

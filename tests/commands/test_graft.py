@@ -132,8 +132,33 @@ def test_what_is_wanted_is_one_thing_and_in_range():
         ({"recover": 2.0}, r"recover must lie in \(0, 1\]; got 2"),
         ({"recover": 0.5, "method": "interpolation", "sparse": True}, "cannot be written sparse"),
         ({"keep": 0.5, "method": "interpolation"}, "choose by recover or harm"),
+        ({"keep": 0.5, "method": "drop_and_rescale", "sparse": True}, "drop_and_rescale changes the values"),
     ):
         with pytest.raises(ValueError, match=message):
             Wanted(**options)
     with pytest.raises(ValueError, match="n_collateral must be at least 1; got 0"):
         graft_checkpoint("unread", [], Wanted(keep=0.1), n_collateral=0)
+
+
+def test_a_share_below_one_element_is_refused(trained, capsys):
+    assert run(trained, "--keep", "1e-9", output="speck") != 0
+    assert "keep=1e-09 is less than one of the" in capsys.readouterr().err
+
+
+def test_what_changed_most_is_grafted_where_that_serves_best(trained, capsys):
+    assert run(trained, "--keep", "0.2", "--method", "magnitude", "--sparse", output="largest") == 0
+    base, now = weights(trained / "base"), weights(trained / "finetune")
+    mask = ParameterMask.load(trained / "largest" / "mask.safetensors")
+    sizes = {name: (now[name] - base[name]).abs() for name in mask.space}
+    inside = torch.cat([sizes[name][flags] for name, flags in mask.items()])
+    outside = torch.cat([sizes[name][~flags] for name, flags in mask.items()])
+    assert inside.min() >= outside.max()
+    assert "those that changed most" in (trained / "largest" / "README.md").read_text()
+    assert run(trained, "--recover", "0.4", "--sparse", output="gentlest") == 0
+    summary = json.loads((trained / "gentlest" / "summary.json").read_text())
+    fitting = [
+        point
+        for point in summary["points"]
+        if point["method"] in ("attribution", "magnitude", "random") and point["recovered"] >= 0.4
+    ]
+    assert summary["taken"]["harm"] == min(point["harm"] for point in fitting)

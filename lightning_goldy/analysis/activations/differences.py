@@ -150,6 +150,11 @@ class ActivationDifferencesResult(AnalysisResult):
 
     def headline(self) -> str:
         """How far the stream moved where that is clearest, against the null and between halves."""
+        if self.unchanged and self.mean_kl > 0:
+            return (
+                f"unchanged after the blocks read ({', '.join(map(str, self.layers))}), while the predictions are "
+                f"{self.mean_kl:.2g} nats from the base's: what changed lies behind them"
+            )
         if self.unchanged:
             return "unchanged: the residual stream is the base's at every layer and position"
         place = self.clearest
@@ -221,9 +226,8 @@ def activation_differences(
         ("n_divergent", n_divergent, 0),
     ):
         require_at_least(name, value, least)
-    blocks = _chosen_blocks(model, layers)
-    objective = CausalLMObjective()
-    kept = shortened(batches, objective, n_samples, None)
+    blocks = chosen_blocks(model, layers)
+    kept = shortened(batches, CausalLMObjective(), n_samples, None)
     check_texts(kept, positions)
     device = next(model.parameters()).device
     with preserved(model), Replicas.world().together("activation_differences"), torch.no_grad():
@@ -231,14 +235,11 @@ def activation_differences(
             sums = _Sums(blocks, positions, n_directions, n_divergent)
             for done, batch in enumerate(kept, 1):
                 placed = move_batch(batch, device)
-                inputs = objective.own_arguments(model, placed)
-                inputs.pop("labels", None)
                 streams = []
                 for place in (0.0, 1.0):
                     path.move_to(place)
                     with residual_streams(blocks) as states:
-                        logits = model(**inputs).logits
-                    require_next_tokens(model, inputs["input_ids"], logits, "activation differences")
+                        logits = _next_tokens(model, placed)
                     streams.append((states, logits))
                 sums.add(Tokens.of(placed), *streams)
                 if progress is not None:
@@ -267,6 +268,35 @@ def check_texts(batches: Iterable[Any], positions: int) -> None:
         raise ValueError(f"text {short} has {lengths[short]} tokens, fewer than the positions={positions}")
     if len(lengths) < 2:
         raise ValueError(f"two halves need at least two texts; got {len(lengths)}")
+
+
+@torch.no_grad()
+def try_texts(model: nn.Module, batches: Iterable[Any]) -> None:
+    """One forward pass over texts, so that one that the model cannot read fails before there is anything to lose.
+
+    Args:
+        model: A causal language model, in evaluation mode.
+        batches: Of token ids.
+
+    Raises:
+        ValueError: A text cannot go through the model, as where it is longer than its positions.
+        UnsupportedArchitectureError: The model predicts no next tokens.
+    """
+    device = next(model.parameters()).device
+    for index, batch in enumerate(batches):
+        try:
+            _next_tokens(model, move_batch(batch, device))
+        except (IndexError, RuntimeError, TypeError) as error:
+            raise ValueError(f"batch {index} of the text cannot go through {model_class(model)}: {error}") from error
+
+
+def _next_tokens(model: nn.Module, batch: Any) -> Tensor:
+    """The logits of a batch's texts, shape ``[B, T, V]``."""
+    inputs = CausalLMObjective().own_arguments(model, batch)
+    inputs.pop("labels", None)
+    logits: Tensor = model(**inputs).logits
+    require_next_tokens(model, inputs["input_ids"], logits, "activation differences")
+    return logits
 
 
 def text_lengths(batches: Iterable[Any]) -> list[int]:
@@ -306,7 +336,17 @@ def residual_streams(blocks: Sequence[Block]) -> Iterator[list[Tensor]]:
     states.extend(found[place] for place in sorted(found))
 
 
-def _chosen_blocks(model: nn.Module, layers: Sequence[int] | None) -> tuple[Block, ...]:
+def chosen_blocks(model: nn.Module, layers: Sequence[int] | None) -> tuple[Block, ...]:
+    """The blocks that are read.
+
+    Args:
+        model: A causal language model.
+        layers: Their numbers, from 0; all by default.
+
+    Raises:
+        ValueError: There is no such block.
+        UnsupportedArchitectureError: The blocks could not be found, or the model has two stacks.
+    """
     described = describe_architecture(model)
     if described.stacks:
         raise UnsupportedArchitectureError(

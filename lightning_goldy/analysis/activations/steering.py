@@ -18,7 +18,7 @@ from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.core.architecture import describe_architecture
 from lightning_goldy.core.base import Base
 from lightning_goldy.core.isolation import preserved
-from lightning_goldy.core.naming import require_positive
+from lightning_goldy.core.naming import model_class, require_positive
 from lightning_goldy.core.objective import CausalLMObjective
 
 State = Literal["base", "present"]
@@ -78,6 +78,8 @@ def steered(block: nn.Module, direction: Tensor, strength: float = 1.0) -> Itera
 
     def add(_: nn.Module, args: Any, output: Any) -> Any:
         whole = output if isinstance(output, Tensor) else output[0]
+        if whole.shape[-1] != len(direction):
+            raise ValueError(f"the direction has width {len(direction)}, and the stream {whole.shape[-1]}")
         moved = whole + (strength * direction).to(whole.device, whole.dtype)
         return moved if isinstance(output, Tensor) else (moved, *output[1:])
 
@@ -130,17 +132,27 @@ def steer_texts(
         progress: Called with (texts done, texts in all).
 
     Raises:
-        ValueError: An argument is out of range, or the layer was not measured.
+        ValueError: An argument is out of range, the layer was not measured, nothing differs there, or the differences
+            are of another model.
 
     Source: Minder et al. 2025 (arXiv 2510.13900), section 4.
     """
     require_positive("tolerance and strengths", [tolerance])
     strengths = require_positive("strengths", strengths)
     layer = differences.layers[differences.clearest] if layer is None else layer
+    if isinstance(prompts, str):
+        raise ValueError(f"prompts is a list of texts; got one text, {prompts!r}")
     if layer not in differences.layers:
         raise ValueError(f"layer {layer} was not measured; there are {list(differences.layers)}")
     direction = differences.means[differences.layers.index(layer), -1]
-    block = describe_architecture(model).blocks[layer].module
+    if not bool(direction.any()):
+        raise ValueError(f"nothing differs from the base after block {layer}, so there is no direction to steer by")
+    blocks = describe_architecture(model).blocks
+    if layer >= len(blocks):
+        raise ValueError(
+            f"the differences are of block {layer}, and this {model_class(model)} has {len(blocks)} blocks"
+        )
+    block = blocks[layer].module
     ids = encode_prompts(model, tokenizer, prompts, max_new_tokens, temperature)
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": do_sample}
     if do_sample:

@@ -5,12 +5,13 @@ from lightning_goldy.analysis.attribution.graft import (
     GraftCurve,
     GraftPoint,
     apply_change,
+    baseline_mask,
     graft,
     graft_curve,
-    interleaved,
     save_change,
 )
 from lightning_goldy.analysis.attribution.learned import LearnedMask, LearnOptions, learn_mask
+from lightning_goldy.analysis.attribution.path import interleaved
 from lightning_goldy.analysis.attribution.strongest import mask_links
 from lightning_goldy.analysis.attribution.units import UnitGroup, model_units, unit_mask
 
@@ -22,6 +23,7 @@ __all__ = [
     "LearnedMask",
     "UnitGroup",
     "apply_change",
+    "baseline_mask",
     "change_attribution",
     "graft",
     "graft_curve",

@@ -456,8 +456,9 @@ class _Integration:
                     self.ends[end, index] = sums.sum() / counts.sum()
                     self.cost += Cost(forwards=(1 + (self.measure.metric == "kl" and not end)) * sample_count(batch))
         sizes, self.ends = self._summed(sizes), self._summed(self.ends)
-        if not bool(torch.isfinite(self.ends).all()):
-            raise ValueError("the metric is not finite at the base or at the present parameters")
+        for where, values in zip(("base", "present parameters"), self.ends, strict=True):
+            if not bool(values.isfinite().all()):
+                raise ValueError(f"the metric is not finite at the {where}: {values.tolist()} of the passages")
         self.weights = sizes / sizes.sum()
 
     def measure_blocks(self) -> Tensor:

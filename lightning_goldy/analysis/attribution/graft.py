@@ -23,19 +23,33 @@ from lightning_goldy.analysis.attribution.attribution import (
     resampled,
 )
 from lightning_goldy.analysis.attribution.learned import LearnOptions, learn_along, metric_of, require_same_change
-from lightning_goldy.analysis.attribution.path import ChangePath, Measure, Metric, passages
+from lightning_goldy.analysis.attribution.path import (
+    ChangePath,
+    Measure,
+    Metric,
+    interleaved,
+    passages,
+    tells_distributions,
+)
 from lightning_goldy.analysis.attribution.strongest import levels_of
 from lightning_goldy.analysis.attribution.units import Pieces, chosen_masks
 from lightning_goldy.analysis.divergence import precise
 from lightning_goldy.analysis.result import AnalysisResult, Cost, counted_passes
 from lightning_goldy.core.architecture.adapters import WeightSpace, adapted_layers, merged_state
 from lightning_goldy.core.base import Base
-from lightning_goldy.core.batches import move_batch, sample_count, take_samples
+from lightning_goldy.core.batches import move_batch, sample_count
 from lightning_goldy.core.directions import random_direction
 from lightning_goldy.core.files import StoreError, parse_json
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.mask import ParameterMask
-from lightning_goldy.core.naming import block_of, canonical_name, model_class, require_choice, require_fractions
+from lightning_goldy.core.naming import (
+    block_of,
+    canonical_name,
+    model_class,
+    require_choice,
+    require_fractions,
+    require_number,
+)
 from lightning_goldy.core.objective import Objective, objective_for
 from lightning_goldy.core.sharding import gather, is_sharded, like, local, scatter_like
 from lightning_goldy.core.space import ParameterSpace, trainable_parameters
@@ -69,7 +83,7 @@ class GraftPoint(AnalysisResult):
         harm: Loss on other text less that of the base, nats; None without other text.
         harm_low: Lower end of its interval.
         harm_high: Upper end.
-        kl: KL(p_base || p) on other text, mean over targets, nats; None without other text.
+        kl: KL(p_base || p) on other text, mean over targets, nats; None without other text or logits.
         on_frontier: Whether no other point recovers as much with less harm.
     """
 
@@ -152,22 +166,32 @@ class GraftCurve(AnalysisResult):
             methods: Only points of these.
 
         Raises:
-            ValueError: Not exactly one of both is given, harm was not measured, or no point serves.
+            ValueError: Not exactly one of both is given, a method is unknown, harm was not measured, nothing changed,
+                or no point serves.
         """
         if (recover is None) == (harm is None):
             raise ValueError("choose by one of recover= and harm=")
+        for name, value in (("recover", recover), ("harm", harm)):
+            if value is not None:
+                require_number(name, value)
+        tried = list(dict.fromkeys(point.method for point in self.records))
+        for method in methods or ():
+            require_choice("method", method, tried)
         points = [p for p in self.records if p.recovered is not None and (methods is None or p.method in methods)]
+        if not points:
+            raise ValueError("the finetune changed nothing on the held-out samples, so nothing can be recovered")
         if harm is not None:
             if any(point.harm is None for point in points):
                 raise ValueError("harm was not measured: the curve has no collateral text")
             fitting = [point for point in points if (point.harm or 0.0) <= harm]
-            wanted = f"harms other text by at most {harm:g} nats"
+            least = min(point.harm or 0.0 for point in points)
+            wanted, most = f"harms other text by at most {harm:g} nats", f"the least that one does is {least:.4g} nats"
         else:
             fitting = [point for point in points if (point.recovered or 0.0) >= (recover or 0.0)]
-            wanted = f"recovers {recover:.0%} of the effect"
+            best = max(point.recovered or 0.0 for point in points)
+            wanted, most = f"recovers {recover:.0%} of the effect", f"the most that one recovers is {best:.0%}"
         if not fitting:
-            best = max((point.recovered or 0.0 for point in points), default=0.0)
-            raise ValueError(f"no graft tried {wanted}; the most that one recovers is {best:.0%}")
+            raise ValueError(f"no graft tried {wanted}; {most}")
         if harm is not None:
             return max(fitting, key=lambda point: point.recovered or 0.0)
         return min(fitting, key=lambda point: (point.harm if point.harm is not None else point.share, point.share))
@@ -195,15 +219,14 @@ class GraftCurve(AnalysisResult):
         enough = [point for point in tried if (point.recovered or 0.0) >= 0.95]
         if self.value == self.base_value:
             return "the finetune changed nothing on the held-out samples, so nothing can be recovered"
-        if enough:
-            point = min(enough, key=lambda point: point.share)
-            told = (
-                f"{point.share:.2g} of the elements recover {_with_interval(point)} of the effect on held-out samples"
-            )
-        elif best is not None:
-            told = f"at most {_with_interval(best)} of the effect is recovered, by {best.share:.2g} of the elements"
-        else:
+        shown = min(enough, key=lambda point: point.share, default=best)
+        if shown is None:
             told = f"{len(self.points)} grafts were tried"
+        else:
+            part, share = self._with_interval(shown), f"{shown.share:.2g} of the elements"
+            told = f"{share} recover {part} of the effect on held-out samples"
+            told = told if enough else f"at most {part} of the effect is recovered, by {share}"
+            told += self._beside(shown)
         if best is not None and (best.high or 0.0) - (best.low or 0.0) > _UNCERTAIN:
             told = f"{told}; WEAK: {self.n_held_out} held-out samples tell the effect too roughly"
         if self.base_collateral is None:
@@ -211,11 +234,20 @@ class GraftCurve(AnalysisResult):
         methods = sorted({point.method for point in self.frontier} - {"finetune"})
         return f"{told}; in gain against harm the frontier has {', '.join(methods) or 'the finetune alone'}"
 
+    def _beside(self, point: GraftPoint) -> str:
+        """What as many random elements and the largest changes recover, and whether the chosen ones do better."""
+        named = {"random": "as many random ones", "magnitude": "those that changed most"}
+        same = [other for other in self.records if other.method in named and other.share == point.share < 1]
+        if not same:
+            return ""
+        told = ", ".join(f"{named[other.method]} {self._with_interval(other)}" for other in same)
+        beaten = max(other.recovered or 0.0 for other in same) >= (point.recovered or 0.0)
+        return f" ({told}{'; WEAK: no more than others of that number' if beaten else ''})"
 
-def _with_interval(point: GraftPoint) -> str:
-    if point.low is None:
-        return f"{point.recovered:.0%} (no interval: one sample)"
-    return f"{point.recovered:.0%} [{point.low:.0%}, {point.high:.0%}]"
+    def _with_interval(self, point: GraftPoint) -> str:
+        if point.low is None:
+            return f"{point.recovered:.0%} (no interval: one {'sample' if self.n_held_out == 1 else 'passage'})"
+        return f"{point.recovered:.0%} [{point.low:.0%}, {point.high:.0%}]"
 
 
 def graft_curve(
@@ -232,7 +264,7 @@ def graft_curve(
     shares: Sequence[float] | None = None,
     baselines: Sequence[Baseline] = BASELINES,
     factors: Sequence[float] = FACTORS,
-    masks: Mapping[str, Sequence[ParameterVector]] | None = None,
+    masks: Mapping[str, ParameterVector | Sequence[ParameterVector]] | None = None,
     learn: LearnOptions = LearnOptions(),  # noqa: B008 - frozen
     samples_per_pass: int | None = None,
     seed: int = 0,
@@ -267,7 +299,7 @@ def graft_curve(
         shares: Shares of all elements; the attribution's by default.
         baselines: What stands beside it; those of elements only where elements are grafted.
         factors: The a of interpolation.
-        masks: Further masks to graft, by the name of their method, such as golden ones.
+        masks: Further masks to graft, one or several by the name of their method, such as golden ones.
         learn: How masks are learned.
         samples_per_pass: Samples that go through the model together; whole batches by default.
         seed: Of random elements.
@@ -300,6 +332,9 @@ def graft_curve(
     if attribution.scores is None and not any(attribution.squared_changes):
         raise ValueError("no parameter has changed, so there is nothing to graft")
     shares = check_graft(metric, attribution.shares if shares is None else shares, baselines, pieces, factors)
+    taken = {"attribution", "greedy", "finetune", *baselines}
+    if twice := sorted(taken & set(masks or {})):
+        raise ValueError(f"masks may not be called {', '.join(map(repr, twice))}, as grafts of the curve are")
     teaching: Sequence[Any] = ()
     if collateral is not None and "learned" in baselines:
         collateral, teaching = interleaved(collateral, sys.maxsize)
@@ -347,6 +382,8 @@ def check_graft(
     Raises:
         ValueError: An argument is unknown or out of range.
     """
+    if isinstance(baselines, str):
+        raise ValueError(f"baselines is a list of methods; got {baselines!r}")
     for baseline in baselines:
         require_choice("baseline", baseline, get_args(Baseline))
     require_choice("pieces", pieces, get_args(Pieces))
@@ -378,10 +415,11 @@ class _Bench:
         self.held_out = passages(held_out, objective, None, together)
         self.collateral = [] if collateral is None else passages(collateral, objective, None, together)
         self.measure, self.loss = Measure(metric, objective), Measure("loss", objective)
-        self.divergence = Measure("kl", objective)
+        self.divergence = Measure("kl", objective) if tells_distributions(objective) else None
         path.move_to(0.0)
         self._keep(self.measure, self.held_out)
-        self._keep(self.divergence, self.collateral)
+        if self.divergence is not None:
+            self._keep(self.divergence, self.collateral)
         self.base, self.counts = self._values(self.measure, self.held_out)
         self.base_loss, self.loss_counts = self._values(self.loss, self.collateral)
         path.move_to(1.0)
@@ -408,13 +446,14 @@ class _Bench:
         }
         if self.collateral:
             losses, _ = self._values(self.loss, self.collateral)
-            divergences, _ = self._values(self.divergence, self.collateral)
             counts = resampled(len(losses))
             harm = losses - self.base_loss
             low, high = interval_of((counts @ harm) / (counts @ self.loss_counts)) if len(harm) > 1 else (None, None)
             total = self.loss_counts.sum()
             point |= {"harm": float(harm.sum() / total), "harm_low": low, "harm_high": high}
-            point["kl"] = float(divergences.sum() / total)
+            if self.divergence is not None:
+                divergences, _ = self._values(self.divergence, self.collateral)
+                point["kl"] = float(divergences.sum() / total)
         return point
 
     def _keep(self, measure: Measure, samples: Sequence[Any]) -> None:
@@ -531,11 +570,11 @@ class _Grafts:
                     found.append((name, share, factor, self._keep_levels(levels, place, factor)))
         return found
 
-    def of_masks(self, masks: Mapping[str, Sequence[ParameterVector]]) -> list[Planned]:
+    def of_masks(self, masks: Mapping[str, ParameterVector | Sequence[ParameterVector]]) -> list[Planned]:
         """Those of masks that are given."""
         found: list[Planned] = []
         for method, held in masks.items():
-            for mask in map(ParameterMask.of_vector, held):
+            for mask in map(ParameterMask.of_vector, [held] if isinstance(held, ParameterVector) else held):
                 self.path.space.require_same(mask.space)
                 found.append((method, mask.density, 1.0, self._keep(mask)))
         return found
@@ -550,17 +589,10 @@ class _Grafts:
         return [("learned", share, 1.0, partial(write, share)) for share in self.shares]
 
     def _levels(self, name: str, batches: Iterable[Any]) -> dict[str, Tensor]:
-        path = self.path
         if name == "gradient":
             with torch.enable_grad():
-                return attribute_first_order(path, batches, self.objective, self.metric, self.shares)
-        if name == "magnitude":
-            references = path.parameters.items()
-            return levels_of({n: like(p.detach(), path.change(n).abs()) for n, p in references}, self.shares)
-        # Drop-and-rescale has the same elements as the random baseline, so that what differs is the rescaling.
-        module = None if path.weight_space == "merged" else path.model
-        direction = random_direction(path.space, self.seed, module=module)
-        return levels_of({name: tensor.clone() for name, tensor in direction.items()}, self.shares)
+                return attribute_first_order(self.path, batches, self.objective, self.metric, self.shares)
+        return _unread_levels(self.path, name, self.shares, self.seed)
 
     def _keep(self, mask: ParameterMask) -> Callable[[], None]:
         return self._keep_levels({name: (~flags).to(torch.uint8) for name, flags in mask.items()}, 0, 1.0)
@@ -579,30 +611,37 @@ class _Grafts:
         return lambda: self.path.move_to(factor)
 
 
-def interleaved(batches: Iterable[Any], n_samples: int) -> tuple[list[Any], list[Any]]:
-    """Every other one of the first samples, and the ones between; both have the mixture that the batches have.
+def baseline_mask(
+    model: nn.Module, base: Base, attribution: ChangeAttributionResult, method: str, share: float, *, seed: int = 0
+) -> ParameterMask:
+    """The elements that a baseline of :func:`graft_curve` keeps, the same ones.
 
     Args:
-        batches: That can be cut into samples.
-        n_samples: Of both together, at most.
+        model: The finetuned model.
+        base: Anything that :func:`~lightning_goldy.core.base.base_of` takes.
+        attribution: Of the same change.
+        method: ``magnitude``, ``random`` or ``drop_and_rescale``.
+        share: Of all elements, a fraction.
+        seed: Of random elements.
 
-    Example:
-        >>> first, second = interleaved([{"x": torch.arange(3)}, {"x": torch.arange(3, 7)}], 6)
-        >>> [part["x"].tolist() for part in first], [part["x"].tolist() for part in second]
-        ([[0, 2], [4]], [[1], [3, 5]])
+    Raises:
+        ValueError: The method is another, or the attribution of another change.
     """
-    parts: tuple[list[Any], list[Any]] = ([], [])
-    seen = 0
-    for batch in batches:
-        size = min(sample_count(batch), n_samples - seen)
-        for half in (0, 1):
-            rows = torch.arange((seen + half) % 2, size, 2)
-            if len(rows):
-                parts[half].append(take_samples(batch, rows))
-        seen += size
-        if seen >= n_samples:
-            break
-    return parts
+    require_choice("method", method, ("magnitude", "random", "drop_and_rescale"))
+    with preserved(model), ChangePath(model, base, attribution.space) as path, torch.no_grad():
+        require_same_change(attribution, path)
+        levels = _unread_levels(path, method, (share,), seed)
+        return ParameterMask(path.space, {name: level == 0 for name, level in levels.items()})
+
+
+def _unread_levels(path: ChangePath, name: str, shares: tuple[float, ...], seed: int) -> dict[str, Tensor]:
+    """The shares that hold each element, of a baseline that asks no sample."""
+    if name == "magnitude":
+        references = path.parameters.items()
+        return levels_of({n: like(p.detach(), path.change(n).abs()) for n, p in references}, shares)
+    # Drop-and-rescale has the same elements as the random baseline, so that what differs is the rescaling.
+    direction = random_direction(path.space, seed, module=None if path.weight_space == "merged" else path.model)
+    return levels_of({name: tensor.clone() for name, tensor in direction.items()}, shares)
 
 
 def graft(model: nn.Module, base: Base, mask: ParameterVector, *, factor: float = 1.0) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,7 +16,8 @@ from lightning_goldy.analysis.divergence import precise, shortened
 from lightning_goldy.analysis.taylor.approximation import batch_parts
 from lightning_goldy.core.architecture.adapters import chosen_space, merged_weights
 from lightning_goldy.core.base import Base, base_of
-from lightning_goldy.core.batches import sample_count
+from lightning_goldy.core.batches import move_batch, sample_count, take_samples
+from lightning_goldy.core.naming import model_class
 from lightning_goldy.core.objective import FunctionObjective, Objective
 from lightning_goldy.core.sharding import local, sum_over_shards, unshard_guard
 from lightning_goldy.core.space import ParameterSpace
@@ -60,7 +61,11 @@ class Measure:
     def value(self, model: nn.Module, index: int, batch: Any) -> Tensor:
         """The metric on one passage, a scalar."""
         if callable(self.metric):
-            return self.metric(model, batch)
+            found = self.metric(model, batch)
+            if not isinstance(found, Tensor) or found.ndim:
+                told = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+                raise ValueError(f"a metric that is a function must return a scalar tensor; got {told}")
+            return found
         if self.metric == "loss":
             return self.objective.loss(model, batch)
         if self.metric == "log_prob":
@@ -114,6 +119,74 @@ def passages(
     return [
         Passage(part) for batch in kept for part in batch_parts(batch, objective, -(-sample_count(batch) // together))
     ]
+
+
+def interleaved(batches: Iterable[Any], n_samples: int) -> tuple[list[Any], list[Any]]:
+    """Every other one of the first samples, and the ones between; both have the mixture that the batches have.
+
+    Args:
+        batches: That can be cut into samples.
+        n_samples: Of both together, at most.
+
+    Example:
+        >>> first, second = interleaved([{"x": torch.arange(3)}, {"x": torch.arange(3, 7)}], 6)
+        >>> [part["x"].tolist() for part in first], [part["x"].tolist() for part in second]
+        ([[0, 2], [4]], [[1], [3, 5]])
+    """
+    parts: tuple[list[Any], list[Any]] = ([], [])
+    seen = 0
+    for batch in batches:
+        size = min(sample_count(batch), n_samples - seen)
+        for half in (0, 1):
+            rows = torch.arange((seen + half) % 2, size, 2)
+            if len(rows):
+                parts[half].append(take_samples(batch, rows))
+        seen += size
+        if seen >= n_samples:
+            break
+    return parts
+
+
+def tells_distributions(objective: Objective) -> bool:
+    """Whether an objective has logits, by which divergences are told; one that is a function may have none.
+
+    Example:
+        >>> tells_distributions(FunctionObjective(lambda model, batch: model(batch).mean()))
+        False
+    """
+    return not isinstance(objective, FunctionObjective) or objective.logits is not None
+
+
+@torch.no_grad()
+def try_metric(metric: Metric, model: nn.Module, objective: Objective, batches: Sequence[Any], told: str) -> None:
+    """Measures batches once, so that what cannot be measured fails before there is anything to lose.
+
+    Args:
+        metric: As for :class:`Measure`.
+        model: In evaluation mode.
+        objective: How a batch becomes a loss.
+        batches: That are to be measured later.
+        told: What the batches are called in messages.
+
+    Raises:
+        ValueError: A batch cannot go through the model, has no target, or its metric is not finite.
+
+    Example:
+        >>> square, layer = FunctionObjective(lambda model, batch: model(batch).square().mean()), nn.Linear(1, 1)
+        >>> try_metric("loss", layer, square, [torch.ones(1, 1), torch.full((1, 1), math.inf)], "collateral")
+        Traceback (most recent call last):
+        ValueError: collateral batch 1: the loss is [inf], not finite
+    """
+    measure, device = Measure(metric, objective), next(model.parameters()).device
+    for index, batch in enumerate(batches):
+        try:
+            placed = move_batch(batch, device)
+            measure.keep_anchor(model, index, placed)
+            sums, _ = measure.by_sample(model, index, placed)
+        except (LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"{told} batch {index} cannot be measured by {model_class(model)}: {error}") from error
+        if not bool(sums.isfinite().all()):
+            raise ValueError(f"{told} batch {index}: the {metric} is {sums.tolist()}, not finite")
 
 
 class ChangePath:

@@ -106,7 +106,7 @@ def mask_links(
     squares = reduce_tensors(tensors, lambda x: x @ x)
     total, rows = math.fsum(sums) or math.nan, []
     for label, mask in masks.items():
-        scores.space.subspace(mask.space.names)  # names what is unknown
+        scores.space.subspace(mask.space.names).require_same(mask.space)
         marked = [
             scatter_like(
                 score, gather(mask[name]) if name in mask.space else torch.zeros(score.shape, dtype=torch.bool)

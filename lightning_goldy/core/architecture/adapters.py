@@ -183,8 +183,18 @@ def _layer_changes(
     for name, value in was.items():
         told = merged_name(f"{path}.{name}" if path else name)
         if name in targets or told in trained:
-            dtype = torch.promote_types(wrapped.get_parameter(name).dtype, torch.float32)
+            frozen = wrapped.get_parameter(name)
+            dtype = torch.promote_types(frozen.dtype, torch.float32)
+            if told not in trained:
+                value = _or_frozen(value, gather(frozen))
             yield Change(told, value.to(dtype), (now[name] - value).to(dtype))
+
+
+def _or_frozen(merged: Tensor, frozen: Tensor) -> Tensor:
+    """The frozen weight where adapters make it but for rounding, as new ones of DoRA do, else the merged one."""
+    tolerance = torch.finfo(frozen.dtype).eps * (8 if frozen.dtype in (torch.float32, torch.float64) else 1)
+    whole = frozen.detach().to(merged)
+    return whole if torch.allclose(merged, whole, rtol=tolerance, atol=0) else merged
 
 
 def _require_plain(path: str, wrapped: nn.Module) -> None:

@@ -166,3 +166,14 @@ def test_a_classifier_is_refused_by_name():
     model = build("bert").eval()
     with pytest.raises(UnsupportedArchitectureError, match="those of a causal language model; BertFor"):
         activation_differences(model, copy.deepcopy(model), [token_batch(2)])
+
+
+def test_a_change_behind_the_blocks_that_are_read_is_not_called_none():
+    base = build("llama", 0).eval()
+    model = copy.deepcopy(base)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.5)
+    found = activation_differences(model, base, [token_batch(4, 12, query=0)])
+    assert found.unchanged
+    assert found.mean_kl > 0
+    assert "unchanged after the blocks read (0, 1), while the predictions are" in found.headline()

@@ -86,3 +86,15 @@ def test_wrong_arguments_are_refused(subject):
     ):
         with pytest.raises(ValueError, match=message):
             steer_texts(model, base, byte_tokenizer(), [torch.tensor([1])], found, **options)
+
+
+def test_what_cannot_steer_is_refused(subject):
+    model, base, found = subject
+    with pytest.raises(ValueError, match="prompts is a list of texts; got one text, 'My'"):
+        steer_texts(model, base, Numbers(), "My", found)
+    same = activation_differences(model, model, [token_batch(4, 12, query=0)])
+    with pytest.raises(ValueError, match="nothing differs from the base after block 0, so there is no direction"):
+        steer_texts(model, model, Numbers(), [torch.tensor([1])], same)
+    layer = torch.nn.Identity()
+    with steered(layer, torch.ones(3)), pytest.raises(ValueError, match="the direction has width 3, and the stream 2"):
+        layer(torch.zeros(1, 2))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import sys
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from lightning_goldy.analysis import apply_change, change_attribution, graft, graft_curve, learn_mask, save_change
+from lightning_goldy.analysis.attribution import baseline_mask
 from lightning_goldy.analysis.attribution.attribution import element_space
 from lightning_goldy.analysis.attribution.units import chosen_masks
 from lightning_goldy.core import (
@@ -324,3 +326,84 @@ def test_what_changed_nothing_recovers_nothing():
         graft_curve(layer, base, found, [], [torch.eye(3)], objective=objective)
     with pytest.raises(ValueError, match="no parameter has changed"):
         found.mask(0.5)
+
+
+def test_what_cannot_be_chosen_is_told_with_what_was_tried(curve):
+    least = min(point.harm for point in curve.records)
+    with pytest.raises(ValueError, match=rf"at most -9 nats; the least that one does is {least:.4g} nats"):
+        curve.choose(harm=-9)
+    with pytest.raises(ValueError, match="harm must be a finite number; got nan"):
+        curve.choose(harm=math.nan)
+    with pytest.raises(ValueError, match="unknown method 'attributions'; did you mean 'attribution'"):
+        curve.choose(recover=0.1, methods=["attributions"])
+
+
+def test_a_change_that_does_nothing_there_has_no_graft_to_choose(subject):
+    model, base, scored, held_out, other, found = subject
+    same = graft_curve(model, base, found, [scored], [held_out], [other], metric="kl", shares=[0.1], baselines=[])
+    nothing = dataclasses.replace(same, points=tuple({**point, "recovered": None} for point in same.points))
+    with pytest.raises(ValueError, match="the finetune changed nothing on the held-out samples"):
+        nothing.choose(harm=0.5)
+
+
+def test_masks_are_given_one_or_several_under_names_of_their_own(subject):
+    model, base, scored, held_out, _, found = subject
+    options = {"shares": [0.1], "baselines": []}
+    one = graft_curve(model, base, found, [scored], [held_out], masks={"golden": found.mask(0.1)}, **options)
+    assert one.of("golden")[0].value == one.of("attribution")[0].value
+    with pytest.raises(ValueError, match="masks may not be called 'attribution'"):
+        graft_curve(model, base, found, [scored], [held_out], masks={"attribution": found.mask(0.1)}, **options)
+    with pytest.raises(ValueError, match="baselines is a list of methods; got 'magnitude'"):
+        graft_curve(model, base, found, [scored], [held_out], shares=[0.1], baselines="magnitude")
+
+
+def test_a_metric_that_is_no_scalar_is_refused_and_one_passage_is_not_called_one_sample(subject):
+    model, base, scored, held_out, *_ = subject
+    for function, told in (
+        (lambda model, batch: 1.0, "got float"),
+        (lambda model, batch: model(batch["input_ids"]).logits.mean((1, 2)), r"got shape \(1,\)"),
+    ):
+        with pytest.raises(ValueError, match=f"must return a scalar tensor; {told}"):
+            change_attribution(model, base, [scored], metric=function)
+
+    def spread(model, batch):
+        return model(batch["input_ids"]).logits.square().mean()
+
+    found = change_attribution(model, base, [scored], metric=spread, nodes=2, shares=[0.5])
+    curve = graft_curve(model, base, found, [scored], [held_out], metric=spread, baselines=[])
+    assert "(no interval: one passage)" in curve.headline()
+
+
+def test_a_value_that_is_not_finite_is_told_with_its_place(subject):
+    model, base, scored, *_ = subject
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.lm_head.weight[0, 0] = math.nan
+    with pytest.raises(ValueError, match=r"the metric is not finite at the present parameters: .*nan"):
+        change_attribution(broken, base, [scored], nodes=1)
+
+
+def test_the_headline_tells_what_as_many_other_elements_recover(curve):
+    def told(**recovered):
+        points = [{**vars(curve.of(method)[0]), "recovered": value} for method, value in recovered.items()]
+        return dataclasses.replace(curve, points=tuple(points), base_collateral=None).headline()
+
+    better = told(attribution=0.6, random=0.2, magnitude=0.3, finetune=1.0)
+    assert "as many random ones 20% [" in better
+    assert "those that changed most 30% [" in better
+    assert "no more than others of that number" not in better
+    assert "WEAK: no more than others of that number" in told(attribution=0.6, random=0.7, finetune=1.0)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "random", "drop_and_rescale"])
+def test_the_mask_of_a_baseline_makes_its_graft(subject, curve, method):
+    model, base, _, held_out, _, found = subject
+    point = next(point for point in curve.of(method) if point.share == 0.1)
+    made = copy.deepcopy(model)
+    made.load_state_dict(graft(model, base, baseline_mask(model, base, found, method, 0.1), factor=point.factor))
+    again = graft_curve(made, base, attributed(made, base, held_out), [], [held_out], shares=[1.0], baselines=[])
+    assert again.value == pytest.approx(point.value, rel=1e-6)
+
+
+def attributed(model, base, batch):
+    return change_attribution(model, base, [batch], metric="kl", nodes=1, shares=[1.0])

@@ -136,3 +136,21 @@ def test_adapters_around_both_sides_of_an_mlp_leave_the_units_where_they_are() -
             torch.testing.assert_close(values, dense[place], rtol=1e-6, atol=1e-12)
     own = change_attribution(model, base, [ids(1)], space="adapters", **options)
     assert math.fsum(float(unit["values"].sum()) for unit in own.units) == pytest.approx(own.total, rel=1e-9)
+
+
+def test_a_sparse_graft_of_new_dora_adapters_belongs_on_the_model_below_them(tmp_path) -> None:
+    torch.manual_seed(0)
+    plain = build("llama")
+    model = peft.get_peft_model(
+        copy.deepcopy(plain), peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], use_dora=True)
+    )
+    base = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    found = change_attribution(model, base, [ids(1)], nodes=2, shares=[0.1], tolerance=0.5)
+    path = save_change(tmp_path / "change.safetensors", model, base, found.mask(0.1))
+    apply_change(plain, path)
+    expected = graft(model, base, found.mask(0.1))
+    assert all(torch.equal(value, expected[name]) for name, value in plain.state_dict().items())
