@@ -41,6 +41,7 @@ class Circuit(AnalysisResult):
         patched: The metric with every edge patched.
         n_pairs: Pairs of prompts.
         cost: Passes.
+        prompts: Digests of the prompts, clean and corrupted, that scored the edges; empty where they are not known.
     """
 
     analysis: ClassVar[str] = "circuit"
@@ -55,6 +56,7 @@ class Circuit(AnalysisResult):
     patched: float
     n_pairs: int
     cost: Cost = field(default=Cost(), compare=False)
+    prompts: tuple[str, ...] = ()
 
     @property
     def n_edges(self) -> int:
@@ -297,6 +299,7 @@ def find_circuits(
         clean=clean,
         patched=patched,
         n_pairs=len(pairs),
+        prompts=tuple(sorted({*pairs.digests(), *pairs.digests("corrupted")})),
     )
     count = n_edges if given else max(1, wiring.graph.n_edges // 20)
     return replace(found.chosen(n_edges=count, threshold=threshold, select=select, rank=rank), cost=cost + more)
