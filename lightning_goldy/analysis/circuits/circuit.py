@@ -419,6 +419,7 @@ class CircuitOverlap(AnalysisResult):
         noise: Intersection over union of the second circuit with one that differs from it in the seed alone; None where
             none was given.
         node_changes: By node how far its score moved.
+        different: What the two were not found alike with: ``method``, ``metric``, ``ablation``, ``prompts``.
     """
 
     analysis: ClassVar[str] = "circuit_overlap"
@@ -432,6 +433,7 @@ class CircuitOverlap(AnalysisResult):
     rank_correlation: float
     noise: float | None
     node_changes: dict[str, float]
+    different: tuple[str, ...] = ()
 
     def metrics(self) -> dict[str, float | None]:
         """Numbers of edges, overlap with its nulls, rank correlation."""
@@ -447,16 +449,19 @@ class CircuitOverlap(AnalysisResult):
 
     def details(self) -> dict[str, Any]:
         """The edges and how far nodes moved."""
-        names = ("kept", "created", "removed", "node_changes", "above_chance")
+        names = ("kept", "created", "removed", "node_changes", "above_chance", "different")
         return {name: getattr(self, name) for name in names}
 
     def headline(self) -> str:
         """What remained of the circuit, beside chance and noise."""
         noise = "" if self.noise is None else f", {self.noise:.2f} between two seeds"
+        other = f"; found with different {', '.join(self.different)}" if self.different else ""
+        if math.isnan(self.intersection_over_union):
+            return f"neither circuit has an edge, rank correlation of the scores {self.rank_correlation:.2f}{other}"
         return (
             f"{len(self.kept)} edges kept, {len(self.created)} created, {len(self.removed)} removed: overlap "
             f"{self.intersection_over_union:.2f} ({self.by_chance:.2f} by chance{noise}), rank correlation of the "
-            f"scores {self.rank_correlation:.2f}"
+            f"scores {self.rank_correlation:.2f}{other}"
         )
 
 
@@ -506,7 +511,14 @@ def circuit_overlap(
         rank_correlation=agreement_of(old.numpy(), new.numpy()).spearman,
         noise=None if seed is None else overlap_of(second.kept, seed.kept),
         node_changes={name: after[name] - value for name, value in before.items()},
+        different=_differences(first, second),
     )
+
+
+def _differences(first: Circuit, second: Circuit) -> tuple[str, ...]:
+    """What two circuits were not found alike with, as far as it is known."""
+    names = ["method", "metric", "ablation", *(["prompts"] if first.prompts and second.prompts else [])]
+    return tuple(name for name in names if getattr(first, name) != getattr(second, name))
 
 
 def overlap_of(first: Tensor, second: Tensor) -> float:

@@ -367,3 +367,15 @@ def test_models_that_look_ahead_are_told() -> None:
     model = BertForMaskedLM(BertConfig(**sizes, vocab_size=30))
     with pytest.raises(UnsupportedArchitectureError, match="in BertForMaskedLM a token changes what is said at those"):
         CircuitGraph.of(model)
+
+
+def test_circuits_that_were_found_otherwise_are_told_apart() -> None:
+    model, pairs = build("gpt2"), prompts(3)
+    circuit = find_circuits(model, pairs, method="eap", n_edges=9)
+    assert circuit_overlap(circuit, circuit).different == ()
+    other = find_circuits(model, prompts(3, seed=1), "probability", ablation="zero", n_edges=9)
+    overlap = circuit_overlap(circuit, other)
+    assert overlap.different == overlap.details()["different"] == ("method", "metric", "ablation", "prompts")
+    assert overlap.headline().endswith("; found with different method, metric, ablation, prompts")
+    empty = circuit.chosen(n_edges=0)
+    assert circuit_overlap(empty, empty).headline().startswith("neither circuit has an edge")
