@@ -119,7 +119,8 @@ _VAIN = 300
 def _draw_different(n: int, beside: PromptPairs | None, make: Callable[[], _Row]) -> PromptPairs:
     """Pairs no two of which have one clean prompt, and none a prompt of those that stand beside."""
     require_at_least("n", n, 1)
-    used, rows, vain = _used_by(beside), [], 0
+    rows: list[_Row] = []
+    used, vain = _used_by(beside), 0
     while len(rows) < n:
         row = make()
         vain += 1

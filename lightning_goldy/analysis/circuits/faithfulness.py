@@ -147,8 +147,7 @@ class Faithfulness(AnalysisResult):
         names = ("n_edges", "clean", "patched", "n_pairs", "n_shared", "metric", "ablation")
         told = {name: getattr(self, name) for name in names} | {"absent": self.absent(), "weak": self.weak()}
         ranges = {"band": [list(pair) for pair in self.band()], "intervals": [list(pair) for pair in self.intervals]}
-        ranges["span"] = list(self.span or ())  # type: ignore[assignment]
-        return {**lists, **told, "random": means, **ranges}
+        return {**lists, **told, "random": means, **ranges, "span": list(self.span or ())}
 
     def absent(self) -> str:
         """Why there may be no behaviour to keep any share of; empty where the prompts show it."""
@@ -182,6 +181,8 @@ class Faithfulness(AnalysisResult):
 
     def summary(self) -> str:
         """The headline without its doubts."""
+        if math.isnan(self.value):
+            return f"what {self.sizes[-1]} of {self.n_edges} edges keep of the behaviour cannot be told{self._source()}"
         chance = f", random ones {float(self.random[-1].mean()):.2f}" if self.random.numel() else ""
         told = f"{self.value:.2f} of the behaviour (no interval: one pair)"
         if self.intervals:

@@ -296,6 +296,7 @@ def test_a_model_without_the_behaviour_is_tracked_and_told() -> None:
     found = track_circuit(model, same, TrackingOptions(sizes=(0.1, 0.5)))
     assert found.metrics()["faithfulness_10_percent"] is None
     assert found.metrics()["area"] is None
+    assert found.headline().startswith("what 55 of 110 edges keep of the behaviour cannot be told; on the prompts that")
     assert "WEAK: the model does not show the behaviour" in found.headline()
     row = json.loads(json.dumps(found.row().at(step=0, epoch=0, trigger="end").to_dict()))
     assert "faithfulness" in draw_figures(row)
