@@ -50,7 +50,8 @@ class CircuitTracker(AnalysisCallback[TrackedCircuit]):
         metric: ``logit_difference``, ``probability``, ``probability_difference``, ``kl``, or a function.
         method: How edges are scored: ``eap``, ``eap_ig_inputs``, ``eap_ig_activations``, ``nodes`` or ``exact``.
         steps: Nodes of the line of integrated gradients.
-        ablation: What a patched edge brings: ``counterfactual``, ``mean`` or ``zero``.
+        ablation: What a patched edge brings: ``counterfactual``, ``mean`` or ``zero``. For ``mean`` the task's prompts
+            are all of one length.
         share: Of all edges that the circuit has.
         sizes: Shares of all edges at which faithfulness is measured.
         n_random: Random circuits per size.
@@ -143,6 +144,7 @@ class CircuitTracker(AnalysisCallback[TrackedCircuit]):
                 self.n_pairs,
                 tokenizer=find_tokenizer(trainer),
                 vocabulary=vocabulary,
+                one_length=self.tracking.ablation == "mean",
                 seed=self.seed,
             )
             others = more if self.held_out is True else others

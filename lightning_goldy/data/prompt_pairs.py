@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -505,6 +505,7 @@ def split_of_task(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     vocabulary: int = 0,
+    one_length: bool = False,
     seed: int = 0,
 ) -> tuple[PromptPairs, PromptPairs | None]:
     """Pairs of a task that a circuit is found on, and as many others that it is measured on.
@@ -517,7 +518,11 @@ def split_of_task(
         n: Prompts of each.
         tokenizer: Of the model.
         vocabulary: Number of tokens.
+        one_length: Whether all have equally many tokens, the commonest number, as means over prompts need.
         seed: Decides the prompts.
+
+    Raises:
+        TooFewPairsError: There are fewer than ``n``, or fewer of one length.
 
     Example:
         >>> found_on, others = split_of_task("induction", 4, vocabulary=30)
@@ -525,8 +530,36 @@ def split_of_task(
         (4, set())
     """
     shared: dict[str, Any] = {"tokenizer": tokenizer, "vocabulary": vocabulary, "seed": seed}
+    if one_length:
+        return _split_of_one_length(task, n, shared)
     found_on = pairs_of_task(task, n, **shared)
     try:
         return found_on, pairs_of_task(task, n, beside=found_on, **shared)
     except TooFewPairsError as error:
         return found_on, error.pairs
+
+
+def _split_of_one_length(task: PairTask, n: int, shared: Mapping[str, Any]) -> tuple[PromptPairs, PromptPairs | None]:
+    group: list[int] = []
+    for times in (2, 4, 8, 16, 32):
+        whole = True
+        try:
+            pool = pairs_of_task(task, times * n, **shared)
+        except TooFewPairsError as error:
+            if error.pairs is None:
+                raise
+            pool, whole = error.pairs, False
+        group = max(pool.batches(len(pool)), key=len)
+        if not whole or len(group) >= 3 * n:
+            break
+    found_on = pool.take(group[:n])
+    if len(found_on) < n:
+        raise TooFewPairsError(
+            f"{n} prompts of one length are asked for; of the commonest, {len(found_on.clean[0])} tokens, only "
+            f"{len(found_on)} came up",
+            found_on,
+        )
+    used = _used_by(found_on)
+    rest = [place for place in group[n:] if pool.clean[place] not in used][:n]
+    # One alone would be its own mean.
+    return found_on, pool.take(rest) if len(rest) > 1 else None

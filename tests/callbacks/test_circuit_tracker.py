@@ -4,12 +4,13 @@ import json
 from xml.etree import ElementTree
 
 import pytest
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_goldy.analysis import PromptPairs, TrackingOptions, track_circuit
 from lightning_goldy.callbacks import CircuitTracker, GoldenSnapshot
-from lightning_goldy.data import split_of_task
+from lightning_goldy.data import byte_tokenizer, split_of_task
 from lightning_goldy.report import draw_figures
-from tests.callbacks.training import fit
+from tests.callbacks.training import Finetune, TokenData, fit
 
 
 def test_it_logs_and_writes_what_the_function_finds(tmp_path) -> None:
@@ -68,3 +69,22 @@ def test_prompts_that_measure_may_be_given_or_be_those_that_choose(tmp_path) -> 
     far = PromptPairs(((3, 10_000),), ((3, 4),), ((5,),), ((6,),), names=("too far",))
     with pytest.raises(ValueError, match="prompt 'too far' has tokens beyond the model's"):
         fit(tmp_path / "far", [CircuitTracker(pairs=pairs, held_out=far)])
+
+
+def test_means_over_prompts_have_prompts_of_one_length(tmp_path) -> None:
+    tracker = CircuitTracker("indirect_object", n_pairs=3, ablation="mean", method="eap", at=["start"])
+    data = TokenData()
+    data.tokenizer = byte_tokenizer()
+    fit(tmp_path, [tracker], module=Wide, data=data, max_epochs=1)
+    (row,) = map(json.loads, (tracker.folder / "results.jsonl").read_text().splitlines())
+    assert row["result"]["curve"]["ablation"] == "mean"
+    assert row["result"]["curve"]["n_shared"] == 0
+
+
+class Wide(Finetune):
+    """With room for words in bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = {"n_layer": 1, "n_head": 2, "n_embd": 8, "vocab_size": 300, "n_positions": 128}
+        self.model = GPT2LMHeadModel(GPT2Config(**sizes))

@@ -110,12 +110,12 @@ def test_no_prompt_is_drawn_twice():
 @pytest.mark.parametrize("task", ["indirect_object", "greater_than", "atlas", "induction"])
 def test_prompts_that_measure_are_none_of_those_that_choose(task: PairTask):
     tokenizer = byte_tokenizer()
-    found_on, others = split_of_task(task, 12, tokenizer=tokenizer, vocabulary=257)
-    assert found_on == pairs_of_task(task, 12, tokenizer=tokenizer, vocabulary=257)
+    found_on, others = split_of_task(task, 4, tokenizer=tokenizer, vocabulary=257)
+    assert found_on == pairs_of_task(task, 4, tokenizer=tokenizer, vocabulary=257)
     assert others is not None
-    assert len({*others.clean} - {*found_on.clean, *found_on.corrupted}) == 12
-    assert (found_on, others) == split_of_task(task, 12, tokenizer=tokenizer, vocabulary=257)
-    assert others != split_of_task(task, 12, tokenizer=tokenizer, vocabulary=257, seed=1)[1]
+    assert len({*others.clean} - {*found_on.clean, *found_on.corrupted}) == 4
+    assert (found_on, others) == split_of_task(task, 4, tokenizer=tokenizer, vocabulary=257)
+    assert others != split_of_task(task, 4, tokenizer=tokenizer, vocabulary=257, seed=1)[1]
 
 
 def test_a_task_that_runs_out_of_prompts_measures_on_what_is_left():
@@ -162,3 +162,18 @@ def test_words_in_place_of_lists_are_told(make, message):
         make(byte_tokenizer())
     with pytest.raises(ValueError, match=r"there are \[\]: it knows none of Mary, John"):
         indirect_object_pairs(word_tokenizer(["capital of"]), 2)
+
+
+@pytest.mark.parametrize("task", ["indirect_object", "atlas", "induction"])
+def test_prompts_of_one_length_can_be_had(task: PairTask):
+    # Of whichever lengths they come in, most have none of their own length beside them.
+    shared = {"tokenizer": byte_tokenizer(), "vocabulary": 257}
+    found_on, others = split_of_task(task, 4, one_length=True, **shared)
+    assert others is not None
+    assert len({len(ids) for ids in (*found_on.clean, *others.clean)}) == 1
+    assert len({*others.clean} - {*found_on.clean, *found_on.corrupted}) == len(others) > 1
+    if task == "atlas":
+        with pytest.raises(
+            TooFewPairsError, match=r"100 prompts of one length are asked for; of the commonest, \d+ tok"
+        ):
+            split_of_task(task, 100, one_length=True, **shared)
