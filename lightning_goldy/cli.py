@@ -261,7 +261,11 @@ def _add_analyze(parser: argparse.ArgumentParser) -> None:
         help="look for the circuit of this task, and measure what it keeps (default: none)",
     )
     parser.add_argument(
-        "--circuit-pairs", type=int, default=32, metavar="N", help="pairs of prompts of the task (default: %(default)s)"
+        "--circuit-pairs",
+        type=int,
+        default=32,
+        metavar="N",
+        help="pairs of prompts that choose it, and as many others that measure it (default: %(default)s)",
     )
     _add_space(parser)
     _add_folder(parser, "everything goes", "analyze")

@@ -19,7 +19,7 @@ from lightning_goldy.analysis.circuits import (
     track_circuit,
 )
 from lightning_goldy.analysis.circuits.circuit import Circuit, Rank, Selection
-from lightning_goldy.analysis.circuits.runs import check_tokens
+from lightning_goldy.analysis.circuits.runs import check_tokens, require_pairs
 from lightning_goldy.analysis.forecast import Forecast, Plan, Run
 from lightning_goldy.analysis.forecast.analyses import forecast_circuits
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, Vectors
@@ -29,7 +29,7 @@ from lightning_goldy.core.isolation import undisturbed
 from lightning_goldy.core.naming import require_at_least, require_choice, require_kinds
 from lightning_goldy.core.pieces import PromptPairs
 from lightning_goldy.core.tasks import transformers_model
-from lightning_goldy.data import PairTask, pairs_of_task
+from lightning_goldy.data import PairTask, split_of_task
 from lightning_goldy.training.subject import find_tokenizer
 
 
@@ -43,11 +43,15 @@ class CircuitTracker(AnalysisCallback[TrackedCircuit]):
         task: Prompts made on the spot: ``indirect_object``, ``greater_than``, ``atlas`` (with the run's tokenizer) or
             ``induction`` (with none).
         pairs: Pairs of prompts, which take the task's place.
+        held_out: Pairs that measure what the circuit keeps, such as those that ``split_of_task`` makes. True draws as
+            many more of the task, none of whose prompts chose the edges (fewer where the task has no more); False,
+            or ``pairs`` alone, measures on the prompts that chose, which flatters the circuit.
         n_pairs: Pairs of a task.
         metric: ``logit_difference``, ``probability``, ``probability_difference``, ``kl``, or a function.
         method: How edges are scored: ``eap``, ``eap_ig_inputs``, ``eap_ig_activations``, ``nodes`` or ``exact``.
         steps: Nodes of the line of integrated gradients.
-        ablation: What a patched edge brings: ``counterfactual``, ``mean`` or ``zero``.
+        ablation: What a patched edge brings: ``counterfactual``, ``mean`` or ``zero``. For ``mean`` the task's prompts
+            are all of one length.
         share: Of all edges that the circuit has.
         sizes: Shares of all edges at which faithfulness is measured.
         n_random: Random circuits per size.
@@ -71,6 +75,7 @@ class CircuitTracker(AnalysisCallback[TrackedCircuit]):
         task: PairTask = "induction",
         *,
         pairs: PromptPairs | None = None,
+        held_out: PromptPairs | bool = True,
         n_pairs: int = 32,
         metric: Metric = "logit_difference",
         method: Method = "eap_ig_inputs",
@@ -88,9 +93,14 @@ class CircuitTracker(AnalysisCallback[TrackedCircuit]):
         super().__init__(**options)
         require_choice("task", task, get_args(PairTask))
         require_at_least("n_pairs", n_pairs, 1)
-        if not isinstance(pairs, (PromptPairs, type(None))):
-            raise TypeError(f"pairs are PromptPairs or None; got {type(pairs).__name__}")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise ValueError(f"seed is a whole number; got {seed!r}")
+        if pairs is not None:
+            require_pairs("pairs", pairs)
+        if not isinstance(held_out, bool):
+            require_pairs("held_out", held_out)
         self.task_name, self.pairs, self.n_pairs, self.seed = task, pairs, n_pairs, seed
+        self.held_out = held_out
         self.tracking = TrackingOptions(
             metric=metric,
             method=method,
@@ -109,6 +119,7 @@ class CircuitTracker(AnalysisCallback[TrackedCircuit]):
         """Drops the prompts and the base's circuit."""
         super().forget()
         self._pairs: PromptPairs | None = None
+        self._held_out: PromptPairs | None = None
         self._base: Circuit | None = None
         self._found: TrackedCircuit | None = None
 
@@ -127,17 +138,23 @@ class CircuitTracker(AnalysisCallback[TrackedCircuit]):
         """Makes the prompts and the graph, so that what cannot work fails before the first step."""
         config = getattr(transformers_model(model), "config", None)
         vocabulary = 0 if config is None else config.get_text_config().vocab_size
-        pairs = self.pairs
+        pairs, others = self.pairs, None if isinstance(self.held_out, bool) else self.held_out
         if pairs is None:
-            tokenizer = find_tokenizer(trainer)
-            pairs = pairs_of_task(
-                self.task_name, self.n_pairs, tokenizer=tokenizer, vocabulary=vocabulary, seed=self.seed
+            pairs, more = split_of_task(
+                self.task_name,
+                self.n_pairs,
+                tokenizer=find_tokenizer(trainer),
+                vocabulary=vocabulary,
+                one_length=self.tracking.ablation == "mean",
+                seed=self.seed,
             )
-        self.tracking.patching.check(pairs)
-        check_tokens(model, pairs)
+            others = more if self.held_out is True else others
+        for given in (pairs,) if others is None else (pairs, others):
+            self.tracking.patching.check(given)
+            check_tokens(model, given)
         with undisturbed(trainer, trainer.lightning_module):
             CircuitGraph.of(model)
-        self._pairs = pairs
+        self._pairs, self._held_out = pairs, others
 
     def compute(self, context: AnalysisContext) -> TrackedCircuit:
         """Finds and measures the circuit, and once for the run that of the base."""
@@ -146,7 +163,12 @@ class CircuitTracker(AnalysisCallback[TrackedCircuit]):
         if self._base is None and snapshot is not None:
             self._base = self.tracking.find_at_base(context.model, snapshot.base, self._pairs, context.progress)
         self._found = track_circuit(
-            context.model, self._pairs, self.tracking, base=self._base, progress=context.progress
+            context.model,
+            self._pairs,
+            self.tracking,
+            held_out=self._held_out,
+            base=self._base,
+            progress=context.progress,
         )
         return self._found
 

@@ -49,7 +49,7 @@ from lightning_goldy.core.sharding import RankError, Replicas, is_sharded
 from lightning_goldy.core.space import trainable_parameters
 from lightning_goldy.core.tasks import transformers_model
 from lightning_goldy.core.vector import require_finite
-from lightning_goldy.data import PairTask, pairs_of_task
+from lightning_goldy.data import PairTask, split_of_task
 from lightning_goldy.report import continuations_table, explanation_table, summary_table
 from lightning_goldy.report.figures import draw_figures
 from lightning_goldy.report.formatting import format_number
@@ -107,7 +107,7 @@ class CircuitTask:
 
     Args:
         task: ``induction``, or ``indirect_object``, ``greater_than`` or ``atlas``, which need the run's tokenizer.
-        n_pairs: Pairs of prompts.
+        n_pairs: Pairs of prompts that choose its edges, and as many others that measure it.
         seed: Decides the prompts.
 
     Raises:
@@ -127,17 +127,20 @@ class CircuitTask:
         require_choice("task", self.task, get_args(PairTask))
         require_at_least("n_pairs", self.n_pairs, 1)
 
-    def pairs(self, model: nn.Module, tokenizer: Any) -> PromptPairs:
-        """The prompts, which the model can take.
+    def pairs(self, model: nn.Module, tokenizer: Any) -> tuple[PromptPairs, PromptPairs | None]:
+        """The prompts that choose and those that measure, which the model can take; None where the task has no more.
 
         Raises:
             ValueError: The task lacks a tokenizer, or a prompt does not fit; it is named.
         """
         config = getattr(transformers_model(model), "config", None)
         vocabulary = 0 if config is None else getattr(config.get_text_config(), "vocab_size", 0)
-        found = pairs_of_task(self.task, self.n_pairs, tokenizer=tokenizer, vocabulary=vocabulary, seed=self.seed)
-        check_tokens(model, found)
-        return found
+        found, others = split_of_task(
+            self.task, self.n_pairs, tokenizer=tokenizer, vocabulary=vocabulary, seed=self.seed
+        )
+        for given in (found,) if others is None else (found, others):
+            check_tokens(model, given)
+        return found, others
 
 
 @dataclass(frozen=True)
@@ -156,6 +159,7 @@ class Subject:
         space: Of a model with adapters, where its change is looked at: ``merged`` or ``adapters``.
         texts: Texts that have nothing to do with the finetune; the probe where there are none.
         pairs: Prompts of a task whose circuit is looked for; None where none was asked for.
+        held_out: Others that measure it; None where the task has no more.
     """
 
     model: nn.Module
@@ -169,6 +173,7 @@ class Subject:
     space: WeightSpace = "merged"
     texts: Sequence[Any] = ()
     pairs: PromptPairs | None = None
+    held_out: PromptPairs | None = None
 
 
 @dataclass(frozen=True)
@@ -220,7 +225,9 @@ def _wired(subject: Subject) -> Part:
     base = None
     if subject.base is not None:
         base = options.find_at_base(subject.model, subject.base, subject.pairs, subject.progress)
-    found = track_circuit(subject.model, subject.pairs, options, base=base, progress=subject.progress)
+    found = track_circuit(
+        subject.model, subject.pairs, options, held_out=subject.held_out, base=base, progress=subject.progress
+    )
     return Part(found, files={"circuit.graphml": found.circuit.to_graphml()})
 
 
@@ -444,6 +451,7 @@ class CheckpointAnalysis(L.Callback):
         def tell(done: int, total: int) -> None:
             say(f"{done} of {total}")
 
+        pairs, held_out = (None, None) if self.circuits is None else self.circuits.pairs(model, tokenizer)
         return Subject(
             model=model,
             objective=objective,
@@ -455,7 +463,8 @@ class CheckpointAnalysis(L.Callback):
             progress=tell,
             space=self.space,
             texts=find_collateral(trainer, None, _TEXTS),
-            pairs=None if self.circuits is None else self.circuits.pairs(model, tokenizer),
+            pairs=pairs,
+            held_out=held_out,
         )
 
     def _analyze(self, name: str, subject: Subject) -> None:

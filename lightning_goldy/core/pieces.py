@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, get_args
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -279,6 +281,8 @@ class PromptPairs:
     names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in ("clean", "corrupted", "answers", "wrong"):
+            object.__setattr__(self, name, _rows_of_ids(name, getattr(self, name)))
         if not self.clean:
             raise ValueError("there is no pair of prompts")
         if not self.names:
@@ -310,8 +314,34 @@ class PromptPairs:
             names=tuple(self.names[place] for place in places),
         )
 
+    def digests(self, version: Literal["clean", "corrupted"] = "clean") -> tuple[str, ...]:
+        """By prompt 16 hexadecimal digits that tell it from any other.
+
+        Args:
+            version: Of which.
+
+        Example:
+            >>> pairs = PromptPairs(((5, 6), (5, 7)), ((5, 9), (5, 6)), ((6,), (1,)), ((), ()))
+            >>> pairs.digests()[0] == pairs.digests("corrupted")[1]
+            True
+        """
+        texts = (",".join(map(str, ids)) for ids in getattr(self, version))
+        return tuple(hashlib.blake2b(text.encode(), digest_size=8).hexdigest() for text in texts)
+
     def batches(self, size: int) -> list[list[int]]:
         """Places of the pairs in batches of one length each, the shortest first, so that nothing is padded."""
         lengths = sorted({len(ids) for ids in self.clean})
         groups = ([place for place, ids in enumerate(self.clean) if len(ids) == length] for length in lengths)
         return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
+
+
+def _rows_of_ids(name: str, rows: Any) -> tuple[tuple[int, ...], ...]:
+    """Lists or a tensor of token ids of each prompt as tuples."""
+    rows = rows.tolist() if isinstance(rows, Tensor) else rows
+    found = []
+    for place, row in enumerate(rows if isinstance(rows, (list, tuple)) else [rows]):
+        ids = row.tolist() if isinstance(row, Tensor) else row
+        if not isinstance(ids, (list, tuple)) or not all(isinstance(token, Integral) for token in ids):
+            raise ValueError(f"{name} are token ids, a list for each prompt; of prompt {place} got {row!r:.80}")
+        found.append(tuple(map(int, ids)))
+    return tuple(found)

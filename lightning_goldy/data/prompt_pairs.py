@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lightning_goldy.core.naming import require_at_least, require_choice, unknown_name
 from lightning_goldy.core.pieces import PromptPairs, leading_bos
@@ -87,15 +87,70 @@ def text_pairs(tokenizer: PreTrainedTokenizerBase, texts: Sequence[TextPair]) ->
         Traceback (most recent call last):
         ValueError: 'a' has 2 tokens and its corrupted version 'be' 3: both need the same number
     """
-    encoded = [_encoded(tokenizer, text) for text in texts]
-    clean, corrupted, rights, wrongs = zip(*encoded, strict=True) if encoded else ((), (), (), ())
-    return PromptPairs(clean, corrupted, rights, wrongs, tuple(text.clean for text in texts))
+    return _pairs_of([(*_encoded(tokenizer, text), text.clean) for text in texts])
 
 
 _Ids = tuple[int, ...]
+_Row = tuple[_Ids, _Ids, _Ids, _Ids, str]
+"""Clean and corrupted prompt, right and wrong answers, and the name."""
+
+
+def _pairs_of(rows: Sequence[_Row]) -> PromptPairs:
+    clean, corrupted, rights, wrongs, names = zip(*rows, strict=True) if rows else ((), (), (), (), ())
+    return PromptPairs(clean, corrupted, rights, wrongs, names if any(names) else ())
+
+
+class TooFewPairsError(ValueError):
+    """A task has fewer different prompts than are asked for.
+
+    Args:
+        message: What lacks.
+        pairs: Those that there are; None without any.
+    """
+
+    def __init__(self, message: str, pairs: PromptPairs | None) -> None:
+        super().__init__(message)
+        self.pairs = pairs
+
+
+_VAIN = 300
+
+
+def _draw_different(n: int, beside: PromptPairs | None, make: Callable[[], _Row]) -> PromptPairs:
+    """Pairs no two of which have one clean prompt, and none a prompt of those that stand beside."""
+    require_at_least("n", n, 1)
+    rows: list[_Row] = []
+    used, vain = _used_by(beside), 0
+    while len(rows) < n:
+        row = make()
+        vain += 1
+        if row[0] not in used:
+            used.add(row[0])
+            rows.append(row)
+            vain = 0
+        if vain == _VAIN:
+            apart = "" if beside is None else " beside those already drawn"
+            raise TooFewPairsError(
+                f"{n} different prompts are asked for{apart}, and only {len(rows)} came up",
+                _pairs_of(rows) if rows else None,
+            )
+    return _pairs_of(rows)
+
+
+def _used_by(beside: PromptPairs | None) -> set[_Ids]:
+    return set() if beside is None else {*beside.clean, *beside.corrupted}
+
+
+def _require_tokenizer(task: str, tokenizer: object) -> None:
+    if not callable(tokenizer):
+        raise ValueError(f"task {task!r} is made of words and needs a tokenizer; got {tokenizer!r}")
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, text: TextPair) -> tuple[_Ids, _Ids, _Ids, _Ids]:
+    for name in ("answers", "wrong"):
+        words = getattr(text, name)
+        if isinstance(words, str) or not all(isinstance(word, str) and word.strip() for word in words):
+            raise ValueError(f"{name} to {text.clean!r} is a list of words, none of them empty; got {words!r}")
     bos = tuple(leading_bos(tokenizer))
     space = " " if text.spaced else ""
     whole = {word: _ids(tokenizer, f"{text.clean}{space}{word}") for word in (*text.answers, *text.wrong)}
@@ -135,6 +190,7 @@ def indirect_object_pairs(
     *,
     names: Sequence[str] | None = None,
     corrupted: Literal["flip", "third"] = "flip",
+    beside: PromptPairs | None = None,
     seed: int = 0,
 ) -> PromptPairs:
     """Two people and who is given something: "When Mary and John went to the store, John gave the book to", Mary.
@@ -145,10 +201,12 @@ def indirect_object_pairs(
         names: To choose from; by default those of 26 of which the tokenizer makes equally many tokens.
         corrupted: Who acts in the other version: ``flip``, the other of the two, so that the wrong answer is right
             there; ``third``, somebody else, so that neither is.
+        beside: Pairs none of whose prompts is drawn again, such as those that a circuit was found on.
         seed: Decides names and scenes.
 
     Raises:
         ValueError: Two versions differ in length, as names of different lengths do; the prompt is named.
+        TooFewPairsError: There are fewer different prompts.
 
     Example:
         >>> from lightning_goldy.data import byte_tokenizer
@@ -156,21 +214,26 @@ def indirect_object_pairs(
         >>> [len(a) == len(b) for a, b in zip(pairs.clean, pairs.corrupted)]
         [True, True]
     """
-    require_at_least("n", n, 1)
     require_choice("corrupted", corrupted, ("flip", "third"))
+    _require_tokenizer("indirect_object", tokenizer)
+    if isinstance(names, str):
+        raise ValueError(f"names is a list of names; got {names!r}")
     chosen = _equally_long(tokenizer, _NAMES) if names is None else list(names)
     if len(set(chosen)) < 3:
-        raise ValueError(f"three names are needed, of equally many tokens; there are {chosen}")
-    draw, texts = random.Random(f"indirect object {seed}"), []
-    for _ in range(n):
+        told = ": it knows none of Mary, John, Anna, ...; give names= of its own words" if names is None else ""
+        raise ValueError(f"three names are needed, of equally many tokens; there are {chosen}{told}")
+    draw = random.Random(f"indirect object {seed}")
+
+    def make() -> _Row:
         scene, place, thing = draw.choice(_SCENES), draw.choice(_PLACES), draw.choice(_THINGS)
         first, second, third = _unlike(tokenizer, chosen, draw)
         filled = [
             scene.format(A=first, B=second, C=actor, place=place, thing=thing)
             for actor in (second, first if corrupted == "flip" else third)
         ]
-        texts.append(TextPair(filled[0], filled[1], (first,), (second,)))
-    return text_pairs(tokenizer, texts)
+        return (*_encoded(tokenizer, TextPair(filled[0], filled[1], (first,), (second,))), filled[0])
+
+    return _draw_different(n, beside, make)
 
 
 def _equally_long(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> list[str]:
@@ -192,7 +255,9 @@ def _unlike(tokenizer: PreTrainedTokenizerBase, words: Sequence[str], draw: rand
     raise ValueError(f"all of {', '.join(words)} begin with the same token")
 
 
-def greater_than_pairs(tokenizer: PreTrainedTokenizerBase, n: int = 32, *, seed: int = 0) -> PromptPairs:
+def greater_than_pairs(
+    tokenizer: PreTrainedTokenizerBase, n: int = 32, *, beside: PromptPairs | None = None, seed: int = 0
+) -> PromptPairs:
     """Years that come later: "The war lasted from the year 1732 to the year 17" goes on with 33 to 99, not 00 to 32.
 
     The other version begins in a year 01. Where a tokenizer makes a token of each digit, the next digit counts, and the
@@ -201,10 +266,12 @@ def greater_than_pairs(tokenizer: PreTrainedTokenizerBase, n: int = 32, *, seed:
     Args:
         tokenizer: Of the model.
         n: Prompts.
+        beside: Pairs none of whose prompts is drawn again.
         seed: Decides events and years.
 
     Raises:
         ValueError: The tokenizer joins the digits of a year in a way that no answer can follow; the prompt is named.
+        TooFewPairsError: There are fewer different prompts.
 
     Example:
         >>> from lightning_goldy.data import byte_tokenizer
@@ -214,9 +281,10 @@ def greater_than_pairs(tokenizer: PreTrainedTokenizerBase, n: int = 32, *, seed:
         >>> byte_tokenizer().decode(pairs.answers[0]), byte_tokenizer().decode(pairs.wrong[0])
         ('3456789', '01')
     """
-    require_at_least("n", n, 1)
-    draw, texts = random.Random(f"greater than {seed}"), []
-    for _ in range(n):
+    _require_tokenizer("greater_than", tokenizer)
+    draw = random.Random(f"greater than {seed}")
+
+    def make() -> _Row:
         event, century, year = draw.choice(_EVENTS), draw.randrange(11, 19), draw.randrange(15, 85)
         clean, other = (f"The {event} lasted from the year {century}{y:02} to the year {century}" for y in (year, 1))
         firsts = {y: _first_digits(tokenizer, clean, y) for y in range(100)}
@@ -225,8 +293,9 @@ def greater_than_pairs(tokenizer: PreTrainedTokenizerBase, n: int = 32, *, seed:
         wrong = tuple(f"{y:02}" for y in range(year + 1) if firsts[y] not in later)
         if not right or not wrong:
             raise ValueError(f"the tokenizer tells no year after {clean!r} from one before it by its next token")
-        texts.append(TextPair(clean, other, right, wrong, spaced=False))
-    return text_pairs(tokenizer, texts)
+        return (*_encoded(tokenizer, TextPair(clean, other, right, wrong, spaced=False)), clean)
+
+    return _draw_different(n, beside, make)
 
 
 def _first_digits(tokenizer: PreTrainedTokenizerBase, prompt: str, year: int) -> int:
@@ -240,7 +309,13 @@ def _first_digits(tokenizer: PreTrainedTokenizerBase, prompt: str, year: int) ->
 
 
 def induction_pairs(
-    vocabulary: int | Sequence[int], n: int = 32, *, length: int = 8, start: Sequence[int] = (), seed: int = 0
+    vocabulary: int | Sequence[int],
+    n: int = 32,
+    *,
+    length: int = 8,
+    start: Sequence[int] = (),
+    beside: PromptPairs | None = None,
+    seed: int = 0,
 ) -> PromptPairs:
     """Random tokens, repeated: what followed the last token the first time is right.
 
@@ -252,10 +327,12 @@ def induction_pairs(
         n: Prompts.
         length: Tokens of a round, at least 5.
         start: Tokens put first, such as bos.
+        beside: Pairs none of whose prompts is drawn again.
         seed: Decides the tokens.
 
     Raises:
         ValueError: ``length`` is below 5, or there are fewer tokens than a round has.
+        TooFewPairsError: There are fewer different prompts.
 
     Example:
         >>> pairs = induction_pairs(20, 1, length=5)
@@ -264,23 +341,22 @@ def induction_pairs(
         >>> pairs.corrupted[0], pairs.wrong[0]
         ((3, 17, 19, 1, 5, 19, 17, 3), (17,))
     """
-    require_at_least("n", n, 1)
     require_at_least("length", length, 5)
     tokens = list(range(vocabulary)) if isinstance(vocabulary, int) else list(dict.fromkeys(vocabulary))
     if len(tokens) < length:
         raise ValueError(f"a round of {length} needs as many different tokens; there are {len(tokens)}")
     draw = random.Random(f"induction {seed}")
     last = length // 2
-    rows = []
-    for _ in range(n):
+
+    def make() -> _Row:
         drawn = draw.sample(tokens, length)
         other = draw.choice([place for place in range(length - 1) if abs(place - last) > 1])
         changed = list(drawn)
         changed[last], changed[other] = drawn[other], drawn[last]
         again = drawn[: last + 1]
-        rows.append(((*start, *drawn, *again), (*start, *changed, *again), (drawn[last + 1],), (changed[other + 1],)))
-    clean, corrupted, answers, wrong = zip(*rows, strict=True)
-    return PromptPairs(clean, corrupted, answers, wrong)
+        return (*start, *drawn, *again), (*start, *changed, *again), (drawn[last + 1],), (changed[other + 1],), ""
+
+    return _draw_different(n, beside, make)
 
 
 def atlas_pairs(
@@ -289,6 +365,7 @@ def atlas_pairs(
     *,
     relations: Sequence[str] = ("capital",),
     facts: Sequence[Fact] | None = None,
+    beside: PromptPairs | None = None,
     seed: int = 0,
 ) -> PromptPairs:
     """Facts, and the same of another country of equally many tokens, whose answer is the wrong one.
@@ -299,10 +376,12 @@ def atlas_pairs(
         relations: Of the atlas.
         facts: To choose from instead, such as the edited ones of a data module; each must have a partner among all
             countries.
+        beside: Pairs none of whose prompts is drawn again.
         seed: Decides facts and partners.
 
     Raises:
         ValueError: A relation is unknown, or a given fact has no partner; its prompt is named.
+        TooFewPairsError: Fewer facts have a partner.
 
     Example:
         >>> from lightning_goldy.data import AtlasDataModule
@@ -311,7 +390,12 @@ def atlas_pairs(
         >>> len(pairs), all(len(a) == len(b) for a, b in zip(pairs.clean, pairs.corrupted))
         (4, True)
     """
+    _require_tokenizer("atlas", tokenizer)
+    if n is not None:
+        require_at_least("n", n, 1)
     known = {relation.name for relation in RELATIONS}
+    if isinstance(relations, str):
+        raise ValueError(f"relations is a list of relations; got {relations!r}")
     for relation in relations:
         if relation not in known:
             raise ValueError(unknown_name("relation", relation, sorted(known)))
@@ -320,7 +404,8 @@ def atlas_pairs(
     drawn = list(others if facts is None else facts)
     draw.shuffle(drawn)
     made = {fact: _size_and_first(tokenizer, fact) for fact in dict.fromkeys((*others, *drawn))}
-    texts: list[TextPair] = []
+    rows: list[_Row] = []
+    used = _used_by(beside)
     for fact in drawn:
         (size, first), prompt = made[fact], fact.prompts[0]
         fitting = [
@@ -332,16 +417,24 @@ def atlas_pairs(
         ]
         if fitting:
             other = draw.choice(fitting)
-            texts.append(TextPair(prompt, other.prompts[0], (fact.answer,), (other.answer,)))
+            text = TextPair(prompt, other.prompts[0], (fact.answer,), (other.answer,))
+            row = (*_encoded(tokenizer, text), prompt)
+            if row[0] not in used:
+                used.add(row[0])
+                rows.append(row)
         elif facts is not None:
             raise ValueError(
                 f"{prompt!r} has {size} tokens, as has no other country's whose answer begins with another token"
             )
-        if len(texts) == n:
+        if len(rows) == n:
             break
-    if not texts or (n is not None and facts is None and len(texts) < n):
-        raise ValueError(f"{len(texts)} facts have a partner of equally many tokens; {n} are asked for")
-    return text_pairs(tokenizer, texts)
+    if not rows or (n is not None and (facts is None or beside is not None) and len(rows) < n):
+        apart = "" if beside is None else " and are not drawn already"
+        raise TooFewPairsError(
+            f"{len(rows)} facts have a partner of equally many tokens{apart}; {n} are asked for",
+            _pairs_of(rows) if rows else None,
+        )
+    return _pairs_of(rows)
 
 
 def _size_and_first(tokenizer: PreTrainedTokenizerBase, fact: Fact) -> tuple[int, int | None]:
@@ -367,16 +460,18 @@ def pairs_of_task(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     vocabulary: int = 0,
+    beside: PromptPairs | None = None,
     seed: int = 0,
 ) -> PromptPairs:
     """The pairs of a task by its name.
 
     Args:
         task: ``indirect_object``, ``greater_than``, ``atlas``, which need a tokenizer, or ``induction``, which needs
-            the size of the vocabulary.
+            the size of the vocabulary; with a tokenizer it leaves out special tokens, and begins with its bos token.
         n: Prompts.
         tokenizer: Of the model.
         vocabulary: Number of tokens.
+        beside: Pairs none of whose prompts is drawn again.
         seed: Decides the prompts.
 
     Raises:
@@ -388,7 +483,83 @@ def pairs_of_task(
     """
     require_choice("task", task, get_args(PairTask))
     if task == "induction":
-        return induction_pairs(vocabulary, n, seed=seed)
+        tokens, start = _ordinary_tokens(tokenizer, vocabulary)
+        return induction_pairs(tokens, n, start=start, beside=beside, seed=seed)
     if tokenizer is None:
         raise ValueError(f"task {task!r} is made of words and needs a tokenizer; induction needs none")
-    return _BUILDERS[task](tokenizer, n, seed=seed)
+    return _BUILDERS[task](tokenizer, n, beside=beside, seed=seed)
+
+
+def _ordinary_tokens(tokenizer: PreTrainedTokenizerBase | None, vocabulary: int) -> tuple[int | list[int], list[int]]:
+    """The tokens of random prompts, and those put first."""
+    if tokenizer is None:
+        return vocabulary, []
+    special = set(tokenizer.all_special_ids)
+    known = min(vocabulary, len(tokenizer)) if vocabulary else len(tokenizer)
+    return [token for token in range(known) if token not in special], leading_bos(tokenizer)
+
+
+def split_of_task(
+    task: PairTask,
+    n: int = 32,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    vocabulary: int = 0,
+    one_length: bool = False,
+    seed: int = 0,
+) -> tuple[PromptPairs, PromptPairs | None]:
+    """Pairs of a task that a circuit is found on, and as many others that it is measured on.
+
+    No clean prompt of the others is among the prompts of the first, clean or corrupted. Where the task has fewer
+    left (the atlas has about 170 facts a relation), there are fewer, or None.
+
+    Args:
+        task: See :func:`pairs_of_task`.
+        n: Prompts of each.
+        tokenizer: Of the model.
+        vocabulary: Number of tokens.
+        one_length: Whether all have equally many tokens, the commonest number, as means over prompts need.
+        seed: Decides the prompts.
+
+    Raises:
+        TooFewPairsError: There are fewer than ``n``, or fewer of one length.
+
+    Example:
+        >>> found_on, others = split_of_task("induction", 4, vocabulary=30)
+        >>> len(others), {*others.clean} & {*found_on.clean, *found_on.corrupted}
+        (4, set())
+    """
+    shared: dict[str, Any] = {"tokenizer": tokenizer, "vocabulary": vocabulary, "seed": seed}
+    if one_length:
+        return _split_of_one_length(task, n, shared)
+    found_on = pairs_of_task(task, n, **shared)
+    try:
+        return found_on, pairs_of_task(task, n, beside=found_on, **shared)
+    except TooFewPairsError as error:
+        return found_on, error.pairs
+
+
+def _split_of_one_length(task: PairTask, n: int, shared: Mapping[str, Any]) -> tuple[PromptPairs, PromptPairs | None]:
+    group: list[int] = []
+    for times in (2, 4, 8, 16, 32):
+        whole = True
+        try:
+            pool = pairs_of_task(task, times * n, **shared)
+        except TooFewPairsError as error:
+            if error.pairs is None:
+                raise
+            pool, whole = error.pairs, False
+        group = max(pool.batches(len(pool)), key=len)
+        if not whole or len(group) >= 3 * n:
+            break
+    found_on = pool.take(group[:n])
+    if len(found_on) < n:
+        raise TooFewPairsError(
+            f"{n} prompts of one length are asked for; of the commonest, {len(found_on.clean[0])} tokens, only "
+            f"{len(found_on)} came up",
+            found_on,
+        )
+    used = _used_by(found_on)
+    rest = [place for place in group[n:] if pool.clean[place] not in used][:n]
+    # One alone would be its own mean.
+    return found_on, pool.take(rest) if len(rest) > 1 else None

@@ -245,8 +245,10 @@ def answer_by_circuit(rows: Sequence[Row]) -> Finding | None:
         return None
     kept, size, whole = curve["values"][-1], curve["sizes"][-1], curve["n_edges"]
     band, interval = ((curve.get(name) or [None])[-1] for name in ("band", "intervals"))
+    if absent := curve.get("absent"):
+        return Finding("The model does not clearly show the behaviour whose circuit was looked for.", doubts=(absent,))
     sentence = f"A circuit of {size:,} of {whole:,} edges keeps {_percent(kept)} of the behaviour"
-    doubts = []
+    doubts = ["measured on prompts that chose its edges"] if curve.get("n_shared") else []
     if overlap is not None:
         sentence += f", and shares {_percent(overlap)} of its edges with the base's"
     if band and kept <= band[1]:

@@ -32,7 +32,7 @@ from lightning_goldy.core.base import BaseParameters, base_of
 from lightning_goldy.core.files import StoreError
 from lightning_goldy.core.objective import CausalLMObjective, ClassifierObjective
 from lightning_goldy.core.store import fingerprint, load_vectors, save_vectors
-from lightning_goldy.data import AtlasDataModule, pairs_of_task
+from lightning_goldy.data import AtlasDataModule, split_of_task
 from lightning_goldy.training.models import build_model, complete_config, write_pretrained
 from lightning_goldy.training.module import GoldyModule
 
@@ -240,8 +240,10 @@ def test_the_circuit_of_a_task_is_found_beside_the_bases(trained, here, only, ca
     only("circuit_tracker", "parameter_distribution")
     out = analyze(trained, "--circuits", "atlas", "--circuit-pairs", "4")
     data, model = AtlasDataModule(**DATA), model_of(checkpoint_of(trained).with_suffix(""))
-    pairs = pairs_of_task("atlas", 4, tokenizer=data.tokenizer)
-    expected = track_circuit(model, pairs, base=TrackingOptions().find(model_of(trained / "base"), pairs))
+    pairs, others = split_of_task("atlas", 4, tokenizer=data.tokenizer)
+    base = TrackingOptions().find(model_of(trained / "base"), pairs)
+    expected = track_circuit(model, pairs, held_out=others, base=base)
+    assert row_of(out, "circuit_tracker")["result"]["curve"]["n_shared"] == 0
     assert result_of(TrackedCircuit, out, "circuit_tracker").metrics() == expected.metrics()
     assert row_of(out, "circuit_tracker")["metrics"]["overlap"] < 1
     assert (out / "goldy/circuit_tracker/circuit.graphml").read_text() == expected.circuit.to_graphml()

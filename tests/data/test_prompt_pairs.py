@@ -6,12 +6,19 @@ from lightning_goldy.data import AtlasDataModule, byte_tokenizer, country_facts,
 from lightning_goldy.data.prompt_pairs import (
     _NAMES,
     _SCENES,
+    PairTask,
+    TextPair,
+    TooFewPairsError,
     atlas_pairs,
     greater_than_pairs,
     indirect_object_pairs,
     induction_pairs,
     pairs_of_task,
+    split_of_task,
+    text_pairs,
 )
+
+VERSIONS = ("clean", "corrupted")
 
 
 def scenes_tokenizer():
@@ -87,3 +94,86 @@ def test_tasks_by_name():
         pairs_of_task("atlas")
     with pytest.raises(ValueError, match="did you mean 'induction'"):
         pairs_of_task("inductions")  # type: ignore[arg-type]
+
+
+def test_no_prompt_is_drawn_twice():
+    # Of the 120 orders of five tokens; drawn with repeats, a hundred would be about 68.
+    pairs = induction_pairs(5, 100, length=5)
+    assert len({*pairs.clean}) == 100
+    with pytest.raises(TooFewPairsError, match="121 different prompts are asked for, and only 120 came up") as caught:
+        induction_pairs(5, 121, length=5, seed=2)
+    assert len(caught.value.pairs) == 120
+    few = indirect_object_pairs(byte_tokenizer(), 400, names=["Mary", "John", "Anna"])
+    assert len({*few.clean}) == 400
+
+
+@pytest.mark.parametrize("task", ["indirect_object", "greater_than", "atlas", "induction"])
+def test_prompts_that_measure_are_none_of_those_that_choose(task: PairTask):
+    tokenizer = byte_tokenizer()
+    found_on, others = split_of_task(task, 4, tokenizer=tokenizer, vocabulary=257)
+    assert found_on == pairs_of_task(task, 4, tokenizer=tokenizer, vocabulary=257)
+    assert others is not None
+    assert len({*others.clean} - {*found_on.clean, *found_on.corrupted}) == 4
+    assert (found_on, others) == split_of_task(task, 4, tokenizer=tokenizer, vocabulary=257)
+    assert others != split_of_task(task, 4, tokenizer=tokenizer, vocabulary=257, seed=1)[1]
+
+
+def test_a_task_that_runs_out_of_prompts_measures_on_what_is_left():
+    tokenizer = AtlasDataModule(edits=3).load_tokenizer()
+    n = len(atlas_pairs(tokenizer, None))
+    found_on, others = split_of_task("atlas", n - 5, tokenizer=tokenizer)
+    assert others is None or not {*others.clean} & {*found_on.clean, *found_on.corrupted}
+    assert split_of_task("atlas", n, tokenizer=tokenizer)[1] is None
+    with pytest.raises(TooFewPairsError, match=f"facts have a partner .* and are not drawn already; {n} are asked for"):
+        atlas_pairs(tokenizer, n, beside=found_on)
+
+
+def test_random_tokens_are_ordinary_ones_behind_the_bos_token(monkeypatch):
+    tokenizer = word_tokenizer(["one two three four five six seven eight nine ten"])
+    special = {*tokenizer.all_special_ids}
+    pairs = pairs_of_task("induction", 20, tokenizer=tokenizer, vocabulary=64)
+    assert special
+    assert not special & {token for ids in (*pairs.clean, *pairs.corrupted) for token in ids}
+    assert max(map(max, pairs.clean)) < len(tokenizer)
+    monkeypatch.setattr("lightning_goldy.data.prompt_pairs.leading_bos", lambda tokenizer: [7])
+    (clean,), (other,) = (getattr(pairs_of_task("induction", 1, tokenizer=tokenizer), name) for name in VERSIONS)
+    assert (clean[0], other[0]) == (7, 7)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda tok: indirect_object_pairs(tok, 3, names="Mary"), "names is a list of names; got 'Mary'"),
+        (lambda tok: atlas_pairs(tok, 3, relations="capital"), "relations is a list of relations; got 'capital'"),
+        (lambda tok: atlas_pairs(tok, 0), "n must be at least 1; got 0"),
+        (lambda tok: indirect_object_pairs(None, 3), "needs a tokenizer; got None"),
+        (
+            lambda tok: text_pairs(tok, [TextPair("Ada saw", "Eva saw", "Bo", ("Cy",))]),  # type: ignore[arg-type]
+            "answers to 'Ada saw' is a list of words, none of them empty; got 'Bo'",
+        ),
+        (
+            lambda tok: text_pairs(tok, [TextPair("Ada saw", "Eva saw", ("",), ("Cy",))]),
+            r"answers to 'Ada saw' is a list of words, none of them empty; got \(''",
+        ),
+    ],
+)
+def test_words_in_place_of_lists_are_told(make, message):
+    with pytest.raises(ValueError, match=message):
+        make(byte_tokenizer())
+    with pytest.raises(ValueError, match=r"there are \[\]: it knows none of Mary, John"):
+        indirect_object_pairs(word_tokenizer(["capital of"]), 2)
+
+
+@pytest.mark.parametrize("task", ["indirect_object", "atlas", "induction"])
+def test_prompts_of_one_length_can_be_had(task: PairTask):
+    # Of whichever lengths they come in, most have none of their own length beside them.
+    shared = {"tokenizer": byte_tokenizer(), "vocabulary": 257}
+    found_on, others = split_of_task(task, 4, one_length=True, **shared)
+    assert others is not None
+    assert len({len(ids) for ids in (*found_on.clean, *others.clean)}) == 1
+    assert len({*others.clean} - {*found_on.clean, *found_on.corrupted}) == len(others) > 1
+    if task == "atlas":
+        with pytest.raises(
+            TooFewPairsError, match=r"100 prompts of one length are asked for; of the commonest, \d+ tok"
+        ):
+            split_of_task(task, 100, one_length=True, **shared)

@@ -216,6 +216,13 @@ def test_a_circuit_beside_random_ones_and_the_bases() -> None:
     curve["intervals"][-1] = [0.15, 1.0]
     doubts = told(answer_by_circuit([row_of({}, {"curve": curve})])).doubts
     assert doubts == ("its interval reaches what random circuits keep",)
+    curve["intervals"][-1] = [0.7, 1.0]
+    doubts = told(answer_by_circuit([row_of({}, {"curve": {**curve, "n_shared": 20}})])).doubts
+    assert doubts == ("measured on prompts that chose its edges",)
+    for away in ({"values": [None, None]}, {"clean": -0.2, "patched": -0.1}):
+        finding = told(answer_by_circuit([row_of({}, {"curve": {**curve, **away, "absent": "it is not there"}})]))
+        assert finding.sentence == "The model does not clearly show the behaviour whose circuit was looked for."
+        assert finding.doubts == ("it is not there",)
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,17 @@ def test_the_summary_shows_the_metrics() -> None:
     assert table.row_count == 8
 
 
+def test_the_summary_doubts_a_circuit_where_its_row_does() -> None:
+    metrics = {"faithfulness_10_percent": 0.75, "faithfulness_low": -0.5, "faithfulness_high": 2.0}
+    row = {"name": "circuit_tracker", "metrics": metrics, "result": {"curve": {"weak": "it reaches 0"}}}
+    shown = " ".join(printed(summary_table([row])).split())
+    assert "10 % of the edges keep 0.75 at least, by its 95 % interval -0.5 at most 2 weak: it reaches 0" in shown
+    row["result"] = {"curve": {"weak": "", "n_pairs": 8, "n_shared": 8}}
+    shown = " ".join(printed(summary_table([row])).split())
+    assert "weak" not in shown
+    assert "measured on 8 prompts, 8 of which chose the edges" in shown
+
+
 def test_the_explanation_is_a_table_of_variants() -> None:
     each = {"variant": "frozen_attention", "loss": 1.25, "loss_share": 0.75, "logit_share": 0.5}
     each |= {"relative_error": 0.125, "kl_divergence": 0.03125}

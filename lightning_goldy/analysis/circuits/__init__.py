@@ -11,6 +11,7 @@ from lightning_goldy.analysis.circuits.circuit import (
 )
 from lightning_goldy.analysis.circuits.faithfulness import (
     Faithfulness,
+    FlatMetricError,
     TrackedCircuit,
     TrackingOptions,
     faithfulness,
@@ -28,6 +29,7 @@ __all__ = [
     "CircuitOptions",
     "CircuitOverlap",
     "Faithfulness",
+    "FlatMetricError",
     "Method",
     "Metric",
     "PromptPairs",

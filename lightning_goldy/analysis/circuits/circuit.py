@@ -41,6 +41,7 @@ class Circuit(AnalysisResult):
         patched: The metric with every edge patched.
         n_pairs: Pairs of prompts.
         cost: Passes.
+        prompts: Digests of the prompts, clean and corrupted, that scored the edges; empty where they are not known.
     """
 
     analysis: ClassVar[str] = "circuit"
@@ -55,6 +56,7 @@ class Circuit(AnalysisResult):
     patched: float
     n_pairs: int
     cost: Cost = field(default=Cost(), compare=False)
+    prompts: tuple[str, ...] = ()
 
     @property
     def n_edges(self) -> int:
@@ -297,6 +299,7 @@ def find_circuits(
         clean=clean,
         patched=patched,
         n_pairs=len(pairs),
+        prompts=tuple(sorted({*pairs.digests(), *pairs.digests("corrupted")})),
     )
     count = n_edges if given else max(1, wiring.graph.n_edges // 20)
     return replace(found.chosen(n_edges=count, threshold=threshold, select=select, rank=rank), cost=cost + more)
@@ -416,6 +419,7 @@ class CircuitOverlap(AnalysisResult):
         noise: Intersection over union of the second circuit with one that differs from it in the seed alone; None where
             none was given.
         node_changes: By node how far its score moved.
+        different: What the two were not found alike with: ``method``, ``metric``, ``ablation``, ``prompts``.
     """
 
     analysis: ClassVar[str] = "circuit_overlap"
@@ -429,6 +433,7 @@ class CircuitOverlap(AnalysisResult):
     rank_correlation: float
     noise: float | None
     node_changes: dict[str, float]
+    different: tuple[str, ...] = ()
 
     def metrics(self) -> dict[str, float | None]:
         """Numbers of edges, overlap with its nulls, rank correlation."""
@@ -444,7 +449,7 @@ class CircuitOverlap(AnalysisResult):
 
     def details(self) -> dict[str, Any]:
         """The edges and how far nodes moved."""
-        names = ("kept", "created", "removed", "node_changes", "above_chance")
+        names = ("kept", "created", "removed", "node_changes", "above_chance", "different")
         return {name: getattr(self, name) for name in names}
 
     def headline(self) -> str:
@@ -455,8 +460,9 @@ class CircuitOverlap(AnalysisResult):
             overlap = "neither circuit has an edge"
         rank = _known(self.rank_correlation)
         scores = "" if rank is None else f", rank correlation of the scores {rank:.2f}"
+        other = f"; found with different {', '.join(self.different)}" if self.different else ""
         return (
-            f"{len(self.kept)} edges kept, {len(self.created)} created, {len(self.removed)} removed: {overlap}{scores}"
+            f"{len(self.kept)} edges kept, {len(self.created)} created, {len(self.removed)} removed: {overlap}{scores}{other}"
         )
 
 
@@ -506,7 +512,14 @@ def circuit_overlap(
         rank_correlation=agreement_of(old.numpy(), new.numpy()).spearman,
         noise=None if seed is None else overlap_of(second.kept, seed.kept),
         node_changes={name: after[name] - value for name, value in before.items()},
+        different=_differences(first, second),
     )
+
+
+def _differences(first: Circuit, second: Circuit) -> tuple[str, ...]:
+    """What two circuits were not found alike with, as far as it is known."""
+    names = ["method", "metric", "ablation", *(["prompts"] if first.prompts and second.prompts else [])]
+    return tuple(name for name in names if getattr(first, name) != getattr(second, name))
 
 
 def overlap_of(first: Tensor, second: Tensor) -> float:

@@ -23,7 +23,15 @@ from lightning_goldy.analysis.circuits.circuit import (
     find_circuits,
     random_circuits,
 )
-from lightning_goldy.analysis.circuits.runs import Ablation, CircuitOptions, Metric, Progress, measure, wired
+from lightning_goldy.analysis.circuits.runs import (
+    Ablation,
+    CircuitOptions,
+    Metric,
+    MetricName,
+    Progress,
+    measure,
+    wired,
+)
 from lightning_goldy.analysis.circuits.scores import Method
 from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.core.base import Base
@@ -49,6 +57,10 @@ class Faithfulness(AnalysisResult):
         patched: The metric with every edge patched.
         n_pairs: Pairs of prompts.
         intervals: By size the 95 % bootstrap interval of its value over the pairs; none where there is one pair.
+        span: That of what patching everything loses, ``clean - patched``; None where there is one pair.
+        n_shared: Pairs whose prompt is one of those that chose the edges; None where these are not known.
+        metric: Name of the metric.
+        ablation: What patched edges bring.
         cost: Passes.
     """
 
@@ -63,6 +75,10 @@ class Faithfulness(AnalysisResult):
     patched: float
     n_pairs: int = 1
     intervals: tuple[tuple[float, float], ...] = ()
+    span: tuple[float, float] | None = None
+    n_shared: int | None = None
+    metric: str = "the metric"
+    ablation: str = ""
     cost: Cost = field(default=Cost(), compare=False)
 
     @property
@@ -112,7 +128,7 @@ class Faithfulness(AnalysisResult):
     def metrics(self) -> dict[str, float | None]:
         """Faithfulness and completeness of the largest circuit, areas, and the random circuits' mean."""
         low, high = self.intervals[-1] if self.intervals else (None, None)
-        return {
+        told = {
             "faithfulness": self.value,
             "faithfulness_low": low,
             "faithfulness_high": high,
@@ -122,17 +138,51 @@ class Faithfulness(AnalysisResult):
             "area_random": self.random_area if self.random.numel() else None,
             "distance": self.distance,
         }
+        return {name: None if value is None or math.isnan(value) else value for name, value in told.items()}
 
     def details(self) -> dict[str, Any]:
         """The curve with the band of random circuits."""
         lists = {name: list(getattr(self, name)) for name in ("sizes", "values", "complements")}
         means = self.random.mean(1).tolist() if self.random.numel() else []
-        told = {name: getattr(self, name) for name in ("n_edges", "clean", "patched", "n_pairs")}
+        names = ("n_edges", "clean", "patched", "n_pairs", "n_shared", "metric", "ablation")
+        told = {name: getattr(self, name) for name in names} | {"absent": self.absent(), "weak": self.weak()}
         ranges = {"band": [list(pair) for pair in self.band()], "intervals": [list(pair) for pair in self.intervals]}
-        return {**lists, **told, "random": means, **ranges}
+        return {**lists, **told, "random": means, **ranges, "span": list(self.span or ())}
+
+    def absent(self) -> str:
+        """Why there may be no behaviour to keep any share of; empty where the prompts show it."""
+        if not self.clean > self.patched:
+            return (
+                f"the model does not show the behaviour on these prompts: {self.metric} is {self.clean:.3g}, and "
+                f"{self.patched:.3g} with everything patched"
+            )
+        if self.span is not None and self.span[0] <= 0:
+            return (
+                f"whether these prompts show the behaviour is open: what patching everything loses in {self.metric}, "
+                f"{self.clean - self.patched:.3g} [{self.span[0]:.3g}, {self.span[1]:.3g}], may be 0"
+            )
+        return ""
+
+    def weak(self) -> str:
+        """Why what the largest circuit keeps says nothing; empty where nothing speaks against it."""
+        most = float(self.random[-1].max()) if self.random.numel() else -math.inf
+        if absent := self.absent():
+            return absent
+        if self.value <= most:
+            return "no more than a random circuit"
+        if self.intervals and self.intervals[-1][0] <= most:
+            return "the interval reaches what a random circuit keeps"
+        return ""
 
     def headline(self) -> str:
-        """What the largest circuit keeps, with its interval over the pairs, beside random ones."""
+        """What the largest circuit keeps, with its interval over the pairs, beside random ones, and what is weak."""
+        weak = self.weak()
+        return self.summary() + (f"; WEAK: {weak}" if weak else "")
+
+    def summary(self) -> str:
+        """The headline without its doubts."""
+        if math.isnan(self.value):
+            return f"what {self.sizes[-1]} of {self.n_edges} edges keep of the behaviour cannot be told{self._source()}"
         chance = f", random ones {float(self.random[-1].mean()):.2f}" if self.random.numel() else ""
         told = f"{self.value:.2f} of the behaviour (no interval: one pair)"
         if self.intervals:
@@ -140,20 +190,42 @@ class Faithfulness(AnalysisResult):
             told = f"{self.value:.2f} [{low:.2f}, {high:.2f}] of the behaviour over {self.n_pairs} pairs"
         return (
             f"{self.sizes[-1]} of {self.n_edges} edges keep {told}{chance}; without them {self.complements[-1]:.2f} is "
-            "left"
+            f"left{self._source()}"
         )
+
+    def _source(self) -> str:
+        if self.n_shared is None:
+            return ""
+        if not self.n_shared:
+            return "; on other prompts than chose the edges"
+        some = "the" if self.n_shared == self.n_pairs else f"prompts {self.n_shared} of which are among the"
+        return f"; on {some} prompts that chose the edges, which flatters"
+
+
+class FlatMetricError(ValueError):
+    """A metric is the same with nothing and with everything patched, so that no share of it can be told.
+
+    Args:
+        message: The metric and its value.
+        value: Its value.
+        cost: Passes that found it.
+    """
+
+    def __init__(self, message: str, value: float, cost: Cost) -> None:
+        super().__init__(message)
+        self.value, self.cost = value, cost
 
 
 def faithfulness(
     model: nn.Module,
     circuit: Circuit,
     pairs: PromptPairs,
-    metric: Metric = "logit_difference",
+    metric: Metric | None = None,
     *,
     sizes: Sequence[int | float] | None = (),
     select: Selection = "top",
     rank: Rank = "magnitude",
-    ablation: Ablation = "counterfactual",
+    ablation: Ablation | None = None,
     n_random: int = 10,
     seed: int = 0,
     batch_size: int = 8,
@@ -171,12 +243,12 @@ def faithfulness(
         model: A causal language model; it comes back as it was.
         circuit: Of :func:`find_circuits`.
         pairs: Clean and corrupted prompts; best others than the circuit was found on.
-        metric: See :class:`CircuitOptions`.
+        metric: See :class:`CircuitOptions`; by default the one that chose the edges.
         sizes: Of a curve: numbers of edges, or shares of all below 1, chosen by the circuit's scores; None for
             ``SHARES``; empty for the circuit itself alone.
         select: How a curve's edges are chosen.
         rank: By which order.
-        ablation: What patched edges bring.
+        ablation: What patched edges bring; by default what they brought when they were scored.
         n_random: Random circuits per size; 0 for none.
         seed: Of these.
         batch_size: Pairs per pass.
@@ -187,8 +259,9 @@ def faithfulness(
         The share that is kept, by size, with its interval over the pairs.
 
     Raises:
-        ValueError: A size is out of range, the circuit is of another graph, or the metric is the same with everything
-            and with nothing patched, so that nothing can be told.
+        ValueError: A size is out of range, the circuit is of another graph, or its metric is a function, which has to
+            be given.
+        FlatMetricError: The metric is the same with everything and with nothing patched, so that nothing can be told.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -200,7 +273,7 @@ def faithfulness(
         1.0
     """
     require_at_least("n_random", n_random, 0)
-    options = CircuitOptions(metric, ablation, batch_size)
+    options = CircuitOptions(*_as_scored(circuit, metric, ablation), batch_size)
     counts = _counts(circuit, sizes)
     ranked = [circuit.chosen(n_edges=count, select=select, rank=rank) for count in counts] if counts else [circuit]
     whole = circuit.graph.edges()
@@ -217,9 +290,11 @@ def faithfulness(
         values, cost = measure(wiring, pairs, options, tried, progress=progress, replicas=replicas)
     clean, patched, *means = values.mean(1).tolist()
     if clean == patched:
-        raise ValueError(
+        raise FlatMetricError(
             f"{options.metric_name} is {clean:.4g} with nothing and with everything patched: the pairs do not tell the "
-            "behaviour from its absence"
+            "behaviour from its absence",
+            clean,
+            cost,
         )
     # The added 0 makes a 0 of -0.
     shares = torch.tensor(means, dtype=torch.float64).sub(patched).div(clean - patched).add(0.0)
@@ -234,8 +309,30 @@ def faithfulness(
         patched=patched,
         n_pairs=len(pairs),
         intervals=_intervals(values[:2], values[2 :: n_random + 2]),
+        span=None if len(pairs) < 2 else _span(values[0] - values[1]),
+        n_shared=_shared(circuit, pairs),
+        metric=options.metric_name,
+        ablation=options.ablation,
         cost=cost,
     )
+
+
+def _as_scored(circuit: Circuit, metric: Metric | None, ablation: Ablation | None) -> tuple[Metric, Ablation]:
+    """Metric and ablation, by default those that a circuit was found with."""
+    known: Any = circuit.metric
+    if metric is None and known not in get_args(MetricName):
+        raise ValueError(f"the circuit was found with a function, {known!r}: give metric=, this or another")
+    patched: Any = circuit.ablation
+    return known if metric is None else metric, patched if ablation is None else ablation
+
+
+def _span(losses: Tensor) -> tuple[float, float]:
+    """The middle 95 % of the mean of pairs that are drawn anew."""
+    return interval_of(resampled(len(losses)) @ losses / len(losses))
+
+
+def _shared(circuit: Circuit, pairs: PromptPairs) -> int | None:
+    return sum(digest in circuit.prompts for digest in pairs.digests()) if circuit.prompts else None
 
 
 def _intervals(ends: Tensor, kept: Tensor) -> tuple[tuple[float, float], ...]:
@@ -392,7 +489,7 @@ class TrackedCircuit(AnalysisResult):
         """Faithfulness by size, completeness and area, the overlap, and each node's score below ``node/``."""
         told: dict[str, float | None] = {}
         for share, value in zip(self.shares, self.curve.values, strict=True):
-            told[f"faithfulness_{100 * share:g}_percent".replace(".", "_")] = value
+            told[f"faithfulness_{100 * share:g}_percent".replace(".", "_")] = None if math.isnan(value) else value
         curve, overlap = self.curve.metrics(), {} if self.overlap is None else self.overlap.metrics()
         names = ("faithfulness_low", "faithfulness_high", "faithfulness_random", "completeness", "area", "area_random")
         told |= {name: curve[name] for name in names}
@@ -407,13 +504,13 @@ class TrackedCircuit(AnalysisResult):
 
     def headline(self) -> str:
         """What the largest size keeps, and of which circuit."""
-        weak, most = "", float(self.curve.random[-1].max()) if self.curve.random.numel() else -math.inf
-        if self.curve.value <= most:
-            weak = "; WEAK: no more than a random circuit"
-        elif self.curve.intervals and self.curve.intervals[-1][0] <= most:
-            weak = "; WEAK: the interval reaches what a random circuit keeps"
-        kept = "" if self.overlap is None else f"; overlap with the base's {self.overlap.intersection_over_union:.2f}"
-        return f"{self.curve.headline()}; {self.circuit.headline()}{kept}{weak}"
+        weak, kept, overlap = self.curve.weak(), "", self.overlap
+        if overlap is not None:
+            kept = (
+                f"; overlap with the base's {overlap.intersection_over_union:.2f} ({overlap.by_chance:.2f} by chance)"
+            )
+        doubt = f"; WEAK: {weak}" if weak else ""
+        return f"{self.curve.summary()}; {self.circuit.headline()}{kept}{doubt}"
 
 
 def track_circuit(
@@ -421,15 +518,20 @@ def track_circuit(
     pairs: PromptPairs,
     options: TrackingOptions = TrackingOptions(),
     *,
+    held_out: PromptPairs | None = None,
     base: Circuit | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> TrackedCircuit:
     """Finds a model's circuit, measures what it keeps, and compares it with an earlier one.
 
+    Where the metric is the same with nothing and with everything patched, there is no behaviour to keep a share of:
+    every share is NaN, and the headline says why.
+
     Args:
         model: A causal language model; it comes back as it was.
         pairs: Clean and corrupted prompts.
         options: The same at every step.
+        held_out: Pairs that measure what the circuit keeps; by default those that chose it, which flatters it.
         base: The circuit of what the model was.
         progress: Called with (pairs done, pairs in all).
 
@@ -437,7 +539,7 @@ def track_circuit(
         The circuit, its faithfulness and its overlap.
 
     Raises:
-        ValueError: The pairs do not tell the behaviour from its absence.
+        ValueError: The pairs lack what the metric needs, or a value is not finite.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -450,18 +552,36 @@ def track_circuit(
     circuit = options.find(model, pairs, progress)
     n_edges = circuit.graph.n_edges
     counts = sorted({max(1, round(share * n_edges)) for share in options.sizes})
-    curve = faithfulness(
-        model,
-        circuit,
-        pairs,
-        options.metric,
-        sizes=counts,
-        select=options.select,
-        rank=options.rank,
-        ablation=options.ablation,
-        n_random=options.n_random,
-        batch_size=options.batch_size,
-    )
+    measuring = pairs if held_out is None else held_out
+    settings: dict[str, Any] = {name: getattr(options, name) for name in ("select", "rank", "ablation", "n_random")}
+    try:
+        curve = faithfulness(
+            model, circuit, measuring, options.metric, sizes=counts, batch_size=options.batch_size, **settings
+        )
+    except FlatMetricError as flat:
+        curve = _flat(circuit, counts, options, measuring, flat)
     shares = {max(1, round(share * n_edges)): share for share in sorted(options.sizes, reverse=True)}
     overlap = None if base is None else circuit_overlap(base, circuit)
     return TrackedCircuit(circuit, curve, tuple(shares[count] for count in counts), overlap)
+
+
+def _flat(
+    circuit: Circuit, counts: Sequence[int], options: TrackingOptions, pairs: PromptPairs, flat: FlatMetricError
+) -> Faithfulness:
+    """The curve of a model without the behaviour: no share of it can be told."""
+    chosen = (circuit.chosen(n_edges=count, select=options.select, rank=options.rank) for count in counts)
+    unknown = (math.nan,) * len(counts)
+    return Faithfulness(
+        sizes=tuple(one.n_edges for one in chosen),
+        n_edges=circuit.graph.n_edges,
+        values=unknown,
+        complements=unknown,
+        random=torch.full((len(counts), options.n_random), math.nan, dtype=torch.float64),
+        clean=flat.value,
+        patched=flat.value,
+        n_pairs=len(pairs),
+        n_shared=_shared(circuit, pairs),
+        metric=circuit.metric,
+        ablation=circuit.ablation,
+        cost=flat.cost,
+    )

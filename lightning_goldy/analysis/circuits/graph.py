@@ -278,7 +278,8 @@ class Wiring:
         with preserved(model), torch.no_grad():
             seen, logits = _Seen.of(model, ids.to(device))
             wiring = _wire(model, described.blocks, seen)
-        require_next_tokens(model, ids, logits, "circuits")
+            require_next_tokens(model, ids, logits, "circuits")
+            _require_causal(model, ids.to(device), logits)
         return wiring
 
     def logits(self, ids: Tensor) -> Tensor:
@@ -309,6 +310,21 @@ def _require_decoder(model: nn.Module) -> None:
         raise UnsupportedArchitectureError(
             f"PEFT's {method} puts {count} positions of its own before a prompt, whose circuits are not found; call "
             "inside `with model.disable_adapter():`"
+        )
+
+
+def _require_causal(model: nn.Module, ids: Tensor, logits: Tensor) -> None:
+    """Checks that the last token changes nothing at those before it."""
+    changed = ids.clone()
+    changed[:, -1] = ids[:, 0] if not torch.equal(ids[:, -1], ids[:, 0]) else (ids[:, 0] + 1) % logits.shape[-1]
+    before, after = logits[:, :-1], call(model, changed)[:, :-1]
+    # What is rounded to few digits differs by the other shapes that experts are given.
+    coarse = before.element_size() < 4 or torch.is_autocast_enabled(before.device.type)
+    apart = float((after - before).abs().max()) if before.numel() else 0.0
+    if apart > (2e-2 if coarse else 1e-4) * float(before.abs().max()):
+        raise UnsupportedArchitectureError(
+            f"circuits are those of a causal language model; in {model_class(model)} a token changes what is said at "
+            "those before it"
         )
 
 

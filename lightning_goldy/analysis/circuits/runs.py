@@ -467,6 +467,7 @@ class CircuitOptions:
         Raises:
             ValueError: They have not; the prompt is named.
         """
+        require_pairs("pairs", pairs)
         if self.metric in ("logit_difference", "probability_difference"):
             lacking = next((name for name, wrong in zip(pairs.names, pairs.wrong, strict=True) if not wrong), None)
             if lacking is not None:
@@ -503,6 +504,19 @@ class CircuitOptions:
             return right.exp()
         wrong = _sums(logs, pairs.wrong)
         return right - wrong if self.metric == "logit_difference" else right.exp() - wrong.exp()
+
+
+def require_pairs(name: str, pairs: object) -> None:
+    """Checks that something is pairs of prompts.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    if not isinstance(pairs, PromptPairs):
+        raise ValueError(
+            f"{name} are PromptPairs, such as text_pairs(tokenizer, ...) makes; got {type(pairs).__name__} "
+            f"{pairs!r:.60}"
+        )
 
 
 def _sums(logs: Tensor, tokens: Sequence[Sequence[int]]) -> Tensor:

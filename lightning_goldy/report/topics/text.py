@@ -178,6 +178,11 @@ def _quantities(row: Row) -> Iterator[tuple[str, str]]:
     for name, quantity in _QUANTITIES.get(row["name"], {}).items():
         if metrics.get(name) is not None:
             yield quantity, format_number(metrics[name])
+    curve = row["result"].get("curve") or {}
+    if weak := curve.get("weak"):
+        yield f"weak: {weak}", ""
+    if shared := curve.get("n_shared"):
+        yield f"measured on {curve['n_pairs']} prompts, {shared} of which chose the edges", ""
 
 
 def _of_the_expansion(row: Row) -> Iterator[tuple[str, str]]:
@@ -203,6 +208,8 @@ _QUANTITIES = {
     "circuit_tracker": {
         "faithfulness_1_percent": "1 % of the edges keep of the behaviour",
         "faithfulness_10_percent": "10 % of the edges keep",
+        "faithfulness_low": "at least, by its 95 % interval",
+        "faithfulness_high": "at most",
         "faithfulness_random": "as many random edges keep",
         "overlap": "edges shared with the base's circuit",
         "overlap_by_chance": "by chance",

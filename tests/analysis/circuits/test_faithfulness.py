@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import BertConfig, BertForMaskedLM
 
 from lightning_goldy.analysis.circuits import (
     CircuitGraph,
+    FlatMetricError,
     PromptPairs,
     TrackedCircuit,
     TrackingOptions,
@@ -27,6 +29,7 @@ from lightning_goldy.core.architecture import UnsupportedArchitectureError
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.vector import ParameterVector
 from lightning_goldy.data import induction_pairs
+from lightning_goldy.report import draw_figures
 from tests.analysis.circuits.test_scores import prompts
 from tests.references.architecture_models import build, lora
 from tests.references.model_zoo import ZOO, build_family
@@ -240,3 +243,140 @@ def test_weights_that_are_not_finite_and_models_without_tokens_are_told() -> Non
     assert "ViT" in ZOO
     with pytest.raises(UnsupportedArchitectureError, match="ViTForImageClassification takes no tokens"):
         CircuitGraph.of(build_family("ViT"))
+
+
+def exchanged(pairs: PromptPairs) -> PromptPairs:
+    return PromptPairs(pairs.corrupted, pairs.clean, pairs.answers, pairs.wrong)
+
+
+def shown(pairs: PromptPairs, model: Any) -> PromptPairs:
+    """Each pair in the order in which its clean version is right more often."""
+    with torch.no_grad():
+        logs = [
+            model(input_ids=torch.tensor(ids)).logits[:, -1].log_softmax(-1) for ids in (pairs.clean, pairs.corrupted)
+        ]
+    gains = [
+        float((logs[0] - logs[1])[place, right[0]] - (logs[0] - logs[1])[place, wrong[0]])
+        for place, (right, wrong) in enumerate(zip(pairs.answers, pairs.wrong, strict=True))
+    ]
+    clean, corrupted = zip(
+        *(
+            (one, other) if gain > 0 else (other, one)
+            for one, other, gain in zip(pairs.clean, pairs.corrupted, gains, strict=True)
+        ),
+        strict=True,
+    )
+    return PromptPairs(clean, corrupted, pairs.answers, pairs.wrong)
+
+
+def test_a_behaviour_that_the_model_does_not_show_is_weak() -> None:
+    model = build("llama")
+    options = TrackingOptions(method="eap", sizes=(0.5,))
+    right = shown(prompts(6), model)
+    there, wrong = (track_circuit(model, pairs, options) for pairs in (right, exchanged(right)))
+    assert (there.curve.absent(), there.curve.clean > there.curve.patched) == ("", True)
+    span = there.curve.span
+    assert span is not None
+    assert 0 < span[0] < there.curve.clean - there.curve.patched < span[1]
+    assert "; WEAK: the model does not show the behaviour on these prompts: logit_difference is" in wrong.headline()
+    assert wrong.row().result["curve"]["absent"] == wrong.curve.absent()
+    # Of six pairs one tells anything: a third of all draws are without it.
+    lone = PromptPairs(right.clean, (right.corrupted[0], *right.clean[1:]), right.answers, right.wrong)
+    curve = faithfulness(model, there.circuit, lone)
+    assert curve.span is not None
+    assert curve.span[0] == 0
+    assert "; WEAK: whether these prompts show the behaviour is open: " in curve.headline()
+
+
+def test_a_model_without_the_behaviour_is_tracked_and_told() -> None:
+    model, pairs = build("gpt2"), prompts(3)
+    same = PromptPairs(pairs.clean, pairs.clean, pairs.answers, pairs.wrong)
+    with pytest.raises(FlatMetricError, match="the pairs do not tell the behaviour from its absence"):
+        faithfulness(model, find_circuits(model, same, n_edges=3), same)
+    found = track_circuit(model, same, TrackingOptions(sizes=(0.1, 0.5)))
+    assert found.metrics()["faithfulness_10_percent"] is None
+    assert found.metrics()["area"] is None
+    assert found.headline().startswith("what 55 of 110 edges keep of the behaviour cannot be told; on the prompts that")
+    assert "WEAK: the model does not show the behaviour" in found.headline()
+    row = json.loads(json.dumps(found.row().at(step=0, epoch=0, trigger="end").to_dict()))
+    assert "faithfulness" in draw_figures(row)
+
+
+def test_it_is_told_whether_the_prompts_chose_the_edges() -> None:
+    model, pairs = build("gpt2"), prompts(4)
+    circuit = find_circuits(model, pairs, method="eap", n_edges=20)
+    other = prompts(4, seed=1)
+    mixed = PromptPairs(
+        (*pairs.clean[:1], *other.clean[1:]),
+        (*pairs.corrupted[:1], *other.corrupted[1:]),
+        (*pairs.answers[:1], *other.answers[1:]),
+        other.wrong,
+    )
+    for measuring, n_shared, told in (
+        (pairs, 4, "; on the prompts that chose the edges, which flatters"),
+        (exchanged(pairs), 4, "; on the prompts that chose the edges, which flatters"),
+        (mixed, 1, "; on prompts 1 of which are among the prompts that chose the edges, which flatters"),
+        (other, 0, "; on other prompts than chose the edges"),
+    ):
+        curve = faithfulness(model, circuit, measuring, n_random=1)
+        assert (curve.n_shared, curve.details()["n_shared"]) == (n_shared, n_shared)
+        assert told in curve.headline()
+    options = TrackingOptions(method="eap", sizes=(0.5,))
+    found = track_circuit(model, pairs, options, held_out=other)
+    assert found.curve.values == faithfulness(model, options.find(model, pairs), other, sizes=[0.5]).values
+    assert "; on other prompts than chose the edges; " in found.headline()
+    assert found.curve.values != track_circuit(model, pairs, options).curve.values
+
+
+def test_metric_and_patches_are_by_default_those_of_the_search() -> None:
+    model, pairs = build("gpt2"), prompts(4)
+    circuit = find_circuits(model, pairs, "kl", ablation="zero", n_edges=20)
+    expected = faithfulness(model, circuit, pairs, "kl", ablation="zero")
+    found = faithfulness(model, circuit, pairs)
+    assert (found.values, found.clean, found.patched) == (expected.values, expected.clean, expected.patched)
+    assert (found.details()["metric"], found.details()["ablation"]) == ("kl", "zero")
+    own = find_circuits(model, pairs, lambda logits, pairs, clean: logits[:, 3], n_edges=20)
+    with pytest.raises(ValueError, match="the circuit was found with a function, '<lambda>': give metric="):
+        faithfulness(model, own, pairs)
+
+
+def test_an_overlap_stands_beside_chance() -> None:
+    model, pairs = build("gpt2"), prompts(3)
+    options = TrackingOptions(method="eap")
+    found = track_circuit(model, pairs, options, base=options.find(model, pairs))
+    assert found.overlap is not None
+    assert f"overlap with the base's 1.00 ({found.overlap.by_chance:.2f} by chance)" in found.headline()
+
+
+def test_pairs_are_lists_of_ids_or_told() -> None:
+    pairs = prompts(3)
+    columns = (pairs.clean, pairs.corrupted, pairs.answers, pairs.wrong)
+    assert PromptPairs(*([list(ids) for ids in column] for column in columns)) == pairs  # type: ignore[arg-type]
+    assert PromptPairs(*map(torch.tensor, columns)) == pairs  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="answers are token ids, a list for each prompt; of prompt 0 got 4"):
+        PromptPairs(((3, 4),), ((3, 5),), (4,), (5,))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="clean are token ids, a list for each prompt; of prompt 0 got 'Ada saw'"):
+        PromptPairs(("Ada saw",), ((3, 5),), ((4,),), ((5,),))  # type: ignore[arg-type]
+    model = build("gpt2")
+    with pytest.raises(ValueError, match=r"pairs are PromptPairs, such as text_pairs.* makes; got list \['a'\]"):
+        find_circuits(model, ["a"])  # type: ignore[arg-type]
+
+
+def test_models_that_look_ahead_are_told() -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 16}
+    model = BertForMaskedLM(BertConfig(**sizes, vocab_size=30))
+    with pytest.raises(UnsupportedArchitectureError, match="in BertForMaskedLM a token changes what is said at those"):
+        CircuitGraph.of(model)
+
+
+def test_circuits_that_were_found_otherwise_are_told_apart() -> None:
+    model, pairs = build("gpt2"), prompts(3)
+    circuit = find_circuits(model, pairs, method="eap", n_edges=9)
+    assert circuit_overlap(circuit, circuit).different == ()
+    other = find_circuits(model, prompts(3, seed=1), "probability", ablation="zero", n_edges=9)
+    overlap = circuit_overlap(circuit, other)
+    assert overlap.different == overlap.details()["different"] == ("method", "metric", "ablation", "prompts")
+    assert overlap.headline().endswith("; found with different method, metric, ablation, prompts")
+    empty = circuit.chosen(n_edges=0)
+    assert "removed: neither circuit has an edge" in circuit_overlap(empty, empty).headline()
