@@ -78,7 +78,9 @@ def answer_by_attribution(rows: Sequence[Row]) -> Finding | None:
     doubts += _doubts_of_graft(graft, point, chance)
     null = "" if chance is None else f"as many elements at random recover {_percent(chance)}"
     held_out = graft.get("n_held_out", 0)
-    told = f"95 % interval {_percent(point.get('low'))} to {_percent(point.get('high'))} over {held_out} held-out samples"
+    told = (
+        f"95 % interval {_percent(point.get('low'))} to {_percent(point.get('high'))} over {held_out} held-out samples"
+    )
     if point.get("low") is None or point.get("high") is None:
         told = "no interval: one held-out sample" if held_out < 2 else "no interval"
     bar = Bar(point["recovered"], point.get("low"), point.get("high"), chance)
