@@ -110,7 +110,7 @@ _NESTS = frozenset((dict, list))
 
 def _may_overflow(text: str) -> bool:
     """Whether a number may have 200 digits or an exponent of three, by what is fast on rows of megabytes."""
-    # A run of 199 digits covers one of these blocks; to count them from each digit on takes most of the time of reading.
+    # A run of 199 digits covers one of these blocks; to count digits from each one on takes most of the time.
     digits = any(text[start : start + 100].isdigit() for start in range(0, len(text) - 99, 100))
     return digits or any(pattern.search(text) for pattern in _LARGE_EXPONENTS)
 

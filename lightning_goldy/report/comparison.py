@@ -11,8 +11,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from lightning_goldy.core.store import atomic_write
 from lightning_goldy.core.files import finite
+from lightning_goldy.core.store import atomic_write
 from lightning_goldy.report.answers import QUESTIONS, Answer, small_print
 from lightning_goldy.report.descriptions import description_of
 from lightning_goldy.report.figures import ReportError, Row

@@ -622,8 +622,7 @@ def _metric_table(rows: Sequence[Row], description: Description) -> str:
     for name in names:
         values = [escape(format_number(row["metrics"].get(name))) for row in (*compared, latest)]
         meaning = escape(description.meaning(name))
-        named = f'<span title="{meaning}">{escape(name)}</span>' if meaning else escape(name)
-        body.append([named, *values, *([meaning] if meanings else [])])
+        body.append([escape(name), *values, *([meaning] if meanings else [])])
     return f"<h3>Latest numbers</h3>{table_html([escape(text) for text in header], body)}"
 
 

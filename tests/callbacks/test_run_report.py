@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,8 @@ def test_an_answer_that_fails_is_told_and_ends_no_training(tmp_path: Path, monke
         enable_model_summary=False,
         enable_checkpointing=False,
     )
-    with pytest.warns(UserWarning) as told:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
         trainer.fit(Finetune(), datamodule=TokenData())
     texts = " ".join(str(warning.message) for warning in told)
     assert "the answer of golden_snapshot at step 2 is not logged: golden_snapshot: its rows do not hold" in texts
