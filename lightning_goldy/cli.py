@@ -52,6 +52,8 @@ def _run(arguments: Sequence[str]) -> int:
 
         return run_trainer(arguments)
     parser = command_parser()
+    if arguments and arguments[0].startswith("-") and arguments[0] not in option_strings(parser)[:3]:
+        _check_more(parser, None, [arguments[0]])
     options, more = parser.parse_known_args(arguments)
     _check_more(getattr(options, "chosen", parser), getattr(options, "configured", None), more)
     options.more = more
@@ -115,7 +117,8 @@ def option_strings(parser: argparse.ArgumentParser) -> list[str]:
 
 
 def _meant(word: str, choices: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, choices, n=1)
+    # Options have their dashes in common, which makes any two of them alike.
+    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.7 if word.startswith("-") else 0.6)
     return f"did you mean {close[0]}? " if close else ""
 
 
@@ -609,8 +612,10 @@ def _add_doctor(parser: argparse.ArgumentParser) -> None:
 
 def _doctor(options: argparse.Namespace) -> None:
     # Brings torch, which other commands need not wait for.
-    from lightning_goldy.commands.doctor import Question, run_doctor
+    from lightning_goldy.commands.doctor import Question, print_installation, run_doctor
 
+    if options.model is None and options.shape is None:
+        print_installation()
     names = ("model", "shape", "meta", "steps", "batch_size", "length", "dtype", "shards", "replicas")
     run_doctor(Question(configs=tuple(options.config), **{name: getattr(options, name) for name in names}))
 
@@ -715,17 +720,18 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
     written = parser.add_mutually_exclusive_group()
     written.add_argument("--output", metavar="FILE", help="default: report.html in the run directory")
     written.add_argument(
-        "--json", action="store_true", help="print the answers and headlines as JSON, and write no page"
+        "--json", action="store_true", help="print answers, headlines, differences as JSON, and write no page"
     )
     parser.set_defaults(run=_report)
 
 
 def _report(options: argparse.Namespace) -> None:
-    from lightning_goldy.report.comparison import write_comparison
+    from lightning_goldy.report.comparison import comparison_json, write_comparison
     from lightning_goldy.report.page import answers_json, write_report
 
-    if options.compare and not options.json:
-        print(write_comparison([options.run_directory, *options.compare], options.output))
+    if options.compare:
+        runs = [options.run_directory, *options.compare]
+        print(comparison_json(runs) if options.json else write_comparison(runs, options.output))
         return
     print(answers_json(options.run_directory) if options.json else write_report(options.run_directory, options.output))
 

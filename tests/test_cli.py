@@ -69,6 +69,8 @@ def test_help_fits_on_one_screen_and_tells_every_command_once(capsys):
         (["masks", "compare", "a", "b", "--scopes", "global"], "--scopes global; did you mean --scope?"),
         (["recipes", "list", "--zzz"], "unrecognized arguments: --zzz\n"),
         (["fit", "--trainer.max_stepz", "3"], "--trainer.max_stepz 3; did you mean --trainer.max_steps?"),
+        (["--hlep"], "unrecognized arguments: --hlep; did you mean --help?"),
+        (["doctor", "m", "--recip", "x"], "unrecognized arguments: --recip x\n"),
     ],
 )
 def test_a_misspelt_word_names_the_nearest(capsys, words, told):
@@ -87,6 +89,17 @@ def test_a_misspelt_callback_names_the_nearest(here, capsys):
     told = capsys.readouterr().err
     assert "lightning_goldy.callbacks has no 'GoldenSnapshoot'; did you mean 'GoldenSnapshot'? Valid: Act" in told
     assert len(told.splitlines()) == 1
+
+
+@pytest.mark.parametrize("words", [["--trainer.callbacks+=TaylorDif"], ["--config", "run.yaml"]])
+def test_a_callback_without_its_path_names_the_path(here, capsys, words):
+    callback = {"class_path": "TaylorDif", "init_args": {"n_samples": 3}}
+    (here / "run.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [callback]}}))
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit", *words])
+    assert exit_.value.code == 2
+    told = "TaylorDif is no path of a class; did you mean lightning_goldy.callbacks.TaylorDiff?"
+    assert told in capsys.readouterr().err
 
 
 def test_exit_codes_are_those_that_the_docs_tell(here):
@@ -253,9 +266,18 @@ def test_overlays_add_to_the_callbacks_of_a_recipe(text, here):
     assert (run / "checkpoints" / "step=2.ckpt").is_file(), "the recipe's own callback is gone"
 
 
-def test_a_recipe_that_is_not_here_says_how_to_get_it(here):
-    with pytest.raises(FileNotFoundError, match="goldy recipes copy atlas_edit"):
-        main(["fit", "--config", "recipes/atlas_edit.yaml"])
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("recipes/atlas_edit.yaml", "bring it with: goldy recipes copy atlas_edit"),
+        ("recipes/atlas_edt.yaml", "does not exist; did you mean atlas_edit? `goldy recipes` lists them"),
+    ],
+)
+def test_a_recipe_that_is_not_here_says_how_to_get_it_in_a_line(here, capsys, path, told):
+    assert main(["fit", "--config", path]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"goldy: {path} ")
+    assert told in line
 
 
 def test_unknown_options_end_with_a_message(here, capsys):

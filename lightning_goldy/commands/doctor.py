@@ -147,6 +147,11 @@ def run_doctor(question: Question) -> None:
     _print_forecasts(console, Outlook(told, speeds or steps, run, plan.replicas), plan, timed=speeds is not None)
 
 
+def print_installation() -> None:
+    """Prints the versions and the devices, for which no model is needed."""
+    Console(highlight=False, soft_wrap=True).print(_installation())
+
+
 def build_shape(name: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     """A Llama of a shape on ``meta``: names, shapes and dtypes, and no memory.
 

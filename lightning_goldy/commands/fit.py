@@ -101,6 +101,10 @@ def plain_reason(message: str) -> str:
         message = message.replace(
             f"module {place!r} has no attribute {name!r}", f"{place} has no {name!r}; {suggestion(name, classes)}"
         )
+    for name in re.findall(r"Expected a dot import path string: (\w+)\s", message):
+        close = difflib.get_close_matches(name, getattr(resolve_name("lightning_goldy.callbacks"), "__all__", ()), n=1)
+        meant = f"{name} is no path of a class; did you mean lightning_goldy.callbacks.{''.join(close)}?"
+        message = message.replace(f"Expected a dot import path string: {name}", meant) if close else message
     lines = [line.strip().removeprefix("- ").strip() for line in message.split("\n")]
     nested = re.findall(r"NestedArg\(key='([\w.]+)'", message)
     key = next(iter(re.findall(r'(?:Parser key|Validation failed: Key) "([\w.\[\]]+)"', message)), "")
@@ -226,14 +230,11 @@ def run_trainer(arguments: Sequence[str]) -> int:
     Returns:
         0, or 2 when it failed before its first batch for a reason that one line tells; ``goldy --debug``, or the
         environment's ``GOLDY_TRACEBACK=1``, has it raised. What goes wrong later is raised, and argument errors exit.
-
-    Raises:
-        FileNotFoundError: A recipe that the package carries was named but is not in this folder.
     """
-    check_configs(arguments)
     # LightningCLI takes sys.argv: distributed strategies start their other processes from it.
     with command_line(arguments), without_known_warnings():
         try:
+            check_configs(arguments)
             GoldyCLI()
         except _TOLD as error:
             if os.environ.get("GOLDY_TRACEBACK") or _in_training(error):
@@ -247,7 +248,7 @@ def check_configs(arguments: Sequence[str]) -> None:
     """Refuses files that cannot be what they were named as, and says how to get a configuration of the package.
 
     Raises:
-        FileNotFoundError: A configuration that the package carries was named, and is not in this folder.
+        FileNotFoundError: A configuration that the package carries, or one like it, was named, and is not there.
         ValueError: A configuration is empty, not UTF-8 or not YAML, or the checkpoint is empty.
     """
     for path in _named_by(arguments, "--ckpt_path"):
@@ -256,9 +257,13 @@ def check_configs(arguments: Sequence[str]) -> None:
     for path in [*_named_by(arguments, "-c"), *_named_by(arguments, "--config")]:
         if Path(path).is_file():
             _check_text(Path(path))
-        name = Path(path).stem
-        if not Path(path).exists() and any(recipe.name == name for recipe in all_recipes()):
+        if Path(path).exists():
+            continue
+        name, known = Path(path).stem, [recipe.name for recipe in all_recipes()]
+        if name in known:
             raise FileNotFoundError(f"{path} is not here ({Path.cwd()}); bring it with: goldy recipes copy {name}")
+        if close := difflib.get_close_matches(name, known, n=1):
+            raise FileNotFoundError(f"{path} does not exist; did you mean {close[0]}? `goldy recipes` lists them")
 
 
 def _named_by(arguments: Sequence[str], option: str) -> list[str]:

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from lightning_goldy.report.figures import Row
 from lightning_goldy.report.formatting import console_table
+from lightning_goldy.report.reading import naming
 
 QuestionName: TypeAlias = Literal["carries", "kind", "robust", "touched", "needs"]
 Trust: TypeAlias = Literal["solid", "weak", "not measured"]
@@ -186,6 +187,9 @@ def answers_of(analyses: Iterable[tuple[str, str, Sequence[Row]]]) -> tuple[Answ
     Returns:
         One answer to each question, in their order.
 
+    Raises:
+        ReportError: The rows of an instance lack what its answer is made of; the message names both.
+
     Example:
         >>> rows = [{"step": 4, "metrics": {"nonlinearity": 0.03}, "result": {"regime": "lazy", "n_targets": 40}}]
         >>> answers_of([("taylor", "taylor_diff", rows)])[1].finding.sentence
@@ -254,7 +258,8 @@ def _answer(question: QuestionName, instances: Sequence[tuple[str, str, Sequence
     said: dict[str, tuple[Finding, Sequence[Row]]] = {}
     for analysis, speaker in _SPEAKERS[question].items():
         for name, of, rows in instances:
-            finding = speaker(rows) if of == analysis else None
+            with naming(f"{name}: its rows do not hold what their answer is made of ({speaker.__name__}):"):
+                finding = speaker(rows) if of == analysis else None
             if finding is not None and name not in said:
                 said[name] = finding, rows
     if not said:

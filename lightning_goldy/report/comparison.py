@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from lightning_goldy.core.files import finite
 from lightning_goldy.core.store import atomic_write
-from lightning_goldy.report.answers import (
-    QUESTIONS,
-    Answer,
-    small_print,
-)
+from lightning_goldy.report.answers import QUESTIONS, Answer, small_print
 from lightning_goldy.report.descriptions import description_of
 from lightning_goldy.report.figures import ReportError, Row
 from lightning_goldy.report.formatting import MISSING, format_number, table_html
-from lightning_goldy.report.page import answers_of_run, page_html
+from lightning_goldy.report.page import answers_json, answers_of_run, page_html
 from lightning_goldy.report.run import AnalysisRows, Run, read_run
 from lightning_goldy.report.sentences import interval_of_mean, paired_differences, unequal_settings
 
@@ -59,9 +57,7 @@ def write_comparison(
         ReportError: Fewer than two different runs are given, or one cannot be read.
         ImportError: altair or vl-convert is not installed.
     """
-    runs = [read_run(directory) for directory in run_directories]
-    if len({run.directory for run in runs}) < len(runs) or len(runs) < 2:
-        raise ReportError(f"a comparison needs at least two different runs, got {[str(run.directory) for run in runs]}")
+    runs = _different(run_directories)
     target = runs[0].directory / "comparison.html" if output is None else Path(output)
     if target.is_dir():
         raise ReportError(f"output {target} is a directory; give the file to write, such as {target / 'runs.html'}")
@@ -71,6 +67,37 @@ def write_comparison(
     )
     title = f"{', '.join(names)}: what did these finetunes change?"
     return atomic_write(target, page_html(title, ", ".join(names), body))
+
+
+def comparison_json(run_directories: Sequence[str | os.PathLike[str]]) -> str:
+    """The answers of several runs, and what each has more than the first, as JSON.
+
+    Args:
+        run_directories: At least two, each as :func:`~lightning_goldy.report.write_report` takes it.
+
+    Returns:
+        An object with ``runs``, each as :func:`~lightning_goldy.report.page.answers_json` gives it, and
+        ``differences``: the run's name, and what, value, low, high and remark of each.
+
+    Raises:
+        ReportError: Fewer than two different runs are given, or one cannot be read.
+    """
+    first, *others = runs = _different(run_directories)
+    names = names_of(runs)
+    told = [
+        {"run": name, **asdict(difference)}
+        for name, other in zip(names[1:], others, strict=True)
+        for difference in differences(first, other)
+    ]
+    answers = {name: json.loads(answers_json(run.directory)) for name, run in zip(names, runs, strict=True)}
+    return json.dumps(finite({"runs": answers, "differences": told}), indent=2, allow_nan=False)
+
+
+def _different(run_directories: Sequence[str | os.PathLike[str]]) -> list[Run]:
+    runs = [read_run(directory) for directory in run_directories]
+    if len({run.directory for run in runs}) < len(runs) or len(runs) < 2:
+        raise ReportError(f"a comparison needs at least two different runs, got {[str(run.directory) for run in runs]}")
+    return runs
 
 
 def names_of(runs: Sequence[Run]) -> list[str]:
@@ -91,8 +118,8 @@ def names_of(runs: Sequence[Run]) -> list[str]:
 def differences(first: Run, second: Run) -> list[Difference]:
     """What the second run has more than the first, by the latest row of each analysis that both have.
 
-    Metrics are subtracted where both rows saw as many samples; a volume is compared direction by direction, and only
-    where both have the same prior, cutoff, measure, preconditioner and seed.
+    Metrics are subtracted where both rows saw as many samples and were measured with the same settings; a volume is
+    compared direction by direction, and only where both have the same prior, cutoff, measure, preconditioner and seed.
 
     Args:
         first: Subtracted.
@@ -113,9 +140,11 @@ def differences(first: Run, second: Run) -> list[Difference]:
 
 def _metric_differences(first: AnalysisRows, second: AnalysisRows) -> list[Difference]:
     description, before, after = description_of(second.analysis), first.rows[-1], second.rows[-1]
-    counts = [row["result"].get("n_samples") for row in (before, after)]
-    fair = counts[0] == counts[1]
-    remark = "no interval" if fair else f"{counts[0]} against {counts[1]} samples"
+    counts, unequal = ([row["result"].get("n_samples") for row in (before, after)], _unequal_settings(before, after))
+    fair = counts[0] == counts[1] and not unequal
+    remark = "no interval" if fair else f"not comparable: {', '.join(unequal)}"
+    if counts[0] != counts[1]:
+        remark = "{} against {} samples".format(*("untold" if count is None else count for count in counts))
     told = []
     for name, value in after["metrics"].items():
         if not description.is_headline(name) or value is None or before["metrics"].get(name) is None:
@@ -123,6 +152,16 @@ def _metric_differences(first: AnalysisRows, second: AnalysisRows) -> list[Diffe
         what = f"{second.name}: {name}"
         told.append(Difference(what, value - before["metrics"][name] if fair else None, remark=remark))
     return told
+
+
+# What decides a number beside the samples, in the results of all analyses.
+_SETTINGS = ("top_k_percent", "score", "scope", "quorum", "metric", "measure", "strategy", "space", "positions")
+_SETTINGS += ("n_passages", "n_tokens", "n_targets", "n_pieces", "n_eval_samples", "template", "tokens")
+
+
+def _unequal_settings(first: Row, second: Row) -> list[str]:
+    pairs = [(name, first["result"].get(name), second["result"].get(name)) for name in _SETTINGS]
+    return [f"{name} {before} against {after}" for name, before, after in pairs if before != after]
 
 
 def _volume_differences(first: Row, second: Row) -> list[Difference]:

@@ -106,7 +106,7 @@ GLOSSARY: dict[str, str] = {
     "check": "what must hold before the coupling is read",
     "checkpoint": "what the checkpoint writes",
     "cosine": "cosine of the two answers' gradients, -1 to 1",
-    "difference": "of the two runs, in the unit of the quantity, paired where they saw the same samples",
+    "difference": "of the two runs, in the unit of the quantity; of volumes paired by direction",
     "each": "wall-clock time of one firing, on average",
     "evaluations": "model evaluations as rows of an older format counted them",
     "fact": "identifier of the piece of knowledge",

@@ -187,6 +187,9 @@ def log_hyperparameters(
         writer: Any = getattr(logger, "experiment", None)
         if hasattr(writer, "_get_file_writer"):
             _declare_to_tensorboard(logger, writer, {**_flat(own), **told}, list(columns))
+            if isinstance(getattr(logger, "hparams", None), dict):
+                # Written to hparams.yaml, where the page finds them.
+                logger.hparams.update(told)
         elif hasattr(logger, "log_hyperparams"):
             logger.log_hyperparams(dict(told))
 

@@ -398,9 +398,9 @@ def _named_settings(settings: Mapping[str, str]) -> tuple[str, str]:
         model = options.get("model", model) if isinstance(options, Mapping) else model
         if isinstance(model, Mapping):
             model = model.get("class_path") or model.get("model_type") or ""
-        base = base or "/".join(Path(str(model or "")).parts[-2:])
+        base = base or "/".join(Path(str(model or told.get("goldy/base") or "")).parts[-2:])
         name = module.get("class_path") if isinstance(module, Mapping) else module
-        data = data or str(name or "").rpartition(".")[2]
+        data = data or str(name or "").rpartition(".")[2] or str(told.get("goldy/data") or "")
     return base, data
 
 
@@ -502,7 +502,8 @@ def analysis_html(analysis: AnalysisRows, anchor: str) -> str:
     content = "\n".join(filter(None, details))
     if content:
         count = len(_metric_names(analysis.rows))
-        summary = f"Details: {count} metric{'s' if count != 1 else ''} at {len(analysis.rows)} steps"
+        summary = f"Details: {count} metric{'s' if count != 1 else ''} at {len(analysis.rows)} "
+        summary += "steps" if len(analysis.rows) != 1 else "step"
         parts.append(f'<details class="more"><summary>{summary}</summary>{content}</details>')
     return "\n".join([*filter(None, parts), "</section>"])
 

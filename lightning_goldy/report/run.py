@@ -338,24 +338,24 @@ def _natural(text: str) -> list[tuple[int, str]]:
 def _read_rows(path: Path) -> tuple[AnalysisRows | None, list[str]]:
     if not path.is_file():
         raise ReportError(f"{path}: rows are in a file; this is {'a folder' if path.is_dir() else 'no file'}")
-    lines = path.read_bytes().split(b"\n")
     notes: list[str] = []
     kept: dict[tuple[int, str, Any], tuple[int, Row]] = {}
     count = 0
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = parse_json(line, constants="float")  # shown as gaps
-        except ValueError as error:
-            if number == len(lines):
-                # Without a newline after it: the writer was stopped in the middle.
-                notes.append(f"Line {number} of {path.parent.name}/{path.name}, the last, is torn; it is left out.")
-                break
-            raise ReportError(f"{path}, line {number}: not JSON: {error}") from error
-        row = _checked(row, f"{path}, line {number}")
-        count += 1
-        kept[row["step"], row["trigger"], row.get("weights")] = number, row
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = parse_json(line, constants="float")  # shown as gaps
+            except ValueError as error:
+                if not line.endswith(b"\n"):
+                    # The writer was stopped in the middle.
+                    notes.append(f"Line {number} of {path.parent.name}/{path.name}, the last, is torn; it is left out.")
+                    break
+                raise ReportError(f"{path}, line {number}: not JSON: {error}") from error
+            row = _checked(row, f"{path}, line {number}")
+            count += 1
+            kept[row["step"], row["trigger"], row.get("weights")] = number, row
     if not kept:
         return None, notes
     if count > len(kept):

@@ -78,10 +78,12 @@ def answer_by_attribution(rows: Sequence[Row]) -> Finding | None:
     doubts += _doubts_of_graft(graft, point, chance)
     null = "" if chance is None else f"as many elements at random recover {_percent(chance)}"
     held_out = graft.get("n_held_out", 0)
-    told = f"95 % interval {_percent(point['low'])} to {_percent(point['high'])} over {held_out} held-out samples"
-    if point["low"] is None:
-        told = "no interval: one held-out sample"
-    bar = Bar(point["recovered"], point["low"], point["high"], chance)
+    told = (
+        f"95 % interval {_percent(point.get('low'))} to {_percent(point.get('high'))} over {held_out} held-out samples"
+    )
+    if point.get("low") is None or point.get("high") is None:
+        told = "no interval: one held-out sample" if held_out < 2 else "no interval"
+    bar = Bar(point["recovered"], point.get("low"), point.get("high"), chance)
     return Finding(sentence, told, null, (*doubts, *_marks(row)), bar, "effect")
 
 
@@ -89,9 +91,12 @@ def _doubts_of_graft(graft: Mapping[str, Any], point: Mapping[str, Any], chance:
     doubts = []
     if graft.get("n_held_out", 0) < _FEW_SAMPLES:
         doubts.append(f"only {graft.get('n_held_out', 0)} held-out samples")
-    if chance is not None and point["low"] is not None and point["low"] <= chance:
+    low, high = point.get("low"), point.get("high")
+    if low is None or high is None:
+        return [*doubts, "no interval"]
+    if chance is not None and low <= chance:
         doubts.append("as many elements at random lie within the interval")
-    if point["high"] is not None and point["low"] is not None and point["high"] - point["low"] > 0.5:
+    if high - low > 0.5:
         doubts.append("the interval is wider than half of the effect")
     return doubts
 
@@ -127,8 +132,8 @@ def answer_by_norms(rows: Sequence[Row]) -> Finding | None:
         return Finding("No parameter has moved.", null="0 without training", course="relative_change")
     blocks = {
         name.partition("/")[2]: value
-        for name, value in row["metrics"].items()
-        if name.startswith("relative_change/") and value is not None
+        for name in row["metrics"]
+        if name.startswith("relative_change/") and (value := _metric(row, name)) is not None
     }
     most = max(blocks, key=lambda name: blocks[name], default="")
     where = f", {most} most ({_percent(blocks[most])})" if most else ""
@@ -146,20 +151,12 @@ def answer_by_expansion(rows: Sequence[Row]) -> Finding | None:
     left, change = _metric(row, "nonlinearity"), _metric(row, "change")
     if left is None or change == 0:
         return Finding("The loss has not changed, so there is no change to expand.") if change == 0 else None
-    regime = row["result"].get("regime", "")
-    if left >= 1:
-        sentence = "It is no small step: the first order explains nothing of the change in logits"
-    elif regime == "lazy":
-        sentence = f"It is a small step: the first order explains all but {_percent(left)} of the change in logits"
-    else:
-        sentence = (
-            f"It is {regime or 'curved'}: the first order leaves {_percent(left)} of the change in logits unexplained"
-        )
+    ends = _ends(row["result"].get("interval"))
+    sentence = _kind_of_step(row["result"], left, ends)
     first = _metric(row, "first_order")
     if first is not None and change is not None:
         sentence += f" and predicts {first:+.3g} nats of loss where {change:+.3g} are measured"
     count, samples = row["result"].get("n_targets"), row["result"].get("n_samples")
-    ends = _ends(row["result"].get("interval"))
     told = f"over {count:,} target tokens; no interval" if count else "no interval"
     if ends:
         told = f"95 % interval {_percent(ends[0])} to {_percent(ends[1])} over {samples} samples"
@@ -171,6 +168,21 @@ def answer_by_expansion(rows: Sequence[Row]) -> Finding | None:
         Bar(left, *(ends or (None, None))),
         "nonlinearity",
     )
+
+
+def _kind_of_step(result: Mapping[str, Any], left: float, ends: tuple[float, float] | None) -> str:
+    """What share the first order leaves, and the regime where the whole interval is of one."""
+    thresholds, unexplained = result.get("thresholds") or {}, f"{_percent(left)} of the change in logits unexplained"
+    if ends is not None and len(thresholds) == 2:
+        names = ("a small step", "weakly nonlinear", "nonlinear")
+        lowest, highest = (names[sum(end >= border for border in thresholds.values())] for end in ends)
+        if lowest != highest:
+            return f"It is between {lowest} and {highest}: the first order leaves {unexplained}"
+    if (left if ends is None else ends[0]) >= 1:
+        return "It is no small step: the first order explains nothing of the change in logits"
+    if result.get("regime") == "lazy":
+        return f"It is a small step: the first order explains all but {_percent(left)} of the change in logits"
+    return f"It is {result.get('regime') or 'curved'}: the first order leaves {unexplained}"
 
 
 def _doubts_of_expansion(row: Row, left: float, ends: tuple[float, float] | None) -> list[str]:
@@ -209,8 +221,11 @@ def answer_by_streams(rows: Sequence[Row]) -> Finding | None:
         doubts.append("another half of the text moves it as much")
     if row["result"].get("n_samples", 0) < _FEW_SAMPLES:
         doubts.append(f"only {row['result'].get('n_samples', 0)} samples")
-    verb = "is within the noise" if null is not None and moved <= null else "is readable"
-    sentence = f"On unrelated text the residual stream{after} moved by {_percent(moved)} of its norm, which {verb}."
+    verb = ", which is within the noise" if null is not None and moved <= null else ", which is readable"
+    if null is None:
+        verb = ""
+        doubts.append("no null was measured")
+    sentence = f"On unrelated text the residual stream{after} moved by {_percent(moved)} of its norm{verb}."
     told = "" if null is None else f"two halves of the text differ by {_percent(null)}"
     agreement = _metric(row, "half_agreement")
     interval = "" if agreement is None else f"two halves agree on its direction to a cosine of {agreement:.2f}"
@@ -249,18 +264,22 @@ def answer_by_circuit(rows: Sequence[Row]) -> Finding | None:
         return Finding("The model does not clearly show the behaviour whose circuit was looked for.", doubts=(absent,))
     sentence = f"A circuit of {size:,} of {whole:,} edges keeps {_percent(kept)} of the behaviour"
     doubts = ["measured on prompts that chose its edges"] if curve.get("n_shared") else []
+    by_chance = _metric(row, "overlap_by_chance")
     if overlap is not None:
         sentence += f", and shares {_percent(overlap)} of its edges with the base's"
+        doubts += ["by chance it would share as many"] if by_chance is not None and overlap <= by_chance else []
+    prompts = curve.get("n_pairs")
+    doubts += [f"only {prompts} prompts"] if prompts is not None and prompts < _FEW_SAMPLES else []
     if band and kept <= band[1]:
         doubts.append("random circuits of its size keep as much")
     elif band and interval and None not in interval and interval[0] <= band[1]:
         doubts.append("its interval reaches what random circuits keep")
-    by_chance = _metric(row, "overlap_by_chance")
     null = "" if not band else f"random circuits of its size keep {_percent(band[0])} to {_percent(band[1])}"
     if overlap is not None and by_chance is not None:
         null += f"{'; ' if null else ''}by chance they would share {_percent(by_chance)}"
     if not interval or None in interval:
-        return Finding(f"{sentence}.", "no interval over prompts", null, (*doubts, "no interval"), course="area")
+        doubts = [*doubts, "no interval", *_marks(row)]
+        return Finding(f"{sentence}.", "no interval over prompts", null, tuple(doubts), course="area")
     told = f"95 % interval {_percent(interval[0])} to {_percent(interval[1])} over {curve['n_pairs']} prompts"
     chance = curve["random"][-1] if curve.get("random") else None
     bar = Bar(kept, interval[0], interval[1], chance)
@@ -272,7 +291,7 @@ def answer_by_volume(rows: Sequence[Row]) -> Finding | None:
     """The volume of the basin, and whether it has grown or shrunk by paired directions."""
     row = rows[-1]
     volumes = row["result"].get("volumes") or []
-    if not volumes or volumes[0].get("log_volume") is None:
+    if not volumes or not _is_number(volumes[0].get("log_volume")):
         return None
     volume = volumes[0]
     split, metrics = volume.get("split", ""), row["metrics"]
@@ -345,7 +364,7 @@ def paired_differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> l
         [-3.0, -2.0]
     """
     pairs = zip(first.get("estimates") or (), second.get("estimates") or (), strict=False)
-    return [after - before for before, after in pairs if before is not None and after is not None]
+    return [after - before for before, after in pairs if _is_number(before) and _is_number(after)]
 
 
 def _between(low: float, high: float) -> str:
@@ -357,12 +376,11 @@ def _between(low: float, high: float) -> str:
 def answer_by_facts(rows: Sequence[Row]) -> Finding | None:
     """How many of the untouched facts are still known."""
     row = rows[-1]
-    classes, metrics = row["result"].get("classes") or {}, row["metrics"]
-    known = {name: (metrics.get(f"exact_before/{name}"), metrics.get(f"exact/{name}")) for name in classes}
-    name = "untouched" if "untouched" in known else next(iter(known), "")
-    before, after = known.get(name, (None, None))
+    classes = row["result"].get("classes") or {}
+    # What was edited or rehearsed was touched on purpose, and is no answer to what else was.
+    name = "untouched" if "untouched" in classes else next((x for x in classes if x not in ("edited", "rehearsed")), "")
+    before, after, change = (_metric(row, f"{what}/{name}") for what in ("exact_before", "exact", "measured_change"))
     count = int(classes.get(name, 0))
-    change = metrics.get(f"measured_change/{name}")
     if before is None or after is None or not count:
         return _answer_by_log_probability(row, name, change, count)
     low, high = interval_of_share(after, count)
@@ -371,10 +389,14 @@ def answer_by_facts(rows: Sequence[Row]) -> Finding | None:
     elif low <= before <= high:
         words = f"{_percent(after)} of the {name} facts are known, from {_percent(before)}: no change beyond noise"
     else:
-        verb = "only " if after < before else ""
-        words = f"{verb}{_percent(after)} of the {name} facts are still known, from {_percent(before)}"
+        words = f"only {_percent(after)} of the {name} facts are still known, from {_percent(before)}"
+        if after > before:
+            words = f"{_percent(after)} of the {name} facts are known, up from {_percent(before)}"
     more = "" if change is None else f"; their log probability moved by {change:+.3g} nats on average"
     doubts = [f"only {count} {name} facts"] if count < _FEW_SAMPLES else []
+    known = round(before * count)
+    if after <= before and known < _FEW_SAMPLES <= count:
+        doubts.append(f"only {known} of them were known before")
     if after != before and low <= before <= high:
         doubts.append("the interval includes the share before")
     told = f"95 % interval {_percent(low)} to {_percent(high)} over {count} facts"
@@ -434,14 +456,16 @@ def answer_by_harm(rows: Sequence[Row]) -> Finding | None:
     whole = next((point for point in graft.get("points", ()) if point["method"] == "finetune"), None)
     if whole is None or whole.get("harm") is None:
         return None
-    harm, low, high = whole["harm"], whole.get("harm_low"), whole.get("harm_high")
-    known = low is not None and high is not None
-    noise = known and low <= 0 <= high
+    harm, ends = whole["harm"], _ends((whole.get("harm_low"), whole.get("harm_high")))
+    noise = ends is not None and ends[0] <= 0 <= ends[1]
     verb = "has not changed beyond noise" if noise else f"{'rose' if harm > 0 else 'fell'} by {abs(harm):.3g} nats"
-    doubts = ["the interval includes 0"] if noise else []
+    if harm == 0:
+        verb = "has not changed"
+    doubts = ["the interval includes 0"] if noise else [] if ends else ["no interval"]
     if graft.get("n_collateral", 0) < _FEW_SAMPLES:
         doubts.append(f"only {graft.get('n_collateral', 0)} samples of other text")
-    told = f"95 % interval {low:+.3g} to {high:+.3g} nats over {graft.get('n_collateral', 0)} samples" if known else ""
+    told = f"over {graft.get('n_collateral', 0)} samples"
+    told = f"95 % interval {ends[0]:+.3g} to {ends[1]:+.3g} nats {told}" if ends else f"{told}; no interval"
     return Finding(f"The loss on other text {verb}.", told, "0 without training", (*doubts, *_marks(row)))
 
 
@@ -450,10 +474,12 @@ def answer_by_ripples(rows: Sequence[Row]) -> Finding | None:
     """Whether gradients predict what an edit does to other pieces."""
     row = rows[-1]
     names = ("first_order_spearman", "spearman", "pearson")
-    correlation = next((value for name in names if (value := _metric(row, name)) is not None), None)
+    name = next((name for name in names if _metric(row, name) is not None), "")
+    correlation = _metric(row, name)
     if correlation is None:
         return None
-    interval = row["result"].get("interval") or {}
+    # The interval is of the first of these correlations, and of no other.
+    interval = (row["result"].get("interval") or {}) if name == names[0] else {}
     ends, null = _ends(interval.get("spearman")), "0 for pairs that are shuffled"
     sentence = f"What an edit does to other facts follows their gradients with a correlation of {correlation:.2f}."
     if ends is None:
@@ -471,9 +497,10 @@ def answer_by_sweep(rows: Sequence[Row]) -> Finding | None:
     """Whether a score of heads beats closing them at random, over seeds."""
     costs: dict[str, list[float]] = {}
     runs = rows[-1]["result"].get("runs") or []
-    level = max((run["level"] for run in runs if run.get("cost") is not None), default=None)
+    runs = [run for run in runs if _is_number(run.get("cost"))]
+    level = max((run["level"] for run in runs), default=None)
     for run in runs:
-        if run["level"] == level and run.get("cost") is not None:
+        if run["level"] == level:
             costs.setdefault(run["strategy"], []).append(run["cost"])
     chance = costs.pop("random", [])
     if not costs:
@@ -483,9 +510,10 @@ def answer_by_sweep(rows: Sequence[Row]) -> Finding | None:
     sentence = f"Closing {_percent(level)} of the heads by {best} costs {mean:+.3g} nats"
     null, doubts = "not compared with random heads", ["no random heads beside it"]
     if chance:
-        null, doubts = f"random heads cost {statistics.fmean(chance):+.3g} nats", []
+        null = f"random heads cost {statistics.fmean(chance):+.3g} nats"
+        doubts = ["random heads were drawn once"] if len(chance) < 2 else []
         if min(chance) <= max(costs[best]):
-            doubts = ["it is within the range of random heads"]
+            doubts.append("it is within the range of random heads")
             sentence += ", no less than random heads beyond the seeds' noise"
         else:
             sentence += f", {statistics.fmean(chance) - mean:.3g} less than random heads"
@@ -526,14 +554,19 @@ def answer_by_cycle(rows: Sequence[Row]) -> Finding | None:
     return Finding(f"{sentence}.", "no interval", "compare with the strategy random", tuple(doubts), course="loss")
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
 def _metric(row: Row, name: str) -> float | None:
     value = row["metrics"].get(name)
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+    return float(value) if _is_number(value) else None
 
 
-def _ends(interval: Sequence[float] | None) -> tuple[float, float] | None:
-    """Both ends of a row's interval, where it has one."""
-    return (float(interval[0]), float(interval[1])) if interval else None
+def _ends(interval: Sequence[float | None] | None) -> tuple[float, float] | None:
+    """Both ends of a row's interval, where it has them."""
+    low, high = interval or (None, None)
+    return (float(low), float(high)) if _is_number(low) and _is_number(high) else None  # type: ignore[arg-type]
 
 
 def _percent(share: float | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from lightning_goldy.callbacks import GoldenSnapshot, RunReport
+from lightning_goldy.report.answers import _SPEAKERS
 from lightning_goldy.report.loggers import _tell_once, _warned
 from tests.callbacks.training import Finetune, TokenData, fit
 
@@ -100,6 +102,30 @@ def test_runs_can_be_sorted_by_their_headlines_in_tensorboard(tmp_path: Path) ->
     settings = yaml.safe_load((tmp_path / "csv" / "a" / "hparams.yaml").read_text())
     assert settings["goldy/data"] == "TokenData"
     assert settings["optimizer"] == {"learning_rate": 0.01}
+    # The page of a run of one of them names what it cannot read from a configuration.
+    assert yaml.safe_load((tmp_path / "run" / "a" / "hparams.yaml").read_text())["goldy/base"] == "GPT2LMHeadModel"
+    assert "<dt>Base</dt><dd>GPT2LMHeadModel<" in (tmp_path / "run" / "a" / "report.html").read_text()
+
+
+def test_an_answer_that_fails_is_told_and_ends_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(_SPEAKERS["robust"], "golden_snapshot", lambda rows: rows[-1]["metrics"]["nothing"])
+    callbacks = [GoldenSnapshot(), RunReport()]
+    trainer = L.Trainer(
+        max_steps=2,
+        logger=TensorBoardLogger(tmp_path, name="run", version="a"),
+        callbacks=callbacks,
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        trainer.fit(Finetune(), datamodule=TokenData())
+    texts = " ".join(str(warning.message) for warning in told)
+    assert "the answer of golden_snapshot at step 2 is not logged: golden_snapshot: its rows do not hold" in texts
+    assert "the report could not be written: golden_snapshot: its rows do not hold" in texts
+    assert trainer.global_step == 2
 
 
 TEXTS = ("goldy/answers/text_summary", "goldy/answers/golden_snapshot/text_summary")

@@ -92,6 +92,13 @@ def test_faults_are_one_line(folder, capsys, arguments, message):
     assert message in line
 
 
+def test_versions_and_devices_need_no_model(capsys):
+    assert main(["doctor"]) == 2
+    told = capsys.readouterr()
+    assert "torch" in told.out
+    assert "name a model" in told.err
+
+
 def test_why_an_analysis_does_not_work_is_told():
     class Broken(torch.nn.Module):
         def __init__(self):

@@ -81,6 +81,28 @@ def test_sound_json_is_what_the_standard_reader_gives(value: Any) -> None:
     assert parse_json(text.encode()) == value
 
 
+@pytest.mark.parametrize("at", [0, 1, 57, 99, 100, 150])
+def test_a_number_of_many_digits_is_found_wherever_it_stands(at: int) -> None:
+    with pytest.raises(ValueError, match="larger than any float"):
+        parse_json(f'["{"x" * at}", {"1" * 310}]')
+    assert parse_json(f'["{"x" * at}", {"1" * 300}]')[1] == int("1" * 300)
+
+
+def test_a_row_of_megabytes_takes_little_longer_than_the_standard_reader() -> None:
+    text = json.dumps([[1 / (place + 3) for place in range(200)] for _ in range(50)])
+
+    def seconds(read: Callable[[str], Any]) -> float:
+        taken = []
+        for _ in range(5):
+            begin = time.process_time()
+            read(text)
+            taken.append(time.process_time() - begin)
+        return min(taken)
+
+    # To look for long numbers digit by digit makes it eight times.
+    assert seconds(parse_json) < 4 * seconds(json.loads)
+
+
 def test_json_may_be_as_deep_as_what_walks_through_it() -> None:
     deepest = "[" * files.MOST_DEPTH + "]" * files.MOST_DEPTH
     assert files.finite({"a": parse_json(deepest)})

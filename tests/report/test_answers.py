@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_goldy.report.answers import QUESTIONS, Answer, Bar, Finding, answers_of, register_answer
+from lightning_goldy.report.answers import _SPEAKERS, QUESTIONS, Answer, Bar, Finding, answers_of, register_answer
+from lightning_goldy.report.figures import ReportError
 from lightning_goldy.report.sentences import (
     answer_by_attention,
     answer_by_attribution,
@@ -231,7 +232,9 @@ def test_a_circuit_beside_random_ones_and_the_bases() -> None:
         (0.99, 0.82, "Only 82 % of the untouched facts are still known, from 99 %; ", False),
         (0.80, 0.82, "82 % of the untouched facts are known, from 80 %: no change beyond noise; ", True),
         (0.82, 0.82, "82 % of the untouched facts are known, as before; ", False),
-        (0.50, 0.82, "82 % of the untouched facts are still known, from 50 %; ", False),
+        (0.50, 0.82, "82 % of the untouched facts are known, up from 50 %; ", False),
+        (0.0, 0.0, "0 % of the untouched facts are known, as before; ", True),
+        (0.05, 0.0, "Only 0 % of the untouched facts are still known, from 5 %; ", True),
     ],
 )
 def test_untouched_facts_before_and_after(before: float, after: float, start: str, doubted: bool) -> None:
@@ -404,3 +407,77 @@ def test_ripples_speak_with_the_interval_of_their_correlation() -> None:
     assert finding.doubts == ("the interval includes 0",)
     assert told(answer_by_ripples([row_of({"first_order_spearman": 0.8})])).doubts == ("no interval",)
     assert answer_by_ripples([row_of({})]) is None
+
+
+@pytest.mark.parametrize(
+    ("left", "ends", "sentence"),
+    [
+        (0.09, [0.01, 0.45], "It is between a small step and weakly nonlinear: the first order leaves 9 % of"),
+        (0.52, [0.44, 0.61], "It is between weakly nonlinear and nonlinear: the first order leaves 52 % of"),
+        (1.05, [0.60, 1.50], "It is nonlinear: the first order leaves 105 % of"),
+        (1.30, [1.10, 1.50], "It is no small step: the first order explains nothing of"),
+    ],
+)
+def test_no_kind_of_change_is_claimed_beyond_the_interval(left: float, ends: list[float], sentence: str) -> None:
+    assert told(answer_by_expansion([expansion_row(left, interval=ends)])).sentence.startswith(sentence)
+
+
+@pytest.mark.parametrize("ends", [[None, None], [math.nan, math.nan], [0.1, None]])
+def test_ends_of_an_interval_that_are_missing_are_no_interval(ends: list[float | None]) -> None:
+    assert told(answer_by_expansion([expansion_row(0.7, interval=ends)])).doubts == ("no interval",)
+    result = {"drift_interval": ends, "kl_interval": ends, "n_samples": 32}
+    assert told(answer_by_attention([row_of({"drift": 0.1}, result)])).doubts == ("no interval",)
+    assert told(answer_by_divergence([row_of({"kl_from_base": 0.1}, result)])).doubts == ("no interval",)
+
+
+def test_what_has_no_interval_or_no_null_is_doubted() -> None:
+    bare = {"method": "finetune", "share": 1.0, "recovered": 1.0, "low": None, "high": None, "harm": 0.2}
+    harm = told(answer_by_harm([attribution_row(bare)]))
+    assert (harm.interval, harm.doubts) == ("over 16 samples; no interval", ("no interval",))
+    still = point("finetune", 1.0, 1.0, harm=0.0, harm_low=-0.1, harm_high=0.1)
+    assert told(answer_by_harm([attribution_row(still)])).sentence == "The loss on other text has not changed."
+    graft = told(answer_by_attribution([attribution_row({**bare, "method": "attribution", "share": 0.2})]))
+    assert (graft.interval, graft.doubts) == ("no interval", ("no interval",))
+    stream = told(answer_by_streams([row_of({"stream_change": 0.3}, {"n_samples": 64})]))
+    assert stream.sentence == "On unrelated text the residual stream moved by 30 % of its norm."
+    assert stream.doubts == ("no null was measured",)
+
+
+def test_a_circuit_of_few_prompts_or_with_the_bases_edges_by_chance_is_doubted() -> None:
+    curve = {"values": [0.9], "sizes": [10], "n_edges": 100, "band": [[0.0, 0.1]], "intervals": [[0.7, 1.0]]}
+    row = row_of({"overlap": 0.1, "overlap_by_chance": 0.1}, {"curve": {**curve, "n_pairs": 3}})
+    assert told(answer_by_circuit([row])).doubts == ("by chance it would share as many", "only 3 prompts")
+
+
+def test_facts_that_were_edited_do_not_answer_what_else_was_touched() -> None:
+    metrics = {"exact_before/edited": 0.0, "exact/edited": 1.0}
+    assert answer_by_facts([row_of(metrics, {"classes": {"edited": 40}})]) is None
+
+
+def test_an_interval_belongs_to_its_own_correlation() -> None:
+    row = row_of({"pearson": 0.8}, {"interval": {"spearman": [0.1, 0.3], "over": "10 edits"}})
+    assert told(answer_by_ripples([row])).doubts == ("no interval",)
+
+
+def test_random_heads_that_were_drawn_once_are_doubted() -> None:
+    runs = [{"level": 0.5, "strategy": name, "cost": cost} for name, cost in (("taylor", 0.1), ("random", 0.5))]
+    runs += [{"level": 0.5, "strategy": "taylor", "cost": 0.2}, {"level": 0.9, "strategy": "taylor", "cost": math.nan}]
+    finding = told(answer_by_sweep([row_of({}, {"runs": runs})]))
+    assert finding.sentence.startswith("Closing 50 % of the heads by taylor costs +0.15 nats")
+    assert finding.doubts == ("random heads were drawn once",)
+
+
+def test_numbers_that_are_none_are_told_in_no_sentence() -> None:
+    norms = row_of({"relative_change": 0.1, "relative_change/a": math.nan, "relative_change/b": 0.2})
+    assert told(answer_by_norms([norms])).sentence == "The weights moved by 10 % of their norm, b most (20 %)."
+    facts = row_of({"exact_before/untouched": 0.5, "exact/untouched": math.nan}, {"classes": {"untouched": 30}})
+    assert answer_by_facts([facts]) is None
+    assert answer_by_volume([volume_row([math.nan, math.nan], 0)]) is None
+
+
+def test_rows_without_what_their_answer_is_made_of_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ReportError, match=r"volumes: its rows do not hold .*\(answer_by_volume\): 'cutoff'"):
+        answers_of([("volumes", "basin_volume", [row_of({}, {"volumes": [{"log_volume": -3.0}]})])])
+    monkeypatch.setitem(_SPEAKERS["robust"], "mine", lambda rows: rows[-1]["metrics"]["nothing"])
+    with pytest.raises(ReportError, match="own: its rows do not hold"):
+        answers_of([("own", "mine", [row_of({})])])

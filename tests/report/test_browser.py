@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lightning_goldy.report import write_report
+from lightning_goldy.report import write_comparison, write_report
 
 Build = Callable[..., dict[str, Any]]
 EVIL = "<script>window.evil = 1</script><img src=x onerror='window.evil = 2'>"
@@ -51,6 +51,19 @@ def opened(browser: Any) -> Iterator[Callable[..., Any]]:
     for context in contexts:
         context.close()
     assert told == []
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_all_answers_of_a_comparison_are_in_sight(
+    opened: Callable[..., Any], tmp_path: Path, snapshot_row: Build, write_rows: Callable[..., Path], width: int
+) -> None:
+    runs = [write_rows(tmp_path / name / "version_0", snapshot_row(3)).parents[2] for name in "abcd"]
+    page = opened(write_comparison(runs), width)
+    # Five rows of four columns are taller than a box that scrolls, and words stay whole in narrow columns.
+    assert page.evaluate("(t => t.scrollHeight - t.clientHeight)(document.querySelector('#answers .table'))") <= 1
+    narrow = page.evaluate("Math.min(...[...document.querySelectorAll('tbody th')].map(th => th.clientWidth))")
+    assert narrow >= 120
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
 @pytest.fixture

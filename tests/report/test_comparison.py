@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lightning_goldy.cli import main
 from lightning_goldy.report import ReportError, write_comparison
 from lightning_goldy.report.comparison import differences
 from lightning_goldy.report.run import read_run
@@ -72,6 +74,27 @@ def test_other_numbers_of_samples_are_not_subtracted(
         write_rows(run, row)
     golden = next(told for told in differences(*map(read_run, two)) if told.what.startswith("golden_parameters"))
     assert (golden.value, golden.remark) == (None, "2 against 9 samples")
+
+
+def test_other_settings_are_not_subtracted(two: tuple[Path, Path], golden_row: Build, write_rows: Write) -> None:
+    rows = [golden_row(10), golden_row(10)]
+    rows[1]["result"]["top_k_percent"] = 1.0
+    for run, row in zip(two, rows, strict=True):
+        write_rows(run, row)
+    golden = next(told for told in differences(*map(read_run, two)) if told.what.startswith("golden_parameters"))
+    was = rows[0]["result"]["top_k_percent"]
+    assert (golden.value, golden.remark) == (None, f"not comparable: top_k_percent {was} against 1.0")
+
+
+def test_a_comparison_as_json(two: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(two[0]), "--compare", str(two[1]), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert list(told["runs"]) == ["a/version_0", "b/version_0"]
+    assert len(told["runs"]["b/version_0"]["answers"]) == 5
+    volume = next(entry for entry in told["differences"] if "volume" in entry["what"])
+    assert volume["run"] == "b/version_0"
+    assert volume["value"] == pytest.approx(-19 / 6)
+    assert not (two[0] / "comparison.html").exists()
 
 
 def test_a_comparison_needs_two_runs(two: tuple[Path, Path], tmp_path: Path) -> None:

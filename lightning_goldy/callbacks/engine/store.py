@@ -33,7 +33,7 @@ from lightning_goldy.core.files import (
 )
 from lightning_goldy.report.answers import answers_of, answers_text
 from lightning_goldy.report.descriptions import description_of
-from lightning_goldy.report.figures import TEXTS, draw_figures, figures_of, reads_of
+from lightning_goldy.report.figures import TEXTS, ReportError, draw_figures, figures_of, reads_of
 from lightning_goldy.report.loggers import figure_loggers, log_figure, log_histogram, log_scalars, log_text
 from lightning_goldy.report.rendering import RenderError
 from lightning_goldy.report.run import upgraded
@@ -348,7 +348,11 @@ def log_row(
     write(lambda loggers: log_scalars(loggers, tagged, step))
     for name, (edges, counts) in histograms.items():
         write(lambda loggers: log_histogram(loggers, f"{prefix}/{name}", (edges, counts), step))  # noqa: B023
-    sentences = answers_text(answers_of([(row["name"], row["analysis"], [*earlier, row])]))
+    try:
+        sentences = answers_text(answers_of([(row["name"], row["analysis"], [*earlier, row])]))
+    except ReportError as error:
+        sentences = ""
+        rank_zero_warn(f"the answer of {row['name']} at step {row['step']} is not logged: {error}")
     if sentences:
         write(lambda loggers: log_text(loggers, f"goldy/answers/{row['name']}", sentences, step))
     for name, written in TEXTS.items():
