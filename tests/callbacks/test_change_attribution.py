@@ -86,7 +86,7 @@ def test_what_cannot_work_is_refused_before_the_first_step(tmp_path) -> None:
         ({"keep": 2}, r"keep must lie in \(0, 1\]; got 2"),
         ({"tolerance": "a"}, r"tolerance must lie in \(0, 1\); got a"),
         ({"baselines": ["random", "random"]}, "baselines name 'random' twice"),
-        ({"baselines": "random"}, "baselines is a list of methods; got 'random'"),
+        ({"baselines": "random"}, r"baselines must be a list \(items: 'magnitude'.*got 'random'"),
         ({"learn": {"step": 3}}, "step"),
     ],
 )

@@ -461,7 +461,8 @@ class CircuitOverlap(AnalysisResult):
         rank = _known(self.rank_correlation)
         scores = "" if rank is None else f", rank correlation of the scores {rank:.2f}"
         other = f"; found with different {', '.join(self.different)}" if self.different else ""
-        return f"{len(self.kept)} edges kept, {len(self.created)} created, {len(self.removed)} removed: {overlap}{scores}{other}"
+        moved = f"{len(self.kept)} edges kept, {len(self.created)} created, {len(self.removed)} removed"
+        return f"{moved}: {overlap}{scores}{other}"
 
 
 def circuit_overlap(
