@@ -30,6 +30,7 @@ from lightning_goldy.core.architecture.adapters import (
     WeightSpace,
     check_space,
     chosen_space,
+    merged_names,
     require_merged_parameters,
 )
 from lightning_goldy.core.batches import sample_count
@@ -219,8 +220,12 @@ class ChangeAttribution(AnalysisCallback[AttributedChange]):
                 raise FileNotFoundError(f"{self.name}: there is no mask file at {path}")
             if (kind := read_header(path).kind) != "mask":
                 raise StoreError(f"{path}: holds {kind}, not a mask")
-            if not merged:
-                ParameterMask.load(path, model)
+            names = ParameterMask.load(path, None if merged else model).space.names
+            unknown = next((name for name in names if merged and name not in merged_names(model)), None)
+            if unknown is not None:
+                raise StoreError(
+                    f"{path}: its mask is of {unknown!r}, which is no merged weight of the model's adapters"
+                )
         held = sum(map(sample_count, self._batches))
         if self.shares and held < 2:
             raise ValueError(

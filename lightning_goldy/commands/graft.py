@@ -178,7 +178,9 @@ class _Graft(L.Callback):
             objective = find_objective(pl_module, model, None, probe)
             base = find_base(self.given, self.saved, pl_module, model, objective, self.space)
             if base.values is None:
-                raise ValueError(f"there is no base to graft on: {base.source}; give --base PATH")
+                raise ValueError(
+                    f"there is no base to graft on: {base.source.removesuffix('; give --base')}; give --base PATH"
+                )
             if any(map(is_sharded, model.parameters())):
                 raise ValueError("goldy graft works on whole models: run it in one process")
             for parameter in base.values.space.resolve(model).values():

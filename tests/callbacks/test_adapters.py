@@ -24,6 +24,8 @@ from lightning_goldy.callbacks import (
     RunReport,
     TaylorDiff,
 )
+from lightning_goldy.core.space import ParameterSpace
+from lightning_goldy.core.store import StoreError
 from lightning_goldy.report.formatting import SPACES
 from tests.callbacks.training import Finetune, TokenData, differences, fit
 from tests.core.architecture.test_merged_adapters import unloaded
@@ -216,3 +218,13 @@ def test_what_moves_beside_the_training_is_told(tmp_path) -> None:
     assert last_row(snapshot)["result"]["notes"] == [
         "norm.running_mean and 2 more changed although not trained: no part of the change, and the base has it as it is"
     ]
+
+
+def test_a_mask_file_of_adapters_is_no_mask_of_merged_weights_and_refused_before_the_first_step(tmp_path) -> None:
+    model = Adapted().model
+    space = ParameterSpace.of(model)
+    ones = {name: torch.ones(shape, dtype=torch.bool) for name, shape in zip(space.names, space.shapes, strict=True)}
+    path = ParameterMask(space, ones).save(tmp_path / "adapters.safetensors", model=model)
+    watcher = ChangeAttribution(n_samples=2, shares=[], masks={"adapters": str(path)})
+    with pytest.raises(StoreError, match="which is no merged weight of the model's adapters"):
+        fit(tmp_path / "run", [GoldenSnapshot(), watcher], module=Adapted, max_steps=1)

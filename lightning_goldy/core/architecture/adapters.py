@@ -26,7 +26,7 @@ from lightning_goldy.core.base import BaseParameters, Change
 from lightning_goldy.core.files import PlainError
 from lightning_goldy.core.naming import canonical_name, model_class, require_choice
 from lightning_goldy.core.sharding import gather, is_sharded
-from lightning_goldy.core.space import ParameterSpace
+from lightning_goldy.core.space import ParameterSpace, trainable_parameters
 from lightning_goldy.core.vector import ParameterVector, reduce_tensors
 
 WeightSpace = Literal["merged", "adapters"]
@@ -403,6 +403,24 @@ def require_line(model: nn.Module, space: str = "merged") -> None:
                 f"{path}: {model_class(wrapped)} is no single layer that is linear in its weights, so there are no "
                 "exact derivatives along its merged weights; use space='adapters'"
             )
+
+
+def merged_names(model: nn.Module) -> set[str]:
+    """What the parameters are called that may change in merged weights: those below adapters, and those that train.
+
+    Args:
+        model: With or without adapters.
+
+    Example:
+        >>> sorted(merged_names(nn.Linear(2, 2)))
+        ['bias', 'weight']
+    """
+    below = {
+        merged_name(f"{path}.{name}" if path else name)
+        for path, layer in adapted_layers(model).items()
+        for name, _ in without_adapters(layer).named_parameters()
+    }
+    return below | {merged_name(name) for name, _ in trainable_parameters(model)}
 
 
 @contextmanager
