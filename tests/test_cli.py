@@ -107,8 +107,27 @@ def test_exit_codes_are_those_that_the_docs_tell(here):
     assert main(["recipes"]) == 0
     assert main(["report", "nowhere"]) == 2
     words = [sys.executable, "-m", "lightning_goldy.cli", "report", "nowhere", "--debug"]
+    ended = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert "Traceback" in ended.stderr
+    page = (Path(__file__).parents[1] / "docs" / "command_line.md").read_text()
+    assert set(re.findall(r"^\| (\d+) \|", page, re.M)) == {"0", "1", "2"}
+
+
+def test_debug_raises_and_leaves_no_trace_in_the_environment(here, monkeypatch):
+    monkeypatch.delenv("GOLDY_TRACEBACK", raising=False)
+    with pytest.raises(ValueError, match="nowhere"):
+        main(["report", "nowhere", "--debug"])
+    assert "GOLDY_TRACEBACK" not in os.environ
+    assert main(["report", "nowhere"]) == 2
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    # More than a pipe holds, or the reader's end would come after the last write.
+    code = "import sys; from lightning_goldy import cli; cli._recipes = lambda options: print('x\\n' * 200_000); "
+    code += "sys.exit(cli.main(['recipes']))"
     words = ["bash", "-o", "pipefail", "-c", f'{sys.executable} -c "{code}" | head -1']
-    ended = subprocess.run(words, capture_output=True)
+    ended = subprocess.run(words, capture_output=True, check=False)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, b"x\n", b"")
 
 
