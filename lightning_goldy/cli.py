@@ -59,6 +59,9 @@ def _run(arguments: Sequence[str]) -> int:
     options.more = more
     try:
         options.run(options)
+    except BrokenPipeError:
+        # Whoever read it, such as head, has enough; the interpreter's own last flush would complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         if os.environ.get("GOLDY_TRACEBACK"):
             raise

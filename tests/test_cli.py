@@ -122,6 +122,15 @@ def test_debug_raises_and_leaves_no_trace_in_the_environment(here, monkeypatch):
     assert main(["report", "nowhere"]) == 2
 
 
+def test_a_reader_that_has_enough_is_no_error():
+    # More than a pipe holds, or the reader's end would come after the last write.
+    code = "import sys; from lightning_goldy import cli; cli._recipes = lambda options: print('x\\n' * 200_000); "
+    code += "sys.exit(cli.main(['recipes']))"
+    words = ["bash", "-o", "pipefail", "-c", f'{sys.executable} -c "{code}" | head -1']
+    ended = subprocess.run(words, capture_output=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, b"x\n", b"")
+
+
 def test_version(capsys):
     with pytest.raises(SystemExit):
         main(["--version"])

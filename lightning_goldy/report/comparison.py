@@ -155,8 +155,10 @@ def _metric_differences(first: AnalysisRows, second: AnalysisRows) -> list[Diffe
 
 
 # What decides a number beside the samples, in the results of all analyses.
-_SETTINGS = ("top_k_percent", "score", "scope", "quorum", "metric", "measure", "strategy", "space", "positions")
-_SETTINGS += ("n_passages", "n_tokens", "n_targets", "n_pieces", "n_eval_samples", "template", "tokens")
+_SETTINGS = (
+    *("top_k_percent", "score", "scope", "quorum", "metric", "measure", "strategy", "space", "positions"),
+    *("n_passages", "n_tokens", "n_targets", "n_pieces", "n_eval_samples", "template", "tokens"),
+)
 
 
 def _unequal_settings(first: Row, second: Row) -> list[str]:

@@ -321,6 +321,8 @@ def answer_by_volume(rows: Sequence[Row]) -> Finding | None:
     null = "0 between two checkpoints of equal basins" if compared is not None else "no checkpoint to compare with"
     if compared is None and bridge is None:
         doubts.append("one bound of one checkpoint compares with nothing")
+    samples = row["result"].get("n_samples")
+    doubts += [f"only {samples} samples"] if samples is not None and samples < _FEW_SAMPLES else []
     return Finding(f"{sentence}.", told, null, (*doubts, *_marks(row)), course=course)
 
 

@@ -174,6 +174,9 @@ def test_a_basin_is_compared_by_paired_directions(after: list[float], words: str
     finding = told(answer_by_volume([volume_row(before, 0), volume_row(after, 10)]))
     assert finding.sentence.startswith(words)
     assert len(finding.doubts) == doubts
+    few = volume_row(after, 10)
+    few["result"]["n_samples"] = 8
+    assert told(answer_by_volume([volume_row(before, 0), few])).doubts == (*finding.doubts, "only 8 samples")
 
 
 def test_volumes_of_other_directions_are_not_compared_and_a_single_bound_is_doubted() -> None:
