@@ -362,4 +362,4 @@ def _kind_in_words(kind: Any) -> str:
     words = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text", type(None): "None"}
     if origin in (Mapping, dict, Iterable, tuple):
         return {Iterable: "batches", tuple: "a list"}.get(origin, "a mapping")
-    return words.get(kind) or getattr(kind, "__name__", str(kind))
+    return str(words.get(kind) or getattr(kind, "__name__", kind))

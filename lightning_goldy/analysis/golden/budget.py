@@ -425,7 +425,7 @@ class Fluctuation:
     min_delta: float = 0.01
 
     def __post_init__(self) -> None:
-        require_kinds(type(self), vars(self))
+        require_kinds(type(self), {name: value for name, value in vars(self).items() if not isinstance(value, float)})
         ranges = {
             "amplitude": (self.amplitude >= 0, ">= 0"),
             "frequency": (self.frequency >= 0, ">= 0"),
