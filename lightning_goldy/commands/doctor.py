@@ -380,7 +380,8 @@ def _instance(spec: Mapping[str, Any]) -> AnalysisCallback[Any] | None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(AnalysisCallback, "callback")
     try:
-        made: AnalysisCallback[Any] = parser.instantiate_classes(parser.parse_object({"callback": dict(spec)})).callback
+        instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # renamed in jsonargparse 4.49
+        made: AnalysisCallback[Any] = instantiate(parser.parse_object({"callback": dict(spec)})).callback
     except Exception as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
     return made
