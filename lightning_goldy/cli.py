@@ -290,7 +290,7 @@ def _add_space(parser: argparse.ArgumentParser) -> None:
 
 def _analyze(options: argparse.Namespace) -> None:
     # Brings torch and Lightning, which other commands need not wait for.
-    from lightning_goldy.commands.analyze import CircuitTask, Writing, analyze_checkpoint
+    from lightning_goldy.commands.analyze import CircuitTask, Writing, analyze_checkpoint, read_prompts
 
     # A shell hands over a backslash and an n.
     told = [prompt.replace("\\n", "\n") for prompt in options.prompt]
@@ -352,37 +352,6 @@ def _graft(options: argparse.Namespace) -> None:
         output=options.output,
         space=options.space,
     )
-
-
-def read_prompts(path: str | Path) -> list[str]:
-    r"""The prompts of a file, one per line.
-
-    Args:
-        path: UTF-8 text; empty lines are passed over.
-
-    Raises:
-        FileNotFoundError: There is none.
-        ValueError: It is not text, or has no line.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     _ = Path(folder, "prompts.txt").write_text("To be\n\nor not\n")
-        ...     read_prompts(Path(folder, "prompts.txt"))
-        ['To be', 'or not']
-    """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"no file of prompts at {path}")
-    try:
-        # Only at line breaks: str.splitlines also cuts at characters that a prompt may hold.
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from error
-    prompts = [line for line in lines if line.strip()]
-    if not prompts:
-        raise ValueError(f"{path} holds no prompt; one per line")
-    return prompts
 
 
 def _add_basin(parser: argparse.ArgumentParser) -> None:
