@@ -213,7 +213,9 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
     ) -> None:
         at = (at,) if isinstance(at, str) else at  # type: ignore[assignment]
         self.budget, self.large = Budget.of(budget), large
-        require_kinds(AnalysisCallback.__init__, locals())
+        told = locals()
+        # What is no iterable is named with what it gave, when it is read.
+        require_kinds(AnalysisCallback.__init__, told if isinstance(probe, str) else {**told, "probe": None})
         at = tuple(at)
         for argument, value in (("every_n_steps", every_n_steps), ("every_n_epochs", every_n_epochs)):
             if value is not None:

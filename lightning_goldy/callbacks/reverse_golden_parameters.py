@@ -59,9 +59,9 @@ class Generations:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require_kinds(type(self), vars(self))
         if isinstance(self.prompts, str):
             raise ValueError(f"prompts is a list of texts; got the string {self.prompts!r}, write [{self.prompts!r}]")
+        require_kinds(type(self), vars(self))
         check_generation_arguments(self.max_new_tokens, self.temperature)
 
 

@@ -307,7 +307,10 @@ def require_kinds(owner: Callable[..., Any], values: Mapping[str, Any]) -> None:
     """
     for name, kind in _kinds(owner).items():
         if name in values and not _is_kind(values[name], kind):
-            raise ValueError(f"{name} must be {_kind_in_words(kind)}; got {values[name]!r:.60}")
+            words = _kind_in_words(kind)
+            if words.endswith("number or None"):
+                words = words.removesuffix(" or None")  # a number was meant
+            raise ValueError(f"{name} must be {words}; got {values[name]!r:.60}")
 
 
 @functools.cache

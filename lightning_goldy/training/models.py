@@ -87,7 +87,6 @@ class LoraOptions:
     target_modules: list[str] | str | None = None
 
     def __post_init__(self) -> None:
-        require_kinds(type(self), vars(self))
         for name in ("rank", "alpha", "dropout"):
             require_number(f"lora.{name}", getattr(self, name), whole=name == "rank")
         if self.rank < 1:
@@ -96,6 +95,7 @@ class LoraOptions:
             raise ValueError(f"lora.alpha must be positive; got {self.alpha}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"lora.dropout must lie in [0, 1); got {self.dropout}")
+        require_kinds(type(self), vars(self))
 
 
 def load_model(name: str, head: Head = "causal_lm", dtype: WeightDtype = "float32") -> nn.Module:

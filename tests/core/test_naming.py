@@ -117,8 +117,8 @@ class Settings:
     [
         ({"count": 2.5}, "count must be a whole number; got 2.5"),
         ({"count": True}, "count must be a whole number; got True"),
-        ({"share": "0.1"}, "share must be a finite number or None; got '0.1'"),
-        ({"share": math.nan}, "share must be a finite number or None; got nan"),
+        ({"share": "0.1"}, "share must be a finite number; got '0.1'"),
+        ({"share": math.nan}, "share must be a finite number; got nan"),
         ({"on": "no"}, "on must be true or false; got 'no'"),
         ({"names": "h.0"}, "names must be a list (items: text); got 'h.0'"),
         ({"names": [1]}, "names must be a list (items: text); got [1]"),
