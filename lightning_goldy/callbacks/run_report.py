@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.console import Console
 
@@ -76,11 +77,7 @@ class RunReport(L.Callback):
         if not trainer.is_global_zero:
             return
         layout = scalar_layout(_instances(trainer))
-        for logger in trainer.loggers:
-            try:
-                log_layout([logger], layout)
-            except Exception as error:  # noqa: BLE001 - a service may raise anything
-                rank_zero_warn(f"no layout for {type(logger).__name__}: {type(error).__name__}: {error}")
+        _give_each(trainer, lambda loggers: log_layout(loggers, layout), "no layout for")
 
     def write_page(self, trainer: L.Trainer) -> None:
         """Writes the page where there are rows that it does not have; on rank 0, the others have nothing to do."""
@@ -119,11 +116,8 @@ class RunReport(L.Callback):
         run = read_run(folder)
         answers = answers_of_run(run)
         text = answers_text(answers)
-        for logger in trainer.loggers:
-            try:
-                log_text([logger], "goldy/answers", text, steps_so_far(trainer))
-            except Exception as error:  # noqa: BLE001 - a service may raise anything
-                rank_zero_warn(f"the answers are not in {type(logger).__name__}: {type(error).__name__}: {error}")
+        step = steps_so_far(trainer)
+        _give_each(trainer, lambda loggers: log_text(loggers, "goldy/answers", text, step), "the answers are not in")
         Console().print(answers_table(answers))
 
     def _write(self, folder: Path) -> Path | None:
@@ -166,8 +160,13 @@ def _declare_hyperparameters(trainer: L.Trainer, pl_module: L.LightningModule) -
         for metric in description_of(analysis).headline
         if "*" not in metric
     ]
+    _give_each(trainer, lambda loggers: log_hyperparameters(loggers, told, own, columns), "no hyperparameters for")
+
+
+def _give_each(trainer: L.Trainer, log: Callable[[list[Logger]], object], failed: str) -> None:
+    """Gives every logger its own; one that raises costs its entry alone."""
     for logger in trainer.loggers:
         try:
-            log_hyperparameters([logger], told, own, columns)
+            log([logger])
         except Exception as error:  # noqa: BLE001 - a service may raise anything
-            rank_zero_warn(f"no hyperparameters for {type(logger).__name__}: {type(error).__name__}: {error}")
+            rank_zero_warn(f"{failed} {type(logger).__name__}: {type(error).__name__}: {error}")

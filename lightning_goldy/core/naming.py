@@ -344,7 +344,8 @@ def _is_kind(value: Any, kind: Any) -> bool:
         return True
     if origin in (Sequence, list):
         listed = isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping))
-        return listed and all(_is_kind(item, inner[0]) for item in value if isinstance(value, Sequence))
+        # Only what can be read again: looking at its items would empty a generator.
+        return listed and (not isinstance(value, Sequence) or all(_is_kind(item, inner[0]) for item in value))
     if origin is tuple:
         return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
     if origin is Iterable:

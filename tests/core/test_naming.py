@@ -133,5 +133,6 @@ def test_settings_of_another_kind_are_told(wrong: dict[str, Any], told: str) -> 
 
 
 def test_settings_of_their_kinds_pass() -> None:
-    Settings(np.int64(3), np.float32(0.5), False, ["a"], 3, [torch.ones(1)], {"a": "b"})
-    Settings(share=1, names=(name for name in "ab"), texts=DataLoader([1]))
+    assert Settings(np.int64(3), np.float32(0.5), False, ["a"], 3, [torch.ones(1)], {"a": "b"}).names == ["a"]
+    settings = Settings(share=1, names=(name for name in "ab"), texts=DataLoader([1]))
+    assert list(settings.names) == ["a", "b"]  # looking at its kind has taken nothing
