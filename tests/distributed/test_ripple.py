@@ -13,6 +13,7 @@ from tests.distributed.ripple_checks import CASES, effects, replicas, shards
 @pytest.mark.slow
 def test_replicas_share_edits_and_find_the_same() -> None:
     expected = [effects(*case) for case in CASES]
+    assert all(bool((alone.delta_norm > 0).all()) for alone in expected)
     for texts in run_processes(replicas, 2):
         for text, alone in zip(texts, expected, strict=True):
             found = RippleResult.from_json(text)

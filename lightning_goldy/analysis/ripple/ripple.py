@@ -357,21 +357,30 @@ class RippleResult(AnalysisResult):
         return (self.slope >= LINEAR_RANGE[0]) & (self.slope <= LINEAR_RANGE[1])
 
     def warning(self) -> str:
-        """What to know of slopes outside the linear range; empty where there is none.
+        """What to know of edits that changed nothing, and of slopes outside the linear range; empty where all is well.
 
         The slope over all pairs is looked at, and those of the edits where none is defined.
         """
-        slope, wrong = self.agreement()[0].slope, [float(value) for value in self.slope[~self.linear]]
+        parts = []
+        if idle := int((self.delta_norm == 0).sum()):
+            parts.append(
+                f"{idle} of {len(self.delta_norm)} edits changed no weight: where an editor searches, more steps or a "
+                "lower weight decay may find a change"
+            )
+        moved = self.delta_norm[: len(self.slope)] > 0  # results of older files have no slopes
+        slope, wrong = self.agreement()[0].slope, self.slope[~self.linear & moved].tolist()
         low, high = LINEAR_RANGE
-        over_all = low <= slope <= high or not np.isfinite(slope)
-        if over_all and not wrong:
-            return ""
-        told = "" if over_all else f"the slope of measured on predicted changes is {slope:.3g}, outside [{low}, {high}]"
+        told = []
+        if np.isfinite(slope) and not low <= slope <= high:
+            told.append(f"the slope of measured on predicted changes is {slope:.3g}, outside [{low}, {high}]")
         if wrong:
             least, most = (f"{end:.3g}" for end in (min(wrong), max(wrong)))
             several = least if least == most else f"{least} to {most}"
-            told += f"{'; ' if told else ''}{len(wrong)} of {len(self.slope)} edits have slopes outside ({several})"
-        return f"{told}: no small steps, so gradients do not tell the size of what they do; lower the learning rate"
+            told.append(f"{len(wrong)} of {len(self.slope)} edits have slopes outside ({several})")
+        if told:
+            advice = "no small steps, so gradients do not tell the size of what they do; lower the learning rate"
+            parts.append(f"{'; '.join(told)}: {advice}")
+        return "; ".join(parts)
 
     def metrics(self) -> dict[str, float | None]:
         """Scalars by name, None where undefined: agreement of both predictions, and what the edits did."""

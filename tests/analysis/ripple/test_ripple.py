@@ -315,6 +315,19 @@ def test_halvings_are_bounded_and_the_slope_nearest_to_one_stands() -> None:
         GradientStepEditor(halvings=-1)
 
 
+def test_edits_that_change_no_weight_are_told_as_such_and_not_as_steps_too_large() -> None:
+    with pytest.warns(UserWarning, match=r"2 of 2 edits changed no weight: where an editor searches, more steps"):
+        idle = ripple(build("llama"), EDITS[:2], editor=RankOneEditor(weight_decay=1e3, steps=2), measure="answer")
+    assert idle.delta_norm.tolist() == [0.0, 0.0]
+    assert "slope" not in idle.warning()
+    # Beside one that moved, of the others alone.
+    mixed = replace(
+        idle, delta_norm=torch.tensor([0.0, 1.0]).double(), slope=torch.tensor([math.nan, 2.0]).double(), cost=Cost()
+    )
+    assert "1 of 2 edits changed no weight" in mixed.warning()
+    assert "1 of 2 edits have slopes outside (2)" in mixed.warning()
+
+
 def test_a_single_other_piece_has_no_line_and_the_new_answer_tells_the_slope() -> None:
     model, pieces = double("gpt2"), facts()[:2]
     found = ripple_effects(model, pieces, [(pieces[0], "Vientiane")], tokenizer=WORDS, template=TEMPLATE)
