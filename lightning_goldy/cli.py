@@ -718,7 +718,7 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 def _demo(options: argparse.Namespace) -> None:
     from lightning_goldy.commands.demo import run_demo
 
-    run_demo(Path(options.directory), fast=options.fast, seed=options.seed)
+    run_demo(options.directory, fast=options.fast, seed=options.seed)
 
 
 def _add_completion(parser: argparse.ArgumentParser) -> None:

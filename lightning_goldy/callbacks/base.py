@@ -8,6 +8,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
@@ -347,13 +348,14 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         """Opens the folder, takes up an interrupted run, and tries the probe before the first step."""
         resumed = self._resumed
         callbacks = [each for each in trainer.callbacks if isinstance(each, AnalysisCallback)]  # type: ignore[attr-defined]
-        if callbacks[:1] == [self]:
-            preflight(trainer, pl_module, callbacks)
-        tell_last(trainer, AnalysisCallback)
-        callbacks = [each for each in trainer.callbacks if isinstance(each, AnalysisCallback)]  # type: ignore[attr-defined]
+        # What another run has written stays, whatever fails from here on.
+        former, self._store = self._store, None
         try:
             with Replicas.world().together(self.name):
-                self._start(trainer, pl_module)
+                if callbacks[0] is self:
+                    preflight(trainer, pl_module, callbacks)
+                    tell_last(trainer, AnalysisCallback)
+                self._start(trainer, pl_module, former)
         except BaseException:
             # Nothing is left of a run that never began.
             for callback in reversed(callbacks[: callbacks.index(self) + 1]):
@@ -373,11 +375,12 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         if self._starts:
             self.run(trainer, pl_module, "start")
 
-    def _start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _start(self, trainer: L.Trainer, pl_module: L.LightningModule, former: ResultStore | None) -> None:
         folder = run_directory(trainer) / "goldy" / self.name
         if trainer.is_global_zero:
             lock_folder(folder.parent, trainer)
-        again = not self._resumed and self._is_same_run(trainer, pl_module, folder)
+        known = None if former is None else former.folder
+        again = not self._resumed and known == folder and self._is_same_run(trainer, pl_module)
         if not (self._resumed or again):
             self.forget()
         self._run = weakref.ref(trainer), weakref.ref(pl_module)
@@ -436,13 +439,10 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         self._read_ahead = None if self._read_ahead is self._reading else self._reading
         return self._reading.first(self.probe_samples())
 
-    def _is_same_run(self, trainer: L.Trainer, pl_module: L.LightningModule, folder: Path) -> bool:
+    def _is_same_run(self, trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
         """Whether the same trainer goes on with the same module."""
-        run = None if self._run is None else tuple(reference() for reference in self._run)
-        same = run is not None and run[0] is trainer and run[1] is pl_module
-        return (
-            same and self._store is not None and self._store.folder == folder and self._last_step <= trainer.global_step
-        )
+        run = (None, None) if self._run is None else tuple(reference() for reference in self._run)
+        return run[0] is trainer and run[1] is pl_module and self._last_step <= trainer.global_step
 
     def _try(self, pl_module: L.LightningModule, model: nn.Module) -> None:
         batches = self.tried_batches()
@@ -506,18 +506,20 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         flags = tuple(parameter.requires_grad for group in optimizer.param_groups for parameter in group["params"])
         if self._store is not None and self._flags.get(id(optimizer)) != flags:
             self._flags[id(optimizer)] = flags
-            self._observe_trainable(trainer, find_model(pl_module, self.model_attribute))
+            model, work = find_model(pl_module, self.model_attribute), "to keep what becomes trainable"
+            self.attempt(trainer, work, lambda: self._observe_trainable(trainer, model))
 
     def _observe_trainable(self, trainer: L.Trainer, model: nn.Module) -> None:
         trainable = newly_trainable(model, self._trained)
         if not trainable:
             return
         unshard_guard(model)
+        # Tried again where it fails.
+        self.became_trainable(trainer, model, ParameterSpace.of_tensors(trainable))
         self._trained.update(trainable)
         names = list(trainable)
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         self._notes.append(f"{names[0]}{more} became trainable at step {trainer.global_step}")
-        self.became_trainable(trainer, model, ParameterSpace.of_tensors(trainable))
 
     def training_changed_weights(self) -> None:
         """Has the present weights taken for those of the training, after a callback has changed them on purpose."""
@@ -577,22 +579,25 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any], *, failed: bool
     ) -> None:
         """Writes what a resume needs, and this callback's state, which was collected before, once more."""
-        assert self._store is not None
-        model = find_model(pl_module, self.model_attribute)
-        if failed:
+        store, model = self._store, find_model(pl_module, self.model_attribute)
+        assert store is not None
+
+        def attempt(work: str, act: Callable[[], Any], otherwise: Callable[[Exception], Any]) -> Any:
+            if not failed:
+                return self.attempt(trainer, work, act, otherwise=otherwise)
             # Of a run that has failed, on this rank at least, the checkpoint comes first: no collective, and no error.
             try:
-                self.save_files(trainer, model)
-                self._lost = None
+                return act()
             except Exception as error:  # noqa: BLE001 - whatever it is, the checkpoint is written
-                self._lost = _reason(error)
                 rank_zero_warn(f"{self.name}: what a resume from this checkpoint needs is not written: {error}")
-        else:
-            self._lost = self.attempt(
-                trainer, "to write what a resume needs", lambda: self.save_files(trainer, model), otherwise=_reason
-            )
-        state = {**self.state_dict(), "folder_identity": self._store.identity, "lost": self._lost}
-        checkpoint["callbacks"][self.state_key] = {**state, "claim": self._store.claim(state, trainer)}
+                return otherwise(error)
+
+        kept = partial(self.save_files, trainer, model)
+        self._lost = attempt("to write what a resume needs", kept, lambda error: f"{type(error).__name__}: {error}")
+        state = {**self.state_dict(), "folder_identity": store.identity, "lost": self._lost}
+        # Files that no note claims stay.
+        claim = attempt("to note what a resume needs", lambda: store.claim(state, trainer), lambda error: None)
+        checkpoint["callbacks"][self.state_key] = {**state, "claim": claim}
 
     def save_files(self, trainer: L.Trainer, model: nn.Module) -> None:
         """Hook for subclasses: writes what a resume from this checkpoint needs and ``state_dict`` is too small for."""
@@ -782,10 +787,6 @@ def _may_validate(trainer: L.Trainer, batch_idx: int) -> bool:
     every = trainer.val_check_batch
     last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
     return bool(trainer.enable_validation and (last or every is None or (every and (batch_idx + 1) % every == 0)))
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
 
 
 def default_name(callback: type) -> str:

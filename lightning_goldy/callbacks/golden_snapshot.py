@@ -20,7 +20,7 @@ from lightning_goldy.analysis.golden import GoldenResult, ReverseGoldenResult
 from lightning_goldy.analysis.result import Row
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, try_gradients
 from lightning_goldy.callbacks.engine.run_folder import run_root
-from lightning_goldy.callbacks.engine.weights import Frozen
+from lightning_goldy.callbacks.engine.weights import FROZEN_FILE, Frozen
 from lightning_goldy.core.architecture.adapters import WeightSpace, check_space, chosen_space, require_merged
 from lightning_goldy.core.base import BASE_FILE, BaseParameters, read_base
 from lightning_goldy.core.files import link_file
@@ -134,7 +134,7 @@ class GoldenSnapshot(AnalysisCallback[WeightChange]):
         self._kept.take(self._start_values(trainer, model, space), self.folder, trainer, model)
         self._frozen = Frozen.of(model, keep=self.frozen)
         if self._frozen.kept is not None:
-            self._frozen_hash = _write(self._frozen.kept.vector(model), self.folder / _FROZEN_FILE, trainer, model)
+            self._frozen_hash = _write(self._frozen.kept.vector(model), self.folder / FROZEN_FILE, trainer, model)
         if self.track_updates:
             self._updates.observe(ParameterVector.of(model, space))
 
@@ -166,8 +166,10 @@ class GoldenSnapshot(AnalysisCallback[WeightChange]):
 
     def became_trainable(self, trainer: L.Trainer, model: nn.Module, space: ParameterSpace) -> None:
         """Adds what becomes trainable to the base, and to the vectors that updates are told by."""
+        if not set(space) <= set(self.base.space):
+            # Else only the file is missing.
+            self._updates.grow(ParameterVector.of(model, space))
         self._kept.grow(self._start_values(trainer, model, space), self.folder, trainer, model)
-        self._updates.grow(ParameterVector.of(model, space))
 
     def _start_values(self, trainer: L.Trainer, model: nn.Module, space: ParameterSpace) -> ParameterVector:
         if self.source is None:
@@ -181,13 +183,13 @@ class GoldenSnapshot(AnalysisCallback[WeightChange]):
         if not all((previous / name).is_file() for name in self._files.values()):
             rank_zero_warn(f"{previous} lacks {sorted(self._files.values())}: the first two cosines will be missing")
             self._files = {}
-        kept_frozen = () if self._frozen_hash is None else (_FROZEN_FILE,)
+        kept_frozen = () if self._frozen_hash is None else (FROZEN_FILE,)
         for name in (*self._kept.files, *self._files.values(), *kept_frozen):
             self._store.carry(previous / name)
         Replicas.world().meet(self.name)
         self._trained |= {name for name in self._kept.read(self.folder, model).space if name not in self._below}
         if self._frozen is not None and self._frozen_hash is not None:
-            self._frozen.kept = BaseParameters(_read(self.folder / _FROZEN_FILE, model, self._frozen_hash), copy=False)
+            self._frozen.kept = BaseParameters(_read(self.folder / FROZEN_FILE, model, self._frozen_hash), copy=False)
         if self.track_updates:
             self._updates.load({key: load_vectors(self.folder / name, model)[0] for key, name in self._files.items()})
 
@@ -211,6 +213,7 @@ class GoldenSnapshot(AnalysisCallback[WeightChange]):
 
     def save_files(self, trainer: L.Trainer, model: nn.Module) -> None:
         """Writes the previous values and the last update, from which the next cosine follows after a resume."""
+        self._kept.write(self.folder, trainer, model)
         step, write = trainer.global_step, trainer.is_global_zero
         for key, vector in self._updates.vectors().items():
             name, kind = f"{key}-step={step:08d}.safetensors", _KINDS[key]
@@ -251,7 +254,6 @@ POOL = ".goldy_bases"
 """The folder beside the runs in which each base lies once; runs that begin with it have a hard link to it."""
 
 _OF_SNAPSHOT = "snapshot"
-_FROZEN_FILE = "frozen.safetensors"
 _KINDS: dict[str, Kind] = {"previous": "values", "update": "direction"}
 
 
@@ -270,6 +272,7 @@ class KeptBase:
         self.base: BaseParameters | None = None
         self.hash: str | None = None if state is None else state["base_hash"]
         self._added: dict[str, str] = {} if state is None else dict(state.get("base_added", {}))
+        self._unwritten: dict[str, ParameterVector] = {}
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -278,21 +281,29 @@ class KeptBase:
 
     def take(self, vector: ParameterVector, folder: Path, trainer: L.Trainer, model: nn.Module) -> None:
         """Keeps a copy of the values, and writes their file."""
-        self.base, self.hash, self._added = (
-            BaseParameters(vector),
-            _write(vector, folder / BASE_FILE, trainer, model),
-            {},
-        )
+        found = _write(vector, folder / BASE_FILE, trainer, model)
+        self.base, self.hash, self._added, self._unwritten = BaseParameters(vector), found, {}, {}
 
     def grow(self, vector: ParameterVector, folder: Path, trainer: L.Trainer, model: nn.Module) -> None:
-        """Adds those of the values that it lacks; a file of their own leaves earlier checkpoints what they need."""
+        """Adds those of the values that it lacks; a file of their own leaves earlier checkpoints what they need.
+
+        Raises:
+            OSError: The file cannot be written; the values are held all the same, and :meth:`write` tries again.
+        """
         assert self.base is not None
         space = vector.space.subspace(name for name in vector if name not in self.base.space)
         if len(space):
             new = ParameterVector(space, {name: vector[name] for name in space})
-            path = folder / f"base-added-step={trainer.global_step:08d}-{len(self._added)}.safetensors"
-            self._added[path.name] = _write(new, path, trainer, model)
+            number = len(self._added) + len(self._unwritten)
+            self._unwritten[f"base-added-step={trainer.global_step:08d}-{number}.safetensors"] = new
             self.base.grow(new)
+        self.write(folder, trainer, model)
+
+    def write(self, folder: Path, trainer: L.Trainer, model: nn.Module) -> None:
+        """Writes what is held and in no file yet, which a resume needs; all ranks call."""
+        for name in list(self._unwritten):
+            self._added[name] = _write(self._unwritten[name], folder / name, trainer, model)
+            del self._unwritten[name]
 
     def read(self, folder: Path, model: nn.Module) -> BaseParameters:
         """The base of an interrupted run.
@@ -362,6 +373,10 @@ class TrainingBase:
         """Adds parameters that are about to be trained for the first time; a snapshot does so itself."""
         if self._kept.base is not None:
             self._kept.grow(ParameterVector.of(model, space), folder, trainer, model)
+
+    def write(self, trainer: L.Trainer, model: nn.Module, folder: Path) -> None:
+        """Writes what could not be written as it was added; a snapshot does so itself."""
+        self._kept.write(folder, trainer, model)
 
     def state_dict(self) -> dict[str, Any]:
         """Hashes of the files, or that there is a snapshot."""

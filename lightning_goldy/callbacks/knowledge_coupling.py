@@ -490,6 +490,10 @@ class KnowledgeCoupling(AnalysisCallback[KnowledgeState]):
             cost=unreported + coupling.cost + ripple.cost,
         )
 
+    def save_files(self, trainer: L.Trainer, model: nn.Module) -> None:
+        """Writes what of the base is in no file yet."""
+        self._training_base.write(trainer, model, self.folder)
+
     def state_dict(self) -> dict[str, Any]:
         """Adds the hash of the base."""
         return {**super().state_dict(), **self._training_base.state_dict()}

@@ -14,6 +14,7 @@ from rich.console import Console
 from lightning_goldy.callbacks.base import AnalysisCallback, default_name
 from lightning_goldy.callbacks.engine.run_folder import run_directory
 from lightning_goldy.callbacks.engine.store import ROWS, steps_so_far
+from lightning_goldy.core.files import require_local
 from lightning_goldy.core.naming import require_kinds
 from lightning_goldy.report.answers import answers_table, answers_text, scalar_layout
 from lightning_goldy.report.comparison import write_comparison
@@ -35,7 +36,7 @@ class RunReport(L.Callback):
         compare: Directories of earlier runs; at the end ``comparison.html`` beside the page sets this run beside them.
 
     Raises:
-        ValueError: A directory to compare with does not exist.
+        ValueError: A directory to compare with does not exist, or the output is an address of another storage.
 
     Example:
         >>> RunReport("report.html").output
@@ -44,7 +45,7 @@ class RunReport(L.Callback):
 
     def __init__(self, output: str | Path | None = None, compare: Sequence[str | Path] = ()) -> None:
         require_kinds(RunReport.__init__, locals())
-        self.output = None if output is None else Path(output)
+        self.output = None if output is None else require_local(output, "output of RunReport")
         self.compare = [Path(directory) for directory in ([compare] if isinstance(compare, (str, Path)) else compare)]
         for directory in self.compare:
             if not directory.is_dir():

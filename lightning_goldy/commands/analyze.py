@@ -33,7 +33,7 @@ from lightning_goldy.analysis.precision import with_precision
 from lightning_goldy.analysis.result import AnalysisResult, Row
 from lightning_goldy.analysis.taylor import taylor_diff
 from lightning_goldy.callbacks.engine.store import ROWS, ResultStore, peak_memory_bytes
-from lightning_goldy.commands.checkpoints import FoundBase, SavedModel, find_base, positions, read_saved
+from lightning_goldy.commands.checkpoints import FoundBase, SavedModel, find_base, follow_frozen, positions, read_saved
 from lightning_goldy.commands.fit import check_configs, run_configured
 from lightning_goldy.commands.output import output_folder, print_report
 from lightning_goldy.commands.ranks import PATIENCE_SECONDS, joined_ranks
@@ -389,6 +389,7 @@ class CheckpointAnalysis(L.Callback):
     failed: dict[str, str] = field(default_factory=dict, init=False)
     base_source: str = field(default="", init=False)
     _no_figures: str = field(default="", init=False)
+    _notes: list[str] = field(default_factory=list, init=False)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Finds the base, loads the saved weights, and analyses."""
@@ -403,6 +404,7 @@ class CheckpointAnalysis(L.Callback):
                 for parameter in base.values.space.resolve(model).values():
                     parameter.requires_grad_(True)
             self.saved.load_into(pl_module, model)
+            self._notes = follow_frozen(self.saved, base, model, self.space, "goldy analyze")
             subject = self._subject(trainer, pl_module, model, objective, base, status.update)
             self.base_source = base.source
             self.left_out = left_out(subject, base.source)
@@ -490,6 +492,8 @@ class CheckpointAnalysis(L.Callback):
         for file, text in part.files.items() if store.write else ():
             atomic_write(store.folder / file, text)
         row = with_precision(part.row or part.result.row(), subject.model)
+        for note in self._notes:
+            row = row.noted(note)
         row = row.extended(result={"checkpoint": str(self.saved.path), "base": self.base_source}).at(
             step=self.saved.step or 0,
             epoch=self.saved.epoch,

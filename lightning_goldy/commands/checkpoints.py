@@ -15,10 +15,11 @@ from torch.optim import Optimizer
 
 from lightning_goldy.analysis.basin import adam_curvature_from_state
 from lightning_goldy.analysis.heads import load_gates
-from lightning_goldy.callbacks.engine.weights import Weights
+from lightning_goldy.callbacks.engine.weights import FROZEN_FILE, Frozen, Weights
 from lightning_goldy.core.architecture import HeadGates
 from lightning_goldy.core.architecture.adapters import WeightSpace
 from lightning_goldy.core.base import BASE_FILE, BaseParameters, base_files, read_base, read_checkpoint
+from lightning_goldy.core.files import parents_of
 from lightning_goldy.core.objective import CausalLMObjective, MaskedLMObjective, Objective, Seq2SeqObjective
 from lightning_goldy.core.sharding import is_sharded, local, scatter_like
 from lightning_goldy.core.space import ParameterSpace, SpaceError
@@ -232,13 +233,15 @@ class FoundBase:
 class _Snapshot:
     """What a checkpoint tells of its run's snapshot; the hash is None where it tells nothing.
 
-    ``added`` are the hashes of the files of what had become trainable by then, by name.
+    ``added`` are the hashes of the files of what had become trainable by then, by name; ``frozen`` is how what was not
+    trained was as the base was taken.
     """
 
     name: str
     folder: Path | None
     base_hash: str | None
     added: Mapping[str, str] = field(default_factory=dict)
+    frozen: Mapping[str, Any] = field(default_factory=dict)
 
 
 def find_base(
@@ -286,20 +289,55 @@ def find_base(
     return found or _as_built(known, pl_module, model, space, objective, space_of_change)
 
 
+def follow_frozen(saved: SavedModel, base: FoundBase, model: nn.Module, space: WeightSpace, who: str) -> list[str]:
+    """Adds to the base what adapters lie on, where it moved in the run although frozen, as by ReLoRA.
+
+    Args:
+        saved: Whose checkpoint tells what was frozen, and how it was as the base was taken.
+        base: Grown in place.
+        model: With the saved weights.
+        space: In which weights it is compared with the base.
+        who: Compares, for the message.
+
+    Returns:
+        What to say of it.
+
+    Raises:
+        AdapterError: It has moved, and its values at the start are not known.
+    """
+    known = _told(saved)
+    if base.values is None or not known.frozen:
+        return []
+    sums = {name: (total, square) for name, (total, square) in known.frozen["sums"].items()}
+    frozen = Frozen(sums, tuple(known.frozen["below"]))
+    for place in _places(saved, known):
+        file = place / FROZEN_FILE
+        if file.is_file() and fingerprint(load_vectors(file)[0]) == known.frozen["hash"]:
+            own = _space_of([file], model).resolve(model)
+            values = {name: value.to(own[name].dtype) for name, value in load_vectors(file, model)[0].items()}
+            frozen.kept = BaseParameters(ParameterVector(ParameterSpace.of_tensors(own), values), copy=False)
+            break
+    return frozen.follow(model, base.values, base.values.grow, merged=space == "merged", who=who)
+
+
+def _places(saved: SavedModel, known: _Snapshot) -> list[Path]:
+    """Where the run's snapshot may lie: beside the checkpoint, or where it was."""
+    places = [parent / "goldy" / known.name for parent in parents_of(saved.path, _LEVELS)]
+    return list(dict.fromkeys([*places, *([] if known.folder is None else [known.folder])]))
+
+
 def _told(saved: SavedModel) -> _Snapshot:
     for key, state in saved.callback_states().items():
         if key.startswith("GoldenSnapshot[") and state.get("base_hash"):
             folder = state.get("folder")
             name = key.removeprefix("GoldenSnapshot[").removesuffix("]")
-            place = None if folder is None else Path(folder)
-            return _Snapshot(name, place, state["base_hash"], dict(state.get("base_added") or {}))
+            added, place = dict(state.get("base_added") or {}), None if folder is None else Path(folder)
+            return _Snapshot(name, place, state["base_hash"], added, dict(state.get("frozen") or {}))
     return _Snapshot(_SNAPSHOT, None, None)
 
 
 def _of_the_run(saved: SavedModel, known: _Snapshot, model: nn.Module, space: ParameterSpace) -> FoundBase | None:
-    places = [parent / "goldy" / known.name for parent in list(saved.path.absolute().parents)[:_LEVELS]]
-    places += [known.folder] if known.folder is not None else []
-    files = [place / BASE_FILE for place in dict.fromkeys(places) if (place / BASE_FILE).is_file()]
+    files = [place / BASE_FILE for place in _places(saved, known) if (place / BASE_FILE).is_file()]
     for file in files:
         header = read_header(file)
         if known.base_hash is not None and header.base_hash != known.base_hash:

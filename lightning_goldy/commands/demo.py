@@ -38,6 +38,7 @@ from lightning_goldy.callbacks import (
     TaylorDiff,
 )
 from lightning_goldy.core.batches import map_batch
+from lightning_goldy.core.files import require_local
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.objective import CausalLMObjective
 from lightning_goldy.core.pieces import PadCollator, encode_pairs
@@ -61,9 +62,10 @@ def run_demo(directory: str | Path = "runs/demo", *, fast: bool = False, seed: i
 
     Raises:
         RuntimeError: The pretraining ended without the facts known.
+        ValueError: The directory is an address of another storage.
     """
     settings = DemoSettings.fast(seed) if fast else DemoSettings(seed=seed)
-    directory = Path(directory)
+    directory = require_local(directory, "--directory")
     console = Console()
     start = time.monotonic()
     with without_known_warnings(), progress_only(), _one_thread():

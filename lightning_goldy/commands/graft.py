@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 from torch import nn
 
@@ -29,7 +30,7 @@ from lightning_goldy.analysis.attribution.attribution import SHARES, check_attri
 from lightning_goldy.analysis.attribution.learned import learn_mask
 from lightning_goldy.callbacks.change_attribution import AttributedChange
 from lightning_goldy.callbacks.engine.store import ResultStore
-from lightning_goldy.commands.checkpoints import SavedModel, find_base, read_saved
+from lightning_goldy.commands.checkpoints import SavedModel, find_base, follow_frozen, read_saved
 from lightning_goldy.commands.fit import check_configs, run_configured
 from lightning_goldy.commands.output import output_folder, print_report
 from lightning_goldy.core.architecture.adapters import WeightSpace, check_space
@@ -186,6 +187,8 @@ class _Graft(L.Callback):
             for parameter in base.values.space.resolve(model).values():
                 parameter.requires_grad_(True)
             self.saved.load_into(pl_module, model)
+            for note in follow_frozen(self.saved, base, model, self.space, "goldy graft"):
+                rank_zero_warn(note)
             self.base_source = base.source
             scored, held_out = interleaved(probe, self.n_samples)
             collateral = find_collateral(trainer, None, self.n_collateral)

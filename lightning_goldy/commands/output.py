@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from lightning_goldy.callbacks.engine.store import ROWS
-from lightning_goldy.core.files import printable
+from lightning_goldy.core.files import printable, require_local
 from lightning_goldy.core.sharding import Replicas
 
 
@@ -23,9 +23,10 @@ def output_folder(output: str | Path | None, analysis: str, runs: str) -> Path:
 
     Raises:
         FileExistsError: The folder holds such rows already.
+        ValueError: It is an address of another storage.
     """
     if output is not None:
-        folder = Path(output).expanduser()
+        folder = require_local(output, "--output")
         if (folder / "goldy" / analysis / ROWS).exists():
             raise FileExistsError(f"{folder} holds rows of {analysis} already; give another --output")
         # Before any process writes there.

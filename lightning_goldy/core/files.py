@@ -149,6 +149,36 @@ def _named(path: Path) -> Iterator[None]:
         raise
 
 
+def without_scheme(path: str | Path) -> str:
+    """An address of this machine's file system, as fsspec writes it, as a path.
+
+    Example:
+        >>> without_scheme("file:///runs/a"), without_scheme(Path("file:///runs/a")), without_scheme("s3://bucket")
+        ('/runs/a', '/runs/a', 's3://bucket')
+    """
+    text = str(path)
+    for scheme in ("file:", "local:"):
+        if text.startswith(f"{scheme}/"):
+            # What has been a path in between has lost two of three slashes.
+            return text.removeprefix(scheme).removeprefix("//")
+    return text
+
+
+def parents_of(path: str | Path, most: int) -> list[Path]:
+    """The innermost folders that a file lies in, and then those of the file that a link leads to.
+
+    Args:
+        path: The file.
+        most: Folders of each.
+
+    Example:
+        >>> [str(folder) for folder in parents_of("/runs/a/last.ckpt", 2)]
+        ['/runs/a', '/runs']
+    """
+    places = (Path(path).absolute(), Path(path).resolve())
+    return list(dict.fromkeys(parent for place in places for parent in list(place.parents)[:most]))
+
+
 def require_local(path: str | Path, of: str = "the target") -> Path:
     """A place as a path of this machine's file system; ``file://`` is one.
 
@@ -164,9 +194,7 @@ def require_local(path: str | Path, of: str = "the target") -> Path:
         Traceback (most recent call last):
         ValueError: the output is s3://bucket/runs, but files are written to a local file system only: ...
     """
-    text = str(path)
-    for scheme in ("file://", "local://"):
-        text = text.removeprefix(scheme)
+    text = without_scheme(path)
     # A path has lost one of the slashes; a folder of such a name that is there is one.
     if (address := _ADDRESS.match(text)) and not Path(address[0].rstrip("/")).is_dir():
         raise ValueError(

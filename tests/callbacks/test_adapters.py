@@ -24,6 +24,9 @@ from lightning_goldy.callbacks import (
     RunReport,
     TaylorDiff,
 )
+from lightning_goldy.commands.checkpoints import find_base, follow_frozen, read_saved
+from lightning_goldy.core.architecture.adapters import AdapterError
+from lightning_goldy.core.objective import CausalLMObjective
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.store import StoreError
 from lightning_goldy.report.formatting import SPACES
@@ -200,6 +203,28 @@ def test_weights_that_move_below_adapters_and_are_not_kept_are_refused_by_name(t
     with pytest.warns(UserWarning, match=r"base_layer.weight and 3 more, which adapters lie on, changed .*frozen=True"):
         fit(tmp_path, [snapshot, apart], **options)
     assert (last_row(snapshot)["step"], last_row(apart)["step"]) == (2, 3)
+
+
+@pytest.mark.parametrize("kept", [None, False])
+def test_a_checkpoint_is_compared_with_what_adapters_lay_on_before_any_analysis_saw_it_move(tmp_path, kept) -> None:
+    L.seed_everything(7, verbose=False)
+    first = unloaded(Renewed().model)
+    options = {"max_epochs": 1, "limit_train_batches": 3, "limit_val_batches": 0, "enable_checkpointing": True}
+    snapshot = GoldenSnapshot(every_n_steps=None, at=("start",), frozen=kept)
+    saver = ModelCheckpoint(tmp_path / "run" / "checkpoints", every_n_train_steps=3, filename="{step}")
+    _, trained, _ = fit(tmp_path, [snapshot, saver], module=Renewed, **options)
+    module, saved = Renewed(), read_saved(tmp_path / "run" / "checkpoints" / "step=3.ckpt")
+    base = find_base(None, saved, module, module.model, CausalLMObjective(), "merged")
+    saved.load_into(module, module.model)
+    if kept is False:
+        assert follow_frozen(saved, base, module.model, "adapters", "this") == []
+        with pytest.raises(AdapterError, match=r"^this: .*, which adapters lie on, changed although frozen"):
+            follow_frozen(saved, base, module.model, "merged", "this")
+        return
+    (note,) = follow_frozen(saved, base, module.model, "merged", "this")
+    assert "changed although frozen, below adapters: the change is from the values at the start" in note
+    found, expected = weight_change(module.model, base.values), weight_change(unloaded(trained.model), first)
+    assert found.delta_norm == pytest.approx(expected.delta_norm, rel=1e-4)
 
 
 def test_what_moves_beside_the_training_is_told(tmp_path) -> None:

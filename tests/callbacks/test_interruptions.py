@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -21,10 +22,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 
+import lightning_goldy.callbacks.golden_snapshot as snapshots
 from lightning_goldy.analysis.heads import PruningSchedule, Recovery, Scoring
-from lightning_goldy.callbacks import ExactResume, GoldenSnapshot, HeadPlasticity, TaylorDiff
+from lightning_goldy.callbacks import ExactResume, GoldenSnapshot, HeadPlasticity, RunReport, TaylorDiff
 from lightning_goldy.callbacks.engine.run_folder import FolderNotes, lock_folder
-from lightning_goldy.core.files import append_row, atomic_write, require_local
+from lightning_goldy.commands.demo import run_demo
+from lightning_goldy.commands.output import output_folder
+from lightning_goldy.core.files import append_row, atomic_write, read_rows, require_local
 from lightning_goldy.core.pieces import PadCollator
 from lightning_goldy.data.base import make_loader
 from tests.callbacks.training import Finetune, TokenData, Tokens, fit
@@ -318,6 +322,21 @@ def test_a_run_that_was_moved_goes_on_from_beside_its_checkpoint(stopped, tmp_pa
         (stopped / "away").rename(away)
 
 
+def test_a_link_to_a_checkpoint_leads_to_what_lies_beside_the_checkpoint(stopped, tmp_path):
+    checkpoint = moved(stopped, tmp_path / "new", "checkpoints", "goldy")
+    away = stopped / "run" / "goldy"
+    away.rename(stopped / "away")
+    try:
+        (tmp_path / "links").mkdir()
+        link = tmp_path / "links" / "best.ckpt"
+        link.symlink_to(checkpoint)
+        watcher = moving()
+        fit(tmp_path / "resumed", [watcher], max_epochs=1, ckpt_path=link)
+        assert steps(watcher.folder) == [2, 4, 6, 8]
+    finally:
+        (stopped / "away").rename(away)
+
+
 HOLD = """
 import fcntl, os, sys
 file = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
@@ -353,6 +372,103 @@ def test_two_runs_in_one_folder_are_refused_until_the_first_is_gone(tmp_path):
     lock_folder(lock.parent, other)
 
 
+def test_a_run_that_is_refused_leaves_what_its_callbacks_wrote_before(tmp_path):
+    watchers = [GoldenSnapshot(at=("end",), every_n_steps=None), moving()]
+    fit(tmp_path / "first", watchers, max_epochs=1)
+    before = {path: path.read_bytes() for path in (tmp_path / "first").rglob("*") if path.is_file()}
+    lock = tmp_path / "second" / "run" / "goldy" / ".lock"
+    lock.parent.mkdir(parents=True)
+    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(lock)], **options) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(RuntimeError, match="is writing results to"):
+            fit(tmp_path / "second", watchers, max_epochs=1)
+        holder.kill()
+    assert {path: path.read_bytes() for path in (tmp_path / "first").rglob("*") if path.is_file()} == before
+
+
+def test_a_note_of_files_that_cannot_be_written_does_not_end_a_training_that_warns(tmp_path, monkeypatch):
+    class Full(L.Callback):
+        def on_train_batch_start(self, trainer, *args) -> None:
+            if trainer.global_step == 3:
+                monkeypatch.setattr("lightning_goldy.callbacks.engine.run_folder.atomic_write", refuse_space)
+
+    def refuse_space(path, data):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    watcher = GoldenSnapshot(every_n_steps=2, at=(), on_error="warn")
+    saver = ModelCheckpoint(tmp_path / "c", filename="{step}", every_n_train_steps=2, save_top_k=-1)
+    with told() as messages:
+        trainer, _, _ = fit(tmp_path, [watcher, Full(), saver], max_epochs=1, enable_checkpointing=True)
+    assert trainer.global_step == 8
+    assert steps(watcher.folder) == [2, 4, 6, 8]
+    states = [torch.load(path, weights_only=True)["callbacks"][watcher.state_key] for path in saved_files(tmp_path)]
+    assert [state["claim"] is None for state in states] == [False, True, True, True]
+    assert any("failed to note what a resume needs at step 4" in message for message in messages)
+
+
+def saved_files(folder: Path) -> list[Path]:
+    return [folder / "c" / f"step={step}.ckpt" for step in (2, 4, 6, 8)]
+
+
+class Unfreezes(L.Callback):
+    """Lets a block be trained from the fourth step on."""
+
+    def setup(self, trainer, pl_module, stage) -> None:
+        pl_module.model.transformer.h[0].requires_grad_(False)
+
+    def on_train_batch_start(self, trainer, pl_module, *args) -> None:
+        if trainer.global_step == 3:
+            pl_module.model.transformer.h[0].requires_grad_(True)
+
+
+def test_what_becomes_trainable_is_known_though_its_file_could_not_be_written(tmp_path, monkeypatch):
+    write = snapshots.save_vectors
+
+    class Full(L.Callback):
+        def on_train_batch_start(self, trainer, *args) -> None:
+            monkeypatch.setattr(snapshots, "save_vectors", refuse_added if trainer.global_step == 3 else write)
+
+    def refuse_added(path, *args, **options):
+        if "added" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return write(path, *args, **options)
+
+    def run(name, *others):
+        watcher = GoldenSnapshot(every_n_steps=2, at=(), on_error="warn", track_updates=True)
+        saver = ModelCheckpoint(tmp_path / name / "c", filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        with told() as messages:
+            fit(tmp_path / name, [Unfreezes(), watcher, saver, *others], max_epochs=1, enable_checkpointing=True)
+        return watcher, messages
+
+    full, messages = run("full", Full())
+    free, _ = run("free")
+    assert any("failed to keep what becomes trainable at step 3" in message for message in messages)
+    norms = [
+        {row["step"]: row["metrics"]["delta_norm"] for row in read_rows(each.folder / "results.jsonl")}
+        for each in (full, free)
+    ]
+    # It was tried again in vain before the row and in the checkpoint of step 4, and with success in that of step 5.
+    assert norms[0] == {step: value for step, value in norms[1].items() if step != 4}
+    files = [tmp_path / "full" / "c" / f"step={step}.ckpt" for step in (4, 5)]
+    early, late = (torch.load(file, weights_only=True)["callbacks"][full.state_key] for file in files)
+    assert (len(early["base_added"]), len(late["base_added"])) == (0, 1)
+    assert early["lost"].startswith("OSError")
+    assert late["lost"] is None
+
+
+def test_addresses_of_this_machine_are_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    watcher = GoldenSnapshot(at=("end",), every_n_steps=None)
+    fit(tmp_path, [watcher], max_epochs=1, logger=CSVLogger(f"file://{tmp_path}/runs", name=None, version="a"))
+    assert watcher.folder == tmp_path / "runs" / "a" / "goldy" / "golden_snapshot"
+    assert steps(watcher.folder) == [8]
+    assert (tmp_path / "runs" / snapshots.POOL).is_dir()
+    assert not (tmp_path / "file:").exists()
+    assert require_local(Path("file:///runs/a")) == Path("/runs/a")
+
+
 @pytest.mark.parametrize("address", ["memory://runs", "s3://bucket/runs", "simplecache::gs://bucket"])
 def test_a_root_in_another_storage_is_refused_before_anything_is_made(tmp_path, monkeypatch, address):
     monkeypatch.chdir(tmp_path)
@@ -363,6 +479,11 @@ def test_a_root_in_another_storage_is_refused_before_anything_is_made(tmp_path, 
     for write in (lambda: atomic_write(f"{address}/x", ""), lambda: append_row(Path(address, "rows.jsonl"), {})):
         with pytest.raises(ValueError, match="written to a local file system only"):
             write()
+    for make in (lambda: RunReport(f"{address}/page.html"), lambda: output_folder(address, "taylor_diff", "analyze")):
+        with pytest.raises(ValueError, match="written to a local file system only"):
+            make()
+    with pytest.raises(ValueError, match=r"--directory is .* written to a local file system only"):
+        run_demo(address, fast=True)
     assert os.listdir(tmp_path) == []
     assert require_local(f"file://{tmp_path}/a") == tmp_path / "a"
 

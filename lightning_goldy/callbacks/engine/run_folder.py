@@ -17,7 +17,7 @@ from typing import Any
 import lightning.pytorch as L
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_goldy.core.files import atomic_write, require_local
+from lightning_goldy.core.files import atomic_write, parents_of, require_local, without_scheme
 from lightning_goldy.core.sharding import Replicas
 
 try:
@@ -46,7 +46,7 @@ def require_local_run(trainer: L.Trainer) -> None:
 
 def run_root(trainer: L.Trainer) -> Path:
     """The local folder that the runs of the first logger, or of the default root, lie in."""
-    return Path((trainer.loggers[0].save_dir if trainer.loggers else None) or trainer.default_root_dir)
+    return require_local((trainer.loggers[0].save_dir if trainer.loggers else None) or trainer.default_root_dir)
 
 
 def run_directory(trainer: L.Trainer) -> Path:
@@ -203,9 +203,9 @@ def find_previous(recorded: str, identity: str | None, checkpoint: Any) -> Path 
     """
     former = Path(recorded)
     candidates = [former]
-    if checkpoint is not None and "://" not in str(checkpoint):
+    if checkpoint is not None and "://" not in (checkpoint := without_scheme(checkpoint)):
         parts = former.parts[1:]
-        for parent in list(Path(checkpoint).absolute().parents)[:5]:
+        for parent in parents_of(checkpoint, 5):
             candidates += [parent.joinpath(*parts[-count:]) for count in range(2, len(parts) + 1)]
     for folder in candidates:
         unknown = identity is None or not (folder / _NOTES).is_file()
@@ -338,4 +338,5 @@ def file_names(state: Any) -> Iterator[str]:
 def checkpoint_folders(trainer: L.Trainer) -> list[Path]:
     """The local folders in which Lightning keeps checkpoints of this trainer."""
     places = {getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks}
-    return [Path(str(place)).absolute() for place in places if place and "://" not in str(place)]
+    local = [without_scheme(place) for place in places if place]
+    return [Path(place).absolute() for place in local if "://" not in place]

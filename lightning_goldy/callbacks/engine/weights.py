@@ -35,6 +35,8 @@ _AVERAGING: tuple[type, ...] = tuple(
 )
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
 _CHUNK = 1 << 20
+FROZEN_FILE = "frozen.safetensors"
+"""What a golden snapshot calls the file of the frozen weights that adapters lie on."""
 KEPT_FROZEN = 1 << 24
 """Elements of frozen weights below adapters that a base keeps without being asked to."""
 # So many units of its last place may a weight's sum and square move by rounding, as where adapters are merged and taken

@@ -44,7 +44,7 @@ from lightning_goldy.commands.coupling.run import (
 from lightning_goldy.commands.output import next_version
 from lightning_goldy.commands.ranks import joined_ranks
 from lightning_goldy.core import store
-from lightning_goldy.core.files import atomic_write, finite, printable
+from lightning_goldy.core.files import atomic_write, finite, printable, require_local
 from lightning_goldy.core.naming import model_class
 from lightning_goldy.report.figures import draw_figures
 from lightning_goldy.report.formatting import format_bytes, format_number, format_percent, format_seconds
@@ -593,7 +593,7 @@ def write_pictures(rows: list[dict[str, Any]], folder: Path) -> tuple[dict[str, 
 def _folder(options: Options) -> Path:
     if options.out is None:
         return next_version(Path("runs") / "coupling")
-    folder, workspace = Path(options.out).expanduser(), options.method.workspace
+    folder, workspace = require_local(options.out, "--out"), options.method.workspace
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"--out {folder} is a file; give a folder")
     kept = None if workspace is None else Path(workspace).expanduser().resolve()
