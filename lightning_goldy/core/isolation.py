@@ -584,27 +584,28 @@ def preserved(module: nn.Module, *, training: bool | None = False) -> Iterator[n
     """
     require_unscaled(module)
     unshard_guard(module)
-    modes = [(child, child.training) for child in module.modules()]
+    children = list(module.modules())
+    modes = [(child, child.training) for child in children]
     parameters = list(module.parameters())
     gradients = [parameter.grad for parameter in parameters]
     requires = [parameter.requires_grad for parameter in parameters]
     # Whoever trains within such hooks (an optimizer in the backward pass, stages of ZeRO) would take these gradients.
     waiting = [held for parameter in parameters if (held := parameter._post_accumulate_grad_hooks)]
     # Those of modules hear of the training's passes alone, too, and forward mode cannot pass them.
-    waiting += [held for child in module.modules() for name in _BACKWARD_HOOKS if (held := getattr(child, name))]
+    waiting += [held for child in children for name in _BACKWARD_HOOKS if (held := getattr(child, name))]
     hooks = [(held, dict(held)) for held in waiting]
     # By owner, because a forward may put a new tensor in a buffer's place.
     buffers = [
         (child, name, buffer, None if buffer is None else (local(buffer).detach().clone(), buffer.requires_grad))
-        for child in module.modules()
+        for child in children
         for name, buffer in child._buffers.items()
     ]
-    slots = [(child, set(child._buffers)) for child in module.modules()]
+    slots = [(child, set(child._buffers)) for child in children]
     # Embeddings that a forward pass shortens in place.
-    renormed = [child.weight for child in module.modules() if isinstance(child, _EMBEDDINGS) and child.max_norm]
+    renormed = [child.weight for child in children if isinstance(child, _EMBEDDINGS) and child.max_norm]
     lengths = [local(weight).detach().clone() for weight in renormed]
     kept = Kept.of_modules(module)
-    for child in module.modules():
+    for child in children:
         if isinstance(child, _EMBEDDINGS):
             # Analyses calculate with gradients, which they want dense.
             child.sparse = False
