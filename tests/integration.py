@@ -1,0 +1,81 @@
+"""Which tests are integration tests, and the rule that says so.
+
+A test is an integration test when what it tests is not one function or one callback of the package but the whole at
+work, in one of the ways of :data:`PLACES`. It is deselected by default, as ``slow`` and ``gpu`` are;
+``make test-integration`` runs it, and continuous integration always does. Of each kind that a change may break without
+any other test seeing it, :data:`STAYS` keeps one with the fast tests. A test of which a smaller one says the same is no
+integration test: it is no test that is needed. What takes longer than ten seconds is ``slow``, and that alone.
+
+Places are the beginnings of tests' ids; a single test elsewhere may be marked ``@pytest.mark.integration``.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+PLACES: dict[str, tuple[str, ...]] = {
+    "several processes, or others than this one": (
+        "tests/distributed/",
+        "tests/callbacks/test_soaked.py",
+        "tests/core/test_files.py::test_killed_at_any_moment_the_file_is_whole",
+        "tests/core/test_imports.py",
+        "tests/report/test_browser.py",
+        "tests/test_cli.py::test_exit_codes_are_those_that_the_docs_tell",
+        "tests/test_cli.py::test_light_commands_load_neither_torch_nor_lightning",
+    ),
+    "whole commands, each with its training": (
+        "tests/commands/test_analyze.py",
+        "tests/commands/test_basin.py",
+        "tests/commands/test_demo.py",
+        "tests/commands/test_fit.py",
+        "tests/commands/test_graft.py",
+        "tests/commands/test_plasticity_sweep.py",
+        "tests/recipes/",
+        "tests/test_cli.py::test_overlays_add_to_the_callbacks_of_a_recipe",
+        "tests/test_cli.py::test_validate_takes_a_checkpoint",
+        "tests/test_cli.py::test_without_a_logger_configurations_lie_side_by_side",
+    ),
+    "whole trainings that are compared with others": (
+        "tests/callbacks/test_isolation_of_callbacks.py",
+        "tests/callbacks/test_resume.py",
+        "tests/callbacks/test_resume_mid_epoch.py",
+    ),
+    "what the docs show": (
+        "tests/test_doc_blocks.py::test_python_blocks_run",
+        "tests/test_notebooks.py",
+    ),
+}
+
+STAYS: dict[str, tuple[str, ...]] = {
+    "several processes": ("tests/distributed/test_masked.py",),
+    "a command": (
+        "tests/commands/test_analyze.py::test_results_are_those_of_the_functions",
+        "tests/recipes/test_recipes.py::test_the_first_line_runs[recipes/text_from_scratch]",
+    ),
+    "an undisturbed training": ("tests/callbacks/test_isolation_of_callbacks.py::test_single_device[both]",),
+    "a resumed training": ("tests/callbacks/test_resume.py::test_resumed_equals_uninterrupted[new folder]",),
+    "a page of the docs": ("tests/test_doc_blocks.py::test_python_blocks_run[README.md]",),
+}
+
+
+def is_listed(identity: str) -> bool:
+    """Whether a test is an integration test by its place.
+
+    >>> is_listed("tests/distributed/test_core.py::test_x"), is_listed("tests/distributed/test_masked.py::test_x")
+    (True, False)
+    """
+    stays, listed = (tuple(place for places in kinds.values() for place in places) for kinds in (STAYS, PLACES))
+    return identity.startswith(listed) and not identity.startswith(stays)
+
+
+def mark(item: pytest.Item) -> None:
+    """Marks an integration test by its place, unless it is slow.
+
+    Raises:
+        pytest.UsageError: It is marked as both.
+    """
+    slow = item.get_closest_marker("slow") is not None
+    if slow and item.get_closest_marker("integration") is not None:
+        raise pytest.UsageError(f"{item.nodeid} is marked slow and integration; it is one of them")
+    if is_listed(item.nodeid) and not slow:
+        item.add_marker(pytest.mark.integration)
