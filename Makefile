@@ -5,10 +5,10 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format bench docs models strategies build clean
+.PHONY: help demo test test-integration test-slow lint format bench docs models strategies build clean
 
 help:  ## Show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -20,8 +20,11 @@ demo: $(READY)  ## Pretrain, finetune, analyse and report on a small language mo
 	$(BIN)/goldy demo
 
 # Workers, and the processes that tests start, read the bytecode that one of them compiled.
-test: $(READY)  ## Run the fast tests and all doctests
+test: $(READY)  ## Run the fast tests and all doctests (below 5 minutes on 2 CPU cores)
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 3 --dist loadfile -q $(ARGS)
+
+test-integration: $(READY)  ## Run the tests of processes, whole commands, whole trainings and the docs' blocks
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 3 --dist loadfile -q -m integration $(ARGS)
 
 test-slow: $(READY)  ## Run the tests that take longer
 	$(BIN)/python -m pytest -q -m slow $(ARGS)

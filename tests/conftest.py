@@ -16,6 +16,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from tests import integration
+
 torch.set_num_threads(1)
 
 # A fixed set of examples by default, so that a failure is of the change that is tested; HYPOTHESIS_PROFILE=explore
@@ -60,6 +62,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     config.option.loadscopereorder = False
     return LongestFirst(config, log)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_itemcollected(item: pytest.Item) -> None:
+    integration.mark(item)
 
 
 @pytest.hookimpl(trylast=True)

@@ -42,9 +42,13 @@ def batch_of(samples):
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def test_reverse_golden_is_the_function_on_the_responses(monkeypatch):
+@pytest.fixture(autouse=True)
+def short_searches(monkeypatch):
     # How long a search goes on is not what is compared.
     monkeypatch.setattr("lightning_goldy.analysis.golden.reverse._PAIR_TRIALS", 1)
+
+
+def test_reverse_golden_is_the_function_on_the_responses():
     model = build("gpt2")
     found = get_reverse_golden_params(
         model,

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.house import ROOT, modules
+from tests.house import ROOT, layer_of, modules
 
 DOCS = ROOT / "docs"
 PAGES = [*sorted(DOCS.rglob("*.md")), ROOT / "README.md"]
@@ -30,10 +30,13 @@ def test_every_page_is_in_the_navigation() -> None:
     assert sorted(pages) == sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md"))
 
 
+def shown_in_the_api() -> set[str]:
+    pages = (DOCS / "api").rglob("*.md")
+    return {name for page in pages for name in re.findall(r"^::: ([\w.]+)", page.read_text(encoding="utf-8"), re.M)}
+
+
 def test_the_api_has_every_package_and_what_users_import() -> None:
-    shown = {
-        name for page in (DOCS / "api").rglob("*.md") for name in re.findall(r"^::: ([\w.]+)", page.read_text(), re.M)
-    }
+    shown = shown_in_the_api()
     layers = ("analysis", "callbacks", "core", "data", "optim", "report", "training")
     packages = {
         name
@@ -44,6 +47,25 @@ def test_the_api_has_every_package_and_what_users_import() -> None:
     packages -= {"lightning_goldy.analysis", "lightning_goldy.training", "lightning_goldy.report.topics"}
     assert packages <= shown
     assert shown <= set(modules())
+
+
+def test_the_api_shows_every_public_name() -> None:
+    # Commands are told of by their help, names of an earlier package by the message that each gives.
+    told = [name for name in modules() if layer_of(name) not in ("commands", "cli", "compat")]
+    everything = {name: importlib.import_module(name) for name in told}
+    shown = {
+        id(found)
+        for name in shown_in_the_api()
+        for public, found in vars(everything[name]).items()
+        if public in getattr(everything[name], "__all__", ()) or getattr(found, "__module__", "") == name
+    }
+    exported = {
+        f"{name}.{public}": getattr(module, public)
+        for name, module in everything.items()
+        for public in getattr(module, "__all__", ())
+    }
+    assert len(exported) > 300
+    assert [public for public, found in exported.items() if id(found) not in shown] == []
 
 
 @pytest.mark.parametrize("page", [*PAGES, *SETTINGS], ids=lambda page: str(page.relative_to(ROOT)))
@@ -71,3 +93,30 @@ def resolve(name: str) -> Any:
 def test_links_to_pages_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\((?!https?://|#)([^)#\s]+)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), f"{page}: {target}"
+
+
+def test_the_house_on_one_page_is_the_house() -> None:
+    text = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    package = ROOT / "lightning_goldy"
+    folder, named = package, 0
+    for token in re.findall(r"`([\w./]+)`", text):
+        if "/" not in token and not token.endswith(".py"):
+            continue
+        # A file without its folder lies beside the one that is named before it.
+        places = [package / token, ROOT / token] if "/" in token else [folder / token]
+        assert any(place.exists() for place in places), f"architecture.md names {token}, which is not there"
+        folder, named = places[0].parent, named + 1
+    assert named > 30
+
+
+def test_the_tree_of_the_house_is_that_of_the_package() -> None:
+    tree = re.findall(r"```\nlightning_goldy/\n(.*?)```", (DOCS / "architecture.md").read_text(encoding="utf-8"), re.S)[
+        0
+    ]
+    layers = set(re.findall(r"(?:^|\s{2,})(\w+)/(?=\s)", tree.split("architecture/")[0] + tree, re.M))
+    top = {path.parent.name for path in (ROOT / "lightning_goldy").glob("*/__init__.py")}
+    assert top <= layers
+    below = {path.parent.name for path in (ROOT / "lightning_goldy" / "analysis").glob("*/__init__.py")}
+    assert below <= set(re.findall(r"(\w+)/", tree))
+    known = {path.name for path in (ROOT / "lightning_goldy").rglob("*")}
+    assert set(re.findall(r"(\w+(?:\.py|(?=/)))", tree)) <= known

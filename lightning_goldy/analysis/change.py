@@ -583,12 +583,22 @@ def _row(
     if settings.intruders_below is None or not size:
         return row
     null = _random_change(matrix, name, seed, None if factors is None else factors[0].shape[1]) * changed
+    return row | _intruders(name, before, (matrix, null.to(matrix)), compared, settings, exact=small)
+
+
+def _intruders(
+    name: str, before: Tensor, changes: tuple[Tensor, Tensor], compared: Tensor, settings: _Settings, *, exact: bool
+) -> dict[str, Any]:
+    """How many leading directions resemble none of the base's, after the change and after a random one of its size."""
+    assert settings.intruders_below is not None
     found, chances = (
-        resemblances(leading_directions(before + part, top, f"{name}/present", seed, exact=small)[1], compared)
-        for part in (matrix, null.to(matrix))
+        resemblances(
+            leading_directions(before + part, settings.top, f"{name}/present", settings.seed, exact=exact)[1], compared
+        )
+        for part in changes
     )
     below = [[value < settings.intruders_below for value in cosines] for cosines in (found, chances)]
-    return row | {
+    return {
         "resemblances": tuple(found),
         "intruders": sum(below[0]),
         "intruder_share": sum(below[0]) / len(found),

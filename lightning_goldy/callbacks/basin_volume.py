@@ -30,11 +30,10 @@ from lightning_goldy.callbacks.base import (
     try_gradients,
 )
 from lightning_goldy.core.isolation import undisturbed
-from lightning_goldy.core.naming import require_kinds
+from lightning_goldy.core.naming import options_of, require_kinds
 from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.sharding import Replicas
 from lightning_goldy.core.space import ParameterSpace
-from lightning_goldy.optim.schedules import options_of
 from lightning_goldy.training.subject import check_probe, check_split_names, find_splits
 
 

@@ -25,7 +25,8 @@ from lightning_goldy.analysis.forecast import Forecast, Plan, Run
 from lightning_goldy.analysis.forecast.analyses import forecast_attribution
 from lightning_goldy.analysis.result import AnalysisResult, Cost, Row
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, try_gradients
-from lightning_goldy.callbacks.golden_snapshot import MaskCallback, find_snapshot
+from lightning_goldy.callbacks.golden_parameters import MaskCallback
+from lightning_goldy.callbacks.golden_snapshot import find_snapshot
 from lightning_goldy.core.architecture.adapters import (
     WeightSpace,
     check_space,
@@ -35,12 +36,11 @@ from lightning_goldy.core.architecture.adapters import (
 )
 from lightning_goldy.core.batches import sample_count
 from lightning_goldy.core.mask import ParameterMask
-from lightning_goldy.core.naming import block_of, require_at_least, require_kinds, require_number
+from lightning_goldy.core.naming import block_of, options_of, require_at_least, require_kinds, require_number
 from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.store import Kind, StoreError, read_header
 from lightning_goldy.core.vector import ParameterVector
-from lightning_goldy.optim.schedules import options_of
 from lightning_goldy.training.subject import find_collateral, find_tokenizer
 
 

@@ -32,11 +32,10 @@ from lightning_goldy.callbacks.engine.store import steps_so_far, training_length
 from lightning_goldy.callbacks.golden_snapshot import TrainingBase
 from lightning_goldy.core.architecture import HeadGates, UnsupportedArchitectureError
 from lightning_goldy.core.isolation import undisturbed
-from lightning_goldy.core.naming import require_kinds
+from lightning_goldy.core.naming import options_of, require_kinds
 from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.sharding import Replicas
 from lightning_goldy.core.space import ParameterSpace
-from lightning_goldy.optim.schedules import options_of
 from lightning_goldy.report.loggers import log_scalars
 from lightning_goldy.training.subject import find_model, find_objective
 

@@ -22,13 +22,12 @@ from lightning_goldy.analysis.golden import (
 )
 from lightning_goldy.analysis.result import Row
 from lightning_goldy.callbacks.base import AnalysisContext
-from lightning_goldy.callbacks.golden_snapshot import MaskCallback
+from lightning_goldy.callbacks.golden_parameters import MaskCallback
 from lightning_goldy.core.batches import sample_count, take_samples
 from lightning_goldy.core.mask import Scope
-from lightning_goldy.core.naming import require_kinds, require_number
+from lightning_goldy.core.naming import options_of, require_kinds, require_number
 from lightning_goldy.core.objective import CausalLMObjective, Objective
 from lightning_goldy.core.space import ParameterSpace
-from lightning_goldy.optim.schedules import options_of
 from lightning_goldy.training.subject import find_tokenizer
 
 
@@ -178,7 +177,17 @@ class ReverseGoldenParameters(MaskCallback[ReverseGoldenResult]):
         if not self.generations.prompts:
             return row
         tokenizer = _tokenizer(context.trainer)
-        found = compare_generations(context.model, tokenizer, mask=result.mask, **vars(self.generations))
+        told = self.generations
+        found = compare_generations(
+            context.model,
+            tokenizer,
+            told.prompts,
+            result.mask,
+            max_new_tokens=told.max_new_tokens,
+            do_sample=told.do_sample,
+            temperature=told.temperature,
+            seed=told.seed,
+        )
         metrics = {"token_agreement": found.mean_agreement, "kl_per_token": found.mean_kl_per_token}
         return row.extended(metrics, {"generations": found.rows()}, cost=found.cost)
 

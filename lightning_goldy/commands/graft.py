@@ -39,6 +39,7 @@ from lightning_goldy.core.files import atomic_write, finite, printable
 from lightning_goldy.core.isolation import undisturbed
 from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.naming import model_class, require_at_least
+from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.sharding import is_sharded
 from lightning_goldy.report.formatting import console_table, format_number, format_percent
 from lightning_goldy.training.models import write_pretrained
@@ -177,19 +178,7 @@ class _Graft(L.Callback):
             model = find_model(pl_module, None)
             probe = find_probe(trainer, pl_module, None, self.n_samples).batches
             objective = find_objective(pl_module, model, None, probe)
-            base = find_base(self.given, self.saved, pl_module, model, objective, self.space)
-            if base.values is None:
-                raise ValueError(
-                    f"there is no base to graft on: {base.source.removesuffix('; give --base')}; give --base PATH"
-                )
-            if any(map(is_sharded, model.parameters())):
-                raise ValueError("goldy graft works on whole models: run it in one process")
-            for parameter in base.values.space.resolve(model).values():
-                parameter.requires_grad_(True)
-            self.saved.load_into(pl_module, model)
-            for note in follow_frozen(self.saved, base, model, self.space, "goldy graft"):
-                rank_zero_warn(note)
-            self.base_source = base.source
+            base = self._base(pl_module, model, objective)
             scored, held_out = interleaved(probe, self.n_samples)
             collateral = find_collateral(trainer, None, self.n_collateral)
             shares = sorted({*SHARES, *([self.wanted.keep] if self.wanted.keep else ()), 0.5})
@@ -200,23 +189,24 @@ class _Graft(L.Callback):
 
             learns = self.wanted.method == "learned"
             options: dict[str, Any] = {"space": self.space, "shares": shares, "keep_scores": learns, "progress": tell}
-            attribution = change_attribution(model, base.values, scored, objective, **options)
+            attribution = change_attribution(model, base, scored, objective, **options)
             if attribution.levels is None:
-                raise ValueError(f"{self.saved.path}: nothing differs from the base ({base.source})")
+                raise ValueError(f"{self.saved.path}: nothing differs from the base ({self.base_source})")
             numel = sum(attribution.numels)
             if self.wanted.keep is not None and self.wanted.keep * numel < 1:
                 raise ValueError(f"keep={self.wanted.keep:g} is less than one of the {numel:,} elements")
-            teaching: list[Any] = []
             if learns:
                 collateral, teaching = interleaved(collateral, self.n_collateral)
-                for share in [self.wanted.keep] if self.wanted.keep is not None else shares:
-                    found = learn_mask(
-                        model, base.values, attribution, scored, teaching or None, share=share, objective=objective
-                    )
-                    self.learned.append(found.mask)
+                wanted = shares if self.wanted.keep is None else [self.wanted.keep]
+                self.learned = [
+                    learn_mask(
+                        model, base, attribution, scored, teaching or None, share=share, objective=objective
+                    ).mask
+                    for share in wanted
+                ]
             curve = graft_curve(
                 model,
-                base.values,
+                base,
                 attribution,
                 scored,
                 held_out,
@@ -226,7 +216,24 @@ class _Graft(L.Callback):
                 progress=tell,
             )
             self.found, self.point = AttributedChange(attribution, curve), self.wanted.of(curve)
-            self._write(model, base.values, find_tokenizer(trainer))
+            self._write(model, base, find_tokenizer(trainer))
+
+    def _base(self, pl_module: L.LightningModule, model: nn.Module, objective: Objective) -> BaseParameters:
+        """What is grafted on; the model gets the checkpoint's weights, and what they changed is differentiated."""
+        base = find_base(self.given, self.saved, pl_module, model, objective, self.space)
+        if base.values is None:
+            raise ValueError(
+                f"there is no base to graft on: {base.source.removesuffix('; give --base')}; give --base PATH"
+            )
+        if any(map(is_sharded, model.parameters())):
+            raise ValueError("goldy graft works on whole models: run it in one process")
+        for parameter in base.values.space.resolve(model).values():
+            parameter.requires_grad_(True)
+        self.saved.load_into(pl_module, model)
+        for note in follow_frozen(self.saved, base, model, self.space, "goldy graft"):
+            rank_zero_warn(note)
+        self.base_source = base.source
+        return base.values
 
     def show(self, console: Console) -> None:
         """Prints the grafts, the one that was taken, and where it is."""

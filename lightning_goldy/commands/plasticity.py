@@ -228,7 +228,9 @@ def _plasticity(given: HeadPlasticity, strategy: str, level: float, cycles: int)
     settings = dataclasses.replace(
         given.settings, strategy=strategy, pruning_level=level, cycles=cycles, scoring=scoring
     )
-    return HeadPlasticity(**vars(settings), probe=given.probe, model_attribute=given.model_attribute)
+    plasticity = HeadPlasticity(probe=given.probe, model_attribute=given.model_attribute)
+    plasticity.settings = settings
+    return plasticity
 
 
 def _told(plasticity: HeadPlasticity, model: torch.nn.Module) -> dict[str, Any]:

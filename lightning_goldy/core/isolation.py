@@ -584,27 +584,12 @@ def preserved(module: nn.Module, *, training: bool | None = False) -> Iterator[n
     """
     require_unscaled(module)
     unshard_guard(module)
-    modes = [(child, child.training) for child in module.modules()]
+    children = list(module.modules())
+    modes = [(child, child.training) for child in children]
     parameters = list(module.parameters())
-    gradients = [parameter.grad for parameter in parameters]
-    requires = [parameter.requires_grad for parameter in parameters]
-    # Whoever trains within such hooks (an optimizer in the backward pass, stages of ZeRO) would take these gradients.
-    waiting = [held for parameter in parameters if (held := parameter._post_accumulate_grad_hooks)]
-    # Those of modules hear of the training's passes alone, too, and forward mode cannot pass them.
-    waiting += [held for child in module.modules() for name in _BACKWARD_HOOKS if (held := getattr(child, name))]
-    hooks = [(held, dict(held)) for held in waiting]
-    # By owner, because a forward may put a new tensor in a buffer's place.
-    buffers = [
-        (child, name, buffer, None if buffer is None else (local(buffer).detach().clone(), buffer.requires_grad))
-        for child in module.modules()
-        for name, buffer in child._buffers.items()
-    ]
-    slots = [(child, set(child._buffers)) for child in module.modules()]
-    # Embeddings that a forward pass shortens in place.
-    renormed = [child.weight for child in module.modules() if isinstance(child, _EMBEDDINGS) and child.max_norm]
-    lengths = [local(weight).detach().clone() for weight in renormed]
+    gradients, buffers, lengths = _Gradients(parameters, children), _Buffers(children), _Lengths(children)
     kept = Kept.of_modules(module)
-    for child in module.modules():
+    for child in children:
         if isinstance(child, _EMBEDDINGS):
             # Analyses calculate with gradients, which they want dense.
             child.sparse = False
@@ -612,43 +597,92 @@ def preserved(module: nn.Module, *, training: bool | None = False) -> Iterator[n
     guard = module.register_forward_pre_hook(_at_forward, prepend=True) if any(map(is_sharded, parameters)) else None
     with isolated_rng(), torch.inference_mode(False), torch.enable_grad(), _run_plainly(module):
         try:
-            for parameter in parameters:
-                parameter.grad = None
-            for held, _ in hooks:
-                held.clear()
+            gradients.set_aside()
             if training is not None:
                 # Not by train(), which some layers override to merge adapters into their weights.
                 for child, _ in modes:
                     child.training = training
             yield module
         finally:
-            with torch.no_grad():
-                for weight, before in zip(renormed, lengths, strict=True):
-                    if not torch.equal(local(weight), before):
-                        local(weight).copy_(before)
+            lengths.put_back()
             if guard is not None:
                 guard.remove()
             unshard_guard(module)
-            with torch.no_grad():
-                for child, name, buffer, value in buffers:
-                    if buffer is not None and value is not None:
-                        # Detached, also a buffer made in inference mode can be written to.
-                        local(buffer).copy_(value[0])
-                        _leave_graph(buffer, value[1])
-                    child._buffers[name] = buffer
-                for child, names in slots:
-                    for name in set(child._buffers) - names:
-                        del child._buffers[name]
+            buffers.put_back()
             kept.restore()
-            for held, owned in hooks:
-                held.clear()
-                held.update(owned)
-            for parameter, gradient, needed in zip(parameters, gradients, requires, strict=True):
-                if parameter.requires_grad is not needed:
-                    parameter.requires_grad_(needed)
-                parameter.grad = gradient
+            gradients.put_back()
             for child, mode in modes:
                 child.training = mode
+
+
+class _Gradients:
+    """Gradients of parameters, whether they want any, and hooks that wait for them."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], children: Iterable[nn.Module]) -> None:
+        self._held = [(parameter, parameter.grad, parameter.requires_grad) for parameter in parameters]
+        # Whoever trains within such hooks (an optimizer in the backward pass, stages of ZeRO) would take these
+        # gradients.
+        waiting = [held for parameter in parameters if (held := parameter._post_accumulate_grad_hooks)]
+        # Those of modules hear of the training's passes alone, too, and forward mode cannot pass them.
+        waiting += [held for child in children for name in _BACKWARD_HOOKS if (held := getattr(child, name))]
+        self._hooks = [(held, dict(held)) for held in waiting]
+
+    def set_aside(self) -> None:
+        for parameter, _, _ in self._held:
+            parameter.grad = None
+        for held, _ in self._hooks:
+            held.clear()
+
+    def put_back(self) -> None:
+        for held, owned in self._hooks:
+            held.clear()
+            held.update(owned)
+        for parameter, gradient, needed in self._held:
+            if parameter.requires_grad is not needed:
+                parameter.requires_grad_(needed)
+            parameter.grad = gradient
+
+
+class _Buffers:
+    """Buffers by owner, because a forward may put a new tensor in a buffer's place, and copies of what is in them."""
+
+    def __init__(self, children: Iterable[nn.Module]) -> None:
+        self._owners = [
+            (
+                child,
+                {
+                    name: (buffer, None if buffer is None else (local(buffer).detach().clone(), buffer.requires_grad))
+                    for name, buffer in child._buffers.items()
+                },
+            )
+            for child in children
+        ]
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        for child, owned in self._owners:
+            for name, (buffer, value) in owned.items():
+                if buffer is not None and value is not None:
+                    # Detached, also a buffer made in inference mode can be written to.
+                    local(buffer).copy_(value[0])
+                    _leave_graph(buffer, value[1])
+                child._buffers[name] = buffer
+            for name in set(child._buffers) - set(owned):
+                del child._buffers[name]
+
+
+class _Lengths:
+    """Weights of embeddings that a forward pass shortens in place."""
+
+    def __init__(self, children: Iterable[nn.Module]) -> None:
+        weights = [child.weight for child in children if isinstance(child, _EMBEDDINGS) and child.max_norm]
+        self._weights = [(weight, local(weight).detach().clone()) for weight in weights]
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        for weight, before in self._weights:
+            if not torch.equal(local(weight), before):
+                local(weight).copy_(before)
 
 
 def _at_forward(module: nn.Module, inputs: Any) -> None:

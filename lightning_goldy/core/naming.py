@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import math
@@ -11,10 +12,11 @@ import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from torch import nn
 
+Options = TypeVar("Options")
 Kind = Literal["attention", "mlp", "norm", "embedding", "head", "other"]
 
 # Wrappers rename parameters; a vector recorded with one must match a model without it.
@@ -113,17 +115,23 @@ def model_class(module: nn.Module) -> str:
     return type(module).__name__.removeprefix("FSDP") if sharded else type(module).__name__
 
 
-def suggestion(value: str, valid: Iterable[str]) -> str:
-    """A sentence that lists the valid choices, the closest first.
+def suggestion(value: object, valid: Iterable[str], listed: int = 40) -> str:
+    """A sentence that lists the valid choices, the closest first, whichever case it is written in.
+
+    Args:
+        value: What was given.
+        valid: All that it may be.
+        listed: At most this many valid choices are listed.
 
     Example:
         >>> suggestion("taylr", ["gradient", "taylor"])
         "did you mean 'taylor'? Valid: gradient, taylor"
     """
     choices = [str(choice) for choice in valid]
-    close = difflib.get_close_matches(value, choices, n=1)
-    shown = ", ".join(choices[:40]) + (f", ... ({len(choices)} in all)" if len(choices) > 40 else "")
-    return (f"did you mean {close[0]!r}? " if close else "") + f"Valid: {shown}"
+    by_case = {choice.casefold(): choice for choice in choices}
+    close = difflib.get_close_matches(str(value).casefold(), by_case, n=1)
+    shown = ", ".join(choices[:listed]) + (f", ... ({len(choices)} in all)" if len(choices) > listed else "")
+    return (f"did you mean {by_case[close[0]]!r}? " if close else "") + f"Valid: {shown}"
 
 
 def unknown_name(kind: str, name: object, valid: Iterable[str], listed: int = 40) -> str:
@@ -136,18 +144,13 @@ def unknown_name(kind: str, name: object, valid: Iterable[str], listed: int = 40
         listed: At most this many valid names are listed.
 
     Returns:
-        One line with the close matches first, then the valid names.
+        One line with the closest match first, then the valid names.
 
     Example:
         >>> unknown_name("relation", "captial", ["capital", "currency"])
         "unknown relation 'captial'; did you mean 'capital'? Valid: capital, currency"
     """
-    names = list(valid)
-    by_case = {candidate.casefold(): candidate for candidate in names}
-    close = [by_case[match] for match in difflib.get_close_matches(str(name).casefold(), by_case, n=3, cutoff=0.6)]
-    hint = f"; did you mean {' or '.join(repr(match) for match in close)}?" if close else "."
-    rest = f", ... ({len(names)} in all)" if len(names) > listed else ""
-    return f"unknown {kind} {name!r}{hint} Valid: {', '.join(names[:listed])}{rest}"
+    return f"unknown {kind} {name!r}; {suggestion(name, valid, listed)}"
 
 
 def require_choice(what: str, value: str, valid: Iterable[str]) -> None:
@@ -168,7 +171,7 @@ def require_choice(what: str, value: str, valid: Iterable[str]) -> None:
     """
     choices = tuple(valid)
     if value not in choices:
-        raise ValueError(f"unknown {what} {value!r}; {suggestion(str(value), choices)}")
+        raise ValueError(unknown_name(what, value, choices))
 
 
 def require_number(name: str, value: object, *, whole: bool = False) -> None:
@@ -311,6 +314,34 @@ def require_kinds(owner: Callable[..., Any], values: Mapping[str, Any]) -> None:
             if words.endswith("number or None"):
                 words = words.removesuffix(" or None")  # a number was meant
             raise ValueError(f"{name} must be {words}; got {values[name]!r:.60}")
+
+
+def options_of(kind: type[Options], argument: str, value: Options | Mapping[str, Any]) -> Options:
+    """The options that an argument gives.
+
+    Args:
+        kind: Their class.
+        argument: The argument's name, for messages.
+        value: An object of the class, or a dictionary of its fields.
+
+    Raises:
+        TypeError: It is neither.
+        ValueError: There is no such field, or a value is out of its range.
+
+    Example:
+        >>> Rates = dataclasses.make_dataclass("Rates", ["inside"])
+        >>> options_of(Rates, "rates", {"inside": 2}).inside
+        2
+    """
+    if isinstance(value, kind):
+        return value
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{argument} must be {kind.__name__} or a dict of its fields; got {type(value).__name__}")
+    known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    for key in value:
+        if key not in known:
+            raise ValueError(f"unknown option {argument}.{key}; choose from {', '.join(known)}")
+    return kind(**value)
 
 
 @functools.cache

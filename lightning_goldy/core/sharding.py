@@ -133,9 +133,9 @@ def sum_over_shards(partial: Sequence[Tensor], references: Sequence[Tensor]) -> 
 def unshard_guard(module: nn.Module) -> None:
     """Frees unsharded copies that FSDP2 keeps after a forward, so that parameters are the sharded ones again."""
     for child in module.modules():
-        reshard = getattr(child, "reshard", None)
-        if callable(reshard) and hasattr(child, "unshard"):
-            reshard()
+        # Asked of the class, whose answer costs a fraction of what a module takes to say that it has no such attribute.
+        if hasattr(type(child), "reshard") and hasattr(type(child), "unshard"):
+            child.reshard()  # type: ignore[operator]
 
 
 @dataclass(frozen=True)

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
-from lightning_goldy.core.naming import canonical_name, require_number
+from lightning_goldy.core.naming import canonical_name, options_of, require_choice, require_number
 from lightning_goldy.optim.masked_adamw import MaskedAdamW
 
 OptimizerName = Literal["adamw", "masked_adamw"]
 ScheduleName = Literal["cosine", "linear", "constant"]
-Options = TypeVar("Options")
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ class OptimizerOptions:
             raise ValueError(f"optimizer.betas must be two numbers in [0, 1); got {self.betas}")
         if not self.eps > 0:
             raise ValueError(f"optimizer.eps must be positive; got {self.eps}")
-        _require_one_of("optimizer.name", self.name, get_args(OptimizerName))
+        require_choice("optimizer.name", self.name, get_args(OptimizerName))
         for field, rate in zip(("lr_inside", "lr_outside"), self.rates, strict=True):
             if not 0 <= rate < math.inf:
                 raise ValueError(f"optimizer.{field} must be a finite number, not negative; got {rate}")
@@ -115,7 +113,7 @@ class ScheduleOptions:
     final_fraction: float = 0.1
 
     def __post_init__(self) -> None:
-        _require_one_of("schedule.name", self.name, get_args(ScheduleName))
+        require_choice("schedule.name", self.name, get_args(ScheduleName))
         if self.warmup_steps is not None and self.warmup_fraction is not None:
             raise ValueError(
                 f"give schedule.warmup_steps or schedule.warmup_fraction, not both; "
@@ -152,38 +150,6 @@ class ScheduleOptions:
         return self.warmup_steps
 
 
-def _require_one_of(what: str, value: str, names: Sequence[str]) -> None:
-    if value not in names:
-        raise ValueError(f"unknown {what} {value!r}; choose one of {', '.join(names)}")
-
-
-def options_of(kind: type[Options], argument: str, value: Options | Mapping[str, Any]) -> Options:
-    """The options that an argument gives.
-
-    Args:
-        kind: Their class.
-        argument: The argument's name, for messages.
-        value: An object of the class, or a dictionary of its fields.
-
-    Raises:
-        TypeError: It is neither.
-        ValueError: There is no such field, or a value is out of its range.
-
-    Example:
-        >>> options_of(ScheduleOptions, "schedule", {"name": "linear"}).name
-        'linear'
-    """
-    if isinstance(value, kind):
-        return value
-    if not isinstance(value, Mapping):
-        raise TypeError(f"{argument} must be {kind.__name__} or a dict of its fields; got {type(value).__name__}")
-    known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
-    for key in value:
-        if key not in known:
-            raise ValueError(f"unknown option {argument}.{key}; choose from {', '.join(known)}")
-    return kind(**value)
-
-
 def optimizer_options(
     value: OptimizerOptions | OptimizerName | Mapping[str, Any], mask: str | Path | None = None
 ) -> OptimizerOptions:
@@ -198,7 +164,7 @@ def optimizer_options(
         'golden'
     """
     if isinstance(value, str):
-        _require_one_of("optimizer", value, get_args(OptimizerName))
+        require_choice("optimizer", value, get_args(OptimizerName))
         value = {"name": value}
     fields = vars(value) if isinstance(value, OptimizerOptions) else value
     if mask is not None and isinstance(fields, Mapping):

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedTokenizerBase
 
 from lightning_goldy.core.mask import ParameterMask
-from lightning_goldy.core.naming import suggestion
+from lightning_goldy.core.naming import options_of, require_choice, suggestion
 from lightning_goldy.core.objective import (
     CausalLMObjective,
     ClassifierObjective,
@@ -40,7 +40,6 @@ from lightning_goldy.optim.schedules import (
     ScheduleOptions,
     build_optimizer,
     optimizer_options,
-    options_of,
     schedule_factor,
 )
 from lightning_goldy.training.metrics import StageMetrics
@@ -257,8 +256,7 @@ class GoldyModule(GoldyMixin, L.LightningModule):
         self.objective: Objective = _objective(objective, model)
         self.checkpoint_options = options_of(CheckpointOptions, "checkpoints", checkpoints)
         self.gradient_checkpointing = gradient_checkpointing
-        if dtype not in get_args(WeightDtype):
-            raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(get_args(WeightDtype))}")
+        require_choice("dtype", dtype, get_args(WeightDtype))
         self.dtype_name: WeightDtype = dtype
         self.tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
         self._save_hyperparameters(model, tokenizer)

@@ -246,7 +246,7 @@ def test_a_callback_is_known_by_the_name_of_its_class(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "adam"}, "unknown optimizer.name 'adam'; choose one of adamw, masked_adamw"),
+        ({"name": "adam"}, r"unknown optimizer.name 'adam'; did you mean 'adamw'\? Valid: adamw, masked_adamw"),
         ({"name": "masked_adamw"}, "needs optimizer.mask"),
         ({"mask": "golden"}, "mask='golden'.*belong to optimizer.name='masked_adamw'; the name is 'adamw'"),
         ({"lr_outside": 0.1}, "lr_outside=0.1 belong"),

@@ -129,11 +129,6 @@ class Method:
                 f"--high and --moderate must be in order within [-1, 1]; got {self.high} and {self.moderate}"
             )
 
-    @property
-    def options(self) -> RunOptions:
-        """Those of the run."""
-        return RunOptions(projection=self.projection, seed=self.seed, workspace=self.workspace, on_error="nan")
-
 
 @dataclass(frozen=True)
 class Editing:

@@ -135,7 +135,17 @@ def measure(
     part: dict[str, Any] = {"select": method.select, "layers": method.layers, **encode}
     here: dict[str, Any] = {"progress": clock.progress, "split_over_ranks": clock.ranks.size > 1}
     with clock.phase("coupling"):
-        result = knowledge_coupling(model, chosen, center=method.center, **part, **here, **vars(method.options))
+        result = knowledge_coupling(
+            model,
+            chosen,
+            center=method.center,
+            projection=method.projection,
+            seed=method.seed,
+            workspace=method.workspace,
+            on_error="nan",
+            **part,
+            **here,
+        )
     with clock.phase("statistics"):
         statistics = coupling_statistics(result, moderate=method.moderate, high=method.high)
     good = result.valid.nonzero().flatten().tolist()

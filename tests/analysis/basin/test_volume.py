@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_goldy.analysis import local_volume
 from lightning_goldy.analysis.basin import aggregate, best_of
 from lightning_goldy.core import ParameterSpace
-from tests.core.test_ray import Stretch
+from tests.core.test_directions import Stretch
 from tests.references.volume import gaussian_volume_reference, log_sphere_area
 
 
