@@ -48,6 +48,15 @@ _BOXES = (types.SimpleNamespace, UserDict, UserList, Queue)
 # Their generators are theirs alone.
 _COLLATORS = "transformers.data."
 _BACKWARD_HOOKS = ("_backward_pre_hooks", "_backward_hooks")
+_FORWARD_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+# Beside their functions, how modules call them.
+_HOOK_SLOTS = (
+    *_FORWARD_HOOKS,
+    *_BACKWARD_HOOKS,
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
 # Of a module, what a batch passes: its other functions belong to the training.
 _ON_THE_WAY = ("forward", "_batch_transfer", "_to_device", "_dataloader")
 
@@ -402,7 +411,7 @@ def _held_by(hook: Any, depth: int = 3) -> Iterator[Any]:
 
 
 def _hooks_of(module: nn.Module) -> Iterator[dict[Any, Any]]:
-    for name in ("_forward_pre_hooks", "_forward_hooks", *_BACKWARD_HOOKS):
+    for name in (*_FORWARD_HOOKS, *_BACKWARD_HOOKS):
         yield getattr(module, name)
 
 
@@ -592,7 +601,10 @@ def preserved(module: nn.Module, *, training: bool | None = False) -> Iterator[n
     waiting = [held for parameter in parameters if (held := parameter._post_accumulate_grad_hooks)]
     # Those of modules hear of the training's passes alone, too, and forward mode cannot pass them.
     waiting += [held for child in module.modules() for name in _BACKWARD_HOOKS if (held := getattr(child, name))]
-    hooks = [(held, dict(held)) for held in waiting]
+    # A forward may register hooks once, and mark that in an attribute, as transformers does to capture hidden states:
+    # they go when the mark goes, or the training's own forward would register them again.
+    slots_of_hooks = [getattr(child, name) for child in module.modules() for name in _HOOK_SLOTS]
+    hooks = [(held, dict(held)) for held in (*waiting, *slots_of_hooks)]
     # By owner, because a forward may put a new tensor in a buffer's place.
     buffers = [
         (child, name, buffer, None if buffer is None else (local(buffer).detach().clone(), buffer.requires_grad))
@@ -614,7 +626,7 @@ def preserved(module: nn.Module, *, training: bool | None = False) -> Iterator[n
         try:
             for parameter in parameters:
                 parameter.grad = None
-            for held, _ in hooks:
+            for held in waiting:
                 held.clear()
             if training is not None:
                 # Not by train(), which some layers override to merge adapters into their weights.
@@ -641,8 +653,9 @@ def preserved(module: nn.Module, *, training: bool | None = False) -> Iterator[n
                         del child._buffers[name]
             kept.restore()
             for held, owned in hooks:
-                held.clear()
-                held.update(owned)
+                if list(held) != list(owned):
+                    held.clear()
+                    held.update(owned)
             for parameter, gradient, needed in zip(parameters, gradients, requires, strict=True):
                 if parameter.requires_grad is not needed:
                     parameter.requires_grad_(needed)
