@@ -625,7 +625,7 @@ def test_hooks_that_a_forward_registers_once_are_not_there_twice() -> None:
     # What was registered before stays so.
     with preserved(model):
         model(torch.ones(1, 2))
-    assert len(model.layer._forward_hooks) == 2 and len(model.layer._forward_pre_hooks) == 1
+    assert (len(model.layer._forward_hooks), len(model.layer._forward_pre_hooks)) == (2, 1)
 
 
 def test_a_model_captures_each_router_once_after_an_analysis() -> None:
