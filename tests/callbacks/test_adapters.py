@@ -229,12 +229,12 @@ def test_the_change_is_from_what_the_adapters_came_to_as_they_were_scaled_at_the
     options = {"module": Rescaled, "max_epochs": 1, "limit_train_batches": 4, "limit_val_batches": 0}
     kept = ModelCheckpoint(tmp_path / "kept", every_n_train_steps=3, save_top_k=-1, filename="{step}")
     whole = watching()
-    _, module, _ = fit(tmp_path / "whole", [*whole, kept], **options, enable_checkpointing=True)
+    module = fit(tmp_path / "whole", [*whole, kept], **options, enable_checkpointing=True)[1]
     again = watching()
-    fit(tmp_path / "again", again, ckpt_path=tmp_path / "kept" / "step=3.ckpt", **options)
-    now = unloaded(module.model)
-    along = taylor_diff(now, first, [next(iter(TokenData().probe_dataloader()))], orders=[1])
-    for snapshot, taylor, moving in (whole, again):
+    resumed = fit(tmp_path / "again", again, ckpt_path=tmp_path / "kept" / "step=3.ckpt", **options)[1]
+    for model, (snapshot, taylor, moving) in ((module.model, whole), (resumed.model, again)):
+        now = unloaded(model)
+        along = taylor_diff(now, first, [next(iter(TokenData().probe_dataloader()))], orders=[1])
         row = last_row(snapshot)
         assert row["metrics"]["delta_norm"] == pytest.approx(weight_change(now, first).delta_norm, rel=1e-4)
         assert any("or their scaling are others than at the start in 4 layers" in it for it in row["result"]["notes"])
