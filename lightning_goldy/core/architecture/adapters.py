@@ -663,6 +663,7 @@ def _placed_between(
     """Lets a layer compute between its base and its present state; gives the place of the base."""
     plain, patched = layer.forward, "forward" in vars(layer)
     own = next(layer.parameters())
+    laid = base.laid_on if _laid_otherwise(path, layer, base) else None
     entries: list[tuple[dict[str, Any], str, Tensor]] = []
     for name, value in before.items():
         module, _, leaf = name.rpartition(".")
@@ -674,7 +675,7 @@ def _placed_between(
         try:
             for held, leaf, value in entries:
                 held[leaf] = value
-            with _as_laid_on(path, layer, base.laid_on):
+            with _as_laid_on(path, layer, laid):
                 start = plain(*args, **kwargs)
         finally:
             for (held, leaf, _), present in zip(entries, kept, strict=True):
