@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_goldy.analysis.divergence import AnchoredDivergence
 from lightning_goldy.analysis.result import AnalysisResult, Cost
+from lightning_goldy.core.architecture.adapters import base_values
 from lightning_goldy.core.base import Base, base_of
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.mask import MaskedModel
@@ -134,7 +135,7 @@ def continue_prompts(
         ((1.0,), (0.0,), True)
     """
     writer = _Writer(model, tokenizer, prompts, seed, max_new_tokens, do_sample, temperature)
-    start = None if base is None else base_of(base, model).vector(model)
+    start = None if base is None else base_values(model, base_of(base, model))
     before = None if start is None else lambda: substituted(model, start)
     return Continuations(**writer.compare(before, "the divergence from the base"))
 

@@ -18,7 +18,13 @@ from lightning_goldy.analysis.result import Row
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.callbacks.engine.run_folder import run_root
 from lightning_goldy.callbacks.engine.weights import FROZEN_FILE, Frozen
-from lightning_goldy.core.architecture.adapters import WeightSpace, check_space, require_merged
+from lightning_goldy.core.architecture.adapters import (
+    WeightSpace,
+    check_space,
+    laid_on,
+    laid_otherwise,
+    require_merged,
+)
 from lightning_goldy.core.base import BASE_FILE, BaseParameters, read_base
 from lightning_goldy.core.files import link_file
 from lightning_goldy.core.naming import model_class, require_kinds
@@ -157,7 +163,13 @@ class GoldenSnapshot(AnalysisCallback[WeightChange]):
 
         source = None if self.source is None else partial(self._start_values, trainer, model)
         merged = getattr(callback, "space", "merged") == "merged"
-        return self._frozen.follow(model, self.base, grow, merged=merged, who=callback.name, source=source)
+        notes = self._frozen.follow(model, self.base, grow, merged=merged, who=callback.name, source=source)
+        if merged and (moved := laid_otherwise(model, self.base)):
+            notes.append(
+                f"the adapters in use or their scaling are others than at the start in {len(moved)} layers "
+                f"({moved[0]}): the change is from the weights that those of the start came to"
+            )
+        return notes
 
     def became_trainable(self, trainer: L.Trainer, model: nn.Module, space: ParameterSpace) -> None:
         """Adds what becomes trainable to the base, and to the vectors that updates are told by."""
@@ -260,13 +272,14 @@ class KeptBase:
 
     Example:
         >>> KeptBase().state_dict()
-        {'base_hash': None, 'base_added': {}}
+        {'base_hash': None, 'base_added': {}, 'base_laid_on': None}
     """
 
     def __init__(self, state: Mapping[str, Any] | None = None) -> None:
         self.base: BaseParameters | None = None
         self.hash: str | None = None if state is None else state["base_hash"]
         self._added: dict[str, str] = {} if state is None else dict(state.get("base_added", {}))
+        self._laid_on: dict[str, dict[str, float]] | None = None if state is None else state.get("base_laid_on")
         self._unwritten: dict[str, ParameterVector] = {}
 
     @property
@@ -278,6 +291,7 @@ class KeptBase:
         """Keeps a copy of the values, and writes their file."""
         found = _write(vector, folder / BASE_FILE, trainer, model)
         self.base, self.hash, self._added, self._unwritten = BaseParameters(vector), found, {}, {}
+        self.base.laid_on = self._laid_on = laid_on(model)
 
     def grow(self, vector: ParameterVector, folder: Path, trainer: L.Trainer, model: nn.Module) -> None:
         """Adds those of the values that it lacks; a file of their own leaves earlier checkpoints what they need.
@@ -307,13 +321,14 @@ class KeptBase:
             StoreError: A file is missing, or another one than that run's.
         """
         self.base = BaseParameters(_read(folder / BASE_FILE, model, self.hash))
+        self.base.laid_on = self._laid_on
         for name, expected in self._added.items():
             self.base.grow(_read(folder / name, model, expected))
         return self.base
 
     def state_dict(self) -> dict[str, Any]:
         """Hashes of the files."""
-        return {"base_hash": self.hash, "base_added": dict(self._added)}
+        return {"base_hash": self.hash, "base_added": dict(self._added), "base_laid_on": self._laid_on}
 
 
 class TrainingBase:

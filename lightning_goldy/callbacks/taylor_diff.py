@@ -25,7 +25,7 @@ from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.callbacks.engine.weights import Frozen, adapters_apart
 from lightning_goldy.callbacks.golden_snapshot import find_snapshot
 from lightning_goldy.callbacks.preflight import dialled
-from lightning_goldy.core.architecture.adapters import WeightSpace, check_space, require_line
+from lightning_goldy.core.architecture.adapters import WeightSpace, check_space, laid_on, require_line
 from lightning_goldy.core.base import BaseParameters, base_of
 from lightning_goldy.core.naming import require_at_least, require_kinds, suggestion
 from lightning_goldy.core.objective import Objective
@@ -119,6 +119,7 @@ class TaylorDiff(AnalysisCallback[TaylorDiffResult]):
             self._store.carry(Path(self._previous_folder) / self._base_file)
             Replicas.world().meet(self.name)
             self._base = BaseParameters(load_vectors(self.folder / self._base_file, model)[0])
+            self._base.laid_on = self._base_laid_on
             self._trained |= set(self._base.space)
         elif self._base is None or not self._goes_on:
             self._move_base(model, trainer.global_step)
@@ -246,14 +247,18 @@ class TaylorDiff(AnalysisCallback[TaylorDiffResult]):
 
     def state_dict(self) -> dict[str, Any]:
         """Adds where the base was taken."""
-        return {**super().state_dict(), "base_step": self._base_step, "base_file": self._base_file}
+        laid = None if self._base is None else self._base.laid_on
+        own = {"base_step": self._base_step, "base_file": self._base_file, "base_laid_on": laid}
+        return {**super().state_dict(), **own}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Notes what the interrupted run left."""
         super().load_state_dict(state_dict)
         self._base_step, self._base_file = state_dict["base_step"], state_dict["base_file"]
+        self._base_laid_on = state_dict.get("base_laid_on")
 
     def _move_base(self, model: nn.Module, step: int) -> None:
         space = ParameterSpace.of(model) if self._base is None else self._base.space
         self._base, self._base_step = base_of(model, model, space), step
+        self._base.laid_on = laid_on(model)
         self._frozen = Frozen.of(model)

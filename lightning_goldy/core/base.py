@@ -55,6 +55,8 @@ class BaseParameters:
         # Only this process's shards: a sharded tensor cannot live on another device than its mesh.
         parts = {name: local(tensor) for name, tensor in vector.items()}
         self._parts = {name: part.to("cpu", copy=True) for name, part in parts.items()} if copy else parts
+        self.laid_on: Mapping[str, Mapping[str, float]] | None = None
+        """Which adapters the base was computed with, as ``laid_on`` of the model said; None: those of the present."""
 
     def grow(self, vector: ParameterVector) -> None:
         """Adds copies of further parameters' values, such as of what becomes trainable; who holds the base sees them.
@@ -124,6 +126,7 @@ def base_of(base: Base, model: nn.Module, space: ParameterSpace | None = None) -
         Traceback (most recent call last):
         TypeError: a base is a module, a ParameterVector, BaseParameters, or the path of a vector file, ...; got float
     """
+    laid_on = base.laid_on if isinstance(base, BaseParameters) else None
     if isinstance(base, BaseParameters):
         base.space.resolve(model)
         if space is None:
@@ -134,7 +137,9 @@ def base_of(base: Base, model: nn.Module, space: ParameterSpace | None = None) -
             raise SpaceError(f"the base is of another model: {more}")
         space = base.space if space is None else base.space.subspace(space.names)
         vector = ParameterVector(space, {name: _fit(base[name], own) for name, own in space.resolve(model).items()})
-        return BaseParameters(vector, copy=False)
+        made = BaseParameters(vector, copy=False)
+        made.laid_on = laid_on
+        return made
     if not isinstance(base, (nn.Module, str, Path)):
         raise TypeError(
             "a base is a module, a ParameterVector, BaseParameters, or the path of a vector file, a folder of "

@@ -48,6 +48,15 @@ _BOXES = (types.SimpleNamespace, UserDict, UserList, Queue)
 # Their generators are theirs alone.
 _COLLATORS = "transformers.data."
 _BACKWARD_HOOKS = ("_backward_pre_hooks", "_backward_hooks")
+_FORWARD_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+# Beside their functions, how modules call them.
+_HOOK_SLOTS = (
+    *_FORWARD_HOOKS,
+    *_BACKWARD_HOOKS,
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
 # Of a module, what a batch passes: its other functions belong to the training.
 _ON_THE_WAY = ("forward", "_batch_transfer", "_to_device", "_dataloader")
 
@@ -402,7 +411,7 @@ def _held_by(hook: Any, depth: int = 3) -> Iterator[Any]:
 
 
 def _hooks_of(module: nn.Module) -> Iterator[dict[Any, Any]]:
-    for name in ("_forward_pre_hooks", "_forward_hooks", *_BACKWARD_HOOKS):
+    for name in (*_FORWARD_HOOKS, *_BACKWARD_HOOKS):
         yield getattr(module, name)
 
 
@@ -616,27 +625,32 @@ def preserved(module: nn.Module, *, training: bool | None = False) -> Iterator[n
 
 
 class _Gradients:
-    """Gradients of parameters, whether they want any, and hooks that wait for them."""
+    """Gradients of parameters, whether they want any, hooks that wait for them, and all other hooks of modules."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter], children: Iterable[nn.Module]) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], children: Sequence[nn.Module]) -> None:
         self._held = [(parameter, parameter.grad, parameter.requires_grad) for parameter in parameters]
         # Whoever trains within such hooks (an optimizer in the backward pass, stages of ZeRO) would take these
         # gradients.
         waiting = [held for parameter in parameters if (held := parameter._post_accumulate_grad_hooks)]
         # Those of modules hear of the training's passes alone, too, and forward mode cannot pass them.
         waiting += [held for child in children for name in _BACKWARD_HOOKS if (held := getattr(child, name))]
-        self._hooks = [(held, dict(held)) for held in waiting]
+        self._waiting = waiting
+        # A forward may register hooks once, and mark that in an attribute, as transformers does to capture hidden
+        # states: they go when the mark goes, or the training's own forward would register them again.
+        slots = [getattr(child, name) for child in children for name in _HOOK_SLOTS]
+        self._hooks = [(held, dict(held)) for held in (*waiting, *slots)]
 
     def set_aside(self) -> None:
         for parameter, _, _ in self._held:
             parameter.grad = None
-        for held, _ in self._hooks:
+        for held in self._waiting:
             held.clear()
 
     def put_back(self) -> None:
         for held, owned in self._hooks:
-            held.clear()
-            held.update(owned)
+            if list(held) != list(owned):
+                held.clear()
+                held.update(owned)
         for parameter, gradient, needed in self._held:
             if parameter.requires_grad is not needed:
                 parameter.requires_grad_(needed)

@@ -353,6 +353,9 @@ def _group() -> Any:
     """A group of all ranks on the CPU, in which nothing else is sent; made once for each default group."""
     default = dist.group.WORLD
     if not _groups or _groups[0][0] is not default:
+        if dist.get_backend() == "gloo":
+            # A rank that is gone is told of here; the making of a group would wait for it until its timeout.
+            dist.barrier()
         backend = "gloo" if dist.is_gloo_available() else None
         _groups[:] = [(default, dist.new_group(backend=backend))]
     return _groups[0][1]

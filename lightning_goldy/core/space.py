@@ -151,6 +151,11 @@ class ParameterSpace:
             if name not in available:
                 made = name.endswith(("_orig", "_g", "_v")) or ".parametrizations." in f".{name}"
                 why = " (was a pruning or a norm of weights made permanent?)" if made else ""
+                if ".lora_" in name or name.startswith("base_model.model."):
+                    raise SpaceError(
+                        f"{type(module).__name__} has no parameter {name!r} of an adapter: was it deleted, or merged "
+                        "and unloaded? Keep it while analyses compare with it, in a training until trainer.fit returns"
+                    )
                 raise SpaceError(
                     f"{type(module).__name__} has no parameter {name!r}{why}; {suggestion(name, available)}"
                 )

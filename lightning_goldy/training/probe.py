@@ -438,6 +438,8 @@ def validation_source(trainer: L.Trainer) -> Source:
         why = f"{type(trainer.lightning_module).__name__} has no validation_step"
     elif loop._combined_loader is None and not defined:
         why = "there is no validation loader"
+    elif loop._combined_loader is not None and not any(loop._max_batches):
+        why = "the validation loaders have no batch"
     if why is not None:
         training = training_source(trainer, why)
         if training is not None:

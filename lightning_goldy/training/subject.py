@@ -16,7 +16,7 @@ from lightning_goldy.analysis.attention import Prompt
 from lightning_goldy.analysis.attention.patterns import with_decoder_tokens
 from lightning_goldy.analysis.attention.rows import Stack, Tokens
 from lightning_goldy.core.batches import move_batch, take_samples
-from lightning_goldy.core.isolation import isolated_rng, require_unscaled
+from lightning_goldy.core.isolation import isolated_rng, preserved, require_unscaled
 from lightning_goldy.core.objective import (
     CausalLMObjective,
     ClassifierObjective,
@@ -129,7 +129,6 @@ def find_objective(
     )
 
 
-@torch.no_grad()
 def _no_classifier(pl_module: nn.Module, model: nn.Module, batches: Sequence[Any]) -> str:
     """Why a model is not taken for a classifier; empty where it is."""
     batch = next(iter(batches), None)
@@ -143,7 +142,8 @@ def _no_classifier(pl_module: nn.Module, model: nn.Module, batches: Sequence[Any
         if isinstance(child, _Loss) and (child.weight is not None or getattr(child, "label_smoothing", None)):
             return f"its loss {name} has weights or smooths labels"
     sample = move_batch(take_samples(batch, slice(0, 1)), next(model.parameters()).device)
-    output = model(sample[0])
+    with preserved(model), torch.no_grad():
+        output = model(sample[0])
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
     if not isinstance(logits, Tensor) or logits.ndim != 2 or int(labels.max()) >= logits.shape[1]:

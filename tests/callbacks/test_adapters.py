@@ -195,6 +195,54 @@ def test_weights_that_move_below_adapters_are_part_of_the_change(tmp_path) -> No
     assert row["metrics"]["delta_norm"] == pytest.approx(expected.delta_norm, rel=1e-4)
 
 
+class Rescaled(Adapted):
+    """Turns its adapters up in the middle, and when it goes on from there."""
+
+    def turn_up(self) -> None:
+        for layer in self.model.modules():
+            if hasattr(layer, "merged_adapters"):
+                layer.scaling["default"] = 3.0
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        if self.trainer.global_step == 2:
+            self.turn_up()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.turn_up()
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, parameter in self.model.named_parameters():
+            # What the adapters come to at the start is not nothing.
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+
+
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint", "ignore:.*dataloader is not resumable")
+def test_the_change_is_from_what_the_adapters_came_to_as_they_were_scaled_at_the_start(tmp_path) -> None:
+    def watching() -> list[Any]:
+        moving = TaylorDiff(orders=[1], n_samples=2, reset="epoch", every_n_steps=4, name="moving")
+        return [GoldenSnapshot(every_n_steps=1), TaylorDiff(orders=[1], n_samples=2), moving]
+
+    L.seed_everything(7, verbose=False)
+    first = unloaded(Rescaled().model)
+    options = {"module": Rescaled, "max_epochs": 1, "limit_train_batches": 4, "limit_val_batches": 0}
+    kept = ModelCheckpoint(tmp_path / "kept", every_n_train_steps=3, save_top_k=-1, filename="{step}")
+    whole = watching()
+    module = fit(tmp_path / "whole", [*whole, kept], **options, enable_checkpointing=True)[1]
+    again = watching()
+    resumed = fit(tmp_path / "again", again, ckpt_path=tmp_path / "kept" / "step=3.ckpt", **options)[1]
+    for model, (snapshot, taylor, moving) in ((module.model, whole), (resumed.model, again)):
+        now = unloaded(model)
+        along = taylor_diff(now, first, [next(iter(TokenData().probe_dataloader()))], orders=[1])
+        row = last_row(snapshot)
+        assert row["metrics"]["delta_norm"] == pytest.approx(weight_change(now, first).delta_norm, rel=1e-4)
+        assert any("or their scaling are others than at the start in 4 layers" in it for it in row["result"]["notes"])
+        for told in (last_row(taylor)["metrics"], last_row(moving)["metrics"]):
+            found = told["base_loss"], told["first_order"], told["loss"]
+            assert found == pytest.approx((along.base_loss, along.first_order, along.loss), rel=1e-3)
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_weights_that_move_below_adapters_and_are_not_kept_are_refused_by_name(tmp_path) -> None:
     options = {"module": Renewed, "max_epochs": 1, "limit_train_batches": 3, "limit_val_batches": 0}

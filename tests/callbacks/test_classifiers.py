@@ -74,6 +74,17 @@ def test_what_is_no_plain_classifier_is_told_what_to_import(loss: nn.Module | No
     assert "from lightning_goldy import FunctionObjective" in str(told.value)
 
 
+def test_a_model_that_is_tried_as_a_classifier_keeps_statistics_modes_and_random_states() -> None:
+    module = Module()
+    module.model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 3))
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    state = torch.get_rng_state()
+    assert type(find_objective(module, module.model, None, [PAIR])) is ClassifierObjective
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert module.model[2].training
+
+
 def test_the_import_paths_of_the_message_are_right() -> None:
     import lightning_goldy
 

@@ -595,6 +595,50 @@ def test_what_hooks_keep_comes_back_and_backward_hooks_hear_nothing_of_an_analys
     assert heard == {"forward": 1, "backward": 1, "gradient": 1}
 
 
+class HooksOnce(nn.Module):
+    """Registers hooks in its first forward, as libraries do that capture what layers give, and marks that it has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.captured: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not getattr(self, "_hooked", False):
+            self.layer.register_forward_hook(lambda *given: self.captured.append(given[-1]))
+            self.layer.register_forward_pre_hook(lambda *_: None, with_kwargs=False)
+            self._hooked = True
+        return self.layer(x)
+
+
+def test_hooks_that_a_forward_registers_once_are_not_there_twice() -> None:
+    model = HooksOnce()
+    model.layer.register_forward_hook(lambda *_, **__: None, with_kwargs=True, always_call=True)
+    own = list(model.layer._forward_hooks)
+    for _ in range(2):
+        with preserved(model):
+            model(torch.ones(1, 2))
+    assert list(model.layer._forward_hooks) == list(model.layer._forward_hooks_with_kwargs) == own
+    assert not model.layer._forward_pre_hooks
+    model(torch.ones(1, 2))
+    assert len(model.captured) == 1
+    # What was registered before stays so.
+    with preserved(model):
+        model(torch.ones(1, 2))
+    assert (len(model.layer._forward_hooks), len(model.layer._forward_pre_hooks)) == (2, 1)
+
+
+def test_a_model_captures_each_router_once_after_an_analysis() -> None:
+    config = hf.MixtralConfig(
+        vocab_size=11, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=2, output_router_logits=True,
+    )  # fmt: skip
+    model, tokens = hf.MixtralForCausalLM(config), torch.tensor([[1, 2, 3]])
+    with preserved(model):
+        model(tokens)
+    assert len(model(tokens).router_logits) == len(model(tokens).router_logits) == 2
+
+
 def test_a_reentrant_checkpoint_gives_gradients_of_what_is_asked_for() -> None:
     model = nn.Linear(2, 2)
     x = torch.ones(1, 2, requires_grad=True)

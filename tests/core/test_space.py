@@ -214,6 +214,13 @@ def test_resolve_names_what_is_missing_or_of_another_shape() -> None:
         space.resolve(Blocks(2, width=4))
 
 
+def test_resolve_says_what_became_of_adapters() -> None:
+    name = "base_model.model.q_proj.lora_A.default.weight"
+    space = ParameterSpace.of_tensors({name: torch.zeros(1, 2)})
+    with pytest.raises(SpaceError, match=rf"Linear has no parameter '{name}' of an adapter: .*until trainer.fit ret"):
+        space.resolve(nn.Linear(2, 1))
+
+
 def test_resolve_also_finds_parameters_that_have_been_frozen_since() -> None:
     module = Blocks(1)
     space = ParameterSpace.of(module)

@@ -143,3 +143,17 @@ def reducers() -> dict[str, bool]:
         {"static_graph": True, "gradient_as_bucket_view": True},
     ]
     return {str(options): trained(False, **options) == trained(True, **options) for options in cases}
+
+
+def left_behind() -> float | None:
+    """Seconds until a rank hears that the other one ended before any of them had anything to do together."""
+    dist.barrier()
+    waited = None
+    if not dist.get_rank():
+        started = time.monotonic()
+        with pytest.raises(RuntimeError):
+            Replicas.world().meet("the start")
+        waited = time.monotonic() - started
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return waited

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.distributed.fault_checks import reducers, survived
+from tests.distributed.fault_checks import left_behind, reducers, survived
 from tests.distributed.launch import run_processes
 
 
@@ -31,3 +31,8 @@ def test_the_others_hear_of_a_failure_and_go_on_together() -> None:
     assert first["a signal"] == second["a signal"] == ["2.0", "heard", "2.0"]
     assert first["alone"] is None
     assert first["waited"] < 15
+
+
+def test_a_rank_that_ends_before_the_first_analysis_is_not_waited_for() -> None:
+    waited = run_processes(left_behind, 2, timeout=60)[0]
+    assert waited < 30

@@ -358,6 +358,24 @@ def test_of_a_training_set_not_all_is_taken_and_nothing_of_it_moves_on(tmp_path)
     assert run(1, limit_val_batches=0)[0][0].values[0][0] == 99
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:Total length of `")
+@pytest.mark.parametrize("loaders", [list, lambda: DataLoader(Numbers(0))], ids=["none", "of nothing"])
+def test_validation_loaders_that_hold_nothing_are_none(tmp_path, loaders):
+    class Data(L.LightningDataModule):
+        def train_dataloader(self):
+            return DataLoader(Numbers(6), batch_size=2)
+
+        def val_dataloader(self):
+            return loaders()
+
+    callback, module = Looking(2), Module()
+    options = {"max_epochs": 1, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = L.Trainer(default_root_dir=tmp_path, accelerator="cpu", callbacks=[callback], **options)
+    with pytest.warns(UserWarning, match=r"its last samples \(the validation loaders have no batch\)"):
+        trainer.fit(module, datamodule=Data())
+    assert callback.values == [[5, 4]]
+
+
 def test_a_run_without_any_loader_says_why(tmp_path):
     trainer = L.Trainer(default_root_dir=tmp_path, accelerator="cpu", logger=False)
     module = Module()

@@ -17,6 +17,7 @@ from lightning_goldy.analysis.attention.patterns import describe_stack, show_pat
 from lightning_goldy.analysis.attention.rows import STATISTICS, Stack, Tokens, divergence_sums, statistic_sums
 from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.core.architecture import Architecture
+from lightning_goldy.core.architecture.adapters import base_values
 from lightning_goldy.core.base import Base, base_of
 from lightning_goldy.core.batches import take_samples
 from lightning_goldy.core.isolation import preserved
@@ -154,7 +155,7 @@ def attention_statistics(
     check_statistics_arguments(n_samples, memory)
     replicas = Replicas.of(model) if split_over_ranks else Replicas()
     with preserved(model), replicas.together("attention_statistics"):
-        start = None if base is None else base_of(base, model).vector(model)
+        start = None if base is None else base_values(model, base_of(base, model))
         architecture = describe_stack(model, stack)
         device = next(model.parameters()).device
         sums = _Sums(architecture, device, stack, with_drift=start is not None)

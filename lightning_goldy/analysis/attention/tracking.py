@@ -13,6 +13,7 @@ from lightning_goldy.analysis.attention.patterns import AttentionMaps, NameToken
 from lightning_goldy.analysis.attention.rows import STATISTICS, Stack
 from lightning_goldy.analysis.attention.statistics import AttentionStatistics, attention_statistics
 from lightning_goldy.analysis.result import AnalysisResult, Cost
+from lightning_goldy.core.architecture.adapters import base_values
 from lightning_goldy.core.base import Base, base_of
 from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.vector import substituted
@@ -237,7 +238,7 @@ def track_attention(
         >>> found.heads, found.cost.forwards, len(found.row().result["prompts"][0]["maps"])
         (((0, 0), (0, 1), (1, 0), (1, 1)), 2, 4)
     """
-    start = None if base is None else base_of(base, model).vector(model)
+    start = None if base is None else base_values(model, base_of(base, model))
     options: dict[str, Any] = {"base": start, "n_samples": n_samples, "stack": stack, "progress": progress}
     statistics = attention_statistics(model, batches, objective, **options)
     shown = []

@@ -13,10 +13,11 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from functools import partial
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ from lightning_goldy.core.sharding import gather, is_sharded
 from lightning_goldy.core.space import ParameterSpace, trainable_parameters
 from lightning_goldy.core.vector import ParameterVector, reduce_tensors
 
+T = TypeVar("T")
 WeightSpace = Literal["merged", "adapters"]
 """Where the change of an adapted model is looked at: in the weights that it comes to, or in the adapters themselves."""
 
@@ -62,6 +64,105 @@ def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
         if is_adapter(module) and not any(path.startswith(f"{outer}.") for outer in found):
             found[path] = module
     return found
+
+
+def laid_on(model: nn.Module) -> dict[str, dict[str, float]]:
+    """Which adapters each adapter layer computes with, and their scaling (1 of those that have none).
+
+    Args:
+        model: With adapters or without.
+
+    Returns:
+        By canonical name of the layer, the active adapters that it has; none where they are switched off.
+
+    Example:
+        >>> laid_on(nn.Linear(2, 2))
+        {}
+    """
+    return dict(_laid_on("", model))
+
+
+def _laid_on(path: str, layer: nn.Module) -> Iterator[tuple[str, dict[str, float]]]:
+    for name, part in _parts(path, layer):
+        scaling = part.scaling if isinstance(getattr(part, "scaling", None), Mapping) else {}
+        active = () if getattr(part, "disable_adapters", False) else part.active_adapters
+        yield name, {adapter: float(scaling.get(adapter, 1)) for adapter in active if adapter in _held_adapters(part)}
+
+
+def _parts(path: str, layer: nn.Module) -> list[tuple[str, Any]]:
+    """The adapter layers inside one at a path, itself among them, by canonical name in the model."""
+    named = ((canonical_name(f"{name}."), part) for name, part in layer.named_modules() if is_adapter(part))
+    return [(f"{path}.{name}".strip("."), part) for name, part in named]
+
+
+def _held_adapters(part: Any) -> set[str]:
+    return {adapter for name in part.adapter_layer_names for adapter in getattr(part, name, ())}
+
+
+@contextmanager
+def _as_laid_on(path: str, layer: nn.Module, was: Mapping[str, Mapping[str, float]] | None) -> Iterator[None]:
+    """Has a layer compute with the adapters, and their scaling, of another time, for the length of a ``with`` block.
+
+    Args:
+        path: Where it is.
+        layer: An adapter layer.
+        was: What :func:`laid_on` said then; None to leave it as it is.
+
+    Raises:
+        AdapterError: It has lost one of them.
+    """
+    kept: list[tuple[Any, dict[str, Any]]] = []
+    try:
+        for name, part in [] if was is None else _parts(path, layer):
+            wanted = dict(was.get(name, {})) if was is not None else {}
+            if lacking := sorted(set(wanted) - _held_adapters(part)):
+                raise AdapterError(
+                    f"{name}: the base was computed with the adapter {lacking[0]!r}, which is gone, so the change of "
+                    "merged weights cannot be told; keep it (set_adapter() takes it out of use), or delete it after "
+                    "the training"
+                )
+            held = vars(part)
+            kept.append(
+                (part, {key: held[key] for key in ("_active_adapter", "_disable_adapters", "scaling") if key in held})
+            )
+            part._active_adapter, part._disable_adapters = list(wanted), False
+            if isinstance(getattr(part, "scaling", None), Mapping):
+                part.scaling = {**part.scaling, **wanted}
+        yield
+    finally:
+        for part, before in kept:
+            for key in ("_active_adapter", "_disable_adapters"):
+                vars(part).pop(key, None)
+            vars(part).update(before)
+
+
+def _laid_otherwise(path: str, layer: nn.Module, base: BaseParameters) -> bool:
+    return base.laid_on is not None and any(base.laid_on.get(name, {}) != now for name, now in _laid_on(path, layer))
+
+
+def laid_otherwise(model: nn.Module, base: BaseParameters) -> list[str]:
+    """The adapted layers that compute with other adapters than in a base, or with another scaling.
+
+    Example:
+        >>> laid_otherwise(nn.Linear(2, 2), BaseParameters(ParameterVector.of(nn.Linear(2, 2))))
+        []
+    """
+    return [path for path, layer in adapted_layers(model).items() if _laid_otherwise(path, layer, base)]
+
+
+def base_values(model: nn.Module, base: BaseParameters) -> ParameterVector:
+    """The values that make a model the base when they are put into it.
+
+    Raises:
+        AdapterError: No values do, because other adapters are in use than in the base, or with another scaling.
+    """
+    if moved := laid_otherwise(model, base):
+        raise AdapterError(
+            f"{moved[0]}: its adapters are not those that the base was computed with, or scaled otherwise "
+            "(set_adapter, add_adapter, set_scale?), so the base cannot be run; GoldenSnapshot, ParameterDistribution, "
+            "TaylorDiff and ChangeAttribution compare with it all the same"
+        )
+    return base.vector(model)
 
 
 def chosen_space(model: nn.Module, space: str) -> WeightSpace | None:
@@ -136,6 +237,9 @@ def changes_in(model: nn.Module, base: BaseParameters, space: str = "merged") ->
             if owner not in done:
                 done.add(owner)
                 yield from _layer_changes(owner, layers[owner], base, parameters)
+    for path in laid_otherwise(model, base):
+        if path not in done:
+            yield from _layer_changes(path, layers[path], base, parameters)
 
 
 def _owners(parameters: Mapping[str, nn.Parameter], layers: Mapping[str, nn.Module]) -> dict[str, list[str]]:
@@ -170,11 +274,12 @@ def _layer_changes(
     own = set(map(id, wrapped.parameters()))
     factors = None
     if not any(id(inside_own) in own for full, (_, inside_own) in inside.items() if full in base.space):
-        factors = _low_rank(layer, {}), _low_rank(layer, before)
+        factors = _at(path, layer, None, {}, _low_rank), _at(path, layer, base, before, _low_rank)
     if factors is not None and factors[0] is not None and factors[1] is not None:
         yield _low_rank_change(path, wrapped, factors[0], factors[1])
         return
-    was, now = _merged(path, layer, before), _merged(path, layer, {})
+    merged = partial(_merged, path)
+    was, now = _at(path, layer, base, before, merged), _at(path, layer, None, {}, merged)
     targets = {getattr(child, "parameter_name", "weight") for child in layer.modules() if is_adapter(child)}
     # Some adapters have a bias, too, which is merged into that below.
     if any(name.endswith(".bias") and id(value) not in own for name, value in inside.values()):
@@ -188,6 +293,18 @@ def _layer_changes(
             if told not in trained:
                 value = _or_frozen(value, gather(frozen))
             yield Change(told, value.to(dtype), (now[name] - value).to(dtype))
+
+
+def _at(
+    path: str,
+    layer: nn.Module,
+    base: BaseParameters | None,
+    values: Mapping[str, Tensor],
+    told: Callable[[nn.Module, Mapping[str, Tensor]], T],
+) -> T:
+    """What a layer comes to in a base, with its adapters as they were laid on then, or at present."""
+    with _as_laid_on(path, layer, dict(_laid_on(path, layer)) if base is None else base.laid_on):
+        return told(layer, values)
 
 
 def _or_frozen(merged: Tensor, frozen: Tensor) -> Tensor:
@@ -240,7 +357,9 @@ def _low_rank(layer: nn.Module, values: Mapping[str, Tensor]) -> Factors | None:
         left.append(inner.t() if turned else scaled)
         right.append(scaled if turned else inner.t())
     if not left:
-        return None
+        rows, columns = without_adapters(layer).get_parameter("weight").shape
+        nothing = torch.zeros(1, 0, dtype=torch.float64, device=next(layer.parameters()).device)
+        return None if parts.active_adapters else (nothing.expand(rows, 0), nothing.expand(columns, 0))
     return torch.cat(left, dim=1), torch.cat(right, dim=1)
 
 
@@ -353,7 +472,11 @@ def line_from(model: nn.Module, base: BaseParameters, space: str = "merged") -> 
                     for full, (inside, value) in _inside(owner, layer, parameters).items()
                     if full in base.space and not any(value is part for part in without_adapters(layer).parameters())
                 }
-                tensors[place] = stack.enter_context(_placed_between(layer, before))
+                tensors[place] = stack.enter_context(_placed_between(owner, layer, before, base))
+        for path in laid_otherwise(model, base):
+            place = f"{path}.{_PLACE}" if path else _PLACE
+            if place not in tensors:
+                tensors[place] = stack.enter_context(_placed_between(path, layers[path], {}, base))
         line = ParameterVector(ParameterSpace.of_tensors(tensors), tensors)
         yield Line(line, math.sqrt(math.fsum(squares)), chosen)
 
@@ -444,22 +567,22 @@ def merged_weights(model: nn.Module, base: BaseParameters) -> Iterator[tuple[Bas
     layers, parameters = adapted_layers(model), base.space.resolve(model)
     starts: dict[str, Tensor] = {}
     found: dict[str, nn.Parameter] = {}
+    moving = dict.fromkeys(laid_otherwise(model, base))
     with ExitStack() as stack:
         for name, owners in _owners(parameters, layers).items():
             if not owners:
                 starts[merged_name(name)] = base.placed(name, parameters[name])
                 found[merged_name(name)] = parameters[name]
-            for owner in owners:
-                layer = layers.pop(owner, None)
-                if layer is None:
-                    continue
-                changes = {change.name: change for change in _layer_changes(owner, layer, base, parameters)}
-                held = {_below(owner, name): change.base + change.delta for name, change in changes.items()}
-                made = stack.enter_context(_merged_layer(layer, held))
-                found.update({name: made[_below(owner, name)] for name in changes})
-                starts.update({name: change.base.to(found[name].dtype) for name, change in changes.items()})
+            moving.update(dict.fromkeys(owners))
+        for path in [*moving]:
+            layer = layers.pop(path)
+            changes = {change.name: change for change in _layer_changes(path, layer, base, parameters)}
+            held = {_below(path, name): change.base + change.delta for name, change in changes.items()}
+            made = stack.enter_context(_merged_layer(layer, held))
+            found.update({name: made[_below(path, name)] for name in changes})
+            starts.update({name: change.base.to(found[name].dtype) for name, change in changes.items()})
         for path, layer in layers.items():  # that were not trained
-            stack.enter_context(_merged_layer(layer, _merged(path, layer, {})))
+            stack.enter_context(_merged_layer(layer, _at(path, layer, None, {}, partial(_merged, path))))
         yield BaseParameters(ParameterVector(ParameterSpace.of_tensors(found), starts), copy=False), found
 
 
@@ -534,10 +657,13 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _placed_between(layer: nn.Module, before: Mapping[str, Tensor]) -> Iterator[Tensor]:
+def _placed_between(
+    path: str, layer: nn.Module, before: Mapping[str, Tensor], base: BaseParameters
+) -> Iterator[Tensor]:
     """Lets a layer compute between its base and its present state; gives the place of the base."""
     plain, patched = layer.forward, "forward" in vars(layer)
     own = next(layer.parameters())
+    laid = base.laid_on if _laid_otherwise(path, layer, base) else None
     entries: list[tuple[dict[str, Any], str, Tensor]] = []
     for name, value in before.items():
         module, _, leaf = name.rpartition(".")
@@ -549,7 +675,8 @@ def _placed_between(layer: nn.Module, before: Mapping[str, Tensor]) -> Iterator[
         try:
             for held, leaf, value in entries:
                 held[leaf] = value
-            start = plain(*args, **kwargs)
+            with _as_laid_on(path, layer, laid):
+                start = plain(*args, **kwargs)
         finally:
             for (held, leaf, _), present in zip(entries, kept, strict=True):
                 held[leaf] = present

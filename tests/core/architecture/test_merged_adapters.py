@@ -10,10 +10,19 @@ import torch
 from torch import nn
 
 from lightning_goldy.analysis import explain_change, taylor_diff
+from lightning_goldy.analysis.attribution.path import ChangePath
 from lightning_goldy.analysis.change import SuccessiveUpdates, parameter_distribution, weight_change
 from lightning_goldy.analysis.ripple import finetune_ripple
-from lightning_goldy.core import ClassifierObjective, ParameterVector
-from lightning_goldy.core.architecture.adapters import AdapterError, adapted_layers, changes_in, line_from, merged_name
+from lightning_goldy.core import ClassifierObjective, ParameterSpace, ParameterVector
+from lightning_goldy.core.architecture.adapters import (
+    AdapterError,
+    adapted_layers,
+    base_values,
+    changes_in,
+    laid_on,
+    line_from,
+    merged_name,
+)
 from lightning_goldy.core.base import BaseParameters
 from lightning_goldy.core.pieces import KnowledgePiece
 from lightning_goldy.data import byte_tokenizer
@@ -171,6 +180,70 @@ def test_several_adapters_are_summed() -> None:
     found, expected = weight_change(model, base), weight_change(unloaded(model), before)
     assert found.delta_norm == pytest.approx(expected.delta_norm, rel=1e-12)
     assert len(found.names) == 2
+
+
+def scale(model: Any) -> None:
+    for layer in adapted_layers(model).values():
+        layer.scale_layer(3.0)  # type: ignore[operator]
+
+
+def add(model: Any) -> None:
+    model.add_adapter("other", lora(target_modules=["c_attn"], init_lora_weights=False))
+    model.base_model.set_adapter(["default", "other"])
+
+
+def switch(model: Any) -> None:
+    add(model)
+    model.set_adapter("other")
+
+
+def switch_off(model: Any) -> None:
+    model.disable_adapter_layers()
+
+
+@pytest.mark.parametrize("turn", [scale, add, switch, switch_off])
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["LoRA", "DoRA"])
+def test_the_base_is_what_the_adapters_of_its_time_came_to(turn: Any, options: dict[str, Any]) -> None:
+    torch.manual_seed(3)
+    model = peft.get_peft_model(gpt2(), lora(target_modules=["c_attn", "c_proj"], init_lora_weights=False, **options))
+    base, first = BaseParameters(ParameterVector.of(model)), unloaded(model)
+    base.laid_on = laid_on(model)
+    move(model)
+    turn(model)
+    settings = laid_on(model)
+    # What another adapter begins with is no part of the base.
+    new = {name: value for name, value in model.named_parameters() if ".other." in name and value.requires_grad}
+    base.grow(ParameterVector(ParameterSpace.of_tensors(new), {name: own.detach() for name, own in new.items()}))
+    now = copy.deepcopy(model).unload().requires_grad_(True) if turn is switch_off else unloaded(model)
+    right = weight_change(now, first)
+    told = weight_change(model, base)
+    expected = dict(zip(right.names, right.delta_norms, strict=True))
+    assert dict(zip(told.names, told.delta_norms, strict=True)) == pytest.approx(
+        {name: expected[name] for name in told.names}, rel=1e-4
+    )
+    assert told.delta_norm == pytest.approx(right.delta_norm, rel=1e-4)
+    batch = {"input_ids": torch.randint(258, (2, 6))}
+    along, straight = (taylor_diff(one, start, [batch], orders=[1]) for one, start in ((model, base), (now, first)))
+    assert along.base_loss == pytest.approx(straight.base_loss, rel=1e-5)
+    assert along.loss == pytest.approx(straight.loss, rel=1e-5)
+    assert along.first_order == pytest.approx(straight.first_order, rel=1e-3, abs=1e-6)
+    with ChangePath(model, base) as path:
+        path.move_to(0.0)
+        torch.testing.assert_close(model.eval()(**batch).logits, first.eval()(**batch).logits, rtol=1e-4, atol=1e-5)
+    assert laid_on(model) == settings
+    with pytest.raises(AdapterError, match=r"c_attn: its adapters are not those .*or scaled otherwise"):
+        base_values(model, base)
+
+
+def test_an_adapter_that_a_base_was_computed_with_and_that_is_gone_is_named() -> None:
+    model = peft.get_peft_model(gpt2(), lora(target_modules=["c_attn"], init_lora_weights=False))
+    head = {"base_model.model.lm_head.weight": model.get_output_embeddings().weight}
+    base = BaseParameters(ParameterVector.of(model, ParameterSpace.of_tensors(head)))
+    base.laid_on = laid_on(model)
+    switch(model)
+    model.delete_adapter("default")
+    with pytest.raises(AdapterError, match=r"c_attn: the base was computed with the adapter 'default', which is gone"):
+        list(changes_in(model, base))
 
 
 def test_low_rank_spectra_do_not_need_small_matrices() -> None:
