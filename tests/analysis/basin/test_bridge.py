@@ -374,3 +374,58 @@ def test_two_bridges_around_a_trained_llama_agree_and_lie_above_rays() -> None:
         assert result.tether > 100
         assert result.error < 0.5 * abs(result.log_volume)
         assert max(rays) + 3 * result.error < result.log_volume < 0
+
+
+@pytest.mark.parametrize(("path", "when"), [("cost", 400), ("tether", 70), ("tether", 500)])
+def test_a_killed_bridge_goes_on_to_the_same_bits(path: Any, when: int, tmp_path: Any, monkeypatch: Any) -> None:
+    module, cost, noisy, _ = quadratic(20)
+    monkeypatch.setattr("lightning_goldy.analysis.basin.bridge._PAUSE", 0.0)
+    monkeypatch.setattr("lightning_goldy.analysis.basin.bridge._RARE", 5.0)
+    told: list[int] = []
+
+    def dying(done: int, total: int) -> None:
+        told.append(done)
+        if done >= when:
+            raise KeyboardInterrupt
+
+    def walk(folder: Any, progress: Any = None, seed: int = 0) -> BridgeResult:
+        settings = BridgeSettings(chains=4, max_gradients=800, path=path, sgld_draws=3, keep_in=folder)
+        options: dict[str, Any] = {"method": "bridge", "cutoff": CUTOFF, "sigma": 1.0, "seed": seed}
+        options |= {"curvature": vector(module, noisy), "bridge": settings, "progress": progress}
+        return local_volume(module, cost, **options)
+
+    whole = walk(None)
+    with pytest.raises(KeyboardInterrupt):
+        walk(str(tmp_path), dying)
+    (kept,) = tmp_path.iterdir()
+    assert walk(str(tmp_path), seed=1).log_volume != whole.log_volume
+    assert list(tmp_path.iterdir()) == [kept]
+    told.clear()
+    resumed = walk(str(tmp_path), lambda done, total: told.append(done))
+    assert told[0] > when / 3
+    assert resumed.details() | {"seconds": 0} == whole.details() | {"seconds": 0}
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_kept_walk_around_another_cost_or_of_another_kind_is_refused(tmp_path: Any) -> None:
+    module, cost, noisy, _ = quadratic(20)
+
+    def walk(cost: Any, progress: Any = None) -> BridgeResult:
+        settings = BridgeSettings(chains=4, max_gradients=800, path="cost", keep_in=str(tmp_path))
+        options: dict[str, Any] = {"method": "bridge", "cutoff": CUTOFF, "sigma": 1.0, "bridge": settings}
+        return local_volume(module, cost, curvature=vector(module, noisy), progress=progress, **options)
+
+    def dying(done: int, total: int) -> None:
+        if done >= 500:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        walk(cost, dying)
+    (kept,) = tmp_path.iterdir()
+    with pytest.raises(ValueError, match=f"{kept.name} is the state of a walk around another cost; remove it"):
+        walk(Quadratic(cost.anchor, 2 * cost.curvature))
+    kept.write_bytes(kept.read_bytes()[:200])
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        walk(cost)
+    with pytest.raises(ValueError, match="keep_in"):
+        BridgeSettings(keep_in="s3://bucket/state")
