@@ -271,9 +271,10 @@ class Bridge:
                 break
         return np.concatenate(costs), np.concatenate(quadratic), share
 
-    def _chains(self) -> Chains:
+    def _chains(self, seed: int | None = None) -> Chains:
         mine = torch.empty(len(self.numbers), len(self.start.pull), device=self.start.pull.device)
-        return Chains(self.field, self.numbers, self.seed, mine.to(self.start.pull.dtype))
+        own = self.seed if seed is None else seed
+        return Chains(self.field, self.numbers, own, mine.to(self.start.pull.dtype))
 
     def near(self) -> bool:
         """Whether the Gaussian's own draws cost about what it says."""

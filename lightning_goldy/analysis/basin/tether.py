@@ -26,6 +26,7 @@ from lightning_goldy.analysis.basin.bridge import Bridge, BridgeSettings
 from lightning_goldy.analysis.basin.reference import Tilt, squares
 from lightning_goldy.analysis.basin.saddle import Array, effective_share, student
 from lightning_goldy.analysis.basin.sampling import Field
+from lightning_goldy.core.directions import derived_seed
 from lightning_goldy.core.sharding import Replicas
 
 # Draws that show whether a Gaussian is exact enough, those that its normaliser is then corrected by, and the share of
@@ -84,7 +85,8 @@ class TetherWalk(Bridge):
         self._stretch("loosened", self._loosen)
         self._stretch("sought", self._seek)
         target = self.tilt
-        self.high, base, base_noise = self._stretch("hold", lambda: self._tight(target))
+        near = self.done["first hold"][-1]
+        self.high, base, base_noise, _ = self._stretch("hold", lambda: self._tight(target, near))
         rounds: list[tuple[_Way, ...]] = []
         for number, (way, rest) in enumerate(_ROUNDS):
             ends = (self.low, self.high, way), (self.high, self.low, way), (self.low, self.low, rest)
@@ -125,36 +127,53 @@ class TetherWalk(Bridge):
             self._keep()
         return self.loop
 
-    def _tight(self, tilt: Tilt) -> tuple[float, float, float]:
-        """The least doubling of κ whose Gaussian is exact but for weights, log Z there, and its error."""
-        chains, kappa = self._chains(), 2 * self.low
-        best, found = 0.0, (math.nan, math.nan, math.nan)
-        for _ in range(_DOUBLINGS):
-            gaussian = tilt.at(t=0.0, kappa=kappa)
-            logs: list[Array] = []
-            for wanted in (_LOOK, _DRAWS):
-                while sum(map(len, logs)) < wanted:
-                    x = chains.noise() * gaussian.precision.rsqrt() + gaussian.centre
-                    logs.append(tilt.b * self._all(squares(x, tilt.curvature).cpu() / 2 - self.field.values(x)))
-                joined = np.concatenate(logs)
-                share = effective_share(joined)
-                if share > best or share >= _EFFECTIVE:
-                    weights = np.exp(joined - joined.max())
-                    level = gaussian.log_normaliser(self.variance) + float(joined.max()) + math.log(weights.mean())
-                    noise = float(weights.std() / weights.mean()) / math.sqrt(len(joined))
-                    best, found = share, (kappa, level, noise)
-                if share < _EFFECTIVE:
-                    break
-            else:
-                return found
-            kappa *= 2
-        if not best > 1 / _LOOK:
+    def _tight(self, tilt: Tilt, near: int = 1) -> tuple[float, float, float, int]:
+        """The least doubling of κ whose Gaussian is exact but for weights, log Z there, its error, and the doublings.
+
+        Args:
+            tilt: The density.
+            near: Doublings that are looked at first; from there on strides grow until the least lies between two.
+        """
+
+        def holds(doublings: int) -> bool:
+            return doublings > 0 and self._weighed(tilt, doublings, _LOOK)[0] >= _EFFECTIVE
+
+        low, high, stride = 0, near, 1
+        if holds(near):
+            while holds(low := max(0, high - stride)):
+                high, stride = low, 2 * stride
+        else:
+            while high < _DOUBLINGS and not holds(high):
+                low, high, stride = high, min(high + stride, _DOUBLINGS), 2 * stride
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if holds(middle) else (middle, high)
+        share, level, noise = self._weighed(tilt, high, _DRAWS)
+        while share < _EFFECTIVE and high < _DOUBLINGS:
+            high += 1
+            share, level, noise = self._weighed(tilt, high, _DRAWS)
+        if not share > 1 / _LOOK:
             raise ValueError(
-                f"no tether makes the cost a quadratic one, not even {kappa / self.low:g} / sigma^2: is it smooth at "
-                "the anchor?"
+                f"no tether makes the cost a quadratic one, not even {2.0**high:g} / sigma^2: is it smooth at the anchor?"
             )
-        self.weak.append(f"weights leave only {best:.0%} of the draws at the tightest tether")
-        return found
+        if share < _EFFECTIVE:
+            self.weak.append(f"weights leave only {share:.0%} of the draws at the tightest tether")
+        return self.start.kappa * 2.0**high, level, noise, high
+
+    def _weighed(self, tilt: Tilt, doublings: int, wanted: int) -> tuple[float, float, float]:
+        """What weights leave of draws of the Gaussian at so many doublings of κ, log Z there, and its error."""
+        gaussian = tilt.at(t=0.0, kappa=self.start.kappa * 2.0**doublings)
+        # Noise of its own, so that a number does not depend on what else was looked at.
+        chains, logs = self._chains(derived_seed(self.seed, "hold", doublings)), []
+        while sum(map(len, logs)) < wanted:
+            x = chains.noise() * gaussian.precision.rsqrt() + gaussian.centre
+            logs.append(tilt.b * self._all(squares(x, tilt.curvature).cpu() / 2 - self.field.values(x)))
+            if effective_share(np.concatenate(logs)) < _EFFECTIVE and sum(map(len, logs)) >= _LOOK:
+                break
+        joined = np.concatenate(logs)
+        weights = np.exp(joined - joined.max())
+        level = gaussian.log_normaliser(self.variance) + float(joined.max()) + math.log(weights.mean())
+        return effective_share(joined), level, float(weights.std() / weights.mean()) / math.sqrt(len(joined))
 
     def _place(self, kappa: float) -> int:
         share = math.log(self.kept / kappa) / math.log(self.kept / self.low)
