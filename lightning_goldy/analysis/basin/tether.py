@@ -154,7 +154,8 @@ class TetherWalk(Bridge):
             share, level, noise = self._weighed(tilt, high, _DRAWS)
         if not share > 1 / _LOOK:
             raise ValueError(
-                f"no tether makes the cost a quadratic one, not even {2.0**high:g} / sigma^2: is it smooth at the anchor?"
+                f"no tether makes the cost a quadratic one, not even {2.0**high:g} / sigma^2: is it smooth at the "
+                "anchor?"
             )
         if share < _EFFECTIVE:
             self.weak.append(f"weights leave only {share:.0%} of the draws at the tightest tether")
