@@ -216,7 +216,7 @@ def report_tasks(
         count = statistics.mean(len(each[key]) for each in sets)
         print(
             f"| {key[0]} | {key[1]:g} | {key[2]:g} | {count:,.0f} | {within:.3f} | {between:.3f} | {cells[0][1]:.2f} | "
-            f"{cells[0][2]:.2f} | {cells[1][1]:.2f} | {cells[1][2]:.2f} |",
+            f"{cells[0][2]:.3f} | {cells[1][1]:.2f} | {cells[1][2]:.3f} |",
             flush=True,
         )
 
