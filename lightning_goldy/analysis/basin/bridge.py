@@ -361,13 +361,19 @@ class Bridge:
         noise = [generator.get_state() for generator in chains.generators]
         mine = (chains.x.cpu(), chains.costs, chains.steps, chains.acceptance, noise)
         rows: dict[int, Any] = {}
-        for numbers, parts in self.replicas.gather_objects((self.numbers, mine)):
-            rows |= dict(zip(numbers, zip(*parts, strict=True), strict=True))
+        for own, parts in self.replicas.gather_objects((self.numbers, mine)):
+            rows |= dict(zip(own, zip(*parts, strict=True), strict=True))
         columns = zip(*(rows[number] for number in range(self.settings.chains)), strict=True)
         named = zip(("x", "costs", "steps", "acceptance", "noise"), columns, strict=True)
         tensors = {name: torch.stack(column) for name, column in named}
         counts = [now + before for now, before in zip(self._counts(), self.earlier, strict=True)]
-        numbers = {"taken": self.taken, "done": self.done, "weak": self.weak, "loop": self.loop, "counts": counts}
+        numbers: dict[str, Any] = {
+            "taken": self.taken,
+            "done": self.done,
+            "weak": self.weak,
+            "loop": self.loop,
+            "counts": counts,
+        }
         numbers |= {"b": self.tilt.b, "here": None if self.here is None else self.here.t}
         return numbers, tensors | {"turns": chains.turns.get_state(), "learned": self.tilt.learned}
 
@@ -564,7 +570,7 @@ class Bridge:
                     return [part if isinstance(part, float) else part.tolist() for part in seen]
 
                 *tables, acceptance = self._stretch(f"pass {len(passes)}, node {place}", visit)
-                found[place] = _Visit(*(np.array(table) for table in tables), acceptance)
+                found[place] = _Visit._make([*map(np.array, tables), acceptance])
                 done += shares[place]
             passes.append(found)
         return nodes, passes, weights, coarse

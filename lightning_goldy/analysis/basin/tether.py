@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -91,7 +92,7 @@ class TetherWalk(Bridge):
         for number, (way, rest) in enumerate(_ROUNDS):
             ends = (self.low, self.high, way), (self.high, self.low, way), (self.low, self.low, rest)
             ways = [
-                self._stretch(f"round {number}, way {turn}", lambda walk=walk: self._watched(target, *walk))
+                self._stretch(f"round {number}, way {turn}", partial(self._watched, target, *walk))
                 for turn, walk in enumerate(ends)
             ]
             rounds.append(tuple(_Way(*map(np.array, found)) for found in ways))
@@ -165,7 +166,8 @@ class TetherWalk(Bridge):
         """What weights leave of draws of the Gaussian at so many doublings of κ, log Z there, and its error."""
         gaussian = tilt.at(t=0.0, kappa=self.start.kappa * 2.0**doublings)
         # Noise of its own, so that a number does not depend on what else was looked at.
-        chains, logs = self._chains(derived_seed(self.seed, "hold", doublings)), []
+        chains = self._chains(derived_seed(self.seed, "hold", doublings))
+        logs: list[Array] = []
         while sum(map(len, logs)) < wanted:
             x = chains.noise() * gaussian.precision.rsqrt() + gaussian.centre
             logs.append(tilt.b * self._all(squares(x, tilt.curvature).cpu() / 2 - self.field.values(x)))
