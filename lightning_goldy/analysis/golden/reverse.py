@@ -75,7 +75,7 @@ class Search:
     """How far and from where a search goes.
 
     Args:
-        score: Registered score of the unmasked model to start from.
+        score: Registered score of the unmasked model to start from, before the others where masks are small.
         rounds: Forward and backward passes under the masked model at most; one more scores the unmasked one. By default
             40, and 8 where more than 100 M elements may be masked.
         exact: Elements that are measured one by one, by a forward pass each, after at most sixteen times as many trials
@@ -234,8 +234,9 @@ def reverse_golden_parameters(
     :math:`s = -\nabla F \odot \theta`; round after round the mask grows to the budget. In each round the strategy
     sizes a pool somewhat larger than what is wanted, in which masked elements may lose their place; its best mask is
     kept when a forward pass shows it better than the greedy one. At the whole budget elements are exchanged until the
-    single best exchange to first order brings nothing. In masks of up to 16,384 elements pairs and single candidates,
-    those that carry the largest activations among them, are then exchanged where a measurement shows that it helps.
+    single best exchange to first order brings nothing. Masks of up to 16,384 elements grow from every single-shot score
+    in turn as long as 85 % of the rounds allow; in the best of them pairs and single candidates, those that carry the
+    largest activations among them, are then exchanged where a measurement shows that it helps.
     What is returned is the best mask of the whole budget that was measured, the masks of all single-shot scores among
     them. The model comes back as it was, to the bit. On several ranks the samples are shared out; every rank must call.
 
