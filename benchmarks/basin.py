@@ -1,9 +1,11 @@
 """Basin volume: bridges against exact volumes; rays against doubling and bisection: evaluations, seconds, memory.
 
     python benchmarks/basin.py
+    python benchmarks/basin.py --only network --model FOLDER --text FILE --last-layers 1 --gradients 200 --chains 2
 
 A small GPT-2-shaped model is trained on generated text for seconds first. Prints ratios measured in one run; absolute
-times depend on the machine.
+times depend on the machine. ``--only network`` walks bridges around a small network that it trains, or around the last
+blocks of a folder of ``save_pretrained``; with ``--keep-in`` what was interrupted goes on.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -218,24 +221,42 @@ def small_network(family: str, width: int, steps: int) -> torch.nn.Module:
     return model.eval()
 
 
-def network(family: str, width: int, gradients: Sequence[int], seeds: range, samples: int) -> None:
-    """Prints bridges around a small trained network by seed and budget, beside rays on the same samples."""
-    model, data = small_network(family, width, 600), [{"input_ids": sentences(samples, 32, 99_999)}]
+def pretrained(folder: Path, text: Path, samples: int) -> tuple[torch.nn.Module, list[dict[str, torch.Tensor]]]:
+    """A folder of ``save_pretrained``, and passages of 16 tokens of a text."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    ids = torch.tensor(AutoTokenizer.from_pretrained(folder)(text.read_text()[:100_000])["input_ids"])
+    starts = torch.linspace(0, len(ids) - 17, samples).long().tolist()
+    passages = torch.stack([ids[start : start + 16] for start in starts])
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), [{"input_ids": passages}]
+
+
+def network(
+    family: str,
+    model: torch.nn.Module,
+    data: list[dict[str, torch.Tensor]],
+    gradients: Sequence[int],
+    seeds: range,
+    *,
+    space: ParameterSpace,
+    settings: BridgeSettings,
+) -> None:
+    """Prints bridges around a network by seed and budget, beside rays on the same samples."""
     proposals = {"none": None} | {
-        f"kronecker {eps:g}": kronecker_preconditioner(model, data, eps=eps) for eps in (1e-3, 1e-2, 1e-1)
+        f"kronecker {eps:g}": kronecker_preconditioner(model, data, eps=eps, space=space) for eps in (1e-3, 1e-2, 1e-1)
     }
     for name, proposal in proposals.items():
-        rays = basin_volume(model, data, n_directions=8, preconditioner=proposal)
+        rays = basin_volume(model, data, n_directions=8, preconditioner=proposal, space=space)
         print(f"{family}, {rays.dimension} parameters, rays, {name}: {rays.log_volume:.0f}", flush=True)
     for budget in gradients:
         for seed in seeds:
-            options = {"method": "bridge", "bridge": BridgeSettings(max_gradients=budget), "seed": seed}
-            found = basin_volume(model, data, **options)
+            options = {"method": "bridge", "bridge": replace(settings, max_gradients=budget), "seed": seed}
+            found = basin_volume(model, data, space=space, **options)
             parts = ", ".join(f"{name} {value:.1f}" for name, value in found.parts.items())
             print(
                 f"{family}, bridge, seed {seed}: {found.log_volume:.0f} +- {found.error:.0f} ({parts}), exponent "
                 f"{found.scaling_exponent:.0f}, {found.gradients} gradients, {found.seconds:.0f} s, "
-                f"tether from {found.tether:g}, weak: {found.weak or 'no'}",
+                f"tether from {found.tether:g}, peak {resident('VmHWM') / 2**30:.1f} GiB, weak: {found.weak or 'no'}",
                 flush=True,
             )
 
@@ -251,16 +272,30 @@ def main() -> None:
     parser.add_argument("--family", choices=("llama", "gpt2"), default="llama", help="of the network")
     parser.add_argument("--width", type=int, default=24, help="of the network")
     parser.add_argument("--samples", type=int, default=4, help="that the network is looked at on")
+    parser.add_argument("--model", type=Path, help="a folder of save_pretrained in its place")
+    parser.add_argument("--text", type=Path, help="whose passages that is looked at on")
+    parser.add_argument("--last-layers", type=int, help="only so many blocks of it move")
+    parser.add_argument("--chains", type=int, default=4, help="of each bridge around a network")
+    parser.add_argument("--keep-in", help="folder in which interrupted bridges around networks go on")
     parser.add_argument("--gradients", type=int, nargs="+", default=[10_000, 20_000], help="of each of its bridges")
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--memory", choices=("forward", "implicit", "explicit"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(arguments.threads)
     if arguments.memory:
         print_memory(arguments.memory)
         return
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
     if arguments.only == "network":
-        network(arguments.family, arguments.width, arguments.gradients, seeds, arguments.samples)
+        if arguments.model:
+            model, data = pretrained(arguments.model, arguments.text, arguments.samples)
+        else:
+            model = small_network(arguments.family, arguments.width, 600)
+            data = [{"input_ids": sentences(arguments.samples, 32, 99_999)}]
+        space = ParameterSpace.of(model, last_layers=arguments.last_layers)
+        settings = BridgeSettings(chains=arguments.chains, keep_in=arguments.keep_in)
+        name = arguments.model.name if arguments.model else arguments.family
+        network(name, model, data, arguments.gradients, seeds, space=space, settings=settings)
         return
     if arguments.only != "rays":
         bridges(seeds, arguments.dimensions)

@@ -2,12 +2,12 @@
 
     python benchmarks/golden.py
     python benchmarks/golden.py --tasks atlas
-    python benchmarks/golden.py --tasks MODEL TEXT QUESTIONS
+    python benchmarks/golden.py --tasks MODEL TEXT QUESTIONS MORE_QUESTIONS --parts 3 --part-size 3 --blocks
 
 Prints ratios of medians over alternating repetitions in one run; absolute times depend on the machine. With ``--tasks``
 it prints instead, for several settings, whether golden sets of parts of one task overlap more than those of two: of the
 atlas model after a finetune on false facts (it needs the model that ``goldy demo`` keeps in the cache), on questions of
-two relations, or of a folder of ``save_pretrained``, on a text and on a JSON list of questions.
+two relations, or of a folder of ``save_pretrained``, on two or more files, each a text or a JSON list of questions.
 """
 
 from __future__ import annotations
@@ -103,17 +103,19 @@ def atlas_tasks(parts: int, size: int) -> tuple[torch.nn.Module, list[list[list[
 
 
 def text_tasks(arguments: list[str], parts: int, size: int, block: int = 32):
-    """A model, and samples by task and part: blocks of a text, and of questions with their answers."""
+    """A model, and samples by task and part: blocks of each text, or of questions with their answers."""
     import json
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder, text, questions = arguments
+    folder, *files = arguments
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    rows = json.loads(Path(questions).read_text())
-    joined = " ".join(f"{row['Question']} {row['answer'][0]}" for row in rows)
     tasks = []
-    for content in (Path(text).read_text()[:200_000], joined):
+    for file in map(Path, files):
+        content = file.read_text()
+        if file.suffix == ".json":
+            content = " ".join(f"{row['Question']} {row['answer'][0]}" for row in json.loads(content))
+        content = content[:200_000]
         ids = torch.tensor(tokenizer(content)["input_ids"])
         # Far apart, so that parts share no passage.
         starts = torch.linspace(0, len(ids) - block - 1, parts * size).long().tolist()
@@ -122,9 +124,18 @@ def text_tasks(arguments: list[str], parts: int, size: int, block: int = 32):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), tasks
 
 
-def golden_sets(model, samples, settings, quorums) -> dict[tuple, torch.Tensor]:
-    """Positions in all parameters of what a quorum of the samples marks, by score, percent and quorum."""
-    parameters = dict(model.named_parameters())
+def golden_sets(model, samples, settings, quorums, *, blocks: bool = False) -> dict[tuple, torch.Tensor]:
+    """Positions in all parameters of what a quorum of the samples marks, by score, percent and quorum.
+
+    Args:
+        model: The model.
+        samples: Of one part.
+        settings: Scores and percents.
+        quorums: Shares of the samples.
+        blocks: Whether embeddings are left out, whose rows are the words of a task.
+    """
+    words = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    parameters = {name: part for name, part in model.named_parameters() if not (blocks and id(part) in words)}
     votes = {key: [torch.zeros(p.shape, dtype=torch.uint8) for p in parameters.values()] for key in settings}
     for sample in samples:
         model.zero_grad(set_to_none=True)
@@ -146,48 +157,66 @@ def golden_sets(model, samples, settings, quorums) -> dict[tuple, torch.Tensor]:
 
 
 def overlap(first: torch.Tensor, second: torch.Tensor) -> float:
-    shared = int(torch.isin(first, second, assume_unique=True).sum())
-    return shared / max(1, len(first) + len(second) - shared)
+    """Intersection over union of two ascending lists of positions."""
+    if not len(first) or not len(second):
+        return 0.0
+    place = torch.searchsorted(second, first).clamp(max=len(second) - 1)
+    shared = int((second[place] == first).sum())
+    return shared / (len(first) + len(second) - shared)
 
 
 def contrast(table: dict[frozenset, float], tasks: list[list[int]]) -> float:
     """Mean overlap of parts of one task over that of parts of two."""
     within = [table[frozenset(pair)] for task in tasks for pair in itertools.combinations(task, 2)]
-    between = [table[frozenset(pair)] for pair in itertools.product(*tasks)]
+    together = {frozenset(pair) for task in tasks for pair in itertools.combinations(task, 2)}
+    between = [value for pair, value in table.items() if pair not in together]
     return statistics.mean(within) / max(statistics.mean(between), 1e-12)
 
 
-def report_tasks(arguments: list[str], parts: int, size: int, percents: list[float]) -> None:
+def groupings(names: list[int], size: int) -> list[list[list[int]]]:
+    """All ways to share names out over groups of equal size, whose order does not count."""
+    if not names:
+        return [[]]
+    first, rest = names[0], names[1:]
+    return [
+        [[first, *others], *more]
+        for others in itertools.combinations(rest, size - 1)
+        for more in groupings([name for name in rest if name not in others], size)
+    ]
+
+
+def report_tasks(
+    arguments: list[str], parts: int, size: int, percents: list[float], *, quorums: list[float], blocks: bool
+) -> None:
     model, tasks = atlas_tasks(parts, size) if arguments == ["atlas"] else text_tasks(arguments, parts, size)
     settings = [(score, percent) for score in ("gradient", "taylor") for percent in percents]
-    quorums = (0.25, 0.5, 0.75, 1.0)
-    sets = [golden_sets(model, part, settings, quorums) for task in tasks for part in task]
+    sets = [golden_sets(model, part, settings, quorums, blocks=blocks) for task in tasks for part in task]
     noise = [random_tokens(sample, vocabulary_of(model)) for sample in tasks[0][0]]
-    control = golden_sets(model, noise, settings, quorums)
-    print(f"{parts} parts of {size} samples per task; p over all ways to name the parts")
+    control = golden_sets(model, noise, settings, quorums, blocks=blocks)
+    names = list(range(len(tasks) * parts))
+    ways = groupings(names, parts)
+    print(f"{len(tasks)} tasks, {parts} parts of {size} samples each; p over all {len(ways)} ways to name the parts")
     print("| score | top % | quorum | golden | within | between | ratio | p | without random tokens' | p |")
     print("|---|---|---|---|---|---|---|---|---|---|")
-    names = range(2 * parts)
-    ways = [way for way in itertools.combinations(names, parts) if 0 in way]
     for key in sets[0]:
         cells = []
         for left_out in (control[key][:0], control[key]):
             own = [each[key][~torch.isin(each[key], left_out, assume_unique=True)] for each in sets]
             pairs = itertools.combinations(names, 2)
             table = {frozenset(pair): overlap(*(own[name] for name in pair)) for pair in pairs}
-            ratios = [contrast(table, [list(way), [name for name in names if name not in way]]) for way in ways]
-            right = contrast(table, [list(names[:parts]), list(names[parts:])])
+            ratios = [contrast(table, way) for way in ways]
+            right = contrast(table, [names[start : start + parts] for start in names[::parts]])
             cells.append((table, right, sum(ratio >= right - 1e-12 for ratio in ratios) / len(ratios)))
         within = statistics.mean(
             cells[0][0][frozenset(pair)]
-            for task in (names[:parts], names[parts:])
+            for task in (names[start : start + parts] for start in names[::parts])
             for pair in itertools.combinations(task, 2)
         )
         between = within / cells[0][1] if cells[0][1] else 0.0
         count = statistics.mean(len(each[key]) for each in sets)
         print(
             f"| {key[0]} | {key[1]:g} | {key[2]:g} | {count:,.0f} | {within:.3f} | {between:.3f} | {cells[0][1]:.2f} | "
-            f"{cells[0][2]:.2f} | {cells[1][1]:.2f} | {cells[1][2]:.2f} |",
+            f"{cells[0][2]:.3f} | {cells[1][1]:.2f} | {cells[1][2]:.3f} |",
             flush=True,
         )
 
@@ -209,14 +238,17 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--peak", choices=("forward_backward", "tensor", "global"), help=argparse.SUPPRESS)
-    parser.add_argument("--tasks", nargs="+", metavar="MODEL", help="atlas, or a model, a text and a list of questions")
+    parser.add_argument("--tasks", nargs="+", metavar="MODEL", help="atlas, or a model and files of texts or questions")
     parser.add_argument("--parts", type=int, default=4)
     parser.add_argument("--part-size", type=int, default=8)
     parser.add_argument("--percents", type=float, nargs="+", default=[0.1, 1.0, 5.0])
+    parser.add_argument("--quorums", type=float, nargs="+", default=[0.25, 0.5, 0.75, 1.0])
+    parser.add_argument("--blocks", action="store_true", help="leave embeddings out, whose rows are words")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     if arguments.tasks:
-        report_tasks(arguments.tasks, arguments.parts, arguments.part_size, arguments.percents)
+        options = {"quorums": arguments.quorums, "blocks": arguments.blocks}
+        report_tasks(arguments.tasks, arguments.parts, arguments.part_size, arguments.percents, **options)
         return
     torch.set_num_threads(2)
     if arguments.peak:

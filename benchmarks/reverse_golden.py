@@ -1,15 +1,19 @@
 """Reverse golden parameters against single-shot masks of the same size: divergence, passes, seconds.
 
     python benchmarks/reverse_golden.py [--text FILE]
+    python benchmarks/reverse_golden.py --one-element MODEL [--text FILE] [--samples 4] [--length 24]
 
 A byte-level GPT-2 of 0.84 M parameters is trained first, on the text where there is one and on generated sentences
 otherwise. Masks are chosen on one part of its held-out end and measured on another. Prints ratios measured in one run;
-absolute times depend on the machine.
+absolute times depend on the machine. With ``--one-element`` it searches the single element of a folder of
+``save_pretrained`` whose zeroing does most, chosen on passages of the text (of a JSON list, its questions and answers)
+and measured on others that lie between them.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from pathlib import Path
@@ -98,6 +102,38 @@ def report(model: GPT2LMHeadModel, choosing: torch.Tensor, measuring: torch.Tens
                 )
 
 
+def report_one_element(folder: Path, text: Path, samples: int, length: int, rounds: int) -> None:
+    """Prints the element that a search with a budget of one finds, and what zeroing it does."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    content = text.read_text()[:400_000]
+    if text.suffix == ".json":
+        content = " ".join(f"{row['Question']} {row['answer'][0]}" for row in json.loads(content))
+    ids = torch.tensor(AutoTokenizer.from_pretrained(folder)(content)["input_ids"])
+    starts = torch.linspace(0, len(ids) - length - 1, 2 * samples).long().tolist()
+    passages = torch.stack([ids[start : start + length] for start in starts])
+    choosing, measuring = passages[::2], passages[1::2]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    began = time.perf_counter()
+    result = reverse_golden_parameters(
+        model,
+        [{"input_ids": choosing}],
+        eval_batches=[{"input_ids": measuring}],
+        top_k_percent=1e-9,
+        scope="global",
+        rounds=rounds,
+    )
+    (place,) = [(name, *where) for name in result.mask.space.names for where in result.mask[name].nonzero().tolist()]
+    shots = ", ".join(f"{name} {value:.2f}" for name, value in result.single_shots.items())
+    print(
+        f"{text.name}, {samples} + {samples} passages of {length} tokens: {place[0]}{list(place[1:])}, "
+        f"{result.search_divergence:.2f} nats on those that chose, {result.kl_divergence:.2f} on the others (>= 3); "
+        f"single shots: {shots}; {result.passes} passes, {result.evaluations} evaluations, "
+        f"{time.perf_counter() - began:.0f} s",
+        flush=True,
+    )
+
+
 def one_pass(model: GPT2LMHeadModel, ids: torch.Tensor) -> float:
     """Median seconds of a forward and a backward pass."""
     times = []
@@ -114,10 +150,17 @@ def main() -> None:
     parser.add_argument("--text", type=Path)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--one-element", type=Path, metavar="MODEL", help="searches the one element that does most")
+    parser.add_argument("--length", type=int, default=24, help="of its passages, tokens")
+    parser.add_argument("--rounds", type=int, default=4, help="of its search")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--strategies", nargs="+", default=["none", "adaptive_sinusoidal"], choices=list(STRATEGIES))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.one_element:
+        place = arguments.text or next(place for place in PLACES if place.is_file())
+        report_one_element(arguments.one_element, place, arguments.samples, arguments.length, arguments.rounds)
+        return
     data, source = corpus(arguments.text)
     print(f"text: {source}")
     end = int(0.9 * len(data))

@@ -384,6 +384,7 @@ def _add_basin(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-gradients", type=int, default=20_000, help="of each bridge, over all samples (default: %(default)s)"
     )
+    parser.add_argument("--keep-in", metavar="FOLDER", help="where an interrupted bridge goes on, by the same command")
     parser.add_argument(
         "--sigma", type=float, help="of the Gaussian measure (default: the root mean square of the earliest checkpoint)"
     )
@@ -409,7 +410,7 @@ def _basin(options: argparse.Namespace) -> None:
         n_samples=options.n_samples,
         estimator=Estimator(seed=options.seed),
         method=options.method,
-        bridge=BridgeSettings(max_gradients=options.max_gradients),
+        bridge=BridgeSettings(max_gradients=options.max_gradients, keep_in=options.keep_in),
     )
     settings = _settings(options.config, options.more)
     measure_checkpoints(options.checkpoints, settings, survey, splits=options.splits, output=options.output)

@@ -83,7 +83,8 @@ class BasinVolume(AnalysisCallback[BasinVolumes]):
         estimator: How a volume is estimated.
         method: ``rays``, a lower bound; ``bridge``, the volume too, in thousands of gradients; ``auto``, the bridge
             where it can be walked. It is walked at the moments of ``at``, never between them.
-        bridge: How it is walked, and its budget of gradients.
+        bridge: How it is walked, and its budget of gradients. Its state is kept in the callback's folder where
+            ``keep_in`` names none: a run that is killed within a bridge goes on with it at the same weights.
         **options: Of :class:`AnalysisCallback`.
 
     Example:
@@ -122,7 +123,7 @@ class BasinVolume(AnalysisCallback[BasinVolumes]):
             method=method,
             bridge=options_of(BridgeSettings, "bridge", bridge),
         )
-        self._walks = False
+        self._walks, self._keeps_here = False, self.survey.bridge.keep_in is None
         if isinstance(splits, Mapping):
             check_split_names(splits)
         self.splits = splits or None
@@ -214,7 +215,9 @@ class BasinVolume(AnalysisCallback[BasinVolumes]):
     def compute(self, context: AnalysisContext) -> BasinVolumes:
         """Measures the volumes."""
         objective = context.objective or self.task(context.pl_module, context.model)
-        return self.survey.measure(
+        if self._keeps_here:
+            self.survey.bridge = replace(self.survey.bridge, keep_in=str(self.folder))
+        found = self.survey.measure(
             context.model,
             objective,
             self._split_batches or {ONLY_SPLIT: list(context.probe)},
@@ -222,6 +225,11 @@ class BasinVolume(AnalysisCallback[BasinVolumes]):
             bridged=self._walks,
             progress=context.progress,
         )
+        if self._keeps_here and self._walks and context.trainer.is_global_zero:
+            # All bridges of this moment have ended; what is left is of walks whose weights never came back.
+            for left in self.folder.glob("bridge-*.safetensors"):
+                left.unlink()
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """Adds the sigma and the damping that the run keeps."""

@@ -20,6 +20,7 @@ from lightning_goldy.analysis.basin import (
     basin_volume,
     kronecker_preconditioner,
 )
+from lightning_goldy.analysis.basin.tether import TetherWalk
 from lightning_goldy.callbacks import BasinVolume, ExactResume
 from lightning_goldy.core import CausalLMObjective, ClassifierObjective, ParameterSpace
 from lightning_goldy.report.topics.basin import trajectories, trajectory_caption
@@ -179,6 +180,38 @@ def test_a_bridge_is_walked_at_the_end_and_not_between(tmp_path):
     assert end["cost"]["backwards"] >= 2 * expected.gradients
     page = trajectory_caption([end])
     assert "by a bridge" in page
+    assert not list(callback.folder.glob("bridge-*"))
+
+
+def test_a_bridge_that_a_run_died_in_goes_on_at_the_same_weights(tmp_path, monkeypatch):
+    step, taken = TetherWalk._step, []
+
+    def run(name: str, dies: bool, **keep: str) -> BasinVolume:
+        def watched(walk, *rest):
+            taken.append(walk.taken)
+            step(walk, *rest)
+            if dies and walk.taken > 120:
+                raise RuntimeError("the power failed")
+
+        monkeypatch.setattr(TetherWalk, "_step", watched)
+        settings = BridgeSettings(chains=2, nodes=2, max_gradients=200, path="tether", **keep)
+        callback = BasinVolume(1, n_samples=2, method="bridge", bridge=settings, at=("end",))
+        if dies:
+            with pytest.raises(RuntimeError, match="the power failed"):
+                fit(tmp_path / name, [callback], max_epochs=1)
+        else:
+            fit(tmp_path / name, [callback], max_epochs=1)
+        return callback
+
+    dead = run("dead", True)
+    (kept,) = dead.folder.glob("bridge-*")
+    taken.clear()
+    resumed = run("resumed", False, keep_in=str(dead.folder))
+    assert taken[0] > 50
+    assert not kept.exists()
+    whole = run("whole", False)
+    numbers = [{**rows(each)[-1]["result"]["bridges"][0], "seconds": 0} for each in (resumed, whole)]
+    assert numbers[0] == numbers[1]
 
 
 @START

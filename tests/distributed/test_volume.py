@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.distributed.launch import run_processes
@@ -12,10 +14,14 @@ from tests.distributed.volume_checks import all_cases, bridged, replicas_cases
     ("layout", "world_size"),
     [("replicas", 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in [("shards", 2), ("replicas", 3)])],
 )
-def test_any_number_of_processes_gives_the_estimates_of_one(layout: str, world_size: int) -> None:
+def test_any_number_of_processes_gives_the_estimates_of_one(layout: str, world_size: int, tmp_path: Path) -> None:
     expected = all_cases("replicas")
     if layout == "replicas":
-        processes, bridges = zip(*run_processes(replicas_cases, world_size), strict=True)
+        processes, bridges, resumed = zip(*run_processes(replicas_cases, world_size, str(tmp_path)), strict=True)
+        for bridge, again in zip(bridges, resumed, strict=True):
+            assert (again["numbers"], again["gradients"]) == (bridge["numbers"], bridge["gradients"])
+            assert again["passed"] < 0.8 * bridge["passed"]
+        assert not list(tmp_path.iterdir())
         one = bridged()
         for bridge in bridges:
             assert bridge["numbers"] == pytest.approx(one["numbers"], rel=1e-3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -61,14 +63,32 @@ def all_cases(layout: str) -> list[dict]:
     return [estimates(layout, dict(options)) for options in CASES]
 
 
-def bridged() -> dict:
-    """A short bridge around one small model, its chains shared out over the processes."""
+class PowerFailureError(Exception):
+    """Ends a bridge in its middle."""
+
+
+def bridged(folder: str | None = None) -> dict:
+    """A short bridge around one small model, its chains shared out over the processes.
+
+    Args:
+        folder: Where its state is kept; then it is ended in its middle and goes on there.
+    """
     torch.manual_seed(0)
     model = build("llama").eval()
     before = [local_clone(parameter) for parameter in model.parameters()]
     passed: list[int] = []
     model.register_forward_hook(lambda module, args, output: passed.append(len(output.logits)))
-    options = {"method": "bridge", "bridge": BridgeSettings(chains=3, nodes=2, max_gradients=300)}
+    settings = BridgeSettings(chains=3, nodes=2, max_gradients=300, keep_in=folder)
+    options = {"method": "bridge", "bridge": settings}
+
+    def dying(done: int, total: int) -> None:
+        if done > 200:
+            raise PowerFailureError
+
+    if folder is not None:
+        with contextlib.suppress(PowerFailureError):
+            basin_volume(model, [token_batch(3, 10)], CausalLMObjective(), progress=dying, **options)
+        passed.clear()
     result = basin_volume(model, [token_batch(3, 10)], CausalLMObjective(), **options)
     return {
         "numbers": [result.log_volume, result.error, result.inverse_temperature],
@@ -79,9 +99,9 @@ def bridged() -> dict:
     }
 
 
-def replicas_cases() -> tuple[list[dict], dict]:
+def replicas_cases(folder: str) -> tuple[list[dict], dict, dict]:
     """All that replicas are compared in, in one world."""
-    return all_cases("replicas"), bridged()
+    return all_cases("replicas"), bridged(), bridged(folder)
 
 
 CASES: list[dict] = [

@@ -94,6 +94,17 @@ def test_captions() -> None:
     )
 
 
+def test_the_band_of_random_heads_is_seen_at_one_level_too() -> None:
+    row = saved(sweep_row())
+    several = json.dumps(chart_plasticity_sweep(row).spec())
+    row["result"]["runs"] = [run for run in row["result"]["runs"] if run["level"] == row["result"]["runs"][0]["level"]]
+    one = json.dumps(chart_plasticity_sweep(row).spec())
+    assert '"type": "area"' in several
+    # An area over one place has no width; a rectangle without a place has that of the figure.
+    assert '"type": "area"' not in one
+    assert '"type": "rect"' in one
+
+
 @pytest.mark.parametrize("row", [plasticity_row(), plasticity_row(cut=False), saved(plasticity_row()), sweep_row()])
 def test_every_figure_can_be_drawn(row: dict[str, Any]) -> None:
     figures = draw_figures(row)

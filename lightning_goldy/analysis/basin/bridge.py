@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path as FilePath
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -27,8 +32,10 @@ from lightning_goldy.analysis.basin.saddle import (
     weighted_volume,
 )
 from lightning_goldy.analysis.basin.sampling import LONGEST, Chains, Field, langevin_coefficient
+from lightning_goldy.core.files import StoreError, parse_json, require_local
 from lightning_goldy.core.naming import require_at_least, require_choice, require_kinds
 from lightning_goldy.core.sharding import Replicas
+from lightning_goldy.core.store import open_tensors, write_tensors
 
 Path = Literal["auto", "cost", "tether"]
 
@@ -46,6 +53,8 @@ _BETWEEN = 27
 _STEEP = 3.0
 # Where the mean cost is farther from the quadratic one than this, the Gaussian is no place to begin.
 _FAR = 3.0
+# Seconds between two writings of the state within a stretch, and how many times as long as one took at least.
+_PAUSE, _RARE = 60.0, 20.0
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,8 @@ class BridgeSettings:
         path: ``cost`` adds what the true cost has beyond the quadratic one; ``tether``, for networks, begins where a
             tether holds all and loosens it to the prior; ``auto`` takes ``cost`` where the Gaussian's own draws cost
             about what it says.
+        keep_in: Folder in which a walk keeps its state until it has ended, so that an interrupted one goes on there bit
+            for bit; None keeps nothing.
 
     Raises:
         ValueError: A value is unknown or out of range.
@@ -84,9 +95,12 @@ class BridgeSettings:
     floor: float = 0.002
     sgld_draws: int = 0
     path: Path = "auto"
+    keep_in: str | None = None
 
     def __post_init__(self) -> None:
         require_kinds(type(self), vars(self))
+        if self.keep_in is not None:
+            require_local(self.keep_in, "keep_in")
         require_at_least("chains", self.chains, 2)
         require_at_least("ray_points", self.ray_points, 1)
         require_choice("region", self.region, get_args(Region))
@@ -135,6 +149,64 @@ class _Visit(NamedTuple):
     acceptance: float
 
 
+class KeptState:
+    """What a walk has done, in a file that is whole or absent; another walk has another file.
+
+    Args:
+        folder: Where; None keeps nothing.
+        walk: What the same walk has the same, by name.
+        vectors: The same of tensors.
+        replicas: Of which the first one writes and all read.
+    """
+
+    def __init__(self, folder: str | None, walk: dict[str, Any], vectors: Sequence[Tensor], replicas: Replicas) -> None:
+        self.replicas, self.path = replicas, None
+        if folder is not None:
+            digest = hashlib.blake2b(json.dumps(walk, sort_keys=True).encode(), digest_size=8)
+            for vector in vectors:
+                digest.update(vector.detach().cpu().contiguous().numpy().data)
+            name = replicas.gather_objects(f"bridge-{digest.hexdigest()}.safetensors")[0]
+            self.path = FilePath(folder) / name
+        self._written, self._took = time.monotonic(), 0.0
+
+    @property
+    def due(self) -> bool:
+        """Whether the state was not written for so long that it is worth it, as the first replica's clock says."""
+        if self.path is None:
+            return False
+        since = time.monotonic() - self._written
+        return self.replicas.gather_objects(since > max(_PAUSE, _RARE * self._took))[0]
+
+    def read(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """Numbers and tensors by name; None where there is no such file.
+
+        Raises:
+            StoreError: It is no whole file of this kind.
+        """
+        if self.path is None or not self.replicas.gather_objects(self.path.is_file())[0]:
+            return None
+        with open_tensors(self.path) as file:
+            try:
+                numbers = parse_json((file.metadata() or {})["bridge"], constants="float")
+            except (KeyError, ValueError) as error:
+                raise StoreError(f"{self.path}: no state of a bridge ({error}); remove it to begin anew") from error
+            return numbers, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+
+    def write(self, numbers: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Writes both; a collective."""
+        began = time.monotonic()
+        if self.path is not None and self.replicas.rank == 0:
+            plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+            write_tensors(self.path, plain, {"bridge": json.dumps(numbers)})
+        self._written = time.monotonic()
+        self._took = self._written - began
+
+    def drop(self) -> None:
+        """Removes the file of a walk that has ended."""
+        if self.path is not None and self.replicas.rank == 0:
+            self.path.unlink(missing_ok=True)
+
+
 class Bridge:
     """Walks from a Gaussian to the true cost and back.
 
@@ -168,6 +240,13 @@ class Bridge:
         self.taken = 0
         self.here: Tilt | None = None
         self.weak: list[str] = []
+        self.tilt = self.start
+        """The density that is sought, as far as it is known."""
+        self.done: dict[str, Any] = {}
+        """What stretches that have ended gave, by name, in lists of numbers."""
+        self.loop: dict[str, Any] = {}
+        """The same of the stretch that is being walked, where it can be gone on with."""
+        self.earlier = (0, 0)
 
     # Numbers of all chains, in their order, on every rank.
     def _all(self, mine: Tensor) -> Array:
@@ -192,9 +271,10 @@ class Bridge:
                 break
         return np.concatenate(costs), np.concatenate(quadratic), share
 
-    def _chains(self) -> Chains:
+    def _chains(self, seed: int | None = None) -> Chains:
         mine = torch.empty(len(self.numbers), len(self.start.pull), device=self.start.pull.device)
-        return Chains(self.field, self.numbers, self.seed, mine.to(self.start.pull.dtype))
+        own = self.seed if seed is None else seed
+        return Chains(self.field, self.numbers, own, mine.to(self.start.pull.dtype))
 
     def near(self) -> bool:
         """Whether the Gaussian's own draws cost about what it says."""
@@ -217,9 +297,101 @@ class Bridge:
         """The same from chains, but the share of the draws."""
         self.chains = self._chains()
         self.nodes = self._affordable()
-        self.chains.draw(self.start)
-        target = self._settled(self.start.at(t=1.0))
-        return self._summed(target, *self._passes(target))
+        self.tilt = self.start.at(t=1.0)
+        if not self._resumed():
+            self.chains.draw(self.start)
+        self._settle()
+        found = self._summed(self.tilt, *self._passes(self.tilt))
+        return self._ended(found)
+
+    def _kept(self) -> KeptState:
+        settings, start = self.settings, self.start
+        walk = dataclasses.asdict(dataclasses.replace(settings, keep_in=None)) | {
+            "walk": type(self).__name__,
+            "seed": self.seed,
+            "cutoff": self.cutoff,
+            "variance": self.variance,
+            "start": [start.b, start.kappa, start.floor],
+            "dtype": str(start.pull.dtype),
+        }
+        return KeptState(settings.keep_in, walk, (start.curvature, start.pull), self.replicas)
+
+    def _resumed(self) -> bool:
+        """Whether an earlier walk was interrupted; then all is as it was when that was last kept.
+
+        Raises:
+            ValueError: The cost has changed.
+        """
+        self.file = self._kept()
+        found = self.file.read()
+        if found is None:
+            return False
+        numbers, tensors = found
+        chains, place = self.chains, self.chains.x
+        chains.x = tensors["x"][list(self.numbers)].to(place.device, place.dtype)
+        chains.look()
+        costs = tensors["costs"][list(self.numbers)]
+        if not self._all(torch.isclose(chains.costs, costs, rtol=1e-2, atol=1e-2 * self.cutoff).double()).all():
+            raise ValueError(f"{self.file.path} is the state of a walk around another cost; remove it to begin anew")
+        chains.costs = costs
+        chains.steps, chains.acceptance = (tensors[name][list(self.numbers)] for name in ("steps", "acceptance"))
+        for own, number in zip(chains.generators, self.numbers, strict=True):
+            own.set_state(tensors["noise"][number].clone())
+        chains.turns.set_state(tensors["turns"])
+        counts = self._counts()
+        self.earlier = (numbers["counts"][0] - counts[0], numbers["counts"][1] - counts[1])
+        self._put_back(numbers, tensors)
+        self.tell(min(self.taken, self.settings.max_gradients), self.settings.max_gradients)
+        return True
+
+    def _counts(self) -> list[int]:
+        pairs = self.replicas.gather_objects((self.field.gradients, self.field.evaluations))
+        return [sum(counts) for counts in zip(*pairs, strict=True)]
+
+    def _put_back(self, numbers: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        self.taken, self.done, self.weak = numbers["taken"], numbers["done"], numbers["weak"]
+        self.loop, place = numbers["loop"], self.start.pull
+        self.tilt = self.tilt.at(b=numbers["b"], learned=tensors["learned"].to(place.device, place.dtype))
+        if numbers["here"] is not None:
+            self.here = self.tilt.at(t=numbers["here"])
+
+    def _state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """All that goes on of a walk, of all chains in their order; a collective."""
+        chains = self.chains
+        noise = [generator.get_state() for generator in chains.generators]
+        mine = (chains.x.cpu(), chains.costs, chains.steps, chains.acceptance, noise)
+        rows: dict[int, Any] = {}
+        for own, parts in self.replicas.gather_objects((self.numbers, mine)):
+            rows |= dict(zip(own, zip(*parts, strict=True), strict=True))
+        columns = zip(*(rows[number] for number in range(self.settings.chains)), strict=True)
+        named = zip(("x", "costs", "steps", "acceptance", "noise"), columns, strict=True)
+        tensors = {name: torch.stack(column) for name, column in named}
+        counts = [now + before for now, before in zip(self._counts(), self.earlier, strict=True)]
+        numbers: dict[str, Any] = {
+            "taken": self.taken,
+            "done": self.done,
+            "weak": self.weak,
+            "loop": self.loop,
+            "counts": counts,
+        }
+        numbers |= {"b": self.tilt.b, "here": None if self.here is None else self.here.t}
+        return numbers, tensors | {"turns": chains.turns.get_state(), "learned": self.tilt.learned}
+
+    def _keep(self) -> None:
+        if self.file.path is not None:
+            self.file.write(*self._state())
+
+    def _stretch(self, name: str, walk: Callable[[], Any]) -> Any:
+        """What a stretch gave, in lists of numbers: as it is kept, or by walking it, after which all is kept."""
+        if name not in self.done:
+            self.done[name] = walk()
+            self.loop = {}
+            self._keep()
+        return self.done[name]
+
+    def _ended(self, found: dict[str, Any]) -> dict[str, Any]:
+        self.file.drop()
+        return found | {"earlier": self.earlier}
 
     def _affordable(self) -> int:
         """Intervals: fewer where the budget does not give each node three trajectories and steps."""
@@ -270,15 +442,19 @@ class Bridge:
         chains.costs = torch.where(kept, chains.costs, before[1])
         chains.gradients = torch.where(where, chains.gradients, before[2])
 
-    def _settled(self, target: Tilt) -> Tilt:
-        """The target with the inverse temperature of the cutoff and the curvature learnt from the chains there."""
+    def _settle(self) -> None:
+        """Finds the inverse temperature of the cutoff, and learns the curvature from the chains there."""
         budget = int(_SETTLING * self.settings.max_gradients)
-        left = budget - self.taken
+        left = budget - self._stretch("settling from", lambda: self.taken)
         for number, share in enumerate((0.15, 0.35, 0.6, 1.0)):
             end = budget - left * (1 - share)
-            target = self._round(target, end, gain=0.3 / (1 + number), cooling=number)
-        self.steps = self.chains.steps
-        return target
+
+            def walk(end: float = end, number: int = number) -> list[float]:
+                self.tilt = self._round(self.tilt, end, gain=0.3 / (1 + number), cooling=number)
+                return self._all(self.chains.steps).tolist()
+
+            steps = self._stretch(f"settling {number}", walk)
+        self.steps = torch.tensor([steps[number] for number in self.numbers], dtype=torch.float64)
 
     def _round(self, target: Tilt, end: float, *, gain: float, cooling: int) -> Tilt:
         """Moves the chains until so many gradients are taken, and learns the curvature from them.
@@ -387,8 +563,14 @@ class Bridge:
         for order in (range(last, -1, -1), range(last + 1)):
             found = {}
             for turn, place in enumerate(order):
-                share = shares[place] / (total - done)
-                found[place] = self._visit(nodes[place], share, fresh=place == last and turn == 0)
+                share, fresh = shares[place] / (total - done), place == last and turn == 0
+
+                def visit(node: _Node = nodes[place], share: float = share, fresh: bool = fresh) -> list[Any]:
+                    seen = self._visit(node, share, fresh=fresh)
+                    return [part if isinstance(part, float) else part.tolist() for part in seen]
+
+                *tables, acceptance = self._stretch(f"pass {len(passes)}, node {place}", visit)
+                found[place] = _Visit._make([*map(np.array, tables), acceptance])
                 done += shares[place]
             passes.append(found)
         return nodes, passes, weights, coarse

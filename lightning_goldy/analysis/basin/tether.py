@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +27,7 @@ from lightning_goldy.analysis.basin.bridge import Bridge, BridgeSettings
 from lightning_goldy.analysis.basin.reference import Tilt, squares
 from lightning_goldy.analysis.basin.saddle import Array, effective_share, student
 from lightning_goldy.analysis.basin.sampling import Field
+from lightning_goldy.core.directions import derived_seed
 from lightning_goldy.core.sharding import Replicas
 
 # Draws that show whether a Gaussian is exact enough, those that its normaliser is then corrected by, and the share of
@@ -72,58 +74,124 @@ class TetherWalk(Bridge):
         """The fields of the result, but the share of the importance sampler's draws."""
         self.chains = self._chains()
         self.low, self.nodes, self.turn, self.odd = self.start.kappa, 0, 0.0, False
-        self.high, _, _ = self._tight(self.start)
-        # Where curvature and steps are kept, however tight the tether has to be at the temperature that is found.
-        self.kept = self.high
-        self.chains.draw(self.start.at(kappa=self.high))
-        self.taken += self.settings.chains
-        target = self._sought(self._loosened(self.start.at(t=1.0)))
-        self.high, base, base_noise = self._tight(target)
+        self.learned: list[Tensor] = []
+        self.steps_at: list[Tensor] = []
+        self.tilt = self.start.at(t=1.0)
+        if not self._resumed():
+            self.done["first hold"] = self._tight(self.start)
+            self.chains.draw(self.start.at(kappa=self.done["first hold"][0]))
+            self.taken += self.settings.chains
+        # Curvature and steps are kept there, however tight the tether has to be at the temperature that is found.
+        self.high = self.kept = self.done["first hold"][0]
+        self._stretch("loosened", self._loosen)
+        self._stretch("sought", self._seek)
+        target = self.tilt
+        near = self.done["first hold"][-1]
+        self.high, base, base_noise, _ = self._stretch("hold", lambda: self._tight(target, near))
         rounds: list[tuple[_Way, ...]] = []
-        for way, rest in _ROUNDS:
-            back = self._watched(target, self.low, self.high, way)
-            there = self._watched(target, self.high, self.low, way)
-            rounds.append((back, there, self._watched(target, self.low, self.low, rest)))
-        return self._concluded(target, rounds, base, base_noise)
+        for number, (way, rest) in enumerate(_ROUNDS):
+            ends = (self.low, self.high, way), (self.high, self.low, way), (self.low, self.low, rest)
+            ways = [
+                self._stretch(f"round {number}, way {turn}", partial(self._watched, target, *walk))
+                for turn, walk in enumerate(ends)
+            ]
+            rounds.append(tuple(_Way(*map(np.array, found)) for found in ways))
+        return self._ended(self._concluded(target, rounds, base, base_noise))
 
-    def _tight(self, tilt: Tilt) -> tuple[float, float, float]:
-        """The least doubling of κ whose Gaussian is exact but for weights, log Z there, and its error."""
-        chains, kappa = self._chains(), 2 * self.low
-        best, found = 0.0, (math.nan, math.nan, math.nan)
-        for _ in range(_DOUBLINGS):
-            gaussian = tilt.at(t=0.0, kappa=kappa)
-            logs: list[Array] = []
-            for wanted in (_LOOK, _DRAWS):
-                while sum(map(len, logs)) < wanted:
-                    x = chains.noise() * gaussian.precision.rsqrt() + gaussian.centre
-                    logs.append(tilt.b * self._all(squares(x, tilt.curvature).cpu() / 2 - self.field.values(x)))
-                joined = np.concatenate(logs)
-                share = effective_share(joined)
-                if share > best or share >= _EFFECTIVE:
-                    weights = np.exp(joined - joined.max())
-                    level = gaussian.log_normaliser(self.variance) + float(joined.max()) + math.log(weights.mean())
-                    noise = float(weights.std() / weights.mean()) / math.sqrt(len(joined))
-                    best, found = share, (kappa, level, noise)
-                if share < _EFFECTIVE:
-                    break
-            else:
-                return found
-            kappa *= 2
-        if not best > 1 / _LOOK:
+    def _put_back(self, numbers: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        super()._put_back(numbers, tensors)
+        self.turn, self.odd, place = numbers["turn"], numbers["odd"], self.start.pull
+        kept = [tensors[f"learned {index}"].to(place.device, place.dtype) for index in range(numbers["distinct"])]
+        self.learned = [kept[index] for index in numbers["learned"]]
+        rows = ([row[own] for own in self.numbers] for row in numbers["steps_at"])
+        self.steps_at = [torch.tensor(row, dtype=torch.float64) for row in rows]
+
+    def _state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        numbers, tensors = super()._state()
+        # Places that were passed within one trajectory share what was learnt.
+        distinct = {id(learned): learned for learned in self.learned}
+        order = list(distinct)
+        numbers |= {
+            "turn": self.turn,
+            "odd": self.odd,
+            "learned": [order.index(id(learned)) for learned in self.learned],
+            "steps_at": [self._all(steps).tolist() for steps in self.steps_at],
+            "distinct": len(order),
+        }
+        return numbers, tensors | {f"learned {index}": distinct[key] for index, key in enumerate(order)}
+
+    def _begun(self, **first: Any) -> dict[str, Any]:
+        """What the loop of a stretch goes on from; kept before a step where that is due."""
+        if not self.loop:
+            self.loop = {"first": self.taken, **first}
+        elif self.file.due:
+            self._keep()
+        return self.loop
+
+    def _tight(self, tilt: Tilt, near: int = 1) -> tuple[float, float, float, int]:
+        """The least doubling of κ whose Gaussian is exact but for weights, log Z there, its error, and the doublings.
+
+        Args:
+            tilt: The density.
+            near: Doublings that are looked at first; from there on strides grow until the least lies between two.
+        """
+
+        def holds(doublings: int) -> bool:
+            return doublings > 0 and self._weighed(tilt, doublings, _LOOK)[0] >= _EFFECTIVE
+
+        low, high, stride = 0, near, 1
+        if holds(near):
+            while holds(low := max(0, high - stride)):
+                high, stride = low, 2 * stride
+        else:
+            while high < _DOUBLINGS and not holds(high):
+                low, high, stride = high, min(high + stride, _DOUBLINGS), 2 * stride
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if holds(middle) else (middle, high)
+        share, level, noise = self._weighed(tilt, high, _DRAWS)
+        while share < _EFFECTIVE and high < _DOUBLINGS:
+            high += 1
+            share, level, noise = self._weighed(tilt, high, _DRAWS)
+        if not share > 1 / _LOOK:
             raise ValueError(
-                f"no tether makes the cost a quadratic one, not even {kappa / self.low:g} / sigma^2: is it smooth at "
-                "the anchor?"
+                f"no tether makes the cost a quadratic one, not even {2.0**high:g} / sigma^2: is it smooth at the "
+                "anchor?"
             )
-        self.weak.append(f"weights leave only {best:.0%} of the draws at the tightest tether")
-        return found
+        if share < _EFFECTIVE:
+            self.weak.append(f"weights leave only {share:.0%} of the draws at the tightest tether")
+        return self.start.kappa * 2.0**high, level, noise, high
+
+    def _weighed(self, tilt: Tilt, doublings: int, wanted: int) -> tuple[float, float, float]:
+        """What weights leave of draws of the Gaussian at so many doublings of κ, log Z there, and its error."""
+        gaussian = tilt.at(t=0.0, kappa=self.start.kappa * 2.0**doublings)
+        # Noise of its own, so that a number does not depend on what else was looked at.
+        chains = self._chains(derived_seed(self.seed, "hold", doublings))
+        logs: list[Array] = []
+        while sum(map(len, logs)) < wanted:
+            x = chains.noise() * gaussian.precision.rsqrt() + gaussian.centre
+            logs.append(tilt.b * self._all(squares(x, tilt.curvature).cpu() / 2 - self.field.values(x)))
+            if effective_share(np.concatenate(logs)) < _EFFECTIVE and sum(map(len, logs)) >= _LOOK:
+                break
+        joined = np.concatenate(logs)
+        weights = np.exp(joined - joined.max())
+        level = gaussian.log_normaliser(self.variance) + float(joined.max()) + math.log(weights.mean())
+        return effective_share(joined), level, float(weights.std() / weights.mean()) / math.sqrt(len(joined))
 
     def _place(self, kappa: float) -> int:
         share = math.log(self.kept / kappa) / math.log(self.kept / self.low)
         return min(max(round((_PLACES - 1) * share), 0), _PLACES - 1)
 
-    def _stages(self, begin: float, end: float, share: float) -> Iterator[tuple[float, int]]:
-        """κ and the mean length of each trajectory, from one end to the other in a share of the gradients."""
-        quota, first = share * self.settings.max_gradients, self.taken
+    def _stages(self, begin: float, end: float, share: float, first: int) -> Iterator[tuple[float, int]]:
+        """κ and the mean length of each trajectory, from one end to the other in a share of the gradients.
+
+        Args:
+            begin: κ at the one end.
+            end: At the other.
+            share: Of all gradients.
+            first: Gradients that were taken when the way began.
+        """
+        quota = share * self.settings.max_gradients
         grid = np.linspace(0, 1, 513)
         passed = (grid + _DWELL * grid**_POWER) / (1 + _DWELL)
         down = end <= begin
@@ -156,33 +224,34 @@ class TetherWalk(Bridge):
         rounded = (learned.clamp(min=1e-30).log() * _ROUNDING).round().div(_ROUNDING).exp()
         return tilt.at(learned=torch.where(torch.isfinite(rounded), rounded, tilt.learned))
 
-    def _loosened(self, tilt: Tilt) -> Tilt:
+    def _loosen(self) -> None:
         """A first way out, on which curvature and steps are learnt at each place."""
-        self.learned: list[Tensor] = []
-        self.steps_at: list[Tensor] = []
-        for kappa, length in self._stages(self.high, self.low, _SETTLING):
-            tilt, place = tilt.at(kappa=kappa), self._place(kappa)
-            self._step(tilt, length, _GAIN)
-            tilt = self._learned_from(tilt)
+        for kappa, length in self._stages(self.high, self.low, _SETTLING, self._begun()["first"]):
+            self._begun()
+            self.tilt, place = self.tilt.at(kappa=kappa), self._place(kappa)
+            self._step(self.tilt, length, _GAIN)
+            self.tilt = self._learned_from(self.tilt)
             if place >= _PLACES - 2:
-                tilt = self._cooled(tilt, 0.1)
+                self.tilt = self._cooled(self.tilt, 0.1)
             del self.learned[place:], self.steps_at[place:]
             missing = place + 1 - len(self.learned)
-            self.learned += missing * [tilt.learned]
+            self.learned += missing * [self.tilt.learned]
             self.steps_at += missing * [self.chains.steps]
-        return tilt
 
-    def _sought(self, target: Tilt) -> Tilt:
-        """The target with the inverse temperature at which the mean cost is the cutoff."""
-        begin, logs, late = self.taken, [math.log(target.b)], 0
-        for _, length in self._stages(self.low, self.low, _SEEKING):
-            self._step(target, length, _GAIN)
-            target = self._learned_from(target)
-            late += self.taken > begin + 0.4 * _SEEKING * self.settings.max_gradients
-            target = self._cooled(target, 1 / (3 + late) if late else 0.3)
-            logs.append(math.log(target.b))
-        self.learned[-1], self.steps_at[-1] = target.learned, self.chains.steps
-        return target.at(b=math.exp(float(np.mean(logs[len(logs) // 2 :]))))
+    def _seek(self) -> None:
+        """Finds the inverse temperature at which the mean cost is the cutoff."""
+        loop = self._begun(logs=[math.log(self.tilt.b)], late=0)
+        begin, logs = loop["first"], loop["logs"]
+        self.tilt = self.tilt.at(kappa=self.low)
+        for _, length in self._stages(self.low, self.low, _SEEKING, begin):
+            self._begun()
+            self._step(self.tilt, length, _GAIN)
+            self.tilt = self._learned_from(self.tilt)
+            loop["late"] += self.taken > begin + 0.4 * _SEEKING * self.settings.max_gradients
+            self.tilt = self._cooled(self.tilt, 1 / (3 + loop["late"]) if loop["late"] else 0.3)
+            logs.append(math.log(self.tilt.b))
+        self.learned[-1], self.steps_at[-1] = self.tilt.learned, self.chains.steps
+        self.tilt = self.tilt.at(b=math.exp(float(np.mean(logs[len(logs) // 2 :]))))
 
     def _cooled(self, tilt: Tilt, rate: float) -> Tilt:
         """A step of the inverse temperature towards that at which the mean cost is the cutoff."""
@@ -190,24 +259,25 @@ class TetherWalk(Bridge):
         shift = max(-1.0, min(1.0, math.log(mean / self.cutoff))) if math.isfinite(mean) and mean > 0 else 1.0
         return tilt.at(b=max(tilt.b * math.exp(rate * shift), 1e-9 / self.cutoff))
 
-    def _watched(self, target: Tilt, begin: float, end: float, share: float) -> _Way:
-        """Lets the tether go from one end to the other and watches the chains."""
-        chains, here = self.chains, None
-        kappas: list[float] = []
-        rows: list[Tensor] = []
-        acceptance: list[float] = []
-        for kappa, length in self._stages(begin, end, share):
+    def _watched(self, target: Tilt, begin: float, end: float, share: float) -> list[Any]:
+        """Lets the tether go from one end to the other and watches the chains; the fields of a way, as lists."""
+        chains = self.chains
+        loop = self._begun(place=None, kappas=[], rows=[], acceptance=[])
+        for kappa, length in self._stages(begin, end, share, loop["first"]):
+            self._begun()
             place = self._place(kappa)
-            if place != here:
-                chains.steps, here = self.steps_at[place], place
+            if place != loop["place"]:
+                chains.steps, loop["place"] = self.steps_at[place], place
             tilt = target.at(kappa=kappa, learned=self.learned[place])
             self._step(tilt, length, _SLOW_GAIN)
-            kappas.append(kappa)
+            loop["kappas"].append(kappa)
             self.steps_at[place] = chains.steps
-            rows.append(self._observed_on(tilt))
-            acceptance.append(float(self._all(chains.acceptance).mean()))
-        integrand, plain, costs = np.moveaxis(self._all(torch.stack(rows, dim=1)), -1, 0)
-        return _Way(np.array(kappas), integrand, plain, costs, np.array(acceptance))
+            loop["rows"].append(self._all(self._observed_on(tilt)).tolist())
+            loop["acceptance"].append(float(self._all(chains.acceptance).mean()))
+        columns = (
+            np.array(loop["rows"]).transpose(2, 1, 0).tolist()
+        )  # [integrand, plain, costs], [chains, trajectories]
+        return [loop["kappas"], *columns, loop["acceptance"]]
 
     def _observed_on(self, tilt: Tilt) -> Tensor:
         """The integrand by Stein's identity, as it is, and the cost, ``[chains, 3]``."""

@@ -419,10 +419,8 @@ class _Crossing:
             finally:
                 for module in modules:
                     module.restore()
-        counts = [
-            sum(pair)
-            for pair in zip(*self.replicas.gather_objects((cost.gradients + measured, cost.evaluations)), strict=True)
-        ]
+        taken = self.replicas.gather_objects((cost.gradients + measured, cost.evaluations))
+        counts = [sum(pair) for pair in zip(found.pop("earlier", (0, 0)), *taken, strict=True)]
         return BridgeResult(
             **found,
             region=self.settings.region,

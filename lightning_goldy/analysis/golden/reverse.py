@@ -53,6 +53,8 @@ _PASS = 3
 # Share of the rounds in which the mask grows to the whole budget, and their number at most; in the others its elements
 # are exchanged.
 _GROWTH, _GROWING = 0.7, 11
+# Share of the rounds in which small masks grow, from one single-shot score after the other.
+_STARTING = 0.85
 # Exchanges tried for each round at most.
 _TRIALS = 3
 # Rounds where none are given; the second above so many elements, where a round takes minutes.
@@ -73,7 +75,7 @@ class Search:
     """How far and from where a search goes.
 
     Args:
-        score: Registered score of the unmasked model to start from.
+        score: Registered score of the unmasked model to start from, before the others where masks are small.
         rounds: Forward and backward passes under the masked model at most; one more scores the unmasked one. By default
             40, and 8 where more than 100 M elements may be masked.
         exact: Elements that are measured one by one, by a forward pass each, after at most sixteen times as many trials
@@ -232,8 +234,9 @@ def reverse_golden_parameters(
     :math:`s = -\nabla F \odot \theta`; round after round the mask grows to the budget. In each round the strategy
     sizes a pool somewhat larger than what is wanted, in which masked elements may lose their place; its best mask is
     kept when a forward pass shows it better than the greedy one. At the whole budget elements are exchanged until the
-    single best exchange to first order brings nothing. In masks of up to 16,384 elements pairs and single candidates,
-    those that carry the largest activations among them, are then exchanged where a measurement shows that it helps.
+    single best exchange to first order brings nothing. Masks of up to 16,384 elements grow from every single-shot score
+    in turn as long as 85 % of the rounds allow; in the best of them pairs and single candidates, those that carry the
+    largest activations among them, are then exchanged where a measurement shows that it helps.
     What is returned is the best mask of the whole budget that was measured, the masks of all single-shot scores among
     them. The model comes back as it was, to the bit. On several ranks the samples are shared out; every rank must call.
 
@@ -359,8 +362,8 @@ def _run_search(
         for name in wanted:
             checked = _finite(scores[name], f"{name} scores", budget)
             shots[name] = PackedMask(budget.selections(checked, budget.sizes()))
-            if name == score:
-                course.start(checked)
+            if name == score or course.exact:
+                course.start(checked, first=name == score)
             if course.exact:
                 course.note(each.element for each in budget.strongest(checked, course.exact))
             # Each sum is freed once no score needs it.
@@ -469,7 +472,7 @@ class MaskSearch:
         self._greedy, self.rounds = self.strategy == "none", self.settings.rounds_for(sum(self.budget.numels))
         self._steps = min(_GROWING, self.rounds if self._greedy else max(1, math.ceil(_GROWTH * self.rounds)))
         self._pool_factor = self.fluctuation.strategy(self.strategy, self.settings.seed)
-        self._started: PackedMask | None = None
+        self._started: list[PackedMask] = []
         self._notable: list[list[Element]] = []
         self._alone: dict[Element, float] = {}
 
@@ -486,18 +489,24 @@ class MaskSearch:
         """Takes elements, the most promising first, among which those to be measured one by one are chosen."""
         self._notable.append(list(candidates))
 
-    def start(self, scores: Mapping[str, Tensor]) -> None:
-        """Takes the first and smallest mask from the scores of the unmasked model, which need not be held after it.
+    def start(self, scores: Mapping[str, Tensor], *, first: bool = True) -> None:
+        """Takes a first and smallest mask from scores of the unmasked model, which need not be held after it.
 
         Args:
             scores: This process's part of each tensor.
+            first: Whether it is grown before those that are there.
         """
-        self._started = PackedMask(self.budget.selections(scores, self.budget.sizes(1 / (self._steps + 1))))
+        started = PackedMask(self.budget.selections(scores, self.budget.sizes(1 / (self._steps + 1))))
+        self._started.insert(0 if first else len(self._started), started)
 
     def run(self) -> None:
         """Searches from where it was started until the rounds are spent or no exchange brings anything."""
         alone = self._measure_alone() if self.budget.total(self.budget.sizes()) < self.exact else None
-        grown = self._grow()
+        grown = self._grow(self._started[0])
+        for started in self._started[1:]:
+            # What a mask grows to depends on where it begins more than on what is exchanged later.
+            if self.passes + self._steps <= _STARTING * self.rounds:
+                grown = max(grown, self._grow(started), key=lambda found: found.value)
         if not self._greedy:
             # Not from the best mask so far: that of a single shot may lead nowhere, and it is not forgotten.
             gain = self._exchange(grown)
@@ -508,10 +517,9 @@ class MaskSearch:
                 if alone is not None:
                     self._exchange_one_by_one(alone, None)
 
-    def _grow(self) -> _Valued:
+    def _grow(self, started: PackedMask) -> _Valued:
         """Masks of growing size up to the whole budget, scored anew under each."""
-        assert self._started is not None
-        now, improvement, failures = self._measure(self._started), 0.0, 0
+        now, improvement, failures = self._measure(started), 0.0, 0
         gain: Mapping[str, Tensor] | None = None
         for step in range(1, self._steps + 1):
             gain = self._gains(now.mask) if gain is None else gain

@@ -241,10 +241,11 @@ def chart_plasticity_sweep(row: Row) -> Figure:
     ]
     # What choosing at random costs, as a band from the cheapest to the dearest seed: the null of every other line.
     band = [each for each in ranges if each[0].partition(",")[0] == "random"]
+    levels = len({level for _, level, *_ in band})
     columns = {
         name: columns_of(("line", "x", "low", "high"), rows) for name, rows in (("ranges", ranges), ("band", band))
     }
-    return layered(lines(means, style, caption=sweep_caption(row)), _range_layers(), data=columns)
+    return layered(lines(means, style, caption=sweep_caption(row)), _range_layers(levels == 1), data=columns)
 
 
 @functools.lru_cache(maxsize=16)
@@ -330,8 +331,8 @@ def _maps_chart(size: int, moments: tuple[str, ...], heads: tuple[str, ...]) -> 
     return plain_spec(chart, width=alt.Step(step), height=alt.Step(step))
 
 
-@functools.lru_cache(maxsize=1)
-def _range_layers() -> list[dict[str, Any]]:
+@functools.lru_cache(maxsize=2)
+def _range_layers(one_level: bool) -> list[dict[str, Any]]:
     encoding = {
         "x": {"field": "x", "type": "quantitative"},
         "y": {"field": "low", "type": "quantitative"},
@@ -344,9 +345,11 @@ def _range_layers() -> list[dict[str, Any]]:
         ],
     }
     zero = {"data": {"values": [{}]}, "mark": {"type": "rule", "strokeDash": [2, 3]}, "encoding": {"y": {"datum": 0}}}
-    band = {name: encoding[name] for name in ("x", "y", "y2", "color")}
+    # An area over a single level would have no width.
+    mark, places = ("rect", ()) if one_level else ("area", ("x",))
+    band = {name: encoding[name] for name in (*places, "y", "y2", "color")}
     return [
-        {"data": {"name": "band"}, "mark": {"type": "area", "opacity": 0.15}, "encoding": band},
+        {"data": {"name": "band"}, "mark": {"type": mark, "opacity": 0.15}, "encoding": band},
         {"data": {"name": "ranges"}, "mark": {"type": "rule", "strokeWidth": 1.5}, "encoding": encoding},
         zero,
     ]

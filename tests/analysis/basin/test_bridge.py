@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_goldy.analysis import basin_volume, kronecker_preconditioner, local_volume
 from lightning_goldy.analysis.basin import BridgeResult, BridgeSettings, bridge_gradients, paired_difference
+from lightning_goldy.analysis.basin.bridge import KeptState
 from lightning_goldy.analysis.basin.reference import Eigenbasis, Tilt
 from lightning_goldy.analysis.basin.saddle import controlled, counted, saddle
 from lightning_goldy.analysis.basin.sampling import PointField
@@ -26,6 +28,7 @@ from tests.references.volume import (
 )
 
 CUTOFF = 1e-2
+PLACE: dict[str, Any] = {"device": "cpu", "dtype": torch.float64}
 
 
 class Flat(nn.Module):
@@ -190,6 +193,27 @@ def test_a_tether_does_not_ask_where_the_chains_lag() -> None:
     found = walk._observed_on(walk.start.at(t=1.0, kappa=20.0))
     assert found[:, 0].tolist() == pytest.approx([3 + float(pull.square().sum()) / 40] * 4)
     assert found[0, 1] > 1000
+
+
+def test_the_least_tether_that_holds_is_found_in_few_looks_from_wherever_they_begin() -> None:
+    curvature = torch.ones(8, dtype=torch.float64)
+    basis = Eigenbasis(ParameterSpace.of(Flat(curvature)), vector(Flat(curvature), curvature), **PLACE)
+    # A quadratic whose wall of the fourth order is far steeper, so that only a tight tether keeps away from it.
+    cost = PointField(lambda x: 0.5 * x.square().sum(-1) + 1e9 * x.pow(4).sum(-1), torch.zeros(8).double(), basis)
+    tilt = Tilt(1.0, 0.0, 1.0, curvature, curvature, 0 * curvature)
+    found = []
+    for near in (1, 14, 30):
+        walk = TetherWalk(cost, tilt, CUTOFF, BridgeSettings())
+        before = cost.evaluations
+        found.append(walk._tight(walk.start, near))
+        assert cost.evaluations - before <= 16 * 12 + 128
+    assert found[0] == found[1] == found[2]
+    kappa, level, _, doublings = found[0]
+    assert kappa == 2.0**doublings
+    assert doublings > 12
+    walk = TetherWalk(cost, tilt, CUTOFF, BridgeSettings())
+    assert walk._weighed(walk.start, doublings - 1, 128)[0] < 0.5 <= walk._weighed(walk.start, doublings, 128)[0]
+    assert level == pytest.approx(-4 * math.log(kappa + walk.start.b), abs=0.2 * 8)
 
 
 @pytest.mark.parametrize("options", [{"path": "tether"}, {"path": "cost"}, {"path": "tether", "sgld_draws": 5}])
@@ -374,3 +398,58 @@ def test_two_bridges_around_a_trained_llama_agree_and_lie_above_rays() -> None:
         assert result.tether > 100
         assert result.error < 0.5 * abs(result.log_volume)
         assert max(rays) + 3 * result.error < result.log_volume < 0
+
+
+@pytest.mark.parametrize(("path", "when"), [("cost", 400), ("tether", 70), ("tether", 500)])
+def test_a_killed_bridge_goes_on_to_the_same_bits(path: Any, when: int, tmp_path: Any, monkeypatch: Any) -> None:
+    module, cost, noisy, _ = quadratic(20)
+    calls = itertools.count()
+    monkeypatch.setattr(KeptState, "due", property(lambda state: next(calls) % 4 == 0))
+    told: list[int] = []
+
+    def dying(done: int, total: int) -> None:
+        told.append(done)
+        if done >= when:
+            raise KeyboardInterrupt
+
+    def walk(folder: Any, progress: Any = None, seed: int = 0) -> BridgeResult:
+        settings = BridgeSettings(chains=4, max_gradients=800, path=path, sgld_draws=3, keep_in=folder)
+        options: dict[str, Any] = {"method": "bridge", "cutoff": CUTOFF, "sigma": 1.0, "seed": seed}
+        options |= {"curvature": vector(module, noisy), "bridge": settings, "progress": progress}
+        return local_volume(module, cost, **options)
+
+    whole = walk(None)
+    with pytest.raises(KeyboardInterrupt):
+        walk(str(tmp_path), dying)
+    (kept,) = tmp_path.iterdir()
+    assert walk(str(tmp_path), seed=1).log_volume != whole.log_volume
+    assert list(tmp_path.iterdir()) == [kept]
+    told.clear()
+    resumed = walk(str(tmp_path), lambda done, total: told.append(done))
+    assert told[0] > when / 3
+    assert resumed.details() | {"seconds": 0} == whole.details() | {"seconds": 0}
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_kept_walk_around_another_cost_or_of_another_kind_is_refused(tmp_path: Any) -> None:
+    module, cost, noisy, _ = quadratic(20)
+
+    def walk(cost: Any, progress: Any = None) -> BridgeResult:
+        settings = BridgeSettings(chains=4, max_gradients=800, path="cost", keep_in=str(tmp_path))
+        options: dict[str, Any] = {"method": "bridge", "cutoff": CUTOFF, "sigma": 1.0, "bridge": settings}
+        return local_volume(module, cost, curvature=vector(module, noisy), progress=progress, **options)
+
+    def dying(done: int, total: int) -> None:
+        if done >= 500:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        walk(cost, dying)
+    (kept,) = tmp_path.iterdir()
+    with pytest.raises(ValueError, match=f"{kept.name} is the state of a walk around another cost; remove it"):
+        walk(Quadratic(cost.anchor, 2 * cost.curvature))
+    kept.write_bytes(kept.read_bytes()[:200])
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        walk(cost)
+    with pytest.raises(ValueError, match="keep_in"):
+        BridgeSettings(keep_in="s3://bucket/state")

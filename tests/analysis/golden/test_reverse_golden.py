@@ -188,6 +188,15 @@ def test_the_strategy_is_not_ignored():
     assert len(masks) >= 5
 
 
+@pytest.mark.parametrize(("options", "growths"), [({}, 3), ({"rounds": 6}, 1), ({"strategy": "none"}, 1)])
+def test_small_masks_grow_from_every_single_shot_score(options, growths):
+    model = sharp("gpt2")
+    result = reverse_golden_parameters(model, [BATCH], eval_batches=[HELD_OUT], top_k_percent=5.0, exact=4, **options)
+    sizes = [entry["size"] for entry in result.history if entry["kept"] not in ("pairs", "exact")]
+    assert 1 + sum(after < before for before, after in itertools.pairwise(sizes)) == growths
+    assert result.passes <= options.get("rounds", 40) + 1
+
+
 def test_plain_greedy_only_adds():
     """The mask of the whole budget holds the start and every gain on the way, worked out with whole sorts."""
     model, logits = sharp("llama"), target_logits(BATCH)
