@@ -143,7 +143,7 @@ class CircuitTask:
         return found, others
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Subject:
     """A checkpoint that is loaded.
 

@@ -31,7 +31,7 @@ Metric = MetricName | Callable[[nn.Module, Any], Tensor]
 _CPU_CHUNK, _GPU_CHUNK = 1 << 18, 1 << 24
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Passage:
     """Samples that go through the model together.
 

@@ -545,7 +545,7 @@ def check_tokens(model: nn.Module, pairs: PromptPairs) -> None:
             raise ValueError(f"prompt {name!r} has {len(sets[0])} tokens, more than the model's {longest} positions")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
     """Pairs of one length, their clean tokens, and the run that is patched in."""
 

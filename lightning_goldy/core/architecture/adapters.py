@@ -283,7 +283,7 @@ def _merged(path: str, layer: nn.Module, values: Mapping[str, Tensor]) -> dict[s
     return {name: value.detach() for name, value in without_adapters(made).named_parameters()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Line:
     r"""The straight line in weights from a base to the present model, as something that can be differentiated along.
 

@@ -171,7 +171,7 @@ def _block_map(grid: BlockGrid, style: HeatMap, caption: str) -> Figure:
     return heat_map(grid.values, grid.blocks, grid.kinds, style, caption=caption)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BlockGrid:
     """One number for every kind of tensor in every block.
 
@@ -186,7 +186,7 @@ class BlockGrid:
     values: NDArray[np.float64]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ChangeHistogram:
     """How large the changes of the single elements are.
 
