@@ -80,7 +80,7 @@ def test_results_with_tensors_are_equal_by_value_and_have_a_hash() -> None:
 
 
 def test_no_frozen_dataclass_asks_a_tensor_for_a_truth_value() -> None:
-    """Those that hold tensors or arrays are results, which compare them by element, or are equal to themselves alone."""
+    """What holds tensors or arrays is a result, which compares them by element, or equal to itself alone."""
     for info in pkgutil.walk_packages(lightning_goldy.__path__, "lightning_goldy."):
         module = importlib.import_module(info.name)
         for kind in vars(module).values():
