@@ -122,7 +122,7 @@ def circuit_of(folder: str, n_pairs: int, n_random: int, device: str) -> None:
         own, wide, by_node = (f"[{low:.2f}, {high:.2f}]" for low, high in intervals)
         nulls = (f"{null[place].mean():.2f} (at most {null[place].max():.2f})" for null in (curve.random, curve.joined))
         print(
-            f"{100 * size / curve.n_edges:.0f} %, {size} edges: {curve.values[place]:.2f} {own}, with the choice {wide}; "
+            f"{100 * size / curve.n_edges:.0f} %, {size} edges: {curve.values[place]:.2f} {own}, chosen anew {wide}; "
             f"nodes alone {alone.values[place]:.2f} {by_node}; random {', joined '.join(nulls)}; without them "
             f"{curve.complements[place]:.2f}"
         )

@@ -10,6 +10,7 @@ import torch
 from lightning_goldy.analysis.agreement import agreement_of
 from lightning_goldy.analysis.circuits import PromptPairs, faithfulness, find_circuits, name_movers, node_effects
 from lightning_goldy.data import induction_pairs
+from tests.references.attention import eager_patterns
 from tests.references.induction import KNOWN, TOKENS, built, trained
 
 
@@ -49,8 +50,7 @@ def test_the_head_that_brings_the_answer_looks_at_it_and_is_named() -> None:
     found = name_movers(model, find_circuits(model, pairs, method="eap"), pairs, n=3)
     assert (found[0].node, found[0].moves_names, found[0].n_pairs) == ("a1.h1", True, 8)
     ids = torch.tensor(pairs.clean)
-    model.set_attn_implementation("eager")
-    weights = model(ids, output_attentions=True).attentions[1][:, 1, -1]  # [pairs, T]
+    weights = eager_patterns(model, {"input_ids": ids})[1][:, 1, -1].double()  # [pairs, T]
     for looked, answers in ((found[0].right, pairs.answers), (found[0].wrong, pairs.wrong)):
         held = torch.tensor(
             [[token in tokens for token in row] for row, tokens in zip(ids.tolist(), answers, strict=True)]
