@@ -456,8 +456,8 @@ def parameter_distribution(
     .. math:: \max_i |\langle u^0_i, u_j \rangle| < \tau
 
     beside those that a random change makes, and where the change itself has low rank, as one of merged adapters, a
-    random one of that rank: its few directions are strong, and so make intruders where full rank makes none. On several replicas the tensors are shared out; sharded tensors are
-    gathered one at a time. Every rank must call.
+    random one of that rank: its few directions are strong, and so make intruders where full rank makes none. On several
+    replicas the tensors are shared out; sharded tensors are gathered one at a time. Every rank must call.
 
     Args:
         model: The finetuned model, plain or sharded.

@@ -65,10 +65,15 @@ def same_everywhere(value: Any) -> None:
 def check_circuits(model: nn.Module) -> None:
     pairs = odd_pairs()
     for method in ("eap_ig_inputs", "nodes"):
-        options: dict[str, Any] = {"method": method, "n_edges": 20, "steps": 2}
+        options: dict[str, Any] = {"method": method, "n_edges": 20, "steps": 2, "n_groups": 2}
         found = find_circuits(model, pairs, **options)
         alone = find_circuits(model, pairs, **options, split_over_ranks=False)
         torch.testing.assert_close(found.scores, alone.scores, rtol=1e-4, atol=1e-6)
+        # Batches are smaller where there are more processes, so other pairs make a group.
+        assert (found.left_out.shape, alone.left_out.shape) == ((2, *found.scores.shape),) * 2
+        if method == "eap_ig_inputs":
+            for one in (found, alone):
+                torch.testing.assert_close(one.left_out.sum(0), one.scores, rtol=1e-4, atol=1e-6)
         assert (found.clean, found.patched) == pytest.approx((alone.clean, alone.patched), rel=1e-5)
         assert found.cost == alone.cost
         same_everywhere(found.to_json())
@@ -110,6 +115,8 @@ def check_attribution(model: nn.Module, plain: nn.Module, base: ParameterVector)
             assert point["method"] == wanted["method"]
             for name in ("share", "value", "recovered", "low", "high", "harm", "kl"):
                 assert point[name] == pytest.approx(wanted[name], rel=1e-3, abs=1e-5), (point["method"], name)
+            assert point["draws"] == pytest.approx(wanted["draws"], rel=1e-3, abs=1e-5)
+            assert len(point["draws"]) == (5 if point["method"] == "random" else 0)
         assert curves[0].of("greedy") or pieces == "elements"
 
 
