@@ -483,7 +483,7 @@ def parameter_distribution(
     Source: stable rank: Rudelson and Vershynin 2007; effective rank: Roy and Vetterli 2007; randomised decomposition:
     Halko, Martinsson and Tropp 2011, algorithm 4.4, and Musco and Musco 2015 (all powers in the basis); Delta's
     directions: Hu et al. 2022 ("LoRA"), section 7.3; intruders: Shuttleworth et al. 2024, arXiv 2410.21228,
-    algorithm 1, which has no null; those are ours.
+    algorithm 1, which has no null.
 
     Example:
         >>> layer = nn.Linear(4, 4, bias=False)

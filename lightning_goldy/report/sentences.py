@@ -282,6 +282,9 @@ def answer_by_circuit(rows: Sequence[Row]) -> Finding | None:
             doubts.append("its interval reaches what random circuits keep")
     if overlap is not None and by_chance is not None:
         null += f"{'; ' if null else ''}by chance they would share {_percent(by_chance)}"
+        noise = _metric(row, "overlap_noise")
+        null += "" if noise is None else f", two seeds share {_percent(noise)}"
+        doubts += ["two seeds differ as much"] if noise is not None and overlap >= noise else []
     if not interval or None in interval:
         doubts = [*doubts, "no interval", *_marks(row)]
         return Finding(f"{sentence}.", "no interval over prompts", null, tuple(doubts), course="area")

@@ -559,6 +559,8 @@ class TrackedCircuit(AnalysisResult):
         told |= {name: value for name, value in curve.items() if name not in whole}
         told |= {"metric_clean": self.circuit.clean, "metric_patched": self.circuit.patched}
         told |= {name: overlap[name] for name in ("overlap", "overlap_by_chance", "rank_correlation") if overlap}
+        if overlap.get("overlap_noise") is not None:
+            told["overlap_noise"] = overlap["overlap_noise"]
         return told | {f"node/{name}": score for name, score in self.circuit.node_scores().items()}
 
     def details(self) -> dict[str, Any]:
@@ -570,9 +572,9 @@ class TrackedCircuit(AnalysisResult):
         """What the largest size keeps, and of which circuit."""
         weak, kept, overlap = self.curve.weak(), "", self.overlap
         if overlap is not None:
-            kept = (
-                f"; overlap with the base's {overlap.intersection_over_union:.2f} ({overlap.by_chance:.2f} by chance)"
-            )
+            noise = "" if overlap.noise is None else f", {overlap.noise:.2f} between two seeds"
+            kept = f"{overlap.intersection_over_union:.2f} ({overlap.by_chance:.2f} by chance{noise})"
+            kept = f"; overlap with the base's {kept}"
         doubt = f"; WEAK: {weak}" if weak else ""
         return f"{self.curve.summary()}; {self.circuit.headline()}{kept}{doubt}"
 
@@ -584,6 +586,7 @@ def track_circuit(
     *,
     held_out: PromptPairs | None = None,
     base: Circuit | None = None,
+    seed: Circuit | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> TrackedCircuit:
     """Finds a model's circuit, measures what it keeps, and compares it with an earlier one.
@@ -597,6 +600,7 @@ def track_circuit(
         options: The same at every step.
         held_out: Pairs that measure what the circuit keeps; by default those that chose it, which flatters it.
         base: The circuit of what the model was.
+        seed: That of a finetune that differs in its seed alone; its overlap with the model's is the noise of that.
         progress: Called with (pairs done, pairs in all).
 
     Returns:
@@ -625,7 +629,7 @@ def track_circuit(
     except FlatMetricError as flat:
         curve = _flat(circuit, counts, options, measuring, flat)
     shares = {max(1, round(share * n_edges)): share for share in sorted(options.sizes, reverse=True)}
-    overlap = None if base is None else circuit_overlap(base, circuit)
+    overlap = None if base is None else circuit_overlap(base, circuit, seed=seed)
     return TrackedCircuit(circuit, curve, tuple(shares[count] for count in counts), overlap)
 
 

@@ -266,6 +266,7 @@ _CIRCUITS = Description(
         "metric_patched": "the metric with every edge patched",
         "overlap": "edges shared with the base's circuit, of all in either",
         "overlap_by_chance": "the same of random circuits as large",
+        "overlap_noise": "edges shared with the circuit of a finetune that differs in its seed alone, of all in either",
         "rank_correlation": "Spearman's, of the magnitudes of all edges' scores now and in the base",
         "node": "what the behaviour loses when all that the node tells is patched, estimated",
     },
