@@ -17,14 +17,13 @@ from lightning_goldy.analysis import (
     change_attribution,
     faithfulness,
     find_circuits,
+    graft,
     graft_curve,
     node_effects,
 )
 from lightning_goldy.analysis.circuits import PromptPairs
 from lightning_goldy.core.architecture import UnsupportedArchitectureError
-from lightning_goldy.core.architecture.adapters import AdapterError
-from lightning_goldy.core.sharding import RankError, Replicas
-from lightning_goldy.core.space import ParameterSpace
+from lightning_goldy.core.sharding import RankError, Replicas, local
 from lightning_goldy.core.vector import ParameterVector
 from tests.analysis.circuits.test_scores import prompts
 from tests.references.architecture_models import lora
@@ -130,14 +129,55 @@ def check_activations(model: nn.Module, plain: nn.Module, base: ParameterVector)
 def check_refusals(sharded: nn.Module) -> None:
     with pytest.raises(UnsupportedArchitectureError, match="a sharded model's circuits are not found"):
         find_circuits(sharded, odd_pairs())
-    adapted = lora("llama", ["q_proj"])
-    base = ParameterVector.of(adapted, ParameterSpace.of(adapted))
-    with pytest.raises(AdapterError, match="this one is sharded: use space='adapters', or DDPStrategy"):
-        change_attribution(shard_adapted(adapted), base, [token_batch(4)])
+
+
+def check_merged_weights(more: list[str] | None) -> None:
+    """Under shards the contributions of merged weights, and grafts of them, are those of one process."""
+    torch.manual_seed(7)
+    plain = lora("llama", ["q_proj", "down_proj"], modules_to_save=more)
+    sharded, fresh = copy.deepcopy(plain), copy.deepcopy(plain)
+    with torch.no_grad():
+        for name, parameter in fresh.named_parameters():
+            if "lora_B" in name:
+                parameter.zero_()
+            elif "modules_to_save" in name:
+                parameter.mul_(0.9)
+    base = ParameterVector.of(fresh)
+    sharded = shard_adapted(sharded)
+    kept = {name: value.detach().clone() for name, value in sharded.named_parameters()}
+    scored, held_out = (token_batch(4, seed=seed) for seed in (1, 2))
+    options: dict[str, Any] = {"shares": SHARES, "nodes": 2}
+    found = change_attribution(sharded, base, [scored], **options)
+    expected = change_attribution(plain, base, [scored], **options, split_over_ranks=False)
+    assert found.space == expected.space == "merged"
+    assert found.metrics() == pytest.approx(expected.metrics(), rel=1e-4, abs=1e-7)
+    torch.testing.assert_close(found.contributions, expected.contributions, rtol=1e-3, atol=1e-7)
+    same_everywhere(found.metrics())
+    grafting: dict[str, Any] = {"baselines": ["random", "magnitude"], "n_draws": 1}
+    curves = [
+        graft_curve(one, base, attribution, [scored], [held_out], **grafting)
+        for one, attribution in ((sharded, found), (plain, expected))
+    ]
+    for point, wanted in zip(*(curve.records for curve in curves), strict=True):
+        assert (point.method, point.share) == (wanted.method, wanted.share)
+        assert point.value == pytest.approx(wanted.value, rel=1e-4)
+    mask = expected.mask(SHARES[1])
+    states = [
+        graft(one, base, attribution.mask(SHARES[1])) for one, attribution in ((sharded, found), (plain, expected))
+    ]
+    assert set(states[0]) == set(states[1]) >= set(mask.space)
+    for name, value in states[1].items():
+        torch.testing.assert_close(states[0][name], value, rtol=1e-4, atol=1e-6)
+    for name, value in sharded.named_parameters():
+        assert torch.equal(local(value), local(kept[name])), name
+    logits = sharded(input_ids=scored["input_ids"]).logits
+    torch.testing.assert_close(logits, plain(input_ids=scored["input_ids"]).logits, rtol=1e-4, atol=1e-5)
 
 
 def shard_adapted(adapted: Any) -> Any:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in adapted.base_model.model.model.layers:
+        fully_shard(block, mesh=mesh)
     return fully_shard(adapted, mesh=mesh)
 
 
@@ -150,4 +190,6 @@ def check_all() -> int:
     check_attribution(sharded, model, before)
     check_activations(sharded, model, before)
     check_refusals(sharded)
+    check_merged_weights(None)
+    check_merged_weights(["lm_head"])
     return dist.get_rank()

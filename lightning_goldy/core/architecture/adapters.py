@@ -36,6 +36,8 @@ WeightSpace = Literal["merged", "adapters"]
 _OF_PEFT = re.compile(
     r"(?:^|(?<=\.))(?:base_model\.model|base_layer|token_adapter|original_module|modules_to_save\.[^.]+)\."
 )
+# Where a layer keeps its merged weights meanwhile.
+_MADE = "_goldy_merged"
 _PLACE = "goldy_place"
 
 
@@ -472,11 +474,6 @@ def require_merged_parameters(model: nn.Module, space: str = "merged") -> None:
     """
     if chosen_space(model, space) != "merged":
         return
-    if any(map(is_sharded, model.parameters())):
-        raise AdapterError(
-            "gradients of merged weights need each process to hold the whole model, and this one is sharded: use "
-            "space='adapters', or DDPStrategy"
-        )
     for path, layer in adapted_layers(model).items():
         if getattr(layer, "merged", False):
             raise AdapterError(f"{path}: the adapter is merged; take it apart first, with unmerge_adapter()")
@@ -495,16 +492,33 @@ def _merged_layer(layer: nn.Module, values: Mapping[str, Tensor]) -> Iterator[di
     plain, patched = layer.forward, "forward" in vars(layer)
     kept: list[tuple[dict[str, Any], str, nn.Parameter]] = []
     made: dict[str, nn.Parameter] = {}
+    sharded = any(map(is_sharded, layer.parameters()))
+
+    def merged(*args: Any, **options: Any) -> Any:
+        """Puts the values in for a pass, for FSDP2 needs its own between passes; maybe in lower precision."""
+        present = [held[leaf] for held, leaf, _ in kept]
+        try:
+            for (held, leaf, _), own, value in zip(kept, present, made.values(), strict=True):
+                held[leaf] = value.to(own.dtype)  # type: ignore[assignment]
+            return wrapped(*args, **options)
+        finally:
+            for (held, leaf, _), own in zip(kept, present, strict=True):
+                held[leaf] = own
+
     try:
         for name, value in values.items():
             module, _, leaf = name.rpartition(".")
             held = vars(wrapped.get_submodule(module))["_parameters"]
             kept.append((held, leaf, held[leaf]))
-            made[name] = held[leaf] = nn.Parameter(value.to(held[leaf].dtype))
-        layer.forward = wrapped.__call__
+            made[name] = nn.Parameter(value.to(held[leaf].dtype))
+            if not sharded:
+                held[leaf] = made[name]
+        vars(layer)[_MADE] = made
+        layer.forward = merged if sharded else wrapped.__call__
         yield made
     finally:
-        for held, leaf, parameter in kept:
+        vars(layer).pop(_MADE, None)
+        for held, leaf, parameter in kept if not sharded else ():
             held[leaf] = parameter
         if patched:
             layer.forward = plain
@@ -523,13 +537,18 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
     own = {
         id(value) for layer in layers.values() for value in without_adapters(layer).state_dict(keep_vars=True).values()
     }
+    made = {
+        id(without_adapters(layer).get_parameter(name)): value
+        for layer in layers.values()
+        for name, value in vars(layer).get(_MADE, {}).items()
+    }
     state = {}
     for name, value in model.state_dict(keep_vars=True).items():
         path = canonical_name(name)
         inside = any(path.startswith(f"{layer}." if layer else "") for layer in layers)
         # Of a module that is trained beside adapters the copy counts, not the one that it was made of.
         if (not inside or id(value) in own) and ".original_module." not in f".{path}":
-            state[merged_name(path)] = value
+            state[merged_name(path)] = made.get(id(value), value)
     return state
 
 
