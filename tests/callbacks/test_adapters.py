@@ -24,8 +24,6 @@ from lightning_goldy.callbacks import (
     RunReport,
     TaylorDiff,
 )
-from lightning_goldy.core.architecture import adapters as adapters_module
-from lightning_goldy.core.architecture.adapters import AdapterError
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.store import StoreError
 from lightning_goldy.report.formatting import SPACES
@@ -220,19 +218,6 @@ def test_what_moves_beside_the_training_is_told(tmp_path) -> None:
     assert last_row(snapshot)["result"]["notes"] == [
         "norm.running_mean and 2 more changed although not trained: no part of the change, and the base has it as it is"
     ]
-
-
-def test_merged_weights_under_shards_are_refused_in_one_line_before_the_first_step(tmp_path, monkeypatch) -> None:
-    steps: list[int] = []
-    monkeypatch.setattr(adapters_module, "is_sharded", lambda parameter: True)
-    monkeypatch.setattr(Adapted, "training_step", lambda self, batch, step: steps.append(step))
-    with pytest.raises(AdapterError) as refused:
-        fit(tmp_path, [GoldenSnapshot(), ChangeAttribution(n_samples=4, at=["start"])], module=Adapted, max_epochs=1)
-    assert str(refused.value) == (
-        "gradients of merged weights need each process to hold the whole model, and this one is sharded: use "
-        "space='adapters', or DDPStrategy"
-    )
-    assert not steps
 
 
 def test_a_mask_file_of_adapters_is_no_mask_of_merged_weights_and_refused_before_the_first_step(tmp_path) -> None:

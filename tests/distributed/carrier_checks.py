@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from lightning_goldy.analysis import (
     activation_differences,
@@ -23,6 +24,7 @@ from lightning_goldy.analysis import (
 )
 from lightning_goldy.analysis.circuits import PromptPairs
 from lightning_goldy.core.architecture import UnsupportedArchitectureError
+from lightning_goldy.core.architecture.adapters import AdapterError, require_merged_parameters
 from lightning_goldy.core.sharding import RankError, Replicas, local
 from lightning_goldy.core.vector import ParameterVector
 from tests.analysis.circuits.test_scores import prompts
@@ -174,11 +176,30 @@ def check_merged_weights(more: list[str] | None) -> None:
     torch.testing.assert_close(logits, plain(input_ids=scored["input_ids"]).logits, rtol=1e-4, atol=1e-5)
 
 
-def shard_adapted(adapted: Any) -> Any:
+def check_low_precision_and_tensor_parallelism() -> None:
+    """Passes in bfloat16 have merged weights of that type; a layer that is split among processes is refused."""
+    torch.manual_seed(7)
+    plain = lora("llama", ["q_proj"])
+    fresh, split = copy.deepcopy(plain), copy.deepcopy(plain)
+    with torch.no_grad():
+        for name, parameter in fresh.named_parameters():
+            parameter.mul_(0 if "lora_B" in name else 1)
+    base = ParameterVector.of(fresh)
+    low = shard_adapted(copy.deepcopy(plain), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    found, expected = (change_attribution(one, base, [token_batch(4)], nodes=2) for one in (low, plain))
+    torch.testing.assert_close(found.contributions.sum(0), expected.contributions.sum(0), rtol=0.1, atol=2e-3)
+    layer = split.base_model.model.model.layers[0].self_attn.q_proj.base_layer
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    layer.weight = nn.Parameter(distribute_tensor(layer.weight.data, mesh, [Shard(0)]), requires_grad=False)
+    with pytest.raises(AdapterError, match="q_proj: under tensor parallelism no process computes with a whole layer"):
+        require_merged_parameters(split)
+
+
+def shard_adapted(adapted: Any, **options: Any) -> Any:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for block in adapted.base_model.model.model.layers:
-        fully_shard(block, mesh=mesh)
-    return fully_shard(adapted, mesh=mesh)
+        fully_shard(block, mesh=mesh, **options)
+    return fully_shard(adapted, mesh=mesh, **options)
 
 
 def check_all() -> int:
@@ -192,4 +213,5 @@ def check_all() -> int:
     check_refusals(sharded)
     check_merged_weights(None)
     check_merged_weights(["lm_head"])
+    check_low_precision_and_tensor_parallelism()
     return dist.get_rank()

@@ -202,7 +202,7 @@ class ChangePath:
             the names that ``merge_and_unload()`` gives them, or ``adapters``.
 
     Raises:
-        AdapterError: Merged weights cannot be told, or the model is sharded.
+        AdapterError: Merged weights cannot be told.
 
     Example:
         >>> from lightning_goldy.core.vector import ParameterVector

@@ -20,12 +20,13 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from lightning_goldy.core.architecture.experts import is_experts, without_adapters
 from lightning_goldy.core.base import BaseParameters, Change
 from lightning_goldy.core.files import PlainError
 from lightning_goldy.core.naming import canonical_name, model_class, require_choice
-from lightning_goldy.core.sharding import gather, is_sharded
+from lightning_goldy.core.sharding import gather, is_sharded, splits_layers
 from lightning_goldy.core.space import ParameterSpace, trainable_parameters
 from lightning_goldy.core.vector import ParameterVector, reduce_tensors
 
@@ -430,17 +431,17 @@ def merged_weights(model: nn.Module, base: BaseParameters) -> Iterator[tuple[Bas
     """Lets adapted layers compute with one merged weight each, for the length of a ``with`` block.
 
     Inside, the merged weights are parameters that can be moved and differentiated like any others. Outside the model
-    is as it was. Beside it stand a copy of the adapted weights and one of their base.
+    is as it was. Beside it stand a copy of the adapted weights and one of their base, under FSDP2 on every process.
 
     Args:
-        model: In evaluation mode, plain.
+        model: In evaluation mode, plain or under FSDP2.
         base: theta_0, of what was trained; adapters that it lacks count as unchanged.
 
     Yields:
         The base and the parameters of all that was trained, both under merged names.
 
     Raises:
-        AdapterError: The model is sharded, or a layer's merged weights cannot be told.
+        AdapterError: A layer is split over processes by tensor parallelism, or its merged weights cannot be told.
     """
     require_merged_parameters(model)
     layers, parameters = adapted_layers(model), base.space.resolve(model)
@@ -469,7 +470,7 @@ def require_merged_parameters(model: nn.Module, space: str = "merged") -> None:
     """Checks that a model's merged weights can be made parameters, one layer of each kind for all; all ranks call.
 
     Raises:
-        AdapterError: It is sharded, its adapters are merged already, or a layer cannot be merged.
+        AdapterError: A layer is split by tensor parallelism, its adapters are merged already, or it cannot be merged.
         ValueError: The space is unknown.
     """
     if chosen_space(model, space) != "merged":
@@ -477,6 +478,14 @@ def require_merged_parameters(model: nn.Module, space: str = "merged") -> None:
     for path, layer in adapted_layers(model).items():
         if getattr(layer, "merged", False):
             raise AdapterError(f"{path}: the adapter is merged; take it apart first, with unmerge_adapter()")
+        if any(splits_layers(parameter) for parameter in layer.parameters()) or (
+            any(map(is_sharded, layer.parameters()))
+            and not any(isinstance(part, FSDPModule) for part in model.modules())
+        ):
+            raise AdapterError(
+                f"{path}: under tensor parallelism no process computes with a whole layer, so none can with its merged "
+                "weights: use space='adapters', FSDP2 or DDPStrategy"
+            )
     require_merged(model, space)
 
 
