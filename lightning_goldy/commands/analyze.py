@@ -473,7 +473,7 @@ class CheckpointAnalysis(L.Callback):
             texts=find_collateral(trainer, None, _TEXTS),
             pairs=pairs,
             held_out=held_out,
-            noise=None if noise is None else base_of(noise, model, base.values and base.values.space),
+            noise=None if noise is None or base.values is None else base_of(noise, model, base.values.space),
         )
 
     def _analyze(self, name: str, subject: Subject) -> None:

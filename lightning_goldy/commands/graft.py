@@ -227,8 +227,10 @@ class _Graft(L.Callback):
             )
             self.found, self.point = AttributedChange(attribution, curve), self.wanted.of(curve)
             if told_on:
-                args = model, base.values, attribution, scored, told_on, harmed_too or None
-                self.again = graft_curve(*args, **grafting, **self._alone(self.point, shares))
+                grafting |= self._alone(self.point, shares)
+                self.again = graft_curve(
+                    model, base.values, attribution, scored, told_on, harmed_too or None, **grafting
+                )
             self._write(model, base.values, find_tokenizer(trainer))
 
     def _halves(self, samples: list[Any]) -> tuple[list[Any], list[Any]]:

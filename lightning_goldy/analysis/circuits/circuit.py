@@ -300,8 +300,8 @@ def find_circuits(
     with replicas.together("find_circuits"), wired(model, pairs, options) as wiring:
         whole = wiring.graph.edges()
         shared: dict[str, Any] = {"progress": progress, "replicas": replicas}
-        settings = {"method": method, "steps": steps, "n_groups": n_groups}
-        scores, left_out, cost = grouped_scores(wiring, pairs, options, **settings, **shared)
+        shared |= {"method": method, "steps": steps, "n_groups": n_groups}
+        scores, left_out, cost = grouped_scores(wiring, pairs, options, **shared)
         ends, more = measure(wiring, pairs, options, [whole, torch.zeros_like(whole)], replicas=replicas)
     clean, patched = ends.mean(1).tolist()
     found = Circuit(

@@ -508,7 +508,7 @@ def _merged_layer(layer: nn.Module, values: Mapping[str, Tensor]) -> Iterator[di
         present = [held[leaf] for held, leaf, _ in kept]
         try:
             for (held, leaf, _), own, value in zip(kept, present, made.values(), strict=True):
-                held[leaf] = value.to(own.dtype)  # type: ignore[assignment]
+                held[leaf] = value.to(own.dtype)
             return wrapped(*args, **options)
         finally:
             for (held, leaf, _), own in zip(kept, present, strict=True):
