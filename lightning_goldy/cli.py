@@ -273,6 +273,11 @@ def _add_analyze(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="pairs of prompts that choose it, and as many others that measure it (default: %(default)s)",
     )
+    parser.add_argument(
+        "--circuit-noise",
+        metavar="CHECKPOINT",
+        help="a finetune that differs in its seed alone: what two seeds share of the circuit (default: none)",
+    )
     _add_space(parser)
     _add_folder(parser, "everything goes", "analyze")
     parser.set_defaults(run=_analyze)
@@ -304,7 +309,8 @@ def _analyze(options: argparse.Namespace) -> None:
         output=options.output,
         shard=options.shard,
         space=options.space,
-        circuits=options.circuits and CircuitTask(options.circuits, options.circuit_pairs, options.seed),
+        circuits=options.circuits
+        and CircuitTask(options.circuits, options.circuit_pairs, options.seed, options.circuit_noise),
     )
 
 

@@ -61,6 +61,7 @@ from lightning_goldy.analysis.circuits import (
     circuit_overlap,
     faithfulness,
     find_circuits,
+    name_movers,
     node_effects,
     track_circuit,
 )
@@ -227,6 +228,7 @@ __all__ = [
     "learn_mask",
     "local_volume",
     "mask_links",
+    "name_movers",
     "node_effects",
     "parameter_distribution",
     "prune_heads",

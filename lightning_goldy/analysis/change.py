@@ -356,6 +356,7 @@ _COLUMNS = (
     "alignment_over_chance",
     "intruder_share",
     "intruder_share_null",
+    "intruder_share_null_rank",
 )
 # Base directions that the present weight's are compared with, as a multiple of those, where not all are computed.
 _COMPARED = 4
@@ -379,7 +380,10 @@ class ParameterDistributionResult(AnalysisResult):
             present weight's leading left singular vectors the largest cosine with any of the base's (where not all of
             those were computed, with any of the leading ones: a lower bound); ``intruders``, how many of them are below
             the threshold, ``intruder_share``, that divided by their number, and ``intruder_share_null``, what a random
-            change of the same norm and rank makes.
+            change of the same norm makes (of LoRA one of the adapters' rank). Where few directions hold the change
+            (``change_rank``: so many hold 99.99 % of \|Delta\|_F^2, less than half of the smaller side)
+            ``intruder_share_null_rank`` is what one of the same norm and that rank makes; else both are None, as where
+            the singular values that were computed hold less.
         top: Number of singular values and directions.
         space: ``merged`` or ``adapters``; None of a model without adapters.
     """
@@ -451,8 +455,9 @@ def parameter_distribution(
 
     .. math:: \max_i |\langle u^0_i, u_j \rangle| < \tau
 
-    beside those that a random change makes. On several replicas the tensors are shared out; sharded tensors are
-    gathered one at a time. Every rank must call.
+    beside those that a random change makes, and where the change itself has low rank, as one of merged adapters, a
+    random one of that rank: its few directions are strong, and so make intruders where full rank makes none. On several
+    replicas the tensors are shared out; sharded tensors are gathered one at a time. Every rank must call.
 
     Args:
         model: The finetuned model, plain or sharded.
@@ -478,7 +483,7 @@ def parameter_distribution(
     Source: stable rank: Rudelson and Vershynin 2007; effective rank: Roy and Vetterli 2007; randomised decomposition:
     Halko, Martinsson and Tropp 2011, algorithm 4.4, and Musco and Musco 2015 (all powers in the basis); Delta's
     directions: Hu et al. 2022 ("LoRA"), section 7.3; intruders: Shuttleworth et al. 2024, arXiv 2410.21228,
-    algorithm 1.
+    algorithm 1, which has no null.
 
     Example:
         >>> layer = nn.Linear(4, 4, bias=False)
@@ -582,28 +587,57 @@ def _row(
     }
     if settings.intruders_below is None or not size:
         return row
-    null = _random_change(matrix, name, seed, None if factors is None else factors[0].shape[1]) * changed
-    return row | _intruders(name, before, (matrix, null.to(matrix)), compared, settings, exact=small)
+    given = None if factors is None else factors[0].shape[1]
+    rank = rank_of(spectrum, changed, min(matrix.shape)) if given is None else given
+    # Of adapters the rank is known, and the null has it anyhow.
+    ranks = (given,) if rank is None or given is not None else (given, rank)
+    nulls = [_random_change(matrix, name, seed, of).to(matrix) * changed for of in ranks]
+    own, *chances = _resembling(name, before, [matrix, *nulls], compared, settings, exact=small)
+    below, *by_chance = (sum(value < settings.intruders_below for value in cosines) for cosines in (own, *chances))
+    return row | {
+        "resemblances": own,
+        "intruders": below,
+        "intruder_share": below / len(own),
+        "intruder_share_null": by_chance[0] / len(chances[0]),
+        "change_rank": rank,
+        "intruder_share_null_rank": None if rank is None else by_chance[-1] / len(chances[-1]),
+    }
 
 
-def _intruders(
-    name: str, before: Tensor, changes: tuple[Tensor, Tensor], compared: Tensor, settings: _Settings, *, exact: bool
-) -> dict[str, Any]:
-    """How many leading directions resemble none of the base's, after the change and after a random one of its size."""
-    assert settings.intruders_below is not None
-    found, chances = (
-        resemblances(
-            leading_directions(before + part, settings.top, f"{name}/present", settings.seed, exact=exact)[1], compared
+def _resembling(
+    name: str, before: Tensor, changes: Sequence[Tensor], compared: Tensor, settings: _Settings, *, exact: bool
+) -> list[tuple[float, ...]]:
+    """The most that each leading direction after a change resembles one of the base's, for every change."""
+    return [
+        tuple(
+            resemblances(
+                leading_directions(before + part, settings.top, f"{name}/present", settings.seed, exact=exact)[1],
+                compared,
+            )
         )
         for part in changes
-    )
-    below = [[value < settings.intruders_below for value in cosines] for cosines in (found, chances)]
-    return {
-        "resemblances": tuple(found),
-        "intruders": sum(below[0]),
-        "intruder_share": sum(below[0]) / len(found),
-        "intruder_share_null": sum(below[1]) / len(chances),
-    }
+    ]
+
+
+def rank_of(spectrum: Tensor, norm: float, side: int) -> int | None:
+    r"""How many leading directions hold 99.99 % of a matrix's squared norm.
+
+    .. math:: r = \min \Big\{ r : \sum_{i \le r} \sigma_i^2 \ge (1 - 10^{-4}) \, \|\Delta\|_F^2 \Big\}
+
+    None where that is half of the smaller side or more, or the values do not reach so far.
+
+    Args:
+        spectrum: Its largest singular values, descending.
+        norm: Its Frobenius norm.
+        side: The smaller of its sides.
+
+    Example:
+        >>> rank_of(torch.tensor([3.0, 4.0, 0.0, 0.0, 0.0, 0.0]), 5.0, 6), rank_of(torch.ones(6), 6**0.5, 6)
+        (2, None)
+    """
+    held = spectrum.double().square().cumsum(0) >= (1 - 1e-4) * norm**2
+    rank = int((~held).sum()) + 1
+    return rank if bool(held.any()) and 2 * rank < side else None
 
 
 def _base_directions(matrix: Tensor, settings: _Settings, name: str, *, exact: bool) -> tuple[Tensor, ...]:

@@ -279,7 +279,8 @@ class AnalysisResult:
     """Base of all results: scalars, strings, tuples, dicts, tensors and parameter vectors, on the CPU.
 
     A result that a callback or a command writes names its ``analysis`` and overrides :meth:`metrics` and
-    :meth:`details`; one that runs the model has a field ``cost``, the passes that it really made.
+    :meth:`details`; one that runs the model has a field ``cost``, the passes that it really made. Two results are equal
+    where their classes and all fields that count are, tensors element by element, NaN to NaN.
 
     Example:
         >>> @dataclasses.dataclass(frozen=True)
@@ -296,6 +297,25 @@ class AnalysisResult:
 
     analysis: ClassVar[str] = ""
     """What its rows are called, which decides their figures; empty for a result that is no row of its own."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # The decorator would write an equality that asks tensors for a truth value; what a class has itself it leaves.
+        for name in ("__eq__", "__hash__"):
+            if name not in vars(cls):
+                setattr(cls, name, getattr(AnalysisResult, name))
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both are of one class and the fields that count are the same."""
+        if type(other) is not type(self):
+            return NotImplemented
+        return all(are_same(getattr(self, name), getattr(other, name)) for name in self._compared())
+
+    def __hash__(self) -> int:
+        return hash((type(self), *(_hashable(getattr(self, name)) for name in self._compared())))
+
+    def _compared(self) -> list[str]:
+        return [field.name for field in dataclasses.fields(self) if field.compare]
 
     def metrics(self) -> dict[str, float | None]:
         """Scalars by name; None where one does not exist."""
@@ -357,6 +377,44 @@ class AnalysisResult:
             except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
                 raise PlainError(f"not a {cls.__name__}: field {name!r}: {error}") from error
         return cls(**values)
+
+
+def are_same(first: Any, second: Any) -> bool:
+    """Whether two values of results are equal: tensors by type, shape and element, and NaN to NaN.
+
+    Example:
+        >>> are_same({"a": (torch.ones(2), math.nan)}, {"a": (torch.ones(2), math.nan)})
+        True
+        >>> are_same(torch.ones(2), torch.ones(2, dtype=torch.float64))
+        False
+    """
+    if first is second:
+        return True
+    if isinstance(first, Tensor):
+        if not isinstance(second, Tensor) or (first.dtype, first.shape) != (second.dtype, second.shape):
+            return False
+        other = second.to(first.device)
+        return bool(((first == other) | ((first != first) & (other != other))).all())
+    if isinstance(first, Mapping):
+        if not isinstance(second, Mapping) or set(first) != set(second):
+            return False
+        return all(are_same(value, second[key]) for key, value in first.items())
+    if isinstance(first, (list, tuple)):
+        return type(first) is type(second) and len(first) == len(second) and all(map(are_same, first, second))
+    if isinstance(first, float) and isinstance(second, float) and math.isnan(first) and math.isnan(second):
+        return True
+    return bool(first == second)
+
+
+def _hashable(value: Any) -> Any:
+    """What has a hash of its own and is the same for values that :func:`are_same`; NaN's depends on the object."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.shape
+    if isinstance(value, (list, tuple)):
+        return type(value), *map(_hashable, value)
+    if isinstance(value, Mapping):
+        return len(value)
+    return "nan" if isinstance(value, float) and math.isnan(value) else value
 
 
 def _encode(value: Any) -> Any:

@@ -60,7 +60,7 @@ T = TypeVar("T")
 _PATIENCE_SECONDS = 60.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AnalysisContext:
     """What a computation may use.
 

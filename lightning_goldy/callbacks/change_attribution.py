@@ -118,6 +118,7 @@ class ChangeAttribution(AnalysisCallback[AttributedChange]):
         pieces: What is grafted: ``elements``, ``units``, ``tensors`` or ``blocks``.
         baselines: What stands beside it; ``learned`` too, which costs backward passes for each share.
         learn: How masks are learned.
+        n_draws: Draws of random elements; a further one costs a forward pass of the held-out samples for each share.
         keep: The share whose mask is saved; by default the smallest that recovers 95 %.
         interactions: Whether to measure each block's change alone, and all others' without it.
         masks: Mask files that the contributions are compared with, by name, beside the masks of the run.
@@ -149,6 +150,7 @@ class ChangeAttribution(AnalysisCallback[AttributedChange]):
         pieces: Pieces = "elements",
         baselines: Sequence[Baseline] = BASELINES,
         learn: LearnOptions = LearnOptions(),  # noqa: B008 - frozen
+        n_draws: int = 5,
         keep: float | None = None,
         interactions: bool = False,
         masks: Mapping[str, str] | None = None,
@@ -175,6 +177,8 @@ class ChangeAttribution(AnalysisCallback[AttributedChange]):
         self.keep, self.interactions, self.masks, self.space = keep, interactions, dict(masks or {}), space
         require_at_least("n_samples", n_samples, 2 if self.shares else 1)
         require_at_least("n_collateral", n_collateral, 1)
+        require_at_least("n_draws", n_draws, 1)
+        self.n_draws = n_draws
         self.nodes, self.tolerance, self.pieces, self.baselines = nodes, tolerance, pieces, tuple(baselines)
         self.n_samples, self.samples_per_pass = n_samples, samples_per_pass
         self.collateral, self.n_collateral = collateral, n_collateral
@@ -200,6 +204,7 @@ class ChangeAttribution(AnalysisCallback[AttributedChange]):
             searched=sum(min(CANDIDATES, left) for left in range(1, n_blocks + 1)) if self.pieces == "blocks" else 0,
             factors=len(FACTORS) if "interpolation" in self.baselines else 0,
             first="gradient" in masked,
+            draws=self.n_draws - 1 if "random" in masked else 0,
             n_collateral=self.n_collateral,
         )
 
@@ -282,6 +287,7 @@ class ChangeAttribution(AnalysisCallback[AttributedChange]):
             baselines=self.baselines,
             factors=FACTORS,
             learn=self.learn,
+            n_draws=self.n_draws,
             progress=context.progress,
         )
         return AttributedChange(attribution, curve, self.keep, left_out)

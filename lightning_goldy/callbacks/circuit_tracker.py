@@ -18,7 +18,7 @@ from lightning_goldy.analysis.circuits import (
     TrackingOptions,
     track_circuit,
 )
-from lightning_goldy.analysis.circuits.circuit import Circuit, Rank, Selection
+from lightning_goldy.analysis.circuits.circuit import Circuit, Rank, Selection, check_groups
 from lightning_goldy.analysis.circuits.runs import check_tokens, require_pairs
 from lightning_goldy.analysis.forecast import Forecast, Plan, Run
 from lightning_goldy.analysis.forecast.analyses import forecast_circuits
@@ -54,7 +54,9 @@ class CircuitTracker(AnalysisCallback[TrackedCircuit]):
             are all of one length.
         share: Of all edges that the circuit has.
         sizes: Shares of all edges at which faithfulness is measured.
-        n_random: Random circuits per size.
+        n_random: Random circuits of either kind per size: of any edges, and joined from the input to the output.
+        n_groups: Groups of the choosing pairs that are left out in turns, so that the interval holds the choice of the
+            edges, too; a further circuit is measured for each and size. 0 for none.
         select: ``top``, or ``greedy`` from the output on.
         rank: By ``magnitude``, or ``signed``.
         batch_size: Pairs per pass.
@@ -84,6 +86,7 @@ class CircuitTracker(AnalysisCallback[TrackedCircuit]):
         share: float = 0.05,
         sizes: Sequence[float] = (0.01, 0.03, 0.1),
         n_random: int = 3,
+        n_groups: int = 0,
         select: Selection = "top",
         rank: Rank = "magnitude",
         batch_size: int = 8,
@@ -97,6 +100,7 @@ class CircuitTracker(AnalysisCallback[TrackedCircuit]):
             raise ValueError(f"seed is a whole number; got {seed!r}")
         if pairs is not None:
             require_pairs("pairs", pairs)
+        check_groups(n_groups, n_pairs if pairs is None else len(pairs))
         if not isinstance(held_out, bool):
             require_pairs("held_out", held_out)
         self.task_name, self.pairs, self.n_pairs, self.seed = task, pairs, n_pairs, seed
@@ -109,6 +113,7 @@ class CircuitTracker(AnalysisCallback[TrackedCircuit]):
             share=share,
             sizes=tuple(sizes) if isinstance(sizes, (list, tuple)) else sizes,  # type: ignore[arg-type]
             n_random=n_random,
+            n_groups=n_groups,
             select=select,
             rank=rank,
             batch_size=batch_size,
@@ -130,7 +135,7 @@ class CircuitTracker(AnalysisCallback[TrackedCircuit]):
             n_pairs=self.n_pairs if self.pairs is None else len(self.pairs),
             tokens=20 if self.pairs is None else max(map(len, self.pairs.clean)),
             gradients=1 if self.tracking.method in ("eap", "nodes") else self.tracking.steps,
-            circuits=len(self.tracking.sizes) * (2 + self.tracking.n_random),
+            circuits=len(self.tracking.sizes) * (2 + 2 * self.tracking.n_random + self.tracking.n_groups),
             batch_size=self.tracking.batch_size,
         )
 

@@ -39,7 +39,7 @@ from lightning_goldy.commands.output import output_folder, print_report
 from lightning_goldy.commands.ranks import PATIENCE_SECONDS, joined_ranks
 from lightning_goldy.core.architecture import UnsupportedArchitectureError
 from lightning_goldy.core.architecture.adapters import WeightSpace, check_space
-from lightning_goldy.core.base import BaseParameters
+from lightning_goldy.core.base import BaseParameters, base_of
 from lightning_goldy.core.files import atomic_write, printable, read_rows, to_json_line
 from lightning_goldy.core.isolation import undisturbed
 from lightning_goldy.core.naming import require_at_least, require_choice
@@ -109,6 +109,8 @@ class CircuitTask:
         task: ``induction``, or ``indirect_object``, ``greater_than`` or ``atlas``, which need the run's tokenizer.
         n_pairs: Pairs of prompts that choose its edges, and as many others that measure it.
         seed: Decides the prompts.
+        noise: A finetune that differs in its training's seed alone (a checkpoint, a folder of ``save_pretrained`` or a
+            vector file), whose circuit tells how much two seeds share.
 
     Raises:
         ValueError: There is no pair.
@@ -122,6 +124,7 @@ class CircuitTask:
     task: PairTask
     n_pairs: int = 32
     seed: int = 0
+    noise: str | Path | None = None
 
     def __post_init__(self) -> None:
         require_choice("task", self.task, get_args(PairTask))
@@ -143,7 +146,7 @@ class CircuitTask:
         return found, others
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Subject:
     """A checkpoint that is loaded.
 
@@ -160,6 +163,7 @@ class Subject:
         texts: Texts that have nothing to do with the finetune; the probe where there are none.
         pairs: Prompts of a task whose circuit is looked for; None where none was asked for.
         held_out: Others that measure it; None where the task has no more.
+        noise: A finetune that differs in its seed alone, for the circuits' overlap.
     """
 
     model: nn.Module
@@ -174,6 +178,7 @@ class Subject:
     texts: Sequence[Any] = ()
     pairs: PromptPairs | None = None
     held_out: PromptPairs | None = None
+    noise: BaseParameters | None = None
 
 
 @dataclass(frozen=True)
@@ -222,12 +227,12 @@ def _read(subject: Subject) -> Part:
 def _wired(subject: Subject) -> Part:
     assert subject.pairs is not None
     options = TrackingOptions()
-    base = None
-    if subject.base is not None:
-        base = options.find_at_base(subject.model, subject.base, subject.pairs, subject.progress)
-    found = track_circuit(
-        subject.model, subject.pairs, options, held_out=subject.held_out, base=base, progress=subject.progress
+    base, seed = (
+        None if values is None else options.find_at_base(subject.model, values, subject.pairs, subject.progress)
+        for values in (subject.base, subject.noise)
     )
+    known: dict[str, Any] = {"base": base, "seed": seed, "held_out": subject.held_out, "progress": subject.progress}
+    found = track_circuit(subject.model, subject.pairs, options, **known)
     return Part(found, files={"circuit.graphml": found.circuit.to_graphml()})
 
 
@@ -454,6 +459,9 @@ class CheckpointAnalysis(L.Callback):
             say(f"{done} of {total}")
 
         pairs, held_out = (None, None) if self.circuits is None else self.circuits.pairs(model, tokenizer)
+        noise = None if self.circuits is None else self.circuits.noise
+        if noise is not None and base.values is None:
+            raise ValueError(f"the circuit of {noise} is the noise of an overlap with the base's, and there is no base")
         return Subject(
             model=model,
             objective=objective,
@@ -467,6 +475,7 @@ class CheckpointAnalysis(L.Callback):
             texts=find_collateral(trainer, None, _TEXTS),
             pairs=pairs,
             held_out=held_out,
+            noise=None if noise is None or base.values is None else base_of(noise, model, base.values.space),
         )
 
     def _analyze(self, name: str, subject: Subject) -> None:

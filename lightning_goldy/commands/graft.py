@@ -35,6 +35,7 @@ from lightning_goldy.commands.fit import check_configs, run_configured
 from lightning_goldy.commands.output import output_folder, print_report
 from lightning_goldy.core.architecture.adapters import WeightSpace, check_space
 from lightning_goldy.core.base import BaseParameters
+from lightning_goldy.core.batches import sample_count
 from lightning_goldy.core.files import atomic_write, finite, printable
 from lightning_goldy.core.isolation import undisturbed
 from lightning_goldy.core.mask import ParameterMask
@@ -167,6 +168,7 @@ class _Graft(L.Callback):
     folder: Path
     space: WeightSpace = "merged"
     learned: list[ParameterMask] = field(default_factory=list, init=False)
+    again: GraftCurve | None = field(default=None, init=False)
     found: AttributedChange | None = field(default=None, init=False)
     point: GraftPoint | None = field(default=None, init=False)
     base_source: str = field(default="", init=False)
@@ -204,18 +206,22 @@ class _Graft(L.Callback):
                     ).mask
                     for share in wanted
                 ]
+            (chosen_on, told_on), (harmed, harmed_too) = map(self._halves, (held_out, collateral))
+            grafting: dict[str, Any] = {"objective": objective, "progress": tell}
             curve = graft_curve(
                 model,
                 base,
                 attribution,
                 scored,
-                held_out,
-                collateral or None,
-                objective=objective,
+                chosen_on,
+                harmed or None,
                 masks={"learned": self.learned} if learns else None,
-                progress=tell,
+                **grafting,
             )
             self.found, self.point = AttributedChange(attribution, curve), self.wanted.of(curve)
+            if told_on:
+                grafting |= self._alone(self.point, shares)
+                self.again = graft_curve(model, base, attribution, scored, told_on, harmed_too or None, **grafting)
             self._write(model, base, find_tokenizer(trainer))
 
     def _base(self, pl_module: L.LightningModule, model: nn.Module, objective: Objective) -> BaseParameters:
@@ -234,6 +240,41 @@ class _Graft(L.Callback):
             rank_zero_warn(note)
         self.base_source = base.source
         return base.values
+
+    def _halves(self, samples: list[Any]) -> tuple[list[Any], list[Any]]:
+        """What chooses the graft, and what then tells of it: all alike where its share is given or there is but one."""
+        count = sum(map(sample_count, samples))
+        return (samples, []) if self.wanted.keep is not None or count < 2 else interleaved(samples, count)
+
+    def _alone(self, point: GraftPoint, shares: Sequence[float]) -> dict[str, Any]:
+        """Options of a curve that has this graft, and as many random and largest elements beside it."""
+        if point.method in ("interpolation", "finetune"):
+            return {"shares": shares[:1], "baselines": ["interpolation"], "factors": [point.factor]}
+        others = ["magnitude", "random", *(["drop_and_rescale"] if point.method == "drop_and_rescale" else [])]
+        masks = {"learned": [held for held in self.learned if held.density == point.share]}
+        return {
+            "shares": [point.share],
+            "baselines": others,
+            "masks": masks if point.method == "learned" else None,
+        }
+
+    @property
+    def reported(self) -> tuple[GraftPoint, GraftCurve]:
+        """The graft as the samples tell it that did not choose it, where there are any, and their curve."""
+        assert self.found is not None
+        assert self.found.curve is not None
+        assert self.point is not None
+        if self.again is None:
+            return self.point, self.found.curve
+        return self.again.of(self.point.method)[0], self.again
+
+    def _source(self) -> str:
+        """Which samples tell what the graft recovers."""
+        if self.wanted.keep is not None:
+            return "samples that did not score; none chose it, for its share was given"
+        if self.again is None:
+            return "the samples that chose it, which flatters: there are too few to hold some out"
+        return "samples that neither scored nor chose it"
 
     def show(self, console: Console) -> None:
         """Prints the grafts, the one that was taken, and where it is."""
@@ -256,13 +297,21 @@ class _Graft(L.Callback):
         headings = ("method", "elements", "times", "recovered", "harm, nats", "frontier")
         console.print(console_table("Grafts on held-out samples; * is written", headings, rows))
         print(printable(self.found.headline()))
+        told, _ = self.reported
+        if told.recovered is not None:
+            harm = (
+                ""
+                if told.harm is None
+                else f", harm {told.harm:+.4f} nats{_interval(told.harm_low, told.harm_high, '+.4f')}"
+            )
+            span = _interval(told.low, told.high, ".1%")
+            print(printable(f"the graft recovers {told.recovered:.1%}{span}{harm}, on {self._source()}"))
         print(printable(f"graft: {self.written}"))
 
     def _write(self, model: nn.Module, base: BaseParameters, tokenizer: Any) -> None:
         assert self.found is not None
         assert self.point is not None
-        point, curve = self.point, self.found.curve
-        assert curve is not None
+        point, (told, curve) = self.point, self.reported
         attribution = self.found.attribution
         if point.method == "attribution":
             mask = attribution.mask(point.share)
@@ -278,9 +327,9 @@ class _Graft(L.Callback):
         shell = _unadapted(model) if attribution.space == "merged" and not self.wanted.sparse else model
         if point.method not in ("interpolation", "finetune"):
             mask.save(self.folder / MASK, model=model_class(shell), step=self.saved.step)
-        card = self._card(point, curve)
+        card = self._card(told, curve)
         if self.wanted.sparse:
-            note = {key: finite(value) for key, value in vars(point).items()}
+            note = {key: finite(value) for key, value in vars(told).items()}
             self.written = save_change(self.folder / CHANGE, model, base, mask, note=note)
             atomic_write(self.folder / "README.md", card)
         else:
@@ -288,9 +337,17 @@ class _Graft(L.Callback):
             self.written = write_pretrained(shell, self.folder / MODEL, state=state, tokenizer=tokenizer)
             atomic_write(self.written / "README.md", card)
         store = ResultStore(self.folder / "goldy" / "change_attribution", write=True)
-        row = self.found.row().extended(result={"checkpoint": str(self.saved.path), "base": self.base_source})
+        more = {"checkpoint": str(self.saved.path), "base": self.base_source, "reported": finite(vars(told))}
+        row = self.found.row().extended(result=more)
         store.append(row.at(name="change_attribution", step=self.saved.step or 0, trigger="checkpoint"))
-        summary = {"base": self.base_source, "taken": vars(point), "points": list(curve.points)}
+        assert self.found.curve is not None
+        summary = {
+            "base": self.base_source,
+            "taken": vars(point),
+            "reported": vars(told),
+            "on": f"{curve.n_held_out} {self._source()}",
+            "points": list(self.found.curve.points),
+        }
         atomic_write(self.folder / "summary.json", json.dumps(finite(summary), indent=2) + "\n")
 
     def _card(self, point: GraftPoint, curve: GraftCurve) -> str:
@@ -316,6 +373,12 @@ class _Graft(L.Callback):
         if point.recovered is not None:
             interval = _interval(point.low, point.high, ".1%")
             recovered = f"{point.recovered:.1%}{interval} of the effect on {curve.n_held_out} held-out samples{others}"
+        asked = ""
+        if self.wanted.keep is None:
+            assert self.point is not None
+            wish = f"at least {self.wanted.recover or 0:.1%} of the effect"
+            wish = wish if self.wanted.harm is None else f"a harm of at most {self.wanted.harm:g} nats"
+            asked = f"- asked for: {wish}; where it was chosen it recovered {self.point.recovered or 0:.1%}\n"
         return (
             "# A grafted finetune\n\n"
             f"The base with a part of a finetune's change: {kept}.\n\n"
@@ -323,6 +386,7 @@ class _Graft(L.Callback):
             f"- recovers: {recovered} (loss {format_number(point.value)}; base {format_number(curve.base_value)}, "
             f"finetune {format_number(curve.value)} nats)\n"
             f"- harm to other text: {harm}\n"
+            f"- measured on: {self._source()}\n{asked}"
         )
 
 

@@ -22,7 +22,7 @@ IGNORE_INDEX = -100
 """The label that marks a position without a target (the Hugging Face convention)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TargetLogits:
     """The logits where there is something to predict.
 

@@ -32,6 +32,16 @@ def is_sharded(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
+def splits_layers(tensor: Tensor) -> bool:
+    """Whether a tensor is split in more than one way, as by FSDP2 and tensor parallelism; replicas do not count.
+
+    Example:
+        >>> splits_layers(torch.zeros(2))
+        False
+    """
+    return isinstance(tensor, DTensor) and sum(not isinstance(p, Replicate) for p in tensor.placements) > 1
+
+
 def local(tensor: Tensor) -> Tensor:
     """This process's part, sharing memory with the tensor and detached from autograd.
 

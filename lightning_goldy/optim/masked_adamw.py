@@ -116,7 +116,7 @@ class Roots:
         return results
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Settings:
     """AdamW's settings of one group, as ``torch.optim.adamw.adamw`` takes them.
 

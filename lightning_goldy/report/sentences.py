@@ -259,7 +259,8 @@ def answer_by_circuit(rows: Sequence[Row]) -> Finding | None:
     if not curve.get("values"):
         return None
     kept, size, whole = curve["values"][-1], curve["sizes"][-1], curve["n_edges"]
-    band, interval = ((curve.get(name) or [None])[-1] for name in ("band", "intervals"))
+    kept_by = ("band", "joined_band", "wide_intervals", "intervals")
+    band, joined, wide, interval = ((curve.get(name) or [None])[-1] for name in kept_by)
     if absent := curve.get("absent"):
         return Finding("The model does not clearly show the behaviour whose circuit was looked for.", doubts=(absent,))
     sentence = f"A circuit of {size:,} of {whole:,} edges keeps {_percent(kept)} of the behaviour"
@@ -270,17 +271,26 @@ def answer_by_circuit(rows: Sequence[Row]) -> Finding | None:
         doubts += ["by chance it would share as many"] if by_chance is not None and overlap <= by_chance else []
     prompts = curve.get("n_pairs")
     doubts += [f"only {prompts} prompts"] if prompts is not None and prompts < _FEW_SAMPLES else []
-    if band and kept <= band[1]:
-        doubts.append("random circuits of its size keep as much")
-    elif band and interval and None not in interval and interval[0] <= band[1]:
-        doubts.append("its interval reaches what random circuits keep")
-    null = "" if not band else f"random circuits of its size keep {_percent(band[0])} to {_percent(band[1])}"
+    interval, null = wide or interval, ""
+    if band:
+        null = f"random circuits of its size keep {_percent(band[0])} to {_percent(band[1])}"
+        null += f", joined from end to end {_percent(joined[0])} to {_percent(joined[1])}" if joined else ""
+        most = max(ends[1] for ends in (band, joined) if ends)
+        if kept <= most:
+            doubts.append("random circuits of its size keep as much")
+        elif interval and None not in interval and interval[0] <= most:
+            doubts.append("its interval reaches what random circuits keep")
     if overlap is not None and by_chance is not None:
         null += f"{'; ' if null else ''}by chance they would share {_percent(by_chance)}"
+        noise = _metric(row, "overlap_noise")
+        null += "" if noise is None else f", two seeds share {_percent(noise)}"
+        doubts += ["two seeds differ as much"] if noise is not None and overlap >= noise else []
     if not interval or None in interval:
         doubts = [*doubts, "no interval", *_marks(row)]
         return Finding(f"{sentence}.", "no interval over prompts", null, tuple(doubts), course="area")
     told = f"95 % interval {_percent(interval[0])} to {_percent(interval[1])} over {curve['n_pairs']} prompts"
+    if "wide_intervals" in curve:
+        told += " and the choice of the edges" if wide else ", with the edges as they were chosen"
     chance = curve["random"][-1] if curve.get("random") else None
     bar = Bar(kept, interval[0], interval[1], chance)
     return Finding(f"{sentence}.", told, null, (*doubts, *_marks(row)), bar, "area")

@@ -234,5 +234,19 @@ def test_the_null_of_intruders_is_a_random_change_of_equal_norm_and_rank() -> No
     row = parameter_distribution(layer, start).rows[0]
     assert row["intruder_share_null"] == sum(value < 0.5 for value in expected) / 8 > 0
     assert min(seen[2][:2]) < 0.5
+    assert (row["change_rank"], row["intruder_share_null_rank"]) == (None, None)
+    # A change of two directions, given as full weights, stands beside random ones of full rank and of two directions.
+    sides = [torch.linalg.qr(torch.randn(side, 2, generator=generator, dtype=torch.float64)).Q for side in (30, 50)]
+    noise = 1e-4 * torch.randn(30, 50, generator=generator, dtype=torch.float64)
+    for exact_below, noise_of in ((256, noise), (4, 0 * noise)):
+        few = 3.0 * sides[0] @ torch.diag(torch.tensor([0.8, 0.6], dtype=torch.float64)) @ sides[1].t() + noise_of
+        row = parameter_distribution(*changed((30, 50), few, base), exact_below=exact_below).rows[0]
+        assert row["change_rank"] == 2
+    null = change_module._random_change(base, "weight", 0, 2)
+    expected = slow_resemblances(base, base + row["delta_norm"] * null.double(), 8)
+    assert row["intruder_share_null_rank"] == sum(value < 0.5 for value in expected) / 8
+    null = change_module._random_change(base, "weight", 0, None)
+    expected = slow_resemblances(base, base + row["delta_norm"] * null.double(), 8)
+    assert row["intruder_share_null"] == sum(value < 0.5 for value in expected) / 8 != row["intruder_share_null_rank"]
     with pytest.raises(ValueError, match=r"intruders_below is a cosine in \(0, 1\), or None; got 1.5"):
         parameter_distribution(layer, start, intruders_below=1.5)

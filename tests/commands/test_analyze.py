@@ -19,7 +19,7 @@ from torch import nn
 from lightning_goldy.analysis.activations import activation_differences
 from lightning_goldy.analysis.attention import AttentionMaps, AttentionStatistics, attention_maps, attention_statistics
 from lightning_goldy.analysis.change import ParameterDistributionResult, parameter_distribution, weight_change
-from lightning_goldy.analysis.circuits import TrackedCircuit, TrackingOptions, track_circuit
+from lightning_goldy.analysis.circuits import TrackedCircuit, TrackingOptions, circuit_overlap, track_circuit
 from lightning_goldy.analysis.continuations import Continuations, continue_prompts
 from lightning_goldy.analysis.linearized import ExplainedChange, explain_change
 from lightning_goldy.analysis.taylor import TaylorDiffResult, taylor_diff
@@ -249,6 +249,19 @@ def test_the_circuit_of_a_task_is_found_beside_the_bases(trained, here, only, ca
     assert (out / "goldy/circuit_tracker/circuit.graphml").read_text() == expected.circuit.to_graphml()
     assert "<h2>The circuit that carries the behaviour" in (out / "report.html").read_text()
     assert "1 % of the edges keep of the behaviour" in capsys.readouterr().out
+    # A finetune of another seed, the base moved at random, is the noise of the overlap.
+    other = model_of(trained / "base")
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.5 * torch.randn_like(parameter))
+    other.save_pretrained(trained / "other")
+    options = ("--circuits", "atlas", "--circuit-pairs", "4", "--circuit-noise", str(trained / "other"))
+    row = row_of(analyze(trained, *options, output="noise"), "circuit_tracker")
+    seed = TrackingOptions().find(other, pairs)
+    noise = circuit_overlap(base, expected.circuit, seed=seed).noise
+    assert row["metrics"]["overlap_noise"] == noise < 1
+    assert f"{noise:.2f} between two seeds" in row["headline"]
     # Nothing is made, and nothing said to be left out, where none was asked for.
     assert not (analyze(trained, output="none") / "goldy/circuit_tracker").exists()
     assert "left out: circuit_tracker" not in capsys.readouterr().out

@@ -77,9 +77,19 @@ def test_a_share_of_the_elements_is_written_as_a_model_and_as_a_sparse_change(tr
 
 def test_the_effect_wanted_is_recovered_with_the_least_harm(trained, capsys):
     assert run(trained, "--recover", "0.5", "--method", "interpolation", output="half") == 0
-    taken = json.loads((trained / "half" / "summary.json").read_text())["taken"]
+    summary = json.loads((trained / "half" / "summary.json").read_text())
+    taken, reported = summary["taken"], summary["reported"]
     assert taken["method"] == "interpolation"
     assert taken["recovered"] >= 0.5
+    # Of eight samples four score, two choose, and two tell.
+    assert (reported["method"], reported["factor"]) == ("interpolation", taken["factor"])
+    assert reported["recovered"] != taken["recovered"]
+    assert summary["on"] == "2 samples that neither scored nor chose it"
+    card = (trained / "half" / "model" / "README.md").read_text()
+    assert f"recovers: {reported['recovered']:.1%}" in card
+    assert "- measured on: samples that neither scored nor chose it\n" in card
+    assert f"at least 50.0% of the effect; where it was chosen it recovered {taken['recovered']:.1%}" in card
+    assert "on samples that neither scored nor chose it" in capsys.readouterr().out
     base, now, made = (weights(trained / name) for name in ("base", "finetune", "half/model"))
     name = "transformer.h.0.mlp.c_fc.weight"
     torch.testing.assert_close(made[name], base[name] + taken["factor"] * (now[name] - base[name]))
@@ -162,3 +172,15 @@ def test_what_changed_most_is_grafted_where_that_serves_best(trained, capsys):
         if point["method"] in ("attribution", "magnitude", "random") and point["recovered"] >= 0.4
     ]
     assert summary["taken"]["harm"] == min(point["harm"] for point in fitting)
+    taken, reported = summary["taken"], summary["reported"]
+    assert (reported["method"], reported["share"]) == (taken["method"], taken["share"])
+
+
+def test_with_one_sample_held_out_the_card_says_that_it_chose(trained, capsys):
+    words = ["--n-samples", "2", "--harm", "9", "--method", "interpolation"]
+    assert run(trained, *words, output="few") == 0
+    card = (trained / "few" / "model" / "README.md").read_text()
+    assert "- measured on: the samples that chose it, which flatters: there are too few to hold some out\n" in card
+    assert "asked for: a harm of at most 9 nats" in card
+    assert run(trained, "--n-samples", "2", "--keep", "0.2", output="given") == 0
+    assert "none chose it, for its share was given" in (trained / "given" / "model" / "README.md").read_text()

@@ -217,6 +217,19 @@ def test_a_circuit_beside_random_ones_and_the_bases() -> None:
     finding = told(answer_by_circuit([row_of(metrics, {"curve": curve})]))
     assert finding.interval == "95 % interval 70 % to 100 % over 20 prompts"
     assert (finding.bar, finding.doubts) == (Bar(0.9, 0.7, 1.0, 0.1), ())
+    finding = told(answer_by_circuit([row_of({**metrics, "overlap_noise": 0.9}, {"curve": curve})]))
+    assert finding.null.endswith("by chance they would share 1 %, two seeds share 90 %")
+    assert finding.doubts == ()
+    alike = told(answer_by_circuit([row_of({**metrics, "overlap_noise": 0.8}, {"curve": curve})]))
+    assert alike.doubts == ("two seeds differ as much",)
+    wide = {**curve, "wide_intervals": [], "joined_band": [[0.0, 0.1], [0.0, 0.3]]}
+    finding = told(answer_by_circuit([row_of(metrics, {"curve": wide})]))
+    assert finding.interval == "95 % interval 70 % to 100 % over 20 prompts, with the edges as they were chosen"
+    assert "0 % to 20 %, joined from end to end 0 % to 30 %; by chance" in finding.null
+    wide |= {"wide_intervals": [[0.4, 0.6], [0.25, 1.0]]}
+    finding = told(answer_by_circuit([row_of(metrics, {"curve": wide})]))
+    assert finding.interval == "95 % interval 25 % to 100 % over 20 prompts and the choice of the edges"
+    assert finding.doubts == ("its interval reaches what random circuits keep",)
     curve["intervals"][-1] = [0.15, 1.0]
     doubts = told(answer_by_circuit([row_of({}, {"curve": curve})])).doubts
     assert doubts == ("its interval reaches what random circuits keep",)

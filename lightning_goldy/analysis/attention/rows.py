@@ -31,7 +31,7 @@ STATISTICS = (
 _CHUNK = 1 << 22
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tokens:
     """The tokens of a batch, which are no padding, and which occurred before.
 

@@ -25,7 +25,7 @@ KINDS = ("previous_token", "induction", "duplicate_token", "first_token")
 _PEAKS = ("previous_token", "induction", "duplicate_token", "drift")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prompt:
     """A prompt as the model takes it.
 

@@ -27,18 +27,18 @@ from lightning_goldy.analysis.attribution.path import (
     ChangePath,
     Measure,
     Metric,
+    Worth,
     interleaved,
     passages,
     tells_distributions,
 )
-from lightning_goldy.analysis.attribution.strongest import levels_of
+from lightning_goldy.analysis.attribution.strongest import unread_levels
 from lightning_goldy.analysis.attribution.units import Pieces, chosen_masks
 from lightning_goldy.analysis.divergence import precise
 from lightning_goldy.analysis.result import AnalysisResult, Cost, counted_passes
 from lightning_goldy.core.architecture.adapters import WeightSpace, adapted_layers, merged_state
 from lightning_goldy.core.base import Base
 from lightning_goldy.core.batches import move_batch, sample_count
-from lightning_goldy.core.directions import random_direction
 from lightning_goldy.core.files import StoreError, parse_json
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.mask import ParameterMask
@@ -46,6 +46,7 @@ from lightning_goldy.core.naming import (
     block_of,
     canonical_name,
     model_class,
+    require_at_least,
     require_choice,
     require_fractions,
     require_number,
@@ -85,6 +86,7 @@ class GraftPoint(AnalysisResult):
         harm_high: Upper end.
         kl: KL(p_base || p) on other text, mean over targets, nats; None without other text or logits.
         on_frontier: Whether no other point recovers as much with less harm.
+        draws: Of random elements what each draw recovers, this point's first; empty of other methods.
     """
 
     method: str
@@ -99,6 +101,7 @@ class GraftPoint(AnalysisResult):
     harm_high: float | None = None
     kl: float | None = None
     on_frontier: bool = False
+    draws: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -240,14 +243,21 @@ class GraftCurve(AnalysisResult):
         same = [other for other in self.records if other.method in named and other.share == point.share < 1]
         if not same:
             return ""
-        told = ", ".join(f"{named[other.method]} {self._with_interval(other)}" for other in same)
-        beaten = max(other.recovered or 0.0 for other in same) >= (point.recovered or 0.0)
+        told = ", ".join(f"{named[other.method]} {self._with_interval(other)}{_band(other)}" for other in same)
+        beaten = max(max(other.recovered or 0.0, *other.draws, -math.inf) for other in same) >= (point.recovered or 0.0)
         return f" ({told}{'; WEAK: no more than others of that number' if beaten else ''})"
 
     def _with_interval(self, point: GraftPoint) -> str:
         if point.low is None:
             return f"{point.recovered:.0%} (no interval: one {'sample' if self.n_held_out == 1 else 'passage'})"
         return f"{point.recovered:.0%} [{point.low:.0%}, {point.high:.0%}]"
+
+
+def _band(point: GraftPoint) -> str:
+    """Between what all draws of random elements lie; nothing of one."""
+    if len(point.draws) < 2:
+        return ""
+    return f" ({min(point.draws):.0%} to {max(point.draws):.0%} over {len(point.draws)} draws)"
 
 
 def graft_curve(
@@ -268,6 +278,7 @@ def graft_curve(
     learn: LearnOptions = LearnOptions(),  # noqa: B008 - frozen
     samples_per_pass: int | None = None,
     seed: int = 0,
+    n_draws: int = 5,
     progress: Callable[[int, int], None] | None = None,
 ) -> GraftCurve:
     r"""Recovered effect against the share of a change that is kept, beside its baselines, and the harm of each.
@@ -280,7 +291,8 @@ def graft_curve(
     the largest changes (``magnitude``), random elements, the first order at the base (``gradient``), interpolation
     :math:`\theta_0 + a \Delta`, and drop-and-rescale, random elements times the inverse of their share; where asked
     for masks that are ``learned`` (:func:`~lightning_goldy.analysis.attribution.learned.learn_mask`). Every point costs
-    a forward pass of the held-out samples and two of the other text. The model comes back as it was.
+    a forward pass of the held-out samples and two of the other text; every further draw of random elements one of the
+    held-out samples for each share. The model comes back as it was.
 
     Args:
         model: The finetuned model.
@@ -303,6 +315,8 @@ def graft_curve(
         learn: How masks are learned.
         samples_per_pass: Samples that go through the model together; whole batches by default.
         seed: Of random elements.
+        n_draws: Of as many random elements, by this seed and those that follow, which tell how far ``random`` hangs on
+            the draw; harm is measured of the first alone.
         progress: Called with (points done, points in all).
 
     Returns:
@@ -332,6 +346,7 @@ def graft_curve(
     if attribution.scores is None and not any(attribution.squared_changes):
         raise ValueError("no parameter has changed, so there is nothing to graft")
     shares = check_graft(metric, attribution.shares if shares is None else shares, baselines, pieces, factors)
+    require_at_least("n_draws", n_draws, 1)
     taken = {"attribution", "greedy", "finetune", *baselines}
     if twice := sorted(taken & set(masks or {})):
         raise ValueError(f"masks may not be called {', '.join(map(repr, twice))}, as grafts of the curve are")
@@ -355,6 +370,8 @@ def graft_curve(
             points.append(bench.point(method, share, factor))
             if progress is not None:
                 progress(done, len(plan))
+        if "random" in baselines:
+            grafts.draw_again([point for point in points if point["method"] == "random"], n_draws, bench)
         cost = passes()
     points.append(bench.finetune)
     return GraftCurve(
@@ -456,6 +473,11 @@ class _Bench:
                 point["kl"] = float(divergences.sum() / total)
         return point
 
+    def recovered(self) -> float:
+        """What the model as it stands recovers, where the finetune changed something."""
+        values, _ = self._values(self.measure, self.held_out)
+        return float((values - self.base).sum() / (self.now - self.base).sum())
+
     def _keep(self, measure: Measure, samples: Sequence[Any]) -> None:
         for index, passage in enumerate(samples):
             measure.keep_anchor(self.model, index, move_batch(passage.batch, self.device))
@@ -480,31 +502,6 @@ def _marked(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     known = [point for point in points if point.get("harm") is not None and point["recovered"] is not None]
     best = [point for point in known if not any(beats(other, point) for other in known)]
     return [vars(GraftPoint(**point, on_frontier=any(point is one for one in best))) for point in points]
-
-
-class _Worth:
-    """The metric, on some samples, of models that have some parameters' change and the base's values of all others."""
-
-    def __init__(self, path: ChangePath, objective: Objective, metric: Metric, batches: Iterable[Any]) -> None:
-        self.path, self.measure = path, Measure(metric, objective)
-        self.samples = passages(batches, objective, None, 1 << 30)
-        self.device = next(path.model.parameters()).device
-        path.move_to(0.0)
-        for index, passage in enumerate(self.samples):
-            self.measure.keep_anchor(path.model, index, move_batch(passage.batch, self.device))
-
-    def move(self, names: set[str]) -> None:
-        """Moves the model there."""
-        self.path.write(lambda name, base, present: present if name in names else base)
-
-    def of(self, names: set[str]) -> float:
-        """The metric there."""
-        self.move(names)
-        total = count = 0.0
-        for index, passage in enumerate(self.samples):
-            sums, counts = self.measure.by_sample(self.path.model, index, move_batch(passage.batch, self.device))
-            total, count = total + float(sums.sum()), count + float(counts.sum())
-        return total / count
 
 
 Planned = tuple[str, float, float, Callable[[], None]]
@@ -544,7 +541,7 @@ class _Grafts:
         sign, part = math.copysign(1.0, self.attribution.change), self.attribution.by_block
         left = sorted(blocks, key=lambda block: -sign * part[block] / numel[block])
         room, inside = self.shares[-1] * path.space.numel, set[str]()
-        worth = _Worth(path, self.objective, self.metric, batches)
+        worth = Worth(path, self.objective, self.metric, batches)
         found: list[Planned] = []
         while fitting := [block for block in left if numel[block] <= room] or ([] if found else left):
             tried = {block: sign * worth.of(inside | blocks[block]) for block in fitting[:CANDIDATES]}
@@ -570,6 +567,17 @@ class _Grafts:
                     found.append((name, share, factor, self._keep_levels(levels, place, factor)))
         return found
 
+    def draw_again(self, points: Sequence[dict[str, Any]], n_draws: int, bench: _Bench) -> None:
+        """Adds what further draws of as many random elements recover; all elements have but one draw."""
+        points = [point for point in points if point["recovered"] is not None and point["share"] < 1]
+        for point in points:
+            point["draws"] = (point["recovered"],)
+        for seed in range(self.seed + 1, self.seed + n_draws):
+            levels = unread_levels(self.path, "random", self.shares, seed) if points else {}
+            for point in points:
+                self._keep_levels(levels, self.shares.index(point["share"]), 1.0)()
+                point["draws"] += (bench.recovered(),)
+
     def of_masks(self, masks: Mapping[str, ParameterVector | Sequence[ParameterVector]]) -> list[Planned]:
         """Those of masks that are given."""
         found: list[Planned] = []
@@ -592,7 +600,7 @@ class _Grafts:
         if name == "gradient":
             with torch.enable_grad():
                 return attribute_first_order(self.path, batches, self.objective, self.metric, self.shares)
-        return _unread_levels(self.path, name, self.shares, self.seed)
+        return unread_levels(self.path, name, self.shares, self.seed)
 
     def _keep(self, mask: ParameterMask) -> Callable[[], None]:
         return self._keep_levels({name: (~flags).to(torch.uint8) for name, flags in mask.items()}, 0, 1.0)
@@ -630,18 +638,8 @@ def baseline_mask(
     require_choice("method", method, ("magnitude", "random", "drop_and_rescale"))
     with preserved(model), ChangePath(model, base, attribution.space) as path, torch.no_grad():
         require_same_change(attribution, path)
-        levels = _unread_levels(path, method, (share,), seed)
+        levels = unread_levels(path, method, (share,), seed)
         return ParameterMask(path.space, {name: level == 0 for name, level in levels.items()})
-
-
-def _unread_levels(path: ChangePath, name: str, shares: tuple[float, ...], seed: int) -> dict[str, Tensor]:
-    """The shares that hold each element, of a baseline that asks no sample."""
-    if name == "magnitude":
-        references = path.parameters.items()
-        return levels_of({n: like(p.detach(), path.change(n).abs()) for n, p in references}, shares)
-    # Drop-and-rescale has the same elements as the random baseline, so that what differs is the rescaling.
-    direction = random_direction(path.space, seed, module=None if path.weight_space == "merged" else path.model)
-    return levels_of({name: tensor.clone() for name, tensor in direction.items()}, shares)
 
 
 def graft(model: nn.Module, base: Base, mask: ParameterVector, *, factor: float = 1.0) -> dict[str, Tensor]:

@@ -72,7 +72,7 @@ class LearnOptions:
                 raise ValueError(f"{name} must be a number of at least 0; got {getattr(self, name)}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LearnedMask:
     """The best mask that was found.
 

@@ -31,7 +31,7 @@ Metric = MetricName | Callable[[nn.Module, Any], Tensor]
 _CPU_CHUNK, _GPU_CHUNK = 1 << 18, 1 << 24
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Passage:
     """Samples that go through the model together.
 
@@ -202,7 +202,7 @@ class ChangePath:
             the names that ``merge_and_unload()`` gives them, or ``adapters``.
 
     Raises:
-        AdapterError: Merged weights cannot be told, or the model is sharded.
+        AdapterError: Merged weights cannot be told.
 
     Example:
         >>> from lightning_goldy.core.vector import ParameterVector
@@ -315,3 +315,28 @@ class ChangePath:
                 total += torch.dot(change, change)
             sums.append(total)
         return list(map(float, sum_over_shards(sums, list(self.parameters.values()))))
+
+
+class Worth:
+    """The metric, on some samples, of models that have some parameters' change and the base's values of all others."""
+
+    def __init__(self, path: ChangePath, objective: Objective, metric: Metric, batches: Iterable[Any]) -> None:
+        self.path, self.measure = path, Measure(metric, objective)
+        self.samples = passages(batches, objective, None, 1 << 30)
+        self.device = next(path.model.parameters()).device
+        path.move_to(0.0)
+        for index, passage in enumerate(self.samples):
+            self.measure.keep_anchor(path.model, index, move_batch(passage.batch, self.device))
+
+    def move(self, names: set[str]) -> None:
+        """Moves the model there."""
+        self.path.write(lambda name, base, present: present if name in names else base)
+
+    def of(self, names: set[str]) -> float:
+        """The metric there."""
+        self.move(names)
+        total = count = 0.0
+        for index, passage in enumerate(self.samples):
+            sums, counts = self.measure.by_sample(self.path.model, index, move_batch(passage.batch, self.device))
+            total, count = total + float(sums.sum()), count + float(counts.sum())
+        return total / count

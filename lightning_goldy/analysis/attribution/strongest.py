@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_goldy.analysis.attribution.path import ChangePath
+from lightning_goldy.core.directions import random_direction
 from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.selection import select_largest
 from lightning_goldy.core.sharding import gather, like, local, scatter_like
@@ -63,6 +65,16 @@ def levels_of(scores: Mapping[str, Tensor], shares: Sequence[float], *, sign: fl
             part.neg_()
     found = zip(scores, directed, levels, strict=True)
     return {name: gather(like(score, level)).cpu() for name, score, level in found}
+
+
+def unread_levels(path: ChangePath, name: str, shares: tuple[float, ...], seed: int) -> dict[str, Tensor]:
+    """The shares that hold each element, of a baseline that asks no sample."""
+    if name == "magnitude":
+        references = path.parameters.items()
+        return levels_of({n: like(p.detach(), path.change(n).abs()) for n, p in references}, shares)
+    # Drop-and-rescale has the same elements as the random baseline, so that what differs is the rescaling.
+    direction = random_direction(path.space, seed, module=None if path.weight_space == "merged" else path.model)
+    return levels_of({name: tensor.clone() for name, tensor in direction.items()}, shares)
 
 
 def mask_links(

@@ -126,7 +126,7 @@ class Eigenbasis:
             return torch.cat(parts, dim=-1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tilt:
     r"""A density between a Gaussian and the prior tilted by a cost.
 

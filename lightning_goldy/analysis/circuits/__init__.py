@@ -3,10 +3,12 @@
 from lightning_goldy.analysis.circuits.circuit import (
     Circuit,
     CircuitOverlap,
+    Mover,
     Rank,
     Selection,
     circuit_overlap,
     find_circuits,
+    name_movers,
     node_effects,
 )
 from lightning_goldy.analysis.circuits.faithfulness import (
@@ -32,6 +34,7 @@ __all__ = [
     "FlatMetricError",
     "Method",
     "Metric",
+    "Mover",
     "PromptPairs",
     "Rank",
     "Selection",
@@ -40,6 +43,7 @@ __all__ = [
     "circuit_overlap",
     "faithfulness",
     "find_circuits",
+    "name_movers",
     "node_effects",
     "track_circuit",
 ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import heapq
 import math
+import random
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, get_args
@@ -13,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_goldy.analysis.agreement import agreement_of
+from lightning_goldy.analysis.attention.patterns import attention_maps
+from lightning_goldy.analysis.attribution.attribution import interval_of, resampled
 from lightning_goldy.analysis.circuits.graph import INPUT, OUTPUT, CircuitGraph
 from lightning_goldy.analysis.circuits.runs import Ablation, CircuitOptions, Metric, Progress, measure, wired
-from lightning_goldy.analysis.circuits.scores import Method, edge_scores, node_scores
+from lightning_goldy.analysis.circuits.scores import Method, grouped_scores, node_scores
 from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.core.naming import require_at_least, require_choice, require_number
 from lightning_goldy.core.pieces import PromptPairs
@@ -42,6 +46,7 @@ class Circuit(AnalysisResult):
         n_pairs: Pairs of prompts.
         cost: Passes.
         prompts: Digests of the prompts, clean and corrupted, that scored the edges; empty where they are not known.
+        left_out: Scores without each group of pairs, shape ``[groups, readers, writers]``; no group by default.
     """
 
     analysis: ClassVar[str] = "circuit"
@@ -57,6 +62,7 @@ class Circuit(AnalysisResult):
     n_pairs: int
     cost: Cost = field(default=Cost(), compare=False)
     prompts: tuple[str, ...] = ()
+    left_out: Tensor = field(default_factory=lambda: torch.empty(0, 0, 0, dtype=torch.float64))
 
     @property
     def n_edges(self) -> int:
@@ -113,6 +119,10 @@ class Circuit(AnalysisResult):
         least = -math.inf if threshold is None else threshold
         pick = _top if select == "top" else _greedy
         return replace(self, kept=pick(self.graph, values, count, least), cost=Cost())
+
+    def without_groups(self) -> list[Circuit]:
+        """The circuit as it would score its edges without each group of its pairs; none is chosen yet."""
+        return [replace(self, scores=scores, kept=self.kept & False) for scores in self.left_out]
 
     def pruned(self) -> Circuit:
         """The circuit without dead ends: edges that no path from ``input`` reaches, or from which none leads out.
@@ -221,6 +231,7 @@ def find_circuits(
     rank: Rank = "magnitude",
     ablation: Ablation = "counterfactual",
     batch_size: int = 8,
+    n_groups: int = 0,
     progress: Progress | None = None,
     split_over_ranks: bool = True,
 ) -> Circuit:
@@ -251,6 +262,8 @@ def find_circuits(
         rank: By ``magnitude``, or ``signed``: those that support the behaviour first.
         ablation: What a patched edge brings.
         batch_size: Pairs per pass.
+        n_groups: Groups of the pairs without each of which edges are scored, too, at no further pass, so that
+            :func:`faithfulness` tells how far its value hangs on the pairs that chose; 0 for none, else 2 at least.
         progress: Called with (pairs done, pairs in all); of ``exact`` with runs.
         split_over_ranks: Whether to share pairs out over the ranks of an initialised process group; all must call.
 
@@ -275,6 +288,7 @@ def find_circuits(
     require_choice("method", method, get_args(Method))
     require_at_least("steps", steps, 1)
     options = CircuitOptions(metric, ablation, batch_size)
+    check_groups(n_groups, len(pairs))
     if metric == "kl" and method in ("eap", "nodes"):
         raise ValueError(
             f"method {method!r} takes the slope at the clean run, where kl has none; choose eap_ig_inputs, "
@@ -286,7 +300,8 @@ def find_circuits(
     with replicas.together("find_circuits"), wired(model, pairs, options) as wiring:
         whole = wiring.graph.edges()
         shared: dict[str, Any] = {"progress": progress, "replicas": replicas}
-        scores, cost = edge_scores(wiring, pairs, options, method=method, steps=steps, **shared)
+        shared |= {"method": method, "steps": steps, "n_groups": n_groups}
+        scores, left_out, cost = grouped_scores(wiring, pairs, options, **shared)
         ends, more = measure(wiring, pairs, options, [whole, torch.zeros_like(whole)], replicas=replicas)
     clean, patched = ends.mean(1).tolist()
     found = Circuit(
@@ -300,9 +315,22 @@ def find_circuits(
         patched=patched,
         n_pairs=len(pairs),
         prompts=tuple(sorted({*pairs.digests(), *pairs.digests("corrupted")})),
+        left_out=left_out,
     )
     count = n_edges if given else max(1, wiring.graph.n_edges // 20)
     return replace(found.chosen(n_edges=count, threshold=threshold, select=select, rank=rank), cost=cost + more)
+
+
+def check_groups(n_groups: int, n_pairs: int | None = None) -> None:
+    """Checks the number of groups of pairs that are left out in turns.
+
+    Raises:
+        ValueError: It is negative or 1, or there are fewer pairs.
+    """
+    require_at_least("n_groups", n_groups, 0)
+    if n_groups == 1 or (n_pairs is not None and n_groups > n_pairs):
+        most = "" if n_pairs is None else f" and at most {n_pairs}, the number of pairs"
+        raise ValueError(f"n_groups is 0, or at least 2{most}; got {n_groups}")
 
 
 def node_effects(
@@ -357,10 +385,7 @@ def _top(graph: CircuitGraph, values: Tensor, count: int, least: float) -> Tenso
 
 def _greedy(graph: CircuitGraph, values: Tensor, count: int, least: float) -> Tensor:
     """From the output on the strongest edge into what is there, one after the other; dead ends are taken out."""
-    readers: dict[int, list[int]] = {}
-    for row, places in enumerate(graph.owners):
-        for place in places:
-            readers.setdefault(place, []).append(row)
+    readers = _readers_of(graph)
     kept = torch.zeros_like(values, dtype=torch.bool)
     waiting: list[tuple[float, int, int]] = []
     table, opened, reached = values.tolist(), set(), set()
@@ -383,6 +408,15 @@ def _greedy(graph: CircuitGraph, values: Tensor, count: int, least: float) -> Te
     return prune(graph, kept)
 
 
+def _readers_of(graph: CircuitGraph) -> dict[int, list[int]]:
+    """By writer the rows of its own readers."""
+    readers: dict[int, list[int]] = {}
+    for row, places in enumerate(graph.owners):
+        for place in places:
+            readers.setdefault(place, []).append(row)
+    return readers
+
+
 def prune(graph: CircuitGraph, kept: Tensor) -> Tensor:
     """Edges that lie on a path from ``input`` to ``output``, shape ``[readers, writers]``."""
     rows = kept.tolist()
@@ -402,6 +436,91 @@ def prune(graph: CircuitGraph, kept: Tensor) -> Tensor:
             if here and reached[column]:
                 on_path[row, column] = leads[column] = True
     return on_path
+
+
+@dataclass(frozen=True)
+class Mover(AnalysisResult):
+    """A head that writes to the output, and what its last token looks at.
+
+    Args:
+        node: Such as ``a3.h1``.
+        score: Of its edge into the output.
+        right: Attention to the tokens of the right answers in the clean prompt, mean over the pairs, a fraction.
+        wrong: That to the tokens of the wrong ones.
+        low: Lower end of the 95 % bootstrap interval of right - wrong over the pairs; None of one pair.
+        high: Upper end.
+        n_pairs: Pairs whose prompt holds its right answer.
+    """
+
+    node: str
+    score: float
+    right: float
+    wrong: float
+    low: float | None
+    high: float | None
+    n_pairs: int
+
+    @property
+    def moves_names(self) -> bool:
+        """Whether it supports the behaviour and surely looks more at the right answer than at the wrong one."""
+        return self.score > 0 and self.low is not None and self.low > 0
+
+    def headline(self) -> str:
+        """What it looks at, and whether that makes it a name mover."""
+        interval = "no interval: one pair" if self.low is None else f"difference [{self.low:.2f}, {self.high:.2f}]"
+        kind = "a name mover" if self.moves_names else "no name mover"
+        return (
+            f"{self.node} ({self.score:+.2g} into the output) looks at the right answer with {self.right:.2f}, at the "
+            f"wrong one with {self.wrong:.2f} ({interval}): {kind}"
+        )
+
+
+def name_movers(model: nn.Module, circuit: Circuit, pairs: PromptPairs, n: int = 8) -> tuple[Mover, ...]:
+    """The heads with the strongest edges into the output, and whether they look at the answer that they bring there.
+
+    Name movers of the indirect-object circuit look from the last token at the name that is to come; so do the heads of
+    induction. Attention is that of the clean run, summed over all places of an answer's tokens in the prompt.
+
+    Args:
+        model: A causal language model; it comes back as it was. A forward pass per pair.
+        circuit: Of :func:`find_circuits`; whether an edge was chosen does not matter.
+        pairs: Clean and corrupted prompts.
+        n: Heads.
+
+    Raises:
+        ValueError: No prompt holds its right answer, or ``n`` is below 1.
+
+    Source: Wang et al. 2022, "Interpretability in the Wild" (arXiv 2211.00593), section 3.1.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=11, n_positions=16))
+        >>> pairs = PromptPairs(((4, 6, 5),), ((6, 4, 5),), ((4,),), ((6,),))
+        >>> sorted(mover.node for mover in name_movers(model, find_circuits(model, pairs), pairs))
+        ['a0.h0', 'a0.h1']
+    """
+    require_at_least("n", n, 1)
+    order = circuit.scores[-1].abs().argsort(descending=True, stable=True).tolist()
+    heads = [place for place in order if circuit.graph.writers[place].startswith("a")][:n]
+    at = [tuple(map(int, circuit.graph.writers[place][1:].split(".h"))) for place in heads]
+    rows = []
+    for ids, *answers in zip(pairs.clean, pairs.answers, pairs.wrong, strict=True):
+        right, wrong = ([token in tokens for token in ids] for tokens in answers)
+        if any(right):
+            maps = attention_maps(model, {"input_ids": torch.tensor([ids], device=next(model.parameters()).device)})
+            last = torch.stack([maps.pattern(layer, head)[-1].double() for layer, head in at])  # [heads, T]
+            rows.append(torch.stack([last[:, torch.tensor(held)].sum(1) for held in (right, wrong)]))
+    if not rows:
+        raise ValueError(f"no prompt holds its right answer, the first {pairs.names[0]!r}: no head can look at it")
+    looks = torch.stack(rows)  # [pairs, 2, heads]
+    drawn = resampled(len(looks)) @ (looks[:, 0] - looks[:, 1]) / len(looks)
+    means, found = looks.mean(0), []
+    for number, place in enumerate(heads):
+        low, high = interval_of(drawn[:, number]) if len(looks) > 1 else (None, None)
+        right, wrong = means[:, number].tolist()
+        score = float(circuit.scores[-1, place])
+        found.append(Mover(circuit.graph.writers[place], score, right, wrong, low, high, len(looks)))
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -548,6 +667,57 @@ def random_circuits(graph: CircuitGraph, n_edges: int, count: int, seed: int = 0
         kept = torch.zeros(edges.numel(), dtype=torch.bool)
         kept[places[torch.randperm(len(places), generator=generator)[:n_edges]]] = True
         found.append(kept.view_as(edges))
+    return found
+
+
+def joined_circuits(graph: CircuitGraph, n_edges: int, count: int, seed: int = 0) -> list[Tensor]:
+    """Random circuits every edge of which lies on a path from ``input`` to ``output``; the seed alone decides which.
+
+    Edges come in random order, each with a random way back to what the input reaches and one on to what reaches the
+    output, where these fit into the number that is left. One or two edges fewer where nothing does.
+
+    Example:
+        >>> graph = CircuitGraph(("input", "m0"), ("m0", "output"), (1, 2), ((1,), ()), (-1, 0))
+        >>> [kept.int().tolist() for kept in joined_circuits(graph, 1, 2)]
+        [[[0, 0], [1, 0]], [[0, 0], [1, 0]]]
+    """
+    draw = random.Random(seed)
+    return [_joined(graph, n_edges, draw) for _ in range(count)]
+
+
+def _joined(graph: CircuitGraph, n_edges: int, draw: random.Random) -> Tensor:
+    readers, kept = _readers_of(graph), set[tuple[int, int]]()
+    reached, leads = [name == INPUT for name in graph.writers], [False] * len(graph.writers)
+    order = [(row, column) for row, seen in enumerate(graph.seen) for column in range(seen)]
+    draw.shuffle(order)
+    grown = True
+    while grown and len(kept) < n_edges:
+        grown = False
+        for edge in order:
+            if edge in kept:
+                continue
+            way = {edge}
+            row, column = edge
+            while not reached[column]:
+                above = draw.choice(readers[column])
+                column = draw.randrange(graph.seen[above])
+                way.add((above, column))
+            while graph.owners[row] and not leads[place := draw.choice(graph.owners[row])]:
+                row = draw.randrange(bisect_right(graph.seen, place), len(graph.readers))
+                way.add((row, place))
+            if len(kept) + len(way - kept) > n_edges:
+                continue
+            grown = True
+            kept |= way
+            for row, column in way:
+                leads[column] = True
+                for place in graph.owners[row]:
+                    reached[place] = True
+            if len(kept) == n_edges:
+                break
+    found = torch.zeros(len(graph.readers), len(graph.writers), dtype=torch.bool)
+    for row, column in kept:
+        found[row, column] = True
     return found
 
 

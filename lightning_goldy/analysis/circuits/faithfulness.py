@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import chain, pairwise
 from numbers import Real
 from typing import Any, ClassVar, get_args
 
@@ -19,8 +19,10 @@ from lightning_goldy.analysis.circuits.circuit import (
     CircuitOverlap,
     Rank,
     Selection,
+    check_groups,
     circuit_overlap,
     find_circuits,
+    joined_circuits,
     random_circuits,
 )
 from lightning_goldy.analysis.circuits.runs import (
@@ -53,10 +55,13 @@ class Faithfulness(AnalysisResult):
         values: By size the share of the metric's span between everything patched (0) and nothing (1) that is kept.
         complements: By size the same of all edges but the circuit's: near 0 where the circuit is complete.
         random: By size of random circuits as large, shape ``[sizes, circuits]``; ``[sizes, 0]`` without.
+        joined: The same of random circuits whose every edge lies on a path from the input to the output.
+        choices: By size of the circuits chosen without each group of the choosing pairs, shape ``[sizes, groups]``.
         clean: The metric of the whole model, mean over the pairs.
         patched: The metric with every edge patched.
         n_pairs: Pairs of prompts.
-        intervals: By size the 95 % bootstrap interval of its value over the pairs; none where there is one pair.
+        intervals: By size the 95 % bootstrap interval of its value over the pairs that measure, the edges as they were
+            chosen; none where there is one pair.
         span: That of what patching everything loses, ``clean - patched``; None where there is one pair.
         n_shared: Pairs whose prompt is one of those that chose the edges; None where these are not known.
         metric: Name of the metric.
@@ -80,6 +85,8 @@ class Faithfulness(AnalysisResult):
     metric: str = "the metric"
     ablation: str = ""
     cost: Cost = field(default=Cost(), compare=False)
+    joined: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.float64))
+    choices: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.float64))
 
     @property
     def value(self) -> float:
@@ -111,12 +118,42 @@ class Faithfulness(AnalysisResult):
         """Area of the random circuits' mean; NaN without."""
         return self._area(self.random.mean(1).tolist(), lambda value: value) if self.random.numel() else math.nan
 
-    def band(self, share: float = 0.9) -> list[tuple[float, float]]:
-        """By size the range that holds a share of the random circuits; empty without."""
-        if not self.random.numel():
+    @property
+    def joined_area(self) -> float:
+        """Area of the joined random circuits' mean; NaN without."""
+        return self._area(self.joined.mean(1).tolist(), lambda value: value) if self.joined.numel() else math.nan
+
+    def band(self, share: float = 0.9, *, joined: bool = False) -> list[tuple[float, float]]:
+        """By size the range that holds a share of the random circuits, or of the joined ones; empty without."""
+        values = self.joined if joined else self.random
+        if not values.numel():
             return []
         edges = torch.tensor([(1 - share) / 2, (1 + share) / 2], dtype=torch.float64)
-        return [(low, high) for low, high in self.random.double().quantile(edges, dim=1).T.tolist()]
+        return [(low, high) for low, high in values.double().quantile(edges, dim=1).T.tolist()]
+
+    @property
+    def choice_errors(self) -> tuple[float, ...]:
+        r"""By size the standard error that comes of which pairs chose the edges; none where no group was left out.
+
+        .. math:: \sqrt{\tfrac{G - 1}{G} \sum_g (f_g - \bar f)^2}
+
+        the jackknife's, of G groups of the choosing pairs.
+        """
+        if not self.choices.numel():
+            return ()
+        groups = self.choices.shape[1]
+        return tuple((self.choices.std(1, unbiased=False) * math.sqrt(groups - 1)).tolist())
+
+    @property
+    def wide_intervals(self) -> tuple[tuple[float, float], ...]:
+        """By size the 95 % interval over pairs that measure and pairs that choose, by their added variances."""
+        if not self.intervals or not self.choice_errors:
+            return ()
+        found = []
+        for value, (low, high), error in zip(self.values, self.intervals, self.choice_errors, strict=True):
+            more = 1.96 * error
+            found.append((value - math.hypot(value - low, more), value + math.hypot(high - value, more)))
+        return tuple(found)
 
     def _area(self, values: Sequence[float], of: Any) -> float:
         known = {0: of(0.0), **{size: of(value) for size, value in zip(self.sizes, values, strict=True)}}
@@ -133,9 +170,12 @@ class Faithfulness(AnalysisResult):
             "faithfulness_low": low,
             "faithfulness_high": high,
             "faithfulness_random": float(self.random[-1].mean()) if self.random.numel() else None,
+            "faithfulness_joined": float(self.joined[-1].mean()) if self.joined.numel() else None,
+            "faithfulness_choice_error": self.choice_errors[-1] if self.choice_errors else None,
             "completeness": self.completeness,
             "area": self.area,
             "area_random": self.random_area if self.random.numel() else None,
+            "area_joined": self.joined_area if self.joined.numel() else None,
             "distance": self.distance,
         }
         return {name: None if value is None or math.isnan(value) else value for name, value in told.items()}
@@ -143,11 +183,17 @@ class Faithfulness(AnalysisResult):
     def details(self) -> dict[str, Any]:
         """The curve with the band of random circuits."""
         lists = {name: list(getattr(self, name)) for name in ("sizes", "values", "complements")}
-        means = self.random.mean(1).tolist() if self.random.numel() else []
+        means, joined = (null.mean(1).tolist() if null.numel() else [] for null in (self.random, self.joined))
         names = ("n_edges", "clean", "patched", "n_pairs", "n_shared", "metric", "ablation")
         told = {name: getattr(self, name) for name in names} | {"absent": self.absent(), "weak": self.weak()}
-        ranges = {"band": [list(pair) for pair in self.band()], "intervals": [list(pair) for pair in self.intervals]}
-        return {**lists, **told, "random": means, **ranges, "span": list(self.span or ())}
+        ranges = {
+            "band": self.band(),
+            "joined_band": self.band(joined=True),
+            "intervals": self.intervals,
+            "wide_intervals": self.wide_intervals,
+        }
+        pairs = {name: [list(pair) for pair in held] for name, held in ranges.items()}
+        return {**lists, **told, "random": means, "joined": joined, **pairs, "span": list(self.span or ())}
 
     def absent(self) -> str:
         """Why there may be no behaviour to keep any share of; empty where the prompts show it."""
@@ -165,13 +211,15 @@ class Faithfulness(AnalysisResult):
 
     def weak(self) -> str:
         """Why what the largest circuit keeps says nothing; empty where nothing speaks against it."""
-        most = float(self.random[-1].max()) if self.random.numel() else -math.inf
         if absent := self.absent():
             return absent
-        if self.value <= most:
-            return "no more than a random circuit"
-        if self.intervals and self.intervals[-1][0] <= most:
-            return "the interval reaches what a random circuit keeps"
+        intervals = self.wide_intervals or self.intervals
+        for null, kind in ((self.random, "random circuit"), (self.joined, "random circuit joined from end to end")):
+            most = float(null[-1].max()) if null.numel() else -math.inf
+            if self.value <= most:
+                return f"no more than a {kind}"
+            if intervals and intervals[-1][0] <= most:
+                return f"the interval reaches what a {kind} keeps"
         return ""
 
     def headline(self) -> str:
@@ -183,11 +231,14 @@ class Faithfulness(AnalysisResult):
         """The headline without its doubts."""
         if math.isnan(self.value):
             return f"what {self.sizes[-1]} of {self.n_edges} edges keep of the behaviour cannot be told{self._source()}"
-        chance = f", random ones {float(self.random[-1].mean()):.2f}" if self.random.numel() else ""
+        nulls = (("random ones", self.random), ("joined from end to end", self.joined))
+        chance = "".join(f", {name} {float(null[-1].mean()):.2f}" for name, null in nulls if null.numel())
         told = f"{self.value:.2f} of the behaviour (no interval: one pair)"
         if self.intervals:
             low, high = self.intervals[-1]
             told = f"{self.value:.2f} [{low:.2f}, {high:.2f}] of the behaviour over {self.n_pairs} pairs"
+            for low, high in self.wide_intervals[-1:]:
+                told += f", [{low:.2f}, {high:.2f}] with the choice of the edges"
         return (
             f"{self.sizes[-1]} of {self.n_edges} edges keep {told}{chance}; without them {self.complements[-1]:.2f} is "
             f"left{self._source()}"
@@ -197,7 +248,8 @@ class Faithfulness(AnalysisResult):
         if self.n_shared is None:
             return ""
         if not self.n_shared:
-            return "; on other prompts than chose the edges"
+            fixed = "" if self.wide_intervals or not self.intervals else "; the interval leaves out their choice"
+            return f"; on other prompts than chose the edges{fixed}"
         some = "the" if self.n_shared == self.n_pairs else f"prompts {self.n_shared} of which are among the"
         return f"; on {some} prompts that chose the edges, which flatters"
 
@@ -237,7 +289,9 @@ def faithfulness(
     .. math:: f(C) = \frac{m(C) - m(\varnothing)}{m(\text{all}) - m(\varnothing)}
 
     of metrics averaged over the pairs: 1 for the whole graph and 0 for the empty one, exactly. Not bounded: edges that
-    work against the behaviour, left out, give more than 1. Random circuits of the same size stand beside it.
+    work against the behaviour, left out, give more than 1. Random circuits of the same size stand beside it, and
+    random ones whose every edge lies on a path from the input to the output, as hardly any of few random edges does.
+    Where the circuit has scores without groups of its pairs, the circuits that these would choose are measured, too.
 
     Args:
         model: A causal language model; it comes back as it was.
@@ -249,7 +303,7 @@ def faithfulness(
         select: How a curve's edges are chosen.
         rank: By which order.
         ablation: What patched edges bring; by default what they brought when they were scored.
-        n_random: Random circuits per size; 0 for none.
+        n_random: Random circuits of either kind per size; 0 for none.
         seed: Of these.
         batch_size: Pairs per pass.
         progress: Called with (runs done, runs in all).
@@ -275,11 +329,15 @@ def faithfulness(
     require_at_least("n_random", n_random, 0)
     options = CircuitOptions(*_as_scored(circuit, metric, ablation), batch_size)
     counts = _counts(circuit, sizes)
-    ranked = [circuit.chosen(n_edges=count, select=select, rank=rank) for count in counts] if counts else [circuit]
-    whole = circuit.graph.edges()
+    how: dict[str, Any] = {"select": select, "rank": rank}
+    ranked = [circuit.chosen(n_edges=count, **how) for count in counts] if counts else [circuit]
+    whole, others = circuit.graph.edges(), circuit.without_groups()
     tried = [whole, torch.zeros_like(whole)]
     for one in ranked:
-        tried += [one.kept, whole & ~one.kept, *random_circuits(circuit.graph, one.n_edges, n_random, seed)]
+        nulls = (make(circuit.graph, one.n_edges, n_random, seed) for make in (random_circuits, joined_circuits))
+        chosen = (other.chosen(n_edges=one.n_edges, **how).kept for other in others)
+        tried += [one.kept, whole & ~one.kept, *chain.from_iterable(nulls), *chosen]
+    each = 2 + 2 * n_random + len(others)
     replicas = Replicas.of(model) if split_over_ranks else Replicas()
     with replicas.together("faithfulness"), wired(model, pairs, options) as wiring:
         if wiring.graph != circuit.graph:
@@ -298,17 +356,19 @@ def faithfulness(
         )
     # The added 0 makes a 0 of -0.
     shares = torch.tensor(means, dtype=torch.float64).sub(patched).div(clean - patched).add(0.0)
-    shares = shares.view(len(ranked), n_random + 2)
+    shares = shares.view(len(ranked), each)
     return Faithfulness(
         sizes=tuple(one.n_edges for one in ranked),
         n_edges=circuit.graph.n_edges,
         values=tuple(shares[:, 0].tolist()),
         complements=tuple(shares[:, 1].tolist()),
-        random=shares[:, 2:].clone(),
+        random=shares[:, 2 : 2 + n_random].clone(),
+        joined=shares[:, 2 + n_random : 2 + 2 * n_random].clone(),
+        choices=shares[:, 2 + 2 * n_random :].clone(),
         clean=clean,
         patched=patched,
         n_pairs=len(pairs),
-        intervals=_intervals(values[:2], values[2 :: n_random + 2]),
+        intervals=_intervals(values[:2], values[2::each]),
         span=None if len(pairs) < 2 else _span(values[0] - values[1]),
         n_shared=_shared(circuit, pairs),
         metric=options.metric_name,
@@ -374,7 +434,8 @@ class TrackingOptions:
         ablation: What patched edges bring.
         share: Of all edges that the circuit has, in (0, 1].
         sizes: Shares of all edges at which faithfulness is measured.
-        n_random: Random circuits per size.
+        n_random: Random circuits of either kind per size.
+        n_groups: Groups of the choosing pairs that are left out in turns; see :func:`find_circuits`.
         select: ``top`` or ``greedy``.
         rank: ``magnitude`` or ``signed``.
         batch_size: Pairs per pass.
@@ -398,6 +459,7 @@ class TrackingOptions:
     select: Selection = "top"
     rank: Rank = "magnitude"
     batch_size: int = 8
+    n_groups: int = 0
 
     def __post_init__(self) -> None:
         _ = self.patching
@@ -409,6 +471,7 @@ class TrackingOptions:
             require_choice(what, value, valid)
         require_at_least("steps", self.steps, 1)
         require_at_least("n_random", self.n_random, 0)
+        check_groups(self.n_groups)
         if isinstance(self.sizes, str) or not isinstance(self.sizes, Iterable):
             raise ValueError(f"sizes is a list of shares of all edges; got {self.sizes!r}")
         for name, shares in (("share is a share", (self.share,)), ("sizes are shares", self.sizes)):
@@ -436,6 +499,7 @@ class TrackingOptions:
             n_edges=0,
             ablation=self.ablation,
             batch_size=self.batch_size,
+            n_groups=self.n_groups,
             progress=progress,
         )
         count = max(1, round(self.share * scored.graph.n_edges))
@@ -491,10 +555,12 @@ class TrackedCircuit(AnalysisResult):
         for share, value in zip(self.shares, self.curve.values, strict=True):
             told[f"faithfulness_{100 * share:g}_percent".replace(".", "_")] = None if math.isnan(value) else value
         curve, overlap = self.curve.metrics(), {} if self.overlap is None else self.overlap.metrics()
-        names = ("faithfulness_low", "faithfulness_high", "faithfulness_random", "completeness", "area", "area_random")
-        told |= {name: curve[name] for name in names}
+        whole = ("faithfulness", "distance")
+        told |= {name: value for name, value in curve.items() if name not in whole}
         told |= {"metric_clean": self.circuit.clean, "metric_patched": self.circuit.patched}
         told |= {name: overlap[name] for name in ("overlap", "overlap_by_chance", "rank_correlation") if overlap}
+        if overlap.get("overlap_noise") is not None:
+            told["overlap_noise"] = overlap["overlap_noise"]
         return told | {f"node/{name}": score for name, score in self.circuit.node_scores().items()}
 
     def details(self) -> dict[str, Any]:
@@ -506,9 +572,9 @@ class TrackedCircuit(AnalysisResult):
         """What the largest size keeps, and of which circuit."""
         weak, kept, overlap = self.curve.weak(), "", self.overlap
         if overlap is not None:
-            kept = (
-                f"; overlap with the base's {overlap.intersection_over_union:.2f} ({overlap.by_chance:.2f} by chance)"
-            )
+            noise = "" if overlap.noise is None else f", {overlap.noise:.2f} between two seeds"
+            kept = f"{overlap.intersection_over_union:.2f} ({overlap.by_chance:.2f} by chance{noise})"
+            kept = f"; overlap with the base's {kept}"
         doubt = f"; WEAK: {weak}" if weak else ""
         return f"{self.curve.summary()}; {self.circuit.headline()}{kept}{doubt}"
 
@@ -520,6 +586,7 @@ def track_circuit(
     *,
     held_out: PromptPairs | None = None,
     base: Circuit | None = None,
+    seed: Circuit | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> TrackedCircuit:
     """Finds a model's circuit, measures what it keeps, and compares it with an earlier one.
@@ -533,6 +600,7 @@ def track_circuit(
         options: The same at every step.
         held_out: Pairs that measure what the circuit keeps; by default those that chose it, which flatters it.
         base: The circuit of what the model was.
+        seed: That of a finetune that differs in its seed alone; its overlap with the model's is the noise of that.
         progress: Called with (pairs done, pairs in all).
 
     Returns:
@@ -561,7 +629,7 @@ def track_circuit(
     except FlatMetricError as flat:
         curve = _flat(circuit, counts, options, measuring, flat)
     shares = {max(1, round(share * n_edges)): share for share in sorted(options.sizes, reverse=True)}
-    overlap = None if base is None else circuit_overlap(base, circuit)
+    overlap = None if base is None else circuit_overlap(base, circuit, seed=seed)
     return TrackedCircuit(circuit, curve, tuple(shares[count] for count in counts), overlap)
 
 
@@ -577,6 +645,7 @@ def _flat(
         values=unknown,
         complements=unknown,
         random=torch.full((len(counts), options.n_random), math.nan, dtype=torch.float64),
+        joined=torch.full((len(counts), options.n_random), math.nan, dtype=torch.float64),
         clean=flat.value,
         patched=flat.value,
         n_pairs=len(pairs),

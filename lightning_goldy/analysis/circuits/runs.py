@@ -545,7 +545,7 @@ def check_tokens(model: nn.Module, pairs: PromptPairs) -> None:
             raise ValueError(f"prompt {name!r} has {len(sets[0])} tokens, more than the model's {longest} positions")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
     """Pairs of one length, their clean tokens, and the run that is patched in."""
 
@@ -570,7 +570,12 @@ def wired(model: nn.Module, pairs: PromptPairs, options: CircuitOptions) -> Iter
 
 def shared_places(pairs: PromptPairs, options: CircuitOptions, replicas: Replicas) -> list[list[int]]:
     """The places of a replica's pairs in batches of one length each, so that every replica has about as many."""
-    return replicas.share(pairs.batches(min(options.batch_size, -(-len(pairs) // replicas.size))))
+    return replicas.share(pairs.batches(batch_size_of(pairs, options, replicas)))
+
+
+def batch_size_of(pairs: PromptPairs, options: CircuitOptions, replicas: Replicas) -> int:
+    """Pairs per pass, so few that every replica has some."""
+    return min(options.batch_size, -(-len(pairs) // replicas.size))
 
 
 def batches(

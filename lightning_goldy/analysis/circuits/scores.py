@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from dataclasses import replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from lightning_goldy.analysis.circuits.runs import (
     Gradients,
     Progress,
     Recorded,
+    batch_size_of,
     batches,
     measure,
     record,
@@ -46,14 +48,69 @@ def edge_scores(
     Raises:
         ValueError: A score is not finite; the edge is named.
     """
+    shared: dict[str, Any] = {"progress": progress, "replicas": replicas}
+    scores, _, cost = grouped_scores(wiring, pairs, options, method=method, steps=steps, **shared)
+    return scores, cost
+
+
+def grouped_scores(
+    wiring: Wiring,
+    pairs: PromptPairs,
+    options: CircuitOptions,
+    *,
+    method: Method = "eap_ig_inputs",
+    steps: int = 5,
+    n_groups: int = 0,
+    progress: Progress | None = None,
+    replicas: Replicas = Replicas(),  # noqa: B008 - frozen
+) -> tuple[Tensor, Tensor, Cost]:
+    """Scores of all edges by all pairs, and by all but each of so many groups of them.
+
+    Returns:
+        Shapes ``[readers, writers]`` and ``[groups, readers, writers]``, float64, and the passes.
+
+    Raises:
+        ValueError: A score is not finite; the edge is named.
+    """
+    # A batch goes into one group, so there are at least as many batches.
+    size = min(options.batch_size, len(pairs) // n_groups) if n_groups else options.batch_size
+    options = replace(options, batch_size=size)
     if method == "exact":
-        return _exact(wiring, pairs, options, progress, replicas)
-    total = torch.zeros(len(wiring.graph.readers), len(wiring.graph.writers), dtype=torch.float64)
+        lost, cost = _exact(wiring, pairs, options, progress, replicas)
+        group = torch.arange(len(pairs)) % max(1, n_groups)
+        sums = torch.stack([lost[:, group == place].sum(1) for place in range(max(1, n_groups))])
+        totals = torch.zeros(len(sums), len(wiring.graph.readers), len(wiring.graph.writers), dtype=torch.float64)
+        totals[:, wiring.graph.edges()] = sums
+    else:
+        totals, cost = _estimated(wiring, pairs, options, method, steps, max(1, n_groups), progress, replicas)
+    total = totals.sum(0)
+    found = [total / len(pairs), *((total - part) / len(pairs) for part in totals[:n_groups])]
+    if method == "nodes":
+        found = [by_nodes(wiring.graph.owners, scores) for scores in found]
+    left_out = torch.stack(found[1:]) if n_groups else torch.empty(0, 0, 0, dtype=torch.float64)
+    return found[0], left_out, cost
+
+
+def _estimated(
+    wiring: Wiring,
+    pairs: PromptPairs,
+    options: CircuitOptions,
+    method: Method,
+    steps: int,
+    n_groups: int,
+    progress: Progress | None,
+    replicas: Replicas,
+) -> tuple[Tensor, Cost]:
+    """Sums of the scores by gradients over the pairs of each group, shape ``[groups, readers, writers]``."""
+    totals = torch.zeros(n_groups, len(wiring.graph.readers), len(wiring.graph.writers), dtype=torch.float64)
     done: list[Cost] = []
     estimate = _eap_ig_activations if method == "eap_ig_activations" else _eap_ig_inputs
     finished, mine = 0, sum(map(len, shared_places(pairs, options, replicas)))
+    every = shared_places(pairs, replace(options, batch_size=batch_size_of(pairs, options, replicas)), Replicas())
+    group = {places[0]: number % n_groups for number, places in enumerate(every)}
     for batch in batches(wiring, pairs, options, done, replicas):
         size = len(batch.places)
+        total = totals[group[batch.places[0]]]
         if method in ("eap", "nodes"):
             total += _eap(wiring, batch, options).cpu()
             done.append(Cost(size, size))
@@ -64,14 +121,13 @@ def edge_scores(
         finished += size
         if progress is not None:
             progress(finished, mine)
-    scores = torch.stack(replicas.gather_objects(total)).sum(0) / len(pairs)
-    broken = (~scores.isfinite()).nonzero().tolist()
+    sums = torch.stack(replicas.gather_objects(totals)).sum(0)
+    broken = (~sums.sum(0).isfinite()).nonzero().tolist()
     if broken:
         raise ValueError(
             f"the score of {wiring.graph.name(*broken[0])} is not finite: {options.metric_name} has no finite gradient"
         )
-    cost = total_cost(replicas, sum(done, Cost()))
-    return (by_nodes(wiring.graph.owners, scores) if method == "nodes" else scores), cost
+    return sums, total_cost(replicas, sum(done, Cost()))
 
 
 def node_scores(scores: Tensor) -> Tensor:
@@ -160,6 +216,7 @@ def _eap_ig_activations(wiring: Wiring, batch: Batch, options: CircuitOptions, s
 def _exact(
     wiring: Wiring, pairs: PromptPairs, options: CircuitOptions, progress: Progress | None, replicas: Replicas
 ) -> tuple[Tensor, Cost]:
+    """What each pair loses with each edge patched, shape ``[edges, pairs]``."""
     whole = wiring.graph.edges()
     places = whole.nonzero().tolist()
     circuits = [whole]
@@ -167,7 +224,4 @@ def _exact(
         circuits.append(whole.clone())
         circuits[-1][row, column] = False
     values, cost = measure(wiring, pairs, options, circuits, progress=progress, replicas=replicas)
-    scores = torch.zeros(whole.shape, dtype=torch.float64)
-    lost = (values[:1] - values[1:]).mean(1)
-    scores[whole] = lost
-    return scores, cost
+    return values[:1] - values[1:], cost

@@ -34,7 +34,7 @@ _KEYS = {"input_ids", "attention_mask", "labels"}
 _NOTHING = dict.fromkeys(("question", "answer", "category", "group", "hop"))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PieceSamples:
     """Samples of one piece each.
 

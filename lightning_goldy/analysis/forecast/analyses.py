@@ -200,6 +200,7 @@ def forecast_attribution(
     learned: int = 0,
     blocks: int = 0,
     searched: int = 0,
+    draws: int = 0,
 ) -> Forecast:
     """Change attribution with ``auto`` nodes at their least, and the grafts that test it.
 
@@ -215,6 +216,7 @@ def forecast_attribution(
         learned: Steps in which the mask of each share is learned; 0 where none is.
         blocks: Whose change is measured alone, and left out of the whole; 0 where none is.
         searched: Grafts that the greedy search of blocks tries; 0 where none is made.
+        draws: Further draws of random elements, of which harm is not measured.
     """
     elements, batches = plan.elements(), plan.batches(n_samples)
     scored, held = _halves(batches) if n_shares else (batches, [])
@@ -226,11 +228,11 @@ def forecast_attribution(
     tried = 5 * n_shares * bool(learned)
     work = Work(
         forward=(2 + 2 * first + 2 * blocks + tried + searched) * score
-        + (3 + points) * hold
+        + (3 + points + n_shares * draws) * hold
         + (4 + 2 * points + tried) * other,
         backward=(nodes + first + round(taught)) * score + round(taught) * other,
         elements=elements * (6.0 * nodes * max(8, score.calls) + 4.0 * points + 12.0 * n_shares * learned),
-        selected=2.0 * elements * n_shares * (masked + learned),
+        selected=2.0 * elements * n_shares * (masked + learned + draws),
     )
     widest = max((rows * tokens for rows, tokens in batches), default=0)
     return Forecast(

@@ -351,7 +351,7 @@ def _over_null(counts: Sequence[int], expected: Sequence[float | None]) -> float
     return _in_matrices(counts, expected) / null if null > 0 else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Poll:
     """What the votes of one set of samples say."""
 

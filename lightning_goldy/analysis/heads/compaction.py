@@ -23,7 +23,7 @@ from lightning_goldy.core.sharding import is_sharded
 CARD = "README.md"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Cut:
     """What stayed of one parameter: ``index`` of ``size`` along dimension ``dim``."""
 

@@ -351,7 +351,7 @@ def _copy(tensor: Tensor) -> Tensor:
     return local(tensor).to("cpu", copy=True)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ParameterRows:
     """Indices along one dimension of one parameter.
 

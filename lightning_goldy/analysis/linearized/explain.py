@@ -234,7 +234,7 @@ def check_variants(variants: Sequence[str]) -> None:
         raise ValueError(f"variants must name each of some variants once; got {list(variants)}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Measured:
     """One batch and what measures it."""
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EditRequest:
     """What an editor is asked for: new answers to one or several prompts, all at once.
 
@@ -446,7 +446,7 @@ def rank_one_update(keys: Tensor, changes: Tensor, covariance: Tensor) -> Tensor
 
 
 @register_editor("rank_one")
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RankOneEditor:
     r"""Writes the new answer into one MLP output projection, as ROME does.
 

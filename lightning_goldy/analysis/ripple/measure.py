@@ -82,7 +82,7 @@ class Encoding:
         return [{name: value.to(self.device) for name, value in batch.items()} for batch in padded]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PieceScores:
     """How sure a model is of N pieces, on the CPU.
 

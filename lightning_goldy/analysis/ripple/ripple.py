@@ -579,7 +579,7 @@ def _require_whole(model: nn.Module) -> None:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Attempt:
     """One edit as it was made, and what it did; its slope is as if it had moved along the new answer's gradient."""
 

@@ -56,7 +56,7 @@ _BATCH_SIZE = 32
 _LAYERED = 32
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Findings:
     """What was measured, N pieces in one order throughout.
 
@@ -380,7 +380,7 @@ _WAITING = 200_000
 _FORMULAS = ("=", "+", "-", "@", "\t", "\r")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StrongPairs:
     """Pairs of pieces, the most coupled first.
 

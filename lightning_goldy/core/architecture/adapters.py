@@ -21,12 +21,13 @@ from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from lightning_goldy.core.architecture.experts import is_experts, without_adapters
 from lightning_goldy.core.base import BaseParameters, Change
 from lightning_goldy.core.files import PlainError
 from lightning_goldy.core.naming import canonical_name, model_class, require_choice
-from lightning_goldy.core.sharding import gather, is_sharded
+from lightning_goldy.core.sharding import gather, is_sharded, splits_layers
 from lightning_goldy.core.space import ParameterSpace, trainable_parameters
 from lightning_goldy.core.vector import ParameterVector, reduce_tensors
 
@@ -38,6 +39,8 @@ WeightSpace = Literal["merged", "adapters"]
 _OF_PEFT = re.compile(
     r"(?:^|(?<=\.))(?:base_model\.model|base_layer|token_adapter|original_module|modules_to_save\.[^.]+)\."
 )
+# Where a layer keeps its merged weights meanwhile.
+_MADE = "_goldy_merged"
 _PLACE = "goldy_place"
 
 
@@ -402,7 +405,7 @@ def _merged(path: str, layer: nn.Module, values: Mapping[str, Tensor]) -> dict[s
     return {name: value.detach() for name, value in without_adapters(made).named_parameters()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Line:
     r"""The straight line in weights from a base to the present model, as something that can be differentiated along.
 
@@ -551,17 +554,17 @@ def merged_weights(model: nn.Module, base: BaseParameters) -> Iterator[tuple[Bas
     """Lets adapted layers compute with one merged weight each, for the length of a ``with`` block.
 
     Inside, the merged weights are parameters that can be moved and differentiated like any others. Outside the model
-    is as it was. Beside it stand a copy of the adapted weights and one of their base.
+    is as it was. Beside it stand a copy of the adapted weights and one of their base, under FSDP2 on every process.
 
     Args:
-        model: In evaluation mode, plain.
+        model: In evaluation mode, plain or under FSDP2.
         base: theta_0, of what was trained; adapters that it lacks count as unchanged.
 
     Yields:
         The base and the parameters of all that was trained, both under merged names.
 
     Raises:
-        AdapterError: The model is sharded, or a layer's merged weights cannot be told.
+        AdapterError: A layer is split over processes by tensor parallelism, or its merged weights cannot be told.
     """
     require_merged_parameters(model)
     layers, parameters = adapted_layers(model), base.space.resolve(model)
@@ -590,19 +593,22 @@ def require_merged_parameters(model: nn.Module, space: str = "merged") -> None:
     """Checks that a model's merged weights can be made parameters, one layer of each kind for all; all ranks call.
 
     Raises:
-        AdapterError: It is sharded, its adapters are merged already, or a layer cannot be merged.
+        AdapterError: A layer is split by tensor parallelism, its adapters are merged already, or it cannot be merged.
         ValueError: The space is unknown.
     """
     if chosen_space(model, space) != "merged":
         return
-    if any(map(is_sharded, model.parameters())):
-        raise AdapterError(
-            "gradients of merged weights need each process to hold the whole model, and this one is sharded: use "
-            "space='adapters', or DDPStrategy"
-        )
     for path, layer in adapted_layers(model).items():
         if getattr(layer, "merged", False):
             raise AdapterError(f"{path}: the adapter is merged; take it apart first, with unmerge_adapter()")
+        if any(splits_layers(parameter) for parameter in layer.parameters()) or (
+            any(map(is_sharded, layer.parameters()))
+            and not any(isinstance(part, FSDPModule) for part in model.modules())
+        ):
+            raise AdapterError(
+                f"{path}: under tensor parallelism no process computes with a whole layer, so none can with its merged "
+                "weights: use space='adapters', FSDP2 or DDPStrategy"
+            )
     require_merged(model, space)
 
 
@@ -618,16 +624,33 @@ def _merged_layer(layer: nn.Module, values: Mapping[str, Tensor]) -> Iterator[di
     plain, patched = layer.forward, "forward" in vars(layer)
     kept: list[tuple[dict[str, Any], str, nn.Parameter]] = []
     made: dict[str, nn.Parameter] = {}
+    sharded = any(map(is_sharded, layer.parameters()))
+
+    def merged(*args: Any, **options: Any) -> Any:
+        """Puts the values in for a pass, for FSDP2 needs its own between passes; maybe in lower precision."""
+        present = [held[leaf] for held, leaf, _ in kept]
+        try:
+            for (held, leaf, _), own, value in zip(kept, present, made.values(), strict=True):
+                held[leaf] = value.to(own.dtype)
+            return wrapped(*args, **options)
+        finally:
+            for (held, leaf, _), own in zip(kept, present, strict=True):
+                held[leaf] = own
+
     try:
         for name, value in values.items():
             module, _, leaf = name.rpartition(".")
             held = vars(wrapped.get_submodule(module))["_parameters"]
             kept.append((held, leaf, held[leaf]))
-            made[name] = held[leaf] = nn.Parameter(value.to(held[leaf].dtype))
-        layer.forward = wrapped.__call__
+            made[name] = nn.Parameter(value.to(held[leaf].dtype))
+            if not sharded:
+                held[leaf] = made[name]
+        vars(layer)[_MADE] = made
+        layer.forward = merged if sharded else wrapped.__call__
         yield made
     finally:
-        for held, leaf, parameter in kept:
+        vars(layer).pop(_MADE, None)
+        for held, leaf, parameter in kept if not sharded else ():
             held[leaf] = parameter
         if patched:
             layer.forward = plain
@@ -646,13 +669,18 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
     own = {
         id(value) for layer in layers.values() for value in without_adapters(layer).state_dict(keep_vars=True).values()
     }
+    made = {
+        id(without_adapters(layer).get_parameter(name)): value
+        for layer in layers.values()
+        for name, value in vars(layer).get(_MADE, {}).items()
+    }
     state = {}
     for name, value in model.state_dict(keep_vars=True).items():
         path = canonical_name(name)
         inside = any(path.startswith(f"{layer}." if layer else "") for layer in layers)
         # Of a module that is trained beside adapters the copy counts, not the one that it was made of.
         if (not inside or id(value) in own) and ".original_module." not in f".{path}":
-            state[merged_name(path)] = value
+            state[merged_name(path)] = made.get(id(value), value)
     return state
 
 

@@ -18,7 +18,7 @@ from lightning_goldy.core.naming import model_class
 _NAME = "goldy_eager"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AttentionCall:
     """What an attention function is asked for.
 

@@ -361,7 +361,7 @@ def _weights(maps: AttentionMaps, layer: int, head: int, sample: int) -> NDArray
     return weights
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pattern:
     """What one head attends to on one prompt.
 

@@ -123,6 +123,8 @@ def chart_graft(row: Row) -> Figure | str:
         own = sorted((p for p in points if p["method"] == method), key=lambda p: p["share"])
         if method not in ("interpolation", "finetune"):
             columns = {name: [p[name] for p in own] for name in ("recovered", "low", "high")}
+            for name, end in (("low", min), ("high", max)):
+                columns[name] = [end(p["draws"]) if len(p.get("draws") or ()) > 1 else p[name] for p in own]
             shares = [math.log10(100 * p["share"]) for p in own]
             series[_label(method)] = Line(shares, columns["recovered"], columns["low"], columns["high"])
     style = Lines(x="log10 of the share of elements kept, percent", y="recovered", scale="linear", whole=False)
@@ -311,13 +313,15 @@ def graft_caption(row: Row) -> str:
     """Between what the points lie, and which methods are best in gain against harm."""
     points = graft_points(row)
     best = sorted({_label(p["method"]) for p in points if p["on_frontier"] and p["method"] != "finetune"})
+    drawn = max((len(p.get("draws") or ()) for p in points), default=0)
+    draws = f", of random elements all of {drawn} draws" if drawn > 1 else ""
     far = [point for point in points if not _is_shown(point)]
     told = ", ".join(f"{_label(p['method'])} of {_point_name(p)} ({p['recovered']:.3g})" for p in far)
     left = f" Too far off to be drawn: {told}." if far else ""
     frontier = f" In gain against harm nothing beats: {', '.join(best)}." if best else ""
     return (
-        "Measured on samples that did not choose the elements; bands are 95 % intervals over samples. 0 is the base, 1 "
-        f"the whole finetune.{frontier}{left}"
+        "Measured on samples that did not choose the elements; bands are 95 % intervals over samples"
+        f"{draws}. 0 is the base, 1 the whole finetune.{frontier}{left}"
     )
 
 

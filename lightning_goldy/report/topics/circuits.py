@@ -142,20 +142,26 @@ def chart_faithfulness(row: Row) -> Figure:
             "the circuit": Line(places, [0.0, *curve["values"], 1.0], *_ends(curve)),
             "without it": Line(places, [1.0, *curve["complements"], 0.0], shape="dashed"),
         }
-        if curve["random"]:
-            low, high = ([0.0, *(pair[end] for pair in curve["band"]), 1.0] for end in (0, 1))
-            drawn["random circuits"] = Line(places, [0.0, *curve["random"], 1.0], low, high)
+        for name, values, band in (
+            ("random circuits", "random", "band"),
+            ("random, joined from end to end", "joined", "joined_band"),
+        ):
+            if curve.get(values):
+                low, high = ([0.0, *(pair[end] for pair in curve[band]), 1.0] for end in (0, 1))
+                drawn[name] = Line(places, [0.0, *curve[values], 1.0], low, high)
     style = Lines(x="edges, % of all", y="of the behaviour", scale="linear", zero=True, whole=False)
     caption = (
         "1 is the whole model, 0 the model with every edge patched. The circuit's band is its 95 % interval over the "
-        "prompts; that of random circuits of the same size holds 90 % of them."
+        f"{'prompts that measure and those that chose' if curve.get('wide_intervals') else 'prompts that measure'}; "
+        "those of random circuits of the same size hold 90 % of them. Every edge of the joined ones lies on a path "
+        "from the input to the output."
     )
     return lines(drawn, style, caption=caption)
 
 
 def _ends(curve: Mapping[str, Any]) -> tuple[list[float] | None, list[float] | None]:
     """The lower and upper ends of the intervals, with those of none and of all edges; None where there is none."""
-    pairs = curve.get("intervals") or []
+    pairs = curve.get("wide_intervals") or curve.get("intervals") or []
     if not pairs or any(None in pair for pair in pairs):
         return None, None
     low, high = ([0.0, *(pair[end] for pair in pairs), 1.0] for end in (0, 1))
@@ -250,13 +256,17 @@ _CIRCUITS = Description(
         "faithfulness_low": "lower end of what the largest circuit keeps, of its 95 % interval over the prompts",
         "faithfulness_high": "upper end of the same",
         "faithfulness_random": "what random circuits of the largest size keep, a fraction",
+        "faithfulness_joined": "the same of random circuits whose every edge lies on a path from input to output",
+        "faithfulness_choice_error": "standard error of the same that comes of which prompts chose the edges",
         "completeness": "1 less what is kept without the largest circuit",
         "area": "area under the curve of faithfulness over the share of edges",
         "area_random": "the same of random circuits",
+        "area_joined": "the same of random circuits joined from input to output",
         "metric_clean": "the metric of the model",
         "metric_patched": "the metric with every edge patched",
         "overlap": "edges shared with the base's circuit, of all in either",
         "overlap_by_chance": "the same of random circuits as large",
+        "overlap_noise": "edges shared with the circuit of a finetune that differs in its seed alone, of all in either",
         "rank_correlation": "Spearman's, of the magnitudes of all edges' scores now and in the base",
         "node": "what the behaviour loses when all that the node tells is patched, estimated",
     },

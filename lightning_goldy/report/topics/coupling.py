@@ -137,7 +137,7 @@ _LEAST_LIMIT = 0.05
 _LACKS = "a row of knowledge_coupling lacks what its figure needs:"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CouplingMap:
     """The heat map.
 

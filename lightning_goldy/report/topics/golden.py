@@ -171,7 +171,7 @@ def _block_map(grid: BlockGrid, style: HeatMap, caption: str) -> Figure:
     return heat_map(grid.values, grid.blocks, grid.kinds, style, caption=caption)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BlockGrid:
     """One number for every kind of tensor in every block.
 
@@ -186,7 +186,7 @@ class BlockGrid:
     values: NDArray[np.float64]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ChangeHistogram:
     """How large the changes of the single elements are.
 
@@ -332,9 +332,14 @@ def _intruders_told(row: Row) -> str:
     if not any(found.values()):
         return "No top direction is an intruder, one that resembles none of the base's."
     share, chance = format_percent(found[most]), format_percent(null[most])
+    own = [tensor for tensor in row["result"]["tensors"] if tensor["block"] == most]
+    ranked = any(tensor.get("intruder_share_null_rank") is not None for tensor in own)
+    low = (
+        f", one of its low rank too {format_percent(by_block(row, 'intruder_share_null_rank')[most])}" if ranked else ""
+    )
     return (
         f"Intruders, top directions that resemble none of the base's, are most in {most}, {share} of them; a random "
-        f"change of its size makes {chance}."
+        f"change of its size makes {chance}{low}."
     )
 
 
@@ -545,7 +550,8 @@ _PARAMETER_DISTRIBUTION = Description(
         "histogram_drift": "Jensen-Shannon divergence of the weights' histograms, nats; by block",
         "relative_change": "||Delta|| / ||base||; by block, of all that the block holds",
         "intruder_share": "share of the weights' top singular directions that resemble none of the base's; by block",
-        "intruder_share_null": "the same after a random change of equal norm and rank",
+        "intruder_share_null": "the same after a random change of equal norm, of adapters of their rank",
+        "intruder_share_null_rank": "the same after one of the change's own rank, where that is low",
     },
     headline=("stable_rank", "effective_rank", "alignment_over_chance", "intruder_share"),
     method=(

@@ -395,6 +395,36 @@ def test_the_headline_tells_what_as_many_other_elements_recover(curve):
     assert "WEAK: no more than others of that number" in told(attribution=0.6, random=0.7, finetune=1.0)
 
 
+def test_random_elements_are_drawn_several_times_and_each_draw_is_told(subject, curve):
+    model, base, scored, held_out, other, found = subject
+    options = {"shares": [0.1, 1.0], "baselines": ["random"]}
+    three, one = (
+        graft_curve(model, base, found, [scored], [held_out], [other], n_draws=count, **options) for count in (3, 1)
+    )
+    tenth, whole = three.of("random")
+    assert tenth.draws[0] == tenth.recovered
+    assert (len(tenth.draws), whole.draws) == (3, ())
+    for seed, recovered in enumerate(tenth.draws):
+        made = copy.deepcopy(model)
+        made.load_state_dict(graft(model, base, baseline_mask(model, base, found, "random", 0.1, seed=seed)))
+        again = graft_curve(made, base, attributed(made, base, held_out), [], [held_out], shares=[1.0], baselines=[])
+        assert again.value / three.value == pytest.approx(recovered, rel=1e-5)
+    assert len(set(tenth.draws)) == 3
+    # A further draw is one forward pass of the held-out samples, and nothing else moves.
+    assert three.cost.forwards - one.cost.forwards == 2 * len(held_out["input_ids"])
+    assert [point.value for point in three.records] == [point.value for point in one.records]
+    assert len(curve.of("random")[0].draws) == 5
+    points = tuple({**point, "recovered": 0.6} if point["method"] == "attribution" else point for point in three.points)
+    told = dataclasses.replace(three, points=points[:1] + points[2:]).headline()
+    assert f"({min(tenth.draws):.0%} to {max(tenth.draws):.0%} over 3 draws)" in told
+    luckier = {**vars(tenth), "draws": (tenth.recovered, 0.7)}
+    points = tuple(luckier if point["method"] == "random" and point["share"] < 1 else point for point in points)
+    assert "WEAK: no more than others" in dataclasses.replace(three, points=points[:1] + points[2:]).headline()
+    assert dataclasses.asdict(type(three).from_json(three.to_json()).of("random")[0])["draws"] == tenth.draws
+    with pytest.raises(ValueError, match="n_draws must be at least 1; got 0"):
+        graft_curve(model, base, found, [scored], [held_out], n_draws=0)
+
+
 @pytest.mark.parametrize("method", ["magnitude", "random", "drop_and_rescale"])
 def test_the_mask_of_a_baseline_makes_its_graft(subject, curve, method):
     model, base, _, held_out, _, found = subject

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_goldy.analysis.circuits import Circuit, CircuitGraph, circuit_overlap, faithfulness, find_circuits
-from lightning_goldy.analysis.circuits.circuit import overlap_of, prune, random_circuits
+from lightning_goldy.analysis.circuits.circuit import joined_circuits, overlap_of, prune, random_circuits
 from lightning_goldy.analysis.circuits.faithfulness import Faithfulness
 from tests.analysis.circuits.test_scores import prompts
 from tests.references.architecture_models import build
@@ -49,6 +49,22 @@ def paths(kept: Tensor) -> set[tuple[int, int]]:
 def test_pruning_leaves_what_lies_on_a_path(seed: int):
     (kept,) = random_circuits(GRAPH, 12, 1, seed)
     assert {tuple(place) for place in prune(GRAPH, kept).nonzero().tolist()} == paths(kept)
+
+
+@pytest.mark.parametrize("graph", [GRAPH, CircuitGraph.of(build("llama"))])
+def test_joined_circuits_are_as_large_and_lie_on_paths_alone(graph: CircuitGraph):
+    for n_edges in (1, 3, 8, graph.n_edges // 2, graph.n_edges):
+        found = joined_circuits(graph, n_edges, 5, seed=1)
+        for kept in found:
+            assert torch.equal(prune(graph, kept), kept)
+            assert not (kept & ~graph.edges()).any()
+            assert n_edges - 2 <= int(kept.sum()) <= n_edges
+        again = joined_circuits(graph, n_edges, 5, seed=1)
+        assert all(map(torch.equal, found, again))
+    assert len({tuple(kept.flatten().tolist()) for kept in joined_circuits(graph, 8, 5)}) > 1
+    assert not any(kept.any() for kept in joined_circuits(graph, 0, 2))
+    # Of plainly random edges few lie on a path.
+    assert sum(int(prune(graph, kept).sum()) for kept in random_circuits(graph, 3, 10)) < 10
 
 
 def test_edges_are_chosen_by_number_threshold_magnitude_and_sign():

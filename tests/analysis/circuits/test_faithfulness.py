@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from lightning_goldy.analysis.circuits import (
     node_effects,
     track_circuit,
 )
+from lightning_goldy.analysis.circuits.circuit import joined_circuits
 from lightning_goldy.analysis.circuits.faithfulness import Faithfulness
 from lightning_goldy.analysis.circuits.graph import Wiring
 from lightning_goldy.analysis.circuits.runs import measure, wired
@@ -107,6 +109,66 @@ def test_intervals_are_of_resampled_pairs() -> None:
     assert low < curve.values[1] < high
     metrics = faithfulness(model, found, pairs, n_random=2).metrics()
     assert (metrics["faithfulness_low"], metrics["faithfulness_high"]) == pytest.approx((low, high))
+
+
+@pytest.mark.parametrize("method", ["eap", "nodes", "exact"])
+def test_scores_without_a_group_are_those_of_the_other_pairs(method: Any) -> None:
+    model, pairs = build("gpt2").double(), prompts(5)
+    found = find_circuits(model, pairs, method=method, n_edges=20, n_groups=2, batch_size=8)
+    # Batches of two pairs, in turns; of edges that are patched, pair by pair.
+    groups = [[0, 2, 4], [1, 3]] if method == "exact" else [[0, 1, 4], [2, 3]]
+    for other, group in zip(found.without_groups(), groups, strict=True):
+        rest = pairs.take([place for place in range(5) if place not in group])
+        expected = find_circuits(model, rest, method=method, n_edges=20).scores * len(rest) / 5
+        torch.testing.assert_close(other.scores, expected, atol=1e-9, rtol=1e-6)
+    plain = find_circuits(model, pairs, method=method, n_edges=20)
+    torch.testing.assert_close(found.scores, plain.scores, atol=1e-9, rtol=1e-6)
+    assert (found.cost, plain.left_out.numel()) == (plain.cost, 0)
+
+
+def test_the_choice_of_the_edges_widens_the_interval() -> None:
+    model, pairs, others = build("gpt2").double(), prompts(6), prompts(4)
+    found = find_circuits(model, pairs, method="eap", n_edges=60, n_groups=3)
+    curve = faithfulness(model, found, others, sizes=[30, 60], n_random=1)
+    for place, size in enumerate((30, 60)):
+        chosen = [other.chosen(n_edges=size) for other in found.without_groups()]
+        values = [faithfulness(model, one, others, n_random=0).value for one in chosen]
+        assert curve.choices[place].tolist() == pytest.approx(values)
+        mean = sum(values) / 3
+        error = math.sqrt(2 / 3 * sum((value - mean) ** 2 for value in values))
+        assert curve.choice_errors[place] == pytest.approx(error)
+        (low, high), (least, most) = curve.intervals[place], curve.wide_intervals[place]
+        assert curve.values[place] - least == pytest.approx(math.hypot(curve.values[place] - low, 1.96 * error))
+        assert most - curve.values[place] == pytest.approx(math.hypot(high - curve.values[place], 1.96 * error))
+    assert "with the choice of the edges" in curve.headline()
+    assert curve.metrics()["faithfulness_choice_error"] == curve.choice_errors[-1] > 0
+    assert Faithfulness.from_json(curve.to_json()) == curve
+    for wrong, told in (
+        (1, "n_groups is 0, or at least 2 and at most 6"),
+        (7, "at most 6, the number of pairs; got 7"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            find_circuits(model, pairs, method="eap", n_groups=wrong)
+
+
+def test_random_circuits_that_join_the_ends_stand_beside_it() -> None:
+    model, pairs = build("llama"), prompts(3)
+    found = track_circuit(model, pairs, TrackingOptions(method="eap", sizes=(0.1, 0.5), n_random=2))
+    graph = found.circuit.graph
+    for place, size in enumerate(found.curve.sizes):
+        for number, kept in enumerate(joined_circuits(graph, size, 2)):
+            value = faithfulness(model, replace(found.circuit, kept=kept), pairs, n_random=0).value
+            assert float(found.curve.joined[place, number]) == pytest.approx(value, abs=1e-6)
+    assert f"joined from end to end {float(found.curve.joined[-1].mean()):.2f}" in found.headline()
+    row = found.row().result["curve"]
+    assert row["joined"] == pytest.approx(found.curve.joined.mean(1).tolist())
+    assert len(row["joined_band"]) == 2
+    assert found.metrics()["faithfulness_joined"] == row["joined"][-1]
+    drawn = draw_figures({**found.row().to_dict(), "step": 0})["faithfulness"]
+    assert "random, joined from end to end" in json.dumps(drawn.data)
+    weak = replace(found.curve, values=(2.0, 2.0), intervals=((1.9, 2.1),) * 2, joined=found.curve.joined * 0 + 3)
+    weak = replace(weak, clean=1.0, patched=0.0, span=(0.5, 1.5), random=weak.random * 0)
+    assert weak.weak() == "no more than a random circuit joined from end to end"
 
 
 def test_the_headline_has_interval_and_null_and_one_pair_is_told() -> None:

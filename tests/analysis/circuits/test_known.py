@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from lightning_goldy.analysis.agreement import agreement_of
-from lightning_goldy.analysis.circuits import PromptPairs, faithfulness, find_circuits, node_effects
+from lightning_goldy.analysis.circuits import PromptPairs, faithfulness, find_circuits, name_movers, node_effects
 from lightning_goldy.data import induction_pairs
+from tests.references.attention import eager_patterns
 from tests.references.induction import KNOWN, TOKENS, built, trained
 
 
@@ -40,6 +41,27 @@ def test_the_edges_of_a_built_induction_circuit_come_first(method: Any):
     assert curve.value > 0.95
     assert curve.completeness > 0.95
     assert float(curve.random.max()) < 0.05
+    # Of so few edges one in ten or so may be the very circuit.
+    assert float(curve.joined.median()) < 0.05
+
+
+def test_the_head_that_brings_the_answer_looks_at_it_and_is_named() -> None:
+    model, pairs = built(), induction_pairs(TOKENS, 8, length=5)
+    found = name_movers(model, find_circuits(model, pairs, method="eap"), pairs, n=3)
+    assert (found[0].node, found[0].moves_names, found[0].n_pairs) == ("a1.h1", True, 8)
+    ids = torch.tensor(pairs.clean)
+    weights = eager_patterns(model, {"input_ids": ids})[1][:, 1, -1].double()  # [pairs, T]
+    for looked, answers in ((found[0].right, pairs.answers), (found[0].wrong, pairs.wrong)):
+        held = torch.tensor(
+            [[token in tokens for token in row] for row, tokens in zip(ids.tolist(), answers, strict=True)]
+        )
+        assert looked == pytest.approx(float((weights * held).sum(1).mean()))
+    assert found[0].right > 0.8 > 0.1 > found[0].wrong
+    assert "a name mover" in found[0].headline()
+    assert not any(mover.moves_names for mover in found[1:])
+    away = PromptPairs(((3, 4, 5),), ((3, 6, 5),), ((7,),), ((6,),), names=("far",))
+    with pytest.raises(ValueError, match="no prompt holds its right answer, the first 'far'"):
+        name_movers(model, find_circuits(model, pairs, method="eap"), away)
 
 
 def test_node_scores_follow_what_patching_a_node_does():
@@ -63,4 +85,5 @@ def test_a_learned_circuit_beats_random_ones_by_far():
         curve = faithfulness(model, found, held, sizes=[0.2], batch_size=64)
         assert curve.value > 0.85
         assert curve.value - float(curve.random.max()) > 0.75
+        assert curve.value - float(curve.joined.max()) > 0.5
         assert curve.completeness > 0.9
