@@ -131,7 +131,11 @@ def differences(first: Run, second: Run) -> list[Difference]:
         other = known.get(analysis.name)
         if other is None or other.analysis != analysis.analysis:
             continue
-        if analysis.analysis == "basin_volume":
+        lost = [run.rows[-1]["result"].get("undefined") for run in (other, analysis)]
+        if any(lost):
+            reasons = " and ".join(dict.fromkeys(filter(None, lost)))
+            told.append(Difference(analysis.name, None, remark=f"undefined: {reasons}"))
+        elif analysis.analysis == "basin_volume":
             told += _volume_differences(other.rows[-1], analysis.rows[-1])
         else:
             told += _metric_differences(other, analysis)

@@ -136,6 +136,8 @@ _MOST_FIGURES = 3
 _MOST_FRAMES = 40
 # A model of many layers and heads has large frames, of which fewer are kept.
 _MOST_BYTES = 400_000
+# Steps without numbers that are listed.
+_MOST_NAMED = 8
 # Points of a line over the training.
 _MOST_POINTS = 400
 
@@ -488,6 +490,13 @@ def analysis_html(analysis: AnalysisRows, anchor: str) -> str:
     parts = [f'<section id="{escape(anchor)}"><h2>{escape(description.title)}{name}</h2>']
     parts += [f"<p>{escape(text)}</p>" for text in (description.measures, description.reading) if text]
     parts.append(_reference(page_of(analysis.analysis)))
+    if lost := [row for row in analysis.rows if row["result"].get("undefined")]:
+        steps = ", ".join(f"{row['step']:,}" for row in lost[:_MOST_NAMED]) + (", ..." if lost[_MOST_NAMED:] else "")
+        told = f"Undefined at step {steps}: {lost[-1]['result']['undefined']}. Figures and numbers are of other steps."
+        parts.append(f'<p class="note">{escape(told)}</p>')
+        analysis = analysis.defined()
+        if not analysis.rows:
+            return "\n".join([*filter(None, parts), "</section>"])
     parts += [f'<p class="note">{escape(text)}</p>' for text in remarks(analysis.rows[-1])]
     shown, folded = _figures(analysis)
     parts.append(shown)
