@@ -178,6 +178,10 @@ def _table_html(marks: Sequence[str], header: Sequence[str], lines: Iterable[str
     return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody>{foot}</table></div>'
 
 
+# Longer words of a table's texts may break.
+_WHOLE_LETTERS = 20
+
+
 def texts_html(
     headings: Sequence[str],
     rows: Iterable[Sequence[str]],
@@ -199,14 +203,23 @@ def texts_html(
         (True, 2)
     """
     first = len(headings) if numbers_from is None else numbers_from
+    rows = list(rows)
     marks = ["" if place < first else ' class="number"' for place in range(len(headings))]
+    # Words break anywhere, so that a table is no wider than the page, but those of a common length stay whole.
+    longest = [
+        max((len(word) for row in rows for word in row[place].split()), default=0) for place in range(len(marks))
+    ]
+    heads = [
+        mark or f' style="min-width:calc({min(size, _WHOLE_LETTERS)}ch + 1rem)"'
+        for mark, size in zip(marks, longest, strict=True)
+    ]
 
     def cell(mark: str, text: str) -> str:
         # Left-to-right marks and the like stay within their cell.
         return f'<td{mark}><bdi style="overflow-wrap:{wrap}">{escape(text)}</bdi></td>'
 
     lines = ("".join(cell(mark, text) for mark, text in zip(marks, cells, strict=True)) for cells in rows)
-    return _table_html(marks, [escape(text) for text in headings], (f"<tr>{line}</tr>" for line in lines))
+    return _table_html(heads, [escape(text) for text in headings], (f"<tr>{line}</tr>" for line in lines))
 
 
 def console_table(
