@@ -22,6 +22,7 @@ from lightning_goldy.report.descriptions import description_of
 from lightning_goldy.report.figures import ReportError, Row
 from lightning_goldy.report.formatting import MISSING, format_number, table_html
 from lightning_goldy.report.page import answers_json, answers_of_run, page_html
+from lightning_goldy.report.rendering import require_drawing
 from lightning_goldy.report.run import AnalysisRows, Run, read_run
 from lightning_goldy.report.sentences import interval_of_mean, paired_differences, unequal_settings
 
@@ -61,6 +62,7 @@ def write_comparison(
         ReportError: Fewer than two different runs are given, or one cannot be read.
         ImportError: altair or vl-convert is not installed.
     """
+    require_drawing()
     runs = _different(run_directories)
     target = runs[0].directory / "comparison.html" if output is None else Path(output)
     if target.is_dir():

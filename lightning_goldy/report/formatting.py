@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any, Literal
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -246,6 +247,22 @@ def console_table(
         # As Text, because brackets in a plain string would be read as markup.
         table.add_row(*(Text(printable(cell)) if isinstance(cell, str) else cell for cell in cells))
     return table
+
+
+def show(shown: Any) -> None:
+    """Prints a table or a text; letters that the console's encoding lacks become question marks.
+
+    Example:
+        >>> show(console_table("", ["what"], [["all"]], box=None))
+        what
+        all
+    """
+    console = Console()
+    with console.capture() as captured:
+        console.print(shown)
+    encoding = getattr(console.file, "encoding", None) or "utf-8"
+    console.file.write(captured.get().encode(encoding, "replace").decode(encoding))
+    console.file.flush()
 
 
 def script_json(value: Any) -> str:

@@ -166,6 +166,7 @@ def write_report(run_directory: str | os.PathLike[str], output: str | os.PathLik
         ...     write_report(folder).name
         'report.html'
     """
+    require_drawing()
     run = read_run(run_directory)
     target = run.directory / "report.html" if output is None else Path(output)
     if target.is_dir():
