@@ -253,9 +253,8 @@ def show(shown: Any) -> None:
     """Prints a table or a text; letters that the console's encoding lacks become question marks.
 
     Example:
-        >>> show(console_table("", ["what"], [["all"]], box=None))
-        what
-        all
+        >>> show("62 % of the effect")
+        62 % of the effect
     """
     console = Console()
     with console.capture() as captured:

@@ -321,7 +321,7 @@ def _bar_svg(bar: Bar) -> str:
     parts.append(f'<rect class="value" x="2" y="10" width="{float(at(bar.value)) - 2:.1f}" height="12"/>')
     if bar.low is not None and bar.high is not None:
         low, high = at(bar.low), at(bar.high)
-        parts.append(f'<path class="interval" d="M{low} 16H{high}M{low} 12v8M{high} 12v8"/>')
+        parts.append(f'<path class="interval" d="M{low} 16H{high}M{low} 6v20M{high} 6v20"/>')
         words.append(f"interval {format_percent(bar.low)} to {format_percent(bar.high)}")
     if bar.null is not None:
         parts.append(f'<path class="null" d="M{at(bar.null)} 5v22"/>')

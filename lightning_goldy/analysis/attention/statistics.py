@@ -263,8 +263,15 @@ class _Sums:
             interval = ratio_interval(moved, over)
             # Heads count alike, as in the mean of their drifts.
             samples = per_sample([key for _, keys in parts for key in keys], moved, over)
-        told = {"n_samples": n_samples, "cost": cost, "drift_interval": interval, "drift_samples": samples}
-        return AttentionStatistics(**named, drift=drift, queries=queries, **told)
+        return AttentionStatistics(
+            **named,
+            drift=drift,
+            queries=queries,
+            n_samples=n_samples,
+            cost=cost,
+            drift_interval=interval,
+            drift_samples=samples,
+        )
 
 
 def _keep(waiting: dict[int, Tensor], layer: int, weights: Tensor, mask: Tensor | None) -> None:
