@@ -39,6 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if len(arguments) < len(words):
         # Processes that a distributed strategy starts inherit it.
         os.environ["GOLDY_TRACEBACK"] = "1"
+    for stream in (sys.stdout, sys.stderr):
+        # A console without a letter of a name or a table shows another, and ends no command.
+        if getattr(stream, "errors", "") == "strict" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         return _run(arguments)
     finally:

@@ -32,7 +32,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 from lightning_goldy.analysis.continuations import GenerationComparison, compare_generations
@@ -43,6 +42,7 @@ from lightning_goldy.core.naming import require_at_least
 from lightning_goldy.core.objective import IGNORE_INDEX
 from lightning_goldy.core.pieces import padded_batches
 from lightning_goldy.report import generations_table
+from lightning_goldy.report.formatting import show
 
 PromptFunction = Callable[[list[Any], Any], tuple[Any, Any]]
 """``prompt_func(samples, processing_class)`` gives token ids of the queries, and of the queries with responses."""
@@ -251,7 +251,7 @@ class GoldilocksMixin:
             temperature=temperature,
             do_sample=do_sample,
         )
-        Console().print(generations_table(found.rows()))
+        show(generations_table(found.rows()))
         return found
 
     def _unwrapped(self) -> nn.Module:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -323,3 +325,18 @@ def test_the_command_line_is_put_back(text, here):
     before = list(sys.argv)
     main(["fit", *text])
     assert sys.argv == before
+
+
+def test_a_console_without_a_letter_ends_no_command(here):
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    with contextlib.redirect_stdout(shown):
+        assert main(["recipes", "list"]) == 0
+        print("bl\u00f6ck")
+    shown.flush()
+    assert shown.buffer.getvalue().endswith(b"bl?ck\n")
+
+
+def test_without_the_extra_the_report_names_it(here, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "altair", None)
+    assert main(["report", "nowhere"]) == 2
+    assert capsys.readouterr().err == 'goldy: figures need altair: pip install "lightning-goldy[report]"\n'

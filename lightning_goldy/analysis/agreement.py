@@ -166,6 +166,32 @@ def ratio_interval(
     return math.exp(max(low, -700.0)), math.exp(min(high, 700.0))
 
 
+def per_sample(
+    keys: Sequence[str], numerators: Sequence[float], denominators: Sequence[float], *, power: float = 1.0
+) -> dict[str, Any] | None:
+    r"""What a number :math:`(\sum_i a_i / \sum_i b_i)^p` is of each sample, for pairs with another run's; JSON-able.
+
+    Args:
+        keys: Of the samples, such as those of :func:`~lightning_goldy.core.batches.sample_keys`.
+        numerators: a, one per sample.
+        denominators: b, likewise.
+        power: p.
+
+    Returns:
+        The record; None where the values are not of single samples.
+
+    Example:
+        >>> per_sample(["a", "b"], [1.0, 2.0], [2.0, 2.0])
+        {'keys': ['a', 'b'], 'numerators': [1.0, 2.0], 'denominators': [2.0, 2.0], 'power': 1.0}
+        >>> per_sample(["a"], [1.0, 2.0], [2.0, 2.0]) is None
+        True
+    """
+    if not len(keys) == len(numerators) == len(denominators) or not keys:
+        return None
+    values = {"numerators": [*map(float, numerators)], "denominators": [*map(float, denominators)]}
+    return {"keys": list(keys), **values, "power": power}
+
+
 def correlation_interval(whole: float, without: Sequence[float]) -> tuple[float, float] | None:
     """Of a correlation, on Fisher's scale, from its values without each group of samples.
 

@@ -33,6 +33,7 @@ from lightning_goldy.callbacks.engine.weights import (
     as_compared,
     kind_of_weights,
     tell_last,
+    undefined_row,
     weights_in,
     weights_mark,
 )
@@ -691,8 +692,7 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
             peak_memory_bytes(pl_module.device) as peak,
         ):
             context = self._context(trainer, pl_module, progress, weights, len(marks) - 1)
-            result = self.compute(context)
-            row, vectors, histograms = self._described(result, context)
+            row, vectors, histograms = undefined_row(context.model) or self._described(self.compute(context), context)
             row = with_precision(row, context.model)
             files = self._saved(vectors, context)
         for note in [*self._notes, *told]:

@@ -12,7 +12,6 @@ from typing import Any, ClassVar, Literal, get_args
 
 import lightning.pytorch as L
 import torch
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
@@ -34,6 +33,7 @@ from lightning_goldy.core.store import load_vectors, save_vectors
 from lightning_goldy.core.vector import ParameterVector
 from lightning_goldy.optim.masked_adamw import MaskedAdamW
 from lightning_goldy.optim.schedules import OptimizerOptions
+from lightning_goldy.report.formatting import show
 from lightning_goldy.training.module import GoldyModule
 from lightning_goldy.training.quiet import progress_only
 
@@ -399,7 +399,7 @@ class FinetuneComparison(AnalysisCallback[FinetuneComparisonResult]):
 
     def describe(self, result: FinetuneComparisonResult, context: AnalysisContext) -> Row:
         """Prints the table, too."""
-        Console().print(comparison_table(result.finetunes, result.numel))
+        show(comparison_table(result.finetunes, result.numel))
         return result.row()
 
 

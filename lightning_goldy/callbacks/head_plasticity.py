@@ -29,6 +29,7 @@ from lightning_goldy.analysis.heads.schedule import check_regrowth, plan_from
 from lightning_goldy.analysis.result import Cost
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, Trigger
 from lightning_goldy.callbacks.engine.store import steps_so_far, training_length
+from lightning_goldy.callbacks.engine.weights import undefined_row
 from lightning_goldy.callbacks.golden_snapshot import TrainingBase
 from lightning_goldy.core.architecture import HeadGates, UnsupportedArchitectureError
 from lightning_goldy.core.isolation import undisturbed
@@ -104,7 +105,7 @@ class HeadPlasticity(AnalysisCallback[PlasticityResult]):
         self._plasticity: PlasticityRun | None = None
         self._loaded: dict[str, Any] | None = None
         self._base = TrainingBase()
-        self._told = -1
+        self._told, self._undefined = -1, False
 
     @property
     def plasticity(self) -> PlasticityRun:
@@ -175,15 +176,17 @@ class HeadPlasticity(AnalysisCallback[PlasticityResult]):
         if not stepped:
             return
         self._act(trainer, pl_module, "step")
-        if self.plasticity.measures(step):
+        if self.plasticity.measures(step) and not self._undefined:
             self._measure(trainer, pl_module)
         self.plasticity.prepare_step(step)
 
     def _act(self, trainer: L.Trainer, pl_module: L.LightningModule, trigger: Trigger) -> None:
         """Carries out what is due."""
-        if self.plasticity.due(steps_so_far(trainer)) is None:
+        if self.plasticity.due(steps_so_far(trainer)) is None or self._undefined:
             return
         self.run(trainer, pl_module, trigger)
+        # Of weights that are no numbers nothing is carried out, and one row tells so.
+        self._undefined = self.plasticity.due(steps_so_far(trainer)) is not None
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, AnalysisCallback):
                 callback.training_changed_weights()
@@ -267,6 +270,8 @@ class HeadPlasticity(AnalysisCallback[PlasticityResult]):
                 model = find_model(pl_module, self.model_attribute)
                 return self._subject_of(model, find_objective(pl_module, model, self.objective)).loss()
 
+        if undefined_row(find_model(pl_module, self.model_attribute)) is not None:
+            return
         loss = self.attempt(trainer, "to measure the recovery", measured)
         if loss is None:
             return

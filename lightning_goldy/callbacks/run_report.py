@@ -9,7 +9,6 @@ from typing import Any
 import lightning.pytorch as L
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from rich.console import Console
 
 from lightning_goldy.callbacks.base import AnalysisCallback, default_name
 from lightning_goldy.callbacks.engine.run_folder import run_directory
@@ -20,6 +19,7 @@ from lightning_goldy.report.answers import answers_table, answers_text, scalar_l
 from lightning_goldy.report.comparison import write_comparison
 from lightning_goldy.report.descriptions import description_of
 from lightning_goldy.report.figures import ReportError
+from lightning_goldy.report.formatting import show
 from lightning_goldy.report.loggers import log_hyperparameters, log_layout, log_text
 from lightning_goldy.report.page import answers_of_run
 from lightning_goldy.report.rendering import require_drawing
@@ -119,7 +119,7 @@ class RunReport(L.Callback):
         text = answers_text(answers)
         step = steps_so_far(trainer)
         _give_each(trainer, lambda loggers: log_text(loggers, "goldy/answers", text, step), "the answers are not in")
-        Console().print(answers_table(answers))
+        show(answers_table(answers))
 
     def _write(self, folder: Path) -> Path | None:
         from lightning_goldy.report.page import write_report

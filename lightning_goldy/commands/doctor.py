@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
@@ -73,6 +74,9 @@ _STRATEGIES = (
     ("FSDP2, HSDP (ModelParallelStrategy)", "every analysis; Taylor by differences, up to order 2"),
     ("FSDP1 (FSDPStrategy)", "refused: flat parameters merge weights across layers"),
 )
+
+# Letters of a line in a pipe or a file.
+_PIPE_WIDTH = 130
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,7 @@ def run_doctor(question: Question) -> None:
     Raises:
         ValueError: The model cannot be loaded, or a configuration is malformed.
     """
-    console = Console(highlight=False, soft_wrap=True)
+    console = _console()
     callbacks, asked = _configured(question)
     console.print(_installation())
     with _plain_init():
@@ -149,7 +153,13 @@ def run_doctor(question: Question) -> None:
 
 def print_installation() -> None:
     """Prints the versions and the devices, for which no model is needed."""
-    Console(highlight=False, soft_wrap=True).print(_installation())
+    _console().print(_installation())
+
+
+def _console() -> Console:
+    """A console that is wide enough for the table of costs where nobody says how wide it is."""
+    told = sys.stdout.isatty() or os.environ.get("COLUMNS")
+    return Console(highlight=False, soft_wrap=True, width=None if told else _PIPE_WIDTH)
 
 
 def build_shape(name: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
@@ -395,17 +405,25 @@ def _step(speeds: Speeds, plan: Plan) -> float:
 
 def _print_forecasts(console: Console, outlook: Outlook, plan: Plan, *, timed: bool) -> None:
     rows, length = plan.rows[0]
+    amounts = {
+        "memory": [forecast.memory for forecast in outlook.forecasts],
+        "host": [forecast.kept for forecast in outlook.forecasts],
+        "disk": [forecast.disk_total for forecast in outlook.forecasts],
+        "sent": [forecast.communicated for forecast in outlook.forecasts],
+    }
+    # What no callback takes needs no column.
+    amounts = {name: column for name, column in amounts.items() if any(column) or name == "memory"}
     table = Table(
-        *("callback", "forwards", "backwards", "a firing" if timed else "training steps", "x", "in all"),
-        *("memory", "host", "disk", "sent"),
+        Column("callback", no_wrap=True),
+        *("forwards", "backwards", "a firing" if timed else "training steps", "x", "in all"),
+        *amounts,
         title=f"forecast: {outlook.run.steps} steps, batches of {rows} x {length} tokens",
         box=None,
     )
-    for forecast in outlook.forecasts:
+    for place, forecast in enumerate(outlook.forecasts):
         one, whole = (f(outlook.speeds, outlook.replicas) for f in (forecast.seconds, forecast.seconds_total))
         told = [time_in_words(one), time_in_words(whole)] if timed else [f"{one:.3g}", f"{whole:.3g}"]
         typical = "" if forecast.exact else "about "
-        sizes = (forecast.memory, forecast.kept, forecast.disk_total, forecast.communicated)
         table.add_row(
             forecast.name,
             f"{typical}{forecast.cost.forwards}",
@@ -413,7 +431,7 @@ def _print_forecasts(console: Console, outlook: Outlook, plan: Plan, *, timed: b
             told[0],
             str(forecast.firings),
             told[1],
-            *map(size_in_words, sizes),
+            *(size_in_words(column[place]) for column in amounts.values()),
         )
     console.print(table)
     if timed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
@@ -129,6 +130,28 @@ def sample_count(batch: Any) -> int:
         return batch_length(batch)
     first = next(batch_tensors(batch), None)
     return len(first) if first is not None and first.ndim else 1
+
+
+def sample_keys(batch: Any) -> list[str]:
+    """A short hash of each sample's tensors, by which the values of two runs are paired; one of an undivided batch.
+
+    Floats are hashed by their values, whatever their precision.
+
+    Example:
+        >>> import torch
+        >>> keys = sample_keys({"x": torch.tensor([[1, 2], [3, 4], [1, 2]])})
+        >>> keys[0] == keys[2] != keys[1], len(keys[0])
+        (True, 12)
+    """
+    batch = move_batch(batch, torch.device("cpu"))
+    keys = []
+    for sample in split_batch(batch) if is_divisible(batch) else [batch]:
+        digest = hashlib.blake2b(digest_size=6)
+        for tensor in batch_tensors(sample):
+            values = (tensor.double() if tensor.is_floating_point() else tensor).detach().contiguous()
+            digest.update(f"{tuple(tensor.shape)}".encode() + values.numpy().tobytes())
+        keys.append(digest.hexdigest())
+    return keys
 
 
 def take_samples(batch: Any, rows: slice | Tensor) -> Any:

@@ -254,12 +254,25 @@ def answers_table(answers: Iterable[Answer]) -> Table:
     return console_table("What did this finetune change?", ["question", "answer", "trust"], rows)
 
 
+def _undefined(rows: Sequence[Row]) -> Finding | None:
+    """That the training has left nothing to measure, and since when; None where the last row has numbers."""
+    reason, since = rows[-1]["result"].get("undefined"), rows[-1]["step"]
+    if not reason:
+        return None
+    for row in reversed(rows):
+        if not row["result"].get("undefined"):
+            break
+        since = row["step"]
+    sentence = f"It is undefined since step {since:,}: {reason}."
+    return Finding(sentence, doubts=("nothing can be measured on weights that are no numbers",))
+
+
 def _answer(question: QuestionName, instances: Sequence[tuple[str, str, Sequence[Row]]]) -> Answer:
     said: dict[str, tuple[Finding, Sequence[Row]]] = {}
     for analysis, speaker in _SPEAKERS[question].items():
         for name, of, rows in instances:
             with naming(f"{name}: its rows do not hold what their answer is made of ({speaker.__name__}):"):
-                finding = speaker(rows) if of == analysis else None
+                finding = (_undefined(rows) or speaker(rows)) if of == analysis else None
             if finding is not None and name not in said:
                 said[name] = finding, rows
     if not said:

@@ -149,7 +149,8 @@ def heat_map(
     down, across = ([f"{place}|{label}" for place, label in enumerate(labels)] for labels in (rows, columns))
     cells = {"y": np.repeat(down, len(across)).tolist(), "x": across * len(down), "value": rounded(table.ravel())}
     ends = _extent(table, style) if extent is None else extent
-    return Figure(_heat_map_chart(style), {"cells": cells}, caption, ranges={style.scale: ends})
+    still = frozenset() if extent is not None or np.nan_to_num(table).any() else frozenset([style.scale])
+    return Figure(_heat_map_chart(style), {"cells": cells}, caption, ranges={style.scale: ends}, still=still)
 
 
 def _extent(table: np.ndarray[Any, Any], style: HeatMap) -> tuple[float, float]:
@@ -248,6 +249,7 @@ class Lines:
         scale: ``"auto"`` is logarithmic when every value is positive and the largest at least 100 times the smallest.
         zero: Whether a linear axis begins at zero.
         whole: Whether positions are counts, which have no fractions.
+        across: Whether positions are on a linear or a logarithmic axis.
         step: Whether a value holds until the next, so that the line has stairs.
         width: None follows the page.
         height: Of the plot.
@@ -260,6 +262,7 @@ class Lines:
     scale: Literal["auto", "linear", "log"] = "auto"
     zero: bool = False
     whole: bool = True
+    across: Literal["linear", "log"] = "linear"
     step: bool = False
     width: float | None = None
     height: float = 220
@@ -351,16 +354,20 @@ def _lines_base(style: Lines, bands: bool, notes: bool) -> Any:
     alt = require("altair")
     log = style.scale == "log"
     scale = alt.Scale(type="log", nice=False, padding=6) if log else alt.Scale(type="linear", zero=style.zero)
-    whole = {"tickMinStep": 1, "format": ",d"} if style.whole else {}
+    # Vega places ticks between two counts that are all there are, and would round their names.
+    named = "datum.value === floor(datum.value) ? datum.label : ''"
+    whole = {"tickMinStep": 1, "format": ",d", "labelExpr": named} if style.whole else {"format": _TICKS}
     legend = alt.Legend(title=None, orient="top", columns=2, labelLimit=150, symbolOpacity=1) if style.legend else None
     told = [("line:N", "line"), ("x:Q", style.x or "at", "," if style.whole else _EXACT)]
     told += [("y:Q", style.y or "value", _EXACT), *((f"{end}:Q", end, _EXACT) for end in ("low", "high") if bands)]
     told += [("note:N", "note")] if notes else []
+    places: dict[str, Any] = {"type": "log"} if style.across == "log" else {"zero": False}
+    places["nice"] = False
     # The last label is drawn to the left of its tick, and would run into the one before it.
     onwards = alt.Axis(grid=False, labelOverlap="parity", labelSeparation=8, **whole)
     upwards = alt.Axis(format=_TICKS, tickCount=6, gridOpacity=_FAINT[log])
     return alt.Chart(alt.NamedData("points")).encode(
-        x=alt.X("x:Q", title=style.x or None, axis=onwards, scale=alt.Scale(zero=False, nice=False)),
+        x=alt.X("x:Q", title=style.x or None, axis=onwards, scale=alt.Scale(**places)),
         y=alt.Y("y:Q", title=style.y or None, scale=scale, axis=upwards),
         color=alt.Color("line:N", sort=None, legend=legend),
         tooltip=tips(*told),
@@ -651,7 +658,9 @@ def arrange(figures: Iterable[Figure], *, columns: int = 1, width: float = 560, 
         raise ValueError("there is no figure to arrange")
     independent = {"scale": {"color": "independent"}, "legend": {"color": "independent"}}
     chart = {"concat": parts, "columns": columns, "resolve": independent, "spacing": 24}
-    return Figure(chart, data, caption, ranges=widest_ranges(shown))
+    ranges = widest_ranges(shown)
+    still = {name for name in ranges if all(name in figure.still for figure in shown if name in figure.ranges)}
+    return Figure(chart, data, caption, ranges=ranges, still=frozenset(still))
 
 
 def layered(

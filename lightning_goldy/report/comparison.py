@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from scipy.special import stdtrit
+
 from lightning_goldy.core.files import finite
 from lightning_goldy.core.store import atomic_write
 from lightning_goldy.report.answers import QUESTIONS, Answer, small_print
@@ -18,6 +22,7 @@ from lightning_goldy.report.descriptions import description_of
 from lightning_goldy.report.figures import ReportError, Row
 from lightning_goldy.report.formatting import MISSING, format_number, table_html
 from lightning_goldy.report.page import answers_json, answers_of_run, page_html
+from lightning_goldy.report.rendering import require_drawing
 from lightning_goldy.report.run import AnalysisRows, Run, read_run
 from lightning_goldy.report.sentences import interval_of_mean, paired_differences, unequal_settings
 
@@ -57,6 +62,7 @@ def write_comparison(
         ReportError: Fewer than two different runs are given, or one cannot be read.
         ImportError: altair or vl-convert is not installed.
     """
+    require_drawing()
     runs = _different(run_directories)
     target = runs[0].directory / "comparison.html" if output is None else Path(output)
     if target.is_dir():
@@ -118,7 +124,8 @@ def names_of(runs: Sequence[Run]) -> list[str]:
 def differences(first: Run, second: Run) -> list[Difference]:
     """What the second run has more than the first, by the latest row of each analysis that both have.
 
-    Metrics are subtracted where both rows saw as many samples and were measured with the same settings; a volume is
+    Metrics are subtracted where both rows saw as many samples and were measured with the same settings, and sample by
+    sample, with an interval, where both rows hold their samples' values and the samples are the same; a volume is
     compared direction by direction, and only where both have the same prior, cutoff, measure, preconditioner and seed.
 
     Args:
@@ -131,11 +138,125 @@ def differences(first: Run, second: Run) -> list[Difference]:
         other = known.get(analysis.name)
         if other is None or other.analysis != analysis.analysis:
             continue
-        if analysis.analysis == "basin_volume":
+        lost = [run.rows[-1]["result"].get("undefined") for run in (other, analysis)]
+        if any(lost):
+            reasons = " and ".join(dict.fromkeys(filter(None, lost)))
+            told.append(Difference(analysis.name, None, remark=f"undefined: {reasons}"))
+        elif analysis.analysis == "basin_volume":
             told += _volume_differences(other.rows[-1], analysis.rows[-1])
         else:
             told += _metric_differences(other, analysis)
     return told
+
+
+@dataclass(frozen=True)
+class Samples:
+    r"""What a metric, :math:`(\sum_i a_i / \sum_i b_i)^p`, is of each sample.
+
+    Args:
+        values: a and b, by the samples' keys; samples that are alike have several.
+        power: p.
+    """
+
+    values: Mapping[str, Sequence[tuple[float, float]]]
+    power: float = 1.0
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Samples:
+        """Those of a row's record."""
+        values: dict[str, list[tuple[float, float]]] = {}
+        for key, *pair in zip(*(record[name] for name in ("keys", "numerators", "denominators")), strict=True):
+            values.setdefault(key, []).append((pair[0], pair[1]))
+        return cls(values, record.get("power", 1.0))
+
+    def counts(self) -> dict[str, int]:
+        """How many samples have each key."""
+        return {key: len(pairs) for key, pairs in self.values.items()}
+
+
+def samples_of(row: Row) -> dict[str, Samples]:
+    """By metric what it is of each sample, as far as the row tells.
+
+    Args:
+        row: Of any analysis.
+
+    Example:
+        >>> record = {"keys": ["a", "b"], "numerators": [1.0, 2.0], "denominators": [1, 1]}
+        >>> samples_of({"result": {"per_sample": {"kl": record}}})["kl"].counts()
+        {'a': 1, 'b': 1}
+    """
+    result = row["result"]
+    records = {**(result.get("per_sample") or {}), **((result.get("curve") or {}).get("per_sample") or {})}
+    found = {name: Samples.of(record) for name, record in records.items()}
+    points = result.get("points") or {}
+    # Of more pieces than a row holds, means are of all, and points are not.
+    if not {"piece", "class", "measured"} <= set(points) or len(points["piece"]) != result.get("n_pieces"):
+        return found
+    for metric, column in (("measured_change", points["measured"]), ("exact", points.get("exact") or ())):
+        for name in dict.fromkeys(points["class"]):
+            rows = zip(points["piece"], points["class"], column, strict=False)
+            values = {piece: [(float(value), 1.0)] for piece, of, value in rows if of == name and value is not None}
+            if values:
+                found[f"{metric}/{name}"] = Samples(values)
+    return found
+
+
+def paired_interval(first: Samples, second: Samples) -> tuple[float, float, float]:
+    r"""What the second has more than the first over the same samples, and its 95 % interval by the jackknife.
+
+    .. math:: d = f(A', B') - f(A, B), \quad f(A, B) = (A / B)^p, \quad
+        s^2 = \frac{n - 1}{n} \sum_i (d_{-i} - \bar d_-)^2
+
+    with :math:`d_{-i}` the difference without sample i in both. Of means, where every b is 1, it is Student's paired
+    interval.
+
+    Args:
+        first: Subtracted.
+        second: Of which it is subtracted; of the same keys.
+
+    Returns:
+        Difference, and both ends; infinite ones of a single sample.
+
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 11.
+
+    Example:
+        >>> first, second = (Samples({"ab"[i]: [(v, 1.0)] for i, v in enumerate(x)}) for x in ([1.0, 2.0], [2.0, 5.0]))
+        >>> [round(number, 2) for number in paired_interval(first, second)]
+        [2.0, -10.71, 14.71]
+    """
+    columns = []
+    for samples in (first, second):
+        pairs = np.array([pair for key in sorted(first.values) for pair in samples.values[key]], dtype=np.float64)
+        sums, (powers, whole) = pairs.sum(0), (samples.power, len(pairs))
+        left = sums - pairs if whole > 1 else pairs[:0]
+        columns.append([(sums[0] / sums[1]) ** powers, (left[:, 0] / left[:, 1]) ** powers])
+    (before, without_before), (after, without_after) = columns
+    value, without = float(after - before), without_after - without_before
+    if len(without) < 2:
+        return value, -math.inf, math.inf
+    count = len(without)
+    error = math.sqrt((count - 1) / count * float(((without - without.mean()) ** 2).sum()))
+    half = float(stdtrit(count - 1, 0.975)) * error
+    return value, value - half, value + half
+
+
+def _paired(what: str, first: Samples, second: Samples) -> Difference | None:
+    """The difference over the samples that both saw; None where their numbers leave it undefined."""
+    ours, theirs = first.counts(), second.counts()
+    if ours != theirs:
+        shared = sum(min(count, theirs.get(key, 0)) for key, count in ours.items())
+        return Difference(what, None, remark=f"other samples: {shared} of {sum(ours.values())} are in both")
+    if first.power != second.power:
+        return None
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value, low, high = paired_interval(first, second)
+    count = sum(ours.values())
+    if not math.isfinite(value):
+        return None
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return Difference(what, value, remark=f"no interval over {count} sample{'s' if count != 1 else ''}")
+    remark = f"paired over {count} samples" + ("; the interval includes 0" if low <= 0 <= high else "")
+    return Difference(what, value, low, high, remark)
 
 
 def _metric_differences(first: AnalysisRows, second: AnalysisRows) -> list[Difference]:
@@ -146,17 +267,22 @@ def _metric_differences(first: AnalysisRows, second: AnalysisRows) -> list[Diffe
     if counts[0] != counts[1]:
         remark = "{} against {} samples".format(*("untold" if count is None else count for count in counts))
     told = []
+    ours, theirs = (samples_of(row) for row in (before, after))
     for name, value in after["metrics"].items():
         if not description.is_headline(name) or value is None or before["metrics"].get(name) is None:
             continue
         what = f"{second.name}: {name}"
+        pairs = _paired(what, ours[name], theirs[name]) if fair and name in ours and name in theirs else None
+        if pairs is not None:
+            told.append(pairs)
+            continue
         told.append(Difference(what, value - before["metrics"][name] if fair else None, remark=remark))
     return told
 
 
 # What decides a number beside the samples, in the results of all analyses.
 _SETTINGS = (
-    *("top_k_percent", "score", "scope", "quorum", "metric", "measure", "strategy", "space", "positions"),
+    *("seed", "top_k_percent", "score", "scope", "quorum", "metric", "measure", "strategy", "space", "positions"),
     *("n_passages", "n_tokens", "n_targets", "n_pieces", "n_eval_samples", "template", "tokens"),
 )
 

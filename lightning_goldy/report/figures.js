@@ -2,6 +2,7 @@
   "use strict";
   const themes = JSON.parse(document.querySelector("script.themes").textContent);
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
+  const narrow = window.matchMedia("(max-width: 720px)");
   let printing = false;
 
   const unpacked = (column) => Array.isArray(column) ? column : column.at.map((place) => column.of[place]);
@@ -13,6 +14,35 @@
   };
   const single = (spec) => ("mark" in spec || "layer" in spec)
     && !["column", "row", "facet"].some((name) => name in (spec.encoding || {}));
+
+  // A figure that is so much too wide for its place: its parts shrink, or fewer stand side by side; nothing where
+  // neither helps, and it scrolls within its box.
+  const narrower = (spec, excess) => {
+    const made = structuredClone(spec);
+    const parts = made.concat || [made];
+    const columns = made.concat ? Math.min(made.columns || parts.length, parts.length) : 1;
+    if (!parts.every((part) => typeof part.width === "number")) {
+      made.columns = columns - 1;
+      return columns > 1 ? made : undefined;
+    }
+    // Parts that would be slivers go below each other, each with the names that its neighbour told.
+    const sliver = columns > 1 && parts.slice(0, columns).reduce((sum, part) => sum + part.width, 0) - excess < 110 * columns;
+    if (sliver) made.columns = 1;
+    const widths = parts.map((part) => part.width);
+    const rows = widths.map((_, at) => at % columns ? 0 : widths.slice(at, at + columns).reduce((a, b) => a + b));
+    const widest = Math.max(...rows);
+    const left = Math.max(columns === 1 ? 200 : 60 * columns, widest - excess);
+    const stack = (value) => {
+      if (!value || typeof value !== "object") return;
+      if (value.legend && value.legend.orient === "top") Object.assign(value.legend, { columns: 1, labelLimit: 240 });
+      if (sliver && value.y && value.y.axis) value.y.axis.labels = true;
+      Object.values(value).forEach(stack);
+    };
+    stack(made);
+    if (sliver) return made;
+    for (const part of parts) part.width = Math.min(part.width, Math.floor(part.width * left / widest));
+    return JSON.stringify(made) === JSON.stringify(spec) ? undefined : made;
+  };
 
   class Chart {
     constructor(element) {
@@ -44,13 +74,16 @@
         this.plot.textContent = frame.none;
         return;
       }
-      const state = `${theme} ${frame.spec}`;
+      const state = `${theme} ${frame.spec} ${narrow.matches}`;
       if (this.result && this.state === state) {
         for (const [name, rows] of this.data(frame)) this.result.view.data(name, rows);
         this.result.view.run();
         return;
       }
-      const spec = { ...this.content.specs[frame.spec] };
+      await this.draw(frame, theme, state, turn, this.content.specs[frame.spec], 4);
+    }
+    async draw(frame, theme, state, turn, bare, tries) {
+      const spec = { ...bare };
       spec.datasets = { ...spec.datasets, ...Object.fromEntries(this.data(frame)) };
       spec.params = [...(spec.params || []), ...this.content.params];
       if (single(spec) && !("width" in spec)) {
@@ -67,8 +100,14 @@
       this.plot.append(element);
       try {
         const result = await vegaEmbed(element, spec, options);
-        if (turn === this.turn) Object.assign(this, { result, state });
-        else result.finalize();
+        if (turn !== this.turn) {
+          result.finalize();
+          return;
+        }
+        Object.assign(this, { result, state });
+        const excess = Math.ceil(element.querySelector("svg, canvas").getBoundingClientRect().width - this.plot.clientWidth);
+        const other = narrow.matches && !printing && excess > 0 && tries ? narrower(bare, excess) : undefined;
+        if (other) await this.draw(frame, theme, state, turn, other, tries - 1);
       } catch (error) {
         this.plot.textContent = `This figure could not be drawn: ${error.message}`;
       }
@@ -96,6 +135,7 @@
   for (const element of elements) watcher.observe(element);
   const redraw = () => { for (const element of charts.keys()) draw(element); };
   dark.addEventListener("change", redraw);
+  narrow.addEventListener("change", redraw);
   window.addEventListener("beforeprint", () => { printing = true; elements.forEach(draw); });
   window.addEventListener("afterprint", () => { printing = false; redraw(); });
 

@@ -47,6 +47,7 @@ class Figure:
         caption: Sentences under the figure: the settings and the numbers that it has to be read against.
         title: Above the image in loggers; the heading on the page and the step when it is empty.
         ranges: Name, an identifier, to (low, high).
+        still: Names of ranges of nothing but zeros, which give way to another figure's of that name.
 
     Raises:
         ValueError: A name is not an identifier, or columns of one table differ in length.
@@ -62,6 +63,7 @@ class Figure:
     caption: str = ""
     title: str = ""
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    still: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         for name in (*self.data, *self.ranges, *(name for columns in self.data.values() for name in columns)):
@@ -334,10 +336,13 @@ def range_params(ranges: Mapping[str, tuple[float, float]]) -> list[dict[str, An
 def widest_ranges(figures: Iterable[Figure]) -> dict[str, tuple[float, float]]:
     """One range for all figures by its name, so that their colours compare."""
     ranges: dict[str, tuple[float, float]] = {}
-    for name, (low, high) in (pair for figure in figures for pair in figure.ranges.items()):
-        known = ranges.get(name, (low, high))
-        ranges[name] = min(low, known[0]), max(high, known[1])
-    return ranges
+    still: dict[str, tuple[float, float]] = {}
+    for figure in figures:
+        for name, (low, high) in figure.ranges.items():
+            found = still if name in figure.still else ranges
+            known = found.get(name, (low, high))
+            found[name] = min(low, known[0]), max(high, known[1])
+    return {**still, **ranges}
 
 
 def is_single(spec: Mapping[str, Any]) -> bool:

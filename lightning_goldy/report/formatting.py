@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any, Literal
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -178,6 +179,10 @@ def _table_html(marks: Sequence[str], header: Sequence[str], lines: Iterable[str
     return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody>{foot}</table></div>'
 
 
+# Longer words of a table's texts may break.
+_WHOLE_LETTERS = 20
+
+
 def texts_html(
     headings: Sequence[str],
     rows: Iterable[Sequence[str]],
@@ -199,14 +204,23 @@ def texts_html(
         (True, 2)
     """
     first = len(headings) if numbers_from is None else numbers_from
+    rows = list(rows)
     marks = ["" if place < first else ' class="number"' for place in range(len(headings))]
+    # Words break anywhere, so that a table is no wider than the page, but those of a common length stay whole.
+    longest = [
+        max((len(word) for row in rows for word in row[place].split()), default=0) for place in range(len(marks))
+    ]
+    heads = [
+        mark or f' style="min-width:calc({min(size, _WHOLE_LETTERS)}ch + 1rem)"'
+        for mark, size in zip(marks, longest, strict=True)
+    ]
 
     def cell(mark: str, text: str) -> str:
         # Left-to-right marks and the like stay within their cell.
         return f'<td{mark}><bdi style="overflow-wrap:{wrap}">{escape(text)}</bdi></td>'
 
     lines = ("".join(cell(mark, text) for mark, text in zip(marks, cells, strict=True)) for cells in rows)
-    return _table_html(marks, [escape(text) for text in headings], (f"<tr>{line}</tr>" for line in lines))
+    return _table_html(heads, [escape(text) for text in headings], (f"<tr>{line}</tr>" for line in lines))
 
 
 def console_table(
@@ -233,6 +247,21 @@ def console_table(
         # As Text, because brackets in a plain string would be read as markup.
         table.add_row(*(Text(printable(cell)) if isinstance(cell, str) else cell for cell in cells))
     return table
+
+
+def show(shown: Any) -> None:
+    """Prints a table or a text; letters that the console's encoding lacks become question marks.
+
+    Example:
+        >>> show("62 % of the effect")
+        62 % of the effect
+    """
+    console = Console()
+    with console.capture() as captured:
+        console.print(shown)
+    encoding = getattr(console.file, "encoding", None) or "utf-8"
+    console.file.write(captured.get().encode(encoding, "replace").decode(encoding))
+    console.file.flush()
 
 
 def script_json(value: Any) -> str:

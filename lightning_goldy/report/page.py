@@ -136,6 +136,8 @@ _MOST_FIGURES = 3
 _MOST_FRAMES = 40
 # A model of many layers and heads has large frames, of which fewer are kept.
 _MOST_BYTES = 400_000
+# Steps without numbers that are listed.
+_MOST_NAMED = 8
 # Points of a line over the training.
 _MOST_POINTS = 400
 
@@ -164,6 +166,7 @@ def write_report(run_directory: str | os.PathLike[str], output: str | os.PathLik
         ...     write_report(folder).name
         'report.html'
     """
+    require_drawing()
     run = read_run(run_directory)
     target = run.directory / "report.html" if output is None else Path(output)
     if target.is_dir():
@@ -318,14 +321,17 @@ def _bar_svg(bar: Bar) -> str:
     parts.append(f'<rect class="value" x="2" y="10" width="{float(at(bar.value)) - 2:.1f}" height="12"/>')
     if bar.low is not None and bar.high is not None:
         low, high = at(bar.low), at(bar.high)
-        parts.append(f'<path class="interval" d="M{low} 16H{high}M{low} 12v8M{high} 12v8"/>')
+        parts.append(f'<path class="interval" d="M{low} 16H{high}M{low} 6v20M{high} 6v20"/>')
         words.append(f"interval {format_percent(bar.low)} to {format_percent(bar.high)}")
     if bar.null is not None:
         parts.append(f'<path class="null" d="M{at(bar.null)} 5v22"/>')
         words.append(f"null {format_percent(bar.null)}")
+    # What lies outside is drawn at the edge, which an arrow tells.
+    known = [end for end in (bar.value, bar.low, bar.high) if end is not None]
+    ends = ("\u2190 0" if min(known) < 0 else "0", "100 % \u2192" if max(known) > 1 else "100 %")
     return (
         f'<svg viewBox="0 0 160 44" role="img" aria-label="{escape(", ".join(words))}">{"".join(parts)}'
-        '<text x="2" y="40">0</text><text x="158" y="40" text-anchor="end">100 %</text></svg>'
+        f'<text x="2" y="40">{ends[0]}</text><text x="158" y="40" text-anchor="end">{ends[1]}</text></svg>'
     )
 
 
@@ -488,6 +494,13 @@ def analysis_html(analysis: AnalysisRows, anchor: str) -> str:
     parts = [f'<section id="{escape(anchor)}"><h2>{escape(description.title)}{name}</h2>']
     parts += [f"<p>{escape(text)}</p>" for text in (description.measures, description.reading) if text]
     parts.append(_reference(page_of(analysis.analysis)))
+    if lost := [row for row in analysis.rows if row["result"].get("undefined")]:
+        steps = ", ".join(f"{row['step']:,}" for row in lost[:_MOST_NAMED]) + (", ..." if lost[_MOST_NAMED:] else "")
+        told = f"Undefined at step {steps}: {lost[-1]['result']['undefined']}. Figures and numbers are of other steps."
+        parts.append(f'<p class="note">{escape(told)}</p>')
+        analysis = analysis.defined()
+        if not analysis.rows:
+            return "\n".join([*filter(None, parts), "</section>"])
     parts += [f'<p class="note">{escape(text)}</p>' for text in remarks(analysis.rows[-1])]
     shown, folded = _figures(analysis)
     parts.append(shown)
@@ -562,6 +575,8 @@ def _figure(analysis: AnalysisRows, entry: Entry, shown: Sequence[int]) -> str:
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
             where = analysis.where(index) if entry.over == "step" else f"{analysis.path}"
             raise ReportError(f"{where}: cannot be drawn: {error}") from error
+        if isinstance(drawn, Figure) and _has_no_course(entry, drawn):
+            drawn = f"One step has no course to draw. {drawn.caption[:1].upper()}{drawn.caption[1:]}".strip()
         if drawn is not None:
             frames.append(Frame(label_of(row), drawn))
             if len(frames) == 1:
@@ -570,6 +585,14 @@ def _figure(analysis: AnalysisRows, entry: Entry, shown: Sequence[int]) -> str:
     frames.reverse()
     note = f"{len(frames)} of {len(analysis.rows)} steps" if len(kept) < len(places) else ""
     return figure_html(entry.heading, frames, note) if frames else ""
+
+
+def _has_no_course(entry: Entry, figure: Figure) -> bool:
+    """Whether lines over the run have one point each; somebody else's figures are drawn as they are."""
+    if entry.over != "run" or not entry.function.__module__.startswith("lightning_goldy."):
+        return False
+    tables = [columns for columns in figure.data.values() if "line" in columns and "x" in columns]
+    return len(tables) == len(figure.data) > 0 and all(len(set(columns["x"])) < 2 for columns in tables)
 
 
 def _grouped_series(rows: Sequence[Row]) -> dict[str, dict[str, Series]]:

@@ -8,7 +8,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +232,12 @@ class AnalysisRows:
     path: Path
     rows: tuple[Row, ...]
     lines: tuple[int, ...]
+
+    def defined(self) -> AnalysisRows:
+        """Those rows that hold numbers; the others tell only that the training has left nothing to measure."""
+        pairs = zip(self.rows, self.lines, strict=True)
+        known = [(row, line) for row, line in pairs if not row["result"].get("undefined")]
+        return replace(self, rows=tuple(row for row, _ in known), lines=tuple(line for _, line in known))
 
     def where(self, index: int) -> str:
         """File and line of a row."""

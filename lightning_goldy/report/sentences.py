@@ -62,7 +62,7 @@ def answer_by_attribution(rows: Sequence[Row]) -> Finding | None:
     doubts = [] if result.get("complete", True) else [f"the parts miss the change by {_percent(_metric(row, 'gap'))}"]
     place = _largest_part(result, effect)
     points = [point for point in graft.get("points", ()) if point["method"] == "attribution"]
-    points = [point for point in points if point.get("recovered") is not None]
+    points = [point for point in points if _is_number(point.get("recovered"))]
     share = _metric(row, "share_for_95")
     point = next((point for point in points if share is not None and point["share"] == share), None)
     point = point or max(points, key=lambda other: other["recovered"], default=None)
@@ -70,11 +70,7 @@ def answer_by_attribution(rows: Sequence[Row]) -> Finding | None:
         sentence = f"{place[0].upper()}{place[1:]}; how few elements recover the effect was not measured."
         return Finding(sentence, null="", doubts=(*doubts, "no sample was held out"))
     chance = _recovered(graft, "random", point["share"])
-    enough = "recover" if share is not None else "recover no more than"
-    sentence = (
-        f"{_percent(point['share'])} of the elements {enough} {_percent(point['recovered'])} of the change in {metric} "
-        f"on samples that did not score; {place}."
-    )
+    sentence = f"{_told_of_graft(point, metric, enough=share is not None)}; {place}."
     doubts += _doubts_of_graft(graft, point, chance)
     null = "" if chance is None else f"as many elements at random recover {_percent(chance)}"
     held_out = graft.get("n_held_out", 0)
@@ -87,6 +83,24 @@ def answer_by_attribution(rows: Sequence[Row]) -> Finding | None:
     return Finding(sentence, told, null, (*doubts, *_marks(row)), bar, "effect")
 
 
+def _told_of_graft(point: Mapping[str, Any], metric: str, *, enough: bool) -> str:
+    """What a share of the elements recovers: a part, as much as all of them, more than that, or nothing."""
+    recovered, ends = point["recovered"], _ends((point.get("low"), point.get("high")))
+    elements, much = f"{_percent(point['share'])} of the elements", f"{_percent(recovered)} of the change in {metric}"
+    where = "on samples that did not score"
+    if recovered <= 0:
+        return (
+            f"No share of the elements that was tried recovers the change in {metric} {where}; {elements} make {much}"
+        )
+    if recovered > 1:
+        alike = ends is None or ends[0] <= 1
+        more = (
+            "no more than all of them beyond noise" if alike else "more than all of them, as the others work against it"
+        )
+        return f"{elements} recover {much} {where}, {more}"
+    return f"{elements} {'recover' if enough else 'recover no more than'} {much} {where}"
+
+
 def _doubts_of_graft(graft: Mapping[str, Any], point: Mapping[str, Any], chance: float | None) -> list[str]:
     doubts = []
     if graft.get("n_held_out", 0) < _FEW_SAMPLES:
@@ -96,6 +110,8 @@ def _doubts_of_graft(graft: Mapping[str, Any], point: Mapping[str, Any], chance:
         return [*doubts, "no interval"]
     if chance is not None and low <= chance:
         doubts.append("as many elements at random lie within the interval")
+    if low <= 0:
+        doubts.append("the interval includes 0")
     if high - low > 0.5:
         doubts.append("the interval is wider than half of the effect")
     return doubts
@@ -107,18 +123,38 @@ def _recovered(graft: Mapping[str, Any], method: str, share: float) -> float | N
 
 
 def _largest_part(result: Mapping[str, Any], effect: float) -> str:
-    """The kind of parameter that carries most of the effect, with its interval and its share of the elements."""
-    kinds = result.get("kinds") or []
+    """The kind of parameter that carries most of the effect, as far as its interval tells."""
+    total = result.get("total") or effect
+    kinds = [kind for kind in result.get("kinds") or [] if _is_number(kind["contribution"] / total)]
     if not kinds:
         return "no part of it is told apart"
-    total = result.get("total") or effect
     kind = max(kinds, key=lambda row: row["contribution"] / total)
-    ends = [kind[end] for end in ("share_low", "share_high") if kind.get(end) is not None]
-    if len(ends) < 2:  # of rows that tell only the contribution's
-        ends = sorted(kind[end] / total for end in ("low", "high")) if kind.get("low") is not None else []
+    share, ends = kind["contribution"] / total, _ends_of_part(kind, total)
     span = f" [{_percent(ends[0])}, {_percent(ends[1])}]" if ends else ""
-    share = _percent(kind["contribution"] / total)
-    return f"{share}{span} of it sits in the {kind['group']} parameters, {_percent(kind['elements'])} of all"
+    much, named = f"{_percent(share)}{span}", f"the {kind['group']} parameters"
+    size = f"{_percent(kind.get('elements'))} of all"
+    if share <= 0:
+        return f"no kind of parameter carries it by itself; {named}, {size}, have {much} of it"
+    if ends is not None and ends[0] <= 0:
+        return f"where it sits is within noise; {named}, {size}, have {much} of it"
+    if ends is not None and ends[1] - ends[0] > 1:
+        return f"where it sits is open, for the interval is wider than the effect; {named}, {size}, have {much} of it"
+    if share > 1 and (ends is None or ends[0] <= 1):
+        return f"{much} of it sits in {named}, {size}: perhaps all, and the others add nothing beyond noise"
+    if share > 1:
+        return f"{much} of it sits in {named}, {size}: more than all, and the others work against it"
+    told = f"{much} of it sits in {named}, {size}"
+    as_large = ends is not None and _is_number(kind.get("elements")) and ends[0] <= kind["elements"]
+    return f"{told}, no more than their number tells" if as_large else told
+
+
+def _ends_of_part(kind: Mapping[str, Any], total: float) -> tuple[float, float] | None:
+    ends = _ends((kind.get("share_low"), kind.get("share_high")))
+    if ends is not None or _ends((kind.get("low"), kind.get("high"))) is None:
+        return ends
+    # Of rows that tell only the contribution's.
+    low, high = sorted(kind[end] / total for end in ("low", "high"))
+    return low, high
 
 
 @register_answer("golden_snapshot", "carries")
@@ -136,9 +172,9 @@ def answer_by_norms(rows: Sequence[Row]) -> Finding | None:
         if name.startswith("relative_change/") and (value := _metric(row, name)) is not None
     }
     most = max(blocks, key=lambda name: blocks[name], default="")
-    where = f", {most} most ({_percent(blocks[most])})" if most else ""
+    where = f", {most} most ({_of_norm(blocks[most])})" if most else ""
     doubts = ("how far weights moved does not tell what carries the effect; ChangeAttribution does",)
-    sentence = f"The weights moved by {_percent(moved)} of their norm{where}."
+    sentence = f"The weights moved by {_of_norm(moved)}{' of' if moved < 10 else ''} their norm{where}."
     return Finding(
         sentence, "exact, no sample", "0 without training", (*doubts, *_marks(row)), course="relative_change"
     )
@@ -149,8 +185,12 @@ def answer_by_expansion(rows: Sequence[Row]) -> Finding | None:
     """How much of the change in logits the first order leaves unexplained."""
     row = rows[-1]
     left, change = _metric(row, "nonlinearity"), _metric(row, "change")
-    if left is None or change == 0:
-        return Finding("The loss has not changed, so there is no change to expand.") if change == 0 else None
+    if change == 0 and left is None:
+        return Finding("The loss has not changed, so there is no change to expand.")
+    if row["result"].get("regime") == "unchanged" or (change == 0 and not left):
+        return Finding("The weights have not moved, so there is no step to expand.", null="0 without training")
+    if left is None:
+        return None
     ends = _ends(row["result"].get("interval"))
     sentence = _kind_of_step(row["result"], left, ends)
     first = _metric(row, "first_order")
@@ -180,6 +220,8 @@ def _kind_of_step(result: Mapping[str, Any], left: float, ends: tuple[float, flo
             return f"It is between {lowest} and {highest}: the first order leaves {unexplained}"
     if (left if ends is None else ends[0]) >= 1:
         return "It is no small step: the first order explains nothing of the change in logits"
+    if left > 1:
+        unexplained += ", about as much as predicting no change leaves"
     if result.get("regime") == "lazy":
         return f"It is a small step: the first order explains all but {_percent(left)} of the change in logits"
     return f"It is {result.get('regime') or 'curved'}: the first order leaves {unexplained}"
@@ -192,6 +234,9 @@ def _doubts_of_expansion(row: Row, left: float, ends: tuple[float, float] | None
         if predicted is not None and predicted < 0 and base is not None:
             name = ("first", "second")[order - 1]
             doubts.append(f"the {name} order predicts a loss of {predicted:.3g} nats, which no loss can be")
+    first, change = _metric(row, "first_order"), _metric(row, "change")
+    if first is not None and change is not None and first * change < 0:
+        doubts.append("the first order predicts a change of the loss of the other sign")
     count = row["result"].get("n_targets") or 0
     if count < _FEW_SAMPLES:
         doubts.append(f"only {count} target tokens")
@@ -201,6 +246,7 @@ def _doubts_of_expansion(row: Row, left: float, ends: tuple[float, float] | None
     elif ends is not None:
         borders = (row["result"].get("thresholds") or {}).values()
         doubts += [f"the interval includes the border of {_percent(x)}" for x in borders if ends[0] < x < ends[1]]
+        doubts += ["the interval includes 100 %, where it predicts nothing"] if ends[0] < 1 < ends[1] else []
         doubts += [f"only {samples} samples"] if (samples or 0) < _FEW_SAMPLES else []
     return doubts
 
@@ -221,13 +267,16 @@ def answer_by_streams(rows: Sequence[Row]) -> Finding | None:
         doubts.append("another half of the text moves it as much")
     if row["result"].get("n_samples", 0) < _FEW_SAMPLES:
         doubts.append(f"only {row['result'].get('n_samples', 0)} samples")
+    agreement = _metric(row, "half_agreement")
     verb = ", which is within the noise" if null is not None and moved <= null else ", which is readable"
-    if null is None:
+    if not null:
         verb = ""
-        doubts.append("no null was measured")
+        doubts.append("no null was measured" if null is None else "both halves are the same text, so there is no null")
+    elif moved > null and agreement is not None and agreement <= 0.5:
+        verb = ", in no direction that two halves of the text agree on"
+        doubts.append("two halves of the text disagree")
     sentence = f"On unrelated text the residual stream{after} moved by {_percent(moved)} of its norm{verb}."
     told = "" if null is None else f"two halves of the text differ by {_percent(null)}"
-    agreement = _metric(row, "half_agreement")
     interval = "" if agreement is None else f"two halves agree on its direction to a cosine of {agreement:.2f}"
     return Finding(sentence, interval, told, (*doubts, *_marks(row)), Bar(moved, null=null), "stream_change")
 
@@ -263,37 +312,55 @@ def answer_by_circuit(rows: Sequence[Row]) -> Finding | None:
     band, joined, wide, interval = ((curve.get(name) or [None])[-1] for name in kept_by)
     if absent := curve.get("absent"):
         return Finding("The model does not clearly show the behaviour whose circuit was looked for.", doubts=(absent,))
-    sentence = f"A circuit of {size:,} of {whole:,} edges keeps {_percent(kept)} of the behaviour"
+    ends = _ends(wide or interval)
+    circuit = f"circuit of {size:,} of {whole:,} edges"
+    if not _is_number(kept):
+        return Finding(f"What a {circuit} keeps of the behaviour is undefined.", doubts=("the prompts do not show it",))
+    sentence = f"A {circuit} {_kept(kept, ends)}"
     doubts = ["measured on prompts that chose its edges"] if curve.get("n_shared") else []
+    doubts += ["the interval includes 0"] if ends and ends[0] <= 0 <= ends[1] else []
+    doubts += ["the interval is wider than the behaviour"] if ends and ends[1] - ends[0] > 1 else []
     by_chance = _metric(row, "overlap_by_chance")
     if overlap is not None:
         sentence += f", and shares {_percent(overlap)} of its edges with the base's"
         doubts += ["by chance it would share as many"] if by_chance is not None and overlap <= by_chance else []
     prompts = curve.get("n_pairs")
     doubts += [f"only {prompts} prompts"] if prompts is not None and prompts < _FEW_SAMPLES else []
-    interval, null = wide or interval, ""
+    null = ""
     if band:
         null = f"random circuits of its size keep {_percent(band[0])} to {_percent(band[1])}"
         null += f", joined from end to end {_percent(joined[0])} to {_percent(joined[1])}" if joined else ""
-        most = max(ends[1] for ends in (band, joined) if ends)
+        most = max(high for _, high in filter(None, (band, joined)))
         if kept <= most:
             doubts.append("random circuits of its size keep as much")
-        elif interval and None not in interval and interval[0] <= most:
+        elif ends and ends[0] <= most:
             doubts.append("its interval reaches what random circuits keep")
     if overlap is not None and by_chance is not None:
         null += f"{'; ' if null else ''}by chance they would share {_percent(by_chance)}"
         noise = _metric(row, "overlap_noise")
         null += "" if noise is None else f", two seeds share {_percent(noise)}"
         doubts += ["two seeds differ as much"] if noise is not None and overlap >= noise else []
-    if not interval or None in interval:
+    if ends is None:
         doubts = [*doubts, "no interval", *_marks(row)]
         return Finding(f"{sentence}.", "no interval over prompts", null, tuple(doubts), course="area")
-    told = f"95 % interval {_percent(interval[0])} to {_percent(interval[1])} over {curve['n_pairs']} prompts"
+    told = f"95 % interval {_percent(ends[0])} to {_percent(ends[1])} over {curve['n_pairs']} prompts"
     if "wide_intervals" in curve:
         told += " and the choice of the edges" if wide else ", with the edges as they were chosen"
     chance = curve["random"][-1] if curve.get("random") else None
-    bar = Bar(kept, interval[0], interval[1], chance)
+    bar = Bar(kept, ends[0], ends[1], chance)
     return Finding(f"{sentence}.", told, null, (*doubts, *_marks(row)), bar, "area")
+
+
+def _kept(kept: float, ends: tuple[float, float] | None) -> str:
+    """What a circuit keeps, as far as its interval tells."""
+    much = f"keeps {_percent(kept)} of the behaviour"
+    if kept <= 0:
+        return f"keeps nothing of the behaviour ({_percent(kept)})"
+    if kept <= 1:
+        return much
+    if ends is None or ends[0] <= 1:
+        return f"{much}, no more than the whole model beyond noise"
+    return f"{much}, more than the whole model, as the edges left out work against it"
 
 
 @register_answer("basin_volume", "robust")
@@ -314,7 +381,8 @@ def answer_by_volume(rows: Sequence[Row]) -> Finding | None:
         sentence = f"The region that stays within {volume['cutoff']:g} nats of it has a log volume of {size}"
         told = f"one standard error {format_number(bridge.get('error'))} nats"
     else:
-        low = volume.get("lower_bound", volume["log_volume"])
+        low = volume.get("lower_bound")
+        low = low if _is_number(low) else volume["log_volume"]
         sentence = (
             f"The region that stays within {volume['cutoff']:g} nats of it has a log volume of at least "
             f"{format_number(_whole(low))} nats, which is a lower bound along straight rays"
@@ -404,7 +472,8 @@ def answer_by_facts(rows: Sequence[Row]) -> Finding | None:
         words = f"only {_percent(after)} of the {name} facts are still known, from {_percent(before)}"
         if after > before:
             words = f"{_percent(after)} of the {name} facts are known, up from {_percent(before)}"
-    more = "" if change is None else f"; their log probability moved by {change:+.3g} nats on average"
+    yet = "yet " if change is not None and (after - before) * change < 0 and not low <= before <= high else ""
+    more = "" if change is None else f"; {yet}their log probability moved by {change:+.3g} nats on average"
     doubts = [f"only {count} {name} facts"] if count < _FEW_SAMPLES else []
     known = round(before * count)
     if after <= before and known < _FEW_SAMPLES <= count:
@@ -494,6 +563,8 @@ def answer_by_ripples(rows: Sequence[Row]) -> Finding | None:
     interval = (row["result"].get("interval") or {}) if name == names[0] else {}
     ends, null = _ends(interval.get("spearman")), "0 for pairs that are shuffled"
     sentence = f"What an edit does to other facts follows their gradients with a correlation of {correlation:.2f}."
+    if correlation < 0:
+        sentence = f"What an edit does to other facts goes against their gradients: a correlation of {correlation:.2f}."
     if ends is None:
         return Finding(sentence, "no interval", null, ("no interval", *_marks(row)))
     doubts = []
@@ -519,18 +590,23 @@ def answer_by_sweep(rows: Sequence[Row]) -> Finding | None:
         return None
     best = min(costs, key=lambda name: statistics.fmean(costs[name]))
     mean, low, high = statistics.fmean(costs[best]), *interval_of_mean(costs[best])
-    sentence = f"Closing {_percent(level)} of the heads by {best} costs {mean:+.3g} nats"
+    cost = f"costs {mean:+.3g} nats" if mean >= 0 else f"lowers the loss by {-mean:.3g} nats"
+    sentence = f"Closing {_percent(level)} of the heads by {best} {cost}"
     null, doubts = "not compared with random heads", ["no random heads beside it"]
     if chance:
         null = f"random heads cost {statistics.fmean(chance):+.3g} nats"
         doubts = ["random heads were drawn once"] if len(chance) < 2 else []
-        if min(chance) <= max(costs[best]):
+        if max(chance) < min(costs[best]):
+            doubts.append("random heads cost less")
+            sentence += f", {mean - statistics.fmean(chance):.3g} more than random heads"
+        elif min(chance) <= max(costs[best]):
             doubts.append("it is within the range of random heads")
             sentence += ", no less than random heads beyond the seeds' noise"
         else:
             sentence += f", {statistics.fmean(chance) - mean:.3g} less than random heads"
     if len(costs[best]) < 2:
         return Finding(f"{sentence}.", "one seed, no interval", null, (*doubts, "one seed"))
+    doubts += ["the interval includes 0"] if mean < 0 <= high else []
     told = f"95 % interval {low:+.3g} to {high:+.3g} nats over {len(costs[best])} seeds"
     return Finding(f"{sentence}.", told, null, tuple(doubts))
 
@@ -585,12 +661,25 @@ def _percent(share: float | None) -> str:
     r"""Two significant digits, as an interval allows no more; full percent above ten.
 
     Example:
-        >>> [_percent(share) for share in (0.001, 0.0312, 0.954, 1.0, None)]
-        ['0.1 %', '3.1 %', '95 %', '100 %', '\u2013']
+        >>> [_percent(share) for share in (0.001, 0.0312, 0.954, 1.0, 25.0, 8.7e14, math.nan, None)]
+        ['0.1 %', '3.1 %', '95 %', '100 %', '2,500 %', '8.7e+16 %', '\u2013', '\u2013']
     """
-    if share is None or abs(share) < 0.1:
-        return format_percent(None if share is None else float(f"{share:.2g}"))
-    return f"{100 * share:.0f} %"
+    if not _is_number(share):
+        return format_percent(None)
+    assert share is not None
+    if abs(share) < 0.1:
+        return format_percent(float(f"{share:.2g}"))
+    return f"{100 * share:,.0f} %" if abs(share) < 1e4 else f"{100 * share:.2g} %"
+
+
+def _of_norm(moved: float) -> str:
+    """How far weights moved beside their norm, in words before it.
+
+    Example:
+        >>> _of_norm(0.5), _of_norm(250.0)
+        ('50 %', '250 times')
+    """
+    return _percent(moved) if moved < 10 else f"{moved:,.3g} times"
 
 
 def _whole(value: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import warnings
@@ -17,7 +18,8 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from lightning_goldy.callbacks import GoldenSnapshot, RunReport
-from lightning_goldy.report.answers import _SPEAKERS
+from lightning_goldy.report.answers import _SPEAKERS, answers_of, answers_table
+from lightning_goldy.report.formatting import show
 from lightning_goldy.report.loggers import _tell_once, _warned
 from tests.callbacks.training import Finetune, TokenData, fit
 
@@ -165,15 +167,30 @@ def test_weights_and_biases_gets_what_it_can_show(
     assert len(logged_by(tmp_path, logger, caplog)) <= 1
     assert logger.experiment.config["goldy/precision"] == "32-true"
     assert logger.experiment.summary["goldy/golden_snapshot/delta_norm"] > 0
+    assert list(tmp_path.rglob("media/images/goldy/golden_snapshot/figure/relative_change_*.png"))
+    assert list(tmp_path.rglob("media/table/goldy/answers*.table.json"))
 
 
-def test_mlflow_gets_what_it_can_show(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_mlflow_gets_what_it_can_show(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("mlflow", reason="mlflow is not installed")
     from lightning.pytorch.loggers import MLFlowLogger
 
+    # Its later versions call the file store legacy.
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     logger = MLFlowLogger(tracking_uri=f"file:{tmp_path}/mlruns")
     assert len(logged_by(tmp_path, logger, caplog)) <= 1
     run = logger.experiment.get_run(logger.run_id)
     assert run.data.params["goldy/precision"] == "32-true"
     assert run.data.metrics["goldy/golden_snapshot/delta_norm"] > 0
+    assert list(tmp_path.rglob("goldy/golden_snapshot/figure/relative_change/step=*.png"))
     assert list(tmp_path.rglob("goldy/answers/step=*.md"))
+
+
+def test_answers_are_shown_on_a_console_without_their_letters(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", shown)
+    rows = [{"step": 4, "metrics": {"relative_change": 0.2, "relative_change/bl\u00f6ck": 0.5}, "result": {}}]
+    show(answers_table(answers_of([("norms", "golden_snapshot", rows)])))
+    assert b"bl?ck most" in shown.buffer.getvalue()

@@ -131,3 +131,12 @@ def test_the_page_of_scaling_is_what_is_forecast():
 def test_the_whole_page_of_scaling_is_what_is_forecast():
     assert set(SHAPES) == {"1b", "8b", "70b"}
     assert render() == PATH.read_text()
+
+
+def test_in_a_pipe_names_of_callbacks_are_whole_and_empty_columns_left_out(folder, capsys):
+    assert main(["doctor", "model", "--meta", "--length", "16"]) == 0
+    told = capsys.readouterr().out
+    assert {"reverse_golden_parameters", "activation_differences"} <= set(told.split())
+    heading = next(line for line in told.splitlines() if line.split()[:1] == ["callback"])
+    assert "sent" not in heading.split()
+    assert max(map(len, told.splitlines())) <= 130

@@ -497,3 +497,162 @@ def test_rows_without_what_their_answer_is_made_of_are_named(monkeypatch: pytest
     monkeypatch.setitem(_SPEAKERS["robust"], "mine", lambda rows: rows[-1]["metrics"]["nothing"])
     with pytest.raises(ReportError, match="own: its rows do not hold"):
         answers_of([("own", "mine", [row_of({})])])
+
+
+def part_of(
+    share: float, low: float | None, high: float | None, elements: float | None = 0.3, total: float = -2.0
+) -> str:
+    kind = {"group": "mlp", "contribution": share * total, "share_low": low, "share_high": high, "elements": elements}
+    row = attribution_row(effect=total)
+    row["result"] |= {"total": total, "kinds": [kind]}
+    return told(answer_by_attribution([row])).sentence.partition("; how few")[0]
+
+
+MLP = "the mlp parameters, 30 % of all"
+
+
+@pytest.mark.parametrize(
+    ("share", "low", "high", "sentence"),
+    [
+        (0.6, 0.5, 0.7, f"60 % [50 %, 70 %] of it sits in {MLP}"),
+        (0.35, 0.2, 0.5, f"35 % [20 %, 50 %] of it sits in {MLP}, no more than their number tells"),
+        (
+            1.2,
+            0.9,
+            1.7,
+            f"120 % [90 %, 170 %] of it sits in {MLP}: perhaps all, and the others add nothing beyond noise",
+        ),
+        (1.5, 1.2, 1.9, f"150 % [120 %, 190 %] of it sits in {MLP}: more than all, and the others work against it"),
+        (1.2, None, None, f"120 % of it sits in {MLP}: perhaps all, and the others add nothing beyond noise"),
+        (1.2, 0.88, 2.24, f"{{}}; {MLP}, have 120 % [88 %, 224 %] of it"),
+        (8.7e14, 8e14, 9e14, f"{{}}; {MLP}, have 8.7e+16 % [8e+16 %, 9e+16 %] of it"),
+        (0.2, -0.1, 0.5, f"Where it sits is within noise; {MLP}, have 20 % [-10 %, 50 %] of it"),
+        (-0.2, -0.3, -0.1, f"No kind of parameter carries it by itself; {MLP}, have -20 % [-30 %, -10 %] of it"),
+        (math.nan, math.nan, math.nan, "No part of it is told apart"),
+        (0.6, math.nan, 0.7, f"60 % of it sits in {MLP}"),
+    ],
+)
+def test_a_part_of_the_effect_claims_no_more_than_its_interval(
+    share: float, low: float | None, high: float | None, sentence: str
+) -> None:
+    expected = sentence.format("Where it sits is open, for the interval is wider than the effect")
+    assert part_of(share, low, high) == expected
+
+
+def test_a_part_without_a_known_size_and_ends_of_contributions_alone() -> None:
+    assert part_of(0.6, 0.5, 0.7, None) == "60 % [50 %, 70 %] of it sits in the mlp parameters, \u2013 of all"
+    row = attribution_row()
+    row["result"] |= {"total": -2.0, "kinds": [{"group": "mlp", "contribution": -1.0, "low": -1.2, "high": -0.8}]}
+    assert told(answer_by_attribution([row])).sentence.startswith("50 % [40 %, 60 %] of it sits in the mlp parameters")
+
+
+@pytest.mark.parametrize(
+    ("recovered", "half", "sentence", "doubt"),
+    [
+        (
+            1.3,
+            0.1,
+            "20 % of the elements recover 130 % of {}, more than all of them, as the others work against it; ",
+            None,
+        ),
+        (1.02, 0.1, "20 % of the elements recover 102 % of {}, no more than all of them beyond noise; ", None),
+        (0.3, 0.4, "20 % of the elements recover no more than 30 % of {}; ", "the interval includes 0"),
+        (-0.1, 0.05, "No share of the elements that was tried recovers {}; 20 % of the elements make -10 % of", ""),
+    ],
+)
+def test_what_a_graft_recovers_outside_of_a_share(
+    recovered: float, half: float, sentence: str, doubt: str | None
+) -> None:
+    row = attribution_row(point("attribution", 0.2, recovered, half), share=0.2 if recovered > 0.9 else None)
+    finding = told(answer_by_attribution([row]))
+    assert finding.sentence.startswith(sentence.format("the change in loss on samples that did not score"))
+    assert not doubt or doubt in finding.doubts
+    row["result"]["graft"]["points"].append(point("attribution", 0.5, math.nan))
+    assert told(answer_by_attribution([row])) == finding
+
+
+@pytest.mark.parametrize(("moved", "words"), [(2.5, "250 % of"), (250.0, "250 times")])
+def test_weights_that_moved_farther_than_their_norm(moved: float, words: str) -> None:
+    finding = told(answer_by_norms([row_of({"relative_change": moved, "relative_change/a": 12.0})]))
+    assert finding.sentence == f"The weights moved by {words} their norm, a most (12 times)."
+
+
+def test_an_expansion_about_as_wrong_as_no_prediction() -> None:
+    finding = told(answer_by_expansion([expansion_row(1.05, interval=[0.6, 1.5])]))
+    assert finding.sentence == (
+        "It is nonlinear: the first order leaves 105 % of the change in logits unexplained, about as much as "
+        "predicting no change leaves."
+    )
+    assert "the interval includes 100 %, where it predicts nothing" in finding.doubts
+    contrary = told(answer_by_expansion([expansion_row(0.7, interval=[0.62, 0.79], first_order=0.4)]))
+    assert contrary.doubts == ("the first order predicts a change of the loss of the other sign",)
+    still = row_of({"nonlinearity": 0.0, "change": 0.0}, {"regime": "unchanged", "n_targets": 64})
+    assert told(answer_by_expansion([still])).sentence == "The weights have not moved, so there is no step to expand."
+
+
+def test_streams_whose_halves_disagree_or_are_one_text_are_not_readable() -> None:
+    metrics = {"stream_change": 0.2, "stream_null": 0.05, "half_agreement": 0.1}
+    finding = told(answer_by_streams([row_of(metrics, {"n_samples": 64})]))
+    assert finding.sentence.endswith("of its norm, in no direction that two halves of the text agree on.")
+    assert finding.doubts == ("two halves of the text disagree",)
+    same = told(answer_by_streams([row_of({**metrics, "stream_null": 0.0}, {"n_samples": 64})]))
+    assert same.sentence.endswith("moved by 20 % of its norm.")
+    assert same.doubts == ("both halves are the same text, so there is no null",)
+
+
+@pytest.mark.parametrize(
+    ("kept", "ends", "words", "doubt"),
+    [
+        (1.3, [1.1, 1.5], "keeps 130 % of it, more than the whole model, as the edges left out work against it", None),
+        (1.1, [0.9, 1.3], "keeps 110 % of it, no more than the whole model beyond noise", None),
+        (-0.1, [-0.3, -0.05], "keeps nothing of it (-10 %)", "random circuits of its size keep as much"),
+        (0.5, [-0.2, 0.6], "keeps 50 % of it", "the interval includes 0"),
+        (0.5, [-0.2, 1.2], "keeps 50 % of it", "the interval is wider than the behaviour"),
+        (0.5, [math.nan, 0.6], "keeps 50 % of it", "no interval"),
+    ],
+)
+def test_what_a_circuit_keeps_outside_of_a_share(kept: float, ends: list[float], words: str, doubt: str | None) -> None:
+    curve = {"values": [kept], "sizes": [10], "n_edges": 100, "n_pairs": 20, "intervals": [ends], "band": [[-9.0, 0.0]]}
+    finding = told(answer_by_circuit([row_of({}, {"curve": curve})]))
+    assert finding.sentence == f"A circuit of 10 of 100 edges {words}.".replace("of it", "of the behaviour", 1)
+    assert (not finding.doubts) if doubt is None else doubt in finding.doubts
+    undefined = told(answer_by_circuit([row_of({}, {"curve": {**curve, "values": [None]}})]))
+    assert undefined.sentence == "What a circuit of 10 of 100 edges keeps of the behaviour is undefined."
+
+
+def test_facts_that_contradict_their_probability_say_yet() -> None:
+    metrics = {"exact_before/untouched": 0.5, "exact/untouched": 0.82, "measured_change/untouched": -0.3}
+    finding = told(answer_by_facts([row_of(metrics, {"classes": {"untouched": 98}})]))
+    assert "; yet their log probability moved by -0.3 nats" in finding.sentence
+
+
+def test_a_negative_correlation_goes_against_gradients() -> None:
+    row = row_of({"first_order_spearman": -0.8}, {"interval": {"spearman": [-0.9, -0.7], "over": "10 edits"}})
+    finding = told(answer_by_ripples([row]))
+    assert finding.sentence == "What an edit does to other facts goes against their gradients: a correlation of -0.80."
+    assert finding.doubts == ()
+
+
+@pytest.mark.parametrize(
+    ("own", "chance", "words", "doubts"),
+    [
+        ((0.6, 0.7), (0.1, 0.2), "costs +0.65 nats, 0.5 more than random heads", ("random heads cost less",)),
+        (
+            (-0.3, 0.1),
+            (0.5, 0.6),
+            "lowers the loss by 0.1 nats, 0.65 less than random heads",
+            ("the interval includes 0",),
+        ),
+    ],
+)
+def test_heads_that_cost_more_than_random_ones_or_nothing(own: Any, chance: Any, words: str, doubts: Any) -> None:
+    costs = {"taylor": own, "random": chance}
+    runs = [{"level": 0.5, "strategy": name, "cost": cost} for name, values in costs.items() for cost in values]
+    finding = told(answer_by_sweep([row_of({}, {"runs": runs})]))
+    assert finding.sentence == f"Closing 50 % of the heads by taylor {words}."
+    assert finding.doubts == doubts
+
+
+def test_a_bound_that_is_missing_is_told_by_the_volume() -> None:
+    finding = told(answer_by_volume([volume_row([-5.0, -6.0], 0, lower_bound=None)]))
+    assert "a log volume of at least -5 nats" in finding.sentence

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -150,6 +151,45 @@ def test_a_narrow_window_does_not_scroll_sideways(hostile: Path, opened: Callabl
     assert ground == {"light": "rgb(246, 247, 249)", "dark": "rgb(20, 24, 29)"}[scheme]
 
 
+def test_words_without_an_end_do_not_widen_the_page(
+    opened: Callable[..., Any], tmp_path: Path, golden_row: Build, write_rows: Callable[..., Path]
+) -> None:
+    folder = tmp_path / ("w" * 80) / ("v" * 80)
+    row = golden_row(1, blocks=["h.0", "b" * 200])
+    row["metrics"] |= {"m" * 150: 1.0, "a/" + "b" * 150: 2.0}
+    row["result"]["notes"] = ["n" * 300]
+    write_rows(folder, row, name="i" * 60)
+    write_rows(folder, {**row, "analysis": "t" * 100}, name="u" * 60)
+    (folder / "config.yaml").write_text(f"{'k' * 200}: {'z' * 500}\nmodel: {'M' * 200}\n")
+    page = opened(write_report(folder), width=400)
+    page.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
+    page.locator("figure.chart").first.scroll_into_view_if_needed()
+    page.locator("figure.chart .plot svg").first.wait_for()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 400
+
+
+def test_figures_of_several_parts_fit_a_narrow_window(
+    opened: Callable[..., Any], tmp_path: Path, golden_row: Build, write_rows: Callable[..., Path]
+) -> None:
+    shares = {"loss_shares": {"h.0": -0.5, "h.1": 0.25}, "function_shares": {"h.0": 0.75, "h.1": 0.25}}
+    result = {**shares, "regime": "lazy", "thresholds": {"lazy": 0.1, "nonlinear": 0.5}, "n_targets": 40, "fits": []}
+    metrics = {"change": -1.0, "first_order": -0.9, "nonlinearity": 0.05, "loss": 1.0, "base_loss": 2.0}
+    rows = [
+        golden_row(step) | {"analysis": "taylor_diff", "name": "taylor_diff", "result": result, "metrics": metrics}
+        for step in (1, 2)
+    ]
+    write_rows(tmp_path, *rows, name="taylor_diff")
+    page = opened(write_report(tmp_path), width=400)
+    figures = page.locator("#analysis-1 figure.chart .plot")
+    assert figures.count() == 2
+    for place in range(figures.count()):
+        figures.nth(place).scroll_into_view_if_needed()
+        figures.nth(place).locator("svg").first.wait_for()
+    page.wait_for_function(
+        "[...document.querySelectorAll('#analysis-1 .plot')].every(plot => plot.scrollWidth <= plot.clientWidth + 1)"
+    )
+
+
 def test_everything_is_reached_by_the_keyboard(hostile: Path, opened: Callable[..., Any]) -> None:
     page = opened(hostile)
     reached = set()
@@ -180,6 +220,13 @@ def test_paper_is_white_and_has_no_controls(hostile: Path, opened: Callable[...,
     assert page.evaluate("getComputedStyle(document.body).color") == "rgb(0, 0, 0)"
     assert not page.locator("nav").is_visible()
     assert not page.locator(".download").first.is_visible()
+    assert not page.locator("details.more").first.is_visible()
+    marks = page.evaluate(
+        "['solid', 'weak', 'not-measured'].map(name => { const mark = document.createElement('span');"
+        " mark.className = `trust ${name}`; document.body.append(mark); return getComputedStyle(mark).color; })"
+    )
+    # Dark enough for white paper, whatever the screen's colours are.
+    assert all(max(int(part) for part in re.findall(r"\d+", mark)) <= 0x6B for mark in marks)
 
 
 def test_a_heading_tells_its_definition(hostile: Path, opened: Callable[..., Any]) -> None:

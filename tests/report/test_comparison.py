@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scipy import stats
 
 from lightning_goldy.cli import main
 from lightning_goldy.report import ReportError, write_comparison
-from lightning_goldy.report.comparison import differences
+from lightning_goldy.report.comparison import Samples, differences, paired_interval
 from lightning_goldy.report.run import read_run
 from tests.report.conftest import Page
 
@@ -113,3 +114,71 @@ def test_hostile_names_stay_text(tmp_path: Path, golden_row: Build, write_rows: 
     text = write_comparison(runs).read_text(encoding="utf-8")
     assert "<script>alert" not in text
     assert "a&amp;&lt;b&gt;" in text
+
+
+def record(values: list[float], weights: list[float] | None = None, power: float = 1.0) -> dict[str, Any]:
+    keys = [f"k{place}" for place in range(len(values))]
+    return {"keys": keys, "numerators": values, "denominators": weights or [1.0] * len(values), "power": power}
+
+
+def test_a_paired_interval_of_means_is_students() -> None:
+    first, second = [0.5, 1.0, 2.0, 4.0, 3.0], [1.5, 1.0, 3.0, 4.5, 4.0]
+    value, low, high = paired_interval(*(Samples.of(record(values)) for values in (first, second)))
+    found = stats.ttest_rel(second, first).confidence_interval(0.95)
+    assert value == pytest.approx(0.7)
+    assert (low, high) == pytest.approx((found.low, found.high))
+
+
+def test_a_paired_interval_of_roots_of_ratios_by_hand() -> None:
+    first, second = record([4.0, 9.0], [4.0, 4.0], 0.5), record([16.0, 9.0], [4.0, 4.0], 0.5)
+    value, low, high = paired_interval(Samples.of(first), Samples.of(second))
+    assert value == pytest.approx((25 / 8) ** 0.5 - (13 / 8) ** 0.5)
+    # Without the first both are sqrt(9 / 4); without the second 2 against 1: the jackknife's error is half of 1.
+    assert (low, high) == pytest.approx((value - 12.7062 * 0.5, value + 12.7062 * 0.5), abs=1e-4)
+
+
+def with_samples(row: dict[str, Any], drift: dict[str, Any], **result: Any) -> dict[str, Any]:
+    value = sum(drift["numerators"]) / sum(drift["denominators"])
+    named = {"analysis": "attention_tracker", "name": "attention", "metrics": {"drift": value, "entropy": 1.0}}
+    return row | named | {"result": {"n_samples": 3, "per_sample": {"drift": drift}, **result}}
+
+
+def test_headlines_are_paired_sample_by_sample(two: tuple[Path, Path], golden_row: Build, write_rows: Write) -> None:
+    values = [1.0, 2.0, 4.0], [1.5, 2.25, 4.75]
+    for run, found in zip(two, values, strict=True):
+        write_rows(run, with_samples(golden_row(10), record(found)), name="attention")
+    # The order of samples does not matter: another number of ranks has another one.
+    told = {entry.what: entry for entry in differences(*map(read_run, two))}
+    drift, entropy = told["attention: drift"], told["attention: entropy"]
+    assert (drift.value, drift.remark) == (pytest.approx(0.5), "paired over 3 samples; the interval includes 0")
+    assert (drift.low, drift.high) == pytest.approx((0.5 - 4.302653 * 0.25 / 3**0.5, 0.5 + 4.302653 * 0.25 / 3**0.5))
+    assert (entropy.value, entropy.low, entropy.remark) == (0.0, None, "no interval")
+    turned = {name: found[::-1] if isinstance(found, list) else found for name, found in record(values[1]).items()}
+    write_rows(two[1], with_samples(golden_row(10), turned), name="attention")
+    again = {entry.what: entry for entry in differences(*map(read_run, two))}
+    assert again["attention: drift"] == drift
+
+
+def test_other_samples_or_seeds_are_refused_by_name(
+    two: tuple[Path, Path], golden_row: Build, write_rows: Write
+) -> None:
+    write_rows(two[0], with_samples(golden_row(10), record([1.0, 2.0, 4.0]), seed=0), name="attention")
+    other = record([1.0, 2.0, 4.0]) | {"keys": ["k0", "k1", "other"]}
+    write_rows(two[1], with_samples(golden_row(10), other, seed=0), name="attention")
+    drift = next(entry for entry in differences(*map(read_run, two)) if "drift" in entry.what)
+    assert (drift.value, drift.low, drift.remark) == (None, None, "other samples: 2 of 3 are in both")
+    write_rows(two[1], with_samples(golden_row(10), record([1.0, 2.0, 4.0]), seed=1), name="attention")
+    drift = next(entry for entry in differences(*map(read_run, two)) if "drift" in entry.what)
+    assert (drift.value, drift.remark) == (None, "not comparable: seed 0 against 1")
+
+
+def test_facts_are_paired_by_their_ids(two: tuple[Path, Path], golden_row: Build, write_rows: Write) -> None:
+    for run, measured, exact in zip(two, ([-0.1, -0.3], [0.1, 0.1]), ([1, 0], [1, 1]), strict=True):
+        points = {"piece": ["a", "b"], "class": ["untouched"] * 2, "predicted": [0.0, 0.0], "measured": measured}
+        metrics = {"measured_change/untouched": sum(measured) / 2, "exact/untouched": sum(exact) / 2}
+        row = golden_row(10) | {"analysis": "coupling_drift", "name": "facts", "metrics": metrics}
+        write_rows(run, row | {"result": {"n_pieces": 2, "points": points | {"exact": exact}}}, name="facts")
+    told = {entry.what: entry for entry in differences(*map(read_run, two))}
+    assert told["facts: measured_change/untouched"].value == pytest.approx(0.3)
+    assert told["facts: exact/untouched"].remark == "paired over 2 samples; the interval includes 0"
+    assert told["facts: measured_change/untouched"].high == pytest.approx(0.3 + 12.7062 * 0.1, abs=1e-4)

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from lightning_goldy.report import ReportError, write_report
-from lightning_goldy.report.answers import QUESTIONS
+from lightning_goldy.report.answers import QUESTIONS, Bar
 from lightning_goldy.report.builders import lines
 from lightning_goldy.report.descriptions import Description, describe
-from lightning_goldy.report.figures import FIGURES, register_figure
+from lightning_goldy.report.figures import FIGURES, figures_of, register_figure
 from lightning_goldy.report.formatting import MISSING
-from lightning_goldy.report.page import answers_json
+from lightning_goldy.report.page import _bar_svg, _has_no_course, answers_json
 
 Build = Callable[..., dict[str, Any]]
 Write = Callable[..., Path]
@@ -298,3 +298,18 @@ def test_large_frames_leave_room_for_fewer(
     assert 2 <= len(labels) < 9
     assert (labels[0], labels[-1]) == ("step 0", "step 8")
     assert f"{len(labels)} of 9 steps" in page.text("small")
+
+
+def test_one_step_of_lines_over_the_run_is_told_in_words(golden_row: Build) -> None:
+    metrics = {"mean_absolute_difference": 0.1, "correlation": 0.5, "measured_change/untouched": -0.25}
+    result = {"classes": {"untouched": 20}, "n_pairs": 190}
+    row = golden_row(4) | {"analysis": "coupling_drift", "name": "drift", "metrics": metrics, "result": result}
+    entry = next(entry for entry in figures_of("coupling_drift") if entry.over == "run")
+    assert _has_no_course(entry, entry.draw([row]))
+    assert not _has_no_course(entry, entry.draw([row, {**row, "step": 8}]))
+
+
+def test_a_bar_tells_what_lies_outside_of_it() -> None:
+    assert "100 % \u2192" in _bar_svg(Bar(0.9, 0.5, 1.3))
+    assert "\u2190 0" in _bar_svg(Bar(0.1, -0.2, 0.3))
+    assert "\u2192" not in _bar_svg(Bar(0.5, 0.4, 0.6, 1.5))

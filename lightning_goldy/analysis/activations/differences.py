@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.agreement import ratio_interval
+from lightning_goldy.analysis.agreement import per_sample, ratio_interval
 from lightning_goldy.analysis.attention.rows import Tokens
 from lightning_goldy.analysis.attribution.attribution import ChangePath
 from lightning_goldy.analysis.divergence import precise, shortened
@@ -25,7 +25,7 @@ from lightning_goldy.core.architecture import (
 )
 from lightning_goldy.core.architecture.families import canonical_modules
 from lightning_goldy.core.base import Base
-from lightning_goldy.core.batches import move_batch
+from lightning_goldy.core.batches import move_batch, sample_keys
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import block_of, model_class, require_at_least
 from lightning_goldy.core.objective import CausalLMObjective
@@ -73,6 +73,7 @@ class ActivationDifferencesResult(AnalysisResult):
         spelled_directions: What these spell, by layer; of either sign.
         mean_kl: KL(p_base || p) over all positions, nats.
         kl_interval: Its 95 % interval over texts, by the jackknife; None where nothing differs.
+        kl_samples: What it is of each text.
         divergent: Where the models disagree most: ``kl`` (nats), ``sample``, ``position``, ``context`` (token ids up to
             the position), ``base`` and ``now`` (the likeliest next tokens), the largest first.
         n_samples: Texts.
@@ -97,6 +98,7 @@ class ActivationDifferencesResult(AnalysisResult):
     n_tokens: int
     cost: Cost = field(default=Cost(), compare=False)
     kl_interval: tuple[float, float] | None = None
+    kl_samples: dict[str, Any] | None = field(default=None, compare=False)
 
     @property
     def unchanged(self) -> bool:
@@ -146,6 +148,7 @@ class ActivationDifferencesResult(AnalysisResult):
         told = {name: getattr(self, name) for name in names}
         cosines = self.cosines[self.clearest].tolist()
         told |= {} if self.kl_interval is None else {"kl_interval": list(self.kl_interval)}
+        told |= {} if self.kl_samples is None else {"per_sample": {"kl_from_base": self.kl_samples}}
         return {**told, **tables, "layers": list(self.layers), "agreements": agreements, "cosines": cosines}
 
     def headline(self) -> str:
@@ -397,6 +400,7 @@ class _Sums:
         self.early: list[Tensor] = []
         # Of each text its divergence and its number of tokens.
         self.kl: list[tuple[float, int]] = []
+        self.keys: list[str] = []
         self.heap: list[tuple[float, int, dict[str, Any]]] = []
 
     def add(self, tokens: Tokens, base: tuple[list[Tensor], Tensor], now: tuple[list[Tensor], Tensor]) -> None:
@@ -408,6 +412,7 @@ class _Sums:
             change = new - old
             self._add_row(self.n_samples % 2, old, change)
             self.early.append(change[:, : self.positions].cpu())
+            self.keys += sample_keys({"ids": tokens.ids[row, places][None]})
             self._disagree(tokens.ids[row, places], base[1][row, places], now[1][row, places])
             self.n_samples, self.n_tokens = self.n_samples + 1, self.n_tokens + len(places)
 
@@ -474,6 +479,7 @@ class _Sums:
             spelled_directions=spelled_directions,
             mean_kl=sum(kl for kl, _ in self.kl) / self.n_tokens,
             kl_interval=ratio_interval(*zip(*self.kl, strict=True)),
+            kl_samples=per_sample(self.keys, *zip(*self.kl, strict=True)),
             divergent=tuple(entry for _, _, entry in sorted(self.heap, reverse=True) if entry["kl"] > 0),
             n_samples=self.n_samples,
             n_tokens=self.n_tokens,

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.agreement import ratio_interval
+from lightning_goldy.analysis.agreement import per_sample, ratio_interval
 from lightning_goldy.analysis.attention.patterns import describe_stack, show_patterns, to_device_of, with_decoder_tokens
 from lightning_goldy.analysis.attention.rows import STATISTICS, Stack, Tokens, divergence_sums, statistic_sums
 from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.core.architecture import Architecture
 from lightning_goldy.core.architecture.adapters import base_values
 from lightning_goldy.core.base import Base, base_of
-from lightning_goldy.core.batches import take_samples
+from lightning_goldy.core.batches import sample_keys, take_samples
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import require_at_least, require_choice
 from lightning_goldy.core.objective import Objective
@@ -51,6 +51,7 @@ class AttentionStatistics(AnalysisResult):
         n_samples: Samples.
         cost: Passes, the base's included.
         drift_interval: 95 % interval of the mean drift over samples, by the jackknife; None without a base or drift.
+        drift_samples: What the mean drift is of each sample; None without a base.
     """
 
     entropy: Tensor
@@ -66,6 +67,7 @@ class AttentionStatistics(AnalysisResult):
     n_samples: int
     cost: Cost = field(default=Cost(), compare=False)
     drift_interval: tuple[float, float] | None = None
+    drift_samples: dict[str, Any] | None = field(default=None, compare=False)
 
     @property
     def passes(self) -> int:
@@ -206,12 +208,14 @@ class _Sums:
         self.forwards = torch.zeros(1, dtype=torch.float64, device=device)
         # Of each piece the samples' drift, summed over layers, heads and queries, and their numbers of queries.
         self.samples: list[Tensor] = []
+        self.keys: list[str] = []
 
     def add(
         self, model: nn.Module, batch: Any, objective: Objective | None, base: ParameterVector | None, memory: int
     ) -> None:
         tokens, n_layers = Tokens.of(batch, self.stack), len(self.heads)
         self.samples.append(torch.zeros(2, len(tokens.ids), dtype=torch.float64, device=self.sums.device))
+        self.keys += sample_keys(batch) if self.with_drift else ()
         per_group = n_layers if base is None else max(1, memory // pattern_bytes(tokens, max(self.heads)))
         for start in range(0, n_layers, per_group):
             layers = range(start, min(start + per_group, n_layers))
@@ -250,15 +254,24 @@ class _Sums:
         drift = means[:, -1].clone() if self.with_drift else None
         queries = counts[:, : len(STATISTICS)].long()
         cost = Cost(forwards=int(replicas.sum_(self.forwards)))
-        interval = None
+        interval = samples = None
         if self.with_drift:
-            gathered = replicas.gather_objects([piece.tolist() for piece in self.samples])
+            parts = replicas.gather_objects(([piece.tolist() for piece in self.samples], self.keys))
+            gathered = [pieces for pieces, _ in parts]
             moved, over = (
                 [value for pieces in gathered for piece in pieces for value in piece[side]] for side in (0, 1)
             )
             interval = ratio_interval(moved, over)
+            # Heads count alike, as in the mean of their drifts.
+            samples = per_sample([key for _, keys in parts for key in keys], moved, over)
         return AttentionStatistics(
-            **named, drift=drift, queries=queries, n_samples=n_samples, cost=cost, drift_interval=interval
+            **named,
+            drift=drift,
+            queries=queries,
+            n_samples=n_samples,
+            cost=cost,
+            drift_interval=interval,
+            drift_samples=samples,
         )
 
 

@@ -165,6 +165,7 @@ class TrackedAttention(AnalysisResult):
             **({} if self.stack is None else {"stack": self.stack}),
             "n_samples": statistics.n_samples,
             **({} if statistics.drift_interval is None else {"drift_interval": list(statistics.drift_interval)}),
+            **({} if statistics.drift_samples is None else {"per_sample": {"drift": statistics.drift_samples}}),
             "queries": dict(zip(STATISTICS, statistics.queries[0].tolist(), strict=True)),
             "statistics": {name: statistics.statistic(name).tolist() for name in statistics.names},
             "heads": [list(pair) for pair in self.heads],

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_goldy.analysis.agreement import per_sample
 from lightning_goldy.analysis.attribution.path import ChangePath, Measure, Metric, MetricName, Passage, passages
 from lightning_goldy.analysis.attribution.strongest import levels_of, mask_links, strongest
 from lightning_goldy.analysis.attribution.units import UnitGroup, margins_of, model_units
@@ -26,7 +27,7 @@ from lightning_goldy.analysis.gradients import (
 from lightning_goldy.analysis.result import AnalysisResult, Cost, tensor_rows
 from lightning_goldy.core.architecture.adapters import WeightSpace
 from lightning_goldy.core.base import Base
-from lightning_goldy.core.batches import move_batch, sample_count
+from lightning_goldy.core.batches import move_batch, sample_count, sample_keys
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.naming import block_of, kind_of, require_at_least, require_choice, require_fractions
@@ -70,6 +71,7 @@ class ChangeAttributionResult(AnalysisResult):
         links: Of each mask that was given what it has to do with the contributions; see :func:`mask_links`.
         space: ``merged`` or ``adapters``; None of a model without adapters.
         cost: Passes of the model.
+        passages: What the change is of each passage.
     """
 
     analysis: ClassVar[str] = "change_attribution"
@@ -93,6 +95,7 @@ class ChangeAttributionResult(AnalysisResult):
     links: tuple[dict[str, Any], ...] = ()
     space: str | None = None
     cost: Cost = field(default=Cost(), compare=False)
+    passages: dict[str, Any] | None = field(default=None, compare=False)
 
     @property
     def change(self) -> float:
@@ -209,6 +212,7 @@ class ChangeAttributionResult(AnalysisResult):
             "complete": self.complete,
             "tolerance": self.tolerance,
             "n_samples": self.n_samples,
+            **({} if self.passages is None else {"per_sample": {"effect": self.passages}}),
             "n_passages": len(self.weights),
             "total": self.total,
             "tensors": tensors,
@@ -597,6 +601,11 @@ class _Integration:
             links=mask_links(ParameterVector(space, scores), masks, change=now - before) if self.moved else (),
             space=self.path.weight_space,
             cost=sum(self.replicas.gather_objects(self.cost), Cost()),
+            passages=per_sample(
+                ["".join(sample_keys(passage.batch)) for passage in self.samples],
+                (self.weights * (self.ends[1] - self.ends[0])).tolist(),
+                self.weights.tolist(),
+            ),
         )
 
     def _summed(self, mine: Tensor) -> Tensor:

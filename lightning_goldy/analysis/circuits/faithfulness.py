@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
 from numbers import Real
 from typing import Any, ClassVar, get_args
@@ -12,6 +12,7 @@ from typing import Any, ClassVar, get_args
 import torch
 from torch import Tensor, nn
 
+from lightning_goldy.analysis.agreement import per_sample
 from lightning_goldy.analysis.attribution.attribution import interval_of, resampled
 from lightning_goldy.analysis.attribution.path import ChangePath
 from lightning_goldy.analysis.circuits.circuit import (
@@ -67,6 +68,7 @@ class Faithfulness(AnalysisResult):
         metric: Name of the metric.
         ablation: What patched edges bring.
         cost: Passes.
+        area_pairs: What the area is of each pair.
     """
 
     analysis: ClassVar[str] = "faithfulness"
@@ -87,6 +89,7 @@ class Faithfulness(AnalysisResult):
     cost: Cost = field(default=Cost(), compare=False)
     joined: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.float64))
     choices: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.float64))
+    area_pairs: dict[str, Any] | None = field(default=None, compare=False)
 
     @property
     def value(self) -> float:
@@ -155,9 +158,18 @@ class Faithfulness(AnalysisResult):
             found.append((value - math.hypot(value - low, more), value + math.hypot(high - value, more)))
         return tuple(found)
 
-    def _area(self, values: Sequence[float], of: Any) -> float:
+    def area_under(self, values: Sequence[float], whole: float) -> float:
+        """Area under a curve of these sizes that ends at ``whole`` with all edges.
+
+        Args:
+            values: By size.
+            whole: With all edges.
+        """
+        return self._area(values, lambda value: value, whole)
+
+    def _area(self, values: Sequence[float], of: Any, whole: float = 1.0) -> float:
         known = {0: of(0.0), **{size: of(value) for size, value in zip(self.sizes, values, strict=True)}}
-        known[self.n_edges] = of(1.0)
+        known[self.n_edges] = of(whole)
         places = sorted(known)
         steps = pairwise(places)
         return sum((b - a) * (known[a] + known[b]) / 2 for a, b in steps) / self.n_edges
@@ -192,8 +204,10 @@ class Faithfulness(AnalysisResult):
             "intervals": self.intervals,
             "wide_intervals": self.wide_intervals,
         }
-        pairs = {name: [list(pair) for pair in held] for name, held in ranges.items()}
-        return {**lists, **told, "random": means, "joined": joined, **pairs, "span": list(self.span or ())}
+        spans = {name: [list(pair) for pair in held] for name, held in ranges.items()}
+        pairs = {} if self.area_pairs is None else {"per_sample": {"area": self.area_pairs}}
+        nulls = {"random": means, "joined": joined}
+        return {**lists, **told, **nulls, **spans, "span": list(self.span or ()), **pairs}
 
     def absent(self) -> str:
         """Why there may be no behaviour to keep any share of; empty where the prompts show it."""
@@ -357,7 +371,7 @@ def faithfulness(
     # The added 0 makes a 0 of -0.
     shares = torch.tensor(means, dtype=torch.float64).sub(patched).div(clean - patched).add(0.0)
     shares = shares.view(len(ranked), each)
-    return Faithfulness(
+    found = Faithfulness(
         sizes=tuple(one.n_edges for one in ranked),
         n_edges=circuit.graph.n_edges,
         values=tuple(shares[:, 0].tolist()),
@@ -375,6 +389,10 @@ def faithfulness(
         ablation=options.ablation,
         cost=cost,
     )
+    spans = (values[0] - values[1]).tolist()
+    kept = (values[2::each] - values[1]).T.tolist()
+    areas = [found.area_under(row, span) for row, span in zip(kept, spans, strict=True)]
+    return replace(found, area_pairs=per_sample(pairs.digests(), areas, spans))
 
 
 def _as_scored(circuit: Circuit, metric: Metric | None, ablation: Ablation | None) -> tuple[Metric, Ablation]:

@@ -151,6 +151,7 @@ class FinetuneRipple(AnalysisResult):
             "class": [self.classes[place] for place in places],
             "predicted": finite(self.predicted[places].tolist()),
             "measured": finite(self.measured[places].tolist()),
+            "exact": self.exact_after[places].long().tolist(),
         }
         return {
             "n_pieces": len(self.pieces),

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from lightning_goldy.analysis.agreement import ratio_interval
+from lightning_goldy.analysis.agreement import per_sample, ratio_interval
 from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.core.architecture.adapters import Line
 from lightning_goldy.core.naming import block_of
@@ -83,6 +83,7 @@ class TaylorDiffResult(AnalysisResult):
         interval: 95 % interval of the nonlinearity over samples, by the jackknife; None where only the loss was
             expanded, there are fewer than two samples, or nothing changed.
         n_samples: How many samples the interval is over; None where only the loss was expanded.
+        samples: What the nonlinearity is of each of them; None likewise.
     """
 
     analysis: ClassVar[str] = "taylor_diff"
@@ -105,6 +106,7 @@ class TaylorDiffResult(AnalysisResult):
     precision: dict[str, Any] | None = None
     interval: tuple[float, float] | None = None
     n_samples: int | None = None
+    samples: dict[str, Any] | None = field(default=None, compare=False)
 
     @property
     def change(self) -> float:
@@ -162,7 +164,13 @@ class TaylorDiffResult(AnalysisResult):
             "thresholds": {"lazy": LAZY, "nonlinear": NONLINEAR},
             **{name: getattr(self, name) for name in names},
             **{name: told for name in optional if (told := getattr(self, name)) is not None},
+            **({} if self.samples is None else {"per_sample": dict.fromkeys(self._nonlinear, self.samples)}),
         }
+
+    @property
+    def _nonlinear(self) -> tuple[str, ...]:
+        """Names of the metrics that are the nonlinearity."""
+        return ("nonlinearity", "relative_error/order1")
 
     def headline(self) -> str:
         """The regime, and the actual and the predicted change."""
@@ -188,6 +196,7 @@ class Sums:
         cost: Passes of the model.
         gradient_norm: ||g|| of the mean loss at the base.
         samples: Of each sample the squared distance of its logits from the first order's, and from the base's.
+        keys: Of these samples.
     """
 
     kinds: dict[Kind, defaultdict[Any, float]] = field(default_factory=dict)
@@ -195,6 +204,7 @@ class Sums:
     cost: Cost = field(default_factory=Cost)
     gradient_norm: float = math.nan
     samples: list[list[float]] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
 
     def of(self, kind: Kind) -> dict[Any, float]:
         """The sums of a kind by tensor or order; empty where there are none."""
@@ -215,13 +225,14 @@ class Sums:
         for kind, sums in other.kinds.items():
             self.add(kind, sums.items())
         self.n_targets, self.cost = self.n_targets + other.n_targets, self.cost + other.cost
-        self.samples += other.samples
+        self.samples, self.keys = self.samples + other.samples, self.keys + other.keys
 
 
 def result_of(
     sums: Sums, orders: tuple[int, ...], by: By | None, names: Sequence[str], line: Line, *, route: str
 ) -> TaylorDiffResult:
     """The result that sums over all samples make."""
+    columns = tuple(zip(*sums.samples, strict=True)) if sums.samples and 1 in orders else None
     loss, predicted, factor = sums.mean("loss"), sums.mean("derivative", 0), 1.0
     fits = []
     for order in range(1, max(orders) + 1):
@@ -251,8 +262,9 @@ def result_of(
         by=by,
         cost=sums.cost,
         space=line.space,
-        interval=ratio_interval(*zip(*sums.samples, strict=True), power=0.5) if sums.samples and 1 in orders else None,
+        interval=None if columns is None else ratio_interval(*columns, power=0.5),
         n_samples=len(sums.samples) or None,
+        samples=None if columns is None else per_sample(sums.keys, *columns, power=0.5),
     )
 
 

@@ -38,7 +38,7 @@ from lightning_goldy.core.autodiff import (
     trainable_values,
 )
 from lightning_goldy.core.base import Base, base_of
-from lightning_goldy.core.batches import batch_tensors, sample_count
+from lightning_goldy.core.batches import batch_tensors, sample_count, sample_keys
 from lightning_goldy.core.composed import functions_by_parts, undetached
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import model_class
@@ -371,7 +371,7 @@ class Expansion:
                         self.sums.add("difference", [(None, 3 * apart)], weight)
                 if self.function_space:
                     self._compare(expansion, piece, samples)
-            self.sums.samples += samples.tolist() if self.function_space else ()
+            self._keep(part, samples if self.function_space else samples[:0])
         return len(present.targets)
 
     def _add_differences(self, part: Any) -> None:
@@ -393,7 +393,7 @@ class Expansion:
             present = self.objective.logits_and_targets(self.model, part)
             samples = torch.zeros(present.n_samples, 2, dtype=torch.float64, device=present.logits.device)
             self._compare([before, slope, bend], present, samples)
-            self.sums.samples += samples.tolist()
+            self._keep(part, samples)
         if self.shares:
             # <J Delta_b, J Delta> of every tensor from one backward pass, as in forward mode.
             self._ran(part, backward=True)
@@ -404,6 +404,10 @@ class Expansion:
                 gradients = self._taken(self.base.space.resolve(self.model))
             products = reduce_tensors(gradients, torch.dot, list(self.step.values()))
             self.sums.add("function share", zip(self.base, products, strict=True))
+
+    def _keep(self, part: Any, samples: Tensor) -> None:
+        self.sums.samples += samples.tolist()
+        self.sums.keys += sample_keys(part) if len(samples) else ()
 
     def _compare(self, expansion: Sequence[Tensor], target: TargetLogits, samples: Tensor) -> None:
         present = target.logits

@@ -78,6 +78,8 @@ class RowHistory:
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Takes in the next row, as ``results.jsonl`` would give it back."""
+        if row.get("result", {}).get("undefined"):
+            return
         taken, self._seen = self._seen % self._stride == 0, self._seen + 1
         if not taken:
             return
@@ -364,7 +366,8 @@ def log_row(
         # The row holds the numbers; no training ends for want of a picture.
         rank_zero_warn(f"figure {name!r} of {row['name']} at step {row['step']} is not logged: {error}")
 
-    takers = figure_loggers(trainer.loggers) if figures_of(row["analysis"]) else []
+    drawn = figures_of(row["analysis"]) and not row["result"].get("undefined")
+    takers = figure_loggers(trainer.loggers) if drawn else []
     if not takers:
         return
     try:

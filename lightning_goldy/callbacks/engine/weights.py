@@ -15,6 +15,7 @@ from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_goldy.analysis.result import Row
 from lightning_goldy.core.architecture import HeadGates
 from lightning_goldy.core.architecture.adapters import AdapterError, adapted_layers
 from lightning_goldy.core.architecture.experts import without_adapters
@@ -62,6 +63,38 @@ def weights_mark(model: nn.Module) -> str:
     gates = HeadGates.of(model)
     marks = (_hashed(_held(model)), _hashed({} if gates is None else {"closing": gates.closing}))
     return "/".join(marks)
+
+
+def undefined_row(model: nn.Module) -> tuple[Row, dict[str, Any], dict[str, Any]] | None:
+    """A row that says why nothing is measured, where the training has left weights that are no numbers.
+
+    Such a training goes on, or ends, as it would without an analysis. A collective.
+
+    Args:
+        model: What is trained of it is looked at, one pass over its memory.
+
+    Returns:
+        The row, no vectors and no histograms; None where all weights are finite.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> undefined_row(layer) is None
+        True
+        >>> _ = layer.bias.data.fill_(float("nan"))
+        >>> undefined_row(layer)[0].headline
+        'undefined: the weights of bias are not finite'
+    """
+    parts = {name: local(value.detach()) for name, value in model.named_parameters() if value.requires_grad}
+    parts = {name: part for name, part in parts.items() if part.numel() and part.is_floating_point()}
+    ends = [torch.stack(part.aminmax()).isfinite().all() for part in parts.values()]
+    finite = torch.stack([end.to(ends[0].device) for end in ends]).tolist() if ends else []
+    mine = next((canonical_name(name) for name, known in zip(parts, finite, strict=True) if not known), None)
+    found = next((name for name in Replicas.world().gather_objects(mine) if name is not None), None)
+    if found is None:
+        return None
+    told = f"the weights of {found} are not finite"
+    rank_zero_warn(f"analyses are undefined from here on, and training goes on: {told}")
+    return Row("", {}, {"undefined": told}, f"undefined: {told}"), {}, {}
 
 
 def _held(module: nn.Module) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_goldy.report.builders import Line, Lines, arrange, heads_style, heat_map, lines
@@ -98,10 +99,7 @@ def spelled_html(row: Row) -> str:
     with naming(_LACKS):
         every = [e for e in result["spelled"] if e["position"] == -1]
         spelled = [(str(e["layer"]), "  ".join(map(_shown, e.get("words", e["promoted"])))) for e in every]
-        divergent = [
-            (str(e.get("text", e["context"])), *map(_shown, e.get("words", (e["base"], e["now"]))), f"{e['kl']:.3g}")
-            for e in result["divergent"][:_SHOWN]
-        ]
+        divergent = _places_apart(result["divergent"])[:_SHOWN]
         texts = [
             (t["state"], t["prompt"], t["plain"], t["steered"], f"{t['strength']:g}")
             for t in result.get("steering", {"texts": ()})["texts"]
@@ -116,6 +114,18 @@ def spelled_html(row: Row) -> str:
         for title, headings, lines, numbers in tables
         if lines
     )
+
+
+def _places_apart(divergent: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """Text, both tokens and the divergence of each place; places that read the same are one line."""
+    found: dict[tuple[str, ...], list[float]] = {}
+    for place in divergent:
+        words = map(_shown, place.get("words", (place["base"], place["now"])))
+        found.setdefault((str(place.get("text", place["context"])), *words), []).append(place["kl"])
+    return [
+        (f"{words[0]} ({len(sizes)} places)" if len(sizes) > 1 else words[0], *words[1:], f"{max(sizes):.3g}")
+        for words, sizes in found.items()
+    ]
 
 
 def _shown(token: Any) -> str:

@@ -90,7 +90,9 @@ def chart_attribution_heads(row: Row) -> Figure | str:
         return "The heads of this model are not described, or none of their weights were trained."
     width = max(len(values) for _, values in heads)
     table = [[*values, *[math.nan] * (width - len(values))] for _, values in heads]
-    style = heads_style(_unit(row), colours="diverging")
+    # A few heads have room for cells in which the labels stand apart.
+    side = min(26, max(13, 416 // width))
+    style = heads_style(_unit(row), colours="diverging", cell=(side, min(side, 20)))
     return heat_map(table, [place for place, _ in heads], range(width), style, caption=heads_caption(row))
 
 
@@ -125,9 +127,9 @@ def chart_graft(row: Row) -> Figure | str:
             columns = {name: [p[name] for p in own] for name in ("recovered", "low", "high")}
             for name, end in (("low", min), ("high", max)):
                 columns[name] = [end(p["draws"]) if len(p.get("draws") or ()) > 1 else p[name] for p in own]
-            shares = [math.log10(100 * p["share"]) for p in own]
+            shares = [100 * p["share"] for p in own]
             series[_label(method)] = Line(shares, columns["recovered"], columns["low"], columns["high"])
-    style = Lines(x="log10 of the share of elements kept, percent", y="recovered", scale="linear", whole=False)
+    style = Lines(x="share of elements kept, percent", y="recovered", scale="linear", whole=False, across="log")
     panels = [lines(series, style)] if series else []
     groups = {
         _label(method): Points(

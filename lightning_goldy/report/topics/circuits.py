@@ -96,16 +96,17 @@ def _graph_chart() -> dict[str, Any]:
     alt = require("altair")
     plain: dict[str, Any] = {"axis": None, "scale": alt.Scale(zero=False, nice=False, padding=24)}
     across, up = (alt.X("x:Q", **plain), alt.X("x2:Q")), (alt.Y("y:Q", **plain), alt.Y("y2:Q"))
-    signs = alt.Scale(domain=["supports the behaviour", "works against it"], range=["#c0392b", "#2f74b5"])
+    signs = alt.Scale(domain=["supports the behaviour", "works against it"], range=["#dc5f55", "#4a90d0"])
+    legend = alt.Legend(title=None, orient="top", symbolType="stroke", symbolStrokeWidth=4, symbolOpacity=1)
     edges = (
         alt.Chart(alt.NamedData("edges"))
-        .mark_rule(opacity=0.6)
+        .mark_rule(opacity=0.85)
         .encode(
             x=across[0],
             y=up[0],
             x2="x2:Q",
             y2="y2:Q",
-            color=alt.Color("does:N", scale=signs, legend=alt.Legend(title=None, orient="top")),
+            color=alt.Color("does:N", scale=signs, legend=legend),
             strokeWidth=alt.StrokeWidth("size:Q", scale=alt.Scale(domain=[0, 1], range=[0.5, 6]), legend=None),
             tooltip=[alt.Tooltip("edge:N"), alt.Tooltip("score:Q", format=".4~g")],
         )
@@ -113,8 +114,8 @@ def _graph_chart() -> dict[str, Any]:
     points = alt.Chart(alt.NamedData("nodes")).encode(
         x=across[0], y=up[0], tooltip=[alt.Tooltip("node:N"), alt.Tooltip("score:Q", format=".4~g")]
     )
-    marks = points.mark_circle(size=150, color="#666", opacity=1)
-    labels = points.mark_text(dy=-12, fontSize=9).encode(text="node:N")
+    marks = points.mark_circle(size=150, color="#7d7f86", opacity=1)
+    labels = points.mark_text(dy=-13, fontSize=11).encode(text="node:N")
     return plain_spec(alt.layer(edges, marks, labels), height=460)
 
 
