@@ -57,6 +57,8 @@ _GROWTH, _GROWING = 0.7, 11
 _TRIALS = 3
 # Rounds where none are given; the second above so many elements, where a round takes minutes.
 _ROUNDS, _LARGE_ROUNDS, _LARGE = 40, 8, 100_000_000
+# Elements from which on sums of scores are held one after the other, each with passes of its own.
+_APART = 1_000_000_000
 # The largest mask of which single elements are measured.
 _FINE = 1 << 14
 # Trials of pairs at most, for each element that may be measured alone.
@@ -384,10 +386,10 @@ def scoring_rounds(elements: int, names: Sequence[str]) -> tuple[tuple[str, ...]
     """The scores that one pass over the samples sums: all, or of large models those of one sum, so that one is held.
 
     Example:
-        >>> scoring_rounds(10_000, ("gradient", "taylor", "fisher")), scoring_rounds(135_000_000, ("taylor", "fisher"))
+        >>> scoring_rounds(10_000, ("gradient", "taylor", "fisher")), scoring_rounds(8_000_000_000, ("taylor", "fisher"))
         ((('gradient', 'taylor', 'fisher'),), (('taylor',), ('fisher',)))
     """
-    if elements <= _LARGE:
+    if elements < _APART:
         return (tuple(names),)
     of_one_sum = (tuple(name for name in names if name in ("gradient", "taylor")),)
     return of_one_sum + tuple((name,) for name in names if name not in of_one_sum[0])
@@ -543,18 +545,19 @@ class MaskSearch:
         gain: Mapping[str, Tensor] | None = None
         improvement, failures, stagnant, before = 0.0, 0, 0, now.value
         trials = self.evaluations + _TRIALS * self.rounds
+        promises: dict[int, tuple[int, Tensor]] = {}
         while self.evaluations < trials:
             if gain is None:
                 stagnant = 0 if now.value - before > self.fluctuation.min_delta or self.passes == 0 else stagnant + 1
                 if self.passes == self.rounds or stagnant > self.settings.max_stagnant_iterations:
                     return None
-                before, gain = now.value, self._gains(now.mask)
+                before, gain, promises = now.value, self._gains(now.mask), {}
                 if gain is None:
                     return None
             factor = self._pool_factor(len(self.history), improvement)
             most = [pool - size for pool, size in zip(self.budget.pools(sizes, factor), sizes, strict=True)]
             total = max(1, sum(most) // _SHRINKAGE**failures)
-            counts = self.budget.exchanges(gain, now.mask, most, total)
+            counts = self.budget.exchanges(gain, now.mask, most, total, promises)
             if not any(counts):
                 break
             pools = [size + count for size, count in zip(sizes, counts, strict=True)]
