@@ -517,7 +517,7 @@ def _independent(count: int) -> ValueError:
 
 
 def _square_distance(first: Tensor, second: Tensor) -> tuple[float, Tensor]:
-    squares = (first.double() - second.double()).square_()
+    squares = (first.double() - second).square_()
     return float(squares.sum()), squares.sum(dim=-1)
 
 
