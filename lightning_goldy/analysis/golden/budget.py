@@ -25,6 +25,8 @@ Mask = dict[str, Tensor]
 
 # Channels of each end of a matrix whose crossings may make the largest activations.
 _CHANNELS = 4
+# So many times as many exchanges are looked at as are asked for, since the next question may be of more.
+_AHEAD = 4
 
 
 class Element(NamedTuple):
@@ -113,18 +115,17 @@ class Budget:
             sizes: Elements to mark of each group.
             pools: Elements of each pool, at least the size to be marked.
         """
-        return dict(self.reselections(scores, mask, sizes, pools))
+        return {**mask, **dict(self.reselections(scores, mask, sizes, pools))}
 
     def reselections(
         self, scores: Mapping[str, Tensor], mask: Mapping[str, Tensor], sizes: list[int], pools: list[int]
     ) -> Iterator[tuple[str, Tensor]]:
-        """As :meth:`reselected`, tensor by tensor; scores and mask are asked for one group at a time."""
+        """As :meth:`reselected`, tensor by tensor, without what stays; scores and mask are asked for by group."""
         masked = self.counts(mask)
         for group, size, pool, count, stack in zip(self.groups, sizes, pools, masked, self.stacks, strict=True):
             # At most pool - count others come in, so the best of the masked stay whatever happens.
             kept = size - (pool - count)
             if kept == count == size:
-                yield from ((name, mask[name]) for name in group)
                 continue
             chosen = [scores[name] for name in group]
             if kept <= 0:
@@ -182,7 +183,8 @@ class Budget:
                 promised.append(None)
                 continue
             if index not in promises or promises[index][0] < count:
-                promises[index] = count, self._promised(scores[group[0]], mask, group[0], count)
+                ahead = _AHEAD * count
+                promises[index] = ahead, self._promised(scores[group[0]], mask, group[0], ahead)
             promised.append(promises[index][1][:count])
         known = [each for each in promised if each is not None and len(each)]
         joined = torch.cat(known) if known else torch.zeros(1)
@@ -322,7 +324,7 @@ def _reselected(scores: Sequence[Tensor], held: Sequence[Tensor], size: int, kep
 
 
 def _largest_outside(flat: Tensor, held: Tensor, count: int) -> Tensor:
-    """The largest so many values beside those at some positions, in descending order; the tensor comes back as it was."""
+    """The largest so many values beside those at some positions, descending; the tensor comes back as it was."""
     if not count:
         return flat[:0]
     values = flat[held]
@@ -331,7 +333,7 @@ def _largest_outside(flat: Tensor, held: Tensor, count: int) -> Tensor:
         (chosen,) = select_largest([flat], count)
     finally:
         flat[held] = values
-    return flat[chosen].sort(descending=True).values
+    return flat[flat_positions({"": chosen}, "")].sort(descending=True).values
 
 
 def counts_by_expert(masks: Mapping[str, Tensor], experts: Mapping[str, int]) -> tuple[int, ...]:
