@@ -176,9 +176,15 @@ class SharedDivergence:
         return self._mean(self._held(model) * self._held.positions if self._held else 0.0)
 
     def gradients(
-        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], *, measured: bool = True
+        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], *, measured: bool = True, sign: int = 1
     ) -> tuple[float, dict[str, Tensor]]:
         """The mean divergence, nats (0 where it need not be measured), and its gradient, this process's part of each.
+
+        Args:
+            model: The module, moved from the anchor.
+            parameters: Name to parameter.
+            measured: Whether the divergence is wanted.
+            sign: What the gradient is multiplied by: 1, or -1 for the way down.
 
         Raises:
             NotDifferentiableError: The gradient is not finite, on every rank.
@@ -193,7 +199,7 @@ class SharedDivergence:
             require_finite(laid_out, "gradients of the divergence")
         except ValueError as error:
             raise NotDifferentiableError(str(error)) from None
-        return self._mean(total), {name: gradient.div_(self.positions) for name, gradient in sums.items()}
+        return self._mean(total), {name: gradient.div_(sign * self.positions) for name, gradient in sums.items()}
 
     def _summed(
         self, model: nn.Module, parameters: Mapping[str, nn.Parameter], measured: bool

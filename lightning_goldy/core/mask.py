@@ -325,7 +325,7 @@ class PackedMask(Mapping[str, Tensor]):
         self._bits: set[str] = set()
         self._positions: set[str] = set()
         for name, part in parts:
-            count = int(part.count_nonzero())
+            count = int(np.count_nonzero(part.numpy()) if part.device.type == "cpu" else part.count_nonzero())
             if _FEW * count < part.numel():
                 positions = flat_positions({name: part}, name)
                 packed = positions.int() if part.numel() < 1 << 31 else positions
@@ -357,8 +357,11 @@ class PackedMask(Mapping[str, Tensor]):
         """Marked elements of one tensor."""
         return self._parts[name][3]
 
-    def replaced(self, parts: Mapping[str, Tensor]) -> PackedMask:
+    def replaced(self, parts: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> PackedMask:
         """The mask with other tensors in the place of those of these names; all others are shared.
+
+        Args:
+            parts: Name to boolean tensor, or one pair after the other, of which none is held.
 
         Example:
             >>> packed = PackedMask([("a", torch.tensor([True])), ("b", torch.tensor([True, False]))])
@@ -366,11 +369,15 @@ class PackedMask(Mapping[str, Tensor]):
             >>> list(other), other["b"].tolist(), packed["b"].tolist()
             (['a', 'b'], [False, True], [True, False])
         """
-        other, packed = PackedMask(()), PackedMask(parts.items())
+        other, packed = PackedMask(()), PackedMask(parts.items() if isinstance(parts, Mapping) else parts)
         other._parts = {**self._parts, **packed._parts}
-        other._bits = (self._bits - parts.keys()) | packed._bits
-        other._positions = (self._positions - parts.keys()) | packed._positions
+        other._bits = (self._bits - packed.keys()) | packed._bits
+        other._positions = (self._positions - packed.keys()) | packed._positions
         return other
+
+    def shares(self, other: PackedMask, name: str) -> bool:
+        """Whether both hold the same tensor of that name, not a copy."""
+        return self._parts[name][0] is other._parts[name][0]
 
     def index(self, name: str) -> Tensor:
         """What picks the marked elements: their flat positions where they are few, else the boolean tensor."""
@@ -430,6 +437,8 @@ class MaskedModel:
         wanted = mask if mask is None or isinstance(mask, PackedMask) else PackedMask(mask.items())
         for name, parameter in self.parameters.items():
             part = local(parameter)
+            if wanted is not None and name in self._kept and wanted.shares(self._kept[name][0], name):
+                continue
             self._restore(name, part)
             if wanted is None:
                 self._kept.pop(name, None)
@@ -449,6 +458,17 @@ class MaskedModel:
         whole = part.clone()
         self._restore(name, whole)
         return whole
+
+    def multiply_(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor (this process's part) times the parameter as it was, in its place; the parameter is not copied."""
+        if name not in self._kept:
+            return tensor.mul_(local(self.parameters[name]))
+        mask, values = self._kept[name]
+        target, index = _picked(tensor, mask, name)
+        inside = target[index] * values
+        tensor.mul_(local(self.parameters[name]))
+        target[index] = inside
+        return tensor
 
     def _restore(self, name: str, part: Tensor) -> None:
         if name in self._kept:

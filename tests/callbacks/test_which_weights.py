@@ -31,6 +31,7 @@ from lightning_goldy.callbacks import (
     ParameterDistribution,
     TaylorDiff,
 )
+from lightning_goldy.callbacks.engine.weights import _CACHED, _PLACE, _bits, _checksum
 from lightning_goldy.core import load_vectors
 from lightning_goldy.core.isolation import isolated_rng
 from lightning_goldy.core.naming import bare_name
@@ -633,3 +634,14 @@ def test_who_changes_parameters_refuses_those_that_are_computed_of_others(tmp_pa
     plasticity = HeadPlasticity(every_n_steps=3, on_error="warn")
     with pytest.warns(UserWarning, match=r"head_plasticity changes parameters, and transformer.h.0.mlp.c_\w+.w"):
         fit(tmp_path, [plasticity], module=Pruned, max_epochs=1, limit_train_batches=4, limit_val_batches=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_mark_is_the_sum_of_all_bits_and_one_in_which_places_count(dtype):
+    values = torch.randn(2 * _CACHED + 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    before = values.clone()
+    bits = _bits(values).tolist()
+    total, placed = sum(bits), sum(bit * (place * _PLACE + 1) for place, bit in enumerate(bits))
+    found = [int(part) % (1 << 64) for part in _checksum(values)]
+    assert found == [total % (1 << 64), placed % (1 << 64)]
+    assert torch.equal(values, before)

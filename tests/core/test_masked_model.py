@@ -35,11 +35,19 @@ def test_only_the_values_of_zeroed_elements_are_kept_and_all_come_back(share: fl
     for mask in masks:
         mask["a.weight"].view(-1)[:3] = True
     with MaskedModel(model, space) as masked:
-        for mask in (masks[0], PackedMask(masks[1].items()), masks[0]):
+        packed = PackedMask(masks[1].items())
+        partly = packed.replaced(iter([("a.weight", masks[0]["a.weight"])]))
+        assert partly.shares(packed, "b.weight")
+        assert not partly.shares(packed, "a.weight")
+        for mask in (masks[0], packed, partly, masks[0]):
             masked.zero(mask)
             for name, parameter in model.named_parameters():
                 assert torch.equal(parameter.detach(), before[name].masked_fill(mask[name], 0))
                 assert torch.equal(masked.value(name).view(torch.int32), before[name].view(torch.int32))
+                for factor in (torch.rand(parameter.shape), torch.rand(parameter.shape[::-1]).t()):
+                    product = (factor * before[name]).contiguous()
+                    found = masked.multiply_(name, factor.clone(memory_format=torch.preserve_format))
+                    assert torch.equal(found.contiguous().view(torch.int32), product.view(torch.int32))
             kept = sum(values.numel() for _, values in masked._kept.values())
             assert kept == sum(int(mask[name].sum()) for name in before)
     for name, parameter in model.named_parameters():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_goldy.core.mask import PackedMask, Scope, flat_positions
 from lightning_goldy.core.naming import require_kinds
 from lightning_goldy.core.registry import Registry
-from lightning_goldy.core.selection import select_largest, select_largest_of_each
+from lightning_goldy.core.selection import kth_largest, select_largest, select_largest_of_each
 from lightning_goldy.core.sharding import Replicas, gather, is_sharded, like, local, scatter_like, sum_over_shards
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.vector import elements_in
@@ -25,6 +25,8 @@ Mask = dict[str, Tensor]
 
 # Channels of each end of a matrix whose crossings may make the largest activations.
 _CHANNELS = 4
+# So many times as many exchanges are looked at as are asked for, since the next question may be of more.
+_AHEAD = 4
 
 
 class Element(NamedTuple):
@@ -113,17 +115,19 @@ class Budget:
             sizes: Elements to mark of each group.
             pools: Elements of each pool, at least the size to be marked.
         """
-        return dict(self.reselections(scores, mask, sizes, pools))
+        return {**mask, **dict(self.reselections(scores, mask, sizes, pools))}
 
     def reselections(
         self, scores: Mapping[str, Tensor], mask: Mapping[str, Tensor], sizes: list[int], pools: list[int]
     ) -> Iterator[tuple[str, Tensor]]:
-        """As :meth:`reselected`, tensor by tensor; scores and mask are asked for one group at a time."""
+        """As :meth:`reselected`, tensor by tensor, without what stays; scores and mask are asked for by group."""
         masked = self.counts(mask)
         for group, size, pool, count, stack in zip(self.groups, sizes, pools, masked, self.stacks, strict=True):
-            chosen = [scores[name] for name in group]
             # At most pool - count others come in, so the best of the masked stay whatever happens.
             kept = size - (pool - count)
+            if kept == count == size:
+                continue
+            chosen = [scores[name] for name in group]
             if kept <= 0:
                 yield from self._chosen(group, chosen, size, stack)
             elif stack == 1 and not any(map(is_sharded, map(self.layouts.__getitem__, group))):
@@ -139,7 +143,12 @@ class Budget:
                 yield from self._chosen(group, chosen, size, stack)
 
     def exchanges(
-        self, scores: Mapping[str, Tensor], mask: Mapping[str, Tensor], most: list[int], total: int
+        self,
+        scores: Mapping[str, Tensor],
+        mask: Mapping[str, Tensor],
+        most: list[int],
+        total: int,
+        promises: dict[int, tuple[int, Tensor]] | None = None,
     ) -> list[int]:
         """How many elements each group should exchange, so that those exchanges are made that promise most.
 
@@ -152,6 +161,8 @@ class Budget:
             most: Exchanges of each group at most.
             total: Of all groups together, of a stack counted for one expert; stacks get their share whatever they
                 promise, for all experts exchange alike.
+            promises: By group how many exchanges were looked at with the same scores and mask and what they promise,
+                which is read and added to: fewer are a part of it.
 
         Example:
             >>> budget = Budget({"a": torch.zeros(4), "b": torch.zeros(4)}, 25, "tensor")
@@ -164,20 +175,20 @@ class Budget:
             return most
         if len(self.groups) == 1:
             return [total]
+        promises = {} if promises is None else promises
         promised: list[Tensor | None] = []
-        for group, limit, stack in zip(self.groups, most, self.stacks, strict=True):
+        for index, (group, limit, stack) in enumerate(zip(self.groups, most, self.stacks, strict=True)):
             count = min(limit, total)
             if stack > 1 or not count:
                 promised.append(None)
                 continue
-            flat, held = self.whole(group[0], scores[group[0]]).reshape(-1), self.positions(mask, group[0])
-            worst = flat[held].sort().values[:count]
-            outside = flat.index_fill(0, held, -math.inf)
-            best = outside.topk(min(count, flat.numel() - len(held), len(worst))).values
-            promised.append((best - worst[: len(best)]).clamp(min=0))
+            if index not in promises or promises[index][0] < count:
+                ahead = _AHEAD * count
+                promises[index] = ahead, self._promised(scores[group[0]], mask, group[0], ahead)
+            promised.append(promises[index][1][:count])
         known = [each for each in promised if each is not None and len(each)]
         joined = torch.cat(known) if known else torch.zeros(1)
-        least = joined.topk(min(total, len(joined))).values[-1]
+        least = kth_largest(joined, min(total, len(joined)))
         return [
             int(limit * total / sum(most))
             if stack > 1
@@ -186,6 +197,13 @@ class Budget:
             else int(((each >= least) & (each > 0)).sum())
             for each, limit, stack in zip(promised, most, self.stacks, strict=True)
         ]
+
+    def _promised(self, part: Tensor, mask: Mapping[str, Tensor], name: str, count: int) -> Tensor:
+        """What so many exchanges within a tensor promise, the best first; none less than 0."""
+        flat, held = self.whole(name, part).reshape(-1), self.positions(mask, name)
+        worst = flat[held].sort().values[:count]
+        best = _largest_outside(flat, held, min(count, flat.numel() - len(held), len(worst)))
+        return (best - worst[: len(best)]).clamp(min=0)
 
     def whole(self, name: str, part: Tensor) -> Tensor:
         """A tensor of which this is this process's part; a collective where it is sharded."""
@@ -303,6 +321,19 @@ def _reselected(scores: Sequence[Tensor], held: Sequence[Tensor], size: int, kep
         for flat, where, values in zip(flats, stay, inside, strict=True):
             flat[where] = values
     return [mask.view(part.shape) for mask, part in zip(masks, scores, strict=True)]
+
+
+def _largest_outside(flat: Tensor, held: Tensor, count: int) -> Tensor:
+    """The largest so many values beside those at some positions, descending; the tensor comes back as it was."""
+    if not count:
+        return flat[:0]
+    values = flat[held]
+    try:
+        flat[held] = -math.inf
+        (chosen,) = select_largest([flat], count)
+    finally:
+        flat[held] = values
+    return flat[flat_positions({"": chosen}, "")].sort(descending=True).values
 
 
 def counts_by_expert(masks: Mapping[str, Tensor], experts: Mapping[str, int]) -> tuple[int, ...]:

@@ -59,6 +59,8 @@ _STARTING = 0.85
 _TRIALS = 3
 # Rounds where none are given; the second above so many elements, where a round takes minutes.
 _ROUNDS, _LARGE_ROUNDS, _LARGE = 40, 8, 100_000_000
+# Elements from which on sums of scores are held one after the other, each with passes of its own.
+_APART = 1_000_000_000
 # The largest mask of which single elements are measured.
 _FINE = 1 << 14
 # Trials of pairs at most, for each element that may be measured alone.
@@ -387,10 +389,10 @@ def scoring_rounds(elements: int, names: Sequence[str]) -> tuple[tuple[str, ...]
     """The scores that one pass over the samples sums: all, or of large models those of one sum, so that one is held.
 
     Example:
-        >>> scoring_rounds(10_000, ("gradient", "taylor", "fisher")), scoring_rounds(135_000_000, ("taylor", "fisher"))
+        >>> scoring_rounds(10_000, ("gradient", "taylor", "fisher")), scoring_rounds(8 * 10**9, ("taylor", "fisher"))
         ((('gradient', 'taylor', 'fisher'),), (('taylor',), ('fisher',)))
     """
-    if elements <= _LARGE:
+    if elements < _APART:
         return (tuple(names),)
     of_one_sum = (tuple(name for name in names if name in ("gradient", "taylor")),)
     return of_one_sum + tuple((name,) for name in names if name not in of_one_sum[0])
@@ -551,22 +553,23 @@ class MaskSearch:
         gain: Mapping[str, Tensor] | None = None
         improvement, failures, stagnant, before = 0.0, 0, 0, now.value
         trials = self.evaluations + _TRIALS * self.rounds
+        promises: dict[int, tuple[int, Tensor]] = {}
         while self.evaluations < trials:
             if gain is None:
                 stagnant = 0 if now.value - before > self.fluctuation.min_delta or self.passes == 0 else stagnant + 1
                 if self.passes == self.rounds or stagnant > self.settings.max_stagnant_iterations:
                     return None
-                before, gain = now.value, self._gains(now.mask)
+                before, gain, promises = now.value, self._gains(now.mask), {}
                 if gain is None:
                     return None
             factor = self._pool_factor(len(self.history), improvement)
             most = [pool - size for pool, size in zip(self.budget.pools(sizes, factor), sizes, strict=True)]
             total = max(1, sum(most) // _SHRINKAGE**failures)
-            counts = self.budget.exchanges(gain, now.mask, most, total)
+            counts = self.budget.exchanges(gain, now.mask, most, total, promises)
             if not any(counts):
                 break
             pools = [size + count for size, count in zip(sizes, counts, strict=True)]
-            tried = {"greedy": now, "pool": self._measure(self.budget.reselections(gain, now.mask, sizes, pools))}
+            tried = {"greedy": now, "pool": self._measure(self._reselected(gain, now.mask, sizes, pools))}
             kept = max(tried, key=lambda name: tried[name].value)
             improvement, moved = tried[kept].value - now.value, kept == "pool"
             now = tried[kept]
@@ -679,7 +682,7 @@ class MaskSearch:
         self.passes += 1
         try:
             # The value is known.
-            _, gradients = self.divergence.gradients(self.masked.model, self.masked.parameters, measured=False)
+            _, gradients = self.divergence.gradients(self.masked.model, self.masked.parameters, measured=False, sign=-1)
         except NotDifferentiableError as error:
             # As where all of a token's embedding is masked: what every layer normalises is zero there.
             count = sum(map(mask.count, mask))
@@ -689,20 +692,26 @@ class MaskSearch:
             self.progress(self.passes, self.rounds)
         if gradients is None:
             return None
-        return {name: gradient.mul_(self.masked.value(name)).neg_() for name, gradient in gradients.items()}
+        return {name: self.masked.multiply_(name, gradient) for name, gradient in gradients.items()}
 
-    def _filled(self, mask: PackedMask, sizes: list[int]) -> Iterator[tuple[str, Tensor]]:
+    def _reselected(
+        self, scores: Mapping[str, Tensor], mask: PackedMask, sizes: list[int], pools: list[int]
+    ) -> PackedMask:
+        """The best of a pool; what stays is shared with the present mask."""
+        return mask.replaced(self.budget.reselections(scores, mask, sizes, pools))
+
+    def _filled(self, mask: PackedMask, sizes: list[int]) -> PackedMask:
         """A mask that grows by the smallest weights, which change next to nothing."""
         smallest = _Computed(self.masked.parameters, lambda name: -precise(self.masked.value(name)).abs())
-        return self.budget.reselections(smallest, mask, sizes, sizes)
+        return self._reselected(smallest, mask, sizes, sizes)
 
     def _try(
         self, gain: Mapping[str, Tensor], now: _Valued, sizes: list[int], pools: list[int], *, fill: bool
     ) -> dict[str, _Valued]:
-        grows, reselections = self.budget.counts(now.mask) != sizes, self.budget.reselections
-        tried = {"greedy": self._measure(reselections(gain, now.mask, sizes, sizes)) if grows else now}
+        grows = self.budget.counts(now.mask) != sizes
+        tried = {"greedy": self._measure(self._reselected(gain, now.mask, sizes, sizes)) if grows else now}
         if pools != sizes:
-            tried["pool"] = self._measure(reselections(gain, now.mask, sizes, pools))
+            tried["pool"] = self._measure(self._reselected(gain, now.mask, sizes, pools))
         if fill and grows and max(each.value for each in tried.values()) < now.value:
             tried["smallest"] = self._measure(self._filled(now.mask, sizes))
         return tried

@@ -212,7 +212,7 @@ class Expansion:
                 dtype = torch.promote_types(value.dtype, torch.float32)
                 mine = self.gradient[name] if name in self.gradient else torch.zeros_like(value, dtype=dtype)
                 vectors.append(self.replicas.sum_(mine))
-            squares = math.fsum(reduce_tensors(vectors, torch.dot, vectors))
+            squares = math.fsum(reduce_tensors(vectors, lambda x: x @ x))
             total.gradient_norm = math.sqrt(squares) / total.n_targets
         if not all(map(math.isfinite, (*total.of("loss").values(), *total.of("derivative").values()))):
             raise ValueError("the loss or one of its derivatives at the base is not finite")
@@ -289,9 +289,10 @@ class Expansion:
 
     def _add_gradient(self, weight: int, name: str, gradient: Tensor) -> None:
         """Adds one tensor's gradient of a batch's mean loss."""
-        if name not in self.gradient:
-            self.gradient[name] = torch.zeros_like(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
-        self.gradient[name].add_(gradient, alpha=weight)
+        if name in self.gradient:
+            self.gradient[name].add_(gradient, alpha=weight)
+        else:
+            self.gradient[name] = precise(gradient) * weight
 
     def _add_part(self, part: Any) -> int:
         """Adds what some samples say; returns the number of their targets."""
@@ -411,7 +412,7 @@ class Expansion:
 
     def _compare(self, expansion: Sequence[Tensor], target: TargetLogits, samples: Tensor) -> None:
         present = target.logits
-        log_probs = torch.log_softmax(precise(present), dim=-1)
+        log_probs, chosen = torch.log_softmax(precise(present), dim=-1), present.argmax(-1)
         change, by_row = _square_distance(present, expansion[0])
         samples[:, 1].index_add_(0, target.sample, by_row)
         self.sums.add("function change", [(None, change)])
@@ -422,7 +423,7 @@ class Expansion:
             if order == 1:
                 samples[:, 0].index_add_(0, target.sample, by_row)
             self.sums.add("divergence", [(order, divergence_sum(log_probs, predicted))])
-            self.sums.add("agreed", [(order, int((present.argmax(-1) == predicted.argmax(-1)).sum()))])
+            self.sums.add("agreed", [(order, int((chosen == predicted.argmax(-1)).sum()))])
 
     def _pull_back(
         self,
@@ -520,7 +521,7 @@ def _independent(count: int) -> ValueError:
 
 
 def _square_distance(first: Tensor, second: Tensor) -> tuple[float, Tensor]:
-    squares = (first.double() - second.double()).square_()
+    squares = (first.double() - second).square_()
     return float(squares.sum()), squares.sum(dim=-1)
 
 

@@ -623,6 +623,12 @@ def test_the_exchanges_that_promise_most_are_made_first(seed):
     for total in (1, 3, 5):
         expected = [sum(name == each for _, each in ranked[:total]) for name in "abc"]
         assert budget.exchanges(scores, mask, [4, 4, 4], total) == expected
+    promises = {}
+    for total in (5, 3, 1):
+        # Fewer exchanges are part of more, which no score is read again for.
+        known = scores if total == 5 else {}
+        expected = budget.exchanges(scores, mask, [4, 4, 4], total)
+        assert budget.exchanges(known, mask, [4, 4, 4], total, promises) == expected
     pairs = budget.pairs(scores, mask, 5)
     values = [float(scores[one.name][one.position] - scores[other.name][other.position]) for one, other in pairs]
     assert values == pytest.approx([value for value, _ in ranked[:5]])
@@ -654,7 +660,7 @@ def test_where_nothing_is_known_of_a_gradient_the_mask_grows_by_the_smallest_wei
 def test_sums_of_scores_one_after_the_other_find_the_same_mask(monkeypatch):
     options = {"eval_batches": [HELD_OUT], "top_k_percent": 2, "rounds": 3, "score": "taylor"}
     whole = reverse_golden_parameters(sharp("gpt2"), [BATCH], **options)
-    monkeypatch.setattr(reverse, "_LARGE", 0)
+    monkeypatch.setattr(reverse, "_APART", 0)
     held, zeros = [], reverse.zeros_like_parts
     monkeypatch.setattr(reverse, "zeros_like_parts", lambda parts: held.append(len(parts)) or zeros(parts))
     single = reverse_golden_parameters(sharp("gpt2"), [BATCH], **options)
