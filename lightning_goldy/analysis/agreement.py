@@ -182,14 +182,15 @@ def per_sample(
 
     Example:
         >>> per_sample(["a", "b"], [1.0, 2.0], [2.0, 2.0])
-        {'keys': ['a', 'b'], 'numerators': [1.0, 2.0], 'denominators': [2.0, 2.0], 'power': 1.0}
+        {'keys': ('a', 'b'), 'numerators': (1.0, 2.0), 'denominators': (2.0, 2.0), 'power': 1.0}
         >>> per_sample(["a"], [1.0, 2.0], [2.0, 2.0]) is None
         True
     """
     if not len(keys) == len(numerators) == len(denominators) or not keys:
         return None
-    values = {"numerators": [*map(float, numerators)], "denominators": [*map(float, denominators)]}
-    return {"keys": list(keys), **values, "power": power}
+    # Tuples, as results have that are read back.
+    values = {"numerators": (*map(float, numerators),), "denominators": (*map(float, denominators),)}
+    return {"keys": tuple(keys), **values, "power": power}
 
 
 def correlation_interval(whole: float, without: Sequence[float]) -> tuple[float, float] | None:

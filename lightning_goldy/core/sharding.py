@@ -143,9 +143,19 @@ def sum_over_shards(partial: Sequence[Tensor], references: Sequence[Tensor]) -> 
 def unshard_guard(module: nn.Module) -> None:
     """Frees unsharded copies that FSDP2 keeps after a forward, so that parameters are the sharded ones again."""
     for child in module.modules():
-        # Asked of the class, whose answer costs a fraction of what a module takes to say that it has no such attribute.
-        if hasattr(type(child), "reshard") and hasattr(type(child), "unshard"):
+        if gathers_in_forward(child):
             child.reshard()  # type: ignore[operator]
+
+
+def gathers_in_forward(module: nn.Module) -> bool:
+    """Whether FSDP2 splits a module's parameters, so that its forward has them whole.
+
+    Example:
+        >>> gathers_in_forward(nn.Linear(2, 2))
+        False
+    """
+    # Asked of the class, whose answer costs a fraction of what a module takes to say that it has no such attribute.
+    return hasattr(type(module), "reshard") and hasattr(type(module), "unshard")
 
 
 @dataclass(frozen=True)

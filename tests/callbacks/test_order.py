@@ -48,8 +48,8 @@ def test_starts_are_analysed_in_the_order_of_the_callbacks(tmp_path):
     order = []
 
     class Told(GoldenParameters):
-        def _start(self, trainer, pl_module):
-            super()._start(trainer, pl_module)
+        def _start(self, trainer, pl_module, former):
+            super()._start(trainer, pl_module, former)
             order.append(f"{self.name} checked")
 
         def compute(self, context):

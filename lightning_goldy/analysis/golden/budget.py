@@ -19,7 +19,7 @@ from lightning_goldy.core.registry import Registry
 from lightning_goldy.core.selection import kth_largest, select_largest, select_largest_of_each
 from lightning_goldy.core.sharding import Replicas, gather, is_sharded, like, local, scatter_like, sum_over_shards
 from lightning_goldy.core.space import ParameterSpace
-from lightning_goldy.core.vector import elements_in
+from lightning_goldy.core.vector import elements_in, require_finite
 
 Mask = dict[str, Tensor]
 
@@ -290,6 +290,35 @@ class Budget:
         counts = dict(zip(self.layouts, sum_over_shards(parts, list(self.layouts.values())), strict=True))
         groups = zip(self.groups, self.stacks, strict=True)
         return [sum(int(counts[name]) for name in group) // stack for group, stack in groups]
+
+
+class ComputedScores(Mapping[str, Tensor]):
+    """Tensors by name that are computed each time that they are asked for, so that only one of them exists."""
+
+    def __init__(self, names: Iterable[str], compute: Callable[[str], Tensor]) -> None:
+        self._names, self._compute = dict.fromkeys(names), compute
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._compute(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def finite_scores(scores: Mapping[str, Tensor], what: str, budget: Budget) -> Mapping[str, Tensor]:
+    """The same scores, each held against what is no number when it is asked for."""
+
+    def checked(name: str) -> Tensor:
+        part = scores[name]
+        require_finite(budget.laid_out({name: part}), what)
+        return part
+
+    return ComputedScores(scores, checked)
 
 
 def largest_of(scores: Sequence[Tensor], k: int, stack: int) -> list[Tensor]:

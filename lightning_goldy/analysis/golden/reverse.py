@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -16,11 +16,13 @@ from lightning_goldy.analysis.divergence import Cache, check_cache, precise
 from lightning_goldy.analysis.golden.budget import (
     STRATEGIES,
     Budget,
+    ComputedScores,
     Element,
     Fluctuation,
     Scored,
     counts_by_expert,
     crossings,
+    finite_scores,
     largest_activations,
 )
 from lightning_goldy.analysis.golden.golden import SCORES, MaskResult
@@ -362,7 +364,7 @@ def _run_search(
             masked.model, course.divergence, objective, masked.parameters, wanted, value=masked.value
         )
         for name in wanted:
-            checked = _finite(scores[name], f"{name} scores", budget)
+            checked = finite_scores(scores[name], f"{name} scores", budget)
             shots[name] = PackedMask(budget.selections(checked, budget.sizes()))
             if name == score or course.exact:
                 course.start(checked, first=name == score)
@@ -396,35 +398,6 @@ def scoring_rounds(elements: int, names: Sequence[str]) -> tuple[tuple[str, ...]
         return (tuple(names),)
     of_one_sum = (tuple(name for name in names if name in ("gradient", "taylor")),)
     return of_one_sum + tuple((name,) for name in names if name not in of_one_sum[0])
-
-
-class _Computed(Mapping[str, Tensor]):
-    """Tensors by name that are computed each time that they are asked for, so that only one of them exists."""
-
-    def __init__(self, names: Iterable[str], compute: Callable[[str], Tensor]) -> None:
-        self._names, self._compute = dict.fromkeys(names), compute
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        return self._compute(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
-def _finite(scores: Mapping[str, Tensor], what: str, budget: Budget) -> Mapping[str, Tensor]:
-    """The same scores, each held against what is no number when it is asked for."""
-
-    def checked(name: str) -> Tensor:
-        part = scores[name]
-        require_finite(budget.laid_out({name: part}), what)
-        return part
-
-    return _Computed(scores, checked)
 
 
 class _Valued(NamedTuple):
@@ -702,7 +675,7 @@ class MaskSearch:
 
     def _filled(self, mask: PackedMask, sizes: list[int]) -> PackedMask:
         """A mask that grows by the smallest weights, which change next to nothing."""
-        smallest = _Computed(self.masked.parameters, lambda name: -precise(self.masked.value(name)).abs())
+        smallest = ComputedScores(self.masked.parameters, lambda name: -precise(self.masked.value(name)).abs())
         return self._reselected(smallest, mask, sizes, sizes)
 
     def _try(
@@ -800,7 +773,7 @@ def single_shot_scores(
         samples.replicas.sum_(part)
     scores = {
         "gradient": first,
-        "taylor": _Computed(first, lambda name: first[name] * unmasked(name).abs()),
-        "fisher": _Computed(second, lambda name: second[name] * unmasked(name).square()),
+        "taylor": ComputedScores(first, lambda name: first[name] * unmasked(name).abs()),
+        "fisher": ComputedScores(second, lambda name: second[name] * unmasked(name).square()),
     }
     return {name: {**scores, extra: own}[name] for name in wanted}
