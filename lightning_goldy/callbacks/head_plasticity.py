@@ -29,7 +29,7 @@ from lightning_goldy.analysis.heads.schedule import check_regrowth, plan_from
 from lightning_goldy.analysis.result import Cost
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, Trigger
 from lightning_goldy.callbacks.engine.store import steps_so_far, training_length
-from lightning_goldy.callbacks.engine.weights import undefined_row
+from lightning_goldy.callbacks.engine.weights import undefined_weights
 from lightning_goldy.callbacks.golden_snapshot import TrainingBase
 from lightning_goldy.core.architecture import HeadGates, UnsupportedArchitectureError
 from lightning_goldy.core.isolation import undisturbed
@@ -186,7 +186,8 @@ class HeadPlasticity(AnalysisCallback[PlasticityResult]):
             return
         self.run(trainer, pl_module, trigger)
         # Of weights that are no numbers nothing is carried out, and one row tells so.
-        self._undefined = self.plasticity.due(steps_so_far(trainer)) is not None
+        if self.plasticity.due(steps_so_far(trainer)) is not None:
+            self._undefined = bool(undefined_weights(find_model(pl_module, self.model_attribute)))
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, AnalysisCallback):
                 callback.training_changed_weights()
@@ -270,7 +271,9 @@ class HeadPlasticity(AnalysisCallback[PlasticityResult]):
                 model = find_model(pl_module, self.model_attribute)
                 return self._subject_of(model, find_objective(pl_module, model, self.objective)).loss()
 
-        if undefined_row(find_model(pl_module, self.model_attribute)) is not None:
+        if told := undefined_weights(find_model(pl_module, self.model_attribute)):
+            step = steps_so_far(trainer)
+            rank_zero_warn(f"{self.name} failed to measure the recovery at step {step} and training goes on: {told}")
             return
         loss = self.attempt(trainer, "to measure the recovery", measured)
         if loss is None:

@@ -83,7 +83,8 @@ def compare(found: dict[str, Any], expected: dict[str, Any]) -> None:
         for row, other in zip(found[name], expected[name], strict=True):
             assert row.keys() == other.keys()
             for key, value in row.items():
-                assert value == (other[key] if isinstance(value, str) else pytest.approx(other[key], rel=1e-5)), key
+                same = isinstance(value, str) or value is None
+                assert value == (other[key] if same else pytest.approx(other[key], rel=1e-5)), key
 
 
 def check_all(layout: str, expected: dict[str, Any]) -> int:

@@ -66,13 +66,36 @@ def weights_mark(model: nn.Module) -> str:
     return "/".join(marks)
 
 
+def undefined_weights(model: nn.Module) -> str:
+    """Which weights the training has left that are no numbers, in words; empty where all are finite. A collective.
+
+    Args:
+        model: What is trained of it is looked at, one pass over its memory.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> undefined_weights(layer)
+        ''
+        >>> _ = layer.bias.data.fill_(float("nan"))
+        >>> undefined_weights(layer)
+        'the weights of bias are not finite'
+    """
+    parts = {name: local(value.detach()) for name, value in model.named_parameters() if value.requires_grad}
+    parts = {name: part for name, part in parts.items() if part.numel() and part.is_floating_point()}
+    ends = [torch.stack(part.aminmax()).isfinite().all() for part in parts.values()]
+    finite = torch.stack([end.to(ends[0].device) for end in ends]).tolist() if ends else []
+    mine = next((canonical_name(name) for name, known in zip(parts, finite, strict=True) if not known), None)
+    found = next((name for name in Replicas.world().gather_objects(mine) if name is not None), None)
+    return "" if found is None else f"the weights of {found} are not finite"
+
+
 def undefined_row(model: nn.Module) -> tuple[Row, dict[str, Any], dict[str, Any]] | None:
     """A row that says why nothing is measured, where the training has left weights that are no numbers.
 
     Such a training goes on, or ends, as it would without an analysis. A collective.
 
     Args:
-        model: What is trained of it is looked at, one pass over its memory.
+        model: As of :func:`undefined_weights`.
 
     Returns:
         The row, no vectors and no histograms; None where all weights are finite.
@@ -88,15 +111,9 @@ def undefined_row(model: nn.Module) -> tuple[Row, dict[str, Any], dict[str, Any]
         ...     print(undefined_row(layer)[0].headline)
         undefined: the weights of bias are not finite
     """
-    parts = {name: local(value.detach()) for name, value in model.named_parameters() if value.requires_grad}
-    parts = {name: part for name, part in parts.items() if part.numel() and part.is_floating_point()}
-    ends = [torch.stack(part.aminmax()).isfinite().all() for part in parts.values()]
-    finite = torch.stack([end.to(ends[0].device) for end in ends]).tolist() if ends else []
-    mine = next((canonical_name(name) for name, known in zip(parts, finite, strict=True) if not known), None)
-    found = next((name for name in Replicas.world().gather_objects(mine) if name is not None), None)
-    if found is None:
+    told = undefined_weights(model)
+    if not told:
         return None
-    told = f"the weights of {found} are not finite"
     rank_zero_warn(f"analyses are undefined from here on, and training goes on: {told}")
     return Row("", {}, {"undefined": told}, f"undefined: {told}"), {}, {}
 
