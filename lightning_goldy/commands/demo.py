@@ -85,18 +85,21 @@ def run_demo(directory: str | Path = "runs/demo", *, fast: bool = False, seed: i
     return report
 
 
-def analysis_callbacks(every_n_steps: int, edited: Iterable[Any] | None = None) -> list[L.Callback]:
+def analysis_callbacks(
+    every_n_steps: int, edited: Iterable[Any] | None = None, *, n_edited: int = 64
+) -> list[L.Callback]:
     """Every callback of the package that watches a training, and the report.
 
     Args:
         every_n_steps: How often most of them look.
         edited: Batches of what the finetune is about, on which its effect is attributed; by default the probe.
+        n_edited: How many samples they hold; at most 64 are taken.
     """
     return [
         GoldenSnapshot(every_n_steps=every_n_steps),
         GoldenParameters(every_n_steps=every_n_steps, at=("start", "end")),
         ReverseGoldenParameters(at=("start", "end")),
-        ChangeAttribution(probe=edited, n_samples=64),
+        ChangeAttribution(probe=edited, n_samples=min(n_edited, 64)),
         ActivationDifferences(),
         TaylorDiff(every_n_steps=every_n_steps, at=("end",)),
         ParameterDistribution(),
@@ -118,10 +121,11 @@ def _finetune(settings: DemoSettings, base: Path, directory: Path) -> tuple[L.Tr
         schedule=ScheduleOptions("linear", warmup_fraction=0.1),
     )
     checkpoint = ModelCheckpoint(filename="{step}", every_n_epochs=settings.finetuning_epochs)
-    edited = data.question_dataloader(one_hop_questions(data.edited_facts))
+    questions = list(one_hop_questions(data.edited_facts))
+    edited = data.question_dataloader(questions)
     trainer = _trainer(
         TensorBoardLogger(directory, name="finetune"),
-        [knowledge, *analysis_callbacks(settings.every_n_steps, edited), checkpoint],
+        [knowledge, *analysis_callbacks(settings.every_n_steps, edited, n_edited=len(questions)), checkpoint],
         max_epochs=settings.finetuning_epochs,
     )
     trainer.fit(module, data)

@@ -11,9 +11,11 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 from lightning_goldy.analysis import diagonal_preconditioner, finetune_ripple, golden_parameters, knowledge_coupling
-from lightning_goldy.analysis.basin import basin_volume
+from lightning_goldy.analysis.basin import KroneckerPreconditioner, basin_volume, kronecker_fisher
+from lightning_goldy.analysis.divergence import shortened
 from lightning_goldy.callbacks import BasinVolume, GoldenParameters, GoldenSnapshot, KnowledgeCoupling
 from lightning_goldy.core import ParameterSpace, ParameterVector, load_vectors
+from lightning_goldy.core.objective import CausalLMObjective
 from lightning_goldy.core.sharding import gather
 from lightning_goldy.core.vector import substituted
 from tests.callbacks.knowledge import PIECES, WORDS, WordData
@@ -91,14 +93,20 @@ def same_knowledge(trainer, alone, base, knowledge) -> bool:
 
 
 def same_volumes(trainer, module, alone, batches, basin) -> bool:
-    row = json.loads((basin.folder / "results.jsonl").read_text().splitlines()[-1])["result"]
+    last = json.loads((basin.folder / "results.jsonl").read_text().splitlines()[-1])
+    row = last["result"]
     optimizer = trainer.optimizers[0]
     names = [name.removeprefix("model.") for name, _ in module.named_parameters()]
     held = dict(zip(names, optimizer.param_groups[0]["params"], strict=True))
     space = ParameterSpace.of(alone.model)
     # Without their bias correction, one factor for all, which a volume-preserving map does not see.
     whole = ParameterVector(space, {name: gather(optimizer.state[held[name]]["exp_avg_sq"]) for name in space})
-    proposals = {"none": None, "adam": diagonal_preconditioner(whole, eps=row["eps"])}
+    fisher = kronecker_fisher(alone.model, shortened(batches, CausalLMObjective(), 3, None), space=space)
+    proposals = {
+        "none": None,
+        "adam": diagonal_preconditioner(whole, eps=row["eps"]),
+        "kronecker": KroneckerPreconditioner(fisher, eps=last["metrics"]["kronecker_eps"]),
+    }
     options = {"n_directions": 5, "n_samples": 3, "sigma": row["sigma"], "split_over_ranks": False}
     expected = basin_volume(alone.model, batches, preconditioner=proposals, **options)
     (volume,) = row["volumes"]

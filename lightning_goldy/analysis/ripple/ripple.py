@@ -364,8 +364,8 @@ class RippleResult(AnalysisResult):
         parts = []
         if idle := int((self.delta_norm == 0).sum()):
             parts.append(
-                f"{idle} of {len(self.delta_norm)} edits changed no weight: the step is below the weights' rounding, or "
-                "an editor's search found nothing better than no change, where more steps or a lower weight decay may"
+                f"{idle} of {len(self.delta_norm)} edits changed no weight: the step is below the weights' rounding, "
+                "or an editor's search found nothing better than no change, where more steps or less weight decay may"
             )
         moved = self.delta_norm[: len(self.slope)] > 0  # results of older files have no slopes
         slope, wrong = self.agreement()[0].slope, self.slope[~self.linear & moved].tolist()

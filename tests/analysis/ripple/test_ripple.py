@@ -316,7 +316,7 @@ def test_halvings_are_bounded_and_the_slope_nearest_to_one_stands() -> None:
 
 
 def test_edits_that_change_no_weight_are_told_as_such_and_not_as_steps_too_large() -> None:
-    with pytest.warns(UserWarning, match=r"2 of 2 edits changed no weight: .*more steps or a lower weight decay"):
+    with pytest.warns(UserWarning, match=r"2 of 2 edits changed no weight: .*more steps or less weight decay"):
         idle = ripple(build("llama"), EDITS[:2], editor=RankOneEditor(weight_decay=1e3, steps=2), measure="answer")
     assert idle.delta_norm.tolist() == [0.0, 0.0]
     assert "slope" not in idle.warning()
