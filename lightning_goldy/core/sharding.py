@@ -42,6 +42,22 @@ def splits_layers(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor) and sum(not isinstance(p, Replicate) for p in tensor.placements) > 1
 
 
+def is_tensor_parallel(part: nn.Module, model: nn.Module | None = None) -> bool:
+    """Whether layers are split over processes that never see one whole, not even in its forward.
+
+    Args:
+        part: Whose parameters are looked at.
+        model: What it lies in, whose modules FSDP2 may gather; by default the part.
+
+    Example:
+        >>> is_tensor_parallel(nn.Linear(2, 2))
+        False
+    """
+    parameters = list(part.parameters())
+    gathered = any(map(gathers_in_forward, (model or part).modules()))
+    return any(map(splits_layers, parameters)) or (not gathered and any(map(is_sharded, parameters)))
+
+
 def local(tensor: Tensor) -> Tensor:
     """This process's part, sharing memory with the tensor and detached from autograd.
 

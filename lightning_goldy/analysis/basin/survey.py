@@ -23,8 +23,10 @@ from lightning_goldy.core.directions import Preconditioner
 from lightning_goldy.core.naming import require_at_least, require_choice
 from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.outer_products import linear_layers
+from lightning_goldy.core.sharding import is_tensor_parallel
 from lightning_goldy.core.space import ParameterSpace, Selection
 
+_SPLIT = "under tensor parallelism no process sees a layer whole"
 PreconditionerName = Literal["none", "adam", "best", "kronecker"]
 Make: TypeAlias = Callable[[float], Preconditioner]
 """A preconditioner from its damping."""
@@ -98,9 +100,12 @@ class VolumeSurvey:
 
         Raises:
             SpaceError: It is empty, or a pattern matches nothing.
-            ValueError: The preconditioner is ``kronecker``, and there is nothing in it that has Kronecker factors.
+            ValueError: The preconditioner is ``kronecker``, and there is nothing in it that has Kronecker factors, or
+                tensor parallelism splits the layers.
         """
         space = self.selection.space(model)
+        if self.preconditioner == "kronecker" and is_tensor_parallel(model):
+            raise ValueError(f"preconditioner='kronecker': {_SPLIT}: use another preconditioner, FSDP2 or replicas")
         if self.preconditioner == "kronecker" and not any(name in space for name in linear_layers(model)):
             raise ValueError(
                 "preconditioner='kronecker' needs the weight of a linear layer (nn.Linear or Conv1D) that serves "
@@ -135,6 +140,9 @@ class VolumeSurvey:
         make = adam if self.needs_adam else None
         space = self.space(model)
         layered = any(name in space for name in linear_layers(model))
+        if layered and self.preconditioner == "best" and is_tensor_parallel(model):
+            layered = False
+            warnings.warn(f"{_SPLIT}: of the best proposals the Kronecker factors are left out", stacklevel=2)
         fisher_too = self.preconditioner == "kronecker" or (self.preconditioner == "best" and layered)
         walks = 1 + (make is not None) + layered if self.preconditioner == "best" else 1
         count = len(splits) * len(self.cutoffs) * self.n_directions * walks

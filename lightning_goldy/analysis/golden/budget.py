@@ -403,8 +403,9 @@ def largest_activations(
         def note(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             ends = (output, *inputs[:1]) if first_is_output else (*inputs[:1], output)
             plain = all(isinstance(end, Tensor) and end.ndim and end.numel() for end in ends)
+            # Of layers that tensor parallelism splits by outputs a process has only its own, of another width.
             if plain and tuple(end.shape[-1] for end in ends) == shape:
-                sizes = [end.detach().abs().reshape(-1, end.shape[-1]).amax(dim=0).float() for end in ends]
+                sizes = [gather(end).abs().reshape(-1, end.shape[-1]).amax(dim=0).float() for end in ends]
                 before = found.get(name, sizes)
                 found[name] = torch.maximum(before[0], sizes[0]), torch.maximum(before[1], sizes[1])
 

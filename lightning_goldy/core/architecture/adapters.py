@@ -26,7 +26,7 @@ from lightning_goldy.core.architecture.experts import is_experts, without_adapte
 from lightning_goldy.core.base import BaseParameters, Change
 from lightning_goldy.core.files import PlainError
 from lightning_goldy.core.naming import canonical_name, model_class, require_choice
-from lightning_goldy.core.sharding import gather, gathers_in_forward, is_sharded, splits_layers
+from lightning_goldy.core.sharding import gather, is_sharded, is_tensor_parallel
 from lightning_goldy.core.space import ParameterSpace, trainable_parameters
 from lightning_goldy.core.vector import ParameterVector, reduce_tensors
 
@@ -600,9 +600,7 @@ def require_merged_parameters(model: nn.Module, space: str = "merged") -> None:
     for path, layer in adapted_layers(model).items():
         if getattr(layer, "merged", False):
             raise AdapterError(f"{path}: the adapter is merged; take it apart first, with unmerge_adapter()")
-        if any(splits_layers(parameter) for parameter in layer.parameters()) or (
-            any(map(is_sharded, layer.parameters())) and not any(map(gathers_in_forward, model.modules()))
-        ):
+        if is_tensor_parallel(layer, model):
             raise AdapterError(
                 f"{path}: under tensor parallelism no process computes with a whole layer, so none can with its merged "
                 "weights: use space='adapters', FSDP2 or DDPStrategy"
