@@ -476,6 +476,8 @@ class PretrainedExport(CheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Saves the checkpoint, then the folder, then takes from older ones what only the newest keeps."""
         self.inner.save_checkpoint(checkpoint, path, storage_options=storage_options)
+        if "state_dict" not in checkpoint:
+            return  # The weights that processes which Lightning spawned or forked hand back: no checkpoint of the run.
         if self.options.pretrained != "none":
             self._export(checkpoint, path)
         if "://" in str(path):

@@ -96,6 +96,14 @@ def test_removal_leaves_folders_of_others_alone(tmp_path):
     assert _names(tmp_path) == ["step=1"]
 
 
+def test_weights_that_spawned_processes_hand_back_are_no_checkpoint(tmp_path):
+    """Lightning's launcher writes a bare state dict through the plugin at the end of a fit under ``ddp_spawn``."""
+    weights, path = {"model.weight": torch.ones(2)}, tmp_path / ".temp.ckpt"
+    PretrainedExport(TorchCheckpointIO(), L.Trainer(logger=False)).save_checkpoint(weights, path)
+    assert torch.equal(torch.load(path)["model.weight"], weights["model.weight"])
+    assert [*tmp_path.iterdir()] == [path]
+
+
 def test_sharded_checkpoints_are_announced_to_have_none():
     trainer = L.Trainer(logger=False)
     trainer.strategy._save_distributed_checkpoint = True
