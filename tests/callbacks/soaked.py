@@ -37,6 +37,10 @@ class Look(L.Callback):
         if trainer.global_step * watchers % EVERY:
             return
         gc.collect()
+        # TensorBoard's thread opens its file for each write; a look in the middle of one would count it.
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.flush()
         process = psutil.Process()
         self.seen.append(
             {
