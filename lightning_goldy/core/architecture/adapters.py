@@ -230,18 +230,17 @@ def changes_in(model: nn.Module, base: BaseParameters, space: str = "merged") ->
     if chosen_space(model, space) != "merged":
         yield from base.changes(model)
         return
-    layers, done = adapted_layers(model), set()
-    parameters = base.space.resolve(model)
-    for name, owners in _owners(parameters, layers).items():
-        if not owners:
+    layers, parameters = adapted_layers(model), base.space.resolve(model)
+    # Layers that share every parameter, as tied embeddings whose token rows train, are one weight.
+    weights = {path: frozenset(map(id, layer.parameters())) for path, layer in layers.items()}
+    told: set[frozenset[int]] = set()
+    for name, owners in [*_owners(parameters, layers).items(), ("", laid_otherwise(model, base))]:
+        if not owners and name:
             yield base.change(name, parameters[name])._replace(name=merged_name(name))
         for owner in owners:
-            if owner not in done:
-                done.add(owner)
+            if weights[owner] not in told:
+                told.add(weights[owner])
                 yield from _layer_changes(owner, layers[owner], base, parameters)
-    for path in laid_otherwise(model, base):
-        if path not in done:
-            yield from _layer_changes(path, layers[path], base, parameters)
 
 
 def _owners(parameters: Mapping[str, nn.Parameter], layers: Mapping[str, nn.Module]) -> dict[str, list[str]]:

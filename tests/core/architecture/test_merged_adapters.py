@@ -52,6 +52,7 @@ CASES = {
     ),
     "DoRA": (gpt2, lambda: lora(target_modules=["c_attn", "c_proj"], use_dora=True)),
     "embeddings": (gpt2, lambda: lora(target_modules=["wte", "c_fc"])),
+    "tokens of tied embeddings": (gpt2, lambda: lora(target_modules=["c_attn"], trainable_token_indices=[1, 3])),
     "biases": (gpt2, lambda: lora(target_modules=["c_attn"], bias="lora_only")),
     "biases of LoRA": (gpt2, lambda: lora(target_modules=["c_attn"], lora_bias=True)),
     "modules_to_save": (gpt2, lambda: lora(target_modules=["c_attn"], modules_to_save=["ln_f"])),
