@@ -28,8 +28,9 @@ generated: a slow test runs every cell and holds it against this page, and `make
 **exact**: every metric, and the numbers of passes among its costs, has the bits that one process finds, and a training
 with the callback ends with the bits (weights, optimizer, buffers, random states) of one without it. **rounding 1e-6**:
 the training likewise; metrics agree up to this relative difference, which sums in another order make. **other passes**:
-the analysis goes another way where the model is in shards, so its passes are others. **refused**: it ends before the
-first step with a message of its own, the note. A cell that nobody has run yet says so.
+the analysis goes another way where the model is in shards, so its passes are others. **other metrics**: it warns that
+it leaves out what needs whole layers, as the proposals of Kronecker factors do. **refused**: it ends before the first
+step with a message of its own, the note. A cell that nobody has run yet says so.
 
 `HeadPlasticity` and `FinetuneComparison` change or repeat the training, so of them the rows alone are compared. Of
 `ExactResume` it is told whether a training that goes on from a checkpoint is the one that did not stop. DeepSpeed and
