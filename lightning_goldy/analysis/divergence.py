@@ -191,7 +191,10 @@ def divergence_sum(log_probs: Tensor, logits: Tensor) -> float:
         difference = found - anchor
         low, high = map(float, difference.aminmax())
         if -math.inf < low and high < _FAR:
-            total += difference.expm1().sub_(difference).mul_(probability).sum(dtype=torch.float64)
+            # Below it expm1 is -1 to the last bit, and slow where its exponential underflows.
+            least = math.log(torch.finfo(difference.dtype).eps) - 4
+            change = difference.clamp(min=least) if low < least else difference
+            total += change.expm1().sub_(difference).mul_(probability).sum(dtype=torch.float64)
             continue
         for part in _far_terms(found, anchor, probability, difference, low, high):
             total += part.sum(dtype=torch.float64)

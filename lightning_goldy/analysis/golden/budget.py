@@ -267,9 +267,7 @@ class Budget:
             for each, limit, stack in zip(promised, most, self.stacks, strict=True)
         ]
 
-    def _promised(
-        self, part: Tensor, mask: Mapping[str, Tensor], name: str, count: int, outside: Outside
-    ) -> Tensor:
+    def _promised(self, part: Tensor, mask: Mapping[str, Tensor], name: str, count: int, outside: Outside) -> Tensor:
         """What so many exchanges within a tensor promise, the best first; none less than 0."""
         flat, held = self.whole(name, part).reshape(-1), self.positions(mask, name)
         worst = flat[held].sort().values[:count]
@@ -409,28 +407,26 @@ def _reselected(
         came: Flat positions, ascending, and values of as many of the best others as there are places beside those kept.
         kept: How many of those held are marked in any case.
     """
-    stay, (positions, values) = list(held), came
+    stay, positions = list(held), list(came[0])
     if kept < sum(map(len, held)):
         inside = [part.reshape(-1)[where] for part, where in zip(scores, held, strict=True)]
         best = select_largest(inside, kept)
         stay = [where[mask] for where, mask in zip(held, best, strict=True)]
-        ends = zip(held, inside, best, positions, values, strict=True)
-        joined = [
-            (torch.cat([where[~mask], other]), torch.cat([mine[~mask], theirs]))
-            for where, mine, mask, other, theirs in ends
-        ]
-        # Ascending, so that ties go to the smaller position.
-        orders = [where.argsort() for where, _ in joined]
-        positions, rivals = ([part[order] for part, order in zip(each, orders)] for each in zip(*joined))
-        chosen = select_largest(rivals, sum(map(len, came[0]))) if any(map(len, came[0])) else []
-        positions = [where[mask] for where, mask in zip(positions, chosen)] or [where[:0] for where in held]
+        rivals = []
+        for index, (where, values, mask, others) in enumerate(zip(held, inside, best, came[1], strict=True)):
+            joined = torch.cat([where[~mask], positions[index]])
+            # Ascending, so that ties go to the smaller position.
+            order = joined.argsort()
+            positions[index] = joined[order]
+            rivals.append(torch.cat([values[~mask], others])[order])
+        places = sum(map(len, came[0]))
+        chosen = select_largest(rivals, places) if places else [part < -math.inf for part in rivals]
+        positions = [where[mask] for where, mask in zip(positions, chosen, strict=True)]
     parts = zip(stay, positions, scores, strict=True)
     return [marked([where, other], part.shape) for where, other, part in parts]
 
 
-def _largest_outside(
-    flats: Sequence[Tensor], held: Sequence[Tensor], count: int
-) -> tuple[list[Tensor], list[Tensor]]:
+def _largest_outside(flats: Sequence[Tensor], held: Sequence[Tensor], count: int) -> tuple[list[Tensor], list[Tensor]]:
     """Flat positions, ascending, and values of the largest so many beside those held; the tensors come back."""
     values = [flat[where] for flat, where in zip(flats, held, strict=True)]
     # They are set aside rather than left out of a copy of all scores.
