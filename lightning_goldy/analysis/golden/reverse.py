@@ -544,8 +544,7 @@ class MaskSearch:
             if not any(counts):
                 break
             pools = [size + count for size, count in zip(sizes, counts, strict=True)]
-            proposed = self._reselected(gain, now.mask, sizes, pools, self._outside)
-            tried = {"greedy": now, "pool": self._measure(proposed)}
+            tried = {"greedy": now, "pool": self._measure(self._reselected(gain, now.mask, sizes, pools))}
             kept = max(tried, key=lambda name: tried[name].value)
             improvement, moved = tried[kept].value - now.value, kept == "pool"
             now = tried[kept]
@@ -655,7 +654,7 @@ class MaskSearch:
     def _gains(self, mask: PackedMask) -> Mapping[str, Tensor] | None:
         """What masking each element adds, to first order, nats; None where nothing is known of it."""
         self.masked.zero(mask)
-        self.passes += 1
+        self.passes, self._outside = self.passes + 1, Outside()
         try:
             # The value is known.
             _, gradients = self.divergence.gradients(self.masked.model, self.masked.parameters, measured=False, sign=-1)
@@ -668,24 +667,18 @@ class MaskSearch:
             self.progress(self.passes, self.rounds)
         if gradients is None:
             return None
-        self._outside = Outside()
         return {name: self.masked.multiply_(name, gradient) for name, gradient in gradients.items()}
 
     def _reselected(
-        self,
-        scores: Mapping[str, Tensor],
-        mask: PackedMask,
-        sizes: list[int],
-        pools: list[int],
-        outside: Outside | None = None,
+        self, gain: Mapping[str, Tensor], mask: PackedMask, sizes: list[int], pools: list[int]
     ) -> PackedMask:
-        """The best of a pool; what stays is shared with the present mask."""
-        return mask.replaced(self.budget.reselections(scores, mask, sizes, pools, outside))
+        """The best of a pool by the last scores; what stays is shared with the present mask."""
+        return mask.replaced(self.budget.reselections(gain, mask, sizes, pools, self._outside))
 
     def _filled(self, mask: PackedMask, sizes: list[int]) -> PackedMask:
         """A mask that grows by the smallest weights, which change next to nothing."""
         smallest = ComputedScores(self.masked.parameters, lambda name: -precise(self.masked.value(name)).abs())
-        return self._reselected(smallest, mask, sizes, sizes)
+        return mask.replaced(self.budget.reselections(smallest, mask, sizes, sizes))
 
     def _try(
         self, gain: Mapping[str, Tensor], now: _Valued, sizes: list[int], pools: list[int], *, fill: bool
@@ -694,7 +687,7 @@ class MaskSearch:
         # The largest first: what the others take is part of it.
         wanted = {"pool": pools} if pools != sizes else {}
         wanted |= {"greedy": sizes} if grows else {}
-        masks = {name: self._reselected(gain, now.mask, sizes, each, self._outside) for name, each in wanted.items()}
+        masks = {name: self._reselected(gain, now.mask, sizes, each) for name, each in wanted.items()}
         tried = {"greedy": self._measure(masks["greedy"]) if grows else now}
         if "pool" in masks:
             tried["pool"] = self._measure(masks["pool"])
