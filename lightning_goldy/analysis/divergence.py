@@ -191,16 +191,49 @@ def divergence_sum(log_probs: Tensor, logits: Tensor) -> float:
         difference = found - anchor
         low, high = map(float, difference.aminmax())
         if -math.inf < low and high < _FAR:
-            total += difference.expm1().sub_(difference).mul_(probability).sum(dtype=torch.float64)
+            # Below it expm1 is -1 to the last bit, and slow where its exponential underflows.
+            least = math.log(torch.finfo(difference.dtype).eps) - 4
+            change = difference.clamp(min=least) if low < least else difference
+            total += change.expm1().sub_(difference).mul_(probability).sum(dtype=torch.float64)
             continue
-        difference = torch.where(torch.isneginf(anchor), 0.0, difference)
-        # Far away the exponential may overflow where the probability vanishes, and there is nothing to cancel.
-        near = probability * (torch.expm1(difference) - difference)
-        far = found.exp() - probability - torch.where(probability == 0, 0.0, probability * difference)
-        total += torch.where(difference.abs() < 1, near, far).sum(dtype=torch.float64)
-        # Where the anchor's probability is exactly 0 all that the other gives it counts.
-        total += torch.where(torch.isneginf(anchor), found.exp(), 0.0).sum(dtype=torch.float64)
+        for part in _far_terms(found, anchor, probability, difference, low, high):
+            total += part.sum(dtype=torch.float64)
     return float(total)
+
+
+def _far_terms(
+    found: Tensor, anchor: Tensor, probability: Tensor, difference: Tensor, low: float, high: float
+) -> Iterator[Tensor]:
+    """Terms of a divergence of which the exponential may overflow; what is far off there has nothing to cancel."""
+    lost = None if high < math.inf else torch.isneginf(anchor)
+    if lost is not None:
+        difference = difference.masked_fill(lost, 0.0)
+    reached = _exponential_beside(found, anchor)
+    change = probability * difference
+    if not low > -math.inf:
+        change.masked_fill_(probability == 0, 0.0)
+    far = (reached - probability).sub_(change)
+    inside = difference.clamp(-1.0, 1.0)
+    near = inside.expm1().sub_(inside).mul_(probability)
+    yield torch.where(difference.abs() < 1, near, far)
+    if lost is not None:
+        # Where the anchor's probability is exactly 0 all that the other gives it counts.
+        yield torch.where(lost, reached, 0.0)
+
+
+def _exponential_beside(values: Tensor, others: Tensor) -> Tensor:
+    """The exponential of values, but 0 where it is so small that adding it to that of the others changes no bit.
+
+    Processors take up to fifty times as long over what is smaller than their smallest normal number.
+    """
+    numbers = torch.finfo(values.dtype)
+    least = math.ceil(math.log(numbers.tiny))
+    small = values < least
+    found = values.clamp(min=least).exp_().masked_fill_(small, 0.0)
+    counts = small.logical_and_(others < least + 4 - math.log(numbers.eps))
+    if counts.any():
+        found[counts] = values[counts].exp()
+    return found
 
 
 def check_cache(cache: str, cache_dtype: torch.dtype | None) -> None:

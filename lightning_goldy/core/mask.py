@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -305,6 +305,44 @@ class ParameterMask(ParameterVector):
 _FEW = 32
 
 
+class Positions(NamedTuple):
+    """Marked elements of one tensor, where they are few enough to be listed.
+
+    Args:
+        flat: Their flat positions, ascending.
+        shape: Of the tensor.
+    """
+
+    flat: Tensor
+    shape: torch.Size
+
+    def dense(self) -> Tensor:
+        """The boolean tensor.
+
+        Example:
+            >>> Positions(torch.tensor([0, 3]), torch.Size([2, 2])).dense().tolist()
+            [[True, False], [False, True]]
+        """
+        mask = torch.zeros(math.prod(self.shape), dtype=torch.bool, device=self.flat.device)
+        mask[self.flat] = True
+        return mask.view(self.shape)
+
+
+def marked(parts: Sequence[Tensor], shape: torch.Size) -> Tensor | Positions:
+    """One tensor of a mask from flat positions in parts that share none: as positions where they are few.
+
+    Example:
+        >>> marked([torch.tensor([9]), torch.tensor([2])], torch.Size([99])).flat.tolist()
+        [2, 9]
+        >>> marked([torch.tensor([1])], torch.Size([2])).tolist()
+        [False, True]
+    """
+    flat = torch.cat(list(parts))
+    if _FEW * len(flat) < math.prod(shape):
+        return Positions(flat.sort().values, shape)
+    return Positions(flat, shape).dense()
+
+
 class PackedMask(Mapping[str, Tensor]):
     """Boolean tensors by name that fill a bit per element, or their positions where few are marked.
 
@@ -312,7 +350,7 @@ class PackedMask(Mapping[str, Tensor]):
     an accelerator those with many marks stay as they are.
 
     Args:
-        parts: Name and boolean tensor, one after the other; none is held.
+        parts: Name and boolean tensor, or positions of few elements, one after the other; none is held.
 
     Example:
         >>> packed = PackedMask([("w", torch.tensor([[True, False], [False, True]]))])
@@ -320,22 +358,29 @@ class PackedMask(Mapping[str, Tensor]):
         ([[True, False], [False, True]], 2)
     """
 
-    def __init__(self, parts: Iterable[tuple[str, Tensor]]) -> None:
+    def __init__(self, parts: Iterable[tuple[str, Tensor | Positions]]) -> None:
         self._parts: dict[str, tuple[Tensor, torch.Size, torch.device, int]] = {}
         self._bits: set[str] = set()
         self._positions: set[str] = set()
         for name, part in parts:
-            count = int(np.count_nonzero(part.numpy()) if part.device.type == "cpu" else part.count_nonzero())
-            if _FEW * count < part.numel():
-                positions = flat_positions({name: part}, name)
-                packed = positions.int() if part.numel() < 1 << 31 else positions
+            numel, flat = math.prod(part.shape), part.flat if isinstance(part, Positions) else None
+            if flat is not None and _FEW * len(flat) >= numel:
+                part, flat = part.dense(), None
+            if flat is not None:
+                count, device = len(flat), flat.device
+            else:
+                device = part.device
+                count = int(np.count_nonzero(part.numpy()) if device.type == "cpu" else part.count_nonzero())
+            if _FEW * count < numel:
+                positions = flat_positions({name: part}, name) if flat is None else flat
+                packed = positions.int() if numel < 1 << 31 else positions
                 self._positions.add(name)
-            elif part.device.type == "cpu":
+            elif device.type == "cpu":
                 packed = torch.from_numpy(np.packbits(part.reshape(-1).numpy()))
                 self._bits.add(name)
             else:
                 packed = part
-            self._parts[name] = packed, part.shape, part.device, count
+            self._parts[name] = packed, part.shape, device, count
 
     def __getitem__(self, name: str) -> Tensor:
         packed, shape, device, _ = self._parts[name]
@@ -357,11 +402,11 @@ class PackedMask(Mapping[str, Tensor]):
         """Marked elements of one tensor."""
         return self._parts[name][3]
 
-    def replaced(self, parts: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> PackedMask:
+    def replaced(self, parts: Mapping[str, Tensor] | Iterable[tuple[str, Tensor | Positions]]) -> PackedMask:
         """The mask with other tensors in the place of those of these names; all others are shared.
 
         Args:
-            parts: Name to boolean tensor, or one pair after the other, of which none is held.
+            parts: Name to boolean tensor, or one pair (also of positions) after the other, of which none is held.
 
         Example:
             >>> packed = PackedMask([("a", torch.tensor([True])), ("b", torch.tensor([True, False]))])

@@ -31,6 +31,53 @@ def test_equals_its_definition_in_float64(rows: int, vocabulary: int, shift: flo
     assert found == pytest.approx(divergence_reference(logits, other), rel=1e-5 + 1e-6 / shift)
 
 
+def plain_sum(log_probs: Tensor, logits: Tensor) -> float:
+    """The same terms, each by a formula without cases of its own for what underflows."""
+    found = torch.log_softmax(logits, dim=-1)
+    probability, difference = log_probs.exp(), found - log_probs
+    near = probability * (torch.expm1(difference) - difference)
+    low, high = map(float, difference.aminmax())
+    if -math.inf < low and high < 80:
+        return float(near.sum(dtype=torch.float64))
+    far = found.exp() - probability - torch.where(probability == 0, 0.0, probability * difference)
+    lost = torch.isneginf(log_probs)
+    terms = torch.where(difference.abs() < 1, near, far).masked_fill(lost, 0.0).sum(dtype=torch.float64)
+    return float(terms + torch.where(lost, found.exp(), 0.0).sum(dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("width", [0.5, 10.0, 40.0, 300.0])
+@pytest.mark.parametrize("lost", [False, True])
+def test_what_underflows_is_left_out_only_where_no_bit_depends_on_it(
+    dtype: torch.dtype, width: float, lost: bool
+) -> None:
+    generator = torch.Generator().manual_seed(int(width))
+    base = (width / 3) * torch.randn(40, 997, generator=generator, dtype=dtype)
+    moved = base + width * torch.randn(40, 997, generator=generator, dtype=dtype)
+    # Unlikely at first and certain later, so that no exponential of the difference may be taken.
+    base[:, 3], moved[:, 3] = -4 * width - 60, 4 * width + 40
+    if lost:
+        base[0, 5] = -math.inf
+    log_probs = torch.log_softmax(base, -1)
+    assert divergence_sum(log_probs, moved) == plain_sum(log_probs, moved)
+    assert divergence_sum(log_probs, log_probs + moved / width) == plain_sum(log_probs, log_probs + moved / width)
+
+
+def test_far_logits_take_no_longer_than_near_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Each exponential of what underflows takes up to fifty times as long as another.
+    taken: list[Tensor] = []
+    original = Tensor.exp
+
+    def watched(tensor: Tensor) -> Tensor:
+        taken.append(tensor)
+        return original(tensor)
+
+    monkeypatch.setattr(Tensor, "exp", watched)
+    log_probs = torch.log_softmax(torch.tensor([[0.0, 1.0, -60.0]]), -1)
+    divergence_sum(log_probs, torch.tensor([[0.0, -95.0, 90.0]]))
+    assert all(float(part.min()) > -87.3 for part in taken)
+
+
 def test_impossible_tokens_and_certain_ones_are_no_numbers_out_of_thin_air() -> None:
     low = -math.inf
     logits = torch.tensor([[0.0, 0.0, low], [200.0, 0.0, 0.0], [0.0, 0.0, 0.0]])

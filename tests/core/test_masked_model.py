@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lightning_goldy.core import ParameterSpace
-from lightning_goldy.core.mask import MaskedModel, PackedMask, flat_positions
+from lightning_goldy.core.mask import MaskedModel, PackedMask, Positions, flat_positions, marked
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.4, 1.0])
@@ -19,6 +19,23 @@ def test_a_packed_mask_is_the_mask(share: float) -> None:
     assert torch.equal(flat_positions(packed, "w"), mask.flatten().nonzero().flatten())
     held = packed._parts["w"][0]
     assert held.numel() * held.itemsize <= mask.numel() / 8 + 1
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.4])
+def test_positions_are_the_mask_that_they_list(share: float) -> None:
+    mask = torch.rand(37, 53, generator=torch.Generator().manual_seed(0)) < share
+    flat = mask.flatten().nonzero().flatten()
+    shuffled = flat[torch.randperm(len(flat))]
+    parts = marked([shuffled[::2], shuffled[1::2]], mask.shape)
+    assert isinstance(parts, Positions) == (share < 1 / 32)
+    dense = parts.dense() if isinstance(parts, Positions) else parts
+    assert torch.equal(dense, mask)
+    before = PackedMask([("w", mask), ("b", torch.tensor([True, False]))])
+    for packed in (PackedMask([("w", Positions(flat, mask.shape))]), before.replaced([("w", parts)])):
+        assert torch.equal(packed["w"], mask)
+        assert packed.count("w") == len(flat)
+        assert torch.equal(packed._parts["w"][0], before._parts["w"][0])
+        assert packed._parts["w"][0].dtype == before._parts["w"][0].dtype
 
 
 @pytest.mark.parametrize("share", [0.01, 0.4])

@@ -147,12 +147,13 @@ def forecast_reverse(plan: Plan, space: ParameterSpace, n_samples: int, settings
     forward = (1 + runs * (settings.scores + 1 + trials)) * choose + (1 + runs * (settings.scores + 1)) * held
     forward += (runs - 1) * settings.rounds * choose
     elements = plan.elements(space)
-    selections = settings.scores + 1 + trials - settings.alone
+    # All scores are looked through once for each single shot and once a round; trials take from what that found.
+    starts, trials = settings.scores + 1, trials - settings.alone
     work = Work(
         forward=forward,
         backward=settings.rounds * choose + scored,
-        elements=elements * (5.0 * (settings.scores + selections) + 6.0 * settings.rounds),
-        selected=2.0 * elements * selections,
+        elements=elements * (5.0 * (settings.scores + starts) + 9.0 * settings.rounds + 1.0 * trials),
+        selected=elements * (2.0 * starts + 3.0 * settings.rounds + 0.5 * trials),
     )
     logits = plan.logits(choose.tokens + held.tokens) if runs == 1 else plan.bytes()
     widest = max((rows * tokens for rows, tokens in _chunked(choosing, settings.chunk_size)), default=0)

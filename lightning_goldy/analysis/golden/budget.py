@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.core.mask import PackedMask, Scope, flat_positions
+from lightning_goldy.core.mask import PackedMask, Positions, Scope, flat_positions, marked
 from lightning_goldy.core.naming import require_kinds
 from lightning_goldy.core.registry import Registry
 from lightning_goldy.core.selection import kth_largest, select_largest, select_largest_of_each
@@ -27,6 +27,8 @@ Mask = dict[str, Tensor]
 _CHANNELS = 4
 # So many times as many exchanges are looked at as are asked for, since the next question may be of more.
 _AHEAD = 4
+# What lies beside a mask is kept where it is no more than 1 in so many of its group's elements.
+_KEPT = 16
 
 
 class Element(NamedTuple):
@@ -41,6 +43,52 @@ class Scored(NamedTuple):
 
     element: Element
     score: float
+
+
+class Outside:
+    """The largest scores beside one mask, of every group: looked for once, and then among what was found.
+
+    Example:
+        >>> outside, scores, held = Outside(), [torch.arange(48.0)], [torch.tensor([47])]
+        >>> [part.tolist() for part in outside.largest(0, 3, scores, held)[0]]
+        [[44, 45, 46]]
+        >>> [part.tolist() for part in outside.largest(0, 2, [], [])[0]]
+        [[45, 46]]
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
+
+    def count(self, group: int) -> int:
+        """How many of a group are known."""
+        return sum(map(len, self._found[group][0])) if group in self._found else 0
+
+    def largest(
+        self, group: int, count: int, flats: Sequence[Tensor], held: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Flat positions in each tensor, ascending, and values; ties to the earlier tensor and the smaller position.
+
+        Args:
+            group: Which group.
+            count: Elements; no more than there are beside the mask.
+            flats: All scores of the group, which are not looked at where so many are known.
+            held: Flat positions of the mask in each.
+        """
+        if count > self.count(group):
+            found = _largest_outside(flats, held, count)
+            if _KEPT * count > sum(map(Tensor.numel, flats)):
+                return found
+            self._found[group] = found
+        elif not count:
+            return [where[:0] for where in held], [flat[:0] for flat in flats]
+        positions, values = self._found[group]
+        if count == self.count(group):
+            return positions, values
+        chosen = select_largest(values, count)
+        return (
+            [where[mask] for where, mask in zip(positions, chosen, strict=True)],
+            [value[mask] for value, mask in zip(values, chosen, strict=True)],
+        )
 
 
 class Budget:
@@ -115,14 +163,30 @@ class Budget:
             sizes: Elements to mark of each group.
             pools: Elements of each pool, at least the size to be marked.
         """
-        return {**mask, **dict(self.reselections(scores, mask, sizes, pools))}
+        chosen = dict(self.reselections(scores, mask, sizes, pools))
+        return {**mask, **{n: part.dense() if isinstance(part, Positions) else part for n, part in chosen.items()}}
 
     def reselections(
-        self, scores: Mapping[str, Tensor], mask: Mapping[str, Tensor], sizes: list[int], pools: list[int]
-    ) -> Iterator[tuple[str, Tensor]]:
-        """As :meth:`reselected`, tensor by tensor, without what stays; scores and mask are asked for by group."""
+        self,
+        scores: Mapping[str, Tensor],
+        mask: Mapping[str, Tensor],
+        sizes: list[int],
+        pools: list[int],
+        outside: Outside | None = None,
+    ) -> Iterator[tuple[str, Tensor | Positions]]:
+        """As :meth:`reselected`, tensor by tensor, without what stays; scores and mask are asked for by group.
+
+        Args:
+            scores: Larger is better; finite.
+            mask: The present one.
+            sizes: Elements to mark of each group.
+            pools: Elements of each pool, at least the size to be marked.
+            outside: What is known of the same scores beside the same mask, which is read and added to.
+        """
+        outside = Outside() if outside is None else outside
         masked = self.counts(mask)
-        for group, size, pool, count, stack in zip(self.groups, sizes, pools, masked, self.stacks, strict=True):
+        groups = zip(self.groups, sizes, pools, masked, self.stacks, strict=True)
+        for index, (group, size, pool, count, stack) in enumerate(groups):
             # At most pool - count others come in, so the best of the masked stay whatever happens.
             kept = size - (pool - count)
             if kept == count == size:
@@ -132,7 +196,8 @@ class Budget:
                 yield from self._chosen(group, chosen, size, stack)
             elif stack == 1 and not any(map(is_sharded, map(self.layouts.__getitem__, group))):
                 held = [flat_positions(mask, name) for name in group]
-                yield from zip(group, _reselected(chosen, held, size, kept), strict=True)
+                came = outside.largest(index, size - kept, [part.reshape(-1) for part in chosen], held)
+                yield from zip(group, _reselected(chosen, held, came, kept), strict=True)
             else:
                 stay = [mask[name] for name in group]
                 if kept < count:
@@ -149,6 +214,7 @@ class Budget:
         most: list[int],
         total: int,
         promises: dict[int, tuple[int, Tensor]] | None = None,
+        outside: Outside | None = None,
     ) -> list[int]:
         """How many elements each group should exchange, so that those exchanges are made that promise most.
 
@@ -163,6 +229,7 @@ class Budget:
                 promise, for all experts exchange alike.
             promises: By group how many exchanges were looked at with the same scores and mask and what they promise,
                 which is read and added to: fewer are a part of it.
+            outside: What is known of the same scores beside the same mask, which is read and added to.
 
         Example:
             >>> budget = Budget({"a": torch.zeros(4), "b": torch.zeros(4)}, 25, "tensor")
@@ -176,6 +243,7 @@ class Budget:
         if len(self.groups) == 1:
             return [total]
         promises = {} if promises is None else promises
+        outside = Outside() if outside is None else outside
         promised: list[Tensor | None] = []
         for index, (group, limit, stack) in enumerate(zip(self.groups, most, self.stacks, strict=True)):
             count = min(limit, total)
@@ -183,8 +251,9 @@ class Budget:
                 promised.append(None)
                 continue
             if index not in promises or promises[index][0] < count:
-                ahead = _AHEAD * count
-                promises[index] = ahead, self._promised(scores[group[0]], mask, group[0], ahead)
+                # No more than are known, unless that is too few: all scores would be looked at for them.
+                ahead = max(count, min(_AHEAD * count, outside.count(index) or _AHEAD * count))
+                promises[index] = ahead, self._promised(scores[group[0]], mask, group[0], ahead, outside)
             promised.append(promises[index][1][:count])
         known = [each for each in promised if each is not None and len(each)]
         joined = torch.cat(known) if known else torch.zeros(1)
@@ -198,11 +267,12 @@ class Budget:
             for each, limit, stack in zip(promised, most, self.stacks, strict=True)
         ]
 
-    def _promised(self, part: Tensor, mask: Mapping[str, Tensor], name: str, count: int) -> Tensor:
+    def _promised(self, part: Tensor, mask: Mapping[str, Tensor], name: str, count: int, outside: Outside) -> Tensor:
         """What so many exchanges within a tensor promise, the best first; none less than 0."""
         flat, held = self.whole(name, part).reshape(-1), self.positions(mask, name)
         worst = flat[held].sort().values[:count]
-        best = _largest_outside(flat, held, min(count, flat.numel() - len(held), len(worst)))
+        most = min(count, flat.numel() - len(held), len(worst))
+        best = outside.largest(self._group_of[name], most, [flat], [held])[1][0].sort(descending=True).values
         return (best - worst[: len(best)]).clamp(min=0)
 
     def whole(self, name: str, part: Tensor) -> Tensor:
@@ -326,43 +396,49 @@ def largest_of(scores: Sequence[Tensor], k: int, stack: int) -> list[Tensor]:
     return select_largest(scores, k) if stack == 1 else [select_largest_of_each(scores[0], k)]
 
 
-def _reselected(scores: Sequence[Tensor], held: Sequence[Tensor], size: int, kept: int) -> list[Tensor]:
-    """The largest of all tensors together, among them whatever their value the best so many of those held.
+def _reselected(
+    scores: Sequence[Tensor], held: Sequence[Tensor], came: tuple[Sequence[Tensor], Sequence[Tensor]], kept: int
+) -> list[Tensor | Positions]:
+    """The best so many of those held, whatever their value, and as many of the others as come in, all together.
 
     Args:
-        scores: Plain tensors, which come back as they were.
+        scores: Plain tensors.
         held: Flat positions in each, ascending.
-        size: Elements to mark.
+        came: Flat positions, ascending, and values of as many of the best others as there are places beside those kept.
         kept: How many of those held are marked in any case.
     """
-    flats = [part.reshape(-1) for part in scores]
-    inside = [flat[where] for flat, where in zip(flats, held, strict=True)]
-    stay = list(held)
+    stay, positions = list(held), list(came[0])
     if kept < sum(map(len, held)):
+        inside = [part.reshape(-1)[where] for part, where in zip(scores, held, strict=True)]
         best = select_largest(inside, kept)
-        stay, inside = ([part[mask] for part, mask in zip(parts, best, strict=True)] for parts in (stay, inside))
-    # Their values are set aside rather than written to a copy of all scores.
-    try:
-        for flat, where in zip(flats, stay, strict=True):
-            flat[where] = math.inf
-        masks = select_largest(flats, size)
-    finally:
-        for flat, where, values in zip(flats, stay, inside, strict=True):
-            flat[where] = values
-    return [mask.view(part.shape) for mask, part in zip(masks, scores, strict=True)]
+        stay = [where[mask] for where, mask in zip(held, best, strict=True)]
+        rivals = []
+        for index, (where, values, mask, others) in enumerate(zip(held, inside, best, came[1], strict=True)):
+            joined = torch.cat([where[~mask], positions[index]])
+            # Ascending, so that ties go to the smaller position.
+            order = joined.argsort()
+            positions[index] = joined[order]
+            rivals.append(torch.cat([values[~mask], others])[order])
+        places = sum(map(len, came[0]))
+        chosen = select_largest(rivals, places) if places else [part < -math.inf for part in rivals]
+        positions = [where[mask] for where, mask in zip(positions, chosen, strict=True)]
+    parts = zip(stay, positions, scores, strict=True)
+    return [marked([where, other], part.shape) for where, other, part in parts]
 
 
-def _largest_outside(flat: Tensor, held: Tensor, count: int) -> Tensor:
-    """The largest so many values beside those at some positions, descending; the tensor comes back as it was."""
-    if not count:
-        return flat[:0]
-    values = flat[held]
+def _largest_outside(flats: Sequence[Tensor], held: Sequence[Tensor], count: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Flat positions, ascending, and values of the largest so many beside those held; the tensors come back."""
+    values = [flat[where] for flat, where in zip(flats, held, strict=True)]
+    # They are set aside rather than left out of a copy of all scores.
     try:
-        flat[held] = -math.inf
-        (chosen,) = select_largest([flat], count)
+        for flat, where in zip(flats, held, strict=True):
+            flat[where] = -math.inf
+        masks = select_largest(flats, count)
     finally:
-        flat[held] = values
-    return flat[flat_positions({"": chosen}, "")].sort(descending=True).values
+        for flat, where, value in zip(flats, held, values, strict=True):
+            flat[where] = value
+    positions = [flat_positions({"": mask}, "") for mask in masks]
+    return positions, [flat[where] for flat, where in zip(flats, positions, strict=True)]
 
 
 def counts_by_expert(masks: Mapping[str, Tensor], experts: Mapping[str, int]) -> tuple[int, ...]:

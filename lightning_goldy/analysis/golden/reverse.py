@@ -19,6 +19,7 @@ from lightning_goldy.analysis.golden.budget import (
     ComputedScores,
     Element,
     Fluctuation,
+    Outside,
     Scored,
     counts_by_expert,
     crossings,
@@ -450,6 +451,7 @@ class MaskSearch:
         self._started: list[PackedMask] = []
         self._notable: list[list[Element]] = []
         self._alone: dict[Element, float] = {}
+        self._outside = Outside()
 
     @property
     def exact(self) -> int:
@@ -538,7 +540,7 @@ class MaskSearch:
             factor = self._pool_factor(len(self.history), improvement)
             most = [pool - size for pool, size in zip(self.budget.pools(sizes, factor), sizes, strict=True)]
             total = max(1, sum(most) // _SHRINKAGE**failures)
-            counts = self.budget.exchanges(gain, now.mask, most, total, promises)
+            counts = self.budget.exchanges(gain, now.mask, most, total, promises, self._outside)
             if not any(counts):
                 break
             pools = [size + count for size, count in zip(sizes, counts, strict=True)]
@@ -652,7 +654,7 @@ class MaskSearch:
     def _gains(self, mask: PackedMask) -> Mapping[str, Tensor] | None:
         """What masking each element adds, to first order, nats; None where nothing is known of it."""
         self.masked.zero(mask)
-        self.passes += 1
+        self.passes, self._outside = self.passes + 1, Outside()
         try:
             # The value is known.
             _, gradients = self.divergence.gradients(self.masked.model, self.masked.parameters, measured=False, sign=-1)
@@ -668,23 +670,27 @@ class MaskSearch:
         return {name: self.masked.multiply_(name, gradient) for name, gradient in gradients.items()}
 
     def _reselected(
-        self, scores: Mapping[str, Tensor], mask: PackedMask, sizes: list[int], pools: list[int]
+        self, gain: Mapping[str, Tensor], mask: PackedMask, sizes: list[int], pools: list[int]
     ) -> PackedMask:
-        """The best of a pool; what stays is shared with the present mask."""
-        return mask.replaced(self.budget.reselections(scores, mask, sizes, pools))
+        """The best of a pool by the last scores; what stays is shared with the present mask."""
+        return mask.replaced(self.budget.reselections(gain, mask, sizes, pools, self._outside))
 
     def _filled(self, mask: PackedMask, sizes: list[int]) -> PackedMask:
         """A mask that grows by the smallest weights, which change next to nothing."""
         smallest = ComputedScores(self.masked.parameters, lambda name: -precise(self.masked.value(name)).abs())
-        return self._reselected(smallest, mask, sizes, sizes)
+        return mask.replaced(self.budget.reselections(smallest, mask, sizes, sizes))
 
     def _try(
         self, gain: Mapping[str, Tensor], now: _Valued, sizes: list[int], pools: list[int], *, fill: bool
     ) -> dict[str, _Valued]:
         grows = self.budget.counts(now.mask) != sizes
-        tried = {"greedy": self._measure(self._reselected(gain, now.mask, sizes, sizes)) if grows else now}
-        if pools != sizes:
-            tried["pool"] = self._measure(self._reselected(gain, now.mask, sizes, pools))
+        # The largest first: what the others take is part of it.
+        wanted = {"pool": pools} if pools != sizes else {}
+        wanted |= {"greedy": sizes} if grows else {}
+        masks = {name: self._reselected(gain, now.mask, sizes, each) for name, each in wanted.items()}
+        tried = {"greedy": self._measure(masks["greedy"]) if grows else now}
+        if "pool" in masks:
+            tried["pool"] = self._measure(masks["pool"])
         if fill and grows and max(each.value for each in tried.values()) < now.value:
             tried["smallest"] = self._measure(self._filled(now.mask, sizes))
         return tried

@@ -11,7 +11,7 @@ from torch import nn
 from lightning_goldy.analysis import Fluctuation, ReverseGoldenResult, Search, reverse_golden_parameters
 from lightning_goldy.analysis.divergence import divergence_sum
 from lightning_goldy.analysis.golden import reverse
-from lightning_goldy.analysis.golden.budget import STRATEGIES
+from lightning_goldy.analysis.golden.budget import STRATEGIES, Outside
 from lightning_goldy.analysis.golden.golden import Budget
 from lightning_goldy.analysis.golden.reverse import SINGLE_SHOTS, crossings, single_shot_scores
 from lightning_goldy.analysis.gradients import SharedDivergence, divergence_gradient, pieces_of
@@ -23,7 +23,7 @@ from lightning_goldy.core import (
     ParameterSpace,
     ParameterVector,
 )
-from lightning_goldy.core.mask import MaskedModel
+from lightning_goldy.core.mask import MaskedModel, PackedMask
 from lightning_goldy.core.objective import TargetLogits, split_batch
 from lightning_goldy.core.sharding import Replicas
 from tests.references.models import CAUSAL, build, token_batch
@@ -139,6 +139,44 @@ def test_a_pool_is_all_masked_and_the_best_others_and_of_it_the_best_stay(seed):
         found = budget.reselected({"w": scores}, {"w": mask}, [size], [pool])["w"]
         assert torch.equal(found, reselected_reference(scores, mask, size, pool))
         assert int((mask & ~found).sum()) <= pool - size
+
+
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+@pytest.mark.parametrize("levels", [0, 3])
+def test_what_lies_beside_a_mask_is_looked_for_once(scope, levels):
+    generator = torch.Generator().manual_seed(levels)
+    scores = {name: torch.randn(size, generator=generator) for name, size in (("a", (40, 50)), ("b", (900,)))}
+    if levels:  # many ties
+        scores = {name: (levels * part).round() for name, part in scores.items()}
+    budget = Budget(scores, 5, scope)
+    sizes = budget.sizes()
+    mask = PackedMask(
+        budget.selections({n: torch.randn(p.shape, generator=generator) for n, p in scores.items()}, sizes)
+    )
+    before = {name: part.clone() for name, part in scores.items()}
+    outside = Outside()
+    for factor in (1.6, 1.0, 1.3, 1.05):
+        for grown in (1.0, 1.2):
+            wanted = [math.ceil(grown * size) for size in sizes]
+            pools = budget.pools(wanted, factor)
+            expected = budget.reselected(scores, mask, wanted, pools)
+            if factor == grown == 1.0:
+                continue
+            known = [outside.count(group) for group in range(len(sizes))]
+            found = mask.replaced(budget.reselections(scores, mask, wanted, pools, outside))
+            after = [outside.count(group) for group in range(len(sizes))]
+            assert after == [max(*pair) for pair in zip(known, map(int.__sub__, pools, sizes), strict=True)]
+            for name in scores:
+                assert torch.equal(found[name], expected[name])
+                assert torch.equal(scores[name], before[name])
+    if scope == "global":
+        whole = torch.cat([part.flatten() for part in scores.values()])
+        held = torch.cat([mask[name].flatten() for name in scores])
+        for size, pool in ((sizes[0], sizes[0] + 30), (sizes[0] + 9, sizes[0] + 50)):
+            found = mask.replaced(budget.reselections(scores, mask, [size], [pool], outside))
+            assert torch.equal(
+                torch.cat([found[name].flatten() for name in scores]), reselected_reference(whole, held, size, pool)
+            )
 
 
 @functools.cache
