@@ -56,7 +56,10 @@ def _run(arguments: Sequence[str]) -> int:
 
         return run_trainer(arguments)
     parser = command_parser()
-    if arguments and arguments[0].startswith("-") and arguments[0] not in option_strings(parser)[:3]:
+    if not arguments:
+        print(parser.format_help(), end="", file=sys.stderr)
+        return 2
+    if arguments[0].startswith("-") and arguments[0] not in option_strings(parser)[:3]:
         _check_more(parser, None, [arguments[0]])
     options, more = parser.parse_known_args(arguments)
     _check_more(getattr(options, "chosen", parser), getattr(options, "configured", None), more)
@@ -84,6 +87,9 @@ class _Parser(argparse.ArgumentParser):
         if misspelt:
             word, choices = misspelt[1], [choice.strip(" '") for choice in misspelt[2].split(",")]
             message = f"unknown {word!r}; {_meant(word, choices)}there are: {', '.join(choices)}"
+        if message.endswith("arguments are required: ACTION"):
+            below = next(action for action in self._actions if isinstance(action, argparse._SubParsersAction))
+            message = f"say what to do: {', '.join(below.choices)}"
         super().error(message)
 
 
@@ -599,6 +605,9 @@ def _doctor(options: argparse.Namespace) -> None:
 
     if options.model is None and options.shape is None:
         print_installation()
+        if not options.config and options.steps is options.batch_size is options.length is None and not options.meta:
+            print("goldy doctor MODEL (a folder, or a name on the hub) tells what works on it and what it will cost")
+            return
     names = ("model", "shape", "meta", "steps", "batch_size", "length", "dtype", "shards", "replicas")
     run_doctor(Question(configs=tuple(options.config), **{name: getattr(options, name) for name in names}))
 

@@ -82,6 +82,21 @@ def test_a_misspelt_word_names_the_nearest(capsys, words, told):
     assert told in capsys.readouterr().err
 
 
+def test_no_words_at_all_list_the_commands(capsys):
+    assert main([]) == 2
+    told = capsys.readouterr()
+    assert not told.out
+    assert all(f"  {name} " in told.err for name in COMMANDS)
+
+
+@pytest.mark.parametrize(("command", "actions"), [("masks", "show, compare, combine"), ("data", "convert, show")])
+def test_a_command_without_its_action_names_the_actions(capsys, command, actions):
+    with pytest.raises(SystemExit) as exit_:
+        main([command])
+    assert exit_.value.code == 2
+    assert f"goldy {command}: error: say what to do: {actions}" in capsys.readouterr().err
+
+
 def test_a_misspelt_callback_names_the_nearest(here, capsys):
     callback = {"class_path": "lightning_goldy.callbacks.GoldenSnapshoot"}
     (here / "run.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [callback]}}))

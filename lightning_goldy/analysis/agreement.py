@@ -1,22 +1,26 @@
-"""How predictions agree with measurements, and 95 % intervals over samples by the jackknife."""
+"""How predictions agree with measurements, and 95 % intervals over samples by the jackknife and the bootstrap."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.special import stdtrit
+from torch import Tensor
 
 from lightning_goldy.analysis.result import AnalysisResult
 from lightning_goldy.core.files import finite
 
 EVERYTHING = "all"
 """Names the agreement over all classes."""
+_RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
@@ -221,3 +225,16 @@ def _around(estimate: float, without: Sequence[float]) -> tuple[float, float]:
     error = math.sqrt((count - 1) / count * math.fsum((value - mean) ** 2 for value in without))
     half = float(stdtrit(count - 1, 0.975)) * error
     return estimate - half, estimate + half
+
+
+@functools.lru_cache(maxsize=4)
+def resampled(count: int) -> Tensor:
+    """How often each of so many passages is drawn in each resample, shape ``[resamples, count]``; always the same."""
+    draws = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=_RESAMPLES)
+    return torch.from_numpy(draws).double()
+
+
+def interval_of(values: Tensor) -> tuple[float, float]:
+    """The middle 95 % of resampled values."""
+    low, high = torch.nanquantile(values, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high

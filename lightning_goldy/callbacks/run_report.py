@@ -15,9 +15,8 @@ from lightning_goldy.callbacks.engine.run_folder import run_directory
 from lightning_goldy.callbacks.engine.store import ROWS, steps_so_far
 from lightning_goldy.core.files import require_local
 from lightning_goldy.core.naming import require_kinds
-from lightning_goldy.report.answers import answers_table, answers_text, scalar_layout
+from lightning_goldy.report.answers import answers_table, answers_text, scalar_layout, sorted_scalars
 from lightning_goldy.report.comparison import write_comparison
-from lightning_goldy.report.descriptions import description_of
 from lightning_goldy.report.figures import ReportError
 from lightning_goldy.report.formatting import show
 from lightning_goldy.report.loggers import log_hyperparameters, log_layout, log_text
@@ -154,13 +153,7 @@ def _declare_hyperparameters(trainer: L.Trainer, pl_module: L.LightningModule) -
         ),
         "goldy/precision": str(trainer.precision),
     }
-    # Only rows tell which names a pattern stands for.
-    columns = [
-        f"goldy/{name}/{metric}"
-        for name, analysis in _instances(trainer)
-        for metric in description_of(analysis).headline
-        if "*" not in metric
-    ]
+    columns = sorted_scalars(_instances(trainer))
     _give_each(trainer, lambda loggers: log_hyperparameters(loggers, told, own, columns), "no hyperparameters for")
 
 

@@ -13,10 +13,12 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from itertools import zip_longest
 from typing import Any, Literal, TypeAlias, get_args
 
 from rich.table import Table
 
+from lightning_goldy.report.descriptions import description_of
 from lightning_goldy.report.figures import Row
 from lightning_goldy.report.formatting import console_table
 from lightning_goldy.report.reading import naming
@@ -45,6 +47,8 @@ QUESTIONS: dict[QuestionName, Question] = {
     "touched": Question("What else did it touch?", ("KnowledgeCoupling", "ActivationDifferences", "ChangeAttribution")),
     "needs": Question("Which heads does it need?", ("HeadPlasticity",)),
 }
+
+_TITLES = (*(question.title for question in QUESTIONS.values()), "Other analyses")
 
 
 @dataclass(frozen=True)
@@ -200,21 +204,50 @@ def answers_of(analyses: Iterable[tuple[str, str, Sequence[Row]]]) -> tuple[Answ
 
 
 def scalar_layout(instances: Iterable[tuple[str, str]]) -> dict[str, dict[str, list[Any]]]:
-    """TensorBoard's custom scalars: the questions as categories, each with one chart per analysis.
+    """TensorBoard's custom scalars: the questions as categories, with a chart for each headline of their analyses.
+
+    All lines of a run have one colour there, and one axis: numbers of different units do not share a chart. An analysis
+    whose description names no headlines has one chart.
 
     Args:
         instances: Name and analysis of each.
 
     Example:
-        >>> scalar_layout([("taylor", "taylor_diff")])
-        {'What kind of change is it?': {'taylor': ['Multiline', ['goldy/taylor/(?!cost/)']]}}
+        >>> scalar_layout([("volumes", "basin_volume")])["How robust is it?"]["volumes: log_volume/*"]
+        ['Multiline', ['^goldy/volumes/log_volume/.+$']]
+        >>> scalar_layout([("mine", "some_analysis")])
+        {'Other analyses': {'mine': ['Multiline', ['^goldy/mine/[^/]+$']]}}
     """
-    layout: dict[str, dict[str, list[Any]]] = {}
+    layout: dict[str, dict[str, list[Any]]] = {title: {} for title in _TITLES}
     for name, analysis in instances:
         question = question_of(analysis)
-        title = QUESTIONS[question].title if question else "Other analyses"
-        layout.setdefault(title, {})[name] = ["Multiline", [f"goldy/{re.escape(name)}/(?!cost/)"]]
-    return layout
+        charts = layout[QUESTIONS[question].title if question else _TITLES[-1]]
+        place = f"^goldy/{re.escape(name)}"
+        named = {f"{name}: {metric}": metric for metric in description_of(analysis).headline}
+        for title, metric in named.items():
+            charts[title] = ["Multiline", [f"{place}/{re.escape(metric).replace(re.escape('*'), '.+')}$"]]
+        if not named:
+            charts[name] = ["Multiline", [f"{place}/[^/]+$"]]
+    return {title: charts for title, charts in layout.items() if charts}
+
+
+def sorted_scalars(instances: Iterable[tuple[str, str]]) -> list[str]:
+    """Tags of the headlines by which runs can be sorted, the first of every question before the others.
+
+    Patterns are left out: only rows tell which names they stand for.
+
+    Args:
+        instances: Name and analysis of each.
+
+    Example:
+        >>> sorted_scalars([("taylor", "taylor_diff"), ("volumes", "basin_volume")])[:3]
+        ['goldy/taylor/loss', 'goldy/volumes/bridge_log_volume', 'goldy/taylor/nonlinearity']
+    """
+    asked: dict[str | None, list[str]] = {question: [] for question in (*QUESTIONS, None)}
+    for name, analysis in instances:
+        metrics = [metric for metric in description_of(analysis).headline if "*" not in metric]
+        asked[question_of(analysis)] += [f"goldy/{name}/{metric}" for metric in metrics]
+    return [tag for tags in zip_longest(*asked.values()) for tag in tags if tag is not None]
 
 
 def answers_text(answers: Iterable[Answer]) -> str:

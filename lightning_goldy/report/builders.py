@@ -31,7 +31,11 @@ _NUMBER = (
 # Places on the colour scale, from 0 to 1, at which its colours are too dark for black letters.
 _DARK = {"cividis": "{0} < 0.5", "viridis": "{0} < 0.6", "diverging": "abs({0} - 0.5) > 0.33"}
 _EXACT = ".9~g"
-_TICKS = ".9~g"
+_TICKS = ",.9~g"
+# On a logarithmic axis as many as can be read.
+_ONE_TWO_FIVE = (
+    "indexof([1, 2, 5], round(datum.value / pow(10, floor(log(datum.value) / LN10 + 1e-9)))) < 0 ? '' : datum.label"
+)
 # A logarithmic axis has many lines.
 _FAINT = {False: 1.0, True: 0.5}
 
@@ -357,14 +361,16 @@ def _lines_base(style: Lines, bands: bool, notes: bool) -> Any:
     # Vega places ticks between two counts that are all there are, and would round their names.
     named = "datum.value === floor(datum.value) ? datum.label : ''"
     whole = {"tickMinStep": 1, "format": ",d", "labelExpr": named} if style.whole else {"format": _TICKS}
-    legend = alt.Legend(title=None, orient="top", columns=2, labelLimit=150, symbolOpacity=1) if style.legend else None
+    across = style.across == "log"
+    whole |= {"labelExpr": _ONE_TWO_FIVE} if across else {}
+    legend = alt.Legend(title=None, orient="top", columns=2, labelLimit=180, symbolOpacity=1) if style.legend else None
     told = [("line:N", "line"), ("x:Q", style.x or "at", "," if style.whole else _EXACT)]
     told += [("y:Q", style.y or "value", _EXACT), *((f"{end}:Q", end, _EXACT) for end in ("low", "high") if bands)]
     told += [("note:N", "note")] if notes else []
-    places: dict[str, Any] = {"type": "log"} if style.across == "log" else {"zero": False}
+    places: dict[str, Any] = {"type": "log"} if across else {"zero": False}
     places["nice"] = False
     # The last label is drawn to the left of its tick, and would run into the one before it.
-    onwards = alt.Axis(grid=False, labelOverlap="parity", labelSeparation=8, **whole)
+    onwards = alt.Axis(grid=False, labelOverlap="greedy" if across else "parity", labelSeparation=8, **whole)
     upwards = alt.Axis(format=_TICKS, tickCount=6, gridOpacity=_FAINT[log])
     return alt.Chart(alt.NamedData("points")).encode(
         x=alt.X("x:Q", title=style.x or None, axis=onwards, scale=alt.Scale(**places)),

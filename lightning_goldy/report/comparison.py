@@ -20,7 +20,7 @@ from lightning_goldy.core.store import atomic_write
 from lightning_goldy.report.answers import QUESTIONS, Answer, small_print
 from lightning_goldy.report.descriptions import description_of
 from lightning_goldy.report.figures import ReportError, Row
-from lightning_goldy.report.formatting import MISSING, format_number, table_html
+from lightning_goldy.report.formatting import MISSING, format_number, format_percent, table_html
 from lightning_goldy.report.page import answers_json, answers_of_run, page_html
 from lightning_goldy.report.rendering import require_drawing
 from lightning_goldy.report.run import AnalysisRows, Run, read_run
@@ -187,6 +187,10 @@ def samples_of(row: Row) -> dict[str, Samples]:
     """
     result = row["result"]
     records = {**(result.get("per_sample") or {}), **((result.get("curve") or {}).get("per_sample") or {})}
+    graft = result.get("graft") or {}
+    for name, record in (graft.get("per_sample") or {}).items():
+        metric, _, share = name.partition("/")
+        records[f"{metric} by {format_percent(float(share))} of the {graft['pieces']}" if share else name] = record
     found = {name: Samples.of(record) for name, record in records.items()}
     points = result.get("points") or {}
     # Of more pieces than a row holds, means are of all, and points are not.
@@ -277,6 +281,9 @@ def _metric_differences(first: AnalysisRows, second: AnalysisRows) -> list[Diffe
             told.append(pairs)
             continue
         told.append(Difference(what, value - before["metrics"][name] if fair else None, remark=remark))
+    for name in (name for name in theirs if name not in after["metrics"] and name in ours):
+        pairs = _paired(f"{second.name}: {name}", ours[name], theirs[name]) if fair else None
+        told += [pairs] if pairs else [] if fair else [Difference(f"{second.name}: {name}", None, remark=remark)]
     return told
 
 

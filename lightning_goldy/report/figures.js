@@ -19,7 +19,7 @@
   // neither helps, and it scrolls within its box.
   const narrower = (spec, excess) => {
     const made = structuredClone(spec);
-    const parts = made.concat || [made];
+    const parts = made.concat || [made.facet && made.spec && !made.facet.column ? made.spec : made];
     const columns = made.concat ? Math.min(made.columns || parts.length, parts.length) : 1;
     if (!parts.every((part) => typeof part.width === "number")) {
       made.columns = columns - 1;
@@ -171,6 +171,11 @@
     const section = element.closest("section");
     return (section && section.querySelector("h2") || document.querySelector("h1")).textContent;
   };
+  // Long names break after a word rather than within one.
+  for (const name of document.querySelectorAll("tbody th")) {
+    const words = name.children.length ? [] : name.textContent.split(/(?<=_)/);
+    if (words.length > 1) name.replaceChildren(...words.flatMap((word) => [word, document.createElement("wbr")]));
+  }
   for (const table of document.querySelectorAll(".table > table")) {
     [...table.tHead.rows[0].cells].forEach((head, column) => {
       const button = document.createElement("button");

@@ -8,13 +8,15 @@ its PNG.
 from __future__ import annotations
 
 import importlib
+import json
+import struct
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from lightning_goldy.core.files import PlainError, finite
-from lightning_goldy.report.rendering import png_of, require_drawing
+from lightning_goldy.report.rendering import narrower, png_of, require_drawing
 
 if TYPE_CHECKING:
     import altair
@@ -25,8 +27,10 @@ Columns: TypeAlias = Mapping[str, Sequence[Any]]
 
 # Width of the plot of a specification that states none, where it cannot take the page's.
 _WIDTH = 560
-_CAPTION_LETTERS = 95
 _BACKGROUNDS = {"light": "#ffffff", "dark": "#1c2229"}
+# Charts that were made narrower, by what they were.
+_FITTED: dict[str, dict[str, Any]] = {}
+_MOST_FITTED = 256
 
 
 class ReportError(PlainError):
@@ -48,6 +52,7 @@ class Figure:
         title: Above the image in loggers; the heading on the page and the step when it is empty.
         ranges: Name, an identifier, to (low, high).
         still: Names of ranges of nothing but zeros, which give way to another figure's of that name.
+        letters: In a line of the caption and, nearly, of the title above an image.
 
     Raises:
         ValueError: A name is not an identifier, or columns of one table differ in length.
@@ -64,6 +69,7 @@ class Figure:
     title: str = ""
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     still: frozenset[str] = frozenset()
+    letters: int = 95
 
     def __post_init__(self) -> None:
         for name in (*self.data, *self.ranges, *(name for columns in self.data.values() for name in columns)):
@@ -98,8 +104,8 @@ class Figure:
         spec["datasets"] = {**spec.get("datasets", {}), **data}
         spec["params"] = [*spec.get("params", []), *range_params(self.ranges)]
         spec["config"] = {**THEMES[theme], "background": _BACKGROUNDS[theme], **spec.get("config", {})}
-        lines = textwrap.wrap(self.caption, _CAPTION_LETTERS)
-        words: dict[str, Any] = {"text": self.title, "subtitle": lines}
+        lines, title = textwrap.wrap(self.caption, self.letters), textwrap.wrap(self.title, round(0.7 * self.letters))
+        words: dict[str, Any] = {"text": title if len(title) > 1 else self.title, "subtitle": lines}
         if not self.title:
             # Vega shows no subtitle without a title.
             words = {"text": lines, "fontSize": 11, "fontWeight": "normal"}
@@ -119,6 +125,39 @@ class Figure:
             RenderError: The specification cannot be drawn.
         """
         return png_of(self.spec(), scale)
+
+    def within(self, width: float) -> Figure:
+        """The figure for a narrow place: plots shrink or stand below each other, words take more lines.
+
+        Heat maps keep the size of their cells, so that an image may be wider after all.
+
+        Args:
+            width: Of the image, in units of the specification's sizes.
+
+        Raises:
+            ImportError: altair or vl-convert is not installed.
+            RenderError: The specification cannot be drawn.
+        """
+        chart = self.bare()
+        if is_single(chart):
+            chart.setdefault("width", round(width))
+        found = replace(self, chart=chart, letters=round(width / 5.8))
+        # Nothing is narrower than plots that have no data yet.
+        filled = {name: any(map(len, columns.values())) for name, columns in self.data.items()}
+        key = json.dumps([chart, width, filled], sort_keys=True, default=str)
+        if key not in _FITTED:
+            if len(_FITTED) >= _MOST_FITTED:
+                _FITTED.clear()
+            # Twice as many tries as the page's script has: here the words above count, too.
+            for _ in range(8):
+                pixels = struct.unpack(">I", found.png(1.0)[16:20])[0]  # of a PNG its width
+                other = narrower(found.bare(), pixels - width)
+                if other is None:
+                    break
+                found = replace(found, chart=other)
+            # What fits at one step fits at the next, which need not be measured.
+            _FITTED[key] = found.bare()
+        return replace(found, chart=_FITTED[key])
 
 
 Drawn: TypeAlias = Figure | str | None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import copy
 import functools
 import importlib.util
 import json
@@ -78,6 +79,56 @@ def page_script() -> str:
         RenderError: It cannot be made.
     """
     return _RENDERER.ask({"task": "script"}).decode()
+
+
+def narrower(chart: Mapping[str, Any], excess: float) -> dict[str, Any] | None:
+    """A chart whose plots shrink, or of which fewer stand side by side; the page's script does the same.
+
+    Args:
+        chart: Without data.
+        excess: Units by which it is too wide.
+
+    Returns:
+        The chart; None where it fits or neither helps.
+
+    Example:
+        >>> chart = {"concat": [{"width": 300}, {"width": 300}], "columns": 2}
+        >>> narrower(chart, 260)["concat"], narrower(chart, 400)["columns"], narrower({"width": {"step": 9}}, 50)
+        ([{'width': 170}, {'width': 170}], 1, None)
+    """
+    if excess <= 0:
+        return None
+    made: dict[str, Any] = copy.deepcopy(dict(chart))
+    panel = made["spec"] if "facet" in made and "column" not in made["facet"] else made
+    parts: list[dict[str, Any]] = made.get("concat") or [panel]
+    columns = min(made.get("columns", len(parts)), len(parts))
+    widths = [part.get("width") for part in parts]
+    if not all(isinstance(width, (int, float)) for width in widths):
+        made["columns"] = columns - 1
+        return made if columns > 1 else None
+    # Plots that would be slivers go below each other, each with the names that its neighbour told.
+    sliver = columns > 1 and sum(widths[:columns]) - excess < 110 * columns
+    _stack(made, names=sliver)
+    if sliver:
+        made["columns"] = 1
+        return made
+    widest = max(sum(widths[at : at + columns]) for at in range(0, len(widths), columns))
+    left = max(200 if columns == 1 else 60 * columns, widest - excess)
+    for part in parts:
+        part["width"] = min(part["width"], int(part["width"] * left / widest))
+    return None if made == chart else made
+
+
+def _stack(value: Any, *, names: bool) -> None:
+    """Entries of legends on top below each other, and where asked for the names beside every plot."""
+    if isinstance(value, dict):
+        legend, across = value.get("legend"), value.get("y")
+        if isinstance(legend, dict) and legend.get("orient") == "top":
+            legend |= {"columns": 1, "labelLimit": 240}
+        if names and isinstance(across, dict) and isinstance(across.get("axis"), dict):
+            across["axis"]["labels"] = True
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _stack(inner, names=names)
 
 
 def require_drawing() -> None:

@@ -195,7 +195,7 @@ def answer_by_expansion(rows: Sequence[Row]) -> Finding | None:
     sentence = _kind_of_step(row["result"], left, ends)
     first = _metric(row, "first_order")
     if first is not None and change is not None:
-        sentence += f" and predicts {first:+.3g} nats of loss where {change:+.3g} are measured"
+        sentence += f", and predicts that the loss changes by {first:+.3g} nats where it changed by {change:+.3g}"
     count, samples = row["result"].get("n_targets"), row["result"].get("n_samples")
     told = f"over {count:,} target tokens; no interval" if count else "no interval"
     if ends:
@@ -378,22 +378,20 @@ def answer_by_volume(rows: Sequence[Row]) -> Finding | None:
     bridge = next((one for one in bridges if one.get("split", "") == split and one.get("log_volume") is not None), None)
     if bridge is not None:
         size = f"{format_number(_whole(bridge['log_volume']))} nats"
-        sentence = f"The region that stays within {volume['cutoff']:g} nats of it has a log volume of {size}"
+        sentence = f"The region {_within(volume)} has a log volume of {size}"
         told = f"one standard error {format_number(bridge.get('error'))} nats"
     else:
         low = volume.get("lower_bound")
         low = low if _is_number(low) else volume["log_volume"]
-        sentence = (
-            f"The region that stays within {volume['cutoff']:g} nats of it has a log volume of at least "
-            f"{format_number(_whole(low))} nats, which is a lower bound along straight rays"
-        )
-        told = "the bound holds with 95 % confidence; the volume itself may lie far above"
+        sentence = f"The region {_within(volume)} has a log volume of at least {format_number(_whole(low))} nats"
+        told = "the bound, along straight rays, holds with 95 % confidence; the volume itself may lie far above"
     doubts = [f"the bridge is weak: {bridge['weak']}"] if bridge is not None and bridge.get("weak") else []
     effective = volume.get("effective_sample_size")
     if bridge is None and effective is not None and effective < _FEW_EFFECTIVE and compared is None:
         doubts.append(f"it rests on an effective {effective:.2g} of {len(volume.get('estimates', ()))} directions")
     if compared is not None:
         words, difference, doubt = compared
+        words += _contrary(rows, volumes)
         sentence, told = f"{words}; {sentence[0].lower()}{sentence[1:]}", f"{difference}; {told}"
         doubts += doubt
     null = "0 between two checkpoints of equal basins" if compared is not None else "no checkpoint to compare with"
@@ -404,25 +402,58 @@ def answer_by_volume(rows: Sequence[Row]) -> Finding | None:
     return Finding(f"{sentence}.", told, null, (*doubts, *_marks(row)), course=course)
 
 
-def _compared_volumes(rows: Sequence[Row], last: Mapping[str, Any]) -> tuple[str, str, list[str]] | None:
-    """The paired difference to the first row that has the same directions, as words, interval and doubts."""
+def _within(volume: Mapping[str, Any]) -> str:
+    return f"in which predictions stay within {volume['cutoff']:g} nats of the model's"
+
+
+def _since_the_first(rows: Sequence[Row], last: Mapping[str, Any]) -> tuple[int, list[float]] | None:
+    """The first row with the same directions, by its step, and the paired differences to it; None of fewer than two."""
     for row in rows[:-1]:
         for volume in row["result"].get("volumes") or []:
-            if volume.get("split") != last.get("split") or unequal_settings(volume, last):
-                continue
-            values = paired_differences(volume, last)
-            if len(values) < 2:
-                return None
-            low, high = interval_of_mean(values)
-            mean = statistics.fmean(values)
-            if low <= 0 <= high:
-                spread = f"the spread of {len(values)} directions"
-                words = f"The basin has not changed beyond {spread} since step {row['step']:,}"
-                return words, _between(low, high), ["the interval of the difference includes 0"]
-            verb = "widened" if mean > 0 else "narrowed"
-            words = f"The basin {verb} by {format_number(_whole(abs(mean)))} nats since step {row['step']:,}"
-            return words, _between(low, high), []
+            if volume.get("split") == last.get("split") and not unequal_settings(volume, last):
+                values = paired_differences(volume, last)
+                return (row["step"], values) if len(values) > 1 else None
     return None
+
+
+def _compared_volumes(rows: Sequence[Row], last: Mapping[str, Any]) -> tuple[str, str, list[str]] | None:
+    """The paired difference to the first row that has the same directions, as words, interval and doubts."""
+    if (found := _since_the_first(rows, last)) is None:
+        return None
+    step, values = found
+    low, high = interval_of_mean(values)
+    several = len({volume.get("split") for volume in rows[-1]["result"]["volumes"]}) > 1
+    basin = f"The basin of {last['split']} samples" if several and last.get("split") else "The basin"
+    if low <= 0 <= high:
+        words = f"{basin} has not changed beyond the spread of {len(values)} directions since step {step:,}"
+        return words, _between(low, high), ["the interval of the difference includes 0"]
+    return f"{basin} {_moved(values)} since step {step:,}", _between(low, high), []
+
+
+def _moved(values: Sequence[float]) -> str:
+    mean = statistics.fmean(values)
+    return f"{'widened' if mean > 0 else 'narrowed'} by {format_number(_whole(abs(mean)))} nats"
+
+
+def _contrary(rows: Sequence[Row], volumes: Sequence[Mapping[str, Any]]) -> str:
+    """That the basin of other samples went the other way, beyond noise in both."""
+    pairs = [(volume, _since_the_first(rows, volume)) for volume in volumes]
+    beyond = [
+        (volume, found[1])
+        for volume, found in pairs
+        if found is not None and min(interval_of_mean(found[1])) * max(interval_of_mean(found[1])) > 0
+    ]
+    if not beyond or beyond[0][0] is not volumes[0]:
+        return ""
+    signs = {id(volume): statistics.fmean(values) > 0 for volume, values in beyond}
+    others = [
+        f"that of {volume['split']} ones {_moved(values)}"
+        for volume, values in beyond[1:]
+        if volume.get("split") != volumes[0].get("split")
+        and volume.get("cutoff") == volumes[0].get("cutoff")
+        and signs[id(volume)] != signs[id(volumes[0])]
+    ]
+    return f", yet {' and '.join(others)}" if others else ""
 
 
 def unequal_settings(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:

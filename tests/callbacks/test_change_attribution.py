@@ -40,6 +40,8 @@ def test_it_logs_what_the_functions_find_and_rows_can_be_drawn(tmp_path) -> None
     assert row["metrics"]["harm"] == pytest.approx(curve.of("finetune")[0].harm, rel=1e-5)
     found = [point["recovered"] for point in row["result"]["graft"]["points"]]
     assert found == pytest.approx([point.recovered for point in curve.records], rel=1e-3, abs=1e-4)
+    pairs = row["result"]["graft"]["per_sample"]
+    assert {name: tuple(pairs[name]["keys"]) for name in pairs} == {n: r["keys"] for n, r in curve.pairs.items()}
     assert (row["cost"]["forwards"], row["cost"]["backwards"]) == (
         expected.cost.forwards + curve.cost.forwards,
         expected.cost.backwards + curve.cost.backwards,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,18 @@ def test_answers_are_told_on_the_console_and_in_tensorboard(tmp_path: Path, caps
     (config,) = events.Tensors("custom_scalars__config__")
     layout = layout_pb2.Layout.FromString(config.tensor_proto.string_val[0])
     assert [category.title for category in layout.category] == ["Which parameters carry it?"]
-    assert layout.category[0].chart[0].multiline.tag == ["goldy/golden_snapshot/(?!cost/)"]
+    # Numbers of other units have charts of their own, and each pattern is of one tag.
+    charts = {chart.title: list(chart.multiline.tag) for chart in layout.category[0].chart}
+    assert list(charts) == [f"golden_snapshot: {name}" for name in ("delta_norm", "relative_change", "update_cosine")]
+    scalars = events.Tags()["scalars"]
+    for title, (pattern,) in charts.items():
+        matching = [tag for tag in scalars if re.match(pattern, tag)]
+        tag = f"goldy/golden_snapshot/{title.partition(': ')[2]}"
+        assert matching == [tag for tag in [tag] if tag in scalars]
+    assert (
+        sum(tag in scalars for tag in (f"goldy/golden_snapshot/{name}" for name in ("delta_norm", "relative_change")))
+        == 2
+    )
 
 
 def test_a_run_is_set_beside_earlier_ones(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def test_samples_are_no_longer_than_the_models_positions(folder, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "name a model (a folder, or a name on the hub), or a shape with --shape 8b; one of both"),
+        (["--steps", "9"], "name a model (a folder, or a name on the hub), or a shape with --shape 8b; one of both"),
         (["model", "--shape", "8b"], "one of both"),
         (["--shape", "9b"], "unknown shape '9b'; Valid: 1b, 8b, 70b"),
         (["model", "--steps", "0"], "steps must be at least 1; got 0"),
@@ -93,10 +93,11 @@ def test_faults_are_one_line(folder, capsys, arguments, message):
 
 
 def test_versions_and_devices_need_no_model(capsys):
-    assert main(["doctor"]) == 2
+    assert main(["doctor"]) == 0
     told = capsys.readouterr()
     assert "torch" in told.out
-    assert "name a model" in told.err
+    assert "goldy doctor MODEL" in told.out
+    assert not told.err
 
 
 def test_why_an_analysis_does_not_work_is_told():

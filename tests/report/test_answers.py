@@ -179,11 +179,28 @@ def test_a_basin_is_compared_by_paired_directions(after: list[float], words: str
     assert told(answer_by_volume([volume_row(before, 0), few])).doubts == (*finding.doubts, "only 8 samples")
 
 
+def test_basins_of_two_kinds_of_samples_are_told_apart_where_they_part() -> None:
+    def both(clean: list[float], memorised: list[float], step: int) -> Row:
+        rows = [volume_row(clean, step), volume_row(memorised, step, split="memorised")]
+        return rows[0] | {"result": {"volumes": [volume for row in rows for volume in row["result"]["volumes"]]}}
+
+    before = both([-150.0, -160.0], [-300.0, -310.0], 0)
+    finding = told(answer_by_volume([before, both([-200.5, -209.5], [-249.5, -260.5], 10)]))
+    assert finding.sentence.startswith(
+        "The basin of clean samples narrowed by 50 nats since step 0, yet that of memorised ones widened by 50 nats; "
+        "the region in which"
+    )
+    # Where both go one way, or one of them not beyond noise, they do not part.
+    for memorised in ([-349.5, -360.5], [-250.0, -380.0]):
+        finding = told(answer_by_volume([before, both([-200.5, -209.5], memorised, 10)]))
+        assert finding.sentence.startswith("The basin of clean samples narrowed by 50 nats since step 0; the region")
+
+
 def test_volumes_of_other_directions_are_not_compared_and_a_single_bound_is_doubted() -> None:
     first, last = volume_row([-150.0, -160.0], 0, sigma=0.2), volume_row([-100.0, -110.0], 10)
     finding = told(answer_by_volume([first, last]))
     assert finding.sentence.startswith(
-        "The region that stays within 0.01 nats of it has a log volume of at least -110 nats"
+        "The region in which predictions stay within 0.01 nats of the model's has a log volume of at least -110 nats."
     )
     assert finding.doubts == (
         "it rests on an effective 1 of 2 directions",
@@ -196,7 +213,8 @@ def test_a_bridge_states_the_volume_and_its_doubt() -> None:
     row = volume_row([-150.0, -160.0], 10)
     row["result"]["bridges"] = [{"split": "clean", "log_volume": -90.0, "error": 2.0, "weak": "chains still drift"}]
     finding = told(answer_by_volume([row]))
-    assert finding.sentence == "The region that stays within 0.01 nats of it has a log volume of -90 nats."
+    region = "The region in which predictions stay within 0.01 nats of the model's"
+    assert finding.sentence == f"{region} has a log volume of -90 nats."
     assert finding.interval == "one standard error 2 nats"
     assert finding.doubts == ("the bridge is weak: chains still drift",)
 

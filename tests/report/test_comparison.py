@@ -182,3 +182,46 @@ def test_facts_are_paired_by_their_ids(two: tuple[Path, Path], golden_row: Build
     assert told["facts: measured_change/untouched"].value == pytest.approx(0.3)
     assert told["facts: exact/untouched"].remark == "paired over 2 samples; the interval includes 0"
     assert told["facts: measured_change/untouched"].high == pytest.approx(0.3 + 12.7062 * 0.1, abs=1e-4)
+
+
+def with_grafts(row: dict[str, Any], harm: list[float], recovered: list[float], **graft: Any) -> dict[str, Any]:
+    pairs = {"harm": record(harm), "recovered/0.05": record(recovered, [2.0, 2.0, 4.0])}
+    told = {"n_samples": 3, "metric": "loss", "graft": {"pieces": "elements", "per_sample": pairs, **graft}}
+    named = {"analysis": "change_attribution", "name": "change", "metrics": {"harm": sum(harm) / 3}}
+    return row | named | {"result": told}
+
+
+def test_harm_and_what_grafts_recover_are_paired(two: tuple[Path, Path], golden_row: Build, write_rows: Write) -> None:
+    harms, shares = ([0.1, 0.2, 0.3], [0.2, 0.4, 0.6]), ([1.0, 1.0, 2.0], [1.5, 2.0, 3.5])
+    for run, harm, recovered in zip(two, harms, shares, strict=True):
+        write_rows(run, with_grafts(golden_row(10), harm, recovered), name="change")
+    told = {entry.what: entry for entry in differences(*map(read_run, two))}
+    harm, recovered = told["change: harm"], told["change: recovered by 5 % of the elements"]
+    # Of harms 0.1, 0.2 and 0.3 more: Student's interval of their mean.
+    assert (harm.value, harm.low) == (pytest.approx(0.2), pytest.approx(0.2 - 4.302653 * 0.1 / 3**0.5))
+    assert harm.remark == "paired over 3 samples; the interval includes 0"
+    # 7 of 8 against 4 of 8; without each sample 5.5 / 6, 5 / 6 and 3.5 / 4 against 3 / 6, 3 / 6 and 2 / 4.
+    left = [5.5 / 6 - 0.5, 5 / 6 - 0.5, 0.875 - 0.5]
+    error = (2 / 3 * sum((value - sum(left) / 3) ** 2 for value in left)) ** 0.5
+    assert (recovered.value, recovered.low) == (pytest.approx(0.375), pytest.approx(0.375 - 4.302653 * error))
+    assert "change: recovered by 5 % of the elements" in write_comparison(two).read_text(encoding="utf-8")
+
+
+def test_grafts_of_other_pieces_samples_or_seeds_are_not_paired(
+    two: tuple[Path, Path], golden_row: Build, write_rows: Write
+) -> None:
+    def told_of(**graft: Any) -> dict[str, Any]:
+        row = with_grafts(golden_row(10), [0.2, 0.4, 0.6], [1.5, 2.0, 3.5], **graft)
+        row["result"] |= {name: row["result"]["graft"].pop(name) for name in ("metric", "seed") if name in graft}
+        write_rows(two[1], row, name="change")
+        return {entry.what: entry for entry in differences(*map(read_run, two)) if entry.what.startswith("change")}
+
+    write_rows(two[0], with_grafts(golden_row(10), [0.1, 0.2, 0.3], [1.0, 1.0, 2.0]), name="change")
+    assert set(told_of(pieces="units")) == {"change: harm"}
+    for wrong in ({"metric": "kl"}, {"seed": 1}):
+        refused = told_of(**wrong)
+        assert len(refused) == 2
+        assert {entry.value for entry in refused.values()} == {None}
+        assert all(entry.remark.startswith(f"not comparable: {next(iter(wrong))} ") for entry in refused.values())
+    other = {"harm": record([0.1, 0.2, 0.3]) | {"keys": ["k0", "k1", "other"]}}
+    assert told_of(per_sample=other)["change: harm"].remark == "other samples: 2 of 3 are in both"

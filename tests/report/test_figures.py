@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import struct
 import sys
 import threading
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 
 import lightning_goldy.report as report
 from lightning_goldy.report import figures
+from lightning_goldy.report.builders import HeatMap, Lines, arrange, heat_map, lines
 from lightning_goldy.report.figures import (
     FIGURES,
     Figure,
@@ -22,6 +25,7 @@ from lightning_goldy.report.figures import (
     reads_of,
     register_figure,
 )
+from lightning_goldy.report.topics.basin import chart_volume_estimates
 from lightning_goldy.report.topics.golden import chart_golden_parameters, chart_weight_changes
 
 Build = Callable[..., dict[str, Any]]
@@ -159,3 +163,30 @@ def test_what_the_former_decorator_registers_is_drawn_or_told() -> None:
     register_plot("tiny", "curve")(lambda row: SimpleNamespace())
     with pytest.raises(TypeError, match="register_figure"):
         draw_figures({"analysis": "tiny", "step": 1})
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+def test_an_image_is_made_as_wide_as_its_place_where_plots_can_shrink(columns: int) -> None:
+    series = {"the first of two lines": ([1, 2], [1.0, 2.0]), "the second of two lines": ([1, 2], [2.0, 1.0])}
+    panels = [lines(series, Lines(y="loss, nats", scale="linear")) for _ in range(columns)]
+    figure = replace(arrange(panels, columns=columns, caption="It is told here at length. " * 8), title="Loss " * 20)
+    for _ in range(2):  # the second is drawn by what fitted the first
+        wide, high = struct.unpack(">II", figure.within(360).png(1.0)[16:24])
+        assert 280 < wide <= 360
+        assert high > 220 * columns
+    assert struct.unpack(">I", figure.png(1.0)[16:20])[0] > 500
+
+
+def test_panels_below_each_other_shrink_together() -> None:
+    row = {"label": "clean", "estimates": [-10.0, -12.0], "log_volume": -10.6, "effective_sample_size": 1.3}
+    panels = [row, row | {"label": "memorised"}]
+    none = {"estimates": [], "log_volume": None}
+    chart_volume_estimates({"result": {"volumes": [row | none]}}).within(360)  # a step without numbers decides nothing
+    figure = chart_volume_estimates({"result": {"volumes": panels}})
+    assert struct.unpack(">I", figure.within(360).png(1.0)[16:20])[0] <= 360
+
+
+def test_what_cannot_be_narrower_is_drawn_as_it_is() -> None:
+    figure = heat_map(np.ones((2, 30)), range(2), range(30), HeatMap("%"))
+    assert figure.within(200).png(1.0) == figure.within(200).png(1.0)
+    assert struct.unpack(">I", figure.within(200).png(1.0)[16:20])[0] > 1000

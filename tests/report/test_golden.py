@@ -250,5 +250,5 @@ def test_the_caption_says_what_rows_and_columns_explain_and_what_random_tokens_g
     row["metrics"]["control_count"] = 12
     assert chart_golden_parameters(row).caption.endswith(
         "density 2 %, in matrices 0.5 times what shared rows and columns explain (95 % over samples: 0.4 to 0.625); "
-        "random tokens: 12 against 9"
+        "golden with random tokens 12, with these samples 9"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.agreement import per_sample
+from lightning_goldy.analysis.agreement import interval_of, per_sample, resampled
 from lightning_goldy.analysis.attribution.path import ChangePath, Measure, Metric, MetricName, Passage, passages
 from lightning_goldy.analysis.attribution.strongest import levels_of, mask_links, strongest
 from lightning_goldy.analysis.attribution.units import UnitGroup, margins_of, model_units
@@ -40,7 +39,6 @@ METRICS: tuple[str, ...] = get_args(MetricName)
 AUTO_NODES = (4, 8, 16, 32, 64)
 """Numbers of nodes that ``nodes="auto"`` tries until the sum is complete."""
 SHARES = (0.001, 0.01, 0.05, 0.1, 0.2)
-_RESAMPLES = 1000
 _TOP = 20
 
 
@@ -645,19 +643,6 @@ class _Integration:
             total[piece].add_(part, alpha=self.scale)
         if products:
             self.products[self.index[name]] += torch.stack(products).sum(dtype=torch.float64)
-
-
-@functools.lru_cache(maxsize=4)
-def resampled(count: int) -> Tensor:
-    """How often each of so many passages is drawn in each resample, shape ``[resamples, count]``; always the same."""
-    draws = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=_RESAMPLES)
-    return torch.from_numpy(draws).double()
-
-
-def interval_of(values: Tensor) -> tuple[float, float]:
-    """The middle 95 % of resampled values."""
-    low, high = torch.nanquantile(values, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high
 
 
 def _unit_row(unit: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,18 +19,14 @@ from lightning_goldy.analysis.attribution.attribution import (
     attribute_first_order,
     check_attribution,
     element_space,
-    interval_of,
-    resampled,
 )
 from lightning_goldy.analysis.attribution.learned import LearnOptions, learn_along, metric_of, require_same_change
 from lightning_goldy.analysis.attribution.path import (
+    Bench,
     ChangePath,
-    Measure,
     Metric,
     Worth,
     interleaved,
-    passages,
-    tells_distributions,
 )
 from lightning_goldy.analysis.attribution.strongest import unread_levels
 from lightning_goldy.analysis.attribution.units import Pieces, chosen_masks
@@ -38,7 +34,7 @@ from lightning_goldy.analysis.divergence import precise
 from lightning_goldy.analysis.result import AnalysisResult, Cost, counted_passes
 from lightning_goldy.core.architecture.adapters import WeightSpace, adapted_layers, merged_state
 from lightning_goldy.core.base import Base
-from lightning_goldy.core.batches import move_batch, sample_count
+from lightning_goldy.core.batches import sample_count
 from lightning_goldy.core.files import StoreError, parse_json
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.mask import ParameterMask
@@ -117,6 +113,8 @@ class GraftCurve(AnalysisResult):
         base_collateral: Loss of the base on other text, nats; None without any.
         n_held_out: Held-out samples.
         n_collateral: Samples of other text.
+        pairs: What the harm of the finetune, and what each share of the attributed elements recovers, are of each
+            sample, as :func:`~lightning_goldy.analysis.agreement.per_sample` gives it.
         cost: Forward passes.
     """
 
@@ -130,6 +128,7 @@ class GraftCurve(AnalysisResult):
     base_collateral: float | None
     n_held_out: int
     n_collateral: int
+    pairs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     cost: Cost = field(default=Cost(), compare=False)
 
     @property
@@ -213,7 +212,8 @@ class GraftCurve(AnalysisResult):
     def details(self) -> dict[str, Any]:
         """The points, and between what they lie."""
         names = ("metric", "pieces", "base_value", "value", "base_collateral", "n_held_out", "n_collateral")
-        return {**{name: getattr(self, name) for name in names}, "points": [dict(point) for point in self.points]}
+        told = {**{name: getattr(self, name) for name in names}, "points": [dict(point) for point in self.points]}
+        return told | ({"per_sample": dict(self.pairs)} if self.pairs else {})
 
     def headline(self) -> str:
         """The share that recovers 95 % with its interval, and what is best in gain against harm."""
@@ -356,7 +356,7 @@ def graft_curve(
     within = attribution.space
     with preserved(model), ChangePath(model, base, within) as path, torch.no_grad(), counted_passes(model) as passes:
         require_same_change(attribution, path)
-        bench = _Bench(path, objective, metric, held_out, collateral, samples_per_pass)
+        bench = Bench(path, objective, metric, held_out, collateral, samples_per_pass)
         grafts = _Grafts(path, attribution, objective, metric, tuple(shares), seed)
         batches = list(batches)
         plan = [*grafts.chosen(pieces), *(grafts.greedy(batches) if pieces == "blocks" else ())]
@@ -383,6 +383,7 @@ def graft_curve(
         base_collateral=bench.base_collateral,
         n_held_out=sum(sample_count(passage.batch) for passage in bench.held_out),
         n_collateral=sum(sample_count(passage.batch) for passage in bench.collateral),
+        pairs=bench.pairs,
         cost=cost,
     )
 
@@ -413,83 +414,6 @@ def check_graft(
     if not found:
         raise ValueError("shares is empty: name at least one fraction in (0, 1]")
     return found
-
-
-class _Bench:
-    """Measures the model as it stands: the metric on held-out samples, loss and divergence on other text."""
-
-    def __init__(
-        self,
-        path: ChangePath,
-        objective: Objective,
-        metric: Metric,
-        held_out: Iterable[Any],
-        collateral: Iterable[Any] | None,
-        samples_per_pass: int | None,
-    ) -> None:
-        self.model, self.device = path.model, next(path.model.parameters()).device
-        together = samples_per_pass or 1 << 30
-        self.held_out = passages(held_out, objective, None, together)
-        self.collateral = [] if collateral is None else passages(collateral, objective, None, together)
-        self.measure, self.loss = Measure(metric, objective), Measure("loss", objective)
-        self.divergence = Measure("kl", objective) if tells_distributions(objective) else None
-        path.move_to(0.0)
-        self._keep(self.measure, self.held_out)
-        if self.divergence is not None:
-            self._keep(self.divergence, self.collateral)
-        self.base, self.counts = self._values(self.measure, self.held_out)
-        self.base_loss, self.loss_counts = self._values(self.loss, self.collateral)
-        path.move_to(1.0)
-        self.now, _ = self._values(self.measure, self.held_out)
-        self.base_value, self.value = (float(v.sum() / self.counts.sum()) for v in (self.base, self.now))
-        self.base_collateral = float(self.base_loss.sum() / self.loss_counts.sum()) if self.collateral else None
-        self.finetune = self.point("finetune", 1.0, 1.0)
-
-    def point(self, method: str, share: float, factor: float) -> dict[str, Any]:
-        """What the model as it stands recovers and harms."""
-        values, _ = self._values(self.measure, self.held_out)
-        counts = resampled(len(values))
-        gain, whole = values - self.base, self.now - self.base
-        moved = float(whole.sum()) != 0
-        low, high = interval_of((counts @ gain) / (counts @ whole)) if moved and len(values) > 1 else (None, None)
-        point: dict[str, Any] = {
-            "method": method,
-            "share": share,
-            "factor": factor,
-            "value": float(values.sum() / self.counts.sum()),
-            "recovered": float(gain.sum() / whole.sum()) if moved else None,
-            "low": low,
-            "high": high,
-        }
-        if self.collateral:
-            losses, _ = self._values(self.loss, self.collateral)
-            counts = resampled(len(losses))
-            harm = losses - self.base_loss
-            low, high = interval_of((counts @ harm) / (counts @ self.loss_counts)) if len(harm) > 1 else (None, None)
-            total = self.loss_counts.sum()
-            point |= {"harm": float(harm.sum() / total), "harm_low": low, "harm_high": high}
-            if self.divergence is not None:
-                divergences, _ = self._values(self.divergence, self.collateral)
-                point["kl"] = float(divergences.sum() / total)
-        return point
-
-    def recovered(self) -> float:
-        """What the model as it stands recovers, where the finetune changed something."""
-        values, _ = self._values(self.measure, self.held_out)
-        return float((values - self.base).sum() / (self.now - self.base).sum())
-
-    def _keep(self, measure: Measure, samples: Sequence[Any]) -> None:
-        for index, passage in enumerate(samples):
-            measure.keep_anchor(self.model, index, move_batch(passage.batch, self.device))
-
-    def _values(self, measure: Measure, samples: Sequence[Any]) -> tuple[Tensor, Tensor]:
-        found = [
-            measure.by_sample(self.model, index, move_batch(passage.batch, self.device))
-            for index, passage in enumerate(samples)
-        ]
-        empty = torch.zeros(0, dtype=torch.float64)
-        sums, counts = (torch.cat([empty, *(pair[place] for pair in found)]) for place in (0, 1))
-        return sums, counts
 
 
 def _marked(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -567,7 +491,7 @@ class _Grafts:
                     found.append((name, share, factor, self._keep_levels(levels, place, factor)))
         return found
 
-    def draw_again(self, points: Sequence[dict[str, Any]], n_draws: int, bench: _Bench) -> None:
+    def draw_again(self, points: Sequence[dict[str, Any]], n_draws: int, bench: Bench) -> None:
         """Adds what further draws of as many random elements recover; all elements have but one draw."""
         points = [point for point in points if point["recovered"] is not None and point["share"] < 1]
         for point in points:

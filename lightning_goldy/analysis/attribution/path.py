@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_goldy.analysis.agreement import interval_of, per_sample, resampled
 from lightning_goldy.analysis.divergence import precise, shortened
 from lightning_goldy.analysis.taylor.approximation import batch_parts
 from lightning_goldy.core.architecture.adapters import chosen_space, merged_weights
 from lightning_goldy.core.base import Base, base_of
-from lightning_goldy.core.batches import move_batch, sample_count, take_samples
+from lightning_goldy.core.batches import move_batch, sample_count, sample_keys, take_samples
 from lightning_goldy.core.naming import model_class
 from lightning_goldy.core.objective import FunctionObjective, Objective
 from lightning_goldy.core.sharding import local, sum_over_shards, unshard_guard
@@ -340,3 +341,92 @@ class Worth:
             sums, counts = self.measure.by_sample(self.path.model, index, move_batch(passage.batch, self.device))
             total, count = total + float(sums.sum()), count + float(counts.sum())
         return total / count
+
+
+class Bench:
+    """Measures the model as it stands: the metric on held-out samples, loss and divergence on other text."""
+
+    def __init__(
+        self,
+        path: ChangePath,
+        objective: Objective,
+        metric: Metric,
+        held_out: Iterable[Any],
+        collateral: Iterable[Any] | None,
+        samples_per_pass: int | None,
+    ) -> None:
+        self.model, self.device = path.model, next(path.model.parameters()).device
+        together = samples_per_pass or 1 << 30
+        self.held_out = passages(held_out, objective, None, together)
+        self.collateral = [] if collateral is None else passages(collateral, objective, None, together)
+        self.measure, self.loss = Measure(metric, objective), Measure("loss", objective)
+        self.divergence = Measure("kl", objective) if tells_distributions(objective) else None
+        path.move_to(0.0)
+        self._keep(self.measure, self.held_out)
+        if self.divergence is not None:
+            self._keep(self.divergence, self.collateral)
+        self.base, self.counts = self._values(self.measure, self.held_out)
+        self.base_loss, self.loss_counts = self._values(self.loss, self.collateral)
+        path.move_to(1.0)
+        self.now, _ = self._values(self.measure, self.held_out)
+        self.base_value, self.value = (float(v.sum() / self.counts.sum()) for v in (self.base, self.now))
+        self.base_collateral = float(self.base_loss.sum() / self.loss_counts.sum()) if self.collateral else None
+        self.pairs: dict[str, dict[str, Any]] = {}
+        self.finetune = self.point("finetune", 1.0, 1.0)
+
+    def point(self, method: str, share: float, factor: float) -> dict[str, Any]:
+        """What the model as it stands recovers and harms."""
+        values, _ = self._values(self.measure, self.held_out)
+        counts = resampled(len(values))
+        gain, whole = values - self.base, self.now - self.base
+        if method == "attribution" and share < 1:
+            self._remember(f"recovered/{share:.4g}", self.held_out, gain, whole)
+        moved = float(whole.sum()) != 0
+        low, high = interval_of((counts @ gain) / (counts @ whole)) if moved and len(values) > 1 else (None, None)
+        point: dict[str, Any] = {
+            "method": method,
+            "share": share,
+            "factor": factor,
+            "value": float(values.sum() / self.counts.sum()),
+            "recovered": float(gain.sum() / whole.sum()) if moved else None,
+            "low": low,
+            "high": high,
+        }
+        if self.collateral:
+            losses, _ = self._values(self.loss, self.collateral)
+            counts = resampled(len(losses))
+            harm = losses - self.base_loss
+            if method == "finetune":
+                self._remember("harm", self.collateral, harm, self.loss_counts)
+            low, high = interval_of((counts @ harm) / (counts @ self.loss_counts)) if len(harm) > 1 else (None, None)
+            total = self.loss_counts.sum()
+            point |= {"harm": float(harm.sum() / total), "harm_low": low, "harm_high": high}
+            if self.divergence is not None:
+                divergences, _ = self._values(self.divergence, self.collateral)
+                point["kl"] = float(divergences.sum() / total)
+        return point
+
+    def recovered(self) -> float:
+        """What the model as it stands recovers, where the finetune changed something."""
+        values, _ = self._values(self.measure, self.held_out)
+        return float((values - self.base).sum() / (self.now - self.base).sum())
+
+    def _remember(self, metric: str, samples: Sequence[Passage], above: Tensor, below: Tensor) -> None:
+        """Keeps what a number is of each sample; one below which everything is 0 is none."""
+        keys = [key for passage in samples for key in sample_keys(passage.batch)]
+        found = per_sample(keys, above.tolist(), below.tolist()) if float(below.sum()) != 0 else None
+        if found is not None:
+            self.pairs[metric] = found
+
+    def _keep(self, measure: Measure, samples: Sequence[Any]) -> None:
+        for index, passage in enumerate(samples):
+            measure.keep_anchor(self.model, index, move_batch(passage.batch, self.device))
+
+    def _values(self, measure: Measure, samples: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        found = [
+            measure.by_sample(self.model, index, move_batch(passage.batch, self.device))
+            for index, passage in enumerate(samples)
+        ]
+        empty = torch.zeros(0, dtype=torch.float64)
+        sums, counts = (torch.cat([empty, *(pair[place] for pair in found)]) for place in (0, 1))
+        return sums, counts

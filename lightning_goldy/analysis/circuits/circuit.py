@@ -14,9 +14,8 @@ from xml.etree import ElementTree
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.agreement import agreement_of
+from lightning_goldy.analysis.agreement import agreement_of, interval_of, resampled
 from lightning_goldy.analysis.attention.patterns import attention_maps
-from lightning_goldy.analysis.attribution.attribution import interval_of, resampled
 from lightning_goldy.analysis.circuits.graph import INPUT, OUTPUT, CircuitGraph
 from lightning_goldy.analysis.circuits.runs import Ablation, CircuitOptions, Metric, Progress, measure, wired
 from lightning_goldy.analysis.circuits.scores import Method, grouped_scores, node_scores

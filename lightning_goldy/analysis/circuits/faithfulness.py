@@ -12,8 +12,7 @@ from typing import Any, ClassVar, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.agreement import per_sample
-from lightning_goldy.analysis.attribution.attribution import interval_of, resampled
+from lightning_goldy.analysis.agreement import interval_of, per_sample, resampled
 from lightning_goldy.analysis.attribution.path import ChangePath
 from lightning_goldy.analysis.circuits.circuit import (
     Circuit,

@@ -317,6 +317,10 @@ def training_length(trainer: L.Trainer) -> float:
     return min(math.ceil(trainer.max_steps / optimizers), batches)
 
 
+# Units: TensorBoard shows images about so wide, and makes wider ones smaller until their letters cannot be read.
+_CARD = 360
+
+
 def log_row(
     trainer: L.Trainer,
     row: Mapping[str, Any],
@@ -380,7 +384,7 @@ def log_row(
     for name, figure in figures.items():
         # A tag of their own: TensorBoard shows a tag in one plugin only, and hides the figure behind a scalar.
         try:
-            draw = partial(log_figure, tag=f"{prefix}/figure/{name}", figure=figure, step=step)
+            draw = partial(log_figure, tag=f"{prefix}/figure/{name}", figure=figure.within(_CARD), step=step)
             _to_each(takers, f"{row['name']} at step {row['step']}", draw)
         except RenderError as error:
             tell(name, error)

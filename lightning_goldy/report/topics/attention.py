@@ -548,7 +548,7 @@ _ATTENTION_TRACKER = Description(
     headline=("entropy", "induction_max", "drift"),
     method=(
         "Attention of every head was told by its entropy, its scores as an induction (Olsson et al. 2022, arXiv "
-        "2209.11895), previous-token and duplicate-token head (Wang et al. 2022, arXiv 2211.00593), and its Jensen- "
+        "2209.11895), previous-token and duplicate-token head (Wang et al. 2022, arXiv 2211.00593), and its Jensen-"
         "Shannon divergence from the base's."
     ),
 )

@@ -137,7 +137,7 @@ def _cutoffs_chart(several: bool) -> Any:
     axis = alt.Axis(format="~g", tickCount=6, gridOpacity=0.5)
     x = alt.X("cutoff:Q", title="cutoff, nats", scale=wide, axis=axis)
     color = alt.Color("split:N", sort=None, legend=legend if several else None)
-    axis = alt.Axis(format=_NUMBER, tickCount=6)
+    axis = alt.Axis(format=",.9~g", tickCount=6)
     height = {"title": "log-volume, nats", "scale": alt.Scale(zero=False), "axis": axis}
     split = ("split:N", "samples")
     told = {"cutoff": "cutoff, nats", "value": "log-volume, nats", "low": "95 % from", "high": "to"}

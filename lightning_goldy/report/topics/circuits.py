@@ -63,8 +63,8 @@ def chart_circuit(row: Row) -> Figure:
     }
     caption = (
         f"The {len(strongest)} strongest of {len(edges)} chosen edges, of {whole} in all, as wide as what the "
-        "behaviour loses without them. The input is below, the output above; heads of a block are in a row, its MLP on "
-        "the right; blocks without such an edge are left out."
+        "behaviour loses without them. The input is below, the output above; heads of a block are in a row (a3.h1: "
+        "block 3, head 1), its MLP on the right (m3); blocks without such an edge are left out."
     )
     told = {**told, "score": rounded(told["score"]), "size": rounded(told["size"])}
     return Figure(_graph_chart(), {"edges": told, "nodes": points}, caption)

@@ -370,9 +370,8 @@ def _against(metrics: Mapping[str, Any]) -> str:
         ends = (format_number(metrics[f"over_null_{end}"]) for end in ("low", "high"))
         told += f" (95 % over samples: {' to '.join(ends)})"
     if metrics.get("control_count") is not None:
-        told += (
-            f"; random tokens: {format_number(metrics['control_count'])} against {format_number(metrics.get('count'))}"
-        )
+        counts = (format_number(metrics.get(name)) for name in ("control_count", "count"))
+        told += "; golden with random tokens {}, with these samples {}".format(*counts)
     return told
 
 

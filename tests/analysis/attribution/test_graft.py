@@ -20,6 +20,7 @@ from lightning_goldy.core import (
     ParameterSpace,
     ParameterVector,
 )
+from lightning_goldy.core.batches import sample_keys
 from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.naming import block_of
 from lightning_goldy.core.store import StoreError
@@ -437,3 +438,16 @@ def test_the_mask_of_a_baseline_makes_its_graft(subject, curve, method):
 
 def attributed(model, base, batch):
     return change_attribution(model, base, [batch], metric="kl", nodes=1, shares=[1.0])
+
+
+def test_harm_and_what_is_recovered_are_told_of_each_sample(subject, curve):
+    *_, held_out, other, _ = subject
+    assert set(curve.pairs) == {"harm", "recovered/0.01", "recovered/0.1", "recovered/0.5"}
+    recovered = {f"recovered/{point.share:.4g}": point.recovered for point in curve.of("attribution")}
+    for name, record in curve.pairs.items():
+        of_all = sum(record["numerators"]) / sum(record["denominators"])
+        assert of_all == pytest.approx(curve.metrics()["harm"] if name == "harm" else recovered[name])
+        assert list(record["keys"]) == sample_keys(other if name == "harm" else held_out)
+    assert curve.details()["per_sample"] == curve.pairs
+    again = type(curve).from_json(curve.to_json())
+    assert (again, again.pairs) == (curve, curve.pairs)
