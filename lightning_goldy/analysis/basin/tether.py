@@ -43,7 +43,7 @@ _LONGEST, _LEAST = 32, 24
 _DWELL, _POWER = 4.0, 4
 # Shares of the gradients: the first way, the search for the inverse temperature, and for each round its ways and its
 # rest at the loose end. The second round is slower, so that their difference tells what speed does.
-_SETTLING, _SEEKING, _ROUNDS = 0.15, 0.2, ((0.07, 0.03), (0.19, 0.1))
+_SETTLING, _SEEKING, _ROUNDS = 0.15, 0.15, ((0.08, 0.04), (0.21, 0.08))
 # How strongly steps follow the acceptance while chains settle, and while they are watched.
 _GAIN, _SLOW_GAIN = 0.3, 0.1
 # By how much masses are rounded in their logarithms: sums over ranks differ in their last digits.
@@ -92,7 +92,7 @@ class TetherWalk(Bridge):
         for number, (way, rest) in enumerate(_ROUNDS):
             ends = (self.low, self.high, way), (self.high, self.low, way), (self.low, self.low, rest)
             ways = [
-                self._stretch(f"round {number}, way {turn}", partial(self._watched, target, *walk))
+                self._stretch(f"round {number}, way {turn}", partial(self._watched, target, *walk, learning=number == 0))
                 for turn, walk in enumerate(ends)
             ]
             rounds.append(tuple(_Way(*map(np.array, found)) for found in ways))
@@ -259,7 +259,7 @@ class TetherWalk(Bridge):
         shift = max(-1.0, min(1.0, math.log(mean / self.cutoff))) if math.isfinite(mean) and mean > 0 else 1.0
         return tilt.at(b=max(tilt.b * math.exp(rate * shift), 1e-9 / self.cutoff))
 
-    def _watched(self, target: Tilt, begin: float, end: float, share: float) -> list[Any]:
+    def _watched(self, target: Tilt, begin: float, end: float, share: float, *, learning: bool) -> list[Any]:
         """Lets the tether go from one end to the other and watches the chains; the fields of a way, as lists."""
         chains = self.chains
         loop = self._begun(place=None, kappas=[], rows=[], acceptance=[])
@@ -269,7 +269,12 @@ class TetherWalk(Bridge):
             if place != loop["place"]:
                 chains.steps, loop["place"] = self.steps_at[place], place
             tilt = target.at(kappa=kappa, learned=self.learned[place])
-            self._step(tilt, length, _SLOW_GAIN)
+            before = loop["kappas"][-1] if loop["kappas"] else begin
+            if kappa > before:  # what is flat would lag behind a tether that draws in; nothing is in its way
+                self._carry(tilt.at(kappa=before), tilt, halvings=0)
+            self._step(tilt, length, _GAIN if learning else _SLOW_GAIN)
+            if learning:
+                self.learned[place] = self._learned_from(tilt).learned
             loop["kappas"].append(kappa)
             self.steps_at[place] = chains.steps
             loop["rows"].append(self._all(self._observed_on(tilt)).tolist())
