@@ -11,6 +11,7 @@ blocks of a folder of ``save_pretrained``; with ``--keep-in`` what was interrupt
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import statistics
 import subprocess
@@ -24,7 +25,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from lightning_goldy.analysis import adam_preconditioner, basin_volume, kronecker_preconditioner, local_volume
-from lightning_goldy.analysis.basin import BridgeResult, BridgeSettings
+from lightning_goldy.analysis.basin import BridgeResult, BridgeSettings, kronecker_fisher
 from lightning_goldy.analysis.divergence import AnchoredDivergence, Cache
 from lightning_goldy.core import CausalLMObjective, ParameterSpace, ParameterVector
 from lightning_goldy.core.directions import Ray, direction_seed
@@ -231,6 +232,35 @@ def pretrained(folder: Path, text: Path, samples: int) -> tuple[torch.nn.Module,
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), [{"input_ids": passages}]
 
 
+class Together:
+    """The divergence of a small network's predictions from what they are, at many points of its parameters at once."""
+
+    def __init__(self, model: torch.nn.Module, ids: torch.Tensor, space: ParameterSpace) -> None:
+        self.model, self.ids, self.shapes = model, ids, dict(zip(space.names, space.shapes, strict=True))
+        model.set_attn_implementation("eager")
+        with torch.no_grad():
+            self.anchor = self._predicted(dict(model.named_parameters()))
+        self.batched = torch.func.vmap(self._cost)
+
+    def _predicted(self, parameters: dict[str, torch.Tensor]) -> torch.Tensor:
+        options = {"input_ids": self.ids, "use_cache": False}
+        return torch.func.functional_call(self.model, parameters, kwargs=options).logits[:, :-1].log_softmax(-1)
+
+    def _cost(self, flat: torch.Tensor) -> torch.Tensor:
+        parts = flat.split([math.prod(shape) for shape in self.shapes.values()])
+        named = {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
+        return (self.anchor.exp() * (self.anchor - self._predicted(named))).sum(-1).mean()
+
+    def of_points(self, points: torch.Tensor) -> torch.Tensor:
+        """Costs, shape ``[points]``, nats."""
+        return self.batched(points)
+
+    def __call__(self, module: torch.nn.Module) -> torch.Tensor:
+        """At the module's parameters."""
+        parameters = dict(module.named_parameters())
+        return self.of_points(torch.cat([parameters[name].reshape(-1) for name in self.shapes])[None])[0]
+
+
 def network(
     family: str,
     model: torch.nn.Module,
@@ -240,18 +270,35 @@ def network(
     *,
     space: ParameterSpace,
     settings: BridgeSettings,
+    together: bool = False,
 ) -> None:
-    """Prints bridges around a network by seed and budget, beside rays on the same samples."""
+    """Prints bridges around a network by seed and budget, beside rays on the same samples.
+
+    Args:
+        family: What is printed first.
+        model: The network.
+        data: Its samples.
+        gradients: Budgets.
+        seeds: Of bridges.
+        space: What moves.
+        settings: Of bridges.
+        together: Whether a small network is evaluated at all chains at once.
+    """
     proposals = {"none": None} | {
         f"kronecker {eps:g}": kronecker_preconditioner(model, data, eps=eps, space=space) for eps in (1e-3, 1e-2, 1e-1)
     }
     for name, proposal in proposals.items():
         rays = basin_volume(model, data, n_directions=8, preconditioner=proposal, space=space)
         print(f"{family}, {rays.dimension} parameters, rays, {name}: {rays.log_volume:.0f}", flush=True)
+    fisher = kronecker_fisher(model, data, space=space) if together else None
     for budget in gradients:
         for seed in seeds:
             options = {"method": "bridge", "bridge": replace(settings, max_gradients=budget), "seed": seed}
-            found = basin_volume(model, data, space=space, **options)
+            if together:
+                cost = Together(model, data[0]["input_ids"], space)
+                found = local_volume(model, cost, space=space, cutoff=1e-2, curvature=fisher, **options)
+            else:
+                found = basin_volume(model, data, space=space, **options)
             parts = ", ".join(f"{name} {value:.1f}" for name, value in found.parts.items())
             print(
                 f"{family}, bridge, seed {seed}: {found.log_volume:.0f} +- {found.error:.0f} ({parts}), exponent "
@@ -276,6 +323,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="whose passages that is looked at on")
     parser.add_argument("--last-layers", type=int, help="only so many blocks of it move")
     parser.add_argument("--chains", type=int, default=4, help="of each bridge around a network")
+    parser.add_argument("--together", action="store_true", help="small networks at all chains at once, which is faster")
     parser.add_argument("--keep-in", help="folder in which interrupted bridges around networks go on")
     parser.add_argument("--gradients", type=int, nargs="+", default=[10_000, 20_000], help="of each of its bridges")
     parser.add_argument("--threads", type=int, default=2)
@@ -295,7 +343,8 @@ def main() -> None:
         space = ParameterSpace.of(model, last_layers=arguments.last_layers)
         settings = BridgeSettings(chains=arguments.chains, keep_in=arguments.keep_in)
         name = arguments.model.name if arguments.model else arguments.family
-        network(name, model, data, arguments.gradients, seeds, space=space, settings=settings)
+        together = arguments.together and not arguments.model
+        network(name, model, data, arguments.gradients, seeds, space=space, settings=settings, together=together)
         return
     if arguments.only != "rays":
         bridges(seeds, arguments.dimensions)

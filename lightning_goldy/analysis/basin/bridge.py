@@ -415,7 +415,7 @@ class Bridge:
         self.taken += length * self.settings.chains
         self.tell(min(self.taken, self.settings.max_gradients), self.settings.max_gradients)
 
-    def _carry(self, old: Tilt, new: Tilt, *, halvings: int = 3) -> None:
+    def _carry(self, old: Tilt, new: Tilt, *, halvings: int = 3, steep: float = _STEEP) -> None:
         """Stretches the chains from one density to the next as the Gaussians that are like them are stretched.
 
         Otherwise they arrive far from equilibrium, where trajectories that spread are refused and those that contract
@@ -426,7 +426,7 @@ class Bridge:
         chains.x = new.centre + (chains.x - like.centre) * (like.precision / new.precision).sqrt()
         chains.look()
         self.taken += self.settings.chains
-        kept = chains.costs <= _STEEP * before[1].clamp(min=0.1 * self.cutoff)
+        kept = chains.costs <= steep * before[1].clamp(min=0.1 * self.cutoff)
         # Two trajectories between two halves must be a small part of what there is.
         affordable = _BETWEEN * self.settings.chains < 0.02 * (self.settings.max_gradients - self.taken)
         if halvings and affordable and not self._all(kept.double()).all():

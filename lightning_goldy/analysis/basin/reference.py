@@ -167,6 +167,11 @@ class Tilt:
         return curved * self.b + self.kappa
 
     @property
+    def held(self) -> Tensor:
+        """Of what is Gaussian of it whatever the cost, shape ``[D]``."""
+        return self.curvature * ((1 - self.t) * self.b) + self.kappa
+
+    @property
     def centre(self) -> Tensor:
         """Of that Gaussian, shape ``[D]``."""
         return -self.pull / self.precision
@@ -189,8 +194,7 @@ class Tilt:
 
     def slope(self, x: Tensor, gradient: Tensor) -> Tensor:
         """The gradient of the energy, given that of the cost, shape ``[points, D]``."""
-        scale = self.curvature * ((1 - self.t) * self.b) + self.kappa if self.t < 1 else self.kappa
-        slope = x * scale + self.pull
+        slope = x * (self.held if self.t < 1 else self.kappa) + self.pull
         return slope.add_(gradient, alpha=self.t * self.b) if self.t > 0 else slope
 
     def log_normaliser(self, variance: float) -> float:

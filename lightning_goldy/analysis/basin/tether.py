@@ -43,9 +43,15 @@ _LONGEST, _LEAST = 32, 24
 _DWELL, _POWER = 4.0, 4
 # Shares of the gradients: the first way, the search for the inverse temperature, and for each round its ways and its
 # rest at the loose end. The second round is slower, so that their difference tells what speed does.
-_SETTLING, _SEEKING, _ROUNDS = 0.15, 0.2, ((0.07, 0.03), (0.19, 0.1))
+_SETTLING, _SEEKING, _ROUNDS = 0.15, 0.15, ((0.08, 0.04), (0.21, 0.08))
 # How strongly steps follow the acceptance while chains settle, and while they are watched.
 _GAIN, _SLOW_GAIN = 0.3, 0.1
+# Below which acceptance a chain's step is cut at once, and by how much in its logarithm.
+_REFUSED, _CUT = 0.1, 0.2
+# By how much drawing in the tether may raise a chain's cost.
+_LEVEL = 1.1
+# Between which shares of the squared distance at which they would be settled chains count as such.
+_SETTLED = 0.9, 1.1
 # By how much masses are rounded in their logarithms: sums over ranks differ in their last digits.
 _ROUNDING = 16 / math.log(2)
 
@@ -92,7 +98,7 @@ class TetherWalk(Bridge):
         for number, (way, rest) in enumerate(_ROUNDS):
             ends = (self.low, self.high, way), (self.high, self.low, way), (self.low, self.low, rest)
             ways = [
-                self._stretch(f"round {number}, way {turn}", partial(self._watched, target, *walk))
+                self._stretch(f"round {number}, way {turn}", partial(self._watched, target, *walk, learning=number == 0))
                 for turn, walk in enumerate(ends)
             ]
             rounds.append(tuple(_Way(*map(np.array, found)) for found in ways))
@@ -214,6 +220,8 @@ class TetherWalk(Bridge):
         affordable = max(1, (self.settings.max_gradients - self.taken) // self.settings.chains)
         length = max(1, min(round(jitter * mean_length), affordable))
         self.chains.move(tilt, length, gain=gain)
+        # Among chains that all move nobody would notice one that stands still for long.
+        self.chains.steps = self.chains.steps - _CUT * (self.chains.acceptance < _REFUSED)
         self.taken += length * self.settings.chains
         self.tell(min(self.taken, self.settings.max_gradients), self.settings.max_gradients)
 
@@ -259,7 +267,7 @@ class TetherWalk(Bridge):
         shift = max(-1.0, min(1.0, math.log(mean / self.cutoff))) if math.isfinite(mean) and mean > 0 else 1.0
         return tilt.at(b=max(tilt.b * math.exp(rate * shift), 1e-9 / self.cutoff))
 
-    def _watched(self, target: Tilt, begin: float, end: float, share: float) -> list[Any]:
+    def _watched(self, target: Tilt, begin: float, end: float, share: float, *, learning: bool) -> list[Any]:
         """Lets the tether go from one end to the other and watches the chains; the fields of a way, as lists."""
         chains = self.chains
         loop = self._begun(place=None, kappas=[], rows=[], acceptance=[])
@@ -269,7 +277,12 @@ class TetherWalk(Bridge):
             if place != loop["place"]:
                 chains.steps, loop["place"] = self.steps_at[place], place
             tilt = target.at(kappa=kappa, learned=self.learned[place])
-            self._step(tilt, length, _SLOW_GAIN)
+            before = loop["kappas"][-1] if loop["kappas"] else begin
+            if kappa > before:  # what is flat would lag behind a tether that draws in; nothing is in its way
+                self._carry(tilt.at(kappa=before), tilt, halvings=0, steep=_LEVEL)
+            self._step(tilt, length, _GAIN if learning else _SLOW_GAIN)
+            if learning:
+                self.learned[place] = self._learned_from(tilt).learned
             loop["kappas"].append(kappa)
             self.steps_at[place] = chains.steps
             loop["rows"].append(self._all(self._observed_on(tilt)).tolist())
@@ -298,6 +311,8 @@ class TetherWalk(Bridge):
         coarse = np.mean([way.integral(2).mean() for way in rounds[-1][:2]]) - values[-1]
         rows = [(row, row) for found in rounds for row in found[2].costs]
         point, mean, variance, saddle_noise = self._crossed(target, rows, base + float(values[-1]))
+        last = rounds[-1][2]
+        spread = float(last.plain.mean() / last.integrand.mean())
         parts = {
             "chains": float(noise),
             "directions": float(max(0.0, abs(loop) - loop_noise)) / 2,
@@ -305,11 +320,10 @@ class TetherWalk(Bridge):
             "start": base_noise,
             "saddle": saddle_noise,
         }
-        last = rounds[-1][2]
         acceptance = float(np.mean([way.acceptance.mean() for way in rounds[-1]]))
         self.nodes = len(rounds[-1][0].kappas)
         error = math.sqrt(math.fsum(part**2 for part in parts.values()))
-        self._doubt_walk(error, moved, float(last.plain.mean() / last.integrand.mean()), point.log_volume)
+        self._doubt_walk(error, moved, spread, point.log_volume)
         self._doubt_samples(mean, acceptance, point.log_volume, sum(row.size for row, _ in rows))
         return {
             "log_volume": point.log_volume,
@@ -324,11 +338,11 @@ class TetherWalk(Bridge):
         }
 
     def _doubt_walk(self, error: float, moved: float, spread: float, value: float) -> None:
-        if error > max(1.0, 0.25 * abs(value)):
+        if _doubtful(error, value):
             self.weak.append(f"the error is {error / abs(value):.0%} of the number")
-        if abs(moved) > max(1.0, 0.25 * abs(value)):
+        if _doubtful(moved, value):
             self.weak.append(f"the slower walk moved the number by {moved:+.3g} nats")
-        if not 0.5 < spread < 1.5:
+        if not _SETTLED[0] < spread < _SETTLED[1]:
             self.weak.append(
                 f"the chains have spread to {spread:.0%} of the squared distance at which they would be settled"
             )
@@ -352,6 +366,10 @@ class TetherWalk(Bridge):
                     where = {"round": number, "way": name, "leg": "tether", "place": place / (_PLACES - 1)}
                     rows.append(where | numbers)
         return rows
+
+
+def _doubtful(nats: float, value: float) -> bool:
+    return abs(nats) > max(1.0, 0.25 * abs(value))
 
 
 def crossed(

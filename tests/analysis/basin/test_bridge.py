@@ -16,8 +16,8 @@ from lightning_goldy.analysis.basin import BridgeResult, BridgeSettings, bridge_
 from lightning_goldy.analysis.basin.bridge import KeptState
 from lightning_goldy.analysis.basin.reference import Eigenbasis, Tilt
 from lightning_goldy.analysis.basin.saddle import controlled, counted, saddle
-from lightning_goldy.analysis.basin.sampling import PointField
-from lightning_goldy.analysis.basin.tether import TetherWalk
+from lightning_goldy.analysis.basin.sampling import Chains, PointField
+from lightning_goldy.analysis.basin.tether import TetherWalk, _Way
 from lightning_goldy.analysis.divergence import AnchoredDivergence
 from lightning_goldy.core import CausalLMObjective, ClassifierObjective, ParameterSpace, ParameterVector
 from tests.references.models import build, token_batch
@@ -193,6 +193,53 @@ def test_a_tether_does_not_ask_where_the_chains_lag() -> None:
     found = walk._observed_on(walk.start.at(t=1.0, kappa=20.0))
     assert found[:, 0].tolist() == pytest.approx([3 + float(pull.square().sum()) / 40] * 4)
     assert found[0, 1] > 1000
+
+
+def test_what_costs_nothing_moves_without_error_when_a_tether_is_loosened() -> None:
+    """A leapfrog step errs a little, on the same side, in each of many directions that grow: 27 nats here."""
+    flat = torch.zeros(20_000, dtype=torch.float64)
+    basis = Eigenbasis(ParameterSpace.of(Flat(flat)), vector(Flat(flat), flat), **PLACE)
+    chains = Chains(PointField(lambda points: 0 * points.sum(-1), flat, basis), range(3), 0, torch.zeros(3, 20_000))
+    chains.x = chains.x.double()
+    loose = Tilt(1.0, 1.0, 1.0, flat, flat, flat + 0.5)
+    chains.draw(loose.at(t=0.0, kappa=4.0))
+    chains.steps[:] = math.log(math.pi / 2 / 8)
+    chains.move(loose, 8)
+    assert chains.acceptance.tolist() == pytest.approx([1.0] * 3, abs=1e-6)
+    assert chains.x.var(dim=-1).tolist() == pytest.approx([1.0] * 3, rel=0.05)
+    assert chains.x.mean().item() == pytest.approx(-0.5, abs=0.02)
+
+
+def test_a_chain_that_is_refused_takes_smaller_steps_though_the_others_move() -> None:
+    flat = torch.ones(4, dtype=torch.float64)
+    basis = Eigenbasis(ParameterSpace.of(Flat(flat)), vector(Flat(flat), flat), **PLACE)
+    # Behind a step of the first element the cost is far steeper.
+    field = PointField(lambda x: torch.where(x[:, 0] > 0, 1e4, 1e-3) * x.square().sum(-1), 0 * flat, basis)
+    walk = TetherWalk(field, Tilt(1.0, 0.0, 1.0, flat, flat, 0 * flat), CUTOFF, BridgeSettings(chains=2))
+    walk.chains = walk._chains()
+    walk.chains.x, walk.turn, walk.odd = torch.tensor([[3.0], [-3.0]], dtype=torch.float64) * flat, 0.5, False
+    walk.chains.steps[:] = math.log(0.2)
+    walk.chains.look()
+    before = walk.chains.steps.clone()
+    walk._step(walk.start.at(t=1.0, b=1.0), 3, 0.1)
+    assert walk.chains.acceptance[0] < 0.1 < walk.chains.acceptance[1]
+    assert before[0] - walk.chains.steps[0] == pytest.approx(0.2 + 0.1 * (0.75 - float(walk.chains.acceptance[0])))
+    assert walk.chains.steps[1] - before[1] < 0.03
+
+
+@pytest.mark.parametrize(("share", "weak"), [(0.8, "spread to 80%"), (0.95, ""), (1.2, "spread to 120%")])
+def test_chains_that_have_not_spread_as_the_cost_lets_them_make_a_number_weak(share: float, weak: str) -> None:
+    flat = torch.ones(4, dtype=torch.float64)
+    basis = Eigenbasis(ParameterSpace.of(Flat(flat)), vector(Flat(flat), flat), **PLACE)
+    field = PointField(lambda x: 0.5 * x.square().sum(-1), 0 * flat, basis)
+    walk = TetherWalk(field, Tilt(1.0, 0.0, 1.0, flat, flat, 0 * flat), CUTOFF, BridgeSettings(chains=4))
+    walk.high, walk.kept, walk.low = 64.0, 64.0, 1.0
+    costs = np.random.default_rng(0).gamma(9.0, CUTOFF / 9, (4, 9))
+    way = _Way(np.geomspace(64.0, 1.0, 9), np.full((4, 9), 5.0), np.full((4, 9), share * 5.0), costs, np.ones(9))
+    ways = way, way._replace(kappas=way.kappas[::-1]), way._replace(kappas=np.ones(9))
+    found = walk._concluded(walk.start.at(b=900.0), [ways, ways], -1000.0, 0.0)
+    assert weak in found["weak"]
+    assert bool(found["weak"]) == bool(weak)
 
 
 def test_the_least_tether_that_holds_is_found_in_few_looks_from_wherever_they_begin() -> None:
