@@ -70,6 +70,8 @@ class Faithfulness(AnalysisResult):
         intervals: By size the 95 % bootstrap interval of its value over the pairs that measure, the edges as they were
             chosen; none where there is one pair.
         span: That of what patching everything loses, ``clean - patched``; None where there is one pair.
+        margins: By size the 95 % bootstrap interval of what the circuit keeps beyond the mean of its hardest null, over
+            the same pairs; none where there is one pair or no null.
         n_shared: Pairs whose prompt is one of those that chose the edges; None where these are not known.
         metric: Name of the metric.
         ablation: What patched edges bring.
@@ -89,6 +91,7 @@ class Faithfulness(AnalysisResult):
     n_pairs: int = 1
     intervals: tuple[tuple[float, float], ...] = ()
     span: tuple[float, float] | None = None
+    margins: tuple[tuple[float, float], ...] = ()
     n_shared: int | None = None
     metric: str = "the metric"
     ablation: str = ""
@@ -231,6 +234,7 @@ class Faithfulness(AnalysisResult):
             "exchanged_band": self.band(null="exchanged"),
             "intervals": self.intervals,
             "wide_intervals": self.wide_intervals,
+            "margins": self.margins,
         }
         spans = {name: [list(pair) for pair in held] for name, held in ranges.items()}
         pairs = {} if self.area_pairs is None else {"per_sample": {"area": self.area_pairs}}
@@ -284,7 +288,10 @@ class Faithfulness(AnalysisResult):
         """The headline without its doubts."""
         if math.isnan(self.value):
             return f"what {self.sizes[-1]} of {self.n_edges} edges keep of the behaviour cannot be told{self._source()}"
-        chance = "".join(f", {name} {float(null[-1].mean()):.2f}" for name, null in self.nulls())
+        told_nulls = [f", {name} {float(null[-1].mean()):.2f}" for name, null in self.nulls()]
+        for low, high in self.margins[-1:]:
+            told_nulls[0] += f" (less by [{low:.2f}, {high:.2f}])"
+        chance = "".join(told_nulls)
         told = f"{self.value:.2f} of the behaviour (no interval: one pair)"
         if self.intervals:
             low, high = self.intervals[-1]
@@ -438,6 +445,7 @@ def faithfulness(
         ablation=options.ablation,
         cost=cost,
     )
+    found = replace(found, margins=_margins(found, values[:2], values[2:].view(len(ranked), each, -1), counted))
     spans = (values[0] - values[1]).tolist()
     kept = (values[2::each] - values[1]).T.tolist()
     areas = [found.area_under(row, span) for row, span in zip(kept, spans, strict=True)]
@@ -484,6 +492,30 @@ def _intervals(ends: Tensor, kept: Tensor) -> tuple[tuple[float, float], ...]:
     counts, (clean, patched) = resampled(kept.shape[1]), ends
     spans = counts @ (clean - patched)
     return tuple(interval_of((counts @ (one - patched)) / spans + 0.0) for one in kept)
+
+
+def _margins(
+    found: Faithfulness, ends: Tensor, values: Tensor, counted: Sequence[int]
+) -> tuple[tuple[float, float], ...]:
+    """By size the interval of what a circuit keeps beyond its hardest null, the pairs of both drawn anew together.
+
+    Args:
+        found: What circuits and nulls keep.
+        ends: The metric of the whole and of the empty graph, shape ``[2, pairs]``.
+        values: Of each size's circuits, shape ``[sizes, circuits, pairs]``.
+        counted: Of these circuits how many are of each kind: the own, its complement, then each null, then choices.
+    """
+    _, _, *kinds, others, _ = values.split(list(counted), 1)
+    held = [*zip((found.random, found.joined, found.exchanged), kinds, strict=True)]
+    held += [(found.others[:, [place]], others[:, [place]]) for place in range(others.shape[1])]
+    known = [pair for pair in held if pair[0].numel() and not pair[0].isnan().any()]
+    if not known or values.shape[2] < 2:
+        return ()
+    margins = []
+    for place, own in enumerate(values[:, 0]):
+        _, hardest = max(known, key=lambda pair: float(pair[0][place].mean()))
+        margins += _intervals(ends, (own - hardest[place].mean(0) + ends[1])[None])
+    return tuple(margins)
 
 
 def _counts(circuit: Circuit, sizes: Sequence[int | float] | None) -> list[int]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM
 
+from lightning_goldy.analysis.attribution.attribution import interval_of, resampled
 from lightning_goldy.analysis.circuits import (
     CircuitGraph,
     FlatMetricError,
@@ -23,10 +24,10 @@ from lightning_goldy.analysis.circuits import (
     node_effects,
     track_circuit,
 )
-from lightning_goldy.analysis.circuits.circuit import joined_circuits
+from lightning_goldy.analysis.circuits.circuit import exchanged_circuits, joined_circuits, random_circuits
 from lightning_goldy.analysis.circuits.faithfulness import Faithfulness
 from lightning_goldy.analysis.circuits.graph import Wiring
-from lightning_goldy.analysis.circuits.runs import measure, wired
+from lightning_goldy.analysis.circuits.runs import CircuitOptions, measure, wired
 from lightning_goldy.core.architecture import UnsupportedArchitectureError
 from lightning_goldy.core.files import finite
 from lightning_goldy.core.space import ParameterSpace
@@ -220,6 +221,31 @@ def test_a_circuit_of_no_heads_has_none_to_exchange() -> None:
     assert [faithfulness(model, end, pairs, n_random=2).exchanged.tolist() for end in ends] == [[[1, 1]], [[0, 0]]]
 
 
+def test_margins_are_of_the_same_pairs_as_what_the_hardest_null_keeps() -> None:
+    """The mean of a null is compared pair by pair: against the circuit itself nothing is left, against none all."""
+    model, pairs = build("llama"), shown(prompts(6), build("llama"))
+    circuit = find_circuits(model, pairs, method="eap", n_edges=30)
+    itself = faithfulness(model, circuit, pairs, n_random=0, others={"itself": circuit})
+    assert itself.margins == ((0.0, 0.0),)
+    nothing = faithfulness(model, circuit, pairs, sizes=[0], n_random=1)
+    assert nothing.margins == ((0.0, 0.0),)
+    curve = faithfulness(model, circuit, pairs, n_random=2)
+    with wired(model, pairs, CircuitOptions()) as wiring:
+        ends = [circuit.graph.edges(), circuit.kept & False]
+        nulls = {
+            "random ones": random_circuits(circuit.graph, 30, 2),
+            "joined from end to end": joined_circuits(circuit.graph, 30, 2),
+            "heads exchanged": exchanged_circuits(circuit.graph, circuit.kept, 2),
+        }[curve.nulls()[0][0]]
+        values, _ = measure(wiring, pairs, CircuitOptions(), [*ends, circuit.kept, *nulls])
+    counts = resampled(6)
+    shares = counts @ (values[2] - values[3:].mean(0)) / (counts @ (values[0] - values[1]))
+    assert curve.margins[0] == pytest.approx(interval_of(shares), abs=1e-9)
+    assert finite(curve.details())["margins"] == [pytest.approx(curve.margins[0])]
+    assert faithfulness(model, circuit, prompts(1), n_random=1).margins == ()
+    assert faithfulness(model, circuit, pairs, n_random=0).margins == ()
+
+
 def test_the_circuits_of_other_tasks_stand_beside_it() -> None:
     model, pairs, other = build("llama"), shown(prompts(5), build("llama")), prompts(4, seed=3)
     options = TrackingOptions(method="eap", sizes=(0.2, 0.5), n_random=2, n_groups=2)
@@ -237,7 +263,7 @@ def test_the_circuits_of_other_tasks_stand_beside_it() -> None:
     values = [float(null[-1].mean()) for _, null in curve.nulls()]
     assert values == sorted(values, reverse=True)
     name, hardest = curve.nulls()[0]
-    assert f" with the choice of the edges, {name} {float(hardest[-1].mean()):.2f}, " in curve.summary()
+    assert f" with the choice of the edges, {name} {float(hardest[-1].mean()):.2f} (less by [" in curve.summary()
     row = json.loads(json.dumps(found.row().result))["curve"]
     assert row["others"]["itself"] == pytest.approx(list(curve.values))
     assert row["hardest"] == name
@@ -253,7 +279,7 @@ def test_the_circuits_of_other_tasks_stand_beside_it() -> None:
     held = replace(curve, clean=1.0, patched=0.0, span=(0.5, 1.5), values=(0.1, 0.9), **nulls)
     held = replace(held, intervals=((0.0, 0.2), (0.8, 1.0)))
     assert held.weak() == ""
-    assert held.summary().split("pairs, ")[1].startswith("circuit of itself 0.30, circuit of induction 0.20, ")
+    assert held.summary().split("pairs, ")[1].startswith("circuit of itself 0.30 (less by [")
     for more, doubt in (
         (0.85, "the interval reaches what the circuit of itself keeps"),
         (0.95, "no more than the circuit of itself"),
@@ -274,7 +300,8 @@ def test_the_headline_has_interval_and_null_and_one_pair_is_told() -> None:
         (("random ones", random), *((name, float(null[-1].mean())) for name, null in found.curve.nulls())),
         key=lambda named: named[1],
     )
-    assert f"{told}, {hardest} {most:.2f}" in found.headline()
+    (least, largest), label = found.curve.margins[-1], f"{hardest} {most:.2f}"
+    assert f"{told}, {label} (less by [{least:.2f}, {largest:.2f}]), " in found.headline()
     assert f", random ones {random:.2f}" in found.headline()
     row = json.loads(json.dumps(found.row().result))
     assert row["curve"]["intervals"] == [[low, high]]
