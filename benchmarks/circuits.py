@@ -2,11 +2,12 @@
 
     python benchmarks/circuits.py
     python benchmarks/circuits.py --device cuda --pairs 100 --batch 20
-    python benchmarks/circuits.py --model FOLDER [--part circuit|overlap] [--randoms 3]
+    python benchmarks/circuits.py --model FOLDER [--part circuit|overlap] [--randoms 3] [--beside greater_than ...]
 
 With a folder of a model and its tokenizer: the circuit of indirect objects, what 1, 3 and 10 % of its edges keep beside
-nodes alone and both kinds of random circuits, and which heads are name movers (``circuit``); then what a finetune on
-capitals of other countries did to it, beside one that differs in its seed alone (``overlap``).
+nodes alone, random circuits, the circuit with its heads exchanged and the circuits of other tasks, and which heads are
+name movers (``circuit``); then what a finetune on capitals of other countries did to it, beside one that differs in its
+seed alone (``overlap``).
 
 Prints ratios of medians over alternating repetitions in one run, on a CPU by processor time. Peaks are those of
 processes of their own, beside one that makes a training step (forward, backward, AdamW) over as many prompts.
@@ -21,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -41,7 +42,8 @@ from lightning_goldy.analysis.circuits import (
 from lightning_goldy.analysis.circuits.circuit import random_circuits
 from lightning_goldy.analysis.circuits.runs import measure, wired
 from lightning_goldy.analysis.circuits.scores import by_nodes, edge_scores
-from lightning_goldy.data import country_facts, indirect_object_pairs, induction_pairs
+from lightning_goldy.data import PairTask, country_facts, indirect_object_pairs, induction_pairs
+from lightning_goldy.data.prompt_pairs import pairs_of_tasks
 
 VOCABULARY = 50257
 
@@ -99,7 +101,7 @@ def patch(model: Any, pairs: PromptPairs, batch: int) -> None:
         measure(wiring, pairs, options, random_circuits(wiring.graph, wiring.graph.n_edges // 100, 1))
 
 
-def circuit_of(folder: str, n_pairs: int, n_random: int, device: str) -> None:
+def circuit_of(folder: str, n_pairs: int, n_random: int, device: str, beside: Sequence[PairTask]) -> None:
     """The circuit of indirect objects, on prompts that did not choose it, and its name movers."""
     model, tokenizer = loaded(folder, device), AutoTokenizer.from_pretrained(folder)
     pairs = indirect_object_pairs(tokenizer, n_pairs)
@@ -114,16 +116,18 @@ def circuit_of(folder: str, n_pairs: int, n_random: int, device: str) -> None:
     for mover in name_movers(model, circuit, others):
         print(mover.headline(), flush=True)
     sizes = (0.01, 0.03, 0.1)
-    curve = faithfulness(model, circuit, others, sizes=sizes, n_random=n_random)
+    tasks = pairs_of_tasks(beside, n_pairs, tokenizer=tokenizer, vocabulary=model.config.vocab_size)
+    rivals = {task: find_circuits(model, prompts) for task, prompts in tasks.items()}
+    curve = faithfulness(model, circuit, others, sizes=sizes, n_random=n_random, others=rivals)
     nodes = replace(circuit, scores=by_nodes(circuit.graph.owners, circuit.scores), left_out=circuit.left_out[:0])
     alone = faithfulness(model, nodes, others, sizes=sizes, n_random=0)
     for place, size in enumerate(curve.sizes):
         intervals = (curve.intervals[place], curve.wide_intervals[place], alone.intervals[place])
         own, wide, by_node = (f"[{low:.2f}, {high:.2f}]" for low, high in intervals)
-        nulls = (f"{null[place].mean():.2f} (at most {null[place].max():.2f})" for null in (curve.random, curve.joined))
+        nulls = (f"{name} {null[place].mean():.2f} (at most {null[place].max():.2f})" for name, null in curve.nulls())
         print(
             f"{100 * size / curve.n_edges:.0f} %, {size} edges: {curve.values[place]:.2f} {own}, chosen anew {wide}; "
-            f"nodes alone {alone.values[place]:.2f} {by_node}; random {', joined '.join(nulls)}; without them "
+            f"nodes alone {alone.values[place]:.2f} {by_node}; {', '.join(nulls)}; without them "
             f"{curve.complements[place]:.2f}"
         )
 
@@ -176,13 +180,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--model", help="folder of a model and its tokenizer")
     parser.add_argument("--part", choices=("circuit", "overlap"), help="of a model; both by default")
-    parser.add_argument("--randoms", type=int, default=3, help="random circuits of either kind per size")
+    parser.add_argument("--randoms", type=int, default=3, help="random circuits of each kind per size")
+    parser.add_argument("--beside", nargs="*", default=(), help="other tasks whose circuits stand beside it")
     parser.add_argument("--peak", choices=("step", "eap", "eap_ig_inputs"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.model:
         if arguments.part != "overlap":
-            circuit_of(arguments.model, arguments.pairs, arguments.randoms, arguments.device)
+            circuit_of(arguments.model, arguments.pairs, arguments.randoms, arguments.device, arguments.beside)
         if arguments.part != "circuit":
             overlap_of(arguments.model, arguments.pairs, arguments.device)
         return

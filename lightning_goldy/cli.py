@@ -288,6 +288,13 @@ def _add_analyze(parser: argparse.ArgumentParser) -> None:
         metavar="CHECKPOINT",
         help="a finetune that differs in its seed alone: what two seeds share of the circuit (default: none)",
     )
+    parser.add_argument(
+        "--circuit-beside",
+        action="append",
+        default=[],
+        choices=["induction", "indirect_object", "greater_than", "atlas"],
+        help="another task whose circuit of the same size stands beside it; may be given again (default: none)",
+    )
     _add_space(parser)
     _add_folder(parser, "everything goes", "analyze")
     parser.set_defaults(run=_analyze)
@@ -320,7 +327,9 @@ def _analyze(options: argparse.Namespace) -> None:
         shard=options.shard,
         space=options.space,
         circuits=options.circuits
-        and CircuitTask(options.circuits, options.circuit_pairs, options.seed, options.circuit_noise),
+        and CircuitTask(
+            options.circuits, options.circuit_pairs, options.seed, options.circuit_noise, tuple(options.circuit_beside)
+        ),
     )
 
 

@@ -30,6 +30,7 @@ from lightning_goldy.core.naming import require_at_least, require_choice, requir
 from lightning_goldy.core.pieces import PromptPairs
 from lightning_goldy.core.tasks import transformers_model
 from lightning_goldy.data import PairTask, split_of_task
+from lightning_goldy.data.prompt_pairs import check_other_tasks, pairs_of_tasks
 from lightning_goldy.training.subject import find_tokenizer
 
 
@@ -54,7 +55,10 @@ class CircuitTracker(AnalysisCallback[TrackedCircuit]):
             are all of one length.
         share: Of all edges that the circuit has.
         sizes: Shares of all edges at which faithfulness is measured.
-        n_random: Random circuits of either kind per size: of any edges, and joined from the input to the output.
+        n_random: Random circuits of each kind per size: of any edges, joined from the input to the output, and the
+            circuit with the heads of every block exchanged.
+        other_tasks: Tasks whose circuits of the same sizes stand beside it, the hardest null: what they keep is no sign
+            of this behaviour. Each is searched like the own one, and costs as much.
         n_groups: Groups of the choosing pairs that are left out in turns, so that the interval holds the choice of the
             edges, too; a further circuit is measured for each and size. 0 for none.
         select: ``top``, or ``greedy`` from the output on.
@@ -86,6 +90,7 @@ class CircuitTracker(AnalysisCallback[TrackedCircuit]):
         share: float = 0.05,
         sizes: Sequence[float] = (0.01, 0.03, 0.1),
         n_random: int = 3,
+        other_tasks: Sequence[PairTask] = (),
         n_groups: int = 0,
         select: Selection = "top",
         rank: Rank = "magnitude",
@@ -104,7 +109,8 @@ class CircuitTracker(AnalysisCallback[TrackedCircuit]):
         if not isinstance(held_out, bool):
             require_pairs("held_out", held_out)
         self.task_name, self.pairs, self.n_pairs, self.seed = task, pairs, n_pairs, seed
-        self.held_out = held_out
+        check_other_tasks(other_tasks, None if pairs is not None else task)
+        self.held_out, self.other_tasks = held_out, tuple(other_tasks)
         self.tracking = TrackingOptions(
             metric=metric,
             method=method,
@@ -125,6 +131,7 @@ class CircuitTracker(AnalysisCallback[TrackedCircuit]):
         super().forget()
         self._pairs: PromptPairs | None = None
         self._held_out: PromptPairs | None = None
+        self._others: dict[str, PromptPairs] = {}
         self._base: Circuit | None = None
         self._found: TrackedCircuit | None = None
 
@@ -135,7 +142,9 @@ class CircuitTracker(AnalysisCallback[TrackedCircuit]):
             n_pairs=self.n_pairs if self.pairs is None else len(self.pairs),
             tokens=20 if self.pairs is None else max(map(len, self.pairs.clean)),
             gradients=1 if self.tracking.method in ("eap", "nodes") else self.tracking.steps,
-            circuits=len(self.tracking.sizes) * (2 + 2 * self.tracking.n_random + self.tracking.n_groups),
+            searches=1 + len(self.other_tasks),
+            circuits=len(self.tracking.sizes)
+            * (2 + 3 * self.tracking.n_random + self.tracking.n_groups + len(self.other_tasks)),
             batch_size=self.tracking.batch_size,
         )
 
@@ -154,7 +163,15 @@ class CircuitTracker(AnalysisCallback[TrackedCircuit]):
                 seed=self.seed,
             )
             others = more if self.held_out is True else others
-        for given in (pairs,) if others is None else (pairs, others):
+        self._others = pairs_of_tasks(
+            self.other_tasks,
+            self.n_pairs,
+            tokenizer=find_tokenizer(trainer),
+            vocabulary=vocabulary,
+            one_length=self.tracking.ablation == "mean",
+            seed=self.seed,
+        )
+        for given in (pairs, *([] if others is None else [others]), *self._others.values()):
             self.tracking.patching.check(given)
             check_tokens(model, given)
         with undisturbed(trainer, trainer.lightning_module):
@@ -172,6 +189,7 @@ class CircuitTracker(AnalysisCallback[TrackedCircuit]):
             self._pairs,
             self.tracking,
             held_out=self._held_out,
+            others=self._others,
             base=self._base,
             progress=context.progress,
         )

@@ -50,6 +50,7 @@ from lightning_goldy.core.space import trainable_parameters
 from lightning_goldy.core.tasks import transformers_model
 from lightning_goldy.core.vector import require_finite
 from lightning_goldy.data import PairTask, split_of_task
+from lightning_goldy.data.prompt_pairs import check_other_tasks, pairs_of_tasks
 from lightning_goldy.report import continuations_table, explanation_table, summary_table
 from lightning_goldy.report.figures import draw_figures
 from lightning_goldy.report.formatting import format_number
@@ -111,9 +112,10 @@ class CircuitTask:
         seed: Decides the prompts.
         noise: A finetune that differs in its training's seed alone (a checkpoint, a folder of ``save_pretrained`` or a
             vector file), whose circuit tells how much two seeds share.
+        other_tasks: Tasks whose circuits stand beside it; each is searched like the own one.
 
     Raises:
-        ValueError: There is no pair.
+        ValueError: There is no pair, or another task is unknown.
 
     Example:
         >>> CircuitTask("induction", 0)
@@ -125,25 +127,27 @@ class CircuitTask:
     n_pairs: int = 32
     seed: int = 0
     noise: str | Path | None = None
+    other_tasks: tuple[PairTask, ...] = ()
 
     def __post_init__(self) -> None:
         require_choice("task", self.task, get_args(PairTask))
         require_at_least("n_pairs", self.n_pairs, 1)
+        check_other_tasks(self.other_tasks, self.task)
 
-    def pairs(self, model: nn.Module, tokenizer: Any) -> tuple[PromptPairs, PromptPairs | None]:
-        """The prompts that choose and those that measure, which the model can take; None where the task has no more.
+    def pairs(self, model: nn.Module, tokenizer: Any) -> tuple[PromptPairs, PromptPairs | None, dict[str, PromptPairs]]:
+        """Prompts that the model can take: that choose, that measure (None where there are no more), of other tasks.
 
         Raises:
             ValueError: The task lacks a tokenizer, or a prompt does not fit; it is named.
         """
         config = getattr(transformers_model(model), "config", None)
         vocabulary = 0 if config is None else getattr(config.get_text_config(), "vocab_size", 0)
-        found, others = split_of_task(
-            self.task, self.n_pairs, tokenizer=tokenizer, vocabulary=vocabulary, seed=self.seed
-        )
-        for given in (found,) if others is None else (found, others):
+        shared: dict[str, Any] = {"tokenizer": tokenizer, "vocabulary": vocabulary, "seed": self.seed}
+        found, held_out = split_of_task(self.task, self.n_pairs, **shared)
+        others = pairs_of_tasks(self.other_tasks, self.n_pairs, **shared)
+        for given in (found, *([] if held_out is None else [held_out]), *others.values()):
             check_tokens(model, given)
-        return found, others
+        return found, held_out, others
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,6 +167,7 @@ class Subject:
         texts: Texts that have nothing to do with the finetune; the probe where there are none.
         pairs: Prompts of a task whose circuit is looked for; None where none was asked for.
         held_out: Others that measure it; None where the task has no more.
+        others: Prompts of other tasks by name, whose circuits stand beside it.
         noise: A finetune that differs in its seed alone, for the circuits' overlap.
     """
 
@@ -178,6 +183,7 @@ class Subject:
     texts: Sequence[Any] = ()
     pairs: PromptPairs | None = None
     held_out: PromptPairs | None = None
+    others: Mapping[str, PromptPairs] = field(default_factory=dict)
     noise: BaseParameters | None = None
 
 
@@ -231,8 +237,8 @@ def _wired(subject: Subject) -> Part:
         None if values is None else options.find_at_base(subject.model, values, subject.pairs, subject.progress)
         for values in (subject.base, subject.noise)
     )
-    known: dict[str, Any] = {"base": base, "seed": seed, "held_out": subject.held_out, "progress": subject.progress}
-    found = track_circuit(subject.model, subject.pairs, options, **known)
+    known: dict[str, Any] = {"base": base, "seed": seed, "held_out": subject.held_out, "others": subject.others}
+    found = track_circuit(subject.model, subject.pairs, options, **known, progress=subject.progress)
     return Part(found, files={"circuit.graphml": found.circuit.to_graphml()})
 
 
@@ -458,7 +464,7 @@ class CheckpointAnalysis(L.Callback):
         def tell(done: int, total: int) -> None:
             say(f"{done} of {total}")
 
-        pairs, held_out = (None, None) if self.circuits is None else self.circuits.pairs(model, tokenizer)
+        pairs, held_out, others = (None, None, {}) if self.circuits is None else self.circuits.pairs(model, tokenizer)
         noise = None if self.circuits is None else self.circuits.noise
         if noise is not None and base.values is None:
             raise ValueError(f"the circuit of {noise} is the noise of an overlap with the base's, and there is no base")
@@ -475,6 +481,7 @@ class CheckpointAnalysis(L.Callback):
             texts=find_collateral(trainer, None, _TEXTS),
             pairs=pairs,
             held_out=held_out,
+            others=others,
             noise=None if noise is None or base.values is None else base_of(noise, model, base.values.space),
         )
 

@@ -403,15 +403,15 @@ def atlas_pairs(
     others = [fact for fact in country_facts() if fact.relation in relations or facts is not None]
     drawn = list(others if facts is None else facts)
     draw.shuffle(drawn)
-    made = {fact: _size_and_first(tokenizer, fact) for fact in dict.fromkeys((*others, *drawn))}
+    made = {fact: _sizes_and_first(tokenizer, fact) for fact in dict.fromkeys((*others, *drawn))}
     rows: list[_Row] = []
     used = _used_by(beside)
     for fact in drawn:
-        (size, first), prompt = made[fact], fact.prompts[0]
+        (sizes, first), prompt = made[fact], fact.prompts[0]
         fitting = [
             other
             for other in others
-            if (other.relation, made[other][0]) == (fact.relation, size)
+            if (other.relation, made[other][0]) == (fact.relation, sizes)
             and other.subject != fact.subject
             and made[other][1] != first
         ]
@@ -424,7 +424,7 @@ def atlas_pairs(
                 rows.append(row)
         elif facts is not None:
             raise ValueError(
-                f"{prompt!r} has {size} tokens, as has no other country's whose answer begins with another token"
+                f"{prompt!r} has {sizes[0]} tokens, as has no other country's whose answer begins with another token"
             )
         if len(rows) == n:
             break
@@ -437,14 +437,17 @@ def atlas_pairs(
     return _pairs_of(rows)
 
 
-def _size_and_first(tokenizer: PreTrainedTokenizerBase, fact: Fact) -> tuple[int, int | None]:
-    """Tokens of a fact's prompt, and the first of its answer that is not the space."""
+def _sizes_and_first(tokenizer: PreTrainedTokenizerBase, fact: Fact) -> tuple[tuple[int, int], int | None]:
+    """Tokens of a fact's prompt with the space if it is one of its own, and without, and the answer's first after it.
+
+    Two prompts have equally many tokens before whichever answer where both numbers are the same.
+    """
     text = TextPair(fact.prompts[0], fact.prompts[0], (fact.answer,))
     try:
         prompt, _, right, _ = _encoded(tokenizer, text)
     except ValueError:  # nothing that the tokenizer can ask for
-        return -1, None
-    return len(prompt), right[0]
+        return (-1, -1), None
+    return (len(prompt), len(_ids(tokenizer, fact.prompts[0]))), right[0]
 
 
 _BUILDERS: dict[str, Callable[..., PromptPairs]] = {
@@ -537,6 +540,45 @@ def split_of_task(
         return found_on, pairs_of_task(task, n, beside=found_on, **shared)
     except TooFewPairsError as error:
         return found_on, error.pairs
+
+
+def check_other_tasks(others: Sequence[PairTask], task: PairTask | None) -> None:
+    """Checks names of tasks whose circuits stand beside that of a task; None where that one has no name.
+
+    Raises:
+        ValueError: They are no list, one is unknown or the task itself, or one comes twice.
+
+    Example:
+        >>> check_other_tasks(("induction",), "induction")
+        Traceback (most recent call last):
+        ValueError: other_tasks are other tasks than 'induction', each once; got ('induction',)
+    """
+    if isinstance(others, str):
+        raise ValueError(f"other_tasks is a list of tasks; got {others!r}")
+    for other in others:
+        require_choice("other_tasks", other, get_args(PairTask))
+    if task in others or len(set(others)) < len(others):
+        own = "" if task is None else f"other tasks than {task!r}, "
+        raise ValueError(f"other_tasks are {own}each once; got {tuple(others)!r}")
+
+
+def pairs_of_tasks(
+    tasks: Iterable[PairTask],
+    n: int = 32,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    vocabulary: int = 0,
+    one_length: bool = False,
+    seed: int = 0,
+) -> dict[str, PromptPairs]:
+    """Pairs of several tasks by name, as circuits of other tasks are found on; see :func:`split_of_task`.
+
+    Example:
+        >>> {task: len(pairs) for task, pairs in pairs_of_tasks(["induction"], 4, vocabulary=30).items()}
+        {'induction': 4}
+    """
+    shared: dict[str, Any] = {"tokenizer": tokenizer, "vocabulary": vocabulary, "one_length": one_length, "seed": seed}
+    return {task: split_of_task(task, n, **shared)[0] for task in tasks}
 
 
 def _split_of_one_length(task: PairTask, n: int, shared: Mapping[str, Any]) -> tuple[PromptPairs, PromptPairs | None]:

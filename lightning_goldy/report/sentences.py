@@ -308,8 +308,7 @@ def answer_by_circuit(rows: Sequence[Row]) -> Finding | None:
     if not curve.get("values"):
         return None
     kept, size, whole = curve["values"][-1], curve["sizes"][-1], curve["n_edges"]
-    kept_by = ("band", "joined_band", "wide_intervals", "intervals")
-    band, joined, wide, interval = ((curve.get(name) or [None])[-1] for name in kept_by)
+    wide, interval = ((curve.get(name) or [None])[-1] for name in ("wide_intervals", "intervals"))
     if absent := curve.get("absent"):
         return Finding("The model does not clearly show the behaviour whose circuit was looked for.", doubts=(absent,))
     ends = _ends(wide or interval)
@@ -326,15 +325,13 @@ def answer_by_circuit(rows: Sequence[Row]) -> Finding | None:
         doubts += ["by chance it would share as many"] if by_chance is not None and overlap <= by_chance else []
     prompts = curve.get("n_pairs")
     doubts += [f"only {prompts} prompts"] if prompts is not None and prompts < _FEW_SAMPLES else []
-    null = ""
-    if band:
-        null = f"random circuits of its size keep {_percent(band[0])} to {_percent(band[1])}"
-        null += f", joined from end to end {_percent(joined[0])} to {_percent(joined[1])}" if joined else ""
-        most = max(high for _, high in filter(None, (band, joined)))
+    nulls = _circuit_nulls(curve)
+    null = ", ".join(told for told, _, _ in nulls)
+    for _, who, most in nulls[:1]:
         if kept <= most:
-            doubts.append("random circuits of its size keep as much")
+            doubts.append(f"{who} of its size keep as much" if who == "random circuits" else f"{who} keeps as much")
         elif ends and ends[0] <= most:
-            doubts.append("its interval reaches what random circuits keep")
+            doubts.append(f"its interval reaches what {who} keep{'' if who == 'random circuits' else 's'}")
     if overlap is not None and by_chance is not None:
         null += f"{'; ' if null else ''}by chance they would share {_percent(by_chance)}"
         noise = _metric(row, "overlap_noise")
@@ -346,9 +343,28 @@ def answer_by_circuit(rows: Sequence[Row]) -> Finding | None:
     told = f"95 % interval {_percent(ends[0])} to {_percent(ends[1])} over {curve['n_pairs']} prompts"
     if "wide_intervals" in curve:
         told += " and the choice of the edges" if wide else ", with the edges as they were chosen"
-    chance = curve["random"][-1] if curve.get("random") else None
-    bar = Bar(kept, ends[0], ends[1], chance)
+    means = [(curve.get(name) or [None])[-1] for name in ("random", "joined", "exchanged")]
+    means += [values[-1] for values in (curve.get("others") or {}).values()]
+    bar = Bar(kept, ends[0], ends[1], max(filter(_is_number, means), default=None))
     return Finding(f"{sentence}.", told, null, (*doubts, *_marks(row)), bar, "area")
+
+
+def _circuit_nulls(curve: Mapping[str, Any]) -> list[tuple[str, str, float]]:
+    """What a circuit has to beat, the hardest first: in words, who keeps that, and the most of it."""
+    nulls = []
+    random, joined, exchanged = ((curve.get(name) or [None])[-1] for name in ("band", "joined_band", "exchanged_band"))
+    if random and _is_number(random[1]):
+        told = f"random circuits of its size keep {_percent(random[0])} to {_percent(random[1])}"
+        told += f", joined from end to end {_percent(joined[0])} to {_percent(joined[1])}" if joined else ""
+        nulls.append((told, "random circuits", max(high for _, high in filter(None, (random, joined)))))
+    if exchanged and _is_number(exchanged[1]):
+        who = "the circuit with its heads exchanged"
+        nulls.append((f"{who} keeps {_percent(exchanged[0])} to {_percent(exchanged[1])}", who, exchanged[1]))
+    for task, values in (curve.get("others") or {}).items():
+        if _is_number(values[-1]):
+            who = f"the circuit of {task}"
+            nulls.append((f"{who} keeps {_percent(values[-1])}", who, values[-1]))
+    return sorted(nulls, key=lambda null: -null[2])
 
 
 def _kept(kept: float, ends: tuple[float, float] | None) -> str:

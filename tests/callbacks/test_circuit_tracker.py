@@ -8,7 +8,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_goldy.analysis import PromptPairs, TrackingOptions, track_circuit
 from lightning_goldy.callbacks import CircuitTracker, GoldenSnapshot
-from lightning_goldy.data import byte_tokenizer, split_of_task
+from lightning_goldy.data import byte_tokenizer, induction_pairs, split_of_task
+from lightning_goldy.data.prompt_pairs import pairs_of_tasks
 from lightning_goldy.report import draw_figures
 from tests.callbacks.training import Finetune, TokenData, fit
 
@@ -70,6 +71,27 @@ def test_prompts_that_measure_may_be_given_or_be_those_that_choose(tmp_path) -> 
     far = PromptPairs(((3, 10_000),), ((3, 4),), ((5,),), ((6,),), names=("too far",))
     with pytest.raises(ValueError, match="prompt 'too far' has tokens beyond the model's"):
         fit(tmp_path / "far", [CircuitTracker(pairs=pairs, held_out=far)])
+
+
+def test_circuits_of_other_tasks_are_found_on_their_prompts(tmp_path) -> None:
+    pairs = induction_pairs(20, 3, seed=7)
+    tracker = CircuitTracker(pairs=pairs, other_tasks=["induction"], n_pairs=3, sizes=[0.3], n_random=1, at=["end"])
+    _, module, _ = fit(tmp_path, [tracker], max_epochs=1)
+    (row,) = [json.loads(line) for line in (tracker.folder / "results.jsonl").read_text().splitlines()]
+    others = pairs_of_tasks(["induction"], 3, vocabulary=module.model.config.vocab_size)
+    expected = track_circuit(module.model, pairs, TrackingOptions(sizes=(0.3,), n_random=1), others=others)
+    assert row["result"]["curve"]["others"]["induction"] == pytest.approx(
+        expected.curve.others[:, 0].tolist(), abs=1e-4
+    )
+    assert row["metrics"]["faithfulness_other_task"] == pytest.approx(float(expected.curve.others.max()), abs=1e-4)
+    for tasks, told in (
+        ("induction", "other_tasks is a list of tasks; got 'induction'"),
+        (["fact"], "unknown other_tasks 'fact'"),
+        (["induction"], "other_tasks are other tasks than 'induction', each once"),
+        (["atlas", "atlas"], "other_tasks are other tasks than 'induction', each once"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            CircuitTracker("induction", other_tasks=tasks)  # type: ignore[arg-type]
 
 
 def test_means_over_prompts_have_prompts_of_one_length(tmp_path) -> None:

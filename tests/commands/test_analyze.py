@@ -33,6 +33,7 @@ from lightning_goldy.core.files import StoreError
 from lightning_goldy.core.objective import CausalLMObjective, ClassifierObjective
 from lightning_goldy.core.store import fingerprint, load_vectors, save_vectors
 from lightning_goldy.data import AtlasDataModule, split_of_task
+from lightning_goldy.data.prompt_pairs import pairs_of_tasks
 from lightning_goldy.training.models import build_model, complete_config, write_pretrained
 from lightning_goldy.training.module import GoldyModule
 
@@ -257,10 +258,14 @@ def test_the_circuit_of_a_task_is_found_beside_the_bases(trained, here, only, ca
             parameter.add_(0.5 * torch.randn_like(parameter))
     other.save_pretrained(trained / "other")
     options = ("--circuits", "atlas", "--circuit-pairs", "4", "--circuit-noise", str(trained / "other"))
+    options += ("--circuit-beside", "induction")
     row = row_of(analyze(trained, *options, output="noise"), "circuit_tracker")
     seed = TrackingOptions().find(other, pairs)
     noise = circuit_overlap(base, expected.circuit, seed=seed).noise
     assert row["metrics"]["overlap_noise"] == noise < 1
+    beside = pairs_of_tasks(["induction"], 4, tokenizer=data.tokenizer, vocabulary=model.config.vocab_size)
+    curve = track_circuit(model, pairs, held_out=others, others=beside).curve
+    assert row["metrics"]["faithfulness_other_task"] == float(curve.others[-1, 0])
     assert f"{noise:.2f} between two seeds" in row["headline"]
     # Nothing is made, and nothing said to be left out, where none was asked for.
     assert not (analyze(trained, output="none") / "goldy/circuit_tracker").exists()

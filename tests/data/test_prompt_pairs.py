@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from lightning_goldy.data import AtlasDataModule, byte_tokenizer, country_facts, word_tokenizer
 from lightning_goldy.data.prompt_pairs import (
@@ -25,6 +27,19 @@ def scenes_tokenizer():
     words = [*_NAMES, "store garden school station library hospital office market", "00 1 2 book letter ring"]
     words += ["bottle ball key picture basket", *(scene.replace("{", "").replace("}", "") for scene in _SCENES)]
     return word_tokenizer(words)
+
+
+def test_facts_whose_answers_take_the_space_or_leave_it_are_no_partners() -> None:
+    """Where the tokenizer joins the space with some answers only, a prompt's length depends on the answer."""
+    joins = [("Ġ", letter) for letter in "ABMLS"]
+    names = [*pre_tokenizers.ByteLevel.alphabet(), *("".join(pair) for pair in joins)]
+    model = Tokenizer(models.BPE({name: number for number, name in enumerate(names)}, joins))
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model)
+    for seed in range(4):
+        pairs = atlas_pairs(tokenizer, 24, seed=seed)
+        assert all(len(a) == len(b) for a, b in zip(pairs.clean, pairs.corrupted, strict=True))
+        assert not any(set(right) & set(wrong) for right, wrong in zip(pairs.answers, pairs.wrong, strict=True))
 
 
 @pytest.mark.parametrize("corrupted", ["flip", "third"])

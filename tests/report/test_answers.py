@@ -244,6 +244,27 @@ def test_a_circuit_beside_random_ones_and_the_bases() -> None:
     finding = told(answer_by_circuit([row_of(metrics, {"curve": wide})]))
     assert finding.interval == "95 % interval 70 % to 100 % over 20 prompts, with the edges as they were chosen"
     assert "0 % to 20 %, joined from end to end 0 % to 30 %; by chance" in finding.null
+    harder: dict[str, Any] = {"exchanged_band": [[0.0, 0.1], [0.1, 0.25]], "exchanged": [0.0, 0.2]}
+    harder["others"] = {"greater_than": [0.3, 0.5]}
+    finding = told(answer_by_circuit([row_of({}, {"curve": {**wide, **harder}})]))
+    assert finding.null == (
+        "the circuit of greater_than keeps 50 %, random circuits of its size keep 0 % to 20 %, joined from end to end "
+        "0 % to 30 %, the circuit with its heads exchanged keeps 10 % to 25 %"
+    )
+    assert finding.bar == Bar(0.9, 0.7, 1.0, 0.5)
+    assert finding.doubts == ()
+    for more, doubt in (
+        (0.8, "its interval reaches what the circuit of greater_than keeps"),
+        (0.95, "the circuit of greater_than keeps as much"),
+    ):
+        harder["others"] = {"greater_than": [0.3, more]}
+        assert told(answer_by_circuit([row_of({}, {"curve": {**wide, **harder}})])).doubts == (doubt,)
+    unknown = {
+        "exchanged_band": [[None, None]] * 2,
+        "exchanged": [None, None],
+        "others": {"greater_than": [None, None]},
+    }
+    assert "exchanged" not in told(answer_by_circuit([row_of({}, {"curve": {**wide, **unknown}})])).null
     wide |= {"wide_intervals": [[0.4, 0.6], [0.25, 1.0]]}
     finding = told(answer_by_circuit([row_of(metrics, {"curve": wide})]))
     assert finding.interval == "95 % interval 25 % to 100 % over 20 prompts and the choice of the edges"

@@ -720,6 +720,72 @@ def _joined(graph: CircuitGraph, n_edges: int, draw: random.Random) -> Tensor:
     return found
 
 
+def exchanged_circuits(graph: CircuitGraph, kept: Tensor, count: int, seed: int = 0) -> list[Tensor]:
+    """A circuit with the heads of every block exchanged at random, so that each head's edges are another head's.
+
+    Nothing else moves: as many edges run between any two blocks and kinds of inputs, every node hands its number of
+    edges on, and what lay on a path lies on one. Heads that share keys and values go together to the place of another
+    such group, or change places within the only one. A block of one head keeps it; where no block has two, there is
+    no such circuit, and none is returned.
+
+    Args:
+        graph: The graph.
+        kept: The circuit, shape ``[readers, writers]``.
+        count: How many.
+        seed: It alone decides which.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=11, n_positions=16))
+        >>> graph = CircuitGraph.of(model)
+        >>> kept = torch.zeros_like(graph.edges())
+        >>> for edge in ("input->a0.h0.v", "a0.h0->m0", "m0->output"):
+        ...     kept[graph.place(edge)] = True
+        >>> _named(graph, exchanged_circuits(graph, kept, 1)[0])
+        ('input->a0.h1.v', 'a0.h1->m0', 'm0->output')
+    """
+    groups = _groups_of(graph)
+    if all(len(held) == 1 and len(held[0]) == 1 for held in groups):
+        return []
+    rows = {_role(graph, row, places): row for row, places in enumerate(graph.owners)}
+    draw, found = random.Random(seed), []
+    for _ in range(count):
+        moved = list(range(len(graph.writers)))
+        for held in groups:
+            alone = len(held) == 1
+            places = [(head,) for head in held[0]] if alone else held
+            for group, other in zip(places, _elsewhere(places, draw), strict=True):
+                for head, new in zip(group, draw.sample(other, len(other)), strict=True):
+                    moved[head] = new
+        to = [rows[_role(graph, row, [moved[place] for place in held])] for row, held in enumerate(graph.owners)]
+        changed = torch.zeros_like(kept)
+        changed[torch.tensor(to)[:, None], torch.tensor(moved)[None]] = kept
+        found.append(changed)
+    return found
+
+
+def _groups_of(graph: CircuitGraph) -> list[list[tuple[int, ...]]]:
+    """By block the places of heads that share their keys, group by group."""
+    blocks: dict[int, list[tuple[int, ...]]] = {}
+    for name, places in zip(graph.readers, graph.owners, strict=True):
+        if name.endswith(".k"):
+            blocks.setdefault(graph.layers[places[0]], []).append(places)
+    return list(blocks.values())
+
+
+def _role(graph: CircuitGraph, row: int, places: Sequence[int]) -> tuple[str, tuple[int, ...]]:
+    """What tells a reader from all others: its kind of input, and whose it is."""
+    return graph.readers[row].rpartition(".")[2], tuple(sorted(places))
+
+
+def _elsewhere(places: list[tuple[int, ...]], draw: random.Random) -> list[tuple[int, ...]]:
+    """The places in a random order in which none is where it was; one alone stays."""
+    while True:
+        drawn = draw.sample(places, len(places))
+        if len(places) == 1 or all(new != old for new, old in zip(drawn, places, strict=True)):
+            return drawn
+
+
 def _named(graph: CircuitGraph, kept: Tensor) -> tuple[str, ...]:
     places: Sequence[Sequence[int]] = kept.nonzero().tolist()
     return tuple(graph.name(row, column) for row, column in places)

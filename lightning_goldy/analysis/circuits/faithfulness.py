@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
 from numbers import Real
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from lightning_goldy.analysis.circuits.circuit import (
     Selection,
     check_groups,
     circuit_overlap,
+    exchanged_circuits,
     find_circuits,
     joined_circuits,
     random_circuits,
@@ -41,6 +42,8 @@ from lightning_goldy.core.naming import require_at_least, require_choice, requir
 from lightning_goldy.core.pieces import PromptPairs
 from lightning_goldy.core.sharding import Replicas
 
+NullName = Literal["random", "joined", "exchanged"]
+
 SHARES = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 """Sizes of a curve, as shares of all edges; none and all are known."""
 
@@ -56,6 +59,9 @@ class Faithfulness(AnalysisResult):
         complements: By size the same of all edges but the circuit's: near 0 where the circuit is complete.
         random: By size of random circuits as large, shape ``[sizes, circuits]``; ``[sizes, 0]`` without.
         joined: The same of random circuits whose every edge lies on a path from the input to the output.
+        exchanged: The same of the circuit with the heads of every block exchanged; ``[sizes, 0]`` where none can be.
+        others: The same of the circuits of other tasks, shape ``[sizes, tasks]``.
+        other_tasks: Their names.
         choices: By size of the circuits chosen without each group of the choosing pairs, shape ``[sizes, groups]``.
         clean: The metric of the whole model, mean over the pairs.
         patched: The metric with every edge patched.
@@ -63,6 +69,8 @@ class Faithfulness(AnalysisResult):
         intervals: By size the 95 % bootstrap interval of its value over the pairs that measure, the edges as they were
             chosen; none where there is one pair.
         span: That of what patching everything loses, ``clean - patched``; None where there is one pair.
+        margins: By size the 95 % bootstrap interval of what the circuit keeps beyond the mean of its hardest null, over
+            the same pairs; none where there is one pair or no null.
         n_shared: Pairs whose prompt is one of those that chose the edges; None where these are not known.
         metric: Name of the metric.
         ablation: What patched edges bring.
@@ -82,11 +90,15 @@ class Faithfulness(AnalysisResult):
     n_pairs: int = 1
     intervals: tuple[tuple[float, float], ...] = ()
     span: tuple[float, float] | None = None
+    margins: tuple[tuple[float, float], ...] = ()
     n_shared: int | None = None
     metric: str = "the metric"
     ablation: str = ""
     cost: Cost = field(default=Cost(), compare=False)
     joined: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.float64))
+    exchanged: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.float64))
+    others: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.float64))
+    other_tasks: tuple[str, ...] = ()
     choices: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.float64))
     area_pairs: dict[str, Any] | None = field(default=None, compare=False)
 
@@ -118,16 +130,32 @@ class Faithfulness(AnalysisResult):
     @property
     def random_area(self) -> float:
         """Area of the random circuits' mean; NaN without."""
-        return self._area(self.random.mean(1).tolist(), lambda value: value) if self.random.numel() else math.nan
+        return self._mean_area(self.random)
 
     @property
     def joined_area(self) -> float:
         """Area of the joined random circuits' mean; NaN without."""
-        return self._area(self.joined.mean(1).tolist(), lambda value: value) if self.joined.numel() else math.nan
+        return self._mean_area(self.joined)
 
-    def band(self, share: float = 0.9, *, joined: bool = False) -> list[tuple[float, float]]:
-        """By size the range that holds a share of the random circuits, or of the joined ones; empty without."""
-        values = self.joined if joined else self.random
+    @property
+    def exchanged_area(self) -> float:
+        """Area of the mean of circuits with exchanged heads; NaN without."""
+        return self._mean_area(self.exchanged)
+
+    def _mean_area(self, null: Tensor) -> float:
+        return self._area(null.mean(1).tolist(), lambda value: value) if null.numel() else math.nan
+
+    def nulls(self) -> list[tuple[str, Tensor]]:
+        """What the circuit has to beat, with what each keeps by size: the hardest first, by its mean at the largest."""
+        held = [("random ones", self.random), ("joined from end to end", self.joined)]
+        held.append(("heads exchanged", self.exchanged))
+        held += [(f"circuit of {task}", self.others[:, [place]]) for place, task in enumerate(self.other_tasks)]
+        known = [(name, null) for name, null in held if null.numel() and not null[-1].isnan().any()]
+        return sorted(known, key=lambda named: -float(named[1][-1].mean()))
+
+    def band(self, share: float = 0.9, *, null: NullName = "random") -> list[tuple[float, float]]:
+        """By size the range that holds a share of the circuits of a null; empty without."""
+        values: Tensor = getattr(self, null)
         if not values.numel():
             return []
         edges = torch.tensor([(1 - share) / 2, (1 + share) / 2], dtype=torch.float64)
@@ -182,30 +210,39 @@ class Faithfulness(AnalysisResult):
             "faithfulness_high": high,
             "faithfulness_random": float(self.random[-1].mean()) if self.random.numel() else None,
             "faithfulness_joined": float(self.joined[-1].mean()) if self.joined.numel() else None,
+            "faithfulness_exchanged": float(self.exchanged[-1].mean()) if self.exchanged.numel() else None,
+            "faithfulness_other_task": float(self.others[-1].max()) if self.others.numel() else None,
             "faithfulness_choice_error": self.choice_errors[-1] if self.choice_errors else None,
             "completeness": self.completeness,
             "area": self.area,
-            "area_random": self.random_area if self.random.numel() else None,
-            "area_joined": self.joined_area if self.joined.numel() else None,
+            "area_random": self.random_area,
+            "area_joined": self.joined_area,
+            "area_exchanged": self.exchanged_area,
             "distance": self.distance,
         }
         return {name: None if value is None or math.isnan(value) else value for name, value in told.items()}
 
     def details(self) -> dict[str, Any]:
-        """The curve with the band of random circuits."""
+        """The curve with its nulls and their bands, the hardest of them by name."""
         lists = {name: list(getattr(self, name)) for name in ("sizes", "values", "complements")}
-        means, joined = (null.mean(1).tolist() if null.numel() else [] for null in (self.random, self.joined))
         names = ("n_edges", "clean", "patched", "n_pairs", "n_shared", "metric", "ablation")
         told = {name: getattr(self, name) for name in names} | {"absent": self.absent(), "weak": self.weak()}
         ranges = {
             "band": self.band(),
-            "joined_band": self.band(joined=True),
+            "joined_band": self.band(null="joined"),
+            "exchanged_band": self.band(null="exchanged"),
             "intervals": self.intervals,
             "wide_intervals": self.wide_intervals,
+            "margins": self.margins,
         }
         spans = {name: [list(pair) for pair in held] for name, held in ranges.items()}
         pairs = {} if self.area_pairs is None else {"per_sample": {"area": self.area_pairs}}
-        nulls = {"random": means, "joined": joined}
+        nulls: dict[str, Any] = {}
+        for name in get_args(NullName):
+            null = getattr(self, name)
+            nulls[name] = null.mean(1).tolist() if null.numel() else []
+        nulls["others"] = {task: self.others[:, place].tolist() for place, task in enumerate(self.other_tasks)}
+        nulls["hardest"] = next((name for name, _ in self.nulls()), "")
         return {**lists, **told, **nulls, **spans, "span": list(self.span or ()), **pairs}
 
     def absent(self) -> str:
@@ -227,16 +264,22 @@ class Faithfulness(AnalysisResult):
         if absent := self.absent():
             return absent
         intervals = self.wide_intervals or self.intervals
-        for null, kind in ((self.random, "random circuit"), (self.joined, "random circuit joined from end to end")):
-            most = float(null[-1].max()) if null.numel() else -math.inf
+        kinds = {
+            "random ones": "a random circuit",
+            "joined from end to end": "a random circuit joined from end to end",
+            "heads exchanged": "the circuit with its heads exchanged",
+        }
+        reached = [(kinds.get(name, f"the {name}"), float(null[-1].max())) for name, null in self.nulls()]
+        for kind, most in reached:
             if self.value <= most:
-                return f"no more than a {kind}"
+                return f"no more than {kind}"
+        for kind, most in reached:
             if intervals and intervals[-1][0] <= most:
-                return f"the interval reaches what a {kind} keeps"
+                return f"the interval reaches what {kind} keeps"
         return ""
 
     def headline(self) -> str:
-        """What the largest circuit keeps, with its interval over the pairs, beside random ones, and what is weak."""
+        """What the largest circuit keeps, with its interval, beside its nulls from the hardest on, and what is weak."""
         weak = self.weak()
         return self.summary() + (f"; WEAK: {weak}" if weak else "")
 
@@ -244,8 +287,10 @@ class Faithfulness(AnalysisResult):
         """The headline without its doubts."""
         if math.isnan(self.value):
             return f"what {self.sizes[-1]} of {self.n_edges} edges keep of the behaviour cannot be told{self._source()}"
-        nulls = (("random ones", self.random), ("joined from end to end", self.joined))
-        chance = "".join(f", {name} {float(null[-1].mean()):.2f}" for name, null in nulls if null.numel())
+        told_nulls = [f", {name} {float(null[-1].mean()):.2f}" for name, null in self.nulls()]
+        for low, high in self.margins[-1:]:
+            told_nulls[0] += f" (less by [{low:.2f}, {high:.2f}])"
+        chance = "".join(told_nulls)
         told = f"{self.value:.2f} of the behaviour (no interval: one pair)"
         if self.intervals:
             low, high = self.intervals[-1]
@@ -292,6 +337,7 @@ def faithfulness(
     rank: Rank = "magnitude",
     ablation: Ablation | None = None,
     n_random: int = 10,
+    others: Mapping[str, Circuit] | None = None,
     seed: int = 0,
     batch_size: int = 8,
     progress: Progress | None = None,
@@ -304,6 +350,9 @@ def faithfulness(
     of metrics averaged over the pairs: 1 for the whole graph and 0 for the empty one, exactly. Not bounded: edges that
     work against the behaviour, left out, give more than 1. Random circuits of the same size stand beside it, and
     random ones whose every edge lies on a path from the input to the output, as hardly any of few random edges does.
+    Harder to beat are the circuit itself with the heads of every block exchanged (:func:`exchanged_circuits`), which
+    asks whether it matters which heads these are, and the circuits of other tasks, which ask whether it is this
+    behaviour that they carry, or what any task needs.
     Where the circuit has scores without groups of its pairs, the circuits that these would choose are measured, too.
 
     Args:
@@ -316,8 +365,9 @@ def faithfulness(
         select: How a curve's edges are chosen.
         rank: By which order.
         ablation: What patched edges bring; by default what they brought when they were scored.
-        n_random: Random circuits of either kind per size; 0 for none.
-        seed: Of these.
+        n_random: Random circuits of each kind per size; 0 for none.
+        others: Circuits of other tasks by name, of the same model; of each as many edges are chosen in the same way.
+        seed: Of the random ones.
         batch_size: Pairs per pass.
         progress: Called with (runs done, runs in all).
         split_over_ranks: Whether to share pairs out over the ranks of an initialised process group; all must call.
@@ -344,13 +394,18 @@ def faithfulness(
     counts = _counts(circuit, sizes)
     how: dict[str, Any] = {"select": select, "rank": rank}
     ranked = [circuit.chosen(n_edges=count, **how) for count in counts] if counts else [circuit]
-    whole, others = circuit.graph.edges(), circuit.without_groups()
+    whole, others = circuit.graph.edges(), _of_one_graph(circuit, others or {})
     tried = [whole, torch.zeros_like(whole)]
+    unmoved = []
     for one in ranked:
-        nulls = (make(circuit.graph, one.n_edges, n_random, seed) for make in (random_circuits, joined_circuits))
-        chosen = (other.chosen(n_edges=one.n_edges, **how).kept for other in others)
-        tried += [one.kept, whole & ~one.kept, *chain.from_iterable(nulls), *chosen]
-    each = 2 + 2 * n_random + len(others)
+        nulls = [make(circuit.graph, one.n_edges, n_random, seed) for make in (random_circuits, joined_circuits)]
+        nulls.append(exchanged_circuits(circuit.graph, one.kept, n_random, seed))
+        unmoved.append([0 < one.n_edges < one.graph.n_edges and torch.equal(kept, one.kept) for kept in nulls[-1]])
+        rivals = (list(others.values()), circuit.without_groups())
+        nulls += [[rival.chosen(n_edges=one.n_edges, **how).kept for rival in kind] for kind in rivals]
+        tried += [one.kept, whole & ~one.kept, *chain.from_iterable(nulls)]
+    counted = [1, 1, *map(len, nulls)]
+    each = sum(counted)
     replicas = Replicas.of(model) if split_over_ranks else Replicas()
     with replicas.together("faithfulness"), wired(model, pairs, options) as wiring:
         if wiring.graph != circuit.graph:
@@ -369,15 +424,16 @@ def faithfulness(
         )
     # The added 0 makes a 0 of -0.
     shares = torch.tensor(means, dtype=torch.float64).sub(patched).div(clean - patched).add(0.0)
-    shares = shares.view(len(ranked), each)
+    own, complements, *kept_by = (part.clone() for part in shares.view(len(ranked), each).split(counted, 1))
+    # A circuit of no heads has none to exchange.
+    kept_by[2].masked_fill_(torch.tensor(unmoved, dtype=torch.bool).view(kept_by[2].shape), math.nan)
     found = Faithfulness(
         sizes=tuple(one.n_edges for one in ranked),
         n_edges=circuit.graph.n_edges,
-        values=tuple(shares[:, 0].tolist()),
-        complements=tuple(shares[:, 1].tolist()),
-        random=shares[:, 2 : 2 + n_random].clone(),
-        joined=shares[:, 2 + n_random : 2 + 2 * n_random].clone(),
-        choices=shares[:, 2 + 2 * n_random :].clone(),
+        values=tuple(own[:, 0].tolist()),
+        complements=tuple(complements[:, 0].tolist()),
+        **dict(zip(("random", "joined", "exchanged", "others", "choices"), kept_by, strict=True)),
+        other_tasks=tuple(others),
         clean=clean,
         patched=patched,
         n_pairs=len(pairs),
@@ -388,6 +444,7 @@ def faithfulness(
         ablation=options.ablation,
         cost=cost,
     )
+    found = replace(found, margins=_margins(found, values[:2], values[2:].view(len(ranked), each, -1), counted))
     spans = (values[0] - values[1]).tolist()
     kept = (values[2::each] - values[1]).T.tolist()
     areas = [found.area_under(row, span) for row, span in zip(kept, spans, strict=True)]
@@ -401,6 +458,16 @@ def _as_scored(circuit: Circuit, metric: Metric | None, ablation: Ablation | Non
         raise ValueError(f"the circuit was found with a function, {known!r}: give metric=, this or another")
     patched: Any = circuit.ablation
     return known if metric is None else metric, patched if ablation is None else ablation
+
+
+def _of_one_graph(circuit: Circuit, others: Mapping[str, Circuit]) -> Mapping[str, Circuit]:
+    for name, other in others.items():
+        if other.graph != circuit.graph:
+            raise ValueError(
+                f"the circuit of {name!r} is of another graph, of {other.graph.n_edges} edges, than the one that is "
+                f"measured, of {circuit.graph.n_edges}"
+            )
+    return others
 
 
 def _span(losses: Tensor) -> tuple[float, float]:
@@ -424,6 +491,30 @@ def _intervals(ends: Tensor, kept: Tensor) -> tuple[tuple[float, float], ...]:
     counts, (clean, patched) = resampled(kept.shape[1]), ends
     spans = counts @ (clean - patched)
     return tuple(interval_of((counts @ (one - patched)) / spans + 0.0) for one in kept)
+
+
+def _margins(
+    found: Faithfulness, ends: Tensor, values: Tensor, counted: Sequence[int]
+) -> tuple[tuple[float, float], ...]:
+    """By size the interval of what a circuit keeps beyond its hardest null, the pairs of both drawn anew together.
+
+    Args:
+        found: What circuits and nulls keep.
+        ends: The metric of the whole and of the empty graph, shape ``[2, pairs]``.
+        values: Of each size's circuits, shape ``[sizes, circuits, pairs]``.
+        counted: Of these circuits how many are of each kind: the own, its complement, then each null, then choices.
+    """
+    _, _, *kinds, others, _ = values.split(list(counted), 1)
+    held = [*zip((found.random, found.joined, found.exchanged), kinds, strict=True)]
+    held += [(found.others[:, [place]], others[:, [place]]) for place in range(others.shape[1])]
+    known = [pair for pair in held if pair[0].numel() and not pair[0].isnan().any()]
+    if not known or values.shape[2] < 2:
+        return ()
+    margins = []
+    for place, own in enumerate(values[:, 0]):
+        _, hardest = max(known, key=lambda pair: float(pair[0][place].mean()))
+        margins += _intervals(ends, (own - hardest[place].mean(0) + ends[1])[None])
+    return tuple(margins)
 
 
 def _counts(circuit: Circuit, sizes: Sequence[int | float] | None) -> list[int]:
@@ -451,7 +542,7 @@ class TrackingOptions:
         ablation: What patched edges bring.
         share: Of all edges that the circuit has, in (0, 1].
         sizes: Shares of all edges at which faithfulness is measured.
-        n_random: Random circuits of either kind per size.
+        n_random: Random circuits of each kind per size.
         n_groups: Groups of the choosing pairs that are left out in turns; see :func:`find_circuits`.
         select: ``top`` or ``greedy``.
         rank: ``magnitude`` or ``signed``.
@@ -602,6 +693,7 @@ def track_circuit(
     options: TrackingOptions = TrackingOptions(),
     *,
     held_out: PromptPairs | None = None,
+    others: Mapping[str, PromptPairs] | None = None,
     base: Circuit | None = None,
     seed: Circuit | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -616,6 +708,8 @@ def track_circuit(
         pairs: Clean and corrupted prompts.
         options: The same at every step.
         held_out: Pairs that measure what the circuit keeps; by default those that chose it, which flatters it.
+        others: Pairs of other tasks by name; the circuit of each is found in the same way, which costs another search,
+            and stands beside this one.
         base: The circuit of what the model was.
         seed: That of a finetune that differs in its seed alone; its overlap with the model's is the noise of that.
         progress: Called with (pairs done, pairs in all).
@@ -635,14 +729,24 @@ def track_circuit(
         1.0
     """
     circuit = options.find(model, pairs, progress)
+    alone = replace(options, n_groups=0)
+    rivals = {task: alone.find(model, held, progress) for task, held in (others or {}).items()}
     n_edges = circuit.graph.n_edges
     counts = sorted({max(1, round(share * n_edges)) for share in options.sizes})
     measuring = pairs if held_out is None else held_out
     settings: dict[str, Any] = {name: getattr(options, name) for name in ("select", "rank", "ablation", "n_random")}
     try:
         curve = faithfulness(
-            model, circuit, measuring, options.metric, sizes=counts, batch_size=options.batch_size, **settings
+            model,
+            circuit,
+            measuring,
+            options.metric,
+            sizes=counts,
+            batch_size=options.batch_size,
+            others=rivals,
+            **settings,
         )
+        curve = replace(curve, cost=sum((rival.cost for rival in rivals.values()), curve.cost))
     except FlatMetricError as flat:
         curve = _flat(circuit, counts, options, measuring, flat)
     shares = {max(1, round(share * n_edges)): share for share in sorted(options.sizes, reverse=True)}
@@ -663,6 +767,7 @@ def _flat(
         complements=unknown,
         random=torch.full((len(counts), options.n_random), math.nan, dtype=torch.float64),
         joined=torch.full((len(counts), options.n_random), math.nan, dtype=torch.float64),
+        exchanged=torch.full((len(counts), options.n_random), math.nan, dtype=torch.float64),
         clean=flat.value,
         patched=flat.value,
         n_pairs=len(pairs),

@@ -611,7 +611,7 @@ def forecast_heads(plan: Plan, *, n_samples: int | None, gradients: int) -> Fore
 
 
 def forecast_circuits(
-    plan: Plan, *, n_pairs: int, tokens: int, gradients: int, circuits: int, batch_size: int
+    plan: Plan, *, n_pairs: int, tokens: int, gradients: int, circuits: int, batch_size: int, searches: int = 1
 ) -> Forecast:
     """Circuits: passes over pairs of prompts for the scores, and a patched pass per circuit that is measured.
 
@@ -622,11 +622,12 @@ def forecast_circuits(
         gradients: Gradient passes per pair.
         circuits: That are measured.
         batch_size: Pairs per pass.
+        searches: Circuits that are looked for.
     """
     rows = [min(batch_size, n_pairs - start) for start in range(0, n_pairs, batch_size)]
     once = passes_over([(size, tokens) for size in rows])
     # Both prompts for the scores, and both with everything patched for the two ends of each measurement.
-    work = Work(forward=(2 + 3 + 3 + circuits) * once, backward=gradients * once)
+    work = Work(forward=((2 + 3) * searches + 3 + circuits) * once, backward=gradients * searches * once)
     widest = tokens * min(batch_size, n_pairs)
     return Forecast(
         work,

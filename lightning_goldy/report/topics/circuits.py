@@ -146,16 +146,20 @@ def chart_faithfulness(row: Row) -> Figure:
         for name, values, band in (
             ("random circuits", "random", "band"),
             ("random, joined from end to end", "joined", "joined_band"),
+            ("the circuit, its heads exchanged", "exchanged", "exchanged_band"),
         ):
             if curve.get(values):
                 low, high = ([0.0, *(pair[end] for pair in curve[band]), 1.0] for end in (0, 1))
                 drawn[name] = Line(places, [0.0, *curve[values], 1.0], low, high)
+        for task, values in (curve.get("others") or {}).items():
+            drawn[f"circuit of {task}"] = Line(places, [0.0, *values, 1.0], shape="dashed")
     style = Lines(x="edges, % of all", y="of the behaviour", scale="linear", zero=True, whole=False)
     caption = (
         "1 is the whole model, 0 the model with every edge patched. The circuit's band is its 95 % interval over the "
         f"{'prompts that measure and those that chose' if curve.get('wide_intervals') else 'prompts that measure'}; "
         "those of random circuits of the same size hold 90 % of them. Every edge of the joined ones lies on a path "
-        "from the input to the output."
+        "from the input to the output. Exchanged heads are the circuit with each head's edges handed to another head "
+        "of its block."
     )
     return lines(drawn, style, caption=caption)
 
@@ -250,19 +254,22 @@ _CIRCUITS = Description(
         "tell on the other prompt; then the model runs with all but the strongest edges patched so."
     ),
     reading=(
-        "A circuit is worth its faithfulness: near 1 with few edges, far above random circuits of its size, and near 0 "
-        "without it. Scores alone say little."
+        "A circuit is worth its faithfulness: near 1 with few edges, far above what circuits of its size keep that are "
+        "random, or itself with other heads, or another task's, and near 0 without it. Scores alone say little."
     ),
     metrics={
         "faithfulness_low": "lower end of what the largest circuit keeps, of its 95 % interval over the prompts",
         "faithfulness_high": "upper end of the same",
         "faithfulness_random": "what random circuits of the largest size keep, a fraction",
         "faithfulness_joined": "the same of random circuits whose every edge lies on a path from input to output",
+        "faithfulness_exchanged": "the same of the circuit with each head's edges handed to another of its block",
+        "faithfulness_other_task": "the same of another task's circuit, the most that one of them keeps",
         "faithfulness_choice_error": "standard error of the same that comes of which prompts chose the edges",
         "completeness": "1 less what is kept without the largest circuit",
         "area": "area under the curve of faithfulness over the share of edges",
         "area_random": "the same of random circuits",
         "area_joined": "the same of random circuits joined from input to output",
+        "area_exchanged": "the same of the circuit with exchanged heads",
         "metric_clean": "the metric of the model",
         "metric_patched": "the metric with every edge patched",
         "overlap": "edges shared with the base's circuit, of all in either",

@@ -211,6 +211,8 @@ _QUANTITIES = {
         "faithfulness_low": "at least, by its 95 % interval",
         "faithfulness_high": "at most",
         "faithfulness_random": "as many random edges keep",
+        "faithfulness_exchanged": "the same with heads exchanged",
+        "faithfulness_other_task": "another task's circuit keeps",
         "overlap": "edges shared with the base's circuit",
         "overlap_by_chance": "by chance",
     },

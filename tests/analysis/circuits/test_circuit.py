@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from lightning_goldy.analysis.circuits import Circuit, CircuitGraph, circuit_overlap, faithfulness, find_circuits
-from lightning_goldy.analysis.circuits.circuit import joined_circuits, overlap_of, prune, random_circuits
+from lightning_goldy.analysis.circuits.circuit import (
+    exchanged_circuits,
+    joined_circuits,
+    overlap_of,
+    prune,
+    random_circuits,
+)
 from lightning_goldy.analysis.circuits.faithfulness import Faithfulness
 from tests.analysis.circuits.test_scores import prompts
 from tests.references.architecture_models import build
@@ -65,6 +71,48 @@ def test_joined_circuits_are_as_large_and_lie_on_paths_alone(graph: CircuitGraph
     assert not any(kept.any() for kept in joined_circuits(graph, 0, 2))
     # Of plainly random edges few lie on a path.
     assert sum(int(prune(graph, kept).sum()) for kept in random_circuits(graph, 3, 10)) < 10
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
+def test_exchanged_heads_hand_all_their_edges_to_others_of_their_block(family: str):
+    graph = CircuitGraph.of(build(family))
+    heads = [place for place, name in enumerate(graph.writers) if name.startswith("a")]
+    (kept,) = random_circuits(graph, graph.n_edges // 3, 1, seed=1)
+    found = exchanged_circuits(graph, kept, 6, seed=1)
+    assert all(map(torch.equal, found, exchanged_circuits(graph, kept, 6, seed=1)))
+    assert len({tuple(other.flatten().tolist()) for other in found}) > 1
+    own = {place: kept[:, place].sum() for place in range(len(graph.writers))}
+    for other in found:
+        assert not (other & ~graph.edges()).any()
+        assert int(other.sum()) == int(kept.sum())
+        assert int(prune(graph, other).sum()) == int(prune(graph, kept).sum())
+        for layer in range(2):
+            block = [place for place in heads if graph.layers[place] == layer]
+            assert sorted(int(other[:, place].sum()) for place in block) == sorted(int(own[place]) for place in block)
+        for place in set(own) - set(heads):
+            assert other[:, place].sum() == own[place]
+        assert torch.equal(other[-1][[0, -1]], kept[-1][[0, -1]])
+    # No head stays: one whose edge alone is chosen has it no more.
+    for place in heads:
+        one = torch.zeros_like(kept)
+        one[-1, place] = True
+        for other in exchanged_circuits(graph, one, 4):
+            (column,) = other[-1].nonzero().flatten().tolist()
+            assert column != place
+            assert graph.layers[column] == graph.layers[place]
+
+
+def test_heads_of_one_group_change_places_within_it_and_a_single_head_with_none():
+    owners = ((1,), (2,), (1, 2), (1, 2), (3,), ())
+    readers = ("a0.h0.q", "a0.h1.q", "a0.g0.k", "a0.g0.v", "m0", "output")
+    graph = CircuitGraph(("input", "a0.h0", "a0.h1", "m0"), readers, (1, 1, 1, 1, 3, 4), owners, (-1, 0, 0, 0))
+    kept = torch.zeros(6, 4, dtype=torch.bool)
+    for edge in ("input->a0.h0.q", "input->a0.g0.k", "a0.h0->output", "m0->output"):
+        kept[graph.place(edge)] = True
+    (other,) = exchanged_circuits(graph, kept, 1)
+    told = {graph.name(row, column) for row, column in other.nonzero().tolist()}
+    assert told == {"input->a0.h1.q", "input->a0.g0.k", "a0.h1->output", "m0->output"}
+    assert exchanged_circuits(GRAPH, random_circuits(GRAPH, 9, 1)[0], 3) == []
 
 
 def test_edges_are_chosen_by_number_threshold_magnitude_and_sign():

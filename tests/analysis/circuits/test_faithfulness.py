@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM
 
+from lightning_goldy.analysis.attribution.attribution import interval_of, resampled
 from lightning_goldy.analysis.circuits import (
     CircuitGraph,
     FlatMetricError,
@@ -23,17 +24,19 @@ from lightning_goldy.analysis.circuits import (
     node_effects,
     track_circuit,
 )
-from lightning_goldy.analysis.circuits.circuit import joined_circuits
+from lightning_goldy.analysis.circuits.circuit import exchanged_circuits, joined_circuits, random_circuits
 from lightning_goldy.analysis.circuits.faithfulness import Faithfulness
 from lightning_goldy.analysis.circuits.graph import Wiring
-from lightning_goldy.analysis.circuits.runs import measure, wired
+from lightning_goldy.analysis.circuits.runs import CircuitOptions, measure, wired
 from lightning_goldy.core.architecture import UnsupportedArchitectureError
+from lightning_goldy.core.files import finite
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.vector import ParameterVector
 from lightning_goldy.data import induction_pairs
 from lightning_goldy.report import draw_figures
 from tests.analysis.circuits.test_scores import prompts
 from tests.references.architecture_models import build, lora
+from tests.references.induction import TOKENS, built
 from tests.references.model_zoo import ZOO, build_family
 
 FAST = ("GPT-J", "Mixtral", "Cohere 2")
@@ -171,12 +174,135 @@ def test_random_circuits_that_join_the_ends_stand_beside_it() -> None:
     assert weak.weak() == "no more than a random circuit joined from end to end"
 
 
+def copied_heads(model: Any) -> Any:
+    """A GPT-2 whose heads of a block are all the first one."""
+    size = model.config.n_embd // model.config.n_head
+    with torch.no_grad():
+        for block in model.transformer.h:
+            into, out = block.attn.c_attn, block.attn.c_proj
+            for head in range(1, model.config.n_head):
+                there, first = slice(head * size, (head + 1) * size), slice(size)
+                out.weight[there] = out.weight[first]
+                for start in range(0, 3 * model.config.n_embd, model.config.n_embd):
+                    to, source = slice(start + there.start, start + there.stop), slice(start, start + size)
+                    into.weight[:, to], into.bias[to] = into.weight[:, source], into.bias[source]
+    return model
+
+
+def test_exchanged_heads_keep_all_where_heads_are_alike_and_nothing_where_one_does_all() -> None:
+    """Copies of a head carry what it carried; heads of noise carry nothing of an induction circuit."""
+    model, pairs = copied_heads(build("gpt2").double()), prompts(4)
+    alike = faithfulness(model, find_circuits(model, pairs, method="eap"), pairs, sizes=[0.2, 0.5])
+    assert alike.exchanged.shape == (2, 10)
+    for value, exchanged in zip(alike.values, alike.exchanged, strict=True):
+        assert exchanged.tolist() == pytest.approx([value] * 10, abs=1e-9)
+    assert alike.exchanged_area == pytest.approx(alike.area, abs=1e-9)
+    model, pairs = built(), induction_pairs(TOKENS, 16, length=5)
+    curve = faithfulness(model, find_circuits(model, pairs, n_edges=12), pairs)
+    assert curve.value > 0.9
+    assert float(curve.exchanged.max()) < 0.1
+    assert curve.weak() == ""
+    assert curve.metrics()["faithfulness_exchanged"] == pytest.approx(float(curve.exchanged.mean()))
+
+
+def test_a_circuit_of_no_heads_has_none_to_exchange() -> None:
+    model, pairs = build("gpt2"), prompts(3)
+    circuit = find_circuits(model, pairs, n_edges=0)
+    kept = circuit.kept.clone()
+    for edge in ("input->m0", "m0->output", "input->output"):
+        kept[circuit.graph.place(edge)] = True
+    curve = faithfulness(model, replace(circuit, kept=kept), pairs, n_random=2)
+    assert curve.exchanged.isnan().all()
+    assert "heads exchanged" not in curve.headline()
+    assert curve.metrics()["faithfulness_exchanged"] is None
+    row = finite(curve.details())
+    assert (row["exchanged"], row["exchanged_band"]) == ([None], [[None, None]])
+    ends = [replace(circuit, kept=whole) for whole in (circuit.graph.edges(), circuit.kept)]
+    assert [faithfulness(model, end, pairs, n_random=2).exchanged.tolist() for end in ends] == [[[1, 1]], [[0, 0]]]
+
+
+def test_margins_are_of_the_same_pairs_as_what_the_hardest_null_keeps() -> None:
+    """The mean of a null is compared pair by pair: against the circuit itself nothing is left, against none all."""
+    model, pairs = build("llama"), shown(prompts(6), build("llama"))
+    circuit = find_circuits(model, pairs, method="eap", n_edges=30)
+    itself = faithfulness(model, circuit, pairs, n_random=0, others={"itself": circuit})
+    assert itself.margins == ((0.0, 0.0),)
+    nothing = faithfulness(model, circuit, pairs, sizes=[0], n_random=1)
+    assert nothing.margins == ((0.0, 0.0),)
+    curve = faithfulness(model, circuit, pairs, n_random=2)
+    with wired(model, pairs, CircuitOptions()) as wiring:
+        ends = [circuit.graph.edges(), circuit.kept & False]
+        nulls = {
+            "random ones": random_circuits(circuit.graph, 30, 2),
+            "joined from end to end": joined_circuits(circuit.graph, 30, 2),
+            "heads exchanged": exchanged_circuits(circuit.graph, circuit.kept, 2),
+        }[curve.nulls()[0][0]]
+        values, _ = measure(wiring, pairs, CircuitOptions(), [*ends, circuit.kept, *nulls])
+    counts = resampled(6)
+    shares = counts @ (values[2] - values[3:].mean(0)) / (counts @ (values[0] - values[1]))
+    assert curve.margins[0] == pytest.approx(interval_of(shares), abs=1e-9)
+    assert finite(curve.details())["margins"] == [pytest.approx(curve.margins[0])]
+    assert faithfulness(model, circuit, prompts(1), n_random=1).margins == ()
+    assert faithfulness(model, circuit, pairs, n_random=0).margins == ()
+
+
+def test_the_circuits_of_other_tasks_stand_beside_it() -> None:
+    model, pairs, other = build("llama"), shown(prompts(5), build("llama")), prompts(4, seed=3)
+    options = TrackingOptions(method="eap", sizes=(0.2, 0.5), n_random=2, n_groups=2)
+    found = track_circuit(model, pairs, options, others={"induction": other, "itself": pairs})
+    curve, rival = found.curve, find_circuits(model, other, method="eap")
+    for place, size in enumerate(curve.sizes):
+        alone = faithfulness(model, rival.chosen(n_edges=size), pairs, n_random=0).value
+        assert curve.others[place].tolist() == pytest.approx([alone, curve.values[place]], abs=1e-6)
+    assert curve.other_tasks == ("induction", "itself")
+    assert curve.choices.shape == (2, 2)
+    searches = [find_circuits(model, own, method="eap").cost for own in (pairs, other, pairs)]
+    measured = curve.cost + found.circuit.cost
+    without = track_circuit(model, pairs, options)
+    assert measured.backwards - without.cost.backwards == sum(cost.backwards for cost in searches[1:])
+    values = [float(null[-1].mean()) for _, null in curve.nulls()]
+    assert values == sorted(values, reverse=True)
+    name, hardest = curve.nulls()[0]
+    assert f" with the choice of the edges, {name} {float(hardest[-1].mean()):.2f} (less by [" in curve.summary()
+    row = json.loads(json.dumps(found.row().result))["curve"]
+    assert row["others"]["itself"] == pytest.approx(list(curve.values))
+    assert row["hardest"] == name
+    assert found.metrics()["faithfulness_other_task"] == pytest.approx(float(curve.others[-1].max()))
+    drawn = json.dumps(draw_figures({**found.row().to_dict(), "step": 0})["faithfulness"].data)
+    assert "circuit of induction" in drawn
+    assert "the circuit, its heads exchanged" in drawn
+    again = Faithfulness.from_json(curve.to_json())
+    assert torch.equal(again.others, curve.others)
+    assert again.other_tasks == curve.other_tasks
+    nulls: dict[str, Any] = {name: getattr(curve, name) * 0 for name in ("random", "joined", "exchanged")}
+    nulls |= {"choices": curve.choices[:, :0], "others": torch.tensor([[0.0, 0.0], [0.2, 0.3]])}
+    held = replace(curve, clean=1.0, patched=0.0, span=(0.5, 1.5), values=(0.1, 0.9), **nulls)
+    held = replace(held, intervals=((0.0, 0.2), (0.8, 1.0)))
+    assert held.weak() == ""
+    assert held.summary().split("pairs, ")[1].startswith("circuit of itself 0.30 (less by [")
+    for more, doubt in (
+        (0.85, "the interval reaches what the circuit of itself keeps"),
+        (0.95, "no more than the circuit of itself"),
+    ):
+        assert replace(held, others=torch.tensor([[0.0, 0.0], [0.2, more]])).weak() == doubt
+    reached = replace(held, exchanged=held.exchanged + 0.95)
+    assert reached.weak() == "no more than the circuit with its heads exchanged"
+    with pytest.raises(ValueError, match=r"the circuit of 'far' is of another graph, of .* edges, than the one"):
+        faithfulness(model, rival, pairs, others={"far": find_circuits(build("gpt2"), pairs, method="eap")})
+
+
 def test_the_headline_has_interval_and_null_and_one_pair_is_told() -> None:
     model = build("llama")
     found = track_circuit(model, prompts(4), TrackingOptions(method="eap", sizes=(0.5,)))
     (low, high), random = found.curve.intervals[-1], float(found.curve.random[-1].mean())
-    told = f"{found.curve.value:.2f} [{low:.2f}, {high:.2f}] of the behaviour over 4 pairs, random ones {random:.2f}"
-    assert told in found.headline()
+    told = f"{found.curve.value:.2f} [{low:.2f}, {high:.2f}] of the behaviour over 4 pairs"
+    hardest, most = max(
+        (("random ones", random), *((name, float(null[-1].mean())) for name, null in found.curve.nulls())),
+        key=lambda named: named[1],
+    )
+    (least, largest), label = found.curve.margins[-1], f"{hardest} {most:.2f}"
+    assert f"{told}, {label} (less by [{least:.2f}, {largest:.2f}]), " in found.headline()
+    assert f", random ones {random:.2f}" in found.headline()
     row = json.loads(json.dumps(found.row().result))
     assert row["curve"]["intervals"] == [[low, high]]
     assert row["curve"]["n_pairs"] == 4

@@ -86,4 +86,5 @@ def test_a_learned_circuit_beats_random_ones_by_far():
         assert curve.value > 0.85
         assert curve.value - float(curve.random.max()) > 0.75
         assert curve.value - float(curve.joined.max()) > 0.5
+        assert curve.value - float(curve.exchanged.max()) > 0.5
         assert curve.completeness > 0.9
