@@ -121,7 +121,7 @@ def base_of(base: Base, model: nn.Module, space: ParameterSpace | None = None) -
         StoreError: The file is none of these, lacks a parameter, holds it in another shape, or has more blocks.
 
     Warns:
-        UserWarning: No space is given, and a module differs in a frozen parameter, which stays as it is now.
+        UserWarning: No space is given, and the base differs in a frozen parameter, which stays as it is now.
 
     Example:
         >>> layer, before = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
@@ -152,7 +152,10 @@ def base_of(base: Base, model: nn.Module, space: ParameterSpace | None = None) -
         )
     asked, space = space, space or ParameterSpace.of(model)
     if not isinstance(base, nn.Module):
-        return BaseParameters(read_base(base, model, space, prefix=None), copy=False)
+        tensors = _read_tensors(Path(base), model, space, None)
+        if asked is None:
+            _tell_frozen(tensors, model, space)
+        return BaseParameters(_values_of(tensors, Path(base), model, space), copy=False)
     if (more := _further_blocks(known_parameters(base), model)) is not None:
         raise SpaceError(f"the base is of another model: {more}")
     parameters, held = space.resolve(model), _every_name(base)
@@ -197,11 +200,9 @@ def _held_apart(base: Mapping[str, Tensor], model: nn.Module, space: ParameterSp
 
 
 def _same(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors are equal in the second's dtype; taken as given where this process has not the whole."""
-    if is_sharded(first) or is_sharded(second) or first.is_meta or second.is_meta:
+    """Whether two tensors are equal in the second's dtype; taken as given where that cannot be asked."""
+    if is_sharded(first) or is_sharded(second) or first.is_meta or second.is_meta or first.shape != second.shape:
         return True
-    if first.shape != second.shape:
-        return False
     return first is second or torch.equal(first.detach().to(second.device, second.dtype), second.detach())
 
 
@@ -210,7 +211,13 @@ def _tell_frozen(base: Mapping[str, Tensor], model: nn.Module, space: ParameterS
     moved = [
         name
         for name, own in known_parameters(model).items()
-        if name not in space.names and not own.requires_grad and name in base and not _same(base[name], own)
+        if name not in space.names
+        and not own.requires_grad
+        and name in base
+        # Codes of a quantised form mean nothing beside values.
+        and _is_plain_float(base[name])
+        and _is_plain_float(own)
+        and not _same(base[name], own)
     ]
     if moved:
         more = f" and {len(moved) - 1} more" if len(moved) > 1 else ""
@@ -277,6 +284,11 @@ def read_base(
             several places, has more blocks than the model, or two values of what the model ties.
     """
     path = Path(source)
+    return _values_of(_read_tensors(path, model, space, prefix), path, model, space)
+
+
+def _read_tensors(path: Path, model: nn.Module, space: ParameterSpace, prefix: str | None) -> dict[str, Tensor]:
+    """All tensors that :func:`read_base` finds, by canonical name; refuses those of another model."""
     if path.is_file() and path.suffix == ".ckpt":
         tensors = _checkpoint_tensors(path, prefix, space)
     else:
@@ -293,6 +305,10 @@ def read_base(
         raise StoreError(f"{path}: the base is of another model: {more}")
     if (untied := _held_apart(tensors, model, space)) is not None:
         raise StoreError(f"{path}: {untied}")
+    return tensors
+
+
+def _values_of(tensors: Mapping[str, Tensor], path: Path, model: nn.Module, space: ParameterSpace) -> ParameterVector:
     values = {}
     for name, parameter in space.resolve(model).items():
         if name not in tensors:

@@ -360,11 +360,17 @@ def test_weights_that_the_base_ties_are_both_compared_with_the_one() -> None:
     assert torch.equal(found["transformer.wte.weight"], before.transformer.wte.weight)
 
 
-def test_frozen_parameters_that_the_base_has_otherwise_are_told(base: nn.Module, now: nn.Module) -> None:
+def test_frozen_parameters_that_the_base_has_otherwise_are_told(
+    base: nn.Module, now: nn.Module, tmp_path: Path
+) -> None:
     for name, parameter in now.named_parameters():
         parameter.requires_grad_(".mlp." in name)
     with pytest.warns(UserWarning, match=r"differs from .* in 'transformer.wte.weight' and \d+ more.*stay as they are"):
         kept = base_of(base, now)
+    file = tmp_path / "base.safetensors"
+    save_file({name: value.detach().contiguous() for name, value in base.named_parameters()}, file)
+    with pytest.warns(UserWarning, match="which require no gradient"):
+        base_of(file, now)
     asked = base_of(base, now, kept.space)
     assert asked.space.names == kept.space.names
     with torch.no_grad():

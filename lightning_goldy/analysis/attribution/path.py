@@ -408,6 +408,7 @@ def save_change(
     """Writes the masked part of a model's change: which elements, their values, and the base that they belong on.
 
     With them go the buffers that the model saves, such as running statistics, which every graft has as they are now.
+    Parameters outside the mask's space are those of the base.
 
     Args:
         path: Target file, safetensors.
@@ -429,13 +430,15 @@ def save_change(
     """
     stored: dict[str, Tensor] = {}
     encodings = {}
-    with ChangePath(model, base, _within(model, mask)) as way:
+    within = _within(model, mask)
+    whole = within if isinstance(within, str) else "adapters" if adapted_layers(model) else None
+    with ChangePath(model, base, whole) as way:
         way.space.subspace(mask.space.names)  # names what is unknown
         for name, flags in mask.items():
             if bool(flags.any()):
-                whole = gather(flags).cpu()
-                stored[f"{name}.where"], encodings[name] = pack_mask(whole, name)
-                stored[f"{name}.values"] = gather(way.parameters[name]).cpu()[whole].contiguous()
+                inside = gather(flags).cpu()
+                stored[f"{name}.where"], encodings[name] = pack_mask(inside, name)
+                stored[f"{name}.values"] = gather(way.parameters[name]).cpu()[inside].contiguous()
         starts = {name: like(way.parameters[name].detach(), way.starts[name]) for name in mask.space}
         base_hash = fingerprint(ParameterVector(mask.space, starts))
         rest, buffers = _beside(model, way, mask.space)

@@ -335,6 +335,17 @@ def test_a_saved_change_is_refused_by_a_base_that_differs_in_what_was_frozen(tmp
     assert all(torch.equal(value, base.state_dict()[name]) for name, value in model.state_dict().items())
 
 
+def test_a_saved_change_of_some_tensors_leaves_the_base_in_the_others(tmp_path):
+    torch.manual_seed(0)
+    base, model = Normed(), Normed()
+    space = ParameterSpace.of(model, include=["first.*"])
+    mask = ParameterMask(space, {name: torch.ones(space.shape(name), dtype=torch.bool) for name in space})
+    other = copy.deepcopy(base)
+    apply_change(other, save_change(tmp_path / "change.safetensors", model, base, mask))
+    assert torch.equal(other.first.weight, model.first.weight)
+    assert torch.equal(other.last.weight, base.last.weight)
+
+
 def test_zeros_come_back_with_their_signs():
     torch.manual_seed(0)
     base, model = (nn.Linear(4, 1, bias=False) for _ in range(2))
