@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -115,8 +116,12 @@ def base_of(base: Base, model: nn.Module, space: ParameterSpace | None = None) -
 
     Raises:
         TypeError: It is none of these.
-        SpaceError: It is of another model, lacks a parameter of the space, or has more blocks than the model.
+        SpaceError: It is of another model, lacks a parameter of the space, has more blocks than the model, or two
+            values of what the model ties.
         StoreError: The file is none of these, lacks a parameter, holds it in another shape, or has more blocks.
+
+    Warns:
+        UserWarning: No space is given, and the base differs in a frozen parameter, which stays as it is now.
 
     Example:
         >>> layer, before = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
@@ -145,16 +150,83 @@ def base_of(base: Base, model: nn.Module, space: ParameterSpace | None = None) -
             "a base is a module, a ParameterVector, BaseParameters, or the path of a vector file, a folder of "
             f"save_pretrained, a .safetensors file or a Lightning checkpoint; got {type(base).__name__}"
         )
-    space = space or ParameterSpace.of(model)
+    asked, space = space, space or ParameterSpace.of(model)
     if not isinstance(base, nn.Module):
-        return BaseParameters(read_base(base, model, space, prefix=None), copy=False)
+        tensors = _read_tensors(Path(base), model, space, None)
+        if asked is None:
+            _tell_frozen(tensors, model, space)
+        return BaseParameters(_values_of(tensors, Path(base), model, space), copy=False)
     if (more := _further_blocks(known_parameters(base), model)) is not None:
         raise SpaceError(f"the base is of another model: {more}")
-    parameters = space.resolve(model)
-    values = ParameterVector.of(base, space, clone=False)
+    parameters, held = space.resolve(model), _every_name(base)
+    if (untied := _held_apart(held, model, space)) is not None:
+        raise SpaceError(untied)
+    if asked is None and base is not model:
+        _tell_frozen(held, model, space)
+    # Of a model with two weights that its base ties both began as the one.
+    lacking = {name: held[name] for name in space.names if name not in known_parameters(base) and name in held}
+    there = space.subspace(name for name in space.names if name not in lacking)
+    values = {**ParameterVector.of(base, there, clone=False), **{name: own.detach() for name, own in lacking.items()}}
     return BaseParameters(
         ParameterVector(space, {name: _fit(values[name], own).to(own.dtype) for name, own in parameters.items()})
     )
+
+
+def _every_name(module: nn.Module) -> dict[str, nn.Parameter]:
+    """A module's parameters by canonical name, tied ones under each of theirs."""
+    named = module.named_parameters(remove_duplicate=False)
+    return {canonical_name(name): parameter for name, parameter in named}
+
+
+def _held_apart(base: Mapping[str, Tensor], model: nn.Module, space: ParameterSpace) -> str | None:
+    """What a base holds in two places with two values and the model in one, in words: no point between them is a model.
+
+    Args:
+        base: Values by canonical name.
+        model: The model that it is the base of.
+        space: The parameters that are compared.
+    """
+    firsts: dict[int, str] = {}
+    for name, parameter in _every_name(model).items():
+        first = firsts.setdefault(id(parameter), name)
+        if first != name and first in space.names and first in base and name in base:
+            one, other = base[first], base[name]
+            if one is not other and not _same(one, other):
+                return (
+                    f"the base holds values of its own in {name!r}, which {type(model).__name__} ties to {first!r}: "
+                    "untie the model, or give a base with tied weights"
+                )
+    return None
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors are equal in the second's dtype; taken as given where that cannot be asked."""
+    if is_sharded(first) or is_sharded(second) or first.is_meta or second.is_meta or first.shape != second.shape:
+        return True
+    return first is second or torch.equal(first.detach().to(second.device, second.dtype), second.detach())
+
+
+def _tell_frozen(base: Mapping[str, Tensor], model: nn.Module, space: ParameterSpace) -> None:
+    """Warns where a base differs from the model in what is frozen, and so is left as it is now."""
+    moved = [
+        name
+        for name, own in known_parameters(model).items()
+        if name not in space.names
+        and not own.requires_grad
+        and name in base
+        # Codes of a quantised form mean nothing beside values.
+        and _is_plain_float(base[name])
+        and _is_plain_float(own)
+        and not _same(base[name], own)
+    ]
+    if moved:
+        more = f" and {len(moved) - 1} more" if len(moved) > 1 else ""
+        warnings.warn(
+            f"the base differs from {type(model).__name__} in {moved[0]!r}{more}, which require no gradient: such "
+            "parameters stay as they are now, at the base too; let them require gradients first to compare with the "
+            "whole base",
+            stacklevel=3,
+        )
 
 
 def _further_blocks(names: Iterable[str], model: nn.Module) -> str | None:
@@ -209,9 +281,14 @@ def read_base(
 
     Raises:
         StoreError: The source is none of these, lacks a parameter, holds it in another shape, has all of them in
-            several places, or has more blocks than the model.
+            several places, has more blocks than the model, or two values of what the model ties.
     """
     path = Path(source)
+    return _values_of(_read_tensors(path, model, space, prefix), path, model, space)
+
+
+def _read_tensors(path: Path, model: nn.Module, space: ParameterSpace, prefix: str | None) -> dict[str, Tensor]:
+    """All tensors that :func:`read_base` finds, by canonical name; refuses those of another model."""
     if path.is_file() and path.suffix == ".ckpt":
         tensors = _checkpoint_tensors(path, prefix, space)
     else:
@@ -226,6 +303,12 @@ def read_base(
             tensors = {**_read_safetensors(file), **tensors}
     if (more := _further_blocks(tensors, model)) is not None:
         raise StoreError(f"{path}: the base is of another model: {more}")
+    if (untied := _held_apart(tensors, model, space)) is not None:
+        raise StoreError(f"{path}: {untied}")
+    return tensors
+
+
+def _values_of(tensors: Mapping[str, Tensor], path: Path, model: nn.Module, space: ParameterSpace) -> ParameterVector:
     values = {}
     for name, parameter in space.resolve(model).items():
         if name not in tensors:

@@ -316,3 +316,65 @@ def test_several_models_in_a_checkpoint(base: nn.Module, now: nn.Module, tmp_pat
         base_of(write_state(tmp_path, nn.Linear(1, 1), "model."), now)
     with pytest.raises(StoreError, match="neither a vector file"):
         base_of("openai-community/gpt2", now)
+
+
+# Tied weights and frozen ones
+
+
+def untied(seed: int) -> GPT2LMHeadModel:
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 8, "vocab_size": 11, "n_positions": 8}
+    torch.manual_seed(seed)
+    return GPT2LMHeadModel(GPT2Config(**sizes, tie_word_embeddings=False, bos_token_id=0, eos_token_id=0))
+
+
+def tied(seed: int) -> GPT2LMHeadModel:
+    model = untied(seed)
+    model.lm_head.weight = model.transformer.wte.weight
+    return model
+
+
+@pytest.mark.parametrize("where", ["module", "file"])
+def test_a_base_with_two_values_of_what_the_model_ties_is_refused(tmp_path: Path, where: str) -> None:
+    before = untied(0)
+    given: nn.Module | Path = before
+    if where == "file":
+        given = tmp_path / "base.safetensors"
+        save_file({name: value.contiguous() for name, value in before.state_dict().items()}, given)
+    with pytest.raises((SpaceError, StoreError), match=r"of its own in 'lm_head.weight'.*ties to 'transformer.wte"):
+        base_of(given, tied(1))
+    with torch.no_grad():
+        before.lm_head.weight.copy_(before.transformer.wte.weight)
+    if where == "file":
+        save_file(
+            {name: value.contiguous() for name, value in before.state_dict().items()}, tmp_path / "two.safetensors"
+        )
+        given = tmp_path / "two.safetensors"
+    assert "lm_head.weight" not in base_of(given, tied(1)).space
+
+
+def test_weights_that_the_base_ties_are_both_compared_with_the_one() -> None:
+    before, model = tied(0), untied(1)
+    found = base_of(before, model).vector(model)
+    assert list(found) == [name for name, _ in model.named_parameters()]
+    assert torch.equal(found["lm_head.weight"], before.transformer.wte.weight)
+    assert torch.equal(found["transformer.wte.weight"], before.transformer.wte.weight)
+
+
+def test_frozen_parameters_that_the_base_has_otherwise_are_told(
+    base: nn.Module, now: nn.Module, tmp_path: Path
+) -> None:
+    for name, parameter in now.named_parameters():
+        parameter.requires_grad_(".mlp." in name)
+    with pytest.warns(UserWarning, match=r"differs from .* in 'transformer.wte.weight' and \d+ more.*stay as they are"):
+        kept = base_of(base, now)
+    file = tmp_path / "base.safetensors"
+    save_file({name: value.detach().contiguous() for name, value in base.named_parameters()}, file)
+    with pytest.warns(UserWarning, match="which require no gradient"):
+        base_of(file, now)
+    asked = base_of(base, now, kept.space)
+    assert asked.space.names == kept.space.names
+    with torch.no_grad():
+        for own, other in zip(now.parameters(), base.parameters(), strict=True):
+            if not own.requires_grad:
+                other.copy_(own)
+    base_of(base, now)

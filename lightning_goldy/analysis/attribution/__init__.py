@@ -4,14 +4,11 @@ from lightning_goldy.analysis.attribution.attribution import ChangeAttributionRe
 from lightning_goldy.analysis.attribution.graft import (
     GraftCurve,
     GraftPoint,
-    apply_change,
     baseline_mask,
-    graft,
     graft_curve,
-    save_change,
 )
 from lightning_goldy.analysis.attribution.learned import LearnedMask, LearnOptions, learn_mask
-from lightning_goldy.analysis.attribution.path import interleaved
+from lightning_goldy.analysis.attribution.path import apply_change, graft, interleaved, save_change
 from lightning_goldy.analysis.attribution.strongest import mask_links
 from lightning_goldy.analysis.attribution.units import UnitGroup, model_units, unit_mask
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -32,25 +30,19 @@ from lightning_goldy.analysis.attribution.strongest import unread_levels
 from lightning_goldy.analysis.attribution.units import Pieces, chosen_masks
 from lightning_goldy.analysis.divergence import precise
 from lightning_goldy.analysis.result import AnalysisResult, Cost, counted_passes
-from lightning_goldy.core.architecture.adapters import WeightSpace, adapted_layers, merged_state
 from lightning_goldy.core.base import Base
 from lightning_goldy.core.batches import sample_count
-from lightning_goldy.core.files import StoreError, parse_json
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.naming import (
     block_of,
-    canonical_name,
-    model_class,
     require_at_least,
     require_choice,
     require_fractions,
     require_number,
 )
 from lightning_goldy.core.objective import Objective, objective_for
-from lightning_goldy.core.sharding import gather, is_sharded, like, local, scatter_like
-from lightning_goldy.core.space import ParameterSpace, trainable_parameters
-from lightning_goldy.core.store import fingerprint, open_tensors, pack_mask, unpack_mask, write_tensors
+from lightning_goldy.core.sharding import is_sharded, local, scatter_like
 from lightning_goldy.core.vector import ParameterVector
 
 Baseline = Literal["magnitude", "random", "gradient", "interpolation", "drop_and_rescale", "learned"]
@@ -62,7 +54,6 @@ FACTORS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 CANDIDATES = 12
 # Width of an interval of the recovered effect from which on nothing is told.
 _UNCERTAIN = 0.5
-CHANGE_KEY = "goldy_change"
 
 
 @dataclass(frozen=True)
@@ -564,157 +555,3 @@ def baseline_mask(
         require_same_change(attribution, path)
         levels = unread_levels(path, method, (share,), seed)
         return ParameterMask(path.space, {name: level == 0 for name, level in levels.items()})
-
-
-def graft(model: nn.Module, base: Base, mask: ParameterVector, *, factor: float = 1.0) -> dict[str, Tensor]:
-    r"""The state of a model that has a part of its change, :math:`\theta_0 + a 1_S \Delta`.
-
-    Args:
-        model: The finetuned model; it stays as it is.
-        base: Anything that :func:`~lightning_goldy.core.base.base_of` takes.
-        mask: S, boolean, of the parameters that changed, or of the weights that adapters come to; others stay where
-            they are now.
-        factor: a; with 1 the elements of the mask are those of the model bit for bit.
-
-    Returns:
-        A state dict for ``load_state_dict``, on the CPU, whole on every rank of a sharded model; of merged weights that
-        of the model that ``merge_and_unload()`` gives.
-
-    Example:
-        >>> layer, before = nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False)
-        >>> mask = ParameterMask(ParameterSpace.of(layer), {"weight": torch.tensor([[True, False]])})
-        >>> state = graft(layer, before, mask)
-        >>> state["weight"][0, 0] == layer.weight[0, 0], state["weight"][0, 1] == before.weight[0, 1]
-        (tensor(True), tensor(True))
-    """
-    state = {}
-    with ChangePath(model, base, _within(model, mask)) as path:
-        path.space.subspace(mask.space.names)  # names what is unknown
-        owners = {id(path.parameters[name]): name for name in mask.space}
-        merged = path.weight_space == "merged"
-        for name, value in (merged_state(model) if merged else model.state_dict(keep_vars=True)).items():
-            known = owners.get(id(value))
-            whole = gather(value.detach()).cpu()
-            if known is not None:
-                before = gather(like(value.detach(), path.starts[known])).cpu()
-                inside = gather(mask[known]).cpu()
-                after = whole if factor == 1.0 else precise(before) + factor * (precise(whole) - precise(before))
-                whole = torch.where(inside, after.to(whole.dtype), before.to(whole.dtype))
-            # A copy, for the model's own values stay where they are.
-            state[name] = whole.clone()
-    return state
-
-
-def _within(model: nn.Module, mask: ParameterVector) -> ParameterSpace | WeightSpace:
-    """The mask's space where it is of what is trained, and else that of merged weights."""
-    trained = dict(trainable_parameters(model))
-    return mask.space if all(name in trained for name in mask.space) or not adapted_layers(model) else "merged"
-
-
-def save_change(
-    path: str | Path, model: nn.Module, base: Base, mask: ParameterVector, *, note: Mapping[str, Any] | None = None
-) -> Path:
-    """Writes the masked part of a model's change: which elements, their values, and the base that they belong on.
-
-    Args:
-        path: Target file, safetensors.
-        model: The finetuned model, plain.
-        base: Its base.
-        mask: Boolean, of the parameters that changed.
-        note: JSON-able remarks for the header, such as what the graft recovers.
-
-    Example:
-        >>> import tempfile
-        >>> layer, before = nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False)
-        >>> mask = ParameterMask(ParameterSpace.of(layer), {"weight": torch.tensor([[True, False]])})
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     path = save_change(f"{folder}/change.safetensors", layer, before, mask)
-        ...     _ = apply_change(before, path)
-        >>> before.weight[0, 0] == layer.weight[0, 0], before.weight[0, 1] == layer.weight[0, 1]
-        (tensor(True), tensor(False))
-    """
-    stored: dict[str, Tensor] = {}
-    encodings = {}
-    with ChangePath(model, base, _within(model, mask)) as way:
-        way.space.subspace(mask.space.names)  # names what is unknown
-        for name, flags in mask.items():
-            if bool(flags.any()):
-                whole = gather(flags).cpu()
-                stored[f"{name}.where"], encodings[name] = pack_mask(whole, name)
-                stored[f"{name}.values"] = gather(way.parameters[name]).cpu()[whole].contiguous()
-        starts = {name: like(way.parameters[name].detach(), way.starts[name]) for name in mask.space}
-        base_hash = fingerprint(ParameterVector(mask.space, starts))
-    header = {
-        "model_class": model_class(model),
-        "base_hash": base_hash,
-        "names": list(mask.space.names),
-        "encodings": encodings,
-        "note": dict(note or {}),
-    }
-    return write_tensors(path, stored, {CHANGE_KEY: json.dumps(header)})
-
-
-def apply_change(model: nn.Module, path: str | Path, *, check: bool = True) -> dict[str, Any]:
-    """Gives a base model the elements that :func:`save_change` kept, in place.
-
-    Args:
-        model: The base, plain.
-        path: The file.
-        check: Whether the model must be the very base that the change belongs on.
-
-    Returns:
-        The note that was saved with it.
-
-    Raises:
-        StoreError: The file holds no change, is broken, or is of another model or base; the model is then as it was.
-    """
-    with open_tensors(path) as file:
-        header = _change_header(path, file.metadata() or {})
-        own = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
-        missing = next((name for name in header["names"] if name not in own), None)
-        if missing is not None:
-            raise StoreError(f"{path}: the change is of {missing!r}, which this {model_class(model)} has not")
-        space = ParameterSpace.of_tensors({name: own[name] for name in header["names"]})
-        if check and fingerprint(ParameterVector.of(model, space, clone=False)) != header["base_hash"]:
-            raise StoreError(
-                f"{path}: this {model_class(model)} is not the base that the change belongs on, by the hash of its "
-                "values; apply_change(..., check=False) puts the elements in all the same"
-            )
-        changed: dict[str, tuple[Tensor, Tensor]] = {}
-        for name, encoding in header["encodings"].items():
-            parameter = own.get(name)
-            if parameter is None:
-                raise StoreError(f"{path}: the change is of {name!r}, which this {model_class(model)} has not")
-            packed, values = file.get_tensor(f"{name}.where"), file.get_tensor(f"{name}.values")
-            where = unpack_mask(packed, parameter.shape, encoding, f"{path}: {name}")
-            if int(where.count_nonzero()) != values.numel() or values.dtype != parameter.dtype:
-                raise StoreError(
-                    f"{path}: {name} has {values.numel()} values of {values.dtype} for "
-                    f"{int(where.count_nonzero())} elements of {parameter.dtype}"
-                )
-            changed[name] = (where, values)
-    with torch.no_grad():
-        for name, (where, values) in changed.items():
-            own[name][where.to(own[name].device)] = values.to(own[name].device)
-    return dict(header["note"])
-
-
-def _change_header(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    if CHANGE_KEY not in metadata:
-        raise StoreError(f"{path}: holds no sparse change; save_change and `goldy graft` write such files")
-    try:
-        header = parse_json(metadata[CHANGE_KEY])
-        names, encodings, note = header["names"], header["encodings"], header["note"]
-        right = (
-            isinstance(names, list)
-            and all(isinstance(name, str) for name in names)
-            and isinstance(encodings, dict)
-            and all(name in names and isinstance(encoding, str) for name, encoding in encodings.items())
-            and isinstance(note, dict)
-            and isinstance(header["base_hash"], str)
-        )
-    except (ValueError, LookupError, TypeError) as error:
-        raise StoreError(f"{path}: its header is broken ({error})") from error
-    if not right:
-        raise StoreError(f"{path}: its header is not that of a sparse change")
-    return dict(header)

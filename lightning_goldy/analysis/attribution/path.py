@@ -1,11 +1,13 @@
-"""The straight line between a base and a finetune: models moved along it, and what is measured of them there."""
+"""The straight line between a base and a finetune: models moved along it, and what is measured and written of them."""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -15,13 +17,22 @@ from torch import Tensor, nn
 from lightning_goldy.analysis.agreement import interval_of, per_sample, resampled
 from lightning_goldy.analysis.divergence import precise, shortened
 from lightning_goldy.analysis.taylor.approximation import batch_parts
-from lightning_goldy.core.architecture.adapters import chosen_space, merged_weights
+from lightning_goldy.core.architecture.adapters import (
+    WeightSpace,
+    adapted_layers,
+    chosen_space,
+    merged_state,
+    merged_weights,
+)
 from lightning_goldy.core.base import Base, base_of
 from lightning_goldy.core.batches import move_batch, sample_count, sample_keys, take_samples
-from lightning_goldy.core.naming import model_class
+from lightning_goldy.core.files import StoreError, parse_json
+from lightning_goldy.core.naming import canonical_name, model_class
 from lightning_goldy.core.objective import FunctionObjective, Objective
-from lightning_goldy.core.sharding import local, sum_over_shards, unshard_guard
-from lightning_goldy.core.space import ParameterSpace
+from lightning_goldy.core.sharding import gather, like, local, sum_over_shards, unshard_guard
+from lightning_goldy.core.space import ParameterSpace, trainable_parameters
+from lightning_goldy.core.store import fingerprint, open_tensors, pack_mask, unpack_mask, write_tensors
+from lightning_goldy.core.vector import ParameterVector
 
 MetricName = Literal["loss", "log_prob", "kl"]
 Metric = MetricName | Callable[[nn.Module, Any], Tensor]
@@ -30,6 +41,7 @@ Metric = MetricName | Callable[[nn.Module, Any], Tensor]
 # Elements worked on at a time: on a CPU few enough to stay in a core's cache and for float32 sums, on a GPU few enough
 # for the memory.
 _CPU_CHUNK, _GPU_CHUNK = 1 << 18, 1 << 24
+CHANGE_KEY = "goldy_change"
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,7 +264,9 @@ class ChangePath:
             self._ends[name] = present.clone()
             return
         step = present - base
-        spoiled = (base + step != present).reshape(-1).nonzero().flatten()
+        # By their bits, for -0.0 equals the 0.0 that it would come back as.
+        bits = torch.int32 if step.dtype == torch.float32 else torch.int64
+        spoiled = ((base + step).view(bits) != present.view(bits)).reshape(-1).nonzero().flatten()
         self._steps[name] = step
         self._mended[name] = spoiled.int() if step.numel() < 1 << 31 else spoiled, present.reshape(-1)[spoiled]
 
@@ -430,3 +444,234 @@ class Bench:
         empty = torch.zeros(0, dtype=torch.float64)
         sums, counts = (torch.cat([empty, *(pair[place] for pair in found)]) for place in (0, 1))
         return sums, counts
+
+
+def graft(model: nn.Module, base: Base, mask: ParameterVector, *, factor: float = 1.0) -> dict[str, Tensor]:
+    r"""The state of a model that has a part of its change, :math:`\theta_0 + a 1_S \Delta`.
+
+    Args:
+        model: The finetuned model; it stays as it is.
+        base: Anything that :func:`~lightning_goldy.core.base.base_of` takes.
+        mask: S, boolean, of the parameters that changed, or of the weights that adapters come to; others stay where
+            they are now.
+        factor: a; with 1 the elements of the mask are those of the model bit for bit.
+
+    Returns:
+        A state dict for ``load_state_dict``, on the CPU, whole on every rank of a sharded model; of merged weights that
+        of the model that ``merge_and_unload()`` gives.
+
+    Example:
+        >>> from lightning_goldy.core.mask import ParameterMask
+        >>> layer, before = nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False)
+        >>> mask = ParameterMask(ParameterSpace.of(layer), {"weight": torch.tensor([[True, False]])})
+        >>> state = graft(layer, before, mask)
+        >>> state["weight"][0, 0] == layer.weight[0, 0], state["weight"][0, 1] == before.weight[0, 1]
+        (tensor(True), tensor(True))
+    """
+    state = {}
+    with ChangePath(model, base, _within(model, mask)) as path:
+        path.space.subspace(mask.space.names)  # names what is unknown
+        owners = {id(path.parameters[name]): name for name in mask.space}
+        merged = path.weight_space == "merged"
+        for name, value in (merged_state(model) if merged else model.state_dict(keep_vars=True)).items():
+            known = owners.get(id(value))
+            whole = gather(value.detach()).cpu()
+            if known is not None:
+                before = gather(like(value.detach(), path.starts[known])).cpu()
+                inside = gather(mask[known]).cpu()
+                after = whole if factor == 1.0 else precise(before) + factor * (precise(whole) - precise(before))
+                whole = torch.where(inside, after.to(whole.dtype), before.to(whole.dtype))
+            # A copy, for the model's own values stay where they are.
+            state[name] = whole.clone()
+    return state
+
+
+def _within(model: nn.Module, mask: ParameterVector) -> ParameterSpace | WeightSpace:
+    """The mask's space where it is of what is trained, and else that of merged weights."""
+    trained = dict(trainable_parameters(model))
+    return mask.space if all(name in trained for name in mask.space) or not adapted_layers(model) else "merged"
+
+
+def save_change(
+    path: str | Path, model: nn.Module, base: Base, mask: ParameterVector, *, note: Mapping[str, Any] | None = None
+) -> Path:
+    """Writes the masked part of a model's change: which elements, their values, and the base that they belong on.
+
+    With them go the buffers that the model saves, such as running statistics, which every graft has as they are now.
+    Parameters outside the mask's space are those of the base.
+
+    Args:
+        path: Target file, safetensors.
+        model: The finetuned model, plain.
+        base: Its base.
+        mask: Boolean, of the parameters that changed.
+        note: JSON-able remarks for the header, such as what the graft recovers.
+
+    Example:
+        >>> import tempfile
+        >>> from lightning_goldy.core.mask import ParameterMask
+        >>> layer, before = nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False)
+        >>> mask = ParameterMask(ParameterSpace.of(layer), {"weight": torch.tensor([[True, False]])})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = save_change(f"{folder}/change.safetensors", layer, before, mask)
+        ...     _ = apply_change(before, path)
+        >>> before.weight[0, 0] == layer.weight[0, 0], before.weight[0, 1] == layer.weight[0, 1]
+        (tensor(True), tensor(False))
+    """
+    stored: dict[str, Tensor] = {}
+    encodings = {}
+    within = _within(model, mask)
+    whole = within if isinstance(within, str) else "adapters" if adapted_layers(model) else None
+    with ChangePath(model, base, whole) as way:
+        way.space.subspace(mask.space.names)  # names what is unknown
+        for name, flags in mask.items():
+            if bool(flags.any()):
+                inside = gather(flags).cpu()
+                stored[f"{name}.where"], encodings[name] = pack_mask(inside, name)
+                stored[f"{name}.values"] = gather(way.parameters[name]).cpu()[inside].contiguous()
+        starts = {name: like(way.parameters[name].detach(), way.starts[name]) for name in mask.space}
+        base_hash = fingerprint(ParameterVector(mask.space, starts))
+        rest, buffers = _beside(model, way, mask.space)
+        stored |= {f"{name}.buffer": value for name, value in buffers.items()}
+    header = {
+        "model_class": model_class(model),
+        "base_hash": base_hash,
+        "rest_hash": _hash_of(rest),
+        "names": list(mask.space.names),
+        "encodings": encodings,
+        "buffers": list(buffers),
+        "note": dict(note or {}),
+    }
+    return write_tensors(path, stored, {CHANGE_KEY: json.dumps(header)})
+
+
+def apply_change(model: nn.Module, path: str | Path, *, check: bool = True) -> dict[str, Any]:
+    """Gives a base model the elements that :func:`save_change` kept, in place, and the buffers.
+
+    Args:
+        model: The base, plain.
+        path: The file.
+        check: Whether the model must be the very base that the change belongs on, also in what has not changed.
+
+    Returns:
+        The note that was saved with it.
+
+    Raises:
+        StoreError: The file holds no change, is broken, or is of another model or base; the model is then as it was.
+    """
+    with open_tensors(path) as file:
+        header = _change_header(path, file.metadata() or {})
+        own = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
+        missing = next((name for name in header["names"] if name not in own), None)
+        if missing is not None:
+            raise StoreError(f"{path}: the change is of {missing!r}, which this {model_class(model)} has not")
+        if check:
+            _require_base(own, path, header, model_class(model))
+        buffers = _changed_buffers(model, path, file, header["buffers"])
+        changed: dict[str, tuple[Tensor, Tensor]] = {}
+        for name, encoding in header["encodings"].items():
+            parameter = own.get(name)
+            if parameter is None:
+                raise StoreError(f"{path}: the change is of {name!r}, which this {model_class(model)} has not")
+            packed, values = file.get_tensor(f"{name}.where"), file.get_tensor(f"{name}.values")
+            where = unpack_mask(packed, parameter.shape, encoding, f"{path}: {name}")
+            if int(where.count_nonzero()) != values.numel() or values.dtype != parameter.dtype:
+                raise StoreError(
+                    f"{path}: {name} has {values.numel()} values of {values.dtype} for "
+                    f"{int(where.count_nonzero())} elements of {parameter.dtype}"
+                )
+            changed[name] = (where, values)
+    with torch.no_grad():
+        for name, (where, values) in changed.items():
+            own[name][where.to(own[name].device)] = values.to(own[name].device)
+        for buffer, value in buffers:
+            buffer.copy_(value)
+    return dict(header["note"])
+
+
+def _beside(model: nn.Module, way: ChangePath, inside: ParameterSpace) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A model's parameters outside a space, as the base has them, and copies of the buffers that it saves."""
+    owners = {id(parameter): name for name, parameter in way.parameters.items()}
+    state = merged_state(model) if way.weight_space == "merged" else model.state_dict(keep_vars=True)
+    rest: dict[int, tuple[str, Tensor]] = {}
+    buffers = {}
+    for name, value in state.items():
+        known = owners.get(id(value))
+        if known in inside or not isinstance(value, Tensor):
+            continue
+        if known is not None:
+            rest[id(value)] = known, like(value.detach(), way.starts[known])
+        elif isinstance(value, nn.Parameter):
+            rest.setdefault(id(value), (canonical_name(name), value.detach()))
+        else:
+            buffers[canonical_name(name)] = gather(value.detach()).cpu().clone(memory_format=torch.contiguous_format)
+    return dict(rest.values()), buffers
+
+
+def _hash_of(tensors: Mapping[str, Tensor]) -> str:
+    """The fingerprint of tensors in the order of their names; of none an empty text."""
+    return fingerprint(_vector_of({name: tensors[name] for name in sorted(tensors)})) if tensors else ""
+
+
+def _require_base(own: Mapping[str, Tensor], path: str | Path, header: Mapping[str, Any], told: str) -> None:
+    """Refuses parameters that are not those of the base that a change belongs on."""
+    names = header["names"]
+    if fingerprint(_vector_of({name: own[name] for name in names})) != header["base_hash"]:
+        raise StoreError(
+            f"{path}: this {told} is not the base that the change belongs on, by the hash of its "
+            "values; apply_change(..., check=False) puts the elements in all the same"
+        )
+    rest = {name: value for name, value in own.items() if name not in set(names)}
+    if header["rest_hash"] not in (None, _hash_of(rest)):
+        raise StoreError(
+            f"{path}: this {told} is the base in the {len(names)} parameters that the change is of, and another one "
+            f"in the {len(rest)} others, by the hash of their values; apply_change(..., check=False) puts the elements "
+            "in all the same"
+        )
+
+
+def _vector_of(tensors: Mapping[str, Tensor]) -> ParameterVector:
+    held = {name: value.detach() for name, value in tensors.items()}
+    return ParameterVector(ParameterSpace.of_tensors(held), held)
+
+
+def _changed_buffers(
+    model: nn.Module, path: str | Path, file: Any, names: Sequence[str]
+) -> list[tuple[Tensor, Tensor]]:
+    """A model's buffers with the values that a file of :func:`save_change` has for them."""
+    own = {canonical_name(name): value for name, value in model.state_dict(keep_vars=True).items()}
+    pairs = []
+    for name in names:
+        value, buffer = file.get_tensor(f"{name}.buffer"), own.get(name)
+        if buffer is None or (buffer.shape, buffer.dtype) != (value.shape, value.dtype):
+            held = "none" if buffer is None else f"{tuple(buffer.shape)}, {buffer.dtype}"
+            raise StoreError(
+                f"{path}: buffer {name!r} is {tuple(value.shape)}, {value.dtype}; this {model_class(model)} has {held}"
+            )
+        pairs.append((buffer, value))
+    return pairs
+
+
+def _change_header(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    if CHANGE_KEY not in metadata:
+        raise StoreError(f"{path}: holds no sparse change; save_change and `goldy graft` write such files")
+    try:
+        header = parse_json(metadata[CHANGE_KEY])
+        header = {"rest_hash": None, "buffers": [], **header}
+        names, encodings, note = header["names"], header["encodings"], header["note"]
+        right = (
+            isinstance(names, list)
+            and all(isinstance(name, str) for name in names)
+            and isinstance(encodings, dict)
+            and all(name in names and isinstance(encoding, str) for name, encoding in encodings.items())
+            and isinstance(note, dict)
+            and isinstance(header["base_hash"], str)
+            and isinstance(header["rest_hash"], str | None)
+            and isinstance(header["buffers"], list)
+            and all(isinstance(name, str) for name in header["buffers"])
+        )
+    except (ValueError, LookupError, TypeError) as error:
+        raise StoreError(f"{path}: its header is broken ({error})") from error
+    if not right:
+        raise StoreError(f"{path}: its header is not that of a sparse change")
+    return dict(header)

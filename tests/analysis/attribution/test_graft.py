@@ -286,6 +286,80 @@ def test_a_saved_change_makes_the_graft_of_its_base(subject, tmp_path):
         apply_change(build("gpt2"), path)
 
 
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.last(self.norm(self.first(rows)))
+
+
+def test_a_saved_change_has_the_buffers_that_every_graft_has(tmp_path):
+    torch.manual_seed(0)
+    base, rows = Normed().eval(), torch.randn(5, 4)
+    model = copy.deepcopy(base)
+    with torch.no_grad():
+        model.first.weight.add_(torch.randn(4, 4))
+        model.norm.running_mean.add_(0.5)
+    mask = ParameterMask(ParameterSpace.of(model), {n: torch.ones_like(p).bool() for n, p in model.named_parameters()})
+    path = save_change(tmp_path / "change.safetensors", model, base, mask)
+    apply_change(base, path)
+    assert torch.equal(base(rows), model(rows))
+    other = Normed()
+    other.norm = nn.BatchNorm1d(4, track_running_stats=False)
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(StoreError, match=r"buffer 'norm.running_mean' is \(4,\), torch.float32; this Normed has none"):
+        apply_change(other, path, check=False)
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+
+
+def test_a_saved_change_is_refused_by_a_base_that_differs_in_what_was_frozen(tmp_path):
+    torch.manual_seed(0)
+    base = Normed()
+    model = copy.deepcopy(base)
+    for parameter in model.last.parameters():
+        parameter.requires_grad_(False)
+    with torch.no_grad():
+        model.first.weight.add_(1.0)
+    space = ParameterSpace.of(model)
+    mask = ParameterMask(space, {name: torch.ones(space.shape(name), dtype=torch.bool) for name in space})
+    path = save_change(tmp_path / "change.safetensors", model, base, mask)
+    other = copy.deepcopy(base)
+    with torch.no_grad():
+        other.last.bias.add_(1.0)
+    with pytest.raises(StoreError, match="another one in the 2 others"):
+        apply_change(other, path)
+    apply_change(other, path, check=False)
+    assert torch.equal(other.first.weight, model.first.weight)
+    apply_change(base, path)
+    assert all(torch.equal(value, base.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_a_saved_change_of_some_tensors_leaves_the_base_in_the_others(tmp_path):
+    torch.manual_seed(0)
+    base, model = Normed(), Normed()
+    space = ParameterSpace.of(model, include=["first.*"])
+    mask = ParameterMask(space, {name: torch.ones(space.shape(name), dtype=torch.bool) for name in space})
+    other = copy.deepcopy(base)
+    apply_change(other, save_change(tmp_path / "change.safetensors", model, base, mask))
+    assert torch.equal(other.first.weight, model.first.weight)
+    assert torch.equal(other.last.weight, base.last.weight)
+
+
+def test_zeros_come_back_with_their_signs():
+    torch.manual_seed(0)
+    base, model = (nn.Linear(4, 1, bias=False) for _ in range(2))
+    with torch.no_grad():
+        model.weight[0, 1] = base.weight[0, 2] = -0.0
+        model.weight[0, 2] = -0.0
+    square = FunctionObjective(lambda module, rows: module(rows).square().mean())
+    found = change_attribution(model, base, [torch.eye(4)], square, shares=[1.0])
+    assert model.weight.signbit().tolist()[0][1:3] == [True, True]
+    state = graft(model, base, found.mask(1.0))
+    assert torch.equal(state["weight"].view(torch.int32), model.weight.detach().view(torch.int32))
+
+
 def test_a_file_without_a_change_is_refused_and_nothing_moves(subject, tmp_path):
     model, base, *_, found = subject
     found.mask(0.1).save(tmp_path / "mask.safetensors", model=model)
