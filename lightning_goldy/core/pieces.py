@@ -38,7 +38,8 @@ def encode_pairs(
 
     The text is ``prompt + " " + answer`` (no second space after a prompt that ends in one) followed by the eos token;
     ``labels[t] = input_ids[t]`` on the answer and eos, ``-100`` on the prompt. A bos token comes first where the
-    tokenizer itself puts one, but never a second before a prompt that is written with it, as chat templates are. A token that holds characters of both prompt and answer counts as answer.
+    tokenizer itself puts one, but never a second before a prompt that is written with it, as chat templates are. A
+    token that holds characters of both prompt and answer counts as answer.
 
     Args:
         tokenizer: With an eos token, where there is an ``end``.
