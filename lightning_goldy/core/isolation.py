@@ -582,8 +582,8 @@ def preserved(module: nn.Module, *, training: bool | None = False) -> Iterator[n
     copied and written back, and so is what the modules and their hooks keep (counters, caches, lists: see
     :class:`Kept`); the parameters' values are the business of :func:`~lightning_goldy.core.vector.applied`, but of
     embeddings with a ``max_norm``. Inside, gradients are enabled (Lightning's validation hooks run without) and those
-    of embeddings dense and without a ``padding_idx``, for which torch has none, a compiled module runs uncompiled, a reentrant checkpoint as one that is not, and, by default,
-    the module is in evaluation mode.
+    of embeddings dense and of every row (none has a ``padding_idx``), a compiled module runs uncompiled, a reentrant
+    checkpoint as one that is not, and, by default, the module is in evaluation mode.
 
     Args:
         module: The model.
