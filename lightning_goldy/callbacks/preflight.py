@@ -187,7 +187,7 @@ def derive(callback: AnalysisCallback[Any], plan: Plan, speeds: Speeds, run: Run
     if not fits:
         found = callback.forecast(plan, run)
         least, whole = found.seconds(speeds, plan.replicas), found.seconds_total(speeds, plan.replicas)
-        turned = _listed({path: values[path] for path in callback.dials}) or "the whole of it"
+        turned = settings_in_words({path: values[path] for path in callback.dials}) or "the whole of it"
         # A run of seconds is not worth a warning.
         tell = rank_zero_warn if whole > _WORTH_TELLING else rank_zero_info
         tell(
@@ -215,8 +215,8 @@ def limit_large(callback: AnalysisCallback[Any], numel: int) -> dict[str, Any]:
     apply_settings(callback, changed)
     if changed:
         rank_zero_warn(
-            f"{callback.name}: with {numel / 1e6:.0f} M trainable parameters {_listed(changed)} here; large=True opts "
-            "into what was asked for, and budget= into what a share of the run's time allows"
+            f"{callback.name}: with {numel / 1e6:.0f} M trainable parameters {settings_in_words(changed)} here; "
+            "large=True opts into what was asked for, and budget= into what a share of the run's time allows"
         )
     return changed
 
@@ -443,7 +443,7 @@ def preflight(trainer: L.Trainer, pl_module: L.LightningModule, callbacks: Seque
         if callback.budget is not None and not callback.goes_on_with(trainer):
             callback.derived = {**callback.derived, **derive(callback, plan, speeds, run)}
         if callback.derived:
-            rank_zero_info(f"{callback.name}: {_listed(callback.derived)}, by its budget or the model's size")
+            rank_zero_info(f"{callback.name}: {settings_in_words(callback.derived)}, by its budget or the model's size")
         forecasts.append(callback.forecast(plan, run))
     outlook = Outlook(tuple(forecasts), speeds, run, plans[0].replicas)
     for line in outlook.lines():
@@ -534,7 +534,8 @@ def _step_seconds(trainer: L.Trainer, plans: Sequence[Plan], speeds: Speeds) -> 
     return passes + _OPTIMIZER * speeds.element * plan.elements()
 
 
-def _listed(values: Mapping[str, Any]) -> str:
+def settings_in_words(values: Mapping[str, Any]) -> str:
+    """Settings by the last part of their names, with their values."""
     return ", ".join(f"{path.rpartition('.')[2]}={value}" for path, value in values.items())
 
 

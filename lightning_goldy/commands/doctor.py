@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,13 +43,21 @@ from lightning_goldy.callbacks import (
     TaylorDiff,
 )
 from lightning_goldy.callbacks.base import try_gradients
-from lightning_goldy.callbacks.preflight import Outlook, shape_of, size_in_words, time_in_words
+from lightning_goldy.callbacks.preflight import (
+    Outlook,
+    derive,
+    limit_large,
+    settings_in_words,
+    shape_of,
+    size_in_words,
+    time_in_words,
+)
 from lightning_goldy.core.architecture import HeadGates, describe_architecture
 from lightning_goldy.core.files import printable
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import require_at_least, require_choice
 from lightning_goldy.core.objective import Objective, objective_for
-from lightning_goldy.core.space import ParameterSpace
+from lightning_goldy.core.space import ParameterSpace, trainable_parameters
 from lightning_goldy.core.store import available_memory
 from lightning_goldy.training.models import load_model
 
@@ -144,11 +152,33 @@ def run_doctor(question: Question) -> None:
     console.print(_works(model, objective, meta=question.meta or question.shape is not None))
     plan, speeds = planned(model, objective, asked)
     run = Run(asked.steps or 1000, step_seconds=None if speeds is None else _step(speeds, plan))
-    told = tuple(callback.forecast(plan, run) for callback in callbacks)
     # A training step is a forward and a backward pass of a batch, and a forward pass a third of it.
     unit = 1.0 / math.prod(plan.rows[0])
     steps = Speeds((0.0, unit / 3), (0.0, unit))
+    if asked.configs:
+        paced = run if speeds else replace(run, step_seconds=1.0)
+        for line in _turned_down(callbacks, plan, speeds=speeds or steps, run=paced, timed=speeds is not None):
+            console.print(line)
+    told = tuple(callback.forecast(plan, run) for callback in callbacks)
     _print_forecasts(console, Outlook(told, speeds or steps, run, plan.replicas), plan, timed=speeds is not None)
+
+
+def _turned_down(
+    callbacks: Sequence[AnalysisCallback[Any]], plan: Plan, *, speeds: Speeds, run: Run, timed: bool
+) -> Iterator[str]:
+    """What the model's size or a budget will change before the first step, as :func:`preflight` does; it is set."""
+    numel = sum(parameter.numel() for _, parameter in trainable_parameters(plan.model))
+    for callback in callbacks:
+        try:
+            changed = limit_large(callback, numel)
+        except ValueError as error:
+            yield f"refused: {error}"
+            continue
+        # Without a timed pass the unit is a training step, of which a budget in seconds says nothing.
+        if callback.budget is not None and (timed or callback.budget.seconds is None):
+            changed |= derive(callback, plan, speeds, run)
+        if changed:
+            yield f"{callback.name}: {settings_in_words(changed)}, by its budget or the model's size"
 
 
 def print_installation() -> None:

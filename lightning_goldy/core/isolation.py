@@ -568,6 +568,12 @@ def _run_plainly(module: nn.Module) -> Iterator[None]:
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 
+def _read_by(forward: Any) -> tuple[str, ...]:
+    """Attributes that an overridden forward reads; none of torch's own, to which ``padding_idx`` means a gradient."""
+    code = getattr(forward, "__code__", None)
+    return () if forward is nn.Embedding.forward or code is None else code.co_names
+
+
 @contextmanager
 def preserved(module: nn.Module, *, training: bool | None = False) -> Iterator[nn.Module]:
     """Gives a module to an analysis and takes it back as it was: gradients, modes, buffers, attributes, random states.
@@ -576,8 +582,8 @@ def preserved(module: nn.Module, *, training: bool | None = False) -> Iterator[n
     copied and written back, and so is what the modules and their hooks keep (counters, caches, lists: see
     :class:`Kept`); the parameters' values are the business of :func:`~lightning_goldy.core.vector.applied`, but of
     embeddings with a ``max_norm``. Inside, gradients are enabled (Lightning's validation hooks run without) and those
-    of embeddings dense, a compiled module runs uncompiled, a reentrant checkpoint as one that is not, and, by default,
-    the module is in evaluation mode.
+    of embeddings dense and of every row (none has a ``padding_idx``), a compiled module runs uncompiled, a reentrant
+    checkpoint as one that is not, and, by default, the module is in evaluation mode.
 
     Args:
         module: The model.
@@ -600,8 +606,10 @@ def preserved(module: nn.Module, *, training: bool | None = False) -> Iterator[n
     kept = Kept.of_modules(module)
     for child in children:
         if isinstance(child, _EMBEDDINGS):
-            # Analyses calculate with gradients, which they want dense.
+            # Analyses calculate with gradients, which they want dense, and of every row that the forward reads.
             child.sparse = False
+            if isinstance(child, nn.Embedding) and "padding_idx" not in _read_by(type(child).forward):
+                child.padding_idx = None
     # A sharded model's forward is a collective: a rank that failed before it tells the others there.
     guard = module.register_forward_pre_hook(_at_forward, prepend=True) if any(map(is_sharded, parameters)) else None
     with isolated_rng(), torch.inference_mode(False), torch.enable_grad(), _run_plainly(module):

@@ -32,25 +32,27 @@ class SampleSet(Protocol):
 
 
 def encode_pairs(
-    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]], *, mask_query: bool = True
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]], *, mask_query: bool = True, end: bool = True
 ) -> list[Sample]:
     """Tokenise prompts with their answers and mark which tokens are targets.
 
     The text is ``prompt + " " + answer`` (no second space after a prompt that ends in one) followed by the eos token;
     ``labels[t] = input_ids[t]`` on the answer and eos, ``-100`` on the prompt. A bos token comes first where the
-    tokenizer itself puts one. A token that holds characters of both prompt and answer counts as answer.
+    tokenizer itself puts one, but never a second before a prompt that is written with it, as chat templates are. A
+    token that holds characters of both prompt and answer counts as answer.
 
     Args:
-        tokenizer: With an eos token.
+        tokenizer: With an eos token, where there is an ``end``.
         pairs: Prompt and answer; white space around answers is dropped.
         mask_query: False makes the prompt's tokens targets too, as in pretraining.
+        end: Whether the eos token follows.
 
     Returns:
         One sample per pair, unpadded.
 
     Raises:
         ValueError: An empty answer (no target would be left), an answer with words that the tokenizer does not know,
-            or a tokenizer that gives no offsets where they are needed.
+            or a tokenizer without an eos token or that gives no offsets where these are needed.
 
     Example:
         >>> from lightning_goldy.data.tokenization import byte_tokenizer
@@ -59,6 +61,9 @@ def encode_pairs(
     """
     if not pairs:
         return []
+    eos = tokenizer.eos_token_id
+    if end and eos is None:
+        raise ValueError(f"the {type(tokenizer).__name__} has no eos token to end an answer: set tokenizer.eos_token")
     texts, prompts = [], []
     for prompt, answer in pairs:
         if not answer.strip():
@@ -68,13 +73,14 @@ def encode_pairs(
     rows = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast, verbose=False)
     queries = tokenizer(prompts, add_special_tokens=False, verbose=False)["input_ids"]
     offsets = rows["offset_mapping"] if tokenizer.is_fast else [None] * len(texts)
-    bos, eos, unknown = leading_bos(tokenizer), tokenizer.eos_token_id, tokenizer.unk_token_id
+    start_of_text, unknown = leading_bos(tokenizer), tokenizer.unk_token_id
     samples = []
     for ids, query, spans, prompt, text in zip(rows["input_ids"], queries, offsets, prompts, texts, strict=True):
         start = answer_start(ids, query, spans, len(prompt))
         if start >= len(ids) or unknown in ids[start:]:
             raise ValueError(_fault_of_answer(tokenizer, ids[start:], prompt, text[len(prompt) :].strip()))
-        tokens = torch.tensor([*bos, *ids, eos], dtype=torch.int64)
+        bos = [] if ids[: len(start_of_text)] == start_of_text else start_of_text
+        tokens = torch.tensor([*bos, *ids, *([eos] if end else [])], dtype=torch.int64)
         labels = tokens.clone()
         if mask_query:
             labels[: len(bos) + start] = IGNORE_INDEX
@@ -198,7 +204,7 @@ def encode_pieces(
 
     Args:
         pieces: The pieces.
-        tokenizer: With an eos token.
+        tokenizer: With an eos token, where that is among ``tokens``.
         template: The prompt, with ``{question}`` where the question goes.
         tokens: Which are targets; the sample holds all of them.
 
@@ -220,10 +226,13 @@ def encode_pieces(
     require_choice("tokens", tokens, get_args(AnswerTokens))
     if template.count("{question}") != 1:
         raise ValueError(f"template={template!r} must contain '{{question}}' exactly once")
-    samples = encode_pairs(tokenizer, [(template.replace("{question}", each.question), each.answer) for each in pieces])
+    pairs = [(template.replace("{question}", each.question), each.answer) for each in pieces]
+    end = tokens == "answer_with_end" or tokenizer.eos_token_id is not None
+    samples = encode_pairs(tokenizer, pairs, end=end)
     for sample in samples if tokens != "answer_with_end" else ():
         places = (sample["labels"] != IGNORE_INDEX).nonzero().flatten()
-        sample["labels"][places[-1:] if tokens == "answer" else places[1:]] = IGNORE_INDEX
+        last = len(places) - end
+        sample["labels"][places[last if tokens == "answer" else 1 :]] = IGNORE_INDEX
     return samples
 
 

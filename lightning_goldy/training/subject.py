@@ -141,6 +141,8 @@ def _no_classifier(pl_module: nn.Module, model: nn.Module, batches: Sequence[Any
             return f"its loss {name} is {type(child).__name__}"
         if isinstance(child, _Loss) and (child.weight is not None or getattr(child, "label_smoothing", None)):
             return f"its loss {name} has weights or smooths labels"
+        if isinstance(child, _Loss) and child.ignore_index >= 0:  # type: ignore[operator]
+            return f"its loss {name} leaves class {child.ignore_index} out (ignore_index), where -100 is no target here"
     sample = move_batch(take_samples(batch, slice(0, 1)), next(model.parameters()).device)
     with preserved(model), torch.no_grad():
         output = model(sample[0])
@@ -148,7 +150,14 @@ def _no_classifier(pl_module: nn.Module, model: nn.Module, batches: Sequence[Any
     shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
     if not isinstance(logits, Tensor) or logits.ndim != 2 or int(labels.max()) >= logits.shape[1]:
         return f"it gives {shape} for one sample, not logits of shape [1, classes] for labels up to {int(labels.max())}"
+    if logits.shape[1] > 1 and bool((logits >= 0).all()) and abs(float(logits.float().sum()) - 1) < _rounding(logits):
+        return f"it gives what sums to 1 ({[round(p, 4) for p in logits[0, :4].tolist()]}), probabilities and no logits"
     return ""
+
+
+def _rounding(values: Tensor) -> float:
+    """By how much a sum of probabilities may miss 1."""
+    return min(100 * torch.finfo(values.dtype).eps, 1e-2)
 
 
 def find_probe(

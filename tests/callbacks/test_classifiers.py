@@ -64,6 +64,8 @@ def test_pairs_with_class_indices_are_classified(loss: nn.Module | None) -> None
         (nn.MSELoss(), [PAIR], "its loss criterion is MSELoss"),
         (nn.CrossEntropyLoss(label_smoothing=0.1), [PAIR], "its loss criterion has weights or smooths labels"),
         (nn.CrossEntropyLoss(torch.ones(3)), [PAIR], "its loss criterion has weights or smooths labels"),
+        (nn.CrossEntropyLoss(ignore_index=0), [PAIR], r"its loss criterion leaves class 0 out \(ignore_index\)"),
+        (nn.NLLLoss(ignore_index=2), [PAIR], r"its loss criterion leaves class 2 out \(ignore_index\)"),
     ],
 )
 def test_what_is_no_plain_classifier_is_told_what_to_import(loss: nn.Module | None, batches: list, why: str) -> None:
@@ -72,6 +74,16 @@ def test_what_is_no_plain_classifier_is_told_what_to_import(loss: nn.Module | No
         find_objective(module, module.model, None, batches)
     assert "from lightning_goldy import ClassifierObjective" in str(told.value)
     assert "from lightning_goldy import FunctionObjective" in str(told.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_probabilities_are_not_taken_for_logits(dtype: torch.dtype) -> None:
+    module, pair = Module().to(dtype), (torch.ones(2, 4, dtype=dtype), PAIR[1])
+    module.model = nn.Sequential(module.model, nn.Softmax(-1))
+    with pytest.raises(ValueError, match=r"it gives what sums to 1 .*, probabilities and no logits"):
+        find_objective(module, module.model, None, [pair])
+    module.model[1] = nn.LogSoftmax(-1)
+    assert type(find_objective(module, module.model, None, [pair])) is ClassifierObjective
 
 
 def test_a_model_that_is_tried_as_a_classifier_keeps_statistics_modes_and_random_states() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,23 @@ def test_a_model_is_tried_and_the_configured_callbacks_are_planned(folder, capsy
     assert (line.split()[1:3], line.split()[5 if line.split()[4] == "s" else 4]) == (["12", "12"], "4")
     assert "reverse_golden_parameters" not in told
     assert "analyses:" in told
+
+
+@pytest.mark.parametrize("meta", [[], ["--meta"]], ids=["timed", "meta"])
+def test_the_forecast_is_of_what_a_budget_leaves(folder, capsys, meta):
+    (folder / "run.yaml").write_text(OVERLAY.replace("n_samples: 6, every_n_steps: 10", "n_samples: 16, budget: 1e-5"))
+    assert main(["doctor", "model", "--config", "run.yaml", "--length", "16", *meta]) == 0
+    told = capsys.readouterr().out
+    assert re.search(r"golden_parameters: n_samples=\d+, by its budget", told)
+    (line,) = [line for line in told.splitlines() if line.strip().startswith("golden_parameters ")]
+    assert int(line.split()[1]) < 2 * 16
+
+
+def test_what_the_size_of_a_model_leaves_out_is_told(folder, capsys, monkeypatch):
+    monkeypatch.setattr("lightning_goldy.callbacks.preflight.LARGE", 10)
+    (folder / "run.yaml").write_text(OVERLAY.replace("GoldenParameters", "ReverseGoldenParameters"))
+    assert main(["doctor", "model", "--config", "run.yaml", "--length", "16", "--meta"]) == 0
+    assert "refused: reverse_golden_parameters:" in capsys.readouterr().out
 
 
 def test_without_values_nothing_is_allocated(folder, capsys):

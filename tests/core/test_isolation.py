@@ -768,3 +768,30 @@ def test_libraries_elsewhere_are_not_the_users(tmp_path: Path, monkeypatch: pyte
         monkeypatch.syspath_prepend(tmp_path / place)
         importlib.import_module(name)
         assert _is_of_the_user(name) is own
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "overridden"])
+def test_a_padding_token_that_is_read_has_its_gradient_and_the_training_none(scaled: bool) -> None:
+    class Scaled(nn.Embedding):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    model = (Scaled if scaled else nn.Embedding)(3, 2, padding_idx=1)
+    with preserved(model):
+        model(torch.tensor([1, 2])).sum().backward()
+        assert model.weight.grad is not None
+        assert bool(model.weight.grad[1].ne(0).all())
+    assert model.padding_idx == 1
+    model(torch.tensor([1, 2])).sum().backward()
+    assert bool(model.weight.grad[1].eq(0).all())
+    assert bool(model.weight.grad[2].ne(0).all())
+
+
+def test_an_embedding_whose_forward_reads_its_padding_keeps_it() -> None:
+    class Places(nn.Embedding):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input + self.padding_idx)
+
+    model = Places(4, 2, padding_idx=1)
+    with preserved(model):
+        assert torch.equal(model(torch.tensor([0])), model.weight[1:2])

@@ -7,7 +7,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from lightning_goldy.core.pieces import answer_start
+from lightning_goldy.core.pieces import KnowledgePiece, answer_start, encode_pieces
 from lightning_goldy.data import PadCollator, byte_tokenizer, encode_pairs, word_tokenizer
 
 BYTES = byte_tokenizer()
@@ -77,3 +77,29 @@ def test_collator_pads_on_the_right() -> None:
     assert batch["input_ids"].tolist() == [[*b"ab c", 256], [*b"a b", 256, 257]]
     assert batch["attention_mask"].tolist() == [[1] * 5, [1, 1, 1, 1, 0]]
     assert batch["labels"].tolist() == [[-100, -100, *b" c", 256], [-100, *b" b", 256, -100]]
+
+
+def _plain_tokenizer(**special: str) -> PreTrainedTokenizerFast:
+    vocabulary = {token: index for index, token in enumerate(["<s>", "Q", "?", "A", "B", "</s>"])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    if "bos_token" in special:
+        backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+
+
+@pytest.mark.parametrize(("tokens", "labels"), [("answer", [-100, 3, 4]), ("first_token", [-100, 3, -100])])
+def test_only_an_end_that_counts_needs_an_eos_token(tokens, labels) -> None:
+    piece, tokenizer = KnowledgePiece("1", "Q", "A B"), _plain_tokenizer()
+    (sample,) = encode_pieces([piece], tokenizer, template="{question}", tokens=tokens)
+    assert sample["input_ids"].tolist() == [1, 3, 4]
+    assert sample["labels"].tolist() == labels
+    with pytest.raises(ValueError, match="has no eos token to end an answer"):
+        encode_pieces([piece], tokenizer, template="{question}")
+
+
+def test_a_prompt_that_is_written_with_bos_gets_no_second_one() -> None:
+    tokenizer = _plain_tokenizer(bos_token="<s>", eos_token="</s>")
+    samples = encode_pairs(tokenizer, [("<s> Q", "A"), ("Q", "A")])
+    assert [sample["input_ids"].tolist() for sample in samples] == [[0, 1, 3, 5]] * 2
+    assert [sample["labels"].tolist() for sample in samples] == [[-100, -100, 3, 5]] * 2

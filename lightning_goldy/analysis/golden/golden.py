@@ -41,6 +41,7 @@ from lightning_goldy.core.sharding import (
 )
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.store import Kind
+from lightning_goldy.core.tasks import transformers_model
 from lightning_goldy.core.vector import ParameterVector, elements_in, require_finite
 
 # Half the width of a 95 % interval in standard errors.
@@ -176,8 +177,8 @@ class GoldenResult(MaskResult):
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """The 95 % interval of ``over_null`` over samples; None where it is not known."""
-        if self.over_null is None or self.error is None:
+        """The 95 % interval of ``over_null`` over samples; None where it is not known, as where nothing is golden."""
+        if not self.over_null or self.error is None:
             return None
         return self.over_null * math.exp(-_NORMAL * self.error), self.over_null * math.exp(_NORMAL * self.error)
 
@@ -293,7 +294,8 @@ def golden_parameters(
     with preserved(model), replicas.together("golden_parameters"):
         samples = _first_samples(batches, objective, n_samples)
         size = vocabulary_of(model)
-        drawn = [random_tokens(sample, size, seed) for sample in samples] if control and size else []
+        draw = partial(random_tokens, vocabulary=size or 0, seed=seed, classes=_labels_classes(model))
+        drawn = [draw(sample) for sample in samples] if control and size else []
         drawn = [] if any(sample is None for sample in drawn) else drawn
         parameters = space.resolve(model)
         require_finite(parameters, "weights")
@@ -591,7 +593,7 @@ def _expected_tail(first: Tensor, second: Tensor, table: Tensor) -> float:
     return total
 
 
-def random_tokens(sample: Any, vocabulary: int, seed: int = 0) -> Any:
+def random_tokens(sample: Any, vocabulary: int, seed: int = 0, *, classes: bool = False) -> Any:
     """A sample of the same shape with tokens drawn uniformly, a function of both arguments; None without tokens.
 
     Padding stays; labels that repeat the tokens repeat the new ones, others are drawn too, -100 stays.
@@ -600,6 +602,7 @@ def random_tokens(sample: Any, vocabulary: int, seed: int = 0) -> Any:
         sample: A batch, with ``input_ids`` among its fields.
         vocabulary: Tokens are below it.
         seed: Another one draws other tokens.
+        classes: Whether labels are classes, of positions or of samples, and no tokens: then they stay.
 
     Example:
         >>> drawn = random_tokens({"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([[-100, 6, 7]])}, 9)
@@ -619,7 +622,7 @@ def random_tokens(sample: Any, vocabulary: int, seed: int = 0) -> Any:
         drawn = torch.where(kept.cpu() != 0, drawn, ids)
     changed = {"input_ids": drawn}
     labels = sample.get("labels")
-    if isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point():
+    if isinstance(labels, Tensor) and labels.ndim == 2 and not (classes or labels.is_floating_point()):
         labels = labels.cpu()
         others = torch.randint(vocabulary, labels.shape, generator=generator, dtype=labels.dtype)
         follow = torch.where(labels == ids, drawn.to(labels.dtype), others) if labels.shape == ids.shape else others
@@ -636,6 +639,12 @@ def vocabulary_of(model: nn.Module) -> int | None:
         if isinstance(size, int) and size > 0:
             return size
     return None
+
+
+def _labels_classes(model: nn.Module) -> bool:
+    """Whether a transformers model labels with classes: it has no head over its tokens."""
+    head = transformers_model(model)
+    return head is not None and head.get_output_embeddings() is None
 
 
 class Ballot:

@@ -77,8 +77,10 @@ class Encoding:
     def batches(self, samples: Sequence[Sample], size: int | None = None) -> list[Batch]:
         """Samples in batches, of the encoding's size by default."""
         # Padding is masked, so any token serves.
-        pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
-        padded = padded_batches(samples, int(end if pad is None else pad), size or self.batch_size)
+        fill = next(
+            (token for name in ("pad", "eos") if (token := getattr(self.tokenizer, f"{name}_token_id")) is not None), 0
+        )
+        padded = padded_batches(samples, int(fill), size or self.batch_size)
         return [{name: value.to(self.device) for name, value in batch.items()} for batch in padded]
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from transformers import BertConfig, BertForTokenClassification
 
 from lightning_goldy.analysis import GoldenResult, golden_parameters, jaccard, register_score
 from lightning_goldy.analysis.golden.golden import (
@@ -470,3 +472,24 @@ def test_random_tokens_are_the_control():
     other = golden_parameters(model, list(split_batch(batch))[::-1], quorum=0.5, seed=3)
     assert (other.control, other.shared) == (result.control, result.shared)
     assert golden_parameters(model, [batch], quorum=0.5, seed=4).control != result.control
+
+
+def test_the_control_leaves_classes_of_positions_as_they_are():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    model = BertForTokenClassification(BertConfig(vocab_size=60, num_labels=3, **sizes))
+    tokens = torch.randint(0, 60, (4, 6))
+    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens % 3}
+    result = golden_parameters(model, [batch], top_k_percent=50, quorum=0.5)
+    assert result.control is not None
+    assert sum(result.control) > 0
+    drawn = random_tokens(batch, 60, classes=True)
+    assert torch.equal(drawn["labels"], batch["labels"])
+    assert not torch.equal(drawn["input_ids"], tokens)
+
+
+def test_nothing_golden_has_no_interval():
+    result = golden_parameters(build("llama"), [token_batch()], top_k_percent=0.01)
+    empty = dataclasses.replace(result, golden=(0,) * len(result.golden), error=0.1)
+    assert empty.over_null == 0
+    assert empty.interval is None

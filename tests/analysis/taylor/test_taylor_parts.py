@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import jvp
 
-from lightning_goldy.analysis import TaylorApproximation, TaylorDiffResult, taylor_diff
+from lightning_goldy.analysis import TaylorApproximation, TaylorDiffResult, change_attribution, taylor_diff
 from lightning_goldy.analysis.taylor import approximation as approximation_module
 from lightning_goldy.analysis.taylor import taylor as terms_module
 from lightning_goldy.analysis.taylor.approximation import batch_parts, logits_by_parts, parts_of_order
@@ -296,3 +296,19 @@ def test_a_parameter_that_the_loss_does_not_see_has_a_gradient_of_zero() -> None
     nothing = FunctionObjective(lambda model, x: x.mean() + 0 * model(x).detach().sum())
     with pytest.raises(ValueError, match=r"depends on none of the 4 parameters that the base holds"):
         taylor_diff(Part(), base, [torch.ones(2, 2)], nothing, function_space=False)
+
+
+def test_a_padding_token_that_is_read_counts_in_shares_and_contributions() -> None:
+    model, batch = build("llama"), token_batch()
+    embedding = model.get_input_embeddings()
+    batch["input_ids"][:, ::3] = 1
+    batch["labels"] = batch["input_ids"].masked_fill(batch["labels"] == IGNORE_INDEX, IGNORE_INDEX)
+    base = moved(model, 0.002)
+    expected = taylor_diff(model, base, [batch])
+    embedding.padding_idx = 1  # as of a model whose padding token ends its turns, too
+    found = taylor_diff(model, base, [batch])
+    assert found.first_order == expected.first_order
+    assert found.loss_shares == expected.loss_shares
+    contributions = change_attribution(model, base, [batch], shares=())
+    assert abs(contributions.metrics()["gap"]) < 0.01
+    assert embedding.padding_idx == 1
