@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from lightning_goldy.core.naming import unknown_name
@@ -121,6 +121,8 @@ class TextDataModule(ProbeDataModule):
         val_share: The share of blocks for validation, in (0, 1); at least one block.
         probe_size: Blocks in the probe.
         seed: Decides the split and the order of training blocks.
+        collateral: Text that has nothing to do with the finetune, from where ``source`` may be: there change
+            attribution and grafts measure harm, and activation differences what the finetune left.
 
     Raises:
         FileNotFoundError: No such source.
@@ -147,9 +149,12 @@ class TextDataModule(ProbeDataModule):
         val_share: float = 0.05,
         probe_size: int = 16,
         seed: int = 0,
+        collateral: str | Path | None = None,
     ) -> None:
         super().__init__(tokenizer=tokenizer, batch_size=batch_size, probe_size=probe_size, seed=seed)
         check_source(source)
+        if collateral is not None:
+            check_source(collateral)
         _check_blocks(block_size, last_block)
         if not 0 < val_share < 1:
             raise ValueError(f"val_share={val_share!r} must be a share of the blocks, above 0 and below 1")
@@ -157,16 +162,31 @@ class TextDataModule(ProbeDataModule):
         self.block_size = block_size
         self.last_block = last_block
         self.val_share = val_share
+        self.collateral = collateral
 
     def build_splits(self) -> Splits:
         """Read, tokenise, pack and split the text."""
-        documents = self._tokenise(read_documents(self.source))
-        end = self.tokenizer.eos_token_id
-        stream = pack(documents, block_size=self.block_size, eos_token_id=end, last_block=self.last_block)
-        pad = padding_id(self.tokenizer)
+        stream, pad = self._stream(self.source), padding_id(self.tokenizer)
         n_whole, more = divmod(len(stream), self.block_size)
         parts = split_blocks(n_whole + (more > 0), n_whole, self.val_share, self.probe_size, self.seed)
         return Splits(*(PackedBlocks(stream, self.block_size, indices, pad) for indices in parts))
+
+    def collateral_dataloader(self) -> DataLoader | None:
+        """Blocks of ``collateral``, shuffled once by the seed; None without any."""
+        if self.collateral is None:
+            return None
+        try:
+            stream = self._stream(self.collateral)
+        except ValueError as error:
+            raise ValueError(f"collateral: {error}") from error
+        indices = list(range(-(-len(stream) // self.block_size)))
+        random.Random(f"collateral {self.seed}").shuffle(indices)
+        return self._loader(PackedBlocks(stream, self.block_size, indices, padding_id(self.tokenizer)))
+
+    def _stream(self, source: str | Path) -> torch.Tensor:
+        """The tokens of a text, as they are cut into blocks."""
+        documents, end = self._tokenise(read_documents(source)), self.tokenizer.eos_token_id
+        return pack(documents, block_size=self.block_size, eos_token_id=end, last_block=self.last_block)
 
     def _tokenise(self, documents: Sequence[str]) -> list[Sequence[int]]:
         rows: list[Sequence[int]] = []

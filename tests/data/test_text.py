@@ -203,3 +203,31 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_bytes(b"ab\xff")
     with pytest.raises(ValueError, match="is not UTF-8 text: byte 2 is 0xff"):
         TextDataModule(tmp_path / "empty.txt").setup()
+
+
+def test_other_text_is_cut_into_blocks_of_its_own(story: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("nothing to do with it, " * 5)
+    plain, data = TextDataModule(story, **SMALL), TextDataModule(story, collateral=other, **SMALL)
+    assert plain.collateral_dataloader() is None
+    assert [part.indices for part in _parts(plain)] == [part.indices for part in _parts(data)]
+    loaders = [data.collateral_dataloader(), data.collateral_dataloader()]
+    first, again = ([batch["input_ids"] for batch in loader or ()] for loader in loaders)
+    assert all(torch.equal(one, two) for one, two in zip(first, again, strict=True))
+    batches = list(data.collateral_dataloader() or ())
+    rows = [
+        row[row_mask == 1].tolist()
+        for batch in batches
+        for row, row_mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
+    tokens = data.tokenizer(other.read_text(), add_special_tokens=False)["input_ids"] + [data.tokenizer.eos_token_id]
+    assert sorted(rows) == sorted(tokens[place : place + 8] for place in range(0, len(tokens), 8))
+
+
+def test_other_text_that_is_none_is_refused(story: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no_such"):
+        TextDataModule(story, collateral=tmp_path / "no_such.txt", **SMALL)
+    short = tmp_path / "short.txt"
+    short.write_text("ab")
+    with pytest.raises(ValueError, match="collateral: block_size=8 is longer than the text"):
+        TextDataModule(story, collateral=short, **SMALL).collateral_dataloader()
