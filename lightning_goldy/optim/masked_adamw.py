@@ -490,8 +490,10 @@ class MaskedAdamW(torch.optim.AdamW):
     def _local(self, group: dict[str, Any], parameter: Tensor) -> Part:
         """The same of this process's part of the parameter, with the mask."""
         whole = self._whole(group, parameter)
-        parts = {name: local(align(tensor, parameter)) for name, tensor in whole.tensors().items()}
-        return replace(whole, mask=(self._masks or {}).get(parameter), **parts)
+        whole.mask = (self._masks or {}).get(parameter)
+        if not is_sharded(parameter):
+            return whole
+        return replace(whole, **{name: local(align(part, parameter)) for name, part in whole.tensors().items()})
 
     def _named(self) -> Iterator[tuple[str, Tensor]]:
         for group in self.param_groups:
