@@ -201,18 +201,19 @@ class Kept:
             self._follow(self._note_attributes(root) if _has_attributes(root) else [root])
 
     @classmethod
-    def of_modules(cls, module: nn.Module) -> Kept:
+    def of_modules(cls, modules: Sequence[nn.Module], parameters: Sequence[nn.Parameter]) -> Kept:
         """What modules keep in attributes, where a forward may put counters and caches; no tensor of a parameter."""
         kept = cls(limit=2**24)
         kept._left = math.inf
-        tensors = [local(tensor) for tensor in (*module.parameters(), *module.buffers())]
+        buffers = [buffer for child in modules for buffer in child._buffers.values() if buffer is not None]
+        tensors = [local(tensor) for tensor in (*parameters, *buffers)]
         kept._storages = {tensor.untyped_storage().data_ptr() for tensor in tensors if _has_storage(tensor)} - {0}
-        for child in module.modules():
+        for child in modules:
             kept._waiting = _FOLLOWED
             kept._follow(kept._note_attributes(child, _MODULE_SLOTS))
             if hooks := [hook for registered in _hooks_of(child) for hook in registered.values()]:
                 kept._follow(chain.from_iterable(map(_held_by, hooks)))
-        for parameter in module.parameters():
+        for parameter in parameters:
             if hooks := [*(getattr(parameter, "_backward_hooks", None) or {}).values()]:
                 kept._follow(chain.from_iterable(map(_held_by, hooks)))
         return kept
@@ -600,7 +601,7 @@ def preserved(module: nn.Module, *, training: bool | None = False) -> Iterator[n
     children, parameters = list(module.modules()), list(module.parameters())
     modes = [child.training for child in children]
     gradients, buffers, lengths = _Gradients(parameters, children), _Buffers(children), _Lengths(children)
-    kept = Kept.of_modules(module)
+    kept = Kept.of_modules(children, parameters)
     for child in children:
         if isinstance(child, _EMBEDDINGS):
             # Analyses calculate with gradients, which they want dense.
@@ -732,11 +733,11 @@ def _accumulate(
     leaves = list(_leaves(loss) if inputs is None else [inputs] if isinstance(inputs, Tensor) else inputs)
     if not leaves:
         raise RuntimeError("the loss does not depend on a parameter, so it has no gradient")
-    found = torch.autograd.grad(
+    gradients = torch.autograd.grad(
         loss, leaves, gradient, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True
     )
     taken: set[int] = set()
-    for leaf, value in zip(leaves, found, strict=True):
+    for leaf, value in zip(leaves, gradients, strict=True):
         if value is not None:
             # Gradients of a sum are one tensor, and each leaf owns its own.
             value = value.clone() if value.data_ptr() in taken else value.contiguous()

@@ -347,11 +347,11 @@ def faithfulness(
     ranked = [circuit.chosen(n_edges=count, **how) for count in counts] if counts else [circuit]
     whole, others = circuit.graph.edges(), circuit.without_groups()
     tried = [whole, torch.zeros_like(whole)]
-    for one in ranked:
-        nulls = (make(circuit.graph, one.n_edges, n_random, seed) for make in (random_circuits, joined_circuits))
-        chosen = (other.chosen(n_edges=one.n_edges, **how).kept for other in others)
-        tried += [one.kept, whole & ~one.kept, *chain.from_iterable(nulls), *chosen]
-    each = 2 + 2 * n_random + len(others)
+    for sized in ranked:
+        nulls = (make(circuit.graph, sized.n_edges, n_random, seed) for make in (random_circuits, joined_circuits))
+        chosen = (other.chosen(n_edges=sized.n_edges, **how).kept for other in others)
+        tried += [sized.kept, whole & ~sized.kept, *chain.from_iterable(nulls), *chosen]
+    per_size = 2 + 2 * n_random + len(others)
     replicas = Replicas.of(model) if split_over_ranks else Replicas()
     with replicas.together("faithfulness"), wired(model, pairs, options) as wiring:
         if wiring.graph != circuit.graph:
@@ -370,9 +370,9 @@ def faithfulness(
         )
     # The added 0 makes a 0 of -0.
     shares = torch.tensor(means, dtype=torch.float64).sub(patched).div(clean - patched).add(0.0)
-    shares = shares.view(len(ranked), each)
-    found = Faithfulness(
-        sizes=tuple(one.n_edges for one in ranked),
+    shares = shares.view(len(ranked), per_size)
+    result = Faithfulness(
+        sizes=tuple(sized.n_edges for sized in ranked),
         n_edges=circuit.graph.n_edges,
         values=tuple(shares[:, 0].tolist()),
         complements=tuple(shares[:, 1].tolist()),
@@ -382,7 +382,7 @@ def faithfulness(
         clean=clean,
         patched=patched,
         n_pairs=len(pairs),
-        intervals=_intervals(values[:2], values[2::each]),
+        intervals=_intervals(values[:2], values[2::per_size]),
         span=None if len(pairs) < 2 else _span(values[0] - values[1]),
         n_shared=_shared(circuit, pairs),
         metric=options.metric_name,
@@ -390,9 +390,9 @@ def faithfulness(
         cost=cost,
     )
     spans = (values[0] - values[1]).tolist()
-    kept = (values[2::each] - values[1]).T.tolist()
-    areas = [found.area_under(row, span) for row, span in zip(kept, spans, strict=True)]
-    return replace(found, area_pairs=per_sample(pairs.digests(), areas, spans))
+    kept = (values[2::per_size] - values[1]).T.tolist()
+    areas = [result.area_under(row, span) for row, span in zip(kept, spans, strict=True)]
+    return replace(result, area_pairs=per_sample(pairs.digests(), areas, spans))
 
 
 def _as_scored(circuit: Circuit, metric: Metric | None, ablation: Ablation | None) -> tuple[Metric, Ablation]:
