@@ -310,8 +310,8 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
     def forecast(self, plan: Plan, run: Run) -> Forecast:
         """What this callback will cost in a run: passes, memory, disk, bytes communicated, firings."""
         steps = run.firings(every_n_steps=self.every_n_steps, every_n_epochs=self.every_n_epochs, at=self.at)
-        found = self.estimate(plan, run)
-        return replace(found, name=self.name, firings=len(steps), checkpoints=len(run.checkpoint_steps))
+        estimate = self.estimate(plan, run)
+        return replace(estimate, name=self.name, firings=len(steps), checkpoints=len(run.checkpoint_steps))
 
     @property
     def used_samples(self) -> int | None:

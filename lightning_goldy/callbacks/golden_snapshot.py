@@ -38,7 +38,7 @@ from lightning_goldy.training.subject import find_model
 def find_snapshot(trainer: L.Trainer) -> GoldenSnapshot | None:
     """The first snapshot among a trainer's callbacks; None without one."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    return next((each for each in callbacks if isinstance(each, GoldenSnapshot)), None)
+    return next((callback for callback in callbacks if isinstance(callback, GoldenSnapshot)), None)
 
 
 def require_snapshot(trainer: L.Trainer, name: str) -> GoldenSnapshot:

@@ -86,11 +86,11 @@ class Budget:
 
     def holds(self, forecast: Forecast, plan: Plan, speeds: Speeds, run: Run) -> bool | None:
         """Whether a forecast keeps to it; None where the length of the run is not known."""
-        one = forecast.seconds(speeds, plan.replicas)
-        if math.isnan(one):
+        firing = forecast.seconds(speeds, plan.replicas)
+        if math.isnan(firing):
             return None
         if self.seconds is not None:
-            return one <= self.seconds
+            return firing <= self.seconds
         if not run.step_seconds or not run.steps:
             return None
         assert self.share is not None
@@ -140,12 +140,12 @@ def dialled(dials: Mapping[str, int], share: float, given: Mapping[str, Any], n_
         >>> dialled({"n_samples": 2}, 0.3, {"n_samples": 16}, 64), dialled({"n_samples": 2}, 0.1, {"n_samples": 4}, 64)
         ({'n_samples': 4}, {'n_samples': 2})
     """
-    found = {}
+    dials_at = {}
     for path, least in dials.items():
         most = n_samples if given[path] is None else given[path]
         value = min(most, max(least, int(share * most)))
-        found[path] = given[path] if value == most else value
-    return found
+        dials_at[path] = given[path] if value == most else value
+    return dials_at
 
 
 def derive(callback: AnalysisCallback[Any], plan: Plan, speeds: Speeds, run: Run) -> dict[str, Any]:
@@ -185,8 +185,8 @@ def derive(callback: AnalysisCallback[Any], plan: Plan, speeds: Speeds, run: Run
         apply_settings(callback, {"every_n_steps": values["every_n_steps"]})
         fits = budget.holds(callback.forecast(plan, run), plan, speeds, run)
     if not fits:
-        found = callback.forecast(plan, run)
-        least, whole = found.seconds(speeds, plan.replicas), found.seconds_total(speeds, plan.replicas)
+        forecast = callback.forecast(plan, run)
+        least, whole = forecast.seconds(speeds, plan.replicas), forecast.seconds_total(speeds, plan.replicas)
         turned = settings_in_words({path: values[path] for path in callback.dials}) or "the whole of it"
         # A run of seconds is not worth a warning.
         tell = rank_zero_warn if whole > _WORTH_TELLING else rank_zero_info
@@ -345,20 +345,20 @@ class Outlook:
 
     def lines(self) -> list[str]:
         """A line per callback, and one of all."""
-        found = [self._line(forecast) for forecast in self.forecasts]
+        callbacks = [self._line(forecast) for forecast in self.forecasts]
         seconds, whole = self.seconds, self.run_seconds
         disk = sum(forecast.disk_total for forecast in self.forecasts)
         told = "" if seconds is None else f"{time_in_words(seconds)} in all"
         if seconds is not None and whole:
             told += f", {100 * seconds / whole:.2g} % of the run's {time_in_words(whole)}"
         told = f"{told}; " if told else ""
-        return [*found, f"analyses: {told}memory {size_in_words(self.peak)}, disk {size_in_words(disk)}"]
+        return [*callbacks, f"analyses: {told}memory {size_in_words(self.peak)}, disk {size_in_words(disk)}"]
 
     def _line(self, forecast: Forecast) -> str:
         if not forecast.stated:
             return f"{forecast.name}: states no cost; {forecast.firings} x"
-        one, whole = (f(self.speeds, self.replicas) for f in (forecast.seconds, forecast.seconds_total))
-        cost, told, total = forecast.cost, time_in_words(one), f" = {time_in_words(whole)}"
+        firing, whole = (f(self.speeds, self.replicas) for f in (forecast.seconds, forecast.seconds_total))
+        cost, told, total = forecast.cost, time_in_words(firing), f" = {time_in_words(whole)}"
         if math.isnan(whole):
             told, total = f"{cost.forwards} forward and {cost.backwards} backward passes of samples", ""
         disk = f"disk {size_in_words(forecast.disk)} a firing"
@@ -379,7 +379,7 @@ class Outlook:
         """
         if not self.forecasts:
             return None
-        written, kept = (sum(getattr(each, name) for each in self.forecasts) for name in ("disk_total", "kept"))
+        written, kept = (sum(getattr(forecast, name) for forecast in self.forecasts) for name in ("disk_total", "kept"))
         on_disk, keeping, firing = (
             max(self.forecasts, key=operator.attrgetter(name)) for name in ("disk_total", "kept", "memory")
         )

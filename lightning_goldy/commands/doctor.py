@@ -421,10 +421,10 @@ def _instance(spec: Mapping[str, Any]) -> AnalysisCallback[Any] | None:
     parser.add_subclass_arguments(AnalysisCallback, "callback")
     try:
         instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # renamed in jsonargparse 4.49
-        made: AnalysisCallback[Any] = instantiate(parser.parse_object({"callback": dict(spec)})).callback
+        callback: AnalysisCallback[Any] = instantiate(parser.parse_object({"callback": dict(spec)})).callback
     except Exception as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
-    return made
+    return callback
 
 
 def _step(speeds: Speeds, plan: Plan) -> float:

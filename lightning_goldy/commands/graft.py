@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -194,35 +195,25 @@ class _Graft(L.Callback):
             attribution = change_attribution(model, base, scored, objective, **options)
             if attribution.levels is None:
                 raise ValueError(f"{self.saved.path}: nothing differs from the base ({self.base_source})")
-            numel = sum(attribution.numels)
-            if self.wanted.keep is not None and self.wanted.keep * numel < 1:
-                raise ValueError(f"keep={self.wanted.keep:g} is less than one of the {numel:,} elements")
+            self._require_an_element(sum(attribution.numels))
             if learns:
                 collateral, teaching = interleaved(collateral, self.n_collateral)
                 wanted = shares if self.wanted.keep is None else [self.wanted.keep]
-                self.learned = [
-                    learn_mask(
-                        model, base, attribution, scored, teaching or None, share=share, objective=objective
-                    ).mask
-                    for share in wanted
-                ]
+                learn = partial(learn_mask, model, base, attribution, scored, teaching or None, objective=objective)
+                self.learned = [learn(share=share).mask for share in wanted]
             (chosen_on, told_on), (harmed, harmed_too) = map(self._halves, (held_out, collateral))
             grafting: dict[str, Any] = {"objective": objective, "progress": tell}
-            curve = graft_curve(
-                model,
-                base,
-                attribution,
-                scored,
-                chosen_on,
-                harmed or None,
-                masks={"learned": self.learned} if learns else None,
-                **grafting,
-            )
+            masks = {"learned": self.learned} if learns else None
+            curve = graft_curve(model, base, attribution, scored, chosen_on, harmed or None, masks=masks, **grafting)
             self.found, self.point = AttributedChange(attribution, curve), self.wanted.of(curve)
             if told_on:
                 grafting |= self._alone(self.point, shares)
                 self.again = graft_curve(model, base, attribution, scored, told_on, harmed_too or None, **grafting)
             self._write(model, base, find_tokenizer(trainer))
+
+    def _require_an_element(self, numel: int) -> None:
+        if self.wanted.keep is not None and self.wanted.keep * numel < 1:
+            raise ValueError(f"keep={self.wanted.keep:g} is less than one of the {numel:,} elements")
 
     def _base(self, pl_module: L.LightningModule, model: nn.Module, objective: Objective) -> BaseParameters:
         """What is grafted on; the model gets the checkpoint's weights, and what they changed is differentiated."""

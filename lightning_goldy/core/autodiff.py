@@ -76,13 +76,13 @@ def forward_mode(model: nn.Module) -> Iterator[None]:
 def _layer_of(traceback: TracebackType | None, model: nn.Module) -> str:
     """The innermost of a model's modules that was running."""
     names = {id(module): name for name, module in model.named_modules() if name}
-    found = ""
+    place = ""
     while traceback is not None:
         running = traceback.tb_frame.f_locals.get("self")
         if id(running) in names:
-            found = f" in {names[id(running)]!r} ({type(running).__name__})"
+            place = f" in {names[id(running)]!r} ({type(running).__name__})"
         traceback = traceback.tb_next
-    return found
+    return place
 
 
 def directional_derivatives(
@@ -133,10 +133,10 @@ def directional_derivatives(
     with nested_derivatives(), torch.enable_grad(), composed_functions() as composed:
         start = {name: values[name] for name in steps}
         carried = _carried_derivatives(moving, start, steps, order) if order > 1 else None
-        found = carried or tuple(part.detach() for part in _derivatives(moving, steps, order)(start))
+        derivatives = carried or tuple(part.detach() for part in _derivatives(moving, steps, order)(start))
     if order:
-        require_seen(composed, moving, start, steps, found[1])
-    return found
+        require_seen(composed, moving, start, steps, derivatives[1])
+    return derivatives
 
 
 def require_seen(
@@ -271,16 +271,16 @@ def _agreed(coarse: _Stencil, fine: _Stencil, order: int) -> tuple[tuple[Tensor,
         torch.relu((coarse.wide[k] - fine.wide[k]).abs() - coarse.rounding(k) - fine.rounding(k))
         for k in range(order + 2)
     ]
-    found, errors = [], []
+    better, errors = [], []
     for k in range(order + 1):
-        one, other = coarse.apart(k), fine.apart(k)
-        finer = other.abs() < one.abs()
-        found.append(torch.where(finer, fine.wide[k], coarse.wide[k]))
-        apart = torch.where(finer, other, one)
+        ours, other = coarse.apart(k), fine.apart(k)
+        finer = other.abs() < ours.abs()
+        better.append(torch.where(finer, fine.wide[k], coarse.wide[k]))
+        apart = torch.where(finer, other, ours)
         # A kink at the base halves the jump of this derivative, and has the next one grow as the step shrinks.
         hidden = torch.zeros_like(apart) if k == 0 else _HIDDEN_BEND * coarse.step * beyond[k + 1]
         errors.append(apart + torch.copysign(2 * beyond[k] + hidden, apart))
-    return tuple(found), tuple(errors)
+    return tuple(better), tuple(errors)
 
 
 def _weights(reach: int, step: float, order: int) -> list[dict[int, float]]:
@@ -411,8 +411,8 @@ def _carried_derivatives(
     """The derivatives by :class:`Jet`; None where an operation cannot carry them, as nested forward mode may tell."""
     higher = (None,) * (order - 1)
     try:
-        found = function({name: Jet((value, steps[name], *higher)) for name, value in start.items()})
-        parts = found.parts if isinstance(found, Jet) else (found, *(None,) * order)
+        output = function({name: Jet((value, steps[name], *higher)) for name, value in start.items()})
+        parts = output.parts if isinstance(output, Jet) else (output, *(None,) * order)
     except torch.OutOfMemoryError:
         raise
     except Exception:  # noqa: BLE001 - whatever it is, the other way meets it too, or has none
@@ -554,11 +554,11 @@ def _is_smooth(value: Tensor) -> bool:
 
 
 def _linear_map(func: Any, args: Any, kwargs: Any) -> Any:
-    found: list[Any] = [None if part is None else func(part, *args[1:], **kwargs) for part in args[0].parts]
-    if isinstance(found[0], Tensor):
-        return Jet(found) if _is_smooth(found[0]) else found[0]
-    count = len(found[0])
-    return tuple(Jet([None if part is None else part[index] for part in found]) for index in range(count))
+    mapped: list[Any] = [None if part is None else func(part, *args[1:], **kwargs) for part in args[0].parts]
+    if isinstance(mapped[0], Tensor):
+        return Jet(mapped) if _is_smooth(mapped[0]) else mapped[0]
+    count = len(mapped[0])
+    return tuple(Jet([None if part is None else part[index] for part in mapped]) for index in range(count))
 
 
 def _embedded(func: Any, args: Any, kwargs: Any) -> Jet:
@@ -568,28 +568,28 @@ def _embedded(func: Any, args: Any, kwargs: Any) -> Jet:
 def _joined(func: Any, args: Any, kwargs: Any) -> Jet:
     order = _order(*args[0])
     rows = [_parts(value, order) for value in args[0]]
-    found: list[Tensor | None] = []
+    joined: list[Tensor | None] = []
     for k in range(order + 1):
         if all(row[k] is None for row in rows):
-            found.append(None)
+            joined.append(None)
             continue
         filled = [torch.zeros_like(row[0]) if row[k] is None else row[k] for row in rows]
-        found.append(func(filled, *args[1:], **kwargs))
-    return Jet(found)
+        joined.append(func(filled, *args[1:], **kwargs))
+    return Jet(joined)
 
 
 def _sum(func: Any, args: Any, kwargs: Any) -> Jet:
     order = _order(*args)
     first, second = (_parts(value, order) for value in args)
-    found = [func(first[0], second[0], **kwargs)]
-    zero = torch.zeros((), dtype=found[0].dtype, device=found[0].device)
+    sums = [func(first[0], second[0], **kwargs)]
+    zero = torch.zeros((), dtype=sums[0].dtype, device=sums[0].device)
     for left, right in zip(first[1:], second[1:], strict=True):
         if left is None and right is None:
-            found.append(None)
+            sums.append(None)
             continue
         part = left if right is None else func(zero if left is None else left, right, **kwargs)
-        found.append(part.to(found[0].dtype).expand(found[0].shape))
-    return Jet(found)
+        sums.append(part.to(sums[0].dtype).expand(sums[0].shape))
+    return Jet(sums)
 
 
 def _product(func: Any, args: Any, kwargs: Any, *, value: Tensor | None = None) -> Jet:
@@ -627,11 +627,11 @@ def _addmm(func: Any, args: Any, kwargs: Any) -> Jet:
 def _with_bias(func: Any, value: Tensor, factors: Sequence[Any], bias: Any) -> Jet:
     """A product and a sum whose value is the model's own, fused or not."""
     if not any(isinstance(factor, Jet) for factor in factors):
-        found = _sum(torch.add, (torch.zeros_like(value), bias), {})
+        jet = _sum(torch.add, (torch.zeros_like(value), bias), {})
     else:
-        found = _product(func, factors, {}, value=value)
-        found = found if bias is None else _sum(torch.add, (found, bias), {})
-    return Jet((value, *found.parts[1:]))
+        jet = _product(func, factors, {}, value=value)
+        jet = jet if bias is None else _sum(torch.add, (jet, bias), {})
+    return Jet((value, *jet.parts[1:]))
 
 
 def _values(args: Sequence[Any]) -> list[Any]:

@@ -44,6 +44,8 @@ _TRAINER_SLOTS = frozenset({"trainer", "_trainer", "_fabric"})
 _MODULE_SLOTS = _TRAINER_SLOTS | frozenset(vars(nn.Module()))
 _LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")
 _MISSING = object()
+# Most values are of these, and to ask whether one is an iterator takes longer than all the rest.
+_AT_NO_PLACE = frozenset({type(None), bool, int, float, str, tuple, list, dict, set, Tensor, nn.Parameter, torch.dtype})
 _BOXES = (types.SimpleNamespace, UserDict, UserList, Queue)
 # Their generators are theirs alone.
 _COLLATORS = "transformers.data."
@@ -199,21 +201,21 @@ class Kept:
             self._follow(self._note_attributes(root) if _has_attributes(root) else [root])
 
     @classmethod
-    def of_modules(cls, module: nn.Module) -> Kept:
+    def of_modules(cls, modules: Sequence[nn.Module], parameters: Sequence[nn.Parameter]) -> Kept:
         """What modules keep in attributes, where a forward may put counters and caches; no tensor of a parameter."""
         kept = cls(limit=2**24)
         kept._left = math.inf
-        tensors = [local(tensor) for tensor in (*module.parameters(), *module.buffers())]
+        buffers = [buffer for child in modules for buffer in child._buffers.values() if buffer is not None]
+        tensors = [local(tensor) for tensor in (*parameters, *buffers)]
         kept._storages = {tensor.untyped_storage().data_ptr() for tensor in tensors if _has_storage(tensor)} - {0}
-        for child in module.modules():
+        for child in modules:
             kept._waiting = _FOLLOWED
             kept._follow(kept._note_attributes(child, _MODULE_SLOTS))
-            kept._follow(
-                chain.from_iterable(_held_by(hook) for hooks in _hooks_of(child) for hook in [*hooks.values()])
-            )
-        for parameter in module.parameters():
-            hooks = getattr(parameter, "_backward_hooks", None) or {}
-            kept._follow(chain.from_iterable(map(_held_by, [*hooks.values()])))
+            if hooks := [hook for registered in _hooks_of(child) for hook in registered.values()]:
+                kept._follow(chain.from_iterable(map(_held_by, hooks)))
+        for parameter in parameters:
+            if hooks := [*(getattr(parameter, "_backward_hooks", None) or {}).values()]:
+                kept._follow(chain.from_iterable(map(_held_by, hooks)))
         return kept
 
     def restore(self) -> None:
@@ -384,6 +386,8 @@ def _put_source(put: Callable[[Any, Any], Any], place: Any, stand: Replayed) -> 
 
 def _is_one_way(value: Any) -> bool:
     """Whether an iterator cannot be put back to where it is."""
+    if type(value) in _AT_NO_PLACE:
+        return False
     if isinstance(value, io.IOBase):
         try:
             value.tell()
@@ -549,7 +553,8 @@ def require_unscaled(module: nn.Module) -> None:
         ValueError: It does; the setting that keeps it from that is named.
     """
     for child in module.modules():
-        if hasattr(child, "layers_are_rescaled"):
+        # Asked of what it holds: a module takes long to say that it has no such attribute.
+        if "layers_are_rescaled" in vars(child):
             config: Any = child.config
             if 0 < config.rescale_every < config.num_hidden_layers:
                 raise ValueError(
@@ -599,11 +604,10 @@ def preserved(module: nn.Module, *, training: bool | None = False) -> Iterator[n
     """
     require_unscaled(module)
     unshard_guard(module)
-    children = list(module.modules())
-    modes = [(child, child.training) for child in children]
-    parameters = list(module.parameters())
+    children, parameters = list(module.modules()), list(module.parameters())
+    modes = [child.training for child in children]
     gradients, buffers, lengths = _Gradients(parameters, children), _Buffers(children), _Lengths(children)
-    kept = Kept.of_modules(module)
+    kept = Kept.of_modules(children, parameters)
     for child in children:
         if isinstance(child, _EMBEDDINGS):
             # Analyses calculate with gradients, which they want dense, and of every row that the forward reads.
@@ -617,8 +621,9 @@ def preserved(module: nn.Module, *, training: bool | None = False) -> Iterator[n
             gradients.set_aside()
             if training is not None:
                 # Not by train(), which some layers override to merge adapters into their weights.
-                for child, _ in modes:
-                    child.training = training
+                for child in children:
+                    if child.training is not training:
+                        child.training = training
             yield module
         finally:
             lengths.put_back()
@@ -628,8 +633,9 @@ def preserved(module: nn.Module, *, training: bool | None = False) -> Iterator[n
             buffers.put_back()
             kept.restore()
             gradients.put_back()
-            for child, mode in modes:
-                child.training = mode
+            for child, mode in zip(children, modes, strict=True):
+                if child.training is not mode:
+                    child.training = mode
 
 
 class _Gradients:
@@ -735,11 +741,11 @@ def _accumulate(
     leaves = list(_leaves(loss) if inputs is None else [inputs] if isinstance(inputs, Tensor) else inputs)
     if not leaves:
         raise RuntimeError("the loss does not depend on a parameter, so it has no gradient")
-    found = torch.autograd.grad(
+    gradients = torch.autograd.grad(
         loss, leaves, gradient, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True
     )
     taken: set[int] = set()
-    for leaf, value in zip(leaves, found, strict=True):
+    for leaf, value in zip(leaves, gradients, strict=True):
         if value is not None:
             # Gradients of a sum are one tensor, and each leaf owns its own.
             value = value.clone() if value.data_ptr() in taken else value.contiguous()

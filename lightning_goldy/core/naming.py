@@ -222,16 +222,20 @@ def require_fractions(name: str, values: Iterable[float]) -> tuple[float, ...]:
         Traceback (most recent call last):
         ValueError: shares lie in (0, 1]; got 'a'
     """
+    return _listed(name, values, 1.0, "a list of fractions in (0, 1]", "lie in (0, 1]")
+
+
+def _listed(name: str, values: Iterable[float], highest: float, kind: str, rule: str) -> tuple[float, ...]:
     if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
-        raise ValueError(f"{name} is a list of fractions in (0, 1]; got {values!r}")
-    found: list[float] = []
+        raise ValueError(f"{name} is {kind}; got {values!r}")
+    numbers: list[float] = []
     for value in values:
-        if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= 1:
-            raise ValueError(f"{name} lie in (0, 1]; got {value!r}")
-        if value in found:
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= highest:
+            raise ValueError(f"{name} {rule}; got {value!r}")
+        if value in numbers:
             raise ValueError(f"{name} name {value!r} twice")
-        found.append(float(value))
-    return tuple(sorted(found))
+        numbers.append(float(value))
+    return tuple(sorted(numbers))
 
 
 def require_positive(name: str, values: Iterable[float]) -> tuple[float, ...]:
@@ -254,18 +258,10 @@ def require_positive(name: str, values: Iterable[float]) -> tuple[float, ...]:
         Traceback (most recent call last):
         ValueError: tolerance must be positive and finite; got nan
     """
-    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
-        raise ValueError(f"{name} is a list of positive numbers; got {values!r}")
-    found: list[float] = []
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= sys.float_info.max:
-            raise ValueError(f"{name} must be positive and finite; got {value!r}")
-        if value in found:
-            raise ValueError(f"{name} name {value!r} twice")
-        found.append(float(value))
-    if not found:
+    numbers = _listed(name, values, sys.float_info.max, "a list of positive numbers", "must be positive and finite")
+    if not numbers:
         raise ValueError(f"{name} is empty: name at least one positive number")
-    return tuple(sorted(found))
+    return numbers
 
 
 def require_at_least(name: str, value: float, lowest: float) -> None:

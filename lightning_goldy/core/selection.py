@@ -61,9 +61,9 @@ def select_largest(scores: Sequence[Tensor], k: int) -> list[Tensor]:
     flats = [tensor.detach().to(dtype).reshape(-1) for tensor in scores]
     if all(map(_in_numpy, flats)):
         arrays = [flat.numpy() for flat in flats]
-        found = _bracketed(arrays, k) if total > _SMALL else None
-        found = _partitioned(arrays, k) if found is None else found
-        return [torch.from_numpy(mask).view(tensor.shape) for mask, tensor in zip(found, scores, strict=True)]
+        chosen = _bracketed(arrays, k) if total > _SMALL else None
+        chosen = _partitioned(arrays, k) if chosen is None else chosen
+        return [torch.from_numpy(mask).view(tensor.shape) for mask, tensor in zip(chosen, scores, strict=True)]
     threshold = kth_largest(torch.cat(flats) if len(flats) > 1 else flats[0], k)
     masks = [flat > threshold for flat in flats]
     _add_ties(masks, flats, threshold, k - sum(int(mask.count_nonzero()) for mask in masks))
@@ -148,9 +148,9 @@ def _bracketed(flats: Sequence[NDArray[Any]], k: int) -> list[NDArray[np.bool_]]
         wanted = k - sum(map(np.count_nonzero, masks))
         return masks if wanted > 0 and _add_ties(masks, flats, high, wanted) else None
     masks = [np.empty(flat.size, dtype=np.bool_) for flat in flats]
-    found = [_split(flat, low, high, mask) for flat, mask in zip(flats, masks, strict=True)]
-    wanted = k - sum(above for above, _ in found)
-    positions = [where for _, where in found]
+    splits = [_split(flat, low, high, mask) for flat, mask in zip(flats, masks, strict=True)]
+    wanted = k - sum(above for above, _ in splits)
+    positions = [where for _, where in splits]
     if not 0 < wanted <= sum(where.size for where in positions):
         return None
     values = _joined([flat[where] for flat, where in zip(flats, positions, strict=True)])
@@ -258,13 +258,13 @@ def _kth_key(keys: Sequence[Tensor], layouts: Sequence[Tensor], k: int, bits: in
         bins = [
             ((key - prefix) >> shift) if shift + digit < bits else ((key >> shift) - (prefix >> shift)) for key in alive
         ]
-        histograms = [torch.bincount(each.long(), minlength=1 << digit) for each in bins]
+        histograms = [torch.bincount(digits.long(), minlength=1 << digit) for digits in bins]
         counts = torch.stack(sum_over_shards(histograms, layouts)).sum(dim=0).flip(0).cumsum(0).cpu()  # from the top
         position = int(torch.searchsorted(counts, k - above))
         before = int(counts[position - 1]) if position else 0
         chosen = (1 << digit) - 1 - position
         equal, above = int(counts[position]) - before, above + before
-        alive = [key[each == chosen] for key, each in zip(alive, bins, strict=True)]
+        alive = [key[digits == chosen] for key, digits in zip(alive, bins, strict=True)]
         prefix += chosen << shift
     return prefix, above, equal
 

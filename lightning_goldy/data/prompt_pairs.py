@@ -403,17 +403,17 @@ def atlas_pairs(
     others = [fact for fact in country_facts() if fact.relation in relations or facts is not None]
     drawn = list(others if facts is None else facts)
     draw.shuffle(drawn)
-    made = {fact: _sizes_and_first(tokenizer, fact) for fact in dict.fromkeys((*others, *drawn))}
+    sizes = {fact: _sizes_and_first(tokenizer, fact) for fact in dict.fromkeys((*others, *drawn))}
     rows: list[_Row] = []
     used = _used_by(beside)
     for fact in drawn:
-        (sizes, first), prompt = made[fact], fact.prompts[0]
+        (size, first), prompt = sizes[fact], fact.prompts[0]
         fitting = [
             other
             for other in others
-            if (other.relation, made[other][0]) == (fact.relation, sizes)
+            if (other.relation, sizes[other][0]) == (fact.relation, size)
             and other.subject != fact.subject
-            and made[other][1] != first
+            and sizes[other][1] != first
         ]
         if fitting:
             other = draw.choice(fitting)

@@ -169,11 +169,11 @@ class Settings:
 
     def denominators(self, seconds: list[Tensor], parts: Sequence[Part], roots: Roots) -> list[Tensor]:
         """What torch's step divides the first moments by, from the second ones; these hold until the next call."""
-        found = roots.of(seconds)
+        result = roots.of(seconds)
         beta2 = self.group["betas"][1]
-        torch._foreach_div_(found, [(1 - beta2 ** part.step.item()) ** 0.5 for part in parts])
-        torch._foreach_add_(found, self.group["eps"])
-        return found
+        torch._foreach_div_(result, [(1 - beta2 ** part.step.item()) ** 0.5 for part in parts])
+        torch._foreach_add_(result, self.group["eps"])
+        return result
 
     def move(
         self, values: list[Tensor], firsts: list[Tensor], denominators: list[Tensor], parts: Sequence[Part], rate: float
@@ -251,7 +251,7 @@ def _indexed_step(parts: list[Part], settings: Settings, inside: float, outside:
         denominators = settings.denominators([part.squares for part in parts], parts, roots)
         everything, firsts = [part.parameter for part in parts], [part.first for part in parts]
         settings.move(everything, firsts, denominators, parts, outside)
-        few = [part.inside(each) for part, each in zip(parts, denominators, strict=True)]
+        few = [part.inside(denominator) for part, denominator in zip(parts, denominators, strict=True)]
     elif inside:
         few = settings.denominators([part.inside(part.squares) for part in parts], parts, roots)
     if inside:
@@ -490,8 +490,10 @@ class MaskedAdamW(torch.optim.AdamW):
     def _local(self, group: dict[str, Any], parameter: Tensor) -> Part:
         """The same of this process's part of the parameter, with the mask."""
         whole = self._whole(group, parameter)
-        parts = {name: local(align(tensor, parameter)) for name, tensor in whole.tensors().items()}
-        return replace(whole, mask=(self._masks or {}).get(parameter), **parts)
+        whole.mask = (self._masks or {}).get(parameter)
+        if not is_sharded(parameter):
+            return whole
+        return replace(whole, **{name: local(align(part, parameter)) for name, part in whole.tensors().items()})
 
     def _named(self) -> Iterator[tuple[str, Tensor]]:
         for group in self.param_groups:

@@ -290,8 +290,8 @@ class Bridge:
 
     def run(self) -> dict[str, Any]:
         """The fields of the result: from draws where they are enough, else from chains."""
-        found, share = self.drawn()
-        return (self.walked() if found is None else found) | {"effective_sample_size": share}
+        drawn, share = self.drawn()
+        return (self.walked() if drawn is None else drawn) | {"effective_sample_size": share}
 
     def walked(self) -> dict[str, Any]:
         """The same from chains, but the share of the draws."""
@@ -301,8 +301,8 @@ class Bridge:
         if not self._resumed():
             self.chains.draw(self.start)
         self._settle()
-        found = self._summed(self.tilt, *self._passes(self.tilt))
-        return self._ended(found)
+        fields = self._summed(self.tilt, *self._passes(self.tilt))
+        return self._ended(fields)
 
     def _kept(self) -> KeptState:
         settings, start = self.settings, self.start
@@ -323,10 +323,10 @@ class Bridge:
             ValueError: The cost has changed.
         """
         self.file = self._kept()
-        found = self.file.read()
-        if found is None:
+        state = self.file.read()
+        if state is None:
             return False
-        numbers, tensors = found
+        numbers, tensors = state
         chains, place = self.chains, self.chains.x
         chains.x = tensors["x"][list(self.numbers)].to(place.device, place.dtype)
         chains.look()
@@ -561,7 +561,7 @@ class Bridge:
         passes: list[dict[int, _Visit]] = []
         total, done = 2 * shares.sum(), 0.0
         for order in (range(last, -1, -1), range(last + 1)):
-            found = {}
+            visits = {}
             for turn, place in enumerate(order):
                 share, fresh = shares[place] / (total - done), place == last and turn == 0
 
@@ -570,9 +570,9 @@ class Bridge:
                     return [part if isinstance(part, float) else part.tolist() for part in seen]
 
                 *tables, acceptance = self._stretch(f"pass {len(passes)}, node {place}", visit)
-                found[place] = _Visit._make([*map(np.array, tables), acceptance])
+                visits[place] = _Visit._make([*map(np.array, tables), acceptance])
                 done += shares[place]
-            passes.append(found)
+            passes.append(visits)
         return nodes, passes, weights, coarse
 
     def _summed(
@@ -582,8 +582,8 @@ class Bridge:
 
         def integral(rule: Array, part: slice | None = None) -> Array:  # [passes, chains]
             means = [
-                np.stack([_part(found[place].integrand, part).mean(axis=1) for place in range(last + 1)])
-                for found in passes
+                np.stack([_part(visits[place].integrand, part).mean(axis=1) for place in range(last + 1)])
+                for visits in passes
             ]
             return np.stack([rule @ mean for mean in means])
 
@@ -598,8 +598,8 @@ class Bridge:
         level = target.at(t=0.0).log_normaliser(self.variance) + float(whole.mean())
         rows = [
             (row, centred)
-            for found in passes
-            for row, centred in zip(found[last].costs, found[last].centred, strict=True)
+            for visits in passes
+            for row, centred in zip(visits[last].costs, visits[last].centred, strict=True)
         ]
         point, mean, variance, noise = self._crossed(target, rows, level)
         parts = {
@@ -610,7 +610,7 @@ class Bridge:
             "saddle": noise,
         }
         value = point.log_volume
-        acceptance = float(np.mean([found[place].acceptance for found in passes for place in found]))
+        acceptance = float(np.mean([visits[place].acceptance for visits in passes for place in visits]))
         ways = (halves[1] - halves[0]).mean(axis=1)  # of either pass
         sure = bool((ways > 0).all() or (ways < 0).all())
         self._doubt(drift, drift_noise, loop, loop_noise, mean, acceptance, value, passes[-1][last], sure)
@@ -644,12 +644,12 @@ class Bridge:
             return {}
         chains = self._chains()
         chains.x = torch.zeros_like(chains.x)
-        found = self._all(langevin_coefficient(chains, tilt.at(t=1.0, kappa=self.start.kappa), draws=draws))
+        coefficients = self._all(langevin_coefficient(chains, tilt.at(t=1.0, kappa=self.start.kappa), draws=draws))
         middle = draws // 2
         return {
-            "learning_coefficient": float(found[:, middle:].mean()),
-            "chain_spread": float(found[:, middle:].mean(axis=1).std(ddof=1)),
-            "drift": float(found[:, middle:].mean() - found[:, :middle].mean()) if middle else math.nan,
+            "learning_coefficient": float(coefficients[:, middle:].mean()),
+            "chain_spread": float(coefficients[:, middle:].mean(axis=1).std(ddof=1)),
+            "drift": float(coefficients[:, middle:].mean() - coefficients[:, :middle].mean()) if middle else math.nan,
             "draws": draws,
         }
 

@@ -138,7 +138,23 @@ class ModuleField:
         torch.clear_autocast_cache()
 
 
-class StarField:
+class _Around:
+    """What stands around the field of a cost, and counts by it."""
+
+    inner: Field
+
+    @property
+    def gradients(self) -> int:
+        """Gradients taken so far."""
+        return self.inner.gradients
+
+    @property
+    def evaluations(self) -> int:
+        """Costs taken without a gradient so far."""
+        return self.inner.evaluations
+
+
+class StarField(_Around):
     r"""The largest cost along the way from the anchor, so that what lies behind a ridge is outside.
 
     .. math:: K^*(x) = \max_{j = 1 \dots m} K(\tfrac jm x)
@@ -150,16 +166,6 @@ class StarField:
 
     def __init__(self, inner: Field, points: int = 8) -> None:
         self.inner, self.points = inner, points
-
-    @property
-    def gradients(self) -> int:
-        """Gradients taken so far."""
-        return self.inner.gradients
-
-    @property
-    def evaluations(self) -> int:
-        """Costs taken without a gradient so far."""
-        return self.inner.evaluations
 
     def _shares(self, points: Tensor) -> tuple[Tensor, Tensor]:
         shares = torch.arange(1, self.points + 1, device=points.device) / self.points
@@ -178,7 +184,7 @@ class StarField:
         return costs, gradients * share
 
 
-class AddedTether:
+class AddedTether(_Around):
     """A field with half of a weight times the squared distance added.
 
     Args:
@@ -188,16 +194,6 @@ class AddedTether:
 
     def __init__(self, inner: Field, weight: float) -> None:
         self.inner, self.weight = inner, weight
-
-    @property
-    def gradients(self) -> int:
-        """Gradients taken so far."""
-        return self.inner.gradients
-
-    @property
-    def evaluations(self) -> int:
-        """Costs taken without a gradient so far."""
-        return self.inner.evaluations
 
     def values(self, points: Tensor) -> Tensor:
         """Costs, nats."""

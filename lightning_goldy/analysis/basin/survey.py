@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -151,25 +152,22 @@ class VolumeSurvey:
         samples = {split: shortened(batches, objective, self.n_samples, length) for split, batches in splits.items()}
         volumes: dict[str, tuple[VolumeResult, ...]] = {}
         bridges: dict[str, tuple[BridgeResult, ...]] = {}
-        found: dict[str, Preconditioner] = {}
+        tuned: dict[str, Preconditioner] = {}
         for split, batches in samples.items():
             fisher = work.fisher(batches) if fisher_too else None
-            if make is not None and "adam" not in found:
-                found |= self._tuned(work, batches, make, "adam")
+            if make is not None and "adam" not in tuned:
+                tuned |= self._tuned(work, batches, make, "adam")
             if fisher is not None:
-
-                def damped(eps: float, fisher: KroneckerFisher = fisher) -> Preconditioner:
-                    return KroneckerPreconditioner(fisher, eps=eps)
-
-                found = {name: made for name, made in found.items() if name != "kronecker"}
-                found |= self._tuned(work, batches, damped, "kronecker")
-            proposals: Proposals = {"none": None, **found}
-            if not found or self.preconditioner != "best":
-                proposals = next(iter(found.values()), None)
+                # Of each split its own.
+                tuned.pop("kronecker", None)
+                tuned |= self._tuned(work, batches, partial(_damped, fisher), "kronecker")
+            proposals: Proposals = {"none": None, **tuned}
+            if not tuned or self.preconditioner != "best":
+                proposals = next(iter(tuned.values()), None)
             volumes[split] = tuple(work.volume(batches, cutoff, proposals) for cutoff in self.cutoffs)
             if bridged and self.method != "rays":
                 walked = [work.bridge(batches, cutoff) for cutoff in self.cutoffs]
-                bridges |= {split: kept} if (kept := tuple(one for one in walked if one is not None)) else {}
+                bridges |= {split: kept} if (kept := tuple(bridge for bridge in walked if bridge is not None)) else {}
         if self.sigma == "first":
             self.kept_sigma = work.sigma
         adam_eps = self.kept_eps if self.preconditioner != "kronecker" else self.kept_kronecker_eps
@@ -177,7 +175,7 @@ class VolumeSurvey:
             volumes=volumes,
             batches={split: len(batches) for split, batches in samples.items()},
             preconditioner=self.preconditioner,
-            eps=adam_eps if self.preconditioner in (*found, "best") else None,
+            eps=adam_eps if self.preconditioner in (*tuned, "best") else None,
             kronecker_eps=self.kept_kronecker_eps if self.preconditioner == "best" else None,
             n_samples=self.n_samples,
             bridges=bridges,
@@ -213,6 +211,10 @@ class VolumeSurvey:
         self.kept_eps, self.kept_kronecker_eps = state["eps"], state.get("kronecker_eps")
         if self.preconditioner == "kronecker" and "kronecker_eps" not in state:  # of a checkpoint from before
             self.kept_kronecker_eps = self.kept_eps
+
+
+def _damped(fisher: KroneckerFisher, eps: float) -> Preconditioner:
+    return KroneckerPreconditioner(fisher, eps=eps)
 
 
 @dataclass

@@ -397,15 +397,17 @@ def faithfulness(
     whole, others = circuit.graph.edges(), _of_one_graph(circuit, others or {})
     tried = [whole, torch.zeros_like(whole)]
     unmoved = []
-    for one in ranked:
-        nulls = [make(circuit.graph, one.n_edges, n_random, seed) for make in (random_circuits, joined_circuits)]
-        nulls.append(exchanged_circuits(circuit.graph, one.kept, n_random, seed))
-        unmoved.append([0 < one.n_edges < one.graph.n_edges and torch.equal(kept, one.kept) for kept in nulls[-1]])
+    for sized in ranked:
+        nulls = [make(circuit.graph, sized.n_edges, n_random, seed) for make in (random_circuits, joined_circuits)]
+        nulls.append(exchanged_circuits(circuit.graph, sized.kept, n_random, seed))
+        unmoved.append(
+            [0 < sized.n_edges < sized.graph.n_edges and torch.equal(kept, sized.kept) for kept in nulls[-1]]
+        )
         rivals = (list(others.values()), circuit.without_groups())
-        nulls += [[rival.chosen(n_edges=one.n_edges, **how).kept for rival in kind] for kind in rivals]
-        tried += [one.kept, whole & ~one.kept, *chain.from_iterable(nulls)]
+        nulls += [[rival.chosen(n_edges=sized.n_edges, **how).kept for rival in kind] for kind in rivals]
+        tried += [sized.kept, whole & ~sized.kept, *chain.from_iterable(nulls)]
     counted = [1, 1, *map(len, nulls)]
-    each = sum(counted)
+    per_size = sum(counted)
     replicas = Replicas.of(model) if split_over_ranks else Replicas()
     with replicas.together("faithfulness"), wired(model, pairs, options) as wiring:
         if wiring.graph != circuit.graph:
@@ -424,11 +426,11 @@ def faithfulness(
         )
     # The added 0 makes a 0 of -0.
     shares = torch.tensor(means, dtype=torch.float64).sub(patched).div(clean - patched).add(0.0)
-    own, complements, *kept_by = (part.clone() for part in shares.view(len(ranked), each).split(counted, 1))
+    own, complements, *kept_by = (part.clone() for part in shares.view(len(ranked), per_size).split(counted, 1))
     # A circuit of no heads has none to exchange.
     kept_by[2].masked_fill_(torch.tensor(unmoved, dtype=torch.bool).view(kept_by[2].shape), math.nan)
-    found = Faithfulness(
-        sizes=tuple(one.n_edges for one in ranked),
+    result = Faithfulness(
+        sizes=tuple(sized.n_edges for sized in ranked),
         n_edges=circuit.graph.n_edges,
         values=tuple(own[:, 0].tolist()),
         complements=tuple(complements[:, 0].tolist()),
@@ -437,18 +439,18 @@ def faithfulness(
         clean=clean,
         patched=patched,
         n_pairs=len(pairs),
-        intervals=_intervals(values[:2], values[2::each]),
+        intervals=_intervals(values[:2], values[2::per_size]),
         span=None if len(pairs) < 2 else _span(values[0] - values[1]),
         n_shared=_shared(circuit, pairs),
         metric=options.metric_name,
         ablation=options.ablation,
         cost=cost,
     )
-    found = replace(found, margins=_margins(found, values[:2], values[2:].view(len(ranked), each, -1), counted))
+    result = replace(result, margins=_margins(result, values[:2], values[2:].view(len(ranked), per_size, -1), counted))
     spans = (values[0] - values[1]).tolist()
-    kept = (values[2::each] - values[1]).T.tolist()
-    areas = [found.area_under(row, span) for row, span in zip(kept, spans, strict=True)]
-    return replace(found, area_pairs=per_sample(pairs.digests(), areas, spans))
+    kept = (values[2::per_size] - values[1]).T.tolist()
+    areas = [result.area_under(row, span) for row, span in zip(kept, spans, strict=True)]
+    return replace(result, area_pairs=per_sample(pairs.digests(), areas, spans))
 
 
 def _as_scored(circuit: Circuit, metric: Metric | None, ablation: Ablation | None) -> tuple[Metric, Ablation]:

@@ -50,6 +50,8 @@ _NORMAL = 1.96
 _WATCHED, _LEAST_WATCHED = 1 << 20, 1 << 12
 # Steps of the tables of binomial tails, elements of a matrix worked on at a time.
 _STEPS, _PIECE = 1 << 13, 1 << 20
+# Marks up to which one sum is faster than sums of words.
+_FEW = 1 << 16
 # Rounds of a fit, and the change of its rates, relative, at which it is done.
 _FITS, _FITTED = 200, 1e-7
 
@@ -417,10 +419,11 @@ class _Watched:
     def __init__(self, name: str, shape: tuple[int, int], n_samples: int) -> None:
         self.shape = shape
         count = watched_elements(shape[0] * shape[1], n_samples)
-        whole = count == shape[0] * shape[1]
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        drawn = torch.randint(shape[0] * shape[1], (count,), generator=generator)
-        self.positions = torch.arange(count) if whole else drawn
+        # Flat places in the matrix; None where all of them are watched.
+        self.positions: Tensor | None = None
+        if count < shape[0] * shape[1]:
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            self.positions = torch.randint(shape[0] * shape[1], (count,), generator=generator)
         self.marks = torch.zeros(n_samples, -(-count // 8), dtype=torch.uint8)
         self.rows = torch.zeros(n_samples, shape[0], dtype=torch.int32)
         self.columns = torch.zeros(n_samples, shape[1], dtype=torch.int32)
@@ -429,30 +432,35 @@ class _Watched:
         """Takes what one sample marks."""
         matrix = mask.reshape(self.shape)
         self.rows[index], self.columns[index] = marks_by_row(matrix).cpu(), marks_by_column(matrix).cpu()
-        if self.positions.device != matrix.device:
+        if self.positions is not None and self.positions.device != matrix.device:
             self.positions = self.positions.to(matrix.device)
-        self.marks[index] = torch.from_numpy(
-            np.packbits(matrix.reshape(-1).index_select(0, self.positions).cpu().numpy())
-        )
+        self.marks[index] = torch.from_numpy(np.packbits(self._of(matrix.reshape(-1), self.positions).cpu().numpy()))
+
+    @staticmethod
+    def _of(flat: Tensor, positions: Tensor | None) -> Tensor:
+        return flat if positions is None else flat.index_select(0, positions)
 
     def without_each(
         self, votes: Tensor, needed: int, table: Tensor, replicas: Replicas, device: torch.device
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Golden elements among the watched without each sample, and how many the null explains."""
         marks, rows, columns = (replicas.sum_(part.to(device)).cpu() for part in (self.marks, self.rows, self.columns))
-        positions, n = self.positions.cpu(), len(marks)
-        total = votes.reshape(-1).index_select(0, positions)
+        positions, n = None if self.positions is None else self.positions.cpu(), len(marks)
+        total = self._of(votes.reshape(-1), positions)
         # Without a sample those lose that have just enough votes, its own among them.
         least = (total == needed).numpy()
         observed, nulls = np.full(n, float((total >= needed).count_nonzero())), np.zeros(n)
-        row, column = positions // self.shape[1], positions % self.shape[1]
+        places = None if positions is None else (positions // self.shape[1], positions % self.shape[1])
         table = table.float()
         for some in torch.arange(n).split(max(1, _PIECE // max(self.shape))):
             firsts, seconds = fitted_rates(rows.sum(0) - rows[some], columns.sum(0) - columns[some], n - 1)
             for index, first, second in zip(some.tolist(), firsts.float(), seconds.float(), strict=True):
-                mark = np.unpackbits(marks[index].numpy(), count=len(positions))
+                mark = np.unpackbits(marks[index].numpy(), count=len(total))
                 observed[index] -= np.count_nonzero(mark[least])
-                rates = first.index_select(0, row).mul_(second.index_select(0, column))
+                if places is None:
+                    rates = (first[:, None] * second).view(-1)
+                else:
+                    rates = first.index_select(0, places[0]).mul_(second.index_select(0, places[1]))
                 nulls[index] = float(_interpolated(table, rates).sum(dtype=torch.float64))
         return observed, nulls
 
@@ -467,6 +475,8 @@ def marks_by_row(marks: Tensor) -> Tensor:
         >>> marks_by_row(torch.tensor([[True, False, True], [False, False, True]])).tolist()
         [2, 1]
     """
+    if marks.numel() <= _FEW:
+        return marks.sum(dim=1, dtype=torch.int32)
     columns = marks.shape[1]
     whole = columns - columns % 8
     total = marks[:, whole:].sum(dim=1, dtype=torch.int32)
@@ -483,6 +493,8 @@ def marks_by_column(marks: Tensor) -> Tensor:
         >>> marks_by_column(torch.tensor([[True, False, True], [False, False, True]])).tolist()
         [1, 0, 2]
     """
+    if marks.numel() <= _FEW:
+        return marks.sum(dim=0, dtype=torch.int32)
     columns = marks.shape[1]
     whole = columns - columns % 8
     total = marks.new_zeros(columns, dtype=torch.int32)
@@ -495,9 +507,9 @@ def marks_by_column(marks: Tensor) -> Tensor:
 
 def _words(marks: Tensor) -> Tensor:
     """Eight bytes as one word, shape [rows, columns / 8], whose bytes sum up side by side while none overflows."""
-    held = marks.contiguous()
+    flat = marks.reshape(-1)
     # A view needs words to begin where words may.
-    return (held.clone() if held.storage_offset() % 8 else held).view(torch.int64)
+    return (flat.clone() if flat.storage_offset() % 8 else flat).view(torch.int64).view(len(marks), -1)
 
 
 def row_column_null(votes: Tensor, n_samples: int, needed: int) -> float:

@@ -365,13 +365,20 @@ def log_row(
         if row["result"].get(name):
             text = written(row["result"][name])
             write(lambda loggers: log_text(loggers, f"{prefix}/{name}", text, step))  # noqa: B023
+    _log_figures(trainer.loggers, row, earlier, step)
+
+
+def _log_figures(
+    loggers: Sequence[Any], row: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]], step: int
+) -> None:
+    """Logs the figures of a row to the loggers that take figures; what cannot be drawn is told."""
 
     def tell(name: str, error: Exception) -> None:
         # The row holds the numbers; no training ends for want of a picture.
         rank_zero_warn(f"figure {name!r} of {row['name']} at step {row['step']} is not logged: {error}")
 
     drawn = figures_of(row["analysis"]) and not row["result"].get("undefined")
-    takers = figure_loggers(trainer.loggers) if drawn else []
+    takers = figure_loggers(loggers) if drawn else []
     if not takers:
         return
     try:
@@ -384,7 +391,7 @@ def log_row(
     for name, figure in figures.items():
         # A tag of their own: TensorBoard shows a tag in one plugin only, and hides the figure behind a scalar.
         try:
-            draw = partial(log_figure, tag=f"{prefix}/figure/{name}", figure=figure.within(_CARD), step=step)
+            draw = partial(log_figure, tag=f"goldy/{row['name']}/figure/{name}", figure=figure.within(_CARD), step=step)
             _to_each(takers, f"{row['name']} at step {row['step']}", draw)
         except RenderError as error:
             tell(name, error)
