@@ -424,7 +424,7 @@ def atlas_pairs(
                 rows.append(row)
         elif facts is not None:
             raise ValueError(
-                f"{prompt!r} has {sizes[0]} tokens, as has no other country's whose answer begins with another token"
+                f"{prompt!r} has {size[0]} tokens, as has no other country's whose answer begins with another token"
             )
         if len(rows) == n:
             break
