@@ -1,4 +1,4 @@
-"""TensorBoard itself, as a person sees a run in it: scalars by question, sentences, figures that can be read, a table."""
+"""TensorBoard itself, as a person sees a run in it: scalars by question, sentences, readable figures, a table."""
 
 from __future__ import annotations
 
