@@ -186,7 +186,7 @@ def log_hyperparameters(
     for logger in loggers:
         writer: Any = getattr(logger, "experiment", None)
         if hasattr(writer, "_get_file_writer"):
-            _declare_to_tensorboard(logger, writer, {**told, **_flat(own)}, list(columns))
+            _declare_to_tensorboard(logger, writer, {**_flat(own), **told}, list(columns))
             if isinstance(getattr(logger, "hparams", None), dict):
                 # Written to hparams.yaml, where the page finds them.
                 logger.hparams.update(told)

@@ -307,7 +307,7 @@ def answers_html(answers: Sequence[Answer], anchors: Mapping[str, str]) -> str:
             f'<p class="small">{told}{f" See {more}." if more else ""}</p></div>'
             f'<div class="picture">{picture}</div></div>'
         )
-    key = '<p class="small key">Pictures: the number, its 95 % interval (black) and its null (dashed).</p>'
+    key = '<p class="small key">Pictures: the number, its 95 % interval (thin line) and its null (dashed).</p>'
     cards += [key] if any(answer.finding.bar for answer in answers) else []
     return f'<section id="answers" aria-label="Answers">{"".join(cards)}</section>'
 

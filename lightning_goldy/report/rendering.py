@@ -102,7 +102,7 @@ def narrower(chart: Mapping[str, Any], excess: float) -> dict[str, Any] | None:
     panel = made["spec"] if "facet" in made and "column" not in made["facet"] else made
     parts: list[dict[str, Any]] = made.get("concat") or [panel]
     columns = min(made.get("columns", len(parts)), len(parts))
-    widths = [part.get("width") for part in parts]
+    widths: list[Any] = [part.get("width") for part in parts]
     if not all(isinstance(width, (int, float)) for width in widths):
         made["columns"] = columns - 1
         return made if columns > 1 else None
