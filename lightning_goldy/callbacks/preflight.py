@@ -350,7 +350,8 @@ class Outlook:
         disk = sum(forecast.disk_total for forecast in self.forecasts)
         told = "" if seconds is None else f"{time_in_words(seconds)} in all"
         if seconds is not None and whole:
-            told += f", {100 * seconds / whole:.2g} % of the run's {time_in_words(whole)}"
+            percent = 100 * seconds / whole
+            told += f", {percent:{'.0f' if percent >= 10 else '.2g'}} % of the run's {time_in_words(whole)}"
         told = f"{told}; " if told else ""
         return [*callbacks, f"analyses: {told}memory {size_in_words(self.peak)}, disk {size_in_words(disk)}"]
 
