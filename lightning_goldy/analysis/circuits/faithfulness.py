@@ -462,6 +462,8 @@ def _as_scored(circuit: Circuit, metric: Metric | None, ablation: Ablation | Non
 
 
 def _of_one_graph(circuit: Circuit, others: Mapping[str, Circuit]) -> Mapping[str, Circuit]:
+    if not isinstance(others, Mapping) or not all(isinstance(other, Circuit) for other in others.values()):
+        raise ValueError(f"others are circuits by name, as {{'greater_than': circuit}}; got {others!r}")
     for name, other in others.items():
         if other.graph != circuit.graph:
             raise ValueError(
