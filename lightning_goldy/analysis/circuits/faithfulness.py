@@ -513,7 +513,7 @@ def _margins(
     known = [pair for pair in held if pair[0].numel() and not pair[0].isnan().any()]
     if not known or values.shape[2] < 2:
         return ()
-    margins = []
+    margins: list[tuple[float, float]] = []
     for place, own in enumerate(values[:, 0]):
         _, hardest = max(known, key=lambda pair: float(pair[0][place].mean()))
         margins += _intervals(ends, (own - hardest[place].mean(0) + ends[1])[None])
