@@ -753,7 +753,7 @@ def exchanged_circuits(graph: CircuitGraph, kept: Tensor, count: int, seed: int 
         moved = list(range(len(graph.writers)))
         for held in groups:
             alone = len(held) == 1
-            places = [(head,) for head in held[0]] if alone else held
+            places: list[tuple[int, ...]] = [(head,) for head in held[0]] if alone else held
             for group, other in zip(places, _elsewhere(places, draw), strict=True):
                 for head, new in zip(group, draw.sample(other, len(other)), strict=True):
                     moved[head] = new

@@ -463,6 +463,8 @@ def _as_scored(circuit: Circuit, metric: Metric | None, ablation: Ablation | Non
 
 
 def _of_one_graph(circuit: Circuit, others: Mapping[str, Circuit]) -> Mapping[str, Circuit]:
+    if not isinstance(others, Mapping) or not all(isinstance(other, Circuit) for other in others.values()):
+        raise ValueError(f"others are circuits by name, as {{'greater_than': circuit}}; got {others!r}")
     for name, other in others.items():
         if other.graph != circuit.graph:
             raise ValueError(
@@ -512,7 +514,7 @@ def _margins(
     known = [pair for pair in held if pair[0].numel() and not pair[0].isnan().any()]
     if not known or values.shape[2] < 2:
         return ()
-    margins = []
+    margins: list[tuple[float, float]] = []
     for place, own in enumerate(values[:, 0]):
         _, hardest = max(known, key=lambda pair: float(pair[0][place].mean()))
         margins += _intervals(ends, (own - hardest[place].mean(0) + ends[1])[None])

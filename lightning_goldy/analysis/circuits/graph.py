@@ -11,7 +11,7 @@ own norm. Keys and values that a group of query heads shares (grouped-query atte
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -277,6 +277,14 @@ class Wiring:
             ids = torch.arange(3, 11)[None] % config.get_text_config().vocab_size
         with preserved(model), torch.no_grad():
             seen, logits = _Seen.of(model, ids.to(device))
+            silent = [
+                block.attention_output
+                for block in described.blocks
+                if block.has_attention and not seen.gave[block.attention_output_name].any()
+            ]
+            if silent:
+                # A stream that attention adds nothing to (projections that begin at 0) tells not who reads it when.
+                seen, _ = _Seen.of(model, ids.to(device), silent)
             wiring = _wire(model, described.blocks, seen)
             require_next_tokens(model, ids, logits, "circuits")
             _require_causal(model, ids.to(device), logits)
@@ -338,12 +346,14 @@ class _Seen:
     modules: Mapping[str, nn.Module]
 
     @classmethod
-    def of(cls, model: nn.Module, ids: Tensor) -> tuple[_Seen, Tensor]:
-        """What was seen, and the logits."""
+    def of(cls, model: nn.Module, ids: Tensor, silent: Sequence[nn.Module] = ()) -> tuple[_Seen, Tensor]:
+        """What was seen, and the logits; with something of their own where silent modules give nothing."""
         modules = canonical_modules(model)
         seen = cls({}, {}, [], modules)
         places = {id(module): name for name, module in reversed(modules.items())}
         with ExitStack() as hooks:
+            for module in silent:
+                hooks.callback(module.register_forward_hook(_spoken).remove)
             for module in {id(module): module for module in modules.values()}.values():
                 name = places[id(module)]
                 hooks.callback(module.register_forward_pre_hook(partial(seen._enter, name), with_kwargs=True).remove)
@@ -378,6 +388,12 @@ class _Seen:
             own = any(f"{name}.".startswith(f"{other}.") for other in inside)
             if name.startswith(inside_prefix(block.name)) and not own:
                 yield name
+
+
+def _spoken(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    added = torch.linspace(1, 2, output.shape[-1], device=output.device, dtype=output.dtype)
+    added[::2] *= -1
+    return output + added
 
 
 def stream_of(args: tuple[Any, ...], options: Mapping[str, Any]) -> Tensor | None:

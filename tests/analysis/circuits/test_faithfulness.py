@@ -287,6 +287,8 @@ def test_the_circuits_of_other_tasks_stand_beside_it() -> None:
         assert replace(held, others=torch.tensor([[0.0, 0.0], [0.2, more]])).weak() == doubt
     reached = replace(held, exchanged=held.exchanged + 0.95)
     assert reached.weak() == "no more than the circuit with its heads exchanged"
+    with pytest.raises(ValueError, match=r"others are circuits by name, as .*; got \['far'\]"):
+        faithfulness(model, rival, pairs, others=["far"])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"the circuit of 'far' is of another graph, of .* edges, than the one"):
         faithfulness(model, rival, pairs, others={"far": find_circuits(build("gpt2"), pairs, method="eap")})
 

@@ -133,6 +133,21 @@ def test_every_decoder_has_a_graph(family: str):
     assert (graph.seen[0], graph.seen[-1]) == (1, len(graph.writers))
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "gpt_neox"])
+def test_attention_that_begins_at_nothing_is_read_by_the_mlp_of_its_block_as_ever(family: str):
+    model, graph = build(family), CircuitGraph.of(build(family))
+    names = ("o_proj", "attn.c_proj", "attention.dense")
+    for name, parameter in model.named_parameters():
+        if any(f".{part}." in f".{name}" for part in names):
+            parameter.data.zero_()
+    state = copy.deepcopy(model.state_dict())
+    assert CircuitGraph.of(model) == graph
+    circuit = find_circuits(model, prompts(), method="eap", ablation="zero", n_edges=graph.n_edges)
+    assert circuit.graph == graph
+    assert faithfulness(model, circuit, prompts(), n_random=0).value == 1
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+
+
 def test_the_whole_graph_keeps_all_and_the_empty_one_nothing_exactly():
     for family in ("gpt2", "llama", "gpt_neox", "gemma2"):
         model, pairs = build(family), prompts(5)
