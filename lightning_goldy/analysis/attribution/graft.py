@@ -322,7 +322,7 @@ def graft_curve(
 
     Example:
         >>> from lightning_goldy.analysis import change_attribution
-        >>> from lightning_goldy.core import FunctionObjective
+        >>> from lightning_goldy.core import FunctionObjective, ParameterSpace, ParameterVector
         >>> layer = nn.Linear(4, 1, bias=False)
         >>> base = ParameterVector(ParameterSpace.of(layer), {"weight": torch.zeros(1, 4)})
         >>> _ = layer.weight.data.copy_(torch.tensor([[0.0, 3.0, 0.1, 0.1]]))
