@@ -592,21 +592,9 @@ def _row(
     # Of adapters the rank is known, and the null has it anyhow.
     ranks = (given,) if rank is None or given is not None else (given, rank)
     nulls = [_random_change(matrix, name, seed, of).to(matrix) * changed for of in ranks]
-    resembling = _resembling(name, before, [matrix, *nulls], compared, settings, exact=small)
-    return row | _intruders(resembling, settings.intruders_below, rank)
-
-
-def _intruders(resembling: Sequence[tuple[float, ...]], limit: float, rank: int | None) -> dict[str, Any]:
-    """Columns on leading directions that resemble none of the base's, beside those of random changes.
-
-    Args:
-        resembling: Cosines of the change's directions, and of those of random changes, the last of the change's rank.
-        limit: Below it a direction is an intruder.
-        rank: Of the change, None where it is full.
-    """
-    own, *chances = resembling
-    below, *by_chance = (sum(cosine < limit for cosine in cosines) for cosines in resembling)
-    return {
+    own, *chances = _resembling(name, before, [matrix, *nulls], compared, settings, exact=small)
+    below, *by_chance = (sum(value < settings.intruders_below for value in cosines) for cosines in (own, *chances))
+    return row | {
         "resemblances": own,
         "intruders": below,
         "intruder_share": below / len(own),
