@@ -312,6 +312,8 @@ def test_lines_tell_each_callback_and_all() -> None:
         "other: states no cost; 1 x",
         "analyses: 3 s in all, 15 % of the run's 20 s; memory 2 GB, disk 3 MB",
     ]
+    short = Outlook((forecast,), Speeds((0.5, 0.0), (1.0, 0.0)), Run(10, step_seconds=0.1)).lines()
+    assert "300 % of the run's 1 s" in short[-1]
     unknown = Outlook((forecast,), Speeds((math.nan, 0.0), (1.0, 0.0)), Run(10)).lines()
     assert unknown[0].startswith("one: 8 forward and 0 backward passes of samples x 3; memory")
 
