@@ -553,7 +553,7 @@ def check_other_tasks(others: Sequence[PairTask], task: PairTask | None) -> None
         Traceback (most recent call last):
         ValueError: other_tasks are other tasks than 'induction', each once; got ('induction',)
     """
-    if isinstance(others, str):
+    if not isinstance(others, (list, tuple)):
         raise ValueError(f"other_tasks is a list of tasks; got {others!r}")
     for other in others:
         require_choice("other_tasks", other, get_args(PairTask))
