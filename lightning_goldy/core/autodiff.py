@@ -16,9 +16,9 @@ from torch.func import functional_call, jvp
 
 from lightning_goldy.core.composed import Composed, composed_functions, without_checkpoints
 from lightning_goldy.core.composed import nested_derivatives as nested_derivatives
-from lightning_goldy.core.isolation import require_unscaled
 from lightning_goldy.core.naming import bare_name, canonical_name, model_class, require_at_least
 from lightning_goldy.core.space import trainable_parameters
+from lightning_goldy.core.tasks import require_unscaled
 
 # What torch says where it has no forward mode.
 _NO_FORWARD_MODE = (

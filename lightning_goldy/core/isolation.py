@@ -31,8 +31,8 @@ from torch.quasirandom import SobolEngine
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_goldy.core.composed import without_reentrant_checkpoints
-from lightning_goldy.core.naming import model_class
 from lightning_goldy.core.sharding import is_sharded, local, meet_within, unshard_guard
+from lightning_goldy.core.tasks import require_unscaled
 
 SMALL = 2**20
 """Elements of the largest tensor or array that is copied for an object that is no module."""
@@ -544,24 +544,6 @@ def uncompiled(module: nn.Module) -> AbstractContextManager[Any]:
     """
     compiled = any("_orig_mod" in part._modules or part._compiled_call_impl is not None for part in module.modules())
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-
-
-def require_unscaled(module: nn.Module) -> None:
-    """Refuses a model whose forward pass divides weights in place in evaluation mode, as a deep RWKV does.
-
-    Raises:
-        ValueError: It does; the setting that keeps it from that is named.
-    """
-    for child in module.modules():
-        # Asked of what it holds: a module takes long to say that it has no such attribute.
-        if "layers_are_rescaled" in vars(child):
-            config: Any = child.config
-            if 0 < config.rescale_every < config.num_hidden_layers:
-                raise ValueError(
-                    f"{model_class(module)} divides the weights of its later layers in evaluation mode, so that values "
-                    f"of the two modes do not compare: set its config's rescale_every to 0; it is "
-                    f"{config.rescale_every} with {config.num_hidden_layers} layers"
-                )
 
 
 @contextmanager

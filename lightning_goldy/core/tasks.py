@@ -1,4 +1,4 @@
-"""What the head of a transformers model predicts, found through the wrappers around it."""
+"""What a transformers model is and predicts, found through the wrappers around it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from torch import nn
+
+from lightning_goldy.core.naming import model_class
 
 Task = Literal["causal_lm", "shifted_lm", "seq2seq", "tokens", "classes", "spans"]
 """How the labels of a transformers head belong to its logits; ``shifted_lm`` predicts next tokens from labels that are
@@ -181,3 +183,37 @@ def _outermost(module: nn.Module, kind: type) -> list[nn.Module]:
     if isinstance(module, kind):
         return [module]
     return [inner for child in module.children() for inner in _outermost(child, kind)]
+
+
+def vocabulary_of(model: nn.Module) -> int | None:
+    """Tokens that a model knows; None where nothing tells."""
+    config = getattr(model, "config", None)
+    for holder in (config, getattr(config, "text_config", None)):
+        size = getattr(holder, "vocab_size", None)
+        if isinstance(size, int) and size > 0:
+            return size
+    return None
+
+
+def labels_classes(model: nn.Module) -> bool:
+    """Whether a transformers model labels with classes: it has no head over its tokens."""
+    head = transformers_model(model)
+    return head is not None and head.get_output_embeddings() is None
+
+
+def require_unscaled(module: nn.Module) -> None:
+    """Refuses a model whose forward pass divides weights in place in evaluation mode, as a deep RWKV does.
+
+    Raises:
+        ValueError: It does; the setting that keeps it from that is named.
+    """
+    for child in module.modules():
+        # Asked of what it holds: a module takes long to say that it has no such attribute.
+        if "layers_are_rescaled" in vars(child):
+            config: Any = child.config
+            if 0 < config.rescale_every < config.num_hidden_layers:
+                raise ValueError(
+                    f"{model_class(module)} divides the weights of its later layers in evaluation mode, so that values "
+                    f"of the two modes do not compare: set its config's rescale_every to 0; it is "
+                    f"{config.rescale_every} with {config.num_hidden_layers} layers"
+                )

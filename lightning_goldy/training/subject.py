@@ -16,7 +16,7 @@ from lightning_goldy.analysis.attention import Prompt
 from lightning_goldy.analysis.attention.patterns import with_decoder_tokens
 from lightning_goldy.analysis.attention.rows import Stack, Tokens
 from lightning_goldy.core.batches import move_batch, take_samples
-from lightning_goldy.core.isolation import isolated_rng, preserved, require_unscaled
+from lightning_goldy.core.isolation import isolated_rng, preserved
 from lightning_goldy.core.objective import (
     CausalLMObjective,
     ClassifierObjective,
@@ -24,7 +24,7 @@ from lightning_goldy.core.objective import (
     check_own_loss,
     objective_for,
 )
-from lightning_goldy.core.tasks import transformers_model
+from lightning_goldy.core.tasks import require_unscaled, transformers_model
 from lightning_goldy.training.probe import Reading, probe_source, shared_reading, split_source
 
 

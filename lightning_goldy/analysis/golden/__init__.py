@@ -8,7 +8,6 @@ from lightning_goldy.analysis.golden.golden import (
     random_tokens,
     register_score,
     row_column_null,
-    vocabulary_of,
     watched_elements,
 )
 from lightning_goldy.analysis.golden.reverse import (
@@ -20,6 +19,7 @@ from lightning_goldy.analysis.golden.reverse import (
     scoring_rounds,
 )
 from lightning_goldy.core.mask import jaccard
+from lightning_goldy.core.tasks import vocabulary_of
 
 __all__ = [
     "SINGLE_SHOTS",

@@ -41,7 +41,7 @@ from lightning_goldy.core.sharding import (
 )
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.store import Kind
-from lightning_goldy.core.tasks import transformers_model
+from lightning_goldy.core.tasks import labels_classes, vocabulary_of
 from lightning_goldy.core.vector import ParameterVector, elements_in, require_finite
 
 # Half the width of a 95 % interval in standard errors.
@@ -296,7 +296,7 @@ def golden_parameters(
     with preserved(model), replicas.together("golden_parameters"):
         samples = _first_samples(batches, objective, n_samples)
         size = vocabulary_of(model)
-        draw = partial(random_tokens, vocabulary=size or 0, seed=seed, classes=_labels_classes(model))
+        draw = partial(random_tokens, vocabulary=size or 0, seed=seed, classes=labels_classes(model))
         drawn = [draw(sample) for sample in samples] if control and size else []
         drawn = [] if any(sample is None for sample in drawn) else drawn
         parameters = space.resolve(model)
@@ -641,22 +641,6 @@ def random_tokens(sample: Any, vocabulary: int, seed: int = 0, *, classes: bool 
         changed["labels"] = torch.where(labels == IGNORE_INDEX, labels, follow)
     device = sample["input_ids"].device
     return {**sample, **{name: tensor.to(device) for name, tensor in changed.items()}}
-
-
-def vocabulary_of(model: nn.Module) -> int | None:
-    """Tokens that a model knows; None where nothing tells."""
-    config = getattr(model, "config", None)
-    for holder in (config, getattr(config, "text_config", None)):
-        size = getattr(holder, "vocab_size", None)
-        if isinstance(size, int) and size > 0:
-            return size
-    return None
-
-
-def _labels_classes(model: nn.Module) -> bool:
-    """Whether a transformers model labels with classes: it has no head over its tokens."""
-    head = transformers_model(model)
-    return head is not None and head.get_output_embeddings() is None
 
 
 class Ballot:
