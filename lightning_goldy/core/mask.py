@@ -363,24 +363,23 @@ class PackedMask(Mapping[str, Tensor]):
         self._bits: set[str] = set()
         self._positions: set[str] = set()
         for name, part in parts:
-            numel, flat = math.prod(part.shape), part.flat if isinstance(part, Positions) else None
-            if flat is not None and _FEW * len(flat) >= numel:
-                part, flat = part.dense(), None
-            if flat is not None:
-                count, device = len(flat), flat.device
+            numel, shape = math.prod(part.shape), part.shape
+            if isinstance(part, Positions):
+                few, device = part.flat if _FEW * len(part.flat) < numel else None, part.flat.device
+                count = len(part.flat)
             else:
                 device = part.device
                 count = int(np.count_nonzero(part.numpy()) if device.type == "cpu" else part.count_nonzero())
-            if _FEW * count < numel:
-                positions = flat_positions({name: part}, name) if flat is None else flat
-                packed = positions.int() if numel < 1 << 31 else positions
+                few = flat_positions({name: part}, name) if _FEW * count < numel else None
+            if few is not None:
+                packed = few.int() if numel < 1 << 31 else few
                 self._positions.add(name)
-            elif device.type == "cpu":
-                packed = torch.from_numpy(np.packbits(part.reshape(-1).numpy()))
-                self._bits.add(name)
             else:
-                packed = part
-            self._parts[name] = packed, part.shape, device, count
+                packed = part.dense() if isinstance(part, Positions) else part
+                if device.type == "cpu":
+                    packed = torch.from_numpy(np.packbits(packed.reshape(-1).numpy()))
+                    self._bits.add(name)
+            self._parts[name] = packed, shape, device, count
 
     def __getitem__(self, name: str) -> Tensor:
         packed, shape, device, _ = self._parts[name]
