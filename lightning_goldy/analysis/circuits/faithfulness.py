@@ -395,18 +395,12 @@ def faithfulness(
     how: dict[str, Any] = {"select": select, "rank": rank}
     ranked = [circuit.chosen(n_edges=count, **how) for count in counts] if counts else [circuit]
     whole, others = circuit.graph.edges(), _of_one_graph(circuit, others or {})
+    rivals = [*others.values()], circuit.without_groups()
+    beside = [[*_nulls_of(sized, n_random, seed), *_chosen_like(sized, rivals, how)] for sized in ranked]
     tried = [whole, torch.zeros_like(whole)]
-    unmoved = []
-    for sized in ranked:
-        nulls = [make(circuit.graph, sized.n_edges, n_random, seed) for make in (random_circuits, joined_circuits)]
-        nulls.append(exchanged_circuits(circuit.graph, sized.kept, n_random, seed))
-        unmoved.append(
-            [0 < sized.n_edges < sized.graph.n_edges and torch.equal(kept, sized.kept) for kept in nulls[-1]]
-        )
-        rivals = (list(others.values()), circuit.without_groups())
-        nulls += [[rival.chosen(n_edges=sized.n_edges, **how).kept for rival in kind] for kind in rivals]
-        tried += [sized.kept, whole & ~sized.kept, *chain.from_iterable(nulls)]
-    counted = [1, 1, *map(len, nulls)]
+    for sized, kinds in zip(ranked, beside, strict=True):
+        tried += [sized.kept, whole & ~sized.kept, *chain.from_iterable(kinds)]
+    counted = [1, 1, *map(len, beside[0])]
     per_size = sum(counted)
     replicas = Replicas.of(model) if split_over_ranks else Replicas()
     with replicas.together("faithfulness"), wired(model, pairs, options) as wiring:
@@ -427,8 +421,7 @@ def faithfulness(
     # The added 0 makes a 0 of -0.
     shares = torch.tensor(means, dtype=torch.float64).sub(patched).div(clean - patched).add(0.0)
     own, complements, *kept_by = (part.clone() for part in shares.view(len(ranked), per_size).split(counted, 1))
-    # A circuit of no heads has none to exchange.
-    kept_by[2].masked_fill_(torch.tensor(unmoved, dtype=torch.bool).view(kept_by[2].shape), math.nan)
+    kept_by[2].masked_fill_(_unmoved(ranked, [kinds[2] for kinds in beside]), math.nan)
     result = Faithfulness(
         sizes=tuple(sized.n_edges for sized in ranked),
         n_edges=circuit.graph.n_edges,
@@ -451,6 +444,26 @@ def faithfulness(
     kept = (values[2::per_size] - values[1]).T.tolist()
     areas = [result.area_under(row, span) for row, span in zip(kept, spans, strict=True)]
     return replace(result, area_pairs=per_sample(pairs.digests(), areas, spans))
+
+
+def _nulls_of(sized: Circuit, n_random: int, seed: int) -> list[list[Tensor]]:
+    """Edges of circuits that mean nothing, of a circuit's size: random, joined, its own with heads exchanged."""
+    drawn = [make(sized.graph, sized.n_edges, n_random, seed) for make in (random_circuits, joined_circuits)]
+    return [*drawn, exchanged_circuits(sized.graph, sized.kept, n_random, seed)]
+
+
+def _chosen_like(sized: Circuit, rivals: Iterable[Sequence[Circuit]], how: Mapping[str, Any]) -> list[list[Tensor]]:
+    """As many edges of other circuits, chosen in the same way, by kind of these."""
+    return [[rival.chosen(n_edges=sized.n_edges, **how).kept for rival in kind] for kind in rivals]
+
+
+def _unmoved(ranked: Sequence[Circuit], exchanged: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Where an exchange left a circuit as it is, shape [sizes, draws]: one of no heads has none to exchange."""
+    rows = [
+        [0 < sized.n_edges < sized.graph.n_edges and torch.equal(kept, sized.kept) for kept in draws]
+        for sized, draws in zip(ranked, exchanged, strict=True)
+    ]
+    return torch.tensor(rows, dtype=torch.bool)
 
 
 def _as_scored(circuit: Circuit, metric: Metric | None, ablation: Ablation | None) -> tuple[Metric, Ablation]:
