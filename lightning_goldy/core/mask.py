@@ -363,24 +363,25 @@ class PackedMask(Mapping[str, Tensor]):
         self._bits: set[str] = set()
         self._positions: set[str] = set()
         for name, part in parts:
-            numel, flat = math.prod(part.shape), part.flat if isinstance(part, Positions) else None
-            if flat is not None and _FEW * len(flat) >= numel:
-                part, flat = part.dense(), None
-            if flat is not None:
-                count, device = len(flat), flat.device
-            else:
-                device = part.device
-                count = int(np.count_nonzero(part.numpy()) if device.type == "cpu" else part.count_nonzero())
-            if _FEW * count < numel:
-                positions = flat_positions({name: part}, name) if flat is None else flat
-                packed = positions.int() if numel < 1 << 31 else positions
-                self._positions.add(name)
-            elif device.type == "cpu":
-                packed = torch.from_numpy(np.packbits(part.reshape(-1).numpy()))
-                self._bits.add(name)
-            else:
-                packed = part
-            self._parts[name] = packed, part.shape, device, count
+            self._parts[name] = self._packed(name, part)
+
+    def _packed(self, name: str, part: Tensor | Positions) -> tuple[Tensor, torch.Size, torch.device, int]:
+        if isinstance(part, Positions):
+            if _FEW * len(part.flat) < math.prod(part.shape):
+                return self._listed(name, part)
+            part = part.dense()
+        count = int(np.count_nonzero(part.numpy()) if part.device.type == "cpu" else part.count_nonzero())
+        if _FEW * count < part.numel():
+            return self._listed(name, Positions(flat_positions({name: part}, name), part.shape))
+        if part.device.type != "cpu":
+            return part, part.shape, part.device, count
+        self._bits.add(name)
+        return torch.from_numpy(np.packbits(part.reshape(-1).numpy())), part.shape, part.device, count
+
+    def _listed(self, name: str, part: Positions) -> tuple[Tensor, torch.Size, torch.device, int]:
+        self._positions.add(name)
+        packed = part.flat.int() if math.prod(part.shape) < 1 << 31 else part.flat
+        return packed, part.shape, packed.device, len(packed)
 
     def __getitem__(self, name: str) -> Tensor:
         packed, shape, device, _ = self._parts[name]
