@@ -30,11 +30,13 @@ def test_a_cell_tells_what_differs() -> None:
     near = {"row": {"metrics": {"a": 1.0 + 1e-8, "b": None}, "cost": {"forwards": 2}}, "differences": []}
     far = {"row": {"metrics": {"a": 1.004, "b": None}, "cost": {"forwards": 3}}, "differences": []}
     other = {"row": {"metrics": {"a": 1.0, "b": 0.0}, "cost": {"forwards": 2}}, "differences": []}
-    assert [told(seen, alone) for seen in (alone, near, far, other, {**alone, "differences": ["weights"]})] == [
+    less = {"row": {"metrics": {"b": None}, "cost": {"forwards": 2}}, "differences": []}
+    assert [told(seen, alone) for seen in (alone, near, far, other, less, {**alone, "differences": ["weights"]})] == [
         "exact",
         "rounding 1e-6",
         "rounding 1e-2, other passes",
         "other metrics",
+        "exact, without a",
         "changes the training: weights",
     ]
     assert told({"error": "ValueError: no | such thing"}, alone) == "refused: no / such thing"

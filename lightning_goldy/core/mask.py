@@ -363,23 +363,25 @@ class PackedMask(Mapping[str, Tensor]):
         self._bits: set[str] = set()
         self._positions: set[str] = set()
         for name, part in parts:
-            numel, shape = math.prod(part.shape), part.shape
-            if isinstance(part, Positions):
-                few, device = part.flat if _FEW * len(part.flat) < numel else None, part.flat.device
-                count = len(part.flat)
-            else:
-                device = part.device
-                count = int(np.count_nonzero(part.numpy()) if device.type == "cpu" else part.count_nonzero())
-                few = flat_positions({name: part}, name) if _FEW * count < numel else None
-            if few is not None:
-                packed = few.int() if numel < 1 << 31 else few
-                self._positions.add(name)
-            else:
-                packed = part.dense() if isinstance(part, Positions) else part
-                if device.type == "cpu":
-                    packed = torch.from_numpy(np.packbits(packed.reshape(-1).numpy()))
-                    self._bits.add(name)
-            self._parts[name] = packed, shape, device, count
+            self._parts[name] = self._packed(name, part)
+
+    def _packed(self, name: str, part: Tensor | Positions) -> tuple[Tensor, torch.Size, torch.device, int]:
+        if isinstance(part, Positions):
+            if _FEW * len(part.flat) < math.prod(part.shape):
+                return self._listed(name, part)
+            part = part.dense()
+        count = int(np.count_nonzero(part.numpy()) if part.device.type == "cpu" else part.count_nonzero())
+        if _FEW * count < part.numel():
+            return self._listed(name, Positions(flat_positions({name: part}, name), part.shape))
+        if part.device.type != "cpu":
+            return part, part.shape, part.device, count
+        self._bits.add(name)
+        return torch.from_numpy(np.packbits(part.reshape(-1).numpy())), part.shape, part.device, count
+
+    def _listed(self, name: str, part: Positions) -> tuple[Tensor, torch.Size, torch.device, int]:
+        self._positions.add(name)
+        packed = part.flat.int() if math.prod(part.shape) < 1 << 31 else part.flat
+        return packed, part.shape, packed.device, len(packed)
 
     def __getitem__(self, name: str) -> Tensor:
         packed, shape, device, _ = self._parts[name]

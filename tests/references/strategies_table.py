@@ -28,8 +28,8 @@ generated: a slow test runs every cell and holds it against this page, and `make
 **exact**: every metric, and the numbers of passes among its costs, has the bits that one process finds, and a training
 with the callback ends with the bits (weights, optimizer, buffers, random states) of one without it. **rounding 1e-6**:
 the training likewise; metrics agree up to this relative difference, which sums in another order make. **other passes**:
-the analysis goes another way where the model is in shards, so its passes are others. **other metrics**: it warns that
-it leaves out what needs whole layers, as the proposals of Kronecker factors do. **refused**: it ends before the first
+the analysis goes another way where the model is in shards, so its passes are others. **without**: it warns that it
+leaves out what needs whole layers, and lacks this metric. **refused**: it ends before the first
 step with a message of its own, the note. A cell that nobody has run yet says so.
 
 `HeadPlasticity` and `FinetuneComparison` change or repeat the training, so of them the rows alone are compared. Of
@@ -72,6 +72,8 @@ def told(seen: Mapping[str, Any], alone: Mapping[str, Any]) -> str:
     if "error" in alone:
         return "exact"
     mine, wanted = seen["row"], alone["row"]
+    lacking = sorted(wanted["metrics"].keys() - mine["metrics"].keys())
+    wanted = {**wanted, "metrics": {name: value for name, value in wanted["metrics"].items() if name not in lacking}}
     if {name for name, value in mine["metrics"].items() if value is None} != {
         name for name, value in wanted["metrics"].items() if value is None
     } or mine["metrics"].keys() != wanted["metrics"].keys():
@@ -82,7 +84,8 @@ def told(seen: Mapping[str, Any], alone: Mapping[str, Any]) -> str:
     power = max(math.ceil(math.log10(apart)), -6) if apart else None
     manner = "exact" if power is None else f"rounding 1e{power}"
     counts = [[part["cost"].get(name, 0) for name in ("forwards", "backwards")] for part in (mine, wanted)]
-    return manner if counts[0] == counts[1] else f"{manner}, other passes"
+    passes = [] if counts[0] == counts[1] else ["other passes"]
+    return ", ".join([manner, *passes, *(f"without {name}" for name in lacking)])
 
 
 def _short(message: str, kind: str) -> str:
