@@ -437,6 +437,7 @@ def test_shares_of_a_gradient_that_is_not_that_of_the_values_are_refused() -> No
     )
 
 
+@pytest.mark.filterwarnings("ignore:the base differs from HrmTextForCausalLM in 'model.z_L_init'")
 def test_shares_beside_differences_are_held_against_them() -> None:
     model, base = (build_family("HRM").float() for _ in range(2))
     with torch.no_grad():
