@@ -98,7 +98,9 @@ class TetherWalk(Bridge):
         for number, (way, rest) in enumerate(_ROUNDS):
             ends = (self.low, self.high, way), (self.high, self.low, way), (self.low, self.low, rest)
             ways = [
-                self._stretch(f"round {number}, way {turn}", partial(self._watched, target, *walk, learning=number == 0))
+                self._stretch(
+                    f"round {number}, way {turn}", partial(self._watched, target, *walk, learning=number == 0)
+                )
                 for turn, walk in enumerate(ends)
             ]
             rounds.append(tuple(_Way(*map(np.array, found)) for found in ways))
