@@ -133,6 +133,10 @@ def bridge_gradients(settings: BridgeSettings) -> int:
     return settings.max_gradients + settings.chains * (LONGEST + 1 + langevin)
 
 
+# Another number for another way to walk, whose states go on in no other.
+_WALK = 2
+
+
 class _Node(NamedTuple):
     place: float
     tilt: Tilt
@@ -162,7 +166,7 @@ class KeptState:
     def __init__(self, folder: str | None, walk: dict[str, Any], vectors: Sequence[Tensor], replicas: Replicas) -> None:
         self.replicas, self.path = replicas, None
         if folder is not None:
-            digest = hashlib.blake2b(json.dumps(walk, sort_keys=True).encode(), digest_size=8)
+            digest = hashlib.blake2b(json.dumps([_WALK, walk], sort_keys=True).encode(), digest_size=8)
             for vector in vectors:
                 digest.update(vector.detach().cpu().contiguous().numpy().data)
             name = replicas.gather_objects(f"bridge-{digest.hexdigest()}.safetensors")[0]
