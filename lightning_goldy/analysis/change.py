@@ -608,15 +608,9 @@ def _resembling(
     name: str, before: Tensor, changes: Sequence[Tensor], compared: Tensor, settings: _Settings, *, exact: bool
 ) -> list[tuple[float, ...]]:
     """The most that each leading direction after a change resembles one of the base's, for every change."""
-    return [
-        tuple(
-            resemblances(
-                leading_directions(before + part, settings.top, f"{name}/present", settings.seed, exact=exact)[1],
-                compared,
-            )
-        )
-        for part in changes
-    ]
+    top, seed = settings.top, settings.seed
+    lefts = (leading_directions(before + part, top, f"{name}/present", seed, exact=exact)[1] for part in changes)
+    return [tuple(resemblances(left, compared)) for left in lefts]
 
 
 def rank_of(spectrum: Tensor, norm: float, side: int) -> int | None:
@@ -746,10 +740,7 @@ def leading_directions(
         values, right, left, error = leading_directions(matrix.t(), top, name, seed, exact=exact)
         return values, left, right, error
     if exact:
-        wide = matrix.double()
-        squares, vectors = torch.linalg.eigh(wide @ wide.t())
-        values, left = squares.clamp(min=0).sqrt().flip(0)[:count], vectors.flip(1)[:, :count]
-        return values, left, wide.t() @ left / values.clamp(min=1e-300), 0.0
+        return *_by_gram(matrix, count), 0.0
     wide = precise(matrix)
     # A start that is the same on every machine, and draws from no random state.
     probe = torch.empty(matrix.shape[1], min(*matrix.shape, count + _OVERSAMPLED), dtype=torch.float32)
@@ -759,10 +750,18 @@ def leading_directions(
         block = torch.linalg.qr(wide @ (wide.t() @ block)).Q
         blocks.append(block)
     basis = torch.linalg.qr(torch.cat(blocks, dim=1)).Q  # [out, powers x (count + oversampled)]
-    inner, values, right = torch.linalg.svd(basis.t() @ wide, full_matrices=False)
-    values, left, right = values[:count], (basis @ inner)[:, :count], right[:count].t()
+    values, inner, right = (part.to(wide.dtype) for part in _by_gram(basis.t() @ wide, count))
+    left = basis @ inner
     residuals = (wide @ right - left * values).norm(dim=0) / math.sqrt(2)
     return values.double(), left, right, float((residuals / values.clamp(min=torch.finfo(wide.dtype).tiny)).max())
+
+
+def _by_gram(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest singular values of a matrix of few rows in float64, with left and right directions."""
+    wide = matrix.double()
+    squares, vectors = torch.linalg.eigh(wide @ wide.t())
+    values, left = squares.clamp(min=0).sqrt().flip(0)[:count], vectors.flip(1)[:, :count]
+    return values, left, wide.t() @ left / values.clamp(min=1e-300)
 
 
 def randomised_operations(rows: int, columns: int, top: int) -> float:
