@@ -540,7 +540,7 @@ class _Walk:
     def trace(self, seed: int, pilot: tuple[Proposal, Crossing] | None = None) -> tuple[Proposal, Crossing]:
         proposal = self.ray.turn(seed)
         unit = self.measure.unit(proposal)
-        start, slope, bend = self.measure.start / unit, 2.0, 0.0
+        start, slope, bend = self.measure.start / unit, None, 0.0
         if pilot is not None and math.isfinite(pilot[1].radius):
             start, slope, bend = pilot[1].radius, pilot[1].slope, pilot[1].bend
         crossing = find_radius(
@@ -610,6 +610,8 @@ _LARGEST_STEP = math.log(32.0)
 _STEP_BACK = math.log(4.0)
 # What a slope taken from elsewhere may be off by, as a fraction of it.
 _BORROWED = 1 / 3
+# The slope of a quadratic, where none is known, and what that may be off by: costs of up to the tenth power.
+_QUADRATIC, _GUESSED = 2.0, 4.0
 _PATIENCE = 8
 # Below this slope nothing can be extrapolated.
 _FLAT = 0.1
@@ -640,7 +642,7 @@ def find_radius(
     cutoff: float,
     start: float,
     *,
-    slope: float = 2.0,
+    slope: float | None = None,
     bend: float = 0.0,
     rtol: float = 1e-2,
     max_evaluations: int = 40,
@@ -657,7 +659,7 @@ def find_radius(
         cost: Cost at a radius, nats.
         cutoff: The cost to reach, positive, nats.
         start: First radius, positive.
-        slope: First guess of d log cost / d log radius at the cutoff.
+        slope: d log cost / d log radius at the cutoff, off by a third at most; None where nothing is known of it.
         bend: First guess of its second derivative.
         rtol: Relative tolerance of the cost.
         max_evaluations: Cost evaluations before giving up.
@@ -674,7 +676,7 @@ def find_radius(
         >>> round(crossing.radius, 9), crossing.evaluations
         (0.1, 2)
     """
-    search = _Search(cutoff, rtol, slope, bend, math.log(max_radius))
+    search = _Search(cutoff, rtol, slope or _QUADRATIC, bend, math.log(max_radius), _BORROWED if slope else _GUESSED)
     x = min(math.log(start), search.limit)
     for count in range(1, max_evaluations + 1):
         value = cost(math.exp(x))
@@ -699,6 +701,8 @@ class _Search:
     slope: float
     bend: float
     limit: float
+    unsure: float
+    """What the slope may be off by, as a fraction of it, before two points tell it."""
     low: float = -math.inf
     high: float = math.inf
     count: int = 0
@@ -727,7 +731,7 @@ class _Search:
             return narrow
         miss = abs(self.points[0][1])
         # A secant's slope is that of the middle; slopes are taken to change by at most their own size per factor e.
-        unsure = _BORROWED if self._secant() is None else 0.05 + abs(self.points[1][0] - self.points[0][0]) / 2
+        unsure = self.unsure if self._secant() is None else 0.05 + abs(self.points[1][0] - self.points[0][0]) / 2
         return miss <= self.rtol and miss * unsure <= self.rtol / 10
 
     def _secant(self) -> float | None:

@@ -44,6 +44,13 @@ def test_a_good_start_takes_two_evaluations_and_a_perfect_one_takes_one() -> Non
     assert find_radius(lambda r: r * r, 1e-2, 0.107).evaluations == 2
 
 
+def test_a_slope_that_nothing_is_known_of_corrects_little() -> None:
+    """A quartic missed by 0.2 % at first, of which the slope of a quadratic would make as much on the other side."""
+    crossing = find_radius(lambda r: r**4 * (1 + r * r / 512), 1.0, 1.0)
+    assert crossing.radius**4 * (1 + crossing.radius**2 / 512) == pytest.approx(1.0, rel=1e-3)
+    assert find_radius(lambda r: r**4 * (1 + r * r / 512), 1.0, 1.0, slope=4.0).evaluations == 1
+
+
 @pytest.mark.parametrize("beyond", [math.inf, math.nan, -math.inf, 5.0])
 def test_a_jump_is_found_where_it_is(beyond: float) -> None:
     crossing = find_radius(lambda r: 0.5 * r * r if r < 0.05 else abs(beyond), 1e-2, 1e-3)
