@@ -92,9 +92,9 @@ def plain_reason(message: str) -> str:
         'Unrecognized arguments: --trainr'
     """
     for kind, option in re.findall(r"class_path '([\w.]+)':\s+Option '([\w.]+)' is not accepted", message):
-        parameters = inspect.signature(resolve_name(kind)).parameters
         message = message.replace(
-            f"Option {option!r} is not accepted", f"unknown {option!r}; {suggestion(option, parameters)}"
+            f"Option {option!r} is not accepted",
+            f"unknown {option!r}; {suggestion(option, accepted_options(resolve_name(kind)))}",
         )
     for place, name in re.findall(r"module '([\w.]+)' has no attribute '(\w+)'", message):
         classes = getattr(resolve_name(place), "__all__", ())
@@ -114,6 +114,26 @@ def plain_reason(message: str) -> str:
     where = ".".join([key, *nested[:1]]) if nested and not key.endswith(nested[0]) else key
     reason = printable(" ".join(told[:1] if len(told) > 1 and "Errors:" in message else told))
     return f"{where}: {reason}" if where and where not in reason else reason
+
+
+def accepted_options(kind: type) -> list[str]:
+    """The options of a class, its own first; where it hands on others by ``**``, those of what it inherits, too.
+
+    Example:
+        >>> from lightning_goldy.callbacks import GoldenParameters
+        >>> options = accepted_options(GoldenParameters)
+        >>> options.index("top_k_percent") < options.index("every_n_steps")
+        True
+    """
+    found: dict[str, None] = {}
+    for inherited in kind.__mro__:
+        if "__init__" not in vars(inherited):
+            continue
+        parameters = [*inspect.signature(inherited.__init__).parameters.values()][1:]
+        found |= {p.name: None for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return [*found]
 
 
 class GoldyCLI(LightningCLI):

@@ -47,6 +47,10 @@ def words(tmp_path, monkeypatch):
     [
         (["--model.optimizer.learnin_rate=3"], "'learnin_rate'; did you mean 'learning_rate'"),
         (["--trainer.nothing=3"], "nothing"),
+        (
+            ["--trainer.callbacks={class_path: lightning_goldy.callbacks.TaylorDiff, init_args: {every_n_step: 1}}"],
+            "unknown 'every_n_step'; did you mean 'every_n_steps'",
+        ),
         (["--model.model=./nowhere"], "model './nowhere' is no local folder"),
         (["--model.lora={rank: 2, target_modules: [nope]}"], "its linear layers are named"),
         (
