@@ -166,7 +166,10 @@ def test_what_the_former_decorator_registers_is_drawn_or_told() -> None:
 
 
 @pytest.mark.parametrize("columns", [1, 2])
-def test_an_image_is_made_as_wide_as_its_place_where_plots_can_shrink(columns: int) -> None:
+def test_an_image_is_made_as_wide_as_its_place_where_plots_can_shrink(
+    monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    monkeypatch.setattr("lightning_goldy.report.figures._FITTED", {})
     series = {"the first of two lines": ([1, 2], [1.0, 2.0]), "the second of two lines": ([1, 2], [2.0, 1.0])}
     panels = [lines(series, Lines(y="loss, nats", scale="linear")) for _ in range(columns)]
     figure = replace(arrange(panels, columns=columns, caption="It is told here at length. " * 8), title="Loss " * 20)
@@ -177,7 +180,9 @@ def test_an_image_is_made_as_wide_as_its_place_where_plots_can_shrink(columns: i
     assert struct.unpack(">I", figure.png(1.0)[16:20])[0] > 500
 
 
-def test_panels_below_each_other_shrink_together() -> None:
+def test_panels_below_each_other_shrink_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Other tests draw the same chart with images that stand in for real ones.
+    monkeypatch.setattr("lightning_goldy.report.figures._FITTED", {})
     row = {"label": "clean", "estimates": [-10.0, -12.0], "log_volume": -10.6, "effective_sample_size": 1.3}
     panels = [row, row | {"label": "memorised"}]
     none = {"estimates": [], "log_volume": None}
