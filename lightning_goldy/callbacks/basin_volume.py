@@ -188,11 +188,18 @@ class BasinVolume(AnalysisCallback[BasinVolumes]):
         found = super().forecast(plan, run)
         if self.survey.method == "rays" or (plan.shards > 1 and self.survey.method == "auto"):
             return found
-        walk = forecast_bridge(plan, self.survey.space(plan.model), self._settings(), self.survey.bridge.max_gradients)
+        bridge = self.survey.bridge
+        walk = forecast_bridge(
+            plan,
+            self.survey.space(plan.model),
+            self._settings(),
+            max_gradients=bridge.max_gradients,
+            chains=bridge.chains,
+        )
         moments = len(run.firings(every_n_steps=None, every_n_epochs=None, at=self.at))
-        # Beside the anchor the chains of all replicas are of one size, so that memory is that of one gradient.
-        memory = found.memory + plan.graph(plan.widest(self.survey.n_samples)) + 8 * plan.bytes()
-        return replace(found, once=sum((walk for _ in range(moments)), Work()), memory=memory)
+        return replace(
+            found, once=sum((walk.work for _ in range(moments)), Work()), memory=max(found.memory, walk.memory)
+        )
 
     def _settings(self) -> BasinSettings:
         survey, asked = self.survey, self.survey.preconditioner

@@ -129,7 +129,7 @@ def accepted_options(kind: type) -> list[str]:
     for inherited in kind.__mro__:
         if "__init__" not in vars(inherited):
             continue
-        parameters = [*inspect.signature(inherited.__init__).parameters.values()][1:]
+        parameters = [*inspect.signature(vars(inherited)["__init__"]).parameters.values()][1:]
         found |= {p.name: None for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break

@@ -450,10 +450,14 @@ def forecast_basin(plan: Plan, space: ParameterSpace, settings: BasinSettings) -
 
 
 # Draws of the labels that the curvature of a bridge is of, and timed elements per parameter of a chain's step.
-_FISHER_DRAWS, _STEPPED = 4, 20.0
+_FISHER_DRAWS, _STEPPED = 4, 40.0
+# Copies of what moves that a chain holds, and as many beside all chains, as measured.
+_HELD = 31
 
 
-def forecast_bridge(plan: Plan, space: ParameterSpace, settings: BasinSettings, max_gradients: int) -> Work:
+def forecast_bridge(
+    plan: Plan, space: ParameterSpace, settings: BasinSettings, *, max_gradients: int, chains: int
+) -> Forecast:
     """What bridges take beside the rays of one firing: the curvature, and gradients of the whole probe on all chains.
 
     Args:
@@ -461,19 +465,22 @@ def forecast_bridge(plan: Plan, space: ParameterSpace, settings: BasinSettings, 
         space: The parameters that move.
         settings: Of the volumes, one bridge each.
         max_gradients: Of each, which it makes where its Gaussian alone is not good enough.
+        chains: Of each, which replicas share.
     """
     batches = [(rows, min(tokens, settings.max_tokens or tokens)) for rows, tokens in plan.batches(settings.n_samples)]
     once, walks = passes_over(batches), settings.cutoffs * settings.splits
     sides = [(shape[0], shape[1]) for shape in space.shapes if len(shape) == 2 and max(shape) < plan.vocabulary]
     # In and out of the eigenbasis, in the precision of the weights, which is twice as fast as what is timed.
     turned = sum(2.0 * rows * columns * (rows + columns) for rows, columns in sides)
-    return Work(
+    work = Work(
         forward=2 * walks * once,
         backward=walks * (max_gradients + _FISHER_DRAWS) * once,
         elements=_STEPPED * walks * max_gradients * space.numel,
         flops=walks * max_gradients * turned,
         cubes=1.0 * walks * sum(rows**3 + columns**3 for rows, columns in sides),
     )
+    held = _HELD * (1 + -(-chains // plan.replicas)) * plan.bytes(space)
+    return Forecast(work, memory=held + plan.graph(plan.widest(settings.n_samples)))
 
 
 def forecast_coupling(plan: Plan, parameters: ParameterSpace, n_pieces: int, *, keeps_base: bool) -> Forecast:
