@@ -67,8 +67,10 @@ def subject_of(family: str) -> Subject:
     model, base = build_family(family), build_family(family)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter, before in zip(model.parameters(), base.parameters(), strict=True):
             parameter.add_(1e-3 * torch.randn(parameter.shape, generator=generator))
+            if not parameter.requires_grad:
+                before.copy_(parameter)  # which no finetune moves
     try:
         objective = find_objective(nn.Module(), model, None)  # type: ignore[arg-type]
     except ValueError:
