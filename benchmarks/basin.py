@@ -28,7 +28,7 @@ from lightning_goldy.analysis import adam_preconditioner, basin_volume, kronecke
 from lightning_goldy.analysis.basin import BridgeResult, BridgeSettings, kronecker_fisher
 from lightning_goldy.analysis.divergence import AnchoredDivergence, Cache
 from lightning_goldy.core import CausalLMObjective, ParameterSpace, ParameterVector
-from lightning_goldy.core.directions import Ray, direction_seed
+from lightning_goldy.core.vector import Ray, direction_seed
 
 WORDS = ("the", "a", "small", "large", "red", "blue", "cat", "dog", "tree", "house", "sees", "likes", "finds", "under")
 

@@ -27,7 +27,7 @@ from lightning_goldy.analysis.attention import (
     PromptAttention,
     TrackedAttention,
 )
-from lightning_goldy.analysis.attention.tracking import strongest_heads
+from lightning_goldy.analysis.attention.statistics import strongest_heads
 from lightning_goldy.analysis.result import Cost
 
 KINDS = {"attention": 4, "mlp": 3, "norm": 2}

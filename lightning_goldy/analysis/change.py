@@ -14,13 +14,12 @@ from lightning_goldy.analysis.divergence import jensen_shannon, precise
 from lightning_goldy.analysis.precision import low_precision, rounding_of
 from lightning_goldy.analysis.result import AnalysisResult, tensor_rows
 from lightning_goldy.core.architecture.adapters import LowRankChange, changes_in, chosen_space, merged_name
-from lightning_goldy.core.architecture.experts import expert_counts, expert_names
+from lightning_goldy.core.architecture.blocks import expert_counts, expert_names
 from lightning_goldy.core.base import Base, BaseParameters, base_of
-from lightning_goldy.core.directions import fill_direction_
 from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.naming import block_of, require_at_least
 from lightning_goldy.core.sharding import Replicas, gather, is_sharded, local, scatter_like, sum_over_shards
-from lightning_goldy.core.vector import ParameterVector, reduce_rows, reduce_tensors
+from lightning_goldy.core.vector import ParameterVector, fill_direction_, reduce_rows, reduce_tensors
 
 # log10 |change| from 1e-12 to 10, four bins a decade; what lies outside falls into the outermost bins.
 _LOWEST, _HIGHEST, _PER_DECADE = -12, 1, 4

@@ -10,8 +10,12 @@ from torch import nn
 
 from lightning_goldy.analysis.attention import Prompt, TrackedAttention, attention_maps, track_attention
 from lightning_goldy.analysis.attention.patterns import describe_stack
-from lightning_goldy.analysis.attention.statistics import DEFAULT_MEMORY, check_statistics_arguments
-from lightning_goldy.analysis.attention.tracking import check_prompts, token_namer
+from lightning_goldy.analysis.attention.statistics import (
+    DEFAULT_MEMORY,
+    check_prompts,
+    check_statistics_arguments,
+    token_namer,
+)
 from lightning_goldy.analysis.forecast import Forecast, Plan, Run, forecast_attention
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.callbacks.golden_snapshot import find_snapshot

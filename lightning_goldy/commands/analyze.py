@@ -20,7 +20,7 @@ from torch import nn
 from lightning_goldy.analysis.activations import activation_differences
 from lightning_goldy.analysis.activations.differences import check_texts, in_words, text_lengths
 from lightning_goldy.analysis.attention import Prompt, track_attention
-from lightning_goldy.analysis.attention.tracking import token_namer
+from lightning_goldy.analysis.attention.statistics import token_namer
 from lightning_goldy.analysis.attribution import change_attribution
 from lightning_goldy.analysis.basin import VolumeSurvey, diagonal_preconditioner
 from lightning_goldy.analysis.basin.survey import ONLY_SPLIT, Make
@@ -35,8 +35,7 @@ from lightning_goldy.analysis.taylor import taylor_diff
 from lightning_goldy.callbacks.engine.store import ROWS, ResultStore, peak_memory_bytes
 from lightning_goldy.commands.checkpoints import FoundBase, SavedModel, find_base, follow_frozen, positions, read_saved
 from lightning_goldy.commands.fit import check_configs, run_configured
-from lightning_goldy.commands.output import output_folder, print_report
-from lightning_goldy.commands.ranks import PATIENCE_SECONDS, joined_ranks
+from lightning_goldy.commands.output import PATIENCE_SECONDS, joined_ranks, output_folder, print_report
 from lightning_goldy.core.architecture import UnsupportedArchitectureError
 from lightning_goldy.core.architecture.adapters import WeightSpace, check_space
 from lightning_goldy.core.base import BaseParameters, base_of

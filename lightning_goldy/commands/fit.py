@@ -22,7 +22,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from lightning_goldy.commands.ranks import trainer_words
+from lightning_goldy.commands.output import trainer_words
 from lightning_goldy.core.files import PlainError, atomic_write, printable
 from lightning_goldy.core.naming import suggestion
 from lightning_goldy.training.quiet import progress_only, without_known_warnings

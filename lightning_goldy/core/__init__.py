@@ -2,7 +2,6 @@
 
 from lightning_goldy.core.architecture import Head, HeadError, HeadGates
 from lightning_goldy.core.base import BaseParameters, base_of
-from lightning_goldy.core.directions import random_direction
 from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.objective import (
     CausalLMObjective,
@@ -18,7 +17,7 @@ from lightning_goldy.core.objective import (
 )
 from lightning_goldy.core.space import ParameterSpace, Selection, SpaceError
 from lightning_goldy.core.store import StoreError, load_vectors, save_vectors
-from lightning_goldy.core.vector import ParameterVector, applied, substituted
+from lightning_goldy.core.vector import ParameterVector, applied, random_direction, substituted
 
 __all__ = [
     "BaseParameters",

@@ -12,14 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.core.directions import random_direction
 from lightning_goldy.core.files import StoreError
 from lightning_goldy.core.naming import block_of, require_choice
 from lightning_goldy.core.selection import select_largest, true_positions
 from lightning_goldy.core.sharding import gather, like, local, unshard_guard
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.store import load_vectors, read_header, require_boolean, save_vectors
-from lightning_goldy.core.vector import ParameterVector
+from lightning_goldy.core.vector import ParameterVector, random_direction
 
 Scope = Literal["tensor", "global"]
 

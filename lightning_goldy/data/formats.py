@@ -12,9 +12,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from lightning_goldy.core.files import PlainError
-from lightning_goldy.core.naming import unknown_name
+from lightning_goldy.core.naming import Registry, unknown_name
 from lightning_goldy.core.pieces import KnowledgePiece
-from lightning_goldy.core.registry import Registry
 from lightning_goldy.data.relations import RELATIONS, Fact, country_facts, two_hop_questions
 
 Form = Literal["question", "cloze"]

@@ -16,7 +16,7 @@ from lightning_goldy.core.naming import unknown_name
 from lightning_goldy.core.objective import IGNORE_INDEX
 from lightning_goldy.core.pieces import Sample
 from lightning_goldy.data.base import ProbeDataModule, Splits
-from lightning_goldy.data.sources import check_source, read_documents
+from lightning_goldy.data.readers import check_source, read_documents
 from lightning_goldy.data.tokenization import padding_id
 
 LastBlock = Literal["keep", "drop"]

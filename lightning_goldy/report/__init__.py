@@ -38,8 +38,15 @@ from lightning_goldy.report.topics.attribution import (
 )
 from lightning_goldy.report.topics.basin import chart_volume_cutoffs, chart_volume_estimates, chart_volume_trajectory
 from lightning_goldy.report.topics.circuits import chart_circuit, chart_emergence, chart_faithfulness
-from lightning_goldy.report.topics.coupling import chart_coupling_distribution, chart_coupling_map
-from lightning_goldy.report.topics.coupling_drift import chart_drift_lines, chart_drift_map, chart_drift_prediction
+from lightning_goldy.report.topics.coupling import (
+    chart_coupling_distribution,
+    chart_coupling_map,
+    chart_drift_lines,
+    chart_drift_map,
+    chart_drift_prediction,
+    readiness_lines,
+    readiness_table,
+)
 from lightning_goldy.report.topics.golden import (
     chart_change_histogram,
     chart_golden_parameters,
@@ -115,6 +122,8 @@ __all__ = [
     "log_figure",
     "log_histogram",
     "log_scalars",
+    "readiness_lines",
+    "readiness_table",
     "reads_of",
     "register_answer",
     "register_figure",

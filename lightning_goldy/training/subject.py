@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 
 from lightning_goldy.analysis.attention import Prompt
-from lightning_goldy.analysis.attention.patterns import with_decoder_tokens
-from lightning_goldy.analysis.attention.rows import Stack, Tokens
+from lightning_goldy.analysis.attention.patterns import Stack, Tokens, with_decoder_tokens
 from lightning_goldy.core.batches import move_batch, take_samples
 from lightning_goldy.core.isolation import isolated_rng, preserved
 from lightning_goldy.core.objective import (

@@ -15,7 +15,7 @@ from lightning_goldy.core.store import StoreError
 from lightning_goldy.core.vector import substituted
 from lightning_goldy.data import KnowledgeDataModule, write_pieces
 from lightning_goldy.report.figures import draw_figures
-from lightning_goldy.report.topics.coupling_drift import drift_lines
+from lightning_goldy.report.topics.coupling import drift_lines
 from tests.callbacks.knowledge import COUNTRIES, EDITED, PIECES, TOKENIZER, WORDS, AtlasFinetune, WordData, atlas
 from tests.callbacks.training import Finetune, TokenData, differences, fit
 

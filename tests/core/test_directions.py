@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_goldy.core import ParameterSpace, SpaceError, random_direction
-from lightning_goldy.core.directions import BLOCK, Ray, fill_direction_
+from lightning_goldy.core.vector import BLOCK, Ray, fill_direction_
 from tests.references.common import direction_reference
 from tests.references.models import build
 from tests.references.volume import flat_parameters

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_goldy.core.registry import Registry
+from lightning_goldy.core.naming import Registry
 
 
 def test_entries_under_several_names_in_order() -> None:

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightning_goldy.core.naming import Registry
 from lightning_goldy.core.pieces import KnowledgePiece
-from lightning_goldy.core.registry import Registry
 from lightning_goldy.data import KnowledgeDataModule, formats, load_pieces, read_pieces, write_pieces
 from lightning_goldy.data import readers as loading
 from lightning_goldy.data.readers import FORMATS, Format, Reading, Record, RecordError

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_goldy.data import PackedBlocks, TextDataModule, byte_tokenizer
-from lightning_goldy.data.sources import read_documents
+from lightning_goldy.data.readers import read_documents
 from lightning_goldy.data.text import split_blocks
 from tests.data.shared_data import shared_file
 

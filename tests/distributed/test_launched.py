@@ -14,7 +14,7 @@ import torch.distributed as dist
 import yaml
 
 from lightning_goldy.cli import main
-from lightning_goldy.commands.ranks import Launch, joined_ranks
+from lightning_goldy.commands.output import Launch, joined_ranks
 from lightning_goldy.core.sharding import RankError
 from lightning_goldy.data import AtlasDataModule, byte_tokenizer
 from lightning_goldy.training.models import build_model, complete_config, write_pretrained

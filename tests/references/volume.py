@@ -11,7 +11,7 @@ from mpmath import mp, mpf
 from torch import Tensor, nn
 
 from lightning_goldy.core import ParameterSpace, random_direction
-from lightning_goldy.core.directions import direction_seed
+from lightning_goldy.core.vector import direction_seed
 
 
 def unit_direction(module: nn.Module, seed: int, index: int, space: ParameterSpace | None = None) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 from lightning_goldy.callbacks import KnowledgeCoupling, RunReport
 from lightning_goldy.report.descriptions import description_of
 from lightning_goldy.report.figures import ReportError, draw_figures, reads_of
-from lightning_goldy.report.topics.coupling_drift import (
+from lightning_goldy.report.topics.coupling import (
     chart_drift_lines,
     chart_drift_map,
     chart_drift_prediction,

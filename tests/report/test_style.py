@@ -10,7 +10,7 @@ import pytest
 from lightning_goldy.report.descriptions import _ORDER, documentation, page_of
 from lightning_goldy.report.formatting import GLOSSARY, table_html, texts_html
 from lightning_goldy.report.page import _asset, _reference
-from lightning_goldy.report.topics import coupling, coupling_drift, text
+from lightning_goldy.report.topics import coupling, text
 from tests.house import ROOT
 
 CSS = _asset("style.css")
@@ -77,7 +77,7 @@ TABLES = {
     "shares": ["analysis", "#of all analyses", "#of the run"],
     "metrics": ["metric", "#step 10", "#step 1,200 (end)", "meaning"],
     "comparison": ["quantity", "#difference", "#95 % interval", "remark"],
-    "facts": list(coupling_drift._MOVED),
+    "facts": list(coupling._MOVED),
     "checks": list(coupling._CHECKS),
     "pairs": list(coupling._PAIRS),
     "generations": list(text._GENERATIONS.values()),

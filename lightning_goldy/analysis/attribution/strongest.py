@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from lightning_goldy.analysis.attribution.path import ChangePath
-from lightning_goldy.core.directions import random_direction
 from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.selection import select_largest
 from lightning_goldy.core.sharding import gather, like, local, scatter_like
-from lightning_goldy.core.vector import ParameterVector, reduce_tensors
+from lightning_goldy.core.vector import ParameterVector, random_direction, reduce_tensors
 
 
 def strongest(scores: ParameterVector, change: float, share: float) -> ParameterMask:

@@ -14,16 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_goldy.analysis.basin.preconditioners import EpsUnit, check_damping
+from lightning_goldy.analysis.gradients import LayerSums, exact_products, linear_layers, sampled_labels
 from lightning_goldy.analysis.result import Cost
 from lightning_goldy.core.batches import map_batch, sample_count
-from lightning_goldy.core.directions import derived_seed
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import require_at_least
 from lightning_goldy.core.objective import Objective, objective_for
-from lightning_goldy.core.outer_products import LayerSums, exact_products, linear_layers, sampled_labels
 from lightning_goldy.core.sharding import Replicas, align, is_sharded, local, sum_over_shards
 from lightning_goldy.core.space import ParameterSpace
-from lightning_goldy.core.vector import require_finite
+from lightning_goldy.core.vector import derived_seed, require_finite
 
 
 class Factor(NamedTuple):

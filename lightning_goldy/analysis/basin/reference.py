@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_goldy.analysis.basin.kronecker import KroneckerFisher, LayerFisher
-from lightning_goldy.core.outer_products import exact_products
+from lightning_goldy.analysis.gradients import exact_products
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.vector import ParameterVector
 

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from lightning_goldy.analysis.result import AnalysisResult, Cost
-from lightning_goldy.core.directions import Proposal
+from lightning_goldy.core.vector import Proposal
 
 Measure = Literal["gaussian", "uniform", "sphere"]
 Array = NDArray[np.float64]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_goldy.analysis.basin.reference import Eigenbasis, Tilt, squares
 from lightning_goldy.analysis.divergence import AnchoredDivergence
-from lightning_goldy.core.directions import derived_seed
+from lightning_goldy.core.vector import derived_seed
 
 # Acceptance that steps are adapted to.
 _ACCEPTANCE = 0.75

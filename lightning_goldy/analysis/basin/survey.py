@@ -19,13 +19,13 @@ from lightning_goldy.analysis.basin.result import VolumeResult
 from lightning_goldy.analysis.basin.saddle import BridgeResult
 from lightning_goldy.analysis.basin.volume import Estimator, Method, basin_volume, check_region
 from lightning_goldy.analysis.divergence import shortened
+from lightning_goldy.analysis.gradients import linear_layers
 from lightning_goldy.analysis.result import AnalysisResult, Cost
-from lightning_goldy.core.directions import Preconditioner
 from lightning_goldy.core.naming import require_at_least, require_choice
 from lightning_goldy.core.objective import Objective
-from lightning_goldy.core.outer_products import linear_layers
 from lightning_goldy.core.sharding import is_tensor_parallel
 from lightning_goldy.core.space import ParameterSpace, Selection
+from lightning_goldy.core.vector import Preconditioner
 
 _SPLIT = "under tensor parallelism no process sees a layer whole"
 PreconditionerName = Literal["none", "adam", "best", "kronecker"]

@@ -27,8 +27,8 @@ from lightning_goldy.analysis.basin.bridge import Bridge, BridgeSettings
 from lightning_goldy.analysis.basin.reference import Tilt, squares
 from lightning_goldy.analysis.basin.saddle import Array, effective_share, student
 from lightning_goldy.analysis.basin.sampling import Field
-from lightning_goldy.core.directions import derived_seed
 from lightning_goldy.core.sharding import Replicas
+from lightning_goldy.core.vector import derived_seed
 
 # Draws that show whether a Gaussian is exact enough, those that its normaliser is then corrected by, and the share of
 # them that the weights must leave.

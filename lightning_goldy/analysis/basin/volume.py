@@ -34,13 +34,12 @@ from lightning_goldy.analysis.basin.tether import crossed
 from lightning_goldy.analysis.divergence import AnchoredDivergence, Cache, check_cache, own_share, shortened
 from lightning_goldy.analysis.result import Cost, total_cost
 from lightning_goldy.core.batches import sample_count
-from lightning_goldy.core.directions import Preconditioner, Proposal, Ray, direction_seed
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import require_at_least, require_choice, require_kinds
 from lightning_goldy.core.objective import Objective, objective_for
 from lightning_goldy.core.sharding import Replicas, is_sharded, local, unshard_guard
 from lightning_goldy.core.space import ParameterSpace
-from lightning_goldy.core.vector import ParameterVector, require_finite
+from lightning_goldy.core.vector import ParameterVector, Preconditioner, Proposal, Ray, direction_seed, require_finite
 
 Method = Literal["rays", "bridge", "auto"]
 """Rays: a cheap lower bound. Bridge: the volume, with an error. Auto: the bridge where it can be walked, else rays."""

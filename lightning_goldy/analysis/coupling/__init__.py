@@ -4,12 +4,14 @@ from lightning_goldy.analysis.coupling.activation import activation_similarity
 from lightning_goldy.analysis.coupling.coupling import knowledge_coupling, layer_gradient_norms
 from lightning_goldy.analysis.coupling.passes import CouplingError, OnError, RunOptions
 from lightning_goldy.analysis.coupling.pieces import Layers, Select, check_selection
-from lightning_goldy.analysis.coupling.result import CouplingDrift, CouplingResult, coupling_drift
 from lightning_goldy.analysis.coupling.statistics import (
     OTHERS,
+    CouplingDrift,
     CouplingPicture,
+    CouplingResult,
     CouplingStatistics,
     check_thresholds,
+    coupling_drift,
     coupling_picture,
     coupling_statistics,
 )

@@ -24,12 +24,12 @@ from lightning_goldy.analysis.coupling.pieces import (
     piece_samples,
     selected_parameters,
 )
-from lightning_goldy.analysis.coupling.result import CouplingResult
+from lightning_goldy.analysis.coupling.statistics import CouplingResult
+from lightning_goldy.analysis.gradients import linear_layers
 from lightning_goldy.analysis.result import counted_passes, total_cost
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import require_choice
 from lightning_goldy.core.objective import IGNORE_INDEX, Objective, objective_for
-from lightning_goldy.core.outer_products import linear_layers
 from lightning_goldy.core.pieces import QUESTION_TEMPLATE, AnswerTokens
 from lightning_goldy.core.sharding import Replicas
 

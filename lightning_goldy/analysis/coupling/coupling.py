@@ -45,9 +45,9 @@ from lightning_goldy.analysis.coupling.pieces import (
     selected_parameters,
     signature,
 )
-from lightning_goldy.analysis.coupling.result import ROWS, CouplingResult, cosines_of_gram
+from lightning_goldy.analysis.coupling.statistics import ROWS, CouplingResult, cosines_of_gram
 from lightning_goldy.analysis.result import Cost, total_cost
-from lightning_goldy.core.architecture.experts import of_expert
+from lightning_goldy.core.architecture.blocks import of_expert
 from lightning_goldy.core.batches import batch_tensors
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import block_of, canonical_name, model_class

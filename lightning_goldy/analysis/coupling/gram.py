@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_goldy.analysis.gradients import exact_products
 from lightning_goldy.core.files import StoreError, atomic_write, parse_json
-from lightning_goldy.core.outer_products import exact_products
 from lightning_goldy.core.sharding import Replicas
 from lightning_goldy.core.store import open_tensors, write_tensors
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_goldy.analysis.coupling.gram import Rows, accurate, without_empty_rows
+from lightning_goldy.analysis.gradients import exact_products, linear_layers
 from lightning_goldy.analysis.result import Cost, counted_passes
-from lightning_goldy.core.architecture.experts import of_expert
+from lightning_goldy.core.architecture.blocks import of_expert
 from lightning_goldy.core.naming import canonical_name, require_at_least, require_choice, require_kinds
 from lightning_goldy.core.objective import Objective
-from lightning_goldy.core.outer_products import exact_products, linear_layers
 from lightning_goldy.core.sharding import RankError, gather, is_sharded, local, unshard_guard
 
 T = TypeVar("T")

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_goldy.core.architecture import Architecture, describe_architecture
-from lightning_goldy.core.architecture.blocks import NamedModule
-from lightning_goldy.core.architecture.experts import expert_counts, expert_names, expert_of, output_weight
+from lightning_goldy.core.architecture.blocks import NamedModule, expert_counts, expert_names, expert_of, output_weight
 from lightning_goldy.core.batches import batch_tensors, map_batch
 from lightning_goldy.core.naming import canonical_name, require_choice, suggestion
 from lightning_goldy.core.objective import CausalLMObjective, Objective

@@ -16,11 +16,11 @@ from lightning_goldy.analysis.change import leading_directions, log_histogram, r
 from lightning_goldy.analysis.forecast.plan import VOTED, Speeds
 from lightning_goldy.analysis.golden import golden_parameters, row_column_null, watched_elements
 from lightning_goldy.core.batches import batch_tensors, sample_count
-from lightning_goldy.core.directions import direction_blocks
 from lightning_goldy.core.objective import FunctionObjective, Objective
 from lightning_goldy.core.selection import select_largest
 from lightning_goldy.core.sharding import Replicas, is_sharded, local, unshard_guard
 from lightning_goldy.core.space import trainable_parameters
+from lightning_goldy.core.vector import direction_blocks
 
 # What is timed: elements of a tensor, and the side of a matrix.
 _TIMED, _SIDE = 1 << 21, 256

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_goldy.core.mask import PackedMask, Positions, Scope, flat_positions, marked
-from lightning_goldy.core.naming import require_kinds
-from lightning_goldy.core.registry import Registry
+from lightning_goldy.core.naming import Registry, require_kinds
 from lightning_goldy.core.selection import kth_largest, select_largest, select_largest_of_each
 from lightning_goldy.core.sharding import Replicas, gather, is_sharded, like, local, scatter_like, sum_over_shards
 from lightning_goldy.core.space import ParameterSpace

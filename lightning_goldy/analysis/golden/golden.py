@@ -25,12 +25,11 @@ from lightning_goldy.analysis.gradients import (
     require_gradients,
 )
 from lightning_goldy.analysis.result import AnalysisResult, Cost, tensor_rows
-from lightning_goldy.core.architecture.experts import expert_counts, expert_names
+from lightning_goldy.core.architecture.blocks import expert_counts, expert_names
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.mask import ParameterMask, Scope, check_scope
-from lightning_goldy.core.naming import require_at_least, require_number
+from lightning_goldy.core.naming import Registry, require_at_least, require_number
 from lightning_goldy.core.objective import IGNORE_INDEX, Objective, objective_for
-from lightning_goldy.core.registry import Registry
 from lightning_goldy.core.sharding import (
     Replicas,
     gather,

@@ -39,7 +39,7 @@ from lightning_goldy.analysis.gradients import (
     zeros_like_parts,
 )
 from lightning_goldy.analysis.result import Cost
-from lightning_goldy.core.architecture.experts import expert_counts
+from lightning_goldy.core.architecture.blocks import expert_counts
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.mask import MaskedModel, PackedMask, ParameterMask, Scope, check_scope
 from lightning_goldy.core.naming import require_at_least, require_kinds, require_number, suggestion

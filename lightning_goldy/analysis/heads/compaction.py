@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from lightning_goldy.core.architecture import Architecture, Block, Head, HeadGates, UnsupportedArchitectureError
 from lightning_goldy.core.files import atomic_write
-from lightning_goldy.core.naming import model_class
-from lightning_goldy.core.registry import Registry
+from lightning_goldy.core.naming import Registry, model_class
 from lightning_goldy.core.sharding import is_sharded
 
 CARD = "README.md"

@@ -19,9 +19,8 @@ from lightning_goldy.core.architecture import Head, HeadError, HeadGates, Unsupp
 from lightning_goldy.core.architecture.gates import BatchMismatchError
 from lightning_goldy.core.batches import move_batch, take_samples
 from lightning_goldy.core.isolation import preserved
-from lightning_goldy.core.naming import require_at_least, require_choice, suggestion
+from lightning_goldy.core.naming import Registry, require_at_least, require_choice, suggestion
 from lightning_goldy.core.objective import FunctionObjective, Objective, map_batch, objective_for, split_batch
-from lightning_goldy.core.registry import Registry
 from lightning_goldy.core.sharding import Replicas, is_sharded
 
 Progress = Callable[[int, int], None]

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from lightning_goldy.analysis.heads.optimizer import ParameterRows, head_rows, owned_parts, reset_moments
 from lightning_goldy.core.architecture import Head, HeadError, HeadGates, HeadProjection, ParameterSlice
 from lightning_goldy.core.base import Base, BaseParameters, base_of
-from lightning_goldy.core.directions import fill_direction_
 from lightning_goldy.core.naming import require_at_least, require_choice, suggestion
 from lightning_goldy.core.sharding import gather, is_sharded, local, scatter_like, unshard_guard
 from lightning_goldy.core.space import ParameterSpace
-from lightning_goldy.core.vector import ParameterVector
+from lightning_goldy.core.vector import ParameterVector, fill_direction_
 
 Edit = tuple[ParameterSlice, Callable[[Tensor], Tensor]]
 """A slice, and its new value made from the whole parameter."""

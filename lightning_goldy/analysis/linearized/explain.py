@@ -17,7 +17,7 @@ from lightning_goldy.analysis.divergence import counted_forwards, divergence_sum
 from lightning_goldy.analysis.linearized.variants import FrozenAttention, Intervention, TangentModel, variant_parts
 from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.core.architecture.adapters import Line, line_from
-from lightning_goldy.core.architecture.kernels import eager_attention
+from lightning_goldy.core.architecture.families import eager_attention
 from lightning_goldy.core.autodiff import Substituted
 from lightning_goldy.core.base import Base, base_of
 from lightning_goldy.core.batches import sample_count

@@ -16,7 +16,7 @@ from torch.func import functional_call, jvp
 
 from lightning_goldy.analysis.precision import float64_throughout
 from lightning_goldy.core.architecture import Architecture, Block, UnsupportedArchitectureError, describe_architecture
-from lightning_goldy.core.architecture.kernels import Attended, AttentionCall, AttentionKernelError, eager_attention
+from lightning_goldy.core.architecture.families import Attended, AttentionCall, AttentionKernelError, eager_attention
 from lightning_goldy.core.autodiff import Substituted, call_with, forward_mode, nested_derivatives, require_seen
 from lightning_goldy.core.base import Base, base_of
 from lightning_goldy.core.composed import composed_functions, without_checkpoints

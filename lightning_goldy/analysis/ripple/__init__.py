@@ -9,8 +9,15 @@ from lightning_goldy.analysis.ripple.editors import (
     rank_one_update,
     register_editor,
 )
-from lightning_goldy.analysis.ripple.finetune import UNTOUCHED, FinetuneRipple, finetune_ripple
-from lightning_goldy.analysis.ripple.measure import Encoding, PieceScores, check_pieces, score_pieces
+from lightning_goldy.analysis.ripple.measure import (
+    UNTOUCHED,
+    Encoding,
+    FinetuneRipple,
+    PieceScores,
+    check_pieces,
+    finetune_ripple,
+    score_pieces,
+)
 from lightning_goldy.analysis.ripple.ripple import (
     EDITED,
     KnowledgeEdit,

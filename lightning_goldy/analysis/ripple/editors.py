@@ -15,13 +15,18 @@ from torch import Tensor, nn
 from lightning_goldy.analysis.result import Cost
 from lightning_goldy.analysis.ripple.measure import log_prob_gradient, require_count
 from lightning_goldy.core.architecture import UnsupportedArchitectureError, describe_architecture
-from lightning_goldy.core.architecture.blocks import NamedModule
-from lightning_goldy.core.architecture.experts import is_experts, output_weight
+from lightning_goldy.core.architecture.blocks import NamedModule, is_experts, output_weight
 from lightning_goldy.core.architecture.families import is_projection
-from lightning_goldy.core.naming import model_class, require_at_least, require_kinds, require_number, suggestion
+from lightning_goldy.core.naming import (
+    Registry,
+    model_class,
+    require_at_least,
+    require_kinds,
+    require_number,
+    suggestion,
+)
 from lightning_goldy.core.objective import IGNORE_INDEX, CausalLMObjective
 from lightning_goldy.core.pieces import Sample
-from lightning_goldy.core.registry import Registry
 from lightning_goldy.core.space import ParameterSpace, SpaceError, trainable_parameters
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from lightning_goldy.analysis.taylor.approximation import (
 )
 from lightning_goldy.analysis.taylor.result import By, Kind, Sums, TaylorDiffResult, result_of
 from lightning_goldy.core.architecture.adapters import line_from
-from lightning_goldy.core.architecture.experts import expert_counts, expert_names
+from lightning_goldy.core.architecture.blocks import expert_counts, expert_names
 from lightning_goldy.core.autodiff import (
     ForwardModeError,
     Substituted,

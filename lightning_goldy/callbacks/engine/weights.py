@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lightning_goldy.analysis.result import Row
 from lightning_goldy.core.architecture import HeadGates
 from lightning_goldy.core.architecture.adapters import AdapterError, adapted_layers
-from lightning_goldy.core.architecture.experts import without_adapters
+from lightning_goldy.core.architecture.blocks import without_adapters
 from lightning_goldy.core.base import BaseParameters
 from lightning_goldy.core.naming import canonical_name
 from lightning_goldy.core.sharding import Replicas, align, gather, is_sharded, local, scatter_like, unshard_guard

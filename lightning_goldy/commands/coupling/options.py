@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_goldy.analysis.coupling import Layers, RunOptions, Select, check_selection
 from lightning_goldy.analysis.ripple.editors import make_editor
-from lightning_goldy.commands.ranks import Launch
+from lightning_goldy.commands.output import Launch
 from lightning_goldy.core.naming import require_choice, require_kinds
 from lightning_goldy.core.pieces import QUESTION_TEMPLATE, AnswerTokens
 from lightning_goldy.data.tokenization import load_tokenizer

@@ -41,16 +41,15 @@ from lightning_goldy.commands.coupling.run import (
     strong_pairs,
     write_pairs,
 )
-from lightning_goldy.commands.output import next_version
-from lightning_goldy.commands.ranks import joined_ranks
+from lightning_goldy.commands.output import joined_ranks, next_version
 from lightning_goldy.core import store
 from lightning_goldy.core.files import atomic_write, finite, printable, require_local
 from lightning_goldy.core.naming import model_class
+from lightning_goldy.report import readiness_lines, readiness_table
 from lightning_goldy.report.figures import draw_figures
 from lightning_goldy.report.formatting import format_bytes, format_number, format_percent, format_seconds
 from lightning_goldy.report.page import write_report
 from lightning_goldy.report.rendering import RenderError
-from lightning_goldy.report.topics.coupling import readiness_lines, readiness_table
 from lightning_goldy.training.quiet import progress_only, without_known_warnings
 
 if TYPE_CHECKING:

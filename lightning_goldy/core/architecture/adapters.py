@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.core.architecture.experts import is_experts, without_adapters
+from lightning_goldy.core.architecture.blocks import is_experts, without_adapters
 from lightning_goldy.core.base import BaseParameters, Change
 from lightning_goldy.core.files import PlainError
 from lightning_goldy.core.naming import canonical_name, model_class, require_choice

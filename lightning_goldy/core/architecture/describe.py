@@ -25,9 +25,9 @@ from lightning_goldy.core.architecture.blocks import (
     Missing,
     NamedModule,
     UnsupportedArchitectureError,
+    is_experts,
     require_stack,
 )
-from lightning_goldy.core.architecture.experts import is_experts
 from lightning_goldy.core.architecture.families import (
     FamilySpec,
     HeadCounts,

@@ -18,8 +18,7 @@ from lightning_goldy.analysis.attention import (
     attention_maps,
     attention_statistics,
 )
-from lightning_goldy.analysis.attention.patterns import UnreadableAttentionError
-from lightning_goldy.analysis.attention.rows import Tokens, statistic_sums
+from lightning_goldy.analysis.attention.patterns import Tokens, UnreadableAttentionError, statistic_sums
 from lightning_goldy.analysis.divergence import jensen_shannon
 from lightning_goldy.analysis.result import Cost
 from lightning_goldy.core import CausalLMObjective, FunctionObjective, ParameterSpace, ParameterVector, SpaceError

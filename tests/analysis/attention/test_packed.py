@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_goldy.analysis import attention_statistics
-from lightning_goldy.analysis.attention.rows import STATISTICS, Tokens
+from lightning_goldy.analysis.attention.patterns import STATISTICS, Tokens
 from lightning_goldy.training.subject import find_prompts
 from tests.references.models import VOCABULARY, build
 

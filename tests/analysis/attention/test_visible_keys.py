@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 from lightning_goldy.analysis.attention import attention_statistics
-from lightning_goldy.analysis.attention.patterns import recorded_attention
-from lightning_goldy.analysis.attention.rows import (
+from lightning_goldy.analysis.attention.patterns import (
     STATISTICS,
     Tokens,
     divergence_sums,
     jensen_shannon,
+    recorded_attention,
     row_entropies,
     statistic_sums,
     visible_keys,
 )
-from lightning_goldy.core.architecture.kernels import eager_attention
+from lightning_goldy.core.architecture.families import eager_attention
 from tests.references.architecture_models import build, token_ids
 from tests.references.attention import divergence, rows_of_scores
 

@@ -12,7 +12,7 @@ from lightning_goldy.analysis import basin_volume, local_volume
 from lightning_goldy.analysis.basin import Estimator
 from lightning_goldy.analysis.divergence import AnchoredDivergence
 from lightning_goldy.core import CausalLMObjective, ClassifierObjective, ParameterSpace
-from lightning_goldy.core.directions import Ray, direction_seed
+from lightning_goldy.core.vector import Ray, direction_seed
 from tests.core.test_directions import Stretch
 from tests.references.models import build, token_batch
 from tests.references.volume import flat_parameters, unit_direction

@@ -9,8 +9,8 @@ from torch import nn
 from lightning_goldy.analysis import kronecker_fisher
 from lightning_goldy.analysis.basin import KroneckerPreconditioner
 from lightning_goldy.analysis.basin import kronecker as fisher_module
+from lightning_goldy.analysis.gradients import exact_products, sampled_labels
 from lightning_goldy.core import CausalLMObjective, ClassifierObjective, FunctionObjective
-from lightning_goldy.core.outer_products import exact_products, sampled_labels
 from tests.references.kronecker import Mlp, least_likely, split_tensors
 from tests.references.models import build, token_batch
 from tests.references.preconditioner import dense_map
@@ -33,7 +33,7 @@ def test_labels_are_drawn_from_the_softmax():
 def test_labels_do_not_depend_on_how_the_rows_are_cut(monkeypatch):
     logits = torch.randn(50, 11)
     whole = sampled_labels(logits, seed=1)
-    monkeypatch.setattr("lightning_goldy.core.outer_products._CHUNK", 33)
+    monkeypatch.setattr("lightning_goldy.analysis.gradients._CHUNK", 33)
     assert torch.equal(sampled_labels(logits, seed=1), whole)
     assert whole.shape == (50,)
 

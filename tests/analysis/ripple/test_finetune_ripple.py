@@ -77,7 +77,7 @@ def test_gradients_give_what_forward_mode_gives(monkeypatch) -> None:
     base = double("gpt2")
     forward = rippled(moved(base), base)
     # The package has a function of the module's name.
-    module = sys.modules["lightning_goldy.analysis.ripple.finetune"]
+    module = sys.modules["lightning_goldy.analysis.ripple.measure"]
     monkeypatch.setattr(module, "available_route", lambda *_: "gradients")
     backward = rippled(moved(base), base)
     assert (forward.route, backward.route) == ("forward", "gradients")
@@ -89,7 +89,7 @@ def test_the_cost_is_what_the_model_saw(monkeypatch, route: str, expected: Cost)
     base = double("gpt2")
     model = moved(base)
     if route == "gradients":
-        module = sys.modules["lightning_goldy.analysis.ripple.finetune"]
+        module = sys.modules["lightning_goldy.analysis.ripple.measure"]
         monkeypatch.setattr(module, "available_route", lambda *_: "gradients")
     with seen_samples(model) as seen:
         found = rippled(model, base)

@@ -19,7 +19,7 @@ from lightning_goldy.analysis import (
 from lightning_goldy.analysis.change import weight_change
 from lightning_goldy.analysis.coupling.coupling import layer_gradient_norms
 from lightning_goldy.core import ParameterVector, SpaceError
-from lightning_goldy.core.architecture.experts import expert_counts
+from lightning_goldy.core.architecture.blocks import expert_counts
 from lightning_goldy.core.objective import objective_for
 from lightning_goldy.core.vector import elements_in
 from tests.references.model_zoo import VOCABULARY, batch_for, build_family

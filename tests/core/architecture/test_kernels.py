@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_goldy.analysis.attention.patterns import recorded_attention
 from lightning_goldy.analysis.linearized import FrozenAttention
 from lightning_goldy.core import ParameterVector
-from lightning_goldy.core.architecture.kernels import AttentionKernelError, additive_mask, eager_attention
+from lightning_goldy.core.architecture.families import AttentionKernelError, additive_mask, eager_attention
 from tests.references.architecture_models import build, token_ids
 from tests.references.attention import moved
 
