@@ -76,3 +76,41 @@ def reselected_reference(scores: Tensor, mask: Tensor, size: int, pool: int) -> 
 def best_by_enumeration(weights: Tensor, size: int, divergence) -> tuple[float, set[int]]:
     """The best mask of a few elements, by trying all."""
     return max((divergence(set(chosen)), set(chosen)) for chosen in itertools.combinations(range(len(weights)), size))
+
+
+def shrunk_reference(
+    model: nn.Module, scores: dict[str, Tensor], percent: float, scope: str, swings: Sequence[float], logits
+) -> tuple[float, dict[str, Tensor]]:
+    """The best mask of the budget on the way from 30 times as many, each of the largest average gains so far.
+
+    Args:
+        swings: What a strategy makes each round of the mask's size while it is above the budget; one for every round.
+    """
+    groups = [list(scores)] if scope == "global" else [[name] for name in scores]
+    means = {name: torch.zeros_like(each) for name, each in scores.items()}
+    values, factor, found = scores, 30.0, []
+    for step, swing in enumerate(swings, start=1):
+        mask = _largest_of_groups(values, groups, percent, factor)
+        if factor == 1.0:
+            found.append((masked_divergence_reference(model, mask, logits), mask))
+        slopes = masked_gradient_reference(model, mask, logits)
+        gains = {name: -slopes[name] * parameter.detach() for name, parameter in model.named_parameters()}
+        total = sum(float(gains[name][mask[name]].abs().sum()) for name in gains)
+        means = {name: 0.8 * means[name] + 0.2 * gains[name] / total for name in gains}
+        width = 30 ** (1 - step / (0.8 * len(swings)))
+        values, factor = means, width * swing if width > 1 else 1.0
+    mask = _largest_of_groups(values, groups, percent, factor)
+    found.append((masked_divergence_reference(model, mask, logits), mask))
+    return max(found, key=lambda each: each[0])
+
+
+def _largest_of_groups(
+    scores: dict[str, Tensor], groups: list[list[str]], percent: float, factor: float
+) -> dict[str, Tensor]:
+    chosen = {}
+    for group in groups:
+        flat = torch.cat([scores[name].flatten() for name in group])
+        size = min(flat.numel(), math.ceil(factor * budget_of(percent, flat.numel()) - 1e-9))
+        parts = first_k(flat, size).split([scores[name].numel() for name in group])
+        chosen |= {name: part.view(scores[name].shape) for name, part in zip(group, parts, strict=True)}
+    return chosen

@@ -1,6 +1,6 @@
 """Which parameters carry the finetune: golden and reverse golden parameters."""
 
-from lightning_goldy.analysis.golden.budget import Fluctuation, register_strategy
+from lightning_goldy.analysis.golden.budget import Fluctuation, check_search_arguments, register_strategy
 from lightning_goldy.analysis.golden.golden import (
     GoldenResult,
     check_golden_arguments,
@@ -14,7 +14,6 @@ from lightning_goldy.analysis.golden.reverse import (
     SINGLE_SHOTS,
     ReverseGoldenResult,
     Search,
-    check_search_arguments,
     reverse_golden_parameters,
     scoring_rounds,
 )

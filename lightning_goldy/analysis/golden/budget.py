@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.core.mask import PackedMask, Positions, Scope, flat_positions, marked
-from lightning_goldy.core.naming import Registry, require_kinds
+from lightning_goldy.core.mask import PackedMask, Positions, Scope, check_scope, flat_positions, marked
+from lightning_goldy.core.naming import Registry, require_kinds, require_number
 from lightning_goldy.core.selection import kth_largest, select_largest, select_largest_of_each
 from lightning_goldy.core.sharding import Replicas, gather, is_sharded, like, local, scatter_like, sum_over_shards
 from lightning_goldy.core.space import ParameterSpace
@@ -26,6 +26,8 @@ Mask = dict[str, Tensor]
 _CHANNELS = 4
 # So many times as many exchanges are looked at as are asked for, since the next question may be of more.
 _AHEAD = 4
+# What stays of mean gains each time.
+_MEMORY = 0.8
 # What lies beside a mask is kept where it is no more than 1 in so many of its group's elements.
 _KEPT = 16
 
@@ -359,6 +361,42 @@ class Budget:
         counts = dict(zip(self.layouts, sum_over_shards(parts, list(self.layouts.values())), strict=True))
         groups = zip(self.groups, self.stacks, strict=True)
         return [sum(int(counts[name]) for name in group) // stack for group, stack in groups]
+
+
+class MeanGains:
+    r"""What masking each element adds, averaged over the masks that it was asked of.
+
+    .. math:: v \leftarrow \beta v + (1 - \beta) \frac{s}{\sum_{i \in m} |s_i|}, \qquad \beta = 0.8
+
+    A gain to first order says little of an element by itself, for it depends on what else is masked; one that is large
+    under many masks belongs to what they share. Gains are larger by orders where more is masked, so that what is
+    averaged is each one's share.
+
+    Args:
+        budget: Knows the layouts.
+
+    Example:
+        >>> means = MeanGains(Budget({"a": torch.zeros(2)}, 50, "tensor"))
+        >>> means.add({"a": torch.tensor([4.0, 1.0])}, {"a": torch.tensor([True, False])})
+        >>> means.values["a"].tolist()
+        [0.19999998807907104, 0.04999999701976776]
+    """
+
+    def __init__(self, budget: Budget) -> None:
+        self._layouts = budget.layouts
+        self.values: dict[str, Tensor] = {}
+        """This process's part of each tensor."""
+
+    def add(self, gains: Mapping[str, Tensor], mask: Mapping[str, Tensor]) -> None:
+        """Takes the gains at a mask in, which are left as they are."""
+        device = next(iter(gains.values())).device.type
+        # Some accelerators have no float64.
+        dtype = torch.float32 if device == "mps" else torch.float64
+        inside = [part[mask[name]].abs().sum(dtype=dtype) for name, part in gains.items()]
+        total = float(sum(sum_over_shards(inside, [self._layouts[name] for name in gains])))
+        for name, part in gains.items():
+            mean = self.values.setdefault(name, torch.zeros_like(part))
+            mean.mul_(_MEMORY).add_(part, alpha=(1 - _MEMORY) / total if total > 0 else 0.0)
 
 
 class ComputedScores(Mapping[str, Tensor]):
@@ -711,3 +749,15 @@ def inflation(settings: Fluctuation, generator: random.Random) -> Strategy:
         return size
 
     return factor
+
+
+def check_search_arguments(top_k_percent: float, scope: str, strategy: str) -> None:
+    """Checks what can be checked before there is a model.
+
+    Raises:
+        ValueError: An argument is unknown or out of range.
+    """
+    require_number("top_k_percent", top_k_percent)
+    elements_in(top_k_percent, 1)
+    STRATEGIES[strategy]
+    check_scope(scope)

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from lightning_goldy.analysis.divergence import Cache, check_cache, precise
 from lightning_goldy.analysis.golden.budget import (
-    STRATEGIES,
     Budget,
     ComputedScores,
     Element,
     Fluctuation,
+    MeanGains,
     Outside,
     Scored,
+    check_search_arguments,
     counts_by_expert,
     crossings,
     finite_scores,
@@ -41,12 +42,12 @@ from lightning_goldy.analysis.gradients import (
 from lightning_goldy.analysis.result import Cost
 from lightning_goldy.core.architecture.blocks import expert_counts
 from lightning_goldy.core.isolation import preserved
-from lightning_goldy.core.mask import MaskedModel, PackedMask, ParameterMask, Scope, check_scope
-from lightning_goldy.core.naming import require_at_least, require_kinds, require_number, suggestion
+from lightning_goldy.core.mask import MaskedModel, PackedMask, ParameterMask, Scope
+from lightning_goldy.core.naming import require_at_least, require_kinds, suggestion
 from lightning_goldy.core.objective import Objective, objective_for
 from lightning_goldy.core.sharding import Replicas, gather, like, local
 from lightning_goldy.core.space import ParameterSpace
-from lightning_goldy.core.vector import elements_in, require_finite
+from lightning_goldy.core.vector import require_finite
 
 SINGLE_SHOTS = ("gradient", "taylor", "fisher")
 """The scores that every search is measured against."""
@@ -56,8 +57,9 @@ _PASS = 3
 # Share of the rounds in which the mask grows to the whole budget, and their number at most; in the others its elements
 # are exchanged.
 _GROWTH, _GROWING = 0.7, 11
-# Share of the rounds in which small masks grow, from one single-shot score after the other.
-_STARTING = 0.85
+# Share of the rounds in which small masks grow and then, where so many are left at least, shrink from so many times the
+# budget to the budget, in so much of those.
+_STARTING, _LEAST, _WIDTH, _NARROWING = 0.85, 12, 30, 0.8
 # Exchanges tried for each round at most.
 _TRIALS = 3
 # Rounds where none are given; the second above so many elements, where a round takes minutes.
@@ -80,7 +82,7 @@ class Search:
     """How far and from where a search goes.
 
     Args:
-        score: Registered score of the unmasked model to start from, before the others where masks are small.
+        score: Registered score of the unmasked model to start from.
         rounds: Forward and backward passes under the masked model at most; one more scores the unmasked one. By default
             40, and 8 where more than 100 M elements may be masked.
         exact: Elements that are measured one by one, by a forward pass each, after at most sixteen times as many trials
@@ -239,9 +241,9 @@ def reverse_golden_parameters(
     :math:`s = -\nabla F \odot \theta`; round after round the mask grows to the budget. In each round the strategy
     sizes a pool somewhat larger than what is wanted, in which masked elements may lose their place; its best mask is
     kept when a forward pass shows it better than the greedy one. At the whole budget elements are exchanged until the
-    single best exchange to first order brings nothing. Masks of up to 16,384 elements grow from every single-shot score
-    in turn as long as 85 % of the rounds allow; in the best of them pairs and single candidates, those that carry the
-    largest activations among them, are then exchanged where a measurement shows that it helps.
+    single best exchange to first order brings nothing. Masks of up to 16,384 elements also shrink, from 30 times the
+    budget, to the elements whose s was the largest on average over the way; in the better of the two pairs and single
+    candidates (also those of the largest activations) are then exchanged where a measurement shows that it helps.
     What is returned is the best mask of the whole budget that was measured, the masks of all single-shot scores among
     them. The model comes back as it was, to the bit. On several ranks the samples are shared out; every rank must call.
 
@@ -341,18 +343,6 @@ def _list_samples(batches: Iterable[Any], argument: str) -> list[Any]:
     return found
 
 
-def check_search_arguments(top_k_percent: float, scope: str, strategy: str) -> None:
-    """Checks what can be checked before there is a model.
-
-    Raises:
-        ValueError: An argument is unknown or out of range.
-    """
-    require_number("top_k_percent", top_k_percent)
-    elements_in(top_k_percent, 1)
-    STRATEGIES[strategy]
-    check_scope(scope)
-
-
 def _run_search(
     course: MaskSearch, held_out: SharedDivergence, objective: Objective
 ) -> tuple[dict[str, float], float, int]:
@@ -367,8 +357,8 @@ def _run_search(
         for name in wanted:
             checked = finite_scores(scores[name], f"{name} scores", budget)
             shots[name] = PackedMask(budget.selections(checked, budget.sizes()))
-            if name == score or course.exact:
-                course.start(checked, first=name == score)
+            if name == score:
+                course.start(checked)
             if course.exact:
                 course.note(each.element for each in budget.strongest(checked, course.exact))
             # Each sum is freed once no score needs it.
@@ -448,7 +438,8 @@ class MaskSearch:
         self._greedy, self.rounds = self.strategy == "none", self.settings.rounds_for(sum(self.budget.numels))
         self._steps = min(_GROWING, self.rounds if self._greedy else max(1, math.ceil(_GROWTH * self.rounds)))
         self._pool_factor = self.fluctuation.strategy(self.strategy, self.settings.seed)
-        self._started: list[PackedMask] = []
+        # A part of the budget, and many times the budget.
+        self._started, self._wide = PackedMask(()), PackedMask(())
         self._notable: list[list[Element]] = []
         self._alone: dict[Element, float] = {}
         self._outside = Outside()
@@ -466,24 +457,28 @@ class MaskSearch:
         """Takes elements, the most promising first, among which those to be measured one by one are chosen."""
         self._notable.append(list(candidates))
 
-    def start(self, scores: Mapping[str, Tensor], *, first: bool = True) -> None:
-        """Takes a first and smallest mask from scores of the unmasked model, which need not be held after it.
+    def start(self, scores: Mapping[str, Tensor]) -> None:
+        """Takes the first masks from scores of the unmasked model, which need not be held after it.
 
         Args:
             scores: This process's part of each tensor.
-            first: Whether it is grown before those that are there.
         """
-        started = PackedMask(self.budget.selections(scores, self.budget.sizes(1 / (self._steps + 1))))
-        self._started.insert(0 if first else len(self._started), started)
+        self._started = PackedMask(self.budget.selections(scores, self.budget.sizes(1 / (self._steps + 1))))
+        if self._shrinking:
+            self._wide = PackedMask(self.budget.selections(scores, self.budget.pools(self.budget.sizes(), _WIDTH)))
+
+    @property
+    def _shrinking(self) -> int:
+        """Rounds in which a small mask shrinks; none where few are left for it."""
+        left = int(_STARTING * self.rounds) - self._steps
+        return left if self.exact and left >= _LEAST else 0
 
     def run(self) -> None:
         """Searches from where it was started until the rounds are spent or no exchange brings anything."""
         alone = self._measure_alone() if self.budget.total(self.budget.sizes()) < self.exact else None
-        grown = self._grow(self._started[0])
-        for started in self._started[1:]:
-            # What a mask grows to depends on where it begins more than on what is exchanged later.
-            if self.passes + self._steps <= _STARTING * self.rounds:
-                grown = max(grown, self._grow(started), key=lambda found: found.value)
+        grown = self._grow(self._started)
+        if self._shrinking:
+            grown = max(grown, self._shrink(), key=lambda found: found.value)
         if not self._greedy:
             # Not from the best mask so far: that of a single shot may lead nowhere, and it is not forgotten.
             gain = self._exchange(grown)
@@ -521,6 +516,26 @@ class MaskSearch:
             failures = max(0, failures - 1) if moved else min(failures + 1, _MOST_FAILURES)
             gain = None if moved else gain
         return now
+
+    def _shrink(self) -> _Valued:
+        """Masks that shrink to the budget, made of the elements whose gains were the largest on average."""
+        sizes, means, now = self.budget.sizes(), MeanGains(self.budget), self._wide
+        self._wide, best = PackedMask(()), _Valued(now, -math.inf)
+        for step in range(1, self._shrinking + 1):
+            gain = self._gains(now)
+            if gain is None:
+                break
+            means.add(gain, now)
+            factor = _WIDTH ** (1 - step / (_NARROWING * self._shrinking))
+            factor = factor * self._pool_factor(step, 0.0) if factor > 1 else 1.0
+            pools = self.budget.pools(sizes, factor)
+            now = PackedMask(self.budget.selections(means.values, pools))
+            if pools == sizes:
+                found = self._measure(now)
+                best = max(best, found, key=lambda each: each.value)
+                self._keep(found)
+                self._record({"greedy": found}, "greedy", sizes, sizes, 1.0)
+        return best
 
     def _exchange(self, now: _Valued) -> Mapping[str, Tensor] | None:
         """Exchanges of elements until the single best one to first order brings nothing; the scores at the end."""

@@ -33,6 +33,7 @@ from tests.references.reverse_golden import (
     masked_divergence_reference,
     masked_gradient_reference,
     reselected_reference,
+    shrunk_reference,
     single_shot_reference,
     top_reference,
 )
@@ -226,13 +227,43 @@ def test_the_strategy_is_not_ignored():
     assert len(masks) >= 5
 
 
-@pytest.mark.parametrize(("options", "growths"), [({}, 3), ({"rounds": 6}, 1), ({"strategy": "none"}, 1)])
-def test_small_masks_grow_from_every_single_shot_score(options, growths):
-    model = sharp("gpt2")
-    result = reverse_golden_parameters(model, [BATCH], eval_batches=[HELD_OUT], top_k_percent=5.0, exact=4, **options)
-    sizes = [entry["size"] for entry in result.history if entry["kept"] not in ("pairs", "exact")]
-    assert 1 + sum(after < before for before, after in itertools.pairwise(sizes)) == growths
+@pytest.mark.parametrize(
+    ("options", "shrinks"), [({}, True), ({"rounds": 12}, False), ({"strategy": "none"}, False), ({"exact": 0}, False)]
+)
+def test_small_masks_shrink_after_they_have_grown(options, shrinks, monkeypatch):
+    """Where there are rounds for it; what is masked meanwhile falls from 30 times the budget to the budget."""
+    asked, gains = [], reverse.MaskSearch._gains
+    count = lambda mask: sum(map(mask.count, mask))  # noqa: E731
+    monkeypatch.setattr(reverse.MaskSearch, "_gains", lambda self, mask: asked.append(count(mask)) or gains(self, mask))
+    settings = {"top_k_percent": 0.5, "exact": 4, "amplitude": 0, **options}
+    result = reverse_golden_parameters(sharp("gpt2"), [BATCH], eval_batches=[HELD_OUT], **settings)
+    wide = [size for size in asked if size > result.count]
+    assert (len(wide) > 10) == shrinks
+    assert wide == sorted(wide, reverse=True)
+    assert not shrinks or 20 * result.count < wide[0] <= 30 * result.count
     assert result.passes <= options.get("rounds", 40) + 1
+
+
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+def test_what_a_mask_shrinks_to_is_that_of_whole_sorts(scope):
+    """The same averages of autograd through the definition, and the best of every mask of the budget."""
+    model, logits = sharp("llama").double(), target_logits(BATCH)
+    space = ParameterSpace.of(model)
+    with MaskedModel(model, space) as masked:
+        divergence = SharedDivergence(model, [BATCH], CausalLMObjective(), Replicas())
+        budget = Budget(space.resolve(model), 1.0, scope)
+        settings = Search(rounds=30, exact=4)
+        search = reverse.MaskSearch(masked, divergence, budget, settings, Fluctuation(), "harmonic_oscillator")
+        scores = single_shot_scores(model, divergence, CausalLMObjective(), space.resolve(model), ["fisher"])["fisher"]
+        search.start({name: part.clone() for name, part in scores.items()})
+        found = search._shrink()
+        rounds = search.passes
+    assert rounds == int(0.85 * 30) - 11
+    swing = Fluctuation().strategy("harmonic_oscillator")
+    swings = [swing(step, 0.0) for step in range(1, rounds + 1)]
+    best = shrunk_reference(model, {name: scores[name] for name in space.names}, 1.0, scope, swings, logits)
+    assert found.value == pytest.approx(best[0], rel=1e-9)
+    assert all(torch.equal(found.mask[name], best[1][name]) for name in space.names)
 
 
 def test_plain_greedy_only_adds():
