@@ -39,7 +39,7 @@ from lightning_goldy.analysis.circuits import (
     find_circuits,
     name_movers,
 )
-from lightning_goldy.analysis.circuits.circuit import random_circuits
+from lightning_goldy.analysis.circuits.nulls import random_circuits
 from lightning_goldy.analysis.circuits.runs import measure, wired
 from lightning_goldy.analysis.circuits.scores import by_nodes, edge_scores
 from lightning_goldy.data import PairTask, country_facts, indirect_object_pairs, induction_pairs

@@ -55,8 +55,8 @@ class CircuitTracker(AnalysisCallback[TrackedCircuit]):
             are all of one length.
         share: Of all edges that the circuit has.
         sizes: Shares of all edges at which faithfulness is measured.
-        n_random: Random circuits of each kind per size: of any edges, joined from the input to the output, and the
-            circuit with the heads of every block exchanged.
+        n_random: Random circuits of each kind per size: of any edges, joined from the input to the output, the circuit
+            with the heads of every block exchanged, and with its edges drawn anew between the same layers.
         other_tasks: Tasks whose circuits of the same sizes stand beside it, the hardest null: what they keep is no sign
             of this behaviour. Each is searched like the own one, and costs as much.
         n_groups: Groups of the choosing pairs that are left out in turns, so that the interval holds the choice of the
@@ -144,7 +144,7 @@ class CircuitTracker(AnalysisCallback[TrackedCircuit]):
             gradients=1 if self.tracking.method in ("eap", "nodes") else self.tracking.steps,
             searches=1 + len(self.other_tasks),
             circuits=len(self.tracking.sizes)
-            * (2 + 3 * self.tracking.n_random + self.tracking.n_groups + len(self.other_tasks)),
+            * (2 + 4 * self.tracking.n_random + self.tracking.n_groups + len(self.other_tasks)),
             batch_size=self.tracking.batch_size,
         )
 

@@ -327,11 +327,7 @@ def answer_by_circuit(rows: Sequence[Row]) -> Finding | None:
     doubts += [f"only {prompts} prompts"] if prompts is not None and prompts < _FEW_SAMPLES else []
     nulls = _circuit_nulls(curve)
     null = ", ".join(told for told, _, _ in nulls)
-    for _, who, most in nulls[:1]:
-        if kept <= most:
-            doubts.append(f"{who} of its size keep as much" if who == "random circuits" else f"{who} keeps as much")
-        elif ends and ends[0] <= most:
-            doubts.append(f"its interval reaches what {who} keep{'' if who == 'random circuits' else 's'}")
+    doubts += _beaten_by(curve, nulls, kept, ends)
     if overlap is not None and by_chance is not None:
         null += f"{'; ' if null else ''}by chance they would share {_percent(by_chance)}"
         noise = _metric(row, "overlap_noise")
@@ -343,23 +339,58 @@ def answer_by_circuit(rows: Sequence[Row]) -> Finding | None:
     told = f"95 % interval {_percent(ends[0])} to {_percent(ends[1])} over {curve['n_pairs']} prompts"
     if "wide_intervals" in curve:
         told += " and the choice of the edges" if wide else ", with the edges as they were chosen"
-    means = [(curve.get(name) or [None])[-1] for name in ("random", "joined", "exchanged")]
-    means += [values[-1] for values in (curve.get("others") or {}).values()]
-    bar = Bar(kept, ends[0], ends[1], max(filter(_is_number, means), default=None))
+    bar = Bar(kept, ends[0], ends[1], max((mean for mean, _ in _null_means(curve)), default=None))
     return Finding(f"{sentence}.", told, null, (*doubts, *_marks(row)), bar, "area")
+
+
+_MOVED = {
+    "exchanged": "the circuit with its heads exchanged",
+    "shuffled": "the circuit with its edges shuffled within layers",
+}
+
+
+def _null_means(curve: Mapping[str, Any]) -> list[tuple[float, str]]:
+    """What the nulls of a circuit keep on average, and in words who that is."""
+    names = {"random": "random circuits", "joined": "random circuits", **_MOVED}
+    means = [((curve.get(name) or [None])[-1], who) for name, who in names.items()]
+    means += [(values[-1], f"the circuit of {task}") for task, values in (curve.get("others") or {}).items()]
+    return [(mean, who) for mean, who in means if _is_number(mean)]
+
+
+def _beaten_by(
+    curve: Mapping[str, Any],
+    nulls: Sequence[tuple[str, str, float]],
+    kept: float,
+    ends: tuple[float, float] | None,
+) -> list[str]:
+    """That a null keeps as much, or perhaps does: by the paired margin over the hardest, else by the most of any."""
+    margin = _ends((curve.get("wide_margins") or [None])[-1])
+    if margin is None:
+        hardest = [(who, kept <= most, bool(ends and ends[0] <= most)) for _, who, most in nulls[:1]]
+    else:
+        mean, who = max(_null_means(curve))
+        hardest = [(who, kept <= mean, margin[0] <= 0)]
+    for who, as_much, reached in hardest:
+        many = who == "random circuits"
+        if as_much:
+            return [f"{who} of its size keep as much" if many else f"{who} keeps as much"]
+        if reached:
+            return [f"its interval reaches what {who} keep{'' if many else 's'}"]
+    return []
 
 
 def _circuit_nulls(curve: Mapping[str, Any]) -> list[tuple[str, str, float]]:
     """What a circuit has to beat, the hardest first: in words, who keeps that, and the most of it."""
     nulls = []
-    random, joined, exchanged = ((curve.get(name) or [None])[-1] for name in ("band", "joined_band", "exchanged_band"))
+    random, joined = ((curve.get(name) or [None])[-1] for name in ("band", "joined_band"))
     if random and _is_number(random[1]):
         told = f"random circuits of its size keep {_percent(random[0])} to {_percent(random[1])}"
         told += f", joined from end to end {_percent(joined[0])} to {_percent(joined[1])}" if joined else ""
         nulls.append((told, "random circuits", max(high for _, high in filter(None, (random, joined)))))
-    if exchanged and _is_number(exchanged[1]):
-        who = "the circuit with its heads exchanged"
-        nulls.append((f"{who} keeps {_percent(exchanged[0])} to {_percent(exchanged[1])}", who, exchanged[1]))
+    for name, who in _MOVED.items():
+        band = (curve.get(f"{name}_band") or [None])[-1]
+        if band and _is_number(band[1]):
+            nulls.append((f"{who} keeps {_percent(band[0])} to {_percent(band[1])}", who, band[1]))
     for task, values in (curve.get("others") or {}).items():
         if _is_number(values[-1]):
             who = f"the circuit of {task}"

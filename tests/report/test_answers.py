@@ -259,6 +259,25 @@ def test_a_circuit_beside_random_ones_and_the_bases() -> None:
     ):
         harder["others"] = {"greater_than": [0.3, more]}
         assert told(answer_by_circuit([row_of({}, {"curve": {**wide, **harder}})])).doubts == (doubt,)
+    # Where the same pairs tell what is kept beyond the hardest null on average, that decides.
+    harder |= {
+        "others": {"greater_than": [0.3, 0.5]},
+        "shuffled": [0.1, 0.6],
+        "shuffled_band": [[0.0, 0.2], [0.4, 0.95]],
+    }
+    shuffled = "the circuit with its edges shuffled within layers"
+    for margin, doubts in (
+        ([0.1, 0.5], ()),
+        ([-0.1, 0.7], (f"its interval reaches what {shuffled} keeps",)),
+        ([None, None], (f"{shuffled} keeps as much",)),
+    ):
+        paired = {**wide, **harder, "wide_margins": [[0.0, 0.1], margin]}
+        finding = told(answer_by_circuit([row_of({}, {"curve": paired})]))
+        assert finding.doubts == doubts
+        assert finding.null.startswith(f"{shuffled} keeps 40 % to 95 %, ")
+        assert finding.bar == Bar(0.9, 0.7, 1.0, 0.6)
+    paired |= {"shuffled": [0.1, 0.92], "wide_margins": [[0.0, 0.1], [-0.1, 0.05]]}
+    assert told(answer_by_circuit([row_of({}, {"curve": paired})])).doubts == (f"{shuffled} keeps as much",)
     unknown = {
         "exchanged_band": [[None, None]] * 2,
         "exchanged": [None, None],

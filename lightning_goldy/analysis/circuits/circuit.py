@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
-import random
-from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, get_args
 from xml.etree import ElementTree
@@ -16,7 +14,8 @@ from torch import Tensor, nn
 
 from lightning_goldy.analysis.agreement import agreement_of, interval_of, resampled
 from lightning_goldy.analysis.attention.patterns import attention_maps
-from lightning_goldy.analysis.circuits.graph import INPUT, OUTPUT, CircuitGraph
+from lightning_goldy.analysis.circuits.graph import INPUT, OUTPUT, CircuitGraph, readers_of
+from lightning_goldy.analysis.circuits.nulls import random_circuits
 from lightning_goldy.analysis.circuits.runs import Ablation, CircuitOptions, Metric, Progress, measure, wired
 from lightning_goldy.analysis.circuits.scores import Method, grouped_scores, node_scores
 from lightning_goldy.analysis.result import AnalysisResult, Cost
@@ -384,7 +383,7 @@ def _top(graph: CircuitGraph, values: Tensor, count: int, least: float) -> Tenso
 
 def _greedy(graph: CircuitGraph, values: Tensor, count: int, least: float) -> Tensor:
     """From the output on the strongest edge into what is there, one after the other; dead ends are taken out."""
-    readers = _readers_of(graph)
+    readers = readers_of(graph)
     kept = torch.zeros_like(values, dtype=torch.bool)
     waiting: list[tuple[float, int, int]] = []
     table, opened, reached = values.tolist(), set(), set()
@@ -405,15 +404,6 @@ def _greedy(graph: CircuitGraph, values: Tensor, count: int, least: float) -> Te
             for reader in readers.get(column, ()):
                 open_reader(reader)
     return prune(graph, kept)
-
-
-def _readers_of(graph: CircuitGraph) -> dict[int, list[int]]:
-    """By writer the rows of its own readers."""
-    readers: dict[int, list[int]] = {}
-    for row, places in enumerate(graph.owners):
-        for place in places:
-            readers.setdefault(place, []).append(row)
-    return readers
 
 
 def prune(graph: CircuitGraph, kept: Tensor) -> Tensor:
@@ -639,6 +629,23 @@ def _differences(first: Circuit, second: Circuit) -> tuple[str, ...]:
     return tuple(name for name in names if getattr(first, name) != getattr(second, name))
 
 
+def of_one_graph(circuit: Circuit, others: Mapping[str, Circuit]) -> Mapping[str, Circuit]:
+    """The other circuits by name, all of the graph of this one.
+
+    Raises:
+        ValueError: They are not by name, or one is of another graph.
+    """
+    if not isinstance(others, Mapping) or not all(isinstance(other, Circuit) for other in others.values()):
+        raise ValueError(f"others are circuits by name, as {{'greater_than': circuit}}; got {others!r}")
+    for name, other in others.items():
+        if other.graph != circuit.graph:
+            raise ValueError(
+                f"the circuit of {name!r} is of another graph, of {other.graph.n_edges} edges, than the one that is "
+                f"measured, of {circuit.graph.n_edges}"
+            )
+    return others
+
+
 def overlap_of(first: Tensor, second: Tensor) -> float:
     """Intersection over union of two sets of edges; NaN where both are empty.
 
@@ -648,142 +655,6 @@ def overlap_of(first: Tensor, second: Tensor) -> float:
     """
     union = int((first | second).sum())
     return int((first & second).sum()) / union if union else math.nan
-
-
-def random_circuits(graph: CircuitGraph, n_edges: int, count: int, seed: int = 0) -> list[Tensor]:
-    """Circuits of edges drawn at random, each of shape ``[readers, writers]``; the seed alone decides which.
-
-    Example:
-        >>> graph = CircuitGraph(("input", "m0"), ("m0", "output"), (1, 2), ((1,), ()), (-1, 0))
-        >>> [int(kept.sum()) for kept in random_circuits(graph, 2, 3)]
-        [2, 2, 2]
-    """
-    edges = graph.edges()
-    places = edges.flatten().nonzero().flatten()
-    generator = torch.Generator().manual_seed(seed)
-    found = []
-    for _ in range(count):
-        kept = torch.zeros(edges.numel(), dtype=torch.bool)
-        kept[places[torch.randperm(len(places), generator=generator)[:n_edges]]] = True
-        found.append(kept.view_as(edges))
-    return found
-
-
-def joined_circuits(graph: CircuitGraph, n_edges: int, count: int, seed: int = 0) -> list[Tensor]:
-    """Random circuits every edge of which lies on a path from ``input`` to ``output``; the seed alone decides which.
-
-    Edges come in random order, each with a random way back to what the input reaches and one on to what reaches the
-    output, where these fit into the number that is left. One or two edges fewer where nothing does.
-
-    Example:
-        >>> graph = CircuitGraph(("input", "m0"), ("m0", "output"), (1, 2), ((1,), ()), (-1, 0))
-        >>> [kept.int().tolist() for kept in joined_circuits(graph, 1, 2)]
-        [[[0, 0], [1, 0]], [[0, 0], [1, 0]]]
-    """
-    draw = random.Random(seed)
-    return [_joined(graph, n_edges, draw) for _ in range(count)]
-
-
-def _joined(graph: CircuitGraph, n_edges: int, draw: random.Random) -> Tensor:
-    readers, kept = _readers_of(graph), set[tuple[int, int]]()
-    reached, leads = [name == INPUT for name in graph.writers], [False] * len(graph.writers)
-    order = [(row, column) for row, seen in enumerate(graph.seen) for column in range(seen)]
-    draw.shuffle(order)
-    grown = True
-    while grown and len(kept) < n_edges:
-        grown = False
-        for edge in order:
-            if edge in kept:
-                continue
-            way = {edge}
-            row, column = edge
-            while not reached[column]:
-                above = draw.choice(readers[column])
-                column = draw.randrange(graph.seen[above])
-                way.add((above, column))
-            while graph.owners[row] and not leads[place := draw.choice(graph.owners[row])]:
-                row = draw.randrange(bisect_right(graph.seen, place), len(graph.readers))
-                way.add((row, place))
-            if len(kept) + len(way - kept) > n_edges:
-                continue
-            grown = True
-            kept |= way
-            for row, column in way:
-                leads[column] = True
-                for place in graph.owners[row]:
-                    reached[place] = True
-            if len(kept) == n_edges:
-                break
-    found = torch.zeros(len(graph.readers), len(graph.writers), dtype=torch.bool)
-    for row, column in kept:
-        found[row, column] = True
-    return found
-
-
-def exchanged_circuits(graph: CircuitGraph, kept: Tensor, count: int, seed: int = 0) -> list[Tensor]:
-    """A circuit with the heads of every block exchanged at random, so that each head's edges are another head's.
-
-    Nothing else moves: as many edges run between any two blocks and kinds of inputs, every node hands its number of
-    edges on, and what lay on a path lies on one. Heads that share keys and values go together to the place of another
-    such group, or change places within the only one. A block of one head keeps it; where no block has two, there is
-    no such circuit, and none is returned.
-
-    Args:
-        graph: The graph.
-        kept: The circuit, shape ``[readers, writers]``.
-        count: How many.
-        seed: It alone decides which.
-
-    Example:
-        >>> from transformers import GPT2Config, GPT2LMHeadModel
-        >>> model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=11, n_positions=16))
-        >>> graph = CircuitGraph.of(model)
-        >>> kept = torch.zeros_like(graph.edges())
-        >>> for edge in ("input->a0.h0.v", "a0.h0->m0", "m0->output"):
-        ...     kept[graph.place(edge)] = True
-        >>> _named(graph, exchanged_circuits(graph, kept, 1)[0])
-        ('input->a0.h1.v', 'a0.h1->m0', 'm0->output')
-    """
-    groups = _groups_of(graph)
-    if all(len(held) == 1 and len(held[0]) == 1 for held in groups):
-        return []
-    rows = {_role(graph, row, places): row for row, places in enumerate(graph.owners)}
-    draw, found = random.Random(seed), []
-    for _ in range(count):
-        moved = list(range(len(graph.writers)))
-        for held in groups:
-            alone = len(held) == 1
-            places: list[tuple[int, ...]] = [(head,) for head in held[0]] if alone else held
-            for group, other in zip(places, _elsewhere(places, draw), strict=True):
-                for head, new in zip(group, draw.sample(other, len(other)), strict=True):
-                    moved[head] = new
-        to = [rows[_role(graph, row, [moved[place] for place in held])] for row, held in enumerate(graph.owners)]
-        changed = torch.zeros_like(kept)
-        changed[torch.tensor(to)[:, None], torch.tensor(moved)[None]] = kept
-        found.append(changed)
-    return found
-
-
-def _groups_of(graph: CircuitGraph) -> list[list[tuple[int, ...]]]:
-    """By block the places of heads that share their keys, group by group."""
-    blocks: dict[int, list[tuple[int, ...]]] = {}
-    for name, places in zip(graph.readers, graph.owners, strict=True):
-        if name.endswith(".k"):
-            blocks.setdefault(graph.layers[places[0]], []).append(places)
-    return list(blocks.values())
-
-
-def _role(graph: CircuitGraph, row: int, places: Sequence[int]) -> tuple[str, tuple[int, ...]]:
-    """What tells a reader from all others: its kind of input, and whose it is."""
-    return graph.readers[row].rpartition(".")[2], tuple(sorted(places))
-
-
-def _elsewhere(places: list[tuple[int, ...]], draw: random.Random) -> list[tuple[int, ...]]:
-    """The places in a random order in which none is where it was; one alone stays."""
-    while True:
-        drawn = draw.sample(places, len(places))
-        if len(places) == 1 or all(new != old for new, old in zip(drawn, places, strict=True)):
-            return drawn
 
 
 def _named(graph: CircuitGraph, kept: Tensor) -> tuple[str, ...]:

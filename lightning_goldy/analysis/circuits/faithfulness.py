@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
 from numbers import Real
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,10 @@ from lightning_goldy.analysis.circuits.circuit import (
     Selection,
     check_groups,
     circuit_overlap,
-    exchanged_circuits,
     find_circuits,
-    joined_circuits,
-    random_circuits,
+    of_one_graph,
 )
+from lightning_goldy.analysis.circuits.nulls import NULLS, NullName, null_circuits, unmoved
 from lightning_goldy.analysis.circuits.runs import (
     Ablation,
     CircuitOptions,
@@ -41,8 +40,6 @@ from lightning_goldy.core.base import Base
 from lightning_goldy.core.naming import require_at_least, require_choice, require_number
 from lightning_goldy.core.pieces import PromptPairs
 from lightning_goldy.core.sharding import Replicas
-
-NullName = Literal["random", "joined", "exchanged"]
 
 SHARES = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 """Sizes of a curve, as shares of all edges; none and all are known."""
@@ -60,6 +57,7 @@ class Faithfulness(AnalysisResult):
         random: By size of random circuits as large, shape ``[sizes, circuits]``; ``[sizes, 0]`` without.
         joined: The same of random circuits whose every edge lies on a path from the input to the output.
         exchanged: The same of the circuit with the heads of every block exchanged; ``[sizes, 0]`` where none can be.
+        shuffled: The same of the circuit with its edges drawn anew between the same layers.
         others: The same of the circuits of other tasks, shape ``[sizes, tasks]``.
         other_tasks: Their names.
         choices: By size of the circuits chosen without each group of the choosing pairs, shape ``[sizes, groups]``.
@@ -97,6 +95,7 @@ class Faithfulness(AnalysisResult):
     cost: Cost = field(default=Cost(), compare=False)
     joined: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.float64))
     exchanged: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.float64))
+    shuffled: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.float64))
     others: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.float64))
     other_tasks: tuple[str, ...] = ()
     choices: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.float64))
@@ -147,8 +146,7 @@ class Faithfulness(AnalysisResult):
 
     def nulls(self) -> list[tuple[str, Tensor]]:
         """What the circuit has to beat, with what each keeps by size: the hardest first, by its mean at the largest."""
-        held = [("random ones", self.random), ("joined from end to end", self.joined)]
-        held.append(("heads exchanged", self.exchanged))
+        held = [(short, getattr(self, name)) for name, (short, _) in NULLS.items()]
         held += [(f"circuit of {task}", self.others[:, [place]]) for place, task in enumerate(self.other_tasks)]
         known = [(name, null) for name, null in held if null.numel() and not null[-1].isnan().any()]
         return sorted(known, key=lambda named: -float(named[1][-1].mean()))
@@ -185,6 +183,19 @@ class Faithfulness(AnalysisResult):
             found.append((value - math.hypot(value - low, more), value + math.hypot(high - value, more)))
         return tuple(found)
 
+    @property
+    def wide_margins(self) -> tuple[tuple[float, float], ...]:
+        """By size the margin's interval over pairs that measure and, where it is known, pairs that choose."""
+        errors, found = self.choice_errors or (0.0,) * len(self.margins), []
+        for place, ((low, high), error) in enumerate(zip(self.margins, errors, strict=True)):
+            middle, more = self._margin(place), 1.96 * error
+            found.append((middle - math.hypot(middle - low, more), middle + math.hypot(high - middle, more)))
+        return tuple(found)
+
+    def _margin(self, place: int) -> float:
+        """What a size keeps beyond the mean of its hardest null."""
+        return self.values[place] - max(float(null[place].mean()) for _, null in self.nulls())
+
     def area_under(self, values: Sequence[float], whole: float) -> float:
         """Area under a curve of these sizes that ends at ``whole`` with all edges.
 
@@ -208,9 +219,7 @@ class Faithfulness(AnalysisResult):
             "faithfulness": self.value,
             "faithfulness_low": low,
             "faithfulness_high": high,
-            "faithfulness_random": float(self.random[-1].mean()) if self.random.numel() else None,
-            "faithfulness_joined": float(self.joined[-1].mean()) if self.joined.numel() else None,
-            "faithfulness_exchanged": float(self.exchanged[-1].mean()) if self.exchanged.numel() else None,
+            **{f"faithfulness_{name}": self._mean_of(name) for name in NULLS},
             "faithfulness_other_task": float(self.others[-1].max()) if self.others.numel() else None,
             "faithfulness_choice_error": self.choice_errors[-1] if self.choice_errors else None,
             "completeness": self.completeness,
@@ -218,9 +227,14 @@ class Faithfulness(AnalysisResult):
             "area_random": self.random_area,
             "area_joined": self.joined_area,
             "area_exchanged": self.exchanged_area,
+            "area_shuffled": self._mean_area(self.shuffled),
             "distance": self.distance,
         }
         return {name: None if value is None or math.isnan(value) else value for name, value in told.items()}
+
+    def _mean_of(self, null: NullName) -> float | None:
+        values: Tensor = getattr(self, null)
+        return float(values[-1].mean()) if values.numel() else None
 
     def details(self) -> dict[str, Any]:
         """The curve with its nulls and their bands, the hardest of them by name."""
@@ -231,14 +245,16 @@ class Faithfulness(AnalysisResult):
             "band": self.band(),
             "joined_band": self.band(null="joined"),
             "exchanged_band": self.band(null="exchanged"),
+            "shuffled_band": self.band(null="shuffled"),
             "intervals": self.intervals,
             "wide_intervals": self.wide_intervals,
             "margins": self.margins,
+            "wide_margins": self.wide_margins,
         }
         spans = {name: [list(pair) for pair in held] for name, held in ranges.items()}
         pairs = {} if self.area_pairs is None else {"per_sample": {"area": self.area_pairs}}
         nulls: dict[str, Any] = {}
-        for name in get_args(NullName):
+        for name in NULLS:
             null = getattr(self, name)
             nulls[name] = null.mean(1).tolist() if null.numel() else []
         nulls["others"] = {task: self.others[:, place].tolist() for place, task in enumerate(self.other_tasks)}
@@ -263,19 +279,20 @@ class Faithfulness(AnalysisResult):
         """Why what the largest circuit keeps says nothing; empty where nothing speaks against it."""
         if absent := self.absent():
             return absent
-        intervals = self.wide_intervals or self.intervals
-        kinds = {
-            "random ones": "a random circuit",
-            "joined from end to end": "a random circuit joined from end to end",
-            "heads exchanged": "the circuit with its heads exchanged",
-        }
-        reached = [(kinds.get(name, f"the {name}"), float(null[-1].max())) for name, null in self.nulls()]
-        for kind, most in reached:
+        kinds = dict(NULLS.values())
+        if self.margins:
+            # Of the hardest: what it keeps on average, and then what the same pairs keep beyond it.
+            bars = [(name, float(null[-1].mean()), 0.0) for name, null in self.nulls()[:1]]
+            least = self.wide_margins[-1][0]
+        else:
+            bars = [(name, float(null[-1].max()), float(null[-1].max())) for name, null in self.nulls()]
+            least = next((low for low, _ in (self.wide_intervals or self.intervals)[-1:]), math.inf)
+        for name, most, _ in bars:
             if self.value <= most:
-                return f"no more than {kind}"
-        for kind, most in reached:
-            if intervals and intervals[-1][0] <= most:
-                return f"the interval reaches what {kind} keeps"
+                return f"no more than {kinds.get(name, f'the {name}')}"
+        for name, _, most in bars:
+            if least <= most:
+                return f"the interval reaches what {kinds.get(name, f'the {name}')} keeps"
         return ""
 
     def headline(self) -> str:
@@ -351,8 +368,9 @@ def faithfulness(
     work against the behaviour, left out, give more than 1. Random circuits of the same size stand beside it, and
     random ones whose every edge lies on a path from the input to the output, as hardly any of few random edges does.
     Harder to beat are the circuit itself with the heads of every block exchanged (:func:`exchanged_circuits`), which
-    asks whether it matters which heads these are, and the circuits of other tasks, which ask whether it is this
-    behaviour that they carry, or what any task needs.
+    asks whether it matters which heads these are, or with its edges drawn anew between the same layers
+    (:func:`shuffled_circuits`), which asks whether more than their depth does, and the circuits of other tasks, which
+    ask whether it is this behaviour that they carry, or what any task needs.
     Where the circuit has scores without groups of its pairs, the circuits that these would choose are measured, too.
 
     Args:
@@ -394,9 +412,12 @@ def faithfulness(
     counts = _counts(circuit, sizes)
     how: dict[str, Any] = {"select": select, "rank": rank}
     ranked = [circuit.chosen(n_edges=count, **how) for count in counts] if counts else [circuit]
-    whole, others = circuit.graph.edges(), _of_one_graph(circuit, others or {})
+    whole, others = circuit.graph.edges(), of_one_graph(circuit, others or {})
     rivals = [*others.values()], circuit.without_groups()
-    beside = [[*_nulls_of(sized, n_random, seed), *_chosen_like(sized, rivals, how)] for sized in ranked]
+    beside = [
+        [*null_circuits(circuit.graph, sized.kept, n_random, seed), *_chosen_like(sized, rivals, how)]
+        for sized in ranked
+    ]
     tried = [whole, torch.zeros_like(whole)]
     for sized, kinds in zip(ranked, beside, strict=True):
         tried += [sized.kept, whole & ~sized.kept, *chain.from_iterable(kinds)]
@@ -421,13 +442,15 @@ def faithfulness(
     # The added 0 makes a 0 of -0.
     shares = torch.tensor(means, dtype=torch.float64).sub(patched).div(clean - patched).add(0.0)
     own, complements, *kept_by = (part.clone() for part in shares.view(len(ranked), per_size).split(counted, 1))
-    kept_by[2].masked_fill_(_unmoved(ranked, [kinds[2] for kinds in beside]), math.nan)
+    for kind in (2, 3):
+        same = unmoved(circuit.graph, [sized.kept for sized in ranked], [kinds[kind] for kinds in beside])
+        kept_by[kind].masked_fill_(same, math.nan)
     result = Faithfulness(
         sizes=tuple(sized.n_edges for sized in ranked),
         n_edges=circuit.graph.n_edges,
         values=tuple(own[:, 0].tolist()),
         complements=tuple(complements[:, 0].tolist()),
-        **dict(zip(("random", "joined", "exchanged", "others", "choices"), kept_by, strict=True)),
+        **dict(zip((*NULLS, "others", "choices"), kept_by, strict=True)),
         other_tasks=tuple(others),
         clean=clean,
         patched=patched,
@@ -446,24 +469,9 @@ def faithfulness(
     return replace(result, area_pairs=per_sample(pairs.digests(), areas, spans))
 
 
-def _nulls_of(sized: Circuit, n_random: int, seed: int) -> list[list[Tensor]]:
-    """Edges of circuits that mean nothing, of a circuit's size: random, joined, its own with heads exchanged."""
-    drawn = [make(sized.graph, sized.n_edges, n_random, seed) for make in (random_circuits, joined_circuits)]
-    return [*drawn, exchanged_circuits(sized.graph, sized.kept, n_random, seed)]
-
-
 def _chosen_like(sized: Circuit, rivals: Iterable[Sequence[Circuit]], how: Mapping[str, Any]) -> list[list[Tensor]]:
     """As many edges of other circuits, chosen in the same way, by kind of these."""
     return [[rival.chosen(n_edges=sized.n_edges, **how).kept for rival in kind] for kind in rivals]
-
-
-def _unmoved(ranked: Sequence[Circuit], exchanged: Sequence[Sequence[Tensor]]) -> Tensor:
-    """Where an exchange left a circuit as it is, shape [sizes, draws]: one of no heads has none to exchange."""
-    rows = [
-        [0 < sized.n_edges < sized.graph.n_edges and torch.equal(kept, sized.kept) for kept in draws]
-        for sized, draws in zip(ranked, exchanged, strict=True)
-    ]
-    return torch.tensor(rows, dtype=torch.bool)
 
 
 def _as_scored(circuit: Circuit, metric: Metric | None, ablation: Ablation | None) -> tuple[Metric, Ablation]:
@@ -473,18 +481,6 @@ def _as_scored(circuit: Circuit, metric: Metric | None, ablation: Ablation | Non
         raise ValueError(f"the circuit was found with a function, {known!r}: give metric=, this or another")
     patched: Any = circuit.ablation
     return known if metric is None else metric, patched if ablation is None else ablation
-
-
-def _of_one_graph(circuit: Circuit, others: Mapping[str, Circuit]) -> Mapping[str, Circuit]:
-    if not isinstance(others, Mapping) or not all(isinstance(other, Circuit) for other in others.values()):
-        raise ValueError(f"others are circuits by name, as {{'greater_than': circuit}}; got {others!r}")
-    for name, other in others.items():
-        if other.graph != circuit.graph:
-            raise ValueError(
-                f"the circuit of {name!r} is of another graph, of {other.graph.n_edges} edges, than the one that is "
-                f"measured, of {circuit.graph.n_edges}"
-            )
-    return others
 
 
 def _span(losses: Tensor) -> tuple[float, float]:
@@ -522,7 +518,7 @@ def _margins(
         counted: Of these circuits how many are of each kind: the own, its complement, then each null, then choices.
     """
     _, _, *kinds, others, _ = values.split(list(counted), 1)
-    held = [*zip((found.random, found.joined, found.exchanged), kinds, strict=True)]
+    held = [*zip((getattr(found, name) for name in NULLS), kinds, strict=True)]
     held += [(found.others[:, [place]], others[:, [place]]) for place in range(others.shape[1])]
     known = [pair for pair in held if pair[0].numel() and not pair[0].isnan().any()]
     if not known or values.shape[2] < 2:
@@ -777,14 +773,16 @@ def _flat(
     """The curve of a model without the behaviour: no share of it can be told."""
     chosen = (circuit.chosen(n_edges=count, select=options.select, rank=options.rank) for count in counts)
     unknown = (math.nan,) * len(counts)
+    nothing = torch.full((len(counts), options.n_random), math.nan, dtype=torch.float64)
     return Faithfulness(
         sizes=tuple(one.n_edges for one in chosen),
         n_edges=circuit.graph.n_edges,
         values=unknown,
         complements=unknown,
-        random=torch.full((len(counts), options.n_random), math.nan, dtype=torch.float64),
-        joined=torch.full((len(counts), options.n_random), math.nan, dtype=torch.float64),
-        exchanged=torch.full((len(counts), options.n_random), math.nan, dtype=torch.float64),
+        random=nothing,
+        joined=nothing,
+        exchanged=nothing,
+        shuffled=nothing,
         clean=flat.value,
         patched=flat.value,
         n_pairs=len(pairs),

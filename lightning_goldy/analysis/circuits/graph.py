@@ -567,3 +567,12 @@ def _no_sum(where: str, why: str) -> UnsupportedArchitectureError:
         f"{why}. Decoders with norms before attention and MLPs have one, and may norm what these write too; "
         "models that normalise the stream itself have not"
     )
+
+
+def readers_of(graph: CircuitGraph) -> dict[int, list[int]]:
+    """By writer the rows of its own readers."""
+    readers: dict[int, list[int]] = {}
+    for row, places in enumerate(graph.owners):
+        for place in places:
+            readers.setdefault(place, []).append(row)
+    return readers

@@ -147,6 +147,7 @@ def chart_faithfulness(row: Row) -> Figure:
             ("random circuits", "random", "band"),
             ("random, joined from end to end", "joined", "joined_band"),
             ("the circuit, its heads exchanged", "exchanged", "exchanged_band"),
+            ("the circuit, its edges shuffled within layers", "shuffled", "shuffled_band"),
         ):
             if curve.get(values):
                 low, high = ([0.0, *(pair[end] for pair in curve[band]), 1.0] for end in (0, 1))
@@ -159,7 +160,7 @@ def chart_faithfulness(row: Row) -> Figure:
         f"{'prompts that measure and those that chose' if curve.get('wide_intervals') else 'prompts that measure'}; "
         "those of random circuits of the same size hold 90 % of them. Every edge of the joined ones lies on a path "
         "from the input to the output. Exchanged heads are the circuit with each head's edges handed to another head "
-        "of its block."
+        "of its block, shuffled edges the circuit with as many edges drawn anew between the same layers."
     )
     return lines(drawn, style, caption=caption)
 
@@ -263,6 +264,7 @@ _CIRCUITS = Description(
         "faithfulness_random": "what random circuits of the largest size keep, a fraction",
         "faithfulness_joined": "the same of random circuits whose every edge lies on a path from input to output",
         "faithfulness_exchanged": "the same of the circuit with each head's edges handed to another of its block",
+        "faithfulness_shuffled": "the same of the circuit with its edges drawn anew between the same layers",
         "faithfulness_other_task": "the same of another task's circuit, the most that one of them keeps",
         "faithfulness_choice_error": "standard error of the same that comes of which prompts chose the edges",
         "completeness": "1 less what is kept without the largest circuit",
@@ -270,6 +272,7 @@ _CIRCUITS = Description(
         "area_random": "the same of random circuits",
         "area_joined": "the same of random circuits joined from input to output",
         "area_exchanged": "the same of the circuit with exchanged heads",
+        "area_shuffled": "the same of the circuit with edges drawn anew between the same layers",
         "metric_clean": "the metric of the model",
         "metric_patched": "the metric with every edge patched",
         "overlap": "edges shared with the base's circuit, of all in either",

@@ -212,6 +212,7 @@ _QUANTITIES = {
         "faithfulness_high": "at most",
         "faithfulness_random": "as many random edges keep",
         "faithfulness_exchanged": "the same with heads exchanged",
+        "faithfulness_shuffled": "the same with edges shuffled within layers",
         "faithfulness_other_task": "another task's circuit keeps",
         "overlap": "edges shared with the base's circuit",
         "overlap_by_chance": "by chance",

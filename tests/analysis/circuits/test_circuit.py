@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from lightning_goldy.analysis.circuits import Circuit, CircuitGraph, circuit_overlap, faithfulness, find_circuits
-from lightning_goldy.analysis.circuits.circuit import (
+from lightning_goldy.analysis.circuits.circuit import overlap_of, prune
+from lightning_goldy.analysis.circuits.faithfulness import Faithfulness
+from lightning_goldy.analysis.circuits.nulls import (
     exchanged_circuits,
     joined_circuits,
-    overlap_of,
-    prune,
     random_circuits,
+    shuffled_circuits,
+    unmoved,
 )
-from lightning_goldy.analysis.circuits.faithfulness import Faithfulness
 from tests.analysis.circuits.test_scores import prompts
 from tests.references.architecture_models import build
 
@@ -113,6 +114,48 @@ def test_heads_of_one_group_change_places_within_it_and_a_single_head_with_none(
     told = {graph.name(row, column) for row, column in other.nonzero().tolist()}
     assert told == {"input->a0.h1.q", "input->a0.g0.k", "a0.h1->output", "m0->output"}
     assert exchanged_circuits(GRAPH, random_circuits(GRAPH, 9, 1)[0], 3) == []
+
+
+def layers_joined(graph: CircuitGraph, kept: Tensor) -> dict[tuple[int, int], int]:
+    """How many edges run from each layer to each, counted one by one; the output is a layer of its own."""
+    counts: dict[tuple[int, int], int] = {}
+    for row, column in kept.nonzero().tolist():
+        ends = graph.owners[row]
+        to = graph.layers[ends[0]] if ends else 99
+        pair = (graph.layers[column], to)
+        counts[pair] = counts.get(pair, 0) + 1
+    return counts
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
+def test_shuffled_edges_keep_how_many_run_between_layers_and_nothing_else(family: str):
+    graph = CircuitGraph.of(build(family))
+    (kept,) = random_circuits(graph, graph.n_edges // 3, 1, seed=1)
+    found = shuffled_circuits(graph, kept, 400, seed=1)
+    assert all(map(torch.equal, found[:3], shuffled_circuits(graph, kept, 3, seed=1)))
+    assert not torch.equal(found[0], shuffled_circuits(graph, kept, 1, seed=2)[0])
+    counts, whole = layers_joined(graph, kept), layers_joined(graph, graph.edges())
+    assert all(layers_joined(graph, other) == counts for other in found)
+    assert not any((other & ~graph.edges()).any() for other in found)
+    # Every edge is drawn as often as any other of its layers.
+    often = torch.stack(found).double().mean(0)
+    for row, column in graph.edges().nonzero().tolist():
+        ends = graph.owners[row]
+        pair = (graph.layers[column], graph.layers[ends[0]] if ends else 99)
+        share = counts.get(pair, 0) / whole[pair]
+        assert abs(float(often[row, column]) - share) <= 5 * math.sqrt(share * (1 - share) / 400)
+
+
+def test_a_draw_that_is_the_circuit_itself_is_told():
+    kept = torch.zeros_like(GRAPH.edges())
+    # Each of these is the only edge between its layers.
+    for edge in ("input->output", "input->a0.h0.q", "input->a0.h0.k", "input->a0.h0.v", "input->m0"):
+        kept[GRAPH.place(edge)] = True
+    same = shuffled_circuits(GRAPH, kept, 2)
+    other = shuffled_circuits(GRAPH, GRAPH.edges(), 2)
+    circuits = [kept, GRAPH.edges(), kept & False]
+    none = shuffled_circuits(GRAPH, kept & False, 2)
+    assert unmoved(GRAPH, circuits, [same, other, none]).tolist() == [[True, True], [False, False], [False, False]]
 
 
 def test_edges_are_chosen_by_number_threshold_magnitude_and_sign():

@@ -24,9 +24,15 @@ from lightning_goldy.analysis.circuits import (
     node_effects,
     track_circuit,
 )
-from lightning_goldy.analysis.circuits.circuit import exchanged_circuits, joined_circuits, random_circuits
 from lightning_goldy.analysis.circuits.faithfulness import Faithfulness
 from lightning_goldy.analysis.circuits.graph import Wiring
+from lightning_goldy.analysis.circuits.nulls import (
+    NULLS,
+    exchanged_circuits,
+    joined_circuits,
+    random_circuits,
+    shuffled_circuits,
+)
 from lightning_goldy.analysis.circuits.runs import CircuitOptions, measure, wired
 from lightning_goldy.core.architecture import UnsupportedArchitectureError
 from lightning_goldy.core.files import finite
@@ -236,6 +242,7 @@ def test_margins_are_of_the_same_pairs_as_what_the_hardest_null_keeps() -> None:
             "random ones": random_circuits(circuit.graph, 30, 2),
             "joined from end to end": joined_circuits(circuit.graph, 30, 2),
             "heads exchanged": exchanged_circuits(circuit.graph, circuit.kept, 2),
+            "edges shuffled within layers": shuffled_circuits(circuit.graph, circuit.kept, 2),
         }[curve.nulls()[0][0]]
         values, _ = measure(wiring, pairs, CircuitOptions(), [*ends, circuit.kept, *nulls])
     counts = resampled(6)
@@ -271,15 +278,31 @@ def test_the_circuits_of_other_tasks_stand_beside_it() -> None:
     drawn = json.dumps(draw_figures({**found.row().to_dict(), "step": 0})["faithfulness"].data)
     assert "circuit of induction" in drawn
     assert "the circuit, its heads exchanged" in drawn
+    assert "the circuit, its edges shuffled within layers" in drawn
     again = Faithfulness.from_json(curve.to_json())
     assert torch.equal(again.others, curve.others)
     assert again.other_tasks == curve.other_tasks
-    nulls: dict[str, Any] = {name: getattr(curve, name) * 0 for name in ("random", "joined", "exchanged")}
+    nulls: dict[str, Any] = {name: getattr(curve, name) * 0 for name in NULLS}
     nulls |= {"choices": curve.choices[:, :0], "others": torch.tensor([[0.0, 0.0], [0.2, 0.3]])}
     held = replace(curve, clean=1.0, patched=0.0, span=(0.5, 1.5), values=(0.1, 0.9), **nulls)
-    held = replace(held, intervals=((0.0, 0.2), (0.8, 1.0)))
+    held = replace(held, intervals=((0.0, 0.2), (0.8, 1.0)), margins=())
     assert held.weak() == ""
-    assert held.summary().split("pairs, ")[1].startswith("circuit of itself 0.30 (less by [")
+    margined = replace(held, margins=((-0.2, 0.1), (0.5, 0.7)))
+    assert margined.summary().split("pairs, ")[1].startswith("circuit of itself 0.30 (less by [0.50, 0.70])")
+    assert margined.weak() == ""
+    # One draw that keeps as much is not what its null keeps on average; without the pairs of both it speaks against it.
+    lucky = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.95]])
+    assert replace(margined, random=lucky).weak() == ""
+    assert replace(held, random=lucky).weak() == "no more than a random circuit"
+    # Which pairs chose the edges widens it: 0.6 less 1.96 times an error of 0.4.
+    chosen = torch.tensor([[0.1, 0.1], [0.5, 1.3]])
+    assert replace(margined, choices=chosen).wide_margins[1] == pytest.approx(
+        (0.6 - math.hypot(0.1, 1.96 * 0.4), 0.6 + math.hypot(0.1, 1.96 * 0.4))
+    )
+    assert replace(margined, choices=chosen).weak() == "the interval reaches what the circuit of itself keeps"
+    assert replace(margined, margins=((-0.2, 0.1), (-0.1, 0.9))).weak() == (
+        "the interval reaches what the circuit of itself keeps"
+    )
     for more, doubt in (
         (0.85, "the interval reaches what the circuit of itself keeps"),
         (0.95, "no more than the circuit of itself"),

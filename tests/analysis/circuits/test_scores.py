@@ -11,7 +11,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 from lightning_goldy.analysis.circuits import CircuitGraph, PromptPairs, faithfulness, find_circuits, node_effects
-from lightning_goldy.analysis.circuits.circuit import random_circuits
+from lightning_goldy.analysis.circuits.nulls import random_circuits
 from lightning_goldy.analysis.circuits.runs import CircuitOptions, measure, wired
 from lightning_goldy.analysis.circuits.scores import edge_scores
 from lightning_goldy.core.architecture import UnsupportedArchitectureError
