@@ -9,8 +9,7 @@ from lightning_goldy.analysis.attribution.graft import (
 )
 from lightning_goldy.analysis.attribution.learned import LearnedMask, LearnOptions, learn_mask
 from lightning_goldy.analysis.attribution.path import apply_change, graft, interleaved, save_change
-from lightning_goldy.analysis.attribution.strongest import mask_links
-from lightning_goldy.analysis.attribution.units import UnitGroup, model_units, unit_mask
+from lightning_goldy.analysis.attribution.units import UnitGroup, mask_links, model_units, unit_mask
 
 __all__ = [
     "ChangeAttributionResult",

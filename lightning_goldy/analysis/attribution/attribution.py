@@ -15,8 +15,14 @@ from torch import Tensor, nn
 
 from lightning_goldy.analysis.agreement import interval_of, per_sample, resampled
 from lightning_goldy.analysis.attribution.path import ChangePath, Measure, Metric, MetricName, Passage, passages
-from lightning_goldy.analysis.attribution.strongest import levels_of, mask_links, strongest
-from lightning_goldy.analysis.attribution.units import UnitGroup, margins_of, model_units
+from lightning_goldy.analysis.attribution.units import (
+    UnitGroup,
+    levels_of,
+    margins_of,
+    mask_links,
+    model_units,
+    strongest,
+)
 from lightning_goldy.analysis.gradients import (
     backward,
     gradient_part,

@@ -26,8 +26,7 @@ from lightning_goldy.analysis.attribution.path import (
     Worth,
     interleaved,
 )
-from lightning_goldy.analysis.attribution.strongest import unread_levels
-from lightning_goldy.analysis.attribution.units import Pieces, chosen_masks
+from lightning_goldy.analysis.attribution.units import Pieces, chosen_masks, unread_levels
 from lightning_goldy.analysis.divergence import precise
 from lightning_goldy.analysis.result import AnalysisResult, Cost, counted_passes
 from lightning_goldy.core.base import Base
