@@ -378,8 +378,8 @@ class MeanGains:
     Example:
         >>> means = MeanGains(Budget({"a": torch.zeros(2)}, 50, "tensor"))
         >>> means.add({"a": torch.tensor([4.0, 1.0])}, {"a": torch.tensor([True, False])})
-        >>> means.values["a"].tolist()
-        [0.19999998807907104, 0.04999999701976776]
+        >>> [round(value, 3) for value in means.values["a"].tolist()]
+        [0.2, 0.05]
     """
 
     def __init__(self, budget: Budget) -> None:
