@@ -13,15 +13,8 @@ from torch import nn
 from transformers import BertConfig, BertForTokenClassification
 
 from lightning_goldy.analysis import GoldenResult, golden_parameters, jaccard, register_score
-from lightning_goldy.analysis.golden.golden import (
-    SCORES,
-    binomial_tail,
-    fitted_rates,
-    marks_by_column,
-    marks_by_row,
-    random_tokens,
-    row_column_null,
-)
+from lightning_goldy.analysis.agreement import binomial_tail, fitted_rates, row_column_null
+from lightning_goldy.analysis.golden.golden import SCORES, marks_by_column, marks_by_row
 from lightning_goldy.core import (
     CausalLMObjective,
     ClassifierObjective,
@@ -32,6 +25,7 @@ from lightning_goldy.core import (
 )
 from lightning_goldy.core.mask import jaccard as mask_jaccard
 from lightning_goldy.core.objective import split_batch
+from lightning_goldy.core.pieces import random_tokens
 from tests.references.golden import golden_masks, row_column_null_reference
 from tests.references.models import CAUSAL, FAMILIES, build, class_batch, token_batch
 
