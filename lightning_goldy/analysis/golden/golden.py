@@ -296,10 +296,7 @@ def golden_parameters(
     replicas = Replicas.of(model) if split_over_ranks else Replicas()
     with preserved(model), replicas.together("golden_parameters"):
         samples = _first_samples(batches, objective, n_samples)
-        size = vocabulary_of(model)
-        draw = partial(random_tokens, vocabulary=size or 0, seed=seed, classes=labels_classes(model))
-        drawn = [draw(sample) for sample in samples] if control and size else []
-        drawn = [] if any(sample is None for sample in drawn) else drawn
+        drawn = _draw_samples(model, samples, seed) if control else []
         parameters = space.resolve(model)
         require_finite(parameters, "weights")
         experts = {name: count for name, count in expert_counts(model).items() if name in space}
@@ -308,26 +305,18 @@ def golden_parameters(
         polls = []
         for done, part in enumerate((samples, drawn) if drawn else (samples,)):
             ballot = Ballot(parameters, budget, score, len(samples), experts)
-            told = _shifted(progress, done, 2 if drawn else 1)
-            with ballot.collecting(model), warnings.catch_warnings():
+            with warnings.catch_warnings():
                 if done:
                     # Of parameters that nothing depends on the samples have told.
                     warnings.simplefilter("ignore")
-                for index, sample in zip(
-                    replicas.share(range(len(part))), own_share(part, model, replicas, told), strict=True
-                ):
-                    ballot.vote(objective, model, sample, index)
+                ballot.vote_on(part, objective, model, replicas, _shifted(progress, done, 2 if drawn else 1))
                 polls.append(_Poll.of(ballot, replicas, quorum, needed))
     poll, other = polls[0], polls[1] if drawn else None
-    sizes = expert_sizes(space, experts)
-    # Of each tensor or expert, what a sample marks, or would be expected to mark at random, a fraction.
-    groups = zip(ballot.groups, budget.numels, strict=True)
-    shares = [k / n for (group, k, _), n in groups for name in group for _ in range(experts.get(name, 1))]
     return GoldenResult(
         mask=ParameterMask(space, poll.golden),
         experts=experts,
         golden=counts_by_expert(poll.golden, experts),
-        marked=tuple(round(share * size) for share, size in zip(shares, sizes, strict=True)),
+        marked=ballot.marked_by_each(space),
         expected=poll.expected,
         error=poll.error,
         control=None if other is None else counts_by_expert(other.golden, experts),
@@ -341,6 +330,16 @@ def golden_parameters(
         quorum=quorum,
         cost=Cost(forwards=len(samples) + len(drawn), backwards=len(samples) + len(drawn)),
     )
+
+
+def _draw_samples(model: nn.Module, samples: Sequence[Any], seed: int) -> list[Any]:
+    """Samples of random tokens; none where one has no tokens."""
+    size = vocabulary_of(model)
+    if not size:
+        return []
+    classes = labels_classes(model)
+    drawn = [random_tokens(sample, size, seed, classes=classes) for sample in samples]
+    return [] if any(sample is None for sample in drawn) else drawn
 
 
 def _shifted(progress: Callable[[int, int], None] | None, part: int, parts: int) -> Callable[[int, int], None] | None:
@@ -558,6 +557,27 @@ class Ballot:
                 hook = partial(self._mark, group, k, stack)
                 hooks.callback(self.parameters[group[0]].register_post_accumulate_grad_hook(hook).remove)
         return hooks
+
+    def vote_on(
+        self,
+        samples: Sequence[Any],
+        objective: Objective,
+        model: nn.Module,
+        replicas: Replicas,
+        progress: Callable[[int, int], None] | None,
+    ) -> None:
+        """The votes of this rank's share of the samples."""
+        with self.collecting(model):
+            mine = replicas.share(range(len(samples)))
+            for index, sample in zip(mine, own_share(samples, model, replicas, progress), strict=True):
+                self.vote(objective, model, sample, index)
+
+    def marked_by_each(self, space: ParameterSpace) -> tuple[int, ...]:
+        """Elements of each tensor or expert that a sample marks, or would be expected to mark at random."""
+        groups = zip(self.groups, self.budget.numels, strict=True)
+        shares = [k / n for (group, k, _), n in groups for name in group for _ in range(self.experts.get(name, 1))]
+        sizes = expert_sizes(space, self.experts)
+        return tuple(round(share * size) for share, size in zip(shares, sizes, strict=True))
 
     def vote(self, objective: Objective, model: nn.Module, sample: Any, index: int = 0) -> None:
         """One forward and backward pass of the sample of this number, whose gradients become votes."""
