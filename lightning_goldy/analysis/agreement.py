@@ -296,7 +296,7 @@ def row_column_nulls(
 
     Example:
         >>> row_column_nulls(np.array([[4, 4], [2, 2]]), np.array([[4, 4], [2, 2]]), 2, 2)[0].tolist()
-        [4.0, 0.25]
+        [4.0, 1.0]
     """
     flat = [part.reshape(-1, part.shape[-1]) / n_samples for part in (rows, columns)]
     first, second = _rates(flat[0], flat[1], near, done)[0]
