@@ -1,4 +1,4 @@
-"""How predictions agree with measurements, and 95 % intervals over samples by the jackknife and the bootstrap."""
+"""How predictions agree with measurements and samples with each other, and 95 % intervals over samples."""
 
 from __future__ import annotations
 
@@ -21,6 +21,13 @@ from lightning_goldy.core.files import finite
 EVERYTHING = "all"
 """Names the agreement over all classes."""
 _RESAMPLES = 1000
+# Steps of the tables of binomial tails, products worked on at a time.
+_STEPS, _PIECE = 1 << 13, 1 << 20
+# Rounds of a fit, the change of its rates, relative, at which it is done, and the last rounds that are mixed.
+_FITS, _FITTED, _MIXED = 200, 1e-7, 6
+# Terms of a tail that are summed one by one, and how small a part of their size, with signs, is not lost to rounding.
+_TERMS, _ROUNDED = 64, 1e-7
+_TINY = float(np.finfo(np.float64).tiny)
 
 
 @dataclass(frozen=True)
@@ -238,3 +245,265 @@ def interval_of(values: Tensor) -> tuple[float, float]:
     """The middle 95 % of resampled values."""
     low, high = torch.nanquantile(values, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
+
+
+def row_column_null(votes: Tensor, n_samples: int, needed: int) -> float:
+    r"""Elements of a matrix that would be golden if samples shared no more than its rows and columns.
+
+    .. math:: \sum_{ab} P\big(\mathrm{Bin}(n, \min(1, r_a c_b)) \ge \text{needed}\big), \qquad
+        \sum_b \min(1, r_a c_b) = \tfrac1n \sum_b v_{ab}, \quad \sum_a \min(1, r_a c_b) = \tfrac1n \sum_a v_{ab}
+
+    Every sample marks an element on its own, with the product of a rate of its row and one of its column, which are
+    fitted so that rows and columns get as many votes as they did. Fitted rates scatter with those votes, so where rates
+    are small the null is above that of the true rates, by a factor of about ``1 + needed (needed - 1) / 2 * (1 / votes
+    of a row + 1 / votes of a column)``: few votes make it cautious.
+
+    Args:
+        votes: How many samples marked each element, shape ``[rows, columns]``.
+        n_samples: Samples that voted.
+        needed: Votes that make an element golden.
+
+    Example:
+        >>> row_column_null(torch.tensor([[2, 2], [2, 2]]), 2, 2)
+        4.0
+        >>> round(row_column_null(torch.tensor([[2, 0], [0, 2]]), 2, 2), 6)
+        1.0
+    """
+    return float(row_column_nulls(votes.sum(dim=1).cpu().numpy(), votes.sum(dim=0).cpu().numpy(), n_samples, needed)[0])
+
+
+def row_column_nulls(
+    rows: NDArray[Any],
+    columns: NDArray[Any],
+    n_samples: int,
+    needed: int,
+    *,
+    near: NDArray[np.float64] | None = None,
+    done: float = _FITTED,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """As :func:`row_column_null` of several matrices at once, from their sums.
+
+    Args:
+        rows: Votes in each row, shape ``[..., rows]``.
+        columns: Votes in each column, as many in all, shape ``[..., columns]``.
+        n_samples: Samples that voted.
+        needed: Votes that make an element golden.
+        near: Rates of columns to begin with, shape ``[columns]``, as this gave them for a matrix that is much alike.
+        done: Change of a rate by one more round, relative, at which they are fitted.
+
+    Returns:
+        Shape ``[...]``, and rates of the columns, in no order.
+
+    Example:
+        >>> row_column_nulls(np.array([[4, 4], [2, 2]]), np.array([[4, 4], [2, 2]]), 2, 2)[0].tolist()
+        [4.0, 1.0]
+    """
+    flat = [part.reshape(-1, part.shape[-1]) / n_samples for part in (rows, columns)]
+    first, second = _rates(flat[0], flat[1], near, done)[0]
+    return _explained(first, second, n_samples, needed).reshape(rows.shape[:-1]), second.reshape(columns.shape)
+
+
+def fitted_rates(rows: Tensor, columns: Tensor, n_samples: int) -> tuple[Tensor, Tensor]:
+    """Rates of rows and columns whose products, cut at 1, have these sums.
+
+    Args:
+        rows: Votes in each row, shape ``[..., rows]``.
+        columns: Votes in each column, as many in all, shape ``[..., columns]``.
+        n_samples: Samples that voted; sums are divided by their number.
+
+    Example:
+        >>> first, second = fitted_rates(torch.tensor([4, 1]), torch.tensor([2, 2, 1]), 2)
+        >>> torch.allclose((first[:, None] * second).clamp(max=1).sum(1), torch.tensor([2, 0.5]).double(), atol=1e-4)
+        True
+    """
+    flat = [part.cpu().numpy().reshape(-1, part.shape[-1]) / n_samples for part in (rows, columns)]
+    rates, orders = _rates(flat[0], flat[1])
+    if orders is not None:
+        places = (order.argsort(axis=-1) for order in orders)
+        rates = tuple(np.take_along_axis(part, place, -1) for part, place in zip(rates, places, strict=True))
+    first, second = (torch.from_numpy(part).view(like.shape) for part, like in zip(rates, (rows, columns), strict=True))
+    return first, second
+
+
+def _rates(
+    rows: NDArray[np.float64], columns: NDArray[np.float64], near: NDArray[Any] | None = None, done: float = _FITTED
+) -> tuple[tuple[NDArray[np.float64], ...], list[NDArray[np.int64]] | None]:
+    """Rates of several matrices; where products are cut sorted, the largest first, with the order that they are in."""
+    total = rows.sum(axis=-1, keepdims=True)
+    rates = rows / np.maximum(total, _TINY), columns
+    # [matrices]
+    cut = rows.max(axis=-1) * columns.max(axis=-1) > (1 + 1e-9) * total[:, 0]
+    if not cut.any():
+        return rates, None
+    # A rate grows with its sum, so that what is sorted once stays so.
+    orders = [np.argsort(-part, axis=-1) for part in (rows, columns)]
+    rows, columns = (np.take_along_axis(part, order, -1) for part, order in zip((rows, columns), orders, strict=True))
+    start = columns if near is None else np.broadcast_to(-np.sort(-near), columns.shape)
+    first, second = rows / np.maximum(total, _TINY), columns.copy()
+    first[cut], second[cut] = _cut_fit(rows[cut], columns[cut], start[cut], done)
+    return (first, second), orders
+
+
+def _cut_fit(
+    rows: NDArray[np.float64], columns: NDArray[np.float64], start: NDArray[np.float64], done: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Fits rates to sums that are sorted, the largest first, by rounds that end when all are done.
+
+    A round makes the rates of the rows right, and with them those of the columns. Where samples agree on a few dense
+    rows, rounds alone are slow, so each starts from the mix of the last ones that would change least (Anderson's).
+    """
+    first, second, some = np.empty_like(rows), np.empty_like(columns), columns > 0
+    logarithms = np.log(np.where(some & (start > 0), start, 1.0))
+    moving, least = np.arange(len(rows)), np.full(len(rows), math.inf)
+    made: list[tuple[NDArray[Any], NDArray[Any]]] = []
+    for _ in range(_FITS):
+        fitted = _cut_rates(rows[moving], np.exp(logarithms) * some[moving])
+        other = _cut_rates(columns[moving], fitted)
+        first[moving], second[moving] = fitted, other
+        after = np.log(np.where(some[moving], other, 1.0))
+        size = np.abs(after - logarithms).max(axis=-1)
+        left = size > done
+        if not left.any():
+            break
+        made = [(ends[left], changes[left]) for ends, changes in [*made, (after, after - logarithms)][-_MIXED:]]
+        # Far from where it was best a mix is not trusted.
+        trusted = (size < 4 * least)[left]
+        logarithms = np.where(trusted[:, None], _least_changing(made), after[left])
+        moving, least = moving[left], np.minimum(least, size)[left]
+    return first, second
+
+
+def _least_changing(made: Sequence[tuple[NDArray[Any], NDArray[Any]]]) -> NDArray[np.float64]:
+    """The mix of what rounds made whose mixed changes have the least squares, shape ``[matrices, columns]``."""
+    after, change = made[-1]
+    if len(made) == 1:
+        return after
+    steps, turns = (np.stack([part - last for part in parts], 1) for *parts, last in zip(*made, strict=True))
+    products = turns @ turns.swapaxes(1, 2)
+    # Rounds that made the same leave a choice.
+    ridge = 1e-12 * products.diagonal(axis1=1, axis2=2).max(axis=1) + _TINY
+    products += ridge[:, None, None] * np.eye(products.shape[1])
+    return after - (np.linalg.solve(products, turns @ change[..., None]) * steps).sum(axis=1)
+
+
+def _cut_rates(sums: NDArray[np.float64], other: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The rates r with sum_b min(1, r other_b) = sums, of each sum one; both sorted, the largest first."""
+    left = other[:, ::-1].cumsum(axis=-1)[:, ::-1]
+    rates = sums / np.maximum(left[:, :1], _TINY)
+    count = int((rates * other[:, :1] > 1).sum(axis=-1).max())
+    if count:
+        # With the first m of the others cut, r = (sum - m) / (what is left of them); the sum at which the next is about
+        # to be cut, r = 1 / other_m, ascends in m.
+        shares = np.divide(left, other, out=np.full(left.shape, math.inf), where=other > 0)
+        reached, most = np.arange(other.shape[1]) + shares, sums[:, :count]
+        if most.size * reached.shape[1] <= _PIECE >> 4:
+            m = (reached[:, None] < most[..., None]).sum(axis=-1)
+        else:
+            m = np.stack([np.searchsorted(ends, values) for ends, values in zip(reached, most, strict=True)])
+        m = np.minimum(m, np.maximum((other > 0).sum(axis=-1, keepdims=True) - 1, 0))
+        rates[:, :count] = (most - m) / np.maximum(np.take_along_axis(left, m, -1), _TINY)
+    return rates
+
+
+def _explained(first: NDArray[np.float64], second: NDArray[np.float64], n: int, needed: int) -> NDArray[np.float64]:
+    r"""Sum of the binomial tail over all products of a row's and a column's rate, cut at 1, shape ``[matrices]``.
+
+    .. math:: P(\mathrm{Bin}(n, p) \ge k) = \sum_{m=k}^n (-1)^{m-k} \tbinom nm \tbinom{m-1}{k-1} p^m, \qquad
+        \sum_{ab} (r_a c_b)^m = \sum_a r_a^m \sum_b c_b^m
+
+    Powers of products are products of powers, so that rows and columns are looked at one by one. Terms of both signs
+    cancel where many samples leave a choice; there the tail is read from a table, product by product.
+
+    Args:
+        first: Rates of rows; where a product is above 1 sorted, the largest first.
+        second: Rates of columns, as those of rows.
+        n: Samples that voted.
+        needed: Votes that make an element golden.
+    """
+    if n - needed <= _TERMS:
+        with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+            total, size = _power_sums(first, second, n, needed)
+        if (np.isfinite(total) & (size * _ROUNDED <= total)).all():
+            return total
+    table = _tail_table(n, needed)
+    pairs = zip(torch.from_numpy(first), torch.from_numpy(second), strict=True)
+    return np.array([_expected_tail(rows, columns, table) for rows, columns in pairs])
+
+
+def _power_sums(
+    first: NDArray[np.float64], second: NDArray[np.float64], n: int, needed: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """What :func:`_explained` sums up, and the same without signs."""
+    # Equally large at most, so that no power overflows that need not.
+    scale = np.sqrt(second.max(axis=-1, keepdims=True) / np.maximum(first.max(axis=-1, keepdims=True), _TINY))
+    first, second = first * scale, second / np.maximum(scale, _TINY)
+    dense = (first * second.max(axis=-1, keepdims=True) > 1).sum(axis=-1)
+    # In how many columns the product is cut, of each row in which one is.
+    cuts = {row: np.searchsorted(-second[row], -1 / first[row, : dense[row]], "right") for row in np.flatnonzero(dense)}
+    total = np.zeros(len(first))
+    for row, cut in cuts.items():
+        total[row] = cut.sum()
+    size, powers = total, (_power(first, needed), _power(second, needed))
+    for m in range(needed, n + 1):
+        each = powers[0].sum(axis=-1) * powers[1].sum(axis=-1)
+        for row, cut in cuts.items():
+            left = np.append(powers[1][row, ::-1].cumsum()[::-1], 0.0)
+            each[row] = powers[0][row, : len(cut)] @ left[cut] + powers[0][row, len(cut) :].sum() * left[0]
+        ways = float(math.comb(n, m) * math.comb(m - 1, needed - 1))
+        total, size = total + (-1) ** (m - needed) * ways * each, size + ways * each
+        powers = powers[0] * first, powers[1] * second
+    return total, size
+
+
+def _power(base: NDArray[np.float64], exponent: int) -> NDArray[np.float64]:
+    """By squares, several times as fast as a power with logarithms."""
+    if exponent == 1:
+        return base
+    half = _power(base, exponent // 2)
+    return half * half * base if exponent % 2 else half * half
+
+
+@functools.lru_cache(maxsize=8)
+def _tail_table(n: int, needed: int) -> Tensor:
+    """The binomial tail at equidistant probabilities from 0 to 1, float64."""
+    return binomial_tail(n, needed, torch.linspace(0, 1, _STEPS + 1, dtype=torch.float64))
+
+
+def _interpolated(table: Tensor, probabilities: Tensor) -> Tensor:
+    places = (probabilities * _STEPS).clamp_(max=_STEPS)
+    below = places.int()
+    flat = below.view(-1)
+    # The last step has no slope, for nothing lies beyond it; index_select is four times as fast as an index.
+    slopes = torch.cat([table[1:] - table[:-1], table.new_zeros(1)])
+    low, slope = (part.index_select(0, flat).view(places.shape) for part in (table, slopes))
+    return low.addcmul_(places.sub_(below), slope)
+
+
+def _expected_tail(first: Tensor, second: Tensor, table: Tensor) -> float:
+    """Sum of the tail over all products of a row's and a column's rate."""
+    (rows, times), (columns, often) = (part.float().unique(return_counts=True) for part in (first, second))
+    small, total = table.float(), 0.0
+    for start in range(0, len(rows), max(1, _PIECE // max(1, len(columns)))):
+        stop = start + max(1, _PIECE // max(1, len(columns)))
+        tails = _interpolated(small, rows[start:stop, None] * columns)
+        total += float((tails.double() @ often.double()) @ times[start:stop].double())
+    return total
+
+
+def binomial_tail(n: int, needed: int, p: Tensor) -> Tensor:
+    """Probabilities that at least ``needed`` of ``n`` independent events happen, each with probability ``p``; float64.
+
+    Example:
+        >>> binomial_tail(3, 3, torch.tensor(0.5)).item(), round(binomial_tail(2, 1, torch.tensor(0.5)).item(), 12)
+        (0.125, 0.75)
+    """
+    p = p.double()
+    if needed == n:
+        return p**n
+    whole, happens, fails = math.lgamma(n + 1), p.log(), torch.log1p(-p)
+    total = torch.zeros_like(p)
+    for m in range(needed, n + 1):
+        ways = whole - math.lgamma(m + 1) - math.lgamma(n - m + 1)
+        # At 1 no event fails, and nothing times an infinite logarithm is nothing.
+        total += (ways + m * happens + ((n - m) * fails if m < n else 0.0)).exp()
+    return total.clamp(max=1.0)

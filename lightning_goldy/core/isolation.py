@@ -542,13 +542,17 @@ def uncompiled(module: nn.Module) -> AbstractContextManager[Any]:
         >>> with uncompiled(nn.Linear(1, 1)):
         ...     pass
     """
-    compiled = any("_orig_mod" in part._modules or part._compiled_call_impl is not None for part in module.modules())
+    return _uncompiled(module.modules())
+
+
+def _uncompiled(modules: Iterable[nn.Module]) -> AbstractContextManager[Any]:
+    compiled = any("_orig_mod" in part._modules or part._compiled_call_impl is not None for part in modules)
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 @contextmanager
-def _run_plainly(module: nn.Module) -> Iterator[None]:
-    with uncompiled(module), without_reentrant_checkpoints():
+def _run_plainly(modules: Iterable[nn.Module]) -> Iterator[None]:
+    with _uncompiled(modules), without_reentrant_checkpoints():
         yield
 
 
@@ -584,9 +588,11 @@ def preserved(module: nn.Module, *, training: bool | None = False) -> Iterator[n
         >>> model[0].weight.grad.sum().item(), model.training
         (4.0, True)
     """
-    require_unscaled(module)
-    unshard_guard(module)
-    children, parameters = list(module.modules()), list(module.parameters())
+    # Listed once, because a walk over the modules of a small model takes as long as a layer of it.
+    children = list(module.modules())
+    require_unscaled(module, children)
+    unshard_guard(module, children)
+    parameters = [*dict.fromkeys(held for child in children for held in child._parameters.values() if held is not None)]
     modes = [child.training for child in children]
     gradients, buffers, lengths = _Gradients(parameters, children), _Buffers(children), _Lengths(children)
     kept = Kept.of_modules(children, parameters)
@@ -598,7 +604,7 @@ def preserved(module: nn.Module, *, training: bool | None = False) -> Iterator[n
                 child.padding_idx = None
     # A sharded model's forward is a collective: a rank that failed before it tells the others there.
     guard = module.register_forward_pre_hook(_at_forward, prepend=True) if any(map(is_sharded, parameters)) else None
-    with isolated_rng(), torch.inference_mode(False), torch.enable_grad(), _run_plainly(module):
+    with isolated_rng(), torch.inference_mode(False), torch.enable_grad(), _run_plainly(children):
         try:
             gradients.set_aside()
             if training is not None:
@@ -644,7 +650,8 @@ class _Gradients:
 
     def put_back(self) -> None:
         for held, owned in self._hooks:
-            if list(held) != list(owned):
+            # Of most modules both are empty.
+            if (held or owned) and list(held) != list(owned):
                 held.clear()
                 held.update(owned)
         for parameter, gradient, needed in self._held:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
@@ -354,3 +355,41 @@ def _rows_of_ids(name: str, rows: Any) -> tuple[tuple[int, ...], ...]:
             raise ValueError(f"{name} are token ids, a list for each prompt; of prompt {place} got {row!r:.80}")
         found.append(tuple(map(int, ids)))
     return tuple(found)
+
+
+def random_tokens(sample: Any, vocabulary: int, seed: int = 0, *, classes: bool = False) -> Any:
+    """A sample of the same shape with tokens drawn uniformly, a function of both arguments; None without tokens.
+
+    Padding stays; labels that repeat the tokens repeat the new ones, others are drawn too, -100 stays.
+
+    Args:
+        sample: A batch, with ``input_ids`` among its fields.
+        vocabulary: Tokens are below it.
+        seed: Another one draws other tokens.
+        classes: Whether labels are classes, of positions or of samples, and no tokens: then they stay.
+
+    Example:
+        >>> drawn = random_tokens({"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([[-100, 6, 7]])}, 9)
+        >>> drawn["labels"][0, 0].item(), torch.equal(drawn["labels"][0, 1:], drawn["input_ids"][0, 1:])
+        (-100, True)
+    """
+    if not isinstance(sample, Mapping) or not isinstance(sample.get("input_ids"), Tensor):
+        return None
+    ids = sample["input_ids"].cpu()
+    found = zlib.crc32(ids.contiguous().numpy().tobytes(), seed)
+    generator = torch.Generator().manual_seed(found)
+    drawn, kept = (
+        torch.randint(vocabulary, ids.shape, generator=generator, dtype=ids.dtype),
+        sample.get("attention_mask"),
+    )
+    if isinstance(kept, Tensor) and kept.shape == ids.shape:
+        drawn = torch.where(kept.cpu() != 0, drawn, ids)
+    changed = {"input_ids": drawn}
+    labels = sample.get("labels")
+    if isinstance(labels, Tensor) and labels.ndim == 2 and not (classes or labels.is_floating_point()):
+        labels = labels.cpu()
+        others = torch.randint(vocabulary, labels.shape, generator=generator, dtype=labels.dtype)
+        follow = torch.where(labels == ids, drawn.to(labels.dtype), others) if labels.shape == ids.shape else others
+        changed["labels"] = torch.where(labels == IGNORE_INDEX, labels, follow)
+    device = sample["input_ids"].device
+    return {**sample, **{name: tensor.to(device) for name, tensor in changed.items()}}

@@ -22,9 +22,9 @@ from lightning_goldy.core.sharding import (
     sum_over_shards,
 )
 
-# Elements looked at to bracket the k-th largest. The bracket is checked by counting, so a bad one costs time and never
-# correctness. At 3.3 sigmas one in a thousand is bad; 2^15 probes bracket a 5 % quantile within 0.8 % of the elements.
-_PROBES = 1 << 15
+# Elements looked at to bracket the k-th largest, and the width of the bracket in standard deviations. It is checked by
+# counting, so a bad one costs time and never correctness; one in a thousand is bad.
+_PROBES, _SIGMAS = 1 << 13, 3.3
 _LEAST_STRIDE = 64
 _SMALL = 1 << 14
 _TIE_CHUNK = 1 << 20
@@ -127,57 +127,74 @@ def _partitioned(flats: Sequence[NDArray[Any]], k: int) -> list[NDArray[np.bool_
 
 
 def _bracketed(flats: Sequence[NDArray[Any]], k: int) -> list[NDArray[np.bool_]] | None:
-    """Selects among the few elements inside a bracket around the k-th largest; None when the bracket misses it."""
+    """Selects among the few elements between two probes near the k-th largest; None when that is not between them.
+
+    The second probe is chosen by how many exceed the first, so that the bracket is several times as narrow as one of
+    two probes that are chosen at once.
+    """
     total = sum(flat.size for flat in flats)
     # An odd stride does not fall into step with the rows of a matrix, whose lengths are even.
     stride = max(_LEAST_STRIDE, total // _PROBES) | 1
     probes = _joined([flat[::stride] for flat in flats])
-    count, share = probes.size, k / total
-    margin = 3.3 * math.sqrt(share * (1 - share) / count) + 1 / count
-    places = [
-        count - min(count, math.ceil((share + margin) * count)),
-        count - max(1, math.floor((share - margin) * count)),
-    ]
-    # One at a time, because NumPy's vectorised selection takes a single place only; the second among the few above the
-    # first.
-    upper = np.partition(probes, places[0])[places[0] :]
-    low, high = upper[0], np.partition(upper, places[1] - places[0])[places[1] - places[0]]
-    if low == high:
-        # Mostly the zeros of embedding rows that the sample does not use.
-        masks = [flat > high for flat in flats]
-        wanted = k - sum(map(np.count_nonzero, masks))
-        return masks if wanted > 0 and _add_ties(masks, flats, high, wanted) else None
-    masks = [np.empty(flat.size, dtype=np.bool_) for flat in flats]
-    splits = [_split(flat, low, high, mask) for flat, mask in zip(flats, masks, strict=True)]
-    wanted = k - sum(above for above, _ in splits)
-    positions = [where for _, where in splits]
-    if not 0 < wanted <= sum(where.size for where in positions):
-        return None
-    values = _joined([flat[where] for flat, where in zip(flats, positions, strict=True)])
-    threshold = np.partition(values, values.size - wanted)[values.size - wanted]
-    chosen = values > threshold
-    # The positions ascend, so the first ties are those with the smallest indices.
-    chosen[np.flatnonzero(values == threshold)[: wanted - np.count_nonzero(chosen)]] = True
-    ends = np.cumsum([where.size for where in positions])[:-1]
-    for mask, where, mine in zip(masks, positions, np.split(chosen, ends), strict=True):
-        mask[where[mine]] = True
-    return masks
+    # Descending, of the probes those that matter: the guess, and what a step away from it may need.
+    guess = min(k * probes.size // total, probes.size - 1)
+    most = min(probes.size, guess + 2 + math.ceil(2 * _SIGMAS * math.sqrt(guess + 1)))
+    best = np.sort(np.partition(probes, probes.size - most)[probes.size - most :])[::-1]
+    first = best[guess]
+    above = [flat > first for flat in flats]
+    missing = k - sum(map(np.count_nonzero, above))
+    if not missing:
+        return above
+    step = abs(missing) / stride
+    step = math.ceil(step + _SIGMAS * math.sqrt(step + 1))
+    if missing > 0:
+        # The first probe bounds from above; a bracket of equal probes holds what equals them.
+        second = best[min(guess + step, most - 1)]
+        if second == first:
+            # Mostly the zeros of embedding rows that the sample does not use.
+            return above if _add_ties(above, flats, first, missing) else None
+        positions = [_between(flat, mask, np.greater_equal, second) for flat, mask in zip(flats, above, strict=True)]
+    else:
+        # What equals the second probe lies within.
+        second = best[guess - step] if guess >= step else np.inf
+        positions = [_between(flat, mask, np.greater, second) for flat, mask in zip(flats, above, strict=True)]
+        missing += sum(where.size for where in positions)
+    return above if _add_largest(above, flats, positions, missing) else None
 
 
-def _split(flat: NDArray[Any], low: Any, high: Any, above: NDArray[np.bool_]) -> tuple[int, NDArray[np.int64]]:
-    """Marks what exceeds ``high`` and finds what lies in [low, high]; returns their number and positions."""
-    count, positions = 0, [np.empty(0, dtype=np.int64)]
-    inside = np.empty(min(_CACHED, flat.size), dtype=np.bool_)
+def _between(flat: NDArray[Any], above: NDArray[np.bool_], compare: np.ufunc, bound: Any) -> NDArray[np.int64]:
+    """Positions at which a comparison says otherwise than a mask, which gets what it says where that is no."""
+    positions = [np.empty(0, dtype=np.int64)]
     # In pieces that stay in the cache, because each is looked at several times.
     for start in range(0, flat.size, _CACHED):
-        piece = flat[start : start + _CACHED]
-        here = np.greater(piece, high, out=above[start : start + _CACHED])
-        between = np.greater_equal(piece, low, out=inside[: piece.size])
+        here = above[start : start + _CACHED].view(np.uint8)
+        found = compare(flat[start : start + _CACHED], bound).view(np.uint8)
         # As bytes, whose exclusive or is vectorised and that of booleans is not.
-        np.bitwise_xor(between.view(np.uint8), here.view(np.uint8), out=between.view(np.uint8))
-        count += np.count_nonzero(here)
-        positions.append(true_positions(between) + start)
-    return count, _joined(positions)
+        between = here ^ found
+        here &= found
+        positions.append(true_positions(between.view(np.bool_)) + start)
+    return _joined(positions)
+
+
+def _add_largest(
+    masks: Sequence[NDArray[np.bool_]],
+    flats: Sequence[NDArray[Any]],
+    positions: Sequence[NDArray[np.int64]],
+    wanted: int,
+) -> bool:
+    """Marks the ``wanted`` largest of those at ascending positions, too; False when that are not so many."""
+    if not 0 <= wanted <= sum(where.size for where in positions):
+        return False
+    if wanted:
+        values = _joined([flat[where] for flat, where in zip(flats, positions, strict=True)])
+        threshold = np.partition(values, values.size - wanted)[values.size - wanted]
+        chosen = values > threshold
+        # The first ties are those with the smallest indices.
+        chosen[np.flatnonzero(values == threshold)[: wanted - np.count_nonzero(chosen)]] = True
+        ends = np.cumsum([where.size for where in positions])[:-1]
+        for mask, where, mine in zip(masks, positions, np.split(chosen, ends), strict=True):
+            mask[where[mine]] = True
+    return True
 
 
 def _joined(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -156,9 +156,14 @@ def sum_over_shards(partial: Sequence[Tensor], references: Sequence[Tensor]) -> 
     return result
 
 
-def unshard_guard(module: nn.Module) -> None:
-    """Frees unsharded copies that FSDP2 keeps after a forward, so that parameters are the sharded ones again."""
-    for child in module.modules():
+def unshard_guard(module: nn.Module, children: Iterable[nn.Module] | None = None) -> None:
+    """Frees unsharded copies that FSDP2 keeps after a forward, so that parameters are the sharded ones again.
+
+    Args:
+        module: The model.
+        children: Its modules, where they are listed already.
+    """
+    for child in module.modules() if children is None else children:
         if gathers_in_forward(child):
             child.reshard()  # type: ignore[operator]
 

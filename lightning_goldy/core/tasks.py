@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -201,13 +201,17 @@ def labels_classes(model: nn.Module) -> bool:
     return head is not None and head.get_output_embeddings() is None
 
 
-def require_unscaled(module: nn.Module) -> None:
+def require_unscaled(module: nn.Module, children: Iterable[nn.Module] | None = None) -> None:
     """Refuses a model whose forward pass divides weights in place in evaluation mode, as a deep RWKV does.
+
+    Args:
+        module: The model.
+        children: Its modules, where they are listed already.
 
     Raises:
         ValueError: It does; the setting that keeps it from that is named.
     """
-    for child in module.modules():
+    for child in module.modules() if children is None else children:
         # Asked of what it holds: a module takes long to say that it has no such attribute.
         if "layers_are_rescaled" in vars(child):
             config: Any = child.config

@@ -1,13 +1,12 @@
 """Which parameters carry the finetune: golden and reverse golden parameters."""
 
 from lightning_goldy.analysis.golden.budget import Fluctuation, check_search_arguments, register_strategy
+from lightning_goldy.analysis.agreement import row_column_null
 from lightning_goldy.analysis.golden.golden import (
     GoldenResult,
     check_golden_arguments,
     golden_parameters,
-    random_tokens,
     register_score,
-    row_column_null,
     watched_elements,
 )
 from lightning_goldy.analysis.golden.reverse import (
@@ -18,6 +17,7 @@ from lightning_goldy.analysis.golden.reverse import (
     scoring_rounds,
 )
 from lightning_goldy.core.mask import jaccard
+from lightning_goldy.core.pieces import random_tokens
 from lightning_goldy.core.tasks import vocabulary_of
 
 __all__ = [

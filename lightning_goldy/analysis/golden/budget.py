@@ -485,8 +485,9 @@ def counts_by_expert(masks: Mapping[str, Tensor], experts: Mapping[str, int]) ->
         >>> counts_by_expert({"a": torch.tensor([[True, False], [True, True]])}, {"a": 2})
         (1, 2)
     """
-    parts = (mask.reshape(experts.get(name, 1), -1) for name, mask in masks.items())
-    return tuple(count for part in parts for count in part.count_nonzero(dim=1).tolist())
+    parts = (part for name, mask in masks.items() for part in mask.reshape(experts.get(name, 1), -1))
+    # Of one dimension, which is several times as fast as one by one of two.
+    return tuple(int(part.count_nonzero()) for part in parts)
 
 
 def expert_sizes(space: ParameterSpace, experts: Mapping[str, int]) -> list[int]:

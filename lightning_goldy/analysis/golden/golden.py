@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from lightning_goldy.analysis.agreement import row_column_nulls
 from lightning_goldy.analysis.divergence import own_share, precise
 from lightning_goldy.analysis.golden.budget import Budget, Mask, counts_by_expert, expert_sizes, largest_of
 from lightning_goldy.analysis.gradients import (
@@ -29,7 +30,8 @@ from lightning_goldy.core.architecture.blocks import expert_counts, expert_names
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.mask import ParameterMask, Scope, check_scope
 from lightning_goldy.core.naming import Registry, require_at_least, require_number
-from lightning_goldy.core.objective import IGNORE_INDEX, Objective, objective_for
+from lightning_goldy.core.objective import Objective, objective_for
+from lightning_goldy.core.pieces import random_tokens
 from lightning_goldy.core.sharding import (
     Replicas,
     gather,
@@ -47,12 +49,12 @@ from lightning_goldy.core.vector import ParameterVector, elements_in, require_fi
 _NORMAL = 1.96
 # Marks of single samples that are kept of a matrix, over all of them, and of one sample at least.
 _WATCHED, _LEAST_WATCHED = 1 << 20, 1 << 12
-# Steps of the tables of binomial tails, elements of a matrix worked on at a time.
-_STEPS, _PIECE = 1 << 13, 1 << 20
+# How many bits of a byte are set.
+_BITS = np.array([number.bit_count() for number in range(256)], dtype=np.uint8)
 # Marks up to which one sum is faster than sums of words.
 _FEW = 1 << 16
-# Rounds of a fit, and the change of its rates, relative, at which it is done.
-_FITS, _FITTED = 200, 1e-7
+# The change of rates, relative, at which those without a sample are fitted.
+_NEARLY = 1e-5
 
 Score = Callable[[Tensor, Tensor], Tensor]
 """``score(gradient, value)``: both in at least float32, the gradient free to be overwritten; larger is stronger."""
@@ -294,10 +296,7 @@ def golden_parameters(
     replicas = Replicas.of(model) if split_over_ranks else Replicas()
     with preserved(model), replicas.together("golden_parameters"):
         samples = _first_samples(batches, objective, n_samples)
-        size = vocabulary_of(model)
-        draw = partial(random_tokens, vocabulary=size or 0, seed=seed, classes=labels_classes(model))
-        drawn = [draw(sample) for sample in samples] if control and size else []
-        drawn = [] if any(sample is None for sample in drawn) else drawn
+        drawn = _draw_samples(model, samples, seed) if control else []
         parameters = space.resolve(model)
         require_finite(parameters, "weights")
         experts = {name: count for name, count in expert_counts(model).items() if name in space}
@@ -306,26 +305,18 @@ def golden_parameters(
         polls = []
         for done, part in enumerate((samples, drawn) if drawn else (samples,)):
             ballot = Ballot(parameters, budget, score, len(samples), experts)
-            told = _shifted(progress, done, 2 if drawn else 1)
-            with ballot.collecting(model), warnings.catch_warnings():
+            with warnings.catch_warnings():
                 if done:
                     # Of parameters that nothing depends on the samples have told.
                     warnings.simplefilter("ignore")
-                for index, sample in zip(
-                    replicas.share(range(len(part))), own_share(part, model, replicas, told), strict=True
-                ):
-                    ballot.vote(objective, model, sample, index)
+                ballot.vote_on(part, objective, model, replicas, _shifted(progress, done, 2 if drawn else 1))
                 polls.append(_Poll.of(ballot, replicas, quorum, needed))
     poll, other = polls[0], polls[1] if drawn else None
-    sizes = expert_sizes(space, experts)
-    # Of each tensor or expert, what a sample marks, or would be expected to mark at random, a fraction.
-    groups = zip(ballot.groups, budget.numels, strict=True)
-    shares = [k / n for (group, k, _), n in groups for name in group for _ in range(experts.get(name, 1))]
     return GoldenResult(
         mask=ParameterMask(space, poll.golden),
         experts=experts,
         golden=counts_by_expert(poll.golden, experts),
-        marked=tuple(round(share * size) for share, size in zip(shares, sizes, strict=True)),
+        marked=ballot.marked_by_each(space),
         expected=poll.expected,
         error=poll.error,
         control=None if other is None else counts_by_expert(other.golden, experts),
@@ -339,6 +330,16 @@ def golden_parameters(
         quorum=quorum,
         cost=Cost(forwards=len(samples) + len(drawn), backwards=len(samples) + len(drawn)),
     )
+
+
+def _draw_samples(model: nn.Module, samples: Sequence[Any], seed: int) -> list[Any]:
+    """Samples of random tokens; none where one has no tokens."""
+    size = vocabulary_of(model)
+    if not size:
+        return []
+    classes = labels_classes(model)
+    drawn = [random_tokens(sample, size, seed, classes=classes) for sample in samples]
+    return [] if any(sample is None for sample in drawn) else drawn
 
 
 def _shifted(progress: Callable[[int, int], None] | None, part: int, parts: int) -> Callable[[int, int], None] | None:
@@ -366,27 +367,29 @@ class _Poll:
     def of(cls, ballot: Ballot, replicas: Replicas, quorum: float, needed: int) -> _Poll:
         golden: Mask = {}
         expected: list[float | None] = []
-        table = _tail_table(ballot.n_samples, needed)
-        observed = np.zeros(ballot.n_samples)
-        # Of the null without each sample, and with all, over what was watched.
-        nulls = np.zeros(ballot.n_samples)
-        fewer = max(1, math.ceil(quorum * (ballot.n_samples - 1) - 1e-9))
-        without = _tail_table(ballot.n_samples - 1, fewer) if ballot.n_samples > 2 else None
+        n = ballot.n_samples
+        # Without each sample.
+        observed, nulls = np.zeros(n), np.zeros(n)
+        fewer = max(1, math.ceil(quorum * (n - 1) - 1e-9)) if n > 2 else None
         for name, laid_out in ballot.totals(replicas):
             votes = gather(laid_out).cpu()
-            golden[name] = votes >= needed
+            # NumPy compares bytes several times as fast.
+            golden[name] = torch.from_numpy(votes.numpy() >= needed)
+            device = local(laid_out).device
             for number, part in enumerate(votes.reshape(ballot.experts.get(name, 1), -1)):
                 watched = ballot.watched.get((name, number))
                 if watched is None:
                     expected.append(None)
                     continue
-                matrix = part.view(watched.shape)
-                rates = fitted_rates(matrix.sum(dim=1), matrix.sum(dim=0), ballot.n_samples)
-                expected.append(_expected_tail(*rates, table))
-                if without is not None:
-                    found = watched.without_each(matrix, fewer, without, replicas, local(laid_out).device)
-                    observed, nulls = observed + found[0], nulls + found[1]
-        return cls(golden, tuple(expected), _jackknife(observed, nulls) if without is not None else None)
+                watched.sum_over(replicas, device)
+                rows, columns = watched.rows.sum(axis=0), watched.columns.sum(axis=0)
+                null, near = row_column_nulls(rows, columns, n, needed)
+                expected.append(float(null))
+                if fewer is not None:
+                    observed += watched.observed_without_each(part.view(watched.shape), fewer)
+                    left_out = rows - watched.rows, columns - watched.columns
+                    nulls += row_column_nulls(*left_out, n - 1, fewer, near=near, done=_NEARLY)[0]
+        return cls(golden, tuple(expected), _jackknife(observed, nulls) if fewer is not None else None)
 
     def shared(self, other: _Poll) -> int:
         """Elements of matrices that are golden in both."""
@@ -409,59 +412,64 @@ def watched_elements(numel: int, n_samples: int) -> int:
         >>> watched_elements(1000, 16), watched_elements(1_000_000, 16)
         (1000, 65536)
     """
-    return min(numel, max(_LEAST_WATCHED, _WATCHED // n_samples))
+    count = max(_LEAST_WATCHED, _WATCHED // n_samples)
+    # All of them take no longer than most of them.
+    return count if numel > 2 * count else numel
 
 
 class _Watched:
-    """Marks of single samples at some elements of a matrix, and their sums over its rows and columns."""
+    """Marks of single samples at some elements of a matrix, eight side by side, and their sums over rows and columns.
+
+    What the watched are for is which samples marked the elements that have just enough votes; how many such elements
+    there are is known of all.
+    """
 
     def __init__(self, name: str, shape: tuple[int, int], n_samples: int) -> None:
         self.shape = shape
-        count = watched_elements(shape[0] * shape[1], n_samples)
-        # Flat places in the matrix; None where all of them are watched.
+        words = shape[0] * -(-shape[1] // 8)
+        watched = watched_elements(shape[0] * shape[1], n_samples)
+        # Which eights of elements, of rows that are filled up to whole eights; None where all of them are watched.
         self.positions: Tensor | None = None
-        if count < shape[0] * shape[1]:
+        if watched < shape[0] * shape[1]:
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-            self.positions = torch.randint(shape[0] * shape[1], (count,), generator=generator)
-        self.marks = torch.zeros(n_samples, -(-count // 8), dtype=torch.uint8)
-        self.rows = torch.zeros(n_samples, shape[0], dtype=torch.int32)
-        self.columns = torch.zeros(n_samples, shape[1], dtype=torch.int32)
+            self.positions = torch.randint(words, (-(-watched // 8),), generator=generator)
+        self.marks = np.zeros((n_samples, words if self.positions is None else len(self.positions)), dtype=np.uint8)
+        self.rows, self.columns = (np.zeros((n_samples, length), dtype=np.int32) for length in shape)
 
     def add(self, index: int, mask: Tensor) -> None:
         """Takes what one sample marks."""
         matrix = mask.reshape(self.shape)
         self.rows[index], self.columns[index] = marks_by_row(matrix).cpu(), marks_by_column(matrix).cpu()
-        if self.positions is not None and self.positions.device != matrix.device:
+        self.marks[index] = self._packed(matrix)
+
+    def _packed(self, matrix: Tensor) -> NDArray[np.uint8]:
+        """The watched of a boolean matrix, eight in a byte."""
+        if matrix.shape[1] % 8:
+            matrix = nn.functional.pad(matrix, (0, -matrix.shape[1] % 8))
+        words = _words(matrix).view(-1)
+        if self.positions is not None:
             self.positions = self.positions.to(matrix.device)
-        self.marks[index] = torch.from_numpy(np.packbits(self._of(matrix.reshape(-1), self.positions).cpu().numpy()))
+            words = words.index_select(0, self.positions)
+        return np.packbits(words.cpu().numpy().view(np.bool_))
 
-    @staticmethod
-    def _of(flat: Tensor, positions: Tensor | None) -> Tensor:
-        return flat if positions is None else flat.index_select(0, positions)
+    def sum_over(self, replicas: Replicas, device: torch.device) -> None:
+        """Gathers the samples of all replicas."""
+        if replicas.size > 1:
+            self.marks, self.rows, self.columns = (
+                replicas.sum_(torch.from_numpy(part).to(device)).cpu().numpy()
+                for part in (self.marks, self.rows, self.columns)
+            )
 
-    def without_each(
-        self, votes: Tensor, needed: int, table: Tensor, replicas: Replicas, device: torch.device
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Golden elements among the watched without each sample, and how many the null explains."""
-        marks, rows, columns = (replicas.sum_(part.to(device)).cpu() for part in (self.marks, self.rows, self.columns))
-        positions, n = None if self.positions is None else self.positions.cpu(), len(marks)
-        total = self._of(votes.reshape(-1), positions)
-        # Without a sample those lose that have just enough votes, its own among them.
-        least = (total == needed).numpy()
-        observed, nulls = np.full(n, float((total >= needed).count_nonzero())), np.zeros(n)
-        places = None if positions is None else (positions // self.shape[1], positions % self.shape[1])
-        table = table.float()
-        for some in torch.arange(n).split(max(1, _PIECE // max(self.shape))):
-            firsts, seconds = fitted_rates(rows.sum(0) - rows[some], columns.sum(0) - columns[some], n - 1)
-            for index, first, second in zip(some.tolist(), firsts.float(), seconds.float(), strict=True):
-                mark = np.unpackbits(marks[index].numpy(), count=len(total))
-                observed[index] -= np.count_nonzero(mark[least])
-                if places is None:
-                    rates = (first[:, None] * second).view(-1)
-                else:
-                    rates = first.index_select(0, places[0]).mul_(second.index_select(0, places[1]))
-                nulls[index] = float(_interpolated(table, rates).sum(dtype=torch.float64))
-        return observed, nulls
+    def observed_without_each(self, votes: Tensor, needed: int) -> NDArray[np.float64]:
+        """Golden elements without each sample: those lose that have just enough votes, its own among them."""
+        n, just = len(self.marks), votes.numpy() == needed
+        enough, all_just = np.count_nonzero(votes.numpy() >= needed), np.count_nonzero(just)
+        packed = self._packed(torch.from_numpy(just))
+        some = np.flatnonzero(packed)
+        lost = _BITS[self.marks[:, some] & packed[some]].sum(axis=1, dtype=np.float64)
+        # Each of these elements was marked by so many samples; where none is watched, by any.
+        lost = lost * (needed * all_just / lost.sum()) if lost.any() else np.full(n, needed * all_just / n)
+        return enough - lost
 
 
 def marks_by_row(marks: Tensor) -> Tensor:
@@ -474,15 +482,7 @@ def marks_by_row(marks: Tensor) -> Tensor:
         >>> marks_by_row(torch.tensor([[True, False, True], [False, False, True]])).tolist()
         [2, 1]
     """
-    if marks.numel() <= _FEW:
-        return marks.sum(dim=1, dtype=torch.int32)
-    columns = marks.shape[1]
-    whole = columns - columns % 8
-    total = marks[:, whole:].sum(dim=1, dtype=torch.int32)
-    if whole:
-        for part in _words(marks[:, :whole]).split(255, dim=1):
-            total += part.sum(dim=1, keepdim=True).view(torch.uint8).sum(dim=1, dtype=torch.int32)
-    return total
+    return _counted(marks, 1)
 
 
 def marks_by_column(marks: Tensor) -> Tensor:
@@ -492,16 +492,21 @@ def marks_by_column(marks: Tensor) -> Tensor:
         >>> marks_by_column(torch.tensor([[True, False, True], [False, False, True]])).tolist()
         [1, 0, 2]
     """
-    if marks.numel() <= _FEW:
-        return marks.sum(dim=0, dtype=torch.int32)
-    columns = marks.shape[1]
-    whole = columns - columns % 8
-    total = marks.new_zeros(columns, dtype=torch.int32)
-    total[whole:] = marks[:, whole:].sum(dim=0, dtype=torch.int32)
-    if whole:
-        for part in _words(marks[:, :whole]).split(255):
-            total[:whole] += part.sum(dim=0).view(torch.uint8)
-    return total
+    return _counted(marks, 0)
+
+
+def _counted(marks: Tensor, dim: int) -> Tensor:
+    if marks.device.type != "cpu" or marks.numel() <= _FEW:
+        return marks.sum(dim=dim, dtype=torch.int32)
+    # NumPy sums words of eight marks several times as fast, in each of whose bytes 255 have room.
+    matrix, whole = marks.numpy(), marks.shape[1] - marks.shape[1] % 8
+    words, rest = matrix[:, :whole].view(np.int64), matrix[:, whole:].sum(axis=dim, dtype=np.int32)
+    total = np.zeros(whole if dim == 0 else len(matrix), dtype=np.int32)
+    for start in range(0, words.shape[dim], 255):
+        part = words[start : start + 255] if dim == 0 else words[:, start : start + 255]
+        sums = np.add.reduce(part, axis=dim).view(np.uint8)
+        total += sums if dim == 0 else sums.reshape(-1, 8).sum(axis=1, dtype=np.int32)
+    return torch.from_numpy(np.concatenate([total, rest]) if dim == 0 else total + rest)
 
 
 def _words(marks: Tensor) -> Tensor:
@@ -509,137 +514,6 @@ def _words(marks: Tensor) -> Tensor:
     flat = marks.reshape(-1)
     # A view needs words to begin where words may.
     return (flat.clone() if flat.storage_offset() % 8 else flat).view(torch.int64).view(len(marks), -1)
-
-
-def row_column_null(votes: Tensor, n_samples: int, needed: int) -> float:
-    r"""Elements of a matrix that would be golden if samples shared no more than its rows and columns.
-
-    .. math:: \sum_{ab} P\big(\mathrm{Bin}(n, \min(1, r_a c_b)) \ge \text{needed}\big), \qquad
-        \sum_b \min(1, r_a c_b) = \tfrac1n \sum_b v_{ab}, \quad \sum_a \min(1, r_a c_b) = \tfrac1n \sum_a v_{ab}
-
-    Every sample marks an element on its own, with the product of a rate of its row and one of its column, which are
-    fitted so that rows and columns get as many votes as they did. Fitted rates scatter with those votes, so where rates
-    are small the null is above that of the true rates, by a factor of about ``1 + needed (needed - 1) / 2 * (1 / votes
-    of a row + 1 / votes of a column)``: few votes make it cautious.
-
-    Args:
-        votes: How many samples marked each element, shape ``[rows, columns]``.
-        n_samples: Samples that voted.
-        needed: Votes that make an element golden.
-
-    Example:
-        >>> row_column_null(torch.tensor([[2, 2], [2, 2]]), 2, 2)
-        4.0
-        >>> round(row_column_null(torch.tensor([[2, 0], [0, 2]]), 2, 2), 6)
-        1.0
-    """
-    rates = fitted_rates(votes.sum(dim=1), votes.sum(dim=0), n_samples)
-    return _expected_tail(*rates, _tail_table(n_samples, needed))
-
-
-def fitted_rates(rows: Tensor, columns: Tensor, n_samples: int) -> tuple[Tensor, Tensor]:
-    """Rates of rows and columns whose products, cut at 1, have these sums.
-
-    Args:
-        rows: Votes in each row, shape ``[..., rows]``.
-        columns: Votes in each column, as many in all, shape ``[..., columns]``.
-        n_samples: Samples that voted; sums are divided by their number.
-
-    Example:
-        >>> first, second = fitted_rates(torch.tensor([4, 1]), torch.tensor([2, 2, 1]), 2)
-        >>> torch.allclose((first[:, None] * second).clamp(max=1).sum(1), torch.tensor([2, 0.5]).double(), atol=1e-4)
-        True
-    """
-    first, second = rows.double() / n_samples, columns.double() / n_samples
-    targets = first, second
-    first = first / first.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(first.dtype).tiny)
-    moving = first.amax(-1, keepdim=True) * second.amax(-1, keepdim=True) > 1 + 1e-9
-    for _ in range(_FITS):
-        if not moving.any():
-            break
-        before = first
-        first = _cut_rates(targets[0], second).where(moving, first)
-        second = _cut_rates(targets[1], first).where(moving, second)
-        moving = ((first - before).abs() > _FITTED * before).any(-1, keepdim=True)
-    return first, second
-
-
-def _cut_rates(sums: Tensor, other: Tensor) -> Tensor:
-    """The rates r with sum_b min(1, r other_b) = sums, of each sum one, by the pieces in which that is linear."""
-    ordered = other.sort(dim=-1, descending=True).values  # [..., b]
-    # With the first m of them cut, r = (sum - m) / (what is left of the others).
-    left = ordered.flip(-1).cumsum(-1).flip(-1)
-    # The sum at which the next is about to be cut, r = 1 / ordered_m, ascending in m.
-    cut = torch.arange(ordered.shape[-1], dtype=other.dtype, device=other.device)
-    reached = (cut + left / ordered).where(ordered > 0, math.inf)
-    positive = (ordered > 0).sum(dim=-1, keepdim=True)
-    m = torch.searchsorted(reached, sums.contiguous()).minimum((positive - 1).clamp(min=0))
-    return ((sums - m) / left.gather(-1, m)).where(positive > 0, 0.0)
-
-
-@lru_cache(maxsize=8)
-def _tail_table(n: int, needed: int) -> Tensor:
-    """The binomial tail at equidistant probabilities from 0 to 1, float64."""
-    return binomial_tail(n, needed, torch.linspace(0, 1, _STEPS + 1, dtype=torch.float64))
-
-
-def _interpolated(table: Tensor, probabilities: Tensor) -> Tensor:
-    places = (probabilities * _STEPS).clamp_(max=_STEPS)
-    below = places.int()
-    flat = below.view(-1)
-    # The last step has no slope, for nothing lies beyond it; index_select is four times as fast as an index.
-    slopes = torch.cat([table[1:] - table[:-1], table.new_zeros(1)])
-    low, slope = (part.index_select(0, flat).view(places.shape) for part in (table, slopes))
-    return low.addcmul_(places.sub_(below), slope)
-
-
-def _expected_tail(first: Tensor, second: Tensor, table: Tensor) -> float:
-    """Sum of the tail over all products of a row's and a column's rate."""
-    (rows, times), (columns, often) = (part.float().unique(return_counts=True) for part in (first, second))
-    small, total = table.float(), 0.0
-    for start in range(0, len(rows), max(1, _PIECE // max(1, len(columns)))):
-        stop = start + max(1, _PIECE // max(1, len(columns)))
-        tails = _interpolated(small, rows[start:stop, None] * columns)
-        total += float((tails.double() @ often.double()) @ times[start:stop].double())
-    return total
-
-
-def random_tokens(sample: Any, vocabulary: int, seed: int = 0, *, classes: bool = False) -> Any:
-    """A sample of the same shape with tokens drawn uniformly, a function of both arguments; None without tokens.
-
-    Padding stays; labels that repeat the tokens repeat the new ones, others are drawn too, -100 stays.
-
-    Args:
-        sample: A batch, with ``input_ids`` among its fields.
-        vocabulary: Tokens are below it.
-        seed: Another one draws other tokens.
-        classes: Whether labels are classes, of positions or of samples, and no tokens: then they stay.
-
-    Example:
-        >>> drawn = random_tokens({"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([[-100, 6, 7]])}, 9)
-        >>> drawn["labels"][0, 0].item(), torch.equal(drawn["labels"][0, 1:], drawn["input_ids"][0, 1:])
-        (-100, True)
-    """
-    if not isinstance(sample, Mapping) or not isinstance(sample.get("input_ids"), Tensor):
-        return None
-    ids = sample["input_ids"].cpu()
-    found = zlib.crc32(ids.contiguous().numpy().tobytes(), seed)
-    generator = torch.Generator().manual_seed(found)
-    drawn, kept = (
-        torch.randint(vocabulary, ids.shape, generator=generator, dtype=ids.dtype),
-        sample.get("attention_mask"),
-    )
-    if isinstance(kept, Tensor) and kept.shape == ids.shape:
-        drawn = torch.where(kept.cpu() != 0, drawn, ids)
-    changed = {"input_ids": drawn}
-    labels = sample.get("labels")
-    if isinstance(labels, Tensor) and labels.ndim == 2 and not (classes or labels.is_floating_point()):
-        labels = labels.cpu()
-        others = torch.randint(vocabulary, labels.shape, generator=generator, dtype=labels.dtype)
-        follow = torch.where(labels == ids, drawn.to(labels.dtype), others) if labels.shape == ids.shape else others
-        changed["labels"] = torch.where(labels == IGNORE_INDEX, labels, follow)
-    device = sample["input_ids"].device
-    return {**sample, **{name: tensor.to(device) for name, tensor in changed.items()}}
 
 
 class Ballot:
@@ -684,6 +558,27 @@ class Ballot:
                 hook = partial(self._mark, group, k, stack)
                 hooks.callback(self.parameters[group[0]].register_post_accumulate_grad_hook(hook).remove)
         return hooks
+
+    def vote_on(
+        self,
+        samples: Sequence[Any],
+        objective: Objective,
+        model: nn.Module,
+        replicas: Replicas,
+        progress: Callable[[int, int], None] | None,
+    ) -> None:
+        """The votes of this rank's share of the samples."""
+        with self.collecting(model):
+            mine = replicas.share(range(len(samples)))
+            for index, sample in zip(mine, own_share(samples, model, replicas, progress), strict=True):
+                self.vote(objective, model, sample, index)
+
+    def marked_by_each(self, space: ParameterSpace) -> tuple[int, ...]:
+        """Elements of each tensor or expert that a sample marks, or would be expected to mark at random."""
+        groups = zip(self.groups, self.budget.numels, strict=True)
+        shares = [k / n for (group, k, _), n in groups for name in group for _ in range(self.experts.get(name, 1))]
+        sizes = expert_sizes(space, self.experts)
+        return tuple(round(share * size) for share, size in zip(shares, sizes, strict=True))
 
     def vote(self, objective: Objective, model: nn.Module, sample: Any, index: int = 0) -> None:
         """One forward and backward pass of the sample of this number, whose gradients become votes."""
@@ -741,25 +636,6 @@ class Ballot:
             # Process groups do not sum shorts.
             summable = votes.int() if votes.dtype == torch.int16 and replicas.size > 1 else votes
             yield name, like(self.parameters[name].detach(), replicas.sum_(summable))
-
-
-def binomial_tail(n: int, needed: int, p: Tensor) -> Tensor:
-    """Probabilities that at least ``needed`` of ``n`` independent events happen, each with probability ``p``; float64.
-
-    Example:
-        >>> binomial_tail(3, 3, torch.tensor(0.5)).item(), round(binomial_tail(2, 1, torch.tensor(0.5)).item(), 12)
-        (0.125, 0.75)
-    """
-    p = p.double()
-    if needed == n:
-        return p**n
-    whole, happens, fails = math.lgamma(n + 1), p.log(), torch.log1p(-p)
-    total = torch.zeros_like(p)
-    for m in range(needed, n + 1):
-        ways = whole - math.lgamma(m + 1) - math.lgamma(n - m + 1)
-        # At 1 no event fails, and nothing times an infinite logarithm is nothing.
-        total += (ways + m * happens + ((n - m) * fails if m < n else 0.0)).exp()
-    return total.clamp(max=1.0)
 
 
 def _first_samples(batches: Iterable[Any], objective: Objective, n_samples: int | None) -> list[Any]:

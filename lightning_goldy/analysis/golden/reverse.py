@@ -291,10 +291,8 @@ def reverse_golden_parameters(
         require_finite(parameters, "weights")
         only_these_require_gradients(model, parameters)
         samples, held_out = (
-            SharedDivergence(
-                model, pieces_of(part, search.chunk_size), objective, replicas, cache=search.cache, anchored=False
-            )
-            for part in (choosing, measuring)
+            SharedDivergence(model, pieces, objective, replicas, cache=search.cache, anchored=False)
+            for pieces in (pieces_of(part, search.chunk_size) for part in (choosing, measuring))
         )
         with MaskedModel(model, space) as masked:
             experts = {name: count for name, count in expert_counts(model).items() if name in space}

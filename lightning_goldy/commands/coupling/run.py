@@ -584,8 +584,17 @@ def saturated_share(found: Findings) -> float | None:
 
 
 def _coupling_checks(found: Findings, unknown_tokens: float) -> list[dict[str, Any]]:
+    unknown = _check(
+        "share of prompts with unknown tokens", unknown_tokens, "at most", 0.0, fail_at=0.5,
+        meaning="The tokenizer reads words of these prompts as unknown, so different questions look the same.",
+        next_step="Use the model's own tokenizer, and a --template in words that it knows.",
+    )  # fmt: skip
+    return [*_piece_checks(found), *_gradient_checks(found), unknown]
+
+
+def _piece_checks(found: Findings) -> list[dict[str, Any]]:
+    """Of how many pieces the couplings are, and whether the model knows them."""
     result, statistics = found.result, found.statistics
-    norms = result.norms[result.valid].numpy()
     return [
         _check(
             "pieces", statistics.n_pieces, "at least", 50, fail_at=3,
@@ -604,6 +613,14 @@ def _coupling_checks(found: Findings, unknown_tokens: float) -> list[dict[str, A
             next_step="Check --template and --form (the prompt that the model was trained on), or keep to pieces that "
             "the model knows: knowledge_pieces.pieces says which.",
         ),
+    ]  # fmt: skip
+
+
+def _gradient_checks(found: Findings) -> list[dict[str, Any]]:
+    """Whether cosines tell pieces apart, and are those of plain backward passes."""
+    result, statistics = found.result, found.statistics
+    norms = result.norms[result.valid].numpy()
+    return [
         _check(
             "share of saturated pairs", saturated_share(found), "at most", 0.01, fail_at=0.25,
             meaning=f"Pairs with a cosine of {_SATURATED} or more: one gradient in two pieces, as of paraphrases or of "
@@ -634,11 +651,6 @@ def _coupling_checks(found: Findings, unknown_tokens: float) -> list[dict[str, A
             meaning="Largest relative difference over the pieces that were differentiated one by one as well.",
             next_step="Use --dtype float32; if the difference stays, this model uses its weights in a way that is not "
             "understood, and the couplings are not to be trusted.",
-        ),
-        _check(
-            "share of prompts with unknown tokens", unknown_tokens, "at most", 0.0, fail_at=0.5,
-            meaning="The tokenizer reads words of these prompts as unknown, so different questions look the same.",
-            next_step="Use the model's own tokenizer, and a --template in words that it knows.",
         ),
     ]  # fmt: skip
 

@@ -12,16 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import BertConfig, BertForTokenClassification
 
-from lightning_goldy.analysis import GoldenResult, golden_parameters, jaccard, register_score
-from lightning_goldy.analysis.golden.golden import (
-    SCORES,
-    binomial_tail,
-    fitted_rates,
-    marks_by_column,
-    marks_by_row,
-    random_tokens,
-    row_column_null,
-)
+from lightning_goldy.analysis import GoldenResult, agreement, golden_parameters, jaccard, register_score
+from lightning_goldy.analysis.agreement import binomial_tail, fitted_rates, row_column_null, row_column_nulls
+from lightning_goldy.analysis.golden.golden import SCORES, marks_by_column, marks_by_row
 from lightning_goldy.core import (
     CausalLMObjective,
     ClassifierObjective,
@@ -32,6 +25,7 @@ from lightning_goldy.core import (
 )
 from lightning_goldy.core.mask import jaccard as mask_jaccard
 from lightning_goldy.core.objective import split_batch
+from lightning_goldy.core.pieces import random_tokens
 from tests.references.golden import golden_masks, row_column_null_reference
 from tests.references.models import CAUSAL, FAMILIES, build, class_batch, token_batch
 
@@ -419,6 +413,60 @@ def test_rates_of_several_matrices_are_those_of_each_alone():
         for found, expected in zip(together, fitted_rates(matrix.sum(dim=1), matrix.sum(dim=0), 5), strict=True):
             assert torch.allclose(found[index], expected, rtol=1e-12, atol=0)
             assert found[index].isfinite().all()
+
+
+def dense_votes(n_samples: int, spread: float) -> torch.Tensor:
+    """Marks of samples that agree on dense rows and columns, shape ``[samples, 40, 60]``."""
+    generator = torch.Generator().manual_seed(7)
+    rows, columns = (torch.randn(size, generator=generator).mul(spread).exp() for size in (40, 60))
+    scores = torch.randn(n_samples, 40, 60, generator=generator).abs() * rows[:, None] * columns
+    scores *= torch.randn(n_samples, 40, 1, generator=generator).mul(0.5).exp()
+    return scores >= scores.flatten(1).quantile(0.9, dim=1)[:, None, None]
+
+
+@pytest.mark.parametrize(("n", "needed"), [(8, 8), (8, 5), (16, 1), (24, 12), (300, 300), (300, 200)])
+@pytest.mark.parametrize("spread", [0.1, 2.0])
+def test_the_null_summed_by_powers_is_the_sum_over_all_elements(n, needed, spread):
+    """Also where terms of both signs cancel, and where powers leave the range of numbers."""
+    votes = dense_votes(8, spread).sum(dim=0) * n // 8
+    rates = fitted_rates(votes.sum(dim=1), votes.sum(dim=0), n)
+    assert (float(rates[0].max() * rates[1].max()) > 1) == (spread > 1)
+    tails = binomial_tail(n, needed, (rates[0][:, None] * rates[1]).clamp(max=1).clamp(min=1e-300))
+    assert row_column_null(votes, n, needed) == pytest.approx(float(tails.sum()), rel=2e-3)
+
+
+@pytest.mark.parametrize("spread", [1.0, 2.0, 3.0])
+def test_rates_of_dense_rows_take_few_rounds(spread, monkeypatch):
+    """Rounds alone took up to 90; the sums match whatever the fit begins with."""
+    votes = dense_votes(8, spread)
+    rows, columns = (votes.sum(dim=axis).sum(dim=0).numpy() for axis in (2, 1))
+    made, round_of = [], agreement._cut_rates
+    monkeypatch.setattr(agreement, "_cut_rates", lambda *sums: made.append(1) or round_of(*sums))
+    first, second = (part.numpy() for part in fitted_rates(torch.from_numpy(rows), torch.from_numpy(columns), 8))
+    assert 0 < len(made) // 2 <= 25
+    rates = (first[:, None] * second).clip(max=1)
+    assert abs(rates.sum(axis=1) - rows / 8).max() < 1e-5
+    assert abs(rates.sum(axis=0) - columns / 8).max() < 1e-5
+    without = [part.sum(dim=0).numpy() - part.numpy() for part in (votes.sum(dim=2), votes.sum(dim=1))]
+    anew, _ = row_column_nulls(*without, 7, 7)
+    near, _ = row_column_nulls(*without, 7, 7, near=second, done=1e-5)
+    assert near == pytest.approx(anew, rel=1e-3)
+    assert anew.tolist() == pytest.approx(
+        [row_column_null(votes.sum(0) - mine.int(), 7, 7) for mine in votes], rel=1e-9
+    )
+
+
+@pytest.mark.parametrize("columns", [20, 24])
+def test_the_interval_of_a_part_of_the_elements_is_cautious(columns, monkeypatch):
+    torch.manual_seed(3)
+    samples = list(torch.rand(7, 1, 3000, columns) + 0.5 * torch.rand(3000, 1) + 0.5 * torch.rand(columns))
+    model, options = Marking(3000, columns), {"top_k_percent": 30, "quorum": 0.8}
+    whole = golden_parameters(model, samples, MARKING, **options)
+    monkeypatch.setattr("lightning_goldy.analysis.golden.golden._WATCHED", 7 * 8192)
+    part = golden_parameters(model, samples, MARKING, **options)
+    assert part.over_null == whole.over_null
+    # Some hundred elements that one sample decides on scatter among the samples, so a part is cautious.
+    assert 0.5 * whole.error < part.error < whole.error + 0.1
 
 
 def test_the_result_holds_the_null_of_its_votes_and_the_interval_of_a_plain_jackknife():
