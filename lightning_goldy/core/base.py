@@ -345,14 +345,14 @@ def _tied_values(tensors: Mapping[str, Tensor], files: Iterable[Path], model: nn
             return {}
     pairs: list[tuple[Any, Any]] = []
     if head is not None:
-        ends = (head.get_output_embeddings(), head.get_input_embeddings())
-        pairs.append(tuple(getattr(end, "weight", None) for end in ends))
+        first, last = head.get_input_embeddings(), head.get_output_embeddings()
+        pairs.append((getattr(last, "weight", None), getattr(first, "weight", None)))
         own, keys = dict(head.named_parameters()), getattr(head, "_tied_weights_keys", None)
         pairs += [(own.get(name), own.get(of)) for name, of in (keys.items() if isinstance(keys, dict) else ())]
     names: dict[int, list[str]] = {}
     for name, parameter in _every_name(model).items():
         names.setdefault(id(parameter), []).append(name)
-    found = {}
+    found: dict[str, Tensor] = {}
     for left_out, kept in pairs:
         value = next((tensors[name] for name in names.get(id(kept), ()) if name in tensors), None)
         if value is not None:

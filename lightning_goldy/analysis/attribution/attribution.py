@@ -643,8 +643,9 @@ class _Integration:
         known = isinstance(self.measure.metric, str) and not isinstance(self.measure.objective, FunctionObjective)
         own = {id(value) for value in self.path.parameters.values() if value.dtype in (torch.float32, torch.float64)}
         for child in self.path.model.modules() if known and self.device.type == "cpu" else ():
-            fitting = isinstance(child, nn.Embedding) and not (child.sparse or child.scale_grad_by_freq)
-            if fitting and id(child.weight) in own and not is_sharded(child.weight):
+            if not isinstance(child, nn.Embedding) or child.sparse or child.scale_grad_by_freq:
+                continue
+            if id(child.weight) in own and not is_sharded(child.weight):
                 child.sparse = True
                 hooks.callback(setattr, child, "sparse", False)
 
@@ -663,8 +664,8 @@ class _Integration:
         if gradient.layout is torch.sparse_coo:
             read = gradient.coalesce()
             rows, values = read.indices()[0], precise(read.values())
-            products = values * self.path.change(name)[rows]
-            self.products[self.index[name]] += products.sum(dtype=torch.float64)
+            inside = (values * self.path.change(name)[rows]).sum(dtype=torch.float64)
+            self.products[self.index[name]] += inside
             self.accumulated[name].index_add_(0, rows, values, alpha=self.scale)
             return
         flat, total = gradient_part(gradient, parameter).reshape(-1), self.accumulated[name].view(-1)
