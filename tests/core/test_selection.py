@@ -146,6 +146,16 @@ def test_a_bracket_leaves_little_to_select_from(monkeypatch: pytest.MonkeyPatch)
     assert sizes == [1000]
 
 
+def test_a_bracket_that_misses_is_made_wider_before_everything_is_partitioned(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Probes of which more are large than of the others, as where neighbours are alike.
+    values = _normal(1 << 20)
+    values[torch.arange(0, len(values), 65)[:250]] = 9.0
+    (flat,), k = [values.numpy()], len(values) // 20
+    assert selection._bracketed([flat], k, 3.3) is None
+    monkeypatch.setattr(selection, "_partitioned", None)
+    assert_selects([values], k)
+
+
 def test_layout_does_not_matter_only_row_major_order() -> None:
     values = (_normal(130 * 140) * 3).round()
     matrix = values.view(140, 130).t()
