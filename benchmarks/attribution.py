@@ -1,16 +1,19 @@
 """Change attribution against forward + backward alone, its memory, and what grafts recover.
 
-    python benchmarks/attribution.py [--model FOLDER --base FOLDER --text FILE --other FILE]
+    python benchmarks/attribution.py [--model FOLDER --base FOLDER --text FILE --other FILE [--steps 40]]
     python benchmarks/attribution.py --shape 1b --device cuda --dtype bfloat16 --nodes 8
 
 Prints medians of ratios over alternating repetitions in one run; absolute times depend on the machine. A node is what
 one more of them costs; the ends (two forward passes) and the selection of the strongest elements come once. With
-folders of a finetuned model and its base, and texts, the curve of grafts is printed too.
+folders of a finetuned model and its base, and texts, the curve of grafts is printed too; a finetune that is not there
+yet is made with AdamW on all but the last fifth of the text, which scores and tells. Of a base alone the times are
+measured a random step away from it. Other text is a text file, or a JSON list of records with questions.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +24,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from lightning_goldy.analysis import ChangeAttributionResult, change_attribution, graft_curve
+from lightning_goldy.commands.graft import Wanted
 from lightning_goldy.core import BaseParameters, ParameterVector
 
 SHAPES = {
@@ -33,17 +37,40 @@ def subject(arguments: argparse.Namespace) -> tuple[torch.nn.Module, BaseParamet
     """A model a step away from its base."""
     dtype = getattr(torch, arguments.dtype)
     if arguments.model:
+        if not Path(arguments.model).is_dir():
+            finetune(arguments)
         model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype).eval()
         base = AutoModelForCausalLM.from_pretrained(arguments.base, dtype=dtype)
         return model.to(arguments.device), BaseParameters(ParameterVector.of(base))
     heads = {"num_attention_heads": 32, "num_key_value_heads": 8} if arguments.shape == "1b" else {}
     with torch.device(arguments.device):
-        model = LlamaForCausalLM(LlamaConfig(**SHAPES[arguments.shape], **heads)).to(dtype).eval()
+        if arguments.base:
+            model = AutoModelForCausalLM.from_pretrained(arguments.base, dtype=dtype).to(arguments.device).eval()
+        else:
+            model = LlamaForCausalLM(LlamaConfig(**SHAPES[arguments.shape], **heads)).to(dtype).eval()
     base = BaseParameters(ParameterVector.of(model))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1e-3 * torch.randn_like(parameter))
     return model, base
+
+
+def finetune(arguments: argparse.Namespace) -> None:
+    """AdamW on all but the last fifth of the text; the model is written where it was looked for."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(arguments.base, dtype=torch.float32).to(arguments.device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.rate)
+    rows = blocks(arguments, arguments.text)
+    rows = rows[: len(rows) * 4 // 5].to(arguments.device)
+    for step in range(arguments.steps):
+        ids = rows[torch.randint(len(rows), (8,))]
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 10 == 0:
+            print(f"step {step}: loss {loss.item():.3f}", flush=True)
+    model.save_pretrained(arguments.model)
 
 
 def seconds(function: Callable[[], object], device: str) -> float:
@@ -67,12 +94,21 @@ def peak(device: str) -> int:
     return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
 
 
+def blocks(arguments: argparse.Namespace, file: str) -> torch.Tensor:
+    """The token ids of a text, [blocks, length]."""
+    text = Path(file).read_text()
+    if file.endswith(".json"):
+        text = "\n".join(record.get("question") or record["Question"] for record in json.loads(text))
+    ids = AutoTokenizer.from_pretrained(arguments.base)(text, verbose=False)["input_ids"]
+    return torch.tensor(ids[: len(ids) // arguments.length * arguments.length]).view(-1, arguments.length)
+
+
 def samples(arguments: argparse.Namespace, model: torch.nn.Module, file: str | None, count: int) -> torch.Tensor:
-    """Token ids, [count, length]."""
+    """Token ids, [count, length], of the last fifth of a text of the finetune, and of the whole of other text."""
     if file is None:
         return torch.randint(0, model.config.vocab_size, (count, arguments.length), device=arguments.device)
-    ids = AutoTokenizer.from_pretrained(arguments.base)(Path(file).read_text())["input_ids"]
-    rows = torch.tensor(ids[: len(ids) // arguments.length * arguments.length]).view(-1, arguments.length)
+    rows = blocks(arguments, file)
+    rows = rows[len(rows) * 4 // 5 :] if file == arguments.text else rows
     return rows[torch.randperm(len(rows))[:count]].to(arguments.device)
 
 
@@ -82,6 +118,9 @@ def main() -> None:
     parser.add_argument("--base", help="folder of its base")
     parser.add_argument("--text", help="text of the finetune")
     parser.add_argument("--other", help="text that has nothing to do with it")
+    parser.add_argument("--steps", type=int, default=40, help="of a finetune that is not there yet")
+    parser.add_argument("--rate", type=float, default=5e-5, help="its learning rate")
+    parser.add_argument("--only", choices=("times", "grafts"), help="leave the other part out")
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
@@ -96,9 +135,25 @@ def main() -> None:
     model, base = subject(arguments)
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     elements = sum(parameter.numel() for parameter in model.parameters())
-    ids = samples(arguments, model, arguments.text, 4 * arguments.samples)
+    ids = samples(arguments, model, arguments.text, 3 * arguments.samples)
     scored, held_out = ids[: arguments.samples], ids[arguments.samples :]
     print(f"{elements / 1e6:.0f} M parameters, {arguments.samples} x {arguments.length} tokens, {arguments.dtype}")
+    if arguments.only != "grafts":
+        print_times(arguments, model, base, scored, size, elements)
+    if arguments.text and arguments.only != "times":
+        other = samples(arguments, model, arguments.other, arguments.samples)
+        print_grafts(model, base, scored, held_out, other)
+
+
+def print_times(
+    arguments: argparse.Namespace,
+    model: torch.nn.Module,
+    base: BaseParameters,
+    scored: torch.Tensor,
+    size: int,
+    elements: int,
+) -> None:
+    """Memory and time of nodes beside a step's."""
 
     def step(sample: torch.Tensor) -> None:
         model(input_ids=sample, labels=sample, use_cache=False).loss.backward()
@@ -122,28 +177,50 @@ def main() -> None:
     )
     whole, single = partial(attributed, 1 + arguments.nodes), partial(attributed, 1)
     times = compare([whole, alone, single], arguments.repetitions, arguments.device)
-    ratio = statistics.median((many - one) / plain for many, plain, one in times)
+    ratios = [(many - one) / plain for many, plain, one in times]
     took, plain = (statistics.median(row[place] for row in times) for place in (0, 1))
     once = statistics.median(one - (many - one) / arguments.nodes for many, _, one in times)
     print(
-        f"{arguments.nodes} more nodes against forward + backward of each sample alone, {plain:.2f} s: "
-        f"ratio {ratio:.3f} (<= 1.1); ends and selection, once: {once:.2f} s of {took:.2f}; gap {found.gap:.2g}"
+        f"{arguments.nodes} more nodes against forward + backward of each sample alone, {plain:.2f} s: ratio "
+        f"{statistics.median(ratios):.3f} (<= 1.1; {min(ratios):.3f} to {max(ratios):.3f}); ends and selection, once: "
+        f"{once:.2f} s of {took:.2f}; gap {found.gap:.2g}"
     )
-    if not arguments.text:
-        return
-    other = samples(arguments, model, arguments.other, 2 * arguments.samples)
-    options = {"shares": (0.001, 0.01, 0.05, 0.1, 0.2), "samples_per_pass": 16}
-    found = change_attribution(model, base, [{"input_ids": scored}], nodes="auto", shares=options["shares"])
-    print(found.headline())
+
+
+def print_grafts(
+    model: torch.nn.Module, base: BaseParameters, scored: torch.Tensor, held_out: torch.Tensor, other: torch.Tensor
+) -> None:
+    """What grafts recover and harm, and which of them are taken for a wish."""
+    found = change_attribution(model, base, [{"input_ids": scored}], nodes="auto")
+    print(found.headline(), flush=True)
     curve = graft_curve(
-        model, base, found, [{"input_ids": scored}], [{"input_ids": held_out}], [{"input_ids": other}], **options
+        model,
+        base,
+        found,
+        [{"input_ids": scored}],
+        [{"input_ids": held_out}],
+        [{"input_ids": other}],
+        baselines=("magnitude", "random", "interpolation", "drop_and_rescale"),
+        factors=(0.5, 0.6, 0.7, 0.8, 0.9),
+        samples_per_pass=16,
+        n_draws=1,
     )
     print(curve.headline())
+    print(f"held-out loss {curve.base_value:.3f} to {curve.value:.3f}; other text {curve.base_collateral:.3f} before")
     for point in curve.records:
         print(
             f"{point.method:16} share {point.share:.3f} factor {point.factor:.3g}: recovers {point.recovered:.3f} "
             f"[{point.low:.3f}, {point.high:.3f}], harm {point.harm:+.4f}, KL {point.kl:.4f}"
             f"{'  frontier' if point.on_frontier else ''}"
+        )
+    for recover in (0.5, 0.8, 0.95):
+        taken = Wanted(recover=recover).of(curve)
+        enough = [point for point in curve.records if (point.recovered or 0.0) >= recover]
+        least = min(point.harm or 0.0 for point in enough)
+        named = f"{taken.method}, share {taken.share:.3g}, factor {taken.factor:.3g}"
+        print(
+            f"--recover {recover} --method best takes {named}: harm {taken.harm:+.4f}; least harm of the {len(enough)} "
+            f"that recover as much: {least:+.4f}; on the frontier: {taken.on_frontier}"
         )
 
 

@@ -18,7 +18,15 @@ from lightning_goldy.core.architecture.blocks import expert_counts, expert_names
 from lightning_goldy.core.base import Base, BaseParameters, base_of
 from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.naming import block_of, require_at_least
-from lightning_goldy.core.sharding import Replicas, gather, is_sharded, local, scatter_like, sum_over_shards
+from lightning_goldy.core.sharding import (
+    Replicas,
+    gather,
+    inside_parallel,
+    is_sharded,
+    local,
+    scatter_like,
+    sum_over_shards,
+)
 from lightning_goldy.core.vector import ParameterVector, fill_direction_, reduce_rows, reduce_tensors
 
 # log10 |change| from 1e-12 to 10, four bins a decade; what lies outside falls into the outermost bins.
@@ -255,6 +263,7 @@ def weight_change(model: nn.Module, base: Base, *, space: str = "merged") -> Wei
         >>> round(change.delta_norm, 6), change.unchanged
         (0.25, 1)
     """
+    model = inside_parallel(model)
     columns = []
     bins = (_HIGHEST - _LOWEST) * _PER_DECADE
     counts = torch.zeros(bins + 1, dtype=torch.int64)
@@ -310,6 +319,7 @@ def change_inside(model: nn.Module, base: Base, mask: ParameterMask) -> float | 
         base: What it is compared with.
         mask: On any device; its parameters must be among the base's.
     """
+    model = inside_parallel(model)
     inside = total = 0.0
     for name, _, delta in base_of(base, model).changes(model):
         total += reduce_tensors([delta], lambda x: x @ x)[0]
@@ -491,6 +501,7 @@ def parameter_distribution(
         >>> round(parameter_distribution(layer, base).rows[0]["stable_rank"], 4)
         1.0
     """
+    model = inside_parallel(model)
     check_distribution_arguments(top, exact_below, intruders_below)
     known: Directions = {} if directions is None else directions
     settings = _Settings(top, exact_below, seed, intruders_below)

@@ -19,7 +19,7 @@ from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.mask import MaskedModel
 from lightning_goldy.core.naming import require_at_least
 from lightning_goldy.core.objective import IGNORE_INDEX, CausalLMObjective
-from lightning_goldy.core.sharding import is_sharded, local, scatter_like
+from lightning_goldy.core.sharding import inside_parallel, is_sharded, local, scatter_like
 from lightning_goldy.core.store import require_boolean
 from lightning_goldy.core.vector import ParameterVector, substituted
 
@@ -134,6 +134,7 @@ def continue_prompts(
         >>> found.agreement, found.kl_per_token, found.present == found.base
         ((1.0,), (0.0,), True)
     """
+    model = inside_parallel(model)
     writer = _Writer(model, tokenizer, prompts, seed, max_new_tokens, do_sample, temperature)
     start = None if base is None else base_values(model, base_of(base, model))
     before = None if start is None else lambda: substituted(model, start)

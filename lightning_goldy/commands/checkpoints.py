@@ -18,7 +18,7 @@ from lightning_goldy.analysis.heads import load_gates
 from lightning_goldy.callbacks.engine.weights import FROZEN_FILE, Frozen, Weights
 from lightning_goldy.core.architecture import HeadGates
 from lightning_goldy.core.architecture.adapters import WeightSpace
-from lightning_goldy.core.base import BASE_FILE, BaseParameters, base_files, read_base, read_checkpoint
+from lightning_goldy.core.base import BASE_FILE, BaseParameters, base_files, frozen_apart, read_base, read_checkpoint
 from lightning_goldy.core.files import parents_of
 from lightning_goldy.core.objective import CausalLMObjective, MaskedLMObjective, Objective, Seq2SeqObjective
 from lightning_goldy.core.sharding import is_sharded, local, scatter_like
@@ -223,10 +223,12 @@ class FoundBase:
     Args:
         values: Its parameters; None where nothing tells what they were.
         source: Where they come from, or why there are none, in words for a reader.
+        prefix: Of a base that was given, what a checkpoint there puts before the model's names; None of others.
     """
 
     values: BaseParameters | None
     source: str
+    prefix: str | None = None
 
 
 @dataclass(frozen=True)
@@ -283,7 +285,7 @@ def find_base(
         if path.name == BASE_FILE:
             space = _space_of(base_files(path), model)
         prefix = next((f"{name}." for name, child in pl_module.named_modules() if child is model and name), "")
-        return FoundBase(BaseParameters(read_base(path, model, space, prefix=prefix)), str(path))
+        return FoundBase(BaseParameters(read_base(path, model, space, prefix=prefix)), str(path), prefix)
     known = _told(saved)
     found = _of_the_run(saved, known, model, space)
     return found or _as_built(known, pl_module, model, space, objective, space_of_change)
@@ -291,6 +293,8 @@ def find_base(
 
 def follow_frozen(saved: SavedModel, base: FoundBase, model: nn.Module, space: WeightSpace, who: str) -> list[str]:
     """Adds to the base what adapters lie on, where it moved in the run although frozen, as by ReLoRA.
+
+    What else is frozen and differs in a base that was given stays as it is, which is said.
 
     Args:
         saved: Whose checkpoint tells what was frozen, and how it was as the base was taken.
@@ -306,8 +310,14 @@ def follow_frozen(saved: SavedModel, base: FoundBase, model: nn.Module, space: W
         AdapterError: It has moved, and its values at the start are not known.
     """
     known = _told(saved)
-    if base.values is None or not known.frozen:
+    if base.values is None:
         return []
+    told = None
+    if base.prefix is not None:
+        told = frozen_apart(base.source, model, base.values.space, prefix=base.prefix)
+    notes = [] if told is None else [f"{base.source}: {told}"]
+    if not known.frozen:
+        return notes
     sums = {name: (total, square) for name, (total, square) in known.frozen["sums"].items()}
     frozen = Frozen(sums, tuple(known.frozen["below"]))
     for place in _places(saved, known):
@@ -317,7 +327,7 @@ def follow_frozen(saved: SavedModel, base: FoundBase, model: nn.Module, space: W
             values = {name: value.to(own[name].dtype) for name, value in load_vectors(file, model)[0].items()}
             frozen.kept = BaseParameters(ParameterVector(ParameterSpace.of_tensors(own), values), copy=False)
             break
-    return frozen.follow(model, base.values, base.values.grow, merged=space == "merged", who=who)
+    return notes + frozen.follow(model, base.values, base.values.grow, merged=space == "merged", who=who)
 
 
 def _places(saved: SavedModel, known: _Snapshot) -> list[Path]:

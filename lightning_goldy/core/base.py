@@ -10,10 +10,12 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from lightning_goldy.core.files import parse_json
 from lightning_goldy.core.naming import bare_name, canonical_name, suggestion
-from lightning_goldy.core.sharding import gather, is_sharded, like, local, scatter_like
+from lightning_goldy.core.sharding import gather, inside_parallel, is_sharded, like, local, scatter_like
 from lightning_goldy.core.space import ParameterSpace, SpaceError, known_parameters
 from lightning_goldy.core.store import HEADER_KEY, StoreError, load_vectors, open_tensors
+from lightning_goldy.core.tasks import transformers_model
 from lightning_goldy.core.vector import ParameterVector
 
 BASE_FILE = "base.safetensors"
@@ -174,7 +176,7 @@ def base_of(base: Base, model: nn.Module, space: ParameterSpace | None = None) -
 
 def _every_name(module: nn.Module) -> dict[str, nn.Parameter]:
     """A module's parameters by canonical name, tied ones under each of theirs."""
-    named = module.named_parameters(remove_duplicate=False)
+    named = inside_parallel(module).named_parameters(remove_duplicate=False)
     return {canonical_name(name): parameter for name, parameter in named}
 
 
@@ -208,6 +210,15 @@ def _same(first: Tensor, second: Tensor) -> bool:
 
 def _tell_frozen(base: Mapping[str, Tensor], model: nn.Module, space: ParameterSpace) -> None:
     """Warns where a base differs from the model in what is frozen, and so is left as it is now."""
+    if (told := _frozen_apart(base, model, space)) is not None:
+        warnings.warn(
+            f"{told}; let them require gradients first to compare with the whole base",
+            stacklevel=3,
+        )
+
+
+def _frozen_apart(base: Mapping[str, Tensor], model: nn.Module, space: ParameterSpace) -> str | None:
+    """In what that is frozen, and so is left as it is now, a base differs from the model, in words."""
     moved = [
         name
         for name, own in known_parameters(model).items()
@@ -219,14 +230,25 @@ def _tell_frozen(base: Mapping[str, Tensor], model: nn.Module, space: ParameterS
         and _is_plain_float(own)
         and not _same(base[name], own)
     ]
-    if moved:
-        more = f" and {len(moved) - 1} more" if len(moved) > 1 else ""
-        warnings.warn(
-            f"the base differs from {type(model).__name__} in {moved[0]!r}{more}, which require no gradient: such "
-            "parameters stay as they are now, at the base too; let them require gradients first to compare with the "
-            "whole base",
-            stacklevel=3,
-        )
+    if not moved:
+        return None
+    more = f" and {len(moved) - 1} more" if len(moved) > 1 else ""
+    return (
+        f"the base differs from {type(model).__name__} in {moved[0]!r}{more}, which require no gradient: such "
+        "parameters stay as they are now, at the base too"
+    )
+
+
+def frozen_apart(source: str | Path, model: nn.Module, space: ParameterSpace, *, prefix: str = "") -> str | None:
+    """What a saved base has otherwise in parameters that are frozen, in words; None where it has nothing otherwise.
+
+    Args:
+        source: As for :func:`read_base`.
+        model: With the weights that are compared with it.
+        space: What is compared anyway.
+        prefix: As for :func:`read_base`.
+    """
+    return _frozen_apart(_read_tensors(Path(source), model, space, prefix), model, space)
 
 
 def _further_blocks(names: Iterable[str], model: nn.Module) -> str | None:
@@ -301,11 +323,57 @@ def _read_tensors(path: Path, model: nn.Module, space: ParameterSpace, prefix: s
         tensors = {}
         for file in files:
             tensors = {**_read_safetensors(file), **tensors}
+        tensors |= _tied_values(tensors, files, model)
     if (more := _further_blocks(tensors, model)) is not None:
         raise StoreError(f"{path}: the base is of another model: {more}")
     if (untied := _held_apart(tensors, model, space)) is not None:
         raise StoreError(f"{path}: {untied}")
     return tensors
+
+
+def _tied_values(tensors: Mapping[str, Tensor], files: Iterable[Path], model: nn.Module) -> dict[str, Tensor]:
+    """What a saved model leaves out because it is tied, under the names that a model has that does not tie it.
+
+    Args:
+        tensors: Those that it holds, by canonical name.
+        files: Where they come from; a ``config.json`` beside them may say that nothing is tied.
+        model: A finetune that may have untied them.
+    """
+    head = transformers_model(model)
+    for file in files:
+        if _is_vector_file(file) or _says_untied(file.parent / "config.json"):
+            return {}
+    pairs: list[tuple[Any, Any]] = []
+    if head is not None:
+        first, last = head.get_input_embeddings(), head.get_output_embeddings()
+        pairs.append((getattr(last, "weight", None), getattr(first, "weight", None)))
+        own, keys = dict(head.named_parameters()), getattr(head, "_tied_weights_keys", None)
+        pairs += [(own.get(name), own.get(of)) for name, of in (keys.items() if isinstance(keys, dict) else ())]
+    names: dict[int, list[str]] = {}
+    for name, parameter in _every_name(model).items():
+        names.setdefault(id(parameter), []).append(name)
+    found: dict[str, Tensor] = {}
+    for left_out, kept in pairs:
+        value = next((tensors[name] for name in names.get(id(kept), ()) if name in tensors), None)
+        if value is not None:
+            found |= {name: value for name in names.get(id(left_out), ()) if name not in tensors}
+    return found
+
+
+def _says_untied(config: Path) -> bool:
+    """Whether a model's configuration says that no embeddings are tied; one that is absent or broken says nothing."""
+    try:
+        told = parse_json(config.read_text(), constants="float") if config.is_file() else {}
+    except ValueError:
+        told = {}
+    parts = [told, told.get("text_config")] if isinstance(told, dict) else []
+    said = [part["tie_word_embeddings"] for part in parts if isinstance(part, dict) and "tie_word_embeddings" in part]
+    return bool(said) and not any(said)
+
+
+def _is_vector_file(file: Path) -> bool:
+    with open_tensors(file) as opened:
+        return HEADER_KEY in (opened.metadata() or {})
 
 
 def _values_of(tensors: Mapping[str, Tensor], path: Path, model: nn.Module, space: ParameterSpace) -> ParameterVector:

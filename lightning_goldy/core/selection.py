@@ -23,8 +23,9 @@ from lightning_goldy.core.sharding import (
 )
 
 # Elements looked at to bracket the k-th largest, and the width of the bracket in standard deviations. It is checked by
-# counting, so a bad one costs time and never correctness; one in a thousand is bad.
-_PROBES, _SIGMAS = 1 << 13, 3.3
+# counting, so a bad one costs time and never correctness; one in a thousand is bad. Neighbours that are alike tell less
+# than as many others: then a wider one costs a look at all, and a partition of all twice their memory.
+_PROBES, _SIGMAS = 1 << 13, (3.3, 15.0)
 _LEAST_STRIDE = 64
 _SMALL = 1 << 14
 _TIE_CHUNK = 1 << 20
@@ -61,8 +62,8 @@ def select_largest(scores: Sequence[Tensor], k: int) -> list[Tensor]:
     flats = [tensor.detach().to(dtype).reshape(-1) for tensor in scores]
     if all(map(_in_numpy, flats)):
         arrays = [flat.numpy() for flat in flats]
-        chosen = _bracketed(arrays, k) if total > _SMALL else None
-        chosen = _partitioned(arrays, k) if chosen is None else chosen
+        tries = (_bracketed(arrays, k, sigmas) for sigmas in _SIGMAS if total > _SMALL)
+        chosen = next((masks for masks in tries if masks is not None), None) or _partitioned(arrays, k)
         return [torch.from_numpy(mask).view(tensor.shape) for mask, tensor in zip(chosen, scores, strict=True)]
     threshold = kth_largest(torch.cat(flats) if len(flats) > 1 else flats[0], k)
     masks = [flat > threshold for flat in flats]
@@ -126,7 +127,7 @@ def _partitioned(flats: Sequence[NDArray[Any]], k: int) -> list[NDArray[np.bool_
     return masks
 
 
-def _bracketed(flats: Sequence[NDArray[Any]], k: int) -> list[NDArray[np.bool_]] | None:
+def _bracketed(flats: Sequence[NDArray[Any]], k: int, sigmas: float) -> list[NDArray[np.bool_]] | None:
     """Selects among the few elements between two probes near the k-th largest; None when that is not between them.
 
     The second probe is chosen by how many exceed the first, so that the bracket is several times as narrow as one of
@@ -138,7 +139,7 @@ def _bracketed(flats: Sequence[NDArray[Any]], k: int) -> list[NDArray[np.bool_]]
     probes = _joined([flat[::stride] for flat in flats])
     # Descending, of the probes those that matter: the guess, and what a step away from it may need.
     guess = min(k * probes.size // total, probes.size - 1)
-    most = min(probes.size, guess + 2 + math.ceil(2 * _SIGMAS * math.sqrt(guess + 1)))
+    most = min(probes.size, guess + 2 + math.ceil(2 * sigmas * math.sqrt(guess + 1)))
     best = np.sort(np.partition(probes, probes.size - most)[probes.size - most :])[::-1]
     first = best[guess]
     above = [flat > first for flat in flats]
@@ -146,7 +147,7 @@ def _bracketed(flats: Sequence[NDArray[Any]], k: int) -> list[NDArray[np.bool_]]
     if not missing:
         return above
     step = abs(missing) / stride
-    step = math.ceil(step + _SIGMAS * math.sqrt(step + 1))
+    step = math.ceil(step + sigmas * math.sqrt(step + 1))
     if missing > 0:
         # The first probe bounds from above; a bracket of equal probes holds what equals them.
         second = best[min(guess + step, most - 1)]

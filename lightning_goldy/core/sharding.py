@@ -58,6 +58,32 @@ def is_tensor_parallel(part: nn.Module, model: nn.Module | None = None) -> bool:
     return any(map(splits_layers, parameters)) or (not gathered and any(map(is_sharded, parameters)))
 
 
+def inside_parallel(module: nn.Module) -> nn.Module:
+    """A module without the wrapper that trains it on several devices: DistributedDataParallel, DataParallel, Fabric's.
+
+    Such a wrapper has names of its own, and would average the gradients that each process takes of other samples. What
+    ``torch.compile`` made inside of it stays; a module without such a wrapper comes back.
+
+    Args:
+        module: Any module.
+
+    Example:
+        >>> layer = nn.Linear(1, 1)
+        >>> inside_parallel(nn.DataParallel(layer)) is layer, inside_parallel(layer) is layer
+        (True, True)
+    """
+    found = inner = module
+    while True:
+        if isinstance(inner, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            found = inner = inner.module
+        elif {"_forward_module", "_original_module"} <= inner._modules.keys() | vars(inner).keys():
+            found = inner = inner.get_submodule("_forward_module")
+        elif "_orig_mod" in inner._modules:
+            inner = inner.get_submodule("_orig_mod")
+        else:
+            return found
+
+
 def local(tensor: Tensor) -> Tensor:
     """This process's part, sharing memory with the tensor and detached from autograd.
 

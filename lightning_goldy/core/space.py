@@ -18,7 +18,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from lightning_goldy.core.files import PlainError
 from lightning_goldy.core.naming import bare_name, canonical_name, require_kinds, suggestion
-from lightning_goldy.core.sharding import unshard_guard
+from lightning_goldy.core.sharding import inside_parallel, unshard_guard
 
 
 class SpaceError(PlainError):
@@ -260,7 +260,8 @@ def known_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
         >>> list(known_parameters(wrapped))
         ['layer.base_layer.weight', 'layer.weight']
     """
-    known = {canonical_name(name): parameter for name, parameter in module.named_parameters()}
+    named = inside_parallel(module).named_parameters()
+    known = {canonical_name(name): parameter for name, parameter in named}
     for name, parameter in list(known.items()):
         known.setdefault(bare_name(name), parameter)
     return known
@@ -272,7 +273,7 @@ def trainable_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]
     Raises:
         SpaceError: The module is wrapped by FSDP1, whose flat parameters have no meaning one by one.
     """
-    for name, parameter in module.named_parameters():
+    for name, parameter in inside_parallel(module).named_parameters():
         # FSDP1 marks what it has flattened; with use_orig_params only that mark tells, name and type look as ever.
         if "_flat_param" in name or getattr(parameter, "_fsdp_flattened", False):
             raise SpaceError(
@@ -301,7 +302,7 @@ def parameter_names(module: nn.Module) -> set[str]:
         >>> sorted(parameter_names(prune.identity(nn.Linear(2, 2), "weight")))
         ['bias', 'weight', 'weight_orig']
     """
-    named = {canonical_name(name) for name, _ in module.named_parameters()}
+    named = {canonical_name(name) for name, _ in inside_parallel(module).named_parameters()}
     return named | {found.plain for found in reparametrized(module)}
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_goldy.core.pieces import KnowledgePiece, SampleSet, encode_pairs
 from lightning_goldy.data.base import ProbeDataModule, Splits
-from lightning_goldy.data.readers import load_pieces, open_rows
+from lightning_goldy.data.readers import PieceSet, load_pieces, open_rows
 
 
 def read_pieces(path: str | Path) -> list[KnowledgePiece]:
@@ -57,6 +57,8 @@ class KnowledgeDataModule(ProbeDataModule):
         probe_size: Pieces in the probe.
         max_length: The most tokens a sample may have; None sets no limit.
         seed: Decides the split and the order of training samples.
+        collateral: Questions and answers that have nothing to do with the finetune, from where ``path`` may be: there
+            change attribution and grafts measure harm, and activation differences what the finetune left.
 
     Raises:
         FileNotFoundError: No such source.
@@ -83,6 +85,7 @@ class KnowledgeDataModule(ProbeDataModule):
         probe_size: int = 16,
         max_length: int | None = None,
         seed: int = 0,
+        collateral: str | Path | None = None,
     ) -> None:
         super().__init__(tokenizer=tokenizer, batch_size=batch_size, probe_size=probe_size, seed=seed)
         if template.count("{question}") != 1:
@@ -91,12 +94,14 @@ class KnowledgeDataModule(ProbeDataModule):
             raise ValueError(f"val_share={val_share!r} must be a share of the pieces, above 0 and below 1")
         self.template = template
         self.max_length = max_length
-        found = load_pieces(path)
+        found = _load(path)
         self.pieces = found.pieces
         self.skipped = found.skipped
-        if found.skipped:
-            left_out = ", ".join(f"{reason}: {count}" for reason, count in found.skipped.items())
-            rank_zero_info(f"{found.source}: {len(self.pieces)} pieces; left out: {left_out}")
+        self.collateral = collateral
+        try:
+            self.collateral_pieces = () if collateral is None else _load(collateral).pieces
+        except ValueError as error:
+            raise ValueError(f"collateral: {error}") from error
         self.train_pieces, self.val_pieces, self.probe_pieces = _split(self.pieces, val_share, probe_size, seed)
 
     def prompt(self, piece: KnowledgePiece) -> str:
@@ -106,6 +111,14 @@ class KnowledgeDataModule(ProbeDataModule):
     def piece_dataloader(self, pieces: Sequence[KnowledgePiece]) -> DataLoader:
         """Batches of any pieces, in their order."""
         return self._loader(self._encode(pieces))
+
+    def collateral_dataloader(self) -> DataLoader | None:
+        """The pieces of ``collateral``, shuffled once by the seed; None without any."""
+        if not self.collateral_pieces:
+            return None
+        shuffled = list(self.collateral_pieces)
+        random.Random(f"collateral {self.seed}").shuffle(shuffled)
+        return self.piece_dataloader(shuffled)
 
     def build_splits(self) -> Splits:
         """Tokenise the pieces of all three splits."""
@@ -121,6 +134,15 @@ class KnowledgeDataModule(ProbeDataModule):
                     f" max_length={self.max_length}: raise it or leave the piece out"
                 )
         return samples
+
+
+def _load(path: str | Path) -> PieceSet:
+    """The pieces of a source; says what of it was left out."""
+    found = load_pieces(path)
+    if found.skipped:
+        left_out = ", ".join(f"{reason}: {count}" for reason, count in found.skipped.items())
+        rank_zero_info(f"{found.source}: {len(found.pieces)} pieces; left out: {left_out}")
+    return found
 
 
 def _split(

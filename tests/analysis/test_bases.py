@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from lightning.fabric import Fabric
 from torch import nn
 
 from lightning_goldy.analysis import (
+    activation_differences,
     attention_statistics,
+    change_attribution,
     explain_change,
+    graft_curve,
     parameter_distribution,
     taylor_diff,
     track_attention,
 )
 from lightning_goldy.analysis.attention import Prompt
+from lightning_goldy.analysis.attribution import apply_change, baseline_mask, graft, learn_mask, save_change
+from lightning_goldy.analysis.change import change_inside, weight_change
 from lightning_goldy.analysis.linearized import FrozenAttention, LinearizedMLP, TangentModel, build_variant
+from lightning_goldy.analysis.ripple import finetune_ripple
+from lightning_goldy.core import ParameterSpace
 from lightning_goldy.core.base import BaseParameters
+from lightning_goldy.core.mask import ParameterMask
+from lightning_goldy.core.naming import canonical_name
+from lightning_goldy.core.pieces import KnowledgePiece
 from lightning_goldy.core.vector import ParameterVector
 from tests.core.test_base import SOURCES, write_vector
 from tests.references.models import build
@@ -45,12 +59,58 @@ def logits(variant: nn.Module) -> list[Any]:
         return variant(input_ids=IDS).logits.tolist()
 
 
+SCORED: dict[str, Any] = {"nodes": 2, "shares": [0.5]}
+
+
+def mask_of(model: nn.Module, share: float) -> ParameterMask:
+    space, seeded = ParameterSpace.of(model), torch.Generator().manual_seed(0)
+    return ParameterMask(space, {name: torch.rand(space.shape(name), generator=seeded) < share for name in space})
+
+
+def grafted(model: nn.Module, base: Any) -> list[Any]:
+    found = change_attribution(model, base, [BATCH], **SCORED)
+    if not any(found.squared_changes):
+        return []
+    state = graft(model, base, found.mask(0.5))
+    curve = graft_curve(model, base, found, [BATCH], [BATCH], baselines=["random", "interpolation"], factors=[0.5])
+    masks = [learn_mask(model, base, found, [BATCH], share=0.5).mask, baseline_mask(model, base, found, "random", 0.5)]
+    flags = [tensor.tolist() for mask in masks for tensor in mask.values()]
+    return [curve.to_json(), flags, {canonical_name(name): value.tolist() for name, value in state.items()}]
+
+
+def saved(model: nn.Module, base: Any) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        path = save_change(Path(folder) / "change.safetensors", model, base, mask_of(model, 1.0))
+        before = build("gpt2", seed=0).eval()
+        apply_change(nn.DataParallel(before), path, check=isinstance(base, nn.Module))
+        return [parameter.tolist() for parameter in before.parameters()]
+
+
+def rippled(model: nn.Module, base: Any) -> str:
+    class Short:
+        eos_token_id = bos_token_id = pad_token_id = 0
+
+        def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+            return {"input_ids": [1 + ord(letter) % 50 for letter in text]}
+
+    pieces = [KnowledgePiece("a", "1?", "2"), KnowledgePiece("b", "3?", "4")]
+    found = finetune_ripple(model, base, pieces, tokenizer=Short(), template="{question}")
+    return str([found.predicted.tolist(), found.measured.tolist()])
+
+
 USES: dict[str, Callable[[nn.Module, Any], Any]] = {
     "attention_statistics": lambda model, base: attention_statistics(model, [BATCH], base=base).to_json(),
     "track_attention": tracked,
     "explain_change": lambda model, base: explain_change(model, base, [BATCH]).to_json(),
     "taylor_diff": lambda model, base: taylor_diff(model, base, [BATCH]).to_json(),
     "parameter_distribution": lambda model, base: parameter_distribution(model, base).to_json(),
+    "change_attribution": lambda model, base: change_attribution(model, base, [BATCH], **SCORED).to_json(),
+    "grafts": grafted,
+    "activation_differences": lambda model, base: activation_differences(model, base, [BATCH], positions=2).to_json(),
+    "weight_change": lambda model, base: weight_change(model, base).to_json(),
+    "change_inside": lambda model, base: change_inside(
+        model, base, mask_of(model, 1.0).map(lambda flags: flags.cumsum(0) > 1)
+    ),
     "FrozenAttention": lambda model, base: logits(FrozenAttention(model, base)),
     "LinearizedMLP": lambda model, base: logits(LinearizedMLP(model, base)),
     "TangentModel": lambda model, base: logits(TangentModel(model, base)),
@@ -72,3 +132,37 @@ def test_a_base_may_have_any_form(use: str, tmp_path: Path) -> None:
 def test_what_is_no_base_is_refused(use: str) -> None:
     with pytest.raises(TypeError, match=r"a base is a module, .*; got float"):
         USES[use](build("gpt2", seed=1), 0.5)
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "DistributedDataParallel": nn.parallel.DistributedDataParallel,
+    "DataParallel": nn.DataParallel,
+    "compiled": lambda model: torch.compile(model, backend="eager"),  # type: ignore[return-value]
+    "compiled inside": lambda model: nn.parallel.DistributedDataParallel(torch.compile(model, backend="eager")),
+    "compiled outside": lambda model: torch.compile(nn.parallel.DistributedDataParallel(model), backend="eager"),  # type: ignore[return-value]
+    "Fabric": lambda model: Fabric(accelerator="cpu", devices=1).setup(model),
+}
+
+
+@pytest.mark.parametrize(
+    ("use", "wrapper"),
+    [
+        *((use, "DistributedDataParallel") for use in USES),
+        *(("change_attribution", wrapper) for wrapper in WRAPPERS if wrapper != "DistributedDataParallel"),
+    ],
+)
+def test_a_wrapper_changes_neither_base_nor_model(use: str, wrapper: str, alone: None) -> None:
+    base, model = build("gpt2", seed=0).eval(), build("gpt2", seed=1).eval()
+    expected = USES[use](model, base)
+    wrap = WRAPPERS[wrapper]
+    assert USES[use](model, wrap(copy.deepcopy(base))) == expected
+    assert USES[use](wrap(copy.deepcopy(model)), base) == expected
+    vector = ParameterVector.of(wrap(copy.deepcopy(base)))
+    assert vector.space.names == ParameterSpace.of(base).names

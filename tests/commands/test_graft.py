@@ -7,9 +7,12 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
+from lightning_goldy import GoldyModule
 from lightning_goldy.analysis import apply_change
 from lightning_goldy.cli import main
+from lightning_goldy.commands.checkpoints import find_base, follow_frozen, read_saved
 from lightning_goldy.commands.graft import Wanted, graft_checkpoint
+from lightning_goldy.core import CausalLMObjective
 from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.data import AtlasDataModule
 from lightning_goldy.training.models import build_model, complete_config, write_pretrained
@@ -184,3 +187,19 @@ def test_with_one_sample_held_out_the_card_says_that_it_chose(trained, capsys):
     assert "asked for: a harm of at most 9 nats" in card
     assert run(trained, "--n-samples", "2", "--keep", "0.2", output="given") == 0
     assert "none chose it, for its share was given" in (trained / "given" / "model" / "README.md").read_text()
+
+
+def test_frozen_parameters_that_differ_in_the_base_given_are_told(trained):
+    module = GoldyModule(str(trained / "finetune"))
+    module.model.transformer.wte.requires_grad_(False)
+    module.model.transformer.ln_f.requires_grad_(False)
+    saved = read_saved(trained / "finetune")
+    found = find_base(trained / "base", saved, module, module.model, CausalLMObjective())
+    saved.load_into(module, module.model)
+    (told,) = follow_frozen(saved, found, module.model, "merged", "goldy graft")
+    assert told.startswith(
+        f"{trained / 'base'}: the base differs from GPT2LMHeadModel in 'transformer.wte.weight' and 2 "
+    )
+    assert "\n" not in told
+    own = find_base(trained / "finetune", saved, module, module.model, CausalLMObjective())
+    assert follow_frozen(saved, own, module.model, "merged", "goldy graft") == []

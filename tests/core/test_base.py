@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,9 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from lightning_goldy.analysis import change_attribution
 from lightning_goldy.core import ParameterSpace, ParameterVector, SpaceError, StoreError, base_of, save_vectors
-from lightning_goldy.core.base import BaseParameters, read_base
+from lightning_goldy.core.base import BaseParameters, frozen_apart, read_base
 from tests.references.models import build
 
 
@@ -378,3 +380,84 @@ def test_frozen_parameters_that_the_base_has_otherwise_are_told(
             if not own.requires_grad:
                 other.copy_(own)
     base_of(base, now)
+
+
+# Weights that the base ties and the finetune does not
+
+
+def with_own_head(tied: nn.Module) -> nn.Module:
+    """The same model with a head of its own."""
+    config = copy.deepcopy(tied.config)
+    config.tie_word_embeddings = False
+    model = type(tied)(config)
+    model.load_state_dict(tied.state_dict())
+    assert model.get_output_embeddings().weight is not model.get_input_embeddings().weight
+    return model
+
+
+def tied_pair(family: str) -> tuple[nn.Module, nn.Module]:
+    base = build(family, seed=5)
+    if family == "llama":
+        config = copy.deepcopy(base.config)
+        config.tie_word_embeddings = True
+        base = type(base)(config)
+    now = with_own_head(base)
+    with torch.no_grad():
+        for parameter in now.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return base, now
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("write", [write_folder, write_sharded_folder, write_one_file, write_checkpoint])
+def test_a_tied_base_stands_for_both_weights_of_an_untied_finetune(
+    family: str, write: Callable[[nn.Module, Path], Path], tmp_path: Path
+) -> None:
+    base, now = tied_pair(family)
+    source = write(base, tmp_path)
+    dense, space = with_own_head(base), ParameterSpace.of(now)
+    assert same(read_base(source, now, space, prefix="model."), ParameterVector.of(dense, space))
+    batch = {"input_ids": torch.arange(16).view(2, 8)}
+    given = source if source.suffix != ".ckpt" else ParameterVector(space, read_base(source, now, space, prefix=None))
+    found = change_attribution(now, given, [batch], nodes=2)
+    assert found == change_attribution(now, dense, [batch], nodes=2)
+    assert found.by_tensor["lm_head.weight"] != 0.0
+
+
+def test_a_file_that_lacks_an_untied_head_is_refused(tmp_path: Path) -> None:
+    base, now = tied_pair("gpt2")
+    folder = write_folder(base, tmp_path)
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"tie_word_embeddings": true', '"tie_word_embeddings": false'))
+    raises(folder, now, r"has no parameter 'lm_head\.weight'")
+    # A vector file holds what was selected; what it lacks was not.
+    raises(write_vector(base, tmp_path), now, r"has no parameter 'lm_head\.weight'")
+
+
+def test_an_untied_base_of_a_tied_finetune_is_refused(tmp_path: Path) -> None:
+    base, now = tied_pair("gpt2")
+    raises(write_folder(now, tmp_path), base, r"values of its own in 'lm_head\.weight', which GPT2LMHeadModel ties to")
+
+
+def test_a_base_without_a_config_may_be_tied(tmp_path: Path) -> None:
+    base, now = tied_pair("gpt2")
+    folder = write_folder(base, tmp_path)
+    for text in ("{broken", "[]", "{}"):
+        (folder / "config.json").write_text(text)
+        assert read_base(folder, now, ParameterSpace.of(now))["lm_head.weight"].equal(base.lm_head.weight)
+
+
+def test_what_is_frozen_and_differs_in_a_saved_base_is_told(base: nn.Module, now: nn.Module, tmp_path: Path) -> None:
+    now.transformer.wte.requires_grad_(False)
+    now.transformer.wpe.requires_grad_(False)
+    for write in (write_folder, write_checkpoint):
+        source = write(base, tmp_path)
+        told = frozen_apart(source, now, ParameterSpace.of(now), prefix="model.")
+        assert told is not None
+        assert "differs from GPT2LMHeadModel in 'transformer.wte.weight' and 1 more, which require no gradient" in told
+        assert "\n" not in told
+    # A vector file holds only what was trained.
+    values = ParameterVector.of(base, ParameterSpace.of(now))
+    vector = save_vectors(tmp_path / "v.safetensors", values, kind="values", model=base)
+    assert frozen_apart(vector, now, ParameterSpace.of(now)) is None
+    assert frozen_apart(write_folder(now, tmp_path), now, ParameterSpace.of(now)) is None

@@ -146,6 +146,17 @@ def test_a_bracket_leaves_little_to_select_from(monkeypatch: pytest.MonkeyPatch)
     assert sizes == [1000]
 
 
+def test_a_bracket_that_misses_is_made_wider_before_everything_is_partitioned(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Probes of which more are large than of the others, as where neighbours are alike, and more just below the first.
+    values = _normal(1 << 20)
+    probes = torch.arange(0, len(values), (len(values) // selection._PROBES) | 1)
+    values[probes[:300]], values[probes[300:500]] = 9.0, 2.0
+    (flat,), k = [values.numpy()], len(values) // 20
+    assert selection._bracketed([flat], k, 3.3) is None
+    monkeypatch.setattr(selection, "_partitioned", None)
+    assert_selects([values], k)
+
+
 def test_layout_does_not_matter_only_row_major_order() -> None:
     values = (_normal(130 * 140) * 3).round()
     matrix = values.view(140, 130).t()

@@ -4,8 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as L
 import pytest
+from transformers import GPT2Config, GPT2LMHeadModel
 
+from lightning_goldy import GoldyModule
+from lightning_goldy.callbacks import ChangeAttribution, GoldenSnapshot
 from lightning_goldy.data import KnowledgeDataModule, KnowledgePiece, read_pieces
 from tests.data.shared_data import shared_file
 
@@ -47,6 +51,56 @@ def test_splits_are_disjoint_seeded_and_complete(sums: Path) -> None:
     assert sorted(piece.id for part in first for piece in part) == sorted(str(n + 1) for n in range(20))
     assert parts(0) == first
     assert parts(1) != first
+
+
+def test_other_questions_are_batches_of_their_own(sums: Path, tmp_path: Path) -> None:
+    rows = [{"question": f"Who is number {n}?", "answer": f"N{n}"} for n in range(5)]
+    other, small = _write(tmp_path / "other.jsonl", rows), {"probe_size": 4, "batch_size": 2, "template": "{question}"}
+    plain = KnowledgeDataModule(sums, "bytes", **small)
+    data = KnowledgeDataModule(sums, "bytes", collateral=other, **small)
+    assert plain.collateral_dataloader() is None
+    assert [plain.train_pieces, plain.val_pieces, plain.probe_pieces] == [
+        data.train_pieces,
+        data.val_pieces,
+        data.probe_pieces,
+    ]
+    first, again = (
+        [row for batch in data.collateral_dataloader() or () for row in batch["input_ids"].tolist()] for _ in range(2)
+    )
+    assert first == again
+    texts = [data.tokenizer.decode(row, skip_special_tokens=True) for row in first]
+    assert sorted(texts) == [f"Who is number {n}? N{n}" for n in range(5)]
+    assert texts != sorted(texts)
+    batch = next(iter(data.collateral_dataloader() or ()))
+    assert int((batch["labels"][0] != -100).sum()) == len(" N0") + 1
+
+
+def test_other_questions_that_are_none_are_refused(sums: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no_such"):
+        KnowledgeDataModule(sums, "bytes", collateral=tmp_path / "no_such.jsonl")
+    with pytest.raises(ValueError, match=r"collateral: .*other\.jsonl"):
+        KnowledgeDataModule(sums, "bytes", collateral=_write(tmp_path / "other.jsonl", [{"question": 3}]))
+
+
+def test_harm_is_measured_on_other_questions(sums: Path, tmp_path: Path) -> None:
+    other = _write(tmp_path / "other.jsonl", [{"question": f"Who is {n}?", "answer": f"N{n}"} for n in range(6)])
+    config = GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=258, n_positions=64, bos_token_id=0, eos_token_id=0)
+    watcher = ChangeAttribution(nodes=2, shares=[0.5], baselines=["random"], n_samples=4, n_collateral=4)
+    trainer = L.Trainer(
+        max_steps=2,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+        default_root_dir=tmp_path,
+        callbacks=[GoldenSnapshot(), watcher],
+    )
+    module = GoldyModule(GPT2LMHeadModel(config), optimizer={"learning_rate": 1e-2})
+    trainer.fit(module, KnowledgeDataModule(sums, "bytes", probe_size=4, collateral=other))
+    written = (watcher.folder / "results.jsonl").read_text()
+    rows = [json.loads(line) for line in written.splitlines()]
+    assert rows[-1]["metrics"]["harm"] is not None
+    assert rows[-1]["result"]["graft"]["n_collateral"] == 4
 
 
 def test_prompts_follow_the_template_and_are_masked(sums: Path) -> None:

@@ -29,7 +29,7 @@ from lightning_goldy.core.batches import move_batch, sample_keys
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import block_of, model_class, require_at_least
 from lightning_goldy.core.objective import CausalLMObjective
-from lightning_goldy.core.sharding import Replicas, gather, is_sharded
+from lightning_goldy.core.sharding import Replicas, gather, inside_parallel, is_sharded
 from lightning_goldy.core.tasks import transformers_model
 
 ALL = -1
@@ -229,6 +229,7 @@ def activation_differences(
         ("n_divergent", n_divergent, 0),
     ):
         require_at_least(name, value, least)
+    model = inside_parallel(model)
     blocks = chosen_blocks(model, layers)
     kept = shortened(batches, CausalLMObjective(), n_samples, None)
     check_texts(kept, positions)

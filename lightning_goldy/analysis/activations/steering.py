@@ -20,6 +20,7 @@ from lightning_goldy.core.base import Base
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import model_class, require_positive
 from lightning_goldy.core.objective import CausalLMObjective
+from lightning_goldy.core.sharding import inside_parallel
 
 State = Literal["base", "present"]
 STRENGTHS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
@@ -137,6 +138,7 @@ def steer_texts(
 
     Source: Minder et al. 2025 (arXiv 2510.13900), section 4.
     """
+    model = inside_parallel(model)
     require_positive("tolerance and strengths", [tolerance])
     strengths = require_positive("strengths", strengths)
     layer = differences.layers[differences.clearest] if layer is None else layer

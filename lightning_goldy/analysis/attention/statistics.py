@@ -35,7 +35,7 @@ from lightning_goldy.core.batches import sample_keys, take_samples
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import require_at_least, require_choice
 from lightning_goldy.core.objective import Objective
-from lightning_goldy.core.sharding import Replicas
+from lightning_goldy.core.sharding import Replicas, inside_parallel
 from lightning_goldy.core.vector import ParameterVector, substituted
 
 DEFAULT_MEMORY = 256 * 2**20
@@ -167,6 +167,7 @@ def attention_statistics(
         (torch.Size([2, 2]), None, True)
     """
     check_statistics_arguments(n_samples, memory)
+    model = inside_parallel(model)
     replicas = Replicas.of(model) if split_over_ranks else Replicas()
     with preserved(model), replicas.together("attention_statistics"):
         start = None if base is None else base_values(model, base_of(base, model))
@@ -533,6 +534,7 @@ def track_attention(
         >>> found.heads, found.cost.forwards, len(found.row().result["prompts"][0]["maps"])
         (((0, 0), (0, 1), (1, 0), (1, 1)), 2, 4)
     """
+    model = inside_parallel(model)
     start = None if base is None else base_values(model, base_of(base, model))
     options: dict[str, Any] = {"base": start, "n_samples": n_samples, "stack": stack, "progress": progress}
     statistics = attention_statistics(model, batches, objective, **options)

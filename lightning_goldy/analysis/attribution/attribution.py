@@ -23,6 +23,7 @@ from lightning_goldy.analysis.attribution.units import (
     model_units,
     strongest,
 )
+from lightning_goldy.analysis.divergence import precise
 from lightning_goldy.analysis.gradients import (
     backward,
     gradient_part,
@@ -36,8 +37,16 @@ from lightning_goldy.core.batches import move_batch, sample_count, sample_keys
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.naming import block_of, kind_of, require_at_least, require_choice, require_fractions
-from lightning_goldy.core.objective import Objective, objective_for
-from lightning_goldy.core.sharding import Replicas, gather, is_sharded, like, sum_over_shards, unshard_guard
+from lightning_goldy.core.objective import FunctionObjective, Objective, objective_for
+from lightning_goldy.core.sharding import (
+    Replicas,
+    gather,
+    inside_parallel,
+    is_sharded,
+    like,
+    sum_over_shards,
+    unshard_guard,
+)
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.vector import ParameterVector
 
@@ -358,6 +367,7 @@ def change_attribution(
         >>> found.change, found.scores["weight"].tolist(), found.gap
         (5.0, [[0.5, 4.5]], 0.0)
     """
+    model = inside_parallel(model)
     shares = check_attribution(metric, nodes, tolerance, shares, samples_per_pass)
     replicas = Replicas.of(model) if split_over_ranks else Replicas()
     with preserved(model), replicas.together("change_attribution"), ChangePath(model, base, space) as path:
@@ -623,11 +633,27 @@ class _Integration:
         """Takes each gradient as soon as it is complete; FSDP2 writes sharded ones without running such hooks."""
         hooks = ExitStack()
         only_these_require_gradients(self.path.model, self.path.parameters)
+        self._take_rows_alone(hooks)
         for name, parameter in self.path.parameters.items():
             if not is_sharded(parameter):
                 hook = parameter.register_post_accumulate_grad_hook(lambda _, name=name: self._take(name))
                 hooks.callback(hook.remove)
         return hooks
+
+    def _take_rows_alone(self, hooks: ExitStack) -> None:
+        """Has embeddings give the gradient of the rows that are read: a dense one is fresh memory, most of it zeros.
+
+        On a CPU alone, where fresh pages are what it costs, and under losses whose graph is known: a sparse gradient
+        has no second derivative.
+        """
+        known = isinstance(self.measure.metric, str) and not isinstance(self.measure.objective, FunctionObjective)
+        own = {id(value) for value in self.path.parameters.values() if value.dtype in (torch.float32, torch.float64)}
+        for child in self.path.model.modules() if known and self.device.type == "cpu" else ():
+            if not isinstance(child, nn.Embedding) or child.sparse or child.scale_grad_by_freq:
+                continue
+            if id(child.weight) in own and not is_sharded(child.weight):
+                child.sparse = True
+                hooks.callback(setattr, child, "sparse", False)
 
     def _take_all(self) -> None:
         unshard_guard(self.path.model)
@@ -641,6 +667,13 @@ class _Integration:
         parameter = self.path.parameters[name]
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
+        if gradient.layout is torch.sparse_coo:
+            read = gradient.coalesce()
+            rows, values = read.indices()[0], precise(read.values())
+            inside = (values * self.path.change(name)[rows]).sum(dtype=torch.float64)
+            self.products[self.index[name]] += inside
+            self.accumulated[name].index_add_(0, rows, values, alpha=self.scale)
+            return
         flat, total = gradient_part(gradient, parameter).reshape(-1), self.accumulated[name].view(-1)
         products = []
         for piece, change in self.path.changes(name):

@@ -41,7 +41,7 @@ from lightning_goldy.core.naming import (
     require_number,
 )
 from lightning_goldy.core.objective import Objective, objective_for
-from lightning_goldy.core.sharding import is_sharded, local, scatter_like
+from lightning_goldy.core.sharding import inside_parallel, is_sharded, local, scatter_like
 from lightning_goldy.core.vector import ParameterVector
 
 Baseline = Literal["magnitude", "random", "gradient", "interpolation", "drop_and_rescale", "learned"]
@@ -331,6 +331,7 @@ def graft_curve(
         >>> round(curve.of("attribution")[0].recovered, 3), curve.of("finetune")[0].recovered
         (0.998, 1.0)
     """
+    model = inside_parallel(model)
     objective = objective_for(model, objective)
     metric = metric_of(attribution, metric)
     if attribution.scores is None and not any(attribution.squared_changes):
@@ -549,6 +550,7 @@ def baseline_mask(
     Raises:
         ValueError: The method is another, or the attribution of another change.
     """
+    model = inside_parallel(model)
     require_choice("method", method, ("magnitude", "random", "drop_and_rescale"))
     with preserved(model), ChangePath(model, base, attribution.space) as path, torch.no_grad():
         require_same_change(attribution, path)

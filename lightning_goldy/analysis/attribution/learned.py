@@ -27,7 +27,7 @@ from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.naming import require_at_least, require_choice, require_kinds
 from lightning_goldy.core.objective import Objective, objective_for
 from lightning_goldy.core.selection import kth_largest, select_largest
-from lightning_goldy.core.sharding import gather, is_sharded, like, local, scatter_like
+from lightning_goldy.core.sharding import gather, inside_parallel, is_sharded, like, local, scatter_like
 
 Relaxation = Literal["straight_through", "sigmoid"]
 
@@ -142,6 +142,7 @@ def learn_mask(
         >>> learn_mask(layer, base, found, [torch.eye(4)], share=0.25, objective=square).mask["weight"].tolist()
         [[False, True, False, False]]
     """
+    model = inside_parallel(model)
     objective = objective_for(model, objective)
     with preserved(model), ChangePath(model, base, attribution.space) as path:
         return learn_along(path, attribution, batches, collateral, share, objective, metric, options)

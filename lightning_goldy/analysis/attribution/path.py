@@ -29,7 +29,7 @@ from lightning_goldy.core.batches import move_batch, sample_count, sample_keys, 
 from lightning_goldy.core.files import StoreError, parse_json
 from lightning_goldy.core.naming import canonical_name, model_class
 from lightning_goldy.core.objective import FunctionObjective, Objective
-from lightning_goldy.core.sharding import gather, like, local, sum_over_shards, unshard_guard
+from lightning_goldy.core.sharding import gather, inside_parallel, like, local, sum_over_shards, unshard_guard
 from lightning_goldy.core.space import ParameterSpace, trainable_parameters
 from lightning_goldy.core.store import fingerprint, open_tensors, pack_mask, unpack_mask, write_tensors
 from lightning_goldy.core.vector import ParameterVector
@@ -229,7 +229,8 @@ class ChangePath:
     """
 
     def __init__(self, model: nn.Module, base: Base, within: ParameterSpace | str | None = None) -> None:
-        self.model, self._given = model, base
+        self.model, self._given = inside_parallel(model), base
+        model = self.model
         self._space = within if isinstance(within, ParameterSpace) else None
         named = within if isinstance(within, str) else "merged" if within is None else "adapters"
         self.weight_space = chosen_space(model, named)
@@ -468,7 +469,7 @@ def graft(model: nn.Module, base: Base, mask: ParameterVector, *, factor: float 
         >>> state["weight"][0, 0] == layer.weight[0, 0], state["weight"][0, 1] == before.weight[0, 1]
         (tensor(True), tensor(True))
     """
-    state = {}
+    state, model = {}, inside_parallel(model)
     with ChangePath(model, base, _within(model, mask)) as path:
         path.space.subspace(mask.space.names)  # names what is unknown
         owners = {id(path.parameters[name]): name for name in mask.space}
@@ -518,6 +519,7 @@ def save_change(
         >>> before.weight[0, 0] == layer.weight[0, 0], before.weight[0, 1] == layer.weight[0, 1]
         (tensor(True), tensor(False))
     """
+    model = inside_parallel(model)
     stored: dict[str, Tensor] = {}
     encodings = {}
     within = _within(model, mask)
@@ -559,6 +561,7 @@ def apply_change(model: nn.Module, path: str | Path, *, check: bool = True) -> d
     Raises:
         StoreError: The file holds no change, is broken, or is of another model or base; the model is then as it was.
     """
+    model = inside_parallel(model)
     with open_tensors(path) as file:
         header = _change_header(path, file.metadata() or {})
         own = {canonical_name(name): parameter for name, parameter in model.named_parameters()}

@@ -1,7 +1,7 @@
 """Which parameters carry the finetune: golden and reverse golden parameters."""
 
-from lightning_goldy.analysis.golden.budget import Fluctuation, check_search_arguments, register_strategy
 from lightning_goldy.analysis.agreement import row_column_null
+from lightning_goldy.analysis.golden.budget import Fluctuation, check_search_arguments, register_strategy
 from lightning_goldy.analysis.golden.golden import (
     GoldenResult,
     check_golden_arguments,

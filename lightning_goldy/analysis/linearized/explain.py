@@ -24,7 +24,7 @@ from lightning_goldy.core.batches import sample_count
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import require_choice, suggestion
 from lightning_goldy.core.objective import FunctionObjective, Objective, objective_for
-from lightning_goldy.core.sharding import Replicas
+from lightning_goldy.core.sharding import Replicas, inside_parallel
 from lightning_goldy.core.vector import ParameterVector
 
 Explanation = Literal["frozen_attention", "linear_mlp", "linear_mlp_current", "both", "tangent"]
@@ -201,6 +201,7 @@ def explain_change(
         (1.0, 0.0)
     """
     check_variants(variants)
+    model = inside_parallel(model)
     objective = objective_for(model, objective)
     replicas = Replicas.of(model) if split_over_ranks else Replicas()
     with (

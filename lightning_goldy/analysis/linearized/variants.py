@@ -22,7 +22,7 @@ from lightning_goldy.core.base import Base, base_of
 from lightning_goldy.core.composed import composed_functions, without_checkpoints
 from lightning_goldy.core.naming import model_class, require_choice, suggestion
 from lightning_goldy.core.objective import accepts
-from lightning_goldy.core.sharding import is_sharded
+from lightning_goldy.core.sharding import inside_parallel, is_sharded
 
 At = Literal["base", "current"]
 Variant = Literal["full", "frozen_attention", "linear_mlp", "tangent"]
@@ -55,6 +55,7 @@ class BaseRelative(nn.Module):
 
     def __init__(self, model: nn.Module, base: Base) -> None:
         super().__init__()
+        model = inside_parallel(model)
         if any(map(is_sharded, model.parameters())):
             raise ValueError(
                 f"{type(self).__name__} needs whole parameters, those of this {model_class(model)} are sharded; "

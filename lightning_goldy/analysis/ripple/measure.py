@@ -30,7 +30,7 @@ from lightning_goldy.core.pieces import (
     encode_pieces,
     padded_batches,
 )
-from lightning_goldy.core.sharding import RankError, Replicas, is_sharded, unshard_guard
+from lightning_goldy.core.sharding import RankError, Replicas, inside_parallel, is_sharded, unshard_guard
 from lightning_goldy.core.vector import ParameterVector, substituted
 
 if TYPE_CHECKING:
@@ -456,7 +456,7 @@ def finetune_ripple(
         >>> found.delta_norm, found.measured.tolist(), found.route
         (0.0, [0.0, 0.0], 'forward')
     """
-    pieces = tuple(pieces)
+    model, pieces = inside_parallel(model), tuple(pieces)
     check_pieces(pieces)
     encoding = Encoding(tokenizer, template, measure, batch_size, next(model.parameters()).device)
     classes = (UNTOUCHED,) * len(pieces) if classes is None else tuple(classes)

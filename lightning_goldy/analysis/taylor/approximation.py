@@ -35,7 +35,7 @@ from lightning_goldy.core.objective import (
     TargetLogits,
     TokenObjective,
 )
-from lightning_goldy.core.sharding import is_sharded
+from lightning_goldy.core.sharding import inside_parallel, is_sharded
 from lightning_goldy.core.vector import ParameterVector
 
 # What a language model takes one row per sample of; an argument beside these is about the whole batch.
@@ -232,6 +232,7 @@ class TaylorApproximation(Substituted):
     """
 
     def __init__(self, model: nn.Module, base: Base, order: int, *, parameters: ParameterVector | None = None) -> None:
+        model = inside_parallel(model)
         super().__init__(model, {})
         if not 1 <= order <= HIGHEST_ORDER:
             raise ValueError(f"order must lie between 1 and {HIGHEST_ORDER}; got {order}")

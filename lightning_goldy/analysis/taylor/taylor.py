@@ -43,7 +43,7 @@ from lightning_goldy.core.composed import functions_by_parts, undetached
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import model_class
 from lightning_goldy.core.objective import FunctionObjective, Objective, TargetLogits, objective_for
-from lightning_goldy.core.sharding import Replicas, is_sharded, unshard_guard
+from lightning_goldy.core.sharding import Replicas, inside_parallel, is_sharded, unshard_guard
 from lightning_goldy.core.vector import ParameterVector, reduce_rows, reduce_tensors, substituted
 
 Shares = list[tuple[str, float]]
@@ -602,6 +602,7 @@ def taylor_diff(
         (True, 0.25)
     """
     orders = check_orders(orders, by)
+    model = inside_parallel(model)
     objective = require_logits(objective_for(model, objective), function_space)
     replicas = Replicas.of(model) if split_over_ranks else Replicas()
     unshard_guard(model)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_goldy.analysis import ChangeAttributionResult, change_attribution, graft_curve
+from lightning_goldy.analysis.attribution import attribution as attribution_module
 from lightning_goldy.analysis.attribution import model_units, unit_mask
 from lightning_goldy.analysis.attribution.attribution import units_of
 from lightning_goldy.core import CausalLMObjective, ClassifierObjective, FunctionObjective, ParameterSpace
@@ -104,12 +105,36 @@ def test_log_probabilities_are_the_mean_over_samples():
     assert found.complete
 
 
-def test_a_function_is_attributed_like_the_metric_of_its_name():
-    model, base, batch = pair("gpt2")
-    named = change_attribution(model, base, [batch], nodes=4)
-    own = change_attribution(model, base, [batch], nodes=4, metric=lambda m, b: CausalLMObjective().loss(m, b))
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])  # embeddings tied and not
+def test_a_function_is_attributed_like_the_metric_of_its_name(family):
+    model, base, batch = pair(family)
+    named = change_attribution(model, base, [batch], nodes=4, keep_scores=True)
+    own = change_attribution(
+        model, base, [batch], nodes=4, metric=lambda m, b: CausalLMObjective().loss(m, b), keep_scores=True
+    )
     torch.testing.assert_close(own.contributions, named.contributions)
+    for name, score in own.scores.items():
+        torch.testing.assert_close(score, named.scores[name])
     assert own.metric == "function"
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_embeddings_give_the_rows_that_are_read_and_are_left_as_they_were(family, monkeypatch):
+    model, base, batch = pair(family)
+    taken, take = [], attribution_module._Integration._take
+
+    def watch(self, name):
+        taken.append((name, self.path.parameters[name].grad.layout))
+        take(self, name)
+
+    monkeypatch.setattr(attribution_module._Integration, "_take", watch)
+    change_attribution(model, base, [batch], nodes=1)
+    sparse = {name for name, layout in taken if layout is torch.sparse_coo}
+    # A tied weight's gradient is dense all the same, by the head's part of it.
+    assert sparse == ({"transformer.wpe.weight"} if family == "gpt2" else {"model.embed_tokens.weight"})
+    embeddings = [child for child in model.modules() if isinstance(child, nn.Embedding)]
+    assert embeddings
+    assert not any(child.sparse for child in embeddings)
 
 
 def test_contributions_of_a_passage_are_those_of_its_samples_alone():

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lightning_goldy.analysis import apply_change, change_attribution, graft, graft_curve, learn_mask, save_change
-from lightning_goldy.analysis.attribution import baseline_mask
+from lightning_goldy.analysis.attribution import baseline_mask, interleaved
 from lightning_goldy.analysis.attribution.attribution import element_space
 from lightning_goldy.analysis.attribution.units import chosen_masks
 from lightning_goldy.core import (
@@ -525,3 +525,34 @@ def test_harm_and_what_is_recovered_are_told_of_each_sample(subject, curve):
     assert curve.details()["per_sample"] == curve.pairs
     again = type(curve).from_json(curve.to_json())
     assert (again, again.pairs) == (curve, curve.pairs)
+
+
+def test_what_is_told_of_a_graft_that_was_chosen_covers_where_the_choosing_samples_flatter() -> None:
+    generator = torch.Generator().manual_seed(4)
+    base, model = (nn.Linear(40, 1, bias=False).double() for _ in range(2))
+    with torch.no_grad():
+        base.weight.zero_()
+        model.weight.fill_(1.0)
+    mean = FunctionObjective(lambda module, batch: module(batch).mean())
+    space = ParameterSpace.of(model)
+    # Twenty halves of the elements, all of which recover half of the effect in truth: inputs have mean 1.
+    halves = [torch.randperm(40, generator=generator) < 20 for _ in range(20)]
+    masks = {"half": [ParameterVector(space, {"weight": flags[None]}) for flags in halves]}
+    errors, covered = {"chosen": [], "told": []}, {"chosen": 0, "told": 0}
+    for _ in range(40):
+        held_out = 1 + 2 * torch.randn(24, 40, dtype=torch.float64, generator=generator)
+        found = change_attribution(model, base, [held_out], mean, nodes=1, shares=[0.5])
+        options = {"objective": mean, "baselines": ["interpolation"], "factors": [0.1]}
+        curves = {}
+        for name, half in zip(("chosen", "told"), interleaved(held_out.split(1), 24), strict=True):
+            curves[name] = graft_curve(model, base, found, [], half, half, masks=masks, **options)
+        best = max(curves["chosen"].of("half"), key=lambda point: point.recovered)
+        place = curves["chosen"].of("half").index(best)
+        for name, curve in curves.items():
+            point = curve.of("half")[place]
+            errors[name].append(point.recovered - 0.5)
+            covered[name] += point.low <= 0.5 <= point.high
+    told, chosen = (torch.tensor(errors[name]) for name in ("told", "chosen"))
+    assert abs(told.mean()) < 2 * told.std() / 40**0.5
+    assert chosen.mean() > 4 * chosen.std() / 40**0.5
+    assert covered["told"] >= 34 > covered["chosen"]  # of 40; 95 % of twelve samples' intervals cover a little less
