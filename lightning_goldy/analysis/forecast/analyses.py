@@ -513,7 +513,7 @@ def forecast_coupling(plan: Plan, parameters: ParameterSpace, n_pieces: int, *, 
         memory=plan.bytes() + 8 * plan.elements() + rows + plan.graph(per_pass * tokens),
         kept=plan.bytes() * keeps_base,
         disk=8 * n_pieces * n_pieces,
-        disk_once=plan.shards * plan.bytes() * keeps_base,
+        disk_once=plan.base_bytes * keeps_base,
         communicated=plan.communicated(work, summed=8 * n_pieces * n_pieces + rows),
         sharded="base and step are divided by the shards; the pieces' rows are whole on every rank",
     )
@@ -535,7 +535,7 @@ def forecast_change(plan: Plan, *, track_updates: bool) -> Forecast:
         once=Work(elements=4.0 * elements),
         memory=(size + update) * track_updates + 24 * plan.largest() // plan.shards,
         kept=kept,
-        disk_once=plan.shards * size,
+        disk_once=plan.base_bytes,
         disk_checkpoint=plan.shards * (size + update) * track_updates,
         sharded="divided by the shards; the base's file is written whole by rank 0",
     )
