@@ -174,7 +174,7 @@ def packed_share(tensors: Iterable[Tensor]) -> float:
 
     Example:
         >>> round(packed_share([torch.ones(4096)]), 2), packed_share([torch.ones(4096, device="meta")])
-        (0.03, 1.0)
+        (0.06, 1.0)
     """
     taken = whole = 0.0
     for tensor in tensors:

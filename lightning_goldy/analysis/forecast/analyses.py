@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from lightning_goldy.analysis.change import randomised_operations
 from lightning_goldy.analysis.forecast.plan import VOTED, Forecast, Passes, Plan, Work, passes_over
 from lightning_goldy.analysis.golden import SINGLE_SHOTS, scoring_rounds, watched_elements
 from lightning_goldy.core.space import ParameterSpace
+from lightning_goldy.core.spectrum import randomised_operations, refined_operations
 
 
 def mask_bytes(numel: int, top_k_percent: float) -> int:
@@ -555,26 +555,31 @@ def forecast_distribution(plan: Plan, *, top: int, exact_below: int | None, intr
         intruders: Whether intruder directions are looked for.
     """
     space, once = plan.space, Work()
-    flops = cubes = factored = matrices = 0.0
+    flops = cubes = factored = drawn = 0.0
     for shape in space.shapes:
         if len(shape) < 2 or min(shape[0], math.prod(shape[1:])) < 2:
             continue
         short, long = sorted((shape[0], math.prod(shape[1:])))
-        matrices += short * long
         # The change, and where intruders are looked for the weight as it is and a random change; the base once.
         if exact_below is None or short <= exact_below:
             of_base = min(short, long) if intruders else top
             flops += 2.0 * long * (3 * short**2 + 2 * top * short) if intruders else 2.0 * long * short**2
             cubes += (2 + _VALUES if intruders else _VALUES) * short**3
+            drawn += short * long
             once += Work(flops=2.0 * long * (short**2 + of_base * short), cubes=1.0 * short**3)
         else:
-            factored += (3 if intruders else 1) * randomised_operations(short, long, top)
-            once += Work(factored=randomised_operations(short, long, (4 if intruders else 1) * top))
+            # From the directions of the base and of the change; the null of a gentle change is told from products.
+            present, chance = (refined_operations(short, long, many * top, top) for many in (3, 6))
+            factored += randomised_operations(short, long, top) + intruders * present
+            once += Work(
+                factored=randomised_operations(short, long, (4 if intruders else 1) * top) + intruders * chance,
+                normals=1.0 * intruders * short * long,
+            )
     elements = space.numel
     work = Work(
         elements=_READ * elements,
         binned=1.0 * elements,
-        normals=1.0 * intruders * matrices,
+        normals=1.0 * intruders * drawn,
         flops=flops,
         cubes=cubes,
         factored=factored,
