@@ -519,6 +519,12 @@ def forecast_coupling(plan: Plan, parameters: ParameterSpace, n_pieces: int, *, 
     )
 
 
+# Timed elements per parameter until the file of a base is written, packed, with its fingerprint.
+_BASE_WRITTEN = 20.0
+# Bytes of the pieces in which elements are binned.
+_BINNING = 24 << 20
+
+
 def forecast_change(plan: Plan, *, track_updates: bool) -> Forecast:
     """The base, and the change since: every element is read once, nothing is run.
 
@@ -529,11 +535,16 @@ def forecast_change(plan: Plan, *, track_updates: bool) -> Forecast:
     elements, size = plan.elements(), plan.bytes()
     # The update before is held in bfloat16, or in the parameters' own dtype where that is no wider.
     update = min(size, 2 * elements)
+    # The change alone, where base and value are float32 already.
+    changed = max(
+        (4 if dtype.itemsize > 2 else 12) * math.prod(shape)
+        for shape, dtype in zip(plan.space.shapes, plan.space.dtypes, strict=True)
+    )
     kept = size + (size + update) * track_updates
     return Forecast(
         Work(elements=(4.0 + 4.0 * track_updates) * elements, binned=1.0 * elements),
-        once=Work(elements=4.0 * elements),
-        memory=(size + update) * track_updates + 24 * plan.largest() // plan.shards,
+        once=Work(elements=_BASE_WRITTEN * elements),
+        memory=(size + update) * track_updates + changed // plan.shards + _BINNING,
         kept=kept,
         disk_once=plan.base_bytes,
         disk_checkpoint=plan.shards * (size + update) * track_updates,
