@@ -9,10 +9,10 @@ processor time of all but the first is divided by the median of the training ste
 machine disturbs both alike. The memory is the largest resident size while it runs above the largest of the
 training steps, which a snapshot of the base is part of.
 
-With `--preset` all callbacks of `callbacks/NAME.yaml` are attached to one run, with the budgets and schedules of so many
-steps; it ends after four. What every callback takes as the run begins (the forecast too), at each step, for one firing
-and for a checkpoint is timed, and counted as often as the whole run has it, over its training steps. With `--only` these
-callbacks and the snapshot alone.
+With `--preset` all callbacks of `callbacks/NAME.yaml` are attached to one run, with the budgets and schedules of as
+many steps as `--steps` says; it ends after four. What every callback takes as the run begins (the forecast too), at
+each step, for one firing and for a checkpoint is timed, and counted as often as the whole run has it, over its
+training steps. With `--only` these callbacks and the snapshot alone.
 """
 
 from __future__ import annotations
