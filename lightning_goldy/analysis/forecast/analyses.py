@@ -525,6 +525,12 @@ _BASE_WRITTEN = 20.0
 _BINNING = 24 << 20
 
 
+def _largest_bytes(space: ParameterSpace, wide: int, narrow: int) -> int:
+    """Bytes of the largest tensor, at so many for each element in float32 and in a narrower dtype."""
+    pairs = zip(space.shapes, space.dtypes, strict=True)
+    return max((wide if dtype.itemsize > 2 else narrow) * math.prod(shape) for shape, dtype in pairs)
+
+
 def forecast_change(plan: Plan, *, track_updates: bool) -> Forecast:
     """The base, and the change since: every element is read once, nothing is run.
 
@@ -535,16 +541,12 @@ def forecast_change(plan: Plan, *, track_updates: bool) -> Forecast:
     elements, size = plan.elements(), plan.bytes()
     # The update before is held in bfloat16, or in the parameters' own dtype where that is no wider.
     update = min(size, 2 * elements)
-    # The change alone, where base and value are float32 already.
-    changed = max(
-        (4 if dtype.itemsize > 2 else 12) * math.prod(shape)
-        for shape, dtype in zip(plan.space.shapes, plan.space.dtypes, strict=True)
-    )
     kept = size + (size + update) * track_updates
     return Forecast(
         Work(elements=(4.0 + 4.0 * track_updates) * elements, binned=1.0 * elements),
         once=Work(elements=_BASE_WRITTEN * elements),
-        memory=(size + update) * track_updates + changed // plan.shards + _BINNING,
+        # The change alone, where base and value are float32 already.
+        memory=(size + update) * track_updates + _largest_bytes(plan.space, 4, 12) // plan.shards + _BINNING,
         kept=kept,
         disk_once=plan.base_bytes,
         disk_checkpoint=plan.shards * (size + update) * track_updates,
@@ -586,7 +588,7 @@ def forecast_distribution(plan: Plan, *, top: int, exact_below: int | None, intr
                 factored=randomised_operations(short, long, (4 if intruders else 1) * top) + intruders * chance,
                 normals=1.0 * intruders * short * long,
             )
-    elements = space.numel
+    elements, sides = space.numel, [shape[0] + math.prod(shape[1:]) for shape in space.shapes if len(shape) > 1]
     work = Work(
         elements=_READ * elements,
         binned=1.0 * elements,
@@ -599,7 +601,8 @@ def forecast_distribution(plan: Plan, *, top: int, exact_below: int | None, intr
         work,
         once=once,
         parts=len(space),
-        memory=40 * plan.largest(),
+        # The change, the changed weight or a random change while it is drawn, and the directions that stay.
+        memory=_largest_bytes(space, 12, 20) + 4 * sum(sides) * top * (4 if intruders else 1),
         communicated=plan.communicated(Work(), gathered=8 * elements),
         sharded="one tensor at a time is whole on every rank",
     )
