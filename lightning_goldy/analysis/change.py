@@ -19,8 +19,16 @@ from lightning_goldy.core.base import Base, BaseParameters, base_of
 from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.naming import block_of, require_at_least
 from lightning_goldy.core.sharding import Replicas, gather, is_sharded, local, scatter_like, sum_over_shards
-from lightning_goldy.core.spectrum import leading_directions, product_spectrum, refined_directions, spectrum_of
-from lightning_goldy.core.vector import ParameterVector, fill_direction_, reduce_rows, reduce_tensors
+from lightning_goldy.core.vector import (
+    ParameterVector,
+    fill_direction_,
+    leading_directions,
+    product_spectrum,
+    reduce_rows,
+    reduce_tensors,
+    refined_directions,
+    spectrum_of,
+)
 
 # log10 |change| from 1e-12 to 10, four bins a decade; what lies outside falls into the outermost bins.
 _LOWEST, _HIGHEST, _PER_DECADE = -12, 1, 4

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from lightning_goldy.analysis.forecast.plan import VOTED, Forecast, Passes, Plan, Work, passes_over
 from lightning_goldy.analysis.golden import SINGLE_SHOTS, scoring_rounds, watched_elements
 from lightning_goldy.core.space import ParameterSpace
-from lightning_goldy.core.spectrum import randomised_operations, refined_operations
+from lightning_goldy.core.vector import randomised_operations, refined_operations
 
 
 def mask_bytes(numel: int, top_k_percent: float) -> int:

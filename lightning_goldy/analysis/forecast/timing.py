@@ -20,8 +20,7 @@ from lightning_goldy.core.objective import FunctionObjective, Objective
 from lightning_goldy.core.selection import select_largest
 from lightning_goldy.core.sharding import Replicas, is_sharded, local, unshard_guard
 from lightning_goldy.core.space import trainable_parameters
-from lightning_goldy.core.spectrum import leading_directions, randomised_operations
-from lightning_goldy.core.vector import direction_blocks
+from lightning_goldy.core.vector import direction_blocks, leading_directions, randomised_operations
 
 # What is timed: elements of a tensor, and the side of a matrix.
 _TIMED, _SIDE = 1 << 21, 256
