@@ -1,12 +1,18 @@
 """What every analysis costs at real size: training steps of processor time, and memory beside the training.
 
     python benchmarks/real_size.py MODEL [--text FILE] [--only TaylorDiff ...] [--block 32] [--batch 4]
+    python benchmarks/real_size.py MODEL --preset light [--steps 1000]
 
 MODEL is a folder of `save_pretrained`, such as that of a model of 135 M parameters; without one it says so and ends.
 Each callback runs at its defaults in a process of its own, after every second training step, on one thread. The
 processor time of all but the first is divided by the median of the training steps of the same process, so that a busy
 machine disturbs both alike. The memory is the largest resident size while it runs above the largest of the
 training steps, which a snapshot of the base is part of.
+
+With `--preset` all callbacks of `callbacks/NAME.yaml` are attached to one run, with the budgets and schedules of as
+many steps as `--steps` says; it ends after four. What every callback takes as the run begins (the forecast too), at
+each step, for one firing and for a checkpoint is timed, and counted as often as the whole run has it, over its
+training steps. With `--only` these callbacks and the snapshot alone.
 """
 
 from __future__ import annotations
@@ -23,6 +29,8 @@ from pathlib import Path
 from typing import Any
 
 EVERY = 2
+# Training steps of a preset's run.
+STEPS_TIMED = 4
 WORDS = (
     "the",
     "a",
@@ -91,18 +99,14 @@ def token_batches(tokenizer: Any, text: Path | None, block: int, batch: int, cou
     return [{"input_ids": part.view(batch, block)} for part in ids.split(block * batch) if len(part) == block * batch]
 
 
-def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
-    """Trains with one callback, in this process."""
+def finetune(options: argparse.Namespace, steps_made: int) -> Any:
+    """The module that is trained, on so many batches, on one thread."""
     import lightning.pytorch as L
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from lightning_goldy import callbacks
-    from lightning_goldy.core.pieces import KnowledgePiece
-
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    steps_made = EVERY * options.firings
     batches = token_batches(tokenizer, options.text, options.block, options.batch, steps_made + -(-16 // options.batch))
     probe, training = batches[steps_made:], batches[:steps_made]
 
@@ -124,6 +128,103 @@ def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
         def probe_dataloader(self) -> Any:
             return torch.utils.data.DataLoader(probe, batch_size=None)
 
+    return Finetune()
+
+
+def asked_pieces(options: argparse.Namespace) -> dict[str, Any]:
+    """Questions about sums."""
+    from lightning_goldy.core.pieces import KnowledgePiece
+
+    pieces = [KnowledgePiece(f"p{k}", f"What is {k} and {3 * k + 1}?", str(4 * k + 1)) for k in range(options.pieces)]
+    return {"pieces": pieces, "n_pieces": options.pieces, "template": "{question}"}
+
+
+QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+
+
+COLUMNS = ("begins, s", "a firing, s", "firings", "a checkpoint, s", "every step, s", "share of the run", "derived")
+
+
+def measure_preset(options: argparse.Namespace) -> None:
+    """Trains with all callbacks of a preset, and prints what each takes of the whole run."""
+    import importlib
+
+    import lightning.pytorch as L
+    import yaml
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    from lightning_goldy.analysis.forecast import timing
+
+    timing.clock = time.process_time
+    text = (Path(__file__).parent.parent / "callbacks" / f"{options.preset}.yaml").read_text()
+    watched: list[Any] = []
+    for entry in yaml.safe_load(text)["trainer"]["callbacks+"]:
+        module, _, name = entry["class_path"].rpartition(".")
+        if name not in options.only and name != "GoldenSnapshot":
+            continue
+        settings = asked_pieces(options) if name == "KnowledgeCoupling" else {}
+        watched.append(getattr(importlib.import_module(module), name)(**settings, **entry.get("init_args", {})))
+    spent: dict[str, dict[str, list[float]]] = {each.name: {} for each in watched}
+    nested = [0.0]
+
+    def timed(callback: Any, hook: str) -> None:
+        inner = getattr(callback, hook)
+
+        def act(*args: Any, **kwargs: Any) -> Any:
+            outside, began = nested[0], time.process_time()
+            nested[0] = 0.0
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                took = time.process_time() - began
+                spent[callback.name].setdefault(hook, []).append(took - nested[0])
+                nested[0] = outside + took
+
+        setattr(callback, hook, act)
+
+    for callback in watched:
+        for hook in ("on_train_start", "run", "on_before_optimizer_step", "on_train_batch_end", "when_saved"):
+            timed(callback, hook)
+    steps: list[float] = []
+
+    class Watch(L.Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            self.began = time.process_time()
+
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            steps.append(time.process_time() - self.began)
+            trainer.should_stop = len(steps) == STEPS_TIMED
+
+    with tempfile.TemporaryDirectory() as folder:
+        saver = ModelCheckpoint(folder, every_n_train_steps=STEPS_TIMED)
+        every: list[Any] = [Watch(), *watched, saver]
+        trainer = L.Trainer(
+            max_steps=options.steps, accelerator="cpu", default_root_dir=folder, callbacks=every, **QUIET
+        )
+        trainer.fit(finetune(options, STEPS_TIMED))
+    step = statistics.median(steps[1:])
+    print(f"| callback | {' | '.join(COLUMNS)} |\n|{'---|' * (1 + len(COLUMNS))}")
+    shares = []
+    for callback in watched:
+        told, every = spent[callback.name], callback.every_n_steps
+        firings = len({*range(every, options.steps + 1, every)} | {options.steps}) if every else 1
+        hooks = sum(statistics.median(told[hook]) for hook in ("on_before_optimizer_step", "on_train_batch_end"))
+        begins, firing, saved = sum(told["on_train_start"]), statistics.mean(told["run"]), max(told["when_saved"])
+        total = begins + firings * firing + saved * options.checkpoints + options.steps * hooks
+        shares.append(total / step / options.steps)
+        figures = (f"{begins:.2f}", f"{firing:.2f}", f"{firings}", f"{saved:.3f}", f"{hooks:.5f}", f"{shares[-1]:.2%}")
+        print(f"| `{callback.name}` | {' | '.join(figures)} | {callback.derived} |")
+    print(f"{sum(shares):.2%} of {options.steps} steps of {step:.2f} s")
+
+
+def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Trains with one callback, in this process."""
+    import lightning.pytorch as L
+
+    from lightning_goldy import callbacks
+
+    steps_made = EVERY * options.firings
+    module = finetune(options, steps_made)
     peak, steps, analyses, memory = Peak(), [], [], [0, 0]
 
     class Watch(L.Callback):
@@ -139,10 +240,7 @@ def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
 
     settings = dict(SETTINGS[name])
     if name == "KnowledgeCoupling":
-        pieces = [
-            KnowledgePiece(f"p{k}", f"What is {k} and {3 * k + 1}?", str(4 * k + 1)) for k in range(options.pieces)
-        ]
-        settings |= {"pieces": pieces, "n_pieces": options.pieces, "template": "{question}"}
+        settings |= asked_pieces(options)
     callback = getattr(callbacks, name)(every_n_steps=EVERY, at=(), **settings)
     run = callback.run
 
@@ -156,16 +254,10 @@ def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
     snapshot = (
         [] if name == "GoldenSnapshot" else [callbacks.GoldenSnapshot(every_n_steps=10**6, at=(), track_updates=False)]
     )
-    module = Finetune()
     size = 4 * sum(parameter.numel() for parameter in module.model.parameters())
     with tempfile.TemporaryDirectory() as folder:
-        quiet = {
-            "logger": False,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-        }
         watched = [Watch(), *snapshot, callback]
+        quiet: dict[str, Any] = {**QUIET, "enable_checkpointing": False}
         L.Trainer(max_steps=steps_made, accelerator="cpu", default_root_dir=folder, callbacks=watched, **quiet).fit(
             module
         )
@@ -189,10 +281,16 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--pieces", type=int, default=256)
     parser.add_argument("--firings", type=int, default=3, help="at least 2; the first is left out")
+    parser.add_argument("--preset", choices=("light", "full"))
+    parser.add_argument("--steps", type=int, default=1000, help="of the run that a preset is held against")
+    parser.add_argument("--checkpoints", type=int, default=10, help="that this run writes")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.model is None or not (options.model / "config.json").is_file():
         print(f"skipped: {options.model} is no folder of save_pretrained, and nothing of this size is made up here")
+        return
+    if options.preset:
+        measure_preset(options)
         return
     if options.here:
         print(json.dumps(measure(options, options.only[0])))

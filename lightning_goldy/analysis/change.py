@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -27,7 +27,16 @@ from lightning_goldy.core.sharding import (
     scatter_like,
     sum_over_shards,
 )
-from lightning_goldy.core.vector import ParameterVector, fill_direction_, reduce_rows, reduce_tensors
+from lightning_goldy.core.vector import (
+    ParameterVector,
+    fill_direction_,
+    leading_directions,
+    product_spectrum,
+    reduce_rows,
+    reduce_tensors,
+    refined_directions,
+    spectrum_of,
+)
 
 # log10 |change| from 1e-12 to 10, four bins a decade; what lies outside falls into the outermost bins.
 _LOWEST, _HIGHEST, _PER_DECADE = -12, 1, 4
@@ -350,12 +359,8 @@ def log_histogram(delta: Tensor) -> Tensor:
 
 _BINS = 256
 _HISTOGRAM_CHUNK = 1 << 16
-_OVERSAMPLED = 8
-_POWER_ITERATIONS = 4
-# Operations of a product that factorising a thin matrix takes as long as, per row and squared column.
-_FACTORISED = 5.0
 Directions = dict[str, tuple[Tensor, ...]]
-"""Left and right singular directions by tensor."""
+"""Singular directions and values of the base by tensor, and what its null is told from."""
 
 _COLUMNS = (
     "relative_change",
@@ -369,6 +374,11 @@ _COLUMNS = (
 )
 # Base directions that the present weight's are compared with, as a multiple of those, where not all are computed.
 _COMPARED = 4
+# Those that a changed weight's are looked for from, as a multiple likewise; the largest residual of what is found so,
+# over that of the base's, and as a fraction of the values.
+_STARTING, _WORSE, _NEAR = 2, 1.5, 1e-2
+# The spectral norm of a change that leaves directions where they are, as a fraction of the gap below them.
+_GENTLE = 0.1
 
 
 @dataclass(frozen=True)
@@ -464,7 +474,8 @@ def parameter_distribution(
 
     .. math:: \max_i |\langle u^0_i, u_j \rangle| < \tau
 
-    beside those that a random change makes, and where the change itself has low rank, as one of merged adapters, a
+    whose directions are looked for from the base's and the change's own where what these leave is weaker, beside those
+    that a random change makes, and where the change itself has low rank, as one of merged adapters, a
     random one of that rank: its few directions are strong, and so make intruders where full rank makes none. On several
     replicas the tensors are shared out; sharded tensors are gathered one at a time. Every rank must call.
 
@@ -575,14 +586,14 @@ def _row(
     small = settings.exact_below is None or min(matrix.shape) <= settings.exact_below
     if name not in known:
         known[name] = _base_directions(before, settings, name, exact=small)
-    left, right, compared = known[name]
-    exact = small or factors is not None
+    left, right, *_ = known[name]
+    exact, leads = small or factors is not None, None
     if factors is not None:
         spectrum, error = product_spectrum(*factors), 0.0
     elif small:
-        spectrum, error = _spectrum(matrix), 0.0
+        spectrum, error = spectrum_of(matrix), 0.0
     else:
-        spectrum, _, _, error = leading_directions(matrix, top, f"{name}/delta", seed, exact=False)
+        spectrum, leads, _, error = leading_directions(matrix, top, f"{name}/delta", seed, exact=False)
     inside = (left.t() @ matrix.to(left) @ right).double()  # [top, top]
     alignment, chance = float(inside.square().sum()) / changed**2, left.shape[1] ** 2 / matrix.numel()
     row |= {
@@ -601,8 +612,9 @@ def _row(
     rank = rank_of(spectrum, changed, min(matrix.shape)) if given is None else given
     # Of adapters the rank is known, and the null has it anyhow.
     ranks = (given,) if rank is None or given is not None else (given, rank)
-    nulls = [_random_change(matrix, name, seed, of).to(matrix) * changed for of in ranks]
-    own, *chances = _resembling(name, before, [matrix, *nulls], compared, settings, exact=small)
+    sought = _Sought(name, before, known, settings, exact=small)
+    lead = None if leads is None else (leads, float(spectrum[-1]))
+    own, *chances = sought.after(matrix, lead), *(sought.by_chance(changed, of) for of in ranks)
     below, *by_chance = (sum(value < settings.intruders_below for value in cosines) for cosines in (own, *chances))
     return row | {
         "resemblances": own,
@@ -614,13 +626,70 @@ def _row(
     }
 
 
-def _resembling(
-    name: str, before: Tensor, changes: Sequence[Tensor], compared: Tensor, settings: _Settings, *, exact: bool
-) -> list[tuple[float, ...]]:
-    """The most that each leading direction after a change resembles one of the base's, for every change."""
-    top, seed = settings.top, settings.seed
-    lefts = (leading_directions(before + part, top, f"{name}/present", seed, exact=exact)[1] for part in changes)
-    return [tuple(resemblances(left, compared)) for left in lefts]
+@dataclass(frozen=True)
+class _Sought:
+    """Leading directions of one tensor after changes, and how much each resembles one of the base's."""
+
+    name: str
+    before: Tensor
+    known: Directions
+    settings: _Settings
+    _: KW_ONLY
+    exact: bool
+
+    def after(self, change: Tensor, lead: tuple[Tensor, float] | None = None) -> tuple[float, ...]:
+        """The most that each of the present weight's resembles one of the base's.
+
+        From the directions of the base and of the change, where no other can be among the leading ones: what both
+        leave has a norm below theirs.
+
+        Args:
+            change: Of the base.
+            lead: Its own leading left directions, and the least of their values, if they are known.
+        """
+        top, (_, _, compared, values, before) = self.settings.top, self.known[self.name]
+        present, start = self.before + change, _STARTING * top
+        if lead is not None and not self.exact and compared.shape[1] > start:
+            leads, least = lead
+            found, left, _, error = refined_directions(present, torch.cat([compared[:, :start], leads], dim=1), top)
+            near = max(_NEAR, _WORSE * float(before))
+            if error <= near and float(found[-1]) > float(values[start]) + least:
+                return tuple(resemblances(left, compared))
+        _, left, _, _ = leading_directions(present, top, f"{self.name}/present", self.settings.seed, exact=self.exact)
+        return tuple(resemblances(left, compared))
+
+    def by_chance(self, norm: float, rank: int | None) -> tuple[float, ...]:
+        """The same after a random change of a norm and a rank.
+
+        A gentle one of full rank is told from its products with what the base's directions lead to, made once.
+        """
+        top, (_, _, compared, values, _) = self.settings.top, self.known[self.name]
+        start, sides = _STARTING * top, self.before.shape
+        gap = float(values[top - 1] - values[start]) if not self.exact and compared.shape[1] > start else 0.0
+        # The spectral norm of independent normals, of which all together have norm 1.
+        spectral = sum(side**-0.5 for side in sides)
+        if rank is not None or norm * spectral > _GENTLE * gap:
+            return self.after(_random_change(self.before, self.name, self.settings.seed, rank).to(self.before) * norm)
+        if (place := f"{self.name}/null") not in self.known:
+            change = _random_change(self.before, self.name, self.settings.seed, None).to(self.before)
+            self.known[place] = _null_products(self.before, change, compared, start)
+        base, mixed, chance, held, moved = self.known[place]
+        squares, inner = torch.linalg.eigh(base + norm * mixed + norm**2 * chance)
+        cosines = (held + norm * moved) @ inner / squares.clamp(min=1e-300).sqrt()
+        return tuple(cosines.abs().amax(dim=0).flip(0)[:top].tolist())
+
+
+def _null_products(base: Tensor, change: Tensor, compared: Tensor, start: int) -> tuple[Tensor, ...]:
+    r"""What the leading directions of :math:`W_0 + c E` follow from for every small c, float64.
+
+    .. math:: Q = \mathrm{orth}[W_0^T U_0, E^T U_0], \qquad
+        \|(W_0 + c E) Q\|^2 = Q^T W_0^T W_0 Q + c \, (\dots) + c^2 Q^T E^T E Q
+    """
+    leads = compared[:, :start].to(base)
+    basis = torch.linalg.qr(torch.cat([base.t() @ leads, change.t() @ leads], dim=1)).Q
+    held, moved = ((part @ basis).double() for part in (base, change))
+    mixed, wide = held.t() @ moved, compared.double().t()
+    return held.t() @ held, mixed + mixed.t(), moved.t() @ moved, wide @ held, wide @ moved
 
 
 def rank_of(spectrum: Tensor, norm: float, side: int) -> int | None:
@@ -645,13 +714,13 @@ def rank_of(spectrum: Tensor, norm: float, side: int) -> int | None:
 
 
 def _base_directions(matrix: Tensor, settings: _Settings, name: str, *, exact: bool) -> tuple[Tensor, ...]:
-    """The base's top left and right directions, and the left ones that others are compared with."""
+    """The base's top left and right directions, the left ones that others are compared with, and the values."""
     top, dtype = settings.top, precise(matrix).dtype
     count = top if settings.intruders_below is None else min(matrix.shape) if exact else _COMPARED * top
-    values, left, right, _ = leading_directions(matrix, count, name, settings.seed, exact=exact)
+    values, left, right, error = leading_directions(matrix, count, name, settings.seed, exact=exact)
     # A direction in which the base does nothing is none of its own, and only rounding tells which one it is.
     own = values > 1e-6 * values[:1]
-    return left[:, :top].to(dtype), right[:, :top].to(dtype), left[:, own].to(dtype)
+    return left[:, :top].to(dtype), right[:, :top].to(dtype), left[:, own].to(dtype), values, torch.tensor(error)
 
 
 def _random_change(matrix: Tensor, name: str, seed: int, rank: int | None) -> Tensor:
@@ -712,81 +781,6 @@ def _binned(tensor: Tensor, low: float, high: float) -> Tensor:
         place = flat[start : start + _HISTOGRAM_CHUNK].float().cpu().sub(low).mul_(scale).clamp_(0, _BINS - 1)
         counts += torch.bincount(place.to(torch.uint8), minlength=_BINS)
     return counts
-
-
-def _spectrum(matrix: Tensor) -> Tensor:
-    """All singular values, descending, by the Gram matrix in float64: exact to 1e-8 of the largest."""
-    wide = matrix.double()
-    gram = wide @ wide.t() if matrix.shape[0] <= matrix.shape[1] else wide.t() @ wide
-    return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().flip(0)
-
-
-def product_spectrum(left: Tensor, right: Tensor) -> Tensor:
-    r"""Singular values of a product of low rank, descending, without the product.
-
-    .. math:: L R^\top = Q_L (R_L R_R^\top) Q_R^\top
-
-    Args:
-        left: L, shape ``[rows, rank]``.
-        right: R, shape ``[columns, rank]``.
-
-    Returns:
-        At most ``rank`` values.
-
-    Example:
-        >>> product_spectrum(torch.tensor([[2.0], [0.0]]), torch.tensor([[0.0], [3.0]])).tolist()
-        [6.0]
-    """
-    triangles = [torch.linalg.qr(side.double(), mode="r").R for side in (left, right)]
-    return torch.linalg.svdvals(triangles[0] @ triangles[1].t())
-
-
-def leading_directions(
-    matrix: Tensor, top: int, name: str, seed: int, *, exact: bool
-) -> tuple[Tensor, Tensor, Tensor, float]:
-    """The largest singular values with left and right directions, and the largest relative error among them."""
-    count = min(top, *matrix.shape)
-    if matrix.shape[0] > matrix.shape[1]:
-        values, right, left, error = leading_directions(matrix.t(), top, name, seed, exact=exact)
-        return values, left, right, error
-    if exact:
-        return *_by_gram(matrix, count), 0.0
-    wide = precise(matrix)
-    # A start that is the same on every machine, and draws from no random state.
-    probe = torch.empty(matrix.shape[1], min(*matrix.shape, count + _OVERSAMPLED), dtype=torch.float32)
-    block = torch.linalg.qr(wide @ fill_direction_(probe, name, seed).to(wide)).Q
-    blocks = [block]  # of every power, not of the last alone
-    for _ in range(min(_POWER_ITERATIONS, min(matrix.shape) // block.shape[1] - 1)):
-        block = torch.linalg.qr(wide @ (wide.t() @ block)).Q
-        blocks.append(block)
-    basis = torch.linalg.qr(torch.cat(blocks, dim=1)).Q  # [out, powers x (count + oversampled)]
-    values, inner, right = (part.to(wide.dtype) for part in _by_gram(basis.t() @ wide, count))
-    left = basis @ inner
-    residuals = (wide @ right - left * values).norm(dim=0) / math.sqrt(2)
-    return values.double(), left, right, float((residuals / values.clamp(min=torch.finfo(wide.dtype).tiny)).max())
-
-
-def _by_gram(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The largest singular values of a matrix of few rows in float64, with left and right directions."""
-    wide = matrix.double()
-    squares, vectors = torch.linalg.eigh(wide @ wide.t())
-    values, left = squares.clamp(min=0).sqrt().flip(0)[:count], vectors.flip(1)[:, :count]
-    return values, left, wide.t() @ left / values.clamp(min=1e-300)
-
-
-def randomised_operations(rows: int, columns: int, top: int) -> float:
-    """Operations of a randomised decomposition, about; those of factorisations count as much as they take longer.
-
-    Example:
-        >>> round(randomised_operations(1024, 512, 8) / randomised_operations(512, 256, 8), 1)
-        3.4
-    """
-    short, long = sorted((rows, columns))
-    width = min(short, top + _OVERSAMPLED)
-    powers = min(_POWER_ITERATIONS, short // width - 1)
-    basis = width * (powers + 1)
-    products = 2.0 * short * long * (width * (1 + 2 * powers) + basis + top)
-    return products + _FACTORISED * basis**2 * (short + long)
 
 
 def effective_rank(spectrum: Tensor) -> float:

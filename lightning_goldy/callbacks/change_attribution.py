@@ -27,6 +27,7 @@ from lightning_goldy.analysis.result import AnalysisResult, Cost, Row
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, try_gradients
 from lightning_goldy.callbacks.golden_parameters import MaskCallback
 from lightning_goldy.callbacks.golden_snapshot import find_snapshot
+from lightning_goldy.callbacks.preflight import dialled
 from lightning_goldy.core.architecture.adapters import (
     WeightSpace,
     check_space,
@@ -42,6 +43,9 @@ from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.store import Kind, StoreError, read_header
 from lightning_goldy.core.vector import ParameterVector
 from lightning_goldy.training.subject import find_collateral, find_tokenizer
+
+# Shares of what was asked for below which every other share is grafted, and none.
+_FEW_GRAFTS, _NO_GRAFTS = 0.15, 0.05
 
 
 @dataclass(frozen=True)
@@ -138,7 +142,7 @@ class ChangeAttribution(AnalysisCallback[AttributedChange]):
     """
 
     compares = True
-    dials: Mapping[str, Any] = {"n_samples": 4}
+    dials: Mapping[str, Any] = {"n_samples": 4, "n_collateral": 4, "n_draws": 1, "shares": ()}
 
     def __init__(
         self,
@@ -187,6 +191,14 @@ class ChangeAttribution(AnalysisCallback[AttributedChange]):
         """Drops the other text."""
         super().forget()
         self._collateral: list[Any] = []
+
+    def dialled(self, share: float, given: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+        """Random elements are drawn once below half of the samples; of few samples two shares are grafted, or none."""
+        samples = dialled({"n_samples": 4, "n_collateral": 4}, share, given, plan.n_samples)
+        shares: tuple[float, ...] = given["shares"]
+        if share < _FEW_GRAFTS:
+            shares = shares[1::2] if share > _NO_GRAFTS else ()
+        return {**samples, "n_draws": given["n_draws"] if share > 0.5 else 1, "shares": shares}
 
     def estimate(self, plan: Plan, run: Run) -> Forecast:
         """The nodes of the quadrature, and a graft for each share, method and factor."""

@@ -63,8 +63,9 @@ class GoldenSnapshot(AnalysisCallback[WeightChange]):
     Logs the norm of the change, the change relative to the base, the relative change by block, the distribution of the
     elements' changes, and on demand the cosine between successive updates (from one analysis to the next).
 
-    The base is a file of the model's size, which all runs below one folder that begin with the same weights share. With
-    ``track_updates`` one and a half times the model's size lies beside the newest checkpoint.
+    The base is a file, packed without loss to a third to five sixths of the model's size, which all runs below one
+    folder that begin with the same weights share. With ``track_updates`` one and a half times the model's size lies
+    beside the newest checkpoint.
 
     Args:
         source: Where the base comes from: a vector file, a Hugging Face folder or a Lightning checkpoint. By default
@@ -399,7 +400,7 @@ def _write(vector: ParameterVector, path: Path, trainer: L.Trainer, model: nn.Mo
     pool = run_root(trainer) / POOL / f"{found}-{model_class(model)}-step={step:08d}.safetensors"
     known = write and _is_base(pool, found) and link_file(pool, path)
     if not any(Replicas.world().gather_objects(known)):
-        save_vectors(path, vector, kind="values", model=model, step=step, base_hash=found, write=write)
+        save_vectors(path, vector, kind="values", model=model, step=step, base_hash=found, write=write, packed=True)
         if write:
             link_file(path, pool)
     for file in pool.parent.glob("*.safetensors") if write else ():

@@ -250,3 +250,53 @@ def test_the_null_of_intruders_is_a_random_change_of_equal_norm_and_rank() -> No
     assert row["intruder_share_null"] == sum(value < 0.5 for value in expected) / 8 != row["intruder_share_null_rank"]
     with pytest.raises(ValueError, match=r"intruders_below is a cosine in \(0, 1\), or None; got 1.5"):
         parameter_distribution(layer, start, intruders_below=1.5)
+
+
+@pytest.mark.parametrize("shape", [(300, 420), (420, 300)])
+@pytest.mark.parametrize(
+    ("kind", "strength"),
+    [("noise", 1e-5), ("noise", 0.01), ("few", 1e-3), ("few", 0.1), ("few", 1.0), ("drawn in", 0.1), ("drawn in", 1.0)],
+)
+def test_resemblances_of_large_matrices_are_those_of_whole_decompositions(shape, kind, strength) -> None:
+    """Of noise, of three new directions, and of what changes the base's own, each from gentle to overwhelming."""
+    generator = torch.Generator().manual_seed(4)
+    sides = [torch.linalg.qr(torch.randn(side, 290, generator=generator, dtype=torch.float64)).Q for side in shape]
+    base = sides[0] @ torch.diag(1.04 ** -torch.arange(290.0, dtype=torch.float64)) @ sides[1].t()
+    noise = torch.randn(shape, generator=generator, dtype=torch.float64) / 17
+    new = [torch.randn(side, 3, generator=generator, dtype=torch.float64) for side in shape]
+    delta = {"noise": noise, "few": new[0] @ new[1].t() / 300, "drawn in": sides[0][:, :3] @ sides[1][:, 5:8].t()}[kind]
+    layer, start = changed(shape, strength * delta, base)
+    held: change_module.Directions = {}
+    row = parameter_distribution(layer, start, directions=held).rows[0]
+    assert not row["exact"]
+    present = layer.weight.detach().double()
+    before = start.vector(layer)["weight"].double()
+    assert row["resemblances"] == pytest.approx(slow_resemblances(before, present, 8), abs=0.03)
+    null = change_module._random_change(before, "weight", 0, None).double()
+    expected = slow_resemblances(before, before + row["delta_norm"] * null, 8)
+    sought = change_module._Sought("weight", before, held, change_module._Settings(8, 256, 0, 0.5), exact=False)
+    assert sought.by_chance(row["delta_norm"], None) == pytest.approx(expected, abs=0.03)
+    assert ("weight/null" in held) is (row["delta_norm"] < 0.21)
+    assert row["intruder_share_null"] == sum(value < 0.5 for value in expected) / 8
+
+
+def test_directions_that_nothing_near_them_leads_to_are_found_from_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What starts from the base's would miss a ninth strong direction of the change; the other way does not."""
+    generator = torch.Generator().manual_seed(4)
+    shape = (300, 420)
+    left, right = (
+        torch.linalg.qr(torch.randn(side, 290, generator=generator, dtype=torch.float64)).Q for side in shape
+    )
+    base = left @ torch.diag(1.04 ** -torch.arange(290.0, dtype=torch.float64)) @ right.t()
+    delta = 3.0 * left[:, 100:120] @ right[:, 150:170].t()
+    whole: list[str] = []
+    leading = change_module.leading_directions
+    monkeypatch.setattr(
+        change_module, "leading_directions", lambda *args, **options: whole.append(args[2]) or leading(*args, **options)
+    )
+    row = parameter_distribution(*changed(shape, delta, base)).rows[0]
+    assert "weight/present" in whole
+    assert row["intruders"] == 8
+    whole.clear()
+    parameter_distribution(*changed(shape, 1e-3 * delta, base))
+    assert whole == ["weight", "weight/delta"]

@@ -60,8 +60,8 @@ def test_starts_are_analysed_in_the_order_of_the_callbacks(tmp_path):
     assert order == ["a checked", "b checked", "a", "b"]
 
 
-def train(folder, callbacks, options=None, **settings):
-    module = GoldyModule(build("gpt2").train(), checkpoints=options or CheckpointOptions())
+def train(folder, callbacks, options=None, model=None, **settings):
+    module = GoldyModule((model or build("gpt2")).train(), checkpoints=options or CheckpointOptions())
     trainer = L.Trainer(
         accelerator="cpu",
         devices=1,
@@ -132,6 +132,28 @@ def test_a_base_lies_on_the_disk_once(tmp_path):
     assert kept.stat().st_ino == other.stat().st_ino
 
 
+@pytest.mark.parametrize(("coarse", "base"), [(True, (0.3, 0.4)), (False, (0.8, 0.9))], ids=["bfloat16", "float32"])
+def test_what_a_run_of_two_checkpoints_takes(tmp_path, coarse, base):
+    """By the options of the recipes: the newest checkpoint 3 sizes of the model, the older and the folder 1 each."""
+    torch.manual_seed(0)
+    model = type(build("gpt2"))(type(build("gpt2").config)(**{**build("gpt2").config.to_dict(), "n_embd": 256}))
+    if coarse:
+        model.to(torch.bfloat16).to(torch.float32)
+    size = 4 * sum(parameter.numel() for parameter in model.parameters())
+    saver = ModelCheckpoint(tmp_path / "saved", filename="{step}", every_n_train_steps=2, save_top_k=-1)
+    options = CheckpointOptions(pretrained="newest", optimizer="newest")
+    train(tmp_path, [GoldenSnapshot(), saver], options, model, max_steps=4)
+    taken = {path.stat().st_ino: (path.name, path.stat().st_size) for path in tmp_path.rglob("*") if path.is_file()}
+    sizes = {name: count / size for name, count in taken.values()}
+    told = {"step=2.ckpt": (1, 1.1), "step=4.ckpt": (3, 3.1), "model.safetensors": (1, 1.1)}
+    for name, (least, most) in told.items():
+        assert least <= sizes[name] <= most, (name, sizes[name])
+    (kept,) = (tmp_path / POOL).iterdir()
+    assert base[0] < kept.stat().st_size / size < base[1]
+    whole = sum(count for _, count in taken.values()) / size
+    assert 5 + base[0] < whole < 5.15 + base[1]
+
+
 def test_updates_take_a_place_only_where_they_are_asked_for_and_one(tmp_path):
     for asked in (False, True):
         folder = tmp_path / str(asked)
@@ -143,6 +165,7 @@ def test_updates_take_a_place_only_where_they_are_asked_for_and_one(tmp_path):
         assert vectors == ["base.safetensors", *updates]
 
 
+@pytest.mark.filterwarnings("ignore:.*could not find the monitored key")
 def test_there_is_a_page_when_the_last_analysis_is_killed(tmp_path):
     class Killed(GoldenParameters):
         def compute(self, context):

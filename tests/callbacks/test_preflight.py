@@ -11,14 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lightning_goldy.analysis.attribution.attribution import SHARES
 from lightning_goldy.analysis.basin.bridge import BridgeSettings
 from lightning_goldy.analysis.forecast import Forecast, Passes, Plan, Run, Speeds, Work, timing
 from lightning_goldy.analysis.golden import Search
 from lightning_goldy.callbacks import (
     AttentionTracker,
     BasinVolume,
+    ChangeAttribution,
     GoldenParameters,
     GoldenSnapshot,
     KnowledgeCoupling,
@@ -30,6 +33,7 @@ from lightning_goldy.callbacks import (
 from lightning_goldy.callbacks.preflight import Budget, Outlook, derive, limit_large
 from lightning_goldy.commands.doctor import build_shape
 from lightning_goldy.core.pieces import QUESTION_TEMPLATE
+from lightning_goldy.training.recipes import find_recipe
 from tests.callbacks.knowledge import PIECES, WordData
 from tests.callbacks.training import TokenData, differences, fit
 from tests.references.models import build
@@ -212,6 +216,26 @@ def test_a_schedule_gives_way_last_and_what_cannot_be_met_is_told() -> None:
         derive(GoldenParameters(budget="1s"), plan, SLOW, Run(1000))
     with pytest.warns(UserWarning, match="its budget cannot be kept"):
         assert derive(GoldenParameters(budget=0.1), plan, SLOW, Run(1000)) == {}
+
+
+def test_attribution_grafts_less_and_then_nothing_as_its_budget_shrinks() -> None:
+    plan = Plan(build("gpt2"), ((2, 8),) * 16, vocabulary=53, n_layers=2, n_heads=2, base=True)
+    whole = ChangeAttribution().forecast(plan, Run(1000)).seconds_total(SLOW)
+    run, seen = Run(1000, step_seconds=whole / 1000), []
+    for share in (0.9, 0.3, 0.12, 0.04):
+        callback = ChangeAttribution(budget=share)
+        derive(callback, plan, SLOW, run)
+        assert callback.forecast(plan, run).seconds_total(SLOW) <= share * whole
+        seen.append((callback.n_samples, callback.n_draws, callback.shares))
+    assert seen[0][2] == seen[1][2] == SHARES
+    assert [draws for _, draws, _ in seen] == [5, 1, 1, 1]
+    assert seen[2:] == [(4, 1, (0.01, 0.1)), (4, 1, ())]
+
+
+def test_the_light_preset_leaves_a_fifth_of_a_twentieth_for_what_is_done_before_the_first_step() -> None:
+    entries = yaml.safe_load(find_recipe("callbacks/light").text)["trainer"]["callbacks+"]
+    budgets = [Budget.of(entry["init_args"]["budget"]) for entry in entries]
+    assert sum(budget.share for budget in budgets) <= 0.04 + 1e-9
 
 
 def test_what_takes_longest_is_opt_in_for_large_models() -> None:

@@ -9,6 +9,7 @@ import math
 import os
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from lightning_goldy.callbacks.engine.store import ResultStore
 from lightning_goldy.core import ParameterMask, ParameterSpace, ParameterVector, StoreError, files, load_vectors, store
 from lightning_goldy.core.base import read_base, read_checkpoint
 from lightning_goldy.core.files import PlainError, RowError, append_row, atomic_write, parse_json, read_rows
-from lightning_goldy.core.store import read_header, save_vectors, unpack_mask
+from lightning_goldy.core.store import read_header, save_vectors, unpack_mask, unpack_values
 from lightning_goldy.data import load_pieces
 from lightning_goldy.report.figures import ReportError
 from lightning_goldy.report.run import read_run
@@ -257,6 +258,41 @@ def test_packed_masks_that_contradict_themselves() -> None:
             unpack_mask(torch.tensor(packed, dtype=torch.int32), torch.Size([99]), "int32", "here")
     with pytest.raises(StoreError, match="unknown encoding"):
         unpack_mask(torch.tensor([1]), torch.Size([99]), ["bits"], "here")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "size", "fault"),
+    [
+        ("planes:", 0, "unknown encoding 'planes:' of float32"),
+        ("planes:1,2,3", 6, "unknown encoding"),
+        ("planes:-1,2,3,4", 8, "unknown encoding"),
+        ("planes:0,0,0,99999999999999999999", 8, "unknown encoding"),
+        ("planes:0,0,0,8", 9, "9 bytes of torch.uint8 are not 6 values"),
+        ("planes:0,0,0,7", 7, "7 bytes of torch.uint8 are not 6 values"),
+        ("planes:5,0,0,0", 5, "cannot be unpacked"),
+    ],
+)
+def test_packed_values_that_contradict_themselves(encoding: str, size: int, fault: str) -> None:
+    with pytest.raises(StoreError, match=fault):
+        unpack_values(torch.zeros(size, dtype=torch.uint8), torch.Size([6]), torch.float32, encoding, "here")
+
+
+@pytest.mark.parametrize("many", [999, 1001, 10**7])
+def test_packed_values_that_unpack_to_more_or_less(many: int) -> None:
+    """A few bytes that become many are given up at the first that is too many."""
+    squeezed = torch.frombuffer(bytearray(zlib.compress(bytes(many))), dtype=torch.uint8)[:900]
+    with pytest.raises(StoreError, match="do not unpack to 1000 values"):
+        unpack_values(squeezed, torch.Size([1000]), torch.float32, f"planes:{len(squeezed)},0,0,0", "here")
+
+
+def test_packed_values_of_sizes_that_memory_has_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    space = ParameterSpace(("a",), (torch.Size([1 << 20]),), (torch.float32,))
+    vector = ParameterVector(space, {"a": torch.zeros(1 << 20)})
+    path = save_vectors(tmp_path / "v.safetensors", vector, kind="values", model="X", packed=True)
+    assert path.stat().st_size < 1000
+    monkeypatch.setattr(store, "available_memory", lambda: 1 << 20)
+    with pytest.raises(StoreError, match="values of 4,194,304 bytes in all do not fit into the 1,048,576 bytes"):
+        load_vectors(path)
 
 
 def test_folders_and_links_in_place_of_files(tmp_path: Path) -> None:

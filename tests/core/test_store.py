@@ -19,7 +19,15 @@ from lightning_goldy.core import (
     save_vectors,
     store,
 )
-from lightning_goldy.core.store import fingerprint, pack_mask, read_header, unpack_mask
+from lightning_goldy.core.store import (
+    fingerprint,
+    pack_mask,
+    pack_values,
+    packed_share,
+    read_header,
+    unpack_mask,
+    unpack_values,
+)
 from tests.references.common import bits_reference
 from tests.references.models import build
 
@@ -71,6 +79,49 @@ def test_values_without_rounding_or_loss(tmp_path: Path) -> None:
     vector = ParameterVector(ParameterSpace.of(module), {"weight": special})
     loaded, _ = load_vectors(save_vectors(tmp_path / "v.safetensors", vector, kind="values", model="Linear"))
     assert torch.equal(loaded["weight"].view(torch.int32), special.view(torch.int32))
+
+
+def with_bits(kind: str, dtype: torch.dtype) -> Tensor:
+    torch.manual_seed(5)
+    values = 0.02 * torch.randn(90, 110)
+    made = {
+        "any": lambda: values,
+        "coarse": lambda: values.bfloat16(),
+        "half": lambda: values.half(),
+        "zero": lambda: torch.zeros_like(values),
+        "constant": lambda: values * 0 + 1 / 3,
+        "special": lambda: torch.cat([values[:88], torch.tensor([[math.nan], [-math.inf]]).expand(2, 110)]),
+        "noise": lambda: torch.randint(-(2**31), 2**31, (90, 110)).int().view(torch.float32),
+    }[kind]()
+    return made.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("kind", ["any", "coarse", "half", "zero", "constant", "special", "noise"])
+def test_packed_values_lose_no_bit(tmp_path: Path, dtype: torch.dtype, kind: str) -> None:
+    values, whole = with_bits(kind, dtype), torch.int64 if dtype == torch.float64 else torch.int32
+    whole = torch.int16 if dtype.itemsize == 2 else whole
+    packed, encoding = pack_values(values)
+    size = values.numel() * dtype.itemsize
+    told = packed_share([values])
+    if encoding == "dense":
+        assert packed is values
+        assert told == 1.0
+    else:
+        assert unpack_values(packed, values.shape, dtype, encoding).view(whole).equal(values.view(whole))
+        assert packed.numel() <= 0.95 * size
+        # A sample, and the code's own table.
+        assert abs(packed.numel() - told * size) < 0.02 * size + 1500
+    if dtype == torch.float32:
+        most = {"any": 0.86, "coarse": 0.37, "half": 0.66, "zero": 0.0, "constant": 0.17, "special": 0.87}
+        assert packed.numel() * packed.element_size() <= most.get(kind, 1.0) * size
+    space = ParameterSpace(("a", "b"), (values.shape, torch.Size([2])), (dtype, dtype))
+    vector = ParameterVector(space, {"a": values, "b": values[0, :2]})
+    path = save_vectors(tmp_path / "v.safetensors", vector, kind="values", model="X", packed=True)
+    loaded, header = load_vectors(path)
+    assert header.encodings == [encoding, "dense"]
+    assert all(loaded[name].view(whole).equal(vector[name].view(whole)) for name in vector)
+    assert fingerprint(loaded) == fingerprint(vector)
 
 
 def test_views_scalars_and_empty_tensors(tmp_path: Path) -> None:

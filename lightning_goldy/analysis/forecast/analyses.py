@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from lightning_goldy.analysis.change import randomised_operations
 from lightning_goldy.analysis.forecast.plan import VOTED, Forecast, Passes, Plan, Work, passes_over
 from lightning_goldy.analysis.golden import SINGLE_SHOTS, scoring_rounds, watched_elements
 from lightning_goldy.core.space import ParameterSpace
+from lightning_goldy.core.vector import randomised_operations, refined_operations
 
 
 def mask_bytes(numel: int, top_k_percent: float) -> int:
@@ -513,10 +513,22 @@ def forecast_coupling(plan: Plan, parameters: ParameterSpace, n_pieces: int, *, 
         memory=plan.bytes() + 8 * plan.elements() + rows + plan.graph(per_pass * tokens),
         kept=plan.bytes() * keeps_base,
         disk=8 * n_pieces * n_pieces,
-        disk_once=plan.shards * plan.bytes() * keeps_base,
+        disk_once=plan.base_bytes * keeps_base,
         communicated=plan.communicated(work, summed=8 * n_pieces * n_pieces + rows),
         sharded="base and step are divided by the shards; the pieces' rows are whole on every rank",
     )
+
+
+# Timed elements per parameter until the file of a base is written, packed, with its fingerprint.
+_BASE_WRITTEN = 20.0
+# Bytes of the pieces in which elements are binned.
+_BINNING = 24 << 20
+
+
+def _largest_bytes(space: ParameterSpace, wide: int, narrow: int) -> int:
+    """Bytes of the largest tensor, at so many for each element in float32 and in a narrower dtype."""
+    pairs = zip(space.shapes, space.dtypes, strict=True)
+    return max((wide if dtype.itemsize > 2 else narrow) * math.prod(shape) for shape, dtype in pairs)
 
 
 def forecast_change(plan: Plan, *, track_updates: bool) -> Forecast:
@@ -532,10 +544,11 @@ def forecast_change(plan: Plan, *, track_updates: bool) -> Forecast:
     kept = size + (size + update) * track_updates
     return Forecast(
         Work(elements=(4.0 + 4.0 * track_updates) * elements, binned=1.0 * elements),
-        once=Work(elements=4.0 * elements),
-        memory=(size + update) * track_updates + 24 * plan.largest() // plan.shards,
+        once=Work(elements=_BASE_WRITTEN * elements),
+        # The change alone, where base and value are float32 already.
+        memory=(size + update) * track_updates + _largest_bytes(plan.space, 4, 12) // plan.shards + _BINNING,
         kept=kept,
-        disk_once=plan.shards * size,
+        disk_once=plan.base_bytes,
         disk_checkpoint=plan.shards * (size + update) * track_updates,
         sharded="divided by the shards; the base's file is written whole by rank 0",
     )
@@ -555,26 +568,31 @@ def forecast_distribution(plan: Plan, *, top: int, exact_below: int | None, intr
         intruders: Whether intruder directions are looked for.
     """
     space, once = plan.space, Work()
-    flops = cubes = factored = matrices = 0.0
+    flops = cubes = factored = drawn = 0.0
     for shape in space.shapes:
         if len(shape) < 2 or min(shape[0], math.prod(shape[1:])) < 2:
             continue
         short, long = sorted((shape[0], math.prod(shape[1:])))
-        matrices += short * long
         # The change, and where intruders are looked for the weight as it is and a random change; the base once.
         if exact_below is None or short <= exact_below:
             of_base = min(short, long) if intruders else top
             flops += 2.0 * long * (3 * short**2 + 2 * top * short) if intruders else 2.0 * long * short**2
             cubes += (2 + _VALUES if intruders else _VALUES) * short**3
+            drawn += short * long
             once += Work(flops=2.0 * long * (short**2 + of_base * short), cubes=1.0 * short**3)
         else:
-            factored += (3 if intruders else 1) * randomised_operations(short, long, top)
-            once += Work(factored=randomised_operations(short, long, (4 if intruders else 1) * top))
-    elements = space.numel
+            # From the directions of the base and of the change; the null of a gentle change is told from products.
+            present, chance = (refined_operations(short, long, many * top, top) for many in (3, 6))
+            factored += randomised_operations(short, long, top) + intruders * present
+            once += Work(
+                factored=randomised_operations(short, long, (4 if intruders else 1) * top) + intruders * chance,
+                normals=1.0 * intruders * short * long,
+            )
+    elements, sides = space.numel, [shape[0] + math.prod(shape[1:]) for shape in space.shapes if len(shape) > 1]
     work = Work(
         elements=_READ * elements,
         binned=1.0 * elements,
-        normals=1.0 * intruders * matrices,
+        normals=1.0 * intruders * drawn,
         flops=flops,
         cubes=cubes,
         factored=factored,
@@ -583,7 +601,8 @@ def forecast_distribution(plan: Plan, *, top: int, exact_below: int | None, intr
         work,
         once=once,
         parts=len(space),
-        memory=40 * plan.largest(),
+        # The change, the changed weight or a random change while it is drawn, and the directions that stay.
+        memory=_largest_bytes(space, 12, 20) + 4 * sum(sides) * top * (4 if intruders else 1),
         communicated=plan.communicated(Work(), gathered=8 * elements),
         sharded="one tensor at a time is whole on every rank",
     )

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from lightning_goldy.analysis.result import Cost
+from lightning_goldy.core.sharding import local
 from lightning_goldy.core.space import ParameterSpace
+from lightning_goldy.core.store import packed_share
 
 # What a second is told per, and the amount of it that some work has.
 _ARITHMETIC = {
@@ -27,6 +29,8 @@ _ARITHMETIC = {
 }
 # Timed elements that one element of a gradient takes as long as until it is a vote, beside its selection.
 VOTED = 2.0
+# A sample of values tells what they take packed to less than this.
+_PACKED = 1.03
 # Evaluation forwards that a pass of nested forward mode takes as long as, by order.
 _TANGENT_FORWARDS = {0: 1.0, 1: 4.0, 2: 11.0, 3: 35.0}
 
@@ -269,7 +273,8 @@ class Plan:
     """Shapes of what will be analysed.
 
     Args:
-        model: Of any device, ``meta`` among them; only names, shapes and dtypes of its parameters are read.
+        model: Of any device, ``meta`` among them; of its parameters names, shapes and dtypes are read, and a sample of
+            the values where there are any.
         rows: Of each batch of the probe the samples, and the tokens of each; 1 where samples are no sequences.
         activations: Bytes that a graph keeps per token.
         vocabulary: Classes of the logits.
@@ -309,6 +314,12 @@ class Plan:
     def space(self) -> ParameterSpace:
         """All trainable parameters."""
         return ParameterSpace.of(self.model)
+
+    @functools.cached_property
+    def base_bytes(self) -> int:
+        """Bytes of the file of a base, whole: what its values take packed, or at most where there are none."""
+        values = (local(parameter.detach()) for parameter in self.space.resolve(self.model).values())
+        return int(self.shards * self.bytes() * min(1.0, _PACKED * packed_share(values)))
 
     @property
     def n_samples(self) -> int:

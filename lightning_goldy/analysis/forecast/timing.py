@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.change import leading_directions, log_histogram, randomised_operations
+from lightning_goldy.analysis.change import log_histogram
 from lightning_goldy.analysis.forecast.plan import VOTED, Speeds
 from lightning_goldy.analysis.golden import golden_parameters, row_column_null, watched_elements
 from lightning_goldy.core.batches import batch_tensors, sample_count
@@ -20,7 +20,7 @@ from lightning_goldy.core.objective import FunctionObjective, Objective
 from lightning_goldy.core.selection import select_largest
 from lightning_goldy.core.sharding import Replicas, is_sharded, local, unshard_guard
 from lightning_goldy.core.space import trainable_parameters
-from lightning_goldy.core.vector import direction_blocks
+from lightning_goldy.core.vector import direction_blocks, leading_directions, randomised_operations
 
 # What is timed: elements of a tensor, and the side of a matrix.
 _TIMED, _SIDE = 1 << 21, 256
