@@ -331,6 +331,8 @@ def log_row(
 ) -> None:
     """Logs a row's metrics and cost, its figures and its histograms under ``goldy/<name>/``.
 
+    Callbacks that have a ``when_logged`` are given the row and the tags of the scalars.
+
     Args:
         trainer: Its loggers are written to; without one nothing happens.
         row: A row of ``results.jsonl``.
@@ -352,6 +354,9 @@ def log_row(
     tagged = {f"{prefix}/{name}": value for name, value in numbers.items()}
     write = partial(_to_each, trainer.loggers, f"{row['name']} at step {row['step']}")
     write(lambda loggers: log_scalars(loggers, tagged, step))
+    for callback in getattr(trainer, "callbacks", ()):
+        if callable(hear := getattr(callback, "when_logged", None)):
+            hear(trainer, row, [tag for tag, value in tagged.items() if value is not None])
     for name, (edges, counts) in histograms.items():
         write(lambda loggers: log_histogram(loggers, f"{prefix}/{name}", (edges, counts), step))  # noqa: B023
     try:
