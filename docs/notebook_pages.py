@@ -63,7 +63,7 @@ def outputs_of(codes: list[str], name: str) -> list[list[dict[str, str]]]:
 @functools.cache
 def _executed(name: str, codes: tuple[str, ...]) -> list[list[dict[str, str]]]:
     """What cells give in a process of their own, which knows nothing of the site's."""
-    environment = {**os.environ, "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1", "COLUMNS": "72"}
     with tempfile.TemporaryDirectory() as folder:
         place = [sys.executable, str(Path(__file__).resolve()), name]
         given = json.dumps(codes)

@@ -51,6 +51,24 @@
     return JSON.stringify(made) === JSON.stringify(spec) ? undefined : made;
   };
 
+  // A legend that is wider than its figure is cut by it: its names go below each other.
+  const cut = (element) => {
+    const svg = element.querySelector("svg");
+    const edge = svg ? svg.getBoundingClientRect().right + 1 : 0;
+    return Boolean(svg) && [...svg.querySelectorAll(".role-legend-label text")].some(
+      (label) => label.getBoundingClientRect().right > edge);
+  };
+  const below = (spec) => {
+    const made = structuredClone(spec);
+    const stack = (value) => {
+      if (!value || typeof value !== "object") return;
+      if (value.legend && value.legend.orient === "top") value.legend.columns = 1;
+      Object.values(value).forEach(stack);
+    };
+    stack(made);
+    return JSON.stringify(made) === JSON.stringify(spec) ? undefined : made;
+  };
+
   class Chart {
     constructor(element) {
       this.content = JSON.parse(element.querySelector("script").textContent);
@@ -113,6 +131,11 @@
           return;
         }
         Object.assign(this, { result, state });
+        const stacked = cut(element) && tries ? below(bare) : undefined;
+        if (stacked) {
+          await this.draw(frame, theme, state, turn, stacked, tries - 1);
+          return;
+        }
         const excess = Math.ceil(element.querySelector("svg, canvas").getBoundingClientRect().width - this.plot.clientWidth);
         const other = narrow.matches && !printing && excess > 0 && tries ? narrower(bare, excess) : undefined;
         if (other) await this.draw(frame, theme, state, turn, other, tries - 1);

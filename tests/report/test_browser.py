@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from lightning_goldy.report import write_comparison, write_report
+from lightning_goldy.report import Figure, register_figure, write_comparison, write_report
+from lightning_goldy.report.figures import FIGURES
 
 Build = Callable[..., dict[str, Any]]
 RUN = Path(__file__).parent / "format1"
@@ -188,6 +189,36 @@ def test_figures_of_several_parts_fit_a_narrow_window(
         figures.nth(place).locator("svg").first.wait_for()
     page.wait_for_function(
         "[...document.querySelectorAll('#analysis-1 .plot')].every(plot => plot.scrollWidth <= plot.clientWidth + 1)"
+    )
+
+
+def test_a_legend_of_long_names_is_not_cut(
+    opened: Callable[..., Any], tmp_path: Path, golden_row: Build, write_rows: Callable[..., Path]
+) -> None:
+    names = [f"loss of the validation set number {number}" for number in range(4)]
+    spec = {
+        "data": {"name": "points"},
+        "mark": "line",
+        "encoding": {
+            "x": {"field": "x", "type": "quantitative"},
+            "y": {"field": "x", "type": "quantitative"},
+            "color": {"field": "line", "legend": {"orient": "top", "columns": 2, "labelLimit": 180}},
+        },
+    }
+    figure = Figure(spec, {"points": {"x": [1, 2] * 4, "line": [name for name in names for _ in range(2)]}})
+    write_rows(tmp_path, golden_row(1) | {"analysis": "named", "metrics": {}, "result": {}}, name="named")
+    register_figure("named", "lines", heading="Lines")(lambda row: figure)
+    try:
+        page = opened(write_report(tmp_path), width=400)
+    finally:
+        FIGURES.pop("named")
+    plot = page.locator("#analysis-1 .plot")
+    plot.locator("svg").wait_for()
+    page.wait_for_function(
+        "(() => { const svg = document.querySelector('#analysis-1 .plot svg');"
+        " const labels = [...svg.querySelectorAll('.role-legend-label text')];"
+        " const edge = svg.getBoundingClientRect().right + 1;"
+        " return labels.length === 4 && labels.every(label => label.getBoundingClientRect().right <= edge); })()"
     )
 
 
