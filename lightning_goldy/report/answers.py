@@ -248,7 +248,7 @@ def sorted_scalars(instances: Iterable[tuple[str, str]], logged: Collection[str]
     Example:
         >>> tags = ["goldy/taylor/loss", "goldy/taylor/nonlinearity", "goldy/volumes/log_volume"]
         >>> sorted_scalars([("taylor", "taylor_diff"), ("volumes", "basin_volume")], tags)
-        ['goldy/taylor/loss', 'goldy/volumes/log_volume', 'goldy/taylor/nonlinearity']
+        ['goldy/taylor/nonlinearity', 'goldy/volumes/log_volume', 'goldy/taylor/loss']
     """
     asked: dict[str | None, list[str]] = {question: [] for question in (*QUESTIONS, None)}
     for name, analysis in instances:

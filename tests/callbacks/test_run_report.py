@@ -109,7 +109,7 @@ def test_each_chart_of_the_layout_has_a_line(tmp_path: Path) -> None:
     assert not golden & {"control_count", "jaccard_previous"}
     _, columns, latest = table_of_hyperparameters(logger.log_dir)
     assert set(columns) <= set(latest)
-    assert columns[:2] == ["goldy/golden_snapshot/delta_norm", "goldy/taylor_diff/loss"]
+    assert columns[:2] == ["goldy/golden_snapshot/relative_change", "goldy/taylor_diff/nonlinearity"]
 
 
 def test_a_headline_that_comes_later_gets_its_chart_then(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_runs_can_be_sorted_by_their_headlines_in_tensorboard(tmp_path: Path) ->
         "goldy/data": "TokenData",
         "goldy/precision": "32-true",
     }
-    assert columns == [f"goldy/golden_snapshot/{name}" for name in ("delta_norm", "relative_change")]
+    assert columns == [f"goldy/golden_snapshot/{name}" for name in ("relative_change", "delta_norm")]
     row = json.loads(next(Path(loggers[0].log_dir).rglob("results.jsonl")).read_text().splitlines()[-1])
     for name in columns:
         assert latest[name] == pytest.approx(row["metrics"][name.rpartition("/")[2]])
