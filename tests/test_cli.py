@@ -20,6 +20,7 @@ import lightning_goldy
 from lightning_goldy.cli import COMMANDS, main
 from lightning_goldy.training import recipes as bundle
 from lightning_goldy.training.recipes import all_recipes, find_recipe
+from tests.house import ROOT
 
 TINY = ["--model.model.n_layer=1", "--model.model.n_embd=8", "--model.model.n_head=1"]
 QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
@@ -117,6 +118,14 @@ def test_a_callback_without_its_path_names_the_path(here, capsys, words):
     assert exit_.value.code == 2
     told = "TaylorDif is no path of a class; did you mean lightning_goldy.callbacks.TaylorDiff?"
     assert told in capsys.readouterr().err
+
+
+def test_an_option_of_a_class_that_is_misspelt_names_the_nearest(capsys):
+    recipe = str(ROOT / "recipes" / "atlas_edit.yaml")
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit", "--config", recipe, "--model.optimiser.learning_rate", "1"])
+    assert exit_.value.code == 2
+    assert "unknown 'optimiser'; did you mean 'optimizer'?" in capsys.readouterr().err
 
 
 def test_exit_codes_are_those_that_the_docs_tell(here):

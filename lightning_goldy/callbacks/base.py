@@ -7,7 +7,7 @@ import warnings
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
@@ -19,7 +19,7 @@ from torch import nn
 from lightning_goldy.analysis.forecast import Forecast, Plan, Run
 from lightning_goldy.analysis.forecast.timing import try_gradients as try_gradients
 from lightning_goldy.analysis.precision import with_precision
-from lightning_goldy.analysis.result import AnalysisResult, Cost, Row
+from lightning_goldy.analysis.result import AnalysisResult, Row
 from lightning_goldy.callbacks.engine.run_folder import (
     find_previous,
     lock_folder,
@@ -27,7 +27,16 @@ from lightning_goldy.callbacks.engine.run_folder import (
     run_directory,
     unlock_folder,
 )
-from lightning_goldy.callbacks.engine.store import AnalysisProgress, ResultStore, log_row, peak_memory_bytes
+from lightning_goldy.callbacks.engine.store import (
+    AnalysisProgress,
+    Findings,
+    Histograms,
+    ResultStore,
+    Vectors,
+    log_row,
+    peak_memory_bytes,
+    tell_where,
+)
 from lightning_goldy.callbacks.engine.weights import (
     Weights,
     as_compared,
@@ -44,9 +53,9 @@ from lightning_goldy.core.naming import canonical_name, require_at_least, requir
 from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.sharding import RankError, Replicas, is_sharded, unshard_guard
 from lightning_goldy.core.space import ParameterSpace, newly_trainable, parameter_names, plain_parameters
-from lightning_goldy.core.store import Kind, save_vectors
+from lightning_goldy.core.store import save_vectors
 from lightning_goldy.core.tasks import transformers_model
-from lightning_goldy.core.vector import ParameterVector, require_finite
+from lightning_goldy.core.vector import require_finite
 from lightning_goldy.data.base import follow_training
 from lightning_goldy.training.probe import Reading
 from lightning_goldy.training.probe import fingerprint_batches as fingerprint_batches
@@ -54,8 +63,6 @@ from lightning_goldy.training.subject import check_probe, check_strategy, find_m
 
 At = Literal["start", "checkpoint", "end"]
 Trigger = Literal["start", "step", "epoch", "checkpoint", "end"]
-Vectors = dict[str, tuple[ParameterVector, Kind]]
-Histograms = dict[str, tuple[list[float], list[int]]]
 ResultT = TypeVar("ResultT")
 T = TypeVar("T")
 _PATIENCE_SECONDS = 60.0
@@ -93,29 +100,6 @@ class AnalysisContext:
         """What a vector file of this analysis is called."""
         again = f"-{self.repeat + 1}" if self.repeat else ""
         return f"{name}-step={self.step:08d}{again}.safetensors"
-
-
-@dataclass
-class Findings:
-    """What to say of one result, as a callback may still put it; a :class:`~lightning_goldy.analysis.Row` is better.
-
-    Args:
-        metrics: Scalars by name; None where one does not exist yet.
-        data: JSON-able description with everything that the figures need.
-        vectors: Parameter vectors to save, by name, with their kind.
-        histograms: Bin edges and counts by name.
-        evaluations: Forward passes made, in samples.
-    """
-
-    metrics: dict[str, float | None]
-    data: dict[str, Any] = field(default_factory=dict)
-    vectors: Vectors = field(default_factory=dict)
-    histograms: Histograms = field(default_factory=dict)
-    evaluations: int = 0
-
-    def row(self) -> Row:
-        """The row that says the same."""
-        return Row("", self.metrics, self.data, cost=Cost(forwards=self.evaluations))
 
 
 class _Unattached(str):
@@ -673,9 +657,10 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
             vars(self).clear()
             vars(self).update(before)
             final = isinstance(error, RankError) and error.final
-            if self.on_error == "raise" or final or not isinstance(error, Exception):
-                raise
             failed = f"{self.name} failed {work}" if work else f"{self.name} failed"
+            if self.on_error == "raise" or final or not isinstance(error, Exception):
+                tell_where(error, f"{failed} at step {trainer.global_step}", self.name)
+                raise
             rank_zero_warn(f"{failed} at step {trainer.global_step} and training goes on: {error}")
             return otherwise(error)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +10,17 @@ import lightning.pytorch as L
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_goldy.callbacks.base import AnalysisCallback, default_name
+from lightning_goldy.callbacks.base import AnalysisCallback
 from lightning_goldy.callbacks.engine.run_folder import run_directory
 from lightning_goldy.callbacks.engine.store import ROWS, steps_so_far
 from lightning_goldy.core.files import require_local
 from lightning_goldy.core.naming import require_kinds
 from lightning_goldy.report.answers import answers_table, answers_text, scalar_layout, sorted_scalars
 from lightning_goldy.report.comparison import write_comparison
+from lightning_goldy.report.descriptions import position_of
 from lightning_goldy.report.figures import ReportError
 from lightning_goldy.report.formatting import show
-from lightning_goldy.report.loggers import log_hyperparameters, log_layout, log_text
+from lightning_goldy.report.loggers import log_columns, log_hyperparameters, log_layout, log_text
 from lightning_goldy.report.page import answers_of_run
 from lightning_goldy.report.rendering import require_drawing
 from lightning_goldy.report.run import read_run
@@ -51,6 +52,10 @@ class RunReport(L.Callback):
                 raise ValueError(f"compare names {directory}, which is no directory of a run")
         self._folder: Path | None = None
         self._seen: dict[str, int] = {}
+        self._logged: set[str] = set()
+        self._instances: dict[str, str] = {}
+        self._layout: dict[str, Any] = {}
+        self._params: tuple[dict[str, str], dict[str, Any]] = {}, {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuses a run whose report could not be written, before it starts.
@@ -69,15 +74,30 @@ class RunReport(L.Callback):
         # All ranks agree on the folder before rank 0 makes it.
         folder = run_directory(trainer) if trainer.loggers else None
         if folder is not None and trainer.is_global_zero:
-            _declare_hyperparameters(trainer, pl_module)
+            self._params = _declare_hyperparameters(trainer, pl_module)
+        # Analyses of the start come before this callback's own.
+        self._logged, self._instances, self._layout = set(), {}, {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Notes the folder, which all ranks ask for, and arranges TensorBoard's scalars by question."""
+        """Notes the folder, which all ranks ask for."""
         self._folder, self._seen = run_directory(trainer), {}
-        if not trainer.is_global_zero:
-            return
-        layout = scalar_layout(_instances(trainer))
-        _give_each(trainer, lambda loggers: log_layout(loggers, layout), "no layout for")
+
+    def when_logged(self, trainer: L.Trainer, row: Mapping[str, Any], tags: Sequence[str]) -> None:
+        """Arranges TensorBoard's scalars by question, anew when one of them is logged for the first time.
+
+        Args:
+            trainer: Whose loggers have got them.
+            row: Of which analysis.
+            tags: Of its scalars.
+        """
+        self._logged.update(tags)
+        # As the page has them.
+        known = {**self._instances, row["name"]: row["analysis"]}
+        self._instances = dict(sorted(known.items(), key=lambda instance: position_of(instance[1])))
+        layout = scalar_layout(self._instances.items(), self._logged)
+        if layout != self._layout:
+            self._layout = layout
+            _give_each(trainer, lambda loggers: log_layout(loggers, layout), "no layout for")
 
     def write_page(self, trainer: L.Trainer) -> None:
         """Writes the page where there are rows that it does not have; on rank 0, the others have nothing to do."""
@@ -91,14 +111,23 @@ class RunReport(L.Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Writes the page with what a failed or interrupted run has found."""
         self.write_page(trainer)
+        self._name_columns(trainer)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Writes the page."""
         folder = run_directory(trainer)
+        self._name_columns(trainer)
         if trainer.is_global_zero and (path := self._write(folder)) is not None:
             self._tell(trainer, folder)
             rank_zero_info(f"report: {path}")
             self._set_beside(folder, path)
+
+    def _name_columns(self, trainer: L.Trainer) -> None:
+        """The headlines that have values become columns of TensorBoard's table of runs."""
+        if not trainer.is_global_zero:
+            return
+        columns = sorted_scalars(self._instances.items(), self._logged)
+        _give_each(trainer, lambda loggers: log_columns(loggers, *self._params, columns), "no columns for")
 
     def _set_beside(self, folder: Path, page: Path) -> None:
         """Writes the comparison, where one is wanted."""
@@ -131,14 +160,8 @@ class RunReport(L.Callback):
             return None
 
 
-def _instances(trainer: L.Trainer) -> list[tuple[str, str]]:
-    """Name and analysis of each callback that analyses."""
-    callbacks = [callback for callback in trainer.callbacks if isinstance(callback, AnalysisCallback)]  # type: ignore[attr-defined]
-    return [(callback.name, callback.analysis or default_name(type(callback))) for callback in callbacks]
-
-
-def _declare_hyperparameters(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-    """Base, data and precision for the loggers, and the headline scalars as what runs are sorted by."""
+def _declare_hyperparameters(trainer: L.Trainer, pl_module: L.LightningModule) -> tuple[dict[str, str], dict[str, Any]]:
+    """Gives loggers base, data and precision, and gives back these and the run's own parameters."""
     own: dict[str, Any] = {}
     for part in (pl_module, trainer.datamodule):  # type: ignore[attr-defined]
         if part is not None and getattr(part, "_log_hyperparams", False):
@@ -153,8 +176,8 @@ def _declare_hyperparameters(trainer: L.Trainer, pl_module: L.LightningModule) -
         ),
         "goldy/precision": str(trainer.precision),
     }
-    columns = sorted_scalars(_instances(trainer))
-    _give_each(trainer, lambda loggers: log_hyperparameters(loggers, told, own, columns), "no hyperparameters for")
+    _give_each(trainer, lambda loggers: log_hyperparameters(loggers, told, own), "no hyperparameters for")
+    return told, own
 
 
 def _give_each(trainer: L.Trainer, log: Callable[[list[Logger]], object], failed: str) -> None:

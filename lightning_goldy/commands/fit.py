@@ -96,6 +96,11 @@ def plain_reason(message: str) -> str:
             f"Option {option!r} is not accepted",
             f"unknown {option!r}; {suggestion(option, accepted_options(resolve_name(kind)))}",
         )
+    for kind, words, option in re.findall(
+        r"class_path '([\w.]+)':\s+(?:Errors:\s+- )?(unrecognized arguments: --(\w+)\S*)", message, re.IGNORECASE
+    ):
+        meant = f"unknown {option!r}; {suggestion(option, accepted_options(resolve_name(kind)))}"
+        message = message.replace(words, meant)
     for place, name in re.findall(r"module '([\w.]+)' has no attribute '(\w+)'", message):
         classes = getattr(resolve_name(place), "__all__", ())
         message = message.replace(

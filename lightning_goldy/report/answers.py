@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from itertools import zip_longest
@@ -203,19 +203,22 @@ def answers_of(analyses: Iterable[tuple[str, str, Sequence[Row]]]) -> tuple[Answ
     return tuple(_answer(question, instances) for question in QUESTIONS)
 
 
-def scalar_layout(instances: Iterable[tuple[str, str]]) -> dict[str, dict[str, list[Any]]]:
-    """TensorBoard's custom scalars: the questions as categories, with a chart for each headline of their analyses.
+def scalar_layout(instances: Iterable[tuple[str, str]], logged: Collection[str]) -> dict[str, dict[str, list[Any]]]:
+    """TensorBoard's custom scalars: the questions as categories, with a chart for each headline that has been logged.
 
     All lines of a run have one colour there, and one axis: numbers of different units do not share a chart. An analysis
-    whose description names no headlines has one chart.
+    whose description names no headlines has one chart. A headline that is off by an option, or has no value yet, has
+    none: its chart would stay empty.
 
     Args:
         instances: Name and analysis of each.
+        logged: Tags of the scalars that loggers have.
 
     Example:
-        >>> scalar_layout([("volumes", "basin_volume")])["How robust is it?"]["volumes: log_volume/*"]
-        ['Multiline', ['^goldy/volumes/log_volume/.+$']]
-        >>> scalar_layout([("mine", "some_analysis")])
+        >>> volumes = scalar_layout([("volumes", "basin_volume")], ["goldy/volumes/log_volume/kl_1"])
+        >>> volumes
+        {'How robust is it?': {'volumes: log_volume/*': ['Multiline', ['^goldy/volumes/log_volume/.+$']]}}
+        >>> scalar_layout([("mine", "some_analysis")], ["goldy/mine/loss"])
         {'Other analyses': {'mine': ['Multiline', ['^goldy/mine/[^/]+$']]}}
     """
     layout: dict[str, dict[str, list[Any]]] = {title: {} for title in _TITLES}
@@ -223,30 +226,34 @@ def scalar_layout(instances: Iterable[tuple[str, str]]) -> dict[str, dict[str, l
         question = question_of(analysis)
         charts = layout[QUESTIONS[question].title if question else _TITLES[-1]]
         place = f"^goldy/{re.escape(name)}"
-        named = {f"{name}: {metric}": metric for metric in description_of(analysis).headline}
-        for title, metric in named.items():
-            charts[title] = ["Multiline", [f"{place}/{re.escape(metric).replace(re.escape('*'), '.+')}$"]]
-        if not named:
-            charts[name] = ["Multiline", [f"{place}/[^/]+$"]]
+        headline = description_of(analysis).headline
+        patterns = {
+            f"{name}: {metric}": f"{place}/{re.escape(metric).replace(re.escape('*'), '.+')}$" for metric in headline
+        } or {name: f"{place}/[^/]+$"}
+        for title, pattern in patterns.items():
+            if any(re.match(pattern, tag) for tag in logged):
+                charts[title] = ["Multiline", [pattern]]
     return {title: charts for title, charts in layout.items() if charts}
 
 
-def sorted_scalars(instances: Iterable[tuple[str, str]]) -> list[str]:
+def sorted_scalars(instances: Iterable[tuple[str, str]], logged: Collection[str]) -> list[str]:
     """Tags of the headlines by which runs can be sorted, the first of every question before the others.
 
-    Patterns are left out: only rows tell which names they stand for.
+    Those that have no value are left out, and so are patterns: each would be a column for every block or cutoff.
 
     Args:
         instances: Name and analysis of each.
+        logged: Tags of the scalars that loggers have.
 
     Example:
-        >>> sorted_scalars([("taylor", "taylor_diff"), ("volumes", "basin_volume")])[:3]
-        ['goldy/taylor/loss', 'goldy/volumes/bridge_log_volume', 'goldy/taylor/nonlinearity']
+        >>> tags = ["goldy/taylor/loss", "goldy/taylor/nonlinearity", "goldy/volumes/log_volume"]
+        >>> sorted_scalars([("taylor", "taylor_diff"), ("volumes", "basin_volume")], tags)
+        ['goldy/taylor/nonlinearity', 'goldy/volumes/log_volume', 'goldy/taylor/loss']
     """
     asked: dict[str | None, list[str]] = {question: [] for question in (*QUESTIONS, None)}
     for name, analysis in instances:
-        metrics = [metric for metric in description_of(analysis).headline if "*" not in metric]
-        asked[question_of(analysis)] += [f"goldy/{name}/{metric}" for metric in metrics]
+        tags = [f"goldy/{name}/{metric}" for metric in description_of(analysis).headline]
+        asked[question_of(analysis)] += [tag for tag in tags if tag in logged]
     return [tag for tags in zip_longest(*asked.values()) for tag in tags if tag is not None]
 
 

@@ -292,7 +292,8 @@ def lines(series: Mapping[str, Line | Series], style: Lines | None = None, *, ca
     """
     style = Lines() if style is None else style
     drawn = {name: line if isinstance(line, Line) else Line(*line) for name, line in series.items()}
-    bands = any(line.low is not None for line in drawn.values())
+    # Vega warns of the extent of values of which there are none.
+    bands = any(value is not None for line in drawn.values() for value in _gapped(line.low or ()))
     notes = any(line.notes for line in drawn.values())
     points = _line_points(drawn, bands, notes)
     few = max((len(line.x) for line in drawn.values()), default=0) <= 40

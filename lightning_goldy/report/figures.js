@@ -15,6 +15,13 @@
   const single = (spec) => ("mark" in spec || "layer" in spec)
     && !["column", "row", "facet"].some((name) => name in (spec.encoding || {}));
 
+  // Vega tells, as a warning, that it does not fit a height of so much a category to its place; as a number it is one.
+  const heightOf = (spec) => {
+    const { field } = (spec.encoding || spec.layer.map((layer) => layer.encoding || {}).find((one) => one.y) || {}).y || {};
+    const values = Object.values(spec.datasets).flat().map((row) => row[field]).filter((value) => value != null);
+    return spec.height.step * Math.max(1, new Set(values).size);
+  };
+
   // A figure that is so much too wide for its place: its parts shrink, or fewer stand side by side; nothing where
   // neither helps, and it scrolls within its box.
   const narrower = (spec, excess) => {
@@ -41,6 +48,24 @@
     stack(made);
     if (sliver) return made;
     for (const part of parts) part.width = Math.min(part.width, Math.floor(part.width * left / widest));
+    return JSON.stringify(made) === JSON.stringify(spec) ? undefined : made;
+  };
+
+  // A legend that is wider than its figure is cut by it: its names go below each other.
+  const cut = (element) => {
+    const svg = element.querySelector("svg");
+    const edge = svg ? svg.getBoundingClientRect().right + 1 : 0;
+    return Boolean(svg) && [...svg.querySelectorAll(".role-legend-label text")].some(
+      (label) => label.getBoundingClientRect().right > edge);
+  };
+  const below = (spec) => {
+    const made = structuredClone(spec);
+    const stack = (value) => {
+      if (!value || typeof value !== "object") return;
+      if (value.legend && value.legend.orient === "top") value.legend.columns = 1;
+      Object.values(value).forEach(stack);
+    };
+    stack(made);
     return JSON.stringify(made) === JSON.stringify(spec) ? undefined : made;
   };
 
@@ -88,6 +113,7 @@
       spec.params = [...(spec.params || []), ...this.content.params];
       if (single(spec) && !("width" in spec)) {
         Object.assign(spec, { width: "container", autosize: { type: "fit-x", contains: "padding" } });
+        if (spec.height && spec.height.step) spec.height = heightOf(spec);
       }
       const config = { background: "transparent", ...themes[theme], ...spec.config };
       delete spec.config;
@@ -105,6 +131,11 @@
           return;
         }
         Object.assign(this, { result, state });
+        const stacked = cut(element) && tries ? below(bare) : undefined;
+        if (stacked) {
+          await this.draw(frame, theme, state, turn, stacked, tries - 1);
+          return;
+        }
         const excess = Math.ceil(element.querySelector("svg, canvas").getBoundingClientRect().width - this.plot.clientWidth);
         const other = narrow.matches && !printing && excess > 0 && tries ? narrower(bare, excess) : undefined;
         if (other) await this.draw(frame, theme, state, turn, other, tries - 1);
@@ -136,7 +167,11 @@
   const redraw = () => { for (const element of charts.keys()) draw(element); };
   dark.addEventListener("change", redraw);
   narrow.addEventListener("change", redraw);
-  window.addEventListener("beforeprint", () => { printing = true; elements.forEach(draw); });
+  window.addEventListener("beforeprint", () => {
+    printing = true;
+    // What is folded is not printed.
+    elements.filter((element) => !element.closest("details:not([open])")).forEach(draw);
+  });
   window.addEventListener("afterprint", () => { printing = false; redraw(); });
 
   // Numbers are shown with thousands separators and units; a cell without one sorts last.
@@ -173,7 +208,7 @@
   };
   // Long names break after a word rather than within one.
   for (const name of document.querySelectorAll("tbody th")) {
-    const words = name.children.length ? [] : name.textContent.split(/(?<=_)/);
+    const words = name.children.length ? [] : name.textContent.split(/(?<=[_/])/);
     if (words.length > 1) name.replaceChildren(...words.flatMap((word) => [word, document.createElement("wbr")]));
   }
   for (const table of document.querySelectorAll(".table > table")) {

@@ -126,6 +126,10 @@ class Figure:
         """
         return png_of(self.spec(), scale)
 
+    def _repr_png_(self) -> bytes:
+        """What a notebook shows where a cell ends with a figure."""
+        return self.png()
+
     def within(self, width: float) -> Figure:
         """The figure for a narrow place: plots shrink or stand below each other, words take more lines.
 

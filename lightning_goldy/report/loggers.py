@@ -6,7 +6,7 @@ import functools
 import io
 import logging
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -165,28 +165,30 @@ def log_text(loggers: Iterable[Any], tag: str, text: str, step: int) -> list[str
     return _refusing(loggers, "text", take)
 
 
-def log_hyperparameters(
-    loggers: Iterable[Any], told: Mapping[str, str], own: Mapping[str, Any], columns: Iterable[str]
-) -> None:
+def log_hyperparameters(loggers: Iterable[Any], told: Mapping[str, str], own: Mapping[str, Any]) -> None:
     """Tells loggers what a run is, so that runs can be sorted by it and by their latest numbers.
 
-    TensorBoard's table of hyperparameters gets the run's own as well, and a column for each scalar that is named; it
-    keeps the first table of a run, so this has to come before Lightning's, which has the one column ``hp_metric``,
-    always -1. Other loggers have the run's own already and show every scalar.
+    TensorBoard's table of hyperparameters gets the run's own as well; it keeps the first of a run, so this has to come
+    before Lightning's, which has the one column ``hp_metric``, always -1. Other loggers have the run's own already.
 
     Args:
         loggers: Those of the run.
         told: What is added: base, data, precision.
         own: The run's hyperparameters, nested as Lightning has them.
-        columns: Tags of scalars that are logged later.
 
     Example:
-        >>> log_hyperparameters([object()], {"goldy/precision": "32-true"}, {}, ["goldy/taylor_diff/loss"])
+        >>> log_hyperparameters([object()], {"goldy/precision": "32-true"}, {})
     """
     for logger in loggers:
         writer: Any = getattr(logger, "experiment", None)
         if hasattr(writer, "_get_file_writer"):
-            _declare_to_tensorboard(logger, writer, {**_flat(own), **told}, list(columns))
+            from torch.utils.tensorboard.summary import hparams
+
+            _, start, _ = hparams({**told, **_flat(own)}, {})
+            writer._get_file_writer().add_summary(start)
+            if hasattr(logger, "_default_hp_metric"):
+                # Or Lightning writes the constant as a scalar of the run.
+                logger._default_hp_metric = False
             if isinstance(getattr(logger, "hparams", None), dict):
                 # Written to hparams.yaml, where the page finds them.
                 logger.hparams.update(told)
@@ -194,14 +196,31 @@ def log_hyperparameters(
             logger.log_hyperparams(dict(told))
 
 
-def _declare_to_tensorboard(logger: Any, writer: Any, params: Mapping[str, Any], columns: list[str]) -> None:
-    from torch.utils.tensorboard.summary import hparams
+def log_columns(
+    loggers: Iterable[Any], told: Mapping[str, str], own: Mapping[str, Any], columns: Sequence[str]
+) -> None:
+    """Names the scalars that are columns of TensorBoard's table of runs, in their order; other loggers show them all.
 
-    for summary in hparams(dict(params), dict.fromkeys(columns, 0.0)):
-        writer._get_file_writer().add_summary(summary)
-    if hasattr(logger, "_default_hp_metric"):
-        # Or Lightning writes the constant as a scalar of the run.
-        logger._default_hp_metric = False
+    TensorBoard keeps the first that a run is given, and has no place for a number that never came: this belongs to the
+    end of a run. Until then its columns are all scalars, by name.
+
+    Args:
+        loggers: Those of the run.
+        told: As it was given to :func:`log_hyperparameters`.
+        own: As it was given there.
+        columns: Tags of the scalars.
+
+    Example:
+        >>> log_columns([object()], {"goldy/precision": "32-true"}, {}, ["goldy/taylor_diff/loss"])
+    """
+    for logger in loggers:
+        writer: Any = getattr(logger, "experiment", None)
+        if columns and hasattr(writer, "_get_file_writer"):
+            from torch.utils.tensorboard.summary import hparams
+
+            experiment, _, end = hparams({**told, **_flat(own)}, dict.fromkeys(columns, 0.0))
+            for summary in (experiment, end):
+                writer._get_file_writer().add_summary(summary)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -374,10 +374,11 @@ def _summary(run: Run) -> str:
     steps = max([last, *(curve.steps[-1] for curve in run.training.curves.values())])
     base, data = _named_settings(run.settings)
     size = _size(run)
+    kind = "adapters on the base" if (run.model_class or "").startswith("Peft") else ""
     facts = (
         ("Run", run.directory.name, f"data: {data}" if data else ""),
         ("Training steps", format_number(steps), f"last analysis at step {last:,}"),
-        ("Model", run.model_class or MISSING, "" if run.model_class else "no tensor file names it"),
+        ("Model", run.model_class or MISSING, kind if run.model_class else "no tensor file names it"),
         ("Base", base or MISSING, "" if base else "the settings do not name it"),
         ("Trained parameters", format_number(size), "" if size else "no analysis counts them"),
         ("Analyses", format_number(len(run.analyses)), f"{results:,} results"),

@@ -132,6 +132,8 @@ def _largest_part(result: Mapping[str, Any], effect: float) -> str:
     share, ends = kind["contribution"] / total, _ends_of_part(kind, total)
     span = f" [{_percent(ends[0])}, {_percent(ends[1])}]" if ends else ""
     much, named = f"{_percent(share)}{span}", f"the {kind['group']} parameters"
+    if kind.get("elements") == 1:
+        return f"nothing but {named} was trained"
     size = f"{_percent(kind.get('elements'))} of all"
     if share <= 0:
         return f"no kind of parameter carries it by itself; {named}, {size}, have {much} of it"

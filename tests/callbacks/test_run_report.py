@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from lightning_goldy.callbacks import GoldenSnapshot, RunReport
+from lightning_goldy.callbacks import AttentionTracker, GoldenParameters, GoldenSnapshot, RunReport, TaylorDiff
 from lightning_goldy.report.answers import _SPEAKERS, answers_of, answers_table
 from lightning_goldy.report.formatting import show
 from lightning_goldy.report.loggers import _tell_once, _warned
@@ -48,21 +49,77 @@ def test_answers_are_told_on_the_console_and_in_tensorboard(tmp_path: Path, caps
     each = texts["goldy/answers/golden_snapshot/text_summary"]
     assert len(each) == 2
     assert each[0] != each[1] == whole
-    (config,) = events.Tensors("custom_scalars__config__")
-    layout = layout_pb2.Layout.FromString(config.tensor_proto.string_val[0])
-    assert [category.title for category in layout.category] == ["Which parameters carry it?"]
-    # Numbers of other units have charts of their own, and each pattern is of one tag.
-    charts = {chart.title: list(chart.multiline.tag) for chart in layout.category[0].chart}
-    assert list(charts) == [f"golden_snapshot: {name}" for name in ("delta_norm", "relative_change", "update_cosine")]
+    charts = charts_of(logger.log_dir)
+    assert set(charts) == {f"golden_snapshot: {name}" for name in ("delta_norm", "relative_change")}
+
+
+def charts_of(folder: str) -> dict[str, list[str]]:
+    """The tags of each chart of a run, as TensorBoard would draw them; none has more than one."""
+    events = EventAccumulator(folder, size_guidance={"tensors": 0, "scalars": 0}).Reload()
     scalars = events.Tags()["scalars"]
-    for title, (pattern,) in charts.items():
-        matching = [tag for tag in scalars if re.match(pattern, tag)]
-        tag = f"goldy/golden_snapshot/{title.partition(': ')[2]}"
-        assert matching == [tag for tag in [tag] if tag in scalars]
-    assert (
-        sum(tag in scalars for tag in (f"goldy/golden_snapshot/{name}" for name in ("delta_norm", "relative_change")))
-        == 2
+    layout = layout_pb2.Layout.FromString(events.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0])
+    charts = [chart for category in layout.category for chart in category.chart]
+    patterns = {chart.title: list(chart.multiline.tag) for chart in charts}
+    assert len(patterns) == len(charts)
+    assert all(category.chart for category in layout.category)
+    return {title: [tag for tag in scalars if re.match(of, tag)] for title, (of,) in patterns.items()}
+
+
+class Late(GoldenSnapshot):
+    """Whose second headline has no value at first."""
+
+    def describe(self, result, context):
+        row = super().describe(result, context)
+        hidden = {"relative_change": None} if context.step < 3 else {}
+        return replace(row, metrics={**row.metrics, **hidden})
+
+
+def watched(folder: Path, callbacks: list[L.Callback], max_steps: int = 4) -> TensorBoardLogger:
+    logger = TensorBoardLogger(folder, name="run", version="a")
+    trainer = L.Trainer(
+        max_steps=max_steps,
+        logger=logger,
+        callbacks=callbacks,
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
     )
+    trainer.fit(Finetune(), datamodule=TokenData())
+    return logger
+
+
+@pytest.mark.filterwarnings("ignore:.*volume")
+def test_each_chart_of_the_layout_has_a_line(tmp_path: Path) -> None:
+    callbacks = [
+        GoldenSnapshot(track_updates=True, every_n_steps=1),
+        TaylorDiff(n_samples=4, every_n_steps=2),
+        GoldenParameters(n_samples=4, control=False),
+        AttentionTracker(n_samples=4),
+        RunReport(),
+    ]
+    logger = watched(tmp_path, callbacks)
+    charts = charts_of(logger.log_dir)
+    assert all(charts.values()), charts
+    told = {title.partition(": ")[2] for title in charts if title.startswith("golden_snapshot")}
+    assert told == {"delta_norm", "relative_change", "update_cosine"}
+    # Neither has a control been asked for, nor is there an earlier mask.
+    golden = {title.partition(": ")[2] for title in charts if title.startswith("golden_parameters")}
+    assert "over_null" in golden
+    assert not golden & {"control_count", "jaccard_previous"}
+    _, columns, latest = table_of_hyperparameters(logger.log_dir)
+    assert set(columns) <= set(latest)
+    assert columns[:2] == ["goldy/golden_snapshot/relative_change", "goldy/taylor_diff/nonlinearity"]
+
+
+def test_a_headline_that_comes_later_gets_its_chart_then(tmp_path: Path) -> None:
+    assert set(charts_of(watched(tmp_path / "two", [Late(every_n_steps=2), RunReport()], 2).log_dir)) == {
+        "late: delta_norm"
+    }
+    assert set(charts_of(watched(tmp_path / "four", [Late(every_n_steps=2), RunReport()], 4).log_dir)) == {
+        "late: delta_norm",
+        "late: relative_change",
+    }
 
 
 def test_a_run_is_set_beside_earlier_ones(tmp_path: Path) -> None:
@@ -108,9 +165,9 @@ def test_runs_can_be_sorted_by_their_headlines_in_tensorboard(tmp_path: Path) ->
         "goldy/data": "TokenData",
         "goldy/precision": "32-true",
     }
-    assert columns == [f"goldy/golden_snapshot/{name}" for name in ("delta_norm", "relative_change", "update_cosine")]
+    assert columns == [f"goldy/golden_snapshot/{name}" for name in ("relative_change", "delta_norm")]
     row = json.loads(next(Path(loggers[0].log_dir).rglob("results.jsonl")).read_text().splitlines()[-1])
-    for name in columns[:2]:
+    for name in columns:
         assert latest[name] == pytest.approx(row["metrics"][name.rpartition("/")[2]])
     assert "hp_metric" not in latest
     settings = yaml.safe_load((tmp_path / "csv" / "a" / "hparams.yaml").read_text())

@@ -10,10 +10,16 @@ import torch
 
 from lightning_goldy.analysis.heads import PruningSchedule, Scoring
 from lightning_goldy.callbacks import (
+    ActivationDifferences,
     AnalysisCallback,
+    BasinVolume,
+    ChangeAttribution,
+    GoldenParameters,
     GoldenSnapshot,
     HeadPlasticity,
+    ReverseGoldenParameters,
     RunReport,
+    TaylorDiff,
 )
 from lightning_goldy.core.files import parse_json
 from lightning_goldy.report import write_report
@@ -91,3 +97,50 @@ def test_heads_are_not_cut_on_weights_that_are_no_numbers(tmp_path):
     trainer, _, _ = fit(tmp_path, [watcher], module=Diverging, data=WordData(), max_epochs=1)
     assert trainer.global_step == 8
     assert [(row["step"], bool(row["result"].get("undefined"))) for row in rows_of(watcher)] == [(5, True), (8, True)]
+
+
+class LostLogits(Finetune):
+    """Whose logits are NaN once the training has ended, with finite weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.model.lm_head.register_forward_hook(lambda layer, given, found: found * (math.nan if self.ended else 1))
+
+    @property
+    def ended(self) -> bool:
+        return self._trainer is not None and self.trainer.global_step == 2
+
+
+@pytest.mark.parametrize(
+    ("watcher", "value"),
+    [
+        (TaylorDiff(n_samples=4), "the present loss is nan, not finite"),
+        (GoldenParameters(n_samples=4), r"the gradient of transformer\.\S+ is not finite"),
+        (ReverseGoldenParameters(n_samples=4), r"the gradient scores of transformer\.\S+ are not finite"),
+        (BasinVolume(2, n_samples=4), "the cost at the anchor is nan nats"),
+        (ChangeAttribution(nodes=1, n_samples=4), r"the metric is not finite at the base: \[nan, nan\]"),
+        (ActivationDifferences(n_samples=4), "text 0: the divergence from the base is nan nats, not finite"),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+@pytest.mark.filterwarnings("ignore")
+def test_an_error_names_callback_step_value_and_what_to_do(watcher, value, tmp_path):
+    with pytest.raises(ValueError, match=value) as failure:
+        fit(
+            tmp_path, [GoldenSnapshot(at=(), every_n_steps=9), watcher], module=LostLogits, data=WordData(), max_steps=2
+        )
+    told = str(failure.value)
+    assert told.startswith(f"{watcher.name} failed at step 2: ")
+    assert told.endswith(f'Give {watcher.name} on_error="warn" to let the training go on without it.')
+    assert told.count("failed at step") == 1
+
+
+class Missing(GoldenSnapshot):
+    def compute(self, context):
+        return {}["a key that is not there"]
+
+
+def test_an_error_that_is_not_only_words_stays_what_it_is(tmp_path):
+    with pytest.raises(KeyError) as failure:
+        fit(tmp_path, [Missing()], data=WordData(), max_steps=2)
+    assert failure.value.args == ("a key that is not there",)

@@ -566,6 +566,10 @@ def part_of(
     return told(answer_by_attribution([row])).sentence.partition("; how few")[0]
 
 
+def test_where_an_effect_sits_is_no_finding_when_nothing_else_was_trained() -> None:
+    assert part_of(1.0, 1.0, 1.0, elements=1.0) == "Nothing but the mlp parameters was trained"
+
+
 MLP = "the mlp parameters, 30 % of all"
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import math
 from typing import Any
@@ -66,13 +67,24 @@ def test_the_trajectory_is_drawn_with_the_same_points(rows: Any) -> None:
     lines = trajectories(rows).values()
     for column, values in (("y", "y"), ("low", "low"), ("high", "high")):
         expected = [value for line in lines for value in getattr(line, values)]
+        if all(value is None or math.isnan(value) for value in expected):
+            # No band is drawn of intervals that nothing has.
+            assert column not in points
+            continue
         # The figure has six significant digits.
         assert [math.nan if value is None else value for value in points[column]] == pytest.approx(
             expected, rel=1e-5, nan_ok=True
         )
-    marks = [layer["mark"]["type"] for layer in figure.bare()["layer"]]
-    assert {"area", "line"} <= set(marks)
-    assert figure.bare()["layer"][1]["encoding"]["y"]["title"] == "log-volume, nats"
+    drawn = figure.bare()["layer"]
+    assert drawn[0]["mark"]["type"] == ("area" if "low" in points else "line")
+    assert drawn[int("low" in points)]["encoding"]["y"]["title"] == "log-volume, nats"
+    with_intervals = json.loads(json.dumps([saved(row) for row in rows]))
+    for row in with_intervals:
+        for bound in row["result"]["volumes"]:
+            bound |= {"interval_low": bound["log_volume"] - 1, "interval_high": bound["log_volume"] + 1}
+    banded = chart_volume_trajectory(with_intervals)
+    assert banded.bare()["layer"][0]["mark"]["type"] == "area"
+    assert banded.data["points"]["low"] == pytest.approx([value - 1 for value in points["y"]], rel=1e-5)
     assert "below the true log-volume" in figure.caption
 
 
@@ -148,7 +160,12 @@ def test_the_line_over_cutoffs_is_the_fitted_one(several: Any) -> None:
         assert layer["encoding"]["x"]["scale"]["type"] == "log"
         # Points and line of one split share a colour.
         assert layer["encoding"]["color"]["field"] == "split"
-    assert [layer["mark"]["type"] for layer in figure.bare()["layer"]] == ["line", "rule", "point"]
+    assert [layer["mark"]["type"] for layer in figure.bare()["layer"]] == ["line", "point"]
+    bounded = copy.deepcopy(saved(several))
+    for bound in bounded["result"]["volumes"]:
+        bound |= {"interval_low": bound["log_volume"] - 1, "interval_high": bound["log_volume"] + 1}
+    layers = chart_volume_cutoffs(bounded).bare()["layer"]
+    assert [layer["mark"]["type"] for layer in layers] == ["line", "rule", "point"]
 
 
 def test_at_one_cutoff_the_line_has_the_slope_along_the_directions(rows: Any) -> None:

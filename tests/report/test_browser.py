@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
-from lightning_goldy.report import write_comparison, write_report
+from lightning_goldy.report import Figure, register_figure, write_comparison, write_report
+from lightning_goldy.report.figures import FIGURES
 
 Build = Callable[..., dict[str, Any]]
+RUN = Path(__file__).parent / "format1"
 EVIL = "<script>window.evil = 1</script><img src=x onerror='window.evil = 2'>"
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
@@ -34,7 +36,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def opened(browser: Any) -> Iterator[Callable[..., Any]]:
-    """Opens a page file; at the end no error may have been told, and nothing asked of a network."""
+    """Opens a page file; at the end no error or warning may have been told, and nothing asked of a network."""
     told: list[str] = []
     contexts = []
 
@@ -42,7 +44,7 @@ def opened(browser: Any) -> Iterator[Callable[..., Any]]:
         context = browser.new_context(viewport={"width": width, "height": height}, **options)
         contexts.append(context)
         page = context.new_page()
-        page.on("console", lambda message: told.append(message.text) if message.type == "error" else None)
+        page.on("console", lambda message: told.append(f"{message.type}: {message.text}"))
         page.on("pageerror", lambda error: told.append(str(error)))
         page.on("request", lambda asked: told.append(asked.url) if asked.url.startswith("http") else None)
         page.goto(path.as_uri())
@@ -190,6 +192,36 @@ def test_figures_of_several_parts_fit_a_narrow_window(
     )
 
 
+def test_a_legend_of_long_names_is_not_cut(
+    opened: Callable[..., Any], tmp_path: Path, golden_row: Build, write_rows: Callable[..., Path]
+) -> None:
+    names = [f"loss of the validation set number {number}" for number in range(4)]
+    spec = {
+        "data": {"name": "points"},
+        "mark": "line",
+        "encoding": {
+            "x": {"field": "x", "type": "quantitative"},
+            "y": {"field": "x", "type": "quantitative"},
+            "color": {"field": "line", "legend": {"orient": "top", "columns": 2, "labelLimit": 180}},
+        },
+    }
+    figure = Figure(spec, {"points": {"x": [1, 2] * 4, "line": [name for name in names for _ in range(2)]}})
+    write_rows(tmp_path, golden_row(1) | {"analysis": "named", "metrics": {}, "result": {}}, name="named")
+    register_figure("named", "lines", heading="Lines")(lambda row: figure)
+    try:
+        page = opened(write_report(tmp_path), width=400)
+    finally:
+        FIGURES.pop("named")
+    plot = page.locator("#analysis-1 .plot")
+    plot.locator("svg").wait_for()
+    page.wait_for_function(
+        "(() => { const svg = document.querySelector('#analysis-1 .plot svg');"
+        " const labels = [...svg.querySelectorAll('.role-legend-label text')];"
+        " const edge = svg.getBoundingClientRect().right + 1;"
+        " return labels.length === 4 && labels.every(label => label.getBoundingClientRect().right <= edge); })()"
+    )
+
+
 def test_everything_is_reached_by_the_keyboard(hostile: Path, opened: Callable[..., Any]) -> None:
     page = opened(hostile)
     reached = set()
@@ -220,13 +252,65 @@ def test_paper_is_white_and_has_no_controls(hostile: Path, opened: Callable[...,
     assert page.evaluate("getComputedStyle(document.body).color") == "rgb(0, 0, 0)"
     assert not page.locator("nav").is_visible()
     assert not page.locator(".download").first.is_visible()
-    assert not page.locator("details.more").first.is_visible()
+    # What is folded is named, and not printed.
+    folded = page.locator("details.more").first
+    assert "folded on the page" in folded.locator("summary").evaluate(
+        "part => getComputedStyle(part, '::after').content"
+    )
+    assert not folded.locator(":scope > :not(summary)").first.is_visible()
     marks = page.evaluate(
         "['solid', 'weak', 'not-measured'].map(name => { const mark = document.createElement('span');"
         " mark.className = `trust ${name}`; document.body.append(mark); return getComputedStyle(mark).color; })"
     )
     # Dark enough for white paper, whatever the screen's colours are.
     assert all(max(int(part) for part in re.findall(r"\d+", mark)) <= 0x6B for mark in marks)
+
+
+def test_what_is_printed_is_whole_and_light(hostile: Path, opened: Callable[..., Any]) -> None:
+    # As wide as what margins leave of a letter's sheet, and as high.
+    width, height = 710, 950
+    page = opened(hostile, width=width, height=height, color_scheme="dark")
+    page.emulate_media(media="print", color_scheme="dark")
+    page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+    page.wait_for_function(
+        "[...document.querySelectorAll('figure.chart')].every(figure => figure.closest('details:not([open])')"
+        " || figure.querySelector('svg, canvas'))"
+    )
+    # Nobody waits for a figure that is folded.
+    assert page.locator("details:not([open]) .plot svg, details:not([open]) .plot canvas").count() == 0
+    inks = page.evaluate(
+        "[...document.querySelectorAll('.plot svg .role-axis-label text')].map(text => text.getAttribute('fill'))"
+    )
+    assert inks
+    assert all(max(int(ink[place : place + 2], 16) for place in (1, 3, 5)) < 0x80 for ink in inks), set(inks)
+    answers = page.locator("#answers").bounding_box()
+    assert answers["y"] + answers["height"] <= height
+    kept = page.evaluate(
+        "[...document.querySelectorAll('#answers, .answer, figure, .summary div, tr')]"
+        ".filter(part => getComputedStyle(part).breakInside !== 'avoid').length"
+    )
+    assert kept == 0
+    sheets = [part.bounding_box() for part in page.locator("figure.chart").all() if part.is_visible()]
+    assert max(box["height"] for box in sheets) <= height
+    assert max(box["x"] + box["width"] for box in sheets) <= width
+    assert page.pdf().startswith(b"%PDF")
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_all_figures_are_drawn_and_nothing_is_told_on_the_console(
+    opened: Callable[..., Any], tmp_path: Path, width: int
+) -> None:
+    page = opened(write_report(RUN, tmp_path / "report.html"), width=width)
+    page.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
+    figures = page.locator("figure.chart:not(.old)")
+    assert figures.count() >= 30
+    for figure in figures.all():
+        figure.scroll_into_view_if_needed()
+        figure.locator(".plot svg, .plot canvas").first.wait_for()
+        if figure.locator("input").count():
+            figure.locator("input").evaluate("part => { part.value = 0; part.dispatchEvent(new Event('input')); }")
+    assert page.locator(".plot", has_text="could not be drawn").count() == 0
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
 def test_a_heading_tells_its_definition(hostile: Path, opened: Callable[..., Any]) -> None:

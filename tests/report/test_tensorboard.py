@@ -90,6 +90,9 @@ def test_custom_scalars_have_a_chart_for_each_headline_by_question(tab: Any) -> 
         page.get_by_text(words, exact=True).first.wait_for()
     # Numbers of different units never share a chart.
     page.get_by_text("Matches (1)").nth(1).wait_for()
+    # An option that is off leaves no empty chart.
+    assert page.get_by_text("golden_snapshot: update_cosine").count() == 0
+    assert page.get_by_text("Matches (0)").count() == 0
 
 
 def test_sentences_are_told_as_text(tab: Any) -> None:
@@ -112,4 +115,11 @@ def test_the_table_of_hyperparameters_has_base_data_and_headlines(tab: Any) -> N
     page = tab("hparams")
     for words in ("goldy/base", "goldy/data", "goldy/precision"):
         page.get_by_text(words, exact=True).first.wait_for()
-    page.get_by_text("goldy/golden_snapshot/delta_norm").first.wait_for()
+    # The first headline of each question before the second of any.
+    heads = [f"goldy/{name}" for name in ("golden_snapshot/relative_change", "taylor_diff/nonlinearity")]
+    heads += ["goldy/golden_snapshot/delta_norm", "goldy/taylor_diff/loss"]
+    places = []
+    for head in heads:
+        page.get_by_text(head, exact=True).first.wait_for()
+        places.append(page.get_by_text(head, exact=True).first.bounding_box()["y"])
+    assert places == sorted(places)

@@ -210,7 +210,7 @@ def activation_differences(
 
     Raises:
         ValueError: An argument is out of range, there are fewer than two texts, one is shorter than ``positions``, or
-            a residual stream is not finite.
+            a residual stream or a divergence is not finite.
         UnsupportedArchitectureError: The model's blocks could not be found.
 
     Source: Minder et al. 2025 (arXiv 2510.13900), section 3; the logit lens.
@@ -454,6 +454,9 @@ class _Sums:
             if not bool(finite.all()):
                 layer = layers[int(finite.int().argmin())]
                 raise ValueError(f"after block {layer} the residual stream is not finite at the {where}")
+        for text, (divergence, _) in enumerate(self.kl):
+            if not math.isfinite(divergence):
+                raise ValueError(f"text {text}: the divergence from the base is {divergence} nats, not finite")
         counts = self.counts[:, None, :, None]  # [2, 1, positions + 1, 1]
         whole = {name: total.sum(0) / counts.sum(0) for name, total in self.totals.items()}
         halves = {name: total / counts for name, total in self.totals.items()}

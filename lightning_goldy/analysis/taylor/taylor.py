@@ -214,8 +214,12 @@ class Expansion:
                 vectors.append(self.replicas.sum_(mine))
             squares = math.fsum(reduce_tensors(vectors, lambda x: x @ x))
             total.gradient_norm = math.sqrt(squares) / total.n_targets
-        if not all(map(math.isfinite, (*total.of("loss").values(), *total.of("derivative").values()))):
-            raise ValueError("the loss or one of its derivatives at the base is not finite")
+        for what in ("loss", "derivative"):
+            for place, sum_ in total.of(what).items():
+                if not math.isfinite(sum_):
+                    order = f"derivative of order {place} of the loss at the base along the change"
+                    told = "present loss" if what == "loss" else order if place else "loss at the base"
+                    raise ValueError(f"the {told} is {sum_}, not finite")
         return total
 
     def _require_gradient(self, sums: Sums) -> None:

@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from tqdm import tqdm
 
-from lightning_goldy.analysis.result import Row
+from lightning_goldy.analysis.result import Cost, Row
 from lightning_goldy.callbacks.engine.run_folder import FolderNotes, checkpoint_folders, file_names, unlock_folder
 from lightning_goldy.core.files import (
     append_row,
@@ -31,6 +32,8 @@ from lightning_goldy.core.files import (
     repair_rows,
     to_json_line,
 )
+from lightning_goldy.core.store import Kind
+from lightning_goldy.core.vector import ParameterVector
 from lightning_goldy.report.answers import answers_of, answers_text
 from lightning_goldy.report.descriptions import description_of
 from lightning_goldy.report.figures import TEXTS, ReportError, draw_figures, figures_of, reads_of
@@ -120,6 +123,58 @@ def row_fault(row: Mapping[str, Any], fields: Iterable[str] = tuple(_FIELDS)) ->
 
 def _resumed_fault(row: Mapping[str, Any]) -> str | None:
     return row_fault(row, ("step",))
+
+
+Vectors = dict[str, tuple[ParameterVector, Kind]]
+Histograms = dict[str, tuple[list[float], list[int]]]
+
+
+@dataclass
+class Findings:
+    """What to say of one result, as a callback may still put it; a :class:`~lightning_goldy.analysis.Row` is better.
+
+    Args:
+        metrics: Scalars by name; None where one does not exist yet.
+        data: JSON-able description with everything that the figures need.
+        vectors: Parameter vectors to save, by name, with their kind.
+        histograms: Bin edges and counts by name.
+        evaluations: Forward passes made, in samples.
+    """
+
+    metrics: dict[str, float | None]
+    data: dict[str, Any] = field(default_factory=dict)
+    vectors: Vectors = field(default_factory=dict)
+    histograms: Histograms = field(default_factory=dict)
+    evaluations: int = 0
+
+    def row(self) -> Row:
+        """The row that says the same."""
+        return Row("", self.metrics, self.data, cost=Cost(forwards=self.evaluations))
+
+
+def tell_where(error: BaseException, failed: str, name: str) -> None:
+    """Puts in front of an error's message which callback failed and when, and behind it what lets the training go on.
+
+    An error whose message is made of more than its first argument, such as one of a file, stays as it is, and so does
+    what is no error but an end, as of the keyboard.
+
+    Args:
+        error: As the analysis raised it; its kind stays.
+        failed: Who failed, and when.
+        name: Of the callback.
+
+    Example:
+        >>> error = ValueError("the loss is nan")
+        >>> tell_where(error, "taylor failed at step 12", "taylor")
+        >>> print(error)
+        taylor failed at step 12: the loss is nan. Give taylor on_error="warn" to let the training go on without it.
+    """
+    first = error.args[0] if error.args else None
+    # A message is told once, however many layers it passes.
+    if isinstance(error, Exception) and isinstance(first, str) and str(error) == first and not first.startswith(failed):
+        end = "" if first.endswith((".", "?")) else "."
+        hint = f'Give {name} on_error="warn" to let the training go on without it.'
+        error.args = (f"{failed}: {first}{end} {hint}", *error.args[1:])
 
 
 class ResultStore:
@@ -331,6 +386,8 @@ def log_row(
 ) -> None:
     """Logs a row's metrics and cost, its figures and its histograms under ``goldy/<name>/``.
 
+    Callbacks that have a ``when_logged`` are given the row and the tags of the scalars.
+
     Args:
         trainer: Its loggers are written to; without one nothing happens.
         row: A row of ``results.jsonl``.
@@ -352,6 +409,9 @@ def log_row(
     tagged = {f"{prefix}/{name}": value for name, value in numbers.items()}
     write = partial(_to_each, trainer.loggers, f"{row['name']} at step {row['step']}")
     write(lambda loggers: log_scalars(loggers, tagged, step))
+    for callback in getattr(trainer, "callbacks", ()):
+        if callable(hear := getattr(callback, "when_logged", None)):
+            hear(trainer, row, [tag for tag, value in tagged.items() if value is not None])
     for name, (edges, counts) in histograms.items():
         write(lambda loggers: log_histogram(loggers, f"{prefix}/{name}", (edges, counts), step))  # noqa: B023
     try:

@@ -350,7 +350,7 @@ _CHANGE_ATTRIBUTION = Description(
         "changes of equal number do not. Where interpolation lies on the frontier and grafts do not, a smaller step "
         "everywhere is the gentler finetune, however sparse the carriers are."
     ),
-    headline=("effect", "gap", "share_for_95", "harm"),
+    headline=("share_for_95", "effect", "gap", "harm"),
     metrics={
         "effect": "the metric now less at the base, nats",
         "base_value": "the metric at the base, nats",

@@ -102,7 +102,8 @@ def chart_volume_cutoffs(row: Row) -> Figure:
         "points": columns_of(("split", "cutoff", "value", "low", "high"), points),
         "ends": columns_of(("split", "cutoff", "value", "slope"), ends),
     }
-    return Figure(_cutoffs_chart(len(curves) > 1), data, cutoff_caption(row))
+    bounded = any(value is not None for value in data["points"]["low"])
+    return Figure(_cutoffs_chart(len(curves) > 1, bounded), data, cutoff_caption(row))
 
 
 @functools.cache
@@ -131,7 +132,7 @@ def _estimates_chart() -> Any:
 
 
 @functools.cache
-def _cutoffs_chart(several: bool) -> Any:
+def _cutoffs_chart(several: bool, bounded: bool) -> Any:
     alt = require("altair")
     wide, legend = alt.Scale(type="log", nice=False, padding=12), alt.Legend(title=None, orient="top", columns=3)
     axis = alt.Axis(format="~g", tickCount=6, gridOpacity=0.5)
@@ -147,7 +148,7 @@ def _cutoffs_chart(several: bool) -> Any:
     fits = alt.Chart(alt.NamedData("ends")).encode(x=x, color=color, tooltip=slope)
     return alt.layer(
         fits.mark_line(strokeDash=[5, 4], strokeWidth=1.2).encode(y=alt.Y("value:Q", **height)),
-        points.mark_rule().encode(y=alt.Y("low:Q", **height), y2="high:Q"),
+        *([points.mark_rule().encode(y=alt.Y("low:Q", **height), y2="high:Q")] if bounded else []),
         points.mark_point(filled=True, size=45, opacity=1).encode(y=alt.Y("value:Q", **height)),
     ).properties(height=260)
 

@@ -758,7 +758,7 @@ _COUPLING_DRIFT = Description(
         **CONTRASTS,
         "n_failed": "pieces that failed; such as those without a gradient left",
     },
-    headline=("pearson", "measured_change/untouched", "exact/edited", "exact/untouched"),
+    headline=("measured_change/untouched", "exact/edited", "exact/untouched", "pearson"),
     method=(
         "Coupling of two pieces of knowledge is the cosine of the gradients of their answers' log probabilities "
         "(compare Qin et al. 2024, arXiv 2407.12828); it was compared with the base's, and the first order with the "

@@ -454,7 +454,7 @@ _GOLDEN_SNAPSHOT = Description(
         "rounding_floor": "||Delta|| / ||base|| that rounding to the training's precision alone makes",
         "lost_share": "share of the changed elements whose change is below half a step of that precision",
     },
-    headline=("delta_norm", "relative_change", "update_cosine"),
+    headline=("relative_change", "delta_norm", "update_cosine"),
 )
 describe("golden_snapshot", _GOLDEN_SNAPSHOT)
 _GOLDEN_PARAMETERS = Description(

@@ -202,7 +202,7 @@ def _with_regimes(figure: Figure, thresholds: tuple[float, float]) -> Figure:
         "encoding": {
             "y": y,
             "y2": {"field": "high"},
-            "opacity": {"field": "regime", "type": "nominal", "legend": None, "sort": None}
+            "opacity": {"field": "regime", "type": "ordinal", "legend": None, "sort": None}
             | {"scale": {"range": [0.08, 0.2, 0.32]}},
         },
     }
@@ -244,7 +244,7 @@ _TAYLOR_DIFF = Description(
         "gradient_norm": "||g|| at the base",
         "nonlinearity": "relative error of the first order, by which the regime is told",
     },
-    headline=("loss", "nonlinearity", "relative_error/*"),
+    headline=("nonlinearity", "loss", "relative_error/*"),
     method=(
         "The loss and the logits of the finetuned model were expanded around the base in the change of the weights, "
         "by exact directional derivatives (the lazy regime: Chizat et al. 2019, arXiv 1812.07956)."
