@@ -167,7 +167,8 @@ def bridges(seeds: range, dimensions: Sequence[int], path: Crossing) -> None:
             assert abs(misses[-1]) < 3 + 2 * result.error
         print(
             f"bridge, quadratic of {dimension}: {len(seeds)} seeds, largest miss {max(map(abs, misses)):.2f} nats "
-            f"(<= 3 + 2 errors), largest error {max(errors):.2f}, {inside} of {len(seeds)} intervals hold the truth (>= 90 %), "
+            f"(<= 3 + 2 errors), largest error {max(errors):.2f}, "
+            f"{inside} of {len(seeds)} intervals hold the truth (>= 90 %), "
             f"{gradients // len(seeds)} gradients and {(time.perf_counter() - began) / len(seeds):.1f} s each",
             flush=True,
         )
@@ -319,7 +320,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=20, help="of each quadratic that a bridge is walked around")
     parser.add_argument("--first-seed", type=int, default=0, help="of those")
     parser.add_argument("--dimensions", type=int, nargs="+", default=[50, 200, 1000, 2000], help="of the quadratics")
-    parser.add_argument("--path", choices=("auto", "cost", "tether"), default="auto", help="of bridges around quadratics")
+    parser.add_argument("--path", choices=("auto", "cost", "tether"), default="auto", help="around quadratics")
     parser.add_argument("--only", choices=("rays", "bridge", "network"), help="one of the two methods, or networks")
     parser.add_argument("--family", choices=("llama", "gpt2"), default="llama", help="of the network")
     parser.add_argument("--width", type=int, default=24, help="of the network")
