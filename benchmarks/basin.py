@@ -26,6 +26,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from lightning_goldy.analysis import adam_preconditioner, basin_volume, kronecker_preconditioner, local_volume
 from lightning_goldy.analysis.basin import BridgeResult, BridgeSettings, kronecker_fisher
+from lightning_goldy.analysis.basin.bridge import Path as Crossing
 from lightning_goldy.analysis.divergence import AnchoredDivergence, Cache
 from lightning_goldy.core import CausalLMObjective, ParameterSpace, ParameterVector
 from lightning_goldy.core.vector import Ray, direction_seed
@@ -143,36 +144,40 @@ def compare(model: torch.nn.Module, data: list, n_directions: int) -> None:
         )
 
 
-def bridges(seeds: range, dimensions: Sequence[int]) -> None:
+def bridges(seeds: range, dimensions: Sequence[int], path: Crossing) -> None:
     """Prints how bridges meet quadratics whose curvature is known up to lognormal noise, and how often errors cover."""
     # Of the tests: the exact volumes, by inverting the tilted characteristic function.
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from tests.references.volume import quadratic_volume_reference
 
     for dimension in dimensions:
-        misses, inside, gradients, began = [], 0, 0, time.perf_counter()
+        misses, errors, inside, gradients, began = [], [], 0, 0, time.perf_counter()
         for seed in seeds:
             generator = torch.Generator().manual_seed(1000 + seed)
             curvature = torch.logspace(-3, 3, dimension, dtype=torch.float64)
             anchor = torch.randn(dimension, generator=generator, dtype=torch.float64)
             noise = torch.randn(dimension, generator=generator, dtype=torch.float64).exp()
             truth = quadratic_volume_reference(curvature, anchor, 1e-2)
-            result = quadratic_bridge(anchor, curvature, curvature * noise, seed)
+            result = quadratic_bridge(anchor, curvature, curvature * noise, seed, path=path)
             misses.append(result.log_volume - truth)
+            errors.append(result.error)
             gradients += result.gradients
             low, high = result.interval()
             inside += low <= truth <= high
             assert abs(misses[-1]) < 3 + 2 * result.error
         print(
             f"bridge, quadratic of {dimension}: {len(seeds)} seeds, largest miss {max(map(abs, misses)):.2f} nats "
-            f"(<= 3 + 2 errors), {inside} of {len(seeds)} intervals hold the truth (>= 90 %), "
+            f"(<= 3 + 2 errors), largest error {max(errors):.2f}, "
+            f"{inside} of {len(seeds)} intervals hold the truth (>= 90 %), "
             f"{gradients // len(seeds)} gradients and {(time.perf_counter() - began) / len(seeds):.1f} s each",
             flush=True,
         )
         assert inside >= 0.9 * len(seeds)
 
 
-def quadratic_bridge(anchor: torch.Tensor, curvature: torch.Tensor, believed: torch.Tensor, seed: int) -> BridgeResult:
+def quadratic_bridge(
+    anchor: torch.Tensor, curvature: torch.Tensor, believed: torch.Tensor, seed: int, *, path: Crossing = "auto"
+) -> BridgeResult:
     """The bridge around a quadratic, with a curvature that is believed."""
 
     class Quadratic:
@@ -184,7 +189,7 @@ def quadratic_bridge(anchor: torch.Tensor, curvature: torch.Tensor, believed: to
 
     module = torch.nn.ParameterDict({"point": torch.nn.Parameter(anchor.clone())})
     vector = ParameterVector(ParameterSpace.of(module), {"point": believed})
-    settings = BridgeSettings(chains=8, max_gradients=6000)
+    settings = BridgeSettings(chains=8, max_gradients=6000, path=path)
     options = {"cutoff": 1e-2, "sigma": 1.0, "curvature": vector, "seed": seed}
     return local_volume(module, Quadratic(), method="bridge", bridge=settings, **options)
 
@@ -315,6 +320,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=20, help="of each quadratic that a bridge is walked around")
     parser.add_argument("--first-seed", type=int, default=0, help="of those")
     parser.add_argument("--dimensions", type=int, nargs="+", default=[50, 200, 1000, 2000], help="of the quadratics")
+    parser.add_argument("--path", choices=("auto", "cost", "tether"), default="auto", help="around quadratics")
     parser.add_argument("--only", choices=("rays", "bridge", "network"), help="one of the two methods, or networks")
     parser.add_argument("--family", choices=("llama", "gpt2"), default="llama", help="of the network")
     parser.add_argument("--width", type=int, default=24, help="of the network")
@@ -347,7 +353,7 @@ def main() -> None:
         network(name, model, data, arguments.gradients, seeds, space=space, settings=settings, together=together)
         return
     if arguments.only != "rays":
-        bridges(seeds, arguments.dimensions)
+        bridges(seeds, arguments.dimensions, arguments.path)
     if arguments.only == "bridge":
         return
     model, optimizer = trained(4, 128, arguments.steps)

@@ -134,7 +134,7 @@ def bridge_gradients(settings: BridgeSettings) -> int:
 
 
 # Another number for another way to walk, whose states go on in no other.
-_WALK = 2
+_WALK = 3
 
 
 class _Node(NamedTuple):
@@ -480,7 +480,7 @@ class Bridge:
             means.append(float(self._all(costs).mean()))
             mean = means[-1]
             if cooling > 1:  # the curvature is known well enough to take off what its fluctuation explains
-                variates.append(self._all(_identity(target, self.chains.x, slope, target.learned)).mean())
+                variates.append(self._all(identity(target, self.chains.x, slope, target.learned)).mean())
                 sure = len(means) < 4 or trusted(np.array([means]), np.array([variates]))
                 mean -= variates[-1] if sure else 0.0
             shift = max(-1.0, min(1.0, math.log(mean / self.cutoff))) if math.isfinite(mean) and mean > 0 else 1.0
@@ -549,9 +549,9 @@ class Bridge:
         tilt, x = node.tilt, self.chains.x
         slope = tilt.slope(x, self.chains.gradients)
         cost, half = self.chains.costs.to(x.device), squares(x) / 2
-        of_cost = _identity(model, x, slope, model.learned)
+        of_cost = identity(model, x, slope, model.learned)
         integrand = tilt.b * (squares(x, tilt.curvature) / 2 - cost)
-        control = tilt.b * (_identity(model, x, slope, tilt.curvature) - of_cost)
+        control = tilt.b * (identity(model, x, slope, tilt.curvature) - of_cost)
         return torch.stack([cost, integrand, control, of_cost, half], dim=-1).cpu()
 
     def _passes(self, target: Tilt) -> tuple[list[_Node], list[dict[int, _Visit]], Array, Array]:
@@ -768,7 +768,7 @@ class Bridge:
         }
 
 
-def _identity(model: Tilt, x: Tensor, slope: Tensor, weights: Tensor | float) -> Tensor:
+def identity(model: Tilt, x: Tensor, slope: Tensor, weights: Tensor | float) -> Tensor:
     """What Stein's identity knows to have mean 0, shape ``[chains]``, float64.
 
     Where the density is the model's Gaussian it is half of the weighted squares less their mean; where it is not, its

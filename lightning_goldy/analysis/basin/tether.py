@@ -8,8 +8,16 @@ there κ is lowered in many small steps to 1/σ², with
     = -\tfrac D2 + \tfrac12 \Big\langle b\, x^\top \nabla K
     - \frac{a^\top (a / \sigma^2 + b \nabla K)}{\kappa \sigma^2} \Big\rangle
 
-The second form, by Stein's identity, is what is integrated: :math:`|x|^2` takes as long as the slowest direction to
-settle and lags behind κ, while what the cost pulls at settles within a trajectory.
+The second form is Stein's identity: :math:`|x|^2` takes as long as the slowest direction to settle and lags behind κ,
+while what the cost pulls at settles within a trajectory. But along a direction that the cost holds firmly the gradient
+is as noisy as it is steep, and :math:`x_i^2` settles at once. So where chains then agree far better, the identity is
+weighted direction by direction by how much of the precision is the tether's: what is taken off is
+
+.. math:: \sum_i \frac{\kappa}{\Lambda_i} \Big[ \tfrac12 \big((x_i - m_i)\, \partial_i U - 1\big)
+    + m_i\, \partial_i U \Big], \qquad \Lambda = \kappa + b F, \quad m = -\frac{a}{\sigma^2 \Lambda}
+
+whose mean is 0 whatever F is taken for, which is the second form where the cost is flat, and which leaves no noise at
+all where U is the quadratic with the curvature F.
 """
 
 from __future__ import annotations
@@ -23,9 +31,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_goldy.analysis.basin.bridge import Bridge, BridgeSettings
+from lightning_goldy.analysis.basin.bridge import Bridge, BridgeSettings, identity
 from lightning_goldy.analysis.basin.reference import Tilt, squares
-from lightning_goldy.analysis.basin.saddle import Array, effective_share, student
+from lightning_goldy.analysis.basin.saddle import Array, effective_share, student, trusted
 from lightning_goldy.analysis.basin.sampling import Field
 from lightning_goldy.core.sharding import Replicas
 from lightning_goldy.core.vector import derived_seed
@@ -52,6 +60,10 @@ _REFUSED, _CUT = 0.1, 0.2
 _LEVEL = 1.1
 # Between which shares of the squared distance at which they would be settled chains count as such.
 _SETTLED = 0.9, 1.1
+# Below which share of its deviation a noisy integrand is left for one that lags more.
+_NOISY = 0.5
+# Samples that would have to ask for a control variate before it is taken at half of what they ask for.
+_SHRUNK = 10.0
 # By how much masses are rounded in their logarithms: sums over ranks differ in their last digits.
 _ROUNDING = 16 / math.log(2)
 
@@ -65,6 +77,24 @@ class _Way(NamedTuple):
     """Half of κ |x|^2, whose mean is the integrand's where chains have settled."""
     costs: Array
     acceptance: Array
+    eased: Array | None = None
+    """The integrand with the identity weighted by how flat the cost is; it has less noise and lags more."""
+
+    def mixed(self, places: Array) -> _Way:
+        """The same with as much of the plain integrand in it as makes its noise least, at each place of κ.
+
+        Both have one mean where chains have settled; where they have not, nothing is mixed in.
+        """
+        integrand = self.integrand.copy()
+        for place in np.unique(places):
+            here = places == place
+            control = integrand[:, here] - self.plain[:, here]
+            spread = control - control.mean()
+            square = float((spread**2).mean())
+            if square > 0 and math.isfinite(square) and trusted(integrand[:, here], control):
+                asked = float((spread * integrand[:, here]).mean()) / square
+                integrand[:, here] -= min(max(asked, 0.0), 1.0) * control.size / (control.size + _SHRUNK) * control
+        return self._replace(integrand=integrand)
 
     def integral(self, every: int = 1) -> Array:
         """Over log κ by the trapezoidal rule, of each chain, nats."""
@@ -190,6 +220,9 @@ class TetherWalk(Bridge):
         share = math.log(self.kept / kappa) / math.log(self.kept / self.low)
         return min(max(round((_PLACES - 1) * share), 0), _PLACES - 1)
 
+    def _places(self, way: _Way) -> Array:
+        return np.array([self._place(kappa) for kappa in way.kappas])
+
     def _stages(self, begin: float, end: float, share: float, first: int) -> Iterator[tuple[float, int]]:
         """κ and the mean length of each trajectory, from one end to the other in a share of the gradients.
 
@@ -291,19 +324,24 @@ class TetherWalk(Bridge):
             loop["acceptance"].append(float(self._all(chains.acceptance).mean()))
         columns = (
             np.array(loop["rows"]).transpose(2, 1, 0).tolist()
-        )  # [integrand, plain, costs], [chains, trajectories]
-        return [loop["kappas"], *columns, loop["acceptance"]]
+        )  # [integrand, plain, costs, eased], [chains, trajectories]
+        return [loop["kappas"], *columns[:3], loop["acceptance"], columns[3]]
 
     def _observed_on(self, tilt: Tilt) -> Tensor:
-        """The integrand by Stein's identity, as it is, and the cost, ``[chains, 3]``."""
+        """The integrand by Stein's identity, as it is, the cost, and the first one eased, ``[chains, 4]``."""
         x, plain = self.chains.x, squares(self.chains.x) * (tilt.kappa / 2)
         slope, centre = tilt.slope(x, self.chains.gradients), tilt.pull / -tilt.kappa
         known = (((x - centre) * slope - 1) / 2 + centre * slope).sum(-1, dtype=torch.float64)
-        return torch.stack([plain - known, plain, self.chains.costs.to(x.device)], dim=-1).cpu()
+        # What is learnt is F times the share of the precision that the cost has, whose inverse this is.
+        learned = tilt.learned
+        model = tilt.at(learned=(learned + (learned * (learned + 4 * tilt.kappa / tilt.b)).sqrt()) / 2)
+        eased = plain - identity(model, x, slope, tilt.kappa)
+        return torch.stack([plain - known, plain, self.chains.costs.to(x.device), eased], dim=-1).cpu()
 
     def _concluded(
         self, target: Tilt, rounds: list[tuple[_Way, ...]], base: float, base_noise: float
     ) -> dict[str, Any]:
+        rounds = self._quiet(rounds)
         ups, downs = (np.stack([found[way].integral() for found in rounds]) for way in (0, 1))  # [rounds, chains]
         both = (ups + downs) / 2
         values, chains = both.mean(axis=1), both.shape[1]
@@ -339,6 +377,22 @@ class TetherWalk(Bridge):
             "tether": self.high / self.low,
         }
 
+    def _quiet(self, rounds: list[tuple[_Way, ...]]) -> list[tuple[_Way, ...]]:
+        """The rounds with the identity alone, or with the eased one where chains then agree far better."""
+
+        def mixed(rounds: list[tuple[_Way, ...]]) -> tuple[list[tuple[_Way, ...]], float]:
+            rounds = [(*(way.mixed(self._places(way)) for way in found[:2]), found[2]) for found in rounds]
+            return rounds, float((rounds[-1][0].integral() + rounds[-1][1].integral()).std())
+
+        pure, noise = mixed(rounds)
+        others = [
+            tuple(way._replace(integrand=way.eased) for way in found if way.eased is not None) for found in rounds
+        ]
+        if any(len(other) < len(found) for other, found in zip(others, rounds, strict=True)):
+            return pure
+        eased, left = mixed(others)
+        return eased if left < _NOISY * noise else pure
+
     def _doubt_walk(self, error: float, moved: float, spread: float, value: float) -> None:
         if _doubtful(error, value):
             self.weak.append(f"the error is {error / abs(value):.0%} of the number")
@@ -354,7 +408,7 @@ class TetherWalk(Bridge):
         rows = []
         for number, found in enumerate(rounds, 1):
             for name, way in zip(("back", "there", "rest"), found, strict=True):
-                places = np.array([self._place(kappa) for kappa in way.kappas])
+                places = self._places(way)
                 for place in dict.fromkeys(places.tolist()):
                     here = places == place
                     numbers = {
