@@ -571,14 +571,13 @@ def _row(
     factors: tuple[Tensor, Tensor] | None = None,
 ) -> dict[str, Any]:
     size, changed = (math.sqrt(square) for square in reduce_tensors([base, delta], lambda x: x @ x))
-    columns = {
+    row = tensor_rows([name], numel=[base.numel()])[0] | {
         "base_norm": size,
         "delta_norm": changed,
         "relative_change": norm_ratio((changed,), (size,)),
         "histogram_drift": histogram_drift(base, base + delta),
         "alignment_over_chance": None,
     }
-    row = tensor_rows([name], numel=[base.numel()])[0] | columns
     if base.ndim < 2 or min(base.shape) < 2 or not changed:
         return row
     top, seed = settings.top, settings.seed
