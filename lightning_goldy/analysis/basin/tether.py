@@ -378,20 +378,20 @@ class TetherWalk(Bridge):
         }
 
     def _quiet(self, rounds: list[tuple[_Way, ...]]) -> list[tuple[_Way, ...]]:
-        """The rounds with the identity alone, or with the eased one where chains then agree far better."""
+        """The rounds with the identity alone, or with one that has less noise where chains then agree far better."""
 
-        def mixed(rounds: list[tuple[_Way, ...]]) -> tuple[list[tuple[_Way, ...]], float]:
-            rounds = [(*(way.mixed(self._places(way)) for way in found[:2]), found[2]) for found in rounds]
-            return rounds, float((rounds[-1][0].integral() + rounds[-1][1].integral()).std())
+        def noise(rounds: list[tuple[_Way, ...]]) -> float:
+            return float((rounds[-1][0].integral() + rounds[-1][1].integral()).std())
 
-        pure, noise = mixed(rounds)
+        def mixed(rounds: list[tuple[_Way, ...]]) -> list[tuple[_Way, ...]]:
+            return [(*(way.mixed(self._places(way)) for way in found[:2]), found[2]) for found in rounds]
+
         others = [
             tuple(way._replace(integrand=way.eased) for way in found if way.eased is not None) for found in rounds
         ]
-        if any(len(other) < len(found) for other, found in zip(others, rounds, strict=True)):
-            return pure
-        eased, left = mixed(others)
-        return eased if left < _NOISY * noise else pure
+        whole = all(len(other) == len(found) for other, found in zip(others, rounds, strict=True))
+        best = min([mixed(rounds), *([mixed(others)] if whole else [])], key=noise)
+        return best if noise(best) < _NOISY * noise(rounds) else rounds
 
     def _doubt_walk(self, error: float, moved: float, spread: float, value: float) -> None:
         if _doubtful(error, value):
