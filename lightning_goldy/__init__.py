@@ -9,11 +9,29 @@ from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
 # Names load on first use, so that `lightning_goldy.core` and `.analysis` never pull Lightning in.
+if TYPE_CHECKING:
+    from lightning_goldy.core.mask import ParameterMask as ParameterMask
+    from lightning_goldy.core.objective import CausalLMObjective as CausalLMObjective
+    from lightning_goldy.core.objective import ClassifierObjective as ClassifierObjective
+    from lightning_goldy.core.objective import FunctionObjective as FunctionObjective
+    from lightning_goldy.core.objective import MaskedLMObjective as MaskedLMObjective
+    from lightning_goldy.core.objective import Seq2SeqObjective as Seq2SeqObjective
+    from lightning_goldy.core.objective import SpanObjective as SpanObjective
+    from lightning_goldy.core.objective import TokenClassifierObjective as TokenClassifierObjective
+    from lightning_goldy.core.objective import TokenObjective as TokenObjective
+    from lightning_goldy.core.space import ParameterSpace as ParameterSpace
+    from lightning_goldy.core.vector import ParameterVector as ParameterVector
+    from lightning_goldy.core.vector import applied as applied
+    from lightning_goldy.core.vector import random_direction as random_direction
+    from lightning_goldy.optim.masked_adamw import MaskedAdamW as MaskedAdamW
+    from lightning_goldy.training.module import GoldyMixin as GoldyMixin
+    from lightning_goldy.training.module import GoldyModule as GoldyModule
+
 _EXPORTS = {
     "GoldyMixin": "training.module",
     "GoldyModule": "training.module",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import lightning_goldy
 from tests.house import ROOT
 
 PACKAGE = ROOT / "lightning_goldy"
@@ -22,6 +24,36 @@ ASSETS = ("py.typed", "report/page.html", "report/style.css", "report/figures.js
 def test_the_package_is_typed_and_has_its_assets() -> None:
     for name in ASSETS:
         assert (PACKAGE / name).is_file(), name
+
+
+def test_a_type_checker_sees_what_the_package_exports() -> None:
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    (guarded,) = (node for node in tree.body if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
+    seen = {
+        alias.asname: node.module for node in guarded.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    assert seen == {name: f"lightning_goldy.{module}" for name, module in lightning_goldy._EXPORTS.items()}
+
+
+USER = """
+from lightning_goldy import GoldyModule, ParameterSpace
+from lightning_goldy.analysis import golden_parameters
+
+
+def count(module: GoldyModule) -> int:
+    reveal_type(ParameterSpace.of(module.model).numel)
+    result = golden_parameters(module.model, [])
+    reveal_type(result.over_null)
+    return result.count
+"""
+
+
+@pytest.mark.slow
+def test_code_of_a_user_is_checked_strictly(tmp_path: Path) -> None:
+    (tmp_path / "user.py").write_text(USER, encoding="utf-8")
+    told = run(sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "user.py", folder=tmp_path)
+    assert 'Revealed type is "int"' in told
+    assert 'Revealed type is "float | None"' in told
 
 
 def run(*words: str | Path, folder: Path, **environment: str) -> str:

@@ -2,10 +2,11 @@
 
 from lightning_goldy.callbacks.activation_differences import ActivationDifferences
 from lightning_goldy.callbacks.attention_tracker import AttentionTracker
-from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, Findings
+from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.callbacks.basin_volume import BasinVolume
 from lightning_goldy.callbacks.change_attribution import ChangeAttribution
 from lightning_goldy.callbacks.circuit_tracker import CircuitTracker
+from lightning_goldy.callbacks.engine.store import Findings
 from lightning_goldy.callbacks.exact_resume import ExactResume
 from lightning_goldy.callbacks.finetune_comparison import FinetuneComparison
 from lightning_goldy.callbacks.golden_parameters import GoldenParameters

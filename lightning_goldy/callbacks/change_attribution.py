@@ -18,9 +18,10 @@ from lightning_goldy.analysis.attribution import (
     interleaved,
 )
 from lightning_goldy.analysis.attribution.attribution import AUTO_NODES, SHARES, check_attribution
-from lightning_goldy.analysis.attribution.graft import BASELINES, CANDIDATES, FACTORS, Baseline, Pieces, check_graft
+from lightning_goldy.analysis.attribution.graft import BASELINES, CANDIDATES, FACTORS, Baseline, check_graft
 from lightning_goldy.analysis.attribution.learned import LearnOptions
 from lightning_goldy.analysis.attribution.path import Metric, tells_distributions, try_metric
+from lightning_goldy.analysis.attribution.units import Pieces
 from lightning_goldy.analysis.forecast import Forecast, Plan, Run
 from lightning_goldy.analysis.forecast.analyses import forecast_attribution
 from lightning_goldy.analysis.result import AnalysisResult, Cost, Row
@@ -36,11 +37,12 @@ from lightning_goldy.core.architecture.adapters import (
     require_merged_parameters,
 )
 from lightning_goldy.core.batches import sample_count
+from lightning_goldy.core.files import StoreError
 from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.naming import block_of, options_of, require_at_least, require_kinds, require_number
 from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.space import ParameterSpace
-from lightning_goldy.core.store import Kind, StoreError, read_header
+from lightning_goldy.core.store import Kind, read_header
 from lightning_goldy.core.vector import ParameterVector
 from lightning_goldy.training.subject import find_collateral, find_tokenizer
 

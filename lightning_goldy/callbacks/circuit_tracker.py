@@ -22,7 +22,8 @@ from lightning_goldy.analysis.circuits.circuit import Circuit, Rank, Selection, 
 from lightning_goldy.analysis.circuits.runs import check_tokens, require_pairs
 from lightning_goldy.analysis.forecast import Forecast, Plan, Run
 from lightning_goldy.analysis.forecast.analyses import forecast_circuits
-from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext, Vectors
+from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
+from lightning_goldy.callbacks.engine.store import Vectors
 from lightning_goldy.callbacks.golden_snapshot import find_snapshot
 from lightning_goldy.core.files import atomic_write, finite
 from lightning_goldy.core.isolation import undisturbed

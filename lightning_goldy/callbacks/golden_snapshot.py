@@ -26,11 +26,11 @@ from lightning_goldy.core.architecture.adapters import (
     require_merged,
 )
 from lightning_goldy.core.base import BASE_FILE, BaseParameters, read_base
-from lightning_goldy.core.files import link_file
+from lightning_goldy.core.files import StoreError, link_file
 from lightning_goldy.core.naming import model_class, require_kinds
 from lightning_goldy.core.sharding import Replicas
 from lightning_goldy.core.space import ParameterSpace
-from lightning_goldy.core.store import Kind, StoreError, fingerprint, load_vectors, read_header, save_vectors
+from lightning_goldy.core.store import Kind, fingerprint, load_vectors, read_header, save_vectors
 from lightning_goldy.core.vector import ParameterVector
 from lightning_goldy.training.subject import find_model
 

@@ -19,11 +19,11 @@ from lightning_goldy.callbacks.engine.weights import FROZEN_FILE, Frozen, Weight
 from lightning_goldy.core.architecture import HeadGates
 from lightning_goldy.core.architecture.adapters import WeightSpace
 from lightning_goldy.core.base import BASE_FILE, BaseParameters, base_files, frozen_apart, read_base, read_checkpoint
-from lightning_goldy.core.files import parents_of
+from lightning_goldy.core.files import StoreError, parents_of
 from lightning_goldy.core.objective import CausalLMObjective, MaskedLMObjective, Objective, Seq2SeqObjective
 from lightning_goldy.core.sharding import is_sharded, local, scatter_like
 from lightning_goldy.core.space import ParameterSpace, SpaceError
-from lightning_goldy.core.store import StoreError, fingerprint, load_vectors, read_header
+from lightning_goldy.core.store import fingerprint, load_vectors, read_header
 from lightning_goldy.core.vector import ParameterVector
 from lightning_goldy.training.module import GoldyModule
 from lightning_goldy.training.subject import find_model

@@ -18,8 +18,8 @@ from typing import Any, NoReturn, TypeVar
 
 import lightning.pytorch as L
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_goldy.commands.output import trainer_words

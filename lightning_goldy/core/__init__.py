@@ -2,6 +2,7 @@
 
 from lightning_goldy.core.architecture import Head, HeadError, HeadGates
 from lightning_goldy.core.base import BaseParameters, base_of
+from lightning_goldy.core.files import StoreError
 from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.objective import (
     CausalLMObjective,
@@ -16,7 +17,7 @@ from lightning_goldy.core.objective import (
     objective_for,
 )
 from lightning_goldy.core.space import ParameterSpace, Selection, SpaceError
-from lightning_goldy.core.store import StoreError, load_vectors, save_vectors
+from lightning_goldy.core.store import load_vectors, save_vectors
 from lightning_goldy.core.vector import ParameterVector, applied, random_direction, substituted
 
 __all__ = [

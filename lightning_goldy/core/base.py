@@ -10,11 +10,11 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.core.files import parse_json
+from lightning_goldy.core.files import StoreError, parse_json
 from lightning_goldy.core.naming import bare_name, canonical_name, suggestion
 from lightning_goldy.core.sharding import gather, inside_parallel, is_sharded, like, local, scatter_like
 from lightning_goldy.core.space import ParameterSpace, SpaceError, known_parameters
-from lightning_goldy.core.store import HEADER_KEY, StoreError, load_vectors, open_tensors
+from lightning_goldy.core.store import HEADER_KEY, load_vectors, open_tensors
 from lightning_goldy.core.tasks import transformers_model
 from lightning_goldy.core.vector import ParameterVector
 

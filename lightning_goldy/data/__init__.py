@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from lightning_goldy.core.pieces import PadCollator, encode_pairs
+from lightning_goldy.core.pieces import KnowledgePiece, PadCollator, encode_pairs
 from lightning_goldy.data.atlas import AtlasDataModule, Edit, apply_edits, random_edits
 from lightning_goldy.data.base import ProbeDataModule, ResumableDataLoader, SeededShuffle, Splits
-from lightning_goldy.data.knowledge import KnowledgeDataModule, KnowledgePiece, read_pieces
+from lightning_goldy.data.knowledge import KnowledgeDataModule, read_pieces
 from lightning_goldy.data.prompt_pairs import (
     PairTask,
     TextPair,

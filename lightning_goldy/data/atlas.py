@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import get_args
+from typing import Any, get_args
 
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
@@ -135,7 +135,7 @@ class AtlasDataModule(ProbeDataModule):
         random.Random(f"probe {self.seed}").shuffle(unedited)
         return one_hop_questions([*self.edited_facts, *unedited][: self.probe_size], "held_out")
 
-    def analysis_splits(self) -> dict[str, DataLoader]:
+    def analysis_splits(self) -> dict[str, DataLoader[Any]]:
         """Two sets of samples to compare, in training phrasings: what was true before, and what was learned by heart.
 
         Returns:
@@ -158,7 +158,7 @@ class AtlasDataModule(ProbeDataModule):
         chosen = {"clean": unedited[: len(self.edits)], "memorised": self.edited_facts}
         return {name: self.question_dataloader(_by_phrasing(facts)) for name, facts in chosen.items()}
 
-    def collateral_dataloader(self) -> DataLoader | None:
+    def collateral_dataloader(self) -> DataLoader[Any] | None:
         """Questions about the facts that no edit touches, shuffled once by the seed; None without any.
 
         They are what the edits of a finetune are not meant to change.
@@ -169,7 +169,7 @@ class AtlasDataModule(ProbeDataModule):
         random.Random(f"collateral {self.seed}").shuffle(unedited)
         return self.question_dataloader(_by_phrasing(unedited))
 
-    def question_dataloader(self, questions: Sequence[Question]) -> DataLoader:
+    def question_dataloader(self, questions: Sequence[Question]) -> DataLoader[Any]:
         """Batches of any questions, in their order, with the prompt masked.
 
         A model knows an answer when its likeliest token is the label at every target: greedy generation from the

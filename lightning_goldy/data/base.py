@@ -52,7 +52,7 @@ class SeededShuffle(Sampler[int]):
         return iter(torch.randperm(self.size, generator=_generator(self.seed, self.epoch)).tolist())
 
 
-class ResumableDataLoader(DataLoader):
+class ResumableDataLoader(DataLoader[Any]):
     """A DataLoader that remembers, in checkpoints, how many batches of the epoch were trained on.
 
     Loaded in the middle of an epoch it passes over those, so a killed run continues with the very next batch. A batch
@@ -130,7 +130,7 @@ def _ahead(trainer: weakref.ref[L.Trainer]) -> int:
 
 def make_loader(
     samples: SampleSet, *, batch_size: int, collate: PadCollator, shuffle_seed: int | None = None, num_workers: int = 0
-) -> DataLoader:
+) -> DataLoader[Any]:
     """A loader with a random generator of its own.
 
     Args:
@@ -260,18 +260,18 @@ class ProbeDataModule(L.LightningDataModule, ABC):
         """Build the samples; a second call does nothing."""
         self._splits = self.splits
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> DataLoader[Any]:
         """Training batches, shuffled anew each epoch by ``seed``."""
         return self._loader(self.splits.train, shuffle_seed=self.seed)
 
-    def val_dataloader(self) -> DataLoader:
+    def val_dataloader(self) -> DataLoader[Any]:
         """Validation batches in a fixed order."""
         return self._loader(self.splits.val)
 
-    def probe_dataloader(self) -> DataLoader:
+    def probe_dataloader(self) -> DataLoader[Any]:
         """The probe's batches in a fixed order: what analyses use."""
         return self._loader(self.splits.probe)
 
-    def _loader(self, samples: SampleSet, shuffle_seed: int | None = None) -> DataLoader:
+    def _loader(self, samples: SampleSet, shuffle_seed: int | None = None) -> DataLoader[Any]:
         collate, size, workers = PadCollator(padding_id(self.tokenizer)), self.batch_size, self.num_workers
         return make_loader(samples, batch_size=size, collate=collate, shuffle_seed=shuffle_seed, num_workers=workers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
@@ -108,11 +109,11 @@ class KnowledgeDataModule(ProbeDataModule):
         """The template with the piece's question."""
         return self.template.replace("{question}", piece.question)
 
-    def piece_dataloader(self, pieces: Sequence[KnowledgePiece]) -> DataLoader:
+    def piece_dataloader(self, pieces: Sequence[KnowledgePiece]) -> DataLoader[Any]:
         """Batches of any pieces, in their order."""
         return self._loader(self._encode(pieces))
 
-    def collateral_dataloader(self) -> DataLoader | None:
+    def collateral_dataloader(self) -> DataLoader[Any] | None:
         """The pieces of ``collateral``, shuffled once by the seed; None without any."""
         if not self.collateral_pieces:
             return None

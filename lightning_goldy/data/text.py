@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -171,7 +171,7 @@ class TextDataModule(ProbeDataModule):
         parts = split_blocks(n_whole + (more > 0), n_whole, self.val_share, self.probe_size, self.seed)
         return Splits(*(PackedBlocks(stream, self.block_size, indices, pad) for indices in parts))
 
-    def collateral_dataloader(self) -> DataLoader | None:
+    def collateral_dataloader(self) -> DataLoader[Any] | None:
         """Blocks of ``collateral``, shuffled once by the seed; None without any."""
         if self.collateral is None:
             return None

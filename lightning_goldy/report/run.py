@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from lightning_goldy.core.files import parse_json
-from lightning_goldy.core.store import StoreError, read_header
+from lightning_goldy.core.files import StoreError, parse_json
+from lightning_goldy.core.store import read_header
 from lightning_goldy.report.descriptions import position_of
 from lightning_goldy.report.figures import ReportError, Row
 

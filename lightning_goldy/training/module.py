@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedTokenizerBase
 
+from lightning_goldy.core.files import StoreError
 from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.naming import options_of, require_choice, suggestion
 from lightning_goldy.core.objective import (
@@ -30,7 +31,7 @@ from lightning_goldy.core.objective import (
     objective_for,
 )
 from lightning_goldy.core.sharding import gather
-from lightning_goldy.core.store import StoreError, pack_mask, read_header, unpack_mask
+from lightning_goldy.core.store import pack_mask, read_header, unpack_mask
 from lightning_goldy.data.base import follow_training
 from lightning_goldy.data.tokenization import load_tokenizer, own_tokenizer
 from lightning_goldy.optim.masked_adamw import MaskedAdamW

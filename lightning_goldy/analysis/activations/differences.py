@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_goldy.analysis.agreement import per_sample, ratio_interval
 from lightning_goldy.analysis.attention.patterns import Tokens
-from lightning_goldy.analysis.attribution.attribution import ChangePath
+from lightning_goldy.analysis.attribution.path import ChangePath
 from lightning_goldy.analysis.divergence import precise, shortened
 from lightning_goldy.analysis.result import AnalysisResult, Cost, Row
 from lightning_goldy.core.architecture import (

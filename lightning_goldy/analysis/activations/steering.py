@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_goldy.analysis.activations.differences import ActivationDifferencesResult
-from lightning_goldy.analysis.attribution.attribution import ChangePath
+from lightning_goldy.analysis.attribution.path import ChangePath
 from lightning_goldy.analysis.continuations import Prompt, continued_batch, encode_prompts
 from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.core.architecture import describe_architecture

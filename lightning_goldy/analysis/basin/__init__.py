@@ -18,8 +18,9 @@ from lightning_goldy.analysis.basin.preconditioners import (
 )
 from lightning_goldy.analysis.basin.result import VolumeResult, aggregate, best_of, paired_difference
 from lightning_goldy.analysis.basin.saddle import BridgeResult
-from lightning_goldy.analysis.basin.survey import BasinVolumes, Selection, VolumeSurvey, fit_exponents
+from lightning_goldy.analysis.basin.survey import BasinVolumes, VolumeSurvey, fit_exponents
 from lightning_goldy.analysis.basin.volume import Estimator, Method, basin_volume, local_volume
+from lightning_goldy.core.space import Selection
 
 __all__ = [
     "BasinVolumes",

@@ -13,14 +13,14 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.attention.patterns import batch_length, recorded_entropies
+from lightning_goldy.analysis.attention.patterns import recorded_entropies
 from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.core.architecture import Head, HeadError, HeadGates, UnsupportedArchitectureError
 from lightning_goldy.core.architecture.gates import BatchMismatchError
-from lightning_goldy.core.batches import move_batch, take_samples
+from lightning_goldy.core.batches import batch_length, move_batch, split_batch, take_samples
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import Registry, require_at_least, require_choice, suggestion
-from lightning_goldy.core.objective import FunctionObjective, Objective, map_batch, objective_for, split_batch
+from lightning_goldy.core.objective import FunctionObjective, Objective, map_batch, objective_for
 from lightning_goldy.core.sharding import Replicas, is_sharded
 
 Progress = Callable[[int, int], None]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.attention.patterns import batch_length, show_patterns
+from lightning_goldy.analysis.attention.patterns import show_patterns
 from lightning_goldy.analysis.heads.importance import HeadProbe, HeadScores, head_importance, unmeasured_choice
 from lightning_goldy.analysis.heads.optimizer import AttentionRate, CycleCopy, HeadFreeze
 from lightning_goldy.analysis.heads.schedule import (
@@ -29,13 +29,16 @@ from lightning_goldy.analysis.heads.surgery import prune_heads, regrow_heads
 from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.core.architecture import Head, HeadGates
 from lightning_goldy.core.base import BaseParameters
-from lightning_goldy.core.batches import move_batch, take_samples
+from lightning_goldy.core.batches import batch_length, move_batch, take_samples
 from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.sharding import Replicas
 
 T = TypeVar("T")
 # Heads that are cut, and as many that are kept, whose attention a cycle shows.
 _SHOWN = 3
+
+_Done = tuple[dict[str, Any], float]
+"""What an event tells of itself, and the loss after it, nats."""
 
 
 class PlasticityRun:
@@ -152,7 +155,7 @@ class PlasticityRun:
             self.timeline.append([step, closed])
         return done
 
-    def _begin(self, event: Event, subject: PlasticitySubject, step: int, progress: Any) -> tuple[dict, float]:
+    def _begin(self, event: Event, subject: PlasticitySubject, step: int, progress: Any) -> _Done:
         loss = subject.loss()
         self._point(step, loss)
         self.shown = None
@@ -161,7 +164,7 @@ class PlasticityRun:
             self._copied_closing = self.gates.closing.tolist()
         return {"loss": loss}, loss
 
-    def _cut(self, event: Event, subject: PlasticitySubject, step: int, progress: Any) -> tuple[dict, float]:
+    def _cut(self, event: Event, subject: PlasticitySubject, step: int, progress: Any) -> _Done:
         before = subject.loss()
         self._point(step, before)
         scores = subject.scores(self.settings.strategy, self.state.cycle, progress)
@@ -188,7 +191,7 @@ class PlasticityRun:
         cut = [float(scores.scores[head]) for head in heads]
         return {"heads": _pairs(heads), "scores": cut, "loss_before": before, "loss_after": after}, after
 
-    def _regrow(self, event: Event, subject: PlasticitySubject, step: int, progress: Any) -> tuple[dict, float]:
+    def _regrow(self, event: Event, subject: PlasticitySubject, step: int, progress: Any) -> _Done:
         before, regrowth = subject.loss(), self.settings.regrowth
         self.state = self.plan.observed(self.state, step, before)
         self._point(step, before)
@@ -214,7 +217,7 @@ class PlasticityRun:
         self._point(step, after)
         return {"heads": _pairs(heads), "wanted": wanted, "loss_before": before, "loss_after": after}, after
 
-    def _finish(self, event: Event, subject: PlasticitySubject, step: int, progress: Any) -> tuple[dict, float]:
+    def _finish(self, event: Event, subject: PlasticitySubject, step: int, progress: Any) -> _Done:
         loss = subject.loss()
         self.state = self.plan.observed(self.state, step, loss)
         self._show_again(subject, "recovered")
