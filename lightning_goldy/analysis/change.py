@@ -625,7 +625,7 @@ def _row(
     }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Sought:
     """Leading directions of one tensor after changes, and how much each resembles one of the base's."""
 
