@@ -409,12 +409,14 @@ class Bridge:
     def _spend(self, gradients: int) -> tuple[int, int]:
         """Trajectories and their mean length that a number of gradients of all chains allows."""
         step = math.exp(float(self._all(self.chains.steps).mean()))
-        length = max(1, min(self.chains.longest, round(math.pi / 2 / step), gradients // (2 * self.settings.chains)))
+        # Three at least: one settles, two are watched.
+        length = max(1, min(self.chains.longest, round(math.pi / 2 / step), gradients // (3 * self.settings.chains)))
         return max(1, gradients // (self.settings.chains * length)), length
 
     def _move(self, tilt: Tilt, longest: int, gain: float = 0.0) -> None:
         step = math.exp(float(self._all(self.chains.steps).mean()))
-        length = min(longest, self.chains.length(step))
+        affordable = max(1, (self.settings.max_gradients - self.taken) // self.settings.chains)
+        length = min(longest, self.chains.length(step), affordable)
         self.chains.move(tilt, length, gain=gain)
         self.taken += length * self.settings.chains
         self.tell(min(self.taken, self.settings.max_gradients), self.settings.max_gradients)

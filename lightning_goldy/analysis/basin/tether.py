@@ -232,7 +232,8 @@ class TetherWalk(Bridge):
             share: Of all gradients.
             first: Gradients that were taken when the way began.
         """
-        quota = share * self.settings.max_gradients
+        # What earlier ways took beyond their shares is not taken twice.
+        quota = min(share * self.settings.max_gradients, self.settings.max_gradients - first)
         grid = np.linspace(0, 1, 513)
         passed = (grid + _DWELL * grid**_POWER) / (1 + _DWELL)
         down = end <= begin
@@ -322,9 +323,8 @@ class TetherWalk(Bridge):
             self.steps_at[place] = chains.steps
             loop["rows"].append(self._all(self._observed_on(tilt)).tolist())
             loop["acceptance"].append(float(self._all(chains.acceptance).mean()))
-        columns = (
-            np.array(loop["rows"]).transpose(2, 1, 0).tolist()
-        )  # [integrand, plain, costs, eased], [chains, trajectories]
+        # [trajectories, chains, 4] -> [integrand, plain, costs, eased], [chains, trajectories]
+        columns = np.array(loop["rows"]).transpose(2, 1, 0).tolist()
         return [loop["kappas"], *columns[:3], loop["acceptance"], columns[3]]
 
     def _observed_on(self, tilt: Tilt) -> Tensor:
