@@ -67,7 +67,7 @@ _MOVED = {
     "demo": "commands.demo",
     "export": "training.models",
     "masked_training": "training.module",
-    "metrics": "training.metrics",
+    "metrics": "training.module",
     "mixin": "training.module",
     "models": "training.models",
     "module": "training.module",
@@ -75,6 +75,7 @@ _MOVED = {
     "saved": "commands.checkpoints",
     "training.export": "training.models",
     "training.masks": "training.module",
+    "training.metrics": "training.module",
     "training.mixin": "training.module",
     "variants": "training.variants",
 }

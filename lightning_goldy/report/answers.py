@@ -19,9 +19,8 @@ from typing import Any, Literal, TypeAlias, get_args
 from rich.table import Table
 
 from lightning_goldy.report.descriptions import description_of
-from lightning_goldy.report.figures import Row
+from lightning_goldy.report.figures import Row, naming
 from lightning_goldy.report.formatting import console_table
-from lightning_goldy.report.reading import naming
 
 QuestionName: TypeAlias = Literal["carries", "kind", "robust", "touched", "needs"]
 Trust: TypeAlias = Literal["solid", "weak", "not measured"]

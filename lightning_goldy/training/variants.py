@@ -23,9 +23,8 @@ from lightning_goldy.optim.schedules import (
     build_optimizer,
     schedule_factor,
 )
-from lightning_goldy.training.metrics import StageMetrics
 from lightning_goldy.training.models import WeightDtype, check_length
-from lightning_goldy.training.module import GoldyModule, ObjectiveName, Stage
+from lightning_goldy.training.module import GoldyModule, ObjectiveName, Stage, StageMetrics
 
 
 class VariantsModule(GoldyModule):

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_goldy.analysis.basin.reference import Tilt, squares
 from lightning_goldy.analysis.basin.saddle import (
     COUNTED,
     Array,
@@ -31,7 +30,7 @@ from lightning_goldy.analysis.basin.saddle import (
     trusted,
     weighted_volume,
 )
-from lightning_goldy.analysis.basin.sampling import LONGEST, Chains, Field, langevin_coefficient
+from lightning_goldy.analysis.basin.sampling import LONGEST, Chains, Field, Tilt, langevin_coefficient, squares
 from lightning_goldy.core.files import StoreError, parse_json, require_local
 from lightning_goldy.core.naming import require_at_least, require_choice, require_kinds
 from lightning_goldy.core.sharding import Replicas

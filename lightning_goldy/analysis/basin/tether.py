@@ -32,9 +32,8 @@ import torch
 from torch import Tensor
 
 from lightning_goldy.analysis.basin.bridge import Bridge, BridgeSettings, identity
-from lightning_goldy.analysis.basin.reference import Tilt, squares
 from lightning_goldy.analysis.basin.saddle import Array, effective_share, student, trusted
-from lightning_goldy.analysis.basin.sampling import Field
+from lightning_goldy.analysis.basin.sampling import Field, Tilt, squares
 from lightning_goldy.core.sharding import Replicas
 from lightning_goldy.core.vector import derived_seed
 

@@ -18,7 +18,6 @@ from torch import nn
 
 from lightning_goldy.analysis.basin.bridge import BridgeSettings
 from lightning_goldy.analysis.basin.kronecker import kronecker_fisher
-from lightning_goldy.analysis.basin.reference import Curvature, Eigenbasis, Tilt, central_hessian
 from lightning_goldy.analysis.basin.result import (
     COLUMNS,
     GaussianMeasure,
@@ -29,7 +28,17 @@ from lightning_goldy.analysis.basin.result import (
     best_of,
 )
 from lightning_goldy.analysis.basin.saddle import BridgeResult
-from lightning_goldy.analysis.basin.sampling import AddedTether, Field, ModuleField, PointField, StarField
+from lightning_goldy.analysis.basin.sampling import (
+    AddedTether,
+    Curvature,
+    Eigenbasis,
+    Field,
+    ModuleField,
+    PointField,
+    StarField,
+    Tilt,
+    central_hessian,
+)
 from lightning_goldy.analysis.basin.tether import crossed
 from lightning_goldy.analysis.divergence import AnchoredDivergence, Cache, check_cache, own_share, shortened
 from lightning_goldy.analysis.result import Cost, total_cost

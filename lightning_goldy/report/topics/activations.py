@@ -7,9 +7,8 @@ from typing import Any
 
 from lightning_goldy.report.builders import Line, Lines, arrange, heads_style, heat_map, lines
 from lightning_goldy.report.descriptions import Description, describe
-from lightning_goldy.report.figures import Figure, Row, register_figure, register_table
+from lightning_goldy.report.figures import Figure, Row, naming, register_figure, register_table
 from lightning_goldy.report.formatting import format_number, texts_html
-from lightning_goldy.report.reading import naming
 
 _LACKS = "a row of activation_differences lacks what its figure needs:"
 _SHOWN = 10

@@ -22,9 +22,17 @@ from lightning_goldy.report.builders import (
     plain_spec,
 )
 from lightning_goldy.report.descriptions import Description, describe
-from lightning_goldy.report.figures import Figure, ReportError, Row, register_figure, require
+from lightning_goldy.report.figures import (
+    Figure,
+    ReportError,
+    Row,
+    matrix,
+    objects_of,
+    register_figure,
+    require,
+    result_of,
+)
 from lightning_goldy.report.formatting import format_number
-from lightning_goldy.report.reading import matrix, objects_of, result_of
 
 
 class AttentionMaps(Protocol):

@@ -21,9 +21,8 @@ from lightning_goldy.report.builders import (
     scatter,
 )
 from lightning_goldy.report.descriptions import Description, describe
-from lightning_goldy.report.figures import Figure, Row, register_figure
+from lightning_goldy.report.figures import Figure, Row, naming, register_figure
 from lightning_goldy.report.formatting import format_number, format_percent
-from lightning_goldy.report.reading import naming
 
 _LACKS = "a row of change_attribution lacks what its figure needs:"
 # Recovered effects that are drawn; thinning to a thousandth and rescaling ends far outside.

@@ -13,9 +13,17 @@ import numpy as np
 
 from lightning_goldy.report.builders import Line, Lines, columns_of, lines, rounded, tips
 from lightning_goldy.report.descriptions import Description, describe
-from lightning_goldy.report.figures import Figure, ReportError, Row, register_figure, require
+from lightning_goldy.report.figures import (
+    Figure,
+    ReportError,
+    Row,
+    number,
+    objects_of,
+    register_figure,
+    require,
+    text_of,
+)
 from lightning_goldy.report.formatting import MISSING, format_number
-from lightning_goldy.report.reading import number, objects_of, text_of
 
 _LOWER_BOUND = (
     "Each value along rays is a lower bound, in expectation below the true log-volume and in many dimensions far below "

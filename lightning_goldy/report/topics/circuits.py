@@ -8,9 +8,8 @@ from typing import Any
 
 from lightning_goldy.report.builders import HeatMap, Line, Lines, heat_map, lines, plain_spec, rounded
 from lightning_goldy.report.descriptions import Description, describe
-from lightning_goldy.report.figures import Figure, Row, register_figure, require
+from lightning_goldy.report.figures import Figure, Row, naming, register_figure, require
 from lightning_goldy.report.formatting import format_number
-from lightning_goldy.report.reading import naming
 
 _LACKS = "a row of circuit_tracker lacks what its figure needs:"
 _EDGES = 120

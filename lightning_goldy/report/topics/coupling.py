@@ -36,13 +36,13 @@ from lightning_goldy.report.figures import (
     Figure,
     ReportError,
     Row,
+    naming,
     register_figure,
     register_table,
     register_text,
     require,
 )
 from lightning_goldy.report.formatting import console_table, format_number, format_percent, printable, texts_html
-from lightning_goldy.report.reading import naming
 
 # Told apart with every kind of colour vision (Okabe and Ito), then shades of grey.
 _COLOURS = (

@@ -23,9 +23,18 @@ from lightning_goldy.report.builders import (
     lines,
 )
 from lightning_goldy.report.descriptions import Description, describe
-from lightning_goldy.report.figures import Figure, ReportError, Row, register_figure
+from lightning_goldy.report.figures import (
+    Figure,
+    ReportError,
+    Row,
+    naming,
+    number,
+    objects_of,
+    register_figure,
+    result_of,
+    text_of,
+)
 from lightning_goldy.report.formatting import MISSING, format_number, format_percent
-from lightning_goldy.report.reading import naming, number, objects_of, result_of, text_of
 
 KINDS = ("embedding", "attention", "mlp", "norm", "head", "other")
 

@@ -24,9 +24,8 @@ from lightning_goldy.report.builders import (
     tips,
 )
 from lightning_goldy.report.descriptions import Description, describe
-from lightning_goldy.report.figures import Columns, Figure, ReportError, Row, register_figure, require
+from lightning_goldy.report.figures import Columns, Figure, ReportError, Row, register_figure, require, result_of
 from lightning_goldy.report.formatting import format_number, format_percent
-from lightning_goldy.report.reading import result_of
 
 MOMENTS = {"before": "before the cut", "cut": "right after", "recovered": "recovered"}
 # Legible on a light and on a dark page.

@@ -8,9 +8,8 @@ from typing import Any
 
 from lightning_goldy.report.builders import Points, Scatter, arrange, scatter
 from lightning_goldy.report.descriptions import Description, describe
-from lightning_goldy.report.figures import Figure, ReportError, Row, register_figure
+from lightning_goldy.report.figures import Figure, ReportError, Row, naming, register_figure
 from lightning_goldy.report.formatting import format_number
-from lightning_goldy.report.reading import naming
 
 PREDICTORS = {"first_order": "first order: g . delta", "coupling": "coupling: cos |g| |delta|"}
 _LACKS = "a row of ripple_effects lacks what its figure needs:"

@@ -7,9 +7,8 @@ from typing import Any
 
 from lightning_goldy.report.builders import Bars, Line, Lines, arrange, bars, layered, lines
 from lightning_goldy.report.descriptions import Description, describe
-from lightning_goldy.report.figures import Figure, ReportError, Row, register_figure
+from lightning_goldy.report.figures import Figure, ReportError, Row, naming, register_figure
 from lightning_goldy.report.formatting import format_number
-from lightning_goldy.report.reading import naming
 
 _LACKS = "a row of taylor_diff lacks what its figure needs:"
 

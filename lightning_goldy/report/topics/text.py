@@ -14,9 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_goldy.report.descriptions import Description, describe
-from lightning_goldy.report.figures import Row, register_table, register_text
+from lightning_goldy.report.figures import Row, naming, register_table, register_text
 from lightning_goldy.report.formatting import console_table, format_number, format_percent, printable, texts_html
-from lightning_goldy.report.reading import naming
 
 Entries = Sequence[Mapping[str, Any]]
 """One per prompt: ``prompt``, two texts, ``agreement`` (a fraction) and ``kl_per_token`` (nats); the texts are

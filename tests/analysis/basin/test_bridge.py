@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from lightning_goldy.analysis import basin_volume, kronecker_preconditioner, local_volume
 from lightning_goldy.analysis.basin import BridgeResult, BridgeSettings, bridge_gradients, paired_difference
 from lightning_goldy.analysis.basin.bridge import KeptState
-from lightning_goldy.analysis.basin.reference import Eigenbasis, Tilt
 from lightning_goldy.analysis.basin.saddle import controlled, counted, saddle
-from lightning_goldy.analysis.basin.sampling import Chains, PointField
+from lightning_goldy.analysis.basin.sampling import Chains, Eigenbasis, PointField, Tilt
 from lightning_goldy.analysis.basin.tether import TetherWalk, _Way
 from lightning_goldy.analysis.divergence import AnchoredDivergence
 from lightning_goldy.core import CausalLMObjective, ClassifierObjective, ParameterSpace, ParameterVector
