@@ -166,7 +166,8 @@ def base_of(base: Base, model: nn.Module, space: ParameterSpace | None = None) -
     if asked is None and base is not model:
         _tell_frozen(held, model, space)
     # Of a model with two weights that its base ties both began as the one.
-    lacking = {name: held[name] for name in space.names if name not in known_parameters(base) and name in held}
+    own_names = known_parameters(base).keys()
+    lacking = {name: held[name] for name in space.names if name not in own_names and name in held}
     there = space.subspace(name for name in space.names if name not in lacking)
     values = {**ParameterVector.of(base, there, clone=False), **{name: own.detach() for name, own in lacking.items()}}
     return BaseParameters(

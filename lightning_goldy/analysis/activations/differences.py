@@ -35,6 +35,8 @@ from lightning_goldy.core.tasks import transformers_model
 ALL = -1
 """Stands for the mean over all positions of a text, where others are counted from 0."""
 _CONTEXT = 16
+# Directions read at a time: each look at the unembedding goes through all of its elements.
+_READ = 16
 
 
 @dataclass(frozen=True)
@@ -465,12 +467,10 @@ class _Sums:
         same = (first * second).sum(-1) / (first.norm(dim=-1) * second.norm(dim=-1))
         reader = TokenReader.of(model) if bool(means.any()) else None
         directions, spelled_directions = self._principal(layers, reader, n_tokens)
-        spelled = []
+        spelled: list[dict[str, Any]] = []
         if reader is not None:
-            for place, layer in enumerate(layers):
-                for position in range(self.positions + 1):
-                    at = ALL if position == self.positions else position
-                    spelled.append(vars(reader.spell(means[place, position], layer, at, n_tokens)))
+            places = [(layer, at) for layer in layers for at in (*range(self.positions), ALL)]
+            spelled = [vars(entry) for entry in reader.spell(means.flatten(0, 1), places, n_tokens)]
         return ActivationDifferencesResult(
             layers=tuple(layers),
             positions=self.positions,
@@ -496,17 +496,20 @@ class _Sums:
         early = torch.stack(self.early, dim=1).flatten(1, 2).double()  # [L, n * positions, d]
         count = min(self.n_directions, 10, *early.shape[1:])
         shares = torch.zeros(self.n_layers, count, dtype=torch.float64)
-        spelled: list[dict[str, Any]] = []
+        turned: list[Tensor] = []
         for place, rows in enumerate(early):
             _, values, vectors = torch.linalg.svd(rows, full_matrices=False)
             squares = values.square()
             shares[place] = squares[:count] / squares.sum().clamp_min(1e-300)
-            for index, direction in enumerate(vectors[:count] if reader is not None else ()):
-                # Turned to where the differences lie in the mean, so that promoted means what the finetune promotes.
-                turned = direction if float((rows @ direction).sum()) >= 0 else -direction
-                found = vars(reader.spell(turned, layers[place], ALL, n_tokens))  # type: ignore[union-attr]
-                spelled.append({**found, "direction": index})
-        return shares, tuple(spelled)
+            # Turned to where the differences lie in the mean, so that promoted means what the finetune promotes.
+            turned += [
+                direction if float((rows @ direction).sum()) >= 0 else -direction for direction in vectors[:count]
+            ]
+        if reader is None or not turned:
+            return shares, ()
+        places = [(layer, ALL) for layer in layers for _ in range(count)]
+        spelled = [vars(entry) for entry in reader.spell(torch.stack(turned), places, n_tokens)]
+        return shares, tuple({**entry, "direction": index % count} for index, entry in enumerate(spelled))
 
 
 @dataclass(frozen=True)
@@ -543,19 +546,21 @@ class TokenReader:
         return cls(norms[-1] if norms else None, head)
 
     @torch.no_grad()
-    def spell(self, direction: Tensor, layer: int, position: int, n_tokens: int) -> Spelled:
-        """The tokens that a direction of shape ``[width]`` promotes and demotes most."""
+    def spell(self, directions: Tensor, places: Sequence[tuple[int, int]], n_tokens: int) -> Iterator[Spelled]:
+        """The tokens that directions, ``[n, width]``, each of a layer and a position, promote and demote most."""
         weight = gather(next(self.head.parameters()))
-        vector = direction.to(weight.device, weight.dtype)[None]  # [1, width]
-        both = torch.cat([vector, torch.zeros_like(vector)])
-        normed = both if self.norm is None else self.norm(both)
-        logits = precise(self.head(normed))
-        change = logits[0] - logits[1]  # [V]
-        count = min(n_tokens, len(change))
-        up, down = change.topk(count), change.topk(count, largest=False)
-        return Spelled(
-            layer, position, tuple(up.indices.tolist()), tuple(down.indices.tolist()), tuple(up.values.tolist())
-        )
+        rows = directions.to(weight.device, weight.dtype)
+        nothing = self._read(torch.zeros_like(rows[:1]))
+        for start in range(0, len(rows), _READ):
+            changes = self._read(rows[start : start + _READ]) - nothing  # [n, V]
+            for change, (layer, position) in zip(changes, places[start : start + _READ], strict=True):
+                count = min(n_tokens, len(change))
+                up, down = change.topk(count), change.topk(count, largest=False)
+                tokens, strengths = tuple(up.indices.tolist()), tuple(up.values.tolist())
+                yield Spelled(layer, position, tokens, tuple(down.indices.tolist()), strengths)
+
+    def _read(self, rows: Tensor) -> Tensor:
+        return precise(self.head(rows if self.norm is None else self.norm(rows)))
 
 
 def in_words(row: Row, tokenizer: Any) -> Row:

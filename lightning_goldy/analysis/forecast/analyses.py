@@ -60,9 +60,10 @@ def forecast_golden(
     tokens = max((length for _, length in plan.batches(n_samples)), default=0)
     scores = 4 * elements if whole or plan.shards > 1 else 0
     polls = 2 if control else 1
-    # Positions and marks of what is watched, and what leaving one sample out makes of one tensor's.
+    # Eight marks a byte, places of eight elements where not all are watched, and one tensor's without one sample.
     watched = [watched_elements(numel, max(1, voters)) for numel in matrices]
-    seen = polls * sum(watched) * (8 + voters // 8) + _LEFT_OUT * max(watched, default=0)
+    places = sum(part for part, numel in zip(watched, matrices, strict=True) if part < numel)
+    seen = polls * (sum(watched) * voters // 8 + places) + _LEFT_OUT * max(watched, default=0)
     # Gradients are freed as they come, but not given back to the system.
     memory = (
         elements * polls * (vote + 1)

@@ -423,7 +423,8 @@ class Frozen:
         notes = []
         lacking = [name for name in self.below if name not in base.space] if below and merged else []
         if lacking:
-            space = ParameterSpace.of_tensors({name: known_parameters(model)[name] for name in lacking})
+            present = known_parameters(model)
+            space = ParameterSpace.of_tensors({name: present[name] for name in lacking})
             if self.kept is not None:
                 grow(ParameterVector(space, {n: v for n, v in self.kept.vector(model).items() if n in space}))
             elif source is not None:
