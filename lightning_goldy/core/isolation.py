@@ -573,8 +573,9 @@ def preserved(module: nn.Module, *, training: bool | None = False) -> Iterator[n
     copied and written back, and so is what the modules and their hooks keep (counters, caches, lists: see
     :class:`Kept`); the parameters' values are the business of :func:`~lightning_goldy.core.vector.applied`, but of
     embeddings with a ``max_norm``. Inside, gradients are enabled (Lightning's validation hooks run without) and those
-    of embeddings dense and of every row (none has a ``padding_idx``), a compiled module runs uncompiled, a reentrant
-    checkpoint as one that is not, and, by default, the module is in evaluation mode.
+    of embeddings dense, of every row (none has a ``padding_idx``) and not divided by how often a row is read
+    (``scale_grad_by_freq``), a compiled module runs uncompiled, a reentrant checkpoint as one that is not, and, by
+    default, the module is in evaluation mode.
 
     Args:
         module: The model.
@@ -599,7 +600,7 @@ def preserved(module: nn.Module, *, training: bool | None = False) -> Iterator[n
     for child in children:
         if isinstance(child, _EMBEDDINGS):
             # Analyses calculate with gradients, which they want dense, and of every row that the forward reads.
-            child.sparse = False
+            child.sparse = child.scale_grad_by_freq = False
             if isinstance(child, nn.Embedding) and "padding_idx" not in _read_by(type(child).forward):
                 child.padding_idx = None
     # A sharded model's forward is a collective: a rank that failed before it tells the others there.

@@ -787,6 +787,16 @@ def test_a_padding_token_that_is_read_has_its_gradient_and_the_training_none(sca
     assert bool(model.weight.grad[2].ne(0).all())
 
 
+def test_a_row_that_is_read_twice_has_its_whole_gradient_and_the_training_its_mean() -> None:
+    model = nn.Embedding(3, 2, scale_grad_by_freq=True)
+    with preserved(model):
+        model(torch.tensor([1, 1])).sum().backward()
+        assert torch.equal(model.weight.grad[1], torch.full((2,), 2.0))
+    assert model.scale_grad_by_freq
+    model(torch.tensor([1, 1])).sum().backward()
+    assert torch.equal(model.weight.grad[1], torch.ones(2))
+
+
 def test_an_embedding_whose_forward_reads_its_padding_keeps_it() -> None:
     class Places(nn.Embedding):
         def forward(self, input: Tensor) -> Tensor:

@@ -649,8 +649,8 @@ class _Integration:
         known = isinstance(self.measure.metric, str) and not isinstance(self.measure.objective, FunctionObjective)
         own = {id(value) for value in self.path.parameters.values() if value.dtype in (torch.float32, torch.float64)}
         for child in self.path.model.modules() if known and self.device.type == "cpu" else ():
-            if not isinstance(child, nn.Embedding) or child.sparse or child.scale_grad_by_freq:
-                continue
+            if not isinstance(child, nn.Embedding) or child.weight._backward_hooks:
+                continue  # A hook of the training's own may work on dense gradients alone.
             if id(child.weight) in own and not is_sharded(child.weight):
                 child.sparse = True
                 hooks.callback(setattr, child, "sparse", False)

@@ -137,6 +137,21 @@ def test_embeddings_give_the_rows_that_are_read_and_are_left_as_they_were(family
     assert not any(child.sparse for child in embeddings)
 
 
+def test_a_hook_of_the_trainings_own_is_given_the_dense_gradient_of_an_embedding():
+    model, base, batch = pair("llama")
+    plain = change_attribution(model, base, [batch], nodes=1)
+    seen = []
+
+    def keep(gradient):
+        seen.append(gradient.layout)
+        return torch.where(torch.ones_like(gradient, dtype=torch.bool), gradient, 0.0)
+
+    model.get_input_embeddings().weight.register_hook(keep)
+    hooked = change_attribution(model, base, [batch], nodes=1)
+    assert set(seen) == {torch.strided}
+    torch.testing.assert_close(hooked.contributions, plain.contributions)
+
+
 def test_contributions_of_a_passage_are_those_of_its_samples_alone():
     model, base, batch = pair("llama")
     batch["labels"][0, 5:] = -100
