@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -315,7 +315,8 @@ class _Graft(L.Callback):
             mask = ParameterMask.of_vector(
                 attribution.levels.map(lambda level: torch.ones_like(level, dtype=torch.bool))
             )
-        shell = _unadapted(model) if attribution.space == "merged" and not self.wanted.sparse else model
+        merged = attribution.space == "merged" and not self.wanted.sparse
+        shell = _unadapted(model) if merged else model
         if point.method not in ("interpolation", "finetune"):
             mask.save(self.folder / MASK, model=model_class(shell), step=self.saved.step)
         card = self._card(told, curve)
@@ -325,6 +326,8 @@ class _Graft(L.Callback):
             atomic_write(self.folder / "README.md", card)
         else:
             state = graft(model, base, mask, factor=point.factor)
+            if merged:
+                _untie(shell, state)
             self.written = write_pretrained(shell, self.folder / MODEL, state=state, tokenizer=tokenizer)
             atomic_write(self.written / "README.md", card)
         store = ResultStore(self.folder / "goldy" / "change_attribution", write=True)
@@ -400,3 +403,14 @@ def _unadapted(model: nn.Module) -> nn.Module:
             "model; use --sparse, or --space adapters"
         )
     return made.merge_and_unload()
+
+
+def _untie(shell: Any, state: Mapping[str, torch.Tensor]) -> None:
+    """Gives the unembedding a weight of its own where adapters of a tied embedding left it with other values."""
+    head = shell.get_output_embeddings() if hasattr(shell, "get_output_embeddings") else None
+    weight = getattr(head, "weight", None)
+    named = shell.named_parameters(remove_duplicate=False)
+    values = [state[name] for name, parameter in named if parameter is weight and name in state]
+    if any(not torch.equal(values[0], value) for value in values[1:]):
+        head.weight = nn.Parameter(head.weight.detach().clone())
+        shell.config.tie_word_embeddings = False
