@@ -411,6 +411,6 @@ def _untie(shell: Any, state: Mapping[str, torch.Tensor]) -> None:
     weight = getattr(head, "weight", None)
     named = shell.named_parameters(remove_duplicate=False)
     values = [state[name] for name, parameter in named if parameter is weight and name in state]
-    if any(not torch.equal(values[0], value) for value in values[1:]):
+    if head is not None and any(not torch.equal(values[0], value) for value in values[1:]):
         head.weight = nn.Parameter(head.weight.detach().clone())
         shell.config.tie_word_embeddings = False

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -8,12 +9,12 @@ import yaml
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from lightning_goldy import GoldyModule
-from lightning_goldy.analysis import apply_change
+from lightning_goldy.analysis import apply_change, change_attribution
+from lightning_goldy.analysis.attribution import graft
 from lightning_goldy.cli import main
 from lightning_goldy.commands.checkpoints import find_base, follow_frozen, read_saved
 from lightning_goldy.commands.graft import Wanted, _unadapted, _untie, graft_checkpoint
 from lightning_goldy.core import CausalLMObjective
-from lightning_goldy.core.architecture.adapters import merged_state
 from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.data import AtlasDataModule
 from lightning_goldy.training.models import build_model, complete_config, write_pretrained
@@ -143,16 +144,20 @@ def test_adapters_of_a_tied_embedding_leave_the_written_model_untied(tmp_path):
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     tied = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, n_positions=16, vocab_size=11, eos_token_id=0))
-    options = {"r": 2, "target_modules": ["wte"], "init_lora_weights": False}
-    model = peft.get_peft_model(tied.eval(), peft.LoraConfig(**options)).eval()
-    shell, state = _unadapted(model), merged_state(model)
+    model = peft.get_peft_model(tied.eval(), peft.LoraConfig(r=2, target_modules=["wte"])).eval()
+    base, ids = copy.deepcopy(model), torch.arange(8)[None] % 11
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += parameter.requires_grad * torch.randn(parameter.shape)
+    found = change_attribution(model, base, [{"input_ids": ids}], nodes=1, shares=[1.0])
+    shell, state = _unadapted(model), graft(model, base, found.mask(1.0))
     _untie(shell, state)
     again = AutoModelForCausalLM.from_pretrained(write_pretrained(shell, tmp_path / "model", state=state)).eval()
-    ids = torch.arange(8)[None] % 11
     assert not again.config.tie_word_embeddings
     torch.testing.assert_close(again(input_ids=ids).logits, model(input_ids=ids).logits)
-    _untie(tied, tied.state_dict())
-    assert tied.config.tie_word_embeddings
+    plain = GPT2LMHeadModel(tied.config)
+    _untie(plain, plain.state_dict())
+    assert plain.lm_head.weight is plain.transformer.wte.weight
 
 
 def test_what_is_wanted_is_one_thing_and_in_range():
