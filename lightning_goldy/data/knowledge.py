@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
@@ -103,6 +103,7 @@ class KnowledgeDataModule(ProbeDataModule):
             self.collateral_pieces = () if collateral is None else _load(collateral).pieces
         except ValueError as error:
             raise ValueError(f"collateral: {error}") from error
+        _tell_shared(self.pieces, self.collateral_pieces)
         self.train_pieces, self.val_pieces, self.probe_pieces = _split(self.pieces, val_share, probe_size, seed)
 
     def prompt(self, piece: KnowledgePiece) -> str:
@@ -144,6 +145,17 @@ def _load(path: str | Path) -> PieceSet:
         left_out = ", ".join(f"{reason}: {count}" for reason, count in found.skipped.items())
         rank_zero_info(f"{found.source}: {len(found.pieces)} pieces; left out: {left_out}")
     return found
+
+
+def _tell_shared(pieces: Sequence[KnowledgePiece], collateral: Sequence[KnowledgePiece]) -> None:
+    """Warns of collateral questions that the finetune asks too: what it does to them is not harm to other text."""
+    asked = {piece.question.strip() for piece in pieces}
+    shared = [piece.question.strip() for piece in collateral if piece.question.strip() in asked]
+    if shared:
+        rank_zero_warn(
+            f"collateral: {len(shared)} of its {len(collateral)} questions are the finetune's own ("
+            f"{shared[0][:60]!r}), so what is measured there is not harm to other text alone: leave them out"
+        )
 
 
 def _split(

@@ -75,6 +75,16 @@ def test_other_questions_are_batches_of_their_own(sums: Path, tmp_path: Path) ->
     assert int((batch["labels"][0] != -100).sum()) == len(" N0") + 1
 
 
+def test_other_questions_that_the_finetune_asks_too_are_told(sums: Path, tmp_path: Path) -> None:
+    rows = [
+        {"question": question, "answer": "2"}
+        for question in ("Who?", KnowledgeDataModule(sums, "bytes").pieces[0].question)
+    ]
+    other = _write(tmp_path / "other.jsonl", rows)
+    with pytest.warns(UserWarning, match=r"collateral: 1 of its 2 questions are the finetune's own"):
+        KnowledgeDataModule(sums, "bytes", probe_size=4, collateral=other)
+
+
 def test_other_questions_that_are_none_are_refused(sums: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no_such"):
         KnowledgeDataModule(sums, "bytes", collateral=tmp_path / "no_such.jsonl")

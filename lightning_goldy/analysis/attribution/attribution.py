@@ -267,6 +267,11 @@ class ChangeAttributionResult(AnalysisResult):
             return "no parameter has changed, so there is nothing to attribute"
         if not self.change:
             return f"the {self.metric} has not changed on these samples, so there is nothing to attribute"
+        if not self.total:
+            return (
+                f"the {self.metric} changed by {self.change:.4g}; INCOMPLETE: its gradient along the change is zero, "
+                "so it tells nothing of what carries that"
+            )
         kinds = {row["group"]: row for row in self._group_rows(kind_of)}
         label, row = max(kinds.items(), key=lambda item: item[1]["contribution"] / self.change)
         low, high = row["share_low"], row["share_high"]

@@ -270,6 +270,19 @@ def test_a_sum_that_is_not_complete_says_by_how_much():
     assert f"INCOMPLETE: the parts miss the change by {found.gap:.2g} of it with 1 nodes" in found.headline()
 
 
+def test_a_metric_without_a_gradient_is_said_to_tell_nothing():
+    model, base, batch = pair("gpt2")
+
+    def jump(model, batch):
+        return (model(input_ids=batch["input_ids"]).logits.sum().abs() * 1e6).floor().detach()
+
+    found = change_attribution(model, base, [batch], metric=jump, nodes=1)
+    assert found.change != 0
+    assert not found.complete
+    assert "its gradient along the change is zero" in found.headline()
+    to_json_line(found.row().result)
+
+
 def test_intervals_are_of_resampled_passages():
     model, base, batch = pair("gpt2")
     found = change_attribution(model, base, [batch], nodes=2)
