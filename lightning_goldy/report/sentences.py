@@ -579,7 +579,7 @@ def answer_by_facts(rows: Sequence[Row]) -> Finding | None:
 def _half_of_facts(row: Row, name: str, count: int) -> float | None:
     """Half of Student's 95 % interval of the mean change of a class of facts, where the row has its error."""
     error = (row["result"].get("errors") or {}).get(name)
-    return float(stdtrit(count - 1, 0.975)) * error if _is_number(error) and count > 1 else None
+    return float(stdtrit(count - 1, 0.975)) * error if error is not None and count > 1 else None
 
 
 def _answer_by_log_probability(row: Row, name: str, change: float | None, count: int) -> Finding | None:
