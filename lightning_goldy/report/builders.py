@@ -401,7 +401,7 @@ class Bars:
         rows: What a bar is, for the tooltips.
         mark: A number at which a dotted rule stands, for example that of chance.
         scale: ``"auto"`` is logarithmic when no number is negative and the largest is over 30 times the smallest
-            positive. Bars then begin at the mark, or at 1, and zeros have none.
+            positive, the mark among them. Bars then begin at the mark, or at 1, and zeros have none.
         colour: Place in the palette, from 0.
         width: None follows the page.
         bar: Height of a bar with its gap.
@@ -437,7 +437,7 @@ def bars(values: Mapping[str, float | None], style: Bars, *, caption: str = "") 
     """
     numbers = _gapped(values.values())
     if style.scale == "auto":
-        known = [number for number in numbers if number]
+        known = [number for number in (*numbers, style.mark) if number]
         decades = bool(known) and min(known) > 0 and max(known) > 30 * min(known)
         style = replace(style, scale="log" if decades else "linear")
     return Figure(_bars_chart(style), {"bars": {"label": list(values), "value": numbers}}, caption)

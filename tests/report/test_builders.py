@@ -136,6 +136,7 @@ def test_a_bar_without_a_number_keeps_its_row_so_that_panels_side_by_side_line_u
     [
         ([230.0, 0.4, 3.0], "log"),
         ([230.0, 0.0, 3.0, None], "log"),
+        ([230.0, 33.0], "log"),
         ([29.0, 1.0], "linear"),
         ([300.0, -1.0], "linear"),
         ([0.0, None], "linear"),
