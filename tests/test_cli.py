@@ -109,6 +109,13 @@ def test_a_misspelt_callback_names_the_nearest(here, capsys):
     assert len(told.splitlines()) == 1
 
 
+def test_a_misspelt_callback_of_the_package_itself_names_the_nearest_callback(here, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit", "--trainer.callbacks+=lightning_goldy.GoldenParametrs"])
+    assert exit_.value.code == 2
+    assert "did you mean lightning_goldy.callbacks.GoldenParameters?" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("words", [["--trainer.callbacks+=TaylorDif"], ["--config", "run.yaml"]])
 def test_a_callback_without_its_path_names_the_path(here, capsys, words):
     callback = {"class_path": "TaylorDif", "init_args": {"n_samples": 3}}

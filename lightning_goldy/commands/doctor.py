@@ -52,6 +52,7 @@ from lightning_goldy.callbacks.preflight import (
     size_in_words,
     time_in_words,
 )
+from lightning_goldy.commands.fit import check_configs
 from lightning_goldy.core.architecture import HeadGates, describe_architecture
 from lightning_goldy.core.files import printable
 from lightning_goldy.core.isolation import preserved
@@ -389,9 +390,12 @@ def _configured(question: Question) -> tuple[list[AnalysisCallback[Any]], Questi
     """The callbacks of the configurations, and what these say of steps, batch size and length."""
     if not question.configs:
         return readers(), question
+    check_configs([f"--config={path}" for path in question.configs])
     specs: list[Any] = []
     told: dict[str, Any] = {}
     for path in question.configs:
+        if not Path(path).expanduser().exists():
+            raise FileNotFoundError(f"--config {path} does not exist; `goldy recipes` lists those of the package")
         try:
             config = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8")) or {}
             trainer, data = (config.get(name) or {} for name in ("trainer", "data"))

@@ -103,11 +103,11 @@ def plain_reason(message: str) -> str:
         message = message.replace(words, meant)
     for place, name in re.findall(r"module '([\w.]+)' has no attribute '(\w+)'", message):
         classes = getattr(resolve_name(place), "__all__", ())
-        message = message.replace(
-            f"module {place!r} has no attribute {name!r}", f"{place} has no {name!r}; {suggestion(name, classes)}"
-        )
+        below = difflib.get_close_matches(name, _callbacks(), n=1) if place == "lightning_goldy" else []
+        meant = f"did you mean lightning_goldy.callbacks.{below[0]}?" if below else suggestion(name, classes)
+        message = message.replace(f"module {place!r} has no attribute {name!r}", f"{place} has no {name!r}; {meant}")
     for name in re.findall(r"Expected a dot import path string: (\w+)\s", message):
-        close = difflib.get_close_matches(name, getattr(resolve_name("lightning_goldy.callbacks"), "__all__", ()), n=1)
+        close = difflib.get_close_matches(name, _callbacks(), n=1)
         meant = f"{name} is no path of a class; did you mean lightning_goldy.callbacks.{''.join(close)}?"
         message = message.replace(f"Expected a dot import path string: {name}", meant) if close else message
     lines = [line.strip().removeprefix("- ").strip() for line in message.split("\n")]
@@ -119,6 +119,10 @@ def plain_reason(message: str) -> str:
     where = ".".join([key, *nested[:1]]) if nested and not key.endswith(nested[0]) else key
     reason = printable(" ".join(told[:1] if len(told) > 1 and "Errors:" in message else told))
     return f"{where}: {reason}" if where and where not in reason else reason
+
+
+def _callbacks() -> Sequence[str]:
+    return getattr(resolve_name("lightning_goldy.callbacks"), "__all__", ())
 
 
 def accepted_options(kind: type) -> list[str]:

@@ -400,6 +400,8 @@ class Bars:
         unit: Title of the axis of the numbers.
         rows: What a bar is, for the tooltips.
         mark: A number at which a dotted rule stands, for example that of chance.
+        scale: ``"auto"`` is logarithmic when no number is negative and the largest is over 30 times the smallest
+            positive, the mark among them. Bars then begin at the mark, or at 1, and zeros have none.
         colour: Place in the palette, from 0.
         width: None follows the page.
         bar: Height of a bar with its gap.
@@ -410,6 +412,7 @@ class Bars:
     unit: str
     rows: str = "block"
     mark: float | None = None
+    scale: Literal["auto", "linear", "log"] = "linear"
     colour: int = 0
     width: float | None = None
     bar: float = 18
@@ -433,6 +436,10 @@ def bars(values: Mapping[str, float | None], style: Bars, *, caption: str = "") 
         [2.0, None]
     """
     numbers = _gapped(values.values())
+    if style.scale == "auto":
+        known = [number for number in (*numbers, style.mark) if number]
+        decades = bool(known) and min(known) > 0 and max(known) > 30 * min(known)
+        style = replace(style, scale="log" if decades else "linear")
     return Figure(_bars_chart(style), {"bars": {"label": list(values), "value": numbers}}, caption)
 
 
@@ -441,11 +448,23 @@ def _bars_chart(style: Bars) -> Spec:
     alt = require("altair")
     base = alt.Chart(alt.NamedData("bars"))
     axis = alt.Axis(labels=style.labels, ticks=False, domain=False)
-    marks = base.mark_bar().encode(
-        x=alt.X("value:Q", title=style.unit, axis=alt.Axis(format=_TICKS, tickCount=5)),
-        y=alt.Y("label:N", sort=None, title=None, axis=axis),
-        color=_palette_colour(style.colour),
-        tooltip=tips(("label:N", style.rows), ("value:Q", style.unit, _EXACT)),
+    log = style.scale == "log"
+    spread = {"scale": alt.Scale(type="log", nice=False)} if log else {}
+    onwards = alt.Axis(format=_TICKS, tickCount=5, gridOpacity=_FAINT[log], labelOverlap="greedy", labelSeparation=8)
+    # A logarithm has no zero for bars to begin at. A bar of no length keeps its row, so that neighbours line up.
+    start = (1.0 if style.mark is None else style.mark) if log else 0.0
+    known = "datum.value > 0" if log else "isValid(datum.value)"
+    begin = {"x2": alt.datum(start)} if log else {}
+    marks = (
+        base.transform_calculate(end=f"{known} ? datum.value : {start}")
+        .mark_bar()
+        .encode(
+            x=alt.X("end:Q", title=style.unit, axis=onwards, **spread),
+            y=alt.Y("label:N", sort=None, title=None, axis=axis),
+            **begin,
+            color=_palette_colour(style.colour),
+            tooltip=tips(("label:N", style.rows), ("value:Q", style.unit, _EXACT)),
+        )
     )
     layers = [marks]
     if style.mark is not None:

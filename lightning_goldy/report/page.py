@@ -407,6 +407,7 @@ def _named_settings(settings: Mapping[str, str]) -> tuple[str, str]:
         model = options.get("model", model) if isinstance(options, Mapping) else model
         if isinstance(model, Mapping):
             model = model.get("class_path") or model.get("model_type") or ""
+        model, module = ("" if value in ("null", "~") else value for value in (model, module))
         base = base or "/".join(Path(str(model or told.get("goldy/base") or "")).parts[-2:])
         name = module.get("class_path") if isinstance(module, Mapping) else module
         data = data or str(name or "").rpartition(".")[2] or str(told.get("goldy/data") or "")

@@ -285,6 +285,9 @@ def read_run(run_directory: str | os.PathLike[str]) -> Run:
             analyses.append(rows)
     if not analyses:
         raise ReportError(f"{goldy}: no results.jsonl in its folders has a row; nothing has been analysed yet")
+    # A run that was killed in an analysis leaves the folders of those that were still to come.
+    begun = sorted(path.parent for path in goldy.glob("*/.run.json"))
+    notes += [f"{path.name} has not written a result yet." for path in begun if not (path / "results.jsonl").exists()]
     analyses.sort(key=lambda rows: (position_of(rows.analysis), rows.name))
     training = read_curves(goldy.parent)
     files = [goldy.parent / name for name in ("config.yaml", "hparams.yaml")]

@@ -98,7 +98,7 @@ def _told_of_graft(point: Mapping[str, Any], metric: str, *, enough: bool) -> st
             "no more than all of them beyond noise" if alike else "more than all of them, as the others work against it"
         )
         return f"{elements} recover {much} {where}, {more}"
-    return f"{elements} {'recover' if enough else 'recover no more than'} {much} {where}"
+    return f"{elements} recover {much} {where}{'' if enough else ', the most of the shares tried'}"
 
 
 def _doubts_of_graft(graft: Mapping[str, Any], point: Mapping[str, Any], chance: float | None) -> list[str]:
@@ -553,7 +553,12 @@ def answer_by_facts(rows: Sequence[Row]) -> Finding | None:
         if after > before:
             words = f"{_percent(after)} of the {name} facts are known, up from {_percent(before)}"
     yet = "yet " if change is not None and (after - before) * change < 0 and not low <= before <= high else ""
-    more = "" if change is None else f"; {yet}their log probability moved by {change:+.3g} nats on average"
+    more, half = "", _half_of_facts(row, name, count)
+    if change is not None and half is not None and abs(change) <= half:
+        more = f"; their log probability has not moved beyond noise ({change:+.3g} nats)"
+    elif change is not None:
+        within = "" if half is None else f" [{change - half:+.3g}, {change + half:+.3g}]"
+        more = f"; {yet}their log probability moved by {change:+.3g}{within} nats on average"
     doubts = [f"only {count} {name} facts"] if count < _FEW_SAMPLES else []
     known = round(before * count)
     if after <= before and known < _FEW_SAMPLES <= count:
@@ -571,16 +576,21 @@ def answer_by_facts(rows: Sequence[Row]) -> Finding | None:
     )
 
 
+def _half_of_facts(row: Row, name: str, count: int) -> float | None:
+    """Half of Student's 95 % interval of the mean change of a class of facts, where the row has its error."""
+    error = (row["result"].get("errors") or {}).get(name)
+    return float(stdtrit(count - 1, 0.975)) * error if error is not None and count > 1 else None
+
+
 def _answer_by_log_probability(row: Row, name: str, change: float | None, count: int) -> Finding | None:
     if change is None or not name:
         return None
-    error = (row["result"].get("errors") or {}).get(name)
+    half = _half_of_facts(row, name, count)
     sentence = f"The log probability of the {name} facts moved by {change:+.3g} nats on average."
     doubts = [f"only {count} {name} facts"] if count < _FEW_SAMPLES else []
-    if error is None or count < 2:
+    if half is None:
         told = f"over {count} facts; no interval"
         return Finding(sentence, told, "0 without training", ("no interval", *doubts, *_marks(row)))
-    half = float(stdtrit(count - 1, 0.975)) * error
     if abs(change) <= half:
         sentence = f"The log probability of the {name} facts has not moved beyond noise ({change:+.3g} nats)."
         doubts.append("the interval includes 0")
@@ -686,7 +696,7 @@ def answer_by_sweep(rows: Sequence[Row]) -> Finding | None:
             sentence += f", {statistics.fmean(chance) - mean:.3g} less than random heads"
     if len(costs[best]) < 2:
         return Finding(f"{sentence}.", "one seed, no interval", null, (*doubts, "one seed"))
-    doubts += ["the interval includes 0"] if mean < 0 <= high else []
+    doubts += ["the interval includes 0"] if low <= 0 <= high else []
     told = f"95 % interval {low:+.3g} to {high:+.3g} nats over {len(costs[best])} seeds"
     return Finding(f"{sentence}.", told, null, tuple(doubts))
 

@@ -29,6 +29,7 @@ from lightning_goldy.report.sentences import (
     interval_of_mean,
     interval_of_share,
 )
+from lightning_goldy.report.topics.attribution import places_caption
 from tests.report.heads_rows import plasticity_row, sweep_row
 
 Row = dict[str, Any]
@@ -83,7 +84,10 @@ def test_a_share_is_doubted_for_chance_few_samples_and_a_wide_interval() -> None
 def test_where_no_share_recovers_the_effect_the_most_is_told() -> None:
     points = (point("attribution", 0.1, 0.4), point("attribution", 0.2, 0.6), point("attribution", 0.5, None))
     finding = told(answer_by_attribution([attribution_row(*points, share=None)]))
-    assert finding.sentence.startswith("20 % of the elements recover no more than 60 % of the change in loss")
+    assert finding.sentence.startswith(
+        "20 % of the elements recover 60 % of the change in loss on samples that did not score, "
+        "the most of the shares tried; "
+    )
 
 
 def test_an_attribution_without_held_out_samples_or_without_effect_says_so() -> None:
@@ -362,7 +366,7 @@ def test_heads_of_a_sweep_against_random_ones() -> None:
             run["cost"] = 0.3
     alike = told(answer_by_sweep([row]))
     assert "no less than random heads beyond the seeds' noise" in alike.sentence
-    assert alike.doubts == ("it is within the range of random heads",)
+    assert alike.doubts == ("it is within the range of random heads", "the interval includes 0")
 
 
 def test_one_run_of_head_plasticity_has_no_null() -> None:
@@ -538,7 +542,7 @@ def test_random_heads_that_were_drawn_once_are_doubted() -> None:
     runs += [{"level": 0.5, "strategy": "taylor", "cost": 0.2}, {"level": 0.9, "strategy": "taylor", "cost": math.nan}]
     finding = told(answer_by_sweep([row_of({}, {"runs": runs})]))
     assert finding.sentence.startswith("Closing 50 % of the heads by taylor costs +0.15 nats")
-    assert finding.doubts == ("random heads were drawn once",)
+    assert finding.doubts == ("random heads were drawn once", "the interval includes 0")
 
 
 def test_numbers_that_are_none_are_told_in_no_sentence() -> None:
@@ -618,7 +622,12 @@ def test_a_part_without_a_known_size_and_ends_of_contributions_alone() -> None:
             None,
         ),
         (1.02, 0.1, "20 % of the elements recover 102 % of {}, no more than all of them beyond noise; ", None),
-        (0.3, 0.4, "20 % of the elements recover no more than 30 % of {}; ", "the interval includes 0"),
+        (
+            0.3,
+            0.4,
+            "20 % of the elements recover 30 % of {}, the most of the shares tried; ",
+            "the interval includes 0",
+        ),
         (-0.1, 0.05, "No share of the elements that was tried recovers {}; 20 % of the elements make -10 % of", ""),
     ],
 )
@@ -682,6 +691,26 @@ def test_what_a_circuit_keeps_outside_of_a_share(kept: float, ends: list[float],
     assert undefined.sentence == "What a circuit of 10 of 100 edges keeps of the behaviour is undefined."
 
 
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (0.1, "; their log probability moved by -0.3 [-0.498, -0.102] nats on average."),
+        (0.2, "; their log probability has not moved beyond noise (-0.3 nats)."),
+        (None, "; their log probability moved by -0.3 nats on average."),
+    ],
+)
+def test_the_log_probability_beside_facts_tells_no_more_than_its_interval(error: float | None, words: str) -> None:
+    metrics = {"exact_before/untouched": 0.9, "exact/untouched": 0.6, "measured_change/untouched": -0.3}
+    finding = told(answer_by_facts([row_of(metrics, {"classes": {"untouched": 98}, "errors": {"untouched": error}})]))
+    assert finding.sentence.endswith(words)
+
+
+def test_a_cost_of_heads_is_doubted_where_its_interval_includes_nothing() -> None:
+    costs = {"taylor": (0.05, 0.4), "random": (1.0, 1.2)}
+    runs = [{"level": 0.5, "strategy": name, "cost": cost} for name, values in costs.items() for cost in values]
+    assert told(answer_by_sweep([row_of({}, {"runs": runs})])).doubts == ("the interval includes 0",)
+
+
 def test_facts_that_contradict_their_probability_say_yet() -> None:
     metrics = {"exact_before/untouched": 0.5, "exact/untouched": 0.82, "measured_change/untouched": -0.3}
     finding = told(answer_by_facts([row_of(metrics, {"classes": {"untouched": 98}})]))
@@ -718,3 +747,14 @@ def test_heads_that_cost_more_than_random_ones_or_nothing(own: Any, chance: Any,
 def test_a_bound_that_is_missing_is_told_by_the_volume() -> None:
     finding = told(answer_by_volume([volume_row([-5.0, -6.0], 0, lower_bound=None)]))
     assert "a log volume of at least -5 nats" in finding.sentence
+
+
+def test_the_caption_of_a_small_kind_does_not_say_that_it_has_nothing() -> None:
+    kinds = [
+        {"group": "norm", "contribution": -0.0024, "elements": 0.0026, "share_low": 0.0017, "share_high": 0.0031},
+        {"group": "mlp", "contribution": -0.9976, "elements": 0.9974, "share_low": None, "share_high": None},
+    ]
+    assert places_caption({"result": {"total": -1.0, "kinds": kinds}}) == (
+        "Contributions add up to the change of the metric. mlp 100% of it with 100% of the elements; "
+        "norm 0.24% [0.17%, 0.31%] of it with 0.26% of the elements."
+    )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -115,6 +116,40 @@ def test_thirty_layers_of_sixteen_heads_fit_and_panels_share_a_range() -> None:
     width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))
     assert width < 1160
     assert 2 * 30 * 13 < height < 1200
+
+
+def drawn_labels(figure):
+    import vl_convert
+
+    return set(re.findall(r">([^<>]+)</text>", vl_convert.vegalite_to_svg(figure.spec())))
+
+
+def test_a_bar_without_a_number_keeps_its_row_so_that_panels_side_by_side_line_up() -> None:
+    for style in (Bars("share"), Bars("over chance", mark=1.0, scale="log")):
+        assert drawn_labels(bars({"h.0": 1.5, "h.1": None, "h.2": math.nan, "h.3": 3.0}, style)) >= {
+            *("h.0", "h.1", "h.2", "h.3")
+        }
+
+
+@pytest.mark.parametrize(
+    ("numbers", "kind"),
+    [
+        ([230.0, 0.4, 3.0], "log"),
+        ([230.0, 0.0, 3.0, None], "log"),
+        ([230.0, 33.0], "log"),
+        ([29.0, 1.0], "linear"),
+        ([300.0, -1.0], "linear"),
+        ([0.0, None], "linear"),
+        ([], "linear"),
+    ],
+)
+def test_bars_that_span_decades_are_on_a_logarithmic_axis_and_begin_at_the_mark(numbers, kind) -> None:
+    figure = bars({f"h.{place}": number for place, number in enumerate(numbers)}, Bars("", mark=1.0, scale="auto"))
+    encoding = figure.bare()["layer"][0]["encoding"]
+    assert encoding["x"].get("scale", {"type": "linear"})["type"] == kind
+    assert encoding.get("x2") == ({"datum": 1.0} if kind == "log" else None)
+    assert drawn_labels(figure) >= {f"h.{place}" for place in range(len(numbers))}
+    assert figure.png().startswith(PNG)
 
 
 def test_bars_and_histograms_and_clouds_are_drawn() -> None:

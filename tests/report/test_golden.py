@@ -239,6 +239,11 @@ def test_the_shape_of_the_change_has_a_panel_for_each_column():
     assert [figure.data[f"bars_{place}"]["value"] for place in range(3)] == [[3.5, 2.0], [3.0, 3.0], [0.0, 0.0]]
     titles = [panel["layer"][0]["encoding"]["x"]["title"] for panel in figure.bare()["concat"]]
     assert titles == ["stable rank", "alignment over chance", "histogram drift, nats", "intruders, share"]
+    row["result"]["tensors"].append(tensor | {"block": "wte", "alignment_over_chance": 12000.0})
+    (axis,) = (
+        panel["layer"][0]["encoding"]["x"]["scale"] for panel in chart_parameter_distribution(row).bare()["concat"][1:2]
+    )
+    assert axis["type"] == "log"
     assert figure.png().startswith(PNG)
     with pytest.raises(ReportError, match="'numel'"):
         chart_parameter_distribution({"result": {"tensors": [{"block": "h.0", "stable_rank": 1.0}]}})

@@ -126,6 +126,25 @@ def test_an_analysis_without_a_result_yet_is_told(run: Path, write_rows: Write, 
     assert "basin_volume has not written a result yet." in page_of(run).text("p")
 
 
+def test_analyses_that_a_killed_run_had_still_to_make_are_named(run: Path, page_of: PageOf) -> None:
+    for name in ("taylor_diff", "golden_parameters"):
+        (run / "goldy" / name).mkdir(exist_ok=True)
+        (run / "goldy" / name / ".run.json").write_text("{}")
+    told = page_of(run).text("p")
+    assert "taylor_diff has not written a result yet." in told
+    assert "golden_parameters has not written a result yet." not in told
+
+
+def test_a_base_that_the_settings_leave_out_is_told_by_the_run(run: Path, page_of: PageOf) -> None:
+    (run / "hparams.yaml").write_text(
+        "model: null\ndata: null\ngoldy/base: GPT2LMHeadModel\ngoldy/data: data loaders\n"
+    )
+    page = page_of(run)
+    told = dict(zip(page.text("dt"), page.text("dd"), strict=True))
+    assert told["Base"] == "GPT2LMHeadModel"
+    assert "data: data loaders" in told["Run"] or "data: data loaders" in page.text("small")
+
+
 def test_nothing_to_report_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ReportError, match=r"run directory .*nowhere does not exist"):
         write_report(tmp_path / "nowhere")

@@ -171,8 +171,9 @@ def chart_parameter_distribution(row: Row) -> Figure:
     """
     panels = []
     for place, (column, label) in enumerate(PANELS.items()):
-        chance = 1.0 if column == "alignment_over_chance" else None
-        panels.append(bars(by_block(row, column), Bars(label, colour=place, labels=place == 0, mark=chance)))
+        # The embeddings' number may be hundreds of times a block's.
+        ratio: dict[str, Any] = {"mark": 1.0, "scale": "auto"} if column == "alignment_over_chance" else {}
+        panels.append(bars(by_block(row, column), Bars(label, colour=place, labels=place == 0, **ratio)))
     return arrange(panels, columns=len(panels), width=600, caption=distribution_caption(row))
 
 
