@@ -596,7 +596,7 @@ def _add_doctor(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("model", metavar="MODEL", nargs="?", help="a folder of save_pretrained, or a hub name")
     whose = "whose callbacks are planned (default: all that only look)"
-    parser.add_argument("--config", metavar="FILE", action="append", default=[], help=whose)
+    parser.add_argument("--config", "--recipe", metavar="FILE", action="append", default=[], help=whose)
     parser.add_argument("--shape", metavar="NAME", help="in the place of a model: 1b, 8b or 70b of the Llama family")
     parser.add_argument("--meta", action="store_true", help="read the model's configuration alone")
     parser.add_argument("--steps", type=int, metavar="N", help="of the run (default: 1000)")

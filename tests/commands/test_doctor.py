@@ -54,7 +54,7 @@ def test_a_model_is_tried_and_the_configured_callbacks_are_planned(folder, capsy
 @pytest.mark.parametrize("meta", [[], ["--meta"]], ids=["timed", "meta"])
 def test_the_forecast_is_of_what_a_budget_leaves(folder, capsys, meta):
     (folder / "run.yaml").write_text(OVERLAY.replace("n_samples: 6, every_n_steps: 10", "n_samples: 16, budget: 1e-5"))
-    assert main(["doctor", "model", "--config", "run.yaml", "--length", "16", *meta]) == 0
+    assert main(["doctor", "model", "--recipe", "run.yaml", "--length", "16", *meta]) == 0
     told = capsys.readouterr().out
     assert re.search(r"golden_parameters: n_samples=\d+, by its budget", told)
     (line,) = [line for line in told.splitlines() if line.strip().startswith("golden_parameters ")]
