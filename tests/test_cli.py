@@ -73,7 +73,7 @@ def test_help_fits_on_one_screen_and_tells_every_command_once(capsys):
         (["recipes", "list", "--zzz"], "unrecognized arguments: --zzz\n"),
         (["fit", "--trainer.max_stepz", "3"], "--trainer.max_stepz 3; did you mean --trainer.max_steps?"),
         (["--hlep"], "unrecognized arguments: --hlep; did you mean --help?"),
-        (["doctor", "m", "--recip", "x"], "unrecognized arguments: --recip x\n"),
+        (["doctor", "m", "--quux", "x"], "unrecognized arguments: --quux x\n"),
     ],
 )
 def test_a_misspelt_word_names_the_nearest(capsys, words, told):
