@@ -20,6 +20,8 @@ from lightning_goldy.core.files import finite
 
 EVERYTHING = "all"
 """Names the agreement over all classes."""
+FEWEST = 6
+"""Values from which on a bootstrap over them can be a 95 % interval; see :func:`too_few`."""
 _RESAMPLES = 1000
 # Steps of the tables of binomial tails, products worked on at a time.
 _STEPS, _PIECE = 1 << 13, 1 << 20
@@ -245,6 +247,35 @@ def interval_of(values: Tensor) -> tuple[float, float]:
     """The middle 95 % of resampled values."""
     low, high = torch.nanquantile(values, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
+
+
+def too_few(count: int, named: str) -> str:
+    r"""Why a bootstrap over so few values is no 95 % interval; nothing from :data:`FEWEST` on.
+
+    .. math:: P\big(\min_i x_i \le \mathrm{median} \le \max_i x_i\big) = 1 - 2^{1 - n} \ge 0.95
+        \iff n \ge 6
+
+    What is resampled, a mean or a ratio of sums with one sign below, lies between the smallest and the largest value.
+    Where values scatter alike to both sides, so that the mean is the median, even that whole range encloses it for
+    fewer than six of them less often than 95 times in a hundred, and two values that happen to agree make a width of 0.
+
+    Args:
+        count: Values that are resampled.
+        named: What they are, in the plural.
+
+    Source: the sign test's interval of a median (Thompson 1936, Annals of Mathematical Statistics 7).
+
+    Example:
+        >>> too_few(2, "held-out samples")
+        'only 2 held-out samples, and below 6 not even their whole range is a 95 % interval'
+        >>> too_few(6, "held-out samples")
+        ''
+    """
+    if count >= FEWEST:
+        return ""
+    if count < 2:
+        return f"of a single one of the {named} there is no interval"
+    return f"only {count} {named}, and below {FEWEST} not even their whole range is a 95 % interval"
 
 
 def row_column_null(votes: Tensor, n_samples: int, needed: int) -> float:

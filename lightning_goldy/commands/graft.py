@@ -259,6 +259,11 @@ class _Graft(L.Callback):
             return self.point, self.found.curve
         return self.again.of(self.point.method)[0], self.again
 
+    def _doubts(self) -> list[str]:
+        """Why the intervals that are told are none."""
+        curve = self.reported[1]
+        return [doubt for doubt in (curve.weak, curve.harm_weak) if doubt]
+
     def _source(self) -> str:
         """Which samples tell what the graft recovers."""
         if self.wanted.keep is not None:
@@ -288,15 +293,15 @@ class _Graft(L.Callback):
         headings = ("method", "elements", "times", "recovered", "harm, nats", "frontier")
         console.print(console_table("Grafts on held-out samples; * is written", headings, rows))
         print(printable(self.found.headline()))
-        told, _ = self.reported
+        told = self.reported[0]
         if told.recovered is not None:
             harm = (
                 ""
                 if told.harm is None
                 else f", harm {told.harm:+.4f} nats{_interval(told.harm_low, told.harm_high, '+.4f')}"
             )
-            span = _interval(told.low, told.high, ".1%")
-            print(printable(f"the graft recovers {told.recovered:.1%}{span}{harm}, on {self._source()}"))
+            span, weak = _interval(told.low, told.high, ".1%"), "".join(f"; WEAK: {doubt}" for doubt in self._doubts())
+            print(printable(f"the graft recovers {told.recovered:.1%}{span}{harm}, on {self._source()}{weak}"))
         print(printable(f"graft: {self.written}"))
 
     def _write(self, model: nn.Module, base: BaseParameters, tokenizer: Any) -> None:
@@ -321,7 +326,7 @@ class _Graft(L.Callback):
             mask.save(self.folder / MASK, model=model_class(shell), step=self.saved.step)
         card = self._card(told, curve)
         if self.wanted.sparse:
-            note = {key: finite(value) for key, value in vars(told).items()}
+            note = {key: finite(value) for key, value in vars(told).items()} | {"weak": self._doubts()}
             self.written = save_change(self.folder / CHANGE, model, base, mask, note=note)
             atomic_write(self.folder / "README.md", card)
         else:
@@ -331,7 +336,8 @@ class _Graft(L.Callback):
             self.written = write_pretrained(shell, self.folder / MODEL, state=state, tokenizer=tokenizer)
             atomic_write(self.written / "README.md", card)
         store = ResultStore(self.folder / "goldy" / "change_attribution", write=True)
-        more = {"checkpoint": str(self.saved.path), "base": self.base_source, "reported": finite(vars(told))}
+        more = {"checkpoint": str(self.saved.path), "base": self.base_source}
+        more["reported"] = finite(vars(told)) | {"weak": self._doubts()}
         row = self.found.row().extended(result=more)
         store.append(row.at(name="change_attribution", step=self.saved.step or 0, trigger="checkpoint"))
         assert self.found.curve is not None
@@ -340,6 +346,7 @@ class _Graft(L.Callback):
             "taken": vars(point),
             "reported": vars(told),
             "on": f"{curve.n_held_out} {self._source()}",
+            "weak": self._doubts(),
             "points": list(self.found.curve.points),
         }
         atomic_write(self.folder / "summary.json", json.dumps(finite(summary), indent=2) + "\n")
@@ -367,7 +374,7 @@ class _Graft(L.Callback):
         if point.recovered is not None:
             interval = _interval(point.low, point.high, ".1%")
             recovered = f"{point.recovered:.1%}{interval} of the effect on {curve.n_held_out} held-out samples{others}"
-        asked = ""
+        asked, weak = "", "".join(f"- WEAK: {doubt}\n" for doubt in self._doubts())
         if self.wanted.keep is None:
             assert self.point is not None
             wish = f"at least {self.wanted.recover or 0:.1%} of the effect"
@@ -380,7 +387,7 @@ class _Graft(L.Callback):
             f"- recovers: {recovered} (loss {format_number(point.value)}; base {format_number(curve.base_value)}, "
             f"finetune {format_number(curve.value)} nats)\n"
             f"- harm to other text: {harm}\n"
-            f"- measured on: {self._source()}\n{asked}"
+            f"- measured on: {self._source()}\n{weak}{asked}"
         )
 
 

@@ -59,7 +59,9 @@ def answer_by_attribution(rows: Sequence[Row]) -> Finding | None:
         return None
     if effect == 0:
         return Finding(f"No parameter carries anything: the {metric} has not changed on the samples that score.")
-    doubts = [] if result.get("complete", True) else [f"the parts miss the change by {_percent(_metric(row, 'gap'))}"]
+    cause = f", for {result['cause']}" if result.get("cause") else ""
+    missed = f"the parts miss the change by {_percent(_metric(row, 'gap'))}{cause}"
+    doubts = [*([] if result.get("complete", True) else [missed]), *filter(None, [result.get("weak")])]
     place = _largest_part(result, effect)
     points = [point for point in graft.get("points", ()) if point["method"] == "attribution"]
     points = [point for point in points if _is_number(point.get("recovered"))]
@@ -104,7 +106,7 @@ def _told_of_graft(point: Mapping[str, Any], metric: str, *, enough: bool) -> st
 def _doubts_of_graft(graft: Mapping[str, Any], point: Mapping[str, Any], chance: float | None) -> list[str]:
     doubts = []
     if graft.get("n_held_out", 0) < _FEW_SAMPLES:
-        doubts.append(f"only {graft.get('n_held_out', 0)} held-out samples")
+        doubts.append(graft.get("weak") or f"only {graft.get('n_held_out', 0)} held-out samples")
     low, high = point.get("low"), point.get("high")
     if low is None or high is None:
         return [*doubts, "no interval"]
@@ -141,10 +143,12 @@ def _largest_part(result: Mapping[str, Any], effect: float) -> str:
         return f"where it sits is within noise; {named}, {size}, have {much} of it"
     if ends is not None and ends[1] - ends[0] > 1:
         return f"where it sits is open, for the interval is wider than the effect; {named}, {size}, have {much} of it"
-    if share > 1 and (ends is None or ends[0] <= 1):
-        return f"{much} of it sits in {named}, {size}: perhaps all, and the others add nothing beyond noise"
-    if share > 1:
-        return f"{much} of it sits in {named}, {size}: more than all, and the others work against it"
+    if share >= 1.005:
+        # Of one sum, in which parts of opposite sign cancel; of all such samples only as far as the interval tells.
+        told = f"{named}, {size}, make {much} of it, and the others take {_percent(share - 1)} back: parts cancel"
+        if ends is None:
+            return f"{told}, as far as can be told without an interval"
+        return told if ends[0] > 1 else f"{told}, perhaps by noise alone"
     told = f"{much} of it sits in {named}, {size}"
     as_large = ends is not None and _is_number(kind.get("elements")) and ends[0] <= kind["elements"]
     return f"{told}, no more than their number tells" if as_large else told
@@ -634,7 +638,7 @@ def answer_by_harm(rows: Sequence[Row]) -> Finding | None:
         verb = "has not changed"
     doubts = ["the interval includes 0"] if noise else [] if ends else ["no interval"]
     if graft.get("n_collateral", 0) < _FEW_SAMPLES:
-        doubts.append(f"only {graft.get('n_collateral', 0)} samples of other text")
+        doubts.append(graft.get("harm_weak") or f"only {graft.get('n_collateral', 0)} samples of other text")
     told = f"over {graft.get('n_collateral', 0)} samples"
     told = f"95 % interval {ends[0]:+.3g} to {ends[1]:+.3g} nats {told}" if ends else f"{told}; no interval"
     return Finding(f"The loss on other text {verb}.", told, "0 without training", (*doubts, *_marks(row)))

@@ -12,7 +12,14 @@ import torch
 from scipy import stats
 
 from lightning_goldy.analysis import activation_differences, attention_statistics, taylor_diff
-from lightning_goldy.analysis.agreement import correlation_interval, ratio_interval
+from lightning_goldy.analysis.agreement import (
+    FEWEST,
+    correlation_interval,
+    interval_of,
+    ratio_interval,
+    resampled,
+    too_few,
+)
 from lightning_goldy.analysis.ripple.ripple import RippleResult
 from lightning_goldy.core import ParameterVector
 from tests.analysis.taylor.test_taylor import moved
@@ -127,3 +134,20 @@ def test_the_correlation_of_ripples(n_edits: int) -> None:
     low, high = around(math.atanh(whole), [math.atanh(value) for value in left])
     assert told["over"] == ("3 edits" if n_edits == 3 else "6 pieces")
     assert told["spearman"] == pytest.approx([math.tanh(low), math.tanh(high)])
+
+
+@pytest.mark.parametrize("count", range(2, 9))
+def test_the_whole_range_of_too_few_values_covers_less_often_than_it_says(count: int) -> None:
+    closed = 1 - 2.0 ** (1 - count)
+    assert (closed < 0.95) == (count < FEWEST)
+    values = torch.from_numpy(np.random.default_rng(count).normal(size=(4000, count)))
+    covers = (values.min(1).values <= 0) & (values.max(1).values >= 0)
+    assert float(covers.double().mean()) == pytest.approx(closed, abs=0.02)
+    for row in values[:20]:
+        low, high = interval_of(resampled(count) @ row / count)
+        assert float(row.min()) - 1e-12 <= low <= high <= float(row.max()) + 1e-12
+    assert bool(too_few(count, "samples")) == (count < FEWEST)
+
+
+def test_a_single_value_has_no_interval() -> None:
+    assert too_few(1, "held-out samples") == "of a single one of the held-out samples there is no interval"

@@ -575,6 +575,7 @@ def test_where_an_effect_sits_is_no_finding_when_nothing_else_was_trained() -> N
 
 
 MLP = "the mlp parameters, 30 % of all"
+BACK = f"T{MLP[1:]}, make {{}} of it, and the others take {{}} back: parts cancel"
 
 
 @pytest.mark.parametrize(
@@ -586,10 +587,11 @@ MLP = "the mlp parameters, 30 % of all"
             1.2,
             0.9,
             1.7,
-            f"120 % [90 %, 170 %] of it sits in {MLP}: perhaps all, and the others add nothing beyond noise",
+            f"{BACK.format('120 % [90 %, 170 %]', '20 %')}, perhaps by noise alone",
         ),
-        (1.5, 1.2, 1.9, f"150 % [120 %, 190 %] of it sits in {MLP}: more than all, and the others work against it"),
-        (1.2, None, None, f"120 % of it sits in {MLP}: perhaps all, and the others add nothing beyond noise"),
+        (1.5, 1.2, 1.9, BACK.format("150 % [120 %, 190 %]", "50 %")),
+        (2.31, None, None, f"{BACK.format('231 %', '131 %')}, as far as can be told without an interval"),
+        (1.004, 1.0, 1.01, f"100 % [100 %, 101 %] of it sits in {MLP}"),
         (1.2, 0.88, 2.24, f"{{}}; {MLP}, have 120 % [88 %, 224 %] of it"),
         (8.7e14, 8e14, 9e14, f"{{}}; {MLP}, have 8.7e+16 % [8e+16 %, 9e+16 %] of it"),
         (0.2, -0.1, 0.5, f"Where it sits is within noise; {MLP}, have 20 % [-10 %, 50 %] of it"),

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.agreement import interval_of, per_sample, resampled
+from lightning_goldy.analysis.agreement import interval_of, per_sample, resampled, too_few
 from lightning_goldy.analysis.attribution.path import ChangePath, Measure, Metric, MetricName, Passage, passages
 from lightning_goldy.analysis.attribution.units import (
     UnitGroup,
@@ -85,6 +85,7 @@ class ChangeAttributionResult(AnalysisResult):
         space: ``merged`` or ``adapters``; None of a model without adapters.
         cost: Passes of the model.
         passages: What the change is of each passage.
+        cause: Why the sum cannot be complete, and what to do, where that is known.
     """
 
     analysis: ClassVar[str] = "change_attribution"
@@ -109,6 +110,7 @@ class ChangeAttributionResult(AnalysisResult):
     space: str | None = None
     cost: Cost = field(default=Cost(), compare=False)
     passages: dict[str, Any] | None = field(default=None, compare=False)
+    cause: str = ""
 
     @property
     def change(self) -> float:
@@ -129,6 +131,11 @@ class ChangeAttributionResult(AnalysisResult):
     def complete(self) -> bool:
         """Whether the gap is within the tolerance."""
         return self.gap is None or self.gap <= self.tolerance
+
+    @property
+    def weak(self) -> str:
+        """Why intervals over the passages are none; nothing where there are enough."""
+        return too_few(len(self.weights), "passages")
 
     @property
     def by_tensor(self) -> dict[str, float]:
@@ -227,6 +234,8 @@ class ChangeAttributionResult(AnalysisResult):
             "n_samples": self.n_samples,
             **({} if self.passages is None else {"per_sample": {"effect": self.passages}}),
             "n_passages": len(self.weights),
+            **({"weak": self.weak} if self.weak else {}),
+            **({"cause": self.cause} if self.cause else {}),
             "total": self.total,
             "tensors": tensors,
             "blocks": self._group_rows(block_of),
@@ -273,19 +282,26 @@ class ChangeAttributionResult(AnalysisResult):
                 "so it tells nothing of what carries that"
             )
         kinds = {row["group"]: row for row in self._group_rows(kind_of)}
-        label, row = max(kinds.items(), key=lambda item: item[1]["contribution"] / self.change)
+        label, row = max(kinds.items(), key=lambda item: item[1]["contribution"] / self.total)
         low, high = row["share_low"], row["share_high"]
         interval = f"[{low:.0%}, {high:.0%}]" if len(self.weights) > 1 else "(no interval: one passage)"
-        whole = (
-            ""
-            if self.complete
-            else f"; INCOMPLETE: the parts miss the change by {self.gap:.2g} of it with {self.n_nodes} nodes"
-        )
-        return (
-            f"the {self.metric} changed by {self.change:.4g}: {row['contribution'] / self.total:.0%} "
-            f"{interval} of it sits in {label} parameters, which are {row['elements']:.0%} of all"
-            f"{whole}{self._told_parts()}"
-        )
+        share, size = row["contribution"] / self.total, f"which are {row['elements']:.0%} of all"
+        place = f"{share:.0%} {interval} of it sits in {label} parameters, {size}"
+        if share >= 1.005:
+            place = (
+                f"{label} parameters, {size}, make {share:.0%} {interval} of it, of which the others take "
+                f"{share - 1:.0%} back, for parts of opposite sign cancel"
+            )
+        return f"the {self.metric} changed by {self.change:.4g}: {place}{self._told_gap()}{self._told_parts()}"
+
+    def _told_gap(self) -> str:
+        """What must be known before the parts are believed."""
+        weak = f"; WEAK: {self.weak}" if self.weak else ""
+        if self.complete:
+            return weak
+        cause = f", for {self.cause}" if self.cause else ""
+        told = f"the parts miss the change by {self.gap:.2g} of it with {self.n_nodes} nodes{cause}"
+        return f"; INCOMPLETE: {told}{weak}"
 
     def _told_parts(self) -> str:
         alone = "" if self.interaction is None else f"; alone, blocks make {1 - self.interaction:.0%} of it"
@@ -513,7 +529,7 @@ class _Integration:
         counts: Sequence[int] = AUTO_NODES if nodes == "auto" else (0,) if nodes == "base" else (nodes,)
         for count in counts if self.moved else counts[:1]:
             self.integrate(count)
-            if self.gap <= tolerance:
+            if self.gap <= tolerance or self.cause():
                 break
 
     def integrate(self, n_nodes: int) -> None:
@@ -552,6 +568,25 @@ class _Integration:
         """Relative distance of the sum from the change; 0 where nothing changed."""
         change = float(((self.ends[1] - self.ends[0]) * self.weights).sum())
         return abs(float(self.found.sum()) - change) / abs(change) if self.moved and change else 0.0
+
+    def cause(self) -> str:
+        """Why the sum misses the change, where a module tells: rows that are shortened while they are read."""
+        known = {id(parameter): name for name, parameter in self.path.parameters.items()}
+        for module in self.path.model.modules():
+            if not isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or module.max_norm is None:
+                continue
+            name = known.get(id(module.weight))
+            if name is None or is_sharded(self.path.parameters[name]):
+                continue
+            rows = torch.cat([self.path.starts[name], self.path.present(name)])
+            longest = float(precise(rows).norm(module.norm_type, dim=1).max())
+            if longest > module.max_norm:
+                return (
+                    f"the embedding {name!r} shortens rows to max_norm={module.max_norm:g} as they are read (the "
+                    f"longest is {longest:.3g}), of which no gradient tells: shorten the rows of base and finetune "
+                    "beforehand with torch.renorm, or leave it out of the parameters that are compared"
+                )
+        return ""
 
     def scores(self) -> dict[str, Tensor]:
         """The contribution of each element, of all processes; the accumulators become them, in place."""
@@ -620,6 +655,7 @@ class _Integration:
             links=mask_links(ParameterVector(space, scores), masks, change=now - before) if self.moved else (),
             space=self.path.weight_space,
             cost=sum(self.replicas.gather_objects(self.cost), Cost()),
+            cause="" if self.gap <= tolerance else self.cause(),
             passages=per_sample(
                 ["".join(sample_keys(passage.batch)) for passage in self.samples],
                 (self.weights * (self.ends[1] - self.ends[0])).tolist(),

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from lightning_goldy.analysis.agreement import too_few
 from lightning_goldy.analysis.attribution.attribution import (
     ChangeAttributionResult,
     attribute_first_order,
@@ -103,6 +104,9 @@ class GraftCurve(AnalysisResult):
         base_collateral: Loss of the base on other text, nats; None without any.
         n_held_out: Held-out samples.
         n_collateral: Samples of other text.
+        n_values: What intervals of the recovered effect resample: held-out samples, or passages under a metric that is
+            not told sample by sample.
+        n_harms: Likewise of the harm.
         pairs: What the harm of the finetune, and what each share of the attributed elements recovers, are of each
             sample, as :func:`~lightning_goldy.analysis.agreement.per_sample` gives it.
         cost: Forward passes.
@@ -118,6 +122,8 @@ class GraftCurve(AnalysisResult):
     base_collateral: float | None
     n_held_out: int
     n_collateral: int
+    n_values: int = 0
+    n_harms: int = 0
     pairs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     cost: Cost = field(default=Cost(), compare=False)
 
@@ -129,6 +135,19 @@ class GraftCurve(AnalysisResult):
     def of(self, method: str) -> tuple[GraftPoint, ...]:
         """The points of one method, by share and factor."""
         return tuple(point for point in self.records if point.method == method)
+
+    @property
+    def weak(self) -> str:
+        """Why intervals of what is recovered are none; nothing where there are samples enough."""
+        count = self.n_values or self.n_held_out
+        return too_few(count, "held-out samples" if count == self.n_held_out else "held-out passages")
+
+    @property
+    def harm_weak(self) -> str:
+        """Likewise of the harm; nothing where it was not measured."""
+        count = self.n_harms or self.n_collateral
+        named = "samples of other text" if count == self.n_collateral else "passages of other text"
+        return too_few(count, named) if count else ""
 
     def share_for(self, recovered: float, method: str = "attribution") -> float | None:
         """The smallest share tried that recovers so much; None where none does.
@@ -203,6 +222,7 @@ class GraftCurve(AnalysisResult):
         """The points, and between what they lie."""
         names = ("metric", "pieces", "base_value", "value", "base_collateral", "n_held_out", "n_collateral")
         told = {**{name: getattr(self, name) for name in names}, "points": [dict(point) for point in self.points]}
+        told |= {name: doubt for name, doubt in (("weak", self.weak), ("harm_weak", self.harm_weak)) if doubt}
         return told | ({"per_sample": dict(self.pairs)} if self.pairs else {})
 
     def headline(self) -> str:
@@ -220,7 +240,9 @@ class GraftCurve(AnalysisResult):
             told = f"{share} recover {part} of the effect on held-out samples"
             told = told if enough else f"at most {part} of the effect is recovered, by {share}"
             told += self._beside(shown)
-        if best is not None and (best.high or 0.0) - (best.low or 0.0) > _UNCERTAIN:
+        if self.weak:
+            told = f"{told}; WEAK: {self.weak}"
+        elif best is not None and (best.high or 0.0) - (best.low or 0.0) > _UNCERTAIN:
             told = f"{told}; WEAK: {self.n_held_out} held-out samples tell the effect too roughly"
         if self.base_collateral is None:
             return f"{told}; harm to other text was not measured"
@@ -374,6 +396,8 @@ def graft_curve(
         base_collateral=bench.base_collateral,
         n_held_out=sum(sample_count(passage.batch) for passage in bench.held_out),
         n_collateral=sum(sample_count(passage.batch) for passage in bench.collateral),
+        n_values=len(bench.base),
+        n_harms=len(bench.base_loss),
         pairs=bench.pairs,
         cost=cost,
     )

@@ -272,7 +272,12 @@ def places_caption(row: Row) -> str:
             f"{_percent(kind['elements'])} of the elements"
             for kind in shown
         ]
-    return f"Contributions add up to the change of the metric. {'; '.join(told)}." if told else "Nothing to attribute."
+        cancels = bool(shown) and shown[0]["contribution"] / total >= 1.005
+        weak = f" WEAK: {row['result']['weak']}." if row["result"].get("weak") else ""
+    if not told:
+        return "Nothing to attribute."
+    back = " Parts of opposite sign cancel, so that one is more than the whole." if cancels else ""
+    return f"Contributions add up to the change of the metric.{back} {'; '.join(told)}.{weak}"
 
 
 def _span(kind: Mapping[str, Any]) -> str:
@@ -317,7 +322,8 @@ def _is_shown(point: Mapping[str, Any]) -> bool:
 
 def graft_caption(row: Row) -> str:
     """Between what the points lie, and which methods are best in gain against harm."""
-    points = graft_points(row)
+    points, graft = graft_points(row), row["result"].get("graft", {})
+    weak = "; ".join(graft[name] for name in ("weak", "harm_weak") if graft.get(name))
     best = sorted({_label(p["method"]) for p in points if p["on_frontier"] and p["method"] != "finetune"})
     drawn = max((len(p.get("draws") or ()) for p in points), default=0)
     draws = f", of random elements all of {drawn} draws" if drawn > 1 else ""
@@ -327,7 +333,7 @@ def graft_caption(row: Row) -> str:
     frontier = f" In gain against harm nothing beats: {', '.join(best)}." if best else ""
     return (
         "Measured on samples that did not choose the elements; bands are 95 % intervals over samples"
-        f"{draws}. 0 is the base, 1 the whole finetune.{frontier}{left}"
+        f"{draws}. 0 is the base, 1 the whole finetune.{frontier}{left}{f' WEAK: {weak}.' if weak else ''}"
     )
 
 

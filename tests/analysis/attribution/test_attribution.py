@@ -18,6 +18,7 @@ from lightning_goldy.core.files import to_json_line
 from lightning_goldy.core.naming import block_of, kind_of
 from lightning_goldy.report import draw_figures
 from lightning_goldy.report.sentences import answer_by_attribution
+from lightning_goldy.report.topics.attribution import places_caption
 from tests.references.attribution import moved, riemann_attribution
 from tests.references.models import FAMILIES, build, class_batch, token_batch
 
@@ -325,6 +326,95 @@ def test_kinds_and_blocks_have_shares_with_intervals():
     assert any(row["share_low"] < row["share"] < row["share_high"] for row in kinds.values())
     (told,) = [row for label, row in kinds.items() if f"sits in {label} " in found.headline()]
     assert f"[{told['share_low']:.0%}, {told['share_high']:.0%}]" in found.headline()
+
+
+def result_of(mlp: list[float], attention: list[float]) -> ChangeAttributionResult:
+    """What passages say, each of the same weight, of two parameters of as many elements."""
+    contributions = torch.tensor([mlp, attention], dtype=torch.float64).T
+    return ChangeAttributionResult(
+        metric="loss",
+        base_value=0.0,
+        value=float(contributions.sum()),
+        names=("h.0.mlp.weight", "h.0.attn.weight"),
+        contributions=contributions,
+        weights=torch.full((len(mlp),), 1 / len(mlp), dtype=torch.float64),
+        units=(),
+        numels=(50, 50),
+        squared_changes=(1.0, 1.0),
+        n_samples=len(mlp),
+        n_nodes=4,
+        tolerance=0.01,
+        shares=(),
+        levels=None,
+        scores=None,
+    )
+
+
+def test_parts_of_opposite_sign_are_told_as_what_cancels():
+    found = result_of([-0.231] * 8, [0.131] * 8)
+    assert found.headline() == (
+        "the loss changed by -0.8: mlp parameters, which are 50% of all, make 231% [231%, 231%] of it, of which the "
+        "others take 131% back, for parts of opposite sign cancel"
+    )
+    row = found.row().to_dict()
+    assert places_caption(row).startswith(
+        "Contributions add up to the change of the metric. Parts of opposite sign cancel, so that one is more than the "
+        "whole. mlp 231% [231%, 231%] of it with 50% of the elements; attention -131%"
+    )
+    whole = result_of([-0.6] * 8, [-0.4] * 8)
+    assert "60% [60%, 60%] of it sits in mlp parameters, which are 50% of all" in whole.headline()
+    assert "cancel" not in whole.headline() + places_caption(whole.row().to_dict())
+    # What rounds to the whole is the whole.
+    assert "100% [100%, 100%] of it sits in mlp" in result_of([-1.004] * 8, [0.004] * 8).headline()
+
+
+@pytest.mark.parametrize(("count", "weak"), [(1, True), (2, True), (5, True), (6, False)])
+def test_shares_over_too_few_passages_say_so(count, weak):
+    found = result_of([-0.6] * count, [-0.4] * count)
+    row = found.row().to_dict()
+    assert ("; WEAK: " in found.headline()) == weak
+    assert (" WEAK: " in places_caption(row)) == weak
+    assert row["result"].get("weak", "") == found.weak
+    if count == 2:
+        assert found.headline().endswith(
+            "WEAK: only 2 passages, and below 6 not even their whole range is a 95 % interval"
+        )
+        assert found.weak in answer_by_attribution([row]).doubts  # type: ignore[union-attr]
+
+
+class Shortened(nn.Module):
+    """Reads rows that a forward pass shortens in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.out = nn.Embedding(5, 3, max_norm=1.0), nn.Linear(3, 1)
+
+    def forward(self, ids):
+        return self.out(self.embedding(ids))
+
+
+def test_embeddings_that_shorten_what_is_read_are_named_where_the_sum_misses():
+    square = FunctionObjective(lambda module, ids: module(ids).square().mean())
+    base, model, ids = Shortened(), Shortened(), torch.arange(5)
+    with torch.no_grad():
+        model.embedding.weight.mul_(3)
+    found = change_attribution(model, base, [ids], square)
+    told = "the embedding 'embedding.weight' shortens rows to max_norm=1 as they are read (the longest is "
+    assert not found.complete
+    assert found.n_nodes == 4  # for more would not mend it
+    assert f"with 4 nodes, for {told}" in found.headline()
+    assert "torch.renorm, or leave it out" in found.headline()
+    assert found.details()["cause"] == found.cause
+    assert told in answer_by_attribution([found.row().to_dict()]).doubts[0]  # type: ignore[union-attr]
+    # What the message asks for makes the sum complete: the line between two short rows is of short ones.
+    with torch.no_grad():
+        for module in (base, model):
+            module.embedding.weight.copy_(torch.renorm(module.embedding.weight, 2, 0, 1 - 1e-6))
+    short = change_attribution(model, base, [ids], square)
+    assert short.complete
+    assert short.cause == ""
+    rest = ParameterSpace.of(model, include=("out.*",))
+    assert change_attribution(moved(base, Shortened(), 0.5), base, [ids], square, space=rest).cause == ""
 
 
 def test_the_row_and_the_json_tell_all():

@@ -24,6 +24,7 @@ from lightning_goldy.core.batches import sample_keys
 from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.naming import block_of
 from lightning_goldy.core.store import StoreError
+from lightning_goldy.report.topics.attribution import graft_caption
 from tests.references.attribution import finetuned_pair, moved
 from tests.references.models import build, token_batch
 
@@ -468,6 +469,34 @@ def test_the_headline_tells_what_as_many_other_elements_recover(curve):
     assert "those that changed most 30% [" in better
     assert "no more than others of that number" not in better
     assert "WEAK: no more than others of that number" in told(attribution=0.6, random=0.7, finetune=1.0)
+
+
+@pytest.mark.parametrize(("n_samples", "weak"), [(1, True), (2, True), (5, True), (6, False)])
+def test_an_interval_over_too_few_samples_says_so(subject, n_samples, weak):
+    model, base, scored, held_out, other, found = subject
+    few, more = ({name: values[:n_samples] for name, values in batch.items()} for batch in (held_out, other))
+    curve = graft_curve(model, base, found, [scored], [few], [more], shares=[0.5], baselines=[])
+    assert (curve.n_values, curve.n_harms) == (n_samples, n_samples)
+    assert ("; WEAK: " in curve.headline()) == weak
+    assert (bool(curve.weak), bool(curve.harm_weak)) == (weak, weak)
+    assert (curve.details().get("weak", ""), curve.details().get("harm_weak", "")) == (curve.weak, curve.harm_weak)
+    if n_samples == 2:
+        told = "only 2 held-out samples, and below 6 not even their whole range is a 95 % interval"
+        assert curve.weak == told
+        assert curve.harm_weak == told.replace("held-out samples", "samples of other text")
+        assert curve.headline().count("WEAK") == 1
+        assert told in graft_caption({"result": {"graft": curve.details()}})
+    # Of files from before the values were counted.
+    assert dataclasses.replace(curve, n_values=0, n_harms=0).weak == curve.weak
+    assert dataclasses.replace(curve, n_collateral=0, n_harms=0).harm_weak == ""
+
+
+def test_two_samples_that_agree_make_no_interval_without_a_doubt(curve):
+    points = [{**point, "low": point["recovered"], "high": point["recovered"]} for point in curve.points]
+    agreeing = dataclasses.replace(curve, points=tuple(points), n_values=2, n_held_out=2)
+    assert "WEAK: only 2 held-out samples" in agreeing.headline()
+    passages = dataclasses.replace(agreeing, n_held_out=64)
+    assert "WEAK: only 2 held-out passages" in passages.headline()
 
 
 def test_random_elements_are_drawn_several_times_and_each_draw_is_told(subject, curve):
