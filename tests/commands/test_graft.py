@@ -9,13 +9,14 @@ import yaml
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from lightning_goldy import GoldyModule
-from lightning_goldy.analysis import apply_change, change_attribution
+from lightning_goldy.analysis import apply_change, change_attribution, save_change
 from lightning_goldy.analysis.attribution import graft
 from lightning_goldy.cli import main
 from lightning_goldy.commands.checkpoints import find_base, follow_frozen, read_saved
 from lightning_goldy.commands.graft import Wanted, _unadapted, _untie, graft_checkpoint
 from lightning_goldy.core import CausalLMObjective
 from lightning_goldy.core.mask import ParameterMask
+from lightning_goldy.core.store import StoreError
 from lightning_goldy.data import AtlasDataModule
 from lightning_goldy.training.models import build_model, complete_config, write_pretrained
 
@@ -155,6 +156,18 @@ def test_adapters_of_a_tied_embedding_leave_the_written_model_untied(tmp_path):
     again = AutoModelForCausalLM.from_pretrained(write_pretrained(shell, tmp_path / "model", state=state)).eval()
     assert not again.config.tie_word_embeddings
     torch.testing.assert_close(again(input_ids=ids).logits, model(input_ids=ids).logits)
+    # The sparse change belongs on a base that is untied, and says so to one that is not.
+    whole = copy.deepcopy(base).merge_and_unload()
+    before = {name: value.clone() for name, value in whole.state_dict().items()}
+    path = save_change(tmp_path / "change.safetensors", model, base, found.mask(1.0))
+    whole.lm_head.weight = whole.transformer.wte.weight
+    told = "moves 'transformer.wte.weight' and leaves 'lm_head.weight' as it was, .* this GPT2LMHeadModel ties the two"
+    with pytest.raises(StoreError, match=told):
+        apply_change(whole, path)
+    assert all(torch.equal(value, before[name]) for name, value in whole.state_dict().items())
+    whole.lm_head.weight = torch.nn.Parameter(whole.transformer.wte.weight.detach().clone())
+    apply_change(whole, path)
+    torch.testing.assert_close(whole(input_ids=ids).logits, model(input_ids=ids).logits)
     plain = GPT2LMHeadModel(tied.config)
     _untie(plain, plain.state_dict())
     assert plain.lm_head.weight is plain.transformer.wte.weight

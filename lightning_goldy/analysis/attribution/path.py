@@ -569,7 +569,7 @@ def apply_change(model: nn.Module, path: str | Path, *, check: bool = True) -> d
         if missing is not None:
             raise StoreError(f"{path}: the change is of {missing!r}, which this {model_class(model)} has not")
         if check:
-            _require_base(own, path, header, model_class(model))
+            _require_base(own, path, header, model)
         buffers = _changed_buffers(model, path, file, header["buffers"])
         changed: dict[str, tuple[Tensor, Tensor]] = {}
         for name, encoding in header["encodings"].items():
@@ -616,21 +616,38 @@ def _hash_of(tensors: Mapping[str, Tensor]) -> str:
     return fingerprint(_vector_of({name: tensors[name] for name in sorted(tensors)})) if tensors else ""
 
 
-def _require_base(own: Mapping[str, Tensor], path: str | Path, header: Mapping[str, Any], told: str) -> None:
+def _require_base(own: Mapping[str, Tensor], path: str | Path, header: Mapping[str, Any], model: nn.Module) -> None:
     """Refuses parameters that are not those of the base that a change belongs on."""
-    names = header["names"]
+    names, told = header["names"], model_class(model)
     if fingerprint(_vector_of({name: own[name] for name in names})) != header["base_hash"]:
         raise StoreError(
             f"{path}: this {told} is not the base that the change belongs on, by the hash of its "
             "values; apply_change(..., check=False) puts the elements in all the same"
         )
     rest = {name: value for name, value in own.items() if name not in set(names)}
-    if header["rest_hash"] not in (None, _hash_of(rest)):
+    if header["rest_hash"] in (None, _hash_of(rest)):
+        return
+    tied = {name: first for name, first in _ties(model).items() if first in names}
+    if tied and header["rest_hash"] == _hash_of({**rest, **{name: own[first] for name, first in tied.items()}}):
+        name, first = next(iter(tied.items()))
         raise StoreError(
-            f"{path}: this {told} is the base in the {len(names)} parameters that the change is of, and another one "
-            f"in the {len(rest)} others, by the hash of their values; apply_change(..., check=False) puts the elements "
-            "in all the same"
+            f"{path}: the change moves {first!r} and leaves {name!r} as it was, as adapters of the one alone do, and "
+            f"this {told} ties the two, so that both would move; untie them first: give {name!r} a parameter of its "
+            "own, torch.nn.Parameter(weight.detach().clone()), and set config.tie_word_embeddings = False"
         )
+    raise StoreError(
+        f"{path}: this {told} is the base in the {len(names)} parameters that the change is of, and another one "
+        f"in the {len(rest)} others, by the hash of their values; apply_change(..., check=False) puts the elements "
+        "in all the same"
+    )
+
+
+def _ties(model: nn.Module) -> dict[str, str]:
+    """Names of parameters that are others, with the name that those have first."""
+    first: dict[int, str] = {}
+    named = [(canonical_name(name), value) for name, value in model.named_parameters(remove_duplicate=False)]
+    known = [(name, first.setdefault(id(value), name)) for name, value in named]
+    return {name: owner for name, owner in known if name != owner}
 
 
 def _vector_of(tensors: Mapping[str, Tensor]) -> ParameterVector:
