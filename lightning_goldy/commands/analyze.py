@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -34,7 +34,7 @@ from lightning_goldy.analysis.result import AnalysisResult, Row
 from lightning_goldy.analysis.taylor import taylor_diff
 from lightning_goldy.callbacks.engine.store import ROWS, ResultStore, peak_memory_bytes
 from lightning_goldy.commands.checkpoints import FoundBase, SavedModel, find_base, follow_frozen, positions, read_saved
-from lightning_goldy.commands.fit import check_configs, run_configured
+from lightning_goldy.commands.fit import ConfiguredCallback, check_configs, run_configured
 from lightning_goldy.commands.output import PATIENCE_SECONDS, joined_ranks, output_folder, print_report
 from lightning_goldy.core.architecture import UnsupportedArchitectureError
 from lightning_goldy.core.architecture.adapters import WeightSpace, check_space
@@ -264,8 +264,8 @@ def _continued(subject: Subject) -> Part:
 
 PARTS: Mapping[str, Callable[[Subject], Part]] = {
     "change_attribution": _attributed,
-    "taylor_diff": partial(_compared, taylor_diff),
-    "explain_change": partial(_compared, explain_change),
+    "taylor_diff": functools.partial(_compared, taylor_diff),
+    "explain_change": functools.partial(_compared, explain_change),
     "parameter_distribution": _distributed,
     "activation_differences": _read,
     "attention_tracker": _attended,
@@ -374,7 +374,7 @@ def analyze_checkpoint(
 
 
 @dataclass(eq=False)
-class CheckpointAnalysis(L.Callback):
+class CheckpointAnalysis(ConfiguredCallback):
     """Loads and analyses once the trainer has set up model and data.
 
     Args:
@@ -418,6 +418,7 @@ class CheckpointAnalysis(L.Callback):
             subject = self._subject(trainer, pl_module, model, objective, base, status.update)
             self.base_source = base.source
             self.left_out = left_out(subject, base.source)
+            self.keep_configuration()
             for name in PARTS:
                 if name not in self.left_out and (name != BY_REQUEST or subject.pairs is not None):
                     status.update(name)
@@ -594,7 +595,7 @@ def measure_checkpoints(
     return folder
 
 
-class CheckpointVolumes(L.Callback):
+class CheckpointVolumes(ConfiguredCallback):
     """Measures once the trainer has set up model and data; what the trainer evaluates afterwards does not matter.
 
     Args:
@@ -606,7 +607,12 @@ class CheckpointVolumes(L.Callback):
 
     def __init__(self, saved: Sequence[SavedModel], survey: VolumeSurvey, *, splits: bool, folder: Path) -> None:
         self.saved, self.survey, self.splits = positions(saved), survey, splits
-        self.store = ResultStore(folder / "goldy" / _VOLUME, write=not Replicas.world().rank)
+        self._folder = folder / "goldy" / _VOLUME
+
+    @functools.cached_property
+    def store(self) -> ResultStore:
+        """Where the rows go, made with the first of them."""
+        return ResultStore(self._folder, write=not Replicas.world().rank)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Loads and measures one checkpoint after the other."""
@@ -627,6 +633,8 @@ class CheckpointVolumes(L.Callback):
                 for split in batches.values():
                     check_probe(model, objective, split, self.survey.n_samples, pl_module=pl_module)
                 adam = self._adam(saved, pl_module, model)
+                if number == 1:
+                    self.keep_configuration()
                 start = time.perf_counter()
                 with peak_memory_bytes(next(model.parameters()).device) as peak:
                     volumes = self.survey.measure(model, objective, batches, adam=adam)

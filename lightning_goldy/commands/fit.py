@@ -11,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from pkgutil import resolve_name
@@ -325,7 +326,14 @@ def command_line(arguments: Sequence[str]) -> Iterator[None]:
         sys.argv = before
 
 
-CallbackT = TypeVar("CallbackT", bound=L.Callback)
+class ConfiguredCallback(L.Callback):
+    """What :func:`run_configured` calls; it keeps the configuration once nothing more will be refused."""
+
+    keep_configuration: Callable[[], object] = staticmethod(lambda: None)
+    """Writes ``config.yaml``, before the first result, so that what is refused leaves no folder behind."""
+
+
+CallbackT = TypeVar("CallbackT", bound=ConfiguredCallback)
 
 # Nothing that belongs to a training, whatever the configuration says.
 _UNTRAINED = (
@@ -347,7 +355,7 @@ def run_configured(
     Args:
         make: Gives the callback that does the work, once the configuration has been read.
         settings: The words that ``goldy fit`` would be given: ``--config FILE`` and changes to it.
-        folder: Takes the whole configuration, as ``config.yaml``.
+        folder: Takes the whole configuration, as ``config.yaml``, when the callback keeps it.
         shard: Whether each process holds a part of the model.
 
     Returns:
@@ -362,9 +370,10 @@ def run_configured(
             raise ValueError("the configuration names no data module, so there is nothing to compare predictions on")
         if not is_overridden("validation_step", cli.model):
             raise ValueError(f"{type(cli.model).__name__} has no validation_step, without which it cannot be set up")
-        if cli.trainer.is_global_zero:
-            atomic_write(folder / "config.yaml", cli.parser.dump(cli.config, skip_none=False))
         callback = make()
+        if cli.trainer.is_global_zero:
+            text = cli.parser.dump(cli.config, skip_none=False)
+            callback.keep_configuration = partial(atomic_write, folder / "config.yaml", text)
         cli.trainer.callbacks = [_OneBatch(cli.trainer), callback]  # type: ignore[attr-defined]
         cli.trainer.validate(cli.model, cli.datamodule, verbose=False)
     return callback

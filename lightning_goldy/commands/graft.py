@@ -32,7 +32,7 @@ from lightning_goldy.analysis.attribution.learned import learn_mask
 from lightning_goldy.callbacks.change_attribution import AttributedChange
 from lightning_goldy.callbacks.engine.store import ResultStore
 from lightning_goldy.commands.checkpoints import SavedModel, find_base, follow_frozen, read_saved
-from lightning_goldy.commands.fit import check_configs, run_configured
+from lightning_goldy.commands.fit import ConfiguredCallback, check_configs, run_configured
 from lightning_goldy.commands.output import output_folder, print_report
 from lightning_goldy.core.architecture.adapters import WeightSpace, check_space
 from lightning_goldy.core.base import BaseParameters
@@ -158,7 +158,7 @@ def graft_checkpoint(
 
 
 @dataclass(eq=False)
-class _Graft(L.Callback):
+class _Graft(ConfiguredCallback):
     """Loads, attributes, grafts and writes once the trainer has set up model and data."""
 
     saved: SavedModel
@@ -322,6 +322,7 @@ class _Graft(L.Callback):
             )
         merged = attribution.space == "merged" and not self.wanted.sparse
         shell = _unadapted(model) if merged else model
+        self.keep_configuration()
         if point.method not in ("interpolation", "finetune"):
             mask.save(self.folder / MASK, model=model_class(shell), step=self.saved.step)
         card = self._card(told, curve)

@@ -30,16 +30,28 @@ def output_folder(output: str | Path | None, analysis: str, runs: str) -> Path:
 
     Raises:
         FileExistsError: The folder holds such rows already.
+        NotADirectoryError: A file is in its place, or above it.
+        PermissionError: It cannot be made or written to.
         ValueError: It is an address of another storage.
     """
     if output is not None:
         folder = require_local(output, "--output")
+        _require_place(folder)
         if (folder / "goldy" / analysis / ROWS).exists():
             raise FileExistsError(f"{folder} holds rows of {analysis} already; give another --output")
         # Before any process writes there.
         Replicas.world().meet("the folder of the results")
         return folder
     return next_version(Path("runs") / runs)
+
+
+def _require_place(folder: Path) -> None:
+    """Refuses a folder that results cannot be written to, before there are any, and without making it."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"--output {folder}: {there} is a file; give a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"--output {folder}: {there} may not be written to")
 
 
 def next_version(folder: Path) -> Path:

@@ -94,8 +94,15 @@ def test_the_effect_wanted_is_recovered_with_the_least_harm(trained, capsys):
     card = (trained / "half" / "model" / "README.md").read_text()
     assert f"recovers: {reported['recovered']:.1%}" in card
     assert "- measured on: samples that neither scored nor chose it\n" in card
+    weak = "only 2 held-out samples, and below 6 not even their whole range is a 95 % interval"
+    assert f"- WEAK: {weak}\n" in card
+    assert summary["weak"] == [weak]
     assert f"at least 50.0% of the effect; where it was chosen it recovered {taken['recovered']:.1%}" in card
-    assert "on samples that neither scored nor chose it" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"on samples that neither scored nor chose it; WEAK: {weak}" in " ".join(told.split())
+    page = (trained / "half" / "report.html").read_text()
+    assert "WEAK: only 2 held-out samples" in page
+    assert (trained / "half" / "config.yaml").is_file()
     base, now, made = (weights(trained / name) for name in ("base", "finetune", "half/model"))
     name = "transformer.h.0.mlp.c_fc.weight"
     torch.testing.assert_close(made[name], base[name] + taken["factor"] * (now[name] - base[name]))
@@ -223,6 +230,27 @@ def test_with_one_sample_held_out_the_card_says_that_it_chose(trained, capsys):
     assert "asked for: a harm of at most 9 nats" in card
     assert run(trained, "--n-samples", "2", "--keep", "0.2", output="given") == 0
     assert "none chose it, for its share was given" in (trained / "given" / "model" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("command", ["graft", "analyze"])
+def test_what_is_refused_leaves_no_folder_behind(trained, capsys, tmp_path, command):
+    words = [command, str(trained / "finetune"), "--config", str(trained / "run.yaml"), "--output", str(tmp_path / "a")]
+    words += ["--keep", "0.1"] if command == "graft" else []
+    other = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, n_positions=64, vocab_size=11))
+    write_pretrained(other, tmp_path / "other")
+    for base, told in ((tmp_path / "none", "no base at"), (tmp_path / "other", "other")):
+        assert main([*words, "--base", str(base)]) != 0
+        assert told in capsys.readouterr().err
+        assert not (tmp_path / "a").exists()
+    (tmp_path / "a").write_text("")
+    assert main([*words, "--base", str(trained / "base")]) != 0
+    assert "is a file; give a folder" in capsys.readouterr().err
+
+
+def test_a_wish_that_no_graft_grants_leaves_no_folder_behind(trained, capsys):
+    assert run(trained, "--recover", "1", "--method", "random", output="wish") != 0
+    assert "no graft tried recovers" in capsys.readouterr().err
+    assert not (trained / "wish").exists()
 
 
 def test_frozen_parameters_that_differ_in_the_base_given_are_told(trained):
