@@ -33,7 +33,11 @@ from lightning_goldy.core.sharding import Replicas, gather, inside_parallel, is_
 from lightning_goldy.core.tasks import transformers_model
 
 ALL = -1
-"""Stands for the mean over all positions of a text, where others are counted from 0."""
+"""Stands for the mean over all positions of a text but the first, where others are counted from 0.
+
+At its first token, which every other one sees, a model parks norms that are ten to a hundred times those elsewhere; a
+mean with it would be the difference there, and spell what is special to it.
+"""
 _CONTEXT = 16
 # Directions read at a time: each look at the unembedding goes through all of its elements.
 _READ = 16
@@ -45,7 +49,7 @@ class Spelled(AnalysisResult):
 
     Args:
         layer: The block after which it was read.
-        position: Of the text, from 0; -1 for the mean over all.
+        position: Of the text, from 0; -1 for the mean over all but the first.
         promoted: Token ids, the most promoted first.
         demoted: Token ids, the most demoted first.
         logits: What is added to the logits of the promoted, for a direction of the size that the norm gives it.
@@ -65,13 +69,15 @@ class ActivationDifferencesResult(AnalysisResult):
     Args:
         layers: The blocks after which it was read.
         positions: How many early positions were told apart.
-        means: Mean difference, shape ``[layers, positions + 1, width]``; the last is over all positions.
+        means: Mean difference, shape ``[layers, positions + 1, width]``; the last is over all positions but
+            the first (all that a text of one token has).
         norms: Of the means over the mean norm of the base's residual stream there, ``[layers, positions + 1]``.
         nulls: The same of the difference between the base's own means on two halves of the text: how far a mean moves
             because the text is another.
         agreements: Cosine between the mean differences of the two halves; NaN where nothing differs.
         spelled: Tokens by layer and position; empty where there is no unembedding or nothing differs.
-        directions: By layer the share of the squared early differences along their first principal directions.
+        directions: By layer the share of the squared early differences along their first principal directions, without
+            those at the first position.
         spelled_directions: What these spell, by layer; of either sign.
         mean_kl: KL(p_base || p) over all positions, nats.
         kl_interval: Its 95 % interval over texts, by the jackknife; None where nothing differs.
@@ -115,7 +121,7 @@ class ActivationDifferencesResult(AnalysisResult):
 
     @property
     def clearest(self) -> int:
-        """Place among the layers where the mean over all positions stands farthest above its null."""
+        """Place among the layers where the mean over all positions but the first stands farthest above its null."""
         return int((self.norms[:, -1] / self.nulls[:, -1].clamp_min(1e-12)).argmax())
 
     def tokens(self, layer: int, position: int = ALL) -> Spelled | None:
@@ -123,7 +129,7 @@ class ActivationDifferencesResult(AnalysisResult):
 
         Args:
             layer: The block.
-            position: From 0, or -1 for the mean over all.
+            position: From 0, or -1 for the mean over all but the first.
         """
         for entry in self.spelled:
             if (entry["layer"], entry["position"]) == (layer, position):
@@ -200,7 +206,7 @@ def activation_differences(
         base: Anything that :func:`~lightning_goldy.core.base.base_of` takes.
         batches: Of token ids; at least two texts, for two halves.
         layers: Blocks after which to read, from 0; all by default.
-        positions: Early positions told apart, beside the mean over all.
+        positions: Early positions told apart, beside the mean over all but the first.
         n_samples: Only the first so many texts.
         n_tokens: Tokens spelled each way.
         n_directions: Principal directions of the differences at the early positions, at most 10.
@@ -414,21 +420,22 @@ class _Sums:
             old, new = before[:, row, places], after[:, row, places]  # [L, n, d]
             change = new - old
             self._add_row(self.n_samples % 2, old, change)
-            self.early.append(change[:, : self.positions].cpu())
+            self.early.append(change[:, min(1, self.positions - 1) : self.positions].cpu())
             self.keys += sample_keys({"ids": tokens.ids[row, places][None]})
             self._disagree(tokens.ids[row, places], base[1][row, places], now[1][row, places])
             self.n_samples, self.n_tokens = self.n_samples + 1, self.n_tokens + len(places)
 
     def _add_row(self, half: int, old: Tensor, change: Tensor) -> None:
-        """Sums by half, shape ``[2, L, positions + 1, d]``, in float64; the last position is the sum over all."""
+        """Sums by half, shape ``[2, L, positions + 1, d]``, in float64; the last is the sum over all but the first."""
+        first = min(1, old.shape[1] - 1)
         for name, values in (("base", old), ("change", change), ("norm", old.norm(dim=-1, keepdim=True))):
             early = values[:, : self.positions].double()
-            both = torch.cat([early, values.sum(1, keepdim=True, dtype=torch.float64)], dim=1).cpu()
+            both = torch.cat([early, values[:, first:].sum(1, keepdim=True, dtype=torch.float64)], dim=1).cpu()
             if name not in self.totals:
                 self.totals[name] = torch.zeros(2, *both.shape, dtype=torch.float64)
             self.totals[name][half] += both
         self.counts[half, :-1] += 1
-        self.counts[half, -1] += old.shape[1]
+        self.counts[half, -1] += old.shape[1] - first
 
     def _disagree(self, ids: Tensor, base: Tensor, now: Tensor) -> None:
         """Keeps where the predictions differ most."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -35,7 +36,8 @@ class SteeredTexts(AnalysisResult):
         prompts: As text.
         texts: One record per state and prompt: ``state``, ``prompt``, ``plain``, ``steered``, ``strength`` (multiples
             of the mean difference; 0 where none keeps the text fluent), ``plain_fluency`` and ``fluency`` (mean
-            log-probability of the text under the same state unsteered, nats per token).
+            log-probability of the text under the same state unsteered, nats per token), ``plain_repetition`` and
+            ``repetition`` (share of the pairs of neighbouring tokens that stood in the text before).
         tolerance: Nats per token that a steered text may be less likely than the plain one.
         cost: Forward passes.
     """
@@ -59,6 +61,26 @@ class SteeredTexts(AnalysisResult):
             strengths = [text["strength"] for text in self.texts if text["state"] == state]
             found[f"strength/{state}"] = math.fsum(strengths) / len(strengths) if strengths else None
         return found
+
+    def headline(self) -> str:
+        """How strongly each state can be steered before its texts are no longer fluent."""
+        strengths = self.metrics()
+        base, present = strengths["strength/base"] or 0.0, strengths["strength/present"] or 0.0
+        return (
+            f"texts stay fluent with {base:.3g} times the difference after block {self.layer} added to the base, and "
+            f"{present:.3g} times it taken from the finetuned model, in the mean over prompts ({len(self.prompts)})"
+        )
+
+
+def repetition(ids: Sequence[int]) -> float:
+    """Share of the pairs of neighbouring tokens that stood in the text before; 0 of a text without a pair.
+
+    Example:
+        >>> repetition([7, 7, 7, 7, 7]), repetition([1, 2, 3]), repetition([1])
+        (0.75, 0.0, 0.0)
+    """
+    pairs = [*pairwise(ids)]
+    return 1 - len(set(pairs)) / len(pairs) if pairs else 0.0
 
 
 @contextmanager
@@ -100,6 +122,7 @@ def steer_texts(
     *,
     layer: int | None = None,
     tolerance: float = 1.0,
+    repeats: float = 0.5,
     strengths: Sequence[float] = STRENGTHS,
     max_new_tokens: int = 40,
     do_sample: bool = False,
@@ -113,9 +136,10 @@ def steer_texts(
         \tfrac1T \log p(y^{\text{plain}}) - \tfrac1T \log p(y^{(a)}) \le \text{tolerance}
 
     Strengths are tried in ascending order until the first whose text the same model, unsteered, no longer finds about
-    as likely as its own; a is the one before it, or 0, the plain text, where already the first is too strong. So
-    strengths are no free choice, and what is shown is not noise. The difference is the mean over all positions, and is
-    added at every position. The model comes back as it was.
+    as likely as its own, or that repeats itself, which every model finds likely; a is the one before it, or 0, the
+    plain text, where already the first is too strong. So strengths are no free choice, and what is shown is not noise.
+    The difference is the mean over all positions but the first, and is added at every position. The model comes back
+    as it was.
 
     Args:
         model: The finetuned model, a causal language model of transformers.
@@ -125,6 +149,8 @@ def steer_texts(
         differences: Of :func:`activation_differences`, of the same two states.
         layer: The block; by default the one where the difference is clearest.
         tolerance: Nats per token.
+        repeats: Share of the pairs of neighbouring tokens that may have stood in the text before, a fraction; where the
+            plain text repeats itself more, as much as that.
         strengths: Multiples of the difference that are tried, ascending.
         max_new_tokens: Longest text, tokens.
         do_sample: Draw tokens; otherwise take the most probable one.
@@ -140,6 +166,8 @@ def steer_texts(
     """
     model = inside_parallel(model)
     require_positive("tolerance and strengths", [tolerance])
+    if not 0 <= repeats <= 1:
+        raise ValueError(f"repeats must lie in [0, 1]; got {repeats}")
     strengths = require_positive("strengths", strengths)
     layer = differences.layers[differences.clearest] if layer is None else layer
     if isinstance(prompts, str):
@@ -159,7 +187,7 @@ def steer_texts(
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": do_sample}
     if do_sample:
         settings["temperature"] = temperature
-    writer = _Steering(model, tokenizer, block, direction, sorted(strengths), tolerance, settings)
+    writer = _Steering(model, tokenizer, block, direction, sorted(strengths), tolerance, repeats, settings)
     texts: list[dict[str, Any]] = []
     shown = [text if isinstance(text, str) else tokenizer.decode(text.tolist()) for text in prompts]
     with preserved(model), torch.no_grad(), ChangePath(model, base) as path:
@@ -181,22 +209,23 @@ class _Steering:
     direction: Tensor
     strengths: Sequence[float]
     tolerance: float
+    repeats: float
     settings: dict[str, Any]
     passes: int = 0
 
     def write(self, prompt: Tensor, sign: float, seed: int) -> dict[str, Any]:
         """The plain text, and the one steered most strongly that is still fluent."""
         plain = self._generate(prompt, seed)
-        fluent = self._fluency(prompt, plain)
-        best: dict[str, Any] = {"steered": self._decoded(plain), "strength": 0.0, "fluency": fluent}
+        fluent, again = self._fluency(prompt, plain), repetition(plain.tolist())
+        best = {"steered": self._decoded(plain), "strength": 0.0, "fluency": fluent, "repetition": again}
         for strength in self.strengths:
             with steered(self.block, self.direction, sign * strength):
                 text = self._generate(prompt, seed)
-            fluency = self._fluency(prompt, text)
-            if fluency < fluent - self.tolerance:
+            fluency, repeated = self._fluency(prompt, text), repetition(text.tolist())
+            if fluency < fluent - self.tolerance or repeated > max(self.repeats, again):
                 break
-            best = {"steered": self._decoded(text), "strength": strength, "fluency": fluency}
-        return {"plain": self._decoded(plain), "plain_fluency": fluent, **best}
+            best = {"steered": self._decoded(text), "strength": strength, "fluency": fluency, "repetition": repeated}
+        return {"plain": self._decoded(plain), "plain_fluency": fluent, "plain_repetition": again, **best}
 
     def _generate(self, prompt: Tensor, seed: int) -> Tensor:
         torch.manual_seed(seed)

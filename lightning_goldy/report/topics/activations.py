@@ -135,7 +135,7 @@ _ACTIVATION_DIFFERENCES = Description(
     title="What the finetune left in the activations",
     measures=(
         "The mean difference of the residual streams of the model and its base on text that has nothing to do with the "
-        "finetune, read through the final norm and the unembedding as tokens."
+        "finetune, over all positions but the first, read through the final norm and the unembedding as tokens."
     ),
     reading=(
         "Where the difference stands above its null and both halves of the text agree, the finetune added a constant "

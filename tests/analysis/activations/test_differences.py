@@ -37,20 +37,39 @@ def test_means_norms_and_nulls_are_those_of_hooks_written_by_hand():
     found = activation_differences(model, base, [batch], positions=3)
     for layer, (old, new) in enumerate(zip(hooked(base, batch), hooked(model, batch), strict=True)):
         change = new - old
-        expected = torch.cat([change[:, :3].mean(0), change.mean((0, 1))[None]])
+        # The first position is apart alone: the mean over all is without it.
+        expected = torch.cat([change[:, :3].mean(0), change[:, 1:].mean((0, 1))[None]])
         torch.testing.assert_close(found.means[layer], expected.float())
-        scale = torch.cat([old.norm(dim=-1)[:, :3].mean(0), old.norm(dim=-1).mean()[None]])
+        scale = torch.cat([old.norm(dim=-1)[:, :3].mean(0), old.norm(dim=-1)[:, 1:].mean()[None]])
         torch.testing.assert_close(found.norms[layer], expected.norm(dim=-1) / scale)
-        halves = [old[rows::2] for rows in (0, 1)]
+        halves = [old[rows::2, 1:] for rows in (0, 1)]
         null = (halves[0].mean((0, 1)) - halves[1].mean((0, 1))).norm() / scale[-1]
         assert float(found.nulls[layer, -1]) == pytest.approx(float(null))
-        first, second = (change[rows::2].mean((0, 1)) for rows in (0, 1))
+        first, second = (change[rows::2, 1:].mean((0, 1)) for rows in (0, 1))
         cosine = torch.nn.functional.cosine_similarity(first, second, dim=0)
         assert float(found.agreements[layer, -1]) == pytest.approx(float(cosine))
-        rows = change[:, :3].reshape(-1, change.shape[-1])
+        rows = change[:, 1:3].reshape(-1, change.shape[-1])
         values = torch.linalg.svdvals(rows).square()
         torch.testing.assert_close(found.directions[layer], values[:3] / values.sum())
     assert found.cost.forwards == 12
+
+
+def test_a_norm_that_is_parked_at_the_first_token_does_not_drown_the_others():
+    base = build("gpt2", 0).eval()
+    model = moved(base, build("gpt2", 1), 0.1).eval()
+    parked = copy.deepcopy(model)
+    with torch.no_grad():
+        # A position embedding that is moved moves the stream at its place, and little of what others see of it.
+        parked.transformer.wpe.weight[0] += 1e4
+    quiet, loud = (activation_differences(now, base, [texts(6)], positions=2) for now in (model, parked))
+    assert float(loud.means[0, 0].norm()) > 1e4
+    assert float(loud.means[0, -1].norm()) < 10 * float(quiet.means[0, -1].norm())
+    assert float(loud.norms[0, -1]) < 10 * float(quiet.norms[0, -1])
+    # Of texts of one token that one is all there is.
+    single = [{name: value[:, :1] for name, value in texts(4).items()}]
+    alone = activation_differences(model, base, single, positions=1)
+    torch.testing.assert_close(alone.means[:, -1], alone.means[:, 0])
+    assert bool(alone.directions.any())
 
 
 def test_padding_is_not_read():

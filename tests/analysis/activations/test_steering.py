@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 
 import pytest
@@ -66,8 +67,29 @@ def test_texts_are_steered_as_strongly_as_fluency_allows(subject):
         assert first["plain"] == Numbers().decode(ids.tolist())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state)
-    loose = steer_texts(model, base, Numbers(), prompts, found, max_new_tokens=6, tolerance=100.0)
+    loose = steer_texts(model, base, Numbers(), prompts, found, max_new_tokens=6, tolerance=100.0, repeats=1.0)
     assert {text["strength"] for text in loose.texts} == {64.0}
+    assert loose.headline().startswith("texts stay fluent with 64 times the difference after block ")
+    assert loose.headline().endswith("in the mean over prompts (2)")
+
+
+def test_a_text_that_repeats_itself_is_not_called_fluent(subject, monkeypatch):
+    model, base, found = subject
+    steering = importlib.import_module("lightning_goldy.analysis.activations.steering")
+    written = {0.0: [1, 2, 3, 4, 5, 6], 1.0: [1, 2, 3, 1, 2, 4], 2.0: [9, 9, 9, 9, 9, 9], 4.0: [1, 2, 3, 4, 5, 7]}
+    monkeypatch.setattr(steering._Steering, "_generate", lambda *_: torch.tensor(written[next(strengths)]))
+    # A model that repeats a token finds it likelier than anything else.
+    likely = {9: -0.1, 6: -2.0, 4: -2.2, 7: -2.1}
+    monkeypatch.setattr(steering._Steering, "_fluency", lambda self, prompt, answer: likely[int(answer[-1])])
+    options = {"strengths": [1.0, 2.0, 4.0], "tolerance": 0.5, "max_new_tokens": 6}
+    prompts = [torch.tensor([3])]
+    strengths = iter([0.0, 1.0, 2.0] * 2)
+    made = steer_texts(model, base, Numbers(), prompts, found, **options)
+    assert [text["strength"] for text in made.texts] == [1.0, 1.0]
+    assert [(text["plain_repetition"], text["repetition"]) for text in made.texts] == [(0.0, pytest.approx(0.2))] * 2
+    strengths = iter([*written] * 2)
+    made = steer_texts(model, base, Numbers(), prompts, found, repeats=0.8, **options)
+    assert [text["strength"] for text in made.texts] == [4.0, 4.0]
 
 
 def test_wrong_arguments_are_refused(subject):
@@ -75,6 +97,7 @@ def test_wrong_arguments_are_refused(subject):
     for options, message in (
         ({"layer": 9}, r"layer 9 was not measured; there are \[0, 1\]"),
         ({"tolerance": 0.0}, "tolerance and strengths must be positive"),
+        ({"repeats": 1.5}, r"repeats must lie in \[0, 1\]; got 1.5"),
         ({"tolerance": math.nan}, "must be positive and finite; got nan"),
         ({"strengths": [math.nan]}, "strengths must be positive and finite; got nan"),
         ({"strengths": [math.inf]}, "strengths must be positive and finite; got inf"),
