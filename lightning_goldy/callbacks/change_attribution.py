@@ -17,7 +17,7 @@ from lightning_goldy.analysis.attribution import (
     graft_curve,
     interleaved,
 )
-from lightning_goldy.analysis.attribution.attribution import AUTO_NODES, SHARES, check_attribution
+from lightning_goldy.analysis.attribution.attribution import AUTO_NODES, SHARES, check_attribution, rows_in_words
 from lightning_goldy.analysis.attribution.graft import BASELINES, CANDIDATES, FACTORS, Baseline, check_graft
 from lightning_goldy.analysis.attribution.learned import LearnOptions
 from lightning_goldy.analysis.attribution.path import Metric, tells_distributions, try_metric
@@ -326,12 +326,4 @@ class ChangeAttribution(AnalysisCallback[AttributedChange]):
     def describe(self, result: AttributedChange, context: AnalysisContext) -> Row:
         """The row, with the tokens of embedding rows in words where there is a tokenizer."""
         row, tokenizer = result.row(), find_tokenizer(context.trainer)
-        if tokenizer is None:
-            return row
-        units = [
-            {**unit, "words": [tokenizer.decode([place]) for place, _ in unit["top"]]}
-            if unit["kind"] == "row"
-            else unit
-            for unit in row.result["units"]
-        ]
-        return row.extended(result={"units": units})
+        return row if tokenizer is None else rows_in_words(row, tokenizer)

@@ -22,6 +22,7 @@ from lightning_goldy.analysis.activations.differences import check_texts, in_wor
 from lightning_goldy.analysis.attention import Prompt, track_attention
 from lightning_goldy.analysis.attention.statistics import token_namer
 from lightning_goldy.analysis.attribution import change_attribution
+from lightning_goldy.analysis.attribution.attribution import rows_in_words
 from lightning_goldy.analysis.basin import VolumeSurvey, diagonal_preconditioner
 from lightning_goldy.analysis.basin.survey import ONLY_SPLIT, Make
 from lightning_goldy.analysis.change import parameter_distribution
@@ -54,6 +55,7 @@ from lightning_goldy.report import continuations_table, explanation_table, summa
 from lightning_goldy.report.figures import draw_figures
 from lightning_goldy.report.formatting import format_number
 from lightning_goldy.report.rendering import RenderError
+from lightning_goldy.report.topics.activations import stream_caption
 from lightning_goldy.training.subject import (
     check_probe,
     find_collateral,
@@ -210,7 +212,9 @@ def _compared(analyze: Callable[..., AnalysisResult], subject: Subject) -> Part:
 
 def _attributed(subject: Subject) -> Part:
     assert subject.base is not None
-    return _compared(change_attribution, subject)
+    part = _compared(change_attribution, subject)
+    row = part.result.row()
+    return Part(part.result, row if subject.tokenizer is None else rows_in_words(row, subject.tokenizer))
 
 
 def _distributed(subject: Subject) -> Part:
@@ -431,6 +435,11 @@ class CheckpointAnalysis(ConfiguredCallback):
         print(printable(f"base: {self.base_source}"))
         console.print(summary_table(self.rows))
         for row in self.rows:
+            if row["name"] in ("change_attribution", "activation_differences"):
+                # With interval and null, which the table has no room for.
+                print(printable(f"{row['name']}: {row['headline']}"))
+            if row["name"] == "activation_differences" and row["result"]["spelled"]:
+                print(printable(stream_caption(row)))
             if row["name"] == "explain_change":
                 console.print(explanation_table(row))
             if row["name"] == "continuations":

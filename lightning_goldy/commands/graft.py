@@ -27,7 +27,7 @@ from lightning_goldy.analysis.attribution import (
     interleaved,
     save_change,
 )
-from lightning_goldy.analysis.attribution.attribution import SHARES, check_attribution
+from lightning_goldy.analysis.attribution.attribution import SHARES, check_attribution, rows_in_words
 from lightning_goldy.analysis.attribution.learned import learn_mask
 from lightning_goldy.callbacks.change_attribution import AttributedChange
 from lightning_goldy.callbacks.engine.store import ResultStore
@@ -340,6 +340,7 @@ class _Graft(ConfiguredCallback):
         more = {"checkpoint": str(self.saved.path), "base": self.base_source}
         more["reported"] = finite(vars(told)) | {"weak": self._doubts()}
         row = self.found.row().extended(result=more)
+        row = row if tokenizer is None else rows_in_words(row, tokenizer)
         store.append(row.at(name="change_attribution", step=self.saved.step or 0, trigger="checkpoint"))
         assert self.found.curve is not None
         summary = {

@@ -223,7 +223,12 @@ def test_figures_and_page_show_them(analyzed):
 def test_without_a_prompt_the_probe_is_shown_and_nothing_written(trained, here, capsys):
     out = analyze(trained, "--n-samples", "3")
     assert summary_of(out)["left_out"] == {"continuations": "no prompt was given (--prompt or --prompts)"}
-    assert "left out: continuations, because no prompt was given" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "left out: continuations, because no prompt was given" in told
+    # The headlines with interval and null, and the words.
+    assert re.search(r"^change_attribution: the loss changed by \S+: .* \[\S+%, \S+%\] of it", told, re.MULTILINE)
+    assert re.search(r"^activation_differences: after block \d the .* \(another text moves it by", told, re.MULTILINE)
+    assert "The difference spells " in told
     row = row_of(out, "attention_tracker")
     (prompt,) = row["result"]["prompts"]
     assert prompt["name"] == "probe"

@@ -30,7 +30,7 @@ from lightning_goldy.analysis.gradients import (
     only_these_require_gradients,
     zeros_like_parts,
 )
-from lightning_goldy.analysis.result import AnalysisResult, Cost, tensor_rows
+from lightning_goldy.analysis.result import AnalysisResult, Cost, Row, tensor_rows
 from lightning_goldy.core.architecture.adapters import WeightSpace
 from lightning_goldy.core.base import Base
 from lightning_goldy.core.batches import move_batch, sample_count, sample_keys
@@ -733,6 +733,20 @@ def _unit_row(unit: Mapping[str, Any]) -> dict[str, Any]:
         return {**row, "values": values.tolist()}
     top = values.abs().topk(min(_TOP, len(values))).indices.tolist()
     return {**row, "top": [[place, float(values[place])] for place in top]}
+
+
+def rows_in_words(row: Row, tokenizer: Any) -> Row:
+    """A row of change attribution with the tokens of embedding rows in words, too.
+
+    Args:
+        row: Of :class:`ChangeAttributionResult`, or of one that holds it.
+        tokenizer: Of the model.
+    """
+    units = [
+        {**unit, "words": [tokenizer.decode([place]) for place, _ in unit["top"]]} if unit["kind"] == "row" else unit
+        for unit in row.result["units"]
+    ]
+    return row.extended(result={"units": units})
 
 
 def units_of(result: ChangeAttributionResult, kind: str) -> dict[str, Tensor]:

@@ -21,10 +21,12 @@ from lightning_goldy.report.builders import (
     scatter,
 )
 from lightning_goldy.report.descriptions import Description, describe
-from lightning_goldy.report.figures import Figure, Row, naming, register_figure
-from lightning_goldy.report.formatting import format_number, format_percent
+from lightning_goldy.report.figures import Figure, Row, naming, register_figure, register_table
+from lightning_goldy.report.formatting import format_number, format_percent, texts_html
 
 _LACKS = "a row of change_attribution lacks what its figure needs:"
+# Neurons and tokens that are listed.
+_SHOWN = 10
 # Recovered effects that are drawn; thinning to a thousandth and rescaling ends far outside.
 _FARTHEST = (-0.5, 2.0)
 _LABELS = {
@@ -212,6 +214,43 @@ def chart_links(row: Row) -> Figure | str:
         bars(overlap, Bars("Jaccard with the strongest, %", colour=2, labels=False)),
     ]
     return arrange(panels, columns=len(panels), width=600, caption=links_caption(row))
+
+
+@register_table
+def units_html(row: Row) -> str:
+    """The MLP neurons and the rows of token tables that contribute most; nothing for rows of other analyses.
+
+    Args:
+        row: Any; one of change attribution holds ``kinds`` and ``units``.
+
+    Raises:
+        ReportError: A unit lacks something.
+
+    Example:
+        >>> unit = {"kind": "row", "place": "wte", "top": [[7, -0.25], [3, 0.5]], "words": ["<b>", "of"]}
+        >>> page = units_html({"result": {"kinds": [], "metric": "loss", "units": [unit]}})
+        >>> page.index("of") < page.index("&lt;b&gt;"), units_html({"result": {}})
+        (True, '')
+    """
+    if not {"kinds", "units"} <= set(row["result"]):
+        return ""
+    unit, pages = _unit(row), []
+    for kind, title, place, named in (
+        ("neuron", "MLP neurons that contribute most", "block", "neuron"),
+        ("row", "Tokens whose rows contribute most", "table", "token"),
+    ):
+        with naming(_LACKS):
+            found = [
+                (value, held["place"], str(number) if words is None else repr(words[index]))
+                for held in row["result"]["units"]
+                if held["kind"] == kind
+                for words in (held.get("words"),)
+                for index, (number, value) in enumerate(held["top"])
+            ]
+        strongest = sorted(found, key=lambda entry: -abs(entry[0]))[:_SHOWN]
+        lines = [(where, word, format_number(value)) for value, where, word in strongest]
+        pages += [f"<h3>{title}</h3>{texts_html((place, named, unit), lines, numbers_from=2)}"] if lines else []
+    return "".join(pages)
 
 
 def interactions_caption(row: Row) -> str:

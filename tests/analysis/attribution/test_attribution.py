@@ -12,13 +12,13 @@ from torch import nn
 from lightning_goldy.analysis import ChangeAttributionResult, change_attribution, graft_curve
 from lightning_goldy.analysis.attribution import attribution as attribution_module
 from lightning_goldy.analysis.attribution import model_units, unit_mask
-from lightning_goldy.analysis.attribution.attribution import units_of
+from lightning_goldy.analysis.attribution.attribution import rows_in_words, units_of
 from lightning_goldy.core import CausalLMObjective, ClassifierObjective, FunctionObjective, ParameterSpace
 from lightning_goldy.core.files import to_json_line
 from lightning_goldy.core.naming import block_of, kind_of
 from lightning_goldy.report import draw_figures
 from lightning_goldy.report.sentences import answer_by_attribution
-from lightning_goldy.report.topics.attribution import places_caption
+from lightning_goldy.report.topics.attribution import places_caption, units_html
 from tests.references.attribution import moved, riemann_attribution
 from tests.references.models import FAMILIES, build, class_batch, token_batch
 
@@ -415,6 +415,28 @@ def test_embeddings_that_shorten_what_is_read_are_named_where_the_sum_misses():
     assert short.cause == ""
     rest = ParameterSpace.of(model, include=("out.*",))
     assert change_attribution(moved(base, Shortened(), 0.5), base, [ids], square, space=rest).cause == ""
+
+
+def test_the_page_lists_the_neurons_and_tokens_that_contribute_most():
+    model, base, batch = pair("llama")
+    found = change_attribution(model, base, [batch], nodes=2)
+    row = rows_in_words(found.row(), Words()).to_dict()
+    page = units_html(row)
+    for kind, heading in (("neuron", "MLP neurons that contribute most"), ("row", "Tokens whose rows contribute most")):
+        part = page.partition(heading)[2].partition("<h3>")[0]
+        values = units_of(found, kind)
+        strongest = max((abs(float(value)), place) for place, all_of in values.items() for value in all_of)
+        assert part.index(strongest[1]) > 0
+        assert part.count("<tr>") == 11
+    assert "word " in page.partition("Tokens whose rows")[2]
+    assert units_html({"result": {"units": []}}) == ""
+
+
+class Words:
+    """Ids as words."""
+
+    def decode(self, ids):
+        return f"word {ids[0]}"
 
 
 def test_the_row_and_the_json_tell_all():
