@@ -55,7 +55,6 @@ from lightning_goldy.report import continuations_table, explanation_table, summa
 from lightning_goldy.report.figures import draw_figures
 from lightning_goldy.report.formatting import format_number
 from lightning_goldy.report.rendering import RenderError
-from lightning_goldy.report.topics.activations import stream_caption
 from lightning_goldy.training.subject import (
     check_probe,
     find_collateral,
@@ -438,8 +437,6 @@ class CheckpointAnalysis(ConfiguredCallback):
             if row["name"] in ("change_attribution", "activation_differences"):
                 # With interval and null, which the table has no room for.
                 print(printable(f"{row['name']}: {row['headline']}"))
-            if row["name"] == "activation_differences" and row["result"]["spelled"]:
-                print(printable(stream_caption(row)))
             if row["name"] == "explain_change":
                 console.print(explanation_table(row))
             if row["name"] == "continuations":

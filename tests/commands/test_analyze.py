@@ -228,7 +228,6 @@ def test_without_a_prompt_the_probe_is_shown_and_nothing_written(trained, here, 
     # The headlines with interval and null, and the words.
     assert re.search(r"^change_attribution: the loss changed by \S+: .* \[\S+%, \S+%\] of it", told, re.MULTILINE)
     assert re.search(r"^activation_differences: after block \d the .* \(another text moves it by", told, re.MULTILINE)
-    assert "The difference spells " in told
     row = row_of(out, "attention_tracker")
     (prompt,) = row["result"]["prompts"]
     assert prompt["name"] == "probe"

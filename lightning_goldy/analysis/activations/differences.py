@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -39,6 +40,8 @@ At its first token, which every other one sees, a model parks norms that are ten
 mean with it would be the difference there, and spell what is special to it.
 """
 _CONTEXT = 16
+# Words that a headline has room for.
+_TOLD = 5
 # Directions read at a time: each look at the unembedding goes through all of its elements.
 _READ = 16
 
@@ -571,7 +574,7 @@ class TokenReader:
 
 
 def in_words(row: Row, tokenizer: Any) -> Row:
-    """A row of activation differences with its tokens in words, too.
+    """A row of activation differences with its tokens in words, too, the headline with those where it is clearest.
 
     Args:
         row: Of :class:`ActivationDifferencesResult`.
@@ -588,4 +591,9 @@ def in_words(row: Row, tokenizer: Any) -> Row:
         {**entry, "text": tokenizer.decode(entry["context"]), "words": words([entry["base"], entry["now"]])}
         for entry in row.result["divergent"]
     ]
+    clearest = (row.metrics.get("clearest_layer"), ALL)
+    spelled = next((e["words"] for e in told["spelled"] if (e["layer"], e["position"]) == clearest), [])
+    # Below the null the words are those of the text.
+    if spelled and "WEAK" not in row.headline:
+        row = dataclasses.replace(row, headline=f"{row.headline}; it spells {', '.join(map(repr, spelled[:_TOLD]))}")
     return row.extended(result=told)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lightning_goldy.analysis import ActivationDifferencesResult, activation_differences
+from lightning_goldy.analysis.activations.differences import in_words
 from lightning_goldy.core import CausalLMObjective
 from lightning_goldy.core.architecture import UnsupportedArchitectureError
 from tests.references.attribution import moved
@@ -130,6 +131,17 @@ def test_a_finetune_on_one_word_is_read_from_other_text():
     assert float(found.agreements[-1, -1]) > 0.9
     assert "WEAK" not in found.headline()
     assert ActivationDifferencesResult.from_json(found.to_json()).headline() == found.headline()
+    told = in_words(found.row(), Words()).headline
+    assert told.startswith(f"{found.headline()}; it spells ")
+    assert told.count("'word ") == 5
+    assert "spells" not in in_words(found.row().noted("WEAK: told of the text"), Words()).headline
+
+
+class Words:
+    """Ids as words."""
+
+    def decode(self, ids):
+        return f"word {ids[0]}"
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
