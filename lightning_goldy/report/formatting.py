@@ -58,6 +58,20 @@ def format_percent(share: float | None) -> str:
     return MISSING if share is None else f"{100 * share:.3g} %"
 
 
+def percent(share: float | None) -> str:
+    r"""A share as a percentage with two significant digits, as an interval allows no more; full percent above ten.
+
+    Example:
+        >>> [percent(share) for share in (0.001, 0.0312, 0.954, 1.0, 25.0, 8.7e14, math.nan, None)]
+        ['0.1 %', '3.1 %', '95 %', '100 %', '2,500 %', '8.7e+16 %', '\u2013', '\u2013']
+    """
+    if not isinstance(share, (int, float)) or not math.isfinite(share):
+        return MISSING
+    if abs(share) < 0.1:
+        return format_percent(float(f"{share:.2g}"))
+    return f"{100 * share:,.0f} %" if abs(share) < 1e4 else f"{100 * share:.2g} %"
+
+
 def format_seconds(seconds: float | None) -> str:
     """A duration in the units of a clock.
 

@@ -19,7 +19,7 @@ from lightning_goldy import __version__
 from lightning_goldy.core.files import finite
 from lightning_goldy.core.store import atomic_write
 from lightning_goldy.report import sentences as sentences  # what answers are made of, by analysis
-from lightning_goldy.report.answers import QUESTIONS, Answer, Bar, answers_of, question_of, small_print
+from lightning_goldy.report.answers import QUESTIONS, Answer, Bar, Waiting, answers_of, question_of, small_print
 from lightning_goldy.report.builders import Lines, Series, lines
 from lightning_goldy.report.descriptions import Description, description_of, documentation, page_of
 from lightning_goldy.report.figures import (
@@ -40,6 +40,7 @@ from lightning_goldy.report.formatting import (
     format_number,
     format_percent,
     format_seconds,
+    percent,
     remarks,
     script_json,
     table_html,
@@ -138,6 +139,8 @@ _MOST_FRAMES = 40
 _MOST_BYTES = 400_000
 # Steps without numbers that are listed.
 _MOST_NAMED = 8
+# Analyses whose time the console names.
+_MOST_NAMED_COSTS = 3
 # Points of a line over the training.
 _MOST_POINTS = 400
 
@@ -229,7 +232,8 @@ def answers_json(run_directory: str | os.PathLike[str]) -> str:
 
 def answers_of_run(run: Run) -> tuple[Answer, ...]:
     """The five questions, answered by a run."""
-    return answers_of((analysis.name, analysis.analysis, analysis.rows) for analysis in run.analyses)
+    analyses = ((analysis.name, analysis.analysis, analysis.rows) for analysis in run.analyses)
+    return answers_of(analyses, Waiting(run.waiting, run.last_step))
 
 
 def _asset(name: str) -> str:
@@ -371,7 +375,7 @@ def _summary(run: Run) -> str:
     share = f"{format_percent(seconds / run.training.seconds)} of the run" if run.training.seconds else ""
     results = sum(len(analysis.rows) for analysis in run.analyses)
     last = max(row["step"] for analysis in run.analyses for row in analysis.rows)
-    steps = max([last, *(curve.steps[-1] for curve in run.training.curves.values())])
+    steps = run.last_step
     base, data = _named_settings(run.settings)
     size = _size(run)
     kind = "adapters on the base" if (run.model_class or "").startswith("Peft") else ""
@@ -468,6 +472,26 @@ def _cost(run: Run) -> str:
         f'<section id="cost"><h2>What the analyses cost</h2><p>{escape(reading)}</p>{table_html(header, body, footer)}'
         "</section>"
     )
+
+
+def costs_in_words(run: Run) -> str:
+    """What the analyses took, in all and those that took longest, in one line for the console.
+
+    Example:
+        >>> row = {"step": 4, "cost": {"seconds": 90.0}}
+        >>> rows = AnalysisRows("taylor", "taylor_diff", Path("results.jsonl"), (row,), (1,))
+        >>> costs_in_words(Run(Path("run"), (rows,), TrainingCurves({}, 600.0, ()), {}, None, ()))
+        'The analyses took 1 min 30 s, 15 % of the run: taylor 1 min 30 s.'
+    """
+    seconds = {analysis.name: _total(analysis, "seconds") or 0.0 for analysis in run.analyses}
+    whole = sum(seconds.values())
+    share = f", {percent(whole / run.training.seconds)} of the run" if run.training.seconds else ""
+    most = sorted(seconds, key=lambda name: -seconds[name])[:_MOST_NAMED_COSTS]
+    told = [f"{name} {format_seconds(seconds[name])}" for name in most]
+    if len(most) < len(seconds):
+        rest = format_seconds(whole - sum(seconds[name] for name in most))
+        told.append(f"{len(seconds) - len(most)} other{'s' if len(seconds) - len(most) > 1 else ''} {rest}")
+    return f"The analyses took {format_seconds(whole)}{share}: {', '.join(told)}."
 
 
 def _costs(analysis: AnalysisRows, name: str) -> Sequence[float]:
