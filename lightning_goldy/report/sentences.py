@@ -434,7 +434,7 @@ def few_directions(volume: Mapping[str, Any]) -> str:
         'an effective 1 of 2 directions'
     """
     effective = volume.get("effective_sample_size")
-    if not _is_number(effective) or effective >= _FEW_EFFECTIVE:
+    if effective is None or not _is_number(effective) or effective >= _FEW_EFFECTIVE:
         return ""
     return f"an effective {effective:.2g} of {len(volume.get('estimates') or ())} directions"
 

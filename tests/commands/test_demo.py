@@ -98,7 +98,7 @@ def test_a_pretraining_that_fails_says_how_far_it_came(cache, tmp_path, monkeypa
     hopeless = replace(DemoSettings.fast(), max_epochs=8, pretraining_rate=1e-6)
     monkeypatch.setattr(DemoSettings, "fast", classmethod(lambda cls, seed=0: hopeless))
     assert main(["demo", "--fast", "--directory", str(tmp_path / "demo")]) == 2
-    assert "knows 0.0% of the one-hop facts, not 98%" in capsys.readouterr().err
+    assert "knows 0.0 % of the one-hop facts, not 98 %" in capsys.readouterr().err
     assert not cache.exists() or not list(cache.iterdir()), "a model that knows nothing was cached"
 
 

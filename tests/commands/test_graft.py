@@ -15,6 +15,7 @@ from lightning_goldy.cli import main
 from lightning_goldy.commands.checkpoints import find_base, follow_frozen, read_saved
 from lightning_goldy.commands.graft import Wanted, _unadapted, _untie, graft_checkpoint
 from lightning_goldy.core import CausalLMObjective
+from lightning_goldy.core.files import percentage
 from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.data import AtlasDataModule
 from lightning_goldy.training.models import build_model, complete_config, write_pretrained
@@ -69,7 +70,7 @@ def test_a_share_of_the_elements_is_written_as_a_model_and_as_a_sparse_change(tr
     assert all(torch.equal(made[name][flags], now[name][flags]) for name, flags in moved.items())
     card = (trained / "model" / "model" / "README.md").read_text()
     summary = json.loads((trained / "model" / "summary.json").read_text())
-    assert f"recovers: {summary['taken']['recovered']:.1%}" in card
+    assert f"recovers: {percentage(summary['taken']['recovered'], 1)}" in card
     assert "nats of loss" in card
     assert summary["taken"]["share"] == 0.1
     assert (trained / "model" / "report.html").is_file()
@@ -91,9 +92,11 @@ def test_the_effect_wanted_is_recovered_with_the_least_harm(trained, capsys):
     assert reported["recovered"] != taken["recovered"]
     assert summary["on"] == "2 samples that neither scored nor chose it"
     card = (trained / "half" / "model" / "README.md").read_text()
-    assert f"recovers: {reported['recovered']:.1%}" in card
+    assert f"recovers: {percentage(reported['recovered'], 1)}" in card
     assert "- measured on: samples that neither scored nor chose it\n" in card
-    assert f"at least 50.0% of the effect; where it was chosen it recovered {taken['recovered']:.1%}" in card
+    assert (
+        f"at least 50.0 % of the effect; where it was chosen it recovered {percentage(taken['recovered'], 1)}" in card
+    )
     assert "on samples that neither scored nor chose it" in capsys.readouterr().out
     base, now, made = (weights(trained / name) for name in ("base", "finetune", "half/model"))
     name = "transformer.h.0.mlp.c_fc.weight"

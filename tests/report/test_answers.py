@@ -877,6 +877,6 @@ def test_the_caption_of_a_small_kind_does_not_say_that_it_has_nothing() -> None:
         {"group": "mlp", "contribution": -0.9976, "elements": 0.9974, "share_low": None, "share_high": None},
     ]
     assert places_caption({"result": {"total": -1.0, "kinds": kinds}}) == (
-        "Contributions add up to the change of the metric. mlp 100% of it with 100% of the elements; "
-        "norm 0.24% [0.17%, 0.31%] of it with 0.26% of the elements."
+        "Contributions add up to the change of the metric. mlp 100 % of it with 100 % of the elements; "
+        "norm 0.24 % [0.17 %, 0.31 %] of it with 0.26 % of the elements."
     )

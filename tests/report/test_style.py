@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import re
+from collections.abc import Iterator
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
@@ -114,3 +117,49 @@ def test_every_analysis_leads_to_its_page(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("lightning_goldy.report.page.documentation", lambda: "https://example.org/goldy")
     assert 'href="https://example.org/goldy/attention/"' in _reference("attention.md")
     assert _reference("") == ""
+
+
+def _texts(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Texts of a module's code with their lines, docstrings aside; a value in one is a 0, with its form's sign."""
+    commented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    docstrings = [each.body[0].value for each in ast.walk(tree) if isinstance(each, commented) and _begins(each)]
+    parts = [part for each in ast.walk(tree) if isinstance(each, ast.JoinedStr) for part in ast.walk(each)]
+    aside = {id(each) for each in (*docstrings, *parts)}
+    for each in ast.walk(tree):
+        if isinstance(each, ast.JoinedStr):
+            yield each.lineno, "".join(map(_shown, each.values))
+        elif isinstance(each, ast.Constant) and isinstance(each.value, str) and id(each) not in aside:
+            yield each.lineno, each.value
+
+
+def _begins(each: ast.Module | ast.ClassDef | ast.FunctionDef) -> bool:
+    return bool(each.body) and isinstance(each.body[0], ast.Expr) and isinstance(each.body[0].value, ast.Constant)
+
+
+def _shown(part: ast.expr) -> str:
+    if isinstance(part, ast.Constant):
+        return str(part.value)
+    form = getattr(part, "format_spec", None)
+    return "0%" if form is not None and "%" in ast.unparse(form) else "0"
+
+
+def _glued(code: str) -> list[int]:
+    """Lines whose text has a percentage sign right behind its number."""
+    return [line for line, text in _texts(ast.parse(code)) if re.search(r"\d%(?!\w)", text)]
+
+
+@pytest.mark.parametrize("place", sorted((ROOT / "lightning_goldy").rglob("*.py")), ids=lambda path: path.stem)
+def test_a_percentage_has_a_space_before_its_sign(place: Path) -> None:
+    assert _glued(place.read_text(encoding="utf-8")) == []
+
+
+def test_a_percentage_without_a_space_is_found() -> None:
+    lines = [
+        '"""5%"""',
+        'f"{share:.1%} of it"',
+        'f"{100 * share:.0f}% of it"',
+        '"5% of it"',
+        'f"{share} %"',
+        '"%s 5 %"',
+    ]
+    assert set(_glued("\n".join(lines))) == {2, 3, 4}

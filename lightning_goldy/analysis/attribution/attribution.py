@@ -34,6 +34,7 @@ from lightning_goldy.analysis.result import AnalysisResult, Cost, tensor_rows
 from lightning_goldy.core.architecture.adapters import WeightSpace
 from lightning_goldy.core.base import Base
 from lightning_goldy.core.batches import move_batch, sample_count, sample_keys
+from lightning_goldy.core.files import percentage
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.naming import block_of, kind_of, require_at_least, require_choice, require_fractions
@@ -275,23 +276,24 @@ class ChangeAttributionResult(AnalysisResult):
         kinds = {row["group"]: row for row in self._group_rows(kind_of)}
         label, row = max(kinds.items(), key=lambda item: item[1]["contribution"] / self.change)
         low, high = row["share_low"], row["share_high"]
-        interval = f"[{low:.0%}, {high:.0%}]" if len(self.weights) > 1 else "(no interval: one passage)"
+        interval = f"[{percentage(low)}, {percentage(high)}]" if len(self.weights) > 1 else "(no interval: one passage)"
         whole = (
             ""
             if self.complete
             else f"; INCOMPLETE: the parts miss the change by {self.gap:.2g} of it with {self.n_nodes} nodes"
         )
         return (
-            f"the {self.metric} changed by {self.change:.4g}: {row['contribution'] / self.total:.0%} "
-            f"{interval} of it sits in {label} parameters, which are {row['elements']:.0%} of all"
+            f"the {self.metric} changed by {self.change:.4g}: {percentage(row['contribution'] / self.total)} "
+            f"{interval} of it sits in {label} parameters, which are {percentage(row['elements'])} of all"
             f"{whole}{self._told_parts()}"
         )
 
     def _told_parts(self) -> str:
-        alone = "" if self.interaction is None else f"; alone, blocks make {1 - self.interaction:.0%} of it"
+        alone = "" if self.interaction is None else f"; alone, blocks make {percentage(1 - self.interaction)} of it"
         inside = "".join(
-            f"; the {link['mask']} mask holds {link['attribution']:.0%}, a random one of its size {link['null']:.0%} "
-            f"[{link['null_low']:.0%}, {link['null_high']:.0%}]"
+            f"; the {link['mask']} mask holds {percentage(link['attribution'])}, a random one of its size "
+            f"{percentage(link['null'])} "
+            f"[{percentage(link['null_low'])}, {percentage(link['null_high'])}]"
             for link in self.links
         )
         return alone + inside
