@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib import resources
@@ -21,7 +21,14 @@ from lightning_goldy.core.store import atomic_write
 from lightning_goldy.report import sentences as sentences  # what answers are made of, by analysis
 from lightning_goldy.report.answers import QUESTIONS, Answer, Bar, Waiting, answers_of, question_of, small_print
 from lightning_goldy.report.builders import Lines, Series, lines
-from lightning_goldy.report.descriptions import Description, description_of, documentation, page_of
+from lightning_goldy.report.descriptions import (
+    DOUBTS,
+    Description,
+    description_of,
+    documentation,
+    page_of,
+    section_of,
+)
 from lightning_goldy.report.figures import (
     TABLES,
     THEMES,
@@ -41,6 +48,7 @@ from lightning_goldy.report.formatting import (
     format_percent,
     format_seconds,
     percent,
+    prose_html,
     remarks,
     script_json,
     table_html,
@@ -263,7 +271,13 @@ def _body(run: Run) -> str:
         sections["settings"] = "Settings of the run", page
     contents = _contents(run, {anchor: title for anchor, (title, _) in sections.items()})
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in run.notes)
-    parts = (answers_html(answers, anchors), _summary(run), notes, f'<nav aria-label="Contents">{contents}</nav>')
+    doubted = [name for name, anchor in anchors.items() if f'id="{anchor}-doubt"' in sections[anchor][1]]
+    parts = (
+        answers_html(answers, anchors, doubted),
+        _summary(run),
+        notes,
+        f'<nav aria-label="Contents">{contents}</nav>',
+    )
     return "\n".join([*parts, *(section for _, section in sections.values())])
 
 
@@ -283,12 +297,13 @@ def _contents(run: Run, titles: Mapping[str, str]) -> str:
     return "".join(groups)
 
 
-def answers_html(answers: Sequence[Answer], anchors: Mapping[str, str]) -> str:
+def answers_html(answers: Sequence[Answer], anchors: Mapping[str, str], doubted: Collection[str] = ()) -> str:
     """The answers, each with its interval, its null, its trust and a picture of its number.
 
     Args:
         answers: In the order of the page.
         anchors: Name of an instance to the identifier of its section.
+        doubted: Names of the instances whose sections say when not to believe them.
 
     Example:
         >>> page = answers_html(answers_of([]), {})
@@ -302,6 +317,8 @@ def answers_html(answers: Sequence[Answer], anchors: Mapping[str, str]) -> str:
         told = escape(" ".join(small))
         links = [(name, name) for name in (answer.analysis, *answer.more) if name in anchors]
         more = ", ".join(f'<a href="#{anchors[name]}">{escape(label)}</a>' for name, label in links)
+        if answer.analysis in doubted:
+            more += f'; <a href="#{anchors[answer.analysis]}-doubt">when not to believe it</a>'
         picture = _bar_svg(finding.bar) if finding.bar else _course_svg(answer.course)
         mark = answer.trust.replace(" ", "-")
         cards.append(
@@ -521,7 +538,7 @@ def analysis_html(analysis: AnalysisRows, anchor: str) -> str:
     name = "" if analysis.name == analysis.analysis else f' <span class="name">{escape(analysis.name)}</span>'
     parts = [f'<section id="{escape(anchor)}"><h2>{escape(description.title)}{name}</h2>']
     parts += [f"<p>{escape(text)}</p>" for text in (description.measures, description.reading) if text]
-    parts.append(_reference(page_of(analysis.analysis)))
+    parts.append(reference_html(page_of(analysis.analysis), anchor))
     if lost := [row for row in analysis.rows if row["result"].get("undefined")]:
         steps = ", ".join(f"{row['step']:,}" for row in lost[:_MOST_NAMED]) + (", ..." if lost[_MOST_NAMED:] else "")
         told = f"Undefined at step {steps}: {lost[-1]['result']['undefined']}. Figures and numbers are of other steps."
@@ -549,14 +566,33 @@ def analysis_html(analysis: AnalysisRows, anchor: str) -> str:
     return "\n".join([*filter(None, parts), "</section>"])
 
 
-def _reference(page: str) -> str:
-    """Where an analysis is defined: a link where the documentation has an address, else the name of its file."""
-    if not page:
-        return ""
-    told = f"<code>docs/{escape(page)}</code>"
-    if documentation():
-        told = f'<a href="{escape(documentation())}/{escape(page.removesuffix(".md"))}/">{escape(page)}</a>'
-    return f'<p class="small">Definition, cost, and when not to believe it: {told}</p>'
+def reference_html(page: str, anchor: str) -> str:
+    """How an analysis is defined and when not to believe it, in the documentation's words, with links to its pages.
+
+    The words are on the page, which needs nothing from outside; links are there where the documentation has an address.
+
+    Args:
+        page: Of the documentation, with the anchor of a heading where it defines several analyses; or nothing.
+        anchor: Identifier of the analysis's section, which begins those of the two parts.
+
+    Raises:
+        ReportError: The address of the documentation that the environment states is none.
+    """
+    name, _, heading = page.partition("#")
+    address = f"{documentation()}/{name.removesuffix('.md')}/" if documentation() else ""
+    folded = []
+    for title, what, of in (("Definition", "definition", heading), ("When not to believe it", "doubt", DOUBTS)):
+        text = section_of(name, of) if name else ""
+        link = f"{address}#{of}" if of else address
+        more = (
+            f'<p><a href="{escape(link)}" rel="noopener">{escape(name)} in the documentation</a></p>' if address else ""
+        )
+        if text:
+            folded.append(
+                f'<details class="told" id="{escape(anchor)}-{what}"><summary>{title}</summary>{prose_html(text)}{more}'
+                "</details>"
+            )
+    return "".join(folded)
 
 
 def label_of(row: Row) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import html
 import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -10,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from lightning_goldy.report.descriptions import _ORDER, documentation, page_of
-from lightning_goldy.report.formatting import GLOSSARY, table_html, texts_html
-from lightning_goldy.report.page import _asset, _reference
+from lightning_goldy.report import ReportError
+from lightning_goldy.report.descriptions import _ORDER, DOUBTS, PAGES, anchor_of, page_of, section_of
+from lightning_goldy.report.formatting import GLOSSARY, prose_html, table_html, texts_html
+from lightning_goldy.report.page import _asset, reference_html
 from lightning_goldy.report.topics import coupling, text
 from tests.house import ROOT
 
@@ -109,14 +111,45 @@ def test_the_glossary_has_no_word_to_spare() -> None:
     assert {word.removeprefix("#") for word in GLOSSARY} <= used
 
 
-def test_every_analysis_leads_to_its_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    for analysis in _ORDER:
-        assert (ROOT / "docs" / page_of(analysis)).is_file(), analysis
-    assert documentation() == ""
-    assert "<code>docs/attention.md</code>" in _reference("attention.md")
-    monkeypatch.setattr("lightning_goldy.report.page.documentation", lambda: "https://example.org/goldy")
-    assert 'href="https://example.org/goldy/attention/"' in _reference("attention.md")
-    assert _reference("") == ""
+@pytest.mark.parametrize("analysis", _ORDER)
+def test_every_analysis_is_defined_and_doubted_by_its_page(analysis: str) -> None:
+    name, _, heading = page_of(analysis).partition("#")
+    page = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    anchors = {
+        anchor_of(text) for text in re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", page, flags=re.M | re.S), re.M)
+    }
+    assert {DOUBTS, *([heading] if heading else [])} <= anchors
+    for anchor in (heading, DOUBTS):
+        said = section_of(name, anchor)
+        assert len(said) > 150
+        assert said in page
+    # What the page of the run says is what the documentation says.
+    shown = html.unescape(re.sub(r"<[^>]*>", "", reference_html(page_of(analysis), "analysis-1")))
+    assert " ".join(section_of(name, DOUBTS).split()[1:9]).replace("`", "").replace("**", "") in " ".join(shown.split())
+
+
+def test_definitions_are_on_the_page_and_link_to_the_documentation_where_it_has_an_address(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("GOLDY_DOCS", raising=False)
+    alone = reference_html("attention.md", "analysis-3")
+    assert 'id="analysis-3-definition"' in alone
+    assert 'id="analysis-3-doubt"' in alone
+    assert "href" not in alone
+    monkeypatch.setenv("GOLDY_DOCS", "https://example.org/goldy/")
+    links = re.findall(r'<a href="([^"]*)" rel="noopener">', reference_html("attention.md", "analysis-3"))
+    assert links == ["https://example.org/goldy/attention/", f"https://example.org/goldy/attention/#{DOUBTS}"]
+    links = re.findall(r'<a href="([^"]*)"', reference_html(PAGES["parameter_distribution"], "a"))
+    assert links[0] == "https://example.org/goldy/golden_snapshot/#the-shape-of-the-change"
+    assert reference_html("", "a") == ""
+    monkeypatch.setenv("GOLDY_DOCS", "javascript:alert(1)")
+    with pytest.raises(ReportError, match="GOLDY_DOCS must be an address"):
+        reference_html("attention.md", "a")
+
+
+def test_prose_runs_nothing() -> None:
+    told = prose_html("<script>x</script> [<b>](javascript:x) `</code><i>` **<u>**\n\n```\n</pre><p>\n```\n\n| <td> |")
+    assert not re.search(r"<(script|b|i|u|td)>|javascript|href", told)
 
 
 def _texts(tree: ast.AST) -> Iterator[tuple[int, str]]:
