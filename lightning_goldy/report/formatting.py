@@ -280,7 +280,7 @@ def show(shown: Any) -> None:
 
 
 def prose_html(text: str) -> str:
-    r"""Markdown of the documentation as HTML, all of it escaped: paragraphs, lists, tables and code as they stand there.
+    r"""Markdown of the documentation as HTML, all of it escaped; tables and code stay as they are written.
 
     Links lead to other pages of the documentation, which are not here, and become their words.
 

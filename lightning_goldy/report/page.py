@@ -314,7 +314,7 @@ def answers_html(answers: Sequence[Answer], anchors: Mapping[str, str], doubted:
     for answer in answers:
         finding = answer.finding
         small = [*small_print(finding), *([f"Step {answer.step:,}."] if answer.step is not None else [])]
-        told = escape(" ".join(small))
+        told = _unbroken(escape(" ".join(small)))
         links = [(name, name) for name in (answer.analysis, *answer.more) if name in anchors]
         more = ", ".join(f'<a href="#{anchors[name]}">{escape(label)}</a>' for name, label in links)
         if answer.analysis in doubted:
@@ -324,13 +324,18 @@ def answers_html(answers: Sequence[Answer], anchors: Mapping[str, str], doubted:
         cards.append(
             f'<div class="answer"><div class="asked"><h3>{escape(answer.title)}</h3>'
             f'<span class="trust {mark}">{escape(answer.trust)}</span></div>'
-            f'<div class="told"><p class="sentence">{escape(finding.sentence)}</p>'
+            f'<div class="told"><p class="sentence">{_unbroken(escape(finding.sentence))}</p>'
             f'<p class="small">{told}{f" See {more}." if more else ""}</p></div>'
             f'<div class="picture">{picture}</div></div>'
         )
     key = '<p class="small key">Pictures: the number, its 95 % interval (thin line) and its null (dashed).</p>'
     cards += [key] if any(answer.finding.bar for answer in answers) else []
     return f'<section id="answers" aria-label="Answers">{"".join(cards)}</section>'
+
+
+def _unbroken(text: str) -> str:
+    """No line ends between a number and its percentage sign."""
+    return text.replace(" %", "&nbsp;%")
 
 
 def _bar_svg(bar: Bar) -> str:

@@ -250,7 +250,7 @@ def test_numbers_that_are_not_finite_are_gaps(
 
 def test_answers_come_first_with_their_small_print(run: Path, page_of: PageOf) -> None:
     page = page_of(run)
-    assert "The weights moved by 8 % of their norm." in page.text("p")
+    assert "The weights moved by 8\u00a0% of their norm." in page.text("p")
     assert page.text("span")[:2] == ["weak", "not measured"]
     assert any("Doubt: how far weights moved does not tell" in text for text in page.text("p"))
     # Questions stand above the sections that answer them.
