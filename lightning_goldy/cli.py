@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0, or 2 when a command failed for a reason that its message tells; wrong words exit with 2, too.
-        ``--debug`` among the words, or ``GOLDY_TRACEBACK=1`` in the environment, has the error raised instead.
+        ``--debug`` among the words, or ``GOLDY_TRACEBACK=1`` in the environment, shows the error's trace before it.
 
     Example:
         >>> main(["recipes", "show", "no_such_recipe"])
@@ -70,10 +70,10 @@ def _run(arguments: Sequence[str]) -> int:
         # Whoever read it, such as head, has enough; the interpreter's own last flush would complain again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, RuntimeError, ImportError) as error:
-        if os.environ.get("GOLDY_TRACEBACK"):
-            raise
         from lightning_goldy.core.files import printable  # brings torch, which a command without a fault need not
 
+        if os.environ.get("GOLDY_TRACEBACK"):
+            sys.excepthook(*sys.exc_info())
         print("\n".join(map(printable, f"goldy: {error}".expandtabs().split("\n"))), file=sys.stderr)
         return 2
     return 0
@@ -752,9 +752,9 @@ def _demo(options: argparse.Namespace) -> None:
 
 def _add_completion(parser: argparse.ArgumentParser) -> None:
     _describe(
-        parser, 'Prints a script for the shell: eval "$(goldy completion bash)" in ~/.bashrc, or zsh in ~/.zshrc.'
+        parser, 'In ~/.bashrc: eval "$(goldy completion bash)"; ~/.zshrc: zsh; fish: goldy completion fish | source.'
     )
-    parser.add_argument("shell", choices=["bash", "zsh"])
+    parser.add_argument("shell", choices=["bash", "zsh", "fish"])
     parser.set_defaults(run=_completion)
 
 

@@ -139,20 +139,33 @@ def test_exit_codes_are_those_that_the_docs_tell(here):
     """0: done; 1: an error that nobody foresaw, with its trace; 2: a reason in one line."""
     assert main(["recipes"]) == 0
     assert main(["report", "nowhere"]) == 2
-    words = [sys.executable, "-m", "lightning_goldy.cli", "report", "nowhere", "--debug"]
-    ended = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert ended.returncode == 1
-    assert "Traceback" in ended.stderr
+    for words in (["report", "nowhere"], ["fit", "--config", "atlas_edit.yaml"]):
+        shown = []
+        for debug in ([], ["--debug"]):
+            command = [sys.executable, "-m", "lightning_goldy.cli", *words, *debug]
+            ended = subprocess.run(command, capture_output=True, text=True, check=False)
+            # A reason that one line tells is that with its trace, too.
+            assert ended.returncode == 2
+            assert ("Traceback" in ended.stderr) is bool(debug)
+            shown.append(ended.stderr.splitlines())
+        assert shown[0][-1] == shown[1][-1]
+    code = "from lightning_goldy import cli; cli._recipes = lambda options: 1 / 0; cli.main(['recipes'])"
+    unforeseen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert unforeseen.returncode == 1
+    assert "ZeroDivisionError" in unforeseen.stderr
     page = (Path(__file__).parents[1] / "docs" / "command_line.md").read_text()
     assert set(re.findall(r"^\| (\d+) \|", page, re.M)) == {"0", "1", "2"}
 
 
-def test_debug_raises_and_leaves_no_trace_in_the_environment(here, monkeypatch):
+def test_debug_shows_the_trace_and_leaves_none_in_the_environment(here, monkeypatch, capsys):
     monkeypatch.delenv("GOLDY_TRACEBACK", raising=False)
-    with pytest.raises(ValueError, match="nowhere"):
-        main(["report", "nowhere", "--debug"])
+    assert main(["report", "nowhere", "--debug"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "Traceback (most recent call last):"
+    assert lines[-1].startswith("goldy: run directory nowhere does not exist")
     assert "GOLDY_TRACEBACK" not in os.environ
     assert main(["report", "nowhere"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_a_reader_that_has_enough_is_no_error():

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import lightning_goldy
+from lightning_goldy.report.descriptions import PAGES
 from tests.house import ROOT
 
 PACKAGE = ROOT / "lightning_goldy"
@@ -89,6 +90,8 @@ def test_both_distributions_hold_everything(built: Path) -> None:
     for kind in ("recipes", "callbacks"):
         for path in (ROOT / kind).glob("*.yaml"):
             assert f"lightning_goldy/_bundled/{kind}/{path.name}" in names
+    for page in {page.partition("#")[0] for page in PAGES.values()}:
+        assert f"lightning_goldy/_bundled/docs/{page}" in names
     modules = {str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*.py")}
     assert modules <= names
     assert not any(name.startswith(("tests/", "benchmarks/")) for name in names)

@@ -374,7 +374,7 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
             self._continue(trainer, self._store)
         elif not again:
             self._store.start_fresh()
-        self._store.note()
+        self._store.note(type(self).__name__)
         self._goes_on = self._resumed or again
         self._seen_step = trainer.global_step
         self._flags = {}

@@ -24,7 +24,7 @@ from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
 from lightning_goldy.core.architecture.adapters import WeightSpace, changes_in, check_space, chosen_space
 from lightning_goldy.core.base import BaseParameters
 from lightning_goldy.core.batches import sample_count
-from lightning_goldy.core.files import printable
+from lightning_goldy.core.files import percentage, printable
 from lightning_goldy.core.isolation import isolated_rng
 from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.naming import require_at_least, require_choice, require_kinds
@@ -423,6 +423,10 @@ def comparison_table(rows: Sequence[Finetune], numel: int) -> Table:
     for row in rows:
         losses = [f"{row.losses[name]:.4f}" for name in names]
         table.add_row(
-            Text(printable(row.name)), f"{row.elements:,}", f"{row.elements / numel:.2%}", f"{row.change:.4g}", *losses
+            Text(printable(row.name)),
+            f"{row.elements:,}",
+            percentage(row.elements / numel, 2),
+            f"{row.change:.4g}",
+            *losses,
         )
     return table

@@ -19,9 +19,9 @@ from lightning_goldy.report.answers import answers_table, answers_text, scalar_l
 from lightning_goldy.report.comparison import write_comparison
 from lightning_goldy.report.descriptions import position_of
 from lightning_goldy.report.figures import ReportError
-from lightning_goldy.report.formatting import show
+from lightning_goldy.report.formatting import printable, show
 from lightning_goldy.report.loggers import log_columns, log_hyperparameters, log_layout, log_text
-from lightning_goldy.report.page import answers_of_run
+from lightning_goldy.report.page import answers_of_run, costs_in_words
 from lightning_goldy.report.rendering import require_drawing
 from lightning_goldy.report.run import read_run
 
@@ -148,6 +148,7 @@ class RunReport(L.Callback):
         step = steps_so_far(trainer)
         _give_each(trainer, lambda loggers: log_text(loggers, "goldy/answers", text, step), "the answers are not in")
         show(answers_table(answers))
+        print(printable(costs_in_words(run)))
 
     def _write(self, folder: Path) -> Path | None:
         from lightning_goldy.report.page import write_report

@@ -38,7 +38,7 @@ from lightning_goldy.callbacks import (
     TaylorDiff,
 )
 from lightning_goldy.core.batches import map_batch
-from lightning_goldy.core.files import require_local
+from lightning_goldy.core.files import percentage, require_local
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.objective import CausalLMObjective
 from lightning_goldy.core.pieces import PadCollator, encode_pairs
@@ -157,7 +157,12 @@ def _table(knowledge: AtlasKnowledge) -> Table:
         table.add_column(heading, justify=justify)  # type: ignore[arg-type]
     for name, questions in knowledge.groups.items():
         label = f"{name} facts".replace("_held_out facts", " facts, new phrasing")
-        table.add_row(label, f"{len(questions):,}", f"{knowledge.before[name]:.0%}", f"{knowledge.after[name]:.0%}")
+        table.add_row(
+            label,
+            f"{len(questions):,}",
+            f"{percentage(knowledge.before[name])}",
+            f"{percentage(knowledge.after[name])}",
+        )
     return table
 
 
@@ -307,8 +312,8 @@ def _pretrain(settings: DemoSettings, directory: Path) -> GoldyModule:
     if not knowledge.reached:
         share = knowledge.after.get("one_hop", 0.0)
         raise RuntimeError(
-            f"after {trainer.global_step} steps the model knows {share:.1%} of the one-hop facts, "
-            f"not {settings.target:.0%}"
+            f"after {trainer.global_step} steps the model knows {percentage(share, 1)} of the one-hop facts, "
+            f"not {percentage(settings.target)}"
         )
     return module
 

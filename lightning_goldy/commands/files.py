@@ -55,9 +55,9 @@ def show_masks(options: argparse.Namespace) -> None:
         step = "" if header.step is None else f", step {header.step}"
         table = _table(f"{path}: {header.model_class}{step}", ("block", "in the mask", "elements", "density"))
         for row in mask.block_summary():
-            table.add_row(_shown(row.block), f"{row.count:,}", f"{row.numel:,}", f"{row.density:.4%}")
+            table.add_row(_shown(row.block), f"{row.count:,}", f"{row.numel:,}", _density(row.density))
         table.add_section()
-        table.add_row("all", f"{mask.total:,}", f"{mask.space.numel:,}", f"{mask.density:.4%}")
+        table.add_row("all", f"{mask.total:,}", f"{mask.space.numel:,}", _density(mask.density))
         Console().print(table)
 
 
@@ -112,7 +112,8 @@ def combine_masks(options: argparse.Namespace) -> None:
     result = combined([mask for _, (mask, _) in loaded], cast("Operation", options.operation))
     steps = {each.step for _, (_, each) in loaded}
     result.save(options.output, model=header.model_class, step=steps.pop() if len(steps) == 1 else None)
-    print(f"{_plain(options.output)}: {result.total:,} of {result.space.numel:,} elements ({result.density:.4%})")
+    told = f"{result.total:,} of {result.space.numel:,} elements ({_density(result.density)})"
+    print(f"{_plain(options.output)}: {told}")
 
 
 def _loaded(files: Sequence[str]) -> dict[str, tuple[ParameterMask, VectorHeader]]:
@@ -225,6 +226,12 @@ def _plain(text: str) -> str:
     from lightning_goldy.core.files import printable  # brings torch, which other commands need not wait for
 
     return printable(text)
+
+
+def _density(share: float) -> str:
+    from lightning_goldy.core.files import percentage  # as above
+
+    return percentage(share, 4)
 
 
 def _shown(text: str) -> str:

@@ -52,7 +52,7 @@ class _PlainParser(LightningArgumentParser):
             # Of a parser that tries one of several types.
             super().error(message, ex)
         if os.environ.get("GOLDY_TRACEBACK") and ex is not None:
-            raise ex
+            traceback.print_exception(ex)
         print(f"goldy: {plain_reason(message)}{self._meant(message)}", file=sys.stderr)
         self.exit(2)
 
@@ -259,7 +259,8 @@ def run_trainer(arguments: Sequence[str]) -> int:
 
     Returns:
         0, or 2 when it failed before its first batch for a reason that one line tells; ``goldy --debug``, or the
-        environment's ``GOLDY_TRACEBACK=1``, has it raised. What goes wrong later is raised, and argument errors exit.
+        environment's ``GOLDY_TRACEBACK=1``, shows its trace, too. What goes wrong later is raised, and argument errors
+        exit.
     """
     # LightningCLI takes sys.argv: distributed strategies start their other processes from it.
     with command_line(arguments), without_known_warnings():
@@ -267,8 +268,10 @@ def run_trainer(arguments: Sequence[str]) -> int:
             check_configs(arguments)
             GoldyCLI()
         except _TOLD as error:
-            if os.environ.get("GOLDY_TRACEBACK") or _in_training(error):
+            if _in_training(error):
                 raise
+            if os.environ.get("GOLDY_TRACEBACK"):
+                traceback.print_exc()
             print(f"goldy: {plain_reason(str(error))}", file=sys.stderr)
             return 2
     return 0

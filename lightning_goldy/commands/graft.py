@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -37,7 +37,7 @@ from lightning_goldy.commands.output import output_folder, print_report
 from lightning_goldy.core.architecture.adapters import WeightSpace, check_space
 from lightning_goldy.core.base import BaseParameters
 from lightning_goldy.core.batches import sample_count
-from lightning_goldy.core.files import atomic_write, finite, printable
+from lightning_goldy.core.files import atomic_write, finite, percentage, printable
 from lightning_goldy.core.isolation import undisturbed
 from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.naming import model_class, require_at_least
@@ -283,7 +283,7 @@ class _Graft(ConfiguredCallback):
                 point.method + (" *" if point == self.point else ""),
                 format_percent(point.share),
                 f"{point.factor:g}",
-                f"{point.recovered:.3f}{_interval(point.low, point.high, '.3f')}",
+                f"{point.recovered:.3f}{_interval(point.low, point.high, '{:.3f}'.format)}",
                 "" if point.harm is None else f"{point.harm:+.4f}",
                 "yes" if point.on_frontier else "",
             )
@@ -298,10 +298,12 @@ class _Graft(ConfiguredCallback):
             harm = (
                 ""
                 if told.harm is None
-                else f", harm {told.harm:+.4f} nats{_interval(told.harm_low, told.harm_high, '+.4f')}"
+                else f", harm {told.harm:+.4f} nats{_interval(told.harm_low, told.harm_high, '{:+.4f}'.format)}"
             )
-            span, weak = _interval(told.low, told.high, ".1%"), "".join(f"; WEAK: {doubt}" for doubt in self._doubts())
-            print(printable(f"the graft recovers {told.recovered:.1%}{span}{harm}, on {self._source()}{weak}"))
+            span = _interval(told.low, told.high, partial(percentage, digits=1))
+            weak = "".join(f"; WEAK: {doubt}" for doubt in self._doubts())
+            recovered = percentage(told.recovered, 1)
+            print(printable(f"the graft recovers {recovered}{span}{harm}, on {self._source()}{weak}"))
         print(printable(f"graft: {self.written}"))
 
     def _write(self, model: nn.Module, base: BaseParameters, tokenizer: Any) -> None:
@@ -365,23 +367,27 @@ class _Graft(ConfiguredCallback):
         harm, recovered = "was not measured: the data has no collateral text", "nothing: the finetune changed nothing"
         if point.harm is not None:
             whole = curve.of("finetune")[0].harm
-            interval = _interval(point.harm_low, point.harm_high, "+.4g")
+            interval = _interval(point.harm_low, point.harm_high, "{:+.4g}".format)
             harm = f"{point.harm:+.4g} nats of loss{interval} against the base; the whole finetune has {whole:+.4g}"
         others = "".join(
-            f"; {told} {other.recovered:.1%}"
+            f"; {told} {percentage(other.recovered, 1)}"
             for name, told in (("random", "as many random ones"), ("magnitude", "those that changed most"))
             for other in curve.of(name)
             if point.method in ("attribution", "learned") and other.recovered is not None and _same_share(other, point)
         )
         if point.recovered is not None:
-            interval = _interval(point.low, point.high, ".1%")
-            recovered = f"{point.recovered:.1%}{interval} of the effect on {curve.n_held_out} held-out samples{others}"
+            interval = _interval(point.low, point.high, partial(percentage, digits=1))
+            recovered = (
+                f"{percentage(point.recovered, 1)}{interval} of the effect on {curve.n_held_out} held-out samples"
+            )
+            recovered += others
         asked, weak = "", "".join(f"- WEAK: {doubt}\n" for doubt in self._doubts())
         if self.wanted.keep is None:
             assert self.point is not None
-            wish = f"at least {self.wanted.recover or 0:.1%} of the effect"
+            wish = f"at least {percentage(self.wanted.recover or 0, 1)} of the effect"
             wish = wish if self.wanted.harm is None else f"a harm of at most {self.wanted.harm:g} nats"
-            asked = f"- asked for: {wish}; where it was chosen it recovered {self.point.recovered or 0:.1%}\n"
+            chosen = percentage(self.point.recovered or 0, 1)
+            asked = f"- asked for: {wish}; where it was chosen it recovered {chosen}\n"
         return (
             "# A grafted finetune\n\n"
             f"The base with a part of a finetune's change: {kept}.\n\n"
@@ -398,9 +404,9 @@ def _same_share(first: GraftPoint, second: GraftPoint) -> bool:
     return math.isclose(first.share, second.share, rel_tol=0.01)
 
 
-def _interval(low: float | None, high: float | None, form: str) -> str:
+def _interval(low: float | None, high: float | None, told: Callable[[float], str]) -> str:
     """An interval behind its number; nothing where there is none, as of a single sample."""
-    return "" if low is None or high is None else f" [{low:{form}}, {high:{form}}]"
+    return "" if low is None or high is None else f" [{told(low)}, {told(high)}]"
 
 
 def _unadapted(model: nn.Module) -> nn.Module:

@@ -96,14 +96,29 @@ complete -o default -F _goldy goldy
 """
 
 
+_FISH = """\
+function __goldy_at
+  set -l words (commandline -opc)
+  set -e words[1]
+  set -l place
+  for part in $words
+    set -l next $place $part
+    contains -- "$next" {places}; and set place $next
+  end
+  test "$place" = "$argv[1]"
+end
+{lines}
+"""
+
+
 def completion_script(
-    parser: argparse.ArgumentParser, shell: Literal["bash", "zsh"], more: Mapping[str, Sequence[str]]
+    parser: argparse.ArgumentParser, shell: Literal["bash", "zsh", "fish"], more: Mapping[str, Sequence[str]]
 ) -> str:
     """A script after which the shell completes commands, options, and the values of options with choices.
 
     Args:
         parser: Of the whole program.
-        shell: Zsh runs the script of bash.
+        shell: Zsh runs the script of bash; fish has its own.
         more: Words of commands that another parser reads, by command.
 
     Example:
@@ -112,6 +127,8 @@ def completion_script(
         >>> "question cloze" in completion_script(parser, "bash", {})
         True
     """
+    if shell == "fish":
+        return _fish_script(parser, more)
     places, values, words = [], [], []
     for place, at in _places(parser).items():
         options = [option for action in at._actions for option in action.option_strings]
@@ -125,6 +142,29 @@ def completion_script(
                 values.append(f"    {cases}) words={shlex.quote(' '.join(map(str, action.choices)))};;")
     script = _SCRIPT.format(places="|".join(places) or "''", values="\n".join(values), words="\n".join(words))
     return f"autoload -Uz bashcompinit && bashcompinit\n{script}" if shell == "zsh" else script
+
+
+def _fish_script(parser: argparse.ArgumentParser, more: Mapping[str, Sequence[str]]) -> str:
+    places = _places(parser)
+    lines = []
+    for place, at in places.items():
+        start = f"complete -c goldy -n {shlex.quote(f'__goldy_at {shlex.quote(place)}')}"
+        for action in at._actions:
+            if not action.option_strings:
+                # Where words are listed, files are none of them.
+                lines += [f"{start} -f -a {shlex.quote(' '.join(map(str, action.choices)))}"] if action.choices else []
+                continue
+            names = " ".join(
+                f"-l {name[2:]}" if name[:2] == "--" else f"-s {name[1:]}" for name in action.option_strings
+            )
+            taken = " -r" if action.nargs != 0 else ""
+            if action.choices:
+                taken = f" -x -a {shlex.quote(' '.join(map(str, action.choices)))}"
+            lines.append(f"{start} {names}{taken}")
+        lines += [f"{start} -a {shlex.quote(word)}" for word in more.get(place, ())]
+    return _FISH.format(
+        places=" ".join(shlex.quote(place) for place in places if place) or "''", lines="\n".join(lines)
+    )
 
 
 def _places(parser: argparse.ArgumentParser, at: str = "") -> dict[str, argparse.ArgumentParser]:

@@ -26,7 +26,7 @@ from lightning_goldy.callbacks.engine.store import ROWS, ResultStore, peak_memor
 from lightning_goldy.commands.fit import GoldyCLI, check_configs, command_line
 from lightning_goldy.commands.output import output_folder, print_report
 from lightning_goldy.core.architecture import HeadGates
-from lightning_goldy.core.files import atomic_write, printable, read_rows
+from lightning_goldy.core.files import atomic_write, percentage, printable, read_rows
 from lightning_goldy.core.isolation import undisturbed
 from lightning_goldy.core.objective import map_batch
 from lightning_goldy.report.formatting import format_number
@@ -164,7 +164,7 @@ def sweep_table(runs: Sequence[Mapping[str, Any]]) -> Table:
             Text(printable(strategy)),
             f"{level:g}",
             str(cycles),
-            f"{open_share:.0%}{undone}",
+            f"{percentage(open_share)}{undone}",
             *map(format_number, means),
         )
     return table

@@ -32,6 +32,20 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in shown)
 
 
+def percentage(share: float | None, digits: int = 0) -> str:
+    """A share as everything that is printed has it, with a space before the sign.
+
+    Args:
+        share: Of 1; None where there is none.
+        digits: After the point.
+
+    Example:
+        >>> percentage(0.4225), percentage(0.4225, 2), percentage(None)
+        ('42 %', '42.25 %', '-')
+    """
+    return "-" if share is None else f"{100 * share:.{digits}f} %"
+
+
 class PlainError(ValueError):
     r"""An error about what was read: one line that steers no terminal, whatever names and values of a file it quotes.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -17,6 +18,7 @@ from itertools import zip_longest
 from typing import Any, Literal, TypeAlias, get_args
 
 from rich.table import Table
+from scipy.special import stdtrit
 
 from lightning_goldy.report.descriptions import description_of
 from lightning_goldy.report.figures import Row, naming
@@ -47,6 +49,7 @@ QUESTIONS: dict[QuestionName, Question] = {
     "needs": Question("Which heads does it need?", ("HeadPlasticity",)),
 }
 
+_NORMAL = 1.96
 _TITLES = (*(question.title for question in QUESTIONS.values()), "Other analyses")
 
 
@@ -181,11 +184,43 @@ _BELONGS: dict[str, QuestionName] = {
 }
 
 
-def answers_of(analyses: Iterable[tuple[str, str, Sequence[Row]]]) -> tuple[Answer, ...]:
+@dataclass(frozen=True)
+class Waiting:
+    """The callbacks of a run that were attached and have not fired.
+
+    Args:
+        callbacks: Name of the instance to its class; nothing for a class that is not known.
+        step: Where the run stands, or was killed.
+    """
+
+    callbacks: Mapping[str, str] = field(default_factory=dict)
+    step: int = 0
+
+    def told(self, question: QuestionName) -> Finding | None:
+        """That what would answer a question was attached and has not fired; None where nothing of the kind was.
+
+        Example:
+            >>> Waiting({"volumes": "BasinVolume"}, 1200).told("robust").sentence
+            'Not measured: volumes was attached, and had not fired when the run stood at step 1,200.'
+        """
+        wanted = QUESTIONS[question].callbacks
+        names = [name for name, of in self.callbacks.items() if (of or name.title().replace("_", "")) in wanted]
+        if not names:
+            return None
+        were = "were" if len(names) > 1 else "was"
+        sentence = (
+            f"Not measured: {' and '.join(names)} {were} attached, and had not fired when the run stood at step "
+            f"{self.step:,}."
+        )
+        return Finding(sentence, "the run was killed there before it came to it, or still goes on")
+
+
+def answers_of(analyses: Iterable[tuple[str, str, Sequence[Row]]], waiting: Waiting = Waiting()) -> tuple[Answer, ...]:
     """The five questions, answered by what a run has measured.
 
     Args:
         analyses: Name, analysis and rows (ascending by step) of each instance.
+        waiting: What was attached and has not fired.
 
     Returns:
         One answer to each question, in their order.
@@ -199,7 +234,7 @@ def answers_of(analyses: Iterable[tuple[str, str, Sequence[Row]]]) -> tuple[Answ
         'It is a small step: the first order explains all but 3 % of the change in logits.'
     """
     instances = [(name, analysis, rows) for name, analysis, rows in analyses if rows]
-    return tuple(_answer(question, instances) for question in QUESTIONS)
+    return tuple(_answer(question, instances, waiting) for question in QUESTIONS)
 
 
 def scalar_layout(instances: Iterable[tuple[str, str]], logged: Collection[str]) -> dict[str, dict[str, list[Any]]]:
@@ -293,6 +328,56 @@ def answers_table(answers: Iterable[Answer]) -> Table:
     return console_table("What did this finetune change?", ["question", "answer", "trust"], rows)
 
 
+def interval_of_mean(values: Sequence[float]) -> tuple[float, float]:
+    """Student's 95 % interval of a mean; infinite for a single value.
+
+    Example:
+        >>> [round(end, 2) for end in interval_of_mean([1.0, 2.0, 3.0])]
+        [-0.48, 4.48]
+    """
+    count = len(values)
+    if count < 2:
+        return -math.inf, math.inf
+    half = float(stdtrit(count - 1, 0.975)) * statistics.stdev(values) / math.sqrt(count)
+    mean = statistics.fmean(values)
+    return mean - half, mean + half
+
+
+def interval_of_share(share: float, count: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share of so many samples.
+
+    Example:
+        >>> [round(end, 2) for end in interval_of_share(1.0, 10)]
+        [0.72, 1.0]
+    """
+    square = _NORMAL**2 / count
+    centre, half = share + square / 2, _NORMAL * math.sqrt(share * (1 - share) / count + square / (4 * count))
+    return max(0.0, (centre - half) / (1 + square)), min(1.0, (centre + half) / (1 + square))
+
+
+def interval_of_turned(gained: int, lost: int, count: int) -> tuple[float, float]:
+    r"""The 95 % interval of the difference of two shares of the same samples, by how many turned one way and the other.
+
+    .. math:: \hat p_+ - \hat p_- \pm z \sqrt{\frac{\hat p_+ + \hat p_- - (\hat p_+ - \hat p_-)^2}{n + 2}}, \quad
+        \hat p_+ = \frac{n_+ + 1}{n + 2}, \; \hat p_- = \frac{n_- + 1}{n + 2}
+
+    Args:
+        gained: Samples that have the property now and had it not before.
+        lost: Samples that had it before and have it not now.
+        count: All samples.
+
+    Source: Bonett and Price, "Adjusted Wald confidence interval for a difference of binomial proportions based on
+        paired data" (2012).
+
+    Example:
+        >>> [round(end, 3) for end in interval_of_turned(1, 20, 98)]
+        [-0.276, -0.104]
+    """
+    up, down = (gained + 1) / (count + 2), (lost + 1) / (count + 2)
+    half = _NORMAL * math.sqrt((up + down - (up - down) ** 2) / (count + 2))
+    return max(-1.0, up - down - half), min(1.0, up - down + half)
+
+
 def _undefined(rows: Sequence[Row]) -> Finding | None:
     """That the training has left nothing to measure, and since when; None where the last row has numbers."""
     reason, since = rows[-1]["result"].get("undefined"), rows[-1]["step"]
@@ -306,7 +391,7 @@ def _undefined(rows: Sequence[Row]) -> Finding | None:
     return Finding(sentence, doubts=("nothing can be measured on weights that are no numbers",))
 
 
-def _answer(question: QuestionName, instances: Sequence[tuple[str, str, Sequence[Row]]]) -> Answer:
+def _answer(question: QuestionName, instances: Sequence[tuple[str, str, Sequence[Row]]], waiting: Waiting) -> Answer:
     said: dict[str, tuple[Finding, Sequence[Row]]] = {}
     for analysis, speaker in _SPEAKERS[question].items():
         for name, of, rows in instances:
@@ -316,7 +401,8 @@ def _answer(question: QuestionName, instances: Sequence[tuple[str, str, Sequence
                 said[name] = finding, rows
     if not said:
         wanted = " or ".join(QUESTIONS[question].callbacks)
-        return Answer(question, Finding(f"Not measured; {wanted} would tell."), "not measured")
+        unmeasured = waiting.told(question) or Finding(f"Not measured; {wanted} would tell.")
+        return Answer(question, unmeasured, "not measured")
     (name, (finding, rows)), *others = said.items()
     points = ((row["step"], row["metrics"].get(finding.course)) for row in rows)
     course = tuple((step, value) for step, value in points if value is not None and math.isfinite(value))

@@ -17,14 +17,14 @@ from scipy.special import stdtrit
 
 from lightning_goldy.core.files import finite
 from lightning_goldy.core.store import atomic_write
-from lightning_goldy.report.answers import QUESTIONS, Answer, small_print
+from lightning_goldy.report.answers import QUESTIONS, Answer, interval_of_mean, small_print
 from lightning_goldy.report.descriptions import description_of
 from lightning_goldy.report.figures import ReportError, Row
 from lightning_goldy.report.formatting import MISSING, format_number, format_percent, table_html
 from lightning_goldy.report.page import answers_json, answers_of_run, page_html
 from lightning_goldy.report.rendering import require_drawing
 from lightning_goldy.report.run import AnalysisRows, Run, read_run
-from lightning_goldy.report.sentences import interval_of_mean, paired_differences, unequal_settings
+from lightning_goldy.report.sentences import few_directions, paired_differences, unequal_settings
 
 
 @dataclass(frozen=True)
@@ -322,6 +322,8 @@ def _volume_difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> D
     remark = f"paired over {len(values)} directions"
     if low <= 0 <= high:
         remark += "; the interval includes 0"
+    if few := few_directions(first) or few_directions(second):
+        remark += f"; weak: volumes rest on {few}, so it tells of the radii along them"
     return Difference(what, statistics.fmean(values), low, high, remark)
 
 

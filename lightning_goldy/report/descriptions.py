@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import functools
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from importlib import metadata
+from pathlib import Path
+
+from lightning_goldy.report.figures import ReportError
 
 
 @dataclass(frozen=True)
@@ -125,24 +130,24 @@ def position_of(analysis: str) -> int:
 PAGES = {
     "change_attribution": "change_attribution.md",
     "golden_snapshot": "golden_snapshot.md",
-    "parameter_distribution": "golden_snapshot.md",
+    "parameter_distribution": "golden_snapshot.md#the-shape-of-the-change",
     "golden_parameters": "golden_parameters.md",
     "reverse_golden_parameters": "reverse_golden_parameters.md",
     "taylor_diff": "taylor_diff.md",
     "explain_change": "linearized.md",
-    "variant_losses": "linearized.md",
+    "variant_losses": "linearized.md#training-them-side-by-side",
     "activation_differences": "activation_differences.md",
     "attention_tracker": "attention.md",
     "circuit_tracker": "circuits.md",
     "basin_volume": "basin_volume.md",
-    "coupling_drift": "knowledge_coupling.md",
+    "coupling_drift": "knowledge_coupling.md#during-a-finetune",
     "knowledge_coupling": "knowledge_coupling.md",
     "ripple_effects": "ripple_effects.md",
     "continuations": "analyze.md",
     "head_plasticity": "head_plasticity.md",
-    "plasticity_sweep": "head_plasticity.md",
+    "plasticity_sweep": "head_plasticity.md#strategies-compared",
 }
-"""The page of the documentation that defines each analysis."""
+"""The page of the documentation that defines each analysis, and its heading where others stand there, too."""
 
 
 def page_of(analysis: str) -> str:
@@ -155,12 +160,73 @@ def page_of(analysis: str) -> str:
     return description_of(analysis).page or PAGES.get(analysis, "")
 
 
-@functools.cache
+DOUBTS = "when-not-to-believe-it"
+"""Anchor of the heading, on each of these pages, under which stands when an analysis is not to be believed."""
+
+
 def documentation() -> str:
-    """Address of the documentation, as the installed distribution states it; empty where it does not."""
+    """Address of the documentation: ``GOLDY_DOCS`` of the environment, or as the installed distribution states it.
+
+    Raises:
+        ReportError: ``GOLDY_DOCS`` is no address.
+    """
+    told = os.environ.get("GOLDY_DOCS", "").rstrip("/")
+    if told and not re.match(r"(https?|file)://\S+$", told):
+        raise ReportError(f"GOLDY_DOCS must be an address that begins with https://, http:// or file://, got {told!r}")
+    return told or _stated()
+
+
+@functools.cache
+def _stated() -> str:
     try:
         stated = metadata.metadata("lightning-goldy").get_all("Project-URL") or []
     except metadata.PackageNotFoundError:
         return ""
     addresses = dict(entry.split(", ", 1) for entry in stated if ", " in entry)
     return addresses.get("Documentation", "").rstrip("/")
+
+
+def section_of(page: str, anchor: str = "") -> str:
+    """What a page of the documentation says under a heading, as Markdown; nothing where it has no such heading.
+
+    Args:
+        page: Name of its file.
+        anchor: The heading as links name it; by default what stands between the title and the first heading below it.
+
+    Example:
+        >>> section_of("taylor_diff.md", "when-not-to-believe-it").startswith("- Families compute norms")
+        True
+        >>> section_of("taylor_diff.md", "nowhere"), section_of("nowhere.md")
+        ('', '')
+    """
+    kept: list[str] = []
+    level, fenced = 0 if anchor else 1, False
+    for line in _pages().get(page, "").splitlines():
+        fenced ^= line.startswith("```")
+        heading = None if fenced else re.match(r"(#+) (.*)", line)
+        if heading and level and (len(heading[1]) <= level or not anchor) and kept:
+            break
+        if heading and anchor == anchor_of(heading[2]):
+            level = len(heading[1])
+        elif level and not (heading and len(heading[1]) == 1):
+            kept.append(line)
+    return "\n".join(kept).strip()
+
+
+def anchor_of(heading: str) -> str:
+    """A heading as links name it.
+
+    Example:
+        >>> anchor_of("Coming from `golden_params`")
+        'coming-from-golden_params'
+    """
+    return re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower())
+
+
+@functools.cache
+def _pages() -> dict[str, str]:
+    package = Path(__file__).parents[1]
+    for folder in (package / "_bundled" / "docs", package.parent / "docs"):
+        if folder.is_dir():
+            return {path.name: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.md"))}
+    return {}

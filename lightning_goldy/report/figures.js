@@ -174,6 +174,14 @@
   });
   window.addEventListener("afterprint", () => { printing = false; redraw(); });
 
+  // A link to what is folded opens it.
+  const reveal = () => {
+    const target = document.getElementById(decodeURIComponent(location.hash.slice(1)));
+    if (target && target.tagName === "DETAILS") target.open = true;
+  };
+  window.addEventListener("hashchange", reveal);
+  reveal();
+
   // Numbers are shown with thousands separators and units; a cell without one sorts last.
   const numberOf = (cell) => {
     const match = cell.textContent.replace(/,/g, "").match(/-?\d+(\.\d+)?(e[+-]?\d+)?/i);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any, Literal
@@ -56,6 +57,20 @@ def format_percent(share: float | None) -> str:
         ('3.12 %', '3.9e-09 %', '–')
     """
     return MISSING if share is None else f"{100 * share:.3g} %"
+
+
+def percent(share: float | None) -> str:
+    r"""A share as a percentage with two significant digits, as an interval allows no more; full percent above ten.
+
+    Example:
+        >>> [percent(share) for share in (0.001, 0.0312, 0.954, 1.0, 25.0, 8.7e14, math.nan, None)]
+        ['0.1 %', '3.1 %', '95 %', '100 %', '2,500 %', '8.7e+16 %', '\u2013', '\u2013']
+    """
+    if not isinstance(share, (int, float)) or not math.isfinite(share):
+        return MISSING
+    if abs(share) < 0.1:
+        return format_percent(float(f"{share:.2g}"))
+    return f"{100 * share:,.0f} %" if abs(share) < 1e4 else f"{100 * share:.2g} %"
 
 
 def format_seconds(seconds: float | None) -> str:
@@ -262,6 +277,42 @@ def show(shown: Any) -> None:
     encoding = getattr(console.file, "encoding", None) or "utf-8"
     console.file.write(captured.get().encode(encoding, "replace").decode(encoding))
     console.file.flush()
+
+
+def prose_html(text: str) -> str:
+    r"""Markdown of the documentation as HTML, all of it escaped; tables and code stay as they are written.
+
+    Links lead to other pages of the documentation, which are not here, and become their words.
+
+    Example:
+        >>> prose_html("Read `a<b` in [the docs](docs.md).")
+        '<p>Read <code>a&lt;b</code> in the docs.</p>'
+        >>> prose_html("- one\n  more\n- **two**")
+        '<ul><li>one more</li><li><strong>two</strong></li></ul>'
+    """
+    parts = []
+    # Blocks are told apart by empty lines, and code by its fences.
+    for place, piece in enumerate(re.split(r"^```.*$", text, flags=re.M)):
+        if place % 2:
+            parts.append(f"<pre>{escape(piece.strip(chr(10)))}</pre>")
+            continue
+        for block in filter(str.strip, re.split(r"\n\s*\n", piece)):
+            if block.lstrip().startswith(("|", "$$")):
+                parts.append(f"<pre>{escape(block)}</pre>")
+            elif block.lstrip().startswith("- "):
+                items = re.split(r"^\s*- ", block, flags=re.M)[1:]
+                parts.append(f"<ul>{''.join(f'<li>{_inline(item)}</li>' for item in items)}</ul>")
+            else:
+                heading = re.match(r"#+ (.*)", block.strip())
+                parts.append(f"<h4>{_inline(heading[1])}</h4>" if heading else f"<p>{_inline(block)}</p>")
+    return "".join(parts)
+
+
+def _inline(text: str) -> str:
+    told = escape(" ".join(text.split()))
+    told = re.sub(r"!?\[([^\]]*)\]\([^)\s]*\)", r"\1", told)
+    told = re.sub(r"`([^`]+)`", r"<code>\1</code>", told)
+    return re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", told)
 
 
 def script_json(value: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib import resources
@@ -19,9 +19,16 @@ from lightning_goldy import __version__
 from lightning_goldy.core.files import finite
 from lightning_goldy.core.store import atomic_write
 from lightning_goldy.report import sentences as sentences  # what answers are made of, by analysis
-from lightning_goldy.report.answers import QUESTIONS, Answer, Bar, answers_of, question_of, small_print
+from lightning_goldy.report.answers import QUESTIONS, Answer, Bar, Waiting, answers_of, question_of, small_print
 from lightning_goldy.report.builders import Lines, Series, lines
-from lightning_goldy.report.descriptions import Description, description_of, documentation, page_of
+from lightning_goldy.report.descriptions import (
+    DOUBTS,
+    Description,
+    description_of,
+    documentation,
+    page_of,
+    section_of,
+)
 from lightning_goldy.report.figures import (
     TABLES,
     THEMES,
@@ -40,6 +47,8 @@ from lightning_goldy.report.formatting import (
     format_number,
     format_percent,
     format_seconds,
+    percent,
+    prose_html,
     remarks,
     script_json,
     table_html,
@@ -138,6 +147,8 @@ _MOST_FRAMES = 40
 _MOST_BYTES = 400_000
 # Steps without numbers that are listed.
 _MOST_NAMED = 8
+# Analyses whose time the console names.
+_MOST_NAMED_COSTS = 3
 # Points of a line over the training.
 _MOST_POINTS = 400
 
@@ -229,7 +240,8 @@ def answers_json(run_directory: str | os.PathLike[str]) -> str:
 
 def answers_of_run(run: Run) -> tuple[Answer, ...]:
     """The five questions, answered by a run."""
-    return answers_of((analysis.name, analysis.analysis, analysis.rows) for analysis in run.analyses)
+    analyses = ((analysis.name, analysis.analysis, analysis.rows) for analysis in run.analyses)
+    return answers_of(analyses, Waiting(run.waiting, run.last_step))
 
 
 def _asset(name: str) -> str:
@@ -259,7 +271,13 @@ def _body(run: Run) -> str:
         sections["settings"] = "Settings of the run", page
     contents = _contents(run, {anchor: title for anchor, (title, _) in sections.items()})
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in run.notes)
-    parts = (answers_html(answers, anchors), _summary(run), notes, f'<nav aria-label="Contents">{contents}</nav>')
+    doubted = [name for name, anchor in anchors.items() if f'id="{anchor}-doubt"' in sections[anchor][1]]
+    parts = (
+        answers_html(answers, anchors, doubted),
+        _summary(run),
+        notes,
+        f'<nav aria-label="Contents">{contents}</nav>',
+    )
     return "\n".join([*parts, *(section for _, section in sections.values())])
 
 
@@ -279,12 +297,13 @@ def _contents(run: Run, titles: Mapping[str, str]) -> str:
     return "".join(groups)
 
 
-def answers_html(answers: Sequence[Answer], anchors: Mapping[str, str]) -> str:
+def answers_html(answers: Sequence[Answer], anchors: Mapping[str, str], doubted: Collection[str] = ()) -> str:
     """The answers, each with its interval, its null, its trust and a picture of its number.
 
     Args:
         answers: In the order of the page.
         anchors: Name of an instance to the identifier of its section.
+        doubted: Names of the instances whose sections say when not to believe them.
 
     Example:
         >>> page = answers_html(answers_of([]), {})
@@ -295,21 +314,28 @@ def answers_html(answers: Sequence[Answer], anchors: Mapping[str, str]) -> str:
     for answer in answers:
         finding = answer.finding
         small = [*small_print(finding), *([f"Step {answer.step:,}."] if answer.step is not None else [])]
-        told = escape(" ".join(small))
+        told = _unbroken(escape(" ".join(small)))
         links = [(name, name) for name in (answer.analysis, *answer.more) if name in anchors]
         more = ", ".join(f'<a href="#{anchors[name]}">{escape(label)}</a>' for name, label in links)
+        if answer.analysis in doubted:
+            more += f'; <a href="#{anchors[answer.analysis]}-doubt">when not to believe it</a>'
         picture = _bar_svg(finding.bar) if finding.bar else _course_svg(answer.course)
         mark = answer.trust.replace(" ", "-")
         cards.append(
             f'<div class="answer"><div class="asked"><h3>{escape(answer.title)}</h3>'
             f'<span class="trust {mark}">{escape(answer.trust)}</span></div>'
-            f'<div class="told"><p class="sentence">{escape(finding.sentence)}</p>'
+            f'<div class="told"><p class="sentence">{_unbroken(escape(finding.sentence))}</p>'
             f'<p class="small">{told}{f" See {more}." if more else ""}</p></div>'
             f'<div class="picture">{picture}</div></div>'
         )
     key = '<p class="small key">Pictures: the number, its 95 % interval (thin line) and its null (dashed).</p>'
     cards += [key] if any(answer.finding.bar for answer in answers) else []
     return f'<section id="answers" aria-label="Answers">{"".join(cards)}</section>'
+
+
+def _unbroken(text: str) -> str:
+    """No line ends between a number and its percentage sign."""
+    return text.replace(" %", "&nbsp;%")
 
 
 def _bar_svg(bar: Bar) -> str:
@@ -371,7 +397,7 @@ def _summary(run: Run) -> str:
     share = f"{format_percent(seconds / run.training.seconds)} of the run" if run.training.seconds else ""
     results = sum(len(analysis.rows) for analysis in run.analyses)
     last = max(row["step"] for analysis in run.analyses for row in analysis.rows)
-    steps = max([last, *(curve.steps[-1] for curve in run.training.curves.values())])
+    steps = run.last_step
     base, data = _named_settings(run.settings)
     size = _size(run)
     kind = "adapters on the base" if (run.model_class or "").startswith("Peft") else ""
@@ -470,6 +496,26 @@ def _cost(run: Run) -> str:
     )
 
 
+def costs_in_words(run: Run) -> str:
+    """What the analyses took, in all and those that took longest, in one line for the console.
+
+    Example:
+        >>> row = {"step": 4, "cost": {"seconds": 90.0}}
+        >>> rows = AnalysisRows("taylor", "taylor_diff", Path("results.jsonl"), (row,), (1,))
+        >>> costs_in_words(Run(Path("run"), (rows,), TrainingCurves({}, 600.0, ()), {}, None, ()))
+        'The analyses took 1 min 30 s, 15 % of the run: taylor 1 min 30 s.'
+    """
+    seconds = {analysis.name: _total(analysis, "seconds") or 0.0 for analysis in run.analyses}
+    whole = sum(seconds.values())
+    share = f", {percent(whole / run.training.seconds)} of the run" if run.training.seconds else ""
+    most = sorted(seconds, key=lambda name: -seconds[name])[:_MOST_NAMED_COSTS]
+    told = [f"{name} {format_seconds(seconds[name])}" for name in most]
+    if len(most) < len(seconds):
+        rest = format_seconds(whole - sum(seconds[name] for name in most))
+        told.append(f"{len(seconds) - len(most)} other{'s' if len(seconds) - len(most) > 1 else ''} {rest}")
+    return f"The analyses took {format_seconds(whole)}{share}: {', '.join(told)}."
+
+
 def _costs(analysis: AnalysisRows, name: str) -> Sequence[float]:
     return [row["cost"][name] for row in analysis.rows if row["cost"].get(name) is not None]
 
@@ -497,7 +543,7 @@ def analysis_html(analysis: AnalysisRows, anchor: str) -> str:
     name = "" if analysis.name == analysis.analysis else f' <span class="name">{escape(analysis.name)}</span>'
     parts = [f'<section id="{escape(anchor)}"><h2>{escape(description.title)}{name}</h2>']
     parts += [f"<p>{escape(text)}</p>" for text in (description.measures, description.reading) if text]
-    parts.append(_reference(page_of(analysis.analysis)))
+    parts.append(reference_html(page_of(analysis.analysis), anchor))
     if lost := [row for row in analysis.rows if row["result"].get("undefined")]:
         steps = ", ".join(f"{row['step']:,}" for row in lost[:_MOST_NAMED]) + (", ..." if lost[_MOST_NAMED:] else "")
         told = f"Undefined at step {steps}: {lost[-1]['result']['undefined']}. Figures and numbers are of other steps."
@@ -525,14 +571,33 @@ def analysis_html(analysis: AnalysisRows, anchor: str) -> str:
     return "\n".join([*filter(None, parts), "</section>"])
 
 
-def _reference(page: str) -> str:
-    """Where an analysis is defined: a link where the documentation has an address, else the name of its file."""
-    if not page:
-        return ""
-    told = f"<code>docs/{escape(page)}</code>"
-    if documentation():
-        told = f'<a href="{escape(documentation())}/{escape(page.removesuffix(".md"))}/">{escape(page)}</a>'
-    return f'<p class="small">Definition, cost, and when not to believe it: {told}</p>'
+def reference_html(page: str, anchor: str) -> str:
+    """How an analysis is defined and when not to believe it, in the documentation's words, with links to its pages.
+
+    The words are on the page, which needs nothing from outside; links are there where the documentation has an address.
+
+    Args:
+        page: Of the documentation, with the anchor of a heading where it defines several analyses; or nothing.
+        anchor: Identifier of the analysis's section, which begins those of the two parts.
+
+    Raises:
+        ReportError: The address of the documentation that the environment states is none.
+    """
+    name, _, heading = page.partition("#")
+    address = f"{documentation()}/{name.removesuffix('.md')}/" if documentation() else ""
+    folded = []
+    for title, what, of in (("Definition", "definition", heading), ("When not to believe it", "doubt", DOUBTS)):
+        text = section_of(name, of) if name else ""
+        link = f"{address}#{of}" if of else address
+        more = (
+            f'<p><a href="{escape(link)}" rel="noopener">{escape(name)} in the documentation</a></p>' if address else ""
+        )
+        if text:
+            folded.append(
+                f'<details class="told" id="{escape(anchor)}-{what}"><summary>{title}</summary>{prose_html(text)}{more}'
+                "</details>"
+            )
+    return "".join(folded)
 
 
 def label_of(row: Row) -> str:

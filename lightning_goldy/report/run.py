@@ -8,7 +8,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from lightning_goldy.report.figures import ReportError, Row
 _PLACES = {"train", "training", "val", "valid", "validation", "test", "step", "epoch"}
 _FIRST = (("loss",), ("perplexity", "ppl"), ("accuracy", "acc"))
 _MOST_POINTS = 2000
+_ROWS = "results.jsonl"
 # What a float counts one by one.
 _MOST_STEPS = 2**53
 
@@ -255,6 +256,7 @@ class Run:
         settings: File name to text of the files with the run's settings.
         model_class: Class name of the finetuned model, when some file of the run tells it.
         notes: What a reader has to know about the sources.
+        waiting: Callbacks that were attached and have no row yet: name of the instance to its class, if that is told.
     """
 
     directory: Path
@@ -263,6 +265,13 @@ class Run:
     settings: Mapping[str, str]
     model_class: str | None
     notes: tuple[str, ...]
+    waiting: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def last_step(self) -> int:
+        """The last step that the run's rows or curves know."""
+        rows = [row["step"] for analysis in self.analyses for row in analysis.rows]
+        return max([*rows, *(curve.steps[-1] for curve in self.training.curves.values())])
 
 
 def read_run(run_directory: str | os.PathLike[str]) -> Run:
@@ -276,7 +285,7 @@ def read_run(run_directory: str | os.PathLike[str]) -> Run:
     """
     goldy, notes = _find_results(Path(run_directory))
     analyses = []
-    for path in sorted(goldy.glob("*/results.jsonl")):
+    for path in sorted(goldy.glob(f"*/{_ROWS}")):
         rows, row_notes = _read_rows(path)
         notes += row_notes
         if rows is None:
@@ -286,15 +295,26 @@ def read_run(run_directory: str | os.PathLike[str]) -> Run:
     if not analyses:
         raise ReportError(f"{goldy}: no results.jsonl in its folders has a row; nothing has been analysed yet")
     # A run that was killed in an analysis leaves the folders of those that were still to come.
-    begun = sorted(path.parent for path in goldy.glob("*/.run.json"))
-    notes += [f"{path.name} has not written a result yet." for path in begun if not (path / "results.jsonl").exists()]
+    told = {rows.name for rows in analyses}
+    begun = [path for path in sorted(goldy.glob("*/.run.json")) if path.parent.name not in told]
+    waiting = {path.parent.name: _callback_of(path) for path in begun}
+    notes += [f"{name} has not written a result yet." for name in waiting if not (goldy / name / _ROWS).exists()]
     analyses.sort(key=lambda rows: (position_of(rows.analysis), rows.name))
     training = read_curves(goldy.parent)
     files = [goldy.parent / name for name in ("config.yaml", "hparams.yaml")]
     settings = {file.name: file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file()}
     model_class, header_notes = _find_model_class(goldy)
     all_notes = (*notes, *header_notes, *training.notes)
-    return Run(goldy.parent, tuple(analyses), training, settings, model_class, all_notes)
+    return Run(goldy.parent, tuple(analyses), training, settings, model_class, all_notes, waiting)
+
+
+def _callback_of(notes: Path) -> str:
+    """Class of the callback that a folder's notes tell of; nothing where they do not."""
+    try:
+        known = parse_json(notes.read_bytes())
+    except (OSError, ValueError):
+        return ""
+    return str(known.get("callback", "")) if isinstance(known, Mapping) else ""
 
 
 def upgraded(row: Row) -> Row:

@@ -12,41 +12,20 @@ from typing import Any
 
 from scipy.special import stdtrit
 
-from lightning_goldy.report.answers import Bar, Finding, register_answer
+from lightning_goldy.report.answers import (
+    Bar,
+    Finding,
+    interval_of_mean,
+    interval_of_share,
+    interval_of_turned,
+    register_answer,
+)
 from lightning_goldy.report.figures import Row
-from lightning_goldy.report.formatting import format_number, format_percent, remarks
+from lightning_goldy.report.formatting import format_number, percent, remarks
 
-_NORMAL = 1.96
 # Fewer samples than this tell a share or a mean too roughly to be trusted.
 _FEW_SAMPLES = 16
 _FEW_EFFECTIVE = 2.0
-
-
-def interval_of_mean(values: Sequence[float]) -> tuple[float, float]:
-    """Student's 95 % interval of a mean; infinite for a single value.
-
-    Example:
-        >>> [round(end, 2) for end in interval_of_mean([1.0, 2.0, 3.0])]
-        [-0.48, 4.48]
-    """
-    count = len(values)
-    if count < 2:
-        return -math.inf, math.inf
-    half = float(stdtrit(count - 1, 0.975)) * statistics.stdev(values) / math.sqrt(count)
-    mean = statistics.fmean(values)
-    return mean - half, mean + half
-
-
-def interval_of_share(share: float, count: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share of so many samples.
-
-    Example:
-        >>> [round(end, 2) for end in interval_of_share(1.0, 10)]
-        [0.72, 1.0]
-    """
-    square = _NORMAL**2 / count
-    centre, half = share + square / 2, _NORMAL * math.sqrt(share * (1 - share) / count + square / (4 * count))
-    return max(0.0, (centre - half) / (1 + square)), min(1.0, (centre + half) / (1 + square))
 
 
 @register_answer("change_attribution", "carries")
@@ -60,7 +39,7 @@ def answer_by_attribution(rows: Sequence[Row]) -> Finding | None:
     if effect == 0:
         return Finding(f"No parameter carries anything: the {metric} has not changed on the samples that score.")
     cause = f", for {result['cause']}" if result.get("cause") else ""
-    missed = f"the parts miss the change by {_percent(_metric(row, 'gap'))}{cause}"
+    missed = f"the parts miss the change by {percent(_metric(row, 'gap'))}{cause}"
     doubts = [*([] if result.get("complete", True) else [missed]), *filter(None, [result.get("weak")])]
     place = _largest_part(result, effect)
     points = [point for point in graft.get("points", ()) if point["method"] == "attribution"]
@@ -74,11 +53,9 @@ def answer_by_attribution(rows: Sequence[Row]) -> Finding | None:
     chance = _recovered(graft, "random", point["share"])
     sentence = f"{_told_of_graft(point, metric, enough=share is not None)}; {place}."
     doubts += _doubts_of_graft(graft, point, chance)
-    null = "" if chance is None else f"as many elements at random recover {_percent(chance)}"
+    null = "" if chance is None else f"as many elements at random recover {percent(chance)}"
     held_out = graft.get("n_held_out", 0)
-    told = (
-        f"95 % interval {_percent(point.get('low'))} to {_percent(point.get('high'))} over {held_out} held-out samples"
-    )
+    told = f"95 % interval {percent(point.get('low'))} to {percent(point.get('high'))} over {held_out} held-out samples"
     if point.get("low") is None or point.get("high") is None:
         told = "no interval: one held-out sample" if held_out < 2 else "no interval"
     bar = Bar(point["recovered"], point.get("low"), point.get("high"), chance)
@@ -88,7 +65,7 @@ def answer_by_attribution(rows: Sequence[Row]) -> Finding | None:
 def _told_of_graft(point: Mapping[str, Any], metric: str, *, enough: bool) -> str:
     """What a share of the elements recovers: a part, as much as all of them, more than that, or nothing."""
     recovered, ends = point["recovered"], _ends((point.get("low"), point.get("high")))
-    elements, much = f"{_percent(point['share'])} of the elements", f"{_percent(recovered)} of the change in {metric}"
+    elements, much = f"{percent(point['share'])} of the elements", f"{percent(recovered)} of the change in {metric}"
     where = "on samples that did not score"
     if recovered <= 0:
         return (
@@ -132,11 +109,11 @@ def _largest_part(result: Mapping[str, Any], effect: float) -> str:
         return "no part of it is told apart"
     kind = max(kinds, key=lambda row: row["contribution"] / total)
     share, ends = kind["contribution"] / total, _ends_of_part(kind, total)
-    span = f" [{_percent(ends[0])}, {_percent(ends[1])}]" if ends else ""
-    much, named = f"{_percent(share)}{span}", f"the {kind['group']} parameters"
+    span = f" [{percent(ends[0])}, {percent(ends[1])}]" if ends else ""
+    much, named = f"{percent(share)}{span}", f"the {kind['group']} parameters"
     if kind.get("elements") == 1:
         return f"nothing but {named} was trained"
-    size = f"{_percent(kind.get('elements'))} of all"
+    size = f"{percent(kind.get('elements'))} of all"
     if share <= 0:
         return f"no kind of parameter carries it by itself; {named}, {size}, have {much} of it"
     if ends is not None and ends[0] <= 0:
@@ -145,7 +122,7 @@ def _largest_part(result: Mapping[str, Any], effect: float) -> str:
         return f"where it sits is open, for the interval is wider than the effect; {named}, {size}, have {much} of it"
     if share >= 1.005:
         # Of one sum, in which parts of opposite sign cancel; of all such samples only as far as the interval tells.
-        told = f"{named}, {size}, make {much} of it, and the others take {_percent(share - 1)} back: parts cancel"
+        told = f"{named}, {size}, make {much} of it, and the others take {percent(share - 1)} back: parts cancel"
         if ends is None:
             return f"{told}, as far as can be told without an interval"
         return told if ends[0] > 1 else f"{told}, perhaps by noise alone"
@@ -205,7 +182,7 @@ def answer_by_expansion(rows: Sequence[Row]) -> Finding | None:
     count, samples = row["result"].get("n_targets"), row["result"].get("n_samples")
     told = f"over {count:,} target tokens; no interval" if count else "no interval"
     if ends:
-        told = f"95 % interval {_percent(ends[0])} to {_percent(ends[1])} over {samples} samples"
+        told = f"95 % interval {percent(ends[0])} to {percent(ends[1])} over {samples} samples"
     return Finding(
         f"{sentence}.",
         told,
@@ -218,7 +195,7 @@ def answer_by_expansion(rows: Sequence[Row]) -> Finding | None:
 
 def _kind_of_step(result: Mapping[str, Any], left: float, ends: tuple[float, float] | None) -> str:
     """What share the first order leaves, and the regime where the whole interval is of one."""
-    thresholds, unexplained = result.get("thresholds") or {}, f"{_percent(left)} of the change in logits unexplained"
+    thresholds, unexplained = result.get("thresholds") or {}, f"{percent(left)} of the change in logits unexplained"
     if ends is not None and len(thresholds) == 2:
         names = ("a small step", "weakly nonlinear", "nonlinear")
         lowest, highest = (names[sum(end >= border for border in thresholds.values())] for end in ends)
@@ -229,7 +206,7 @@ def _kind_of_step(result: Mapping[str, Any], left: float, ends: tuple[float, flo
     if left > 1:
         unexplained += ", about as much as predicting no change leaves"
     if result.get("regime") == "lazy":
-        return f"It is a small step: the first order explains all but {_percent(left)} of the change in logits"
+        return f"It is a small step: the first order explains all but {percent(left)} of the change in logits"
     return f"It is {result.get('regime') or 'curved'}: the first order leaves {unexplained}"
 
 
@@ -251,7 +228,7 @@ def _doubts_of_expansion(row: Row, left: float, ends: tuple[float, float] | None
         doubts.append("no interval")
     elif ends is not None:
         borders = (row["result"].get("thresholds") or {}).values()
-        doubts += [f"the interval includes the border of {_percent(x)}" for x in borders if ends[0] < x < ends[1]]
+        doubts += [f"the interval includes the border of {percent(x)}" for x in borders if ends[0] < x < ends[1]]
         doubts += ["the interval includes 100 %, where it predicts nothing"] if ends[0] < 1 < ends[1] else []
         doubts += [f"only {samples} samples"] if (samples or 0) < _FEW_SAMPLES else []
     return doubts
@@ -281,8 +258,8 @@ def answer_by_streams(rows: Sequence[Row]) -> Finding | None:
     elif moved > null and agreement is not None and agreement <= 0.5:
         verb = ", in no direction that two halves of the text agree on"
         doubts.append("two halves of the text disagree")
-    sentence = f"On unrelated text the residual stream{after} moved by {_percent(moved)} of its norm{verb}."
-    told = "" if null is None else f"two halves of the text differ by {_percent(null)}"
+    sentence = f"On unrelated text the residual stream{after} moved by {percent(moved)} of its norm{verb}."
+    told = "" if null is None else f"two halves of the text differ by {percent(null)}"
     interval = "" if agreement is None else f"two halves agree on its direction to a cosine of {agreement:.2f}"
     return Finding(sentence, interval, told, (*doubts, *_marks(row)), Bar(moved, null=null), "stream_change")
 
@@ -327,7 +304,7 @@ def answer_by_circuit(rows: Sequence[Row]) -> Finding | None:
     doubts += ["the interval is wider than the behaviour"] if ends and ends[1] - ends[0] > 1 else []
     by_chance = _metric(row, "overlap_by_chance")
     if overlap is not None:
-        sentence += f", and shares {_percent(overlap)} of its edges with the base's"
+        sentence += f", and shares {percent(overlap)} of its edges with the base's"
         doubts += ["by chance it would share as many"] if by_chance is not None and overlap <= by_chance else []
     prompts = curve.get("n_pairs")
     doubts += [f"only {prompts} prompts"] if prompts is not None and prompts < _FEW_SAMPLES else []
@@ -335,14 +312,14 @@ def answer_by_circuit(rows: Sequence[Row]) -> Finding | None:
     null = ", ".join(told for told, _, _ in nulls)
     doubts += _beaten_by(curve, nulls, kept, ends)
     if overlap is not None and by_chance is not None:
-        null += f"{'; ' if null else ''}by chance they would share {_percent(by_chance)}"
+        null += f"{'; ' if null else ''}by chance they would share {percent(by_chance)}"
         noise = _metric(row, "overlap_noise")
-        null += "" if noise is None else f", two seeds share {_percent(noise)}"
+        null += "" if noise is None else f", two seeds share {percent(noise)}"
         doubts += ["two seeds differ as much"] if noise is not None and overlap >= noise else []
     if ends is None:
         doubts = [*doubts, "no interval", *_marks(row)]
         return Finding(f"{sentence}.", "no interval over prompts", null, tuple(doubts), course="area")
-    told = f"95 % interval {_percent(ends[0])} to {_percent(ends[1])} over {curve['n_pairs']} prompts"
+    told = f"95 % interval {percent(ends[0])} to {percent(ends[1])} over {curve['n_pairs']} prompts"
     if "wide_intervals" in curve:
         told += " and the choice of the edges" if wide else ", with the edges as they were chosen"
     bar = Bar(kept, ends[0], ends[1], max((mean for mean, _ in _null_means(curve)), default=None))
@@ -390,25 +367,25 @@ def _circuit_nulls(curve: Mapping[str, Any]) -> list[tuple[str, str, float]]:
     nulls = []
     random, joined = ((curve.get(name) or [None])[-1] for name in ("band", "joined_band"))
     if random and _is_number(random[1]):
-        told = f"random circuits of its size keep {_percent(random[0])} to {_percent(random[1])}"
-        told += f", joined from end to end {_percent(joined[0])} to {_percent(joined[1])}" if joined else ""
+        told = f"random circuits of its size keep {percent(random[0])} to {percent(random[1])}"
+        told += f", joined from end to end {percent(joined[0])} to {percent(joined[1])}" if joined else ""
         nulls.append((told, "random circuits", max(high for _, high in filter(None, (random, joined)))))
     for name, who in _MOVED.items():
         band = (curve.get(f"{name}_band") or [None])[-1]
         if band and _is_number(band[1]):
-            nulls.append((f"{who} keeps {_percent(band[0])} to {_percent(band[1])}", who, band[1]))
+            nulls.append((f"{who} keeps {percent(band[0])} to {percent(band[1])}", who, band[1]))
     for task, values in (curve.get("others") or {}).items():
         if _is_number(values[-1]):
             who = f"the circuit of {task}"
-            nulls.append((f"{who} keeps {_percent(values[-1])}", who, values[-1]))
+            nulls.append((f"{who} keeps {percent(values[-1])}", who, values[-1]))
     return sorted(nulls, key=lambda null: -null[2])
 
 
 def _kept(kept: float, ends: tuple[float, float] | None) -> str:
     """What a circuit keeps, as far as its interval tells."""
-    much = f"keeps {_percent(kept)} of the behaviour"
+    much = f"keeps {percent(kept)} of the behaviour"
     if kept <= 0:
-        return f"keeps nothing of the behaviour ({_percent(kept)})"
+        return f"keeps nothing of the behaviour ({percent(kept)})"
     if kept <= 1:
         return much
     if ends is None or ends[0] <= 1:
@@ -439,9 +416,7 @@ def answer_by_volume(rows: Sequence[Row]) -> Finding | None:
         sentence = f"The region {_within(volume)} has a log volume of at least {format_number(_whole(low))} nats"
         told = "the bound, along straight rays, holds with 95 % confidence; the volume itself may lie far above"
     doubts = [f"the bridge is weak: {bridge['weak']}"] if bridge is not None and bridge.get("weak") else []
-    effective = volume.get("effective_sample_size")
-    if bridge is None and effective is not None and effective < _FEW_EFFECTIVE and compared is None:
-        doubts.append(f"it rests on an effective {effective:.2g} of {len(volume.get('estimates', ()))} directions")
+    doubts += _doubts_of_directions(volume, bounded=bridge is None, compared=compared is not None)
     if compared is not None:
         words, difference, doubt = compared
         words += _contrary(rows, volumes)
@@ -453,6 +428,29 @@ def answer_by_volume(rows: Sequence[Row]) -> Finding | None:
     samples = row["result"].get("n_samples")
     doubts += [f"only {samples} samples"] if samples is not None and samples < _FEW_SAMPLES else []
     return Finding(f"{sentence}.", told, null, (*doubts, *_marks(row)), course=course)
+
+
+def few_directions(volume: Mapping[str, Any]) -> str:
+    """How many directions decide the volume of a row, where that is hardly more than one; else nothing.
+
+    Example:
+        >>> few_directions({"effective_sample_size": 1.0, "estimates": [-5.0, -90.0]})
+        'an effective 1 of 2 directions'
+    """
+    effective = volume.get("effective_sample_size")
+    if effective is None or not _is_number(effective) or effective >= _FEW_EFFECTIVE:
+        return ""
+    return f"an effective {effective:.2g} of {len(volume.get('estimates') or ())} directions"
+
+
+def _doubts_of_directions(volume: Mapping[str, Any], *, bounded: bool, compared: bool) -> list[str]:
+    few = few_directions(volume)
+    if not few or not (bounded or compared):
+        return []
+    if not compared:
+        return [f"it rests on {few}"]
+    # The mean difference weighs all directions alike, where the volume is that of the widest.
+    return [f"volumes rest on {few}, so the difference tells of the radii along them and not of the volume"]
 
 
 def _within(volume: Mapping[str, Any]) -> str:
@@ -476,16 +474,19 @@ def _compared_volumes(rows: Sequence[Row], last: Mapping[str, Any]) -> tuple[str
     step, values = found
     low, high = interval_of_mean(values)
     several = len({volume.get("split") for volume in rows[-1]["result"]["volumes"]}) > 1
-    basin = f"The basin of {last['split']} samples" if several and last.get("split") else "The basin"
+    basin = f"the basin of {last['split']} samples" if several and last.get("split") else "the basin"
     if low <= 0 <= high:
-        words = f"{basin} has not changed beyond the spread of {len(values)} directions since step {step:,}"
-        return words, _between(low, high), ["the interval of the difference includes 0"]
-    return f"{basin} {_moved(values)} since step {step:,}", _between(low, high), []
+        words = (
+            f"{basin[0].upper()}{basin[1:]} has not changed beyond the spread of {len(values)} directions since step"
+        )
+        return f"{words} {step:,}", _between(low, high), ["the interval of the difference includes 0"]
+    along = f"Along {len(values)} common directions {basin} {_moved(values)} since step {step:,}"
+    return along, _between(low, high), []
 
 
 def _moved(values: Sequence[float]) -> str:
     mean = statistics.fmean(values)
-    return f"{'widened' if mean > 0 else 'narrowed'} by {format_number(_whole(abs(mean)))} nats"
+    return f"{'widened' if mean > 0 else 'narrowed'} by {format_number(_whole(abs(mean)))} nats on average"
 
 
 def _contrary(rows: Sequence[Row], volumes: Sequence[Mapping[str, Any]]) -> str:
@@ -538,7 +539,7 @@ def _between(low: float, high: float) -> str:
 
 @register_answer("coupling_drift", "touched")
 def answer_by_facts(rows: Sequence[Row]) -> Finding | None:
-    """How many of the untouched facts are still known."""
+    """How many of the untouched facts are still known, by the same facts at the base and now."""
     row = rows[-1]
     classes = row["result"].get("classes") or {}
     # What was edited or rehearsed was touched on purpose, and is no answer to what else was.
@@ -547,37 +548,66 @@ def answer_by_facts(rows: Sequence[Row]) -> Finding | None:
     count = int(classes.get(name, 0))
     if before is None or after is None or not count:
         return _answer_by_log_probability(row, name, change, count)
-    low, high = interval_of_share(after, count)
-    if after == before:
-        words = f"{_percent(after)} of the {name} facts are known, as before"
-    elif low <= before <= high:
-        words = f"{_percent(after)} of the {name} facts are known, from {_percent(before)}: no change beyond noise"
-    else:
-        words = f"only {_percent(after)} of the {name} facts are still known, from {_percent(before)}"
-        if after > before:
-            words = f"{_percent(after)} of the {name} facts are known, up from {_percent(before)}"
-    yet = "yet " if change is not None and (after - before) * change < 0 and not low <= before <= high else ""
+    low, high, paired = _change_of_share(row, name, after - before, count)
+    noise = low <= 0 <= high
+    words = f"{percent(after)} of the {name} facts are known, as before"
+    if after != before:
+        points = f"{_points(abs(after - before))} points {'more' if after > before else 'fewer'}"
+        words = f"{percent(after)} of the {name} facts are known, up from {percent(before)}"
+        if noise:
+            words = f"{percent(after)} of the {name} facts are known, from {percent(before)}: no change beyond noise"
+        elif after < before:
+            words = f"only {percent(after)} of the {name} facts are still known, from {percent(before)}"
+        if paired and not noise:
+            ends = sorted((abs(low), abs(high)))
+            words += f": {points} [{_points(ends[0])}, {_points(ends[1])}]"
+    yet = "yet " if change is not None and (after - before) * change < 0 and not noise else ""
     more, half = "", _half_of_facts(row, name, count)
     if change is not None and half is not None and abs(change) <= half:
         more = f"; their log probability has not moved beyond noise ({change:+.3g} nats)"
     elif change is not None:
         within = "" if half is None else f" [{change - half:+.3g}, {change + half:+.3g}]"
         more = f"; {yet}their log probability moved by {change:+.3g}{within} nats on average"
+    told = f"95 % interval of the {paired or 'change'} {_points(low)} to {_points(high)} points over {count} facts"
+    return Finding(
+        f"{words[0].upper()}{words[1:]}{more}.",
+        told if paired else f"{told}, which are not paired",
+        f"{percent(before)} before the finetune",
+        (*_doubts_of_facts(name, count, (before, after), noise=noise), *_marks(row)),
+        Bar(after, max(0.0, before + low), min(1.0, before + high), before),
+        f"exact/{name}",
+    )
+
+
+def _doubts_of_facts(name: str, count: int, shares: tuple[float, float], *, noise: bool) -> list[str]:
+    before, after = shares
     doubts = [f"only {count} {name} facts"] if count < _FEW_SAMPLES else []
     known = round(before * count)
     if after <= before and known < _FEW_SAMPLES <= count:
         doubts.append(f"only {known} of them were known before")
-    if after != before and low <= before <= high:
-        doubts.append("the interval includes the share before")
-    told = f"95 % interval {_percent(low)} to {_percent(high)} over {count} facts"
-    return Finding(
-        f"{words[0].upper()}{words[1:]}{more}.",
-        told,
-        f"{_percent(before)} before the finetune",
-        (*doubts, *_marks(row)),
-        Bar(after, low, high, before),
-        f"exact/{name}",
-    )
+    return [*doubts, "the interval of the change includes 0"] if after != before and noise else doubts
+
+
+def _change_of_share(row: Row, name: str, change: float, count: int) -> tuple[float, float, str]:
+    """The 95 % interval of the change of the share of facts known, and, where it is paired, what turned, in words."""
+    turned = (row["result"].get("turned") or {}).get(name)
+    if turned is None:
+        # Of rows that do not tell which facts turned: that of the share now.
+        before = row["metrics"][f"exact_before/{name}"]
+        low, high = interval_of_share(before + change, count)
+        return low - before, high - before, ""
+    gained, lost = int(turned["gained"]), int(turned["lost"])
+    return *interval_of_turned(gained, lost, count), f"paired change ({lost} lost, {gained} gained)"
+
+
+def _points(share: float) -> str:
+    """A difference of shares in points of a percentage, with two significant digits.
+
+    Example:
+        >>> _points(-0.1873), _points(0.031), _points(0.0)
+        ('-19', '3.1', '0')
+    """
+    return f"{100 * share:.0f}" if abs(share) >= 0.0995 else f"{100 * share:.2g}"
 
 
 def _half_of_facts(row: Row, name: str, count: int) -> float | None:
@@ -685,7 +715,7 @@ def answer_by_sweep(rows: Sequence[Row]) -> Finding | None:
     best = min(costs, key=lambda name: statistics.fmean(costs[name]))
     mean, low, high = statistics.fmean(costs[best]), *interval_of_mean(costs[best])
     cost = f"costs {mean:+.3g} nats" if mean >= 0 else f"lowers the loss by {-mean:.3g} nats"
-    sentence = f"Closing {_percent(level)} of the heads by {best} {cost}"
+    sentence = f"Closing {percent(level)} of the heads by {best} {cost}"
     null, doubts = "not compared with random heads", ["no random heads beside it"]
     if chance:
         null = f"random heads cost {statistics.fmean(chance):+.3g} nats"
@@ -751,21 +781,6 @@ def _ends(interval: Sequence[float | None] | None) -> tuple[float, float] | None
     return (float(low), float(high)) if _is_number(low) and _is_number(high) else None  # type: ignore[arg-type]
 
 
-def _percent(share: float | None) -> str:
-    r"""Two significant digits, as an interval allows no more; full percent above ten.
-
-    Example:
-        >>> [_percent(share) for share in (0.001, 0.0312, 0.954, 1.0, 25.0, 8.7e14, math.nan, None)]
-        ['0.1 %', '3.1 %', '95 %', '100 %', '2,500 %', '8.7e+16 %', '\u2013', '\u2013']
-    """
-    if not _is_number(share):
-        return format_percent(None)
-    assert share is not None
-    if abs(share) < 0.1:
-        return format_percent(float(f"{share:.2g}"))
-    return f"{100 * share:,.0f} %" if abs(share) < 1e4 else f"{100 * share:.2g} %"
-
-
 def _of_norm(moved: float) -> str:
     """How far weights moved beside their norm, in words before it.
 
@@ -773,7 +788,7 @@ def _of_norm(moved: float) -> str:
         >>> _of_norm(0.5), _of_norm(250.0)
         ('50 %', '250 times')
     """
-    return _percent(moved) if moved < 10 else f"{moved:,.3g} times"
+    return percent(moved) if moved < 10 else f"{moved:,.3g} times"
 
 
 def _whole(value: float) -> float:

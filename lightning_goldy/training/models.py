@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import os
 import shutil
@@ -118,12 +119,27 @@ def load_model(name: str, head: Head = "causal_lm", dtype: WeightDtype = "float3
         model = _AUTO_CLASSES[head].from_pretrained(str(folder) if folder.is_dir() else name, dtype=weights)
     except (OSError, ValueError) as error:
         if folder.is_dir():
-            raise ValueError(f"the folder {name!r} holds no loadable {head} model: {error}") from error
+            raise ValueError(f"the folder {name!r} holds no loadable {head} model: {_one_line(error)}") from error
         raise ValueError(
             f"model {name!r} is no local folder (looked for {folder.absolute()}), and loading it from the Hugging Face "
-            f"hub failed: {error}"
+            f"hub failed; give a folder of save_pretrained, or a name on the hub. {_near(folder)}The hub's reason: "
+            f"{_one_line(error)}"
         ) from error
     return model.train()  # from_pretrained returns eval mode, in which Lightning would train without dropout
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _near(folder: Path) -> str:
+    """The folder beside one that is not there whose name is nearest to its, as a question; or nothing."""
+    try:
+        names = [path.name for path in folder.parent.iterdir() if path.is_dir()]
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(folder.name, names, n=1)
+    return f"Did you mean {folder.parent / close[0]}? " if close else ""
 
 
 def complete_config(config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
 from transformers import PreTrainedTokenizerBase
 
-from lightning_goldy.core.files import StoreError
+from lightning_goldy.core.files import StoreError, percentage
 from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.naming import options_of, require_choice, suggestion
 from lightning_goldy.core.objective import (
@@ -663,7 +663,8 @@ class MaskedTraining:
         assert mask is not None
         everything = sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"])
         inside = mask.total
-        rank_zero_info(f"mask from {self.source}: {inside:,} of {everything:,} elements ({inside / everything:.2%})")
+        share = percentage(inside / everything, 2)
+        rank_zero_info(f"mask from {self.source}: {inside:,} of {everything:,} elements ({share})")
 
     def save(self, trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
         """Adds the packed mask to a checkpoint; a collective when it is sharded."""

@@ -275,6 +275,13 @@ def test_tensorboard_receives_scalars_figures_and_histograms(tmp_path):
     ]
 
 
+def test_the_folder_tells_whose_it_is_before_anything_is_analysed(tmp_path):
+    callback = Counting(every_n_steps=1000, at=(), name="counted")
+    fit(tmp_path, [callback], max_epochs=1)
+    assert not (callback.folder / "results.jsonl").exists()
+    assert json.loads((callback.folder / ".run.json").read_text())["callback"] == "Counting"
+
+
 def test_several_loggers_and_none(tmp_path):
     callback = Counting()
     loggers = [CSVLogger(tmp_path, name="a"), TensorBoardLogger(tmp_path, name="b")]

@@ -189,7 +189,7 @@ def test_the_table_shows_every_row():
     table = comparison_table(rows, 10)
     assert [str(column.header) for column in table.columns] == ["trained", "elements", "share", "change", "val/loss"]
     assert [list(column.cells) for column in table.columns][2:] == [
-        ["0.00%", "90.00%"],
+        ["0.00 %", "90.00 %"],
         ["0", "1.5"],
         ["2.0000", "1.0000"],
     ]

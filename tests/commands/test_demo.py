@@ -16,6 +16,8 @@ from lightning_goldy.cli import main
 from lightning_goldy.commands import demo
 from lightning_goldy.commands.demo import AtlasKnowledge, DemoSettings, analysis_callbacks, share_known
 from lightning_goldy.data import country_facts, one_hop_questions
+from lightning_goldy.report.run import read_run
+from lightning_goldy.training.module import GoldyModule
 
 
 @pytest.fixture
@@ -31,6 +33,23 @@ def test_the_demo_uses_every_callback_that_only_watches():
     kinds -= {VariantLosses, FinetuneComparison}
     expected = {kind for kind in kinds if not inspect.isabstract(kind) and not kind.changes_training} | {RunReport}
     assert {type(callback) for callback in analysis_callbacks(10)} == expected
+
+
+@pytest.mark.slow
+def test_loggers_get_at_most_forty_scalars_of_all_callbacks_that_only_look(tmp_path):
+    # What the model knows does not matter here, so it has learned nothing.
+    settings = replace(DemoSettings.fast(), finetuning_epochs=1, every_n_steps=2)
+    module = GoldyModule(settings.model_config, tokenizer=settings.pretraining_data().tokenizer)
+    trainer, _ = demo._finetune(settings, module.save_pretrained(tmp_path / "base"), tmp_path)
+    run = read_run(trainer.log_dir)
+    events = EventAccumulator(trainer.log_dir, size_guidance={"scalars": 0}).Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith("goldy/")]
+    assert {tag.split("/")[1] for tag in tags} == {analysis.name for analysis in run.analyses}
+    assert len(run.analyses) == 11
+    assert 11 <= len(tags) <= 40
+    # What each cost is in its rows.
+    assert not [tag for tag in tags if "/cost/" in tag]
+    assert all(row["cost"]["seconds"] > 0 for analysis in run.analyses for row in analysis.rows)
 
 
 @pytest.mark.slow
@@ -59,6 +78,7 @@ def test_the_reduced_demo_from_the_command_line(cache, tmp_path, capsys):
     known = [event.value for event in events.Scalars("known/edited")]
     assert len(known) == 2
     assert known[1] == pytest.approx(share_known(finetuned, tokenizer, edited))
+    assert len([tag for tag in events.Tags()["scalars"] if tag.startswith("goldy/")]) <= 40
 
     _check_second_run(directory, report, finetuned)
 
@@ -78,7 +98,7 @@ def test_a_pretraining_that_fails_says_how_far_it_came(cache, tmp_path, monkeypa
     hopeless = replace(DemoSettings.fast(), max_epochs=8, pretraining_rate=1e-6)
     monkeypatch.setattr(DemoSettings, "fast", classmethod(lambda cls, seed=0: hopeless))
     assert main(["demo", "--fast", "--directory", str(tmp_path / "demo")]) == 2
-    assert "knows 0.0% of the one-hop facts, not 98%" in capsys.readouterr().err
+    assert "knows 0.0 % of the one-hop facts, not 98 %" in capsys.readouterr().err
     assert not cache.exists() or not list(cache.iterdir()), "a model that knows nothing was cached"
 
 

@@ -15,6 +15,7 @@ from lightning_goldy.cli import main
 from lightning_goldy.commands.checkpoints import find_base, follow_frozen, read_saved
 from lightning_goldy.commands.graft import Wanted, _unadapted, _untie, graft_checkpoint
 from lightning_goldy.core import CausalLMObjective
+from lightning_goldy.core.files import percentage
 from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.store import StoreError
 from lightning_goldy.data import AtlasDataModule
@@ -70,7 +71,7 @@ def test_a_share_of_the_elements_is_written_as_a_model_and_as_a_sparse_change(tr
     assert all(torch.equal(made[name][flags], now[name][flags]) for name, flags in moved.items())
     card = (trained / "model" / "model" / "README.md").read_text()
     summary = json.loads((trained / "model" / "summary.json").read_text())
-    assert f"recovers: {summary['taken']['recovered']:.1%}" in card
+    assert f"recovers: {percentage(summary['taken']['recovered'], 1)}" in card
     assert "nats of loss" in card
     assert summary["taken"]["share"] == 0.1
     assert (trained / "model" / "report.html").is_file()
@@ -92,12 +93,13 @@ def test_the_effect_wanted_is_recovered_with_the_least_harm(trained, capsys):
     assert reported["recovered"] != taken["recovered"]
     assert summary["on"] == "2 samples that neither scored nor chose it"
     card = (trained / "half" / "model" / "README.md").read_text()
-    assert f"recovers: {reported['recovered']:.1%}" in card
+    assert f"recovers: {percentage(reported['recovered'], 1)}" in card
     assert "- measured on: samples that neither scored nor chose it\n" in card
     weak = "only 2 held-out samples, and below 6 not even their whole range is a 95 % interval"
     assert f"- WEAK: {weak}\n" in card
     assert summary["weak"] == [weak]
-    assert f"at least 50.0% of the effect; where it was chosen it recovered {taken['recovered']:.1%}" in card
+    chosen = percentage(taken["recovered"], 1)
+    assert f"at least 50.0 % of the effect; where it was chosen it recovered {chosen}" in card
     told = capsys.readouterr().out
     assert f"on samples that neither scored nor chose it; WEAK: {weak}" in " ".join(told.split())
     page = (trained / "half" / "report.html").read_text()

@@ -11,6 +11,7 @@ import torch
 from lightning_goldy import ParameterMask, ParameterSpace
 from lightning_goldy.cli import main
 from lightning_goldy.commands.files import combined
+from lightning_goldy.core.files import percentage
 
 SPACE = ParameterSpace(
     ("h.0.weight", "h.1.weight", "wte.weight"),
@@ -40,14 +41,14 @@ def test_show_counts_every_block(files, capsys):
     shown = capsys.readouterr().out
     assert "a: GPT2LMHeadModel, step 7" in shown
     assert cells(shown) == [
-        ["h.0", "4", "20", "20.0000%"],
-        ["h.1", "0", "10", "0.0000%"],
-        ["embeddings", "1", "70", "1.4286%"],
-        ["all", "5", "100", "5.0000%"],
-        ["h.0", "3", "20", "15.0000%"],
-        ["h.1", "10", "10", "100.0000%"],
-        ["embeddings", "0", "70", "0.0000%"],
-        ["all", "13", "100", "13.0000%"],
+        ["h.0", "4", "20", "20.0000 %"],
+        ["h.1", "0", "10", "0.0000 %"],
+        ["embeddings", "1", "70", "1.4286 %"],
+        ["all", "5", "100", "5.0000 %"],
+        ["h.0", "3", "20", "15.0000 %"],
+        ["h.1", "10", "10", "100.0000 %"],
+        ["embeddings", "0", "70", "0.0000 %"],
+        ["all", "13", "100", "13.0000 %"],
     ]
 
 
@@ -83,7 +84,7 @@ def test_combine_writes_a_mask_that_loads(files, capsys, words, expected):
     found = {name: index.tolist() for name, index in ParameterMask.load("out/c").indices().items()}
     assert found == {name: expected.get(name, []) for name in SPACE}
     total = sum(map(len, expected.values()))
-    assert capsys.readouterr().out.strip() == f"out/c: {total} of 100 elements ({total / 100:.4%})"
+    assert capsys.readouterr().out.strip() == f"out/c: {total} of 100 elements ({percentage(total / 100, 4)})"
 
 
 def test_three_masks_are_combined_from_the_left():

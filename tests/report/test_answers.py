@@ -10,7 +10,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_goldy.report.answers import _SPEAKERS, QUESTIONS, Answer, Bar, Finding, answers_of, register_answer
+from lightning_goldy.report.answers import (
+    _SPEAKERS,
+    QUESTIONS,
+    Answer,
+    Bar,
+    Finding,
+    Waiting,
+    answers_of,
+    interval_of_mean,
+    interval_of_share,
+    interval_of_turned,
+    register_answer,
+)
 from lightning_goldy.report.figures import ReportError
 from lightning_goldy.report.sentences import (
     answer_by_attention,
@@ -26,8 +38,6 @@ from lightning_goldy.report.sentences import (
     answer_by_streams,
     answer_by_sweep,
     answer_by_volume,
-    interval_of_mean,
-    interval_of_share,
 )
 from lightning_goldy.report.topics.attribution import places_caption
 from tests.report.heads_rows import plasticity_row, sweep_row
@@ -155,7 +165,7 @@ def volume_row(estimates: list[float], step: int, **more: Any) -> Row:
         "dimension": 100,
         "log_volume": max(estimates),
         "lower_bound": min(estimates),
-        "effective_sample_size": 1.0,
+        "effective_sample_size": 2.5,
         "estimates": estimates,
         **more,
     }
@@ -165,8 +175,12 @@ def volume_row(estimates: list[float], step: int, **more: Any) -> Row:
 @pytest.mark.parametrize(
     ("after", "words", "doubts"),
     [
-        ([-200.0, -210.0, -220.0], "The basin narrowed by 50 nats since step 0", 0),
-        ([-100.0, -110.0, -120.0], "The basin widened by 50 nats since step 0", 0),
+        (
+            [-200.0, -210.0, -220.0],
+            "Along 3 common directions the basin narrowed by 50 nats on average since step 0",
+            0,
+        ),
+        ([-100.0, -110.0, -120.0], "Along 3 common directions the basin widened by 50 nats on average since step 0", 0),
         ([-150.0, -250.0, -80.0], "The basin has not changed beyond the spread of 3 directions since step 0", 1),
     ],
 )
@@ -191,17 +205,19 @@ def test_basins_of_two_kinds_of_samples_are_told_apart_where_they_part() -> None
     before = both([-150.0, -160.0], [-300.0, -310.0], 0)
     finding = told(answer_by_volume([before, both([-200.5, -209.5], [-249.5, -260.5], 10)]))
     assert finding.sentence.startswith(
-        "The basin of clean samples narrowed by 50 nats since step 0, yet that of memorised ones widened by 50 nats; "
-        "the region in which"
+        "Along 2 common directions the basin of clean samples narrowed by 50 nats on average since step 0, yet that of "
+        "memorised ones widened by 50 nats on average; the region in which"
     )
     # Where both go one way, or one of them not beyond noise, they do not part.
     for memorised in ([-349.5, -360.5], [-250.0, -380.0]):
         finding = told(answer_by_volume([before, both([-200.5, -209.5], memorised, 10)]))
-        assert finding.sentence.startswith("The basin of clean samples narrowed by 50 nats since step 0; the region")
+        narrowed = "the basin of clean samples narrowed by 50 nats on average since step 0; the region"
+        assert finding.sentence.startswith(f"Along 2 common directions {narrowed}")
 
 
 def test_volumes_of_other_directions_are_not_compared_and_a_single_bound_is_doubted() -> None:
-    first, last = volume_row([-150.0, -160.0], 0, sigma=0.2), volume_row([-100.0, -110.0], 10)
+    first = volume_row([-150.0, -160.0], 0, sigma=0.2)
+    last = volume_row([-100.0, -110.0], 10, effective_sample_size=1.0)
     finding = told(answer_by_volume([first, last]))
     assert finding.sentence.startswith(
         "The region in which predictions stay within 0.01 nats of the model's has a log volume of at least -110 nats."
@@ -211,6 +227,31 @@ def test_volumes_of_other_directions_are_not_compared_and_a_single_bound_is_doub
         "one bound of one checkpoint compares with nothing",
     )
     assert answer_by_volume([row_of({}, {"volumes": []})]) is None
+
+
+@pytest.mark.parametrize(("effective", "weak"), [(1.0, True), (1.99, True), (2.0, False), (None, False)])
+@pytest.mark.parametrize("bridged", [False, True])
+def test_a_difference_of_volumes_that_rest_on_one_direction_is_weak(
+    effective: float | None, weak: bool, bridged: bool
+) -> None:
+    last = volume_row([-200.5, -209.5, -220.0], 10, effective_sample_size=effective)
+    if bridged:
+        last["result"]["bridges"] = [{"split": "clean", "log_volume": -90.0, "error": 2.0}]
+    answer = answers_of([("volumes", "basin_volume", [volume_row([-150.0, -160.0, -170.0], 0), last])])[2]
+    # What all directions agree on is still told, with its interval over them.
+    assert answer.finding.sentence.startswith("Along 3 common directions the basin narrowed by 50 nats on average")
+    assert answer.finding.interval.startswith("95 % interval of the paired difference -51.24 to -48.76 nats")
+    assert answer.trust == ("weak" if weak else "solid")
+    told_why = "so the difference tells of the radii along them and not of the volume"
+    assert answer.finding.doubts == (
+        (f"volumes rest on an effective {effective:.2g} of 3 directions, {told_why}",) if weak else ()
+    )
+
+
+def test_directions_that_a_bridge_does_without_are_not_doubted() -> None:
+    row = volume_row([-150.0, -160.0], 10, effective_sample_size=1.0)
+    row["result"]["bridges"] = [{"split": "clean", "log_volume": -90.0, "error": 2.0}]
+    assert told(answer_by_volume([row])).doubts == ()
 
 
 def test_a_bridge_states_the_volume_and_its_doubt() -> None:
@@ -321,6 +362,87 @@ def test_untouched_facts_before_and_after(before: float, after: float, start: st
     assert finding.sentence.startswith(start)
     assert bool(finding.doubts) is doubted
     assert "over 98 facts" in finding.interval
+
+
+@pytest.mark.parametrize(
+    ("gained", "lost", "start", "interval", "doubted"),
+    [
+        (
+            1,
+            20,
+            "Only 80 % of the untouched facts are still known, from 99 %: 19 points fewer [10, 28]; ",
+            "-28 to -10",
+            False,
+        ),
+        (30, 2, "99 % of the untouched facts are known, up from 70 %: 29 points more [18, 38]; ", "18 to 38", False),
+        (2, 4, "96 % of the untouched facts are known, from 98 %: no change beyond noise; ", "-7.5 to 3.5", True),
+        (6, 6, "90 % of the untouched facts are known, as before; ", "-7.3 to 7.3", False),
+    ],
+)
+def test_facts_are_compared_with_themselves(gained: int, lost: int, start: str, interval: str, doubted: bool) -> None:
+    before = {"fewer": 97, "up": 69}.get(next((word for word in ("fewer", "up") if word in start), ""), 96)
+    before = 88 if gained == lost else before
+    after = before + gained - lost
+    metrics = {"exact_before/untouched": before / 98, "exact/untouched": after / 98, "measured_change/untouched": -0.3}
+    result = {"classes": {"untouched": 98}, "turned": {"untouched": {"gained": gained, "lost": lost}}}
+    finding = told(answer_by_facts([row_of(metrics, result)]))
+    assert finding.sentence.startswith(start)
+    turned = f"({lost} lost, {gained} gained)"
+    assert finding.interval == f"95 % interval of the paired change {turned} {interval} points over 98 facts"
+    assert finding.doubts == (("the interval of the change includes 0",) if doubted else ())
+    assert finding.bar is not None
+    low, high = interval_of_turned(gained, lost, 98)
+    assert (finding.bar.low, finding.bar.high) == (before / 98 + low, min(1.0, before / 98 + high))
+
+
+def test_a_change_that_hardly_any_fact_makes_is_no_noise_though_shares_overlap() -> None:
+    # 8 of 400 are lost and none is gained: each share's own interval holds the other share.
+    metrics = {"exact_before/untouched": 0.5, "exact/untouched": 0.48, "measured_change/untouched": -0.3}
+    row = row_of(metrics, {"classes": {"untouched": 400}})
+    assert "no change beyond noise" in told(answer_by_facts([row])).sentence
+    row["result"]["turned"] = {"untouched": {"gained": 0, "lost": 8}}
+    sentence = told(answer_by_facts([row])).sentence
+    assert sentence.startswith(
+        "Only 48 % of the untouched facts are still known, from 50 %: 2 points fewer [0.46, 3.5]; "
+    )
+
+
+@pytest.mark.parametrize("chances", [(0.0, 0.0), (0.01, 0.2), (0.1, 0.1), (0.3, 0.05), (0.0, 0.6), (0.4, 0.4)])
+@pytest.mark.parametrize("count", [16, 60])
+def test_the_interval_of_what_turned_covers(chances: tuple[float, float], count: int) -> None:
+    """By the exact probability of every outcome."""
+    up, down = chances
+    covered = 0.0
+    for gained in range(count + 1):
+        for lost in range(count + 1 - gained):
+            low, high = interval_of_turned(gained, lost, count)
+            ways = math.comb(count, gained) * math.comb(count - gained, lost)
+            chance = ways * up**gained * down**lost * (1 - up - down) ** (count - gained - lost)
+            covered += chance if low <= up - down <= high else 0.0
+    assert covered >= 0.94
+
+
+def test_the_interval_of_what_turned_is_students_paired_one_of_many() -> None:
+    gained, lost, count = 300, 900, 10_000
+    values = [1.0] * gained + [-1.0] * lost + [0.0] * (count - gained - lost)
+    assert interval_of_turned(gained, lost, count) == pytest.approx(interval_of_mean(values), abs=1e-4)
+
+
+def test_what_was_attached_and_has_not_fired_is_told() -> None:
+    waiting = Waiting({"basin": "BasinVolume", "head_plasticity": "", "mine": "Own"}, 1200)
+    answers = answers_of([], waiting)
+    told = "was attached, and had not fired when the run stood at step 1,200."
+    assert answers[2].finding.sentence == f"Not measured: basin {told}"
+    assert answers[2].trust == "not measured"
+    assert answers[2].finding.interval == "the run was killed there before it came to it, or still goes on"
+    # Notes of an earlier version do not name the class.
+    assert answers[4].finding.sentence == f"Not measured: head_plasticity {told}"
+    assert answers[0].finding.sentence == "Not measured; ChangeAttribution or GoldenSnapshot would tell."
+    two = Waiting({"a": "TaylorDiff", "b": "AttentionTracker"}, 3)
+    assert answers_of([], two)[1].finding.sentence.startswith("Not measured: a and b were attached, and had not fired")
+    snapshot = row_of({"relative_change": 0.0})
+    measured = answers_of([("norms", "golden_snapshot", [snapshot])], Waiting({"all": "ChangeAttribution"}, 1))
+    assert measured[0].finding.sentence == "No parameter has moved."
 
 
 def test_facts_without_exact_answers_tell_their_log_probability() -> None:
@@ -757,6 +879,6 @@ def test_the_caption_of_a_small_kind_does_not_say_that_it_has_nothing() -> None:
         {"group": "mlp", "contribution": -0.9976, "elements": 0.9974, "share_low": None, "share_high": None},
     ]
     assert places_caption({"result": {"total": -1.0, "kinds": kinds}}) == (
-        "Contributions add up to the change of the metric. mlp 100% of it with 100% of the elements; "
-        "norm 0.24% [0.17%, 0.31%] of it with 0.26% of the elements."
+        "Contributions add up to the change of the metric. mlp 100 % of it with 100 % of the elements; "
+        "norm 0.24 % [0.17 %, 0.31 %] of it with 0.26 % of the elements."
     )

@@ -318,4 +318,18 @@ def test_a_heading_tells_its_definition(hostile: Path, opened: Callable[..., Any
     heads = page.locator("#cost thead th")
     told = [heads.nth(place).get_attribute("title") for place in range(heads.count())]
     assert all(told)
-    assert "docs/golden_parameters.md" in page.locator("main").inner_text()
+    assert page.locator("summary", has_text="Definition").count() >= 2
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_a_link_to_when_not_to_believe_an_answer_opens_it(
+    opened: Callable[..., Any], tmp_path: Path, width: int
+) -> None:
+    page = opened(write_report(RUN, tmp_path / "report.html"), width=width)
+    link = page.get_by_text("when not to believe it", exact=True).first
+    target = page.locator(str(link.get_attribute("href")))
+    assert not target.locator("ul").is_visible()
+    link.click()
+    target.locator("ul").wait_for()
+    page.evaluate("document.querySelectorAll('details.told').forEach(part => part.open = true)")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width

@@ -37,9 +37,10 @@ def test_the_page_has_a_section_for_everything(run: Path, page_of: PageOf) -> No
         "Settings of the run",
     ]
     ids = ["analysis-1", "analysis-2", "training", "methods", "cost", "settings"]
-    assert page.values("id") == ["answers", *ids]
-    # The answer to the first question refers to its analysis.
-    assert page.values("src", "href") == ["#analysis-1", *(f"#{name}" for name in ids)]
+    folded = [f"analysis-{number}-{what}" for number in (1, 2) for what in ("definition", "doubt")]
+    assert set(page.values("id")) == {"answers", *ids, *folded}
+    # The answer to the first question refers to its analysis, and to when not to believe it.
+    assert page.values("src", "href") == ["#analysis-1", "#analysis-1-doubt", *(f"#{name}" for name in ids)]
     assert page.text("h3")[:5] == [question.title for question in QUESTIONS.values()]
     assert "learning_rate: 0.1\n" in page.text("pre")
     summary = dict(zip(page.text("dt"), page.text("dd"), strict=True))
@@ -249,7 +250,7 @@ def test_numbers_that_are_not_finite_are_gaps(
 
 def test_answers_come_first_with_their_small_print(run: Path, page_of: PageOf) -> None:
     page = page_of(run)
-    assert "The weights moved by 8 % of their norm." in page.text("p")
+    assert "The weights moved by 8\u00a0% of their norm." in page.text("p")
     assert page.text("span")[:2] == ["weak", "not measured"]
     assert any("Doubt: how far weights moved does not tell" in text for text in page.text("p"))
     # Questions stand above the sections that answer them.
@@ -259,7 +260,7 @@ def test_answers_come_first_with_their_small_print(run: Path, page_of: PageOf) -
 
 def test_numbers_are_folded_and_drawn_only_when_opened(run: Path, page_of: PageOf) -> None:
     page = page_of(run)
-    summaries = page.text("summary")
+    summaries = [text for text in page.text("summary") if text not in ("Definition", "When not to believe it")]
     assert summaries[-2:] == ["Details: 3 metrics at 2 steps", "Details: 7 metrics at 3 steps"]
 
 

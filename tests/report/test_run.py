@@ -12,6 +12,7 @@ import torch
 
 from lightning_goldy.core import ParameterSpace, ParameterVector, save_vectors
 from lightning_goldy.report import ReportError, write_report
+from lightning_goldy.report.page import answers_json
 from lightning_goldy.report.run import read_run
 
 Build = Callable[..., dict[str, Any]]
@@ -133,6 +134,21 @@ def test_analyses_that_a_killed_run_had_still_to_make_are_named(run: Path, page_
     told = page_of(run).text("p")
     assert "taylor_diff has not written a result yet." in told
     assert "golden_parameters has not written a result yet." not in told
+
+
+def test_a_question_whose_callback_a_killed_run_never_came_to_says_so(run: Path, page_of: PageOf) -> None:
+    for name, callback in (("volumes", "BasinVolume"), ("later", "HeadPlasticity"), ("broken", None)):
+        (run / "goldy" / name).mkdir()
+        notes = "{" if callback is None else json.dumps({"identity": "a", "callback": callback, "claims": {}})
+        (run / "goldy" / name / ".run.json").write_text(notes)
+    told = page_of(run).text("p")
+    assert "Not measured: volumes was attached, and had not fired when the run stood at step 30." in told
+    assert not [text for text in told if "BasinVolume would tell" in text]
+    assert any("was killed there before it came to it" in text for text in told)
+    answers = json.loads(answers_json(run))["answers"]
+    assert [answer["sentence"] for answer in answers if answer["question"] == "needs"] == [
+        "Not measured: later was attached, and had not fired when the run stood at step 30."
+    ]
 
 
 def test_a_base_that_the_settings_leave_out_is_told_by_the_run(run: Path, page_of: PageOf) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import ast
+import html
 import re
+from collections.abc import Iterator
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
-from lightning_goldy.report.descriptions import _ORDER, documentation, page_of
-from lightning_goldy.report.formatting import GLOSSARY, table_html, texts_html
-from lightning_goldy.report.page import _asset, _reference
+from lightning_goldy.report import ReportError
+from lightning_goldy.report.descriptions import _ORDER, DOUBTS, PAGES, anchor_of, page_of, section_of
+from lightning_goldy.report.formatting import GLOSSARY, prose_html, table_html, texts_html
+from lightning_goldy.report.page import _asset, reference_html
 from lightning_goldy.report.topics import coupling, text
 from tests.house import ROOT
 
@@ -106,11 +111,88 @@ def test_the_glossary_has_no_word_to_spare() -> None:
     assert {word.removeprefix("#") for word in GLOSSARY} <= used
 
 
-def test_every_analysis_leads_to_its_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    for analysis in _ORDER:
-        assert (ROOT / "docs" / page_of(analysis)).is_file(), analysis
-    assert documentation() == ""
-    assert "<code>docs/attention.md</code>" in _reference("attention.md")
-    monkeypatch.setattr("lightning_goldy.report.page.documentation", lambda: "https://example.org/goldy")
-    assert 'href="https://example.org/goldy/attention/"' in _reference("attention.md")
-    assert _reference("") == ""
+@pytest.mark.parametrize("analysis", _ORDER)
+def test_every_analysis_is_defined_and_doubted_by_its_page(analysis: str) -> None:
+    name, _, heading = page_of(analysis).partition("#")
+    page = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    anchors = {
+        anchor_of(text) for text in re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", page, flags=re.M | re.S), re.M)
+    }
+    assert {DOUBTS, *([heading] if heading else [])} <= anchors
+    for anchor in (heading, DOUBTS):
+        said = section_of(name, anchor)
+        assert len(said) > 150
+        assert said in page
+    # What the page of the run says is what the documentation says.
+    shown = html.unescape(re.sub(r"<[^>]*>", "", reference_html(page_of(analysis), "analysis-1")))
+    assert " ".join(section_of(name, DOUBTS).split()[1:9]).replace("`", "").replace("**", "") in " ".join(shown.split())
+
+
+def test_definitions_are_on_the_page_and_link_to_the_documentation_where_it_has_an_address(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("GOLDY_DOCS", raising=False)
+    alone = reference_html("attention.md", "analysis-3")
+    assert 'id="analysis-3-definition"' in alone
+    assert 'id="analysis-3-doubt"' in alone
+    assert "href" not in alone
+    monkeypatch.setenv("GOLDY_DOCS", "https://example.org/goldy/")
+    links = re.findall(r'<a href="([^"]*)" rel="noopener">', reference_html("attention.md", "analysis-3"))
+    assert links == ["https://example.org/goldy/attention/", f"https://example.org/goldy/attention/#{DOUBTS}"]
+    links = re.findall(r'<a href="([^"]*)"', reference_html(PAGES["parameter_distribution"], "a"))
+    assert links[0] == "https://example.org/goldy/golden_snapshot/#the-shape-of-the-change"
+    assert reference_html("", "a") == ""
+    monkeypatch.setenv("GOLDY_DOCS", "javascript:alert(1)")
+    with pytest.raises(ReportError, match="GOLDY_DOCS must be an address"):
+        reference_html("attention.md", "a")
+
+
+def test_prose_runs_nothing() -> None:
+    told = prose_html("<script>x</script> [<b>](javascript:x) `</code><i>` **<u>**\n\n```\n</pre><p>\n```\n\n| <td> |")
+    assert not re.search(r"<(script|b|i|u|td)>|javascript|href", told)
+
+
+def _texts(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Texts of a module's code with their lines, docstrings aside; a value in one is a 0, with its form's sign."""
+    commented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    docstrings = [each.body[0].value for each in ast.walk(tree) if isinstance(each, commented) and _begins(each)]
+    parts = [part for each in ast.walk(tree) if isinstance(each, ast.JoinedStr) for part in ast.walk(each)]
+    aside = {id(each) for each in (*docstrings, *parts)}
+    for each in ast.walk(tree):
+        if isinstance(each, ast.JoinedStr):
+            yield each.lineno, "".join(map(_shown, each.values))
+        elif isinstance(each, ast.Constant) and isinstance(each.value, str) and id(each) not in aside:
+            yield each.lineno, each.value
+
+
+def _begins(each: ast.Module | ast.ClassDef | ast.FunctionDef) -> bool:
+    return bool(each.body) and isinstance(each.body[0], ast.Expr) and isinstance(each.body[0].value, ast.Constant)
+
+
+def _shown(part: ast.expr) -> str:
+    if isinstance(part, ast.Constant):
+        return str(part.value)
+    form = getattr(part, "format_spec", None)
+    return "0%" if form is not None and "%" in ast.unparse(form) else "0"
+
+
+def _glued(code: str) -> list[int]:
+    """Lines whose text has a percentage sign right behind its number."""
+    return [line for line, text in _texts(ast.parse(code)) if re.search(r"\d%(?!\w)", text)]
+
+
+@pytest.mark.parametrize("place", sorted((ROOT / "lightning_goldy").rglob("*.py")), ids=lambda path: path.stem)
+def test_a_percentage_has_a_space_before_its_sign(place: Path) -> None:
+    assert _glued(place.read_text(encoding="utf-8")) == []
+
+
+def test_a_percentage_without_a_space_is_found() -> None:
+    lines = [
+        '"""5%"""',
+        'f"{share:.1%} of it"',
+        'f"{100 * share:.0f}% of it"',
+        '"5% of it"',
+        'f"{share} %"',
+        '"%s 5 %"',
+    ]
+    assert set(_glued("\n".join(lines))) == {2, 3, 4}

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lightning_goldy.data import byte_tokenizer
+from lightning_goldy.training import models
 from lightning_goldy.training.models import (
     LoraOptions,
     add_lora,
@@ -83,6 +84,21 @@ def test_a_missing_model_names_both_places(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"'missing/model' is no local folder \(looked for .*hub failed"):
         load_model("missing/model")
+
+
+def test_a_missing_model_is_told_in_one_line_with_the_nearest_folder(tmp_path, monkeypatch):
+    (tmp_path / "finetuned").mkdir()
+
+    def fail(*_, **__):
+        raise OSError("We couldn't connect to the hub.\nCheck your connection.")
+
+    monkeypatch.setattr(models._AUTO_CLASSES["causal_lm"], "from_pretrained", fail)
+    with pytest.raises(ValueError, match="no local folder") as raised:
+        load_model(f"{tmp_path}/finetune")
+    told = str(raised.value)
+    assert "\n" not in told
+    assert f"give a folder of save_pretrained, or a name on the hub. Did you mean {tmp_path}/finetuned? " in told
+    assert told.endswith("The hub's reason: We couldn't connect to the hub. Check your connection.")
 
 
 def test_a_folder_without_a_model_says_so(tmp_path):

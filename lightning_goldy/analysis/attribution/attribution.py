@@ -34,6 +34,7 @@ from lightning_goldy.analysis.result import AnalysisResult, Cost, Row, tensor_ro
 from lightning_goldy.core.architecture.adapters import WeightSpace
 from lightning_goldy.core.base import Base
 from lightning_goldy.core.batches import move_batch, sample_count, sample_keys
+from lightning_goldy.core.files import percentage
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.naming import block_of, kind_of, require_at_least, require_choice, require_fractions
@@ -284,13 +285,13 @@ class ChangeAttributionResult(AnalysisResult):
         kinds = {row["group"]: row for row in self._group_rows(kind_of)}
         label, row = max(kinds.items(), key=lambda item: item[1]["contribution"] / self.total)
         low, high = row["share_low"], row["share_high"]
-        interval = f"[{low:.0%}, {high:.0%}]" if len(self.weights) > 1 else "(no interval: one passage)"
-        share, size = row["contribution"] / self.total, f"which are {row['elements']:.0%} of all"
-        place = f"{share:.0%} {interval} of it sits in {label} parameters, {size}"
+        interval = f"[{percentage(low)}, {percentage(high)}]" if len(self.weights) > 1 else "(no interval: one passage)"
+        share, size = row["contribution"] / self.total, f"which are {percentage(row['elements'])} of all"
+        place = f"{percentage(share)} {interval} of it sits in {label} parameters, {size}"
         if share >= 1.005:
             place = (
-                f"{label} parameters, {size}, make {share:.0%} {interval} of it, of which the others take "
-                f"{share - 1:.0%} back, for parts of opposite sign cancel"
+                f"{label} parameters, {size}, make {percentage(share)} {interval} of it, of which the others take "
+                f"{percentage(share - 1)} back, for parts of opposite sign cancel"
             )
         return f"the {self.metric} changed by {self.change:.4g}: {place}{self._told_gap()}{self._told_parts()}"
 
@@ -304,10 +305,11 @@ class ChangeAttributionResult(AnalysisResult):
         return f"; INCOMPLETE: {told}{weak}"
 
     def _told_parts(self) -> str:
-        alone = "" if self.interaction is None else f"; alone, blocks make {1 - self.interaction:.0%} of it"
+        alone = "" if self.interaction is None else f"; alone, blocks make {percentage(1 - self.interaction)} of it"
         inside = "".join(
-            f"; the {link['mask']} mask holds {link['attribution']:.0%}, a random one of its size {link['null']:.0%} "
-            f"[{link['null_low']:.0%}, {link['null_high']:.0%}]"
+            f"; the {link['mask']} mask holds {percentage(link['attribution'])}, a random one of its size "
+            f"{percentage(link['null'])} "
+            f"[{percentage(link['null_low'])}, {percentage(link['null_high'])}]"
             for link in self.links
         )
         return alone + inside

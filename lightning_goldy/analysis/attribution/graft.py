@@ -32,6 +32,7 @@ from lightning_goldy.analysis.divergence import precise
 from lightning_goldy.analysis.result import AnalysisResult, Cost, counted_passes
 from lightning_goldy.core.base import Base
 from lightning_goldy.core.batches import sample_count
+from lightning_goldy.core.files import percentage
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.naming import (
@@ -200,7 +201,8 @@ class GraftCurve(AnalysisResult):
         else:
             fitting = [point for point in points if (point.recovered or 0.0) >= (recover or 0.0)]
             best = max(point.recovered or 0.0 for point in points)
-            wanted, most = f"recovers {recover:.0%} of the effect", f"the most that one recovers is {best:.0%}"
+            wanted = f"recovers {percentage(recover)} of the effect"
+            most = f"the most that one recovers is {percentage(best)}"
         if not fitting:
             raise ValueError(f"no graft tried {wanted}; {most}")
         if harm is not None:
@@ -261,15 +263,15 @@ class GraftCurve(AnalysisResult):
 
     def _with_interval(self, point: GraftPoint) -> str:
         if point.low is None:
-            return f"{point.recovered:.0%} (no interval: one {'sample' if self.n_held_out == 1 else 'passage'})"
-        return f"{point.recovered:.0%} [{point.low:.0%}, {point.high:.0%}]"
+            return f"{percentage(point.recovered)} (no interval: one {'sample' if self.n_held_out == 1 else 'passage'})"
+        return f"{percentage(point.recovered)} [{percentage(point.low)}, {percentage(point.high)}]"
 
 
 def _band(point: GraftPoint) -> str:
     """Between what all draws of random elements lie; nothing of one."""
     if len(point.draws) < 2:
         return ""
-    return f" ({min(point.draws):.0%} to {max(point.draws):.0%} over {len(point.draws)} draws)"
+    return f" ({percentage(min(point.draws))} to {percentage(max(point.draws))} over {len(point.draws)} draws)"
 
 
 def graft_curve(

@@ -31,7 +31,7 @@ from lightning_goldy.analysis.basin.saddle import (
     weighted_volume,
 )
 from lightning_goldy.analysis.basin.sampling import LONGEST, Chains, Field, Tilt, langevin_coefficient, squares
-from lightning_goldy.core.files import StoreError, parse_json, require_local
+from lightning_goldy.core.files import StoreError, parse_json, percentage, require_local
 from lightning_goldy.core.naming import require_at_least, require_choice, require_kinds
 from lightning_goldy.core.sharding import Replicas
 from lightning_goldy.core.store import open_tensors, write_tensors
@@ -716,7 +716,7 @@ class Bridge:
         if not 0.5 < mean / self.cutoff < 2:
             self.weak.append(f"the samples cost {mean:.3g} nats on average where the cutoff is {self.cutoff:g}")
         if acceptance < 0.3:
-            self.weak.append(f"only {acceptance:.0%} of the trajectories were accepted")
+            self.weak.append(f"only {percentage(acceptance)} of the trajectories were accepted")
         if samples < 32:
             self.weak.append(f"only {samples} samples at the cutoff")
 

@@ -34,6 +34,7 @@ from torch import Tensor
 from lightning_goldy.analysis.basin.bridge import Bridge, BridgeSettings, identity
 from lightning_goldy.analysis.basin.saddle import Array, effective_share, student, trusted
 from lightning_goldy.analysis.basin.sampling import Field, Tilt, squares
+from lightning_goldy.core.files import percentage
 from lightning_goldy.core.sharding import Replicas
 from lightning_goldy.core.vector import derived_seed
 
@@ -196,7 +197,7 @@ class TetherWalk(Bridge):
                 "anchor?"
             )
         if share < _EFFECTIVE:
-            self.weak.append(f"weights leave only {share:.0%} of the draws at the tightest tether")
+            self.weak.append(f"weights leave only {percentage(share)} of the draws at the tightest tether")
         return self.start.kappa * 2.0**high, level, noise, high
 
     def _weighed(self, tilt: Tilt, doublings: int, wanted: int) -> tuple[float, float, float]:
@@ -394,12 +395,12 @@ class TetherWalk(Bridge):
 
     def _doubt_walk(self, error: float, moved: float, spread: float, value: float) -> None:
         if _doubtful(error, value):
-            self.weak.append(f"the error is {error / abs(value):.0%} of the number")
+            self.weak.append(f"the error is {percentage(error / abs(value))} of the number")
         if _doubtful(moved, value):
             self.weak.append(f"the slower walk moved the number by {moved:+.3g} nats")
         if not _SETTLED[0] < spread < _SETTLED[1]:
             self.weak.append(
-                f"the chains have spread to {spread:.0%} of the squared distance at which they would be settled"
+                f"the chains have spread to {percentage(spread)} of the squared distance at which they would be settled"
             )
 
     def _told(self, rounds: list[tuple[_Way, ...]]) -> list[dict[str, Any]]:

@@ -358,6 +358,11 @@ class FinetuneRipple(AnalysisResult):
         measured = self.measured[self.places(group)]
         return float(measured.std() / math.sqrt(len(measured))) if len(measured) > 1 else math.nan
 
+    def _turned(self, group: str) -> dict[str, int]:
+        """How many pieces of a class are exact now and were not at the base, and the reverse."""
+        before, after = (flags[self.places(group)] for flags in (self.exact_before, self.exact_after))
+        return {"gained": int((after & ~before).sum()), "lost": int((before & ~after).sum())}
+
     def metrics(self) -> dict[str, float | None]:
         """Every number worth a curve, by name; None where it is undefined."""
         found: dict[str, float | None] = {"delta_norm": self.delta_norm}
@@ -389,6 +394,7 @@ class FinetuneRipple(AnalysisResult):
             "n_pieces": len(self.pieces),
             "classes": {name: len(self.places(name)) for name in self.groups},
             "errors": {name: finite(self._error(name)) for name in self.groups},
+            "turned": {name: self._turned(name) for name in self.groups},
             "route": self.route,
             **({} if self.space is None else {"space": self.space}),
             "points": points,

@@ -223,6 +223,7 @@ class FolderNotes:
     Args:
         identity: Differs between folders, and stays when one is moved.
         claims: By token the names of ``files`` that a checkpoint needs, and the folder in which it was ``seen``.
+        callback: Class of the callback whose folder it is, by which a page names what has not fired yet.
 
     Example:
         >>> notes = FolderNotes("a1", {})
@@ -231,8 +232,8 @@ class FolderNotes:
         (set(), 44)
     """
 
-    def __init__(self, identity: str, claims: dict[str, dict[str, Any]]) -> None:
-        self.identity, self.claims = identity, claims
+    def __init__(self, identity: str, claims: dict[str, dict[str, Any]], callback: str = "") -> None:
+        self.identity, self.claims, self.callback = identity, claims, callback
         self._tokens: dict[tuple[str, int, int], frozenset[str]] = {}
 
     @classmethod
@@ -244,13 +245,14 @@ class FolderNotes:
                 str(token): {"files": [str(name) for name in claim["files"]], "seen": claim["seen"]}
                 for token, claim in known["claims"].items()
             }
-            return cls(str(known["identity"]), claims)
+            return cls(str(known["identity"]), claims, str(known.get("callback", "")))
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return cls(uuid.uuid4().hex, {})
 
     def write(self, folder: Path) -> None:
         """Writes them into a folder."""
-        atomic_write(folder / _NOTES, json.dumps({"identity": self.identity, "claims": self.claims}))
+        told = {"identity": self.identity, "callback": self.callback, "claims": self.claims}
+        atomic_write(folder / _NOTES, json.dumps(told))
 
     def claim(self, files: Iterable[str]) -> str:
         """Notes that a checkpoint which is about to be written needs some files.

@@ -303,8 +303,13 @@ class ResultStore:
         if kept:
             atomic_write(self.rows, "".join(to_json_line(row) + "\n" for row in kept).encode("utf-8", "replace"))
 
-    def note(self) -> None:
-        """Writes down which folder this is, by which a resume knows it again."""
+    def note(self, callback: str = "") -> None:
+        """Writes down which folder this is, by which a resume knows it again.
+
+        Args:
+            callback: Class of the callback whose folder it is; by default as it was noted before.
+        """
+        self._notes.callback = callback or self._notes.callback
         if self.write:
             self._notes.write(self.folder)
 
@@ -393,7 +398,7 @@ def log_row(
         row: A row of ``results.jsonl``.
         histograms: Bin edges and counts by name.
         earlier: Rows of the same analysis before it, for the figures over the run.
-        scalars: ``all`` metrics and costs, or those that the analysis's description calls its headline, and seconds.
+        scalars: ``all`` metrics and costs, or those that the analysis's description calls its headline.
     """
     if not trainer.loggers:
         return
@@ -404,7 +409,7 @@ def log_row(
     whole, description = scalars == "all", description_of(row["analysis"])
     numbers = {
         **{name: value for name, value in row["metrics"].items() if whole or description.is_headline(name)},
-        **{f"cost/{name}": value for name, value in row["cost"].items() if whole or name == "seconds"},
+        **{f"cost/{name}": value for name, value in row["cost"].items() if whole},
     }
     tagged = {f"{prefix}/{name}": value for name, value in numbers.items()}
     write = partial(_to_each, trainer.loggers, f"{row['name']} at step {row['step']}")

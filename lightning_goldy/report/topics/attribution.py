@@ -22,7 +22,7 @@ from lightning_goldy.report.builders import (
 )
 from lightning_goldy.report.descriptions import Description, describe
 from lightning_goldy.report.figures import Figure, Row, naming, register_figure, register_table
-from lightning_goldy.report.formatting import format_number, format_percent, texts_html
+from lightning_goldy.report.formatting import format_number, format_percent, percent, texts_html
 
 _LACKS = "a row of change_attribution lacks what its figure needs:"
 # Neurons and tokens that are listed.
@@ -307,8 +307,8 @@ def places_caption(row: Row) -> str:
         total, kinds = row["result"]["total"], row["result"]["kinds"]
         shown = sorted(kinds, key=lambda kind: -kind["contribution"] / total) if total else []
         told = [
-            f"{kind['group']} {_percent(kind['contribution'] / total)}{_span(kind)} of it with "
-            f"{_percent(kind['elements'])} of the elements"
+            f"{kind['group']} {percent(kind['contribution'] / total)}{_span(kind)} of it with "
+            f"{percent(kind['elements'])} of the elements"
             for kind in shown
         ]
         cancels = bool(shown) and shown[0]["contribution"] / total >= 1.005
@@ -322,12 +322,7 @@ def places_caption(row: Row) -> str:
 def _span(kind: Mapping[str, Any]) -> str:
     """The interval of a kind's share, where the row has one."""
     low, high = kind.get("share_low"), kind.get("share_high")
-    return "" if low is None or high is None else f" [{_percent(low)}, {_percent(high)}]"
-
-
-def _percent(share: float) -> str:
-    """Whole percents; two digits below ten, where none of a small kind would be left."""
-    return f"{share:.0%}" if abs(share) >= 0.1 else f"{100 * share:.2g}%"
+    return "" if low is None or high is None else f" [{percent(low)}, {percent(high)}]"
 
 
 def heads_caption(row: Row) -> str:

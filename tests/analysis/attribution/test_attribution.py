@@ -14,7 +14,7 @@ from lightning_goldy.analysis.attribution import attribution as attribution_modu
 from lightning_goldy.analysis.attribution import model_units, unit_mask
 from lightning_goldy.analysis.attribution.attribution import rows_in_words, units_of
 from lightning_goldy.core import CausalLMObjective, ClassifierObjective, FunctionObjective, ParameterSpace
-from lightning_goldy.core.files import to_json_line
+from lightning_goldy.core.files import percentage, to_json_line
 from lightning_goldy.core.naming import block_of, kind_of
 from lightning_goldy.report import draw_figures
 from lightning_goldy.report.sentences import answer_by_attribution
@@ -325,7 +325,7 @@ def test_kinds_and_blocks_have_shares_with_intervals():
         assert row["share_low"] <= row["share"] <= row["share_high"]
     assert any(row["share_low"] < row["share"] < row["share_high"] for row in kinds.values())
     (told,) = [row for label, row in kinds.items() if f"sits in {label} " in found.headline()]
-    assert f"[{told['share_low']:.0%}, {told['share_high']:.0%}]" in found.headline()
+    assert f"[{percentage(told['share_low'])}, {percentage(told['share_high'])}]" in found.headline()
 
 
 def result_of(mlp: list[float], attention: list[float]) -> ChangeAttributionResult:

@@ -21,6 +21,7 @@ from lightning_goldy.core import (
     ParameterVector,
 )
 from lightning_goldy.core.batches import sample_keys
+from lightning_goldy.core.files import percentage
 from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.naming import block_of
 from lightning_goldy.core.store import StoreError
@@ -124,7 +125,7 @@ def test_a_graft_is_chosen_by_what_it_recovers_or_harms(curve):
     point = curve.choose(harm=0.0)
     assert point.recovered == max(other.recovered for other in curve.records if other.harm <= 0.0)
     assert curve.choose(recover=0.5, methods=["attribution"]).method == "attribution"
-    with pytest.raises(ValueError, match=r"no graft tried recovers 100000000% .*the most that one recovers is"):
+    with pytest.raises(ValueError, match=r"no graft tried recovers 100000000 % .*the most that one recovers is"):
         curve.choose(recover=1e6)
     with pytest.raises(ValueError, match=r"one of recover= and harm="):
         curve.choose()
@@ -465,8 +466,8 @@ def test_the_headline_tells_what_as_many_other_elements_recover(curve):
         return dataclasses.replace(curve, points=tuple(points), base_collateral=None).headline()
 
     better = told(attribution=0.6, random=0.2, magnitude=0.3, finetune=1.0)
-    assert "as many random ones 20% [" in better
-    assert "those that changed most 30% [" in better
+    assert "as many random ones 20 % [" in better
+    assert "those that changed most 30 % [" in better
     assert "no more than others of that number" not in better
     assert "WEAK: no more than others of that number" in told(attribution=0.6, random=0.7, finetune=1.0)
 
@@ -520,7 +521,7 @@ def test_random_elements_are_drawn_several_times_and_each_draw_is_told(subject, 
     assert len(curve.of("random")[0].draws) == 5
     points = tuple({**point, "recovered": 0.6} if point["method"] == "attribution" else point for point in three.points)
     told = dataclasses.replace(three, points=points[:1] + points[2:]).headline()
-    assert f"({min(tenth.draws):.0%} to {max(tenth.draws):.0%} over 3 draws)" in told
+    assert f"({percentage(min(tenth.draws))} to {percentage(max(tenth.draws))} over 3 draws)" in told
     luckier = {**vars(tenth), "draws": (tenth.recovered, 0.7)}
     points = tuple(luckier if point["method"] == "random" and point["share"] < 1 else point for point in points)
     assert "WEAK: no more than others" in dataclasses.replace(three, points=points[:1] + points[2:]).headline()

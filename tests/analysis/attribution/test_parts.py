@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_goldy.analysis import ChangeAttributionResult, change_attribution, mask_links
 from lightning_goldy.core import CausalLMObjective, FunctionObjective, ParameterSpace, ParameterVector
+from lightning_goldy.core.files import percentage
 from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.naming import block_of
 from lightning_goldy.core.space import SpaceError
@@ -56,7 +57,7 @@ def test_blocks_of_a_quadratic_interact_by_the_curvature_between_them():
     assert found.interaction == pytest.approx(float(between) / found.change, rel=1e-9)
     assert found.cost.forwards == (2 + 4 + 2 * 2) * 4
     assert found.metrics()["interaction"] == found.interaction
-    assert f"alone, blocks make {1 - found.interaction:.0%} of it" in found.headline()
+    assert f"alone, blocks make {percentage(1 - found.interaction)} of it" in found.headline()
 
 
 def test_blocks_of_a_linear_model_are_additive():

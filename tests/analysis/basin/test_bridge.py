@@ -281,7 +281,7 @@ def test_a_chain_that_is_refused_takes_smaller_steps_though_the_others_move() ->
     assert walk.chains.steps[1] - before[1] < 0.03
 
 
-@pytest.mark.parametrize(("share", "weak"), [(0.8, "spread to 80%"), (0.95, ""), (1.2, "spread to 120%")])
+@pytest.mark.parametrize(("share", "weak"), [(0.8, "spread to 80 %"), (0.95, ""), (1.2, "spread to 120 %")])
 def test_chains_that_have_not_spread_as_the_cost_lets_them_make_a_number_weak(share: float, weak: str) -> None:
     flat = torch.ones(4, dtype=torch.float64)
     basis = Eigenbasis(ParameterSpace.of(Flat(flat)), vector(Flat(flat), flat), **PLACE)
