@@ -353,8 +353,8 @@ def result_of(mlp: list[float], attention: list[float]) -> ChangeAttributionResu
 def test_parts_of_opposite_sign_are_told_as_what_cancels():
     found = result_of([-0.231] * 8, [0.131] * 8)
     assert found.headline() == (
-        "the loss changed by -0.8: mlp parameters, which are 50% of all, make 231% [231%, 231%] of it, of which the "
-        "others take 131% back, for parts of opposite sign cancel"
+        "the loss changed by -0.8: mlp parameters, which are 50 % of all, make 231 % [231 %, 231 %] of it, of which the "
+        "others take 131 % back, for parts of opposite sign cancel"
     )
     row = found.row().to_dict()
     assert places_caption(row).startswith(
