@@ -353,19 +353,19 @@ def result_of(mlp: list[float], attention: list[float]) -> ChangeAttributionResu
 def test_parts_of_opposite_sign_are_told_as_what_cancels():
     found = result_of([-0.231] * 8, [0.131] * 8)
     assert found.headline() == (
-        "the loss changed by -0.8: mlp parameters, which are 50 % of all, make 231 % [231 %, 231 %] of it, of which the "
-        "others take 131 % back, for parts of opposite sign cancel"
+        "the loss changed by -0.8: mlp parameters, which are 50 % of all, make 231 % [231 %, 231 %] of it, of which "
+        "the others take 131 % back, for parts of opposite sign cancel"
     )
     row = found.row().to_dict()
     assert places_caption(row).startswith(
         "Contributions add up to the change of the metric. Parts of opposite sign cancel, so that one is more than the "
-        "whole. mlp 231% [231%, 231%] of it with 50% of the elements; attention -131%"
+        "whole. mlp 231 % [231 %, 231 %] of it with 50 % of the elements; attention -131 %"
     )
     whole = result_of([-0.6] * 8, [-0.4] * 8)
-    assert "60% [60%, 60%] of it sits in mlp parameters, which are 50% of all" in whole.headline()
+    assert "60 % [60 %, 60 %] of it sits in mlp parameters, which are 50 % of all" in whole.headline()
     assert "cancel" not in whole.headline() + places_caption(whole.row().to_dict())
     # What rounds to the whole is the whole.
-    assert "100% [100%, 100%] of it sits in mlp" in result_of([-1.004] * 8, [0.004] * 8).headline()
+    assert "100 % [100 %, 100 %] of it sits in mlp" in result_of([-1.004] * 8, [0.004] * 8).headline()
 
 
 @pytest.mark.parametrize(("count", "weak"), [(1, True), (2, True), (5, True), (6, False)])
