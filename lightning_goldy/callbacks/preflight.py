@@ -362,12 +362,13 @@ class Outlook:
         cost, told, total = forecast.cost, time_in_words(firing), f" = {time_in_words(whole)}"
         if math.isnan(whole):
             told, total = f"{cost.forwards} forward and {cost.backwards} backward passes of samples", ""
-        disk = f"disk {size_in_words(forecast.disk)} a firing"
+        most = "at most " if forecast.bounded else ""
+        disk = f"disk {most}{size_in_words(forecast.disk)} a firing"
         if forecast.disk_checkpoint:
             disk += f" and {size_in_words(forecast.disk_checkpoint)} a checkpoint"
         return (
             f"{forecast.name}: {told} x {forecast.firings}{total}; memory {size_in_words(forecast.peak)}; {disk}, "
-            f"{size_in_words(forecast.disk_total)} in all"
+            f"{most}{size_in_words(forecast.disk_total)} in all"
         )
 
     def faults(self, *, free_disk: int, free_memory: int, free_device: int | None) -> str | None:

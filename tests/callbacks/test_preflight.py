@@ -13,11 +13,15 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from lightning_goldy.analysis.attribution.attribution import SHARES
 from lightning_goldy.analysis.basin.bridge import BridgeSettings
 from lightning_goldy.analysis.forecast import Forecast, Passes, Plan, Run, Speeds, Work, timing
-from lightning_goldy.analysis.golden import Search
+from lightning_goldy.analysis.golden import Search, golden_parameters
 from lightning_goldy.callbacks import (
     AttentionTracker,
     BasinVolume,
@@ -157,6 +161,44 @@ def test_passes_on_ranks_are_those_that_rows_stated_there() -> None:
         coupling = KnowledgeCoupling(PIECES).forecast(spread, Run(1))
         found = [*told, coupling.cost + coupling.once.cost]
         assert [dataclasses.astuple(cost) for cost in found] == expected
+
+
+class Allocated(TorchDispatchMode):
+    """The most bytes that tensors made within have held at once."""
+
+    def __init__(self, known: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self.peak, self.live = 0, {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves((args, found)):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.known:
+                storage = tensor.untyped_storage()
+                self.live[StorageWeakRef(storage)] = storage.nbytes()
+        self.live = {storage: size for storage, size in self.live.items() if not storage.expired()}
+        self.peak = max(self.peak, sum(self.live.values()))
+        return found
+
+
+TIED = GPT2Config(n_layer=6, n_head=4, n_embd=128, vocab_size=2048, n_positions=16, bos_token_id=0, eos_token_id=0)
+UNTIED = LlamaConfig(
+    hidden_size=128, num_hidden_layers=6, num_attention_heads=4, intermediate_size=512, vocab_size=1024
+)
+
+
+@pytest.mark.parametrize(("config", "scope"), [(TIED, "tensor"), (UNTIED, "tensor"), (TIED, "global")])
+def test_golden_holds_what_is_told(config: Any, scope: Any) -> None:
+    model = AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.randint(3, 50, (4, 8), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "labels": ids}
+    kept = timing.graph_bytes(model, lambda: model(input_ids=ids[:1]).logits)
+    plan = Plan(model, ((4, 8),), activations=kept / 8, vocabulary=model.config.vocab_size)
+    told = GoldenParameters(n_samples=4, scope=scope).forecast(plan, Run(1)).memory
+    with Allocated([*model.parameters(), *model.buffers(), ids]) as allocated:
+        golden_parameters(model, [batch], n_samples=4, scope=scope)
+    assert told / 1.5 < allocated.peak < 1.5 * told
 
 
 def test_eight_billion_are_planned_without_memory() -> None:

@@ -23,8 +23,8 @@ def mask_bytes(numel: int, top_k_percent: float) -> int:
     return 4 * marked if 32 * marked < numel else numel // 8
 
 
-# Bytes of a watched element while samples are left out of its votes.
-_LEFT_OUT = 80
+# Bytes of an element while its votes are compared, and of each sample's row or column while it is left out.
+_COMPARED, _LEFT_OUT = 2, 48
 
 
 def forecast_golden(
@@ -56,31 +56,28 @@ def forecast_golden(
         nulls=(2.0 if control else 1.0) * sum(matrices),
         watched=1.0 * passes.samples * sum(watched_elements(numel, max(1, voters)) for numel in matrices),
     )
-    vote = 1 if passes.samples < 256 else 2
+    vote = 1 if voters < 256 else 2
     tokens = max((length for _, length in plan.batches(n_samples)), default=0)
-    scores = 4 * elements if whole or plan.shards > 1 else 0
-    polls = 2 if control else 1
-    # Eight marks a byte, places of eight elements where not all are watched, and one tensor's without one sample.
+    # Each gradient is freed as it becomes votes; those that are selected among together, and those of shards, are not.
+    gradients = (4 + 1) * elements if whole else plan.bytes(space) * (plan.shards > 1)
+    # Eight marks a byte, and places of eight elements where not all are watched.
     watched = [watched_elements(numel, max(1, voters)) for numel in matrices]
     places = sum(part for part, numel in zip(watched, matrices, strict=True) if part < numel)
-    seen = polls * (sum(watched) * voters // 8 + places) + _LEFT_OUT * max(watched, default=0)
-    # Gradients are freed as they come, but not given back to the system.
-    memory = (
-        elements * polls * (vote + 1)
-        + plan.bytes(space)
-        + scores
-        + seen
-        + 12 * plan.largest(space) // plan.shards
-        + plan.graph(tokens)
-    )
+    # The votes of one set of samples, beside what is golden of the one before, and a tied matrix's gradients and their
+    # sum; or what leaving out each sample makes of one tensor.
+    held = elements * (vote + control) + sum(watched) * voters // 8 + places
+    passing = gradients + 12 * plan.largest(space) // plan.shards + plan.graph(tokens)
+    sides = (shape[0] + math.prod(shape[1:]) for shape in space.shapes if len(shape) > 1)
+    leaving = max(_COMPARED * max(matrices, default=0), _LEFT_OUT * voters * max(sides, default=0))
     return Forecast(
         work,
         parts=max(1, passes.samples),
-        memory=memory,
+        memory=held + max(passing, leaving),
         kept=space.numel,
         disk=mask_bytes(space.numel, top_k_percent),
         communicated=plan.communicated(work, summed=elements * vote, gathered=space.numel),
         sharded="votes are divided by the shards; the mask, one byte per element, is whole on every rank",
+        bounded=True,
     )
 
 

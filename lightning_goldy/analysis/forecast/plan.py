@@ -175,6 +175,7 @@ class Forecast:
         communicated: Bytes that a rank sends per firing.
         sharded: What of its memory shards share, for readers.
         exact: Whether the passes depend on shapes and settings alone; else they are what is typical.
+        bounded: Whether what a firing writes depends on the data, so that ``disk`` is no more than its largest size.
         firings: In the run.
         checkpoints: In the run.
         name: Of the callback.
@@ -197,6 +198,7 @@ class Forecast:
     communicated: int = 0
     sharded: str = "divided by the shards"
     exact: bool = True
+    bounded: bool = False
     firings: int = 1
     checkpoints: int = 0
     name: str = ""
