@@ -208,8 +208,11 @@ def main() -> None:
     print(f"| model | callback | {kinds} |\n|{'---|' * 11}", flush=True)
     off = 0
     for model in [options.model] if options.model else SMALL:
-        command = [sys.executable, __file__, "--run", model, "--only", *options.only]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as running:
+        command = [sys.executable, "-W", "ignore", __file__, "--run", model, "--only", *options.only]
+        with (
+            tempfile.TemporaryFile("w+") as said,
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True) as running,
+        ):
             for line in running.stdout or ():
                 if not line.startswith("["):
                     continue
@@ -223,6 +226,10 @@ def main() -> None:
                     most = "<= " if bounded else ""
                     cells += [f"{most}{expected / scale:.3g}", f"{found / scale:.3g}", "-" if small else f"{ratio:.2f}"]
                 print(f"| {Path(model).name} | {name} | {' | '.join(cells)} |", flush=True)
+            if running.wait():
+                said.seek(0)
+                print(f"{Path(model).name}: failed: {said.read().strip().splitlines()[-1]}", flush=True)
+                off += 1
     print(f"{off} outside of {MEANT} x")
 
 

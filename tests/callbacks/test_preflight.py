@@ -23,6 +23,7 @@ from lightning_goldy.analysis.basin.bridge import BridgeSettings
 from lightning_goldy.analysis.forecast import Forecast, Passes, Plan, Run, Speeds, Work, timing
 from lightning_goldy.analysis.golden import Search, golden_parameters
 from lightning_goldy.callbacks import (
+    ActivationDifferences,
     AttentionTracker,
     BasinVolume,
     ChangeAttribution,
@@ -456,3 +457,19 @@ def test_pieces_are_as_long_as_their_tokens(tmp_path: Path, monkeypatch: pytest.
     asked = [QUESTION_TEMPLATE.replace("{question}", piece.question) + piece.answer for piece in PIECES]
     lengths = [len(WordData.tokenizer(text)["input_ids"]) for text in asked]
     assert abs(plans[0].piece_tokens - sum(lengths) / len(lengths)) <= 1.5  # the end token is one more
+
+
+def test_other_text_is_forecast_by_its_shapes_and_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans: list[Plan] = []
+    estimate = ActivationDifferences.estimate
+    monkeypatch.setattr(
+        ActivationDifferences, "estimate", lambda self, plan, run: plans.append(plan) or estimate(self, plan, run)
+    )
+    ids = torch.randint(3, 50, (3, 10), generator=torch.Generator().manual_seed(0))
+    callback = ActivationDifferences(positions=2, n_samples=5, text=iter([{"input_ids": ids}, {"input_ids": ids + 1}]))
+    fit(tmp_path, [GoldenSnapshot(every_n_steps=None), callback], data=WordData(), max_epochs=1)
+    assert plans[0].texts == ((3, 10), (2, 10))
+    longer = dataclasses.replace(plans[0], texts=((64, 100),))
+    told, more = (estimate(callback, plan, Run(1)) for plan in (plans[0], longer))
+    assert (told.cost.forwards, more.memory > told.memory) == (2 * 5, True)
+    assert [row["cost"]["forwards"] for row in rows_of(callback)] == [2 * 5]
