@@ -9,7 +9,8 @@ from scipy.spatial.distance import jensenshannon
 from torch import Tensor, nn
 
 from lightning_goldy.analysis import change as change_module
-from lightning_goldy.analysis.change import histogram_drift, parameter_distribution, weight_change
+from lightning_goldy.analysis.change import parameter_distribution, weight_change
+from lightning_goldy.analysis.divergence import histogram_drift
 from lightning_goldy.core import ParameterVector
 from lightning_goldy.core.base import BaseParameters
 from lightning_goldy.core.vector import leading_directions

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from lightning_goldy.analysis.attribution.attribution import SHARES
 from lightning_goldy.analysis.basin.bridge import BridgeSettings
+from lightning_goldy.analysis.change import SuccessiveUpdates
 from lightning_goldy.analysis.forecast import Forecast, Passes, Plan, Run, Speeds, Work, timing
 from lightning_goldy.analysis.golden import Search, golden_parameters
 from lightning_goldy.callbacks import (
@@ -38,6 +39,7 @@ from lightning_goldy.callbacks import (
 from lightning_goldy.callbacks.preflight import Budget, Outlook, derive, limit_large
 from lightning_goldy.commands.doctor import build_shape
 from lightning_goldy.core.pieces import QUESTION_TEMPLATE
+from lightning_goldy.core.vector import ParameterVector
 from lightning_goldy.training.recipes import find_recipe
 from tests.callbacks.knowledge import PIECES, WordData
 from tests.callbacks.training import TokenData, differences, fit
@@ -200,6 +202,21 @@ def test_golden_holds_what_is_told(config: Any, scope: Any) -> None:
     with Allocated([*model.parameters(), *model.buffers(), ids]) as allocated:
         golden_parameters(model, [batch], n_samples=4, scope=scope)
     assert told / 1.5 < allocated.peak < 1.5 * told
+
+
+def test_an_update_is_held_whole_of_one_tensor_at_a_time() -> None:
+    model = AutoModelForCausalLM.from_config(TIED)
+    updates, size = SuccessiveUpdates(), 4 * sum(parameter.numel() for parameter in model.parameters())
+    for step in range(3):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(step))
+        kept = [tensor for vector in updates.vectors().values() for tensor in vector.values()]
+        with Allocated([*model.parameters(), *kept]) as allocated:
+            cosine = updates.observe(ParameterVector.of(model))
+    assert cosine is not None
+    # The values and half of the update; all of it at once would be 2.5 sizes.
+    assert 1.5 * size < allocated.peak < 2 * size
 
 
 def test_eight_billion_are_planned_without_memory() -> None:

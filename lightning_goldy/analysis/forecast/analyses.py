@@ -535,7 +535,7 @@ def forecast_coupling(plan: Plan, parameters: ParameterSpace, n_pieces: int, *, 
 
 # Timed elements per parameter until the file of a base is written, packed, with its fingerprint.
 _BASE_WRITTEN = 20.0
-# Bytes of the pieces in which elements are binned.
+# Bytes of the pieces in which elements are binned, and of what freed tensors leave between others.
 _BINNING = 24 << 20
 
 
