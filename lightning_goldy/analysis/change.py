@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.divergence import jensen_shannon, precise
+from lightning_goldy.analysis.divergence import histogram_drift, precise
 from lightning_goldy.analysis.precision import low_precision, rounding_of
 from lightning_goldy.analysis.result import AnalysisResult, tensor_rows
 from lightning_goldy.core.architecture.adapters import LowRankChange, changes_in, chosen_space, merged_name
@@ -32,6 +32,7 @@ from lightning_goldy.core.vector import (
     fill_direction_,
     leading_directions,
     product_spectrum,
+    rank_of,
     reduce_rows,
     reduce_tensors,
     refined_directions,
@@ -40,7 +41,8 @@ from lightning_goldy.core.vector import (
 
 # log10 |change| from 1e-12 to 10, four bins a decade; what lies outside falls into the outermost bins.
 _LOWEST, _HIGHEST, _PER_DECADE = -12, 1, 4
-_CHUNK = 1 << 20
+# Elements that are binned at a time: few, for several copies of them are held.
+_CHUNK = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -191,14 +193,14 @@ class SuccessiveUpdates:
         """
         current = offloaded(values)
         previous, before = self._previous, self._update
-        update = None if previous is None else current - previous
-        self._previous, self._update = current, None if update is None else update.map(_halved)
-        if update is None or before is None or previous is None:
+        self._previous, self._update = current, None
+        if previous is None:
             return None
-        if model is not None and chosen_space(model, space) == "merged":
-            return _merged_cosine(model, previous, previous - before)
-        scale = update.norm() * before.norm()
-        return update.dot(before) / scale if scale else None
+        if before is None or model is None or chosen_space(model, space) != "merged":
+            self._update, cosine = _update_between(previous, current, before)
+            return cosine
+        self._update, _ = _update_between(previous, current, None)
+        return _merged_cosine(model, previous, previous - before)
 
     def grow(self, values: ParameterVector) -> None:
         """Takes in further parameters, which have had these values all the while and no update."""
@@ -218,6 +220,23 @@ class SuccessiveUpdates:
         self._previous, self._update = (
             offloaded(vectors[name]) if name in vectors else None for name in ("previous", "update")
         )
+
+
+def _update_between(
+    previous: ParameterVector, current: ParameterVector, before: ParameterVector | None
+) -> tuple[ParameterVector, float | None]:
+    """An update, halved, and its cosine with the one before; whole it is held of one tensor at a time."""
+    current.space.require_same(previous.space)
+    halved, dots = {}, []
+    for name, tensor in current.items():
+        update = tensor - previous[name]
+        halved[name] = _halved(update)
+        if before is not None:
+            pairs = ((update, before[name]), (update, update), (before[name], before[name]))
+            dots.append([reduce_tensors([one], torch.dot, [other])[0] for one, other in pairs])
+    inner, *squares = map(math.fsum, zip(*dots, strict=True)) if dots else (0.0, 0.0)
+    scale = math.prod(map(math.sqrt, squares))
+    return ParameterVector(current.space, halved), inner / scale if scale else None
 
 
 def _merged_cosine(model: nn.Module, previous: ParameterVector, earlier: ParameterVector) -> float | None:
@@ -351,14 +370,12 @@ def log_histogram(delta: Tensor) -> Tensor:
     flat = delta.reshape(-1)
     for start in range(0, flat.numel(), _CHUNK):
         size = flat[start : start + _CHUNK].abs()
-        index = ((size.log10() - _LOWEST) * _PER_DECADE).floor_().clamp_(0, bins - 1)
+        index = size.log10().sub_(_LOWEST).mul_(_PER_DECADE).floor_().clamp_(0, bins - 1)
         index[size == 0] = bins
         counts += torch.bincount(index.long(), minlength=bins + 1)
     return counts
 
 
-_BINS = 256
-_HISTOGRAM_CHUNK = 1 << 16
 Directions = dict[str, tuple[Tensor, ...]]
 """Singular directions and values of the base by tensor, and what its null is told from."""
 
@@ -613,7 +630,7 @@ def _row(
     ranks = (given,) if rank is None or given is not None else (given, rank)
     sought = _Sought(name, before, known, settings, exact=small)
     lead = None if leads is None else (leads, float(spectrum[-1]))
-    own, *chances = sought.after(matrix, lead), *(sought.by_chance(changed, of) for of in ranks)
+    own, *chances = sought.after(before + matrix, lead), *(sought.by_chance(changed, of) for of in ranks)
     below, *by_chance = (sum(value < settings.intruders_below for value in cosines) for cosines in (own, *chances))
     return row | {
         "resemblances": own,
@@ -636,18 +653,18 @@ class _Sought:
     _: KW_ONLY
     exact: bool
 
-    def after(self, change: Tensor, lead: tuple[Tensor, float] | None = None) -> tuple[float, ...]:
-        """The most that each of the present weight's resembles one of the base's.
+    def after(self, present: Tensor, lead: tuple[Tensor, float] | None = None) -> tuple[float, ...]:
+        """The most that each of a present weight's resembles one of the base's.
 
         From the directions of the base and of the change, where no other can be among the leading ones: what both
         leave has a norm below theirs.
 
         Args:
-            change: Of the base.
-            lead: Its own leading left directions, and the least of their values, if they are known.
+            present: The base and its change.
+            lead: The change's own leading left directions, and the least of their values, if they are known.
         """
         top, (_, _, compared, values, before) = self.settings.top, self.known[self.name]
-        present, start = self.before + change, _STARTING * top
+        start = _STARTING * top
         if lead is not None and not self.exact and compared.shape[1] > start:
             leads, least = lead
             found, left, _, error = refined_directions(present, torch.cat([compared[:, :start], leads], dim=1), top)
@@ -668,48 +685,42 @@ class _Sought:
         # The spectral norm of independent normals, of which all together have norm 1.
         spectral = sum(side**-0.5 for side in sides)
         if rank is not None or norm * spectral > _GENTLE * gap:
-            return self.after(_random_change(self.before, self.name, self.settings.seed, rank).to(self.before) * norm)
+            change = _random_change(self.before, self.name, self.settings.seed, rank).to(self.before)
+            # In place, for it may be the largest tensor of the model.
+            return self.after(change.mul_(norm).add_(self.before))
         if (place := f"{self.name}/null") not in self.known:
-            change = _random_change(self.before, self.name, self.settings.seed, None).to(self.before)
-            self.known[place] = _null_products(self.before, change, compared, start)
+            self.known[place] = _null_products(self.before, place, self.settings.seed, compared, start)
         base, mixed, chance, held, moved = self.known[place]
         squares, inner = torch.linalg.eigh(base + norm * mixed + norm**2 * chance)
         cosines = (held + norm * moved) @ inner / squares.clamp(min=1e-300).sqrt()
         return tuple(cosines.abs().amax(dim=0).flip(0)[:top].tolist())
 
 
-def _null_products(base: Tensor, change: Tensor, compared: Tensor, start: int) -> tuple[Tensor, ...]:
-    r"""What the leading directions of :math:`W_0 + c E` follow from for every small c, float64.
+def _null_products(base: Tensor, name: str, seed: int, compared: Tensor, start: int) -> tuple[Tensor, ...]:
+    r"""What the leading directions of :math:`W_0 + c E` follow from for every small c, float64, E random of norm 1.
 
     .. math:: Q = \mathrm{orth}[W_0^T U_0, E^T U_0], \qquad
         \|(W_0 + c E) Q\|^2 = Q^T W_0^T W_0 Q + c \, (\dots) + c^2 Q^T E^T E Q
+
+    Of E, whose elements are independent normals, only what these products ask for is drawn: :math:`U_0^T E`, and, as Q
+    follows from it, independent normals in the place of the rest of :math:`E Q`; its norm from both, and a chi-square
+    variable for what is left.
     """
-    leads = compared[:, :start].to(base)
-    basis = torch.linalg.qr(torch.cat([base.t() @ leads, change.t() @ leads], dim=1)).Q
-    held, moved = ((part @ basis).double() for part in (base, change))
+
+    def normals(rows: int, columns: int, part: str) -> Tensor:
+        return fill_direction_(torch.empty(rows, columns, dtype=torch.float32), f"{name}/{part}", seed).to(base)
+
+    leads, (rows, columns) = compared[:, :start].to(base), base.shape
+    along = normals(columns, start, "along")
+    basis = torch.linalg.qr(torch.cat([base.t() @ leads, along], dim=1)).Q  # [columns, n]
+    beside = normals(rows, basis.shape[1], "beside")
+    beside -= leads @ (leads.t() @ beside)
+    left = (rows - start) * (columns - basis.shape[1])
+    square = left + math.sqrt(2 * left) * float(normals(1, 1, "norm"))
+    square += sum(float(part.double().square().sum()) for part in (along, beside))
+    held, moved = (base @ basis).double(), (leads @ (along.t() @ basis) + beside).double() / math.sqrt(square)
     mixed, wide = held.t() @ moved, compared.double().t()
     return held.t() @ held, mixed + mixed.t(), moved.t() @ moved, wide @ held, wide @ moved
-
-
-def rank_of(spectrum: Tensor, norm: float, side: int) -> int | None:
-    r"""How many leading directions hold 99.99 % of a matrix's squared norm.
-
-    .. math:: r = \min \Big\{ r : \sum_{i \le r} \sigma_i^2 \ge (1 - 10^{-4}) \, \|\Delta\|_F^2 \Big\}
-
-    None where that is half of the smaller side or more, or the values do not reach so far.
-
-    Args:
-        spectrum: Its largest singular values, descending.
-        norm: Its Frobenius norm.
-        side: The smaller of its sides.
-
-    Example:
-        >>> rank_of(torch.tensor([3.0, 4.0, 0.0, 0.0, 0.0, 0.0]), 5.0, 6), rank_of(torch.ones(6), 6**0.5, 6)
-        (2, None)
-    """
-    held = spectrum.double().square().cumsum(0) >= (1 - 1e-4) * norm**2
-    rank = int((~held).sum()) + 1
-    return rank if bool(held.any()) and 2 * rank < side else None
 
 
 def _base_directions(matrix: Tensor, settings: _Settings, name: str, *, exact: bool) -> tuple[Tensor, ...]:
@@ -732,7 +743,7 @@ def _random_change(matrix: Tensor, name: str, seed: int, rank: int | None) -> Te
         change = gaussian(matrix.shape[0], matrix.shape[1], "")
     else:
         change = gaussian(matrix.shape[0], rank, "/left") @ gaussian(matrix.shape[1], rank, "/right").t()
-    return change.to(matrix.device) / change.norm()
+    return change.to(matrix.device).div_(change.norm().item())
 
 
 def resemblances(directions: Tensor, base: Tensor) -> list[float]:
@@ -755,31 +766,6 @@ def _pooled(rows: Sequence[dict[str, Any]], column: str) -> float | None:
     having = [row for row in rows if row.get(column) is not None]
     weight = sum(row["numel"] for row in having)
     return sum(row[column] * row["numel"] for row in having) / weight if weight else None
-
-
-def histogram_drift(first: Tensor, second: Tensor) -> float:
-    """Jensen-Shannon divergence between the histograms of two tensors' elements over their common range, nats.
-
-    Example:
-        >>> histogram_drift(torch.zeros(4), torch.zeros(4)), histogram_drift(torch.zeros(4), torch.ones(4))
-        (0.0, 0.6931471805599453)
-    """
-    low = min(float(first.min()), float(second.min()))
-    high = max(float(first.max()), float(second.max()))
-    if low == high:
-        return 0.0
-    return float(jensen_shannon(*(_binned(each, low, high).double() / each.numel() for each in (first, second))))
-
-
-def _binned(tensor: Tensor, low: float, high: float) -> Tensor:
-    """Elements in each of 256 equal bins, by bytes and a piece at a time, which is twice as fast as ``histc``."""
-    counts, flat = torch.zeros(_BINS, dtype=torch.int64), tensor.reshape(-1)
-    # Halved, because the width of the range of two finite numbers may not be finite.
-    scale = _BINS / 2 / (high / 2 - low / 2)
-    for start in range(0, flat.numel(), _HISTOGRAM_CHUNK):
-        place = flat[start : start + _HISTOGRAM_CHUNK].float().cpu().sub(low).mul_(scale).clamp_(0, _BINS - 1)
-        counts += torch.bincount(place.to(torch.uint8), minlength=_BINS)
-    return counts
 
 
 def effective_rank(spectrum: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -117,6 +118,7 @@ class ActivationDifferences(AnalysisCallback[ReadDifferences]):
         require_kinds(ActivationDifferences.__init__, locals())
         self.layers, self.positions, self.n_samples, self.text = layers, positions, n_samples, text
         self.prompts, self.max_new_tokens, self.tolerance = tuple(prompts), max_new_tokens, tolerance
+        self._ahead: tuple[weakref.ref[L.Trainer], list[Any]] | None = None
 
     def forget(self) -> None:
         """Drops the text."""
@@ -126,8 +128,19 @@ class ActivationDifferences(AnalysisCallback[ReadDifferences]):
     def estimate(self, plan: Plan, run: Run) -> Forecast:
         """Two forward passes over the text, and the texts that are steered."""
         return forecast_activations(
-            plan, n_samples=self.n_samples, prompts=len(self.prompts), new_tokens=self.max_new_tokens
+            plan,
+            n_samples=self.n_samples,
+            layers=len(self.layers) if self.layers is not None else plan.n_layers,
+            positions=self.positions,
+            prompts=len(self.prompts),
+            new_tokens=self.max_new_tokens,
         )
+
+    def other_text(self, trainer: L.Trainer) -> list[Any]:
+        """The text, which is read once: a forecast asks for it first, and some can be read no second time."""
+        if self._ahead is None or self._ahead[0]() is not trainer:
+            self._ahead = weakref.ref(trainer), find_collateral(trainer, self.text, self.n_samples)
+        return self._ahead[1]
 
     def probe_samples(self) -> int | None:
         """None of the probe is asked for: it serves only where there is no other text, and as far as it goes."""
@@ -144,7 +157,7 @@ class ActivationDifferences(AnalysisCallback[ReadDifferences]):
             raise ValueError(f"{self.name}: a sharded model is not steered; leave prompts out")
         if self.prompts:
             encode_prompts(model, find_tokenizer(trainer), self.prompts, self.max_new_tokens, 1.0)
-        self._text = find_collateral(trainer, self.text, self.n_samples)
+        self._text, self._ahead = self.other_text(trainer), None
         check_texts(self._text or self._batches, self.positions)
 
     def try_route(self, model: nn.Module, objective: Objective, sample: Any) -> None:

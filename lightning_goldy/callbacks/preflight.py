@@ -362,12 +362,13 @@ class Outlook:
         cost, told, total = forecast.cost, time_in_words(firing), f" = {time_in_words(whole)}"
         if math.isnan(whole):
             told, total = f"{cost.forwards} forward and {cost.backwards} backward passes of samples", ""
-        disk = f"disk {size_in_words(forecast.disk)} a firing"
+        most = "at most " if forecast.bounded else ""
+        disk = f"disk {most}{size_in_words(forecast.disk)} a firing"
         if forecast.disk_checkpoint:
             disk += f" and {size_in_words(forecast.disk_checkpoint)} a checkpoint"
         return (
             f"{forecast.name}: {told} x {forecast.firings}{total}; memory {size_in_words(forecast.peak)}; {disk}, "
-            f"{size_in_words(forecast.disk_total)} in all"
+            f"{most}{size_in_words(forecast.disk_total)} in all"
         )
 
     def faults(self, *, free_disk: int, free_memory: int, free_device: int | None) -> str | None:
@@ -503,12 +504,22 @@ def _measured(
         activations = timed[id(model)][1] if id(model) in timed else 0.0
         plan = plan_of(trainer, model, objective, batches, activations)
         told = getattr(callback, "piece_tokens", None)
-        plans.append(replace(plan, piece_tokens=told(trainer) or plan.piece_tokens) if told else plan)
+        plan = replace(plan, piece_tokens=told(trainer) or plan.piece_tokens) if told else plan
+        plans.append(replace(plan, texts=_texts(callback, trainer)))
     if not timed:
         return plans, arithmetic_speeds(pl_module.device), None
     found = Replicas.world().gather_objects(next(iter(timed.values()))[0])
     slowest = max(found, key=lambda one: (one.backward[0] + one.backward[1], one.forward))
     return plans, slowest, _step_seconds(trainer, plans, slowest)
+
+
+def _texts(callback: AnalysisCallback[Any], trainer: L.Trainer) -> tuple[tuple[int, int], ...]:
+    """Shapes of what a callback reads beside the probe."""
+    read = getattr(callback, "other_text", None)
+    try:
+        return shape_rows(read(trainer)) if read else ()
+    except Exception:  # noqa: BLE001 - whatever it is, the callback's own checks raise it
+        return ()
 
 
 def _timed(

@@ -619,6 +619,8 @@ def _dot(first: Tensor, second: Tensor) -> Tensor:
 
 _OVERSAMPLED = 8
 _POWER_ITERATIONS = 4
+# Directions of which a block has columns, and how many beyond them ask for one more power.
+_BLOCK, _PER_POWER = 8, 6
 # Operations of a product that factorising a thin matrix takes as long as, per row and squared column.
 _FACTORISED = 5.0
 
@@ -662,20 +664,57 @@ def leading_directions(
         return *_by_gram(matrix, count), 0.0
     wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
     # A start that is the same on every machine, and draws from no random state.
-    probe = torch.empty(matrix.shape[1], min(*matrix.shape, count + _OVERSAMPLED), dtype=torch.float32)
+    width, powers = _krylov(min(matrix.shape), count)
+    probe = torch.empty(matrix.shape[1], width, dtype=torch.float32)
     basis = torch.linalg.qr(wide @ fill_direction_(probe, name, seed).to(wide)).Q
     block, moved = basis, [wide.t() @ basis]
-    for _ in range(min(_POWER_ITERATIONS, min(matrix.shape) // block.shape[1] - 1)):
+    for _ in range(powers):
         block = wide @ moved[-1]
         # Twice, for what is left the first time may be rounding alone.
         for _ in range(2):
             block = torch.linalg.qr(block - basis @ (basis.t() @ block)).Q
         basis = torch.cat([basis, block], dim=1)  # of every power, not of the last alone
         moved.append(wide.t() @ block)
-    values, inner, right = (part.to(wide.dtype) for part in _by_gram(torch.cat(moved, dim=1).t(), count))
+    joined = torch.cat(moved, dim=1)
+    moved.clear()
+    values, inner, right = (part.to(wide.dtype) for part in _by_gram(joined.t(), count))
     left = basis @ inner
     residuals = (wide @ right - left * values).norm(dim=0) / math.sqrt(2)
     return values.double(), left, right, float((residuals / values.clamp(min=torch.finfo(wide.dtype).tiny)).max())
+
+
+def rank_of(spectrum: Tensor, norm: float, side: int) -> int | None:
+    r"""How many leading directions hold 99.99 % of a matrix's squared norm.
+
+    .. math:: r = \min \Big\{ r : \sum_{i \le r} \sigma_i^2 \ge (1 - 10^{-4}) \, \|\Delta\|_F^2 \Big\}
+
+    None where that is half of the smaller side or more, or the values do not reach so far.
+
+    Args:
+        spectrum: Its largest singular values, descending.
+        norm: Its Frobenius norm.
+        side: The smaller of its sides.
+
+    Example:
+        >>> rank_of(torch.tensor([3.0, 4.0, 0.0, 0.0, 0.0, 0.0]), 5.0, 6), rank_of(torch.ones(6), 6**0.5, 6)
+        (2, None)
+    """
+    held = spectrum.double().square().cumsum(0) >= (1 - 1e-4) * norm**2
+    rank = int((~held).sum()) + 1
+    return rank if bool(held.any()) and 2 * rank < side else None
+
+
+def _krylov(short: int, count: int) -> tuple[int, int]:
+    """Columns of a block, and powers beyond the first.
+
+    For many directions a block stays narrow and has more powers: in less time they come nearer than few powers of a
+    wide one. Where the smaller side has no room for them a wide one holds more of it.
+    """
+    width, powers = min(count, _BLOCK) + _OVERSAMPLED, _POWER_ITERATIONS + max(0, -(-(count - _BLOCK) // _PER_POWER))
+    if width * (powers + 1) <= short:
+        return width, powers
+    width = min(short, count + _OVERSAMPLED)
+    return width, min(_POWER_ITERATIONS, short // width - 1)
 
 
 def _by_gram(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -694,11 +733,22 @@ def randomised_operations(rows: int, columns: int, top: int) -> float:
         3.3
     """
     short, long = sorted((rows, columns))
-    width = min(short, top + _OVERSAMPLED)
-    powers = min(_POWER_ITERATIONS, short // width - 1)
+    width, powers = _krylov(short, top)
     basis = width * (powers + 1)
     products = 2.0 * short * long * (2 * basis + top)
     return products + _FACTORISED * basis**2 * (short + long)
+
+
+def randomised_bytes(rows: int, columns: int, top: int) -> int:
+    """Bytes that a randomised decomposition holds at most, beside what it gives: its longer side, in both precisions.
+
+    Example:
+        >>> randomised_bytes(1024, 512, 8)
+        983040
+    """
+    short, long = sorted((rows, columns))
+    width, powers = _krylov(short, top)
+    return 12 * long * width * (powers + 1)
 
 
 def refined_operations(rows: int, columns: int, start: int, top: int) -> float:

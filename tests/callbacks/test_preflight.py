@@ -13,12 +13,18 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from lightning_goldy.analysis.attribution.attribution import SHARES
 from lightning_goldy.analysis.basin.bridge import BridgeSettings
+from lightning_goldy.analysis.change import SuccessiveUpdates
 from lightning_goldy.analysis.forecast import Forecast, Passes, Plan, Run, Speeds, Work, timing
-from lightning_goldy.analysis.golden import Search
+from lightning_goldy.analysis.golden import Search, golden_parameters
 from lightning_goldy.callbacks import (
+    ActivationDifferences,
     AttentionTracker,
     BasinVolume,
     ChangeAttribution,
@@ -33,6 +39,7 @@ from lightning_goldy.callbacks import (
 from lightning_goldy.callbacks.preflight import Budget, Outlook, derive, limit_large
 from lightning_goldy.commands.doctor import build_shape
 from lightning_goldy.core.pieces import QUESTION_TEMPLATE
+from lightning_goldy.core.vector import ParameterVector
 from lightning_goldy.training.recipes import find_recipe
 from tests.callbacks.knowledge import PIECES, WordData
 from tests.callbacks.training import TokenData, differences, fit
@@ -157,6 +164,59 @@ def test_passes_on_ranks_are_those_that_rows_stated_there() -> None:
         coupling = KnowledgeCoupling(PIECES).forecast(spread, Run(1))
         found = [*told, coupling.cost + coupling.once.cost]
         assert [dataclasses.astuple(cost) for cost in found] == expected
+
+
+class Allocated(TorchDispatchMode):
+    """The most bytes that tensors made within have held at once."""
+
+    def __init__(self, known: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self.peak, self.live = 0, {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves((args, found)):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.known:
+                storage = tensor.untyped_storage()
+                self.live[StorageWeakRef(storage)] = storage.nbytes()
+        self.live = {storage: size for storage, size in self.live.items() if not storage.expired()}
+        self.peak = max(self.peak, sum(self.live.values()))
+        return found
+
+
+TIED = GPT2Config(n_layer=6, n_head=4, n_embd=128, vocab_size=2048, n_positions=16, bos_token_id=0, eos_token_id=0)
+UNTIED = LlamaConfig(
+    hidden_size=128, num_hidden_layers=6, num_attention_heads=4, intermediate_size=512, vocab_size=1024
+)
+
+
+@pytest.mark.parametrize(("config", "scope"), [(TIED, "tensor"), (UNTIED, "tensor"), (TIED, "global")])
+def test_golden_holds_what_is_told(config: Any, scope: Any) -> None:
+    model = AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.randint(3, 50, (4, 8), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "labels": ids}
+    kept = timing.graph_bytes(model, lambda: model(input_ids=ids[:1]).logits)
+    plan = Plan(model, ((4, 8),), activations=kept / 8, vocabulary=model.config.vocab_size)
+    told = GoldenParameters(n_samples=4, scope=scope).forecast(plan, Run(1)).memory
+    with Allocated([*model.parameters(), *model.buffers(), ids]) as allocated:
+        golden_parameters(model, [batch], n_samples=4, scope=scope)
+    assert told / 1.5 < allocated.peak < 1.5 * told
+
+
+def test_an_update_is_held_whole_of_one_tensor_at_a_time() -> None:
+    model = AutoModelForCausalLM.from_config(TIED)
+    updates, size = SuccessiveUpdates(), 4 * sum(parameter.numel() for parameter in model.parameters())
+    for step in range(3):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(step))
+        kept = [tensor for vector in updates.vectors().values() for tensor in vector.values()]
+        with Allocated([*model.parameters(), *kept]) as allocated:
+            cosine = updates.observe(ParameterVector.of(model))
+    assert cosine is not None
+    # The values and half of the update; all of it at once would be 2.5 sizes.
+    assert 1.5 * size < allocated.peak < 2 * size
 
 
 def test_eight_billion_are_planned_without_memory() -> None:
@@ -414,3 +474,19 @@ def test_pieces_are_as_long_as_their_tokens(tmp_path: Path, monkeypatch: pytest.
     asked = [QUESTION_TEMPLATE.replace("{question}", piece.question) + piece.answer for piece in PIECES]
     lengths = [len(WordData.tokenizer(text)["input_ids"]) for text in asked]
     assert abs(plans[0].piece_tokens - sum(lengths) / len(lengths)) <= 1.5  # the end token is one more
+
+
+def test_other_text_is_forecast_by_its_shapes_and_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans: list[Plan] = []
+    estimate = ActivationDifferences.estimate
+    monkeypatch.setattr(
+        ActivationDifferences, "estimate", lambda self, plan, run: plans.append(plan) or estimate(self, plan, run)
+    )
+    ids = torch.randint(3, 50, (3, 10), generator=torch.Generator().manual_seed(0))
+    callback = ActivationDifferences(positions=2, n_samples=5, text=iter([{"input_ids": ids}, {"input_ids": ids + 1}]))
+    fit(tmp_path, [GoldenSnapshot(every_n_steps=None), callback], data=WordData(), max_epochs=1)
+    assert plans[0].texts == ((3, 10), (2, 10))
+    longer = dataclasses.replace(plans[0], texts=((64, 100),))
+    told, more = (estimate(callback, plan, Run(1)) for plan in (plans[0], longer))
+    assert (told.cost.forwards, more.memory > told.memory) == (2 * 5, True)
+    assert [row["cost"]["forwards"] for row in rows_of(callback)] == [2 * 5]

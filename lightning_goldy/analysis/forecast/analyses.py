@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from lightning_goldy.analysis.forecast.plan import VOTED, Forecast, Passes, Plan, Work, passes_over
 from lightning_goldy.analysis.golden import SINGLE_SHOTS, scoring_rounds, watched_elements
 from lightning_goldy.core.space import ParameterSpace
-from lightning_goldy.core.vector import randomised_operations, refined_operations
+from lightning_goldy.core.vector import randomised_bytes, randomised_operations, refined_operations
 
 
 def mask_bytes(numel: int, top_k_percent: float) -> int:
@@ -23,8 +23,8 @@ def mask_bytes(numel: int, top_k_percent: float) -> int:
     return 4 * marked if 32 * marked < numel else numel // 8
 
 
-# Bytes of a watched element while samples are left out of its votes.
-_LEFT_OUT = 80
+# Bytes of an element while its votes are compared, and of each sample's row or column while it is left out.
+_COMPARED, _LEFT_OUT = 2, 48
 
 
 def forecast_golden(
@@ -56,31 +56,28 @@ def forecast_golden(
         nulls=(2.0 if control else 1.0) * sum(matrices),
         watched=1.0 * passes.samples * sum(watched_elements(numel, max(1, voters)) for numel in matrices),
     )
-    vote = 1 if passes.samples < 256 else 2
+    vote = 1 if voters < 256 else 2
     tokens = max((length for _, length in plan.batches(n_samples)), default=0)
-    scores = 4 * elements if whole or plan.shards > 1 else 0
-    polls = 2 if control else 1
-    # Eight marks a byte, places of eight elements where not all are watched, and one tensor's without one sample.
+    # Each gradient is freed as it becomes votes; those that are selected among together, and those of shards, are not.
+    gradients = (4 + 1) * elements if whole else plan.bytes(space) * (plan.shards > 1)
+    # Eight marks a byte, and places of eight elements where not all are watched.
     watched = [watched_elements(numel, max(1, voters)) for numel in matrices]
     places = sum(part for part, numel in zip(watched, matrices, strict=True) if part < numel)
-    seen = polls * (sum(watched) * voters // 8 + places) + _LEFT_OUT * max(watched, default=0)
-    # Gradients are freed as they come, but not given back to the system.
-    memory = (
-        elements * polls * (vote + 1)
-        + plan.bytes(space)
-        + scores
-        + seen
-        + 12 * plan.largest(space) // plan.shards
-        + plan.graph(tokens)
-    )
+    # The votes of one set of samples, beside what is golden of the one before, and a tied matrix's gradients and their
+    # sum; or what leaving out each sample makes of one tensor.
+    held = elements * (vote + control) + sum(watched) * voters // 8 + places
+    passing = gradients + 12 * plan.largest(space) // plan.shards + plan.graph(tokens)
+    sides = (shape[0] + math.prod(shape[1:]) for shape in space.shapes if len(shape) > 1)
+    leaving = max(_COMPARED * max(matrices, default=0), _LEFT_OUT * voters * max(sides, default=0))
     return Forecast(
         work,
         parts=max(1, passes.samples),
-        memory=memory,
+        memory=held + max(passing, leaving),
         kept=space.numel,
         disk=mask_bytes(space.numel, top_k_percent),
         communicated=plan.communicated(work, summed=elements * vote, gathered=space.numel),
         sharded="votes are divided by the shards; the mask, one byte per element, is whole on every rank",
+        bounded=True,
     )
 
 
@@ -249,19 +246,35 @@ def forecast_attribution(
     )
 
 
-def forecast_activations(plan: Plan, *, n_samples: int, prompts: int, new_tokens: int) -> Forecast:
-    """Two forward passes over the unrelated text, taken to be as long as the probe's, and steered texts.
+# Directions that are read of each layer beside the mean of each position, and cubes of a decomposition of rows.
+_PRINCIPAL, _DECOMPOSED = 3, 1.5
+
+
+def forecast_activations(
+    plan: Plan, *, n_samples: int, layers: int, positions: int, prompts: int, new_tokens: int
+) -> Forecast:
+    """Two forward passes over the unrelated text, what it tells read through the unembedding, and steered texts.
 
     Args:
-        plan: The shapes.
+        plan: The shapes; without ``texts`` they are taken to be as long as the probe's.
         n_samples: Texts.
+        layers: That are read.
+        positions: Told apart.
         prompts: That are continued, each by up to 8 strengths of two models.
         new_tokens: Of a continuation.
     """
-    passes = 2 * passes_over(plan.batches(n_samples))
+    batches = plan.batches(n_samples, texts=True)
+    passes = 2 * passes_over(batches)
     written = passes_over([(1, 1)] * (16 * prompts * new_tokens))
-    widest = max((rows * tokens for rows, tokens in plan.batches(n_samples)), default=0)
-    work = Work(forward=passes + written, elements=2.0 * plan.elements() * max(1, passes.calls))
+    widest = max((rows * tokens for rows, tokens in batches), default=0)
+    read, logits = layers * (positions + 1 + _PRINCIPAL), plan.vocabulary * (passes.tokens // 2)
+    short, long = sorted((positions * passes.samples // 2, plan.width))
+    work = Work(
+        forward=passes + written,
+        elements=2.0 * plan.elements() * max(1, passes.calls) + logits + plan.vocabulary * read,
+        flops=2.0 * plan.vocabulary * plan.width * read,
+        cubes=_DECOMPOSED * layers * long * short**2,
+    )
     return Forecast(
         work,
         parts=max(1, passes.calls),
@@ -522,7 +535,7 @@ def forecast_coupling(plan: Plan, parameters: ParameterSpace, n_pieces: int, *, 
 
 # Timed elements per parameter until the file of a base is written, packed, with its fingerprint.
 _BASE_WRITTEN = 20.0
-# Bytes of the pieces in which elements are binned.
+# Bytes of the pieces in which elements are binned, and of what freed tensors leave between others.
 _BINNING = 24 << 20
 
 
@@ -570,6 +583,7 @@ def forecast_distribution(plan: Plan, *, top: int, exact_below: int | None, intr
     """
     space, once = plan.space, Work()
     flops = cubes = factored = drawn = 0.0
+    held = 0
     for shape in space.shapes:
         if len(shape) < 2 or min(shape[0], math.prod(shape[1:])) < 2:
             continue
@@ -582,12 +596,14 @@ def forecast_distribution(plan: Plan, *, top: int, exact_below: int | None, intr
             drawn += short * long
             once += Work(flops=2.0 * long * (short**2 + of_base * short), cubes=1.0 * short**3)
         else:
-            # From the directions of the base and of the change; the null of a gentle change is told from products.
-            present, chance = (refined_operations(short, long, many * top, top) for many in (3, 6))
+            # From the directions of the base and of the change; the null of a gentle change is told from products of
+            # the base, for which few normals are drawn.
+            present, chance = (refined_operations(short, long, many, top) for many in (3 * top, 5 * top // 2))
+            held = max(held, randomised_bytes(short, long, (4 if intruders else 1) * top))
             factored += randomised_operations(short, long, top) + intruders * present
             once += Work(
                 factored=randomised_operations(short, long, (4 if intruders else 1) * top) + intruders * chance,
-                normals=1.0 * intruders * short * long,
+                normals=4.0 * intruders * top * (short + long),
             )
     elements, sides = space.numel, [shape[0] + math.prod(shape[1:]) for shape in space.shapes if len(shape) > 1]
     work = Work(
@@ -602,8 +618,8 @@ def forecast_distribution(plan: Plan, *, top: int, exact_below: int | None, intr
         work,
         once=once,
         parts=len(space),
-        # The change, the changed weight or a random change while it is drawn, and the directions that stay.
-        memory=_largest_bytes(space, 12, 20) + 4 * sum(sides) * top * (4 if intruders else 1),
+        # The change, the changed weight, a decomposition, and the directions that stay.
+        memory=_largest_bytes(space, 12, 20) + held + 4 * sum(sides) * top * (4 if intruders else 1),
         communicated=plan.communicated(Work(), gathered=8 * elements),
         sharded="one tensor at a time is whole on every rank",
     )

@@ -175,6 +175,7 @@ class Forecast:
         communicated: Bytes that a rank sends per firing.
         sharded: What of its memory shards share, for readers.
         exact: Whether the passes depend on shapes and settings alone; else they are what is typical.
+        bounded: Whether what a firing writes depends on the data, so that ``disk`` is no more than its largest size.
         firings: In the run.
         checkpoints: In the run.
         name: Of the callback.
@@ -197,6 +198,7 @@ class Forecast:
     communicated: int = 0
     sharded: str = "divided by the shards"
     exact: bool = True
+    bounded: bool = False
     firings: int = 1
     checkpoints: int = 0
     name: str = ""
@@ -284,6 +286,7 @@ class Plan:
         divisible: Whether batches can be worked through in parts.
         pieces: Knowledge pieces that the run has.
         piece_tokens: Of each, about.
+        texts: As ``rows``, of text that is read beside the probe; empty where that is not known, or there is none.
         n_layers: Blocks with attention.
         n_heads: Of each block.
         base: Whether a GoldenSnapshot holds the base.
@@ -305,6 +308,7 @@ class Plan:
     divisible: bool = True
     pieces: int | None = None
     piece_tokens: int = 16
+    texts: tuple[tuple[int, int], ...] = ()
     n_layers: int = 1
     n_heads: int = 1
     base: bool = False
@@ -326,14 +330,21 @@ class Plan:
         """Samples of the probe."""
         return sum(rows for rows, _ in self.rows)
 
-    def batches(self, n_samples: int | None) -> tuple[tuple[int, int], ...]:
-        """The first samples in the batches that they come in."""
-        kept, left = [], self.n_samples if n_samples is None else n_samples
-        for rows, tokens in self.rows:
+    def batches(self, n_samples: int | None, *, texts: bool = False) -> tuple[tuple[int, int], ...]:
+        """The first samples in the batches that they come in; of the texts, where they are asked for and known."""
+        read = (self.texts if texts else ()) or self.rows
+        kept, left = [], sum(rows for rows, _ in read) if n_samples is None else n_samples
+        for rows, tokens in read:
             if left > 0:
                 kept.append((min(rows, left), tokens))
             left -= rows
         return tuple(kept)
+
+    @functools.cached_property
+    def width(self) -> int:
+        """Of the residual stream: the smaller side of a matrix whose other side is the vocabulary; 0 without one."""
+        tables = (shape for shape in self.space.shapes if len(shape) == 2 and max(shape) == self.vocabulary)
+        return min(next(tables, (0,)))
 
     def whole(self, n_samples: int | None) -> Passes:
         """A pass per batch."""

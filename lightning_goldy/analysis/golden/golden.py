@@ -311,12 +311,15 @@ def golden_parameters(
                     warnings.simplefilter("ignore")
                 ballot.vote_on(part, objective, model, replicas, _shifted(progress, done, 2 if drawn else 1))
                 polls.append(_Poll.of(ballot, replicas, quorum, needed))
+            marked = ballot.marked_by_each(space)
+            # Or the votes of one set would be held until there are those of the next.
+            del ballot
     poll, other = polls[0], polls[1] if drawn else None
     return GoldenResult(
         mask=ParameterMask(space, poll.golden),
         experts=experts,
         golden=counts_by_expert(poll.golden, experts),
-        marked=ballot.marked_by_each(space),
+        marked=marked,
         expected=poll.expected,
         error=poll.error,
         control=None if other is None else counts_by_expert(other.golden, experts),
@@ -394,7 +397,7 @@ class _Poll:
     def shared(self, other: _Poll) -> int:
         """Elements of matrices that are golden in both."""
         names = [name for name, mask in self.golden.items() if mask.ndim > 1]
-        return sum(int((self.golden[name] & other.golden[name]).sum()) for name in names)
+        return sum(int((self.golden[name] & other.golden[name]).count_nonzero()) for name in names)
 
 
 def _jackknife(observed: NDArray[np.float64], nulls: NDArray[np.float64]) -> float | None:
@@ -627,9 +630,10 @@ class Ballot:
                 raise ValueError(f"the gradient of {name} is not finite; its elements cannot be ranked")
 
     def totals(self, replicas: Replicas) -> Iterator[tuple[str, Tensor]]:
-        """Votes summed over the replicas, in the layout of the parameters."""
+        """Votes summed over the replicas, in the layout of the parameters; each is held no longer than it is read."""
         unused = require_gradients(self.parameters, self.seen, replicas)
-        for name, votes in self.votes.items():
+        for name in list(self.votes):
+            votes = self.votes.pop(name)
             if name in unused:  # ties at zero are no votes
                 votes.zero_()
                 self.watched = {key: watched for key, watched in self.watched.items() if key[0] != name}
