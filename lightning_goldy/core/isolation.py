@@ -83,13 +83,11 @@ def random_states() -> dict[str, Any]:
     version, internal, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
     words = torch.from_numpy(np.asarray(keys).astype(np.int64))
-    # Asking an uninitialised CUDA for its states would initialise it, which forked workers cannot survive.
-    ready = torch.cuda.is_available() and torch.cuda.is_initialized()
     return {
         "python": [version, list(internal), gauss],
         "numpy": [name, words, int(position), int(has_gauss), float(cached)],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if ready else [],
+        "cuda": _device_states(),
     }
 
 
@@ -100,8 +98,17 @@ def restore_random_states(states: Mapping[str, Any]) -> None:
     name, keys, *rest = states["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(states["torch"].cpu())
-    if len(states["cuda"]) == torch.cuda.device_count() and states["cuda"]:
-        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
+    _restore_device_states(states["cuda"])
+
+
+def _device_states() -> list[Tensor]:
+    # Asking an uninitialised CUDA for its states would initialise it, which forked workers cannot survive.
+    return torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+
+
+def _restore_device_states(states: Sequence[Tensor]) -> None:
+    if states and len(states) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([state.cpu() for state in states])
 
 
 @contextmanager
@@ -115,11 +122,15 @@ def isolated_rng() -> Iterator[None]:
         >>> torch.equal(state, torch.get_rng_state())
         True
     """
-    states = random_states()
+    # As they are, for none leaves the process: other types take as long again.
+    python, numpy, cpu, devices = random.getstate(), np.random.get_state(), torch.get_rng_state(), _device_states()
     try:
         yield
     finally:
-        restore_random_states(states)
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        _restore_device_states(devices)
 
 
 class Replayed(Iterator[Any]):
@@ -246,7 +257,8 @@ class Kept:
 
     def _stand_in(self, items: Iterable[tuple[Any, Any]], put: Callable[[Any, Any], Any]) -> None:
         """Puts something that gives again into the places of iterators that cannot go back."""
-        for place, value in [(place, value) for place, value in items if self._cannot_go_back(value)]:
+        held = [pair for pair in items if type(pair[1]) not in _AT_NO_PLACE and self._cannot_go_back(pair[1])]
+        for place, value in held:
             stand = self._stands.get(id(value))
             if stand is None:
                 stand = value if isinstance(value, Replayed) else Replayed(value)
@@ -260,7 +272,7 @@ class Kept:
 
     def _cannot_go_back(self, value: Any) -> bool:
         # A configuration, which every module may hold, takes long to say of what class it is, and is asked once.
-        if type(value) in _AT_NO_PLACE or id(value) in self._in_place:
+        if id(value) in self._in_place:
             return False
         if _is_one_way(value):
             return True
@@ -281,7 +293,7 @@ class Kept:
             held[name] = getattr(owner, name, _MISSING)
             self._stand_in([(name, held[name])], partial(object.__setattr__, owner))
             self._undo.append(partial(_put_back_slot, owner, name, held[name]))
-        return [*held.values(), type(owner)]
+        return [*(value for value in held.values() if type(value) not in _PLAIN), type(owner)]
 
     def _follow(self, nearest: Iterable[Any]) -> None:
         queue = deque(nearest)
