@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.divergence import histogram_drift, precise
+from lightning_goldy.analysis.divergence import effective_rank, histogram_drift, precise
 from lightning_goldy.analysis.precision import low_precision, rounding_of
 from lightning_goldy.analysis.result import AnalysisResult, tensor_rows
 from lightning_goldy.core.architecture.adapters import LowRankChange, changes_in, chosen_space, merged_name
@@ -29,7 +29,6 @@ from lightning_goldy.core.sharding import (
 )
 from lightning_goldy.core.vector import (
     ParameterVector,
-    effective_rank,
     fill_direction_,
     leading_directions,
     product_spectrum,

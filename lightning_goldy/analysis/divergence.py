@@ -23,10 +23,10 @@ CACHE_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
 
 # Elements of [rows, vocabulary] that are worked on at a time.
 _CHUNK = 1 << 22
+# Bins of a histogram, and elements that are binned at a time.
+_BINS, _HISTOGRAM_CHUNK = 256, 1 << 16
 # Below this difference of log-probabilities no exponential overflows.
 _FAR = 80.0
-# Bins of a histogram, and elements that are sorted into them at a time.
-_BINS, _BINNED = 256, 1 << 16
 
 
 class AnchoredDivergence:
@@ -359,6 +359,31 @@ def jensen_shannon(first: Tensor, second: Tensor) -> Tensor:
     return rise.add_(fall).clamp_min_(0.0).mul_(middle).sum(dim=-1) / 2
 
 
+def effective_rank(spectrum: Tensor) -> float:
+    r"""How many directions a spectrum has: the exponential of its entropy.
+
+    .. math:: \exp\Big(-\sum_k p_k \log p_k\Big), \qquad p_k = \frac{\lambda_k}{\sum_l \lambda_l}
+
+    Args:
+        spectrum: Eigenvalues or singular values, not negative and not all zero.
+
+    Source: Roy and Vetterli, "The effective rank" (2007).
+
+    Example:
+        >>> round(effective_rank(torch.tensor([2.0, 2.0, 0.0])), 6)
+        2.0
+    """
+    shares = spectrum / spectrum.sum()
+    return math.exp(-float(torch.special.xlogy(shares, shares).sum()))
+
+
+def precise(tensor: Tensor) -> Tensor:
+    """The tensor in at least float32."""
+    if tensor.dtype is torch.float32:  # of small tensors the question takes longer than their work
+        return tensor
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def histogram_drift(first: Tensor, second: Tensor) -> float:
     """Jensen-Shannon divergence between the histograms of two tensors' elements over their common range, nats.
 
@@ -378,14 +403,7 @@ def _binned(tensor: Tensor, low: float, high: float) -> Tensor:
     counts, flat = torch.zeros(_BINS, dtype=torch.int64), tensor.reshape(-1)
     # Halved, because the width of the range of two finite numbers may not be finite.
     scale = _BINS / 2 / (high / 2 - low / 2)
-    for start in range(0, flat.numel(), _BINNED):
-        place = flat[start : start + _BINNED].float().cpu().sub(low).mul_(scale).clamp_(0, _BINS - 1)
+    for start in range(0, flat.numel(), _HISTOGRAM_CHUNK):
+        place = flat[start : start + _HISTOGRAM_CHUNK].float().cpu().sub(low).mul_(scale).clamp_(0, _BINS - 1)
         counts += torch.bincount(place.to(torch.uint8), minlength=_BINS)
     return counts
-
-
-def precise(tensor: Tensor) -> Tensor:
-    """The tensor in at least float32."""
-    if tensor.dtype is torch.float32:  # of small tensors the question takes longer than their work
-        return tensor
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

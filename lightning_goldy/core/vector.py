@@ -630,24 +630,6 @@ def spectrum_of(matrix: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().flip(0)
 
 
-def effective_rank(spectrum: Tensor) -> float:
-    r"""How many directions a spectrum has: the exponential of its entropy.
-
-    .. math:: \exp\Big(-\sum_k p_k \log p_k\Big), \qquad p_k = \frac{\lambda_k}{\sum_l \lambda_l}
-
-    Args:
-        spectrum: Eigenvalues or singular values, not negative and not all zero.
-
-    Source: Roy and Vetterli, "The effective rank" (2007).
-
-    Example:
-        >>> round(effective_rank(torch.tensor([2.0, 2.0, 0.0])), 6)
-        2.0
-    """
-    shares = spectrum / spectrum.sum()
-    return math.exp(-float(torch.special.xlogy(shares, shares).sum()))
-
-
 def product_spectrum(left: Tensor, right: Tensor) -> Tensor:
     r"""Singular values of a product of low rank, descending, without the product.
 

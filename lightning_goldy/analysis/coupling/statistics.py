@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_goldy.analysis.agreement import agreement_of
+from lightning_goldy.analysis.divergence import effective_rank
 from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.core.naming import block_of, suggestion
-from lightning_goldy.core.vector import effective_rank
 
 # Rows of the matrix that are worked on at a time.
 ROWS = 1024
