@@ -254,50 +254,42 @@ def _add_analyze(parser: argparse.ArgumentParser) -> None:
         help="what the model was before: a .ckpt, a folder of save_pretrained, a vector file, a run with a snapshot "
         "(default: the snapshot of the checkpoint's run, else the pretrained model of the configuration)",
     )
-    parser.add_argument(
-        "--prompt", metavar="TEXT", action="append", default=[], help=r"to continue, \n is a new line; may be repeated"
-    )
-    parser.add_argument("--prompts", metavar="FILE", help="more of them, one per line; empty lines are passed over")
-    parser.add_argument(
-        "--max-new-tokens", type=int, default=50, help="longest continuation, tokens (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--temperature", type=float, help="draw tokens at this temperature (default: take the most probable token)"
-    )
-    _add_seed(parser, "the draws")
+    _add_writing(parser)
     parser.add_argument("--n-samples", type=int, help="samples of the probe (default: at most 16)")
     parser.add_argument(
         "--shard",
         action="store_true",
         help="spread the model over the processes that torchrun started, when it is too large for one device",
     )
-    parser.add_argument(
-        "--circuits",
-        choices=["induction", "indirect_object", "greater_than", "atlas"],
-        help="look for the circuit of this task, and measure what it keeps (default: none)",
-    )
-    parser.add_argument(
-        "--circuit-pairs",
-        type=int,
-        default=32,
-        metavar="N",
-        help="pairs of prompts that choose it, and as many others that measure it (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--circuit-noise",
-        metavar="CHECKPOINT",
-        help="a finetune that differs in its seed alone: what two seeds share of the circuit (default: none)",
-    )
-    parser.add_argument(
-        "--circuit-beside",
-        action="append",
-        default=[],
-        choices=["induction", "indirect_object", "greater_than", "atlas"],
-        help="another task whose circuit of the same size stands beside it; may be given again (default: none)",
-    )
+    _add_circuits(parser)
     _add_space(parser)
     _add_folder(parser, "everything goes", "analyze")
     parser.set_defaults(run=_analyze)
+
+
+def _add_writing(parser: _Place) -> None:
+    """What a model is to continue, and how."""
+    words = r"to continue, \n is a new line; may be repeated"
+    parser.add_argument("--prompt", metavar="TEXT", action="append", default=[], help=words)
+    parser.add_argument("--prompts", metavar="FILE", help="more of them, one per line; empty lines are passed over")
+    words = "longest continuation, tokens (default: %(default)s)"
+    parser.add_argument("--max-new-tokens", type=int, default=50, help=words)
+    words = "draw tokens at this temperature (default: take the most probable token)"
+    parser.add_argument("--temperature", type=float, help=words)
+    _add_seed(parser, "the draws")
+
+
+def _add_circuits(parser: _Place) -> None:
+    """Whose circuit is looked for, on what, and what stands beside it."""
+    tasks = ("induction", "indirect_object", "greater_than", "atlas")
+    words = "look for the circuit of this task, and measure what it keeps (default: none)"
+    parser.add_argument("--circuits", choices=tasks, help=words)
+    words = "pairs of prompts that choose it, and as many others that measure it (default: %(default)s)"
+    parser.add_argument("--circuit-pairs", type=int, default=32, metavar="N", help=words)
+    words = "a finetune that differs in its seed alone: what two seeds share of the circuit (default: none)"
+    parser.add_argument("--circuit-noise", metavar="CHECKPOINT", help=words)
+    words = "another task whose circuit of the same size stands beside it; may be given again (default: none)"
+    parser.add_argument("--circuit-beside", action="append", default=[], choices=tasks, help=words)
 
 
 def _add_space(parser: argparse.ArgumentParser) -> None:
@@ -539,7 +531,7 @@ def _coupling(options: argparse.Namespace) -> None:
     if options.edits is None and (options.learning_rate is not None or options.steps is not None):
         raise ValueError("--learning-rate and --steps belong to the editor; say with --edits what to edit")
     # Brings torch, which other commands need not wait for.
-    from lightning_goldy.commands.coupling.options import Editing, Method, Model, Options, Pieces
+    from lightning_goldy.commands.coupling.options import Editing, Method, Model, Options, Pieces, parsed_layers
     from lightning_goldy.commands.coupling.summary import run_coupling
 
     def told(*names: str) -> dict[str, Any]:
@@ -563,29 +555,6 @@ def _coupling(options: argparse.Namespace) -> None:
             out=options.out,
         )
     )
-
-
-def parsed_layers(text: str | None) -> tuple[int, int] | str | None:
-    """The blocks that ``--layers`` names.
-
-    Raises:
-        ValueError: It is neither a range nor ``last:N``.
-
-    Example:
-        >>> parsed_layers("2:6"), parsed_layers("last:4"), parsed_layers(None)
-        ((2, 6), 'last:4', None)
-    """
-    if text is None or text.startswith("last:"):
-        return text
-    start, colon, stop = text.partition(":")
-    try:
-        if not colon:
-            raise ValueError
-        return int(start), int(stop)
-    except ValueError:
-        raise ValueError(
-            f"--layers is a:b for the layers from a up to but not including b, or last:4; got {text!r}"
-        ) from None
 
 
 def _add_doctor(parser: argparse.ArgumentParser) -> None:

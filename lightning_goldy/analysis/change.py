@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.divergence import histogram_drift, precise
+from lightning_goldy.analysis.divergence import effective_rank, histogram_drift, precise
 from lightning_goldy.analysis.precision import low_precision, rounding_of
 from lightning_goldy.analysis.result import AnalysisResult, tensor_rows
 from lightning_goldy.core.architecture.adapters import LowRankChange, changes_in, chosen_space, merged_name
@@ -597,23 +597,17 @@ def _row(
     }
     if base.ndim < 2 or min(base.shape) < 2 or not changed:
         return row
-    top, seed = settings.top, settings.seed
     matrix, before = delta.reshape(len(delta), -1), base.reshape(len(base), -1)  # [out, in ...] -> [out, in]
     small = settings.exact_below is None or min(matrix.shape) <= settings.exact_below
     if name not in known:
         known[name] = _base_directions(before, settings, name, exact=small)
     left, right, *_ = known[name]
-    exact, leads = small or factors is not None, None
-    if factors is not None:
-        spectrum, error = product_spectrum(*factors), 0.0
-    elif small:
-        spectrum, error = spectrum_of(matrix), 0.0
-    else:
-        spectrum, leads, _, error = leading_directions(matrix, top, f"{name}/delta", seed, exact=False)
+    spectrum, leads, error = _spectrum(matrix, settings, name, factors, exact=small)
+    exact = small or factors is not None
     inside = (left.t() @ matrix.to(left) @ right).double()  # [top, top]
     alignment, chance = float(inside.square().sum()) / changed**2, left.shape[1] ** 2 / matrix.numel()
     row |= {
-        "singular_values": tuple(spectrum[:top].tolist()),
+        "singular_values": tuple(spectrum[: settings.top].tolist()),
         "singular_value_error": error,
         "stable_rank": changed**2 / float(spectrum[0]) ** 2,
         "effective_rank": effective_rank(spectrum) if exact else None,
@@ -626,20 +620,22 @@ def _row(
         return row
     given = None if factors is None else factors[0].shape[1]
     rank = rank_of(spectrum, changed, min(matrix.shape)) if given is None else given
-    # Of adapters the rank is known, and the null has it anyhow.
-    ranks = (given,) if rank is None or given is not None else (given, rank)
     sought = _Sought(name, before, known, settings, exact=small)
     lead = None if leads is None else (leads, float(spectrum[-1]))
-    own, *chances = sought.after(before + matrix, lead), *(sought.by_chance(changed, of) for of in ranks)
-    below, *by_chance = (sum(value < settings.intruders_below for value in cosines) for cosines in (own, *chances))
-    return row | {
-        "resemblances": own,
-        "intruders": below,
-        "intruder_share": below / len(own),
-        "intruder_share_null": by_chance[0] / len(chances[0]),
-        "change_rank": rank,
-        "intruder_share_null_rank": None if rank is None else by_chance[-1] / len(chances[-1]),
-    }
+    # Of adapters the rank is known, and the null has it anyhow.
+    return row | sought.intruders(matrix, changed, rank, lead=lead, null_rank=given)
+
+
+def _spectrum(
+    matrix: Tensor, settings: _Settings, name: str, factors: tuple[Tensor, Tensor] | None, *, exact: bool
+) -> tuple[Tensor, Tensor | None, float]:
+    """Singular values of a change, its leading left directions where only these are looked for, and their error."""
+    if factors is not None:
+        return product_spectrum(*factors), None, 0.0
+    if exact:
+        return spectrum_of(matrix), None, 0.0
+    found = leading_directions(matrix, settings.top, f"{name}/delta", settings.seed, exact=False)
+    return found[0], found[1], found[3]
 
 
 @dataclass(frozen=True, eq=False)
@@ -652,6 +648,31 @@ class _Sought:
     settings: _Settings
     _: KW_ONLY
     exact: bool
+
+    def intruders(
+        self, change: Tensor, norm: float, rank: int | None, *, lead: tuple[Tensor, float] | None, null_rank: int | None
+    ) -> dict[str, Any]:
+        """The columns of a row that tell how many resemble none, and how many do so by chance.
+
+        Args:
+            change: Of the base.
+            norm: Its Frobenius norm.
+            rank: What few directions hold of it, None where few do not.
+            lead: As for :meth:`after`.
+            null_rank: Of the random change of the same norm; None for all of it.
+        """
+        ranks = (null_rank,) if rank is None or null_rank is not None else (null_rank, rank)
+        own, *chances = self.after(self.before + change, lead), *(self.by_chance(norm, of) for of in ranks)
+        threshold = self.settings.intruders_below or 0.0
+        below, *by_chance = (sum(value < threshold for value in cosines) for cosines in (own, *chances))
+        return {
+            "resemblances": own,
+            "intruders": below,
+            "intruder_share": below / len(own),
+            "intruder_share_null": by_chance[0] / len(chances[0]),
+            "change_rank": rank,
+            "intruder_share_null_rank": None if rank is None else by_chance[-1] / len(chances[-1]),
+        }
 
     def after(self, present: Tensor, lead: tuple[Tensor, float] | None = None) -> tuple[float, ...]:
         """The most that each of a present weight's resembles one of the base's.
@@ -766,21 +787,3 @@ def _pooled(rows: Sequence[dict[str, Any]], column: str) -> float | None:
     having = [row for row in rows if row.get(column) is not None]
     weight = sum(row["numel"] for row in having)
     return sum(row[column] * row["numel"] for row in having) / weight if weight else None
-
-
-def effective_rank(spectrum: Tensor) -> float:
-    r"""How many directions a spectrum has: the exponential of its entropy.
-
-    .. math:: \exp\Big(-\sum_k p_k \log p_k\Big), \qquad p_k = \frac{\lambda_k}{\sum_l \lambda_l}
-
-    Args:
-        spectrum: Eigenvalues or singular values, not negative and not all zero.
-
-    Source: Roy and Vetterli, "The effective rank" (2007).
-
-    Example:
-        >>> round(effective_rank(torch.tensor([2.0, 2.0, 0.0])), 6)
-        2.0
-    """
-    shares = spectrum / spectrum.sum()
-    return math.exp(-float(torch.special.xlogy(shares, shares).sum()))

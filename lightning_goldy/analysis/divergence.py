@@ -359,8 +359,28 @@ def jensen_shannon(first: Tensor, second: Tensor) -> Tensor:
     return rise.add_(fall).clamp_min_(0.0).mul_(middle).sum(dim=-1) / 2
 
 
+def effective_rank(spectrum: Tensor) -> float:
+    r"""How many directions a spectrum has: the exponential of its entropy.
+
+    .. math:: \exp\Big(-\sum_k p_k \log p_k\Big), \qquad p_k = \frac{\lambda_k}{\sum_l \lambda_l}
+
+    Args:
+        spectrum: Eigenvalues or singular values, not negative and not all zero.
+
+    Source: Roy and Vetterli, "The effective rank" (2007).
+
+    Example:
+        >>> round(effective_rank(torch.tensor([2.0, 2.0, 0.0])), 6)
+        2.0
+    """
+    shares = spectrum / spectrum.sum()
+    return math.exp(-float(torch.special.xlogy(shares, shares).sum()))
+
+
 def precise(tensor: Tensor) -> Tensor:
     """The tensor in at least float32."""
+    if tensor.dtype is torch.float32:  # of small tensors the question takes longer than their work
+        return tensor
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 

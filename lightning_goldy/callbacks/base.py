@@ -387,19 +387,7 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         if not self._goes_on:
             self._trained |= set(newly_trainable(model, ()))
         if self.needs_probe:
-            self._batches = self.read_probe(trainer, pl_module)
-            with undisturbed(trainer, pl_module):
-                Replicas.world().agree(f"{self.name}: the probe", fingerprint_batches(self._batches))
-                self._task = find_objective(pl_module, model, self.objective, self._batches)
-                unasked = self.objective is None and self._task is not getattr(pl_module, "objective", None)
-                if unasked and transformers_model(model, anywhere=False) is None:
-                    rank_zero_info(
-                        f"{self.name}: {type(model).__name__} is analysed by {type(self._task).__name__}; "
-                        "objective= takes another loss"
-                    )
-                objective = self._task
-                wanted, own = self.probe_samples(), {"pl_module": pl_module, "check": self.check}
-                self.probe_size = check_probe(model, objective, self._batches, wanted, lacking="warn", **own)  # type: ignore[arg-type]
+            self._take_probe(trainer, pl_module, model)
         with plain_parameters(model, self._trained if self._resumed else ()):
             self.prepare(trainer, model)
         if self.check:
@@ -408,6 +396,21 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         self._observe_trainable(trainer, model)
         self._left = trainer.global_step, weights_mark(model)
         self._resumed = False
+
+    def _take_probe(self, trainer: L.Trainer, pl_module: L.LightningModule, model: nn.Module) -> None:
+        """Reads the probe, the same on every rank, and finds and checks what it is analysed by."""
+        self._batches = self.read_probe(trainer, pl_module)
+        with undisturbed(trainer, pl_module):
+            Replicas.world().agree(f"{self.name}: the probe", fingerprint_batches(self._batches))
+            objective = self._task = find_objective(pl_module, model, self.objective, self._batches)
+            unasked = self.objective is None and objective is not getattr(pl_module, "objective", None)
+            if unasked and transformers_model(model, anywhere=False) is None:
+                rank_zero_info(
+                    f"{self.name}: {type(model).__name__} is analysed by {type(objective).__name__}; "
+                    "objective= takes another loss"
+                )
+            wanted, own = self.probe_samples(), {"pl_module": pl_module, "check": self.check}
+            self.probe_size = check_probe(model, objective, self._batches, wanted, lacking="warn", **own)  # type: ignore[arg-type]
 
     def goes_on_with(self, trainer: L.Trainer) -> bool:
         """Whether settings were derived before, in a run that is resumed or that the trainer goes on with."""

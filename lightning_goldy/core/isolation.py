@@ -14,7 +14,7 @@ from array import array
 from collections import UserDict, UserList, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from itertools import chain, islice, repeat
 from multiprocessing.sharedctypes import SynchronizedBase
 from operator import is_
@@ -25,13 +25,20 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.overrides import TorchFunctionMode
 from torch.quasirandom import SobolEngine
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_goldy.core.composed import without_reentrant_checkpoints
-from lightning_goldy.core.sharding import is_sharded, local, meet_within, unshard_guard
+from lightning_goldy.core.sharding import (
+    UnseenByReducer,
+    is_sharded,
+    local,
+    meet_within,
+    modules_of,
+    parameters_of,
+    reducer_counts,
+    unshard_guard,
+)
 from lightning_goldy.core.tasks import require_unscaled
 
 SMALL = 2**20
@@ -44,17 +51,25 @@ _TRAINER_SLOTS = frozenset({"trainer", "_trainer", "_fabric"})
 _MODULE_SLOTS = _TRAINER_SLOTS | frozenset(vars(nn.Module()))
 _LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")
 _MISSING = object()
+_NONE: Mapping[Any, Any] = types.MappingProxyType({})
 # Most values are of these, and to ask whether one is an iterator takes longer than all the rest.
-_AT_NO_PLACE = frozenset({type(None), bool, int, float, str, tuple, list, dict, set, Tensor, nn.Parameter, torch.dtype})
-_BOXES = (types.SimpleNamespace, UserDict, UserList, Queue)
+_PLAIN = frozenset({type(None), bool, int, float, str})
+_AT_NO_PLACE = _PLAIN | {tuple, list, dict, set, Tensor, nn.Parameter, torch.dtype}
+_CONTAINERS = (list, dict, set, tuple, deque)
+_ENTERED = (DataLoader, Dataset, Sampler, SobolEngine, types.SimpleNamespace, UserDict, UserList, Queue)
+_NOTED = (
+    *_CONTAINERS,
+    *(type, types.FunctionType, types.MethodType, partial, Tensor, np.ndarray, bytearray, array, io.IOBase, Iterator),
+    *(torch.Generator, random.Random, np.random.RandomState, np.random.Generator, np.random.BitGenerator),
+    SynchronizedBase,
+)
 # Their generators are theirs alone.
 _COLLATORS = "transformers.data."
 _BACKWARD_HOOKS = ("_backward_pre_hooks", "_backward_hooks")
-_FORWARD_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+_CALLED_HOOKS = ("_forward_pre_hooks", "_forward_hooks", *_BACKWARD_HOOKS)
 # Beside their functions, how modules call them.
 _HOOK_SLOTS = (
-    *_FORWARD_HOOKS,
-    *_BACKWARD_HOOKS,
+    *_CALLED_HOOKS,
     "_forward_pre_hooks_with_kwargs",
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
@@ -68,13 +83,11 @@ def random_states() -> dict[str, Any]:
     version, internal, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
     words = torch.from_numpy(np.asarray(keys).astype(np.int64))
-    # Asking an uninitialised CUDA for its states would initialise it, which forked workers cannot survive.
-    ready = torch.cuda.is_available() and torch.cuda.is_initialized()
     return {
         "python": [version, list(internal), gauss],
         "numpy": [name, words, int(position), int(has_gauss), float(cached)],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if ready else [],
+        "cuda": _device_states(),
     }
 
 
@@ -85,8 +98,17 @@ def restore_random_states(states: Mapping[str, Any]) -> None:
     name, keys, *rest = states["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(states["torch"].cpu())
-    if len(states["cuda"]) == torch.cuda.device_count() and states["cuda"]:
-        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
+    _restore_device_states(states["cuda"])
+
+
+def _device_states() -> list[Tensor]:
+    # Asking an uninitialised CUDA for its states would initialise it, which forked workers cannot survive.
+    return torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+
+
+def _restore_device_states(states: Sequence[Tensor]) -> None:
+    if states and len(states) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([state.cpu() for state in states])
 
 
 @contextmanager
@@ -100,11 +122,15 @@ def isolated_rng() -> Iterator[None]:
         >>> torch.equal(state, torch.get_rng_state())
         True
     """
-    states = random_states()
+    # As they are, for none leaves the process: other types take as long again.
+    python, numpy, cpu, devices = random.getstate(), np.random.get_state(), torch.get_rng_state(), _device_states()
     try:
         yield
     finally:
-        restore_random_states(states)
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        _restore_device_states(devices)
 
 
 class Replayed(Iterator[Any]):
@@ -192,6 +218,7 @@ class Kept:
         self._limit, self._left, self._waiting = limit, float(_COPIED), _FOLLOWED
         # The objects stay referenced, so that no id is taken twice.
         self._known: dict[int, Any] = {}
+        self._in_place: dict[int, Any] = {}
         self._storages: set[int] = set()
         self._undo: list[Callable[[], Any]] = []
         self.iterators: list[Any] = []
@@ -206,12 +233,12 @@ class Kept:
         kept = cls(limit=2**24)
         kept._left = math.inf
         buffers = [buffer for child in modules for buffer in child._buffers.values() if buffer is not None]
-        tensors = [local(tensor) for tensor in (*parameters, *buffers)]
+        tensors = [local(tensor) if is_sharded(tensor) else tensor for tensor in (*parameters, *buffers)]
         kept._storages = {tensor.untyped_storage().data_ptr() for tensor in tensors if _has_storage(tensor)} - {0}
         for child in modules:
             kept._waiting = _FOLLOWED
             kept._follow(kept._note_attributes(child, _MODULE_SLOTS))
-            if hooks := [hook for registered in _hooks_of(child) for hook in registered.values()]:
+            if hooks := [hook for name in _CALLED_HOOKS for hook in getattr(child, name).values()]:
                 kept._follow(chain.from_iterable(map(_held_by, hooks)))
         for parameter in parameters:
             if hooks := [*(getattr(parameter, "_backward_hooks", None) or {}).values()]:
@@ -230,7 +257,8 @@ class Kept:
 
     def _stand_in(self, items: Iterable[tuple[Any, Any]], put: Callable[[Any, Any], Any]) -> None:
         """Puts something that gives again into the places of iterators that cannot go back."""
-        for place, value in [(place, value) for place, value in items if _is_one_way(value)]:
+        held = [pair for pair in items if type(pair[1]) not in _AT_NO_PLACE and self._cannot_go_back(pair[1])]
+        for place, value in held:
             stand = self._stands.get(id(value))
             if stand is None:
                 stand = value if isinstance(value, Replayed) else Replayed(value)
@@ -242,28 +270,42 @@ class Kept:
             # The last to be undone here, when the place has its old value back.
             self._undo.append(partial(_put_source, put, place, stand))
 
+    def _cannot_go_back(self, value: Any) -> bool:
+        # A configuration, which every module may hold, takes long to say of what class it is, and is asked once.
+        if id(value) in self._in_place:
+            return False
+        if _is_one_way(value):
+            return True
+        self._in_place[id(value)] = value
+        return False
+
     def _note_attributes(self, owner: Any, leaving: frozenset[str] = _TRAINER_SLOTS) -> list[Any]:
         if id(owner) in self._known:
             return []
         self._known[id(owner)] = owner
-        held = {name: value for name, value in getattr(owner, "__dict__", {}).items() if name not in leaving}
-        if hasattr(owner, "__dict__"):
-            self._stand_in(held.items(), vars(owner).__setitem__)
-            self._undo.append(partial(_put_back_attributes, vars(owner), dict(held), leaving))
+        now = getattr(owner, "__dict__", None)
+        held = {} if now is None else {name: value for name, value in now.items() if name not in leaving}
+        if now is not None:
+            before = dict(now)
+            self._stand_in(held.items(), now.__setitem__)
+            self._undo.append(partial(_put_back_attributes, now, before, leaving))
         for name in _slots(type(owner)):
             held[name] = getattr(owner, name, _MISSING)
             self._stand_in([(name, held[name])], partial(object.__setattr__, owner))
             self._undo.append(partial(_put_back_slot, owner, name, held[name]))
-        return [*held.values(), type(owner)]
+        return [*(value for value in held.values() if type(value) not in _PLAIN), type(owner)]
 
     def _follow(self, nearest: Iterable[Any]) -> None:
         queue = deque(nearest)
         while queue and self._waiting > 0:
             value = queue.popleft()
-            if value is None or isinstance(value, (str, bytes, int, float, complex)) or id(value) in self._known:
+            kind = type(value)
+            if kind in _PLAIN or id(value) in self._known or isinstance(value, (str, bytes, int, float, complex)):
                 continue
             self._waiting -= 1
-            if isinstance(value, (list, dict, set, tuple, deque)):
+            if value.__class__ is kind and _is_inert(kind):
+                pass
+            elif isinstance(value, _CONTAINERS):
                 queue.extend(self._note_container(value))
             elif isinstance(value, type):
                 queue.extend(self._shared_by_class(value))
@@ -386,8 +428,6 @@ def _put_source(put: Callable[[Any, Any], Any], place: Any, stand: Replayed) -> 
 
 def _is_one_way(value: Any) -> bool:
     """Whether an iterator cannot be put back to where it is."""
-    if type(value) in _AT_NO_PLACE:
-        return False
     if isinstance(value, io.IOBase):
         try:
             value.tell()
@@ -414,17 +454,18 @@ def _held_by(hook: Any, depth: int = 3) -> Iterator[Any]:
                 yield from _held_by(value, depth - 1)
 
 
-def _hooks_of(module: nn.Module) -> Iterator[dict[Any, Any]]:
-    for name in (*_FORWARD_HOOKS, *_BACKWARD_HOOKS):
-        yield getattr(module, name)
-
-
 def _put_back_attributes(now: dict[str, Any], held: Mapping[str, Any], leaving: frozenset[str]) -> None:
+    if _same_items(now, held):
+        return
     for name in [name for name in now if name not in held and name not in leaving]:
         del now[name]
     for name, value in held.items():
-        if name not in now or now[name] is not value:
+        if name not in leaving and (name not in now or now[name] is not value):
             now[name] = value
+
+
+def _same_items(now: Mapping[Any, Any], held: Mapping[Any, Any]) -> bool:
+    return len(now) == len(held) and all(map(is_, now, held)) and all(map(is_, now.values(), held.values()))
 
 
 def _put_back_slot(owner: Any, name: str, held: Any) -> None:
@@ -435,7 +476,7 @@ def _put_back_slot(owner: Any, name: str, held: Any) -> None:
 
 def _put_back_items(now: Any, held: Any) -> None:
     if isinstance(now, dict):
-        same = len(now) == len(held) and all(map(is_, now, held)) and all(map(is_, now.values(), held.values()))
+        same = _same_items(now, held)
     elif isinstance(now, set):
         same = len(now) == len(held) and now >= held
     else:
@@ -462,7 +503,7 @@ def _slots(kind: type) -> tuple[str, ...]:
 
 def _in_shared(value: Any, depth: int = 3) -> Iterator[Any]:
     """What there is in containers that stay as they are."""
-    if isinstance(value, (list, dict, set, tuple, deque)):
+    if isinstance(value, _CONTAINERS):
         for item in islice(value.values() if isinstance(value, dict) else value, _FOLLOWED if depth else 0):
             yield from _in_shared(item, depth - 1)
     elif not isinstance(value, (Tensor, np.ndarray)):
@@ -500,13 +541,26 @@ def _has_attributes(value: Any) -> bool:
 
 
 def _is_entered(value: Any) -> bool:
+    if type(value) in _CONTAINERS:
+        return False
     if not _has_attributes(value) and (isinstance(value, (nn.Module, Tensor, type)) or not _slots(type(value))):
         return False
-    if isinstance(value, (DataLoader, Dataset, Sampler, SobolEngine, *_BOXES)):
+    if isinstance(value, _ENTERED):
         return True
     if type(value).__module__.startswith(_COLLATORS):
         return True
     return not _is_of_lightning(type(value)) and _is_of_the_user(type(value).__module__)
+
+
+@lru_cache(maxsize=256)
+def _is_inert(kind: type) -> bool:
+    """Whether objects that say to be of this class hold nothing that is noted, as a library's configurations.
+
+    Asked of the class, because some configurations take long to say of what class they are.
+    """
+    entered = issubclass(kind, _ENTERED) or kind.__module__.startswith(_COLLATORS)
+    users = not _is_of_lightning(kind) and _is_of_the_user(kind.__module__)
+    return not (entered or users or issubclass(kind, _NOTED))
 
 
 def _is_of_lightning(kind: type) -> bool:
@@ -590,10 +644,10 @@ def preserved(module: nn.Module, *, training: bool | None = False) -> Iterator[n
         (4.0, True)
     """
     # Listed once, because a walk over the modules of a small model takes as long as a layer of it.
-    children = list(module.modules())
+    children = modules_of(module)
     require_unscaled(module, children)
     unshard_guard(module, children)
-    parameters = [*dict.fromkeys(held for child in children for held in child._parameters.values() if held is not None)]
+    parameters = parameters_of(children)
     modes = [child.training for child in children]
     gradients, buffers, lengths = _Gradients(parameters, children), _Buffers(children), _Lengths(children)
     kept = Kept.of_modules(children, parameters)
@@ -620,11 +674,11 @@ def preserved(module: nn.Module, *, training: bool | None = False) -> Iterator[n
                 guard.remove()
             unshard_guard(module)
             buffers.put_back()
-            kept.restore()
-            gradients.put_back()
             for child, mode in zip(children, modes, strict=True):
                 if child.training is not mode:
                     child.training = mode
+            kept.restore()
+            gradients.put_back()
 
 
 class _Gradients:
@@ -641,7 +695,8 @@ class _Gradients:
         # A forward may register hooks once, and mark that in an attribute, as transformers does to capture hidden
         # states: they go when the mark goes, or the training's own forward would register them again.
         slots = [getattr(child, name) for child in children for name in _HOOK_SLOTS]
-        self._hooks = [(held, dict(held)) for held in (*waiting, *slots)]
+        # Of most modules all are empty.
+        self._hooks = [(held, dict(held) if held else _NONE) for held in (*waiting, *slots)]
 
     def set_aside(self) -> None:
         for parameter, _, _ in self._held:
@@ -651,7 +706,6 @@ class _Gradients:
 
     def put_back(self) -> None:
         for held, owned in self._hooks:
-            # Of most modules both are empty.
             if (held or owned) and list(held) != list(owned):
                 held.clear()
                 held.update(owned)
@@ -685,8 +739,9 @@ class _Buffers:
                     local(buffer).copy_(value[0])
                     _leave_graph(buffer, value[1])
                 child._buffers[name] = buffer
-            for name in set(child._buffers) - set(owned):
-                del child._buffers[name]
+            if len(child._buffers) != len(owned):
+                for name in set(child._buffers) - set(owned):
+                    del child._buffers[name]
 
 
 class _Lengths:
@@ -705,68 +760,6 @@ class _Lengths:
 
 def _at_forward(module: nn.Module, inputs: Any) -> None:
     meet_within("a forward pass of the sharded model")
-
-
-class _UnseenByReducer(TorchFunctionMode):
-    """Lets ``Tensor.backward`` reach the leaves without their hooks, which count for DistributedDataParallel.
-
-    Its reducer hears of every gradient that a leaf accumulates, also outside of its own passes: with ``static_graph``
-    it counts them, with ``find_unused_parameters`` it takes the parameter for used.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.backward:
-            return _accumulate(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
-def _accumulate(
-    loss: Tensor,
-    gradient: Tensor | None = None,
-    retain_graph: bool | None = None,
-    create_graph: bool = False,
-    inputs: Sequence[Tensor] | None = None,
-) -> None:
-    """What ``loss.backward`` does, to the last bit, with the leaves' own hooks alone."""
-    leaves = list(_leaves(loss) if inputs is None else [inputs] if isinstance(inputs, Tensor) else inputs)
-    if not leaves:
-        raise RuntimeError("the loss does not depend on a parameter, so it has no gradient")
-    gradients = torch.autograd.grad(
-        loss, leaves, gradient, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True
-    )
-    taken: set[int] = set()
-    for leaf, value in zip(leaves, gradients, strict=True):
-        if value is not None:
-            # Gradients of a sum are one tensor, and each leaf owns its own.
-            value = value.clone() if value.data_ptr() in taken else value.contiguous()
-            taken.add(value.data_ptr())
-            leaf.grad = value if leaf.grad is None else leaf.grad + value
-            for hook in list((getattr(leaf, "_post_accumulate_grad_hooks", None) or {}).values()):
-                hook(leaf)
-
-
-def _leaves(loss: Tensor) -> Iterator[Tensor]:
-    """The leaves that a loss depends on."""
-    seen, waiting = set(), [loss.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            yield node.variable
-        waiting += [following for following, _ in node.next_functions]
-
-
-def _reducer_counts(trainer: Any) -> bool:
-    strategy = getattr(trainer, "strategy", None)
-    if any(base.__name__ == "DeepSpeedStrategy" for base in type(strategy).__mro__):
-        # Its stages hook the nodes that accumulate.
-        return True
-    wrapped = getattr(strategy, "model", None)
-    if not isinstance(wrapped, DistributedDataParallel):
-        return False
-    return bool(wrapped.static_graph or wrapped.find_unused_parameters)
 
 
 @contextmanager
@@ -790,6 +783,6 @@ def undisturbed(trainer: Any, pl_module: nn.Module, *, training: bool | None = F
         torch.clear_autocast_cache()
         stack.callback(torch.clear_autocast_cache)
         stack.enter_context(trainer.precision_plugin.forward_context())
-        if _reducer_counts(trainer):
-            stack.enter_context(_UnseenByReducer())
+        if reducer_counts(trainer):
+            stack.enter_context(UnseenByReducer())
         yield pl_module

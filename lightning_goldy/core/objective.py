@@ -184,14 +184,16 @@ class CausalLMObjective(Objective):
         if labels is not None and labels.shape != ids.shape:
             raise ValueError(f"labels has shape {tuple(labels.shape)}, input_ids {tuple(ids.shape)}")
         mask = padding_mask(batch)
+        documents = document_ids(batch) if labels is None else None
+        labels = ids if labels is None else labels
+        if mask is None and documents is None:
+            return labels.clone()
         kept = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.clone()
-        # Not in place on a view of itself: the predecessor's own mask counts.
-        kept[:, 1:] &= torch.ones_like(kept[:, 1:]) if mask is None else mask[:, :-1]
-        if labels is None:
-            documents = document_ids(batch)
-            labels = ids
-            if documents is not None:
-                kept[:, 1:] &= documents[:, 1:] == documents[:, :-1]
+        if mask is not None:
+            # Not in place on a view of itself: the predecessor's own mask counts.
+            kept[:, 1:] &= mask[:, :-1]
+        if documents is not None:
+            kept[:, 1:] &= documents[:, 1:] == documents[:, :-1]
         return labels.masked_fill(~kept, IGNORE_INDEX)
 
 

@@ -56,14 +56,16 @@ def select_largest(scores: Sequence[Tensor], k: int) -> list[Tensor]:
     total = sum(tensor.numel() for tensor in scores)
     if not 1 <= k <= total:
         raise ValueError(f"k must lie between 1 and the {total} elements; got {k}")
+    if len(scores) == 1 and not is_sharded(scores[0]) and _in_numpy(scores[0]):
+        # What most of them are asked as; of small tensors all the rest takes longer than the choice.
+        (mask,) = _chosen([scores[0].detach().numpy().reshape(-1)], k)
+        return [torch.from_numpy(mask.reshape(scores[0].shape))]
     dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in scores))
     if any(is_sharded(tensor) for tensor in scores):
         return _select_sharded([tensor.detach().to(dtype) for tensor in scores], k)
     flats = [tensor.detach().to(dtype).reshape(-1) for tensor in scores]
     if all(map(_in_numpy, flats)):
-        arrays = [flat.numpy() for flat in flats]
-        tries = (_bracketed(arrays, k, sigmas) for sigmas in _SIGMAS if total > _SMALL)
-        chosen = next((masks for masks in tries if masks is not None), None) or _partitioned(arrays, k)
+        chosen = _chosen([flat.numpy() for flat in flats], k)
         return [torch.from_numpy(mask).view(tensor.shape) for mask, tensor in zip(chosen, scores, strict=True)]
     threshold = kth_largest(torch.cat(flats) if len(flats) > 1 else flats[0], k)
     masks = [flat > threshold for flat in flats]
@@ -113,6 +115,15 @@ def kth_largest(values: Tensor, k: int) -> Tensor:
 def _in_numpy(values: Tensor) -> bool:
     """On the CPU NumPy selects, compares and counts several times as fast as torch, and on one thread."""
     return values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64)
+
+
+def _chosen(flats: Sequence[NDArray[Any]], k: int) -> list[NDArray[np.bool_]]:
+    """Marks the k largest of flat arrays, each of one dtype."""
+    if sum(flat.size for flat in flats) > _SMALL:
+        for sigmas in _SIGMAS:
+            if (masks := _bracketed(flats, k, sigmas)) is not None:
+                return masks
+    return _partitioned(flats, k)
 
 
 def _partitioned(flats: Sequence[NDArray[Any]], k: int) -> list[NDArray[np.bool_]]:

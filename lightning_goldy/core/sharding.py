@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.overrides import TorchFunctionMode
 
 try:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -182,6 +183,33 @@ def sum_over_shards(partial: Sequence[Tensor], references: Sequence[Tensor]) -> 
     return result
 
 
+def modules_of(module: nn.Module) -> list[nn.Module]:
+    """All modules in the order of ``module.modules()``, for a fraction of its time, which goes into their names.
+
+    Example:
+        >>> layers = nn.Sequential(nn.Linear(1, 1), nn.Sequential(nn.ReLU()))
+        >>> modules_of(layers) == list(layers.modules())
+        True
+    """
+    found: dict[nn.Module, None] = {}
+    waiting = [module]
+    while waiting:
+        child = waiting.pop()
+        if child in found:
+            continue
+        kind = type(child)
+        if kind.named_modules is not nn.Module.named_modules or kind.modules is not nn.Module.modules:
+            return list(module.modules())
+        found[child] = None
+        waiting.extend([inner for inner in child._modules.values() if inner is not None][::-1])
+    return list(found)
+
+
+def parameters_of(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """What modules hold themselves, each once, in the order of ``parameters()``."""
+    return [*dict.fromkeys(held for child in modules for held in child._parameters.values() if held is not None)]
+
+
 def unshard_guard(module: nn.Module, children: Iterable[nn.Module] | None = None) -> None:
     """Frees unsharded copies that FSDP2 keeps after a forward, so that parameters are the sharded ones again.
 
@@ -189,7 +217,7 @@ def unshard_guard(module: nn.Module, children: Iterable[nn.Module] | None = None
         module: The model.
         children: Its modules, where they are listed already.
     """
-    for child in module.modules() if children is None else children:
+    for child in modules_of(module) if children is None else children:
         if gathers_in_forward(child):
             child.reshard()  # type: ignore[operator]
 
@@ -227,8 +255,9 @@ class Replicas:
 
         Sharded processes take part in every forward of every sample, so they cannot share samples out.
         """
-        unshard_guard(module)
-        return cls() if any(map(is_sharded, module.parameters())) else cls.world()
+        children = modules_of(module)
+        unshard_guard(module, children)
+        return cls() if any(map(is_sharded, parameters_of(children))) else cls.world()
 
     @classmethod
     def world(cls) -> Replicas:
@@ -472,3 +501,66 @@ def _told(error: BaseException | None) -> bool:
             return True
         error = error.__cause__
     return False
+
+
+class UnseenByReducer(TorchFunctionMode):
+    """Lets ``Tensor.backward`` reach the leaves without their hooks, which count for DistributedDataParallel.
+
+    Its reducer hears of every gradient that a leaf accumulates, also outside of its own passes: with ``static_graph``
+    it counts them, with ``find_unused_parameters`` it takes the parameter for used.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.backward:
+            return _accumulate(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _accumulate(
+    loss: Tensor,
+    gradient: Tensor | None = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    inputs: Sequence[Tensor] | None = None,
+) -> None:
+    """What ``loss.backward`` does, to the last bit, with the leaves' own hooks alone."""
+    leaves = list(_leaves(loss) if inputs is None else [inputs] if isinstance(inputs, Tensor) else inputs)
+    if not leaves:
+        raise RuntimeError("the loss does not depend on a parameter, so it has no gradient")
+    gradients = torch.autograd.grad(
+        loss, leaves, gradient, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True
+    )
+    taken: set[int] = set()
+    for leaf, value in zip(leaves, gradients, strict=True):
+        if value is not None:
+            # Gradients of a sum are one tensor, and each leaf owns its own.
+            value = value.clone() if value.data_ptr() in taken else value.contiguous()
+            taken.add(value.data_ptr())
+            leaf.grad = value if leaf.grad is None else leaf.grad + value
+            for hook in list((getattr(leaf, "_post_accumulate_grad_hooks", None) or {}).values()):
+                hook(leaf)
+
+
+def _leaves(loss: Tensor) -> Iterator[Tensor]:
+    """The leaves that a loss depends on."""
+    seen, waiting = set(), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            yield node.variable
+        waiting += [following for following, _ in node.next_functions]
+
+
+def reducer_counts(trainer: Any) -> bool:
+    """Whether a trainer's strategy takes account of gradients outside of its own passes."""
+    strategy = getattr(trainer, "strategy", None)
+    if any(base.__name__ == "DeepSpeedStrategy" for base in type(strategy).__mro__):
+        # Its stages hook the nodes that accumulate.
+        return True
+    wrapped = getattr(strategy, "model", None)
+    if not isinstance(wrapped, nn.parallel.DistributedDataParallel):
+        return False
+    return bool(wrapped.static_graph or wrapped.find_unused_parameters)

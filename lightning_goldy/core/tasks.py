@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
+from types import FunctionType, MethodType
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -154,9 +156,25 @@ def accepts(model: nn.Module, argument: str, *, unnamed: bool = False) -> bool:
     """
     inner: Any = getattr(model, "_orig_mod", model)
     base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
-    parameters = inspect.signature(base.forward).parameters
-    anything = unnamed and any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    return anything or argument in parameters
+    names, anything = _keywords(base.forward)
+    return (unnamed and anything) or argument in names
+
+
+# By the functions behind bound methods. To read a signature takes as long as a layer of a small model.
+_KEYWORDS: WeakKeyDictionary[Callable[..., Any], tuple[frozenset[str], bool]] = WeakKeyDictionary()
+
+
+def _keywords(forward: Callable[..., Any]) -> tuple[frozenset[str], bool]:
+    """The arguments that a forward names, and whether it takes any other keyword."""
+    # What stands in a module's own attribute goes with the module.
+    function = forward.__func__ if isinstance(forward, MethodType) else None
+    known = _KEYWORDS.get(function) if isinstance(function, FunctionType) else None
+    if known is None:
+        parameters = inspect.signature(forward).parameters
+        known = frozenset(parameters), any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+        if isinstance(function, FunctionType):
+            _KEYWORDS[function] = known
+    return known
 
 
 @lru_cache(maxsize=256)

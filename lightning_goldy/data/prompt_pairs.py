@@ -393,12 +393,7 @@ def atlas_pairs(
     _require_tokenizer("atlas", tokenizer)
     if n is not None:
         require_at_least("n", n, 1)
-    known = {relation.name for relation in RELATIONS}
-    if isinstance(relations, str):
-        raise ValueError(f"relations is a list of relations; got {relations!r}")
-    for relation in relations:
-        if relation not in known:
-            raise ValueError(unknown_name("relation", relation, sorted(known)))
+    _require_relations(relations)
     draw = random.Random(f"atlas {seed}")
     others = [fact for fact in country_facts() if fact.relation in relations or facts is not None]
     drawn = list(others if facts is None else facts)
@@ -407,24 +402,18 @@ def atlas_pairs(
     rows: list[_Row] = []
     used = _used_by(beside)
     for fact in drawn:
-        (size, first), prompt = sizes[fact], fact.prompts[0]
-        fitting = [
-            other
-            for other in others
-            if (other.relation, sizes[other][0]) == (fact.relation, size)
-            and other.subject != fact.subject
-            and sizes[other][1] != first
-        ]
+        fitting = _partners(fact, others, sizes)
         if fitting:
             other = draw.choice(fitting)
-            text = TextPair(prompt, other.prompts[0], (fact.answer,), (other.answer,))
-            row = (*_encoded(tokenizer, text), prompt)
+            text = TextPair(fact.prompts[0], other.prompts[0], (fact.answer,), (other.answer,))
+            row = (*_encoded(tokenizer, text), fact.prompts[0])
             if row[0] not in used:
                 used.add(row[0])
                 rows.append(row)
         elif facts is not None:
             raise ValueError(
-                f"{prompt!r} has {size[0]} tokens, as has no other country's whose answer begins with another token"
+                f"{fact.prompts[0]!r} has {sizes[fact][0][0]} tokens, as has no other country's whose answer begins "
+                "with another token"
             )
         if len(rows) == n:
             break
@@ -437,7 +426,31 @@ def atlas_pairs(
     return _pairs_of(rows)
 
 
-def _sizes_and_first(tokenizer: PreTrainedTokenizerBase, fact: Fact) -> tuple[tuple[int, int], int | None]:
+def _require_relations(relations: Sequence[str]) -> None:
+    known = {relation.name for relation in RELATIONS}
+    if isinstance(relations, str):
+        raise ValueError(f"relations is a list of relations; got {relations!r}")
+    for relation in relations:
+        if relation not in known:
+            raise ValueError(unknown_name("relation", relation, sorted(known)))
+
+
+_Sizes = tuple[tuple[int, int], int | None]
+
+
+def _partners(fact: Fact, others: Sequence[Fact], sizes: Mapping[Fact, _Sizes]) -> list[Fact]:
+    """The same of other countries, of equally many tokens, whose answers begin with another one."""
+    size, first = sizes[fact]
+    return [
+        other
+        for other in others
+        if (other.relation, sizes[other][0]) == (fact.relation, size)
+        and other.subject != fact.subject
+        and sizes[other][1] != first
+    ]
+
+
+def _sizes_and_first(tokenizer: PreTrainedTokenizerBase, fact: Fact) -> _Sizes:
     """Tokens of a fact's prompt with the space if it is one of its own, and without, and the answer's first after it.
 
     Two prompts have equally many tokens before whichever answer where both numbers are the same.

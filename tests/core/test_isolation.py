@@ -805,3 +805,35 @@ def test_an_embedding_whose_forward_reads_its_padding_keeps_it() -> None:
     model = Places(4, 2, padding_idx=1)
     with preserved(model):
         assert torch.equal(model(torch.tensor([0])), model.weight[1:2])
+
+
+class Shy:
+    """Says slowly of what class it is, as configurations of transformers do, and counts how often it is asked."""
+
+    asked = 0
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "__class__":
+            Shy.asked += 1
+        return object.__getattribute__(self, name)
+
+
+def test_a_configuration_that_all_modules_hold_is_looked_at_once() -> None:
+    """An iterator is given again all the same, in each of its places, and a mode in training as in evaluation."""
+    model, shy, counted = nn.Sequential(*(nn.Linear(1, 1) for _ in range(40))), Shy(), iter(range(9))
+    for part in model:
+        part.config = shy
+    model[0].source, model[1].sources = counted, [counted]
+    for first, training in enumerate((True, False)):
+        model.train(training)
+        Shy.asked = 0
+        with preserved(model):
+            model[2].config, model[3].seen = None, 1
+            assert next(model[0].source) == first
+            assert next(model[1].sources[0]) == first + 1
+        assert Shy.asked < 2 * len(model)
+        assert model[2].config is shy
+        assert not hasattr(model[3], "seen")
+        assert all(part.training is training for part in model.modules())
+        assert model[0].source is model[1].sources[0]
+        assert next(model[1].sources[0]) == first

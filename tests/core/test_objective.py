@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -258,3 +259,25 @@ def test_wrapped_models_accept_what_the_inner_one_does() -> None:
             if name == "lora":  # a fresh adapter changes nothing
                 torch.testing.assert_close(CausalLMObjective().log_probs(model, batch), expected, rtol=0, atol=1e-6)
     assert not accepts(Plain(plain), "logits_to_keep")
+
+
+def test_a_forward_that_is_replaced_is_asked_anew() -> None:
+    """On the class, and on one module alone."""
+
+    class Model(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    def other(self: nn.Module, x: Tensor, use_cache: bool = False, **rest: Any) -> Tensor:
+        return x
+
+    model, alone = Model(), Model()
+    assert not accepts(model, "use_cache")
+    assert not accepts(model, "use_cache", unnamed=True)
+    alone.forward = MethodType(other, alone)
+    assert accepts(alone, "use_cache")
+    assert not accepts(model, "use_cache")
+    Model.forward = other
+    assert accepts(model, "use_cache")
+    assert accepts(model, "anything", unnamed=True)
+    assert not accepts(model, "anything")

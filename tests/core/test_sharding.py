@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
@@ -20,6 +21,8 @@ from lightning_goldy.core.sharding import (
     like,
     local,
     local_box,
+    modules_of,
+    parameters_of,
     scatter_like,
     sum_over_shards,
     unshard_guard,
@@ -99,3 +102,20 @@ def test_one_file_knows_about_processes(layer: str) -> None:
             if any(name.startswith("torch.distributed") for name in names):
                 importing.add(path.name)
     assert importing == ({"sharding.py"} if layer == "core" else set())
+
+
+def test_modules_are_listed_as_torch_lists_them() -> None:
+    """Shared ones once, where they come first, missing ones not at all, and as a module says that names its own."""
+    shared = nn.Linear(2, 2)
+    model = nn.Sequential(nn.ModuleDict({"a": shared, "b": nn.ModuleList([nn.ReLU(), shared])}), shared, nn.Tanh())
+    model.register_module("nothing", None)
+    assert modules_of(model) == list(model.modules())
+    assert parameters_of(modules_of(model)) == list(model.parameters())
+
+    class Hiding(nn.Sequential):
+        def named_modules(self, *args: Any, **options: Any) -> Any:
+            return iter([("", self)])
+
+    wrapped = nn.Sequential(Hiding(nn.Linear(1, 1)), nn.ReLU())
+    assert modules_of(wrapped) == list(wrapped.modules()) != list(nn.Module.modules(nn.Sequential(*wrapped)))
+    assert len(modules_of(wrapped)) == 3

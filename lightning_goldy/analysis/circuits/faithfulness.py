@@ -24,7 +24,7 @@ from lightning_goldy.analysis.circuits.circuit import (
     find_circuits,
     of_one_graph,
 )
-from lightning_goldy.analysis.circuits.nulls import NULLS, NullName, null_circuits, unmoved
+from lightning_goldy.analysis.circuits.nulls import NULLS, NullName, null_circuits, null_shares
 from lightning_goldy.analysis.circuits.runs import (
     Ablation,
     CircuitOptions,
@@ -409,29 +409,47 @@ def faithfulness(
     """
     require_at_least("n_random", n_random, 0)
     options = CircuitOptions(*_as_scored(circuit, metric, ablation), batch_size)
-    counts = _counts(circuit, sizes)
     how: dict[str, Any] = {"select": select, "rank": rank}
-    ranked = [circuit.chosen(n_edges=count, **how) for count in counts] if counts else [circuit]
+    ranked = [circuit.chosen(n_edges=count, **how) for count in _counts(circuit, sizes)] or [circuit]
     whole, others = circuit.graph.edges(), of_one_graph(circuit, others or {})
     rivals = [*others.values()], circuit.without_groups()
     beside = [
         [*null_circuits(circuit.graph, sized.kept, n_random, seed), *_chosen_like(sized, rivals, how)]
         for sized in ranked
     ]
-    tried = [whole, torch.zeros_like(whole)]
+    tried, counted = [whole, torch.zeros_like(whole)], [1, 1, *map(len, beside[0])]
     for sized, kinds in zip(ranked, beside, strict=True):
         tried += [sized.kept, whole & ~sized.kept, *chain.from_iterable(kinds)]
-    counted = [1, 1, *map(len, beside[0])]
-    per_size = sum(counted)
     replicas = Replicas.of(model) if split_over_ranks else Replicas()
-    with replicas.together("faithfulness"), wired(model, pairs, options) as wiring:
-        if wiring.graph != circuit.graph:
-            raise ValueError(
-                f"the circuit is of another graph, of {circuit.graph.n_edges} edges; the model has "
-                f"{wiring.graph.n_edges}"
-            )
+    with replicas.together("faithfulness"), wired(model, pairs, options, circuit.graph) as wiring:
         values, cost = measure(wiring, pairs, options, tried, progress=progress, replicas=replicas)
     clean, patched, *means = values.mean(1).tolist()
+    _require_a_difference(clean, patched, options, cost)
+    # The added 0 makes a 0 of -0.
+    shares = torch.tensor(means, dtype=torch.float64).sub(patched).div(clean - patched).add(0.0).view(len(ranked), -1)
+    own, complements, *kept_by = shares.split(counted, 1)
+    result = Faithfulness(
+        sizes=tuple(sized.n_edges for sized in ranked),
+        n_edges=circuit.graph.n_edges,
+        values=tuple(own[:, 0].tolist()),
+        complements=tuple(complements[:, 0].tolist()),
+        **null_shares(kept_by, circuit.graph, [sized.kept for sized in ranked], beside),
+        other_tasks=tuple(others),
+        clean=clean,
+        patched=patched,
+        n_pairs=len(pairs),
+        intervals=_intervals(values[:2], values[2 :: sum(counted)]),
+        span=None if len(pairs) < 2 else _span(values[0] - values[1]),
+        n_shared=_shared(circuit, pairs),
+        metric=options.metric_name,
+        ablation=options.ablation,
+        cost=cost,
+    )
+    margins = _margins(result, values[:2], values[2:].view(*shares.shape, -1), counted)
+    return replace(result, margins=margins, area_pairs=_area_pairs(result, values, sum(counted), pairs))
+
+
+def _require_a_difference(clean: float, patched: float, options: CircuitOptions, cost: Cost) -> None:
     if clean == patched:
         raise FlatMetricError(
             f"{options.metric_name} is {clean:.4g} with nothing and with everything patched: the pairs do not tell the "
@@ -439,34 +457,14 @@ def faithfulness(
             clean,
             cost,
         )
-    # The added 0 makes a 0 of -0.
-    shares = torch.tensor(means, dtype=torch.float64).sub(patched).div(clean - patched).add(0.0)
-    own, complements, *kept_by = (part.clone() for part in shares.view(len(ranked), per_size).split(counted, 1))
-    for kind in (2, 3):
-        same = unmoved(circuit.graph, [sized.kept for sized in ranked], [kinds[kind] for kinds in beside])
-        kept_by[kind].masked_fill_(same, math.nan)
-    result = Faithfulness(
-        sizes=tuple(sized.n_edges for sized in ranked),
-        n_edges=circuit.graph.n_edges,
-        values=tuple(own[:, 0].tolist()),
-        complements=tuple(complements[:, 0].tolist()),
-        **dict(zip((*NULLS, "others", "choices"), kept_by, strict=True)),
-        other_tasks=tuple(others),
-        clean=clean,
-        patched=patched,
-        n_pairs=len(pairs),
-        intervals=_intervals(values[:2], values[2::per_size]),
-        span=None if len(pairs) < 2 else _span(values[0] - values[1]),
-        n_shared=_shared(circuit, pairs),
-        metric=options.metric_name,
-        ablation=options.ablation,
-        cost=cost,
-    )
-    result = replace(result, margins=_margins(result, values[:2], values[2:].view(len(ranked), per_size, -1), counted))
+
+
+def _area_pairs(result: Faithfulness, values: Tensor, per_size: int, pairs: PromptPairs) -> dict[str, Any] | None:
+    """Of each pair the area under its own curve."""
     spans = (values[0] - values[1]).tolist()
     kept = (values[2::per_size] - values[1]).T.tolist()
     areas = [result.area_under(row, span) for row, span in zip(kept, spans, strict=True)]
-    return replace(result, area_pairs=per_sample(pairs.digests(), areas, spans))
+    return per_sample(pairs.digests(), areas, spans)
 
 
 def _chosen_like(sized: Circuit, rivals: Iterable[Sequence[Circuit]], how: Mapping[str, Any]) -> list[list[Tensor]]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import random
 from bisect import bisect_right
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -43,6 +44,28 @@ def unmoved(graph: CircuitGraph, circuits: Sequence[Tensor], drawn: Sequence[Seq
         for kept, draws in zip(circuits, drawn, strict=True)
     ]
     return torch.tensor(rows, dtype=torch.bool)
+
+
+def null_shares(
+    kept: Sequence[Tensor],
+    graph: CircuitGraph,
+    circuits: Sequence[Tensor],
+    beside: Sequence[Sequence[Sequence[Tensor]]],
+) -> dict[str, Any]:
+    """What circuits beside others keep, by kind; NaN of an exchanged or a shuffled one that is the circuit itself.
+
+    Args:
+        kept: By kind, of shape ``[sizes, draws]``.
+        graph: The graph.
+        circuits: Those that they stand beside, by size.
+        beside: By size and kind.
+    """
+    named = {name: part.clone() for name, part in zip((*NULLS, "others", "choices"), kept, strict=True)}
+    for kind, name in enumerate(NULLS):
+        if name in ("exchanged", "shuffled"):
+            same = unmoved(graph, circuits, [kinds[kind] for kinds in beside])
+            named[name].masked_fill_(same, math.nan)
+    return named
 
 
 def random_circuits(graph: CircuitGraph, n_edges: int, count: int, seed: int = 0) -> list[Tensor]:

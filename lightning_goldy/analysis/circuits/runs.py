@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.circuits.graph import Reader, Stage, Wiring, linear_map, stream_of
+from lightning_goldy.analysis.circuits.graph import CircuitGraph, Reader, Stage, Wiring, linear_map, stream_of
 from lightning_goldy.analysis.divergence import precise
 from lightning_goldy.analysis.result import Cost, total_cost
 from lightning_goldy.core.isolation import preserved
@@ -556,12 +556,22 @@ class Batch:
 
 
 @contextmanager
-def wired(model: nn.Module, pairs: PromptPairs, options: CircuitOptions) -> Iterator[Wiring]:
-    """The wiring of a model that is put back as it was, with parameters that ask for no gradient."""
+def wired(
+    model: nn.Module, pairs: PromptPairs, options: CircuitOptions, graph: CircuitGraph | None = None
+) -> Iterator[Wiring]:
+    """The wiring of a model that is put back as it was, with parameters that ask for no gradient.
+
+    Raises:
+        ValueError: It is of another graph than a circuit that is of this one.
+    """
     options.check(pairs)
     check_tokens(model, pairs)
     device = next(model.parameters()).device
     wiring = Wiring.of(model, torch.tensor(pairs.clean[0], device=device)[None])
+    if graph is not None and wiring.graph != graph:
+        raise ValueError(
+            f"the circuit is of another graph, of {graph.n_edges} edges; the model has {wiring.graph.n_edges}"
+        )
     with preserved(model):
         for parameter in model.parameters():
             parameter.requires_grad_(False)

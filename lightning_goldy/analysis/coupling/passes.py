@@ -150,7 +150,8 @@ class Capture:
 
     def __init__(self, model: nn.Module, objective: Objective, parameters: Mapping[str, nn.Parameter]) -> None:
         self.model, self.objective, self.parameters = model, objective, dict(parameters)
-        self.sharded = any(map(is_sharded, model.parameters()))
+        self._held = list(model.parameters())
+        self.sharded = any(map(is_sharded, self._held))
         self.device = next(iter(parameters.values())).device
         self._layers: dict[str, Tap] = {}
         self._taps: dict[str, Tap] = {}
@@ -211,7 +212,8 @@ class Capture:
         finally:
             for tap in self._taps.values():
                 tap.begin(1)
-            for parameter in self.model.parameters():
+            # Of sharded ones a first forward pass may put new parameters in the place of the old.
+            for parameter in self.model.parameters() if self.sharded else self._held:
                 parameter.grad = None
             # A low-precision copy of a weight that needs a gradient belongs to the graph that is gone.
             torch.clear_autocast_cache()
@@ -273,8 +275,9 @@ class Capture:
         if self.sharded:
             return
         chosen = {id(self.parameters[name]) for name in trained if self.parameters[name].is_floating_point()}
-        for parameter in self.model.parameters():
-            parameter.requires_grad_(id(parameter) in chosen)
+        for parameter in self._held:
+            if parameter.requires_grad is not (id(parameter) in chosen):
+                parameter.requires_grad_(id(parameter) in chosen)
 
     def _compare_sharded(self) -> None:
         unshard_guard(self.model)

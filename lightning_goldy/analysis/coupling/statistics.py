@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_goldy.analysis.agreement import agreement_of
-from lightning_goldy.analysis.change import effective_rank
+from lightning_goldy.analysis.divergence import effective_rank
 from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.core.naming import block_of, suggestion
 

@@ -423,8 +423,8 @@ def watched_elements(numel: int, n_samples: int) -> int:
 class _Watched:
     """Marks of single samples at some elements of a matrix, eight side by side, and their sums over rows and columns.
 
-    What the watched are for is which samples marked the elements that have just enough votes; how many such elements
-    there are is known of all.
+    Where all elements are watched, the sums are made of the marks when all samples have voted. What the watched are for
+    is which samples marked the elements that have just enough votes; how many such elements there are is known of all.
     """
 
     def __init__(self, name: str, shape: tuple[int, int], n_samples: int) -> None:
@@ -442,26 +442,41 @@ class _Watched:
     def add(self, index: int, mask: Tensor) -> None:
         """Takes what one sample marks."""
         matrix = mask.reshape(self.shape)
-        self.rows[index], self.columns[index] = marks_by_row(matrix).cpu(), marks_by_column(matrix).cpu()
         self.marks[index] = self._packed(matrix)
+        if self.positions is not None:
+            self.rows[index], self.columns[index] = marks_by_row(matrix).cpu(), marks_by_column(matrix).cpu()
 
     def _packed(self, matrix: Tensor) -> NDArray[np.uint8]:
         """The watched of a boolean matrix, eight in a byte."""
+        if self.positions is None:
+            marks = matrix.cpu().numpy()
+            return np.packbits(marks) if marks.shape[1] % 8 == 0 else np.packbits(marks, axis=1).reshape(-1)
         if matrix.shape[1] % 8:
             matrix = nn.functional.pad(matrix, (0, -matrix.shape[1] % 8))
-        words = _words(matrix).view(-1)
-        if self.positions is not None:
-            self.positions = self.positions.to(matrix.device)
-            words = words.index_select(0, self.positions)
+        self.positions = self.positions.to(matrix.device)
+        words = _words(matrix).view(-1).index_select(0, self.positions)
         return np.packbits(words.cpu().numpy().view(np.bool_))
 
     def sum_over(self, replicas: Replicas, device: torch.device) -> None:
         """Gathers the samples of all replicas."""
         if replicas.size > 1:
-            self.marks, self.rows, self.columns = (
-                replicas.sum_(torch.from_numpy(part).to(device)).cpu().numpy()
-                for part in (self.marks, self.rows, self.columns)
-            )
+            parts = (self.marks,) if self.positions is None else (self.marks, self.rows, self.columns)
+            gathered = (replicas.sum_(torch.from_numpy(part).to(device)).cpu().numpy() for part in parts)
+            self.marks, self.rows, self.columns = (*gathered, self.rows, self.columns)[:3]
+        if self.positions is None:
+            self._add_up()
+
+    def _add_up(self) -> None:
+        """The sums over rows and columns of all samples, of which all elements are watched."""
+        packed = self.marks.reshape(len(self.marks), self.shape[0], -1)  # [samples, rows, columns / 8]
+        self.rows = _BITS[packed].sum(axis=2, dtype=np.int32)
+        columns = np.zeros((len(packed), 8 * packed.shape[2]), dtype=np.int32)
+        # In each byte of a word of eight marks 255 rows have room; not all marks are unpacked at a time.
+        step = max(1, min(255, _WATCHED // columns.size))
+        for start in range(0, self.shape[0], step):
+            words = np.unpackbits(packed[:, start : start + step], axis=2).view(np.int64)
+            columns += np.add.reduce(words, axis=1).view(np.uint8)
+        self.columns = columns[:, : self.shape[1]]
 
     def observed_without_each(self, votes: Tensor, needed: int) -> NDArray[np.float64]:
         """Golden elements without each sample: those lose that have just enough votes, its own among them."""
@@ -539,6 +554,7 @@ class Ballot:
         self.votes = {name: torch.zeros_like(local(p), dtype=dtype) for name, p in parameters.items()}
         self.seen: set[str] = set()
         self._index = 0
+        self._sharded = any(map(is_sharded, parameters.values()))
         self.watched: dict[tuple[str, int], _Watched] = {}
         for name, parameter in parameters.items():
             stack = self.experts.get(name, 1)
@@ -554,7 +570,7 @@ class Ballot:
         """
         hooks = ExitStack()
         only_these_require_gradients(model, self.parameters)
-        if any(map(is_sharded, self.parameters.values())):
+        if self._sharded:
             return hooks
         for group, k, stack in self.groups:
             if len(group) == 1:
@@ -571,10 +587,16 @@ class Ballot:
         progress: Callable[[int, int], None] | None,
     ) -> None:
         """The votes of this rank's share of the samples."""
+        parameters = list(model.parameters())
         with self.collecting(model):
             mine = replicas.share(range(len(samples)))
             for index, sample in zip(mine, own_share(samples, model, replicas, progress), strict=True):
                 self.vote(objective, model, sample, index)
+                for parameter in parameters:
+                    parameter.grad = None
+        for parameter in model.parameters():
+            # A first forward pass may have put new ones in the place of the old.
+            parameter.grad = None
 
     def marked_by_each(self, space: ParameterSpace) -> tuple[int, ...]:
         """Elements of each tensor or expert that a sample marks, or would be expected to mark at random."""
@@ -593,8 +615,6 @@ class Ballot:
             if group[0] not in self.seen:
                 self._mark(group, k, stack)
         self.seen |= before
-        for parameter in model.parameters():
-            parameter.grad = None
 
     def _mark(self, names: Sequence[str], k: int, stack: int, hooked: Tensor | None = None) -> None:
         # A hook also hands its parameter over.
@@ -602,29 +622,31 @@ class Ballot:
         for name in names:
             parameter = self.parameters[name]
             gradient, parameter.grad = parameter.grad, None
+            value = precise(local(parameter))
             if gradient is None:
-                part = torch.zeros_like(precise(local(parameter)))
+                part = torch.zeros_like(value)
             else:
                 self.seen.add(name)
-                part = self.score(gradient_part(gradient, parameter), precise(local(parameter)))
-            scores.append(like(parameter.detach(), part))
+                part = self.score(gradient_part(gradient, parameter), value)
+            scores.append(like(parameter, part))
         self._require_finite(names, scores)
         for name, mask in zip(names, largest_of(scores, k, stack), strict=True):
             # Booleans are bytes of 0 and 1; seen as such, the addition is vectorised.
             self.votes[name].add_(mask.view(torch.uint8))
             if (name, 0) in self.watched:
-                whole = gather(like(self.parameters[name].detach(), mask))
-                for number, marks in enumerate(whole.reshape(self.experts.get(name, 1), -1)):
+                whole, stack = gather(like(self.parameters[name], mask)), self.experts.get(name, 1)
+                for number, marks in enumerate(whole.reshape(stack, -1) if stack > 1 else (whole,)):
                     self.watched[name, number].add(self._index, marks)
 
     def _require_finite(self, names: Sequence[str], scores: Sequence[Tensor]) -> None:
         # The largest element is NaN when any is: one pass, and no second tensor.
-        largest = [part.amax() if part.numel() else part.new_zeros(()) for part in map(local, scores)]
+        parts = map(local, scores) if self._sharded else scores
+        largest = [part.amax() if part.numel() else part.new_zeros(()) for part in parts]
         flags: Sequence[Tensor | bool] = [not math.isfinite(value) for value in largest]
-        if any(map(is_sharded, scores)):
+        if self._sharded:
             # Summed over shards, so that all processes raise and none is left waiting in the selection.
-            parts = [torch.tensor(int(flag), device=value.device) for flag, value in zip(flags, largest, strict=True)]
-            flags = sum_over_shards(parts, scores)
+            told = [torch.tensor(int(flag), device=value.device) for flag, value in zip(flags, largest, strict=True)]
+            flags = sum_over_shards(told, scores)
         for name, broken in zip(names, flags, strict=True):
             if broken:
                 raise ValueError(f"the gradient of {name} is not finite; its elements cannot be ranked")

@@ -537,10 +537,7 @@ def ripple_effects(
             common = passes()
             mine = work.gradient_norms(replicas), work.outcomes(replicas.share(rows), progress)
         norms, outcomes = gathered(replicas, mine[0], len(pieces)), gathered(replicas, mine[1], len(rows))
-        repeated = sum(work.repeated, Cost())
-        # A rank without an edit has made none of it.
-        once = max(replicas.gather_objects(repeated), key=lambda cost: cost.forwards)
-        cost = total_cost(replicas, passes() - repeated, common) + once
+        cost = work.cost(replicas, common)
     found = {name: torch.stack([outcome[name] for outcome in outcomes]) for name in outcomes[0]}
     along_delta, along_gradient = found.pop("along_delta"), found.pop("along_gradient")  # [E, N]
     size, own = found["delta_norm"], torch.tensor(norms, dtype=torch.float64)
@@ -549,10 +546,7 @@ def ripple_effects(
     name = editor if isinstance(editor, str) else type(editor).__name__
     result = RippleResult(
         pieces=tuple(piece.id for piece in pieces),
-        edits=tuple(
-            {"pieces": tuple(edit.piece.id for edit in row), "answers": tuple(edit.wanted.answer for edit in row)}
-            for row in rows
-        ),
+        edits=tuple(map(_described, rows)),
         classes=classes,
         predicted_first_order=along_delta * size[:, None],
         predicted_coupling=along_gradient * size[:, None],
@@ -567,6 +561,11 @@ def ripple_effects(
     if replicas.rank == 0 and result.warning():
         warnings.warn(f"ripple_effects: {result.warning()}", stacklevel=2)
     return result
+
+
+def _described(row: Sequence[PlannedEdit]) -> dict[str, Any]:
+    """Edits that are made together, as a result tells them."""
+    return {"pieces": tuple(edit.piece.id for edit in row), "answers": tuple(edit.wanted.answer for edit in row)}
 
 
 def _require_whole(model: nn.Module) -> None:
@@ -634,6 +633,13 @@ class _RippleWork:
         """||g_j|| of this process's share of the pieces."""
         pieces = [part for batch in self.batches for part in split_batch(batch)]
         return [piece_gradient(self.model, self.start, piece).norm() for piece in replicas.share(pieces)]
+
+    def cost(self, replicas: Replicas, common: Cost) -> Cost:
+        """Passes of all ranks; those before any edit, and those that several edits share, are counted once."""
+        repeated = sum(self.repeated, Cost())
+        # A rank without an edit has made none of it.
+        once = max(replicas.gather_objects(repeated), key=lambda cost: cost.forwards)
+        return total_cost(replicas, self.passes() - repeated, common) + once
 
     def outcomes(
         self, rows: Sequence[Sequence[PlannedEdit]], progress: Callable[[int, int], None] | None

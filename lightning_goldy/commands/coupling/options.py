@@ -172,3 +172,26 @@ class Options:
     method: Method
     editing: Editing | None = None
     out: str | Path | None = None
+
+
+def parsed_layers(text: str | None) -> tuple[int, int] | str | None:
+    """The blocks that ``--layers`` names.
+
+    Raises:
+        ValueError: It is neither a range nor ``last:N``.
+
+    Example:
+        >>> parsed_layers("2:6"), parsed_layers("last:4"), parsed_layers(None)
+        ((2, 6), 'last:4', None)
+    """
+    if text is None or text.startswith("last:"):
+        return text
+    start, colon, stop = text.partition(":")
+    try:
+        if not colon:
+            raise ValueError
+        return int(start), int(stop)
+    except ValueError:
+        raise ValueError(
+            f"--layers is a:b for the layers from a up to but not including b, or last:4; got {text!r}"
+        ) from None

@@ -432,8 +432,10 @@ def stacked_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
         >>> {name: tuple(value.shape) for name, value in stacked_parameters(MixtralExperts(config)).items()}
         {'gate_up_proj': (3, 12, 8), 'down_proj': (3, 8, 6)}
     """
-    counts = {value for name in _COUNTS if isinstance(value := getattr(module, name, None), int)}
     own = {name: value for name, value in module._parameters.items() if value is not None and value.ndim > 1}
+    if all(value.ndim != 3 for value in own.values()):
+        return {}
+    counts = {value for name in _COUNTS if isinstance(value := getattr(module, name, None), int)}
     stacked = {name: value for name, value in own.items() if value.shape[0] in counts}
     return stacked if any(value.ndim == 3 for value in stacked.values()) else {}
 

@@ -92,7 +92,8 @@ def describe_architecture(
     if stack is not None:
         require_stack(stack)
     modules = canonical_modules(model)
-    wrapped = next((name for name, part in modules.items() if model_class(part).startswith("AdaptedAttention")), None)
+    adapted = (name for name, part in modules.items() if "AdaptedAttention" in type(part).__name__)
+    wrapped = next((name for name in adapted if model_class(modules[name]).startswith("AdaptedAttention")), None)
     if wrapped is not None:
         raise UnsupportedArchitectureError(
             f"{model_class(model)}: PEFT's adaption prompt adds attention of its own in {wrapped!r}, which is not that "
@@ -118,6 +119,10 @@ def describe_architecture(
 
 
 def _configuration(module: nn.Module) -> Any:
+    kind = type(module)
+    if kind.__getattr__ is nn.Module.__getattr__ and "config" not in vars(module) and not hasattr(kind, "config"):
+        # A module takes long to say that it has no such attribute.
+        return None
     config = getattr(module, "config", None)
     return config if isinstance(getattr(config, "model_type", None), str) else None
 
@@ -231,8 +236,9 @@ def _numbered(guesses: Sequence[Block], start: int) -> Iterator[Block]:
 
 def has_two_stacks(modules: Mapping[str, nn.Module], owner: str, config: Any) -> bool:
     """Whether it is a whole encoder-decoder; each of its halves carries the same configuration."""
-    endings = {name.rpartition(".")[2] for name, _ in _inside(modules, owner)}
-    return bool(getattr(config, "is_encoder_decoder", False)) and {"encoder", "decoder"} <= endings
+    if not getattr(config, "is_encoder_decoder", False):
+        return False
+    return {"encoder", "decoder"} <= {name.rpartition(".")[2] for name, _ in _inside(modules, owner)}
 
 
 def _stack_names(modules: Mapping[str, nn.Module], owner: str, config: Any, stack: str | None) -> list[str]:

@@ -196,7 +196,8 @@ def _active_name(modules: Mapping[str, nn.Module], name: str) -> str:
     for part in name.split("."):
         active = join_names(active, part)
         wrapper: Any = modules.get(active)
-        copies = getattr(wrapper, "modules_to_save", None)
+        # Not by the module's attribute: it takes long to say that it has none.
+        copies = None if wrapper is None else wrapper._modules.get("modules_to_save")
         if isinstance(copies, nn.ModuleDict):
             adapter = next((one for one in wrapper.active_adapters if one in copies), None)
             used = wrapper.disable_adapters is False and adapter is not None

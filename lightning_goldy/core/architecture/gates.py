@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_goldy.core.architecture.blocks import Architecture
 from lightning_goldy.core.architecture.describe import describe_architecture
 from lightning_goldy.core.naming import model_class, require_choice
+from lightning_goldy.core.sharding import modules_of
 
 Head = tuple[int, int]
 """A head: (layer, head), both from 0."""
@@ -118,7 +119,8 @@ class HeadGates(nn.Module):
     ) -> None:
         super().__init__()
         require_choice("kind of gates", kind, ("buffer", "parameter"))
-        if any("_orig_mod" in part._modules or part._compiled_call_impl is not None for part in model.modules()):
+        parts = modules_of(model)
+        if any("_orig_mod" in part._modules or part._compiled_call_impl is not None for part in parts):
             raise ValueError(f"{model_class(model)} is compiled: compiled code would not call the gates; gate it first")
         if HeadGates.of(model) is not None:
             raise HeadError(f"{model_class(model)} has gates already: HeadGates.of(model) finds them")
@@ -146,7 +148,7 @@ class HeadGates(nn.Module):
     @staticmethod
     def of(model: nn.Module) -> HeadGates | None:
         """The gates of a model, None when it has none."""
-        hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
+        hooks = (hook for module in modules_of(model) for hook in module._forward_pre_hooks.values())
         return next((hook.gates for hook in hooks if isinstance(hook, _LayerGate)), None)
 
     @property

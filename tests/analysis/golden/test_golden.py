@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from transformers import BertConfig, BertForTokenClassification
 
 from lightning_goldy.analysis import GoldenResult, agreement, golden_parameters, jaccard, register_score
 from lightning_goldy.analysis.agreement import binomial_tail, fitted_rates, row_column_null, row_column_nulls
-from lightning_goldy.analysis.golden.golden import SCORES, marks_by_column, marks_by_row
+from lightning_goldy.analysis.golden.golden import SCORES, _Watched, marks_by_column, marks_by_row
 from lightning_goldy.core import (
     CausalLMObjective,
     ClassifierObjective,
@@ -26,6 +27,7 @@ from lightning_goldy.core import (
 from lightning_goldy.core.mask import jaccard as mask_jaccard
 from lightning_goldy.core.objective import split_batch
 from lightning_goldy.core.pieces import random_tokens
+from lightning_goldy.core.sharding import Replicas
 from tests.references.golden import golden_masks, row_column_null_reference
 from tests.references.models import CAUSAL, FAMILIES, build, class_batch, token_batch
 
@@ -401,6 +403,19 @@ def test_marks_are_counted_by_row_and_column(rows, columns, offset, seed):
             patched.setattr("lightning_goldy.analysis.golden.golden._FEW", few)
             assert torch.equal(marks_by_row(marks), marks.sum(dim=1).int())
             assert torch.equal(marks_by_column(marks), marks.sum(dim=0).int())
+
+
+@pytest.mark.parametrize("n_samples", [1, 6])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 8), (5, 13), (300, 16), (513, 3)])
+def test_marks_of_samples_add_up_to_sums_of_rows_and_columns(shape, n_samples):
+    """Made of all marks at once, also where rows end between bytes and where a byte of 255 would overflow."""
+    marks = torch.rand(n_samples, *shape, generator=torch.Generator().manual_seed(0)) < 0.9
+    watched = _Watched("weight", shape, n_samples)
+    for index, mask in enumerate(marks):
+        watched.add(index, mask)
+    watched.sum_over(Replicas(), torch.device("cpu"))
+    assert np.array_equal(watched.rows, marks.sum(dim=2).numpy())
+    assert np.array_equal(watched.columns, marks.sum(dim=1).numpy())
 
 
 def test_rates_of_several_matrices_are_those_of_each_alone():
