@@ -1,13 +1,16 @@
 """Golden parameters against forward + backward alone, and the cost of isolation, at 30 M parameters.
 
     python benchmarks/golden.py
+    python benchmarks/golden.py --whole --width 304 --tokens 32 --threads 1
     python benchmarks/golden.py --tasks atlas
     python benchmarks/golden.py --tasks MODEL TEXT QUESTIONS MORE_QUESTIONS --parts 3 --part-size 3 --blocks
 
-Prints ratios of medians over alternating repetitions in one run; absolute times depend on the machine. With ``--tasks``
-it prints instead, for several settings, whether golden sets of parts of one task overlap more than those of two: of the
-atlas model after a finetune on false facts (it needs the model that ``goldy demo`` keeps in the cache), on questions of
-two relations, or of a folder of ``save_pretrained``, on two or more files, each a text or a JSON list of questions.
+Prints ratios of medians over alternating repetitions in one run; absolute times depend on the machine. With
+``--whole`` it prints only how many times its forward and backward passes the whole analysis takes, with its null and
+intervals, without and with its control of random tokens, by processor time. With ``--tasks`` it prints instead, for
+several settings, whether golden sets of parts of one task overlap more than those of two: of the atlas model after a
+finetune on false facts (it needs the model that ``goldy demo`` keeps in the cache), on questions of two relations, or
+of a folder of ``save_pretrained``, on two or more files, each a text or a JSON list of questions.
 """
 
 from __future__ import annotations
@@ -32,9 +35,9 @@ from lightning_goldy.core.objective import CausalLMObjective
 from lightning_goldy.core.selection import select_largest
 
 
-def subject() -> torch.nn.Module:
+def subject(width: int = 512) -> torch.nn.Module:
     config = GPT2Config(
-        n_layer=8, n_head=8, n_embd=512, vocab_size=8192, n_positions=256, bos_token_id=0, eos_token_id=0
+        n_layer=8, n_head=8, n_embd=width, vocab_size=8192, n_positions=256, bos_token_id=0, eos_token_id=0
     )
     return GPT2LMHeadModel(config).eval()
 
@@ -46,14 +49,14 @@ def forward_backward(model: torch.nn.Module, ids: torch.Tensor) -> None:
     model.zero_grad(set_to_none=True)
 
 
-def paired(first, second, repetitions: int) -> tuple[float, float, float]:
+def paired(first, second, repetitions: int, clock=time.perf_counter) -> tuple[float, float, float]:
     """Median seconds of both, and the median ratio pair by pair."""
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(repetitions + 1):
         for function, into in zip((first, second), times, strict=True):
-            start = time.perf_counter()
+            start = clock()
             function()
-            into.append(time.perf_counter() - start)
+            into.append(clock() - start)
     ratios = [a / b for a, b in zip(times[0][1:], times[1][1:], strict=True)]
     return statistics.median(times[0][1:]), statistics.median(times[1][1:]), statistics.median(ratios)
 
@@ -221,6 +224,22 @@ def report_tasks(
         )
 
 
+def report_whole(model: torch.nn.Module, ids: torch.Tensor, repetitions: int) -> None:
+    """Prints how many times the passes over the samples the whole analysis takes."""
+    for control in (False, True):
+        analysis, alone, ratio = paired(
+            lambda control=control: golden_parameters(model, [{"input_ids": ids}], control=control),
+            lambda: forward_backward(model, ids),
+            repetitions,
+            time.process_time,
+        )
+        print(
+            f"golden_parameters {'with' if control else 'without'} its control {analysis:.2f} s, forward + backward "
+            f"{alone:.2f} s: {ratio:.2f} times",
+            flush=True,
+        )
+
+
 def print_peak(work: str) -> None:
     model, ids = subject(), torch.randint(0, 8192, (2, 256))
     with torch.no_grad():  # libraries allocate their workspaces on first use
@@ -237,6 +256,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=256, help="of a sample")
+    parser.add_argument("--width", type=int, default=512, help="of the model; 512 has 30 M parameters, 304 has 11 M")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--whole", action="store_true", help="only the whole analysis against its passes")
     parser.add_argument("--peak", choices=("forward_backward", "tensor", "global"), help=argparse.SUPPRESS)
     parser.add_argument("--tasks", nargs="+", metavar="MODEL", help="atlas, or a model and files of texts or questions")
     parser.add_argument("--parts", type=int, default=4)
@@ -250,17 +273,21 @@ def main() -> None:
         options = {"quorums": arguments.quorums, "blocks": arguments.blocks}
         report_tasks(arguments.tasks, arguments.parts, arguments.part_size, arguments.percents, **options)
         return
-    torch.set_num_threads(2)
+    torch.set_num_threads(arguments.threads)
     if arguments.peak:
         print_peak(arguments.peak)
         return
-    model = subject()
+    model = subject(arguments.width)
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    ids = torch.randint(0, 8192, (arguments.samples, 256))
+    ids = torch.randint(0, 8192, (arguments.samples, arguments.tokens))
     batch = {"input_ids": ids}
     print(
-        f"{size / 4e6:.1f} M parameters, {arguments.samples} samples of 256 tokens, {torch.get_num_threads()} threads"
+        f"{size / 4e6:.1f} M parameters, {arguments.samples} samples of {arguments.tokens} tokens, "
+        f"{torch.get_num_threads()} threads"
     )
+    if arguments.whole:
+        report_whole(model, ids, arguments.repetitions)
+        return
 
     for scope in ("tensor", "global"):
         analysis, alone, ratio = paired(

@@ -1,13 +1,14 @@
 """Reverse golden parameters against single-shot masks of the same size: divergence, passes, seconds.
 
-    python benchmarks/reverse_golden.py [--text FILE] [--family llama] [--scopes tensor] [--percents 0.1]
+    python benchmarks/reverse_golden.py [--text FILE] [--family llama] [--percents 0.1] [--seeds 0 1 2]
     python benchmarks/reverse_golden.py --one-element MODEL [--text FILE] [--samples 4] [--length 24]
 
 A byte-level GPT-2 of 0.84 M parameters, or a Llama of 0.75 M, is trained first, on the text where there is one and on
 generated sentences otherwise. Masks are chosen on one part of its held-out end and measured on another. Prints ratios
-measured in one run; absolute times depend on the machine. With ``--one-element`` it searches the single element of a
-folder of ``save_pretrained`` whose zeroing does most, chosen on passages of the text (of a JSON list, its questions and
-answers) and measured on others that lie between them.
+measured in one run; absolute times, of the processor, depend on the machine. Of several seeds, each a model of its
+own, it prints mean and standard deviation at the end; ``--keep FOLDER`` trains each model once for all runs. With
+``--one-element`` it searches the single element of a folder of ``save_pretrained`` whose zeroing does most, chosen on
+passages of the text (of a JSON list, its questions and answers) and measured on others that lie between them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,14 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from lightning_goldy.analysis import reverse_golden_parameters
 from lightning_goldy.analysis.golden.budget import STRATEGIES
@@ -79,17 +87,30 @@ def trained(data: torch.Tensor, steps: int, family: str = "gpt2", seed: int = 0)
     return model.eval()
 
 
+def kept(data: torch.Tensor, steps: int, family: str, seed: int, folder: Path | None) -> PreTrainedModel:
+    """A trained model, from the folder where it is there, and otherwise put there."""
+    place = None if folder is None else folder / f"{family}-{steps}-{seed}"
+    if place is not None and place.is_dir():
+        return AutoModelForCausalLM.from_pretrained(place).eval()
+    model = trained(data, steps, family, seed)
+    if place is not None:
+        model.save_pretrained(place)
+    return model
+
+
 def report(
     model: PreTrainedModel,
     choosing: torch.Tensor,
     measuring: torch.Tensor,
     shares: dict[str, list[float]],
     strategies: list[str],
+    found: dict[str, list[float]],
 ) -> None:
+    """Prints what each search finds, and adds it to what was found on other models."""
     for scope, percents in shares.items():
         for percent in percents:
             for strategy in strategies:
-                began = time.perf_counter()
+                began = time.process_time()
                 result = reverse_golden_parameters(
                     model,
                     [{"input_ids": choosing}],
@@ -100,7 +121,8 @@ def report(
                     # Scores of single samples make the strongest single-shot masks.
                     chunk_size=1,
                 )
-                seconds = time.perf_counter() - began
+                seconds = time.process_time() - began
+                found.setdefault(f"{percent:g} % ({scope}), {strategy}", []).append(result.kl_divergence)
                 if strategy == strategies[0]:
                     shots = ", ".join(f"{name} {value:.2f}" for name, value in result.single_shots.items())
                     print(f"{percent:g} % ({scope}), single shots: {shots} nats")
@@ -109,14 +131,14 @@ def report(
                     f"  {strategy}: {result.kl_divergence:.2f} nats ({result.search_divergence:.2f} on the choosing "
                     f"samples), {result.over_gradient:.1f} x |gradient|{bound}, "
                     f"{result.kl_divergence / max(result.single_shots.values()):.1f} x the best single shot (>= 1), "
-                    f"{result.passes} passes (<= 41), {result.evaluations} evaluations, {seconds:.1f} s",
+                    f"{result.passes} passes (<= 121), {result.evaluations} evaluations, {seconds:.1f} s",
                     flush=True,
                 )
 
 
 def report_one_element(folder: Path, text: Path, samples: int, length: int, rounds: int) -> None:
     """Prints the element that a search with a budget of one finds, and what zeroing it does."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     content = text.read_text()[:400_000]
     if text.suffix == ".json":
@@ -162,7 +184,8 @@ def main() -> None:
     parser.add_argument("--text", type=Path)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--family", choices=("gpt2", "llama"), default="gpt2")
-    parser.add_argument("--seed", type=int, default=0, help="of the model and its training")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of models and their training")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="where trained models are kept and looked for")
     parser.add_argument("--scopes", nargs="+", choices=("tensor", "global"), default=["tensor", "global"])
     parser.add_argument("--percents", nargs="+", type=float, help="budgets; by default 0.1, 1, and 5 of every tensor")
     parser.add_argument("--samples", type=int, default=16)
@@ -181,18 +204,25 @@ def main() -> None:
     print(f"text: {source}")
     end = int(0.9 * len(data))
     middle = (end + len(data)) // 2
-    model = trained(data[:end], arguments.steps, arguments.family, arguments.seed)
     choosing, measuring = windows(data[end:middle], arguments.samples, 1), windows(data[middle:], arguments.samples, 2)
-    with torch.no_grad():
-        loss = float(CausalLMObjective().loss(model, {"input_ids": measuring}))
-    size = sum(parameter.numel() for parameter in model.parameters())
-    print(
-        f"{size / 1e6:.2f} M parameters, held-out loss {loss:.3f} nats, {arguments.samples} + {arguments.samples} "
-        f"samples of {LENGTH} bytes; one forward and backward pass {one_pass(model, choosing):.2f} s"
-    )
     usual = {"tensor": [0.1, 1.0, 5.0], "global": [0.1, 1.0]}
     shares = {scope: arguments.percents or usual[scope] for scope in arguments.scopes}
-    report(model, choosing, measuring, shares, arguments.strategies)
+    found: dict[str, list[float]] = {}
+    for seed in arguments.seeds:
+        model = kept(data[:end], arguments.steps, arguments.family, seed, arguments.keep)
+        with torch.no_grad():
+            loss = float(CausalLMObjective().loss(model, {"input_ids": measuring}))
+        size = sum(parameter.numel() for parameter in model.parameters())
+        print(
+            f"seed {seed}: {size / 1e6:.2f} M parameters, held-out loss {loss:.3f} nats, {arguments.samples} + "
+            f"{arguments.samples} samples of {LENGTH} bytes; one forward and backward pass "
+            f"{one_pass(model, choosing):.2f} s"
+        )
+        report(model, choosing, measuring, shares, arguments.strategies, found)
+    if len(arguments.seeds) > 1:
+        for name, values in found.items():
+            mean, spread = statistics.mean(values), statistics.stdev(values)
+            print(f"{name}: {mean:.2f} nats on average over {len(values)} seeds, standard deviation {spread:.2f}")
 
 
 if __name__ == "__main__":

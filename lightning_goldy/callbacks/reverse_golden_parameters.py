@@ -28,6 +28,7 @@ from lightning_goldy.core.mask import Scope
 from lightning_goldy.core.naming import options_of, require_kinds, require_number
 from lightning_goldy.core.objective import CausalLMObjective, Objective
 from lightning_goldy.core.space import ParameterSpace
+from lightning_goldy.core.vector import elements_in
 from lightning_goldy.training.subject import find_tokenizer
 
 
@@ -137,19 +138,22 @@ class ReverseGoldenParameters(MaskCallback[ReverseGoldenResult]):
         """A gradient per round, and the trials of what each proposes."""
         space = self.space(plan.model)
         settings = ReverseSettings.of(
-            self.search.rounds_for(space.numel),
+            self._rounds(space),
             self.search.score,
             self.strategy,
             cache=self.search.cache,
             chunk_size=self.search.chunk_size,
             top_k_percent=self.top_k_percent,
-            alone=self.search.exact_for(int(self.top_k_percent / 100 * space.numel)),
+            alone=self.search.exact_for(elements_in(self.top_k_percent, space.numel)),
         )
         return forecast_reverse(plan, space, self.n_samples, settings)
 
+    def _rounds(self, space: ParameterSpace) -> int:
+        return self.search.rounds_for(space.numel, elements_in(self.top_k_percent, space.numel))
+
     def dialled(self, share: float, given: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
         """Rounds that are not given are those that the parameters allow, and none are derived that equal them."""
-        rounds = self.search.rounds_for(self.space(plan.model).numel)
+        rounds = self._rounds(self.space(plan.model))
         found = super().dialled(share, {**given, "search.rounds": rounds}, plan)
         return {**found, "search.rounds": given["search.rounds"]} if found["search.rounds"] == rounds else found
 

@@ -39,7 +39,7 @@ from lightning_goldy.callbacks import (
 from lightning_goldy.callbacks.preflight import Budget, Outlook, derive, limit_large
 from lightning_goldy.commands.doctor import build_shape
 from lightning_goldy.core.pieces import QUESTION_TEMPLATE
-from lightning_goldy.core.vector import ParameterVector
+from lightning_goldy.core.vector import ParameterVector, elements_in
 from lightning_goldy.training.recipes import find_recipe
 from tests.callbacks.knowledge import PIECES, WordData
 from tests.callbacks.training import TokenData, differences, fit
@@ -251,7 +251,7 @@ def test_sampling_follows_from_a_budget_and_never_exceeds_what_is_given() -> Non
         (lambda budget: BasinVolume(8, n_samples=8, budget=budget), 3.0),
         (lambda budget: TaylorDiff((1, 2), n_samples=16, budget=budget), 3.0),
         (lambda budget: KnowledgeCoupling(PIECES * 8, n_pieces=40, budget=budget), 12.0),
-        (lambda budget: ReverseGoldenParameters(n_samples=8, budget=budget), 12.0),
+        (lambda budget: ReverseGoldenParameters(n_samples=8, budget=budget), 40.0),
     ):
         run, allowed = Run(1000, step_seconds=step_seconds), 0.1 * 1000 * step_seconds
         free, tight = make(0.999), make(0.1)
@@ -263,7 +263,8 @@ def test_sampling_follows_from_a_budget_and_never_exceeds_what_is_given() -> Non
         for path, value in changed.items():
             most = preflight.read_setting(free, path)
             if path == "search.rounds":  # None: those that the parameters allow
-                most = free.search.rounds_for(free.space(plan.model).numel)
+                numel = free.space(plan.model).numel
+                most = free.search.rounds_for(numel, elements_in(free.top_k_percent, numel))
             assert value == preflight.read_setting(tight, path) < most
 
 

@@ -95,8 +95,11 @@ def shrunk_reference(
             found.append((masked_divergence_reference(model, mask, logits), mask))
         slopes = masked_gradient_reference(model, mask, logits)
         gains = {name: -slopes[name] * parameter.detach() for name, parameter in model.named_parameters()}
-        total = sum(float(gains[name][mask[name]].abs().sum()) for name in gains)
-        means = {name: 0.8 * means[name] + 0.2 * gains[name] / total for name in gains}
+        for group in groups:
+            total = sum(float(gains[name][mask[name]].abs().sum()) for name in group)
+            # Where all that a tensor feeds is masked, nothing that is masked in it matters.
+            shares = {name: gains[name] / total if total else torch.zeros_like(gains[name]) for name in group}
+            means |= {name: 0.8 * means[name] + 0.2 * shares[name] for name in group}
         width = 30 ** (1 - step / (0.8 * len(swings)))
         values, factor = means, width * swing if width > 1 else 1.0
     mask = _largest_of_groups(values, groups, percent, factor)

@@ -366,14 +366,15 @@ class Budget:
 class MeanGains:
     r"""What masking each element adds, averaged over the masks that it was asked of.
 
-    .. math:: v \leftarrow \beta v + (1 - \beta) \frac{s}{\sum_{i \in m} |s_i|}, \qquad \beta = 0.8
+    .. math:: v \leftarrow \beta v + (1 - \beta) \frac{s}{\sum_{i \in m \cap G} |s_i|}, \qquad \beta = 0.8
 
     A gain to first order says little of an element by itself, for it depends on what else is masked; one that is large
-    under many masks belongs to what they share. Gains are larger by orders where more is masked, so that what is
-    averaged is each one's share.
+    under many masks belongs to what they share. Gains are larger by orders where more is masked, and by others in each
+    tensor, so that what is averaged is each one's share of its group G, those that have a budget together: no mask
+    decides alone which elements of a group stay.
 
     Args:
-        budget: Knows the layouts.
+        budget: Knows the layouts and the groups.
 
     Example:
         >>> means = MeanGains(Budget({"a": torch.zeros(2)}, 50, "tensor"))
@@ -383,7 +384,7 @@ class MeanGains:
     """
 
     def __init__(self, budget: Budget) -> None:
-        self._layouts = budget.layouts
+        self._layouts, self._groups = budget.layouts, budget.groups
         self.values: dict[str, Tensor] = {}
         """This process's part of each tensor."""
 
@@ -393,10 +394,13 @@ class MeanGains:
         # Some accelerators have no float64.
         dtype = torch.float32 if device == "mps" else torch.float64
         inside = [part[mask[name]].abs().sum(dtype=dtype) for name, part in gains.items()]
-        total = float(sum(sum_over_shards(inside, [self._layouts[name] for name in gains])))
-        for name, part in gains.items():
-            mean = self.values.setdefault(name, torch.zeros_like(part))
-            mean.mul_(_MEMORY).add_(part, alpha=(1 - _MEMORY) / total if total > 0 else 0.0)
+        sums = sum_over_shards(inside, [self._layouts[name] for name in gains])
+        totals = dict(zip(gains, map(float, sums), strict=True))
+        for group in self._groups:
+            total = sum(totals[name] for name in group)
+            for name in group:
+                mean = self.values.setdefault(name, torch.zeros_like(gains[name]))
+                mean.mul_(_MEMORY).add_(gains[name], alpha=(1 - _MEMORY) / total if total > 0 else 0.0)
 
 
 class ComputedScores(Mapping[str, Tensor]):

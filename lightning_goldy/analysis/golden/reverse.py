@@ -62,8 +62,8 @@ _GROWTH, _GROWING = 0.7, 11
 _STARTING, _LEAST, _WIDTH, _NARROWING = 0.85, 12, 30, 0.8
 # Exchanges tried for each round at most.
 _TRIALS = 3
-# Rounds where none are given; the second above so many elements, where a round takes minutes.
-_ROUNDS, _LARGE_ROUNDS, _LARGE = 40, 8, 100_000_000
+# Rounds where none are given: as a rule, of masks that shrink, and above so many elements, where one takes minutes.
+_ROUNDS, _SHRINKING_ROUNDS, _LARGE_ROUNDS, _LARGE = 40, 120, 8, 100_000_000
 # Elements from which on sums of scores are held one after the other, each with passes of its own.
 _APART = 1_000_000_000
 # The largest mask of which single elements are measured.
@@ -84,7 +84,7 @@ class Search:
     Args:
         score: Registered score of the unmasked model to start from.
         rounds: Forward and backward passes under the masked model at most; one more scores the unmasked one. By default
-            40, and 8 where more than 100 M elements may be masked.
+            40, of masks of up to 16,384 elements 120, and 8 where more than 100 M elements may be masked.
         exact: Elements that are measured one by one, by a forward pass each, after at most sixteen times as many trials
             of pairs; none where a mask has more than 16,384.
         chunk_size: Samples of one forward and backward pass, to bound the memory; the batches' own size by default.
@@ -118,14 +118,15 @@ class Search:
                 require_at_least(name, getattr(self, name), 1)
         require_at_least("exact", self.exact, 0)
 
-    def rounds_for(self, elements: int) -> int:
-        """The rounds that are given, or that so many elements to choose among allow.
+    def rounds_for(self, elements: int, budget: int) -> int:
+        """The rounds that are given, or that so many elements to choose so many among allow.
 
         Example:
-            >>> Search().rounds_for(10_000), Search().rounds_for(135_000_000), Search(rounds=3).rounds_for(10_000)
-            (40, 8, 3)
+            >>> Search().rounds_for(10**7, 10**6), Search().rounds_for(10**7, 10**4), Search().rounds_for(10**9, 10**4)
+            (40, 120, 8)
         """
-        return self.rounds or (_LARGE_ROUNDS if elements > _LARGE else _ROUNDS)
+        usual = _SHRINKING_ROUNDS if self.exact_for(budget) else _ROUNDS
+        return self.rounds or (_LARGE_ROUNDS if elements > _LARGE else usual)
 
     def exact_for(self, budget: int) -> int:
         """The elements that are measured one by one where so many are masked."""
@@ -433,7 +434,8 @@ class MaskSearch:
     history: list[dict[str, Any]] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
-        self._greedy, self.rounds = self.strategy == "none", self.settings.rounds_for(sum(self.budget.numels))
+        marked, self._greedy = self.budget.total(self.budget.sizes()), self.strategy == "none"
+        self.rounds = self.settings.rounds_for(sum(self.budget.numels), marked)
         self._steps = min(_GROWING, self.rounds if self._greedy else max(1, math.ceil(_GROWTH * self.rounds)))
         self._pool_factor = self.fluctuation.strategy(self.strategy, self.settings.seed)
         # A part of the budget, and many times the budget.
