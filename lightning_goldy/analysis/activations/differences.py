@@ -592,7 +592,8 @@ def in_words(row: Row, tokenizer: Any) -> Row:
         for entry in row.result["divergent"]
     ]
     clearest = (row.metrics.get("clearest_layer"), ALL)
-    spelled = next((e["words"] for e in told["spelled"] if (e["layer"], e["position"]) == clearest), [])
+    found = (entry["words"] for entry in told["spelled"] if (entry["layer"], entry["position"]) == clearest)
+    spelled: list[str] = next(found, [])
     # Below the null the words are those of the text.
     if spelled and "WEAK" not in row.headline:
         row = dataclasses.replace(row, headline=f"{row.headline}; it spells {', '.join(map(repr, spelled[:_TOLD]))}")

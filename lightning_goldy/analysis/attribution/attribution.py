@@ -22,6 +22,7 @@ from lightning_goldy.analysis.attribution.units import (
     mask_links,
     model_units,
     strongest,
+    unit_row,
 )
 from lightning_goldy.analysis.divergence import precise
 from lightning_goldy.analysis.gradients import (
@@ -30,7 +31,7 @@ from lightning_goldy.analysis.gradients import (
     only_these_require_gradients,
     zeros_like_parts,
 )
-from lightning_goldy.analysis.result import AnalysisResult, Cost, Row, tensor_rows
+from lightning_goldy.analysis.result import AnalysisResult, Cost, tensor_rows
 from lightning_goldy.core.architecture.adapters import WeightSpace
 from lightning_goldy.core.base import Base
 from lightning_goldy.core.batches import move_batch, sample_count, sample_keys
@@ -54,7 +55,6 @@ METRICS: tuple[str, ...] = get_args(MetricName)
 AUTO_NODES = (4, 8, 16, 32, 64)
 """Numbers of nodes that ``nodes="auto"`` tries until the sum is complete."""
 SHARES = (0.001, 0.01, 0.05, 0.1, 0.2)
-_TOP = 20
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ class ChangeAttributionResult(AnalysisResult):
         interactions: Of each block, where asked for, its ``contribution``, the exact effect of its change ``alone``,
             and what goes where it is ``removed`` from the whole change, each of both with ``_low`` and ``_high``, its
             95 % interval over passages. All three agree where blocks do not interact.
+        interaction_interval: That of :attr:`interaction`; None of a single passage.
         links: Of each mask that was given what it has to do with the contributions; see :func:`mask_links`.
         space: ``merged`` or ``adapters``; None of a model without adapters.
         cost: Passes of the model.
@@ -106,6 +107,7 @@ class ChangeAttributionResult(AnalysisResult):
     levels: ParameterVector | None
     scores: ParameterVector | None
     interactions: tuple[dict[str, Any], ...] = ()
+    interaction_interval: tuple[float, float] | None = None
     links: tuple[dict[str, Any], ...] = ()
     space: str | None = None
     cost: Cost = field(default=Cost(), compare=False)
@@ -133,9 +135,21 @@ class ChangeAttributionResult(AnalysisResult):
         return self.gap is None or self.gap <= self.tolerance
 
     @property
+    def change_interval(self) -> tuple[float, float] | None:
+        """95 % bootstrap interval of :attr:`change` over passages; None of a single one, or where none is known."""
+        if self.passages is None or len(self.weights) < 2:
+            return None
+        counts = resampled(len(self.weights))
+        parts = torch.tensor(self.passages["numerators"], dtype=torch.float64)
+        return interval_of((counts @ parts) / (counts @ self.weights))
+
+    @property
     def weak(self) -> str:
-        """Why intervals over the passages are none; nothing where there are enough."""
-        return too_few(len(self.weights), "passages")
+        """Why shares of the change are none: too few passages, or a change that may be none; nothing where they are."""
+        low, high = self.change_interval or (1.0, 1.0)
+        nothing = low <= 0 <= high and any(self.squared_changes)
+        open_ = "the interval of the change includes 0, so that shares of it tell nothing" if nothing else ""
+        return too_few(len(self.weights), "passages") or open_
 
     @property
     def by_tensor(self) -> dict[str, float]:
@@ -240,8 +254,11 @@ class ChangeAttributionResult(AnalysisResult):
             "tensors": tensors,
             "blocks": self._group_rows(block_of),
             "kinds": self._group_rows(kind_of),
-            "units": [_unit_row(unit) for unit in self.units],
+            "units": [unit_row(unit) for unit in self.units],
+            "places": self._place_rows(),
             "interactions": list(self.interactions),
+            **({} if self.change_interval is None else {"effect_interval": list(self.change_interval)}),
+            **({} if self.interaction_interval is None else {"interaction_interval": list(self.interaction_interval)}),
             "links": list(self.links),
             **({} if self.space is None else {"space": self.space}),
         }
@@ -270,6 +287,21 @@ class ChangeAttributionResult(AnalysisResult):
             )
         return rows
 
+    def _place_rows(self) -> list[dict[str, Any]]:
+        """What each block's parameters of each kind contribute, with intervals over passages, in the model's order."""
+        pairs = [(block_of(name), kind_of(name)) for name in self.names]
+        places = {pair: place for place, pair in enumerate(dict.fromkeys(pairs))}
+        columns = torch.tensor([places[pair] for pair in pairs], dtype=torch.long)
+        sums = self.contributions.new_zeros(len(self.weights), len(places)).index_add_(1, columns, self.contributions)
+        counts = resampled(len(self.weights))
+        drawn = (counts @ sums) / (counts @ self.weights)[:, None]  # [resamples, places]
+        rows = []
+        for (block, kind), place in places.items():
+            low, high = interval_of(drawn[:, place]) if len(self.weights) > 1 else (None, None)
+            row = {"block": block, "kind": kind, "contribution": float(sums[:, place].sum()), "low": low, "high": high}
+            rows.append(row)
+        return rows
+
     def headline(self) -> str:
         """The change, and the kind of parameter that carries most of it against its share of the elements."""
         if not any(self.squared_changes):
@@ -292,19 +324,25 @@ class ChangeAttributionResult(AnalysisResult):
                 f"{label} parameters, {size}, make {share:.0%} {interval} of it, of which the others take "
                 f"{share - 1:.0%} back, for parts of opposite sign cancel"
             )
-        return f"the {self.metric} changed by {self.change:.4g}: {place}{self._told_gap()}{self._told_parts()}"
+        ends = "" if self.change_interval is None else " [{:.4g}, {:.4g}]".format(*self.change_interval)
+        weak = self.weak
+        if not weak and (low <= 0 or high - low > 1):
+            weak = "that interval is too wide to tell where it sits"
+        told = f"the {self.metric} changed by {self.change:.4g}{ends}: {place}{self._told_gap()}{self._told_parts()}"
+        return f"{told}; WEAK: {weak}" if weak else told
 
     def _told_gap(self) -> str:
         """What must be known before the parts are believed."""
-        weak = f"; WEAK: {self.weak}" if self.weak else ""
         if self.complete:
-            return weak
+            return ""
         cause = f", for {self.cause}" if self.cause else ""
         told = f"the parts miss the change by {self.gap:.2g} of it with {self.n_nodes} nodes{cause}"
-        return f"; INCOMPLETE: {told}{weak}"
+        return f"; INCOMPLETE: {told}"
 
     def _told_parts(self) -> str:
         alone = "" if self.interaction is None else f"; alone, blocks make {1 - self.interaction:.0%} of it"
+        if alone and self.interaction_interval is not None:
+            alone += " [{1:.0%}, {0:.0%}]".format(*(1 - end for end in self.interaction_interval))
         inside = "".join(
             f"; the {link['mask']} mask holds {link['attribution']:.0%}, a random one of its size {link['null']:.0%} "
             f"[{link['null_low']:.0%}, {link['null_high']:.0%}]"
@@ -613,6 +651,14 @@ class _Integration:
             rows.append(row)
         return tuple(rows)
 
+    def interaction_interval(self, effects: Tensor | None) -> tuple[float, float] | None:
+        """That of the share of the change that no block makes alone, over passages."""
+        if effects is None or len(self.weights) < 2:
+            return None
+        counts = resampled(len(self.weights)) * self.weights
+        alone = (effects[0] - self.ends[0]).sum(0)
+        return interval_of(1 - (counts @ alone) / (counts @ (self.ends[1] - self.ends[0])))
+
     def result(
         self,
         tolerance: float,
@@ -652,6 +698,7 @@ class _Integration:
             if keep_scores
             else None,
             interactions=self.interactions(effects) if effects is not None else (),
+            interaction_interval=self.interaction_interval(effects),
             links=mask_links(ParameterVector(space, scores), masks, change=now - before) if self.moved else (),
             space=self.path.weight_space,
             cost=sum(self.replicas.gather_objects(self.cost), Cost()),
@@ -723,30 +770,6 @@ class _Integration:
             total[piece].add_(part, alpha=self.scale)
         if products:
             self.products[self.index[name]] += torch.stack(products).sum(dtype=torch.float64)
-
-
-def _unit_row(unit: Mapping[str, Any]) -> dict[str, Any]:
-    """The strongest units of a group with their numbers, and of heads all."""
-    values: Tensor = unit["values"]
-    row = {"kind": unit["kind"], "place": unit["place"], "count": len(values), "total": float(values.sum())}
-    if unit["kind"] in ("head", "key_value"):
-        return {**row, "values": values.tolist()}
-    top = values.abs().topk(min(_TOP, len(values))).indices.tolist()
-    return {**row, "top": [[place, float(values[place])] for place in top]}
-
-
-def rows_in_words(row: Row, tokenizer: Any) -> Row:
-    """A row of change attribution with the tokens of embedding rows in words, too.
-
-    Args:
-        row: Of :class:`ChangeAttributionResult`, or of one that holds it.
-        tokenizer: Of the model.
-    """
-    units = [
-        {**unit, "words": [tokenizer.decode([place]) for place, _ in unit["top"]]} if unit["kind"] == "row" else unit
-        for unit in row.result["units"]
-    ]
-    return row.extended(result={"units": units})
 
 
 def units_of(result: ChangeAttributionResult, kind: str) -> dict[str, Tensor]:
