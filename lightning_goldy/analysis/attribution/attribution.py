@@ -475,7 +475,7 @@ def check_attribution(
     if isinstance(nodes, str):
         require_choice("nodes", nodes, ("auto", "base"))
     elif not isinstance(nodes, int) or isinstance(nodes, bool) or not 1 <= nodes <= 256:
-        raise ValueError(f"nodes is 'auto' or lies between 1 and 256; got {nodes}")
+        raise ValueError(f"nodes is 'auto', 'base' or lies between 1 and 256; got {nodes}")
     if not isinstance(tolerance, (int, float)) or not 0 < tolerance < 1:
         raise ValueError(f"tolerance must lie in (0, 1); got {tolerance}")
     if samples_per_pass is not None:

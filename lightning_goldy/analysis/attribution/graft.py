@@ -186,6 +186,8 @@ class GraftCurve(AnalysisResult):
             if value is not None:
                 require_number(name, value)
         tried = list(dict.fromkeys(point.method for point in self.records))
+        if methods is not None and not methods:
+            raise ValueError(f"methods is empty: name at least one of {', '.join(tried)}")
         for method in methods or ():
             require_choice("method", method, tried)
         points = [p for p in self.records if p.recovered is not None and (methods is None or p.method in methods)]

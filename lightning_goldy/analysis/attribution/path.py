@@ -134,6 +134,14 @@ def passages(
     ]
 
 
+def _named_passages(name: str, batches: Iterable[Any], objective: Objective, together: int) -> list[Passage]:
+    """As :func:`passages` of all samples, whose errors tell which of several arguments they are of."""
+    try:
+        return passages(batches, objective, None, together)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
 def interleaved(batches: Iterable[Any], n_samples: int) -> tuple[list[Any], list[Any]]:
     """Every other one of the first samples, and the ones between; both have the mixture that the batches have.
 
@@ -372,8 +380,8 @@ class Bench:
     ) -> None:
         self.model, self.device = path.model, next(path.model.parameters()).device
         together = samples_per_pass or 1 << 30
-        self.held_out = passages(held_out, objective, None, together)
-        self.collateral = [] if collateral is None else passages(collateral, objective, None, together)
+        self.held_out = _named_passages("held_out", held_out, objective, together)
+        self.collateral = [] if collateral is None else _named_passages("collateral", collateral, objective, together)
         self.measure, self.loss = Measure(metric, objective), Measure("loss", objective)
         self.divergence = Measure("kl", objective) if tells_distributions(objective) else None
         path.move_to(0.0)

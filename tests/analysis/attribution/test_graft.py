@@ -585,3 +585,13 @@ def test_what_is_told_of_a_graft_that_was_chosen_covers_where_the_choosing_sampl
     assert abs(told.mean()) < 2 * told.std() / 40**0.5
     assert chosen.mean() > 4 * chosen.std() / 40**0.5
     assert covered["told"] >= 34 > covered["chosen"]  # of 40; 95 % of twelve samples' intervals cover a little less
+
+
+def test_an_empty_argument_is_named(subject, curve):
+    model, base, scored, held_out, _, found = subject
+    with pytest.raises(ValueError, match="held_out: there is no sample"):
+        graft_curve(model, base, found, [scored], [])
+    with pytest.raises(ValueError, match="collateral: there is no sample"):
+        graft_curve(model, base, found, [scored], [held_out], [])
+    with pytest.raises(ValueError, match="methods is empty: name at least one of attribution, "):
+        curve.choose(recover=0.1, methods=[])
