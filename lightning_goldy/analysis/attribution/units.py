@@ -482,24 +482,24 @@ def unit_row(unit: Mapping[str, Any]) -> dict[str, Any]:
     """A group of units for a row: of heads all, of others the strongest with their numbers and sums by rank.
 
     ``ranks`` are the sums over the strongest unit by absolute value, the 2 behind it, the next 4, 8, ...; they add up
-    to the group's total however many units there are.
+    to the group's total however many units there are; ``sizes`` are those of the absolute values.
 
     Args:
         unit: Its ``kind``, ``place`` and ``values``.
 
     Example:
         >>> found = unit_row({"kind": "neuron", "place": "h.0", "values": torch.tensor([1.0, -4.0, 2.0, 0.5])})
-        >>> found["top"][0], found["ranks"]
-        ([1, -4.0], [-4.0, 3.0, 0.5])
+        >>> found["top"][0], found["ranks"], found["sizes"]
+        ([1, -4.0], [-4.0, 3.0, 0.5], [4.0, 3.0, 0.5])
     """
     values: Tensor = unit["values"]
     row = {"kind": unit["kind"], "place": unit["place"], "count": len(values), "total": float(values.sum())}
     if unit["kind"] in ("head", "key_value"):
         return {**row, "values": values.tolist()}
     order = values.abs().argsort(descending=True, stable=True)
-    sizes = rank_sizes(len(values))
-    ranks = [float(part.sum()) for part in values[order].split(sizes)]
-    return {**row, "top": [[place, float(values[place])] for place in order[:_TOP].tolist()], "ranks": ranks}
+    parts = values[order].split(rank_sizes(len(values)))
+    ranks = {"ranks": [float(part.sum()) for part in parts], "sizes": [float(part.abs().sum()) for part in parts]}
+    return {**row, "top": [[place, float(values[place])] for place in order[:_TOP].tolist()], **ranks}
 
 
 def rank_sizes(count: int) -> list[int]:

@@ -116,6 +116,7 @@ def chart_attribution_neurons(row: Row) -> Figure | str:
 
     Example:
         >>> unit = {"kind": "neuron", "place": "h.0", "count": 4, "total": -1.0, "ranks": [-0.5, -0.4, -0.1]}
+        >>> unit["sizes"] = [0.5, 0.4, 0.1]
         >>> figure = chart_attribution_neurons({"result": {"metric": "loss", "units": [unit]}})
         >>> figure.data["cells"]["x"], figure.data["cells"]["value"]
         (['0|1', '1|2 to 3', '2|from 4'], [-0.5, -0.4, -0.1])
@@ -392,7 +393,7 @@ def heads_caption(row: Row) -> str:
 
 def _has_ranks(unit: Mapping[str, Any]) -> bool:
     """Whether a unit of a row is of neurons with their sums by rank."""
-    return unit["kind"] == "neuron" and bool(unit.get("ranks"))
+    return unit["kind"] == "neuron" and bool(unit.get("sizes"))
 
 
 def neurons_caption(row: Row) -> str:
@@ -404,10 +405,14 @@ def neurons_caption(row: Row) -> str:
         inside = math.fsum(sum(unit["ranks"][:step]) for unit, step in zip(units, steps, strict=True))
         count = sum(min((1 << step) - 1, unit["count"]) for unit, step in zip(units, steps, strict=True))
         total, whole = math.fsum(unit["total"] for unit in units), sum(unit["count"] for unit in units)
+        sizes = [math.fsum(sum(unit["sizes"][:step]) for unit, step in zip(units, steps, strict=True))]
+        sizes.append(math.fsum(sum(unit["sizes"]) for unit in units))
+    share = format_percent(sizes[0] / sizes[1]) if sizes[1] else "nothing"
     return (
         "Each block's neurons by the size of what they contribute, from the left: sums over steps that double. "
-        f"The {count} strongest of {whole} (as many of each block of one width) make {format_number(inside)} of the "
-        f"{format_number(total)} of all neurons; were all alike, it would be {format_number(total * count / whole)}."
+        f"The {count} strongest of {whole} (as many of each block of one width) have {share} of the sum of all "
+        f"sizes, and {format_percent(count / whole)} if all were alike; with their signs they make "
+        f"{format_number(inside)} of the {format_number(total)} of all neurons."
     )
 
 

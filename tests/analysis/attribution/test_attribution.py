@@ -20,7 +20,7 @@ from lightning_goldy.core import CausalLMObjective, ClassifierObjective, Functio
 from lightning_goldy.core.files import to_json_line
 from lightning_goldy.core.naming import block_of, kind_of
 from lightning_goldy.report import chart_attribution_neurons, draw_figures
-from lightning_goldy.report.formatting import format_number
+from lightning_goldy.report.formatting import format_number, format_percent
 from lightning_goldy.report.sentences import answer_by_attribution
 from lightning_goldy.report.topics.attribution import interactions_caption, neurons_caption, places_caption, units_html
 from tests.references.attribution import moved, riemann_attribution
@@ -501,7 +501,7 @@ def test_neurons_are_told_by_rank_and_add_up():
     found = change_attribution(model, base, [batch], nodes=2)
     row = found.row().to_dict()
     neurons = {unit["place"]: unit for unit in row["result"]["units"] if unit["kind"] == "neuron"}
-    few = many = 0.0
+    few, many, sizes = 0.0, 0.0, []
     for place, values in units_of(found, "neuron").items():
         ordered = sorted(values.tolist(), key=lambda value: -abs(value))
         sums, start = [], 0
@@ -511,9 +511,16 @@ def test_neurons_are_told_by_rank_and_add_up():
         assert neurons[place]["ranks"] == pytest.approx(sums, rel=1e-9)
         assert sum(sums) == pytest.approx(neurons[place]["total"], rel=1e-9)
         few, many = few + ordered[0], many + sum(ordered)
+        sizes.append((abs(ordered[0]), sum(map(abs, ordered))))
     figure = draw_figures(row, [row])["neurons"]
     assert set(figure.data["cells"]["y"]) == {f"{place}|{name}" for place, name in enumerate(neurons)}
-    assert f"make {format_number(few)} of the {format_number(many)} of all neurons" in neurons_caption(row)
+    caption = neurons_caption(row)
+    assert f"make {format_number(few)} of the {format_number(many)} of all neurons" in caption
+    strong, every = map(sum, zip(*sizes, strict=True))
+    count, width = len(neurons), len(neurons) * next(iter(neurons.values()))["count"]
+    assert f"The {count} strongest of {width} " in caption
+    alike = f"and {format_percent(count / width)} if all were alike"
+    assert f"have {format_percent(strong / every)} of the sum of all sizes, {alike}" in caption
     without = {**row, "result": {**row["result"], "units": []}}
     assert str(chart_attribution_neurons(without)).startswith("The neurons of this model are not described")
 
