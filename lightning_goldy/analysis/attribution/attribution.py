@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from lightning_goldy.analysis.agreement import interval_of, per_sample, resampled, too_few
 from lightning_goldy.analysis.attribution.path import ChangePath, Measure, Metric, MetricName, Passage, passages
 from lightning_goldy.analysis.attribution.units import (
-    UnitGroup,
     levels_of,
     margins_of,
     mask_links,
@@ -37,7 +36,14 @@ from lightning_goldy.core.base import Base
 from lightning_goldy.core.batches import move_batch, sample_count, sample_keys
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.mask import ParameterMask
-from lightning_goldy.core.naming import block_of, kind_of, require_at_least, require_choice, require_fractions
+from lightning_goldy.core.naming import (
+    block_of,
+    kind_of,
+    require_at_least,
+    require_choice,
+    require_fractions,
+    require_number,
+)
 from lightning_goldy.core.objective import FunctionObjective, Objective, objective_for
 from lightning_goldy.core.sharding import (
     Replicas,
@@ -48,7 +54,7 @@ from lightning_goldy.core.sharding import (
     sum_over_shards,
     unshard_guard,
 )
-from lightning_goldy.core.space import ParameterSpace
+from lightning_goldy.core.space import ParameterSpace, SpaceError
 from lightning_goldy.core.vector import ParameterVector
 
 METRICS: tuple[str, ...] = get_args(MetricName)
@@ -206,6 +212,7 @@ class ChangeAttributionResult(AnalysisResult):
         Raises:
             ValueError: It is another.
         """
+        require_number("share", share)
         if self.levels is not None and share in self.shares:
             return ParameterMask.of_vector(self.levels.map(lambda level: level <= self.shares.index(share)))
         if self.scores is None and not any(self.squared_changes):
@@ -215,7 +222,7 @@ class ChangeAttributionResult(AnalysisResult):
                 f"the strongest {share:g} of the elements were not kept: there are {list(self.shares)}; "
                 "name it in shares=, or keep all scores with keep_scores=True"
             )
-        return strongest(self.scores, self.change, share)
+        return strongest(self.scores, self.change, require_fractions("share", [share])[0])
 
     def metrics(self) -> dict[str, float | None]:
         """The change, how complete its attribution is, and the share of each kind of parameter."""
@@ -434,10 +441,24 @@ def change_attribution(
             path, objective_for(model, objective), metric, batches, n_samples, samples_per_pass, replicas
         )
         work.progress = progress
+        _check_masks(masks or {}, path.space)
         work.measure_ends()
         effects = work.measure_blocks() if interactions and work.moved else None
         work.integrate_until(nodes, tolerance)
         return work.result(tolerance, shares, keep_scores, effects, masks or {})
+
+
+def _check_masks(masks: Mapping[str, ParameterVector], space: ParameterSpace) -> None:
+    """Masks are used when all has been measured; what is wrong with them is told before."""
+    if not isinstance(masks, Mapping):
+        raise ValueError(f"masks is a mapping of names to masks; got {type(masks).__name__}")
+    for label, mask in masks.items():
+        if not isinstance(mask, ParameterVector):
+            raise ValueError(f"the mask {label!r} is a ParameterMask or a boolean vector; got {type(mask).__name__}")
+        try:
+            space.subspace(ParameterMask.of_vector(mask).space.names).require_same(mask.space)
+        except (SpaceError, ValueError) as error:
+            raise type(error)(f"the mask {label!r}: {error}") from error
 
 
 def attribute_first_order(
@@ -535,8 +556,15 @@ class _Integration:
         sizes, self.ends = self._summed(sizes), self._summed(self.ends)
         for where, values in zip(("base", "present parameters"), self.ends, strict=True):
             if not bool(values.isfinite().all()):
-                raise ValueError(f"the metric is not finite at the {where}: {values.tolist()} of the passages")
+                broken = self._broken(where == "base")
+                cause = f"; {broken!r} holds values that are not finite" if broken else ""
+                raise ValueError(f"the metric is not finite at the {where}: {values.tolist()} of the passages{cause}")
         self.weights = sizes / sizes.sum()
+
+    def _broken(self, base: bool) -> str | None:
+        """The first parameter of which this process's part holds a value that is not finite."""
+        values = ((name, self.path.starts[name] if base else self.path.present(name)) for name in self.path.space)
+        return next((name for name, value in values if not bool(value.isfinite().all())), None)
 
     def measure_blocks(self) -> Tensor:
         """The metric with each block's change alone, and without it, shape ``[2, blocks, passages]``."""
@@ -770,30 +798,3 @@ class _Integration:
             total[piece].add_(part, alpha=self.scale)
         if products:
             self.products[self.index[name]] += torch.stack(products).sum(dtype=torch.float64)
-
-
-def units_of(result: ChangeAttributionResult, kind: str) -> dict[str, Tensor]:
-    """What units of one kind contribute, by place.
-
-    Args:
-        result: Of :func:`change_attribution`.
-        kind: ``head``, ``key_value``, ``neuron``, ``row`` or ``rest``.
-    """
-    found: dict[str, Tensor] = {}
-    for unit in result.units:
-        if unit["kind"] == kind:
-            found[unit["place"]] = (
-                torch.cat([found[unit["place"]], unit["values"]]) if unit["place"] in found else unit["values"]
-            )
-    return found
-
-
-def unit_groups(result: ChangeAttributionResult, model: nn.Module) -> tuple[UnitGroup, ...]:
-    """The groups that the result's units are of, as they lie in a model of the same shapes."""
-    return model_units(model, element_space(result, model))
-
-
-def element_space(result: ChangeAttributionResult, model: nn.Module) -> ParameterSpace:
-    """The space of the result's elements."""
-    held = result.levels or result.scores
-    return held.space if held is not None else ParameterSpace.of(model).subspace(result.names)

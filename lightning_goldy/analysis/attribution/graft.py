@@ -17,7 +17,6 @@ from lightning_goldy.analysis.attribution.attribution import (
     ChangeAttributionResult,
     attribute_first_order,
     check_attribution,
-    element_space,
 )
 from lightning_goldy.analysis.attribution.learned import LearnOptions, learn_along, metric_of, require_same_change
 from lightning_goldy.analysis.attribution.path import (
@@ -27,7 +26,7 @@ from lightning_goldy.analysis.attribution.path import (
     Worth,
     interleaved,
 )
-from lightning_goldy.analysis.attribution.units import Pieces, chosen_masks, unread_levels
+from lightning_goldy.analysis.attribution.units import Pieces, chosen_masks, element_space, unread_levels
 from lightning_goldy.analysis.divergence import precise
 from lightning_goldy.analysis.result import AnalysisResult, Cost, counted_passes
 from lightning_goldy.core.base import Base

@@ -14,9 +14,14 @@ from lightning_goldy.analysis import ChangeAttributionResult, change_attribution
 from lightning_goldy.analysis.agreement import resampled
 from lightning_goldy.analysis.attribution import attribution as attribution_module
 from lightning_goldy.analysis.attribution import model_units, unit_mask
-from lightning_goldy.analysis.attribution.attribution import units_of
-from lightning_goldy.analysis.attribution.units import rows_in_words
-from lightning_goldy.core import CausalLMObjective, ClassifierObjective, FunctionObjective, ParameterSpace
+from lightning_goldy.analysis.attribution.units import rows_in_words, units_of
+from lightning_goldy.core import (
+    CausalLMObjective,
+    ClassifierObjective,
+    FunctionObjective,
+    ParameterSpace,
+    ParameterVector,
+)
 from lightning_goldy.core.files import to_json_line
 from lightning_goldy.core.naming import block_of, kind_of
 from lightning_goldy.report import chart_attribution_neurons, draw_figures
@@ -568,3 +573,33 @@ def test_wrong_arguments_are_refused(options, message):
     model, base, batch = pair("gpt2")
     with pytest.raises(ValueError, match=message):
         change_attribution(model, base, [batch], **options)
+
+
+def test_masks_and_shares_that_are_none_are_named_before_anything_is_measured():
+    model, base, batch = pair("llama")
+    other = ParameterVector.of(nn.Linear(2, 1)).map(lambda value: torch.ones_like(value, dtype=torch.bool))
+    scores = ParameterVector.of(model)
+    never = FunctionObjective(lambda module, batch: pytest.fail("measured"))
+    for masks, message in (
+        ([other], "masks is a mapping of names to masks; got list"),
+        ({"golden": "mask.safetensors"}, "the mask 'golden' is a ParameterMask or a boolean vector; got str"),
+        ({"golden": other}, "the mask 'golden': .*'weight'"),
+        ({"golden": scores}, "the mask 'golden': .*bool"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            change_attribution(model, base, [batch], never, masks=masks)
+    found = change_attribution(model, base, [batch], nodes=1, keep_scores=True, shares=[])
+    for share, message in (("a", "share"), (None, "share"), (2, "share lie in"), (0, "share lie in")):
+        with pytest.raises(ValueError, match=message):
+            found.mask(share)
+
+
+def test_a_metric_that_is_not_finite_names_the_parameter():
+    model, base, batch = pair("gpt2")
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_fc.weight[0, 0] = math.nan
+    told = "'transformer.h.1.mlp.c_fc.weight' holds values that are not finite"
+    with pytest.raises(ValueError, match=rf"at the present parameters: .*; {told}"):
+        change_attribution(model, base, [batch])
+    with pytest.raises(ValueError, match=rf"at the base: .*; {told}"):
+        change_attribution(base, model, [batch])

@@ -11,8 +11,7 @@ from torch import nn
 
 from lightning_goldy.analysis import apply_change, change_attribution, graft, graft_curve, learn_mask, save_change
 from lightning_goldy.analysis.attribution import baseline_mask, interleaved
-from lightning_goldy.analysis.attribution.attribution import element_space
-from lightning_goldy.analysis.attribution.units import chosen_masks
+from lightning_goldy.analysis.attribution.units import chosen_masks, element_space
 from lightning_goldy.core import (
     CausalLMObjective,
     ClassifierObjective,
@@ -595,3 +594,11 @@ def test_an_empty_argument_is_named(subject, curve):
         graft_curve(model, base, found, [scored], [held_out], [])
     with pytest.raises(ValueError, match="methods is empty: name at least one of attribution, "):
         curve.choose(recover=0.1, methods=[])
+
+
+def test_a_graft_of_no_number_or_no_mask_is_refused(subject):
+    model, base, *_, found = subject
+    with pytest.raises(ValueError, match="factor must be a finite number; got nan"):
+        graft(model, base, found.mask(0.05), factor=math.nan)
+    with pytest.raises(ValueError, match="bool"):
+        graft(model, base, found.scores)

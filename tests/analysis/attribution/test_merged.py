@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightning_goldy.analysis import apply_change, change_attribution, graft, graft_curve, save_change
-from lightning_goldy.analysis.attribution.attribution import units_of
+from lightning_goldy.analysis.attribution.units import units_of
 from lightning_goldy.core import CausalLMObjective
 from lightning_goldy.core.architecture.adapters import AdapterError, merged_weights
 from lightning_goldy.core.base import BaseParameters
