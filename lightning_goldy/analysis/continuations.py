@@ -324,7 +324,7 @@ def encode_prompts(
 
     Raises:
         ValueError: A number is out of range, there is no prompt, or one has no token or leaves no room.
-        TypeError: The model cannot generate.
+        TypeError: The model cannot generate, or a prompt is neither text nor token ids.
     """
     check_generation_arguments(max_new_tokens, temperature)
     if not callable(getattr(model, "generate", None)):
@@ -334,6 +334,10 @@ def encode_prompts(
     longest = getattr(getattr(model, "config", None), "max_position_embeddings", math.inf)
     found = []
     for index, prompt in enumerate(prompts):
+        if not isinstance(prompt, (str, Tensor)):
+            raise TypeError(f"prompt {index} is a text or a tensor of token ids; got {type(prompt).__name__}")
+        if isinstance(prompt, str) and any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            raise ValueError(f"prompt {index} is {prompt!r}, which is no Unicode text: it has half of a surrogate pair")
         ids = torch.tensor(tokenizer(prompt)["input_ids"]) if isinstance(prompt, str) else prompt.detach().flatten()
         if not len(ids):
             raise ValueError(f"prompt {index} is {prompt!r}: it has no token to continue from")

@@ -17,11 +17,11 @@ from lightning_goldy.analysis.attribution import (
     graft_curve,
     interleaved,
 )
-from lightning_goldy.analysis.attribution.attribution import AUTO_NODES, SHARES, check_attribution, rows_in_words
+from lightning_goldy.analysis.attribution.attribution import AUTO_NODES, SHARES, check_attribution
 from lightning_goldy.analysis.attribution.graft import BASELINES, CANDIDATES, FACTORS, Baseline, check_graft
 from lightning_goldy.analysis.attribution.learned import LearnOptions
 from lightning_goldy.analysis.attribution.path import Metric, tells_distributions, try_metric
-from lightning_goldy.analysis.attribution.units import Pieces
+from lightning_goldy.analysis.attribution.units import Pieces, rows_in_words
 from lightning_goldy.analysis.forecast import Forecast, Plan, Run
 from lightning_goldy.analysis.forecast.analyses import forecast_attribution
 from lightning_goldy.analysis.result import AnalysisResult, Cost, Row

@@ -22,7 +22,7 @@ from lightning_goldy.analysis.activations.differences import check_texts, in_wor
 from lightning_goldy.analysis.attention import Prompt, track_attention
 from lightning_goldy.analysis.attention.statistics import token_namer
 from lightning_goldy.analysis.attribution import change_attribution
-from lightning_goldy.analysis.attribution.attribution import rows_in_words
+from lightning_goldy.analysis.attribution.units import rows_in_words
 from lightning_goldy.analysis.basin import VolumeSurvey, diagonal_preconditioner
 from lightning_goldy.analysis.basin.survey import ONLY_SPLIT, Make
 from lightning_goldy.analysis.change import parameter_distribution

@@ -27,8 +27,9 @@ from lightning_goldy.analysis.attribution import (
     interleaved,
     save_change,
 )
-from lightning_goldy.analysis.attribution.attribution import SHARES, check_attribution, rows_in_words
+from lightning_goldy.analysis.attribution.attribution import SHARES, check_attribution
 from lightning_goldy.analysis.attribution.learned import learn_mask
+from lightning_goldy.analysis.attribution.units import rows_in_words
 from lightning_goldy.callbacks.change_attribution import AttributedChange
 from lightning_goldy.callbacks.engine.store import ResultStore
 from lightning_goldy.commands.checkpoints import SavedModel, find_base, follow_frozen, read_saved

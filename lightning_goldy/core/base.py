@@ -161,6 +161,7 @@ def base_of(base: Base, model: nn.Module, space: ParameterSpace | None = None) -
     if (more := _further_blocks(known_parameters(base), model)) is not None:
         raise SpaceError(f"the base is of another model: {more}")
     parameters, held = space.resolve(model), _every_name(base)
+    _require_adapters(base, held, model, space)
     if (untied := _held_apart(held, model, space)) is not None:
         raise SpaceError(untied)
     if asked is None and base is not model:
@@ -173,6 +174,17 @@ def base_of(base: Base, model: nn.Module, space: ParameterSpace | None = None) -
     return BaseParameters(
         ParameterVector(space, {name: _fit(values[name], own).to(own.dtype) for name, own in parameters.items()})
     )
+
+
+def _require_adapters(base: nn.Module, held: Mapping[str, Tensor], model: nn.Module, space: ParameterSpace) -> None:
+    """Says what to compare where a model has adapters and its base is the plain model that they lie on."""
+    lacking = next((name for name in space.names if ".lora_" in name and name not in held), None)
+    if lacking is not None and not any(".lora_" in name for name in held):
+        raise SpaceError(
+            f"the base, a {type(base).__name__}, has no adapters, of which {type(model).__name__} has {lacking!r}: "
+            "give the model as it was with its new adapters (copy.deepcopy before it is trained) or a golden snapshot, "
+            "or compare copy.deepcopy(model).merge_and_unload().requires_grad_(True) with the plain base"
+        )
 
 
 def _every_name(module: nn.Module) -> dict[str, nn.Parameter]:

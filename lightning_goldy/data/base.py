@@ -8,15 +8,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 from transformers import PreTrainedTokenizerBase
 
-from lightning_goldy.core.pieces import PadCollator, Sample, SampleSet
+from lightning_goldy.core.pieces import KnowledgePiece, PadCollator, Sample, SampleSet
+from lightning_goldy.data.readers import PieceSet, load_pieces
 from lightning_goldy.data.tokenization import load_own_tokenizer, load_tokenizer, own_tokenizer, padding_id
+
+TEMPLATE = "Question: {question}\nAnswer:"
+"""The prompt of a knowledge piece; its answer follows after a space."""
 
 
 class SeededShuffle(Sampler[int]):
@@ -275,3 +281,25 @@ class ProbeDataModule(L.LightningDataModule, ABC):
     def _loader(self, samples: SampleSet, shuffle_seed: int | None = None) -> DataLoader[Any]:
         collate, size, workers = PadCollator(padding_id(self.tokenizer)), self.batch_size, self.num_workers
         return make_loader(samples, batch_size=size, collate=collate, shuffle_seed=shuffle_seed, num_workers=workers)
+
+
+def other_pieces(source: str | Path) -> tuple[KnowledgePiece, ...]:
+    """The questions and answers of a ``collateral``.
+
+    Raises:
+        FileNotFoundError: No such source.
+        ValueError: A faulty record, or none; it says that it is of the collateral.
+    """
+    try:
+        return told_pieces(source).pieces
+    except ValueError as error:
+        raise ValueError(f"collateral: {error}") from error
+
+
+def told_pieces(path: str | Path) -> PieceSet:
+    """The pieces of a source; says what of it was left out."""
+    found = load_pieces(path)
+    if found.skipped:
+        left_out = ", ".join(f"{reason}: {count}" for reason, count in found.skipped.items())
+        rank_zero_info(f"{found.source}: {len(found.pieces)} pieces; left out: {left_out}")
+    return found

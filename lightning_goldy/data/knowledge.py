@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lightning_goldy.core.pieces import KnowledgePiece, SampleSet, encode_pairs
-from lightning_goldy.data.base import ProbeDataModule, Splits
-from lightning_goldy.data.readers import PieceSet, load_pieces, open_rows
+from lightning_goldy.data.base import TEMPLATE, ProbeDataModule, Splits, other_pieces, told_pieces
+from lightning_goldy.data.readers import load_pieces, open_rows
 
 
 def read_pieces(path: str | Path) -> list[KnowledgePiece]:
@@ -80,7 +80,7 @@ class KnowledgeDataModule(ProbeDataModule):
         path: str | Path,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         *,
-        template: str = "Question: {question}\nAnswer:",
+        template: str = TEMPLATE,
         batch_size: int = 8,
         val_share: float = 0.1,
         probe_size: int = 16,
@@ -95,14 +95,11 @@ class KnowledgeDataModule(ProbeDataModule):
             raise ValueError(f"val_share={val_share!r} must be a share of the pieces, above 0 and below 1")
         self.template = template
         self.max_length = max_length
-        found = _load(path)
+        found = told_pieces(path)
         self.pieces = found.pieces
         self.skipped = found.skipped
         self.collateral = collateral
-        try:
-            self.collateral_pieces = () if collateral is None else _load(collateral).pieces
-        except ValueError as error:
-            raise ValueError(f"collateral: {error}") from error
+        self.collateral_pieces = () if collateral is None else other_pieces(collateral)
         _tell_shared(self.pieces, self.collateral_pieces)
         self.train_pieces, self.val_pieces, self.probe_pieces = _split(self.pieces, val_share, probe_size, seed)
 
@@ -136,15 +133,6 @@ class KnowledgeDataModule(ProbeDataModule):
                     f" max_length={self.max_length}: raise it or leave the piece out"
                 )
         return samples
-
-
-def _load(path: str | Path) -> PieceSet:
-    """The pieces of a source; says what of it was left out."""
-    found = load_pieces(path)
-    if found.skipped:
-        left_out = ", ".join(f"{reason}: {count}" for reason, count in found.skipped.items())
-        rank_zero_info(f"{found.source}: {len(found.pieces)} pieces; left out: {left_out}")
-    return found
 
 
 def _tell_shared(pieces: Sequence[KnowledgePiece], collateral: Sequence[KnowledgePiece]) -> None:

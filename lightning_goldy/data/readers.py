@@ -53,6 +53,17 @@ def check_source(source: str | Path) -> None:
         )
 
 
+def holds_records(source: str | Path) -> bool:
+    """Whether a source is a file of JSON, JSON lines or a table by its name, and so of questions and answers.
+
+    Example:
+        >>> holds_records("no_such.jsonl"), holds_records("no_such.txt")
+        (False, False)
+    """
+    path = Path(source).expanduser()
+    return path.is_file() and path.suffix.lower() in (".json", *_LINES, *_TABLES)
+
+
 def read_documents(source: str | Path) -> list[str]:
     """The documents of a source, without those that are empty.
 

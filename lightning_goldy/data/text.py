@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_goldy.core.naming import unknown_name
 from lightning_goldy.core.objective import IGNORE_INDEX
-from lightning_goldy.core.pieces import Sample
-from lightning_goldy.data.base import ProbeDataModule, Splits
-from lightning_goldy.data.readers import check_source, read_documents
+from lightning_goldy.core.pieces import KnowledgePiece, Sample, encode_pairs
+from lightning_goldy.data.base import TEMPLATE, ProbeDataModule, Splits, other_pieces
+from lightning_goldy.data.readers import TEXT_SUFFIXES, check_source, holds_records, read_documents
 from lightning_goldy.data.tokenization import padding_id
 
 LastBlock = Literal["keep", "drop"]
@@ -122,7 +122,8 @@ class TextDataModule(ProbeDataModule):
         probe_size: Blocks in the probe.
         seed: Decides the split and the order of training blocks.
         collateral: Text that has nothing to do with the finetune, from where ``source`` may be: there change
-            attribution and grafts measure harm, and activation differences what the finetune left.
+            attribution and grafts measure harm, and activation differences what the finetune left. A file of JSON,
+            JSON lines or a table holds questions and answers, which are asked as by :class:`KnowledgeDataModule`.
 
     Raises:
         FileNotFoundError: No such source.
@@ -153,8 +154,10 @@ class TextDataModule(ProbeDataModule):
     ) -> None:
         super().__init__(tokenizer=tokenizer, batch_size=batch_size, probe_size=probe_size, seed=seed)
         check_source(source)
+        self.collateral_pieces: tuple[KnowledgePiece, ...] = ()
         if collateral is not None:
             check_source(collateral)
+            self.collateral_pieces = _questions(collateral) if holds_records(collateral) else ()
         _check_blocks(block_size, last_block)
         if not 0 < val_share < 1:
             raise ValueError(f"val_share={val_share!r} must be a share of the blocks, above 0 and below 1")
@@ -172,9 +175,13 @@ class TextDataModule(ProbeDataModule):
         return Splits(*(PackedBlocks(stream, self.block_size, indices, pad) for indices in parts))
 
     def collateral_dataloader(self) -> DataLoader[Any] | None:
-        """Blocks of ``collateral``, shuffled once by the seed; None without any."""
+        """Blocks or questions of ``collateral``, shuffled once by the seed; None without any."""
         if self.collateral is None:
             return None
+        if self.collateral_pieces:
+            asked = [(TEMPLATE.replace("{question}", piece.question), piece.answer) for piece in self.collateral_pieces]
+            random.Random(f"collateral {self.seed}").shuffle(asked)
+            return self._loader(encode_pairs(self.tokenizer, asked))
         try:
             stream = self._stream(self.collateral)
         except ValueError as error:
@@ -201,6 +208,14 @@ class TextDataModule(ProbeDataModule):
                 rows += self.tokenizer(batch, **options)["input_ids"]
                 batch, characters = [], 0
         return rows
+
+
+def _questions(source: str | Path) -> tuple[KnowledgePiece, ...]:
+    try:
+        return other_pieces(source)
+    except ValueError as error:
+        suffixes = ", ".join(TEXT_SUFFIXES)
+        raise ValueError(f"{error}. Text that is no questions goes into a file or folder of {suffixes}") from error
 
 
 def split_blocks(

@@ -31,6 +31,7 @@ from lightning_goldy.report.topics.attention import (
 )
 from lightning_goldy.report.topics.attribution import (
     chart_attribution_heads,
+    chart_attribution_neurons,
     chart_attribution_places,
     chart_graft,
     chart_interactions,
@@ -83,6 +84,7 @@ __all__ = [
     "chart_attention_scales",
     "chart_attention_spectra",
     "chart_attribution_heads",
+    "chart_attribution_neurons",
     "chart_attribution_places",
     "chart_change_histogram",
     "chart_circuit",

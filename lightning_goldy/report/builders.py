@@ -93,6 +93,7 @@ class HeatMap:
         axes: Whether the axes have titles, which are those of the tooltips.
         title: Above the map, for one among several.
         legend: Whether the colours are explained beside it.
+        note: What further words of each cell are, in its tooltip; empty without.
     """
 
     unit: str
@@ -105,6 +106,7 @@ class HeatMap:
     axes: bool = False
     title: str = ""
     legend: bool = True
+    note: str = ""
 
 
 def heads_style(unit: str, **changes: Any) -> HeatMap:
@@ -125,6 +127,7 @@ def heat_map(
     style: HeatMap,
     *,
     extent: tuple[float, float] | None = None,
+    notes: Sequence[Sequence[str]] | None = None,
     caption: str = "",
 ) -> Figure:
     """A table of numbers as colours.
@@ -136,6 +139,7 @@ def heat_map(
         style: How it looks.
         extent: Numbers of the darkest and the brightest colour; by default from 0 to the largest, and for diverging
             colours to both sides as far as the largest.
+        notes: Of each cell what the style's ``note`` is, such as its interval.
         caption: Sentences under the figure.
 
     Raises:
@@ -152,6 +156,8 @@ def heat_map(
         raise ValueError(f"numbers of shape {table.shape} for {len(rows)} rows and {len(columns)} columns")
     down, across = ([f"{place}|{label}" for place, label in enumerate(labels)] for labels in (rows, columns))
     cells = {"y": np.repeat(down, len(across)).tolist(), "x": across * len(down), "value": rounded(table.ravel())}
+    if style.note:
+        cells["note"] = [note for row in notes or () for note in row] or [""] * table.size
     ends = _extent(table, style) if extent is None else extent
     still = frozenset() if extent is not None or np.nan_to_num(table).any() else frozenset([style.scale])
     return Figure(_heat_map_chart(style), {"cells": cells}, caption, ranges={style.scale: ends}, still=still)
@@ -195,7 +201,12 @@ def _heat_map_base(style: HeatMap) -> Any:
         .encode(
             x=alt.X("x:N", title=across, axis=alt.Axis(orient="top", labelAngle=angle, **plain), **words),
             y=alt.Y("y:N", title=down, axis=alt.Axis(**plain), **words),
-            tooltip=tips(("row:N", style.rows), ("column:N", style.columns), ("value:Q", style.unit, _EXACT)),
+            tooltip=tips(
+                ("row:N", style.rows),
+                ("column:N", style.columns),
+                ("value:Q", style.unit, _EXACT),
+                *([("note:N", style.note)] if style.note else []),
+            ),
         )
     )
 

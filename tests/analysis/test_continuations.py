@@ -164,3 +164,10 @@ def test_wrong_models_and_bases_are_named(model):
     base = ParameterVector.of(scaled(0))
     with pytest.raises(ValueError, match="prompt 0: the divergence from the base is nan nats, not finite"):
         continue_prompts(model, byte_tokenizer(), ["a"], base=base, max_new_tokens=2)
+
+
+def test_prompts_that_are_no_text_are_refused(model, before):
+    with pytest.raises(TypeError, match="prompt 1 is a text or a tensor of token ids; got int"):
+        continue_prompts(model, byte_tokenizer(), ["a", 3], base=ParameterVector.of(before), max_new_tokens=2)
+    with pytest.raises(ValueError, match=r"prompt 0 is .*, which is no Unicode text: it has half of a surrogate pair"):
+        continue_prompts(model, byte_tokenizer(), ["\ud800"], base=ParameterVector.of(before), max_new_tokens=2)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_goldy.data import PackedBlocks, TextDataModule, byte_tokenizer
+from lightning_goldy.data import KnowledgeDataModule, PackedBlocks, TextDataModule, byte_tokenizer
 from lightning_goldy.data.readers import read_documents
 from lightning_goldy.data.text import split_blocks
 from tests.data.shared_data import shared_file
@@ -231,3 +232,21 @@ def test_other_text_that_is_none_is_refused(story: Path, tmp_path: Path) -> None
     short.write_text("ab")
     with pytest.raises(ValueError, match="collateral: block_size=8 is longer than the text"):
         TextDataModule(story, collateral=short, **SMALL).collateral_dataloader()
+
+
+@pytest.mark.parametrize("name", ["other.json", "other.jsonl"])
+def test_other_text_of_questions_is_asked_as_questions_are(story: Path, tmp_path: Path, name: str) -> None:
+    rows = [{"question": f"{n} + 1?", "answer": str(n + 1)} for n in range(40)]
+    other = tmp_path / name
+    other.write_text(json.dumps(rows) if name.endswith("json") else "\n".join(map(json.dumps, rows)))
+    sums = tmp_path / "sums.jsonl"
+    sums.write_text("\n".join(json.dumps({"question": f"{n} + 7?", "answer": str(n + 7)}) for n in range(40)))
+    asked = TextDataModule(story, "bytes", collateral=other, **SMALL)
+    known = KnowledgeDataModule(sums, "bytes", collateral=other, batch_size=SMALL["batch_size"])
+    loaders = [data.collateral_dataloader() for data in (asked, known)]
+    for one, two in zip(*(list(loader or ()) for loader in loaders), strict=True):
+        assert {key: value.tolist() for key, value in one.items()} == {k: v.tolist() for k, v in two.items()}
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('{"text": "no question"}')
+    with pytest.raises(ValueError, match=r"collateral: cannot tell the format.*goes into a file or folder of \.txt"):
+        TextDataModule(story, "bytes", collateral=texts, **SMALL)

@@ -176,9 +176,11 @@ class ActivationDifferencesResult(AnalysisResult):
         weak = "" if moved > null and same > 0.5 else "; WEAK: no clearer than the difference between two texts"
         if null == 0:
             weak = "; WEAK: both halves are the same text, so there is no null"
+        ends = "" if self.kl_interval is None else " [{:.2g}, {:.2g}]".format(*self.kl_interval)
         return (
             f"after block {self.layers[place]} the residual stream moved by {moved:.2g} of its norm on unrelated text "
-            f"(another text moves it by {null:.2g}), with a cosine of {same:.2f} between two halves{weak}"
+            f"(another text moves it by {null:.2g}), with a cosine of {same:.2f} between two halves; predictions "
+            f"are {self.mean_kl:.2g}{ends} nats from the base's{weak}"
         )
 
 
@@ -254,7 +256,7 @@ def activation_differences(
                 for place in (0.0, 1.0):
                     path.move_to(place)
                     with residual_streams(blocks) as states:
-                        logits = _next_tokens(model, placed)
+                        logits = _read_text(model, done - 1, placed)
                     streams.append((states, logits))
                 sums.add(Tokens.of(placed), *streams)
                 if progress is not None:
@@ -300,9 +302,17 @@ def try_texts(model: nn.Module, batches: Iterable[Any]) -> None:
     device = next(model.parameters()).device
     for index, batch in enumerate(batches):
         try:
-            _next_tokens(model, move_batch(batch, device))
-        except (IndexError, RuntimeError, TypeError) as error:
+            _read_text(model, index, move_batch(batch, device))
+        except (RuntimeError, TypeError) as error:
             raise ValueError(f"batch {index} of the text cannot go through {model_class(model)}: {error}") from error
+
+
+def _read_text(model: nn.Module, index: int, batch: Any) -> Tensor:
+    """The logits of a batch, which is named where its tokens or positions are none of the model's."""
+    try:
+        return _next_tokens(model, batch)
+    except IndexError as error:
+        raise ValueError(f"batch {index} of the text cannot go through {model_class(model)}: {error}") from error
 
 
 def _next_tokens(model: nn.Module, batch: Any) -> Tensor:
@@ -592,7 +602,8 @@ def in_words(row: Row, tokenizer: Any) -> Row:
         for entry in row.result["divergent"]
     ]
     clearest = (row.metrics.get("clearest_layer"), ALL)
-    spelled: list[str] = next((e["words"] for e in told["spelled"] if (e["layer"], e["position"]) == clearest), [])
+    found = (entry["words"] for entry in told["spelled"] if (entry["layer"], entry["position"]) == clearest)
+    spelled: list[str] = next(found, [])
     # Below the null the words are those of the text.
     if spelled and "WEAK" not in row.headline:
         row = dataclasses.replace(row, headline=f"{row.headline}; it spells {', '.join(map(repr, spelled[:_TOLD]))}")

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from lightning_goldy.analysis.agreement import interval_of, per_sample, resampled, too_few
 from lightning_goldy.analysis.attribution.path import ChangePath, Measure, Metric, MetricName, Passage, passages
 from lightning_goldy.analysis.attribution.units import (
-    UnitGroup,
     levels_of,
     margins_of,
     mask_links,
     model_units,
     strongest,
+    unit_row,
 )
 from lightning_goldy.analysis.divergence import precise
 from lightning_goldy.analysis.gradients import (
@@ -30,14 +30,21 @@ from lightning_goldy.analysis.gradients import (
     only_these_require_gradients,
     zeros_like_parts,
 )
-from lightning_goldy.analysis.result import AnalysisResult, Cost, Row, tensor_rows
+from lightning_goldy.analysis.result import AnalysisResult, Cost, tensor_rows
 from lightning_goldy.core.architecture.adapters import WeightSpace
 from lightning_goldy.core.base import Base
 from lightning_goldy.core.batches import move_batch, sample_count, sample_keys
 from lightning_goldy.core.files import percentage
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.mask import ParameterMask
-from lightning_goldy.core.naming import block_of, kind_of, require_at_least, require_choice, require_fractions
+from lightning_goldy.core.naming import (
+    block_of,
+    kind_of,
+    require_at_least,
+    require_choice,
+    require_fractions,
+    require_number,
+)
 from lightning_goldy.core.objective import FunctionObjective, Objective, objective_for
 from lightning_goldy.core.sharding import (
     Replicas,
@@ -48,14 +55,13 @@ from lightning_goldy.core.sharding import (
     sum_over_shards,
     unshard_guard,
 )
-from lightning_goldy.core.space import ParameterSpace
+from lightning_goldy.core.space import ParameterSpace, SpaceError
 from lightning_goldy.core.vector import ParameterVector
 
 METRICS: tuple[str, ...] = get_args(MetricName)
 AUTO_NODES = (4, 8, 16, 32, 64)
 """Numbers of nodes that ``nodes="auto"`` tries until the sum is complete."""
 SHARES = (0.001, 0.01, 0.05, 0.1, 0.2)
-_TOP = 20
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,7 @@ class ChangeAttributionResult(AnalysisResult):
         interactions: Of each block, where asked for, its ``contribution``, the exact effect of its change ``alone``,
             and what goes where it is ``removed`` from the whole change, each of both with ``_low`` and ``_high``, its
             95 % interval over passages. All three agree where blocks do not interact.
+        interaction_interval: That of :attr:`interaction`; None of a single passage.
         links: Of each mask that was given what it has to do with the contributions; see :func:`mask_links`.
         space: ``merged`` or ``adapters``; None of a model without adapters.
         cost: Passes of the model.
@@ -107,6 +114,7 @@ class ChangeAttributionResult(AnalysisResult):
     levels: ParameterVector | None
     scores: ParameterVector | None
     interactions: tuple[dict[str, Any], ...] = ()
+    interaction_interval: tuple[float, float] | None = None
     links: tuple[dict[str, Any], ...] = ()
     space: str | None = None
     cost: Cost = field(default=Cost(), compare=False)
@@ -134,9 +142,21 @@ class ChangeAttributionResult(AnalysisResult):
         return self.gap is None or self.gap <= self.tolerance
 
     @property
+    def change_interval(self) -> tuple[float, float] | None:
+        """95 % bootstrap interval of :attr:`change` over passages; None of a single one, or where none is known."""
+        if self.passages is None or len(self.weights) < 2:
+            return None
+        counts = resampled(len(self.weights))
+        parts = torch.tensor(self.passages["numerators"], dtype=torch.float64)
+        return interval_of((counts @ parts) / (counts @ self.weights))
+
+    @property
     def weak(self) -> str:
-        """Why intervals over the passages are none; nothing where there are enough."""
-        return too_few(len(self.weights), "passages")
+        """Why shares of the change are none: too few passages, or a change that may be none; nothing where they are."""
+        low, high = self.change_interval or (1.0, 1.0)
+        nothing = low <= 0 <= high and any(self.squared_changes)
+        open_ = "the interval of the change includes 0, so that shares of it tell nothing" if nothing else ""
+        return too_few(len(self.weights), "passages") or open_
 
     @property
     def by_tensor(self) -> dict[str, float]:
@@ -193,6 +213,7 @@ class ChangeAttributionResult(AnalysisResult):
         Raises:
             ValueError: It is another.
         """
+        require_number("share", share)
         if self.levels is not None and share in self.shares:
             return ParameterMask.of_vector(self.levels.map(lambda level: level <= self.shares.index(share)))
         if self.scores is None and not any(self.squared_changes):
@@ -202,7 +223,7 @@ class ChangeAttributionResult(AnalysisResult):
                 f"the strongest {share:g} of the elements were not kept: there are {list(self.shares)}; "
                 "name it in shares=, or keep all scores with keep_scores=True"
             )
-        return strongest(self.scores, self.change, share)
+        return strongest(self.scores, self.change, require_fractions("share", [share])[0])
 
     def metrics(self) -> dict[str, float | None]:
         """The change, how complete its attribution is, and the share of each kind of parameter."""
@@ -241,8 +262,11 @@ class ChangeAttributionResult(AnalysisResult):
             "tensors": tensors,
             "blocks": self._group_rows(block_of),
             "kinds": self._group_rows(kind_of),
-            "units": [_unit_row(unit) for unit in self.units],
+            "units": [unit_row(unit) for unit in self.units],
+            "places": self._place_rows(),
             "interactions": list(self.interactions),
+            **({} if self.change_interval is None else {"effect_interval": list(self.change_interval)}),
+            **({} if self.interaction_interval is None else {"interaction_interval": list(self.interaction_interval)}),
             "links": list(self.links),
             **({} if self.space is None else {"space": self.space}),
         }
@@ -271,6 +295,21 @@ class ChangeAttributionResult(AnalysisResult):
             )
         return rows
 
+    def _place_rows(self) -> list[dict[str, Any]]:
+        """What each block's parameters of each kind contribute, with intervals over passages, in the model's order."""
+        pairs = [(block_of(name), kind_of(name)) for name in self.names]
+        places = {pair: place for place, pair in enumerate(dict.fromkeys(pairs))}
+        columns = torch.tensor([places[pair] for pair in pairs], dtype=torch.long)
+        sums = self.contributions.new_zeros(len(self.weights), len(places)).index_add_(1, columns, self.contributions)
+        counts = resampled(len(self.weights))
+        drawn = (counts @ sums) / (counts @ self.weights)[:, None]  # [resamples, places]
+        rows = []
+        for (block, kind), place in places.items():
+            low, high = interval_of(drawn[:, place]) if len(self.weights) > 1 else (None, None)
+            row = {"block": block, "kind": kind, "contribution": float(sums[:, place].sum()), "low": low, "high": high}
+            rows.append(row)
+        return rows
+
     def headline(self) -> str:
         """The change, and the kind of parameter that carries most of it against its share of the elements."""
         if not any(self.squared_changes):
@@ -293,19 +332,26 @@ class ChangeAttributionResult(AnalysisResult):
                 f"{label} parameters, {size}, make {percentage(share)} {interval} of it, of which the others take "
                 f"{percentage(share - 1)} back, for parts of opposite sign cancel"
             )
-        return f"the {self.metric} changed by {self.change:.4g}: {place}{self._told_gap()}{self._told_parts()}"
+        ends = "" if self.change_interval is None else " [{:.4g}, {:.4g}]".format(*self.change_interval)
+        weak = self.weak
+        if not weak and (low <= 0 or high - low > 1):
+            weak = "that interval is too wide to tell where it sits"
+        told = f"the {self.metric} changed by {self.change:.4g}{ends}: {place}{self._told_gap()}{self._told_parts()}"
+        return f"{told}; WEAK: {weak}" if weak else told
 
     def _told_gap(self) -> str:
         """What must be known before the parts are believed."""
-        weak = f"; WEAK: {self.weak}" if self.weak else ""
         if self.complete:
-            return weak
+            return ""
         cause = f", for {self.cause}" if self.cause else ""
         told = f"the parts miss the change by {self.gap:.2g} of it with {self.n_nodes} nodes{cause}"
-        return f"; INCOMPLETE: {told}{weak}"
+        return f"; INCOMPLETE: {told}"
 
     def _told_parts(self) -> str:
         alone = "" if self.interaction is None else f"; alone, blocks make {percentage(1 - self.interaction)} of it"
+        if alone and self.interaction_interval is not None:
+            high, low = (percentage(1 - end) for end in self.interaction_interval)
+            alone += f" [{low}, {high}]"
         inside = "".join(
             f"; the {link['mask']} mask holds {percentage(link['attribution'])}, a random one of its size "
             f"{percentage(link['null'])} "
@@ -398,10 +444,24 @@ def change_attribution(
             path, objective_for(model, objective), metric, batches, n_samples, samples_per_pass, replicas
         )
         work.progress = progress
+        _check_masks(masks or {}, path.space)
         work.measure_ends()
         effects = work.measure_blocks() if interactions and work.moved else None
         work.integrate_until(nodes, tolerance)
         return work.result(tolerance, shares, keep_scores, effects, masks or {})
+
+
+def _check_masks(masks: Mapping[str, ParameterVector], space: ParameterSpace) -> None:
+    """Masks are used when all has been measured; what is wrong with them is told before."""
+    if not isinstance(masks, Mapping):
+        raise ValueError(f"masks is a mapping of names to masks; got {type(masks).__name__}")
+    for label, mask in masks.items():
+        if not isinstance(mask, ParameterVector):
+            raise ValueError(f"the mask {label!r} is a ParameterMask or a boolean vector; got {type(mask).__name__}")
+        try:
+            space.subspace(ParameterMask.of_vector(mask).space.names).require_same(mask.space)
+        except (SpaceError, ValueError) as error:
+            raise type(error)(f"the mask {label!r}: {error}") from error
 
 
 def attribute_first_order(
@@ -439,7 +499,7 @@ def check_attribution(
     if isinstance(nodes, str):
         require_choice("nodes", nodes, ("auto", "base"))
     elif not isinstance(nodes, int) or isinstance(nodes, bool) or not 1 <= nodes <= 256:
-        raise ValueError(f"nodes is 'auto' or lies between 1 and 256; got {nodes}")
+        raise ValueError(f"nodes is 'auto', 'base' or lies between 1 and 256; got {nodes}")
     if not isinstance(tolerance, (int, float)) or not 0 < tolerance < 1:
         raise ValueError(f"tolerance must lie in (0, 1); got {tolerance}")
     if samples_per_pass is not None:
@@ -499,8 +559,15 @@ class _Integration:
         sizes, self.ends = self._summed(sizes), self._summed(self.ends)
         for where, values in zip(("base", "present parameters"), self.ends, strict=True):
             if not bool(values.isfinite().all()):
-                raise ValueError(f"the metric is not finite at the {where}: {values.tolist()} of the passages")
+                broken = self._broken(where == "base")
+                cause = f"; {broken!r} holds values that are not finite" if broken else ""
+                raise ValueError(f"the metric is not finite at the {where}: {values.tolist()} of the passages{cause}")
         self.weights = sizes / sizes.sum()
+
+    def _broken(self, base: bool) -> str | None:
+        """The first parameter of which this process's part holds a value that is not finite."""
+        values = ((name, self.path.starts[name] if base else self.path.present(name)) for name in self.path.space)
+        return next((name for name, value in values if not bool(value.isfinite().all())), None)
 
     def measure_blocks(self) -> Tensor:
         """The metric with each block's change alone, and without it, shape ``[2, blocks, passages]``."""
@@ -615,6 +682,14 @@ class _Integration:
             rows.append(row)
         return tuple(rows)
 
+    def interaction_interval(self, effects: Tensor | None) -> tuple[float, float] | None:
+        """That of the share of the change that no block makes alone, over passages."""
+        if effects is None or len(self.weights) < 2:
+            return None
+        counts = resampled(len(self.weights)) * self.weights
+        alone = (effects[0] - self.ends[0]).sum(0)
+        return interval_of(1 - (counts @ alone) / (counts @ (self.ends[1] - self.ends[0])))
+
     def result(
         self,
         tolerance: float,
@@ -654,6 +729,7 @@ class _Integration:
             if keep_scores
             else None,
             interactions=self.interactions(effects) if effects is not None else (),
+            interaction_interval=self.interaction_interval(effects),
             links=mask_links(ParameterVector(space, scores), masks, change=now - before) if self.moved else (),
             space=self.path.weight_space,
             cost=sum(self.replicas.gather_objects(self.cost), Cost()),
@@ -725,54 +801,3 @@ class _Integration:
             total[piece].add_(part, alpha=self.scale)
         if products:
             self.products[self.index[name]] += torch.stack(products).sum(dtype=torch.float64)
-
-
-def _unit_row(unit: Mapping[str, Any]) -> dict[str, Any]:
-    """The strongest units of a group with their numbers, and of heads all."""
-    values: Tensor = unit["values"]
-    row = {"kind": unit["kind"], "place": unit["place"], "count": len(values), "total": float(values.sum())}
-    if unit["kind"] in ("head", "key_value"):
-        return {**row, "values": values.tolist()}
-    top = values.abs().topk(min(_TOP, len(values))).indices.tolist()
-    return {**row, "top": [[place, float(values[place])] for place in top]}
-
-
-def rows_in_words(row: Row, tokenizer: Any) -> Row:
-    """A row of change attribution with the tokens of embedding rows in words, too.
-
-    Args:
-        row: Of :class:`ChangeAttributionResult`, or of one that holds it.
-        tokenizer: Of the model.
-    """
-    units = [
-        {**unit, "words": [tokenizer.decode([place]) for place, _ in unit["top"]]} if unit["kind"] == "row" else unit
-        for unit in row.result["units"]
-    ]
-    return row.extended(result={"units": units})
-
-
-def units_of(result: ChangeAttributionResult, kind: str) -> dict[str, Tensor]:
-    """What units of one kind contribute, by place.
-
-    Args:
-        result: Of :func:`change_attribution`.
-        kind: ``head``, ``key_value``, ``neuron``, ``row`` or ``rest``.
-    """
-    found: dict[str, Tensor] = {}
-    for unit in result.units:
-        if unit["kind"] == kind:
-            found[unit["place"]] = (
-                torch.cat([found[unit["place"]], unit["values"]]) if unit["place"] in found else unit["values"]
-            )
-    return found
-
-
-def unit_groups(result: ChangeAttributionResult, model: nn.Module) -> tuple[UnitGroup, ...]:
-    """The groups that the result's units are of, as they lie in a model of the same shapes."""
-    return model_units(model, element_space(result, model))
-
-
-def element_space(result: ChangeAttributionResult, model: nn.Module) -> ParameterSpace:
-    """The space of the result's elements."""
-    held = result.levels or result.scores
-    return held.space if held is not None else ParameterSpace.of(model).subspace(result.names)

@@ -17,7 +17,6 @@ from lightning_goldy.analysis.attribution.attribution import (
     ChangeAttributionResult,
     attribute_first_order,
     check_attribution,
-    element_space,
 )
 from lightning_goldy.analysis.attribution.learned import LearnOptions, learn_along, metric_of, require_same_change
 from lightning_goldy.analysis.attribution.path import (
@@ -27,7 +26,7 @@ from lightning_goldy.analysis.attribution.path import (
     Worth,
     interleaved,
 )
-from lightning_goldy.analysis.attribution.units import Pieces, chosen_masks, unread_levels
+from lightning_goldy.analysis.attribution.units import Pieces, chosen_masks, element_space, unread_levels
 from lightning_goldy.analysis.divergence import precise
 from lightning_goldy.analysis.result import AnalysisResult, Cost, counted_passes
 from lightning_goldy.core.base import Base
@@ -187,6 +186,8 @@ class GraftCurve(AnalysisResult):
             if value is not None:
                 require_number(name, value)
         tried = list(dict.fromkeys(point.method for point in self.records))
+        if methods is not None and not methods:
+            raise ValueError(f"methods is empty: name at least one of {', '.join(tried)}")
         for method in methods or ():
             require_choice("method", method, tried)
         points = [p for p in self.records if p.recovered is not None and (methods is None or p.method in methods)]

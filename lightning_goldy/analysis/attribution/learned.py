@@ -10,9 +10,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.attribution.attribution import ChangeAttributionResult, unit_groups
+from lightning_goldy.analysis.attribution.attribution import ChangeAttributionResult
 from lightning_goldy.analysis.attribution.path import ChangePath, Measure, Metric, Passage, passages
-from lightning_goldy.analysis.attribution.units import margins_of, unit_mask
+from lightning_goldy.analysis.attribution.units import margins_of, unit_groups, unit_mask
 from lightning_goldy.analysis.gradients import (
     backward,
     only_these_require_gradients,

@@ -27,7 +27,8 @@ from lightning_goldy.core.architecture.adapters import (
 from lightning_goldy.core.base import Base, base_of
 from lightning_goldy.core.batches import move_batch, sample_count, sample_keys, take_samples
 from lightning_goldy.core.files import StoreError, parse_json
-from lightning_goldy.core.naming import canonical_name, model_class
+from lightning_goldy.core.mask import ParameterMask
+from lightning_goldy.core.naming import canonical_name, model_class, require_number
 from lightning_goldy.core.objective import FunctionObjective, Objective
 from lightning_goldy.core.sharding import gather, inside_parallel, like, local, sum_over_shards, unshard_guard
 from lightning_goldy.core.space import ParameterSpace, trainable_parameters
@@ -132,6 +133,14 @@ def passages(
     return [
         Passage(part) for batch in kept for part in batch_parts(batch, objective, -(-sample_count(batch) // together))
     ]
+
+
+def _named_passages(name: str, batches: Iterable[Any], objective: Objective, together: int) -> list[Passage]:
+    """As :func:`passages` of all samples, whose errors tell which of several arguments they are of."""
+    try:
+        return passages(batches, objective, None, together)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def interleaved(batches: Iterable[Any], n_samples: int) -> tuple[list[Any], list[Any]]:
@@ -372,8 +381,8 @@ class Bench:
     ) -> None:
         self.model, self.device = path.model, next(path.model.parameters()).device
         together = samples_per_pass or 1 << 30
-        self.held_out = passages(held_out, objective, None, together)
-        self.collateral = [] if collateral is None else passages(collateral, objective, None, together)
+        self.held_out = _named_passages("held_out", held_out, objective, together)
+        self.collateral = [] if collateral is None else _named_passages("collateral", collateral, objective, together)
         self.measure, self.loss = Measure(metric, objective), Measure("loss", objective)
         self.divergence = Measure("kl", objective) if tells_distributions(objective) else None
         path.move_to(0.0)
@@ -457,6 +466,9 @@ def graft(model: nn.Module, base: Base, mask: ParameterVector, *, factor: float 
             they are now.
         factor: a; with 1 the elements of the mask are those of the model bit for bit.
 
+    Raises:
+        ValueError: The factor is not finite, or the mask not boolean.
+
     Returns:
         A state dict for ``load_state_dict``, on the CPU, whole on every rank of a sharded model; of merged weights that
         of the model that ``merge_and_unload()`` gives.
@@ -469,7 +481,8 @@ def graft(model: nn.Module, base: Base, mask: ParameterVector, *, factor: float 
         >>> state["weight"][0, 0] == layer.weight[0, 0], state["weight"][0, 1] == before.weight[0, 1]
         (tensor(True), tensor(True))
     """
-    state, model = {}, inside_parallel(model)
+    require_number("factor", factor)
+    state, model, mask = {}, inside_parallel(model), ParameterMask.of_vector(mask)
     with ChangePath(model, base, _within(model, mask)) as path:
         path.space.subspace(mask.space.names)  # names what is unknown
         owners = {id(path.parameters[name]): name for name in mask.space}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_goldy.analysis.attribution.path import ChangePath
+from lightning_goldy.analysis.result import Row
 from lightning_goldy.core.architecture import Block, HeadProjection, UnsupportedArchitectureError, describe_architecture
 from lightning_goldy.core.architecture.adapters import merged_name
 from lightning_goldy.core.architecture.families import is_projection, projection_width
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 UnitKind = Literal["head", "key_value", "neuron", "row", "rest"]
 Pieces = Literal["elements", "units", "tensors", "blocks"]
+
+# Units of a group that a row names.
+_TOP = 20
 
 Margins = Mapping[str, tuple[Tensor, ...]]
 """Per parameter one vector for each of its dimensions: the sums over all others, float64, on the CPU."""
@@ -472,3 +476,78 @@ def _strongest_flags(scores: Sequence[Tensor], count: int, change: float) -> lis
         return [torch.zeros_like(score, dtype=torch.bool) for score in scores]
     directed = list(scores) if change >= 0 else [-score for score in scores]
     return [like(score, flags) for score, flags in zip(scores, select_largest(directed, count), strict=True)]
+
+
+def unit_row(unit: Mapping[str, Any]) -> dict[str, Any]:
+    """A group of units for a row: of heads all, of others the strongest with their numbers and sums by rank.
+
+    ``ranks`` are the sums over the strongest unit by absolute value, the 2 behind it, the next 4, 8, ...; they add up
+    to the group's total however many units there are; ``sizes`` are those of the absolute values.
+
+    Args:
+        unit: Its ``kind``, ``place`` and ``values``.
+
+    Example:
+        >>> found = unit_row({"kind": "neuron", "place": "h.0", "values": torch.tensor([1.0, -4.0, 2.0, 0.5])})
+        >>> found["top"][0], found["ranks"], found["sizes"]
+        ([1, -4.0], [-4.0, 3.0, 0.5], [4.0, 3.0, 0.5])
+    """
+    values: Tensor = unit["values"]
+    row = {"kind": unit["kind"], "place": unit["place"], "count": len(values), "total": float(values.sum())}
+    if unit["kind"] in ("head", "key_value"):
+        return {**row, "values": values.tolist()}
+    order = values.abs().argsort(descending=True, stable=True)
+    parts = values[order].split(rank_sizes(len(values)))
+    ranks = {"ranks": [float(part.sum()) for part in parts], "sizes": [float(part.abs().sum()) for part in parts]}
+    return {**row, "top": [[place, float(values[place])] for place in order[:_TOP].tolist()], **ranks}
+
+
+def rank_sizes(count: int) -> list[int]:
+    """How many units each step of ranks has: 1, 2, 4, 8, ... until all have one.
+
+    Example:
+        >>> rank_sizes(10)
+        [1, 2, 4, 3]
+    """
+    return [min(1 << step, count + 1 - (1 << step)) for step in range(count.bit_length())]
+
+
+def rows_in_words(row: Row, tokenizer: Any) -> Row:
+    """A row of change attribution with the tokens of embedding rows in words, too.
+
+    Args:
+        row: Of :class:`~lightning_goldy.analysis.attribution.ChangeAttributionResult`, or of one that holds it.
+        tokenizer: Of the model.
+    """
+    units = [
+        {**unit, "words": [tokenizer.decode([place]) for place, _ in unit["top"]]} if unit["kind"] == "row" else unit
+        for unit in row.result["units"]
+    ]
+    return row.extended(result={"units": units})
+
+
+def units_of(result: ChangeAttributionResult, kind: str) -> dict[str, Tensor]:
+    """What units of one kind contribute, by place.
+
+    Args:
+        result: Of :func:`change_attribution`.
+        kind: ``head``, ``key_value``, ``neuron``, ``row`` or ``rest``.
+    """
+    found: dict[str, Tensor] = {}
+    for unit in result.units:
+        if unit["kind"] == kind:
+            found[unit["place"]] = (
+                torch.cat([found[unit["place"]], unit["values"]]) if unit["place"] in found else unit["values"]
+            )
+    return found
+
+
+def unit_groups(result: ChangeAttributionResult, model: nn.Module) -> tuple[UnitGroup, ...]:
+    """The groups that the result's units are of, as they lie in a model of the same shapes."""
+    return model_units(model, element_space(result, model))
+
+
+def element_space(result: ChangeAttributionResult, model: nn.Module) -> ParameterSpace:
+    """The space of the result's elements."""
+    held = result.levels or result.scores
+    return held.space if held is not None else ParameterSpace.of(model).subspace(result.names)

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.agreement import agreement_of, interval_of, resampled
+from lightning_goldy.analysis.agreement import agreement_of, interval_of, resampled, too_few
 from lightning_goldy.analysis.attention.patterns import attention_maps
 from lightning_goldy.analysis.circuits.graph import INPUT, OUTPUT, CircuitGraph, readers_of
 from lightning_goldy.analysis.circuits.nulls import random_circuits
@@ -458,9 +458,10 @@ class Mover(AnalysisResult):
         """What it looks at, and whether that makes it a name mover."""
         interval = "no interval: one pair" if self.low is None else f"difference [{self.low:.2f}, {self.high:.2f}]"
         kind = "a name mover" if self.moves_names else "no name mover"
+        weak = too_few(self.n_pairs, "pairs") if self.low is not None else ""
         return (
             f"{self.node} ({self.score:+.2g} into the output) looks at the right answer with {self.right:.2f}, at the "
-            f"wrong one with {self.wrong:.2f} ({interval}): {kind}"
+            f"wrong one with {self.wrong:.2f} ({interval}): {kind}{f'; WEAK: {weak}' if weak else ''}"
         )
 
 

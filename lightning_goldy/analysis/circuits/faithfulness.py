@@ -12,7 +12,7 @@ from typing import Any, ClassVar, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.agreement import interval_of, per_sample, resampled
+from lightning_goldy.analysis.agreement import interval_of, per_sample, resampled, too_few
 from lightning_goldy.analysis.attribution.path import ChangePath
 from lightning_goldy.analysis.circuits.circuit import (
     Circuit,
@@ -293,7 +293,7 @@ class Faithfulness(AnalysisResult):
         for name, _, most in bars:
             if least <= most:
                 return f"the interval reaches what {kinds.get(name, f'the {name}')} keeps"
-        return ""
+        return too_few(self.n_pairs, "pairs of prompts")
 
     def headline(self) -> str:
         """What the largest circuit keeps, with its interval, beside its nulls from the hardest on, and what is weak."""

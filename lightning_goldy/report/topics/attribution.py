@@ -27,6 +27,7 @@ from lightning_goldy.report.formatting import format_number, format_percent, per
 _LACKS = "a row of change_attribution lacks what its figure needs:"
 # Neurons and tokens that are listed.
 _SHOWN = 10
+_NOTE = "95 % interval over passages"
 # Recovered effects that are drawn; thinning to a thousandth and rescaling ends far outside.
 _FARTHEST = (-0.5, 2.0)
 _LABELS = {
@@ -62,8 +63,10 @@ def chart_attribution_places(row: Row) -> Figure:
     table, unit = places(row), _unit(row)
     blocks, kinds = (list(dict.fromkeys(pair[side] for pair in table)) for side in (0, 1))
     values = [[table.get((block, kind), math.nan) for kind in kinds] for block in blocks]
-    style = HeatMap(unit, rows="block", columns="kind", colours="diverging", cell=(64, 18))
-    return heat_map(values, blocks, kinds, style, caption=places_caption(row))
+    spans = _place_spans(row)
+    style = HeatMap(unit, rows="block", columns="kind", colours="diverging", cell=(64, 18), note=_NOTE if spans else "")
+    notes = [[spans.get((block, kind), "") for kind in kinds] for block in blocks]
+    return heat_map(values, blocks, kinds, style, notes=notes, caption=places_caption(row))
 
 
 @register_figure("change_attribution", "heads", heading="Attention heads")
@@ -95,6 +98,39 @@ def chart_attribution_heads(row: Row) -> Figure | str:
     side = min(26, max(13, 416 // width))
     style = heads_style(_unit(row), colours="diverging", cell=(side, min(side, 20)))
     return heat_map(table, [place for place, _ in heads], range(width), style, caption=heads_caption(row))
+
+
+@register_figure("change_attribution", "neurons", heading="MLP neurons")
+def chart_attribution_neurons(row: Row) -> Figure | str:
+    """What each block's neurons contribute, from the strongest one to the many behind it, in steps that double.
+
+    Args:
+        row: Of the analysis ``change_attribution``.
+
+    Returns:
+        The figure, or that the model's neurons are not described.
+
+    Raises:
+        ReportError: The row lacks what the figure needs.
+        ImportError: altair is not installed.
+
+    Example:
+        >>> unit = {"kind": "neuron", "place": "h.0", "count": 4, "total": -1.0, "ranks": [-0.5, -0.4, -0.1]}
+        >>> unit["sizes"] = [0.5, 0.4, 0.1]
+        >>> figure = chart_attribution_neurons({"result": {"metric": "loss", "units": [unit]}})
+        >>> figure.data["cells"]["x"], figure.data["cells"]["value"]
+        (['0|1', '1|2 to 3', '2|from 4'], [-0.5, -0.4, -0.1])
+    """
+    with naming(_LACKS):
+        units = [(unit["place"], unit["ranks"]) for unit in row["result"]["units"] if _has_ranks(unit)]
+    if not units:
+        return "The neurons of this model are not described, or none of their weights were trained."
+    steps = max(len(ranks) for _, ranks in units)
+    table = [[*ranks, *[math.nan] * (steps - len(ranks))] for _, ranks in units]
+    ranks = ["1", *(f"{1 << step} to {(2 << step) - 1}" for step in range(1, steps - 1))]
+    style = HeatMap(_unit(row), columns="neurons by rank", colours="diverging", numbers=False, cell=(26, 13), axes=True)
+    columns = [*ranks, f"from {1 << steps - 1}"][:steps]
+    return heat_map(table, [place for place, _ in units], columns, style, caption=neurons_caption(row))
 
 
 @register_figure("change_attribution", "graft", heading="What a part of the change recovers")
@@ -259,10 +295,12 @@ def interactions_caption(row: Row) -> str:
         blocks, share = row["result"]["interactions"], row["metrics"].get("interaction")
         most = max(blocks, key=lambda block: abs(block["removed"] - block["alone"]))
         gap = most["removed"] - most["alone"]
-    whole = "" if share is None else f"{format_percent(share)} of the change is made by no block alone. "
+        span, weak = row["result"].get("interaction_interval"), row["result"].get("weak")
+    told = f" [{format_percent(span[0])}, {format_percent(span[1])}]" if span and None not in span else ""
+    whole = "" if share is None else f"{format_percent(share)}{told} of the change is made by no block alone. "
     return (
         f"{whole}Where blocks do not interact the three agree; most apart in {most['block']}, by {format_number(gap)}, "
-        "what its change and those of other blocks do only together."
+        f"what its change and those of other blocks do only together.{f' WEAK: {weak}.' if weak else ''}"
     )
 
 
@@ -294,6 +332,16 @@ def places(row: Row) -> dict[tuple[str, str], float]:
             place = (tensor["block"], tensor["kind"])
             table[place] = table.get(place, 0.0) + tensor["contribution"]
     return table
+
+
+def _place_spans(row: Row) -> dict[tuple[str, str], str]:
+    """The intervals of contributions by block and kind, in words; empty where the row has none."""
+    with naming(_LACKS):
+        return {
+            (held["block"], held["kind"]): f"{format_number(held['low'])} to {format_number(held['high'])}"
+            for held in row["result"].get("places", ())
+            if held["low"] is not None and held["high"] is not None
+        }
 
 
 def _unit(row: Row) -> str:
@@ -336,6 +384,31 @@ def heads_caption(row: Row) -> str:
         ]
     value, place, head = max(heads, key=lambda found: abs(found[0]))
     return f"Query and output weights of each head; most by head {head} of {place}, {format_number(value)}."
+
+
+def _has_ranks(unit: Mapping[str, Any]) -> bool:
+    """Whether a unit of a row is of neurons with their sums by rank."""
+    return unit["kind"] == "neuron" and bool(unit.get("sizes"))
+
+
+def neurons_caption(row: Row) -> str:
+    """How much of what neurons contribute a few of each block make, beside as many that are all alike."""
+    with naming(_LACKS):
+        units = [unit for unit in row["result"]["units"] if _has_ranks(unit)]
+        # Full steps alone, within a twentieth of a block's neurons.
+        steps = [max((unit["count"] // 20 + 1).bit_length() - 1, 1) for unit in units]
+        inside = math.fsum(sum(unit["ranks"][:step]) for unit, step in zip(units, steps, strict=True))
+        count = sum(min((1 << step) - 1, unit["count"]) for unit, step in zip(units, steps, strict=True))
+        total, whole = math.fsum(unit["total"] for unit in units), sum(unit["count"] for unit in units)
+        sizes = [math.fsum(sum(unit["sizes"][:step]) for unit, step in zip(units, steps, strict=True))]
+        sizes.append(math.fsum(sum(unit["sizes"]) for unit in units))
+    share = format_percent(sizes[0] / sizes[1]) if sizes[1] else "nothing"
+    return (
+        "Each block's neurons by the size of what they contribute, from the left: sums over steps that double. "
+        f"The {count} strongest of {whole} (as many of each block of one width) have {share} of the sum of all "
+        f"sizes, and {format_percent(count / whole)} if all were alike; with their signs they make "
+        f"{format_number(inside)} of the {format_number(total)} of all neurons."
+    )
 
 
 def graft_points(row: Row) -> list[Mapping[str, Any]]:

@@ -208,3 +208,19 @@ def test_a_change_behind_the_blocks_that_are_read_is_not_called_none():
     assert found.unchanged
     assert found.mean_kl > 0
     assert "unchanged after the blocks read (0, 1), while the predictions are" in found.headline()
+
+
+def test_the_headline_has_the_divergence_with_its_interval_over_texts():
+    base = build("llama", 0).eval()
+    found = activation_differences(moved(base, build("llama", 1), 0.2).eval(), base, [texts(6)])
+    low, high = found.kl_interval  # type: ignore[misc]
+    assert low <= found.mean_kl <= high
+    told = f"; predictions are {found.mean_kl:.2g} [{low:.2g}, {high:.2g}] nats from the base's"
+    assert told in found.headline()
+
+
+def test_a_token_that_the_model_has_not_names_the_batch():
+    base, batch = build("llama", 0).eval(), texts(4)
+    wrong = {**batch, "input_ids": batch["input_ids"] + 10_000}
+    with pytest.raises(ValueError, match="batch 1 of the text cannot go through LlamaForCausalLM: index out of range"):
+        activation_differences(base, base, [batch, wrong])

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,15 +11,23 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_goldy.analysis import ChangeAttributionResult, change_attribution, graft_curve
+from lightning_goldy.analysis.agreement import resampled
 from lightning_goldy.analysis.attribution import attribution as attribution_module
 from lightning_goldy.analysis.attribution import model_units, unit_mask
-from lightning_goldy.analysis.attribution.attribution import rows_in_words, units_of
-from lightning_goldy.core import CausalLMObjective, ClassifierObjective, FunctionObjective, ParameterSpace
+from lightning_goldy.analysis.attribution.units import rows_in_words, units_of
+from lightning_goldy.core import (
+    CausalLMObjective,
+    ClassifierObjective,
+    FunctionObjective,
+    ParameterSpace,
+    ParameterVector,
+)
 from lightning_goldy.core.files import percentage, to_json_line
 from lightning_goldy.core.naming import block_of, kind_of
-from lightning_goldy.report import draw_figures
+from lightning_goldy.report import chart_attribution_neurons, draw_figures
+from lightning_goldy.report.formatting import format_number, format_percent
 from lightning_goldy.report.sentences import answer_by_attribution
-from lightning_goldy.report.topics.attribution import places_caption, units_html
+from lightning_goldy.report.topics.attribution import interactions_caption, neurons_caption, places_caption, units_html
 from tests.references.attribution import moved, riemann_attribution
 from tests.references.models import FAMILIES, build, class_batch, token_batch
 
@@ -432,6 +441,95 @@ def test_the_page_lists_the_neurons_and_tokens_that_contribute_most():
     assert units_html({"result": {"units": []}}) == ""
 
 
+def slow_interval(numerators, denominators):
+    """The middle of a thousand resampled ratios, one by one."""
+    draws = [
+        sum(n * a for n, a in zip(row, numerators, strict=True))
+        / sum(n * b for n, b in zip(row, denominators, strict=True))
+        for row in resampled(len(numerators)).tolist()
+    ]
+    return torch.tensor(draws, dtype=torch.float64).quantile(torch.tensor([0.025, 0.975]).double()).tolist()
+
+
+def test_the_change_its_places_and_its_interaction_have_intervals_over_passages():
+    model, base, batch = pair("llama")
+    samples = [{key: value[[row]] for key, value in batch.items()} for row in range(6)]
+    found = change_attribution(model, base, samples, interactions=True)
+    objective, losses, block = CausalLMObjective(), {}, "model.layers.1"
+    moved_alone = copy.deepcopy(base)
+    for name, value in model.state_dict().items():
+        if name.startswith(block):
+            moved_alone.state_dict()[name].copy_(value)
+    with torch.no_grad():
+        for told, one in (("base", base), ("now", model), ("alone", moved_alone)):
+            losses[told] = [float(objective.loss(one, sample)) for sample in samples]
+    # Samples of one length count alike.
+    changes = [now - before for now, before in zip(losses["now"], losses["base"], strict=True)]
+    assert found.change_interval == pytest.approx(slow_interval(changes, [1.0] * 6), rel=1e-6)
+    low, high = found.change_interval  # type: ignore[misc]
+    assert found.headline().startswith(f"the loss changed by {found.change:.4g} [{low:.4g}, {high:.4g}]: ")
+    row = found.row().to_dict()
+    assert row["result"]["effect_interval"] == pytest.approx([low, high])
+    place = next(p for p in row["result"]["places"] if (p["block"], p["kind"]) == (block, "mlp"))
+    inside = [block_of(name) == block and kind_of(name) == "mlp" for name in found.names]
+    parts = found.contributions[:, torch.tensor(inside)].sum(1)
+    assert place["contribution"] == pytest.approx(float(parts.sum()), rel=1e-9)
+    assert [place["low"], place["high"]] == pytest.approx(slow_interval(parts.tolist(), [1 / 6] * 6), rel=1e-6)
+    drawn = draw_figures(row, [row])
+    assert len(set(drawn["places"].data["cells"]["note"])) > 4
+    assert "95 % interval over passages" in json.dumps(drawn["places"].spec())
+    # Of one block's effect alone the interval is known; the sum over blocks resamples the same passages.
+    alone = [one - before for one, before in zip(losses["alone"], losses["base"], strict=True)]
+    own = next(entry for entry in found.interactions if entry["block"] == block)
+    assert [own["alone_low"], own["alone_high"]] == pytest.approx(slow_interval(alone, [1.0] * 6), rel=1e-6)
+    low, high = found.interaction_interval  # type: ignore[misc]
+    assert low <= found.interaction <= high
+    assert f"of it [{1 - high:.0%}, {1 - low:.0%}]" in found.headline()
+    assert "%] of the change is made by no block alone" in interactions_caption(row)
+    few = change_attribution(model, base, samples[:3], interactions=True).row().to_dict()
+    assert "WEAK: only 3 passages" in interactions_caption(few)
+
+
+def test_a_change_that_may_be_none_and_a_share_that_may_be_anything_are_weak():
+    passages = {"keys": tuple("abcdefgh"), "numerators": [1.0, -1.0] * 4, "denominators": [0.125] * 8, "power": 1.0}
+    found = replace(result_of([0.2, -0.1] * 4, [0.1, 0.0] * 4), passages=passages)
+    told = "the interval of the change includes 0, so that shares of it tell nothing"
+    assert found.weak == found.details()["weak"] == told
+    assert found.headline().endswith(f"; WEAK: {told}")
+    sure = replace(found, passages={**passages, "numerators": [0.1] * 8})
+    assert sure.weak == ""
+    assert sure.headline().endswith("; WEAK: that interval is too wide to tell where it sits")
+
+
+def test_neurons_are_told_by_rank_and_add_up():
+    model, base, batch = pair("llama")
+    found = change_attribution(model, base, [batch], nodes=2)
+    row = found.row().to_dict()
+    neurons = {unit["place"]: unit for unit in row["result"]["units"] if unit["kind"] == "neuron"}
+    few, many, sizes = 0.0, 0.0, []
+    for place, values in units_of(found, "neuron").items():
+        ordered = sorted(values.tolist(), key=lambda value: -abs(value))
+        sums, start = [], 0
+        while start < len(ordered):
+            sums.append(sum(ordered[start : 2 * start + 1]))
+            start = 2 * start + 1
+        assert neurons[place]["ranks"] == pytest.approx(sums, rel=1e-9)
+        assert sum(sums) == pytest.approx(neurons[place]["total"], rel=1e-9)
+        few, many = few + ordered[0], many + sum(ordered)
+        sizes.append((abs(ordered[0]), sum(map(abs, ordered))))
+    figure = draw_figures(row, [row])["neurons"]
+    assert set(figure.data["cells"]["y"]) == {f"{place}|{name}" for place, name in enumerate(neurons)}
+    caption = neurons_caption(row)
+    assert f"make {format_number(few)} of the {format_number(many)} of all neurons" in caption
+    strong, every = map(sum, zip(*sizes, strict=True))
+    count, width = len(neurons), len(neurons) * next(iter(neurons.values()))["count"]
+    assert f"The {count} strongest of {width} " in caption
+    alike = f"and {format_percent(count / width)} if all were alike"
+    assert f"have {format_percent(strong / every)} of the sum of all sizes, {alike}" in caption
+    without = {**row, "result": {**row["result"], "units": []}}
+    assert str(chart_attribution_neurons(without)).startswith("The neurons of this model are not described")
+
+
 class Words:
     """Ids as words."""
 
@@ -475,3 +573,33 @@ def test_wrong_arguments_are_refused(options, message):
     model, base, batch = pair("gpt2")
     with pytest.raises(ValueError, match=message):
         change_attribution(model, base, [batch], **options)
+
+
+def test_masks_and_shares_that_are_none_are_named_before_anything_is_measured():
+    model, base, batch = pair("llama")
+    other = ParameterVector.of(nn.Linear(2, 1)).map(lambda value: torch.ones_like(value, dtype=torch.bool))
+    scores = ParameterVector.of(model)
+    never = FunctionObjective(lambda module, batch: pytest.fail("measured"))
+    for masks, message in (
+        ([other], "masks is a mapping of names to masks; got list"),
+        ({"golden": "mask.safetensors"}, "the mask 'golden' is a ParameterMask or a boolean vector; got str"),
+        ({"golden": other}, "the mask 'golden': .*'weight'"),
+        ({"golden": scores}, "the mask 'golden': .*bool"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            change_attribution(model, base, [batch], never, masks=masks)
+    found = change_attribution(model, base, [batch], nodes=1, keep_scores=True, shares=[])
+    for share, message in (("a", "share"), (None, "share"), (2, "share lie in"), (0, "share lie in")):
+        with pytest.raises(ValueError, match=message):
+            found.mask(share)
+
+
+def test_a_metric_that_is_not_finite_names_the_parameter():
+    model, base, batch = pair("gpt2")
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_fc.weight[0, 0] = math.nan
+    told = "'transformer.h.1.mlp.c_fc.weight' holds values that are not finite"
+    with pytest.raises(ValueError, match=rf"at the present parameters: .*; {told}"):
+        change_attribution(model, base, [batch])
+    with pytest.raises(ValueError, match=rf"at the base: .*; {told}"):
+        change_attribution(base, model, [batch])

@@ -11,8 +11,7 @@ from torch import nn
 
 from lightning_goldy.analysis import apply_change, change_attribution, graft, graft_curve, learn_mask, save_change
 from lightning_goldy.analysis.attribution import baseline_mask, interleaved
-from lightning_goldy.analysis.attribution.attribution import element_space
-from lightning_goldy.analysis.attribution.units import chosen_masks
+from lightning_goldy.analysis.attribution.units import chosen_masks, element_space
 from lightning_goldy.core import (
     CausalLMObjective,
     ClassifierObjective,
@@ -586,3 +585,21 @@ def test_what_is_told_of_a_graft_that_was_chosen_covers_where_the_choosing_sampl
     assert abs(told.mean()) < 2 * told.std() / 40**0.5
     assert chosen.mean() > 4 * chosen.std() / 40**0.5
     assert covered["told"] >= 34 > covered["chosen"]  # of 40; 95 % of twelve samples' intervals cover a little less
+
+
+def test_an_empty_argument_is_named(subject, curve):
+    model, base, scored, held_out, _, found = subject
+    with pytest.raises(ValueError, match="held_out: there is no sample"):
+        graft_curve(model, base, found, [scored], [])
+    with pytest.raises(ValueError, match="collateral: there is no sample"):
+        graft_curve(model, base, found, [scored], [held_out], [])
+    with pytest.raises(ValueError, match="methods is empty: name at least one of attribution, "):
+        curve.choose(recover=0.1, methods=[])
+
+
+def test_a_graft_of_no_number_or_no_mask_is_refused(subject):
+    model, base, *_, found = subject
+    with pytest.raises(ValueError, match="factor must be a finite number; got nan"):
+        graft(model, base, found.mask(0.05), factor=math.nan)
+    with pytest.raises(ValueError, match="bool"):
+        graft(model, base, found.scores)

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from lightning_goldy.analysis import apply_change, change_attribution, graft, graft_curve, save_change
-from lightning_goldy.analysis.attribution.attribution import units_of
+from lightning_goldy.analysis.attribution.units import units_of
 from lightning_goldy.core import CausalLMObjective
 from lightning_goldy.core.architecture.adapters import AdapterError, merged_weights
 from lightning_goldy.core.base import BaseParameters
 from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.sharding import local
+from lightning_goldy.core.space import SpaceError
 from lightning_goldy.core.vector import ParameterVector
 from tests.core.architecture.test_merged_adapters import move, trained, unloaded
 from tests.references.models import build
@@ -154,3 +155,19 @@ def test_a_sparse_graft_of_new_dora_adapters_belongs_on_the_model_below_them(tmp
     apply_change(plain, path)
     expected = graft(model, base, found.mask(0.1))
     assert all(torch.equal(value, expected[name]) for name, value in plain.state_dict().items())
+
+
+def test_a_plain_base_of_a_model_with_adapters_is_told_what_to_compare() -> None:
+    plain = build("gpt2", 0)
+    model = peft.get_peft_model(copy.deepcopy(plain), peft.LoraConfig(r=2, target_modules=["c_attn"]))
+    before = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.fill_(0.1)
+    with pytest.raises(SpaceError, match=r"the base, a GPT2LMHeadModel, has no adapters, .*merge_and_unload\(\)"):
+        change_attribution(model, plain, [ids(1)], nodes=4)
+    # Both that it advises give the same.
+    dense = copy.deepcopy(model).merge_and_unload().requires_grad_(True)
+    found = change_attribution(dense, plain, [ids(1)], nodes=4)
+    assert change_attribution(model, before, [ids(1)], nodes=4).total == pytest.approx(found.total, rel=1e-5)

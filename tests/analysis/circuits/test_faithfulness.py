@@ -24,6 +24,7 @@ from lightning_goldy.analysis.circuits import (
     node_effects,
     track_circuit,
 )
+from lightning_goldy.analysis.circuits.circuit import Mover
 from lightning_goldy.analysis.circuits.faithfulness import Faithfulness
 from lightning_goldy.analysis.circuits.graph import Wiring
 from lightning_goldy.analysis.circuits.nulls import (
@@ -285,7 +286,7 @@ def test_the_circuits_of_other_tasks_stand_beside_it() -> None:
     nulls: dict[str, Any] = {name: getattr(curve, name) * 0 for name in NULLS}
     nulls |= {"choices": curve.choices[:, :0], "others": torch.tensor([[0.0, 0.0], [0.2, 0.3]])}
     held = replace(curve, clean=1.0, patched=0.0, span=(0.5, 1.5), values=(0.1, 0.9), **nulls)
-    held = replace(held, intervals=((0.0, 0.2), (0.8, 1.0)), margins=())
+    held = replace(held, intervals=((0.0, 0.2), (0.8, 1.0)), margins=(), n_pairs=8)
     assert held.weak() == ""
     margined = replace(held, margins=((-0.2, 0.1), (0.5, 0.7)))
     assert margined.summary().split("pairs, ")[1].startswith("circuit of itself 0.30 (less by [0.50, 0.70])")
@@ -346,7 +347,7 @@ def test_an_interval_that_reaches_random_circuits_is_weak() -> None:
         (0.9, (0.7, 1.0), ""),
     ):
         random = torch.tensor([[0.1, 0.2]], dtype=torch.float64)
-        curve = Faithfulness((3,), 9, (value,), (0.0,), random, 1.0, 0.0, n_pairs=2, intervals=(interval,))
+        curve = Faithfulness((3,), 9, (value,), (0.0,), random, 1.0, 0.0, n_pairs=8, intervals=(interval,))
         headline = TrackedCircuit(circuit, curve, (0.5,), None).headline()
         assert headline.endswith(doubt) if doubt else "WEAK" not in headline
 
@@ -593,3 +594,14 @@ def test_circuits_that_were_found_otherwise_are_told_apart() -> None:
     assert overlap.headline().endswith("; found with different method, metric, ablation, prompts")
     empty = circuit.chosen(n_edges=0)
     assert "removed: neither circuit has an edge" in circuit_overlap(empty, empty).headline()
+
+
+@pytest.mark.parametrize(("n_pairs", "weak"), [(2, True), (5, True), (6, False)])
+def test_an_interval_over_too_few_pairs_says_so(n_pairs: int, weak: bool) -> None:
+    random = torch.tensor([[0.1, 0.2]], dtype=torch.float64)
+    curve = Faithfulness((3,), 9, (0.9,), (0.0,), random, 1.0, 0.0, n_pairs=n_pairs, intervals=((0.8, 1.0),))
+    told = f"only {n_pairs} pairs of prompts, and below 6 not even their whole range is a 95 % interval"
+    assert curve.weak() == curve.details()["weak"] == (told if weak else "")
+    assert curve.headline().endswith(f"; WEAK: {told}") == weak
+    mover = Mover("a1.h1", 0.5, 0.9, 0.1, 0.7, 0.9, n_pairs)
+    assert ("; WEAK: only" in mover.headline()) == weak
