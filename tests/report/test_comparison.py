@@ -56,6 +56,19 @@ def test_a_column_for_each_run_and_paired_differences(two: tuple[Path, Path]) ->
     assert volume.remark == "paired over 3 directions"
 
 
+def test_a_difference_of_volumes_on_one_direction_is_called_weak(
+    two: tuple[Path, Path], golden_row: Build, write_rows: Write
+) -> None:
+    write_rows(two[1], volumes(golden_row(10), [-8.0, -9.5, -10.0], effective_sample_size=1.0))
+    for ordered in (two, two[::-1]):
+        volume = next(told for told in differences(*map(read_run, ordered)) if "volume" in told.what)
+        assert volume.value is not None
+        assert volume.remark == (
+            "paired over 3 directions; weak: volumes rest on an effective 1 of 3 directions, so it tells of the radii "
+            "along them"
+        )
+
+
 def test_volumes_of_other_priors_are_not_subtracted(
     two: tuple[Path, Path], golden_row: Build, write_rows: Write
 ) -> None:

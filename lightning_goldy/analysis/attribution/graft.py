@@ -220,7 +220,7 @@ class GraftCurve(AnalysisResult):
         else:
             part, share = self._with_interval(shown), f"{shown.share:.2g} of the elements"
             told = f"{share} recover {part} of the effect on held-out samples"
-            told = told if enough else f"at most {part} of the effect is recovered, by {share}"
+            told = told if enough else f"of the shares tried {share} recover most, {part} of the effect"
             told += self._beside(shown)
         if best is not None and (best.high or 0.0) - (best.low or 0.0) > _UNCERTAIN:
             told = f"{told}; WEAK: {self.n_held_out} held-out samples tell the effect too roughly"
