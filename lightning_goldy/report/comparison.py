@@ -265,13 +265,16 @@ def _paired(what: str, first: Samples, second: Samples) -> Difference | None:
 
 def _metric_differences(first: AnalysisRows, second: AnalysisRows) -> list[Difference]:
     description, before, after = description_of(second.analysis), first.rows[-1], second.rows[-1]
-    counts, unequal = ([row["result"].get("n_samples") for row in (before, after)], _unequal_settings(before, after))
-    fair = counts[0] == counts[1] and not unequal
-    remark = "no interval" if fair else f"not comparable: {', '.join(unequal)}"
-    if counts[0] != counts[1]:
-        remark = "{} against {} samples".format(*("untold" if count is None else count for count in counts))
+    unequal, other_count = _unequal_settings(before, after), _other_count(before, after)
+    fair = not (unequal or other_count)
+    remark = other_count or ("no interval" if fair else f"not comparable: {', '.join(unequal)}")
     told = []
     ours, theirs = (samples_of(row) for row in (before, after))
+    # What has no samples of its own in the row was of the same as what has.
+    others = sum(ours[name].counts() != theirs[name].counts() for name in theirs if name in ours)
+    alike = fair and not others
+    if fair and others:
+        remark = "other samples"
     for name, value in after["metrics"].items():
         if not description.is_headline(name) or value is None or before["metrics"].get(name) is None:
             continue
@@ -280,11 +283,23 @@ def _metric_differences(first: AnalysisRows, second: AnalysisRows) -> list[Diffe
         if pairs is not None:
             told.append(pairs)
             continue
-        told.append(Difference(what, value - before["metrics"][name] if fair else None, remark=remark))
+        difference = value - before["metrics"][name]
+        if math.isfinite(difference):
+            told.append(Difference(what, difference if alike else None, remark=remark))
+        else:
+            told.append(Difference(what, None, remark="at least one of them is no number"))
     for name in (name for name in theirs if name not in after["metrics"] and name in ours):
         pairs = _paired(f"{second.name}: {name}", ours[name], theirs[name]) if fair else None
         told += [pairs] if pairs else [] if fair else [Difference(f"{second.name}: {name}", None, remark=remark)]
     return told
+
+
+def _other_count(first: Row, second: Row) -> str:
+    """That two rows are of different numbers of samples; nothing where they are of as many."""
+    counts = [row["result"].get("n_samples") for row in (first, second)]
+    if counts[0] == counts[1]:
+        return ""
+    return "{} against {} samples".format(*("untold" if count is None else count for count in counts))
 
 
 # What decides a number beside the samples, in the results of all analyses.
@@ -305,12 +320,14 @@ def _volume_differences(first: Row, second: Row) -> list[Difference]:
     for after in second["result"].get("volumes") or ():
         other = before.get(after.get("split"))
         if other is not None:
-            told.append(_volume_difference(other, after))
+            told.append(_volume_difference(other, after, _other_count(first, second)))
     return told
 
 
-def _volume_difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> Difference:
+def _volume_difference(first: Mapping[str, Any], second: Mapping[str, Any], other_count: str) -> Difference:
     what = f"log volume, nats ({second.get('split', MISSING)})"
+    if other_count:
+        return Difference(what, None, remark=other_count)
     unequal = unequal_settings(first, second)
     if unequal:
         pairs = ", ".join(f"{name} {first.get(name)} against {second.get(name)}" for name in unequal)

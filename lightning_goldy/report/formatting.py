@@ -73,14 +73,39 @@ def percent(share: float | None) -> str:
     return f"{100 * share:,.0f} %" if abs(share) < 1e4 else f"{100 * share:.2g} %"
 
 
+def percents_apart(first: float, second: float) -> tuple[str, str]:
+    """Two shares as percentages with as many digits as tell them apart, where they differ.
+
+    Example:
+        >>> percents_apart(0.8, 0.99), percents_apart(0.996, 0.999), percents_apart(0.5, 0.5)
+        (('80 %', '99 %'), ('99.6 %', '99.9 %'), ('50 %', '50 %'))
+    """
+    told = percent(first), percent(second)
+    for digits in range(3, 18):
+        if told[0] != told[1] or first == second:
+            break
+        told = f"{100 * first:.{digits}g} %", f"{100 * second:.{digits}g} %"
+    return told
+
+
+def points(share: float) -> str:
+    """A difference of shares in points of a percentage, with two significant digits.
+
+    Example:
+        >>> points(-0.1873), points(0.031), points(0.0)
+        ('-19', '3.1', '0')
+    """
+    return f"{100 * share:.0f}" if abs(share) >= 0.0995 else f"{100 * share:.2g}"
+
+
 def format_seconds(seconds: float | None) -> str:
     """A duration in the units of a clock.
 
     Example:
-        >>> [format_seconds(value) for value in (0.0123, 7.25, 125, 7260, None)]
-        ['12.3 ms', '7.25 s', '2 min 5 s', '2 h 1 min', '–']
+        >>> [format_seconds(value) for value in (0.0123, 7.25, 125, 7260, None, math.nan)]
+        ['12.3 ms', '7.25 s', '2 min 5 s', '2 h 1 min', '–', '–']
     """
-    if seconds is None:
+    if seconds is None or not math.isfinite(seconds):
         return MISSING
     if 0 < seconds < 1:
         return f"{1000 * seconds:.3g} ms"
@@ -96,10 +121,10 @@ def format_bytes(count: float | None) -> str:
     """A size in binary units.
 
     Example:
-        >>> [format_bytes(value) for value in (0, 1536, 3 * 2**30, None)]
-        ['0 B', '1.5 KiB', '3 GiB', '–']
+        >>> [format_bytes(value) for value in (0, 1536, 3 * 2**30, None, math.inf)]
+        ['0 B', '1.5 KiB', '3 GiB', '–', '–']
     """
-    if count is None:
+    if count is None or not math.isfinite(count):
         return MISSING
     size = float(count)
     for unit in ("B", "KiB", "MiB", "GiB"):

@@ -21,7 +21,7 @@ from lightning_goldy.report.answers import (
     register_answer,
 )
 from lightning_goldy.report.figures import Row
-from lightning_goldy.report.formatting import format_number, percent, remarks
+from lightning_goldy.report.formatting import format_number, percent, percents_apart, points, remarks
 
 # Fewer samples than this tell a share or a mean too roughly to be trusted.
 _FEW_SAMPLES = 16
@@ -65,7 +65,9 @@ def answer_by_attribution(rows: Sequence[Row]) -> Finding | None:
 def _told_of_graft(point: Mapping[str, Any], metric: str, *, enough: bool) -> str:
     """What a share of the elements recovers: a part, as much as all of them, more than that, or nothing."""
     recovered, ends = point["recovered"], _ends((point.get("low"), point.get("high")))
-    elements, much = f"{percent(point['share'])} of the elements", f"{percent(recovered)} of the change in {metric}"
+    # What did not reach the 95 % that are looked for must not read as if it had.
+    rounded = "just below 95 %" if recovered < 0.95 and percent(recovered) == "95 %" else percent(recovered)
+    elements, much = f"{percent(point['share'])} of the elements", f"{rounded} of the change in {metric}"
     where = "on samples that did not score"
     if recovered <= 0:
         return (
@@ -550,17 +552,18 @@ def answer_by_facts(rows: Sequence[Row]) -> Finding | None:
         return _answer_by_log_probability(row, name, change, count)
     low, high, paired = _change_of_share(row, name, after - before, count)
     noise = low <= 0 <= high
-    words = f"{percent(after)} of the {name} facts are known, as before"
+    now, then = percents_apart(after, before)
+    words = f"{now} of the {name} facts are known, as before"
     if after != before:
-        points = f"{_points(abs(after - before))} points {'more' if after > before else 'fewer'}"
-        words = f"{percent(after)} of the {name} facts are known, up from {percent(before)}"
+        words = f"{now} of the {name} facts are known, up from {then}"
         if noise:
-            words = f"{percent(after)} of the {name} facts are known, from {percent(before)}: no change beyond noise"
+            words = f"{now} of the {name} facts are known, from {then}: no change beyond noise"
         elif after < before:
-            words = f"only {percent(after)} of the {name} facts are still known, from {percent(before)}"
+            words = f"only {now} of the {name} facts are still known, from {then}"
         if paired and not noise:
             ends = sorted((abs(low), abs(high)))
-            words += f": {points} [{_points(ends[0])}, {_points(ends[1])}]"
+            more_or_fewer = f"{points(abs(after - before))} points {'more' if after > before else 'fewer'}"
+            words += f": {more_or_fewer} [{points(ends[0])}, {points(ends[1])}]"
     yet = "yet " if change is not None and (after - before) * change < 0 and not noise else ""
     more, half = "", _half_of_facts(row, name, count)
     if change is not None and half is not None and abs(change) <= half:
@@ -568,12 +571,13 @@ def answer_by_facts(rows: Sequence[Row]) -> Finding | None:
     elif change is not None:
         within = "" if half is None else f" [{change - half:+.3g}, {change + half:+.3g}]"
         more = f"; {yet}their log probability moved by {change:+.3g}{within} nats on average"
-    told = f"95 % interval of the {paired or 'change'} {_points(low)} to {_points(high)} points over {count} facts"
+    told = f"95 % interval of the {paired or 'change'} {points(low)} to {points(high)} points over {count} facts"
+    doubts = [] if paired else ["the facts are not paired, so the interval takes what was known before as exact"]
     return Finding(
         f"{words[0].upper()}{words[1:]}{more}.",
         told if paired else f"{told}, which are not paired",
-        f"{percent(before)} before the finetune",
-        (*_doubts_of_facts(name, count, (before, after), noise=noise), *_marks(row)),
+        f"{then} before the finetune",
+        (*doubts, *_doubts_of_facts(name, count, (before, after), noise=noise), *_marks(row)),
         Bar(after, max(0.0, before + low), min(1.0, before + high), before),
         f"exact/{name}",
     )
@@ -600,20 +604,10 @@ def _change_of_share(row: Row, name: str, change: float, count: int) -> tuple[fl
     return *interval_of_turned(gained, lost, count), f"paired change ({lost} lost, {gained} gained)"
 
 
-def _points(share: float) -> str:
-    """A difference of shares in points of a percentage, with two significant digits.
-
-    Example:
-        >>> _points(-0.1873), _points(0.031), _points(0.0)
-        ('-19', '3.1', '0')
-    """
-    return f"{100 * share:.0f}" if abs(share) >= 0.0995 else f"{100 * share:.2g}"
-
-
 def _half_of_facts(row: Row, name: str, count: int) -> float | None:
     """Half of Student's 95 % interval of the mean change of a class of facts, where the row has its error."""
-    error = (row["result"].get("errors") or {}).get(name)
-    return float(stdtrit(count - 1, 0.975)) * error if error is not None and count > 1 else None
+    error: Any = (row["result"].get("errors") or {}).get(name)
+    return float(stdtrit(count - 1, 0.975)) * error if _is_number(error) and count > 1 else None
 
 
 def _answer_by_log_probability(row: Row, name: str, change: float | None, count: int) -> Finding | None:
@@ -659,7 +653,7 @@ def answer_by_harm(rows: Sequence[Row]) -> Finding | None:
     row = rows[-1]
     graft = row["result"].get("graft") or {}
     whole = next((point for point in graft.get("points", ()) if point["method"] == "finetune"), None)
-    if whole is None or whole.get("harm") is None:
+    if whole is None or not _is_number(whole.get("harm")):
         return None
     harm, ends = whole["harm"], _ends((whole.get("harm_low"), whole.get("harm_high")))
     noise = ends is not None and ends[0] <= 0 <= ends[1]

@@ -39,7 +39,7 @@ from lightning_goldy.report.sentences import (
     answer_by_sweep,
     answer_by_volume,
 )
-from lightning_goldy.report.topics.attribution import places_caption
+from lightning_goldy.report.topics.attribution import graft_caption, places_caption
 from tests.report.heads_rows import plasticity_row, sweep_row
 
 Row = dict[str, Any]
@@ -97,6 +97,27 @@ def test_where_no_share_recovers_the_effect_the_most_is_told() -> None:
     assert finding.sentence.startswith(
         "20 % of the elements recover 60 % of the change in loss on samples that did not score, "
         "the most of the shares tried; "
+    )
+
+
+@pytest.mark.parametrize(
+    ("recovered", "much"), [(0.9475, "just below 95 %"), (0.94996, "just below 95 %"), (0.944, "94 %"), (0.951, "95 %")]
+)
+def test_a_share_that_is_not_reached_is_not_told_as_reached(recovered: float, much: str) -> None:
+    row = attribution_row(point("attribution", 0.2, recovered), share=0.2 if recovered >= 0.95 else None)
+    assert told(answer_by_attribution([row])).sentence.startswith(f"20 % of the elements recover {much} of the change")
+
+
+def test_a_graft_is_told_by_what_it_chose() -> None:
+    row = attribution_row(
+        point("random", 0.2, 0.3, on_frontier=True),
+        point("attribution", 0.2, 0.9, on_frontier=True),
+        point("interpolation", 1.0, 0.9, factor=0.5, on_frontier=True),
+        point("magnitude", 0.2, 0.4, on_frontier=False),
+    )
+    assert graft_caption(row).endswith(
+        "Where nothing else recovers as much with less harm: elements at random, elements by attribution, "
+        "interpolation."
     )
 
 
@@ -360,7 +381,9 @@ def test_untouched_facts_before_and_after(before: float, after: float, start: st
     metrics = {"exact_before/untouched": before, "exact/untouched": after, "measured_change/untouched": -0.3}
     finding = told(answer_by_facts([row_of(metrics, {"classes": {"edited": 4, "untouched": 98}})]))
     assert finding.sentence.startswith(start)
-    assert bool(finding.doubts) is doubted
+    unpaired, *others = finding.doubts
+    assert unpaired.startswith("the facts are not paired")
+    assert bool(others) is doubted
     assert "over 98 facts" in finding.interval
 
 
@@ -400,11 +423,37 @@ def test_a_change_that_hardly_any_fact_makes_is_no_noise_though_shares_overlap()
     metrics = {"exact_before/untouched": 0.5, "exact/untouched": 0.48, "measured_change/untouched": -0.3}
     row = row_of(metrics, {"classes": {"untouched": 400}})
     assert "no change beyond noise" in told(answer_by_facts([row])).sentence
+    assert told(answer_by_facts([row])).doubts[0].startswith("the facts are not paired")
     row["result"]["turned"] = {"untouched": {"gained": 0, "lost": 8}}
     sentence = told(answer_by_facts([row])).sentence
     assert sentence.startswith(
         "Only 48 % of the untouched facts are still known, from 50 %: 2 points fewer [0.46, 3.5]; "
     )
+
+
+def test_facts_of_rows_that_do_not_pair_them_are_weak() -> None:
+    metrics = {"exact_before/untouched": 0.99, "exact/untouched": 0.8, "measured_change/untouched": -0.3}
+    result: Row = {"classes": {"untouched": 98}, "errors": {"untouched": 0.05}}
+    unpaired = ("the facts are not paired, so the interval takes what was known before as exact",)
+    assert told(answer_by_facts([row_of(metrics, result)])).doubts == unpaired
+    result["turned"] = {"untouched": {"gained": 0, "lost": 19}}
+    assert told(answer_by_facts([row_of(metrics, result)])).doubts == ()
+
+
+def test_shares_of_facts_that_differ_are_told_apart() -> None:
+    metrics = {"exact_before/untouched": 0.999, "exact/untouched": 0.996}
+    result = {"classes": {"untouched": 10_000}, "turned": {"untouched": {"gained": 0, "lost": 30}}}
+    finding = told(answer_by_facts([row_of(metrics, result)]))
+    assert finding.sentence.startswith("Only 99.6 % of the untouched facts are still known, from 99.9 %: 0.3 points")
+    assert finding.null == "99.9 % before the finetune"
+
+
+def test_numbers_that_are_none_are_not_told() -> None:
+    metrics = {"exact_before/untouched": 0.99, "exact/untouched": 0.8, "measured_change/untouched": -0.3}
+    result = {"classes": {"untouched": 98}, "errors": {"untouched": math.nan}}
+    assert "nan" not in told(answer_by_facts([row_of(metrics, result)])).sentence
+    row = attribution_row(point("finetune", 1.0, 1.0, harm=math.nan))
+    assert answer_by_harm([row]) is None
 
 
 @pytest.mark.parametrize("chances", [(0.0, 0.0), (0.01, 0.2), (0.1, 0.1), (0.3, 0.05), (0.0, 0.6), (0.4, 0.4)])

@@ -56,6 +56,19 @@ def test_a_column_for_each_run_and_paired_differences(two: tuple[Path, Path]) ->
     assert volume.remark == "paired over 3 directions"
 
 
+def test_a_difference_of_volumes_on_one_direction_is_called_weak(
+    two: tuple[Path, Path], golden_row: Build, write_rows: Write
+) -> None:
+    write_rows(two[1], volumes(golden_row(10), [-8.0, -9.5, -10.0], effective_sample_size=1.0))
+    for ordered in (two, two[::-1]):
+        volume = next(told for told in differences(*map(read_run, ordered)) if "volume" in told.what)
+        assert volume.value is not None
+        assert volume.remark == (
+            "paired over 3 directions; weak: volumes rest on an effective 1 of 3 directions, so it tells of the radii "
+            "along them"
+        )
+
+
 def test_volumes_of_other_priors_are_not_subtracted(
     two: tuple[Path, Path], golden_row: Build, write_rows: Write
 ) -> None:
@@ -167,9 +180,31 @@ def test_other_samples_or_seeds_are_refused_by_name(
     write_rows(two[1], with_samples(golden_row(10), other, seed=0), name="attention")
     drift = next(entry for entry in differences(*map(read_run, two)) if "drift" in entry.what)
     assert (drift.value, drift.low, drift.remark) == (None, None, "other samples: 2 of 3 are in both")
+    # The row holds no samples of the entropy, which was of the same ones.
+    entropy = next(entry for entry in differences(*map(read_run, two)) if "entropy" in entry.what)
+    assert (entropy.value, entropy.remark) == (None, "other samples")
     write_rows(two[1], with_samples(golden_row(10), record([1.0, 2.0, 4.0]), seed=1), name="attention")
     drift = next(entry for entry in differences(*map(read_run, two)) if "drift" in entry.what)
     assert (drift.value, drift.remark) == (None, "not comparable: seed 0 against 1")
+
+
+def test_volumes_of_other_numbers_of_samples_are_not_subtracted(
+    two: tuple[Path, Path], golden_row: Build, write_rows: Write
+) -> None:
+    for run, count in zip(two, (16, 8), strict=True):
+        row = volumes(golden_row(10), [-5.0, -6.0])
+        row["result"]["n_samples"] = count
+        write_rows(run, row)
+    volume = next(told for told in differences(*map(read_run, two)) if "volume" in told.what)
+    assert (volume.value, volume.remark) == (None, "16 against 8 samples")
+
+
+def test_what_is_no_number_has_no_difference(two: tuple[Path, Path], snapshot_row: Build, write_rows: Write) -> None:
+    row = snapshot_row(10)
+    row["metrics"]["relative_change"] = float("nan")
+    write_rows(two[1], row)
+    told = {entry.what: entry for entry in differences(*map(read_run, two))}["golden_snapshot: relative_change"]
+    assert (told.value, told.remark) == (None, "at least one of them is no number")
 
 
 def test_facts_are_paired_by_their_ids(two: tuple[Path, Path], golden_row: Build, write_rows: Write) -> None:

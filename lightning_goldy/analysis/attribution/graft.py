@@ -241,7 +241,7 @@ class GraftCurve(AnalysisResult):
         else:
             part, share = self._with_interval(shown), f"{shown.share:.2g} of the elements"
             told = f"{share} recover {part} of the effect on held-out samples"
-            told = told if enough else f"at most {part} of the effect is recovered, by {share}"
+            told = told if enough else f"of the shares tried {share} recover most, {part} of the effect"
             told += self._beside(shown)
         if self.weak:
             told = f"{told}; WEAK: {self.weak}"

@@ -431,13 +431,13 @@ def graft_caption(row: Row) -> str:
     """Between what the points lie, and which methods are best in gain against harm."""
     points, graft = graft_points(row), row["result"].get("graft", {})
     weak = "; ".join(graft[name] for name in ("weak", "harm_weak") if graft.get(name))
-    best = sorted({_label(p["method"]) for p in points if p["on_frontier"] and p["method"] != "finetune"})
+    best = sorted({_chosen(p["method"]) for p in points if p["on_frontier"] and p["method"] != "finetune"})
     drawn = max((len(p.get("draws") or ()) for p in points), default=0)
     draws = f", of random elements all of {drawn} draws" if drawn > 1 else ""
     far = [point for point in points if not _is_shown(point)]
     told = ", ".join(f"{_label(p['method'])} of {_point_name(p)} ({p['recovered']:.3g})" for p in far)
     left = f" Too far off to be drawn: {told}." if far else ""
-    frontier = f" In gain against harm nothing beats: {', '.join(best)}." if best else ""
+    frontier = f" Where nothing else recovers as much with less harm: {', '.join(best)}." if best else ""
     return (
         "Measured on samples that did not choose the elements; bands are 95 % intervals over samples"
         f"{draws}. 0 is the base, 1 the whole finetune.{frontier}{left}{f' WEAK: {weak}.' if weak else ''}"
@@ -447,6 +447,12 @@ def graft_caption(row: Row) -> str:
 def _label(method: str) -> str:
     """A method in words; of a mask that was given, its name."""
     return _LABELS.get(method, f"the {method} mask")
+
+
+def _chosen(method: str) -> str:
+    """What a method chose, in words that stand alone."""
+    label = _label(method)
+    return f"elements {label}" if label.startswith(("by ", "at ")) else label
 
 
 def _point_name(point: Mapping[str, Any]) -> str:

@@ -243,7 +243,8 @@ _TAYLOR_DIFF = Description(
         "gradient_norm": "||g|| at the base",
         "nonlinearity": "relative error of the first order, by which the regime is told",
     },
-    headline=("nonlinearity", "loss", "relative_error/*"),
+    # Of the first order it is the nonlinearity.
+    headline=("nonlinearity", "loss", "relative_error/order2", "relative_error/order3"),
     method=(
         "The loss and the logits of the finetuned model were expanded around the base in the change of the weights, "
         "by exact directional derivatives (the lazy regime: Chizat et al. 2019, arXiv 1812.07956)."
