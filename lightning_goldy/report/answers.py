@@ -378,6 +378,30 @@ def interval_of_turned(gained: int, lost: int, count: int) -> tuple[float, float
     return max(-1.0, up - down - half), min(1.0, up - down + half)
 
 
+def unequal_settings(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    """What two volumes of rows differ in that must be one for their directions to be the same vectors.
+
+    Example:
+        >>> unequal_settings({"sigma": 0.1, "seed": 0}, {"sigma": 0.2, "seed": 0})
+        ['sigma']
+    """
+    names = ("sigma", "measure", "cutoff", "preconditioner", "seed", "first_direction", "dimension")
+    return [name for name in names if first.get(name) != second.get(name)]
+
+
+def paired_differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[float]:
+    """Second less first along each direction that both volumes of rows have an estimate of, nats.
+
+    Example:
+        >>> paired_differences({"estimates": [-5.0, None, -7.0]}, {"estimates": [-8.0, -9.0, -9.0]})
+        [-3.0, -2.0]
+    """
+    pairs = zip(first.get("estimates") or (), second.get("estimates") or (), strict=False)
+    kinds = (int, float)
+    known = ((a, b) for a, b in pairs if isinstance(a, kinds) and isinstance(b, kinds))
+    return [after - before for before, after in known if math.isfinite(before) and math.isfinite(after)]
+
+
 def _undefined(rows: Sequence[Row]) -> Finding | None:
     """That the training has left nothing to measure, and since when; None where the last row has numbers."""
     reason, since = rows[-1]["result"].get("undefined"), rows[-1]["step"]

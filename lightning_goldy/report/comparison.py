@@ -17,14 +17,21 @@ from scipy.special import stdtrit
 
 from lightning_goldy.core.files import finite
 from lightning_goldy.core.store import atomic_write
-from lightning_goldy.report.answers import QUESTIONS, Answer, interval_of_mean, small_print
+from lightning_goldy.report.answers import (
+    QUESTIONS,
+    Answer,
+    interval_of_mean,
+    paired_differences,
+    small_print,
+    unequal_settings,
+)
 from lightning_goldy.report.descriptions import description_of
 from lightning_goldy.report.figures import ReportError, Row
 from lightning_goldy.report.formatting import MISSING, format_number, format_percent, table_html
 from lightning_goldy.report.page import answers_json, answers_of_run, page_html
 from lightning_goldy.report.rendering import require_drawing
 from lightning_goldy.report.run import AnalysisRows, Run, read_run
-from lightning_goldy.report.sentences import few_directions, paired_differences, unequal_settings
+from lightning_goldy.report.sentences import few_directions
 
 
 @dataclass(frozen=True)

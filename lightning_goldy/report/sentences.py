@@ -18,7 +18,9 @@ from lightning_goldy.report.answers import (
     interval_of_mean,
     interval_of_share,
     interval_of_turned,
+    paired_differences,
     register_answer,
+    unequal_settings,
 )
 from lightning_goldy.report.figures import Row
 from lightning_goldy.report.formatting import format_number, percent, percents_apart, points, remarks
@@ -510,28 +512,6 @@ def _contrary(rows: Sequence[Row], volumes: Sequence[Mapping[str, Any]]) -> str:
         and signs[id(volume)] != signs[id(volumes[0])]
     ]
     return f", yet {' and '.join(others)}" if others else ""
-
-
-def unequal_settings(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
-    """What two volumes of rows differ in that must be one for their directions to be the same vectors.
-
-    Example:
-        >>> unequal_settings({"sigma": 0.1, "seed": 0}, {"sigma": 0.2, "seed": 0})
-        ['sigma']
-    """
-    names = ("sigma", "measure", "cutoff", "preconditioner", "seed", "first_direction", "dimension")
-    return [name for name in names if first.get(name) != second.get(name)]
-
-
-def paired_differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[float]:
-    """Second less first along each direction that both volumes of rows have an estimate of, nats.
-
-    Example:
-        >>> paired_differences({"estimates": [-5.0, None, -7.0]}, {"estimates": [-8.0, -9.0, -9.0]})
-        [-3.0, -2.0]
-    """
-    pairs = zip(first.get("estimates") or (), second.get("estimates") or (), strict=False)
-    return [after - before for before, after in pairs if _is_number(before) and _is_number(after)]
 
 
 def _between(low: float, high: float) -> str:
