@@ -465,6 +465,13 @@ def test_what_is_timed_takes_time_and_leaves_random_states_alone() -> None:
     assert 0 <= found.watched < 1e-5
 
 
+def test_a_short_run_that_was_held_up_is_timed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    for took, found in (((0.06, 0.02, 0.02), 0.02), ((0.5, 0.2, 0.2), 0.5), ((0.001, 0.002, 0.001), 0.001)):
+        moments = iter([moment for index, each in enumerate(took) for moment in (index, index + each)])
+        monkeypatch.setattr(timing, "clock", lambda moments=moments: next(moments))
+        assert timing._seconds(lambda: None, torch.device("cpu")) == pytest.approx(found)
+
+
 def test_pieces_are_as_long_as_their_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plans: list[Plan] = []
     estimate = KnowledgeCoupling.estimate

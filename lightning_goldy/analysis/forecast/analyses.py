@@ -568,6 +568,8 @@ def forecast_change(plan: Plan, *, track_updates: bool) -> Forecast:
     )
 
 
+# Bytes from which on the system's allocator gives back what is freed.
+_GIVEN_BACK = 32 << 20
 # Of an eigendecomposition without vectors, the part of one with them; timed elements per parameter that is read.
 _VALUES, _READ = 0.5, 12.0
 
@@ -583,24 +585,28 @@ def forecast_distribution(plan: Plan, *, top: int, exact_below: int | None, intr
     """
     space, once = plan.space, Work()
     flops = cubes = factored = drawn = 0.0
-    held = 0
+    of_change = of_base = 0
     for shape in space.shapes:
         if len(shape) < 2 or min(shape[0], math.prod(shape[1:])) < 2:
             continue
         short, long = sorted((shape[0], math.prod(shape[1:])))
         # The change, and where intruders are looked for the weight as it is and a random change; the base once.
         if exact_below is None or short <= exact_below:
-            of_base = min(short, long) if intruders else top
+            known = min(short, long) if intruders else top
             flops += 2.0 * long * (3 * short**2 + 2 * top * short) if intruders else 2.0 * long * short**2
             cubes += (2 + _VALUES if intruders else _VALUES) * short**3
             drawn += short * long
-            once += Work(flops=2.0 * long * (short**2 + of_base * short), cubes=1.0 * short**3)
+            once += Work(flops=2.0 * long * (short**2 + known * short), cubes=1.0 * short**3)
         else:
             # From the directions of the base and of the change; the null of a gentle change is told from products of
             # the base, for which few normals are drawn.
             present, chance = (refined_operations(short, long, many, top) for many in (3 * top, 5 * top // 2))
-            held = max(held, randomised_bytes(short, long, (4 if intruders else 1) * top))
-            factored += randomised_operations(short, long, top) + intruders * present
+            of_change = max(of_change, randomised_bytes(short, long, top))
+            of_base = max(of_base, randomised_bytes(short, long, (4 if intruders else 1) * top))
+            # Of a change that is not gentle the present weight and one with a random change are decomposed anew, of a
+            # gentle one neither: one of both is told.
+            factored += (1 + intruders) * randomised_operations(short, long, top) + intruders * present
+            drawn += 0.5 * short * long
             once += Work(
                 factored=randomised_operations(short, long, (4 if intruders else 1) * top) + intruders * chance,
                 normals=4.0 * intruders * top * (short + long),
@@ -618,8 +624,12 @@ def forecast_distribution(plan: Plan, *, top: int, exact_below: int | None, intr
         work,
         once=once,
         parts=len(space),
-        # The change, the changed weight, a decomposition, and the directions that stay.
-        memory=_largest_bytes(space, 12, 20) + held + 4 * sum(sides) * top * (4 if intruders else 1),
+        # The change, the changed weight and its decomposition, the directions that stay; what was freed before and is
+        # not given back.
+        memory=_largest_bytes(space, 8, 16)
+        + of_change
+        + 4 * sum(sides) * top * (4 if intruders else 1)
+        + sum(part for part in (_largest_bytes(space, 4, 4), of_base) if part < _GIVEN_BACK),
         communicated=plan.communicated(Work(), gathered=8 * elements),
         sharded="one tensor at a time is whole on every rank",
     )
