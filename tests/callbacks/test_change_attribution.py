@@ -48,7 +48,7 @@ def test_it_logs_what_the_functions_find_and_rows_can_be_drawn(tmp_path) -> None
     )
     mask = ParameterMask.load(watcher.folder / row["files"]["mask"], module.model)
     assert mask.density == pytest.approx(row["result"]["kept_share"], rel=0.01)
-    assert set(draw_figures(row, [])) == {"places", "heads", "graft"}
+    assert set(draw_figures(row, [])) == {"places", "heads", "neurons", "graft"}
 
 
 def test_without_shares_nothing_is_grafted_and_without_other_text_no_harm_is_told(tmp_path) -> None:
@@ -124,7 +124,7 @@ def test_links_with_the_runs_masks_interactions_and_the_kept_share_are_in_the_ro
     assert {entry["block"] for entry in row["result"]["interactions"]} >= {"transformer.h.0", "transformer.h.1"}
     assert ParameterMask.load(watcher.folder / row["files"]["mask"], module.model).density == pytest.approx(0.1, 1e-2)
     assert {point["method"] for point in row["result"]["graft"]["points"]} >= {"random", "learned"}
-    assert set(draw_figures(row, [])) == {"places", "heads", "graft", "interactions", "links"}
+    assert set(draw_figures(row, [])) == {"places", "heads", "neurons", "graft", "interactions", "links"}
     assert "the golden_parameters mask holds" in row["headline"]
 
     file = watcher.folder / row["files"]["mask"]

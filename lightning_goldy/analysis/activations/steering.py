@@ -64,12 +64,17 @@ class SteeredTexts(AnalysisResult):
 
     def headline(self) -> str:
         """How strongly each state can be steered before its texts are no longer fluent."""
-        strengths = self.metrics()
-        base, present = strengths["strength/base"] or 0.0, strengths["strength/present"] or 0.0
+        base, present = (self._strengths_of(state) for state in ("base", "present"))
         return (
-            f"texts stay fluent with {base:.3g} times the difference after block {self.layer} added to the base, and "
-            f"{present:.3g} times it taken from the finetuned model, in the mean over prompts ({len(self.prompts)})"
+            f"texts stay fluent with {base} times the difference after block {self.layer} added to the base, and "
+            f"{present} times it taken from the finetuned model, in the mean over prompts ({len(self.prompts)})"
         )
+
+    def _strengths_of(self, state: str) -> str:
+        """The mean strength of a state, and between what those of its prompts lie."""
+        held = [float(text["strength"]) for text in self.texts if text["state"] == state]
+        mean = math.fsum(held) / len(held) if held else 0.0
+        return f"{mean:.3g}" if len(held) < 2 else f"{mean:.3g} ({min(held):.3g} to {max(held):.3g})"
 
 
 def repetition(ids: Sequence[int]) -> float:

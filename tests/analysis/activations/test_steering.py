@@ -67,9 +67,13 @@ def test_texts_are_steered_as_strongly_as_fluency_allows(subject):
         assert first["plain"] == Numbers().decode(ids.tolist())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state)
+    for state, words in (("base", "added to the base"), ("present", "taken from the finetuned model")):
+        held = [text["strength"] for text in made.texts if text["state"] == state]
+        told = f"{sum(held) / 2:.3g} ({min(held):.3g} to {max(held):.3g}) times "
+        assert told in made.headline().partition(words)[0]
     loose = steer_texts(model, base, Numbers(), prompts, found, max_new_tokens=6, tolerance=100.0, repeats=1.0)
     assert {text["strength"] for text in loose.texts} == {64.0}
-    assert loose.headline().startswith("texts stay fluent with 64 times the difference after block ")
+    assert loose.headline().startswith("texts stay fluent with 64 (64 to 64) times the difference after block ")
     assert loose.headline().endswith("in the mean over prompts (2)")
 
 
