@@ -157,6 +157,15 @@ def test_exit_codes_are_those_that_the_docs_tell(here):
     assert set(re.findall(r"^\| (\d+) \|", page, re.M)) == {"0", "1", "2"}
 
 
+@pytest.mark.parametrize("words", [[], ["--trainer.max_steps=3"]])
+def test_a_training_without_a_model_says_what_gives_one(here, capsys, words):
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit", *words])
+    assert exit_.value.code == 2
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.endswith("model; give --config recipes/NAME.yaml (`goldy recipes` lists them), or --model CLASS")
+
+
 def test_debug_shows_the_trace_and_leaves_none_in_the_environment(here, monkeypatch, capsys):
     monkeypatch.delenv("GOLDY_TRACEBACK", raising=False)
     assert main(["report", "nowhere", "--debug"]) == 2

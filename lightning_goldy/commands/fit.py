@@ -57,7 +57,9 @@ class _PlainParser(LightningArgumentParser):
         self.exit(2)
 
     def _meant(self, message: str) -> str:
-        """The option that is nearest to one that is not known."""
+        """The option that is nearest to one that is not known, or what gives a model where there is none."""
+        if plain_reason(message).endswith("arguments are required: model"):
+            return "; give --config recipes/NAME.yaml (`goldy recipes` lists them), or --model CLASS"
         unknown = re.match(r"unrecognized arguments: (--[\w.]+)", message, re.IGNORECASE)
         known = [option for action in self._actions for option in action.option_strings]
         for action in self._actions:

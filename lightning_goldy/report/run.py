@@ -293,7 +293,8 @@ def read_run(run_directory: str | os.PathLike[str]) -> Run:
         else:
             analyses.append(rows)
     if not analyses:
-        raise ReportError(f"{goldy}: no results.jsonl in its folders has a row; nothing has been analysed yet")
+        why = "; ".join(["nothing has been analysed yet", *(note.rstrip(".") for note in notes)])
+        raise ReportError(f"{goldy}: no results.jsonl in its folders has a row; {why}")
     # A run that was killed in an analysis leaves the folders of those that were still to come.
     told = {rows.name for rows in analyses}
     begun = [path for path in sorted(goldy.glob("*/.run.json")) if path.parent.name not in told]

@@ -70,6 +70,12 @@ def test_a_torn_last_line_is_left_out_and_told(
     assert ["step 10", "step 20"] in [[frame["label"] for frame in chart["frames"]] for chart in page.charts]
 
 
+def test_a_run_whose_only_row_is_torn_says_so(tmp_path: Path, write_rows: Write) -> None:
+    write_rows(tmp_path, name="golden", tail='{"format": 1, "analysis": "gol')
+    with pytest.raises(ReportError, match=r"analysed yet; Line 1 of .*, the last, is torn; it is left out"):
+        read_run(tmp_path)
+
+
 def test_a_whole_last_line_without_a_newline_counts(tmp_path: Path, golden_row: Build, write_rows: Write) -> None:
     write_rows(tmp_path, golden_row(10), tail=json.dumps(golden_row(20)))
     assert len(read_run(tmp_path).analyses[0].rows) == 2
