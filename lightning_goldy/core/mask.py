@@ -16,7 +16,7 @@ from lightning_goldy.core.files import StoreError
 from lightning_goldy.core.naming import block_of, require_choice
 from lightning_goldy.core.selection import select_largest, true_positions
 from lightning_goldy.core.sharding import gather, like, local, unshard_guard
-from lightning_goldy.core.space import ParameterSpace
+from lightning_goldy.core.space import ParameterSpace, SpaceError
 from lightning_goldy.core.store import load_vectors, read_header, require_boolean, save_vectors
 from lightning_goldy.core.vector import ParameterVector, random_direction
 
@@ -302,6 +302,33 @@ class ParameterMask(ParameterVector):
 
 # Where fewer than 1 in so many elements are marked, their positions fill less than a bit for every element.
 _FEW = 32
+
+
+def require_masks(masks: Mapping[str, ParameterVector], space: ParameterSpace) -> None:
+    """Refuses masks by name that belong to no part of a space, before anything is measured with them.
+
+    Args:
+        masks: By the name that a result tells them by.
+        space: Of what is measured.
+
+    Raises:
+        ValueError: One is no mask, or they have no names.
+        SpaceError: One has other parameters.
+
+    Example:
+        >>> require_masks({"golden": 3}, ParameterSpace.of(nn.Linear(2, 1)))
+        Traceback (most recent call last):
+        ValueError: the mask 'golden' is a ParameterMask or a boolean vector; got int
+    """
+    if not isinstance(masks, Mapping):
+        raise ValueError(f"masks is a mapping of names to masks; got {type(masks).__name__}")
+    for label, mask in masks.items():
+        if not isinstance(mask, ParameterVector):
+            raise ValueError(f"the mask {label!r} is a ParameterMask or a boolean vector; got {type(mask).__name__}")
+        try:
+            space.subspace(ParameterMask.of_vector(mask).space.names).require_same(mask.space)
+        except (SpaceError, ValueError) as error:
+            raise type(error)(f"the mask {label!r}: {error}") from error
 
 
 class Positions(NamedTuple):

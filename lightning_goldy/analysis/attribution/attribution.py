@@ -36,7 +36,7 @@ from lightning_goldy.core.base import Base
 from lightning_goldy.core.batches import move_batch, sample_count, sample_keys
 from lightning_goldy.core.files import percentage
 from lightning_goldy.core.isolation import preserved
-from lightning_goldy.core.mask import ParameterMask
+from lightning_goldy.core.mask import ParameterMask, require_masks
 from lightning_goldy.core.naming import (
     block_of,
     kind_of,
@@ -55,7 +55,7 @@ from lightning_goldy.core.sharding import (
     sum_over_shards,
     unshard_guard,
 )
-from lightning_goldy.core.space import ParameterSpace, SpaceError
+from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.vector import ParameterVector
 
 METRICS: tuple[str, ...] = get_args(MetricName)
@@ -444,24 +444,11 @@ def change_attribution(
             path, objective_for(model, objective), metric, batches, n_samples, samples_per_pass, replicas
         )
         work.progress = progress
-        _check_masks(masks or {}, path.space)
+        require_masks(masks or {}, path.space)
         work.measure_ends()
         effects = work.measure_blocks() if interactions and work.moved else None
         work.integrate_until(nodes, tolerance)
         return work.result(tolerance, shares, keep_scores, effects, masks or {})
-
-
-def _check_masks(masks: Mapping[str, ParameterVector], space: ParameterSpace) -> None:
-    """Masks are used when all has been measured; what is wrong with them is told before."""
-    if not isinstance(masks, Mapping):
-        raise ValueError(f"masks is a mapping of names to masks; got {type(masks).__name__}")
-    for label, mask in masks.items():
-        if not isinstance(mask, ParameterVector):
-            raise ValueError(f"the mask {label!r} is a ParameterMask or a boolean vector; got {type(mask).__name__}")
-        try:
-            space.subspace(ParameterMask.of_vector(mask).space.names).require_same(mask.space)
-        except (SpaceError, ValueError) as error:
-            raise type(error)(f"the mask {label!r}: {error}") from error
 
 
 def attribute_first_order(
