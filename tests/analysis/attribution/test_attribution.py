@@ -554,8 +554,8 @@ def test_the_row_and_the_json_tell_all():
     [
         ({"metric": "los"}, "unknown metric 'los'; did you mean 'loss'"),
         ({"nodes": "many"}, "unknown nodes 'many'"),
-        ({"nodes": 0}, "nodes is 'auto' or lies between 1 and 256; got 0"),
-        ({"nodes": 1.5}, "nodes is 'auto' or lies between 1 and 256; got 1.5"),
+        ({"nodes": 0}, "nodes is 'auto', 'base' or lies between 1 and 256; got 0"),
+        ({"nodes": 1.5}, "nodes is 'auto', 'base' or lies between 1 and 256; got 1.5"),
         ({"tolerance": 0}, r"tolerance must lie in \(0, 1\); got 0"),
         ({"shares": [2]}, r"shares lie in \(0, 1\]; got 2"),
         ({"shares": ["a"]}, r"shares lie in \(0, 1\]; got 'a'"),
