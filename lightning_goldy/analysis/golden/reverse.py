@@ -286,7 +286,10 @@ def reverse_golden_parameters(
     objective = objective_for(model, objective)
     space = space or ParameterSpace.of(model)
     replicas = Replicas.of(model) if split_over_ranks else Replicas()
-    choosing, measuring = _list_samples(batches, "batches"), _list_samples(eval_batches, "eval_batches")
+    choosing, measuring = list(batches), list(eval_batches)
+    for argument, given in (("batches", choosing), ("eval_batches", measuring)):
+        if not given:
+            raise ValueError(f"there is no sample: {argument} is empty")
     with preserved(model), replicas.together("reverse_golden_parameters"):
         parameters = space.resolve(model)
         require_finite(parameters, "weights")
@@ -333,13 +336,6 @@ def _merge_settings(
             raise TypeError(f"reverse_golden_parameters takes no {name!r}; {suggestion(name, known)}")
     of_search, of_fluctuation = ({name: settings[name] for name in settings if name in known} for known in names)
     return replace(search, **of_search), replace(fluctuation, **of_fluctuation)
-
-
-def _list_samples(batches: Iterable[Any], argument: str) -> list[Any]:
-    found = list(batches)
-    if not found:
-        raise ValueError(f"there is no sample: {argument} is empty")
-    return found
 
 
 def _run_search(

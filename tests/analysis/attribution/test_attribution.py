@@ -484,8 +484,8 @@ def test_the_change_its_places_and_its_interaction_have_intervals_over_passages(
     assert [own["alone_low"], own["alone_high"]] == pytest.approx(slow_interval(alone, [1.0] * 6), rel=1e-6)
     low, high = found.interaction_interval  # type: ignore[misc]
     assert low <= found.interaction <= high
-    assert f"of it [{1 - high:.0%}, {1 - low:.0%}]" in found.headline()
-    assert "%] of the change is made by no block alone" in interactions_caption(row)
+    assert f"of it [{percentage(1 - high)}, {percentage(1 - low)}]" in found.headline()
+    assert " %] of the change is made by no block alone" in interactions_caption(row)
     few = change_attribution(model, base, samples[:3], interactions=True).row().to_dict()
     assert "WEAK: only 3 passages" in interactions_caption(few)
 
