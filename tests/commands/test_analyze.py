@@ -205,6 +205,7 @@ def test_figures_and_page_show_them(analyzed):
         "attention_tracker-scales.png",
         "attention_tracker-singular_values.png",
         "change_attribution-heads.png",
+        "change_attribution-neurons.png",
         "change_attribution-places.png",
         "explain_change-survival.png",
         "parameter_distribution-blocks.png",
@@ -226,7 +227,8 @@ def test_without_a_prompt_the_probe_is_shown_and_nothing_written(trained, here, 
     told = capsys.readouterr().out
     assert "left out: continuations, because no prompt was given" in told
     # The headlines with interval and null, and the words.
-    assert re.search(r"^change_attribution: the loss changed by \S+: .* \[\S+%, \S+%\] of it", told, re.MULTILINE)
+    change = r"^change_attribution: the loss changed by \S+ \[\S+, \S+\]: .* \[\S+%, \S+%\] of it"
+    assert re.search(change, told, re.MULTILINE)
     assert re.search(r"^activation_differences: after block \d the .* \(another text moves it by", told, re.MULTILINE)
     row = row_of(out, "attention_tracker")
     (prompt,) = row["result"]["prompts"]
