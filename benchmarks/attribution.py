@@ -15,6 +15,7 @@ measured a random step away from it. Other text is a text file, or a JSON list o
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -153,25 +154,32 @@ def print_times(
         model(input_ids=sample, labels=sample, use_cache=False).loss.backward()
         model.zero_grad(set_to_none=True)
 
-    def alone() -> float:
-        start = now(arguments.device)
+    def alone() -> list[list[float]]:
+        """Seconds of each sample, as often as there are nodes."""
+        rows = []
         for _ in range(arguments.nodes):
+            times = [now(arguments.device)]
             for sample in scored.split(1):
                 step(sample)
-        return now(arguments.device) - start
+                times.append(now(arguments.device))
+            rows.append([after - before for before, after in itertools.pairwise(times)])
+        return rows
 
-    def attributed(nodes: int) -> tuple[float, float, ChangeAttributionResult]:
-        """Seconds of all nodes but the first, and of the rest."""
+    def attributed(nodes: int) -> tuple[list[list[float]], float, ChangeAttributionResult]:
+        """Seconds of each sample at all nodes but the first, moving there with the first sample, and of the rest."""
         ends: list[float] = []
-
-        def note(done: int, total: int) -> None:
-            if done % (total // nodes) == 0:
-                ends.append(now(arguments.device))
-
         start = now(arguments.device)
-        found = change_attribution(model, base, [{"input_ids": scored}], nodes=nodes, progress=note)
-        more = ends[-1] - ends[0]
-        return more, now(arguments.device) - start - more, found
+        found = change_attribution(
+            model,
+            base,
+            [{"input_ids": scored}],
+            nodes=nodes,
+            progress=lambda done, total: ends.append(now(arguments.device)),
+        )
+        whole, count = now(arguments.device) - start, len(scored)
+        times = ends[count - 1 :]
+        steps = [after - before for before, after in itertools.pairwise(times)]
+        return [steps[i : i + count] for i in range(0, len(steps), count)], whole - sum(steps), found
 
     step(scored[:2])
     before = peak(arguments.device)
@@ -183,17 +191,20 @@ def print_times(
         f"{grown / (size + 4 * elements):.2f} x (base + a float32 accumulator)",
         flush=True,
     )
-    ratios, onces, plains = [], [], []
+    attributions, plains, onces = [], [], []
     for _ in range(arguments.repetitions):
         more, once, found = attributed(1 + arguments.nodes)
-        plains.append(alone())
-        ratios.append(more / plains[-1])
+        attributions += more
+        plains += alone()
         onces.append(once)
-        print(f"{arguments.nodes} nodes {more:.2f} s, forward + backward {plains[-1]:.2f} s", flush=True)
+        seconds = (sum(map(sum, rows[-arguments.nodes :])) for rows in (attributions, plains))
+        print("{} nodes {:.2f} s, forward + backward {:.2f} s".format(arguments.nodes, *seconds), flush=True)
+    # Of each sample the median of all times: what else a machine does comes in bursts.
+    node, plain = (sum(map(statistics.median, zip(*rows, strict=True))) for rows in (attributions, plains))
     print(
-        f"a node against forward + backward of each sample alone: ratio {statistics.median(ratios):.3f} (<= 1.1; "
-        f"{min(ratios):.3f} to {max(ratios):.3f}); the ends, one node and the selection, once: "
-        f"{statistics.median(onces):.2f} s; gap {found.gap:.2g}"
+        f"a node against forward + backward of each sample alone: ratio {node / plain:.3f} (<= 1.1) of medians over "
+        f"{len(plains)} times; the ends, one node and the selection, once: {statistics.median(onces):.2f} s; "
+        f"gap {found.gap:.2g}"
     )
 
 
