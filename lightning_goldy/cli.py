@@ -7,6 +7,7 @@ import difflib
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -73,7 +74,7 @@ def _run(arguments: Sequence[str]) -> int:
         from lightning_goldy.core.files import printable  # brings torch, which a command without a fault need not
 
         if os.environ.get("GOLDY_TRACEBACK"):
-            sys.excepthook(*sys.exc_info())
+            traceback.print_exc()
         print("\n".join(map(printable, f"goldy: {error}".expandtabs().split("\n"))), file=sys.stderr)
         return 2
     return 0
