@@ -120,10 +120,13 @@ def load_model(name: str, head: Head = "causal_lm", dtype: WeightDtype = "float3
     except (OSError, ValueError) as error:
         if folder.is_dir():
             raise ValueError(f"the folder {name!r} holds no loadable {head} model: {_one_line(error)}") from error
+        # No name on the hub begins so, and what it says of its names is no help to who meant a folder.
+        path = name.startswith((".", "/", "~"))
+        failed = "" if path else ", and loading it from the Hugging Face hub failed"
+        reason = "" if path else f"The hub's reason: {_one_line(error)}"
         raise ValueError(
-            f"model {name!r} is no local folder (looked for {folder.absolute()}), and loading it from the Hugging Face "
-            f"hub failed; give a folder of save_pretrained, or a name on the hub. {_near(folder)}The hub's reason: "
-            f"{_one_line(error)}"
+            f"model {name!r} is no local folder (looked for {folder.absolute()}){failed}; give a folder of "
+            f"save_pretrained, or a name on the hub. {_near(folder)}{reason}".rstrip()
         ) from error
     return model.train()  # from_pretrained returns eval mode, in which Lightning would train without dropout
 

@@ -227,7 +227,7 @@ def test_without_a_prompt_the_probe_is_shown_and_nothing_written(trained, here, 
     told = capsys.readouterr().out
     assert "left out: continuations, because no prompt was given" in told
     # The headlines with interval and null, and the words.
-    change = r"^change_attribution: the loss changed by \S+ \[\S+, \S+\]: .* \[\S+%, \S+%\] of it"
+    change = r"^change_attribution: the loss changed by \S+ \[\S+, \S+\]: .* \[\S+ %, \S+ %\] of it"
     assert re.search(change, told, re.MULTILINE)
     assert re.search(r"^activation_differences: after block \d the .* \(another text moves it by", told, re.MULTILINE)
     row = row_of(out, "attention_tracker")
