@@ -150,23 +150,23 @@ def print_times(
 ) -> None:
     """Memory and time of nodes beside a step's."""
 
-    def step(sample: torch.Tensor) -> None:
-        model(input_ids=sample, labels=sample, use_cache=False).loss.backward()
+    def step(samples: torch.Tensor) -> None:
+        model(input_ids=samples, labels=samples, use_cache=False).loss.backward()
         model.zero_grad(set_to_none=True)
 
-    def alone() -> list[list[float]]:
-        """Seconds of each sample, as often as there are nodes."""
+    def stepped(together: int) -> list[list[float]]:
+        """Seconds of each pass of so many samples, as often as there are nodes."""
         rows = []
         for _ in range(arguments.nodes):
             times = [now(arguments.device)]
-            for sample in scored.split(1):
-                step(sample)
+            for samples in scored.split(together):
+                step(samples)
                 times.append(now(arguments.device))
             rows.append([after - before for before, after in itertools.pairwise(times)])
         return rows
 
     def attributed(nodes: int) -> tuple[list[list[float]], float, ChangeAttributionResult]:
-        """Seconds of each sample at all nodes but the first, moving there with the first sample, and of the rest."""
+        """Seconds of each pass at all nodes but the first, moving there with the first pass, and of the rest."""
         ends: list[float] = []
         start = now(arguments.device)
         found = change_attribution(
@@ -176,7 +176,7 @@ def print_times(
             nodes=nodes,
             progress=lambda done, total: ends.append(now(arguments.device)),
         )
-        whole, count = now(arguments.device) - start, len(scored)
+        whole, count = now(arguments.device) - start, len(ends) // nodes
         times = ends[count - 1 :]
         steps = [after - before for before, after in itertools.pairwise(times)]
         return [steps[i : i + count] for i in range(0, len(steps), count)], whole - sum(steps), found
@@ -191,20 +191,26 @@ def print_times(
         f"{grown / (size + 4 * elements):.2f} x (base + a float32 accumulator)",
         flush=True,
     )
-    attributions, plains, onces = [], [], []
+    attributions, plains, alike, onces = [], [], [], []
     for _ in range(arguments.repetitions):
         more, once, found = attributed(1 + arguments.nodes)
+        together = len(scored) // len(more[0])
         attributions += more
-        plains += alone()
+        plains += stepped(1)
+        alike += stepped(together) if together > 1 else plains[-arguments.nodes :]
         onces.append(once)
-        seconds = (sum(map(sum, rows[-arguments.nodes :])) for rows in (attributions, plains))
-        print("{} nodes {:.2f} s, forward + backward {:.2f} s".format(arguments.nodes, *seconds), flush=True)
-    # Of each sample the median of all times: what else a machine does comes in bursts.
-    node, plain = (sum(map(statistics.median, zip(*rows, strict=True))) for rows in (attributions, plains))
+        seconds = (sum(map(sum, rows[-arguments.nodes :])) for rows in (attributions, alike, plains))
+        told = "{} nodes {:.2f} s, forward + backward of {} together {:.2f} s, of each sample alone {:.2f} s"
+        node, passes, plain = seconds
+        print(told.format(arguments.nodes, node, together, passes, plain), flush=True)
+    # Of each pass the median of all times: what else a machine does comes in bursts.
+    node, passes, plain = (
+        sum(map(statistics.median, zip(*rows, strict=True))) for rows in (attributions, alike, plains)
+    )
     print(
-        f"a node against forward + backward of each sample alone: ratio {node / plain:.3f} (<= 1.1) of medians over "
-        f"{len(plains)} times; the ends, one node and the selection, once: {statistics.median(onces):.2f} s; "
-        f"gap {found.gap:.2g}"
+        f"a node against forward + backward, medians of {len(plains)} times: of each sample alone ratio "
+        f"{node / plain:.3f} (<= 1.1), of {together} together, as the node has them, {node / passes:.3f}; the ends, "
+        f"one node and the selection, once: {statistics.median(onces):.2f} s; gap {found.gap:.2g}"
     )
 
 
