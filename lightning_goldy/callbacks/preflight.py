@@ -518,7 +518,8 @@ def _texts(callback: AnalysisCallback[Any], trainer: L.Trainer) -> tuple[tuple[i
     read = getattr(callback, "other_text", None)
     try:
         return shape_rows(read(trainer)) if read else ()
-    except Exception:  # noqa: BLE001 - whatever it is, the callback's own checks raise it
+    except Exception as error:  # noqa: BLE001 - the callback's own checks raise it, where it is an error
+        rank_zero_info(f"{callback.name}: the forecast is without its other text: {error}")
         return ()
 
 

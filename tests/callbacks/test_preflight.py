@@ -498,3 +498,22 @@ def test_other_text_is_forecast_by_its_shapes_and_read_once(tmp_path: Path, monk
     told, more = (estimate(callback, plan, Run(1)) for plan in (plans[0], longer))
     assert (told.cost.forwards, more.memory > told.memory) == (2 * 5, True)
     assert [row["cost"]["forwards"] for row in rows_of(callback)] == [2 * 5]
+
+
+def test_a_forecast_without_other_text_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("lightning_goldy.callbacks.preflight.rank_zero_info", told.append)
+    read, tries = ActivationDifferences.other_text, []
+
+    def once_broken(self: ActivationDifferences, trainer: Any) -> list[Any]:
+        tries.append(len(tries))
+        if tries == [0]:
+            raise OSError("the text is on a disk that sleeps")
+        return read(self, trainer)
+
+    monkeypatch.setattr(ActivationDifferences, "other_text", once_broken)
+    ids = torch.randint(3, 50, (6, 10), generator=torch.Generator().manual_seed(0))
+    callback = ActivationDifferences(positions=2, n_samples=6, text=[{"input_ids": ids}])
+    fit(tmp_path, [GoldenSnapshot(every_n_steps=None), callback], data=WordData(), max_epochs=1)
+    missing = "activation_differences: the forecast is without its other text: the text is on a disk that sleeps"
+    assert (missing in told, len(rows_of(callback))) == (True, 1)
