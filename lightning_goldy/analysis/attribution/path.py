@@ -319,9 +319,10 @@ class ChangePath:
         return precise(self._ends[name]) - precise(self.starts[name])
 
     def changes(self, name: str) -> Iterator[tuple[slice, Tensor]]:
-        """The change of one parameter, flat, piece by piece with its place, in at least float32."""
+        """The change of one parameter, flat, so many whole rows at a time with their place, in at least float32."""
+        row = math.prod(self.starts[name].shape[1:])
         base, step = self.starts[name].reshape(-1), self._steps.get(name)
-        size = _CPU_CHUNK if base.device.type == "cpu" else _GPU_CHUNK
+        size = max((_CPU_CHUNK if base.device.type == "cpu" else _GPU_CHUNK) // max(row, 1), 1) * max(row, 1)
         for start in range(0, base.numel(), size):
             piece = slice(start, start + size)
             if step is not None:
