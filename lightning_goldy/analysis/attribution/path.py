@@ -20,6 +20,7 @@ from lightning_goldy.analysis.taylor.approximation import batch_parts
 from lightning_goldy.core.architecture.adapters import (
     WeightSpace,
     adapted_layers,
+    base_within,
     chosen_space,
     merged_state,
     merged_weights,
@@ -246,7 +247,9 @@ class ChangePath:
         """``merged`` or ``adapters``; None of a model without adapters."""
 
     def __enter__(self) -> ChangePath:
-        start = base_of(self._given, self.model, self._space)
+        given, model, within = self._given, self.model, self.weight_space
+        merged = within == "merged" and self._space is None
+        start = base_within(given, model) if merged else base_of(given, model, self._space)
         with ExitStack() as stack:
             if self.weight_space == "merged":
                 start, self.parameters = stack.enter_context(merged_weights(self.model, start))
