@@ -13,7 +13,7 @@ from lightning_goldy.analysis import apply_change, change_attribution, save_chan
 from lightning_goldy.analysis.attribution import graft
 from lightning_goldy.cli import main
 from lightning_goldy.commands.checkpoints import find_base, follow_frozen, read_saved
-from lightning_goldy.commands.graft import Wanted, _unadapted, _untie, graft_checkpoint
+from lightning_goldy.commands.graft import BEST, Wanted, _fraction, _unadapted, _untie, graft_checkpoint
 from lightning_goldy.core import CausalLMObjective
 from lightning_goldy.core.files import percentage
 from lightning_goldy.core.mask import ParameterMask
@@ -57,6 +57,26 @@ def run(trained, *options: str, output: str) -> int:
 
 def weights(folder) -> dict[str, torch.Tensor]:
     return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def test_the_table_of_grafts_fits_80_columns(trained, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run(trained, "--recover", "0.8", output="narrow") == 0
+    told = capsys.readouterr().out
+    lines = [line for line in told.splitlines() if line.startswith(("┃", "│"))]
+    assert max(map(len, lines)) <= 80
+    cells = [[cell.strip() for cell in line.strip("┃│").replace("┃", "│").split("│")] for line in lines]
+    assert cells[0] == ["method", "elements", "times", "recovered", "harm"]
+    assert all(
+        row[0].split()[0] in (*BEST, "gradient") and row[1].endswith(" %") and "[" in row[3] for row in cells[1:]
+    )
+    assert any("+" in row[0].split() for row in cells[1:])
+    assert sum("*" in row[0].split() for row in cells[1:]) == 1
+
+
+@pytest.mark.parametrize(("value", "told"), [(0.8124, "0.812"), (-1.5, "-1.500"), (-1234.5, "-1.23e+03")])
+def test_parts_of_the_effect_are_short_wherever_they_lie(value, told):
+    assert _fraction(value) == told
 
 
 def test_a_share_of_the_elements_is_written_as_a_model_and_as_a_sparse_change(trained, capsys):
