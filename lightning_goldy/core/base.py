@@ -379,7 +379,9 @@ def read_base(
             several places, has more blocks than the model, or two values of what the model ties.
     """
     path = Path(source)
-    return _values_of(_read_tensors(path, model, space, prefix), path, model, space)
+    tensors = _read_tensors(path, model, space, prefix)
+    _require_adapters(f"{path}: the base", tensors, model, space)
+    return _values_of(tensors, path, model, space)
 
 
 def _read_tensors(path: Path, model: nn.Module, space: ParameterSpace, prefix: str | None) -> dict[str, Tensor]:

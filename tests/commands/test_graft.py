@@ -167,6 +167,14 @@ def test_adapters_are_grafted_as_the_weights_that_they_come_to(trained, tmp_path
             torch.testing.assert_close(value, torch.where(mask[name], merged[name], base[name]))
         else:
             assert torch.equal(value, base[name])
+    # The plain model below the adapters is a base that can be given.
+    assert main([*words, "--base", str(trained / "base"), "--output", str(tmp_path / "given")]) == 0
+    again = weights(tmp_path / "given" / "model")
+    assert all(torch.equal(value, again[name]) for name, value in made.items())
+    capsys.readouterr()
+    words = [*words, "--base", str(trained / "base"), "--output", str(tmp_path / "refused"), "--space", "adapters"]
+    assert main(words) == 2
+    assert "has no adapters" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")

@@ -182,20 +182,33 @@ def base_within(base: Base, model: nn.Module, space: str = "merged") -> BasePara
         StoreError: It is no file of parameters.
         ValueError: The space is unknown.
     """
-    if chosen_space(model, space) == "merged":
-        layers = adapted_layers(model)
-        below: dict[int, str] = {}
-        for path, layer in layers.items():
-            inner = {id(parameter) for parameter in without_adapters(layer).parameters()}
-            named = layer.named_parameters()
-            below |= {id(own): canonical_name(f"{path}.{name}".strip(".")) for name, own in named if id(own) in inner}
-        inside = {id(parameter) for layer in layers.values() for parameter in layer.parameters()}
-        beside = [name for name, own in trainable_parameters(model) if id(own) not in inside]
-        plain = plain_base(base, model, list(below.values()), beside, merged_name)
-        if plain is not None:
-            require_merged(model)
-            return plain
-    return base_of(base, model)
+    plain = plain_below(base, model) if chosen_space(model, space) == "merged" else None
+    return base_of(base, model) if plain is None else plain
+
+
+def plain_below(base: Base, model: nn.Module) -> BaseParameters | None:
+    """The base of a model with adapters that is given as the plain model which they lie on; None where it is not.
+
+    Args:
+        base: Anything that ``base_of`` takes.
+        model: With adapters; of others there is none.
+
+    Raises:
+        AdapterError: The weights below adapters are quantised.
+        SpaceError: It is of another model.
+        StoreError: It is no file of parameters.
+    """
+    layers, below = adapted_layers(model), dict[int, str]()
+    for path, layer in layers.items():
+        inner = {id(parameter) for parameter in without_adapters(layer).parameters()}
+        named = layer.named_parameters()
+        below |= {id(own): canonical_name(f"{path}.{name}".strip(".")) for name, own in named if id(own) in inner}
+    inside = {id(parameter) for layer in layers.values() for parameter in layer.parameters()}
+    beside = [name for name, own in trainable_parameters(model) if id(own) not in inside]
+    plain = plain_base(base, model, list(below.values()), beside, merged_name) if layers else None
+    if plain is not None:
+        require_merged(model)
+    return plain
 
 
 def chosen_space(model: nn.Module, space: str) -> WeightSpace | None:
