@@ -206,6 +206,48 @@ def per_sample(
     return {"keys": tuple(keys), **values, "power": power}
 
 
+def mean_norm_intervals(sums: Tensor, counts: Tensor, scales: Tensor) -> Tensor:
+    r"""Of the norm of a mean vector over its scale, by the jackknife over samples, on the scale of squares.
+
+    .. math:: \widehat{\lVert\mu\rVert^2} = \frac{\lVert\sum_i s_i\rVert^2 - \sum_i \lVert s_i\rVert^2}
+        {(\sum_i n_i)^2 - \sum_i n_i^2}, \qquad
+        \theta = \widehat{\lVert\mu\rVert^2} \Big/ \Big(\frac{\sum_i b_i}{\sum_i n_i}\Big)^2
+
+    The norm of a mean is above that of the expectation, for what is left of the scatter of samples adds to it, and more
+    so in every resample, whose intervals lie above it altogether. Products of two different samples have no such part,
+    so these are what is jackknifed. Where samples scatter more than their mean is long, the interval may end below the
+    norm of the mean.
+
+    Args:
+        sums: s, sums of vectors over each sample, shape ``[n, L, d]``.
+        counts: n, how many vectors are in each sum, shape ``[n]``.
+        scales: b, sums of the scale over each sample, shape ``[n, L]``.
+
+    Returns:
+        Both ends, not below 0, shape ``[L, 2]``; NaN with fewer than three samples.
+
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 11, of the U-statistic of the square.
+
+    Example:
+        >>> mean_norm_intervals(torch.tensor([[[3.0, 4.0]]] * 3), torch.ones(3), torch.full((3, 1), 10.0)).tolist()
+        [[0.5, 0.5]]
+    """
+    sums, counts, scales = sums.double(), counts.double()[:, None], scales.double()
+    if len(sums) < 3:
+        return torch.full((sums.shape[1], 2), math.nan, dtype=torch.float64)
+    whole, squares, pairs = sums.sum(0), sums.square().sum(-1), counts.sum().square() - counts.square().sum()
+
+    def scaled(square: Tensor, pairs: Tensor, scale: Tensor, count: Tensor) -> Tensor:
+        return square / pairs / (scale / count).square()
+
+    estimate = scaled(whole.square().sum(-1) - squares.sum(0), pairs, scales.sum(0), counts.sum())  # [L]
+    left = (whole - sums).square().sum(-1) - (squares.sum(0) - squares)  # [n, L]
+    rest = counts.sum() - counts
+    without = scaled(left, rest.square() - (counts.square().sum() - counts.square()), scales.sum(0) - scales, rest)
+    ends = [_around(float(one), others) for one, others in zip(estimate, without.T.tolist(), strict=True)]
+    return torch.tensor(ends, dtype=torch.float64).clamp_min(0).sqrt()
+
+
 def correlation_interval(whole: float, without: Sequence[float]) -> tuple[float, float] | None:
     """Of a correlation, on Fisher's scale, from its values without each group of samples.
 

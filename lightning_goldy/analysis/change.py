@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from lightning_goldy.analysis.divergence import effective_rank, histogram_drift, precise
 from lightning_goldy.analysis.precision import low_precision, rounding_of
 from lightning_goldy.analysis.result import AnalysisResult, tensor_rows
-from lightning_goldy.core.architecture.adapters import LowRankChange, changes_in, chosen_space, merged_name
+from lightning_goldy.core.architecture.adapters import (
+    LowRankChange,
+    base_within,
+    changes_in,
+    chosen_space,
+    merged_name,
+)
 from lightning_goldy.core.architecture.blocks import expert_counts, expert_names
 from lightning_goldy.core.base import Base, BaseParameters, base_of
 from lightning_goldy.core.mask import ParameterMask
@@ -298,7 +304,7 @@ def weight_change(model: nn.Module, base: Base, *, space: str = "merged") -> Wei
     precision, rounded = low_precision(model), torch.zeros(2, dtype=torch.float64)
     chosen = chosen_space(model, space)
     experts = _expert_counts(model, chosen)
-    for name, before, delta in changes_in(model, base_of(base, model), space):
+    for name, before, delta in changes_in(model, base_within(base, model, space), space):
         stacked = name in experts
         squares = [_squares(tensor, stacked=stacked) for tensor in (before, delta)]
         rows = expert_names([name], experts)
@@ -538,7 +544,7 @@ def parameter_distribution(
     chosen = chosen_space(model, space)
     experts = _expert_counts(model, chosen)
     with torch.no_grad(), replicas.together("parameter_distribution"):
-        start = base_of(base, model)
+        start = base_within(base, model, space)
         total = len(start.space.names)
         for index, change in enumerate(changes_in(model, start, space)):
             # Shards are gathered by all; of replicas each takes its own tensors.

@@ -17,7 +17,7 @@ from lightning_goldy.analysis.basin import adam_curvature_from_state
 from lightning_goldy.analysis.heads import load_gates
 from lightning_goldy.callbacks.engine.weights import FROZEN_FILE, Frozen, Weights
 from lightning_goldy.core.architecture import HeadGates
-from lightning_goldy.core.architecture.adapters import WeightSpace
+from lightning_goldy.core.architecture.adapters import WeightSpace, changes_in, plain_below
 from lightning_goldy.core.base import BASE_FILE, BaseParameters, base_files, frozen_apart, read_base, read_checkpoint
 from lightning_goldy.core.files import StoreError, parents_of
 from lightning_goldy.core.objective import CausalLMObjective, MaskedLMObjective, Objective, Seq2SeqObjective
@@ -284,11 +284,23 @@ def find_base(
         path = next((place for place in places if place.is_file()), path)
         if path.name == BASE_FILE:
             space = _space_of(base_files(path), model)
+        elif space_of_change == "merged" and (plain := plain_below(path, model)) is not None:
+            return _as_plain(plain, path, model, space)
         prefix = next((f"{name}." for name, child in pl_module.named_modules() if child is model and name), "")
         return FoundBase(BaseParameters(read_base(path, model, space, prefix=prefix)), str(path), prefix)
     known = _told(saved)
     found = _of_the_run(saved, known, model, space)
     return found or _as_built(known, pl_module, model, space, objective, space_of_change)
+
+
+def _as_plain(plain: BaseParameters, path: Path, model: nn.Module, space: ParameterSpace) -> FoundBase:
+    """The base that is the plain model below adapters; with new ones that add nothing to it, for so it can be run."""
+    if any(bool(change.delta.any()) for change in changes_in(model, plain)):
+        return FoundBase(plain, str(path))
+    own = ParameterVector.of(model, space)
+    held = plain.vector(model)
+    vector = ParameterVector(space, {name: held[name] if name in plain.space else own[name] for name in space})
+    return FoundBase(BaseParameters(vector), str(path), "")
 
 
 def follow_frozen(saved: SavedModel, base: FoundBase, model: nn.Module, space: WeightSpace, who: str) -> list[str]:

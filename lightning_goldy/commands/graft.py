@@ -281,18 +281,18 @@ class _Graft(ConfiguredCallback):
         print(printable(f"base: {self.base_source}"))
         rows = [
             (
-                point.method + (" *" if point == self.point else ""),
+                point.method + (" +" if point.on_frontier else "") + (" *" if point == self.point else ""),
                 format_percent(point.share),
                 f"{point.factor:g}",
-                f"{point.recovered:.3f}{_interval(point.low, point.high, '{:.3f}'.format)}",
+                f"{_fraction(point.recovered)}{_interval(point.low, point.high, _fraction)}",
                 "" if point.harm is None else f"{point.harm:+.4f}",
-                "yes" if point.on_frontier else "",
             )
             for point in self.found.curve.records
             if point.recovered is not None
         ]
-        headings = ("method", "elements", "times", "recovered", "harm, nats", "frontier")
-        console.print(console_table("Grafts on held-out samples; * is written", headings, rows))
+        headings = ("method", "elements", "times", "recovered", "harm")
+        title = "Grafts on held-out samples (harm in nats; + on the frontier, * written)"
+        console.print(console_table(title, headings, rows, numbers=3))
         print(printable(self.found.headline()))
         told = self.reported[0]
         if told.recovered is not None:
@@ -403,6 +403,11 @@ class _Graft(ConfiguredCallback):
 def _same_share(first: GraftPoint, second: GraftPoint) -> bool:
     """Whether two grafts have as many elements, but for whole units."""
     return math.isclose(first.share, second.share, rel_tol=0.01)
+
+
+def _fraction(value: float) -> str:
+    """A part of the effect; far outside, as where little is kept and rescaled, with as many digits as elsewhere."""
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.3g}"
 
 
 def _interval(low: float | None, high: float | None, told: Callable[[float], str]) -> str:

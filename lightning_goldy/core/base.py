@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -155,13 +155,14 @@ def base_of(base: Base, model: nn.Module, space: ParameterSpace | None = None) -
     asked, space = space, space or ParameterSpace.of(model)
     if not isinstance(base, nn.Module):
         tensors = _read_tensors(Path(base), model, space, None)
+        _require_adapters(f"{base}: the base", tensors, model, space)
         if asked is None:
             _tell_frozen(tensors, model, space)
         return BaseParameters(_values_of(tensors, Path(base), model, space), copy=False)
     if (more := _further_blocks(known_parameters(base), model)) is not None:
         raise SpaceError(f"the base is of another model: {more}")
     parameters, held = space.resolve(model), _every_name(base)
-    _require_adapters(base, held, model, space)
+    _require_adapters(f"the base, a {type(base).__name__},", held, model, space)
     if (untied := _held_apart(held, model, space)) is not None:
         raise SpaceError(untied)
     if asked is None and base is not model:
@@ -176,14 +177,73 @@ def base_of(base: Base, model: nn.Module, space: ParameterSpace | None = None) -
     )
 
 
-def _require_adapters(base: nn.Module, held: Mapping[str, Tensor], model: nn.Module, space: ParameterSpace) -> None:
+def plain_base(
+    base: Base, model: nn.Module, below: Collection[str], beside: Collection[str], rename: Callable[[str], str]
+) -> BaseParameters | None:
+    """The base of a model with adapters that is given as the plain model which they lie on; None where it is not.
+
+    Args:
+        base: As for :func:`base_of`.
+        model: With adapters.
+        below: Canonical names of the parameters that adapters lie on.
+        beside: Those of what else trains.
+        rename: From a canonical name to that in the plain model.
+
+    Returns:
+        The values of all these names; no adapter is laid on.
+
+    Raises:
+        SpaceError: The plain model lacks one, has it in another shape, or two values of what the model ties.
+        StoreError: It is no file of parameters.
+
+    Warns:
+        UserWarning: It differs in a frozen parameter that has no adapter, which stays as it is now.
+    """
+    every = _every_name(model)
+    own = {name: every[name] for name in (*below, *beside)}
+    space = ParameterSpace.of_tensors(own)
+    given = _given_values(base, model, ParameterSpace.of_tensors({rename(name): value for name, value in own.items()}))
+    held = {name: given[rename(name)] for name in every if rename(name) in given}
+    # What a plain model ties it may have under the name of either.
+    tied = {id(parameter): held[name] for name, parameter in every.items() if name in held}
+    held |= {name: tied[id(value)] for name, value in own.items() if name not in held and id(value) in tied}
+    if not below or not all(name in held for name in below):
+        return None
+    if (untied := _held_apart(held, model, space)) is not None:
+        raise SpaceError(untied)
+    for name, value in own.items():
+        if name not in held:
+            raise SpaceError(f"the base has no parameter {rename(name)!r}; {suggestion(rename(name), given)}")
+        if held[name].shape != value.shape:
+            shapes = f"{tuple(held[name].shape)} in the base, {tuple(value.shape)} in {type(model).__name__}"
+            raise SpaceError(f"{rename(name)} has shape {shapes}")
+    _tell_frozen(held, model, space)
+    values = {name: _fit(held[name].detach(), value).to(value.dtype) for name, value in own.items()}
+    made = BaseParameters(ParameterVector(space, values))
+    made.laid_on = {}
+    return made
+
+
+def _given_values(base: Base, model: nn.Module, space: ParameterSpace) -> Mapping[str, Tensor]:
+    """What a base holds by canonical name; nothing of one that knows its adapters, for that is the model's own."""
+    if isinstance(base, (str, Path)):
+        return _read_tensors(Path(base), model, space, None)
+    if isinstance(base, nn.Module):
+        return _every_name(base)
+    if isinstance(base, BaseParameters) and base.laid_on is None:
+        return base._parts
+    return base if isinstance(base, ParameterVector) else {}
+
+
+def _require_adapters(told: str, held: Mapping[str, Tensor], model: nn.Module, space: ParameterSpace) -> None:
     """Says what to compare where a model has adapters and its base is the plain model that they lie on."""
     lacking = next((name for name in space.names if ".lora_" in name and name not in held), None)
     if lacking is not None and not any(".lora_" in name for name in held):
         raise SpaceError(
-            f"the base, a {type(base).__name__}, has no adapters, of which {type(model).__name__} has {lacking!r}: "
-            "give the model as it was with its new adapters (copy.deepcopy before it is trained) or a golden snapshot, "
-            "or compare copy.deepcopy(model).merge_and_unload().requires_grad_(True) with the plain base"
+            f"{told} has no adapters, of which {type(model).__name__} has {lacking!r}: give the model as it was with "
+            "its new adapters (copy.deepcopy before it is trained) or a golden snapshot, or compare merged weights "
+            "with the plain base: with space='merged', or those of copy.deepcopy(model).merge_and_unload()"
+            ".requires_grad_(True)"
         )
 
 
@@ -319,7 +379,9 @@ def read_base(
             several places, has more blocks than the model, or two values of what the model ties.
     """
     path = Path(source)
-    return _values_of(_read_tensors(path, model, space, prefix), path, model, space)
+    tensors = _read_tensors(path, model, space, prefix)
+    _require_adapters(f"{path}: the base", tensors, model, space)
+    return _values_of(tensors, path, model, space)
 
 
 def _read_tensors(path: Path, model: nn.Module, space: ParameterSpace, prefix: str | None) -> dict[str, Tensor]:

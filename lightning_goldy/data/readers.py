@@ -68,21 +68,27 @@ def read_documents(source: str | Path) -> list[str]:
     """The documents of a source, without those that are empty.
 
     Args:
-        source: A text file (one document); a folder (one document per text file, in the order of their paths); a
-            folder that ``datasets`` saved or can load, or a name on the hub, optionally with a configuration
-            (``name:config``): one document per row of the ``text`` column of its ``train`` split.
+        source: A text file (one document); a file of JSON, JSON lines or a table (one document per record, its field
+            ``text``); a folder (one document per text file, in the order of their paths); a folder that ``datasets``
+            saved or can load, or a name on the hub, optionally with a configuration (``name:config``): one document per
+            row of the ``text`` column of its ``train`` split.
 
     Returns:
         At least one document.
 
     Raises:
         FileNotFoundError: No such source.
-        ValueError: It has no text.
+        ValueError: It has no text, or a record without any.
     """
     check_source(source)
     path = Path(source).expanduser()
-    if path.is_file():
-        texts: Iterable[str] = [read_text(path, newline="")]
+    if holds_records(path):
+        texts: Iterable[str] = _record_texts(path)
+    elif path.is_file() and path.suffix.lower() in _DATASETS:
+        kind = _DATASETS[path.suffix.lower()]
+        texts = _rows(datasets_library().load_dataset(kind, data_files=[str(path)], split="train"), path)
+    elif path.is_file():
+        texts = [read_text(path, newline="")]
     elif not path.is_dir():
         texts = _rows(load_from_hub(str(source), "train", "a file or folder"), source)
     elif is_saved_dataset(path):
@@ -93,6 +99,23 @@ def read_documents(source: str | Path) -> list[str]:
     if not documents:
         raise PlainError(f"{str(source)!r} holds no text: every document is empty")
     return documents
+
+
+def _record_texts(path: Path) -> Iterator[str]:
+    """The field ``text`` of each record of a file."""
+    for entry in _file_rows(path, None).entries:
+        if isinstance(entry, RecordError):
+            raise entry
+        if "text" not in entry.row:
+            raise PlainError(
+                f"{entry.source}, {entry.label}: has no field 'text'. It has: {', '.join(map(str, entry.row))}. "
+                "Questions and answers are read by KnowledgeDataModule, and a file as it stands where it ends in "
+                f"{', '.join(TEXT_SUFFIXES)}"
+            )
+        text = entry.row["text"]
+        if not isinstance(text, str | None):
+            raise entry.malformed("text", "text", text)
+        yield text or ""
 
 
 def _read_folder(folder: Path) -> Iterable[str]:

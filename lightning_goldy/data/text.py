@@ -111,8 +111,9 @@ class TextDataModule(ProbeDataModule):
     the others; training has the rest. No block is in two of them.
 
     Args:
-        source: A text file, a folder of text files, a dataset saved in a folder, or a dataset's name on the hub
-            (``name`` or ``name:config``; the column ``text`` of its split ``train``).
+        source: A text file, a folder of text files, a file of JSON, JSON lines or a table whose records have a
+            ``text``, a dataset saved in a folder, or a dataset's name on the hub (``name`` or ``name:config``; the
+            column ``text`` of its split ``train``).
         tokenizer: ``"bytes"``, a local folder, a hub name, or a tokenizer; by default that of the pretrained model
             that is trained, and ``"bytes"`` for one that is trained from scratch.
         block_size: Tokens per block.

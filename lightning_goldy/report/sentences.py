@@ -247,9 +247,11 @@ def answer_by_streams(rows: Sequence[Row]) -> Finding | None:
         return Finding("Nothing has changed: the activations are those of the base to the last bit.")
     if moved is None:
         return None
-    layer = _metric(row, "clearest_layer")
+    layer, result = _metric(row, "clearest_layer"), row["result"]
     after = "" if layer is None else f", after block {layer:.0f},"
-    doubts = []
+    spans = dict(zip(result.get("layers", ()), result.get("norm_intervals") or (), strict=False))
+    low, high = spans.get(layer) or (None, None)
+    doubts = ["the interval includes 0"] if low is not None and low <= 0 else []
     if null is not None and moved <= null:
         doubts.append("another half of the text moves it as much")
     if row["result"].get("n_samples", 0) < _FEW_SAMPLES:
@@ -265,7 +267,9 @@ def answer_by_streams(rows: Sequence[Row]) -> Finding | None:
     sentence = f"On unrelated text the residual stream{after} moved by {percent(moved)} of its norm{verb}."
     told = "" if null is None else f"two halves of the text differ by {percent(null)}"
     interval = "" if agreement is None else f"two halves agree on its direction to a cosine of {agreement:.2f}"
-    return Finding(sentence, interval, told, (*doubts, *_marks(row)), Bar(moved, null=null), "stream_change")
+    if low is not None:
+        interval = f"95 % interval over texts {percent(low)} to {percent(high)}{interval and '; '}{interval}"
+    return Finding(sentence, interval, told, (*doubts, *_marks(row)), Bar(moved, low, high, null), "stream_change")
 
 
 @register_answer("attention_tracker", "kind")

@@ -28,6 +28,7 @@ from lightning_goldy.commands.analyze import PARTS
 from lightning_goldy.commands.checkpoints import find_base, read_saved
 from lightning_goldy.core import ParameterVector
 from lightning_goldy.core.architecture import HeadGates
+from lightning_goldy.core.architecture.adapters import base_values
 from lightning_goldy.core.base import BaseParameters, base_of
 from lightning_goldy.core.files import StoreError
 from lightning_goldy.core.objective import CausalLMObjective, ClassifierObjective
@@ -426,6 +427,21 @@ def test_what_begins_at_random_is_no_base(trained, here):
     assert merged.values is not None
     assert "the pretrained model" in merged.source
     assert weight_change(adapted.model, GoldyModule(str(trained / "base"), lora={"rank": 2}).model).delta_norm == 0
+    given = find_base(trained / "base", saved, adapted, adapted.model, CausalLMObjective(), "merged")
+    assert given.values is not None
+    assert given.source == str(trained / "base")
+    # With the new adapters, so that it can be run.
+    assert given.values.space.names == merged.values.space.names
+    assert base_values(adapted.model, given.values).space.names == merged.values.space.names
+    other = GoldyModule(str(trained / "base"))
+    with torch.no_grad():
+        other.model.transformer.h[0].attn.c_attn.weight.mul_(2)
+    write_pretrained(other.model, here / "other")
+    elsewhere = find_base(here / "other", saved, adapted, adapted.model, CausalLMObjective(), "merged")
+    assert elsewhere.values is not None
+    assert elsewhere.values.laid_on == {}
+    expected = weight_change(GoldyModule(str(trained / "base")).model, other.model).delta_norm
+    assert weight_change(adapted.model, elsewhere.values).delta_norm == pytest.approx(expected)
     classifier = GoldyModule(str(trained / "base"), objective="classifier")
     assert "a new head begins at random" in source(classifier, ClassifierObjective())
 

@@ -13,7 +13,7 @@ from lightning_goldy.analysis import apply_change, change_attribution, save_chan
 from lightning_goldy.analysis.attribution import graft
 from lightning_goldy.cli import main
 from lightning_goldy.commands.checkpoints import find_base, follow_frozen, read_saved
-from lightning_goldy.commands.graft import Wanted, _unadapted, _untie, graft_checkpoint
+from lightning_goldy.commands.graft import BEST, Wanted, _fraction, _unadapted, _untie, graft_checkpoint
 from lightning_goldy.core import CausalLMObjective
 from lightning_goldy.core.files import percentage
 from lightning_goldy.core.mask import ParameterMask
@@ -57,6 +57,26 @@ def run(trained, *options: str, output: str) -> int:
 
 def weights(folder) -> dict[str, torch.Tensor]:
     return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def test_the_table_of_grafts_fits_80_columns(trained, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run(trained, "--recover", "0.8", output="narrow") == 0
+    told = capsys.readouterr().out
+    lines = [line for line in told.splitlines() if line.startswith(("┃", "│"))]
+    assert max(map(len, lines)) <= 80
+    cells = [[cell.strip() for cell in line.strip("┃│").replace("┃", "│").split("│")] for line in lines]
+    assert cells[0] == ["method", "elements", "times", "recovered", "harm"]
+    assert all(
+        row[0].split()[0] in (*BEST, "gradient") and row[1].endswith(" %") and "[" in row[3] for row in cells[1:]
+    )
+    assert any("+" in row[0].split() for row in cells[1:])
+    assert sum("*" in row[0].split() for row in cells[1:]) == 1
+
+
+@pytest.mark.parametrize(("value", "told"), [(0.8124, "0.812"), (-1.5, "-1.500"), (-1234.5, "-1.23e+03")])
+def test_parts_of_the_effect_are_short_wherever_they_lie(value, told):
+    assert _fraction(value) == told
 
 
 def test_a_share_of_the_elements_is_written_as_a_model_and_as_a_sparse_change(trained, capsys):
@@ -147,6 +167,14 @@ def test_adapters_are_grafted_as_the_weights_that_they_come_to(trained, tmp_path
             torch.testing.assert_close(value, torch.where(mask[name], merged[name], base[name]))
         else:
             assert torch.equal(value, base[name])
+    # The plain model below the adapters is a base that can be given.
+    assert main([*words, "--base", str(trained / "base"), "--output", str(tmp_path / "given")]) == 0
+    again = weights(tmp_path / "given" / "model")
+    assert all(torch.equal(value, again[name]) for name, value in made.items())
+    capsys.readouterr()
+    words = [*words, "--base", str(trained / "base"), "--output", str(tmp_path / "refused"), "--space", "adapters"]
+    assert main(words) == 2
+    assert "has no adapters" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")

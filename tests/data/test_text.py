@@ -125,6 +125,49 @@ def test_saved_datasets_and_folders_of_tables(tmp_path: Path, monkeypatch: pytes
         read_documents(tmp_path / "test")
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.json", '[{"text": "one"}, {"id": 2, "text": ""}, {"text": null}, {"text": "t\\u0077o"}]'),
+        ("rows.jsonl", '{"text": "one"}\n\n{"text": "two"}\n'),
+        ("rows.csv", "id,text\n1,one\n2,two\n"),
+        ("rows.tsv", "text\tid\none\t1\ntwo\t2\n"),
+    ],
+)
+def test_a_file_of_records_gives_their_texts(name: str, content: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text(content)
+    assert read_documents(path) == ["one", "two"]
+
+
+def test_a_parquet_file_gives_the_texts_of_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.Dataset.from_dict({"text": ["one", "", "two"]}).to_parquet(str(tmp_path / "rows.parquet"))
+    assert read_documents(tmp_path / "rows.parquet") == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "rows.json",
+            '[{"question": "Capital of Peru?", "answer": "Lima"}]',
+            r"record 1: has no field 'text'\. It has: question, answer\. .*KnowledgeDataModule",
+        ),
+        ("rows.jsonl", '{"text": "one"}\n{"text": 2}\n', r"line 2, field 'text': expected text; found 2"),
+        ("rows.json", '{"text":\n "one"}', r"expected a list of records; found one object with text"),
+        ("rows.json", '["one", "two"]', r"record 1: expected an object"),
+        ("rows.json", "[1", r"not JSON"),
+    ],
+)
+def test_a_file_of_other_records_is_refused(name: str, content: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_documents(path)
+
+
 def test_a_tokenizer_from_a_folder_gives_the_same_blocks(story: Path, tmp_path: Path) -> None:
     folder = tmp_path / "tokenizer"
     byte_tokenizer().save_pretrained(str(folder))

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from lightning_goldy.analysis import (
+    ChangeAttributionResult,
     activation_differences,
     change_attribution,
     faithfulness,
@@ -107,6 +108,7 @@ def check_attribution(model: nn.Module, plain: nn.Module, base: ParameterVector)
     expected = change_attribution(plain, base, [scored], **options, split_over_ranks=False)
     assert found.metrics() == pytest.approx(expected.metrics(), rel=1e-4, abs=1e-7)
     torch.testing.assert_close(found.contributions, expected.contributions, rtol=1e-3, atol=1e-7)
+    require_same_heads(found, expected)
     assert found.cost == expected.cost
     same_everywhere(found.metrics())
     if model is plain:
@@ -124,6 +126,16 @@ def check_attribution(model: nn.Module, plain: nn.Module, base: ParameterVector)
             assert point["draws"] == pytest.approx(wanted["draws"], rel=1e-3, abs=1e-5)
             assert len(point["draws"]) == (5 if point["method"] == "random" else 0)
         assert curves[0].of("greedy") or pieces == "elements"
+
+
+def require_same_heads(found: ChangeAttributionResult, expected: ChangeAttributionResult) -> None:
+    """What heads contribute, of each passage, is the same and adds up."""
+    places = [place for place, unit in enumerate(expected.units) if "passages" in unit]
+    assert places
+    for place in places:
+        unit, wanted = found.units[place], expected.units[place]
+        torch.testing.assert_close(unit["passages"], wanted["passages"], rtol=1e-3, atol=1e-7)
+        torch.testing.assert_close(unit["passages"].sum(0), unit["values"], rtol=1e-4, atol=1e-7)
 
 
 def check_activations(model: nn.Module, plain: nn.Module, base: ParameterVector) -> None:
@@ -159,6 +171,7 @@ def check_merged_weights(more: list[str] | None) -> None:
     assert found.space == expected.space == "merged"
     assert found.metrics() == pytest.approx(expected.metrics(), rel=1e-4, abs=1e-7)
     torch.testing.assert_close(found.contributions, expected.contributions, rtol=1e-3, atol=1e-7)
+    require_same_heads(found, expected)
     same_everywhere(found.metrics())
     grafting: dict[str, Any] = {"baselines": ["random", "magnitude"], "n_draws": 1}
     curves = [

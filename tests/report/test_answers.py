@@ -834,6 +834,19 @@ def test_an_expansion_about_as_wrong_as_no_prediction() -> None:
     assert told(answer_by_expansion([still])).sentence == "The weights have not moved, so there is no step to expand."
 
 
+def test_the_answer_of_streams_has_the_interval_of_its_block() -> None:
+    metrics = {"stream_change": 0.2, "stream_null": 0.05, "half_agreement": 0.9, "clearest_layer": 3.0}
+    result = {"n_samples": 64, "layers": [1, 3], "norm_intervals": [[0.01, 0.02], [0.18, 0.21]]}
+    finding = told(answer_by_streams([row_of(metrics, result)]))
+    assert finding.interval == (
+        "95 % interval over texts 18 % to 21 %; two halves agree on its direction to a cosine of 0.90"
+    )
+    assert finding.bar == Bar(0.2, 0.18, 0.21, 0.05)
+    assert not finding.doubts
+    open_ = told(answer_by_streams([row_of(metrics, {**result, "norm_intervals": [[0.1, 0.2], [0.0, 0.21]]})]))
+    assert open_.doubts == ("the interval includes 0",)
+
+
 def test_streams_whose_halves_disagree_or_are_one_text_are_not_readable() -> None:
     metrics = {"stream_change": 0.2, "stream_null": 0.05, "half_agreement": 0.1}
     finding = told(answer_by_streams([row_of(metrics, {"n_samples": 64})]))

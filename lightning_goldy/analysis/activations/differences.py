@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.agreement import per_sample, ratio_interval
+from lightning_goldy.analysis.agreement import mean_norm_intervals, per_sample, ratio_interval
 from lightning_goldy.analysis.attention.patterns import Tokens
 from lightning_goldy.analysis.attribution.path import ChangePath
 from lightning_goldy.analysis.divergence import precise, shortened
@@ -75,6 +75,9 @@ class ActivationDifferencesResult(AnalysisResult):
         means: Mean difference, shape ``[layers, positions + 1, width]``; the last is over all positions but
             the first (all that a text of one token has).
         norms: Of the means over the mean norm of the base's residual stream there, ``[layers, positions + 1]``.
+        norm_intervals: 95 % intervals of the last of these over texts, ``[layers, 2]``, of the norm without what the
+            scatter of texts adds to it, so that they may end below it; None of two texts, or where nothing differs. See
+            :func:`~lightning_goldy.analysis.agreement.mean_norm_intervals`.
         nulls: The same of the difference between the base's own means on two halves of the text: how far a mean moves
             because the text is another.
         agreements: Cosine between the mean differences of the two halves; NaN where nothing differs.
@@ -110,6 +113,7 @@ class ActivationDifferencesResult(AnalysisResult):
     cost: Cost = field(default=Cost(), compare=False)
     kl_interval: tuple[float, float] | None = None
     kl_samples: dict[str, Any] | None = field(default=None, compare=False)
+    norm_intervals: Tensor | None = None
 
     @property
     def unchanged(self) -> bool:
@@ -158,6 +162,7 @@ class ActivationDifferencesResult(AnalysisResult):
         names = ("positions", "spelled", "spelled_directions", "divergent", "n_samples", "n_tokens", "unchanged")
         told = {name: getattr(self, name) for name in names}
         cosines = self.cosines[self.clearest].tolist()
+        told |= {} if self.norm_intervals is None else {"norm_intervals": self.norm_intervals.tolist()}
         told |= {} if self.kl_interval is None else {"kl_interval": list(self.kl_interval)}
         told |= {} if self.kl_samples is None else {"per_sample": {"kl_from_base": self.kl_samples}}
         return {**told, **tables, "layers": list(self.layers), "agreements": agreements, "cosines": cosines}
@@ -174,12 +179,17 @@ class ActivationDifferencesResult(AnalysisResult):
         place = self.clearest
         moved, null, same = (float(table[place, -1]) for table in (self.norms, self.nulls, self.agreements))
         weak = "" if moved > null and same > 0.5 else "; WEAK: no clearer than the difference between two texts"
+        span = ""
+        if self.norm_intervals is not None:
+            low, high = self.norm_intervals[place].tolist()
+            span = f" [{low:.2g}, {high:.2g}]"
+            weak = weak or ("" if low > 0 else "; WEAK: its interval includes 0")
         if null == 0:
             weak = "; WEAK: both halves are the same text, so there is no null"
         ends = "" if self.kl_interval is None else " [{:.2g}, {:.2g}]".format(*self.kl_interval)
         return (
-            f"after block {self.layers[place]} the residual stream moved by {moved:.2g} of its norm on unrelated text "
-            f"(another text moves it by {null:.2g}), with a cosine of {same:.2f} between two halves; predictions "
+            f"after block {self.layers[place]} the residual stream moved by {moved:.2g}{span} of its norm on unrelated "
+            f"text (another text moves it by {null:.2g}), with a cosine of {same:.2f} between two halves; predictions "
             f"are {self.mean_kl:.2g}{ends} nats from the base's{weak}"
         )
 
@@ -420,6 +430,8 @@ class _Sums:
         self.totals: dict[str, Tensor] = {}
         self.counts = torch.zeros(2, positions + 1, dtype=torch.float64)
         self.early: list[Tensor] = []
+        # Of each text the sums over all positions but the first, of changes and of the base's norms, and their number.
+        self.rows: list[tuple[Tensor, Tensor, int]] = []
         # Of each text its divergence and its number of tokens.
         self.kl: list[tuple[float, int]] = []
         self.keys: list[str] = []
@@ -441,14 +453,17 @@ class _Sums:
     def _add_row(self, half: int, old: Tensor, change: Tensor) -> None:
         """Sums by half, shape ``[2, L, positions + 1, d]``, in float64; the last is the sum over all but the first."""
         first = min(1, old.shape[1] - 1)
+        sums = {}
         for name, values in (("base", old), ("change", change), ("norm", old.norm(dim=-1, keepdim=True))):
             early = values[:, : self.positions].double()
             both = torch.cat([early, values[:, first:].sum(1, keepdim=True, dtype=torch.float64)], dim=1).cpu()
+            sums[name] = both[:, -1]  # [L, d]
             if name not in self.totals:
                 self.totals[name] = torch.zeros(2, *both.shape, dtype=torch.float64)
             self.totals[name][half] += both
         self.counts[half, :-1] += 1
         self.counts[half, -1] += old.shape[1] - first
+        self.rows.append((sums["change"].float(), sums["norm"][:, 0], old.shape[1] - first))
 
     def _disagree(self, ids: Tensor, base: Tensor, now: Tensor) -> None:
         """Keeps where the predictions differ most."""
@@ -503,12 +518,19 @@ class _Sums:
             spelled_directions=spelled_directions,
             mean_kl=sum(kl for kl, _ in self.kl) / self.n_tokens,
             kl_interval=ratio_interval(*zip(*self.kl, strict=True)),
+            norm_intervals=self._norm_intervals() if bool(means.any()) else None,
             kl_samples=per_sample(self.keys, *zip(*self.kl, strict=True)),
             divergent=tuple(entry for _, _, entry in sorted(self.heap, reverse=True) if entry["kl"] > 0),
             n_samples=self.n_samples,
             n_tokens=self.n_tokens,
             cost=Cost(forwards=2 * self.n_samples),
         )
+
+    def _norm_intervals(self) -> Tensor | None:
+        """Of the norms over all positions but the first; None of two texts."""
+        sums, scales, counts = zip(*self.rows, strict=True)
+        found = mean_norm_intervals(torch.stack(sums), torch.tensor(counts), torch.stack(scales))
+        return found if bool(found.isfinite().all()) else None
 
     def _principal(
         self, layers: Sequence[int], reader: TokenReader | None, n_tokens: int

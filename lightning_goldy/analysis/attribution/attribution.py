@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from lightning_goldy.analysis.agreement import interval_of, per_sample, resampled, too_few
 from lightning_goldy.analysis.attribution.path import ChangePath, Measure, Metric, MetricName, Passage, passages
 from lightning_goldy.analysis.attribution.units import (
+    HeadSums,
+    intervals_over,
     levels_of,
     margins_of,
     mask_links,
@@ -76,7 +78,8 @@ class ChangeAttributionResult(AnalysisResult):
         contributions: Of each passage and parameter, shape ``[passages, parameters]``, float64; they add up to
             :attr:`total`.
         weights: What each passage counts for, shape ``[passages]``; they add up to 1.
-        units: Sums by unit; rows of ``kind``, ``place`` and ``values``.
+        units: Sums by unit; rows of ``kind``, ``place`` and ``values``, of heads and key/value groups also
+            ``passages``, the same of each passage, shape ``[passages, units]``.
         numels: Elements of each parameter.
         squared_changes: ||Delta||^2 of each parameter.
         n_samples: Samples.
@@ -262,7 +265,7 @@ class ChangeAttributionResult(AnalysisResult):
             "tensors": tensors,
             "blocks": self._group_rows(block_of),
             "kinds": self._group_rows(kind_of),
-            "units": [unit_row(unit) for unit in self.units],
+            "units": [unit_row(unit, self.weights) for unit in self.units],
             "places": self._place_rows(),
             "interactions": list(self.interactions),
             **({} if self.change_interval is None else {"effect_interval": list(self.change_interval)}),
@@ -301,14 +304,11 @@ class ChangeAttributionResult(AnalysisResult):
         places = {pair: place for place, pair in enumerate(dict.fromkeys(pairs))}
         columns = torch.tensor([places[pair] for pair in pairs], dtype=torch.long)
         sums = self.contributions.new_zeros(len(self.weights), len(places)).index_add_(1, columns, self.contributions)
-        counts = resampled(len(self.weights))
-        drawn = (counts @ sums) / (counts @ self.weights)[:, None]  # [resamples, places]
-        rows = []
-        for (block, kind), place in places.items():
-            low, high = interval_of(drawn[:, place]) if len(self.weights) > 1 else (None, None)
-            row = {"block": block, "kind": kind, "contribution": float(sums[:, place].sum()), "low": low, "high": high}
-            rows.append(row)
-        return rows
+        spans = intervals_over(sums, self.weights)
+        return [
+            {"block": block, "kind": kind, "contribution": float(sums[:, place].sum()), "low": low, "high": high}
+            for ((block, kind), place), (low, high) in zip(places.items(), spans, strict=True)
+        ]
 
     def headline(self) -> str:
         """The change, and the kind of parameter that carries most of it against its share of the elements."""
@@ -522,6 +522,8 @@ class _Integration:
         self.products = torch.zeros(len(path.space), dtype=torch.float64, device=self.device)
         """Of the present passage, gradient times change of each parameter."""
         self.accumulated = zeros_like_parts(path.parameters)
+        self.groups = model_units(path.model, path.space)
+        self.heads = HeadSums(self.groups, path.parameters, len(samples), self.device)
         self.found = torch.zeros_like(self.contributions)
         """The contributions that all processes found."""
         self.index = {name: place for place, name in enumerate(path.space.names)}
@@ -592,6 +594,7 @@ class _Integration:
         """Adds up the gradients at the nodes; without one, that at the base."""
         self.n_nodes = max(1, n_nodes) if self.moved else 0
         self.contributions.zero_()
+        self.heads.clear()
         for total in self.accumulated.values():
             total.zero_()
         if not self.moved:
@@ -608,13 +611,14 @@ class _Integration:
                     self._take_all()
                     # Once per passage, for a GPU would wait at every parameter.
                     self.contributions[index] += self.scale * self.products.cpu()
+                    self.heads.keep(index, self.scale)
                     self.cost += Cost(sample_count(batch), sample_count(batch))
                     if self.progress is not None:
                         self.progress(node * len(self.mine) + step, self.n_nodes * len(self.mine))
         references = list(self.path.parameters.values())
         columns = sum_over_shards([column.to(self.device) for column in self.contributions.T], references)
-        mine = torch.stack(columns, dim=1).cpu()
-        self.found = self._summed(mine)
+        self.found = self._summed(torch.stack(columns, dim=1).cpu())
+        self.heads.found = self._summed(self.heads.over_shards())
         if not bool(torch.isfinite(self.found).all()):
             broken = self.path.space.names[int((~torch.isfinite(self.found)).any(0).nonzero()[0])]
             raise ValueError(f"the gradient of {broken} is not finite along the change")
@@ -692,7 +696,8 @@ class _Integration:
         margins = {name: margins_of(gather(score)) for name, score in scores.items()}
         units = [
             {"kind": group.kind, "place": group.place, "values": group.sums(margins), "size": group.size(space)}
-            for group in model_units(self.path.model, space)
+            | self.heads.of(place)
+            for place, group in enumerate(self.groups)
         ]
         metric = self.measure.metric
         return ChangeAttributionResult(
@@ -784,7 +789,7 @@ class _Integration:
         products = []
         for piece, change in self.path.changes(name):
             part = flat[piece]
-            products.append(torch.dot(part, change))
+            products.append(self.heads.take(name, piece, part, change) if name in self.heads else part.dot(change))
             total[piece].add_(part, alpha=self.scale)
         if products:
             self.products[self.index[name]] += torch.stack(products).sum(dtype=torch.float64)

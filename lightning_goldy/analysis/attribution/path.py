@@ -20,6 +20,7 @@ from lightning_goldy.analysis.taylor.approximation import batch_parts
 from lightning_goldy.core.architecture.adapters import (
     WeightSpace,
     adapted_layers,
+    base_within,
     chosen_space,
     merged_state,
     merged_weights,
@@ -246,7 +247,9 @@ class ChangePath:
         """``merged`` or ``adapters``; None of a model without adapters."""
 
     def __enter__(self) -> ChangePath:
-        start = base_of(self._given, self.model, self._space)
+        given, model, within = self._given, self.model, self.weight_space
+        merged = within == "merged" and self._space is None
+        start = base_within(given, model) if merged else base_of(given, model, self._space)
         with ExitStack() as stack:
             if self.weight_space == "merged":
                 start, self.parameters = stack.enter_context(merged_weights(self.model, start))
@@ -319,9 +322,10 @@ class ChangePath:
         return precise(self._ends[name]) - precise(self.starts[name])
 
     def changes(self, name: str) -> Iterator[tuple[slice, Tensor]]:
-        """The change of one parameter, flat, piece by piece with its place, in at least float32."""
+        """The change of one parameter, flat, so many whole rows at a time with their place, in at least float32."""
+        row = math.prod(self.starts[name].shape[1:])
         base, step = self.starts[name].reshape(-1), self._steps.get(name)
-        size = _CPU_CHUNK if base.device.type == "cpu" else _GPU_CHUNK
+        size = max((_CPU_CHUNK if base.device.type == "cpu" else _GPU_CHUNK) // max(row, 1), 1) * max(row, 1)
         for start in range(0, base.numel(), size):
             piece = slice(start, start + size)
             if step is not None:

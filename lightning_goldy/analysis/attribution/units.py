@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_goldy.analysis.agreement import interval_of, resampled
 from lightning_goldy.analysis.attribution.path import ChangePath
 from lightning_goldy.analysis.result import Row
 from lightning_goldy.core.architecture import Block, HeadProjection, UnsupportedArchitectureError, describe_architecture
@@ -18,7 +20,7 @@ from lightning_goldy.core.architecture.families import is_projection, projection
 from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.naming import block_of, canonical_name, kind_of
 from lightning_goldy.core.selection import select_largest
-from lightning_goldy.core.sharding import gather, like, local, scatter_like
+from lightning_goldy.core.sharding import gather, like, local, local_box, scatter_like, sum_over_shards
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.vector import ParameterVector, random_direction, reduce_tensors
 
@@ -183,6 +185,99 @@ def margins_of(tensor: Tensor) -> tuple[Tensor, ...]:
         else tensor.detach().double().cpu()
         for dim in dims
     )
+
+
+class HeadSums:
+    """What heads and key/value groups contribute, of each passage, summed while a gradient is at hand.
+
+    Args:
+        groups: Of all units.
+        parameters: That move, by canonical name.
+        n_passages: How many.
+        device: Where the gradients are.
+    """
+
+    def __init__(
+        self, groups: Sequence[UnitGroup], parameters: Mapping[str, nn.Parameter], n_passages: int, device: torch.device
+    ) -> None:
+        self.groups = {place: group for place, group in enumerate(groups) if group.kind in ("head", "key_value")}
+        self.parameters = parameters
+        parts = [(group, part) for group in self.groups.values() for part in group.parts]
+        self._dims = {part.name: part.dim for _, part in parts}
+        ends = itertools.accumulate(parameters[name].shape[dim] for name, dim in self._dims.items())
+        self._begins = dict(zip(self._dims, itertools.chain([0], ends), strict=False))
+        lengths = [parameters[name].shape[dim] for name, dim in self._dims.items()]
+        self._margins = torch.zeros(sum(lengths), dtype=torch.float64, device=device)
+        """Of the present passage the sums at each index of the dimension that heads divide, of all parameters."""
+        self._references = [parameters[part.name] for group, part in parts for _ in range(group.count)]
+        owners = torch.full((sum(lengths),), len(self._references))
+        first = 0
+        for group, part in parts:
+            places = self._begins[part.name] + part.places(group.count)
+            owners[places] = torch.arange(first, first + group.count)[:, None].expand_as(places)
+            first += group.count
+        self._owners = owners.to(device)
+        """Of each of these indices the column that it belongs to; behind the last where it belongs to none."""
+        self._columns = torch.zeros(n_passages, len(self._references), dtype=torch.float64)
+        self.found = self._columns
+        """What all processes found, a column for each unit of each part."""
+
+    def __contains__(self, name: str) -> bool:
+        """Whether a parameter has parts of heads."""
+        return name in self._dims
+
+    def clear(self) -> None:
+        """Forgets all passages."""
+        self._columns.zero_()
+
+    def take(self, name: str, piece: slice, gradient: Tensor, change: Tensor) -> Tensor:
+        """Adds gradient times change of whole rows of a parameter, flat; returns the sum of all, a scalar."""
+        (_, *inner), offsets = local_box(self.parameters[name])
+        dim, row = self._dims[name], math.prod(inner)
+        products = (gradient * change).view(-1, *inner)
+        found = products.sum([other for other in range(products.ndim) if other != dim] or None) if inner else products
+        start = self._begins[name] + offsets[dim] + (piece.start // row if dim == 0 else 0)
+        self._margins[start : start + len(found)] += found
+        return found.sum()
+
+    def keep(self, index: int, scale: float) -> None:
+        """Adds what was taken to a passage, so many times."""
+        sums = self._margins.new_zeros(len(self._references) + 1).index_add_(0, self._owners, self._margins)
+        self._columns[index] += scale * sums[:-1].cpu()
+        self._margins.zero_()
+
+    def over_shards(self) -> Tensor:
+        """The columns of this process's passages, of all shards."""
+        columns = self._columns.to(self._margins.device).T.unbind()
+        summed = sum_over_shards(columns, self._references)
+        return torch.stack(summed, dim=1).cpu() if summed else self._columns
+
+    def of(self, place: int) -> dict[str, Tensor]:
+        """Of the group at a place what its units contribute in each passage, as ``passages``; of others nothing."""
+        if place not in self.groups:
+            return {}
+        before = (group for number, group in self.groups.items() if number < place)
+        first, group = sum(one.count * len(one.parts) for one in before), self.groups[place]
+        columns = self.found[:, first : first + group.count * len(group.parts)]
+        return {"passages": columns.unflatten(1, (len(group.parts), group.count)).sum(1)}
+
+
+def intervals_over(sums: Tensor, weights: Tensor) -> list[tuple[float, float] | tuple[None, None]]:
+    """95 % percentile bootstrap intervals, over passages, of sums over them; nothing of a single one.
+
+    Args:
+        sums: Of each passage and place, shape ``[passages, places]``.
+        weights: What each passage counts for, shape ``[passages]``.
+
+    Example:
+        >>> intervals_over(torch.tensor([[1.0, 0.5], [1.0, 0.5]]).double(), torch.tensor([0.5, 0.5]).double())
+        [(2.0, 2.0), (1.0, 1.0)]
+    """
+    if len(weights) < 2:
+        return [(None, None)] * sums.shape[1]
+    counts = resampled(len(weights))
+    drawn = (counts @ sums) / (counts @ weights)[:, None]  # [resamples, places]
+    return [interval_of(column) for column in drawn.T]
 
 
 def _described(model: nn.Module) -> tuple[Block, ...]:
@@ -478,14 +573,15 @@ def _strongest_flags(scores: Sequence[Tensor], count: int, change: float) -> lis
     return [like(score, flags) for score, flags in zip(scores, select_largest(directed, count), strict=True)]
 
 
-def unit_row(unit: Mapping[str, Any]) -> dict[str, Any]:
-    """A group of units for a row: of heads all, of others the strongest with their numbers and sums by rank.
+def unit_row(unit: Mapping[str, Any], weights: Tensor | None = None) -> dict[str, Any]:
+    """A group of units for a row: of heads all with intervals, of others the strongest and sums by rank.
 
     ``ranks`` are the sums over the strongest unit by absolute value, the 2 behind it, the next 4, 8, ...; they add up
     to the group's total however many units there are; ``sizes`` are those of the absolute values.
 
     Args:
-        unit: Its ``kind``, ``place`` and ``values``.
+        unit: Its ``kind``, ``place`` and ``values``, and of heads ``passages``.
+        weights: What each passage counts for; without them there are no intervals.
 
     Example:
         >>> found = unit_row({"kind": "neuron", "place": "h.0", "values": torch.tensor([1.0, -4.0, 2.0, 0.5])})
@@ -495,7 +591,9 @@ def unit_row(unit: Mapping[str, Any]) -> dict[str, Any]:
     values: Tensor = unit["values"]
     row = {"kind": unit["kind"], "place": unit["place"], "count": len(values), "total": float(values.sum())}
     if unit["kind"] in ("head", "key_value"):
-        return {**row, "values": values.tolist()}
+        spans = [(None, None)] * len(values) if weights is None else intervals_over(unit["passages"], weights)
+        low, high = (list(ends) for ends in zip(*spans, strict=True))
+        return {**row, "values": values.tolist(), "low": low, "high": high}
     order = values.abs().argsort(descending=True, stable=True)
     parts = values[order].split(rank_sizes(len(values)))
     ranks = {"ranks": [float(part.sum()) for part in parts], "sizes": [float(part.abs().sum()) for part in parts]}

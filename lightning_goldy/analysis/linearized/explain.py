@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from lightning_goldy.analysis.divergence import counted_forwards, divergence_sum, own_share
 from lightning_goldy.analysis.linearized.variants import FrozenAttention, Intervention, TangentModel, variant_parts
 from lightning_goldy.analysis.result import AnalysisResult, Cost
-from lightning_goldy.core.architecture.adapters import Line, line_from
+from lightning_goldy.core.architecture.adapters import Line, base_within, line_from
 from lightning_goldy.core.architecture.families import eager_attention
 from lightning_goldy.core.autodiff import Substituted
-from lightning_goldy.core.base import Base, base_of
+from lightning_goldy.core.base import Base
 from lightning_goldy.core.batches import sample_count
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import require_choice, suggestion
@@ -207,7 +207,7 @@ def explain_change(
     with (
         preserved(model),
         replicas.together("explain_change"),
-        line_from(model, base_of(base, model), space) as line,
+        line_from(model, base_within(base, model, space), space) as line,
     ):
         start = line.start
         made = {name: variant_parts(name, model, start) for name in variants}

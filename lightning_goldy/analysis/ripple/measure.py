@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from lightning_goldy.analysis.agreement import EVERYTHING, Agreement, agreement_of, spaced_places
 from lightning_goldy.analysis.divergence import own_share
 from lightning_goldy.analysis.result import AnalysisResult, Cost, counted_passes, total_cost
-from lightning_goldy.core.architecture.adapters import line_from
+from lightning_goldy.core.architecture.adapters import base_within, line_from
 from lightning_goldy.core.autodiff import Substituted, directional_derivatives
-from lightning_goldy.core.base import Base, base_of
+from lightning_goldy.core.base import Base
 from lightning_goldy.core.batches import split_batch
 from lightning_goldy.core.files import finite
 from lightning_goldy.core.isolation import preserved
@@ -472,7 +472,7 @@ def finetune_ripple(
     with preserved(model), counted_passes(model) as passes:
         with replicas.together("finetune_ripple"):
             batches = encoding.batches(encoding.samples(pieces))
-            with line_from(model, base_of(base, model), space) as line:
+            with line_from(model, base_within(base, model, space), space) as line:
                 route, common, mine = _measure_batches(model, line.start, batches, replicas, progress, passes)
         parts = zip(*gathered(replicas, mine, len(batches)), strict=True)
         cost = total_cost(replicas, passes(), common)

@@ -25,7 +25,7 @@ from lightning_goldy.analysis.taylor.approximation import (
     require_differences,
 )
 from lightning_goldy.analysis.taylor.result import By, Kind, Sums, TaylorDiffResult, result_of
-from lightning_goldy.core.architecture.adapters import line_from
+from lightning_goldy.core.architecture.adapters import base_within, line_from
 from lightning_goldy.core.architecture.blocks import expert_counts, expert_names
 from lightning_goldy.core.autodiff import (
     ForwardModeError,
@@ -619,7 +619,7 @@ def taylor_diff(
         replicas.together("taylor_diff"),
         in_float32(model) as raised,
         float64_throughout(model),
-        line_from(model, base_of(base, model), space) as line,
+        line_from(model, base_within(base, model, space), space) as line,
     ):
         samples = [widened(batch) if raised else batch for batch in batches]
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_goldy.core.architecture.blocks import is_experts, without_adapters
-from lightning_goldy.core.base import BaseParameters, Change
+from lightning_goldy.core.base import Base, BaseParameters, Change, base_of, plain_base
 from lightning_goldy.core.files import PlainError
 from lightning_goldy.core.naming import canonical_name, model_class, require_choice
 from lightning_goldy.core.sharding import gather, is_sharded, is_tensor_parallel
@@ -165,6 +165,50 @@ def base_values(model: nn.Module, base: BaseParameters) -> ParameterVector:
             "TaylorDiff and ChangeAttribution compare with it all the same"
         )
     return base.vector(model)
+
+
+def base_within(base: Base, model: nn.Module, space: str = "merged") -> BaseParameters:
+    """As :func:`~lightning_goldy.core.base.base_of`; in merged weights also the plain model that adapters lie on.
+
+    Args:
+        base: Anything that ``base_of`` takes. Of a model with adapters it may in merged weights be without: any of
+            these with the names that ``merge_and_unload()`` gives.
+        model: With adapters or without.
+        space: ``merged`` or ``adapters``.
+
+    Raises:
+        AdapterError: The weights below adapters are quantised.
+        SpaceError: The base is of another model, or a plain one in the space of adapters, which it has not.
+        StoreError: It is no file of parameters.
+        ValueError: The space is unknown.
+    """
+    plain = plain_below(base, model) if chosen_space(model, space) == "merged" else None
+    return base_of(base, model) if plain is None else plain
+
+
+def plain_below(base: Base, model: nn.Module) -> BaseParameters | None:
+    """The base of a model with adapters that is given as the plain model which they lie on; None where it is not.
+
+    Args:
+        base: Anything that ``base_of`` takes.
+        model: With adapters; of others there is none.
+
+    Raises:
+        AdapterError: The weights below adapters are quantised.
+        SpaceError: It is of another model.
+        StoreError: It is no file of parameters.
+    """
+    layers, below = adapted_layers(model), dict[int, str]()
+    for path, layer in layers.items():
+        inner = {id(parameter) for parameter in without_adapters(layer).parameters()}
+        named = layer.named_parameters()
+        below |= {id(own): canonical_name(f"{path}.{name}".strip(".")) for name, own in named if id(own) in inner}
+    inside = {id(parameter) for layer in layers.values() for parameter in layer.parameters()}
+    beside = [name for name, own in trainable_parameters(model) if id(own) not in inside]
+    plain = plain_base(base, model, list(below.values()), beside, merged_name) if layers else None
+    if plain is not None:
+        require_merged(model)
+    return plain
 
 
 def chosen_space(model: nn.Module, space: str) -> WeightSpace | None:

@@ -33,9 +33,11 @@ def chart_stream_change(row: Row) -> Figure:
     with naming(_LACKS):
         result = row["result"]
         layers = result["layers"]
+        spans = result.get("norm_intervals")
+        low, high = (None, None) if spans is None else map(list, zip(*spans, strict=True))
         norms, nulls, same = ([values[-1] for values in result[name]] for name in ("norms", "nulls", "agreements"))
     style = Lines(x="block", y="of the stream's norm", scale="auto", height=200)
-    upper = lines({"moved": Line(layers, norms), "another text": Line(layers, nulls, shape="dashed")}, style)
+    upper = lines({"moved": Line(layers, norms, low, high), "another text": Line(layers, nulls, shape="dashed")}, style)
     lower = lines({"agreement": Line(layers, same)}, Lines(x="block", y="cosine of two halves", zero=True, height=120))
     return arrange([upper, lower], caption=stream_caption(row))
 
@@ -73,7 +75,12 @@ def stream_caption(row: Row) -> str:
     where = f"Clearest after block {format_number(layer)}. " if layer is not None else ""
     words = [repr(word) for word in entries[0].get("words", ())[:_SHOWN]] if entries else []
     spelled = f"The difference spells {', '.join(words)}." if words else ""
-    return f"{where}The difference between two texts is the null: below it nothing is told. {spelled}".strip()
+    bands = (
+        "The band is the 95 % interval over texts, without what their scatter adds to the norm. "
+        if result.get("norm_intervals") is not None
+        else ""
+    )
+    return f"{where}{bands}The difference between two texts is the null: below it nothing is told. {spelled}".strip()
 
 
 @register_table

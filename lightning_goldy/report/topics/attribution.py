@@ -84,20 +84,26 @@ def chart_attribution_heads(row: Row) -> Figure | str:
         ImportError: altair is not installed.
 
     Example:
-        >>> units = [{"kind": "head", "place": "h.0", "values": [0.1, -0.2]}]
-        >>> chart_attribution_heads({"result": {"metric": "loss", "units": units}}).data["cells"]["value"]
-        [0.1, -0.2]
+        >>> units = [{"kind": "head", "place": "h.0", "values": [0.1, -0.2], "low": [0.0, -0.3], "high": [0.2, -0.1]}]
+        >>> cells = chart_attribution_heads({"result": {"metric": "loss", "units": units}}).data["cells"]
+        >>> cells["value"], cells["note"]
+        ([0.1, -0.2], ['0 to 0.2', '-0.3 to -0.1'])
     """
     with naming(_LACKS):
-        heads = [(unit["place"], unit["values"]) for unit in row["result"]["units"] if unit["kind"] == "head"]
+        units = [unit for unit in row["result"]["units"] if unit["kind"] == "head"]
+        heads = [(unit["place"], unit["values"]) for unit in units]
+        notes = [[f"{low} to {high}" if low else "" for low, high in _unit_spans(unit)] for unit in units]
     if not heads:
         return "The heads of this model are not described, or none of their weights were trained."
     width = max(len(values) for _, values in heads)
     table = [[*values, *[math.nan] * (width - len(values))] for _, values in heads]
     # A few heads have room for cells in which the labels stand apart.
     side = min(26, max(13, 416 // width))
-    style = heads_style(_unit(row), colours="diverging", cell=(side, min(side, 20)))
-    return heat_map(table, [place for place, _ in heads], range(width), style, caption=heads_caption(row))
+    style = heads_style(
+        _unit(row), colours="diverging", cell=(side, min(side, 20)), note=_NOTE if any(map(any, notes)) else ""
+    )
+    notes = [[*told, *[""] * (width - len(told))] for told in notes]
+    return heat_map(table, [place for place, _ in heads], range(width), style, notes=notes, caption=heads_caption(row))
 
 
 @register_figure("change_attribution", "neurons", heading="MLP neurons")
@@ -374,16 +380,27 @@ def _span(kind: Mapping[str, Any]) -> str:
 
 
 def heads_caption(row: Row) -> str:
-    """The head that contributes most."""
+    """The head that contributes most, with its interval."""
     with naming(_LACKS):
         heads = [
-            (value, unit["place"], head)
+            (value, unit["place"], head, *span)
             for unit in row["result"]["units"]
             if unit["kind"] == "head"
-            for head, value in enumerate(unit["values"])
+            for head, (value, span) in enumerate(zip(unit["values"], _unit_spans(unit), strict=True))
         ]
-    value, place, head = max(heads, key=lambda found: abs(found[0]))
-    return f"Query and output weights of each head; most by head {head} of {place}, {format_number(value)}."
+        weak = f" WEAK: {row['result']['weak']}." if row["result"].get("weak") else ""
+    value, place, head, low, high = max(heads, key=lambda found: abs(found[0]))
+    span = f" [{low}, {high}]" if low else ""
+    return f"Query and output weights of each head; most by head {head} of {place}, {format_number(value)}{span}.{weak}"
+
+
+def _unit_spans(unit: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Both ends of each unit's interval in words; empty ones where the row has none."""
+    ends = [unit.get(name) or [None] * len(unit["values"]) for name in ("low", "high")]
+    return [
+        ("", "") if None in span else (format_number(span[0]), format_number(span[1]))
+        for span in zip(*ends, strict=True)
+    ]
 
 
 def _has_ranks(unit: Mapping[str, Any]) -> bool:

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
+from scipy import stats
 from torch import nn
 
 from lightning_goldy.analysis import ActivationDifferencesResult, activation_differences
 from lightning_goldy.analysis.activations.differences import in_words
 from lightning_goldy.core import CausalLMObjective
 from lightning_goldy.core.architecture import UnsupportedArchitectureError
+from lightning_goldy.report.topics.activations import chart_stream_change
 from tests.references.attribution import moved
 from tests.references.models import build, token_batch
 
@@ -217,6 +220,39 @@ def test_the_headline_has_the_divergence_with_its_interval_over_texts():
     assert low <= found.mean_kl <= high
     told = f"; predictions are {found.mean_kl:.2g} [{low:.2g}, {high:.2g}] nats from the base's"
     assert told in found.headline()
+
+
+def test_the_norm_of_the_change_has_an_interval_over_texts():
+    base = build("llama", 0).double().eval()
+    model = moved(base, build("llama", 1).double(), 0.2).eval()
+    found = activation_differences(model, base, [texts(6)])
+    states = zip(hooked(base, texts(6)), hooked(model, texts(6)), strict=True)
+    for layer, (old, new) in enumerate(states):
+        rows, scales = (new - old)[:, 1:].mean(1), old[:, 1:].norm(dim=-1).mean(1)
+
+        def squared(kept: list[int], rows=rows, scales=scales) -> float:
+            """The mean product of two different texts, over the squared scale."""
+            products = [float(rows[i] @ rows[j]) for i in kept for j in kept if i != j]
+            return sum(products) / len(products) / float(scales[kept].mean()) ** 2
+
+        left = torch.tensor([squared([j for j in range(6) if j != i]) for i in range(6)])
+        half = float(stats.t.ppf(0.975, 5)) * (5 / 6 * float((left - left.mean()).square().sum())) ** 0.5
+        middle = squared(list(range(6)))
+        ends = [max(middle - half, 0) ** 0.5, max(middle + half, 0) ** 0.5]
+        assert found.norm_intervals[layer].tolist() == pytest.approx(ends, rel=1e-4, abs=1e-6)
+    low, high = found.norm_intervals[found.layers.index(found.metrics()["clearest_layer"])].tolist()
+    assert f"moved by {found.metrics()['stream_change']:.2g} [{low:.2g}, {high:.2g}] of its norm" in found.headline()
+    assert found.details()["norm_intervals"] == found.norm_intervals.tolist()
+    assert activation_differences(model, base, [texts(2)]).norm_intervals is None
+    assert activation_differences(base, base, [texts(6)]).norm_intervals is None
+    clear = replace(found, nulls=found.nulls * 0 + 1e-9, agreements=found.agreements * 0 + 1)
+    open_ = replace(clear, norm_intervals=torch.zeros(2, 2))
+    assert open_.headline().endswith("WEAK: its interval includes 0")
+    assert "WEAK" not in replace(clear, norm_intervals=torch.ones(2, 2)).headline()
+    row = {"result": found.details(), "metrics": found.metrics()}
+    figure = chart_stream_change(row)
+    assert [column["low"] for column in figure.data.values() if "low" in column]
+    assert "95 % interval over texts" in figure.caption
 
 
 def test_a_token_that_the_model_has_not_names_the_batch():

@@ -14,6 +14,7 @@ from lightning_goldy.analysis import ChangeAttributionResult, change_attribution
 from lightning_goldy.analysis.agreement import resampled
 from lightning_goldy.analysis.attribution import attribution as attribution_module
 from lightning_goldy.analysis.attribution import model_units, unit_mask
+from lightning_goldy.analysis.attribution import path as path_module
 from lightning_goldy.analysis.attribution.units import rows_in_words, units_of
 from lightning_goldy.core import (
     CausalLMObjective,
@@ -24,10 +25,16 @@ from lightning_goldy.core import (
 )
 from lightning_goldy.core.files import percentage, to_json_line
 from lightning_goldy.core.naming import block_of, kind_of
-from lightning_goldy.report import chart_attribution_neurons, draw_figures
+from lightning_goldy.report import chart_attribution_heads, chart_attribution_neurons, draw_figures
 from lightning_goldy.report.formatting import format_number, format_percent
 from lightning_goldy.report.sentences import answer_by_attribution
-from lightning_goldy.report.topics.attribution import interactions_caption, neurons_caption, places_caption, units_html
+from lightning_goldy.report.topics.attribution import (
+    heads_caption,
+    interactions_caption,
+    neurons_caption,
+    places_caption,
+    units_html,
+)
 from tests.references.attribution import moved, riemann_attribution
 from tests.references.models import FAMILIES, build, class_batch, token_batch
 
@@ -73,6 +80,76 @@ def test_contributions_add_up_to_the_change(family):
     for sums in (found.by_tensor, found.by_block, found.by_kind):
         assert math.fsum(sums.values()) == pytest.approx(found.total, rel=1e-9)
     assert math.fsum(float(unit["values"].sum()) for unit in found.units) == pytest.approx(found.total, rel=1e-9)
+
+
+def head_sums(found: ChangeAttributionResult, model: nn.Module) -> dict[tuple[str, str], torch.Tensor]:
+    """What heads contribute, element by element from the scores that are kept, the slow way."""
+    groups = model_units(model, found.scores.space)
+    sums = {}
+    for group in (group for group in groups if group.kind in ("head", "key_value")):
+        values = torch.zeros(group.count, dtype=torch.float64)
+        for part in group.parts:
+            for unit, places in enumerate(part.places(group.count)):
+                values[unit] += found.scores[part.name].index_select(part.dim, places).double().sum()
+        sums[group.kind, group.place] = values
+    return sums
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "bert"])
+def test_what_heads_contribute_is_known_of_each_passage(family, monkeypatch):
+    monkeypatch.setattr(path_module, "_CPU_CHUNK", 100)  # less than some tensors, and no whole number of rows
+    model, base, batch = pair(family)
+    objective = ClassifierObjective() if family == "bert" else CausalLMObjective()
+    options = {"nodes": 2, "samples_per_pass": 1, "keep_scores": True}
+    found = change_attribution(model, base, [batch], objective, **options)
+    held = {(u["kind"], u["place"]): u for u in found.units if u["kind"] in ("head", "key_value")}
+    assert {kind for kind, _ in held} == {"head", "key_value"}
+    for place, expected in head_sums(found, model).items():
+        torch.testing.assert_close(held[place]["passages"].sum(0), expected)
+        torch.testing.assert_close(held[place]["values"], expected)
+    for passage, weight in enumerate(found.weights.tolist()):
+        one = {name: values[passage : passage + 1] for name, values in batch.items()}
+        alone = change_attribution(model, base, [one], objective, **options)
+        for place, expected in head_sums(alone, model).items():
+            torch.testing.assert_close(held[place]["passages"][passage], weight * expected)
+
+
+def test_heads_have_the_intervals_that_their_block_would_have():
+    model, base, batch = pair("llama")
+    found = change_attribution(model, base, [batch], nodes=2, samples_per_pass=1)
+    counts = resampled(6)
+    for unit, row in zip(found.units, json.loads(to_json_line(found.details()))["units"], strict=True):
+        assert ("passages" in unit) == ("low" in row) == (row["kind"] in ("head", "key_value"))
+        for head, ends in enumerate(zip(row.get("low", ()), row.get("high", ()), strict=True)):
+            drawn = (counts @ unit["passages"][:, head]) / (counts @ found.weights)
+            assert ends == pytest.approx(drawn.quantile(torch.tensor([0.025, 0.975]).double()).tolist())
+            assert ends[0] <= row["values"][head] <= ends[1]
+    single = change_attribution(model, base, [batch], nodes=2, samples_per_pass=6).details()["units"]
+    assert all(set(row["low"] + row["high"]) == {None} for row in single if "low" in row)
+
+
+def test_the_map_of_heads_tells_their_intervals():
+    model, base, batch = pair("llama")
+    row = {"result": change_attribution(model, base, [batch], nodes=2, samples_per_pass=1).details(), "metrics": {}}
+    figure = chart_attribution_heads(row)
+    heads = [unit for unit in row["result"]["units"] if unit["kind"] == "head"]
+    notes = [
+        f"{format_number(low)} to {format_number(high)}"
+        for unit in heads
+        for low, high in zip(unit["low"], unit["high"], strict=True)
+    ]
+    assert figure.data["cells"]["note"] == notes
+    value, span = max(
+        zip([value for unit in heads for value in unit["values"]], notes, strict=True),
+        key=lambda pair: abs(pair[0]),
+    )
+    assert f"{format_number(value)} [{span.replace(' to ', ', ')}]." in figure.caption
+    row["result"]["weak"] = "only 3 passages"
+    assert heads_caption(row).endswith("WEAK: only 3 passages.")
+    for unit in heads:  # as rows of before have them
+        del unit["low"], unit["high"]
+    assert "note" not in chart_attribution_heads(row).data["cells"]
+    assert "[" not in heads_caption(row)
 
 
 def test_every_element_equals_a_riemann_sum():

@@ -7,9 +7,20 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
-from lightning_goldy.analysis import apply_change, change_attribution, graft, graft_curve, save_change
+from lightning_goldy.analysis import (
+    activation_differences,
+    apply_change,
+    change_attribution,
+    graft,
+    graft_curve,
+    parameter_distribution,
+    save_change,
+    taylor_diff,
+)
 from lightning_goldy.analysis.attribution.units import units_of
+from lightning_goldy.analysis.change import weight_change
 from lightning_goldy.core import CausalLMObjective
 from lightning_goldy.core.architecture.adapters import AdapterError, merged_weights
 from lightning_goldy.core.base import BaseParameters
@@ -157,17 +168,96 @@ def test_a_sparse_graft_of_new_dora_adapters_belongs_on_the_model_below_them(tmp
     assert all(torch.equal(value, expected[name]) for name, value in plain.state_dict().items())
 
 
-def test_a_plain_base_of_a_model_with_adapters_is_told_what_to_compare() -> None:
+def adapted_llama(targets: list[str]) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """A llama whose embeddings are tied, the same with trained adapters, and what these are merged to."""
+    from transformers import LlamaForCausalLM
+
+    config = copy.deepcopy(build("llama").config)
+    config.tie_word_embeddings = True
+    plain = LlamaForCausalLM(config).double()
+    assert plain.lm_head.weight is plain.model.embed_tokens.weight
+    model = peft.get_peft_model(copy.deepcopy(plain), peft.LoraConfig(r=2, target_modules=targets)).double().eval()
+    move(model)
+    return plain, model, unloaded(model)
+
+
+def untrained(model: nn.Module) -> nn.Module:
+    """The same with adapters that do nothing."""
+    fresh = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in fresh.named_parameters():
+            parameter.mul_(0 if ".lora_B." in name or "embedding_A" in name else 1)
+    return fresh
+
+
+@pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`")
+@pytest.mark.parametrize("targets", [["q_proj", "down_proj"], ["o_proj", "embed_tokens"]])
+def test_a_plain_base_is_that_of_merged_weights(targets: list[str], tmp_path) -> None:
+    plain, model, dense = adapted_llama(targets)
+    plain.save_pretrained(tmp_path / "folder")
+    torch.save({"state_dict": {f"model.{name}": v for name, v in plain.state_dict().items()}}, tmp_path / "base.ckpt")
+    options = {"nodes": 4, "shares": [0.1], "keep_scores": True}
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    by_hand = change_attribution(model, untrained(model), [ids(1)], **options)
+    if "embed_tokens" not in targets:  # which merging takes apart from the output
+        expected = change_attribution(dense, plain, [ids(1)], **options)
+        assert by_hand.total == pytest.approx(expected.total, rel=1e-9)
+    vector = ParameterVector.of(plain)
+    for base in (plain, tmp_path / "folder", str(tmp_path / "base.ckpt"), vector, BaseParameters(vector)):
+        found = change_attribution(model, base, [ids(1)], **options)
+        assert found.space == "merged"
+        assert found.change == pytest.approx(by_hand.change, rel=1e-9)
+        assert set(found.names) == set(by_hand.names)
+        for name in found.names:
+            torch.testing.assert_close(found.scores[name], by_hand.scores[name], rtol=1e-6, atol=1e-12)
+        assert torch.equal(found.mask(0.1)[found.names[0]], by_hand.mask(0.1)[found.names[0]])
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in kept.items())
+
+
+@pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`")
+def test_a_plain_base_may_differ_in_the_weights_below_adapters() -> None:
+    plain, model, dense = adapted_llama(["q_proj"])
+    other = copy.deepcopy(plain)
+    with torch.no_grad():
+        for layer in other.model.layers:
+            layer.self_attn.q_proj.weight.mul_(1.5)
+    options = {"nodes": 4, "keep_scores": True}
+    found = change_attribution(model, other, [ids(1)], **options)
+    expected = change_attribution(dense, other, [ids(1)], **options)
+    assert found.change == pytest.approx(expected.change, rel=1e-9)
+    for name in found.names:
+        torch.testing.assert_close(found.scores[name], expected.scores[name], rtol=1e-6, atol=1e-12)
+    state = graft(model, other, found.mask(0.1))
+    wanted = graft(dense, other, found.mask(0.1))
+    assert all(torch.equal(value, wanted[name]) for name, value in state.items())
+    with torch.no_grad():
+        other.model.norm.weight.mul_(2)
+    with pytest.warns(UserWarning, match=r"the base differs from PeftModel in 'base_model.model.model.norm.weight'"):
+        change_attribution(model, other, [ids(1)], nodes=1)
+
+
+@pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`")
+def test_every_analysis_of_merged_weights_takes_a_plain_base() -> None:
+    plain, model, dense = adapted_llama(["q_proj"])
+    found, expected = weight_change(model, plain), weight_change(dense, plain)
+    assert found.delta_norm == pytest.approx(expected.delta_norm, rel=1e-9)
+    shapes = [{row["name"]: row for row in parameter_distribution(one, plain).rows} for one in (model, dense)]
+    for name, row in shapes[0].items():
+        assert row["stable_rank"] == pytest.approx(shapes[1][name]["stable_rank"], rel=1e-6)
+    expansions = [taylor_diff(model, base, [ids(1)]).metrics() for base in (plain, untrained(model))]
+    assert expansions[0] == pytest.approx(expansions[1], rel=1e-6, nan_ok=True)
+    moved = [activation_differences(one, plain, [ids(1)]).means for one in (model, dense)]
+    torch.testing.assert_close(*moved)
+
+
+def test_a_plain_base_in_the_space_of_adapters_is_told_what_to_compare(tmp_path) -> None:
     plain = build("gpt2", 0)
     model = peft.get_peft_model(copy.deepcopy(plain), peft.LoraConfig(r=2, target_modules=["c_attn"]))
-    before = copy.deepcopy(model)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".lora_B." in name:
-                parameter.fill_(0.1)
-    with pytest.raises(SpaceError, match=r"the base, a GPT2LMHeadModel, has no adapters, .*merge_and_unload\(\)"):
-        change_attribution(model, plain, [ids(1)], nodes=4)
-    # Both that it advises give the same.
-    dense = copy.deepcopy(model).merge_and_unload().requires_grad_(True)
-    found = change_attribution(dense, plain, [ids(1)], nodes=4)
-    assert change_attribution(model, before, [ids(1)], nodes=4).total == pytest.approx(found.total, rel=1e-5)
+    plain.save_pretrained(tmp_path)
+    for base, told in ((plain, "the base, a GPT2LMHeadModel,"), (tmp_path, f"{tmp_path}: the base")):
+        with pytest.raises(SpaceError, match=rf"{told} has no adapters, .*with space='merged'.*merge_and_unload\(\)"):
+            change_attribution(model, base, [ids(1)], nodes=4, space="adapters")
+    wide = copy.deepcopy(plain)
+    wide.transformer.h[0].attn.c_attn.weight = nn.Parameter(torch.zeros(2, 2))
+    with pytest.raises(SpaceError, match=r"h.0.attn.c_attn.weight has shape \(2, 2\) in the base"):
+        change_attribution(model, wide, [ids(1)], nodes=4)
