@@ -10,7 +10,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_goldy.analysis.divergence import effective_rank, histogram_drift, precise
+from lightning_goldy.analysis.divergence import (
+    effective_rank,
+    histogram_drift,
+    precise,
+    product_spectrum,
+    rank_of,
+    spectrum_of,
+)
 from lightning_goldy.analysis.precision import low_precision, rounding_of
 from lightning_goldy.analysis.result import AnalysisResult, tensor_rows
 from lightning_goldy.core.architecture.adapters import (
@@ -37,12 +44,9 @@ from lightning_goldy.core.vector import (
     ParameterVector,
     fill_direction_,
     leading_directions,
-    product_spectrum,
-    rank_of,
     reduce_rows,
     reduce_tensors,
     refined_directions,
-    spectrum_of,
 )
 
 # log10 |change| from 1e-12 to 10, four bins a decade; what lies outside falls into the outermost bins.
@@ -594,11 +598,12 @@ def _row(
     factors: tuple[Tensor, Tensor] | None = None,
 ) -> dict[str, Any]:
     size, changed = (math.sqrt(square) for square in reduce_tensors([base, delta], lambda x: x @ x))
+    present = base + delta
     row = tensor_rows([name], numel=[base.numel()])[0] | {
         "base_norm": size,
         "delta_norm": changed,
         "relative_change": norm_ratio((changed,), (size,)),
-        "histogram_drift": histogram_drift(base, base + delta),
+        "histogram_drift": histogram_drift(base, present),
         "alignment_over_chance": None,
     }
     if base.ndim < 2 or min(base.shape) < 2 or not changed:
@@ -629,7 +634,8 @@ def _row(
     sought = _Sought(name, before, known, settings, exact=small)
     lead = None if leads is None else (leads, float(spectrum[-1]))
     # Of adapters the rank is known, and the null has it anyhow.
-    return row | sought.intruders(matrix, changed, rank, lead=lead, null_rank=given)
+    own = present.reshape(before.shape)
+    return row | sought.intruders(own, changed, rank, lead=lead, null_rank=given)
 
 
 def _spectrum(
@@ -656,19 +662,19 @@ class _Sought:
     exact: bool
 
     def intruders(
-        self, change: Tensor, norm: float, rank: int | None, *, lead: tuple[Tensor, float] | None, null_rank: int | None
+        self, now: Tensor, norm: float, rank: int | None, *, lead: tuple[Tensor, float] | None, null_rank: int | None
     ) -> dict[str, Any]:
         """The columns of a row that tell how many resemble none, and how many do so by chance.
 
         Args:
-            change: Of the base.
-            norm: Its Frobenius norm.
-            rank: What few directions hold of it, None where few do not.
+            now: The base and its change.
+            norm: The change's Frobenius norm.
+            rank: How many directions hold it, None where few do not.
             lead: As for :meth:`after`.
             null_rank: Of the random change of the same norm; None for all of it.
         """
         ranks = (null_rank,) if rank is None or null_rank is not None else (null_rank, rank)
-        own, *chances = self.after(self.before + change, lead), *(self.by_chance(norm, of) for of in ranks)
+        own, *chances = self.after(now, lead), *(self.by_chance(norm, of) for of in ranks)
         threshold = self.settings.intruders_below or 0.0
         below, *by_chance = (sum(value < threshold for value in cosines) for cosines in (own, *chances))
         return {
@@ -739,7 +745,7 @@ def _null_products(base: Tensor, name: str, seed: int, compared: Tensor, start: 
 
     leads, (rows, columns) = compared[:, :start].to(base), base.shape
     along = normals(columns, start, "along")
-    basis = torch.linalg.qr(torch.cat([base.t() @ leads, along], dim=1)).Q  # [columns, n]
+    basis = torch.linalg.qr(torch.cat([(leads.t() @ base).t(), along], dim=1)).Q  # [columns, n]
     beside = normals(rows, basis.shape[1], "beside")
     beside -= leads @ (leads.t() @ beside)
     left = (rows - start) * (columns - basis.shape[1])

@@ -377,6 +377,54 @@ def effective_rank(spectrum: Tensor) -> float:
     return math.exp(-float(torch.special.xlogy(shares, shares).sum()))
 
 
+def spectrum_of(matrix: Tensor) -> Tensor:
+    """All singular values, descending, by the Gram matrix in float64: exact to 1e-8 of the largest."""
+    wide = matrix.double()
+    gram = wide @ wide.t() if matrix.shape[0] <= matrix.shape[1] else wide.t() @ wide
+    return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().flip(0)
+
+
+def product_spectrum(left: Tensor, right: Tensor) -> Tensor:
+    r"""Singular values of a product of low rank, descending, without the product.
+
+    .. math:: L R^\top = Q_L (R_L R_R^\top) Q_R^\top
+
+    Args:
+        left: L, shape ``[rows, rank]``.
+        right: R, shape ``[columns, rank]``.
+
+    Returns:
+        At most ``rank`` values.
+
+    Example:
+        >>> product_spectrum(torch.tensor([[2.0], [0.0]]), torch.tensor([[0.0], [3.0]])).tolist()
+        [6.0]
+    """
+    triangles = [torch.linalg.qr(side.double(), mode="r").R for side in (left, right)]
+    return torch.linalg.svdvals(triangles[0] @ triangles[1].t())
+
+
+def rank_of(spectrum: Tensor, norm: float, side: int) -> int | None:
+    r"""How many leading directions hold 99.99 % of a matrix's squared norm.
+
+    .. math:: r = \min \Big\{ r : \sum_{i \le r} \sigma_i^2 \ge (1 - 10^{-4}) \, \|\Delta\|_F^2 \Big\}
+
+    None where that is half of the smaller side or more, or the values do not reach so far.
+
+    Args:
+        spectrum: Its largest singular values, descending.
+        norm: Its Frobenius norm.
+        side: The smaller of its sides.
+
+    Example:
+        >>> rank_of(torch.tensor([3.0, 4.0, 0.0, 0.0, 0.0, 0.0]), 5.0, 6), rank_of(torch.ones(6), 6**0.5, 6)
+        (2, None)
+    """
+    held = spectrum.double().square().cumsum(0) >= (1 - 1e-4) * norm**2
+    rank = int((~held).sum()) + 1
+    return rank if bool(held.any()) and 2 * rank < side else None
+
+
 def precise(tensor: Tensor) -> Tensor:
     """The tensor in at least float32."""
     if tensor.dtype is torch.float32:  # of small tensors the question takes longer than their work

@@ -623,33 +623,10 @@ _POWER_ITERATIONS = 4
 _BLOCK, _PER_POWER = 8, 6
 # Operations of a product that factorising a thin matrix takes as long as, per row and squared column.
 _FACTORISED = 5.0
-
-
-def spectrum_of(matrix: Tensor) -> Tensor:
-    """All singular values, descending, by the Gram matrix in float64: exact to 1e-8 of the largest."""
-    wide = matrix.double()
-    gram = wide @ wide.t() if matrix.shape[0] <= matrix.shape[1] else wide.t() @ wide
-    return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().flip(0)
-
-
-def product_spectrum(left: Tensor, right: Tensor) -> Tensor:
-    r"""Singular values of a product of low rank, descending, without the product.
-
-    .. math:: L R^\top = Q_L (R_L R_R^\top) Q_R^\top
-
-    Args:
-        left: L, shape ``[rows, rank]``.
-        right: R, shape ``[columns, rank]``.
-
-    Returns:
-        At most ``rank`` values.
-
-    Example:
-        >>> product_spectrum(torch.tensor([[2.0], [0.0]]), torch.tensor([[0.0], [3.0]])).tolist()
-        [6.0]
-    """
-    triangles = [torch.linalg.qr(side.double(), mode="r").R for side in (left, right)]
-    return torch.linalg.svdvals(triangles[0] @ triangles[1].t())
+# Columns of a thin matrix that are held in float64 at a time.
+_PIECE = 4096
+# Of a unit row the square that may lie within the others, and how often what has more is drawn anew.
+_WITHIN, _ATTEMPTS = 0.5, 3
 
 
 def leading_directions(
@@ -666,42 +643,35 @@ def leading_directions(
     # A start that is the same on every machine, and draws from no random state.
     width, powers = _krylov(min(matrix.shape), count)
     probe = torch.empty(matrix.shape[1], width, dtype=torch.float32)
-    basis = torch.linalg.qr(wide @ fill_direction_(probe, name, seed).to(wide)).Q
-    block, moved = basis, [wide.t() @ basis]
-    for _ in range(powers):
-        block = wide @ moved[-1]
-        # Twice, for what is left the first time may be rounding alone.
-        for _ in range(2):
-            block = torch.linalg.qr(block - basis @ (basis.t() @ block)).Q
-        basis = torch.cat([basis, block], dim=1)  # of every power, not of the last alone
-        moved.append(wide.t() @ block)
-    joined = torch.cat(moved, dim=1)
-    moved.clear()
-    values, inner, right = (part.to(wide.dtype) for part in _by_gram(joined.t(), count))
-    left = basis @ inner
-    residuals = (wide @ right - left * values).norm(dim=0) / math.sqrt(2)
-    return values.double(), left, right, float((residuals / values.clamp(min=torch.finfo(wide.dtype).tiny)).max())
+    # Directions are rows throughout: products of few rows take up to a tenth of those of as few columns.
+    block = fill_direction_(probe, name, seed).to(wide).t() @ wide.t()
+    basis, moved = (wide.new_empty(width * (powers + 1), side) for side in wide.shape)
+    for start in range(0, len(basis), width):
+        own, found = slice(start, start + width), basis[:start]
+        basis[own] = _beside(block, found, name, seed)  # of every power, not of the last alone
+        moved[own] = basis[own] @ wide
+        block = moved[own] @ wide.t() if start + width < len(basis) else block
+    values, inner = _gram_spectrum(moved, count)
+    left, right = _combined(inner, basis), _combined(inner, moved, values)
+    return values, left.t(), right.t(), _relative_residual(right @ wide.t(), left, values)
 
 
-def rank_of(spectrum: Tensor, norm: float, side: int) -> int | None:
-    r"""How many leading directions hold 99.99 % of a matrix's squared norm.
+def _beside(block: Tensor, found: Tensor, name: str, seed: int) -> Tensor:
+    """Orthonormal rows of what a block has beside orthonormal ones, and random rows where it has rounding alone."""
 
-    .. math:: r = \min \Big\{ r : \sum_{i \le r} \sigma_i^2 \ge (1 - 10^{-4}) \, \|\Delta\|_F^2 \Big\}
+    def rest(rows: Tensor) -> Tensor:
+        return torch.linalg.qr((rows - rows @ found.t() @ found).t()).Q.t()
 
-    None where that is half of the smaller side or more, or the values do not reach so far.
-
-    Args:
-        spectrum: Its largest singular values, descending.
-        norm: Its Frobenius norm.
-        side: The smaller of its sides.
-
-    Example:
-        >>> rank_of(torch.tensor([3.0, 4.0, 0.0, 0.0, 0.0, 0.0]), 5.0, 6), rank_of(torch.ones(6), 6**0.5, 6)
-        (2, None)
-    """
-    held = spectrum.double().square().cumsum(0) >= (1 - 1e-4) * norm**2
-    rank = int((~held).sum()) + 1
-    return rank if bool(held.any()) and 2 * rank < side else None
+    block = rest(block)
+    for attempt in range(_ATTEMPTS):
+        # What lies within those found by so much is as much rounding after another time.
+        lost = (block @ found.t()).square().sum(dim=1) > _WITHIN
+        if not bool(lost.any()):
+            break
+        fresh = torch.empty(block.shape, dtype=torch.float32)
+        fill_direction_(fresh, f"{name}/{len(found)}/{attempt}", seed)
+        block = rest(torch.where(lost[:, None], fresh.to(block) / math.sqrt(block.shape[1]), block))
+    return rest(block)
 
 
 def _krylov(short: int, count: int) -> tuple[int, int]:
@@ -719,10 +689,29 @@ def _krylov(short: int, count: int) -> tuple[int, int]:
 
 def _by_gram(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """The largest singular values of a matrix of few rows in float64, with left and right directions."""
-    wide = matrix.double()
-    squares, vectors = torch.linalg.eigh(wide @ wide.t())
-    values, left = squares.clamp(min=0).sqrt().flip(0)[:count], vectors.flip(1)[:, :count]
+    values, left = _gram_spectrum(wide := matrix.double(), count)
     return values, left, wide.t() @ left / values.clamp(min=1e-300)
+
+
+def _gram_spectrum(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """As :func:`_by_gram` without the right directions, in float64 a piece at a time."""
+    gram = torch.zeros(len(matrix), len(matrix), dtype=torch.float64, device=matrix.device)
+    for piece in matrix.split(_PIECE, dim=1):
+        gram.addmm_(wide := piece.double(), wide.t())
+    squares, vectors = torch.linalg.eigh(gram)
+    return squares.clamp(min=0).sqrt().flip(0)[:count], vectors.flip(1)[:, :count]
+
+
+def _combined(weights: Tensor, rows: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """Weighted sums of rows, over their lengths where these are given; shorter where a length is rounding alone."""
+    if lengths is not None:
+        weights = weights / lengths.clamp(min=max(1e-12 * float(lengths[0]), torch.finfo(rows.dtype).tiny))
+    return weights.t().to(rows.dtype).contiguous() @ rows
+
+
+def _relative_residual(moved: Tensor, found: Tensor, values: Tensor) -> float:
+    residuals = (moved - found * values.to(found)[:, None]).norm(dim=1).double() / math.sqrt(2)
+    return float((residuals / values.clamp(min=torch.finfo(found.dtype).tiny)).max())
 
 
 def randomised_operations(rows: int, columns: int, top: int) -> float:
@@ -740,7 +729,7 @@ def randomised_operations(rows: int, columns: int, top: int) -> float:
 
 
 def randomised_bytes(rows: int, columns: int, top: int) -> int:
-    """Bytes that a randomised decomposition holds at most, beside what it gives: its longer side, in both precisions.
+    """Bytes that a randomised decomposition holds at most, beside what it gives: its longer side, a piece twice.
 
     Example:
         >>> randomised_bytes(1024, 512, 8)
@@ -748,7 +737,7 @@ def randomised_bytes(rows: int, columns: int, top: int) -> int:
     """
     short, long = sorted((rows, columns))
     width, powers = _krylov(short, top)
-    return 12 * long * width * (powers + 1)
+    return (4 * long + 8 * min(long, _PIECE)) * width * (powers + 1)
 
 
 def refined_operations(rows: int, columns: int, start: int, top: int) -> float:
@@ -781,9 +770,8 @@ def refined_directions(matrix: Tensor, start: Tensor, top: int) -> tuple[Tensor,
         ([3.0, 2.0], True)
     """
     wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-    basis = torch.linalg.qr(wide.t() @ start.to(wide)).Q  # [columns, n]
-    moved = wide @ basis
-    values, inner, left = (part.to(wide.dtype) for part in _by_gram(moved.t(), min(top, basis.shape[1])))
-    right = basis @ inner
-    residuals = (wide.t() @ left - right * values).norm(dim=0) / math.sqrt(2)
-    return values.double(), left, right, float((residuals / values.clamp(min=torch.finfo(wide.dtype).tiny)).max())
+    basis = torch.linalg.qr((start.to(wide).t().contiguous() @ wide).t()).Q.t().contiguous()  # [n, columns]
+    moved = basis @ wide.t()
+    values, inner = _gram_spectrum(moved, min(top, len(basis)))
+    left, right = _combined(inner, moved, values), _combined(inner, basis)
+    return values, left.t(), right.t(), _relative_residual(left @ wide, right, values)

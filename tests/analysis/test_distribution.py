@@ -317,6 +317,32 @@ def test_many_directions_come_nearer_than_few_powers_of_a_wide_block_did(shape: 
     assert float(errors.max()) < 0.01
 
 
+@pytest.mark.parametrize("shape", [(300, 420), (420, 300)])
+@pytest.mark.parametrize("kind", ["two directions", "all alike", "forty alike", "alike to 1e-5"])
+@pytest.mark.parametrize("top", [8, 32])
+def test_no_value_is_above_the_true_one_where_few_directions_hold_all_or_many_are_alike(shape, kind, top) -> None:
+    """A power of what was found is rounding alone there, which must not be taken for a direction beside it."""
+    generator = torch.Generator().manual_seed(6)
+    sides = [torch.linalg.qr(torch.randn(side, 290, generator=generator, dtype=torch.float64)).Q for side in shape]
+    values = {
+        "two directions": torch.tensor([4.0, 3.0] + 288 * [0.0]),
+        "all alike": torch.ones(290),
+        "forty alike": torch.tensor(40 * [1.0] + 250 * [0.1]),
+        "alike to 1e-5": torch.cat([1 - 1e-5 * torch.rand(30, generator=generator), torch.full((260,), 0.1)]),
+    }[kind].double()
+    matrix = (sides[0] @ torch.diag(values) @ sides[1].t()).float()
+    expected = torch.linalg.svdvals(matrix.double())[:top]
+    found, left, right, _ = leading_directions(matrix, top, "w", 0, exact=False)
+    assert (found <= expected * (1 + 1e-6) + 1e-6).all()
+    held = 2 if kind == "two directions" else 30
+    assert found[:held].tolist() == pytest.approx(expected[:held].tolist(), rel=2e-5)
+    for own in (left, right):
+        strong = own[:, : min(held, top)].double()
+        assert (strong.t() @ strong - torch.eye(strong.shape[1])).abs().max() < 1e-4
+    moved = matrix.double() @ right[:, :held].double()
+    assert (moved - left[:, :held].double() * found[:held]).norm(dim=0).max() < 1e-2 * found[0]
+
+
 def test_directions_that_nothing_near_them_leads_to_are_found_from_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """What starts from the base's would miss a ninth strong direction of the change; the other way does not."""
     generator = torch.Generator().manual_seed(4)
