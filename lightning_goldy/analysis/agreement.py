@@ -25,8 +25,11 @@ FEWEST = 6
 _RESAMPLES = 1000
 # Steps of the tables of binomial tails, products worked on at a time.
 _STEPS, _PIECE = 1 << 13, 1 << 20
-# Rounds of a fit, the change of its rates, relative, at which it is done, and the last rounds that are mixed.
-_FITS, _FITTED, _MIXED = 200, 1e-7, 6
+# Rounds of a fit, the change of its rates, relative, at which it is done, the last rounds that are mixed, and by how
+# much a mix may change the logarithm of a rate.
+_FITS, _FITTED, _MIXED, _LEAP = 200, 1e-7, 6, 20.0
+# From where on a product of rates is cut at 1: one that is above by rounding alone is left, for nothing is sorted then.
+_ABOVE = 1 + 1e-9
 # Terms of a tail that are summed one by one, and how small a part of their size, with signs, is not lost to rounding.
 _TERMS, _ROUNDED = 64, 1e-7
 _TINY = float(np.finfo(np.float64).tiny)
@@ -405,7 +408,7 @@ def _rates(
     total = rows.sum(axis=-1, keepdims=True)
     rates = rows / np.maximum(total, _TINY), columns
     # [matrices]
-    cut = rows.max(axis=-1) * columns.max(axis=-1) > (1 + 1e-9) * total[:, 0]
+    cut = rows.max(axis=-1) * columns.max(axis=-1) > _ABOVE * total[:, 0]
     if not cut.any():
         return rates, None
     # A rate grows with its sum, so that what is sorted once stays so.
@@ -439,9 +442,11 @@ def _cut_fit(
         if not left.any():
             break
         made = [(ends[left], changes[left]) for ends, changes in [*made, (after, after - logarithms)][-_MIXED:]]
-        # Far from where it was best a mix is not trusted.
-        trusted = (size < 4 * least)[left]
-        logarithms = np.where(trusted[:, None], _least_changing(made), after[left])
+        # Far from where it was best a mix is not trusted, nor one that leaps: where sums are met only by rates without
+        # bound, rounds hardly differ, and mixes of them would overflow.
+        mixed = _least_changing(made)
+        trusted = (size < 4 * least)[left] & (np.abs(mixed - after[left]).max(axis=-1) < _LEAP)
+        logarithms = np.where(trusted[:, None], mixed, after[left])
         moving, least = moving[left], np.minimum(least, size)[left]
     return first, second
 
@@ -510,7 +515,7 @@ def _power_sums(
     # Equally large at most, so that no power overflows that need not.
     scale = np.sqrt(second.max(axis=-1, keepdims=True) / np.maximum(first.max(axis=-1, keepdims=True), _TINY))
     first, second = first * scale, second / np.maximum(scale, _TINY)
-    dense = (first * second.max(axis=-1, keepdims=True) > 1).sum(axis=-1)
+    dense = (first * second.max(axis=-1, keepdims=True) > _ABOVE).sum(axis=-1)
     # In how many columns the product is cut, of each row in which one is.
     cuts = {row: np.searchsorted(-second[row], -1 / first[row, : dense[row]], "right") for row in np.flatnonzero(dense)}
     total = np.zeros(len(first))

@@ -634,8 +634,7 @@ def _row(
     sought = _Sought(name, before, known, settings, exact=small)
     lead = None if leads is None else (leads, float(spectrum[-1]))
     # Of adapters the rank is known, and the null has it anyhow.
-    own = present.reshape(before.shape)
-    return row | sought.intruders(own, changed, rank, lead=lead, null_rank=given)
+    return row | sought.intruders(present.reshape(before.shape), changed, rank, lead=lead, null_rank=given)
 
 
 def _spectrum(

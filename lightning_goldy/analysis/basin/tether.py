@@ -47,6 +47,10 @@ _DOUBLINGS = 40
 _PLACES, _MEMORY = 8, 0.1
 # Leapfrog steps of a trajectory at most, and trajectories of a way at least, where the budget has them.
 _LONGEST, _LEAST = 32, 24
+# Masses tell of what is steepest along a direction; what is flat there takes longer to turn, and chains that start anew
+# before it has turned spread as the square root of their steps. So trajectories are as many times as long, and at most
+# so many steps, where the budget still has so many of them that the tether moves little within one.
+_TIMES, _FARTHEST, _MANY = 4, 128, 64
 # Time goes as u + 4 u^4 over the share u of log κ: chains take long to settle where the tether is loose.
 _DWELL, _POWER = 4.0, 4
 # Shares of the gradients: the first way, the search for the inverse temperature, and for each round its ways and its
@@ -239,7 +243,9 @@ class TetherWalk(Bridge):
         down = end <= begin
         while True:
             step = math.exp(float(self._all(self.chains.steps).mean()))
-            length = max(1, min(_LONGEST, round(math.pi / 2 / step), int(quota / self.settings.chains / _LEAST)))
+            has, quarter = quota / self.settings.chains, math.pi / 2 / step
+            length = max(1, min(_LONGEST, round(quarter), int(has / _LEAST)))
+            length = max(length, min(_FARTHEST, round(_TIMES * quarter), int(has / _MANY)))
             spent, rest = self.taken - first, quota - 1.5 * length * self.settings.chains
             if spent >= rest:
                 break
