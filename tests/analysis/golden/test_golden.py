@@ -396,13 +396,15 @@ def test_the_null_of_one_sample_is_its_votes_even_where_rates_have_no_bound() ->
     rows[:20] = [2, 2, 3, 2, 6, 4, 2, 1, 6, 7, 2, 1, 2, 2, 3, 1, 2, 1, 1, 1]
     columns = np.array([0, 0, 0, 16, 0, 16, 8, 2, 2, 0, 4, 0, 0, 0, 3, 0])
     expected, rates = row_column_nulls(rows, columns, 1, 1)
-    assert float(expected) == pytest.approx(51, rel=1e-9) and np.isfinite(rates).all()
+    assert float(expected) == pytest.approx(51, rel=1e-9)
+    assert np.isfinite(rates).all()
     random = np.random.default_rng(0)
     for _ in range(100):
         chances = np.exp(random.normal(0, 3, 12))[:, None] * np.exp(random.normal(-2, 3, 9))
         votes = random.binomial(1, chances.clip(max=1))
         expected, rates = row_column_nulls(votes.sum(1), votes.sum(0), 1, 1)
-        assert float(expected) == pytest.approx(votes.sum(), abs=0.05) and np.isfinite(rates).all()
+        assert float(expected) == pytest.approx(votes.sum(), abs=0.05)
+        assert np.isfinite(rates).all()
 
 
 @pytest.mark.parametrize("needed", [1, 2, 3])
@@ -412,7 +414,6 @@ def test_rates_that_are_one_but_for_rounding_are_not_cut(needed: int) -> None:
     votes[[3, 6, 7, 26], 1] = torch.tensor([3, 1, 1, 1])
     expected = float(binomial_tail(3, needed, votes[:, 1].double() / 3).nan_to_num(0.0).sum())
     assert row_column_null(votes, 3, needed) == pytest.approx(expected, rel=1e-9)
-
 
 
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 9), st.integers(0, 2**31))
