@@ -521,7 +521,8 @@ class Bridge:
         gradients = int(share * (self.settings.max_gradients - self.taken))
         model = tilt.at(floor=0.0)
         count, longest = self._spend(gradients)
-        settling = 0 if fresh else max(1, count // 3)
+        # At the Gaussian's end each draw is a new one.
+        settling = 0 if fresh or tilt.t == 0 else max(1, count // 3)
         records: list[Tensor] = []
         acceptance: list[float] = []
         for turn in range(settling + max(2, count - settling)):

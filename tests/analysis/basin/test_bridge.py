@@ -86,6 +86,12 @@ def test_a_quadratic_of_badly_known_curvature_has_its_volume(dimension: int) -> 
     assert result.learning_coefficient == pytest.approx(result.scaling_exponent, rel=0.1)
 
 
+def test_a_budget_of_many_draws_at_the_gaussians_end_leaves_some_to_watch() -> None:
+    module, cost, noisy, truth = quadratic(5)
+    result = bridge(module, cost, vector(module, noisy), 0, path="cost", chains=2, max_gradients=80_000)
+    assert abs(result.log_volume - truth) < 3 + 2 * result.error
+
+
 @pytest.mark.parametrize("dimension", [30, 2000])
 def test_where_curvature_is_good_draws_are_enough(dimension: int) -> None:
     module, cost, _, truth = quadratic(dimension)
