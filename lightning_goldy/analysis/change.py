@@ -20,13 +20,7 @@ from lightning_goldy.analysis.divergence import (
 )
 from lightning_goldy.analysis.precision import low_precision, rounding_of
 from lightning_goldy.analysis.result import AnalysisResult, tensor_rows
-from lightning_goldy.core.architecture.adapters import (
-    LowRankChange,
-    base_within,
-    changes_in,
-    chosen_space,
-    merged_name,
-)
+from lightning_goldy.core.architecture.adapters import LowRankChange, base_within, changes_in, chosen_space, merged_name
 from lightning_goldy.core.architecture.blocks import expert_counts, expert_names
 from lightning_goldy.core.base import Base, BaseParameters, base_of
 from lightning_goldy.core.mask import ParameterMask

@@ -209,6 +209,8 @@ def plain_base(
     held |= {name: tied[id(value)] for name, value in own.items() if name not in held and id(value) in tied}
     if not below or not all(name in held for name in below):
         return None
+    if (more := _further_blocks(given, model)) is not None:
+        raise SpaceError(f"the base is of another model: {more}")
     if (untied := _held_apart(held, model, space)) is not None:
         raise SpaceError(untied)
     for name, value in own.items():

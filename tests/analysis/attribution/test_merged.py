@@ -24,6 +24,7 @@ from lightning_goldy.analysis.change import weight_change
 from lightning_goldy.core import CausalLMObjective
 from lightning_goldy.core.architecture.adapters import AdapterError, merged_weights
 from lightning_goldy.core.base import BaseParameters
+from lightning_goldy.core.files import StoreError
 from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.sharding import local
 from lightning_goldy.core.space import SpaceError
@@ -261,3 +262,17 @@ def test_a_plain_base_in_the_space_of_adapters_is_told_what_to_compare(tmp_path)
     wide.transformer.h[0].attn.c_attn.weight = nn.Parameter(torch.zeros(2, 2))
     with pytest.raises(SpaceError, match=r"h.0.attn.c_attn.weight has shape \(2, 2\) in the base"):
         change_attribution(model, wide, [ids(1)], nodes=4)
+
+
+@pytest.mark.parametrize("kind", ["module", "folder", "vector"])
+def test_a_plain_base_of_more_blocks_is_of_another_model(kind: str, tmp_path) -> None:
+    plain = build("gpt2", 0)
+    model = peft.get_peft_model(copy.deepcopy(plain), peft.LoraConfig(r=2, target_modules=["c_attn"]))
+    count = len(plain.transformer.h)
+    plain.transformer.h.append(copy.deepcopy(plain.transformer.h[0]))
+    plain.config.n_layer = count + 1
+    plain.save_pretrained(tmp_path)
+    base = {"module": plain, "folder": tmp_path, "vector": ParameterVector.of(plain)}[kind]
+    told = f"the base is of another model: it has {count + 1} of 'transformer.h', PeftModel has {count}"
+    with pytest.raises(StoreError if kind == "folder" else SpaceError, match=told):
+        change_attribution(model, base, [ids(1)], nodes=4)
