@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
 from pathlib import Path
@@ -107,6 +108,17 @@ def test_the_house_on_one_page_is_the_house() -> None:
         assert any(place.exists() for place in places), f"architecture.md names {token}, which is not there"
         folder, named = places[0].parent, named + 1
     assert named > 30
+    # Classes, functions and options are named as the code has them, in their modules where a dotted name tells these.
+    words = {word for token in re.findall(r"`(\w+(?:\.\w+)*)(?:\([^`]*\))?`", text) for word in token.split(".")}
+    declared = {
+        name
+        for path in [*package.rglob("*.py"), *(ROOT / "tests").glob("*.py")]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for name in (getattr(node, "name", None), getattr(node, "arg", None))
+    }
+    folders = {path.stem for path in package.rglob("*")}
+    unknown = words - declared - folders - {"results", "jsonl"}
+    assert not unknown, f"architecture.md names {sorted(unknown)}, which the code has not"
 
 
 def test_the_tree_of_the_house_is_that_of_the_package() -> None:

@@ -18,12 +18,16 @@ from lightning_goldy.analysis import (
     activation_differences,
     attention_statistics,
     change_attribution,
+    continue_prompts,
     explain_change,
     graft_curve,
     parameter_distribution,
+    prune_heads,
+    regrow_heads,
     taylor_diff,
     track_attention,
 )
+from lightning_goldy.analysis.activations import steer_texts
 from lightning_goldy.analysis.attention import Prompt
 from lightning_goldy.analysis.attribution import apply_change, baseline_mask, graft, learn_mask, save_change
 from lightning_goldy.analysis.change import change_inside, weight_change
@@ -33,10 +37,11 @@ from lightning_goldy.core import ParameterSpace
 from lightning_goldy.core.base import BaseParameters
 from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.naming import canonical_name
-from lightning_goldy.core.pieces import KnowledgePiece
+from lightning_goldy.core.store import open_tensors
 from lightning_goldy.core.vector import ParameterVector
 from tests.core.test_base import SOURCES, write_vector
 from tests.references.models import build
+from tests.references.ripple import TEMPLATE, WORDS, facts
 
 IDS = torch.tensor([[1, 2, 1, 3], [4, 5, 4, 2]])
 BATCH = {"input_ids": IDS}
@@ -83,19 +88,27 @@ def saved(model: nn.Module, base: Any) -> Any:
         path = save_change(Path(folder) / "change.safetensors", model, base, mask_of(model, 1.0))
         before = build("gpt2", seed=0).eval()
         apply_change(nn.DataParallel(before), path, check=isinstance(base, nn.Module))
-        return [parameter.tolist() for parameter in before.parameters()]
+        with open_tensors(path) as file:
+            return [file.metadata(), [parameter.tolist() for parameter in before.parameters()]]
 
 
-def rippled(model: nn.Module, base: Any) -> str:
-    class Short:
-        eos_token_id = bos_token_id = pad_token_id = 0
+def regrown(model: nn.Module, base: Any) -> list[Any]:
+    pruned = copy.deepcopy(model)
+    prune_heads(pruned, [(0, 1)])
+    regrow_heads(pruned, [(0, 1)], base=base)
+    return [parameter.tolist() for parameter in pruned.parameters()]
 
-        def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
-            return {"input_ids": [1 + ord(letter) % 50 for letter in text]}
 
-    pieces = [KnowledgePiece("a", "1?", "2"), KnowledgePiece("b", "3?", "4")]
-    found = finetune_ripple(model, base, pieces, tokenizer=Short(), template="{question}")
-    return str([found.predicted.tolist(), found.measured.tolist()])
+def steered(model: nn.Module, base: Any) -> list[Any]:
+    # Where nothing differs there is nothing to steer by, so that the differences are those of one pair of models.
+    differences = activation_differences(build("gpt2", seed=1), build("gpt2", seed=0), [BATCH], positions=2)
+    found = steer_texts(model, base, WORDS, [IDS[0]], differences, max_new_tokens=4)
+    return [found.texts, found.cost]
+
+
+def rippled(model: nn.Module, base: Any) -> list[Any]:
+    found = finetune_ripple(model, base, facts()[:2], tokenizer=WORDS, template=TEMPLATE)
+    return [found.predicted.tolist(), found.measured.tolist(), found.before.tolist()]
 
 
 USES: dict[str, Callable[[nn.Module, Any], Any]] = {
@@ -106,6 +119,11 @@ USES: dict[str, Callable[[nn.Module, Any], Any]] = {
     "parameter_distribution": lambda model, base: parameter_distribution(model, base).to_json(),
     "change_attribution": lambda model, base: change_attribution(model, base, [BATCH], **SCORED).to_json(),
     "grafts": grafted,
+    "save_change": saved,
+    "finetune_ripple": rippled,
+    "continue_prompts": lambda model, base: vars(continue_prompts(model, WORDS, [IDS[0]], base=base, max_new_tokens=4)),
+    "regrow_heads": regrown,
+    "steer_texts": steered,
     "activation_differences": lambda model, base: activation_differences(model, base, [BATCH], positions=2).to_json(),
     "weight_change": lambda model, base: weight_change(model, base).to_json(),
     "change_inside": lambda model, base: change_inside(
