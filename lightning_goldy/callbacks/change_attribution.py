@@ -36,6 +36,7 @@ from lightning_goldy.core.architecture.adapters import (
     merged_names,
     require_merged_parameters,
 )
+from lightning_goldy.core.base import BaseParameters
 from lightning_goldy.core.batches import sample_count
 from lightning_goldy.core.files import StoreError
 from lightning_goldy.core.mask import ParameterMask
@@ -271,21 +272,7 @@ class ChangeAttribution(AnalysisCallback[AttributedChange]):
         whole: tuple[list[Any], list[Any]] = (list(context.probe), [])
         scored, held_out = interleaved(context.probe, used) if self.shares else whole
         masks, left_out = self._find_masks(context)
-        attribution = change_attribution(
-            context.model,
-            snapshot.base,
-            scored,
-            context.objective,
-            metric=self.metric,
-            nodes=self.nodes,
-            tolerance=self.tolerance,
-            space=self.space,
-            samples_per_pass=self.samples_per_pass,
-            shares=self.shares if self.keep is None else sorted({*self.shares, self.keep}),
-            interactions=self.interactions,
-            masks=masks,
-            progress=context.progress,
-        )
+        attribution = self._attribute(context, snapshot.base, scored, masks)
         if not self.shares or attribution.levels is None:
             return AttributedChange(attribution, None, self.keep, left_out)
         curve = graft_curve(
@@ -305,6 +292,25 @@ class ChangeAttribution(AnalysisCallback[AttributedChange]):
             progress=context.progress,
         )
         return AttributedChange(attribution, curve, self.keep, left_out)
+
+    def _attribute(
+        self, context: AnalysisContext, base: BaseParameters, scored: list[Any], masks: Mapping[str, ParameterMask]
+    ) -> ChangeAttributionResult:
+        return change_attribution(
+            context.model,
+            base,
+            scored,
+            context.objective,
+            metric=self.metric,
+            nodes=self.nodes,
+            tolerance=self.tolerance,
+            space=self.space,
+            samples_per_pass=self.samples_per_pass,
+            shares=self.shares if self.keep is None else sorted({*self.shares, self.keep}),
+            interactions=self.interactions,
+            masks=masks,
+            progress=context.progress,
+        )
 
     def _find_masks(self, context: AnalysisContext) -> tuple[dict[str, ParameterMask], dict[str, str]]:
         """The masks of files and the last ones of the run's callbacks, and why others of these are left out."""

@@ -308,47 +308,57 @@ class _Graft(ConfiguredCallback):
         print(printable(f"graft: {self.written}"))
 
     def _write(self, model: nn.Module, base: BaseParameters, tokenizer: Any) -> None:
+        """Writes the mask, the graft with its card, the row, and the summary."""
         assert self.found is not None
         assert self.point is not None
-        point, (told, curve) = self.point, self.reported
-        attribution = self.found.attribution
-        if point.method == "attribution":
-            mask = attribution.mask(point.share)
-        elif point.method == "learned":
-            mask = next(held for held in self.learned if held.density == point.share)
-        elif point.method in ("magnitude", "random", "drop_and_rescale"):
-            mask = baseline_mask(model, base, attribution, point.method, point.share)
-        else:
-            assert attribution.levels is not None
-            mask = ParameterMask.of_vector(
-                attribution.levels.map(lambda level: torch.ones_like(level, dtype=torch.bool))
-            )
-        merged = attribution.space == "merged" and not self.wanted.sparse
+        mask, told = self._chosen_mask(model, base), self.reported[0]
+        merged = self.found.attribution.space == "merged" and not self.wanted.sparse
         shell = _unadapted(model) if merged else model
         self.keep_configuration()
-        if point.method not in ("interpolation", "finetune"):
+        if self.point.method not in ("interpolation", "finetune"):
             mask.save(self.folder / MASK, model=model_class(shell), step=self.saved.step)
-        card = self._card(told, curve)
+        card = self._card(*self.reported)
         if self.wanted.sparse:
             note = {key: finite(value) for key, value in vars(told).items()} | {"weak": self._doubts()}
             self.written = save_change(self.folder / CHANGE, model, base, mask, note=note)
             atomic_write(self.folder / "README.md", card)
         else:
-            state = graft(model, base, mask, factor=point.factor)
+            state = graft(model, base, mask, factor=self.point.factor)
             if merged:
                 _untie(shell, state)
             self.written = write_pretrained(shell, self.folder / MODEL, state=state, tokenizer=tokenizer)
             atomic_write(self.written / "README.md", card)
+        self._write_results(tokenizer)
+
+    def _chosen_mask(self, model: nn.Module, base: BaseParameters) -> ParameterMask:
+        """The elements that keep their change."""
+        assert self.found is not None
+        assert self.point is not None
+        point, attribution = self.point, self.found.attribution
+        if point.method == "attribution":
+            return attribution.mask(point.share)
+        if point.method == "learned":
+            return next(held for held in self.learned if held.density == point.share)
+        if point.method in ("magnitude", "random", "drop_and_rescale"):
+            return baseline_mask(model, base, attribution, point.method, point.share)
+        assert attribution.levels is not None
+        return ParameterMask.of_vector(attribution.levels.map(lambda level: torch.ones_like(level, dtype=torch.bool)))
+
+    def _write_results(self, tokenizer: Any) -> None:
+        """The row of the report, and the summary for other programs."""
+        assert self.found is not None
+        assert self.found.curve is not None
+        assert self.point is not None
+        told, curve = self.reported
         store = ResultStore(self.folder / "goldy" / "change_attribution", write=True)
         more = {"checkpoint": str(self.saved.path), "base": self.base_source}
         more["reported"] = finite(vars(told)) | {"weak": self._doubts()}
         row = self.found.row().extended(result=more)
         row = row if tokenizer is None else rows_in_words(row, tokenizer)
         store.append(row.at(name="change_attribution", step=self.saved.step or 0, trigger="checkpoint"))
-        assert self.found.curve is not None
         summary = {
             "base": self.base_source,
-            "taken": vars(point),
+            "taken": vars(self.point),
             "reported": vars(told),
             "on": f"{curve.n_held_out} {self._source()}",
             "weak": self._doubts(),

@@ -167,6 +167,13 @@ def base_of(base: Base, model: nn.Module, space: ParameterSpace | None = None) -
         raise SpaceError(untied)
     if asked is None and base is not model:
         _tell_frozen(held, model, space)
+    return _values_in(base, held, parameters, space)
+
+
+def _values_in(
+    base: nn.Module, held: Mapping[str, nn.Parameter], parameters: Mapping[str, nn.Parameter], space: ParameterSpace
+) -> BaseParameters:
+    """Copies of a module's values, in the dtypes of the model's parameters."""
     # Of a model with two weights that its base ties both began as the one.
     own_names = known_parameters(base).keys()
     lacking = {name: held[name] for name in space.names if name not in own_names and name in held}

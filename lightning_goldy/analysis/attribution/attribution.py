@@ -693,12 +693,6 @@ class _Integration:
         space = self.path.space
         before, now = (float((values * self.weights).sum()) for values in self.ends)
         scores = self.scores()
-        margins = {name: margins_of(gather(score)) for name, score in scores.items()}
-        units = [
-            {"kind": group.kind, "place": group.place, "values": group.sums(margins), "size": group.size(space)}
-            | self.heads.of(place)
-            for place, group in enumerate(self.groups)
-        ]
         metric = self.measure.metric
         return ChangeAttributionResult(
             metric=metric if isinstance(metric, str) else "function",
@@ -707,7 +701,7 @@ class _Integration:
             names=space.names,
             contributions=self.found,
             weights=self.weights,
-            units=tuple(units),
+            units=self._units(scores),
             numels=tuple(map(math.prod, space.shapes)),
             squared_changes=tuple(self.squares),
             n_samples=sum(sample_count(passage.batch) for passage in self.samples),
@@ -731,6 +725,14 @@ class _Integration:
                 (self.weights * (self.ends[1] - self.ends[0])).tolist(),
                 self.weights.tolist(),
             ),
+        )
+
+    def _units(self, scores: Mapping[str, Tensor]) -> tuple[dict[str, Any], ...]:
+        space, margins = self.path.space, {name: margins_of(gather(score)) for name, score in scores.items()}
+        return tuple(
+            {"kind": group.kind, "place": group.place, "values": group.sums(margins), "size": group.size(space)}
+            | self.heads.of(place)
+            for place, group in enumerate(self.groups)
         )
 
     def _summed(self, mine: Tensor) -> Tensor:

@@ -380,30 +380,11 @@ def graft_curve(
         plan += grafts.of_masks(masks or {})
         if "learned" in baselines:
             plan += grafts.learned(batches, list(teaching) or None, learn)
-        points = []
-        for done, (method, share, factor, write) in enumerate(plan, 1):
-            write()
-            points.append(bench.point(method, share, factor))
-            if progress is not None:
-                progress(done, len(plan))
+        points = _measured(plan, bench, progress)
         if "random" in baselines:
             grafts.draw_again([point for point in points if point["method"] == "random"], n_draws, bench)
         cost = passes()
-    points.append(bench.finetune)
-    return GraftCurve(
-        points=tuple(_marked(points)),
-        metric=attribution.metric,
-        pieces=pieces,
-        base_value=bench.base_value,
-        value=bench.value,
-        base_collateral=bench.base_collateral,
-        n_held_out=sum(sample_count(passage.batch) for passage in bench.held_out),
-        n_collateral=sum(sample_count(passage.batch) for passage in bench.collateral),
-        n_values=len(bench.base),
-        n_harms=len(bench.base_loss),
-        pairs=bench.pairs,
-        cost=cost,
-    )
+    return _curve(points, bench, metric=attribution.metric, pieces=pieces, cost=cost)
 
 
 def check_graft(
@@ -447,6 +428,35 @@ def _marked(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 Planned = tuple[str, float, float, Callable[[], None]]
+
+
+def _measured(
+    plan: Sequence[Planned], bench: Bench, progress: Callable[[int, int], None] | None
+) -> list[dict[str, Any]]:
+    """What each planned graft recovers and harms."""
+    points = []
+    for done, (method, share, factor, write) in enumerate(plan, 1):
+        write()
+        points.append(bench.point(method, share, factor))
+        if progress is not None:
+            progress(done, len(plan))
+    return points
+
+
+def _curve(points: Sequence[dict[str, Any]], bench: Bench, **told: Any) -> GraftCurve:
+    """The grafts, the whole finetune as the last of them, and what they were measured on."""
+    return GraftCurve(
+        points=tuple(_marked([*points, bench.finetune])),
+        base_value=bench.base_value,
+        value=bench.value,
+        base_collateral=bench.base_collateral,
+        n_held_out=sum(sample_count(passage.batch) for passage in bench.held_out),
+        n_collateral=sum(sample_count(passage.batch) for passage in bench.collateral),
+        n_values=len(bench.base),
+        n_harms=len(bench.base_loss),
+        pairs=bench.pairs,
+        **told,
+    )
 
 
 class _Grafts:

@@ -583,43 +583,20 @@ def forecast_distribution(plan: Plan, *, top: int, exact_below: int | None, intr
         exact_below: Largest side of a matrix whose whole spectrum is computed; None for all.
         intruders: Whether intruder directions are looked for.
     """
-    space, once = plan.space, Work()
-    flops = cubes = factored = drawn = 0.0
-    of_change = of_base = 0
+    space, of_change, of_base = plan.space, 0, 0
+    work, once = Work(elements=_READ * space.numel, binned=1.0 * space.numel), Work()
     for shape in space.shapes:
         if len(shape) < 2 or min(shape[0], math.prod(shape[1:])) < 2:
             continue
         short, long = sorted((shape[0], math.prod(shape[1:])))
-        # The change, and where intruders are looked for the weight as it is and a random change; the base once.
         if exact_below is None or short <= exact_below:
-            known = min(short, long) if intruders else top
-            flops += 2.0 * long * (3 * short**2 + 2 * top * short) if intruders else 2.0 * long * short**2
-            cubes += (2 + _VALUES if intruders else _VALUES) * short**3
-            drawn += short * long
-            once += Work(flops=2.0 * long * (short**2 + known * short), cubes=1.0 * short**3)
+            each, first = _exact_spectrum(short, long, top, intruders)
         else:
-            # From the directions of the base and of the change; the null of a gentle change is told from products of
-            # the base, for which few normals are drawn.
-            present, chance = (refined_operations(short, long, many, top) for many in (3 * top, 5 * top // 2))
+            each, first = _randomised_spectrum(short, long, top, intruders)
             of_change = max(of_change, randomised_bytes(short, long, top))
             of_base = max(of_base, randomised_bytes(short, long, (4 if intruders else 1) * top))
-            # Of a change that is not gentle the present weight and one with a random change are decomposed anew, of a
-            # gentle one neither: one of both is told.
-            factored += (1 + intruders) * randomised_operations(short, long, top) + intruders * present
-            drawn += 0.5 * short * long
-            once += Work(
-                factored=randomised_operations(short, long, (4 if intruders else 1) * top) + intruders * chance,
-                normals=4.0 * intruders * top * (short + long),
-            )
-    elements, sides = space.numel, [shape[0] + math.prod(shape[1:]) for shape in space.shapes if len(shape) > 1]
-    work = Work(
-        elements=_READ * elements,
-        binned=1.0 * elements,
-        normals=1.0 * intruders * drawn,
-        flops=flops,
-        cubes=cubes,
-        factored=factored,
-    )
+        work, once = work + each, once + first
+    sides = [shape[0] + math.prod(shape[1:]) for shape in space.shapes if len(shape) > 1]
     return Forecast(
         work,
         once=once,
@@ -630,9 +607,42 @@ def forecast_distribution(plan: Plan, *, top: int, exact_below: int | None, intr
         + of_change
         + 4 * sum(sides) * top * (4 if intruders else 1)
         + sum(part for part in (_largest_bytes(space, 4, 4), of_base) if part < _GIVEN_BACK),
-        communicated=plan.communicated(Work(), gathered=8 * elements),
+        communicated=plan.communicated(Work(), gathered=8 * space.numel),
         sharded="one tensor at a time is whole on every rank",
     )
+
+
+def _exact_spectrum(short: int, long: int, top: int, intruders: bool) -> tuple[Work, Work]:
+    """Of a matrix that is decomposed whole, each time and once.
+
+    That is the change, and where intruders are looked for the weight as it is and a random change; the base once.
+    """
+    known = min(short, long) if intruders else top
+    work = Work(
+        flops=2.0 * long * (3 * short**2 + 2 * top * short) if intruders else 2.0 * long * short**2,
+        cubes=(2 + _VALUES if intruders else _VALUES) * short**3,
+        normals=1.0 * intruders * short * long,
+    )
+    return work, Work(flops=2.0 * long * (short**2 + known * short), cubes=1.0 * short**3)
+
+
+def _randomised_spectrum(short: int, long: int, top: int, intruders: bool) -> tuple[Work, Work]:
+    """Of a matrix of which the leading directions alone are found, each time and once.
+
+    That is from the directions of the base and of the change; the null of a gentle change is told from products of the
+    base, for which few normals are drawn. Of a change that is not gentle the present weight and one with a random
+    change are decomposed anew, of a gentle one neither: one of both is told.
+    """
+    present, chance = (refined_operations(short, long, many, top) for many in (3 * top, 5 * top // 2))
+    work = Work(
+        factored=(1 + intruders) * randomised_operations(short, long, top) + intruders * present,
+        normals=0.5 * intruders * short * long,
+    )
+    once = Work(
+        factored=randomised_operations(short, long, (4 if intruders else 1) * top) + intruders * chance,
+        normals=4.0 * intruders * top * (short + long),
+    )
+    return work, once
 
 
 def forecast_losses(plan: Plan, n_samples: int | None, variants: int) -> Forecast:
